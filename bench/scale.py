@@ -125,7 +125,7 @@ class Simulation:
     def _enter(self) -> None:
         """All join, and hear of each other."""
         for process in self._processes.values():
-            self.model.subscribed.add(process.sid)
+            self.model.pool.subscribed.add(process.sid)
             join = Join(self._policy, "bench", process.sid, [], [])
             reply = self._say(process, join=join, full=True)
             process.gen, process.epoch = reply.gen, reply.epoch
@@ -242,8 +242,8 @@ class Simulation:
 
     def _deliver(self) -> None:
         """What was pushed is heard at once."""
-        pushed = list(self.model.pushed)
-        self.model.pushed.clear()
+        pushed = list(self.model.pool.pushed)
+        self.model.pool.pushed.clear()
         for sid, push in pushed:
             self.seen.scripts["push"] += 1
             process = self._processes[sid]

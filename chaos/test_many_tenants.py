@@ -20,7 +20,7 @@ import redis.asyncio
 
 from tests.fleet import Fleet
 from tests.waiting import wait_until, work_for
-from tidegate.limiter.messages import load
+from tidegate.limiter.simulation import load
 
 TENANTS, BUSY = 10_000, 1_000
 ASKED = 600

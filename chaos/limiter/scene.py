@@ -26,7 +26,7 @@ from chaos.limiter.worker import LIMIT, Orders, policy_of
 from tests.integration.limiter.conftest import leftovers
 from tests.waiting import wait_until
 from tidegate.checker import NS, Curve, Interruption, in_flight
-from tidegate.limiter.limiter import Limiter
+from tidegate.limiter import Limiter
 
 # How the workers reach Valkey: straight; each through a proxy of its own; each by a cable of its
 # own; through one proxy each to a primary that has a replica.

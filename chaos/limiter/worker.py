@@ -22,8 +22,7 @@ from typing import Any
 
 from chaos.limiter.truth import Caller
 from tidegate.errors import AdmissionError, LeaseLost
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import Band, Limit, PoolPolicy, Rate
+from tidegate.limiter import Band, Limit, Limiter, PoolPolicy, Rate
 
 LIMIT = "kind:text_only"
 

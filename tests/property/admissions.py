@@ -110,15 +110,15 @@ class Admissions:
             amount = read_member(member).amount(read_flow(flow_key).lane.index(name))
             one = Refusal(
                 0 if used < 0 else amount,
-                self.model.now + left_ms,
-                self.model.epoch,
-                self.model.revision,
+                self.model.pool.now + left_ms,
+                self.model.pool.epoch,
+                self.model.pool.revision,
             )
             self._refused.setdefault(name, []).append(one)
             self.refusals += 1
 
     def _check_refusals(self, name: str, now: int, amount: int) -> None:
-        said = self.model.epoch, self.model.revision
+        said = self.model.pool.epoch, self.model.pool.revision
         left = [x for x in self._refused.get(name, ()) if x.until > now]
         self._refused[name] = left = [x for x in left if (x.epoch, x.revision) == said]
         for one in left:
@@ -128,8 +128,8 @@ class Admissions:
         """Admissions of this moment, over all sessions."""
         if not granted:
             return
-        now = self.model.now
-        assert not self.model.quiet(), "let in during the quiet time"
+        now = self.model.pool.now
+        assert not self.model.pool.quiet(), "let in during the quiet time"
         assert reply is None or reply.recovering_ms == 0
         fences = sorted((epoch, seq) for _, epoch, (_, seq) in granted)
         assert len(set(fences)) == len(fences)
@@ -142,7 +142,7 @@ class Admissions:
             flow_key, member = self._asked[sid, ticket]
             flow = read_flow(flow_key)
             amounts = map(read_member(member).amount, range(len(flow.lane)))
-            limits = {name: self.model.limit(name).limit for name in flow.lane}
+            limits = {name: self.model.pool.limit(name).limit for name in flow.lane}
             self._admitted[sid, ticket] = Admission(
                 now,
                 dict(zip(flow.lane, amounts, strict=True)),
@@ -155,7 +155,7 @@ class Admissions:
             self._check_limit(name, now, admitted)
 
     def _check_limit(self, name: str, now: int, admitted: int) -> None:
-        state = self.model.limit(name)
+        state = self.model.pool.limit(name)
         limit = state.limit
         if limit.shadow:
             return
@@ -181,7 +181,7 @@ class Admissions:
         same = before is not None and before[0] is gate and before[1] == gate.rounds
         if same and before and before[2] and before[2] != gate.taker:  # which was granted again
             sid, ticket = before[2]
-            held = self.model.sessions[sid].held if sid in self.model.sessions else {}
+            held = self.model.pool.sessions[sid].held if sid in self.model.pool.sessions else {}
             assert ticket not in held, f"another try of {name} is under way"
 
     def check_fences(self, sid: str, held: Iterable[Holding]) -> None:

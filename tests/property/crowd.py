@@ -51,7 +51,7 @@ class Crowd:
         self._tickets = count(1)
         self.processes = [Process(f"s{number}") for number in range(processes)]
         for process in self.processes:
-            self.model.subscribed.add(process.sid)
+            self.model.pool.subscribed.add(process.sid)
             join = Join(policy, "test", process.sid, [], [])
             reply = self._say(process, join=join, full=True)
             process.gen, process.epoch = reply.gen, reply.epoch
@@ -81,12 +81,12 @@ class Crowd:
         assert reply.status == "ok"
         for ticket, _ in reply.grants:
             self._let_in(process, ticket)
-        for sid, push in self.model.pushed:
+        for sid, push in self.model.pool.pushed:
             other = next(each for each in self.processes if each.sid == sid)
             other.ack = push.sent
             for ticket, _ in push.grants:
                 self._let_in(other, ticket)
-        self.model.pushed.clear()
+        self.model.pool.pushed.clear()
         return reply
 
     def compare(self, process: Process) -> None:

@@ -6,36 +6,36 @@ Judged apart from the model's own rules of turns, from what is used and what is 
 from __future__ import annotations
 
 from tidegate.limiter import Concurrency, Rate
-from tidegate.limiter.simulation import LimitState, PoolModel, Queue, read_member, span_of
+from tidegate.limiter.simulation import LimitState, PoolModel, SessionQueue, read_member, span_of
 
 
 def free_but_waiting(model: PoolModel) -> list[str]:
     """Queues of processes that live and are known to all, whose first ticket could go: nothing it
     needs is full, paused, kept for somebody who starves, or a rate in whose line others stand
     before it."""
-    if model.quiet() or model.starving():
+    if model.pool.quiet() or model.queues.starving():
         return []
     queues = [
         queue
-        for sid, session in model.sessions.items()
-        if sid in model.subscribed and sid not in model.fresh
+        for sid, session in model.pool.sessions.items()
+        if sid in model.pool.subscribed and sid not in model.pump.fresh
         for queue in session.queues.values()
     ]
     return [queue.id for queue in queues if all(_free(model, queue, i) for i in _positions(queue))]
 
 
-def _positions(queue: Queue) -> range:
+def _positions(queue: SessionQueue) -> range:
     return range(len(queue.flow.lane))
 
 
-def _free(model: PoolModel, queue: Queue, position: int) -> bool:
-    limit = model.limit(queue.flow.lane[position])
+def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
+    limit = model.pool.limit(queue.flow.lane[position])
     if limit.limit.shadow:
         return True
-    if model.pause_of(limit) is not None:
+    if model.pool.pause_of(limit) is not None:
         return False
     if isinstance(limit.limit, Concurrency):
-        return limit.used < model.cap(limit, queue.flow.band)
+        return limit.used < model.capacity.cap(limit, queue.flow.band)
     amount = read_member(queue.first()[0]).amount(position)
     if amount == 0:
         return True
@@ -45,21 +45,21 @@ def _free(model: PoolModel, queue: Queue, position: int) -> bool:
 
 
 def _fits(model: PoolModel, limit: LimitState, amount: int) -> bool:
-    spent = limit.spending.look(limit.limit, model.now, 0)
+    spent = limit.spending.look(limit.limit, model.pool.now, 0)
     bound = limit.limit.bound
     return bound > 0 and spent + min(amount, bound) <= bound
 
 
-def _kept_for_higher(model: PoolModel, limit: LimitState, queue: Queue) -> bool:
+def _kept_for_higher(model: PoolModel, limit: LimitState, queue: SessionQueue) -> bool:
     """Beyond its share a band leaves to higher ones what they may need of a rate."""
     if not isinstance(limit.limit, Rate):
         return False
-    since = model.now - span_of(limit.limit)
+    since = model.pool.now - span_of(limit.limit)
     higher = [band for number, band in limit.bands.items() if number < queue.flow.band]
     return any(max(band.held_at, band.used_at) > since for band in higher)
 
 
-def _others_before(limit: LimitState, queue: Queue) -> bool:
+def _others_before(limit: LimitState, queue: SessionQueue) -> bool:
     """A great demand at the head of a rate's line is waited for, or it would never fit."""
     here = [
         other

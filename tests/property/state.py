@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tidegate.limiter.simulation import BEHIND, BandState, Gate, LimitState, PoolModel, Queue
+from tidegate.limiter.simulation import BEHIND, BandState, Gate, LimitState, PoolModel, SessionQueue
 
 State = dict[str, Any]
 
@@ -18,30 +18,34 @@ def _figures(band: BandState) -> tuple[int, ...]:
 
 
 def of_model(model: PoolModel) -> State:
-    limits = model.limits.values()
+    limits = model.pool.limits.values()
     bands = {
         f"{limit.name}|{number}": band for limit in limits for number, band in limit.bands.items()
     }
-    sessions = model.sessions
+    sessions = model.pool.sessions
     queues = [queue for session in sessions.values() for queue in session.queues.values()]
-    tenants = {tenant: model.waiting(tenant) for tenant in list(model.queues_of)}
+    tenants = {tenant: model.pool.waiting(tenant) for tenant in list(model.pool.queues_of)}
     return {
         "run": model.run,
         "numbers": {
-            "epoch": model.epoch,
-            "began": model.began,
-            "recover_until": model.recover_until,
+            "epoch": model.pool.epoch,
+            "began": model.roster.began,
+            "recover_until": model.pool.recover_until,
             "clock": model.clock,
-            "seq": model.seq,
-            "parked": model.parked,
-            "starving": len(model.starving()),
-            "roster": model.version,
-            "empty": int(model.empty),
-            "vouched": int(model.vouched),
-            "fresh": len(model.fresh),
-            "changes": model.changes,
+            "seq": model.pool.seq,
+            "parked": model.pool.parked,
+            "starving": len(model.queues.starving()),
+            "roster": model.roster.version,
+            "empty": int(model.roster.empty),
+            "vouched": int(model.roster.vouched),
+            "fresh": len(model.pump.fresh),
+            "changes": model.joining.changes,
         },
-        "noted": (model.noted_sessions, model.reap_at, min(model.timed.values(), default=0)),
+        "noted": (
+            model.pool.noted_sessions,
+            model.reap_at,
+            min(model.pump.timed.values(), default=0),
+        ),
         "used": {limit.name: limit.used for limit in limits if limit.used},
         "bands": {
             where: figures for where, band in bands.items() if any(figures := _figures(band))
@@ -52,10 +56,10 @@ def of_model(model: PoolModel) -> State:
         "adapted": {x.name: (x.current, x.dropped_at) for x in limits if x.current is not None},
         "shadowed": {limit.name: limit.shadowed for limit in limits if limit.shadowed},
         "asserted": {limit.name: limit.asserted for limit in limits if limit.asserted},
-        "spent": {name: amount for name, (_, amount) in model.spending.items()},
-        "spending": {name: number for name, (number, _) in model.spending.items()},
-        "paused": model.paused(),
-        "tenants": {name: (n, model.stamps[name]) for name, n in tenants.items() if n},
+        "spent": {name: amount for name, (_, amount) in model.joining.spending.items()},
+        "spending": {name: number for name, (number, _) in model.joining.spending.items()},
+        "paused": model.reports.paused(),
+        "tenants": {name: (n, model.pool.stamps[name]) for name, n in tenants.items() if n},
         "expiry": {sid: session.expiry for sid, session in sessions.items()},
         "sessions": {sid: _session(model, sid) for sid in sessions},
         "held": {sid: held for sid in sessions if (held := _held(model, sid))},
@@ -66,15 +70,17 @@ def of_model(model: PoolModel) -> State:
         },
         "owed": {
             sid: {str(t): f"{_charges(c)}|{' '.join(f.lane)}" for t, (c, f) in owed.items()}
-            for sid, owed in model.owed.items()
+            for sid, owed in model.permits.owed.items()
             if owed
         },
-        "lapsing": {"|".join(map(str, permit)): end for permit, end in model.lapsing.items()},
-        "timed": dict(model.timed),
-        "starving": {queue.id: queue.starving for queue in model.starving()},
-        "seen": model.seen,
-        "fresh": model.fresh,
-        "expected": model.expected,
+        "lapsing": {
+            "|".join(map(str, permit)): end for permit, end in model.permits.lapsing.items()
+        },
+        "timed": dict(model.pump.timed),
+        "starving": {queue.id: queue.starving for queue in model.queues.starving()},
+        "seen": model.roster.seen,
+        "fresh": model.pump.fresh,
+        "expected": model.roster.expected,
         "queues": {queue.id: dict(queue.tickets) for queue in queues},
         "park": {
             where: {tenant: band.tags[tenant] for tenant in band.lines}
@@ -113,7 +119,7 @@ def _gate(gate: Gate) -> str:
 
 
 def _session(model: PoolModel, sid: str) -> dict[str, str]:
-    session = model.sessions[sid]
+    session = model.pool.sessions[sid]
     fields = {
         "gen": str(session.gen),
         "batch": str(session.batch),
@@ -132,7 +138,7 @@ def _session(model: PoolModel, sid: str) -> dict[str, str]:
 def _held(model: PoolModel, sid: str) -> dict[str, str]:
     return {
         str(ticket): f"{h.seq}|{h.until}|{h.cost_ms}|{_charges(h.charges)}|{h.flow}"
-        for ticket, h in model.sessions[sid].held.items()
+        for ticket, h in model.pool.sessions[sid].held.items()
     }
 
 
@@ -140,7 +146,7 @@ def _charges(charges: dict[int, tuple[int, int]]) -> str:
     return ",".join(f"{i + 1}={amount}@{end}" for i, (amount, end) in charges.items())
 
 
-def _place(queue: Queue) -> str:
+def _place(queue: SessionQueue) -> str:
     return f"{queue.at}|{queue.bounces}|{queue.bounced}"
 
 

@@ -46,7 +46,7 @@ class Load(Crowd):
     def run_for(self, ms: int) -> None:
         until = self.now_ms + ms
         while True:
-            timers = self.model.timed.values()
+            timers = self.model.pump.timed.values()
             at = min(self._due[0][0], *timers) if timers else self._due[0][0]
             if at > until:
                 return

@@ -94,7 +94,7 @@ def test_what_is_kept_for_one_that_starves_is_free_when_it_gives_up() -> None:
     crowd.ask(one, "one", "kind:x", times=3)
     crowd.ask(two, "two", "kind:y", times=3)
     [call] = crowd.ask(both, "both", "kind:x", "kind:y")
-    while not crowd.model.starving():
+    while not crowd.model.queues.starving():
         crowd.end_one(ask_again=True)
     crowd.end_one()
     assert len(crowd.running) == 1  # the other half is kept for it

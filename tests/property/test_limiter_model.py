@@ -23,10 +23,10 @@ from hypothesis.stateful import initialize, invariant, rule, run_state_machine_a
 from tests.property.policies import CONCURRENCIES, LEASE_MS, Shape, shapes
 from tests.property.server import Server
 from tests.property.traffic import HARD_MS, Flow, Traffic, clients, kinds_of_flow
-from tests.property.world import Client, Pace, World
+from tests.property.world import Client, World
 from tidegate import limiter
 from tidegate.limiter import Rate
-from tidegate.limiter.simulation import LONGEST, Waiter
+from tidegate.limiter.simulation import Paces, Waiter
 
 STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "20000"))
 WALKS = 4  # beside one another, where there are several test processes
@@ -69,10 +69,10 @@ class PoolMachine(Traffic):
         strict=st.booleans(),
         shape=shapes(),
         pace=st.builds(
-            Pace,
+            Paces,
             st.sampled_from([500, 500, 7]),
             st.sampled_from([8, 1, 2]),
-            st.sampled_from([LONGEST, LONGEST, 10**9]),
+            st.sampled_from([Paces().longest, Paces().longest, 10**9]),
             st.sampled_from([1000, 1, 2]),
             st.sampled_from([50, 1, 2]),
             st.sampled_from([2000, 1]),
@@ -81,7 +81,7 @@ class PoolMachine(Traffic):
         kinds=st.lists(kinds_of_flow, min_size=1, max_size=4),
     )
     def begin(
-        self, strict: bool, shape: Shape, pace: Pace, settled: bool, kinds: list[Flow]
+        self, strict: bool, shape: Shape, pace: Paces, settled: bool, kinds: list[Flow]
     ) -> None:
         self.strict = strict
         self.kinds = kinds
@@ -142,7 +142,7 @@ class PoolMachine(Traffic):
             return
         self.shape = self.shape.raised(shape) if self.strict else shape
         known = [c.session.policy.revision for c in world.clients]
-        revision = max([*known, world.model.revision]) + 1
+        revision = max([*known, world.model.pool.revision]) + 1
         client.session.set_policy(self.shape.policy(revision), "somebody")
 
     @rule(
@@ -193,7 +193,7 @@ class PoolMachine(Traffic):
         if self.strict and not self.shape.shadow:
             for name in CONCURRENCIES:
                 policies = [client.session.policy for client in self.world.clients]
-                top = max([self.world.model.limit(name).limit.bound, self.shape_bound(name)])
+                top = max([self.world.model.pool.limit(name).limit.bound, self.shape_bound(name)])
                 top = max([top, *(policy.bound(name) for policy in policies)])
                 assert self.world.really_open(name) <= top, f"over {name}"
 
@@ -265,7 +265,7 @@ class PoolMachine(Traffic):
     def needs_a_rate(self, waiter: Waiter) -> bool:
         """By any policy that is or may come to be in force."""
         known = [client.session.policy for client in self.world.clients]
-        policies = [*known, self.shape.policy(1), self.world.model.policy]
+        policies = [*known, self.shape.policy(1), self.world.model.pool.policy]
         return any(
             isinstance(policy.limit(name), Rate)
             for policy in policies
@@ -275,11 +275,11 @@ class PoolMachine(Traffic):
 
     def meets_a_gate(self, waiter: Waiter) -> bool:
         """Which lets one call at a time try."""
-        pauses = [self.world.model.limit(name).pause for name in waiter.flow.limits]
+        pauses = [self.world.model.pool.limit(name).pause for name in waiter.flow.limits]
         return any(pause is not None and pause.gate is not None for pause in pauses)
 
     def can_be_let_in(self, waiter: Waiter) -> bool:
-        found = [self.world.model.limit(name) for name in waiter.flow.limits]
+        found = [self.world.model.pool.limit(name) for name in waiter.flow.limits]
         return all(limit.limit.bound > 0 for limit in found)
 
 

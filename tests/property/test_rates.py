@@ -10,9 +10,9 @@ import pytest
 
 from tests.property.policies import LEASE_MS
 from tests.property.server import Server
-from tests.property.world import Client, Pace, World
+from tests.property.world import Client, World
 from tidegate.limiter import Concurrency, Limit, PoolPolicy, Quota, Rate, Tokens
-from tidegate.limiter.simulation import DAY_MS
+from tidegate.limiter.simulation import DAY_MS, Paces
 
 LIMIT, ROOM = "some:limit", "kind:b"
 MINUTE_MS = 60_000
@@ -27,7 +27,7 @@ class Bench:
     """One process in a pool with one limit, beside a concurrency that has room."""
 
     def __init__(self, server: Server) -> None:
-        self.world = World(server, policy(Rate(1000, MINUTE_MS, "tokens")), Pace())
+        self.world = World(server, policy(Rate(1000, MINUTE_MS, "tokens")), Paces())
         self.client: Client = self.world.new_client()
 
     def say(self) -> None:
@@ -78,7 +78,7 @@ class Bench:
 
     @property
     def spent(self) -> int:
-        return self.world.model.spent(self.world.model.limit(LIMIT))
+        return self.world.model.capacity.spent(self.world.model.pool.limit(LIMIT))
 
     @property
     def running(self) -> int:
@@ -148,7 +148,7 @@ def test_a_limit_that_is_counted_otherwise_meanwhile_loses_nothing(
 def test_a_limit_that_was_a_concurrency_meanwhile_loses_nothing(bench: Bench) -> None:
     call = bench.ask(700)
     bench.put_in_force(Concurrency(1))
-    assert bench.world.model.limit(LIMIT).used == 1
+    assert bench.world.model.pool.limit(LIMIT).used == 1
     bench.ask(1)
     assert bench.running == 1
     bench.put_in_force(Rate(800, MINUTE_MS, "tokens"))
@@ -163,7 +163,7 @@ def test_usage_told_of_a_limit_that_is_none_of_tokens_any_more_changes_nothing(
     call = bench.ask(700)
     bench.put_in_force(Concurrency(1))
     bench.end(call, 100, unaware=True)
-    assert bench.world.model.limit(LIMIT).used == 0
+    assert bench.world.model.pool.limit(LIMIT).used == 0
 
 
 def test_a_quota_begins_anew_at_its_midnight_and_not_before(bench: Bench) -> None:
@@ -172,7 +172,7 @@ def test_a_quota_begins_anew_at_its_midnight_and_not_before(bench: Bench) -> Non
     bench.ask(1)
     third = bench.ask(1)
     assert third not in bench.client.queue.held
-    state = bench.world.model.limit(LIMIT).spending
+    state = bench.world.model.pool.limit(LIMIT).spending
     left_ms = state.reset_at - bench.world.wall_ms
     assert 0 < left_ms <= DAY_MS
     bench.wait(left_ms - 1000)
@@ -185,7 +185,7 @@ def test_a_quota_begins_anew_at_its_midnight_and_not_before(bench: Bench) -> Non
 def test_a_settlement_of_yesterday_never_credits_today(bench: Bench) -> None:
     bench.put_in_force(Quota(1000, unit="tokens"))
     yesterday = bench.ask(900)
-    bench.wait(bench.world.model.limit(LIMIT).spending.reset_at - bench.world.wall_ms + 1000)
+    bench.wait(bench.world.model.pool.limit(LIMIT).spending.reset_at - bench.world.wall_ms + 1000)
     today = bench.ask(500)
     assert bench.spent == 500
     bench.end(yesterday, 0)

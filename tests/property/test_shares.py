@@ -12,8 +12,8 @@ import pytest
 
 from tests.property.backlog import RAREST, Backlog, Tenant, random_backlog
 from tests.property.server import Server
-from tests.property.world import Pace, World
-from tidegate.limiter.simulation import SyncReply, SyncRequest
+from tests.property.world import World
+from tidegate.limiter.simulation import Paces, SyncReply, SyncRequest
 from tidegate.rehearse.simulation import START_MS
 
 CALLS = 2000
@@ -45,7 +45,7 @@ class OnValkey(Backlog):
 
     def __init__(self, server: Server, tenants: dict[str, Tenant], *, hand_off: bool) -> None:
         super().__init__(tenants, 5, hand_off=hand_off)
-        self.world = World(server, self.policy, Pace())
+        self.world = World(server, self.policy, Paces())
         self.model = self.world.model
 
     def exchange(

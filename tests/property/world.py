@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from typing import Any, Literal
@@ -21,12 +21,11 @@ from tests.property.server import Server, Words
 from tests.property.state import of_model
 from tidegate.limiter import Observer, PoolPolicy
 from tidegate.limiter.simulation import (
-    LONGEST,
-    ON_PAGE,
     Batch,
     Keyspace,
     Lease,
     LocalQueue,
+    Paces,
     PoolModel,
     Push,
     Renewal,
@@ -47,21 +46,8 @@ CLOCK = """
 function T.wall_clock_ms() return tonumber(ARGV[2]) end
 """
 START_MS = 1_700_000_000_000
+USUAL = Paces()
 Fate = Literal["ok", "reply lost", "request lost", "twice"]
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """After how many steps a script leaves the rest to the next, after how many moves from limit
-    to limit a ticket is taken to starve, when virtual time begins again, and how much of a list one
-    call tells: all seldom come to pass as they are."""
-
-    at_once: int = 500
-    starves: int = 8
-    longest: int = LONGEST
-    on_page: int = ON_PAGE
-    looked_at: int = 50
-    most_owed: int = 2000
 
 
 @cache
@@ -72,7 +58,7 @@ def lua_figure(part: str, name: str) -> int:
 
 
 @cache
-def script_source(name: ScriptName, pace: Pace) -> bytes:
+def script_source(name: ScriptName, pace: Paces) -> bytes:
     """A script that is told the time and goes at our pace."""
     source = load(name, clock=CLOCK).source
     if name == "renew":
@@ -80,9 +66,9 @@ def script_source(name: ScriptName, pace: Pace) -> bytes:
     for usual, ours in (
         (b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % pace.at_once),
         (b"T.STARVES = 8", b"T.STARVES = %d" % pace.starves),
-        (b"T.LONGEST = %d" % LONGEST, b"T.LONGEST = %d" % pace.longest),
-        (b"T.MOST_TOLD = %d" % ON_PAGE, b"T.MOST_TOLD = %d" % pace.on_page),
-        (b"T.MOST_ON_PAGE = %d" % ON_PAGE, b"T.MOST_ON_PAGE = %d" % pace.on_page),
+        (b"T.LONGEST = %d" % USUAL.longest, b"T.LONGEST = %d" % pace.longest),
+        (b"T.MOST_TOLD = %d" % USUAL.on_page, b"T.MOST_TOLD = %d" % pace.on_page),
+        (b"T.MOST_ON_PAGE = %d" % USUAL.on_page, b"T.MOST_ON_PAGE = %d" % pace.on_page),
         (b"T.LOOKED_AT = 50", b"T.LOOKED_AT = %d" % pace.looked_at),
         (b"T.MOST_OWED = 2000", b"T.MOST_OWED = %d" % pace.most_owed),
     ):
@@ -112,18 +98,13 @@ class Client:
 class World:
     """Valkey, the model, the clients and the time."""
 
-    def __init__(self, server: Server, policy: PoolPolicy, pace: Pace) -> None:
+    def __init__(self, server: Server, policy: PoolPolicy, pace: Paces) -> None:
         self.server = server
         self.policy = policy
         self.keys = Keyspace("walk")
         self._reading = Reading(self.keys)
         self.pace = pace
-        self.model = PoolModel()
-        self.model.at_once, self.model.starves = pace.at_once, pace.starves
-        self.model.longest = pace.longest
-        self.model.on_page, self.model.looked_at = pace.on_page, pace.looked_at
-        self.model.most_owed = pace.most_owed
-        self.model.ahead_ms = lua_figure("hints", "AHEAD_MS")
+        self.model = PoolModel(replace(pace, ahead_ms=lua_figure("hints", "AHEAD_MS")))
         self.loop = asyncio.new_event_loop()
         self.clients: list[Client] = []
         # Clients are told nothing about a wait that was refused: nobody looks at its future.
@@ -182,13 +163,13 @@ class World:
     def subscribe(self, client: Client) -> None:
         self.server.subscribe(self.keys.channel(client.sid))
         client.subscribed = True
-        self.model.subscribed.add(client.sid)
+        self.model.pool.subscribed.add(client.sid)
         client.session.refresh()
 
     def unsubscribe(self, client: Client) -> None:
         self.server.unsubscribe(self.keys.channel(client.sid))
         client.subscribed = False
-        self.model.subscribed.discard(client.sid)
+        self.model.pool.subscribed.discard(client.sid)
 
     def kill(self, client: Client) -> None:
         if client.subscribed:
@@ -287,7 +268,7 @@ class World:
         self._act({"verb": "revoke", "sid": who}, done)
 
     def _act(self, request: dict[str, Any], done: int) -> None:
-        raw, dump = self._run("act", pack({**request, "run": self.run}))
+        raw, dump = self._run("admin", pack({**request, "run": self.run}))
         assert raw == pack([done])
         granted = [
             (sid, push.epoch, grant)
@@ -313,8 +294,8 @@ class World:
             heard[channel].append(push._replace(grants=[(t, seq) for t, seq in push.grants]))
         expected: dict[str, list[Push]] = defaultdict(list)
         by_sid = {client.sid: client for client in self.clients}
-        pushed = list(self.model.pushed)
-        self.model.pushed.clear()
+        pushed = list(self.model.pool.pushed)
+        self.model.pool.pushed.clear()
         for sid, push in pushed:
             expected[self.keys.channel(sid)].append(push)
             by_sid[sid].mailbox.append(push)

@@ -67,8 +67,8 @@ class LimitMiddleware:
 
     async def __call__(self, request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
         """Raises what `Limiter.acquire` raises, before anything is sent; LeaseLost or
-        UpstreamTimeout when the permit is lost or overdue while sending. Cancellation gives the
-        permit back."""
+        UpstreamTimeout when the permit is lost or overdue while sending. Cancellation returns the
+        permit."""
         demand = demand_of(self._demand, request)
         if demand is None:
             return await handler(request)
@@ -85,7 +85,7 @@ class LimitMiddleware:
         return response
 
     async def _watch(self, exchange: Exchange, response: ClientResponse) -> None:
-        """See to it that the permit is released when the answer ends."""
+        """Return the permit when the answer ends."""
         review = Review(
             response.status,
             response.headers,

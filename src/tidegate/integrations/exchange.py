@@ -1,9 +1,13 @@
 """Exchange of a request and its answer with an upstream under a permit, async and in threads.
 
+At the end the transports of `httpx` and of its fork `httpx2`, neither of which is imported here:
+the modules of those names say which classes are theirs.
+
 Invariants: nothing is sent without a permit; the permit is returned once, when the answer's body
 has been read, closed or dropped; if the permit is lost or overdue, the reader is interrupted and
 the answer closed before the permit is returned (a thread notices at its next bytes). An
-unreadable answer is unknown, never an error.
+unreadable answer is unknown, never an error. An answer is read through a body of ours, so that its
+end is seen.
 """
 
 from __future__ import annotations
@@ -12,22 +16,28 @@ import asyncio
 import logging
 import re
 import threading
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tidegate.errors import LimiterUnavailable, UpstreamTimeout
-from tidegate.limiter import Demand, DetachedPermit, SyncPermit
-
-if TYPE_CHECKING:
-    from tidegate.errors import TidegateError
-    from tidegate.limiter import Demand, Limiter, Outcome, SyncLimiter, Tokens
-
+from tidegate.errors import LimiterUnavailable, TidegateError, UpstreamTimeout
+from tidegate.limiter import (
+    Demand,
+    DetachedPermit,
+    Limiter,
+    Outcome,
+    SyncLimiter,
+    SyncPermit,
+    ThreadPermit,
+    Tokens,
+)
 
 # From the decoded body of a 2xx answer to the LLM tokens that it used; None is unknown.
-Usage = Callable[[bytes], "int | Tokens | None"]
+Usage = Callable[[bytes], int | Tokens | None]
 
 THROTTLED = 429
 # Statuses by which an upstream says that it has too much to do. 529 is Anthropic's.
@@ -148,52 +158,38 @@ class Review:
 logger = logging.getLogger("tidegate.integrations")
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Exchange:
-    """`begin`, send inside `using`, say `answered`, read inside `using`, and `finish` it always."""
+    """`begin`, send inside `using`, say `answered`, read inside `using`, and end it always.
 
-    __slots__ = (
-        "_close",
-        "_demand",
-        "_hold",
-        "_limiter",
-        "_outcome",
-        "_overload",
-        "_scopes",
-        "_unused",
-        "_users",
-        "penalised",
-    )
+    penalised: the limit that `pause` pauses.
+    overload: the client's errors that speak of an upstream with too much to do.
+    """
 
-    def __init__(
-        self,
-        limiter: Limiter,
-        demand: Demand,
-        penalised: str | None,
-        overload: tuple[type[Exception], ...],
-    ) -> None:
-        """penalised: the limit that `pause` pauses.
-        overload: the client's errors that speak of an upstream with too much to do.
-        """
-        self._limiter = limiter
-        self._demand = demand
-        self._overload = overload
+    _limiter: Limiter
+    _demand: Demand
+    penalised: str | None
+    _overload: tuple[type[Exception], ...]
+    _hold: DetachedPermit = field(init=False)
+    _scopes: set[asyncio.Timeout] = field(default_factory=set)
+    _users: int = 0
+    _unused: asyncio.Event = field(default_factory=asyncio.Event)
+    _close: Callable[[], Awaitable[None]] | None = None
+    _outcome: Outcome = "ignored"
+
+    def __post_init__(self) -> None:
+        limiter, demand = self._limiter, self._demand
         self._hold = DetachedPermit(
             lambda: limiter.acquire_for(demand), self._stop, hard_ms=demand.hard_ms
         )
-        self.penalised = penalised
-        self._scopes: set[asyncio.Timeout] = set()
-        self._users = 0
-        self._unused = asyncio.Event()
         self._unused.set()
-        self._close: Callable[[], Awaitable[None]] | None = None
-        self._outcome: Outcome = "ignored"
 
     def __repr__(self) -> str:
         return f"<Exchange {self._demand.limits} {self._hold!r}>"
 
     async def begin(self) -> None:
         """Wait for the permit, right before sending. Raises what `Limiter.acquire` raises, or
-        LeaseLost; nothing may be sent then. Cancellation gives the ticket or the permit back."""
+        LeaseLost; nothing may be sent then. Cancellation returns the ticket or the permit."""
         await self._hold.take()
         try:
             await self._hold.confirm()
@@ -247,14 +243,14 @@ class Exchange:
         self._close = close
 
     async def _stop(self) -> None:
-        """Lost, overdue or dropped: interrupt the user of the connection, then close the answer.
+        """Lost, overdue or dropped: interrupt the users of the connection, then close the answer.
 
         Runs in the task that holds the permit.
         """
         now = asyncio.get_running_loop().time()
         for scope in self._scopes:
             scope.reschedule(now)
-        # The interrupted user may be closing the answer already.
+        # An interrupted user may be closing the answer already.
         while self._users:
             await self._unused.wait()
         if self._close is not None:
@@ -273,11 +269,11 @@ class Exchange:
         await self._end(outcome_of_error(error, self._overload), None)
 
     async def abandon(self) -> None:
-        """Nobody reads the answer any further. Does nothing after `complete` or `fail`."""
+        """The answer is not read any further. Does nothing after `complete` or `fail`."""
         await self._end(self._outcome_of(whole=False), None)
 
     def closed(self, *, whole: bool) -> None:
-        """The answer has been closed by others: give the permit back. The first call counts.
+        """The answer has been closed by others: return the permit. The first call counts.
 
         whole: whether it was read to its end.
         """
@@ -303,7 +299,7 @@ class Exchange:
             self._hold.release()
 
     def drop(self) -> bool:
-        """The answer was collected as garbage: close it and give the permit back, soon.
+        """The answer was collected as garbage: close it and return the permit, soon.
 
         True if it was still open. May be called in any thread.
         """
@@ -320,50 +316,31 @@ class Exchange:
             logger.warning("a 429 could not pause %s: %s", self.penalised, away)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class SyncExchange:
-    """`begin`, send inside `using`, say `answered`, read inside `using`, and end it always."""
+    """As `Exchange`, in a thread."""
 
-    __slots__ = (
-        "_close",
-        "_demand",
-        "_held",
-        "_in_use",
-        "_limiter",
-        "_open",
-        "_outcome",
-        "_overload",
-        "_permit",
-        "penalised",
-    )
+    _limiter: SyncLimiter
+    _demand: Demand
+    penalised: str | None
+    _overload: tuple[type[Exception], ...]
+    _held: ThreadPermit = field(init=False)
+    _permit: SyncPermit | None = None
+    # Taken to send, read or close; a thread of the limiter's only tries.
+    _in_use: threading.RLock = field(default_factory=threading.RLock)
+    _open: bool = True
+    _close: Callable[[], None] | None = None
+    _outcome: Outcome = "ignored"
 
-    def __init__(
-        self,
-        limiter: SyncLimiter,
-        demand: Demand,
-        penalised: str | None,
-        overload: tuple[type[Exception], ...],
-    ) -> None:
-        """penalised: the limit that `pause` pauses.
-        overload: the client's errors that speak of an upstream with too much to do.
-        """
-        self._limiter = limiter
-        self._demand = demand
-        self._overload = overload
-        self.penalised = penalised
-        self._held = limiter.hold(demand, self._close_unused)
-        self._permit: SyncPermit | None = None
-        # Taken by the sender, reader or closer; a thread of the limiter's only tries.
-        self._in_use = threading.RLock()
-        self._open = True
-        self._close: Callable[[], None] | None = None
-        self._outcome: Outcome = "ignored"
+    def __post_init__(self) -> None:
+        self._held = self._limiter.hold(self._demand, self._close_unused)
 
     def __repr__(self) -> str:
         return f"<SyncExchange {self._demand.limits} open={self._open}>"
 
     def begin(self) -> None:
         """Wait for the permit, right before sending. Raises what `SyncLimiter.acquire` raises, or
-        LeaseLost; nothing may be sent then. An interrupt gives the ticket or the permit back."""
+        LeaseLost; nothing may be sent then. An interrupt returns the ticket or the permit."""
         self._permit = self._held.enter()
         assert self._permit is not None
         try:
@@ -408,11 +385,11 @@ class SyncExchange:
         self._shut(outcome_of_error(error, self._overload), None)
 
     def abandon(self) -> None:
-        """Nobody reads the answer any further. Does nothing after `complete` or `fail`."""
+        """The answer is not read any further. Does nothing after `complete` or `fail`."""
         self._shut("ignored" if self._outcome == "success" else self._outcome, None)
 
     def drop(self) -> bool:
-        """The answer was collected as garbage: close it and give the permit back, soon.
+        """The answer was collected as garbage: close it and return the permit, soon.
 
         True if it was still open. May be called in any thread.
         """
@@ -465,3 +442,220 @@ def _is_tuple(limits: object) -> bool:
 def penalised_by(penalised: Penalised, demand: Demand) -> str | None:
     """The limit to pause when the upstream says 429 to a call of `demand`."""
     return penalised(demand) if callable(penalised) else penalised
+
+
+UNCLOSED = "an answer was neither read to its end nor closed"
+
+
+class AnyResponse(Protocol):
+    """The parts of a response that are used here."""
+
+    @property
+    def status_code(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def stream(self) -> Any: ...
+    @property
+    def extensions(self) -> Any: ...
+
+
+ResponseT = TypeVar("ResponseT", bound=AnyResponse)
+InnerT = TypeVar("InnerT")
+LimiterT = TypeVar("LimiterT", Limiter, SyncLimiter)
+
+
+class AsyncBody:
+    """An answer's bytes; the permit is returned at their end, and when it is closed."""
+
+    def __init__(self, exchange: Exchange, chunks: Any, review: Review) -> None:
+        self._exchange = exchange
+        self._inner = chunks
+        self._review = review
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        exchange, review = self._exchange, self._review
+        chunks = aiter(self._inner)
+        while True:
+            try:
+                async with exchange.using():
+                    chunk = await anext(chunks, None)
+            except BaseException as error:
+                await exchange.fail(error)
+                raise
+            if chunk is None:
+                break
+            review.take(chunk)
+            yield chunk
+        paused, tokens = review.pause_ms, review.end()
+        await exchange.complete(tokens)
+        if paused is None and review.pause_ms is not None:
+            await exchange.pause(review.pause_ms)
+
+    async def aclose(self) -> None:
+        await self._exchange.abandon()
+
+    def __del__(self) -> None:
+        if self._exchange.drop():
+            warnings.warn(UNCLOSED, ResourceWarning, stacklevel=2)
+
+
+class SyncBody:
+    """As `AsyncBody`, for a thread."""
+
+    def __init__(self, exchange: SyncExchange, chunks: Any, review: Review) -> None:
+        self._exchange = exchange
+        self._inner = chunks
+        self._review = review
+
+    def __iter__(self) -> Iterator[bytes]:
+        exchange, review = self._exchange, self._review
+        chunks = iter(self._inner)
+        while True:
+            try:
+                with exchange.using():
+                    chunk = next(chunks, None)
+            except BaseException as error:
+                exchange.fail(error)
+                raise
+            if chunk is None:
+                break
+            review.take(chunk)
+            yield chunk
+        paused, tokens = review.pause_ms, review.end()
+        exchange.complete(tokens)
+        if paused is None and review.pause_ms is not None:
+            exchange.pause(review.pause_ms)
+
+    def close(self) -> None:
+        self._exchange.abandon()
+
+    def __del__(self) -> None:
+        if self._exchange.drop():
+            warnings.warn(UNCLOSED, ResourceWarning, stacklevel=2)
+
+
+class _Transport(Generic[RequestT, ResponseT, InnerT, LimiterT]):
+    """Common part of both transports; what begins with an underscore is the library's."""
+
+    _overload: ClassVar[tuple[type[Exception], ...]]
+    _response: ClassVar[Callable[..., Any]]
+    _body: ClassVar[Callable[..., Any]]
+    _sender: ClassVar[Callable[..., Any]]
+    # The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
+    _unbounded: ClassVar[Any]
+
+    def __init__(
+        self,
+        limiter: LimiterT,
+        demand: Demanded[RequestT],
+        *,
+        inner: InnerT | None = None,
+        usage: Usage | None = None,
+        penalise: Penalised = None,
+    ) -> None:
+        """limiter: a `Limiter`, or a `SyncLimiter` for a transport of threads.
+        demand: what each request needs, or a function of the request; None is nothing.
+        inner: what sends; by default the library's own, without a bound on its connections.
+            Certificates, proxies and HTTP/2 are options of it.
+        usage: reads from the decoded body of a 2xx answer the LLM tokens that it used.
+        penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
+            function of the demand.
+        """
+        self._limiter: LimiterT = limiter
+        self._demand = demand
+        self._inner: Any = inner or type(self)._sender(limits=self._unbounded)
+        self._usage = usage
+        self._penalise = penalise
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} over {self._inner!r}>"
+
+    def _review(self, response: ResponseT, pauses: bool) -> Review:
+        make, headers, status = type(self)._response, response.headers, response.status_code
+
+        def decode(raw: bytes) -> bytes:
+            content: bytes = make(status, headers=headers, content=raw).content
+            return content
+
+        return Review(
+            status,
+            headers,
+            now=datetime.now(UTC),
+            usage=self._usage,
+            pauses=pauses,
+            decode=decode,
+        )
+
+    def _handed_on(self, response: ResponseT, exchange: Any, review: Review) -> ResponseT:
+        body = type(self)._body(exchange, response.stream, review)
+        made: ResponseT = type(self)._response(
+            response.status_code,
+            headers=response.headers,
+            stream=body,
+            extensions=response.extensions,
+        )
+        return made
+
+
+class AsyncTransport(_Transport[RequestT, ResponseT, InnerT, Limiter]):
+    """Lets each request in by what `demand` says, and sends it through `inner`."""
+
+    async def handle_async_request(self, request: RequestT) -> ResponseT:
+        """Raises what `Limiter.acquire` raises, before anything is sent; LeaseLost or
+        UpstreamTimeout when the permit is lost or overdue while sending. Cancellation returns the
+        permit."""
+        response: ResponseT
+        demand = demand_of(self._demand, request)
+        if demand is None:
+            response = await self._inner.handle_async_request(request)
+            return response
+        penalised = penalised_by(self._penalise, demand)
+        exchange = Exchange(self._limiter, demand, penalised, self._overload)
+        await exchange.begin()
+        try:
+            async with exchange.using():
+                response = await self._inner.handle_async_request(request)
+                exchange.answered(response.status_code, response.stream.aclose)
+            review = self._review(response, penalised is not None)
+            if review.pause_ms is not None:
+                await exchange.pause(review.pause_ms)
+            return self._handed_on(response, exchange, review)
+        except BaseException as error:
+            await exchange.fail(error)
+            raise
+
+    async def aclose(self) -> None:
+        """Close the inner transport. The limiter stays open."""
+        await self._inner.aclose()
+
+
+class SyncTransport(_Transport[RequestT, ResponseT, InnerT, SyncLimiter]):
+    """As `AsyncTransport`, for threads."""
+
+    def handle_request(self, request: RequestT) -> ResponseT:
+        """Raises what `SyncLimiter.acquire` raises before anything is sent; LeaseLost or
+        UpstreamTimeout, as soon as `inner` returns, when the permit is lost or overdue."""
+        response: ResponseT
+        demand = demand_of(self._demand, request)
+        if demand is None:
+            response = self._inner.handle_request(request)
+            return response
+        penalised = penalised_by(self._penalise, demand)
+        exchange = SyncExchange(self._limiter, demand, penalised, self._overload)
+        exchange.begin()
+        try:
+            with exchange.using():
+                response = self._inner.handle_request(request)
+                exchange.answered(response.status_code, response.stream.close)
+            review = self._review(response, penalised is not None)
+            if review.pause_ms is not None:
+                exchange.pause(review.pause_ms)
+            return self._handed_on(response, exchange, review)
+        except BaseException as error:
+            exchange.fail(error)
+            raise
+
+    def close(self) -> None:
+        """Close the inner transport. The limiter stays open."""
+        self._inner.close()

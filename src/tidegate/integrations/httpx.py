@@ -4,24 +4,14 @@
     async with httpx.AsyncClient(transport=transport) as client:
         ...
 
-Invariant: see `transport.py`. Importing this imports `httpx`.
+Invariant: see `exchange.py`. Importing this imports `httpx`.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import httpx
 
-from tidegate.integrations.exchange import Demanded, Penalised, Usage
-from tidegate.integrations.transport import AsyncBody, AsyncTransport, SyncBody, SyncTransport
+from tidegate.integrations.exchange import AsyncBody, AsyncTransport, SyncBody, SyncTransport
 
-if TYPE_CHECKING:
-    from tidegate.limiter import Limiter, SyncLimiter
-
-# The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
 UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-
 OVERLOAD = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 
 
@@ -34,52 +24,19 @@ class _SyncBody(SyncBody, httpx.SyncByteStream):
 
 
 class AsyncLimitedTransport(
-    AsyncTransport[httpx.Request, httpx.Response], httpx.AsyncBaseTransport
+    AsyncTransport[httpx.Request, httpx.Response, httpx.AsyncBaseTransport],
+    httpx.AsyncBaseTransport,
 ):
-    """For `httpx.AsyncClient(transport=...)`."""
+    """For `httpx.AsyncClient(transport=...)`, over a `Limiter`."""
 
-    _overload = OVERLOAD
-    _response = httpx.Response
-    _body = _AsyncBody
-
-    def __init__(
-        self,
-        limiter: Limiter,
-        demand: Demanded[httpx.Request],
-        *,
-        inner: httpx.AsyncBaseTransport | None = None,
-        usage: Usage | None = None,
-        penalise: Penalised = None,
-    ) -> None:
-        """demand: what each request needs, or a function of the request; None is nothing.
-        inner: what sends; by default an `AsyncHTTPTransport` without a bound on its connections.
-            Certificates, proxies and HTTP/2 are options of it.
-        usage: reads from the decoded body of a 2xx answer the LLM tokens that it used.
-        penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
-            function of the demand.
-        """
-        sender = inner or httpx.AsyncHTTPTransport(limits=UNBOUNDED)
-        super().__init__(demand, sender, usage, penalise)
-        self._limiter = limiter
+    _overload, _unbounded = OVERLOAD, UNBOUNDED
+    _response, _body, _sender = httpx.Response, _AsyncBody, httpx.AsyncHTTPTransport
 
 
-class LimitedTransport(SyncTransport[httpx.Request, httpx.Response], httpx.BaseTransport):
-    """For `httpx.Client(transport=...)`, over the limiter for threads."""
+class LimitedTransport(
+    SyncTransport[httpx.Request, httpx.Response, httpx.BaseTransport], httpx.BaseTransport
+):
+    """For `httpx.Client(transport=...)`, over a `SyncLimiter`."""
 
-    _overload = OVERLOAD
-    _response = httpx.Response
-    _body = _SyncBody
-
-    def __init__(
-        self,
-        limiter: SyncLimiter,
-        demand: Demanded[httpx.Request],
-        *,
-        inner: httpx.BaseTransport | None = None,
-        usage: Usage | None = None,
-        penalise: Penalised = None,
-    ) -> None:
-        """As `AsyncLimitedTransport`; by default it sends through an `HTTPTransport`."""
-        sender = inner or httpx.HTTPTransport(limits=UNBOUNDED)
-        super().__init__(demand, sender, usage, penalise)
-        self._limiter = limiter
+    _overload, _unbounded = OVERLOAD, UNBOUNDED
+    _response, _body, _sender = httpx.Response, _SyncBody, httpx.HTTPTransport

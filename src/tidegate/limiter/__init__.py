@@ -61,7 +61,7 @@ from tidegate.limiter.policy import (
 )
 from tidegate.limiter.queue import SPARE_MS
 from tidegate.limiter.session import Observer, State
-from tidegate.limiter.sync import SyncLimiter, SyncPermit
+from tidegate.limiter.sync import SyncLimiter, SyncPermit, ThreadPermit
 from tidegate.limiter.views import (
     LimitView,
     LocalState,
@@ -121,6 +121,7 @@ __all__ = [
     "SyncLimiter",
     "SyncPermit",
     "TenantView",
+    "ThreadPermit",
     "TidegateError",
     "Tokens",
     "Unit",

@@ -57,8 +57,11 @@ class ServerReport:
 def commands() -> tuple[str, ...]:
     """Every command that the limiter runs, as `command` or `command|subcommand`."""
     found = set(_OWN)
-    for fragment in files("tidegate.limiter").joinpath("lua").iterdir():
-        for command, inner in _CALL.findall(fragment.read_text(encoding="utf-8")):
+    scripts = files("tidegate.limiter").joinpath("lua")
+    for part in (*scripts.iterdir(), *scripts.joinpath("lib").iterdir()):
+        if not part.name.endswith(".lua"):
+            continue
+        for command, inner in _CALL.findall(part.read_text(encoding="utf-8")):
             found.add(f"{command}|{inner}".lower() if inner else command.lower())
     return tuple(sorted(found))
 
@@ -137,7 +140,7 @@ async def _scripts(link: Link, keys: Keyspace) -> tuple[tuple[str, ...], str, Sn
     """What the user may not run, why the pool can't be read, and the pool."""
     try:
         packed = pack({"commands": list(commands())})
-        answer = await link.run(load("rights"), (keys.meta,), packed, _ANSWER_S)
+        answer = await link.run(load("acl"), (keys.meta,), packed, _ANSWER_S)
     except LinkDown as refused:
         return (), str(refused), None
     denied = tuple(msgpack.unpackb(answer))

@@ -13,11 +13,12 @@ import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypedDict, TypeVar, Unpack
+from typing import Any, ParamSpec, Required, Self, TypedDict, TypeVar, Unpack
 
 import msgpack
 
@@ -83,6 +84,22 @@ class AcquireOptions(AttemptOptions, total=False):
     deadline_ms: int | None
 
 
+class LimiterOptions(TypedDict, total=False):
+    """The keywords of `Limiter.from_url`.
+
+    instance_id: only names the process for people; every start is a new session, which takes over
+        nothing of an earlier one. on_conflict: what is done where the pool has another policy in
+        force. clock: for tests.
+    """
+
+    pool: Required[str]
+    policy: Required[PoolPolicy]
+    instance_id: str | None
+    observer: Observer | None
+    on_conflict: OnConflict
+    clock: Clock | None
+
+
 def limited(
     limiter: Limiter, *limits: str, **options: Unpack[AcquireOptions]
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
@@ -111,6 +128,15 @@ def limited(
 
 
 logger = logging.getLogger("tidegate.limiter")
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except LinkDown as error:
+        raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+
 
 MAX_WAITERS = 100_000
 # With `reap_closed_ms`: how often a process looks whose connection is closed, at most.
@@ -164,32 +190,9 @@ class Limiter:
         )
 
     @classmethod
-    def from_url(
-        cls,
-        url: str,
-        *,
-        pool: str,
-        policy: PoolPolicy,
-        instance_id: str | None = None,
-        observer: Observer | None = None,
-        on_conflict: OnConflict = "raise",
-        clock: Clock | None = None,
-    ) -> Limiter:
-        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`).
-
-        `instance_id` only names the process for people: every start is a new session, which
-        takes over nothing of an earlier one. `on_conflict`: what is done where the pool has
-        another policy in force. `clock` is for tests.
-        """
-        return cls(
-            url,
-            pool=pool,
-            policy=policy,
-            instance_id=instance_id,
-            observer=observer,
-            on_conflict=on_conflict,
-            clock=clock,
-        )
+    def from_url(cls, url: str, **options: Unpack[LimiterOptions]) -> Self:
+        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`)."""
+        return cls(url, **options)
 
     def __repr__(self) -> str:
         return f"<Limiter {self.pool} {self._session.state} {self._queue!r}>"
@@ -302,7 +305,7 @@ class Limiter:
         DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
         an unknown priority or a tenant's name that can't be one; ValueError for a limit of tokens
         without `tokens`. Cancelling the wait takes the ticket out; a permit that was granted in
-        that moment is released.
+        that moment is returned.
         Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
         cancelled then.
         """
@@ -324,7 +327,7 @@ class Limiter:
         hard_ms: int | None = None,
     ) -> TryAcquisition:
         """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
-        be granted immediately, which takes no longer than the server's next answer, or while Valkey
+        be had now, which takes no longer than the server's next answer, or while Valkey
         is away. Otherwise as `acquire`."""
         wanted = None if tokens is None else tokens_of(tokens)
         bound_ms = hard_ms or DEFAULT_HARD_MS
@@ -423,20 +426,18 @@ class Limiter:
         keys = (self._keys.meta, self._keys.layout)
         deadline_s = self._session.lease.deadline_s()
         script = load(name, clock=self._clock.server_time)
-        while True:
-            try:
-                return await self._link.run(script, keys, pack(request), deadline_s)
-            except LinkDown as error:
-                tries -= 1
-                if not tries:
-                    raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+        with _unavailable():
+            for _ in range(tries - 1):
+                with suppress(LinkDown):
+                    return await self._link.run(script, keys, pack(request), deadline_s)
+            return await self._link.run(script, keys, pack(request), deadline_s)
 
     async def _act(self, request: dict[str, Any]) -> int:
         """Carries the run that we know of: on another server, whose past may be lost, nobody is let
         in by this."""
         server = self._link.server
         request = {**request, "run": server.run if server else ""}
-        return int(msgpack.unpackb(await self._run("act", request))[0])
+        return int(msgpack.unpackb(await self._run("admin", request))[0])
 
     async def snapshot(self, *, permits: bool = False) -> Snapshot:
         """The pool as Valkey sees it; with each permit in use if asked for."""
@@ -448,21 +449,21 @@ class Limiter:
         return (await self.snapshot(permits=True)).permits
 
     async def tell(self, note: bytes, keep_ms: int) -> None:
-        """Leave a word for the other processes of the pool, in the place of the last one; it is
+        """Leave a note for the other processes of the pool, in the place of the last one; it is
         forgotten after `keep_ms`."""
         request = {"sid": self._session.sid, "note": note, "keep_ms": keep_ms, "most": 0}
         # Once: it is sent again soon, and what waits behind it is more urgent.
         await self._run("notes", request, tries=1)
 
     async def told(self, most: int) -> dict[str, bytes]:
-        """What the processes of the pool have told, by session: of `most` of them at most."""
+        """The notes of the processes of the pool, by session: of `most` of them at most."""
         request = {"sid": "", "note": b"", "keep_ms": 0, "most": most}
         rows = msgpack.unpackb(await self._run("notes", request), raw=True)
         return {sid.decode(): note for sid, note in rows}
 
     async def place(self, session: str, ticket: int) -> Place | None:
         """How far from its turn a ticket of a session is; None if it does not wait."""
-        raw = await self._run("place", {"sid": session, "ticket": str(ticket)})
+        raw = await self._run("position", {"sid": session, "ticket": str(ticket)})
         return read_place(msgpack.unpackb(raw))
 
     async def why(self, session: str, ticket: int) -> Why | None:
@@ -489,22 +490,24 @@ class Limiter:
         by: str = "",
         ramp_ms: int = RAMP_MS,
     ) -> bool:
-        """Admit no call under `limit` for a time, in all processes immediately.
+        """Admit no call under `limit` for a time, in all processes.
 
         Afterwards calls come back over `ramp_ms`. A pause that would end later stays: False then.
         """
         said = f"{by}: {reason}" if reason else by
-        request = {
-            "verb": "pause", "limit": limit, "for_ms": max(1, for_ms), "ramp_ms": max(1, ramp_ms),
-            "said": said,
-        }  # fmt: skip
-        self._session.stop_handing_on()
+        request = {"verb": "pause", "ramp_ms": max(1, ramp_ms)}
+        return await self._pause(limit, for_ms, ramp_ms, said, request)
+
+    async def _pause(
+        self, limit: str, for_ms: int, ramp_ms: int, said: str, request: dict[str, Any]
+    ) -> bool:
+        session = self._session
+        session.stop_handing_on()
+        request |= {"limit": limit, "for_ms": max(1, for_ms), "said": said}
         done = bool(await self._act(request))
         if done:
-            self._session.remembered.pause(
-                limit, self._session.lease.now_ms() + for_ms, ramp_ms, said
-            )
-        self._session.refresh()
+            session.remembered.pause(limit, session.lease.now_ms() + for_ms, ramp_ms, said)
+        session.refresh()
         return done
 
     async def close_gate(
@@ -514,16 +517,8 @@ class Limiter:
         that tries it: after `for_ms`, and after each that failed (`tried`) twice as long, up to
         `most_ms`. Only a try makes it last longer; False where it stays as it was."""
         said = f"{by}: {reason}" if reason else by
-        request = {
-            "verb": "close", "limit": limit, "for_ms": max(1, for_ms), "most_ms": max(1, most_ms),
-            "tried": tried, "said": said,
-        }  # fmt: skip
-        self._session.stop_handing_on()
-        done = bool(await self._act(request))
-        if done:
-            self._session.remembered.pause(limit, self._session.lease.now_ms() + for_ms, 0, said)
-        self._session.refresh()
-        return done
+        request = {"verb": "close", "most_ms": max(1, most_ms), "tried": tried}
+        return await self._pause(limit, for_ms, 0, said, request)
 
     async def open_gate(self, limit: str, *, ramp_ms: int = RAMP_MS) -> bool:
         """End what `close_gate` began; calls come back over `ramp_ms`. False if it was open."""
@@ -559,7 +554,7 @@ class Limiter:
         return {name: max(0, ms) for name, ms, _, _ in remembered.paused(at)}
 
     def paused_ms(self, limits: Sequence[str]) -> int:
-        """For how long still nobody is admitted under one of these limits, as this process last
+        """For how long still no call is admitted under one of these limits, as this process last
         heard, some seconds ago at most; 0 where none is paused. Without I/O."""
         return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
 
@@ -587,25 +582,19 @@ class Limiter:
 
     async def history(self) -> list[Change]:
         """The last policies, the newest first."""
-        try:
-            rows = await self._link.command(
-                ("LRANGE", f"{self._keys.prefix}history", "0", "-1"),
-                self._session.lease.deadline_s(),
-            )
-        except LinkDown as error:
-            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+        command = ("LRANGE", f"{self._keys.prefix}history", "0", "-1")
+        with _unavailable():
+            rows = await self._link.command(command, self._session.lease.deadline_s())
         return [read_change(row) for row in rows]
 
     async def ping(self, timeout_ms: int) -> None:
         """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
-        try:
+        with _unavailable():
             await self._link.ping(timeout_ms / 1000)
-        except LinkDown as error:
-            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
 
     async def set_policy(self, policy: PoolPolicy, *, by: str = "") -> None:
-        """Put a policy with a higher revision in force for the whole pool, immediately or as soon
-        as Valkey answers. Nothing is revoked: a limit that was lowered drains."""
+        """Put a policy with a higher revision in force for the whole pool, now or as soon as
+        Valkey answers. Nothing is revoked: a limit that was lowered drains."""
         if policy.revision <= self._session.policy.revision:
             raise TidegateError(f"revision {self._session.policy.revision} is in force already")
         self._session.set_policy(policy, by)

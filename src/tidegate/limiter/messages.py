@@ -15,7 +15,7 @@ from functools import cache
 from hashlib import sha1
 from importlib.resources import files
 from itertools import chain
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import msgpack
 
@@ -47,7 +47,7 @@ class Barred(NamedTuple):
 
 class Outlook(NamedTuple):
     """What `flow` waits for. `room_ms` is when there is room for its first ticket if nothing is
-    released, 0 where that is not known; `firm`: for none of its tickets there is any before."""
+    returned, 0 where that is not known; `firm`: for none of its tickets there is any before."""
 
     flow: int
     limit: str
@@ -272,7 +272,7 @@ class SyncRequest:
     member. enqueues: flow, member. wants: flow, cost_ms. A member is
     ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
     told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
-    ms that each enqueue may wait, 0 where unknown. firm: limits of which nothing is released."""
+    ms that each enqueue may wait, 0 where not known. firm: limits of which nothing is returned."""
 
     sid: str
     gen: int
@@ -471,7 +471,7 @@ SHAPES = (
              SESSION_KEEP, True),
     KeyShape("note:", "string", "per session: what its process tells the others, as bytes",
              "seconds: it is sent again and again", True),
-    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to come",
+    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to be told",
              SESSION_KEEP, True),
     KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",
              SESSION_KEEP, True),
@@ -513,7 +513,7 @@ class Keyspace:
         return None
 
 
-ScriptName = Literal["sync", "tend", "renew", "inspect", "place", "act", "rights", "notes"]
+ScriptName = Literal["sync", "tend", "renew", "inspect", "position", "admin", "acl", "notes"]
 
 # Releases must work when the server's memory is full: a permit may not leak for want of a byte.
 _FLAGS = "#!lua flags=allow-oom\n"
@@ -542,8 +542,10 @@ class Script:
 
 @cache
 def fragment(name: str) -> str:
-    """The text of `lua/{name}.lua`."""
-    return files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    """The text of a script in `lua/`, or of one of its parts in `lua/lib/`."""
+    scripts = files(__package__).joinpath("lua")
+    folder = scripts if name in get_args(ScriptName) else scripts.joinpath("lib")
+    return folder.joinpath(f"{name}.lua").read_text(encoding="utf-8")
 
 
 def read_header(source: str) -> dict[str, str]:

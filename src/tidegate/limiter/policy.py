@@ -121,9 +121,9 @@ class PoolPolicy:
     bands: priorities, highest first.
     queue_per_tenant: waiters that one tenant may have over all processes.
     lease_ms: how long a process may be silent before its permits are taken back.
-    when_away: what waiters get when Valkey is away for longer than the lease: `closed` lets
-        nobody in, `local` lets each process use limit / last known sessions (rounded down, which
-        may be 0).
+    when_away: what waiters get when Valkey is away for longer than the lease: `closed`
+        admits no call, `local` lets each process use limit / last known sessions (rounded down,
+        which may be 0).
     on_lost: what becomes of running calls when Valkey is away for longer than the lease.
     on_expiry: whether the permits of a dead or paused process are reused when its lease is over,
         or held until the hard deadline of its calls.

@@ -49,8 +49,7 @@ State = Literal["up", "away", "recovering"]
 
 
 class Observer:
-    """Callbacks on the event loop, which must not block. Derive from it and override what you
-    need; every method does nothing by default."""
+    """Callbacks on the event loop, which must not block: override those that you need."""
 
     def state_changed(self, old: State, new: State) -> None:
         """Valkey became unavailable or available, or is quiet for a lease after a loss."""
@@ -165,7 +164,7 @@ class Remembered:
         version, sids = whole.roster
         news = version != self.roster_version
         if sids is not None:
-            # While it recovers, earlier sessions are still to come.
+            # While it recovers, those that were there before are still to come.
             self._roster = self._roster | set(sids) if recovering else set(sids)
         self.roster_version = version
         self._confirmed_ms = at_ms
@@ -253,16 +252,13 @@ class Remembered:
 
     def paused_of(self, limits: Sequence[str], at_ms: float) -> tuple[str, ...]:
         """Those of these limits that are paused, the time included over which calls come back."""
-        found: list[str] = []
-        for name in limits:
-            if (pause := self.pauses.get(name)) is not None:
-                end, ramp_ms, _ = pause
-                if ramp_ms == 0 or end + ramp_ms > at_ms:
-                    found.append(name)
-        return tuple(found)
+        paused = ((name, self.pauses[name]) for name in limits if name in self.pauses)
+        return tuple(
+            name for name, (end, ramp_ms, _) in paused if ramp_ms == 0 or end + ramp_ms > at_ms
+        )
 
     def gate(self, limit: str, at_ms: float) -> tuple[int, str] | None:
-        """For how long a gate lets nobody try, and what was said of it; None where it is open."""
+        """For how long a gate admits no try, and its reason; None where it is open."""
         end, ramp_ms, said = self.pauses.get(limit, (0.0, 1, ""))
         return None if ramp_ms else (max(0, int(end - at_ms)), said)
 
@@ -279,63 +275,49 @@ class Remembered:
         now_ms = time.time() * 1000 if ahead_ms is None else at_ms + ahead_ms
         return {name: self._midnight_ms(zone, now_ms) for name, zone in quotas.items()}
 
-    def join(
-        self,
-        policy: PoolPolicy,
-        by: str,
-        name: str,
-        held: list[tuple[int, int, int, int, int]],
-        since: Mapping[str, int],
-        at_ms: float,
-        lease_ms: int,
-    ) -> Join:
-        """What a session says that joins; `since` is what it spent since it last compared."""
+    def base_of(self, policy: PoolPolicy) -> PoolPolicy | None:
+        """The policy that was in force before, where `policy` is newer."""
         before = self._in_force
-        base = before if before is not None and before.revision < policy.revision else None
-        return Join(
-            policy, by, name, held, self.lapsing(at_ms), self.spent(since, at_ms),
-            self.paused(at_ms), self.roster(at_ms, lease_ms), base,
-        )  # fmt: skip
+        return before if before is not None and before.revision < policy.revision else None
 
 
 class LocalShare:
-    """What may be admitted without asking. `set` before `allows`."""
+    """What may be admitted without asking, and what of rates and quotas was."""
 
     def __init__(self) -> None:
-        self._policy: PoolPolicy | None = None
-        self._sessions = 0
-        self._held: Mapping[str, int] = {}
         # limit -> (ms, amount) of what was admitted here
         self._spent: dict[str, deque[tuple[float, int]]] = {}
 
-    def set(self, policy: PoolPolicy, sessions: int, held: Mapping[str, int]) -> None:
-        """`held` is how many permits this process holds of each limit, and may change."""
-        self._policy, self._sessions, self._held = policy, sessions, held
-
-    def allows(self, waiter: Waiter, at_ms: float) -> bool:
-        """Whether our share of every limit has room; what is taken of rates is noted."""
-        flow = waiter.flow
-        spends = flow.spends(waiter.amounts)
-        for name in flow.limits:
-            if not self._has_room(name, spends.get(name, 0), at_ms):
+    def allows(
+        self,
+        waiter: Waiter,
+        policy: PoolPolicy,
+        sessions: int,
+        held: Mapping[str, int],
+        at_ms: float,
+    ) -> bool:
+        """Whether our share of every limit has room, beside the permits `held` of it; what is taken
+        of rates is noted."""
+        spends = waiter.flow.spends(waiter.amounts)
+        for name in waiter.flow.limits:
+            limit = policy.binding(name)
+            if limit is None:
+                return False
+            used = held.get(name, 0) + 1
+            if not isinstance(limit, Concurrency):
+                used = self._used(name, limit, at_ms) + spends.get(name, 0)
+            if used > share_of(limit.bound, sessions):
                 return False
         for name, amount in spends.items():
             self._spent.setdefault(name, deque()).append((at_ms, amount))
         return True
 
-    def _has_room(self, name: str, amount: int, at_ms: float) -> bool:
-        assert self._policy is not None
-        limit = self._policy.binding(name)
-        if limit is None:
-            return False
-        share = share_of(limit.bound, self._sessions)
-        if isinstance(limit, Concurrency):
-            return self._held.get(name, 0) < share
+    def _used(self, name: str, limit: Rate | Quota, at_ms: float) -> int:
         span_ms = _DAY_MS if isinstance(limit, Quota) else limit.window_ms + limit.slack
         spent = self._spent.setdefault(name, deque())
         while spent and spent[0][0] + span_ms <= at_ms:
             spent.popleft()
-        return sum(each for _, each in spent) + amount <= share
+        return sum(each for _, each in spent)
 
 
 FENCE_SHARE = 0.8
@@ -478,8 +460,7 @@ MAX_LOOKS, LOOKS_BESIDE, MAX_ASKS = 20, 10, 200
 class Session:
     """See the module. `wake` is called when there is something to send, `alarm(name, in_ms)` when
     there will be. `accepted`: the last reply was, within the lease. `fatal` is set by a fault that
-    no retry fixes. `name` is the process, for people.
-    """
+    no retry fixes. `name` is the process, for people."""
 
     def __init__(
         self,
@@ -580,13 +561,14 @@ class Session:
         self._queue.take_hints({})
 
     def admit_locally(self) -> None:
-        """Use our share when Valkey is unavailable for longer than the lease and the policy says
-        so."""
+        """Use our share once Valkey is unavailable for more than a lease, if the policy says so."""
         if self.policy.when_away == "local" and self._failing and self.lease.all_lapsed():
             at = self.lease.now_ms()
-            self._local.set(self.policy, self.sessions, self._queue.held_of)
+            policy, sessions, held = self.policy, self.sessions, self._queue.held_of
             self._queue.admit_locally(
-                lambda waiter: self._local.allows(waiter, at), self.lease.identity.epoch, at
+                lambda waiter: self._local.allows(waiter, policy, sessions, held, at),
+                self.lease.identity.epoch,
+                at,
             )
 
     def has_share(self, limits: Sequence[str]) -> bool:
@@ -634,8 +616,17 @@ class Session:
         held, quotas = fields.pop("held"), fields.pop("quotas")
         join = None
         if joining:
-            policy, lease_ms = (self.policy, self.policy_by, self.name), self.lease.lease_ms
-            join = remembered.join(*policy, held, queue.spent_since, at, lease_ms)
+            join = Join(
+                self.policy,
+                self.policy_by,
+                self.name,
+                held,
+                remembered.lapsing(at),
+                remembered.spent(queue.spent_since, at),
+                remembered.paused(at),
+                remembered.roster(at, self.lease.lease_ms),
+                remembered.base_of(self.policy),
+            )
         request = SyncRequest(
             sid=self.sid,
             gen=self.lease.identity.gen,

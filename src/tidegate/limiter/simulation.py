@@ -21,15 +21,15 @@ from tidegate.limiter.messages import (
     load,
     pack,
 )
-from tidegate.limiter.model.pool import ON_PAGE, PoolModel
+from tidegate.limiter.model.pool import PoolModel
+from tidegate.limiter.model.queues import BEHIND
 from tidegate.limiter.model.rates import DAY_MS, span_of
-from tidegate.limiter.model.scheduler import (
-    BEHIND,
-    LONGEST,
+from tidegate.limiter.model.state import (
     BandState,
     Gate,
     LimitState,
-    Queue,
+    Paces,
+    SessionQueue,
     read_actual,
     read_flow,
     read_member,
@@ -44,9 +44,7 @@ __all__ = [
     "DAY_MS",
     "LINGER_IDLE_S",
     "LINGER_S",
-    "LONGEST",
     "MAX_WAITERS",
-    "ON_PAGE",
     "BandState",
     "Batch",
     "Clock",
@@ -58,14 +56,15 @@ __all__ = [
     "Lease",
     "LimitState",
     "LocalQueue",
+    "Paces",
     "PermitIssuer",
     "PoolModel",
     "Push",
-    "Queue",
     "RenewReply",
     "Renewal",
     "ScriptName",
     "Session",
+    "SessionQueue",
     "SyncReply",
     "SyncRequest",
     "Waiter",

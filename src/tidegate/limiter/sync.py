@@ -16,19 +16,23 @@ import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, Unpack
+from typing import Any, Generic, ParamSpec, Self, TypeVar, Unpack, cast
 
 from tidegate.errors import LeaseLost, ShuttingDown, TidegateError
-from tidegate.limiter.limiter import FOR_EVER_MS, RAMP_MS, AcquireOptions, AttemptOptions, Limiter
+from tidegate.limiter.limiter import (
+    FOR_EVER_MS,
+    RAMP_MS,
+    AcquireOptions,
+    AttemptOptions,
+    Limiter,
+    LimiterOptions,
+)
 from tidegate.limiter.permit import DetachedPermit, Outcome, Permit
-from tidegate.limiter.policy import Demand, OnConflict, PoolPolicy
-from tidegate.limiter.session import Observer
+from tidegate.limiter.policy import Demand, Tokens
 from tidegate.limiter.views import LocalState, Snapshot
 
-if TYPE_CHECKING:
-    from tidegate.limiter.policy import Tokens
-
 Acquire = Callable[[], AbstractAsyncContextManager[Permit | None]]
+PermitT = TypeVar("PermitT", bound="SyncPermit | None")
 
 
 class SyncPermit:
@@ -75,8 +79,8 @@ class SyncPermit:
         self._permit.settle(outcome, tokens=tokens, images=images)
 
 
-class Held:
-    """A permit on its way through a thread: `enter` waits for it, `leave` releases it.
+class ThreadPermit:
+    """A permit on its way through a thread: `enter` waits for it, `leave` returns it.
 
     close: called in a thread of ours when the permit is lost, or overdue (`hard_ms` after its
         grant), or dropped: end the use if nobody is in it, and call `release` then.
@@ -103,7 +107,7 @@ class Held:
         return None if self._hold is None else self._hold.failure
 
     def enter(self) -> SyncPermit | None:
-        """Wait for the permit. An exception that interrupts the waiting gives the ticket back."""
+        """Wait for the permit. An exception that interrupts the waiting returns the ticket."""
         if self._hold is not None:
             raise RuntimeError("an acquisition can be entered once")
         hold = self._hold = DetachedPermit(self._acquire, self._stop, hard_ms=self._hard_ms)
@@ -118,7 +122,7 @@ class Held:
         return None if permit is None else SyncPermit(permit, self.lost, self._confirm)
 
     def leave(self) -> None:
-        """Give the permit back. Raises LeaseLost when it was lost before."""
+        """Return the permit. Raises LeaseLost when it was lost before."""
         if self._hold is None or not self._limiter.ours():
             return
         try:
@@ -127,14 +131,14 @@ class Held:
             raise LeaseLost("the limiter was closed while the permit was held") from None
 
     def release(self) -> None:
-        """Give the permit back, soon."""
+        """Return the permit, soon."""
         if self._hold is not None:
             self._limiter.tell(self._hold.release)
 
     def drop(self) -> bool:
-        """Nobody has the permit any more: have it closed. May be called by the garbage collector.
+        """The permit has no user any more: have it closed. May be called by the garbage collector.
 
-        False if it has been released already.
+        False if it has been returned already.
         """
         return self._hold is not None and self._limiter.ours() and self._hold.drop()
 
@@ -151,18 +155,19 @@ class Held:
         await self._hold.let_go()
 
 
-class SyncAcquisition:
-    """What `SyncLimiter.acquire` returns: enter it to wait for the permit, leave it to release."""
+class SyncAcquisition(Generic[PermitT]):
+    """What `SyncLimiter.acquire` and `try_acquire` return: enter it to wait for the permit, leave
+    it to release. Entering a try never waits, and may give None."""
 
-    __slots__ = ("_held",)
+    __slots__ = ("_held", "_permit")
 
     def __init__(self, limiter: SyncLimiter, acquire: Acquire) -> None:
-        self._held = Held(limiter, acquire)
+        self._held = ThreadPermit(limiter, acquire)
+        self._permit: SyncPermit | None = None
 
-    def __enter__(self) -> SyncPermit:
-        permit = self._held.enter()
-        assert permit is not None
-        return permit
+    def __enter__(self) -> PermitT:
+        self._permit = self._held.enter()
+        return cast(PermitT, self._permit)
 
     def __exit__(
         self,
@@ -170,34 +175,7 @@ class SyncAcquisition:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            self._held.leave()
-        except LeaseLost:
-            if kind is None:
-                raise
-
-
-class SyncAttempt:
-    """What `SyncLimiter.try_acquire` returns: entering never waits, and may give None."""
-
-    __slots__ = ("_had", "_held")
-
-    def __init__(self, limiter: SyncLimiter, acquire: Acquire) -> None:
-        self._held = Held(limiter, acquire)
-        self._had = False
-
-    def __enter__(self) -> SyncPermit | None:
-        permit = self._held.enter()
-        self._had = permit is not None
-        return permit
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if not self._had:
+        if self._permit is None:
             return
         try:
             self._held.leave()
@@ -217,19 +195,9 @@ class SyncLimiter:
     child has neither the thread nor the connections, and every use of it there raises RuntimeError.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        pool: str,
-        policy: PoolPolicy,
-        instance_id: str | None = None,
-        observer: Observer | None = None,
-        on_conflict: OnConflict = "raise",
-    ) -> None:
+    def __init__(self, url: str, **options: Unpack[LimiterOptions]) -> None:
         """As `Limiter`. The methods of `observer` are called on the limiter's own thread."""
-        limiter = functools.partial(Limiter, url, pool=pool, policy=policy)
-        self._limiter = limiter(instance_id=instance_id, observer=observer, on_conflict=on_conflict)
+        self._limiter = Limiter(url, **options)
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="tidegate-limiter", daemon=True)
         # Reentrant: a finalizer may submit in the middle of a submission.
@@ -242,19 +210,9 @@ class SyncLimiter:
         self._ended = threading.Event()
 
     @classmethod
-    def from_url(
-        cls,
-        url: str,
-        *,
-        pool: str,
-        policy: PoolPolicy,
-        instance_id: str | None = None,
-        observer: Observer | None = None,
-        on_conflict: OnConflict = "raise",
-    ) -> Self:
+    def from_url(cls, url: str, **options: Unpack[LimiterOptions]) -> Self:
         """A limiter of `pool` at `url`, as `Limiter.from_url`."""
-        limiter = functools.partial(cls, url, pool=pool, policy=policy)
-        return limiter(instance_id=instance_id, observer=observer, on_conflict=on_conflict)
+        return cls(url, **options)
 
     def __repr__(self) -> str:
         return f"<SyncLimiter {self._limiter!r}>"
@@ -300,7 +258,7 @@ class SyncLimiter:
         try:
             asyncio.run(self._serve())
         except BaseException as error:
-            # A start that failed is raised to its waiter; later faults are the thread's.
+            # A start that failed is raised to its caller; later faults are the thread's.
             if self._started.done():
                 raise
             self._started.set_exception(error)
@@ -347,18 +305,22 @@ class SyncLimiter:
 
     # -- permits
 
-    def acquire(self, *limits: str, **options: Unpack[AcquireOptions]) -> SyncAcquisition:
+    def acquire(
+        self, *limits: str, **options: Unpack[AcquireOptions]
+    ) -> SyncAcquisition[SyncPermit]:
         """`with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
 
         As `Limiter.acquire`, and raises the same. An exception in the waiting thread, such as
-        KeyboardInterrupt, gives the ticket back. A thread cannot be cancelled: when the session is
+        KeyboardInterrupt, returns the ticket. A thread cannot be cancelled: when the session is
         lost, `permit.lost` is set, and leaving raises LeaseLost.
         """
         return SyncAcquisition(self, lambda: self._limiter.acquire(*limits, **options))
 
-    def try_acquire(self, *limits: str, **options: Unpack[AttemptOptions]) -> SyncAttempt:
+    def try_acquire(
+        self, *limits: str, **options: Unpack[AttemptOptions]
+    ) -> SyncAcquisition[SyncPermit | None]:
         """`with limiter.try_acquire("kind:text_only") as permit:`; None if none is free now."""
-        return SyncAttempt(self, lambda: self._limiter.try_acquire(*limits, **options))
+        return SyncAcquisition(self, lambda: self._limiter.try_acquire(*limits, **options))
 
     def limited(
         self, *limits: str, **options: Unpack[AcquireOptions]
@@ -387,12 +349,12 @@ class SyncLimiter:
 
         return decorate
 
-    def hold(self, demand: Demand, close: Callable[[], object]) -> Held:
-        """A permit for a use whose end another object sees; see `Held`.
+    def hold(self, demand: Demand, close: Callable[[], object]) -> ThreadPermit:
+        """A permit for a use whose end another object sees; see `ThreadPermit`.
 
         It is overdue when the `hard_ms` of the demand are over.
         """
-        return Held(
+        return ThreadPermit(
             self, lambda: self._limiter.acquire_for(demand), hard_ms=demand.hard_ms, close=close
         )
 
@@ -427,8 +389,11 @@ class SyncLimiter:
         ramp_ms: int = RAMP_MS,
     ) -> bool:
         """Pause a limit in all processes, as `Limiter.penalise`."""
-        options: dict[str, Any] = {"reason": reason, "by": by, "ramp_ms": ramp_ms}
-        return self.run(lambda limiter: limiter.penalise(limit, for_ms=for_ms, **options))
+        return self.run(
+            lambda limiter: limiter.penalise(
+                limit, for_ms=for_ms, reason=reason, by=by, ramp_ms=ramp_ms
+            )
+        )
 
     def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause, as `Limiter.resume`."""

@@ -4,10 +4,11 @@
     redis+sentinel://a:26379,b/service/0   the master that the sentinels name, if it says so too
     redis+cluster://a:6379,b               the node that owns the pool's slot, if it says so too
 
-`rediss+...` is the same over TLS. Invariants: every connect resolves again and begins with the next
-of the candidates, so that one that is wrong or hangs is not tried for ever; redis-py's retries
-are off, since they would hide an outage. Who is asked what is decided without I/O, by a generator
-that gets each answer or error sent in; the connection that answered last is the one sought.
+`rediss+...` is the same over TLS. Invariants: every connect asks again and begins with the next of
+the servers that may be asked, so that one that is wrong or hangs is not asked for ever; redis-py's
+retries are off, since they would hide an outage. Who is asked what is decided without I/O, by a
+generator that gets each answer or error sent in; the connection that answered last is the one
+sought.
 """
 
 from __future__ import annotations

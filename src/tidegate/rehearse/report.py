@@ -114,15 +114,15 @@ class LoadTally:
 
     def look(self, now_ms: float, model: PoolModel, wall_ms: int) -> None:
         """Take a sample of the pool."""
-        model.now = max(model.now, wall_ms)
+        model.pool.now = max(model.pool.now, wall_ms)
         used, waiting, held_up = {}, Counter[str](), Counter[str]()
         for name in self.policy.limits:
-            limit = model.limit(name)
-            used[name] = model.spent(limit) if limit.is_rate else limit.used
+            limit = model.pool.limit(name)
+            used[name] = model.capacity.spent(limit) if limit.is_rate else limit.used
             if limit.is_rate:
                 use = self.uses[name]
                 use.peak = max(use.peak, used[name])
-        for session in model.sessions.values():
+        for session in model.pool.sessions.values():
             for queue in session.queues.values():
                 waiting[queue.flow.tenant] += len(queue.tickets)
                 if queue.at is not None:

@@ -330,10 +330,10 @@ class Playback:
         def arrived() -> None:
             wall_ms = START_MS + int(self.now_ms)
             reply = (self.model.tend if tend else self.model.sync)(request, wall_ms)
-            for sid, push in self.model.pushed:
+            for sid, push in self.model.pool.pushed:
                 heard = self._processes[sid].session.take_push
                 self.after(half_ms, lambda heard=heard, push=push: heard(push))  # type: ignore[misc]
-            self.model.pushed.clear()
+            self.model.pool.pushed.clear()
             self.after(half_ms, lambda: answered(reply))
 
         self.after(half_ms, arrived)
@@ -344,8 +344,8 @@ class Playback:
         return _RUN, _UPTIME_MS + int(self.now_ms)
 
     def held_up_by(self, sid: str, flow: str) -> str | None:
-        """The limit that blocks the waiters of a process's flow."""
-        session = self.model.sessions.get(sid)
+        """The limit at which a process's waiters of a flow stand."""
+        session = self.model.pool.sessions.get(sid)
         queue = session.queues.get(flow) if session else None
         return queue.at if queue else None
 
@@ -354,7 +354,7 @@ class Playback:
         for number in range(self.setting.processes):
             process = Process(self, f"process-{number + 1}")
             self._processes[process.session.sid] = process
-            self.model.subscribed.add(process.session.sid)
+            self.model.pool.subscribed.add(process.session.sid)
             process.session.refresh()
         while not all(process.ready for process in self._processes.values()):
             self._step()

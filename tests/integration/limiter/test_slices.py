@@ -12,7 +12,7 @@ import redis
 
 from tests.integration.limiter.slices import Pool, Process, stray_fields
 from tidegate.limiter.messages import Join
-from tidegate.limiter.model.pool import ON_PAGE
+from tidegate.limiter.model.state import Paces
 from tidegate.limiter.policy import Limit, PoolPolicy, Rate
 from tidegate.limiter.queue import MAX_FLOWS
 from tidegate.limiter.session import LOOKS_BESIDE, MAX_ASKS, MAX_LOOKS
@@ -156,7 +156,7 @@ def test_what_many_tenants_have_spent_is_known_to_all_when_valkey_loses_it(made:
     assert len(spender.queue.held) == MANY
     pool.pass_time(LEASE_MS // 3)
     work = survivor.compare()
-    assert len(work) == math.ceil(MANY / ON_PAGE), "told in pages, one after another"
+    assert len(work) == math.ceil(MANY / Paces().on_page), "told in pages, one after another"
     assert all(each["elements"] < 900 for each in work)
     [quiet] = survivor.compare()
     assert quiet["elements"] < 700, "nothing is told twice"

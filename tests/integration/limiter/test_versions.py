@@ -33,14 +33,14 @@ TASKS = 10
 
 # What the next version adds, by the end of which file.
 MORE = {
-    "limiter/lua/keys.lua": """
+    "limiter/lua/lib/core.lua": """
 local pack = cmsgpack.pack
 local cmsgpack = { unpack = cmsgpack.unpack, pack = function(values)
   values[#values + 1] = { 'next' }
   return pack(values)
 end }
 """,
-    "limiter/lua/pool.lua": """
+    "limiter/lua/lib/pool.lua": """
 local save_before = T.save_pool
 function T.save_pool()
   T.put('next', 'of the pool')
@@ -49,7 +49,7 @@ function T.save_pool()
   save_before()
 end
 """,
-    "limiter/lua/held.lua": """
+    "limiter/lua/lib/permits.lua": """
 local flush_before = T.flush_own
 function T.flush_own()
   if own.dirty then
@@ -59,7 +59,7 @@ function T.flush_own()
   flush_before()
 end
 """,
-    "limiter/lua/hints.lua": """
+    "limiter/lua/lib/hints.lua": """
 local hints_before = T.hints
 function T.hints()
   local list = hints_before()
@@ -67,7 +67,7 @@ function T.hints()
   return list
 end
 """,
-    "limiter/lua/whole.lua": """
+    "limiter/lua/lib/comparison.lua": """
 local whole_before, roster_before = T.whole, T.roster
 function T.roster()
   local roster = roster_before()
@@ -98,6 +98,15 @@ def _as_fields(self):
 
 
 Join.as_fields = _as_fields
+""",
+    "limiter/connection.py": """
+
+_request_before = pack_request
+
+
+def pack_request(request):
+    fields = msgpack.unpackb(_request_before(request), raw=True)
+    return msgpack.packb({**fields, "next": {"of": "a request"}}, use_bin_type=False)
 """,
     "limiter/policy.py": """
 

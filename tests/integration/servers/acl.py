@@ -20,7 +20,9 @@ def of_the_limiter() -> set[str]:
     for module in limiter.iterdir():
         if module.name.endswith(".py"):
             found |= {name.lower() for name in _COMMAND.findall(module.read_text("utf-8"))}
-    for fragment in limiter.joinpath("lua").iterdir():
+    lua = limiter.joinpath("lua")
+    parts = [*lua.iterdir(), *lua.joinpath("lib").iterdir()]
+    for fragment in (part for part in parts if part.name.endswith(".lua")):
         for command, inner in _CALL.findall(fragment.read_text(encoding="utf-8")):
             found.add(f"{command}|{inner}".lower() if inner else command.lower())
     return found

@@ -26,23 +26,22 @@ from tidegate.limiter.messages import (
     load,
     read_header,
 )
+from tidegate.limiter.model import capacity, queues, state
 from tidegate.limiter.model import pool as roster
 from tidegate.limiter.model import pool as telling
 from tidegate.limiter.model import rates as spending
-from tidegate.limiter.model import scheduler as permits
-from tidegate.limiter.model import scheduler as places
-from tidegate.limiter.model import scheduler as pump
-from tidegate.limiter.model import scheduler as state
-from tidegate.limiter.model.scheduler import ACK_WINDOW
+from tidegate.limiter.model.pump import ACK_WINDOW
+from tidegate.limiter.model.state import Paces
 
 FRAGMENTS = sorted(
     entry.name.removesuffix(".lua")
-    for entry in files("tidegate.limiter").joinpath("lua").iterdir()
+    for folder in ("lua", "lua/lib")
+    for entry in files("tidegate.limiter").joinpath(folder).iterdir()
     if entry.name.endswith(".lua")
 )
 LUA = "\n".join(fragment(name) for name in FRAGMENTS)
 SCRIPTS: tuple[ScriptName, ...] = (
-    *("sync", "tend", "renew", "inspect", "place", "act", "rights", "notes"),
+    *("sync", "tend", "renew", "inspect", "position", "admin", "acl", "notes"),
 )
 WORDS = {"does", "keys", "args", "returns", "units"}
 
@@ -116,14 +115,14 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
     [
         ("ACK_WINDOW", ACK_WINDOW),
         ("ACK_WINDOW", 2 * session.ACK_EARLY),
-        ("AT_ONCE", pump.AT_ONCE),
-        ("AHEAD_MS", pump.AHEAD_MS),
-        ("STARVES", places.STARVES),
-        ("UNITS", places.VIRTUAL_UNITS),
+        ("AT_ONCE", Paces().at_once),
+        ("AHEAD_MS", Paces().ahead_ms),
+        ("STARVES", Paces().starves),
+        ("UNITS", state.VIRTUAL_UNITS),
         ("UNITS", flow.VIRTUAL_UNITS),
-        ("LONGEST", places.LONGEST),
-        ("BEHIND", places.BEHIND),
-        ("RAMP_BOUND", places.RAMP_BOUND),
+        ("LONGEST", Paces().longest),
+        ("BEHIND", queues.BEHIND),
+        ("RAMP_BOUND", capacity.RAMP_BOUND),
         ("UNBOUNDED", limits.MAX_BOUND),
         ("ADAPT_CALLS", state.ADAPT_CALLS),
         ("ADAPT_PAUSE_MS", state.ADAPT_PAUSE_MS),
@@ -131,11 +130,11 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
         ("MOST_TO_ANNOUNCE", roster.MOST_TO_ANNOUNCE),
         ("MOST_AT_ONCE", roster.MOST_AT_ONCE),
         ("MOST_ON_ROSTER", roster.MOST_ON_ROSTER),
-        ("MOST_TOLD", telling.ON_PAGE),
-        ("MOST_ON_PAGE", telling.ON_PAGE),
-        ("LOOKED_AT", telling.LOOKED_AT),
+        ("MOST_TOLD", Paces().on_page),
+        ("MOST_ON_PAGE", Paces().on_page),
+        ("LOOKED_AT", Paces().looked_at),
         ("FOR_EVER", telling.FOR_EVER),
-        ("MOST_OWED", permits.MOST_OWED),
+        ("MOST_OWED", Paces().most_owed),
     ],
 )
 def test_figures_are_the_same_in_lua_and_in_the_model(name: str, value: int) -> None:

@@ -4,7 +4,7 @@
 -- request: sid note keep_ms most
 -- returns: rows of sid and note, of the sessions that live longest; none after one was left
 -- units: ms; most is how many are read
--- uses: keys
+-- uses: core
 local function note_key(sid) return T.prefix .. 'note:' .. sid end
 
 if q.note ~= '' then

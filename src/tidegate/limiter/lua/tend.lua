@@ -5,8 +5,8 @@
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole barred outlook
 -- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step), barred (ticket, limit, room_in_ms, used), outlook (flow, limit, room_in_ms, used, firm)
--- uses: keys clock pool limits places held recover roster session join say hints reply whole
--- later: giving room parking pump wants rates timers outlook pauses starving
+-- uses: core clock pool limits queues permits recover roster session join apply hints reply comparison
+-- later: releases capacity blocked pump hint_weights rates timers outlook pauses starving
 T.load_pool()
 T.recover()
 T.reap_expired()

@@ -13,6 +13,7 @@ never less than the true one.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 
 from tidegate.limiter.messages import (
     Push,
@@ -25,17 +26,20 @@ from tidegate.limiter.messages import (
     band_shares,
     definition,
 )
-from tidegate.limiter.model.scheduler import (
-    ACK_WINDOW,
+from tidegate.limiter.model.capacity import Capacity
+from tidegate.limiter.model.pump import Pump
+from tidegate.limiter.model.queues import Outlooks, Permits, Queues
+from tidegate.limiter.model.state import (
     BLOCKED,
     NO_LIMIT,
     Gate,
-    Held,
+    HeldPermit,
     Lapsing,
     LimitState,
+    Paces,
     Pause,
-    Pump,
-    Session,
+    PoolState,
+    SessionState,
     read_flow,
 )
 from tidegate.limiter.policy import PoolPolicy, Rate, as_limit
@@ -47,186 +51,186 @@ MOST_AT_ONCE = 64
 MOST_ON_ROSTER = 256
 
 
-class Roster(Pump):
+@dataclass(eq=False, repr=False)
+class Roster:
     """See the module. `version` grows with every change of who is there; `seen` is the version
     that each session knows; `expected` are the sessions that are to come back; `empty` says that
     the server knew nothing, `vouched` that somebody has named who was there."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.version = 0
-        self.seen: dict[str, int] = {}
-        self.expected: set[str] = set()
-        self.empty = False
-        self.vouched = False
-        self.began = 0
+    pool: PoolState
+    pump: Pump
+    version: int = 0
+    seen: dict[str, int] = field(default_factory=dict)
+    expected: set[str] = field(default_factory=set)
+    empty: bool = False
+    vouched: bool = False
+    began: int = 0
 
     def forget_roster(self, *, empty: bool) -> None:
         """Another epoch."""
-        self.seen, self.fresh, self.expected = {}, {}, set()
+        self.seen, self.pump.fresh, self.expected = {}, {}, set()
         self.empty, self.vouched = empty, False
 
     def call_up(self, sid: str) -> None:
         """A message without grants: compare everything."""
-        session = self.sessions.get(sid)
-        if session and session.expiry > self.now and sid in self.subscribed:
-            self.pushed.append((sid, Push(self.epoch, session.gen, session.sent, [], self.now)))
+        session = self.pool.sessions.get(sid)
+        if session and session.expiry > self.pool.now and sid in self.pool.subscribed:
+            pool = self.pool
+            push = Push(pool.epoch, session.gen, session.sent, [], pool.now)
+            pool.pushed.append((sid, push))
 
     def call_up_others(self, but: str) -> None:
-        for sid in self.sessions:
+        for sid in self.pool.sessions:
             if sid != but:
                 self.call_up(sid)
 
-    def enter_roster(self, sid: str, session: Session, before: Session | None) -> None:
+    def enter_roster(self, sid: str, session: SessionState, before: SessionState | None) -> None:
         """One that was there joins again only to say something new."""
         if before is not None:
             session.since = before.since
             return
         self.version += 1
         session.since = self.seen[sid] = self.version
-        if len(self.sessions) > 1:
-            lease_ms = self.policy.lease_ms if self.policy else 0
-            self.fresh[sid] = self.now + lease_ms // 2
-            if not self.quiet() and len(self.sessions) <= MOST_TO_ANNOUNCE:
+        if len(self.pool.sessions) > 1:
+            self.pump.fresh[sid] = self.pool.now + self.pool.lease_ms // 2
+            if not self.pool.quiet() and len(self.pool.sessions) <= MOST_TO_ANNOUNCE:
                 self.call_up_others(sid)
 
     def leave_roster(self, sid: str) -> None:
         self.version += 1
         self.seen.pop(sid, None)
-        self.fresh.pop(sid, None)
+        self.pump.fresh.pop(sid, None)
 
     def acknowledge(self, q: SyncRequest) -> None:
         """What a session knows, and who is known to all by that."""
         self.seen[q.sid] = max(self.seen[q.sid], q.roster)
         least = min(self.seen.values())
-        eldest = sorted(self.fresh.items(), key=lambda each: (each[1], each[0]))
+        eldest = sorted(self.pump.fresh.items(), key=lambda each: (each[1], each[0]))
         for sid, until in eldest[:MOST_AT_ONCE]:
-            if until <= self.now or self.sessions[sid].since <= least:
-                del self.fresh[sid]
+            if until <= self.pool.now or self.pool.sessions[sid].since <= least:
+                del self.pump.fresh[sid]
                 if sid != q.sid:
                     self.call_up(sid)
 
     def vouch(self, q: SyncRequest) -> None:
-        """A session that returns after an empty restart names the sessions before it."""
+        """A session that comes back after an empty restart names those that were there."""
         assert q.join is not None
-        if not self.empty or not self.quiet():
+        if not self.empty or not self.pool.quiet():
             return
-        self.expected |= {sid for sid in q.join.roster if sid not in self.sessions}
+        self.expected |= {sid for sid in q.join.roster if sid not in self.pool.sessions}
         self.expected.discard(q.sid)
         self.vouched |= bool(q.join.roster)
         if self.vouched and not self.expected:
-            lease_ms = self.policy.lease_ms if self.policy else 0
-            self.began, self.recover_until = self.now - max(lease_ms, q.lease_ms), self.now
+            self.began = self.pool.now - max(self.pool.lease_ms, q.lease_ms)
+            self.pool.recover_until = self.pool.now
             self.call_up_others(q.sid)
 
     def roster(self, q: SyncRequest) -> tuple[int, list[str] | None]:
         """Its version, and who is there, for a session that does not know it yet."""
-        if len(self.sessions) > MOST_ON_ROSTER:
+        if len(self.pool.sessions) > MOST_ON_ROSTER:
             return 0, []
-        return self.version, None if q.roster == self.version else list(self.sessions)
+        return self.version, None if q.roster == self.version else list(self.pool.sessions)
 
 
 # What a gate is taken for whose record was lost.
 GATE_MS = 1000
 
 
-class Joining(Roster):
+@dataclass(eq=False, repr=False)
+class Joins:
     """See the module."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conflict = 0
-        self.changes = 0
-        # limit -> the number of its last change, and what was spent then
-        self.spending: dict[str, tuple[int, int]] = {}
-
-    @property
-    def lease_ms(self) -> int:
-        return self.policy.lease_ms if self.policy else 0
+    pool: PoolState
+    capacity: Capacity
+    queues: Queues
+    permits: Permits
+    pump: Pump
+    roster: Roster
+    conflict: int = 0
+    changes: int = 0
+    # limit -> the number of its last change, and what was spent then
+    spending: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def hold(self) -> bool:
-        return self.policy is not None and self.policy.on_expiry == "hold"
-
-    @property
-    def revision(self) -> int:
-        return self.policy.revision if self.policy else 0
+        return self.pool.policy is not None and self.pool.policy.on_expiry == "hold"
 
     def forget_stamps(self) -> None:
-        """With nobody left in a tenant's queues its stamps may start again."""
-        for tenant in self.left:
-            if not self.queues_of[tenant]:
-                self.stamps.pop(tenant, None)
-        self.left.clear()
+        """When a tenant's queues are empty its stamps may begin again."""
+        for tenant in self.pool.left:
+            if not self.pool.queues_of[tenant]:
+                self.pool.stamps.pop(tenant, None)
+        self.pool.left.clear()
 
     def note_spenders(self) -> None:
         """Each change of what is spent has a number."""
-        for name, limit in sorted(self.limits.items()):
-            if limit.spending.anew:
-                limit.spending.anew = False
+        for name, limit in sorted(self.pool.limits.items()):
+            if limit.spending.changed:
+                limit.spending.changed = False
                 self.changes += 1
-                self.spending[name] = self.changes, self.spent(limit)
+                self.spending[name] = self.changes, self.capacity.spent(limit)
 
     def begin_epoch(self, q: SyncRequest) -> None:
-        known = self.epoch > 0 or q.epoch > 0
-        for sid in list(self.sessions):
+        known = self.pool.epoch > 0 or q.epoch > 0
+        for sid in list(self.pool.sessions):
             self.reap(sid, hold=self.hold)
-        for limit in self.limits.values():
+        for limit in self.pool.limits.values():
             limit.asserted = 0
-        self.forget_roster(empty=self.epoch == 0)
-        quiet_ms = max(self.lease_ms, q.lease_ms)
+        self.roster.forget_roster(empty=self.pool.epoch == 0)
+        quiet_ms = max(self.pool.lease_ms, q.lease_ms)
         if not known:
-            # Nobody knows of this pool: sessions that might have seen it on an earlier run of the
+            # No session knows of this pool: those that might have seen it on an earlier run of the
             # server have had since its start to come back.
             quiet_ms = max(0, quiet_ms - q.uptime_ms)
-        self.epoch = max(self.now, self.epoch + 1, q.epoch + 1)
-        self.began, self.recover_until = self.now, self.now + quiet_ms
+        self.pool.epoch = max(self.pool.now, self.pool.epoch + 1, q.epoch + 1)
+        self.roster.began, self.pool.recover_until = self.pool.now, self.pool.now + quiet_ms
 
     def reap(self, sid: str, *, hold: bool, comes_back: bool = False) -> None:
         """End a session. With `hold` its permits stay counted until the hard deadline of their
         calls; with `comes_back` what it is still to tell of calls that ended stays known."""
-        session = self.sessions.get(sid)
+        session = self.pool.sessions.get(sid)
         if session is not None:
             for ticket, held in session.held.items():
                 lane = read_flow(held.flow).lane
-                if hold and held.until > self.now:
-                    self.lapsing[Lapsing(ticket, sid, " ".join(lane))] = held.until
+                if hold and held.until > self.pool.now:
+                    self.permits.lapsing[Lapsing(ticket, sid, " ".join(lane))] = held.until
                 else:
-                    self.uncount(lane, sid, ticket)
+                    self.permits.uncount(lane, sid, ticket)
             for queue in list(session.queues.values()):
-                self.vacate(queue)
-            del self.sessions[sid]
+                self.queues.vacate(queue)
+            del self.pool.sessions[sid]
         if not comes_back:
-            self.owed.pop(sid, None)
-            self.leave_roster(sid)
+            self.permits.owed.pop(sid, None)
+            self.roster.leave_roster(sid)
 
     def join(self, q: SyncRequest) -> Status:
-        """The session restarts with what it says that it holds."""
+        """The session begins again with what it says that it holds."""
         assert q.join is not None
-        before = self.sessions.get(q.sid)
+        before = self.pool.sessions.get(q.sid)
         if before is not None and q.batch <= before.batch:
             return "stale"
         charges = {t: held.charges for t, held in before.held.items()} if before else {}
         self.reap(q.sid, hold=False, comes_back=True)
         self._merge(q.join.policy)
-        lost = 0 < q.epoch < self.epoch
+        lost = 0 < q.epoch < self.pool.epoch
         if lost:
             # A session of an earlier epoch proves that there was one.
-            quiet_ms = max(self.lease_ms, q.lease_ms)
-            self.recover_until = max(self.recover_until, self.began + quiet_ms)
-        session = Session(self.next_seq(), q.batch, self.now + self.lease_ms, q.join.name)
-        self.sessions[q.sid] = session
-        self.enter_roster(q.sid, session, before)
+            quiet_ms = max(self.pool.lease_ms, q.lease_ms)
+            self.pool.recover_until = max(self.pool.recover_until, self.roster.began + quiet_ms)
+        expiry = self.pool.now + self.pool.lease_ms
+        session = SessionState(self.permits.next_seq(), q.batch, expiry, q.join.name)
+        self.pool.sessions[q.sid] = session
+        self.roster.enter_roster(q.sid, session, before)
         for ticket, number, seq, hard_ms, cost_ms in q.join.held:
             key = q.flows[number - 1]
             lane = read_flow(key).lane
-            self.lapsing.pop(Lapsing(ticket, q.sid, " ".join(lane)), None)
-            self.count(lane, q.sid, ticket)
-            until = self.now + hard_ms
-            session.held[ticket] = Held(seq, until, cost_ms, charges.get(ticket, {}), key)
+            self.permits.lapsing.pop(Lapsing(ticket, q.sid, " ".join(lane)), None)
+            self.permits.count(lane, q.sid, ticket)
+            until = self.pool.now + hard_ms
+            session.held[ticket] = HeldPermit(seq, until, cost_ms, charges.get(ticket, {}), key)
         # What else was held over for it is free: it says itself what it holds.
-        for permit in [permit for permit in self.lapsing if permit.sid == q.sid]:
-            self.free_lapsing(permit)
+        for permit in [permit for permit in self.permits.lapsing if permit.sid == q.sid]:
+            self.permits.free_lapsing(permit)
         if lost:
             self._remember(q)
         return "ok"
@@ -237,16 +241,16 @@ class Joining(Roster):
         for member, left_ms in q.join.lapsing:
             ticket, sid, lane = member.split("|", 2)
             permit = Lapsing(int(ticket), sid, lane)
-            if sid not in self.sessions and permit not in self.lapsing:
-                self.lapsing[permit] = self.now + left_ms
-                self.count(tuple(lane.split(" ")), sid, int(ticket))
+            if sid not in self.pool.sessions and permit not in self.permits.lapsing:
+                self.permits.lapsing[permit] = self.pool.now + left_ms
+                self.permits.count(tuple(lane.split(" ")), sid, int(ticket))
         for name, seen, since in q.join.spent:
             self._assert_spent(name, seen, since)
         for name, left_ms, ramp_ms, said in q.join.pauses:
-            pause = self.pause_of(self.limit(name))
-            if pause is None or pause.until < self.now + left_ms:
-                self._assert_pause(self.limit(name), self.now + left_ms, ramp_ms, said)
-        self.vouch(q)
+            pause = self.pool.pause_of(self.pool.limit(name))
+            if pause is None or pause.until < self.pool.now + left_ms:
+                self._assert_pause(self.pool.limit(name), self.pool.now + left_ms, ramp_ms, said)
+        self.roster.vouch(q)
 
     def _assert_pause(self, limit: LimitState, until: int, ramp_ms: int, said: str) -> None:
         gate = None
@@ -255,29 +259,30 @@ class Joining(Roster):
             gate = before or Gate(GATE_MS, GATE_MS)
         limit.pause = Pause(until, ramp_ms, said, gate=gate)
         if limit.is_implicit:
-            self.look_again(limit.name, until)
+            self.pump.look_again(limit.name, until)
 
     def _assert_spent(self, name: str, seen: int, since: int) -> None:
         """Rates after a loss: the most that anybody had seen spent, and what each has admitted
         since."""
-        limit = self.limit(name)
+        limit = self.pool.limit(name)
         if not limit.is_rate:
             return
         base = limit.asserted
-        known = max(base, self.spent(limit) if base == 0 else 0)
-        self.spent(limit)
-        limit.spending.add(limit.limit, max(0, seen - known) + since, self.now)
+        known = max(base, self.capacity.spent(limit) if base == 0 else 0)
+        self.capacity.spent(limit)
+        limit.spending.add(limit.limit, max(0, seen - known) + since, self.pool.now)
         limit.asserted = max(base, seen, 1)
 
     def _merge(self, policy: PoolPolicy) -> None:
         """The highest revision wins; a start-up never overwrites a newer one."""
-        if policy.revision == self.revision and self.policy and policy.pack() != self.policy.pack():
+        before, revision = self.pool.policy, self.pool.revision
+        if policy.revision == revision and before and policy.pack() != before.pack():
             self.conflict = 1
-        if policy.revision <= self.revision:
+        if policy.revision <= revision:
             return
         self.forget_stamps()
-        self.forget_unnamed()
-        before, self.policy = self.policy, policy
+        self.pool.forget_unnamed()
+        self.pool.policy = policy
         changed = [
             name
             for name, limit in policy.limits.items()
@@ -285,8 +290,8 @@ class Joining(Roster):
             or (old := before.limit(name)) is None
             or definition(old) != definition(as_limit(limit))
         ]
-        for name in {*self.limits, *policy.limits}:
-            limit = self.limit(name)
+        for name in {*self.pool.limits, *policy.limits}:
+            limit = self.pool.limit(name)
             limit.limit = policy.binding(name) or NO_LIMIT
             limit.retry_at = None
             if name not in policy.limits:
@@ -297,95 +302,96 @@ class Joining(Roster):
                 limit.current, limit.dropped_at = None, 0
             elif limit.current is not None:
                 limit.current = min(limit.current, limit.limit.bound * 1000)
-        self.forget_unnamed()
+        self.pool.forget_unnamed()
         same = before is not None and band_shares(before.bands) == band_shares(policy.bands)
         concerned = changed if same else policy.limits
-        self.touched |= {name for name in concerned if self.limit(name).waits}
+        self.pool.touched |= {name for name in concerned if self.pool.limit(name).waits}
         # In a new record nothing was counted in any way.
-        for limit in map(self.limit, changed if before else ()):
+        for limit in map(self.pool.limit, changed if before else ()):
             if limit.is_rate:
-                self.spent(limit)
-                limit.spending.take_along(limit.limit, self.now)
+                self.capacity.spent(limit)
+                limit.spending.take_along(limit.limit, self.pool.now)
 
 
-# What one call tells of each list, and of how many rates it sees what is spent now.
-ON_PAGE = 100
-LOOKED_AT = 50
 # When a pause ends that lasts until it is ended.
 FOR_EVER = 9007199254740991
 Place = tuple[str, int]
 
 
-class Telling(Joining):
+@dataclass(eq=False, repr=False)
+class Reports:
     """See the module."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.on_page, self.looked_at = ON_PAGE, LOOKED_AT
+    pool: PoolState
+    capacity: Capacity
+    permits: Permits
+    roster: Roster
+    joining: Joins
 
     def whole(self, q: SyncRequest) -> Whole:
-        session, policy = self.sessions[q.sid], self.policy
-        ends = [s.expiry for s in self.sessions.values()] + list(self.lapsing.values())
+        session, policy = self.pool.sessions[q.sid], self.pool.policy
+        ends = [s.expiry for s in self.pool.sessions.values()] + list(self.permits.lapsing.values())
         lapsing, more_lapsing = self._page(
-            [(end, "|".join(map(str, permit))) for permit, end in self.lapsing.items()]
-            if self.hold
+            [(end, "|".join(map(str, permit))) for permit, end in self.permits.lapsing.items()]
+            if self.joining.hold
             else [],
             q.pages.get("lapsing"),
         )
         paused, more_paused = self._pauses(q.pages.get("pauses"))
         spent, told, more_spent = self._spent_since(q)
         pages = {"spent": more_spent, "lapsing": more_lapsing, "pauses": more_paused}
-        tell = policy is not None and (q.revision != self.revision or self.conflict == 1)
+        tell = q.revision != self.pool.revision or self.joining.conflict == 1
         return Whole(
-            now_ms=self.now,
+            now_ms=self.pool.now,
             held=[
                 (ticket, held.seq, held.until)
                 for ticket in q.asks
                 if (held := session.held.get(ticket))
             ],
-            lapsing=[(member, max(0, end - self.now)) for end, member in lapsing],
-            next_event_ms=max(1, min(ends) - self.now),
-            conflict=self.conflict,
+            lapsing=[(member, max(0, end - self.pool.now)) for end, member in lapsing],
+            next_event_ms=max(1, min(ends) - self.pool.now),
+            conflict=self.joining.conflict,
             spent=spent,
             pauses=[
-                (name, pause.until - self.now, pause.ramp_ms, pause.said)
+                (name, pause.until - self.pool.now, pause.ramp_ms, pause.said)
                 for name in paused
-                if (pause := self.pause_of(self.limit(name)))
+                if (pause := self.pool.pause_of(self.pool.limit(name)))
             ],
             policy=policy.pack() if policy and tell else None,
-            roster=self.roster(q),
+            roster=self.roster.roster(q),
             told=told,
             pages={name: place for name, place in pages.items() if place},
         )
 
     def paused(self) -> dict[str, int]:
         """When nothing is left of each pause."""
-        pauses = {name: limit.pause for name, limit in self.limits.items() if limit.pause}
+        pauses = {name: limit.pause for name, limit in self.pool.limits.items() if limit.pause}
         return {
             name: FOR_EVER if pause.gate else pause.until + pause.ramp_ms
             for name, pause in pauses.items()
         }
 
     def _pauses(self, place: Place | None) -> tuple[list[str], Place | None]:
-        over = sorted((end, name) for name, end in self.paused().items() if end <= self.now)
-        for _, name in over[: self.looked_at]:
-            self.limit(name).pause = None
+        over = sorted((end, name) for name, end in self.paused().items() if end <= self.pool.now)
+        for _, name in over[: self.pool.paces.looked_at]:
+            self.pool.limit(name).pause = None
         page, rest = self._page([(end, name) for name, end in self.paused().items()], place)
         return [name for _, name in page], rest
 
     def _spent_since(self, q: SyncRequest) -> tuple[list[tuple[str, int]], int, Place | None]:
         """What is spent of the rates that changed after `told`, as of then; with the first page, of
         those that did not for the longest time as of now."""
-        order = sorted((number, name) for name, (number, _) in self.spending.items())
-        news = [(number, name) for number, name in order if number > q.told][: self.on_page]
-        behind = len(news) == self.on_page
-        told = news[-1][0] if behind else self.changes
-        found = {name: self.spending[name][1] for _, name in news}
-        for _, name in order[: 0 if "spent" in q.pages else self.looked_at]:
-            limit = self.limit(name)
-            found[name] = self.spent(limit) if limit.is_rate else 0
+        order = sorted((number, name) for name, (number, _) in self.joining.spending.items())
+        most = self.pool.paces.on_page
+        news = [(number, name) for number, name in order if number > q.told][:most]
+        behind = len(news) == most
+        told = news[-1][0] if behind else self.joining.changes
+        found = {name: self.joining.spending[name][1] for _, name in news}
+        for _, name in order[: 0 if "spent" in q.pages else self.pool.paces.looked_at]:
+            limit = self.pool.limit(name)
+            found[name] = self.capacity.spent(limit) if limit.is_rate else 0
             if not found[name]:
-                del self.spending[name]
+                del self.joining.spending[name]
         return list(found.items()), told, (str(told), 0) if behind else None
 
     def _page(
@@ -394,62 +400,69 @@ class Telling(Joining):
         """The rows that begin at a place, (score, how many of it were read), and the next place."""
         score, passed = place or ("", 0)
         first = passed + (sum(at < int(score) for at, _ in rows) if place else 0)
-        page = sorted(rows)[first : first + self.on_page]
-        if len(page) < self.on_page:
+        page = sorted(rows)[first : first + self.pool.paces.on_page]
+        if len(page) < self.pool.paces.on_page:
             return page, None
         last = page[-1][0]
         if page[0][0] < last:
             return page, (str(last), 0)
-        return page, (str(last), self.on_page + (passed if score == str(last) else 0))
+        return page, (str(last), self.pool.paces.on_page + (passed if score == str(last) else 0))
 
 
-class PoolModel(Telling):
-    """A pool. Times passed in are the server's, in ms."""
+class PoolModel:
+    """A pool. Times are the server's, in ms."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, paces: Paces | None = None) -> None:
+        self.pool = PoolState(paces or Paces())
+        capacity = self.capacity = Capacity(self.pool)
+        queues = self.queues = Queues(self.pool, capacity)
+        permits = self.permits = Permits(self.pool, capacity, queues)
+        self.outlooks = Outlooks(self.pool, capacity, permits)
+        self.pump = Pump(self.pool, capacity, queues, permits, self.outlooks)
+        self.roster = Roster(self.pool, self.pump)
+        self.joining = Joins(self.pool, capacity, queues, permits, self.pump, self.roster)
+        self.reports = Reports(self.pool, capacity, permits, self.roster, self.joining)
         self.run = ""
         self.clock = 0
-        # As of the last `tend` that was answered: how many sessions, and when the first runs out.
-        self.noted_sessions = 0
         self.reap_at = 0
 
     def flush(self) -> None:
         """FLUSHALL, or a restart without data."""
-        paces = ("at_once", "ahead_ms", "starves", "longest", "on_page", "looked_at", "most_owed")
-        kept = ("subscribed", "pushed", *paces)
-        vars(self).update(vars(PoolModel()) | {name: vars(self)[name] for name in kept})
+        pool = self.pool
+        vars(self).update(vars(PoolModel(pool.paces)))
+        self.pool.subscribed, self.pool.pushed = pool.subscribed, pool.pushed
 
     def _begin(self, q: SyncRequest | None) -> None:
-        for limit in self.limits.values():
+        for limit in self.pool.limits.values():
             limit.retry_at, limit.reserved = None, 0
-        self.resets = q.resets if q else {}
-        self.touched, self.own, self.granted = set(), None, []
-        self.firm, self.barred, self.waited = frozenset(q.firm if q else ()), [], {}
-        self.given_to = defaultdict(list)
-        self.budget, self.served, self.more, self.conflict = self.at_once, False, 0, 0
+        self.pool.resets = q.resets if q else {}
+        self.pool.touched, self.pump.own, self.pump.granted = set(), None, []
+        self.outlooks.firm = frozenset(q.firm if q else ())
+        self.outlooks.barred, self.outlooks.waited = [], {}
+        self.pump.given_to = defaultdict(list)
+        self.pump.budget, self.pump.served = self.pool.paces.at_once, False
+        self.pump.more = self.joining.conflict = 0
 
     def _end(self) -> None:
-        self.publish()
-        self.clock = self.now
-        self.forget_stamps()
-        self.forget_unnamed()
-        self.note_spenders()
-
-    # -- the scripts
+        self.pump.publish()
+        self.clock = self.pool.now
+        self.joining.forget_stamps()
+        self.pool.forget_unnamed()
+        self.joining.note_spenders()
 
     def sync(self, q: SyncRequest, wall: int) -> SyncReply:
         """What a process has to say in passing. Declines, changing nothing, where there is more to
         do than that: the caller asks again by `tend`."""
         self._begin(q)
-        self.now = max(wall, self.clock)
-        session = self.sessions.get(q.sid)
-        if self._in_doubt(q.run, wall) or q.epoch != self.epoch or (session and session.blocked):
+        self.pool.now = max(wall, self.clock)
+        session = self.pool.sessions.get(q.sid)
+        blocked = session is not None and session.blocked
+        if self._in_doubt(q.run, wall) or q.epoch != self.pool.epoch or blocked:
             return self._reply(q, "tend", None)
         status = self._check(q)
         if status == "ok":
             assert session is not None
-            self.own = q.sid
+            self.pump.own = q.sid
         return self._finish(q, status, session)
 
     def tend(self, q: SyncRequest, wall: int) -> SyncReply:
@@ -458,41 +471,41 @@ class PoolModel(Telling):
         self._recover(q, wall)
         self._reap_expired()
         self._reap_closed(q.sid)
-        status = self.join(q) if q.join else self._check(q)
-        session = self.sessions.get(q.sid)
+        status = self.joining.join(q) if q.join else self._check(q)
+        session = self.pool.sessions.get(q.sid)
         if status == "ok":
             assert session is not None
-            self.own = q.sid
-            self.acknowledge(q)
-            session.expiry = self.now + self.lease_ms
+            self.pump.own = q.sid
+            self.roster.acknowledge(q)
+            session.expiry = self.pool.now + self.pool.lease_ms
             if session.blocked:
-                self.unblock(session)
+                self.pump.unblock(session)
         return self._finish(q, status, session, tending=True)
 
     def renew(self, q: Renewal, wall: int) -> RenewReply:
         """Keeps a session alive; never brings one back that is gone."""
-        now, session = max(wall, self.clock), self.sessions.get(q.sid)
+        now, session = max(wall, self.clock), self.pool.sessions.get(q.sid)
         status: Status = "ok"
-        set_back = self.clock - wall > self.lease_ms / 2
-        silent = wall - self.clock > self.lease_ms / 2 and self._ran_out(wall)
-        if self.run != q.run or q.epoch != self.epoch or set_back or silent:
+        set_back = self.clock - wall > self.pool.lease_ms / 2
+        silent = wall - self.clock > self.pool.lease_ms / 2 and self._ran_out(wall)
+        if self.run != q.run or q.epoch != self.pool.epoch or set_back or silent:
             status = "epoch"
         elif session is None or session.expiry <= now or session.gen != q.gen:
             status = "gone"
         else:
-            session.expiry = now + self.lease_ms
+            session.expiry = now + self.pool.lease_ms
             self.clock = now
-        quiet_ms = max(0, self.recover_until - now)
-        return RenewReply(status, self.epoch, self.lease_ms, quiet_ms, self.revision)
+        quiet_ms = max(0, self.pool.recover_until - now)
+        return RenewReply(status, self.pool.epoch, self.pool.lease_ms, quiet_ms, self.pool.revision)
 
     def pause(self, name: str, for_ms: int, ramp_ms: int, said: str, *, run: str, wall: int) -> int:
         """Admit no call under a limit. A shorter pause never ends a longer one."""
         in_doubt = self._begin_act(run, wall)
-        limit, until, done = self.limit(name), self.now + for_ms, 0
-        pause = self.pause_of(limit)
+        limit, until, done = self.pool.limit(name), self.pool.now + for_ms, 0
+        pause = self.pool.pause_of(limit)
         if pause is None or pause.until < until:
             limit.pause, done = Pause(until, ramp_ms, said), 1
-            self.timed[name] = until
+            self.pump.timed[name] = until
             if pause is None:
                 self._announce(in_doubt=in_doubt)
         self._end_act(in_doubt=in_doubt)
@@ -504,14 +517,14 @@ class PoolModel(Telling):
         """Admit nobody under a limit until it is opened, but one call at a time that tries: after
         `for_ms`, and for as long as tries fail after twice the last time, up to `most_ms`."""
         in_doubt = self._begin_act(run, wall)
-        limit, until = self.limit(name), self.now + for_ms
-        pause = self.pause_of(limit)
+        limit, until = self.pool.limit(name), self.pool.now + for_ms
+        pause = self.pool.pause_of(limit)
         gate = pause.gate if pause else None
         done = 1
         if pause and gate and most_ms <= gate.most_ms:
             done = int(tried)
             gate.rounds = min(gate.rounds + done, 30)
-            until = self.now + min(gate.most_ms, gate.every_ms * 2**gate.rounds)
+            until = self.pool.now + min(gate.most_ms, gate.every_ms * 2**gate.rounds)
             until = max(pause.until, until)
             gate.taker = None if tried else gate.taker
         elif pause and not gate and pause.until >= until:
@@ -520,7 +533,7 @@ class PoolModel(Telling):
             gate = Gate(for_ms, most_ms)
         if done:
             limit.pause = Pause(until, 0, said, gate=gate)
-            self.timed[name] = until
+            self.pump.timed[name] = until
             self._announce(in_doubt=in_doubt)
         self._end_act(in_doubt=in_doubt)
         return done
@@ -528,30 +541,30 @@ class PoolModel(Telling):
     def open(self, name: str, ramp_ms: int, *, run: str, wall: int) -> int:
         """End what `close` began; calls come back over `ramp_ms`."""
         in_doubt = self._begin_act(run, wall)
-        limit, done = self.limit(name), 0
-        pause = self.pause_of(limit)
+        limit, done = self.pool.limit(name), 0
+        pause = self.pool.pause_of(limit)
         if pause and pause.gate:
-            limit.pause, done = Pause(self.now, ramp_ms, pause.said), 1
-            self.timed[name] = self.now + ramp_ms
-            self.touched.add(name)
+            limit.pause, done = Pause(self.pool.now, ramp_ms, pause.said), 1
+            self.pump.timed[name] = self.pool.now + ramp_ms
+            self.pool.touched.add(name)
             self._announce(in_doubt=in_doubt)
         self._end_act(in_doubt=in_doubt)
         return done
 
     def _announce(self, *, in_doubt: bool) -> None:
-        if not in_doubt and self.noted_sessions <= MOST_TO_ANNOUNCE:
-            self.call_up_others("")
+        if not in_doubt and self.pool.noted_sessions <= MOST_TO_ANNOUNCE:
+            self.roster.call_up_others("")
 
     def resume(self, name: str, *, run: str, wall: int) -> int:
         """End a pause."""
         in_doubt = self._begin_act(run, wall)
-        limit = self.limit(name)
-        done = int(self.pause_of(limit) is not None)
+        limit = self.pool.limit(name)
+        done = int(self.pool.pause_of(limit) is not None)
         if done:
             limit.pause = None
             self._announce(in_doubt=in_doubt)
-        self.timed.pop(name, None)
-        self.touched.add(name)
+        self.pump.timed.pop(name, None)
+        self.pool.touched.add(name)
         self._end_act(in_doubt=in_doubt)
         return done
 
@@ -559,44 +572,43 @@ class PoolModel(Telling):
         """Take back all that a session holds, or held when it died; `who` is its id or its name."""
         in_doubt = self._begin_act(run, wall)
         done = 0
-        for sid, session in list(self.sessions.items()):
+        for sid, session in list(self.pool.sessions.items()):
             if who in (sid, session.name):
-                self.reap(sid, hold=False)
+                self.joining.reap(sid, hold=False)
                 done += 1
-        held_over = [permit for permit in self.lapsing if permit.sid == who]
+        held_over = [permit for permit in self.permits.lapsing if permit.sid == who]
         for permit in held_over:
-            self.free_lapsing(permit)
+            self.permits.free_lapsing(permit)
         done += bool(held_over)
         if not in_doubt:
             self._note_sessions()
         self._end_act(in_doubt=in_doubt)
         return done
 
-    # -- parts of them
-
     def _begin_act(self, run: str, wall: int) -> bool:
-        """Where the past may be lost nobody is admitted, and `tend` is to find it out."""
+        """Where the past may be lost no call is admitted, and `tend` is to find it out."""
         self._begin(None)
         in_doubt = self._in_doubt(run, wall)
-        self.now = wall if self.clock - wall > self.lease_ms / 2 else max(wall, self.clock)
+        set_back = self.clock - wall > self.pool.lease_ms / 2
+        self.pool.now = wall if set_back else max(wall, self.clock)
         return in_doubt
 
     def _end_act(self, *, in_doubt: bool) -> None:
         if in_doubt:
-            for name in self.touched:
-                self.look_again(name, self.now)
-            self.forget_stamps()
-            self.forget_unnamed()
+            for name in self.pool.touched:
+                self.pump.look_again(name, self.pool.now)
+            self.joining.forget_stamps()
+            self.pool.forget_unnamed()
         else:
-            self.pump()
+            self.pump.pump()
             self._end()
 
     def _in_doubt(self, run: str, wall: int) -> bool:
         return self.run != run or wall < self.clock or wall >= self.reap_at
 
     def _check(self, q: SyncRequest) -> Status:
-        session = self.sessions.get(q.sid)
-        if q.epoch != self.epoch:
+        session = self.pool.sessions.get(q.sid)
+        if q.epoch != self.pool.epoch:
             return "epoch"
         if session is None or session.gen != q.gen:
             return "gone"
@@ -607,122 +619,119 @@ class PoolModel(Telling):
         return "ok"
 
     def _finish(
-        self, q: SyncRequest, status: Status, session: Session | None, *, tending: bool = False
+        self, q: SyncRequest, status: Status, session: SessionState | None, *, tending: bool = False
     ) -> SyncReply:
         """Frees first, admits last."""
         stamps: list[int] = []
         refused: list[int] = []
         if status == "ok":
             assert session is not None
-            self.say_back(q, session)
-            self.serve_starving()
-            stamps, refused = self.ask(q, session)
-            self.rehead_filled()
+            self.permits.say_back(q, session)
+            self.pump.serve_starving()
+            stamps, refused = self.pump.ask(q, session)
+            self.permits.rehead_filled()
             if tending:
                 self._last_words(q, session)
-        self.pump()
-        outlook = self.outlook() if self.own else []
+        self.pump.pump()
+        outlook = self.outlooks.outlook() if self.pump.own else []
         if tending:
             self._note_sessions()
-            if self.own and (q.full or q.join):
-                self.bound_owed(q.sid)
+            if self.pump.own and (q.full or q.join):
+                self.permits.bound_owed(q.sid)
         self._end()
         reply = self._reply(q, status, session if status == "ok" else None)
-        whole = self.whole(q) if tending and self.own and q.full else None
+        whole = self.reports.whole(q) if tending and self.pump.own and q.full else None
         return reply._replace(stamps=stamps, refused=refused, outlook=outlook, whole=whole)
 
-    def _last_words(self, q: SyncRequest, session: Session) -> None:
+    def _last_words(self, q: SyncRequest, session: SessionState) -> None:
         for number in q.looks:
             queue = session.queues.get(q.flows[number - 1])
             if queue is not None and queue.at is not None and queue.at != BLOCKED:
-                self.touched.add(queue.at)
-                self.waited[number] = queue
+                self.pool.touched.add(queue.at)
+                self.outlooks.waited[number] = queue
         if q.leave:
-            self.reap(q.sid, hold=False)
-            self.own = None
+            self.joining.reap(q.sid, hold=False)
+            self.pump.own = None
 
     def _note_sessions(self) -> None:
-        self.noted_sessions = len(self.sessions)
-        self.reap_at = min((s.expiry for s in self.sessions.values()), default=0)
+        self.pool.noted_sessions = len(self.pool.sessions)
+        self.reap_at = min((s.expiry for s in self.pool.sessions.values()), default=0)
 
-    def _reply(self, q: SyncRequest, status: Status, session: Session | None) -> SyncReply:
-        timed_at = min(self.timed.values(), default=0)
+    def _reply(self, q: SyncRequest, status: Status, session: SessionState | None) -> SyncReply:
+        timed_at = min(self.pump.timed.values(), default=0)
         return SyncReply(
             status=status,
-            epoch=self.epoch,
+            epoch=self.pool.epoch,
             gen=session.gen if session else 0,
-            lease_ms=self.lease_ms,
-            recovering_ms=max(0, self.recover_until - self.now),
-            revision=self.revision,
-            sessions=self.noted_sessions,
+            lease_ms=self.pool.lease_ms,
+            recovering_ms=max(0, self.pool.recover_until - self.pool.now),
+            revision=self.pool.revision,
+            sessions=self.pool.noted_sessions,
             sent=session.sent if session else 0,
-            more=self.more,
-            parked=self.parked,
-            timed_ms=max(1, timed_at - self.now) if timed_at else 0,
-            grants=self.granted,
+            more=self.pump.more,
+            parked=self.pool.parked,
+            timed_ms=max(1, timed_at - self.pool.now) if timed_at else 0,
+            grants=self.pump.granted,
             stamps=[],
             refused=[],
-            hints=self.hints(q) if status == "ok" else [],
+            hints=self.pump.hints(q) if status == "ok" else [],
             whole=None,
-            barred=self.barred,
+            barred=self.outlooks.barred,
             outlook=[],
         )
 
-    # -- loss and time
-
     def _ran_out(self, wall: int) -> bool:
-        return any(session.expiry <= wall for session in self.sessions.values())
+        return any(session.expiry <= wall for session in self.pool.sessions.values())
 
     def _recover(self, q: SyncRequest, wall: int) -> None:
         """The past is lost when the server is another one or empty; when its clock was set back; or
         when nobody spoke to it for half a lease and a session ran out meanwhile: then the server or
         its clock was away, not the session, and everybody may still be running what he held."""
-        jump_ms = max(self.lease_ms, 1) / 2
+        jump_ms = max(self.pool.lease_ms, 1) / 2
         set_back = self.clock - wall > jump_ms
-        self.now = wall if set_back else max(wall, self.clock)
-        ran_out = self._ran_out(wall) or (self.noted_sessions > 0 and not self.sessions)
-        silent = self.epoch > 0 and wall - self.clock > jump_ms and ran_out
-        lost = self.epoch == 0 or self.run != q.run or q.epoch > self.epoch
+        self.pool.now = wall if set_back else max(wall, self.clock)
+        ran_out = self._ran_out(wall) or (self.pool.noted_sessions > 0 and not self.pool.sessions)
+        silent = self.pool.epoch > 0 and wall - self.clock > jump_ms and ran_out
+        lost = self.pool.epoch == 0 or self.run != q.run or q.epoch > self.pool.epoch
         if lost or set_back or silent:
             by_ms = self.clock - wall if set_back else 0
-            self.begin_epoch(q)
+            self.joining.begin_epoch(q)
             self.run = q.run
             if by_ms > 0:
                 self._rewind(by_ms)
 
     def _rewind(self, by_ms: int) -> None:
         """The clock was set back: what is remembered by its time is as old as before."""
-        for limit in self.limits.values():
-            pause = self.pause_of(limit)
+        for limit in self.pool.limits.values():
+            pause = self.pool.pause_of(limit)
             if isinstance(limit.limit, Rate):
                 limit.spending.rewind(by_ms)
             if pause is not None:
                 pause.until -= by_ms
-        self.timed = {name: at - by_ms for name, at in self.timed.items()}
-        self.lapsing = {permit: until - by_ms for permit, until in self.lapsing.items()}
+        self.pump.timed = {name: at - by_ms for name, at in self.pump.timed.items()}
+        lapsing = self.permits.lapsing
+        self.permits.lapsing = {permit: until - by_ms for permit, until in lapsing.items()}
 
     def _reap_expired(self) -> None:
-        for sid in [sid for sid, s in self.sessions.items() if s.expiry <= self.now]:
-            self.reap(sid, hold=self.hold)
-        for permit in [permit for permit, until in self.lapsing.items() if until <= self.now]:
-            self.free_lapsing(permit)
+        for sid in [sid for sid, s in self.pool.sessions.items() if s.expiry <= self.pool.now]:
+            self.joining.reap(sid, hold=self.joining.hold)
+        for permit, until in list(self.permits.lapsing.items()):
+            if until <= self.pool.now:
+                self.permits.free_lapsing(permit)
 
     def _reap_closed(self, but: str) -> None:
         """Where the policy says so, a process whose connection was closed is taken for dead when
         it has not come back within the grace."""
-        grace_ms = self.policy.reap_closed_ms if self.policy else 0
-        if grace_ms == 0 or self.quiet():
+        grace_ms = self.pool.policy.reap_closed_ms if self.pool.policy else 0
+        if grace_ms == 0 or self.pool.quiet():
             return
-        for sid, session in list(self.sessions.items()):
+        for sid, session in list(self.pool.sessions.items()):
             if sid == but:
                 continue
-            if sid in self.subscribed:
+            if sid in self.pool.subscribed:
                 session.closed_at = None
                 continue
             if session.closed_at is None:
-                session.closed_at = self.now
-            if self.now - session.closed_at >= grace_ms:
-                self.reap(sid, hold=self.hold)
-
-
-__all__ = ["ACK_WINDOW", "PoolModel"]
+                session.closed_at = self.pool.now
+            if self.pool.now - session.closed_at >= grace_ms:
+                self.joining.reap(sid, hold=self.joining.hold)

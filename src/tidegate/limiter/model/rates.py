@@ -26,13 +26,13 @@ def span_of(rate: Rate) -> int:
 class Spending:
     """All that was counted for one limit. A limit that is made one of another sort finds here what
     it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
-    `used` until `reset_at`: of the day. `anew`: something was spent or given back in this call."""
+    `used` until `reset_at`: of the day. `changed`: something was spent or returned in this call."""
 
     log: list[int] = field(default_factory=list)
     buckets: dict[int, int] = field(default_factory=dict)
     used: int = 0
     reset_at: int = 0
-    anew: bool = False
+    changed: bool = False
 
     def look(self, limit: Limit, now: int, reset_at: int) -> int:
         """What is spent. Forgets what counts no more; `reset_at` is the day's end as a process
@@ -54,7 +54,7 @@ class Spending:
         return sum(self.buckets.values())
 
     def room_at(self, limit: Limit, amount: int, now: int) -> int:
-        """When `amount` will fit, without any release. Call it after `look`."""
+        """When `amount` will fit, nothing being returned. Call it after `look`."""
         if limit.bound == 0:
             return now + DAY_MS
         if isinstance(limit, Quota):
@@ -77,7 +77,7 @@ class Spending:
         return (now // width + 1) * width
 
     def _spend(self, limit: Limit, end: int, amount: int) -> None:
-        self.anew |= amount != 0
+        self.changed |= amount != 0
         if isinstance(limit, Quota):
             self.used += amount
         else:
@@ -91,14 +91,14 @@ class Spending:
             amount = min(amount, limit.bound)
         if isinstance(limit, Rate) and limit.exact:
             self.log.append(now)
-            self.anew = True
+            self.changed = True
             return None
         end = self._end_now(limit, now)
         self._spend(limit, end, amount)
         return amount, end
 
     def settle(self, limit: Limit, charge: Charge, actual: int, now: int) -> bool:
-        """Correct a reservation; True if something was released. Call it after `look`.
+        """Correct a reservation; True if something was returned. Call it after `look`.
 
         What was reserved too much goes back to where it was taken from, while that still counts:
         never into a window or a day that has begun since. What was used on top counts from now.
@@ -120,7 +120,7 @@ class Spending:
             return
         if isinstance(limit, Rate) and limit.exact:
             self.log += [now] * min(amount, limit.bound)
-            self.anew |= limit.bound > 0
+            self.changed |= limit.bound > 0
         else:
             self._spend(limit, self._end_now(limit, now), amount)
 

@@ -4,8 +4,8 @@
 -- request: verb limit for_ms most_ms ramp_ms tried said sid run
 -- returns: done
 -- units: ms
--- uses: keys clock pool limits places held session recover roster say
--- later: giving room parking pump rates timers pauses starving
+-- uses: core clock pool limits queues permits session recover roster apply
+-- later: releases capacity blocked pump rates timers pauses starving
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
 -- Where the past may be lost nobody is admitted, and no trace is left of our having been here: `tend`

@@ -1,0 +1,53 @@
+-- does: names the pool's keys from the one that is passed, reads the request; tells how scripts are built
+-- keys: meta
+-- args: request
+-- returns: nothing
+-- units: none
+--
+-- How a script is built. A file in `lua/` is a script; those in `lua/lib/` are its parts. The header
+-- of a script names the parts: `uses` are put before it in that order, `later` are made as functions
+-- of their own, one after the other, when a name is missed that none made so far has defined (an
+-- ordinary request can do without most of them, and making a function costs more than calling it).
+-- One request is one run: nothing is kept in Lua between two. A run loads what the request speaks
+-- of, changes it in memory, and writes at its end what has changed.
+--
+-- What the parts share:
+--   call   redis.call
+--   q      the request, unpacked; a field that was not sent is 0 or an empty list
+--   T      all functions, and the state of the run that is nobody's own: T.limits, T.tenants and
+--          T.queues by name as loaded so far; T.touched, limits under which a waiter may be admitted
+--          now; T.changed, fields of the record to be written; T.granted, T.stamps, T.refused,
+--          T.barred, T.waited and T.outbox, what the reply and the pushes will say
+--   pool   the record of the pool (`pool.lua`): run, epoch, now, seq, revision, bands and the like
+--   own    the session that sends (`permits.lua`): gen, batch, held by ticket, queues by the number
+--          of their flow; own.sid is set once the request is accepted
+--   me     what the reply says of that session (`session.lua`): gen and sent
+--
+-- All functions and most state hang on `T`: a function finds each local that it captures by a walk
+-- along all captured ones, so that a hundred of them cost more than the work.
+local call = redis.call
+local none = {}
+local q = setmetatable(cmsgpack.unpack(ARGV[1]), { __index = {
+  gen = 0, epoch = 0, uptime_ms = 0, revision = 0, ack = 0, roster = 0, flows = none, wants = none,
+  transfers = none, releases = none, cancels = none, enqueues = none, settles = none,
+  resets = none, looks = none, told = 0, pages = none, asks = none, lefts = none,
+  firm = none,
+} })
+local T = { meta_key = KEYS[1], prefix = string.sub(KEYS[1], 1, -5) }
+T.sessions_key = T.prefix .. 'sessions'
+T.lapsing_key = T.prefix .. 'lapsing'
+T.timed_key = T.prefix .. 'timed'
+T.starving_key = T.prefix .. 'starving'
+T.spending_key = T.prefix .. 'spending'
+T.paused_key = T.prefix .. 'paused'
+
+-- A session's own keys outlive the pool's.
+T.POOL_KEEP_MS = 3600000
+T.SESSION_KEEP_MS = 7200000
+
+function T.session_key(sid) return T.prefix .. 'session:' .. sid end
+function T.owed_key(sid) return T.prefix .. 'owed:' .. sid end
+function T.channel(sid) return T.prefix .. 'grants:' .. sid end
+
+-- tostring() keeps 14 digits only.
+function T.int(number) return string.format('%d', number) end

@@ -1,0 +1,149 @@
+"""Capacity of a limit: whether a call fits, beside pauses, bands and their least shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+
+from tidegate.limiter.model.rates import span_of
+from tidegate.limiter.model.state import LimitState, PoolState, read_member
+from tidegate.limiter.policy import Concurrency, Rate
+
+# A limit without a bound comes back after a pause as one of this bound does.
+RAMP_BOUND = 64
+
+# While a higher band uses a rate, lower ones leave one part in so many of it free.
+LEFT_FREE = 20
+
+
+@dataclass(eq=False, repr=False)
+class Capacity:
+    """"""
+
+    pool: PoolState
+
+    def cap(self, limit: LimitState, band: int) -> int:
+        """How many calls a band may have under a concurrency."""
+        bound = limit.adapted() // 1000 if limit.minimum else limit.limit.bound
+        above = self.pool.band_rule(band)[1]
+        if above == 0:
+            return bound
+        return max(min(bound, 1), bound * (1000 - above) // 1000)
+
+    def spent(self, limit: LimitState) -> int:
+        return limit.spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))
+
+    def is_let_by_pause(self, limit: LimitState) -> bool:
+        pause = self.pool.pause_of(limit)
+        bound = RAMP_BOUND if limit.is_implicit else limit.limit.bound
+        if pause is None:
+            return True
+        if self.pool.now < pause.until:
+            limit.room_again(pause.until)
+            return False
+        if pause.gate is not None:
+            if not self.pool.is_tried(pause.gate):
+                return True
+            limit.room_again(self.pool.now + pause.gate.every_ms)
+            return False
+        if pause.passed < 1 + bound * (self.pool.now - pause.until) // pause.ramp_ms:
+            return True
+        at = pause.until + -(-pause.passed * pause.ramp_ms // max(1, bound))
+        limit.room_again(max(at, self.pool.now + 1))
+        return False
+
+    def is_full(self, limit: LimitState, band: int, amount: int) -> bool:
+        """True if `amount` does not fit; where only time frees, `retry_at` says when it will."""
+        if not self.is_let_by_pause(limit):
+            return True
+        if isinstance(limit.limit, Concurrency):
+            return limit.used + limit.reserved >= self.cap(limit, band)
+        spent, bound = self.spent(limit), limit.limit.bound
+        if amount == 0:
+            return False
+        amount = limit.clamped(amount)
+        if 0 < spent + amount <= bound:
+            kept, at = self._kept_beside(limit, band, amount)
+            if at:
+                limit.room_again(at)
+                return True
+            amount += kept
+            if spent + amount <= bound:
+                return False
+        limit.room_again(limit.spending.room_at(limit.limit, amount, self.pool.now))
+        return True
+
+    def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
+        return limit.limit.shadow or not self.is_full(limit, band, amount)
+
+    def share(self, number: int) -> int:
+        return self.pool.band_rule(number)[0] if number > 1 else 0
+
+    def _lasts_us(self, limit: LimitState, number: int, amount: int) -> int:
+        """How long a share takes to give so much."""
+        assert isinstance(limit.limit, Rate)
+        bound, span_ms = limit.limit.bound, span_of(limit.limit)
+        return floor(amount / bound * span_ms * 1_000_000 / self.share(number)) if bound else 0
+
+    def wanted(self, limit: LimitState, number: int) -> int:
+        """How much the first ticket of a band takes."""
+        band = limit.band(number)
+        _, queue = band.line_front(band.front()[1])
+        member = read_member(queue.first()[0])
+        return limit.clamped(member.amount(queue.flow.lane.index(limit.name)))
+
+    def _kept_for(self, limit: LimitState, number: int) -> int:
+        """The part of what its first ticket takes that is kept free for a band: as much as it is
+        owed, where a window's share is enough for the ticket; for a greater one nothing until the
+        last window before all of it is owed, and then more and more."""
+        assert isinstance(limit.limit, Rate)
+        band = limit.band(number)
+        if not band.lines or band.passed_us <= band.from_us or not self.share(number):
+            return 0
+        amount = self.wanted(limit, number)
+        needed_us = self._lasts_us(limit, number, amount)
+        rising_us = min(needed_us, span_of(limit.limit) * 1000)
+        left_us = needed_us - (band.passed_us - band.from_us)
+        if left_us <= 0:
+            return amount
+        return max(0, floor(amount * ((rising_us - left_us) / rising_us)))
+
+    def has_saved(self, limit: LimitState, number: int, amount: int) -> bool:
+        band = limit.band(number)
+        if band.passed_us <= band.from_us or not self.share(number):
+            return False
+        return band.passed_us - band.from_us >= self._lasts_us(limit, number, amount)
+
+    def _kept_beside(self, limit: LimitState, number: int, amount: int) -> tuple[int, int]:
+        """What has to stay free beside a demand, and the moment before which there is no room for
+        it. Never so much that it could not be met at all."""
+        if not isinstance(limit.limit, Rate):
+            return 0, 0
+        bound, span_ms = limit.limit.bound, span_of(limit.limit)
+        kept = sum(self._kept_for(limit, below) for below in limit.bands if below > number)
+        if number > 1 and not self.has_saved(limit, number, amount):
+            above = [band for higher, band in limit.bands.items() if higher < number]
+            held_at = max((min(band.held_at, self.pool.now) for band in above), default=0)
+            if held_at + span_ms > self.pool.now:
+                return 0, held_at + span_ms
+            if any(band.used_at + span_ms > self.pool.now for band in above):
+                kept += bound // LEFT_FREE
+        return min(kept, bound - amount), 0
+
+    def count_shares(self, limit: LimitState, number: int, amount: int) -> None:
+        """A call of a band took something of a rate: those that wait below are passed, and its own
+        share was used."""
+        if not isinstance(limit.limit, Rate) or amount == 0:
+            return
+        now_us, window_us = self.pool.now * 1000, span_of(limit.limit) * 1000
+        limit.band(number).used_at = self.pool.now
+        for below, band in limit.bands.items():
+            if below > number and band.lines and self.share(below):
+                if not band.passed_us:
+                    band.from_us = max(band.from_us, now_us)
+                band.passed_us = now_us
+        if self.share(number):
+            band = limit.band(number)
+            needed_us = self._lasts_us(limit, number, limit.clamped(amount))
+            earliest = band.passed_us - needed_us - window_us if band.passed_us else now_us
+            band.from_us = min(max(band.from_us, earliest) + needed_us, now_us + window_us)

@@ -1,0 +1,348 @@
+"""Pump of a pool: admits waiters in their order, and says who may pass permits on.
+
+Invariant: within a band no waiter is admitted before one whose turn comes earlier at a limit that
+both need.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from tidegate.limiter.messages import Hint, Push, SyncRequest
+from tidegate.limiter.model.capacity import Capacity
+from tidegate.limiter.model.queues import Outlooks, Permits, Queues
+from tidegate.limiter.model.state import (
+    BLOCKED,
+    FlowName,
+    HeldPermit,
+    LimitState,
+    PoolState,
+    SessionQueue,
+    SessionState,
+    read_flow,
+    read_member,
+)
+from tidegate.limiter.policy import Concurrency, Rate
+
+# Grants that a session may have without having acknowledged one.
+ACK_WINDOW = 8
+MOST_STARVING = 8
+
+Grant = tuple[int, int]
+
+
+@dataclass(eq=False, repr=False)
+class Pump:
+    """See the module. `subscribed` says whose channel somebody listens to."""
+
+    pool: PoolState
+    capacity: Capacity
+    queues: Queues
+    permits: Permits
+    outlooks: Outlooks
+    timed: dict[str, int] = field(default_factory=dict)
+    # Sessions that not all others know yet, and until when they are to wait for that.
+    fresh: dict[str, int] = field(default_factory=dict)
+    # of one call
+    own: str | None = None
+    budget: int = 0
+    served: bool = False
+    more: int = 0
+    granted: list[Grant] = field(default_factory=list)
+    given_to: defaultdict[str, list[Grant]] = field(default_factory=lambda: defaultdict(list))
+
+    def _deliverable(self, sid: str) -> bool:
+        """A killed process must not swallow grants, nor a paused one more than a few."""
+        session, known = self.pool.sessions.get(sid), sid not in self.fresh
+        if known and sid == self.own:
+            return True
+        if session is None or session.expiry <= self.pool.now:
+            return False
+        if known and sid in self.pool.subscribed and session.sent - session.acked < ACK_WINDOW:
+            return True
+        session.blocked = True
+        return False
+
+    def _admit(self, sid: str, flow_key: str, member_text: str, cost_ms: int) -> None:
+        member, flow = read_member(member_text), read_flow(flow_key)
+        seq, session = self.permits.next_seq(), self.pool.sessions[sid]
+        self.permits.taker = sid, member.ticket
+        charges = self.permits.spend_lane(
+            flow, member, lambda limit, amount: self.permits.admission(limit, flow.band, amount)
+        )
+        self.permits.count(flow.lane, sid, member.ticket)
+        until = self.pool.now + member.hard_ms
+        session.held[member.ticket] = HeldPermit(seq, until, cost_ms, charges, flow_key)
+        if sid == self.own:
+            self.granted.append((member.ticket, seq))
+        else:
+            session.sent += 1
+            self.given_to[sid].append((member.ticket, seq))
+
+    def publish(self) -> None:
+        for sid, grants in self.given_to.items():
+            session = self.pool.sessions[sid]
+            self.pool.pushed.append(
+                (sid, Push(self.pool.epoch, session.gen, session.sent, grants, self.pool.now))
+            )
+
+    def ask(self, q: SyncRequest, session: SessionState) -> tuple[list[int], list[int]]:
+        """Stamps of those that queue up, 0 for the others, and the tickets that were refused.
+
+        A batch that is said again (`full`) may name tickets that are there: they keep their place.
+        """
+        stamps, refused = [], []
+        for place, (number, member) in enumerate(q.enqueues):
+            key = q.flows[number - 1]
+            queue, ticket = session.queues.get(key), read_member(member).ticket
+            stamp = 0
+            if q.full and queue is not None and member in queue.tickets:
+                stamp = queue.tickets[member]
+            elif not (q.full and ticket in session.held):
+                left_ms = q.lefts[place] if q.lefts else 0
+                stamp = self._ask_one(session, q.sid, key, member, left_ms)
+                if stamp < 0:
+                    refused.append(ticket)
+                elif stamp > 0:
+                    self.outlooks.waited[number] = session.queues[key]
+            stamps.append(max(0, stamp))
+        return stamps, refused
+
+    def _ask_one(self, session: SessionState, sid: str, key: str, member: str, left_ms: int) -> int:
+        """The stamp of a new ticket; 0 if it went straight in or its deadline comes too early, -1
+        if it is refused."""
+        flow, queue = read_flow(key), session.queues.get(key)
+        limit: LimitState | None = self.pool.limit(flow.lane[0])
+        if queue is None and not self.pool.quiet() and sid not in self.fresh:
+            limit = self.queues.blocker_of_new(flow, read_member(member))
+        if limit is None:
+            self._admit(sid, key, member, 0)
+            return 0
+        if left_ms and self.outlooks.bar(flow, read_member(member), left_ms):
+            return 0
+        most = self.pool.policy.queue_per_tenant if self.pool.policy else 0
+        if self.pool.waiting(flow.tenant) >= most:
+            return -1
+        stamp = self.pool.stamps[flow.tenant] = self.pool.stamps.get(flow.tenant, 0) + 1
+        if queue is None:
+            queue = session.queues[key] = SessionQueue(sid, key, flow)
+            self.pool.queues_of[flow.tenant][queue.id] = queue
+            self.queues.park(queue, limit)
+            self.pool.touched.add(limit.name)
+        queue.tickets[member] = stamp
+        return stamp
+
+    def _let_in(self, queue: SessionQueue, limit: LimitState) -> None:
+        """The first ticket of a queue that stands at `limit`."""
+        text, _ = queue.first()
+        member, flow = read_member(text), queue.flow
+        del queue.tickets[text]
+        cost_ms = limit.cost(member.cost_ms)
+        step = self.pool.step(cost_ms, flow.tenant)
+        for each in self.pool.lane(flow):
+            if each is limit or each.parked(flow.band):
+                self.queues.advance(each.band(flow.band), self.queues.charge(each, flow, step))
+        self._admit(queue.sid, queue.key, text, cost_ms)
+        if not queue.tickets:
+            self.queues.vacate(queue)
+            return
+        if self.queues.starved:
+            self.queues.forget_starving(queue)
+        self.queues.leave_line(queue)
+
+    def _step(self, limit: LimitState, number: int, bands: list[int]) -> bool:
+        """Look at the queue whose turn it is in a band; True if there may be more to do here."""
+        band = limit.band(number)
+        queue = band.line_front(band.front()[1])[1]
+        self.budget -= 1
+        if not self._deliverable(queue.sid):
+            self.queues.block(queue)
+            return True
+        text, stamp = queue.first()
+        other, full = self.queues.blocker(queue, read_member(text), stamp)
+        if other is None:
+            self._let_in(queue, limit)
+            self._pay_turn(limit, number, bands)
+            return True
+        if other is limit:
+            if isinstance(limit.limit, Rate):
+                band.held_at = self.pool.now
+            return False
+        self.queues.move(queue, other)
+        if not full:
+            self.pool.touched.add(other.name)
+        return True
+
+    def serve_starving(self) -> None:
+        """What is free is kept for tickets that were sent to and fro too often, in their order:
+        where what they lack is returned by calls that end."""
+        if self.served or self.pool.quiet() or not self.queues.starved:
+            return
+        self.served = True
+        for queue in self.queues.starving()[:MOST_STARVING]:
+            if not self._deliverable(queue.sid):
+                continue
+            member, band = read_member(queue.first()[0]), queue.flow.band
+            lacking = [
+                limit
+                for position, limit in enumerate(self.pool.lane(queue.flow))
+                if not self.capacity.has_room(limit, band, member.amount(position))
+            ]
+            if not lacking:
+                assert queue.at is not None
+                self._let_in(queue, self.pool.limit(queue.at))
+            elif all(self._is_given_back(limit, band) for limit in lacking):
+                for limit in self.pool.lane(queue.flow):
+                    limit.reserved += 1
+
+    def _is_given_back(self, limit: LimitState, band: int) -> bool:
+        """Whether calls that end make room under a limit."""
+        return (
+            not limit.is_rate
+            and not self.pool.pause_of(limit)
+            and self.capacity.cap(limit, band) > 0
+        )
+
+    def pump(self) -> None:
+        if self.pool.quiet():
+            return
+        for name in [name for name, at in self.timed.items() if at <= self.pool.now]:
+            del self.timed[name]
+            self.pool.touched.add(name)
+            self._end_implicit(self.pool.limit(name))
+        self.serve_starving()
+        while self.pool.touched and self.budget > 0:
+            for name in sorted(self.pool.touched):
+                self.pool.touched.discard(name)
+                self._pump_limit(self.pool.limit(name))
+                if self.budget <= 0:
+                    self.pool.touched.add(name)
+        if self.budget <= 0:
+            self.more = 1
+            for name in self.pool.touched:
+                self.pool.limit(name).retry_at = self.pool.now
+        self._set_timers()
+
+    def _end_implicit(self, limit: LimitState) -> None:
+        """Of a pause that has passed nothing is kept where no policy names the limit."""
+        pause = limit.pause
+        if not limit.is_implicit or pause is None or pause.gate:
+            return
+        if self.pool.pause_of(limit) is None:
+            limit.pause = None
+        else:
+            over_at = pause.until + pause.ramp_ms
+            self.look_again(limit.name, pause.until if self.pool.now < pause.until else over_at)
+
+    def _pump_limit(self, limit: LimitState) -> None:
+        going = True
+        while going and self.budget > 0:
+            number, bands = self._turn(limit)
+            going = number > 0 and self._step(limit, number, bands)
+
+    def _turn(self, limit: LimitState) -> tuple[int, list[int]]:
+        """The band whose turn it is, 0 for none, and all that could go. Strictly the highest, but
+        a lower one that has saved up for a turn has it."""
+        bands = [n for n in limit.waiting_bands() if self.capacity.has_room(limit, n, 0)]
+        for number in bands[1:]:
+            owed = self._is_owed(limit, number)
+            if owed and self._fits_head(limit, number):
+                return number, bands
+            if owed and isinstance(limit.limit, Rate):
+                break  # nor does a band below it go before
+        return (bands[0] if bands else 0), bands
+
+    def _pay_turn(self, limit: LimitState, chosen: int, bands: list[int]) -> None:
+        """Every admission gives each lower band that waits its least share of a turn."""
+        if isinstance(limit.limit, Rate):
+            return
+        for number in bands[1:]:
+            band = limit.band(number)
+            if band.lines:
+                band.credit = min(2000, band.credit + self.pool.band_rule(number)[0])
+                if number == chosen:
+                    band.credit = max(0, band.credit - 1000)
+
+    def _is_owed(self, limit: LimitState, number: int) -> bool:
+        """Whether a lower band has saved up for its first ticket."""
+        band = limit.band(number)
+        if not isinstance(limit.limit, Rate):
+            return band.credit >= 1000
+        if band.passed_us <= band.from_us:
+            return False
+        return self.capacity.has_saved(limit, number, self.capacity.wanted(limit, number))
+
+    def _fits_head(self, limit: LimitState, number: int) -> bool:
+        if isinstance(limit.limit, Concurrency):
+            return True
+        return self.capacity.has_room(limit, number, self.capacity.wanted(limit, number))
+
+    def look_again(self, name: str, at: int) -> None:
+        self.timed[name] = min(self.timed.get(name, at), at)
+
+    def _set_timers(self) -> None:
+        """A limit that only time frees has a moment at which somebody looks again."""
+        for limit in self.pool.limits.values():
+            if limit.retry_at is not None and limit.waits:
+                self.look_again(limit.name, limit.retry_at)
+
+    def unblock(self, session: SessionState) -> None:
+        """It takes grants again: its queues stand where they stood, by the age of their tickets."""
+        session.blocked = False
+        for queue in sorted(session.queues.values(), key=lambda queue: queue.id):
+            if queue.at == BLOCKED:
+                text, stamp = queue.first()
+                found, _ = self.queues.blocker(queue, read_member(text), stamp)
+                limit = found or self.pool.limit(queue.flow.lane[0])
+                self.queues.park(queue, limit)
+                self.pool.touched.add(limit.name)
+
+    def _may_pass_on(self, queue: SessionQueue) -> bool:
+        """Where nobody else waits for the same limits, and none has to hear how each call went."""
+        for limit in self.pool.lane(queue.flow):
+            if limit.is_rate or self.pool.pause_of(limit) or limit.minimum:
+                return False
+            if not limit.limit.shadow and limit.used > self.capacity.cap(limit, queue.flow.band):
+                return False
+            here = [queue.flow.band] if limit.name == queue.at else []
+            if limit.waiting_bands() not in ([], here):
+                return False
+        return True
+
+    def hints(self, q: SyncRequest) -> list[Hint]:
+        """Which of its own waiters a session may admit by permits that it frees itself."""
+        allowed = self.pool.policy.hand_off if self.pool.policy else True
+        if self.own is None or not allowed or self.queues.starved or self.pool.quiet():
+            return []
+        wants = [
+            (queue, number, cost_ms)
+            for number, cost_ms in q.wants
+            if (queue := self.pool.sessions[q.sid].queues.get(q.flows[number - 1])) is not None
+            and queue.at != BLOCKED
+        ]
+        weights = defaultdict[tuple[str | None, int], list[int]](list)
+        for queue, _, _ in wants:
+            weights[queue.at, queue.flow.band].append(self.pool.weight(queue.flow.tenant))
+        return [
+            self._hint(queue, number, cost_ms, weights[queue.at, queue.flow.band])
+            for queue, number, cost_ms in wants
+            if self._may_pass_on(queue)
+        ]
+
+    def _hint(self, queue: SessionQueue, number: int, cost_ms: int, weights: list[int]) -> Hint:
+        """All tenants come so far in virtual time, so that none is at its end long before the
+        others. What those that are not asked for weigh is taken to be as much as these do on
+        average."""
+        assert queue.at is not None
+        flow: FlowName = queue.flow
+        limit = self.pool.limit(queue.at)
+        band = limit.band(flow.band)
+        first, _ = band.line_front(flow.tenant)
+        cost_ms = limit.cost(cost_ms)
+        tag, step = band.tag(flow.tenant), max(1, self.pool.step(cost_ms, flow.tenant))
+        ahead = 1 + self.capacity.cap(limit, flow.band) * self.pool.paces.ahead_ms // cost_ms
+        behind = (band.virtual - tag) // step
+        own = ahead * len(weights) * self.pool.weight(flow.tenant)
+        horizon = first + behind - (-own // (sum(weights) * len(band.lines))) - 1
+        return Hint(number, horizon, tag, first, step)

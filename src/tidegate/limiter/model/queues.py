@@ -1,0 +1,522 @@
+"""Queues and permits of a pool: who waits where, by start-time fair queueing, and who holds what.
+
+Goyal, Vin and Cheng, "Start-time fair queueing" (SIGCOMM 1996): a tenant's turn comes by the
+virtual time at which its service starts; its use, divided by its weight, moves its next start
+forward; the limit's own time is the start of what is served, so an idle tenant saves nothing.
+
+Invariants: all limits of a call or none; a queue that is not empty stands at the one limit that
+blocks it; a repeated message has no second effect; a call is refused early only if no order of
+events could still admit it in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tidegate.limiter.messages import USAGE_LATER, Barred, Outlook, SyncRequest
+from tidegate.limiter.model.capacity import Capacity
+from tidegate.limiter.model.rates import Charge
+from tidegate.limiter.model.state import (
+    BLOCKED,
+    VIRTUAL_UNITS,
+    BandState,
+    FlowName,
+    HeldPermit,
+    Lapsing,
+    LimitState,
+    Member,
+    PoolState,
+    SessionQueue,
+    SessionState,
+    read_actual,
+    read_flow,
+    read_member,
+)
+from tidegate.limiter.policy import Rate
+
+# How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
+# be under way, and what they used is added to it. An hour of one permit of weight 1.
+BEHIND = 3_600_000 * VIRTUAL_UNITS
+
+
+@dataclass(eq=False, repr=False)
+class Queues:
+    """The limits and the queues of a pool. See the module."""
+
+    pool: PoolState
+    capacity: Capacity
+    starved: set[SessionQueue] = field(default_factory=set)
+
+    def starving(self) -> list[SessionQueue]:
+        """Those for whom something is kept free, in their order."""
+        return sorted(self.starved, key=lambda queue: (queue.starving, queue.id))
+
+    def park(self, queue: SessionQueue, limit: LimitState) -> None:
+        band, tenant = limit.band(queue.flow.band), queue.flow.tenant
+        band.tags[tenant] = band.tag(tenant)
+        band.lines.setdefault(tenant, {})[queue.id] = queue
+        queue.at = limit.name
+
+    def unpark(self, queue: SessionQueue) -> None:
+        """A tenant that goes takes no credit along, and stays charged for what its calls under way
+        may use."""
+        assert queue.at is not None
+        band, tenant = self.pool.limit(queue.at).band(queue.flow.band), queue.flow.tenant
+        del band.lines[tenant][queue.id]
+        if not band.lines[tenant]:
+            del band.lines[tenant]
+            if band.tags[tenant] <= band.virtual - BEHIND:
+                del band.tags[tenant]
+        if not band.lines:
+            band.credit = 0
+            if band.passed_us:  # what was kept for it is free
+                self.pool.touched.add(queue.at)
+            band.passed_us = 0
+
+    def forget_starving(self, queue: SessionQueue) -> None:
+        """What was kept free for it is anybody's."""
+        if queue in self.starved:
+            self.starved.discard(queue)
+            self.pool.touched.update(queue.flow.lane)
+        queue.bounces, queue.bounced = 0, 0
+
+    def vacate(self, queue: SessionQueue) -> None:
+        """The queue is empty or its session gone."""
+        if queue.at != BLOCKED:
+            self.unpark(queue)
+        self.forget_starving(queue)
+        queue.at = None
+        del self.pool.queues_of[queue.flow.tenant][queue.id]
+        self.pool.left.add(queue.flow.tenant)
+        del self.pool.sessions[queue.sid].queues[queue.key]
+
+    def move(self, queue: SessionQueue, limit: LimitState) -> None:
+        """Another limit holds it up. One that is sent to and fro goes first at last."""
+        stamp = queue.first()[1]
+        self.unpark(queue)
+        if queue.bounced != stamp:
+            self.forget_starving(queue)
+        queue.bounces, queue.bounced = queue.bounces + 1, stamp
+        if queue.bounces == self.pool.paces.starves:
+            queue.starving = self.pool.seq
+            self.starved.add(queue)
+        self.park(queue, limit)
+
+    def leave_line(self, queue: SessionQueue) -> None:
+        """A queue whose new head takes nothing of the rate in whose line it stands waits where it
+        takes something: others who lack that rate are not before it."""
+        assert queue.at is not None
+        if not self.pool.limit(queue.at).is_rate:
+            return
+        member = read_member(queue.first()[0])
+        takes = [name for i, name in enumerate(queue.flow.lane) if member.amount(i) > 0]
+        if takes and queue.at not in takes:
+            self.unpark(queue)
+            self.park(queue, self.pool.limit(takes[0]))
+            self.pool.touched.add(takes[0])
+
+    def block(self, queue: SessionQueue) -> None:
+        """Its session takes no grants."""
+        self.unpark(queue)
+        self.forget_starving(queue)
+        queue.at = BLOCKED
+
+    def charge(self, limit: LimitState, flow: FlowName, step: int) -> int:
+        """Move a tenant's start on; returns where it stood."""
+        band = limit.band(flow.band)
+        tag = band.tag(flow.tenant)
+        band.tags[flow.tenant] = tag + step
+        return tag
+
+    def advance(self, band: BandState, tag: int) -> None:
+        """Move the time of a band on to `tag`."""
+        band.virtual = max(band.virtual, tag)
+        if band.virtual > self.pool.paces.longest:
+            band.tags = {name: tag - band.virtual for name, tag in band.tags.items()}
+            band.virtual = 0
+
+    def correct(self, limit: LimitState, flow: FlowName, step: int) -> None:
+        """Add what a tenant's calls used beyond what it was charged for them. One that waits gets
+        back what it was charged too much, even if that is more than it lies ahead; one that does
+        not wait starts no earlier than the band's time."""
+        band, tenant = limit.band(flow.band), flow.tenant
+        if tenant in band.lines:
+            band.tags[tenant] += step
+        elif band.lines:
+            earliest = band.virtual - BEHIND
+            band.tags[tenant] = max(earliest, band.tags.get(tenant, earliest)) + step
+
+    def _its_turn(self, queue: SessionQueue, limit: LimitState, stamp: int) -> bool:
+        """Not past a higher band, nor past a tenant whose turn comes before, nor past an older
+        ticket of its own tenant."""
+        if any(limit.parked(higher) for higher in range(1, queue.flow.band)):
+            return False
+        band, tenant = limit.band(queue.flow.band), queue.flow.tenant
+        if not band.lines:
+            return True
+        if band.tag(tenant) > band.front()[0]:
+            return False
+        return tenant not in band.lines or band.line_front(tenant)[0] >= stamp
+
+    def blocker(
+        self, queue: SessionQueue, member: Member, stamp: int
+    ) -> tuple[LimitState | None, bool]:
+        """The limit that holds the first ticket of a queue up, and whether it is full."""
+        for position, limit in enumerate(self.pool.lane(queue.flow)):
+            amount = member.amount(position)
+            if not self.capacity.has_room(limit, queue.flow.band, amount):
+                return limit, True
+            # What takes nothing of a rate does not stand in its line.
+            elsewhere = amount > 0 and limit.name != queue.at
+            if elsewhere and not self._its_turn(queue, limit, stamp):
+                return limit, False
+        return None, False
+
+    def blocker_of_new(self, flow: FlowName, member: Member) -> LimitState | None:
+        """The limit at which a newcomer has to wait: it passes no ticket that waits already."""
+        for position, limit in enumerate(self.pool.lane(flow)):
+            amount = member.amount(position)
+            if (amount > 0 and limit.waits) or not self.capacity.has_room(limit, flow.band, amount):
+                return limit
+        return None
+
+
+@dataclass(slots=True)
+class Reheaded:
+    """A queue that lost tickets without their turn having come, and what they cost."""
+
+    queue: SessionQueue
+    handed_ms: int | None = None
+
+
+@dataclass(eq=False, repr=False)
+class Permits:
+    """See the module. `owed` is what sessions have still to tell of calls that ended."""
+
+    pool: PoolState
+    capacity: Capacity
+    queues: Queues
+    lapsing: dict[Lapsing, int] = field(default_factory=dict)
+    owed: dict[str, dict[int, tuple[dict[int, Charge], FlowName]]] = field(default_factory=dict)
+    _reheaded: dict[str, Reheaded] = field(default_factory=dict)
+    _differs: dict[str, int] = field(default_factory=dict)
+    # Who is being admitted.
+    taker: tuple[str, int] = ("", 0)
+
+    def next_seq(self) -> int:
+        """A thousand apart: a permit that is passed on inside a process takes the next ones."""
+        self.pool.seq += 1000
+        return self.pool.seq
+
+    def count(self, lane: tuple[str, ...], sid: str, ticket: int) -> None:
+        for name in lane:
+            self.pool.limit(name).under.add((sid, ticket))
+
+    def uncount(self, lane: tuple[str, ...], sid: str, ticket: int, *, touch: bool = True) -> None:
+        for name in lane:
+            limit = self.pool.limit(name)
+            limit.under.discard((sid, ticket))
+            if touch and not limit.is_rate:
+                self.pool.touched.add(name)
+
+    def admission(self, limit: LimitState, band: int, amount: int) -> Charge | None:
+        """One call gets in under one limit. Returns what a settlement needs of a rate."""
+        if limit.limit.shadow and self.capacity.is_full(limit, band, amount):
+            limit.shadowed += 1
+        pause = self.pool.pause_of(limit)
+        if pause is not None and pause.gate is not None:
+            pause.gate.taker = self.taker
+            pause.until = max(pause.until, self.pool.now + pause.gate.every_ms)
+        elif pause is not None and self.pool.now >= pause.until:
+            pause.passed += max(1, min(amount, limit.limit.bound))
+        self.capacity.count_shares(limit, band, amount)
+        return self.spend(limit, amount)
+
+    def spend(self, limit: LimitState, amount: int) -> Charge | None:
+        if not limit.is_rate:
+            return None
+        self.capacity.spent(limit)
+        return limit.spending.take(limit.limit, amount, self.pool.now)
+
+    def settle_charges(
+        self, charges: dict[int, Charge], flow: FlowName, actual: list[int | None]
+    ) -> None:
+        """Correct what was reserved by what was used; what is not known stays as it is."""
+        for position, charge in charges.items():
+            used = actual[position] if position < len(actual) else None
+            limit = self.pool.limit(flow.lane[position])
+            if used is None or not limit.settles:
+                continue
+            self.capacity.spent(limit)
+            if limit.spending.settle(limit.limit, charge, used, self.pool.now):
+                self.pool.touched.add(limit.name)
+
+    def used(self, key: str, charged_ms: int, took_ms: int) -> None:
+        """A call of a flow used `took_ms` of a permit, and its tenant was charged `charged_ms` for
+        it: 0 for one that was admitted while none waited."""
+        if charged_ms:
+            self._differs[key] = self._differs.get(key, 0) + took_ms - charged_ms
+
+    def _correct_all(self) -> None:
+        for key, differs_ms in self._differs.items():
+            flow = read_flow(key)
+            for limit in self.pool.lane(flow):
+                self.queues.correct(limit, flow, self.pool.step(differs_ms, flow.tenant))
+        self._differs = {}
+
+    def free_lapsing(self, permit: Lapsing) -> bool:
+        if self.lapsing.pop(permit, None) is None:
+            return False
+        self.uncount(tuple(permit.lane.split(" ")), permit.sid, permit.ticket)
+        return True
+
+    def say_back(self, q: SyncRequest, session: SessionState) -> None:
+        """All entries of a request that release or abandon."""
+        self._reheaded = {}
+        for transfer in q.transfers:
+            self._transfer(q, session, *transfer)
+        for release in q.releases:
+            self._release(q, session, *release)
+        for ticket, actual in q.settles:
+            charges, flow = self.owed.get(q.sid, {}).pop(ticket, ({}, None))
+            if flow is not None:
+                self.settle_charges(charges, flow, read_actual(actual))
+        for cancel in q.cancels:
+            self._cancel(q, session, *cancel)
+        self._correct_all()
+        self._charge_handed()
+        filling = {q.flows[number - 1] for number, _ in q.enqueues}
+        for key, each in list(self._reheaded.items()):
+            # Empty for this moment, it would lose its turn to those behind it.
+            if (
+                key not in filling
+                or each.queue.bounces >= self.pool.paces.starves
+                or self._is_rated(each)
+            ):
+                self._rehead(each.queue)
+                del self._reheaded[key]
+
+    def rehead_filled(self) -> None:
+        """Queues that lost tickets and that new ones came to."""
+        for each in self._reheaded.values():
+            self._rehead(each.queue)
+
+    def bound_owed(self, sid: str) -> None:
+        """Of more calls than so many whose usage is still to be told the eldest are forgotten."""
+        owed = self.owed.get(sid, {})
+        for ticket in sorted(owed)[: max(0, len(owed) - self.pool.paces.most_owed)]:
+            del owed[ticket]
+
+    def _unqueue(self, session: SessionState, key: str, member: str) -> bool:
+        queue = session.queues.get(key)
+        if queue is None or queue.tickets.pop(member, None) is None:
+            return False
+        self._reheaded.setdefault(key, Reheaded(queue))
+        return True
+
+    def _transfer(
+        self,
+        q: SyncRequest,
+        session: SessionState,
+        source: int,
+        to: int,
+        seq: int,
+        hard_ms: int,
+        flow_number: int,
+        member_text: str,
+        outcome: int,
+        took_ms: int,
+    ) -> None:
+        """The permit was passed on inside the process already: `to` is held whatever we find.
+
+        Where it has been granted meanwhile it is one permit too many, and the old one is free.
+        Where neither is there this was said before and `to` has ended: its release follows.
+        """
+        key = q.flows[flow_number - 1]
+        flow, cost_ms = read_flow(key), 0
+        if self._unqueue(session, key, member_text):
+            cost_ms = read_member(member_text).cost_ms
+            each = self._reheaded[key]
+            if each.queue.at is not None and each.queue.at != BLOCKED:
+                cost_ms = self.pool.limit(each.queue.at).cost(cost_ms)
+            each.handed_ms = (each.handed_ms or 0) + cost_ms
+        before, there = session.held.get(source), to in session.held
+        if before is not None:
+            lane = read_flow(before.flow).lane
+            if outcome % USAGE_LATER == 0:
+                self._learn(read_flow(before.flow), took_ms)
+            self.used(before.flow, before.cost_ms, took_ms)
+            del session.held[source]
+            passed_on = lane == flow.lane and not there
+            self.uncount(lane, q.sid, source, touch=not passed_on)
+        if there:
+            return
+        charges: dict[int, Charge] = {}
+        if before is not None:
+            member = read_member(member_text or f"{to}|0|0|")
+            charges = self.spend_lane(flow, member, self.spend)
+        self.count(flow.lane, q.sid, to)
+        session.held[to] = HeldPermit(seq, self.pool.now + hard_ms, cost_ms, charges, key)
+
+    def spend_lane(
+        self, flow: FlowName, member: Member, spend: Callable[[LimitState, int], Charge | None]
+    ) -> dict[int, Charge]:
+        """What one call takes of each limit of its lane, by position."""
+        found = (
+            (position, spend(limit, member.amount(position)))
+            for position, limit in enumerate(self.pool.lane(flow))
+        )
+        return {position: charge for position, charge in found if charge is not None}
+
+    def _learn(self, flow: FlowName, took_ms: int) -> None:
+        for limit in self.pool.lane(flow):
+            if limit.is_named:
+                limit.learn(took_ms)
+
+    def _charge_handed(self) -> None:
+        """Tenants are charged for what was passed on out of order: the time of their band comes to
+        where its front stands then."""
+        bands: dict[tuple[str, int], BandState] = {}
+        for each in self._reheaded.values():
+            flow, at = each.queue.flow, each.queue.at
+            if each.handed_ms is not None and at is not None and at != BLOCKED:
+                limit = self.pool.limit(at)
+                self.queues.charge(limit, flow, self.pool.step(each.handed_ms, flow.tenant))
+                bands[at, flow.band] = limit.band(flow.band)
+        for band in bands.values():
+            self.queues.advance(band, band.front()[0])
+
+    def _is_rated(self, each: Reheaded) -> bool:
+        at = each.queue.at
+        return at is not None and at != BLOCKED and self.pool.limit(at).is_rate
+
+    def _rehead(self, queue: SessionQueue) -> None:
+        """A queue stands by its new head, which may take less of a rate."""
+        if queue.at is not None and queue.at != BLOCKED and self.pool.limit(queue.at).is_rate:
+            self.pool.touched.add(queue.at)
+        if not queue.tickets:
+            self.queues.vacate(queue)
+            return
+        if queue in self.queues.starved and queue.bounced != queue.first()[1]:
+            self.queues.forget_starving(queue)
+        if queue.at != BLOCKED:
+            self.queues.leave_line(queue)
+
+    def _release(
+        self,
+        q: SyncRequest,
+        session: SessionState,
+        ticket: int,
+        flow_number: int,
+        outcome: int,
+        took_ms: int,
+        actual: str,
+    ) -> None:
+        held = session.held.pop(ticket, None)
+        if held is None:
+            lane = q.flows[flow_number - 1].split("|", 2)[2]
+            self.free_lapsing(Lapsing(ticket, q.sid, lane))
+            return
+        flow = read_flow(held.flow)
+        for limit in self.pool.lane(flow):
+            if limit.minimum:
+                limit.adapt(outcome % USAGE_LATER, self.pool.now)
+            limit.under.discard((q.sid, ticket))
+            if not limit.is_rate:
+                self.pool.touched.add(limit.name)
+        if outcome < USAGE_LATER:
+            self.settle_charges(held.charges, flow, read_actual(actual))
+        elif held.charges:
+            self.owed.setdefault(q.sid, {})[ticket] = held.charges, flow
+        if took_ms > 0:
+            if outcome % USAGE_LATER == 0:
+                self._learn(flow, took_ms)
+            self.used(held.flow, held.cost_ms, took_ms)
+
+    def _cancel(
+        self, q: SyncRequest, session: SessionState, ticket: int, flow_number: int, member: str
+    ) -> None:
+        """A grant that crossed it is returned, unused."""
+        key = q.flows[flow_number - 1] if flow_number else ""
+        if self._unqueue(session, key, member):
+            return
+        held = session.held.pop(ticket, None)
+        if held is not None:
+            flow = read_flow(held.flow)
+            self.uncount(flow.lane, q.sid, ticket)
+            self.used(held.flow, held.cost_ms, 0)
+            self.settle_charges(held.charges, flow, [0] * len(flow.lane))
+
+
+class Earliest(NamedTuple):
+    """When there will be room if nothing is returned, 0 where a call that ends makes it or nobody
+    knows; what is used, -1 of a limit that is paused; whether `at` is certain for every call."""
+
+    at: int
+    used: int
+    firm: bool
+
+
+@dataclass(eq=False, repr=False)
+class Outlooks:
+    """See the module. `waited`: queues of which a session may want to know what they wait for, by
+    the number of their flow. All fields are of one call."""
+
+    pool: PoolState
+    capacity: Capacity
+    permits: Permits
+    firm: frozenset[str] = field(default_factory=frozenset)
+    barred: list[Barred] = field(default_factory=list)
+    waited: dict[int, SessionQueue] = field(default_factory=dict)
+
+    def _is_firm(self, limit: LimitState) -> bool:
+        """Nothing is returned where requests are counted; else a call may have reserved more than
+        it uses."""
+        exact = isinstance(limit.limit, Rate) and limit.limit.exact
+        return exact or (limit.is_rate and limit.name in self.firm)
+
+    def _earliest(self, limit: LimitState, amount: int) -> Earliest:
+        pause, at, used = self.pool.pause_of(limit), 0, limit.used
+        if limit.is_rate:
+            used, amount = self.capacity.spent(limit), limit.clamped(amount)
+            if amount and limit.limit.bound and used + amount > limit.limit.bound:
+                at = limit.spending.room_at(limit.limit, amount, self.pool.now)
+        if limit.limit.shadow:
+            return Earliest(0, used, firm=False)
+        paused_at = pause.until if pause and pause.until > self.pool.now else 0
+        if at > paused_at:
+            return Earliest(at, used, self._is_firm(limit))
+        if pause and paused_at:
+            return Earliest(paused_at, -1, pause.gate is None)
+        return Earliest(0, used, firm=False)
+
+    def bar(self, flow: FlowName, member: Member, left_ms: int) -> bool:
+        """Refuse a ticket that can't be admitted within `left_ms`, even if it were alone; True if
+        that is so."""
+        latest, found = self.pool.now + left_ms - 1, None
+        for position, limit in enumerate(self.pool.lane(flow)):
+            returned = not limit.under and not any(self.permits.owed.values())
+            settled = limit.is_rate and (self._is_firm(limit) or returned)
+            if settled or self.pool.pause_of(limit):
+                at, used, firm = self._earliest(limit, member.amount(position))
+                if at > latest and (firm or (settled and used >= 0)):
+                    latest, found = at, Barred(member.ticket, limit.name, at - self.pool.now, used)
+        if found is not None:
+            self.barred.append(found)
+        return found is not None
+
+    def outlook(self) -> list[Outlook]:
+        """What each of `waited` waits for now."""
+        found = []
+        for number, queue in sorted(self.waited.items()):
+            if queue.at is not None and queue.at != BLOCKED:
+                limit, amount = self.pool.limit(queue.at), 1
+                if limit.is_rate and not self._is_firm(limit):
+                    member = read_member(queue.first()[0])
+                    amount = member.amount(queue.flow.lane.index(limit.name))
+                at, used, firm = self._earliest(limit, amount)
+                room_ms = max(0, at - self.pool.now)
+                found.append(Outlook(number, queue.at, room_ms, used, int(firm)))
+        return found

@@ -1,0 +1,422 @@
+"""State of a pool in the model: its limits, sessions, queues and permits as plain records.
+
+Invariant: nothing is counted that can be derived: what a limit has in use is the permits under it,
+waiters are the tickets of the queues.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from tidegate.limiter.messages import Push
+from tidegate.limiter.model.rates import Charge, Spending
+from tidegate.limiter.policy import (
+    Band,
+    Concurrency,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Rate,
+    implicit_limit,
+)
+
+# Where a queue stands whose session takes no grants.
+BLOCKED = "!"
+# What a limit is that no policy names: nobody gets in.
+NO_LIMIT = Concurrency(0)
+
+ADAPT_PAUSE_MS = 1000
+# One more in so many calls, at the most.
+ADAPT_CALLS = 25
+
+
+class FlowName(NamedTuple):
+    """What waiters have in common that stand in one queue. Bands count from 1, the highest."""
+
+    band: int
+    tenant: str
+    lane: tuple[str, ...]
+
+
+@lru_cache(maxsize=10_000)
+def read_flow(key: str) -> FlowName:
+    band, tenant, lane = key.split("|", 2)
+    return FlowName(int(band), tenant, tuple(lane.split(" ")))
+
+
+class Member(NamedTuple):
+    """A ticket as it stands in its queue. `amounts` are in the order of the lane; where there is
+    none it takes 1."""
+
+    ticket: int
+    hard_ms: int
+    cost_ms: int
+    amounts: tuple[int, ...]
+
+    def amount(self, position: int) -> int:
+        return self.amounts[position] if position < len(self.amounts) else 1
+
+
+@lru_cache(maxsize=10_000)
+def read_member(text: str) -> Member:
+    ticket, hard_ms, cost_ms, amounts = text.split("|", 3)
+    read = tuple(1 if amount is None else amount for amount in read_actual(amounts))
+    return Member(int(ticket), int(hard_ms), int(cost_ms), read)
+
+
+def read_actual(text: str) -> list[int | None]:
+    """What a call really used, by position in its lane; None where that is not known."""
+    amounts = text.split(",") if text else []
+    return [int(amount) if amount.isdigit() else None for amount in amounts]
+
+
+@dataclass(slots=True)
+class HeldPermit:
+    """A permit. `charges`: position in the lane -> what it took of that rate."""
+
+    seq: int
+    until: int
+    cost_ms: int
+    charges: dict[int, Charge]
+    flow: str
+
+
+@dataclass(slots=True, eq=False)
+class SessionQueue:
+    """What one session has waiting of one flow: member -> stamp, oldest first.
+
+    at: the limit that holds it up, or `BLOCKED`. bounces: how often the ticket of stamp `bounced`
+    was sent from limit to limit. starving: the sequence at which that became too often.
+    """
+
+    sid: str
+    key: str
+    flow: FlowName
+    tickets: dict[str, int] = field(default_factory=dict)
+    at: str | None = None
+    bounces: int = 0
+    bounced: int = 0
+    starving: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.sid}|{self.key}"
+
+    def first(self) -> tuple[str, int]:
+        return next(iter(self.tickets.items()))
+
+
+@dataclass(slots=True)
+class SessionState:
+    """A process's liveness. `queues` by flow: those that are not empty. `since`: the version of the
+    roster at which it came."""
+
+    gen: int
+    batch: int
+    expiry: int
+    name: str
+    sent: int = 0
+    acked: int = 0
+    blocked: bool = False
+    closed_at: int | None = None
+    since: int = 0
+    held: dict[int, HeldPermit] = field(default_factory=dict)
+    queues: dict[str, SessionQueue] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Gate:
+    """What makes a pause last until it is opened: one call at a time may try. taker: the session
+    and ticket of the last one. every_ms: the least time between two. rounds: how many failed."""
+
+    every_ms: int
+    most_ms: int
+    rounds: int = 0
+    taker: tuple[str, int] | None = None
+
+
+@dataclass(slots=True)
+class Pause:
+    """Nobody is admitted until `until`, and then one by one over `ramp_ms`; `passed` is how much
+    has been."""
+
+    until: int
+    ramp_ms: int
+    said: str
+    passed: int = 0
+    gate: Gate | None = None
+
+
+class Lapsing(NamedTuple):
+    """A permit held over for a dead session."""
+
+    ticket: int
+    sid: str
+    lane: str
+
+
+@dataclass(slots=True)
+class BandState:
+    """What waits under a limit in one band, and whose turn it is.
+
+    lines: tenant -> its queues here, by id. tags: tenant -> virtual start, also of those who went
+    and are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has saved.
+    Under a rate it is owed what its least share gives from `from_us` to `passed_us`, when a higher
+    band took something last; `from_us` lies ahead where it had more than its share. `held_at` is
+    when it found no room last, `used_at` when it took something.
+    """
+
+    lines: dict[str, dict[str, SessionQueue]] = field(default_factory=dict)
+    tags: dict[str, int] = field(default_factory=dict)
+    virtual: int = 0
+    credit: int = 0
+    from_us: int = 0
+    passed_us: int = 0
+    held_at: int = 0
+    used_at: int = 0
+
+    @property
+    def waits(self) -> int:
+        return sum(map(len, self.lines.values()))
+
+    def tag(self, tenant: str) -> int:
+        if tenant in self.lines:
+            return self.tags[tenant]
+        return max(self.virtual, self.tags.get(tenant, 0))
+
+    def front(self) -> tuple[int, str]:
+        """Whose turn it is: the least tag, and the tenant."""
+        return min(zip(map(self.tags.__getitem__, self.lines), self.lines, strict=True))
+
+    def line_front(self, tenant: str) -> tuple[int, SessionQueue]:
+        """The oldest first ticket of a tenant's queues here, and the queue."""
+        heads = ((queue.first()[1], queue.id) for queue in self.lines[tenant].values())
+        stamp, queue_id = min(heads)
+        return stamp, self.lines[tenant][queue_id]
+
+
+@dataclass(slots=True)
+class LimitState:
+    """One limit. `under` are the permits that count under it: (session, ticket). `current` is what
+    an adaptive one has found out, in thousandths. `retry_at` and `reserved` are of one call."""
+
+    name: str
+    limit: Limit = NO_LIMIT
+    under: set[tuple[str, int]] = field(default_factory=set)
+    bands: dict[int, BandState] = field(default_factory=dict)
+    spending: Spending = field(default_factory=Spending)
+    pause: Pause | None = None
+    current: int | None = None
+    dropped_at: int = 0
+    shadowed: int = 0
+    asserted: int = 0
+    retry_at: int | None = None
+    reserved: int = 0
+    cost_ms: int = 0
+
+    def room_again(self, at: int) -> None:
+        """Room at `at`, unless something is returned before; of several calls of this, the first
+        counts."""
+        self.retry_at = at if self.retry_at is None else min(self.retry_at, at)
+
+    def clamped(self, amount: int) -> int:
+        """What one call takes of a rate: more than it can ever give is all of it."""
+        exact = isinstance(self.limit, Rate) and self.limit.exact
+        return min(amount, 1 if exact else self.limit.bound)
+
+    def cost(self, cost_ms: int) -> int:
+        """What a call is charged until it has ended."""
+        return self.cost_ms or cost_ms
+
+    def learn(self, took_ms: int) -> None:
+        """A call took so long."""
+        more = (took_ms - self.cost_ms) // 8 if self.cost_ms else took_ms
+        self.cost_ms = max(1, self.cost_ms + more)
+
+    @property
+    def used(self) -> int:
+        return len(self.under)
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether no policy names it, and it has no bound."""
+        return self.limit is implicit_limit(self.name)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the policy names it."""
+        return self.limit is not NO_LIMIT and not self.is_implicit
+
+    @property
+    def waits(self) -> int:
+        return sum(band.waits for band in self.bands.values())
+
+    @property
+    def is_rate(self) -> bool:
+        return isinstance(self.limit, Rate | Quota)
+
+    @property
+    def settles(self) -> bool:
+        """Whether usage is corrected after a call: an exact log counts admissions."""
+        return self.is_rate and not (isinstance(self.limit, Rate) and self.limit.exact)
+
+    @property
+    def minimum(self) -> int:
+        """The least that an adaptive limit goes down to; 0 where it does not adapt."""
+        if isinstance(self.limit, Concurrency) and self.limit.adaptive:
+            return self.limit.adaptive.minimum
+        return 0
+
+    def band(self, number: int) -> BandState:
+        return self.bands.setdefault(number, BandState())
+
+    def parked(self, number: int) -> int:
+        return self.bands[number].waits if number in self.bands else 0
+
+    def waiting_bands(self) -> list[int]:
+        return [number for number in sorted(self.bands) if self.bands[number].lines]
+
+    def adapted(self) -> int:
+        return self.limit.bound * 1000 if self.current is None else self.current
+
+    def adapt(self, outcome: int, now: int) -> None:
+        """One more for a round of successes while it is used up; one less for each call that was
+        dropped then, else less at most once a second."""
+        most, full = self.limit.bound * 1000, self.used >= self.adapted() // 1000
+        if outcome == 0 and full:
+            step = 1_000_000 // max(self.adapted(), ADAPT_CALLS * 1000)
+            self.current = min(most, self.adapted() + step)
+        elif outcome == 2 and full:
+            taken = max(self.minimum, self.used - 1) * 1000
+            if taken < self.adapted():
+                self.current, self.dropped_at = taken, now
+        elif outcome == 2 and now - self.dropped_at >= ADAPT_PAUSE_MS:
+            less = max(self.minimum * 1000, self.adapted() * 7 // 10)
+            self.current, self.dropped_at = min(most, less), now
+
+
+@lru_cache(maxsize=100)
+def read_bands(bands: tuple[Band, ...]) -> list[tuple[int, int]]:
+    """Per band, in thousandths: its least share, and what is kept free for the bands above."""
+    found, above = [], 0
+    for band in bands:
+        found.append((round(band.min_share * 1000), above))
+        above += round(band.headroom * 1000)
+    return found
+
+
+# Of virtual time in a ms of use by a tenant of weight 1: what is rounded off is less than a fifth
+# of a percent from 5 ms on, at any weight.
+VIRTUAL_UNITS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Paces:
+    """Figures of the scripts that tests set lower, since all seldom come to pass as they are.
+
+    at_once: steps of one call. starves: a ticket that was sent from limit to limit so often gets
+    what it needs kept free. longest: virtual time begins again before it. on_page: what one call
+    reports of each list, and looked_at of how many rates it sees what is spent now. most_owed: of
+    how many calls of a session usage is still expected. ahead_ms: only waiters whose turn comes so
+    soon anyway are admitted by a permit passed on in their process.
+    """
+
+    at_once: int = 500
+    starves: int = 8
+    # A double counts whole numbers up to 2^53.
+    longest: int = 1 << 51
+    on_page: int = 100
+    looked_at: int = 50
+    most_owed: int = 2000
+    ahead_ms: int = 150
+
+
+@dataclass(eq=False, repr=False)
+class PoolState:
+    """What all parts of the model share.
+
+    touched: limits at which somebody may be admitted now. left: tenants that left a queue and whose
+    stamps may be forgotten. subscribed: sessions whose channel has a listener. pushed: what was
+    published to them. noted_sessions: how many there were as of the last `tend` that was answered.
+    """
+
+    paces: Paces
+    policy: PoolPolicy | None = None
+    limits: dict[str, LimitState] = field(default_factory=dict)
+    sessions: dict[str, SessionState] = field(default_factory=dict)
+    queues_of: defaultdict[str, dict[str, SessionQueue]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+    stamps: dict[str, int] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+    seq: int = 0
+    recover_until: int = 0
+    # Of one call.
+    now: int = 0
+    resets: Mapping[str, int] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)
+    epoch: int = 0
+    subscribed: set[str] = field(default_factory=set)
+    pushed: list[tuple[str, Push]] = field(default_factory=list)
+    noted_sessions: int = 0
+
+    def limit(self, name: str) -> LimitState:
+        limit = self.limits.get(name)
+        if limit is None:
+            limit = self.limits[name] = LimitState(name, implicit_limit(name) or NO_LIMIT)
+        return limit
+
+    def pause_of(self, limit: LimitState) -> Pause | None:
+        """Its pause, the time included over which calls come back after it."""
+        pause = limit.pause
+        goes_on = pause and (pause.gate or self.now < pause.until + pause.ramp_ms)
+        return pause if goes_on else None
+
+    def is_tried(self, gate: Gate) -> bool:
+        """Whether the call that a gate let try is still under way."""
+        sid, ticket = gate.taker or ("", 0)
+        return sid in self.sessions and ticket in self.sessions[sid].held
+
+    def forget_unnamed(self) -> None:
+        """Nothing is kept of the order at a limit that no policy names and nobody waits at."""
+        for limit in self.limits.values():
+            if not limit.is_named and not limit.waits:
+                limit.bands.clear()
+
+    def lane(self, flow: FlowName) -> list[LimitState]:
+        return [self.limit(name) for name in flow.lane]
+
+    def weight(self, tenant: str) -> int:
+        return self.policy.weights.get(tenant, 1) if self.policy else 1
+
+    def step(self, cost_ms: int, tenant: str) -> int:
+        """What so much use adds to a tenant's virtual time."""
+        return cost_ms * VIRTUAL_UNITS // self.weight(tenant)
+
+    def band_rule(self, band: int) -> tuple[int, int]:
+        """Least share and what is kept free above, in thousandths."""
+        rules = read_bands(self.policy.bands) if self.policy else [(0, 0)]
+        return rules[min(band, len(rules)) - 1]
+
+    def quiet(self) -> bool:
+        """The past was lost a moment ago: first all sessions are to report what they hold."""
+        return self.now < self.recover_until
+
+    def waiting(self, tenant: str) -> int:
+        return sum(len(queue.tickets) for queue in self.queues_of[tenant].values())
+
+    @property
+    def parked(self) -> int:
+        return sum(limit.waits for limit in self.limits.values())
+
+    @property
+    def lease_ms(self) -> int:
+        return self.policy.lease_ms if self.policy else 0
+
+    @property
+    def revision(self) -> int:
+        return self.policy.revision if self.policy else 0
