@@ -325,13 +325,9 @@ class Timeouts:
     idle_ms: int
     total_ms: int
 
-    def of(self, phase: str) -> int:
-        """The limit of `connect`, `first_byte`, `idle` or `total`, in ms."""
-        limit_ms: int = getattr(self, f"{phase}_ms")
-        return limit_ms
-
     def ran_out(self, phase: str) -> UpstreamTimeout:
-        return out_of_time(phase, self.of(phase))
+        """The error for the end of `connect`, `first_byte`, `idle` or `total`."""
+        return out_of_time(phase, getattr(self, f"{phase}_ms"))
 
 
 def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
@@ -613,9 +609,11 @@ class RelayWire:
             raise self._timeouts.ran_out("connect") from None
         except ssl.SSLError as wrong:
             why = wrong.reason or type(wrong).__name__
-            raise _unconnected(f"no secure connection to the provider ({why})") from None
+            message = f"no secure connection to the provider ({why})"
+            raise UpstreamUnavailable(message, broke="connecting") from None
         except (OSError, UnicodeError):
-            raise _unconnected("could not connect to the provider") from None
+            message = "could not connect to the provider"
+            raise UpstreamUnavailable(message, broke="connecting") from None
         self.connections.add(connection)
         return connection
 
@@ -653,7 +651,3 @@ def _retired(connection: Connection, now: float) -> bool:
         return False
     connection.drop()
     return True
-
-
-def _unconnected(message: str) -> UpstreamUnavailable:
-    return UpstreamUnavailable(message, broke="connecting")
