@@ -18,6 +18,7 @@ from enum import StrEnum
 
 from tidegate.call import Classification, ClassifiedBy, Kind
 from tidegate.classify.vocabulary import (
+    TABLE,
     Bounds,
     Label,
     Marked,
@@ -85,7 +86,7 @@ class Clause:
         return self.marked.text[self.span.start : self.span.end]
 
     def syntax(self, mark: Word) -> Syntax:
-        return self.marked.syntax(mark.language)
+        return TABLE.syntax[mark.language]
 
     def after(self, mark: Word) -> list[Word]:
         return [m for m in self.marks if mark.end <= m.start < mark.end + OBJECT_CHARS]

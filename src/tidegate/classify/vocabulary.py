@@ -302,9 +302,6 @@ class Marked:
     marks: tuple[Word, ...]
     language: str | None
 
-    def syntax(self, language: str) -> Syntax:
-        return TABLE.syntax[language]
-
 
 def label_words(text: str) -> Marked:
     """Label the known words; the longest phrase wins where several begin."""

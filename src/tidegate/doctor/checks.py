@@ -399,8 +399,10 @@ def _is_there(path: Path) -> bool:
 
 
 def _secret_files(dotenv: Path) -> Finding:
-    files = {name: Path(os.environ[f"{name}_FILE"]) for name in _by_file()}
-    if dotenv.is_file() and any(place == str(dotenv) for place in _secrets().values()):
+    secrets = {name: place for name, place in origins().items() if name in SECRETS}
+    by_file = [name for name in secrets if os.environ.get(f"{name}_FILE", "").strip()]
+    files = {name: Path(os.environ[f"{name}_FILE"]) for name in by_file}
+    if dotenv.is_file() and str(dotenv) in secrets.values():
         files[".env"] = dotenv
     loose = [path for path in files.values() if path.exists() and path.stat().st_mode & 0o077]
     # Mounted secrets of a cluster belong to root and are read only: their group may be ours.
@@ -411,14 +413,6 @@ def _secret_files(dotenv: Path) -> Finding:
     if not files:
         return ok("files.secrets", "no secret is read from a file")
     return ok("files.secrets", f"no other user may read the files with secrets ({len(files)})")
-
-
-def _secrets() -> dict[str, str]:
-    return {name: place for name, place in origins().items() if name in SECRETS}
-
-
-def _by_file() -> list[str]:
-    return [name for name in _secrets() if os.environ.get(f"{name}_FILE", "").strip()]
 
 
 def port(config: Config) -> Finding:

@@ -142,6 +142,7 @@ def read_messages(body: Any, *, counting: bool = False) -> ModelRequest:
         raise Refused(400, "messages: Field required")
     if not counting and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise Refused(400, "max_tokens: Field required, an integer of at least 1")
+    thinking = body.get("thinking")
     conversation = Conversation()
     for text, _ in _blocks(body.get("system"), "system"):
         conversation.add("system", text)
@@ -151,9 +152,9 @@ def read_messages(body: Any, *, counting: bool = False) -> ModelRequest:
         model,
         schema=_schema(body),
         max_output_tokens=None if counting else most,
-        thinks=_thinks(body.get("thinking"), most),
+        thinks=_thinks(thinking, most),
         called=_calls(conversation, body),
-        shows_thoughts=_shows(body.get("thinking")),
+        shows_thoughts=isinstance(thinking, dict) and thinking.get("display") != "omitted",
         streamed=body.get("stream") is True,
     )
 
@@ -173,10 +174,6 @@ def _thinks(thinking: Any, most: Any) -> bool:
     elif kind not in ("disabled", "adaptive"):
         raise Refused(400, "thinking.type: Input should be 'enabled', 'disabled' or 'adaptive'")
     return kind != "disabled"
-
-
-def _shows(thinking: Any) -> bool:
-    return isinstance(thinking, dict) and thinking.get("display") != "omitted"
 
 
 def _add_message(conversation: Conversation, message: Any, place: str) -> None:

@@ -26,7 +26,7 @@ from tidegate.emulator.delivery import Served, failed, json_response
 from tidegate.emulator.dialect import LimitReached, Refused
 from tidegate.emulator.gemini import GEMINI
 from tidegate.emulator.openai import OPENAI
-from tidegate.emulator.settings import Behaviour, EmulatorSettings, RateLimit
+from tidegate.emulator.settings import EmulatorSettings
 from tidegate.emulator.state import EmulatorState
 from tidegate.errors import InvalidRequest
 
@@ -179,13 +179,3 @@ async def run_emulator(
         await control.close()
         await runner.cleanup()
         state.presence.close()
-
-
-__all__ = [
-    "Behaviour",
-    "Emulator",
-    "EmulatorControl",
-    "EmulatorSettings",
-    "RateLimit",
-    "run_emulator",
-]
