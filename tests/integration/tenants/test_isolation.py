@@ -171,11 +171,9 @@ async def test_a_streams_prompt_counts_until_its_end(open_gateway: Opener) -> No
     alice = await key_of(gateway, "alice")
     await gateway.upstream.set_fault("hang")
     body = {"text": "Explain " + "x" * 150_000, "type": "text_only"}
-    asking = gateway.http.post(f"{gateway.url}/stream", json=body, headers=alice)
-    task = asyncio.ensure_future(asking)
+    response = await gateway.http.post(f"{gateway.url}/stream", json=body, headers=alice)
     await gateway.in_flight(1)
     held = gateway.services.bodies.of_tenants
     assert 150_000 <= held["alice"] < 151_000
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    response.close()
     await wait_until(lambda: "alice" not in held, 20, "what it held is free")
