@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Literal
 
-from tidegate.dialects.spec import DialectSpec, Headers
+from tidegate.dialects.spec import DialectSpec, ErrorAnswer, Headers
 from tidegate.errors import TidegateError
 from tidegate.limiter import MAX_BOUND, Limiter
 from tidegate.telemetry.logging import Log, get_logger
@@ -168,24 +168,29 @@ _SECONDS = re.compile(r"\bretry after\s+(\d{1,6}) seconds?\b", re.IGNORECASE)
 _DAY = re.compile(r"\bregain access on\s+(\d{4}-\d\d-\d\d)(?:\s+at\s+(\d\d:\d\d))?", re.IGNORECASE)
 
 
-def retry_after_ms(
-    error: Mapping[str, Any], details: list[dict[str, Any]], headers: Mapping[str, str]
-) -> int | None:
+def retry_after_ms(answer: ErrorAnswer) -> int | None:
     """The wait that a refusal requests; None where it names none."""
-    for detail in details:
+    for detail in answer.details:
         if str(detail.get("@type", "")).endswith("RetryInfo"):
             found = _DURATION.match(str(detail.get("retryDelay", "")))
             if found:
                 return bounded_ms(float(found[1]) * 1000)
-    message = str(error.get("message", ""))[:4_000]
-    if seconds := _SECONDS.search(message):
+    if seconds := _SECONDS.search(answer.message):
         return bounded_ms(float(seconds[1]) * 1000)
-    said = _IN_MESSAGE.search(message)
-    if said and (ms := span_ms(said[1])) is not None:
+    span = _IN_MESSAGE.search(answer.message)
+    if span and (ms := span_ms(span[1])) is not None:
         return bounded_ms(ms)
-    if re.fullmatch(_NUMBER, header := headers.get("retry-after-ms", "").strip()):
+    if re.fullmatch(_NUMBER, header := answer.headers.get("retry-after-ms", "").strip()):
         return bounded_ms(float(header))
-    return _of_header(headers.get("retry-after", ""))
+    header = answer.headers.get("retry-after", "")
+    if found := _DURATION.match(header):
+        return bounded_ms(float(found[1]) * 1000)
+    try:
+        at = parsedate_to_datetime(header)
+        left = at.replace(tzinfo=at.tzinfo or UTC) - answer.now
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return bounded_ms(left.total_seconds() * 1000)
 
 
 def until_date_ms(message: str, now: datetime) -> int | None:
@@ -221,19 +226,6 @@ def span_ms(text: str) -> float | None:
 def bounded_ms(value: float) -> int:
     """Whole, not below 0 and not over a day."""
     return min(max(0, round(value)), MAX_RETRY_AFTER_MS)
-
-
-def _of_header(header: str) -> int | None:
-    """Seconds, or a date."""
-    found = _DURATION.match(header)
-    if found:
-        return bounded_ms(float(found[1]) * 1000)
-    try:
-        at = parsedate_to_datetime(header)
-        left = at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return bounded_ms(left.total_seconds() * 1000)
 
 
 Unit = Literal["input_tokens", "output_tokens", "tokens", "images", "requests"]

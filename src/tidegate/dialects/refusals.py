@@ -64,7 +64,7 @@ def upstream_error(
     in lower case; `secret` is the API key, removed from the message."""
     message = f"the provider answered {status}: {_reason(error, secret)}"
     answer = ErrorAnswer(status, error, headers, datetime.now(UTC))
-    wait_ms = retry_after_ms(error, answer.details, headers)
+    wait_ms = retry_after_ms(answer)
     refusal = _by_words(dialect, answer)
     if refusal is None:
         return _by_status(answer, message, wait_ms)
