@@ -31,6 +31,7 @@ from tidegate.store.records import Idempotency
 from tidegate.telemetry.logging import Log, get_logger
 
 HEADER = "Idempotency-Key"
+_NAME = HEADER.lower().encode()
 REPLAYED_HEADER = "idempotency-replayed"
 LOST_HEADER = "idempotency-lost"
 MOST_CHARS = 255
@@ -48,19 +49,19 @@ PARAMETER: dict[str, Any] = {
 
 def key_of(request: Request) -> str | None:
     """The caller's key, None without one. Raises InvalidRequest."""
-    given = request.headers.getlist(HEADER)
-    if not given:
+    return _key_in(request.scope["headers"])
+
+
+def _key_in(headers: list[tuple[bytes, bytes]]) -> str | None:
+    keys = [value.decode("latin-1") for name, value in headers if name == _NAME]
+    if not keys:
         return None
-    key = given[0]
-    if len(given) > 1:
+    if len(keys) > 1:
         raise InvalidRequest(HEADER, "there is more than one Idempotency-Key", allowed=_ALLOWED)
-    if not is_key(key):
+    (key,) = keys
+    if not (1 <= len(key) <= MOST_CHARS and key.isascii() and key.isprintable()):
         raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=_ALLOWED)
     return key
-
-
-def is_key(text: str) -> bool:
-    return 1 <= len(text) <= MOST_CHARS and text.isascii() and text.isprintable()
 
 
 def idempotency_of(key: str | None, submission: Submission) -> Idempotency | None:
@@ -88,7 +89,6 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
 
 
 _COME_BACK_MS = 1_000
-_NAME = HEADER.lower().encode()
 
 log = get_logger()
 
@@ -96,14 +96,10 @@ log = get_logger()
 def idempotency_in(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempotency | None:
     """The key of a request with the digest of what it asks for; None without one. Raises
     InvalidRequest."""
-    keys = [value for name, value in headers if name == _NAME]
-    if not keys or not call.endpoint.is_counted:
+    key = _key_in(headers) if call.endpoint.is_counted else None
+    if key is None:
         return None
-    text = keys[0].decode("latin-1")
-    if len(keys) > 1 or not is_key(text):
-        allowed = f"1 to {MOST_CHARS} printable characters of ASCII, such as a UUID"
-        raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=allowed)
-    return Idempotency(text, sha256(b"%b\0%b" % (_target_of(call).encode(), call.body)).hexdigest())
+    return Idempotency(key, sha256(b"%b\0%b" % (_target_of(call).encode(), call.body)).hexdigest())
 
 
 def shows_key(headers: list[tuple[bytes, bytes]]) -> bool:
