@@ -260,17 +260,16 @@ _BODY_COLUMNS = (
 )
 
 
-# role, encoding, size_bytes, data, blob_key
-_Packed = tuple[str, str, int, bytes | None, str | None]
+_BLOB_KEY = _BODY_COLUMNS.index("blob_key")
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A record as it is written: its row, and its bodies."""
+    """A record as it is written: its row, and those of its bodies."""
 
     record: CallRecord
     audit: tuple[Any, ...]
-    bodies: list[_Packed]
+    bodies: list[tuple[Any, ...]]
 
 
 @dataclass(slots=True)
@@ -414,7 +413,7 @@ class AuditLog:
 
     async def prepare(self, record: CallRecord) -> Prepared:
         """The record as `add` takes it; a large body is in the blob store from now on."""
-        return Prepared(record, self._audit_values(record), await self._packed(record))
+        return Prepared(record, self._audit_values(record), await self._bodies(record))
 
     async def add(self, connection: asyncpg.Connection, given: Sequence[Prepared]) -> set[int]:
         """Write records in a transaction of the caller's. Returns the places of those that are left
@@ -430,7 +429,7 @@ class AuditLog:
             columns=_AUDIT_COLUMNS,
             timeout=None,
         )
-        bodies = [_body_values(one.record, *body) for one in kept for body in one.bodies]
+        bodies = [body for one in kept for body in one.bodies]
         await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
         # A repeat after a commit whose reply was lost has failed by now, at the same ids.
         await add_usage(
@@ -454,13 +453,13 @@ class AuditLog:
             gone = await self._connections.run(lambda connection: self.add(connection, given))
             self._spending.written(record.id for record in batch)
             if gone:
-                keys = [body[-1] for place in gone for body in given[place].bodies if body[-1]]
+                bodies = [body for place in gone for body in given[place].bodies]
                 with suppress(StoreUnavailable):
-                    await self._blobs.delete(keys)
+                    await self._blobs.delete(filter(None, (body[_BLOB_KEY] for body in bodies)))
         except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
             log.debug(Log.STORE_AWAY, detail=repr(no))
             for one in given:
-                await self._enqueue(_entry(one.record, one.audit, one.bodies))
+                await self._enqueue(_entry(one))
 
     def _audit_values(self, record: CallRecord) -> tuple[Any, ...]:
         failure = rows.failure_row(record.failure)
@@ -481,20 +480,24 @@ class AuditLog:
             None if charge.usage.details is None else rows.details_text(charge.usage),
         )
 
-    async def _packed(self, record: CallRecord) -> list[_Packed]:
-        both: list[_Packed] = []
-        for role, raw in (("request", record.request), ("response", record.response)):
-            size = len(raw)
-            if size >= _SMALL_BYTES:
-                both.append(await self._pack(role, raw))
-            elif size:
-                both.append((role, "raw", size, raw, None))
-        return both
-
-    async def _pack(self, role: str, raw: bytes) -> _Packed:
-        large = len(raw) > WORTH_A_THREAD_BYTES
-        encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
-        return role, encoding, len(raw), *await _placed(data, self._blobs)
+    async def _bodies(self, record: CallRecord) -> list[tuple[Any, ...]]:
+        bodies = []
+        for role, raw, content_type, omitted_bytes in (
+            ("request", record.request, record.request_type, 0),
+            ("response", record.response, record.response_type, record.omitted_bytes),
+        ):
+            if not raw:
+                continue
+            encoding = "raw"
+            placed: tuple[bytes | None, str | None] = (raw, None)
+            if len(raw) >= _SMALL_BYTES:
+                large = len(raw) > WORTH_A_THREAD_BYTES
+                encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
+                placed = await _placed(data, self._blobs)
+            owner = (record.request_id, record.received_at, role, record.tenant_id, record.pool)
+            kept = (encoding, len(raw), *placed)
+            bodies.append((*owner, *kept, cleaned(content_type), omitted_bytes))
+        return bodies
 
     async def end_job(self, job: ClaimedJob, record: CallRecord, *, called: bool = True) -> bool:
         """Record a job's end, or keep it on the disk while PostgreSQL is unavailable; True if
@@ -616,27 +619,26 @@ class AuditLog:
                 log.error(Log.INTERNAL_ERROR, where="replay", error=repr(result))
 
     async def _commit(self, entries: Sequence[Json]) -> list[Exception | None]:
+        keys = [entry for entry in entries if entry["op"] in KEY_OPS]
+        calls = [entry for entry in entries if entry["op"] not in KEY_OPS]
+
         async def work(
             connection: asyncpg.Connection,
         ) -> tuple[list[Json], tuple[set[str], list[UUID], set[str]]]:
             gone = await erased_entries(connection, entries)
             ids = {id(entry) for entry in gone}
-            kept = [entry for entry in entries if id(entry) not in ids]
-            if keys := [entry for entry in kept if entry["op"] in KEY_OPS]:
-                await settle_keys(connection, keys)
-            rest = [entry for entry in kept if entry["op"] not in KEY_OPS]
+            if kept := [entry for entry in keys if id(entry) not in ids]:
+                await settle_keys(connection, kept)
+            rest = [entry for entry in calls if id(entry) not in ids]
             return gone, await _write_entries(connection, rest, self._instance_id)
 
         gone, (written, changed, pools) = await self._connections.run(work)
-        written |= {str(entry["row"]["id"]) for entry in gone if entry["op"] not in KEY_OPS}
+        erased = {id(entry) for entry in gone}
+        written |= {str(entry["row"]["id"]) for entry in calls if id(entry) in erased}
         self._spending.written(written)
         self._notifications.changed(changed)
         self._notifications.work(pools)
-        lost = [
-            entry
-            for entry in entries
-            if entry["op"] not in KEY_OPS and str(entry["row"]["id"]) not in written
-        ]
+        lost = [entry for entry in calls if str(entry["row"]["id"]) not in written]
         await self._discard([*gone, *lost])
         self._spending.written(str(entry["row"]["id"]) for entry in lost)  # it never will be
         ids = {id(entry) for entry in lost}
@@ -744,7 +746,8 @@ async def _write_entries(
         relayed = await _add_relayed(connection, list(ops["relay"].values()))
     by_id = {key: entry for group in ops.values() for key, entry in group.items()}
     fresh = [(by_id[key], row) for key, row in rows.items()]
-    await _add_files(connection, fresh)
+    if files := [file for entry, _ in fresh for file in entry["files"]]:
+        await connection.execute(sql("add_files"), dumps(files))
     await _end_attempts(connection, fresh, instance_id)
     await add_audit(
         connection,
@@ -783,14 +786,6 @@ async def _add_relayed(connection: asyncpg.Connection, entries: list[Json]) -> l
         await connection.execute(sql("add_relayed_bodies"), dumps(found))
     ids = {str(row["id"]) for row in added}
     return [entry["row"] for entry in entries if str(entry["row"]["id"]) in ids]
-
-
-async def _add_files(
-    connection: asyncpg.Connection, fresh: list[tuple[Json, asyncpg.Record]]
-) -> None:
-    files = [file for entry, _ in fresh for file in entry["files"]]
-    if files:
-        await connection.execute(sql("add_files"), dumps(files))
 
 
 async def _end_attempts(
@@ -856,32 +851,16 @@ async def audit_unanswered(
     )
 
 
-def _body_values(
-    record: CallRecord,
-    role: str,
-    encoding: str,
-    size_bytes: int,
-    data: bytes | None,
-    blob_key: str | None,
-) -> tuple[Any, ...]:
-    owner = (record.tenant_id, record.pool)
-    place = (record.request_id, record.received_at, role)
-    is_request = role == "request"
-    said = record.request_type if is_request else record.response_type
-    omitted_bytes = 0 if is_request else record.omitted_bytes
-    return (*place, *owner, encoding, size_bytes, data, blob_key, cleaned(said), omitted_bytes)
-
-
-def _entry(record: CallRecord, values: tuple[Any, ...], both: list[_Packed]) -> Json:
-    """The same for the recorder, as JSON."""
-    row = dict(zip(_AUDIT_COLUMNS, values, strict=True))
+def _entry(call: Prepared) -> Json:
+    """The same as an entry."""
+    row = dict(zip(_AUDIT_COLUMNS, call.audit, strict=True))
     if row["failure"] is not None:
         row["failure"] = orjson.loads(row["failure"])
     if row["usage_details"] is not None:
         row["usage_details"] = orjson.loads(row["usage_details"])
     bodies = []
-    for packed in both:
-        body = dict(zip(_BODY_COLUMNS, _body_values(record, *packed), strict=True))
+    for values in call.bodies:
+        body = dict(zip(_BODY_COLUMNS, values, strict=True))
         if body["data"] is not None:
             body["data"] = b64encode(body["data"]).decode()
         bodies.append(body)

@@ -471,16 +471,13 @@ async def _with_files(
 
 
 class ExpiredClaims:
-    """Claims of silent workers. `begin`, `lock` in the transaction, `end` after its commit."""
+    """Claims of silent workers. `lock` in the transaction, `end` after its commit."""
 
     def __init__(self, lease_ms: int) -> None:
         self._lease_ms = lease_ms
-        self._lookback = Lookback()
+        self.lookback = Lookback()
         self._seen: dict[str, datetime] = {}  # silent ones, with when they were last heard
         self._silent: dict[str, datetime] = {}
-
-    def begin(self) -> Scan:
-        return self._lookback.begin()
 
     async def lock(self, connection: asyncpg.Connection, look: Scan) -> list[UUID]:
         """Lock up to 500 jobs whose claims have expired; returns their ids."""
@@ -503,7 +500,7 @@ class ExpiredClaims:
     def end(self, look: Scan, retaken: int) -> None:
         if retaken < AT_ONCE:
             self._seen = self._silent
-        self._lookback.end(look, complete=retaken < AT_ONCE)
+        self.lookback.end(look, complete=retaken < AT_ONCE)
 
 
 _WORKER_DIED = Failure(
@@ -711,7 +708,7 @@ class JobQueue:
         if not self._steadiness.may_judge:
             return []
         failure = asdict(_WORKER_DIED)
-        look = self._lapses.begin()
+        look = self._lapses.lookback.begin()
 
         async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             locked = await self._lapses.lock(connection, look)

@@ -89,7 +89,7 @@ async def test_what_a_version_without_details_has_spilled_is_written(
     """And what this one has spilled keeps them, as the row that COPY could not take does."""
     detailed = Charge(UsageState.TOLD, Usage(5, 9, 2, 1, 17, DETAILS), None, 100)
     one = await store.audit.prepare(record(1, charge=detailed, model_version="m-9"))
-    entry = orjson.loads(orjson.dumps(_entry(one.record, one.audit, one.bodies), default=str))
+    entry = orjson.loads(orjson.dumps(_entry(one), default=str))
     old = orjson.loads(orjson.dumps(entry, default=str))
     old["row"] |= {"id": str(new_id())}
     del old["row"]["usage_details"]
