@@ -62,12 +62,6 @@ _SMALL_WINDOW_BITS = 12
 _SMALL_TABLES = 5
 
 
-def request_body(
-    prompt: str, image_uri: str | None, model: str | None, files: list[Json]
-) -> dict[str, Any]:
-    return {"prompt": prompt, "image_uri": image_uri, "model": model, "files": files}
-
-
 def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
     files = [
         {
@@ -80,7 +74,7 @@ def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
     ]
     if job.endpoint is not None:  # of a large body the file alone: `prompt` is a piece of it
         return {"endpoint": job.endpoint} | ({"files": files} if files else {"body": job.prompt})
-    return request_body(job.prompt, job.image_uri, job.model, files)
+    return {name: getattr(job, name) for name in _ASKED} | {"files": files}
 
 
 def body_of_answer(record: CallRecord) -> dict[str, Any]:
@@ -260,6 +254,7 @@ _BODY_COLUMNS = (
 )
 
 
+_ASKED = ("prompt", "image_uri", "model")
 _BLOB_KEY = _BODY_COLUMNS.index("blob_key")
 
 
@@ -841,8 +836,7 @@ async def audit_unanswered(
 ) -> None:
     """The same for requests that ended here in the database, without a worker's answer."""
     asked = [
-        inline_row("request", request_body(row["prompt"], row["image_uri"], row["model"], []))
-        for row in ended
+        inline_row("request", {name: row[name] for name in _ASKED} | {"files": []}) for row in ended
     ]
     await add_audit(
         connection,

@@ -26,7 +26,7 @@ import asyncpg
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store.database import Connections, Steadiness, sql
-from tidegate.store.records import Idempotency, Json, dumps, entry_of
+from tidegate.store.records import Idempotency, Json, dumps, entry_of, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
 LONGEST_LEASE_MS = 10_000
@@ -233,7 +233,7 @@ async def take_key(
         *(request_id, _seconds(lease_ms)),
     )
     if row is not None:
-        return Taken(_uuid(row["lost"]))
+        return record_of(Taken, row)
     given = await known_key(connection, tenant_id, wanted.key)
     if given is None:  # it became a day old, or was freed, between the two statements
         return await take_key(connection, tenant_id, wanted, request_id, lease_ms=lease_ms)
@@ -249,14 +249,13 @@ async def known_key(
     row = await connection.fetchrow(sql("get_native_key"), tenant_id, key, _seconds(lease_ms))
     if row is None:
         return None
-    return KeyState(
+    return record_of(
+        KeyState,
+        row,
         digest=row["digest"].hex(),
-        request_id=UUID(int=row["request_id"].int),
         http_status=row["http_status"] or 0,
         content_type=row["content_type"] or "",
         answer=row["answer"] if row["ended"] else None,
-        lapsed=row["lapsed"],
-        lost=_uuid(row["lost"]),
     )
 
 
@@ -282,7 +281,3 @@ async def settle_keys(connection: asyncpg.Connection, entries: Sequence[Json]) -
 
 def _seconds(lease_ms: int | None) -> float | None:
     return None if lease_ms is None else lease_ms / 1000
-
-
-def _uuid(found: asyncpg.pgproto.pgproto.UUID | None) -> UUID | None:
-    return None if found is None else UUID(int=found.int)
