@@ -206,7 +206,7 @@ class Traffic(RuleBasedStateMachine):
             assert not waiting, "waits though all it needs is free"
 
     def speak(self, client: Client) -> None:
-        """As its courier does: as long as there is something to hear or to say."""
+        """As its exchange loop does: as long as there is something to hear or to say."""
         self.hear_pushes(client)
         if client.session.something_to_say():
             self.world.exchange(client, "ok")

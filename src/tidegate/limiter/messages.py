@@ -163,11 +163,6 @@ def band_shares(bands: tuple[Band, ...]) -> str:
     return ",".join(parts)
 
 
-def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
-    """The name of a flow; `band` counts from 1, the highest."""
-    return f"{band}|{tenant}|{' '.join(limits)}"
-
-
 def lane_of(flow: str) -> str:
     """The limits of a flow, as one string."""
     return flow.split("|", 2)[2]

@@ -20,7 +20,7 @@ from math import inf
 from typing import TypeVar
 
 from tidegate.errors import DemandImpossible
-from tidegate.limiter.messages import OUTCOMES, USAGE_LATER, Hint, flow_of
+from tidegate.limiter.messages import OUTCOMES, USAGE_LATER, Hint
 from tidegate.limiter.policy import (
     Concurrency,
     Limit,
@@ -37,6 +37,11 @@ FIRST_COST_MS = 1000.0
 _LEARN = 1 / 8
 # Of virtual time in a ms of use by a tenant of weight 1.
 VIRTUAL_UNITS = 100_000
+
+
+def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
+    """The name of a flow; `band` counts from 1, the highest."""
+    return f"{band}|{tenant}|{' '.join(limits)}"
 
 
 @dataclass(slots=True, eq=False, repr=False)

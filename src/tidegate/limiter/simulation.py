@@ -16,7 +16,6 @@ from tidegate.limiter.messages import (
     ScriptName,
     SyncReply,
     SyncRequest,
-    flow_of,
     fragment,
     load,
     pack,
@@ -36,7 +35,7 @@ from tidegate.limiter.model.state import (
 )
 from tidegate.limiter.permit import PermitIssuer
 from tidegate.limiter.policy import amount_of
-from tidegate.limiter.queue import Batch, Flow, Holding, LocalQueue, Waiter
+from tidegate.limiter.queue import Batch, Flow, Holding, LocalQueue, Waiter, flow_of
 from tidegate.limiter.session import Clock, Lease, Session
 
 __all__ = [

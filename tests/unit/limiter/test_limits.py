@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.errors import ConfigError
 from tidegate.limiter.connection import read_facts
-from tidegate.limiter.messages import band_shares, definition, flow_of, lane_of
+from tidegate.limiter.messages import band_shares, definition, lane_of
 from tidegate.limiter.policy import (
     MAX_LOG,
     Adaptive,
@@ -19,6 +19,7 @@ from tidegate.limiter.policy import (
     Rate,
     share_of,
 )
+from tidegate.limiter.queue import flow_of
 
 FULL = PoolPolicy(
     {
