@@ -88,7 +88,7 @@ async def test_the_numbers_move_with_real_traffic(stage: Stage) -> None:
         await expect(seen.limit("used")).to_contain_text("0 / 2")
         await expect(seen.page.locator("[aria-label='Spend']")).to_contain_text("requests")
         process = seen.page.get_by_role("row", name="worker")
-        await expect(process.get_by_text("Lives")).to_be_visible()
+        await expect(process.get_by_text("Healthy")).to_be_visible()
 
 
 async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> None:
@@ -153,7 +153,7 @@ async def test_a_pause_by_keyboard_holds_calls_up_until_it_is_resumed(stage: Sta
         assert (await stage.gateway.upstream.stats()).in_flight == 0
         await page.get_by_role("button", name="Resume kind:text_only").press("Enter")
         await page.get_by_role("dialog").get_by_role("button", name="Resume").click()
-        await expect(page.locator(".toast").last).to_contain_text("lets calls in again")
+        await expect(page.locator(".toast").last).to_contain_text("admits calls again")
         assert (await stage.gateway.end_of(request_id))["status"] == "succeeded"
 
 
@@ -192,7 +192,7 @@ async def test_an_upstream_that_is_out_is_told_with_the_processes_that_found_it(
                 return await stage.native("Hi", 500) == 200
 
             await wait_until(answers, 15, "it is tried again")
-            await expect(upstream.locator(".badge")).to_have_text("Answers")
+            await expect(upstream.locator(".badge")).to_have_text("Healthy")
     finally:
         await gateway.upstream.clear_faults()
 

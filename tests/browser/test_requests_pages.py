@@ -259,7 +259,7 @@ async def test_try_it_streams_text_takes_files_and_shows_pictures(
         await expect(page.locator(".picked")).to_contain_text("dropped.png")
         await page.get_by_role("button", name="Send").click()
         await expect(answer).to_contain_text("You asked")
-        await expect(state).to_contain_text("the answer comes")
+        await expect(state).to_contain_text("Started after")
         await stage.gateway.upstream.set_behaviour(chunks=4, between_ms=0)
         await expect(state).to_contain_text("Done")
         await expect(answer).to_contain_text("1 file: image/png")
@@ -272,7 +272,7 @@ async def test_try_it_streams_text_takes_files_and_shows_pictures(
         assert await _drawn(page) > 1
         await page.mouse.move(5, 5)
         await picture(page, "try", tmp_path)
-        await page.get_by_role("link", name="See its whole life").click()
+        await page.get_by_role("link", name="View details").click()
         await expect(page.locator(".page-head .badge")).to_have_text("Succeeded")
         assert await _drawn(page) > 1
 
@@ -294,7 +294,7 @@ async def test_a_key_that_opens_the_page_alone_needs_another_one_to_try_with(
         await page.get_by_label("API key").fill(caller.text)
         await page.get_by_role("button", name="Send").click()
         await expect(page.locator(".try-state")).to_contain_text("Done")
-        await page.get_by_role("link", name="See its whole life").click()
+        await page.get_by_role("link", name="View details").click()
         await expect(page.locator("h1")).to_contain_text("Request")
         await expect(page.get_by_label("Prompt")).to_have_text("Explain the tide")
 

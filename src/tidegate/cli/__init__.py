@@ -30,8 +30,8 @@ from tidegate.errors import TidegateError
 
 app = typer.Typer(
     name="tidegate",
-    help="One admission in front of large language models. Settings come from the environment "
-    "and from .env: see .env.example.",
+    help="LLM gateway with distributed rate limits and fair queueing. Settings come from the "
+    "environment and from .env: see .env.example.",
     no_args_is_help=True,
     epilog=EPILOGUE,
     pretty_exceptions_enable=False,
@@ -85,7 +85,7 @@ def up(
     api: Annotated[int, typer.Option(min=1, max=256, help="Processes that serve HTTP.")] = 1,
     workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that do jobs.")] = 1,
 ) -> None:
-    """Start everything, and stop it on Ctrl-C."""
+    """Start everything; Ctrl-C stops it."""
     from tidegate.supervisor.up import up as run
 
     raise typer.Exit(run(load_to_run(), api, workers))
@@ -103,7 +103,7 @@ def serve(
 
 @app.command(rich_help_panel=_RUN)
 def worker() -> None:
-    """Do jobs in this process alone."""
+    """Process jobs in this process alone."""
     from tidegate.supervisor.roles import work
 
     work(load_to_run())

@@ -291,7 +291,7 @@ def why(
     json: Json = False,
     pool: AnyPool = None,
 ) -> None:
-    """Say why a request waits: for which limit, who has it, who paused it."""
+    """Show which limit a request is waiting for, who holds it and who paused it."""
     from tidegate.policy.inspection import why as ask
 
     choose_pool(pool)

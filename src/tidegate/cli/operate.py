@@ -242,7 +242,7 @@ def doctor(
 
 def _summary(failed: int, warned: int, count: int) -> str:
     if not failed and not warned:
-        return f"all {count} checks are well"
+        return f"all {count} checks passed"
     parts = [f"{failed} fail"] * bool(failed) + [f"{warned} warn"] * bool(warned)
     return f"of {count} checks {' and '.join(parts)}"
 

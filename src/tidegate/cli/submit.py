@@ -116,7 +116,7 @@ def status(
     output: Output = None,
     json: Json = False,
 ) -> None:
-    """Show where a request stands, and its answer. The exit code is 1 if it has failed."""
+    """Show the status of a request, and its answer. The exit code is 1 if it has failed."""
     from uuid import UUID
 
     with suppress(ValueError):

@@ -388,7 +388,7 @@ def _classified(submission: Submission, services: Services, caller: Caller) -> C
     response_model=StatusView,
     response_model_exclude_none=True,
     responses=problem_responses(400, 401, 403, 404, 429, 503) | LIVE,
-    summary="Where a request stands, and its answer",
+    summary="Status of a request, and its answer",
 )
 async def status(
     request: Request,

@@ -15,7 +15,7 @@ export async function open(main, { signal }) {
     h("div", { class: "page-head" }, h("h1", {}, "Attention")),
     card("Failed jobs", "Of the last 24 hours, by error.", failures),
     card("Dead jobs", "Their workers died under them three times: they are not tried again.", jobs),
-    card("Webhooks given up", "No try has delivered them.", webhooks),
+    card("Failed webhooks", "All deliveries failed.", webhooks),
   );
   const again = () => {
     settled();
@@ -25,7 +25,7 @@ export async function open(main, { signal }) {
     Promise.all([
       failedJobs(failures, signal, again),
       list(jobs, "admin/dead", jobRow, JOB_HEADS, "No dead jobs", signal, again),
-      list(webhooks, "admin/webhooks", hookRow, HOOK_HEADS, "None was given up", signal, again),
+      list(webhooks, "admin/webhooks", hookRow, HOOK_HEADS, "None", signal, again),
     ]);
   await show();
 }

@@ -68,7 +68,7 @@ export function facts(request) {
     ["Tenant", request.tenant],
     ["Source", SOURCES[request.source]],
     ["Kind", kindOf(request)],
-    ["Decided by", decided(request)],
+    ["Type set by", decided(request)],
     ["Model", request.model],
     ["Asked for", request.asked_model !== request.model ? request.asked_model : null],
     ["Answered by", request.model_version !== request.model ? request.model_version : null],

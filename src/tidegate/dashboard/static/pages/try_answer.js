@@ -33,7 +33,7 @@ export function answering(signal) {
     replace: (words) => say(text, words),
     picture: (file) => pictures.append(h("li", {}, shownFile(file, files))),
     figures: (words) => say(figures, words),
-    link: (id) => fill(whole, linkTo(id, "See its whole life")),
+    link: (id) => fill(whole, linkTo(id, "View details")),
   };
 
   function clear() {

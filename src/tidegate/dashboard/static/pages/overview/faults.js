@@ -8,9 +8,9 @@ const OTHERS = "others";
 const KINDS = {
   told_429: ["429 to clients", "Answers of 429 that clients got from here"],
   throttled: ["429 from upstreams", "Calls that a provider answered with 429"],
-  refused: ["Refused at the door", "A wrong key, a spent budget, a body too large"],
-  expired: ["Too late", "Their deadline came before their turn"],
-  retried: ["Tried again", "Attempts after which a job went back into its queue"],
+  refused: ["Rejected", "Before queueing: a wrong key, a spent budget, a body too large"],
+  expired: ["Deadline exceeded", "Not admitted before their deadline"],
+  retried: ["Retries", "Attempts after which a job went back into its queue"],
   failed: ["Failed", "For good"],
   cancelled: ["Cancelled", "By their clients"],
 };

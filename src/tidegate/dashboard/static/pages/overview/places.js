@@ -27,7 +27,7 @@ export function processesCard() {
         say(left, one.left_ms > 0 ? length(one.left_ms) : NOTHING);
         const gone = one.left_ms <= 0;
         mark(badge, "class", `badge ${gone ? "bad" : one.blocked ? "warn" : "good"}`);
-        say(badge, gone ? "Silent" : one.blocked ? "Takes no grants" : "Lives");
+        say(badge, gone ? "Silent" : one.blocked ? "Takes no grants" : "Healthy");
       },
     };
   });
@@ -63,7 +63,7 @@ export function processesCard() {
 }
 
 const STATES = {
-  ok: ["good", "Answers"],
+  ok: ["good", "Healthy"],
   out: ["bad", "Left out"],
   trying: ["warn", "On trial"],
 };
@@ -105,7 +105,7 @@ export function upstreamsCard() {
       { class: "card", "aria-label": "Upstreams" },
       h("div", { class: "card-head" }, h("h2", {}, "Upstreams"), span),
       list,
-      h("p", { class: "quiet-text card-body" }, "State: the worst that any process finds."),
+      h("p", { class: "quiet-text card-body" }, "The worst state that any process reports."),
     ),
     live(frame) {
       draw(frame.upstreams, (one) => one.upstream);

@@ -9,7 +9,7 @@ import { confirm, empty, field, toast } from "../../ui.js";
 export function tenantsCard(pool) {
   const body = h("tbody");
   const draw = keyed(body, (first) => row(first.tenant, pool));
-  const nobody = empty("Nobody waits, and nobody has called", "Tenants appear with their first call.");
+  const nobody = empty("No traffic yet", "Tenants appear with their first request.");
   const heads = [
     ["Tenant", ""],
     ["Waiting", "number"],
