@@ -38,7 +38,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.jobs.native import targets_of
+from tidegate.jobs.calls import targets_of
 from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.jobs.retry import is_of_upstream, retry_wait_ms
 from tidegate.limiter import Permit

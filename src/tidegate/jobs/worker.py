@@ -31,7 +31,7 @@ from tidegate.errors import (
     UpstreamUnavailable,
 )
 from tidegate.jobs.batches import BatchRunner
-from tidegate.jobs.native import (
+from tidegate.jobs.calls import (
     ask_of,
     internal,
     log_end,

@@ -1,4 +1,4 @@
-"""Jobs that wrap a native call, and the result of a job as the record takes it."""
+"""Calls of jobs: who pays, where they can go, their record, and calls that jobs wrap."""
 
 from __future__ import annotations
 
