@@ -34,7 +34,7 @@ from tidegate.http.services import Services
 from tidegate.http.uvicorn_protocol import bounded
 from tidegate.settings import Config, operator_key
 from tidegate.store import audit as bodies
-from tidegate.supervisor.roles import Server
+from tidegate.supervisor.roles import NotifyingServer
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
@@ -102,7 +102,7 @@ class Gateway:
     url: str
     app: FastAPI
     config: Config
-    server: Server
+    server: NotifyingServer
     http: aiohttp.ClientSession
     upstream: EmulatorControl
     database: asyncpg.Pool
@@ -343,7 +343,7 @@ async def gateway(
             _rooms.append(running.room)
 
 
-class _Server(Server):
+class _Server(NotifyingServer):
     """Looks more often than ten times a second whether it is to stop: every test waits for that."""
 
     async def main_loop(self) -> None:

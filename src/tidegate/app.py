@@ -18,7 +18,7 @@ from tidegate.dashboard import routes as dashboard
 from tidegate.dashboard.rollup import counting
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import StoreUnavailable
-from tidegate.http.auth import Gate
+from tidegate.http.auth import Authenticator
 from tidegate.http.browsers import Origins
 from tidegate.http.server import build
 from tidegate.http.services import Services
@@ -183,7 +183,9 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         stack.callback(asyncio.create_task(watch.run()).cancel)
         board = Board(limiter, instance_id, ActiveCalls(), spine.health)
         stack.callback(asyncio.create_task(board.run()).cancel)
-        gate = Gate(store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms)
+        gate = Authenticator(
+            store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms
+        )
         if role == "api":
             await stack.enter_async_context(gate.at_work())
         services = Services(

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.call import Kind
-from tidegate.cli.client import Gateway, with_gateway
+from tidegate.cli.client import GatewayClient, with_gateway
 from tidegate.cli.limits import span_ms
 from tidegate.cli.terminal import DONE, FAILED, Json, given, show_json
 from tidegate.errors import GatewayRefused, GatewayUnreachable
 
 if TYPE_CHECKING:
-    from tidegate.cli.batch_run import Run, Tally
+    from tidegate.cli.batch_run import Run, RunProgress
 
 app = typer.Typer(help="Work through a file of prompts.", no_args_is_help=True)
 
@@ -80,7 +80,7 @@ def run(
     target = output or file.with_name(f"{file.stem}.results.jsonl")
     prompts = read(file, column, options)
 
-    async def work(gateway: Gateway) -> int:
+    async def work(gateway: GatewayClient) -> int:
         with Results(target) as results:
             batch = Run(gateway, prompts, results, window=window, retry_failed=retry_failed)
             try:
@@ -110,7 +110,7 @@ async def _shown(name: str, batch: Run) -> None:
 
 
 @contextmanager
-def _display(name: str, tally: Tally) -> Iterator[tuple[Any, float]]:
+def _display(name: str, tally: RunProgress) -> Iterator[tuple[Any, float]]:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
@@ -128,7 +128,7 @@ def _display(name: str, tally: Tally) -> Iterator[tuple[Any, float]]:
 class _Lines:
     """A line on standard error now and then, and immediately if the reason to wait has changed."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: RunProgress) -> None:
         self._tally = tally
         self._told = self._state()
         self._next = time.monotonic() + _PLAIN_S
@@ -145,7 +145,7 @@ class _Lines:
         return self._tally.ended, re.sub(r"[0-9]+", "", self._tally.waiting)
 
 
-def progress_in_words(tally: Tally) -> str:
+def progress_in_words(tally: RunProgress) -> str:
     from tidegate.limiter import format_span
 
     words = f"{tally.ended} of {tally.total} done, {tally.failed} failed, {tally.per_second:.1f}/s"
@@ -154,7 +154,7 @@ def progress_in_words(tally: Tally) -> str:
     return f"{words}; {tally.waiting}" if tally.waiting else words
 
 
-def _say_stopped(tally: Tally) -> None:
+def _say_stopped(tally: RunProgress) -> None:
     sys.stderr.write(
         f"tidegate: stopped with {tally.ended} of {tally.total} done; "
         f"{tally.submitted} are submitted and go on. The same command goes on from here.\n"

@@ -32,7 +32,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.cli.client import ENDS, Gateway, is_passing
+from tidegate.cli.client import ENDS, GatewayClient, is_passing
 from tidegate.errors import ConfigError, GatewayRefused, GatewayUnreachable
 
 MOST_BYTES = 200_000_000
@@ -263,7 +263,7 @@ _STOPPING = ("unauthenticated", "budget_exceeded")
 
 
 @dataclass
-class Tally:
+class RunProgress:
     """How far a run is. `earlier` lines had ended before it began. `waiting` says for what."""
 
     total: int
@@ -309,7 +309,7 @@ class Run:
 
     def __init__(
         self,
-        gateway: Gateway,
+        gateway: GatewayClient,
         prompts: Prompts,
         results: Results,
         *,
@@ -324,7 +324,7 @@ class Run:
         self._heard_at = time.monotonic()
         self._patience_s = NEVER_THERE_S
         self._left = self._what_is_left(retry_failed)
-        self.tally = Tally(len(prompts.lines), len(prompts.lines) - len(self._left))
+        self.tally = RunProgress(len(prompts.lines), len(prompts.lines) - len(self._left))
 
     def _what_is_left(self, retry_failed: bool) -> list[tuple[Line, str]]:
         """The lines that are still to be asked, with their keys. Raises ConfigError for a file
@@ -448,7 +448,7 @@ class Run:
 _QUIET = "bright_black"
 
 
-def bar(name: str, tally: Tally) -> RenderableType:
+def bar(name: str, tally: RunProgress) -> RenderableType:
     """Three lines: how much, how fast, and what holds it up."""
     whole = f"{tally.ended:,} of {tally.total:,}"
     share = tally.ended / tally.total if tally.total else 1.0
@@ -469,7 +469,7 @@ def bar(name: str, tally: Tally) -> RenderableType:
     return Group(*lines)
 
 
-def _pace(tally: Tally) -> Text:
+def _pace(tally: RunProgress) -> Text:
     parts = Text(no_wrap=True, overflow="ellipsis")
     parts.append(f"{tally.per_second:.1f} a second", style="bold")
     parts.append(f"   {tally.done - tally.failed:,} succeeded", style="green")
@@ -481,7 +481,7 @@ def _pace(tally: Tally) -> Text:
     return parts
 
 
-def _waiting(tally: Tally) -> Text:
+def _waiting(tally: RunProgress) -> Text:
     words = f"{tally.submitted} submitted"
     if tally.waiting:  # first, since a narrow terminal shows the beginning
         words = f"{tally.waiting}; {words}"

@@ -53,8 +53,8 @@ class ServerEvent:
     event_id: str
 
 
-class Gateway:
-    """One Tidegate. `async with Gateway(settings) as gateway`."""
+class GatewayClient:
+    """One Tidegate. `async with GatewayClient(settings) as gateway`."""
 
     def __init__(self, settings: Client) -> None:
         self.url = settings.url
@@ -190,13 +190,13 @@ def _operator_key(settings: Client) -> SecretStr | None:
         return None
 
 
-def with_gateway(work: Callable[[Gateway], Coroutine[Any, Any, T]]) -> T:
+def with_gateway(work: Callable[[GatewayClient], Coroutine[Any, Any, T]]) -> T:
     """Run a command's work on the gateway of the settings; Ctrl-C cancels it and raises
     KeyboardInterrupt."""
     from tidegate.settings import load_client
 
     async def run() -> T:
-        async with Gateway(load_client()) as gateway:
+        async with GatewayClient(load_client()) as gateway:
             return await work(gateway)
 
     return asyncio.run(run())
@@ -327,7 +327,7 @@ def _figures(view: dict[str, Any]) -> Iterator[str]:
 
 
 async def follow(
-    gateway: Gateway, request_id: str, progress: Progress, *, as_json: bool
+    gateway: GatewayClient, request_id: str, progress: Progress, *, as_json: bool
 ) -> dict[str, Any]:
     """Follow a request by its events until it has ended; its last state.
 
@@ -343,7 +343,7 @@ async def follow(
 
 
 async def _follow(
-    gateway: Gateway, request_id: str, progress: Progress, as_json: bool
+    gateway: GatewayClient, request_id: str, progress: Progress, as_json: bool
 ) -> dict[str, Any]:
     last_id, heard_at, lost = "", time.monotonic(), False
     view: dict[str, Any] = {}
@@ -371,7 +371,7 @@ async def _follow(
         await asyncio.sleep(_COME_BACK_S)
 
 
-async def _ask_why(gateway: Gateway, request_id: str, progress: Progress) -> None:
+async def _ask_why(gateway: GatewayClient, request_id: str, progress: Progress) -> None:
     """While it waits, show for what; an answer that fails is asked for again."""
     while True:
         await asyncio.sleep(_ASK_WHY_S)
@@ -385,7 +385,7 @@ async def _ask_why(gateway: Gateway, request_id: str, progress: Progress) -> Non
             progress.waiting(f"{why['sentence']}{place}")
 
 
-async def wait(gateway: Gateway, request_id: str) -> dict[str, Any]:
+async def wait(gateway: GatewayClient, request_id: str) -> dict[str, Any]:
     """The last state of a request, by asking until it has ended; as `follow` else."""
     heard_at = time.monotonic()
     while True:
@@ -423,7 +423,7 @@ def show_answer(view: dict[str, Any]) -> int:
 
 
 async def save_pictures(
-    gateway: Gateway, view: dict[str, Any], output: Path | None, progress: Progress
+    gateway: GatewayClient, view: dict[str, Any], output: Path | None, progress: Progress
 ) -> list[str]:
     """Save what pictures the answer has; their paths. `output` is a folder, which is made, or with
     a suffix the name of the one picture; without it pictures are only named."""

@@ -16,7 +16,7 @@ import typer
 
 from tidegate.call import Kind
 from tidegate.cli.client import (
-    Gateway,
+    GatewayClient,
     Progress,
     follow,
     save_pictures,
@@ -98,7 +98,7 @@ def submit(
     if not text and not file and not image_uri:
         raise ConfigError("TEXT", "(not given)", "give a prompt, a --file or an --image-uri")
 
-    async def work(gateway: Gateway) -> int:
+    async def work(gateway: GatewayClient) -> int:
         accepted = await gateway.submit(fields, tuple(file or ()), idempotency_key)
         if not (wait_ or follow_ or output):
             _say_accepted(accepted, json)
@@ -122,7 +122,7 @@ def status(
     with suppress(ValueError):
         request_id = str(UUID(request_id))
 
-    async def work(gateway: Gateway) -> int:
+    async def work(gateway: GatewayClient) -> int:
         if follow_:
             return await _to_the_end(gateway, request_id, True, output, json)
         view = await gateway.get(f"/status/{request_id}")
@@ -138,7 +138,7 @@ def status(
     raise typer.Exit(with_gateway(work))
 
 
-async def _say_waiting(gateway: Gateway, view: dict[str, Any], progress: Progress) -> int:
+async def _say_waiting(gateway: GatewayClient, view: dict[str, Any], progress: Progress) -> int:
     if view["status"] == "queued":
         why = await gateway.get(f"/requests/{view['request_id']}/why")
         progress.note(f"it {why['sentence']}")
@@ -146,7 +146,7 @@ async def _say_waiting(gateway: Gateway, view: dict[str, Any], progress: Progres
 
 
 async def _to_the_end(
-    gateway: Gateway, request_id: str, follows: bool, output: Path | None, json: bool
+    gateway: GatewayClient, request_id: str, follows: bool, output: Path | None, json: bool
 ) -> int:
     """Stay until it has ended, print what came; the exit code."""
     progress = Progress(silent=json or not follows)
@@ -215,7 +215,7 @@ def _show(columns: Sequence[tuple[str, int]], rows: list[dict[str, str]], nothin
     show_table("", shown, [tuple(row[name] for name in shown) for row in rows], whole=("request",))
 
 
-async def _under_way(limit: int, gateway: Gateway) -> tuple[list[dict[str, Any]], bool]:
+async def _under_way(limit: int, gateway: GatewayClient) -> tuple[list[dict[str, Any]], bool]:
     """Streams, native calls and jobs, the oldest first, and whether these are all."""
     calls = await gateway.get("/requests/running")
     jobs = await gateway.get("/requests", status=Status.RUNNING.value, limit=str(_MOST_JOBS))
@@ -304,7 +304,7 @@ def requests(
 
 
 async def _listed(
-    query: dict[str, str], limit: int, cursor: str | None, gateway: Gateway
+    query: dict[str, str], limit: int, cursor: str | None, gateway: GatewayClient
 ) -> tuple[list[dict[str, Any]], str | None]:
     """As many as wanted, page by page, and where the next would begin."""
     items: list[dict[str, Any]] = []

@@ -191,10 +191,10 @@ def _set(
     disabled: bool | None,
     reason: str,
 ) -> ShownTenant:
-    from tidegate.policy.tenants import Wanted, set_tenant
+    from tidegate.policy.tenants import TenantChange, set_tenant
 
     given = dict(parsed(one, "--limit") for one in limits)
-    wanted = Wanted(
+    wanted = TenantChange(
         changes=changes,
         weight=weight,
         limits={name: None if value == _NONE else value for name, value in given.items()},

@@ -342,7 +342,7 @@ MOST_ROWS = 30
 _NOW = "5m"  # the newest minute is in it
 
 
-class Wanted(NamedTuple):
+class Viewing(NamedTuple):
     """What a viewer has chosen to look at."""
 
     range: str
@@ -356,9 +356,9 @@ class Past:
         self._services = services
         self._trends: dict[str, Trend] = {}
         self._due_at: dict[str, float] = {}
-        self._told: set[Wanted] = set()
+        self._told: set[Viewing] = set()
 
-    async def due(self, wanted: Set[Wanted]) -> AsyncIterator[tuple[str, Wanted | None, Frame]]:
+    async def due(self, wanted: Set[Viewing]) -> AsyncIterator[tuple[str, Viewing | None, Frame]]:
         """The events that it is time for, and whose they are (None: everybody's).
 
         Raises StoreUnavailable.
@@ -434,7 +434,7 @@ class Viewer:
 
     __slots__ = ("_frames", "_ready", "gone", "wanted")
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Viewing) -> None:
         self.wanted = wanted
         self.gone = False
         self._frames: dict[str, bytes] = {}
@@ -465,13 +465,13 @@ class Feed:
         self._services = services
         self._viewers: set[Viewer] = set()
         self._sampling: asyncio.Task[None] | None = None
-        self._newest: dict[tuple[str, Wanted | None], bytes] = {}
+        self._newest: dict[tuple[str, Viewing | None], bytes] = {}
 
     def __repr__(self) -> str:
         return f"<Feed viewers={len(self._viewers)} sampling={self._sampling is not None}>"
 
     @contextmanager
-    def watched(self, wanted: Wanted) -> Iterator[Viewer]:
+    def watched(self, wanted: Viewing) -> Iterator[Viewer]:
         """A viewer, as long as the block lasts. Raises TooManyFollowers and ShuttingDown."""
         if self._services.draining.is_set():
             raise ShuttingDown("this process is stopping; ask again")
@@ -529,7 +529,7 @@ class Feed:
         async for event, whose, frame in past.due(wanted):
             self._tell(event, frame, whose)
 
-    def _tell(self, event: str, frame: Frame, whose: Wanted | None = None) -> None:
+    def _tell(self, event: str, frame: Frame, whose: Viewing | None = None) -> None:
         encoded = b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(frame))
         self._newest[event, whose] = encoded
         for viewer in self._viewers:

@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.dashboard.feed import Feed, Wanted, feed_of
+from tidegate.dashboard.feed import Feed, Viewing, feed_of
 from tidegate.errors import (
     InvalidRequest,
     ShuttingDown,
@@ -93,7 +93,7 @@ class Files:
 class Watching(Response):
     """Shows the feed to one viewer until its client leaves, its key ends or the process drains."""
 
-    def __init__(self, request: Request, services: Services, feed: Feed, wanted: Wanted) -> None:
+    def __init__(self, request: Request, services: Services, feed: Feed, wanted: Viewing) -> None:
         super().__init__()
         self._request = request
         self._services = services
@@ -133,25 +133,25 @@ FRESH_S = 1.0
 log = get_logger()
 
 
-class Waiting(BaseModel):
+class StuckCounts(BaseModel):
     """Both are None while PostgreSQL is away."""
 
     dead_jobs: int | None = None
     webhooks_given_up: int | None = None
 
 
-async def _waiting(services: Services) -> Waiting:
+async def _waiting(services: Services) -> StuckCounts:
     try:
         jobs, webhooks = await services.store.stuck.counts()
     except StoreUnavailable as away:
         log.debug(Log.STORE_AWAY, detail=away.message)
-        return Waiting()
-    return Waiting(dead_jobs=jobs, webhooks_given_up=webhooks)
+        return StuckCounts()
+    return StuckCounts(dead_jobs=jobs, webhooks_given_up=webhooks)
 
 
-def _waiting_of(app: FastAPI) -> Recent[Waiting]:
+def _waiting_of(app: FastAPI) -> Recent[StuckCounts]:
     """That of a running application; made when it is first asked."""
-    recent: Recent[Waiting] | None = getattr(app.state, "dashboard_waiting", None)
+    recent: Recent[StuckCounts] | None = getattr(app.state, "dashboard_waiting", None)
     if recent is None:
         recent = app.state.dashboard_waiting = Recent(
             FRESH_S, partial(_waiting, app.state.services)
@@ -178,7 +178,7 @@ class Cookie(TypedDict):
     samesite: Literal["strict"]
 
 
-class Session(BaseModel):
+class PageSession(BaseModel):
     """What the page needs to know before it shows anything.
 
     asks_for: `keys` where every caller shows an API key, `operator_key` where only operators show
@@ -249,9 +249,9 @@ def _cookie(request: Request) -> Cookie:
 
 
 @data.get("/session")
-async def session(request: Request) -> Session:
+async def session(request: Request) -> PageSession:
     services = services_of(request)
-    return Session(
+    return PageSession(
         version=__version__,
         asks_for="keys" if services.gate.on else "operator_key",
         cookie=await admitted_as(request) == SIGNED_IN,
@@ -263,7 +263,7 @@ async def session(request: Request) -> Session:
 
 
 @data.get("/stuck")
-async def stuck(request: Request) -> Waiting:
+async def stuck(request: Request) -> StuckCounts:
     return await _waiting_of(request.app).get()
 
 
@@ -278,7 +278,7 @@ async def feed(
     if pool not in services.limiters:
         allowed = f"one of {', '.join(services.limiters)}"
         raise InvalidRequest("pool", f"there is no pool {pool[:100]!a}", allowed=allowed)
-    return Watching(request, services, feed_of(request.app), Wanted(span, pool))
+    return Watching(request, services, feed_of(request.app), Viewing(span, pool))
 
 
 async def typed(request: Request, path: str) -> RedirectResponse:

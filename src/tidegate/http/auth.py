@@ -114,7 +114,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _KnownKey:
     """A key that works, until `ends_at` on our clock; read at `version` or later."""
 
     caller: Caller
@@ -125,7 +125,7 @@ class _Known:
     disabled: bool
 
 
-class Gate:
+class Authenticator:
     """One per API process. `on`: callers must show a key; else no key is needed."""
 
     def __init__(
@@ -140,7 +140,7 @@ class Gate:
         self._tenants = tenants
         self._outage_s = outage_ms / 1000
         self._clock = clock
-        self._known: dict[bytes, _Known] = {}
+        self._known: dict[bytes, _KnownKey] = {}
         self._refused: dict[bytes, tuple[float, str]] = {}
         self._named: dict[bytes, Caller] = {}
         self._used: dict[str, float] = {}
@@ -153,7 +153,7 @@ class Gate:
         )
 
     def __repr__(self) -> str:
-        return f"<Gate on={self.on} known={len(self._known)} away={self._away}>"
+        return f"<Authenticator on={self.on} known={len(self._known)} away={self._away}>"
 
     # Asked for each request
 
@@ -238,7 +238,7 @@ class Gate:
             self._named[shown.tenant] = caller
         return caller
 
-    async def _of_key(self, key: bytes) -> _Known:
+    async def _of_key(self, key: bytes) -> _KnownKey:
         digest = digest_of(key)
         if not self._may_trust(self._clock()):
             await self._look()
@@ -265,7 +265,7 @@ class Gate:
 
     def _admitted(
         self, digest: bytes, found: FoundKey | None, asked_at: float, version: int
-    ) -> _Known:
+    ) -> _KnownKey:
         wrong = _wrong_with(found, digest)
         if found is None or wrong is not None:
             self._refuse(digest, wrong or "")
@@ -286,7 +286,7 @@ class Gate:
         age_s = now - self._newest_at
         return age_s < FRESH_S or (self._away and age_s < self._outage_s)
 
-    def _note_use(self, one: _Known, now: float) -> None:
+    def _note_use(self, one: _KnownKey, now: float) -> None:
         if one.caller.key_id is not None:
             self._used[one.caller.key_id] = now
 
@@ -415,9 +415,9 @@ def _wrong_with(found: FoundKey | None, digest: bytes) -> str | None:
     return None
 
 
-def _known_of(found: FoundKey, asked_at: float, version: int) -> _Known:
+def _known_of(found: FoundKey, asked_at: float, version: int) -> _KnownKey:
     lasts_s = float("inf") if found.expires_in_s is None else found.expires_in_s
-    return _Known(
+    return _KnownKey(
         caller=found.caller,
         scopes=found.scopes,
         tenant=found.caller.tenant_id.encode(),

@@ -24,7 +24,7 @@ from starlette.requests import Request
 
 from tidegate.call import Caller, Classification, Kind, Scope
 from tidegate.errors import InvalidRequest, TidegateError, Unauthenticated
-from tidegate.http.auth import Gate, in_headers, shown_in
+from tidegate.http.auth import Authenticator, in_headers, shown_in
 from tidegate.http.browsers import checked, cookie_name
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
@@ -36,7 +36,7 @@ from tidegate.store.tenants import digest_of, prefix_of
 
 
 async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
-    """Who asks, whom the access log names as well. Raises what `Gate.identify` raises."""
+    """Who asks, whom the access log names as well. Raises what `Authenticator.identify` raises."""
     gate = services_of(request).gate
     headers, query = request.scope["headers"], request.scope["query_string"]
     caller = gate.known(headers, query) if scope is Scope.INFER else None
@@ -192,7 +192,7 @@ def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
     return lambda query: f"{own_url}?{query}&{PASS}={prefix}.{_signature(query, digest, secret)}"
 
 
-async def admit_upload(gate: Gate, scope: Any, secret: str) -> Caller | None:
+async def admit_upload(gate: Authenticator, scope: Any, secret: str) -> Caller | None:
     """Whose upload it is, by the pass in its URL; None where the request shows a key of its own, or
     no pass. Raises Unauthenticated, Forbidden, StoreUnavailable."""
     if shown_in(scope["headers"], scope["query_string"]).key is not None:

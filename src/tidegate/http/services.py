@@ -31,7 +31,7 @@ from tidegate.errors import (
     TidegateError,
     TooManyFollowers,
 )
-from tidegate.http.auth import Gate
+from tidegate.http.auth import Authenticator
 from tidegate.http.body import BodyBudget, BodyMemory, MemoryBound
 from tidegate.http.browsers import Origins
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_of
@@ -195,7 +195,7 @@ class Services:
     relay: Relay
     keepers: Mapping[str, PolicyKeeper]
     limiters: Mapping[str, Limiter]
-    gate: Gate
+    gate: Authenticator
     operator_key: SecretStr
     origins: Origins
     budgets: BudgetGate

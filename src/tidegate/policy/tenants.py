@@ -32,7 +32,7 @@ class ShownTenant:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TenantChange:
     """A change of a tenant; None leaves a thing as it is. `changes`: see `store.tenants.SETTABLE`.
 
     limits: by id; one that is None is taken away.
@@ -57,7 +57,7 @@ async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:
 
 
 async def set_tenant(
-    control: Control, tenant_id: str, wanted: Wanted, *, by: str, reason: str = ""
+    control: Control, tenant_id: str, wanted: TenantChange, *, by: str, reason: str = ""
 ) -> ShownTenant:
     """Make a tenant or change it. Raises ConfigError and StoreUnavailable."""
     check_name(tenant_id)

@@ -107,7 +107,7 @@ class QuietServer(uvicorn.Server):
         yield
 
 
-class Server(QuietServer):
+class NotifyingServer(QuietServer):
     """Reports that it is up, to the supervisor or systemd."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -145,7 +145,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
     )
-    server = Server(settings)
+    server = NotifyingServer(settings)
 
     def opened() -> Services | None:
         return getattr(app.state, "services", None)

@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 from tidegate.call import ANYBODY, Caller, Caps, Scope
 from tidegate.errors import Forbidden, InvalidRequest, StoreUnavailable, Unauthenticated
 from tidegate.http import auth
-from tidegate.http.auth import FRESH_S, REFUSED_FOR_S, Gate
+from tidegate.http.auth import FRESH_S, REFUSED_FOR_S, Authenticator
 from tidegate.store.tenants import FoundKey, GeneratedKey, Tenants, make_key
 
 OUTAGE_S = 600.0
@@ -88,11 +88,13 @@ def record() -> Record:
 
 
 @pytest.fixture
-def gate(record: Record) -> Gate:
-    return Gate(record, on=True, outage_ms=round(OUTAGE_S * 1000), clock=record.clock)
+def gate(record: Record) -> Authenticator:
+    return Authenticator(record, on=True, outage_ms=round(OUTAGE_S * 1000), clock=record.clock)
 
 
-async def test_what_was_asked_once_is_known_without_asking(record: Record, gate: Gate) -> None:
+async def test_what_was_asked_once_is_known_without_asking(
+    record: Record, gate: Authenticator
+) -> None:
     made = record.add(caps=Caps(most_streams=3))
     headers = headers_of(made)
     assert gate.known(headers, b"") is None
@@ -105,7 +107,7 @@ async def test_what_was_asked_once_is_known_without_asking(record: Record, gate:
 
 
 async def test_what_is_remembered_counts_only_while_it_is_the_newest(
-    record: Record, gate: Gate
+    record: Record, gate: Authenticator
 ) -> None:
     made = record.add()
     await gate.identify(headers_of(made), b"")
@@ -120,7 +122,7 @@ async def test_what_is_remembered_counts_only_while_it_is_the_newest(
 
 
 async def test_a_look_brings_changes_of_everything_that_is_known(
-    record: Record, gate: Gate
+    record: Record, gate: Authenticator
 ) -> None:
     kept, revoked, changed = (record.add(name) for name in ("a", "b", "c"))
     for made in (kept, revoked, changed):
@@ -137,7 +139,7 @@ async def test_a_look_brings_changes_of_everything_that_is_known(
 
 
 async def test_an_answer_that_a_change_has_overtaken_is_asked_for_again(
-    record: Record, gate: Gate
+    record: Record, gate: Authenticator
 ) -> None:
     made = record.add()
     await gate.refresh()
@@ -152,7 +154,7 @@ async def test_an_answer_that_a_change_has_overtaken_is_asked_for_again(
 
 
 async def test_a_key_found_while_all_is_read_anew_is_not_left_old(
-    record: Record, gate: Gate
+    record: Record, gate: Authenticator
 ) -> None:
     old, late = record.add("old"), record.add("late")
     await gate.identify(headers_of(old), b"")
@@ -168,7 +170,7 @@ async def test_a_key_found_while_all_is_read_anew_is_not_left_old(
     assert gate.known(headers_of(late), b"") is None
 
 
-async def test_a_key_ends_when_its_time_is_over(record: Record, gate: Gate) -> None:
+async def test_a_key_ends_when_its_time_is_over(record: Record, gate: Authenticator) -> None:
     made = record.add(expires_in_s=0.5)
     assert await gate.identify(headers_of(made), b"")
     record.now += 0.49
@@ -181,7 +183,9 @@ async def test_a_key_ends_when_its_time_is_over(record: Record, gate: Gate) -> N
             await gate.identify(headers_of(made), b"")
 
 
-async def test_a_wrong_key_is_asked_for_once_in_a_while(record: Record, gate: Gate) -> None:
+async def test_a_wrong_key_is_asked_for_once_in_a_while(
+    record: Record, gate: Authenticator
+) -> None:
     right = record.add()
     wrong = f"tg_{right.prefix}_{'x' * 43}"
     unknown = make_key().text
@@ -200,7 +204,7 @@ async def test_a_wrong_key_is_asked_for_once_in_a_while(record: Record, gate: Ga
 
 
 async def test_keys_that_were_seen_outlast_an_outage_for_a_bounded_time(
-    record: Record, gate: Gate
+    record: Record, gate: Authenticator
 ) -> None:
     made, unseen = record.add(), record.add()
     await gate.identify(headers_of(made), b"")
@@ -221,7 +225,7 @@ async def test_keys_that_were_seen_outlast_an_outage_for_a_bounded_time(
         await gate.identify(headers_of(made), b"")
 
 
-async def test_scopes_tenants_and_their_mistakes(record: Record, gate: Gate) -> None:
+async def test_scopes_tenants_and_their_mistakes(record: Record, gate: Authenticator) -> None:
     reader = record.add(scopes=frozenset((Scope.READ,)))
     disabled = record.add(disabled=True)
     made = record.add()
@@ -247,7 +251,7 @@ async def test_scopes_tenants_and_their_mistakes(record: Record, gate: Gate) -> 
 
 
 async def test_nobody_is_asked_where_keys_are_not_wanted(record: Record) -> None:
-    gate = Gate(record, on=False, outage_ms=1)
+    gate = Authenticator(record, on=False, outage_ms=1)
     assert gate.known([], b"") is ANYBODY
     assert gate.known(headers_of("whatever"), b"") is ANYBODY
     named = [(b"x-tidegate-tenant", b"acme")]
@@ -265,7 +269,7 @@ async def test_nobody_is_asked_where_keys_are_not_wanted(record: Record) -> None
 
 
 async def test_what_is_remembered_is_bounded(
-    record: Record, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    record: Record, gate: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MOST_KNOWN", "MOST_REFUSED", "MOST_NAMED"):
         monkeypatch.setattr(auth, name, 5)
@@ -275,14 +279,14 @@ async def test_what_is_remembered_is_bounded(
             await gate.identify(headers_of(make_key()), b"")
     assert len(gate._known) == 5
     assert len(gate._refused) <= 5
-    off = Gate(record, on=False, outage_ms=1)
+    off = Authenticator(record, on=False, outage_ms=1)
     for number in range(12):
         await off.identify([(b"x-tidegate-tenant", str(number).encode())], b"")
     assert len(off._named) <= 5
 
 
 async def test_uses_are_noted_together_and_by_the_clock_of_the_wall(
-    record: Record, gate: Gate
+    record: Record, gate: Authenticator
 ) -> None:
     made = record.add()
     for _ in range(3):

@@ -28,7 +28,7 @@ from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
 from tidegate.http.submission import MAX_SUBJECT_CHARS
 from tidegate.policy import tenants
-from tidegate.policy.tenants import ShownTenant, Wanted
+from tidegate.policy.tenants import ShownTenant, TenantChange
 from tidegate.store.retention import EraseReport, Whose
 from tidegate.store.tenants import SETTABLE, prefix_in
 
@@ -167,7 +167,7 @@ async def show_tenant(request: Request, response: Response, tenant_id: TenantId)
 async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
     new = await read_json(request, NewTenant)
     given = new.model_fields_set
-    wanted = Wanted(
+    wanted = TenantChange(
         changes={name: getattr(new, name) for name in SETTABLE if name in given},
         weight=new.weight if "weight" in given else None,
         limits=new.limits if "limits" in given else None,
