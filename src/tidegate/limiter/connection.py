@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from itertools import chain
 from typing import Any
 
@@ -165,6 +165,7 @@ class Link:
 logger = logging.getLogger("tidegate.limiter")
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Listener:
     """Keeps one connection subscribed to `channel` until its task is cancelled.
 
@@ -172,25 +173,19 @@ class Listener:
     session compare all with the server: pushes may be lost, or the server itself.
     """
 
-    def __init__(
-        self,
-        url: str,
-        channel: str,
-        lease: Lease,
-        on_push: Callable[[Push], None],
-        compare: Callable[[], None],
-        spoken_to: Callable[[], ServerFacts | None],
-        clock: Clock,
-    ) -> None:
-        self._server = Server(url, channel)
-        self._spoken_to = spoken_to
-        self.run_id = ""
-        self._channel = channel
-        self._lease = lease
-        self._clock = clock
-        self._on_push = on_push
-        self._compare = compare
-        self.subscribed = False
+    url: InitVar[str]
+    _channel: str
+    _lease: Lease
+    _on_push: Callable[[Push], None]
+    _compare: Callable[[], None]
+    _spoken_to: Callable[[], ServerFacts | None]
+    _clock: Clock
+    run_id: str = ""
+    subscribed: bool = False
+    _server: Server = field(init=False)
+
+    def __post_init__(self, url: str) -> None:
+        self._server = Server(url, self._channel)
 
     async def run(self) -> None:
         """Listen for ever, subscribing again after every fault."""

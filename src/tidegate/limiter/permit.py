@@ -47,39 +47,30 @@ Outcome = Literal["success", "ignored", "dropped"]
 _RETRY_MS = 1000
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class PermitIssuer:
     """Turns demands into waiters of the local queue, and waits into permits or errors.
 
     closing: every demand is refused; `idle` is set when nothing is held then.
     """
 
-    def __init__(
-        self,
-        queue: LocalQueue,
-        session: Session,
-        max_waiters: int,
-        clock: Clock,
-        wake: Callable[[], None],
-        pool: str = "",
-    ) -> None:
-        self.closing = False
-        self._turning_away = False
-        self.idle = asyncio.Event()
-        self._queue = queue
-        self._session = session
-        self._max_waiters = max_waiters
-        self._clock = clock
-        self._wake = wake
-        self._pool = pool
-        self._now_ms = clock.now_ms
-        self._wait_ewma_ms: dict[str, float] = {}
-        self._bands_of: PoolPolicy | None = None
-        self._bands: dict[str | None, int] = {}
+    _queue: LocalQueue
+    _session: Session
+    _max_waiters: int
+    _clock: Clock
+    _wake: Callable[[], None]
+    _pool: str = ""
+    closing: bool = False
+    _turning_away: bool = False
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    wait_ewma_ms: dict[str, float] = field(default_factory=dict)
+    _bands_of: PoolPolicy | None = None
+    _bands: dict[str | None, int] = field(default_factory=dict)
 
     def is_late(self, holding: Holding) -> bool:
         """True for a call that would arrive too late after its admission for its rates."""
         slack_ms = holding.flow.slack_ms
-        return slack_ms != inf and self._now_ms() - holding.admitted_ms > slack_ms
+        return slack_ms != inf and self._clock.now_ms() - holding.admitted_ms > slack_ms
 
     def check_lapse(self) -> None:
         """Act on a lease that has lapsed."""
@@ -125,7 +116,7 @@ class PermitIssuer:
             limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
             full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
             raise self._refused(full)
-        at = self._now_ms()
+        at = self._clock.now_ms()
         deadline_ms = demand.deadline_ms
         waiter = self._queue.ask(
             flow,
@@ -149,7 +140,7 @@ class PermitIssuer:
         """Refuse the calls that wait, and those that ask from now on."""
         self._turning_away = True
         for waiter in list(self._queue.waiting.values()):
-            self._queue.refuse(waiter, self._stopping(), self._now_ms())
+            self._queue.refuse(waiter, self._stopping(), self._clock.now_ms())
         self._wake()
 
     def _stopping(self) -> ShuttingDown:
@@ -168,11 +159,11 @@ class PermitIssuer:
         if session.state == "away" and not local:
             error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
         else:
-            room_ms = flow.room_at_ms - self._now_ms()
+            room_ms = flow.room_at_ms - self._clock.now_ms()
             amount = flow.spends(waiter.amounts).get(limit, 1)
             rule = session.policy.limit(limit)
             error = too_late(limit, rule, retry_ms, room_ms, flow.used, amount)
-        self._queue.refuse(waiter, self._refused(error), self._now_ms())
+        self._queue.refuse(waiter, self._refused(error), self._clock.now_ms())
         self._wake()
 
     def _refused(self, error: AdmissionError) -> AdmissionError:
@@ -183,15 +174,15 @@ class PermitIssuer:
         """Until there is room under the limit that it waits for; where that is not known, about as
         long as waiters of that limit wait these days. At least a second, and not before the end of
         a pause."""
-        at = self._now_ms()
+        at = self._clock.now_ms()
         wait_ms = round(flow.room_at_ms - at)
         if wait_ms <= 0:
-            wait_ms = int(self._wait_ewma_ms.get(flow.held_up_by or flow.limits[0], 0.0))
+            wait_ms = int(self.wait_ewma_ms.get(flow.held_up_by or flow.limits[0], 0.0))
         return max(1000, wait_ms, self._session.remembered.paused_ms(flow.limits, at))
 
     def abandon(self, waiter: Waiter) -> None:
         """The waiting task was cancelled."""
-        self._queue.abandon(waiter.ticket, self._now_ms())
+        self._queue.abandon(waiter.ticket, self._clock.now_ms())
         self._wake()
         self.check_idle()
 
@@ -200,8 +191,8 @@ class PermitIssuer:
         named = self._session.policy.limits
         for name in holding.flow.limits:
             if name in named:  # the others are named by clients
-                old = self._wait_ewma_ms.get(name, holding.waited_ms)
-                self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
+                old = self.wait_ewma_ms.get(name, holding.waited_ms)
+                self.wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
         self._session.observer.admitted(holding.flow.limits[0], holding.waited_ms)
 
     def release(
@@ -218,7 +209,7 @@ class PermitIssuer:
             holding.ticket,
             outcome=outcome,
             actual=flow.actual(tokens, images) if flow.rates else "",
-            now_ms=self._now_ms(),
+            now_ms=self._clock.now_ms(),
             usage_later=usage_later,
         )
         if self._session.state == "away":

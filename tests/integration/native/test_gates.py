@@ -262,7 +262,7 @@ async def test_what_clients_name_does_not_grow_the_record(
         return not [name for name in raw if b":model:" in name]
 
     await wait_until(forgotten, what="nothing of them is left")
-    assert not [name for name in limiter._issuer._wait_ewma_ms if name.startswith("model:")]
+    assert not [name for name in limiter._issuer.wait_ewma_ms if name.startswith("model:")]
 
 
 async def test_faults_of_an_upstream_that_is_out_are_laid_to_it_for_a_day(
