@@ -20,7 +20,7 @@ from typing import Any
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy
-from tidegate.policy.format import SECTIONS, check_keys, of_plain
+from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
 
 DIALECTS = ("openai", "gemini", "anthropic")
@@ -138,8 +138,8 @@ class Deployment:
 def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret) -> Deployment:
     """`secret` gives the value of a variable, empty where it is not set. Raises ConfigError."""
     tables = {
-        name: _table(f"upstreams.{name}", value)
-        for name, value in _table("upstreams", stated.get("upstreams", {})).items()
+        name: table_at(f"upstreams.{name}", value)
+        for name, value in table_at("upstreams", stated.get("upstreams", {})).items()
     }
     own = tables.pop(DEFAULT_POOL, None)
     keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
@@ -243,7 +243,7 @@ def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str
         raise ConfigError(f"{path}.dialect", "(set)", "is for base_url, which is not set")
     elif provider is not None:
         urls |= PROVIDERS[provider]
-    for dialect, url in _table(f"{path}.dialects", table.get("dialects", {})).items():
+    for dialect, url in table_at(f"{path}.dialects", table.get("dialects", {})).items():
         urls[dialect] = _base_url(f"{path}.dialects.{dialect}", dialect, url)
     if not urls:
         raise ConfigError(f"{path}.base_url", "(not set)", "must be set, or provider or dialects")
@@ -277,7 +277,7 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     if "models" in table:
         found["models"] = _texts(f"{path}.models", table["models"])
     if "aliases" in table:
-        aliases = _table(f"{path}.aliases", table["aliases"])
+        aliases = table_at(f"{path}.aliases", table["aliases"])
         _texts(f"{path}.aliases", list(aliases.values()))
         found["aliases"] = dict(aliases)
     if "weight" in table:
@@ -297,7 +297,7 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
         name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
     }
     if "prices" in table:
-        prices = _table(f"{path}.prices", table["prices"])
+        prices = table_at(f"{path}.prices", table["prices"])
         found["prices"] = {
             str(model): _price(f"{path}.prices.{model}", price) for model, price in prices.items()
         }
@@ -312,7 +312,7 @@ def _milliseconds(path: str, value: object) -> int:
 
 
 def _price(path: str, value: object) -> Price:
-    table = _table(path, value)
+    table = table_at(path, value)
     for key, amount in table.items():
         if key not in _PRICES:
             raise ConfigError(f"{path}.{key}", str(amount), f"known: {', '.join(_PRICES)}")
@@ -340,7 +340,7 @@ def _routes(value: object, names: set[str]) -> tuple[Route, ...]:
     found = []
     for place, item in enumerate(value):
         path = f"routes[{place}]"
-        table = _table(path, item)
+        table = table_at(path, item)
         if set(table) != {"model", "try"}:
             raise ConfigError(path, ", ".join(table), "must have `model` and `try`")
         (model,) = _texts(f"{path}.model", [table["model"]])
@@ -376,12 +376,6 @@ def _texts(path: str, value: object) -> tuple[str, ...]:
         if not 1 <= len(one) <= 200:
             raise ConfigError(path, one[:100], "each must have 1 to 200 characters")
     return tuple(value)
-
-
-def _table(path: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(path, str(value)[:100], "must be a table")
-    return value
 
 
 USUAL_FILE = Path("tidegate.toml")

@@ -173,9 +173,9 @@ def of_plain(plain: Mapping[str, Any], *, revision: int = 1, strict: bool = True
         check_keys("", plain, SECTIONS)
     limits = {
         str(name): limit_of(str(name), value, strict=strict)
-        for name, value in _table("limits", plain.get("limits", {})).items()
+        for name, value in table_at("limits", plain.get("limits", {})).items()
     }
-    weights = _table("weights", plain.get("weights", {}))
+    weights = table_at("weights", plain.get("weights", {}))
     for tenant, weight in weights.items():
         _typed(f"weights.{tenant}", weight, int)
     return _built(
@@ -183,7 +183,7 @@ def of_plain(plain: Mapping[str, Any], *, revision: int = 1, strict: bool = True
         weights=dict(weights),
         bands=_bands(plain.get("bands"), strict),
         revision=revision,
-        **_pool(_table("pool", plain.get("pool", {})), strict),
+        **_pool(table_at("pool", plain.get("pool", {})), strict),
     )
 
 
@@ -298,7 +298,7 @@ def _bands(value: object, strict: bool) -> tuple[Band, ...]:
     found = []
     for place, band in enumerate(value):
         path = f"bands[{place}]"
-        table = _table(path, band)
+        table = table_at(path, band)
         if strict:
             check_keys(path, table, ("name", "min_share", "headroom"))
         name = _typed(f"{path}.name", table.get("name", ""), str)
@@ -341,7 +341,8 @@ def _built(**named: Any) -> PoolPolicy:
         raise ConfigError(key, wrong.value, wrong.allowed) from None
 
 
-def _table(path: str, value: object) -> Mapping[str, Any]:
+def table_at(path: str, value: object) -> Mapping[str, Any]:
+    """`value`, which must be a table. Raises ConfigError with its path."""
     if not isinstance(value, Mapping):
         raise ConfigError(path, _shown(value), "must be a table")
     return value
