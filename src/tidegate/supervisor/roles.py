@@ -38,8 +38,6 @@ from tidegate.telemetry import logging as telemetry
 from tidegate.telemetry.logging import Log
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from tidegate.http.services import Services
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
@@ -115,7 +113,7 @@ class NotifyingServer(QuietServer):
         tell_ready()
 
 
-def _uvicorn_config(app: FastAPI, **options: Any) -> uvicorn.Config:
+def _uvicorn_config(app: Callable[..., Any], **options: Any) -> uvicorn.Config:
     # Its notes on starting and stopping say nothing that ours do not.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return uvicorn.Config(
