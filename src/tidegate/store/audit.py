@@ -177,8 +177,8 @@ def digest_of(subject: str) -> bytes:
 async def mark_erased(
     connection: asyncpg.Connection, tenant_id: str | None, subject: str | None
 ) -> None:
-    """In a transaction of its own. Raises StoreUnavailable where somebody else, such as a backup,
-    has the table for long: all who write records would wait behind us."""
+    """In a transaction of its own. Raises StoreUnavailable where another client, such as a backup,
+    has the table for long: every writer of records would wait behind us."""
     await connection.execute("SET LOCAL lock_timeout = '1500ms'")
     try:
         await connection.execute(sql("lock_erased"))
@@ -525,7 +525,7 @@ class AuditLog:
             self._listeners.note(ended)
 
     async def _enqueue(self, entry: Json) -> None:
-        """Accept `entry` into the bounded buffer and return; `when_full` says what a full one does.
+        """Accept `entry` into the bounded buffer and return; `when_full` is what a full one does.
 
         A cancelled caller that was still waiting for room has recorded nothing.
         """

@@ -48,7 +48,7 @@ def ambiguous_of(row: Mapping[str, Any], ended: str) -> Failure:
 
 
 def record_of(row: Mapping[str, Any], *, status: Status, failure: Failure) -> CallRecord:
-    """The record of a line that was called, as its row in PostgreSQL tells it."""
+    """The record of a line that was called, from its row in PostgreSQL."""
     attempts = row["attempts"]
     record = CallRecord(
         "batch",
@@ -213,7 +213,7 @@ class Batches:
         once: Idempotency | None = None,
     ) -> Batch:
         """The new batch, or the one that was made before it under the same key, as it now stands.
-        Raises IdempotencyConflict where something else was asked for under the key."""
+        Raises IdempotencyConflict where a different batch was submitted under the key."""
         tenant_id = caller.tenant_id
         given = (
             *(batch_id, tenant_id, endpoint, file.file_id, file.blob_key, file.size_bytes),
@@ -237,8 +237,8 @@ class Batches:
         return added
 
     async def earlier(self, tenant_id: str, once: Idempotency) -> Batch | None:
-        """The batch that was made under the key. Raises IdempotencyConflict where something else
-        was asked for under it."""
+        """The batch that was made under the key. Raises IdempotencyConflict where a
+        different batch was submitted under it."""
 
         async def find(connection: asyncpg.Connection) -> asyncpg.Record | None:
             before = await known_key(connection, tenant_id, once.key)
@@ -307,7 +307,7 @@ class Batches:
         return await self._connections.rows("finished_batch_lines", batch.batch_id, line, limit)
 
     async def end(self, batch: Batch, output: BatchFile | None, error: BatchFile | None) -> None:
-        """With it go its lines; of those that were called without an answer the record tells.
+        """Delete its lines too; those that were called without an answer are recorded.
         Raises ClaimLost."""
         ids = [None if one is None else one.file_id for one in (output, error)]
         calls = [await self._audit.prepare(one) for one in await self._unanswered(batch)]
@@ -441,7 +441,8 @@ class _End:
 
 
 class BatchLines:
-    """Every method raises StoreUnavailable. `may_judge`: whether this process is heard itself."""
+    """Every method raises StoreUnavailable. `may_judge`: whether this process's own
+    heartbeats arrive."""
 
     def __init__(
         self,
@@ -457,7 +458,7 @@ class BatchLines:
         self._instance_id = instance_id
         self._lease_ms = lease_ms
         self._may_judge = may_judge
-        # What left a queue or a worker's hands stays in its index beside an old transaction.
+        # What has left a queue or a worker stays in its index beside an old transaction.
         self._claims, self._strays, self._lapses = Lookback(), Lookback(), Lookback()
         self._held_up: frozenset[UUID] = frozenset()
         self._held_up_at = float("-inf")
@@ -523,7 +524,7 @@ class BatchLines:
         failure: Failure | None,
     ) -> None:
         """Record how a line ended, and with it its call. An end of a claim that was lost changes
-        nothing: the line, or the end of its batch, tells of the call then.
+        nothing: the line, or the end of its batch, then records the call.
 
         A failure that came with the provider's own words has both `answer` and `failure`.
         """

@@ -252,7 +252,7 @@ def _deadline(row: Mapping[str, Any], now: datetime) -> datetime | None:
 
 _COUNT_EVERY_MS = 500
 _COUNT_SHARE = 20
-_COUNT_AFTER_MS = 3_600_000  # whatever it says; a row that was just made is older
+_COUNT_AFTER_MS = 3_600_000  # whatever it holds; a row that was just made is older
 _MOST_COUNTED = 1_000_000  # in each lane
 _UNKNOWN = -1
 _RETRY_AFTER_MS = 1_000

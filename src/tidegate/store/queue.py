@@ -90,7 +90,7 @@ class _Queue:
         self.since = made_at if self.since is None else min(self.since, made_at)
 
     def turn(self, n: int, key: Key, limit: int) -> QueueTurn:
-        """The oldest first: what is not early waits while there are more early ones than asked."""
+        """The oldest first. While there are many early ones, what is not early waits."""
         oldest = sorted(self.early, key=lambda one: (self.early[one], one))
         few = len(oldest) <= 2 * limit
         return QueueTurn(n, key, self.since if few else None, tuple(oldest[: 2 * limit]))
@@ -476,7 +476,7 @@ class ExpiredClaims:
     def __init__(self, lease_ms: int) -> None:
         self._lease_ms = lease_ms
         self.lookback = Lookback()
-        self._seen: dict[str, datetime] = {}  # silent ones, with when they were last heard
+        self._seen: dict[str, datetime] = {}  # silent ones, with their last heartbeat
         self._silent: dict[str, datetime] = {}
 
     async def lock(self, connection: asyncpg.Connection, look: Scan) -> list[UUID]:
@@ -578,7 +578,7 @@ class JobQueue:
         if limit <= 0:
             return []
         if not self._steadiness.fresh:
-            # Claims of a worker that PostgreSQL has not heard of would count as expired.
+            # Claims of a worker without a heartbeat on record would count as expired.
             await self.heartbeat()
         if self._doubtful:
             await self._release_strays()
@@ -833,7 +833,7 @@ class JobQueue:
 
 
 async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:
-    """The attempts of jobs that were running: nobody knows what the provider did."""
+    """The attempts of jobs that were running: what the provider did is unknown."""
     attempts = [
         {"id": row["attempt_id"], "created_at": row["attempt_at"], "outcome": "ambiguous"}
         for row in returned

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """A caller's key, and the digest (SHA-256, hexadecimal) of all that was asked under it."""
+    """A caller's key, and the digest (SHA-256, hexadecimal) of the request submitted under it."""
 
     key: str
     digest: str
@@ -88,7 +88,7 @@ class Earlier:
 class ClaimedJob:
     """A job that this worker has claimed; every write to it is fenced by `claim`.
 
-    `attempts` counts the upstream attempts begun before this claim, `was_called` tells of those
+    `attempts` counts the upstream attempts begun before this claim, `was_called` covers those
     too that do not count.
     """
 

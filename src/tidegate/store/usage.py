@@ -300,7 +300,7 @@ class BudgetGate:
         self._totals = totals
         self._spending = spending
         self._tenants = tenants
-        # Of tenants whose jobs and batches this process works on: asked at, and their budgets.
+        # Of tenants whose jobs and batches this process runs: last use, and their budgets.
         self._payers: dict[str, tuple[float, Budgets]] = {}
         self._now = now
         self._watched: dict[str, _Watched] = {}
@@ -388,7 +388,7 @@ class BudgetGate:
     def waits(self, caller: Caller, notify: Callable[[BudgetExceeded], None]) -> Callable[[], None]:
         """Call `notify` once the budget is spent; the function that is returned ends that."""
         watched, key = self._watched.get(caller.tenant_id), object()
-        if watched is None:  # it is asked for again when it is admitted
+        if watched is None:  # the budget is checked again at admission
             return lambda: None
         watched.waiting[key] = (caller, notify)
 
@@ -479,7 +479,7 @@ class BudgetGate:
             watched = self._watched.get(tenant_id)
             if watched is None:
                 watched = self._watched[tenant_id] = _Watched(time.monotonic())
-            if watched.day != now.date():  # else another has asked meanwhile
+            if watched.day != now.date():  # else another call has read them meanwhile
                 await self._read()
             return watched
 
