@@ -162,7 +162,7 @@ def configuration() -> str:
 
 
 def errors_reference() -> str:
-    """A row for each error of the tree in `tidegate.errors` that a client may be told."""
+    """A row for each error of the tree in `tidegate.errors` that a client may get."""
     meanings = dict(_LEAF.findall(errors.__doc__ or ""))
     rows = []
     meanings["TidegateError"] = "a fault of ours: the log has it"

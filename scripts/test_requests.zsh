@@ -1,5 +1,5 @@
 #!/usr/bin/env zsh
-# Fires COUNT requests at once, follows each to its end and prints a summary.
+# Sends COUNT concurrent requests, follows each to its end and prints a summary.
 # Needs curl only; runs under zsh and bash: `bash scripts/test_requests.zsh 0 10` does the same.
 
 set -u
@@ -11,7 +11,7 @@ usage() {
 usage: scripts/test_requests.zsh TYPE [COUNT]
 
   TYPE   0 text, 1 multi-modal (a picture and a text file), 2 image generation
-  COUNT  how many requests at once, 1 by default
+  COUNT  how many concurrent requests, 1 by default
 
 BASE_URL says where the gateway is; else it is on this machine, on PORT, 8000 by default.
 Exit code: 0 when all succeeded, 1 when any failed or nothing answers, 2 for wrong arguments.
@@ -162,7 +162,7 @@ cat "$folder"/*.end | awk -v count="$count" '
       printf "  slowest          %.2f s (%s)\n", slowest, which
       printf "  on average       %.2f s\n", total / timed
     }
-    printf "  running at once  %d at most", most
+    printf "  concurrent       %d at most", most
     print shown
     exit (failed > 0 || ends["succeeded"] != count) ? 1 : 0
   }'

@@ -52,7 +52,7 @@ def test_it_follows_each_request_to_its_end_and_sums_up(
     assert re.search(r"done +6 of 6", done.stdout)
     assert re.search(r"failed +0", done.stdout)
     assert re.search(r"slowest +\d+\.\d+ s \([0-9a-f-]{36}\)", done.stdout)
-    at_once = re.search(r"running at once +(\d+) at most", done.stdout)
+    at_once = re.search(r"concurrent +(\d+) at most", done.stdout)
     assert at_once is not None
     assert 1 <= int(at_once[1]) <= LIMITS[kind]
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"

@@ -111,7 +111,7 @@ def test_a_custom_provider_without_a_key_is_not_answered_by_the_emulator(tmp_pat
 def test_check_starts_nothing_and_shows_what_the_settings_come_to(tmp_path: Path) -> None:
     done = _run(tmp_path, "config", "check", RATE_LIMITS='{"text_only": 7}')
     assert done.returncode == 0
-    assert "kind:text_only        7 at once" in done.stdout
+    assert "kind:text_only        7 concurrent" in done.stdout
     assert "emulated" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -248,5 +248,5 @@ def test_the_settings_check_shows_upstreams_and_misses_their_keys(tmp_path: Path
     assert "OPENAI_API_KEY=(not set)" in missing.stderr
     found = _run(tmp_path, "config", "check", OPENAI_API_KEY="sk-a-secret")
     assert "upstream openai: gpt-* (openai at https://api.openai.com/v1)" in found.stdout
-    assert "7 at once" in found.stdout
+    assert "7 concurrent" in found.stdout
     assert "sk-a-secret" not in found.stdout

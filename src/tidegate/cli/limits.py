@@ -95,7 +95,7 @@ def _remark(one: Any, overview: Overview) -> str:
         by = f" by {one.paused_by}" if one.paused_by else ""
         remarks.append(f"paused{by}, {format_pause(one.paused_ms)}")
     if one.current != one.bound:
-        remarks.append(f"now {one.current} at once")
+        remarks.append(f"now {one.current} concurrent")
     if one.lapsing:
         remarks.append(f"{one.lapsing} held for processes that are gone")
     if one.shadowed:

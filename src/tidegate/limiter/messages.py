@@ -466,7 +466,7 @@ SHAPES = (
              SESSION_KEEP, True),
     KeyShape("note:", "string", "per session: what its process tells the others, as bytes",
              "seconds: it is sent again and again", True),
-    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to be told",
+    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to come",
              SESSION_KEEP, True),
     KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",
              SESSION_KEEP, True),

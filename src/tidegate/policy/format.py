@@ -390,7 +390,7 @@ def edit(
         for key in removed:
             section, name = _place(key)
             if name.startswith("kind:"):
-                raise ConfigError(key, "(removed)", "every kind needs its limit; 0 lets nobody in")
+                raise ConfigError(key, "(removed)", "every kind needs its limit; 0 admits no calls")
             if name not in changed.get(section, {}):
                 raise NotFound(f"there is no {section}.{name}")
             del changed[section][name]
@@ -430,10 +430,10 @@ _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 def in_words(limit: int | Limit) -> str:
-    """`5 at once`, `60 requests a minute`, `1000000 input tokens a day (UTC)`."""
+    """`5 concurrent`, `60 requests a minute`, `1000000 input tokens a day (UTC)`."""
     limit = as_limit(limit)
     if isinstance(limit, Concurrency):
-        said = f"{limit.bound} at once"
+        said = f"{limit.bound} concurrent"
         if limit.adaptive is not None:
             said += f", adapts itself from {limit.adaptive.minimum}"
     else:

@@ -103,7 +103,7 @@ async def test_limits_are_shown_with_their_use_and_where_they_come_from(
     assert shown["in_force"]["origin"] == "deployment"
     assert shown["in_force"]["set_by"].startswith("api-")
     text = next(one for one in shown["limits"] if one["limit"] == "kind:text_only")
-    assert (text["words"], text["used"], text["waiting"]) == ("1 at once", 1, 1)
+    assert (text["words"], text["used"], text["waiting"]) == ("1 concurrent", 1, 1)
     assert [one["held_up_by"] for one in shown["queues"]] == ["kind:text_only"]
     assert shown["policy"]["limits"]["kind:text_only"] == 1
     queue = shown["queues"][0]
@@ -164,7 +164,7 @@ async def test_many_changes_are_one_revision_or_none(open_gateway: Opener) -> No
         ("PUT", "/limits/kind:text_only", {}, 400, "limit"),
         ("PUT", "/limits/kind:text_only", {"limit": 1, "bye": 1}, 400, "bye"),
         ("PUT", "/limits/kind:text_only", [1], 400, "body"),
-        ("DELETE", "/limits/kind:text_only", None, 400, "0 lets nobody in"),
+        ("DELETE", "/limits/kind:text_only", None, 400, "0 admits no calls"),
         ("DELETE", "/limits/rpm:x", None, 404, "rpm:x"),
         ("PATCH", "/limits", {"set": {"lease": 1}}, 400, "pool.<option>"),
         ("POST", "/limits/rpm:x/pause", {}, 404, "no limit rpm:x"),

@@ -57,7 +57,7 @@ def test_what_is_not_there_cannot_be_removed() -> None:
 
 def test_the_limit_of_a_kind_cannot_be_removed() -> None:
     for key in ("kind:text_only", "limits.kind:text_only"):
-        with pytest.raises(ConfigError, match="0 lets nobody in"):
+        with pytest.raises(ConfigError, match="0 admits no calls"):
             edit({}, [key])(BEFORE)
 
 

@@ -11,9 +11,9 @@ from tidegate.policy.format import in_words
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        (5, "5 at once"),
-        (Concurrency(5, shadow=True), "5 at once, only counted"),
-        (Concurrency(9, adaptive=Adaptive(2)), "9 at once, adapts itself from 2"),
+        (5, "5 concurrent"),
+        (Concurrency(5, shadow=True), "5 concurrent, only counted"),
+        (Concurrency(9, adaptive=Adaptive(2)), "9 concurrent, adapts itself from 2"),
         (Rate(60, 60_000), "60 requests a minute"),
         (Rate(9, 1_000, "input_tokens"), "9 input tokens a second"),
         (Rate(9, 90_000, "images", shadow=True), "9 images in 90 s, only counted"),

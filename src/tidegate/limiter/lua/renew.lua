@@ -5,7 +5,7 @@
 -- returns: status epoch lease_ms recovering_ms revision
 -- units: ms
 -- uses: core clock
--- Whatever is out of the ordinary is told to the loop, whose `tend` does what is to be done.
+-- Whatever is out of the ordinary is reported to the loop, whose `tend` does what is to be done.
 local f = call('HMGET', T.meta_key, 'run', 'epoch', 'clock', 'lease_ms', 'recover_until', 'revision')
 local epoch, clock, lease_ms = tonumber(f[2] or 0), tonumber(f[3] or 0), tonumber(f[4] or 0)
 local wall = T.wall_clock_ms()

@@ -304,7 +304,7 @@ class Permits:
             self._rehead(each.queue)
 
     def bound_owed(self, sid: str) -> None:
-        """Of more calls than so many whose usage is still to be told the eldest are forgotten."""
+        """Of more calls than so many whose usage is still to come the eldest are forgotten."""
         owed = self.owed.get(sid, {})
         for ticket in sorted(owed)[: max(0, len(owed) - self.pool.paces.most_owed)]:
             del owed[ticket]
