@@ -18,7 +18,7 @@ LEFT_FREE = 20
 
 @dataclass(eq=False, repr=False)
 class Capacity:
-    """"""
+    """Room under each limit of a pool. Lua: `limits`, `capacity`, `pauses` and `rates`."""
 
     pool: PoolState
 

@@ -53,9 +53,12 @@ MOST_ON_ROSTER = 256
 
 @dataclass(eq=False, repr=False)
 class Roster:
-    """See the module. `version` grows with every change of who is there; `seen` is the version
-    that each session knows; `expected` are the sessions that are to come back; `empty` says that
-    the server knew nothing, `vouched` that somebody has named who was there."""
+    """Sessions of a pool, and which of them know of which others. Lua: `roster`.
+
+    version: grows with every session that comes or goes. seen: the version that each session
+    knows. expected: sessions that are to come back. empty: the server knew nothing. vouched: a
+    session has named those that were there.
+    """
 
     pool: PoolState
     pump: Pump
@@ -138,7 +141,10 @@ GATE_MS = 1000
 
 @dataclass(eq=False, repr=False)
 class Joins:
-    """See the module."""
+    """Epochs, and sessions that join or end. Lua: `join` and `recover`.
+
+    spending: limit -> the number of its last change, and what was spent then.
+    """
 
     pool: PoolState
     capacity: Capacity
@@ -148,7 +154,6 @@ class Joins:
     roster: Roster
     conflict: int = 0
     changes: int = 0
-    # limit -> the number of its last change, and what was spent then
     spending: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -320,7 +325,7 @@ Place = tuple[str, int]
 
 @dataclass(eq=False, repr=False)
 class Reports:
-    """See the module."""
+    """What a session that compares reads, page by page. Lua: `comparison`."""
 
     pool: PoolState
     capacity: Capacity
@@ -410,7 +415,8 @@ class Reports:
 
 
 class PoolModel:
-    """A pool. Times are the server's, in ms."""
+    """A pool: the scripts as methods, over parts that share one state. Times are the server's, in
+    ms. Lua: `sync`, `tend`, `renew` and `admin`."""
 
     def __init__(self, paces: Paces | None = None) -> None:
         self.pool = PoolState(paces or Paces())

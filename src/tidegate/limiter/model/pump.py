@@ -34,7 +34,10 @@ Grant = tuple[int, int]
 
 @dataclass(eq=False, repr=False)
 class Pump:
-    """See the module. `subscribed` says whose channel somebody listens to."""
+    """See the module. Lua: `apply`, `pump`, `starving`, `timers`, `blocked` and `hints`.
+
+    timed: limit -> when it is looked at again. own: the session whose request it is.
+    """
 
     pool: PoolState
     capacity: Capacity

@@ -43,7 +43,7 @@ BEHIND = 3_600_000 * VIRTUAL_UNITS
 
 @dataclass(eq=False, repr=False)
 class Queues:
-    """The limits and the queues of a pool. See the module."""
+    """Order of the queues at each limit. Lua: `queues` and `blocked`."""
 
     pool: PoolState
     capacity: Capacity
@@ -193,7 +193,8 @@ class Reheaded:
 
 @dataclass(eq=False, repr=False)
 class Permits:
-    """See the module. `owed` is what sessions have still to tell of calls that ended."""
+    """Permits in use, and their release. `owed` is what sessions have still to report of calls that
+    ended. Lua: `permits` and `releases`."""
 
     pool: PoolState
     capacity: Capacity
@@ -461,8 +462,8 @@ class Earliest(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class Outlooks:
-    """See the module. `waited`: queues of which a session may want to know what they wait for, by
-    the number of their flow. All fields are of one call."""
+    """When there will be room. Lua: `outlook`. `waited`: queues of which a session may want to know
+    what they wait for, by the number of their flow. All fields are of one call."""
 
     pool: PoolState
     capacity: Capacity
