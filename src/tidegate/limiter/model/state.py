@@ -164,7 +164,7 @@ class BandState:
     """What waits under a limit in one band, and whose turn it is.
 
     lines: tenant -> its queues here, by id. tags: tenant -> virtual start, also of those gone
-    and are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has saved.
+    that are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has saved.
     Under a rate it is owed what its least share gives from `from_us` to `passed_us`, when a higher
     band took something last; `from_us` lies ahead where it had more than its share. `held_at` is
     when it found no room last, `used_at` when it took something.
