@@ -1,1 +1,1 @@
-"""One file a revision, numbered in order; later code accepts every later number."""
+"""Steps of the schema, one file a revision, in order; later code accepts every later number."""

@@ -1,4 +1,4 @@
-"""What requests cost, totals by tenant, day and model, subjects of requests, and what was erased.
+"""Cost of requests, totals by tenant, day and model, subjects of requests, and what was erased.
 
 Nothing that is there is rewritten: totals begin with the first request after this step.
 """

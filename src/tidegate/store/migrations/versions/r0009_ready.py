@@ -1,4 +1,4 @@
-"""When jobs became ready: the transaction that brought each one into the queue.
+"""Order in which jobs became ready: the transaction that brought each one into the queue.
 
 Workers read what has come since they last looked, in place of searching for it among all that has
 left the queue. A trigger keeps the mark, so that every way back into the queue is covered,

@@ -1,4 +1,4 @@
-"""What the bodies of native calls were said to be, and how much of them was left out."""
+"""Declared types of the bodies of native calls, and how much of them was left out."""
 
 from __future__ import annotations
 

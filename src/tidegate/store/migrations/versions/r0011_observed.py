@@ -1,4 +1,4 @@
-"""When an answer began, and the trace that a request is part of.
+"""Time to the first byte of an answer, and the trace that a request is part of.
 
 Nothing that is there is rewritten; both are null in what an older version writes.
 """

@@ -1,4 +1,4 @@
-"""What the dashboard's charts are drawn from, and quick ways to what waits for a person."""
+"""Data of the dashboard's charts, and indexes for what waits for an operator."""
 
 from __future__ import annotations
 

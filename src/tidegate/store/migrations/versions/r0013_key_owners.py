@@ -1,4 +1,4 @@
-"""Who still answers under an idempotency key: a key whose process died is free within seconds."""
+"""Owners of idempotency keys: a key whose process died is free within seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who made a key, and which one-time codes of the dashboard are spent."""
+"""Makers of keys, and the spent one-time codes of the dashboard."""
 
 from __future__ import annotations
 

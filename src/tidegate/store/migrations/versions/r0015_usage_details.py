@@ -1,4 +1,4 @@
-"""What providers report of calls beside their LLM tokens, on the audit and in the totals.
+"""Details of usage that providers report beside LLM tokens, on the audit and in the totals.
 
 Nothing that is there is rewritten: the column is null in what an older version writes, and totals
 begin with the first request after this step.

@@ -32,9 +32,9 @@ export function tenantsCard(pool) {
   let order = new Map();
 
   // The order is kept between two looks at the past, so that rows do not change places every second.
-  function show(anew = false) {
+  function show(fresh = false) {
     const rows = merged(live, past);
-    if (anew || rows.some((one) => !order.has(one.tenant))) {
+    if (fresh || rows.some((one) => !order.has(one.tenant))) {
       order = new Map(rows.map((one, place) => [one.tenant, place]));
     }
     rows.sort((a, b) => order.get(a.tenant) - order.get(b.tenant));
