@@ -79,8 +79,15 @@ INPUT, OUTPUT = "batch", "batch_output"
 _BULK_TIMEOUT_MS = 30_000
 _LEAST_BYTES = 4_096  # that a file counts for: it also is a row, and a block on the disk
 _TIMES = (
-    *("created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at"),
-    *("failed_at", "expired_at", "cancelling_at", "cancelled_at"),
+    "created_at",
+    "in_progress_at",
+    "expires_at",
+    "finalizing_at",
+    "completed_at",
+    "failed_at",
+    "expired_at",
+    "cancelling_at",
+    "cancelled_at",
 )
 _MOST_UNANSWERED = 5_000
 _CUT_SHORT = {"cancelled": Status.CANCELLED, "expired": Status.EXPIRED}
@@ -216,9 +223,17 @@ class Batches:
         Raises IdempotencyConflict where a different batch was submitted under the key."""
         tenant_id = caller.tenant_id
         given = (
-            *(batch_id, tenant_id, endpoint, file.file_id, file.blob_key, file.size_bytes),
-            *("24h", None if metadata is None else orjson.dumps(rows.cleaned(metadata)).decode()),
-            *(None if caller.models is None else list(caller.models), caller.key_id, file.lines),
+            batch_id,
+            tenant_id,
+            endpoint,
+            file.file_id,
+            file.blob_key,
+            file.size_bytes,
+            "24h",
+            None if metadata is None else orjson.dumps(rows.cleaned(metadata)).decode(),
+            None if caller.models is None else list(caller.models),
+            caller.key_id,
+            file.lines,
         )
 
         async def add(connection: asyncpg.Connection) -> asyncpg.Record:
@@ -285,7 +300,9 @@ class Batches:
 
         await self._connections.execute(
             "add_batch_lines",
-            *(batch.batch_id, batch.tenant_id, rows.dumps(lines)),
+            batch.batch_id,
+            batch.tenant_id,
+            rows.dumps(lines),
             timeout_ms=_BULK_TIMEOUT_MS,
         )
 
@@ -345,8 +362,13 @@ class Batches:
 async def _add_file(connection: asyncpg.Connection, file: BatchFile) -> None:
     await connection.execute(
         sql("add_batch_file"),
-        *(file.file_id, file.tenant_id, file.purpose, rows.clean(file.name)),
-        *(file.size_bytes, file.lines, file.blob_key),
+        file.file_id,
+        file.tenant_id,
+        file.purpose,
+        rows.clean(file.name),
+        file.size_bytes,
+        file.lines,
+        file.blob_key,
     )
 
 
@@ -475,8 +497,11 @@ class BatchLines:
 
         claimed = await self._connections.rows(
             "claim_batch_lines",
-            *(self._instance_id, limit, most_bytes),
-            *(orjson.dumps(since).decode(), list(self._held_up)),
+            self._instance_id,
+            limit,
+            most_bytes,
+            orjson.dumps(since).decode(),
+            list(self._held_up),
         )
         lines = [rows.record_of(BatchLine, row, models=_models(row)) for row in claimed]
         self._claims.end(look, complete=True)

@@ -229,8 +229,12 @@ async def take_key(
     the key waits for the end of that transaction. lease_ms: how long a key may go without being
     renewed; None leaves every owner its key."""
     row = await connection.fetchrow(
-        *(sql("take_native_key"), tenant_id, wanted.key, bytes.fromhex(wanted.digest)),
-        *(request_id, _seconds(lease_ms)),
+        sql("take_native_key"),
+        tenant_id,
+        wanted.key,
+        bytes.fromhex(wanted.digest),
+        request_id,
+        _seconds(lease_ms),
     )
     if row is not None:
         return record_of(Taken, row)
@@ -265,8 +269,12 @@ async def end_key(
     """Keep the answer, in the transaction of what the key is for."""
     await connection.execute(
         sql("end_native_key"),
-        *(tenant_id, key, given.request_id),
-        *(given.http_status, given.content_type, given.answer),
+        tenant_id,
+        key,
+        given.request_id,
+        given.http_status,
+        given.content_type,
+        given.answer,
     )
 
 

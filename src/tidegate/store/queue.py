@@ -600,7 +600,10 @@ class JobQueue:
         """Record a job's kind. Raises ClaimLost."""
         done = await self._connections.row(
             "set_classified",
-            *(job.request_id, job.claim, classification.kind, classification.by),
+            job.request_id,
+            job.claim,
+            classification.kind,
+            classification.by,
             rows.clean(classification.reason),
         )
         if done is None:
@@ -812,8 +815,14 @@ class JobQueue:
             await connection.execute(sql("end_attempts"), rows.dumps([ended | place]))
             await connection.execute(
                 sql("begin_another"),
-                *(job.request_id, row["attempt_id"], int(failed.is_counted), self._instance_id),
-                *(row["model"], row["fence_epoch"], row["fence_sequence"], row["admitted_at"]),
+                job.request_id,
+                row["attempt_id"],
+                int(failed.is_counted),
+                self._instance_id,
+                row["model"],
+                row["fence_epoch"],
+                row["fence_sequence"],
+                row["admitted_at"],
             )
             return True
 

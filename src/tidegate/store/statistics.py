@@ -264,7 +264,10 @@ async def _read(connection: asyncpg.Connection) -> Depths:
         row,
         queues=tuple(
             QueueDepth(
-                *(one["pool"], one["lane"], one["tenant_id"], one["jobs"]),
+                one["pool"],
+                one["lane"],
+                one["tenant_id"],
+                one["jobs"],
                 0.0 if one["oldest"] is None else max(0.0, (now - one["oldest"]).total_seconds()),
             )
             for one in queues
