@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from tidegate.limiter import Concurrency, Rate
 from tidegate.limiter.simulation import (
-    Gate,
     Holding,
+    PauseGate,
     PoolModel,
     SyncReply,
     SyncRequest,
@@ -54,7 +54,7 @@ class Admissions:
     set_back: bool = False
     _asked: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
     _admitted: dict[tuple[str, int], Admission] = field(default_factory=dict)
-    _tried: dict[str, tuple[Gate, int, tuple[str, int] | None]] = field(default_factory=dict)
+    _tried: dict[str, tuple[PauseGate, int, tuple[str, int] | None]] = field(default_factory=dict)
     _refused: dict[str, list[Refusal]] = field(default_factory=dict)
     refusals: int = 0
     _holders: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
@@ -174,7 +174,7 @@ class Admissions:
             )
             assert spent <= limit.bound, f"{spent} of {name} in a window"
 
-    def _check_try(self, name: str, gate: Gate, admitted: int) -> None:
+    def _check_try(self, name: str, gate: PauseGate, admitted: int) -> None:
         """A gate lets one call at a time try, until that has ended or is known to have failed."""
         assert admitted == 1, f"{admitted} tries at once of {name}"
         before, self._tried[name] = self._tried.get(name), (gate, gate.rounds, gate.taker)

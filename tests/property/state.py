@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tidegate.limiter.simulation import BEHIND, BandState, Gate, LimitState, PoolModel, SessionQueue
+from tidegate.limiter.simulation import (
+    BEHIND,
+    BandState,
+    LimitState,
+    PauseGate,
+    PoolModel,
+    SessionQueue,
+)
 
 State = dict[str, Any]
 
@@ -113,7 +120,7 @@ def _pause(limit: LimitState) -> list[str]:
     return [str(pause.until), str(pause.ramp_ms), str(pause.passed), pause.said]
 
 
-def _gate(gate: Gate) -> str:
+def _gate(gate: PauseGate) -> str:
     taker = "|".join(map(str, gate.taker)) if gate.taker else ""
     return f"{gate.every_ms}|{gate.most_ms}|{gate.rounds}|{taker}"
 

@@ -21,10 +21,10 @@ from tests.property.server import Server, Words
 from tests.property.state import of_model
 from tidegate.limiter import Observer, PoolPolicy
 from tidegate.limiter.simulation import (
-    Batch,
     Keyspace,
     Lease,
     LocalQueue,
+    MessageBatch,
     Paces,
     PoolModel,
     Push,
@@ -203,7 +203,7 @@ class World:
         client.session.answered(batch, request, reply, self.local_ms)
         self.admissions.check_fences(client.sid, client.queue.held.values())
 
-    def _unanswered(self, client: Client, batch: Batch) -> None:
+    def _unanswered(self, client: Client, batch: MessageBatch) -> None:
         client.session.unanswered(batch)
         client.session.failed("cut off")
 

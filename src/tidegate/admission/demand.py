@@ -47,8 +47,7 @@ from tidegate.call import (
     UsageState,
 )
 from tidegate.errors import UpstreamError, UpstreamThrottled, UpstreamTimeout, UpstreamUnavailable
-from tidegate.limiter import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate, Tokens
-from tidegate.limiter import Demand as Wanted
+from tidegate.limiter import DEFAULT_PRIORITY, Band, Demand, Limit, PoolPolicy, Quota, Rate, Tokens
 from tidegate.policy.deployment import Price, Upstream
 from tidegate.policy.format import MEASURES, TOTAL, plain_model, whom_it_binds
 
@@ -354,7 +353,7 @@ _NO_USAGE = Usage()
 
 # Not frozen, as all else of its kind: each call would pay for that.
 @dataclass(slots=True)
-class Demand:
+class CallDemand:
     """All limits of a call, or none; never changed. `priority` is the name of a band."""
 
     limits: tuple[str, ...]
@@ -376,9 +375,9 @@ class Demand:
             max(one.output_tokens, one.guessed_output_tokens),
         )
 
-    def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Wanted:
+    def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Demand:
         """The request to the limiter; see its `Demand`."""
-        return Wanted(
+        return Demand(
             self.limits,
             self.tenant,
             self.priority,
@@ -426,7 +425,7 @@ class Demands:
         self._reach = Reach(PoolPolicy({}))
         self._turn = -1  # the first call is one to learn from
 
-    def of(self, call: Call, policy: PoolPolicy) -> Demand:
+    def of(self, call: Call, policy: PoolPolicy) -> CallDemand:
         """The demand of a call under the policy in force."""
         return self.of_native(
             call.model,
@@ -451,7 +450,7 @@ class Demands:
         images: int = 0,
         max_output_tokens: int | None = None,
         estimates_all: bool = False,
-    ) -> Demand:
+    ) -> CallDemand:
         """The demand of a request in a provider's own dialect; its limits may be none. Where no
         limit counts LLM tokens only some calls are estimated, unless `estimates_all`, so that the
         estimator goes on learning: it costs as much as all the rest."""
@@ -468,7 +467,7 @@ class Demands:
                 max_output_tokens=max_output_tokens,
                 tenant=tenant,
             )
-        return Demand(limits, tenant, reach.band(priority), images, estimate)
+        return CallDemand(limits, tenant, reach.band(priority), images, estimate)
 
     def of_question(
         self,
@@ -478,12 +477,12 @@ class Demands:
         *,
         max_output_tokens: int,
         tenant: str = DEFAULT_TENANT,
-    ) -> Demand:
+    ) -> CallDemand:
         """The demand of the classifier's question: on its own limit, and on those of the model.
 
         It queues as its tenant, but takes nothing of the tenant's limits: the question is ours.
         """
-        return Demand(
+        return CallDemand(
             limits=self._limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
             tenant=tenant,
             priority=self._reach.band(0),
@@ -498,7 +497,7 @@ class Demands:
         )
 
     def learn(
-        self, demand: Demand, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool
+        self, demand: CallDemand, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool
     ) -> None:
         """Learn from what a call used. An answer that was cut teaches its input alone, unless more
         came of it than was reserved."""

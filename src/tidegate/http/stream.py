@@ -113,7 +113,7 @@ async def stream(request: Request) -> Response:
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
+class _StreamEnd:
     """How a stream ended. `error` is what a connected client receives."""
 
     status: Status
@@ -121,15 +121,15 @@ class _End:
     error: TidegateError | None = None
 
 
-_CLIENT_LEFT = _End(Status.CANCELLED, Failure("client_left", "the client went away"))
-_CLIENT_STALLED = _End(
+_CLIENT_LEFT = _StreamEnd(Status.CANCELLED, Failure("client_left", "the client went away"))
+_CLIENT_STALLED = _StreamEnd(
     Status.CANCELLED, Failure("client_stalled", "the client stopped reading and was cut")
 )
 
 
-def _failed(error: TidegateError) -> _End:
+def _failed(error: TidegateError) -> _StreamEnd:
     status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
-    return _End(status, Failure.of(error), error)
+    return _StreamEnd(status, Failure.of(error), error)
 
 
 class StreamedAnswer(Response):
@@ -227,7 +227,7 @@ class StreamedAnswer(Response):
 
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
-    ) -> _End:
+    ) -> _StreamEnd:
         """Make the call; returns when it is over, closed, and its permit released."""
         work = asyncio.create_task(self._answer(writer))
         stopping = False
@@ -247,7 +247,7 @@ class StreamedAnswer(Response):
             return _CLIENT_LEFT
         match error:
             case None:
-                return _End(Status.SUCCEEDED)
+                return _StreamEnd(Status.SUCCEEDED)
             case ClientStalled():
                 return _CLIENT_STALLED
             case TidegateError():
@@ -337,7 +337,7 @@ class StreamedAnswer(Response):
         self._outputs.append(stored)
         return stored
 
-    async def _store_record(self, end: _End) -> None:
+    async def _store_record(self, end: _StreamEnd) -> None:
         record, submission = self._record, self._submission
         job = NewJob(
             request_id=self._request_id,
@@ -356,7 +356,7 @@ class StreamedAnswer(Response):
         await self._services.store.audit.record_stream(job, record)
 
     async def _tell(
-        self, end: _End, writer: EventWriter, scope: Scope, receive: Receive, send: Send
+        self, end: _StreamEnd, writer: EventWriter, scope: Scope, receive: Receive, send: Send
     ) -> bool:
         """The last words to a client that is still there; true if it is to be cut off."""
         request_id = str(self._request_id)

@@ -25,7 +25,7 @@ from aiohttp import (
 
 from tidegate.integrations.exchange import (
     Demanded,
-    Exchange,
+    LimitedExchange,
     Penalised,
     Review,
     Usage,
@@ -72,7 +72,9 @@ class LimitMiddleware:
         demand = demand_of(self._demand, request)
         if demand is None:
             return await handler(request)
-        exchange = Exchange(self._limiter, demand, penalised_by(self._penalise, demand), OVERLOAD)
+        exchange = LimitedExchange(
+            self._limiter, demand, penalised_by(self._penalise, demand), OVERLOAD
+        )
         await exchange.begin()
         try:
             async with exchange.using():
@@ -84,7 +86,7 @@ class LimitMiddleware:
             raise
         return response
 
-    async def _watch(self, exchange: Exchange, response: ClientResponse) -> None:
+    async def _watch(self, exchange: LimitedExchange, response: ClientResponse) -> None:
         """Return the permit when the answer ends."""
         review = Review(
             response.status,
@@ -108,7 +110,7 @@ class LimitMiddleware:
             await exchange.pause(review.pause_ms)
 
 
-def _closer(exchange: Exchange, response: ClientResponse) -> Callable[[], Awaitable[None]]:
+def _closer(exchange: LimitedExchange, response: ClientResponse) -> Callable[[], Awaitable[None]]:
     seen = ref(response)  # a response that nobody has any more must be collected
 
     async def close() -> None:
@@ -122,7 +124,7 @@ def _closer(exchange: Exchange, response: ClientResponse) -> Callable[[], Awaita
     return close
 
 
-def _when_let_go(exchange: Exchange, response: ClientResponse) -> None:
+def _when_let_go(exchange: LimitedExchange, response: ClientResponse) -> None:
     seen = ref(response)
 
     def let_go() -> None:

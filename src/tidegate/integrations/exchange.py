@@ -159,7 +159,7 @@ logger = logging.getLogger("tidegate.integrations")
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Exchange:
+class LimitedExchange:
     """`begin`, send inside `using`, say `answered`, read inside `using`, and end it always.
 
     penalised: the limit that `pause` pauses.
@@ -185,7 +185,7 @@ class Exchange:
         self._unused.set()
 
     def __repr__(self) -> str:
-        return f"<Exchange {self._demand.limits} {self._hold!r}>"
+        return f"<LimitedExchange {self._demand.limits} {self._hold!r}>"
 
     async def begin(self) -> None:
         """Wait for the permit, right before sending. Raises what `Limiter.acquire` raises, or
@@ -318,7 +318,7 @@ class Exchange:
 
 @dataclass(slots=True, eq=False, repr=False)
 class SyncExchange:
-    """As `Exchange`, in a thread."""
+    """As `LimitedExchange`, in a thread."""
 
     _limiter: SyncLimiter
     _demand: Demand
@@ -468,7 +468,7 @@ LimiterT = TypeVar("LimiterT", Limiter, SyncLimiter)
 class AsyncBody:
     """An answer's bytes; the permit is returned at their end, and when it is closed."""
 
-    def __init__(self, exchange: Exchange, chunks: Any, review: Review) -> None:
+    def __init__(self, exchange: LimitedExchange, chunks: Any, review: Review) -> None:
         self._exchange = exchange
         self._inner = chunks
         self._review = review
@@ -611,7 +611,7 @@ class AsyncTransport(_Transport[RequestT, ResponseT, InnerT, Limiter]):
             response = await self._inner.handle_async_request(request)
             return response
         penalised = penalised_by(self._penalise, demand)
-        exchange = Exchange(self._limiter, demand, penalised, self._overload)
+        exchange = LimitedExchange(self._limiter, demand, penalised, self._overload)
         await exchange.begin()
         try:
             async with exchange.using():

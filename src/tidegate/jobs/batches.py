@@ -491,8 +491,8 @@ def _body(answer: str) -> Any:
     return orjson.Fragment(answer.replace("\r", " ").replace("\n", " "))
 
 
-class OutputFile:
-    """`with OutputFile(folder) as file`: write, then keep."""
+class OutputWriter:
+    """`with OutputWriter(folder) as file`: write, then keep."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -651,7 +651,7 @@ class BatchRunner:
         await self._store.batches.begin(batch, check.lines)
 
     async def _assemble(self, batch: Batch) -> None:
-        with OutputFile(self._folder) as output, OutputFile(self._folder) as errors:
+        with OutputWriter(self._folder) as output, OutputWriter(self._folder) as errors:
             last = 0
             while rows := await self._store.batches.lines_after(batch, last, _CHUNK_LINES):
                 last = rows[-1]["line"]

@@ -267,7 +267,7 @@ class Transfer:
 
 
 @dataclass(slots=True)
-class Batch:
+class MessageBatch:
     """What one call of the script carries; kept until it is known to have arrived."""
 
     joining: bool = False
@@ -678,7 +678,7 @@ class LocalQueue:
 
     # -- what is to be sent
 
-    def take(self, now_ms: float = inf) -> Batch:
+    def take(self, now_ms: float = inf) -> MessageBatch:
         """The next batch to send, at most `MAX_ENTRIES` of each sort, of `MAX_FLOWS` flows. What
         has been spare for less than `SPARE_MS` is kept back: many that call again in the same
         moment would each find nothing else."""
@@ -687,7 +687,7 @@ class LocalQueue:
         for waiter in enqueues:
             waiter.sent = True
             del self._enqueues[waiter.ticket]
-        batch = Batch(
+        batch = MessageBatch(
             transfers=self._transfers[:MAX_ENTRIES],
             cancels=self._cancels[:MAX_ENTRIES],
             enqueues=enqueues,
@@ -718,7 +718,7 @@ class LocalQueue:
         }
         return frozenset(ticket for spare in self._spare.values() for ticket in spare)
 
-    def take_join(self) -> Batch:
+    def take_join(self) -> MessageBatch:
         """The batch of a session that joins: all that we hold and wait for.
 
         The server forgets what it had of this session, so cancels and transfers have no object
@@ -735,7 +735,7 @@ class LocalQueue:
         batch.held = list(self.held.values())
         return batch
 
-    def confirm(self, batch: Batch, stamps: Iterable[int] = ()) -> None:
+    def confirm(self, batch: MessageBatch, stamps: Iterable[int] = ()) -> None:
         """The server has done what the batch said, and stamped its tickets so."""
         self.parting.difference_update(ticket for ticket, _, _ in batch.cancels)
         self.parting.difference_update(release.ticket for release in batch.releases)
@@ -743,7 +743,7 @@ class LocalQueue:
         for waiter, stamp in zip(batch.enqueues, stamps, strict=False):
             waiter.stamp = stamp
 
-    def restore(self, batch: Batch) -> None:
+    def restore(self, batch: MessageBatch) -> None:
         """The batch may or may not have arrived: send it again, before anything newer."""
         self._transfers[:0] = batch.transfers
         self._releases = {r.ticket: r for r in batch.releases} | self._releases

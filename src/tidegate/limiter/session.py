@@ -43,7 +43,7 @@ from tidegate.limiter.messages import (
     too_early,
 )
 from tidegate.limiter.policy import BUCKETS, Concurrency, Limit, PoolPolicy, Quota, Rate, share_of
-from tidegate.limiter.queue import Batch, Flow, LocalQueue, Traffic, Waiter
+from tidegate.limiter.queue import Flow, LocalQueue, MessageBatch, Traffic, Waiter
 
 State = Literal["up", "away", "recovering"]
 
@@ -376,7 +376,7 @@ class Lease:
 
 
 def compose(
-    batch: Batch,
+    batch: MessageBatch,
     wanting: Sequence[Flow],
     looking: Sequence[Flow],
     at_ms: float,
@@ -434,7 +434,7 @@ def compose(
     }
 
 
-def _lefts(batch: Batch, at_ms: float, *, pauses: bool) -> list[int]:
+def _lefts(batch: MessageBatch, at_ms: float, *, pauses: bool) -> list[int]:
     """By enqueue, for how long it may wait, where time alone may keep it from its turn; nothing
     where all are 0."""
     lefts = [
@@ -599,7 +599,7 @@ class Session:
         """True if a request is due."""
         return self.something_urgent() or self._queue.pending > 0
 
-    def prepare(self, run: str, uptime_ms: int) -> tuple[Batch, SyncRequest]:
+    def prepare(self, run: str, uptime_ms: int) -> tuple[MessageBatch, SyncRequest]:
         """The next request, for a server that says this of itself. Answer it by `answered`,
         `unanswered` or `failed`."""
         joining = self._must_join or self._policy_due
@@ -658,7 +658,7 @@ class Session:
     # -- what a reply means
 
     def answered(
-        self, batch: Batch, request: SyncRequest, reply: SyncReply, sent_ms: float
+        self, batch: MessageBatch, request: SyncRequest, reply: SyncReply, sent_ms: float
     ) -> bool:
         """The server's answer to a request that was sent at `sent_ms`. True if we have left."""
         self.accepted = False
@@ -670,13 +670,13 @@ class Session:
             self._rejected(reply)
         return request.leave and reply.status != "stale"
 
-    def unanswered(self, batch: Batch) -> None:
+    def unanswered(self, batch: MessageBatch) -> None:
         """Whether the request arrived is not known."""
         self._queue.restore(batch)
         self._full = True
 
     def _accepted(
-        self, batch: Batch, request: SyncRequest, reply: SyncReply, sent_ms: float
+        self, batch: MessageBatch, request: SyncRequest, reply: SyncReply, sent_ms: float
     ) -> None:
         if not self.is_ordinary(request):
             self.lease.renewed(sent_ms, reply.lease_ms)

@@ -25,9 +25,9 @@ from tidegate.limiter.model.queues import BEHIND
 from tidegate.limiter.model.rates import DAY_MS, span_of
 from tidegate.limiter.model.state import (
     BandState,
-    Gate,
     LimitState,
     Paces,
+    PauseGate,
     SessionQueue,
     read_actual,
     read_flow,
@@ -35,7 +35,7 @@ from tidegate.limiter.model.state import (
 )
 from tidegate.limiter.permit import PermitIssuer
 from tidegate.limiter.policy import amount_of
-from tidegate.limiter.queue import Batch, Flow, Holding, LocalQueue, Waiter, flow_of
+from tidegate.limiter.queue import Flow, Holding, LocalQueue, MessageBatch, Waiter, flow_of
 from tidegate.limiter.session import Clock, Lease, Session
 
 __all__ = [
@@ -45,17 +45,17 @@ __all__ = [
     "LINGER_S",
     "MAX_WAITERS",
     "BandState",
-    "Batch",
     "Clock",
     "Flow",
-    "Gate",
     "Holding",
     "Join",
     "Keyspace",
     "Lease",
     "LimitState",
     "LocalQueue",
+    "MessageBatch",
     "Paces",
+    "PauseGate",
     "PermitIssuer",
     "PoolModel",
     "Push",

@@ -59,7 +59,7 @@ class Address(NamedTuple):
         return f"{self.host}:{self.port}"
 
 
-class Ask(NamedTuple):
+class ServerQuestion(NamedTuple):
     """Put `command` to the server at `address`; None is the one that the URL names.
 
     `seed` is true for one who only says whom to ask: its connection can't be the one sought.
@@ -70,10 +70,10 @@ class Ask(NamedTuple):
     seed: bool = False
 
 
-Search = Generator[Ask, Any, None]
+Search = Generator[ServerQuestion, Any, None]
 
 
-class Target(NamedTuple):
+class ServerUrl(NamedTuple):
     """A URL taken apart. `finder` says whom the seeds are: nobody, sentinels or cluster nodes."""
 
     finder: str
@@ -83,14 +83,14 @@ class Target(NamedTuple):
     seed_url: str
 
 
-def read_url(url: str) -> Target:
+def read_url(url: str) -> ServerUrl:
     """Take a URL apart. Raises ConfigError, which never shows the password in it."""
     scheme, rest = _scheme_of(url), url.partition("://")[2]
     base, _, finder = scheme.partition("+")
     if finder not in _PORTS or base not in (_BASES[:2] if finder else _BASES):
         raise _wrong(scheme, _SCHEMES)
     if not finder:
-        return Target("", (), "", f"{scheme}://{rest}", "")
+        return ServerUrl("", (), "", f"{scheme}://{rest}", "")
     parts = urlsplit(f"//{rest}")
     access, at, hosts = parts.netloc.rpartition("@")
     try:
@@ -106,9 +106,9 @@ def read_url(url: str) -> Target:
     watcher = {name: options.pop(f"sentinel_{name}", "") for name in ("username", "password")}
     server_url = f"{base}://{access}{at}host/{database}?{urlencode(options)}"
     if finder == "cluster":
-        return Target(finder, seeds, "", server_url, server_url)
+        return ServerUrl(finder, seeds, "", server_url, server_url)
     options |= {name: value for name, value in watcher.items() if value}
-    return Target(finder, seeds, service, server_url, f"{base}://host?{urlencode(options)}")
+    return ServerUrl(finder, seeds, service, server_url, f"{base}://host?{urlencode(options)}")
 
 
 def _scheme_of(url: str) -> str:
@@ -157,7 +157,7 @@ class Server:
         self._turn = 0
         scheme = _scheme_of(url)
         try:
-            self._make(Ask(None))
+            self._make(ServerQuestion(None))
         except ValueError as error:
             raise _wrong(scheme, "cannot be read as a URL") from error
         except (TypeError, RedisError) as error:
@@ -208,7 +208,7 @@ class Server:
         assert connection is not None
         return connection
 
-    def _make(self, ask: Ask) -> AbstractConnection:
+    def _make(self, ask: ServerQuestion) -> AbstractConnection:
         options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(self._url(ask)))
         kind = options.pop("connection_class", redis.asyncio.connection.Connection)
         # The deadlines are ours; redis-py's would cut off a subscription that has nothing to say.
@@ -217,7 +217,7 @@ class Server:
         connection: AbstractConnection = kind(**_ours(options, ask), **free, retry=retry)
         return connection
 
-    def _make_blocking(self, ask: Ask, timeout_s: float) -> ConnectionInterface:
+    def _make_blocking(self, ask: ServerQuestion, timeout_s: float) -> ConnectionInterface:
         options = dict(redis.connection.parse_url(self._url(ask)))  # type: ignore[no-untyped-call]
         kind = options.pop("connection_class", redis.connection.Connection)
         bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
@@ -225,7 +225,7 @@ class Server:
         connection: ConnectionInterface = kind(**_ours(options, ask), **bounds, retry=retry)
         return connection
 
-    def _url(self, ask: Ask) -> str:
+    def _url(self, ask: ServerQuestion) -> str:
         return self._target.seed_url if ask.seed else self._target.server_url
 
     def _search(self) -> Search:
@@ -242,12 +242,12 @@ class Server:
         """The owner of our slot, as it says itself; others only say whom to ask next."""
         problems: dict[Address, object] = {}
         for seed in seeds:
-            node, answer = seed, (yield Ask(seed, _SLOTS, seed=True))
+            node, answer = seed, (yield ServerQuestion(seed, _SLOTS, seed=True))
             for _ in range(MAX_HOPS):
                 owner = self._owner(answer, node, problems)
                 if owner is None or owner in problems:
                     break
-                node, answer = owner, (yield Ask(owner, _SLOTS))
+                node, answer = owner, (yield ServerQuestion(owner, _SLOTS))
                 if self._owner(answer, node, problems) == node:
                     self._learn(answer, node)
                     return
@@ -272,7 +272,7 @@ class Server:
 
 
 def _direct() -> Search:
-    answer = yield Ask(None)
+    answer = yield ServerQuestion(None)
     if isinstance(answer, Exception):
         raise answer
 
@@ -283,14 +283,14 @@ def _ask_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
     problems: dict[Address, object] = {}
     for sentinel in sentinels:
         question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
-        answer = yield Ask(sentinel, question, seed=True)
+        answer = yield ServerQuestion(sentinel, question, seed=True)
         if isinstance(answer, Exception) or not answer:
             problems[sentinel] = answer or f"knows no {service}"
             continue
         master = Address(answer[0].decode(), int(answer[1]))
         if master in problems:
             continue
-        role = yield Ask(master, ("ROLE",))
+        role = yield ServerQuestion(master, ("ROLE",))
         if isinstance(role, list) and role[0] == b"master":
             return
         problems[master] = role if isinstance(role, Exception) else "is no master"
@@ -301,14 +301,14 @@ def _listed(problems: dict[Address, object]) -> str:
     return "; ".join(f"{address}: {what}" for address, what in problems.items())
 
 
-def _next(search: Search, answer: Any) -> Ask | None:
+def _next(search: Search, answer: Any) -> ServerQuestion | None:
     try:
         return search.send(answer)
     except StopIteration:
         return None
 
 
-def _ours(options: dict[str, Any], ask: Ask) -> dict[str, Any]:
+def _ours(options: dict[str, Any], ask: ServerQuestion) -> dict[str, Any]:
     """The URL's options for a connection, less those that it can't choose."""
     kept = {name: value for name, value in options.items() if name not in _OURS}
     if ask.address is not None:
@@ -316,7 +316,7 @@ def _ours(options: dict[str, Any], ask: Ask) -> dict[str, Any]:
     return kept | {"protocol": 2}
 
 
-async def _put(connection: AbstractConnection, ask: Ask, left_s: float) -> Any:
+async def _put(connection: AbstractConnection, ask: ServerQuestion, left_s: float) -> Any:
     """The answer, or the error; of several who may be asked one takes at most half the time."""
     try:
         async with asyncio.timeout(left_s / 2 if ask.command else left_s):
@@ -329,7 +329,7 @@ async def _put(connection: AbstractConnection, ask: Ask, left_s: float) -> Any:
         return error
 
 
-def _put_blocking(connection: ConnectionInterface, ask: Ask) -> Any:
+def _put_blocking(connection: ConnectionInterface, ask: ServerQuestion) -> Any:
     try:
         connection.connect()  # type: ignore[no-untyped-call]
         if not ask.command:

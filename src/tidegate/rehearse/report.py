@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tidegate.admission.demand import Demand
+from tidegate.admission.demand import CallDemand
 from tidegate.checker import Event, What, shares
 from tidegate.limiter import Concurrency, PoolPolicy, Rate, Tokens, as_limit, format_span
 from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
@@ -25,7 +25,7 @@ class LoadCall:
     arrival: Arrival
     asked_ms: float
     limits: tuple[str, ...]
-    demand: Demand | None = None
+    demand: CallDemand | None = None
     waiter: Waiter | None = None
     began_ms: float | None = None
     ended_ms: float | None = None

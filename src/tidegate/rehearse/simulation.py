@@ -18,12 +18,11 @@ from heapq import heappop, heappush
 from itertools import count, cycle
 from random import Random
 
-from tidegate.admission.demand import Demand, Demands
+from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Modality
 from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
-from tidegate.limiter import MAX_LEASE_MS, Observer, PoolPolicy, Tokens
-from tidegate.limiter import Demand as LimiterDemand
+from tidegate.limiter import MAX_LEASE_MS, Demand, Observer, PoolPolicy, Tokens
 from tidegate.limiter.simulation import (
     LINGER_IDLE_S,
     LINGER_S,
@@ -106,7 +105,7 @@ class Process:
         if not demand.limits:  # nothing binds it
             self._begin(call, None, demand)
             return
-        wanted = LimiterDemand(demand.limits, demand.tenant, demand.priority)
+        wanted = Demand(demand.limits, demand.tenant, demand.priority)
         try:
             flow = self._issuer.flow_of(wanted)
         except DemandImpossible as error:
@@ -140,7 +139,7 @@ class Process:
         self.stage.tally.refused(call, self.stage.now_ms, error.code, at or error.limit)
         self.stage.over(call)
 
-    def _demand_of(self, arrival: Arrival) -> Demand:
+    def _demand_of(self, arrival: Arrival) -> CallDemand:
         return self._demands.of_native(
             arrival.model,
             arrival.kind,
@@ -151,14 +150,14 @@ class Process:
             images=arrival.images,
         )
 
-    def _begin(self, call: LoadCall, holding: Holding | None, demand: Demand) -> None:
+    def _begin(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
         self.stage.tally.began(call, self.stage.now_ms)
         took_ms = call.arrival.duration_ms
         if holding is not None:
             took_ms += self.stage.setting.hold_ms
         self.stage.after(took_ms, lambda: self._end(call, holding, demand))
 
-    def _end(self, call: LoadCall, holding: Holding | None, demand: Demand) -> None:
+    def _end(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
         arrival = call.arrival
         self.stage.tally.ended(call, self.stage.now_ms)
         if holding is not None:

@@ -25,7 +25,7 @@ import orjson
 
 from tidegate.admission.demand import (
     CacheWrite,
-    Demand,
+    CallDemand,
     Demands,
     Rates,
     charge_of,
@@ -218,7 +218,7 @@ class NativeExchange:
     def bills(self) -> bool:
         return self._call.endpoint.is_counted
 
-    def demand(self, target: Target, lane: Lane) -> Demand:
+    def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked = self.terms, self._asked
         counted = self._call.endpoint.is_counted and asked is not None
         demand = lane.demands.of_native(
@@ -233,7 +233,7 @@ class NativeExchange:
         )
         return lane.gate.bind(demand, target.model)
 
-    def price(self, target: Target, lane: Lane, demand: Demand) -> tuple[int, int]:
+    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
         asked = self._asked
         if asked is None or not self._call.endpoint.is_counted:
             return 0, 0
@@ -246,7 +246,13 @@ class NativeExchange:
         return Suspect(None if caller.key_id is None else caller.tenant_id, request)
 
     def settle(
-        self, target: Target, lane: Lane, demand: Demand, *, whole: bool, failed: CallFailed | None
+        self,
+        target: Target,
+        lane: Lane,
+        demand: CallDemand,
+        *,
+        whole: bool,
+        failed: CallFailed | None,
     ) -> int | None:
         record, dialect = self._record, DIALECTS[self._call.endpoint.dialect]
         if record.pieces:
@@ -258,7 +264,7 @@ class NativeExchange:
             record.charge = self._charge(target, lane.demands, demand, whole, images)
         return images
 
-    async def make(self, target: Target, lane: Lane, demand: Demand, *, is_try: bool) -> None:
+    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         call, record = self._call, self._record
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
@@ -296,7 +302,7 @@ class NativeExchange:
         first: bytes,
         target: Target,
         lane: Lane,
-        demand: Demand,
+        demand: CallDemand,
         hides_usage: bool,
     ) -> None:
         record, out = self._record, self._out
@@ -376,7 +382,7 @@ class NativeExchange:
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
 
     def _charge(
-        self, target: Target, demands: Demands, demand: Demand, whole: bool, images: int | None
+        self, target: Target, demands: Demands, demand: CallDemand, whole: bool, images: int | None
     ) -> Charge:
         """Of a call that an upstream has begun to answer, or may have. `images`: None where they
         were not counted."""
@@ -398,7 +404,7 @@ class NativeExchange:
         return cut_charge(rates, usage, estimate, came.tokens, images)
 
     def _estimate(
-        self, demands: Demands, demand: Demand, asked: RequestFacts, model: str
+        self, demands: Demands, demand: CallDemand, asked: RequestFacts, model: str
     ) -> Estimate:
         if demand.estimate is not None:
             return demand.estimate

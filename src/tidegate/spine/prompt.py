@@ -17,7 +17,7 @@ from hashlib import sha256
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from tidegate.admission.demand import Demand, answer_charge, foreseen, never_sent
+from tidegate.admission.demand import CallDemand, answer_charge, foreseen, never_sent
 from tidegate.call import (
     DEFAULT_TENANT,
     NO_CHARGE,
@@ -263,11 +263,11 @@ class PromptExchange:
         self._record = record
         self._sink = sink
 
-    def demand(self, target: Target, lane: Lane) -> Demand:
+    def demand(self, target: Target, lane: Lane) -> CallDemand:
         call = self._at(target)
         return lane.gate.bind(lane.demands.of(call, lane.limiter.policy), target.model)
 
-    def price(self, target: Target, lane: Lane, demand: Demand) -> tuple[int, int]:
+    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
         if demand.estimate is None:
             return 0, 0
         return foreseen(lane.demands.prices.of(target.model), demand.estimate, demand.images)
@@ -277,7 +277,7 @@ class PromptExchange:
         tenant = None if call.tenant_id == DEFAULT_TENANT else call.tenant_id
         return Suspect(tenant, hash((call.model, call.prompt, len(call.media))))
 
-    async def make(self, target: Target, lane: Lane, demand: Demand, *, is_try: bool) -> None:
+    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         processor = self._processors[target.upstream.name]
         call = replace(self._at(target), traceparent=_began(self.terms.trail, target))
         is_news = is_try or lane.gate.has_doubts
@@ -300,7 +300,13 @@ class PromptExchange:
             await lane.gate.worked(target.model, tried=is_try)
 
     def settle(
-        self, target: Target, lane: Lane, demand: Demand, *, whole: bool, failed: CallFailed | None
+        self,
+        target: Target,
+        lane: Lane,
+        demand: CallDemand,
+        *,
+        whole: bool,
+        failed: CallFailed | None,
     ) -> int | None:
         return _settled(self._record, target, lane, demand, whole, failed)
 
@@ -330,7 +336,7 @@ class QuestionExchange:
         self._record = record
         self.judgement: tuple[Kind, str]
 
-    def demand(self, target: Target, lane: Lane) -> Demand:
+    def demand(self, target: Target, lane: Lane) -> CallDemand:
         demand = lane.demands.of_question(
             self._ask.prompt[:MAX_JUDGED_CHARS],
             target.model,
@@ -340,13 +346,13 @@ class QuestionExchange:
         )
         return lane.gate.bind(demand, target.model)
 
-    def price(self, target: Target, lane: Lane, demand: Demand) -> tuple[int, int]:
+    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
         return 0, 0
 
     def suspect(self) -> Suspect:
         return Suspect(None, hash(self._ask.prompt))
 
-    async def make(self, target: Target, lane: Lane, demand: Demand, *, is_try: bool) -> None:
+    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         processor, answer = self._processors[target.upstream.name], self._record.answer
         self._record.sent = True
         try:
@@ -359,7 +365,13 @@ class QuestionExchange:
             await lane.gate.worked(target.model, tried=is_try)
 
     def settle(
-        self, target: Target, lane: Lane, demand: Demand, *, whole: bool, failed: CallFailed | None
+        self,
+        target: Target,
+        lane: Lane,
+        demand: CallDemand,
+        *,
+        whole: bool,
+        failed: CallFailed | None,
     ) -> int | None:
         return _settled(self._record, target, lane, demand, whole, failed)
 
@@ -376,7 +388,7 @@ def _settled(
     record: CallRecord,
     target: Target,
     lane: Lane,
-    demand: Demand,
+    demand: CallDemand,
     whole: bool,
     failed: CallFailed | None,
 ) -> int | None:

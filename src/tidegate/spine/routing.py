@@ -29,7 +29,7 @@ from random import Random
 from types import TracebackType
 from typing import Any, Literal
 
-from tidegate.admission.demand import Demand, model_limit, pause_after
+from tidegate.admission.demand import CallDemand, model_limit, pause_after
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.headers import RateStatus, rate_statuses
@@ -315,7 +315,7 @@ class Gate:
             return tuple(name for name in names if name != self.limit)
         return names
 
-    def bind(self, demand: Demand, model: str) -> Demand:
+    def bind(self, demand: CallDemand, model: str) -> CallDemand:
         """The demand with what binds it now."""
         more = self.binding(model)
         if not more:
@@ -323,15 +323,15 @@ class Gate:
         missing = tuple(name for name in more if name not in demand.limits)
         return replace(demand, limits=demand.limits + missing) if missing else demand
 
-    def binds_more(self, demand: Demand, model: str) -> bool:
+    def binds_more(self, demand: CallDemand, model: str) -> bool:
         """Whether something was paused since the demand was made: it must be asked for again."""
         return self.limiter.has_pauses and self.bind(demand, model) is not demand
 
-    def is_try(self, demand: Demand) -> bool:
+    def is_try(self, demand: CallDemand) -> bool:
         """Whether a call that was admitted for this demand tries whether the upstream is back."""
         return self.limit in demand.limits and self.closed() is not None
 
-    def late(self, demand: Demand, left_ms: float) -> DeadlineExceeded | UpstreamOut | None:
+    def late(self, demand: CallDemand, left_ms: float) -> DeadlineExceeded | UpstreamOut | None:
         """Why a call that may wait for `left_ms` is not to wait at all; None where it is."""
         paused_ms = self.limiter.paused_ms(demand.limits)
         if paused_ms <= left_ms:
@@ -341,7 +341,7 @@ class Gate:
         last = max(demand.limits, key=lambda one: self.limiter.paused_ms((one,)))
         return limit_paused(last, paused_ms)
 
-    def check(self, demand: Demand, left_ms: float) -> None:
+    def check(self, demand: CallDemand, left_ms: float) -> None:
         """Raises what `late` finds."""
         if (late := self.late(demand, left_ms)) is not None:
             raise late
@@ -431,7 +431,7 @@ class Gate:
         await self.worked(model, tried=tried)
         self._strikes = strikes
 
-    async def throttled(self, error: UpstreamThrottled, model: str, demand: Demand) -> int:
+    async def throttled(self, error: UpstreamThrottled, model: str, demand: CallDemand) -> int:
         """Pause what a 429 speaks of for all processes, before the call's own permit is released.
         Returns for how many ms, 0 where nothing was paused."""
         limiter = self.limiter
@@ -466,7 +466,7 @@ class Gate:
             log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=for_ms, by=self.upstream)
         return for_ms
 
-    def _has_learned(self, demand: Demand) -> bool:
+    def _has_learned(self, demand: CallDemand) -> bool:
         """Whether a refusal without a time has lowered a limit of the call, which finds its own
         way: a pause as well, of a provider that answers others, would leave it unused."""
         limits = (self.limiter.policy.limits.get(one) for one in demand.limits)
@@ -709,7 +709,7 @@ class PatientAdmission:
         self,
         admission: Acquisition,
         gate: Gate,
-        demand: Demand,
+        demand: CallDemand,
         model: str,
         left_ms: float,
         budgets: BudgetGate | None = None,

@@ -26,7 +26,7 @@ from random import random
 from typing import Any, Protocol
 from uuid import UUID
 
-from tidegate.admission.demand import Demand, Demands, Prices
+from tidegate.admission.demand import CallDemand, Demands, Prices
 from tidegate.admission.estimator import Learned
 from tidegate.call import DEFAULT_POOL, NO_BUDGETS, Caller, Outcome
 from tidegate.dialects import refusals
@@ -182,20 +182,26 @@ class CallExchange(Protocol):
     def bills(self) -> bool:
         """Whether it spends its caller's budget."""
 
-    def demand(self, target: Target, lane: Lane) -> Demand:
+    def demand(self, target: Target, lane: Lane) -> CallDemand:
         """What the call takes of which limits there."""
 
-    def price(self, target: Target, lane: Lane, demand: Demand) -> tuple[int, int]:
+    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
         """What it will cost, about: millionths of money, and LLM tokens."""
 
-    async def make(self, target: Target, lane: Lane, demand: Demand, *, is_try: bool) -> None:
+    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         """Make the call and pass its answer on. `is_try`: it tries whether the upstream is back.
 
         Raises CallFailed, and what the client's side raises. Cancellation closes the upstream call.
         """
 
     def settle(
-        self, target: Target, lane: Lane, demand: Demand, *, whole: bool, failed: CallFailed | None
+        self,
+        target: Target,
+        lane: Lane,
+        demand: CallDemand,
+        *,
+        whole: bool,
+        failed: CallFailed | None,
     ) -> int | None:
         """Read what the answer says of itself into the record, and set its charge; return the
         pictures that it counts for, None where that is not known. `whole`: it came to its end."""
@@ -390,10 +396,10 @@ class _Run:
                 out = None if self._terms.waits_out else self._spine.lane(target).gate.out()
                 raise out or late from None
 
-    def _demands(self, targets: list[Target]) -> list[Demand]:
+    def _demands(self, targets: list[Target]) -> list[CallDemand]:
         return [self._exchange.demand(target, self._spine.lane(target)) for target in targets]
 
-    def _to_wait_for(self, targets: list[Target], demands: list[Demand], never: _Never) -> int:
+    def _to_wait_for(self, targets: list[Target], demands: list[CallDemand], never: _Never) -> int:
         """The place of the first whose queue is worth waiting in. Raises DeadlineExceeded where all
         have room after the deadline only, DemandImpossible where none could ever admit it."""
         left_ms = self._wait_ms()
@@ -411,7 +417,7 @@ class _Run:
         return inf if self._terms.waits_out else max(0, self._terms.left_ms())
 
     def _attempt(
-        self, target: Target, demand: Demand
+        self, target: Target, demand: CallDemand
     ) -> AbstractAsyncContextManager[Permit | None]:
         if not demand.limits:
             return nullcontext()
@@ -419,7 +425,7 @@ class _Run:
         return lane.limiter.try_acquire_for(demand.to_admit(None, lane.hard_ms, once=True))
 
     def _admission(
-        self, target: Target, demand: Demand
+        self, target: Target, demand: CallDemand
     ) -> AbstractAsyncContextManager[Permit | None]:
         if not demand.limits:
             return nullcontext()
@@ -438,13 +444,15 @@ class _Run:
         )
 
     def _admitted(
-        self, permit: Permit | None, target: Target, demand: Demand
+        self, permit: Permit | None, target: Target, demand: CallDemand
     ) -> Coroutine[Any, Any, None]:
         """The call under its permit, and under its tenant's budget where there is one."""
         under = self._under if self._payer is None else self._under_budget
         return under(permit, target, demand)
 
-    async def _under_budget(self, permit: Permit | None, target: Target, demand: Demand) -> None:
+    async def _under_budget(
+        self, permit: Permit | None, target: Target, demand: CallDemand
+    ) -> None:
         terms, budgets = self._terms, self._spine.budgets
         if permit is not None:
             permit.settle(Outcome.IGNORED, tokens=0, images=0)  # if the budget refuses it
@@ -455,7 +463,7 @@ class _Run:
         finally:
             budgets.settle(terms.caller, terms.request_id, self._record.charge)
 
-    async def _under(self, permit: Permit | None, target: Target, demand: Demand) -> None:
+    async def _under(self, permit: Permit | None, target: Target, demand: CallDemand) -> None:
         """The call itself, under its permit."""
         record, lane, trail = self._record, self._spine.lane(target), self._terms.trail
         is_try = lane.gate.is_try(demand)
@@ -505,7 +513,7 @@ class _Run:
             permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there has been a call
 
     async def _note_failure(
-        self, failed: CallFailed, lane: Lane, demand: Demand, is_try: bool
+        self, failed: CallFailed, lane: Lane, demand: CallDemand, is_try: bool
     ) -> None:
         """Pause what a 429 speaks of, and count what is the upstream's fault."""
         record, error, model = self._record, failed.error, failed.target.model

@@ -13,7 +13,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.native.conftest import MODEL
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import wait_until
-from tidegate.admission.demand import Demand as CallDemand
+from tidegate.admission.demand import CallDemand
 from tidegate.errors import (
     LeaseLost,
     LimitPaused,

@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from tidegate.admission.demand import Demand, Demands
+from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Modality
 from tidegate.call import Call, Kind, Usage
 from tidegate.limiter import PoolPolicy, Tokens
@@ -30,11 +30,11 @@ def call(kind: Kind = Kind.TEXT_ONLY, *, tenant_id: str = "default", priority: i
     return Call(uuid4(), "a" * 400, kind, "m", tenant_id=tenant_id, priority=priority)
 
 
-def demand() -> Demand:
+def demand() -> CallDemand:
     return Demands().of(call(), POLICY)
 
 
-def reserved(asked: Demand) -> Tokens:
+def reserved(asked: CallDemand) -> Tokens:
     assert asked.tokens is not None
     return asked.tokens
 
@@ -133,7 +133,7 @@ def test_nobody_teaches_a_reservation_below_the_first_guess_nor_that_of_another(
     assert reserved(bounded) == Tokens(100, 20)
 
 
-def native(demands: Demands, policy: PoolPolicy) -> Demand:
+def native(demands: Demands, policy: PoolPolicy) -> CallDemand:
     pieces = {Modality.LATIN: 100.0}
     return demands.of_native("m", "text_only", pieces, policy, tenant="acme", priority=0)
 

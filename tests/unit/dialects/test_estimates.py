@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.admission.demand import Demand, Demands
+from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import MOST_TOOL_SETS, Modality, Track
 from tidegate.call import Usage
 from tidegate.dialects import DIALECTS, endpoint_of
@@ -28,7 +28,7 @@ def tool(name: str, *properties: str) -> Body:
     return {"name": name, "description": f"Looks up {name}", "input_schema": schema}
 
 
-def demand(demands: Demands, body: Body, tenant: str = "acme") -> Demand:
+def demand(demands: Demands, body: Body, tenant: str = "acme") -> CallDemand:
     endpoint = endpoint_of("POST", "/v1/messages", Dialect.ANTHROPIC)
     assert endpoint is not None
     asked = DIALECTS[endpoint.dialect].request_facts(
@@ -42,12 +42,12 @@ def demand(demands: Demands, body: Body, tenant: str = "acme") -> Demand:
     )
 
 
-def input_of(one: Demand) -> int:
+def input_of(one: CallDemand) -> int:
     assert one.tokens is not None
     return one.tokens.input
 
 
-def guess(one: Demand) -> int:
+def guess(one: CallDemand) -> int:
     assert one.estimate is not None
     return one.estimate.guessed_input_tokens
 

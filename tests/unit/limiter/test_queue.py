@@ -10,7 +10,7 @@ from tidegate.errors import DemandImpossible
 from tidegate.limiter import queue as queues
 from tidegate.limiter.messages import USAGE_LATER, Hint
 from tidegate.limiter.policy import Adaptive, Concurrency, PoolPolicy, Quota, Rate, Tokens
-from tidegate.limiter.queue import CHAIN, Batch, LocalQueue, Waiter
+from tidegate.limiter.queue import CHAIN, LocalQueue, MessageBatch, Waiter
 
 LIMITS = ("kind:a",)
 POLICY = PoolPolicy(
@@ -39,7 +39,7 @@ def ask(queue: LocalQueue, *limits: str, tokens: int = 100) -> Waiter:
     return queue.ask(flow, amounts=amounts, hard_ms=1000, now_ms=0.0, deadline_ms=float("inf"))
 
 
-def said(queue: LocalQueue) -> Batch:
+def said(queue: LocalQueue) -> MessageBatch:
     """A batch that arrived."""
     batch = queue.take()
     queue.confirm(batch)

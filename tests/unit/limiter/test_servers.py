@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.limiter.topology import Address, Ask, Server, owner_of, read_url
+from tidegate.limiter.topology import Address, Server, ServerQuestion, owner_of, read_url
 
 KEY = "tg:1:{gemini}:meta"
 SLOTS = ("CLUSTER", "SLOTS")
@@ -23,7 +23,7 @@ def ask(server: Server, answers: Answers) -> list[str]:
     search, answer, asked = server._search(), None, []
     try:
         while True:
-            question: Ask = search.send(answer)
+            question: ServerQuestion = search.send(answer)
             assert question.address is not None
             asked.append(str(question.address))
             given = answers.get(question.address, [])
@@ -104,10 +104,10 @@ def test_what_is_the_limiters_own_cannot_be_chosen_by_the_url() -> None:
         "protocol=3&decode_responses=yes&retry_on_timeout=yes&socket_timeout=1&max_connections=1"
     )
     server = Server(f"redis://h?{options}", KEY)
-    connection = server._make(Ask(None))
+    connection = server._make(ServerQuestion(None))
     assert (connection.protocol, connection.encoder.decode_responses) == (2, False)
     assert (connection.socket_timeout, connection.retry.get_retries()) == (None, 0)
-    blocking: Any = server._make_blocking(Ask(None), 0.5)
+    blocking: Any = server._make_blocking(ServerQuestion(None), 0.5)
     assert (blocking.protocol, blocking.encoder.decode_responses) == (2, False)
     assert (blocking.socket_timeout, blocking.retry.get_retries()) == (0.5, 0)
 

@@ -32,12 +32,12 @@ from tidegate.limiter.model.queues import Outlooks, Permits, Queues
 from tidegate.limiter.model.state import (
     BLOCKED,
     NO_LIMIT,
-    Gate,
     HeldPermit,
     Lapsing,
     LimitState,
     Paces,
     Pause,
+    PauseGate,
     PoolState,
     SessionState,
     read_flow,
@@ -261,7 +261,7 @@ class Joins:
         gate = None
         if ramp_ms == 0:
             before = limit.pause.gate if limit.pause else None
-            gate = before or Gate(GATE_MS, GATE_MS)
+            gate = before or PauseGate(GATE_MS, GATE_MS)
         limit.pause = Pause(until, ramp_ms, said, gate=gate)
         if limit.is_implicit:
             self.pump.look_again(limit.name, until)
@@ -536,7 +536,7 @@ class PoolModel:
         elif pause and not gate and pause.until >= until:
             done = 0
         else:
-            gate = Gate(for_ms, most_ms)
+            gate = PauseGate(for_ms, most_ms)
         if done:
             limit.pause = Pause(until, 0, said, gate=gate)
             self.pump.timed[name] = until

@@ -23,7 +23,7 @@ def span_of(rate: Rate) -> int:
 
 
 @dataclass(slots=True)
-class Spending:
+class RateSpending:
     """All that was counted for one limit. A limit that is made one of another sort finds here what
     it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
     `used` until `reset_at`: of the day. `changed`: something was spent or returned in this call."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tidegate.limiter.messages import Push
-from tidegate.limiter.model.rates import Charge, Spending
+from tidegate.limiter.model.rates import Charge, RateSpending
 from tidegate.limiter.policy import (
     Band,
     Concurrency,
@@ -129,7 +129,7 @@ class SessionState:
 
 
 @dataclass(slots=True)
-class Gate:
+class PauseGate:
     """What makes a pause last until it is opened: one call at a time may try. taker: the session
     and ticket of the last one. every_ms: the least time between two. rounds: how many failed."""
 
@@ -148,7 +148,7 @@ class Pause:
     ramp_ms: int
     said: str
     passed: int = 0
-    gate: Gate | None = None
+    gate: PauseGate | None = None
 
 
 class Lapsing(NamedTuple):
@@ -208,7 +208,7 @@ class LimitState:
     limit: Limit = NO_LIMIT
     under: set[tuple[str, int]] = field(default_factory=set)
     bands: dict[int, BandState] = field(default_factory=dict)
-    spending: Spending = field(default_factory=Spending)
+    spending: RateSpending = field(default_factory=RateSpending)
     pause: Pause | None = None
     current: int | None = None
     dropped_at: int = 0
@@ -376,7 +376,7 @@ class PoolState:
         goes_on = pause and (pause.gate or self.now < pause.until + pause.ramp_ms)
         return pause if goes_on else None
 
-    def is_tried(self, gate: Gate) -> bool:
+    def is_tried(self, gate: PauseGate) -> bool:
         """Whether the call that a gate let try is still under way."""
         sid, ticket = gate.taker or ("", 0)
         return sid in self.sessions and ticket in self.sessions[sid].held
