@@ -49,7 +49,7 @@ from tidegate.record import RETRIED, CallRecord, Failure, OutputFile
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
-from tidegate.spine.run import MOST_TRIES, NO_DEADLINE_MS, Terms
+from tidegate.spine.run import MOST_TRIES, Terms
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import UNSURE
@@ -574,7 +574,7 @@ class Worker:
             request_id=job.request_id,
             caller=caller,
             received=time.monotonic(),
-            wait_ms=NO_DEADLINE_MS if left_ms is None else left_ms,
+            wait_ms=left_ms,
             priority=job.priority,
             trail=record.trail,
             repeats=False,

@@ -47,7 +47,6 @@ from tidegate.spine.models import Models, check_body, check_model, check_names, 
 from tidegate.spine.routing import Suspect, Target
 from tidegate.spine.run import (
     MOST_TRIES,
-    NO_DEADLINE_MS,
     CallFailed,
     Lane,
     OnAdmitted,
@@ -742,7 +741,7 @@ def detached_call(
         request_id=request_id,
         caller=caller,
         received=time.monotonic(),
-        wait_ms=NO_DEADLINE_MS if deadline_ms is None else deadline_ms,
+        wait_ms=deadline_ms,
         priority=priority,
         trail=trail,
         repeats=False,

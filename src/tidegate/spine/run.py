@@ -69,7 +69,7 @@ _SHORTEST_SECRET_BYTES = 8  # a shorter key, such as `none`, opens nothing
 _HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total time
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
-NO_DEADLINE_MS = 30 * 86_400_000
+_ROOM_WITHIN_MS = 60_000  # a call without a deadline looks again for room in its budget
 
 OnAdmitted = Callable[[Permit | None], Awaitable[None]]
 
@@ -137,24 +137,26 @@ def masked(body: bytes, target: Target) -> bytes:
 class Terms:
     """On what terms a call is made.
 
-    received: on the monotonic clock; wait_ms: from then to admission. repeats: whether an upstream
-    that failed is called again by itself; where not, a queue does that. most_tries: of all
-    upstreams together. waits_out: whether a pause that outlasts the deadline is waited for, since
-    it may be ended.
+    received: on the monotonic clock; wait_ms: from then to admission, None without a deadline.
+    repeats: whether an upstream that failed is called again by itself; where not, a queue does
+    that. most_tries: of all upstreams together. waits_out: whether a pause that outlasts the
+    deadline is waited for, since it may be ended.
     """
 
     request_id: UUID
     caller: Caller
     received: float
-    wait_ms: int = NO_DEADLINE_MS
+    wait_ms: int | None = None
     priority: int = 0
     trail: Trail | None = None
     repeats: bool = True
     most_tries: int = MOST_TRIES
     waits_out: bool = False
 
-    def left_ms(self) -> int:
-        """Until its deadline for admission; negative when it has passed."""
+    def left_ms(self) -> float:
+        """Until its deadline for admission; negative when it has passed, infinite without one."""
+        if self.wait_ms is None:
+            return inf
         return round(self.wait_ms - (time.monotonic() - self.received) * 1000)
 
 
@@ -320,7 +322,8 @@ class _Run:
             except BudgetReserved:
                 if terms.left_ms() <= 0:
                     raise
-                await spine.budgets.room(terms.caller, terms.left_ms() / 1000)
+                room_ms = min(terms.left_ms(), _ROOM_WITHIN_MS)
+                await spine.budgets.room(terms.caller, room_ms / 1000)
             except CallFailed as failed:
                 if not self._worth_another(failed):
                     raise
@@ -432,9 +435,10 @@ class _Run:
         left_ms = self._terms.left_ms()
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
+        deadline_ms = None if left_ms == inf else round(left_ms)
         lane = self._spine.lane(target)
         return PatientAdmission(
-            lane.limiter.acquire_for(demand.to_admit(left_ms, lane.hard_ms)),
+            lane.limiter.acquire_for(demand.to_admit(deadline_ms, lane.hard_ms)),
             lane.gate,
             demand,
             target.model,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from uuid import UUID
 
 import orjson
@@ -33,9 +33,6 @@ from tidegate.call import (
 from tidegate.record import CallRecord, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.telemetry.tracing import Trail
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +194,15 @@ class PolicyRecord:
 
 
 Json = dict[str, Any]
-Record = TypeVar("Record", bound="DataclassInstance")
+
+
+class _HasFields(Protocol):
+    """An instance of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Record = TypeVar("Record", bound=_HasFields)
 
 
 USAGE_COLUMNS = (

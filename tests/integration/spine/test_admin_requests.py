@@ -116,6 +116,25 @@ async def test_one_that_waits_says_for_what_and_is_cancelled(
     await ask(gateway, "POST", "/admin/limits/kind:text_only/resume", AS_ADMIN, {})
 
 
+@pytest.mark.parametrize("wraps", [False, True], ids=["prompt", "native"])
+async def test_a_job_outlasts_a_pause_that_has_no_end(open_gateway: Opener, wraps: bool) -> None:
+    gateway = await open_gateway(admin_token=ADMIN_TOKEN)
+    pause = {"by": "ann", "reason": "the provider is ill"}
+    await ask(gateway, "POST", "/admin/limits/kind:text_only/pause", AS_ADMIN, pause)
+    if wraps:
+        job = await gateway.submit(endpoint="/v1/chat/completions", body=CHAT)
+    else:
+        job = await gateway.submit(data="Explain", type="text_only")
+
+    async def waits() -> bool:
+        view = await life(gateway, job)
+        return bool((view.get("waiting") or {}).get("held_up_by"))
+
+    await wait_until(waits, 20, "the job at the limit")
+    await ask(gateway, "POST", "/admin/limits/kind:text_only/resume", AS_ADMIN, {})
+    assert (await ended(gateway, job))["request"]["status"] == "succeeded"
+
+
 async def test_attempts_are_told_with_what_went_wrong_and_the_wait_between(
     open_gateway: Opener,
 ) -> None:

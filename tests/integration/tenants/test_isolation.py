@@ -56,8 +56,9 @@ async def test_a_stream_is_recorded_for_its_tenant_and_answers_only_it(
 
 
 async def test_a_tenants_own_limit_holds_up_its_jobs_alone(open_gateway: Opener) -> None:
-    gateway = await open_gateway(auth="on")
+    gateway = await open_gateway(auth="on", worker=False)
     await gateway.services.keeper.change(edit({"tenant:acme": 1}), set_by="test")
+    gateway.start_worker()  # with the new limits from its first call on
     await gateway.upstream.set_fault("hang", count=1)
     acme, other = [await key_of(gateway, name) for name in ("acme", "other")]
     await submitted(gateway, acme, data="Hold it", type="text_only")
