@@ -241,7 +241,10 @@ end
 -- entry: limit, left_ms, ramp_ms, said.
 function T.assert_pause(entry)
   local limit, until_ms = T.limit_of(entry[1]), pool.now + entry[2]
-  if limit.pause and limit.pause.until_ms >= until_ms then return end
+  local pause = limit.pause
+  -- One that `rewind` has made older may be over.
+  local is_over = pause and not pause.gate and pool.now >= pause.until_ms + pause.ramp_ms
+  if pause and not is_over and pause.until_ms >= until_ms then return end
   limit.pause = { until_ms = until_ms, ramp_ms = entry[3], passed = 0, said = entry[4],
     gate = entry[3] == 0 and T.gate_of(limit.name) or nil }
   limit.pause_changed, limit.changed = true, true

@@ -1,0 +1,43 @@
+"""A walk that the model and the Lua once disagreed about, step by step."""
+
+from __future__ import annotations
+
+from tests.property.policies import Shape
+from tests.property.server import Server
+from tests.property.test_limiter_model import PoolMachine
+from tidegate.limiter.simulation import Paces
+
+GATE = "upstream:u"
+SHAPE = Shape(
+    a=0,
+    b=1,
+    all=1,
+    bands=0,
+    weights=0,
+    hold=False,
+    cancel=False,
+    hand_off=True,
+    queue_max=3,
+    shadow=False,
+    adaptive=False,
+    reap_closed_ms=0,
+    wild="",
+)
+
+
+def test_a_gate_that_a_session_reports_replaces_a_pause_that_a_clock_set_back_has_ended(
+    server: Server,
+) -> None:
+    PoolMachine.server, PoolMachine.steps = server, 0
+    state = PoolMachine()
+    pace = Paces(500, 8, 2_251_799_813_685_248, 1000, 50, 2000)
+    kinds = [(1, "t1", ("kind:a",))]
+    state.begin(strict=False, shape=SHAPE, pace=pace, settled=True, kinds=kinds)
+    state.close_a_gate_or_open_it(after_ms=0, for_ms=1000, most_ms=8000, name=GATE, what="close")
+    for _ in range(7):
+        state.a_third_of_a_lease_passes_and_everybody_compares_all()
+    state.pause_a_limit_or_end_its_pause(after_ms=30_000, for_ms=0, name="kind:a", ramp_ms=1)
+    state.a_misfortune(by_ms=-100_000, what="clock jumped", who=0)
+    state.pause_a_limit_or_end_its_pause(after_ms=0, for_ms=10_000, name=GATE, ramp_ms=1)
+    state.a_third_of_a_lease_passes_and_everybody_compares_all()
+    state.teardown()
