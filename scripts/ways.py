@@ -33,6 +33,7 @@ import itertools
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -482,6 +483,8 @@ def main() -> None:
     given = parser.parse_args()
     from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
+    # Its servers end with it, however it is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="ways-") as name:
         folder = Path(name)
         valkey, postgres = ValkeyServer(folder / "valkey"), PostgresServer(folder / "postgres")
