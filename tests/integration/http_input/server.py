@@ -26,6 +26,7 @@ from tidegate.settings import Config
 from tidegate.store.blobs import Blobs
 
 BIG_BYTES = 30_000_000
+RECEIVE_BUFFER_BYTES = 262_144
 
 
 @dataclass
@@ -119,6 +120,8 @@ def serving(folder: Path, *, loop: str = "uvloop", **changes: Any) -> Iterator[R
     bounds = {name: changes.pop(name) for name in list(changes) if name.isupper()}
     running = Running(Config.model_validate({"data_dir": folder, **changes}))
     listening = socket.create_server(("127.0.0.1", 0))
+    # Else the kernel takes up to `tcp_rmem` of what a test sends and the server never reads.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
     running.port = listening.getsockname()[1]
     config = uvicorn.Config(
         _app(running, Blobs.from_url("", folder)),
