@@ -176,7 +176,8 @@ class PromptCalls:
             wait_ms=max(1, round(left_ms) - _LIMITERS_WORD_MS),
             repeats=False,
         )
-        question = QuestionExchange(terms, self._processors, ask, types, record)
+        call = Call(_NO_REQUEST, ask.prompt, Kind.TEXT_ONLY, model, tenant_id=ask.tenant_id)
+        question = PromptExchange(terms, self._processors, call, record, types=types)
         status, error = "failed", None
 
         async def admitted(_permit: Permit | None) -> None:
@@ -244,9 +245,11 @@ class PromptCalls:
 
 
 class PromptExchange:
-    """A `CallExchange` by a prompt. Events go to `sink`, where one is there."""
+    """A `CallExchange` by a prompt, or by the classifier's question about one.
 
-    bills = True
+    Events of an answer go to `sink`, where one is there. `types`: of the files that a question is
+    about, None for a prompt; `judgement` is the answer to a question.
+    """
 
     def __init__(
         self,
@@ -254,18 +257,34 @@ class PromptExchange:
         processors: Mapping[str, GeminiProcessor],
         call: Call,
         record: CallRecord,
-        sink: Sink | None,
+        sink: Sink | None = None,
+        types: list[str] | None = None,
     ) -> None:
         self.terms = terms
         self.started = False
+        self.judgement: tuple[Kind, str]
         self._processors = processors
         self._call = call
         self._record = record
         self._sink = sink
+        self._types = types
+
+    @property
+    def bills(self) -> bool:
+        return self._types is None
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
-        call = self._at(target)
-        return lane.gate.bind(lane.demands.of(call, lane.limiter.policy), target.model)
+        call, policy = self._at(target), lane.limiter.policy
+        if self._types is None:
+            return lane.gate.bind(lane.demands.of(call, policy), target.model)
+        question = lane.demands.of_question(
+            call.prompt[:MAX_JUDGED_CHARS],
+            target.model,
+            policy,
+            tenant=call.tenant_id,
+            max_output_tokens=MAX_JUDGE_TOKENS,
+        )
+        return lane.gate.bind(question, target.model)
 
     def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
         if demand.estimate is None:
@@ -274,14 +293,12 @@ class PromptExchange:
 
     def suspect(self) -> Suspect:
         call = self._call
-        tenant = None if call.tenant_id == DEFAULT_TENANT else call.tenant_id
-        return Suspect(tenant, hash((call.model, call.prompt, len(call.media))))
+        is_ours = self._types is not None or call.tenant_id == DEFAULT_TENANT
+        request = hash((call.model, call.prompt, len(call.media)))
+        return Suspect(None if is_ours else call.tenant_id, request)
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
-        processor = self._processors[target.upstream.name]
-        call = replace(self._at(target), traceparent=_began(self.terms.trail, target))
-        is_news = is_try or lane.gate.has_doubts
-        sink, self._record.sent = self._sink, True
+        is_news, sink = is_try or lane.gate.has_doubts, self._sink
 
         async def pass_on(event: Event) -> None:
             nonlocal is_news
@@ -292,8 +309,16 @@ class PromptExchange:
             self.started = self.started or isinstance(event, Delta | Picture)
             await sink(event)
 
+        processor, answer = self._processors[target.upstream.name], self._record.answer
+        call = replace(self._at(target), traceparent=_began(self.terms.trail, target))
+        self._record.sent = True
         try:
-            await processor.run(call, self._record.answer, None if sink is None else pass_on)
+            if self._types is None:
+                await processor.run(call, answer, None if sink is None else pass_on)
+            else:
+                self.judgement = await processor.judge(
+                    call.prompt, self._types, model=call.model, answer=answer
+                )
         except UpstreamError as error:
             raise CallFailed(error, target) from None
         if is_news:
@@ -308,72 +333,18 @@ class PromptExchange:
         whole: bool,
         failed: CallFailed | None,
     ) -> int | None:
-        return _settled(self._record, target, lane, demand, whole, failed)
+        record, error = self._record, None if failed is None else failed.error
+        if error is not None and ((error.status or 0) >= 400 or never_sent(error)):
+            record.charge = NO_CHARGE
+        else:
+            is_told = whole or isinstance(error, PromptBlocked | EmptyAnswer)
+            rates = lane.demands.prices.of(target.model)
+            record.charge = answer_charge(rates, record.answer, demand.estimate, whole=is_told)
+        return len(record.answer.pictures) if whole else None
 
     def _at(self, target: Target) -> Call:
         same = target.model == self._call.model
         return self._call if same else replace(self._call, model=target.model)
-
-
-class QuestionExchange:
-    """A `CallExchange` by a question of the classifier; `judgement` is its answer."""
-
-    bills = False
-    started = False
-
-    def __init__(
-        self,
-        terms: Terms,
-        processors: Mapping[str, GeminiProcessor],
-        ask: Ask,
-        types: list[str],
-        record: CallRecord,
-    ) -> None:
-        self.terms = terms
-        self._processors = processors
-        self._ask = ask
-        self._types = types
-        self._record = record
-        self.judgement: tuple[Kind, str]
-
-    def demand(self, target: Target, lane: Lane) -> CallDemand:
-        demand = lane.demands.of_question(
-            self._ask.prompt[:MAX_JUDGED_CHARS],
-            target.model,
-            lane.limiter.policy,
-            tenant=self._ask.tenant_id,
-            max_output_tokens=MAX_JUDGE_TOKENS,
-        )
-        return lane.gate.bind(demand, target.model)
-
-    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
-        return 0, 0
-
-    def suspect(self) -> Suspect:
-        return Suspect(None, hash(self._ask.prompt))
-
-    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
-        processor, answer = self._processors[target.upstream.name], self._record.answer
-        self._record.sent = True
-        try:
-            self.judgement = await processor.judge(
-                self._ask.prompt, self._types, model=target.model, answer=answer
-            )
-        except UpstreamError as error:
-            raise CallFailed(error, target) from None
-        if is_try or lane.gate.has_doubts:
-            await lane.gate.worked(target.model, tried=is_try)
-
-    def settle(
-        self,
-        target: Target,
-        lane: Lane,
-        demand: CallDemand,
-        *,
-        whole: bool,
-        failed: CallFailed | None,
-    ) -> int | None:
-        return _settled(self._record, target, lane, demand, whole, failed)
 
 
 def _began(trail: Trail | None, target: Target) -> str | None:
@@ -382,21 +353,3 @@ def _began(trail: Trail | None, target: Target) -> str | None:
         return None
     address = address_of(target.upstream.base_urls[Dialect.GEMINI])
     return trail.begin(target.upstream.name, target.model, address)
-
-
-def _settled(
-    record: CallRecord,
-    target: Target,
-    lane: Lane,
-    demand: CallDemand,
-    whole: bool,
-    failed: CallFailed | None,
-) -> int | None:
-    answer, error = record.answer, None if failed is None else failed.error
-    if error is not None and ((error.status or 0) >= 400 or never_sent(error)):
-        record.charge = NO_CHARGE
-    else:
-        is_told = whole or isinstance(error, PromptBlocked | EmptyAnswer)
-        rates = lane.demands.prices.of(target.model)
-        record.charge = answer_charge(rates, answer, demand.estimate, whole=is_told)
-    return len(answer.pictures) if whole else None
