@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from openai import AsyncOpenAI
+
+from tests.batching import assert_all_succeeded, begin, content, end_of
 from tests.forked import Forked, started
 from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import Values, chat, of, values_in
@@ -60,6 +63,17 @@ async def ready(gateway: Gateway, url: str) -> None:
             return False
 
     await wait_until(answers, 20, f"{url} is ready")
+
+
+async def url_of_worker(folder: Path) -> str:
+    """Where a worker that logs to `folder` answers."""
+
+    def told() -> str | None:
+        found = re.search(r'"url":"http://localhost:(\d+)"', (folder / "log").read_text())
+        return f"http://127.0.0.1:{found[1]}" if found else None
+
+    url: str = await wait_until(told, 20, "it says where it answers")
+    return url
 
 
 async def ask(gateway: Gateway, url: str) -> None:
@@ -135,13 +149,7 @@ async def test_a_worker_by_itself_answers_on_a_port_of_its_own(
 ) -> None:
     gateway = await open_gateway(worker=False)
     with running(gateway, tmp_path, "worker", WORKER_PORT="0"):
-        log = tmp_path / "log"
-
-        def told() -> str | None:
-            found = re.search(r'"url":"http://localhost:(\d+)"', log.read_text())
-            return f"http://127.0.0.1:{found[1]}" if found else None
-
-        url: str = await wait_until(told, 20, "it says where it answers")
+        url = await url_of_worker(tmp_path)
         await gateway.end_of(await gateway.submit(data="Explain the tide"))
 
         async def counted() -> Values | None:
@@ -154,3 +162,27 @@ async def test_a_worker_by_itself_answers_on_a_port_of_its_own(
         assert of(values, "tidegate_event_loop_lag_seconds_count", process="worker") > 0
         async with gateway.http.get(f"{url}/submit") as response:
             assert response.status == 404
+
+
+async def test_each_attempt_of_a_batch_line_is_counted_once_whatever_claims_it_took(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_fault("internal", count=2)
+    with running(gateway, tmp_path, "worker", WORKER_PORT="0"):
+        url = await url_of_worker(tmp_path)
+        async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="of-a-client") as client:
+            done = await end_of(client, await begin(client, content(1)))
+            await assert_all_succeeded(client, done, 1)
+
+        async def counted() -> Values | None:
+            values = await scraped(gateway, url)
+            ended = of(values, "tidegate_calls_total", source="batch", status="succeeded")
+            return values if ended else None
+
+        values: Values = await wait_until(counted, 20, "the line is counted")
+    assert len(await gateway.calls()) == 3
+    assert of(values, "tidegate_calls_total", source="batch", status="retried") == 2
+    assert of(values, "tidegate_attempts_total", source="batch") == 3
+    assert of(values, "tidegate_retries_total", source="batch") == 2
+    assert await gateway.database.fetchval("SELECT attempts FROM audit") == 3
