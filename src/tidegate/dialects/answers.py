@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.admission.demand import came_tokens
+from tidegate.admission.charges import came_tokens
 from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputEvents
 from tidegate.record import TAIL_BYTES

@@ -23,10 +23,8 @@ from uuid import UUID
 
 import orjson
 
-from tidegate.admission.demand import (
+from tidegate.admission.charges import (
     CacheWrite,
-    CallDemand,
-    Demands,
     Rates,
     charge_of,
     cut_charge,
@@ -34,6 +32,7 @@ from tidegate.admission.demand import (
     foreseen,
     is_unknown,
 )
+from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Estimate
 from tidegate.call import NO_CHARGE, OTHER_KIND, Caller, Charge
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, refusals

@@ -17,7 +17,8 @@ from hashlib import sha256
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from tidegate.admission.demand import CallDemand, answer_charge, foreseen, never_sent
+from tidegate.admission.charges import answer_charge, foreseen, never_sent
+from tidegate.admission.demand import CallDemand
 from tidegate.call import (
     DEFAULT_TENANT,
     NO_CHARGE,

@@ -26,7 +26,8 @@ from random import random
 from typing import Any, Protocol
 from uuid import UUID
 
-from tidegate.admission.demand import CallDemand, Demands, Prices
+from tidegate.admission.charges import Prices
+from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Learned
 from tidegate.call import DEFAULT_POOL, NO_BUDGETS, Caller, Outcome
 from tidegate.dialects import refusals

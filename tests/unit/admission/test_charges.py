@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.admission.demand import (
+from tidegate.admission.charges import (
     Prices,
     Rates,
     came_tokens,
