@@ -305,7 +305,7 @@ async def _tracing(listeners: CallListeners, role: str, instance_id: str) -> Asy
     try:
         from tidegate.metrics.otel import Collector
     except ImportError as missing:
-        log.warning(Log.NO_OTEL, missing=missing.name, mend="pip install 'tidegate[otel]'")
+        log.warning(Log.NO_OTEL, missing=missing.name, fix="pip install 'tidegate[otel]'")
         yield Tracing()
         return
     collector = Collector(f"tidegate-{role}", instance_id)

@@ -77,12 +77,15 @@ class TidegateError(Exception):
 
 
 class ConfigError(TidegateError):
-    """A setting is wrong. The message is the one line shown at start-up."""
+    """A setting, key or argument is wrong. The message is the one line shown at start-up:
+    `NAME=value: allowed`, or without a value the sentence `name allowed`."""
 
     code = "config"
 
-    def __init__(self, variable: str, value: str, allowed: str) -> None:
-        super().__init__(f"{variable}={value}: {allowed}")
+    def __init__(self, variable: str, value: str | None, allowed: str) -> None:
+        super().__init__(
+            f"{variable} {allowed}" if value is None else f"{variable}={value}: {allowed}"
+        )
         self.variable = variable
         self.value = value
         self.allowed = allowed

@@ -363,7 +363,7 @@ class CallListeners:
             try:
                 listener(batch)
             except Exception:  # logged: counting must not fail what it counts
-                log.exception(Log.INTERNAL_ERROR, where="a listener of calls")
+                log.exception(Log.INTERNAL_ERROR, component="call listener")
 
     def note(self, record: CallRecord) -> None:
         """Deliver an end within a tenth of a second, together with others."""

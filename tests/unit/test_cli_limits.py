@@ -25,9 +25,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["set"], "give changes, or --deployed"),
-        (["set", "--deployed", "kind:text_only=1"], "give changes, or --deployed"),
-        (["set", "--deployed", "--remove", "rpm:x"], "give changes, or --deployed"),
+        (["set"], "needs either changes, such as"),
+        (["set", "--deployed", "kind:text_only=1"], "needs either changes, such as"),
+        (["set", "--deployed", "--remove", "rpm:x"], "needs either changes, such as"),
         (["set", "kind:text_only"], "must be KEY=VALUE"),
         (["set", "=5"], "must be KEY=VALUE"),
         (["pause", "kind:text_only", "--for", "soon"], "such as 10m"),

@@ -151,9 +151,7 @@ def _of_table(path: Path, text: str, column: str | None, options: dict[str, Any]
     wanted = [column] if column is not None else [one for one in _PROMPTS if one in columns]
     if not wanted or wanted[0] not in columns:
         there = ", ".join(columns) or "none"
-        raise ConfigError(
-            "--column", column or "(not given)", f"must be a column of {path}: {there}"
-        )
+        raise ConfigError("--column", column, f"must name a column of {path}; it has: {there}")
     csv.field_size_limit(MOST_BYTES)
     for number, row in enumerate(rows, start=1):
         prompt = (row[wanted[0]] or "").strip()

@@ -135,8 +135,8 @@ def set_(
     if deployed == bool(wanted or remove):
         raise ConfigError(
             "limits set",
-            "(nothing)" if not deployed else "--deployed",
-            "give changes, or --deployed",
+            None,
+            "needs either changes, such as kind:text_only=8, or --deployed",
         )
 
     async def change(keeper: PolicyKeeper) -> tuple[Plain, Revision]:

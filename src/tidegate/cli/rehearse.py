@@ -120,7 +120,7 @@ def _arrivals(
     from tidegate.rehearse.load import load_of, read_trace, span_ms
 
     if (load is None) == (from_record is None):
-        raise ConfigError("rehearse", str(load or "(nothing)"), "give a file, or --from-record")
+        raise ConfigError("rehearse", None, "needs either a file or --from-record")
     if from_record is not None:
         return _from_record(config, span_ms("--from-record", from_record) / 1000, usual, pool)
     assert load is not None

@@ -96,7 +96,7 @@ def submit(
         subject=subject,
     )
     if not text and not file and not image_uri:
-        raise ConfigError("TEXT", "(not given)", "give a prompt, a --file or an --image-uri")
+        raise ConfigError("prompt", None, "is missing: pass TEXT, --file or --image-uri")
 
     async def work(gateway: GatewayClient) -> int:
         accepted = await gateway.submit(fields, tuple(file or ()), idempotency_key)

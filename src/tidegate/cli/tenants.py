@@ -270,7 +270,7 @@ def _number(option: str, text: str) -> int | float | None:
 
 def _one_of(option: str, is_given: bool, other: str, other_is_given: bool) -> None:
     if is_given and other_is_given:
-        raise ConfigError(option, "(given)", f"must not be given together with {other}")
+        raise ConfigError(option, None, f"must not be given together with {other}")
 
 
 keys_app = typer.Typer(help="Make, list, keep and revoke API keys.", no_args_is_help=True)
@@ -368,7 +368,7 @@ def keep(
     """Answer for a key of which nobody knows who made it: `doctor` then lists it no more."""
     from tidegate.policy.tenants import plain_key
 
-    meant = _prefix("keys keep", prefix)
+    meant = _prefix(prefix)
     key = with_tenants(lambda tenants: tenants.keep_key(meant, by=f"kept by {who()}"))
     tell(json, plain_key(key), f"{key.prefix} of {key.tenant_id}: {key.made_by}")
 
@@ -381,17 +381,20 @@ def revoke(
     """End a key for good; it is refused everywhere within a second."""
     from tidegate.policy.tenants import plain_key
 
-    meant = _prefix("keys revoke", prefix)
+    meant = _prefix(prefix)
     key = with_tenants(lambda tenants: tenants.revoke_key(meant, by=who()))
     tell(json, plain_key(key), f"{key.prefix} of {key.tenant_id} is revoked")
 
 
-def _prefix(command: str, text: str) -> str:
+def _prefix(text: str) -> str:
     from tidegate.store.tenants import prefix_in
 
     prefix = prefix_in(text)
     if prefix is None:
-        raise ConfigError(command, "(prefix)", "must be a key's prefix of 10 characters")
+        # Not shown: it may be a key that was mistyped.
+        raise ConfigError(
+            "PREFIX", None, "must be a key's prefix of 10 characters: see tidegate keys list"
+        )
     return prefix
 
 

@@ -34,7 +34,7 @@ def judge_absence(failed: TidegateError) -> Finding:
     """The finding where the server could not be examined."""
     said = str(failed)
     if isinstance(failed, ConfigError) and failed.variable == "maxmemory-policy":
-        return _evicting(failed.value)
+        return _evicting(str(failed.value))
     if re.search("NOPERM|no permissions|NOAUTH|Authentication|WRONGPASS|username-password", said):
         mend = "see REDIS_URL's user and password, and docs/servers.md, 'A user of its own'"
         return fail("valkey.acl", said, mend)

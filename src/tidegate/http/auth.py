@@ -104,8 +104,8 @@ _READ_AT_ONCE = 500
 _USE_NOTED_EVERY_S = 60.0
 _FIND_TRIES = 3
 _HOW = (
-    "show an API key as Authorization: Bearer tg_..., x-api-key: tg_..., x-goog-api-key: tg_..., "
-    "api-key: tg_... or ?key=tg_..."
+    "send one as Authorization: Bearer tg_..., x-api-key: tg_..., x-goog-api-key: tg_..., "
+    "api-key: tg_... or ?key=tg_...; create one with `tidegate keys create`"
 )
 
 log = get_logger()
@@ -190,9 +190,9 @@ class Authenticator:
         if not self.on and scope is not Scope.ADMIN:
             return self._unasked(shown)
         if shown.several:
-            raise Unauthenticated("several API keys were shown: show one")
+            raise Unauthenticated("the request has several API keys: send one")
         if shown.key is None:
-            raise Unauthenticated(_HOW)
+            raise Unauthenticated(f"the request has no API key: {_HOW}")
         one = await self._of_key(shown.key)
         if one.disabled:
             raise Forbidden(f"the tenant {one.caller.tenant_id} is disabled")
@@ -219,7 +219,7 @@ class Authenticator:
         """
         _, found = await self._finds.write(prefix)
         if found is None or not has_signed(found.digest):
-            raise Unauthenticated(_HOW)
+            raise Unauthenticated(f"unknown API key: {_HOW}")
         if (wrong := _wrong_with(found, found.digest)) is not None:
             raise Unauthenticated(wrong)
         if found.disabled or Scope.INFER not in found.scopes:
@@ -253,7 +253,7 @@ class Authenticator:
             raise Unauthenticated(refused[1])
         prefix = prefix_of(key)
         if prefix is None:
-            raise Unauthenticated(f"that is no API key of this service; {_HOW}")
+            raise Unauthenticated(f"not an API key of this gateway: {_HOW}")
         for _ in range(_FIND_TRIES):
             asked_at = self._clock()
             version, found = await self._finds.write(prefix)

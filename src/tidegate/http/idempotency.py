@@ -165,7 +165,7 @@ class Once:
         self.lost = taken.lost
         if taken.lost is not None:
             request_id = str(call.terms.request_id)
-            log.warning(Log.KEY_LAPSED, request_id=request_id, lost=str(taken.lost))
+            log.warning(Log.KEY_LAPSED, request_id=request_id, lost_request_id=str(taken.lost))
         return taken
 
     async def replay(self, given: KeyState, out: Out) -> None:

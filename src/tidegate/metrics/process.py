@@ -302,10 +302,10 @@ async def _asked(of: str, work: Awaitable[T]) -> T | None:
         async with asyncio.timeout(DEADLINE_S):
             return await work
     except (LimiterUnavailable, StoreUnavailable, TimeoutError) as away:
-        log.debug(Log.SCRAPE_INCOMPLETE, of=of, detail=repr(away))
+        log.debug(Log.SCRAPE_INCOMPLETE, missing=of, detail=repr(away))
         return None
     except Exception:  # of one part, which must not take the rest with it
-        log.exception(Log.INTERNAL_ERROR, where="metrics")
+        log.exception(Log.INTERNAL_ERROR, component="metrics")
         return None
 
 
@@ -429,9 +429,9 @@ class Board:
                 if not self._is_away():
                     await self._limiter.tell(packed(self.own()), KEEP_MS)
             except LimiterUnavailable as away:
-                log.debug(Log.SCRAPE_INCOMPLETE, of="processes", detail=away.message)
+                log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=away.message)
             except Exception:  # the top of a task: logged, and it goes on
-                log.exception(Log.INTERNAL_ERROR, where="board")
+                log.exception(Log.INTERNAL_ERROR, component="board")
             await asyncio.sleep(TELL_EVERY_S)
 
     def _is_away(self) -> bool:
@@ -462,7 +462,7 @@ class Board:
             async with asyncio.timeout(READ_WITHIN_S):
                 told = await self._limiter.told(MOST_PROCESSES)
         except (LimiterUnavailable, TimeoutError) as away:
-            log.debug(Log.SCRAPE_INCOMPLETE, of="processes", detail=repr(away))
+            log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=repr(away))
             return None
         notes = [unpacked(each) for each in told.values()]
         return sorted(

@@ -20,7 +20,7 @@ from typing import Any
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy
-from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at
+from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
 
 DIALECTS = ("openai", "gemini", "anthropic")
@@ -214,7 +214,7 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
     path = _path(name)
     for key in table:
         if key not in _KEYS:
-            raise ConfigError(f"{path}.{key}", "(set)", f"is not known; known: {', '.join(_KEYS)}")
+            raise ConfigError(f"{path}.{key}", None, unknown(key, _KEYS))
     options = _options(path, table)
     provider = table.get("provider")
     if name in _OWN_MODELS and not {"provider", "base_url", "dialects"} & table.keys():
@@ -240,7 +240,7 @@ def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str
             )
         urls[dialect] = _rooted(dialect, _base_url(f"{path}.base_url", dialect, table["base_url"]))
     elif "dialect" in table:
-        raise ConfigError(f"{path}.dialect", "(set)", "is for base_url, which is not set")
+        raise ConfigError(f"{path}.dialect", None, "needs base_url, which is not set")
     elif provider is not None:
         urls |= PROVIDERS[provider]
     for dialect, url in table_at(f"{path}.dialects", table.get("dialects", {})).items():
@@ -359,7 +359,7 @@ def _routes(value: object, names: set[str]) -> tuple[Route, ...]:
 
 def _base_url(path: str, dialect: str, url: object) -> str:
     if dialect not in DIALECTS:
-        raise ConfigError(path, str(url), f"is not known; known: {', '.join(DIALECTS)}")
+        raise ConfigError(path, None, unknown(dialect, DIALECTS))
     parts = split_url(url) if isinstance(url, str) else split_url("")
     plain = bool(parts.hostname) and not (parts.username or parts.password or parts.query)
     if not plain or parts.scheme not in ("http", "https"):

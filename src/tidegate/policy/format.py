@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, Kind
@@ -93,29 +94,29 @@ def check_id(limit_id: str) -> None:
     elif scope not in AT_ONCE:
         known = ", ".join((*AT_ONCE, "rpm", "tpm", "rpd"))
         raise ConfigError(
-            f"limits.{limit_id}", limit_id, f"its scope must be one of {known} and the like"
+            f"limits.{limit_id}", None, f"has an unknown scope; known: {known} and the other rates"
         )
     elif scope == "pool" and name != TOTAL:
-        raise ConfigError(f"limits.{limit_id}", limit_id, f"the pool's own limit is pool:{TOTAL}")
+        raise ConfigError(f"limits.{limit_id}", None, f"is unknown; did you mean pool:{TOTAL}?")
     elif scope == "kind":
         _check_kind(limit_id, name)
     elif not name:
-        raise ConfigError(f"limits.{limit_id}", limit_id, f"{scope}: must be followed by a name")
+        raise ConfigError(f"limits.{limit_id}", None, f"must have a name after {scope}:")
 
 
 def _check_rate_name(limit_id: str, name: str) -> None:
     what, slash, which = name.partition("/")
     if not name or (slash and what in ("kind", "tenant") and not which):
         allowed = f"must name a model, {TOTAL}, kind/<kind> or tenant/<tenant>"
-        raise ConfigError(f"limits.{limit_id}", limit_id, allowed)
+        raise ConfigError(f"limits.{limit_id}", None, allowed)
     if slash and what == "kind":
         _check_kind(limit_id, which)
 
 
 def _check_kind(limit_id: str, name: str) -> None:
     if name not in KIND_NAMES:
-        allowed = f"its kind must be one of {', '.join(KIND_NAMES)}"
-        raise ConfigError(f"limits.{limit_id}", limit_id, allowed)
+        allowed = f"has an unknown type {name!r}; known: {', '.join(KIND_NAMES)}"
+        raise ConfigError(f"limits.{limit_id}", None, allowed)
 
 
 Plain = dict[str, Any]
@@ -353,7 +354,14 @@ def check_keys(path: str, table: Mapping[str, Any], known: tuple[str, ...]) -> N
     for key in table:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
-            raise ConfigError(where, _shown(table[key]), f"is not known; known: {', '.join(known)}")
+            raise ConfigError(where, None, unknown(str(key), known))
+
+
+def unknown(name: str, known: Collection[str]) -> str:
+    """The end of an error of a name that is not `known`: the closest one, then all of them."""
+    close = get_close_matches(name, known, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"is unknown; {meant}known: {', '.join(known)}"
 
 
 def _typed(path: str, value: object, kind: type) -> Any:
@@ -390,7 +398,8 @@ def edit(
         for key in removed:
             section, name = _place(key)
             if name.startswith("kind:"):
-                raise ConfigError(key, "(removed)", "every kind needs its limit; 0 admits no calls")
+                allowed = "can't be removed: each type needs a limit; 0 admits no calls"
+                raise ConfigError(key, None, allowed)
             if name not in changed.get(section, {}):
                 raise NotFound(f"there is no {section}.{name}")
             del changed[section][name]
@@ -419,7 +428,7 @@ def _place(key: str) -> tuple[str, str]:
     section, _, name = key.partition(".")
     if section not in _SECTIONS or not name:
         allowed = "must be a limit's id, weights.<tenant>, pool.<option> or bands"
-        raise ConfigError(key, "(key)", allowed)
+        raise ConfigError(key, None, allowed)
     return section, name
 
 
@@ -509,7 +518,7 @@ def share_edit(
     for name in (*set_, *gone):
         if not is_of(name, tenant):
             allowed = f"must be tenant:{tenant} or a rate such as rpm:tenant/{tenant}"
-            raise ConfigError(f"limits.{name}", name, allowed)
+            raise ConfigError(f"limits.{name}", None, allowed)
     if weight is not None and not 1 <= weight <= MOST_WEIGHT:
         allowed = f"must be a whole number from 1 to {MOST_WEIGHT}"
         raise ConfigError(f"weights.{tenant}", str(weight), allowed)

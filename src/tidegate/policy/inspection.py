@@ -340,11 +340,11 @@ async def why(control: Control, what: str) -> Reason:
 async def _why_ticket(control: Control, what: str) -> Reason:
     process, slash, number = what.rpartition("/")
     if not slash or not number.isdecimal():
-        allowed = "the id of a request, or process/ticket"
-        raise InvalidRequest("what", f"{what} is neither a request nor a ticket", allowed=allowed)
+        allowed = "the full id of a request, or process/ticket"
+        raise InvalidRequest("what", f"no request or ticket {what!r}", allowed=allowed)
     found = await control.limiter.why(process, int(number))
     if found is None:
-        raise NotFound(f"no ticket {number} of {process} waits")
+        raise NotFound(f"no ticket {number} of process {process} is waiting")
     place = found.place
     holders = shown_permits(found.holders, await control.calls())
     return Reason(

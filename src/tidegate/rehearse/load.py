@@ -161,7 +161,7 @@ def read_trace(name: str, text: str, usual: Usual) -> list[Arrival]:
             raise ConfigError(name, f"(more than {MOST_CALLS} calls)", "is too long")
         found.append(usual.arrival(f"{name}: line {line}", row))
     if not found:
-        raise ConfigError(name, "(empty)", "must hold at least one call")
+        raise ConfigError(name, None, "must hold at least one call")
     return from_zero(found)
 
 
@@ -331,7 +331,7 @@ class Load:
                 row = {**stream.same, **drawn, "time_ms": at_ms}
                 found.append(usual.arrival(f"arrivals[{number}]", row))
         if not found:
-            raise ConfigError("arrivals", "(none)", "no call arrives in that time")
+            raise ConfigError("arrivals", None, "must bring at least one call in that time")
         return from_zero(found)
 
 

@@ -426,17 +426,17 @@ def sentence_of(found: Findings) -> str:
         why = ", ".join(f"{many:,} {reason}" for reason, many in found.refused.items())
         said.append(f"{refused:,} refused ({why})")
     if found.queued:
-        said.append(f"{found.queued:,} found no room and waited: 429s that nobody got")
+        said.append(f"{found.queued:,} queued (would have been 429s)")
     else:
-        said.append("none had to wait")
+        said.append("none queued")
     binding = found.binding
-    if len(binding) > 1:
-        said.append(f"{', '.join(binding[:-1])} and {binding[-1]} bind")
+    if binding:
+        said.append(f"bottleneck{'s' if len(binding) > 1 else ''}: {', '.join(binding)}")
     else:
-        said.append(f"{binding[0]} binds" if binding else "no limit binds")
+        said.append("no limit is a bottleneck")
     late_ms = found.end_ms - found.span_ms
     if late_ms > 0.2 * found.span_ms and found.queued:
-        said.append(f"what waited was done {format_span(late_ms)} after the last arrival")
+        said.append(f"the queue is empty {format_span(late_ms)} after the last arrival")
     return "; ".join(said) + "."
 
 

@@ -401,7 +401,7 @@ class AuditLog:
                 try:
                     await self._write(batch)
                 except Exception:  # the top of a task: logged, and it goes on
-                    log.exception(Log.INTERNAL_ERROR, where="relay log")
+                    log.exception(Log.INTERNAL_ERROR, component="request log")
                 finally:
                     self._waiting_bytes -= sum(record.size_bytes for record in batch)
                     self._room.set()
@@ -561,7 +561,7 @@ class AuditLog:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, ClaimLost | StoreUnavailable):
-            log.error(Log.INTERNAL_ERROR, where="recorder", error=repr(error))
+            log.error(Log.INTERNAL_ERROR, component="recorder", error=repr(error))
 
     async def _write_or_keep(self, given: Json | Awaitable[Json], patient: bool) -> bool:
         entry = given if isinstance(given, dict) else await given
@@ -596,7 +596,7 @@ class AuditLog:
             except StoreUnavailable:
                 continue  # the connections' return wakes us
             except Exception as failed:  # noqa: BLE001 -- top of a task
-                log.error(Log.INTERNAL_ERROR, where="replay", error=repr(failed))
+                log.error(Log.INTERNAL_ERROR, component="replay", error=repr(failed))
 
     async def _write_again(self, entries: list[Json]) -> None:
         results = await asyncio.gather(
@@ -611,7 +611,7 @@ class AuditLog:
                 )
             elif isinstance(result, BaseException):
                 await self._spill.reject(entry, repr(result))
-                log.error(Log.INTERNAL_ERROR, where="replay", error=repr(result))
+                log.error(Log.INTERNAL_ERROR, component="replay", error=repr(result))
 
     async def _commit(self, entries: Sequence[Json]) -> list[Exception | None]:
         keys = [entry for entry in entries if entry["op"] in KEY_OPS]

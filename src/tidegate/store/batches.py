@@ -629,7 +629,7 @@ class BatchLines:
         except (asyncpg.PostgresError, ValueError) as refused:
             if len(batch) > 1:
                 raise  # then each comes by itself
-            log.error(Log.INTERNAL_ERROR, where="the record of a line", error=repr(refused))
+            log.error(Log.INTERNAL_ERROR, component="batch line record", error=repr(refused))
             is_recorded = False  # by another way, or the line would never end
             await self._connections.run(end)
             self._audit.put(batch[0].call.record)

@@ -365,7 +365,7 @@ def _abandoned(task: asyncio.Task[Any]) -> None:
     here, where asyncio would complain of an exception that was never retrieved."""
     error = None if task.cancelled() else task.exception()
     if error is not None and not isinstance(error, TidegateError):
-        get_logger().error(Log.INTERNAL_ERROR, where="store", error=repr(error))
+        get_logger().error(Log.INTERNAL_ERROR, component="store", error=repr(error))
 
 
 def _words(error: BaseException) -> str:

@@ -319,7 +319,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
     """Raises ConfigError for a name or a value that a tenant can't have."""
     for name, value in changes.items():
         if name not in SETTABLE:
-            raise ConfigError(name, str(value), f"is not known; known: {', '.join(SETTABLE)}")
+            raise ConfigError(name, None, f"is unknown; known: {', '.join(SETTABLE)}")
         if name == "models":
             _check_patterns(value)
         elif name == "most_priority":

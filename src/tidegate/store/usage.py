@@ -451,7 +451,7 @@ class BudgetGate:
             except StoreUnavailable as away:  # what was spent before, and since by us, counts
                 log.debug(Log.STORE_AWAY, detail=away.message)
             except Exception:  # the top of a task: logged, and it goes on
-                log.exception(Log.INTERNAL_ERROR, where="budgets")
+                log.exception(Log.INTERNAL_ERROR, component="budgets")
 
     async def refresh(self) -> None:
         """Read the totals of all tenants that called lately. Raises StoreUnavailable."""
@@ -496,14 +496,22 @@ class BudgetGate:
             one.spent, one.day = found.get(name, _NOTHING), today
 
 
+_BUDGETS = {
+    "budget_day_money": "daily cost",
+    "budget_day_tokens": "daily token",
+    "budget_month_money": "monthly cost",
+    "budget_month_tokens": "monthly token",
+}
+
+
 def _reserved(tenant_id: str, limit: str, most: int) -> BudgetReserved:
     _, period, unit = limit.split("_")
-    figure, what = (f"{most / 1e6:.6f}", "") if unit == "money" else (str(most), " LLM tokens")
+    figure, what = (f"{most / 1e6:.6f}", "") if unit == "money" else (str(most), " tokens")
     return BudgetReserved(
-        f"what is left of tenant {tenant_id}'s budget of the {period} is reserved for its calls "
-        "that are under way",
+        f"what is left of the {_BUDGETS[limit]} budget of tenant {tenant_id} is reserved for its "
+        "calls in progress",
         limit=limit,
-        allowed=f"{figure}{what} in a {period} of UTC",
+        allowed=f"{figure}{what} a {period} (UTC)",
         retry_after_ms=_RESERVED_RETRY_MS,
     )
 
@@ -511,13 +519,13 @@ def _reserved(tenant_id: str, limit: str, most: int) -> BudgetReserved:
 def _exceeded(tenant_id: str, limit: str, most: int, used: int, now: datetime) -> BudgetExceeded:
     _, period, unit = limit.split("_")
     ends = _end_of(period, now)
-    figures = [f"{one / 1e6:.6f}" if unit == "money" else str(one) for one in (most, used)]
-    what = "" if unit == "money" else " LLM tokens"
+    figures = [f"{one / 1e6:,.6f}" if unit == "money" else f"{one:,}" for one in (most, used)]
+    what = "" if unit == "money" else " tokens"
     return BudgetExceeded(
-        f"tenant {tenant_id} has spent its budget of the {period}: {figures[1]} of "
-        f"{figures[0]}{what}; the next {period} begins at {ends:%Y-%m-%d %H:%M} UTC",
+        f"the {_BUDGETS[limit]} budget of tenant {tenant_id} is exceeded ({figures[1]} of "
+        f"{figures[0]}); it resets at {ends:%Y-%m-%d %H:%M} UTC",
         limit=limit,
-        allowed=f"{figures[0]}{what} in a {period} of UTC",
+        allowed=f"{figures[0]}{what} a {period} (UTC)",
         retry_after_ms=max(1_000, round((ends - now).total_seconds() * 1000)),
     )
 

@@ -85,16 +85,16 @@ def back_up(config: Config, file: Path) -> int:
     Raises ConfigError for a file that is there or cannot be, and StoreUnavailable where it failed.
     """
     if file.exists():
-        raise ConfigError("FILE", str(file), "is there already; nothing is overwritten")
+        raise ConfigError(str(file), None, "exists already; nothing is overwritten")
     if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise ConfigError("FILE", str(file), "must be in a folder that is there and can be written")
+        raise ConfigError(str(file), None, "must be in an existing, writable folder")
     partial = file.with_name(f"{file.name}.partial")
     partial.unlink(missing_ok=True)  # of a run that was cut short
     try:
         # Made here, since pg_dump would make it as the umask says: it is all prompts and answers.
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as failed:
-        raise ConfigError("FILE", str(partial), f"cannot be made: {failed.strerror}") from None
+        raise ConfigError(str(partial), None, f"can't be created: {failed.strerror}") from None
     with prepared(config, only={"postgres"}) as ground:
         url = database_url_of(ground.config)
         _run(_program("pg_dump", config), url, "--format=custom", f"--file={partial.resolve()}")
@@ -109,14 +109,15 @@ def restore(config: Config, file: Path) -> None:
     StoreUnavailable where it failed; the database is then as empty as before.
     """
     if not file.is_file():
-        raise ConfigError("FILE", str(file), "is not there")
+        raise ConfigError(str(file), None, "does not exist")
     with prepared(config, only={"postgres"}) as ground:
         url = database_url_of(ground.config)
         if (revision := asyncio.run(revision_at(url))) is not None:
             raise ConfigError(
                 "DATABASE_URL",
-                "(its database)",
-                f"holds a record already, of revision {revision}; restore into an empty one",
+                None,
+                f"names a database that holds data (revision {revision}): "
+                "restore into an empty one",
             )
         options = ("--exit-on-error", "--single-transaction", "--no-owner", "--no-privileges")
         try:
@@ -124,7 +125,7 @@ def restore(config: Config, file: Path) -> None:
         except StoreUnavailable as failed:
             if any(words in failed.message for words in _NO_WHOLE_DUMP):
                 allowed = f"must be a whole dump: {failed.message}"
-                raise ConfigError("FILE", str(file), allowed) from None
+                raise ConfigError(str(file), None, allowed) from None
             raise
         asyncio.run(settle(url))
 
@@ -135,7 +136,7 @@ def _program(name: str, config: Config) -> str:
         return str(place.binaries_of(None) / name)
     found = shutil.which(name)
     if found is None:
-        raise ConfigError("PATH", name, "is not there: install PostgreSQL's client programs")
+        raise ConfigError(name, None, "is not in PATH: install PostgreSQL's client programs")
     return found
 
 

@@ -60,7 +60,7 @@ async def test_the_record_and_its_files_are_taken_along(
     assert (code, said.startswith("wrote 0.")) == (0, True), said
     restore = _lines("tidegate restore tidegate-")
     code, said = await _typed(tmp_path, restore)
-    assert (code, "holds a record already" in said) == (2, True), said
+    assert (code, "names a database that holds data" in said) == (2, True), said
     os.rename(data_dir, tmp_path / "lost")
     os.mkdir(data_dir)
     (dump,) = [name for name in os.listdir(tmp_path) if ".dump" in name]
@@ -69,7 +69,7 @@ async def test_the_record_and_its_files_are_taken_along(
     for part in (whole[: len(whole) // 2], whole[:-200], b"no dump"):
         (tmp_path / "part").write_bytes(part)
         code, said = await _typed(tmp_path, "tidegate restore part")
-        assert (code, "FILE=part: must be a whole dump" in said) == (2, True), said
+        assert (code, "part must be a whole dump" in said) == (2, True), said
     code, said = await _typed(tmp_path, restore)
     assert (code, said.startswith("restored")) == (0, True), said
     assert (data_dir / "blobs" / "a").read_text() == "a file"
@@ -81,4 +81,4 @@ async def test_the_record_and_its_files_are_taken_along(
     code, said = await _typed(tmp_path, f"tidegate backup {dump}")
     assert (code, "nothing is overwritten" in said) == (2, True), said
     code, said = await _typed(tmp_path, "tidegate backup nowhere/record.dump")
-    assert (code, "must be in a folder that is there" in said) == (2, True), said
+    assert (code, "must be in an existing, writable folder" in said) == (2, True), said

@@ -38,8 +38,8 @@ async def test_tables_a_picture_a_page_and_the_trace_that_was_played(tmp_path: P
     written = [f"--{kind}={tmp_path / f'out.{kind}'}" for kind in ("svg", "html")]
     done = await rehearse(tmp_path, "load.toml", *written, "--trace", "out.csv")
     assert done.code == 0, done.complained
-    assert "kind:text_only binds" in done.said
-    assert "429s that nobody got" in done.said
+    assert "bottleneck: kind:text_only" in done.said
+    assert "would have been 429s" in done.said
     assert "█" in done.said
     svg = ElementTree.parse(tmp_path / "out.svg").getroot()
     assert svg.tag.endswith("svg")
@@ -83,7 +83,7 @@ async def test_the_lines_of_rehearse_md_say_what_it_shows(tmp_path: Path) -> Non
 
 async def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
     for arguments, what in (
-        ((), "give a file, or --from-record"),
+        ((), "needs either a file or --from-record"),
         (("none.toml",), "none.toml=(file): must be readable"),
         (("load.toml", "--set", "kind:text_only=many"), "limits.kind:text_only=many"),
         (("load.toml", "--set", "kind:text_only"), "must be KEY=VALUE"),

@@ -115,7 +115,7 @@ def test_one_that_was_retried_is_told_whole() -> None:
     ]
     assert steps[1].words == "found to be text_only by the rules: plain words"
     assert (steps[3].outcome, steps[3].code) == ("failed", "upstream_throttled")
-    assert steps[4].words == "left alone before the next try after upstream_throttled"
+    assert steps[4].words == "waiting for retry after upstream_throttled"
     assert (steps[6].attempt, steps[6].first_byte_ms) == (2, 300.0)
     assert steps[7].words == "succeeded (STOP)"
     assert not any(step.goes_on for step in steps)

@@ -97,7 +97,7 @@ def test_what_is_wrong_in_a_load_is_named(change: dict[str, Any], where: str) ->
 def test_a_load_that_is_too_large_or_empty_is_refused() -> None:
     with pytest.raises(ConfigError, match="too much"):
         drawn(per_second=1000)
-    with pytest.raises(ConfigError, match="no call arrives"):
+    with pytest.raises(ConfigError, match="at least one call in that time"):
         drawn(per_hour=1, pattern="constant", until="1m")
 
 

@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_and_several_processes_nearly_the_same() ->
 def test_nothing_binds_where_there_is_room_and_calls_without_limits_go_at_once() -> None:
     found = played({TEXT: 50}, {"per_second": 2, "duration_ms": 100}, lasts="30s")
     assert (found.queued, found.binding) == (0, [])
-    assert sentence_of(found).endswith("none had to wait; no limit binds.")
+    assert sentence_of(found).endswith("none queued; no limit is a bottleneck.")
     free = Setting(kinds_optional=True)
     one = rehearse("", [Arrival(0, duration_ms=5)], PoolPolicy({"model:other": 1}), free)
     assert one.admitted == 1

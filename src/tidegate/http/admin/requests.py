@@ -192,7 +192,7 @@ def _parked(
     if number == 1 or free_at is None or until <= free_at:
         return []
     after = f" after {failure.code}" if failure is not None else ""
-    return [StepView("parked", f"left alone before the next try{after}", free_at, until)]
+    return [StepView("parked", f"waiting for retry{after}", free_at, until)]
 
 
 def _waited(at: datetime, until: datetime, number: int | None) -> StepView:
@@ -226,7 +226,7 @@ def _now_queued(
     """It is in the queue again: left alone until its time, then waiting."""
     after = f" after {failure.code}" if failure is not None else ""
     if not_before is not None and free_at is not None:
-        words = f"left alone before the next try{after}"
+        words = f"waiting for retry{after}"
         parked = StepView("parked", words, free_at, not_before, goes_on=not_before > now)
         if parked.goes_on:
             return [parked]
@@ -640,7 +640,7 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
     services = services_of(request)
     job = await copy_of(await services.store.requests.detail(request_id), services.blobs)
     await services.store.jobs.submit(job)
-    _log(Log.REQUEST_RETRIED, request_id, signed, anew=str(job.request_id))
+    _log(Log.REQUEST_RETRIED, request_id, signed, retried_as=str(job.request_id))
     return accepted(job, prefix_of(request))
 
 

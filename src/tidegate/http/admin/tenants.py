@@ -244,7 +244,7 @@ async def revoke_key(
 ) -> KeyView:
     meant = prefix_in(prefix)
     if meant is None:
-        raise InvalidRequest("prefix", "that is no key's prefix", allowed="10 letters and digits")
+        raise InvalidRequest("prefix", "not a key's prefix", allowed="10 letters and digits")
     services = services_of(request)
     key = await services.store.tenants.revoke_key(meant, by=by)
     await services.gate.refresh()
