@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tidegate.doctor.checks import Finding, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, TidegateError
 from tidegate.limiter import ServerReport, commands, format_span
+from tidegate.store.database import FIRST, START_EMPTY, UNRELEASED
 from tidegate.store.diagnostics import DatabaseReport
 
 _VALKEY_OLDEST = {"Valkey": (8, 0), "Redis": (7, 2)}
@@ -251,6 +252,8 @@ def _schema(report: DatabaseReport) -> Finding:
         return skipped("postgresql.schema", "its revision may not be read")
     if found is None:
         return fail("postgresql.schema", "no migration has run", "run `tidegate migrate`")
+    if found < FIRST:
+        return fail("postgresql.schema", UNRELEASED.format(found), START_EMPTY)
     if found < needed:
         return fail(
             "postgresql.schema",

@@ -26,7 +26,7 @@ from weakref import WeakValueDictionary
 import asyncpg
 
 from tidegate.call import new_id
-from tidegate.errors import StoreUnavailable, TidegateError
+from tidegate.errors import ConfigError, StoreUnavailable, TidegateError
 from tidegate.telemetry.logging import Log, get_logger
 
 T = TypeVar("T")
@@ -627,6 +627,11 @@ async def drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
 
 
 HEAD = "0015"  # the revision that this code needs; a test compares it with the migrations
+FIRST = "0012"  # of version 0.1.0; no release had those before
+UNRELEASED = "at revision {}, which no release had: it cannot be upgraded"
+START_EMPTY = (
+    "export its rows with pg_dump where they are needed, then start with an empty database"
+)
 _LOCK = 7_423_000
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -649,7 +654,8 @@ async def migrate(url: str) -> str | None:
     """Run the missing steps and make partitions ahead.
 
     Returns the new revision, or None where there was nothing to do. Raises StoreUnavailable when
-    PostgreSQL can't be reached. Cancellation does not stop steps under way.
+    PostgreSQL can't be reached, and ConfigError for a database from before the first release.
+    Cancellation does not stop steps under way.
     """
     try:
         connection = await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
@@ -657,6 +663,10 @@ async def migrate(url: str) -> str | None:
         raise StoreUnavailable(f"cannot migrate: {failed}") from failed
     try:
         before = await _revision_alone(connection)
+        if before is not None and before < FIRST:
+            raise ConfigError(
+                "DATABASE_URL", "(its database)", f"{UNRELEASED.format(before)}; {START_EMPTY}"
+            )
         if before is None or before < HEAD:
             await asyncio.to_thread(_upgrade, url)
         async with connection.transaction():

@@ -14,7 +14,7 @@ from tidegate.doctor.checks import Finding, State
 from tidegate.doctor.stores import judge
 from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import HEAD
+from tidegate.store.database import FIRST, HEAD
 from tidegate.store.diagnostics import examine
 
 
@@ -46,9 +46,15 @@ async def test_a_schema_that_is_missing_old_or_newer_is_told(
 ) -> None:
     missing = (await found(empty_database_url))["schema"]
     assert (missing.state, missing.mend) == (State.FAIL, "run `tidegate migrate`")
-    for revision, state in (("0001", State.FAIL), ("9999", State.WARN), (HEAD, State.OK)):
+    for revision, state, remedy in (
+        ("0001", State.FAIL, "export its rows"),
+        (FIRST, State.FAIL, "run `tidegate migrate`"),
+        ("9999", State.WARN, "that is fine after a rollback"),
+        (HEAD, State.OK, ""),
+    ):
         await said(database_url, f"UPDATE alembic_version SET version_num = '{revision}'")
-        assert (await found(database_url))["schema"].state is state
+        schema = (await found(database_url))["schema"]
+        assert (schema.state, schema.mend.startswith(remedy)) == (state, True)
 
 
 async def test_old_transactions_and_scarce_connections_are_told(database_url: str) -> None:
