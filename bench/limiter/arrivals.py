@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
-from tidegate.emulator.limits import Counter, FixedWindow, SlidingWindow, TokenBucket
+from tidegate.emulator.counting import Counter, FixedWindow, SlidingWindow, TokenBucket
 
 Arrivals = Sequence[tuple[int, int]]
 # A provider's fixed windows may begin at any moment: so many are tried, and the worst one counts.

@@ -1,124 +1,24 @@
 """Limits and injected faults of the emulator. Pure: the clock is an argument.
 
-Whole numbers only (nanoseconds, requests, LLM tokens), so that a bound is exact:
-- fixed window: at most L in any window [k*w, (k+1)*w) of the clock;
-- sliding window: at most L in any (t-w, t];
-- token bucket: at most L + d*L/w in any span of length d; full at first.
-
 Invariants: a refused demand spends nothing of any limit; a fault with a count goes to exactly
 that many matching calls in their order of arrival; the first matching fault wins.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from random import Random
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
+from tidegate.emulator.counting import Counter, counter_of
 from tidegate.emulator.settings import KINDS, TOTAL, RateLimit
 from tidegate.errors import InvalidRequest
 
 
-class Counter(Protocol):
-    """One limit's state. `amount` is requests or LLM tokens, times are in ns of one clock."""
-
-    def wait_ns(self, amount: int, now_ns: int) -> int:
-        """0 when `amount` fits now; else how long until it may (a whole window if it never can)."""
-
-    def take(self, amount: int, now_ns: int) -> None:
-        """Spend an amount for which `wait_ns` has just returned 0."""
-
-
-class FixedWindow:
-    def __init__(self, limit: int, window_ns: int) -> None:
-        self.limit = limit
-        self.window_ns = window_ns
-        self._window = 0
-        self._used = 0
-
-    def wait_ns(self, amount: int, now_ns: int) -> int:
-        # A clock that steps back stays in the window it had reached.
-        window = max(now_ns // self.window_ns, self._window)
-        used = self._used if window == self._window else 0
-        if used + amount <= self.limit:
-            return 0
-        return (window + 1) * self.window_ns - now_ns
-
-    def take(self, amount: int, now_ns: int) -> None:
-        window = max(now_ns // self.window_ns, self._window)
-        if window != self._window:
-            self._window, self._used = window, 0
-        self._used += amount
-
-
-class SlidingWindow:
-    def __init__(self, limit: int, window_ns: int) -> None:
-        self.limit = limit
-        self.window_ns = window_ns
-        self._taken: deque[tuple[int, int]] = deque()
-        self._used = 0
-
-    def wait_ns(self, amount: int, now_ns: int) -> int:
-        self._forget(now_ns)
-        if self._used + amount <= self.limit:
-            return 0
-        if amount > self.limit:
-            return self.window_ns
-        left = self._used + amount - self.limit
-        for taken_ns, taken in self._taken:
-            left -= taken
-            if left <= 0:
-                return taken_ns + self.window_ns - now_ns
-        raise AssertionError("the log holds less than what was used")
-
-    def take(self, amount: int, now_ns: int) -> None:
-        latest_ns = self._taken[-1][0] if self._taken else now_ns
-        self._taken.append((max(now_ns, latest_ns), amount))
-        self._used += amount
-
-    def _forget(self, now_ns: int) -> None:
-        while self._taken and self._taken[0][0] + self.window_ns <= now_ns:
-            self._used -= self._taken.popleft()[1]
-
-
-class TokenBucket:
-    """The level is kept in units of 1/window_ns of a request, which refills `limit` units a ns."""
-
-    def __init__(self, limit: int, window_ns: int) -> None:
-        self.limit = limit
-        self.window_ns = window_ns
-        self._level = limit * window_ns
-        self._at_ns: int | None = None
-
-    def wait_ns(self, amount: int, now_ns: int) -> int:
-        self._refill(now_ns)
-        if amount > self.limit:
-            return self.window_ns
-        lacking = amount * self.window_ns - self._level
-        return 0 if lacking <= 0 else -(-lacking // self.limit)
-
-    def take(self, amount: int, now_ns: int) -> None:
-        self._refill(now_ns)
-        self._level -= amount * self.window_ns
-
-    def _refill(self, now_ns: int) -> None:
-        if self._at_ns is not None and now_ns > self._at_ns:
-            gained = (now_ns - self._at_ns) * self.limit
-            self._level = min(self.limit * self.window_ns, self._level + gained)
-        if self._at_ns is None or now_ns > self._at_ns:
-            self._at_ns = now_ns
-
-
 def counter_for(rate: RateLimit) -> Counter:
-    kinds: Mapping[str, type[FixedWindow | SlidingWindow | TokenBucket]] = {
-        "fixed_window": FixedWindow,
-        "sliding_window": SlidingWindow,
-        "token_bucket": TokenBucket,
-    }
-    return kinds[rate.mode](rate.limit, round(rate.window_s * 1e9))
+    return counter_of(rate.mode, rate.limit, round(rate.window_s * 1e9))
 
 
 @dataclass(frozen=True, slots=True)
