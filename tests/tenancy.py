@@ -2,7 +2,7 @@
 of one of them beside those.
 
 The clients are a closed loop, since a share is that of what is scarce. What the provider saw is the
-truth for calls, LLM tokens and what they cost; the queue's times are those that the answers tell.
+truth for calls, tokens and what they cost; the queue's times are those that the answers tell.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _events(calls: Sequence[LoggedCall]) -> list[Event]:
 
 
 async def assert_totals_are_exact(fleet: Fleet, keys: dict[str, str]) -> None:
-    """`GET /usage` of each tenant is what the provider billed it, to the LLM token and the
+    """`GET /usage` of each tenant is what the provider billed it, to the token and the
     millionth of money."""
     billed: dict[str, Counter[str]] = defaultdict(Counter)
     for call in await fleet.control.calls():

@@ -159,7 +159,7 @@ ANYBODY = Caller()
 
 @dataclass(frozen=True, slots=True)
 class UsageDetails:
-    """What a provider reports of a call beside its LLM tokens. None: not reported, or 0.
+    """What a provider reports of a call beside its tokens. None: not reported, or 0.
 
     The tokens are parts of the input or the output. The two parts of `cache_write_tokens` are those
     written for 5 minutes and for an hour. provider_cost_micros: what the provider itself charges,
@@ -181,7 +181,7 @@ class UsageDetails:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """LLM tokens that a call used. None means that the provider did not say: never zero."""
+    """tokens that a call used. None means that the provider did not say: never zero."""
 
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -216,7 +216,7 @@ class Charge:
 
     @property
     def tokens(self) -> int:
-        """LLM tokens that count against a budget: what is unknown counts as nothing."""
+        """tokens that count against a budget: what is unknown counts as nothing."""
         usage = self.usage
         if usage.output_tokens is None and usage.total_tokens is not None:
             return usage.total_tokens

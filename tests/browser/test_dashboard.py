@@ -297,7 +297,7 @@ async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) 
         told = seen.page.locator("[aria-label='Spend']").get_by_text("of the classifier")
         await expect(told).to_have_text(
             "Not in the tables: 1 question of the classifier in the last 5 minutes, "
-            "1,234 LLM tokens, 0.4450"
+            "1,234 tokens, 0.4450"
         )
         await seen.page.get_by_role("button", name="1 h", exact=True).click()
         await expect(told).to_be_hidden()

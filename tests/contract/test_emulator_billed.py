@@ -1,4 +1,4 @@
-"""LLM tokens really billed, in Gemini's dialect: what was told, or what had been sent."""
+"""tokens really billed, in Gemini's dialect: what was told, or what had been sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults, limits and LLM tokens really billed, as the unmodified OpenAI SDK meets them."""
+"""Faults, limits and tokens really billed, as the unmodified OpenAI SDK meets them."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def test_each_alert_has_its_entry_in_the_runbook_and_each_entry_its_alert() -> N
         assert anchor in anchors(document), name
         assert rule["labels"]["severity"] in ("critical", "warning")
         body = text_of("docs/runbook.md").partition(f"## {name}\n")[2].partition("\n## ")[0]
-        assert "**Means**" in body
-        assert "ook" in body
+        assert "**Meaning**" in body
+        assert "**Diagnosis" in body
         assert "Fix**" in body or "fix**" in body
 
 

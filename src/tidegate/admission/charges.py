@@ -23,7 +23,7 @@ from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageDetails, U
 from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from tidegate.policy.deployment import Price, Upstream
 
-_PICOS = 10**12  # of money: a millionth of what a million LLM tokens cost, for each of them
+_PICOS = 10**12  # of money: a millionth of what a million tokens cost, for each of them
 
 
 _MICRO = 10**6
@@ -37,7 +37,7 @@ CacheWrite = Literal["5m", "1h"]
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A price in picos (10^-12) of money for one LLM token, or one picture. What has no price of
+    """A price in picos (10^-12) of money for one token, or one picture. What has no price of
     its own is priced as the input or the output that it is a part of."""
 
     input: int | None
@@ -83,7 +83,7 @@ class Prices:
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:
     """Charge for the usage that the provider reported. `whole`: the answer came to its end."""
     if is_unknown(usage):
-        # Some providers charge images alone, and report no LLM tokens.
+        # Some providers charge images alone, and report no tokens.
         cost = None
         if whole and images and rates is not None and rates.image is not None:
             cost = _micros(images * rates.image)
@@ -101,7 +101,7 @@ def estimated_charge(
     details: UsageDetails | None = None,
     writes: CacheWrite | None = None,
 ) -> Charge:
-    """For a request that went out, and `came` LLM tokens of an answer without reported usage,
+    """For a request that went out, and `came` tokens of an answer without reported usage,
     but for `details` such as the provider's own cost: they are on record, and change no charge.
     `writes`: to which cache the request has its input written.
 
@@ -122,7 +122,7 @@ def estimated_charge(
 
 
 def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[int, int]:
-    """Expected cost of a call: millionths of money, 0 without a price, and LLM tokens."""
+    """Expected cost of a call: millionths of money, 0 without a price, and tokens."""
     usage = Usage(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
         output_tokens=max(estimate.expected_output_tokens, estimate.guessed_output_tokens),
@@ -167,7 +167,7 @@ def answer_charge(
 
 
 def came_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
-    """About how many LLM tokens an answer has, as far as it came. `scale`: `text` is of that part
+    """About how many tokens an answer has, as far as it came. `scale`: `text` is of that part
     of it."""
     return ceil(sum(pieces_of_text(text).values()) * scale + images * PICTURE_TOKENS)
 
@@ -216,7 +216,7 @@ def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | 
 def _of_input(
     rates: Rates, usage: Usage, details: UsageDetails, taken: int
 ) -> Iterator[tuple[int, int | None]]:
-    """The parts of the input: together never more, nor fewer, LLM tokens than `taken`. What was
+    """The parts of the input: together never more, nor fewer, tokens than `taken`. What was
     written to a cache comes first, since it is the dearest; what is not reported as for an
     hour is for 5 minutes."""
     written = min(details.cache_write_tokens or 0, taken)

@@ -1,4 +1,4 @@
-"""Demand of a call on the limiter: its limits, its LLM tokens, its priority. Pure.
+"""Demand of a call on the limiter: its limits, its tokens, its priority. Pure.
 
 `Demands` builds the demand of a call before admission and its correction after the call. A call
 takes the limit of its kind, and of the other scopes the limits that the policy has. A 429 pauses
@@ -122,7 +122,7 @@ class CallDemand:
 
     @property
     def tokens(self) -> Tokens | None:
-        """LLM tokens to reserve: rarely less than it will use, and never less than the first guess,
+        """tokens to reserve: rarely less than it will use, and never less than the first guess,
         so that a tenant can't teach its own reservations away. None: it was not estimated, since
         no limit counts it."""
         one = self.estimate
@@ -148,7 +148,7 @@ class CallDemand:
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
-        """LLM tokens to settle, None where nothing is known. `whole`: the answer came to its end;
+        """tokens to settle, None where nothing is known. `whole`: the answer came to its end;
         of one that was cut the provider may have made more than it reported. `charged`: what the
         call is charged for, which is what came of it at least; it can be more than was reserved."""
         reserved = self.tokens
@@ -210,7 +210,7 @@ class Demands:
         estimates_all: bool = False,
     ) -> CallDemand:
         """The demand of a request in a provider's own dialect; its limits may be none. Where no
-        limit counts LLM tokens only some calls are estimated, unless `estimates_all`, so that the
+        limit counts tokens only some calls are estimated, unless `estimates_all`, so that the
         estimator goes on learning: it costs as much as all the rest."""
         limits = self._limits(policy, kind, model, tenant, images)
         reach = self._reach

@@ -1,4 +1,4 @@
-"""Estimator of the LLM tokens of a call, which learns from the usage of earlier calls. Pure.
+"""Estimator of the tokens of a call, which learns from the usage of earlier calls. Pure.
 
 A first guess comes from the pieces of a call: texts by script, files by the rules of its dialect.
 Tracks correct it: per tenant and model for input, per tenant, model and kind for output. A track is
@@ -198,7 +198,7 @@ _SAMPLE_BYTES = 65_536
 _SEARCHED_BYTES = 1_000_000
 _USUAL_FILE_BYTES = 200_000
 _USUAL_DOCUMENT_TOKENS = 4 * 258.0  # of one that is not seen: a page of Claude's, four of Gemini's
-# Of base64 and the like a LLM token has 4 letters in 3, and not 4. It is looked for where words are
+# Of base64 and the like a token has 4 letters in 3, and not 4. It is looked for where words are
 # long, and only in parts of a long text.
 _DENSE_TOKENS_A_LETTER = 0.75
 _SHORTEST_RUN = 64
@@ -417,7 +417,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`expected` is the middle, `upper` is rarely exceeded; both in LLM tokens."""
+    """`expected` is the middle, `upper` is rarely exceeded; both in tokens."""
 
     expected: float
     upper: float

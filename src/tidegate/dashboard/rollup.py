@@ -132,11 +132,11 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
 
     `counts`: calls that ended; of them succeeded and failed; refused before they were anything;
     retried attempts; throttled, calls that the provider answered with 429; told_429, answers of
-    429 to clients; LLM tokens and cost. `apart`: by tenant, model and upstream (calls, failed,
-    throttled, LLM tokens, cost in millionths, ms upstream), and by the code of a failure.
-    Questions of the classifier are `judged`: they count where LLM tokens, money and 429s do, and by
+    429 to clients; tokens and cost. `apart`: by tenant, model and upstream (calls, failed,
+    throttled, tokens, cost in millionths, ms upstream), and by the code of a failure.
+    Questions of the classifier are `judged`: they count where tokens, money and 429s do, and by
     model and upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros
-    are their part of the LLM tokens and the money.
+    are their part of the tokens and the money.
     """
     if ended.source == JUDGE:
         tally.count("judged")

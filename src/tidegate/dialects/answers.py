@@ -287,7 +287,7 @@ _MOST_OBJECTS, _LONGEST_OBJECT_BYTES = 64, 65_536
 
 @dataclass(slots=True)
 class VisibleOutput:
-    """About how many LLM tokens came, images among them, and how many images."""
+    """About how many tokens came, images among them, and how many images."""
 
     tokens: int = 0
     images: int = 0

@@ -41,7 +41,7 @@ from tidegate.dialects.spec import NOTHING_SHORTENED, Endpoint, JsonObject, Oper
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 
 TOOLS = frozenset(("tools", "functions"))
-# A page that a tool finds has about 2,500 LLM tokens (platform.claude.com/docs/en/agents-and-tools/
+# A page that a tool finds has about 2,500 tokens (platform.claude.com/docs/en/agents-and-tools/
 # tool-use/web-fetch-tool); what is worth keeping at a provider has as many at least.
 ADDED_TOKENS = 2_500.0
 ADDED_BY = {Learning.HOSTED: Modality.HOSTED, Learning.STATE: Modality.STATE}
@@ -175,7 +175,7 @@ class Content:
     def pieces(self, infers: bool) -> InputPieces:
         """`infers`: a model runs, and the provider adds its own words to the request."""
         found = pieces_of_texts(self._texts)
-        # An input that was cut into LLM tokens by the client; what is sealed.
+        # An input that was cut into tokens by the client; what is sealed.
         if more := self._numbers + self._sealed_chars * _SEALED_TOKENS_A_LETTER:
             found[Modality.LATIN] = found.get(Modality.LATIN, 0.0) + more
         for modality, tokens in self._pieces.items():

@@ -126,7 +126,7 @@ def models_endpoint(dialect: Dialect, path: str) -> Endpoint:
 class RequestFacts:
     """Facts of a native request for admission. model: as the client names it; empty where it
     leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
-    its input, with a first estimate of their LLM tokens. wants_usage: whether a stream reports its
+    its input, with a first estimate of their tokens. wants_usage: whether a stream reports its
     usage only if the gateway requests it."""
 
     model: str

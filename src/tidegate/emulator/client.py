@@ -18,7 +18,7 @@ from tidegate.errors import InvalidRequest
 class Stats:
     """Counts by kind; `in_flight` and `max_in_flight` are over all kinds but `other`.
 
-    `tokens` are LLM tokens really billed, by model and by how the calls ended.
+    `tokens` are tokens really billed, by model and by how the calls ended.
     """
 
     kinds: Mapping[str, KindStats]

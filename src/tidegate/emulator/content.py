@@ -375,7 +375,7 @@ def new_response_id() -> str:
 
 
 def cut(answer: str, most_tokens: int | None, most_pieces: int) -> tuple[Pieces, bool]:
-    """Into pieces with their LLM tokens, which are words, and whether the bound left any out."""
+    """Into pieces with their tokens, which are words, and whether the bound left any out."""
     words = _WORDS.findall(answer) or [""]
     cut_short = most_tokens is not None and len(words) > most_tokens
     if cut_short:
@@ -450,7 +450,7 @@ class CalledFunction:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A piece of an answer and the LLM tokens sent with it in all, thoughts included.
+    """A piece of an answer and the tokens sent with it in all, thoughts included.
 
     It belongs to the block `block`: a call, or the text where `call` is None.
     """

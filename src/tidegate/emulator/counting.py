@@ -1,6 +1,6 @@
 """Counting rules of rate limits: windows, buckets, growth, and what a call counts. Pure.
 
-Whole numbers only (nanoseconds, requests, LLM tokens), so that a bound is exact. Of what is taken
+Whole numbers only (nanoseconds, requests, tokens), so that a bound is exact. Of what is taken
 while there is room:
 - fixed window: at most L in any window [k*w, (k+1)*w) of the clock, or in any day of a time zone;
 - sliding window: at most L in any (t-w, t];
@@ -282,7 +282,7 @@ def counter_of(mode: Mode, limit: int, window_ns: int, zone: str | None = None) 
 class CallSize:
     """What a provider knows of a call before its answer.
 
-    LLM tokens of its input by how they are billed, the most of its output that it allows (None
+    tokens of its input by how they are billed, the most of its output that it allows (None
     where it says nothing), its answers and its images.
     """
 
@@ -353,7 +353,7 @@ class CountingRule:
         return count
 
     def in_all(self, size: CallSize, output_tokens: int) -> int:
-        """What the call counts once it has made so many LLM tokens of output."""
+        """What the call counts once it has made so many tokens of output."""
         if self.settle == "never" or self.unit in ("requests", "images"):
             return self.at_start(size)
         return self.weights.of(size, output_tokens)

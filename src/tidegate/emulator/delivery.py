@@ -32,7 +32,7 @@ UNAVAILABLE = "The service is currently unavailable."
 
 @dataclass(frozen=True, slots=True)
 class ScriptStep:
-    """Bytes sent at one moment, and the answer's LLM tokens sent by then."""
+    """Bytes sent at one moment, and the answer's tokens sent by then."""
 
     data: bytes
     output_tokens: int

@@ -394,7 +394,7 @@ def media_part(mime_type: str, data: bytes) -> Json:
 
 
 class _GeminiAnswer:
-    """One answer in the shapes of this API: parts with their LLM tokens, and its finish."""
+    """One answer in the shapes of this API: parts with their tokens, and its finish."""
 
     def __init__(self, asked: ModelRequest, behaviour: Behaviour) -> None:
         self._asked = asked
@@ -417,7 +417,7 @@ class _GeminiAnswer:
             self._parts.insert(0, ({"text": THOUGHTS, "thought": True}, 0))
 
     def bodies(self, framing: Framing, fault: Fault | None) -> list[tuple[Json, int]]:
-        """One body a step in time, with the LLM tokens sent by then."""
+        """One body a step in time, with the tokens sent by then."""
         tokens = sum(tokens for _, tokens in self._parts)
         if fault is not None and fault.fault in BODIES:
             written = tokens if fault.fault is FaultName.UNKNOWN_FINISH else 0

@@ -356,7 +356,7 @@ def read_completions(body: Json, model: str) -> ModelRequest:
 
 
 def _prompts(given: Any) -> list[str]:
-    """Texts, or the numbers of LLM tokens, one prompt or several."""
+    """Texts, or the numbers of tokens, one prompt or several."""
     one = isinstance(given, str) or (isinstance(given, list) and given[:1] and _is_number(given[0]))
     prompts = [given] if one else given
     if not isinstance(prompts, list) or not prompts:
@@ -665,7 +665,7 @@ class EmbeddingRequest:
 
 
 def read_embeddings(body: Json, model: str) -> EmbeddingRequest:
-    """Parse a body of embeddings: texts, or lists of the numbers of LLM tokens."""
+    """Parse a body of embeddings: texts, or lists of the numbers of tokens."""
     given = body.get("input")
     if isinstance(given, str) or _are_numbers(given):
         given = [given]

@@ -56,7 +56,7 @@ class KindStats:
 
 @dataclass(slots=True)
 class Billed:
-    """LLM tokens of ended calls: `output_tokens` with the thoughts among them.
+    """tokens of ended calls: `output_tokens` with the thoughts among them.
 
     Of a finished call this is the usage in its answer (in a stream that omits it: the usage that
     would be in it). Of one that broke off it is the input and the output sent, or nothing when no
@@ -79,7 +79,7 @@ class Billed:
 class LoggedCall:
     """One call. Times are ns of the wall clock; `outcome` is None while it is in flight.
 
-    Its LLM tokens are as `Billed` counts them, so far.
+    Its tokens are as `Billed` counts them, so far.
     """
 
     id: int

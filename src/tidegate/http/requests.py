@@ -412,7 +412,7 @@ Until = Annotated[date | None, Query(description="The last day, of UTC; else tod
 
 
 class Amounts(BaseModel):
-    """Requests that ended, with what they used. LLM tokens that nobody knows add nothing."""
+    """Requests that ended, with what they used. Tokens that nobody knows add nothing."""
 
     requests: int
     input_tokens: int = Field(description="The cached ones included")

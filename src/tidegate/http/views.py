@@ -87,7 +87,7 @@ class FileView(BaseModel):
 
 
 class UsageView(BaseModel):
-    """LLM tokens as the provider reported them; what is null or not there is unknown, not zero."""
+    """tokens as the provider reported them; what is null or not there is unknown, not zero."""
 
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -114,7 +114,7 @@ class UsageView(BaseModel):
     )
 
     def of_event(self) -> dict[str, int | None]:
-        """As an event shows it: LLM tokens that are unknown as null, details only where known."""
+        """As an event shows it: tokens that are unknown as null, details only where known."""
         values: dict[str, int | None] = self.model_dump()
         return {
             name: value

@@ -55,7 +55,7 @@ class LimitMiddleware:
         penalise: Penalised = None,
     ) -> None:
         """demand: what each request needs, or a function of the request; None is nothing.
-        usage: reads from the body of a 2xx answer the LLM tokens that it used. The middleware
+        usage: reads from the body of a 2xx answer the tokens that it used. The middleware
             reads the body for it, unless it is streamed: then the usage is unknown.
         penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
             function of the demand.

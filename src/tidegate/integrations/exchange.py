@@ -36,7 +36,7 @@ from tidegate.limiter import (
     Tokens,
 )
 
-# From the decoded body of a 2xx answer to the LLM tokens that it used; None is unknown.
+# From the decoded body of a 2xx answer to the tokens that it used; None is unknown.
 Usage = Callable[[bytes], int | Tokens | None]
 
 THROTTLED = 429
@@ -135,7 +135,7 @@ class Review:
             self._chunks.clear()
 
     def end(self) -> int | Tokens | None:
-        """The body has ended: the LLM tokens that the call used, None where that is unknown.
+        """The body has ended: the tokens that the call used, None where that is unknown.
 
         `pause_ms` is the last word from here on.
         """
@@ -558,7 +558,7 @@ class _Transport(Generic[RequestT, ResponseT, InnerT, LimiterT]):
         demand: what each request needs, or a function of the request; None is nothing.
         inner: what sends; by default the library's own, without a bound on its connections.
             Certificates, proxies and HTTP/2 are options of it.
-        usage: reads from the decoded body of a 2xx answer the LLM tokens that it used.
+        usage: reads from the decoded body of a 2xx answer the tokens that it used.
         penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
             function of the demand.
         """

@@ -319,7 +319,7 @@ _KNOWN_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """LLM tokens of a call: an estimate before it, or what it used."""
+    """tokens of a call: an estimate before it, or what it used."""
 
     input: int = 0
     output: int = 0

@@ -114,7 +114,7 @@ class Metric:
         "tidegate_tenant_calls_total", "Calls that have ended, by tenant", "tenant status"
     )
     TENANT_TOKENS = _counter(
-        "tidegate_tenant_tokens_total", "LLM tokens charged, by tenant", "tenant type"
+        "tidegate_tenant_tokens_total", "tokens charged, by tenant", "tenant type"
     )
     TENANT_COST = _counter(
         "tidegate_tenant_cost_total", "Cost in the currency of the prices, by tenant", "tenant"
@@ -126,7 +126,7 @@ class Metric:
     )
     TOKENS = _counter(
         "tidegate_tokens_total",
-        "LLM tokens charged, and those of the classifier's questions. cached is a part of input, "
+        "tokens charged, and those of the classifier's questions. cached is a part of input, "
         "thoughts comes beside output",
         "pool model type",
     )
@@ -162,7 +162,7 @@ class Metric:
     )
     GEN_AI_TOKENS = _histogram(
         "gen_ai_client_token_usage",
-        "LLM tokens of a call; gen_ai.client.token.usage of OpenTelemetry",
+        "tokens of a call; gen_ai.client.token.usage of OpenTelemetry",
         TOKEN_BUCKETS,
         f"{_GEN_AI} gen_ai_token_type",
     )
@@ -528,7 +528,7 @@ class _Cells:
         }
 
     def use(self, name: str, tokens: int) -> None:
-        """LLM tokens of a sort."""
+        """tokens of a sort."""
         of_all, of_tenant = self._tokens[name]
         of_all.amount += tokens
         of_tenant.amount += tokens

@@ -64,7 +64,7 @@ ReadSecret = Callable[[str], str]
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """In money per million LLM tokens; `image` in money per picture. None: not known.
+    """In money per million tokens; `image` in money per picture. None: not known.
 
     cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
     input_audio to output_image: of the tokens of input and output that are audio or images.

@@ -3,7 +3,7 @@
     pool:total  kind:text_only  model:gemini-2.5-flash  tenant:acme        concurrent calls
     rpm:gemini-2.5-flash  tpm:total  rpd:kind/text_only  ipm:tenant/acme   a rate or a day's quota
 
-The scope of a rate says what it counts (`r` requests, `t` LLM tokens, `it` input tokens, `ot`
+The scope of a rate says what it counts (`r` requests, `t` tokens, `it` input tokens, `ot`
 output tokens, `i` images) and for how long (`ps` second, `pm` minute, `ph` hour, `pd` day, which
 ends at midnight). Its name is a model, `total`, `kind/<kind>` or `tenant/<tenant>`.
 

@@ -189,7 +189,7 @@ class CallExchange(Protocol):
         """What the call takes of which limits there."""
 
     def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
-        """What it will cost, about: millionths of money, and LLM tokens."""
+        """What it will cost, about: millionths of money, and tokens."""
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         """Make the call and pass its answer on. `is_try`: it tries whether the upstream is back.
@@ -281,7 +281,7 @@ class Spine:
         return found or sorted(targets, key=lambda one: self.lane(one).gate.ready_in_ms())
 
     def estimates(self) -> tuple[Learned, ...]:
-        """How good this process's estimates of LLM tokens are, at the account of GEMINI_API_KEY."""
+        """How good this process's estimates of tokens are, at the account of GEMINI_API_KEY."""
         lane = self._lanes.get(DEFAULT_POOL)
         return () if lane is None else lane.demands.estimator.error()
 

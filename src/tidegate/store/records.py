@@ -215,7 +215,7 @@ USAGE_COLUMNS = (
 DETAILS = tuple(one.name for one in fields(UsageDetails))
 
 
-_MOST_COUNTED = 10**13  # LLM tokens or millionths of money of one call
+_MOST_COUNTED = 10**13  # tokens or millionths of money of one call
 
 
 def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -349,7 +349,7 @@ def charge_columns(charge: Charge) -> dict[str, Any]:
 
 
 def details_row(usage: Usage) -> dict[str, int] | None:
-    """What is on record of a usage beside its LLM tokens; None where there is nothing."""
+    """What is on record of a usage beside its tokens; None where there is nothing."""
     if (details := usage.details) is None:
         return None
     found = {name: count_of(getattr(details, name)) for name in DETAILS}
@@ -437,7 +437,7 @@ def usage_of(row: Mapping[str, Any]) -> Usage:
 def relayed_record(row: Mapping[str, Any]) -> RequestRecord:
     """A native call, from its audit row; its answer is in its body."""
     details = details_of(row["usage_details"])
-    # An estimate is for the bill: the provider has reported no LLM tokens.
+    # An estimate is for the bill: the provider has reported no tokens.
     estimated = row["usage_state"] == UsageState.ESTIMATED
     return record_of(
         RequestRecord,

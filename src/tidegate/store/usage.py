@@ -53,7 +53,7 @@ READ = (
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """A sum. What is None was not requested apart. unpriced: requests whose LLM tokens are known,
+    """A sum. What is None was not requested apart. unpriced: requests whose tokens are known,
     but no price for them; they add nothing to the cost. partial, estimated, unknown: how many
     requests are charged so; the rest is as the provider reported it."""
 
@@ -177,7 +177,7 @@ _One = tuple[str, int, int]  # tenant, micros, tokens
 
 
 class _Sums:
-    """Millionths of money and LLM tokens by tenant."""
+    """Millionths of money and tokens by tenant."""
 
     def __init__(self) -> None:
         self._by_tenant: dict[str, tuple[int, int]] = {}
@@ -213,7 +213,7 @@ class Spending:
         )
 
     def of(self, tenant_id: str) -> tuple[int, int]:
-        """Millionths of money, and LLM tokens."""
+        """Millionths of money, and tokens."""
         return self._sums.of(tenant_id)
 
     def reserved(self, tenant_id: str) -> tuple[int, int]:

@@ -90,7 +90,7 @@ async def test_a_refused_call_has_spent_nothing_of_a_limit_of_tokens(
         view = (await gateway.services.limiter.snapshot()).limits["tpm:tenant/acme"]
         return (view.used, view.reserved) == (really, 0)
 
-    await wait_until(settled, 20, f"{really} LLM tokens spent and no more")
+    await wait_until(settled, 20, f"{really} tokens spent and no more")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

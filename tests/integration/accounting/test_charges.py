@@ -119,7 +119,7 @@ async def test_who_teaches_short_answers_pays_for_long_ones_that_are_cut(
     async def counted() -> bool:
         return await spent_of(gateway, LIMIT) >= before + really
 
-    await wait_until(counted, 20, f"{really} LLM tokens that the limit counts")
+    await wait_until(counted, 20, f"{really} tokens that the limit counts")
 
 
 @pytest.mark.parametrize("where", ["tools", "text"])

@@ -1,4 +1,4 @@
-"""What the clients tell the limiter: several limits at once, LLM tokens used, and pauses."""
+"""What the clients tell the limiter: several limits at once, tokens used, and pauses."""
 
 from __future__ import annotations
 

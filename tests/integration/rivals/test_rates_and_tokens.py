@@ -1,4 +1,4 @@
-"""What is counted before a call, and for whom: requests and LLM tokens."""
+"""What is counted before a call, and for whom: requests and tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_calls_at_once_do_not_all_see_an_empty_count(open_gateway: Opener)
     asking = [asyncio.create_task(ask(gateway, text, 150)) for _ in range(30)]
     done, running = await asyncio.wait(asking, timeout=1)
     assert {task.result() for task in done} == {429}
-    assert 1 <= len(running) <= 15, "as many as 3,000 LLM tokens are enough for"
+    assert 1 <= len(running) <= 15, "as many as 3,000 tokens are enough for"
     assert (await gateway.upstream.stats()).in_flight == len(running)
     for task in running:
         task.cancel()
@@ -65,7 +65,7 @@ async def test_calls_at_once_do_not_all_see_an_empty_count(open_gateway: Opener)
 
 
 async def test_a_picture_in_base64_is_not_counted_as_text(open_gateway: Opener) -> None:
-    """LiteLLM 32865: 633,912 LLM tokens for a picture of 1,049."""
+    """LiteLLM 32865: 633,912 tokens for a picture of 1,049."""
     gateway = await opened(open_gateway, {"tpm:total": 50_000})
     data = b64encode(png(768, 768) + os.urandom(1_500_000)).decode()
     part = {"inlineData": {"mimeType": "image/png", "data": data}}

@@ -28,7 +28,7 @@ async def gateway(open_gateway: Opener, hostile: Hostile, tmp_path: Path) -> Gat
     gateway = await open_gateway(
         worker=False, gemini_base_url=hostile.url, max_body_bytes=30_000_000, tidegate_policy=policy
     )
-    # Estimates are made only where a limit counts LLM tokens.
+    # Estimates are made only where a limit counts tokens.
     await gateway.services.keeper.change(edit({"tpm:total": 1_000_000}), set_by="test")
     return gateway
 

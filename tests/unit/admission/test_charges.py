@@ -35,7 +35,7 @@ PICTURES = Price(input=0.30, output=2.50, image=0.039)
         (Price(input=0.1, output=0.4), Usage(1, 0), None, 0),  # a tenth of a millionth
         (Price(input=0.1, output=0.4), Usage(5, 0), None, 1),  # a half: up
         (Price(input=0.1, output=0.4), Usage(3, 1), None, 1),  # 0.3 + 0.4: rounded once
-        (PICTURES, Usage(10, 2_580), 2, 3 + 78_000),  # its LLM tokens are the pictures
+        (PICTURES, Usage(10, 2_580), 2, 3 + 78_000),  # its tokens are the pictures
         (PICTURES, Usage(10, 2_580, 4), 2, 3 + 10 + 78_000),
         (FLASH, Usage(10, 1_290), 1, 3 + 3_225),  # no price a picture: as output
         (FLASH, Usage(10, None, None, None, 30), None, 3 + 50),  # the output from the total

@@ -1,4 +1,4 @@
-"""What providers report beside their LLM tokens, in whole answers and in streams."""
+"""What providers report beside their tokens, in whole answers and in streams."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tidegate.dialects import DIALECTS
 from tidegate.dialects.answers import visible_output
 from tidegate.dialects.spec import Dialect
 
-SAID = "x" * 400  # about a hundred LLM tokens
+SAID = "x" * 400  # about a hundred tokens
 
 
 def stream(*events: object, end: bytes = b"") -> bytes:

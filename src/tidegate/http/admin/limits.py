@@ -280,7 +280,7 @@ async def why_it_waits(
     return await why(control_of(request), what)
 
 
-@router.get("/estimates", summary="How good the estimates of LLM tokens of this process are")
+@router.get("/estimates", summary="How good the estimates of tokens of this process are")
 async def estimates(request: Request) -> list[Learned]:
     return list(services_of(request).spine.estimates())
 

@@ -138,8 +138,8 @@ export function attempts(list) {
   if (list.length === 0) return null;
   const hasFirst = list.some((one) => one.first_byte_ms !== undefined);
   const first = hasFirst ? ["First byte"] : [];
-  const heads = ["Try", "Outcome", "Waited", ...first, "Call", "LLM tokens", "Process"];
-  const numbers = new Set(["Waited", "First byte", "Call", "LLM tokens"]);
+  const heads = ["Try", "Outcome", "Waited", ...first, "Call", "tokens", "Process"];
+  const numbers = new Set(["Waited", "First byte", "Call", "tokens"]);
   const row = (one) =>
     h(
       "tr",

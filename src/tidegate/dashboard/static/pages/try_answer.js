@@ -160,7 +160,7 @@ const recorded = (id, picture) =>
 const tokensOf = (usage) =>
   usage?.total_tokens === undefined || usage.total_tokens === null
     ? ""
-    : `${count(usage.input_tokens)} LLM tokens in, ${count(usage.output_tokens)} out`;
+    : `${count(usage.input_tokens)} tokens in, ${count(usage.output_tokens)} out`;
 
 const pause = (ms, signal) =>
   new Promise((resolve, reject) => {

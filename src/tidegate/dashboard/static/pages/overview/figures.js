@@ -48,7 +48,7 @@ export function figuresStrip() {
       const tokens = total.input_tokens + total.output_tokens;
       const isPriced = total.cost_micros > 0 || total.unpriced < total.requests;
       const spent = isPriced || !total.requests ? money(total.cost_micros / 1e6) : "no prices";
-      put("spent", spent, `${brief(tokens)} LLM tokens`);
+      put("spent", spent, `${brief(tokens)} tokens`);
     },
   };
 }

@@ -6,7 +6,7 @@ import { brief, count, length } from "../../format.js";
 import { confirm, field, toast } from "../../ui.js";
 
 const FOR_EVER_MS = 10 * 365 * 86_400_000;
-const UNITS = { tokens: "LLM tokens", input_tokens: "input tokens", output_tokens: "output tokens" };
+const UNITS = { tokens: "tokens", input_tokens: "input tokens", output_tokens: "output tokens" };
 
 /** `pool()` names the pool that is shown; `refresh()` is not needed: the feed shows the effect. */
 export function limitsCard(pool) {

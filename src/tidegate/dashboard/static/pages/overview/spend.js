@@ -52,7 +52,7 @@ export function spendCard() {
       if (!totals.judged) return;
       const cost = totals.judged_cost_micros ? `, ${money(totals.judged_cost_micros / 1e6)}` : "";
       const asked = totals.judged === 1 ? "1 question" : `${brief(totals.judged)} questions`;
-      const tokens = `${brief(totals.judged_tokens)} LLM tokens${cost}`;
+      const tokens = `${brief(totals.judged_tokens)} tokens${cost}`;
       say(judged, `Not in the tables: ${asked} of the classifier in the last ${words}, ${tokens}`);
     },
     record(frame) {
@@ -74,11 +74,11 @@ function table(label, rows, total) {
       {},
       h("th", { scope: "row", class: "name", title: one.name }, one.name || "(none)"),
       h("td", { class: "number" }, brief(one.requests)),
-      h("td", { class: "number", title: `${count(tokens)} LLM tokens` }, brief(tokens)),
+      h("td", { class: "number", title: `${count(tokens)} tokens` }, brief(tokens)),
       isPriced && h("td", { class: "number" }, cost),
     );
   });
-  const heads = ["Requests", "LLM tokens", isPriced && "Cost"].filter(Boolean);
+  const heads = ["Requests", "tokens", isPriced && "Cost"].filter(Boolean);
   return h(
     "div",
     { class: "scroll", tabindex: "0", role: "group", "aria-label": `Spend by ${label}, a table` },
