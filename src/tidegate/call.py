@@ -1,7 +1,22 @@
-"""Internal types of a call: no I/O, no words of a provider or of HTTP. Pure.
+"""Internal types of requests and calls: no I/O, no words of a provider or of HTTP. Pure.
 
 A `Call` is what somebody wants from a model. A provider answers it with `Event`s, pushed one by
 one into a sink, and ends by returning an `Answer`.
+
+The states of a request:
+
+                     ┌────────── retry, released, worker died ────────────┐
+                     ▼                                                    │
+    submit ──────► queued ────────────── admitted ───────────────────► running
+                     │                                                    │
+                     ├─► expired    its deadline came first               ├─► succeeded
+                     ├─► cancelled  by its owner                          ├─► failed
+                     │                                                    │
+                     └─► dead  ◄─── its workers died 3 times ─────────────┴─► cancelled
+
+A stream is recorded once, when it ends, in one of the right-hand states.
+Invariant: an end state never changes, save that a person may requeue a dead job, or discard it:
+it is cancelled then.
 """
 
 from __future__ import annotations
@@ -33,6 +48,20 @@ class Kind(StrEnum):
 CLASSIFIER_LIMIT = "kind:classifier"
 # What asks no model for anything, such as the list of models: limited only where a limit says so.
 OTHER_KIND = "other"
+
+
+class Status(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    DEAD = "dead"
+
+    @property
+    def is_end(self) -> bool:
+        return self not in (Status.QUEUED, Status.RUNNING)
 
 
 class ClassifiedBy(StrEnum):

@@ -34,11 +34,11 @@ from tests.markdown import (
     text_of,
 )
 from tests.shapes import differences, lines_that_differ, streamed
+from tidegate import call
 from tidegate.cli import app
 from tidegate.policy.deployment import deployed, deployed_upstreams
 from tidegate.rehearse.load import TokenPace, Usual, load_of
 from tidegate.settings import Config, load
-from tidegate.store import states
 
 ALL = tuple(block for document in documents() for block in blocks(document))
 # What an example of upstreams leaves out, since the page has said it before.
@@ -213,7 +213,7 @@ def test_the_index_leads_to_every_document() -> None:
 
 def test_the_states_are_drawn_in_concepts_md_as_in_the_code() -> None:
     (drawn,) = [block.text for block in blocks("docs/concepts.md") if block.language == "text"]
-    assert indent(drawn, "    ") in (states.__doc__ or "")
+    assert indent(drawn, "    ") in (call.__doc__ or "")
 
 
 def test_the_glossary_of_concepts_md_has_the_words_in_order() -> None:

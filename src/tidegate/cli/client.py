@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 import typer
 
+from tidegate.call import Status
 from tidegate.cli.terminal import DONE, FAILED, legible
 from tidegate.errors import ConfigError, GatewayRefused, GatewayUnreachable
-from tidegate.store.states import Status
 
 if TYPE_CHECKING:
     import aiohttp

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.call import Kind
+from tidegate.call import Kind, Status
 from tidegate.cli.client import (
     GatewayClient,
     Progress,
@@ -36,7 +36,6 @@ from tidegate.cli.terminal import (
     who,
 )
 from tidegate.errors import ConfigError
-from tidegate.store.states import Status
 
 if TYPE_CHECKING:
     from tidegate.store.requests import RequeueReport

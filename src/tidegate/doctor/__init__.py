@@ -112,6 +112,7 @@ async def _valkey(
 async def _postgresql(
     config: Config, policies: dict[str, PoolPolicy], seen: _Seen
 ) -> list[Finding]:
+    from tidegate.store.database import FIRST
     from tidegate.store.diagnostics import examine as look
 
     assert config.database_url is not None
@@ -121,7 +122,7 @@ async def _postgresql(
     except StoreUnavailable as failed:
         mend = "start it, and see whether DATABASE_URL, its user, password and database are right"
         return [fail("postgresql.reach", str(failed), mend)]
-    if report.revision is not None and report.revision >= "0004":
+    if report.revision is not None and report.revision >= FIRST:
         await _read_record(url, policies, seen, report.revision)
     snapshot = seen.snapshots.get(DEFAULT_POOL)
     processes = None if snapshot is None else len(snapshot.processes)

@@ -25,7 +25,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Send
 from starlette.types import Scope as StarletteScope
 
-from tidegate.call import Caller, Classification, ClassifiedBy, Scope, new_id
+from tidegate.call import Caller, Classification, ClassifiedBy, Scope, Status, new_id
 from tidegate.call import Scope as Right
 from tidegate.dialects import dialect_of
 from tidegate.errors import (
@@ -62,7 +62,6 @@ from tidegate.http.views import (
 from tidegate.spine.models import check_body
 from tidegate.spine.native import endpoint_named
 from tidegate.store.records import Earlier, NewJob, RequestRecord
-from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Parent, parent_in
 

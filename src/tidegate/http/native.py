@@ -19,7 +19,7 @@ from uuid import UUID
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from tidegate.call import ANYBODY, NO_BUDGETS, Caller, new_id
+from tidegate.call import ANYBODY, NO_BUDGETS, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, endpoint_in, methods_at
 from tidegate.dialects.headers import content_type_in, to_send
 from tidegate.dialects.requests import parsed
@@ -52,7 +52,6 @@ from tidegate.spine.native import MAX_BYTES, NativeCall, check_files
 from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState
 from tidegate.store.records import Idempotency
-from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import HEADER, Tracing, parent_of
 

@@ -18,7 +18,7 @@ from fastapi import Query as FromQuery
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import Kind
+from tidegate.call import Kind, Status
 from tidegate.errors import AlreadyEnded, InvalidRequest, NotFound
 from tidegate.http.guards import Reader, RecordReader, admin_router, admit_admin, caller_of
 from tidegate.http.jobs import charged_view, until_changed
@@ -37,7 +37,6 @@ from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting
 from tidegate.record import ActiveCall
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
-from tidegate.store.states import Status
 from tidegate.store.usage import COUNTS, MOST_ROWS, Total
 
 _CONFIRMED_WITHIN_S = 2.0

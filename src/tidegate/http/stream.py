@@ -27,6 +27,7 @@ from tidegate.call import (
     Kind,
     Media,
     Picture,
+    Status,
     UsageReport,
     new_id,
 )
@@ -51,7 +52,6 @@ from tidegate.record import CallRecord, Failure, OutputFile
 from tidegate.spine.run import Terms
 from tidegate.store.blobs import new_key
 from tidegate.store.records import NewJob
-from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Parent, parent_in
 

@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import Classification, ClassifiedBy, Kind, Usage
+from tidegate.call import Classification, ClassifiedBy, Kind, Status, Usage
 from tidegate.errors import NotFound
 from tidegate.record import Failure
 from tidegate.store.blobs import Blobs
@@ -27,7 +27,6 @@ from tidegate.store.records import (
     WebhookRecord,
 )
 from tidegate.store.requests import Listed
-from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
 _EXTENSIONS = {

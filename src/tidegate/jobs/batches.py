@@ -22,7 +22,7 @@ from uuid import UUID
 
 import orjson
 
-from tidegate.call import Caller, new_id
+from tidegate.call import Caller, Status, new_id
 from tidegate.dialects import dialect_of, endpoint_of
 from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
 from tidegate.errors import (
@@ -57,7 +57,6 @@ from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, BatchLine
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.notifications import BATCHES
 from tidegate.store.records import Json
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail

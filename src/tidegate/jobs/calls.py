@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from tidegate.call import Caller
+from tidegate.call import Caller, Status
 from tidegate.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -21,7 +21,6 @@ from tidegate.spine.prompt import Ask
 from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.records import ClaimedJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 from tidegate.telemetry.tracing import Trail

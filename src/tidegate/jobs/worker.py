@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, Call, Kind, Media, new_id
+from tidegate.call import DEFAULT_POOL, Call, Kind, Media, Status, new_id
 from tidegate.errors import (
     ClaimLost,
     DeadlineExceeded,
@@ -54,7 +54,6 @@ from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import UNSURE
 from tidegate.store.records import ClaimedJob, FailedTry
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import parent_of

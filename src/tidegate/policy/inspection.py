@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from tidegate.call import CLASSIFIER_LIMIT
+from tidegate.call import CLASSIFIER_LIMIT, Status
 from tidegate.errors import InvalidRequest, NotFound, StoreUnavailable
 from tidegate.limiter import (
     MAX_BOUND,
@@ -36,7 +36,6 @@ from tidegate.limiter import (
 from tidegate.policy.format import MEASURES, TOTAL, in_words, plain_model, to_plain, whom_it_binds
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.store.requests import ActiveRequests, RunningCall, Whereabouts
-from tidegate.store.states import Status
 from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log, get_logger
 

@@ -26,7 +26,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import new_id
+from tidegate.call import Status, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure, Source
 from tidegate.store import records as rows
@@ -44,7 +44,6 @@ from tidegate.store.records import (
     dumps,
 )
 from tidegate.store.spill import Spill
-from tidegate.store.states import Status
 from tidegate.store.usage import READ, Spending, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
 

@@ -18,7 +18,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import DEFAULT_POOL, UNKNOWN_CHARGE, Caller
+from tidegate.call import DEFAULT_POOL, UNKNOWN_CHARGE, Caller, Status
 from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
 from tidegate.record import CallRecord, Failure
 from tidegate.store import records as rows
@@ -26,9 +26,8 @@ from tidegate.store.audit import AuditLog, Prepared
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
 from tidegate.store.notifications import BATCHES, Notifications
-from tidegate.store.queue import Lookback
+from tidegate.store.queue import MAX_LAPSES, Lookback
 from tidegate.store.records import Idempotency, Json
-from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.telemetry.logging import Log, get_logger
 
 AMBIGUOUS = "ambiguous"

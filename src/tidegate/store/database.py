@@ -664,9 +664,8 @@ async def migrate(url: str) -> str | None:
     try:
         before = await _revision_alone(connection)
         if before is not None and before < FIRST:
-            raise ConfigError(
-                "DATABASE_URL", "(its database)", f"{UNRELEASED.format(before)}; {START_EMPTY}"
-            )
+            names = f"names a database {UNRELEASED.format(before)}; {START_EMPTY}"
+            raise ConfigError("DATABASE_URL", None, names)
         if before is None or before < HEAD:
             await asyncio.to_thread(_upgrade, url)
         async with connection.transaction():

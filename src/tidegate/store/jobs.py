@@ -20,7 +20,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import DEFAULT_POOL, Attachment, Caller, Caps, Kind, new_id
+from tidegate.call import DEFAULT_POOL, Attachment, Caller, Caps, Kind, Status, new_id
 from tidegate.errors import (
     AlreadyEnded,
     IdempotencyConflict,
@@ -39,7 +39,6 @@ from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import UNSURE, Notifications
 from tidegate.store.records import Earlier, FileRecord, NewJob
 from tidegate.store.requests import RequestDetail
-from tidegate.store.states import Status
 
 TIMEOUT_MS = 2_000
 CANCELLED = RequestCancelled("its owner cancelled it")

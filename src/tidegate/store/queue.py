@@ -24,7 +24,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import Classification, Kind, new_id
+from tidegate.call import Classification, Kind, Status, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
@@ -33,7 +33,6 @@ from tidegate.store.database import Connections, GroupWriter, Steadiness, count_
 from tidegate.store.jobs import CANCELLED_FAILURE
 from tidegate.store.notifications import UNSURE, Notifications
 from tidegate.store.records import ClaimedJob, FailedTry, Json
-from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.telemetry.logging import Log, get_logger
 
 _ALL = 2**62  # after every transaction
@@ -503,6 +502,7 @@ class ExpiredClaims:
         self.lookback.end(look, complete=retaken < AT_ONCE)
 
 
+MAX_LAPSES = 3  # workers that may die under a job before it counts as the killer
 _WORKER_DIED = Failure(
     code="worker_died",
     message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",

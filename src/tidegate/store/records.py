@@ -25,13 +25,13 @@ from tidegate.call import (
     Classification,
     ClassifiedBy,
     Kind,
+    Status,
     Usage,
     UsageDetails,
     UsageState,
     new_id,
 )
 from tidegate.record import CallRecord, Failure, OutputFile
-from tidegate.store.states import Status
 from tidegate.telemetry.tracing import Trail
 
 

@@ -20,7 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
-from tidegate.call import Classification, ClassifiedBy, Kind, Usage, UsageDetails
+from tidegate.call import Classification, ClassifiedBy, Kind, Status, Usage, UsageDetails
 from tidegate.errors import NotFound
 from tidegate.record import Failure
 from tidegate.store import records as rows
@@ -29,7 +29,6 @@ from tidegate.store.database import Connections, ReadTurns, sql
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import webhook_of
 from tidegate.store.records import FileRecord, RequestRecord, details_of, record_of
-from tidegate.store.states import Status
 
 MOST_LOOKED_AT = 20_000
 _READ_TIMEOUT_MS = 2_000

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
-from tidegate.call import Classification, ClassifiedBy, Kind, new_id
+from tidegate.call import Classification, ClassifiedBy, Kind, Status, new_id
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter, forget_pool
 from tidegate.policy.format import to_plain
@@ -26,7 +26,6 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections
 from tidegate.store.diagnostics import Trial
 from tidegate.store.records import NewJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.supervisor.services import Ground, environment_of
 from tidegate.verify.plan import KIND, VerifiedPool, clean_pool, finish, until

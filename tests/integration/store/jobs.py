@@ -12,12 +12,12 @@ from tidegate.call import (
     Classification,
     ClassifiedBy,
     Kind,
+    Status,
     Usage,
     new_id,
 )
 from tidegate.record import CallRecord, Failure, OutputFile, Source
 from tidegate.store.records import NewJob
-from tidegate.store.states import Status
 
 
 def now() -> datetime:

@@ -12,11 +12,10 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result, unadmitted
 from tests.waiting import wait_until
-from tidegate.call import DEFAULT_POOL, Kind, new_id
+from tidegate.call import DEFAULT_POOL, Kind, Status, new_id
 from tidegate.errors import AlreadyEnded, ClaimLost, NotFound
 from tidegate.record import Failure
 from tidegate.store.records import ClaimedJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 

@@ -15,11 +15,11 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until, work_for
-from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.call import DEFAULT_POOL, Kind, Status
 from tidegate.errors import ClaimLost, NotFound, StoreUnavailable
 from tidegate.store.database import sql
+from tidegate.store.queue import MAX_LAPSES
 from tidegate.store.records import ClaimedJob
-from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.store.store import Store
 
 LEASE_MS = 300

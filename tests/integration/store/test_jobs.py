@@ -21,11 +21,10 @@ from tests.integration.store.jobs import (
     unadmitted,
     upload,
 )
-from tidegate.call import DEFAULT_POOL, Classification, ClassifiedBy, Kind, Usage, new_id
+from tidegate.call import DEFAULT_POOL, Classification, ClassifiedBy, Kind, Status, Usage, new_id
 from tidegate.errors import ClaimLost, NotFound
 from tidegate.record import Failure
 from tidegate.store.records import ClaimedJob, NewJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 

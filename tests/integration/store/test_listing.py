@@ -11,10 +11,9 @@ import pytest
 
 from tests.integration.store.jobs import UNSURE, new_job, now, unadmitted
 from tests.waiting import wait_until
-from tidegate.call import Kind, new_id
+from tidegate.call import Kind, Status, new_id
 from tidegate.store import requests as listing
 from tidegate.store.requests import START, Filter, ListCursor
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 ALL = Filter()

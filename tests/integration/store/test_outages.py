@@ -18,11 +18,10 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import TEXT, new_job, result
 from tests.waiting import promised_s, wait_until, work_for
-from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.call import DEFAULT_POOL, Kind, Status
 from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
 from tidegate.store.records import ClaimedJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 LEASE_MS = 600

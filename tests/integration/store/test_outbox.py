@@ -13,13 +13,12 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until
-from tidegate.call import DEFAULT_POOL, Kind, new_id
+from tidegate.call import DEFAULT_POOL, Kind, Status, new_id
 from tidegate.errors import ClaimLost, NotFound
 from tidegate.record import Failure
 from tidegate.store.database import sql
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.records import ClaimedJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 URL = "https://example.com/hook"

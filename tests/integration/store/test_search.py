@@ -11,12 +11,11 @@ import pytest
 
 from tests.integration.store.jobs import new_job, now, unadmitted, upload
 from tests.waiting import wait_until
-from tidegate.call import Kind, new_id
+from tidegate.call import Kind, Status, new_id
 from tidegate.record import CallRecord, Failure
 from tidegate.store import requests as search
 from tidegate.store.database import sql
 from tidegate.store.requests import END, SearchFilter
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 ALL = SearchFilter()

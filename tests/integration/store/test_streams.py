@@ -11,12 +11,11 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, picture, result, unadmitted, upload
 from tests.waiting import promised_s, wait_until
-from tidegate.call import Usage
+from tidegate.call import Status, Usage
 from tidegate.embedded.servers import PostgresServer
 from tidegate.record import CallRecord, Failure
 from tidegate.store import audit as recorder
 from tidegate.store.records import NewJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 

@@ -12,11 +12,10 @@ import pytest
 
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, unadmitted, upload
-from tidegate.call import DEFAULT_POOL, Kind, new_id
+from tidegate.call import DEFAULT_POOL, Kind, Status, new_id
 from tidegate.errors import IdempotencyConflict
 from tidegate.record import Failure
 from tidegate.store.records import Earlier, Idempotency, NewJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 SAME, OTHER = "a" * 64, "b" * 64

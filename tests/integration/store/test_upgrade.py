@@ -177,8 +177,8 @@ async def test_a_database_before_the_first_release_stops_the_start_with_one_line
         (line,) = done.complained.splitlines()
         assert (done.code, done.said) == (2, "")
         assert line == (
-            f"tidegate: DATABASE_URL=(its database): at revision {revision}, which no release had:"
-            " it cannot be upgraded; export its rows with pg_dump where they are needed,"
+            f"tidegate: DATABASE_URL names a database at revision {revision}, which no release"
+            " had: it cannot be upgraded; export its rows with pg_dump where they are needed,"
             " then start with an empty database"
         )
     assert await rows_of(url_0_1_0) == before

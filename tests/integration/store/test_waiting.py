@@ -10,12 +10,11 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, result
 from tests.waiting import wait_until
-from tidegate.call import DEFAULT_POOL, Kind, new_id
+from tidegate.call import DEFAULT_POOL, Kind, Status, new_id
 from tidegate.errors import NotFound
 from tidegate.store import notifications as watch
 from tidegate.store.notifications import LANES, Notifications
 from tidegate.store.records import ClaimedJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 

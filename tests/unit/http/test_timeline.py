@@ -9,13 +9,12 @@ from uuid import UUID
 import pytest
 
 from tidegate import errors
-from tidegate.call import Classification, ClassifiedBy, Kind, Usage
+from tidegate.call import Classification, ClassifiedBy, Kind, Status, Usage
 from tidegate.http.admin.requests import StepView, timeline
 from tidegate.http.problems import advice
 from tidegate.record import Failure
 from tidegate.store.records import RequestRecord
 from tidegate.store.requests import AttemptRecord, DeliveryRecord, RequestDetail
-from tidegate.store.states import Status
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ID = UUID(int=1)

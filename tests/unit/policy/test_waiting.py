@@ -7,11 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tidegate.call import new_id
+from tidegate.call import Status, new_id
 from tidegate.limiter import LimitView, QueueView, Snapshot
 from tidegate.policy.inspection import waiting
 from tidegate.store.requests import Whereabouts
-from tidegate.store.states import Status
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 QUEUED = Whereabouts(

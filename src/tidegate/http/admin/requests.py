@@ -24,7 +24,7 @@ from fastapi import Query as FromQuery
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import ClassifiedBy, Kind
+from tidegate.call import ClassifiedBy, Kind, Status
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
 from tidegate.http.admin.limits import Done, Signed, control_in, described, read_json
 from tidegate.http.guards import admin_router
@@ -62,7 +62,6 @@ from tidegate.store.requests import (
     Role,
     SearchFilter,
 )
-from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
 
 What = Literal[
