@@ -307,9 +307,8 @@ async def test_a_killed_processs_spill_is_replayed_by_the_next_with_its_folder(
 import asyncio, os, signal, sys
 from pathlib import Path
 from tests.integration.store.jobs import new_job, result
-from tidegate.call import Kind
+from tidegate.call import Kind, Status
 from tidegate.store.blobs import Blobs
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 async def main(url, folder):
