@@ -38,9 +38,8 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.jobs.calls import targets_of
+from tidegate.jobs.calls import is_of_upstream, retry_wait_ms, targets_of
 from tidegate.jobs.outages import Held, Key, Look, Turn
-from tidegate.jobs.retry import is_of_upstream, retry_wait_ms
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config

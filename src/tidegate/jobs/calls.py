@@ -1,17 +1,26 @@
-"""Calls of jobs: who pays, where they can go, their record, and calls that jobs wrap."""
+"""Calls of jobs: who pays, where they can go, their record, and when they are tried again."""
 
 from __future__ import annotations
 
+import random
 from datetime import UTC, datetime
 
 from tidegate.call import Caller, Status
 from tidegate.errors import (
+    BudgetExceeded,
+    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
+    LeaseLost,
+    LimiterUnavailable,
     LimitPaused,
     LimitUsedUp,
     NotFound,
+    QueueFull,
+    ShuttingDown,
+    StoreUnavailable,
     TidegateError,
+    UpstreamError,
 )
 from tidegate.jobs.outages import Key
 from tidegate.record import CallRecord, Failure
@@ -34,6 +43,19 @@ _OTHER_ENDS = {
         Status.EXPIRED,
     ),
 }
+# Says nothing of the job: somebody, perhaps another worker, can do it later.
+NOT_THE_JOBS_FAULT = (
+    LimiterUnavailable,
+    QueueFull,
+    StoreUnavailable,
+    LeaseLost,
+    ShuttingDown,
+    ConfigError,
+)
+_FIRST_WAIT_MS = 500
+_LONGEST_WAIT_MS = 60_000
+_SPENT_WAIT_MS = 60_000
+_LONGEST_SERVER_WAIT_MS = 86_400_000
 log_job = FrequentLog(Log.JOB_DONE)
 
 
@@ -133,3 +155,35 @@ async def run_wrapped(
         await collected(relay, call, record, admitted)
     except CallFailed as failed:
         raise failed.error from None
+
+
+def is_of_upstream(error: TidegateError | None) -> bool:
+    """Whether a fault is the upstream's: it uses up no attempt, and `Outages` says when to ask
+    again."""
+    return isinstance(error, UpstreamError) and error.of_upstream
+
+
+def spent_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
+    """Milliseconds until a job whose tenant has spent its budget is looked at again: when the next
+    period begins, and every minute or so before, since a budget can be raised. None for others."""
+    if not isinstance(error, BudgetExceeded):
+        return None
+    look = (rng or random).uniform(_SPENT_WAIT_MS / 2, _SPENT_WAIT_MS)
+    return max(1, round(min(look, error.retry_after_ms or look)))
+
+
+def retry_wait_ms(
+    error: TidegateError, attempts: int, max_attempts: int, rng: random.Random | None = None
+) -> int | None:
+    """Milliseconds until the next attempt, or None when there is to be none.
+
+    `attempts` counts those made, this one included. Exponential backoff with full jitter (Brooker,
+    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015); what the server directs is the
+    least, and its jitter is only added, since coming earlier would be refused again.
+    """
+    if not error.retryable or attempts >= max_attempts:
+        return None
+    ceiling = min(_LONGEST_WAIT_MS, _FIRST_WAIT_MS * 2 ** (attempts - 1))
+    jitter = (rng or random).uniform(0, ceiling)
+    directed = min(error.retry_after_ms or 0, _LONGEST_SERVER_WAIT_MS)
+    return round(directed + (jitter if not directed else jitter / 4))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import random
 import time
 from base64 import b64decode, b64encode
 from collections import Counter
@@ -19,7 +20,6 @@ from typing import Any
 import orjson
 
 from tidegate.errors import NotFound, StoreUnavailable
-from tidegate.jobs.retry import webhook_wait_ms
 from tidegate.policy.tenants import webhook_secret_of
 from tidegate.settings import Config
 from tidegate.store.outbox import Delivery
@@ -34,6 +34,9 @@ _LOOK_EVERY_S = 0.5
 _LAST_ANSWERS_S = 1.0
 _LEASE_FACTOR = 2
 _GONE = 410
+# After each try to deliver a webhook but the last.
+_WAITS_MS = (5_000, 30_000, 120_000, 600_000, 3_600_000, 21_600_000)
+_JITTER = 0.2
 
 log = get_logger()
 
@@ -163,6 +166,17 @@ def payload(delivery: Delivery, record: RequestRecord) -> bytes:
         "data": {name: value for name, value in data.items() if value is not None},
     }
     return orjson.dumps(event, option=orjson.OPT_UTC_Z)
+
+
+def webhook_wait_ms(tries: int, rng: random.Random | None = None) -> int | None:
+    """Milliseconds until a webhook is tried again, or None when it is given up.
+
+    `tries` counts those made. Jitter spreads those that a receiver's outage has gathered.
+    """
+    if tries > len(_WAITS_MS):
+        return None
+    spread = (rng or random).uniform(1 - _JITTER, 1 + _JITTER)
+    return round(_WAITS_MS[tries - 1] * spread)
 
 
 def _said(record: RequestRecord) -> dict[str, Any]:

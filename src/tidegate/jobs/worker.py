@@ -32,18 +32,21 @@ from tidegate.errors import (
 )
 from tidegate.jobs.batches import BatchRunner
 from tidegate.jobs.calls import (
+    NOT_THE_JOBS_FAULT,
     ask_of,
     internal,
+    is_of_upstream,
     log_end,
     payer_of,
     record_of,
+    retry_wait_ms,
     run_wrapped,
+    spent_wait_ms,
     status_of,
     targets_of,
     time_left_ms,
 )
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
-from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
 from tidegate.limiter import Limiter, Permit
 from tidegate.record import RETRIED, CallRecord, Failure, OutputFile
 from tidegate.settings import Config

@@ -15,7 +15,7 @@ from tests.integration.batches.conftest import MakeSdk, sdk
 from tests.integration.native.test_totals import fronts
 from tests.integration.tenants.asking import ADMIN_TOKEN, key_of, submitted
 from tests.waiting import wait_until
-from tidegate.jobs import retry
+from tidegate.jobs import calls
 
 __all__ = ["sdk"]
 
@@ -97,7 +97,7 @@ async def test_a_refused_call_has_spent_nothing_of_a_limit_of_tokens(
 async def test_jobs_wait_for_a_budget_and_none_fails(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, wrapped: bool
 ) -> None:
-    monkeypatch.setattr(retry, "_SPENT_WAIT_MS", 400)
+    monkeypatch.setattr(calls, "_SPENT_WAIT_MS", 400)
     gateway = await open_gateway(**ON, rate_limits={"text_only": 2})
     acme = await spending_slowly(gateway)
     path, body = fronts("Work")[0]

@@ -15,7 +15,8 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamUnavailable,
 )
-from tidegate.jobs.retry import retry_wait_ms, webhook_wait_ms
+from tidegate.jobs.calls import retry_wait_ms
+from tidegate.jobs.webhooks import webhook_wait_ms
 
 
 @pytest.mark.parametrize(
