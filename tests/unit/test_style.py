@@ -25,6 +25,7 @@ MOST_LINES = 900
 MOST_LINES_OF_A_FUNCTION = 60
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
+BROAD = {"Exception", "BaseException"}
 SKIPS = {"skip", "skipif", "xfail", "importorskip"}
 LEFT_UNDONE = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/")
@@ -167,6 +168,19 @@ def log_events_spelled_outside_telemetry() -> Iterator[tuple[Path, str]]:
                 yield path, f"line {node.lineno}: use a member of telemetry.Log"
 
 
+def broad_excepts_without_a_reason() -> Iterator[tuple[Path, str]]:
+    for path, _ in python("src", words=BROAD):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in nodes(path):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            caught = ast.walk(node.type) if node.type is not None else ()
+            if node.type is None or any(isinstance(n, ast.Name) and n.id in BROAD for n in caught):
+                beside, below = lines[node.lineno - 1 : node.lineno + 1]
+                if "#" not in beside and not below.lstrip().startswith("#"):
+                    yield path, f"line {node.lineno}: say in a comment why, or narrow it"
+
+
 def called(node: ast.Call) -> str:
     """The last word of what is called: `sleep` for `asyncio.sleep(1)` and for `sleep(1)`."""
     if isinstance(node.func, ast.Attribute):
@@ -185,6 +199,7 @@ RULES: list[Callable[[], Iterator[tuple[Path, str]]]] = [
     left_undone,
     machine_paths,
     log_events_spelled_outside_telemetry,
+    broad_excepts_without_a_reason,
 ]
 
 

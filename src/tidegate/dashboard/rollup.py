@@ -83,7 +83,7 @@ class Rollup:
             return
         try:
             await self._history.write([(span, self._tallies[span]) for span in changed])
-        except BaseException:
+        except BaseException:  # cancellation too: the spans are still to be written
             self._changed |= changed & self._tallies.keys()
             raise
 

@@ -281,7 +281,7 @@ def ensure(
             folder.want(name)
         urls = _await_ready(folder, services, idle_s, deadline)
         return ServersLease(folder, descriptor, urls, idle_s)
-    except BaseException:
+    except BaseException:  # an interrupt too: the lock would keep the servers running
         os.close(descriptor)
         raise
 

@@ -810,7 +810,7 @@ class ValkeyServer:
         try:
             probe.settimeout(timeout_s)
             probe.connect(str(uncleaned(path) if self._to_clean else path))
-        except BaseException:
+        except BaseException:  # an interrupt too: the socket must not stay open
             probe.close()
             raise
         return probe

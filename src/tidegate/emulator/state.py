@@ -446,7 +446,7 @@ class EmulatorState:
         except (asyncio.CancelledError, ConnectionError):
             self.ledger.end(call, "client_gone")
             raise
-        except BaseException:
+        except BaseException:  # of whatever kind: the log of calls notes how this one ended
             self.ledger.end(call, "failed")
             raise
         finally:

@@ -398,7 +398,7 @@ class _Front:
         try:
             await self._services.budgets.check(call.terms.caller)
             await self._services.relay.run(call, self, self._record)
-        except BaseException:
+        except BaseException:  # cancellation too: calls that wait for this one must not wait on
             once.failed()
             raise
 

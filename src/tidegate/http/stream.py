@@ -105,7 +105,7 @@ async def stream(request: Request) -> Response:
             parent=parent_in(request.scope["headers"]),
         )
         await answer.check_models()
-    except BaseException:
+    except BaseException:  # cancellation too: the places that it holds are returned
         opening.close()
         hold.release()
         raise

@@ -616,7 +616,7 @@ async def _keep(uploads: list[Upload], blobs: Blobs) -> tuple[Attachment, ...]:
             kept.append(attachment)
             # A put that is cut off may still land: let it end, so that deleting comes after it.
             await _to_the_end(_put(attachment.blob_key, upload, blobs))
-    except BaseException as failed:
+    except BaseException as failed:  # cancellation too: no blob may stay without a request
         try:
             await _to_the_end(blobs.delete([attachment.blob_key for attachment in kept]))
         except StoreUnavailable as left:

@@ -81,7 +81,7 @@ class LimitMiddleware:
                 response = await handler(request)
                 exchange.answered(response.status, _closer(exchange, response))
             await self._watch(exchange, response)
-        except BaseException as error:
+        except BaseException as error:  # cancellation too: the permit is returned with the outcome
             await exchange.fail(error)
             raise
         return response

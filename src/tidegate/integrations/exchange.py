@@ -193,7 +193,7 @@ class LimitedExchange:
         await self._hold.take()
         try:
             await self._hold.confirm()
-        except BaseException:
+        except BaseException:  # cancellation too: nothing is sent, so the permit is returned
             self._release("ignored", None)
             raise
 
@@ -345,7 +345,7 @@ class SyncExchange:
         assert self._permit is not None
         try:
             self._permit.confirm()
-        except BaseException:
+        except BaseException:  # an interrupt too: nothing is sent, so the permit is returned
             self._shut("ignored", None)
             raise
 
@@ -481,6 +481,7 @@ class AsyncBody:
                 async with exchange.using():
                     chunk = await anext(chunks, None)
             except BaseException as error:
+                # Cancellation too: the permit is returned with the outcome.
                 await exchange.fail(error)
                 raise
             if chunk is None:
@@ -516,6 +517,7 @@ class SyncBody:
                 with exchange.using():
                     chunk = next(chunks, None)
             except BaseException as error:
+                # An interrupt too: the permit is returned with the outcome.
                 exchange.fail(error)
                 raise
             if chunk is None:
@@ -621,7 +623,7 @@ class AsyncTransport(_Transport[RequestT, ResponseT, InnerT, Limiter]):
             if review.pause_ms is not None:
                 await exchange.pause(review.pause_ms)
             return self._handed_on(response, exchange, review)
-        except BaseException as error:
+        except BaseException as error:  # cancellation too: the permit is returned with the outcome
             await exchange.fail(error)
             raise
 
@@ -652,7 +654,7 @@ class SyncTransport(_Transport[RequestT, ResponseT, InnerT, SyncLimiter]):
             if review.pause_ms is not None:
                 exchange.pause(review.pause_ms)
             return self._handed_on(response, exchange, review)
-        except BaseException as error:
+        except BaseException as error:  # an interrupt too: the permit is returned with the outcome
             exchange.fail(error)
             raise
 

@@ -226,7 +226,7 @@ class LineCaller:
         """The top of a line's task: it must not stay claimed."""
         try:
             await self._call(one)
-        except Exception:
+        except Exception:  # the top of a task: logged, and the line ends as failed
             log.exception(Log.INTERNAL_ERROR, request_id=str(one.line.id))
             error = TidegateError("an internal error; it has been logged")
             await self._finish(one.line, _record_of(one.line, None), error, None)

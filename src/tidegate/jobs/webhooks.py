@@ -97,7 +97,7 @@ class WebhookSender:
             await self._settle(delivery, answer)
         except (NotFound, StoreUnavailable):
             return
-        except Exception:  # the top of a task
+        except Exception:  # the top of a task: logged, and due again when its claim is over
             log.exception(Log.INTERNAL_ERROR, request_id=str(delivery.request_id))
 
     def _headers(self, delivery: Delivery, body: bytes) -> dict[str, str]:

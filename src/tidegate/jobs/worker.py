@@ -519,7 +519,7 @@ class Worker:
         """The top of a job's task: a job must not stay claimed by a worker that is done with it."""
         try:
             await work()
-        except Exception:
+        except Exception:  # the top of a task: logged, and the job ends as failed
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
             await self._end_unadmitted(job, record_of(job), internal())
         finally:
@@ -547,7 +547,7 @@ class Worker:
                 raise
             end_cancelling()
             failure = CANCELLED
-        except Exception:  # nobody foresaw it; what the attempt has brought is recorded
+        except Exception:  # an unforeseen error: logged, and what the attempt brought is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
             failure = internal()
         if run.turn is not None or is_of_upstream(failure):

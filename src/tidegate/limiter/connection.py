@@ -499,6 +499,7 @@ class ExchangeLoop:
                 session.failed(str(error))
                 retry_s = min(max(retry_s * 2, 0.01), session.lease.lease_ms / 6000)
             except Exception as fault:
+                # A bug of ours: logged, and tried again, as waiters depend on it.
                 logger.exception("limiter: a fault of its own")
                 session.failed(f"{type(fault).__name__}: {fault}")
                 retry_s = session.lease.lease_ms / 6000
@@ -526,7 +527,7 @@ class ExchangeLoop:
         sent_ms = session.lease.now_ms()
         try:
             raw = await self._link.run(script, self._keys, pack_request(request), deadline_s)
-        except BaseException:
+        except BaseException:  # cancellation too: Valkey may have applied the batch
             session.unanswered(batch)
             raise
         left = session.answered(batch, request, unpack_reply(raw), sent_ms)

@@ -371,7 +371,7 @@ class Acquisition:
         self._waiter = waiter
         try:
             return await waiter.future
-        except BaseException:
+        except BaseException:  # cancellation too: the ticket is given up, or its permit returned
             self._issuer.abandon(waiter)
             raise
         finally:
@@ -390,7 +390,7 @@ class Acquisition:
         try:
             while self._permit is not None and self._issuer.is_late(self._permit._holding):
                 await self._ask_again()
-        except BaseException:
+        except BaseException:  # cancellation too: the permit would stay held
             permit, self._permit = self._permit, None
             if permit is not None:
                 self._issuer.release(permit._holding, "ignored", Tokens(), 0, usage_later=False)

@@ -116,7 +116,7 @@ class ThreadPermit:
             permit = taking.result()
         except concurrent.futures.CancelledError:
             raise ShuttingDown("the limiter is closing") from None
-        except BaseException:
+        except BaseException:  # an interrupt too: the ticket is returned
             self._limiter.tell(hold.abandon)
             raise
         return None if permit is None else SyncPermit(permit, self.lost, self._confirm)
@@ -234,7 +234,7 @@ class SyncLimiter:
         self._thread.start()
         try:
             self._started.result()
-        except BaseException:
+        except BaseException:  # an interrupt too: the thread must not run on
             self.close()
             raise
 
@@ -258,6 +258,7 @@ class SyncLimiter:
         try:
             asyncio.run(self._serve())
         except BaseException as error:
+            # A failed start is raised to its caller, later faults in the thread.
             # A start that failed is raised to its caller; later faults are the thread's.
             if self._started.done():
                 raise

@@ -178,7 +178,7 @@ class Server:
                     connection = self._make(ask)
                     left_s = (limit.when() or 0.0) - asyncio.get_running_loop().time()
                     answer = await _put(connection, ask, left_s)
-        except BaseException:
+        except BaseException:  # cancellation too: the connection must not stay open
             if connection is not None:
                 close_now(connection)
             raise
@@ -201,7 +201,7 @@ class Server:
                     raise TimeoutError("no server of the pool was found in time")
                 connection = self._make_blocking(ask, left_s / 2 if ask.seed else timeout_s)
                 answer = _put_blocking(connection, ask)
-        except BaseException:
+        except BaseException:  # an interrupt too: the connection must not stay open
             if connection is not None:
                 connection.disconnect()  # type: ignore[no-untyped-call]
             raise

@@ -304,7 +304,7 @@ async def _asked(of: str, work: Awaitable[T]) -> T | None:
     except (LimiterUnavailable, StoreUnavailable, TimeoutError) as away:
         log.debug(Log.SCRAPE_INCOMPLETE, missing=of, detail=repr(away))
         return None
-    except Exception:  # of one part, which must not take the rest with it
+    except Exception:  # logged: one part of a scrape must not take the rest with it
         log.exception(Log.INTERNAL_ERROR, component="metrics")
         return None
 

@@ -233,6 +233,7 @@ class Connections:
                 commit.sent = True
                 await connection.execute("COMMIT")
             except BaseException as failed:
+                # Cancellation too: the connection is within a transaction.
                 cut_off = connection.is_closed()
                 connection.terminate()
                 if cut_off and isinstance(failed, AttributeError):
@@ -288,7 +289,7 @@ class Connections:
         watchdog = loop.call_at(deadline, connection.terminate)
         try:
             await connection.execute("SELECT 1")
-        except BaseException as failed:
+        except BaseException as failed:  # cancellation too: the connection must not stay open
             connection.terminate()
             if isinstance(failed, Exception) and loop.time() >= deadline:
                 raise TimeoutError from failed

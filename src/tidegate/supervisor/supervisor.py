@@ -239,7 +239,7 @@ class Family:
         process, pipe = await self._born(child)
         try:
             why = await _not_ready(process, pipe)
-        except BaseException:
+        except BaseException:  # cancellation too: the new process must not outlive its renewal
             await self._end(process)
             raise
         finally:
@@ -288,7 +288,7 @@ class Family:
         hears, says = os.pipe()
         try:
             process = await self._spawn(child, {READY_PIPE: str(says)}, (says,))
-        except BaseException:
+        except BaseException:  # cancellation too: the pipe has no reader but this
             os.close(hears)
             raise
         finally:

@@ -30,6 +30,7 @@ from google.genai import types
 
 from tidegate.dialects import refusals
 from tidegate.errors import (
+    TidegateError,
     UpstreamError,
     UpstreamGarbled,
     UpstreamRejected,
@@ -251,7 +252,7 @@ class SdkExchange(httpx2.AsyncByteStream):
                 pieces.append(piece)
                 if self._size_bytes > MOST_GATHERED_BYTES:
                     return b"".join(pieces)
-        except (Exception, asyncio.CancelledError) as end:
+        except (TidegateError, asyncio.CancelledError) as end:
             came = whole_events(b"".join(pieces))
             if not came:
                 raise
@@ -350,7 +351,7 @@ class SdkClient(httpx2.AsyncClient):
             wire = self._wire or await self._opened()
             place = wire.place(request.whole_url)
             exchange = await wire.open(request.method, place, fields, request.body)
-        except BaseException:
+        except BaseException:  # cancellation too: the exchange must not stay open
             await call.aclose()
             raise
         response = call.answered(exchange, gathers=scope is not None and scope.gathers)

@@ -565,7 +565,7 @@ class RelayWire:
             try:
                 await exchange.begun()
                 return exchange
-            except BaseException as failed:
+            except BaseException as failed:  # cancellation too: the exchange must not stay open
                 crossed = connection is kept and exchange.has_crossed(failed)
                 exchange.close()
                 # A connection is really closed in the loop's next round: its permit goes after
