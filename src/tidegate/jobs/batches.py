@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import time
 from codecs import BOM_UTF8
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -39,6 +40,7 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.jobs.calls import is_of_upstream, retry_wait_ms, targets_of
+from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure
@@ -64,7 +66,6 @@ WINDOW = 128
 MOST_BYTES = 32_000_000  # of the bodies that are claimed at a time
 _STRAYS_EVERY_S = 5.0
 _AWAY_S = 0.25
-_OUT_S = 0.25
 _IDLE_MS = 500
 _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
 _AGAIN_MS = 500.0
@@ -91,6 +92,10 @@ class _ActiveLine:
     turn: Turn | None = None
 
     @property
+    def request_id(self) -> UUID:
+        return self.line.id
+
+    @property
     def waits(self) -> bool:
         return self.record.waits and not self.is_over
 
@@ -100,7 +105,7 @@ class _ActiveLine:
 
 
 class LineCaller:
-    """One process's share of all lines. `tasks` are those under way."""
+    """One process's share of all lines."""
 
     def __init__(self, config: Config, store: Store, relay: Relay, held: Held) -> None:
         self._held = held
@@ -108,69 +113,54 @@ class LineCaller:
         self._config = config
         self._store = store
         self._relay = relay
-        self._tasks: dict[asyncio.Task[None], _ActiveLine] = {}
-        self._freed = asyncio.Event()
+        self._strays_released_at = time.monotonic()
+        look = Look(a_s=_PUT_OFF_A_S, at_once=_PUT_OFF_AT_ONCE)
+        self._feeder = Feeder(
+            store.notifications,
+            BATCHES,
+            held,
+            look,
+            lambda: WINDOW,
+            claim=self._claim,
+            waits_ms=lambda claimed: self._waits_ms(claimed, look.put_off),
+            release=self._release,
+            work=self._guarded,
+            idle_ms=_IDLE_MS,
+        )
 
     async def feed(self) -> None:
         """Claim lines and begin them, for ever."""
-        loop = asyncio.get_running_loop()
-        looked_at = loop.time()
-        look = Look(a_s=_PUT_OFF_A_S, at_once=_PUT_OFF_AT_ONCE)
-        while True:
-            await self._leave_held_up()
-            free = WINDOW - len(self._tasks)
-            if free < WINDOW // 4:
-                self._freed.clear()
-                await self._freed.wait()
-                continue
-            if loop.time() - looked_at > _STRAYS_EVERY_S:
-                looked_at = loop.time()
-                await self._store.batch_lines.release_strays(
-                    one.line for one in self._tasks.values()
-                )
-            if not (free := self._held.may_claim(free)):
-                await asyncio.sleep(_OUT_S)
-                continue
-            mark = self._store.notifications.work_mark(BATCHES)
-            most = look.at(free)
-            try:
-                claimed = await self._store.batch_lines.claim(most, MOST_BYTES)
-            except StoreUnavailable:
-                self._outages.unclaimed()
-                raise
-            is_last = len(claimed) < max(1, most // 2)
-            held = await self._without_held(claimed, look.put_off)
-            if not claimed:
-                self._outages.unclaimed()
-            rest_s = look.found(held=held, free=len(claimed))
-            if more := claimed[free:]:
-                del claimed[free:]
-                await self._until_done(partial(self._store.batch_lines.release, more))
-            for line in claimed:
-                self._begin(line)
-            if rest_s:
-                await asyncio.sleep(rest_s)
-            elif is_last:
-                await self._store.notifications.wait_work(_IDLE_MS, mark, BATCHES)
+        await self._feeder.run()
 
-    async def _without_held(self, claimed: list[BatchLine], put_off: int) -> int:
-        """Return lines to the queue that nothing can be called for; how many."""
-        waits_ms = self._held.waits_ms(
-            ((line.id, self._targets_of(line)) for line in claimed), put_off
-        )
-        if waits_ms:
-            held = [line for line in claimed if line.id in waits_ms]
-            claimed[:] = [line for line in claimed if line.id not in waits_ms]
-            await self._until_done(
-                partial(self._store.batch_lines.release, held, waits_ms=waits_ms)
+    async def _claim(self, most: int) -> list[_ActiveLine]:
+        await self.leave_held_up()
+        now = time.monotonic()
+        if now - self._strays_released_at > _STRAYS_EVERY_S:
+            self._strays_released_at = now
+            await self._store.batch_lines.release_strays(
+                one.line for one in self._feeder.tasks.values()
             )
-        return len(waits_ms)
+        lines = await self._store.batch_lines.claim(most, MOST_BYTES)
+        return [_ActiveLine(line, _record_of(line, self._trail_of(line))) for line in lines]
+
+    def _trail_of(self, line: BatchLine) -> Trail | None:
+        return self._relay.spine.tracing.trail(line.id, None)
+
+    def _waits_ms(self, claimed: Iterable[_ActiveLine], before: int = 0) -> dict[UUID, int]:
+        """Of those that nothing can be called for."""
+        return self._held.waits_ms(
+            ((one.request_id, self._targets_of(one.line)) for one in claimed), before
+        )
+
+    async def _release(self, claimed: Iterable[_ActiveLine], waits_ms: Mapping[UUID, int]) -> None:
+        lines = [one.line for one in claimed]
+        await self._until_done(partial(self._store.batch_lines.release, lines, waits_ms=waits_ms))
 
     def _targets_of(self, line: BatchLine) -> tuple[Key, ...]:
         model = orjson.loads(line.body).get("model") or ""  # checked when the batch came
         return targets_of(self._relay, line.endpoint, str(model))
 
-    async def _leave_held_up(self) -> None:
+    async def leave_held_up(self) -> None:
         """Give up what waits of batches whose tenants may spend no more: it is called later."""
         over = await self._store.batch_lines.held_up()
         if over:
@@ -178,29 +168,30 @@ class LineCaller:
 
     async def leave_held(self) -> None:
         """Give up what waits for what cannot be called now: it would take the places of others."""
-        waiting = [one.line for one in self._tasks.values() if one.waits]
-        waits_ms = self._held.waits_ms((line.id, self._targets_of(line)) for line in waiting)
+        waits_ms = self._waits_ms(one for one in self._feeder.tasks.values() if one.waits)
         await self._give_up(lambda one: one.waits and one.line.id in waits_ms, waits_ms)
 
     async def leave_ended(self) -> None:
         """Give up what waits of batches that take no more calls: its turn may be far away."""
-        ids = {one.line.batch_id for one in self._tasks.values() if one.waits}
+        ids = {one.line.batch_id for one in self._feeder.tasks.values() if one.waits}
         if ids and (over := await self._store.batch_lines.over(ids)):
             await self._give_up(lambda one: one.waits and one.line.batch_id in over)
 
     async def drain(self) -> None:
         """Return what waits; what is called has the grace to end."""
         await self._give_up(lambda one: one.waits)
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=self._config.shutdown_grace_ms / 1000)
+        if self._feeder.tasks:
+            await asyncio.wait(
+                set(self._feeder.tasks), timeout=self._config.shutdown_grace_ms / 1000
+            )
         await self._give_up(lambda one: one.waits or one.is_called)
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=_LAST_RECORDS_S)
+        if self._feeder.tasks:
+            await asyncio.wait(set(self._feeder.tasks), timeout=_LAST_RECORDS_S)
 
     async def _give_up(
         self, whether: Callable[[_ActiveLine], bool], waits_ms: Mapping[UUID, int] | None = None
     ) -> None:
-        chosen = {task: one.line for task, one in self._tasks.items() if whether(one)}
+        chosen = {task: one.line for task, one in self._feeder.tasks.items() if whether(one)}
         for task in chosen:
             task.cancel()
         if not chosen:
@@ -210,17 +201,6 @@ class LineCaller:
             await self._store.batch_lines.release(chosen.values(), waits_ms=waits_ms)
         except StoreUnavailable as away:  # they return when this process is gone
             log.debug(Log.STORE_AWAY, detail=away.message)
-
-    def _begin(self, line: BatchLine) -> None:
-        trail = self._relay.spine.tracing.trail(line.id, None)
-        one = _ActiveLine(line, _record_of(line, trail))
-        task = asyncio.create_task(self._guarded(one))
-        self._tasks[task] = one
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task, None)
-        self._freed.set()
 
     async def _guarded(self, one: _ActiveLine) -> None:
         """The top of a line's task: it must not stay claimed."""
@@ -589,6 +569,7 @@ class BatchRunner:
         while True:
             await self._store.batches.expire()
             await self._lines.leave_ended()
+            await self._lines.leave_held_up()
             await self._lines.leave_held()
             await self._store.batch_lines.retake()
             while (batch := await self._store.batches.take()) is not None:
