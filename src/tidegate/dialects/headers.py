@@ -10,9 +10,7 @@ pass; unknown headers do. A wait is within 0 to `MAX_RETRY_AFTER_MS`.
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,9 +18,6 @@ from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from tidegate.dialects.spec import DialectSpec, ErrorAnswer, Headers
-from tidegate.errors import TidegateError
-from tidegate.limiter import MAX_BOUND, Limiter
-from tidegate.telemetry.logging import Log, get_logger
 
 # RFC 9110, section 7.6.1, and what Connection itself names.
 _HOP_BY_HOP = frozenset(
@@ -322,45 +317,3 @@ def _reset_ms(value: str, now: datetime) -> int | None:
         return bounded_ms(number * 1000)
     span = span_ms(value)
     return until_ms(value, now) if span is None else bounded_ms(span)
-
-
-_FRESH_S = 1.0
-
-
-class Remaining:
-    """Of one pool."""
-
-    def __init__(self, limiter: Limiter) -> None:
-        self._limiter = limiter
-        self._left: dict[str, int] = {}
-        self._texts: dict[tuple[str, ...], bytes] = {}
-        self._asked = float("-inf")
-        self._asking: asyncio.Task[None] | None = None
-
-    def of(self, limits: tuple[str, ...]) -> bytes:
-        """`kind:text_only=3, rpm:m=57`, as far as is known; empty while nothing is."""
-        now = time.monotonic()
-        if now - self._asked > _FRESH_S and self._asking is None:
-            self._asked = now
-            self._asking = asyncio.create_task(self._ask())
-        text = self._texts.get(limits)
-        if text is None:
-            known = [f"{one}={self._left[one]}" for one in limits if one in self._left]
-            text = self._texts[limits] = ", ".join(known).encode()
-        return text
-
-    async def _ask(self) -> None:
-        try:
-            snapshot = await self._limiter.snapshot()
-        except TidegateError as failed:
-            get_logger().debug(Log.STORE_AWAY, detail=failed.message)
-            self._left = {}
-        else:
-            self._left = {
-                name: max(0, view.current - view.used)
-                for name, view in snapshot.limits.items()
-                if view.bound < MAX_BOUND  # one that no policy names has none
-            }
-        finally:
-            self._texts = {}
-            self._asking = None

@@ -39,13 +39,14 @@ from tidegate.errors import (
     InvalidRequest,
     LimiterUnavailable,
     NotFound,
+    TidegateError,
     UpstreamError,
     UpstreamOut,
     UpstreamThrottled,
     UpstreamTimeout,
     UpstreamUnauthorized,
 )
-from tidegate.limiter import Acquisition, Concurrency, Limiter, Permit, limit_paused
+from tidegate.limiter import MAX_BOUND, Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.store.usage import BudgetGate
 from tidegate.telemetry.logging import Log, get_logger
@@ -120,6 +121,48 @@ def _limits_in(headers: Iterable[tuple[bytes, bytes]], at: float) -> tuple[RateS
 
 def _left(status: RateStatus) -> float:
     return float("inf") if status.remaining is None else status.remaining
+
+
+_REMAINING_FRESH_S = 1.0
+
+
+class RemainingCapacity:
+    """Remaining capacity of one pool's limits, a second old at most, as a header names it."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self._left: dict[str, int] = {}
+        self._texts: dict[tuple[str, ...], bytes] = {}
+        self._read_at = float("-inf")
+        self._reading: asyncio.Task[None] | None = None
+
+    def of(self, limits: tuple[str, ...]) -> bytes:
+        """`kind:text_only=3, rpm:m=57`, as far as is known; empty while nothing is."""
+        now = time.monotonic()
+        if now - self._read_at > _REMAINING_FRESH_S and self._reading is None:
+            self._read_at = now
+            self._reading = asyncio.create_task(self._read())
+        text = self._texts.get(limits)
+        if text is None:
+            known = [f"{one}={self._left[one]}" for one in limits if one in self._left]
+            text = self._texts[limits] = ", ".join(known).encode()
+        return text
+
+    async def _read(self) -> None:
+        try:
+            snapshot = await self._limiter.snapshot()
+        except TidegateError as failed:
+            log.debug(Log.STORE_AWAY, detail=failed.message)
+            self._left = {}
+        else:
+            self._left = {
+                name: max(0, view.current - view.used)
+                for name, view in snapshot.limits.items()
+                if view.bound < MAX_BOUND  # one that no policy names has none
+            }
+        finally:
+            self._texts = {}
+            self._reading = None
 
 
 FAULTS = 5

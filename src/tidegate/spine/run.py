@@ -31,7 +31,7 @@ from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Learned
 from tidegate.call import DEFAULT_POOL, NO_BUDGETS, Caller, Outcome
 from tidegate.dialects import refusals
-from tidegate.dialects.headers import Remaining, to_return
+from tidegate.dialects.headers import to_return
 from tidegate.dialects.spec import Dialect, Headers
 from tidegate.errors import (
     BudgetReserved,
@@ -55,6 +55,7 @@ from tidegate.spine.routing import (
     Gates,
     NotWorthWaiting,
     PatientAdmission,
+    RemainingCapacity,
     RetryBudget,
     Suspect,
     Target,
@@ -168,7 +169,7 @@ class Lane:
     gate: Gate
     limiter: Limiter
     demands: Demands
-    remaining: Remaining
+    remaining: RemainingCapacity
     hard_ms: int
 
 
@@ -232,7 +233,7 @@ class Spine:
         self.timeouts = {
             name: timeouts_of(config, upstream) for name, upstream in targets.upstreams.items()
         }
-        remaining = {pool: Remaining(limiter) for pool, limiter in pools.items()}
+        remaining = {pool: RemainingCapacity(limiter) for pool, limiter in pools.items()}
         self._lanes = {
             name: Lane(
                 Gate(name, pools[upstream.pool], upstream.key),
