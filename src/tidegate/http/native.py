@@ -289,13 +289,13 @@ class _Front:
         except ClientDisconnect:
             return
         self._begin_record(call)
-        self._services.active_calls.enter(self._record)
+        self._services.board.active_calls.enter(self._record)
         presence = Presence(self._scope, _never if uploads else self._receive, self._task)
         comfort = self._comforting(endpoint)
         try:
             status, failure = await self._run(call, presence)
         finally:
-            self._services.active_calls.leave(self._record)
+            self._services.board.active_calls.leave(self._record)
             if comfort is not None:
                 comfort.cancel()
             if opening is not None:

@@ -41,7 +41,7 @@ from tidegate.metrics.instruments import Metric, Tally
 from tidegate.metrics.process import Board, Exposition, Recent
 from tidegate.metrics.process import ProcessState as State
 from tidegate.policy.rollout import PolicyKeeper
-from tidegate.record import REFUSED, ActiveCalls, CallListeners, CallRecord, Failure, Source
+from tidegate.record import REFUSED, CallListeners, CallRecord, Failure, Source
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
@@ -174,8 +174,8 @@ class Services:
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
     `followers` are those that stream the status of a request.
     `listeners` are notified of every call that has ended, with whatever `listeners.listen` was
-    given. `active_calls` has the streams and native calls of this process, which `board` reports to
-    the other processes, and theirs to this one.
+    given. `board` has the streams and native calls of this process (`board.active_calls`), reports
+    them to the other processes, and theirs to this one.
     `tally` counts what is answered, `exposition` answers scrapes, and `state` says what this
     process is at.
     """
@@ -226,10 +226,6 @@ class Services:
         most_bytes = max(config.max_held_bytes, config.max_body_bytes)
         bound = MemoryBound(most_bytes, config.max_body_bytes, shared=caller.key_id is not None)
         return BodyBudget(self.bodies, bound, caller.tenant_id)
-
-    @property
-    def active_calls(self) -> ActiveCalls:
-        return self.board.active_calls
 
 
 def services_of(connection: HTTPConnection) -> Services:

@@ -203,7 +203,7 @@ class StreamedAnswer(Response):
         if self._record.trail is not None:
             scope[TRACE_IN_SCOPE] = self._record.trail.trace
         self._services.streams.add(task)
-        self._services.active_calls.enter(self._record)
+        self._services.board.active_calls.enter(self._record)
         stalled_ms = self._services.config.stalled_reader_ms
         writer = EventWriter(send, plain_text=self._plain_text, stalled_ms=stalled_ms)
         gone = asyncio.create_task(disconnected(receive))
@@ -221,7 +221,7 @@ class StreamedAnswer(Response):
         finally:
             gone.cancel()
             self._services.streams.discard(task)
-            self._services.active_calls.leave(self._record)
+            self._services.board.active_calls.leave(self._record)
             self._opening.close()
             self._hold.release()
 

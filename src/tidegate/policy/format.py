@@ -196,7 +196,8 @@ def digest(plain: Mapping[str, Any]) -> str:
 
 def plain_limit(limit_id: str, limit: int | Limit) -> int | Plain:
     """A limit as a number where the rest is as its scope says, else as a table."""
-    limit = as_limit(limit)
+    if isinstance(limit, int):
+        limit = Concurrency(limit)
     measure = MEASURES.get(limit_id.partition(":")[0])
     found: Plain = {"bound": limit.bound}
     if _sort_of(limit_id) != (sort := _sort(limit)):

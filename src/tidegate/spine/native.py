@@ -200,6 +200,7 @@ class NativeExchange:
         record: CallRecord,
     ) -> None:
         self.terms = call.terms
+        self.bills = call.endpoint.is_counted
         self._wire = wire
         self._timeouts = timeouts
         self._call = call
@@ -211,10 +212,6 @@ class NativeExchange:
     @property
     def started(self) -> bool:
         return self._out.started
-
-    @property
-    def bills(self) -> bool:
-        return self._call.endpoint.is_counted
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked = self.terms, self._asked

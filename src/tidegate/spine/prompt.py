@@ -262,6 +262,7 @@ class PromptExchange:
         types: list[str] | None = None,
     ) -> None:
         self.terms = terms
+        self.bills = types is None
         self.started = False
         self.judgement: tuple[Kind, str]
         self._processors = processors
@@ -269,10 +270,6 @@ class PromptExchange:
         self._record = record
         self._sink = sink
         self._types = types
-
-    @property
-    def bills(self) -> bool:
-        return self._types is None
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         call, policy = self._at(target), lane.limiter.policy

@@ -177,14 +177,11 @@ class CallExchange(Protocol):
     """How a call is made at an upstream; the spine says at which, when, and how often."""
 
     terms: Terms
+    bills: bool  # whether it spends its caller's budget
 
     @property
     def started(self) -> bool:
         """Whether something of an answer has gone to the client: no other try may follow."""
-
-    @property
-    def bills(self) -> bool:
-        """Whether it spends its caller's budget."""
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """What the call takes of which limits there."""
@@ -386,7 +383,7 @@ class _Run:
                 demands = self._demands(targets)
                 place = self._to_wait_for(targets, demands, never)
             target, demand = targets[place], demands[place]
-            self._record.waits_for = target.upstream.pool, demand.limits
+            self._record.waits_for = self._spine.lane(target).limiter.pool, demand.limits
             try:
                 async with self._admission(target, demand) as permit:
                     await self._admitted(permit, target, demand)
@@ -438,13 +435,13 @@ class _Run:
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         deadline_ms = None if left_ms == inf else round(left_ms)
-        lane = self._spine.lane(target)
+        lane, wait_ms = self._spine.lane(target), self._wait_ms()
         return PatientAdmission(
             lane.limiter.acquire_for(demand.to_admit(deadline_ms, lane.hard_ms)),
             lane.gate,
             demand,
             target.model,
-            self._wait_ms(),
+            wait_ms,
             self._spine.budgets,
             self._payer,
         )
@@ -472,8 +469,8 @@ class _Run:
     async def _under(self, permit: Permit | None, target: Target, demand: CallDemand) -> None:
         """The call itself, under its permit."""
         record, lane, trail = self._record, self._spine.lane(target), self._terms.trail
-        is_try = lane.gate.is_try(demand)
         self._note_admission(permit, target)
+        is_try = lane.gate.is_try(demand)
         if self._on_admitted is not None:
             await self._on_admitted(permit)
         if permit is not None:
