@@ -15,6 +15,7 @@ FOLDERS = (
     *("metrics", "spine", "rehearse", "upstream", "dialects", "admission", "policy"),
     *("integrations", "limiter", "limiter/model", "store", "emulator", "embedded", "classify"),
     "telemetry",
+    "prices",
 )
 
 

@@ -192,7 +192,8 @@ class UsageDetails:
 
     The tokens are parts of the input or the output. The two parts of `cache_write_tokens` are those
     written for 5 minutes and for an hour. provider_cost_micros: what the provider itself charges,
-    in millionths of a dollar; never what the call is charged here.
+    in millionths of a dollar; never what the call is charged here. tier: in which processing tier
+    it was served, None in the usual one.
     """
 
     cache_write_tokens: int | None = None
@@ -206,6 +207,7 @@ class UsageDetails:
     output_video_tokens: int | None = None
     searches: int | None = None
     provider_cost_micros: int | None = None
+    tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,3 +328,13 @@ def new_id() -> UUID:
     ms = time.time_ns() // 1_000_000
     value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(urandom(10), "big") & _RANDOM | _V7
     return UUID(int=value)
+
+
+def tokens_of(usage: Usage) -> tuple[int | None, int | None]:
+    """The input and output tokens of a call, thinking counted as output; None where unknown."""
+    output_tokens = usage.output_tokens
+    if output_tokens is not None:
+        output_tokens += usage.thoughts_tokens or 0
+    elif usage.total_tokens is not None and usage.input_tokens is not None:
+        output_tokens = max(0, usage.total_tokens - usage.input_tokens)
+    return usage.input_tokens, output_tokens

@@ -1,4 +1,4 @@
-"""Charges of a call: its usage times a price, in whole micro-dollars, rounded once per call. Pure.
+"""Charges of a call: the cost of its usage by what its upstream costs. Pure but for the clock.
 
 Invariants: unknown usage or an unknown price makes the cost unknown, never zero; an answer that
 was cut, or reported no usage, is charged for its input and for what came of it at least.
@@ -6,78 +6,66 @@ was cut, or reported no usage, is charged for its input and for what came of it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from decimal import Decimal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from functools import lru_cache
 from math import ceil
 from typing import Literal
 
-from tidegate.admission.estimator import (
-    PICTURE_TOKENS,
-    Estimate,
-    pieces_of_text,
-    tokens_of,
-)
-from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageDetails, UsageState
+from tidegate.admission.estimator import PICTURE_TOKENS, Estimate, pieces_of_text
+from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageDetails, UsageState, tokens_of
 from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from tidegate.policy.deployment import Price, Upstream
-
-_PICOS = 10**12  # of money: a millionth of what a million tokens cost, for each of them
-
-
-_MICRO = 10**6
-
+from tidegate.policy.deployment import Upstream
+from tidegate.prices.catalog import Catalog, catalog
+from tidegate.prices.rates import Rates, cost_micros, micros_of
 
 _MODELS_KEPT = 1_000
-
+_DAY_S = 86_400
+_EPOCH = date(1970, 1, 1).toordinal()
 
 CacheWrite = Literal["5m", "1h"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """A price in picos (10^-12) of money for one token, or one picture. What has no price of
-    its own is priced as the input or the output that it is a part of."""
-
-    input: int | None
-    output: int | None
-    cached: int | None
-    image: int | None
-    cache_write: int | None
-    cache_write_1h: int | None
-    input_audio: int | None
-    input_image: int | None
-    output_audio: int | None
-    output_image: int | None
-
-    @classmethod
-    def of(cls, price: Price) -> Rates:
-        written = _first(price.cache_write, price.input)
-        return cls(
-            input=_per_token(price.input),
-            output=_per_token(price.output),
-            cached=_per_token(_first(price.cached, price.input)),
-            image=_picos(price.image, _PICOS),
-            cache_write=_per_token(written),
-            cache_write_1h=_per_token(_first(price.cache_write_1h, written)),
-            input_audio=_per_token(_first(price.input_audio, price.input)),
-            input_image=_per_token(_first(price.input_image, price.input)),
-            output_audio=_per_token(_first(price.output_audio, price.output)),
-            output_image=_per_token(_first(price.output_image, price.output)),
-        )
-
-
 class Prices:
-    """Those of one upstream; of each model the pattern is looked for once."""
+    """Those of one upstream: its own, or else the public ones of its provider. Of each model, tier
+    and day they are looked for once."""
 
-    def __init__(self, upstream: Upstream | None = None) -> None:
-        self._upstream = upstream if upstream is not None and upstream.prices else None
-        self.of = lru_cache(_MODELS_KEPT)(self._rates_of)
+    def __init__(
+        self,
+        upstream: Upstream | None = None,
+        *,
+        public: Catalog | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._upstream = upstream
+        self._public = public or catalog()
+        self._now = now
+        self._on = lru_cache(_MODELS_KEPT)(self._rates_on)
 
-    def _rates_of(self, model: str) -> Rates | None:
-        price = None if self._upstream is None else self._upstream.price(model)
-        return None if price is None else Rates.of(price)
+    def of(self, model: str, tier: str = "") -> Rates | None:
+        """Rates of today, of UTC; None where no price is known."""
+        return self._on(model, tier, int(self._now() // _DAY_S))
+
+    def at_least(self, model: str, tier: str) -> Rates | None:
+        """Rates of a call of which no tier was reported: those of the requested tier only where
+        they are the dearer ones, since the client has chosen it."""
+        usual = self.of(model)
+        asked = self.of(model, tier) if tier else None
+        if usual is None or asked is None or (asked.output or 0) < (usual.output or 0):
+            return usual
+        return asked
+
+    def _rates_on(self, model: str, tier: str, day: int) -> Rates | None:
+        if self._upstream is None:
+            return None
+        if (own := self._upstream.price(model)) is not None:
+            return Rates.of(own.of_tier(tier) or own)
+        if (provider := self._upstream.provider) is None:
+            return None
+        price = self._public.find(provider, model, date.fromordinal(_EPOCH + day), tier)
+        return None if price is None else Rates.of(price, is_public=True)
 
 
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:
@@ -86,7 +74,7 @@ def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: b
         # Some providers charge images alone, and report no tokens.
         cost = None
         if whole and images and rates is not None and rates.image is not None:
-            cost = _micros(images * rates.image)
+            cost = micros_of(images * rates.image)
         is_told = bool(images) or usage.details is not None
         return Charge(UsageState.UNKNOWN, usage, images, cost) if is_told else UNKNOWN_CHARGE
     state = UsageState.TOLD if whole else UsageState.PARTIAL
@@ -181,78 +169,3 @@ def never_sent(error: UpstreamError) -> bool:
 
 def is_unknown(usage: Usage) -> bool:
     return usage.input_tokens is usage.output_tokens is usage.total_tokens is None
-
-
-def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | None:
-    """Pictures that have a price of their own are not charged as output once more."""
-    taken, given = tokens_of(usage)
-    if rates is None or taken is None or given is None:
-        return None
-    pictures = images if images and rates.image is not None else 0
-    thoughts = usage.thoughts_tokens or 0
-    if usage.details is None:
-        cached = min(usage.cached_tokens or 0, taken)
-        parts: tuple[tuple[int, int | None], ...] = (
-            (taken - cached, rates.input),
-            (cached, rates.cached),
-            (thoughts if pictures else given, rates.output),
-            (pictures, rates.image),
-        )
-    else:
-        left = given - min(thoughts, given)
-        said = ((thoughts, rates.output), *_of_output(rates, usage.details, left))
-        parts = (
-            *_of_input(rates, usage, usage.details, taken),
-            *(((thoughts, rates.output), (pictures, rates.image)) if pictures else said),
-        )
-    picos = 0
-    for count, rate in parts:
-        if count and rate is None:
-            return None
-        picos += count * (rate or 0)
-    return _micros(picos)
-
-
-def _of_input(
-    rates: Rates, usage: Usage, details: UsageDetails, taken: int
-) -> Iterator[tuple[int, int | None]]:
-    """The parts of the input: together never more, nor fewer, tokens than `taken`. What was
-    written to a cache comes first, since it is the dearest; what is not reported as for an
-    hour is for 5 minutes."""
-    written = min(details.cache_write_tokens or 0, taken)
-    for_an_hour = min(details.cache_write_1h_tokens or 0, written)
-    yield for_an_hour, rates.cache_write_1h
-    yield written - for_an_hour, rates.cache_write
-    cached = min(usage.cached_tokens or 0, taken - written)
-    yield cached, rates.cached
-    left = taken - written - cached
-    audio = min(details.input_audio_tokens or 0, left)
-    yield audio, rates.input_audio
-    pictures = min(details.input_image_tokens or 0, left - audio)
-    yield pictures, rates.input_image
-    yield left - audio - pictures, rates.input
-
-
-def _of_output(rates: Rates, details: UsageDetails, given: int) -> Iterator[tuple[int, int | None]]:
-    audio = min(details.output_audio_tokens or 0, given)
-    yield audio, rates.output_audio
-    pictures = min(details.output_image_tokens or 0, given - audio)
-    yield pictures, rates.output_image
-    yield given - audio - pictures, rates.output
-
-
-def _first(price: float | None, other: float | None) -> float | None:
-    return other if price is None else price
-
-
-def _per_token(price: float | None) -> int | None:
-    return _picos(price, _PICOS // 10**6)
-
-
-def _picos(price: float | None, one: int) -> int | None:
-    # By its decimal digits: 0.1 means a tenth.
-    return None if price is None else round(Decimal(repr(price)) * one)
-
-
-def _micros(picos: int) -> int:
-    return (picos + _MICRO // 2) // _MICRO

@@ -20,13 +20,7 @@ from hashlib import sha256
 from zoneinfo import ZoneInfo
 
 from tidegate.admission.charges import Prices
-from tidegate.admission.estimator import (
-    Estimate,
-    Estimator,
-    Pieces,
-    pieces_of,
-    tokens_of,
-)
+from tidegate.admission.estimator import Estimate, Estimator, Pieces, pieces_of
 from tidegate.call import (
     CLASSIFIER_LIMIT,
     DEFAULT_TENANT,
@@ -34,6 +28,7 @@ from tidegate.call import (
     Call,
     Kind,
     Usage,
+    tokens_of,
 )
 from tidegate.errors import UpstreamThrottled
 from tidegate.limiter import DEFAULT_PRIORITY, Band, Demand, Limit, PoolPolicy, Quota, Rate, Tokens

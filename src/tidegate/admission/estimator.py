@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil, exp, inf, log, sqrt
 
-from tidegate.call import DEFAULT_TENANT, Media, Usage
+from tidegate.call import DEFAULT_TENANT, Media, Usage, tokens_of
 
 _MOST_SEGMENTS = 200
 # Start-of-frame markers of JPEG that carry the size; C4, C8 and CC stand between them.
@@ -735,16 +735,6 @@ def _input(pieces: Pieces) -> tuple[str, Pieces, int]:
         return _INPUT, pieces, 0
     learning = pieces.learning
     return f"{_INPUT}:{learning}" if learning else _INPUT, pieces.whole, pieces.tools
-
-
-def tokens_of(usage: Usage) -> tuple[int | None, int | None]:
-    """The input and output tokens of a call, thinking counted as output; None where unknown."""
-    output_tokens = usage.output_tokens
-    if output_tokens is not None:
-        output_tokens += usage.thoughts_tokens or 0
-    elif usage.total_tokens is not None and usage.input_tokens is not None:
-        output_tokens = max(0, usage.total_tokens - usage.input_tokens)
-    return usage.input_tokens, output_tokens
 
 
 def _whole(tokens: float) -> int:

@@ -26,6 +26,7 @@ import orjson
 from tidegate.admission.charges import came_tokens
 from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputEvents
+from tidegate.prices.rates import STANDARD_TIERS
 from tidegate.record import TAIL_BYTES
 
 MOST_TOKENS = 10**12  # more is no count of one call, and no column could hold the sums
@@ -33,6 +34,7 @@ HEAD_BYTES = 4_096
 PARSED_BYTES = 262_144
 LONGEST_READ_BYTES = 2_000_000
 _LONGEST_TEXT = 200
+_LONGEST_TIER = 40
 _LONGEST_EVENT_BYTES = 65_536
 # The usage of a stream stands in one of its last events, if it is reported.
 _LAST_EVENTS = 8
@@ -86,6 +88,22 @@ def with_searches(usage: Usage, searches: int) -> Usage:
     if searches <= (details.searches or 0):
         return usage
     return replace(usage, details=replace(details, searches=searches))
+
+
+def tier_of(raw: Mapping[str, Any]) -> str | None:
+    """The processing tier that an answer or its usage reports, None for the usual one."""
+    tier = raw.get("service_tier")
+    if type(tier) is not str or not 0 < len(tier) <= _LONGEST_TIER:
+        return None
+    tier = tier.lower()
+    return None if tier in STANDARD_TIERS else tier
+
+
+def with_tier(usage: Usage, tier: str | None) -> Usage:
+    """The usage with the tier that its answer reports elsewhere."""
+    if tier is None:
+        return usage
+    return replace(usage, details=replace(usage.details or UsageDetails(), tier=tier))
 
 
 @cache

@@ -18,7 +18,9 @@ from tidegate.dialects.answers import (
     part_of,
     positive_of,
     scanned_facts,
+    tier_of,
     whole_object,
+    with_tier,
 )
 from tidegate.dialects.headers import until_date_ms, used_up
 from tidegate.dialects.requests import request_facts
@@ -83,7 +85,9 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
     if given is not None and thoughts is not None:
         thoughts = min(thoughts, given)
         given -= thoughts
-    return Usage(taken, given, thoughts, cached, total, _usage_details(raw, written))
+    usage = Usage(taken, given, thoughts, cached, total, _usage_details(raw, written))
+    # Fast mode is a price of its own, whatever the tier.
+    return with_tier(usage, "fast" if raw.get("speed") == "fast" else tier_of(raw))
 
 
 def _usage_details(raw: Mapping[str, Any], written: int) -> UsageDetails | None:

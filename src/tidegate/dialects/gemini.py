@@ -30,9 +30,11 @@ from tidegate.dialects.answers import (
     part_of,
     scanned_facts,
     short_text,
+    tier_of,
     value_pattern,
     whole_object,
     with_searches,
+    with_tier,
 )
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.spec import (
@@ -133,11 +135,20 @@ def rules_of(model: str) -> Rules:
 
 # Places of audio, image and video, by their name, and by number where Google writes its
 # enumerations so.
+_MODALITIES = ("audio", "image", "video")
 _PLACES = {"AUDIO": 0, 4: 0, "IMAGE": 1, 2: 1, "VIDEO": 2, 3: 2}
 
 Modalities = Iterable[tuple[Any, Any]]
 _MOST_MODALITIES = 64
 _MOST_QUERIES = 10_000
+
+
+# cloud.google.com/vertex-ai/generative-ai/docs, "TrafficType"; on demand is the usual one.
+_TRAFFIC = {
+    "ON_DEMAND_FLEX": "flex",
+    "ON_DEMAND_PRIORITY": "priority",
+    "PROVISIONED_THROUGHPUT": "provisioned",
+}
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
@@ -148,7 +159,7 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
     if given is None and total is not None and taken is not None:
         # It leaves out what is 0.
         given = max(0, total - taken - (thoughts or 0) - (tools or 0))
-    return Usage(
+    usage = Usage(
         input_tokens=taken if taken is None or tools is None else taken + tools,
         output_tokens=given,
         thoughts_tokens=thoughts,
@@ -156,6 +167,15 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
         total_tokens=total,
         details=_usage_details(raw),
     )
+    return with_tier(usage, _tier_of(raw))
+
+
+def _tier_of(raw: Mapping[str, Any]) -> str | None:
+    """The Gemini API reports a tier, Vertex the traffic that it counts a call as."""
+    if "serviceTier" in raw:
+        return tier_of({"service_tier": raw["serviceTier"]})
+    traffic = raw.get("trafficType")
+    return _TRAFFIC.get(traffic) if type(traffic) is str else None
 
 
 def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
@@ -177,7 +197,11 @@ def _is_text(rows: Any) -> bool:
 def modality_details(taken: Modalities, given: Modalities) -> UsageDetails | None:
     """Of the tokens of input and output by modality."""
     parts = _by_modality(taken) + _by_modality(given)
-    return UsageDetails(None, None, None, *parts) if any(parts) else None
+    if not any(parts):
+        return None
+    names = (f"{side}_{name}_tokens" for side in ("input", "output") for name in _MODALITIES)
+    counts: dict[str, Any] = dict(zip(names, parts, strict=True))
+    return UsageDetails(**counts)
 
 
 def _pairs(rows: Any) -> list[tuple[Any, Any]]:

@@ -33,8 +33,10 @@ from tidegate.dialects.answers import (
     positive_of,
     scanned_facts,
     short_text,
+    tier_of,
     whole_object,
     with_searches,
+    with_tier,
 )
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.requests import request_facts as facts_of_request
@@ -213,7 +215,8 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
         # They are in it; ours are apart.
         thoughts = min(thoughts, given)
         given -= thoughts
-    return Usage(taken, given, thoughts, cached, total, details)
+    usage = Usage(taken, given, thoughts, cached, total, details)
+    return with_tier(usage, tier_of(raw)) if "service_tier" in raw else usage
 
 
 def _usage_details(
@@ -265,8 +268,11 @@ def _cost_micros(raw: Mapping[str, Any]) -> int | None:
 
 
 def _event_usage(event: JsonObject) -> JsonObject:
-    if found := part_of(event, "usage") or part_of(part_of(event, "response"), "usage"):
-        return found
+    """The usage with the tier that stands beside it."""
+    response = part_of(event, "response")
+    if found := part_of(event, "usage") or part_of(response, "usage"):
+        tier = event.get("service_tier") or response.get("service_tier")
+        return found if tier is None else {**found, "service_tier": tier}
     choices = event.get("choices")  # Groq's place, and Moonshot's
     last = choices[-1] if type(choices) is list and choices else None
     return part_of(part_of(event, "x_groq"), "usage") or part_of(last, "usage")
@@ -291,6 +297,7 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
     """Facts of a chat completion or a response, whole or as a stream."""
     if (whole := whole_object(answer)) is not None:
         facts = object_facts(_FORM, whole)
+        facts.usage = with_tier(facts.usage, tier_of(whole))
         return _response_facts(facts.usage, whole) if whole.get("object") == "response" else facts
     facts = scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
     if ended := _end_of_response(answer, omitted):

@@ -112,9 +112,13 @@ class UsageView(BaseModel):
         default=None, description="What the provider itself charged, in millionths of a dollar"
     )
 
-    def of_event(self) -> dict[str, int | None]:
+    tier: str | None = Field(
+        default=None, description="Processing tier that served it, where it was not the usual one"
+    )
+
+    def of_event(self) -> dict[str, int | str | None]:
         """As an event shows it: tokens that are unknown as null, details only where known."""
-        values: dict[str, int | None] = self.model_dump()
+        values: dict[str, int | str | None] = self.model_dump()
         return {
             name: value
             for name, value in values.items()

@@ -21,6 +21,8 @@ from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
+from tidegate.prices.catalog import provider_of
+from tidegate.prices.rates import Price, price_of
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
 
 DIALECTS = ("openai", "gemini", "anthropic")
@@ -52,10 +54,6 @@ _OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", *TIMEOUTS)
 _KEYS = ("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
 _LONGEST_MS = 86_400_000
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
-_PRICES = (
-    *("input", "output", "cached", "image", "cache_write", "cache_write_1h"),
-    *("input_audio", "input_image", "output_audio", "output_image"),
-)
 
 _IS_FROM_IT = "has its key from it"
 
@@ -63,32 +61,13 @@ ReadSecret = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
-    """In money per million tokens; `image` in money per picture. None: not known.
-
-    cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
-    input_audio to output_image: of the tokens of input and output that are audio or images.
-    """
-
-    input: float | None = None
-    output: float | None = None
-    cached: float | None = None
-    image: float | None = None
-    cache_write: float | None = None
-    cache_write_1h: float | None = None
-    input_audio: float | None = None
-    input_image: float | None = None
-    output_audio: float | None = None
-    output_image: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Upstream:
     """One account. base_urls: dialect -> URL without a slash at its end. key: empty where none is
     needed. models: patterns of what it serves. aliases: a client's name for a model -> the
-    provider's. weight: its share where several serve a model. prices: pattern -> price. asks_usage:
-    whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
-    that differ from the settings."""
+    provider's. weight: its share where several serve a model. prices: pattern -> price, before the
+    public ones of `provider`, which is None for a server of one's own. asks_usage: whether a stream
+    may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS` that differ from
+    the settings."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -99,6 +78,7 @@ class Upstream:
     prices: Mapping[str, Price] = field(default_factory=dict)
     asks_usage: bool = True
     timeouts: Mapping[str, int] = field(default_factory=dict)
+    provider: str | None = None
 
     @property
     def pool(self) -> str:
@@ -207,7 +187,7 @@ def _of_environment(
         asked = dict.fromkeys((*ours, config.classifier_model))
         more = [one for one in asked if not any(other.fit(one) > 1 for other in others)]
         options.setdefault("models", (*_EMULATED_MODELS, *more))
-    return Upstream(DEFAULT_POOL, urls, key, **options)
+    return Upstream(DEFAULT_POOL, urls, key, provider=provider_of(base), **options)
 
 
 def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstream:
@@ -225,7 +205,9 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
             f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
         )
     urls = _urls(path, provider, table)
-    return Upstream(name, urls, _key(path, provider, table, secret), **options)
+    key = _key(path, provider, table, secret)
+    known = provider or next(filter(None, map(provider_of, urls.values())), None)
+    return Upstream(name, urls, key, provider=known, **options)
 
 
 def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
@@ -299,7 +281,8 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     if "prices" in table:
         prices = table_at(f"{path}.prices", table["prices"])
         found["prices"] = {
-            str(model): _price(f"{path}.prices.{model}", price) for model, price in prices.items()
+            str(model): price_of(where := f"{path}.prices.{model}", table_at(where, price))
+            for model, price in prices.items()
         }
     return found
 
@@ -309,17 +292,6 @@ def _milliseconds(path: str, value: object) -> int:
         allowed = f"must be a whole number of milliseconds from 1 to {_LONGEST_MS}"
         raise ConfigError(path, str(value), allowed)
     return value
-
-
-def _price(path: str, value: object) -> Price:
-    table = table_at(path, value)
-    for key, amount in table.items():
-        if key not in _PRICES:
-            raise ConfigError(f"{path}.{key}", str(amount), f"known: {', '.join(_PRICES)}")
-        sound = isinstance(amount, int | float) and not isinstance(amount, bool)
-        if not sound or not 0 <= amount <= 1_000_000:
-            raise ConfigError(f"{path}.{key}", str(amount), "must be an amount of money, 0 or more")
-    return Price(**{key: float(amount) for key, amount in table.items()})
 
 
 def _policy(path: str, table: Mapping[str, Any], stated: Mapping[str, Any]) -> PoolPolicy:

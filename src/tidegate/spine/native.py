@@ -25,7 +25,7 @@ import orjson
 
 from tidegate.admission.charges import (
     CacheWrite,
-    Rates,
+    Prices,
     charge_of,
     cut_charge,
     estimated_charge,
@@ -41,6 +41,7 @@ from tidegate.dialects.headers import of_answer, to_return, with_key
 from tidegate.dialects.requests import NAMES_MODEL, check_said_once, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
 from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
+from tidegate.prices.rates import Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.routing import Suspect, Target
@@ -56,6 +57,8 @@ from tidegate.spine.run import (
 )
 from tidegate.telemetry.tracing import HEADER, Trail
 from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
+
+_LONGEST_TIER = 40
 
 
 @dataclass(slots=True)
@@ -233,7 +236,8 @@ class NativeExchange:
         if asked is None or not self._call.endpoint.is_counted:
             return 0, 0
         estimate = self._estimate(lane.demands, demand, asked, target.model)
-        return foreseen(lane.demands.prices.of(target.model), estimate, asked.images)
+        rates = lane.demands.prices.at_least(target.model, self._requested_tier())
+        return foreseen(rates, estimate, asked.images)
 
     def suspect(self) -> Suspect:
         endpoint, caller = self._call.endpoint, self.terms.caller
@@ -385,7 +389,7 @@ class NativeExchange:
         if asked is None or not record.sent or not endpoint.is_counted:
             return NO_CHARGE
         usage, dialect = record.answer.usage, DIALECTS[endpoint.dialect]
-        rates = demands.prices.of(target.model or record.answer.model_version or "")
+        rates = self._rates(demands.prices, target.model, whole)
         if images is None and asked.images and record.streamed and _tells_pictures(endpoint):
             images = dialect.image_count(record.text)
         if whole and (images or not is_unknown(usage)):
@@ -397,6 +401,22 @@ class NativeExchange:
             writes = _cache_write(rates, self._body)
             return estimated_charge(rates, estimate, came.tokens, pictures, usage.details, writes)
         return cut_charge(rates, usage, estimate, came.tokens, images)
+
+    def _rates(self, prices: Prices, model: str, whole: bool) -> Rates | None:
+        """By the tier that the answer reports, and the name that it gives the model where the
+        requested one has no price, such as that of a deployment. An answer that was cut may have
+        been served in the tier that was requested."""
+        answer = self._record.answer
+        details = answer.usage.details
+        names = (model, answer.model_version or "")
+        if details is not None and details.tier is not None:
+            return prices.of(names[0], details.tier) or prices.of(names[1], details.tier)
+        tier = "" if whole else self._requested_tier()
+        return prices.at_least(names[0], tier) or prices.at_least(names[1], tier)
+
+    def _requested_tier(self) -> str:
+        tier = self._body.get("service_tier")
+        return tier if type(tier) is str and len(tier) <= _LONGEST_TIER else ""
 
     def _estimate(
         self, demands: Demands, demand: CallDemand, asked: RequestFacts, model: str

@@ -348,12 +348,15 @@ def charge_columns(charge: Charge) -> dict[str, Any]:
     }
 
 
-def details_row(usage: Usage) -> dict[str, int] | None:
+def details_row(usage: Usage) -> dict[str, int | str] | None:
     """What is on record of a usage beside its tokens; None where there is nothing."""
     if (details := usage.details) is None:
         return None
-    found = {name: count_of(getattr(details, name)) for name in DETAILS}
-    return {name: count for name, count in found.items() if count is not None} or None
+    found: dict[str, int | str | None] = {
+        name: count_of(getattr(details, name)) for name in DETAILS if name != "tier"
+    }
+    found["tier"] = details.tier
+    return {name: value for name, value in found.items() if value is not None} or None
 
 
 def details_text(usage: Usage) -> str | None:

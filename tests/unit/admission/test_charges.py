@@ -6,16 +6,15 @@ import pytest
 
 from tidegate.admission.charges import (
     Prices,
-    Rates,
     came_tokens,
     charge_of,
-    cost_micros,
     cut_charge,
     estimated_charge,
 )
 from tidegate.admission.estimator import Estimator, pieces_of_text
 from tidegate.call import Usage, UsageDetails, UsageState
-from tidegate.policy.deployment import Price, Upstream
+from tidegate.policy.deployment import Upstream
+from tidegate.prices.rates import Price, Rates, cost_micros
 
 CLAUDE = Price(input=4, output=20, cached=0.4, cache_write=5, cache_write_1h=8)
 VOICES = Price(input=1, output=2, input_audio=10, output_audio=20)
@@ -105,6 +104,42 @@ def test_the_price_is_of_the_pattern_that_names_the_model_most_closely() -> None
     assert prices.of("else") == Rates.of(Price(input=1.0))
     assert Prices(Upstream("u", {}, "key")).of("m") is None
     assert cost_micros(None, Usage(1, 1), None) is None
+
+
+NOVEMBER = 1_795_824_000.0  # 2026-11-28
+
+
+def of_openai(**prices: Price) -> Prices:
+    return Prices(Upstream("u", {}, "key", prices=prices, provider="openai"), now=lambda: NOVEMBER)
+
+
+def test_without_a_price_of_its_own_the_public_one_of_the_provider_counts() -> None:
+    prices = of_openai(**{"gpt-5-mini": Price(input=9.0)})
+    rates = prices.of("gpt-5")
+    assert rates is not None
+    assert (rates.input, rates.output) == (1_250_000, 10_000_000)
+    assert prices.of("gpt-5-mini") == prices.of("gpt-5-mini", "flex") == Rates.of(Price(input=9.0))
+    assert prices.of("my-model") is None
+    at_home = Prices(Upstream("u", {}, "key"), now=lambda: NOVEMBER)
+    assert at_home.of("gpt-5") is None
+
+
+def test_prices_are_those_of_the_day_of_the_call() -> None:
+    now = [NOVEMBER - 150 * 86_400]  # 2026-07-01
+    prices = Prices(Upstream("u", {}, "key", provider="openai"), now=lambda: now[0])
+    assert prices.of("gpt-6-luna") is None
+    now[0] = NOVEMBER
+    assert prices.of("gpt-6-luna") is not None
+
+
+def test_a_requested_tier_counts_only_where_it_is_the_dearer_one() -> None:
+    prices = of_openai()
+    usual = prices.of("gpt-5")
+    assert prices.at_least("gpt-5", "flex") == prices.at_least("gpt-5", "") == usual
+    assert prices.at_least("gpt-5", "priority") == prices.of("gpt-5", "priority") != usual
+    assert prices.at_least("gpt-5", "no such tier") == usual
+    own = of_openai(m=Price(input=2.0, output=2.0, tiers={"fast": Price(input=4.0, output=4.0)}))
+    assert own.at_least("m", "fast") == Rates.of(Price(input=4.0, output=4.0))
 
 
 def test_the_state_says_how_far_it_is_known() -> None:

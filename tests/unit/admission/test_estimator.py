@@ -19,9 +19,8 @@ from tidegate.admission.estimator import (
     Learned,
     Modality,
     pieces_of,
-    tokens_of,
 )
-from tidegate.call import Media, Usage
+from tidegate.call import Media, Usage, tokens_of
 
 LETTERS = "abcdefghij klmnop qrstuv wxyz "
 Truth = Callable[[Estimate], Usage]

@@ -202,3 +202,47 @@ def test_the_column_is_read_as_far_as_its_names_are_known() -> None:
     assert details_of(written) == details
     assert details_of('{"searches": 1, "of_a_later_version": 7}') == UsageDetails(searches=1)
     assert details_of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("dialect", "answer", "tier"),
+    [
+        (OPENAI, {"service_tier": "priority", "usage": CHAT}, "priority"),
+        (OPENAI, {"service_tier": "default", "usage": CHAT}, None),
+        (OPENAI, {"object": "response", "service_tier": "flex", "usage": RESPONSE}, "flex"),
+        # What the client has sent comes back, and is no tier.
+        (OPENAI, {"object": "response", "metadata": {"service_tier": "flex"}, "usage": RESPONSE},
+         None),
+        (OPENAI, {"service_tier": 7, "usage": CHAT}, None),
+        (OPENAI, {"service_tier": "x" * 99, "usage": CHAT}, None),
+        (ANTHROPIC, {"usage": MESSAGE | {"service_tier": "batch"}}, "batch"),
+        (ANTHROPIC, {"usage": MESSAGE | {"service_tier": "standard"}}, None),
+        (ANTHROPIC, {"usage": MESSAGE | {"service_tier": "standard", "speed": "fast"}}, "fast"),
+        (GEMINI, {"usageMetadata": CONTENT | {"serviceTier": "FLEX"}}, "flex"),
+        (GEMINI, {"usageMetadata": CONTENT | {"trafficType": "ON_DEMAND"}}, None),
+        (GEMINI, {"usageMetadata": CONTENT | {"trafficType": "PROVISIONED_THROUGHPUT"}},
+         "provisioned"),
+    ],
+)  # fmt: skip
+def test_the_tier_that_served_a_call_is_read(
+    dialect: Dialect, answer: Json, tier: str | None
+) -> None:
+    usage = DIALECTS[dialect].answer_facts(json.dumps(answer).encode()).usage
+    assert (None if usage.details is None else usage.details.tier) == tier
+    assert usage.input_tokens is not None
+    if tier is not None:
+        assert details_row(usage) == {"tier": tier}
+        assert details_of(details_text(usage)) == usage.details
+
+
+def test_the_tier_of_a_stream_is_beside_its_usage() -> None:
+    chunk = {"service_tier": "default", "choices": [{"delta": {"content": "a"}}]}
+    last = {"service_tier": "flex", "choices": [], "usage": CHAT}
+    ended = {"type": "response.completed", "response": {
+        "object": "response", "status": "completed", "service_tier": "priority",
+        "usage": RESPONSE}}  # fmt: skip
+    for events, tier in (([chunk, last], "flex"), ([ended], "priority")):
+        answer = b"".join(b"data: %b\n\n" % json.dumps(one).encode() for one in events)
+        details = DIALECTS[OPENAI].answer_facts(answer).usage.details
+        assert details is not None
+        assert details.tier == tier

@@ -9,7 +9,8 @@ import pytest
 from pydantic import SecretStr
 
 from tidegate.errors import ConfigError
-from tidegate.policy.deployment import Deployment, Price, deployment_of
+from tidegate.policy.deployment import Deployment, deployment_of
+from tidegate.prices.rates import Price
 from tidegate.settings import EMULATORS_KEY, Config
 
 CONFIG = Config.model_validate({"gemini_api_key": "AIzaSecret"})

@@ -1,0 +1,277 @@
+"""Price of a model, and the cost of a usage: whole micro-dollars, rounded once per call. Pure.
+
+A `Price` is stated in USD as providers publish it: for a million tokens, a picture, a thousand
+searches. `Rates` are the same in whole picos, which makes sums exact. What has no price of its own
+costs as the input or the output that it is a part of.
+
+Invariants: a cost is never negative; the parts of an input or an output never come to more tokens
+than it has; unknown usage or an unknown price makes the cost unknown, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
+from typing import Any
+
+from tidegate.call import Usage, UsageDetails, tokens_of
+from tidegate.errors import ConfigError
+
+_PICOS = 10**12  # of a dollar
+_MICRO = 10**6  # picos in a micro-dollar
+_MOST_USD = 1_000_000
+_SEARCHES = 1_000
+# What providers call their usual tier, in their answers and in requests.
+STANDARD_TIERS = frozenset(
+    {"", "standard", "default", "auto", "on_demand", "standard_only", "unspecified"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """In USD per million tokens; `image` per picture, `search` per thousand searches of the
+    web. None: not known.
+
+    cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
+    input_audio to output_image: of the tokens of input and output that are audio or images.
+    above, long: what an input of more than so many tokens costs, for all of the call.
+    tiers: the price in other processing tiers than the usual one, such as `flex`.
+    """
+
+    input: float | None = None
+    output: float | None = None
+    cached: float | None = None
+    image: float | None = None
+    cache_write: float | None = None
+    cache_write_1h: float | None = None
+    input_audio: float | None = None
+    input_image: float | None = None
+    output_audio: float | None = None
+    output_image: float | None = None
+    search: float | None = None
+    above: int | None = None
+    long: Price | None = None
+    tiers: Mapping[str, Price] = field(default_factory=dict)
+
+    def times(self, share: float) -> Price:
+        """The same with every price but that of searches multiplied, also for long inputs."""
+        scaled: dict[str, Any] = {name: _product(getattr(self, name), share) for name in _SCALED}
+        return replace(self, **scaled, long=self.long and self.long.times(share), tiers={})
+
+    def of_tier(self, name: str) -> Price | None:
+        """The price in a tier; None where the tier is known to have one of its own, but not
+        which."""
+        if name in STANDARD_TIERS:
+            return self
+        return self.tiers.get(name)
+
+
+AMOUNTS = tuple(one.name for one in fields(Price) if one.name not in ("above", "long", "tiers"))
+_SCALED = tuple(name for name in AMOUNTS if name != "search")
+_LONG, _TIERS, _SHARE, _ABOVE = "long_context", "tiers", "share", "above"
+PRICE_KEYS = (*AMOUNTS, _LONG, _TIERS)
+
+
+def price_of(path: str, table: Mapping[str, Any]) -> Price:
+    """The price that a table states: its amounts, `long_context` and `tiers`. Raises ConfigError,
+    which names the key below `path`."""
+    _check(path, table, PRICE_KEYS)
+    price = Price(**_amounts(path, table))
+    if (long := _table(path, table, _LONG)) is not None:
+        price = _with_long(f"{path}.{_LONG}", price, long)
+    tiers = _table(path, table, _TIERS) or {}
+    named = {str(name): _tier(f"{path}.{_TIERS}.{name}", price, tiers[name]) for name in tiers}
+    return replace(price, tiers=named)
+
+
+def _with_long(path: str, price: Price, table: Mapping[str, Any]) -> Price:
+    _check(path, table, (_ABOVE, *AMOUNTS))
+    above = table.get(_ABOVE)
+    if isinstance(above, bool) or not isinstance(above, int) or above < 1:
+        raise ConfigError(f"{path}.{_ABOVE}", str(above), "must be a number of tokens, 1 or more")
+    usual: dict[str, Any] = {name: getattr(price, name) for name in AMOUNTS}
+    return replace(price, above=above, long=Price(**usual | _amounts(path, table)))
+
+
+def _tier(path: str, price: Price, table: object) -> Price:
+    """By a `share` of the usual price, or with prices of its own."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(path, str(table)[:100], "must be a table, such as { share = 0.5 }")
+    if _SHARE in table:
+        _check(path, table, (_SHARE,))
+        return price.times(_amount(f"{path}.{_SHARE}", table[_SHARE]))
+    _check(path, table, (*AMOUNTS, _LONG))
+    tier = Price(**({"search": price.search} | _amounts(path, table)))
+    if (long := _table(path, table, _LONG)) is not None:
+        return _with_long(f"{path}.{_LONG}", tier, long)
+    if price.long is not None:
+        allowed = "must be set: the model has a price of its own for long inputs"
+        raise ConfigError(f"{path}.{_LONG}", "(not set)", allowed)
+    return tier
+
+
+def _check(path: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key, amount in table.items():
+        if key not in known:
+            raise ConfigError(f"{path}.{key}", str(amount)[:100], f"known: {', '.join(known)}")
+
+
+def _table(path: str, table: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    found = table.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(f"{path}.{name}", str(found)[:100], "must be a table")
+    return found
+
+
+def _amounts(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _amount(f"{path}.{name}", table[name]) for name in AMOUNTS if name in table}
+
+
+def _amount(path: str, amount: object) -> float:
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise ConfigError(path, str(amount)[:100], "must be an amount of money, 0 or more")
+    if not 0 <= amount <= _MOST_USD:
+        raise ConfigError(path, str(amount), "must be an amount of money, 0 or more")
+    return float(amount)
+
+
+def _product(amount: float | None, share: float) -> float | None:
+    # By their decimal digits: 0.1 means a tenth.
+    return None if amount is None else float(Decimal(repr(amount)) * Decimal(repr(share)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A price in picos (10^-12) of a dollar for one token, picture or search.
+
+    above, long: for all of a call whose input has more tokens than that.
+    """
+
+    input: int | None
+    output: int | None
+    cached: int | None
+    image: int | None
+    cache_write: int | None
+    cache_write_1h: int | None
+    input_audio: int | None
+    input_image: int | None
+    output_audio: int | None
+    output_image: int | None
+    search: int | None
+    above: int | None = None
+    long: Rates | None = None
+
+    @classmethod
+    def of(cls, price: Price, *, is_public: bool = False) -> Rates:
+        """A price that states none for searches leaves them out; of a public one, whose call may
+        cost more for them, the cost of such a call is then unknown."""
+        search = price.search if is_public else price.search or 0
+        written = _first(price.cache_write, price.input)
+        return cls(
+            input=_per_token(price.input),
+            output=_per_token(price.output),
+            cached=_per_token(_first(price.cached, price.input)),
+            image=_picos(price.image, _PICOS),
+            cache_write=_per_token(written),
+            cache_write_1h=_per_token(_first(price.cache_write_1h, written)),
+            input_audio=_per_token(_first(price.input_audio, price.input)),
+            input_image=_per_token(_first(price.input_image, price.input)),
+            output_audio=_per_token(_first(price.output_audio, price.output)),
+            output_image=_per_token(_first(price.output_image, price.output)),
+            search=_picos(search, _PICOS // _SEARCHES),
+            above=price.above,
+            long=None if price.long is None else cls.of(price.long, is_public=is_public),
+        )
+
+
+def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | None:
+    """Whole micro-dollars; None where a price or the usage is not known. Pictures that have a price
+    of their own are not charged as output once more."""
+    taken, given = tokens_of(usage)
+    if rates is None or taken is None or given is None:
+        return None
+    if rates.above is not None and taken > rates.above and rates.long is not None:
+        rates = rates.long
+    pictures = images if images and rates.image is not None else 0
+    thoughts = usage.thoughts_tokens or 0
+    if usage.details is None:
+        cached = min(usage.cached_tokens or 0, taken)
+        parts: tuple[tuple[int, int | None], ...] = (
+            (taken - cached, rates.input),
+            (cached, rates.cached),
+            (thoughts if pictures else given, rates.output),
+            (pictures, rates.image),
+        )
+    else:
+        left = given - min(thoughts, given)
+        said = ((thoughts, rates.output), *_of_output(rates, usage.details, left))
+        parts = (
+            *_of_input(rates, usage, usage.details, taken),
+            *(((thoughts, rates.output), (pictures, rates.image)) if pictures else said),
+            (usage.details.searches or 0, rates.search),
+        )
+    picos = 0
+    for count, rate in parts:
+        if count and rate is None:
+            return None
+        picos += count * (rate or 0)
+    return micros_of(picos)
+
+
+def _of_input(
+    rates: Rates, usage: Usage, details: UsageDetails, taken: int
+) -> Iterator[tuple[int, int | None]]:
+    """The parts of the input: together never more, nor fewer, tokens than `taken`. What was
+    written to a cache comes first, since it is the dearest; what is not reported as for an
+    hour is for 5 minutes."""
+    written = min(details.cache_write_tokens or 0, taken)
+    for_an_hour = min(details.cache_write_1h_tokens or 0, written)
+    yield for_an_hour, rates.cache_write_1h
+    yield written - for_an_hour, rates.cache_write
+    cached = min(usage.cached_tokens or 0, taken - written)
+    yield cached, rates.cached
+    left = taken - written - cached
+    audio = min(details.input_audio_tokens or 0, left)
+    yield audio, rates.input_audio
+    pictures = min(details.input_image_tokens or 0, left - audio)
+    yield pictures, rates.input_image
+    yield left - audio - pictures, rates.input
+
+
+def _of_output(rates: Rates, details: UsageDetails, given: int) -> Iterator[tuple[int, int | None]]:
+    audio = min(details.output_audio_tokens or 0, given)
+    yield audio, rates.output_audio
+    pictures = min(details.output_image_tokens or 0, given - audio)
+    yield pictures, rates.output_image
+    yield given - audio - pictures, rates.output
+
+
+def micros_of(picos: int) -> int:
+    """Whole micro-dollars, rounded half up."""
+    return (picos + _MICRO // 2) // _MICRO
+
+
+def dollars(micros: int | None) -> str:
+    """USD as people read it: `$0.79`, with more digits below a cent; `unknown` without a cost."""
+    if micros is None:
+        return "unknown"
+    sign, amount = ("-" if micros < 0 else ""), abs(micros)
+    if amount and amount < 10_000:
+        digits = f"{amount / 1_000_000:.6f}".rstrip("0")
+    else:
+        digits = f"{amount / 1_000_000:,.2f}"
+    return f"{sign}${digits}"
+
+
+def _first(price: float | None, other: float | None) -> float | None:
+    return other if price is None else price
+
+
+def _per_token(price: float | None) -> int | None:
+    return _picos(price, _PICOS // 10**6)
+
+
+def _picos(price: float | None, one: int) -> int | None:
+    # By its decimal digits: 0.1 means a tenth.
+    return None if price is None else round(Decimal(repr(price)) * one)

@@ -1,0 +1,192 @@
+"""The public prices: each row is sound, and the one of a call's day, model and tier is found."""
+
+from __future__ import annotations
+
+from datetime import date
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.call import Usage, UsageDetails
+from tidegate.errors import ConfigError
+from tidegate.prices.catalog import Catalog, ModelPrice, catalog, provider_of
+from tidegate.prices.rates import Price, Rates, cost_micros
+
+TODAY = date(2026, 11, 28)
+ROWS = [row for provider in catalog().providers for row in catalog().rows(provider)]
+M = 1_000_000
+
+
+def cost(provider: str, model: str, usage: Usage, tier: str = "", day: date = TODAY) -> int | None:
+    price = catalog().find(provider, model, day, tier)
+    return None if price is None else cost_micros(Rates.of(price, is_public=True), usage, None)
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "tier", "usage", "micros"),
+    [
+        # Anthropic: 100 fresh at $5, 300 cached at $0.50, 200 written for 5 minutes at $6.25 and
+        # 400 for an hour at $10, 50 of output at $25, two searches at $10 a thousand.
+        ("anthropic", "claude-opus-5", "", Usage(1_000, 50, None, 300, None, UsageDetails(
+            600, 200, 400, searches=2)), 500 + 150 + 1_250 + 4_000 + 1_250 + 20_000),
+        ("anthropic", "claude-opus-5", "batch", Usage(1_000, 50), 2_500 + 625),
+        ("anthropic", "claude-opus-5", "fast", Usage(1_000, 50), 10_000 + 2_500),
+        # a prompt of 100,000 tokens is not a long one, the next token makes it one
+        ("anthropic", "claude-haiku-5-5", "", Usage(100_000, 1_000), 10_000 + 500),
+        ("anthropic", "claude-haiku-5-5", "", Usage(100_001, 1_000), 50_001 + 2_500),  # 50,000.5
+        # OpenAI: cached, written, long
+        ("openai", "gpt-6.2-sol", "", Usage(1_000, 100, None, 400, None, UsageDetails(500)),
+         200 + 40 + 1_250 + 1_000),
+        ("openai", "gpt-6.2-sol", "priority", Usage(1_000, 100), 4_000 + 2_000),
+        ("openai", "gpt-6.2-sol", "", Usage(272_001, 100), 1_088_004 + 1_500),
+        ("openai", "gpt-6.2-sol", "flex", Usage(272_001, 100), 544_002 + 750),
+        ("openai", "gpt-5.5", "priority", Usage(M // 10, 1_000), 1_250_000 + 75_000),
+        ("openai", "gpt-4.1", "priority", Usage(1_000, 1_000, None, 1_000), 875 + 14_000),
+        ("openai", "text-embedding-3-small", "", Usage(M, 0), 20_000),
+        # Gemini: audio of its own price, more than 200,000 tokens of prompt
+        ("gemini", "gemini-2.5-flash", "", Usage(1_000, 10, details=UsageDetails(
+            input_audio_tokens=600)), 120 + 600 + 25),
+        ("gemini", "models/gemini-2.5-pro", "", Usage(200_001, 1_000), 500_003 + 15_000),  # 2.5
+        ("gemini", "gemini-3-pro-image-preview", "", Usage(0, 1_120, details=UsageDetails(
+            output_image_tokens=1_120)), 134_400),  # $0.134 for 1K
+        ("xai", "grok-4.3", "", Usage(1_000, 0, details=UsageDetails(searches=3)), 1_250 + 15_000),
+        # A search of a provider whose price for it is not known makes the cost unknown.
+        ("groq", "openai/gpt-oss-120b", "", Usage(1_000, 1_000), 150 + 600),
+        ("groq", "openai/gpt-oss-120b", "", Usage(1, 1, details=UsageDetails(searches=1)), None),
+        # So does a tier.
+        ("anthropic", "claude-opus-5", "priority", Usage(1, 1), None),
+        ("openai", "gpt-99", "", Usage(1, 1), None),
+        ("nobody", "gpt-5", "", Usage(1, 1), None),
+    ],
+)  # fmt: skip
+def test_costs_by_the_published_prices(
+    provider: str, model: str, tier: str, usage: Usage, micros: int | None
+) -> None:
+    assert cost(provider, model, usage, tier) == micros
+
+
+@pytest.mark.parametrize(
+    ("model", "day", "micros"),
+    [
+        ("gpt-5.6-luna", date(2026, 7, 8), None),  # before there was one
+        ("gpt-5.6-luna", date(2026, 7, 29), M),
+        ("gpt-5.6-luna", date(2026, 7, 30), 200_000),
+        ("gpt-5.6-sol", date(2026, 8, 2), 5 * M),
+        ("gpt-5.6-sol", date(2026, 8, 3), None),  # confirmed by nobody
+        ("gpt-5.6-sol", date(2026, 9, 22), 4 * M),
+    ],
+)
+def test_a_call_costs_what_its_day_says(model: str, day: date, micros: int | None) -> None:
+    price = catalog().find("openai", model, day)
+    assert (price and price.input and round(price.input * M)) == micros
+
+
+def test_of_the_models_that_share_a_beginning_each_has_its_own_price() -> None:
+    found = [
+        catalog().find("openai", model, TODAY)
+        for model in ("gpt-5", "gpt-5-2025-08-07", "gpt-5-mini", "gpt-5-nano", "gpt-5-pro")
+    ]
+    assert [price and price.input for price in found] == [1.25, 1.25, 0.25, 0.05, 15.0]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.provider}:{row.models[0]}")
+def test_rows_are_sound(row: ModelPrice) -> None:
+    assert row.source.startswith("https://")
+    assert date(2025, 1, 1) < row.checked <= TODAY
+    assert row.first_day <= row.last_day
+    assert row.price.input is not None
+    assert row.price.output is not None
+    for price in (row.price, *row.price.tiers.values()):
+        cached, fresh = price.cached, price.input
+        assert cached is None or fresh is None or cached <= fresh
+        assert (price.above is None) == (price.long is None)
+    assert row.most_output_tokens is None or row.most_output_tokens > 0
+
+
+@pytest.mark.parametrize("provider", catalog().providers)
+def test_no_model_has_two_prices_on_one_day(provider: str) -> None:
+    for one, other in combinations(catalog().rows(provider), 2):
+        if set(one.models) & set(other.models):
+            apart = one.first_day != other.first_day
+            assert apart, one.models
+            if one.last_day >= other.first_day and other.last_day >= one.first_day:
+                early = min(one, other, key=lambda row: row.first_day)
+                # Open ends are ended by the next row.
+                assert early.last_day == date.max or early.last_day < TODAY, one.models
+
+
+tokens = st.integers(0, 3 * M)
+
+
+@given(st.sampled_from(ROWS), tokens, tokens, tokens, tokens, st.integers(0, 50), st.booleans())
+def test_costs_are_never_negative_and_grow_with_the_usage(
+    row: ModelPrice, taken: int, given_: int, cached: int, written: int, searches: int, long: bool
+) -> None:
+    details = UsageDetails(min(written, taken), searches=searches)
+    for price in (row.price, *row.price.tiers.values()):
+        rates = Rates.of(price)
+        usage = Usage(taken, given_, None, min(cached, taken), None, details)
+        now = cost_micros(rates, usage, None)
+        assert now is not None
+        assert now >= 0
+        more = [
+            Usage(taken + 1 + long * M, given_, None, usage.cached_tokens, None, details),
+            Usage(taken, given_ + 1, None, usage.cached_tokens, None, details),
+            Usage(taken, given_, None, usage.cached_tokens, None, UsageDetails(
+                details.cache_write_tokens, searches=searches + 1)),
+        ]  # fmt: skip
+        assert all((cost_micros(rates, one, None) or 0) >= now for one in more)
+
+
+@given(st.sampled_from(ROWS), st.lists(st.tuples(tokens, tokens), min_size=1, max_size=9))
+def test_costs_are_rounded_once_a_call(row: ModelPrice, calls: list[tuple[int, int]]) -> None:
+    rates = Rates.of(row.price)
+    for taken, given_ in calls:
+        side = rates.long if rates.above is not None and taken > rates.above else rates
+        assert side is not None
+        exact = taken * (side.input or 0) + given_ * (side.output or 0)
+        assert abs((cost_micros(rates, Usage(taken, given_), None) or 0) * M - exact) <= M // 2
+
+
+def test_providers_are_known_by_their_hosts() -> None:
+    assert provider_of("https://api.openai.com/v1") == "openai"
+    assert provider_of("https://mine.openai.azure.com/openai/v1") == "azure"
+    assert provider_of("https://generativelanguage.googleapis.com") == "gemini"
+    assert provider_of("https://europe-west4-aiplatform.googleapis.com") == "vertex"
+    assert provider_of("http://127.0.0.1:8000/v1") is None
+    assert provider_of("https://api.openai.com.example.org/v1") is None
+
+
+ROW = """
+source = "https://example.org"
+[[model]]
+models = ["m"]
+input = 1
+output = 2
+checked = 2026-11-28
+evidence = "map"
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("input = 1\n", "input = -1\n"),
+        ('evidence = "map"', 'evidence = "hearsay"'),
+        ("checked = 2026-11-28", 'checked = "today"'),
+        ("output = 2\n", "output = 2\nouptut = 2\n"),
+        ("output = 2\n", "output = 2\nlong_context = { input = 2 }\n"),
+        ("output = 2\n", "output = 2\ntiers = { flex = 0.5 }\n"),
+        ("output = 2\n", "long_context = { above = 9 }\ntiers = { x = { input = 1 } }\n"),
+        ('source = "https', 'url = "x"\nsource = "https'),
+    ],
+)  # fmt: skip
+def test_mistakes_name_their_key(tmp_path: Path, change: str, said: str) -> None:
+    (tmp_path / "p.toml").write_text(ROW)
+    assert Catalog(tmp_path).find("p", "m", TODAY) == Price(input=1.0, output=2.0)
+    (tmp_path / "p.toml").write_text(ROW.replace(change, said))
+    with pytest.raises(ConfigError, match=r"p\.toml: "):
+        Catalog(tmp_path).rows("p")
