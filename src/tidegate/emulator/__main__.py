@@ -31,6 +31,11 @@ def parse(arguments: Sequence[str]) -> tuple[EmulatorSettings, Path | None]:
     parser.add_argument("--first-byte-ms", type=float, help="delay before an answer")
     parser.add_argument("--between-ms", type=float, help="delay between chunks of an answer")
     parser.add_argument(
+        "--account",
+        help="a provider's name (openai, anthropic, gemini, azure, bedrock, groq) or JSON, fields "
+        "of AccountSpec: counts limits as the provider does",
+    )
+    parser.add_argument(
         "--behaviour",
         default=os.environ.get(BEHAVIOUR_VARIABLE, "{}"),
         help=f"JSON, fields of Behaviour (or {BEHAVIOUR_VARIABLE})",
@@ -45,6 +50,9 @@ def parse(arguments: Sequence[str]) -> tuple[EmulatorSettings, Path | None]:
     for name in ("first_byte_ms", "between_ms"):
         if (value := getattr(given, name)) is not None:
             changes[name] = value
+    if given.account is not None:
+        named = not given.account.startswith("{")
+        changes["account"] = given.account if named else _json("--account", given.account, dict)
     faults = _json("--faults", given.faults, list)
     try:
         behaviour = Behaviour().changed(changes)

@@ -43,6 +43,7 @@ from tidegate.emulator.delivery import (
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
+from tidegate.emulator.rate_limits import anthropic_page, check_admin_key, refused_in_anthropic
 from tidegate.emulator.settings import Behaviour
 
 _TYPE_OF = {
@@ -120,6 +121,7 @@ ANTHROPIC = EmulatedApi(
         FaultName.FORBIDDEN: (403, "Your API key has no permission to use this resource."),
     },
     throttled=_throttled_on_order,
+    refused_by_account=refused_in_anthropic,
 )
 
 
@@ -320,7 +322,7 @@ class _Message:
         total = self.composed.output_tokens
         start = {"type": "message_start", "message": self._body([], None, min(1, total))}
         delta = {"stop_reason": self._stop_reason, "stop_sequence": None}
-        usage = {"input_tokens": self._asked.input_tokens, "output_tokens": total}
+        usage = {"input_tokens": self._asked.uncached_tokens, "output_tokens": total}
         end = {"type": "message_delta", "delta": delta, "usage": usage}
         thoughts = self.composed.thoughts_tokens
         first = 1 if thoughts else 0
@@ -365,9 +367,9 @@ class _Message:
             "stop_reason": stop_reason,
             "stop_sequence": None,
             "usage": {
-                "input_tokens": self._asked.input_tokens,
-                "cache_creation_input_tokens": 0,
-                "cache_read_input_tokens": 0,
+                "input_tokens": self._asked.uncached_tokens,
+                "cache_creation_input_tokens": self._asked.cache_write_tokens,
+                "cache_read_input_tokens": self._asked.cached_tokens,
                 "output_tokens": output_tokens,
                 "service_tier": "standard",
             },
@@ -403,7 +405,7 @@ def _piece(moment: Moment, index: int) -> bytes:
 
 
 MODELS = ("claude-haiku-5-5", "claude-opus-5-5", "claude-sonnet-5-5")
-_PREFIX = "/v1/"
+_PREFIXES = ("/anthropic/v1/", "/v1/")  # the first is Bedrock's
 
 
 def wants(request: web.BaseRequest) -> bool:
@@ -411,18 +413,21 @@ def wants(request: web.BaseRequest) -> bool:
 
     `/v1/models` is a path of all three: this API's requests have a version in a header.
     """
-    if not request.path.startswith(_PREFIX):
+    if not request.path.startswith(_PREFIXES):
         return False
-    name = request.path.removeprefix(_PREFIX)
-    return name.partition("/")[0] == "messages" or "anthropic-version" in request.headers
+    name = _name(request)
+    return (
+        name.partition("/")[0] in ("messages", "organizations")
+        or "anthropic-version" in request.headers
+    )
 
 
 async def route(served: Served) -> web.StreamResponse:
     request, behaviour = served.request, served.behaviour
     _check_headers(request)
-    match request.method, request.path.removeprefix(_PREFIX).rstrip("/").split("/"):
+    match request.method, _name(request).split("/"):
         case "POST", ["messages"]:
-            asked = read_messages(await served.json(_NOT_JSON))
+            asked = served.cached(read_messages(await served.json(_NOT_JSON)))
             _check_model(behaviour, asked.model)
             return await served.generate(asked, partial(script, asked, served.behaviour))
         case "POST", ["messages", "count_tokens"]:
@@ -430,6 +435,13 @@ async def route(served: Served) -> web.StreamResponse:
             _check_model(behaviour, asked.model)
             counted = {"input_tokens": asked.input_tokens}
             return await served.other("count", asked.model, lambda: counted)
+        case "GET", ["organizations", "rate_limits"]:
+            check_admin_key(_key(request))
+            return served.rate_limits(partial(anthropic_page, known=MODELS, query=request.query))
+        case "GET", ["organizations", "workspaces", workspace, "rate_limits"]:
+            check_admin_key(_key(request))
+            page = partial(anthropic_page, known=MODELS, query=request.query, workspace=workspace)
+            return served.rate_limits(page)
         case "GET", ["models"]:
             return await served.other("models", "", _list_models)
         case "GET", ["models", model]:
@@ -437,9 +449,17 @@ async def route(served: Served) -> web.StreamResponse:
     raise Refused(404, f"Not found: {request.method} {request.path}")
 
 
-def _check_headers(request: web.BaseRequest) -> None:
+def _name(request: web.BaseRequest) -> str:
+    return request.path.removeprefix("/anthropic").removeprefix("/v1/").rstrip("/")
+
+
+def _key(request: web.BaseRequest) -> str:
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    key = request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
+    return request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
+
+
+def _check_headers(request: web.BaseRequest) -> None:
+    key = _key(request)
     if not key:
         raise Refused(401, "x-api-key header is required")
     if key == "invalid-key":

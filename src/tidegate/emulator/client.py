@@ -91,6 +91,17 @@ class EmulatorControl:
         """
         await self._ask("PUT", "behaviour", body=changes)
 
+    async def account(self) -> dict[str, Any]:
+        """The account's book: `account.ProviderAccount.to_json`. InvalidRequest without one."""
+        book: dict[str, Any] = await self._ask("GET", "account")
+        return book
+
+    async def set_account(self, **changes: Any) -> dict[str, Any]:
+        """Change fields of `profiles.AccountSpec`; what is used stays used while its provider,
+        limits and clock are the same. Returns the book. Raises InvalidRequest."""
+        book: dict[str, Any] = await self._ask("PUT", "account", body=changes)
+        return book
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()

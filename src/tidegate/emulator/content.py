@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import orjson
 
+from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import Json
 from tidegate.emulator.limits import Fault, FaultName
 from tidegate.emulator.settings import Behaviour
@@ -55,7 +56,8 @@ class Attached:
 class ModelRequest:
     """A request that generates, in any dialect.
 
-    `prompt` is all text of the conversation; `last_text` the last of it. `called` are the functions
+    `prompt` is all text of the conversation, `last_text` the last of it, `texts` its parts in
+    their order with the system prompt first. `called` are the functions
     that the answer calls. `fenced`: JSON within a fenced block of code, since the prompt asks for
     it. `choices` answers come, in a stream with its usage only `with_usage`.
     """
@@ -66,6 +68,7 @@ class ModelRequest:
     last_text: str
     attached: tuple[Attached, ...]
     input_by_modality: Mapping[str, int]
+    texts: tuple[str, ...] = ()
     schema: Json | None = None
     plain_enum: bool = False
     fenced: bool = False
@@ -78,10 +81,29 @@ class ModelRequest:
     streamed: bool = False
     choices: int = 1
     with_usage: bool = False
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
 
     @property
     def input_tokens(self) -> int:
         return sum(self.input_by_modality.values())
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Of the input, those neither read from the provider's prompt cache nor written to it."""
+        return self.input_tokens - self.cached_tokens - self.cache_write_tokens
+
+    @property
+    def size(self) -> CallSize:
+        """What the request counts of limits, before its answer."""
+        return CallSize(
+            self.uncached_tokens,
+            self.cached_tokens,
+            self.cache_write_tokens,
+            self.max_output_tokens,
+            self.choices,
+            self.choices if self.kind == "image_generation" else 0,
+        )
 
 
 @dataclass(slots=True)
@@ -150,6 +172,7 @@ class Conversation:
             last_text=self.last_text,
             attached=attached,
             input_by_modality=count_by_modality(chars, attached),
+            texts=(*self.system, *self.texts),
             schema=schema or fenced,
             fenced=fenced is not None,
         )

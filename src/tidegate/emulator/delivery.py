@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import isawaitable
 from typing import Any, Literal, NoReturn
 
@@ -17,8 +17,10 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator.content import Composed, ModelRequest
+from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused
 from tidegate.emulator.limits import BREAKS_OFF, MID_ANSWER, Fault, FaultName
+from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.settings import Behaviour, Distribution
 from tidegate.emulator.state import EmulatorState, LoggedCall
 
@@ -113,20 +115,45 @@ class Served:
         except orjson.JSONDecodeError as broken:
             raise Refused(400, complaint.format(broken)) from None
 
+    def cached(self, asked: ModelRequest) -> ModelRequest:
+        """The request with the part of its input that the account's prompt cache has.
+
+        Anthropic's dialect also reports what is written to it: all the rest, as if each request
+        asked for it.
+        """
+        account = self.state.account_of(self.api.name)
+        if account is None or account.spec.cache is None:
+            return asked
+        cached = account.cached_tokens(asked.model, asked.texts, asked.input_tokens)
+        rest = asked.input_tokens - cached
+        writes = self.api.name == "anthropic" and account.spec.cache == "prefix"
+        if not writes or asked.input_tokens < account.spec.cache_min_tokens:
+            rest = 0
+        return replace(asked, cached_tokens=cached, cache_write_tokens=rest)
+
+    def rate_limits(self, page: Callable[[AccountSpec], Json]) -> web.Response:
+        """A page of the rate-limit API; raises Refused (404) where there is no account."""
+        account = self.state.account_of(self.api.name)
+        if account is None:
+            raise Refused(404, "This emulator has no account with limits.")
+        return json_response(200, page(account.spec))
+
     async def generate(
         self, asked: ModelRequest, scripted: Scripted, content_type: str | None = None
     ) -> web.StreamResponse:
         """Serve a call that generates; `scripted` composes its answer, given its fault."""
         method = "stream" if asked.streamed else "generate"
-        with self._serving(asked.kind, asked.model, method, asked.prompt, asked.input_tokens) as (
+        with self._serving(asked.kind, asked.model, method, asked.prompt, asked.size) as (
             call,
             fault,
         ):
+            self.state.keep_prompt(call, asked.texts)
             if (early := await self._early_fault(call, fault)) is not None:
                 return early
             content_type = content_type or (SSE_TYPE if asked.streamed else JSON_TYPE)
             script, behaviour = scripted(fault), self.behaviour
             headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
+            headers |= self.state.rate_limit_headers(call)
             return await _Answering(self, call, asked, script, fault, headers, behaviour).run()
 
     async def other(
@@ -138,10 +165,8 @@ class Served:
         input_tokens: int = 0,
     ) -> web.StreamResponse:
         """Serve a call that generates nothing; it is counted as the kind `other`."""
-        with self._serving("other", model, method, self.request.path, input_tokens) as (
-            call,
-            fault,
-        ):
+        size = CallSize(input_tokens)
+        with self._serving("other", model, method, self.request.path, size) as (call, fault):
             if (early := await self._early_fault(call, fault)) is not None:
                 return early
             ledger = self.state.ledger
@@ -152,6 +177,7 @@ class Served:
                 await asyncio.sleep(delay_ms / 1000)
             found = answer()
             response = await found if isawaitable(found) else json_response(200, found)
+            response.headers.update(self.state.rate_limit_headers(call))
             if fault is not None and fault.fault is FaultName.GARBAGE:
                 response.body = b'{"broken": ['
                 ledger.end(call, "failed")
@@ -162,7 +188,7 @@ class Served:
 
     @contextmanager
     def _serving(
-        self, kind: str, model: str, method: str, prompt: str, input_tokens: int
+        self, kind: str, model: str, method: str, prompt: str, size: CallSize
     ) -> Iterator[tuple[LoggedCall, Fault | None]]:
         """Count the call until the block ends, and choose its fault."""
         with self.state.serving(
@@ -171,7 +197,7 @@ class Served:
             model=model,
             method=method,
             prompt=prompt,
-            input_tokens=input_tokens,
+            size=size,
             dialect=self.api.name,
         ) as call:
             yield call, self.state.faults.strike(kind, prompt)
@@ -288,9 +314,11 @@ class _Answering:
         await response.write(data)
 
     def _charge(self, step: ScriptStep) -> None:
-        self._served.state.ledger.charge(
+        state = self._served.state
+        state.ledger.charge(
             self._call, self._asked.input_tokens, step.output_tokens, self._script.thoughts_tokens
         )
+        state.made(self._call)
 
     def _end(self, outcome: Literal["finished", "failed"], last_bytes: int) -> None:
         self._served.state.ledger.sent(self._call, last_bytes)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tidegate.emulator.account import AccountRefusal
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
+from tidegate.emulator.profiles import AccountSpec
 
 Json = dict[str, Any]
 
@@ -54,6 +56,7 @@ class EmulatedApi:
     refused: Callable[[LimitRefusal, str], ErrorResponse]
     faults: Mapping[FaultName, tuple[int, str]]
     throttled: Callable[[Fault, str], ErrorResponse | None]
+    refused_by_account: Callable[[AccountSpec, AccountRefusal, str], ErrorResponse]
 
     def ordered(self, fault: Fault, model: str) -> ErrorResponse | None:
         """The error response that a fault is; None when it is another kind of fault."""

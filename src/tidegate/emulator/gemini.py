@@ -18,6 +18,7 @@ from typing import Any, Literal
 import orjson
 from aiohttp import web
 
+from tidegate.emulator.account import AccountRefusal
 from tidegate.emulator.content import (
     OUTPUT_PICTURE_TOKENS,
     SIGNATURE,
@@ -52,6 +53,7 @@ from tidegate.emulator.delivery import (
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
 from tidegate.emulator.limits import BODIES, Fault, FaultName, LimitRefusal
+from tidegate.emulator.profiles import DAY_S, AccountSpec
 from tidegate.emulator.settings import Behaviour
 
 _TYPE = "type.googleapis.com/google.rpc."
@@ -146,6 +148,23 @@ def refused(refusal: LimitRefusal, model: str) -> ErrorResponse:
     )
 
 
+def refused_by_account(_spec: AccountSpec, refusal: AccountRefusal, model: str) -> ErrorResponse:
+    """The 429 of a limit of an account; what can never fit has no time to name."""
+    limit = refusal.limit
+    per = "Day" if limit.window_s >= DAY_S else "Minute"
+    if limit.unit == "requests":
+        quota_id, metric = f"GenerateRequestsPer{per}PerProjectPerModel", "generate_requests"
+    elif limit.unit == "images":
+        quota_id, metric = f"GenerateImagesPer{per}PerProjectPerModel", "generate_images"
+    else:
+        quota_id = f"GenerateContentPaidTierInputTokensPerModelPer{per}"
+        metric = "generate_content_paid_tier_input_token_count"
+    wait_s = None if refusal.reason == "too_large" else -(-refusal.wait_ns // 10**6) / 1000
+    return throttled(
+        model, quota_id=quota_id, metric=metric, value=refusal.bound, retry_after_s=wait_s
+    )
+
+
 def throttled_on_order(fault: Fault, model: str) -> ErrorResponse | None:
     match fault.fault:
         case FaultName.THROTTLED:
@@ -184,6 +203,7 @@ GEMINI = EmulatedApi(
         ),
     },
     throttled=throttled_on_order,
+    refused_by_account=refused_by_account,
 )
 
 
@@ -468,6 +488,8 @@ class _GeminiAnswer:
             "totalTokenCount": asked.input_tokens + output_tokens + self._thoughts,
             "promptTokensDetails": _modalities(asked),
         }
+        if asked.cached_tokens:
+            usage["cachedContentTokenCount"] = asked.cached_tokens
         if output_tokens:
             usage["candidatesTokenCount"] = output_tokens
         if asked.thinks:
@@ -591,7 +613,8 @@ async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
 
 
 async def _generate(served: Served, model: str, body: Any, framing: Framing) -> web.StreamResponse:
-    asked = read_generate(model, body, served.state.files.look_up, streamed=framing != "whole")
+    lookup = served.state.files.look_up
+    asked = served.cached(read_generate(model, body, lookup, streamed=framing != "whole"))
     scripted = partial(_script, asked, served.behaviour, framing)
     return await served.generate(asked, scripted, SSE_TYPE if framing == "sse" else JSON_TYPE)
 

@@ -52,6 +52,7 @@ from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused,
 from tidegate.emulator.gemini import GEMINI
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.openai_responses import GARBAGE, response_script
+from tidegate.emulator.rate_limits import check_admin_key, openai_page, refused_in_openai
 from tidegate.emulator.settings import Behaviour
 
 _TYPE_OF = {429: "requests", 500: "server_error", 503: "server_error", 529: "server_error"}
@@ -174,6 +175,7 @@ OPENAI = EmulatedApi(
         FaultName.FORBIDDEN: (403, "Your key has no access to this resource."),
     },
     throttled=_throttled_on_order,
+    refused_by_account=refused_in_openai,
 )
 
 
@@ -586,13 +588,14 @@ class _Choices:
 
     def _usage(self) -> Json:
         prompt, completion = self._asked.input_tokens, self._billed()
+        cached = self._asked.cached_tokens
         usage: Json = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
         if self._chat:
-            usage["prompt_tokens_details"] = {"cached_tokens": 0, "audio_tokens": 0}
+            usage["prompt_tokens_details"] = {"cached_tokens": cached, "audio_tokens": 0}
             usage["completion_tokens_details"] = {
                 "reasoning_tokens": self.composed.thoughts_tokens,
                 "audio_tokens": 0,
@@ -741,7 +744,8 @@ def pictures_script(asked: ModelRequest, behaviour: Behaviour, fault: Fault | No
     )
 
 
-_PREFIXES = ("/v1beta/openai/", "/v1/")
+_PREFIXES = ("/v1beta/openai/", "/openai/v1/", "/v1/")
+_RATE_LIMITS = re.compile(r"organization/projects/[^/]+/rate_limits")
 _CREATED = {"chat/completions", "completions", "responses", "embeddings", "images/generations"}
 
 
@@ -750,9 +754,9 @@ def wants(request: web.BaseRequest) -> bool:
 
     `/v1/models` is Gemini's path too: only the header of the key tells them apart.
     """
-    if request.path.startswith(_PREFIXES[0]):
+    if request.path.startswith(_PREFIXES[:2]):
         return True
-    if not request.path.startswith(_PREFIXES[1]):
+    if not request.path.startswith(_PREFIXES[2]):
         return False
     googles = "x-goog-api-key" in request.headers or "key" in request.query
     return _name(request) in _CREATED or (_key(request) is not None and not googles)
@@ -775,6 +779,9 @@ async def route(served: Served) -> web.StreamResponse:
         model = read_model(body)
         check_model(model, served.behaviour)
         return await _create(served, name, body, model)
+    if request.method == "GET" and _RATE_LIMITS.fullmatch(name):
+        check_admin_key(key)
+        return served.rate_limits(partial(openai_page, known=MODELS, query=request.query))
     if request.method == "GET" and name == "models":
         return await served.other("models", "", list_models)
     if request.method == "GET" and name.startswith("models/"):
@@ -795,13 +802,13 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
             asked = read_pictures(body, model)
             return await served.generate(asked, partial(pictures_script, asked, behaviour))
         case "responses":
-            asked = read_responses(body, model)
+            asked = served.cached(read_responses(body, model))
             broken = partial(broken_object, OPENAI, GARBAGE)
             return await served.generate(
                 asked, partial(response_script, broken, body, asked, behaviour)
             )
     chat = name == "chat/completions"
-    asked = read_chat(body, model) if chat else read_completions(body, model)
+    asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))
     return await served.generate(asked, partial(choices_script, asked, behaviour, chat=chat))
 
 

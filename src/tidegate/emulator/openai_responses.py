@@ -203,7 +203,10 @@ class _ResponseObject:
         read, wrote = self._asked.input_tokens, self.composed.output_tokens
         return {
             "input_tokens": read,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {
+                "cached_tokens": self._asked.cached_tokens,
+                "cache_write_tokens": 0,
+            },
             "output_tokens": wrote,
             "output_tokens_details": {"reasoning_tokens": self.composed.thoughts_tokens},
             "total_tokens": read + wrote,

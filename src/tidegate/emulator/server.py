@@ -20,12 +20,15 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator import anthropic, gemini, openai
+from tidegate.emulator.account import AccountLimitReached
 from tidegate.emulator.anthropic import ANTHROPIC
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.delivery import Served, failed, json_response
-from tidegate.emulator.dialect import LimitReached, Refused
+from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
 from tidegate.emulator.gemini import GEMINI
 from tidegate.emulator.openai import OPENAI
+from tidegate.emulator.profiles import AccountSpec
+from tidegate.emulator.rate_limits import rate_limit_headers, retry_headers
 from tidegate.emulator.settings import EmulatorSettings
 from tidegate.emulator.state import EmulatorState
 from tidegate.errors import InvalidRequest
@@ -35,7 +38,8 @@ MAX_CALLS = 100_000
 
 
 async def control(state: EmulatorState, request: web.BaseRequest) -> web.Response:
-    """GET stats, calls, faults, behaviour; POST reset, faults (adds); PUT faults, behaviour."""
+    """GET stats, calls, faults, behaviour, account; POST reset, faults (adds); PUT faults,
+    behaviour, account (some of its fields)."""
     if not is_loopback(request.remote):
         return failed(GEMINI.error(403, "The control API answers on loopback only."))
     name = request.path.removeprefix(PREFIX)
@@ -49,6 +53,11 @@ async def control(state: EmulatorState, request: web.BaseRequest) -> web.Respons
                 return json_response(200, {"faults": state.faults.to_json()})
             case "GET", "behaviour":
                 return json_response(200, state.behaviour.to_json())
+            case "GET", "account":
+                return json_response(200, _book(state))
+            case "PUT", "account":
+                _change_account(state, await _object(request))
+                return json_response(200, _book(state))
             case "POST", "reset":
                 state.reset()
                 return json_response(200, {})
@@ -74,6 +83,18 @@ def _calls(state: EmulatorState, request: web.BaseRequest) -> list[dict[str, Any
     contains = request.query.get("contains", "")
     found = [asdict(call) for call in state.ledger.calls(int(since)) if contains in call.prompt]
     return found[:MAX_CALLS]
+
+
+def _book(state: EmulatorState) -> dict[str, Any]:
+    if state.account is None:
+        raise InvalidRequest("account", "there is no account: set `account` of the behaviour")
+    return state.account.to_json()
+
+
+def _change_account(state: EmulatorState, changes: dict[str, Any]) -> None:
+    spec = state.behaviour.account
+    account = AccountSpec.parse(changes) if spec is None else spec.changed(changes)
+    state.change_behaviour({"account": account})
 
 
 def is_loopback(remote: str | None) -> bool:
@@ -108,10 +129,38 @@ async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
         return await route(Served(state, request, api))
     except LimitReached as full:
         return failed(api.refused(full.refusal, full.model))
+    except AccountLimitReached as full:
+        return _refused_by_account(state, api, full)
     except Refused as refused:
+        await _count_failed(state, request, api)
         return failed(api.error(refused.status, refused.message, **refused.facts))
     except web.HTTPRequestEntityTooLarge:
         return failed(api.error(413, "Request payload size exceeds the limit."))
+
+
+def _refused_by_account(
+    state: EmulatorState, api: EmulatedApi, full: AccountLimitReached
+) -> web.Response:
+    account = state.account_of(api.name)
+    assert account is not None  # it refused in this turn of the event loop
+    spec, views = account.spec, account.views(full.model)
+    error = api.refused_by_account(spec, full.refusal, full.model)
+    limits = rate_limit_headers(spec.headers, views, account.now_ns())
+    headers = {**error.headers, **limits, **retry_headers(spec, full.refusal)}
+    return json_response(error.status, error.body, headers)
+
+
+async def _count_failed(state: EmulatorState, request: web.BaseRequest, api: EmulatedApi) -> None:
+    """Count a refused request of the limits of the model that its body names, if it names any."""
+    account = state.account_of(api.name)
+    if account is None or request.method != "POST":
+        return
+    try:
+        body = orjson.loads(await request.read())
+    except (orjson.JSONDecodeError, web.HTTPRequestEntityTooLarge):
+        return
+    if isinstance(body, dict) and isinstance(body.get("model"), str):
+        account.count_failed(body["model"])
 
 
 class _Listener(web.Server):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from random import Random
 from typing import Any, Literal, Self
 
+from tidegate.emulator.checks import known_fields, number, whole
+from tidegate.emulator.profiles import DAY_S, AccountSpec
 from tidegate.errors import InvalidRequest
 
 KINDS = ("text_only", "multi_modal", "image_generation", "classifier", "other")
@@ -21,20 +23,6 @@ Mode = Literal["fixed_window", "sliding_window", "token_bucket"]
 Measure = Literal["requests", "input_tokens"]
 MODES = ("fixed_window", "sliding_window", "token_bucket")
 MEASURES = ("requests", "input_tokens")
-DAY_S = 86_400
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidRequest(name, f"{name}: {value!r} is not a number from {low:g} to {high:g}")
-    return value
-
-
-def whole(name: str, value: Any, low: int, high: int) -> int:
-    """`value` as an int within bounds; raises InvalidRequest naming the field."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(name, f"{name}: {value!r} is not a whole number from {low} to {high}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +43,9 @@ class Distribution:
                 if len(pair) != 2:
                     raise InvalidRequest(name, f"{name}: {shape} takes two numbers")
                 top = 3_600_000 if shape == "uniform" else 10
-                first = _number(name, pair[0], 0, 3_600_000)
-                return cls(shape, first, _number(name, pair[1], 0, top))
-        return cls("fixed", _number(name, value, 0, 3_600_000))
+                first = number(name, pair[0], 0, 3_600_000)
+                return cls(shape, first, number(name, pair[1], 0, top))
+        return cls("fixed", number(name, value, 0, 3_600_000))
 
     def draw_ms(self, random: Random) -> float:
         if self.shape == "fixed":
@@ -103,7 +91,7 @@ class RateLimit:
             if name in value and value[name] not in allowed:
                 raise InvalidRequest(f"rates.{name}", f"{value[name]!r} is none of {allowed}")
         whole("rates.limit", value["limit"], 0, 10**12)
-        _number("rates.window_s", value.get("window_s", 60), 0.001, 10 * DAY_S)
+        number("rates.window_s", value.get("window_s", 60), 0.001, 10 * DAY_S)
         return cls(**value)
 
 
@@ -114,7 +102,8 @@ class Behaviour:
     Delays are by kind (or `*`). An answer that is not streamed takes as long as the same answer
     streamed. `concurrency` is by kind or `total`; a kind that is not named has no bound.
     `answer` replaces the text of every text answer. `classifier_answer` is the value to choose
-    from an enum (a string) or the whole JSON answer (an object).
+    from an enum (a string) or the whole JSON answer (an object). `account` counts as a provider
+    does, beside `concurrency` and `rates`.
     """
 
     first_byte_ms: Mapping[str, Distribution] = field(default_factory=dict)
@@ -127,6 +116,7 @@ class Behaviour:
     image_size: int = 512
     file_processing_ms: int = 50
     strict_models: bool = False
+    account: AccountSpec | None = None
 
     def first_byte(self, kind: str) -> Distribution:
         return _of_kind(self.first_byte_ms, kind)
@@ -142,6 +132,7 @@ class Behaviour:
         shown: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in ("first_byte_ms", "between_ms"):
             shown[name] = {kind: value.to_json() for kind, value in shown[name].items()}
+        shown["account"] = None if self.account is None else self.account.to_json()
         return shown
 
 
@@ -156,12 +147,12 @@ def _sound(name: str, value: Any) -> Any:
         case "first_byte_ms" | "between_ms":
             named = isinstance(value, Mapping) and not value.keys() & {"uniform", "lognormal"}
             table = value if named else {EVERY: value}
-            _known_keys(name, table, (*KINDS, EVERY))
+            known_fields(name, table, (*KINDS, EVERY))
             return {kind: Distribution.parse(name, item) for kind, item in table.items()}
         case "concurrency":
             if not isinstance(value, Mapping):
                 raise InvalidRequest(name, "concurrency must be an object of kind: number")
-            _known_keys(name, value, (*KINDS, TOTAL))
+            known_fields(name, value, (*KINDS, TOTAL))
             return {kind: whole(name, item, 0, 10**6) for kind, item in value.items()}
         case "rates" if isinstance(value, list | tuple):
             return tuple(RateLimit.parse(item) for item in value)
@@ -177,12 +168,9 @@ def _sound(name: str, value: Any) -> Any:
             return value
         case "strict_models" if isinstance(value, bool):
             return value
+        case "account":
+            return AccountSpec.parse(value)
     raise InvalidRequest(name, f"{value!r} is not a value of a behaviour {name!r}")
-
-
-def _known_keys(name: str, table: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    if unknown := set(table) - set(allowed):
-        raise InvalidRequest(name, f"{name}: {min(unknown)!r} is none of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, slots=True)

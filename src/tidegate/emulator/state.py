@@ -16,7 +16,7 @@ import hashlib
 import select
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -27,9 +27,12 @@ from typing import Any, Literal
 
 from aiohttp import web
 
+from tidegate.emulator.account import AccountCharge, AccountLimitReached, ProviderAccount
 from tidegate.emulator.content import Attached, get
+from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import Json, LimitReached, Refused
 from tidegate.emulator.limits import FaultOrders, LimitGate, LimitRefusal
+from tidegate.emulator.rate_limits import rate_limit_headers
 from tidegate.emulator.settings import KINDS, EmulatorSettings
 
 Ending = Literal["finished", "failed", "client_gone", "refused"]
@@ -99,6 +102,8 @@ class LoggedCall:
     output_tokens: int = 0
     thoughts_tokens: int = 0
     traceparent: str = ""  # as the request bore it
+    cached_tokens: int = 0  # of the input, read from the account's prompt cache
+    cache_write_tokens: int = 0  # of the input, written to it
 
 
 class CallLedger:
@@ -398,6 +403,8 @@ class EmulatorState:
         self.behaviour = settings.behaviour
         self.faults = FaultOrders(settings.faults, self.random)
         self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
+        self.account = self._new_account()
+        self._charges: dict[int, tuple[ProviderAccount, AccountCharge]] = {}  # by call id
         self._in_flight: dict[int, LoggedCall] = {}
         self._call_on: dict[object, LoggedCall] = {}  # aiohttp's protocol of a connection -> call
 
@@ -409,12 +416,49 @@ class EmulatorState:
         self.behaviour = self.settings.behaviour
         self.faults.replace(self.settings.faults)
         self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
+        self.account = self._new_account()
 
     def change_behaviour(self, changes: Mapping[str, Any]) -> None:
         """Replace some fields; windows restart only when a limit is among them."""
         self.behaviour = self.behaviour.changed(changes)
         if changes.keys() & {"concurrency", "rates"}:
             self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
+        if "account" in changes:
+            self._change_account()
+
+    def _new_account(self) -> ProviderAccount | None:
+        spec = self.behaviour.account
+        return None if spec is None else ProviderAccount(spec, self.clock_ns)
+
+    def _change_account(self) -> None:
+        """Take the behaviour's account; what is used stays used where its limits are the same."""
+        spec = self.behaviour.account
+        if spec is None or self.account is None or not self.account.change(spec):
+            self.account = self._new_account()
+
+    def account_of(self, dialect: str) -> ProviderAccount | None:
+        """The account that calls in this dialect are of."""
+        account = self.account
+        return account if account is not None and account.governs(dialect) else None
+
+    def keep_prompt(self, call: LoggedCall, texts: Sequence[str]) -> None:
+        """Put an admitted call's prompt into the account's prompt cache."""
+        if call.id in self._charges:
+            self._charges[call.id][0].keep_prompt(call.model, texts)
+
+    def made(self, call: LoggedCall) -> None:
+        """Count what a call has made so far, where its account counts that as it is made."""
+        if call.id in self._charges:
+            account, charge = self._charges[call.id]
+            account.made(charge, call.output_tokens)
+
+    def rate_limit_headers(self, call: LoggedCall) -> dict[str, str]:
+        """The headers of a call's answer that tell its account's limits."""
+        if call.id not in self._charges:
+            return {}
+        account, charge = self._charges[call.id]
+        views = account.views(call.model, charge)
+        return rate_limit_headers(account.spec.headers, views, account.now_ns())
 
     @contextmanager
     def serving(
@@ -425,17 +469,22 @@ class EmulatorState:
         model: str,
         method: str,
         prompt: str,
-        input_tokens: int = 0,
+        size: CallSize,
         dialect: str = "gemini",
     ) -> Iterator[LoggedCall]:
-        """Count a call while the block runs. Raises LimitReached when a limit refuses it."""
+        """Count a call while the block runs.
+
+        Raises LimitReached or AccountLimitReached when a limit refuses it.
+        """
         self._notice_departed()
         call = self.ledger.arrive(kind, model, method, prompt, dialect)
         call.traceparent = request.headers.get("traceparent", "")[:_LONGEST_TRACEPARENT]
-        refusal = self._refusal(kind, input_tokens)
+        call.cached_tokens, call.cache_write_tokens = size.cached, size.cache_write
+        refusal = self._refusal(kind, size.input)
         if refusal is not None:
             self.ledger.refuse(call, refusal.limit, over=refusal.rate is None)
             raise LimitReached(refusal, model)
+        self._charge(call, size)
         self.ledger.start(call)
         self._in_flight[call.id] = call
         protocol = request.protocol
@@ -451,9 +500,27 @@ class EmulatorState:
             raise
         finally:
             self.ledger.end(call, "finished")
+            self._settle(call)
             self.presence.forget(fd, call.id)
             del self._in_flight[call.id]
             self._call_on.pop(protocol, None)
+
+    def _charge(self, call: LoggedCall, size: CallSize) -> None:
+        """Count a call of its account's limits. Counting calls and lists of models are free."""
+        account = self.account_of(call.dialect)
+        if account is None or (call.kind == "other" and call.method != "embed"):
+            return
+        try:
+            self._charges[call.id] = (account, account.admit(call.model, size))
+        except AccountLimitReached as reached:
+            self.ledger.refuse(call, reached.refusal.limit.name, over=False)
+            raise
+
+    def _settle(self, call: LoggedCall) -> None:
+        if call.id in self._charges:
+            account, charge = self._charges.pop(call.id)
+            account.made(charge, call.output_tokens)
+            account.end(charge, answered=bool(call.input_tokens or call.output_tokens))
 
     def connection_lost(self, protocol: object) -> None:
         """Note that this connection has ended."""

@@ -1,0 +1,356 @@
+"""Account with a provider: counters of its limits, its prompt cache, its other consumers, its book.
+
+A call is admitted by all limits that bind its model, or spends nothing; what it counts is then
+corrected as its provider does. The clock is an argument and may be scaled. Invariants: `counted` of
+a limit is what its calls count now, by window of their start; what another consumer takes is in
+`others` alone; a changed bound keeps what is used.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import ceil
+from typing import Any, Literal
+
+from tidegate.emulator.counting import CallSize, CountedAmount, Counter, Growth, Mode, counter_of
+from tidegate.emulator.profiles import DIALECTS, AccountLimit, AccountSpec
+
+MOST_WINDOWS = 1_000  # of each limit, in its book
+MOST_PREFIXES = 50_000
+CACHE_NS = 300 * 10**9
+# Another consumer takes its share in so many steps a window.
+STEPS_OF_OTHERS = 20
+_PARTS_OF_ONE = 1_000_000
+SECOND_NS = 10**9
+
+RefusedFor = Literal["used_up", "too_large", "growth"]
+
+
+@dataclass(frozen=True, slots=True)
+class AccountRefusal:
+    """The limit that refused a call: what was used of it, what was requested, and when it fits."""
+
+    reason: RefusedFor
+    limit: AccountLimit
+    bound: int
+    used: int
+    requested: int
+    wait_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReading:
+    """A limit as it is now; `charged` is what the call counts for which it is read."""
+
+    limit: AccountLimit
+    bound: int
+    remaining: int
+    full_ns: int
+    charged: int
+
+
+class AccountLimitReached(Exception):
+    """An account has no room for a call."""
+
+    def __init__(self, refusal: AccountRefusal, model: str) -> None:
+        super().__init__(refusal.limit.name)
+        self.refusal = refusal
+        self.model = model
+
+
+class LimitBook:
+    """One limit of an account: its counters, and what was counted and refused."""
+
+    def __init__(self, limit: AccountLimit, bound: int, others_share: float, now_ns: int) -> None:
+        self.limit = limit
+        self.rule = limit.rule
+        self.refused = 0
+        self.counted = 0
+        self.others = 0
+        self.others_refused = 0
+        self._bound = bound
+        self._window_ns = round(limit.window_s * 1e9)
+        self._main = counter_of(limit.mode, bound, self._window_ns, limit.zone)
+        self._pace = None if limit.pace_s is None else self._paced(limit.pace_s)
+        self._growth = None
+        if (growth := limit.growth) is not None:
+            per_ns = growth["per_s"] * SECOND_NS
+            self._growth = Growth(growth["start"], growth["percent"], per_ns)
+        self._windows: OrderedDict[int, int] = OrderedDict()
+        self._others_parts = round(others_share * _PARTS_OF_ONE)
+        self._others_ns = now_ns
+        self._others_due = 0
+
+    def _paced(self, pace_s: float) -> Counter:
+        mode: Mode = "token_bucket" if self.limit.mode == "token_bucket" else "fixed_window"
+        return counter_of(mode, self._pace_bound(pace_s), round(pace_s * 1e9))
+
+    def _pace_bound(self, pace_s: float) -> int:
+        return max(int(self._bound * pace_s / self.limit.window_s), 1)
+
+    def refusal(self, size: CallSize, now_ns: int) -> AccountRefusal | None:
+        """Why the call doesn't fit now; None when it does."""
+        requested = self.rule.at_start(size)
+        # Tokens that are counted as they are made need room for one at least.
+        least = max(requested, 1) if self.rule.settle == "as_made" else requested
+        if requested > self._bound:
+            return self._refused("too_large", requested, 0, now_ns)
+        counters = [self._main] if self._pace is None else [self._main, self._pace]
+        if least and (wait_ns := max(one.wait_ns(least, now_ns) for one in counters)):
+            return self._refused("used_up", requested, wait_ns, now_ns)
+        if self._growth is not None and (wait_ns := self._growth.wait_ns(requested, now_ns)):
+            return self._refused("growth", requested, wait_ns, now_ns)
+        return None
+
+    def _refused(
+        self, reason: RefusedFor, requested: int, wait_ns: int, now_ns: int
+    ) -> AccountRefusal:
+        used = self._bound - self._main.remaining(now_ns)
+        return AccountRefusal(reason, self.limit, self._bound, used, requested, wait_ns)
+
+    def take(self, size: CallSize, now_ns: int) -> CountedAmount:
+        amount = self.rule.at_start(size)
+        if self._pace is not None:
+            self._pace.take(amount, now_ns)
+        if self._growth is not None:
+            self._growth.take(amount, now_ns)
+        self._count(now_ns, amount)
+        return self._main.take(amount, now_ns)
+
+    def correct(self, taken: CountedAmount, total: int, now_ns: int) -> None:
+        if total != taken.total:
+            self._count(taken.at_ns, total - taken.total)
+            self._main.correct(taken, total, now_ns)
+
+    def _count(self, at_ns: int, amount: int) -> None:
+        self.counted += amount
+        start = at_ns // self._window_ns * self._window_ns
+        self._windows[start] = self._windows.get(start, 0) + amount
+        if len(self._windows) > MOST_WINDOWS:
+            self._windows.popitem(last=False)
+
+    def count_failed(self, now_ns: int) -> None:
+        """Count a request that failed or was refused, as far as there is room."""
+        if self.limit.unit == "requests" and self._main.remaining(now_ns):
+            self.take(CallSize(), now_ns)
+
+    def let_others_use(self, now_ns: int) -> None:
+        """Take what another consumer has taken since the last time, in steps; what doesn't fit is
+        refused to it."""
+        if not self._others_parts:
+            self._others_ns = now_ns
+            return
+        # What was long ago is in no counter any more.
+        self._others_ns = max(self._others_ns, now_ns - 2 * self._window_ns)
+        step_ns = max(self._window_ns // STEPS_OF_OTHERS, 1)
+        while self._others_ns < now_ns:
+            at_ns = min(now_ns, self._others_ns + step_ns)
+            self._others_due += (at_ns - self._others_ns) * self._bound * self._others_parts
+            self._others_ns = at_ns
+            whole, self._others_due = divmod(self._others_due, self._window_ns * _PARTS_OF_ONE)
+            fits = min(whole, self._main.remaining(at_ns))
+            if fits:
+                self._main.take(fits, at_ns)
+            self.others += fits
+            self.others_refused += whole - fits
+
+    def change(self, bound: int, others_share: float, now_ns: int) -> None:
+        self._bound = bound
+        self._main.resize(bound, now_ns)
+        if self._pace is not None and self.limit.pace_s is not None:
+            self._pace.resize(self._pace_bound(self.limit.pace_s), now_ns)
+        self._others_parts = round(others_share * _PARTS_OF_ONE)
+
+    def view(self, now_ns: int, charged: int = 0) -> LimitReading:
+        remaining = min(self._main.remaining(now_ns), self._bound)
+        return LimitReading(self.limit, self._bound, remaining, self._main.full_ns(now_ns), charged)
+
+    def to_json(self, now_ns: int) -> dict[str, Any]:
+        return {
+            "name": self.limit.name,
+            "unit": self.limit.unit,
+            "models": self.limit.models,
+            "window_s": self.limit.window_s,
+            "mode": self.limit.mode,
+            "bound": self._bound,
+            "remaining": self._main.remaining(now_ns),
+            "counted": self.counted,
+            "refused": self.refused,
+            "others": self.others,
+            "others_refused": self.others_refused,
+            "windows": [[start, counted] for start, counted in self._windows.items()],
+        }
+
+
+@dataclass(slots=True)
+class AccountCharge:
+    """What one admitted call counts so far, of each limit that binds it."""
+
+    size: CallSize
+    taken: list[tuple[LimitBook, CountedAmount]] = field(default_factory=list)
+    output_tokens: int = 0
+
+
+class PromptCache:
+    """Prefixes of conversations that a provider keeps for five minutes since their last use."""
+
+    def __init__(self, least_tokens: int) -> None:
+        self._least = least_tokens
+        self._until_ns: OrderedDict[bytes, int] = OrderedDict()
+
+    def read(self, model: str, texts: Sequence[str], now_ns: int) -> int:
+        """LLM tokens of the longest kept prefix of a conversation."""
+        found = 0
+        for key, tokens in self._prefixes(model, texts):
+            if self._until_ns.get(key, 0) > now_ns:
+                found = tokens
+        return found
+
+    def keep(self, model: str, texts: Sequence[str], now_ns: int) -> None:
+        for key, _ in self._prefixes(model, texts):
+            self._until_ns[key] = now_ns + CACHE_NS
+            self._until_ns.move_to_end(key)
+        while len(self._until_ns) > MOST_PREFIXES:
+            self._until_ns.popitem(last=False)
+
+    def _prefixes(self, model: str, texts: Sequence[str]) -> Iterator[tuple[bytes, int]]:
+        digest, chars = sha256(model.encode("utf-8", "replace")), 0
+        for text in texts:
+            digest.update(sha256(text.encode("utf-8", "surrogatepass")).digest())
+            chars += len(text)
+            if (tokens := ceil(chars / 4)) >= self._least:
+                yield digest.digest(), tokens
+
+
+class ProviderAccount:
+    """An account in use. `clock_ns` is the real clock; its times are those of its scaled clock."""
+
+    def __init__(self, spec: AccountSpec, clock_ns: Callable[[], int]) -> None:
+        self.spec = spec
+        self._clock_ns = clock_ns
+        self._origin_ns = clock_ns()
+        self.calls = 0
+        self.refused = 0
+        self._first_refusals: list[int] = []
+        now_ns = self.now_ns()
+        self._books = [
+            LimitBook(limit, spec.bound_of(limit), spec.others_share, now_ns)
+            for limit in spec.limits
+        ]
+        self._cache = PromptCache(spec.cache_min_tokens)
+
+    def now_ns(self) -> int:
+        passed = self._clock_ns() - self._origin_ns
+        return self._origin_ns + round(passed * self.spec.clock_scale)
+
+    def governs(self, dialect: str) -> bool:
+        """Whether calls in this dialect are of this account."""
+        return dialect in DIALECTS[self.spec.provider]
+
+    def change(self, spec: AccountSpec) -> bool:
+        """Take a changed account and keep what is used; False where its limits are others."""
+        same = ("provider", "limits", "clock_scale", "cache_min_tokens")
+        if any(getattr(spec, name) != getattr(self.spec, name) for name in same):
+            return False
+        now_ns = self.now_ns()
+        for book in self._books:
+            book.let_others_use(now_ns)
+            book.change(spec.bound_of(book.limit), spec.others_share, now_ns)
+        self.spec = spec
+        return True
+
+    def cached_tokens(self, model: str, texts: Sequence[str], input_tokens: int) -> int:
+        """LLM tokens of a call's input that come from the prompt cache."""
+        match self.spec.cache:
+            case None:
+                return 0
+            case "prefix":
+                return min(self._cache.read(model, texts, self.now_ns()), input_tokens)
+            case share:
+                return int(input_tokens * share)
+
+    def keep_prompt(self, model: str, texts: Sequence[str]) -> None:
+        if self.spec.cache == "prefix":
+            self._cache.keep(model, texts, self.now_ns())
+
+    def admit(self, model: str, size: CallSize) -> AccountCharge:
+        """Count a call of every limit that binds it; raises AccountLimitReached, counting nothing
+        but a failed request where the provider counts those."""
+        now_ns = self.now_ns()
+        books = [book for book in self._books if book.limit.binds(model)]
+        self.calls += 1
+        for book in books:
+            book.let_others_use(now_ns)
+        for book in books:
+            if (refusal := book.refusal(size, now_ns)) is not None:
+                book.refused += 1
+                self.refused += 1
+                if len(self._first_refusals) < MOST_WINDOWS:
+                    self._first_refusals.append(self.calls)
+                if self.spec.counts_failed:
+                    self._count_failed(books, now_ns)
+                raise AccountLimitReached(refusal, model)
+        charge = AccountCharge(size)
+        charge.taken = [(book, book.take(size, now_ns)) for book in books]
+        return charge
+
+    @staticmethod
+    def _count_failed(books: Sequence[LimitBook], now_ns: int) -> None:
+        for book in books:
+            book.count_failed(now_ns)
+
+    def count_failed(self, model: str) -> None:
+        """Count a call that the API itself refused, where the provider counts those."""
+        if self.spec.counts_failed:
+            books = [book for book in self._books if book.limit.binds(model)]
+            self._count_failed(books, self.now_ns())
+
+    def made(self, charge: AccountCharge, output_tokens: int) -> None:
+        """Note what a call has made so far; limits that count it as it is made do so."""
+        charge.output_tokens = output_tokens
+        now_ns = self.now_ns()
+        for book, taken in charge.taken:
+            if book.rule.settle == "as_made":
+                book.correct(taken, book.rule.in_all(charge.size, output_tokens), now_ns)
+
+    def end(self, charge: AccountCharge, *, answered: bool) -> None:
+        """Settle an ended call: by what it made, or as nothing where it got no answer."""
+        now_ns = self.now_ns()
+        for book, taken in charge.taken:
+            if answered:
+                total = book.rule.in_all(charge.size, charge.output_tokens)
+            elif self.spec.counts_failed:
+                total = taken.total
+            else:
+                total = 0
+            book.correct(taken, total, now_ns)
+
+    def views(self, model: str, charge: AccountCharge | None = None) -> list[LimitReading]:
+        """The limits that bind a model, as they are now."""
+        now_ns = self.now_ns()
+        charged = {} if charge is None else {id(book): taken for book, taken in charge.taken}
+        views = []
+        for book in self._books:
+            if book.limit.binds(model):
+                book.let_others_use(now_ns)
+                taken = charged.get(id(book))
+                views.append(book.view(now_ns, 0 if taken is None else taken.total))
+        return views
+
+    def to_json(self) -> dict[str, Any]:
+        """The book: calls, refusals (with the numbers of the first thousand refused calls), and
+        each limit."""
+        now_ns = self.now_ns()
+        for book in self._books:
+            book.let_others_use(now_ns)
+        return {
+            "provider": self.spec.provider,
+            "now_ns": now_ns,
+            "calls": self.calls,
+            "refused": self.refused,
+            "refused_calls": self._first_refusals,
+            "limits": [book.to_json(now_ns) for book in self._books],
+        }
