@@ -1,5 +1,5 @@
--- Makes the application's role in a cluster of an earlier version, where the superuser owned the
--- record, and gives it all of it. Single-user mode ends a statement at a semicolon and an empty line.
+-- Makes the application's role in a cluster of version 0.1.0, where the superuser owned the record,
+-- and gives it all of it. Single-user mode ends a statement at a semicolon and an empty line.
 DO $$
 DECLARE
     statement text;

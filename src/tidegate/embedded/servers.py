@@ -623,7 +623,7 @@ class PostgresServer:
         fresh.rename(self._cluster)
 
     def _create_application(self, binaries: Path) -> None:
-        """Make the application's role in a cluster of an earlier version, which has none."""
+        """Make the application's role in a cluster of version 0.1.0, which has none."""
         created = self._cluster / _HAS_APPLICATION
         if self._application_password is None or created.exists():
             return

@@ -651,6 +651,32 @@ async def _revision_alone(connection: asyncpg.Connection) -> str | None:
         return await revision_of(connection)
 
 
+async def _connected(url: str) -> asyncpg.Connection:
+    try:
+        return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
+        raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+
+
+async def revision_at(url: str) -> str | None:
+    """The revision of a database, None for one without a schema. Raises StoreUnavailable."""
+    connection = await _connected(url)
+    try:
+        return await _revision_alone(connection)
+    finally:
+        await connection.close()
+
+
+async def settle_restored(url: str) -> None:
+    """Fit restored rows to the server that they are in now. Raises StoreUnavailable."""
+    connection = await _connected(url)
+    try:
+        await connection.execute(sql("settle_restored"))
+        await connection.execute("ANALYZE")
+    finally:
+        await connection.close()
+
+
 async def migrate(url: str) -> str | None:
     """Run the missing steps and make partitions ahead.
 
@@ -658,10 +684,7 @@ async def migrate(url: str) -> str | None:
     PostgreSQL can't be reached, and ConfigError for a database from before the first release.
     Cancellation does not stop steps under way.
     """
-    try:
-        connection = await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
-        raise StoreUnavailable(f"cannot migrate: {failed}") from failed
+    connection = await _connected(url)
     try:
         before = await _revision_alone(connection)
         if before is not None and before < FIRST:

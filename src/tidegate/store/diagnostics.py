@@ -1,4 +1,4 @@
-"""Diagnostics of a database: check-up, comparison around a restore, rows of a trial.
+"""Diagnostics of a database: check-up, and the rows of a trial.
 
 Invariants: a check-up writes nothing and is bounded in time; a trial's removal touches only its
 own rows.
@@ -128,36 +128,6 @@ async def _backend(connection: asyncpg.Connection) -> int:
         return found
 
 
-_CONNECT_TIMEOUT_S = 5.0
-
-
-async def revision_at(url: str) -> str | None:
-    """The revision of the record in a database, None for one without. Raises StoreUnavailable."""
-    connection = await _connected(url)
-    try:
-        async with connection.transaction():
-            return await revision_of(connection)
-    finally:
-        await connection.close()
-
-
-async def settle(url: str) -> None:
-    """Fit what was restored to the server that it is in now. Raises StoreUnavailable."""
-    connection = await _connected(url)
-    try:
-        await connection.execute(sql("settle_restored"))
-        await connection.execute("ANALYZE")
-    finally:
-        await connection.close()
-
-
-async def _connected(url: str) -> asyncpg.Connection:
-    try:
-        return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
-        raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
-
-
 _TIMEOUT_MS = 10_000
 
 
@@ -195,7 +165,7 @@ class Trial:
             await connection.execute(sql("erase_bodies"), audit)
             await connection.execute(sql("erase_audit"), audit)
             await connection.execute(sql("drop_usage_of"), tenant_id)
-            await connection.execute(sql("drop_queued_of"), tenant_id)
+            await connection.execute(sql("forget_queued"), tenant_id)
             await connection.execute(sql("drop_workers"), workers)
 
         await self._connections.run(delete, timeout_ms=_TIMEOUT_MS)

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from tidegate.embedded import servers as place
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.settings import Config
-from tidegate.store.diagnostics import revision_at, settle
+from tidegate.store.database import revision_at, settle_restored
 from tidegate.supervisor.services import database_url_of, prepared, with_record
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -127,7 +127,7 @@ def restore(config: Config, file: Path) -> None:
                 allowed = f"must be a whole dump: {failed.message}"
                 raise ConfigError(str(file), None, allowed) from None
             raise
-        asyncio.run(settle(url))
+        asyncio.run(settle_restored(url))
 
 
 def _program(name: str, config: Config) -> str:

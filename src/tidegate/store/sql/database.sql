@@ -1,4 +1,4 @@
--- Partitions. {table} and {partition} are names of ours, never text of a caller.
+-- Partitions, and a restored database. {table} and {partition} are names of ours, never text of a caller.
 
 -- name: lock_partitions
 -- Wait for others who make or drop partitions.
@@ -38,3 +38,9 @@ ALTER TABLE {table} DETACH PARTITION {partition}
 -- name: drop_partition
 -- Delete a detached partition.
 DROP TABLE {partition}
+
+-- name: settle_restored
+-- Queued jobs of a restored record: as if they had been ready since ever.
+-- A new server counts its transactions from the beginning: they would look as if they were to come
+-- in the far future, and be read again at every look.
+UPDATE requests SET ready_xid = 0 WHERE status = 'queued'

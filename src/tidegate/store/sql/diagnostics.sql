@@ -57,16 +57,6 @@ SELECT id FROM audit WHERE request_id = ANY($1::uuid[])
 -- Forget what tenant $1 used.
 DELETE FROM usage_days WHERE tenant_id = $1
 
--- name: drop_queued_of
--- Forget how much tenant $1 had queued.
-DELETE FROM queued WHERE tenant_id = $1
-
 -- name: drop_workers
 -- Forget that the workers $1 were ever alive.
 DELETE FROM workers WHERE instance_id = ANY($1::text[])
-
--- name: settle_restored
--- Queued jobs of a restored record: as if they had been ready since ever.
--- A new server counts its transactions from the beginning: they would look as if they were to come
--- in the far future, and be read again at every look.
-UPDATE requests SET ready_xid = 0 WHERE status = 'queued'

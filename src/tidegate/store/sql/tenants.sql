@@ -1,7 +1,7 @@
 -- Tenants, API keys and sign-in codes.
 
 -- name: forget_queued
--- Have what tenant $1 has queued counted again: its caps may have been others for a while.
+-- Forget how much tenant $1 has queued: it is counted again.
 DELETE FROM queued WHERE tenant_id = $1
 
 -- name: access_version
