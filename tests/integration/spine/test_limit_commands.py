@@ -144,7 +144,7 @@ async def test_permits_are_listed_and_a_dead_process_is_revoked(open_gateway: Op
 
 
 MISTAKES: dict[tuple[str, ...], tuple[int, str]] = {
-    ("limits", "set"): (2, "give changes, or --deployed"),
+    ("limits", "set"): (2, "needs either changes, such as"),
     ("limits", "set", "kind:text_only=five"): (2, "a whole number or a table"),
     ("limits", "set", "--remove", "rpm:x"): (1, "there is no limits.rpm:x"),
     ("limits", "pause", "rpm:x"): (1, "there is no limit rpm:x"),
