@@ -205,6 +205,7 @@ class _UploadReader:
         count_in(self._hold, uploaded.spool.held_bytes, WITH_ITS_HEAD_BYTES)
 
 
+BATCH_PATHS = ("/v1/files", "/v1/batches")  # how those of ours begin
 _PATH = re.compile(r"/v1/(?P<room>files|batches)(?:/(?P<id>[\w-]{1,80})(?:/(?P<do>\w+))?)?/?")
 _FILE_ID = re.compile(r"file-(?P<hex>[0-9a-f]{32})")
 _BATCH_ID = re.compile(r"batch_(?P<hex>[0-9a-f]{32})")
@@ -230,7 +231,7 @@ class Asking(NamedTuple):
 def is_batch_path(scope: Scope) -> bool:
     """Whether a native path is one of ours. Gemini's files bear Google's key."""
     path = scope["path"]
-    if not path.startswith(("/v1/files", "/v1/batches")) or _PATH.fullmatch(path) is None:
+    if _PATH.fullmatch(path) is None:
         return False
     names = frozenset(name for name, _ in scope["headers"])
     return dialect_of(path, names, scope["query_string"]) is Dialect.OPENAI

@@ -46,13 +46,6 @@ async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
     return caller
 
 
-async def payer_of(request: Request) -> Caller:
-    """The caller of what costs something. Raises BudgetExceeded as well."""
-    caller = await caller_of(request)
-    await services_of(request).budgets.check(caller)
-    return caller
-
-
 async def _reader(request: Request) -> Caller:
     return await caller_of(request, Scope.READ)
 

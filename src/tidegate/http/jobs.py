@@ -38,7 +38,7 @@ from tidegate.errors import (
     TidegateError,
     TooManyFollowers,
 )
-from tidegate.http.guards import Reader, caller_of, check_models, check_prompt, payer_of
+from tidegate.http.guards import Reader, caller_of, check_models, check_prompt
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
 from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
@@ -283,8 +283,10 @@ async def submit(request: Request) -> Response:
     services = services_of(request)
     received = datetime.now(UTC)
     key = key_of(request)
+    caller = await caller_of(request)
     # What is known under a key may be returned to a tenant whose budget is spent.
-    caller = await (payer_of(request) if key is None else caller_of(request))
+    if key is None:
+        await services.budgets.check(caller)
     hold = services.hold(caller)
     try:
         submission = await read_submission(

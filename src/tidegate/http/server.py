@@ -34,7 +34,7 @@ from tidegate.http import health, jobs, problems, requests, stream
 from tidegate.http.admin import limits as admin_limits
 from tidegate.http.admin import requests as admin_requests
 from tidegate.http.admin import tenants as admin_tenants
-from tidegate.http.batches import batch_methods, batches, is_batch_path
+from tidegate.http.batches import BATCH_PATHS, batch_methods, batches, is_batch_path
 from tidegate.http.native import native
 from tidegate.http.problems import (
     MEDIA_TYPE,
@@ -189,7 +189,7 @@ class Gateway(FastAPI):
             scope["app"] = self
             await AccessLog(partial(answer_options, known))(scope, receive, send)
         elif native_at is not None:
-            if is_batch_path(scope):
+            if path.startswith(BATCH_PATHS) and is_batch_path(scope):
                 scope["app"] = self
                 await self._batches(scope, receive, send)
             else:

@@ -41,7 +41,7 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.http.body import BodyBudget
-from tidegate.http.guards import check_models, check_prompt, payer_of
+from tidegate.http.guards import caller_of, check_models, check_prompt
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
 from tidegate.http.services import TRACE_IN_SCOPE, Opening, Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
@@ -86,7 +86,8 @@ async def stream(request: Request) -> Response:
     `x-tidegate-request-id` names the record, which `/status` shows once the stream has ended."""
     services = services_of(request)
     received, received_at = time.monotonic(), datetime.now(UTC)
-    caller = await payer_of(request)
+    caller = await caller_of(request)
+    await services.budgets.check(caller)
     opening, hold = services.openings.stream(caller), services.hold(caller)
     try:
         submission = await read_submission(request, services.config, services.blobs, hold=hold)
