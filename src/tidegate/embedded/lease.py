@@ -131,7 +131,7 @@ class Folder:
                 for name, found in raw["services"].items()
             },
             ports=raw["ports"],
-            sockets=raw["sockets"],
+            sockets=raw.get("sockets", {}),  # version 0.1.0 had none
             failures={name: (count, why) for name, (count, why) in raw["failures"].items()},
         )
 

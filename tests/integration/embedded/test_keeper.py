@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -224,6 +225,23 @@ async def test_a_second_start_is_quick_and_finds_data_and_ports(
         assert time.monotonic() - began < promised_s(8.0)
         assert (lease.redis_url, lease.database_url) == urls
         assert await _recall(lease.database_url) == ["kept"]
+
+
+async def test_a_folder_of_version_0_1_0_starts_with_its_data_and_ports(
+    data_dir: Path, traces: Traces
+) -> None:
+    """That version listened on no socket, and its state names none."""
+    with _ensure(data_dir, "postgres") as lease:
+        url = lease.database_url
+        await _remember(url, "kept")
+    path = data_dir / "embedded" / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    assert state.pop("sockets") == {}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        assert lease.database_url == url
+        assert await _recall(url) == ["kept"]
+        assert _pings(lease.redis_url)
 
 
 async def test_a_server_that_is_asked_for_later_joins_those_that_run(
