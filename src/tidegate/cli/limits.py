@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="See and change the limits of the running deployment.", no_args_is_help=True)
 
 _IN_FORCE_WITHIN_S = 5.0
-_LOOK_AGAIN_S = 0.02
 LimitId = Annotated[str, typer.Argument(help="A limit's id, such as kind:text_only.")]
 
 
@@ -145,7 +144,7 @@ def set_(
             now = await keeper.adopt_wanted(set_by=who(), reason=reason)
         else:
             now = await keeper.change(edit(wanted, remove or []), set_by=who(), reason=reason)
-        await in_force(keeper.limiter, now.number)
+        await in_force(keeper.limiter)
         return before, now
 
     before, now = with_keeper(change)
@@ -247,15 +246,13 @@ def _changes(record: PolicyRecord, before: PolicyRecord | None) -> str:
     return "\n".join(differences(before.policy, record.policy)) or "none"
 
 
-async def in_force(limiter: Limiter, revision: int) -> None:
-    """Wait until Valkey has it, so that the command's end does not take it along."""
+async def in_force(limiter: Limiter) -> None:
+    """Wait until Valkey has the policy, so that the command's end does not take it along."""
     try:
         async with asyncio.timeout(_IN_FORCE_WITHIN_S):
-            while True:
-                if (await limiter.snapshot()).revision >= revision:
-                    return
-                await asyncio.sleep(_LOOK_AGAIN_S)
+            await limiter.in_force()
     except TimeoutError:
+        revision = limiter.policy.revision
         message = f"revision {revision} is on record, but Valkey has not taken it yet"
         raise LimiterUnavailable(message, limit="") from None
 

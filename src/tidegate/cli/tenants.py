@@ -177,7 +177,7 @@ def remove(
 
     async def work(control: Control) -> None:
         await remove_tenant(control, tenant, by=who(), reason=reason)
-        await in_force(control.limiter, control.limiter.policy.revision)
+        await in_force(control.limiter)
 
     in_pool(work)
     tell(json, {"tenant": tenant, "removed": True}, f"{tenant} is removed")
@@ -203,7 +203,7 @@ def _set(
 
     async def work(control: Control) -> ShownTenant:
         shown = await set_tenant(control, tenant, wanted, by=who(), reason=reason)
-        await in_force(control.limiter, control.limiter.policy.revision)
+        await in_force(control.limiter)
         return shown
 
     return in_pool(work)

@@ -531,7 +531,7 @@ class ExchangeLoop:
             session.unanswered(batch)
             raise
         left = session.answered(batch, request, unpack_reply(raw), sent_ms)
-        if not self.joined.is_set() and (session.accepted or session.fatal):
+        if not self.joined.is_set():
             self._check_joined()
         if not left and self._queue.pending:
             self.wake()  # what was kept back has its time
@@ -539,6 +539,8 @@ class ExchangeLoop:
 
     def _check_joined(self) -> None:
         session = self.session
+        if not session.fatal and (session.policy_due or not session.accepted):
+            return
         if self._written is None or session.fatal or self._written.is_in(session.policy):
             self._written = None
             self.joined.set()

@@ -418,6 +418,13 @@ class Limiter:
         """Return once the pool has answered for the first time; while Valkey is away, wait."""
         await self._exchanges.joined.wait()
 
+    async def in_force(self) -> None:
+        """Return once Valkey has the policy that was set last, or a newer one; while Valkey is
+        unavailable, wait. Raises ConfigError where that has ended the session."""
+        await self._exchanges.joined.wait()
+        if self._session.fatal is not None:
+            raise self._session.fatal
+
     # -- the pool
 
     async def _run(self, name: ScriptName, request: dict[str, Any], tries: int = 2) -> bytes:
@@ -594,9 +601,12 @@ class Limiter:
 
     async def set_policy(self, policy: PoolPolicy, *, by: str = "") -> None:
         """Put a policy with a higher revision in force for the whole pool, now or as soon as
-        Valkey answers. Nothing is revoked: a limit that was lowered drains."""
+        Valkey answers, which `in_force` waits for. Nothing is revoked: a limit that was lowered
+        drains."""
         if policy.revision <= self._session.policy.revision:
             raise TidegateError(f"revision {self._session.policy.revision} is in force already")
+        if self._session.fatal is None:
+            self._exchanges.joined.clear()
         self._session.set_policy(policy, by)
 
     # -- the end

@@ -27,7 +27,6 @@ from tidegate.limiter.policy import (
     PoolPolicy,
     Quota,
     Rate,
-    as_limit,
 )
 
 _FOR_EVER_MS = 10 * 365 * 86_400_000
@@ -142,8 +141,10 @@ def pack(value: object) -> bytes:
     return cast(bytes, msgpack.packb(value, use_bin_type=False))
 
 
-def definition(limit: Limit) -> str:
+def definition(limit: int | Limit) -> str:
     """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own."""
+    if isinstance(limit, int):
+        return f"c|{limit}|0|0|0|0"
     shadow = int(limit.shadow)
     if isinstance(limit, Concurrency):
         least = limit.adaptive.minimum if limit.adaptive else 0
@@ -225,7 +226,7 @@ def _digest(blob: bytes) -> str:
 
 def _flat(limits: Mapping[str, int | Limit]) -> bytes:
     """Field of the record, definition, and so on."""
-    fields = ((f"d:{name}", definition(as_limit(limit))) for name, limit in limits.items())
+    fields = ((f"d:{name}", definition(limit)) for name, limit in limits.items())
     return cast(bytes, msgpack.packb(list(chain.from_iterable(fields)), use_bin_type=False))
 
 
@@ -236,7 +237,7 @@ def _changes(base: PoolPolicy, policy: PoolPolicy) -> bytes:
     }
     for name, limit in policy.limits.items():
         if base.limits.get(name) != limit:
-            limits[name] = definition(as_limit(limit))
+            limits[name] = definition(limit)
     weights: dict[str, int | Literal[False]] = {
         n: False for n in base.weights if n not in policy.weights
     }

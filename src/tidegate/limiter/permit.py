@@ -34,7 +34,6 @@ from tidegate.limiter.policy import (
     PoolPolicy,
     Tokens,
     check_tenant,
-    tokens_of,
     unknown_limit,
 )
 from tidegate.limiter.queue import Flow, Holding, LocalQueue, Waiter
@@ -309,7 +308,7 @@ class Permit:
         failed). tokens, images: actual usage; None if unknown, then the reservation stands.
         """
         self.outcome = str(outcome)
-        self.tokens = None if tokens is None else tokens_of(tokens)
+        self.tokens = Tokens(tokens) if isinstance(tokens, int) else tokens
         self.images = images
 
     def usage_follows(self) -> None:
@@ -318,7 +317,7 @@ class Permit:
 
     def report_usage(self, tokens: int | Tokens | None = None, images: int | None = None) -> None:
         """Send the usage of a call whose permit was released after `usage_follows`."""
-        self.tokens = None if tokens is None else tokens_of(tokens)
+        self.tokens = Tokens(tokens) if isinstance(tokens, int) else tokens
         self.images = images
         self._issuer.report(self._holding, self.tokens, self.images)
 

@@ -493,7 +493,7 @@ class Session:
         self._full = True
         self._tend = False
         self._must_join = True
-        self._policy_due = False
+        self.policy_due = False
         self._leaving = False
         self._failing = True
         self._lapse_seen = True
@@ -540,7 +540,7 @@ class Session:
     def set_policy(self, policy: PoolPolicy, by: str) -> None:
         """Join again with a newer policy; the session keeps what it holds."""
         self.policy, self.policy_by = policy, by
-        self._policy_due = True
+        self.policy_due = True
         self._forget_hints()
         self._refuse_impossible()
         self.refresh()
@@ -589,7 +589,7 @@ class Session:
             or self._full
             or self._tend
             or self._must_join
-            or self._policy_due
+            or self.policy_due
             or self._leaving
             or len(self._queue.looks) > 0
             or self._sent_seen - self._acked >= ACK_EARLY
@@ -602,7 +602,7 @@ class Session:
     def prepare(self, run: str, uptime_ms: int) -> tuple[MessageBatch, SyncRequest]:
         """The next request, for a server that says this of itself. Answer it by `answered`,
         `unanswered` or `failed`."""
-        joining = self._must_join or self._policy_due
+        joining = self._must_join or self.policy_due
         at = self.lease.now_ms()
         queue, remembered, self._batch = self._queue, self.remembered, self._batch + 1
         batch = queue.take_join() if joining else queue.take(inf if self._leaving else at)
@@ -698,7 +698,7 @@ class Session:
         self._lapse_seen = False
         # A policy that came while a request was in progress is still to be sent.
         if request.join is not None and request.join.policy == self.policy:
-            self._policy_due = False
+            self.policy_due = False
         recovering = reply.recovering_ms > 0
         self._set_state("recovering" if recovering else "up")
         queue.confirm(batch, reply.stamps)
@@ -829,7 +829,7 @@ class Session:
         if whole.conflict:
             logger.warning("limiter: another policy of revision %d is in force", newest.revision)
         self.policy = newest
-        self._policy_due = False
+        self.policy_due = False
         self._forget_hints()
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
         self._refuse_impossible()

@@ -295,6 +295,25 @@ async def test_a_policy_that_comes_while_a_request_is_under_way_is_not_lost(
         assert limiter.policy == changed
 
 
+async def test_a_policy_is_awaited_until_valkey_has_it(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, 2)
+    await limiter.in_force()
+    for bound in range(3, 20):
+        changed = PoolPolicy({LIMIT: bound}, lease_ms=600, revision=limiter.policy.revision + 1)
+        await limiter.set_policy(changed)
+        await limiter.in_force()
+        assert (await limiter.snapshot()).revision == changed.revision
+    own_valkey.stop()
+    await limiter.set_policy(PoolPolicy({LIMIT: 2}, lease_ms=600, revision=99))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(limiter.in_force(), 0.2)
+    own_valkey.start()
+    await asyncio.wait_for(limiter.in_force(), 20)
+    assert (await limiter.snapshot()).revision == 99
+
+
 async def test_a_permit_is_not_confirmed_once_its_process_has_stood_still_for_a_lease(
     maker: Maker, valkey_url: str
 ) -> None:

@@ -42,7 +42,7 @@ from tidegate.limiter.model.state import (
     SessionState,
     read_flow,
 )
-from tidegate.limiter.policy import PoolPolicy, Rate, as_limit
+from tidegate.limiter.policy import PoolPolicy, Rate
 
 # Beyond so many sessions a newcomer is not announced, or nobody is named.
 MOST_TO_ANNOUNCE = 64
@@ -293,7 +293,7 @@ class Joins:
             for name, limit in policy.limits.items()
             if not before
             or (old := before.limit(name)) is None
-            or definition(old) != definition(as_limit(limit))
+            or definition(old) != definition(limit)
         ]
         for name in {*self.pool.limits, *policy.limits}:
             limit = self.pool.limit(name)
