@@ -5,7 +5,7 @@ TidegateError
 │   └── PolicyConflict          a program's policy is not the one that its pool has in force
 ├── InvalidRequest              the caller's input is wrong; names the field and what is allowed
 │   ├── PayloadTooLarge         a body, file or prompt is over its limit
-│   │   └── FilesFull           a tenant keeps as much in files for batches as it may
+│   │   └── FilesFull           a tenant has reached its limit on batch files
 │   ├── UnsupportedMedia        a content type or file type that we do not take
 │   └── FetchRefused            an `image_uri` that we will not, or could not, fetch
 ├── RequestTimeout              the client was too slow in sending its request
@@ -19,7 +19,7 @@ TidegateError
 ├── NotEnded                    too early to try it again
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
-├── QuotaExceeded               a tenant has as much here as it may; says of what
+├── QuotaExceeded               a tenant has reached one of its caps; names it
 │   ├── BudgetExceeded          it has spent what it may in a day or month
 │   └── BudgetReserved          what is left of that is reserved for its calls under way
 ├── AdmissionError              the limiter said no
@@ -27,7 +27,7 @@ TidegateError
 │   │   ├── LimitPaused         a limit is paused for longer than the call may wait
 │   │   └── LimitUsedUp         a limit has no room before the deadline
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
-│   ├── QueueFull               too many waiters already
+│   ├── QueueFull               the queue is full
 │   └── LimiterUnavailable      Valkey is unavailable and the policy is `closed`
 ├── LeaseLost                   the session that held the permit is gone; results may not be stored
 ├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is

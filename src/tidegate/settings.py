@@ -266,7 +266,7 @@ class Config(BaseModel):
     )
     auth: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Whether callers must show an API key: see docs/tenants.md. auto requires one on any HOST "
+        "Whether callers must send an API key: see docs/tenants.md. auto requires one on any HOST "
         "but a loopback address; off never requires one.",
     )
     auth_outage_ms: Milliseconds = setting(
@@ -626,7 +626,7 @@ class Config(BaseModel):
 
     @property
     def asks_for_keys(self) -> bool:
-        """Whether callers must show an API key."""
+        """Whether callers must send an API key."""
         return self.auth == "on" or (self.auth == "auto" and not self.is_loopback)
 
     @property

@@ -240,7 +240,7 @@ async def test_nothing_is_shown_without_a_key_and_a_revoked_one_is_asked_for_aga
         for wrong, why in (
             ("", "Enter a key"),
             ("two words", "no spaces"),
-            ("tg_nonsense", "no API key"),
+            ("tg_nonsense", "not an API key of this gateway"),
             (weak.text, "lacks the scope admin"),
         ):
             await field.fill(wrong)

@@ -167,7 +167,9 @@ class GatewayClient:
             problem = orjson.loads(await answer.read())
             said, code = str(problem["detail"]), str(problem["code"])
         except (ValueError, KeyError, TypeError):
-            return GatewayUnreachable(f"{self._named} answers {answer.status} and is no Tidegate")
+            return GatewayUnreachable(
+                f"{self._named} answers {answer.status} and is not a Tidegate gateway"
+            )
         if "allowed" in problem:
             said += f" (allowed: {problem['allowed']})"
         if answer.status in (401, 403) and not self._has_key:

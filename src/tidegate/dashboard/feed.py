@@ -474,9 +474,9 @@ class Feed:
     def watched(self, wanted: Viewing) -> Iterator[Viewer]:
         """A viewer, as long as the block lasts. Raises TooManyFollowers and ShuttingDown."""
         if self._services.draining.is_set():
-            raise ShuttingDown("this process is stopping; ask again")
+            raise ShuttingDown("this process is stopping; retry")
         if len(self._viewers) >= MOST_VIEWERS:
-            raise TooManyFollowers("too many dashboards are open at this process; try again")
+            raise TooManyFollowers("too many dashboards are open at this process; retry later")
         viewer = Viewer(wanted)
         for (event, whose), frame in self._newest.items():
             if whose in (None, wanted):

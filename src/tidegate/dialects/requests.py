@@ -393,8 +393,8 @@ def check_ends(body: Mapping[str, Any]) -> None:
         if body.get(name) not in (None, False):
             raise InvalidRequest(
                 name,
-                f"{name} asks for work that goes on after its answer, outside of every limit and "
-                "budget, which is not relayed; submit it as a job or in a batch instead",
+                f"{name} starts work that continues after its answer, outside every limit and "
+                "budget, and is not supported; submit it as a job or in a batch instead",
                 allowed="false",
             )
 

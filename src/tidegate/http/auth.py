@@ -223,7 +223,7 @@ class Authenticator:
         if (wrong := _wrong_with(found, found.digest)) is not None:
             raise Unauthenticated(wrong)
         if found.disabled or Scope.INFER not in found.scopes:
-            raise Forbidden(f"the key tg_{prefix} may not do this any more")
+            raise Forbidden(f"the key tg_{prefix} is no longer allowed to do this")
         return found.caller
 
     def _unasked(self, shown: Shown) -> Caller:

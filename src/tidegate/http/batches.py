@@ -148,7 +148,9 @@ async def read_upload(
     """Fill `uploaded`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
     kin, QueueFull and StoreUnavailable."""
     if not content_type.startswith("multipart/form-data"):
-        raise InvalidRequest("file", "a file is sent as a form", allowed="multipart/form-data")
+        raise InvalidRequest(
+            "file", "the file must be sent as a form", allowed="multipart/form-data"
+        )
     await Multipart(content_type).read(body, _UploadReader(uploaded, hold).take)
     if not uploaded.has_file:
         raise InvalidRequest("file", "there is no file", allowed="a file of JSON lines")
@@ -182,7 +184,7 @@ class _UploadReader:
                 name[:64] or "body", f"there is no field {shown} here", allowed=", ".join(_FIELDS)
             )
         if name in uploaded.values or (name == "file" and uploaded.has_file):
-            raise InvalidRequest(name, f"{name!r} is there more than once")
+            raise InvalidRequest(name, f"{name!r} is given more than once")
         self._field = name
         if name == "file":
             uploaded.has_file = True
@@ -295,7 +297,7 @@ async def _upload(asking: Asking) -> Response:
         await _check_room(asking)
         await read_upload(body, asking.request.headers.get("content-type", ""), uploaded, hold)
         if uploaded.values.get("purpose") != INPUT:
-            raise InvalidRequest("purpose", "only files of batches are kept here", allowed=INPUT)
+            raise InvalidRequest("purpose", "only files for batches are supported", allowed=INPUT)
         file = BatchFile(
             file_id=new_id(),
             tenant_id=asking.tenant,
@@ -401,7 +403,9 @@ async def _create(asking: Asking) -> Response:
         await services.budgets.check(asking.caller)
     file = await batches.file(order.file_id, asking.tenant)
     if file.purpose == OUTPUT:
-        raise InvalidRequest("input_file_id", "this is what a batch gave", allowed="an input file")
+        raise InvalidRequest(
+            "input_file_id", "this file is the output of a batch", allowed="an input file"
+        )
     batch_id = new_id()
     room = services.store.queue_caps.room(
         asking.caller, jobs=file.lines, size_bytes=file.size_bytes
@@ -444,12 +448,12 @@ def _order(values: dict[str, Any]) -> _Order:
             allowed = ", ".join(_CREATE_FIELDS)
             raise InvalidRequest(name[:64], f"there is no field {shown} here", allowed=allowed)
     if values.get("completion_window") != _WINDOW:
-        raise InvalidRequest("completion_window", "there is one window", allowed=_WINDOW)
+        raise InvalidRequest("completion_window", "unsupported completion_window", allowed=_WINDOW)
     path = values.get("endpoint")
     endpoint = endpoint_named(path)
     if endpoint.model is not None or not isinstance(path, str):
         allowed = "a path whose body names the model, such as /v1/chat/completions"
-        raise InvalidRequest("endpoint", "batches have one endpoint for all", allowed=allowed)
+        raise InvalidRequest("endpoint", "unsupported endpoint", allowed=allowed)
     metadata = _metadata(values.get("metadata"))
     given = values.get("input_file_id")
     if not isinstance(given, str):
@@ -496,7 +500,7 @@ def _metadata(value: Any) -> dict[str, str] | None:
             f"at most {_MOST_METADATA} texts of at most {_LONGEST_VALUE} characters, by names of "
             f"at most {_LONGEST_KEY}, without NUL"
         )
-        raise InvalidRequest("metadata", "this is not metadata", allowed=allowed)
+        raise InvalidRequest("metadata", "invalid metadata", allowed=allowed)
     return dict(value)
 
 

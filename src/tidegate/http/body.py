@@ -103,7 +103,7 @@ class BodyBudget:
         others_bytes = memory.held_bytes - own_bytes
         if own_bytes + more_bytes > self._bound.share_bytes(others_bytes):
             whose = f"of tenant {self._tenant_id}" if self._bound.shared else "of requests"
-            said = f"this process holds as much of the bodies {whose} as it may"
+            said = f"this process has no memory left for the bodies {whose}"
             raise QueueFull(said, limit="MAX_HELD_BYTES", retry_after_ms=_RETRY_AFTER_MS)
         memory.add(self._tenant_id, more_bytes)
         self.held_bytes = size_bytes
@@ -347,7 +347,7 @@ class Multipart:
                 max_header_size=MAX_PART_HEADER_BYTES,
             )
         except FormParserError as unfit:
-            raise InvalidRequest("Content-Type", f"unfit boundary: {unfit}") from None
+            raise InvalidRequest("Content-Type", f"invalid boundary: {unfit}") from None
 
     async def read(self, body: Incoming, take: Callable[[Part], Awaitable[None]]) -> None:
         """Give each part to `take`. Raises InvalidRequest, and what `body` and `take` raise."""

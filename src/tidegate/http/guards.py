@@ -88,8 +88,8 @@ def _models(model: str | None, classification: Classification, config: Config) -
 
 OPERATOR, SIGNED_IN = "the operator's key", "the dashboard"
 _HOW = (
-    "show the operator's key (ADMIN_TOKEN, else the file operator.key in DATA_DIR) or an API key "
-    "of the scope admin as Authorization: Bearer"
+    "send the operator's key (ADMIN_TOKEN, else the file operator.key in DATA_DIR) or an API key "
+    "with the scope admin as Authorization: Bearer"
 )
 
 

@@ -149,12 +149,12 @@ class Once:
         taken = await self._keys.take(self._owner, self._wanted)
         while isinstance(taken, KeyState):
             if taken.digest != self._wanted.digest:
-                raise IdempotencyConflict("the key was used for another request")
+                raise IdempotencyConflict("this idempotency key was used for a different request")
             if taken.answer is not None:
                 return taken
             if call.terms.left_ms() <= 0:
                 raise IdempotencyConflict(
-                    "the first request under the key is still being answered",
+                    "the first request with this idempotency key is still in progress",
                     retry_after_ms=_COME_BACK_MS,
                 )
             known = await self._keys.look(call.terms.caller.tenant_id, self._wanted.key)

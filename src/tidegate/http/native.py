@@ -383,7 +383,7 @@ class _Front:
                 return Status.FAILED, Failure.of(slow)
             if presence.gone:
                 return Status.CANCELLED, Failure("client_left", "the client went away")
-            stopping = ShuttingDown("this process is stopping; ask again")
+            stopping = ShuttingDown("this process is stopping; retry")
             await self.tell(stopping)
             return Status.FAILED, Failure.of(stopping)
 

@@ -316,32 +316,35 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)  # nobody is there to read it
 
 
-_TRY_ANEW = "Nothing is wrong with the request itself: retry it."
+_RETRY_IT = "Nothing is wrong with the request itself: retry it."
 
 ADVICE: dict[str, str] = {
     "internal": "This is a fault of the gateway: its log has the details under the request's id.",
-    "config": "A setting is wrong: the log of the process that had it names it.",
-    "invalid_request": "The request can't be right as it is: its sender must change it.",
+    "config": "A setting is wrong: the log of the process names it.",
+    "invalid_request": "The request is invalid: fix it before you send it again.",
     "too_large": "It is larger than what is allowed: send less, or raise the limit on its size.",
-    "files_full": "Its tenant keeps as much in files for batches as it may: delete some.",
-    "unsupported_media": "A file is of a type that is not taken: convert it, or leave it out.",
+    "files_full": "Its tenant has reached its limit on batch files: delete some.",
+    "unsupported_media": "A file has an unsupported type: convert it, or leave it out.",
     "fetch_refused": "The picture at its address could not, or must not, be fetched: check that "
     "the address is public and answers with a picture.",
     "request_timeout": "The client sent too slowly. It may send again.",
-    "forbidden": "Its tenant may not ask for this: see what the tenant's models and keys allow.",
+    "forbidden": "Its tenant or key does not allow this: see the tenant's models and the "
+    "key's scopes.",
     "unauthenticated": "The API key was invalid: see the tenant's keys.",
-    "not_found": "What it asks for is not served: check the model's name against the upstreams.",
-    "method_not_allowed": "The path has another method: the response named it.",
+    "not_found": "No upstream serves it: check the model's name.",
+    "method_not_allowed": "The path has another method: the response names it.",
     "policy_conflict": "A program's limits are not those in force: change one or the other.",
-    "idempotency_conflict": "Its key belongs to another request: its sender must use a new one.",
+    "idempotency_conflict": "Its idempotency key belongs to another request: use a new key.",
     "policy_changed": "The policy changed meanwhile: reload it, and apply the change to it.",
     "already_ended": "It had ended before.",
     "not_ended": "It has not ended yet.",
     "cancelled": "It was cancelled. Retry it if that was a mistake.",
     "too_many_followers": "This process has too many followers: retry later.",
-    "quota_exceeded": "Its tenant has as much queued or open as it may: raise that, or wait.",
-    "budget_reserved": "Its tenant's other calls may spend what is left: ask again when they end.",
-    "budget_exceeded": "Its tenant has spent its budget: raise it, or wait for the next period.",
+    "quota_exceeded": "Its tenant has reached its cap on queued or open requests: raise the "
+    "cap, or wait.",
+    "budget_reserved": "The rest of its tenant's budget is reserved for calls in progress: retry "
+    "when they end.",
+    "budget_exceeded": "Its tenant has exceeded its budget: raise it, or wait for the next period.",
     "admission": "The limiter did not admit it: see the limits.",
     "deadline_exceeded": "It was not admitted before its deadline: raise the limit that it waited "
     "for, give it a higher priority or a later deadline.",
@@ -352,11 +355,11 @@ ADVICE: dict[str, str] = {
     "impossible": "It needs more than the limit can ever give: raise the limit, or request less.",
     "queue_full": "The queue is full: send fewer concurrent requests, or allow a longer queue.",
     "limiter_unavailable": "Valkey was unavailable: see /health/dependencies, then retry it.",
-    "lease_lost": f"The process that ran it lost touch with Valkey. {_TRY_ANEW}",
+    "lease_lost": f"The process that ran it lost touch with Valkey. {_RETRY_IT}",
     "upstream": "The provider failed with an error of its own: its message is in the response.",
     "upstream_throttled": "The provider throttled the request: lower the limit to what it "
     "really allows, then retry it.",
-    "upstream_unavailable": f"The provider was unavailable or unreachable. {_TRY_ANEW}",
+    "upstream_unavailable": f"The provider was unavailable or unreachable. {_RETRY_IT}",
     "upstream_out": "The upstream had failed too often, so the call was not made: it is tried by "
     "one call at a time. Retry the request once the upstream is back.",
     "upstream_unpaid": "The account at the provider has no credit left: top it up, then retry it.",
@@ -365,18 +368,18 @@ ADVICE: dict[str, str] = {
     "Its error message is in the response.",
     "upstream_unauthorized": "The provider rejected the API key: configure a valid one, then "
     "retry it.",
-    "upstream_garbled": f"The provider's response broke its protocol. {_TRY_ANEW}",
+    "upstream_garbled": f"The provider's response broke its protocol. {_RETRY_IT}",
     "prompt_blocked": "The provider's safety filter refused the prompt: word it differently.",
     "empty_answer": "The provider answered without content: the finish reason says why. Allow "
     "more output tokens, or word it differently.",
     "store_unavailable": "PostgreSQL or the blob store was unavailable: see /health/dependencies.",
     "claim_lost": "Another worker took over; its result is used.",
-    "shutting_down": f"The process that had it was stopping. {_TRY_ANEW}",
-    "worker_died": "The workers that ran it died, each time: look at what it asks for and at the "
+    "shutting_down": f"The process that had it was stopping. {_RETRY_IT}",
+    "worker_died": "The workers that ran it died each time: examine the request and the "
     "workers' logs before you requeue it.",
-    "worker_lost": "The workers that ran it died, each time: look at what it asks for and at the "
+    "worker_lost": "The workers that ran it died each time: examine the request and the "
     "workers' logs before you submit it again.",
-    "gateway_unreachable": "The gateway that was called did not answer: see whether it runs there.",
+    "gateway_unreachable": "The gateway did not answer: check whether it is running.",
     "gateway_refused": "The gateway rejected the request; see its error message.",
     "client_left": "Its client disconnected before the response was complete.",
     "client_stalled": "Its client stopped reading and was disconnected.",

@@ -164,7 +164,7 @@ def _place_of(cursor: str) -> ListCursor:
         return ListCursor(_EPOCH + microseconds * _MICROSECOND, UUID(bytes=raw))
     except (ValueError, OverflowError, struct.error):
         raise InvalidRequest(
-            "cursor", "this is not a cursor", allowed="the `next_cursor` of a page"
+            "cursor", "invalid cursor", allowed="the `next_cursor` of a page"
         ) from None
 
 
@@ -501,7 +501,7 @@ async def _view(
     if first > last:
         raise InvalidRequest("since", "since is after until", allowed=f"a day up to {last}")
     if tenant is not None and "\0" in tenant:
-        raise InvalidRequest("tenant", "tenant has a NUL character in it")
+        raise InvalidRequest("tenant", "tenant has a NUL character")
     totals = await services_of(request).store.usage.totals(apart, first, last, tenant)
     rows = [UsageRow.model_validate(one, from_attributes=True) for one in totals]
     cut = len(rows) == MOST_ROWS

@@ -158,7 +158,7 @@ def _opened(
 
 def _quota_exceeded(caller: Caller, most: int, what: str) -> QuotaExceeded:
     return QuotaExceeded(
-        f"tenant {caller.tenant_id} has as many {what} open as it may",
+        f"tenant {caller.tenant_id} has reached its limit of open {what}",
         limit=f"most_{what.replace(' ', '_')}",
         allowed=f"at most {most} open {what} at a time in each process",
         retry_after_ms=_RETRY_AFTER_MS,
@@ -264,9 +264,7 @@ def check_target(scope: Scope) -> None:
             shown = ascii(unquote_to_bytes(name)[:64].decode("utf-8", "replace"))[1:-1]
             for part in (name, value):
                 if "\0" in _text_of(part, shown):
-                    raise InvalidRequest(
-                        shown, f"{shown} has a NUL character in it", allowed=_ALLOWED
-                    )
+                    raise InvalidRequest(shown, f"{shown} has a NUL character", allowed=_ALLOWED)
     raw: bytes = scope.get("raw_path") or b""
     if b"%" in raw:  # NUL in it is for its route to refuse, which knows what it names
         _text_of(raw, "path")

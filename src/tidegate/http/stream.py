@@ -243,7 +243,7 @@ class StreamedAnswer(Response):
             await asyncio.wait({work})
         error = None if work.cancelled() else work.exception()
         if stopping and (cut or error):
-            return _failed(ShuttingDown("this process is stopping; ask again"))
+            return _failed(ShuttingDown("this process is stopping; retry"))
         if cut and (work.cancelled() or error):
             return _CLIENT_LEFT
         match error:
@@ -309,7 +309,7 @@ class StreamedAnswer(Response):
                 return await self._services.prompts.media(self._ask)
         except TimeoutError:
             raise DeadlineExceeded(
-                "the deadline came before the files were there", limit=kind.limit
+                "the deadline passed before the files were stored", limit=kind.limit
             ) from None
 
     async def _emit(self, writer: EventWriter, event: Event, kind: Kind) -> None:

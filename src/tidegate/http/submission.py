@@ -175,12 +175,12 @@ def _text(field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(field, f"{field!r} must be a text, not {_json_name(value)}")
     if "\0" in value:
-        raise InvalidRequest(field, f"{field!r} has a NUL character in it")
+        raise InvalidRequest(field, f"{field!r} has a NUL character")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(
-            field, f"{field!r} has half of a surrogate pair in it", allowed="text in Unicode"
+            field, f"{field!r} has an unpaired surrogate", allowed="text in Unicode"
         ) from None
     return value
 
@@ -199,7 +199,7 @@ def _model(value: Any) -> str:
     if len(name) > 128 or not _MODEL.fullmatch(name):
         raise InvalidRequest(
             "model",
-            f"{name[:64]!r} is not a model's name",
+            f"{name[:64]!r} is not a valid model name",
             allowed="letters, digits, '.', '_', '-', and '/' between them; at most 128",
         )
     return name
@@ -224,7 +224,9 @@ def _webhook_url(config: Config, value: Any) -> str:
     url = _text("webhook_url", value)
     if config.webhook_secret is None:
         raise InvalidRequest(
-            "webhook_url", "webhooks are off here", allowed="none while WEBHOOK_SECRET is not set"
+            "webhook_url",
+            "webhooks are disabled",
+            allowed="no webhook_url while WEBHOOK_SECRET is not set",
         )
     private = config.webhook_allow_private
     check_uri(url, lambda address: private or is_public(address), field="webhook_url")
@@ -309,7 +311,7 @@ class FormReader:
             raise InvalidRequest("body", "a part of the multipart body has no name")
         encoding = head.headers.get("content-transfer-encoding", b"binary").strip().lower()
         if encoding not in (b"7bit", b"8bit", b"binary"):
-            raise InvalidRequest("body", "parts with a Content-Transfer-Encoding are not taken")
+            raise InvalidRequest("body", "parts with a Content-Transfer-Encoding are not supported")
         name = options[b"name"].decode("utf-8", "replace")
         if name in FILE_FIELDS and b"filename" in options:
             declared = head.headers.get("content-type", b"").decode("latin-1")
@@ -323,7 +325,7 @@ class FormReader:
                 allowed=f"files are sent as {' or '.join(FILE_FIELDS)}",
             )
         if name in self._form.values:
-            raise InvalidRequest(name, f"{name!r} is there more than once")
+            raise InvalidRequest(name, f"{name!r} is given more than once")
         self._field = name
 
     def _begin_file(self, field: str, raw_name: str, declared: str) -> None:
@@ -487,7 +489,7 @@ def _encoding(request: Request) -> str:
     packed = request.headers.get("content-encoding", "identity").strip().lower()
     if packed not in ("", "identity"):
         raise UnsupportedMedia(
-            "Content-Encoding", f"{packed[:32]!r} bodies are not taken", allowed="identity"
+            "Content-Encoding", f"{packed[:32]!r} bodies are not supported", allowed="identity"
         )
     if len(request.headers.getlist("content-type")) > 1:
         raise UnsupportedMedia(
@@ -502,9 +504,7 @@ def _encoding_of(content_type: str | None) -> str:
     media = said.decode("latin-1")
     charset = options.get(b"charset", b"utf-8").lower()
     if charset not in (b"utf-8", b"utf8", b"us-ascii", b"ascii"):
-        raise UnsupportedMedia(
-            "Content-Type", "only text in UTF-8 is taken", allowed="charset=utf-8"
-        )
+        raise UnsupportedMedia("Content-Type", "only UTF-8 is supported", allowed="charset=utf-8")
     if media == "multipart/form-data":
         return "multipart"
     if media == "application/x-www-form-urlencoded":
@@ -554,7 +554,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise InvalidRequest("body", f"{name[:64]!a} is there more than once")
+            raise InvalidRequest("body", f"{name[:64]!a} is given more than once")
         found[name] = value
     return found
 
@@ -588,7 +588,7 @@ def _parse_pairs(raw: bytes) -> dict[str, str]:
     values: dict[str, str] = {}
     for name, value in pairs:
         if name in values:
-            raise InvalidRequest(name[:64], f"{name[:64]!r} is there more than once")
+            raise InvalidRequest(name[:64], f"{name[:64]!r} is given more than once")
         values[name] = value
     return values
 

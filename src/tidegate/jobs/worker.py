@@ -166,12 +166,12 @@ class CallBodies:
                 async with asyncio.timeout(None if left_ms is None else left_ms / 1000):
                     await held.enter_async_context(self._rooms[kind].of(kept.size_bytes))
             except TimeoutError:
-                said = "its deadline came while it waited for room for its body"
+                said = "the deadline passed while the job waited for room for its body"
                 raise DeadlineExceeded(said, limit=kind.limit) from None
             try:
                 body = await self._blobs.get(kept.blob_key)
             except NotFound:
-                raise NotFound("the body of this call is not there any more") from None
+                raise NotFound("the stored body of this call was deleted") from None
             yield body
 
 
@@ -506,7 +506,7 @@ class Worker:
         while True:
             left_ms = time_left_ms(job)
             if left_ms is not None and left_ms <= 0:
-                raise DeadlineExceeded("its deadline came while it waited", limit=kind.limit)
+                raise DeadlineExceeded("the deadline passed while the job waited", limit=kind.limit)
             try:
                 await self._call(run, left_ms)
                 return

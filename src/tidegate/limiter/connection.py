@@ -500,7 +500,7 @@ class ExchangeLoop:
                 retry_s = min(max(retry_s * 2, 0.01), session.lease.lease_ms / 6000)
             except Exception as fault:
                 # A bug of ours: logged, and tried again, as waiters depend on it.
-                logger.exception("limiter: a fault of its own")
+                logger.exception("limiter: internal error")
                 session.failed(f"{type(fault).__name__}: {fault}")
                 retry_s = session.lease.lease_ms / 6000
             await self._clock.sleep(retry_s)

@@ -113,7 +113,7 @@ async def look_until(
     finally:
         await link.aclose()
     if found is None:
-        raise LimiterUnavailable("there was no time to ask Valkey", limit="")
+        raise LimiterUnavailable("no time was left to query Valkey", limit="")
     return found
 
 

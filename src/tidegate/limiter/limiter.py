@@ -675,4 +675,4 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
         done, pending = await asyncio.wait(pending, timeout=0.5)
         for task in done:
             if not task.cancelled() and (error := task.exception()) is not None:
-                logger.error("limiter: a task had failed", exc_info=error)
+                logger.error("limiter: a task failed", exc_info=error)

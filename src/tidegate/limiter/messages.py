@@ -429,34 +429,34 @@ SHAPES = (
              "queue_max hand_off reap_ms policy parked timed_at starving reap_at sessions roster "
              "fresh empty vouched; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, and under a rate from:passed in "
-             "microseconds, between which it is owed its share, and held:used in ms, when it "
-             "found no room and took some; p: pause, g: gate, a: adapted, "
-             "x: shadowed, e: how long calls take, b: spent as asserted in this epoch, s: spent "
+             "microseconds, between which it accrues its share, and held:used in ms, when it "
+             "last found no room and last used the limit; p: pause, g: gate, a: adapted, "
+             "x: shadowed, e: how long calls take, b: usage as asserted in this epoch, s: usage "
              "as of its last change, which are numbered by `changes`; per tenant t: weight, "
              "n: waiting|last stamp while it waits",
              "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
     KeyShape("history", "list", "the last policies: revision, ms, who, blob",
-             "none: who changed what, 100 at most", False),
+             "none: the changes with their authors, 100 at most", False),
     KeyShape("sessions", "zset", "session by expiry in ms", POOL_KEEP, True),
     KeyShape("lapsing", "zset", "ticket|session|lane by hard deadline in ms",
              "1 h after the last hard deadline in it", True),
     KeyShape("timed", "zset", "limit by the ms at which it has room again", POOL_KEEP, True),
-    KeyShape("spending", "zset", "limit by the number of the last change of what is spent of it",
+    KeyShape("spending", "zset", "limit by the number of the last change of its usage",
              "none: as `meta`, whose s: fields it puts in order", False),
-    KeyShape("paused", "zset", "limit by the ms at which nothing is left of its pause",
+    KeyShape("paused", "zset", "limit by the ms at which its pause and ramp are over",
              "none: as `meta`, whose p: fields it puts in order", False),
-    KeyShape("starving", "zset", "session|flow that was sent to and fro, by sequence",
+    KeyShape("starving", "zset", "session|flow that moved too often, by sequence",
              POOL_KEEP, True),
     KeyShape("seen", "zset", "session by the version of the roster that it knows", POOL_KEEP, True),
     KeyShape("fresh", "zset", "session that not all others know yet by its probation's end in ms",
              POOL_KEEP, True),
-    KeyShape("expected", "zset", "session that is to come back after an empty restart", POOL_KEEP,
+    KeyShape("expected", "zset", "session that is expected after an empty restart", POOL_KEEP,
              True),
     KeyShape("park:", "zset", "per limit|band: waiting tenant by start tag", SESSION_KEEP, True),
     KeyShape("line:", "zset", "per limit|band|tenant: session|flow by its first ticket's stamp",
              SESSION_KEEP, True),
-    KeyShape("past:", "zset", "per limit|band: tenant that waits no more by start tag", POOL_KEEP,
+    KeyShape("past:", "zset", "per limit|band: tenant without waiters by start tag", POOL_KEEP,
              True),
     KeyShape("log:", "list", "per limit: ms of each admission in the window", "the window", True),
     KeyShape("rate:", "hash", "per limit: amount by the end of its bucket in ms", "two windows",
@@ -465,8 +465,8 @@ SHAPES = (
     KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; at:flow -> "
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
              SESSION_KEEP, True),
-    KeyShape("note:", "string", "per session: what its process tells the others, as bytes",
-             "seconds: it is sent again and again", True),
+    KeyShape("note:", "string", "per session: its process's note for the others, as bytes",
+             "seconds: it is sent repeatedly", True),
     KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to come",
              SESSION_KEEP, True),
     KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",

@@ -113,7 +113,7 @@ class PermitIssuer:
             raise self._refused(error) from None
         if len(self._queue.waiting) >= self._max_waiters:
             limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
-            full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
+            full = QueueFull("the queue is full", limit=limit, retry_after_ms=retry_ms)
             raise self._refused(full)
         at = self._clock.now_ms()
         deadline_ms = demand.deadline_ms
@@ -143,7 +143,7 @@ class PermitIssuer:
         self._wake()
 
     def _stopping(self) -> ShuttingDown:
-        why = "the limiter is closing" if self.closing else "this process is stopping; ask again"
+        why = "the limiter is closing" if self.closing else "this process is stopping; retry"
         return ShuttingDown(why, retry_after_ms=_RETRY_MS)
 
     def _expire(self, waiter: Waiter) -> None:
@@ -156,7 +156,9 @@ class PermitIssuer:
         session = self._session
         local = session.policy.when_away == "local" and session.has_share(flow.limits)
         if session.state == "away" and not local:
-            error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
+            error = LimiterUnavailable(
+                "Valkey is unavailable", limit=limit, retry_after_ms=retry_ms
+            )
         else:
             room_ms = flow.room_at_ms - self._clock.now_ms()
             amount = flow.spends(waiter.amounts).get(limit, 1)

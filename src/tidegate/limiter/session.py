@@ -533,7 +533,7 @@ class Session:
             self._queue.recycling = False
             self._forget_hints()
             if not self._failing or self.policy.on_lost == "cancel":
-                self._fence("paused" if not self._failing else "Valkey is away")
+                self._fence("paused" if not self._failing else "Valkey is unavailable")
             self.refresh()
         return True
 

@@ -55,7 +55,7 @@ def check_model(caller: Caller, model: str, field: str = "model") -> None:
         allowed = ", ".join(caller.models or ()) or "no model"
         asked = f"the model {model[:200]}" if model else "without naming a model"
         raise Forbidden(
-            f"tenant {caller.tenant_id} may not ask {asked}; allowed: {allowed}",
+            f"tenant {caller.tenant_id} is not allowed to use {asked}; allowed: {allowed}",
             field=field,
             allowed=allowed,
         )

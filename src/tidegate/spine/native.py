@@ -716,11 +716,9 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     if isinstance(path, str):
         endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
     if endpoint is None or not endpoint.is_counted:
-        raise InvalidRequest(field, "there is no such endpoint to wait for", allowed=_ALLOWED)
+        raise InvalidRequest(field, "unknown endpoint", allowed=_ALLOWED)
     if endpoint.streams:
-        raise InvalidRequest(
-            field, "an answer that is waited for does not stream", allowed=_ALLOWED
-        )
+        raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
     return endpoint
 
 
@@ -729,11 +727,11 @@ def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
     put on record."""
     if body.get("stream"):
         raise InvalidRequest(
-            "body.stream", "an answer that is waited for does not stream", allowed="false"
+            "body.stream", "jobs and batches do not support streaming", allowed="false"
         )
     asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
     if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
-        raise InvalidRequest("body.model", "this is not the name of a model", allowed="a name")
+        raise InvalidRequest("body.model", "invalid model name", allowed="a name")
     return asked
 
 
@@ -806,7 +804,7 @@ def check_files(call: NativeCall) -> None:
     is one for all tenants, while a file's own name is known to nobody but who made it."""
     lists = call.endpoint.operation is Operation.FILES and call.endpoint.path.endswith("/files")
     if lists and call.terms.caller.key_id is not None:
-        raise Forbidden("files are not listed: the account behind this gateway serves others too")
+        raise Forbidden("listing files is not supported: tenants share the provider's account")
 
 
 def _own(headers: Headers, own: Callable[[str], str]) -> Headers:

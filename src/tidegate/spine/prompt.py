@@ -218,7 +218,7 @@ class PromptCalls:
             try:
                 data = await self._blobs.get(stored.blob_key)
             except NotFound:
-                raise NotFound(f"the uploaded file {stored.name!r} is not there any more") from None
+                raise NotFound(f"the uploaded file {stored.name!r} was deleted") from None
             loaded.append(Media(stored.mime_type, data, stored.name))
         if ask.image_uri is not None:
             loaded.append(await self._fetcher.fetch(ask.image_uri))

@@ -386,7 +386,7 @@ async def _made_before(
     connection: asyncpg.Connection, tenant_id: str, once: Idempotency, before: KeyState
 ) -> asyncpg.Record:
     if before.digest != once.digest:
-        raise IdempotencyConflict("the key was used for another request")
+        raise IdempotencyConflict("this idempotency key was used for a different request")
     row = await connection.fetchrow(sql("get_batch"), before.request_id, tenant_id)
     if row is None:
         raise NotFound(f"there is no batch batch_{before.request_id.hex} any more")

@@ -192,9 +192,9 @@ def _outcome(job: NewJob, found: _Keyed) -> Outcome:
     assert job.once is not None
     row = found.get(_place(job))
     if row is None:  # the earlier one's time was up between the two statements
-        return StoreUnavailable("the key was just set free; ask again")
+        return StoreUnavailable("the idempotency key was just released; retry")
     if row["digest"] != job.once.digest:
-        return IdempotencyConflict("this key was used before, for a different request")
+        return IdempotencyConflict("this idempotency key was used for a different request")
     return Earlier(rows.uuid_of(row["id"]), Status(row["status"]), rows.classification_of(row))
 
 
@@ -400,7 +400,7 @@ def _any_refused(room: _Room, batch: Sequence[_Arrival]) -> bool:
 
 def _refused(one: _Arrival, limit: str, allowed: str) -> QuotaExceeded:
     return QuotaExceeded(
-        f"tenant {one.tenant_id} has as much in the queue as it may",
+        f"tenant {one.tenant_id} has reached its limit on the queue",
         limit=limit,
         allowed=f"at most {allowed} at a time",
         retry_after_ms=_RETRY_AFTER_MS,

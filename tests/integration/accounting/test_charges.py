@@ -182,7 +182,7 @@ async def test_work_that_would_go_on_after_its_answer_is_not_begun(
     async with gateway.http.post(gateway.url + path, json=asked, headers=acme) as response:
         error = (await response.json())["error"]
         assert (response.status, error["param"]) == (400, "background")
-        assert "goes on after its answer" in error["message"]
+        assert "continues after its answer" in error["message"]
     status, problem = await ask(gateway, "POST", "/submit", acme, {"endpoint": path, "body": asked})
     assert (status, problem["field"]) == (400, "background")
     assert await gateway.calls() == []

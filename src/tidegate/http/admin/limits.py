@@ -44,7 +44,11 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     if raw and media != _JSON:
         raise UnsupportedMedia("Content-Type", "the body must be JSON", allowed=_JSON)
     if not raw and media not in ("", _JSON):
-        raise UnsupportedMedia("Content-Type", "an empty body has no type but JSON", allowed=_JSON)
+        raise UnsupportedMedia(
+            "Content-Type",
+            "an empty body must have the type application/json or none",
+            allowed=_JSON,
+        )
     try:
         values = model.model_validate_json(raw or b"{}")
     except ValidationError as invalid:
@@ -53,7 +57,7 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
         raise InvalidRequest(where, f"{where}: {first['msg']}") from None
     if _NUL in raw and (nul := _nul_in(orjson.loads(raw))) is not None:
         where = ".".join(nul) or "body"
-        raise InvalidRequest(where, f"{where} has a NUL character in it")
+        raise InvalidRequest(where, f"{where} has a NUL character")
     return values
 
 

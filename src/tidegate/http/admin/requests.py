@@ -663,7 +663,7 @@ async def _body(request: Request, request_id: UUID, role: Role) -> Response:
 def _prefix_in(shown: str) -> str:
     digits = shown.strip().replace("-", "")
     if digits and _PREFIX.fullmatch(digits) is None:
-        raise InvalidRequest("id", "that is no beginning of an id", allowed="hexadecimal digits")
+        raise InvalidRequest("id", "not the beginning of an id", allowed="hexadecimal digits")
     return digits.lower()
 
 

@@ -214,7 +214,7 @@ async def list_keys(
 async def make_key(request: Request, response: Response) -> MadeKey:
     new = await read_json(request, NewKey)
     if new.expires_at is not None and new.expires_at <= datetime.now(UTC):
-        raise InvalidRequest("expires_at", "expires_at is over", allowed="a time to come")
+        raise InvalidRequest("expires_at", "expires_at is in the past", allowed="a future time")
     if new.expires_at is not None and new.expires_at.replace(tzinfo=UTC) > _LAST:
         raise InvalidRequest("expires_at", "expires_at is out of range", allowed=f"up to {_LAST}")
     with config_errors_refused():

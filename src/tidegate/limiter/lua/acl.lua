@@ -1,8 +1,8 @@
--- does: says which commands the user of this connection may not run
+-- does: returns the commands that the user of this connection may not run
 -- keys: meta
 -- args: request
 -- request: commands
--- returns: those that it may not run
+-- returns: the commands that are denied
 -- units: none; a command is `command` or `command|subcommand`
 -- uses:
 local q = cmsgpack.unpack(ARGV[1])
@@ -10,7 +10,7 @@ local denied = {}
 for _, name in ipairs(q.commands) do
   local words, may = {}, false
   for word in string.gmatch(name, '[^|]+') do words[#words + 1] = word end
-  -- A command is only looked at with as many words as it takes; a key fits wherever one may stand.
+  -- A command is only checked with as many arguments as it takes; a key is valid in any position.
   for _ = 1, 8 do
     local sound, answer = pcall(redis.acl_check_cmd, unpack(words))
     may = may or (sound and answer)

@@ -1,4 +1,4 @@
--- does: what people and adapters do to a pool: pause a limit, end a pause, close and open a gate, revoke a session
+-- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, revoke a session
 -- keys: meta layout
 -- args: request
 -- request: verb limit for_ms most_ms ramp_ms tried said sid run
@@ -8,12 +8,11 @@
 -- later: releases capacity blocked pump rates timers pauses starving
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
--- Where the past may be lost nobody is admitted, and no trace is left of our having been here: `tend`
--- is to find it out.
+-- If data may be lost, no call is admitted and nothing is written: `tend` must detect the loss.
 pool.doubtful = pool.run ~= q.run or wall < pool.clock or wall >= pool.reap_at
 pool.now = pool.clock - wall > pool.lease_ms / 2 and wall or math.max(wall, pool.clock)
 
--- All processes hear of it now, instead of when they next compare.
+-- Notifies all processes now, instead of at their next comparison.
 local function announce()
   if not pool.doubtful and pool.sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
 end
@@ -25,7 +24,7 @@ local function pause_from(limit, pause, at)
   T.note_timers()
 end
 
--- A gate that is closed already stays as it is, unless its own try failed or this is for longer.
+-- A gate that is already closed stays as it is, unless its own probe failed or the new time is longer.
 local function close(limit)
   local gate, until_ms = limit.pause and limit.pause.gate, pool.now + q.for_ms
   if gate and q.most_ms <= gate.most_ms then
@@ -72,7 +71,7 @@ elseif q.verb == 'resume' then
     done = 1
     announce()
   end
-  -- Where something else holds it up, the pump sets another timer.
+  -- If another limit blocks it, the pump sets another timer.
   call('ZREM', T.timed_key, q.limit)
   T.note_timers()
   T.touch(limit)
@@ -83,7 +82,7 @@ elseif q.verb == 'revoke' then
       done = done + 1
     end
   end
-  -- What is held over for one that was reaped before.
+  -- Permits held over for a session that was reaped before.
   local held_over = 0
   for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
     if string.match(member, '^[^|]*|([^|]*)|') == q.sid then

@@ -1,9 +1,9 @@
--- does: leaves a process's word for the others of its pool, or reads what all have left
+-- does: stores a process's note for the other processes of its pool, or reads the notes of all
 -- keys: meta
 -- args: request
 -- request: sid note keep_ms most
--- returns: rows of sid and note, of the sessions that live longest; none after one was left
--- units: ms; most is how many are read
+-- returns: rows of sid and note, of the sessions that expire last; none after a note was stored
+-- units: ms; most is the number of notes read
 -- uses: core
 local function note_key(sid) return T.prefix .. 'note:' .. sid end
 

@@ -1,9 +1,9 @@
--- does: says how far from its turn a waiting ticket is, without changing anything
+-- does: returns the position of a waiting ticket, without changing anything
 -- keys: meta layout
 -- args: request
 -- request: sid ticket
 -- returns: found flow held_up_by ahead rivals weight cost_ms bound room_in_ms paused_ms said
--- units: ms; ahead counts the tickets of its tenant that stand before it, rivals is the weight of all tenants that wait there
+-- units: ms; ahead counts the tickets of its tenant before it, rivals is the weight of all tenants that wait there
 -- uses: core clock pool limits queues
 -- later: blocked rates pauses
 T.load_pool()

@@ -1,11 +1,11 @@
--- does: keeps a session alive from the heartbeat thread; never brings one back that is gone
+-- does: renews a session from the heartbeat thread; never restores an expired one
 -- keys: meta layout
 -- args: request
 -- request: sid gen epoch run
 -- returns: status epoch lease_ms recovering_ms revision
 -- units: ms
 -- uses: core clock
--- Whatever is out of the ordinary is reported to the loop, whose `tend` does what is to be done.
+-- Anything unusual is reported to the event loop, whose `tend` handles it.
 local f = call('HMGET', T.meta_key, 'run', 'epoch', 'clock', 'lease_ms', 'recover_until', 'revision')
 local epoch, clock, lease_ms = tonumber(f[2] or 0), tonumber(f[3] or 0), tonumber(f[4] or 0)
 local wall = T.wall_clock_ms()

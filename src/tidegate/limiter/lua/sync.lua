@@ -1,4 +1,4 @@
--- does: what a process has to say in passing: frees first, admits last; the rest is for `tend`
+-- does: applies the ordinary messages of a process: releases first, admissions last; the rest is for `tend`
 -- keys: meta layout
 -- args: request
 -- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm

@@ -1,4 +1,4 @@
--- does: all that a process has to say to its pool: joins, leaves, recovers, reaps and compares too
+-- does: applies all messages of a process: also joins, leaves, recovers, reaps and compares
 -- keys: meta layout
 -- args: request
 -- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm

@@ -1,11 +1,11 @@
--- does: does what a process says, in the order that frees first, and admits the waiters that it can
+-- does: applies the messages of a process, releases first, and admits the waiters that fit
 -- keys: queue
 -- args: transfers releases settles cancels enqueues full lefts
 -- returns: say_all(), settle_down(), granted, stamps, refused, barred, waited, seen_ahead, more
 -- units: ms
 T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
   {}, {}, {}, 0, {}, false, {}
--- `waited`: by the number of its flow, each queue of which somebody may want to know what it waits for.
+-- `waited`: by the number of its flow, each queue whose blocking limit may be requested.
 T.barred, T.waited, T.seen_ahead = {}, {}, {}
 
 -- A new session is not admitted before all others know of it; see roster.
@@ -35,7 +35,7 @@ function T.let_in_or_wait(queue, member)
   return limit
 end
 
--- A ticket that finds room and nobody before it goes straight in; the others queue up. `entries`:
+-- A ticket that fits and has no waiter before it is admitted directly; the others are queued. `entries`:
 -- flow, member (ticket|hard_ms|cost_ms|amounts), and so on.
 function T.ask(entries)
   local adding, fresh = {}, {}
@@ -82,7 +82,7 @@ function T.ask(entries)
   end
 end
 
--- All that a process says, in the order that frees first.
+-- All messages of a process, releases first.
 function T.say_all()
   if not q.full then T.unqueue_heirs() end
   for i = 1, #q.transfers, 8 do T.transfer(unpack(q.transfers, i, i + 7)) end
@@ -97,7 +97,7 @@ function T.say_all()
   T.rehead_filled()
 end
 
--- Admits the waiters that it can, where anything has changed that somebody may wait for.
+-- Admits the waiters that fit, under the limits that have changed.
 function T.settle_down()
   if next(T.touched) or pool.starving > 0 or T.retry
     or pool.timed_at > 0 and pool.now >= pool.timed_at then
@@ -107,7 +107,7 @@ function T.settle_down()
   if own.sid and next(T.waited) then T.look_ahead() end
 end
 
--- What each queue that somebody may want to know of waits for now: most for a call to end.
+-- The limit that each queue of `waited` waits for now: most wait for a call to end.
 function T.look_ahead()
   local list = T.seen_ahead
   for number, queue in pairs(T.waited) do

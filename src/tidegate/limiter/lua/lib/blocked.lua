@@ -1,4 +1,4 @@
--- does: parks a queue at the limit that holds it up, and takes it away again
+-- does: parks a queue at the limit that blocks it, and removes it again
 -- keys: session queue park line past starving
 -- args: none
 -- returns: park(), unpark(), vacate(), leave_line(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock()
@@ -40,7 +40,7 @@ function T.park(queue, limit, stamp)
   T.save_place(queue)
 end
 
--- A tenant that goes takes no credit along, and stays charged for what its calls under way may use.
+-- A tenant that leaves keeps no credit, and stays charged for the possible usage of its running calls.
 function T.unpark(queue)
   T.moves = T.moves + 1
   local limit = T.limit_of(queue.at)
@@ -57,7 +57,7 @@ function T.unpark(queue)
   band.waits = band.waits - 1
   if band.waits == 0 then
     band.credit = 0
-    -- What was kept for it is free.
+    -- Its reserved room is free.
     if band.passed > 0 then T.touch(limit) end
     band.passed = 0
   end
@@ -68,7 +68,7 @@ end
 function T.forget_starving(queue)
   if queue.bounces >= T.STARVES and call('ZREM', T.starving_key, queue.id) == 1 then
     pool.starving = pool.starving - 1
-    -- What was kept free for it is anybody's.
+    -- The room reserved for it is free for all.
     for _, name in ipairs(T.names_in(queue.lane)) do T.touch(T.limit_of(name)) end
   end
   queue.bounces, queue.bounced = 0, 0
@@ -81,8 +81,8 @@ function T.vacate(queue)
   T.save_place(queue)
 end
 
--- A queue whose new head takes nothing of the rate in whose line it stands waits where it takes
--- something: others who lack that rate are not before it.
+-- A queue whose new head needs nothing of the rate at which it is parked moves to a limit that it needs:
+-- waiters for that rate are not before it.
 function T.leave_line(queue, limit, member, stamp)
   if limit.sort == 'c' then return end
   local list, place = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')), nil
@@ -111,12 +111,12 @@ function T.its_turn(queue, limit, stamp)
   return not own[2] or tonumber(own[2]) >= stamp
 end
 
--- The limit that holds a ticket up, or nil, and whether it is full. `here` is where it is parked.
+-- The limit that blocks a ticket, or nil, and whether it is full. `here` is where it is parked.
 function T.blocker(queue, list, stamp, here)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit, amount = T.limit_of(name), list[i] or 1
     if not T.has_room(limit, queue.band, amount) then return limit, true end
-    -- What takes nothing of a rate does not stand in its line.
+    -- A ticket that needs nothing of a rate does not wait in its line.
     if amount > 0 and name ~= here and not T.its_turn(queue, limit, stamp) then
       return limit, false
     end
@@ -124,8 +124,8 @@ function T.blocker(queue, list, stamp, here)
   return nil, false
 end
 
--- The limit at which a newcomer has to wait: where somebody waits already, the pump decides whose
--- turn it is, even if there is room.
+-- The limit at which a new ticket has to wait: if others wait there already, the pump decides which is
+-- next, even if there is room.
 function T.blocker_of_new(queue, list)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit, amount = T.limit_of(name), list[i] or 1
@@ -135,7 +135,7 @@ function T.blocker_of_new(queue, list)
   end
 end
 
--- It takes grants again: its queues stand where they stood, by the age of their tickets.
+-- The session accepts grants again: its queues return to their places, by the age of their tickets.
 function T.unblock()
   call('HDEL', T.session_key(q.sid), 'blocked')
   local list = T.places_of(q.sid)

@@ -1,4 +1,4 @@
--- does: says whether a limit has room, takes of it and releases
+-- does: checks whether a limit has room, takes capacity and releases it
 -- keys: none
 -- args: none
 -- returns: has_room(), take(), give_back()
@@ -15,7 +15,7 @@ function T.has_room(limit, band, amount)
   return limit.shadow or not T.is_full(limit, band, amount)
 end
 
--- Returns what a settlement needs to know of it, for a rate.
+-- Returns the data that a settlement needs, for a rate.
 function T.take(limit, band, amount)
   limit.changed = true
   if limit.shadow and T.is_full(limit, band, amount) then

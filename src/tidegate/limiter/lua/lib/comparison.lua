@@ -1,10 +1,10 @@
--- does: gathers what a session wants to compare: what it was given, who lapses, what is spent
+-- does: collects the data that a session compares: its grants, expiring sessions, usage of rates
 -- keys: meta sessions session lapsing spending paused
 -- args: sid revision told pages asks
 -- returns: whole()
 -- units: ms
--- A call reads a bounded slice, whatever the pool has: what a session has not heard yet of the rates,
--- in the order in which they changed, and a page of each list. The session comes back for the rest.
+-- A call reads a bounded slice, whatever the size of the pool: the changes of rates that the session has not
+-- seen, in order, and a page of each list. The session requests the rest with its next calls.
 T.MOST_TOLD = 100
 T.MOST_ON_PAGE = 100
 T.LOOKED_AT = 50
@@ -19,7 +19,7 @@ function T.next_event_ms()
   return math.max(1, first - pool.now)
 end
 
--- (ticket, seq, until_ms) of each that was admitted, of the tickets that the session asks after.
+-- (ticket, seq, until_ms) of each admitted ticket, among those that the session requests.
 function T.held_of_asked()
   local list, fields = {}, {}
   for i, ticket in ipairs(q.asks) do fields[i] = 'h:' .. ticket end
@@ -32,8 +32,8 @@ function T.held_of_asked()
   return list
 end
 
--- A page of a sorted set that begins at a place, (score, how many of that score were read), and the
--- place of the next one, nil if this is the last. What comes and goes meanwhile moves no place: a score
+-- A page of a sorted set from a cursor, (score, number of that score already read), and the
+-- cursor of the next page, nil if this is the last. Members that come and go do not move the cursor: a score
 -- is read again from its beginning, unless it fills pages alone.
 function T.page(key, place)
   local score, passed = '-inf', 0
@@ -54,7 +54,7 @@ function T.lapsing_page()
   return list, rest
 end
 
--- Who paused what. Those pauses of which nothing is left are forgotten here.
+-- The pauses, each with its author. Pauses that are over are deleted here.
 function T.pauses_page()
   for _, name in ipairs(call('ZRANGEBYSCORE', T.paused_key, '-inf', pool.now, 'LIMIT', 0, T.LOOKED_AT)) do
     call('ZREM', T.paused_key, name)
@@ -65,7 +65,7 @@ function T.pauses_page()
   for i = 1, #raw, 2 do fields[#fields + 1] = 'p:' .. raw[i] end
   for i, value in ipairs(#fields > 0 and T.read(T.meta_key, fields) or none) do
     local until_ms, ramp_ms, said = string.match(value or '', '^(%d+)|(%d+)|%d+|(.*)$')
-    -- Who calls names a limit that no policy names only while its pause is reported.
+    -- Callers name a limit that is not in the policy only while its pause is reported.
     if until_ms and (ramp_ms == '0' or until_ms + ramp_ms > pool.now) then
       list[#list + 1] = { string.sub(fields[i], 3), tonumber(until_ms) - pool.now, tonumber(ramp_ms), said }
     end
@@ -73,11 +73,10 @@ function T.pauses_page()
   return list, rest
 end
 
--- What is spent of the rates, for the case that the server forgets it: of those that changed after
--- `told`, as of that change, which is no less than what is left of it now. With the first page, of the
--- few that did not change for the longest time, which are all in a small pool, as of now; of which
--- nothing is left is forgotten here. Returns the number of the last change that the session knows by that, and the place
--- of what is still to be reported.
+-- Usage of the rates, in case the server loses it: for those that changed after `told`, as of that change, which
+-- is no less than the usage now. The first page also has the few that have not changed for the longest time (in a
+-- small pool all of them), as of now; those without usage are deleted here. Returns the number of the last change that
+-- the session then knows, and the cursor of the rest.
 function T.spent_since_told()
   local list, fields, at, told = {}, {}, {}, pool.changes
   local raw = call('ZRANGEBYSCORE', T.spending_key, '(' .. T.int(q.told), '+inf', 'WITHSCORES',
@@ -100,7 +99,7 @@ function T.spent_since_told()
   return list, told, behind and { T.int(told), 0 } or nil
 end
 
--- Who is there, for a session that does not know it yet; beyond so many nobody vouches for anybody.
+-- The roster, for a session that does not know it yet; above this size no session vouches for others.
 T.MOST_ON_ROSTER = 256
 function T.roster()
   if pool.sessions > T.MOST_ON_ROSTER then return { 0, {} } end

@@ -1,4 +1,4 @@
--- does: names the pool's keys from the one that is passed, reads the request; tells how scripts are built
+-- does: derives the pool's keys from the one that is passed, reads the request; describes how scripts are built
 -- keys: meta
 -- args: request
 -- returns: nothing
@@ -6,24 +6,24 @@
 --
 -- How a script is built. A file in `lua/` is a script; those in `lua/lib/` are its parts. The header
 -- of a script names the parts: `uses` are put before it in that order, `later` are made as functions
--- of their own, one after the other, when a name is missed that none made so far has defined (an
--- ordinary request can do without most of them, and making a function costs more than calling it).
--- One request is one run: nothing is kept in Lua between two. A run loads what the request speaks
--- of, changes it in memory, and writes at its end what has changed.
+-- of their own, one after the other, when an undefined name is first used (an
+-- ordinary request does not need most of them, and compiling a function costs more than calling it).
+-- One request is one run: no state is kept in Lua between two. A run loads what the request
+-- names, changes it in memory, and writes the changes at its end.
 --
 -- What the parts share:
 --   call   redis.call
 --   q      the request, unpacked; a field that was not sent is 0 or an empty list
---   T      all functions, and the state of the run that is nobody's own: T.limits, T.tenants and
+--   T      all functions, and the shared state of the run: T.limits, T.tenants and
 --          T.queues by name as loaded so far; T.touched, limits under which a waiter may be admitted
 --          now; T.changed, fields of the record to be written; T.granted, T.stamps, T.refused,
---          T.barred, T.waited and T.outbox, what the reply and the pushes will say
+--          T.barred, T.waited and T.outbox, the content of the reply and the pushes
 --   pool   the record of the pool (`pool.lua`): run, epoch, now, seq, revision, bands and the like
 --   own    the session that sends (`permits.lua`): gen, batch, held by ticket, queues by the number
 --          of their flow; own.sid is set once the request is accepted
---   me     what the reply says of that session (`session.lua`): gen and sent
+--   me     that session's fields in the reply (`session.lua`): gen and sent
 --
--- All functions and most state hang on `T`: a function finds each local that it captures by a walk
+-- All functions and most state are fields of `T`: Lua finds each captured local by a walk
 -- along all captured ones, so that a hundred of them cost more than the work.
 local call = redis.call
 local none = {}

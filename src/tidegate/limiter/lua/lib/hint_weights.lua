@@ -1,9 +1,9 @@
--- does: weighs the flows that ask for a hint, where there are several
+-- does: sums the weights of the flows that request a hint, where there are several
 -- keys: none
 -- args: wants
 -- returns: weights_of_wants()
 -- units: none
--- By limit and band: how many flows ask for a hint, and the weights of their tenants together.
+-- By limit and band: the number of flows that request a hint, and the sum of their tenants' weights.
 function T.weights_of_wants()
   local sums = {}
   for _, want in ipairs(q.wants) do

@@ -1,12 +1,11 @@
--- does: says which of its own waiters a session may admit by permits that it frees itself
+-- does: determines which of its own waiters a session may admit with permits that it releases itself
 -- keys: park line
 -- args: wants
 -- returns: hints()
 -- units: stamps of a tenant's tickets; virtual time as in places
--- Only waiters whose turn comes within `AHEAD_MS` anyway, so that nobody is passed by more than that;
--- only in lanes where nobody else waits for the same limits, and none that has to hear how each call
--- went. It saves short calls the way to the
--- server and back; of long ones only the very next may go in so.
+-- Only waiters whose turn comes within `AHEAD_MS` anyway, so that no waiter is passed by more than that;
+-- only in lanes where no other session waits for the same limits, and under no limit that needs the outcome of each
+-- call. It saves short calls the round trip to the server; of long ones only the very next may be admitted so.
 T.AHEAD_MS = 150
 
 function T.may_hand_on(queue)
@@ -20,8 +19,8 @@ function T.may_hand_on(queue)
   return true
 end
 
--- All tenants come so far in virtual time, so that none is at its end long before the others. What
--- those that are not asked for weigh is taken to be as much as these do on average.
+-- The horizon is the same for all tenants in virtual time, so that none uses up its hint long before the
+-- others. Tenants without a request are assumed to have the average weight of these.
 function T.hints()
   local list, sums, tenants_at = {}, #q.wants > 1 and T.weights_of_wants(), {}
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end

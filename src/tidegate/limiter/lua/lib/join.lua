@@ -1,4 +1,4 @@
--- does: lets a session join, with the policy it knows and all that it holds; keeps its keys alive
+-- does: joins a session, with its policy and all its permits; keeps its keys alive
 -- keys: meta layout history sessions session queue park line past lapsing owed spending paused
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
@@ -6,8 +6,8 @@
 T.conflict = 0
 T.HISTORY = 100
 
--- What the record has of a limit that the new policy does not have; where somebody waits under it,
--- their order stays until the last has gone.
+-- Deletes the record of a limit that the new policy does not have; the order of its waiters stays until the
+-- last has gone.
 function T.clear_field(letter, name)
   if letter == 's' then return T.forget_spending(name) end
   if letter == 'w' then
@@ -23,7 +23,7 @@ function T.clear_field(letter, name)
   call('HDEL', T.meta_key, letter .. ':' .. name)
 end
 
--- The fields of the record that a policy may concern; `differs` says that it names changes only.
+-- The fields of the record that a policy may change; `differs` means that it names changes only.
 T.LETTERS = { 'a', 'd', 's', 'w', 'e', 'b', 'x' }
 function T.fields_concerned(policy)
   if not policy.differs then return call('HKEYS', T.meta_key) end
@@ -45,7 +45,7 @@ function T.clear_policy(policy)
     local there = letter and policy.limits[name]
     local bound = letter == 'a' and string.match(there or '', '^c|(%d+)|%d|[1-9]')
     if bound then
-      -- What an adaptive limit has found out stays, within its bound.
+      -- The current bound of an adaptive limit stays, within its new bound.
       local current, dropped_at = string.match(call('HGET', T.meta_key, field), '^(%d+)|(%d+)')
       current = math.min(tonumber(current), bound * 1000)
       call('HSET', T.meta_key, field, T.int(current) .. '|' .. dropped_at)
@@ -59,7 +59,7 @@ function T.clear_policy(policy)
   T.write(T.meta_key, gone)
 end
 
--- Writes what is defined otherwise than before; returns the names of all, and of those limits.
+-- Writes the definitions that changed; returns the names of all limits, and of the changed ones.
 function T.define(policy)
   local names, fields, changed, defined = {}, {}, {}, {}
   for name, definition in pairs(policy.limits) do
@@ -101,8 +101,8 @@ function T.is_in_force(digest)
   return call('HGET', T.meta_key, 'digest') == T.int(pool.revision) .. '|' .. digest
 end
 
--- What a policy says of its limits and weights, by name; false for one that it has no more. Where the
--- policy is in force of which its process knows the changes, these are all that is read of it.
+-- The limits and weights of a policy, by name; false for one that it removes. If the policy in force is the one
+-- that the process sends changes of, only the changes are read.
 function T.read_policy(policy)
   policy.differs = policy.base ~= '' and policy.bands == pool.bands and T.is_in_force(policy.base)
   if policy.differs then
@@ -115,7 +115,7 @@ function T.read_policy(policy)
   for i = 1, #fields, 2 do policy.limits[string.sub(fields[i], 3)] = fields[i + 1] end
 end
 
--- Waiters may be admitted now, by other bounds or, at any limit, by other bands.
+-- Waiters may fit now, under new bounds or, at any limit, new bands.
 function T.touch_waited_for(names)
   if pool.parked == 0 or #names == 0 then return end
   local fields = {}
@@ -125,7 +125,7 @@ function T.touch_waited_for(names)
   end
 end
 
--- Those loaded before have the old bounds: what they count is kept.
+-- Limits loaded before have the old bounds: their counts are kept.
 function T.reload_limits()
   T.save_pool()
   T.changed, T.limits, T.lanes, T.tenants, T.bands, T.first = {}, {}, {}, {}, false, false
@@ -164,7 +164,7 @@ function T.merge_policy(policy)
   end
 end
 
--- What the process says it holds is the truth: it counts even above the limit, which then drains.
+-- The process knows best which permits it holds: they count even above the limit, which then drains.
 -- entry: ticket, flow, seq, hard_ms, cost_ms. `charges` is what each ticket took of rates, as far
 -- as that is still known.
 function T.assert_held(entry, charges)
@@ -193,16 +193,16 @@ function T.forget_leftover()
   call('UNLINK', T.session_key(q.sid))
 end
 
--- It is back and has said what it holds: what else was held over for it is free, such as grants
--- that were pushed to it while it was paused.
+-- The process has re-registered its permits: all others held over for it are released, such as grants
+-- that were pushed while it was paused.
 function T.free_unclaimed()
   for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
     if string.match(member, '^[^|]*|([^|]*)|') == q.sid then T.free_lapsing(member) end
   end
 end
 
--- Permits held over for sessions that died before the server forgot them. One that lives speaks
--- for itself.
+-- Permits held over for sessions that died before the server lost its data. A living session reports its
+-- own.
 function T.assert_lapsing(entry)
   local member, left_ms = entry[1], entry[2]
   if not call('ZSCORE', T.sessions_key, string.match(member, '^[^|]*|([^|]*)|'))
@@ -213,7 +213,7 @@ function T.assert_lapsing(entry)
   end
 end
 
--- Rates after a loss: the most that anybody had seen spent, and what each has admitted since.
+-- Rates after a loss: the highest usage that any session had seen, and the admissions of each since.
 -- entry: limit, seen, since.
 function T.assert_spent(entry)
   local limit, field = T.limit_of(entry[1]), 'b:' .. entry[1]
@@ -224,7 +224,7 @@ function T.assert_spent(entry)
   T.put(field, T.int(math.max(base, entry[2], 1)))
 end
 
--- A record of a version that kept no order of changes has none of what is spent and paused in it.
+-- A record written by a version without an order of changes has no usage and no pauses in that order.
 function T.index()
   T.put('changes', T.int(pool.changes))
   pool.indexed = true
@@ -296,7 +296,7 @@ function T.join()
   return 'ok'
 end
 
--- Looks whether anybody could be admitted where some of its queues stand; it names all in turn.
+-- Checks whether a waiter fits at the limits of some of its queues; the session names all in turn.
 function T.touch_own()
   for _, number in ipairs(q.looks) do
     local at = own.queues[number].at
@@ -307,8 +307,8 @@ function T.touch_own()
   end
 end
 
--- Usage that was announced and never told must not fill the memory: of more calls than so many what
--- the eldest reserved stands.
+-- Usage that was announced and never reported must not fill the memory: above this number of calls the
+-- reservations of the oldest stay.
 T.MOST_OWED = 2000
 function T.bound_owed()
   local tickets = call('HKEYS', T.owed_key(q.sid))
@@ -317,8 +317,8 @@ function T.bound_owed()
   for i = 1, #tickets - T.MOST_OWED do call('HDEL', T.owed_key(q.sid), tickets[i]) end
 end
 
--- A backstop for the case that nobody is left to reap: at each third of a lease, and for the queues
--- that it looks at.
+-- A backstop in case no session is left to reap: every third of a lease, and for the queues
+-- that it checks.
 function T.keep_keys()
   T.bound_owed()
   call('PEXPIRE', T.sessions_key, T.POOL_KEEP_MS)

@@ -1,11 +1,11 @@
--- does: loads limits with what is counted under them, and saves them
+-- does: loads limits with their counts, and saves them
 -- keys: meta
 -- args: none
 -- returns: limit_of(), limits_in(), save_limit(), cap_of(), cost_at(), learn(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched, T.bands, T.lanes = {}, false, {}
 
--- Per band: the least share of admissions, and what is kept free for the bands above, in thousandths.
+-- Per band: the minimum share of admissions, and the room kept free for the bands above, in thousandths.
 function T.bands_of_pool()
   if not T.bands then
     T.bands = {}
@@ -16,14 +16,14 @@ function T.bands_of_pool()
   return T.bands
 end
 
--- A band that nobody waited in yet has nothing to remember.
+-- A band without a waiter so far has no state.
 T.band_list = { __index = function(list, number)
   for i = #list + 1, number do rawset(list, i, { waits = 0, virtual = 0, credit = 0, from = 0, passed = 0, held = 0, used = 0 }) end
   return rawget(list, number)
 end }
 
 -- A limit that no policy names admits no call, unless its scope is one of these: then it has no bound
--- and is the place of a pause. Its fields are kept only while it is paused, waited for or in use.
+-- and only carries a pause. Its fields are kept only while it is paused, waited for or in use.
 T.UNBOUNDED = 10000000000
 T.FOR_EVER = 9007199254740991
 function T.is_implicit(name)
@@ -135,7 +135,7 @@ T.save_limit = function(limit)
   limit.learned, limit.spent_anew = nil, nil
 end
 
--- A touched limit is one under which somebody might be admitted now.
+-- A touched limit is one under which a waiter may fit now.
 function T.touch(limit)
   if limit.name then T.touched[limit.name] = true end
 end
@@ -149,13 +149,13 @@ function T.cap_of(limit, band)
   return math.max(math.min(bound, 1), math.floor(bound * (1000 - above) / 1000))
 end
 
--- What a call under this limit is charged until it has ended: what the last ones took on average, or
--- what its process thinks where none has ended yet.
+-- The charge of a call under this limit until it has ended: the average duration of the last ones, or the
+-- estimate of its process if none has ended yet.
 function T.cost_at(limit, cost_ms)
   return limit.cost_ms > 0 and limit.cost_ms or cost_ms
 end
 
--- A call under these limits took so long.
+-- Records the duration of a call under these limits.
 function T.learn(lane, took_ms)
   for _, limit in ipairs(T.limits_in(lane)) do
     local more = not limit.defined and 0 or limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms

@@ -1,9 +1,9 @@
--- does: says when there can be room at the earliest, and refuses a ticket whose deadline comes before
+-- does: computes the earliest time of room, and refuses a ticket whose deadline comes before
 -- keys: sessions owed
 -- args: firm
 -- returns: bar(), outlook()
 -- units: ms
--- Nothing of a limit that counts requests is released when calls end. Of another one a call may have
+-- A limit that counts requests releases nothing when calls end. Under other limits a call may have
 -- reserved more than it uses.
 function T.is_firm(limit)
   if limit.exact then return true end
@@ -28,8 +28,8 @@ function T.is_usage_due()
   return T.usage_due
 end
 
--- When there will be room, if nothing is released; what is used, -1 of a limit that is paused; and
--- whether that moment is certain for every call. 0 where a call that ends makes room, or nobody knows.
+-- The time of room, if nothing is released; the usage, -1 for a paused limit; and
+-- whether that time is certain for every call. 0 if a call that ends makes room, or if it is unknown.
 function T.earliest(limit, amount)
   local pause, paused_at, at, used = limit.pause, 0, 0, limit.used
   if limit.sort ~= 'c' then
@@ -43,7 +43,7 @@ function T.earliest(limit, amount)
   return 0, used, false
 end
 
--- Refuses a ticket that can't be admitted within `left_ms`, even if it were alone; true if it did.
+-- Refuses a ticket that can't be admitted within `left_ms`, even without other waiters; true if refused.
 function T.bar(queue, member, left_ms)
   local ticket, text = string.match(member, '^(%d+)|%d+|%d+|(.*)$')
   local list, latest, found, used = T.amounts_in(text), pool.now + left_ms - 1, nil, 0
@@ -61,7 +61,7 @@ function T.bar(queue, member, left_ms)
   return true
 end
 
--- What the queue of a flow waits for now, under a rate or a pause.
+-- The rate or pause that the queue of a flow waits for now.
 function T.outlook(number, queue, limit)
   local amount = 1
   if limit.sort ~= 'c' and not T.is_firm(limit) then

@@ -1,10 +1,10 @@
--- does: says what a pause, a gate and an adaptive limit allow
+-- does: computes what a pause, a gate and an adaptive limit allow
 -- keys: session
 -- args: none
 -- returns: gate_of(), is_tried(), pause_lets(), adapt()
 -- units: ms
--- A gate: a pause that lasts until it is opened, and lets one call at a time try. `taker` is the
--- session|ticket of the last one, `every_ms` the least time between two, `rounds` how many failed.
+-- A gate: a pause that lasts until it is opened, and admits one probe at a time. `taker` is the
+-- session|ticket of the last probe, `every_ms` the minimum time between two, `rounds` the number that failed.
 function T.gate_of(name)
   local text = call('HGET', T.meta_key, 'g:' .. name) or '1000|1000|0|'
   local every_ms, most_ms, rounds, taker = string.match(text, '^(%d+)|(%d+)|(%d+)|(.*)$')
@@ -12,8 +12,8 @@ function T.gate_of(name)
     taker = taker }
 end
 
--- Whether the call that a gate let try is still under way. The permits of this very call of the
--- script are not written yet.
+-- Whether the probe of a gate is still in progress. The permits of this run of the script are not written
+-- yet.
 function T.is_tried(gate)
   if gate.taker == '' then return false end
   if gate.fresh then return true end
@@ -25,8 +25,8 @@ function T.is_tried(gate)
   return value and true or false
 end
 
--- After a pause the calls come back one by one, over `ramp_ms`, instead of all together; `passed` is
--- in the limit's unit. A limit without a bound comes back as one of `RAMP_BOUND` does.
+-- After a pause the calls are admitted gradually, over `ramp_ms`; `passed` is
+-- in the limit's unit. A limit without a bound ramps up like one of `RAMP_BOUND`.
 T.RAMP_BOUND = 64
 function T.pause_lets(limit)
   local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound
@@ -40,10 +40,10 @@ function T.pause_lets(limit)
   return T.room_again(limit, math.max(at, pool.now + 1))
 end
 
--- Additive increase while it is used up: one more in a round of calls, and in `ADAPT_CALLS` at least,
--- since of what is tried beyond the provider's limit one call is refused. A call that is dropped while
--- all is used up says that one less is taken: its place goes to nobody. Else multiplicative decrease at
--- most once a second (Chiu and Jain 1989). In thousandths, so that both worlds count alike.
+-- Additive increase while the limit is full: one more in a round of calls, and in `ADAPT_CALLS` at least,
+-- since each step beyond the provider's limit gets one call refused. A call that is dropped while the
+-- limit is full lowers it by one: its place is not reassigned. Else multiplicative decrease at
+-- most once a second (Chiu and Jain 1989). In thousandths, so that Lua and the model count alike.
 T.ADAPT_PAUSE_MS = 1000
 T.ADAPT_CALLS = 25
 function T.adapt(limit, outcome)

@@ -1,12 +1,12 @@
--- does: keeps what this session holds, and passes permits on inside it
+-- does: stores the permits of this session, and passes permits on within it
 -- keys: session queue park
 -- args: flows transfers releases cancels enqueues full
 -- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), used(), correct_all(), charge_handed(), rehead_own(), rehead_filled(), own
 -- units: ms; amounts in each limit's unit, in the order of the lane
--- `own.held` is what this session holds, as far as the request speaks of it: ticket -> value.
+-- `own.held` has the permits of this session that the request names: ticket -> value.
 local own = { held = {}, written = {}, queues = {}, reheaded = {}, fields = {} }
 
--- One read fetches the session's record, the places of its flows, and the tickets spoken of.
+-- One read fetches the session's record, the places of its flows, and the named tickets.
 function T.load_own()
   local fields, tickets = { 'gen', 'batch', 'sent', 'acked', 'blocked', 'closed_at' }, {}
   for i, flow in ipairs(q.flows) do
@@ -84,8 +84,8 @@ function T.unqueue(queue, member)
 end
 
 -- The tickets of many transfers leave their queues together. Only a repeated batch (`full`) may name
--- one that has left before, other than those which were granted meanwhile: who is missing tells that
--- there are such.
+-- one that has left before, except for those that were granted meanwhile; a missing ticket shows that there
+-- are such.
 function T.unqueue_heirs()
   local leaving, order = {}, {}
   for i = 1, #q.transfers, 8 do
@@ -114,8 +114,8 @@ function T.unqueue_heirs()
   end
 end
 
--- The permit was passed on inside the process already, so `to` is held whatever we find. Where
--- neither is there, this was said before and `to` has ended meanwhile: its release follows. `member`
+-- The process has passed the permit on already, so `to` is held in any case. If neither
+-- exists, this is a repetition and `to` has ended meanwhile: its release follows. `member`
 -- is empty if it was in no queue.
 function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   local queue = own.queues[number]
@@ -138,7 +138,7 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   end
   if there then return end
   if lane ~= queue.lane then T.count_lane(queue.lane) end
-  -- Nothing of rates is counted where there are none, and nothing changes hands within one lane.
+  -- Without rates, and within one lane, the counts stay the same.
   if before and T.limits_in(queue.lane).rated then
     charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$')))
   end
@@ -146,7 +146,7 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
 end
 
 -- A call used `took_ms` of a permit, and its tenant was charged `charged_ms` for it: 0 for one that
--- was admitted while nobody waited. Added up by flow, so that a request corrects each tag once.
+-- was admitted while no call waited. Added up by flow, so that a request corrects each tag once.
 local differs, differing = {}, {}
 function T.used(flow, charged_ms, took_ms)
   if charged_ms == 0 or took_ms == charged_ms then return end
@@ -155,7 +155,7 @@ function T.used(flow, charged_ms, took_ms)
   differs[flow] = (before or 0) + took_ms - charged_ms
 end
 
--- A tenant that is charged for what was handed on is corrected by the same change of its tag.
+-- A tenant that is charged for passed permits is corrected by the same change of its tag.
 function T.correct_all()
   if #differing > 0 then T.moves = T.moves + 1 end
   for _, flow in ipairs(differing) do
@@ -171,8 +171,8 @@ function T.correct_all()
   end
 end
 
--- Tenants are charged for what was handed on out of order: the time of their band comes to where its
--- front stands then.
+-- Tenants are charged for permits that were passed on out of order: the time of their band then moves to
+-- its first tag.
 function T.charge_handed()
   local charged, bands = {}, {}
   for _, queue in ipairs(own.reheaded) do
@@ -188,7 +188,7 @@ function T.charge_handed()
       end
     end
   end
-  -- What is known of the places is good for hints, if nothing more moves.
+  -- The known places are valid for hints, if nothing else moves.
   for _, queue in ipairs(charged) do queue.known_at = T.moves end
   for _, each in ipairs(bands) do
     local limit, number = each[1], each[2]
@@ -198,8 +198,8 @@ function T.charge_handed()
   end
 end
 
--- Queues that lost tickets stand by their new heads. One that new tickets come to in this very request
--- stays where it is meanwhile: empty for this moment, it would lose its turn to those behind it.
+-- Queues that lost tickets are ordered by their new heads. A queue that gets new tickets in this request
+-- stays in place: empty for a moment, it would lose its turn to those behind it.
 function T.rehead_own()
   local filling, later = {}, {}
   if #own.reheaded > 0 then
@@ -216,7 +216,7 @@ function T.rehead_own()
   own.reheaded = later
 end
 
--- Those that stayed.
+-- The remaining ones.
 function T.rehead_filled()
   for _, queue in ipairs(own.reheaded) do T.rehead(queue) end
 end

@@ -21,7 +21,7 @@ function T.names_in(lane)
   return list
 end
 
--- What a hash holds in these fields, however many.
+-- The values of any number of fields of a hash.
 function T.read(key, fields)
   if #fields <= 1000 then return call('HMGET', key, unpack(fields)) end
   local values = {}
@@ -32,7 +32,7 @@ function T.read(key, fields)
   return values
 end
 
--- One read fetches the record with all that it says of the limits and tenants of the request.
+-- One read fetches the record with its fields of the limits and tenants of the request.
 function T.load_pool()
   local fields, first = { unpack(POOL_FIELDS) }, {}
   for _, flow in ipairs(q.flows) do
@@ -76,7 +76,7 @@ function T.load_pool()
   pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 
--- What was fetched of a limit or a tenant, or is fetched now. Once only: it is in memory then.
+-- The fields of a limit or a tenant, fetched before or now. Once only: they are in memory then.
 function T.fetch(what, ...)
   local at = T.first and T.first[what]
   if at then
@@ -86,7 +86,7 @@ function T.fetch(what, ...)
   return call('HMGET', T.meta_key, ...), 1
 end
 
--- A field of the record to be written at the end; false takes it out.
+-- A field of the record to be written at the end; false deletes it.
 function T.put(field, value) T.changed[field] = value end
 
 function T.write(key, fields)
@@ -116,7 +116,7 @@ function T.save_pool()
   if T.spenders[1] then T.rates().note_spenders() end
   for name, tenant in pairs(T.tenants) do
     if tenant.changed then
-      -- With nobody left in a tenant's queues its stamps may start again.
+      -- When a tenant's queues are empty, its stamps may start again.
       changed['n:' .. name] = tenant.waiting > 0
         and T.int(tenant.waiting) .. '|' .. T.int(tenant.stamp)
       tenant.changed = nil
@@ -127,7 +127,7 @@ function T.save_pool()
   pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 
--- Numbers of sequence are a thousand apart: a permit that is handed on inside a process takes the
+-- Sequence numbers are a thousand apart: a permit that is passed on within a process takes the
 -- next one each time, so that fences stay unique and grow along its life.
 function T.next_seq()
   pool.seq = pool.seq + 1000
@@ -145,8 +145,8 @@ function T.tenant_of(name)
   return tenant
 end
 
--- What `cost_ms` of use adds to a tenant's virtual time: a ms of a tenant of weight 1,000 is still
--- 100 units, so that what is rounded off is less than a fifth of a percent from 5 ms on.
+-- The step of a tenant's virtual time for `cost_ms` of use: a ms of a tenant of weight 1,000 is still
+-- 100 units, so that the rounding error is less than 0.2 % from 5 ms on.
 T.UNITS = 100000
 function T.step_of(cost_ms, tenant)
   return math.floor(cost_ms * T.UNITS / tenant.weight)

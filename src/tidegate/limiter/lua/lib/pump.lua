@@ -1,4 +1,4 @@
--- does: admits waiters into whatever is free under the touched limits
+-- does: admits waiters into the free capacity of the touched limits
 -- keys: sessions session queue park line
 -- args: none
 -- returns: pump(), publish(), admit(), let_in()
@@ -8,7 +8,7 @@ T.AT_ONCE = 500
 T.peers, T.budget = {}, T.AT_ONCE
 
 -- A killed process must not swallow grants: its channel has no subscriber. A paused one looks
--- reachable: it is left alone once `ACK_WINDOW` grants of it are not acknowledged.
+-- reachable: it gets no more grants once `ACK_WINDOW` of them are not acknowledged.
 function T.peer_of(sid)
   local peer = T.peers[sid]
   if peer then return peer end
@@ -59,12 +59,12 @@ function T.admit(queue, ticket, hard_ms, cost_ms, list)
   out.held['h:' .. ticket] = value
 end
 
--- The band whose turn it is under a limit, and all that wait. Strictly the highest, but a lower one
--- that waits collects its least share: of every admission, or of what a rate gives.
+-- The next band under a limit, and all bands with waiters. Strictly the highest, but a lower one
+-- with waiters accrues its minimum share: of every admission, or of a rate's bound.
 function T.turn_of(limit)
   local list = {}
   for number, band in ipairs(limit.bands) do
-    -- How much of a rate its first ticket needs is seen when its turn has come.
+    -- How much of a rate its first ticket needs is checked when its turn has come.
     if band.waits > 0 and T.has_room(limit, number, 0) then list[#list + 1] = number end
   end
   for i = 2, #list do
@@ -119,7 +119,7 @@ function T.let_in(limit, queue, member, next_stamp, next_member)
   T.leave_line(queue, limit, next_member, next_stamp)
 end
 
--- Held up by another limit than it was parked at. One that is sent to and fro goes first at last.
+-- Blocked by another limit than the one it was parked at. A ticket that moves too often gets precedence.
 function T.move(queue, limit, stamp)
   T.load_place(queue)
   T.unpark(queue)
@@ -133,7 +133,7 @@ function T.move(queue, limit, stamp)
   T.park(queue, limit, stamp)
 end
 
--- Looks at the first queue of a band; true if there may be more to do under this limit.
+-- Handles the first queue of a band; true if there may be more to do under this limit.
 function T.step(limit, number, list)
   local tenant = call('ZRANGE', T.park_key(limit, number), 0, 0)[1]
   local id = call('ZRANGE', T.prefix .. 'line:' .. limit.name .. '|' .. number .. '|' .. tenant, 0, 0)[1]
@@ -165,12 +165,12 @@ function T.step(limit, number, list)
   return true
 end
 
--- A limit that only time frees has a moment at which somebody looks again.
+-- A limit that only time frees has a timer for the next check.
 function T.set_timers()
   local due = pool.timed_at > 0 and pool.now >= pool.timed_at
   for name, limit in pairs(T.limits) do
     if limit.retry_at and T.parked_at(limit) > 0 then
-      -- Somebody with a greater demand may have looked last.
+      -- The last check may have been for a larger demand.
       T.look_again(name, limit.retry_at)
       due = true
     end
@@ -199,7 +199,7 @@ function T.pump()
     name = next(T.touched)
   end
   if T.budget <= 0 then
-    -- The next one goes on.
+    -- The next run continues.
     T.more = 1
     for each in pairs(T.touched) do T.limit_of(each).retry_at = pool.now end
   end

@@ -1,17 +1,17 @@
--- does: keeps each waiting queue at the limit that holds it up, in the order of virtual time
+-- does: keeps each waiting queue at the limit that blocks it, in the order of virtual time
 -- keys: session queue park line past starving
 -- args: sid flows
 -- returns: queue_of(), tag_of(), first_of(), rehead(), charge(), advance(), amounts_in()
 -- units: virtual time in hundred-thousandths of a ms of use per weight
--- A queue is what one session has waiting of one flow (band, tenant, lane). At a limit, tenants
--- stand in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
+-- A queue holds the waiters of one session and one flow (band, tenant, lane). At a limit, tenants
+-- are ordered in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
 -- tenant's queues in `line` by the stamp of their first ticket.
 T.queues, T.amounts, T.moves = {}, {}, 0
 T.STARVES = 8
--- A double counts whole numbers up to 2^53: virtual time begins again before it comes near.
+-- A double counts whole numbers up to 2^53: virtual time restarts before that.
 T.LONGEST = 2251799813685248
--- How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
--- be under way, and what they used is added to it. An hour of one permit of weight 1.
+-- How far behind a band's time the tag of a tenant without waiters is kept: its calls may
+-- still run, and their usage is added to it. An hour of one permit of weight 1.
 T.BEHIND = 360000000000
 
 function T.queue_key(queue) return T.prefix .. 'queue:' .. queue.id end
@@ -21,7 +21,7 @@ function T.line_key(limit, queue)
   return T.prefix .. 'line:' .. limit.name .. '|' .. queue.band .. '|' .. queue.tenant
 end
 
--- `at` is the limit where it is parked, `!` while its session takes no grants, nil while empty;
+-- `at` is the limit where it is parked, `!` while its session accepts no grants, nil while empty;
 -- `bounces` is how often the ticket of stamp `bounced` was sent from limit to limit.
 function T.queue_of(id)
   local queue = T.queues[id]
@@ -67,10 +67,10 @@ function T.tag_of(limit, queue)
   return math.max(limit.bands[queue.band].virtual, tonumber(before or 0)), false
 end
 
--- Puts a queue where its first ticket, as it is now, belongs.
+-- Moves a queue to the place of its current first ticket.
 function T.rehead(queue)
   if not queue.at then return end
-  -- Its new head may take less of a rate.
+  -- Its new head may need less of a rate.
   if queue.at ~= '!' and T.limit_of(queue.at).sort ~= 'c' then T.touch(T.limit_of(queue.at)) end
   local member, stamp = T.first_of(queue)
   if not member then

@@ -1,4 +1,4 @@
--- does: counts what is spent of rates and day quotas
+-- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
 -- returns: rates() with fits(), free_at(), take(), turn_of(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
@@ -6,13 +6,13 @@
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
 -- it means the same when the window is changed. A day quota knows the moment of its reset.
--- A band that waits under a rate below others is owed its least share of all that the rate gives. Two
--- moments per band, in microseconds, say how much: what the share gives from `from` to `passed`, when
--- a higher band took something last. `from` lies ahead, by a window at most, where the band had
--- more than its share. Nothing accrues while nobody above takes anything: so a great demand above is
--- passed only by what was owed before.
+-- A band with waiters under a rate, below other bands, accrues its minimum share of the rate's bound. Two
+-- times per band, in microseconds, define the credit: the share from `from` to `passed`, the last
+-- admission of a higher band. `from` is in the future, by a window at most, if the band had
+-- more than its share. No credit accrues without admissions above: so a large demand above is
+-- passed only by credit from before.
 -- Beyond its share a band takes only what the higher ones leave: nothing for a window after one of
--- them found no room (`held`), since what it takes counts for as long; and a twentieth of the
+-- them found no room (`held`), since its usage counts for as long; and a twentieth of the
 -- bound stays free while one of them used the limit in the last window (`used`).
 T.LEFT_FREE = 20
 T.DAY_MS = 86400000
@@ -105,18 +105,18 @@ T.rates = function()
     return number > 1 and list[math.min(number, #list)].share or 0
   end
 
-  -- What one call takes: more than the limit can ever give is all of it, instead of waiting for ever.
+  -- The amount of one call: a demand of more than the bound takes all of it, instead of waiting forever.
   local function clamped(limit, amount)
     return limit.exact and math.min(amount, 1) or math.min(amount, limit.bound)
   end
 
-  -- How many microseconds a share takes to give so much.
+  -- Microseconds in which a share accrues an amount.
   local function lasts(limit, number, amount)
     if limit.bound == 0 then return 0 end
     return math.floor(amount / limit.bound * limit.span * 1000000 / share_of(number))
   end
 
-  -- How much the first ticket of a band takes.
+  -- The amount of the first ticket of a band.
   local function wanted(limit, number)
     local band = limit.bands[number]
     if band.looked_at ~= T.moves then
@@ -133,9 +133,9 @@ T.rates = function()
     return band.wanted
   end
 
-  -- The part of what its first ticket takes that is kept free for a band: as much as it is owed, where
-  -- a window's share is enough for the ticket; for a greater one nothing until the last window
-  -- before all of it is owed, and then more and more.
+  -- The part of its first ticket's amount that is kept free for a band: its credit, if
+  -- a window's share is enough for the ticket; for a larger one nothing until the last window
+  -- before the credit covers it, and then gradually more.
   local function kept_for(limit, number)
     local band = limit.bands[number]
     if band.waits == 0 or band.passed <= band.from or share_of(number) == 0 then return 0 end
@@ -154,7 +154,7 @@ T.rates = function()
       and band.passed - band.from >= lasts(limit, number, amount)
   end
 
-  -- When a band above found no room last, and when one of them used the limit last.
+  -- The last time a band above found no room, and the last time one of them used the limit.
   local function above(limit, number)
     local held, used = 0, 0
     for higher = 1, number - 1 do
@@ -164,8 +164,8 @@ T.rates = function()
     return held, used
   end
 
-  -- What has to stay free beside a demand, or the moment before which there is no room for it. Never so
-  -- much that it could not be met at all.
+  -- The room that has to stay free beside a demand, or the time before which there is no room for it. Never so
+  -- much that the demand could not be met at all.
   local function kept_beside(limit, number, amount)
     if limit.sort ~= 'r' then return 0 end
     local kept = 0
@@ -192,7 +192,7 @@ T.rates = function()
     return T.room_again(limit, fits_at(limit, amount))
   end
 
-  -- When time alone will have made room for `amount`; 0 where there is some, or never any.
+  -- The time at which `amount` fits without a release; 0 if it fits now, or never.
   function f.free_at(limit, amount)
     loaded(limit)
     amount = clamped(limit, amount)
@@ -200,8 +200,8 @@ T.rates = function()
     return fits_at(limit, amount)
   end
 
-  -- Whether it is a lower band's turn: true where it is owed what its first ticket takes, and there is
-  -- room for it; false where there is none yet, so that no band below it goes before.
+  -- Whether a lower band is next: true if its credit covers its first ticket, and there is
+  -- room for it; false if there is none yet, so that no band below it is admitted before.
   function f.turn_of(limit, number)
     local band = limit.bands[number]
     if limit.sort == 'q' then
@@ -213,7 +213,7 @@ T.rates = function()
     return T.has_room(limit, number, amount)
   end
 
-  -- A call of a band took something: those that wait below are passed, and its own share was used.
+  -- A call of a band was admitted: lower bands with waiters are passed, and its own share was used.
   local function count_shares(limit, number, amount)
     local now = pool.now * 1000
     limit.bands[number].used = pool.now
@@ -264,9 +264,9 @@ T.rates = function()
     return T.int(amount) .. '@' .. T.int(ends)
   end
 
-  -- What was reserved too much goes back to where it was taken from, while that still counts;
-  -- what was used on top counts from now, or in the day that it belongs to. A limit that was
-  -- made one of another sort meanwhile has nothing to settle.
+  -- An excess reservation returns to its bucket, while that still counts;
+  -- excess usage counts from now, or in the day that it belongs to. A limit whose
+  -- type has changed meanwhile has nothing to settle.
   function f.settle(limit, ends, reserved, actual)
     if limit.sort == 'c' or limit.exact then return end
     loaded(limit)
@@ -286,7 +286,7 @@ T.rates = function()
     return limit.spent
   end
 
-  -- After a loss: a session says what it had seen spent, and what it has admitted itself since.
+  -- After a loss: a session reports the usage that it had seen, and its own admissions since.
   function f.assert_spent(limit, amount)
     loaded(limit)
     if amount <= 0 then return end
@@ -302,7 +302,7 @@ T.rates = function()
     if amount > 0 then call('PEXPIRE', key_of(limit), limit.span) end
   end
 
-  -- What was counted in another way, before the policy said this one, is taken for spent now.
+  -- Usage that was counted in another way, before the policy changed, counts as used now.
   function f.take_along(limit)
     local amount, span = 0, limit.span or T.DAY_MS
     for _, other in ipairs({ { sort = 'q' }, { sort = 'r', exact = true }, { sort = 'r' } }) do
@@ -315,7 +315,7 @@ T.rates = function()
     f.assert_spent(limit, math.min(limit.bound, amount))
   end
 
-  -- The clock was set back: what was counted is as old as before.
+  -- The clock was set back: usage keeps its age.
   function f.rewind(limit, by_ms)
     local key = key_of(limit)
     if limit.exact then
@@ -348,8 +348,8 @@ T.rates = function()
     call('PEXPIRE', key, T.int(2 * limit.span))
   end
 
-  -- Each change of what is spent has a number, so that a session can ask for what came after the
-  -- last one that it has heard of; `s:` is what was spent then.
+  -- Each change of usage has a number, so that a session can request the changes after the
+  -- last one that it has seen; `s:` is the usage at that change.
   function f.note_spenders()
     table.sort(T.spenders, function(one, other) return one.name < other.name end)
     for _, limit in ipairs(T.spenders) do

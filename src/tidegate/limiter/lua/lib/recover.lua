@@ -1,4 +1,4 @@
--- does: advances the pool's clock, reaps dead sessions, and begins a new epoch when the past is lost
+-- does: advances the pool's clock, reaps expired sessions, and begins a new epoch when data is lost
 -- keys: meta sessions session queue park line lapsing starving owed
 -- args: epoch run uptime_ms lease_ms
 -- returns: reap(sid, hold), recount(), recover(), reap_expired(), reap_closed(), note_sessions()
@@ -27,7 +27,7 @@ function T.places_of(sid, raw)
 end
 
 -- Ends a session. With `hold` its permits stay counted until the hard deadline of their calls; with
--- `comes_back` what it is still to tell of calls that ended stays known.
+-- `comes_back` the calls whose usage it has still to report stay known.
 function T.reap(sid, hold, comes_back)
   local raw = call('HGETALL', T.session_key(sid))
   for i = 1, #raw, 2 do
@@ -57,7 +57,7 @@ end
 
 function T.lapsing_lane(member) return string.match(member, '^[^|]*|[^|]*|(.*)$') end
 
--- Nobody waits any more: the waiters are gone without having been reaped.
+-- No waiter is left: the sessions expired without having been reaped.
 function T.forget_parked(limit)
   for number, band in ipairs(limit.bands) do
     if band.waits > 0 then
@@ -70,7 +70,7 @@ function T.forget_parked(limit)
   end
 end
 
--- Counts again from what is sure to be there when no session is left: the permits held over.
+-- Recounts from the only certain data when no session is left: the permits held over.
 function T.recount()
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     local letter, name = string.match(field, '^(%a):(.*)$')
@@ -107,8 +107,8 @@ function T.begin_epoch()
   -- Immediately: a session that joins in this very call may vouch.
   T.write(T.meta_key, { empty = pool.epoch == 0 and '1', vouched = false })
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
-  -- Nobody knows of this pool: sessions that might have seen it on an earlier run of the server
-  -- have had since its start to come back.
+  -- The pool is unknown: sessions that might have seen it on an earlier run of the server
+  -- have had the time since its start to rejoin.
   if not known then quiet_ms = math.max(0, quiet_ms - q.uptime_ms) end
   pool.epoch = math.max(pool.now, pool.epoch + 1, q.epoch + 1)
   pool.run = q.run
@@ -120,13 +120,13 @@ function T.begin_epoch()
   T.put('recover_until', T.int(pool.recover_until))
 end
 
--- The key itself may have run out while everybody was away.
+-- The key itself may have expired while no session was connected.
 function T.somebody_ran_out(wall)
   return #call('ZRANGEBYSCORE', T.sessions_key, '-inf', wall, 'LIMIT', 0, 1) > 0
     or pool.sessions > 0 and call('EXISTS', T.sessions_key) == 0
 end
 
--- The clock was set back: what is remembered by its time is as old as before, and as far ahead.
+-- The clock was set back: stored times keep their distance from now.
 function T.rewind(by_ms)
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     local letter, name = string.match(field, '^(%a):(.*)$')
@@ -145,9 +145,9 @@ function T.rewind(by_ms)
   if pool.timed_at > 0 then pool.timed_at = math.max(1, pool.timed_at - by_ms) end
 end
 
--- The past is lost when the server is another one or empty; when its clock was set back; or when
--- nobody spoke to it for half a lease and a session ran out meanwhile: then the server or its
--- clock was away, not the session, and everybody may still be running what he held.
+-- Data is lost when the server is another one or empty; when its clock was set back; or when
+-- no request came for half a lease and a session expired meanwhile: then the server or its
+-- clock was stopped, not the session, and all sessions may still be using their permits.
 function T.recover()
   local wall = T.wall_clock_ms()
   local jump_ms = math.max(pool.lease_ms, 1) / 2
@@ -175,8 +175,8 @@ function T.reap_expired()
   for _, member in ipairs(over) do T.free_lapsing(member) end
 end
 
--- A process whose connection the kernel closed is most likely dead: where the policy says so, it
--- is reaped when it has not come back within the grace.
+-- A process whose connection the kernel closed is most likely dead: if the policy is set so, it
+-- is reaped when it has not reconnected within the grace.
 function T.reap_closed()
   if pool.reap_ms == 0 or pool.now < pool.recover_until then return end
   for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
@@ -192,7 +192,7 @@ function T.reap_closed()
   end
 end
 
--- When a session runs out next, so that the others need not look before.
+-- The next expiry of a session, so that no check is needed before.
 function T.note_sessions()
   local first = call('ZRANGE', T.sessions_key, 0, 0, 'WITHSCORES')
   T.put('reap_at', first[2] or '0')

@@ -1,4 +1,4 @@
--- does: takes permits back and settles what they used
+-- does: releases permits and settles their usage
 -- keys: session lapsing owed park past
 -- args: releases settles cancels
 -- returns: release(), cancel(), settle(), give_back_lane(), count_lane(), spend(), correct(), begin_again()
@@ -14,7 +14,7 @@ function T.count_lane(lane)
   end
 end
 
--- What a permit takes of the rates of its lane: position=amount@bucket.
+-- The amounts of a permit under the rates of its lane: position=amount@bucket.
 function T.spend(queue, list)
   local charges = {}
   for i, name in ipairs(T.names_in(queue.lane)) do
@@ -38,8 +38,8 @@ function T.settle_charges(charges, lane, list)
   end
 end
 
--- Adds what a tenant's calls used beyond what it was charged for them. One that waits gets back what
--- it was charged too much, even if that is more than it lies ahead; one that does not wait starts
+-- Adds the usage of a tenant's calls beyond their charge. A tenant with waiters gets an excess charge
+-- back, even if that is more than it lies ahead; one without waiters starts
 -- no earlier than the band's time.
 function T.correct(limit, number, tenant, step)
   local band = limit.bands[number]
@@ -56,7 +56,7 @@ function T.correct(limit, number, tenant, step)
   end
 end
 
--- Once in years of a busy limit: a band's time and all tags go back by as much.
+-- Once in years of a busy limit: a band's time and all its tags are lowered by the same amount.
 function T.begin_again(limit, number)
   local band = limit.bands[number]
   for _, key in ipairs({ T.park_key(limit, number), T.past_key(limit, number) }) do
@@ -70,7 +70,7 @@ function T.begin_again(limit, number)
   T.moves = T.moves + 1
 end
 
--- Doing it twice does nothing the second time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be reported later.
+-- Idempotent. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be reported later.
 function T.release(ticket, number, outcome, took_ms, actual)
   local queue, value = own.queues[number], own.held[ticket]
   if not value then

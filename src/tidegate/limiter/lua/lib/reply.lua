@@ -1,4 +1,4 @@
--- does: tells a session where it stands
+-- does: builds the reply to a session
 -- keys: none
 -- args: sid revision
 -- returns: reply(status, whole)

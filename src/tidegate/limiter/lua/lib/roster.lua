@@ -1,11 +1,11 @@
--- does: sees to it that every session knows of every other that may hold anything
+-- does: ensures that every session knows of every other that may hold a permit
 -- keys: meta sessions session seen fresh expected
 -- args: sid roster join
 -- returns: enter_roster(), acknowledge(), leave_roster(), vouch(), call_up()
 -- units: ms
--- After an empty restart the quiet lease may end as soon as all have come back who may hold a permit.
--- Only earlier sessions can name them. So a new session is admitted once all others have said that
--- they know of it, or when who has not said so for half a lease may not vouch for anybody.
+-- After an empty restart the quiet lease may end as soon as all sessions that may hold a permit have rejoined.
+-- Only earlier sessions can name them. So a new session is admitted once all others have acknowledged
+-- it; a session that has not for half a lease may not vouch for others.
 T.seen_key = T.prefix .. 'seen'
 T.fresh_key = T.prefix .. 'fresh'
 T.expected_key = T.prefix .. 'expected'
@@ -36,7 +36,7 @@ function T.count_fresh()
   T.put('fresh', T.int(pool.fresh))
 end
 
--- One that was there joins again only to say something new.
+-- A session that was known joins again only with something new.
 function T.enter_roster(was_there)
   if was_there then return end
   T.change_roster()
@@ -56,12 +56,12 @@ function T.leave_roster(sid)
   if call('ZREM', T.fresh_key, sid) == 1 then T.count_fresh() end
 end
 
--- What a session knows, and who is known to all by that.
+-- The roster that a session knows, and the sessions that all then know.
 function T.acknowledge()
   if q.roster > 0 then call('ZADD', T.seen_key, 'XX', 'GT', T.int(q.roster), q.sid) end
   if pool.fresh == 0 then return end
   local least = tonumber(call('ZRANGE', T.seen_key, 0, 0, 'WITHSCORES')[2])
-  -- Of a thousand that start together each call looks at some, or one would take too long.
+  -- With a thousand sessions that start together each call handles some, or one would take too long.
   local fresh = call('ZRANGE', T.fresh_key, 0, T.MOST_AT_ONCE - 1, 'WITHSCORES')
   for i = 1, #fresh, 2 do
     local since = tonumber(call('HGET', T.session_key(fresh[i]), 'since'))

@@ -1,11 +1,11 @@
--- does: checks that a session is still the one it believes to be, and takes its acknowledgement
+-- does: checks that a session still exists with its generation, and stores its acknowledgement
 -- keys: session
 -- args: sid gen epoch batch ack
 -- returns: check_session(), me
 -- units: ms
 local me = { gen = 0, sent = 0 }
 
--- Never renews blindly: a process that was paused must find its session gone.
+-- Never renews blindly: a process that was paused must detect its expired session.
 function T.check_session()
   if q.epoch ~= pool.epoch then return 'epoch' end
   if own.gen == 0 or own.gen ~= q.gen then return 'gone' end

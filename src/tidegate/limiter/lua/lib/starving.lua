@@ -1,9 +1,9 @@
--- does: keeps what is free for tickets that were sent from limit to limit too often
+-- does: reserves free capacity for tickets that moved between limits too often
 -- keys: starving
 -- args: none
 -- returns: serve_starving()
 -- units: none
--- Whether what a queue lacks is released by calls that end; else nothing need be kept for it.
+-- Whether calls that end release what a queue lacks; else nothing need be reserved for it.
 function T.can_be_saved_for(queue, list)
   local room, can = true, true
   for i, name in ipairs(T.names_in(queue.lane)) do
@@ -16,7 +16,7 @@ function T.can_be_saved_for(queue, list)
   return room, can
 end
 
--- What is free is kept for waiters that were sent to and fro too often, in their order.
+-- Free capacity is reserved for waiters that moved too often, in their order.
 function T.serve_starving()
   if T.served or pool.now < pool.recover_until then return end
   T.served = true

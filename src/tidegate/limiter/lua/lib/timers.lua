@@ -1,9 +1,9 @@
--- does: notes when a limit that only time frees is to be looked at again
+-- does: schedules the next check of a limit that only time frees
 -- keys: timed
 -- args: none
 -- returns: room_again(), touch_due(), end_implicit(), look_again(), note_timers()
 -- units: ms
--- Room again at `at`, unless something is released before; of several who look, the first counts.
+-- Room again at `at`, unless something is released before; of several timers, the first counts.
 function T.room_again(limit, at)
   limit.retry_at, T.retry = math.min(limit.retry_at or at, at), true
   return false
@@ -17,7 +17,7 @@ function T.touch_due()
   end
 end
 
--- Of a pause that has passed nothing is kept where no policy names the limit.
+-- A pause that is over is deleted if no policy names the limit.
 function T.end_implicit(limit)
   if not limit.implicit then return end
   if limit.pause_over then
