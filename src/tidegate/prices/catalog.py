@@ -67,7 +67,8 @@ class Catalog:
     def __init__(self, folder: Any = None) -> None:
         """`folder`: with a file for each provider; that of the package by default."""
         self._folder = folder or resources.files(__package__).joinpath("data")
-        self._rows = cache(self._read)
+        self._file = cache(self._read)
+        self._rows = cache(self._rows_of)
         self.find = lru_cache(_MODELS_KEPT)(self._find)
         self.row = lru_cache(_MODELS_KEPT)(self._row)
 
@@ -78,11 +79,11 @@ class Catalog:
 
     def rows(self, provider: str) -> tuple[ModelPrice, ...]:
         """All of one provider, in the order of its file; none of an unknown one."""
-        return self._rows(provider)[0] if provider in self.providers else ()
+        return self._rows(provider) if provider in self.providers else ()
 
     def hosts(self, provider: str) -> tuple[str, ...]:
         """Patterns of the hosts at which the provider is called."""
-        return self._rows(provider)[1]
+        return tuple(self._file(provider).get("hosts", ()))
 
     def _find(self, provider: str, model: str, day: date, tier: str = "") -> Price | None:
         """The price of a model in a processing tier on a day of UTC; None where it is not known."""
@@ -101,19 +102,21 @@ class Catalog:
         latest = max(begun, key=lambda row: row.first_day, default=None)
         return latest if latest is not None and day <= latest.last_day else None
 
-    def _read(self, provider: str) -> tuple[tuple[ModelPrice, ...], tuple[str, ...]]:
-        """Raises ConfigError, which names the row and the key."""
+    def _read(self, provider: str) -> dict[str, Any]:
         path = f"{provider}.toml"
-        stated = tomllib.loads(self._folder.joinpath(path).read_text(encoding="utf-8"))
+        return tomllib.loads(self._folder.joinpath(path).read_text(encoding="utf-8"))
+
+    def _rows_of(self, provider: str) -> tuple[ModelPrice, ...]:
+        """Raises ConfigError, which names the row and the key."""
+        path, stated = f"{provider}.toml", self._file(provider)
         for key in stated:
             if key not in _FILE_KEYS:
                 raise ConfigError(f"{path}: {key}", "(set)", f"known: {', '.join(_FILE_KEYS)}")
         usual = {key: stated[key] for key in ("source", "tiers", "search") if key in stated}
-        rows = tuple(
+        return tuple(
             _model_price(f"{path}: model[{place}]", provider, usual | row)
             for place, row in enumerate(stated["model"])
         )
-        return rows, tuple(stated.get("hosts", ()))
 
 
 def _model_price(path: str, provider: str, row: Mapping[str, Any]) -> ModelPrice:
