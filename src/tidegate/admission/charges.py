@@ -18,7 +18,7 @@ from tidegate.admission.estimator import PICTURE_TOKENS, Estimate, pieces_of_tex
 from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageDetails, UsageState, tokens_of
 from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from tidegate.policy.deployment import Upstream
-from tidegate.prices.catalog import Catalog, catalog
+from tidegate.prices.catalog import Catalog, catalog, provider_of
 from tidegate.prices.rates import Rates, cost_micros, micros_of
 
 _MODELS_KEPT = 1_000
@@ -42,6 +42,9 @@ class Prices:
         self._upstream = upstream
         self._public = public or catalog()
         self._now = now
+        self._provider = None if upstream is None else _provider_of(upstream)
+        if self._provider is not None:
+            self._public.rows(self._provider)  # read now, and not during the first call
         self._on = lru_cache(_MODELS_KEPT)(self._rates_on)
 
     def of(self, model: str, tier: str = "") -> Rates | None:
@@ -62,10 +65,16 @@ class Prices:
             return None
         if (own := self._upstream.price(model)) is not None:
             return Rates.of(own.of_tier(tier) or own)
-        if (provider := self._upstream.provider) is None:
+        if self._provider is None:
             return None
-        price = self._public.find(provider, model, date.fromordinal(_EPOCH + day), tier)
+        price = self._public.find(self._provider, model, date.fromordinal(_EPOCH + day), tier)
         return None if price is None else Rates.of(price, is_public=True)
+
+
+def _provider_of(upstream: Upstream) -> str | None:
+    """The one that it names, else that of its hosts; None for a server of one's own."""
+    urls = upstream.base_urls.values()
+    return upstream.provider or next(filter(None, map(provider_of, urls)), None)
 
 
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:

@@ -21,7 +21,6 @@ from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
-from tidegate.prices.catalog import provider_of
 from tidegate.prices.rates import Price, price_of
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
 
@@ -65,9 +64,9 @@ class Upstream:
     """One account. base_urls: dialect -> URL without a slash at its end. key: empty where none is
     needed. models: patterns of what it serves. aliases: a client's name for a model -> the
     provider's. weight: its share where several serve a model. prices: pattern -> price, before the
-    public ones of `provider`, which is None for a server of one's own. asks_usage: whether a stream
-    may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS` that differ from
-    the settings."""
+    public ones of `provider`, or where it names none of the provider of its hosts. asks_usage:
+    whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
+    that differ from the settings."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -187,7 +186,7 @@ def _of_environment(
         asked = dict.fromkeys((*ours, config.classifier_model))
         more = [one for one in asked if not any(other.fit(one) > 1 for other in others)]
         options.setdefault("models", (*_EMULATED_MODELS, *more))
-    return Upstream(DEFAULT_POOL, urls, key, provider=provider_of(base), **options)
+    return Upstream(DEFAULT_POOL, urls, key, **options)
 
 
 def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstream:
@@ -206,8 +205,7 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
         )
     urls = _urls(path, provider, table)
     key = _key(path, provider, table, secret)
-    known = provider or next(filter(None, map(provider_of, urls.values())), None)
-    return Upstream(name, urls, key, provider=known, **options)
+    return Upstream(name, urls, key, provider=provider, **options)
 
 
 def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
