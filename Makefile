@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test suite unit check chaos bench bench-limiter bench-gateway clients audit canary setup-system lock clean
+.PHONY: help run test suite unit check chaos bench bench-limiter bench-gateway bench-limits clients audit canary setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -52,6 +52,10 @@ bench-gateway: ## Our relay and job path beside other gateways, in one run (ARGS
 	@scripts/bootstrap.sh dev
 	@scripts/setup_system.sh bench
 	@.venv/bin/python -m bench.gateway $(ARGS)
+
+bench-limits: ## Limits against providers that count as the real ones do (ARGS="--only openai --window 10")
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python -m bench.limits $(ARGS)
 
 clients: ## Try real SDKs, frameworks and coding agents on a keyless gateway (ARGS="--only openai")
 	@scripts/bootstrap.sh dev

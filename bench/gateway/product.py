@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -30,13 +30,26 @@ _ON_DISK = Path("/var/tmp")
 
 
 class Product:
-    """`with Product(upstream.url, apis=1) as product:` starts it; it may not be ready yet."""
+    """`with Product(upstream.url, apis=1) as product:` starts it; it may not be ready yet.
 
-    def __init__(self, upstream_url: str, *, apis: int, workers: int = 0) -> None:
+    With a `policy`, the text of a tidegate.toml, its upstreams are all there are.
+    """
+
+    def __init__(
+        self,
+        upstream_url: str,
+        *,
+        apis: int,
+        workers: int = 0,
+        policy: str = "",
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self._stack = ExitStack()
         self._upstream_url = upstream_url
         self._counts = (apis, workers)
+        self._policy = policy
+        self._settings = settings or {}
         self.valkey: ValkeyServer
         self.postgres: PostgresServer
         self.program: Program
@@ -55,6 +68,8 @@ class Product:
             self.valkey.start()
             self.postgres.start()
             apis, workers = self._counts
+            if self._policy:
+                (folder / "tidegate.toml").write_text(self._policy, encoding="utf-8")
             self.program = Program(
                 _command(apis, workers),
                 cwd=folder,
@@ -77,17 +92,18 @@ class Product:
 
     def _environment(self, folder: Path) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        account = {"GEMINI_API_KEY": "bench", "GEMINI_BASE_URL": self._upstream_url}
         return {
             **kept,
             "PYTHONPATH": str(ROOT / "src"),
             "PORT": str(self.port),
             "REDIS_URL": self.valkey.url,
             "DATABASE_URL": self.postgres.url(),
-            "GEMINI_API_KEY": "bench",
-            "GEMINI_BASE_URL": self._upstream_url,
+            **({} if self._policy else account),
             "RATE_LIMITS": json.dumps(dict.fromkeys(_KINDS, _AT_ONCE)),
             "DATA_DIR": str(folder / "data"),
             "LOG_FORMAT": "json",
+            **self._settings,
         }
 
     def pids(self, role: str) -> list[int]:

@@ -1,0 +1,208 @@
+"""`make bench-limits`, or `python -m bench.limits --only anthropic --scenario mix`.
+
+Measures our limits against providers that count as the real ones do, through two API processes and
+two workers: what the provider refuses, what of its quota is used, how much of an agent's cached
+conversation passes, and what happens when the account changes. A provider's minute lasts `--window`
+seconds here, in the emulator and in the policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from bench import grid, machine
+from bench.limits.accounts import CONVERSATION, PROVIDERS, MeasuredProvider
+from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, refusals
+from bench.limits.load import AgentLoad, MixedLoad
+from bench.limits.stage import LimitsStage, NotStarted, standing
+from tidegate.embedded.servers import ServerFailed
+from tidegate.emulator.client import EmulatorControl
+
+Figures = dict[str, Any]
+HIT_RATE = 0.9
+OTHERS_SHARE, NEW_TIER = 0.3, 0.5
+SCENARIOS = ("mix", "conversation", "changes")
+_LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
+_POLL_S = 0.2
+
+
+async def _until_learned(control: EmulatorControl, window_s: float) -> None:
+    """A window at least, and until the first calls have come."""
+    began_s = time.monotonic()
+    while (passed_s := time.monotonic() - began_s) < _LEARN_WINDOWS * window_s:
+        if passed_s > window_s and (await control.account())["calls"] >= LEARNING_CALLS:
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+async def measure_mix(
+    stage: LimitsStage, provider: MeasuredProvider, window_s: float, windows: int
+) -> Figures:
+    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models)
+    async with EmulatorControl(stage.provider_url) as control, load:
+        await _until_learned(control, window_s)
+        before = await control.account()
+        await asyncio.sleep(windows * window_s)
+        after = await control.account()
+    return _figures(before, after, load.statuses)
+
+
+def _figures(before: Book, after: Book, statuses: Counter[str]) -> Figures:
+    counted = refusals(after)
+    uses = binding(limit_uses(before, after))
+    return {
+        "calls": counted.calls,
+        "first": counted.first,
+        "per_thousand": counted.per_thousand,
+        "used": {use.name: use.share for use in uses.values()},
+        "statuses": dict(statuses),
+    }
+
+
+async def measure_conversation(
+    stage: LimitsStage, provider: MeasuredProvider, window_s: float, windows: int
+) -> Figures:
+    """Input of all agents over the bound of what is not cached, by the provider's own book."""
+    load = AgentLoad(stage.gateway_url, provider.models[0])
+    async with EmulatorControl(stage.provider_url) as control, load:
+        await _until_learned(control, window_s)
+        before, billed = await control.account(), (await control.stats()).billed().input_tokens
+        await asyncio.sleep(windows * window_s)
+        after, later = await control.account(), (await control.stats()).billed().input_tokens
+    total = later - billed
+    (uncached,) = [
+        use for use in limit_uses(before, after) if use.name.startswith("uncached_input_tokens")
+    ]
+    passed_s = (after["now_ns"] - before["now_ns"]) / 1e9
+    bound = next(
+        limit["bound"] for limit in after["limits"] if limit["unit"] == "uncached_input_tokens"
+    )
+    return {
+        **_figures(before, after, load.statuses),
+        "itpm_of_bound": total / (bound * passed_s / window_s),
+        "cached": 1 - uncached.used / total if total else 0.0,
+    }
+
+
+async def measure_changes(
+    stage: LimitsStage, provider: MeasuredProvider, window_s: float, windows: int
+) -> Figures:
+    """Refusals in the first window after another consumer comes, and a tier falls, and per window
+    after that."""
+    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models)
+    found: Figures = {}
+    changes = {"others": {"others_share": OTHERS_SHARE}, "tier": {"tier": NEW_TIER}}
+    async with EmulatorControl(stage.provider_url) as control, load:
+        await _until_learned(control, window_s)
+        for name, change in changes.items():
+            start = (await control.set_account(**change))["refused"]
+            await asyncio.sleep(window_s)
+            noticed = (await control.account())["refused"]
+            await asyncio.sleep(windows * window_s)
+            end = (await control.account())["refused"]
+            found[name] = {"first": noticed - start, "later": (end - noticed) / windows}
+    found["statuses"] = dict(load.statuses)
+    return found
+
+
+Measure = Callable[[LimitsStage, MeasuredProvider, float, int], Coroutine[Any, Any, Figures]]
+
+
+def run(
+    provider: MeasuredProvider, measure: Measure, options: argparse.Namespace, **account: Any
+) -> Figures:
+    try:
+        with standing(provider, options.window, **account) as stage:
+            return asyncio.run(measure(stage, provider, options.window, options.windows))
+    except (NotStarted, ServerFailed, OSError) as failed:
+        return {"failed": f"{type(failed).__name__}: {failed}"}
+
+
+def _mix_row(name: str, found: Figures) -> list[str]:
+    if "failed" in found:
+        return [name, found["failed"], "", "", ""]
+    used = ", ".join(f"{limit} {share:.0%}" for limit, share in found["used"].items())
+    return [
+        name,
+        str(found["calls"]),
+        str(found["first"]),
+        f"{found['per_thousand']:.1f}",
+        used,
+    ]
+
+
+def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
+    tables = []
+    mixes = {name.removeprefix("mix "): figures for name, figures in found.items() if "mix" in name}
+    if mixes:
+        headers = ("rules of", "calls", "refused of the first 50", "per 1,000 after", "quota used")
+        rows = [_mix_row(name, figures) for name, figures in mixes.items()]
+        tables.append(grid.Grid("Full backlog, mixed models, 90 % cache hits", headers, rows))
+    if (agents := found.get("conversation")) is not None:
+        row = [agents.get("failed", "")]
+        if "failed" not in agents:
+            row = [
+                f"{agents['itpm_of_bound']:.2f}",
+                f"{agents['cached']:.0%}",
+                f"{agents['per_thousand']:.1f}",
+            ]
+        headers = ("input over the bound", "of it cached", "refused per 1,000")
+        tables.append(grid.Grid("Agents' conversations, ITPM without cache reads", headers, [row]))
+    if (changes := found.get("changes")) is not None:
+        rows = [
+            [name, str(changes[name]["first"]), f"{changes[name]['later']:.1f}"]
+            for name in ("others", "tier")
+            if name in changes
+        ]
+        rows = rows or [[changes.get("failed", ""), "", ""]]
+        headers = ("change", "refused in its first window", "per window after")
+        tables.append(grid.Grid("An account that changes", headers, rows))
+    return tables
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__)
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--only", action="append", choices=names, default=[])
+    parser.add_argument("--scenario", action="append", choices=SCENARIOS, default=[])
+    parser.add_argument("--window", type=float, default=60.0, help="seconds of a provider's minute")
+    parser.add_argument("--windows", type=int, default=3, help="measured of each")
+    parser.add_argument("--json", type=Path, help="put every figure into this file")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _arguments()
+    wanted = options.scenario or SCENARIOS
+    found: dict[str, Figures] = {}
+
+    def keep(name: str, figures: Figures) -> None:
+        found[name] = figures
+        print(f"{name}: {figures.get('failed', figures.get('statuses'))}", flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1))
+
+    about = machine.describe("the emulator's accounts", ["python -m bench.limits", *sys.argv[1:]])
+    for provider in PROVIDERS:
+        if "mix" in wanted and (not options.only or provider.name in options.only):
+            keep(f"mix {provider.name}", run(provider, measure_mix, options, cache=HIT_RATE))
+    if "conversation" in wanted and not options.only:
+        keep("conversation", run(CONVERSATION, measure_conversation, options, cache="prefix"))
+    if "changes" in wanted and not options.only:
+        openai = PROVIDERS[0]
+        keep("changes", run(openai, measure_changes, options, cache=HIT_RATE))
+    print("\n".join(about))
+    grid.show(_tables(found))
+    return int(any("failed" in figures for figures in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Accounts that are measured: what each provider limits, and the same limits in our policy.
+
+Bounds are chosen so that of each class of models one limit binds: of some the requests, of others
+tokens. A provider's minute lasts `window_s`, in the emulator and in the policy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Limits = list[dict[str, Any]]
+# Bounds of one window; `PLENTY` never binds.
+REQUESTS = 150
+TOKENS = 200_000
+PLENTY = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredProvider:
+    """A provider, the models of the load's mix, its limits, and our policy's limits for them."""
+
+    name: str
+    dialect: str
+    models: Sequence[str]
+    limits: Callable[[float], Limits]
+    policy: Callable[[int], Mapping[str, Any]]
+
+    def account(self, window_s: float, **fields: Any) -> dict[str, Any]:
+        return {"provider": self.name, "limits": self.limits(window_s), **fields}
+
+    def toml(self, window_s: float, upstream_url: str) -> str:
+        """The policy: one upstream with its limits."""
+        lines = [
+            "[upstreams.measured]",
+            f'base_url = "{upstream_url}"',
+            f'dialect = "{self.dialect}"',
+            f'key = "{KEY_VARIABLE}"',
+            'models = ["*"]',
+            "",
+            "[upstreams.measured.limits]",
+            f'"pool:total" = {AT_ONCE}',
+        ]
+        for name, value in self.policy(round(window_s * 1000)).items():
+            lines.append(f'"{name}" = {_inline(value)}')
+        return "\n".join(lines) + "\n"
+
+
+KEY_VARIABLE = "MEASURED_KEY"
+AT_ONCE = 200  # calls in flight, which binds none of the limits that are measured
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)
+
+
+def _limit(models: str, unit: str, bound: int, window_s: float, **more: Any) -> dict[str, Any]:
+    return {"models": models, "unit": unit, "bound": bound, "window_s": window_s, **more}
+
+
+def _for(models: Sequence[str], rates: Mapping[str, int], window_ms: int) -> dict[str, Any]:
+    """The same rates for each of some models."""
+    return {
+        f"{rate}:{model}": {"bound": bound, "window_ms": window_ms}
+        for model in models
+        for rate, bound in rates.items()
+    }
+
+
+def _openai_limits(window_s: float) -> Limits:
+    return [
+        _limit("gpt-5", "requests", PLENTY, window_s),
+        _limit("gpt-5", "tokens", TOKENS, window_s),
+        _limit("gpt-5-mini", "requests", REQUESTS, window_s),
+        _limit("gpt-5-mini", "tokens", PLENTY, window_s),
+    ]
+
+
+def _openai_policy(window_ms: int) -> Mapping[str, Any]:
+    return {
+        **_for(["gpt-5"], {"tpm": TOKENS}, window_ms),
+        **_for(["gpt-5-mini"], {"rpm": REQUESTS}, window_ms),
+    }
+
+
+OPUS = ("claude-opus-4-5", "claude-opus-4-6")
+
+
+def _anthropic_limits(window_s: float) -> Limits:
+    return [
+        _limit("claude-opus-4*", "requests", PLENTY, window_s),
+        _limit("claude-opus-4*", "uncached_input_tokens", TOKENS // 10, window_s),
+        _limit("claude-opus-4*", "output_tokens", PLENTY, window_s),
+        _limit("claude-haiku-*", "requests", PLENTY, window_s),
+        _limit("claude-haiku-*", "uncached_input_tokens", PLENTY, window_s),
+        _limit("claude-haiku-*", "output_tokens", 10_000, window_s),
+    ]
+
+
+def _anthropic_policy(window_ms: int) -> Mapping[str, Any]:
+    """A class of models has no limit of its own in 0.1.0: each model gets its part of the bound."""
+    return {
+        **_for(OPUS, {"itpm": TOKENS // 10 // len(OPUS)}, window_ms),
+        **_for(["claude-haiku-4-5"], {"otpm": 10_000}, window_ms),
+    }
+
+
+def _gemini_limits(window_s: float) -> Limits:
+    return [
+        _limit("gemini-2.5-pro", "requests", PLENTY, window_s),
+        _limit("gemini-2.5-pro", "input_tokens", TOKENS, window_s),
+        _limit("gemini-2.5-flash", "requests", REQUESTS, window_s),
+        _limit("gemini-2.5-flash", "input_tokens", PLENTY, window_s),
+    ]
+
+
+def _gemini_policy(window_ms: int) -> Mapping[str, Any]:
+    return {
+        **_for(["gemini-2.5-pro"], {"itpm": TOKENS}, window_ms),
+        **_for(["gemini-2.5-flash"], {"rpm": REQUESTS}, window_ms),
+    }
+
+
+def _azure_limits(window_s: float) -> Limits:
+    return [
+        _limit("gpt-5", "requests", PLENTY, window_s / 6),
+        _limit("gpt-5", "tokens", TOKENS, window_s),
+        _limit("gpt-5-mini", "requests", REQUESTS // 6, window_s / 6),
+        _limit("gpt-5-mini", "tokens", PLENTY, window_s),
+    ]
+
+
+def _bedrock_limits(window_s: float) -> Limits:
+    return [
+        _limit("anthropic.claude-opus*", "requests", PLENTY, window_s),
+        _limit("anthropic.claude-opus*", "tokens", TOKENS, window_s),
+        _limit("anthropic.claude-haiku*", "requests", REQUESTS, window_s),
+        _limit("anthropic.claude-haiku*", "tokens", PLENTY, window_s),
+    ]
+
+
+def _bedrock_policy(window_ms: int) -> Mapping[str, Any]:
+    return {
+        **_for(["anthropic.claude-opus-4-5"], {"tpm": TOKENS}, window_ms),
+        **_for(["anthropic.claude-haiku-4-5"], {"rpm": REQUESTS}, window_ms),
+    }
+
+
+def _groq_limits(window_s: float) -> Limits:
+    return [
+        _limit("llama-70b", "requests", PLENTY, window_s),
+        _limit("llama-70b", "tokens", TOKENS // 5, window_s),
+        _limit("llama-8b", "requests", REQUESTS, window_s),
+        _limit("llama-8b", "tokens", PLENTY, window_s),
+    ]
+
+
+def _groq_policy(window_ms: int) -> Mapping[str, Any]:
+    return {
+        **_for(["llama-70b"], {"tpm": TOKENS // 5}, window_ms),
+        **_for(["llama-8b"], {"rpm": REQUESTS}, window_ms),
+    }
+
+
+PROVIDERS = (
+    MeasuredProvider("openai", "openai", ("gpt-5", "gpt-5-mini"), _openai_limits, _openai_policy),
+    MeasuredProvider(
+        "anthropic",
+        "anthropic",
+        (*OPUS, "claude-haiku-4-5"),
+        _anthropic_limits,
+        _anthropic_policy,
+    ),
+    MeasuredProvider(
+        "gemini",
+        "gemini",
+        ("gemini-2.5-pro", "gemini-2.5-flash"),
+        _gemini_limits,
+        _gemini_policy,
+    ),
+    MeasuredProvider("azure", "openai", ("gpt-5", "gpt-5-mini"), _azure_limits, _openai_policy),
+    MeasuredProvider(
+        "bedrock",
+        "anthropic",
+        ("anthropic.claude-opus-4-5", "anthropic.claude-haiku-4-5"),
+        _bedrock_limits,
+        _bedrock_policy,
+    ),
+    MeasuredProvider("groq", "openai", ("llama-70b", "llama-8b"), _groq_limits, _groq_policy),
+)
+
+AGENT = "claude-opus-4-6"
+AGENTS_TOKENS = 60_000
+
+
+def _agent_limits(window_s: float) -> Limits:
+    return [
+        _limit("claude-opus-4*", "requests", PLENTY, window_s),
+        _limit("claude-opus-4*", "uncached_input_tokens", AGENTS_TOKENS, window_s),
+        _limit("claude-opus-4*", "output_tokens", PLENTY, window_s),
+    ]
+
+
+def _agent_policy(window_ms: int) -> Mapping[str, Any]:
+    return _for([AGENT], {"itpm": AGENTS_TOKENS}, window_ms)
+
+
+CONVERSATION = MeasuredProvider("anthropic", "anthropic", (AGENT,), _agent_limits, _agent_policy)

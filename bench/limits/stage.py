@@ -1,0 +1,114 @@
+"""Stage of a run: the emulated provider as a process, and our product before it.
+
+Invariant: leaving it ends all that it started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from bench.environments import ROOT
+from bench.gateway.processes import Program
+from bench.gateway.product import Product
+from bench.limits.accounts import KEY_VARIABLE, MeasuredProvider
+from bench.limits.load import ANSWER
+from tidegate.emulator.__main__ import BEHAVIOUR_VARIABLE
+
+APIS, WORKERS = 2, 2
+READY_S = 60.0
+WAIT_MS = 300_000  # of a live call, so that the backlog stays full
+BEHAVIOUR = {
+    "first_byte_ms": {"lognormal": [60, 0.3]},
+    "between_ms": 10,
+    "chunks": 4,
+    "answer": ANSWER,
+}
+
+
+class NotStarted(Exception):
+    """A process of the stage is not ready; the message is its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsStage:
+    """What runs: the provider's and the gateway's address."""
+
+    provider_url: str
+    gateway_url: str
+
+
+@contextmanager
+def standing(provider: MeasuredProvider, window_s: float, **account: Any) -> Iterator[LimitsStage]:
+    """Emulator and product while the block runs. Raises NotStarted."""
+    behaviour = {**BEHAVIOUR, "account": provider.account(window_s, **account)}
+    with TemporaryDirectory(prefix="bench-limits-") as folder:
+        emulator, provider_url = _emulator(Path(folder), behaviour)
+        try:
+            policy = provider.toml(window_s, provider_url + _BASES[provider.dialect])
+            settings = {"STREAM_WAIT_MS": str(WAIT_MS), KEY_VARIABLE: "measured"}
+            with Product(
+                provider_url, apis=APIS, workers=WORKERS, policy=policy, settings=settings
+            ) as product:
+                url = f"http://127.0.0.1:{product.port}"
+                _await_ready(product.program, url)
+                yield LimitsStage(provider_url, url)
+        finally:
+            emulator.stop()
+
+
+_BASES = {"openai": "/v1", "anthropic": "", "gemini": ""}
+
+
+def _emulator(folder: Path, behaviour: dict[str, Any]) -> tuple[Program, str]:
+    port_file = folder / "port"
+    program = Program(
+        (
+            sys.executable,
+            "-m",
+            "tidegate.emulator",
+            "--port",
+            "0",
+            "--port-file",
+            port_file,
+        ),
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            BEHAVIOUR_VARIABLE: json.dumps(behaviour),
+        },
+        log=folder / "emulator.log",
+    )
+    deadline_s = time.monotonic() + READY_S
+    while not port_file.exists():
+        if time.monotonic() > deadline_s or not program.alive:
+            said = program.said()
+            program.stop()
+            raise NotStarted(said)
+        time.sleep(0.05)
+    return program, f"http://127.0.0.1:{port_file.read_text().strip()}"
+
+
+def _await_ready(program: Program, url: str) -> None:
+    deadline_s = time.monotonic() + READY_S
+    while True:
+        try:
+            with urlopen(f"{url}/health/ready", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (URLError, OSError):
+            pass
+        if time.monotonic() > deadline_s or not program.alive:
+            raise NotStarted(program.said())
+        time.sleep(0.1)

@@ -1,0 +1,106 @@
+"""The arithmetic of the limits' benchmark, and its load: a wrong figure would be believed."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from typing import Any
+
+import pytest
+
+from bench.limits.accounts import CONVERSATION, KEY_VARIABLE, PROVIDERS, MeasuredProvider
+from bench.limits.figures import LimitUse, binding, limit_uses, refusals
+from bench.limits.load import drawn, mix
+from tidegate.emulator.profiles import AccountSpec
+from tidegate.policy.deployment import deployment_of
+from tidegate.settings import Config
+
+SECOND = 10**9
+
+
+def book(now_s: float, **limit: Any) -> dict[str, Any]:
+    whole = {
+        "name": "tokens:m:10s",
+        "mode": "token_bucket",
+        "bound": 100,
+        "window_s": 10.0,
+        "remaining": 100,
+        "counted": 0,
+        "windows": [],
+    }
+    return {"now_ns": round(now_s * SECOND), "limits": [whole | limit]}
+
+
+def test_a_bucket_gives_what_it_has_and_what_it_refills() -> None:
+    before = book(100, remaining=50, counted=30)
+    (use,) = limit_uses(before, book(120, counted=230))
+    assert use == LimitUse("tokens:m:10s", 200, 250.0)
+    assert use.share == pytest.approx(0.8)
+
+
+def test_windows_count_whole_and_none_that_was_cut() -> None:
+    windows = [[at_s * SECOND, amount] for at_s, amount in ((100, 70), (110, 90), (120, 80))]
+    before = book(105, mode="fixed_window")
+    after = book(130, mode="fixed_window", windows=windows)
+    (use,) = limit_uses(before, after)
+    assert use == LimitUse("tokens:m:10s", 170, 200)
+
+
+def test_less_than_a_window_gives_nothing() -> None:
+    before = book(101, mode="fixed_window")
+    (use,) = limit_uses(before, book(109, mode="fixed_window"))
+    assert (use.given, use.share) == (0, 0.0)
+
+
+def test_refusals_of_the_first_fifty_calls_are_apart() -> None:
+    counted = refusals({"calls": 1_050, "refused": 5, "refused_calls": [3, 50, 51, 700, 701]})
+    assert (counted.first, counted.later) == (2, 3)
+    assert counted.per_thousand == 3.0
+
+
+def test_the_binding_limit_of_a_class_is_the_one_used_most() -> None:
+    uses = [
+        LimitUse("requests:a:60s", 1, 100),
+        LimitUse("tokens:a:60s", 90, 100),
+        LimitUse("requests:b:60s", 50, 100),
+    ]
+    assert {models: use.name for models, use in binding(uses).items()} == {
+        "a": "tokens:a:60s",
+        "b": "requests:b:60s",
+    }
+
+
+@pytest.mark.parametrize("provider", [*PROVIDERS, CONVERSATION], ids=lambda one: one.name)
+def test_the_account_and_the_policy_are_sound(provider: MeasuredProvider) -> None:
+    spec = AccountSpec.parse(provider.account(10.0, cache=0.9))
+    assert spec is not None
+    for model in provider.models:
+        assert [limit for limit in spec.limits if limit.binds(model)]
+    stated = tomllib.loads(provider.toml(10.0, "http://127.0.0.1:1"))
+    config = Config.model_validate(
+        {"redis_url": "redis://127.0.0.1:1/0", "database_url": "postgresql://127.0.0.1:1/x"}
+    )
+    deployment = deployment_of(stated, config, {KEY_VARIABLE: "k"}.__getitem__)
+    (upstream,) = deployment.upstreams
+    limits = deployment.policies[upstream.name].limits
+    assert len(limits) > len(provider.policy(10_000))
+
+
+@pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])
+def test_the_mix_is_the_same_for_a_seed_and_mixed(dialect: str) -> None:
+    first = list(itertools.islice(mix(dialect, ["a", "b"], 7), 200))
+    assert first == list(itertools.islice(mix(dialect, ["a", "b"], 7), 200))
+    if dialect == "gemini":
+        assert {call.path.split("/")[-1].split(":")[0] for call in first} == {"a", "b"}
+        assert len({call.path for call in first}) == 4
+    else:
+        assert {call.body["model"] for call in first} == {"a", "b"}
+        assert {call.body["stream"] for call in first} == {True, False}
+    bounds = {call.body.get("max_tokens") for call in first}
+    assert (None in bounds) == (dialect != "anthropic")
+
+
+def test_a_conversation_alternates_and_keeps_its_system_prompt() -> None:
+    call = drawn("anthropic", "m", ["q", "a", "q2"], 10, streamed=True, system="s")
+    assert [item["role"] for item in call.body["messages"]] == ["user", "assistant", "user"]
+    assert (call.path, call.body["system"]) == ("/v1/messages", "s")
