@@ -188,7 +188,7 @@ BODY_RESPONSES: dict[int | str, dict[str, Any]] = {
     "/requests/{request_id}/request",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
-    summary="What was asked, as it is in the record",
+    summary="Recorded request body",
 )
 async def asked(request: Request, request_id: UUID, caller: RecordReader) -> Response:
     """Of a native call, the body as it travelled; of a job or a stream, what the record has of it,
@@ -200,7 +200,7 @@ async def asked(request: Request, request_id: UUID, caller: RecordReader) -> Res
     "/requests/{request_id}/response",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
-    summary="What was answered, as it is in the record",
+    summary="Recorded response body",
 )
 async def answered(request: Request, request_id: UUID, caller: RecordReader) -> Response:
     """As for `/request`. Of a stream that was cut, what had come."""

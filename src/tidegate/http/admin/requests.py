@@ -574,7 +574,7 @@ async def one(request: Request, request_id: UUID) -> RequestView:
     "/requests/{request_id}/request",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
-    summary="What was asked, as it is in the record",
+    summary="Recorded request body",
 )
 async def asked(request: Request, request_id: UUID) -> Response:
     """Once the request has ended."""
@@ -585,7 +585,7 @@ async def asked(request: Request, request_id: UUID) -> Response:
     "/requests/{request_id}/response",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
-    summary="What was answered, as it is in the record",
+    summary="Recorded response body",
 )
 async def answered(request: Request, request_id: UUID) -> Response:
     """Once the request has ended."""

@@ -1,4 +1,4 @@
-// What waits for a person: failed jobs, dead ones, and webhooks that were given up.
+// Items that need an operator: failed jobs, dead jobs, and failed webhooks.
 
 import { get, post } from "../api.js";
 import { fill, h } from "../dom.js";

@@ -1,4 +1,4 @@
-// One request: its whole life, what it waits for, what was asked and answered, and what can be done.
+// One request: its timeline, the limit it waits for, its prompt and answer, and its actions.
 
 import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
@@ -17,7 +17,7 @@ const ACTIONS = {
   cancel: {
     words: "Cancel",
     title: "Cancel this request?",
-    text: "A waiting job ends immediately. Of one that runs the call to the provider is closed, and what has come is kept.",
+    text: "A waiting job ends immediately. A running call to the provider is aborted, and its partial output is kept.",
     danger: true,
     done: "Cancelled",
   },
