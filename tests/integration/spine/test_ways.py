@@ -18,7 +18,7 @@ REACHED = {
     "relayed call": Goal(41, 150),
     "acquire to grant": Goal(6, 26),
     "submit to webhook": Goal(56, 275),
-    "limits set to in force": Goal(24, 165),
+    "limits set to in force": Goal(23, 160),
 }
 
 
