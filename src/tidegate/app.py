@@ -22,6 +22,7 @@ from tidegate.http.auth import Authenticator
 from tidegate.http.browsers import Origins
 from tidegate.http.server import build
 from tidegate.http.services import Services
+from tidegate.jobs.reconciliation import NightlyReconciliation
 from tidegate.jobs.webhooks import WebhookSender
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
@@ -31,7 +32,7 @@ from tidegate.metrics.process import ProcessState as State
 from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams
 from tidegate.policy.rollout import PolicyKeeper, open_pool
 from tidegate.record import ActiveCalls, CallListeners
-from tidegate.settings import Config
+from tidegate.settings import Config, secret
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.routing import Targets
@@ -109,12 +110,15 @@ async def run_worker(
             prompts=services.prompts,
             relay=services.relay,
         )
-        sending = asyncio.create_task(_send_webhooks(config, services.store))
+        beside_jobs = [asyncio.create_task(_send_webhooks(config, services.store))]
+        if config.reconcile:
+            beside_jobs.append(asyncio.create_task(_reconciliation(config, services.store).run()))
         try:
             await worker.run(stop)
         finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+            for task in beside_jobs:
+                task.cancel()
+            await asyncio.gather(*beside_jobs, return_exceptions=True)
 
 
 async def run_worker_of(
@@ -149,6 +153,12 @@ async def run_worker_of(
             pool=pool,
         )
         await worker.run(stop)
+
+
+def _reconciliation(config: Config, store: Store) -> NightlyReconciliation:
+    """Raises ConfigError."""
+    deployment = deployed_upstreams(config)
+    return NightlyReconciliation(store.reconciliations, deployment, config.reconcile, secret)
 
 
 async def _send_webhooks(config: Config, store: Store) -> None:

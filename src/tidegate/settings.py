@@ -62,6 +62,7 @@ ALLOWED = {
     "host": "an IP address or a host name",
     "allowed_hosts": "host names or addresses without ports, with commas between",
     "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
+    "reconcile": "openai, anthropic, or both with a comma between",
     "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
     "tidegate_policy": "the path of a file that is there",
@@ -431,6 +432,12 @@ class Config(BaseModel):
     retention_days: Positive = setting(
         30, "How long requests and answers are kept (tidegate prune)."
     )
+    reconcile: tuple[str, ...] = setting(
+        (),
+        "Providers whose usage and cost of the day before are compared with the record each night, "
+        "with commas: openai, anthropic. Needs OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY: see "
+        "docs/money.md.",
+    )
     spill_max_bytes: Annotated[int, Field(ge=0)] = setting(
         256_000_000, "How much may be kept on disk of what PostgreSQL could not take."
     )
@@ -497,6 +504,15 @@ class Config(BaseModel):
         bare = [name.removesuffix(".") for name in bare if name]
         is_sound = all(is_address(name) or is_host_name(name) for name in bare)
         return _checked("allowed_hosts", tuple(bare), is_sound)
+
+    @field_validator("reconcile", mode="before")
+    @classmethod
+    def _providers(cls, value: object) -> object:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            return value
+        known = tuple(str(name).strip() for name in names if str(name).strip())
+        return _checked("reconcile", known, set(known) <= {"openai", "anthropic"})
 
     @field_validator("cors_origins", mode="before")
     @classmethod

@@ -37,6 +37,7 @@ WRONG = {
         "https://host",
     ),
     "ALLOWED_HOSTS": (["a b", "https://gate.example", "gate.example:443", "*"], "without ports"),
+    "RECONCILE": (["gemini", "openai,mistral"], "openai, anthropic"),
     "AUTH": (["yes", "1"], "auto, on, off"),
     "AUTH_OUTAGE_MS": (["0", "10m"], "milliseconds"),
     "GEMINI_BASE_URL": (["upstream", "ftp://upstream", "http://"], "https://"),

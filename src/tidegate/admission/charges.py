@@ -42,7 +42,7 @@ class Prices:
         self._upstream = upstream
         self._public = public or catalog()
         self._now = now
-        self._provider = None if upstream is None else _provider_of(upstream)
+        self._provider = None if upstream is None else provider_of_upstream(upstream)
         if self._provider is not None:
             self._public.rows(self._provider)  # read now, and not during the first call
         self._on = lru_cache(_MODELS_KEPT)(self._rates_on)
@@ -71,7 +71,7 @@ class Prices:
         return None if price is None else Rates.of(price, is_public=True)
 
 
-def _provider_of(upstream: Upstream) -> str | None:
+def provider_of_upstream(upstream: Upstream) -> str | None:
     """The one that it names, else that of its hosts; None for a server of one's own."""
     urls = upstream.base_urls.values()
     return upstream.provider or next(filter(None, map(provider_of, urls)), None)

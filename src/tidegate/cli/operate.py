@@ -1,9 +1,10 @@
-"""Commands of an operator: `tidegate config check`, `doctor`, `verify`, `backup` and `restore`."""
+"""Commands of an operator: `config check`, `doctor`, `verify`, `reconcile`, `backup`, `restore`."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +21,12 @@ from tidegate.cli.terminal import (
     show_table,
     tell,
 )
+from tidegate.errors import ConfigError
+from tidegate.prices.rates import dollars
 
 if TYPE_CHECKING:
     from tidegate.doctor.checks import Finding
+    from tidegate.jobs.reconciliation import ReconcileReport
     from tidegate.limiter import PoolPolicy
     from tidegate.policy.deployment import Deployment
     from tidegate.settings import Config
@@ -52,6 +56,113 @@ def restore(file: File, json: Json = False) -> None:
     run(load(), file)
     text = "restored; `tidegate migrate` brings it up to date, as every start does"
     tell(json, {"file": str(file), "restored": True}, text)
+
+
+def reconcile(
+    provider: Annotated[str, typer.Argument(help="openai or anthropic.")],
+    day: Annotated[str, typer.Option(help="A day of UTC that is over.")] = "yesterday",
+    upstream: Annotated[
+        str | None, typer.Option(help="Its name, where several are of the provider.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only compare: correct and keep nothing.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compare a day's charges with the provider's own usage and costs.
+
+    Estimated charges are corrected where calls on record explain the difference. Needs an admin key
+    of the account: OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY.
+    """
+    from tidegate.supervisor.maintenance import reconcile as run
+
+    config = command_config("reconcile", "warning")
+    report = run(config, provider, upstream, _day(day), dry_run=dry_run)
+    if json:
+        show_json(_reconciled_json(report))
+    else:
+        _show_reconciled(report, dry_run=dry_run)
+    if report.verdict == "unexplained":
+        sys.exit(FAILED)
+
+
+def _day(text: str) -> date:
+    today = datetime.now(UTC).date()
+    if text == "yesterday":
+        return today - timedelta(days=1)
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError("--day", text, "must be a day, such as 2026-11-24") from None
+    if day >= today:
+        raise ConfigError("--day", text, "must be a day of UTC that is over")
+    return day
+
+
+def _reconciled_json(report: ReconcileReport) -> dict[str, Any]:
+    return {
+        "upstream": report.upstream,
+        "provider": report.provider,
+        "day": f"{report.day}",
+        "verdict": report.verdict,
+        "ours_micros": report.ours_micros,
+        "theirs_micros": report.theirs_micros,
+        "difference_micros": report.theirs_micros - report.ours_micros,
+        "corrected": report.corrected,
+        "models": [
+            {
+                "model": one.model,
+                "verdict": one.verdict,
+                "ours_micros": one.ours_micros,
+                "theirs_micros": one.theirs.cost_micros,
+                "difference_micros": one.difference_micros,
+                "reason": one.reason,
+                "calls": [
+                    {
+                        "request_id": str(each.call.request_id),
+                        "state": each.call.state,
+                        "charged_micros": each.call.cost_micros,
+                        "cost_micros": each.cost_micros,
+                    }
+                    for each in one.corrections
+                ],
+            }
+            for one in report.findings
+        ],
+    }
+
+
+_MOST_SHOWN = 20
+
+
+def _show_reconciled(report: ReconcileReport, *, dry_run: bool) -> None:
+    rows: list[tuple[str, ...]] = [
+        (
+            one.model or "(no model)",
+            dollars(one.ours_micros),
+            dollars(one.theirs.cost_micros),
+            dollars(one.difference_micros),
+            one.verdict,
+        )
+        for one in report.findings
+    ]
+    total = report.theirs_micros - report.ours_micros
+    sums = (dollars(report.ours_micros), dollars(report.theirs_micros), dollars(total))
+    rows.append(("total", *sums, report.verdict))
+    title = f"{report.provider} ({report.upstream}) on {report.day}, in USD"
+    show_table(title, ("model", "ours", "theirs", "difference", "verdict"), rows)
+    for one in report.findings:
+        if one.reason:
+            typer.echo(f"{one.model or '(no model)'}: {one.reason}")
+        for each in one.corrections[:_MOST_SHOWN]:
+            typer.echo(
+                f"  {each.call.request_id} {each.call.state}: charged "
+                f"{dollars(each.call.cost_micros)}, costs {dollars(each.cost_micros)}"
+            )
+        if len(one.corrections) > _MOST_SHOWN:
+            typer.echo(f"  and {len(one.corrections) - _MOST_SHOWN} more: --json names all")
+    if not dry_run:
+        typer.echo(f"{report.corrected} charges corrected")
 
 
 app = typer.Typer(help="Look at the settings.", no_args_is_help=True)

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from tidegate.emulator import anthropic, gemini, openai
+from tidegate.emulator import anthropic, gemini, openai, usage_api
 from tidegate.emulator.account import AccountLimitReached
 from tidegate.emulator.anthropic import ANTHROPIC
 from tidegate.emulator.client import EmulatorControl
@@ -123,6 +123,8 @@ async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
     """By the path, where only one API has it; else by the way in which the key is sent."""
     if request.path.startswith(PREFIX):
         return await control(state, request)
+    if usage_api.wants(request):
+        return _usage_report(state, request)
     found = ((api, front.route) for api, front in _FRONTS if front.wants(request))
     api, route = next(found, (GEMINI, gemini.route))
     try:
@@ -136,6 +138,14 @@ async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
         return failed(api.error(refused.status, refused.message, **refused.facts))
     except web.HTTPRequestEntityTooLarge:
         return failed(api.error(413, "Request payload size exceeds the limit."))
+
+
+def _usage_report(state: EmulatorState, request: web.BaseRequest) -> web.Response:
+    api = ANTHROPIC if request.path.startswith("/v1/organizations/") else OPENAI
+    try:
+        return json_response(200, usage_api.report(state, request))
+    except Refused as refused:
+        return failed(api.error(refused.status, refused.message))
 
 
 def _refused_by_account(

@@ -419,7 +419,7 @@ class Amounts(BaseModel):
     cached_tokens: int
     thoughts_tokens: int
     images: int = Field(description="Pictures made, where they were counted")
-    cost_micros: int = Field(description="In millionths of the currency of the prices")
+    cost_micros: int = Field(description="In millionths of a dollar")
     unpriced: int = Field(description="Requests without a price; they add nothing to the cost")
     partial: int = Field(description="Requests that were cut, charged as far as the provider told")
     estimated: int = Field(description="Requests that were cut, charged for what came")
@@ -488,6 +488,62 @@ async def usage(
     return await _view(request, by, since, until, tenant)
 
 
+class ExplainingCall(BaseModel):
+    """A call that explains a difference."""
+
+    request_id: UUID
+    state: str
+    charged_micros: int | None = Field(description="Before it was corrected; null: no cost")
+    cost_micros: int = Field(description="By the provider's count")
+
+
+class ReconciliationView(BaseModel):
+    """What the last comparison of a day with a provider found of one model. Amounts are in
+    millionths of a dollar."""
+
+    upstream: str
+    provider: str
+    day: date
+    model: str
+    ours_micros: int
+    theirs_micros: int
+    difference_micros: int
+    verdict: Literal["equal", "explained", "unexplained"]
+    reason: str
+    calls: list[ExplainingCall] = Field(description="Those that explain it, the first hundred")
+    reconciled_at: datetime
+
+
+class ReconciliationList(BaseModel):
+    items: list[ReconciliationView]
+
+
+@usage_router.get(
+    "/admin/reconciliations",
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 503),
+    summary="How the record compares with the providers' own usage and costs",
+)
+async def reconciliations(
+    request: Request, since: Since = None, until: Until = None
+) -> ReconciliationList:
+    """Of the days that `tidegate reconcile` or RECONCILE has compared, the newest first."""
+    first, last = _span(since, until)
+    found = await services_of(request).store.reconciliations.found(first, last)
+    return ReconciliationList(
+        items=[ReconciliationView.model_validate(one, from_attributes=True) for one in found]
+    )
+
+
+def _span(since: date | None, until: date | None) -> tuple[date, date]:
+    """From the first of the month until today, unless they say otherwise. Raises InvalidRequest."""
+    last = until or datetime.now(UTC).date()
+    first = since or last.replace(day=1)
+    if first > last:
+        raise InvalidRequest("since", "since is after until", allowed=f"a day up to {last}")
+    return first, last
+
+
 async def _view(
     request: Request, by: str, since: date | None, until: date | None, tenant: str | None
 ) -> UsageView:
@@ -496,10 +552,7 @@ async def _view(
     for name in apart:
         if name not in _APART:
             raise InvalidRequest("by", f"by: {name[:50]!a} is not known", allowed=allowed)
-    last = until or datetime.now(UTC).date()
-    first = since or last.replace(day=1)
-    if first > last:
-        raise InvalidRequest("since", "since is after until", allowed=f"a day up to {last}")
+    first, last = _span(since, until)
     if tenant is not None and "\0" in tenant:
         raise InvalidRequest("tenant", "tenant has a NUL character")
     totals = await services_of(request).store.usage.totals(apart, first, last, tenant)

@@ -27,7 +27,7 @@ from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import Spill
 from tidegate.store.statistics import History, QueueDepths
 from tidegate.store.tenants import Tenants
-from tidegate.store.usage import BudgetGate, Spending, UsageTotals
+from tidegate.store.usage import BudgetGate, Reconciliations, Spending, UsageTotals
 
 READ_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_MS = 6_000
@@ -95,6 +95,7 @@ class Store:
         self.queue_depths = QueueDepths(connections)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
         self.budgets = BudgetGate(self.usage, self.spending, self.tenants)
+        self.reconciliations = Reconciliations(connections)
         self.outbox = WebhookOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
 from typing import Any
 from uuid import UUID
 
@@ -28,6 +29,7 @@ import orjson
 
 from tidegate.call import NO_BUDGETS, Budgets, Caller, Charge, UsageState
 from tidegate.errors import BudgetExceeded, BudgetReserved, StoreUnavailable
+from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, ModelFinding, UsageSum
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import Json, dumps, record_of
 from tidegate.store.tenants import Tenants
@@ -535,3 +537,133 @@ def _end_of(period: str, now: datetime) -> datetime:
     if period == "day":
         return midnight + timedelta(days=1)
     return (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)
+
+
+MOST_DOUBTFUL = 10_000
+MOST_FOUND = 10_000
+_MOST_NAMED = 100  # calls that a finding keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What the last comparison of an upstream, day and model found. calls: of those that explain
+    a difference, the first hundred: id, state, and the cost before and after."""
+
+    upstream: str
+    day: date
+    model: str
+    provider: str
+    ours_micros: int
+    theirs_micros: int
+    verdict: str
+    reason: str
+    calls: Sequence[Mapping[str, Any]]
+    reconciled_at: datetime
+
+    @property
+    def difference_micros(self) -> int:
+        return self.theirs_micros - self.ours_micros
+
+
+class Reconciliations:
+    """Our side of a day, its corrections, and what comparisons with providers found. Raises
+    StoreUnavailable.
+
+    A charge and the totals that hold it are corrected in one transaction, and only where the charge
+    is still the one that was compared.
+    """
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def ours(self, pool: str, day: date) -> dict[str, ModelDay]:
+        """The record of a day of UTC by the model that answered, else the one requested."""
+        begin, end = _day_bounds(day)
+        told = await self._connections.rows("get_told_usage", pool, begin, end)
+        rows = await self._connections.rows("get_doubtful_calls", pool, begin, end, MOST_DOUBTFUL)
+        doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
+        for row in rows:
+            values = dict(row)
+            doubtful[values.pop("model")].append(DoubtfulCall(**values))
+        found: dict[str, ModelDay] = {}
+        for row in told:
+            values = dict(row)
+            model, unpriced = values.pop("model"), values.pop("unpriced")
+            calls = tuple(doubtful.pop(model, ()))
+            found[model] = ModelDay(UsageSum(**values), calls, unpriced)
+        for model, calls_alone in doubtful.items():
+            found[model] = ModelDay(doubtful=tuple(calls_alone))
+        return found
+
+    async def keep(
+        self, upstream: str, provider: str, day: date, findings: Sequence[ModelFinding]
+    ) -> int:
+        """Correct the charges that the findings explain, and keep the findings; how many charges
+        were corrected."""
+
+        async def work(connection: asyncpg.Connection) -> int:
+            corrected = 0
+            for finding in findings:
+                corrected += await _correct_charges(connection, day, finding)
+                calls = orjson.dumps(_explaining_calls(finding)).decode()
+                await connection.execute(
+                    sql("put_reconciliation"),
+                    upstream,
+                    day,
+                    finding.model,
+                    provider,
+                    finding.ours_micros,
+                    finding.theirs.cost_micros,
+                    finding.verdict,
+                    finding.reason,
+                    calls,
+                )
+            return corrected
+
+        return await self._connections.run(work)
+
+    async def found(self, first: date, last: date) -> list[Reconciled]:
+        """What was found for the days from `first` to `last`, both included, the newest first."""
+        rows = await self._connections.rows("get_reconciliations", first, last, MOST_FOUND)
+        return [Reconciled(**dict(row) | {"calls": orjson.loads(row["calls"])}) for row in rows]
+
+    async def is_done(self, upstream: str, day: date) -> bool:
+        """Whether a day was compared."""
+        return await self._connections.row("reconciled_since", upstream, day) is not None
+
+
+async def _correct_charges(connection: asyncpg.Connection, day: date, finding: ModelFinding) -> int:
+    begin, end = _day_bounds(day)
+    corrected = 0
+    for one in finding.corrections:
+        if not one.delta_micros:
+            continue
+        charged = one.call.charged_micros
+        # A call that was made again is charged for its last attempt already.
+        before = one.call.weight if one.call.state == "repeated" else charged
+        row = await connection.fetchrow(
+            sql("correct_charge"), one.call.request_id, begin, end, one.delta_micros, before
+        )
+        if row is None:
+            continue
+        corrected += 1
+        key = (row["tenant_id"], row["day"], row["model"], row["pool"])
+        await connection.execute(sql("correct_usage"), *key, one.delta_micros)
+    return corrected
+
+
+def _explaining_calls(finding: ModelFinding) -> list[dict[str, Any]]:
+    return [
+        {
+            "request_id": str(one.call.request_id),
+            "state": one.call.state,
+            "charged_micros": one.call.cost_micros,
+            "cost_micros": one.cost_micros,
+        }
+        for one in finding.corrections[:_MOST_NAMED]
+    ]
+
+
+def _day_bounds(day: date) -> tuple[datetime, datetime]:
+    begin = datetime.combine(day, time_of_day(), UTC)
+    return begin, begin + timedelta(days=1)

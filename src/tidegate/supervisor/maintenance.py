@@ -1,4 +1,4 @@
-"""Maintenance of the record by commands: prune, erase, requeue, backup and restore.
+"""Maintenance of the record by commands: prune, erase, requeue, reconcile, backup and restore.
 
 Backup and restore are those of PostgreSQL's own `pg_dump` and `pg_restore`.
 
@@ -19,12 +19,16 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from tidegate.embedded import servers as place
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.settings import Config
+from tidegate.policy.deployment import deployed_upstreams
+from tidegate.settings import Config, secret
 from tidegate.store.database import revision_at, settle_restored
 from tidegate.supervisor.services import database_url_of, prepared, with_record
 from tidegate.telemetry.logging import Log, get_logger
 
 if TYPE_CHECKING:
+    from datetime import date
+
+    from tidegate.jobs.reconciliation import ReconcileReport
     from tidegate.store.database import Connections
     from tidegate.store.requests import Requeue, RequeueReport
     from tidegate.store.retention import EraseReport, PruneReport, Retention, Whose
@@ -47,6 +51,34 @@ def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
 
     async def work(connections: Connections) -> EraseReport:
         return await _retention(config, connections).erase(whose, dry_run=dry_run)
+
+    return with_record(config, work)
+
+
+def reconcile(
+    config: Config, provider: str, upstream: str | None, day: date, *, dry_run: bool
+) -> ReconcileReport:
+    """Compare a day's record with what the provider counts and charges; with `dry_run` nothing is
+    corrected or kept. Raises ConfigError, UpstreamError and StoreUnavailable."""
+    from tidegate.jobs import reconciliation
+    from tidegate.store.usage import Reconciliations
+    from tidegate.upstream.transport import RelayWire
+    from tidegate.upstream.usage_api import USAGE_TIMEOUTS
+
+    name = reconciliation.usage_provider(provider)
+    found = reconciliation.upstream_of(deployed_upstreams(config), name, upstream)
+    account = reconciliation.account_of(found, name, secret)
+
+    async def work(connections: Connections) -> ReconcileReport:
+        wire = RelayWire(USAGE_TIMEOUTS)
+        await wire.start()
+        try:
+            record = Reconciliations(connections)
+            return await reconciliation.reconcile(
+                record, wire, found, account, day, dry_run=dry_run
+            )
+        finally:
+            await wire.aclose()
 
     return with_record(config, work)
 

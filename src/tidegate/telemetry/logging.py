@@ -37,6 +37,8 @@ class Log(StrEnum):
     JOB_DEAD = "job_dead"
     JOB_REQUEUED = "job_requeued"
     JOBS_REQUEUED = "jobs_requeued"
+    RECONCILED = "reconciled"
+    RECONCILE_FAILED = "reconcile_failed"
     JOB_DISCARDED = "job_discarded"
     JOBS_RETAKEN = "jobs_retaken"
     WEBHOOK_GIVEN_UP = "webhook_given_up"

@@ -1,0 +1,172 @@
+"""Reconciliation of a day with a provider, by a command or each night by the workers.
+
+A day is read from the provider's usage API and from the record, compared by model, and kept;
+charges that the comparison explains are corrected. Running it again changes nothing more.
+
+Invariants: each night the day before is compared; two workers that compare the same day correct a
+charge once; the admin key is read from the environment and stays here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+
+from tidegate.admission.charges import Prices, provider_of_upstream
+from tidegate.errors import ConfigError, StoreUnavailable, UpstreamError
+from tidegate.policy.deployment import Deployment, Upstream
+from tidegate.prices.reconciliation import ModelFinding, Verdict, compared
+from tidegate.store.usage import Reconciliations
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream.transport import RelayWire
+from tidegate.upstream.usage_api import (
+    ADMIN_KEYS,
+    USAGE_PROVIDERS,
+    USAGE_TIMEOUTS,
+    UsageAccount,
+    UsageProvider,
+    usage_of_day,
+)
+
+NIGHTLY_AT = time(5, 0)  # of UTC: the providers' own figures of a day come some hours later
+_LOOK_EVERY_S = 900.0
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcileReport:
+    """Of one upstream and day. corrected: how many charges were; 0 of a dry run."""
+
+    upstream: str
+    provider: str
+    day: date
+    findings: Sequence[ModelFinding]
+    corrected: int
+
+    @property
+    def ours_micros(self) -> int:
+        return sum(finding.ours_micros for finding in self.findings)
+
+    @property
+    def theirs_micros(self) -> int:
+        return sum(finding.theirs.cost_micros for finding in self.findings)
+
+    @property
+    def verdict(self) -> Verdict:
+        found = {finding.verdict for finding in self.findings}
+        order: tuple[Verdict, ...] = ("unexplained", "explained")
+        return next((verdict for verdict in order if verdict in found), "equal")
+
+
+def usage_provider(name: str) -> UsageProvider:
+    """Raises ConfigError for a provider without a usage API that is read here."""
+    for provider in USAGE_PROVIDERS:
+        if provider == name:
+            return provider
+    raise ConfigError("PROVIDER", name, f"must be one of {', '.join(USAGE_PROVIDERS)}")
+
+
+def upstream_of(deployment: Deployment, provider: UsageProvider, name: str | None) -> Upstream:
+    """The upstream of a provider. Raises ConfigError where there is none, or more than one and no
+    name."""
+    found = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
+    if name is not None:
+        found = [one for one in found if one.name == name]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(one.name for one in found)
+    if found:
+        raise ConfigError("--upstream", name or "(not set)", f"must be one of {names}")
+    allowed = f"must be the provider of an upstream{'' if name is None else ' of that name'}"
+    raise ConfigError("PROVIDER", provider, allowed)
+
+
+def account_of(
+    upstream: Upstream, provider: UsageProvider, secret: Callable[[str], str]
+) -> UsageAccount:
+    """Raises ConfigError where the admin key is not set."""
+    variable = ADMIN_KEYS[provider]
+    key = secret(variable)
+    if not key:
+        raise ConfigError(variable, "(not set)", "must be set to an admin key of the account")
+    return UsageAccount(provider, upstream.base_urls[provider], key)
+
+
+async def reconcile(
+    record: Reconciliations,
+    wire: RelayWire,
+    upstream: Upstream,
+    account: UsageAccount,
+    day: date,
+    *,
+    dry_run: bool = False,
+) -> ReconcileReport:
+    """Compare a day, correct what is explained and keep what was found; with `dry_run` only
+    compare. Of a day that is not over, both sides are as far as they have come. Raises
+    UpstreamError and StoreUnavailable."""
+    theirs = await usage_of_day(wire, account, day)
+    ours = await record.ours(upstream.pool, day)
+    noon = datetime.combine(day, time(12), UTC).timestamp()
+    prices = Prices(upstream, now=lambda: noon)
+    findings = compared(ours, theirs, {model: prices.of(model) for model in {*ours, *theirs}})
+    corrected = 0
+    if not dry_run:
+        corrected = await record.keep(upstream.name, account.provider, day, findings)
+    return ReconcileReport(upstream.name, account.provider, day, findings, corrected)
+
+
+class NightlyReconciliation:
+    """Compares yesterday with the providers that are set, once a day."""
+
+    def __init__(
+        self,
+        record: Reconciliations,
+        deployment: Deployment,
+        providers: Sequence[str],
+        secret: Callable[[str], str],
+    ) -> None:
+        """Raises ConfigError for an unknown provider, one without an upstream, or without a key."""
+        self._record = record
+        self._accounts: list[tuple[Upstream, UsageAccount]] = []
+        for name in providers:
+            provider = usage_provider(name)
+            found = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
+            if not found:
+                raise ConfigError("RECONCILE", name, "must be the provider of an upstream")
+            self._accounts += [(one, account_of(one, provider, secret)) for one in found]
+
+    async def run(self) -> None:
+        """Until cancelled. What fails is logged and tried again later."""
+        while True:
+            now = datetime.now(UTC)
+            if now.time() >= NIGHTLY_AT:
+                for upstream, account in self._accounts:
+                    await self._once(upstream, account, now.date() - timedelta(days=1))
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _once(self, upstream: Upstream, account: UsageAccount, day: date) -> None:
+        try:
+            if await self._record.is_done(upstream.name, day):
+                return
+            wire = RelayWire(USAGE_TIMEOUTS)
+            await wire.start()
+            try:
+                report = await reconcile(self._record, wire, upstream, account, day)
+            finally:
+                await wire.aclose()
+        except (StoreUnavailable, UpstreamError) as failed:
+            log.warning(Log.RECONCILE_FAILED, upstream=upstream.name, day=f"{day}", why=str(failed))
+            return
+        unexplained = report.verdict == "unexplained"
+        (log.warning if unexplained else log.info)(
+            Log.RECONCILED,
+            upstream=upstream.name,
+            day=f"{day}",
+            verdict=report.verdict,
+            ours_micros=report.ours_micros,
+            theirs_micros=report.theirs_micros,
+            corrected=report.corrected,
+        )

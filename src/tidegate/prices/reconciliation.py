@@ -1,0 +1,227 @@
+"""Reconciliation of a day: our record against the provider's usage and cost, by model. Pure.
+
+Whole answers have the provider's own count of tokens, so what it counts beyond them is of the calls
+whose usage is doubtful: cut, estimated, unknown, or made again after a process died. A difference
+is explained where such calls account for it; their charges then become the provider's.
+
+Invariants: after the corrections of an explained difference our cost is the provider's to the
+micro-dollar; a charge is corrected only where the difference is explained.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+from uuid import UUID
+
+from tidegate.call import Usage, UsageDetails
+from tidegate.prices.rates import Rates, cost_micros
+
+Verdict = Literal["equal", "explained", "unexplained"]
+
+_PRICE = "the tokens are equal and the cost is not: the price in force is not the provider's"
+_FEWER = "the provider counts fewer {} than whole answers had"
+_OTHERS = "{} of the provider's count are of no call on record: other consumers of the account"
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSum:
+    """Of one model on one day. input_tokens: all of the input, cached and written ones included;
+    output_tokens: with the thoughts. requests: None where they are not counted."""
+
+    requests: int | None = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    searches: int = 0
+    cost_micros: int = 0
+
+    def plus(self, other: UsageSum) -> UsageSum:
+        counted = self.requests is not None and other.requests is not None
+        requests = (self.requests or 0) + (other.requests or 0) if counted else None
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        return UsageSum(requests=requests, **sums)
+
+    def minus(self, other: UsageSum) -> UsageSum:
+        """What is in this sum beyond `other`; negative where that has more."""
+        negated = {name: -getattr(other, name) for name in _SUMMED}
+        requests = None if other.requests is None else -other.requests
+        return self.plus(UsageSum(requests=requests, **negated))
+
+
+_COUNTED = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens", "searches")
+_SUMMED = (*_COUNTED, "cost_micros")
+NOTHING = UsageSum()
+
+
+@dataclass(frozen=True, slots=True)
+class DoubtfulCall:
+    """A call whose usage the provider has not reported whole. state: as it is on record, or
+    `repeated` for one that was made again, whose earlier attempt may have cost too: it is charged
+    nothing for that, and `cost_micros` is 0."""
+
+    request_id: UUID
+    state: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_micros: int | None = None
+    weight: int = 1
+
+    @property
+    def charged_micros(self) -> int:
+        return self.cost_micros or 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDay:
+    """Our record of one model on one day. told: of whole answers. unpriced: of these, without a
+    cost."""
+
+    told: UsageSum = NOTHING
+    doubtful: tuple[DoubtfulCall, ...] = ()
+    unpriced: int = 0
+
+    @property
+    def cost_micros(self) -> int:
+        return self.told.cost_micros + sum(call.charged_micros for call in self.doubtful)
+
+    def plus(self, other: ModelDay) -> ModelDay:
+        return ModelDay(
+            self.told.plus(other.told),
+            self.doubtful + other.doubtful,
+            self.unpriced + other.unpriced,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A call that explains a difference, and its cost by the provider's count."""
+
+    call: DoubtfulCall
+    cost_micros: int
+
+    @property
+    def delta_micros(self) -> int:
+        return self.cost_micros - self.call.charged_micros
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFinding:
+    """Of one model. reason: a sentence, empty where all is equal. corrections: the calls that
+    explain the difference; empty where it is not explained, or by rounding."""
+
+    model: str
+    ours: ModelDay
+    theirs: UsageSum
+    verdict: Verdict
+    reason: str = ""
+    corrections: tuple[Correction, ...] = ()
+
+    @property
+    def ours_micros(self) -> int:
+        return self.ours.cost_micros
+
+    @property
+    def difference_micros(self) -> int:
+        """What the provider charges beyond our charges."""
+        return self.theirs.cost_micros - self.ours_micros
+
+
+def compared(
+    ours: Mapping[str, ModelDay],
+    theirs: Mapping[str, UsageSum],
+    rates: Mapping[str, Rates | None],
+) -> list[ModelFinding]:
+    """A finding for each model of either side, in the order of their names. `rates`: those in force
+    by the model's name there."""
+    named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
+    for model, day in ours.items():
+        named[_name_there(model, theirs)] = named[_name_there(model, theirs)].plus(day)
+    return [
+        _finding(model, named[model], theirs.get(model, NOTHING), rates.get(model))
+        for model in sorted({*named, *theirs})
+    ]
+
+
+def _name_there(model: str, theirs: Iterable[str]) -> str:
+    """The provider's name of a model: a call without an answer is on record by the alias that was
+    requested, of which the provider counts the dated version."""
+    found = [name for name in theirs if name == model]
+    dated = found or [name for name in theirs if name.startswith((f"{model}-", f"{model}@"))]
+    return dated[0] if len(dated) == 1 else model
+
+
+def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) -> ModelFinding:
+    same = theirs.cost_micros == ours.cost_micros
+    left = theirs.minus(ours.told)
+    finding = ModelFinding(model, ours, theirs, "unexplained")
+    if same and not any(getattr(left, name) for name in _COUNTED):
+        return replace(finding, verdict="equal")
+    fewer = [name for name in _COUNTED if getattr(left, name) < 0]
+    if fewer or (left.requests or 0) < 0:
+        what = (fewer or ["requests"])[0].replace("_", " ")
+        return replace(finding, reason=_FEWER.format(what))
+    if ours.unpriced:
+        reason = f"{ours.unpriced} calls have no cost, since no price is known for the model"
+        return replace(finding, reason=reason)
+    rounding = ((ours.told.requests or 0) + 1) // 2
+    more = [name for name in _COUNTED if getattr(left, name)]
+    if not more and abs(left.cost_micros) <= rounding and not ours.doubtful:
+        reason = f"each of {ours.told.requests} calls is rounded to a whole micro-dollar"
+        return replace(finding, verdict="explained", reason=reason)
+    # A sum of long inputs and others can't be priced.
+    priced = None if rates is None or rates.above is not None else rates
+    expected = cost_micros(priced, _usage(left), None)
+    if not ours.doubtful:
+        return replace(finding, reason=_unmatched(left) if more else _PRICE)
+    others = (left.requests or 0) - len(ours.doubtful)
+    if others > 0:
+        return replace(finding, reason=_OTHERS.format(f"{others} requests"))
+    margin = rounding + len(ours.doubtful)
+    if expected is not None and not _is_near(left.cost_micros, expected, margin):
+        return replace(finding, reason=_PRICE.replace("the tokens are equal and ", ""))
+    corrections = _shared(ours.doubtful, left.cost_micros)
+    states = ", ".join(
+        f"{sum(call.state == state for call in ours.doubtful)} {state}"
+        for state in dict.fromkeys(call.state for call in ours.doubtful)
+    )
+    return replace(
+        finding,
+        verdict="equal" if same else "explained",
+        reason="" if same else f"calls whose usage was not reported whole: {states}",
+        corrections=() if same else corrections,
+    )
+
+
+def _unmatched(left: UsageSum) -> str:
+    if left.requests:
+        return _OTHERS.format(f"{left.requests} requests")
+    return _OTHERS.format(f"{left.input_tokens + left.output_tokens} tokens")
+
+
+def _is_near(cost: int, expected: int, margin: int) -> bool:
+    return -margin <= cost - expected <= margin
+
+
+def _usage(total: UsageSum) -> Usage:
+    details = UsageDetails(
+        cache_write_tokens=total.cache_write_tokens or None, searches=total.searches or None
+    )
+    return Usage(
+        total.input_tokens, total.output_tokens, cached_tokens=total.cached_tokens, details=details
+    )
+
+
+def _shared(calls: Sequence[DoubtfulCall], micros: int) -> tuple[Correction, ...]:
+    """`micros` divided among the calls by their weight; of one call it is exact, of several the sum
+    is."""
+    micros = max(0, micros)
+    weights = [max(1, call.weight) for call in calls]  # what is unknown has some share too
+    total = sum(weights)
+    shares = [micros * weight // total for weight in weights]
+    for place in range(micros - sum(shares)):
+        shares[place % len(shares)] += 1
+    return tuple(Correction(call, share) for call, share in zip(calls, shares, strict=True))

@@ -1,0 +1,39 @@
+"""Reconciliations: what a provider says that a day cost, beside the record.
+
+The newest of each upstream, day and model is kept. The step before is 0016 of the budgets.
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0017"
+down_revision = "0015"
+branch_labels = None
+depends_on = None
+
+STEPS = (
+    # verdict: equal, explained or unexplained. calls: those that explain a difference, with what
+    # each was charged before and is now.
+    """
+    CREATE TABLE reconciliations (
+        upstream text NOT NULL,
+        day date NOT NULL,
+        model text NOT NULL,
+        provider text NOT NULL,
+        ours_micros bigint NOT NULL,
+        theirs_micros bigint NOT NULL,
+        verdict text NOT NULL,
+        reason text NOT NULL DEFAULT '',
+        calls jsonb NOT NULL DEFAULT '[]',
+        reconciled_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (upstream, day, model)
+    )
+    """,
+    "CREATE INDEX reconciliations_day ON reconciliations (day)",
+)
+
+
+def upgrade() -> None:
+    for step in STEPS:
+        op.execute(step)

@@ -1,0 +1,206 @@
+"""A day of mixed traffic against the emulator's own usage and cost APIs: equal, or explained."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.commands import tidegate
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.jobs.reconciliation import ReconcileReport, account_of, reconcile, upstream_of
+from tidegate.policy.deployment import deployed_upstreams
+from tidegate.upstream.transport import RelayWire
+from tidegate.upstream.usage_api import USAGE_PROVIDERS, USAGE_TIMEOUTS, UsageProvider
+
+VERSION = {"anthropic-version": "2023-06-01"}
+ADMIN_KEY = "sk-admin-of-the-account"
+MODELS = ("gpt-5", "gpt-5-mini", "gpt-4.1")
+CLAUDE = "claude-haiku-4-5"
+
+
+def today() -> date:
+    return datetime.now(UTC).date()
+
+
+@pytest.fixture
+async def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Emulator]:
+    """An emulator that two upstreams of the policy in `tidegate.toml` are accounts at."""
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "sk-of-calls")
+    for name in ("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY"):
+        monkeypatch.setenv(name, ADMIN_KEY)
+    async with run_emulator() as emulator:
+        (tmp_path / "tidegate.toml").write_text(
+            f"""
+            [upstreams.oai]
+            provider = "openai"
+            base_url = "{emulator.url}/v1"
+            key = "OPENAI_API_KEY"
+            models = ["gpt-*", "text-embedding-*"]
+
+            [upstreams.ant]
+            provider = "anthropic"
+            base_url = "{emulator.url}"
+            key = "ANTHROPIC_API_KEY"
+            models = ["claude-*"]
+            """
+        )
+        yield emulator
+
+
+async def chat(gateway: Gateway, model: str, text: str, **more: Any) -> int:
+    body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
+    url = gateway.url + "/v1/chat/completions"
+    async with gateway.http.post(url, json=body) as response:
+        await response.read()
+        return response.status
+
+
+async def message(gateway: Gateway, text: str, **more: Any) -> int:
+    body = {"model": CLAUDE, "max_tokens": 500, "messages": [{"role": "user", "content": text}]}
+    url = gateway.url + "/v1/messages"
+    async with gateway.http.post(url, json=body | more, headers=VERSION) as response:
+        await response.read()
+        return response.status
+
+
+async def left(gateway: Gateway, path: str, body: dict[str, Any]) -> None:
+    """Begin a stream and leave after its first bytes."""
+    headers = VERSION if path.endswith("messages") else {}
+    async with (
+        aiohttp.ClientSession(headers=gateway.http.headers) as session,
+        session.post(gateway.url + path, json=body, headers=headers) as response,
+    ):
+        assert response.status == 200, await response.read()
+        await response.content.readany()
+
+
+async def recorded(gateway: Gateway, count: int) -> None:
+    async def found() -> bool:
+        return bool(await gateway.database.fetchval("SELECT count(*) FROM audit") >= count)
+
+    await wait_until(found, 30, f"{count} records")
+
+
+async def reconciled(
+    gateway: Gateway, name: UsageProvider, day: date, *, dry_run: bool = False
+) -> ReconcileReport:
+    upstream = upstream_of(deployed_upstreams(gateway.services.config), name, None)
+    account = account_of(upstream, name, lambda _: ADMIN_KEY)
+    wire = RelayWire(USAGE_TIMEOUTS)
+    await wire.start()
+    try:
+        record = gateway.services.store.reconciliations
+        return await reconcile(record, wire, upstream, account, day, dry_run=dry_run)
+    finally:
+        await wire.aclose()
+
+
+async def test_whole_answers_are_equal_to_the_micro_dollar_but_for_rounding(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    day = today()
+    asked = [chat(gateway, model, f"Say {n} " * n) for model in MODELS for n in range(1, 8)]
+    asked += [message(gateway, f"Tell {n} " * n) for n in range(1, 8)]
+    asked += [chat(gateway, "gpt-5", "Go on", stream=True) for _ in range(3)]
+    assert set(await asyncio.gather(*asked)) == {200}
+    await recorded(gateway, len(asked))
+    for name in USAGE_PROVIDERS:
+        report = await reconciled(gateway, name, day)
+        assert {finding.verdict for finding in report.findings} <= {"equal", "explained"}
+        for finding in report.findings:
+            # What is rounded half up a call never comes to more than half a micro-dollar of it.
+            assert finding.corrections == ()
+            assert abs(finding.difference_micros) <= 12, finding
+            assert finding.ours_micros > 0
+            assert finding.ours.told.output_tokens == finding.theirs.output_tokens
+            assert finding.ours.told.input_tokens == finding.theirs.input_tokens
+
+
+async def test_cut_streams_explain_the_difference_and_cost_what_the_provider_says_from_then_on(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    day = today()
+    await provider.control.set_behaviour(answer="word " * 400, chunks=20)
+    await provider.control.set_fault("hang_mid_stream", match="leave", after_chunks=10)
+    assert await chat(gateway, "gpt-5", "Whole") == 200
+    assert await message(gateway, "Whole") == 200
+    for _ in range(3):
+        messages = [{"role": "user", "content": "leave"}]
+        body = {"model": "gpt-5", "messages": messages, "stream": True}
+        await left(gateway, "/v1/chat/completions", body)
+        await left(gateway, "/v1/messages", body | {"model": CLAUDE, "max_tokens": 900})
+    await recorded(gateway, 8)
+    spent = "SELECT sum(cost_micros)::bigint FROM {} WHERE pool = $1"
+    for name, pool in zip(USAGE_PROVIDERS, ("oai", "ant"), strict=True):
+        before = await gateway.database.fetchval(spent.format("audit"), pool)
+        dry = await reconciled(gateway, name, day, dry_run=True)
+        assert dry.ours_micros == before
+        report = await reconciled(gateway, name, day)
+        (finding,) = report.findings
+        assert finding.verdict == "explained", finding
+        assert {each.call.state for each in finding.corrections} <= {"partial", "estimated"}
+        assert len(finding.corrections) == 3
+        assert report.corrected > 0
+        for table in ("audit", "usage_days"):
+            after = await gateway.database.fetchval(spent.format(table), pool)
+            assert after == finding.theirs.cost_micros
+        again = await reconciled(gateway, name, day)
+        assert (again.verdict, again.corrected) == ("equal", 0)
+        assert again.ours_micros == again.theirs_micros
+        (kept,) = [
+            one
+            for one in await gateway.services.store.reconciliations.found(day, day)
+            if one.upstream == pool
+        ]
+        assert (kept.verdict, kept.difference_micros) == ("equal", 0)
+        assert len(kept.calls) == 3
+
+
+async def test_another_consumer_of_the_account_is_not_explained(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    day = today()
+    assert await chat(gateway, "gpt-5", "Ours") == 200
+    await recorded(gateway, 1)
+    body = {"model": "gpt-5", "messages": [{"role": "user", "content": "Theirs"}]}
+    direct = gateway.http.post(
+        f"{provider.url}/v1/chat/completions", json=body, headers={"Authorization": "Bearer sk-2"}
+    )
+    async with direct as response:
+        assert response.status == 200
+    (finding,) = (await reconciled(gateway, "openai", day)).findings
+    assert finding.verdict == "unexplained"
+    assert "1 requests of the provider's count are of no call on record" in finding.reason
+
+
+async def test_the_command_compares_yesterday_and_says_so_by_its_exit_code(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    nothing = await tidegate(gateway, "reconcile", "openai", "--json")
+    assert (nothing.code, nothing.json["verdict"], nothing.json["models"]) == (0, "equal", [])
+    assert await chat(gateway, "gpt-5", "Why?") == 200
+    await recorded(gateway, 1)
+    await gateway.database.execute(
+        "UPDATE audit SET created_at = created_at - interval '1 day',"
+        " finished_at = finished_at - interval '1 day'"
+    )
+    missed = await tidegate(gateway, "reconcile", "openai")
+    assert missed.code == 1
+    assert "gpt-5: the provider counts fewer" in missed.said
+    assert "$0.0" in missed.said
+    for wrong in (("mistral",), ("openai", "--day", "tomorrow"), ("openai", "--day", "2999-01-01")):
+        refused = await tidegate(gateway, "reconcile", *wrong)
+        assert (refused.code, refused.complained.count("\n")) == (2, 1)
