@@ -275,11 +275,20 @@ async def _open_pools(
     tally: Tally,
 ) -> AsyncIterator[tuple[dict[str, Limiter], dict[str, PolicyKeeper]]]:
     """The limiters of all pools by name, and the keepers of their policies, at work."""
+    providers = {one.pool: one.provider for one in others.upstreams}
     limiters: dict[str, Limiter] = {}
     keepers: dict[str, PolicyKeeper] = {}
     async with AsyncExitStack() as stack:
         for pool, policy in ({DEFAULT_POOL: wanted} | dict(others.policies)).items():
-            opening = open_pool(config, policies, instance_id, policy, pool, Limiting(tally, pool))
+            opening = open_pool(
+                config,
+                policies,
+                instance_id,
+                policy,
+                pool,
+                Limiting(tally, pool),
+                providers.get(pool),
+            )
             keepers[pool] = await stack.enter_async_context(opening)
             limiters[pool] = keepers[pool].limiter
             keeping = asyncio.create_task(keepers[pool].run())

@@ -166,6 +166,7 @@ def _of_meta(groups: Mapping[str, Fields]) -> State:
         "cost_ms": numbers("e"),
         "adapted": tuples("a"),
         "shadowed": numbers("x"),
+        "pacing": {name: found for name, found in tuples("f").items() if any(found)},
         "asserted": numbers("b"),
         "spent": numbers("s"),
         "tenants": tuples("n"),

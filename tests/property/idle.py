@@ -11,8 +11,8 @@ from tidegate.limiter.simulation import LimitState, PoolModel, SessionQueue, rea
 
 def free_but_waiting(model: PoolModel) -> list[str]:
     """Queues of processes that live and are known to all, whose first ticket could go: nothing it
-    needs is full, paused, kept for somebody who starves, or a rate in whose line others stand
-    before it."""
+    needs is full, paused, paced, kept for somebody who starves, or a rate in whose line others
+    stand before it."""
     if model.pool.quiet() or model.queues.starving():
         return []
     queues = [
@@ -40,6 +40,9 @@ def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
     if amount == 0:
         return True
     if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):
+        return False
+    spent = model.capacity.spent(limit)
+    if limit.spending.paced_at(limit.limit, limit.clamped(amount), spent, model.pool.now):
         return False
     return _fits(model, limit, amount)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tidegate.limiter import Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter import Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Ramp, Rate
 
 LEASE_MS = 30_000
 WINDOW_MS = 60_000
@@ -56,6 +56,7 @@ class Shape:
     shadow: bool = False
     adaptive: bool = False
     reap_closed_ms: int = 0
+    even: bool = False
     wild: str = ""
 
     def policy(self, revision: int) -> PoolPolicy:
@@ -67,6 +68,11 @@ class Shape:
             "tpm:x": Rate(1000, WINDOW_MS, "tokens"),
             "rpd:x": Quota(6),
         }
+        if self.even:
+            limits["rpm:x"] = Rate(3, WINDOW_MS, pace_ms=WINDOW_MS // 3, ramp=Ramp(100, 1))
+            limits["tpm:x"] = Rate(
+                1000, WINDOW_MS, "tokens", pace_ms=WINDOW_MS // 5, ramp=Ramp(50, 300)
+            )
         if self.wild == "gone":
             del limits["pool:all"]
         elif self.wild == "other sort":
@@ -102,6 +108,7 @@ class Shape:
             shadow=self.shadow,
             adaptive=self.adaptive,
             reap_closed_ms=0,
+            even=False,
             wild="",
         )
 
@@ -119,6 +126,7 @@ def shapes() -> st.SearchStrategy[Shape]:
         "queue_max": st.sampled_from([3, 1000, 1000, 1000]),
         "shadow": st.sampled_from([False, False, True]),
         "adaptive": st.booleans(),
+        "even": st.sampled_from([False, False, True]),
         "reap_closed_ms": st.sampled_from([0, 0, 5000]),
         "wild": st.sampled_from(
             ["", "", "", "gone", "other sort", "counted otherwise", "longer window"]

@@ -11,6 +11,7 @@ from tidegate.limiter.simulation import (
     BEHIND,
     BandState,
     LimitState,
+    Pacing,
     PauseGate,
     PoolModel,
     SessionQueue,
@@ -62,6 +63,7 @@ def of_model(model: PoolModel) -> State:
         "cost_ms": {limit.name: limit.cost_ms for limit in limits if limit.cost_ms},
         "adapted": {x.name: (x.current, x.dropped_at) for x in limits if x.current is not None},
         "shadowed": {limit.name: limit.shadowed for limit in limits if limit.shadowed},
+        "pacing": {x.name: found for x in limits if any(found := _pacing(x.spending.pacing))},
         "asserted": {limit.name: limit.asserted for limit in limits if limit.asserted},
         "spent": {name: amount for name, (_, amount) in model.joining.spending.items()},
         "spending": {name: number for name, (number, _) in model.joining.spending.items()},
@@ -118,6 +120,12 @@ def _pause(limit: LimitState) -> list[str]:
     pause = limit.pause
     assert pause is not None
     return [str(pause.until), str(pause.ramp_ms), str(pause.passed), pause.said]
+
+
+def _pacing(pacing: Pacing | None) -> tuple[int, ...]:
+    if pacing is None:
+        return ()
+    return pacing.even_us, pacing.level, pacing.since
 
 
 def _gate(gate: PauseGate) -> str:

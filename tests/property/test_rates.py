@@ -11,7 +11,17 @@ import pytest
 from tests.property.policies import LEASE_MS
 from tests.property.server import Server
 from tests.property.world import Client, World
-from tidegate.limiter import Concurrency, Limit, PoolPolicy, Quota, Rate, Tokens
+from tidegate.limiter import (
+    CallUse,
+    Concurrency,
+    Demand,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Ramp,
+    Rate,
+    Tokens,
+)
 from tidegate.limiter.simulation import DAY_MS, Paces
 
 LIMIT, ROOM = "some:limit", "kind:b"
@@ -49,7 +59,7 @@ class Bench:
         flow.refresh(client.session.policy)
         waiter = client.queue.ask(
             flow,
-            amounts=flow.amounts(Tokens(tokens), 1),
+            amounts=flow.amounts(Demand(lane, tokens=Tokens(tokens), images=1)),
             hard_ms=1_000_000,
             now_ms=at,
             deadline_ms=float("inf"),
@@ -62,7 +72,7 @@ class Bench:
         flow = self.client.queue.held[ticket].flow
         if not unaware:
             flow.refresh(self.client.session.policy)
-        actual = flow.actual(None if used is None else Tokens(used), None)
+        actual = flow.actual(CallUse(None if used is None else Tokens(used)))
         self.client.queue.release(
             ticket, outcome="success", actual=actual, now_ms=self.world.local_ms
         )
@@ -241,3 +251,53 @@ def test_bands_share_a_rate_in_both_worlds(bench: Bench, low: int, great: int) -
         if waiting and number % 7 == 0:
             bench.client.queue.abandon(waiting[-1], bench.world.local_ms)
     assert high_calls > 10
+
+
+def test_a_paced_rate_admits_an_even_flow(bench: Bench) -> None:
+    """60 a minute as 1 a second: what the first takes more the next one waits for."""
+    bench.put_in_force(Rate(60, MINUTE_MS, slack_ms=0, pace_ms=1000))
+    tickets = [bench.ask(1) for _ in range(5)]
+    admitted = []
+    for _ in range(6):
+        admitted.append(sum(ticket in bench.client.queue.held for ticket in tickets))
+        bench.wait(1001)
+    assert admitted == [1, 2, 3, 4, 5, 5]
+
+
+def test_a_call_larger_than_the_pace_is_made_up_for(bench: Bench) -> None:
+    bench.put_in_force(Rate(6000, MINUTE_MS, "tokens", slack_ms=0, pace_ms=1000))
+    large, next_one = bench.ask(1000), bench.ask(100)
+    assert (large in bench.client.queue.held, bench.running) == (True, 1)
+    bench.wait(
+        9_000
+    )  # 1000 take 10 s; of which the next one may come a second earlier, with its own
+    assert bench.running == 1
+    bench.wait(1_100)
+    assert next_one in bench.client.queue.held
+
+
+def test_what_a_call_gives_back_a_paced_rate_gives_on(bench: Bench) -> None:
+    bench.put_in_force(Rate(6000, MINUTE_MS, "tokens", slack_ms=0, pace_ms=1000))
+    large, next_one = bench.ask(1000), bench.ask(40)
+    assert bench.running == 1
+    bench.end(large, 50)
+    assert next_one in bench.client.queue.held
+
+
+def test_a_ramp_lets_use_grow_no_faster_than_it_says(bench: Bench) -> None:
+    bench.put_in_force(Rate(1000, 10_000, "tokens", slack_ms=0, ramp=Ramp(100, 10)))
+    taken = []
+    for number in range(36):
+        while len(bench.client.queue.waiting) < 10:
+            bench.ask(5)
+        taken.append(0)
+        for _ in range(10):
+            bench.wait(1_000)
+            for ticket in list(bench.client.queue.held):
+                bench.end(ticket, 5)
+                taken[number] += 5
+                bench.ask(5)
+    assert max(taken[:3]) <= 25
+    assert taken[-1] > 100
+    for before, after in zip(taken, taken[6:], strict=False):
+        assert after <= 2 * max(10, before) + 20

@@ -13,7 +13,7 @@ from tests.property.idle import free_but_waiting
 from tests.property.policies import LANES, LEASE_MS, TENANTS
 from tests.property.world import Client, Fate, World
 from tidegate.errors import DemandImpossible
-from tidegate.limiter import Tokens
+from tidegate.limiter import CallUse, Demand, Tokens
 
 HARD_MS = 10_000_000
 MOST_ROUNDS = 1000
@@ -67,7 +67,7 @@ class Traffic(RuleBasedStateMachine):
         except DemandImpossible:
             return
         deadline_ms = at + left_ms if left_ms else float("inf")
-        amounts = kind.amounts(Tokens(tokens), 1)
+        amounts = kind.amounts(Demand(kind.limits, tokens=Tokens(tokens), images=1))
         for _ in range(times):
             client.asked.append(
                 client.queue.ask(
@@ -158,7 +158,7 @@ class Traffic(RuleBasedStateMachine):
     ) -> None:
         flow = client.queue.held[ticket].flow
         known = used is not None
-        actual = flow.actual(Tokens(used or 0) if known else None, 2 if known else None)
+        actual = flow.actual(CallUse(Tokens(used or 0), 2) if known else CallUse())
         if later:
             client.usage_due.append((ticket, actual))
         client.queue.release(

@@ -15,11 +15,12 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from hashlib import sha256
 from zoneinfo import ZoneInfo
 
-from tidegate.admission.charges import Prices
+from tidegate.admission.charges import Prices, foreseen
 from tidegate.admission.estimator import Estimate, Estimator, Pieces, pieces_of
 from tidegate.call import (
     CLASSIFIER_LIMIT,
@@ -31,8 +32,18 @@ from tidegate.call import (
     tokens_of,
 )
 from tidegate.errors import UpstreamThrottled
-from tidegate.limiter import DEFAULT_PRIORITY, Band, Demand, Limit, PoolPolicy, Quota, Rate, Tokens
-from tidegate.policy.format import MEASURES, TOTAL, plain_model, whom_it_binds
+from tidegate.limiter import (
+    DEFAULT_PRIORITY,
+    USUAL_WEIGHTS,
+    Band,
+    Demand,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Rate,
+    Tokens,
+)
+from tidegate.policy.format import MEASURES, TOTAL, is_pattern, plain_model, whom_it_binds
 
 MOST_PRIORITY = 100
 # Of the calls whose limits were looked for: models and tenants are named by clients.
@@ -44,15 +55,24 @@ class Reach:
 
     def __init__(self, policy: PoolPolicy, *, kinds_optional: bool = False) -> None:
         self.policy = policy
-        self.counts_tokens = any(_counts_tokens(policy.limit(one)) for one in policy.limits)
+        units = {
+            limit.unit
+            for limit in map(policy.limit, policy.limits)
+            if isinstance(limit, Rate | Quota)
+        }
+        self.counts_money = "usd" in units
+        self.counts_tokens = self.counts_money or not units.isdisjoint(USUAL_WEIGHTS)
         self.limits = lru_cache(_MOST_KEPT)(self._limits_of)
         self.band = lru_cache(2 * MOST_PRIORITY + 1)(partial(band_of, bands=policy.bands))
         self._kinds_optional = kinds_optional
         self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
+        self._patterns: list[str] = []
         for limit_id in sorted(policy.limits, key=_usual_order):
             whom = whom_it_binds(limit_id)
             if whom is not None:
                 self._bound[whom].append((limit_id, counts_images(policy.limit(limit_id))))
+                if is_pattern(whom) and whom not in self._patterns:
+                    self._patterns.append(whom)
 
     def _limits_of(self, kind: str, model: str, tenant: str, makes_images: bool) -> tuple[str, ...]:
         """The ids of all limits that a call falls under, that of its kind first.
@@ -62,8 +82,10 @@ class Reach:
         first = f"kind:{kind}"
         required = not self._kinds_optional and kind != OTHER_KIND
         found = [first] if required or first in self.policy.limits else []
-        for whom in (f"kind/{kind}", plain_model(model), f"tenant/{tenant}", TOTAL):
-            if whom in self._bound:
+        name = plain_model(model)
+        groups = [one for one in self._patterns if fnmatchcase(name, one)]
+        for whom in (f"kind/{kind}", name, *groups, f"tenant/{tenant}", TOTAL):
+            if whom in self._bound and (whom in groups or not is_pattern(whom)):
                 found += [
                     limit_id
                     for limit_id, of_images in self._bound[whom]
@@ -74,10 +96,6 @@ class Reach:
 
 def counts_images(limit: Limit | None) -> bool:
     return isinstance(limit, Rate | Quota) and limit.unit == "images"
-
-
-def _counts_tokens(limit: Limit | None) -> bool:
-    return isinstance(limit, Rate | Quota) and "tokens" in limit.unit
 
 
 def band_of(priority: int, bands: tuple[Band, ...]) -> str:
@@ -107,13 +125,19 @@ _NO_USAGE = Usage()
 # Not frozen, as all else of its kind: each call would pay for that.
 @dataclass(slots=True)
 class CallDemand:
-    """All limits of a call, or none; never changed. `priority` is the name of a band."""
+    """All limits of a call, or none; never changed. `priority` is the name of a band.
+
+    max_output_tokens: the call's own bound. cost_micros: what it will probably cost, where a limit
+    counts money; None without a price.
+    """
 
     limits: tuple[str, ...]
     tenant: str
     priority: str
     images: int
     estimate: Estimate | None = None
+    max_output_tokens: int | None = None
+    cost_micros: int | None = None
 
     @property
     def tokens(self) -> Tokens | None:
@@ -130,16 +154,26 @@ class CallDemand:
 
     def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Demand:
         """The request to the limiter; see its `Demand`."""
+        tokens, most, larger_tokens = self.tokens, None, None
+        if tokens is not None and self.estimate is not None:
+            larger_tokens = self.estimate.guessed_input_tokens
+            if self.max_output_tokens is not None:
+                most = Tokens(tokens.input, self.max_output_tokens, tokens.cached)
+                larger_tokens = max(larger_tokens, self.max_output_tokens)
         return Demand(
             self.limits,
             self.tenant,
             self.priority,
-            self.tokens,
+            tokens,
             self.images,
             deadline_ms,
             hard_ms,
             once,
             True,
+            0,
+            self.cost_micros or 0,
+            most,
+            larger_tokens,
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
@@ -158,7 +192,9 @@ class CallDemand:
             input_tokens = max(reserved.input, came_input or 0)
         if output_tokens is None or not whole:
             output_tokens = max(output_tokens or 0, came_output or 0, reserved.output)
-        return Tokens(input_tokens, output_tokens)
+        cached = min(told.cached_tokens or 0, input_tokens)
+        written = 0 if told.details is None else told.details.cache_write_tokens or 0
+        return Tokens(input_tokens, output_tokens, cached, min(written, input_tokens - cached))
 
 
 class Demands:
@@ -220,7 +256,12 @@ class Demands:
                 max_output_tokens=max_output_tokens,
                 tenant=tenant,
             )
-        return CallDemand(limits, tenant, reach.band(priority), images, estimate)
+        cost_micros = None
+        if reach.counts_money and estimate is not None:
+            cost_micros = foreseen(self.prices.of(model), estimate, images)[0]
+        return CallDemand(
+            limits, tenant, reach.band(priority), images, estimate, max_output_tokens, cost_micros
+        )
 
     def of_question(
         self,
@@ -322,16 +363,24 @@ def _blamed(
     the policy; None for a call without a model."""
     if not model:
         return None
-    of_model = [limit_id for limit_id in limits if whom_it_binds(limit_id) == model]
+    of_model = [limit_id for limit_id in limits if _is_of_model(limit_id, model)]
     window = Quota if error.per_day else Rate
     unit = error.unit or "requests"
     # A limit on all tokens counts those of the input too, and not the other way round.
-    for wanted in (unit, "tokens") if unit.endswith("_tokens") else (unit,):
+    alike = {"input_tokens": ("input_tokens", "uncached_input_tokens", "tokens")}
+    wanted = alike.get(unit, (unit, "tokens") if unit.endswith("_tokens") else (unit,))
+    for each in wanted:
         for limit_id in of_model:
             limit = policy.limit(limit_id)
-            if isinstance(limit, window) and limit.unit == wanted:
+            if isinstance(limit, window) and limit.unit == each:
                 return limit_id
-    return next((one for one in of_model if one.startswith("model:")), model_limit(model))
+    return next((one for one in of_model if one == f"model:{model}"), model_limit(model))
+
+
+def _is_of_model(limit_id: str, model: str) -> bool:
+    """Whether a limit binds the model by its name, or as one of a group."""
+    whom = whom_it_binds(limit_id)
+    return whom == model or (whom is not None and is_pattern(whom) and fnmatchcase(model, whom))
 
 
 def model_limit(model: str) -> str:

@@ -26,12 +26,18 @@ from tidegate.limiter.policy import (
     Limit,
     PoolPolicy,
     Quota,
+    Ramp,
     Rate,
 )
 
 _FOR_EVER_MS = 10 * 365 * 86_400_000
 _WINDOWS = {1_000: "a second", 60_000: "a minute", 3_600_000: "an hour", 86_400_000: "in 24 h"}
-_UNITS = {"input_tokens": "input tokens", "output_tokens": "output tokens"}
+_UNITS = {
+    "input_tokens": "input tokens",
+    "uncached_input_tokens": "uncached input tokens",
+    "output_tokens": "output tokens",
+    "audio_seconds": "seconds of audio",
+}
 
 
 class Barred(NamedTuple):
@@ -62,10 +68,12 @@ def too_early(
     after_ms = max(1, round(room_ms))
     if used < 0 or limit is None or isinstance(limit, Concurrency):
         return limit_paused(name, after_ms)
-    daily, unit, bound = isinstance(limit, Quota), format_unit(limit), limit.bound
-    state = f"is used up ({used} of {bound} {unit}{'' if daily else f' {format_window(limit)}'})"
+    daily, bound = isinstance(limit, Quota), limit.bound
+    most, spent = format_amount(limit, bound), _figure(limit, used)
+    state = f"is used up ({spent} of {most}{'' if daily else f' {format_window(limit)}'})"
     if used < bound:
-        state = f"has no room for {amount} {unit} more ({used} of {bound} are used)"
+        more = format_amount(limit, amount)
+        state = f"has no room for {more} more ({spent} of {_figure(limit, bound)} are used)"
     span = format_span(after_ms)
     when = f"There is room in {span}."
     if isinstance(limit, Quota):
@@ -93,6 +101,20 @@ def too_late(
 def format_unit(limit: Limit) -> str:
     unit = "calls" if isinstance(limit, Concurrency) else limit.unit
     return _UNITS.get(unit, unit)
+
+
+def format_amount(limit: Limit, amount: int) -> str:
+    """`200 requests`, `$0.79`."""
+    if not isinstance(limit, Concurrency) and limit.unit == "usd":
+        return _figure(limit, amount)
+    return f"{amount} {format_unit(limit)}"
+
+
+def _figure(limit: Limit, amount: int) -> str:
+    if isinstance(limit, Concurrency) or limit.unit != "usd":
+        return str(amount)
+    cents = f"{amount / 1_000_000:.2f}"
+    return f"${cents if amount % 10_000 == 0 else f'{amount / 1_000_000:.6f}'.rstrip('0')}"
 
 
 def format_window(limit: Limit) -> str:
@@ -142,7 +164,8 @@ def pack(value: object) -> bytes:
 
 
 def definition(limit: int | Limit) -> str:
-    """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own."""
+    """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own. A rate
+    with a pace or a ramp has three more: pace_ms, percent_per_minute and start, 0 for none."""
     if isinstance(limit, int):
         return f"c|{limit}|0|0|0|0"
     shadow = int(limit.shadow)
@@ -151,7 +174,11 @@ def definition(limit: int | Limit) -> str:
         return f"c|{limit.bound}|{shadow}|{least}|0|0"
     if isinstance(limit, Rate):
         exact = int(limit.exact)
-        return f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
+        said = f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
+        if limit.pace_ms is None and limit.ramp is None:
+            return said
+        ramp = limit.ramp or Ramp(0, 0)
+        return f"{said}|{limit.pace_ms or 0}|{ramp.percent_per_minute}|{ramp.start}"
     return f"q|{limit.bound}|{shadow}|0|0|0"
 
 
@@ -431,8 +458,9 @@ SHAPES = (
              "w: waits:virtual time:credit of each band, and under a rate from:passed in "
              "microseconds, between which it accrues its share, and held:used in ms, when it "
              "last found no room and last used the limit; p: pause, g: gate, a: adapted, "
-             "x: shadowed, e: how long calls take, b: usage as asserted in this epoch, s: usage "
-             "as of its last change, which are numbered by `changes`; per tenant t: weight, "
+             "x: shadowed, e: how long calls take, b: usage as asserted in this epoch, f: even "
+             "in microseconds|level|since of a pace and a ramp, s: usage as of its last change, "
+             "which are numbered by `changes`; per tenant t: weight, "
              "n: waiting|last stamp while it waits",
              "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),

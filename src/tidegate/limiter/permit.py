@@ -30,6 +30,8 @@ from tidegate.errors import (
 from tidegate.limiter.messages import too_late
 from tidegate.limiter.policy import (
     DEFAULT_PRIORITY,
+    NOTHING,
+    CallUse,
     Demand,
     PoolPolicy,
     Tokens,
@@ -42,6 +44,7 @@ from tidegate.limiter.session import Clock, Session, Timer
 Outcome = Literal["success", "ignored", "dropped"]
 
 
+_NOT_KNOWN = CallUse()
 # When a caller that a stopping process refused may ask another one.
 _RETRY_MS = 1000
 
@@ -119,7 +122,7 @@ class PermitIssuer:
         deadline_ms = demand.deadline_ms
         waiter = self._queue.ask(
             flow,
-            amounts=flow.amounts(demand.tokens, demand.images) if flow.rates else "",
+            amounts=flow.amounts(demand) if flow.rates else "",
             hard_ms=max(1, demand.hard_ms),
             now_ms=at,
             deadline_ms=inf if deadline_ms is None else at + deadline_ms,
@@ -200,8 +203,7 @@ class PermitIssuer:
         self,
         holding: Holding,
         outcome: str,
-        tokens: Tokens | None,
-        images: int | None,
+        used: CallUse,
         usage_later: bool,
     ) -> None:
         """Return a permit, or pass it on in this process."""
@@ -209,7 +211,7 @@ class PermitIssuer:
         self._queue.release(
             holding.ticket,
             outcome=outcome,
-            actual=flow.actual(tokens, images) if flow.rates else "",
+            actual=flow.actual(used) if flow.rates else "",
             now_ms=self._clock.now_ms(),
             usage_later=usage_later,
         )
@@ -218,9 +220,9 @@ class PermitIssuer:
         self._wake()
         self.check_idle()
 
-    def report(self, holding: Holding, tokens: Tokens | None, images: int | None) -> None:
+    def report(self, holding: Holding, used: CallUse) -> None:
         """The usage of a call whose permit was released before."""
-        self._queue.settle_later(holding.ticket, holding.flow.actual(tokens, images))
+        self._queue.settle_later(holding.ticket, holding.flow.actual(used))
         self._wake()
 
     def check_idle(self) -> None:
@@ -247,8 +249,7 @@ class Permit:
     _ask_again: Callable[[], Awaitable[None]]
     _lost: asyncio.Event | None = None
     outcome: str = "success"
-    tokens: Tokens | None = None
-    images: int | None = None
+    used: CallUse = _NOT_KNOWN
     usage_later: bool = False
 
     @property
@@ -303,25 +304,39 @@ class Permit:
         outcome: Outcome | str = "success",
         tokens: int | Tokens | None = None,
         images: int | None = None,
+        *,
+        audio_seconds: int | None = None,
+        cost_micros: int | None = None,
     ) -> None:
         """Record how the call ended and what it used; the release sends it.
 
         outcome: `success`, `ignored` (it says nothing of the provider) or `dropped` (throttled or
-        failed). tokens, images: actual usage; None if unknown, then the reservation stands.
+        failed). The others are actual usage; None if unknown, then the reservation stands.
         """
         self.outcome = str(outcome)
-        self.tokens = Tokens(tokens) if isinstance(tokens, int) else tokens
-        self.images = images
+        counted = Tokens(tokens) if isinstance(tokens, int) else tokens
+        self.used = CallUse(counted, images, audio_seconds, cost_micros)
+
+    def settle_unused(self) -> None:
+        """Record that no call has been made."""
+        self.outcome, self.used = "ignored", NOTHING
 
     def usage_follows(self) -> None:
         """Declare that `report_usage` follows after the permit was released."""
         self.usage_later = True
 
-    def report_usage(self, tokens: int | Tokens | None = None, images: int | None = None) -> None:
+    def report_usage(
+        self,
+        tokens: int | Tokens | None = None,
+        images: int | None = None,
+        *,
+        audio_seconds: int | None = None,
+        cost_micros: int | None = None,
+    ) -> None:
         """Send the usage of a call whose permit was released after `usage_follows`."""
-        self.tokens = Tokens(tokens) if isinstance(tokens, int) else tokens
-        self.images = images
-        self._issuer.report(self._holding, self.tokens, self.images)
+        counted = Tokens(tokens) if isinstance(tokens, int) else tokens
+        self.used = CallUse(counted, images, audio_seconds, cost_micros)
+        self._issuer.report(self._holding, self.used)
 
     def __repr__(self) -> str:
         names = " ".join(self.limits)
@@ -394,14 +409,14 @@ class Acquisition:
         except BaseException:  # cancellation too: the permit would stay held
             permit, self._permit = self._permit, None
             if permit is not None:
-                self._issuer.release(permit._holding, "ignored", Tokens(), 0, usage_later=False)
+                self._issuer.release(permit._holding, "ignored", NOTHING, usage_later=False)
             raise
 
     async def _ask_again(self) -> None:
         """Return the permit unused, and wait for another one."""
         assert self._permit is not None
         old = self._permit._holding
-        self._issuer.release(old, "ignored", Tokens(), 0, usage_later=False)
+        self._issuer.release(old, "ignored", NOTHING, usage_later=False)
         waited_ms = old.waited_ms
         demand = self._demand
         if demand.deadline_ms is not None:
@@ -432,9 +447,7 @@ class Acquisition:
         holding.on_fence = permit.lose
         # A body that ends in the moment its process wakes up from a pause has lost its lease too.
         self._issuer.check_lapse()
-        self._issuer.release(
-            holding, permit.outcome, permit.tokens, permit.images, permit.usage_later
-        )
+        self._issuer.release(holding, permit.outcome, permit.used, permit.usage_later)
         # They hold one another: without this the garbage collector would have to find them.
         holding.on_fence = None
         permit._ask_again = _over

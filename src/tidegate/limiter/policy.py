@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, cast
+from math import ceil
+from typing import Any, Literal, cast, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgpack
@@ -23,9 +24,21 @@ from tidegate.errors import ConfigError, PolicyConflict
 WhenAway = Literal["closed", "local"]
 OnLost = Literal["finish", "cancel"]
 OnExpiry = Literal["reuse", "hold"]
-Unit = Literal["requests", "tokens", "input_tokens", "output_tokens", "images"]
+Unit = Literal[
+    "requests",
+    "tokens",
+    "input_tokens",
+    "uncached_input_tokens",
+    "output_tokens",
+    "images",
+    "audio_seconds",
+    "usd",
+]
+Reserve = Literal["predicted", "bound", "larger"]
 
-UNITS: tuple[Unit, ...] = ("requests", "tokens", "input_tokens", "output_tokens", "images")
+UNITS: tuple[Unit, ...] = get_args(Unit)
+RESERVES: tuple[Reserve, ...] = get_args(Reserve)
+MOST_WEIGHT = 1_000.0
 MIN_LEASE_MS = 200
 MAX_LEASE_MS = 600_000
 MAX_BOUND = 10_000_000_000
@@ -59,11 +72,46 @@ class Concurrency:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """What one LLM token of each part of a call counts. `cached` is input that the provider read
+    from its cache, `cache_write` input that it wrote to one, `input` the rest of the input."""
+
+    input: float
+    cached: float
+    cache_write: float
+    output: float
+
+
+USUAL_WEIGHTS: Mapping[str, Weights] = {
+    "tokens": Weights(1, 1, 1, 1),
+    "input_tokens": Weights(1, 1, 1, 0),
+    "uncached_input_tokens": Weights(1, 0, 1, 0),
+    "output_tokens": Weights(0, 0, 0, 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """How fast use may grow: what a window may take is at most `start`, or so many percent a minute
+    more than it took before. Some providers refuse a sharper rise within the limits."""
+
+    percent_per_minute: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rate:
     """At most `bound` of `unit` in any sliding window of arrivals.
 
     slack_ms: how much later than admitted a call may arrive at the provider, so that the window is
     longer by it; by default 500 ms, or a twentieth of a window shorter than 10 s.
+    weights: of the parts of a call, for a unit of tokens; `USUAL_WEIGHTS` by default.
+    reserve: what a call takes at its admission. `predicted`: what it probably uses. `bound`: the
+    most that it may use. `larger`: the larger of its input by characters and its bound on the
+    answer.
+    settles: whether a call that has used less gives the rest back.
+    pace_ms: smoothing: no more is taken at one time than an even flow gives in so long, or one call
+    that is larger; the next ones wait until the flow has made up for it. None: as it comes.
     """
 
     bound: int
@@ -71,6 +119,11 @@ class Rate:
     unit: Unit = "requests"
     slack_ms: int | None = None
     shadow: bool = False
+    weights: Weights | None = None
+    reserve: Reserve = "predicted"
+    settles: bool = True
+    pace_ms: int | None = None
+    ramp: Ramp | None = None
 
     @property
     def slack(self) -> int:
@@ -86,12 +139,16 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """At most `bound` of `unit` a calendar day, which begins at midnight in `zone`."""
+    """At most `bound` of `unit` a calendar day, which begins at midnight in `zone`. The rest is as
+    of a `Rate`."""
 
     bound: int
     unit: Unit = "requests"
     zone: str = "America/Los_Angeles"
     shadow: bool = False
+    weights: Weights | None = None
+    reserve: Reserve = "predicted"
+    settles: bool = True
 
 
 Limit = Concurrency | Rate | Quota
@@ -270,15 +327,38 @@ def _check_limit(name: str, limit: Limit) -> None:
         return
     if limit.unit not in UNITS:
         raise ConfigError(f"{name}.unit", limit.unit, f"one of {', '.join(UNITS)}")
+    _check_counting(name, limit)
     if isinstance(limit, Rate):
         _check_whole(f"{name}.window_ms", limit.window_ms, 100, 86_400_000)
         _check_whole(f"{name}.slack_ms", limit.slack, 0, limit.window_ms)
+        if limit.pace_ms is not None:
+            _check_whole(f"{name}.pace_ms", limit.pace_ms, 1, limit.window_ms)
+        if limit.ramp is not None:
+            percent = limit.ramp.percent_per_minute
+            _check_whole(f"{name}.ramp.percent_per_minute", percent, 1, 10_000)
+            _check_whole(f"{name}.ramp.start", limit.ramp.start, 1, MAX_BOUND)
         return
     try:
         ZoneInfo(limit.zone)
     except (ZoneInfoNotFoundError, ValueError):
         message = "the name of a time zone, such as America/Los_Angeles"
         raise ConfigError(f"{name}.zone", limit.zone, message) from None
+
+
+def _check_counting(name: str, limit: Rate | Quota) -> None:
+    if limit.reserve not in RESERVES:
+        raise ConfigError(f"{name}.reserve", limit.reserve, f"one of {', '.join(RESERVES)}")
+    if limit.weights is None:
+        return
+    if limit.unit not in USUAL_WEIGHTS:
+        allowed = f"only for a limit that counts one of {', '.join(USUAL_WEIGHTS)}"
+        raise ConfigError(f"{name}.weights", limit.unit, allowed)
+    for part in fields(Weights):
+        weight = getattr(limit.weights, part.name)
+        sound = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not sound or not 0 <= weight <= MOST_WEIGHT:
+            allowed = f"a number from 0 to {MOST_WEIGHT:g}"
+            raise ConfigError(f"{name}.weights.{part.name}", str(weight), allowed)
 
 
 def _check_bands(bands: tuple[Band, ...]) -> None:
@@ -297,9 +377,18 @@ def _pack_limit(limit: Limit) -> list[Any]:
     if isinstance(limit, Concurrency):
         least = limit.adaptive.minimum if limit.adaptive else 0
         return ["c", limit.bound, limit.shadow, least]
+    # What is as usual is left out: the bytes are those of earlier versions.
+    usual = limit.weights is None or limit.weights == USUAL_WEIGHTS[limit.unit]
+    weights = None if usual else astuple(cast(Weights, limit.weights))
+    counting = [weights, limit.reserve, limit.settles]
+    more = [] if counting == [None, "predicted", True] else counting
     if isinstance(limit, Rate):
-        return ["r", limit.bound, limit.shadow, limit.window_ms, limit.unit, limit.slack_ms]
-    return ["q", limit.bound, limit.shadow, limit.unit, limit.zone]
+        own = ["r", limit.bound, limit.shadow, limit.window_ms, limit.unit, limit.slack_ms]
+        if limit.pace_ms is None and limit.ramp is None:
+            return [*own, *more]
+        ramp = None if limit.ramp is None else astuple(limit.ramp)
+        return [*own, *counting, limit.pace_ms, ramp]
+    return ["q", limit.bound, limit.shadow, limit.unit, limit.zone, *more]
 
 
 def _unpack_limit(packed: list[Any]) -> int | Limit:
@@ -309,8 +398,28 @@ def _unpack_limit(packed: list[Any]) -> int | Limit:
     if sort == "c":
         return Concurrency(bound, shadow, Adaptive(rest[0]) if rest[0] else None)
     if sort == "r":
-        return Rate(bound, rest[0], rest[1], rest[2], shadow)
-    return Quota(bound, rest[0], rest[1], shadow)
+        window_ms, unit, slack_ms, *more = rest
+        pace_ms, ramp, *_ = [*more[3:], None, None]
+        return Rate(
+            bound,
+            window_ms,
+            unit,
+            slack_ms,
+            shadow,
+            **_unpack_counting(more),
+            pace_ms=pace_ms,
+            ramp=None if ramp is None else Ramp(*ramp),
+        )
+    unit, zone, *more = rest
+    return Quota(bound, unit, zone, shadow, **_unpack_counting(more))
+
+
+def _unpack_counting(packed: list[Any]) -> dict[str, Any]:
+    if not packed:
+        return {}
+    weights, reserve, settles, *_ = packed
+    found = None if weights is None else Weights(*weights)
+    return {"weights": found, "reserve": reserve, "settles": settles}
 
 
 # Of how many limits the names are shown to a caller who asks for one that is unknown.
@@ -319,10 +428,13 @@ _KNOWN_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """tokens of a call: an estimate before it, or what it used."""
+    """Tokens of a call: an estimate before it, or what it used. `cached` and `cache_write` are
+    parts of the input: what the provider read from its cache, and what it wrote to one."""
 
     input: int = 0
     output: int = 0
+    cached: int = 0
+    cache_write: int = 0
 
     @property
     def total(self) -> int:
@@ -334,17 +446,56 @@ def tokens_of(tokens: int | Tokens) -> Tokens:
     return Tokens(tokens) if isinstance(tokens, int) else tokens
 
 
-def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | None:
-    """How much of a unit a call takes or used; None where that is not known."""
+@dataclass(frozen=True, slots=True)
+class CallUse:
+    """What a call used, or may use. None where it is not known."""
+
+    tokens: Tokens | None = None
+    images: int | None = None
+    audio_seconds: int | None = None
+    cost_micros: int | None = None
+
+
+NOTHING = CallUse(Tokens(), 0, 0, 0)
+
+
+def amount_of(limit: Rate | Quota, amounts: CallUse | Demand) -> int | None:
+    """How much a call takes or used of what a limit counts; None where that is not known."""
+    unit = limit.unit
     if unit == "requests":
         return 1
     if unit == "images":
-        return images
-    if tokens is None:
-        return None
-    if unit == "tokens":
-        return tokens.total
-    return tokens.input if unit == "input_tokens" else tokens.output
+        return amounts.images
+    if unit == "audio_seconds":
+        return amounts.audio_seconds
+    if unit == "usd":
+        return amounts.cost_micros
+    tokens = amounts.tokens
+    return None if tokens is None else _tokens_counted(limit, tokens)
+
+
+def amount_to_reserve(limit: Rate | Quota, demand: Demand) -> int | None:
+    """How much a call takes of a limit at its admission; None where that is not known."""
+    amount = amount_of(limit, demand)
+    if limit.reserve == "predicted" or amount is None or limit.unit not in USUAL_WEIGHTS:
+        return amount
+    if limit.reserve == "larger":
+        return amount if demand.larger_tokens is None else demand.larger_tokens
+    return amount if demand.most is None else max(amount, _tokens_counted(limit, demand.most))
+
+
+def _tokens_counted(limit: Rate | Quota, tokens: Tokens) -> int:
+    weights = limit.weights
+    if weights is None:
+        if limit.unit == "tokens":
+            return tokens.input + tokens.output
+        if limit.unit == "output_tokens":
+            return tokens.output
+        return tokens.input - (tokens.cached if limit.unit == "uncached_input_tokens" else 0)
+    plain = tokens.input - tokens.cached - tokens.cache_write
+    counted = plain * weights.input + tokens.output * weights.output
+    counted += tokens.cached * weights.cached + tokens.cache_write * weights.cache_write
+    return ceil(counted)
 
 
 def unknown_limit(name: str, policy: PoolPolicy, pool: str = "") -> str:
@@ -361,8 +512,9 @@ def unknown_limit(name: str, policy: PoolPolicy, pool: str = "") -> str:
 class Demand:
     """All of `limits` or none; nobody changes it.
 
-    tenant: whose share it is. priority: the name of a band, None for the usual one. tokens, images:
-    an estimate, for limits that count them. deadline_ms: how long it may wait, None for as long as
+    tenant: whose share it is. priority: the name of a band, None for the usual one. tokens, images,
+    audio_seconds, cost_micros: an estimate, for limits that count them. most, larger_tokens: for
+    limits that reserve so. deadline_ms: how long it may wait, None for as long as
     needed. hard_ms: the longest that the call can last. once: take the first answer for the last.
     implicit: limits that the policy does not name are allowed where their scope is implicit; a
     misspelt name would otherwise be a limit without a bound.
@@ -377,6 +529,10 @@ class Demand:
     hard_ms: int = DEFAULT_HARD_MS
     once: bool = False
     implicit: bool = False
+    audio_seconds: int = 0
+    cost_micros: int | None = None
+    most: Tokens | None = None
+    larger_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,16 +22,19 @@ from typing import TypeVar
 from tidegate.errors import DemandImpossible
 from tidegate.limiter.messages import OUTCOMES, USAGE_LATER, Hint
 from tidegate.limiter.policy import (
+    CallUse,
     Concurrency,
+    Demand,
     Limit,
     PoolPolicy,
     Quota,
     Rate,
-    Tokens,
     amount_of,
+    amount_to_reserve,
     unknown_limit,
 )
 
+_UNKNOWN = CallUse()
 # What a call is taken to last before the first one of its flow has ended.
 FIRST_COST_MS = 1000.0
 _LEARN = 1 / 8
@@ -121,11 +124,11 @@ class Flow:
         self.weight = policy.weights.get(self.tenant, 1)
         self.revision = policy.revision
 
-    def amounts(self, tokens: Tokens | None, images: int) -> str:
+    def amounts(self, demand: Demand) -> str:
         """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
 
-        Clamped to what a limit can ever give. Raises ValueError where a limit counts tokens and
-        nobody said how many.
+        Clamped to what a limit can ever give. Raises ValueError where a limit counts something and
+        the demand does not say how much.
         """
         if not self.rates:
             return ""
@@ -133,22 +136,24 @@ class Flow:
         for name, limit in zip(self.limits, self.rules, strict=True):
             amount: int | None = 1
             if not isinstance(limit, Concurrency):
-                amount = amount_of(limit.unit, tokens, images)
+                amount = amount_to_reserve(limit, demand)
                 if amount is None:
-                    raise ValueError(f"{name} counts {limit.unit}: say tokens=")
+                    said = "cost_micros=" if limit.unit == "usd" else "tokens="
+                    raise ValueError(f"{name} counts {limit.unit}: say {said}")
                 amount = min(max(0, amount), limit.bound)
             parts.append(str(amount))
         return ",".join(parts)
 
-    def actual(self, tokens: Tokens | None, images: int | None) -> str:
-        """What a call really used, `-` where it is not known: empty where nothing is to be said."""
-        if not self.rates or (tokens is None and images is None):
+    def actual(self, used: CallUse) -> str:
+        """What a call really used, `-` where it is not known or is not settled: empty where
+        nothing is to be said."""
+        if not self.rates or used == _UNKNOWN:
             return ""
         parts = []
         for limit in self.rules:
             amount = None
-            if not isinstance(limit, Concurrency) and limit.unit != "requests":
-                amount = amount_of(limit.unit, tokens, images)
+            if not isinstance(limit, Concurrency) and limit.settles and limit.unit != "requests":
+                amount = amount_of(limit, used)
             parts.append("-" if amount is None else str(max(0, amount)))
         return ",".join(parts)
 

@@ -22,7 +22,7 @@ from tidegate.limiter.messages import (
 )
 from tidegate.limiter.model.pool import PoolModel
 from tidegate.limiter.model.queues import BEHIND
-from tidegate.limiter.model.rates import DAY_MS, span_of
+from tidegate.limiter.model.rates import DAY_MS, Pacing, span_of
 from tidegate.limiter.model.state import (
     BandState,
     LimitState,
@@ -55,6 +55,7 @@ __all__ = [
     "LocalQueue",
     "MessageBatch",
     "Paces",
+    "Pacing",
     "PauseGate",
     "PermitIssuer",
     "PoolModel",

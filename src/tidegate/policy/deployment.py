@@ -21,6 +21,7 @@ from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
+from tidegate.policy.presets import PRESETS, filled
 from tidegate.prices.rates import Price, price_of
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
 
@@ -32,6 +33,7 @@ PROVIDERS: dict[str, dict[str, str]] = {
     },
     "openai": {"openai": "https://api.openai.com/v1"},
     "anthropic": {"anthropic": "https://api.anthropic.com"},
+    "groq": {"openai": "https://api.groq.com/openai/v1"},
 }
 # Whose models are known by their names, and which variable has the key.
 _OWN_MODELS = {
@@ -129,8 +131,9 @@ def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret)
         path = _path(name)
         if _NAME.fullmatch(name) is None:
             raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
-        found.append(_upstream(name, table, lambda one: keys.get(one) or secret(one)))
-        policies[name] = _policy(path, table, stated)
+        upstream = _upstream(name, table, lambda one: keys.get(one) or secret(one))
+        found.append(upstream)
+        policies[name] = _policy(path, table, stated, upstream.provider or "")
     if config.gemini_api_key is not None or (
         config.emulated and (not found or config.embedded or config.tidegate_demo)
     ):
@@ -199,9 +202,9 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
     if name in _OWN_MODELS and not {"provider", "base_url", "dialects"} & table.keys():
         provider = name
         options.setdefault("models", _OWN_MODELS[name])
-    if provider is not None and (not isinstance(provider, str) or provider not in PROVIDERS):
+    if provider is not None and (not isinstance(provider, str) or provider not in PRESETS):
         raise ConfigError(
-            f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
+            f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PRESETS)}"
         )
     urls = _urls(path, provider, table)
     key = _key(path, provider, table, secret)
@@ -213,7 +216,7 @@ def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str
     the key goes nowhere else."""
     urls = {}
     if "base_url" in table:
-        dialect = table.get("dialect", provider or DIALECTS[0])
+        dialect = table.get("dialect", provider if provider in DIALECTS else DIALECTS[0])
         if dialect not in DIALECTS:
             raise ConfigError(
                 f"{path}.dialect", str(dialect)[:100], f"must be one of {', '.join(DIALECTS)}"
@@ -221,8 +224,10 @@ def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str
         urls[dialect] = _rooted(dialect, _base_url(f"{path}.base_url", dialect, table["base_url"]))
     elif "dialect" in table:
         raise ConfigError(f"{path}.dialect", None, "needs base_url, which is not set")
-    elif provider is not None:
+    elif provider in PROVIDERS:
         urls |= PROVIDERS[provider]
+    elif provider is not None:
+        raise ConfigError(f"{path}.base_url", "(not set)", f"must be set for {provider}")
     for dialect, url in table_at(f"{path}.dialects", table.get("dialects", {})).items():
         urls[dialect] = _base_url(f"{path}.dialects.{dialect}", dialect, url)
     if not urls:
@@ -292,9 +297,12 @@ def _milliseconds(path: str, value: object) -> int:
     return value
 
 
-def _policy(path: str, table: Mapping[str, Any], stated: Mapping[str, Any]) -> PoolPolicy:
+def _policy(
+    path: str, table: Mapping[str, Any], stated: Mapping[str, Any], provider: str
+) -> PoolPolicy:
     plain = {key: table[key] for key in _POLICY_KEYS if key in table}
     plain.setdefault("limits", {"pool:total": USUAL_AT_ONCE})
+    plain["limits"] = filled(table_at(f"{path}.limits", plain["limits"]), provider)
     for key in ("weights", "bands"):  # who gets how much is said once for all
         if key in stated:
             plain.setdefault(key, stated[key])

@@ -3,9 +3,11 @@
     pool:total  kind:text_only  model:gemini-2.5-flash  tenant:acme        concurrent calls
     rpm:gemini-2.5-flash  tpm:total  rpd:kind/text_only  ipm:tenant/acme   a rate or a day's quota
 
-The scope of a rate says what it counts (`r` requests, `t` tokens, `it` input tokens, `ot`
-output tokens, `i` images) and for how long (`ps` second, `pm` minute, `ph` hour, `pd` day, which
-ends at midnight). Its name is a model, `total`, `kind/<kind>` or `tenant/<tenant>`.
+The scope of a rate says what it counts (`r` requests, `t` tokens, `it` input tokens, `uit`
+those that the provider did not read from its cache, `ot` output tokens, `i` images, `as` seconds
+of audio, `usd` dollars) and for how long (`ps` second, `pm` minute, `ph` hour, `pd` day, which ends
+at midnight). Its name is a model, a pattern such as `claude-opus-4*` whose models share the limit,
+`total`, `kind/<kind>` or `tenant/<tenant>`.
 
 Invariants: `of_plain(to_plain(policy))` is the policy; defaults are left out; a change for one
 tenant touches nothing of another's.
@@ -18,7 +20,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,15 +28,20 @@ from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, Kind
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import (
     DEFAULT_BANDS,
+    MAX_BOUND,
+    RESERVES,
     UNITS,
+    USUAL_WEIGHTS,
     Adaptive,
     Band,
     Concurrency,
     Limit,
     PoolPolicy,
     Quota,
+    Ramp,
     Rate,
     Unit,
+    Weights,
     as_limit,
     format_pause,
     format_span,
@@ -49,8 +56,11 @@ _MEASURES: dict[str, Unit] = {
     "r": "requests",
     "t": "tokens",
     "it": "input_tokens",
+    "uit": "uncached_input_tokens",
     "ot": "output_tokens",
     "i": "images",
+    "as": "audio_seconds",
+    "usd": "usd",
 }
 _WINDOWS_MS = {"ps": 1_000, "pm": 60_000, "ph": 3_600_000}
 _DAY = "pd"
@@ -79,6 +89,11 @@ def whom_it_binds(limit_id: str) -> str | None:
     if scope == "pool":
         return TOTAL if name == TOTAL else None
     return f"{scope}/{name}" if scope in AT_ONCE else None
+
+
+def is_pattern(whom: str) -> bool:
+    """Whether a limit binds a group of models together: those that match `whom`."""
+    return "*" in whom and not whom.startswith(("kind/", "tenant/"))
 
 
 def plain_model(model: str) -> str:
@@ -139,11 +154,21 @@ _POOL_DEFAULTS = {one.name: one.default for one in fields(PoolPolicy) if one.nam
 assert MISSING not in _POOL_DEFAULTS.values()
 SECTIONS = ("limits", "weights", "bands", "pool")
 _SORTS = ("concurrency", "rate", "quota")
+_COUNTED: dict[str, type] = {
+    "bound": int,
+    "shadow": bool,
+    "unit": str,
+    "weights": dict,
+    "reserve": str,
+    "settles": bool,
+}
 _KEYS: dict[str, dict[str, type]] = {
     "concurrency": {"bound": int, "shadow": bool, "adaptive": dict},
-    "rate": {"bound": int, "shadow": bool, "unit": str, "window_ms": int, "slack_ms": int},
-    "quota": {"bound": int, "shadow": bool, "unit": str, "zone": str},
+    "rate": _COUNTED | {"window_ms": int, "slack_ms": int, "pace_ms": int, "ramp": dict},
+    "quota": _COUNTED | {"zone": str},
 }
+_MOST_USD = MAX_BOUND // 1_000_000
+_PARTS = tuple(one.name for one in fields(Weights))
 _WORDS = {int: "a whole number", bool: "true or false", str: "a text", dict: "a table"}
 
 
@@ -194,12 +219,14 @@ def digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plain_limit(limit_id: str, limit: int | Limit) -> int | Plain:
+def plain_limit(limit_id: str, limit: int | Limit) -> int | float | Plain:
     """A limit as a number where the rest is as its scope says, else as a table."""
     if isinstance(limit, int):
         limit = Concurrency(limit)
     measure = MEASURES.get(limit_id.partition(":")[0])
     found: Plain = {"bound": limit.bound}
+    if not isinstance(limit, Concurrency) and limit.unit == "usd":
+        found["bound"] = _dollars(limit.bound)
     if _sort_of(limit_id) != (sort := _sort(limit)):
         found["type"] = sort
     if limit.shadow:
@@ -210,6 +237,7 @@ def plain_limit(limit_id: str, limit: int | Limit) -> int | Plain:
         return found if len(found) > 1 else limit.bound
     if limit.unit != (measure.unit if measure else "requests"):
         found["unit"] = limit.unit
+    found |= _plain_counting(limit)
     if isinstance(limit, Quota):
         if limit.zone != Quota.__dataclass_fields__["zone"].default:
             found["zone"] = limit.zone
@@ -218,7 +246,26 @@ def plain_limit(limit_id: str, limit: int | Limit) -> int | Plain:
             found["window_ms"] = limit.window_ms
         if limit.slack_ms is not None:
             found["slack_ms"] = limit.slack_ms
-    return found if len(found) > 1 else limit.bound
+        if limit.pace_ms is not None:
+            found["pace_ms"] = limit.pace_ms
+        if limit.ramp is not None:
+            found["ramp"] = asdict(limit.ramp)
+    return found if len(found) > 1 else found["bound"]
+
+
+def _plain_counting(limit: Rate | Quota) -> Plain:
+    found: Plain = {}
+    if limit.weights is not None and limit.weights != (usual := USUAL_WEIGHTS[limit.unit]):
+        found["weights"] = {
+            part: weight
+            for part in _PARTS
+            if (weight := getattr(limit.weights, part)) != getattr(usual, part)
+        }
+    if limit.reserve != "predicted":
+        found["reserve"] = limit.reserve
+    if not limit.settles:
+        found["settles"] = False
+    return found
 
 
 def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limit:
@@ -226,7 +273,8 @@ def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limi
     path = f"limits.{limit_id}"
     if strict:
         check_id(limit_id)
-    if isinstance(value, int) and not isinstance(value, bool):
+    is_money = _unit_of(limit_id) == "usd" and isinstance(value, float)
+    if (isinstance(value, int) and not isinstance(value, bool)) or is_money:
         value = {"bound": value}
     elif not isinstance(value, Mapping):
         raise ConfigError(path, _shown(value), "must be a whole number or a table")
@@ -235,6 +283,8 @@ def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limi
         raise ConfigError(f"{path}.type", _shown(sort), f"must be one of {', '.join(_SORTS)}")
     if "bound" not in value:
         raise ConfigError(f"{path}.bound", "(not set)", "must be a whole number")
+    if sort != "concurrency" and value.get("unit", _unit_of(limit_id)) == "usd":
+        value = {**value, "bound": _micros(f"{path}.bound", value["bound"])}
     if strict:
         check_keys(path, value, ("type", *_KEYS[sort]))
     given = {
@@ -262,12 +312,58 @@ def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
     given.setdefault("unit", measure.unit if measure else "requests")
     if given["unit"] not in UNITS:
         raise ConfigError(f"{path}.unit", given["unit"], f"must be one of {', '.join(UNITS)}")
+    if given.get("reserve", RESERVES[0]) not in RESERVES:
+        allowed = f"must be one of {', '.join(RESERVES)}"
+        raise ConfigError(f"{path}.reserve", given["reserve"], allowed)
+    if "weights" in given:
+        given["weights"] = _weights(f"{path}.weights", given["unit"], given["weights"], strict)
     if sort == "quota":
         return Quota(**given)
+    if "ramp" in given:
+        given["ramp"] = _ramp(f"{path}.ramp", given["ramp"], strict)
     given.setdefault("window_ms", measure.window_ms if measure else None)
     if given["window_ms"] is None:
         raise ConfigError(f"{path}.window_ms", "(not set)", "must be a whole number")
     return Rate(**given)
+
+
+def _unit_of(limit_id: str) -> Unit | None:
+    measure = MEASURES.get(limit_id.partition(":")[0])
+    return measure.unit if measure else None
+
+
+def _micros(path: str, value: object) -> int:
+    """Dollars as whole millionths."""
+    sound = isinstance(value, int | float) and not isinstance(value, bool)
+    if not sound or not 0 <= value <= _MOST_USD:  # type: ignore[operator]
+        allowed = f"must be a number of dollars from 0 to {_MOST_USD}"
+        raise ConfigError(path, _shown(value), allowed)
+    return round(value * 1_000_000)  # type: ignore[operator]
+
+
+def _dollars(micros: int) -> int | float:
+    whole, rest = divmod(micros, 1_000_000)
+    return micros / 1_000_000 if rest else whole
+
+
+def _weights(path: str, unit: str, table: Plain, strict: bool) -> Weights | None:
+    """The weights of a unit, with those that `table` changes."""
+    usual = USUAL_WEIGHTS.get(unit)
+    if usual is None:
+        raise ConfigError(path, unit, f"only where `unit` is one of {', '.join(USUAL_WEIGHTS)}")
+    if strict:
+        check_keys(path, table, _PARTS)
+    changed = replace(usual, **{part: table[part] for part in _PARTS if part in table})
+    return None if changed == usual else changed
+
+
+def _ramp(path: str, table: Plain, strict: bool) -> Ramp:
+    names = tuple(one.name for one in fields(Ramp))
+    if strict:
+        check_keys(path, table, names)
+    for name in names:
+        _typed(f"{path}.{name}", table.get(name, "(not set)"), int)
+    return Ramp(**{name: table[name] for name in names})
 
 
 def _sort_of(limit_id: str) -> str:

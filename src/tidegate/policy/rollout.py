@@ -34,6 +34,7 @@ from tidegate.policy.format import (
     to_plain,
     with_tenants,
 )
+from tidegate.policy.presets import filled
 from tidegate.settings import Config
 from tidegate.store.policies import Policies
 from tidegate.store.records import PolicyRecord
@@ -250,8 +251,10 @@ async def open_pool(
     wanted: PoolPolicy,
     pool: str,
     observer: Observer | None = None,
+    provider: str | None = None,
 ) -> AsyncIterator[PolicyKeeper]:
-    """The keeper of a pool's policy, with its limiter, and what is on record in force."""
+    """The keeper of a pool's policy, with its limiter, and what is on record in force. `provider`:
+    whose preset fills in what is set live."""
     assert config.redis_url is not None
     limiter = Limiter.from_url(
         config.redis_url.get_secret_value(),
@@ -262,20 +265,29 @@ async def open_pool(
         on_conflict="keep",  # the keeper decides, by what is on record
     )
     async with limiter:
-        yield PolicyKeeper(limiter, policies, wanted=wanted, set_by=instance_id)
+        yield PolicyKeeper(
+            limiter, policies, wanted=wanted, set_by=instance_id, provider=provider or ""
+        )
 
 
 class PolicyKeeper:
     """One per process, beside its limiter. `wanted` is what this deployment asks for."""
 
     def __init__(
-        self, limiter: Limiter, policies: Policies, *, wanted: PoolPolicy, set_by: str
+        self,
+        limiter: Limiter,
+        policies: Policies,
+        *,
+        wanted: PoolPolicy,
+        set_by: str,
+        provider: str = "",
     ) -> None:
         self.wanted = wanted
         self.settled = asyncio.Event()  # what becomes of this deployment's policy is decided
         self.limiter = limiter
         self._policies = policies
         self._set_by = set_by
+        self._provider = provider
 
     async def run(self) -> None:
         """Put this deployment's policy in force if it is new; then watch, for ever.
@@ -317,10 +329,18 @@ class PolicyKeeper:
         nevertheless: the processes then put it in force within some seconds.
         """
         found = await self._found()
+
+        def whole(plain: Plain) -> Plain:
+            edited = edit(plain)
+            if origin is not Origin.LIVE or not self._provider:
+                return edited
+            limits = filled(edited["limits"], self._provider, plain["limits"])
+            return {**edited, "limits": limits}
+
         return await self._decided(
             "",
             lambda head, _: change(
-                head, found, edit, set_by=set_by, reason=reason, origin=origin, asked=asked
+                head, found, whole, set_by=set_by, reason=reason, origin=origin, asked=asked
             ),
         )
 

@@ -22,7 +22,7 @@ from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Modality
 from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
-from tidegate.limiter import MAX_LEASE_MS, Demand, Observer, PoolPolicy, Tokens
+from tidegate.limiter import MAX_LEASE_MS, CallUse, Demand, Observer, PoolPolicy, Tokens
 from tidegate.limiter.simulation import (
     LINGER_IDLE_S,
     LINGER_S,
@@ -114,7 +114,7 @@ class Process:
         self._asking, call.demand = call, demand
         waiter = self.queue.ask(
             flow,
-            amounts=flow.amounts(demand.tokens, demand.images),
+            amounts=flow.amounts(demand.to_admit(None, MAX_LEASE_MS)),
             hard_ms=MAX_LEASE_MS,
             now_ms=self.stage.now_ms,
             deadline_ms=self.stage.now_ms + arrival.deadline_ms
@@ -162,11 +162,11 @@ class Process:
         self.stage.tally.ended(call, self.stage.now_ms)
         if holding is not None:
             flow = holding.flow
-            used = Tokens(arrival.input_tokens, arrival.output_tokens)
+            tokens = Tokens(arrival.input_tokens, arrival.output_tokens)
             self.queue.release(
                 holding.ticket,
                 outcome="success",
-                actual=flow.actual(used, arrival.images),
+                actual=flow.actual(CallUse(tokens, arrival.images)),
                 now_ms=self.stage.now_ms,
             )
             self._kick()

@@ -781,7 +781,7 @@ class PatientAdmission:
                 end()
         if not limiter.has_pauses or not self._gate.binds_more(self._demand, self._model):
             return permit
-        permit.settle("ignored", tokens=0, images=0)
+        permit.settle_unused()
         await admission.__aexit__(None, None, None)
         raise NotWorthWaiting
 

@@ -371,7 +371,7 @@ class _Run:
                     async with self._attempt(target, demand) as permit:
                         if self._spine.lane(target).gate.binds_more(demand, target.model):
                             if permit is not None:
-                                permit.settle(Outcome.IGNORED, tokens=0, images=0)
+                                permit.settle_unused()
                         elif permit is not None or not demand.limits:
                             await self._admitted(permit, target, demand)
                             return
@@ -458,7 +458,7 @@ class _Run:
     ) -> None:
         terms, budgets = self._terms, self._spine.budgets
         if permit is not None:
-            permit.settle(Outcome.IGNORED, tokens=0, images=0)  # if the budget refuses it
+            permit.settle_unused()  # if the budget refuses it
         price = self._exchange.price(target, self._spine.lane(target), demand)
         await budgets.reserve(terms.caller, terms.request_id, *price)
         try:
@@ -497,7 +497,12 @@ class _Run:
             if permit is not None:
                 told, charged = record.answer.usage, record.charge.usage
                 used = demand.used(told, charged, whole=whole)
-                permit.settle(outcome, tokens=used, images=images)
+                permit.settle(
+                    outcome,
+                    tokens=used,
+                    images=images,
+                    cost_micros=record.charge.cost_micros,
+                )
                 lane.demands.learn(demand, told, charged, whole=whole)
 
     def _note_admission(self, permit: Permit | None, target: Target) -> None:
@@ -513,7 +518,7 @@ class _Run:
             else:
                 record.queue_ms = 0.0 if permit is None else permit.waited_ms
         if permit is not None:
-            permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there has been a call
+            permit.settle_unused()  # until there has been a call
 
     async def _note_failure(
         self, failed: CallFailed, lane: Lane, demand: CallDemand, is_try: bool

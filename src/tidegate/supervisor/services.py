@@ -193,13 +193,15 @@ def with_keeper(
     from tidegate.store.policies import Policies
 
     wanted = policy_of(config, pool)
+    provider = provider_of_pool(config, pool)
     name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
 
     async def run(whole: Config) -> T:
         connections = Connections(database_url_of(whole))
         connections.start()
         try:
-            async with open_pool(whole, Policies(connections), name, wanted, pool) as keeper:
+            opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)
+            async with opening as keeper:
                 await keeper.limiter.ping(_ANSWER_WITHIN_MS)
                 await keeper.limiter.joined()
                 return await work(keeper, connections)
@@ -219,6 +221,14 @@ def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
         names = ", ".join((DEFAULT_POOL, *others))
         raise ConfigError("--pool", pool, f"must be one of {names}")
     return others[pool]
+
+
+def provider_of_pool(config: Config, pool: str) -> str | None:
+    """The provider whose preset a pool has. Raises ConfigError."""
+    if pool == DEFAULT_POOL:  # whose preset fills in nothing
+        return None
+    upstreams = deployed_upstreams(config).upstreams
+    return next((one.provider for one in upstreams if one.pool == pool), None)
 
 
 def database_url_of(config: Config) -> str:

@@ -9,7 +9,16 @@ import pytest
 from tidegate.errors import DemandImpossible
 from tidegate.limiter import queue as queues
 from tidegate.limiter.messages import USAGE_LATER, Hint
-from tidegate.limiter.policy import Adaptive, Concurrency, PoolPolicy, Quota, Rate, Tokens
+from tidegate.limiter.policy import (
+    Adaptive,
+    CallUse,
+    Concurrency,
+    Demand,
+    PoolPolicy,
+    Quota,
+    Rate,
+    Tokens,
+)
 from tidegate.limiter.queue import CHAIN, LocalQueue, MessageBatch, Waiter
 
 LIMITS = ("kind:a",)
@@ -35,7 +44,7 @@ async def queue() -> LocalQueue:
 def ask(queue: LocalQueue, *limits: str, tokens: int = 100) -> Waiter:
     flow = queue.flow(1, "t", limits or LIMITS)
     flow.refresh(POLICY)
-    amounts = flow.amounts(Tokens(tokens), 0)
+    amounts = flow.amounts(Demand(flow.limits, tokens=Tokens(tokens)))
     return queue.ask(flow, amounts=amounts, hard_ms=1000, now_ms=0.0, deadline_ms=float("inf"))
 
 
@@ -348,11 +357,11 @@ async def test_amounts_are_said_only_where_they_count_and_never_exceed_the_limit
     assert ask(queue, "kind:a", "rpm:x", "tpm:x", tokens=5000).amounts == "1,1,1000"
     flow = queue.flow(1, "t", ("in:x", "ipm:x", "rpd:x"))
     flow.refresh(POLICY)
-    assert flow.amounts(Tokens(30, 50), 2) == "30,2,1"
-    assert flow.actual(Tokens(40, 60), None) == "40,-,-"
-    assert flow.actual(None, None) == ""
+    assert flow.amounts(Demand(flow.limits, tokens=Tokens(30, 50), images=2)) == "30,2,1"
+    assert flow.actual(CallUse(Tokens(40, 60))) == "40,-,-"
+    assert flow.actual(CallUse()) == ""
     with pytest.raises(ValueError, match="say tokens="):
-        flow.amounts(None, 0)
+        flow.amounts(Demand(flow.limits))
 
 
 async def test_a_limit_that_lets_nobody_in_is_said_at_once(queue: LocalQueue) -> None:

@@ -11,7 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import ConfigError
-from tidegate.limiter import UNITS, Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter import (
+    RESERVES,
+    UNITS,
+    USUAL_WEIGHTS,
+    Adaptive,
+    Band,
+    Concurrency,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Ramp,
+    Rate,
+    Weights,
+)
 from tidegate.policy.format import MEASURES, digest, of_plain, to_plain
 
 EVERYTHING = """
@@ -77,10 +90,12 @@ def test_everything_that_may_be_written_is_read() -> None:
 def test_the_scope_of_a_rate_says_what_it_counts_and_for_how_long(scope: str) -> None:
     limit = of_plain({"limits": {f"{scope}:total": 7}}).limit(f"{scope}:total")
     measure = MEASURES[scope]
+    bound = 7_000_000 if measure.unit == "usd" else 7
     if scope.endswith("d"):
-        assert limit == Quota(7, measure.unit)
+        assert limit == Quota(bound, measure.unit)
     else:
-        assert limit == Rate(7, {"s": 1_000, "m": 60_000, "h": 3_600_000}[scope[-1]], measure.unit)
+        window_ms = {"s": 1_000, "m": 60_000, "h": 3_600_000}[scope[-1]]
+        assert limit == Rate(bound, window_ms, measure.unit)
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
@@ -111,6 +126,20 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"limits": {"rpm:x": {"bound": 5, "window_ms": 1}}}, "limits.rpm:x.window_ms", "from 100"),
     ({"limits": {"rpm:x": {"bound": 5, "zone": "UTC"}}}, "limits.rpm:x.zone", "known: "),
     ({"limits": {"rpm:x": {"bound": 5, "shadow": 1}}}, "limits.rpm:x.shadow", "true or false"),
+    ({"limits": {"tpm:x": {"bound": 5, "reserve": "most"}}}, "limits.tpm:x.reserve", "bound"),
+    (
+        {"limits": {"tpm:x": {"bound": 5, "weights": {"in": 1}}}},
+        "limits.tpm:x.weights.in",
+        "cached",
+    ),
+    ({"limits": {"rpm:x": {"bound": 5, "weights": {}}}}, "limits.rpm:x.weights", "tokens"),
+    (
+        {"limits": {"rpm:x": {"bound": 5, "ramp": {"start": 1}}}},
+        "limits.rpm:x.ramp.percent_per_minute",
+        "whole",
+    ),
+    ({"limits": {"rpm:x": {"bound": 5, "pace_ms": 0}}}, "limits.rpm:x.pace_ms", "from 1"),
+    ({"limits": {"usdpm:x": -1}}, "limits.usdpm:x.bound", "dollars"),
     ({"limits": {"rpd:x": {"bound": 5, "zone": "Mars/Base"}}}, "limits.rpd:x.zone", "time zone"),
     ({"limits": {"rpd:x": {"bound": 5, "type": "bucket"}}}, "limits.rpd:x.type", "quota"),
     ({"limits": {"model:x": {"bound": 5, "type": "rate"}}}, "limits.model:x.window_ms", "whole"),
@@ -184,6 +213,17 @@ limits: st.SearchStrategy[int | Limit] = st.one_of(
         units,
         st.none() | st.integers(0, 900),
         st.booleans(),
+        reserve=st.sampled_from(RESERVES),
+        settles=st.booleans(),
+        pace_ms=st.none() | st.integers(1, 1_000),
+        ramp=st.none() | st.builds(Ramp, st.integers(1, 900), st.integers(1, 900)),
+    ),
+    st.builds(
+        Rate,
+        bounds,
+        st.integers(1_000, 10**7),
+        st.sampled_from(sorted(USUAL_WEIGHTS)),
+        weights=st.builds(Weights, *[st.sampled_from([0, 0.1, 1, 5])] * 3, st.just(7)),
     ),
     st.builds(Quota, bounds, units, st.sampled_from(["UTC", "America/Los_Angeles"]), st.booleans()),
 )

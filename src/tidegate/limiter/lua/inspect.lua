@@ -5,7 +5,7 @@
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
 -- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket)
 -- uses: core clock pool limits
--- later: rates pauses
+-- later: rates pacing pauses
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 local lapsing = {}

@@ -5,7 +5,7 @@
 -- returns: found flow held_up_by ahead rivals weight cost_ms bound room_in_ms paused_ms said
 -- units: ms; ahead counts the tickets of its tenant before it, rivals is the weight of all tenants that wait there
 -- uses: core clock pool limits queues
--- later: blocked rates pauses
+-- later: blocked rates pacing pauses
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 local raw = call('HGETALL', T.session_key(q.sid))

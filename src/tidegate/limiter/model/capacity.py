@@ -62,6 +62,9 @@ class Capacity:
         if amount == 0:
             return False
         amount = limit.clamped(amount)
+        if bound and limit.spending.paced_at(limit.limit, amount, spent, self.pool.now):
+            limit.room_again(self.free_at(limit, amount))
+            return True
         if 0 < spent + amount <= bound:
             kept, at = self._kept_beside(limit, band, amount)
             if at:
@@ -72,6 +75,16 @@ class Capacity:
                 return False
         limit.room_again(limit.spending.room_at(limit.limit, amount, self.pool.now))
         return True
+
+    def free_at(self, limit: LimitState, amount: int) -> int:
+        """When time alone will have made room for `amount`; 0 where there is some, or never any."""
+        spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)
+        if amount == 0 or bound == 0:
+            return 0
+        at = limit.spending.paced_at(limit.limit, amount, spent, self.pool.now)
+        if spent + amount <= bound:
+            return at
+        return max(at, limit.spending.room_at(limit.limit, amount, self.pool.now))
 
     def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
         return limit.limit.shadow or not self.is_full(limit, band, amount)

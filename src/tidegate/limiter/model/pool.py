@@ -303,6 +303,8 @@ class Joins:
                 limit.cost_ms = limit.shadowed = limit.asserted = 0
             if not limit.is_rate:
                 self.spending.pop(name, None)
+            if not limit.spending.is_paced(limit.limit):
+                limit.spending.pacing = None
             if not limit.minimum:
                 limit.current, limit.dropped_at = None, 0
             elif limit.current is not None:

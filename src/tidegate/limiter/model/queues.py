@@ -481,9 +481,7 @@ class Outlooks:
     def _earliest(self, limit: LimitState, amount: int) -> Earliest:
         pause, at, used = self.pool.pause_of(limit), 0, limit.used
         if limit.is_rate:
-            used, amount = self.capacity.spent(limit), limit.clamped(amount)
-            if amount and limit.limit.bound and used + amount > limit.limit.bound:
-                at = limit.spending.room_at(limit.limit, amount, self.pool.now)
+            used, at = self.capacity.spent(limit), self.capacity.free_at(limit, amount)
         if limit.limit.shadow:
             return Earliest(0, used, firm=False)
         paused_at = pause.until if pause and pause.until > self.pool.now else 0

@@ -7,11 +7,12 @@ are ms of the server's clock; amounts are in the limit's unit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, floor
 
 from tidegate.limiter.policy import BUCKETS, Limit, Quota, Rate
 
 DAY_MS = 86_400_000
+MINUTE_MS = 60_000
 
 # One charge: how much was taken, and the end of the bucket or day that it was taken from.
 Charge = tuple[int, int]
@@ -23,16 +24,78 @@ def span_of(rate: Rate) -> int:
 
 
 @dataclass(slots=True)
+class Pacing:
+    """State of a rate with a pace or a ramp. Lua: `pacing`.
+
+    An even flow has made up at `even_us` for all that was taken: a call is admitted when it lies no
+    more than the pace ahead, the call's own part among it (GCRA, ITU-T I.371). Under a ramp a
+    window takes at most `level` and so many percent of it for each minute since `since`. The first
+    call after a minute makes the level what was taken in the last window, the ramp's start at
+    least; `since` is 0 before the first call of all.
+    """
+
+    even_us: int = 0
+    level: int = 0
+    since: int = 0
+
+    @staticmethod
+    def _lasts_us(limit: Rate, amount: int) -> int:
+        return ceil(amount * span_of(limit) * 1000 / max(1, limit.bound))
+
+    def _bound(self, limit: Rate, now: int) -> int:
+        if limit.ramp is None or self.since == 0:
+            return limit.bound
+        percent = limit.ramp.percent_per_minute
+        more = self.level * percent * max(0, now - self.since) / 6_000_000
+        return min(limit.bound, self.level + floor(more))
+
+    def room_at(self, limit: Rate, amount: int, spent: int, now: int) -> int:
+        """When there is room for `amount` beside what is `spent`; 0 where there is some now."""
+        at = 0
+        if limit.pace_ms is not None:
+            own_us = self._lasts_us(limit, amount)
+            earliest_us = self.even_us - max(0, limit.pace_ms * 1000 - own_us)
+            if earliest_us > now * 1000:
+                at = ceil(earliest_us / 1000)
+        needed = spent + amount
+        if spent > 0 and self._bound(limit, now) < needed <= limit.bound:
+            assert limit.ramp is not None
+            percent = limit.ramp.percent_per_minute
+            grows_ms = ceil((needed - self.level) * 6_000_000 / (self.level * percent))
+            at = max(at, now + 1, min(self.since + grows_ms, now + span_of(limit)))
+        return at
+
+    def take(self, limit: Rate, amount: int, spent: int, now: int) -> None:
+        """Count an admission. `spent` has `amount` in it already."""
+        if limit.pace_ms is not None:
+            self.even_us = max(self.even_us, now * 1000) + self._lasts_us(limit, amount)
+        if limit.ramp is not None and now - self.since >= MINUTE_MS:
+            self.level, self.since = max(limit.ramp.start, spent), now
+
+    def give_back(self, limit: Rate, amount: int, now: int) -> None:
+        """What was reserved too much, or, if negative, used on top."""
+        if limit.pace_ms is None or amount == 0:
+            return
+        if amount > 0:
+            self.even_us = max(0, self.even_us - self._lasts_us(limit, amount))
+        else:
+            more_us = max(self.even_us, now * 1000) + self._lasts_us(limit, -amount)
+            self.even_us = min(more_us, (now + span_of(limit)) * 1000)
+
+
+@dataclass(slots=True)
 class RateSpending:
     """All that was counted for one limit. A limit that is made one of another sort finds here what
     it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
-    `used` until `reset_at`: of the day. `changed`: something was spent or returned in this call."""
+    `used` until `reset_at`: of the day. `pacing`: of a rate with a pace or a ramp. `changed`:
+    something was spent or returned in this call."""
 
     log: list[int] = field(default_factory=list)
     buckets: dict[int, int] = field(default_factory=dict)
     used: int = 0
     reset_at: int = 0
     changed: bool = False
+    pacing: Pacing | None = None
 
     def look(self, limit: Limit, now: int, reset_at: int) -> int:
         """What is spent. Forgets what counts no more; `reset_at` is the day's end as a process
@@ -92,10 +155,30 @@ class RateSpending:
         if isinstance(limit, Rate) and limit.exact:
             self.log.append(now)
             self.changed = True
+            if self.is_paced(limit):
+                self._paced().take(limit, 1, len(self.log), now)
             return None
         end = self._end_now(limit, now)
         self._spend(limit, end, amount)
+        if isinstance(limit, Rate) and self.is_paced(limit):
+            self._paced().take(limit, amount, sum(self.buckets.values()), now)
         return amount, end
+
+    @staticmethod
+    def is_paced(limit: Limit) -> bool:
+        """Whether a limit has a pace or a ramp."""
+        return isinstance(limit, Rate) and (limit.pace_ms is not None or limit.ramp is not None)
+
+    def _paced(self) -> Pacing:
+        if self.pacing is None:
+            self.pacing = Pacing()
+        return self.pacing
+
+    def paced_at(self, limit: Limit, amount: int, spent: int, now: int) -> int:
+        """When an even flow and the ramp have room for `amount`; 0 where they have now."""
+        if not isinstance(limit, Rate) or not self.is_paced(limit):
+            return 0
+        return (self.pacing or Pacing()).room_at(limit, amount, spent, now)
 
     def settle(self, limit: Limit, charge: Charge, actual: int, now: int) -> bool:
         """Correct a reservation; True if something was returned. Call it after `look`.
@@ -112,6 +195,8 @@ class RateSpending:
             self._spend(limit, self._end_now(limit, now), extra)
         elif end in self.buckets:
             self._spend(limit, end, max(extra, -self.buckets[end]))
+        if isinstance(limit, Rate) and self.is_paced(limit):
+            self._paced().give_back(limit, -extra, now)
         return extra < 0
 
     def add(self, limit: Limit, amount: int, now: int) -> None:
@@ -128,6 +213,9 @@ class RateSpending:
         """The clock was set back: what was counted is as old as before."""
         self.log = [at - by_ms for at in self.log]
         self.buckets = {end - by_ms: amount for end, amount in self.buckets.items()}
+        if self.pacing is not None:
+            self.pacing.even_us = max(0, self.pacing.even_us - by_ms * 1000)
+            self.pacing.since = max(0, self.pacing.since - by_ms)
 
     def take_along(self, limit: Limit, now: int) -> None:
         """What was counted in another way, before the policy said this one, is taken for spent

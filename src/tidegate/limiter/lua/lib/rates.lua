@@ -183,6 +183,9 @@ T.rates = function()
     if amount == 0 then return true end
     if limit.bound == 0 then return T.room_again(limit, pool.now + T.DAY_MS) end
     amount = clamped(limit, amount)
+    if limit.pacing and T.paced_at(limit, amount) > 0 then
+      return T.room_again(limit, f.free_at(limit, amount))
+    end
     if limit.spent + amount <= limit.bound then
       local kept, at = kept_beside(limit, number, amount)
       if not kept then return T.room_again(limit, at) end
@@ -196,8 +199,10 @@ T.rates = function()
   function f.free_at(limit, amount)
     loaded(limit)
     amount = clamped(limit, amount)
-    if amount == 0 or limit.bound == 0 or limit.spent + amount <= limit.bound then return 0 end
-    return fits_at(limit, amount)
+    if amount == 0 or limit.bound == 0 then return 0 end
+    local at = limit.pacing and T.paced_at(limit, amount) or 0
+    if limit.spent + amount <= limit.bound then return at end
+    return math.max(at, fits_at(limit, amount))
   end
 
   -- Whether a lower band is next: true if its credit covers its first ticket, and there is
@@ -257,10 +262,12 @@ T.rates = function()
       limit.spent, limit.spent_anew, limit.changed = limit.spent + 1, true, true
       call('RPUSH', key_of(limit), T.int(pool.now))
       call('PEXPIRE', key_of(limit), limit.span)
+      if limit.pacing then T.pace_take(limit, 1) end
       return nil
     end
     local ends = ends_now(limit)
     spend(limit, ends, amount)
+    if limit.pacing then T.pace_take(limit, amount) end
     return T.int(amount) .. '@' .. T.int(ends)
   end
 
@@ -278,6 +285,7 @@ T.rates = function()
     elseif limit.buckets[ends] then
       spend(limit, ends, math.max(extra, -limit.buckets[ends]))
     end
+    if limit.pacing then T.pace_return(limit, -extra) end
     if extra < 0 then T.touch(limit) end
   end
 
@@ -318,6 +326,7 @@ T.rates = function()
   -- The clock was set back: usage keeps its age.
   function f.rewind(limit, by_ms)
     local key = key_of(limit)
+    if limit.pacing then T.rewind_pacing(limit, by_ms) end
     if limit.exact then
       local times = call('LRANGE', key, 0, -1)
       call('UNLINK', key)
@@ -335,6 +344,7 @@ T.rates = function()
 
   function f.save(limit)
     local dirty, key = limit.dirty, key_of(limit)
+    if limit.pacing_changed then T.save_pacing(limit) end
     if not dirty then return end
     limit.dirty = nil
     if limit.sort == 'q' then

@@ -1,0 +1,78 @@
+-- does: keeps a rate even, and its growth slow
+-- keys: meta
+-- args: none
+-- returns: load_pacing(), paced_bound(), paced_at(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
+-- units: ms; `even` and `pace` in microseconds
+-- `f:` is even|level|since. An even flow has made up at `even` for all that was taken: what is taken
+-- moves it on, and a call is admitted when it lies no more than `pace` ahead, the call's own part
+-- among it (GCRA, ITU-T I.371). Under a ramp a window takes at most `level` and so many percent of it
+-- for each minute since `since`. The first call after a minute makes the level what was taken in the
+-- last window, `start` at least; `since` is 0 before the first call of all.
+function T.load_pacing(limit, pace_ms, percent, start)
+  local even, level, since =
+    string.match(call('HGET', T.meta_key, 'f:' .. limit.name) or '0|0|0', '^(%d+)|(%d+)|(%d+)')
+  limit.pacing = { pace = pace_ms * 1000, percent = percent, start = start,
+    even = tonumber(even), level = tonumber(level), since = tonumber(since) }
+end
+
+-- What a window may take now.
+function T.paced_bound(limit)
+  local pacing = limit.pacing
+  if pacing.percent == 0 or pacing.since == 0 then return limit.bound end
+  local more = pacing.level * pacing.percent * math.max(0, pool.now - pacing.since) / 6000000
+  return math.min(limit.bound, pacing.level + math.floor(more))
+end
+
+local function lasts(limit, amount)
+  return math.ceil(amount * limit.span * 1000 / math.max(1, limit.bound))
+end
+
+-- When an even flow and the ramp have room for `amount`; 0 where they have now.
+function T.paced_at(limit, amount)
+  local pacing, at = limit.pacing, 0
+  if pacing.pace > 0 then
+    local earliest = pacing.even - math.max(0, pacing.pace - lasts(limit, amount))
+    if earliest > pool.now * 1000 then at = math.ceil(earliest / 1000) end
+  end
+  local needed = limit.spent + amount
+  if limit.spent > 0 and T.paced_bound(limit) < needed and needed <= limit.bound then
+    local grows_ms = math.ceil((needed - pacing.level) * 6000000 / (pacing.level * pacing.percent))
+    at = math.max(at, pool.now + 1, math.min(pacing.since + grows_ms, pool.now + limit.span))
+  end
+  return at
+end
+
+-- `spent` has `amount` in it already.
+function T.pace_take(limit, amount)
+  local pacing = limit.pacing
+  if pacing.pace > 0 then pacing.even = math.max(pacing.even, pool.now * 1000) + lasts(limit, amount) end
+  if pacing.percent > 0 and pool.now - pacing.since >= 60000 then
+    pacing.level, pacing.since = math.max(pacing.start, limit.spent), pool.now
+  end
+  limit.pacing_changed, limit.changed = true, true
+end
+
+-- What was reserved too much, or, if negative, used on top.
+function T.pace_return(limit, amount)
+  local pacing = limit.pacing
+  if pacing.pace == 0 or amount == 0 then return end
+  if amount > 0 then
+    pacing.even = math.max(0, pacing.even - lasts(limit, amount))
+  else
+    pacing.even = math.min(math.max(pacing.even, pool.now * 1000) + lasts(limit, -amount),
+      (pool.now + limit.span) * 1000)
+  end
+  limit.pacing_changed, limit.changed = true, true
+end
+
+function T.rewind_pacing(limit, by_ms)
+  local pacing = limit.pacing
+  pacing.even, pacing.since = math.max(0, pacing.even - by_ms * 1000), math.max(0, pacing.since - by_ms)
+  limit.pacing_changed, limit.changed = true, true
+end
+
+function T.save_pacing(limit)
+  local pacing = limit.pacing
+  T.put('f:' .. limit.name, string.format('%d|%d|%d', pacing.even, pacing.level, pacing.since))
+  limit.pacing_changed = nil
+end

@@ -1,0 +1,59 @@
+"""Presets of providers: how each counts what its limits page names.
+
+`docs/decisions/0018-how-providers-count.md` has the facts with their sources. A preset fills in
+what a limit does not say itself; the policy on record says all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tidegate.policy.format import MEASURES
+
+# Checked over shorter spans than a minute by providers that say so: 60 a minute as 10 in 10 s.
+_SPAN_MS = 10_000
+_AS_BUCKET = {"pace_ms": _SPAN_MS}
+_AT_THE_START = {"reserve": "larger", "settles": False}
+
+# By what a limit's scope counts.
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "openai": {"requests": _AS_BUCKET, "tokens": _AT_THE_START},
+    "azure": {"requests": _AS_BUCKET, "tokens": _AT_THE_START},
+    "anthropic": {
+        "requests": _AS_BUCKET,
+        "input_tokens": {"unit": "uncached_input_tokens"},
+    },
+    "bedrock": {"tokens": {"reserve": "bound", "weights": {"cached": 0, "output": 5}}},
+    "gemini": {},
+    "groq": {"tokens": {"weights": {"cached": 0}}},
+}
+
+
+def filled(
+    limits: Mapping[str, Any], provider: str, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`limits` by id, with what the preset of `provider` says of each that is new or changed since
+    `before`. One that names its unit says itself how it counts, and so does one that was a plain
+    number."""
+    preset, old = PRESETS.get(provider, {}), before or {}
+    return {
+        name: value
+        if name in old and (old[name] == value or not isinstance(old[name], Mapping))
+        else _filled(preset, name, value)
+        for name, value in limits.items()
+    }
+
+
+def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any) -> Any:
+    measure = MEASURES.get(limit_id.partition(":")[0])
+    usual = preset.get(measure.unit) if measure else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if measure is None or not usual or not (is_number or isinstance(value, Mapping)):
+        return value
+    table = {"bound": value} if is_number else value
+    if "unit" in table or "type" in table:
+        return value
+    if measure.window_ms != 60_000:  # a pace is of what is counted a minute
+        usual = {key: one for key, one in usual.items() if key != "pace_ms"}
+    return {**usual, **table} if usual else value

@@ -1,0 +1,78 @@
+"""What a call takes of each sort of limit, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.errors import ConfigError
+from tidegate.limiter import CallUse, Demand, PoolPolicy, Quota, Ramp, Rate, Tokens, Weights
+from tidegate.limiter.policy import Limit, amount_of, amount_to_reserve
+
+MINUTE_MS = 60_000
+USED = CallUse(Tokens(1000, 50, cached=900, cache_write=60), 2, 30, 790_000)
+
+
+@pytest.mark.parametrize(
+    ("unit", "amount"),
+    [
+        ("requests", 1),
+        ("tokens", 1050),
+        ("input_tokens", 1000),
+        ("uncached_input_tokens", 100),
+        ("output_tokens", 50),
+        ("images", 2),
+        ("audio_seconds", 30),
+        ("usd", 790_000),
+    ],
+)
+def test_each_unit_counts_its_own(unit: str, amount: int) -> None:
+    assert amount_of(Rate(9, MINUTE_MS, unit), USED) == amount  # type: ignore[arg-type]
+    assert amount_of(Quota(9, unit), USED) == amount  # type: ignore[arg-type]
+
+
+def test_weights_count_each_part_of_a_call() -> None:
+    limit = Rate(9, MINUTE_MS, "tokens", weights=Weights(1, 0.1, 1.25, 5))
+    assert amount_of(limit, USED) == 40 + 90 + 75 + 250
+    assert amount_of(Rate(9, MINUTE_MS, "tokens", weights=Weights(0.5, 0, 0, 0)), USED) == 20
+
+
+def test_a_limit_reserves_what_is_probable_the_most_or_the_larger() -> None:
+    demand = Demand(("tpm:m",), tokens=Tokens(100, 20), most=Tokens(100, 4000), larger_tokens=4000)
+    reserves = [
+        amount_to_reserve(Rate(9, MINUTE_MS, "tokens", reserve=reserve), demand)
+        for reserve in ("predicted", "bound", "larger")
+    ]
+    assert reserves == [120, 4100, 4000]
+    unbounded = Demand(("tpm:m",), tokens=Tokens(100, 20), larger_tokens=90)
+    assert amount_to_reserve(Rate(9, MINUTE_MS, "tokens", reserve="bound"), unbounded) == 120
+    assert amount_to_reserve(Rate(9, MINUTE_MS, "tokens", reserve="larger"), unbounded) == 90
+
+
+@pytest.mark.parametrize(
+    ("limit", "key"),
+    [
+        (Rate(9, MINUTE_MS, "requests", weights=Weights(1, 1, 1, 1)), "tpm:m.weights"),
+        (Rate(9, MINUTE_MS, "tokens", weights=Weights(1, -1, 1, 1)), "tpm:m.weights.cached"),
+        (Rate(9, MINUTE_MS, "tokens", reserve="most"), "tpm:m.reserve"),  # type: ignore[arg-type]
+        (Rate(9, MINUTE_MS, pace_ms=0), "tpm:m.pace_ms"),
+        (Rate(9, MINUTE_MS, pace_ms=MINUTE_MS + 1), "tpm:m.pace_ms"),
+        (Rate(9, MINUTE_MS, ramp=Ramp(0, 1)), "tpm:m.ramp.percent_per_minute"),
+        (Rate(9, MINUTE_MS, ramp=Ramp(50, 0)), "tpm:m.ramp.start"),
+    ],
+)
+def test_what_can_not_be_is_refused_by_its_key(limit: Limit, key: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        PoolPolicy({"tpm:m": limit})
+    assert raised.value.variable == key
+
+
+def test_a_policy_packs_and_unpacks_all_of_a_limit() -> None:
+    policy = PoolPolicy(
+        {
+            "tpm:m": Rate(9, MINUTE_MS, "tokens", 7, True, Weights(1, 0, 1, 5), "bound", False),
+            "itpm:m": Rate(9, MINUTE_MS, "input_tokens", pace_ms=1000, ramp=Ramp(50, 3)),
+            "rpd:m": Quota(9, "usd", reserve="larger"),
+            "rpm:m": Rate(9, MINUTE_MS),
+        }
+    )
+    assert PoolPolicy.unpack(policy.pack()) == policy

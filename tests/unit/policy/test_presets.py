@@ -1,0 +1,66 @@
+"""Each provider's preset counts as its limits page means it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tidegate.limiter import Rate, Weights
+from tidegate.policy.format import of_plain, to_plain
+from tidegate.policy.presets import PRESETS, filled
+
+
+def rate(provider: str, limit_id: str, value: Any = 30_000) -> Rate:
+    limit = of_plain({"limits": filled({limit_id: value}, provider)}).limit(limit_id)
+    assert isinstance(limit, Rate)
+    return limit
+
+
+@pytest.mark.parametrize("provider", ["openai", "azure"])
+def test_openai_counts_the_larger_of_input_and_max_tokens_and_gives_nothing_back(
+    provider: str,
+) -> None:
+    limit = rate(provider, "tpm:gpt-4o*")
+    assert (limit.unit, limit.reserve, limit.settles) == ("tokens", "larger", False)
+
+
+def test_anthropic_counts_no_input_that_its_cache_had() -> None:
+    assert rate("anthropic", "itpm:claude-opus-4*").unit == "uncached_input_tokens"
+    assert rate("anthropic", "otpm:claude-opus-4*") == Rate(30_000, 60_000, "output_tokens")
+
+
+def test_bedrock_counts_output_five_times_and_max_tokens_first() -> None:
+    limit = rate("bedrock", "tpm:claude*")
+    assert (limit.reserve, limit.settles, limit.weights) == ("bound", True, Weights(1, 0, 1, 5))
+
+
+def test_cached_tokens_are_free_at_groq() -> None:
+    assert rate("groq", "tpm:llama*").weights == Weights(1, 0, 1, 1)
+
+
+def test_requests_a_minute_are_checked_over_shorter_spans_by_providers_that_say_so() -> None:
+    assert rate("anthropic", "rpm:claude*", 60).pace_ms == 10_000
+    assert rate("anthropic", "rps:claude*", 1).pace_ms is None
+    assert rate("gemini", "rpm:gemini*", 60).pace_ms is None
+
+
+def test_a_limit_that_says_how_it_counts_is_left_as_it_is() -> None:
+    said = {"bound": 30_000, "unit": "input_tokens"}
+    assert rate("anthropic", "itpm:claude*", said).unit == "input_tokens"
+    own = {"bound": 9, "weights": {"output": 2}}
+    assert rate("bedrock", "tpm:claude*", own).weights == Weights(1, 1, 1, 2)
+
+
+def test_what_is_on_record_says_all_of_it_and_is_filled_once() -> None:
+    for provider in PRESETS:
+        limits = {"rpm:m*": 60, "itpm:m*": 7, "otpm:m*": 7, "tpm:m*": 7, "rpd:m*": 7, "model:m": 3}
+        plain = to_plain(of_plain({"limits": filled(limits, provider)}))
+        assert of_plain(plain) == of_plain({"limits": filled(plain["limits"], provider)})
+
+
+def test_a_live_change_fills_in_what_is_new_and_leaves_plain_numbers_plain() -> None:
+    before = {"itpm:old": 5, "itpm:table": {"bound": 5, "unit": "uncached_input_tokens"}}
+    after = filled({"itpm:old": 6, "itpm:table": 6, "itpm:new": 6}, "anthropic", before)
+    counted = {"unit": "uncached_input_tokens", "bound": 6}
+    assert after == {"itpm:old": 6, "itpm:table": counted, "itpm:new": counted}
