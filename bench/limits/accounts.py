@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 Limits = list[dict[str, Any]]
-# Bounds of one window; `PLENTY` never binds.
+# Bounds of ten seconds, so that a longer window has as many calls a second; `PLENTY` never binds.
 REQUESTS = 150
 TOKENS = 200_000
 PLENTY = 100_000_000
+BASE_S = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,18 @@ def _inline(value: Any) -> str:
     return json.dumps(value)
 
 
-def _limit(models: str, unit: str, bound: int, window_s: float, **more: Any) -> dict[str, Any]:
-    return {"models": models, "unit": unit, "bound": bound, "window_s": window_s, **more}
+def _limit(models: str, unit: str, bound: int, window_s: float) -> dict[str, Any]:
+    whole = round(bound * window_s / BASE_S)
+    return {"models": models, "unit": unit, "bound": whole, "window_s": window_s}
 
 
 def _for(models: Sequence[str], rates: Mapping[str, int], window_ms: int) -> dict[str, Any]:
     """The same rates for each of some models."""
     return {
-        f"{rate}:{model}": {"bound": bound, "window_ms": window_ms}
+        f"{rate}:{model}": {
+            "bound": round(bound * window_ms / 1000 / BASE_S),
+            "window_ms": window_ms,
+        }
         for model in models
         for rate, bound in rates.items()
     }
@@ -129,7 +134,7 @@ def _azure_limits(window_s: float) -> Limits:
     return [
         _limit("gpt-5", "requests", PLENTY, window_s / 6),
         _limit("gpt-5", "tokens", TOKENS, window_s),
-        _limit("gpt-5-mini", "requests", REQUESTS // 6, window_s / 6),
+        _limit("gpt-5-mini", "requests", REQUESTS, window_s / 6),
         _limit("gpt-5-mini", "tokens", PLENTY, window_s),
     ]
 

@@ -50,7 +50,9 @@ def limit_uses(before: Book, after: Book) -> list[LimitUse]:
         if end["mode"] == "token_bucket":
             used = end["counted"] - start["counted"]
             refilled = end["bound"] * passed_ns / (end["window_s"] * 1e9)
-            uses.append(LimitUse(end["name"], used, start["remaining"] + refilled))
+            # A burst that it keeps all the time is no part of the rate that it gives.
+            drained = max(start["remaining"] - end["remaining"], 0)
+            uses.append(LimitUse(end["name"], used, drained + refilled))
         else:
             uses.append(_by_whole_windows(end, before["now_ns"], after["now_ns"]))
     return uses

@@ -129,6 +129,30 @@ async def test_bedrock_refuses_in_both_dialects_without_a_time(
     assert body["error"]["message"].startswith("Too many tokens")
 
 
+async def test_geminis_compatible_endpoint_refuses_with_a_list(
+    emulator: Emulator, session: aiohttp.ClientSession
+) -> None:
+    requests = {"unit": "requests", "bound": 0}
+    await emulator.control.set_account(provider="gemini", limits=[requests])
+    status, _, body = await chat(session, emulator)
+    assert status == 429
+    (details,) = [item["error"]["details"] for item in body]
+    (failure,) = [item for item in details if item["@type"].endswith("QuotaFailure")]
+    assert failure["violations"][0]["quotaId"] == "GenerateRequestsPerMinutePerProjectPerModel"
+
+
+async def test_an_answers_end_has_settled_what_it_counts(
+    emulator: Emulator, session: aiohttp.ClientSession
+) -> None:
+    tokens = {"unit": "tokens", "bound": 10_000}
+    await emulator.control.set_account(provider="bedrock", limits=[tokens])
+    for _ in range(5):
+        status, _, body = await chat(session, emulator, max_tokens=9_000)
+        assert status == 200
+    counted = 5 * (body["usage"]["prompt_tokens"] + 5 * body["usage"]["completion_tokens"])
+    assert (await emulator.control.account())["limits"][0]["counted"] == counted
+
+
 async def test_calls_in_another_dialect_are_not_of_the_account(
     emulator: Emulator, session: aiohttp.ClientSession
 ) -> None:

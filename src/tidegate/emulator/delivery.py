@@ -321,5 +321,7 @@ class _Answering:
         state.made(self._call)
 
     def _end(self, outcome: Literal["finished", "failed"], last_bytes: int) -> None:
-        self._served.state.ledger.sent(self._call, last_bytes)
-        self._served.state.ledger.end(self._call, outcome)
+        state = self._served.state
+        state.ledger.sent(self._call, last_bytes)
+        state.ledger.end(self._call, outcome)
+        state.settle(self._call)

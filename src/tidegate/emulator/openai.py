@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
+from tidegate.emulator.account import AccountRefusal
 from tidegate.emulator.content import (
     OUTPUT_PICTURE_TOKENS,
     Attached,
@@ -52,6 +53,7 @@ from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused,
 from tidegate.emulator.gemini import GEMINI
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.openai_responses import GARBAGE, response_script
+from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.rate_limits import check_admin_key, openai_page, refused_in_openai
 from tidegate.emulator.settings import Behaviour
 
@@ -158,6 +160,14 @@ def _throttled_on_order(fault: Fault, model: str) -> ErrorResponse | None:
     return None
 
 
+def _refused_by_account(spec: AccountSpec, refusal: AccountRefusal, model: str) -> ErrorResponse:
+    """Gemini's compatible endpoint sends Gemini's error in a list."""
+    if spec.provider != "gemini":
+        return refused_in_openai(spec, refusal, model)
+    error = GEMINI.refused_by_account(spec, refusal, model)
+    return ErrorResponse(429, [error.body] if isinstance(error.body, dict) else error.body)
+
+
 OPENAI = EmulatedApi(
     name="openai",
     error=error,
@@ -175,7 +185,7 @@ OPENAI = EmulatedApi(
         FaultName.FORBIDDEN: (403, "Your key has no access to this resource."),
     },
     throttled=_throttled_on_order,
-    refused_by_account=refused_in_openai,
+    refused_by_account=_refused_by_account,
 )
 
 

@@ -500,7 +500,7 @@ class EmulatorState:
             raise
         finally:
             self.ledger.end(call, "finished")
-            self._settle(call)
+            self.settle(call)
             self.presence.forget(fd, call.id)
             del self._in_flight[call.id]
             self._call_on.pop(protocol, None)
@@ -516,7 +516,8 @@ class EmulatorState:
             self.ledger.refuse(call, reached.refusal.limit.name, over=False)
             raise
 
-    def _settle(self, call: LoggedCall) -> None:
+    def settle(self, call: LoggedCall) -> None:
+        """Correct what an ended call counts to what it made. Idempotent."""
         if call.id in self._charges:
             account, charge = self._charges.pop(call.id)
             account.made(charge, call.output_tokens)

@@ -31,11 +31,17 @@ def book(now_s: float, **limit: Any) -> dict[str, Any]:
     return {"now_ns": round(now_s * SECOND), "limits": [whole | limit]}
 
 
-def test_a_bucket_gives_what_it_has_and_what_it_refills() -> None:
-    before = book(100, remaining=50, counted=30)
-    (use,) = limit_uses(before, book(120, counted=230))
-    assert use == LimitUse("tokens:m:10s", 200, 250.0)
-    assert use.share == pytest.approx(0.8)
+@pytest.mark.parametrize(
+    ("remaining", "counted", "given"),
+    [((50, 50), 200, 200.0), ((50, 10), 240, 240.0), ((10, 100), 100, 200.0)],
+)
+def test_a_bucket_gives_what_it_refills_and_what_is_drained(
+    remaining: tuple[int, int], counted: int, given: float
+) -> None:
+    before = book(100, remaining=remaining[0], counted=30)
+    (use,) = limit_uses(before, book(120, remaining=remaining[1], counted=30 + counted))
+    assert use == LimitUse("tokens:m:10s", counted, given)
+    assert use.share == pytest.approx(counted / given)
 
 
 def test_windows_count_whole_and_none_that_was_cut() -> None:

@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 import pytest
 
+from tidegate.emulator.__main__ import parse
 from tidegate.emulator.client import _plain
 from tidegate.emulator.profiles import DIALECTS, AccountSpec, Provider
 from tidegate.emulator.settings import Behaviour
-from tidegate.errors import InvalidRequest
+from tidegate.errors import ConfigError, InvalidRequest
 
 
 def parsed(value: Any) -> AccountSpec:
@@ -58,6 +59,15 @@ def test_geminis_days_are_californias() -> None:
     limits = [{"unit": "requests", "bound": 9, "window_s": 86_400}]
     (limit,) = parsed({"provider": "gemini", "limits": limits}).limits
     assert (limit.mode, limit.zone) == ("calendar_day", "America/Los_Angeles")
+
+
+def test_the_command_line_takes_a_name_or_json() -> None:
+    settings, _ = parse(["--account", "groq"])
+    assert settings.behaviour.account == parsed("groq")
+    settings, _ = parse(["--account", '{"provider": "groq", "tier": 2}'])
+    assert settings.behaviour.account == parsed({"provider": "groq", "tier": 2})
+    with pytest.raises(ConfigError, match="llama"):
+        parse(["--account", "llama"])
 
 
 WRONG: list[Any] = [
