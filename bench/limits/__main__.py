@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import grid, machine
 from bench.limits.accounts import CONVERSATION, PROVIDERS, MeasuredProvider
-from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, refusals
+from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, missed_bars, refusals
 from bench.limits.load import AgentLoad, MixedLoad
 from bench.limits.stage import LimitsStage, NotStarted, standing
 from tidegate.embedded.servers import ServerFailed
@@ -175,6 +175,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, default=[])
     parser.add_argument("--window", type=float, default=60.0, help="seconds of a provider's minute")
     parser.add_argument("--windows", type=int, default=3, help="measured of each")
+    parser.add_argument("--check", action="store_true", help="end with 1 when a bar is missed")
     parser.add_argument("--json", type=Path, help="put every figure into this file")
     return parser.parse_args()
 
@@ -201,7 +202,11 @@ def main() -> int:
         keep("changes", run(openai, measure_changes, options, cache=HIT_RATE))
     print("\n".join(about))
     grid.show(_tables(found))
-    return int(any("failed" in figures for figures in found.values()))
+    missed = list(missed_bars(found, options.window))
+    for line in missed:
+        print(f"missed: {line}")
+    failed = any("failed" in figures for figures in found.values())
+    return int(failed or (options.check and bool(missed)))
 
 
 if __name__ == "__main__":

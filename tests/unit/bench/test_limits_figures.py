@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from bench.limits.accounts import CONVERSATION, KEY_VARIABLE, PROVIDERS, MeasuredProvider
-from bench.limits.figures import LimitUse, binding, limit_uses, refusals
+from bench.limits.figures import (
+    ITPM_OF_BOUND_AT_FIRST,
+    LimitUse,
+    binding,
+    limit_uses,
+    missed_bars,
+    refusals,
+)
 from bench.limits.load import drawn, mix
 from tidegate.emulator.profiles import AccountSpec
 from tidegate.policy.deployment import deployment_of
@@ -74,6 +81,39 @@ def test_the_binding_limit_of_a_class_is_the_one_used_most() -> None:
         "a": "tokens:a:60s",
         "b": "requests:b:60s",
     }
+
+
+GOOD = {"first": 3, "per_thousand": 1.0, "used": {"tokens:m:60s": 0.97, "requests:m:10s": 0.9}}
+
+
+def test_figures_within_their_bars_miss_none() -> None:
+    found = {
+        "mix openai": GOOD,
+        "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
+        "changes": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
+    }
+    assert list(missed_bars(found, 60.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "figures", "words"),
+    [
+        ("mix groq", {**GOOD, "first": 4}, "4 of the first 50"),
+        ("mix groq", {**GOOD, "per_thousand": 1.1}, "1.1 of 1,000"),
+        ("mix groq", {**GOOD, "used": {"tokens:m:60s": 0.96}}, "96.0% of tokens:m:60s"),
+        ("mix azure", {**GOOD, "used": {"requests:m:10s": 0.89}}, "89.0% of requests:m:10s"),
+        ("conversation", {**GOOD, "itpm_of_bound": 1.26}, "2.0 times"),
+        ("conversation", {"failed": "NotStarted: x"}, "NotStarted"),
+        (
+            "changes",
+            {"others": {"first": 0, "later": 2.0}, "tier": {"first": 0, "later": 0.0}},
+            "others: 2.0 refusals",
+        ),
+    ],
+)
+def test_a_bar_that_is_missed_is_named(name: str, figures: dict[str, Any], words: str) -> None:
+    (line,) = missed_bars({name: figures}, 60.0)
+    assert words in line
 
 
 @pytest.mark.parametrize("provider", [*PROVIDERS, CONVERSATION], ids=lambda one: one.name)
