@@ -25,8 +25,9 @@ BOUNDS = (64, 256, 1024, 4096)
 # Live clients for each model, each with one call at a time, and jobs that wait for each.
 CLIENTS, JOBS = 24, 40
 ANSWER = " ".join(f"word{number}" for number in range(120))
-# Of an agent: its system prompt in characters, turns, and how much each adds to the conversation.
-SYSTEM_CHARS, TURNS, GROWTH = 16_000, 25, 0.1
+# Of an agent: its system prompt in characters, turns, and how much each adds to the conversation,
+# so that nine tenths of all input come from the prompt cache.
+SYSTEM_CHARS, TURNS, GROWTH = 16_000, 25, 0.09
 AGENTS = 8
 _TOTAL_S = 600.0
 _ALPHABET = "etaoin shrdlu cmfwyp vbgkjq xz "

@@ -83,11 +83,15 @@ def test_the_binding_limit_of_a_class_is_the_one_used_most() -> None:
     }
 
 
-GOOD = {"first": 3, "per_thousand": 1.0, "used": {"tokens:m:60s": 0.97, "requests:m:10s": 0.9}}
+GOOD: dict[str, Any] = {
+    "first": 3,
+    "per_thousand": 1.0,
+    "used": {"tokens:m:60s": 0.97, "requests:m:10s": 0.9},
+}
 
 
 def test_figures_within_their_bars_miss_none() -> None:
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "mix openai": GOOD,
         "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
         "changes": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
