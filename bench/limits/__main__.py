@@ -120,7 +120,7 @@ def run(
     provider: MeasuredProvider, measure: Measure, options: argparse.Namespace, **account: Any
 ) -> Figures:
     try:
-        with standing(provider, options.window, **account) as stage:
+        with standing(provider, options.window, at_first=options.at_first, **account) as stage:
             return asyncio.run(measure(stage, provider, options.window, options.windows))
     except (NotStarted, ServerFailed, OSError) as failed:
         return {"failed": f"{type(failed).__name__}: {failed}"}
@@ -175,6 +175,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, default=[])
     parser.add_argument("--window", type=float, default=60.0, help="seconds of a provider's minute")
     parser.add_argument("--windows", type=int, default=3, help="measured of each")
+    parser.add_argument(
+        "--at-first", action="store_true", help="with the limits that a policy of 0.1.0 can have"
+    )
     parser.add_argument("--check", action="store_true", help="end with 1 when a bar is missed")
     parser.add_argument("--json", type=Path, help="put every figure into this file")
     return parser.parse_args()

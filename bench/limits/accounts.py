@@ -21,21 +21,27 @@ BASE_S = 10
 
 @dataclass(frozen=True, slots=True)
 class MeasuredProvider:
-    """A provider, the models of the load's mix, its limits, and our policy's limits for them."""
+    """A provider, the models of the load's mix, its limits, and our policy's limits for them.
+
+    `first_policy` says them as 0.1.0 could, where that is not the same but for the provider's name.
+    """
 
     name: str
     dialect: str
     models: Sequence[str]
     limits: Callable[[float], Limits]
     policy: Callable[[int], Mapping[str, Any]]
+    first_policy: Callable[[int], Mapping[str, Any]] | None = None
 
     def account(self, window_s: float, **fields: Any) -> dict[str, Any]:
         return {"provider": self.name, "limits": self.limits(window_s), **fields}
 
-    def toml(self, window_s: float, upstream_url: str) -> str:
-        """The policy: one upstream with its limits."""
+    def toml(self, window_s: float, upstream_url: str, *, at_first: bool = False) -> str:
+        """The policy: one upstream with its limits; `at_first` as 0.1.0 has them."""
+        policy = (self.first_policy or self.policy) if at_first else self.policy
         lines = [
             "[upstreams.measured]",
+            *([] if at_first else [f'provider = "{self.name}"']),
             f'base_url = "{upstream_url}"',
             f'dialect = "{self.dialect}"',
             f'key = "{KEY_VARIABLE}"',
@@ -44,7 +50,7 @@ class MeasuredProvider:
             "[upstreams.measured.limits]",
             f'"pool:total" = {AT_ONCE}',
         ]
-        for name, value in self.policy(round(window_s * 1000)).items():
+        for name, value in policy(round(window_s * 1000)).items():
             lines.append(f'"{name}" = {_inline(value)}')
         return "\n".join(lines) + "\n"
 
@@ -107,7 +113,14 @@ def _anthropic_limits(window_s: float) -> Limits:
 
 
 def _anthropic_policy(window_ms: int) -> Mapping[str, Any]:
-    """A class of models has no limit of its own in 0.1.0: each model gets its part of the bound."""
+    return {
+        **_for(["claude-opus-4*"], {"itpm": TOKENS // 10}, window_ms),
+        **_for(["claude-haiku-*"], {"otpm": 10_000}, window_ms),
+    }
+
+
+def _first_anthropic_policy(window_ms: int) -> Mapping[str, Any]:
+    """A class of models had no limit of its own: each model gets its part of the bound."""
     return {
         **_for(OPUS, {"itpm": TOKENS // 10 // len(OPUS)}, window_ms),
         **_for(["claude-haiku-4-5"], {"otpm": 10_000}, window_ms),
@@ -179,6 +192,7 @@ PROVIDERS = (
         (*OPUS, "claude-haiku-4-5"),
         _anthropic_limits,
         _anthropic_policy,
+        _first_anthropic_policy,
     ),
     MeasuredProvider(
         "gemini",

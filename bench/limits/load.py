@@ -129,10 +129,9 @@ class MixedLoad:
         for call in itertools.islice(mix(self.dialect, [model], seed), JOBS):
             # A job has a whole answer; only the path says it in Gemini's dialect.
             path = call.path.replace("streamGenerateContent?alt=sse", "generateContent")
-            body = {"endpoint": path, "body": call.body | {"stream": False}}
-            if self.dialect == "gemini":
-                body = {"endpoint": path, "body": call.body}
-            async with self._session.post(f"{self.url}/submit", json=body) as answer:
+            whole = {"stream": False} if "stream" in call.body else {}
+            job = {"endpoint": path, "body": call.body | whole}
+            async with self._session.post(f"{self.url}/submit", json=job) as answer:
                 self.statuses[f"job {answer.status}"] += 1
 
 

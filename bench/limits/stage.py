@@ -49,13 +49,19 @@ class LimitsStage:
 
 
 @contextmanager
-def standing(provider: MeasuredProvider, window_s: float, **account: Any) -> Iterator[LimitsStage]:
-    """Emulator and product while the block runs. Raises NotStarted."""
+def standing(
+    provider: MeasuredProvider, window_s: float, *, at_first: bool = False, **account: Any
+) -> Iterator[LimitsStage]:
+    """Emulator and product while the block runs, `at_first` with limits as 0.1.0 has them.
+
+    Raises NotStarted.
+    """
     behaviour = {**BEHAVIOUR, "account": provider.account(window_s, **account)}
     with TemporaryDirectory(prefix="bench-limits-") as folder:
         emulator, provider_url = _emulator(Path(folder), behaviour)
         try:
-            policy = provider.toml(window_s, provider_url + _BASES[provider.dialect])
+            upstream_url = provider_url + _BASES[provider.dialect]
+            policy = provider.toml(window_s, upstream_url, at_first=at_first)
             settings = {"STREAM_WAIT_MS": str(WAIT_MS), KEY_VARIABLE: "measured"}
             with Product(
                 provider_url, apis=APIS, workers=WORKERS, policy=policy, settings=settings

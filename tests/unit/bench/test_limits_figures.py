@@ -120,13 +120,17 @@ def test_a_bar_that_is_missed_is_named(name: str, figures: dict[str, Any], words
     assert words in line
 
 
+@pytest.mark.parametrize("at_first", [True, False])
+@pytest.mark.parametrize("window_s", [10.0, 60.0])
 @pytest.mark.parametrize("provider", [*PROVIDERS, CONVERSATION], ids=lambda one: one.name)
-def test_the_account_and_the_policy_are_sound(provider: MeasuredProvider) -> None:
-    spec = AccountSpec.parse(provider.account(10.0, cache=0.9))
+def test_the_account_and_the_policy_are_sound(
+    provider: MeasuredProvider, window_s: float, at_first: bool
+) -> None:
+    spec = AccountSpec.parse(provider.account(window_s, cache=0.9))
     assert spec is not None
     for model in provider.models:
         assert [limit for limit in spec.limits if limit.binds(model)]
-    stated = tomllib.loads(provider.toml(10.0, "http://127.0.0.1:1"))
+    stated = tomllib.loads(provider.toml(window_s, "http://127.0.0.1:1", at_first=at_first))
     config = Config.model_validate(
         {"redis_url": "redis://127.0.0.1:1/0", "database_url": "postgresql://127.0.0.1:1/x"}
     )
