@@ -146,26 +146,11 @@ NO_CAPS = Caps()
 
 
 @dataclass(frozen=True, slots=True)
-class Budgets:
-    """What a tenant may spend in a day and in a month of UTC. Money in millionths of the currency
-    of the prices. None means without a bound."""
-
-    day_micros: int | None = None
-    month_micros: int | None = None
-    day_tokens: int | None = None
-    month_tokens: int | None = None
-
-
-NO_BUDGETS = Budgets()
-
-
-@dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, as far as the front needs to know.
 
     key_id: of the API key that was shown; None without one. models: patterns of the models that
     may be asked (`gemini-*`); None means all. most_priority: a higher one is lowered to it.
-    budgets: `NO_BUDGETS` itself where there are none.
     """
 
     tenant_id: str = DEFAULT_TENANT
@@ -173,7 +158,6 @@ class Caller:
     models: tuple[str, ...] | None = None
     most_priority: int = 100
     caps: Caps = NO_CAPS
-    budgets: Budgets = NO_BUDGETS
 
     def may_ask(self, model: str) -> bool:
         """Whether a model is among those allowed, with or without Gemini's `models/` before it."""
@@ -184,6 +168,19 @@ class Caller:
 
 
 ANYBODY = Caller()
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """What a call may cost, before it is made. most_micros, most_tokens: what it can cost at most,
+    in micro-dollars and in LLM tokens, None where that can't be proven. likely_micros,
+    likely_tokens: about what it will; 0 without a price. unknown: why the most is not known."""
+
+    most_micros: int | None
+    most_tokens: int | None
+    likely_micros: int = 0
+    likely_tokens: int = 0
+    unknown: str = ""
 
 
 @dataclass(frozen=True, slots=True)

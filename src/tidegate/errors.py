@@ -20,8 +20,10 @@ TidegateError
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
 ├── QuotaExceeded               a tenant has reached one of its caps; names it
-│   ├── BudgetExceeded          it has spent what it may in a day or month
-│   └── BudgetReserved          what is left of that is reserved for its calls under way
+│   ├── BudgetExceeded          a budget has no room for the call in its period
+│   │   └── BudgetPaused        it is paused until a person resumes it
+│   ├── BudgetReserved          what is left of a budget is reserved for calls in progress
+│   └── BudgetUnbounded         a budget binds a call whose most possible cost is not known
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   │   ├── LimitPaused         a limit is paused for longer than the call may wait
@@ -220,23 +222,52 @@ class QuotaExceeded(TidegateError):
     code = "quota_exceeded"
     retryable = True
 
-    def __init__(self, message: str, *, limit: str, allowed: str, retry_after_ms: int) -> None:
+    def __init__(
+        self, message: str, *, limit: str, allowed: str, retry_after_ms: int | None = None
+    ) -> None:
         super().__init__(message, retry_after_ms=retry_after_ms)
         self.limit = limit
         self.allowed = allowed
 
 
 class BudgetExceeded(QuotaExceeded):
-    """`limit` is the name of the budget, e.g. `budget_day_tokens`. Waiting helps, until the day or
-    the month ends in UTC; an immediate retry does not."""
+    """`limit` is the name of the budget, e.g. `budget_day_tokens`. Waiting helps, until its period
+    ends; an immediate retry does not. fallback: the model that is called instead, if there is one.
+    """
 
     code = "budget_exceeded"
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: str,
+        allowed: str,
+        retry_after_ms: int | None,
+        fallback: str | None = None,
+    ) -> None:
+        super().__init__(message, limit=limit, allowed=allowed, retry_after_ms=retry_after_ms)
+        self.fallback = fallback
+
+
+class BudgetPaused(BudgetExceeded):
+    """No time is known after which it goes on: a person must resume the budget."""
+
+    code = "budget_paused"
+
 
 class BudgetReserved(QuotaExceeded):
-    """What is left of the budget named `limit` may be spent by calls that are under way."""
+    """What is left of the budget named `limit` may be spent by calls that are in progress."""
 
     code = "budget_reserved"
+
+
+class BudgetUnbounded(QuotaExceeded):
+    """The budget named `limit` binds a call whose most possible cost is not known: it is refused,
+    since the budget could not be kept. The same call fails again."""
+
+    code = "budget_unbounded"
+    retryable = False
 
 
 class AdmissionError(TidegateError):

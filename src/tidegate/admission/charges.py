@@ -15,7 +15,16 @@ from math import ceil
 from typing import Literal
 
 from tidegate.admission.estimator import PICTURE_TOKENS, Estimate, pieces_of_text
-from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageDetails, UsageState, tokens_of
+from tidegate.call import (
+    UNKNOWN_CHARGE,
+    Answer,
+    CallCost,
+    Charge,
+    Usage,
+    UsageDetails,
+    UsageState,
+    tokens_of,
+)
 from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.catalog import Catalog, catalog, provider_of
@@ -24,6 +33,11 @@ from tidegate.prices.rates import Rates, cost_micros, micros_of
 _MODELS_KEPT = 1_000
 _DAY_S = 86_400
 _EPOCH = date(1970, 1, 1).toordinal()
+_MICRO = 10**6  # picos in a micro-dollar
+# What a provider adds to any call, and to one with a client's tools: Anthropic's own prompt for
+# them has up to 800 tokens (platform.claude.com/docs/en/agents-and-tools/tool-use/overview).
+_CALL_TOKENS = 50
+_TOOLS_TOKENS = 1_000
 
 CacheWrite = Literal["5m", "1h"]
 
@@ -59,6 +73,16 @@ class Prices:
         if usual is None or asked is None or (asked.output or 0) < (usual.output or 0):
             return usual
         return asked
+
+    def most(self, model: str) -> tuple[int | None, int | None]:
+        """The most tokens that a model takes in and gives out together, and that it gives out; None
+        where that is not known."""
+        provider = None if self._upstream is None else self._upstream.provider
+        if provider is None:
+            return None, None
+        day = date.fromordinal(_EPOCH + int(self._now() // _DAY_S))
+        row = self._public.row(provider, model, day)
+        return (None, None) if row is None else (row.context_tokens, row.most_output_tokens)
 
     def _rates_on(self, model: str, tier: str, day: int) -> Rates | None:
         if self._upstream is None:
@@ -126,6 +150,87 @@ def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[
     )
     micros = cost_micros(rates, usage, images) or 0
     return micros, sum(count or 0 for count in tokens_of(usage))
+
+
+def call_cost(
+    rates: Rates | None,
+    estimate: Estimate,
+    *,
+    input_bytes: int,
+    context_tokens: int | None = None,
+    unseen: str = "",
+    max_output_tokens: int | None = None,
+    images: int = 0,
+    draws_alone: bool = False,
+    writes: CacheWrite | None = None,
+    tools: bool = False,
+    unbounded: str = "",
+) -> CallCost:
+    """What a call may cost, before it is made: at most, where that can be proven, and about.
+
+    A tokenizer makes no more tokens of a text than it has bytes, and those of the JSON around it
+    cover what a provider puts around each message. unseen: why the input is bounded by the context
+    of the model alone, `context_tokens`. max_output_tokens: of all answers together. draws_alone:
+    it makes `images` and nothing else. unbounded: why nothing bounds it.
+    """
+    likely_micros, likely_tokens = foreseen(rates, estimate, images)
+    most_input: int | None = input_bytes + (_TOOLS_TOKENS if tools else _CALL_TOKENS)
+    if unseen:
+        most_input = context_tokens
+    if unbounded:
+        unknown = unbounded
+    elif most_input is None:
+        unknown = unseen
+    elif images and not draws_alone:
+        unknown = "the pictures that it may make are not counted beforehand"
+    elif max_output_tokens is None and not draws_alone:
+        unknown = "it has no max_tokens, and the most that its model gives out is not known"
+    else:
+        given = 0 if draws_alone else max_output_tokens or 0
+        micros = _most_micros(
+            rates, most_input, given, images if draws_alone else 0, writes, bool(unseen)
+        )
+        tokens = None if draws_alone else most_input + given
+        unknown = "" if tokens else "the tokens of pictures are not counted beforehand"
+        if micros is None:
+            unknown = "the price of its model is not known"
+        return CallCost(micros, tokens, likely_micros, likely_tokens, unknown)
+    return CallCost(None, None, likely_micros, likely_tokens, unknown)
+
+
+def _most_micros(
+    rates: Rates | None,
+    taken: int,
+    given: int,
+    images: int,
+    writes: CacheWrite | None,
+    has_files: bool,
+) -> int | None:
+    """At the dearest rates, rounded up; None where one that it needs is not known."""
+    if rates is None or rates.input is None:
+        return None
+    all_rates = [rates]
+    if rates.above is not None and rates.long is not None and taken > rates.above:
+        all_rates.append(rates.long)
+    most = 0
+    for one in all_rates:
+        inputs = [one.input, one.cached]
+        if writes is not None:
+            inputs += [one.cache_write, one.cache_write_1h if writes == "1h" else None]
+        if has_files:
+            inputs += [one.input_audio, one.input_image]
+        picos = 0
+        for count, found in (
+            (taken, inputs),
+            (given, [one.output, one.output_audio, one.output_image]),
+            (images, [one.image]),
+        ):
+            known = [rate for rate in found if rate is not None]
+            if count and not known:
+                return None
+            picos += count * max(known, default=0)
+        most = max(most, picos)
+    return -(-most // _MICRO)
 
 
 def cut_charge(

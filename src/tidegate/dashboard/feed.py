@@ -47,8 +47,7 @@ from tidegate.limiter import (
 )
 from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.policy.format import in_words
-from tidegate.store.statistics import CallCounts, History, percentiles
-from tidegate.store.usage import Total
+from tidegate.store.statistics import CallCounts, History, Total, percentiles
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_LIMITS = 100

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.answers import WithoutUsageEvent
 from tidegate.dialects.requests import parsed
-from tidegate.errors import BudgetExceeded, IdempotencyConflict, InvalidRequest
+from tidegate.errors import IdempotencyConflict, InvalidRequest
 from tidegate.http.submission import Submission
 from tidegate.record import KEPT_BYTES, CallRecord
 from tidegate.spine.native import NativeCall, Out
@@ -100,20 +100,6 @@ def idempotency_in(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idem
     if key is None:
         return None
     return Idempotency(key, sha256(b"%b\0%b" % (_target_of(call).encode(), call.body)).hexdigest())
-
-
-def shows_key(headers: list[tuple[bytes, bytes]]) -> bool:
-    return any(name == _NAME for name, _ in headers)
-
-
-async def check_known(
-    keys: NativeKeys, call: NativeCall, headers: list[tuple[bytes, bytes]], spent: BudgetExceeded
-) -> None:
-    """Raises `spent` unless the key belongs to an earlier call: its answer costs
-    nothing. Raises InvalidRequest and StoreUnavailable as well."""
-    wanted = idempotency_in(call, headers)
-    if wanted is None or await keys.known(call.terms.caller.tenant_id, wanted.key) is None:
-        raise spent
 
 
 def _target_of(call: NativeCall) -> str:

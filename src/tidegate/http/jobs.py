@@ -322,7 +322,7 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             if job.endpoint is None:
                 targets = services.spine.targets
                 check_prompt(targets, job.model, job.classification, services.config)
-            await services.budgets.check(caller)
+            await services.budgets.check(caller, job.model or "", job.subject)
             async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
                 job = await body_apart(job, services.blobs)
                 earlier = await services.store.jobs.submit(job)
@@ -370,6 +370,7 @@ def _new_job(
         once=idempotency_of(key, submission),
         webhook_url=submission.webhook_url,
         subject=submission.subject,
+        key_id=caller.key_id,
         endpoint=submission.endpoint,
         traceparent=None if parent is None else parent.text,
     )

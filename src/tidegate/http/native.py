@@ -19,7 +19,7 @@ from uuid import UUID
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from tidegate.call import ANYBODY, NO_BUDGETS, Caller, Status, new_id
+from tidegate.call import ANYBODY, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, endpoint_in, methods_at
 from tidegate.dialects.headers import content_type_in, to_send
 from tidegate.dialects.requests import parsed
@@ -35,7 +35,7 @@ from tidegate.errors import (
 )
 from tidegate.http.body import Incoming, Pace, check_announced, check_size
 from tidegate.http.guards import PASS, admit_upload, own_urls
-from tidegate.http.idempotency import LOST_HEADER, Once, check_known, idempotency_in, shows_key
+from tidegate.http.idempotency import LOST_HEADER, Once, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.services import (
     NATIVE,
@@ -82,7 +82,8 @@ def call_of(
     """The call that a request asks for. `received`: on the monotonic clock and by the calendar.
     Raises InvalidRequest."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
-    wait_ms, priority, subject, parent = usual_wait_ms, 0, None, None
+    wait_ms, priority, subject, conversation = usual_wait_ms, 0, None, None
+    parent = None
     for name, value in headers:
         if name == b"x-tidegate-deadline-ms":
             wait_ms = _whole(name, value, 1, _MOST_WAIT_MS)
@@ -90,6 +91,8 @@ def call_of(
             priority = _whole(name, value, -100, 100)
         elif name == b"x-tidegate-subject":
             subject = _tag(name, value)
+        elif name == b"x-tidegate-conversation":
+            conversation = _tag(name, value)
         elif name == HEADER:
             parent = parent_of(value.decode("latin-1"))
     trail = tracing.trail(request_id, parent)
@@ -101,7 +104,7 @@ def call_of(
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
     return NativeCall(
-        Terms(request_id, caller, received_s, wait_ms, priority, trail),
+        Terms(request_id, caller, received_s, wait_ms, priority, trail, conversation=conversation),
         endpoint,
         scope["method"],
         query,
@@ -259,11 +262,6 @@ class _Front:
         uploads = endpoint.operation is Operation.UPLOAD
         try:
             await self._identify(endpoint)
-            spent = None
-            if endpoint.is_counted and self._caller.budgets is not NO_BUDGETS:
-                spent = await self._services.budgets.spent(self._caller)
-            if spent is not None and not shows_key(self._scope["headers"]):
-                raise spent
             body = b"" if uploads else await self._whole_body()
             call = call_of(
                 self._scope,
@@ -275,9 +273,6 @@ class _Front:
                 usual_wait_ms=self._services.config.stream_wait_ms,
                 tracing=self._services.spine.tracing,
             )
-            if spent is not None:
-                keys = self._services.store.native_keys
-                await check_known(keys, call, self._scope["headers"], spent)
             if not endpoint.is_counted:
                 check_files(call)
             if self._services.store.audit.is_full:
@@ -396,7 +391,6 @@ class _Front:
             await once.replay(taken, self)
             return
         try:
-            await self._services.budgets.check(call.terms.caller)
             await self._services.relay.run(call, self, self._record)
         except BaseException:  # cancellation too: calls that wait for this one must not wait on
             once.failed()

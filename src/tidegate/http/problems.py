@@ -127,6 +127,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.NotEnded: 409,
     errors.RequestCancelled: 409,
     errors.TooManyFollowers: 503,
+    errors.BudgetUnbounded: 403,
     errors.QuotaExceeded: 429,
     errors.DeadlineExceeded: 504,
     errors.LimitPaused: 503,
@@ -342,9 +343,13 @@ ADVICE: dict[str, str] = {
     "too_many_followers": "This process has too many followers: retry later.",
     "quota_exceeded": "Its tenant has reached its cap on queued or open requests: raise the "
     "cap, or wait.",
-    "budget_reserved": "The rest of its tenant's budget is reserved for calls in progress: retry "
-    "when they end.",
-    "budget_exceeded": "Its tenant has exceeded its budget: raise it, or wait for the next period.",
+    "budget_reserved": "Calls in progress may spend what is left of a budget: retry it when they "
+    "end.",
+    "budget_exceeded": "A budget has no room for it: raise it, or wait for its next period.",
+    "budget_paused": "A budget is paused: see what has spent it, then resume it with "
+    "`tidegate budgets resume`.",
+    "budget_unbounded": "A budget binds it, and what it costs at most is not known: name "
+    "max_tokens, give its model a price, or have the budget take estimates (doubt = estimate).",
     "admission": "The limiter did not admit it: see the limits.",
     "deadline_exceeded": "It was not admitted before its deadline: raise the limit that it waited "
     "for, give it a higher priority or a later deadline.",
@@ -418,7 +423,7 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
         headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
     far = isinstance(error, errors.DeadlineExceeded) and (after_ms or 0) > _SDK_WAITS_MS
     spec = DIALECTS[dialect]
-    if far or isinstance(error, errors.BudgetExceeded):
+    if far or isinstance(error, errors.BudgetExceeded | errors.BudgetUnbounded):
         headers += spec.no_retry
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
         headers.append((b"connection", b"close"))

@@ -37,7 +37,7 @@ from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting
 from tidegate.record import ActiveCall
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
-from tidegate.store.usage import COUNTS, MOST_ROWS, Total
+from tidegate.store.statistics import COUNTS, MOST_TOTALS, Total
 
 _CONFIRMED_WITHIN_S = 2.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -451,7 +451,7 @@ class UsageView(BaseModel):
     until: date
     rows: list[UsageRow]
     total: Amounts = Field(description="Of the rows that are shown")
-    cut: bool = Field(description=f"There are more than the {MOST_ROWS} rows that are shown")
+    cut: bool = Field(description=f"There are more than the {MOST_TOTALS} rows that are shown")
 
 
 @usage_router.get(
@@ -557,7 +557,7 @@ async def _view(
         raise InvalidRequest("tenant", "tenant has a NUL character")
     totals = await services_of(request).store.usage.totals(apart, first, last, tenant)
     rows = [UsageRow.model_validate(one, from_attributes=True) for one in totals]
-    cut = len(rows) == MOST_ROWS
+    cut = len(rows) == MOST_TOTALS
     return UsageView(since=first, until=last, rows=rows, total=_sum(totals), cut=cut)
 
 

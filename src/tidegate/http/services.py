@@ -47,8 +47,8 @@ from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
+from tidegate.store.budgets import Budgets
 from tidegate.store.store import Store
-from tidegate.store.usage import BudgetGate
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 
 FRESH_MS = 500
@@ -198,7 +198,7 @@ class Services:
     gate: Authenticator
     operator_key: SecretStr
     origins: Origins
-    budgets: BudgetGate
+    budgets: Budgets
     openings: Openings = field(default_factory=Openings)
     bodies: BodyMemory = field(default_factory=BodyMemory)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)

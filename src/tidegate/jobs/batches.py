@@ -13,7 +13,7 @@ import tempfile
 import time
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from tidegate.call import Caller, Status, new_id
 from tidegate.dialects import dialect_of, endpoint_of
 from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
 from tidegate.errors import (
+    BudgetExceeded,
+    BudgetReserved,
     ClaimLost,
     DeadlineExceeded,
     InvalidRequest,
@@ -34,7 +36,6 @@ from tidegate.errors import (
     LimiterUnavailable,
     NotFound,
     QueueFull,
-    QuotaExceeded,
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
@@ -69,6 +70,7 @@ _AWAY_S = 0.25
 _IDLE_MS = 500
 _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
 _AGAIN_MS = 500.0
+_SPENT_MS = 2_000.0  # a batch whose budget is spent is looked at again
 _LAST_RECORDS_S = 8.0
 # Says nothing of the line: it can be called later.
 _LATER = (
@@ -78,7 +80,8 @@ _LATER = (
     LeaseLost,
     ShuttingDown,
     DeadlineExceeded,  # the batch expires as a whole
-    QuotaExceeded,  # its tenant's budget: the batch stands still
+    BudgetExceeded,  # the batch stands still
+    BudgetReserved,
 )
 
 
@@ -230,11 +233,12 @@ class LineCaller:
             turn = one.turn or Turn(self._targets_of(line))
             self._outages.ended(turn, record.upstream, error)
         if error is not None and (wait_ms := self._wait_ms(line, record, error)) is not None:
+            if isinstance(error, BudgetExceeded):
+                self._store.batch_lines.hold_up(line.batch_id, wait_ms)
             waits_ms, counted = {line.id: wait_ms}, record.attempts - record.faults
             await self._until_done(
                 lambda: self._store.batch_lines.release([line], waits_ms=waits_ms, counted=counted)
             )
-            self._relay.spine.budgets.forget(line.id)
             if record.attempts:
                 record.end(RETRIED, Failure.of(error))
                 self._store.listeners.note(record)
@@ -255,7 +259,7 @@ class LineCaller:
                 request_id=line.id,
                 path=line.endpoint,
                 body=line.body.encode(),
-                caller=await self._caller_of(line),
+                caller=Caller(line.tenant_id, line.key_id, line.models),
                 priority=PRIORITY,
                 deadline_ms=left_ms,
                 trail=one.record.trail,
@@ -268,15 +272,10 @@ class LineCaller:
         finally:
             one.is_over = True
 
-    async def _caller_of(self, line: BatchLine) -> Caller:
-        """Who asks, and whose budget it spends. Raises StoreUnavailable."""
-        caller = Caller(line.tenant_id, line.key_id, line.models)
-        if line.key_id is None:
-            return caller
-        return replace(caller, budgets=await self._relay.spine.budgets.budgets_of(line.tenant_id))
-
     def _wait_ms(self, line: BatchLine, record: CallRecord, error: TidegateError) -> float | None:
         """Until the line is called again; None where it has failed."""
+        if isinstance(error, BudgetExceeded):
+            return min(_SPENT_MS, error.retry_after_ms or _SPENT_MS)
         if isinstance(error, _LATER):
             return _AGAIN_MS
         if is_of_upstream(error):

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from tidegate.call import Caller, Status
 from tidegate.errors import (
     BudgetExceeded,
+    BudgetReserved,
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
@@ -24,13 +25,11 @@ from tidegate.errors import (
 )
 from tidegate.jobs.outages import Key
 from tidegate.record import CallRecord, Failure
-from tidegate.settings import Config
 from tidegate.spine.native import Relay, collected, detached_call, endpoint_named
 from tidegate.spine.prompt import Ask
 from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.records import ClaimedJob
-from tidegate.store.store import Store
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 from tidegate.telemetry.tracing import Trail
 
@@ -55,6 +54,7 @@ NOT_THE_JOBS_FAULT = (
 _FIRST_WAIT_MS = 500
 _LONGEST_WAIT_MS = 60_000
 _SPENT_WAIT_MS = 60_000
+_RESERVED_WAIT_MS = 1_000
 _LONGEST_SERVER_WAIT_MS = 86_400_000
 log_job = FrequentLog(Log.JOB_DONE)
 
@@ -64,13 +64,9 @@ def ask_of(job: ClaimedJob) -> Ask:
     return Ask(job.prompt, job.attachments, job.image_uri, kind, job.tenant_id)
 
 
-async def payer_of(job: ClaimedJob, config: Config, store: Store) -> Caller:
-    """Whose budget a job spends. Raises BudgetExceeded, and StoreUnavailable."""
-    if not config.asks_for_keys:
-        return Caller(job.tenant_id)
-    caller = Caller(job.tenant_id, budgets=await store.budgets.budgets_of(job.tenant_id))
-    await store.budgets.check(caller)
-    return caller
+def caller_of(job: ClaimedJob) -> Caller:
+    """Who has submitted a job, whose budgets bind it."""
+    return Caller(job.tenant_id, job.key_id)
 
 
 def status_of(failure: Failure | None) -> Status:
@@ -120,7 +116,7 @@ def record_of(job: ClaimedJob, trail: Trail | None = None) -> CallRecord:
     """The record of a job's next call."""
     record = CallRecord("job", job.tenant_id, job.created_at, job.request_id)
     record.pool, record.kind, record.model = job.pool, job.classification.kind, job.model
-    record.priority, record.trail = job.priority, trail
+    record.priority, record.trail, record.subject = job.priority, trail, job.subject
     # A call that follows another one has not waited since the job was submitted.
     record.waits_since = datetime.now(UTC) if job.was_called else job.created_at
     return record
@@ -164,8 +160,11 @@ def is_of_upstream(error: TidegateError | None) -> bool:
 
 
 def spent_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
-    """Milliseconds until a job whose tenant has spent its budget is looked at again: when the next
-    period begins, and every minute or so before, since a budget can be raised. None for others."""
+    """Milliseconds until a job that a budget refuses is looked at again: when the next period
+    begins, and every minute or so before, since a budget can be raised; soon where calls in
+    progress hold what is left. None for other errors."""
+    if isinstance(error, BudgetReserved):
+        return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
     if not isinstance(error, BudgetExceeded):
         return None
     look = (rng or random).uniform(_SPENT_WAIT_MS / 2, _SPENT_WAIT_MS)

@@ -33,10 +33,10 @@ from tidegate.jobs.batches import BatchRunner
 from tidegate.jobs.calls import (
     NOT_THE_JOBS_FAULT,
     ask_of,
+    caller_of,
     internal,
     is_of_upstream,
     log_end,
-    payer_of,
     record_of,
     retry_wait_ms,
     run_wrapped,
@@ -456,7 +456,7 @@ class Worker:
 
     async def _call(self, run: _JobRun, left_ms: int | None) -> None:
         job, kind, record = run.job, run.kind, run.record
-        caller = await payer_of(job, self._config, self._store)
+        caller = caller_of(job)
         if job.endpoint is not None:
             async with self._bodies.of(job, kind) as body:
                 wrapped = partial(run_wrapped, self._relay, job, record, run.admitted, body=body)

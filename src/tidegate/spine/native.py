@@ -26,15 +26,15 @@ import orjson
 from tidegate.admission.charges import (
     CacheWrite,
     Prices,
+    call_cost,
     charge_of,
     cut_charge,
     estimated_charge,
-    foreseen,
     is_unknown,
 )
 from tidegate.admission.demand import CallDemand, Demands
-from tidegate.admission.estimator import Estimate
-from tidegate.call import NO_CHARGE, OTHER_KIND, Caller, Charge
+from tidegate.admission.estimator import Estimate, Learning
+from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Caller, Charge
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, refusals
 from tidegate.dialects.answers import WithoutUsageEvent, asking_for_usage, visible_output
 from tidegate.dialects.headers import of_answer, to_return, with_key
@@ -204,6 +204,7 @@ class NativeExchange:
         record: CallRecord,
     ) -> None:
         self.terms = call.terms
+        self.dialect = call.endpoint.dialect
         self.bills = call.endpoint.is_counted
         self._wire = wire
         self._timeouts = timeouts
@@ -232,13 +233,32 @@ class NativeExchange:
         )
         return lane.gate.bind(demand, target.model)
 
-    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
-        asked = self._asked
-        if asked is None or not self._call.endpoint.is_counted:
-            return 0, 0
-        estimate = self._estimate(lane.demands, demand, asked, target.model)
-        rates = lane.demands.prices.at_least(target.model, self._requested_tier())
-        return foreseen(rates, estimate, asked.images)
+    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
+        asked, endpoint = self._asked, self._call.endpoint
+        if asked is None or not endpoint.is_counted:
+            return CallCost(0, 0)
+        prices = lane.demands.prices
+        rates = prices.at_least(target.model, self._requested_tier())
+        context_tokens, most_output = prices.most(target.model)
+        if endpoint.operation is Operation.EMBED:
+            most_output = 0
+        elif asked.max_output_tokens is not None or _has_several_answers(self._body):
+            most_output = asked.max_output_tokens
+        learning = asked.pieces.learning
+        searches = learning is Learning.HOSTED or "search" in target.model
+        return call_cost(
+            rates,
+            self._estimate(lane.demands, demand, asked, target.model),
+            input_bytes=len(self._call.body),
+            context_tokens=context_tokens,
+            unseen=_UNSEEN.get(learning, ""),
+            max_output_tokens=most_output,
+            images=asked.images,
+            draws_alone=endpoint.operation is Operation.IMAGES,
+            writes=_cache_write(rates, self._body),
+            tools=bool(asked.pieces.tools),
+            unbounded="tools that the provider runs read more for it" if searches else "",
+        )
 
     def suspect(self) -> Suspect:
         endpoint, caller = self._call.endpoint, self.terms.caller
@@ -432,6 +452,20 @@ class NativeExchange:
             max_output_tokens=asked.max_output_tokens,
             tenant=self.terms.caller.tenant_id,
         )
+
+
+_UNSEEN = {
+    Learning.FILES: "its files are not counted beforehand",
+    Learning.STATE: "the provider adds what it keeps of earlier calls",
+}
+
+
+def _has_several_answers(body: dict[str, Any]) -> bool:
+    """Whether several answers are requested, each as long as the model gives out."""
+    settings = body.get("generationConfig") or body.get("generation_config")
+    found = settings if type(settings) is dict else body
+    names = ("n", "best_of", "candidateCount", "candidate_count")
+    return any(found.get(name) not in (None, 1) for name in names)
 
 
 def _cache_write(rates: Rates | None, body: dict[str, Any]) -> CacheWrite | None:

@@ -17,13 +17,14 @@ from hashlib import sha256
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from tidegate.admission.charges import answer_charge, foreseen, never_sent
+from tidegate.admission.charges import answer_charge, call_cost, never_sent
 from tidegate.admission.demand import CallDemand
 from tidegate.call import (
     DEFAULT_TENANT,
     NO_CHARGE,
     Attachment,
     Call,
+    CallCost,
     Caller,
     Classification,
     ClassifiedBy,
@@ -57,6 +58,7 @@ from tidegate.upstream.gemini import MAX_JUDGE_TOKENS, MAX_JUDGED_CHARS, GeminiP
 
 _JUDGEMENTS_CACHED = 10_000
 _LIMITERS_WORD_MS = 20
+_JUDGE_BYTES = 4_000  # of the classifier's instructions and schema, and some
 
 _NO_REQUEST = UUID(int=0)
 
@@ -252,6 +254,9 @@ class PromptExchange:
     about, None for a prompt; `judgement` is the answer to a question.
     """
 
+    dialect = Dialect.GEMINI
+    bills = True
+
     def __init__(
         self,
         terms: Terms,
@@ -262,7 +267,6 @@ class PromptExchange:
         types: list[str] | None = None,
     ) -> None:
         self.terms = terms
-        self.bills = types is None
         self.started = False
         self.judgement: tuple[Kind, str]
         self._processors = processors
@@ -284,10 +288,20 @@ class PromptExchange:
         )
         return lane.gate.bind(question, target.model)
 
-    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
+    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
         if demand.estimate is None:
-            return 0, 0
-        return foreseen(lane.demands.prices.of(target.model), demand.estimate, demand.images)
+            return CallCost(None, None, unknown="it was not estimated")
+        call, is_question, prices = self._call, self._types is not None, lane.demands.prices
+        context_tokens, most_output = prices.most(target.model)
+        return call_cost(
+            prices.of(target.model),
+            demand.estimate,
+            input_bytes=len(call.prompt.encode("utf-8", "replace")) + _JUDGE_BYTES * is_question,
+            context_tokens=context_tokens,
+            unseen="its files are not counted beforehand" if call.media else "",
+            max_output_tokens=MAX_JUDGE_TOKENS if is_question else most_output,
+            images=demand.images,
+        )
 
     def suspect(self) -> Suspect:
         call = self._call

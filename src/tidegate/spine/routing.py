@@ -30,7 +30,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
-from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.headers import RateStatus, rate_statuses
 from tidegate.dialects.spec import Dialect
@@ -39,6 +38,7 @@ from tidegate.errors import (
     InvalidRequest,
     LimiterUnavailable,
     NotFound,
+    QuotaExceeded,
     TidegateError,
     UpstreamError,
     UpstreamOut,
@@ -48,7 +48,6 @@ from tidegate.errors import (
 )
 from tidegate.limiter import MAX_BOUND, Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
-from tidegate.store.usage import BudgetGate
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_MODELS = 50
@@ -737,16 +736,19 @@ class NotWorthWaiting(Exception):
     must be asked for again."""
 
 
+WatchBudgets = Callable[[Callable[[QuotaExceeded], None]], Callable[[], None]]
+
+
 class PatientAdmission:
-    """An admission that is left as soon as a pause outlasts the call's deadline, or the budget of
-    its payer is spent.
+    """An admission that is left as soon as a pause outlasts the call's deadline, or a budget that
+    binds it is spent.
 
     Entering it raises NotWorthWaiting or BudgetExceeded then, beside what the admission raises; and
     NotWorthWaiting also where the call was admitted after something else that binds it was paused:
     the permit has spent nothing. Cancelled, it leaves the queue, as the admission does.
     """
 
-    __slots__ = ("_admission", "_budgets", "_demand", "_gate", "_model", "_payer", "_until")
+    __slots__ = ("_admission", "_demand", "_gate", "_model", "_until", "_watch")
 
     def __init__(
         self,
@@ -755,24 +757,22 @@ class PatientAdmission:
         demand: CallDemand,
         model: str,
         left_ms: float,
-        budgets: BudgetGate | None = None,
-        payer: Caller | None = None,
+        watch: WatchBudgets | None = None,
     ) -> None:
-        """`budgets` and `payer`: where somebody pays who has a budget."""
+        """watch: of the budgets that bind the call, where any do."""
         self._admission = admission
         self._gate = gate
         self._demand = demand
         self._model = model
         self._until = time.monotonic() + left_ms / 1000
-        self._budgets = budgets
-        self._payer = payer
+        self._watch = watch
 
     async def __aenter__(self) -> Permit:
         limiter, admission = self._gate.limiter, self._admission
         paused, end = self._paused, None
         limiter.tell_of_pauses(paused)
-        if self._budgets is not None and self._payer is not None:
-            end = self._budgets.waits(self._payer, admission.leave)
+        if self._watch is not None:
+            end = self._watch(admission.leave)
         try:
             permit = await admission.__aenter__()
         finally:

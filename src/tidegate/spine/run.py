@@ -1,6 +1,6 @@
 """Spine: the one way of every call upstream, in whatever form it is made.
 
-    targets ──► admission ──► budget ──► exchange ──► settle, charge ──► release
+    targets ──► admission ──► budgets ──► exchange ──► settle, charge ──► release
        ▲                                    │
        └── another try, at the same or the next upstream, while the client has nothing of an answer
 
@@ -18,9 +18,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
 from random import random
 from typing import Any, Protocol
@@ -29,11 +30,12 @@ from uuid import UUID
 from tidegate.admission.charges import Prices
 from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Learned
-from tidegate.call import DEFAULT_POOL, NO_BUDGETS, Caller, Outcome
+from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import to_return
 from tidegate.dialects.spec import Dialect, Headers
 from tidegate.errors import (
+    BudgetExceeded,
     BudgetReserved,
     DeadlineExceeded,
     DemandImpossible,
@@ -60,8 +62,9 @@ from tidegate.spine.routing import (
     Suspect,
     Target,
     Targets,
+    WatchBudgets,
 )
-from tidegate.store.usage import BudgetGate
+from tidegate.store.budgets import Binding, Budgets
 from tidegate.telemetry.tracing import Tracing, Trail
 from tidegate.upstream.transport import Exchange, Timeouts
 
@@ -154,6 +157,7 @@ class Terms:
     repeats: bool = True
     most_tries: int = MOST_TRIES
     waits_out: bool = False
+    conversation: str | None = None
 
     def left_ms(self) -> float:
         """Until its deadline for admission; negative when it has passed, infinite without one."""
@@ -177,7 +181,8 @@ class CallExchange(Protocol):
     """How a call is made at an upstream; the spine says at which, when, and how often."""
 
     terms: Terms
-    bills: bool  # whether it spends its caller's budget
+    dialect: Dialect
+    bills: bool  # whether it costs something, and budgets may bind it
 
     @property
     def started(self) -> bool:
@@ -186,8 +191,8 @@ class CallExchange(Protocol):
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """What the call takes of which limits there."""
 
-    def price(self, target: Target, lane: Lane, demand: CallDemand) -> tuple[int, int]:
-        """What it will cost, about: millionths of money, and tokens."""
+    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
+        """What it may cost there, at most and about."""
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         """Make the call and pass its answer on. `is_try`: it tries whether the upstream is back.
@@ -221,7 +226,7 @@ class Spine:
         targets: Targets,
         pools: Mapping[str, Limiter],
         tracing: Tracing,
-        budgets: BudgetGate,
+        budgets: Budgets,
     ) -> None:
         self.targets = targets
         self.tracing = tracing
@@ -302,12 +307,13 @@ class _Run:
         self._terms = exchange.terms
         self._record = record
         self._on_admitted = on_admitted
-        caller = exchange.terms.caller
-        self._payer = caller if exchange.bills and caller.budgets is not NO_BUDGETS else None
+        self._budgets = spine.budgets if exchange.bills and spine.budgets.any else None
 
     async def until_answered(self, targets: list[Target]) -> None:
         spine, terms = self._spine, self._terms
         left = spine.usable(targets)
+        if self._budgets is not None:
+            await self._budgets.known()
         while True:
             policies = self._policies(left)
             try:
@@ -319,10 +325,15 @@ class _Run:
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
             except BudgetReserved:
-                if terms.left_ms() <= 0:
+                if terms.left_ms() <= 0 or not terms.repeats:  # a queue repeats it
                     raise
                 room_ms = min(terms.left_ms(), _ROOM_WITHIN_MS)
-                await spine.budgets.room(terms.caller, room_ms / 1000)
+                await spine.budgets.room(room_ms / 1000)
+            except BudgetExceeded as spent:
+                instead = self._instead(spent, targets)
+                if not instead:
+                    raise
+                targets, left = instead, spine.usable(instead)
             except CallFailed as failed:
                 if not self._worth_another(failed):
                     raise
@@ -334,6 +345,25 @@ class _Run:
                         raise
                     left = spine.usable(targets)
                 self._record.begin_again()
+
+    def _instead(self, spent: BudgetExceeded, targets: list[Target]) -> list[Target]:
+        """Where the cheaper model of a spent budget is called; none where there is no such model,
+        the caller may not ask for it, or it has been refused itself."""
+        model = spent.fallback
+        if model is None or not self._terms.caller.may_ask(model):
+            return []
+        found: list[Target] = []
+        with suppress(NotFound):
+            found = self._spine.targets.of(self._exchange.dialect, model)
+        known = {(one.upstream.name, one.model) for one in targets}
+        return [one for one in found if (one.upstream.name, one.model) not in known]
+
+    def _binding(self, target: Target) -> tuple[Binding, ...]:
+        """The budgets that bind the call there, nearly always none."""
+        if self._budgets is None:
+            return ()
+        terms, subject = self._terms, self._record.subject
+        return self._budgets.binding(terms.caller, target.model, subject, terms.conversation)
 
     def _policies(self, targets: list[Target]) -> list[PoolPolicy]:
         return [self._spine.lane(target).limiter.policy for target in targets]
@@ -442,29 +472,44 @@ class _Run:
             demand,
             target.model,
             wait_ms,
-            self._spine.budgets,
-            self._payer,
+            self._watch(target, demand),
         )
+
+    def _watch(self, target: Target, demand: CallDemand) -> WatchBudgets | None:
+        """What has the call leave its queue once a budget that binds it is spent. Raises what a
+        budget that is known to be spent raises."""
+        bindings = self._binding(target)
+        if self._budgets is None or not bindings:
+            return None
+        cost = self._exchange.cost(target, self._spine.lane(target), demand)
+        if (error := self._budgets.refusal(bindings, cost)) is not None:
+            raise error
+        return partial(self._budgets.watch, bindings, cost)
 
     def _admitted(
         self, permit: Permit | None, target: Target, demand: CallDemand
     ) -> Coroutine[Any, Any, None]:
-        """The call under its permit, and under its tenant's budget where there is one."""
-        under = self._under if self._payer is None else self._under_budget
-        return under(permit, target, demand)
+        """The call under its permit, and under the budgets that bind it, if any."""
+        if (bindings := self._binding(target)) and self._budgets is not None:
+            return self._under_budgets(self._budgets, bindings, permit, target, demand)
+        return self._under(permit, target, demand)
 
-    async def _under_budget(
-        self, permit: Permit | None, target: Target, demand: CallDemand
+    async def _under_budgets(
+        self,
+        budgets: Budgets,
+        bindings: tuple[Binding, ...],
+        permit: Permit | None,
+        target: Target,
+        demand: CallDemand,
     ) -> None:
-        terms, budgets = self._terms, self._spine.budgets
         if permit is not None:
-            permit.settle_unused()  # if the budget refuses it
-        price = self._exchange.price(target, self._spine.lane(target), demand)
-        await budgets.reserve(terms.caller, terms.request_id, *price)
+            permit.settle_unused()  # if a budget refuses it
+        cost = self._exchange.cost(target, self._spine.lane(target), demand)
+        hold = await budgets.reserve(bindings, self._terms.request_id, cost)
         try:
             await self._under(permit, target, demand)
         finally:
-            budgets.settle(terms.caller, terms.request_id, self._record.charge)
+            budgets.settle(hold, self._record.charge)
 
     async def _under(self, permit: Permit | None, target: Target, demand: CallDemand) -> None:
         """The call itself, under its permit."""

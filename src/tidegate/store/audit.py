@@ -4,8 +4,8 @@ Written behind, in batches, one transaction each; while PostgreSQL is unavailabl
 disk. Bodies are compressed, inline if small, else in the blob store.
 
 Invariants: an accepted entry is written exactly once, with its request, files, attempt and
-totals; a job's end is fenced by its claim; charges count from when they are noted until totals
-that hold them are read; a record of an erased tenant or subject is not written after the erasure.
+totals; a job's end is fenced by its claim; what a call holds of budgets is settled with its row; a
+record of an erased tenant or subject is not written after the erasure.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure, Source
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KEY_OPS, settle_keys
 from tidegate.store.notifications import Notifications
@@ -44,7 +45,7 @@ from tidegate.store.records import (
     dumps,
 )
 from tidegate.store.spill import Spill
-from tidegate.store.usage import READ, Spending, add_usage, moment_of
+from tidegate.store.statistics import READ, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
 
 log = get_logger()
@@ -301,7 +302,7 @@ class AuditLog:
         spill: Spill,
         blobs: Blobs,
         *,
-        spending: Spending,
+        budgets: Budgets,
         listeners: CallListeners,
         instance_id: str,
         when_full: Literal["block", "drop"],
@@ -310,7 +311,7 @@ class AuditLog:
         self._notifications = notifications
         self._spill = spill
         self._blobs = blobs
-        self._spending = spending
+        self._budgets = budgets
         self._listeners = listeners
         self._instance_id = instance_id
         self._when_full = when_full
@@ -429,12 +430,13 @@ class AuditLog:
         await add_usage(
             connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
         )
+        await self._budgets.settle_in(connection, (one.record.id for one in given))
         return gone
 
     def noted(self, records: Iterable[CallRecord]) -> None:
-        """Settle the spending, and notify listeners, of records that `add` has written."""
+        """Notify listeners of records that `add` has written, and calls that wait for a budget."""
         written = list(records)
-        self._spending.written(record.id for record in written)
+        self._budgets.wake()
         self._listeners.notify(written)
 
     async def _write(self, batch: list[CallRecord]) -> None:
@@ -445,7 +447,7 @@ class AuditLog:
                 await asyncio.sleep(0)  # a whole batch would block the event loop for milliseconds
         try:
             gone = await self._connections.run(lambda connection: self.add(connection, given))
-            self._spending.written(record.id for record in batch)
+            self._budgets.wake()
             if gone:
                 bodies = [body for place in gone for body in given[place].bodies]
                 with suppress(StoreUnavailable):
@@ -624,17 +626,18 @@ class AuditLog:
             if kept := [entry for entry in keys if id(entry) not in ids]:
                 await settle_keys(connection, kept)
             rest = [entry for entry in calls if id(entry) not in ids]
-            return gone, await _write_entries(connection, rest, self._instance_id)
+            written = await _write_entries(connection, rest, self._instance_id)
+            await self._budgets.settle_in(connection, (entry["row"]["id"] for entry in calls))
+            return gone, written
 
         gone, (written, changed, pools) = await self._connections.run(work)
         erased = {id(entry) for entry in gone}
         written |= {str(entry["row"]["id"]) for entry in calls if id(entry) in erased}
-        self._spending.written(written)
+        self._budgets.wake()
         self._notifications.changed(changed)
         self._notifications.work(pools)
         lost = [entry for entry in calls if str(entry["row"]["id"]) not in written]
         await self._discard([*gone, *lost])
-        self._spending.written(str(entry["row"]["id"]) for entry in lost)  # it never will be
         ids = {id(entry) for entry in lost}
         return [
             ClaimLost(f"another worker has {entry['row']['id']} now") if id(entry) in ids else None

@@ -483,6 +483,7 @@ class BatchLines:
         self._claims, self._strays, self._lapses = Lookback(), Lookback(), Lookback()
         self._held_up: frozenset[UUID] = frozenset()
         self._held_up_at = float("-inf")
+        self._put_off: dict[UUID, float] = {}
         self._from: dict[UUID, int] = {}
         self._begins: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 100)
         self._ends: GroupWriter[_End, None] = GroupWriter(
@@ -500,7 +501,7 @@ class BatchLines:
             limit,
             most_bytes,
             orjson.dumps(since).decode(),
-            list(self._held_up),
+            list(self._now_held_up()),
         )
         lines = [rows.record_of(BatchLine, row, models=_models(row)) for row in claimed]
         self._claims.end(look, complete=True)
@@ -511,14 +512,23 @@ class BatchLines:
         return lines
 
     async def held_up(self) -> frozenset[UUID]:
-        """Batches under way of which no line is to be claimed or begun for now: their tenants have
-        spent a budget, are disabled or gone. Looked for once a second at most."""
+        """Batches in progress of which no line is to be claimed or begun for now: their tenants are
+        disabled or gone, looked for once a second at most, or a budget is spent."""
         now = time.monotonic()
         if now - self._held_up_at >= _HELD_UP_EVERY_S:
             found = await self._connections.rows("batches_held_up")
             self._held_up = frozenset(rows.uuid_of(row["id"]) for row in found)
             self._held_up_at = now
-        return self._held_up
+        return self._now_held_up()
+
+    def hold_up(self, batch_id: UUID, for_ms: float) -> None:
+        """Have this process claim no line of a batch for so long."""
+        self._put_off[batch_id] = time.monotonic() + for_ms / 1000
+
+    def _now_held_up(self) -> frozenset[UUID]:
+        now = time.monotonic()
+        self._put_off = {one: until for one, until in self._put_off.items() if now < until}
+        return self._held_up.union(self._put_off)
 
     async def release_strays(self, held: Iterable[BatchLine]) -> None:
         """Give up what this process has claimed and does not know of: the reply was lost."""

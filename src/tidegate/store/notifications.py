@@ -10,7 +10,7 @@ bounded, and one query polls for all.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from uuid import UUID
 
@@ -29,6 +29,7 @@ LANES = frozenset({*Kind, UNSURE, BATCHES})
 WORK = "tidegate_work"
 CHANGED = "tidegate_changed"
 CANCEL = "tidegate_cancel"
+BUDGETS = "tidegate_budgets"
 POLL_MS = 500
 WORK_POLL_MS = 1_000
 MAX_WATCHERS = 10_000
@@ -56,6 +57,7 @@ class Notifications:
         self._received: set[UUID] | None = None
         self._cancel_received = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
+        self.on_budgets: list[Callable[[], None]] = []
         self._line: asyncpg.Connection | None = None
         self._poller: asyncio.Task[None] | None = None
 
@@ -202,7 +204,7 @@ class Notifications:
         watchdog = loop.call_later(_LISTEN_TIMEOUT_MS / 1000, connection.terminate)
         try:
             connection.add_termination_listener(lambda _connection: closed.set())
-            for channel in (WORK, CHANGED, CANCEL):
+            for channel in (WORK, CHANGED, CANCEL, BUDGETS):
                 await connection.add_listener(channel, self._on_message)
             watchdog.cancel()
             self.wake_all()
@@ -212,6 +214,10 @@ class Notifications:
             connection.terminate()
 
     def _on_message(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
+        if channel == BUDGETS:
+            for notify in self.on_budgets:
+                notify()
+            return
         if channel == WORK:
             lane = str(payload).partition(" ")[2]
             self._work_came(lane if lane in LANES else None)

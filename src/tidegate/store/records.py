@@ -67,6 +67,7 @@ class NewJob:
     once: Idempotency | None = None
     webhook_url: str | None = None
     subject: str | None = None
+    key_id: str | None = None
     endpoint: str | None = None
     traceparent: str | None = None
     trail: Trail | None = None
@@ -104,6 +105,8 @@ class ClaimedJob:
     pool: str
     endpoint: str | None = None
     traceparent: str | None = None
+    subject: str | None = None
+    key_id: str | None = None
     was_called: bool = False
 
 
@@ -265,7 +268,7 @@ def job_row(job: NewJob) -> Json:
     }
     if job.once is not None:
         row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
-    for name in ("endpoint", "webhook_url", "subject", "traceparent"):
+    for name in ("endpoint", "webhook_url", "subject", "key_id", "traceparent"):
         if (value := getattr(job, name)) is not None:
             row[name] = value
     return {key: cleaned(value) for key, value in row.items()}

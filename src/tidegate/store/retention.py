@@ -301,6 +301,10 @@ class _Erasure:
         self._gone: set[str] = set()
         self._report = EraseReport()
 
+    async def _forget_books(self, connection: asyncpg.Connection) -> None:
+        whose = self._whose
+        await connection.execute(sql("forget_budget_subject"), whose.tenant_id, whose.subject)
+
     async def run(self, spill_dir: Path, within_s: float) -> EraseReport:
         until = time.monotonic() + within_s
         whose, report = self._whose, self._report
@@ -308,6 +312,8 @@ class _Erasure:
             await self._retention.run(
                 lambda connection: mark_erased(connection, whose.tenant_id, whose.subject)
             )
+            if whose.subject is not None:
+                await self._retention.run(self._forget_books)
         if whose.tenant_id is not None and whose.subject is None:
             await self._batches(whose.tenant_id)
         for scan, erase in (("scan_requests", self._requests), ("scan_audit", self._calls)):

@@ -1,11 +1,12 @@
-"""Statistics: history of calls, latency histograms, queue depth, past loads.
+"""Statistics: usage and its reconciliation, history of calls, latencies, queue depth, past loads.
 
 Each process counts its own calls and rewrites a span when it changes; readers add the processes
 up. A histogram is one whole number with a 64-bit count for each of `LANES` classes, a quarter of
 an octave each, so that a percentile is off by less than a tenth.
 
-Invariants: what is kept is bounded by `KEPT_S`, `MOST_NAMES` and the number of processes; queue
-depth costs the database at most a fiftieth of one connection's time.
+Invariants: totals of usage are written in the transaction of the audit rows that they sum up; what
+is kept of the history is bounded by `KEPT_S`, `MOST_NAMES` and the number of processes; queue depth
+costs the database at most a fiftieth of one connection's time.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from __future__ import annotations
 import math
 import struct
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
 from operator import add
-from typing import Literal
+from typing import Any, Literal
 
 import asyncpg
 import orjson
 
+from tidegate.call import UsageState
+from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, ModelFinding, UsageSum
+from tidegate.store.budgets import correct_holds
 from tidegate.store.database import Connections, sql
-from tidegate.store.records import record_of
+from tidegate.store.records import Json, dumps, record_of
 
 LANES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last all that is above
 _BITS = 64
@@ -303,3 +309,249 @@ async def past_calls(connections: Connections, pool: str, last_s: float) -> list
         "past_calls", pool, last_s, MOST_CALLS, timeout_ms=_PAST_CALLS_TIMEOUT_MS
     )
     return [PastCall(**row) for row in reversed(rows)]
+
+
+MOST_TOTALS = 10_000
+_SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", "images")
+_UNKNOWN = UsageState.UNKNOWN.value
+_DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UNKNOWN))
+# What `summed` reads of a row of the audit.
+READ = (
+    *("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state"),
+    "usage_details",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """A sum. What is None was not requested apart. unpriced: requests whose tokens are known,
+    but no price for them; they add nothing to the cost. partial, estimated, unknown: how many
+    requests are charged so; the rest is as the provider reported it."""
+
+    tenant: str | None
+    model: str | None
+    day: date | None
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    thoughts_tokens: int
+    images: int
+    cost_micros: int
+    unpriced: int
+    partial: int
+    estimated: int
+    unknown: int
+    cache_write_tokens: int
+    input_audio_tokens: int
+    input_image_tokens: int
+    input_video_tokens: int
+    output_audio_tokens: int
+    output_image_tokens: int
+    output_video_tokens: int
+    searches: int
+    provider_cost_micros: int
+
+
+COUNTS = tuple(one.name for one in fields(Total) if one.name not in ("tenant", "model", "day"))
+
+
+class UsageTotals:
+    """Sums on record. Raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def totals(
+        self, by: Iterable[str], since: date, until: date, tenant_id: str | None = None
+    ) -> list[Total]:
+        """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day;
+        the first `MOST_TOTALS` in their order."""
+        apart = set(by)
+        wanted = [name in apart for name in ("tenant", "model", "day")]
+        sums = await self._connections.rows(
+            "get_usage", *wanted, since, until, tenant_id, MOST_TOTALS
+        )
+        return [record_of(Total, row) for row in sums]
+
+
+async def add_usage(connection: asyncpg.Connection, audit: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows of the audit that this transaction inserts, `READ` of each. The last thing that it
+    does: the totals of a day are locked by it."""
+    sums = summed(audit)
+    if sums:
+        await connection.execute(sql("add_usage"), dumps(sums))
+
+
+def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
+    """The rows of the totals that rows of the audit come to."""
+    sums: dict[tuple[str, date, str, str], dict[str, int]] = {}
+    for row in audit:
+        key = (row["tenant_id"], day_of(row["finished_at"]), row["model"] or "", row["pool"])
+        total = sums.get(key)
+        if total is None:
+            total = sums[key] = dict.fromkeys(COUNTS, 0)
+        total["requests"] += 1
+        for name in _SUMMED:
+            if amount := row[name]:
+                total[name] += amount
+        cost, state = row["cost_micros"], row["usage_state"]
+        if cost:
+            total["cost_micros"] += cost
+        # Not there in what an earlier version has spilled.
+        if details := row.get("usage_details"):
+            _add_details(total, details)
+        if state in _DOUBTFUL:
+            total[state] += 1
+        if cost is None and state != _UNKNOWN:
+            total["unpriced"] += 1
+    names = ("tenant_id", "day", "model", "pool")
+    return [dict(zip(names, key, strict=True)) | total for key, total in sums.items()]
+
+
+def _add_details(total: dict[str, int], details: str | Json) -> None:
+    found = orjson.loads(details) if isinstance(details, str) else details
+    for name, amount in found.items():
+        if name in total:  # the two parts of what was written to a cache are not summed apart
+            total[name] += amount
+
+
+def day_of(at: datetime | str) -> date:
+    """The day of UTC of a time; a text is as it was spilled."""
+    moment = moment_of(at)
+    return moment.date() if moment.tzinfo is UTC else moment.astimezone(UTC).date()
+
+
+def moment_of(at: datetime | str) -> datetime:
+    return datetime.fromisoformat(at) if isinstance(at, str) else at
+
+
+MOST_DOUBTFUL = 10_000
+MOST_FOUND = 10_000
+_MOST_NAMED = 100  # calls that a finding keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What the last comparison of an upstream, day and model found. calls: of those that explain
+    a difference, the first hundred: id, state, and the cost before and after."""
+
+    upstream: str
+    day: date
+    model: str
+    provider: str
+    ours_micros: int
+    theirs_micros: int
+    verdict: str
+    reason: str
+    calls: Sequence[Mapping[str, Any]]
+    reconciled_at: datetime
+
+    @property
+    def difference_micros(self) -> int:
+        return self.theirs_micros - self.ours_micros
+
+
+class Reconciliations:
+    """Our side of a day, its corrections, and what comparisons with providers found. Raises
+    StoreUnavailable.
+
+    A charge and the totals that hold it are corrected in one transaction, and only where the charge
+    is still the one that was compared.
+    """
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def ours(self, pool: str, day: date) -> dict[str, ModelDay]:
+        """The record of a day of UTC by the model that answered, else the one requested."""
+        begin, end = _day_bounds(day)
+        told = await self._connections.rows("get_told_usage", pool, begin, end)
+        rows = await self._connections.rows("get_doubtful_calls", pool, begin, end, MOST_DOUBTFUL)
+        doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
+        for row in rows:
+            values = dict(row)
+            doubtful[values.pop("model")].append(DoubtfulCall(**values))
+        found: dict[str, ModelDay] = {}
+        for row in told:
+            values = dict(row)
+            model, unpriced = values.pop("model"), values.pop("unpriced")
+            calls = tuple(doubtful.pop(model, ()))
+            found[model] = ModelDay(UsageSum(**values), calls, unpriced)
+        for model, calls_alone in doubtful.items():
+            found[model] = ModelDay(doubtful=tuple(calls_alone))
+        return found
+
+    async def keep(
+        self, upstream: str, provider: str, day: date, findings: Sequence[ModelFinding]
+    ) -> int:
+        """Correct the charges that the findings explain, and keep the findings; how many charges
+        were corrected."""
+
+        async def work(connection: asyncpg.Connection) -> int:
+            corrected = 0
+            for finding in findings:
+                corrected += await _correct_charges(connection, day, finding)
+                calls = orjson.dumps(_explaining_calls(finding)).decode()
+                await connection.execute(
+                    sql("put_reconciliation"),
+                    upstream,
+                    day,
+                    finding.model,
+                    provider,
+                    finding.ours_micros,
+                    finding.theirs.cost_micros,
+                    finding.verdict,
+                    finding.reason,
+                    calls,
+                )
+            return corrected
+
+        return await self._connections.run(work)
+
+    async def found(self, first: date, last: date) -> list[Reconciled]:
+        """What was found for the days from `first` to `last`, both included, the newest first."""
+        rows = await self._connections.rows("get_reconciliations", first, last, MOST_FOUND)
+        return [Reconciled(**dict(row) | {"calls": orjson.loads(row["calls"])}) for row in rows]
+
+    async def is_done(self, upstream: str, day: date) -> bool:
+        """Whether a day was compared."""
+        return await self._connections.row("reconciled_since", upstream, day) is not None
+
+
+async def _correct_charges(connection: asyncpg.Connection, day: date, finding: ModelFinding) -> int:
+    begin, end = _day_bounds(day)
+    corrected = 0
+    for one in finding.corrections:
+        if not one.delta_micros:
+            continue
+        charged = one.call.charged_micros
+        # A call that was made again is charged for its last attempt already.
+        before = one.call.weight if one.call.state == "repeated" else charged
+        row = await connection.fetchrow(
+            sql("correct_charge"), one.call.request_id, begin, end, one.delta_micros, before
+        )
+        if row is None:
+            continue
+        corrected += 1
+        key = (row["tenant_id"], row["day"], row["model"], row["pool"])
+        await connection.execute(sql("correct_usage"), *key, one.delta_micros)
+        await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
+    return corrected
+
+
+def _explaining_calls(finding: ModelFinding) -> list[dict[str, Any]]:
+    return [
+        {
+            "request_id": str(one.call.request_id),
+            "state": one.call.state,
+            "charged_micros": one.call.cost_micros,
+            "cost_micros": one.cost_micros,
+        }
+        for one in finding.corrections[:_MOST_NAMED]
+    ]
+
+
+def _day_bounds(day: date) -> tuple[datetime, datetime]:
+    begin = datetime.combine(day, time_of_day(), UTC)
+    return begin, begin + timedelta(days=1)

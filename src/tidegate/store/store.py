@@ -15,6 +15,7 @@ from tidegate.record import CallListeners
 from tidegate.store.audit import AuditLog
 from tidegate.store.batches import Batches, BatchLines
 from tidegate.store.blobs import Blobs
+from tidegate.store.budgets import Budgets
 from tidegate.store.database import HEAD, Connections, revision_of
 from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
@@ -25,9 +26,8 @@ from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import Spill
-from tidegate.store.statistics import History, QueueDepths
+from tidegate.store.statistics import History, QueueDepths, Reconciliations, UsageTotals
 from tidegate.store.tenants import Tenants
-from tidegate.store.usage import BudgetGate, Reconciliations, Spending, UsageTotals
 
 READ_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_MS = 6_000
@@ -57,14 +57,16 @@ class Store:
         self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
         self.spill = Spill(spill_dir, spill_max_bytes)
-        self.spending, self.usage = Spending(), UsageTotals(connections)
+        self.budgets = Budgets(connections, instance_id=instance_id)
+        self.usage = UsageTotals(connections)
         self.notifications = Notifications(connections)
+        self.notifications.on_budgets.append(self.budgets.changed)
         self.audit = AuditLog(
             connections,
             self.notifications,
             self.spill,
             blobs,
-            spending=self.spending,
+            budgets=self.budgets,
             listeners=self.listeners,
             instance_id=instance_id,
             when_full=audit_full,
@@ -94,7 +96,6 @@ class Store:
         self.history = History(connections, instance_id)
         self.queue_depths = QueueDepths(connections)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
-        self.budgets = BudgetGate(self.usage, self.spending, self.tenants)
         self.reconciliations = Reconciliations(connections)
         self.outbox = WebhookOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)
@@ -112,6 +113,7 @@ class Store:
             await asyncio.gather(self._background, return_exceptions=True)
         self.notifications.wake_all()
         await self.audit.aclose(_CLOSE_TIMEOUT_MS)
+        await self.budgets.aclose()
         await self.native_keys.aclose()
         await self.notifications.aclose()
         await self.connections.aclose()

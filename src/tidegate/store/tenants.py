@@ -16,14 +16,16 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from decimal import Decimal
 from hashlib import sha256
 from typing import Any, cast
 
 import asyncpg
 import orjson
 
-from tidegate.call import DEFAULT_TENANT, NO_BUDGETS, Budgets, Caller, Caps, Scope
+from tidegate.call import DEFAULT_TENANT, Caller, Caps, Scope
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
+from tidegate.store.budgets import drop_books, set_budget, tenants_budget
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import clean, dumps, record_of
 from tidegate.telemetry.logging import Log, get_logger
@@ -91,8 +93,8 @@ log = get_logger()
 class Tenant:
     """A tenant as far as the record has it: its weight and limits are part of the policy.
 
-    None means without a bound. `keys` counts those that work. Money is in the currency of the
-    prices.
+    None means without a bound. `keys` counts those that work. Budgets of money are in USD; they are
+    rows of `budgets`, which a tenant may have more of.
     """
 
     tenant_id: str
@@ -154,6 +156,9 @@ SETTABLE = tuple(
     if one.name not in ("tenant_id", "created_at", "disabled_at", "keys")
 )
 
+BUDGETS = ("budget_day_money", "budget_month_money", "budget_day_tokens", "budget_month_tokens")
+_COLUMNS = tuple(name for name in SETTABLE if name not in BUDGETS)
+
 
 class Tenants:
     """The tables of tenants and keys. Every method raises StoreUnavailable."""
@@ -174,11 +179,6 @@ class Tenants:
 
         version, rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
         return version, {row["prefix"]: _found(row) for row in rows}
-
-    async def budgets(self, tenants: Sequence[str]) -> dict[str, Budgets]:
-        """What each of them may spend; `NO_BUDGETS` itself where that is not bound."""
-        found = await self._connections.rows("get_budgets", list(tenants))
-        return {row["id"]: _budgets(row) for row in found}
 
     async def any_key(self) -> bool:
         (row,) = await self._connections.rows("any_key", timeout_ms=_TIMEOUT_MS)
@@ -267,10 +267,14 @@ class Tenants:
         async def write(connection: asyncpg.Connection) -> None:
             await connection.execute(sql("add_tenant"), tenant_id)
             now = await connection.fetchrow(sql("lock_tenant"), tenant_id)
-            whole = {name: now[name] for name in SETTABLE} | dict(changes)
+            whole = {name: now[name] for name in _COLUMNS}
+            whole |= {name: value for name, value in changes.items() if name in _COLUMNS}
             whole["disabled"] = now["disabled_at"] is not None if disabled is None else disabled
             row = orjson.dumps(whole, default=str).decode()
             await connection.execute(sql("set_tenant"), tenant_id, row)
+            for name in BUDGETS:
+                if name in changes:
+                    await _set_budget(connection, tenant_id, name, changes[name])
             await connection.execute(sql("forget_queued"), tenant_id)
             await connection.execute(sql("count_change"))
 
@@ -283,7 +287,16 @@ class Tenants:
         if tenant_id == DEFAULT_TENANT:
             raise ConfigError("tenant", tenant_id, "is always there; disable it instead")
 
-        if await self._change("remove_tenant", tenant_id) is None:
+        async def write(connection: asyncpg.Connection) -> bool:
+            row = await connection.fetchrow(sql("remove_tenant"), tenant_id)
+            if row is not None:
+                await drop_books(
+                    connection, await connection.fetch(sql("drop_tenant_budgets"), tenant_id)
+                )
+            await connection.execute(sql("count_change"))
+            return row is not None
+
+        if not await self._connections.run(write, timeout_ms=_TIMEOUT_MS):
             raise NotFound(f"there is no tenant {tenant_id}")
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes="removed")
 
@@ -313,6 +326,19 @@ class Tenants:
             "list_tenants", tenant_id, MOST_TENANTS, timeout_ms=_TIMEOUT_MS
         )
         return [_tenant(row) for row in found]
+
+
+async def _set_budget(
+    connection: asyncpg.Connection, tenant_id: str, setting: str, value: float | None
+) -> None:
+    """Make, change or remove the budget that a tenant's setting stands for."""
+    if value is None:
+        await drop_books(
+            connection, await connection.fetch(sql("drop_budget"), f"{tenant_id}/{setting}")
+        )
+        return
+    amount = round(Decimal(str(value)) * 1_000_000) if setting.endswith("_money") else int(value)
+    await set_budget(connection, tenants_budget(tenant_id, setting, amount))
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
@@ -367,7 +393,6 @@ def _found(row: asyncpg.Record) -> FoundKey:
         models=None if row["models"] is None else tuple(row["models"]),
         most_priority=row["most_priority"],
         caps=caps,
-        budgets=_budgets(row),
     )
     return FoundKey(
         digest=bytes(row["digest"]),
@@ -378,11 +403,6 @@ def _found(row: asyncpg.Record) -> FoundKey:
         disabled=row["disabled"],
         expires_in_s=row["expires_in_s"],
     )
-
-
-def _budgets(row: asyncpg.Record) -> Budgets:
-    budgets = record_of(Budgets, row)
-    return NO_BUDGETS if budgets == NO_BUDGETS else budgets
 
 
 def _key(row: asyncpg.Record) -> Key:

@@ -61,7 +61,7 @@ def reconcile(
     """Compare a day's record with what the provider counts and charges; with `dry_run` nothing is
     corrected or kept. Raises ConfigError, UpstreamError and StoreUnavailable."""
     from tidegate.jobs import reconciliation
-    from tidegate.store.usage import Reconciliations
+    from tidegate.store.statistics import Reconciliations
     from tidegate.upstream.transport import RelayWire
     from tidegate.upstream.usage_api import USAGE_TIMEOUTS
 

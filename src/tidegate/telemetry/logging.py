@@ -73,6 +73,8 @@ class Log(StrEnum):
     UPSTREAM_BACK = "upstream_back"
     NO_API_KEY = "no_api_key"
     TENANT_CHANGED = "tenant_changed"
+    BUDGET_CHANGED = "budget_changed"
+    BUDGET_ESTIMATED = "budget_estimated"
     KEY_MADE = "key_made"
     KEY_REVOKED = "key_revoked"
     KEY_LAPSED = "key_lapsed"

@@ -114,8 +114,8 @@ async def test_a_known_batch_costs_nothing_and_is_told_by_who_has_spent_all(
     first, _ = await made(client, file_id, "k-6")
     again, replayed = await made(client, file_id, "k-6")  # the queue is full of it
     assert (again.id, replayed) == (first.id, True)
-    words: Any = [{"role": "user", "content": "Hi"}]
-    await client.chat.completions.create(model="m", messages=words)
+    await gateway.services.store.tenants.set("acme", {"budget_day_tokens": 0}, by="test")
+    await gateway.services.store.budgets.refresh()
     assert await refused(client, file_id, "k-7") == (429, "insufficient_quota")
     again, replayed = await made(client, file_id, "k-6")
     assert (again.id, replayed) == (first.id, True)

@@ -24,6 +24,7 @@ async def key_of(
     """The headers of a new key; `changes` are made to its tenant first."""
     tenants = gateway.services.store.tenants
     await tenants.set(tenant, changes, by="test")
+    await gateway.services.store.budgets.refresh()
     _, made = await tenants.create_key(tenant, scopes=scopes)
     return {"Authorization": f"Bearer {made.text}"}
 

@@ -171,26 +171,10 @@ WHERE l.batch_id = fitting.batch_id AND l.line = fitting.line AND fitting.so_far
 RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires_at
 
 -- name: batches_held_up
--- Batches of keys whose tenants are disabled or gone, or have spent a budget of this day or month of UTC.
+-- Batches of keys whose tenants are disabled or gone.
 SELECT b.id FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id
-CROSS JOIN LATERAL (SELECT (now() AT TIME ZONE 'UTC')::date AS today) AS clock
-LEFT JOIN LATERAL (
-    SELECT sum(u.cost_micros) AS month_micros,
-        sum(u.cost_micros) FILTER (WHERE u.day = clock.today) AS day_micros,
-        sum(u.input_tokens + u.output_tokens + u.thoughts_tokens) AS month_tokens,
-        sum(u.input_tokens + u.output_tokens + u.thoughts_tokens)
-            FILTER (WHERE u.day = clock.today) AS day_tokens
-    FROM usage_days u
-    WHERE u.tenant_id = t.id AND u.day >= date_trunc('month', clock.today)::date
-        AND num_nonnulls(t.budget_day_money, t.budget_month_money, t.budget_day_tokens,
-            t.budget_month_tokens) > 0
-) AS spent ON true
-WHERE b.status = 'in_progress' AND b.key_id IS NOT NULL AND (
-    t.id IS NULL OR t.disabled_at IS NOT NULL
-    OR coalesce(spent.day_micros, 0) >= t.budget_day_money * 1000000
-    OR coalesce(spent.month_micros, 0) >= t.budget_month_money * 1000000
-    OR coalesce(spent.day_tokens, 0) >= t.budget_day_tokens
-    OR coalesce(spent.month_tokens, 0) >= t.budget_month_tokens)
+WHERE b.status = 'in_progress' AND b.key_id IS NOT NULL
+    AND (t.id IS NULL OR t.disabled_at IS NOT NULL)
 
 -- name: begin_batch_lines
 -- Mark lines as calling, before their upstream calls; unless another worker has them, or the batch ends.

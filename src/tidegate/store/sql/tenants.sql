@@ -17,19 +17,9 @@ UPDATE access SET version = version + 1
 SELECT k.prefix, k.digest, k.tenant_id, k.scopes, k.revoked_at IS NOT NULL AS revoked,
     extract(epoch FROM k.expires_at - now())::double precision AS expires_in_s,
     t.disabled_at IS NOT NULL AS disabled, t.models, t.most_priority, t.most_queued_jobs,
-    t.most_queued_bytes, t.most_streams, t.most_long_polls,
-    (t.budget_day_money * 1000000)::bigint AS day_micros,
-    (t.budget_month_money * 1000000)::bigint AS month_micros,
-    t.budget_day_tokens AS day_tokens, t.budget_month_tokens AS month_tokens
+    t.most_queued_bytes, t.most_streams, t.most_long_polls
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.prefix = ANY($1::text[])
-
--- name: get_budgets
--- What the tenants $1 may spend.
-SELECT id, (budget_day_money * 1000000)::bigint AS day_micros,
-    (budget_month_money * 1000000)::bigint AS month_micros,
-    budget_day_tokens AS day_tokens, budget_month_tokens AS month_tokens
-FROM tenants WHERE id = ANY($1::text[])
 
 -- name: any_key
 -- Whether there is a key that works.
@@ -95,8 +85,16 @@ ORDER BY created_at, prefix LIMIT $3
 
 -- name: list_tenants
 -- Up to $2 tenants by id, or the one whose id is $1.
-SELECT t.*, (SELECT count(*) FROM keys k WHERE k.tenant_id = t.id AND k.revoked_at IS NULL
-    AND (k.expires_at IS NULL OR k.expires_at > now())) AS keys
+SELECT t.id, t.most_priority, t.models, t.most_queued_jobs, t.most_queued_bytes, t.most_streams,
+    t.most_long_polls, t.retention_days, t.created_at, t.disabled_at,
+    (SELECT amount / 1000000.0 FROM budgets WHERE name = t.id || '/budget_day_money')
+        AS budget_day_money,
+    (SELECT amount / 1000000.0 FROM budgets WHERE name = t.id || '/budget_month_money')
+        AS budget_month_money,
+    (SELECT amount FROM budgets WHERE name = t.id || '/budget_day_tokens') AS budget_day_tokens,
+    (SELECT amount FROM budgets WHERE name = t.id || '/budget_month_tokens') AS budget_month_tokens,
+    (SELECT count(*) FROM keys k WHERE k.tenant_id = t.id AND k.revoked_at IS NULL
+        AND (k.expires_at IS NULL OR k.expires_at > now())) AS keys
 FROM tenants t WHERE $1::text IS NULL OR t.id = $1 ORDER BY t.id LIMIT $2
 
 -- name: add_tenant
@@ -112,16 +110,11 @@ UPDATE tenants t SET
     most_queued_bytes = row.most_queued_bytes,
     most_streams = row.most_streams,
     most_long_polls = row.most_long_polls,
-    budget_day_money = row.budget_day_money,
-    budget_month_money = row.budget_month_money,
-    budget_day_tokens = row.budget_day_tokens,
-    budget_month_tokens = row.budget_month_tokens,
     retention_days = row.retention_days,
     disabled_at = CASE WHEN row.disabled THEN coalesce(t.disabled_at, now()) END
 FROM json_to_record($2::json) AS row (most_priority integer, models text[],
     most_queued_jobs bigint, most_queued_bytes bigint, most_streams integer,
-    most_long_polls integer, budget_day_money numeric, budget_month_money numeric,
-    budget_day_tokens bigint, budget_month_tokens bigint, retention_days integer, disabled boolean)
+    most_long_polls integer, retention_days integer, disabled boolean)
 WHERE t.id = $1
 
 -- name: lock_tenant

@@ -63,13 +63,3 @@ SELECT CASE WHEN $1::boolean THEN tenant_id END AS tenant, CASE WHEN $2::boolean
 FROM usage_days
 WHERE day BETWEEN $4 AND $5 AND ($6::text IS NULL OR tenant_id = $6)
 GROUP BY 1, 2, 3 ORDER BY 3, 1, 2 LIMIT $7
-
--- name: get_spent
--- What the tenants $1 have spent in the month that begins on $2, and of that on day $3.
-SELECT tenant_id, sum(cost_micros)::bigint AS month_micros,
-    sum(input_tokens + output_tokens + thoughts_tokens)::bigint AS month_tokens,
-    coalesce(sum(cost_micros) FILTER (WHERE day = $3), 0)::bigint AS day_micros,
-    coalesce(sum(input_tokens + output_tokens + thoughts_tokens) FILTER (WHERE day = $3), 0)::bigint
-        AS day_tokens
-FROM usage_days WHERE tenant_id = ANY($1::text[]) AND day >= $2
-GROUP BY tenant_id

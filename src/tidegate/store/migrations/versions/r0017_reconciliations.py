@@ -1,6 +1,6 @@
 """Reconciliations: what a provider says that a day cost, beside the record.
 
-The newest of each upstream, day and model is kept. The step before is 0016 of the budgets.
+The newest of each upstream, day and model is kept.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0017"
-down_revision = "0015"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 

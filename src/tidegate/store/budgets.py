@@ -1,0 +1,820 @@
+"""Budgets: what may be spent, reserved before a call and charged after it, in all processes.
+
+    reserve (durable) ──► call ──► settle, in the transaction of the call's audit row
+         │                              told: the charge; cut or unknown: the bound, as an estimate
+         └── refused: spent, held by other calls, or paused
+
+PostgreSQL has the books. What a call may cost at most is held of all budgets that bind it, or of
+none, before it is sent; `reserve_budgets` and `settle_budgets` (migration r0016) decide under the
+locks of the books. Reservations that come while one commits are written together by the next.
+
+Invariants: spent + held never exceeds the amount of a budget, but for calls whose cost turns out to
+be more than what is held of them; what a process holds when it dies stays charged, as an estimate;
+a call that no budget binds waits for nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Literal, NamedTuple
+from uuid import UUID
+from zoneinfo import ZoneInfo, available_timezones
+
+import asyncpg
+import orjson
+
+from tidegate.call import CallCost, Caller, Charge, UsageState, new_id
+from tidegate.errors import (
+    BudgetExceeded,
+    BudgetPaused,
+    BudgetReserved,
+    BudgetUnbounded,
+    ConfigError,
+    NotFound,
+    QuotaExceeded,
+    StoreUnavailable,
+)
+from tidegate.prices.rates import dollars
+from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
+from tidegate.store.records import Json, dumps, record_of, uuid_of
+from tidegate.telemetry.logging import Log, get_logger
+
+Unit = Literal["usd", "tokens"]
+Period = Literal["day", "week", "month", "rolling"]
+Dimension = Literal["tenant", "key", "subject", "conversation"]
+
+DIMENSIONS: tuple[Dimension, ...] = ("tenant", "key", "subject", "conversation")
+MOST_BUDGETS = 1_000
+MOST_BOOKS = 1_000
+MOST_AMOUNT = 10**15
+_LONGEST_WINDOW_S = 366 * 86_400
+_LOOK_EVERY_S = 0.25
+_REVISION_EVERY_S = 0.4
+_FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
+_SEEN_EVERY_S = 5.0
+DEAD_AFTER_S = 30.0
+_STRAYS_AFTER_S = 60.0
+_ROOM_EVERY_S = 0.25
+_REMEMBERED_S = 60.0
+_ROLLING_REMEMBERED_S = 1.0
+_RESERVED_RETRY_MS = 1_000
+_SEED_TIMEOUT_MS = 60_000
+_READ_TIMEOUT_MS = 2_000
+_MOST_ORPHANS = 500
+_SHORT_NAME = re.compile(r".+/(?P<name>budget_(?:day|month)_(?:money|tokens))")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]{0,199}")
+_DOUBTFUL = frozenset((UsageState.PARTIAL, UsageState.ESTIMATED, UsageState.UNKNOWN))
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be spent in a period, by the calls that it binds.
+
+    tenant, key, subject, conversation: the one that it binds, None for all; `model` is a pattern of
+    the models' names at their provider. Each value of the dimensions in `each` has the whole amount
+    for itself; calls without such a value share one. amount: in micro-dollars or tokens. zone:
+    of the calendar; window_s: of a rolling period. at_end: what happens to a call that does not
+    fit; with `fall_back` the model `fallback` is called. doubt: whether a call of unknown price or
+    bound is refused and one that was cut is charged its bound, or both are charged what is
+    estimated. alerts: shares in percent at which an alert is raised.
+    """
+
+    name: str
+    unit: Unit
+    amount: int
+    period: Period
+    tenant: str | None = None
+    key: str | None = None
+    model: str | None = None
+    subject: str | None = None
+    conversation: str | None = None
+    each: tuple[Dimension, ...] = ()
+    zone: str = "UTC"
+    window_s: int | None = None
+    at_end: Literal["refuse", "pause", "fall_back"] = "refuse"
+    fallback: str | None = None
+    doubt: Literal["bound", "estimate"] = "bound"
+    alerts: tuple[int, ...] = ()
+    created_at: datetime | None = None
+
+    @property
+    def limit(self) -> str:
+        """The name in errors: of a tenant's own budget that of its setting."""
+        short = _SHORT_NAME.fullmatch(self.name)
+        return self.name if short is None else short["name"]
+
+    def shown(self, amount: int) -> str:
+        return shown_amount(self.unit, amount)
+
+    def need(self, cost: CallCost) -> int:
+        """What a call takes of it at most, or about. Raises BudgetUnbounded."""
+        bound, about = (
+            (cost.most_micros, cost.likely_micros)
+            if self.unit == "usd"
+            else (cost.most_tokens, cost.likely_tokens)
+        )
+        if bound is not None:
+            return bound
+        if self.doubt == "bound":
+            raise BudgetUnbounded(
+                f"the budget {self.name} binds this call, whose most possible cost is not known: "
+                f"{cost.unknown}",
+                limit=self.limit,
+                allowed="a call with max_tokens, of a model whose price is known",
+            )
+        return about
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetBook:
+    """What was spent of a budget in the current period, for one scope: the values of its `each` as
+    a JSON array, empty without any. `estimated` is a part of `spent`; `held` is reserved."""
+
+    budget: str
+    scope: str
+    unit: Unit
+    amount: int
+    spent: int
+    estimated: int
+    held: int
+    reset_at: datetime | None
+    paused_since: datetime | None
+
+
+class Binding(NamedTuple):
+    """A budget that binds a call, and whose book of it the call is charged to."""
+
+    budget: Budget
+    scope: str
+
+
+class Settlement(NamedTuple):
+    """The charge of what was held. micros: None where it is not known."""
+
+    hold: UUID
+    request_id: UUID | None
+    micros: int | None
+    tokens: int | None
+    doubt: bool
+
+    @property
+    def row(self) -> Json:
+        return {
+            "id": str(self.hold),
+            "micros": self.micros,
+            "tokens": self.tokens,
+            "doubt": self.doubt,
+        }
+
+
+def shown_amount(unit: Unit, amount: int) -> str:
+    """An amount as people read it: `$0.79`, or `1200 tokens`."""
+    return dollars(amount) if unit == "usd" else f"{amount} tokens"
+
+
+def check_budget(budget: Budget) -> None:
+    """Raises ConfigError for a value that a budget can't have, by the name of its field."""
+    if not _NAME.fullmatch(budget.name):
+        raise ConfigError("name", budget.name, "1 to 200 letters, digits and _ . : / @ + -")
+    if not 0 <= budget.amount <= MOST_AMOUNT:
+        raise ConfigError("amount", str(budget.amount), "a number from 0")
+    if budget.zone not in available_timezones():
+        raise ConfigError("zone", budget.zone, "a time zone such as Europe/Berlin")
+    rolling = budget.period == "rolling"
+    if rolling and not (budget.window_s and 1 <= budget.window_s <= _LONGEST_WINDOW_S):
+        raise ConfigError("window_s", str(budget.window_s), "1 second to 366 days, for rolling")
+    if not rolling and budget.window_s is not None:
+        raise ConfigError("window_s", str(budget.window_s), "none for a period of the calendar")
+    if (budget.at_end == "fall_back") != (budget.fallback is not None):
+        raise ConfigError("fallback", str(budget.fallback), "a model, where at_end is fall_back")
+    for name in budget.each:
+        if name not in DIMENSIONS or budget.each.count(name) > 1 or getattr(budget, name):
+            raise ConfigError("each", name, f"each of {', '.join(DIMENSIONS)} that is not named")
+    if any(not 1 <= share <= 100 for share in budget.alerts) or len(budget.alerts) > 10:
+        raise ConfigError("alerts", str(budget.alerts), "up to 10 shares from 1 to 100 percent")
+    if rolling and budget.alerts:
+        raise ConfigError("alerts", str(budget.alerts), "none for a rolling period")
+
+
+def tenants_budget(tenant: str, setting: str, amount: int) -> Budget:
+    """The budget that a tenant's setting such as `budget_day_money` stands for."""
+    _, period, unit = setting.split("_")
+    return Budget(
+        name=f"{tenant}/{setting}",
+        unit="usd" if unit == "money" else "tokens",
+        amount=amount,
+        period="day" if period == "day" else "month",
+        tenant=tenant,
+        doubt="estimate",
+    )
+
+
+class BudgetRecords:
+    """Budgets on record, as people see and change them. Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def revision(self) -> int:
+        row = await self._connections.row("budget_revision", timeout_ms=_READ_TIMEOUT_MS)
+        return 0 if row is None else int(row["revision"])
+
+    async def all(self) -> tuple[int, list[Budget]]:
+        """The revision, and the budgets in force at it or at a later one."""
+
+        async def read(connection: asyncpg.Connection) -> tuple[int, list[asyncpg.Record]]:
+            revision: int = await connection.fetchval(sql("budget_revision"))
+            return revision, await connection.fetch(sql("list_budgets"), MOST_BUDGETS)
+
+        revision, found = await self._connections.run(read, timeout_ms=_READ_TIMEOUT_MS)
+        return revision, [_budget(row) for row in found]
+
+    async def set(self, budget: Budget, *, by: str) -> bool:
+        """Make a budget, or change amount, end, doubt and alerts of the one of that name; what it
+        binds and counts stays as it is. A new one begins with what its period has on record.
+        Returns whether it is new. Raises ConfigError."""
+        check_budget(budget)
+
+        async def write(connection: asyncpg.Connection) -> bool:
+            return await set_budget(connection, budget)
+
+        is_new = await self._connections.run(write, timeout_ms=_SEED_TIMEOUT_MS)
+        log.warning(Log.BUDGET_CHANGED, budget=budget.name, by=by, amount=budget.amount)
+        return is_new
+
+    async def remove(self, name: str, *, by: str) -> None:
+        """Remove a budget with its books. Raises NotFound."""
+
+        async def write(connection: asyncpg.Connection) -> bool:
+            gone = await connection.fetch(sql("drop_budget"), name)
+            await drop_books(connection, gone)
+            return bool(gone)
+
+        if not await self._connections.run(write):
+            raise NotFound(f"there is no budget {name}")
+        log.warning(Log.BUDGET_CHANGED, budget=name, by=by, amount=None)
+
+    async def resume(self, name: str, *, scope: str | None, extra: int, by: str) -> list[str]:
+        """End the pauses of a budget, and allow `extra` more in the current period. Returns the
+        scopes that were paused or extended. Raises NotFound."""
+
+        async def write(connection: asyncpg.Connection) -> list[str] | None:
+            known = await connection.fetchval("SELECT 1 FROM budgets WHERE name = $1", name)
+            if known is None:
+                return None
+            done = [
+                row["scope"] for row in await connection.fetch(sql("resume_budget"), name, scope)
+            ]
+            if extra:
+                more = await connection.fetch(sql("extend_budget"), name, scope, extra)
+                done += [row["scope"] for row in more if row["scope"] not in done]
+            await connection.execute(sql("count_budget_change"))
+            return done
+
+        done = await self._connections.run(write)
+        if done is None:
+            raise NotFound(f"there is no budget {name}")
+        log.warning(Log.BUDGET_CHANGED, budget=name, by=by, resumed=len(done), extra=extra)
+        return done
+
+    async def correct(self, request_id: UUID, *, micros: int, tokens: int) -> int:
+        """Charge a request what it is known to have cost, where budgets are charged an estimate of
+        it; in how many books that changes something."""
+
+        return await self._connections.run(
+            lambda connection: correct_holds(connection, request_id, micros=micros, tokens=tokens)
+        )
+
+    async def books(self, name: str | None = None, scope: str | None = None) -> list[BudgetBook]:
+        """Books of the current periods, those that are used most first, up to `MOST_BOOKS`."""
+        found = await self._connections.rows("budget_books", name, scope, MOST_BOOKS)
+        return [record_of(BudgetBook, row) for row in found]
+
+
+async def set_budget(connection: asyncpg.Connection, budget: Budget) -> bool:
+    """Write a budget in a transaction of the caller's; whether it is new."""
+    row = asdict(budget)
+    del row["created_at"]
+    is_new = bool(await connection.fetchval(sql("set_budget"), orjson.dumps(row).decode()))
+    if is_new:
+        await _seed(connection, budget)
+    await connection.execute(sql("count_budget_change"))
+    return is_new
+
+
+async def drop_books(connection: asyncpg.Connection, gone: Iterable[asyncpg.Record]) -> None:
+    """Remove what belongs to budgets that were removed in this transaction."""
+    names = [row["name"] for row in gone]
+    if names:
+        await connection.execute(sql("drop_budget_books"), names)
+        await connection.execute(sql("count_budget_change"))
+
+
+async def _seed(connection: asyncpg.Connection, budget: Budget) -> None:
+    if budget.conversation is not None or "conversation" in budget.each:
+        return  # not on record
+    by_days = budget.zone == "UTC" and budget.period != "rolling"
+    by_days = by_days and budget.key is budget.subject is None and budget.each in ((), ("tenant",))
+    name = "seed_budget_by_days" if by_days else "seed_budget_by_calls"
+    pattern = "" if budget.model is None else _regex(budget.model)
+    await connection.execute(sql(name), budget.name, pattern, timeout=_SEED_TIMEOUT_MS / 1000)
+
+
+def _regex(pattern: str) -> str:
+    """A pattern of names as PostgreSQL takes it."""
+    parts = {"*": ".*", "?": "."}
+    return f"^{''.join(parts.get(one) or re.escape(one) for one in pattern)}$"
+
+
+@dataclass(eq=False, slots=True)
+class _Ask:
+    """A reservation that waits to be written."""
+
+    hold: UUID
+    request_id: UUID
+    needs: tuple[tuple[Binding, int], ...]
+
+
+class _Refused(NamedTuple):
+    """A book that had no room. until: on our clock, for how long that is certain."""
+
+    binding: Binding
+    why: str
+    amount: int
+    spent: int
+    held: int
+    reset_at: datetime | None
+    until: float
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """A call in a queue, which leaves it once what it needs can't be had any more."""
+
+    needs: tuple[tuple[Binding, int], ...]
+    notify: Callable[[QuotaExceeded], None]
+
+
+class Budgets:
+    """Budgets of one process: which bind a call, and what its calls hold of them."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        *,
+        instance_id: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.records = BudgetRecords(connections)
+        self._connections = connections
+        self._instance_id = instance_id
+        self._clock = clock
+        self._revision: int | None = None
+        self._rules: tuple[Budget, ...] = ()
+        self._static = lru_cache(10_000)(self._bound_statically)
+        self._asks: GroupWriter[_Ask, _Refused | None] = GroupWriter(self._reserve_all, _size_of)
+        self._open: dict[UUID, UUID] = {}  # what is held, by whose request
+        self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
+        self._refusals: dict[tuple[str, str], _Refused] = {}
+        self._waiters: dict[int, _Waiter] = {}
+        self._freed: deque[asyncio.Future[None]] = deque()
+        self._seen_at = -math.inf
+        self._steadiness = Steadiness(round(DEAD_AFTER_S * 1000))
+        self._reading = asyncio.Lock()
+        self._change = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Budgets {len(self._rules)} held={len(self._open)} pending={len(self._pending)}>"
+
+    @property
+    def any(self) -> bool:
+        """Whether a budget may bind a call, as far as this process knows; then `binding` is asked.
+        True also while they were never read."""
+        return bool(self._rules) or self._revision is None
+
+    @property
+    def held(self) -> int:
+        """How many calls of this process hold something."""
+        return len(self._open)
+
+    # Which budgets bind a call
+
+    async def known(self) -> None:
+        """Wait until the budgets have been read once. Raises StoreUnavailable."""
+        if self._revision is None:
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Read what has changed. Raises StoreUnavailable."""
+        async with self._reading:
+            if self._revision is not None and await self.records.revision() == self._revision:
+                return
+            revision, found = await self.records.all()
+            self._rules, self._revision = tuple(found), revision
+            self._static.cache_clear()
+            self._refusals.clear()
+            self.wake()
+
+    def changed(self) -> None:
+        """Have the budgets read again soon: one of them may have changed."""
+        self._change.set()
+
+    def binding(
+        self,
+        caller: Caller,
+        model: str,
+        subject: str | None = None,
+        conversation: str | None = None,
+    ) -> tuple[Binding, ...]:
+        """The budgets that bind a call, by what is known here; nearly always none."""
+        if not self._rules:
+            return ()
+        found = self._static(caller.tenant_id, caller.key_id, model)
+        if not found:
+            return ()
+        values = {
+            "tenant": caller.tenant_id,
+            "key": caller.key_id,
+            "subject": subject,
+            "conversation": conversation,
+        }
+        return tuple(
+            Binding(one, _scope_of(one, values))
+            for one in found
+            if one.subject in (None, subject) and one.conversation in (None, conversation)
+        )
+
+    def _bound_statically(self, tenant: str, key: str | None, model: str) -> tuple[Budget, ...]:
+        plain = model.removeprefix("models/")
+        return tuple(
+            one
+            for one in self._rules
+            if one.tenant in (None, tenant)
+            and one.key in (None, key)
+            and (one.model is None or fnmatchcase(plain, one.model))
+        )
+
+    # Before a call
+
+    def refusal(self, bindings: Sequence[Binding], cost: CallCost) -> QuotaExceeded | None:
+        """Why a call can't be made, as far as this process knows for certain: without I/O. Raises
+        BudgetUnbounded."""
+        return self._known_refusal(_needs(bindings, cost))
+
+    def _known_refusal(self, needs: Sequence[tuple[Binding, int]]) -> QuotaExceeded | None:
+        for binding, need in needs:
+            known = self._refusals.get((binding.budget.name, binding.scope))
+            if known is None:
+                continue
+            if self._clock() >= known.until:
+                del self._refusals[binding.budget.name, binding.scope]
+            elif known.why == "paused" or known.spent + need > known.amount:
+                return _error(known, need)
+        return None
+
+    async def check(self, caller: Caller, model: str = "", subject: str | None = None) -> None:
+        """Refuse early what is submitted while a budget that binds it has nothing left, or is
+        paused. Raises BudgetExceeded, BudgetPaused and StoreUnavailable."""
+        if not self.any:
+            return
+        await self.known()
+        for binding in self.binding(caller, model, subject):
+            unknown = {"conversation", *(("subject",) if subject is None else ())}
+            if binding.budget.at_end == "fall_back" or unknown.intersection(binding.budget.each):
+                continue
+            for book in await self.records.books(binding.budget.name, binding.scope):
+                why = "paused" if book.paused_since else "spent"
+                if book.paused_since is None and book.spent < book.amount:
+                    continue
+                reset_at = book.reset_at
+                known = _Refused(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)
+                raise _error(known, 1)
+
+    async def reserve(self, bindings: Sequence[Binding], request_id: UUID, cost: CallCost) -> UUID:
+        """Hold what a call may cost of all budgets that bind it, durably; `settle` must follow with
+        the id that is returned.
+
+        Raises BudgetExceeded and BudgetPaused where it does not fit, BudgetReserved where calls in
+        progress hold what is left, BudgetUnbounded, and StoreUnavailable. Cancelled, or where it
+        raises, nothing stays held.
+        """
+        needs = _needs(bindings, cost)
+        if (error := self._known_refusal(needs)) is not None:
+            raise error
+        hold = new_id()
+        self._open[hold] = request_id
+        order = asyncio.ensure_future(self._asks.write(_Ask(hold, request_id, needs)))
+        try:
+            refused = await asyncio.shield(order)
+        except asyncio.CancelledError:
+            order.add_done_callback(lambda _: self._void(hold, request_id, order))
+            raise
+        except BaseException:
+            # A commit whose reply was lost may hold it.
+            self.settle(hold, None)
+            raise
+        if refused is not None:
+            del self._open[hold]
+            need = next(n for one, n in needs if one == refused.binding)
+            raise _error(refused, need)
+        return hold
+
+    def _void(self, hold: UUID, request_id: UUID, order: asyncio.Future[_Refused | None]) -> None:
+        """The caller was cancelled while the reservation was written."""
+        if order.cancelled() or order.exception() is not None or order.result() is None:
+            self.settle(hold, None)
+        else:
+            self._open.pop(hold, None)
+
+    async def _reserve_all(self, asks: Sequence[_Ask]) -> list[_Refused | Exception | None]:
+        """Write reservations in one transaction."""
+        books: dict[tuple[str, str], int] = {}
+        bindings: list[Binding] = []
+        calls: list[Json] = []
+        for ask in asks:
+            binds = []
+            for binding, need in ask.needs:
+                key = (binding.budget.name, binding.scope)
+                place = books.get(key)
+                if place is None:
+                    place = books[key] = len(bindings)
+                    bindings.append(binding)
+                binds.append([place, need])
+            calls.append({"id": str(ask.hold), "request": str(ask.request_id), "binds": binds})
+        asked = orjson.dumps({"books": list(books), "calls": calls}).decode()
+        sent_at = self._clock()
+
+        async def work(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            if sent_at - self._seen_at >= _SEEN_EVERY_S:
+                await connection.execute(sql("see_budget_instance"), self._instance_id)
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("reserve_budgets"), asked, self._instance_id
+            )
+            return found
+
+        rows = await self._connections.run(work)
+        if sent_at - self._seen_at >= _SEEN_EVERY_S:
+            self._seen_at = sent_at
+        results: list[_Refused | Exception | None] = [None] * len(asks)
+        for row in rows:
+            refused = self._refused(bindings[row["book"]], row)
+            results[row["call"]] = refused
+            if refused.why != "held":
+                self._refusals[refused.binding.budget.name, refused.binding.scope] = refused
+        if any(one is not None for one in results):
+            self._tell_waiters()
+        return results
+
+    def _refused(self, binding: Binding, row: asyncpg.Record) -> _Refused:
+        now = self._clock()
+        for_s = _ROLLING_REMEMBERED_S if binding.budget.period == "rolling" else _REMEMBERED_S
+        if row["reset_at"] is not None:
+            for_s = min(for_s, (row["reset_at"] - datetime.now(UTC)).total_seconds())
+        return _Refused(
+            binding,
+            row["why"],
+            row["amount"],
+            row["spent"],
+            row["held"],
+            row["reset_at"],
+            now + for_s,
+        )
+
+    def watch(
+        self,
+        bindings: Sequence[Binding],
+        cost: CallCost,
+        notify: Callable[[QuotaExceeded], None],
+    ) -> Callable[[], None]:
+        """Call `notify` once the call can't be made any more; the function that is returned ends
+        that."""
+        waiter = _Waiter(_needs(bindings, cost), notify)
+        self._waiters[id(waiter)] = waiter
+
+        def end() -> None:
+            self._waiters.pop(id(waiter), None)
+
+        return end
+
+    def _tell_waiters(self) -> None:
+        for waiter in list(self._waiters.values()):
+            if (error := self._known_refusal(waiter.needs)) is not None:
+                waiter.notify(error)
+
+    async def room(self, within_s: float) -> None:
+        """Wait until something that was held is settled here, or for a quarter of a second."""
+        future = asyncio.get_running_loop().create_future()
+        self._freed.append(future)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(within_s, _ROOM_EVERY_S)):
+                    await future
+        finally:
+            with suppress(ValueError):
+                self._freed.remove(future)
+
+    # After it
+
+    def settle(self, hold: UUID, charge: Charge | None) -> None:
+        """A call that holds something has ended and is charged so; with None it was not made. It is
+        written with the call's audit row, or else within a second."""
+        request_id = self._open.get(hold)
+        if charge is None:
+            one = Settlement(hold, request_id, 0, 0, False)
+        else:
+            doubt = charge.state in _DOUBTFUL
+            one = Settlement(hold, request_id, charge.cost_micros, charge.tokens, doubt)
+        self._pending.setdefault(request_id, []).append((self._clock(), one))
+
+    async def settle_in(
+        self, connection: asyncpg.Connection, request_ids: Iterable[UUID | str]
+    ) -> None:
+        """Write what these requests are charged in a transaction of the caller's. It is written
+        again within a second, which changes nothing, since that may not be committed."""
+        if not self._pending:
+            return
+        found = [
+            one
+            for given in request_ids
+            for _, one in self._pending.get(given if isinstance(given, UUID) else UUID(given), ())
+        ]
+        await _settle(connection, found)
+
+    async def flush(self, after_s: float = 0.0) -> None:
+        """Write what has waited for so long. Raises StoreUnavailable."""
+        now = self._clock()
+        due = [one for found in self._pending.values() for at, one in found if now - at >= after_s]
+        if not due:
+            return
+        await self._connections.run(lambda connection: _settle(connection, due))
+        for one in due:
+            self._open.pop(one.hold, None)
+            left = [(at, other) for at, other in self._pending[one.request_id] if other is not one]
+            if left:
+                self._pending[one.request_id] = left
+            else:
+                del self._pending[one.request_id]
+        self.wake()
+
+    def wake(self) -> None:
+        """Have calls that wait for room in a budget look again: something was settled."""
+        while self._freed:
+            future = self._freed.popleft()
+            if not future.done():
+                future.set_result(None)
+
+    # What keeps it the newest
+
+    async def run(self) -> None:
+        """Look for changes, settle what is left over, and charge what dead processes hold."""
+        looked_at = beaten_at = -math.inf
+        while True:
+            now = self._clock()
+            try:
+                if self._change.is_set() or now - looked_at >= _REVISION_EVERY_S:
+                    self._change.clear()
+                    looked_at = now
+                    await self.refresh()
+                await self.flush(_FLUSH_AFTER_S)
+                if self._rules and now - beaten_at >= _SEEN_EVERY_S:
+                    beaten_at = now
+                    await self._look_after_holds()
+            except StoreUnavailable as away:  # what is held stays held
+                self._steadiness.missed()
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR, where="budgets")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await self._change.wait()
+
+    async def aclose(self) -> None:
+        """Settle what is pending; what can't be written stays charged."""
+        with suppress(StoreUnavailable):
+            await self.flush()
+
+    async def _look_after_holds(self) -> None:
+        sent_at = Steadiness.clock()
+        if self._open:
+            await self._connections.execute("see_budget_instance", self._instance_id)
+            self._seen_at = self._clock()
+            await self._void_strays()
+        else:
+            await self._connections.execute("forget_budget_instances")
+        self._steadiness.beaten(sent_at)
+        if not self._steadiness.may_judge:
+            return
+        await self.charge_orphans()
+
+    async def _void_strays(self) -> None:
+        """Return what this process holds and does not know of: the reply was lost."""
+        known = list(self._open)
+        rows = await self._connections.rows(
+            "stray_budget_holds", self._instance_id, known, _STRAYS_AFTER_S
+        )
+        strays = [Settlement(row["id"], None, 0, 0, False) for row in rows]
+        if strays:
+            await self._connections.run(lambda connection: _settle(connection, strays))
+
+    async def charge_orphans(self) -> int:
+        """Charge what dead processes hold, as estimates; how much was found. Raises
+        StoreUnavailable."""
+        rows = await self._connections.rows("orphaned_budget_holds", DEAD_AFTER_S, _MOST_ORPHANS)
+        orphans = [Settlement(row["id"], None, None, 0, True) for row in rows]
+        if orphans:
+            await self._connections.run(lambda connection: _settle(connection, orphans))
+            log.warning(Log.BUDGET_ESTIMATED, holds=len(orphans))
+        return len(orphans)
+
+
+async def correct_holds(
+    connection: asyncpg.Connection, request_id: UUID, *, micros: int, tokens: int | None = None
+) -> int:
+    """Charge a request what it has cost, where budgets are charged an estimate of it, in a
+    transaction of the caller's; in how many books that changes something. tokens: None where they
+    are not known."""
+    holds = await connection.fetch(sql("estimated_holds_of"), [request_id])
+    last, *before = sorted({uuid_of(row["id"]) for row in holds}, reverse=True) or [None]
+    if last is None:
+        return 0
+    # Whatever its tries before the last have cost is part of the whole.
+    known = [Settlement(hold, request_id, 0, 0, False) for hold in before if hold is not None]
+    await _settle(connection, [Settlement(last, request_id, micros, tokens, False), *known])
+    await connection.execute(sql("count_budget_change"))
+    return len(holds)
+
+
+async def _settle(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:
+    if settlements:
+        await connection.execute(sql("settle_budgets"), dumps(one.row for one in settlements))
+
+
+def _needs(bindings: Sequence[Binding], cost: CallCost) -> tuple[tuple[Binding, int], ...]:
+    return tuple((one, one.budget.need(cost)) for one in bindings)
+
+
+def _size_of(ask: _Ask) -> int:
+    return 100 + 100 * len(ask.needs)
+
+
+def _scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
+    """As PostgreSQL writes such an array: ', ' between the values."""
+    if not budget.each:
+        return ""
+    return f"[{', '.join(orjson.dumps(values[one]).decode() for one in budget.each)}]"
+
+
+def _budget(row: asyncpg.Record) -> Budget:
+    return record_of(Budget, row, each=tuple(row["each"]), alerts=tuple(row["alerts"]))
+
+
+def _error(refused: _Refused, need: int) -> QuotaExceeded:
+    budget, scope = refused.binding
+    whose = f" of {', '.join(map(str, orjson.loads(scope)))}" if scope else ""
+    spent, amount = budget.shown(refused.spent), budget.shown(refused.amount)
+    used = f"{spent} of {amount} spent"
+    allowed = f"{amount} a {budget.period} of {budget.zone}"
+    if budget.period == "rolling":
+        allowed = f"{amount} in {budget.window_s} s"
+    if refused.why == "paused":
+        return BudgetPaused(
+            f"the budget {budget.name}{whose} is paused ({used}): a person must resume it",
+            limit=budget.limit,
+            allowed=allowed,
+            retry_after_ms=None,
+        )
+    if refused.why == "held":
+        return BudgetReserved(
+            f"the budget {budget.name}{whose} has no room for this call yet: {used}, "
+            f"{budget.shown(refused.held)} reserved for calls in progress, "
+            f"up to {budget.shown(need)} needed",
+            limit=budget.limit,
+            allowed=allowed,
+            retry_after_ms=_RESERVED_RETRY_MS,
+        )
+    reset_at, after_ms, when = refused.reset_at, None, "no time frees as much as it needs"
+    if reset_at is not None:
+        left_s = (reset_at - datetime.now(UTC)).total_seconds()
+        after_ms = max(1_000, math.ceil(left_s * 1000))
+        local = reset_at.astimezone(ZoneInfo(budget.zone))
+        when = f"it resets at {local:%Y-%m-%d %H:%M} {budget.zone}"
+    return BudgetExceeded(
+        f"the budget {budget.name}{whose} has no room for this call: {used}, "
+        f"up to {budget.shown(need)} needed; {when}",
+        limit=budget.limit,
+        allowed=allowed,
+        retry_after_ms=after_ms,
+        fallback=budget.fallback,
+    )

@@ -1,0 +1,151 @@
+-- Budgets, their books, and what is reserved of them.
+
+-- name: budget_revision
+-- The number that grows with every change of a budget.
+SELECT revision FROM budget_revision
+
+-- name: count_budget_change
+-- Say that a budget has changed, to all processes; locks the number until the change is committed.
+WITH raised AS (UPDATE budget_revision SET revision = revision + 1)
+SELECT pg_notify('tidegate_budgets', '')
+
+-- name: list_budgets
+-- All budgets by name, up to $1.
+SELECT name, tenant, key, model, subject, conversation, each, unit, amount, period, zone, window_s,
+    at_end, fallback, doubt, alerts, created_at
+FROM budgets ORDER BY name LIMIT $1
+
+-- name: set_budget
+-- Bring a budget to the values of $1, all of which are given; true if it was not there.
+INSERT INTO budgets AS b (name, tenant, key, model, subject, conversation, each, unit, amount,
+    period, zone, window_s, at_end, fallback, doubt, alerts)
+SELECT name, tenant, key, model, subject, conversation, each, unit, amount, period, zone, window_s,
+    at_end, fallback, doubt, alerts
+FROM json_to_record($1::json) AS row (name text, tenant text, key text, model text, subject text,
+    conversation text, each text[], unit text, amount bigint, period text, zone text,
+    window_s bigint, at_end text, fallback text, doubt text, alerts smallint[])
+ON CONFLICT (name) DO UPDATE SET amount = excluded.amount, at_end = excluded.at_end,
+    fallback = excluded.fallback, doubt = excluded.doubt, alerts = excluded.alerts
+RETURNING b.xmax = 0 AS is_new
+
+-- name: drop_budget
+-- Remove a budget.
+DELETE FROM budgets WHERE name = $1 RETURNING name
+
+-- name: drop_tenant_budgets
+-- Remove the budgets that bind one tenant by its name.
+DELETE FROM budgets WHERE tenant = $1 RETURNING name
+
+-- name: drop_budget_books
+-- Remove the books, pauses and holds of budgets that are gone.
+WITH books AS (DELETE FROM budget_books WHERE budget = ANY($1::text[])),
+    pauses AS (DELETE FROM budget_pauses WHERE budget = ANY($1::text[]))
+DELETE FROM budget_holds WHERE budget = ANY($1::text[])
+
+-- name: seed_budget_by_days
+-- Begin the books of budget $1, which binds tenants or models by days of UTC, with what was spent.
+INSERT INTO budget_books (budget, scope, period, spent)
+SELECT b.name, CASE WHEN 'tenant' = ANY(b.each) THEN json_build_array(u.tenant_id)::text ELSE '' END,
+    budget_period(b.period, b.zone, now()),
+    sum(CASE WHEN b.unit = 'usd' THEN u.cost_micros
+        ELSE u.input_tokens + u.output_tokens + u.thoughts_tokens END)::bigint
+FROM budgets b JOIN usage_days u
+    ON u.day >= (budget_period(b.period, b.zone, now()) AT TIME ZONE 'UTC')::date
+WHERE b.name = $1 AND (b.tenant IS NULL OR u.tenant_id = b.tenant)
+    AND (b.model IS NULL OR u.model ~ $2)
+GROUP BY 1, 2, 3
+ON CONFLICT (budget, scope, period) DO NOTHING
+
+-- name: seed_budget_by_calls
+-- Begin the books of budget $1 with what the calls on record have spent in its period.
+INSERT INTO budget_books (budget, scope, period, spent)
+SELECT b.name, CASE WHEN b.each = '{}' THEN '' ELSE (SELECT json_agg(CASE one
+        WHEN 'tenant' THEN a.tenant_id WHEN 'key' THEN a.key_id WHEN 'subject' THEN a.subject END
+        ORDER BY n)::text FROM unnest(b.each) WITH ORDINALITY AS e (one, n)) END,
+    CASE WHEN b.window_s IS NULL THEN budget_period(b.period, b.zone, now())
+        ELSE budget_span(b.window_s, a.finished_at) END,
+    sum(CASE WHEN b.unit = 'usd' THEN coalesce(a.cost_micros, 0)
+        ELSE coalesce(a.input_tokens, 0) + coalesce(a.output_tokens, 0)
+            + coalesce(a.thoughts_tokens, 0) END)::bigint
+FROM budgets b JOIN audit a ON a.finished_at >= CASE WHEN b.window_s IS NULL
+        THEN budget_period(b.period, b.zone, now()) ELSE budget_oldest_span(b.window_s, now()) END
+    AND a.created_at >= CASE WHEN b.window_s IS NULL
+        THEN budget_period(b.period, b.zone, now()) - interval '1 day'
+        ELSE budget_oldest_span(b.window_s, now()) - interval '1 day' END
+WHERE b.name = $1 AND (b.tenant IS NULL OR a.tenant_id = b.tenant)
+    AND (b.key IS NULL OR a.key_id = b.key) AND (b.subject IS NULL OR a.subject = b.subject)
+    AND (b.model IS NULL OR a.model ~ $2)
+GROUP BY 1, 2, 3
+ON CONFLICT (budget, scope, period) DO NOTHING
+
+-- name: reserve_budgets
+-- Reserve what calls may cost at most, for process $2; a row for each that is refused.
+SELECT * FROM reserve_budgets($1::jsonb, $2)
+
+-- name: settle_budgets
+-- Charge calls that have ended for what they cost.
+SELECT settle_budgets($1::jsonb)
+
+-- name: see_budget_instance
+-- Note that process $1 lives.
+INSERT INTO budget_instances (instance) VALUES ($1)
+ON CONFLICT (instance) DO UPDATE SET seen_at = now()
+
+-- name: orphaned_budget_holds
+-- Up to $2 reservations of processes that were last heard of more than $1 seconds ago.
+SELECT DISTINCT h.id FROM budget_holds h LEFT JOIN budget_instances i USING (instance)
+WHERE h.estimated_at IS NULL
+    AND coalesce(i.seen_at, h.held_at) < now() - $1::double precision * interval '1 second'
+LIMIT $2
+
+-- name: forget_budget_instances
+-- Forget processes that are gone and hold nothing, and estimates of more than 100 days ago.
+WITH old AS (DELETE FROM budget_holds WHERE estimated_at < now() - interval '100 days')
+DELETE FROM budget_instances i WHERE seen_at < now() - interval '1 hour'
+    AND NOT EXISTS (SELECT 1 FROM budget_holds h WHERE h.instance = i.instance
+        AND h.estimated_at IS NULL)
+
+-- name: stray_budget_holds
+-- Reservations of process $1 that are older than $3 seconds and not among $2.
+SELECT DISTINCT id FROM budget_holds
+WHERE instance = $1 AND estimated_at IS NULL AND NOT (id = ANY($2::uuid[]))
+    AND held_at < now() - $3::double precision * interval '1 second'
+
+-- name: budget_books
+-- Books of the current periods, of budget $1 and scope $2 where given, the most spent first; up to $3.
+SELECT b.name AS budget, coalesce(k.scope, '') AS scope, b.unit, b.amount + coalesce(k.extra, 0) AS amount,
+    CASE WHEN b.window_s IS NULL THEN coalesce(k.spent, 0) ELSE coalesce((
+        SELECT sum(r.spent) FROM budget_books r WHERE r.budget = b.name AND r.scope = k.scope
+            AND r.period > '-infinity' AND r.period >= budget_oldest_span(b.window_s, now())), 0)
+        END::bigint AS spent,
+    coalesce(k.estimated, 0) AS estimated, coalesce(k.held, 0) AS held,
+    budget_reset(b.period, b.zone, now()) AS reset_at, p.since AS paused_since
+FROM budgets b LEFT JOIN budget_books k
+    ON k.budget = b.name AND k.period = budget_period(b.period, b.zone, now())
+LEFT JOIN budget_pauses p ON p.budget = b.name AND p.scope = coalesce(k.scope, '')
+WHERE ($1::text IS NULL OR b.name = $1) AND ($2::text IS NULL OR coalesce(k.scope, '') = $2)
+ORDER BY coalesce(k.spent, 0)::double precision / greatest(b.amount, 1) DESC, 1, 2 LIMIT $3
+
+-- name: resume_budget
+-- End the pauses of budget $1, of scope $2 where given.
+DELETE FROM budget_pauses WHERE budget = $1 AND ($2::text IS NULL OR scope = $2) RETURNING scope
+
+-- name: extend_budget
+-- Add $3 to what budget $1 allows in the current period, in the books of scope $2 where given.
+UPDATE budget_books k SET extra = k.extra + $3, alerted = 0
+FROM budgets b WHERE b.name = $1 AND k.budget = b.name AND ($2::text IS NULL OR k.scope = $2)
+    AND k.period = budget_period(b.period, b.zone, now())
+RETURNING k.scope
+
+-- name: estimated_holds_of
+-- What budgets were charged as estimates for the requests $1.
+SELECT id, request_id, budget, scope, amount FROM budget_holds
+WHERE estimated_at IS NOT NULL AND request_id = ANY($1::uuid[])
+
+-- name: forget_budget_subject
+-- Forget the books of the person $2, of tenant $1 where given: of budgets with a book for each subject.
+DELETE FROM budget_books k USING budgets b
+WHERE b.name = k.budget AND 'subject' = ANY(b.each) AND k.held = 0
+    AND k.scope::json->>(array_position(b.each, 'subject') - 1) = $2
+    AND ($1::text IS NULL OR b.tenant = $1 OR b.tenant IS NULL AND coalesce(
+        k.scope::json->>(array_position(b.each, 'tenant') - 1), $1) = $1)

@@ -1,0 +1,493 @@
+"""The books of budgets in PostgreSQL, stepped beside a model in plain Python."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from random import Random
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from tidegate.call import CallCost, Caller, Charge, Usage, UsageState, new_id
+from tidegate.errors import (
+    BudgetExceeded,
+    BudgetPaused,
+    BudgetReserved,
+    BudgetUnbounded,
+    ConfigError,
+    NotFound,
+    QuotaExceeded,
+)
+from tidegate.store import budgets as module
+from tidegate.store.budgets import Binding, Budget, Budgets, shown_amount
+from tidegate.store.database import Connections
+from tidegate.store.retention import Whose
+from tidegate.store.store import Store
+
+ACME, OTHER = Caller("acme", "k1"), Caller("other", "k2")
+DAY = Budget("day", "usd", 1_000, "day", tenant="acme")
+
+
+def cost(micros: int | None, tokens: int | None = 0) -> CallCost:
+    return CallCost(micros, tokens, micros or 0, tokens or 0, "the request has no max_tokens")
+
+
+def told(micros: int, tokens: int = 0) -> Charge:
+    return Charge(UsageState.TOLD, Usage(output_tokens=tokens), None, micros)
+
+
+def cut(micros: int | None) -> Charge:
+    return Charge(UsageState.ESTIMATED, Usage(), None, micros)
+
+
+@pytest.fixture
+async def connections(database_url: str) -> AsyncIterator[Connections]:
+    made = Connections(database_url)
+    yield made
+    await made.aclose()
+
+
+@pytest.fixture
+def budgets(connections: Connections) -> Budgets:
+    return Budgets(connections, instance_id="one")
+
+
+async def held_by(budgets: Budgets, caller: Caller, micros: int, model: str = "m") -> UUID:
+    bindings = budgets.binding(caller, model)
+    assert bindings
+    return await budgets.reserve(bindings, new_id(), cost(micros))
+
+
+async def with_budgets(budgets: Budgets, *given: Budget) -> None:
+    for one in given:
+        await budgets.records.set(one, by="test")
+    await budgets.refresh()
+
+
+@dataclass
+class Book:
+    """A book of the model."""
+
+    amount: int
+    spent: int = 0
+    estimated: int = 0
+    held: int = 0
+
+
+@dataclass
+class Books:
+    """All books of the model, and what is held of them by id."""
+
+    budgets: list[Budget]
+    books: dict[tuple[str, str], Book] = field(default_factory=dict)
+    holds: dict[UUID, list[tuple[Binding, int]]] = field(default_factory=dict)
+    kept: dict[UUID, list[tuple[Binding, int]]] = field(default_factory=dict)
+
+    def book(self, binding: Binding) -> Book:
+        key = (binding.budget.name, binding.scope)
+        return self.books.setdefault(key, Book(binding.budget.amount))
+
+    def reserve(self, hold: UUID, bindings: tuple[Binding, ...], given: CallCost) -> str | None:
+        why = None
+        for one in bindings:
+            book, need = self.book(one), one.budget.need(given)
+            if book.spent + need > book.amount:
+                why = "spent"
+            elif why is None and book.spent + book.held + need > book.amount:
+                why = "held"
+        if why is None:
+            self.holds[hold] = [(one, one.budget.need(given)) for one in bindings]
+            for one, need in self.holds[hold]:
+                self.book(one).held += need
+        return why
+
+    def settle(self, hold: UUID, charge: Charge) -> None:
+        doubt = charge.state is not UsageState.TOLD
+        for one, need in self.holds.pop(hold):
+            book = self.book(one)
+            paid = charge.cost_micros if one.budget.unit == "usd" else charge.tokens
+            pays = need if paid is None else paid
+            if doubt and one.budget.doubt == "bound":
+                pays = max(pays, need)
+                self.kept.setdefault(hold, []).append((one, pays))
+            book.held -= need
+            book.spent += pays
+            book.estimated += pays if doubt else 0
+
+    def correct(self, hold: UUID, charge: Charge) -> None:
+        for one, was in self.kept.pop(hold):
+            paid = charge.cost_micros if one.budget.unit == "usd" else charge.tokens
+            book = self.book(one)
+            book.spent += (paid or 0) - was
+            book.estimated -= was
+
+    def seen(self) -> dict[tuple[str, str], tuple[int, int, int]]:
+        return {
+            key: (one.spent, one.estimated, one.held)
+            for key, one in self.books.items()
+            if one.spent or one.estimated or one.held
+        }
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_the_books_are_those_of_the_model(
+    budgets: Budgets, database_url: str, seed: int
+) -> None:
+    random = Random(seed)
+    rules = [
+        DAY,
+        Budget("all", "usd", 2_500, "month"),
+        Budget("each", "tokens", 600, "week", each=("tenant", "key"), zone="Europe/Berlin"),
+        Budget("soft", "usd", 900, "day", model="m*", doubt="estimate", each=("key",)),
+    ]
+    await with_budgets(budgets, *rules)
+    model = Books(rules)
+    for _ in range(100):
+        step = random.random()
+        if step < 0.55 or not model.holds:
+            caller, name = random.choice((ACME, OTHER)), random.choice(("m1", "other"))
+            given = cost(random.randrange(200), random.randrange(80))
+            bindings = budgets.binding(caller, name)
+            try:
+                hold = await budgets.reserve(bindings, new_id(), given)
+                why = None
+            except QuotaExceeded as refused:
+                why = "held" if isinstance(refused, BudgetReserved) else "spent"
+                hold = new_id()
+            assert model.reserve(hold, bindings, given) == why
+        elif step < 0.9:
+            hold = random.choice(list(model.holds))
+            need = model.holds[hold][0][1]
+            state = random.choice((UsageState.TOLD, UsageState.TOLD, UsageState.PARTIAL))
+            micros = random.choice((None, need // 2)) if state is UsageState.PARTIAL else need
+            charge = Charge(state, Usage(output_tokens=random.randrange(80)), None, micros)
+            budgets.settle(hold, charge)
+            await budgets.flush()
+            model.settle(hold, charge)
+        elif model.kept:
+            hold = random.choice(list(model.kept))
+            true = told(random.randrange(50), random.randrange(20))
+            budgets.settle(hold, true)
+            await budgets.flush()
+            model.correct(hold, true)
+            budgets._refusals.clear()  # what reconciliation does by a new revision
+        assert await seen(database_url) == model.seen()
+    assert budgets.held == len(model.holds)
+
+
+async def seen(url: str) -> dict[tuple[str, str], tuple[int, int, int]]:
+    connection = await asyncpg.connect(url)
+    try:
+        rows = await connection.fetch(
+            "SELECT budget, scope, sum(spent)::bigint AS spent, sum(held)::bigint AS held,"
+            " sum(estimated)::bigint AS estimated FROM budget_books GROUP BY 1, 2"
+        )
+    finally:
+        await connection.close()
+    return {
+        (row["budget"], row["scope"]): (row["spent"], row["estimated"], row["held"])
+        for row in rows
+        if row["spent"] or row["estimated"] or row["held"]
+    }
+
+
+async def test_of_two_hundred_at_once_in_two_processes_those_that_fit_are_admitted(
+    database_url: str,
+) -> None:
+    sides = [Connections(database_url) for _ in range(2)]
+    processes = [Budgets(one, instance_id=f"p{n}") for n, one in enumerate(sides)]
+    await processes[0].records.set(DAY, by="test")
+    await processes[0].records.set(Budget("wide", "usd", 100_000, "month"), by="test")
+    for one in processes:
+        await one.refresh()
+
+    async def ask(place: int) -> bool:
+        try:
+            await held_by(processes[place % 2], ACME, 37)
+        except BudgetReserved:
+            return False
+        return True
+
+    done = await asyncio.gather(*(ask(place) for place in range(200)))
+    assert sum(done) == 1_000 // 37
+    assert (await seen(database_url))["day", ""] == (0, 0, 37 * (1_000 // 37))
+    for one in processes:
+        for hold in list(one._open):
+            one.settle(hold, told(10))
+        await one.flush()
+        assert one.held == 0
+    spent = 10 * (1_000 // 37)
+    assert await seen(database_url) == {("day", ""): (spent, 0, 0), ("wide", ""): (spent, 0, 0)}
+    for side in sides:
+        await side.aclose()
+
+
+async def test_a_call_that_one_of_its_budgets_refuses_holds_nothing_of_the_others(
+    budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, DAY, Budget("all", "usd", 90, "month"))
+    with pytest.raises(BudgetExceeded, match=r"all .*\$0\.00 of \$0\.00009 spent") as refused:
+        await held_by(budgets, ACME, 100)
+    assert refused.value.limit == "all"
+    assert refused.value.retry_after_ms is not None
+    assert await seen(database_url) == {}
+    assert budgets.held == 0
+
+
+async def test_what_a_dead_process_holds_stays_charged_until_it_is_corrected(
+    budgets: Budgets, connections: Connections, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await with_budgets(budgets, DAY)
+    dead = Budgets(connections, instance_id="dead")
+    await dead.refresh()
+    hold = await held_by(dead, ACME, 400)
+    assert await budgets.charge_orphans() == 0  # it was heard of a moment ago
+    monkeypatch.setattr(module, "DEAD_AFTER_S", -1.0)
+    assert await budgets.charge_orphans() == 1
+    assert await seen(database_url) == {("day", ""): (400, 400, 0)}
+    with pytest.raises(BudgetExceeded):
+        await held_by(budgets, ACME, 601)
+    assert await budgets.charge_orphans() == 0
+    # It was not dead, or its record is found: what it really cost.
+    dead.settle(hold, told(30))
+    await dead.flush()
+    assert await seen(database_url) == {("day", ""): (30, 0, 0)}
+
+
+async def test_an_estimate_is_corrected_by_what_a_request_has_cost(
+    budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, DAY, Budget("t", "tokens", 500, "day"))
+    request = new_id()
+    for _ in range(2):  # tries
+        hold = await budgets.reserve(budgets.binding(ACME, "m"), request, cost(100, 50))
+        budgets.settle(hold, cut(5))
+    await budgets.flush()
+    assert await seen(database_url) == {("day", ""): (200, 200, 0), ("t", ""): (100, 100, 0)}
+    assert await budgets.records.correct(request, micros=17, tokens=9) == 4
+    assert await seen(database_url) == {("day", ""): (17, 0, 0), ("t", ""): (9, 0, 0)}
+    assert await budgets.records.correct(request, micros=17, tokens=9) == 0
+
+
+async def test_an_erased_person_has_no_book(
+    store: Store, budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, Budget("s", "usd", 900, "day", each=("tenant", "subject")))
+    for caller in (ACME, OTHER):
+        for subject in ("ann", "bob", None):
+            bindings = budgets.binding(caller, "m", subject)
+            budgets.settle(await budgets.reserve(bindings, new_id(), cost(5)), told(5))
+    await budgets.flush()
+    await store.retention.erase(Whose("acme", "ann"), dry_run=False, within_s=20)
+    assert sorted(scope for _, scope in await seen(database_url)) == [
+        '["acme", "bob"]',
+        '["acme", null]',
+        '["other", "ann"]',
+        '["other", "bob"]',
+        '["other", null]',
+    ]
+
+
+async def test_a_settlement_that_is_written_twice_counts_once(
+    budgets: Budgets, connections: Connections, database_url: str
+) -> None:
+    await with_budgets(budgets, DAY)
+    hold = await held_by(budgets, ACME, 400)
+    budgets.settle(hold, cut(90))
+    for _ in range(2):
+        await connections.run(
+            lambda connection: module._settle(
+                connection, [one for found in budgets._pending.values() for _, one in found]
+            )
+        )
+    assert await seen(database_url) == {("day", ""): (400, 400, 0)}
+
+
+async def test_a_cancelled_reservation_holds_nothing(budgets: Budgets, database_url: str) -> None:
+    await with_budgets(budgets, DAY)
+    for _ in range(20):
+        task = asyncio.create_task(held_by(budgets, ACME, 400))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await budgets._asks.aclose()
+    await asyncio.sleep(0)
+    await budgets.flush()
+    assert await seen(database_url) == {}
+    assert budgets.held == 0
+
+
+async def test_a_budget_that_pauses_goes_on_when_a_person_says_so(
+    budgets: Budgets, database_url: str
+) -> None:
+    paused = Budget("p", "usd", 100, "day", at_end="pause", each=("tenant",))
+    await with_budgets(budgets, paused)
+    with pytest.raises(BudgetPaused, match=r"budget p of acme is paused .*a person must resume it"):
+        await held_by(budgets, ACME, 101)
+    with pytest.raises(BudgetPaused):  # whatever it needs
+        await held_by(budgets, ACME, 1)
+    with pytest.raises(BudgetPaused):
+        await budgets.check(ACME)
+    await held_by(budgets, OTHER, 100)
+    assert await budgets.records.resume("p", scope=None, extra=20, by="test") == [
+        '["acme"]',
+        '["other"]',
+    ]
+    await budgets.refresh()
+    assert (await held_by(budgets, ACME, 120)) is not None
+    with pytest.raises(NotFound):
+        await budgets.records.resume("q", scope=None, extra=0, by="test")
+    connection = await asyncpg.connect(database_url)
+    kinds = await connection.fetch("SELECT kind, data->>'scope' AS scope FROM alerts")
+    await connection.close()
+    assert [(row["kind"], row["scope"]) for row in kinds] == [("budget_paused", '["acme"]')]
+
+
+async def test_shares_are_told_once_each(budgets: Budgets, database_url: str) -> None:
+    await with_budgets(budgets, Budget("s", "usd", 1_000, "day", alerts=(50, 80, 100)))
+    for micros in (400, 150, 10, 300, 140):
+        budgets.settle(await held_by(budgets, ACME, micros), told(micros))
+        await budgets.flush()
+    for _ in range(2):
+        with pytest.raises(BudgetExceeded):
+            await held_by(budgets, ACME, 1)
+        budgets._refusals.clear()
+    connection = await asyncpg.connect(database_url)
+    rows = await connection.fetch(
+        "SELECT kind, (data->>'share')::integer AS share, (data->>'spent')::integer AS spent"
+        " FROM alerts ORDER BY created_at"
+    )
+    await connection.close()
+    assert [tuple(row) for row in rows] == [
+        ("budget_share", 50, 550),
+        ("budget_share", 80, 860),
+        ("budget_share", 100, 1_000),
+        ("budget_out", None, 1_000),
+    ]
+
+
+async def test_a_rolling_budget_frees_what_has_left_its_window(
+    budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, Budget("r", "usd", 100, "rolling", window_s=600))
+    budgets.settle(await held_by(budgets, ACME, 60), told(60))
+    await budgets.flush()
+    with pytest.raises(BudgetExceeded) as refused:
+        await held_by(budgets, ACME, 50)
+    assert refused.value.retry_after_ms is not None
+    assert 590_000 < refused.value.retry_after_ms <= 620_000
+    await held_by(budgets, ACME, 40)
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "UPDATE budget_books SET period = period - interval '700 s' WHERE period > '-infinity'"
+    )
+    await connection.close()
+    budgets._refusals.clear()
+    await held_by(budgets, ACME, 60)
+
+
+async def test_a_call_without_a_bound_is_refused_unless_estimates_are_taken(
+    budgets: Budgets,
+) -> None:
+    await with_budgets(budgets, DAY)
+    bindings = budgets.binding(ACME, "m")
+    with pytest.raises(BudgetUnbounded, match="the request has no max_tokens"):
+        await budgets.reserve(bindings, new_id(), CallCost(None, 5, 10, 5, cost(1).unknown))
+    soft = [Binding(Budget("s", "usd", 15, "day", doubt="estimate"), "")]
+    assert soft[0].budget.need(CallCost(None, 5, 10, 5)) == 10
+
+
+async def test_a_new_budget_begins_with_what_its_period_has_on_record(
+    budgets: Budgets, database_url: str
+) -> None:
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "INSERT INTO usage_days (tenant_id, day, model, pool, cost_micros) VALUES"
+        " ('acme', (now() AT TIME ZONE 'UTC')::date, 'm-1', 'gemini', 300),"
+        " ('acme', (now() AT TIME ZONE 'UTC')::date, 'x', 'gemini', 7),"
+        " ('other', (now() AT TIME ZONE 'UTC')::date, 'm-1', 'gemini', 40)"
+    )
+    await connection.execute(
+        "INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, kind,"
+        " classified_by, classified_reason, priority, attempts, lapses, instance_id, submitted_at,"
+        " finished_at, queue_ms, upstream_ms, key_id, subject, cost_micros, model)"
+        " VALUES (gen_random_uuid(), now(), gen_random_uuid(), 'acme', 'gemini', 'relay',"
+        " 'succeeded', 'text_only', 'body', '', 0, 1, 0, 'i', now(), now(), 0, 0, 'k1', 'ann', 55,"
+        " 'm-1')"
+    )
+    await connection.close()
+    await with_budgets(
+        budgets,
+        Budget("all", "usd", 1_000, "month"),
+        Budget("acme-m", "usd", 1_000, "day", tenant="acme", model="m-*"),
+        Budget("tenants", "usd", 1_000, "day", each=("tenant",)),
+        Budget("people", "usd", 1_000, "week", zone="Asia/Tokyo", each=("tenant", "subject")),
+        Budget("lately", "usd", 1_000, "rolling", window_s=3_600, key="k1"),
+    )
+    assert {key: spent for key, (spent, *_) in (await seen(database_url)).items()} == {
+        ("all", ""): 347,
+        ("acme-m", ""): 300,
+        ("tenants", '["acme"]'): 307,
+        ("tenants", '["other"]'): 40,
+        ("people", '["acme", "ann"]'): 55,
+        ("lately", ""): 55,
+    }
+
+
+async def test_a_change_is_seen_and_a_removed_budget_binds_no_one(budgets: Budgets) -> None:
+    await with_budgets(budgets, DAY)
+    assert [one.budget.name for one in budgets.binding(ACME, "m")] == ["day"]
+    assert budgets.binding(OTHER, "m") == ()
+    hold = await held_by(budgets, ACME, 900)
+    await with_budgets(budgets, Budget("day", "usd", 2_000, "day", tenant="acme"))
+    await held_by(budgets, ACME, 1_000)
+    (book,) = await budgets.records.books("day")
+    assert (book.amount, book.spent, book.held) == (2_000, 0, 1_900)
+    await budgets.records.remove("day", by="test")
+    await budgets.refresh()
+    assert not budgets.any
+    budgets.settle(hold, told(5))
+    await budgets.flush()
+    assert await budgets.records.books() == []
+    with pytest.raises(NotFound):
+        await budgets.records.remove("day", by="test")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        (Budget("", "usd", 1, "day"), "name"),
+        (Budget("a", "usd", -1, "day"), "amount"),
+        (Budget("a", "usd", 1, "day", zone="Mars"), "zone"),
+        (Budget("a", "usd", 1, "rolling"), "window_s"),
+        (Budget("a", "usd", 1, "day", window_s=5), "window_s"),
+        (Budget("a", "usd", 1, "day", at_end="fall_back"), "fallback"),
+        (Budget("a", "usd", 1, "day", tenant="x", each=("tenant",)), "each"),
+        (Budget("a", "usd", 1, "day", alerts=(0,)), "alerts"),
+        (Budget("a", "usd", 1, "rolling", window_s=60, alerts=(50,)), "alerts"),
+    ],
+)
+async def test_what_a_budget_can_not_be_names_its_field(
+    budgets: Budgets, wrong: Budget, field: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        await budgets.records.set(wrong, by="test")
+    assert refused.value.variable == field
+
+
+@pytest.mark.parametrize(
+    ("micros", "shown"),
+    [
+        (790_000, "$0.79"),
+        (1, "$0.000001"),
+        (12_000_000, "$12.00"),
+        (0, "$0.00"),
+        (-5_500, "-$0.0055"),
+    ],
+)
+def test_money_is_shown_as_dollars(micros: int, shown: str) -> None:
+    assert shown_amount("usd", micros) == shown
