@@ -746,11 +746,11 @@ async def correct_holds(
     transaction of the caller's; in how many books that changes something. tokens: None where they
     are not known."""
     holds = await connection.fetch(sql("estimated_holds_of"), [request_id])
-    last, *before = sorted({uuid_of(row["id"]) for row in holds}, reverse=True) or [None]
-    if last is None:
+    if not holds:
         return 0
+    last, *before = sorted({uuid_of(row["id"]) for row in holds}, reverse=True)
     # Whatever its tries before the last have cost is part of the whole.
-    known = [Settlement(hold, request_id, 0, 0, False) for hold in before if hold is not None]
+    known = [Settlement(hold, request_id, 0, 0, False) for hold in before]
     await _settle(connection, [Settlement(last, request_id, micros, tokens, False), *known])
     await connection.execute(sql("count_budget_change"))
     return len(holds)
