@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -183,7 +184,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _stop(_signal: int, _frame: object) -> None:
+    """Leave the blocks that have started processes."""
+    raise SystemExit(1)
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, _stop)
     options = _arguments()
     wanted = options.scenario or SCENARIOS
     found: dict[str, Figures] = {}

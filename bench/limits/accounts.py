@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 Limits = list[dict[str, Any]]
-# Bounds of ten seconds, so that a longer window has as many calls a second; `PLENTY` never binds.
-REQUESTS = 150
-TOKENS = 200_000
+# Bounds of ten seconds, which about 20 calls a second use up in all, far from what two cores can
+# relay; a longer window has as many calls a second. `PLENTY` never binds.
+REQUESTS = 75
+TOKENS = 100_000
+OUTPUT = 5_000
 PLENTY = 100_000_000
 BASE_S = 10
 
@@ -108,14 +110,14 @@ def _anthropic_limits(window_s: float) -> Limits:
         _limit("claude-opus-4*", "output_tokens", PLENTY, window_s),
         _limit("claude-haiku-*", "requests", PLENTY, window_s),
         _limit("claude-haiku-*", "uncached_input_tokens", PLENTY, window_s),
-        _limit("claude-haiku-*", "output_tokens", 10_000, window_s),
+        _limit("claude-haiku-*", "output_tokens", OUTPUT, window_s),
     ]
 
 
 def _anthropic_policy(window_ms: int) -> Mapping[str, Any]:
     return {
         **_for(["claude-opus-4*"], {"itpm": TOKENS // 10}, window_ms),
-        **_for(["claude-haiku-*"], {"otpm": 10_000}, window_ms),
+        **_for(["claude-haiku-*"], {"otpm": OUTPUT}, window_ms),
     }
 
 
@@ -123,7 +125,7 @@ def _first_anthropic_policy(window_ms: int) -> Mapping[str, Any]:
     """A class of models had no limit of its own: each model gets its part of the bound."""
     return {
         **_for(OPUS, {"itpm": TOKENS // 10 // len(OPUS)}, window_ms),
-        **_for(["claude-haiku-4-5"], {"otpm": 10_000}, window_ms),
+        **_for(["claude-haiku-4-5"], {"otpm": OUTPUT}, window_ms),
     }
 
 
