@@ -13,14 +13,22 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from hashlib import sha256
+from time import monotonic
 from zoneinfo import ZoneInfo
 
 from tidegate.admission.charges import Prices, foreseen
+from tidegate.admission.conversations import (
+    ConversationKey,
+    Conversations,
+    ExpectedInput,
+    LastCall,
+)
 from tidegate.admission.estimator import Estimate, Estimator, Pieces, pieces_of
 from tidegate.call import (
     CLASSIFIER_LIMIT,
@@ -61,6 +69,9 @@ class Reach:
             if isinstance(limit, Rate | Quota)
         }
         self.counts_money = "usd" in units
+        self.counts_cache = any(
+            _counts_cache(limit) for limit in map(policy.limit, policy.limits) if limit is not None
+        )
         self.counts_tokens = self.counts_money or not units.isdisjoint(USUAL_WEIGHTS)
         self.limits = lru_cache(_MOST_KEPT)(self._limits_of)
         self.band = lru_cache(2 * MOST_PRIORITY + 1)(partial(band_of, bands=policy.bands))
@@ -83,15 +94,25 @@ class Reach:
         required = not self._kinds_optional and kind != OTHER_KIND
         found = [first] if required or first in self.policy.limits else []
         name = plain_model(model)
-        groups = [one for one in self._patterns if fnmatchcase(name, one)]
-        for whom in (f"kind/{kind}", name, *groups, f"tenant/{tenant}", TOTAL):
-            if whom in self._bound and (whom in groups or not is_pattern(whom)):
+        models = [one for one in self._patterns if fnmatchcase(name, one)]
+        if name not in models:  # a client may call its model as a pattern is
+            models.insert(0, name)
+        for whom in (f"kind/{kind}", *models, f"tenant/{tenant}", TOTAL):
+            if whom in self._bound:
                 found += [
                     limit_id
                     for limit_id, of_images in self._bound[whom]
                     if limit_id != first and (makes_images or not of_images)
                 ]
         return tuple(found)
+
+
+def _counts_cache(limit: Limit) -> bool:
+    """Whether input that the provider has in its cache counts less."""
+    if not isinstance(limit, Rate | Quota) or limit.unit not in USUAL_WEIGHTS:
+        return False
+    weights = limit.weights or USUAL_WEIGHTS[limit.unit]
+    return weights.cached < weights.input and limit.reserve != "larger"
 
 
 def counts_images(limit: Limit | None) -> bool:
@@ -122,13 +143,22 @@ _LEARN_FROM_ONE_IN = 16
 _NO_USAGE = Usage()
 
 
+def _now_ms() -> float:
+    return monotonic() * 1000
+
+
+def _no_conversation() -> ConversationKey | None:
+    return None
+
+
 # Not frozen, as all else of its kind: each call would pay for that.
 @dataclass(slots=True)
 class CallDemand:
     """All limits of a call, or none; never changed. `priority` is the name of a band.
 
     max_output_tokens: the call's own bound. cost_micros: what it will probably cost, where a limit
-    counts money; None without a price.
+    counts money; None without a price. conversation, expected: where a limit counts cached input
+    less.
     """
 
     limits: tuple[str, ...]
@@ -138,6 +168,8 @@ class CallDemand:
     estimate: Estimate | None = None
     max_output_tokens: int | None = None
     cost_micros: int | None = None
+    conversation: ConversationKey | None = None
+    expected: ExpectedInput | None = None
 
     @property
     def tokens(self) -> Tokens | None:
@@ -147,9 +179,12 @@ class CallDemand:
         one = self.estimate
         if one is None:
             return None
+        input_tokens = max(one.input_tokens, one.guessed_input_tokens)
+        uncached = input_tokens if self.expected is None else self.expected.uncached
         return Tokens(
-            max(one.input_tokens, one.guessed_input_tokens),
+            input_tokens,
             max(one.output_tokens, one.guessed_output_tokens),
+            input_tokens - min(uncached, input_tokens),
         )
 
     def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Demand:
@@ -206,8 +241,12 @@ class Demands:
         *,
         kinds_optional: bool = False,
         prices: Prices | None = None,
+        now_ms: Callable[[], float] = _now_ms,
     ) -> None:
-        """`kinds_optional`: a kind without a limit in the policy is not bound by one."""
+        """`kinds_optional`: a kind without a limit in the policy is not bound by one. `now_ms`: a
+        clock that only goes forward."""
+        self._now_ms = now_ms
+        self._conversations = Conversations(now_ms)
         self.estimator = estimator or Estimator()
         self.prices = prices or Prices()
         self._kinds_optional = kinds_optional
@@ -239,10 +278,12 @@ class Demands:
         images: int = 0,
         max_output_tokens: int | None = None,
         estimates_all: bool = False,
+        conversation: Callable[[], ConversationKey | None] = _no_conversation,
     ) -> CallDemand:
         """The demand of a request in a provider's own dialect; its limits may be none. Where no
         limit counts tokens only some calls are estimated, unless `estimates_all`, so that the
-        estimator goes on learning: it costs as much as all the rest."""
+        estimator goes on learning: it costs as much as all the rest. `conversation` is called where
+        a limit counts cached input less."""
         limits = self._limits(policy, kind, model, tenant, images)
         reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
@@ -259,9 +300,15 @@ class Demands:
         cost_micros = None
         if reach.counts_money and estimate is not None:
             cost_micros = foreseen(self.prices.of(model), estimate, images)[0]
-        return CallDemand(
+        demand = CallDemand(
             limits, tenant, reach.band(priority), images, estimate, max_output_tokens, cost_micros
         )
+        if reach.counts_cache and estimate is not None and (key := conversation()) is not None:
+            guessed = estimate.guessed_input_tokens
+            most = max(estimate.input_tokens, guessed)
+            demand.conversation = key
+            demand.expected = self._conversations.expect(tenant, model, key, guessed, most)
+        return demand
 
     def of_question(
         self,
@@ -304,6 +351,14 @@ class Demands:
             output_tokens = came if came > estimate.output_tokens else None
             known = Usage(input_tokens=told.input_tokens, output_tokens=output_tokens)
         self.estimator.learn(estimate, known)
+        if demand.conversation is not None and demand.expected is not None and told.input_tokens:
+            read = min(told.cached_tokens or 0, told.input_tokens)
+            written = 0 if told.details is None else told.details.cache_write_tokens or 0
+            kept = min(read + written, told.input_tokens)
+            call = LastCall(self._now_ms(), estimate.guessed_input_tokens, told.input_tokens, kept)
+            self._conversations.learn(
+                demand.tenant, estimate.model, demand.conversation, demand.expected, call, read
+            )
 
     def _limits(
         self, policy: PoolPolicy, kind: str, model: str, tenant: str, images: int

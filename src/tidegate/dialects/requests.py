@@ -493,6 +493,26 @@ def request_facts(
     )
 
 
+_OPENINGS = ("tools", "system", "instructions", "systemInstruction", "system_instruction")
+_TURNS = ("messages", "input", "contents")
+
+
+def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Digests of what a conversation's calls have in common in any dialect: the tools and the
+    system prompt, and these with the first message of the user. None without messages."""
+    turns = next((body[name] for name in _TURNS if isinstance(body.get(name), list)), None)
+    if not turns:
+        return None
+    systems, first = [], turns[-1]
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "developer"):
+            first = turn
+            break
+        systems.append(turn)
+    opening = hash(orjson.dumps([*map(body.get, _OPENINGS), systems]))
+    return opening, hash((opening, orjson.dumps(first)))
+
+
 def _images(
     endpoint: Endpoint,
     model: str,

@@ -11,15 +11,17 @@ from typing import Any
 
 from tidegate.policy.format import MEASURES
 
-# Checked over shorter spans than a minute by providers that say so: 60 a minute as 10 in 10 s.
-_SPAN_MS = 10_000
-_AS_BUCKET = {"pace_ms": _SPAN_MS}
+# Of a minute. A bucket refills evenly: 60 a minute may be 10 in 10 s, and one a second after these.
+_AS_BUCKET = {"pace_ms": 10_000}
+# A window of its own: 60 a minute are at most 10 in any 10 s.
+_CHECKED_MS = 10_000
+_MINUTE_MS = 60_000
 _AT_THE_START = {"reserve": "larger", "settles": False}
 
 # By what a limit's scope counts.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "openai": {"requests": _AS_BUCKET, "tokens": _AT_THE_START},
-    "azure": {"requests": _AS_BUCKET, "tokens": _AT_THE_START},
+    "azure": {"requests": {"window_ms": _CHECKED_MS}, "tokens": _AT_THE_START},
     "anthropic": {
         "requests": _AS_BUCKET,
         "input_tokens": {"unit": "uncached_input_tokens"},
@@ -54,6 +56,14 @@ def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any) 
     table = {"bound": value} if is_number else value
     if "unit" in table or "type" in table:
         return value
-    if measure.window_ms != 60_000:  # a pace is of what is counted a minute
-        usual = {key: one for key, one in usual.items() if key != "pace_ms"}
-    return {**usual, **table} if usual else value
+    window_ms, bound = table.get("window_ms", measure.window_ms), table.get("bound")
+    counting = {key: one for key, one in usual.items() if key not in ("pace_ms", "window_ms")}
+    if not isinstance(window_ms, int) or not isinstance(bound, int):
+        return {**counting, **table} if counting else value  # such as a day of the calendar
+    if "pace_ms" in usual:
+        counting["pace_ms"] = max(1, usual["pace_ms"] * window_ms // _MINUTE_MS)
+    if "window_ms" in usual and "window_ms" not in table:
+        checked_ms = usual["window_ms"] * window_ms // _MINUTE_MS
+        table = {**table, "bound": bound and max(1, bound * checked_ms // window_ms)}
+        counting["window_ms"] = checked_ms
+    return {**counting, **table} if counting else value

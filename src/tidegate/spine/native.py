@@ -32,13 +32,14 @@ from tidegate.admission.charges import (
     estimated_charge,
     is_unknown,
 )
+from tidegate.admission.conversations import ConversationKey
 from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Estimate, Learning
 from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Caller, Charge
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, refusals
 from tidegate.dialects.answers import WithoutUsageEvent, asking_for_usage, visible_output
 from tidegate.dialects.headers import of_answer, to_return, with_key
-from tidegate.dialects.requests import NAMES_MODEL, check_said_once, skimmed
+from tidegate.dialects.requests import NAMES_MODEL, check_said_once, conversation_of, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
 from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
 from tidegate.prices.rates import Rates
@@ -230,8 +231,15 @@ class NativeExchange:
             priority=terms.priority,
             images=asked.images if asked else 0,
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
+            conversation=self._conversation,
         )
         return lane.gate.bind(demand, target.model)
+
+    def _conversation(self) -> ConversationKey | None:
+        if self._asked is None:
+            return None
+        key = conversation_of(self._body)
+        return None if key is None else ConversationKey(*key)
 
     def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
         asked, endpoint = self._asked, self._call.endpoint

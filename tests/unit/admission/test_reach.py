@@ -103,3 +103,35 @@ def test_every_priority_has_a_band_and_a_higher_one_never_a_lower(names: tuple[s
     bands = tuple(Band(name) for name in names)
     places = [names.index(band_of(priority, bands)) for priority in range(-101, 102)]
     assert places == sorted(places, reverse=True)
+
+
+def test_the_models_of_a_pattern_share_its_limits() -> None:
+    policy = of_plain(
+        {
+            "limits": {
+                "itpm:claude-opus-4*": 30_000,
+                "rpm:claude-*": 50,
+                "rpm:claude-opus-4-5": 9,
+                "model:claude-opus-4*": 4,
+            }
+        }
+    )
+    reach = Reach(policy, kinds_optional=True)
+    opus = reach.limits("text_only", "claude-opus-4-5", "t", 0)
+    assert set(opus) == set(policy.limits)
+    assert set(reach.limits("text_only", "claude-haiku", "t", 0)) == {"rpm:claude-*"}
+    assert reach.limits("text_only", "gpt-5", "t", 0) == ()
+    # A client that names a pattern as its model is bound by that pattern's limits once.
+    assert sorted(reach.limits("text_only", "claude-*", "t", 0)) == ["rpm:claude-*"]
+
+
+def test_a_policy_says_what_its_calls_have_to_be_estimated_for() -> None:
+    def reach(limits: dict[str, object]) -> Reach:
+        return Reach(of_plain({"limits": limits}))
+
+    assert not reach({"rpm:m": 5}).counts_tokens
+    assert reach({"usdpm:m": 5}).counts_tokens
+    assert reach({"usdpm:m": 5}).counts_money
+    assert not reach({"itpm:m": 5}).counts_cache
+    assert reach({"uitpm:m": 5}).counts_cache
+    assert reach({"tpm:m": {"bound": 5, "weights": {"cached": 0}}}).counts_cache

@@ -41,8 +41,16 @@ def test_cached_tokens_are_free_at_groq() -> None:
 
 def test_requests_a_minute_are_checked_over_shorter_spans_by_providers_that_say_so() -> None:
     assert rate("anthropic", "rpm:claude*", 60).pace_ms == 10_000
-    assert rate("anthropic", "rps:claude*", 1).pace_ms is None
+    assert rate("anthropic", "rpm:claude*", {"bound": 6, "window_ms": 6_000}).pace_ms == 1_000
+    assert "pace_ms" not in str(filled({"rpd:claude*": 9}, "anthropic"))
     assert rate("gemini", "rpm:gemini*", 60).pace_ms is None
+
+
+def test_azure_checks_requests_over_ten_seconds() -> None:
+    assert rate("azure", "rpm:gpt-4o", 720) == Rate(120, 10_000)
+    assert rate("azure", "rpm:gpt-4o", 3) == Rate(1, 10_000)
+    assert rate("azure", "rpm:gpt-4o", 0) == Rate(0, 10_000)
+    assert rate("azure", "rpm:gpt-4o", {"bound": 720, "shadow": True}).shadow
 
 
 def test_a_limit_that_says_how_it_counts_is_left_as_it_is() -> None:
