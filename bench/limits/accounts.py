@@ -154,6 +154,14 @@ def _azure_limits(window_s: float) -> Limits:
     ]
 
 
+def _azure_policy(window_ms: int) -> Mapping[str, Any]:
+    """As the preset makes it of requests a minute: a sixth of them in 10 s."""
+    return {
+        **_for(["gpt-5"], {"tpm": TOKENS}, window_ms),
+        **_for(["gpt-5-mini"], {"rpm": REQUESTS // 6}, window_ms // 6),
+    }
+
+
 def _bedrock_limits(window_s: float) -> Limits:
     return [
         _limit("anthropic.claude-opus*", "requests", PLENTY, window_s),
@@ -203,7 +211,7 @@ PROVIDERS = (
         _gemini_limits,
         _gemini_policy,
     ),
-    MeasuredProvider("azure", "openai", ("gpt-5", "gpt-5-mini"), _azure_limits, _openai_policy),
+    MeasuredProvider("azure", "openai", ("gpt-5", "gpt-5-mini"), _azure_limits, _azure_policy),
     MeasuredProvider(
         "bedrock",
         "anthropic",
