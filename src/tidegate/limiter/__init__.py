@@ -31,6 +31,7 @@ from tidegate.limiter.connection import STALLED_S
 from tidegate.limiter.diagnostics import ServerReport, commands, examine, forget_pool, look_until
 from tidegate.limiter.limiter import Limiter, limited
 from tidegate.limiter.messages import (
+    format_amount,
     format_pause,
     format_span,
     format_unit,
@@ -144,6 +145,7 @@ __all__ = [
     "commands",
     "examine",
     "forget_pool",
+    "format_amount",
     "format_pause",
     "format_span",
     "format_unit",

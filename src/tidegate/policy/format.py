@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -43,9 +43,9 @@ from tidegate.limiter import (
     Unit,
     Weights,
     as_limit,
+    format_amount,
     format_pause,
     format_span,
-    format_unit,
     format_window,
 )
 
@@ -543,10 +543,31 @@ def in_words(limit: int | Limit) -> str:
         if limit.adaptive is not None:
             said += f", adapts itself from {limit.adaptive.minimum}"
     else:
-        said = f"{limit.bound} {format_unit(limit)} {format_window(limit)}"
+        said = f"{format_amount(limit, limit.bound)} {format_window(limit)}"
         if isinstance(limit, Quota):
             said += f" ({limit.zone})"
+        said = ", ".join((said, *_counting_in_words(limit)))
     return f"{said}, only counted" if limit.shadow else said
+
+
+def _counting_in_words(limit: Rate | Quota) -> Iterator[str]:
+    if limit.weights is not None:
+        usual = USUAL_WEIGHTS[limit.unit]
+        for part in _PARTS:
+            weight = getattr(limit.weights, part)
+            if weight != getattr(usual, part):
+                yield f"{part.replace('_', ' ')} x {weight:g}"
+    if limit.reserve == "bound":
+        yield "max_tokens at the start"
+    elif limit.reserve == "larger":
+        yield "input or max_tokens at the start"
+    if not limit.settles:
+        yield "nothing returned"
+    if isinstance(limit, Rate) and limit.pace_ms is not None:
+        yield f"evenly over {format_span(limit.pace_ms)}"
+    if isinstance(limit, Rate) and limit.ramp is not None:
+        ramp = limit.ramp
+        yield f"from {ramp.start} up by {ramp.percent_per_minute} % a minute"
 
 
 def ms_of(text: str) -> float | None:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.limiter import Adaptive, Concurrency, Limit, Quota, Rate, format_pause, format_span
+from tidegate.limiter import (
+    Adaptive,
+    Concurrency,
+    Limit,
+    Quota,
+    Ramp,
+    Rate,
+    Weights,
+    format_pause,
+    format_span,
+)
 from tidegate.policy.format import in_words
 
 
@@ -18,6 +28,19 @@ from tidegate.policy.format import in_words
         (Rate(9, 1_000, "input_tokens"), "9 input tokens a second"),
         (Rate(9, 90_000, "images", shadow=True), "9 images in 90 s, only counted"),
         (Quota(7, "tokens", "UTC"), "7 tokens a day (UTC)"),
+        (Rate(10_500_000, 600_000, "usd"), "$10.50 in 600 s"),
+        (
+            Rate(9, 60_000, "tokens", reserve="larger", settles=False),
+            "9 tokens a minute, input or max_tokens at the start, nothing returned",
+        ),
+        (
+            Rate(9, 60_000, "tokens", weights=Weights(1, 0, 1, 5), reserve="bound"),
+            "9 tokens a minute, cached x 0, output x 5, max_tokens at the start",
+        ),
+        (
+            Rate(60, 60_000, pace_ms=1_000, ramp=Ramp(50, 10)),
+            "60 requests a minute, evenly over 1 s, from 10 up by 50 % a minute",
+        ),
     ],
 )
 def test_a_limit_in_words(limit: int | Limit, said: str) -> None:
