@@ -287,17 +287,17 @@ def test_what_a_call_gives_back_a_paced_rate_gives_on(bench: Bench) -> None:
 def test_a_ramp_lets_use_grow_no_faster_than_it_says(bench: Bench) -> None:
     bench.put_in_force(Rate(1000, 10_000, "tokens", slack_ms=0, ramp=Ramp(100, 10)))
     taken = []
-    for number in range(36):
-        while len(bench.client.queue.waiting) < 10:
+    for number in range(18):
+        while len(bench.client.queue.waiting) < 6:
             bench.ask(5)
         taken.append(0)
-        for _ in range(10):
-            bench.wait(1_000)
+        for _ in range(5):
+            bench.wait(2_000)
             for ticket in list(bench.client.queue.held):
                 bench.end(ticket, 5)
                 taken[number] += 5
                 bench.ask(5)
     assert max(taken[:3]) <= 25
-    assert taken[-1] > 100
+    assert taken[-1] > 2 * taken[0]
     for before, after in zip(taken, taken[6:], strict=False):
         assert after <= 2 * max(10, before) + 20

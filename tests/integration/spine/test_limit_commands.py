@@ -68,7 +68,10 @@ async def test_a_limit_that_no_call_of_its_pool_meets_is_told_where_it_belongs(
     behind = await tidegate(gateway, "limits", "set", changes[0], "--pool", "openai", **key)
     assert (behind.code, behind.complained) == (0, "")
     shown = await tidegate(gateway, "limits", "show", "--json", "--pool", "openai", **key)
-    assert shown.json["policy"]["limits"] == {"pool:total": 64, "rpm:gpt-5-mini": 100}
+    assert shown.json["policy"]["limits"] == {
+        "pool:total": 64,
+        "rpm:gpt-5-mini": {"bound": 100, "pace_ms": 10_000},  # as its provider's preset counts
+    }
 
 
 async def test_the_deployments_own_policy_can_be_put_back(open_gateway: Opener) -> None:
