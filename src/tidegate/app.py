@@ -300,7 +300,12 @@ def _spine_of(
     config: Config, targets: Targets, pools: dict[str, Limiter], tracing: Tracing, store: Store
 ) -> Spine:
     return Spine(
-        config=config, targets=targets, pools=pools, tracing=tracing, budgets=store.budgets
+        config=config,
+        targets=targets,
+        pools=pools,
+        tracing=tracing,
+        budgets=store.budgets,
+        journal=store.journal,
     )
 
 

@@ -99,6 +99,8 @@ class CallRecord:
     counts all. `coding`: in which coding, where the upstream compressed them unasked. `files` are
     the pictures of a prompt's answer, as stored.
 
+    `slot`: its place in the journal of calls under way, while it has one.
+
     End: `status` is a `Status`, `retried` for an attempt after which a job or a line of a batch
     returns to its queue, `refused` for what was turned away before there was anything to record.
     """
@@ -147,6 +149,7 @@ class CallRecord:
     charge: Charge = NO_CHARGE
     files: tuple[OutputFile, ...] = ()
 
+    slot: int | None = None
     status: str = ""
     failure: Failure | None = None
     finished_at: datetime | None = None

@@ -108,7 +108,7 @@ async def reconcile(
     compare. Of a day that is not over, both sides are as far as they have come. Raises
     UpstreamError and StoreUnavailable."""
     theirs = await usage_of_day(wire, account, day)
-    ours = await record.ours(upstream.pool, day)
+    ours = await record.ours(upstream.name, day)
     noon = datetime.combine(day, time(12), UTC).timestamp()
     prices = Prices(upstream, now=lambda: noon)
     findings = compared(ours, theirs, {model: prices.of(model) for model in {*ours, *theirs}})

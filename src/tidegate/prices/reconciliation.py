@@ -158,7 +158,8 @@ def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) 
     same = theirs.cost_micros == ours.cost_micros
     left = theirs.minus(ours.told)
     finding = ModelFinding(model, ours, theirs, "unexplained")
-    if same and not any(getattr(left, name) for name in _COUNTED):
+    # What was corrected before is equal in its cost, not in the tokens of its calls.
+    if same and (ours.doubtful or not any(getattr(left, name) for name in _COUNTED)):
         return replace(finding, verdict="equal")
     fewer = [name for name in _COUNTED if getattr(left, name) < 0]
     if fewer or (left.requests or 0) < 0:
@@ -190,9 +191,9 @@ def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) 
     )
     return replace(
         finding,
-        verdict="equal" if same else "explained",
-        reason="" if same else f"calls whose usage was not reported whole: {states}",
-        corrections=() if same else corrections,
+        verdict="explained",
+        reason=f"calls whose usage was not reported whole: {states}",
+        corrections=corrections,
     )
 
 

@@ -65,6 +65,7 @@ from tidegate.spine.routing import (
     WatchBudgets,
 )
 from tidegate.store.budgets import Binding, Budgets
+from tidegate.store.spill import CallJournal
 from tidegate.telemetry.tracing import Tracing, Trail
 from tidegate.upstream.transport import Exchange, Timeouts
 
@@ -227,7 +228,9 @@ class Spine:
         pools: Mapping[str, Limiter],
         tracing: Tracing,
         budgets: Budgets,
+        journal: CallJournal,
     ) -> None:
+        self.journal = journal
         self.targets = targets
         self.tracing = tracing
         self.budgets = budgets
@@ -521,6 +524,8 @@ class _Run:
         if permit is not None:
             await permit.confirm()  # last: a slow `on_admitted` must not make the call a late one
         record.attempts += 1
+        if record.source == "relay":
+            self._spine.journal.enter(record)
         started = time.perf_counter()
         outcome, failure = Outcome.IGNORED, None
         try:

@@ -26,7 +26,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import Status, new_id
+from tidegate.call import UNKNOWN_CHARGE, Status, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure, Source
 from tidegate.store import records as rows
@@ -44,7 +44,7 @@ from tidegate.store.records import (
     cleaned,
     dumps,
 )
-from tidegate.store.spill import Spill
+from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import READ, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -237,6 +237,7 @@ _AT_ONCE = 8
 _LINGER_S = 0.05
 _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL compresses none either
 _BLOB_TIMEOUT_S = 5.0
+_LOST = Failure("process_died", "the process that made this call died before its end")
 _USAGE = rows.USAGE_COLUMNS
 _of_usage = attrgetter(*_USAGE)
 _AUDIT_COLUMNS = (
@@ -245,7 +246,7 @@ _AUDIT_COLUMNS = (
     *("response_id", "attempts", "lapses", "instance_id", "submitted_at", "admitted_at"),
     *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
-    *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details"),
+    *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details", "upstream"),
 )
 _read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
 _BODY_COLUMNS = (
@@ -300,6 +301,7 @@ class AuditLog:
         connections: Connections,
         notifications: Notifications,
         spill: Spill,
+        journal: CallJournal,
         blobs: Blobs,
         *,
         budgets: Budgets,
@@ -310,6 +312,7 @@ class AuditLog:
         self._connections = connections
         self._notifications = notifications
         self._spill = spill
+        self._journal = journal
         self._blobs = blobs
         self._budgets = budgets
         self._listeners = listeners
@@ -382,6 +385,7 @@ class AuditLog:
         if self._when_full == "drop" and self.is_full:
             self._rows_left_out.add()
             self._listeners.note(record)
+            self._journal.leave(record)
             return
         if self._rows_left_out.count:
             self._rows_left_out.end()
@@ -448,6 +452,8 @@ class AuditLog:
         try:
             gone = await self._connections.run(lambda connection: self.add(connection, given))
             self._budgets.wake()
+            for record in batch:
+                self._journal.leave(record)
             if gone:
                 bodies = [body for place in gone for body in given[place].bodies]
                 with suppress(StoreUnavailable):
@@ -455,7 +461,7 @@ class AuditLog:
         except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
             log.debug(Log.STORE_AWAY, detail=repr(no))
             for one in given:
-                await self._enqueue(_entry(one))
+                await self._enqueue(_entry(one), one.record)
 
     def _audit_values(self, record: CallRecord) -> tuple[Any, ...]:
         failure = rows.failure_row(record.failure)
@@ -474,6 +480,7 @@ class AuditLog:
             *(cleaned(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
             *(charge.images, answer.first_byte_ms),
             None if charge.usage.details is None else rows.details_text(charge.usage),
+            record.upstream,
         )
 
     async def _bodies(self, record: CallRecord) -> list[tuple[Any, ...]]:
@@ -525,8 +532,9 @@ class AuditLog:
         if not done.cancelled() and done.exception() is None:
             self._listeners.note(ended)
 
-    async def _enqueue(self, entry: Json) -> None:
+    async def _enqueue(self, entry: Json, record: CallRecord | None = None) -> None:
         """Accept `entry` into the bounded buffer and return; `when_full` is what a full one does.
+        `record`: whose journal entry ends with it.
 
         A cancelled caller that was still waiting for room has recorded nothing.
         """
@@ -537,15 +545,20 @@ class AuditLog:
         ):
             if self._when_full == "drop":
                 self._entries_left_out.add()
+                if record is not None:
+                    self._journal.leave(record)
                 return
             self._room.clear()
             await self._room.wait()
         self._entries_left_out.end()
         self._pending += 1
         self._pending_bytes += size_bytes
-        self.keep(entry, patient=True).add_done_callback(lambda _task: self._left(size_bytes))
+        task = self.keep(entry, patient=True)
+        task.add_done_callback(lambda done: self._left(size_bytes, done, record))
 
-    def _left(self, size_bytes: int) -> None:
+    def _left(self, size_bytes: int, done: asyncio.Task[bool], record: CallRecord | None) -> None:
+        if record is not None and not done.cancelled() and done.exception() is None:
+            self._journal.leave(record)
         self._pending -= 1
         self._pending_bytes -= size_bytes
         self._room.set()
@@ -594,10 +607,21 @@ class AuditLog:
                 continue
             try:
                 await self._spill.replay(self._write_again)
+                await self._journal.lost(self._record_lost)
             except StoreUnavailable:
                 continue  # the connections' return wakes us
             except Exception as failed:  # noqa: BLE001 -- top of a task
                 log.error(Log.INTERNAL_ERROR, component="replay", error=repr(failed))
+
+    async def _record_lost(self, records: list[CallRecord]) -> None:
+        """Write calls of a process that has died: what they used is unknown. One that is on record
+        already is left as it is. Raises StoreUnavailable."""
+        for record in records:
+            record.charge = UNKNOWN_CHARGE
+            record.finished_at = record.admitted_at or record.received_at
+            record.end(Status.FAILED, _LOST)
+            await self.keep(_entry(await self.prepare(record)))
+            self._listeners.note(record)
 
     async def _write_again(self, entries: list[Json]) -> None:
         results = await asyncio.gather(

@@ -321,6 +321,7 @@ def result_row(record: CallRecord) -> Json:
         "admitted_at": record.admitted_at,
         "finished_at": record.finished_at,
         "queue_ms": record.queue_ms or 0.0,
+        "upstream": record.upstream,
         "upstream_ms": record.upstream_ms or 0.0,
         "first_byte_ms": answer.first_byte_ms,
         "result": record.result,
@@ -407,6 +408,7 @@ def audit_row(
         "cost_micros": attempt.get("cost_micros", None if lost else 0),
         "images": attempt.get("images"),
         "usage_details": attempt.get("usage_details"),
+        "upstream": attempt.get("upstream"),
         **{column: ended[column] for column in columns},
         **{column: charged[column] for column in USAGE_COLUMNS},
     }

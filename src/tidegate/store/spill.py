@@ -4,23 +4,30 @@ Invariant: what `keep` returned from is on the disk and will be replayed, in ord
 or by the next one with the same folder; never by two concurrently, since a file belongs to the
 holder of its lock. Replaying twice is harmless: every write is fenced or keyed.
 
-A file is lines of `<crc32 as 8 hex digits> <JSON>`; a torn last line was never acknowledged.
+A file is lines of `<crc32 as 8 hex digits> <JSON>`; a torn last line was never acknowledged. Beside
+it `CallJournal` has the calls that are not finished.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import mmap
 import os
+import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
+from uuid import UUID
 
 import orjson
 
 from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable
+from tidegate.record import CallRecord
 from tidegate.store.records import Json
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -145,15 +152,7 @@ class Spill:
     def _create(self) -> _File:
         # Locked before it has its name: another process would take an unlocked file for a dead
         # one's and remove it under us.
-        hidden = self._folder / f".{new_id()}"
-        descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        path = self._folder / f"{new_id()}{_SUFFIX}"
-        hidden.rename(path)
-        folder = os.open(self._folder, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-        return _File(path, descriptor)
+        return _created(self._folder, _SUFFIX, os.O_APPEND)
 
     def _adopt(self) -> list[_File]:
         """Lock the files whose process is gone, oldest first."""
@@ -161,6 +160,118 @@ class Spill:
         if self._active is not None:
             mine.add(self._active.path)
         return _adopted(self._folder, mine)[0]
+
+
+_CALLS_SUFFIX = ".calls"
+_SLOTS = 4_096
+_SLOT_BYTES = 1_024
+_SLOT = struct.Struct("<16sH")  # after the byte that says that it is taken: id, length of the rest
+_TAKEN, _FREE = 1, 0
+
+
+class CallJournal:
+    """Native calls that this process has begun upstream and not recorded yet, in a file that
+    outlives it: what a killed process was calling is put on record by another one.
+
+    Memory that the file is mapped into: a call writes to it without I/O. It survives the process,
+    not the machine. More calls than it has room for at the same time are not in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: _File | None = None
+        self._memory: mmap.mmap | None = None
+        self._free: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"<CallJournal open={self._memory is not None} free={len(self._free)}>"
+
+    def open(self) -> None:
+        """Raises OSError where the folder can't be written."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = _created(self._folder, _CALLS_SUFFIX)
+        os.ftruncate(self._file.descriptor, _SLOTS * _SLOT_BYTES)
+        self._memory = mmap.mmap(self._file.descriptor, _SLOTS * _SLOT_BYTES)
+        self._free = list(range(_SLOTS - 1, -1, -1))
+
+    def close(self) -> None:
+        """Delete the file where nothing is in it; else another process puts on record what is."""
+        if self._memory is None or self._file is None:
+            return
+        self._memory.close()
+        self._memory = None
+        if len(self._free) == _SLOTS:
+            self._file.drop()
+        else:
+            os.close(self._file.descriptor)
+        self._file = None
+
+    def enter(self, record: CallRecord) -> None:
+        """Note a call whose request is about to go out; a further try of it takes the same place.
+        Without I/O."""
+        memory = self._memory
+        if memory is None or (record.slot is None and not self._free):
+            return
+        facts = orjson.dumps(_facts_of(record))
+        if len(facts) > _SLOT_BYTES - _SLOT.size - 1:
+            return
+        if record.slot is None:
+            record.slot = self._free.pop()
+        place = record.slot * _SLOT_BYTES
+        memory[place] = _FREE
+        _SLOT.pack_into(memory, place + 1, record.id.bytes, len(facts))
+        begin = place + 1 + _SLOT.size
+        memory[begin : begin + len(facts)] = facts
+        memory[place] = _TAKEN  # last: half of it is nothing
+
+    def leave(self, record: CallRecord) -> None:
+        """The call is on record, or never will be."""
+        if record.slot is None or self._memory is None:
+            return
+        self._memory[record.slot * _SLOT_BYTES] = _FREE
+        self._free.append(record.slot)
+        record.slot = None
+
+    async def lost(self, keep: Callable[[list[CallRecord]], Awaitable[None]]) -> None:
+        """Pass the calls of processes that have died to `keep`, and forget them once it returns."""
+        mine = set() if self._file is None else {self._file.path}
+        files, _ = await asyncio.to_thread(_adopted, self._folder, mine, _CALLS_SUFFIX)
+        try:
+            while files:
+                calls = await asyncio.to_thread(_calls_in, files[0].path)
+                if calls:
+                    await keep(calls)
+                    get_logger().warning(Log.CALLS_LOST, calls=len(calls))
+                files.pop(0).drop()
+        finally:
+            for file in files:  # for the next time
+                os.close(file.descriptor)
+
+
+# Of a `CallRecord`; what is a time is one of ISO 8601.
+_TIMES = ("received_at", "admitted_at")
+_FACTS = (
+    *("source", "tenant_id", *_TIMES, "endpoint", "dialect", "operation", "priority"),
+    *("key_id", "subject", "kind", "model", "streamed", "upstream", "pool", "attempts"),
+)
+
+
+_facts_of = attrgetter(*_FACTS)
+
+
+def _calls_in(path: Path) -> list[CallRecord]:
+    data = path.read_bytes()
+    calls = []
+    for place in range(0, len(data), _SLOT_BYTES):
+        if data[place] != _TAKEN:
+            continue
+        request_id, length = _SLOT.unpack_from(data, place + 1)
+        begin = place + 1 + _SLOT.size
+        facts = dict(zip(_FACTS, orjson.loads(data[begin : begin + length]), strict=True))
+        for name in _TIMES:
+            facts[name] = facts[name] and datetime.fromisoformat(facts[name])
+        calls.append(CallRecord(request_id=UUID(bytes=request_id), **facts))
+    return calls
 
 
 def scrub(
@@ -213,10 +324,22 @@ def _replace(path: Path, data: bytes) -> None:
     hidden.rename(path)
 
 
-def _adopted(folder: Path, mine: set[Path]) -> tuple[list[_File], int]:
+def _created(folder: Path, suffix: str, flags: int = 0) -> _File:
+    hidden = folder / f".{new_id()}"
+    descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR | flags, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    path = folder / f"{new_id()}{suffix}"
+    hidden.rename(path)
+    place = os.open(folder, os.O_RDONLY)
+    os.fsync(place)
+    os.close(place)
+    return _File(path, descriptor)
+
+
+def _adopted(folder: Path, mine: set[Path], suffix: str = _SUFFIX) -> tuple[list[_File], int]:
     """The files whose process is gone, now locked, oldest first; and how many others hold."""
     found, held = [], 0
-    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+    for path in sorted(folder.glob(f"*{suffix}")):
         if path in mine:
             continue
         try:

@@ -463,11 +463,13 @@ class Reconciliations:
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
-    async def ours(self, pool: str, day: date) -> dict[str, ModelDay]:
+    async def ours(self, upstream: str, day: date) -> dict[str, ModelDay]:
         """The record of a day of UTC by the model that answered, else the one requested."""
         begin, end = _day_bounds(day)
-        told = await self._connections.rows("get_told_usage", pool, begin, end)
-        rows = await self._connections.rows("get_doubtful_calls", pool, begin, end, MOST_DOUBTFUL)
+        told = await self._connections.rows("get_told_usage", upstream, begin, end)
+        rows = await self._connections.rows(
+            "get_doubtful_calls", upstream, begin, end, MOST_DOUBTFUL
+        )
         doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
         for row in rows:
             values = dict(row)

@@ -25,7 +25,7 @@ from tidegate.store.policies import Policies
 from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
-from tidegate.store.spill import Spill
+from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import History, QueueDepths, Reconciliations, UsageTotals
 from tidegate.store.tenants import Tenants
 
@@ -56,15 +56,16 @@ class Store:
         self.blobs = blobs
         self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
-        self.spill = Spill(spill_dir, spill_max_bytes)
+        self.spill, self.journal = Spill(spill_dir, spill_max_bytes), CallJournal(spill_dir)
         self.budgets = Budgets(connections, instance_id=instance_id)
-        self.usage = UsageTotals(connections)
+        self.usage, self.reconciliations = UsageTotals(connections), Reconciliations(connections)
         self.notifications = Notifications(connections)
         self.notifications.on_budgets.append(self.budgets.changed)
         self.audit = AuditLog(
             connections,
             self.notifications,
             self.spill,
+            self.journal,
             blobs,
             budgets=self.budgets,
             listeners=self.listeners,
@@ -96,13 +97,13 @@ class Store:
         self.history = History(connections, instance_id)
         self.queue_depths = QueueDepths(connections)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
-        self.reconciliations = Reconciliations(connections)
         self.outbox = WebhookOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)
 
     async def start(self) -> None:
         """Begin to connect in the background: PostgreSQL may come later."""
         self.connections.start()
+        self.journal.open()
         self.audit.start()
         self._background = asyncio.gather(make_partitions(self.connections), self.budgets.run())
 
@@ -114,6 +115,7 @@ class Store:
         self.notifications.wake_all()
         await self.audit.aclose(_CLOSE_TIMEOUT_MS)
         await self.budgets.aclose()
+        self.journal.close()
         await self.native_keys.aclose()
         await self.notifications.aclose()
         await self.connections.aclose()

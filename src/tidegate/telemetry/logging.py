@@ -37,6 +37,7 @@ class Log(StrEnum):
     JOB_DEAD = "job_dead"
     JOB_REQUEUED = "job_requeued"
     JOBS_REQUEUED = "jobs_requeued"
+    CALLS_LOST = "calls_lost"
     RECONCILED = "reconciled"
     RECONCILE_FAILED = "reconcile_failed"
     JOB_DISCARDED = "job_discarded"

@@ -1,7 +1,7 @@
 -- Our record of a day by model, its corrections, and what the comparisons with providers found.
 
 -- name: get_told_usage
--- Sums by model of the whole answers of pool $1 that ended from $2 until $3.
+-- Sums by model of the whole answers of upstream $1 that ended from $2 until $3.
 SELECT coalesce(model_version, model, '') AS model, count(*) AS requests,
     coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
     coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
@@ -11,12 +11,12 @@ SELECT coalesce(model_version, model, '') AS model, count(*) AS requests,
     coalesce(sum(cost_micros), 0)::bigint AS cost_micros,
     count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced
 FROM audit
-WHERE pool = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
+WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
     AND finished_at >= $2 AND finished_at < $3 AND usage_state = 'told'
 GROUP BY 1
 
 -- name: get_doubtful_calls
--- The calls of pool $1 that ended from $2 until $3 whose usage was not reported whole, or that were made again after a process had died; $4 at most.
+-- The calls of upstream $1 that ended from $2 until $3 whose usage was not reported whole, or that were made again after a process had died; $4 at most.
 SELECT request_id, coalesce(model_version, model, '') AS model,
     CASE WHEN usage_state = 'told' THEN 'repeated' ELSE usage_state END AS state,
     CASE WHEN usage_state = 'told' THEN 0 ELSE coalesce(input_tokens, 0) END AS input_tokens,
@@ -25,7 +25,7 @@ SELECT request_id, coalesce(model_version, model, '') AS model,
     CASE WHEN usage_state = 'told' THEN 0 ELSE cost_micros END AS cost_micros,
     coalesce(cost_micros, 0) AS weight
 FROM audit
-WHERE pool = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
+WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
     AND finished_at >= $2 AND finished_at < $3
     AND (usage_state IN ('partial', 'estimated', 'unknown') OR (usage_state = 'told' AND lapses > 0))
 ORDER BY finished_at, request_id LIMIT $4

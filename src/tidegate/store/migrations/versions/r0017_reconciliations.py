@@ -1,6 +1,7 @@
 """Reconciliations: what a provider says that a day cost, beside the record.
 
-The newest of each upstream, day and model is kept.
+The newest of each upstream, day and model is kept, and the record says at which upstream a call was
+made.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ branch_labels = None
 depends_on = None
 
 STEPS = (
+    # The upstream that a call was made at: of a job the pool is that of its queue. Null in what an
+    # older version writes.
+    "ALTER TABLE audit ADD COLUMN upstream text",
     # verdict: equal, explained or unexplained. calls: those that explain a difference, with what
     # each was charged before and is now.
     """

@@ -1,0 +1,122 @@
+"""Journal of the calls under way: what a killed process was calling is found, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tidegate.call import new_id
+from tidegate.record import CallRecord
+from tidegate.store.spill import CallJournal
+
+AT = datetime(2026, 11, 28, 1, 2, 3, 456_789, UTC)
+
+
+def a_call(**facts: object) -> CallRecord:
+    usual = {"request_id": new_id(), "model": "m", "upstream": "u", "pool": "u", "attempts": 1}
+    return CallRecord("relay", "acme", AT, **usual | facts)  # type: ignore[arg-type]
+
+
+async def lost_in(folder: Path) -> list[CallRecord]:
+    found: list[CallRecord] = []
+
+    async def keep(calls: list[CallRecord]) -> None:
+        found.extend(calls)
+
+    await CallJournal(folder).lost(keep)
+    return found
+
+
+async def test_what_was_under_way_is_found_once_the_process_is_gone(tmp_path: Path) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    ended, under_way = a_call(), a_call(subject="s", streamed=True, admitted_at=AT)
+    for record in (ended, under_way):
+        journal.enter(record)
+    journal.leave(ended)
+    assert await lost_in(tmp_path) == [], "its process lives"
+    journal.close()
+    (found,) = await lost_in(tmp_path)
+    assert (found.request_id, found.received_at, found.admitted_at) == (under_way.id, AT, AT)
+    assert (found.tenant_id, found.model, found.upstream) == ("acme", "m", "u")
+    assert (found.subject, found.streamed, found.attempts) == ("s", True, 1)
+    assert await lost_in(tmp_path) == []
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_process_that_ended_in_order_leaves_nothing(tmp_path: Path) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    record = a_call()
+    journal.enter(record)
+    journal.enter(record)  # another try of it
+    journal.leave(record)
+    journal.leave(record)
+    assert record.slot is None
+    journal.close()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_what_is_not_kept_is_found_again(tmp_path: Path) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    journal.enter(a_call())
+    journal.close()
+
+    async def fail(_: list[CallRecord]) -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        await CallJournal(tmp_path).lost(fail)
+    assert len(await lost_in(tmp_path)) == 1
+
+
+async def test_more_calls_than_there_is_room_for_and_long_names_are_left_out(
+    tmp_path: Path,
+) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    long = a_call(endpoint="/v1/" + "x" * 2_000)
+    journal.enter(long)
+    assert long.slot is None
+    calls = [a_call() for _ in range(4_097)]
+    for record in calls:
+        journal.enter(record)
+    assert [record.slot is None for record in calls].count(True) == 1
+    journal.leave(calls[-1])
+    journal.leave(calls[0])
+    journal.enter(calls[-1])
+    assert calls[-1].slot is not None
+    journal.close()
+
+
+_DIES = """
+import sys, os, signal
+from pathlib import Path
+from datetime import UTC, datetime
+from tidegate.call import new_id
+from tidegate.record import CallRecord
+from tidegate.store.spill import CallJournal
+journal = CallJournal(Path(sys.argv[1]))
+journal.open()
+for _ in range(3):
+    journal.enter(CallRecord("relay", "acme", datetime.now(UTC), request_id=new_id()))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_kill_9_loses_none(tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(_DIES)
+    folder = tmp_path / "spill"
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(folder)]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert len(asyncio.run(lost_in(folder))) == 3
