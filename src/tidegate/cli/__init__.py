@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tidegate import __version__
-from tidegate.cli import batch, limits, operate, rehearse, submit, tenants
+from tidegate.cli import batch, budgets, limits, operate, rehearse, submit, tenants
 from tidegate.cli.operate import load_to_run
 from tidegate.cli.terminal import (
     EPILOGUE,
@@ -162,6 +162,7 @@ app.command(rich_help_panel=_OPERATE)(limits.why)
 app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
 app.add_typer(limits.permits_app, name="permits", rich_help_panel=_OPERATE)
 app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)
+app.add_typer(budgets.app, name="budgets", rich_help_panel=_OPERATE)
 app.add_typer(tenants.keys_app, name="keys", rich_help_panel=_OPERATE)
 app.command(rich_help_panel=_OPERATE)(submit.requeue)
 app.command(rich_help_panel=_OPERATE)(rehearse.rehearse)

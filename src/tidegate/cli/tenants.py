@@ -148,10 +148,11 @@ def set_(
 
 
 def _note_unbound(changes: list[str]) -> None:
-    """Say that budgets and caps bind nobody where callers show no API key."""
+    """Note that caps bind no one where callers show no API key."""
     from tidegate.settings import load
 
-    options = [_CAPS.get(one, _OTHERS.get(one)) for one in changes if one != "retention_days"]
+    bound = [one for one in changes if one != "retention_days" and not one.startswith("budget_")]
+    options = [_CAPS.get(one, _OTHERS.get(one)) for one in bound]
     config = load()
     if options and not config.asks_for_keys:
         why = f"AUTH={config.auth}" + (f", HOST={config.host}" if config.auth == "auto" else "")

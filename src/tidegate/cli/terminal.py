@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tidegate.policy.rollout import PolicyKeeper
     from tidegate.rehearse.report import Table
     from tidegate.settings import Config
+    from tidegate.store.budgets import BudgetRecords
     from tidegate.store.tenants import Tenants
 
 _WITHOUT_A_TERMINAL = 160
@@ -177,6 +178,14 @@ def with_tenants(work: Callable[[Tenants], Awaitable[T]]) -> T:
     from tidegate.supervisor.services import with_record
 
     return with_record(command_config(), lambda record: work(Tenants(record)))
+
+
+def with_budgets(work: Callable[[BudgetRecords], Awaitable[T]]) -> T:
+    """Run `work` on the record of budgets, which needs no Valkey."""
+    from tidegate.store.budgets import BudgetRecords
+    from tidegate.supervisor.services import with_record
+
+    return with_record(command_config(), lambda record: work(BudgetRecords(record)))
 
 
 def given(**options: Any) -> dict[str, Any]:

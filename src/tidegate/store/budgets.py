@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -208,6 +209,50 @@ def check_budget(budget: Budget) -> None:
         raise ConfigError("alerts", str(budget.alerts), "none for a rolling period")
 
 
+def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
+    """The budget that a person states: its fields, the amount as `usd` or `tokens`. Raises
+    ConfigError."""
+    fields = dict(values)
+    usd, tokens = fields.pop("usd", None), fields.pop("tokens", None)
+    if (usd is None) == (tokens is None):
+        raise ConfigError("amount", "(not set)" if usd is None else str(usd), "usd or tokens")
+    if usd is None:
+        fields |= {"unit": "tokens", "amount": tokens}
+    else:
+        try:
+            micros = Decimal(usd) * 10**6
+        except InvalidOperation:
+            raise ConfigError("usd", str(usd), "an amount in USD, such as 250 or 0.79") from None
+        if not micros.is_finite() or micros != int(micros):
+            raise ConfigError("usd", str(usd), "whole micro-dollars")
+        fields |= {"unit": "usd", "amount": int(micros)}
+    for several in ("each", "alerts"):
+        fields[several] = tuple(fields.get(several) or ())
+    budget = Budget(name=name, **fields)
+    check_budget(budget)
+    return budget
+
+
+def plain_budget(budget: Budget) -> Json:
+    """A budget as JSON shows it."""
+    return asdict(budget) | {"each": list(budget.each), "alerts": list(budget.alerts)}
+
+
+def plain_book(book: BudgetBook) -> Json:
+    """A book as JSON shows it."""
+    return asdict(book) | {"scope": scope_values(book.scope)}
+
+
+def scope_values(scope: str) -> list[str | None]:
+    found: list[str | None] = orjson.loads(scope) if scope else []
+    return found
+
+
+def scope_text(values: Sequence[str | None]) -> str:
+    """As PostgreSQL writes such an array: ', ' between the values; empty without any."""
+    return f"[{', '.join(orjson.dumps(one).decode() for one in values)}]" if values else ""
+
+
 def tenants_budget(tenant: str, setting: str, amount: int) -> Budget:
     """The budget that a tenant's setting such as `budget_day_money` stands for."""
     _, period, unit = setting.split("_")
@@ -305,6 +350,9 @@ class BudgetRecords:
 
 async def set_budget(connection: asyncpg.Connection, budget: Budget) -> bool:
     """Write a budget in a transaction of the caller's; whether it is new."""
+    before = await connection.fetchrow(sql("get_budget"), budget.name)
+    if before is not None:
+        _check_same(_budget(before), budget)
     row = asdict(budget)
     del row["created_at"]
     is_new = bool(await connection.fetchval(sql("set_budget"), orjson.dumps(row).decode()))
@@ -312,6 +360,15 @@ async def set_budget(connection: asyncpg.Connection, budget: Budget) -> bool:
         await _seed(connection, budget)
     await connection.execute(sql("count_budget_change"))
     return is_new
+
+
+def _check_same(before: Budget, after: Budget) -> None:
+    """Raises ConfigError where a change would have a budget bind or count something else."""
+    for name in (*DIMENSIONS, "model", "each", "unit", "period", "zone", "window_s"):
+        now = getattr(before, name)
+        if getattr(after, name) != now:
+            allowed = f"{now}, as it is: remove the budget first, or choose another name"
+            raise ConfigError(name, str(getattr(after, name)), allowed)
 
 
 async def drop_books(connection: asyncpg.Connection, gone: Iterable[asyncpg.Record]) -> None:
@@ -770,10 +827,7 @@ def _size_of(ask: _Ask) -> int:
 
 
 def _scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
-    """As PostgreSQL writes such an array: ', ' between the values."""
-    if not budget.each:
-        return ""
-    return f"[{', '.join(orjson.dumps(values[one]).decode() for one in budget.each)}]"
+    return scope_text([values[one] for one in budget.each]) if budget.each else ""
 
 
 def _budget(row: asyncpg.Record) -> Budget:
@@ -782,7 +836,7 @@ def _budget(row: asyncpg.Record) -> Budget:
 
 def _error(refused: _Refused, need: int) -> QuotaExceeded:
     budget, scope = refused.binding
-    whose = f" of {', '.join(map(str, orjson.loads(scope)))}" if scope else ""
+    whose = f" of {', '.join(map(str, scope_values(scope)))}" if scope else ""
     spent, amount = budget.shown(refused.spent), budget.shown(refused.amount)
     used = f"{spent} of {amount} spent"
     allowed = f"{amount} a {budget.period} of {budget.zone}"

@@ -37,6 +37,12 @@ subjects_router = admin_router(400, 404, 503)
 TenantId = Annotated[str, Path(description="A tenant's name", min_length=1, max_length=200)]
 _LAST = datetime(9999, 1, 1, tzinfo=UTC)  # which is that year in any zone
 _COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
+_BUDGET: Any = Field(
+    default=None,
+    ge=0,
+    description="In USD or tokens; stands for the budget TENANT/FIELD of /admin/budgets, null "
+    "removes that",
+)
 
 
 class NewTenant(Signed):
@@ -65,10 +71,10 @@ class NewTenant(Signed):
     most_long_polls: int | None = Field(
         default=None, ge=0, le=1_000_000, description="Concurrently open in each process; null: any"
     )
-    budget_day_money: float | None = _COUNT
-    budget_month_money: float | None = _COUNT
-    budget_day_tokens: int | None = _COUNT
-    budget_month_tokens: int | None = _COUNT
+    budget_day_money: float | None = _BUDGET
+    budget_month_money: float | None = _BUDGET
+    budget_day_tokens: int | None = _BUDGET
+    budget_month_tokens: int | None = _BUDGET
     retention_days: int | None = Field(
         default=None, ge=1, le=100_000, description="null: RETENTION_DAYS"
     )
@@ -177,6 +183,7 @@ async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
     with config_errors_refused():
         shown = await tenants.set_tenant(control, tenant_id, wanted, by=new.by, reason=new.reason)
     await services_of(request).gate.refresh()
+    await services_of(request).budgets.refresh()
     return _view(shown)
 
 
@@ -189,6 +196,7 @@ async def remove_tenant(request: Request, tenant_id: TenantId, by: By = "admin")
     with config_errors_refused():
         await tenants.remove_tenant(control_of(request), tenant_id, by=by)
     await services_of(request).gate.refresh()
+    await services_of(request).budgets.refresh()
     return Removed()
 
 

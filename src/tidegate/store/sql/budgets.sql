@@ -15,6 +15,12 @@ SELECT name, tenant, key, model, subject, conversation, each, unit, amount, peri
     at_end, fallback, doubt, alerts, created_at
 FROM budgets ORDER BY name LIMIT $1
 
+-- name: get_budget
+-- One budget, which no other process can change until this transaction ends.
+SELECT name, tenant, key, model, subject, conversation, each, unit, amount, period, zone, window_s,
+    at_end, fallback, doubt, alerts, created_at
+FROM budgets WHERE name = $1 FOR UPDATE
+
 -- name: set_budget
 -- Bring a budget to the values of $1, all of which are given; true if it was not there.
 INSERT INTO budgets AS b (name, tenant, key, model, subject, conversation, each, unit, amount,

@@ -1,0 +1,198 @@
+"""Commands on budgets: `tidegate budgets`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidegate.cli.limits import span_ms
+from tidegate.cli.terminal import Json, show_json, show_table, tell, who, with_budgets
+from tidegate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tidegate.store.budgets import Budget, BudgetBook, BudgetRecords
+
+app = typer.Typer(help="See and change what may be spent.", no_args_is_help=True)
+BudgetName = Annotated[str, typer.Argument(help="The name of a budget.", metavar="BUDGET")]
+_SHOWN = 20
+
+
+@app.command("list")
+def list_(
+    name: Annotated[str | None, typer.Argument(help="One budget, with its books.")] = None,
+    json: Json = False,
+) -> None:
+    """Show all budgets with what is spent, or the books of one."""
+    from tidegate.store.budgets import plain_book, plain_budget, scope_values
+
+    async def read(records: BudgetRecords) -> tuple[list[Budget], list[BudgetBook]]:
+        _, found = await records.all()
+        return found, await records.books(name)
+
+    budgets, books = with_budgets(read)
+    if name is not None and name not in {one.name for one in budgets}:
+        raise ConfigError("BUDGET", name, "the name of a budget; `tidegate budgets list` has all")
+    if json:
+        show_json(
+            [
+                plain_budget(one)
+                | {"books": [plain_book(book) for book in books if book.budget == one.name]}
+                for one in budgets
+                if name in (None, one.name)
+            ]
+        )
+        return
+    by_name = {one.name: one for one in budgets}
+    rows: list[tuple[str, ...]] = []
+    for book in books:
+        budget = by_name.get(book.budget)
+        if budget is None:
+            continue
+        whose = [*whom(budget), *(str(one) for one in scope_values(book.scope))]
+        state = "paused" if book.paused_since else ""
+        if not state and book.spent >= book.amount:
+            state = "spent"
+        rows.append(
+            (
+                budget.name,
+                ", ".join(whose) or "all",
+                budget.shown(book.spent),
+                budget.shown(book.held),
+                budget.shown(book.amount),
+                window(budget),
+                state or (f"{book.reset_at:%Y-%m-%d %H:%M}Z" if book.reset_at else ""),
+            )
+        )
+    columns = ("budget", "binds", "spent", "held", "of", "in", "resets")
+    show_table("", columns, rows if name else rows[:_SHOWN])
+
+
+@app.command("set")
+def set_(
+    name: BudgetName,
+    usd: Annotated[str | None, typer.Option(help="The amount in USD, such as 250.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=0, help="The amount in tokens.")] = None,
+    period: Annotated[
+        str, typer.Option(help="day, week, month, or a rolling time such as 5h.", metavar="PERIOD")
+    ] = "month",
+    zone: Annotated[str, typer.Option(help="Time zone of the calendar.")] = "UTC",
+    tenant: Annotated[str | None, typer.Option(help="Binds one tenant, or each.")] = None,
+    key: Annotated[str | None, typer.Option(help="Binds one API key, or each: a prefix.")] = None,
+    model: Annotated[str | None, typer.Option(help="Binds models by a pattern.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Binds one user, or each.")] = None,
+    conversation: Annotated[
+        str | None, typer.Option(help="Binds one conversation, or each.")
+    ] = None,
+    pause: Annotated[
+        bool, typer.Option("--pause", help="Pause it at its end until a person resumes it.")
+    ] = False,
+    fallback: Annotated[
+        str | None, typer.Option(help="A cheaper model that is called at its end.", metavar="MODEL")
+    ] = None,
+    doubt: Annotated[
+        str,
+        typer.Option(
+            help="bound: refuse calls of unknown price or bound, charge cut calls their bound. "
+            "estimate: charge both what is estimated.",
+            metavar="bound|estimate",
+        ),
+    ] = "bound",
+    alert: Annotated[
+        list[int] | None,
+        typer.Option(help="A share in percent at which to alert.", metavar="SHARE"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Create a budget, or change its amount, end, doubt and alerts.
+
+    `each` as a value gives every tenant, key, user or conversation the whole amount for itself. A
+    new budget begins with what its period has on record. In force everywhere within a second.
+    """
+    from tidegate.store.budgets import budget_of, plain_budget
+
+    if pause and fallback is not None:
+        raise ConfigError("--pause", "(set)", "not with --fallback")
+    if doubt not in ("bound", "estimate"):
+        raise ConfigError("--doubt", doubt, "bound or estimate")
+    values: dict[str, Any] = {"usd": usd, "tokens": tokens, "model": model, "doubt": doubt}
+    values |= {"alerts": alert or [], "fallback": fallback}
+    values["at_end"] = "pause" if pause else "fall_back" if fallback else "refuse"
+    values |= _binding(tenant=tenant, key=key, subject=subject, conversation=conversation)
+    budget = budget_of(name, values | _period(period, zone))
+    is_new = with_budgets(lambda records: records.set(budget, by=who()))
+    binds = ", ".join(whom(budget)) or "all calls"
+    verb = "is set" if is_new else "is changed"
+    text = f"{name} {verb}: {budget.shown(budget.amount)} {window(budget)} for {binds}"
+    tell(json, plain_budget(budget), text)
+
+
+def _binding(**given: str | None) -> dict[str, Any]:
+    """The dimensions that a budget binds, and those of which each value has its own."""
+    each = [dimension for dimension, value in given.items() if value == "each"]
+    named = {dimension: value for dimension, value in given.items() if value != "each"}
+    return {**named, "each": each}
+
+
+def _period(period: str, zone: str) -> dict[str, Any]:
+    if period in ("day", "week", "month"):
+        return {"period": period, "zone": zone}
+    return {"period": "rolling", "window_s": span_ms("--period", period) // 1000}
+
+
+@app.command()
+def remove(
+    name: BudgetName,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove a budget with its books."""
+    if not yes:
+        typer.confirm(f"Remove the budget {name} and what it has counted?", abort=True)
+    with_budgets(lambda records: records.remove(name, by=who()))
+    tell(json, {"budget": name, "removed": True}, f"{name} is removed")
+
+
+@app.command()
+def resume(
+    name: BudgetName,
+    of: Annotated[
+        list[str] | None,
+        typer.Option(help="Of whom: the values of `each`, in their order; all if not given."),
+    ] = None,
+    extra_usd: Annotated[str, typer.Option(help="Allow so much more in this period.")] = "0",
+    extra_tokens: Annotated[int, typer.Option(min=0, help="The same in tokens.")] = 0,
+    json: Json = False,
+) -> None:
+    """Resume a paused budget, or allow more in its current period."""
+    from decimal import Decimal, InvalidOperation
+
+    from tidegate.store.budgets import scope_text, scope_values
+
+    try:
+        extra = int(Decimal(extra_usd) * 10**6) or extra_tokens
+    except InvalidOperation:
+        raise ConfigError("--extra-usd", extra_usd, "an amount in USD") from None
+    if extra < 0:
+        raise ConfigError("--extra-usd", extra_usd, "an amount in USD")
+    scope = None if of is None else scope_text(of)
+    scopes = with_budgets(lambda records: records.resume(name, scope=scope, extra=extra, by=who()))
+    values = [scope_values(one) for one in scopes]
+    tell(json, {"budget": name, "scopes": values}, f"{name} is resumed for {len(scopes)}")
+
+
+def whom(budget: Budget) -> list[str]:
+    """Whom a budget binds, in words."""
+    named = [
+        f"{dimension} {value}"
+        for dimension in ("tenant", "key", "model", "subject", "conversation")
+        if (value := getattr(budget, dimension)) is not None
+    ]
+    return [*named, *(f"each {one}" for one in budget.each)]
+
+
+def window(budget: Budget) -> str:
+    """Its period, in words."""
+    if budget.period == "rolling":
+        return f"in {budget.window_s} s"
+    return f"a {budget.period}" + ("" if budget.zone == "UTC" else f" of {budget.zone}")

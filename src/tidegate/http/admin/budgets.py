@@ -1,0 +1,222 @@
+"""Routes `/admin/budgets`: what may be spent, by whom, and what was spent of it.
+
+Invariants: every route requires an admin; a change is in force in this process when it is answered,
+in all others within a second. Amounts of money are in USD, decimal in requests and micro-dollars
+in books.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from fastapi import Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from tidegate.errors import NotFound
+from tidegate.http.admin.limits import By, config_errors_refused, described, read_json
+from tidegate.http.guards import admin_router
+from tidegate.http.problems import problem_responses
+from tidegate.http.services import services_of
+from tidegate.store.budgets import (
+    MOST_AMOUNT,
+    BudgetBook,
+    Dimension,
+    budget_of,
+    plain_book,
+    plain_budget,
+    scope_text,
+    scope_values,
+)
+
+router = admin_router(400, 408, 413, 415, 503, tag="budgets")
+BudgetName = Annotated[str, Path(description="A budget's name", min_length=1, max_length=200)]
+_WHOM: Any = Field(default=None, min_length=1, max_length=200, description="null: any")
+
+
+class NewBudget(BaseModel):
+    """A budget. Whom it binds and what it counts can't be changed once it is there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: str = Field(default="admin", min_length=1, max_length=100)
+
+    usd: Decimal | None = Field(
+        default=None, ge=0, le=MOST_AMOUNT // 10**6, description="Its amount; or `tokens`"
+    )
+    tokens: int | None = Field(default=None, ge=0, le=MOST_AMOUNT)
+    period: Literal["day", "week", "month", "rolling"] = "month"
+    zone: str = Field(default="UTC", description="Of the calendar", examples=["Europe/Berlin"])
+    window_s: int | None = Field(default=None, ge=1, description="Of a rolling period")
+    tenant: str | None = _WHOM
+    key: str | None = Field(default=None, max_length=100, description="Prefix of an API key")
+    model: str | None = Field(
+        default=None, max_length=200, description="A pattern", examples=["claude-opus-*"]
+    )
+    subject: str | None = _WHOM
+    conversation: str | None = _WHOM
+    each: list[Dimension] = Field(
+        default_factory=list,
+        max_length=4,
+        description="Each value of these has the whole amount for itself",
+    )
+    at_end: Literal["refuse", "pause", "fall_back"] = Field(
+        default="refuse",
+        description="What happens to a call that does not fit: it is refused, all are until "
+        "a person resumes the budget, or the model `fallback` is called",
+    )
+    fallback: str | None = Field(default=None, max_length=200, examples=["claude-haiku-4-5"])
+    doubt: Literal["bound", "estimate"] = Field(
+        default="bound",
+        description="bound: a call of unknown price or bound is refused, and one that was cut "
+        "stays charged with the most that it can have cost, until it is reconciled. estimate: "
+        "both are charged what is estimated",
+    )
+    alerts: list[int] = Field(
+        default_factory=list,
+        max_length=10,
+        description="Shares in percent",
+        examples=[[50, 80, 100]],
+    )
+
+
+class BookView(BaseModel):
+    """What was spent of a budget in the current period. Amounts are micro-dollars or tokens."""
+
+    budget: str
+    scope: list[str | None] = Field(description="The values of `each`")
+    unit: Literal["usd", "tokens"]
+    amount: int
+    spent: int
+    estimated: int = Field(description="Of `spent`: charged as an estimate, until it is reconciled")
+    held: int = Field(description="Reserved for calls in progress")
+    reset_at: datetime | None = Field(description="null: of a rolling period")
+    paused_since: datetime | None
+
+
+class BudgetView(BaseModel):
+    """A budget, with the book that is used most."""
+
+    name: str
+    unit: Literal["usd", "tokens"]
+    amount: int
+    period: str
+    zone: str
+    window_s: int | None
+    tenant: str | None
+    key: str | None
+    model: str | None
+    subject: str | None
+    conversation: str | None
+    each: list[str]
+    at_end: str
+    fallback: str | None
+    doubt: str
+    alerts: list[int]
+    created_at: datetime
+    most_used: BookView | None
+
+
+class ResumeBudget(BaseModel):
+    """Which books go on, and with how much more in the current period."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: str = Field(default="admin", min_length=1, max_length=100)
+
+    scope: list[str | None] | None = Field(
+        default=None, description="The values of `each`; null: all"
+    )
+    extra_usd: Decimal = Field(default=Decimal(0), ge=0, le=MOST_AMOUNT // 10**6)
+    extra_tokens: int = Field(default=0, ge=0, le=MOST_AMOUNT)
+
+
+class Resumed(BaseModel):
+    scopes: list[list[str | None]] = Field(description="Those that were paused, or may spend more")
+
+
+class BudgetRemoved(BaseModel):
+    removed: bool = True
+
+
+@router.get("/budgets", summary="All budgets, each with the book that is used most")
+async def list_budgets(request: Request) -> list[BudgetView]:
+    return await _views(request)
+
+
+@router.get("/budgets/books", summary="What was spent, those that are used most first")
+async def list_books(
+    request: Request, budget: Annotated[str | None, Query(max_length=200)] = None
+) -> list[BookView]:
+    """Up to 1,000 books of the current periods."""
+    books = await services_of(request).budgets.records.books(budget)
+    return [_book(one) for one in books]
+
+
+@router.put(
+    "/budgets/{name:path}",
+    openapi_extra=described(NewBudget),
+    summary="Create a budget, or change its amount, end, doubt and alerts",
+)
+async def set_budget(request: Request, name: BudgetName) -> BudgetView:
+    """A new budget begins with what the record has of its period. In force everywhere within a
+    second."""
+    new, budgets = await read_json(request, NewBudget), services_of(request).budgets
+    with config_errors_refused():
+        budget = budget_of(name, new.model_dump(exclude={"by"}))
+        await budgets.records.set(budget, by=new.by)
+    await budgets.refresh()
+    (view,) = await _views(request, name)
+    return view
+
+
+@router.post(
+    "/budgets/{name:path}/resume",
+    responses=problem_responses(404),
+    openapi_extra=described(ResumeBudget),
+    summary="Resume a paused budget, or allow more in its current period",
+)
+async def resume_budget(request: Request, name: BudgetName) -> Resumed:
+    """Without `scope` all its books go on."""
+    new, budgets = await read_json(request, ResumeBudget), services_of(request).budgets
+    extra = int(new.extra_usd * 10**6) or new.extra_tokens
+    scope = None if new.scope is None else scope_text(new.scope)
+    scopes = await budgets.records.resume(name, scope=scope, extra=extra, by=new.by)
+    await budgets.refresh()
+    return Resumed(scopes=[scope_values(one) for one in scopes])
+
+
+@router.delete(
+    "/budgets/{name:path}",
+    responses=problem_responses(404),
+    summary="Remove a budget with its books",
+)
+async def remove_budget(request: Request, name: BudgetName, by: By = "admin") -> BudgetRemoved:
+    budgets = services_of(request).budgets
+    await budgets.records.remove(name, by=by)
+    await budgets.refresh()
+    return BudgetRemoved()
+
+
+async def _views(request: Request, name: str | None = None) -> list[BudgetView]:
+    records = services_of(request).budgets.records
+    _, found = await records.all()
+    most_used: dict[str, BudgetBook] = {}
+    for book in await records.books(name):
+        most_used.setdefault(book.budget, book)
+    views = [
+        BudgetView.model_validate(
+            plain_budget(one)
+            | {"most_used": _book(most_used[one.name]) if one.name in most_used else None}
+        )
+        for one in found
+        if name in (None, one.name)
+    ]
+    if name is not None and not views:
+        raise NotFound(f"there is no budget {name}")
+    return views
+
+
+def _book(book: BudgetBook) -> BookView:
+    return BookView.model_validate(plain_book(book))

@@ -1,0 +1,90 @@
+"""Budgets by `/admin/budgets` and by `tidegate budgets`, as people set them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.commands import tidegate
+from tests.gateway import Opener
+from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask
+
+BODY = {"usd": "12.5", "period": "day", "tenant": "acme", "alerts": [50, 100]}
+
+
+async def test_budgets_over_http(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, admin_token=ADMIN_TOKEN)
+    status, made = await ask(gateway, "PUT", "/admin/budgets/acme/day", AS_ADMIN, BODY)
+    assert (status, made["name"], made["unit"], made["amount"]) == (
+        200,
+        "acme/day",
+        "usd",
+        12_500_000,
+    )
+    assert (made["at_end"], made["doubt"], made["alerts"]) == ("refuse", "bound", [50, 100])
+    assert gateway.services.budgets.any
+    assert made["most_used"]["spent"] == 0
+    assert made["most_used"]["reset_at"] is not None
+    each: dict[str, Any] = {
+        "tokens": 5,
+        "each": ["subject"],
+        "at_end": "pause",
+        "period": "rolling",
+        "window_s": 60,
+    }
+    assert (await ask(gateway, "PUT", "/admin/budgets/people", AS_ADMIN, each))[0] == 200
+    status, listed = await ask(gateway, "GET", "/admin/budgets", AS_ADMIN)
+    assert [one["name"] for one in listed] == ["acme/day", "people"]
+    status, problem = await ask(
+        gateway, "PUT", "/admin/budgets/x", AS_ADMIN, BODY | {"zone": "Mars"}
+    )
+    assert (status, problem["field"]) == (400, "zone")
+    for wrong in ({"period": "day"}, BODY | {"tokens": 1}):
+        status, problem = await ask(gateway, "PUT", "/admin/budgets/x", AS_ADMIN, wrong)
+        assert (status, problem["field"], problem["allowed"]) == (400, "amount", "usd or tokens")
+    call = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    url, person = f"{gateway.url}/v1/chat/completions", {"x-tidegate-subject": "ann"}
+    async with gateway.http.post(url, json=call, headers=person) as refused:
+        assert (await refused.json())["error"]["limit"] == "people"
+    status, books = await ask(gateway, "GET", "/admin/budgets/books?budget=people", AS_ADMIN)
+    assert [(one["scope"], one["paused_since"] is None) for one in books] == [(["ann"], False)]
+    more = {"scope": ["ann"], "extra_tokens": 2_000}
+    status, done = await ask(gateway, "POST", "/admin/budgets/people/resume", AS_ADMIN, more)
+    assert (status, done) == (200, {"scopes": [["ann"]]})
+    async with gateway.http.post(url, json=call, headers=person) as admitted:
+        assert admitted.status == 200
+    status, _ = await ask(gateway, "DELETE", "/admin/budgets/people", AS_ADMIN)
+    assert status == 200
+    for method, path in (("DELETE", "people"), ("POST", "people/resume")):
+        body = {"by": "me"} if method == "POST" else None
+        status, problem = await ask(gateway, method, f"/admin/budgets/{path}", AS_ADMIN, body)
+        assert (status, problem["code"]) == (404, "not_found")
+
+
+async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    made = await tidegate(
+        *(gateway, "budgets", "set", "opus", "--usd", "20", "--period", "5h"),
+        *("--model", "claude-opus-*", "--tenant", "each", "--fallback", "claude-haiku-4-5"),
+    )
+    assert (made.code, made.complained) == (0, "")
+    assert made.said == "opus is set: $20.00 in 18000 s for model claude-opus-*, each tenant\n"
+    day = await tidegate(
+        gateway, "budgets", "set", "day", "--usd", "0.79", "--period", "day", "--pause"
+    )
+    assert day.said == "day is set: $0.79 a day for all calls\n"
+    tenant = await tidegate(gateway, "tenants", "set", "acme", "--month-tokens", "900")
+    assert (tenant.code, tenant.complained) == (0, "")
+    listed = await tidegate(gateway, "budgets", "list")
+    assert "acme/budget_month_tokens" in listed.said
+    assert "$0.79" in listed.said
+    shown = await tidegate(gateway, "budgets", "list", "day", "--json")
+    (one,) = shown.json
+    assert (one["amount"], one["at_end"], one["books"][0]["spent"]) == (790_000, "pause", 0)
+    resumed = await tidegate(gateway, "budgets", "resume", "day", "--extra-usd", "1")
+    assert (resumed.code, resumed.said) == (0, "day is resumed for 0\n")
+    for wrong in (("x", "--usd", "much"), ("x",), ("day", "--usd", "1", "--tenant", "acme")):
+        assert (await tidegate(gateway, "budgets", "set", *wrong)).code == 2
+    none = await tidegate(gateway, "budgets", "list", "nothing")
+    assert none.code == 2
+    removed = await tidegate(gateway, "budgets", "remove", "day", "--yes")
+    assert (removed.code, removed.said) == (0, "day is removed\n")
