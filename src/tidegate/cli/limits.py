@@ -48,7 +48,13 @@ def show(json: Json = False) -> None:
         "",
         ("limit", "", "used", "waiting", "remark"),
         [
-            (one.limit, one.words, str(one.used), str(one.waiting), _remark(one, overview))
+            (
+                one.limit,
+                one.words,
+                f"${one.used / 1_000_000:.2f}" if one.unit == "usd" else str(one.used),
+                str(one.waiting),
+                _remark(one, overview),
+            )
             for one in overview.limits
         ],
     )

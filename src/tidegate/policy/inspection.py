@@ -26,6 +26,7 @@ from tidegate.limiter import (
     PermitView,
     Place,
     QueueView,
+    Quota,
     Rate,
     SessionView,
     Snapshot,
@@ -56,10 +57,12 @@ class InForce:
 @dataclass(frozen=True, slots=True)
 class ShownLimit:
     """A limit with what it comes to in words. For the other fields see `LimitView`; `bound` is
-    that of the policy in force, `current` what an adaptive limit has found."""
+    that of the policy in force, `current` what an adaptive limit has found. Amounts of the unit
+    `usd` are in millionths of a dollar."""
 
     limit: str
     words: str
+    unit: str
     bound: int
     current: int
     used: int
@@ -184,10 +187,12 @@ class Control:
 
     def _shown(self, view: LimitView) -> ShownLimit:
         limit = self.limiter.policy.limit(view.limit)
+        unit = limit.unit if isinstance(limit, Rate | Quota) else "calls"
+        told: dict[str, Any] = {"words": _words_of(view, limit), "unit": unit}
         same = {
-            one.name: getattr(view, one.name) for one in fields(ShownLimit) if one.name != "words"
+            one.name: getattr(view, one.name) for one in fields(ShownLimit) if one.name not in told
         }
-        return ShownLimit(words=_words_of(view, limit), **same)
+        return ShownLimit(**told, **same)
 
     def _check_there(self, limit: str) -> None:
         if self.limiter.policy.binding(limit) is None:

@@ -6,7 +6,13 @@ import { brief, count, length } from "../../format.js";
 import { confirm, field, toast } from "../../ui.js";
 
 const FOR_EVER_MS = 10 * 365 * 86_400_000;
-const UNITS = { tokens: "tokens", input_tokens: "input tokens", output_tokens: "output tokens" };
+const UNITS = {
+  input_tokens: "input tokens",
+  uncached_input_tokens: "uncached input tokens",
+  output_tokens: "output tokens",
+  audio_seconds: "seconds of audio",
+  usd: "dollars",
+};
 
 /** `pool()` names the pool that is shown; `refresh()` is not needed: the feed shows the effect. */
 export function limitsCard(pool) {
@@ -72,8 +78,8 @@ function row(limit, pool) {
       const isFull = one.used >= one.current;
       say(words, one.words);
       mark(words, "title", one.words);
-      say(figure, `${brief(one.used)} / ${brief(one.current)}`);
-      mark(figure, "title", `${count(one.used)} of ${count(one.current)}`);
+      say(figure, `${amount(one, one.used)} / ${amount(one, one.current)}`);
+      mark(figure, "title", `${exact(one, one.used)} of ${exact(one, one.current)}`);
       say(left, leftOf(one));
       say(waiting, brief(one.waiting));
       mark(waiting, "data-some", one.waiting > 0);
@@ -98,8 +104,15 @@ function drawGauge(one, { gauge, used, held, tick }) {
   mark(gauge, "aria-valuemin", 0);
   mark(gauge, "aria-valuemax", most);
   mark(gauge, "aria-valuenow", Math.min(one.used, most));
-  mark(gauge, "aria-valuetext", `${count(one.used)} of ${count(one.current)} used`);
+  mark(gauge, "aria-valuetext", `${exact(one, one.used)} of ${exact(one, one.current)} used`);
 }
+
+const MICROS = 1_000_000; // money is counted in millionths of a dollar
+
+/** An amount of what a limit counts, briefly: `12.5K`, `$0.79` */
+const amount = (one, value) => (one.unit === "usd" ? dollars(value) : brief(value));
+const exact = (one, value) => (one.unit === "usd" ? dollars(value) : count(value));
+const dollars = (micros) => `$${(micros / MICROS).toFixed(2)}`;
 
 /** Under the figures: what else there is to know of them. */
 function leftOf(one) {
@@ -107,8 +120,8 @@ function leftOf(one) {
     return one.lapsing ? `${count(one.lapsing)} held for the dead` : " ";
   }
   const left = Math.max(0, one.current - one.used);
-  const said = [`${brief(left)} left`];
-  if (one.reserved && one.unit !== "requests") said.push(`${brief(one.reserved)} reserved`);
+  const said = [`${amount(one, left)} left`];
+  if (one.reserved && one.unit !== "requests") said.push(`${amount(one, one.reserved)} reserved`);
   return said.join(", ");
 }
 
@@ -140,9 +153,10 @@ const secondsOf = (ms) => Math.ceil(ms / 1_000) * 1_000;
 
 function changeLimit(pool, one) {
   const unit = one.sort === "concurrency" ? "concurrent calls" : (UNITS[one.unit] ?? one.unit);
+  const told = one.unit === "usd" ? one.bound / MICROS : one.bound;
   const bound = field("bound", `New limit, in ${unit}`, {
     type: "number",
-    value: String(one.bound),
+    value: String(told),
     hint: `Now ${one.words}. 0 admits no calls. Lowering it drains: no call is cut off.`,
   });
   const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
@@ -160,13 +174,13 @@ function changeLimit(pool, one) {
         "admin/limits",
         {
           set: to(values.bound),
-          expected: to(one.bound), // as it was when it was looked at
+          expected: to(told), // as it was when it was looked at
           by: "dashboard",
           reason: values.reason,
         },
         { query: { pool } },
       );
-      toast(`${one.limit} is ${count(values.bound)} from now on.`);
+      toast(`${one.limit} is ${one.unit === "usd" ? "$" : ""}${count(values.bound)} from now on.`);
     },
   });
 }
