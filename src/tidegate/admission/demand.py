@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
-from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from hashlib import sha256
 from time import monotonic
@@ -51,7 +50,14 @@ from tidegate.limiter import (
     Rate,
     Tokens,
 )
-from tidegate.policy.format import MEASURES, TOTAL, is_pattern, plain_model, whom_it_binds
+from tidegate.policy.format import (
+    MEASURES,
+    TOTAL,
+    is_in_group,
+    is_pattern,
+    plain_model,
+    whom_it_binds,
+)
 
 MOST_PRIORITY = 100
 # Of the calls whose limits were looked for: models and tenants are named by clients.
@@ -94,7 +100,7 @@ class Reach:
         required = not self._kinds_optional and kind != OTHER_KIND
         found = [first] if required or first in self.policy.limits else []
         name = plain_model(model)
-        models = [one for one in self._patterns if fnmatchcase(name, one)]
+        models = [one for one in self._patterns if is_in_group(name, one)]
         if name not in models:  # a client may call its model as a pattern is
             models.insert(0, name)
         for whom in (f"kind/{kind}", *models, f"tenant/{tenant}", TOTAL):
@@ -435,7 +441,7 @@ def _blamed(
 def _is_of_model(limit_id: str, model: str) -> bool:
     """Whether a limit binds the model by its name, or as one of a group."""
     whom = whom_it_binds(limit_id)
-    return whom == model or (whom is not None and is_pattern(whom) and fnmatchcase(model, whom))
+    return whom == model or (whom is not None and is_pattern(whom) and is_in_group(model, whom))
 
 
 def model_limit(model: str) -> str:

@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from tidegate import __version__
-from tidegate.cli import batch, budgets, limits, operate, rehearse, submit, tenants
+from tidegate.cli import (
+    batch,
+    budgets,
+    limits,
+    limits_import,
+    operate,
+    rehearse,
+    submit,
+    tenants,
+)
 from tidegate.cli.operate import load_to_run
 from tidegate.cli.terminal import (
     EPILOGUE,
@@ -159,6 +168,7 @@ app.add_typer(batch.app, name="batch", rich_help_panel=_USE)
 app.add_typer(operate.app, name="config", rich_help_panel=_OPERATE)
 app.command(rich_help_panel=_OPERATE)(operate.doctor)
 app.command(rich_help_panel=_OPERATE)(limits.why)
+limits.app.command("import")(limits_import.import_)
 app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
 app.add_typer(limits.permits_app, name="permits", rich_help_panel=_OPERATE)
 app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)

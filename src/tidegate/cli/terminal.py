@@ -139,6 +139,11 @@ def chosen_pool(config: Config) -> str:
     return _chosen.get() or default_pool(config)
 
 
+def chosen_pool_or(usual: T) -> str | T:
+    """The pool that was named, else `usual`."""
+    return _chosen.get() or usual
+
+
 def command_config(process: str = "command", level: str = "error") -> Config:
     """The settings; logs of `level` and above go to standard error."""
     from tidegate.settings import load

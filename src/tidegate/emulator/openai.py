@@ -755,7 +755,14 @@ def pictures_script(asked: ModelRequest, behaviour: Behaviour, fault: Fault | No
 
 
 _PREFIXES = ("/v1beta/openai/", "/openai/v1/", "/v1/")
-_RATE_LIMITS = re.compile(r"organization/projects/[^/]+/rate_limits")
+_RATE_LIMITS = re.compile(r"organization/projects/([^/]+)/rate_limits")
+_PROJECT = {
+    "object": "organization.project",
+    "id": "proj_emulated",
+    "name": "Emulated",
+    "status": "active",
+}
+_PROJECTS = {"object": "list", "data": [_PROJECT], "has_more": False}
 _CREATED = {"chat/completions", "completions", "responses", "embeddings", "images/generations"}
 
 
@@ -789,8 +796,13 @@ async def route(served: Served) -> web.StreamResponse:
         model = read_model(body)
         check_model(model, served.behaviour)
         return await _create(served, name, body, model)
-    if request.method == "GET" and _RATE_LIMITS.fullmatch(name):
+    if request.method == "GET" and name == "organization/projects":
         check_admin_key(key)
+        return web.json_response(_PROJECTS)
+    if request.method == "GET" and (found := _RATE_LIMITS.fullmatch(name)):
+        check_admin_key(key)
+        if not found[1].startswith("proj_"):
+            raise Refused(404, f"No project found with id {found[1]}.")
         return served.rate_limits(partial(openai_page, known=MODELS, query=request.query))
     if request.method == "GET" and name == "models":
         return await served.other("models", "", list_models)

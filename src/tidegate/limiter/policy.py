@@ -35,9 +35,11 @@ Unit = Literal[
     "usd",
 ]
 Reserve = Literal["predicted", "bound", "larger"]
+Source = Literal["set", "imported", "learned"]
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
 RESERVES: tuple[Reserve, ...] = get_args(Reserve)
+SOURCES: tuple[Source, ...] = get_args(Source)
 MOST_WEIGHT = 1_000.0
 MIN_LEASE_MS = 200
 MAX_LEASE_MS = 600_000
@@ -112,6 +114,7 @@ class Rate:
     settles: whether a call that has used less gives the rest back.
     pace_ms: smoothing: no more is taken at one time than an even flow gives in so long, or one call
     that is larger; the next ones wait until the flow has made up for it. None: as it comes.
+    source: who knows it: a person who set it, a provider's API, or headers of its answers.
     """
 
     bound: int
@@ -124,6 +127,7 @@ class Rate:
     settles: bool = True
     pace_ms: int | None = None
     ramp: Ramp | None = None
+    source: Source = "set"
 
     @property
     def slack(self) -> int:
@@ -149,6 +153,7 @@ class Quota:
     weights: Weights | None = None
     reserve: Reserve = "predicted"
     settles: bool = True
+    source: Source = "set"
 
 
 Limit = Concurrency | Rate | Quota
@@ -348,6 +353,8 @@ def _check_limit(name: str, limit: Limit) -> None:
 def _check_counting(name: str, limit: Rate | Quota) -> None:
     if limit.reserve not in RESERVES:
         raise ConfigError(f"{name}.reserve", limit.reserve, f"one of {', '.join(RESERVES)}")
+    if limit.source not in SOURCES:
+        raise ConfigError(f"{name}.source", limit.source, f"one of {', '.join(SOURCES)}")
     if limit.weights is None:
         return
     if limit.unit not in USUAL_WEIGHTS:
@@ -384,11 +391,13 @@ def _pack_limit(limit: Limit) -> list[Any]:
     more = [] if counting == [None, "predicted", True] else counting
     if isinstance(limit, Rate):
         own = ["r", limit.bound, limit.shadow, limit.window_ms, limit.unit, limit.slack_ms]
-        if limit.pace_ms is None and limit.ramp is None:
+        if limit.pace_ms is None and limit.ramp is None and limit.source == "set":
             return [*own, *more]
         ramp = None if limit.ramp is None else astuple(limit.ramp)
-        return [*own, *counting, limit.pace_ms, ramp]
-    return ["q", limit.bound, limit.shadow, limit.unit, limit.zone, *more]
+        paced = [*own, *counting, limit.pace_ms, ramp]
+        return paced if limit.source == "set" else [*paced, limit.source]
+    own = ["q", limit.bound, limit.shadow, limit.unit, limit.zone]
+    return [*own, *more] if limit.source == "set" else [*own, *counting, limit.source]
 
 
 def _unpack_limit(packed: list[Any]) -> int | Limit:
@@ -399,7 +408,7 @@ def _unpack_limit(packed: list[Any]) -> int | Limit:
         return Concurrency(bound, shadow, Adaptive(rest[0]) if rest[0] else None)
     if sort == "r":
         window_ms, unit, slack_ms, *more = rest
-        pace_ms, ramp, *_ = [*more[3:], None, None]
+        pace_ms, ramp, source, *_ = [*more[3:], None, None, None]
         return Rate(
             bound,
             window_ms,
@@ -409,9 +418,11 @@ def _unpack_limit(packed: list[Any]) -> int | Limit:
             **_unpack_counting(more),
             pace_ms=pace_ms,
             ramp=None if ramp is None else Ramp(*ramp),
+            source=source or "set",
         )
     unit, zone, *more = rest
-    return Quota(bound, unit, zone, shadow, **_unpack_counting(more))
+    (source, *_) = [*more[3:], "set"]
+    return Quota(bound, unit, zone, shadow, **_unpack_counting(more), source=source)
 
 
 def _unpack_counting(packed: list[Any]) -> dict[str, Any]:

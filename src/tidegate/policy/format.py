@@ -6,8 +6,8 @@
 The scope of a rate says what it counts (`r` requests, `t` tokens, `it` input tokens, `uit`
 those that the provider did not read from its cache, `ot` output tokens, `i` images, `as` seconds
 of audio, `usd` dollars) and for how long (`ps` second, `pm` minute, `ph` hour, `pd` day, which ends
-at midnight). Its name is a model, a pattern such as `claude-opus-4*` whose models share the limit,
-`total`, `kind/<kind>` or `tenant/<tenant>`.
+at midnight). Its name is a model, a pattern such as `claude-opus-4*` or several with commas between
+(`gpt-4o,gpt-4o-2*`) whose models share the limit, `total`, `kind/<kind>` or `tenant/<tenant>`.
 
 Invariants: `of_plain(to_plain(policy))` is the policy; defaults are left out; a change for one
 tenant touches nothing of another's.
@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, Kind
@@ -30,6 +31,7 @@ from tidegate.limiter import (
     DEFAULT_BANDS,
     MAX_BOUND,
     RESERVES,
+    SOURCES,
     UNITS,
     USUAL_WEIGHTS,
     Adaptive,
@@ -93,7 +95,12 @@ def whom_it_binds(limit_id: str) -> str | None:
 
 def is_pattern(whom: str) -> bool:
     """Whether a limit binds a group of models together: those that match `whom`."""
-    return "*" in whom and not whom.startswith(("kind/", "tenant/"))
+    return ("*" in whom or "," in whom) and not whom.startswith(("kind/", "tenant/"))
+
+
+def is_in_group(model: str, whom: str) -> bool:
+    """Whether a model matches a pattern, or one of several with commas between."""
+    return any(fnmatchcase(model, one) for one in whom.split(","))
 
 
 def plain_model(model: str) -> str:
@@ -161,6 +168,7 @@ _COUNTED: dict[str, type] = {
     "weights": dict,
     "reserve": str,
     "settles": bool,
+    "source": str,
 }
 _KEYS: dict[str, dict[str, type]] = {
     "concurrency": {"bound": int, "shadow": bool, "adaptive": dict},
@@ -265,6 +273,8 @@ def _plain_counting(limit: Rate | Quota) -> Plain:
         found["reserve"] = limit.reserve
     if not limit.settles:
         found["settles"] = False
+    if limit.source != "set":
+        found["source"] = limit.source
     return found
 
 
@@ -315,6 +325,9 @@ def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
     if given.get("reserve", RESERVES[0]) not in RESERVES:
         allowed = f"must be one of {', '.join(RESERVES)}"
         raise ConfigError(f"{path}.reserve", given["reserve"], allowed)
+    if given.get("source", SOURCES[0]) not in SOURCES:
+        allowed = f"must be one of {', '.join(SOURCES)}"
+        raise ConfigError(f"{path}.source", given["source"], allowed)
     if "weights" in given:
         given["weights"] = _weights(f"{path}.weights", given["unit"], given["weights"], strict)
     if sort == "quota":
@@ -599,22 +612,37 @@ def is_of(limit_id: str, tenant: str) -> bool:
     return limit_id == f"tenant:{tenant}" or (scope in MEASURES and name == f"tenant/{tenant}")
 
 
+def source_of(value: object) -> str:
+    """Of a limit in a policy: `set` by a person, `imported` or `learned`."""
+    return str(value.get("source", SOURCES[0])) if isinstance(value, Mapping) else SOURCES[0]
+
+
 def apart_from_tenants(plain: Plain) -> Plain:
-    """A policy without weights and without limits that bind one tenant alone."""
-    limits = {name: one for name, one in plain.get("limits", {}).items() if not _is_of_one(name)}
+    """A policy without weights, without limits that bind one tenant alone, and without those that
+    no person set."""
+    limits = {
+        name: one
+        for name, one in plain.get("limits", {}).items()
+        if not _is_beside_deployment(name, one)
+    }
     return {**{key: one for key, one in plain.items() if key != "weights"}, "limits": limits}
 
 
 def with_tenants(wanted: Plain, now: Plain) -> Plain:
-    """`wanted`, and what tenants have now that it does not name."""
-    own = {name: one for name, one in now.get("limits", {}).items() if _is_of_one(name)}
+    """`wanted`, and what it does not name of what tenants have now, was imported or learned."""
+    own = {
+        name: one for name, one in now.get("limits", {}).items() if _is_beside_deployment(name, one)
+    }
     both = {**wanted, "limits": own | wanted.get("limits", {})}
     if weights := now.get("weights", {}) | wanted.get("weights", {}):
         both["weights"] = weights
     return both
 
 
-def _is_of_one(limit_id: str) -> bool:
+def _is_beside_deployment(limit_id: str, value: object) -> bool:
+    """Whether a limit stays while deployments change: a tenant's, or one that no person set."""
+    if source_of(value) != SOURCES[0]:
+        return True
     scope, _, name = limit_id.partition(":")
     return scope == "tenant" or (scope in MEASURES and name.startswith("tenant/"))
 

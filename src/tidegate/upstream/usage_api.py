@@ -43,11 +43,12 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True, repr=False)
 class UsageAccount:
     """Whose usage is read. base_url: of the upstream, with OpenAI's version and without
-    Anthropic's."""
+    Anthropic's. key_variable: that has the key, for errors; the usual one if empty."""
 
     provider: UsageProvider
     base_url: str
     admin_key: str
+    key_variable: str = ""
 
 
 async def usage_of_day(wire: RelayWire, account: UsageAccount, day: date) -> dict[str, UsageSum]:
@@ -141,47 +142,53 @@ class _Reader:
         page: str | None = None
         for _ in range(MOST_PAGES):
             asked = query if page is None else {**query, "page": page}
-            answer = await self._page(f"{self._account.base_url}{path}?{urlencode(asked)}")
-            for bucket in _objects(answer.get("data")):
-                for row in _objects(bucket.get("results")):
+            answer = await read_admin_page(self._wire, self._account, f"{path}?{urlencode(asked)}")
+            for bucket in json_objects(answer.get("data")):
+                for row in json_objects(bucket.get("results")):
                     yield row
             page = answer.get("next_page")
             if not answer.get("has_more") or not isinstance(page, str):
                 return
         raise UpstreamGarbled(f"the usage API has more than {MOST_PAGES} pages")
 
-    async def _page(self, url: str) -> Json:
-        key = self._account.admin_key.encode()
-        headers = [(b"accept", b"application/json")]
-        if self._account.provider == "openai":
-            headers.append((b"authorization", b"Bearer " + key))
-        else:
-            headers += [(b"x-api-key", key), (b"anthropic-version", b"2023-06-01")]
-        exchange = await self._wire.open(
-            "GET", self._wire.place(url), headers, None, None, USAGE_TIMEOUTS
+
+async def read_admin_page(
+    wire: RelayWire, account: UsageAccount, target: str, api: str = "usage API"
+) -> Json:
+    """One page of an API that needs an admin key; `target` is its path with its query, `api` its
+    name in errors. Raises UpstreamError: UpstreamUnauthorized where the key is refused."""
+    key = account.admin_key.encode()
+    headers = [(b"accept", b"application/json")]
+    if account.provider == "openai":
+        headers.append((b"authorization", b"Bearer " + key))
+    else:
+        headers += [(b"x-api-key", key), (b"anthropic-version", b"2023-06-01")]
+    place = wire.place(account.base_url + target)
+    exchange = await wire.open("GET", place, headers, None, None, USAGE_TIMEOUTS)
+    try:
+        body = await exchange.read(_PAGE_BYTES)
+    finally:
+        exchange.close()
+    if exchange.status in (401, 403):
+        variable = account.key_variable or ADMIN_KEYS[account.provider]
+        raise UpstreamUnauthorized(
+            f"the {api} refuses the key (HTTP {exchange.status}): "
+            f"{variable} must be an admin key that may read it",
+            status=exchange.status,
         )
-        try:
-            body = await exchange.read(_PAGE_BYTES)
-        finally:
-            exchange.close()
-        if exchange.status in (401, 403):
-            allowed = ADMIN_KEYS[self._account.provider]
-            raise UpstreamUnauthorized(
-                f"the usage API refuses the key (HTTP {exchange.status}): "
-                f"{allowed} must be an admin key that may read usage and costs"
-            )
-        if exchange.status != 200:
-            raise UpstreamRejected(f"the usage API answered HTTP {exchange.status}")
-        try:
-            value = json.loads(body, parse_float=Decimal)
-        except ValueError:
-            raise UpstreamGarbled("the usage API did not answer with JSON") from None
-        if not isinstance(value, dict):
-            raise UpstreamGarbled("the usage API did not answer with an object")
-        return value
+    if exchange.status != 200:
+        raise UpstreamRejected(f"the {api} answered HTTP {exchange.status}", status=exchange.status)
+    try:
+        value = json.loads(body, parse_float=Decimal)
+    except ValueError:
+        raise UpstreamGarbled(f"the {api} did not answer with JSON") from None
+    if not isinstance(value, dict):
+        raise UpstreamGarbled(f"the {api} did not answer with an object")
+    return value
 
 
-def _objects(value: object) -> Iterable[Json]:
+def json_objects(value: object) -> Iterable[Json]:
+    """The objects of a list; nothing where it is none."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 

@@ -1,0 +1,189 @@
+"""Import of a provider's account limits: classes of models, ids of limits, the change of a policy.
+
+A class of models with common limits becomes one limit of each sort: by a pattern such as
+`claude-opus-4*` where one fits the class and no other model of the account, else by its names with
+commas between. What a person has set is kept, unless it is to be replaced; limits of an earlier
+import that the account has no more are removed.
+
+Pure. Invariant: two imports of the same limits make the same change, whatever their order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tidegate.errors import ConfigError
+from tidegate.limiter import Unit
+from tidegate.policy.format import (
+    MEASURES,
+    Edit,
+    Plain,
+    is_in_group,
+    limit_of,
+    plain_limit,
+    source_of,
+    whom_it_binds,
+)
+from tidegate.policy.presets import filled
+
+_LONGEST_NAME = 200
+# The date of a snapshot: gpt-4o-2024-08-06, claude-haiku-4-5-20251001.
+_DATE = re.compile(r"-2\d{3}-?\d\d-?\d\d$")
+# A pattern names a family at least, such as claude-opus.
+_LEAST_PARTS = 2
+_ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelClass:
+    """Models of an account with common limits. bounds: by the scope of a limit, such as `rpm`.
+    units: of scopes that count another unit than usual. pattern: what names the class; empty where
+    that is to be found."""
+
+    models: tuple[str, ...]
+    bounds: Mapping[str, int]
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    pattern: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitImport:
+    """What an import changes. kept: limits that a person set, with the bound that the provider
+    names."""
+
+    set: Mapping[str, Plain]
+    remove: tuple[str, ...]
+    kept: Mapping[str, int]
+
+    @property
+    def edit(self) -> Edit:
+        def change(plain: Plain) -> Plain:
+            limits = {
+                name: value
+                for name, value in plain.get("limits", {}).items()
+                if name not in self.remove
+            }
+            return {**plain, "limits": limits | dict(self.set)}
+
+        return change
+
+
+def one_class_each(classes: Iterable[ModelClass], shared: Sequence[str]) -> list[ModelClass]:
+    """`classes` where snapshots with equal limits are one class with their model, and so are all
+    models that match one of the patterns `shared`: with the lowest bound of each sort. Raises
+    ConfigError for a pattern that no model matches."""
+    found: dict[tuple[str, Any], ModelClass] = {}
+    matched: set[str] = set()
+    for one in classes:
+        pattern = next((each for each in shared if _all_match(one.models, each)), "")
+        if pattern:
+            matched.add(pattern)
+        stem = _DATE.sub("", one.models[0]) if len(one.models) == 1 else one.models[0]
+        key = (pattern, None) if pattern else (stem, tuple(sorted(one.bounds.items())))
+        found[key] = _joined(found[key], one) if key in found else _named(one, pattern)
+    for pattern in shared:
+        if pattern not in matched:
+            raise ConfigError("--shared", pattern, "must match models of the account")
+    return list(found.values())
+
+
+def _all_match(models: Iterable[str], pattern: str) -> bool:
+    return all(is_in_group(model, pattern) for model in models)
+
+
+def _named(one: ModelClass, pattern: str) -> ModelClass:
+    return ModelClass(one.models, one.bounds, one.units, pattern or one.pattern)
+
+
+def _joined(one: ModelClass, other: ModelClass) -> ModelClass:
+    bounds = dict(one.bounds)
+    for scope, bound in other.bounds.items():
+        bounds[scope] = min(bound, bounds.get(scope, bound))
+    models = tuple(dict.fromkeys((*one.models, *other.models)))
+    return ModelClass(models, bounds, {**other.units, **one.units}, one.pattern)
+
+
+def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
+    """Limits by id as the provider counts them. Raises ConfigError for a class with more names
+    than an id can have."""
+    everything = {model for one in classes for model in one.models}
+    found: dict[str, Any] = {}
+    for one in classes:
+        name = one.pattern or class_name(one.models, everything.difference(one.models))
+        for scope, bound in one.bounds.items():
+            value: Plain = {"bound": bound, "source": "imported"}
+            if scope in one.units:
+                value["unit"] = one.units[scope]
+            found[f"{scope}:{name}"] = value
+    return filled(found, provider)
+
+
+def class_name(models: Sequence[str], others: Iterable[str]) -> str:
+    """A model, a pattern of all `models` that no other matches, or their names with commas
+    between."""
+    others = tuple(others)
+    if len(models) == 1:
+        return models[0]
+    pattern = _common_pattern(models)
+    if pattern and not any(is_in_group(other, pattern) for other in others):
+        return pattern
+    names: dict[str, None] = {}
+    for model in sorted(models):
+        stem = _DATE.sub("", model)
+        snapshots = f"{stem}-2*"
+        is_one_of_several = stem != model and not any(is_in_group(o, snapshots) for o in others)
+        names[snapshots if is_one_of_several else model] = None
+    name = ",".join(names)
+    if len(name) > _LONGEST_NAME:
+        allowed = f"is a class of {len(models)} models: name it by --shared PATTERN"
+        raise ConfigError("import", models[0], allowed)
+    return name
+
+
+def _common_pattern(models: Sequence[str]) -> str:
+    """By the parts between hyphens that the names begin with; empty where these are too few."""
+    parts = [model.split("-") for model in models]
+    common = []
+    for at in zip(*parts, strict=False):
+        if len(set(at)) > 1:
+            break
+        common.append(at[0])
+    if len(common) < _LEAST_PARTS:
+        return ""
+    prefix = "-".join(common)
+    goes_on = all(model.startswith(f"{prefix}-") for model in models)
+    return f"{prefix}-*" if goes_on else f"{prefix}*"
+
+
+def import_of(
+    told: Mapping[str, Plain], now: Mapping[str, Any], *, replace: bool = False
+) -> LimitImport:
+    """The change of the limits `now` to those that the provider reported. `replace`: also of what
+    a person has set."""
+    of_people = {_measured(name): name for name, value in now.items() if source_of(value) == "set"}
+    set_: dict[str, Plain] = {}
+    kept, remove = {}, []
+    for name, value in told.items():
+        own = of_people.get(_measured(name))
+        if own is None or replace:
+            if now.get(name) != plain_limit(name, limit_of(name, value)):
+                set_[name] = value
+            if own is not None and own != name:
+                remove.append(own)
+        else:
+            kept[own] = value["bound"]
+    remove += [
+        name for name, value in now.items() if source_of(value) == "imported" and name not in told
+    ]
+    return LimitImport(set_, tuple(remove), kept)
+
+
+def _measured(limit_id: str) -> tuple[str | None, str, int | None]:
+    """Whom a limit binds, what it counts and for how long: input is input, cached or not."""
+    measure = MEASURES.get(limit_id.partition(":")[0])
+    if measure is None:
+        return limit_id, "", None
+    return whom_it_binds(limit_id), _ALIKE.get(measure.unit, measure.unit), measure.window_ms

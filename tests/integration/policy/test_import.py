@@ -1,0 +1,183 @@
+"""`tidegate limits import` over HTTP: from an admin key to limits in force that fit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import Done, tidegate
+from tests.gateway import Gateway, Opener, open_gateway
+from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator, run_emulator
+
+__all__ = ["open_gateway"]
+
+ADMIN_KEY = "sk-admin-very-secret"
+WITHIN_S = 5.0  # of the bar, for the command as a person runs it
+MESSAGES = [{"role": "user", "content": "Hello"}]
+LIMITS = [
+    {"models": "gpt-4o", "unit": "requests", "bound": 1_200},
+    {"models": "gpt-4o", "unit": "tokens", "bound": 30_000},
+    {"models": "gpt-5*", "unit": "requests", "bound": 500},
+]
+
+
+@pytest.fixture
+async def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Emulator]:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "sk-of-calls")
+    for name in ("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY"):
+        monkeypatch.setenv(name, ADMIN_KEY)
+    async with run_emulator() as emulator:
+        (tmp_path / "tidegate.toml").write_text(
+            f"""
+            [upstreams.oai]
+            provider = "openai"
+            base_url = "{emulator.url}/v1"
+            models = ["gpt-*"]
+
+            [upstreams.ant]
+            provider = "anthropic"
+            base_url = "{emulator.url}"
+            models = ["claude-*"]
+            """
+        )
+        yield emulator
+
+
+@pytest.fixture
+async def gateway(open_gateway: Opener, provider: Emulator, tmp_path: Path) -> Gateway:
+    return await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+
+
+async def imported(gateway: Gateway, *arguments: str, **settings: str) -> Done:
+    policy = str(gateway.config.tidegate_policy)
+    return await tidegate(
+        gateway, "limits", "import", *arguments, TIDEGATE_POLICY=policy, **settings
+    )
+
+
+async def in_force(gateway: Gateway, pool: str) -> dict[str, Any]:
+    limits: dict[str, Any] = (await gateway.services.limiters[pool].snapshot()).limits  # type: ignore[assignment]
+    return {name: view.bound for name, view in limits.items()}
+
+
+async def test_one_command_puts_limits_in_force_that_fit(
+    gateway: Gateway, provider: Emulator
+) -> None:
+    await provider.control.set_account(provider="openai", limits=LIMITS)
+    dry = await imported(gateway, "openai")
+    assert dry.code == 0, dry.complained
+    assert "limits.rpm:gpt-4o: none -> " in dry.said
+    assert "--apply puts this in force" in dry.said
+    assert "rpm:gpt-4o" not in await in_force(gateway, "oai")
+
+    began = time.monotonic()
+    done = await imported(gateway, "openai", "--apply", "--json")
+    took_s = time.monotonic() - began
+    assert done.code == 0, done.complained
+    assert done.json["applied"]
+    assert took_s < WITHIN_S
+
+    async def known() -> bool:
+        return "rpm:gpt-5" in gateway.services.limiters["oai"].policy.limits
+
+    await wait_until(known, 10, "the limits in force")
+    assert await in_force(gateway, "oai") == {
+        "pool:total": 64,
+        "rpm:gpt-4o": 1_200,
+        "tpm:gpt-4o": 30_000,
+        "rpm:gpt-5": 500,
+    }
+    policy = gateway.services.limiters["oai"].policy
+    limit = policy.limit("tpm:gpt-4o")
+    assert limit is not None
+    assert (limit.reserve, limit.settles, limit.source) == ("larger", False, "imported")  # type: ignore[union-attr]
+    assert ADMIN_KEY not in done.said + done.complained + dry.said + dry.complained
+
+    # All that the account gives is used, and none of it is refused.
+    async def call() -> int:
+        body = {"model": "gpt-4o", "max_tokens": 1_000, "messages": MESSAGES}
+        async with gateway.http.post(gateway.url + "/v1/chat/completions", json=body) as answer:
+            await answer.read()
+            return answer.status
+
+    assert await asyncio.gather(*(call() for _ in range(30))) == [200] * 30
+    book = await provider.control.account()
+    assert book["refused"] == 0
+    tokens = next(one for one in book["limits"] if one["name"].startswith("tokens:gpt-4o:"))
+    assert tokens["counted"] == 30_000
+    assert (await gateway.services.limiters["oai"].snapshot()).limits["tpm:gpt-4o"].used == 30_000
+
+    again = await imported(gateway, "openai", "--apply")
+    assert "are those of the account" in again.said
+
+
+async def test_classes_workspaces_and_what_a_person_has_set(
+    gateway: Gateway, provider: Emulator
+) -> None:
+    limits = [
+        {"models": "claude-*-5-5", "unit": "requests", "bound": 50},
+        {"models": "claude-*-5-5", "unit": "uncached_input_tokens", "bound": 40_000},
+        {"models": "claude-2*", "unit": "input_tokens", "bound": 9_000},
+        {"models": "claude-2", "unit": "input_tokens", "bound": 8_000},
+    ]
+    await provider.control.set_account(
+        provider="anthropic", limits=limits, workspaces={"wrkspc_1": 0.5}
+    )
+    group = "claude-haiku-5-5,claude-opus-5-5,claude-sonnet-5-5"
+    done = await imported(gateway, "anthropic", "--json")
+    assert done.code == 0, done.complained
+    found = {name: value["bound"] for name, value in done.json["set"].items()}
+    assert found == {f"rpm:{group}": 50, f"itpm:{group}": 40_000, "itpm:claude-2": 8_000}
+    assert done.json["set"][f"itpm:{group}"]["unit"] == "uncached_input_tokens"
+    assert done.json["set"]["itpm:claude-2"]["unit"] == "input_tokens"
+
+    done = await imported(gateway, "anthropic", "--workspace", "wrkspc_1", "--json")
+    assert done.json["set"][f"rpm:{group}"]["bound"] == 25
+
+    policy = str(gateway.config.tidegate_policy)
+    mine = f"itpm:{group}=7000"
+    await tidegate(gateway, "limits", "set", mine, "--pool", "ant", TIDEGATE_POLICY=policy)
+    done = await imported(gateway, "anthropic", "--apply", "--json")
+    assert done.json["kept"] == {f"itpm:{group}": 40_000}
+    assert (await in_force(gateway, "ant"))[f"itpm:{group}"] == 7_000
+    done = await imported(gateway, "anthropic", "--apply", "--replace", "--json")
+    assert done.json["kept"] == {}
+    assert (await in_force(gateway, "ant"))[f"itpm:{group}"] == 40_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "code", "said"),
+    [
+        (["groq"], {}, 2, "must be one of openai, anthropic"),
+        (["openai"], {"OPENAI_ADMIN_KEY": ""}, 2, "OPENAI_ADMIN_KEY"),
+        (["openai"], {"OPENAI_ADMIN_KEY": "invalid-key"}, 1, "(HTTP 401)"),
+        (["openai"], {"OPENAI_ADMIN_KEY": "sk-plain-secret"}, 1, "(HTTP 403)"),
+        (["openai", "--key", "OTHER"], {"OTHER": "sk-plain-secret"}, 1, "OTHER must be an admin"),
+        (["openai", "--project", "none"], {}, 2, "--project"),
+        (["anthropic", "--workspace", "none"], {}, 2, "--workspace"),
+        (["openai", "--pool", "none"], {}, 2, "--pool"),
+        (["openai", "--shared", "none-*"], {}, 2, "--shared"),
+    ],
+)
+async def test_an_error_names_what_is_wrong_and_never_the_key(
+    gateway: Gateway,
+    provider: Emulator,
+    arguments: list[str],
+    settings: dict[str, str],
+    code: int,
+    said: str,
+) -> None:
+    which = "anthropic" if "anthropic" in arguments else "openai"
+    await provider.control.set_account(provider=which)
+    done = await imported(gateway, *arguments, **settings)
+    assert (done.code, said in done.complained) == (code, True), done.complained
+    assert "secret" not in done.said + done.complained
+    assert json.dumps("Traceback") not in done.complained
