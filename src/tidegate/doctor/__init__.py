@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from pydantic import SecretStr
 
@@ -23,6 +24,7 @@ from tidegate.limiter import PoolPolicy, Snapshot
 from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams
 from tidegate.settings import Config, load
 from tidegate.store.records import PolicyRecord
+from tidegate.store.statistics import Total
 from tidegate.store.tenants import Key
 
 __all__ = ["Finding", "State", "examine"]
@@ -39,6 +41,7 @@ class _Seen:
     records: dict[str, list[PolicyRecord]] = field(default_factory=dict)
     any_key: bool | None = None
     unvouched: list[Key] | None = None
+    called: list[Total] | None = None
 
 
 async def examine(*, online: bool = True) -> list[Finding]:
@@ -65,6 +68,9 @@ async def examine(*, online: bool = True) -> list[Finding]:
     for pool, snapshot in seen.snapshots.items():
         found += deployment.judge_pool(pool, policies[pool], snapshot, seen.records.get(pool))
     found.append(deployment.judge_blobs(config, seen.snapshots))
+    if seen.called is not None:
+        today = datetime.now(UTC).date()
+        found += deployment.judge_prices(others.upstreams, seen.called, today)
     if online:
         found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))
         found += await _bucket(config)
@@ -135,6 +141,7 @@ async def _read_record(
     """Read policies and keys; a part that can't be read has a finding of its own."""
     from tidegate.store.database import Connections
     from tidegate.store.policies import Policies
+    from tidegate.store.statistics import UsageTotals
     from tidegate.store.tenants import Tenants
 
     connections = Connections(url, size=1)
@@ -145,6 +152,10 @@ async def _read_record(
         seen.any_key = await tenants.any_key()
         if revision >= "0014":
             seen.unvouched = await tenants.unvouched_keys()
+        if revision >= "0015":
+            today = datetime.now(UTC).date()
+            since = today - deployment.PRICES_OVER
+            seen.called = await UsageTotals(connections).totals(("model",), since, today)
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which has a finding of its own
     finally:

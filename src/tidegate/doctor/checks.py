@@ -6,23 +6,26 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from tidegate.admission.charges import provider_of_upstream
 from tidegate.embedded.servers import command_of
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, Snapshot, format_pause
-from tidegate.policy.deployment import doubtful, emulates
+from tidegate.policy.deployment import Upstream, doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
 from tidegate.policy.rollout import Origin, differences
+from tidegate.prices.catalog import ModelPrice, catalog
 from tidegate.settings import SECRETS, Config, existing_operator_key, key_file, origins
 from tidegate.store.records import PolicyRecord
+from tidegate.store.statistics import Total
 from tidegate.store.tenants import Key
 
 
@@ -65,6 +68,61 @@ def skipped(check: str, why: str) -> Finding:
     return Finding(check, State.SKIPPED, why)
 
 
+PRICES_OVER = timedelta(days=30)  # the calls whose prices are looked at
+_PRICES_OLD = timedelta(days=120)
+
+
+def judge_prices(
+    upstreams: Sequence[Upstream], called: Sequence[Total], today: date
+) -> Iterator[Finding]:
+    """Findings on the prices of the models that were called in the last `PRICES_OVER`."""
+    unpriced = [one for one in called if one.model and one.unpriced]
+    if unpriced:
+        named = (f"{one.model} ({one.unpriced} calls)" for one in unpriced)
+        yield warn(
+            "prices.models",
+            f"called without a price: {_listed(named)}",
+            "state it in [upstreams.NAME.prices]: until then the cost of such calls is unknown",
+        )
+    else:
+        yield ok("prices.models", f"all of {len(called)} models that were called have a price")
+    rows = {
+        id(row): row
+        for one in called
+        for upstream in upstreams
+        if one.model and (row := _public_row(upstream, one.model, today)) is not None
+    }
+    old = sorted(
+        f"{row.models[0]} ({row.checked})"
+        for row in rows.values()
+        if today - row.checked > _PRICES_OLD
+    )
+    if old:
+        yield warn(
+            "prices.age",
+            f"public prices that were read long ago: {_listed(old)}",
+            "compare them with the provider's page; state what differs in [upstreams.NAME.prices], "
+            "or see `tidegate reconcile`",
+        )
+    else:
+        yield ok("prices.age", f"{len(rows)} public prices are in use, none read long ago")
+
+
+def _public_row(upstream: Upstream, model: str, today: date) -> ModelPrice | None:
+    """The row of the catalog that a model is priced by; None where a stated price is."""
+    provider = provider_of_upstream(upstream)
+    if provider is None or not upstream.fit(model) or upstream.price(model) is not None:
+        return None
+    return catalog().row(provider, model, today)
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = list(names)
+    more = len(found) - _MOST_MODELS_SHOWN
+    return ", ".join(found[:_MOST_MODELS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+_MOST_MODELS_SHOWN = 10
 _RIVALS_WITHIN = timedelta(hours=1)
 _SHOWN = 3
 _MOST_KEYS_SHOWN = 10

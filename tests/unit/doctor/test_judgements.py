@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from tidegate.doctor import stores as postgresql
 from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State
 from tidegate.limiter import PoolPolicy, ServerReport, SessionView, Snapshot
+from tidegate.policy.deployment import Upstream
 from tidegate.policy.format import digest, to_plain
+from tidegate.prices.rates import Price
 from tidegate.settings import key_file, load, operator_key
 from tidegate.store.diagnostics import DatabaseReport
 from tidegate.store.records import PolicyRecord
+from tidegate.store.statistics import COUNTS, Total
 from tidegate.store.tenants import Key
 
 SERVER = ServerReport(
@@ -271,3 +274,29 @@ def test_old_and_missing_packages_and_few_descriptors_are_told(
     assert "other" not in found.found
     monkeypatch.setattr(machine, "_FEW_FILES", 10**9)
     assert state_of(machine.look(config), "machine.descriptors") is State.WARN
+
+
+def used(model: str, *, requests: int = 5, unpriced: int = 0) -> Total:
+    counts = dict.fromkeys(COUNTS, 0) | {"requests": requests, "unpriced": unpriced}
+    return Total(tenant=None, model=model, day=None, **counts)
+
+
+def test_models_without_a_price_and_prices_read_long_ago_are_named() -> None:
+    upstream = Upstream(
+        "openai", {"openai": "https://api.openai.com/v1"}, "k", prices={"own-*": Price(input=1)}
+    )
+    day = date(2026, 12, 1)
+
+    def judged(*called: Total, today: date = day) -> dict[str, Finding]:
+        return {one.check: one for one in deployment.judge_prices([upstream], called, today)}
+
+    found = judged(used("gpt-6.2-sol"), used("own-model"), used(""))
+    assert {one.state for one in found.values()} == {State.OK}
+    found = judged(used("gpt-6.2-sol"), used("gpt-99", unpriced=3))
+    assert found["prices.models"].state is State.WARN
+    assert "gpt-99 (3 calls)" in found["prices.models"].found
+    found = judged(used("gpt-6.2-sol"), today=date(2027, 6, 1))
+    assert found["prices.age"].state is State.WARN
+    assert "gpt-6.2-sol (2026-11-18)" in found["prices.age"].found
+    many = judged(*(used(f"gpt-{n}", unpriced=1) for n in range(100, 112)))
+    assert "and 2 more" in many["prices.models"].found
