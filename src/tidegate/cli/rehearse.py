@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,9 @@ _LONGEST_BYTES = 500_000_000
 FromRecord = Annotated[
     str | None,
     typer.Option(
-        help="Instead of a file the calls on record of the last 30m, 1h, 1d.", metavar="SPAN"
+        help="Instead of a file the calls on record of the last 30m, 1h, 1d, or of a day (UTC), "
+        "such as 2026-11-24.",
+        metavar="SPAN|DAY",
     ),
 ]
 PolicyFile = Annotated[
@@ -117,12 +120,13 @@ def rehearse(
 def _arrivals(
     config: Config, load: str | None, from_record: str | None, usual: Usual, seed: int, pool: str
 ) -> list[Arrival]:
-    from tidegate.rehearse.load import load_of, read_trace, span_ms
+    from tidegate.rehearse.load import load_of, read_trace, record_span
 
     if (load is None) == (from_record is None):
         raise ConfigError("rehearse", None, "needs either a file or --from-record")
     if from_record is not None:
-        return _from_record(config, span_ms("--from-record", from_record) / 1000, usual, pool)
+        span = record_span("--from-record", from_record, datetime.now(UTC))
+        return _from_record(config, from_record, span, usual, pool)
     assert load is not None
     text = _read(load)
     if load.endswith(".toml"):
@@ -130,14 +134,16 @@ def _arrivals(
     return read_trace(load, text, usual)
 
 
-def _from_record(config: Config, last_s: float, usual: Usual, pool: str) -> list[Arrival]:
+def _from_record(
+    config: Config, said: str, span: tuple[datetime, datetime], usual: Usual, pool: str
+) -> list[Arrival]:
     from tidegate.rehearse.load import from_zero
     from tidegate.store.statistics import past_calls
     from tidegate.supervisor.services import with_record
 
-    calls = with_record(config, lambda connections: past_calls(connections, pool, last_s))
+    calls = with_record(config, lambda connections: past_calls(connections, pool, *span))
     if not calls:
-        raise ConfigError("--from-record", f"{last_s:g}s", f"no call of pool {pool} is on record")
+        raise ConfigError("--from-record", said, f"no call of pool {pool} is on record then")
     since = calls[0].submitted_at
     rows: list[dict[str, Any]] = [
         {
@@ -150,6 +156,9 @@ def _from_record(config: Config, last_s: float, usual: Usual, pool: str) -> list
             "output_tokens": call.output_tokens,
             "images": call.images,
             "priority": call.priority,
+            "cached_tokens": call.cached_tokens,
+            "cache_write_tokens": call.cache_write_tokens,
+            "cost_usd": call.cost_micros / 1_000_000,
         }
         for call in calls
     ]

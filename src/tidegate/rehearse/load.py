@@ -22,6 +22,9 @@ A trace (CSV with a head, or JSON lines):
     time_ms,tenant,kind,model,duration_ms,input_tokens,output_tokens,priority,deadline_ms
     0,acme,text_only,gemini-2.5-flash,830,1200,300,0,30000
 
+and `images`, `cached_tokens` and `cache_write_tokens` (of the input), `max_output_tokens`,
+`cost_usd`.
+
 An amount is a number, `{ median, p95 }`, `{ lognormal = [median, sigma] }`, `{ uniform = [a, b]
 }` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, interpolated between its points.
 
@@ -33,9 +36,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import UTC, date, datetime, time, timedelta
 from io import StringIO
 from itertools import islice
 from random import Random
@@ -43,21 +48,23 @@ from typing import Any, Literal
 
 from tidegate.call import DEFAULT_TENANT, Kind
 from tidegate.errors import ConfigError
-from tidegate.limiter import check_tenant
+from tidegate.limiter import CallUse, Tokens, check_tenant
 from tidegate.policy.format import KIND_NAMES, ms_of
 
 MOST_CALLS = 500_000
 MOST_MS = 31 * 86_400_000
 _KNOWN = (
     *("time_ms", "tenant", "kind", "model", "duration_ms", "input_tokens", "output_tokens"),
-    *("images", "priority", "deadline_ms"),
+    *("images", "priority", "deadline_ms", "cached_tokens", "cache_write_tokens"),
+    *("max_output_tokens", "cost_usd"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """One call. `duration_ms` is how long the provider takes; `deadline_ms` bounds its wait, None
-    for as long as needed; `images` are those that it makes."""
+    for as long as needed; `images` are those that it makes. `cached_tokens` and
+    `cache_write_tokens` are parts of the input, `max_output_tokens` is the call's own bound."""
 
     time_ms: float
     tenant: str = DEFAULT_TENANT
@@ -69,6 +76,18 @@ class Arrival:
     images: int = 0
     priority: int = 0
     deadline_ms: int | None = None
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    max_output_tokens: int | None = None
+    cost_usd: float = 0.0
+
+    @property
+    def use(self) -> CallUse:
+        """What it uses of limits."""
+        cached = min(self.cached_tokens, self.input_tokens)
+        written = min(self.cache_write_tokens, self.input_tokens - cached)
+        tokens = Tokens(self.input_tokens, self.output_tokens, cached, written)
+        return CallUse(tokens, self.images, None, round(self.cost_usd * 1_000_000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +137,11 @@ class Usual:
             output_tokens=output_tokens,
             images=round(read.number("images", made)),
             priority=round(read.number("priority", 0.0, low=-100, high=100)),
-            deadline_ms=round(read.number("deadline_ms")) if read.has("deadline_ms") else None,
+            deadline_ms=read.whole("deadline_ms"),
+            cached_tokens=round(read.number("cached_tokens", 0.0)),
+            cache_write_tokens=round(read.number("cache_write_tokens", 0.0)),
+            max_output_tokens=read.whole("max_output_tokens"),
+            cost_usd=read.number("cost_usd", 0.0),
         )
 
 
@@ -129,6 +152,9 @@ class _Row:
 
     def has(self, name: str) -> bool:
         return self.row.get(name) not in (None, "")
+
+    def whole(self, name: str) -> int | None:
+        return round(self.number(name)) if self.has(name) else None
 
     def text(self, name: str, usual: str) -> str:
         return str(self.row[name]) if self.has(name) else usual
@@ -354,6 +380,20 @@ def span_ms(path: str, text: object) -> float:
     if found_ms is None or found_ms > MOST_MS:
         raise ConfigError(path, str(text), "must be a number and ms, s, m, h or d, such as 10m")
     return found_ms
+
+
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+
+
+def record_span(path: str, text: str, now: datetime) -> tuple[datetime, datetime]:
+    """`1h`: from an hour before `now` on; `2026-11-24`: that day, UTC. Raises ConfigError."""
+    if not _DAY.fullmatch(text):
+        return now - timedelta(milliseconds=span_ms(path, text)), now
+    try:
+        day = datetime.combine(date.fromisoformat(text), time(), UTC)
+    except ValueError:
+        raise ConfigError(path, text, "must be a day that there is, such as 2026-11-24") from None
+    return day, day + timedelta(days=1)
 
 
 def _stream(path: str, table: object, lasts_ms: float) -> Stream:

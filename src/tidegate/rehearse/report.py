@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from tidegate.admission.demand import CallDemand
 from tidegate.checker import Event, What, shares
-from tidegate.limiter import CallUse, Concurrency, PoolPolicy, Rate, Tokens, as_limit, format_span
+from tidegate.limiter import Concurrency, PoolPolicy, Rate, as_limit, format_span
 from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
 from tidegate.policy.format import in_words
 from tidegate.rehearse.load import Arrival
@@ -101,8 +101,7 @@ class LoadTally:
                 use.open += 1
                 use.peak = max(use.peak, use.open)
             elif call.began_ms <= self.span_ms:
-                tokens = Tokens(arrival.input_tokens, arrival.output_tokens)
-                use.area += amount_of(limit, CallUse(tokens, arrival.images)) or 0
+                use.area += amount_of(limit, arrival.use) or 0
 
     def ended(self, call: LoadCall, now_ms: float) -> None:
         call.ended_ms = now_ms - self.since_ms

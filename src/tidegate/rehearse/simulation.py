@@ -18,11 +18,12 @@ from heapq import heappop, heappush
 from itertools import count, cycle
 from random import Random
 
+from tidegate.admission.conversations import ExpectedInput
 from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Modality
 from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
-from tidegate.limiter import MAX_LEASE_MS, CallUse, Demand, Observer, PoolPolicy, Tokens
+from tidegate.limiter import MAX_LEASE_MS, Demand, Observer, PoolPolicy
 from tidegate.limiter.simulation import (
     LINGER_IDLE_S,
     LINGER_S,
@@ -140,7 +141,7 @@ class Process:
         self.stage.over(call)
 
     def _demand_of(self, arrival: Arrival) -> CallDemand:
-        return self._demands.of_native(
+        demand = self._demands.of_native(
             arrival.model,
             arrival.kind,
             {Modality.LATIN: max(1.0, float(arrival.input_tokens))},
@@ -148,7 +149,15 @@ class Process:
             tenant=arrival.tenant,
             priority=arrival.priority,
             images=arrival.images,
+            max_output_tokens=arrival.max_output_tokens,
         )
+        use = arrival.use
+        if use.tokens is not None and use.tokens.cached:
+            # Of a conversation the prediction is taken for a good one: nothing of it is on record.
+            cached = use.tokens.cached
+            demand.expected = ExpectedInput(use.tokens.input - cached, cached)
+        demand.cost_micros = use.cost_micros
+        return demand
 
     def _begin(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
         self.stage.tally.began(call, self.stage.now_ms)
@@ -162,11 +171,10 @@ class Process:
         self.stage.tally.ended(call, self.stage.now_ms)
         if holding is not None:
             flow = holding.flow
-            tokens = Tokens(arrival.input_tokens, arrival.output_tokens)
             self.queue.release(
                 holding.ticket,
                 outcome="success",
-                actual=flow.actual(CallUse(tokens, arrival.images)),
+                actual=flow.actual(arrival.use),
                 now_ms=self.stage.now_ms,
             )
             self._kick()

@@ -298,15 +298,19 @@ class PastCall:
     upstream_ms: float
     input_tokens: int
     output_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
     images: int
+    cost_micros: int
 
 
-async def past_calls(connections: Connections, pool: str, last_s: float) -> list[PastCall]:
-    """What was submitted during the last seconds, in order of time; the newest `MOST_CALLS` where
-    there was more. Raises StoreUnavailable."""
-
+async def past_calls(
+    connections: Connections, pool: str, since: datetime, until: datetime
+) -> list[PastCall]:
+    """What was submitted from `since` on and before `until`, in order of time; the newest
+    `MOST_CALLS` where there was more. Raises StoreUnavailable."""
     rows = await connections.rows(
-        "past_calls", pool, last_s, MOST_CALLS, timeout_ms=_PAST_CALLS_TIMEOUT_MS
+        "past_calls", pool, since, until, MOST_CALLS, timeout_ms=_PAST_CALLS_TIMEOUT_MS
     )
     return [PastCall(**row) for row in reversed(rows)]
 

@@ -123,7 +123,8 @@ async def test_requests_of_0_1_0_are_read(url_0_1_0: str, make_store: MakeStore)
             assert len(b"".join([piece async for piece in body.pieces])) == kept.size_bytes
             bodies += 1
     assert bodies > len(found.items)
-    assert len(await past_calls(store.connections, "gemini", _since_made_s())) == 9
+    since = _made_at() - timedelta(days=1)
+    assert len(await past_calls(store.connections, "gemini", since, datetime.now(UTC))) == 9
 
 
 async def test_the_rest_of_0_1_0_is_read(url_0_1_0: str, make_store: MakeStore) -> None:
@@ -186,7 +187,3 @@ async def test_a_database_before_the_first_release_stops_the_start_with_one_line
 
 def _made_at() -> datetime:
     return datetime.combine(MADE_ON, datetime.min.time(), UTC)
-
-
-def _since_made_s() -> float:
-    return (datetime.now(UTC) - _made_at() + timedelta(days=1)).total_seconds()

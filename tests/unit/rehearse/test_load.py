@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from random import Random
 from statistics import mean, median, pstdev
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
+from tidegate.limiter import Tokens
 from tidegate.rehearse.load import (
     Arrival,
     TokenPace,
@@ -17,9 +19,11 @@ from tidegate.rehearse.load import (
     amount_of,
     load_of,
     read_trace,
+    record_span,
     write_trace,
 )
 
+NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 USUAL = Usual({"text_only": "a-model"}, TokenPace(first_ms=100, tokens_per_s=100))
 
 
@@ -138,3 +142,26 @@ def test_what_is_wrong_in_a_trace_is_named(text: str, where: str) -> None:
 
 def _fields(arrival: Arrival) -> dict[str, Any]:
     return {name: getattr(arrival, name) for name in Arrival.__dataclass_fields__}
+
+
+def test_a_part_of_the_record_is_a_span_before_now_or_a_day() -> None:
+    assert record_span("x", "90m", NOW) == (NOW - timedelta(minutes=90), NOW)
+    day = datetime(2026, 11, 24, tzinfo=UTC)
+    assert record_span("x", "2026-11-24", NOW) == (day, day + timedelta(days=1))
+
+
+@pytest.mark.parametrize("text", ["2026-02-30", "24.11.2026", "Tuesday", "2026-11"])
+def test_what_is_no_part_of_the_record_is_named(text: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        record_span("--from-record", text, NOW)
+    assert wrong.value.variable == "--from-record"
+
+
+def test_a_trace_tells_cached_input_the_bound_of_an_answer_and_the_cost() -> None:
+    head = "time_ms,duration_ms,input_tokens,cached_tokens,cache_write_tokens,output_tokens"
+    (one,) = read_trace(
+        "t", f"{head},max_output_tokens,cost_usd\n0,5,1000,900,60,50,4096,0.79\n", USUAL
+    )
+    assert one.use.tokens == Tokens(1000, 50, 900, 60)
+    assert (one.max_output_tokens, one.use.cost_micros) == (4096, 790_000)
+    assert read_trace("t", write_trace([one]), USUAL) == [one]

@@ -22,15 +22,17 @@ ORDER BY at LIMIT $3
 DELETE FROM history WHERE step_s = $1 AND at < to_timestamp($2::float8)
 
 -- name: past_calls
--- The last $3 calls of pool $1 that were submitted within the last $2 seconds, the newest first.
+-- The last $4 calls of pool $1 that were submitted from $2 on and before $3, the newest first.
 SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) AS upstream_ms,
     coalesce(input_tokens, 0) AS input_tokens,
     coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) AS output_tokens,
-    coalesce(images, 0) AS images
+    coalesce(cached_tokens, 0) AS cached_tokens,
+    coalesce((usage_details ->> 'cache_write_tokens')::bigint, 0) AS cache_write_tokens,
+    coalesce(images, 0) AS images, coalesce(cost_micros, 0) AS cost_micros
 FROM audit
-WHERE pool = $1 AND created_at >= now() - $2 * interval '1 second'
-    AND submitted_at >= now() - $2 * interval '1 second' AND admitted_at IS NOT NULL
-ORDER BY submitted_at DESC LIMIT $3
+WHERE pool = $1 AND created_at >= $2 AND submitted_at >= $2 AND submitted_at < $3
+    AND admitted_at IS NOT NULL
+ORDER BY submitted_at DESC LIMIT $4
 
 -- name: depth_of_queues
 -- The jobs that are ready in up to $1 queues, up to $2 of each, and when the oldest was submitted.
