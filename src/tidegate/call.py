@@ -234,7 +234,7 @@ class UsageState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a call is charged for. `cost_micros` is in millionths of money; None where the price or
+    """What a call is charged for. `cost_micros` is in micro-dollars; None where the price or
     the usage is not known. `images` are those that came, None where they were not counted."""
 
     state: UsageState = UsageState.NONE

@@ -225,6 +225,27 @@ async def test_a_dead_job_is_requeued_and_another_discarded(stage: Stage) -> Non
         assert (await stage.gateway.status(second))["status"] == "cancelled"
 
 
+async def test_the_books_of_a_day_show_the_difference_and_the_calls_that_explain_it(
+    stage: Stage,
+) -> None:
+    call = "01a21fb4-8949-7c6a-bfeb-1b235ad8b060"
+    await stage.gateway.database.execute(
+        "INSERT INTO reconciliations (upstream, day, model, provider, ours_micros, theirs_micros,"
+        " verdict, reason, calls) VALUES ('openai', $1, 'gpt-5', 'openai', 790000, 1234567890,"
+        " 'explained', 'calls whose usage was not reported whole: 1 partial', $2)",
+        datetime.now(UTC).date(),
+        f'[{{"request_id": "{call}", "state": "partial", "charged_micros": 1, "cost_micros": 2}}]',
+    )
+    try:
+        async with opened(stage, "/attention") as seen:
+            row = seen.page.locator("[aria-label='Books'] tr[data-verdict='explained']")
+            for text in ("gpt-5", "$0.79", "$1,234.57", "$1,233.78", "1 partial", call[-12:]):
+                await expect(row).to_contain_text(text)
+            await seen.is_accessible()
+    finally:
+        await stage.gateway.database.execute("DELETE FROM reconciliations")
+
+
 async def test_nothing_is_shown_without_a_key_and_a_revoked_one_is_asked_for_again(
     stage: Stage,
 ) -> None:
@@ -297,7 +318,7 @@ async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) 
         told = seen.page.locator("[aria-label='Spend']").get_by_text("of the classifier")
         await expect(told).to_have_text(
             "Not in the tables: 1 question of the classifier in the last 5 minutes, "
-            "1,234 tokens, 0.4450"
+            "1,234 tokens, $0.45"
         )
         await seen.page.get_by_role("button", name="1 h", exact=True).click()
         await expect(told).to_be_hidden()

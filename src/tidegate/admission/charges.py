@@ -143,7 +143,7 @@ def estimated_charge(
 
 
 def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[int, int]:
-    """Expected cost of a call: millionths of money, 0 without a price, and tokens."""
+    """Expected cost of a call: micro-dollars, 0 without a price, and tokens."""
     usage = Usage(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
         output_tokens=max(estimate.expected_output_tokens, estimate.guessed_output_tokens),

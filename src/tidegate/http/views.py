@@ -211,7 +211,7 @@ class StatusView(Classified):
     usage: UsageView | None = None
     cost_micros: int | None = Field(
         default=None,
-        description="What it cost in millionths of money, once it has ended and where prices and "
+        description="What it cost in micro-dollars, once it has ended and where prices and "
         "usage are known: see docs/accounting.md",
     )
     finish_reason: str | None = None

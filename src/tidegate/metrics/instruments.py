@@ -116,9 +116,7 @@ class Metric:
     TENANT_TOKENS = _counter(
         "tidegate_tenant_tokens_total", "tokens charged, by tenant", "tenant type"
     )
-    TENANT_COST = _counter(
-        "tidegate_tenant_cost_total", "Cost in the currency of the prices, by tenant", "tenant"
-    )
+    TENANT_COST = _counter("tidegate_tenant_cost_total", "Cost in US dollars, by tenant", "tenant")
     TENANT_QUEUE = _counter(
         "tidegate_tenant_queue_seconds_total",
         "Time that admitted calls have waited for admission, by tenant",
@@ -132,7 +130,7 @@ class Metric:
     )
     COST = _counter(
         "tidegate_cost_total",
-        "Cost in the currency of the prices, the classifier's questions included",
+        "Cost in US dollars, the classifier's questions included",
         "pool model",
     )
     ATTEMPTS = _counter("tidegate_attempts_total", "Calls made upstream", "source pool")

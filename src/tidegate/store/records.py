@@ -218,7 +218,7 @@ USAGE_COLUMNS = (
 DETAILS = tuple(one.name for one in fields(UsageDetails))
 
 
-_MOST_COUNTED = 10**13  # tokens or millionths of money of one call
+_MOST_COUNTED = 10**13  # tokens or micro-dollars of one call
 
 
 def dumps(rows: Iterable[Mapping[str, Any]]) -> str:

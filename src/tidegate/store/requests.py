@@ -433,7 +433,7 @@ class Requests:
     async def charged(
         self, request_id: UUID, tenant_id: str, ended_at: datetime
     ) -> tuple[int | None, UsageDetails | None]:
-        """What a request that has ended cost, in millionths of money, and the details of its usage;
+        """What a request that has ended cost, in micro-dollars, and the details of its usage;
         None where they are not known."""
         within = (ended_at - _RECORDED_WITHIN, ended_at + _RECORDED_WITHIN)
         row = await self._connections.row(

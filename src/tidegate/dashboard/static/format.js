@@ -82,13 +82,16 @@ export function bytes(value) {
   return `${(value / 1_000_000).toFixed(1)} MB`;
 }
 
-/** Money in the currency of the prices; small amounts keep their digits. */
+/** US dollars, as `$0.79`; amounts below a cent keep two digits. */
 export function money(value) {
   if (!given(value)) return NOTHING;
-  if (value === 0) return "0.00";
-  if (Math.abs(value) < 0.01) return value.toPrecision(2);
-  return value.toFixed(Math.abs(value) < 1 ? 4 : 2);
+  const amount = Math.abs(value);
+  const digits = amount && amount < 0.01 ? Number(amount.toPrecision(2)).toFixed(small(amount)) : dollars.format(amount);
+  return `${value < 0 ? "-" : ""}$${digits}`;
 }
+
+const dollars = new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+const small = (amount) => Math.min(6, 1 - Math.floor(Math.log10(amount)));
 
 const date = (value) => (value instanceof Date ? value : new Date(value));
 const isToday = (at) => at.toDateString() === new Date().toDateString();

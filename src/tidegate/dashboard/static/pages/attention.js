@@ -2,7 +2,7 @@
 
 import { get, post } from "../api.js";
 import { fill, h } from "../dom.js";
-import { ago, count, time } from "../format.js";
+import { ago, count, money, time } from "../format.js";
 import { link } from "../router.js";
 import { settled } from "../stuck.js";
 import { confirm, empty, failed, loading, toast } from "../ui.js";
@@ -11,11 +11,13 @@ export async function open(main, { signal }) {
   const failures = h("div", {}, loading(2));
   const jobs = h("div", {}, loading(2));
   const webhooks = h("div", {}, loading(2));
+  const books = h("div", {}, loading(2));
   main.append(
     h("div", { class: "page-head" }, h("h1", {}, "Attention")),
     card("Failed jobs", "Of the last 24 hours, by error.", failures),
     card("Dead jobs", "Their workers died under them three times: they are not tried again.", jobs),
     card("Failed webhooks", "All deliveries failed.", webhooks),
+    card("Books", "This month's charges against the providers' own costs, by day of UTC.", books),
   );
   const again = () => {
     settled();
@@ -26,11 +28,14 @@ export async function open(main, { signal }) {
       failedJobs(failures, signal, again),
       list(jobs, "admin/dead", jobRow, JOB_HEADS, "No dead jobs", signal, again),
       list(webhooks, "admin/webhooks", hookRow, HOOK_HEADS, "None", signal, again),
+      list(books, "admin/reconciliations", bookRow, BOOK_HEADS, NO_BOOKS, signal, again),
     ]);
   await show();
 }
 
 const JOB_HEADS = ["Job", "Tenant", "Type", "Attempts", "Died", "Why", ""];
+const BOOK_HEADS = ["Day", "Upstream", "Model", "Ours", "Theirs", "Difference", "Verdict", "Why"];
+const NO_BOOKS = "No day of this month was compared: tidegate reconcile, or RECONCILE, does that";
 const HOOK_HEADS = ["Webhook of", "Tenant", "Event", "Tries", "Given up", "Last answer", ""];
 
 const card = (title, words, body) =>
@@ -43,7 +48,8 @@ const card = (title, words, body) =>
 
 async function list(place, path, row, heads, none, signal, again) {
   try {
-    const found = await get(path, { signal });
+    const answer = await get(path, { signal });
+    const found = answer.items ?? answer;
     if (!found.length) {
       fill(place, empty(none));
       return;
@@ -141,6 +147,24 @@ function failureRow(code, jobs, since, again) {
     h("td", {}, code || "none"),
     h("td", {}, count(jobs)),
     h("td", { class: "actions" }, button("Requeue", `Requeue jobs with ${code}`, requeue)),
+  );
+}
+
+const micros = (value) => h("td", {}, money(value / 1e6));
+
+function bookRow(one) {
+  const named = one.calls.map((call) => request(call.request_id));
+  return h(
+    "tr",
+    { data: { verdict: one.verdict } },
+    h("td", {}, one.day),
+    h("td", {}, one.upstream),
+    h("td", {}, one.model || "none"),
+    micros(one.ours_micros),
+    micros(one.theirs_micros),
+    micros(one.difference_micros),
+    h("td", {}, one.verdict),
+    h("td", {}, one.reason, named.slice(0, 5).flatMap((link) => [" ", link])),
   );
 }
 
