@@ -58,7 +58,7 @@ MANY = {
     "quota:": "quota",
 }
 # Read apart, or of no consequence for what a script does next.
-OTHERS = {"meta", "session:", "layout", "history", "note:"}
+OTHERS = {"meta", "session:", "layout", "history", "note:", "progress:"}
 
 
 class Reading:

@@ -323,6 +323,7 @@ class World:
             "log:",
             "rate:",
             "quota:",
+            "progress:",
         )
         return [n for n in self.server.names() if not n.split("}:", 1)[1].startswith(live_on)]
 

@@ -71,6 +71,8 @@ log = get_logger()
 async def charged_view(services: Services, record: RequestRecord, prefix: str) -> StatusView:
     """The record as its owner sees it; one that has not ended has cost nothing so far."""
     cost_micros = None
+    if record.status is Status.QUEUED:
+        return await _queued_view(services, status_view(record, prefix), record.request_id)
     if record.status.is_end and record.finished_at is not None:
         try:
             cost_micros, details = await services.store.requests.charged(
@@ -80,6 +82,18 @@ async def charged_view(services: Services, record: RequestRecord, prefix: str) -
         except StoreUnavailable as away:  # an answer without its cost is better than none
             log.debug(Log.STORE_AWAY, detail=away.message)
     return status_view(record, prefix, cost_micros)
+
+
+async def _queued_view(services: Services, view: StatusView, request_id: UUID) -> StatusView:
+    """With what it waits for, and for how long about, where that is known."""
+    try:
+        found = await services.store.running_calls.whereabouts(request_id)
+        reason = await services.waiting_of(found, datetime.now(UTC))
+    except (NotFound, StoreUnavailable) as away:  # the status is true without it
+        log.debug(Log.STORE_AWAY, detail=away.message)
+        return view
+    seen = {"waits_for": reason.limit, "ahead": reason.ahead, "wait_ms": reason.wait_ms}
+    return view.model_copy(update=seen)
 
 
 MEDIA_TYPE = "text/event-stream"

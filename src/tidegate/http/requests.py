@@ -34,7 +34,6 @@ from tidegate.http.views import (
 )
 from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
-from tidegate.policy.inspection import waiting
 from tidegate.record import ActiveCall
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
 from tidegate.store.statistics import COUNTS, MOST_TOTALS, Total
@@ -237,6 +236,17 @@ class WhyView(BaseModel):
     bound: int | None = None
     paused_ms: int | None = Field(default=None, description="How long that limit stays paused")
     retry_in_ms: int | None = Field(default=None, description="Until it is tried again")
+    ahead: int | None = Field(
+        default=None, description="Calls of all tenants that are admitted before it, about"
+    )
+    wait_ms: int | None = Field(
+        default=None, description="Estimated time until it is admitted, where it is known"
+    )
+    is_certain: bool = Field(
+        default=False,
+        description="Whether `wait_ms` is the time of a window, a quota or a pause, and not an "
+        "estimate from how fast the limit admits calls",
+    )
 
 
 @router.get(
@@ -254,16 +264,10 @@ async def why(request: Request, request_id: UUID, caller: Reader) -> WhyView:
     found = await services.store.running_calls.whereabouts(request_id)
     if found.tenant_id != caller.tenant_id:
         raise NotFound(f"no request {request_id}")
-    snapshot = await _look(services, found.pool) if found.status is Status.QUEUED else None
-    reason = waiting(found, snapshot, datetime.now(UTC))
+    reason = await services.waiting_of(found, datetime.now(UTC))
     return view_of(
         WhyView, reason, request_id=str(request_id), status=found.status, place=record.place
     )
-
-
-async def _look(services: Services, pool: str) -> Snapshot | None:
-    limiter = services.limiters.get(pool)
-    return None if limiter is None else await services.looks.of(limiter)
 
 
 MOST_SHOWN = 500

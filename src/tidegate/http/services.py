@@ -23,7 +23,7 @@ from pydantic import SecretStr
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tidegate.call import ANYBODY, DEFAULT_POOL, Caller
+from tidegate.call import ANYBODY, DEFAULT_POOL, Caller, Status
 from tidegate.errors import (
     InvalidRequest,
     LimiterUnavailable,
@@ -36,10 +36,11 @@ from tidegate.http.body import BodyBudget, BodyMemory, MemoryBound
 from tidegate.http.browsers import Origins
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_of
 from tidegate.http.sse import abort, disconnected
-from tidegate.limiter import Limiter, Snapshot
+from tidegate.limiter import Limiter, Snapshot, WaitingLine
 from tidegate.metrics.instruments import Metric, Tally
 from tidegate.metrics.process import Board, Exposition, Recent
 from tidegate.metrics.process import ProcessState as State
+from tidegate.policy.inspection import Waiting, estimate_of, waiting
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import REFUSED, CallListeners, CallRecord, Failure, Source
 from tidegate.settings import Config
@@ -48,17 +49,30 @@ from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
 from tidegate.store.budgets import Budgets
+from tidegate.store.requests import Whereabouts
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 
 FRESH_MS = 500
+_MOST_LINES = 1_000
 
 
 class Looks:
-    """The last look at each pool, shared by all who ask."""
+    """The last look at each pool and each line of its waiters, shared by all who ask."""
 
     def __init__(self) -> None:
         self._pools: dict[str, Recent[Snapshot | None]] = {}
+        self._lines: dict[tuple[str, str, int, str], Recent[WaitingLine]] = {}
+
+    async def line(self, limiter: Limiter, limit: str, band: int, tenant: str) -> WaitingLine:
+        """As `Limiter.line`. Raises LimiterUnavailable."""
+        key = limiter.pool, limit, band, tenant
+        if key not in self._lines:
+            if len(self._lines) >= _MOST_LINES:
+                self._lines.clear()
+            read = partial(limiter.line, limit, band, tenant)
+            self._lines[key] = Recent(FRESH_MS / 1000, read)
+        return await self._lines[key].get()
 
     async def of(self, limiter: Limiter) -> Snapshot | None:
         """None while Valkey is unavailable."""
@@ -212,6 +226,22 @@ class Services:
         """The pool that a request is about which names none: Gemini's, or the first upstream's."""
         upstreams = self.spine.targets.upstreams
         return DEFAULT_POOL if DEFAULT_POOL in upstreams else next(iter(upstreams))
+
+    async def waiting_of(self, found: Whereabouts, now: datetime) -> Waiting:
+        """What a request waits for, and for how long about. Raises StoreUnavailable."""
+        limiter = self.limiters.get(found.pool)
+        is_waiting = found.status is Status.QUEUED and limiter is not None
+        if not is_waiting or limiter is None:
+            return waiting(found, None, now)
+        snapshot, told = await self.looks.of(limiter), None
+        if snapshot is not None and not snapshot.recovering_ms:
+            ahead = await self.store.running_calls.ahead(found.request_id)
+            lines = partial(self.looks.line, limiter)
+            try:
+                told = await estimate_of(lines, found, snapshot, ahead)
+            except LimiterUnavailable:  # the answer is true without an estimate
+                told = None
+        return waiting(found, snapshot, now, told)
 
     def turn_waiters_away(self) -> None:
         """Answer calls that wait for a permit now, with 503, so that their clients ask another

@@ -183,6 +183,16 @@ class StatusView(Classified):
         default=None,
         description="Place in the queue, 1 is next; only while queued, where it is known",
     )
+    waits_for: str | None = Field(
+        default=None, description="The limit that a queued request waits for, where it is one"
+    )
+    ahead: int | None = Field(
+        default=None, description="Calls of all tenants that are admitted before it, about"
+    )
+    wait_ms: int | None = Field(
+        default=None,
+        description="Estimated time until it is admitted; only while queued, where it is known",
+    )
     model: str | None = None
     priority: int
     attempts: int = Field(description="Calls made to the provider")

@@ -80,6 +80,8 @@ from tidegate.limiter.views import (
     SessionView,
     Snapshot,
     TenantView,
+    WaitEstimate,
+    WaitingLine,
     Why,
 )
 
@@ -142,6 +144,8 @@ __all__ = [
     "Tokens",
     "Unit",
     "UpstreamTimeout",
+    "WaitEstimate",
+    "WaitingLine",
     "Weights",
     "Why",
     "as_limit",

@@ -54,7 +54,9 @@ from tidegate.limiter.views import (
     PermitView,
     Place,
     Snapshot,
+    WaitingLine,
     Why,
+    read_line,
     read_place,
     read_snapshot,
 )
@@ -470,8 +472,15 @@ class Limiter:
 
     async def place(self, session: str, ticket: int) -> Place | None:
         """How far from its turn a ticket of a session is; None if it does not wait."""
-        raw = await self._run("position", {"sid": session, "ticket": str(ticket)})
-        return read_place(msgpack.unpackb(raw))
+        request = {"sid": session, "ticket": str(ticket), "limit": "", "band": 0, "tenant": ""}
+        return read_place(msgpack.unpackb(await self._run("position", request)))
+
+    async def line(self, limit: str, band: int, tenant: str) -> WaitingLine:
+        """The waiters of a tenant and band at a limit, as a call that does not wait there yet finds
+        them. `band` counts from 1, the highest."""
+        request = {"sid": "", "ticket": "", "limit": limit, "band": band, "tenant": tenant}
+        raw = await self._run("position", request)
+        return read_line(msgpack.unpackb(raw)[7])
 
     async def why(self, session: str, ticket: int) -> Why | None:
         """Why a ticket waits: which limit holds it up, and who has it; None if it does not wait.

@@ -493,6 +493,8 @@ SHAPES = (
     KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; at:flow -> "
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
              SESSION_KEEP, True),
+    KeyShape("progress:", "list", "per limit|band: ms|virtual time|cost_ms while calls wait",
+             "1 min and two leases", True),
     KeyShape("note:", "string", "per session: its process's note for the others, as bytes",
              "seconds: it is sent repeatedly", True),
     KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to come",

@@ -10,7 +10,8 @@ changes nothing; every action logs who did it and why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +20,7 @@ from uuid import UUID
 from tidegate.call import CLASSIFIER_LIMIT, Status
 from tidegate.errors import InvalidRequest, NotFound, StoreUnavailable
 from tidegate.limiter import (
+    DEFAULT_BANDS,
     MAX_BOUND,
     Concurrency,
     Limit,
@@ -31,16 +33,20 @@ from tidegate.limiter import (
     SessionView,
     Snapshot,
     TenantView,
+    WaitEstimate,
+    WaitingLine,
     format_pause,
     format_span,
 )
 from tidegate.policy.format import MEASURES, TOTAL, in_words, plain_model, to_plain, whom_it_binds
 from tidegate.policy.rollout import PolicyKeeper
-from tidegate.store.requests import ActiveRequests, RunningCall, Whereabouts
+from tidegate.store.requests import ActiveRequests, JobsAhead, RunningCall, Whereabouts
 from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log, get_logger
 
 log = get_logger()
+
+_MOST_NAMED = 3  # tenants that hold a limit, in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,15 +306,53 @@ def _model_of(limit_id: str) -> str | None:
     return None
 
 
+Lines = Callable[[str, int, str], Awaitable[WaitingLine]]
+
+
+async def estimate_of(
+    lines: Lines, found: Whereabouts, snapshot: Snapshot, ahead: JobsAhead | None
+) -> WaitEstimate | None:
+    """How long a queued job still waits, also where no worker has it yet; None where it seems to
+    wait for no limit, or where counting the jobs before it took too long.
+
+    A job that no worker has comes after all that its tenant has waiting for the same limit.
+    """
+    view = binding_limit(found, snapshot)
+    if view is None or ahead is None:
+        return None
+    queues = [one for one in alike(found, snapshot) if one.held_up_by == view.limit]
+    own = [one for one in queues if one.tenant == found.tenant_id] or queues
+    usual = 1 + len(DEFAULT_BANDS) // 2
+    band = max(own, key=lambda one: one.waiting).band if own else usual
+    line = await lines(view.limit, band, found.tenant_id)
+    before = ahead.claimed
+    if found.claimed_by is None:
+        before = ahead.unclaimed + max(line.waiting, ahead.claimed)
+    return line.estimate(before, view.cost_ms)
+
+
+def _how_long(told: WaitEstimate | None) -> str:
+    """`; 12 calls are ahead, admission in about 47 s`."""
+    if told is None:
+        return ""
+    calls = "1 call is" if told.ahead == 1 else f"{told.ahead} calls are"
+    if told.wait_ms is None:
+        return f"; {calls} ahead"
+    about = "" if told.is_certain else "about "
+    return f"; {calls} ahead, admission in {about}{format_span(told.wait_ms)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     """What a request or ticket waits for.
 
     sentence: the answer in words. status: of a request. process: that has it. held_up_by: the
     limit that it waits for. ahead: tickets of its tenant before it, or requests before a job that
-    no worker has taken yet; wait_ms: an estimate; both None where they are not known. limit,
-    holders: that limit, and who has permits of it. adapted_from: the bound of that limit, where it
-    has adapted itself to less. rate_per_s: how many calls a second it admits, where that is known.
+    no worker has taken yet; ahead_of_all: calls of all tenants that are admitted before it, about;
+    wait_ms: an estimate of the time left; all None where they are not known. is_certain: that time
+    is a window's, a quota's or a pause's. limit, holders: that limit, and who has permits of it.
+    adapted_from: the bound of that limit, where it has adapted itself to less. rate_per_s: how many
+    calls a second it admits, where that is known. next_action: what shortens the wait.
     """
 
     what: str
@@ -322,6 +366,9 @@ class Reason:
     holders: tuple[ShownPermit, ...] = ()
     adapted_from: int | None = None
     rate_per_s: float | None = None
+    ahead_of_all: int | None = None
+    is_certain: bool = False
+    next_action: str | None = None
 
 
 async def why(control: Control, what: str) -> Reason:
@@ -351,15 +398,21 @@ async def _why_ticket(control: Control, what: str) -> Reason:
         raise NotFound(f"no ticket {number} of process {process} is waiting")
     place = found.place
     holders = shown_permits(found.holders, await control.calls())
+    action = _next_action(place.held_up_by, found.limit)
     return Reason(
         what,
-        _sentence_of_place(place, found.limit),
+        f"{_sentence_of_place(place, found.limit, holders)}. {action}",
         process=process,
         held_up_by=place.held_up_by,
         ahead=place.ahead,
         wait_ms=place.wait_ms,
         limit=found.limit,
         holders=tuple(holders),
+        adapted_from=None if found.limit is None else adapted_from(found.limit),
+        rate_per_s=place.rate_per_s,
+        ahead_of_all=place.ahead_of_all,
+        is_certain=place.is_certain,
+        next_action=action,
     )
 
 
@@ -398,15 +451,34 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     # One process may have waiting of it in several bands: the fullest speaks for all.
     queue = max(queues, key=lambda one: one.waiting)
     view = snapshot.limits.get(queue.held_up_by or "")
+    about = await _of_limit(control, snapshot, queue.held_up_by)
+    told = await _estimate(control, found, snapshot)
     before = queue.waiting - 1
     others = f"up to {before} before it there" if before else "next in line there"
+    action = _next_action(queue.held_up_by, view)
+    sentence = f"{_sentence(queue.held_up_by, view)}{_held_by(about['holders'])}, in "
+    sentence += f"{found.claimed_by}, {others}{_how_long(told)}. {action}"
     return Reason(
-        what,
-        f"{_sentence(queue.held_up_by, view)}, in {found.claimed_by}, {others}",
-        status,
-        found.claimed_by,
-        **await _of_limit(control, snapshot, queue.held_up_by),
+        what, sentence, status, found.claimed_by, next_action=action, **_of_estimate(told), **about
     )
+
+
+async def _estimate(
+    control: Control, found: Whereabouts, snapshot: Snapshot
+) -> WaitEstimate | None:
+    ahead = await control.running.ahead(found.request_id)
+    return await estimate_of(control.limiter.line, found, snapshot, ahead)
+
+
+def _of_estimate(told: WaitEstimate | None) -> dict[str, Any]:
+    """The fields of a Reason that are about its time."""
+    if told is None:
+        return {}
+    return {
+        "wait_ms": told.wait_ms,
+        "ahead_of_all": told.ahead,
+        "is_certain": told.is_certain,
+    }
 
 
 async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
@@ -421,24 +493,59 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
         if found.kind is None:
             sentence = "waits for a worker that asks the classifier what it is"
         view = snapshot.limits.get(f"kind:{found.kind}")
-        return Reason(what, sentence, status, ahead=ahead, limit=view)
+        action = "`tidegate doctor` shows whether a worker runs"
+        return Reason(
+            what, f"{sentence}. {action}", status, ahead=ahead, limit=view, next_action=action
+        )
     about = await _of_limit(control, snapshot, view.limit)
-    rate = about["rate_per_s"]
-    wait_ms = None
-    if ahead is not None and rate:
-        wait_ms = round(max(view.room_in_ms, (ahead + 1) * 1000 / rate))
-    sentence = f"has waited {_ago(found.created_at)}: {_state(view)}"
+    rate, told = about["rate_per_s"], await _estimate(control, found, snapshot)
+    sentence = f"has waited {_ago(found.created_at)}: {_state(view)}{_held_by(about['holders'])}"
     if ahead is not None:
         sentence += f"; {ahead} {'request is' if ahead == 1 else 'requests are'} ahead"
-    if rate is not None and wait_ms is not None:
-        sentence += f", at {rate:.2g}/s about {format_span(wait_ms)}"
+    if told is not None and told.wait_ms is not None:
+        sentence += "" if rate is None else f", at {rate:.2g}/s"
+        sentence += f", admission in {'' if told.is_certain else 'about '}"
+        sentence += format_span(told.wait_ms)
+    action = _next_action(view.limit, view)
     return Reason(
         what,
-        sentence,
+        f"{sentence}. {action}",
         status,
         ahead=ahead,
-        wait_ms=wait_ms,
+        next_action=action,
+        **_of_estimate(told),
         **about,
+    )
+
+
+def _held_by(holders: Sequence[ShownPermit]) -> str:
+    """`, held by acme (4) and beta (1)`: the tenants with most permits first."""
+    counts = Counter(one.tenant for one in holders).most_common(_MOST_NAMED + 1)
+    if not counts:
+        return ""
+    named = [f"{tenant} ({count})" for tenant, count in counts[:_MOST_NAMED]]
+    if len(counts) > _MOST_NAMED:
+        named.append("others")
+    return f", held by {' and '.join([', '.join(named[:-1]), named[-1]] if named[1:] else named)}"
+
+
+def _next_action(held_up_by: str | None, view: LimitView | None) -> str:
+    """What an operator can do about the wait."""
+    if held_up_by is None:
+        return "`tidegate limits show` lists the processes: resume or restart that one"
+    if view is not None and view.paused_ms:
+        return f"`tidegate limits resume {held_up_by}` ends the pause"
+    priority = "give the request a higher priority"
+    if held_up_by.startswith("upstream:") or (view is not None and view.bound >= MAX_BOUND):
+        return "It goes on as calls of that upstream end"
+    if view is not None and adapted_from(view) is not None:
+        return (
+            "The provider refused calls, so that the limit adapted: it rises again as calls "
+            f"succeed; or {priority}"
+        )
+    change = f"`tidegate limits set {held_up_by}=N`"
+    return (
+        f"To shorten the wait, raise the limit if the provider allows more ({change}) or {priority}"
     )
 
 
@@ -456,11 +563,11 @@ async def _of_limit(control: Control, snapshot: Snapshot, limit: str | None) -> 
     }
 
 
-def _sentence_of_place(place: Place, view: LimitView | None) -> str:
+def _sentence_of_place(place: Place, view: LimitView | None, holders: Sequence[ShownPermit]) -> str:
     sentence = f"{_sentence(place.held_up_by, view)}, {place.ahead} before it"
-    if place.wait_ms is not None:
-        sentence += f", about {format_span(place.wait_ms)}"
-    return sentence
+    sentence += _held_by(holders)
+    told = WaitEstimate(place.wait_ms, place.ahead_of_all, is_certain=place.is_certain)
+    return sentence + _how_long(told)
 
 
 def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
@@ -504,7 +611,9 @@ def _left_ms(at: datetime) -> float:
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """`sentence` says it in words; `limit` is the id of the limit that is waited for, if it is one,
-    of whose `bound` so much is `used`. `retry_in_ms`: until it is tried again, after a failure."""
+    of whose `bound` so much is `used`. `retry_in_ms`: until it is tried again, after a failure.
+    `ahead`: calls of all tenants that are admitted before it, about; `wait_ms`: an estimate of the
+    time left, or with `is_certain` the time of a window, a quota or a pause."""
 
     sentence: str
     limit: str | None = None
@@ -512,10 +621,18 @@ class Waiting:
     bound: int | None = None
     paused_ms: int | None = None
     retry_in_ms: int | None = None
+    ahead: int | None = None
+    wait_ms: int | None = None
+    is_certain: bool = False
 
 
-def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Waiting:
-    """`snapshot` is of the request's pool; None while Valkey is away."""
+def waiting(
+    found: Whereabouts,
+    snapshot: Snapshot | None,
+    now: datetime,
+    told: WaitEstimate | None = None,
+) -> Waiting:
+    """`snapshot` is of the request's pool; None while Valkey is away. `told`: see `estimate_of`."""
     if found.status is Status.RUNNING:
         return Waiting("is running")
     if found.status is not Status.QUEUED:
@@ -534,16 +651,25 @@ def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Wai
         return Waiting(f"waits {left} more, because Valkey lost its data")
     limit = binding_limit(found, snapshot)
     if limit is not None:
-        return _for(limit)
+        return _for(limit, told)
     if found.claimed_by is None:
         return Waiting("waits for a worker to take it")
     return Waiting("is being prepared")
 
 
-def _for(view: LimitView) -> Waiting:
+def _for(view: LimitView, told: WaitEstimate | None) -> Waiting:
     if view.paused_ms:
         state = f"{view.limit}, which is paused {format_pause(view.paused_ms)}"
     else:
         state = _usage(view)
     bound = view.current if view.sort == "c" else view.bound
-    return Waiting(f"waits for {state}", view.limit, view.used, bound, view.paused_ms or None)
+    return Waiting(
+        f"waits for {state}{_how_long(told)}",
+        view.limit,
+        view.used,
+        bound,
+        view.paused_ms or None,
+        ahead=None if told is None else told.ahead,
+        wait_ms=None if told is None else told.wait_ms,
+        is_certain=told is not None and told.is_certain,
+    )

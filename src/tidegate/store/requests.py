@@ -164,6 +164,15 @@ _SLOW_S = 0.2
 _SHARE = 20
 
 
+@dataclass(frozen=True, slots=True)
+class JobsAhead:
+    """Queued jobs of the same tenant and kind before a job, up to 10,000: those that no worker has
+    claimed, and those that wait in a worker."""
+
+    unclaimed: int
+    claimed: int
+
+
 class QueuePlaces:
     """One in each process."""
 
@@ -180,10 +189,25 @@ class QueuePlaces:
             place: int | None = await connection.fetchval(sql("get_place"), row["id"])
         except asyncpg.QueryCanceledError:
             place = None
-        took_s = time.monotonic() - began
+        self._note(time.monotonic() - began)
+        return place
+
+    def _note(self, took_s: float) -> None:
         if took_s > _SLOW_S:
             self._not_before = time.monotonic() + _SHARE * took_s
-        return place
+
+    async def ahead(self, connection: asyncpg.Connection, request_id: UUID) -> JobsAhead | None:
+        """As `of`: None where it takes too long to count, or the request is not queued."""
+        if time.monotonic() < self._not_before:
+            return None
+        await connection.execute(f"SET LOCAL statement_timeout = {_MOST_MS}")
+        began = time.monotonic()
+        try:
+            row = await connection.fetchrow(sql("get_ahead"), request_id)
+        except asyncpg.QueryCanceledError:
+            row = None
+        self._note(time.monotonic() - began)
+        return None if row is None else JobsAhead(row["unclaimed"], row["claimed"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,6 +620,14 @@ class ActiveRequests:
         async def read(connection: asyncpg.Connection) -> int | None:
             row = await connection.fetchrow(sql("get_whereabouts"), request_id)
             return None if row is None else await self._places.of(connection, row)
+
+        return await self._connections.run(read, timeout_ms=_READ_TIMEOUT_MS)
+
+    async def ahead(self, request_id: UUID) -> JobsAhead | None:
+        """The jobs of its tenant before a queued job; None where that takes too long to count."""
+
+        async def read(connection: asyncpg.Connection) -> JobsAhead | None:
+            return await self._places.ahead(connection, request_id)
 
         return await self._connections.run(read, timeout_ms=_READ_TIMEOUT_MS)
 

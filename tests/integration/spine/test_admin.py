@@ -282,7 +282,15 @@ async def test_a_job_behind_the_workers_window_names_the_limit_that_the_others_w
     assert ": model:gemini-2.5-flash: 2 of 2 are in use" in reason["sentence"]
     assert said in reason["sentence"]
     _, owners = await gateway.get(f"/requests/{jobs[-1]}/why")
-    assert owners["sentence"] == "waits for model:gemini-2.5-flash: 2 of 2 are in use"
+    said = "waits for model:gemini-2.5-flash: 2 of 2 are in use; "
+    assert owners["sentence"].startswith(said)
+    assert owners["wait_ms"] > 0
+    assert not owners["is_certain"]
+    assert reason["next_action"] in reason["sentence"]
+    _, status = await gateway.get(f"/status/{jobs[-1]}")
+    assert status["waits_for"] == "model:gemini-2.5-flash"
+    assert status["wait_ms"] > 0
+    assert 0 < status["ahead"] <= 39
 
 
 async def test_a_job_that_waits_for_its_next_try_says_so(open_gateway: Opener) -> None:

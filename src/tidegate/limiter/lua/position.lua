@@ -1,13 +1,108 @@
--- does: returns the position of a waiting ticket, without changing anything
+-- does: returns the position of a waiting ticket, or of the next ticket of a tenant, without changing anything
 -- keys: meta layout
 -- args: request
--- request: sid ticket
--- returns: found flow held_up_by ahead rivals weight cost_ms bound room_in_ms paused_ms said
--- units: ms; ahead counts the tickets of its tenant before it, rivals is the weight of all tenants that wait there
+-- request: sid ticket limit band tenant
+-- returns: found flow held_up_by ahead amount cost_ms said line
+-- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount
 -- uses: core clock pool limits queues
--- later: blocked rates pacing pauses
+-- later: blocked rates pacing pauses capacity progress
+-- units: ms; virtual time as in queues; ahead counts the tickets of its tenant before it at that limit, waiting all
+-- of them; rivals are (tag, weight, waiting) of the other tenants of its band, above is the number of waiting calls
+-- of higher bands; share in thousandths; samples are (at, virtual, cost_ms); free are (at, amount), when a rate gets
+-- back how much; even and pace in microseconds; amounts in the limit's unit, the second one is a mean
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
+-- The reads of one position are bounded: above this number the tenants' own counts are used.
+local MOST_QUEUES, left = 300, 300
+
+local function line_of(limit, band, tenant)
+  return T.prefix .. 'line:' .. limit.name .. '|' .. band .. '|' .. tenant
+end
+
+local function waiting_of(limit, band, tenant)
+  if left <= 0 then return T.tenant_of(tenant).waiting end
+  local count, list = 0, call('ZRANGE', line_of(limit, band, tenant), 0, MOST_QUEUES - 1)
+  for _, id in ipairs(list) do count = count + call('ZCARD', T.prefix .. 'queue:' .. id) end
+  left = left - #list
+  return count
+end
+
+-- The amount of each of the first tickets of a tenant on average.
+local function mean_of(limit, band, tenant)
+  local sum, count = 0, 0
+  for _, id in ipairs(call('ZRANGE', line_of(limit, band, tenant), 0, 9)) do
+    local queue = T.queue_of(id)
+    for _, member in ipairs(call('ZRANGE', T.queue_key(queue), 0, 9)) do
+      local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+      for i, name in ipairs(T.names_in(queue.lane)) do
+        if name == limit.name then sum, count = sum + (list[i] or 1), count + 1 end
+      end
+    end
+  end
+  return count > 0 and math.max(1, math.floor(sum / count + 0.5)) or 1
+end
+
+-- When a rate gets back how much, in at most 120 steps.
+local function freed(limit)
+  local list = {}
+  if limit.sort == 'q' then return { { limit.reset_at, limit.spent } } end
+  if limit.exact then
+    local key, count = T.prefix .. 'log:' .. limit.name, limit.spent
+    local step = math.max(1, math.ceil(count / 120))
+    for i = step - 1, count - 1, step do
+      list[#list + 1] = { tonumber(call('LINDEX', key, i)) + limit.span, step }
+    end
+    if count % step > 0 then
+      list[#list + 1] = { tonumber(call('LINDEX', key, -1)) + limit.span, count % step }
+    end
+    return list
+  end
+  for ends, amount in pairs(limit.buckets) do list[#list + 1] = { ends + limit.span, amount } end
+  table.sort(list, function(one, other) return one[1] < other[1] end)
+  return list
+end
+
+local function line(limit, number, tenant)
+  local band = limit.bands[number]
+  local rivals, above = {}, 0
+  local parked = call('ZRANGE', T.park_key(limit, number), 0, 499, 'WITHSCORES')
+  for i = 1, #parked, 2 do
+    if parked[i] ~= tenant then
+      rivals[#rivals + 1] = { tonumber(parked[i + 1]), T.tenant_of(parked[i]).weight,
+        waiting_of(limit, number, parked[i]) }
+    end
+  end
+  for higher = 1, number - 1 do
+    for _, name in ipairs(call('ZRANGE', T.park_key(limit, higher), 0, 499)) do
+      above = above + waiting_of(limit, higher, name)
+    end
+  end
+  local shares = T.bands_of_pool()
+  local bound, free, even, pace, at = limit.bound, {}, 0, 0, 0
+  if limit.sort == 'c' then
+    bound = T.cap_of(limit, number)
+  else
+    T.rates().spent(limit)
+    free = freed(limit)
+    if limit.pacing then even, pace = limit.pacing.even, limit.pacing.pace end
+    -- Beyond its share a band waits a window after a higher one found no room.
+    for higher = 1, number - 1 do at = math.max(at, limit.bands[higher].held) end
+    if at > 0 and at + (limit.span or 0) > pool.now then above = math.max(above, 1) end
+  end
+  local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
+  local tag = T.tag_of(limit, { band = number, tenant = tenant })
+  return { pool.now, limit.sort, bound, limit.span or 0, band.virtual, tag, T.tenant_of(tenant).weight,
+    limit.cost_ms, paused_ms, shares[math.min(number, #shares)].share, waiting_of(limit, number, tenant), rivals,
+    above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant) }
+end
+
+if q.ticket == '' then
+  local limit = T.limit_of(q.limit)
+  local all = line(limit, q.band, q.tenant)
+  return cmsgpack.pack({ 1, q.band .. '|' .. q.tenant .. '|' .. q.limit, q.limit, all[11], all[18], 0,
+    limit.pause and limit.pause.said or '', all })
+end
+
 local raw = call('HGETALL', T.session_key(q.sid))
 local wanted = '^' .. q.ticket .. '|'
 for i = 1, #raw, 2 do
@@ -19,21 +114,21 @@ for i = 1, #raw, 2 do
     for k = 1, #waiting, 2 do
       if string.match(waiting[k], wanted) then
         local cost_ms = tonumber(string.match(waiting[k], '^%d+|%d+|(%d+)'))
-        local tenant = T.tenant_of(queue.tenant)
         if queue.at == '!' then
-          return cmsgpack.pack({ 1, flow, '', (k - 1) / 2, tenant.weight, tenant.weight, cost_ms, 0, 0, 0, '' })
+          return cmsgpack.pack({ 1, flow, '', (k - 1) / 2, 1, cost_ms, '', {} })
         end
-        local limit, rivals = T.limit_of(queue.at), 0
-        local first = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
-        for _, name in ipairs(call('ZRANGE', T.park_key(limit, queue.band), 0, 999)) do
-          rivals = rivals + T.tenant_of(name).weight
+        local limit, ahead, amount = T.limit_of(queue.at), (k - 1) / 2, 1
+        for _, id in ipairs(call('ZRANGE', T.line_key(limit, queue), 0, MOST_QUEUES - 1)) do
+          if id ~= queue.id then
+            ahead = ahead + call('ZCOUNT', T.prefix .. 'queue:' .. id, '-inf', '(' .. waiting[k + 1])
+          end
         end
-        local at = tonumber(call('ZSCORE', T.timed_key, limit.name) or 0)
-        return cmsgpack.pack({ 1, flow, limit.name,
-          math.max(0, tonumber(waiting[k + 1]) - tonumber(first[2])), rivals, tenant.weight, cost_ms,
-          limit.current and math.floor(limit.current / 1000) or limit.bound,
-          math.max(0, at - pool.now), limit.pause and math.max(0, limit.pause.until_ms - pool.now) or 0,
-          limit.pause and limit.pause.said or '' })
+        local list = T.amounts_in(string.match(waiting[k], '^%d+|%d+|%d+|(.*)$'))
+        for at, name in ipairs(T.names_in(queue.lane)) do
+          if name == limit.name then amount = list[at] or 1 end
+        end
+        return cmsgpack.pack({ 1, flow, limit.name, ahead, amount, cost_ms,
+          limit.pause and limit.pause.said or '', line(limit, queue.band, queue.tenant) })
       end
     end
   end

@@ -186,6 +186,27 @@ SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model,
     failure ->> 'code' AS failure_code
 FROM requests WHERE id = $1
 
+-- name: get_ahead
+-- The queued jobs of its tenant before request $1: those that no worker has, and those that one has.
+SELECT (
+    SELECT count(*) FROM (
+        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NULL
+            AND q.not_before IS NULL AND q.pool = r.pool AND q.lane = r.lane
+            AND q.tenant_id = r.tenant_id AND q.priority > r.priority LIMIT 10000)
+        UNION ALL
+        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NULL
+            AND q.not_before IS NULL AND q.pool = r.pool AND q.lane = r.lane
+            AND q.tenant_id = r.tenant_id AND q.priority = r.priority
+            AND (q.created_at, q.id) < (r.created_at, r.id) LIMIT 10000)
+        LIMIT 10000
+    ) AS before
+) AS unclaimed, (
+    SELECT count(*) FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NOT NULL
+        AND q.pool = r.pool AND q.lane = r.lane AND q.tenant_id = r.tenant_id
+        AND q.priority = r.priority AND (q.created_at, q.id) < (r.created_at, r.id)
+) AS claimed
+FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
+
 -- name: running_calls
 -- The jobs of pool $1 that hold a permit: whose it is, by process and sequence of its fence.
 SELECT r.id AS request_id, a.instance_id, a.fence_sequence, r.admitted_at

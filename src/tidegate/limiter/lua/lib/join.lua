@@ -304,6 +304,7 @@ function T.touch_own()
     local at = own.queues[number].at
     if at and at ~= '!' then
       T.touch(T.limit_of(at))
+      T.note_progress(T.limit_of(at), own.queues[number].band)
       T.waited[number] = own.queues[number]
     end
   end

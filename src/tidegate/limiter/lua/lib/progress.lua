@@ -1,0 +1,34 @@
+-- does: samples how fast the waiters of a limit and band are admitted, for estimates of waits
+-- keys: progress
+-- args: none
+-- returns: note_progress(), progress_of()
+-- units: ms; virtual time as in queues
+-- A sample is now|virtual time|cost_ms, taken while calls wait, `APART_MS` after the last one at the earliest.
+-- Samples decide nothing: no admission depends on them.
+T.APART_MS, T.MOST_SAMPLES = 900, 60
+
+function T.progress_key(limit, band) return T.prefix .. 'progress:' .. limit.name .. '|' .. band end
+
+function T.note_progress(limit, number)
+  local key, band = T.progress_key(limit, number), limit.bands[number]
+  local at, virtual = string.match(call('LINDEX', key, -1) or '', '^(%d+)|(%d+)')
+  if at and tonumber(virtual) > band.virtual then call('UNLINK', key) end
+  if at and pool.now - tonumber(at) < T.APART_MS and pool.now >= tonumber(at) then return end
+  call('RPUSH', key, T.int(pool.now) .. '|' .. T.int(band.virtual) .. '|' .. T.int(limit.cost_ms))
+  call('LTRIM', key, -T.MOST_SAMPLES, -1)
+  call('PEXPIRE', key, 60000 + 2 * pool.lease_ms)
+end
+
+-- The samples of the time in which calls have waited without a break, the oldest first.
+function T.progress_of(limit, number)
+  local list, later = {}, pool.now
+  local raw = call('LRANGE', T.progress_key(limit, number), 0, -1)
+  for i = #raw, 1, -1 do
+    local at, virtual, cost_ms = string.match(raw[i], '^(%d+)|(%d+)|(%d+)$')
+    at = tonumber(at)
+    if later - at > 1500 + pool.lease_ms then break end
+    table.insert(list, 1, { at, tonumber(virtual), tonumber(cost_ms) })
+    later = at
+  end
+  return list
+end

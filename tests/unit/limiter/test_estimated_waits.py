@@ -1,0 +1,104 @@
+"""The estimated time of a wait, from a line as Valkey describes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tidegate.limiter.views import WaitingLine
+
+UNITS = 100_000  # of virtual time in a ms of use by a tenant of weight 1
+NOW_MS = 100_000
+# Four calls at a time that take a second each; nobody else waits.
+CALLS = WaitingLine(
+    now_ms=NOW_MS,
+    sort="c",
+    bound=4,
+    span=0,
+    virtual=1_000_000,
+    tag=1_000_000,
+    weight=1,
+    cost_ms=1000,
+    paused_ms=0,
+    share=100,
+    waiting=40,
+    rivals=[],
+    above=0,
+    samples=[],
+    free=[],
+    even=0,
+    pace=0,
+    amount=1,
+)
+# 60 a minute, all used between 50 and 59 s ago.
+SPENT = [(NOW_MS + 1000 * at, 6) for at in range(1, 11)]
+RATE = replace(CALLS, sort="r", bound=60, span=60_000, free=SPENT)
+
+
+def _samples(virtual_per_ms: float, cost_ms: int = 1000) -> list[tuple[int, int, int]]:
+    """Twenty seconds of progress at this speed, up to now."""
+    return [
+        (NOW_MS - ago, int(CALLS.virtual - ago * virtual_per_ms), cost_ms)
+        for ago in range(20_000, 0, -1000)
+    ]
+
+
+def test_before_anything_was_measured_the_time_of_calls_decides() -> None:
+    told = CALLS.estimate(39)
+    assert told.wait_ms == pytest.approx(10_000, rel=0.05)
+    assert (told.ahead, told.is_certain) == (39, False)
+
+
+def test_without_any_time_of_calls_nothing_is_told() -> None:
+    assert replace(CALLS, cost_ms=0).estimate(3).wait_ms is None
+    assert replace(CALLS, cost_ms=0).estimate(3, 2000).wait_ms == pytest.approx(1750, rel=0.1)
+
+
+def test_what_the_limit_admitted_lately_comes_before_its_bound() -> None:
+    """A higher band took half of the limit for the last twenty seconds."""
+    slow = replace(CALLS, samples=_samples(2 * UNITS), above=5)
+    assert slow.estimate(40).wait_ms == pytest.approx(20_000, rel=0.05)
+
+
+def test_the_mean_time_of_calls_counts_not_the_last_one() -> None:
+    """The last value of the moving average is a third too high."""
+    line = replace(CALLS, cost_ms=1300, samples=_samples(4 * UNITS))
+    assert line.estimate(40).wait_ms == pytest.approx(10_000, rel=0.05)
+
+
+def test_other_tenants_count_by_their_weights() -> None:
+    rival = (CALLS.tag, 3, 90)
+    told = replace(CALLS, rivals=[rival]).estimate(10)
+    assert told.ahead == pytest.approx(41, abs=1)
+    assert told.wait_ms == pytest.approx(10_250, rel=0.1)
+
+
+def test_one_call_of_another_tenant_is_one_call() -> None:
+    assert replace(CALLS, rivals=[(CALLS.tag, 3, 1)]).estimate(10).ahead == 11
+
+
+def test_a_window_says_when_there_is_room_again() -> None:
+    assert RATE.estimate(0).wait_ms == 1000
+    told = RATE.estimate(29)
+    assert (told.wait_ms, told.is_certain) == (5000, True)
+    assert RATE.estimate(60).wait_ms == 61_000
+    assert replace(RATE, free=SPENT[1:]).estimate(5).wait_ms == 0
+    assert replace(RATE, free=SPENT[1:]).estimate(6).wait_ms == 2000
+
+
+def test_a_call_that_takes_more_waits_for_more() -> None:
+    line = replace(RATE, amount=2)
+    assert line.estimate(5, amount=12).wait_ms == 4000
+
+
+def test_a_pace_spreads_what_a_window_would_admit() -> None:
+    """One a second; an even flow has made up for all that was taken."""
+    line = replace(RATE, free=[], even=NOW_MS * 1000, pace=1_000_000)
+    assert line.estimate(0).wait_ms == 0
+    assert line.estimate(20).wait_ms == pytest.approx(20_000, abs=1)
+
+
+@pytest.mark.parametrize("line", [CALLS, RATE, replace(CALLS, bound=0)])
+def test_a_pause_is_a_least_time(line: WaitingLine) -> None:
+    assert replace(line, paused_ms=90_000).estimate(0).wait_ms == 90_000
