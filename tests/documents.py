@@ -57,6 +57,7 @@ ELSEWHERE = (
     Elsewhere("docs/cli.md", "tidegate batch run", _SHELL_LINES),
     Elsewhere("docs/cli.md", "tidegate doctor", _SHELL_LINES),
     Elsewhere("docs/accounting.md", "--month-money", _SHELL_LINES),
+    Elsewhere("docs/money.md", "tidegate budgets set", _SHELL_LINES),
     Elsewhere("docs/accounting.md", "--retention-days", _SHELL_LINES),
     Elsewhere("docs/accounting.md", "tidegate erase", _SHELL_LINES),
     Elsewhere("docs/gateway.md", "<request_id>", _SHELL_LINES),

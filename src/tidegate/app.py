@@ -23,7 +23,7 @@ from tidegate.http.browsers import Origins
 from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.reconciliation import NightlyReconciliation
-from tidegate.jobs.webhooks import WebhookSender
+from tidegate.jobs.webhooks import AlertSender, WebhookSender
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Tally
@@ -111,6 +111,9 @@ async def run_worker(
             relay=services.relay,
         )
         beside_jobs = [asyncio.create_task(_send_webhooks(config, services.store))]
+        if config.alert_webhook_url is not None:
+            alerts = AlertSender(config, services.store)
+            beside_jobs.append(asyncio.create_task(alerts.run()))
         if config.reconcile:
             beside_jobs.append(asyncio.create_task(_reconciliation(config, services.store).run()))
         try:

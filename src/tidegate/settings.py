@@ -429,6 +429,15 @@ class Config(BaseModel):
     webhook_timeout_ms: Milliseconds = setting(
         15_000, "How long the receiver of a webhook may take to answer."
     )
+    alert_webhook_url: SecretStr | None = setting(
+        None,
+        "Where alerts are posted, such as those of budgets (see docs/money.md). Workers send them.",
+    )
+    alert_format: Literal["standard", "slack"] = setting(
+        "standard",
+        "Body of an alert: standard is signed by WEBHOOK_SECRET, as webhooks are; slack is a text "
+        "as Slack and compatible services take it, signed too where there is a secret.",
+    )
     retention_days: Positive = setting(
         30, "How long requests and answers are kept (tidegate prune)."
     )

@@ -67,6 +67,15 @@ def test_budgets_and_retention_are_set(product: Product, words: str) -> None:
     assert "acme" in shell(block_with("accounting.md", words), product)
 
 
+def test_budgets_are_set_listed_resumed_and_removed(product: Product) -> None:
+    # `all` would bind the calls of the other tests.
+    undone = "".join(f"\ntidegate budgets remove {name} --yes" for name in ("all", "people"))
+    said = shell(block_with("money.md", "tidegate budgets set") + undone, product)
+    assert "opus is set: $20.00 a day of Europe/Berlin for model claude-opus-*, each tenant" in said
+    assert "people is set: $2.00 in 18000 s for tenant acme, each subject" in said
+    assert "all is removed" in said
+
+
 def test_what_is_about_a_subject_is_erased(product: Product) -> None:
     shell("tidegate tenants set acme", product)
     said = shell(block_with("accounting.md", "tidegate erase"), product)

@@ -1,9 +1,9 @@
-"""Webhooks: signed notifications of finished requests, as Standard Webhooks has them.
+"""Webhooks: signed notifications of finished requests, and alerts for operators.
 
 Invariant: whatever a receiver does, it costs us a bounded time and no more; a webhook leaves the
 outbox only when it was answered with 2xx, refused with 410, or tried for the last time.
 
-The convention: https://github.com/standard-webhooks/standard-webhooks
+The convention of Standard Webhooks: https://github.com/standard-webhooks/standard-webhooks
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import time
 from base64 import b64decode, b64encode
 from collections import Counter
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
-from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.policy.tenants import webhook_secret_of
 from tidegate.settings import Config
-from tidegate.store.outbox import Delivery
+from tidegate.store.budgets import scope_values, shown_amount
+from tidegate.store.outbox import AlertDelivery, Delivery
 from tidegate.store.records import RequestRecord, usage_columns
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
@@ -190,3 +191,105 @@ def _said(record: RequestRecord) -> dict[str, Any]:
         return {"answer": orjson.loads(text)}
     except orjson.JSONDecodeError:
         return {"answer": text}
+
+
+_ALERTS_AT_ONCE = 8
+_ALERTS_EVERY_S = 1.0
+
+
+class AlertSender:
+    """Posts alerts to the operators' webhook, from one worker; any number of them share the outbox.
+
+    An alert is signed as a webhook is, by the deployment's own secret. What is not answered with
+    2xx is tried again as webhooks are.
+    """
+
+    def __init__(self, config: Config, store: Store) -> None:
+        """Raises ConfigError."""
+        assert config.alert_webhook_url is not None
+        if config.webhook_secret is None and config.alert_format == "standard":
+            raise ConfigError("WEBHOOK_SECRET", "(not set)", "must be set: it signs alerts")
+        self._url = config.alert_webhook_url.get_secret_value()
+        self._format = config.alert_format
+        self._key = None
+        if config.webhook_secret is not None:
+            self._key = b64decode(config.webhook_secret.get_secret_value().removeprefix("whsec_"))
+        self._outbox = store.alerts
+        self._lease_ms = _LEASE_FACTOR * config.webhook_timeout_ms
+        # The operator names the address, which may be private.
+        self._poster = GuardedPoster(config.webhook_timeout_ms, is_allowed=lambda _address: True)
+
+    async def run(self) -> None:
+        """Post until cancelled."""
+        while True:
+            try:
+                due = await self._outbox.claim(_ALERTS_AT_ONCE, self._lease_ms)
+                await asyncio.gather(*(self._deliver(one) for one in due))
+            except StoreUnavailable:
+                due = []  # the store logs its change of state
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.WORKER_LOOP_FAILED)
+                due = []
+            if not due:
+                await asyncio.sleep(_ALERTS_EVERY_S)
+
+    async def _deliver(self, delivery: AlertDelivery) -> None:
+        body = alert_payload(delivery, self._format)
+        answer = await self._poster.post(self._url, body, self._headers(delivery, body))
+        status = answer.status
+        if status is not None and 200 <= status < 300:
+            await self._outbox.settle(delivery, "delivered")
+            return
+        problem = answer.problem or f"answered with status {status}"
+        problem = problem.replace("webhook_url", "ALERT_WEBHOOK_URL")
+        wait_ms = None if status == _GONE else webhook_wait_ms(delivery.tries)
+        if wait_ms is None:
+            log.warning(
+                Log.WEBHOOK_GIVEN_UP,
+                webhook_id=str(delivery.alert_id),
+                tries=delivery.tries,
+                reason=problem,
+            )
+        await self._outbox.settle(
+            delivery,
+            "given_up" if wait_ms is None else "pending",
+            problem=problem,
+            due_in_ms=wait_ms or 0,
+        )
+
+    def _headers(self, delivery: AlertDelivery, body: bytes) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            alert_id, sent_at = str(delivery.alert_id), int(time.time())
+            headers |= {
+                "webhook-id": alert_id,
+                "webhook-timestamp": str(sent_at),
+                "webhook-signature": signature(self._key, alert_id, sent_at, body),
+            }
+        return headers
+
+
+def alert_payload(delivery: AlertDelivery, form: Literal["standard", "slack"]) -> bytes:
+    """The body of an alert."""
+    data = orjson.loads(delivery.data)
+    if "budget" in data:
+        data["scope"] = scope_values(data["scope"])
+        data |= {"unit": delivery.unit or "usd"}
+        data["text"] = _budget_text(delivery.kind, data)
+    if form == "slack":
+        return orjson.dumps({"text": data["text"]})
+    event = {"type": delivery.kind, "timestamp": delivery.created_at, "data": data}
+    return orjson.dumps(event, option=orjson.OPT_UTC_Z)
+
+
+def _budget_text(kind: str, data: dict[str, Any]) -> str:
+    whose = f" of {', '.join(map(str, data['scope']))}" if data["scope"] else ""
+    spent, amount = (shown_amount(data["unit"], data[name]) for name in ("spent", "amount"))
+    said = f"Budget {data['budget']}{whose}: {spent} of {amount} spent"
+    if kind == "budget_share":
+        return f"{said}, which is {data['share']} % or more."
+    if kind == "budget_paused":
+        return f"{said}; it is paused until a person resumes it: tidegate budgets resume."
+    reset_at = data.get("reset_at")
+    when = f" It resets at {reset_at}." if reset_at else ""
+    return f"{said}; a call was refused, since there is no room for it.{when}"

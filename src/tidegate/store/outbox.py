@@ -1,4 +1,4 @@
-"""Outbox of webhooks: written in the transaction of the reported end, claimed by senders.
+"""Outbox of webhooks and alerts: written with what they report, claimed by senders.
 
 Invariant: a webhook is there exactly when its request's end is on record, and stays due until a
 sender has settled it: a sender that dies is followed by another once its claim is over. So each is
@@ -7,9 +7,10 @@ delivered at least once, or given up; a receiver knows repeats by the webhook's 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
@@ -68,6 +69,53 @@ class WebhookOutbox:
         """Have a webhook delivered again, whatever became of it; raises NotFound."""
         if await self._connections.row("redeliver_webhook", webhook_id) is None:
             raise NotFound(f"no webhook {webhook_id}")
+
+
+@dataclass(frozen=True, slots=True)
+class AlertDelivery:
+    """One try to post an alert, in progress. `tries` counts it, and fences what is recorded of it.
+    unit: of the amounts of an alert of a budget, which may be gone."""
+
+    alert_id: UUID
+    kind: str
+    data: str
+    created_at: datetime
+    tries: int
+    unit: Literal["usd", "tokens"] | None
+
+
+class AlertOutbox:
+    """Alerts for operators. Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def add(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Have an alert posted; `data` has the key `text`, which says it in one sentence."""
+        await self._connections.execute("add_alert", kind, orjson.dumps(data).decode())
+
+    async def claim(self, limit: int, lease_ms: int) -> list[AlertDelivery]:
+        """At most `limit` due alerts; one that is not settled within the lease is due again."""
+        rows = await self._connections.rows("claim_alerts", limit, float(lease_ms))
+        return [record_of(AlertDelivery, row) for row in rows]
+
+    async def settle(
+        self,
+        delivery: AlertDelivery,
+        state: Literal["pending", "delivered", "given_up"],
+        *,
+        problem: str | None = None,
+        due_in_ms: int = 0,
+    ) -> None:
+        """Record how a try went; does nothing when another sender has the alert by now."""
+        await self._connections.execute(
+            "settle_alert",
+            delivery.alert_id,
+            delivery.tries,
+            state,
+            problem,
+            float(due_in_ms),
+        )
 
 
 async def add_webhooks(connection: asyncpg.Connection, ended: Iterable[asyncpg.Record]) -> None:

@@ -20,7 +20,7 @@ from tidegate.store.database import HEAD, Connections, revision_of
 from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
 from tidegate.store.notifications import Notifications
-from tidegate.store.outbox import WebhookOutbox
+from tidegate.store.outbox import AlertOutbox, WebhookOutbox
 from tidegate.store.policies import Policies
 from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
@@ -97,7 +97,7 @@ class Store:
         self.history = History(connections, instance_id)
         self.queue_depths = QueueDepths(connections)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
-        self.outbox = WebhookOutbox(connections)
+        self.outbox, self.alerts = WebhookOutbox(connections), AlertOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)
 
     async def start(self) -> None:

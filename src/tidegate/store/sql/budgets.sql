@@ -105,8 +105,9 @@ WHERE h.estimated_at IS NULL
 LIMIT $2
 
 -- name: forget_budget_instances
--- Forget processes that are gone and hold nothing, and estimates of more than 100 days ago.
-WITH old AS (DELETE FROM budget_holds WHERE estimated_at < now() - interval '100 days')
+-- Forget processes that are gone and hold nothing, estimates of more than 100 days ago, old alerts.
+WITH old AS (DELETE FROM budget_holds WHERE estimated_at < now() - interval '100 days'),
+    told AS (DELETE FROM alerts WHERE created_at < now() - interval '30 days')
 DELETE FROM budget_instances i WHERE seen_at < now() - interval '1 hour'
     AND NOT EXISTS (SELECT 1 FROM budget_holds h WHERE h.instance = i.instance
         AND h.estimated_at IS NULL)

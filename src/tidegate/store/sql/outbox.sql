@@ -34,3 +34,22 @@ RETURNING id
 -- The latest webhook of request $1.
 SELECT id AS webhook_id, state, tries, due_at, answer_status, problem FROM webhooks
 WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 1
+
+-- name: add_alert
+-- Insert an alert of kind $1, to be posted to the operators' webhook.
+INSERT INTO alerts (kind, data) VALUES ($1, $2::jsonb)
+
+-- name: claim_alerts
+-- Claim up to $1 due alerts, the oldest first. They are due again after $2 milliseconds.
+UPDATE alerts a SET tries = tries + 1, due_at = now() + $2 * interval '1 millisecond'
+WHERE id IN (
+    SELECT id FROM alerts WHERE state = 'pending' AND due_at <= now()
+    ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED
+)
+RETURNING a.id AS alert_id, a.kind, a.data::text AS data, a.created_at, a.tries,
+    (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget') AS unit
+
+-- name: settle_alert
+-- Record how try $2 of alert $1 went; the next one is due in $5 milliseconds.
+UPDATE alerts SET state = $3, problem = $4, due_at = now() + $5 * interval '1 millisecond'
+WHERE id = $1 AND tries = $2 AND state = 'pending'

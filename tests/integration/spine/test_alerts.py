@@ -1,0 +1,86 @@
+"""Alerts for operators: of budgets, posted once each, signed or as Slack takes them."""
+
+from __future__ import annotations
+
+import hmac
+from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator
+from hashlib import sha256
+from typing import Any
+
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.integration.spine.receiver import SECRET, Receiver, receiving
+from tests.waiting import wait_until
+from tidegate.jobs import webhooks
+from tidegate.store.budgets import Budget
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "_ALERTS_EVERY_S", 0.02)
+    monkeypatch.setattr(webhooks, "webhook_wait_ms", lambda tries: 20 if tries < 4 else None)
+
+
+async def spend(gateway: Gateway) -> None:
+    """Reach half of a budget of a person, and then the end of another."""
+    budgets = gateway.services.budgets
+    for one in (
+        Budget("half", "tokens", 400, "day", each=("subject",), alerts=(1, 90)),
+        Budget("out", "tokens", 500, "day", tenant="acme"),
+    ):
+        await budgets.records.set(one, by="test")
+    await budgets.refresh()
+    url = f"{gateway.url}/v1/chat/completions"
+    message = {"role": "user", "content": "Hi"}
+    body: dict[str, Any] = {"model": "m", "messages": [message], "max_tokens": 20}
+    headers = {"x-tidegate-subject": "ann"}
+    async with gateway.http.post(url, json=body, headers=headers) as response:
+        assert response.status == 200
+    for _ in range(2):
+        acme = {"x-tidegate-tenant": "acme"}
+        async with gateway.http.post(url, json=body | {"max_tokens": 700}, headers=acme) as out:
+            assert out.status == 429
+
+
+async def test_alerts_of_budgets_are_signed_and_posted_once(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    receiver.answers = [500]  # then it works
+    gateway = await open_gateway(alert_webhook_url=f"{receiver.url}/alerts", webhook_secret=SECRET)
+    await spend(gateway)
+    done = "SELECT count(*) FROM alerts WHERE state = 'delivered'"
+
+    async def both() -> bool:
+        return bool(await gateway.database.fetchval(done) == 2)
+
+    await wait_until(both, 20, "both alerts")
+    told = {one.event["type"]: one for one in receiver.received}
+    assert set(told) == {"budget_share", "budget_out"}
+    share = told["budget_share"].event["data"]
+    assert (share["budget"], share["scope"], share["share"]) == ("half", ["ann"], 1)
+    assert share["text"].startswith("Budget half of ann: ")
+    assert share["text"].endswith(" of 400 tokens spent, which is 1 % or more.")
+    assert "a call was refused" in told["budget_out"].event["data"]["text"]
+    key = b64decode(SECRET.removeprefix("whsec_"))
+    for one in told.values():
+        signed = f"{one.headers['webhook-id']}.{one.headers['webhook-timestamp']}.".encode()
+        digest = hmac.digest(key, signed + one.body, sha256)
+        assert one.headers["webhook-signature"] == f"v1,{b64encode(digest).decode()}"
+    assert len(receiver.received) == 3
+
+
+async def test_slack_gets_a_text_without_a_secret(open_gateway: Opener, receiver: Receiver) -> None:
+    gateway = await open_gateway(alert_webhook_url=receiver.url, alert_format="slack")
+    await gateway.services.store.alerts.add("key_dead", {"text": "The key of oai is refused."})
+    await wait_until(lambda: receiver.received, 20, "the alert")
+    (told,) = receiver.received
+    assert told.event == {"text": "The key of oai is refused."}
+    assert "webhook-signature" not in told.headers
