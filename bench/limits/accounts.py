@@ -158,7 +158,7 @@ def _azure_policy(window_ms: int) -> Mapping[str, Any]:
     """As the preset makes it of requests a minute: a sixth of them in 10 s."""
     return {
         **_for(["gpt-5"], {"tpm": TOKENS}, window_ms),
-        **_for(["gpt-5-mini"], {"rpm": REQUESTS // 6}, window_ms // 6),
+        **_for(["gpt-5-mini"], {"rpm": REQUESTS}, window_ms // 6),
     }
 
 
@@ -211,7 +211,14 @@ PROVIDERS = (
         _gemini_limits,
         _gemini_policy,
     ),
-    MeasuredProvider("azure", "openai", ("gpt-5", "gpt-5-mini"), _azure_limits, _azure_policy),
+    MeasuredProvider(
+        "azure",
+        "openai",
+        ("gpt-5", "gpt-5-mini"),
+        _azure_limits,
+        _azure_policy,
+        _openai_policy,
+    ),
     MeasuredProvider(
         "bedrock",
         "anthropic",

@@ -106,7 +106,7 @@ def test_figures_within_their_bars_miss_none() -> None:
         ("mix groq", {**GOOD, "per_thousand": 1.1}, "1.1 of 1,000"),
         ("mix groq", {**GOOD, "used": {"tokens:m:60s": 0.96}}, "96.0% of tokens:m:60s"),
         ("mix azure", {**GOOD, "used": {"requests:m:10s": 0.89}}, "89.0% of requests:m:10s"),
-        ("conversation", {**GOOD, "itpm_of_bound": 1.26}, "2.0 times"),
+        ("conversation", {**GOOD, "itpm_of_bound": 1.96}, "2.0 times"),
         ("conversation", {"failed": "NotStarted: x"}, "NotStarted"),
         (
             "changes",
@@ -138,6 +138,30 @@ def test_the_account_and_the_policy_are_sound(
     (upstream,) = deployment.upstreams
     limits = deployment.policies[upstream.name].limits
     assert len(limits) > len(provider.policy(10_000))
+
+
+UNITS = {
+    "rpm": ("requests",),
+    "tpm": ("tokens",),
+    "itpm": ("input_tokens", "uncached_input_tokens"),
+    "otpm": ("output_tokens",),
+}
+
+
+@pytest.mark.parametrize("window_s", [10.2, 60.0])
+@pytest.mark.parametrize("provider", [*PROVIDERS, CONVERSATION], ids=lambda one: one.name)
+def test_the_policy_has_the_accounts_bounds(provider: MeasuredProvider, window_s: float) -> None:
+    spec = AccountSpec.parse(provider.account(window_s))
+    assert spec is not None
+    for name, limit in provider.policy(round(window_s * 1000)).items():
+        rate, _, models = name.partition(":")
+        (meant,) = [
+            one
+            for one in spec.limits
+            if one.unit in UNITS[rate] and (models == one.models or one.binds(models))
+        ]
+        assert limit["bound"] == pytest.approx(meant.bound, abs=1)
+        assert limit["window_ms"] == pytest.approx(meant.window_s * 1000, abs=1)
 
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])
