@@ -382,6 +382,8 @@ ADVICE: dict[str, str] = {
     "shutting_down": f"The process that had it was stopping. {_RETRY_IT}",
     "worker_died": "The workers that ran it died each time: examine the request and the "
     "workers' logs before you requeue it.",
+    "process_died": "The process that made the call was killed: call again. What it cost is "
+    "known once the day is reconciled with the provider.",
     "worker_lost": "The workers that ran it died each time: examine the request and the "
     "workers' logs before you submit it again.",
     "gateway_unreachable": "The gateway did not answer: check whether it is running.",

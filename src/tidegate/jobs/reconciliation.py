@@ -127,9 +127,13 @@ class NightlyReconciliation:
         deployment: Deployment,
         providers: Sequence[str],
         secret: Callable[[str], str],
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Raises ConfigError for an unknown provider, one without an upstream, or without a key."""
         self._record = record
+        self._now = now
+        self._done: dict[str, date] = {}  # also of days without a model, of which nothing is kept
         self._accounts: list[tuple[Upstream, UsageAccount]] = []
         for name in providers:
             provider = usage_provider(name)
@@ -141,7 +145,7 @@ class NightlyReconciliation:
     async def run(self) -> None:
         """Until cancelled. What fails is logged and tried again later."""
         while True:
-            now = datetime.now(UTC)
+            now = self._now()
             if now.time() >= NIGHTLY_AT:
                 for upstream, account in self._accounts:
                     await self._once(upstream, account, now.date() - timedelta(days=1))
@@ -149,7 +153,10 @@ class NightlyReconciliation:
 
     async def _once(self, upstream: Upstream, account: UsageAccount, day: date) -> None:
         try:
+            if self._done.get(upstream.name) == day:
+                return
             if await self._record.is_done(upstream.name, day):
+                self._done[upstream.name] = day
                 return
             wire = RelayWire(USAGE_TIMEOUTS)
             await wire.start()
@@ -160,6 +167,7 @@ class NightlyReconciliation:
         except (StoreUnavailable, UpstreamError) as failed:
             log.warning(Log.RECONCILE_FAILED, upstream=upstream.name, day=f"{day}", why=str(failed))
             return
+        self._done[upstream.name] = day
         unexplained = report.verdict == "unexplained"
         (log.warning if unexplained else log.info)(
             Log.RECONCILED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,19 @@ import pytest
 
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.emulator.server import Emulator, run_emulator
-from tidegate.jobs.reconciliation import ReconcileReport, account_of, reconcile, upstream_of
-from tidegate.policy.deployment import deployed_upstreams
+from tidegate.errors import ConfigError
+from tidegate.jobs.reconciliation import (
+    NightlyReconciliation,
+    ReconcileReport,
+    account_of,
+    reconcile,
+    upstream_of,
+)
+from tidegate.policy.deployment import Deployment, Upstream, deployed_upstreams
+from tidegate.store.database import Connections
+from tidegate.store.statistics import Reconciliations
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import USAGE_PROVIDERS, USAGE_TIMEOUTS, UsageProvider
 
@@ -204,3 +213,53 @@ async def test_the_command_compares_yesterday_and_says_so_by_its_exit_code(
     for wrong in (("mistral",), ("openai", "--day", "tomorrow"), ("openai", "--day", "2999-01-01")):
         refused = await tidegate(gateway, "reconcile", *wrong)
         assert (refused.code, refused.complained.count("\n")) == (2, 1)
+
+
+async def test_each_night_the_day_before_is_compared_once(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    day = today()
+    assert await chat(gateway, "gpt-5", "Why?") == 200
+    await recorded(gateway, 1)
+    record, deployment = (
+        gateway.services.store.reconciliations,
+        deployed_upstreams(gateway.services.config),
+    )
+    times = [
+        datetime.combine(day + timedelta(days=1), time(hour), UTC) for hour in (4, 6)
+    ]  # before the hour, and after it
+
+    async def nightly(now: datetime) -> asyncio.Task[None]:
+        nightly = NightlyReconciliation(
+            record, deployment, ["openai", "anthropic"], lambda _: ADMIN_KEY, now=lambda: now
+        )
+        return asyncio.create_task(nightly.run())
+
+    tasks = [await nightly(times[0])]
+    try:
+        await work_for(0.3)
+        assert await record.found(day, day) == []
+        tasks += [await nightly(times[1]), await nightly(times[1])]  # of two workers
+
+        async def compared() -> bool:
+            return [one.model for one in await record.found(day, day)] == ["gpt-5"]
+
+        await wait_until(compared, 20, "the comparison")
+        (found,) = await record.found(day, day)
+        assert (found.upstream, found.verdict) in (("oai", "equal"), ("oai", "explained"))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_nightly_reconciliation_needs_an_upstream_and_a_key() -> None:
+    nobody = Deployment(())
+    record = Reconciliations(Connections("postgresql://u@127.0.0.1:1/d"))
+    for providers, said in ((["mistral"], "PROVIDER"), (["openai"], "RECONCILE")):
+        with pytest.raises(ConfigError, match=said):
+            NightlyReconciliation(record, nobody, providers, lambda _: "")
+    upstream = Upstream("o", {"openai": "https://api.openai.com/v1"}, "k", provider="openai")
+    with pytest.raises(ConfigError, match="OPENAI_ADMIN_KEY"):
+        NightlyReconciliation(record, Deployment((upstream,)), ["openai"], lambda _: "")
