@@ -65,6 +65,11 @@ class Prices:
         """Rates of today, of UTC; None where no price is known."""
         return self._on(model, tier, int(self._now() // _DAY_S))
 
+    def bound(self, model: str, tier: str) -> Rates | None:
+        """Rates that a call which requests `tier` does not exceed; None where that tier may have a
+        price which is not known."""
+        return None if self.of(model, tier) is None else self.at_least(model, tier)
+
     def at_least(self, model: str, tier: str) -> Rates | None:
         """Rates of a call of which no tier was reported: those of the requested tier only where
         they are the dearer ones, since the client has chosen it."""

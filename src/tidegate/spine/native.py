@@ -42,7 +42,7 @@ from tidegate.dialects.headers import of_answer, to_return, with_key
 from tidegate.dialects.requests import NAMES_MODEL, check_said_once, conversation_of, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
 from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
-from tidegate.prices.rates import Rates
+from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.routing import Suspect, Target
@@ -246,7 +246,7 @@ class NativeExchange:
         if asked is None or not endpoint.is_counted:
             return CallCost(0, 0)
         prices = lane.demands.prices
-        rates = prices.at_least(target.model, self._requested_tier())
+        rates = prices.bound(target.model, self._requested_tier())
         context_tokens, most_output = prices.most(target.model)
         if endpoint.operation is Operation.EMBED:
             most_output = 0
@@ -440,12 +440,29 @@ class NativeExchange:
         names = (model, answer.model_version or "")
         if details is not None and details.tier is not None:
             return prices.of(names[0], details.tier) or prices.of(names[1], details.tier)
-        tier = "" if whole else self._requested_tier()
+        tier = self._region() if whole else self._requested_tier()
         return prices.at_least(names[0], tier) or prices.at_least(names[1], tier)
 
     def _requested_tier(self) -> str:
-        tier = self._body.get("service_tier")
-        return tier if type(tier) is str and len(tier) <= _LONGEST_TIER else ""
+        """OpenAI's, Anthropic's or Gemini's word for it, and with it what else has its price."""
+        body, named = self._body, ""
+        for name in ("service_tier", "serviceTier"):
+            if type(tier := body.get(name)) is str and len(tier) <= _LONGEST_TIER:
+                named = tier.lower()
+        if body.get("speed") == "fast":
+            named = "fast"
+        if region := self._region():
+            named = region if named in STANDARD_TIERS else f"{named} {region}"
+        return named
+
+    def _region(self) -> str:
+        """Where Anthropic is to keep a call, which costs more; empty for anywhere."""
+        region = self._body.get("inference_geo")
+        return (
+            region
+            if type(region) is str and 0 < len(region) <= _LONGEST_TIER and region != "global"
+            else ""
+        )
 
     def _estimate(
         self, demands: Demands, demand: CallDemand, asked: RequestFacts, model: str

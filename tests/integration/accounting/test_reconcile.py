@@ -176,6 +176,30 @@ async def test_cut_streams_explain_the_difference_and_cost_what_the_provider_say
         assert len(kept.calls) == 3
 
 
+async def test_a_call_that_is_bound_to_a_region_costs_more_and_a_cut_one_as_its_requested_tier(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    await provider.control.set_behaviour(answer="word " * 400, chunks=20)
+    await provider.control.set_fault("hang_mid_stream", match="leave", after_chunks=10)
+    for more in ({}, {"inference_geo": "us"}):
+        assert await message(gateway, "Why?", **more) == 200
+    messages = [{"role": "user", "content": "leave"}]
+    body = {"model": "gpt-5", "messages": messages, "stream": True}
+    for tier in ("flex", "priority"):
+        await left(gateway, "/v1/chat/completions", body | {"service_tier": tier})
+    await recorded(gateway, 4)
+    rows = await gateway.database.fetch(
+        "SELECT input_tokens AS i, output_tokens + coalesce(thoughts_tokens, 0) AS o, cost_micros"
+        " FROM audit ORDER BY created_at"
+    )
+    usual, bound, flex, priority = rows
+    assert usual["cost_micros"] == usual["i"] + 5 * usual["o"]
+    assert bound["cost_micros"] == (110 * (bound["i"] + 5 * bound["o"]) + 50) // 100
+    assert flex["cost_micros"] == (125 * flex["i"] + 1_000 * flex["o"] + 50) // 100
+    assert priority["cost_micros"] == (250 * priority["i"] + 2_000 * priority["o"] + 50) // 100
+
+
 async def test_another_consumer_of_the_account_is_not_explained(
     open_gateway: Opener, provider: Emulator, tmp_path: Path
 ) -> None:

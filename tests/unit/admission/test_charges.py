@@ -138,7 +138,13 @@ def test_a_requested_tier_counts_only_where_it_is_the_dearer_one() -> None:
     assert prices.at_least("gpt-5", "flex") == prices.at_least("gpt-5", "") == usual
     assert prices.at_least("gpt-5", "priority") == prices.of("gpt-5", "priority") != usual
     assert prices.at_least("gpt-5", "no such tier") == usual
+    # What a client asks for in vain lowers no charge, and no budget is reserved by a guess.
+    assert prices.bound("gpt-5", "no such tier") is None
+    assert prices.bound("gpt-5", "") == prices.bound("gpt-5", "default") == usual
+    assert prices.bound("gpt-5", "flex") == usual
+    assert prices.bound("gpt-5", "priority") == prices.of("gpt-5", "priority")
     own = of_openai(m=Price(input=2.0, output=2.0, tiers={"fast": Price(input=4.0, output=4.0)}))
+    assert own.bound("m", "no such tier") == own.of("m")
     assert own.at_least("m", "fast") == Rates.of(Price(input=4.0, output=4.0))
 
 
