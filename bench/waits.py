@@ -51,18 +51,18 @@ LOADS = {
         6, 600, {("a", "high"): 7, ("b", "normal"): 40, ("c", "normal"): 20}
     ),
     "requests, 20 in 10 s": Load(
-        Rate(20, window_ms=10_000), 200, {("a", "normal"): 50, ("b", "normal"): 30}
+        Rate(20, window_ms=10_000), 200, {("a", "normal"): 16, ("b", "normal"): 10}
     ),
     "requests, 120 a minute": Load(
         Rate(120, window_ms=60_000), 200, {("a", "normal"): 60, ("b", "normal"): 60}
     ),
     "requests, smoothed": Load(
-        Rate(30, window_ms=10_000, pace_ms=1_000), 200, {("a", "normal"): 50, ("b", "normal"): 20}
+        Rate(30, window_ms=10_000, pace_ms=1_000), 200, {("a", "normal"): 20, ("b", "normal"): 12}
     ),
     "tokens, 20,000 in 10 s": Load(
         Rate(20_000, window_ms=10_000, unit="tokens"),
         300,
-        {("a", "normal"): 50, ("b", "normal"): 20},
+        {("a", "normal"): 20, ("b", "normal"): 12},
     ),
 }
 

@@ -281,7 +281,11 @@ class AdmissionError(TidegateError):
 
 
 class DeadlineExceeded(AdmissionError):
+    """`is_estimate`: `retry_after_ms` is how long calls have waited lately for the limit, since
+    only calls that end make room there. Else it is the time of a window, a quota or a pause."""
+
     code = "deadline_exceeded"
+    is_estimate = False
 
 
 class LimitPaused(DeadlineExceeded):

@@ -396,7 +396,10 @@ def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> Js
     """The body of an answer with an error of ours."""
     domain = {"@type": _ERROR_INFO, "reason": error.code.upper(), "domain": "tidegate"}
     limit = getattr(error, "limit", None)
-    details: list[JsonObject] = [domain | ({"metadata": {"limit": limit}} if limit else {})]
+    metadata = {"limit": limit} if limit else {}
+    if getattr(error, "is_estimate", False):
+        metadata["is_estimate"] = "true"
+    details: list[JsonObject] = [domain | ({"metadata": metadata} if metadata else {})]
     if retry_after_ms is not None:
         details.append({"@type": _RETRY_INFO, "retryDelay": f"{retry_after_ms / 1000:g}s"})
     field = getattr(error, "field", None)

@@ -533,7 +533,11 @@ def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> J
         "code": code,
     }
     limit = getattr(error, "limit", None)
-    return {"error": body | ({"limit": limit} if limit else {})}
+    if limit:
+        body["limit"] = limit
+    if getattr(error, "is_estimate", False):
+        body["is_estimate"] = True
+    return {"error": body}
 
 
 OPENAI = DialectSpec(

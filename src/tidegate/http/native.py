@@ -39,10 +39,13 @@ from tidegate.http.idempotency import LOST_HEADER, Once, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.services import (
     NATIVE,
+    SHOW_WAIT_EVERY_S,
+    SHOW_WAIT_HEADER,
     Opening,
     Services,
     count_answer,
     log_request,
+    shows_wait,
     who,
 )
 from tidegate.http.sse import Presence, abort
@@ -66,6 +69,7 @@ _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re
 _READ_FORMS = ("json", "sse")
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
+_SHOW_WAIT = SHOW_WAIT_HEADER.encode()
 
 
 def call_of(
@@ -83,7 +87,7 @@ def call_of(
     Raises InvalidRequest."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     wait_ms, priority, subject, conversation = usual_wait_ms, 0, None, None
-    parent = None
+    parent, show = None, False
     for name, value in headers:
         if name == b"x-tidegate-deadline-ms":
             wait_ms = _whole(name, value, 1, _MOST_WAIT_MS)
@@ -95,6 +99,8 @@ def call_of(
             conversation = _tag(name, value)
         elif name == HEADER:
             parent = parent_of(value.decode("latin-1"))
+        elif name == _SHOW_WAIT:
+            show = shows_wait(value.decode("latin-1"))
     trail = tracing.trail(request_id, parent)
     query = ""
     if scope["query_string"]:
@@ -112,6 +118,7 @@ def call_of(
         body if endpoint.is_counted or endpoint.operation.has_body else b"",
         received_at,
         subject,
+        show,
     )
 
 
@@ -286,7 +293,7 @@ class _Front:
         self._begin_record(call)
         self._services.board.active_calls.enter(self._record)
         presence = Presence(self._scope, _never if uploads else self._receive, self._task)
-        comfort = self._comforting(endpoint)
+        comfort = self._comforting(endpoint, shows=call.shows_wait)
         try:
             status, failure = await self._run(call, presence)
         finally:
@@ -401,26 +408,38 @@ class _Front:
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
         await self._services.relay.upload(call, pieces, own, self, self._record)
 
-    def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:
-        """What keeps the connection of a stream alive while it waits, where that is wanted."""
+    def _comforting(self, endpoint: Endpoint, *, shows: bool) -> asyncio.Task[None] | None:
+        """What keeps the connection of a stream alive while it waits, or shows its place, where
+        that is wanted."""
         after_ms = self._services.config.keep_alive_after_ms
-        if not after_ms or not endpoint.is_counted:
+        if not (after_ms or shows) or not endpoint.is_counted:
             return None
         gemini = endpoint.dialect is Dialect.GEMINI
         events = b"alt=sse" in self._scope["query_string"] if gemini else True
-        return asyncio.create_task(self._comfort(after_ms / 1000)) if events else None
+        every_s = SHOW_WAIT_EVERY_S if shows else after_ms / 1000
+        return asyncio.create_task(self._comfort(every_s, shows=shows)) if events else None
 
-    async def _comfort(self, every_s: float) -> None:
+    async def _comfort(self, every_s: float, *, shows: bool) -> None:
         """Bytes that clients pass over. From the first one on the answer is a 200: what goes
         wrong then is reported as an event."""
         while True:
             await asyncio.sleep(every_s)
-            if self.started or not self._record.streamed:
+            if self._is_answering():
                 return
+            piece = DIALECTS[self._dialect].keep_alive
+            if shows and self._record.waits:
+                waited_ms = (time.monotonic() - self._received) * 1000
+                piece = await self._services.wait_comment(self._record, waited_ms)
+                if self._is_answering():
+                    return
             if not self._head_sent:
                 headers = [(_TYPE, b"text/event-stream"), (b"cache-control", b"no-store")]
                 await self._send_head(200, headers)
-            await self.body(DIALECTS[self._dialect].keep_alive, True)
+            await self.body(piece, True)
+
+    def _is_answering(self) -> bool:
+        """Whether an answer has begun, or the answer will be no stream."""
+        return self.started or not self._record.streamed
 
     def _with_id(self, headers: Headers) -> Headers:
         self._id_text = str(self._request_id)

@@ -189,6 +189,10 @@ class Problem(BaseModel):
         default=None, description="The limit that refused, such as kind:text_only or most_streams"
     )
     retry_after_ms: int | None = None
+    is_estimate: bool | None = Field(
+        default=None,
+        description="True where `retry_after_ms` is an estimate: calls of the limit must end first",
+    )
 
 
 def status_of(error: errors.TidegateError) -> int:
@@ -218,6 +222,7 @@ def problem(error: errors.TidegateError) -> Problem:
         allowed=getattr(error, "allowed", None),
         limit=getattr(error, "limit", None),
         retry_after_ms=retry_after_ms,
+        is_estimate=getattr(error, "is_estimate", False) or None,
     )
 
 

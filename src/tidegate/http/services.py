@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Self, cast
 from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
+import orjson
 from pydantic import SecretStr
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -243,6 +244,22 @@ class Services:
                 told = None
         return waiting(found, snapshot, now, told)
 
+    async def wait_comment(self, record: CallRecord, waited_ms: float) -> bytes:
+        """A comment in a stream on the place of a call that waits: `: wait` and JSON. `waited_ms`:
+        since its request was received."""
+        pool, limits = record.waits_for
+        limiter, place = self.limiters.get(pool), None
+        if limiter is not None and limits:
+            try:
+                place = await limiter.place_of(record.tenant_id, limits, waited_ms)
+            except LimiterUnavailable:  # the next comment may know it
+                place = None
+        shown: dict[str, object] = {"limit": None if place is None else place.held_up_by}
+        if place is not None:
+            shown |= {"ahead": place.ahead_of_all, "wait_ms": place.wait_ms}
+            shown |= {"is_certain": place.is_certain}
+        return b": wait %b\n\n" % orjson.dumps(shown)
+
     def turn_waiters_away(self) -> None:
         """Answer calls that wait for a permit now, with 503, so that their clients ask another
         process; those that have a permit go on."""
@@ -305,6 +322,19 @@ def _text_of(raw: bytes, field: str) -> str:
         return unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
         raise InvalidRequest(field, f"{field} is not text in UTF-8", allowed=_ALLOWED) from None
+
+
+# Asks for comments on the place of a call while it waits, in a stream.
+SHOW_WAIT_HEADER = "x-tidegate-show-wait"
+SHOW_WAIT_EVERY_S = 1.0
+
+
+def shows_wait(value: str) -> bool:
+    """What the header says. Raises InvalidRequest."""
+    if value.strip() not in ("0", "1"):
+        said = f"{SHOW_WAIT_HEADER} must be 0 or 1"
+        raise InvalidRequest(SHOW_WAIT_HEADER, said, allowed="0 or 1")
+    return value.strip() == "1"
 
 
 NATIVE = "native"

@@ -88,6 +88,10 @@ class EventWriter:
         """A comment, for proxies that cut what is silent."""
         await self._body(b": keep-alive\n\n", more=True)
 
+    async def comment(self, text: bytes) -> None:
+        """A whole comment, which clients pass over unless they look for it."""
+        await self._body(text, more=True)
+
     async def encoded(self, events: bytes) -> None:
         """Events that are encoded already, for many who get the same."""
         await self._body(events, more=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -43,7 +44,15 @@ from tidegate.errors import (
 from tidegate.http.body import BodyBudget
 from tidegate.http.guards import caller_of, check_models, check_prompt
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
-from tidegate.http.services import TRACE_IN_SCOPE, Opening, Services, services_of
+from tidegate.http.services import (
+    SHOW_WAIT_EVERY_S,
+    SHOW_WAIT_HEADER,
+    TRACE_IN_SCOPE,
+    Opening,
+    Services,
+    services_of,
+    shows_wait,
+)
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.submission import BODY, Submission, ask_of, discard, read_submission
 from tidegate.http.views import prefix_of, usage_view
@@ -104,6 +113,7 @@ async def stream(request: Request) -> Response:
             received_at=received_at,
             plain_text="text/plain" in accepts and "text/event-stream" not in accepts,
             parent=parent_in(request.scope["headers"]),
+            show_wait=shows_wait(request.headers.get(SHOW_WAIT_HEADER, "0")),
         )
         await answer.check_models()
     except BaseException:  # cancellation too: the places that it holds are returned
@@ -150,9 +160,12 @@ class StreamedAnswer(Response):
         received_at: datetime,
         plain_text: bool,
         parent: Parent | None,
+        show_wait: bool = False,
     ) -> None:
         super().__init__()
         self._services = services
+        self._show_wait = show_wait and not plain_text  # plain text has no comments
+        self._is_admitted = False
         self._submission = submission
         self._prefix = prefix
         self._caller = caller
@@ -208,8 +221,11 @@ class StreamedAnswer(Response):
         stalled_ms = self._services.config.stalled_reader_ms
         writer = EventWriter(send, plain_text=self._plain_text, stalled_ms=stalled_ms)
         gone = asyncio.create_task(disconnected(receive))
+        shown = asyncio.create_task(self._wait_shown(writer)) if self._show_wait else None
         try:
             end = await self._run(writer, gone, task)
+            if shown is not None:
+                shown.cancel()
             # Shielded, as the record must be kept though this process is stopping.
             record = asyncio.create_task(self._store_record(end))
             self._services.streams.add(record)
@@ -221,10 +237,25 @@ class StreamedAnswer(Response):
                 await asyncio.wait({gone}, timeout=_ABORTED_WITHIN_S)
         finally:
             gone.cancel()
+            if shown is not None:
+                shown.cancel()
             self._services.streams.discard(task)
             self._services.board.active_calls.leave(self._record)
             self._opening.close()
             self._hold.release()
+
+    async def _wait_shown(self, writer: EventWriter) -> None:
+        """Comments on its place while it waits. From the first one on the answer is a 200."""
+        with suppress(ClientStalled):  # the answer finds out too, and ends with it
+            while True:
+                await asyncio.sleep(SHOW_WAIT_EVERY_S)
+                waited_ms = (time.monotonic() - self._received) * 1000
+                comment = await self._services.wait_comment(self._record, waited_ms)
+                if not self._record.waits or self._is_admitted:
+                    return
+                if not writer.started:
+                    await writer.start({REQUEST_ID_HEADER: str(self._request_id)})
+                await writer.comment(comment)
 
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
@@ -293,6 +324,7 @@ class StreamedAnswer(Response):
         )
 
         async def admitted(_permit: Permit | None) -> None:
+            self._is_admitted = True
             if not writer.started:
                 await sink(Admitted(waited_ms=self._record.queue_ms or 0.0))
 

@@ -475,6 +475,13 @@ class Limiter:
         request = {"sid": session, "ticket": str(ticket), "limit": "", "band": 0, "tenant": ""}
         return read_place(msgpack.unpackb(await self._run("position", request)))
 
+    async def place_of(self, tenant: str, limits: Sequence[str], waited_ms: float) -> Place | None:
+        """The place of a call of this process that has waited for these limits for `waited_ms` at
+        most: that of the first such call. None where none waits."""
+        asked_ms = self._session.lease.now_ms() - waited_ms
+        waiter = self._queue.first_since(tenant, tuple(limits), asked_ms)
+        return None if waiter is None else await self.place(self.session, waiter.ticket)
+
     async def line(self, limit: str, band: int, tenant: str) -> WaitingLine:
         """The waiters of a tenant and band at a limit, as a call that does not wait there yet finds
         them. `band` counts from 1, the highest."""

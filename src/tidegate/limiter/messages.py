@@ -95,7 +95,10 @@ def too_late(
     if room_ms >= 1:
         return too_early(name, limit, room_ms, used, amount)
     said = f"Limit {name} had no room for this call before its deadline."
-    return DeadlineExceeded(said, limit=name, retry_after_ms=retry_ms)
+    lately = f"Calls have waited about {format_span(retry_ms)} for it lately, which is an estimate."
+    error = DeadlineExceeded(f"{said} {lately}", limit=name, retry_after_ms=retry_ms)
+    error.is_estimate = True
+    return error
 
 
 def format_unit(limit: Limit) -> str:

@@ -422,6 +422,23 @@ class LocalQueue:
         flows = (flow for lane in self._lanes.values() for flow in lane.values())
         return nlargest(most, flows, key=lambda flow: len(flow.waiting))
 
+    def first_since(self, tenant: str, limits: tuple[str, ...], asked_ms: float) -> Waiter | None:
+        """The first waiter of a tenant for these limits, in any band, that asked at `asked_ms` or
+        later."""
+        flows = (
+            flow
+            for (_, named), lane in self._lanes.items()
+            if named == limits
+            for flow in lane.values()
+            if flow.tenant == tenant
+        )
+        found = (
+            next((one for one in flow.waiting.values() if one.asked_ms >= asked_ms), None)
+            for flow in flows
+        )
+        waiters = [one for one in found if one is not None]
+        return min(waiters, key=lambda one: one.asked_ms, default=None)
+
     # -- waiting
 
     def ask(

@@ -65,7 +65,8 @@ _LONGEST_TIER = 40
 @dataclass(slots=True)
 class NativeCall:
     """A request in a provider's dialect. headers: those that may go on to an upstream. query:
-    without its `?` and without a key. subject: whom it is about, for erasing."""
+    without its `?` and without a key. subject: whom it is about, for erasing. shows_wait: whether
+    the client asks for comments on its place while it waits."""
 
     terms: Terms
     endpoint: Endpoint
@@ -75,6 +76,7 @@ class NativeCall:
     body: bytes
     received_at: datetime
     subject: str | None = None
+    shows_wait: bool = False
 
 
 class Out(Protocol):

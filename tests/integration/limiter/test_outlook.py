@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.integration.limiter.hands import Hands
 from tests.integration.limiter.makers import Maker
 from tests.integration.limiter.test_demands import open_limiter, policy_of, used
 from tests.waiting import wait_until
@@ -153,7 +154,55 @@ async def test_a_wait_that_ends_names_the_limit_that_it_waited_for(
     async with limiter.acquire(TOTAL):
         error = await refusal(limiter, TEXT, TOTAL, deadline_ms=60)
     assert (type(error), error.limit) == (DeadlineExceeded, TOTAL)
-    assert error.message == "Limit pool:total had no room for this call before its deadline."
+    said = (
+        "Limit pool:total had no room for this call before its deadline. Calls have waited about "
+    )
+    assert error.message.startswith(said)
+    assert error.message.endswith(" for it lately, which is an estimate.")
+    assert isinstance(error, DeadlineExceeded)
+    assert error.is_estimate
+
+
+@pytest.mark.parametrize(
+    ("limit", "calls"),
+    [
+        (Rate(4, window_ms=30_000), 4),
+        (Rate(400, window_ms=30_000, unit="tokens"), 4),
+        (Rate(12, window_ms=60_000, pace_ms=5_000), 1),
+        (5, 0),
+    ],
+    ids=["requests", "tokens", "pace", "pause"],
+)
+async def test_a_refused_call_is_told_when_there_is_room(
+    maker: Maker, valkey_url: str, limit: int | Limit, calls: int
+) -> None:
+    """Within 2 % or a second, on a clock that the test moves."""
+    clock = Hands(valkey_url, maker.pool)
+    moving = asyncio.create_task(clock.run())
+    try:
+        policy = policy_of({"rpm:x": limit})
+        limiter = await maker(valkey_url, policy=policy, clock=clock)
+        if not calls:
+            await limiter.penalise("rpm:x", for_ms=20_000)
+        for _ in range(calls):
+            async with limiter.acquire("rpm:x", tokens=100) as permit:
+                permit.settle(tokens=100)
+        began_ms = clock.now_ms()
+        error = await refusal(limiter, "rpm:x", tokens=100, deadline_ms=500)
+        assert isinstance(error, DeadlineExceeded)
+        assert not error.is_estimate
+        assert clock.now_ms() - began_ms < 500, "before its deadline"
+        told_ms = error.retry_after_ms or 0
+        asked_ms = clock.now_ms()
+        await take(limiter, "rpm:x", tokens=100)
+        waited_ms = clock.now_ms() - asked_ms
+        assert abs(told_ms - waited_ms) <= max(1_000, 0.02 * waited_ms)
+        assert waited_ms > 3_000
+        await limiter.aclose()
+    finally:
+        moving.cancel()
+        await asyncio.wait({moving})
+        clock.close()
 
 
 async def test_a_limit_that_is_raised_is_open_for_who_asks_next(

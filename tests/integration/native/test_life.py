@@ -256,6 +256,54 @@ async def test_a_refusal_after_a_comment_is_an_event(open_gateway: Opener) -> No
     holding.cancel()
 
 
+async def test_a_stream_shows_its_place_where_the_client_asks(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_fault("hang", match="hold it", count=1)
+    held = {"contents": [{"parts": [{"text": "hold it"}]}]}
+    holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=held))
+    await gateway.in_flight(1)
+    headers = {"x-tidegate-show-wait": "1"}
+    said = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    native = gateway.http.post(f"{gateway.url}/v1/chat/completions", json=said, headers=headers)
+    own = gateway.http.post(f"{gateway.url}/stream", json={"data": "Hi"}, headers=headers)
+    async with native as first, own as second:
+        assert (first.status, second.status) == (200, 200)
+        for response in (first, second):
+            line = await response.content.readline()
+            assert line.startswith(b": wait {")
+            shown = json.loads(line.removeprefix(b": wait "))
+            assert shown["limit"] == "kind:text_only"
+            assert shown["ahead"] in (0, 1)
+            assert shown["wait_ms"] > 0
+        holding.cancel()
+        rest, answer = await first.read(), await second.read()
+    assert rest.count(b"data: {") > 4
+    assert b"error" not in rest
+    assert b"event: done" in answer
+
+
+async def test_a_stream_shows_nothing_where_nobody_asks(open_gateway: Opener) -> None:
+    """What is refused after it has waited is a real refusal."""
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_fault("hang", match="hold it", count=1)
+    held = {"contents": [{"parts": [{"text": "hold it"}]}]}
+    holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=held))
+    await gateway.in_flight(1)
+    said = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    for value, status in (("0", 429), ("yes", 400)):
+        headers = {"x-tidegate-deadline-ms": "1200", "x-tidegate-show-wait": value}
+        url = f"{gateway.url}/v1/chat/completions"
+        async with gateway.http.post(url, json=said, headers=headers) as response:
+            error = (await response.json())["error"]
+        assert response.status == status
+        if status == 429:
+            assert error["is_estimate"]
+            assert "which is an estimate" in error["message"]
+        else:
+            assert error["param"] == "x-tidegate-show-wait"
+    holding.cancel()
+
+
 async def test_health_shows_the_upstreams(gateway: Gateway) -> None:
     _, body = await gateway.get("/health/dependencies")
     assert body["upstreams"] == {"gemini": {"status": "ok", "key_refused": False, "detail": None}}
