@@ -301,6 +301,14 @@ class Metric:
         "tidegate_webhooks_oldest_seconds", "For how long the oldest of them has been due"
     )
     WORKERS = _of_all("tidegate_workers", "Workers heard of within a minute")
+    BUDGET_USED = _of_all(
+        "tidegate_budget_used_ratio",
+        "Share of a budget that is spent and reserved in its period; not of those with `each`",
+        "budget",
+    )
+    BUDGET_PAUSED = _of_all(
+        "tidegate_budget_paused", "Books of a budget that wait for a person", "budget"
+    )
     LEFT_OUT = _of_all(
         "tidegate_metrics_left_out", "Limits, tenants or queues beyond those that are shown", "what"
     )

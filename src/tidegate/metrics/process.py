@@ -358,6 +358,10 @@ def _tell_depths(given: Given, depths: Depths, left_out: Counter[str]) -> None:
     given.add(Metric.WEBHOOKS, depths.webhooks)
     given.add(Metric.WEBHOOKS_OLDEST, depths.webhooks_oldest_s)
     given.add(Metric.WORKERS, depths.workers)
+    for budget in depths.budgets:
+        if budget.used_ratio is not None:
+            given.add(Metric.BUDGET_USED, budget.used_ratio, budget.name)
+        given.add(Metric.BUDGET_PAUSED, budget.paused, budget.name)
 
 
 def _perhaps_more(queues: tuple[QueueDepth, ...]) -> int:

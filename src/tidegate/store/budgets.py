@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo, available_timezones
@@ -172,12 +173,7 @@ class Settlement(NamedTuple):
 
     @property
     def row(self) -> Json:
-        return {
-            "id": str(self.hold),
-            "micros": self.micros,
-            "tokens": self.tokens,
-            "doubt": self.doubt,
-        }
+        return self._asdict() | {"id": self.hold}
 
 
 def shown_amount(unit: Unit, amount: int) -> str:
@@ -432,8 +428,11 @@ class Budgets:
         connections: Connections,
         *,
         instance_id: str,
+        kept: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """kept: a file with the budgets as they were last read, for a start in an outage."""
+        self._kept = kept
         self.records = BudgetRecords(connections)
         self._connections = connections
         self._instance_id = instance_id
@@ -452,9 +451,6 @@ class Budgets:
         self._reading = asyncio.Lock()
         self._change = asyncio.Event()
 
-    def __repr__(self) -> str:
-        return f"<Budgets {len(self._rules)} held={len(self._open)} pending={len(self._pending)}>"
-
     @property
     def any(self) -> bool:
         """Whether a budget may bind a call, as far as this process knows; then `binding` is asked.
@@ -469,9 +465,17 @@ class Budgets:
     # Which budgets bind a call
 
     async def known(self) -> None:
-        """Wait until the budgets have been read once. Raises StoreUnavailable."""
-        if self._revision is None:
+        """Wait until the budgets have been read once. While PostgreSQL is unavailable since before
+        the start those count that this host has read last. Raises StoreUnavailable."""
+        if self._revision is not None:
+            return
+        try:
             await self.refresh()
+        except StoreUnavailable:
+            if (found := self._read_kept()) is None:
+                raise
+            self._rules = found
+            self._static.cache_clear()
 
     async def refresh(self) -> None:
         """Read what has changed. Raises StoreUnavailable."""
@@ -482,7 +486,27 @@ class Budgets:
             self._rules, self._revision = tuple(found), revision
             self._static.cache_clear()
             self._refusals.clear()
+            self._keep()
             self.wake()
+
+    def _keep(self) -> None:
+        if self._kept is None:
+            return
+        rules = [asdict(one) for one in self._rules]
+        new = self._kept.with_suffix(f".{self._instance_id}")
+        try:
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            new.write_bytes(orjson.dumps(rules))
+            new.replace(self._kept)
+        except OSError as failed:  # only a start in an outage misses it
+            log.warning(Log.BUDGETS_NOT_KEPT, detail=str(failed))
+
+    def _read_kept(self) -> tuple[Budget, ...] | None:
+        try:
+            rows = orjson.loads(b"" if self._kept is None else self._kept.read_bytes())
+            return tuple(_budget(row) for row in rows)
+        except (OSError, ValueError, TypeError):
+            return None
 
     def changed(self) -> None:
         """Have the budgets read again soon: one of them may have changed."""
@@ -830,7 +854,7 @@ def _scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
     return scope_text([values[one] for one in budget.each]) if budget.each else ""
 
 
-def _budget(row: asyncpg.Record) -> Budget:
+def _budget(row: Mapping[str, Any]) -> Budget:
     return record_of(Budget, row, each=tuple(row["each"]), alerts=tuple(row["alerts"]))
 
 

@@ -210,6 +210,7 @@ class History:
 
 MOST_COUNTED = 10_000
 MOST_QUEUES = 200
+MOST_BUDGETS_SHOWN = 100
 _FRESH_S = 1.0
 _SHARE = 50
 _DEPTHS_TIMEOUT_MS = 1_000
@@ -227,6 +228,16 @@ class QueueDepth:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetUse:
+    """What is spent and reserved of a budget, None of one with a book for each; and how many of its
+    books are paused."""
+
+    name: str
+    used_ratio: float | None
+    paused: int
+
+
+@dataclass(frozen=True, slots=True)
 class Depths:
     """All figures are of the same moment. webhooks_oldest_s: for how long one has been due."""
 
@@ -238,6 +249,7 @@ class Depths:
     webhooks: int
     webhooks_oldest_s: float
     workers: int
+    budgets: tuple[BudgetUse, ...] = ()
 
 
 class QueueDepths:
@@ -263,6 +275,7 @@ class QueueDepths:
 async def _read(connection: asyncpg.Connection) -> Depths:
     queues = await connection.fetch(sql("depth_of_queues"), MOST_QUEUES, MOST_COUNTED)
     row = await connection.fetchrow(sql("depth_of_jobs"), MOST_COUNTED)
+    budgets = await connection.fetch(sql("use_of_budgets"), MOST_BUDGETS_SHOWN)
     assert row is not None
     now = datetime.now(UTC)
     return record_of(
@@ -279,6 +292,7 @@ async def _read(connection: asyncpg.Connection) -> Depths:
             for one in queues
         ),
         webhooks_oldest_s=float(row["webhooks_oldest_s"] or 0),
+        budgets=tuple(record_of(BudgetUse, one) for one in budgets),
     )
 
 

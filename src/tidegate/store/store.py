@@ -57,7 +57,8 @@ class Store:
         self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
         self.spill, self.journal = Spill(spill_dir, spill_max_bytes), CallJournal(spill_dir)
-        self.budgets = Budgets(connections, instance_id=instance_id)
+        kept = spill_dir.parent / "budgets.json"
+        self.budgets = Budgets(connections, instance_id=instance_id, kept=kept)
         self.usage, self.reconciliations = UsageTotals(connections), Reconciliations(connections)
         self.notifications = Notifications(connections)
         self.notifications.on_budgets.append(self.budgets.changed)
@@ -92,10 +93,12 @@ class Store:
         )
         self.native_keys = NativeKeys(connections, self.audit.keep, lease_ms=claim_lease_ms)
         self.requests = Requests(connections, blobs, self.notifications)
-        self.running_calls = ActiveRequests(connections)
+        self.running_calls, self.queue_depths = (
+            ActiveRequests(connections),
+            QueueDepths(connections),
+        )
         self.stuck = StuckWork(connections, self.notifications)
         self.history = History(connections, instance_id)
-        self.queue_depths = QueueDepths(connections)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
         self.outbox, self.alerts = WebhookOutbox(connections), AlertOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)

@@ -272,3 +272,26 @@ def _midnight() -> datetime:
 
 def _next_month() -> datetime:
     return (_midnight().replace(day=1) + timedelta(days=32)).replace(day=1)
+
+
+async def test_the_use_of_budgets_is_in_the_metrics(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    await with_budgets(
+        gateway,
+        Budget("day", "tokens", 1_000, "day"),
+        Budget("people", "tokens", 10, "day", each=("subject",), at_end="pause", tenant="acme"),
+    )
+    assert (await called(gateway, 0, {}))[0] == 200
+    acme = {"x-tidegate-tenant": "acme", "x-tidegate-subject": "ann"}
+    assert (await called(gateway, 0, acme))[0] == 429
+    await settled_book(gateway, "day")
+
+    async def shown() -> bool:
+        async with gateway.http.get(f"{gateway.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("tidegate_budget"))
+        used = float(values.get('tidegate_budget_used_ratio{budget="day"}', 0))
+        paused = values.get('tidegate_budget_paused{budget="people"}')
+        return 0 < used < 1 and paused == "1.0" and len(values) == 3
+
+    await wait_until(shown, 20, "the metrics of budgets")

@@ -12,8 +12,10 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.gateway import Gateway, Opener
+from tests.integration.accounting.test_budgets import with_budgets
 from tests.waiting import wait_until
 from tidegate.metrics.instruments import ALL
+from tidegate.store.budgets import Budget
 
 MODEL = "gemini-2.5-flash"
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -56,6 +58,7 @@ async def test_a_scrape_tells_of_calls_of_the_process_and_of_all(
     path = tmp_path / "tidegate.toml"
     path.write_text('[upstreams.gemini.prices]\n"*" = { input = 0.30, output = 2.50 }\n')
     gateway = await open_gateway(tidegate_policy=path, worker=False)
+    await with_budgets(gateway, Budget("all", "tokens", 10**9, "day", doubt="estimate"))
     queued = [await gateway.submit(data=f"Explain {n}") for n in range(3)]
     spent = 0
     for n in range(4):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from tidegate.errors import (
     ConfigError,
     NotFound,
     QuotaExceeded,
+    StoreUnavailable,
 )
 from tidegate.store import budgets as module
 from tidegate.store.budgets import Binding, Budget, Budgets, shown_amount
@@ -436,6 +438,26 @@ async def test_a_new_budget_begins_with_what_its_period_has_on_record(
         ("people", '["acme", "ann"]'): 55,
         ("lately", ""): 55,
     }
+
+
+async def test_a_start_in_an_outage_knows_the_budgets_that_the_host_read_last(
+    connections: Connections, tmp_path: Path
+) -> None:
+    kept = tmp_path / "data" / "budgets.json"
+    before = Budgets(connections, instance_id="before", kept=kept)
+    await with_budgets(before, DAY, Budget("e", "tokens", 5, "week", each=("subject",)))
+    nowhere = Connections("postgresql://nobody@127.0.0.1:1/nothing")
+    started = Budgets(nowhere, instance_id="started", kept=kept)
+    assert started.any
+    await started.known()
+    assert [one.budget.name for one in started.binding(ACME, "m")] == ["day", "e"]
+    with pytest.raises(StoreUnavailable):
+        await held_by(started, ACME, 1)
+    for file in (tmp_path / "other.json", None):
+        unknown = Budgets(nowhere, instance_id="unknown", kept=file)
+        with pytest.raises(StoreUnavailable):
+            await unknown.known()
+    await nowhere.aclose()
 
 
 async def test_a_change_is_seen_and_a_removed_budget_binds_no_one(budgets: Budgets) -> None:

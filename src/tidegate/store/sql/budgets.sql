@@ -156,3 +156,15 @@ WHERE b.name = k.budget AND 'subject' = ANY(b.each) AND k.held = 0
     AND k.scope::json->>(array_position(b.each, 'subject') - 1) = $2
     AND ($1::text IS NULL OR b.tenant = $1 OR b.tenant IS NULL AND coalesce(
         k.scope::json->>(array_position(b.each, 'tenant') - 1), $1) = $1)
+
+-- name: use_of_budgets
+-- What is used of up to $1 budgets: the share of one book, and how many of all are paused.
+SELECT b.name, CASE WHEN b.each = '{}' THEN (coalesce(k.held, 0) + CASE WHEN b.window_s IS NULL
+            THEN coalesce(k.spent, 0) ELSE coalesce((SELECT sum(r.spent) FROM budget_books r
+                WHERE r.budget = b.name AND r.scope = '' AND r.period > '-infinity'
+                    AND r.period >= budget_oldest_span(b.window_s, now())), 0) END)::double precision
+        / greatest(b.amount + coalesce(k.extra, 0), 1) END AS used_ratio,
+    (SELECT count(*) FROM budget_pauses p WHERE p.budget = b.name) AS paused
+FROM budgets b LEFT JOIN budget_books k ON k.budget = b.name AND k.scope = ''
+    AND k.period = budget_period(b.period, b.zone, now())
+ORDER BY b.name LIMIT $1
