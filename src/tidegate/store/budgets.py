@@ -428,11 +428,11 @@ class Budgets:
         connections: Connections,
         *,
         instance_id: str,
-        kept: Path | None = None,
+        folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """kept: a file with the budgets as they were last read, for a start in an outage."""
-        self._kept = kept
+        """folder: for the budgets as they were last read, for a start in an outage."""
+        self._kept = None if folder is None else folder / "budgets.json"
         self.records = BudgetRecords(connections)
         self._connections = connections
         self._instance_id = instance_id

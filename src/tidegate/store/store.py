@@ -57,8 +57,7 @@ class Store:
         self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
         self.spill, self.journal = Spill(spill_dir, spill_max_bytes), CallJournal(spill_dir)
-        kept = spill_dir.parent / "budgets.json"
-        self.budgets = Budgets(connections, instance_id=instance_id, kept=kept)
+        self.budgets = Budgets(connections, instance_id=instance_id, folder=spill_dir.parent)
         self.usage, self.reconciliations = UsageTotals(connections), Reconciliations(connections)
         self.notifications = Notifications(connections)
         self.notifications.on_budgets.append(self.budgets.changed)
@@ -93,10 +92,8 @@ class Store:
         )
         self.native_keys = NativeKeys(connections, self.audit.keep, lease_ms=claim_lease_ms)
         self.requests = Requests(connections, blobs, self.notifications)
-        self.running_calls, self.queue_depths = (
-            ActiveRequests(connections),
-            QueueDepths(connections),
-        )
+        self.running_calls = ActiveRequests(connections)
+        self.queue_depths = QueueDepths(connections)
         self.stuck = StuckWork(connections, self.notifications)
         self.history = History(connections, instance_id)
         self.policies, self.tenants = Policies(connections), Tenants(connections)

@@ -443,18 +443,18 @@ async def test_a_new_budget_begins_with_what_its_period_has_on_record(
 async def test_a_start_in_an_outage_knows_the_budgets_that_the_host_read_last(
     connections: Connections, tmp_path: Path
 ) -> None:
-    kept = tmp_path / "data" / "budgets.json"
-    before = Budgets(connections, instance_id="before", kept=kept)
+    folder = tmp_path / "data"
+    before = Budgets(connections, instance_id="before", folder=folder)
     await with_budgets(before, DAY, Budget("e", "tokens", 5, "week", each=("subject",)))
     nowhere = Connections("postgresql://nobody@127.0.0.1:1/nothing")
-    started = Budgets(nowhere, instance_id="started", kept=kept)
+    started = Budgets(nowhere, instance_id="started", folder=folder)
     assert started.any
     await started.known()
     assert [one.budget.name for one in started.binding(ACME, "m")] == ["day", "e"]
     with pytest.raises(StoreUnavailable):
         await held_by(started, ACME, 1)
-    for file in (tmp_path / "other.json", None):
-        unknown = Budgets(nowhere, instance_id="unknown", kept=file)
+    for other in (tmp_path / "other", None):
+        unknown = Budgets(nowhere, instance_id="unknown", folder=other)
         with pytest.raises(StoreUnavailable):
             await unknown.known()
     await nowhere.aclose()
