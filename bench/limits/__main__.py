@@ -31,6 +31,8 @@ Figures = dict[str, Any]
 HIT_RATE = 0.9
 OTHERS_SHARE, NEW_TIER = 0.3, 0.5
 SCENARIOS = ("mix", "conversation", "changes")
+# Providers whose headers tell what remains; without --only the first is measured.
+CHANGING = ("openai", "anthropic", "azure", "groq")
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
 
@@ -157,14 +159,17 @@ def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
             ]
         headers = ("input over the bound", "of it cached", "refused per 1,000")
         tables.append(grid.Grid("Agents' conversations, ITPM without cache reads", headers, [row]))
-    if (changes := found.get("changes")) is not None:
-        rows = [
-            [name, str(changes[name]["first"]), f"{changes[name]['later']:.1f}"]
-            for name in ("others", "tier")
-            if name in changes
-        ]
-        rows = rows or [[changes.get("failed", ""), "", ""]]
-        headers = ("change", "refused in its first window", "per window after")
+    rows = []
+    for measured, changes in found.items():
+        if measured.startswith("changes"):
+            account = measured.partition(" ")[2] or CHANGING[0]
+            rows += [
+                [account, name, str(changes[name]["first"]), f"{changes[name]['later']:.1f}"]
+                for name in ("others", "tier")
+                if name in changes
+            ] or [[account, changes.get("failed", ""), "", ""]]
+    if rows:
+        headers = ("account", "change", "refused in its first window", "per window after")
         tables.append(grid.Grid("An account that changes", headers, rows))
     return tables
 
@@ -207,9 +212,10 @@ def main() -> int:
             keep(f"mix {provider.name}", run(provider, measure_mix, options, cache=HIT_RATE))
     if "conversation" in wanted and not options.only:
         keep("conversation", run(CONVERSATION, measure_conversation, options, cache="prefix"))
-    if "changes" in wanted and not options.only:
-        openai = PROVIDERS[0]
-        keep("changes", run(openai, measure_changes, options, cache=HIT_RATE))
+    for provider in PROVIDERS:
+        if "changes" in wanted and provider.name in (options.only or CHANGING[:1]):
+            name = "changes" if provider.name == CHANGING[0] else f"changes {provider.name}"
+            keep(name, run(provider, measure_changes, options, cache=HIT_RATE))
     print("\n".join(about))
     grid.show(_tables(found))
     missed = list(missed_bars(found, options.window))

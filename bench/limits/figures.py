@@ -90,7 +90,7 @@ def missed_bars(found: Mapping[str, Mapping[str, Any]], window_s: float) -> Iter
     for name, figures in found.items():
         if "failed" in figures:
             yield f"{name}: {figures['failed']}"
-        elif name == "changes":
+        elif name.startswith("changes"):
             yield from _missed_after_changes(figures)
         else:
             yield from _missed_by_refusals(name, figures)

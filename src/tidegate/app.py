@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from uuid import uuid4
 
@@ -33,6 +33,7 @@ from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams
 from tidegate.policy.rollout import PolicyKeeper, open_pool
 from tidegate.record import ActiveCalls, CallListeners
 from tidegate.settings import Config, secret
+from tidegate.spine.learning import LimitLearner
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.routing import Targets
@@ -191,6 +192,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         spine = _spine_of(config, Targets(others), limiters, tracing, store)
         relay = await stack.enter_async_context(_open_relay(config, spine))
         prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
+        _learn(stack, others, keepers, spine)
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=spine.health)
         stack.callback(asyncio.create_task(watch.run()).cancel)
@@ -205,7 +207,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             config=config,
             listeners=store.listeners,
             tally=instruments.tally,
-            exposition=Exposition(instruments, watch, limiters, store.queue_depths),
+            exposition=Exposition(instruments, watch, keepers, store.queue_depths),
             state=_counted(store.listeners, instruments, State(instance_id, watch)),
             board=board,
             store=store,
@@ -297,6 +299,20 @@ async def _open_pools(
             keeping = asyncio.create_task(keepers[pool].run())
             stack.callback(keeping.cancel)
         yield limiters, keepers
+
+
+def _learn(
+    stack: AsyncExitStack,
+    deployment: Deployment,
+    keepers: Mapping[str, PolicyKeeper],
+    spine: Spine,
+) -> None:
+    """Learn the limits of each upstream but Gemini's, whose answers have no headers about them."""
+    for one in deployment.upstreams:
+        if one.pool != DEFAULT_POOL and one.name in spine.health:
+            announced = spine.health[one.name].announced
+            learner = LimitLearner(keepers[one.pool], announced, one.learn)
+            stack.callback(asyncio.create_task(learner.run()).cancel)
 
 
 def _spine_of(

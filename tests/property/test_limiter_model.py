@@ -176,6 +176,15 @@ class PoolMachine(Traffic):
         else:
             self.world.close_gate(name, for_ms, most_ms, tried=what == "failed")
 
+    @rule(
+        name=limits,
+        amount=st.sampled_from([1, 3, 100_000]),
+        after_ms=st.sampled_from([0, 0, 2000]),
+    )
+    def charge_what_others_used(self, name: str, amount: int, after_ms: int) -> None:
+        self.world.advance(after_ms)
+        self.world.charge(name, amount)
+
     # -- what must hold
 
     @invariant()

@@ -263,6 +263,10 @@ class World:
         done = self.model.open(name, ramp_ms, run=self.run, wall=self.wall_ms)
         self._act({"verb": "open", "limit": name, "ramp_ms": ramp_ms}, done)
 
+    def charge(self, name: str, amount: int) -> None:
+        done = self.model.charge(name, amount, run=self.run, wall=self.wall_ms)
+        self._act({"verb": "charge", "limit": name, "amount": amount}, done)
+
     def revoke(self, who: str) -> None:
         done = self.model.revoke(who, run=self.run, wall=self.wall_ms)
         self._act({"verb": "revoke", "sid": who}, done)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tidegate.limiter import Limiter
-    from tidegate.policy.inspection import Overview, ShownPermit
+    from tidegate.policy.inspection import Control, Overview, ShownPermit
+    from tidegate.policy.learned import LearnedLimit
     from tidegate.policy.rollout import PolicyKeeper, Revision
     from tidegate.store.records import PolicyRecord
 
@@ -58,6 +59,7 @@ def show(json: Json = False) -> None:
             for one in overview.limits
         ],
     )
+    _show_learned(overview)
     if overview.queues:
         typer.echo()
         show_table(
@@ -74,6 +76,23 @@ def show(json: Json = False) -> None:
                 for queue in overview.queues
             ],
         )
+
+
+def _show_learned(overview: Overview) -> None:
+    """What headers of answers report that differs from the limits in force."""
+    rows: list[tuple[str, ...]] = [
+        (one.limit, one.model, str(one.bound), _in_force(one), one.at.replace("+00:00", ""))
+        for one in overview.learned
+        if one.drift != "same"
+    ]
+    if rows:
+        typer.echo()
+        columns = ("limit", "model", "bound", "in force", "at (UTC)")
+        show_table("Learned from headers (tidegate limits accept [ID])", columns, rows)
+
+
+def _in_force(one: LearnedLimit) -> str:
+    return "none" if one.in_force is None else f"{one.in_force}: it {one.drift}"
 
 
 def _show_heading(overview: Overview) -> None:
@@ -95,7 +114,10 @@ def _show_heading(overview: Overview) -> None:
 def _remark(one: Any, overview: Overview) -> str:
     from tidegate.limiter import format_pause
 
-    remarks = []
+    remarks = [] if one.source == "set" else [one.source]
+    for learned in overview.learned:
+        if learned.limit == one.limit and learned.others_share:
+            remarks.append(f"others on the account take {learned.others_share:.0%}")
     if one.paused_ms:
         by = f" by {one.paused_by}" if one.paused_by else ""
         remarks.append(f"paused{by}, {format_pause(one.paused_ms)}")
@@ -106,6 +128,33 @@ def _remark(one: Any, overview: Overview) -> str:
     if one.shadowed:
         remarks.append(f"would have held up {one.shadowed}")
     return "; ".join(remarks)
+
+
+@app.command()
+def accept(
+    limits: Annotated[
+        list[str] | None, typer.Argument(help="Ids; all that differ if absent.", metavar="[ID]...")
+    ] = None,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Put limits in force as headers of the provider's answers report them."""
+    from tidegate.policy.format import Plain, to_plain
+    from tidegate.policy.rollout import differences
+
+    async def work(control: Control) -> tuple[Plain, Revision]:
+        before = to_plain(control.limiter.policy)
+        now = await control.accept(limits or (), by=who(), reason=reason)
+        await in_force(control.limiter)
+        return before, now
+
+    before, now = in_pool(work)
+    changes_made = "".join(f"\n  {line}" for line in differences(before, now.policy))
+    tell(
+        json,
+        {"revision": now.number, "set_by": now.set_by, "policy": now.policy},
+        f"revision {now.number} is in force{changes_made}",
+    )
 
 
 @app.command("set")

@@ -36,7 +36,6 @@ from tidegate.errors import LimiterUnavailable, ShuttingDown, StoreUnavailable, 
 from tidegate.http.services import Services
 from tidegate.limiter import (
     Concurrency,
-    Limiter,
     LimitView,
     PoolPolicy,
     QueueView,
@@ -47,6 +46,8 @@ from tidegate.limiter import (
 )
 from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.policy.format import in_words
+from tidegate.policy.learned import LearnedLimit, shared_limits
+from tidegate.policy.rollout import PolicyKeeper
 from tidegate.store.statistics import CallCounts, History, Total, percentiles
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -54,6 +55,7 @@ MOST_LIMITS = 100
 MOST_TENANTS = 50
 MOST_PROCESSES = 100
 MOST_FOUND = 10
+MOST_LEARNED = 20
 _SORTS = {"c": "concurrency", "r": "rate", "q": "quota"}
 _LIMIT_FIELDS = (
     *("limit", "bound", "current", "used", "waiting", "lapsing", "reserved", "shadowed"),
@@ -67,7 +69,7 @@ async def live_frame(services: Services) -> Frame:
     """All pools as Valkey sees them now, and the upstreams as the processes do."""
     notes, pools = await asyncio.gather(
         services.board.notes(),
-        asyncio.gather(*(_pool(name, limiter) for name, limiter in services.limiters.items())),
+        asyncio.gather(*(_pool(name, keeper) for name, keeper in services.keepers.items())),
     )
     return {
         "at": time.time(),
@@ -102,27 +104,36 @@ def _badness(found: UpstreamFound) -> tuple[bool, int, int]:
     return found.key_refused, ("ok", "trying", "out").index(found.state), found.faults
 
 
-async def _pool(name: str, limiter: Limiter) -> Frame:
+async def _pool(name: str, keeper: PolicyKeeper) -> Frame:
+    limiter = keeper.limiter
     try:
-        return pool_frame(name, await limiter.snapshot(), limiter.policy)
+        snapshot, learned = await asyncio.gather(
+            limiter.snapshot(), shared_limits(limiter, keeper.provider)
+        )
+        return pool_frame(name, snapshot, limiter.policy, learned)
     except LimiterUnavailable as away:
         return {"pool": name, "problem": away.message}
 
 
-def pool_frame(pool: str, snapshot: Snapshot, policy: PoolPolicy) -> Frame:
+def pool_frame(
+    pool: str, snapshot: Snapshot, policy: PoolPolicy, learned: Sequence[LearnedLimit] = ()
+) -> Frame:
     """One pool: see `docs/dashboard.md` for what the page makes of it."""
     limits = sorted(snapshot.limits.values(), key=_pressure, reverse=True)
     processes = sorted(snapshot.processes, key=lambda one: (-one.held, one.name))
     tenants = _tenants(snapshot)
     shown = sorted(limits[:MOST_LIMITS], key=lambda one: one.limit)
     waiting_at = _by_process(snapshot.queues)
+    others = {one.limit: one.others_share for one in learned}
+    differing = [one for one in learned if one.drift != "same"]
     return {
         "pool": pool,
         "revision": snapshot.revision,
         "recovering_ms": snapshot.recovering_ms,
         "in_flight": sum(one.held for one in snapshot.processes),
         "waiting": sum(one.waiting for one in snapshot.tenants),
-        "limits": [_limit(one, policy) for one in shown],
+        "limits": [_limit(one, policy, others.get(one.limit, 0.0)) for one in shown],
+        "learned": [_learned(one) for one in differing[:MOST_LEARNED]],
         "more_limits": len(limits) - len(shown),
         "tenants": tenants[:MOST_TENANTS],
         "more_tenants": len(tenants[MOST_TENANTS:]),
@@ -135,14 +146,27 @@ def _pressure(view: LimitView) -> tuple[bool, int, float]:
     return view.paused_ms > 0, view.waiting, view.used / max(1, view.current)
 
 
-def _limit(view: LimitView, policy: PoolPolicy) -> Frame:
+def _learned(one: LearnedLimit) -> Frame:
+    return {
+        "limit": one.limit,
+        "model": one.model,
+        "bound": one.bound,
+        "in_force": one.in_force,
+        "drift": one.drift,
+    }
+
+
+def _limit(view: LimitView, policy: PoolPolicy, others_share: float) -> Frame:
     limit = policy.limit(view.limit)
     found: Frame = {
         **{name: getattr(view, name) for name in _LIMIT_FIELDS},
         "sort": _SORTS.get(view.sort, view.sort),
         "words": str(view.bound) if limit is None else in_words(limit),
         "shadow": limit is not None and limit.shadow,
+        "others_share": others_share,
     }
+    if isinstance(limit, Rate | Quota):
+        found["source"] = limit.source
     if isinstance(limit, Concurrency):
         found["adaptive"] = limit.adaptive is not None
     if isinstance(limit, Rate):

@@ -597,6 +597,12 @@ class Limiter:
         self._session.refresh()
         return done
 
+    async def charge(self, limit: str, amount: int) -> bool:
+        """Count `amount` of a rate or day quota as spent now, without a call: what others have used
+        that share the limit outside of the pool. It may exceed the bound. False if there is no such
+        limit, or while Valkey may have lost data."""
+        return bool(await self._act({"verb": "charge", "limit": limit, "amount": amount}))
+
     async def revoke(self, session: str) -> int:
         """Take back all that a process holds whose death is certain, named by its session or its
         `instance_id`. If it lives it finds its session gone, and cancels its calls. Returns how

@@ -270,6 +270,21 @@ class Metric:
         "For how long no call is admitted; 0: not paused",
         "pool limit",
     )
+    LEARNED = _of_all(
+        "tidegate_limit_learned_bound",
+        "Bound of a limit as headers of the provider's answers report it",
+        "pool limit",
+    )
+    DRIFT = _of_all(
+        "tidegate_limit_drift",
+        "By how much that is above the bound in force; 0 where none is set",
+        "pool limit",
+    )
+    OTHERS = _of_all(
+        "tidegate_limit_others_ratio",
+        "Share of a limit that others on the same account take",
+        "pool limit",
+    )
     SESSIONS = _of_all("tidegate_sessions", "Processes in the pool", "pool")
     BLOCKED = _of_all("tidegate_sessions_blocked", "Of those: paused or out of reach", "pool")
     RECOVERING = _of_all(

@@ -39,6 +39,8 @@ from tidegate.metrics.instruments import (
     Metric,
     Spec,
 )
+from tidegate.policy.learned import LearnedLimit, shared_limits
+from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import ActiveCall, ActiveCalls, CallRecord
 from tidegate.spine.routing import Announcement, Gate, State
 from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, QueueDepths
@@ -275,16 +277,25 @@ class Given(Collector):
         family.add_metric(labels, value)
 
 
-async def read(limiters: Mapping[str, Limiter], standing: QueueDepths) -> Given:
+async def read(keepers: Mapping[str, PolicyKeeper], standing: QueueDepths) -> Given:
     """Ask both stores concurrently."""
     given = Given()
     given.add(Metric.BUILD, 1, __version__)
-    snapshots = (_asked(one.pool, one.snapshot()) for one in limiters.values())
-    pools, depths = await asyncio.gather(
-        asyncio.gather(*snapshots), _asked("PostgreSQL", standing.depths())
+    limiters = [one.limiter for one in keepers.values()]
+    snapshots = (_asked(one.pool, one.snapshot()) for one in limiters)
+    learned = (
+        _asked(one.limiter.pool, shared_limits(one.limiter, one.provider))
+        for one in keepers.values()
+    )
+    pools, found, depths = await asyncio.gather(
+        asyncio.gather(*snapshots),
+        asyncio.gather(*learned),
+        _asked("PostgreSQL", standing.depths()),
     )
     left_out: Counter[str] = Counter()
-    for pool, snapshot in zip(limiters, pools, strict=True):
+    for pool, limits in zip(keepers, found, strict=True):
+        _tell_learned(given, pool, limits or ())
+    for pool, snapshot in zip(keepers, pools, strict=True):
         given.add(Metric.VALKEY_UP, float(snapshot is not None), pool)
         if snapshot is not None:
             _tell_pool(given, pool, snapshot, left_out)
@@ -307,6 +318,14 @@ async def _asked(of: str, work: Awaitable[T]) -> T | None:
     except Exception:  # logged: one part of a scrape must not take the rest with it
         log.exception(Log.INTERNAL_ERROR, component="metrics")
         return None
+
+
+def _tell_learned(given: Given, pool: str, limits: Iterable[LearnedLimit]) -> None:
+    for one in list(limits)[:MOST_LIMITS]:
+        given.add(Metric.LEARNED, one.bound, pool, one.limit)
+        drifts = one.drift in ("rose", "fell")
+        given.add(Metric.DRIFT, one.bound - (one.in_force or 0) if drifts else 0, pool, one.limit)
+        given.add(Metric.OTHERS, one.others_share, pool, one.limit)
 
 
 def _tell_pool(given: Given, pool: str, snapshot: Snapshot, left_out: Counter[str]) -> None:
@@ -517,12 +536,12 @@ class Exposition:
         self,
         instruments: Instruments,
         watch: Watch,
-        limiters: Mapping[str, Limiter],
+        keepers: Mapping[str, PolicyKeeper],
         depths: QueueDepths,
     ) -> None:
         self._instruments = instruments
         self._watch = watch
-        self._limiters = limiters
+        self._keepers = keepers
         self._depths = depths
         self._answers: dict[str, tuple[float, bytes, str]] = {}
         self._making = asyncio.Lock()
@@ -534,7 +553,7 @@ class Exposition:
             made_at, body, media_type = self._answers.get(sort, (float("-inf"), b"", ""))
             if time.monotonic() - made_at > EXPOSITION_FRESH_S:
                 self._watch.look()
-                given = await read(self._limiters, self._depths)
+                given = await read(self._keepers, self._depths)
                 encode, media_type = choose_encoder(accept)
                 body = await asyncio.to_thread(encode, self._instruments.also(given))
                 self._answers[sort] = (time.monotonic(), body, media_type)

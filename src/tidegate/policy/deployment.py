@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
@@ -49,9 +49,12 @@ _EMULATED_MODELS = (
 )
 _OUR_KEY = "tg_"  # an SDK's variable may hold a key of this gateway
 USUAL_AT_ONCE = 64
+# What becomes of limits that headers of answers report: a proposal, or in force where none is set.
+Learn = Literal["propose", "apply"]
+_LEARN: tuple[Learn, ...] = get_args(Learn)
 _POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
-_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", *TIMEOUTS)
+_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", "learn", *TIMEOUTS)
 _KEYS = ("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
 _LONGEST_MS = 86_400_000
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
@@ -68,7 +71,7 @@ class Upstream:
     provider's. weight: its share where several serve a model. prices: pattern -> price, before the
     public ones of `provider`, or where it names none of the provider of its hosts. asks_usage:
     whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
-    that differ from the settings."""
+    that differ from the settings. learn: what becomes of limits in headers of its answers."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -80,6 +83,7 @@ class Upstream:
     asks_usage: bool = True
     timeouts: Mapping[str, int] = field(default_factory=dict)
     provider: str | None = None
+    learn: Learn = "propose"
 
     @property
     def pool(self) -> str:
@@ -278,6 +282,11 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path}.asks_usage", str(table["asks_usage"]), "must be true or false"
             )
         found["asks_usage"] = table["asks_usage"]
+    if "learn" in table:
+        if table["learn"] not in _LEARN:
+            allowed = f"must be one of {', '.join(_LEARN)}"
+            raise ConfigError(f"{path}.learn", str(table["learn"])[:100], allowed)
+        found["learn"] = table["learn"]
     found["timeouts"] = {
         name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
     }

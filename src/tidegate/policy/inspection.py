@@ -11,7 +11,7 @@ changes nothing; every action logs who did it and why.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -39,7 +39,8 @@ from tidegate.limiter import (
     format_span,
 )
 from tidegate.policy.format import MEASURES, TOTAL, in_words, plain_model, to_plain, whom_it_binds
-from tidegate.policy.rollout import PolicyKeeper
+from tidegate.policy.learned import LearnedLimit, acceptance, shared_limits
+from tidegate.policy.rollout import PolicyKeeper, Revision
 from tidegate.store.requests import ActiveRequests, JobsAhead, RunningCall, Whereabouts
 from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log, get_logger
@@ -64,7 +65,7 @@ class InForce:
 class ShownLimit:
     """A limit with what it comes to in words. For the other fields see `LimitView`; `bound` is
     that of the policy in force, `current` what an adaptive limit has found. Amounts of the unit
-    `usd` are in millionths of a dollar."""
+    `usd` are in millionths of a dollar. source: `set` by a person, `imported` or `learned`."""
 
     limit: str
     words: str
@@ -78,11 +79,13 @@ class ShownLimit:
     paused_ms: int
     paused_by: str
     room_in_ms: int
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A pool. `recovering_ms`: no call is admitted for so long, after Valkey lost its data."""
+    """A pool. `recovering_ms`: no call is admitted for so long, after Valkey lost its data.
+    learned: limits as headers of the provider's answers report them, beside those in force."""
 
     pool: str
     in_force: InForce
@@ -92,6 +95,7 @@ class Overview:
     tenants: list[TenantView]
     queues: list[QueueView]
     policy: dict[str, Any]
+    learned: list[LearnedLimit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,20 @@ class Control:
             tenants=list(snapshot.tenants),
             queues=list(snapshot.queues),
             policy=to_plain(policy),
+            learned=await self.learned(),
         )
+
+    async def learned(self) -> list[LearnedLimit]:
+        """The limits that headers of answers report, and what others on the account take."""
+        return await shared_limits(self.limiter, self.keeper.provider)
+
+    async def accept(self, limits: Collection[str], *, by: str, reason: str = "") -> Revision:
+        """Put learned bounds in force: of these limits, or of all that differ where none is named.
+        Raises NotFound where nothing is learned of one, or nothing differs, and StoreUnavailable.
+        """
+        change = acceptance(await self.learned(), limits, self.keeper.provider)
+        why = reason or "learned from the headers of answers"
+        return await self.keeper.change(change, set_by=by, reason=why)
 
     async def permits(self) -> list[ShownPermit]:
         """Every permit in use."""
@@ -193,8 +210,10 @@ class Control:
 
     def _shown(self, view: LimitView) -> ShownLimit:
         limit = self.limiter.policy.limit(view.limit)
-        unit = limit.unit if isinstance(limit, Rate | Quota) else "calls"
-        told: dict[str, Any] = {"words": _words_of(view, limit), "unit": unit}
+        unit, source = "calls", "set"
+        if isinstance(limit, Rate | Quota):
+            unit, source = limit.unit, limit.source
+        told: dict[str, Any] = {"words": _words_of(view, limit), "unit": unit, "source": source}
         same = {
             one.name: getattr(view, one.name) for one in fields(ShownLimit) if one.name not in told
         }

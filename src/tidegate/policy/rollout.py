@@ -287,7 +287,7 @@ class PolicyKeeper:
         self.limiter = limiter
         self._policies = policies
         self._set_by = set_by
-        self._provider = provider
+        self.provider = provider
 
     async def run(self) -> None:
         """Put this deployment's policy in force if it is new; then watch, for ever.
@@ -332,9 +332,9 @@ class PolicyKeeper:
 
         def whole(plain: Plain) -> Plain:
             edited = edit(plain)
-            if origin is not Origin.LIVE or not self._provider:
+            if origin is not Origin.LIVE or not self.provider:
                 return edited
-            limits = filled(edited["limits"], self._provider, plain["limits"])
+            limits = filled(edited["limits"], self.provider, plain["limits"])
             return {**edited, "limits": limits}
 
         return await self._decided(

@@ -22,6 +22,7 @@ from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.policy.format import Edit, edit
 from tidegate.policy.inspection import Control, Overview, Reason, ShownPermit, why
+from tidegate.policy.rollout import Revision
 from tidegate.store.records import PolicyRecord
 
 MOST_BYTES = 1_000_000
@@ -152,6 +153,18 @@ class NewPause(Signed):
     )
 
 
+class AcceptedLimits(BaseModel):
+    """Learned limits to be put in force, by whom and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limits: list[str] = Field(
+        default_factory=list, max_length=1_000, description="Ids; all that differ if empty"
+    )
+    by: str = Field(default="admin", min_length=1, max_length=100)
+    reason: str = Field(default="", max_length=500)
+
+
 class InForceNow(BaseModel):
     """The revision that is in force now."""
 
@@ -202,6 +215,19 @@ async def history(
     request: Request, most: Annotated[int, Query(ge=1, le=1_000)] = 50
 ) -> list[PolicyRecord]:
     return await control_of(request).keeper.history(most)
+
+
+@router.post(
+    "/limits/accept",
+    responses=problem_responses(404),
+    openapi_extra=described(AcceptedLimits),
+    summary="Put limits in force as headers of the provider's answers report them",
+)
+async def accept_learned(request: Request) -> InForceNow:
+    chosen = await read_json(request, AcceptedLimits)
+    with config_errors_refused():
+        now = await control_of(request).accept(chosen.limits, by=chosen.by, reason=chosen.reason)
+    return _shown(now)
 
 
 @router.put(
@@ -293,4 +319,8 @@ async def _changed(request: Request, signed: Signed, change: Edit) -> InForceNow
     keeper = control_of(request).keeper
     with config_errors_refused():
         now = await keeper.change(change, set_by=signed.by, reason=signed.reason)
+    return _shown(now)
+
+
+def _shown(now: Revision) -> InForceNow:
     return InForceNow(revision=now.number, set_by=now.set_by, reason=now.reason, policy=now.policy)

@@ -1,7 +1,7 @@
--- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, revoke a session
+-- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit for_ms most_ms ramp_ms tried said sid run
+-- request: verb limit for_ms most_ms ramp_ms tried amount said sid run
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
@@ -75,6 +75,13 @@ elseif q.verb == 'resume' then
   call('ZREM', T.timed_key, q.limit)
   T.note_timers()
   T.touch(limit)
+elseif q.verb == 'charge' then
+  -- Used by others outside of the pool: spent without a call, also above the bound.
+  local limit = T.limit_of(q.limit)
+  if limit.defined and limit.sort ~= 'c' and not pool.doubtful then
+    T.rates().assert_spent(limit, q.amount)
+    done = 1
+  end
 elseif q.verb == 'revoke' then
   for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
     if sid == q.sid or call('HGET', T.session_key(sid), 'name') == q.sid then

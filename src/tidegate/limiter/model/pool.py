@@ -576,6 +576,17 @@ class PoolModel:
         self._end_act(in_doubt=in_doubt)
         return done
 
+    def charge(self, name: str, amount: int, *, run: str, wall: int) -> int:
+        """Count what others outside of the pool have used of a rate or quota as spent now."""
+        in_doubt = self._begin_act(run, wall)
+        limit, done = self.pool.limit(name), 0
+        if limit.is_rate and not in_doubt:
+            self.capacity.spent(limit)
+            limit.spending.add(limit.limit, amount, self.pool.now)
+            done = 1
+        self._end_act(in_doubt=in_doubt)
+        return done
+
     def revoke(self, who: str, *, run: str, wall: int) -> int:
         """Take back all that a session holds, or held when it died; `who` is its id or its name."""
         in_doubt = self._begin_act(run, wall)

@@ -19,6 +19,8 @@ export function limitsCard(pool) {
   const list = h("ul", { class: "limits" });
   const more = h("p", { class: "quiet-text card-body", hidden: true });
   const draw = keyed(list, (first) => row(first.limit, pool));
+  const learned = h("ul", { class: "limits card-body", "aria-label": "Learned limits", hidden: true });
+  const drawLearned = keyed(learned, (first) => learnedRow(first.limit, pool));
   const revision = h("span", { class: "quiet-text" });
   return {
     element: h(
@@ -31,15 +33,48 @@ export function limitsCard(pool) {
         ["Limit", "", "Used", "Waiting", "State", ""].map((words) => h("div", {}, words)),
       ),
       list,
+      learned,
       more,
     ),
     update(frame) {
       draw(frame.limits, (one) => one.limit);
+      drawLearned(frame.learned ?? [], (one) => one.limit);
+      learned.hidden = !frame.learned?.length;
       say(revision, `revision ${frame.revision}`);
       more.hidden = !frame.more_limits;
       say(more, `${count(frame.more_limits)} more, less pressed: see tidegate limits`);
     },
   };
+}
+
+/** A limit that the headers of answers report, and that is not in force so. */
+function learnedRow(limit, pool) {
+  const words = h("span", {});
+  const accept = h("button", { class: "button quiet small", type: "button" }, "Accept");
+  accept.setAttribute("aria-label", `Accept ${limit}`);
+  accept.addEventListener("click", () => acceptLimit(pool(), limit));
+  return {
+    element: h("li", { data: { learned: limit } }, h("span", { class: "badge accent" }, "Learned"), " ", words, " ", accept),
+    update(one) {
+      const now = one.in_force === null ? "none is in force" : `${count(one.in_force)} is in force, it ${one.drift}`;
+      say(words, `${limit}: ${count(one.bound)} (${now})`);
+    },
+  };
+}
+
+function acceptLimit(pool, limit) {
+  const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
+  return confirm({
+    title: `Accept ${limit} as learned?`,
+    text: "The bound that the provider's answers report is in force in every process within a second.",
+    fields: [reason],
+    action: "Accept",
+    act: async (values) => {
+      const body = { limits: [limit], by: "dashboard", reason: values.reason };
+      await post("admin/limits/accept", body, { query: { pool } });
+      toast(`${limit} is in force as learned.`);
+    },
+  });
 }
 
 function row(limit, pool) {
@@ -138,6 +173,11 @@ function drawBadges(badges, one, isPaused, isFull) {
   if (one.adaptive && one.current < one.bound) {
     said.push(["accent", `Adapting: ${count(one.current)} of ${count(one.bound)}`, ""]);
   }
+  if (one.others_share > 0) {
+    const share = `${Math.round(one.others_share * 100)} %`;
+    said.push(["warn", `Others take ${share}`, "Of the same account: that much is kept free for them"]);
+  }
+  if (one.source && one.source !== "set") said.push(["", one.source === "learned" ? "Learned" : "Imported", ""]);
   if (one.shadow) said.push(["", `Only counts: ${brief(one.shadowed)} would have waited`, ""]);
   const text = said.map((parts) => parts.join("|")).join("\n");
   if (badges.dataset.said === text) return;

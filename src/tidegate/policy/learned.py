@@ -1,0 +1,334 @@
+"""Limits learned from the headers of answers, beside those in force; others on the same account.
+
+A reading is what the last answer for a model reported of one rate. Processes share their readings
+by notes; one of them, the leader, also judges from how fast the remaining amount falls what others
+take that use the same account. What is learned is a proposal: it changes no limit of a person.
+
+Pure but for `shared_limits`. Invariant: of a limit the newest reading counts, whichever process
+has it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+import orjson
+
+from tidegate.errors import NotFound
+from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, as_limit
+from tidegate.policy.format import (
+    MEASURES,
+    Edit,
+    Plain,
+    is_in_group,
+    is_pattern,
+    plain_limit,
+    source_of,
+    whom_it_binds,
+)
+from tidegate.policy.presets import filled
+
+MOST_READERS = 100
+_ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
+# Azure's header of requests is of 10 s; a limit of a minute has six times as many.
+_AZURE_SPANS = 6
+
+Drift = Literal["new", "rose", "fell", "same"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderReading:
+    """One rate of a model as headers report it. scope: such as `tpm`. at: in seconds since 1970.
+    window_ms: as the time until the rate is unused implies it, where that is known."""
+
+    model: str
+    scope: str
+    bound: int
+    remaining: int | None
+    at: float
+    window_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OthersUse:
+    """What others on the account take of a limit a window, and how much of it is kept free."""
+
+    limit: str
+    amount: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedNote:
+    """What a process shares. `others` are the leader's."""
+
+    readings: tuple[HeaderReading, ...] = ()
+    others: tuple[OthersUse, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedLimit:
+    """A limit as the provider reports it. bound: in the window of the limit in force, if there is
+    one; in_force: its bound. others_share: of the bound, what others on the account take."""
+
+    limit: str
+    model: str
+    bound: int
+    in_force: int | None
+    drift: Drift
+    source: str
+    others_share: float
+    at: str
+
+
+def packed_note(note: LearnedNote) -> bytes:
+    return orjson.dumps(asdict(note))
+
+
+def unpacked_note(raw: bytes) -> LearnedNote:
+    """An empty one of a process that shares something else."""
+    told = orjson.loads(raw)
+    if "readings" not in told:
+        return LearnedNote()
+    return LearnedNote(
+        tuple(HeaderReading(**one) for one in told["readings"]),
+        tuple(OthersUse(**one) for one in told["others"]),
+    )
+
+
+class LimitMatch:
+    """The limits of one policy that readings are about."""
+
+    def __init__(self, policy: PoolPolicy, provider: str) -> None:
+        self.policy = policy
+        self._provider = provider
+        self._found: dict[tuple[str, str], str | None] = {}
+
+    def of(self, reading: HeaderReading) -> str | None:
+        """The limit in force that a reading is about: of several the lowest; None where none is."""
+        key = reading.model, reading.scope
+        if key not in self._found:
+            self._found[key] = self._lowest(*key)
+        return self._found[key]
+
+    def _lowest(self, model: str, scope: str) -> str | None:
+        measure, found = MEASURES[scope], []
+        for name in self.policy.limits:
+            own = MEASURES.get(name.partition(":")[0])
+            limit = self.policy.limit(name)
+            if own is None or not isinstance(limit, Rate | Quota) or limit.shadow:
+                continue
+            alike = _ALIKE.get(limit.unit, limit.unit) == _ALIKE.get(measure.unit, measure.unit)
+            same_day = (own.window_ms is None) == (measure.window_ms is None)
+            whom = whom_it_binds(name) or ""
+            binds = is_in_group(model, whom) if is_pattern(whom) else model == whom
+            if alike and same_day and binds:
+                found.append((limit.bound, name))
+        return min(found)[1] if found else None
+
+    def bound_for(self, reading: HeaderReading, name: str) -> int | None:
+        """The bound of a reading in the window of the limit in force; None where that is not sure:
+        a header seldom names its window."""
+        limit = self.policy.limit(name)
+        usual_ms = MEASURES[reading.scope].window_ms
+        if not isinstance(limit, Rate) or usual_ms is None or limit.window_ms == usual_ms:
+            return reading.bound
+        if self._provider == "azure" and reading.scope == "rpm":
+            return reading.bound
+        if reading.window_ms is None:
+            return None
+        own, usual = limit.window_ms / reading.window_ms, usual_ms / reading.window_ms
+        if max(own, 1 / own) <= max(usual, 1 / usual):
+            return reading.bound
+        return max(1, round(reading.bound * limit.window_ms / usual_ms))
+
+
+def newest(notes: Iterable[LearnedNote], match: LimitMatch) -> dict[str, HeaderReading]:
+    """The newest reading of each limit: by the id of the one in force, else by that of a new
+    one."""
+    found: dict[str, HeaderReading] = {}
+    for note in notes:
+        for one in note.readings:
+            if one.scope not in MEASURES or one.bound <= 0:
+                continue
+            name = match.of(one) or f"{one.scope}:{one.model}"
+            if name not in found or found[name].at < one.at:
+                found[name] = one
+    return found
+
+
+def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[LearnedLimit]:
+    """Of all processes, beside the policy in force."""
+    others = {one.limit: one for note in notes for one in note.others}
+    found = []
+    for name, reading in sorted(newest(notes, match).items()):
+        limit = match.policy.limit(name)
+        bound = reading.bound if limit is None else match.bound_for(reading, name)
+        if bound is None:
+            continue
+        in_force = None if limit is None else as_limit(limit).bound
+        share = others[name].amount / bound if name in others else 0.0
+        at = datetime.fromtimestamp(reading.at, UTC).isoformat(timespec="seconds")
+        source = "set" if limit is None else source_of(plain_limit(name, limit))
+        drift = _drift(bound, in_force)
+        found.append(
+            LearnedLimit(
+                name, reading.model, bound, in_force, drift, source, round(min(share, 1.0), 3), at
+            )
+        )
+    return found
+
+
+async def shared_limits(limiter: Limiter, provider: str) -> list[LearnedLimit]:
+    """What all processes of a pool have learned. Raises LimiterUnavailable."""
+    notes = [unpacked_note(raw) for raw in (await limiter.told(MOST_READERS)).values()]
+    return learned_limits(notes, LimitMatch(limiter.policy, provider))
+
+
+def _drift(bound: int, in_force: int | None) -> Drift:
+    if in_force is None:
+        return "new"
+    if bound == in_force:
+        return "same"
+    return "rose" if bound > in_force else "fell"
+
+
+def acceptance(found: Iterable[LearnedLimit], names: Collection[str], provider: str) -> Edit:
+    """The change that puts learned bounds in force: of these limits, or of all that differ where
+    none is named. What else a limit in force says stays. Raises NotFound for one that was not
+    learned, and where nothing differs."""
+    known = {one.limit: one for one in found}
+    for name in names:
+        if name not in known:
+            raise NotFound(f"nothing is learned of a limit {name}")
+    chosen = [one for one in known.values() if one.limit in names or not names]
+    differing = [one for one in chosen if one.drift != "same"]
+    if not differing:
+        raise NotFound("no limit in force differs from what is learned")
+    return lambda plain: {**plain, "limits": _with_learned(plain["limits"], differing, provider)}
+
+
+def _with_learned(limits: Plain, found: Iterable[LearnedLimit], provider: str) -> Plain:
+    changed = dict(limits)
+    for one in found:
+        now = changed.get(one.limit)
+        if isinstance(now, Mapping):
+            changed[one.limit] = {**now, "bound": one.bound}
+        elif now is not None:
+            changed[one.limit] = one.bound
+        else:
+            spans = _AZURE_SPANS if provider == "azure" and one.limit.startswith("rpm:") else 1
+            value = {"bound": one.bound * spans, "source": "learned"}
+            changed |= filled({one.limit: value}, provider)
+    return changed
+
+
+# Shares of a bound: others are noticed from the first on, and gone below the second; the third is
+# kept free beside what they take, since they come in bursts.
+NOTICED, GONE, MARGIN = 0.05, 0.02, 0.03
+# How much of the difference one look makes up for: single readings are late or rounded.
+_STEP = 0.4
+# While there are others, or a bound fell, more is kept free for as long as less than the first
+# remains: a part of the bound that grows each second, up to the last, and ends slowly.
+SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
+# So long before it ends a charge is renewed, else there would be room for a moment.
+RENEWED_S = 2.5
+# Limits of a shorter window are over before anything is noticed.
+LEAST_WINDOW_S = 4 * RENEWED_S
+
+
+@dataclass(slots=True)
+class AccountUse:
+    """Use of one limit of an account in the last window: by all, as headers tell it, and by us.
+
+    What remained at two answers, and what has refilled between, is what all have used; what the
+    pool counts of that is ours, and the rest is of others. Where our count is above the provider's
+    there are no others; where it is below, the difference is kept free, whatever its cause.
+    refills: whether the limit is a bucket, and no window that begins again.
+    """
+
+    window_s: float
+    span_s: float
+    refills: bool
+    others: float = 0.0
+    acts: bool = False
+    _more: float = 0.0
+    _last: HeaderReading | None = None
+    _used: deque[tuple[float, float]] = field(default_factory=deque)
+    _kept: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def read(self, reading: HeaderReading) -> None:
+        """Take a reading; one that is not newer than the last is passed over."""
+        last = self._last
+        if reading.remaining is None or (last is not None and reading.at <= last.at):
+            return
+        self._last = reading
+        if last is None or last.remaining is None or last.bound != reading.bound:
+            return
+        passed_s = reading.at - last.at
+        if passed_s > self.window_s:
+            return
+        used = float(last.remaining - reading.remaining)
+        if self.refills:
+            refilled = reading.bound * passed_s / self.window_s
+            used += min(refilled, max(0, reading.bound - last.remaining))
+        elif used < 0:  # a window has begun
+            used = reading.bound - reading.remaining
+        self._used.append((reading.at, used))
+
+    def kept(self, now: float) -> int:
+        """How much is kept free by what was charged in the last window."""
+        while self._kept and self._kept[0][0] <= now - self.span_s:
+            self._kept.popleft()
+        return sum(amount for _, amount in self._kept)
+
+    def inherit(self, kept: int, now: float) -> None:
+        """Go on with what an earlier leader has charged."""
+        if kept > 0:
+            self._kept.append((now, kept))
+
+    def due(self, now: float, counted: int, in_force: int, bound: int) -> int:
+        """How much to charge now so that room is left for others, and for a bound that fell.
+
+        counted: what the pool counts in the window, with all that was charged here."""
+        while self._used and self._used[0][0] <= now - self.span_s:
+            self._used.popleft()
+        kept = self.kept(now)
+        lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
+        by_all, ours = sum(used for _, used in self._used), counted - kept
+        self.others += _STEP * (max(0.0, by_all - ours) - self.others)
+        lower = min(in_force, bound)
+        self.acts = self.others > (GONE if self.acts else NOTICED) * lower
+        wanted = float(max(0, in_force - bound))
+        if self.acts:
+            wanted += self.others + MARGIN * lower
+        wanted += self._short(lower, bound) if wanted else 0.0
+        amount = round(min(wanted, in_force)) - lasting
+        if amount <= 0:
+            return 0
+        self._kept.append((now, amount))
+        return amount
+
+    def _short(self, lower: int, bound: int) -> float:
+        """How much more is to be kept free, since hardly anything remains."""
+        left = None if self._last is None else self._last.remaining
+        if left is not None and left < SPARE * bound:
+            self._more = min(self._more + GROWS * lower, MOST_MORE * lower)
+        else:
+            self._more = max(0.0, self._more - ENDS * lower)
+        return self._more
+
+
+def is_stable(
+    seen: dict[str, tuple[int, float]], one: LearnedLimit, now: float, for_s: float
+) -> bool:
+    """Whether a limit has been reported with the same bound for `for_s`; `seen` keeps it."""
+    bound, since = seen.get(one.limit, (-1, now))
+    if bound != one.bound:
+        seen[one.limit] = one.bound, now
+        return False
+    return now - since >= for_s

@@ -1,0 +1,223 @@
+"""Learning of limits from the headers of answers, and of others on the same account.
+
+    headers ──► readings ──► notes of the pool's sessions ──► shown: limits show, page, metrics
+                                     │
+                                     ▼ the leader, once a second
+                    what all used - what the pool counts = others ──► charge of the limit
+
+Each process reads the last headers of each model once a second, never at a call, and shares them.
+The leader is the process whose session is the first by name of those that share; it charges limits
+with what others take, so that what is left fits the account. Where `learn` is `apply` it puts in
+force what nobody has set.
+
+Invariants: a call pays nothing for it; what a person has set stays in force; a charge ends with the
+window of its limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from tidegate.dialects.headers import RateStatus
+from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
+from tidegate.limiter import Rate, Snapshot
+from tidegate.policy.deployment import Learn
+from tidegate.policy.format import plain_model
+from tidegate.policy.learned import (
+    LEAST_WINDOW_S,
+    MOST_READERS,
+    AccountUse,
+    HeaderReading,
+    LearnedLimit,
+    LearnedNote,
+    LimitMatch,
+    OthersUse,
+    acceptance,
+    is_stable,
+    learned_limits,
+    newest,
+    packed_note,
+    unpacked_note,
+)
+from tidegate.policy.rollout import PolicyKeeper
+from tidegate.spine.routing import Announced, Announcement
+from tidegate.telemetry.logging import Log, get_logger
+
+EVERY_S = 1.0
+KEEP_NOTE_MS = 10_000
+STABLE_S = 5.0
+_SET_BY = "headers"
+_REASON = "learned from the headers of answers"
+_UNITS = {
+    "requests": "r",
+    "tokens": "t",
+    "input_tokens": "it",
+    "output_tokens": "ot",
+    "images": "i",
+}
+_WINDOWS = {"second": "ps", "minute": "pm", "hour": "ph", "day": "pd"}
+_WINDOWS_MS = {"second": 1_000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+# Of providers whose headers leave it out, where it is no minute.
+_UNNAMED: Mapping[tuple[str, str], str] = {("groq", "requests"): "day"}
+# How near the window that the time until a rate is unused implies must be to a day.
+_NEAR = 1.2
+# Providers whose limits are windows that begin again; others are buckets.
+_BEGIN_AGAIN = ("azure",)
+
+log = get_logger()
+
+
+def readings_of(announced: Announcement, provider: str) -> list[HeaderReading]:
+    """The rates of a model that headers report, as limits of a policy count them."""
+    units = {one.unit for one in announced.limits}
+    found = []
+    for one in announced.limits:
+        # Anthropic's `tokens` are those of input and output together.
+        if one.unit == "tokens" and {"input_tokens", "output_tokens"} <= units:
+            continue
+        implied_ms = _implied_ms(one)
+        window = one.window or _UNNAMED.get((provider, one.unit)) or _nearest(implied_ms)
+        if one.limit and window in _WINDOWS:
+            scope = _UNITS[one.unit] + _WINDOWS[window]
+            model = plain_model(announced.model)
+            found.append(
+                HeaderReading(model, scope, one.limit, one.remaining, announced.at, implied_ms)
+            )
+    return found
+
+
+def _implied_ms(one: RateStatus) -> float | None:
+    """The window of a bucket: until it is full, over the part of it that is used."""
+    if not one.limit or one.remaining is None or not one.reset_ms:
+        return None
+    used = one.limit - one.remaining
+    return one.reset_ms * one.limit / used if used > 0 else None
+
+
+def _nearest(implied_ms: float | None) -> str:
+    """A day where the time until the limit is unused implies one; else a minute."""
+    if implied_ms is not None and 1 / _NEAR < implied_ms / _WINDOWS_MS["day"] < _NEAR:
+        return "day"
+    return "minute"
+
+
+class LimitLearner:
+    """One per process and upstream."""
+
+    def __init__(
+        self,
+        keeper: PolicyKeeper,
+        announced: Announced,
+        learn: Learn,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._keeper = keeper
+        self._limiter = keeper.limiter
+        self._announced = announced
+        self._learn = learn
+        self._clock = clock
+        self._others: tuple[OthersUse, ...] = ()  # of the leader
+        self._match: LimitMatch | None = None
+        self._uses: dict[str, AccountUse] = {}
+        self._stable: dict[str, tuple[int, float]] = {}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(EVERY_S)
+            try:
+                await self.look()
+            except (LimiterUnavailable, StoreUnavailable) as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except ConfigError as wrong:
+                log.warning(Log.LIMITS_CONFLICT, reason=f"not learned: {wrong.message}")
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR, component="learning")
+
+    async def look(self) -> None:
+        """Share what this process has read, and as the leader act on what all have.
+
+        Does nothing while no answer has told of a limit. Raises LimiterUnavailable and, where a
+        limit is to be put in force, StoreUnavailable.
+        """
+        if self._limiter.state == "away":
+            return
+        provider = self._keeper.provider
+        own = [reading for one in self._announced.all() for reading in readings_of(one, provider)]
+        if not own:
+            return
+        note = packed_note(LearnedNote(tuple(own), self._others))
+        await self._limiter.tell(note, KEEP_NOTE_MS)
+        told = await self._limiter.told(MOST_READERS)
+        notes = {sid: unpacked_note(raw) for sid, raw in told.items()}
+        readers = [sid for sid, one in notes.items() if one.readings]
+        match = self._matched()
+        if readers and min(readers) == self._limiter.session:
+            await self._lead(notes, match)
+        else:
+            self._others = ()
+            self._uses.clear()
+
+    def _matched(self) -> LimitMatch:
+        policy = self._limiter.policy
+        if self._match is None or self._match.policy is not policy:
+            self._match = LimitMatch(policy, self._keeper.provider)
+        return self._match
+
+    async def _lead(self, notes: Mapping[str, LearnedNote], match: LimitMatch) -> None:
+        others = {sid: one.others for sid, one in notes.items() if sid != self._limiter.session}
+        readings = newest(notes.values(), match)
+        before = {each.limit: each for one in others.values() for each in one}
+        snapshot = await self._limiter.snapshot()
+        found = []
+        for name, reading in readings.items():
+            use = await self._make_room(name, reading, match, snapshot, before)
+            if use is not None:
+                found.append(use)
+        self._others = tuple(found)
+        if self._learn == "apply":
+            await self._apply(learned_limits(list(notes.values()), match))
+
+    async def _make_room(
+        self,
+        name: str,
+        reading: HeaderReading,
+        match: LimitMatch,
+        snapshot: Snapshot,
+        before: Mapping[str, OthersUse],
+    ) -> OthersUse | None:
+        """Charge a limit in force with what others take of it; None where they take nothing."""
+        limit, view = match.policy.limit(name), snapshot.limits.get(name)
+        bound = match.bound_for(reading, name) if isinstance(limit, Rate) else None
+        if not isinstance(limit, Rate) or view is None or bound is None or view.sort != "r":
+            return None
+        window_s = limit.window_ms / 1000
+        if window_s < LEAST_WINDOW_S:
+            return None
+        now, use = self._clock(), self._uses.get(name)
+        if use is None or use.window_s != window_s:
+            refills = self._keeper.provider not in _BEGIN_AGAIN
+            use = self._uses[name] = AccountUse(window_s, window_s + limit.slack / 1000, refills)
+            if name in before:
+                use.inherit(before[name].kept, now)
+        use.read(reading)
+        amount = use.due(now, view.used, limit.bound, bound)
+        if amount:
+            await self._limiter.charge(name, amount)
+        kept = use.kept(now)
+        return OthersUse(name, round(use.others) if use.acts else 0, kept) if kept else None
+
+    async def _apply(self, found: list[LearnedLimit]) -> None:
+        """Put in force what has been reported for some seconds and no person has set."""
+        now = self._clock()
+        sure = [one for one in found if is_stable(self._stable, one, now, STABLE_S)]
+        names = [
+            one.limit
+            for one in sure
+            if one.drift == "new" or (one.drift != "same" and one.source != "set")
+        ]
+        if names:
+            change = acceptance(found, names, self._keeper.provider)
+            await self._keeper.change(change, set_by=_SET_BY, reason=_REASON)

@@ -1,0 +1,147 @@
+"""Limits learned from headers of good answers, over HTTP: shown, accepted, applied, acted on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import Done, tidegate
+from tests.gateway import Gateway, Opener, open_gateway
+from tests.waiting import wait_until
+from tidegate.emulator.server import run_emulator
+from tidegate.policy.inspection import Control
+from tidegate.policy.learned import LearnedLimit
+
+__all__ = ["open_gateway"]
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+LIMITS = [
+    {"models": "gpt-5", "unit": "requests", "bound": 600},
+    {"models": "gpt-5", "unit": "tokens", "bound": 60_000},
+]
+
+
+async def call(gateway: Gateway, model: str = "gpt-5", **more: Any) -> int:
+    body = {"model": model, "messages": MESSAGES, **more}
+    async with gateway.http.post(gateway.url + "/v1/chat/completions", json=body) as answer:
+        await answer.read()
+        return answer.status
+
+
+def control(gateway: Gateway) -> Control:
+    services = gateway.services
+    return Control(services.keepers["oai"], services.store.running_calls, services.store.tenants)
+
+
+async def learned(gateway: Gateway) -> dict[str, LearnedLimit]:
+    return {one.limit: one for one in await control(gateway).learned()}
+
+
+async def command(gateway: Gateway, *arguments: str) -> Done:
+    policy = str(gateway.config.tidegate_policy)
+    return await tidegate(gateway, "limits", *arguments, "--pool", "oai", TIDEGATE_POLICY=policy)
+
+
+def policy_file(folder: Path, url: str, *lines: str) -> Path:
+    path = folder / "tidegate.toml"
+    upstream = [
+        "[upstreams.oai]",
+        'provider = "openai"',
+        f'base_url = "{url}/v1"',
+        'models = ["gpt-*"]',
+        *lines,
+    ]
+    path.write_text("\n".join(upstream) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-calls")
+
+
+async def test_a_learned_limit_is_shown_and_accepted(open_gateway: Opener, tmp_path: Path) -> None:
+    async with run_emulator() as provider:
+        await provider.control.set_account(provider="openai", limits=LIMITS)
+        own = '[upstreams.oai.limits]\n"rpm:gpt-5" = 500'
+        path = policy_file(tmp_path, provider.url, own)
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+        assert await call(gateway) == 200
+
+        async def known() -> bool:
+            return len(await learned(gateway)) == 2
+
+        await wait_until(known, 10, "what the headers said")
+        found = await learned(gateway)
+        assert (found["rpm:gpt-5"].drift, found["rpm:gpt-5"].in_force) == ("rose", 500)
+        assert (found["tpm:gpt-5"].drift, found["tpm:gpt-5"].bound) == ("new", 60_000)
+
+        shown = await command(gateway, "show")
+        assert "Learned from headers (tidegate limits accept [ID])" in shown.said
+        assert "500: it rose" in shown.said
+        async with gateway.http.get(gateway.url + "/metrics") as scrape:
+            text = await scrape.text()
+        assert 'tidegate_limit_drift{limit="rpm:gpt-5",pool="oai"} 100.0' in text
+        assert 'tidegate_limit_learned_bound{limit="tpm:gpt-5",pool="oai"} 60000.0' in text
+
+        assert (await command(gateway, "accept", "rpm:none")).code == 1
+        done = await command(gateway, "accept", "tpm:gpt-5", "--json")
+        assert done.code == 0, done.complained
+        limits = done.json["policy"]["limits"]
+        assert limits["tpm:gpt-5"]["source"] == "learned"
+        assert limits["tpm:gpt-5"]["reserve"] == "larger"
+        assert limits["rpm:gpt-5"]["bound"] == 500
+        url = gateway.url + "/admin/limits/accept?pool=oai"
+        async with gateway.http.post(url, json={"by": "ann"}) as answer:
+            assert answer.status == 200, await answer.text()
+            now = await answer.json()
+        assert now["policy"]["limits"]["rpm:gpt-5"]["bound"] == 600
+        async with gateway.http.post(url, json={}) as answer:
+            assert answer.status == 404
+
+
+async def test_what_nobody_set_is_in_force_by_itself_where_it_may_be(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    async with run_emulator() as provider:
+        await provider.control.set_account(provider="openai", limits=LIMITS)
+        own = '[upstreams.oai.limits]\n"rpm:gpt-5" = 500'
+        path = policy_file(tmp_path, provider.url, 'learn = "apply"', own)
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+        keeper = gateway.services.keepers["oai"]
+        assert await call(gateway) == 200
+
+        async def applied() -> bool:
+            return "tpm:gpt-5" in keeper.limiter.policy.limits
+
+        await wait_until(applied, 20, "a limit that was learned")
+        assert keeper.limiter.policy.bound("rpm:gpt-5") == 500  # a person's
+        (newest, *_) = await keeper.history(1)
+        assert (newest.origin, newest.set_by) == ("deployment", "headers")
+
+        # Its tier falls: the learned limit follows, and the person's is kept with less room.
+        await provider.control.set_account(tier=0.5)
+        assert await call(gateway) == 200
+
+        async def followed() -> bool:
+            return keeper.limiter.policy.bound("tpm:gpt-5") == 30_000
+
+        await wait_until(followed, 20, "the lower bound")
+
+        async def less_room() -> bool:
+            return (await keeper.limiter.snapshot()).limits["rpm:gpt-5"].used >= 200
+
+        await wait_until(less_room, 20, "room that is kept free")
+        assert keeper.limiter.policy.bound("rpm:gpt-5") == 500
+
+
+async def test_a_wrong_value_of_learn_is_refused(open_gateway: Opener, tmp_path: Path) -> None:
+    path = policy_file(tmp_path, "http://127.0.0.1:1", 'learn = "always"')
+    gateway = await open_gateway(worker=False)
+    done = await tidegate(gateway, "config", "check", TIDEGATE_POLICY=str(path))
+    assert done.code == 2
+    assert (
+        "upstreams.oai.learn=always: must be one of propose, apply" in done.said + done.complained
+    )

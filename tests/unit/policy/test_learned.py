@@ -1,0 +1,224 @@
+"""What headers report beside what is in force, and what others on the account take. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tidegate.errors import NotFound
+from tidegate.limiter import PoolPolicy
+from tidegate.policy.format import of_plain, to_plain
+from tidegate.policy.learned import (
+    AccountUse,
+    HeaderReading,
+    LearnedLimit,
+    LearnedNote,
+    LimitMatch,
+    OthersUse,
+    acceptance,
+    is_stable,
+    learned_limits,
+    packed_note,
+    unpacked_note,
+)
+
+READ = HeaderReading("gpt-5", "tpm", 60_000, 60_000, 100.0)
+
+
+def policy(**limits: Any) -> PoolPolicy:
+    return of_plain({"limits": {name.replace("__", ":"): one for name, one in limits.items()}})
+
+
+def learned(in_force: PoolPolicy, *readings: HeaderReading, provider: str = "") -> Any:
+    note = LearnedNote(readings)
+    return {one.limit: one for one in learned_limits([note], LimitMatch(in_force, provider))}
+
+
+@pytest.mark.parametrize(
+    ("limits", "limit", "in_force", "drift"),
+    [
+        ({}, "tpm:gpt-5", None, "new"),
+        ({"tpm:gpt-5": 60_000}, "tpm:gpt-5", 60_000, "same"),
+        ({"tpm:gpt-5": 30_000}, "tpm:gpt-5", 30_000, "rose"),
+        ({"tpm:gpt-*": 90_000}, "tpm:gpt-*", 90_000, "fell"),
+        ({"tpm:gpt-4,gpt-5": 90_000}, "tpm:gpt-4,gpt-5", 90_000, "fell"),
+        # Of several the lowest; other units and models are no match.
+        ({"tpm:gpt-*": 90_000, "tpm:gpt-5": 80_000}, "tpm:gpt-5", 80_000, "fell"),
+        ({"tpm:gpt-5-mini": 1, "itpm:gpt-5": 1, "tpd:gpt-5": 1}, "tpm:gpt-5", None, "new"),
+    ],
+)
+def test_a_reading_is_put_beside_the_limit_in_force(
+    limits: dict[str, Any], limit: str, in_force: int | None, drift: str
+) -> None:
+    (found,) = learned(of_plain({"limits": limits}), READ).values()
+    assert (found.limit, found.in_force, found.drift) == (limit, in_force, drift)
+
+
+def test_uncached_input_is_what_a_header_of_input_reports() -> None:
+    told = replace(READ, scope="itpm")
+    in_force = of_plain({"limits": {"itpm:gpt-5": {"bound": 5, "unit": "uncached_input_tokens"}}})
+    assert learned(in_force, told)["itpm:gpt-5"].drift == "rose"
+
+
+def test_a_limit_of_another_window_is_compared_only_where_the_header_implies_its_own() -> None:
+    in_force = of_plain({"limits": {"tpm:gpt-5": {"bound": 10_000, "window_ms": 10_000}}})
+    assert learned(in_force, READ) == {}
+    minute = replace(READ, window_ms=61_000.0)
+    assert learned(in_force, minute)["tpm:gpt-5"].drift == "same"
+    own = replace(READ, window_ms=9_800.0)
+    assert learned(in_force, own)["tpm:gpt-5"].bound == 60_000
+
+
+def test_the_newest_reading_of_all_processes_counts() -> None:
+    notes = [LearnedNote((READ,)), LearnedNote((replace(READ, bound=5, at=101.0),))]
+    (found,) = learned_limits(notes, LimitMatch(policy(), ""))
+    assert found.bound == 5
+
+
+def test_a_note_of_something_else_is_empty() -> None:
+    note = LearnedNote((READ,), (OthersUse("tpm:gpt-5", 7, 9),))
+    assert unpacked_note(packed_note(note)) == note
+    assert unpacked_note(b'{"process": "api", "calls": []}') == LearnedNote()
+
+
+def accepted(limits: dict[str, Any], names: list[str], *found: LearnedLimit) -> Any:
+    plain = {"limits": limits}
+    return to_plain(of_plain(acceptance(found, names, "openai")(plain)))["limits"]
+
+
+def test_an_acceptance_changes_the_bound_and_nothing_else_that_was_set() -> None:
+    own = {"bound": 30_000, "reserve": "bound", "slack_ms": 7}
+    found = learned(of_plain({"limits": {"tpm:gpt-5": own}}), READ)["tpm:gpt-5"]
+    assert accepted({"tpm:gpt-5": own}, [], found) == {"tpm:gpt-5": {**own, "bound": 60_000}}
+    (new,) = learned(policy(), READ).values()
+    limits = accepted({}, ["tpm:gpt-5"], new)
+    told = {"bound": 60_000, "source": "learned", "reserve": "larger", "settles": False}
+    assert limits == {"tpm:gpt-5": told}
+
+
+def test_nothing_is_accepted_that_is_not_learned_or_does_not_differ() -> None:
+    (new,) = learned(policy(), READ).values()
+    with pytest.raises(NotFound, match="nothing is learned of a limit rpm:gpt-5"):
+        acceptance([new], ["rpm:gpt-5"], "")
+    with pytest.raises(NotFound, match="no limit in force differs"):
+        acceptance([replace(new, drift="same")], [], "")
+
+
+def test_a_limit_is_stable_after_a_while_with_one_bound() -> None:
+    (new,) = learned(policy(), READ).values()
+    seen: dict[str, tuple[int, float]] = {}
+    assert [is_stable(seen, new, at, 5) for at in (0, 4, 5)] == [False, False, True]
+    assert not is_stable(seen, replace(new, bound=1), 6, 5)
+
+
+class Account:
+    """A bucket of an account, used by us and by others, second by second, and filled to begin
+    with. What does not fit is refused, and counts as used at the pool alone."""
+
+    def __init__(self, bound: int, window_s: float = 60.0) -> None:
+        self.in_force = self.bound = bound
+        self.left = float(bound)
+        self.now = 0.0
+        self.counted: deque[tuple[float, float]] = deque()
+        self.total = 0.0
+        self.refused = 0
+        self.use = AccountUse(window_s, window_s + 0.5, refills=True)
+
+    def spent(self) -> float:
+        since = self.now - self.use.span_s
+        while self.counted and self.counted[0][0] <= since:
+            self.total -= self.counted.popleft()[1]
+        return self.total
+
+    def count(self, amount: float) -> None:
+        self.counted.append((self.now, amount))
+        self.total += amount
+
+    def change(self, bound: int) -> None:
+        """A tier that rises or falls: what is used stays used."""
+        self.left += bound - self.bound
+        self.bound = bound
+
+    def take(self, amount: float) -> bool:
+        fits = amount <= self.left
+        self.left -= amount if fits else 0.0
+        return fits
+
+    def second(self, wanted: int, others: float, error: float = 1.0) -> None:
+        """One second in which we make so many calls of 100, of which the provider counts `error`
+        times as much."""
+        self.now += 1
+        self.left = min(self.bound, self.left + self.bound / self.use.window_s)
+        self.take(others)
+        for _ in range(wanted):
+            if self.spent() + 100 <= self.in_force:
+                self.count(100.0)
+                self.refused += not self.take(100 * error)
+        left = max(0, int(self.left))
+        self.use.read(HeaderReading("m", "tpm", self.bound, left, self.now))
+        due = self.use.due(self.now, round(self.spent()), self.in_force, self.bound)
+        if due:
+            self.count(due)
+
+    def run(self, seconds: int, wanted: int = 50, others: float = 0.0, error: float = 1.0) -> int:
+        """How many calls were refused meanwhile."""
+        before = self.refused
+        for _ in range(seconds):
+            self.second(wanted, others, error)
+        return self.refused - before
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 10, 50])
+def test_without_others_nothing_is_kept_free_whatever_we_use(wanted: int) -> None:
+    account = Account(60_000)
+    account.run(300, wanted)
+    assert not account.use.acts
+    assert account.use.kept(account.now) == 0
+
+
+@pytest.mark.parametrize("error", [0.6, 1.0, 1.02])
+def test_our_own_error_is_taken_for_no_others(error: float) -> None:
+    account = Account(60_000)
+    account.run(300, 10, error=error)
+    assert account.use.kept(account.now) == 0
+
+
+def test_others_are_noticed_within_a_minute_and_forgotten_after_they_left() -> None:
+    account = Account(60_000)
+    account.run(120)
+    account.run(30, others=300.0)
+    assert account.use.acts
+    account.run(60, others=300.0)
+    assert 0.25 < account.use.others / 60_000 < 0.35
+    assert account.run(300, others=300.0) <= 5  # a minute's worth of one each
+    account.run(130)
+    assert account.use.kept(account.now) == 0
+    assert account.spent() > 0.95 * 60_000
+
+
+@pytest.mark.parametrize("others", [0.0, 150.0])
+def test_room_is_kept_free_for_a_bound_that_fell_and_freed_when_it_rose_again(
+    others: float,
+) -> None:
+    account = Account(60_000)
+    account.run(180, others=2 * others)
+    account.change(30_000)
+    account.run(120, others=others)
+    assert account.use.kept(account.now) >= 30_000
+    assert account.run(300, others=others) <= 5
+    account.change(60_000)
+    account.run(120, others=0.0)
+    assert account.use.kept(account.now) == 0
+
+
+def test_a_window_that_begins_again_is_no_use_of_others() -> None:
+    use = AccountUse(60.0, 60.5, refills=False)
+    counted = 0
+    for second in range(1, 200):
+        left = 60_000 - (second % 60) * 800
+        counted = min(60, second) * 800
+        use.read(HeaderReading("m", "tpm", 60_000, left, float(second)))
+        assert use.due(float(second), counted, 60_000, 60_000) == 0
