@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.native.test_totals import VERSION, fronts
@@ -248,17 +249,23 @@ async def test_a_paused_budget_goes_on_once_it_is_resumed(open_gateway: Opener) 
 
 
 async def test_a_budget_binds_calls_while_postgresql_is_away_and_others_go_on(
-    open_gateway: Opener,
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await open_gateway(worker=False)
     await with_budgets(gateway, Budget("t", "tokens", 10**6, "day", tenant="acme"))
     connections = gateway.services.store.connections
-    connections._gone("a test")
     acme = {"x-tidegate-tenant": "acme"}
-    status, said, _ = await called(gateway, 0, acme)
-    assert (status, said["error"]["code"]) == (503, "store_unavailable")
-    assert (await called(gateway, 0, {}))[0] == 200
-    assert len(await gateway.calls()) == 1
+
+    async def no_answer(_timeout_s: float) -> asyncpg.Connection:
+        raise OSError("a test")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(connections, "_answered", no_answer)
+        connections._gone("a test")
+        status, said, _ = await called(gateway, 0, acme)
+        assert (status, said["error"]["code"]) == (503, "store_unavailable")
+        assert (await called(gateway, 0, {}))[0] == 200
+        assert len(await gateway.calls()) == 1
 
     async def back() -> bool:
         return (await called(gateway, 0, acme))[0] == 200
