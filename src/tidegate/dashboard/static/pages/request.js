@@ -227,10 +227,15 @@ function waits({ request, waiting }) {
   return h(
     "div",
     { class: "notice now" },
-    h("p", {}, h("strong", {}, head), `${rest}.${place}`),
+    h("p", {}, h("strong", {}, head), marked(`${rest}.${place}`)),
     limit && h("a", { href: "#/" }, "See the limits"),
     holders(waiting),
   );
+}
+
+/** Text whose commands stand between backticks. */
+function marked(text) {
+  return text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
 }
 
 /** A sentence of `why` as its beginning, which names the limit, and its rest. */
