@@ -13,7 +13,8 @@ NOT_SHOWN = ("migrations/",)
 FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin", "jobs"),
     *("metrics", "spine", "rehearse", "upstream", "dialects", "admission", "policy"),
-    *("integrations", "limiter", "limiter/model", "store", "emulator", "embedded", "classify"),
+    *("integrations", "limiter", "limiter/model", "store", "emulator", "emulator/batches"),
+    *("embedded", "classify"),
     "telemetry",
     "prices",
 )

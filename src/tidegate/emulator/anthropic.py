@@ -16,6 +16,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from tidegate.emulator.batches import anthropic_batches
+from tidegate.emulator.batches.store import LineWork
 from tidegate.emulator.content import (
     SIGNATURE,
     THOUGHTS,
@@ -37,6 +39,7 @@ from tidegate.emulator.delivery import (
     ScriptStep,
     Served,
     broken_object,
+    line_work,
     named_event,
     stream_steps,
     whole_steps,
@@ -435,6 +438,8 @@ async def route(served: Served) -> web.StreamResponse:
             _check_model(behaviour, asked.model)
             counted = {"input_tokens": asked.input_tokens}
             return await served.other("count", asked.model, lambda: counted)
+        case _, ["messages", "batches", *steps]:
+            return await anthropic_batches.route(served, steps, partial(_line_work, behaviour))
         case "GET", ["organizations", "rate_limits"]:
             check_admin_key(_key(request))
             return served.rate_limits(partial(anthropic_page, known=MODELS, query=request.query))
@@ -447,6 +452,13 @@ async def route(served: Served) -> web.StreamResponse:
         case "GET", ["models", model]:
             return await served.other("models", model, lambda: _model(served.behaviour, model))
     raise Refused(404, f"Not found: {request.method} {request.path}")
+
+
+def _line_work(behaviour: Behaviour, params: Any) -> LineWork:
+    """The work of a batch's line. Raises Refused."""
+    asked = read_messages(params)
+    _check_model(behaviour, asked.model)
+    return line_work(asked, partial(script, asked, behaviour))
 
 
 def _name(request: web.BaseRequest) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 import orjson
 from aiohttp import web
 
+from tidegate.emulator.batches.store import LineAnswer, LineWork
 from tidegate.emulator.content import Composed, ModelRequest
 from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused
@@ -85,6 +86,17 @@ def stream_steps(head: bytes, pieces: Iterable[ScriptStep], tail: bytes) -> list
     found[0] = ScriptStep(head + found[0].data, found[0].output_tokens)
     found[-1] = ScriptStep(found[-1].data + tail, found[-1].output_tokens)
     return found
+
+
+def line_work(asked: ModelRequest, scripted: Scripted) -> LineWork:
+    """The work of a batch's line; `asked` is not streamed, and `scripted` composes its answer."""
+
+    def answer() -> LineAnswer:
+        script = scripted(None)
+        step = script.steps[-1]
+        return LineAnswer(orjson.loads(step.data), step.output_tokens, script.thoughts_tokens)
+
+    return LineWork(asked.kind, asked.model, asked.prompt, asked.input_tokens, answer)
 
 
 def data_event(data: bytes) -> bytes:
@@ -163,10 +175,14 @@ class Served:
         answer: Callable[[], Json | Awaitable[web.Response]],
         *,
         input_tokens: int = 0,
+        label: str = "",
     ) -> web.StreamResponse:
-        """Serve a call that generates nothing; it is counted as the kind `other`."""
-        size = CallSize(input_tokens)
-        with self._serving("other", model, method, self.request.path, size) as (call, fault):
+        """Serve a call that generates nothing; it is counted as the kind `other`.
+
+        Its prompt in the log, which a fault's `match` is a part of, is `label`, else its path.
+        """
+        size, label = CallSize(input_tokens), label or self.request.path
+        with self._serving("other", model, method, label, size) as (call, fault):
             if (early := await self._early_fault(call, fault)) is not None:
                 return early
             ledger = self.state.ledger
@@ -178,6 +194,10 @@ class Served:
             found = answer()
             response = await found if isawaitable(found) else json_response(200, found)
             response.headers.update(self.state.rate_limit_headers(call))
+            if fault is not None and fault.fault is FaultName.ANSWER_LOST:
+                await self.cut(call)
+            if fault is not None and fault.fault is FaultName.CUT_MID_STREAM:
+                await self._cut_body(call, response)
             if fault is not None and fault.fault is FaultName.GARBAGE:
                 response.body = b'{"broken": ['
                 ledger.end(call, "failed")
@@ -185,6 +205,16 @@ class Served:
             if isinstance(response.body, bytes):
                 ledger.sent(call, len(response.body))
             return response
+
+    async def _cut_body(self, call: LoggedCall, answer: web.Response) -> NoReturn:
+        """Send half of an answer that says how long it is, then close the connection."""
+        data = answer.body if isinstance(answer.body, bytes) else b""
+        response = web.StreamResponse(headers=answer.headers)
+        response.content_length = len(data)
+        await response.prepare(self.request)
+        self.state.ledger.sent(call, len(data) // 2)
+        await response.write(data[: len(data) // 2])
+        await self.cut(call)
 
     @contextmanager
     def _serving(
@@ -246,6 +276,9 @@ class _Answering:
         await self._pause(self._behaviour.first_byte(self._call.kind))
         if self._fault is not None and self._fault.fault is FaultName.SLOW_FIRST_TOKEN:
             await asyncio.sleep(self._fault.delay_ms / 1000)
+        if self._fault is not None and self._fault.fault is FaultName.ANSWER_LOST:
+            self._charge(self._script.steps[-1])
+            await self._served.cut(self._call)
         in_mid_answer = self._fault is not None and self._fault.fault in MID_ANSWER
         fault = self._fault if in_mid_answer else None
         if self._asked.streamed:

@@ -19,6 +19,8 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator.account import AccountRefusal
+from tidegate.emulator.batches import gemini_batches
+from tidegate.emulator.batches.store import LineWork
 from tidegate.emulator.content import (
     OUTPUT_PICTURE_TOKENS,
     SIGNATURE,
@@ -50,6 +52,7 @@ from tidegate.emulator.delivery import (
     Served,
     broken_object,
     json_response,
+    line_work,
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
 from tidegate.emulator.limits import BODIES, Fault, FaultName, LimitRefusal
@@ -587,8 +590,12 @@ async def route(served: Served) -> web.StreamResponse:
             return await served.other("models", name, lambda: _checked_model(served, name))
         case "GET", ["files"]:
             return await served.other("files", "", lambda: _list_files(served))
+        case _, ["batches", *rest]:
+            return await gemini_batches.route(served, rest)
+        case "GET", ["files", name] if name.endswith(":download"):
+            return await gemini_batches.download(served, name.removesuffix(":download"))
         case "GET", ["files", name]:
-            return await served.other("files", "", lambda: files.find(f"files/{name}").to_json())
+            return await served.other("files", "", lambda: _show_file(served, name))
         case "DELETE", ["files", name]:
             return await served.other("files", "", lambda: files.delete(f"files/{name}"))
     raise Refused(404, f"Not found: {request.method} {request.path}")
@@ -603,6 +610,8 @@ async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
         case "streamGenerateContent":
             framing: Framing = "sse" if served.request.query.get("alt") == "sse" else "array"
             return await _generate(served, model, body, framing)
+        case "batchGenerateContent":
+            return await gemini_batches.create(served, model, body, partial(_line_work, served))
         case "countTokens":
             return await served.other("count", model, lambda: _count(served, model, body))
         case "embedContent":
@@ -617,6 +626,17 @@ async def _generate(served: Served, model: str, body: Any, framing: Framing) -> 
     asked = served.cached(read_generate(model, body, lookup, streamed=framing != "whole"))
     scripted = partial(_script, asked, served.behaviour, framing)
     return await served.generate(asked, scripted, SSE_TYPE if framing == "sse" else JSON_TYPE)
+
+
+def _line_work(served: Served, model: str, body: Any) -> LineWork:
+    """The work of a batch's line. Raises Refused."""
+    asked = read_generate(model, body, served.state.files.look_up)
+    return line_work(asked, partial(_script, asked, served.behaviour, "whole"))
+
+
+def _show_file(served: Served, name: str) -> Json:
+    results = gemini_batches.results_file(served, name)
+    return results or served.state.files.find(f"files/{name}").to_json()
 
 
 def _check_model(behaviour: Behaviour, model: str) -> None:

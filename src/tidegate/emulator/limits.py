@@ -76,6 +76,7 @@ class FaultName(StrEnum):
     ERROR_LIST = "error_list"  # 429 as a list of one error
     HANG = "hang"  # no header ever comes
     CUT = "cut"  # the connection closes before the headers
+    ANSWER_LOST = "answer_lost"  # likewise, but what the call is for has been done
     # A 200 that goes wrong
     GARBAGE = "garbage"  # broken JSON
     ERROR_IN_STREAM = "error_in_stream"  # an error object inside a 200

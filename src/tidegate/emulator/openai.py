@@ -23,6 +23,8 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator.account import AccountRefusal
+from tidegate.emulator.batches import openai_batches
+from tidegate.emulator.batches.store import LineAnswer, LineWork
 from tidegate.emulator.content import (
     OUTPUT_PICTURE_TOKENS,
     Attached,
@@ -46,6 +48,7 @@ from tidegate.emulator.delivery import (
     Served,
     broken_object,
     data_event,
+    line_work,
     stream_steps,
     whole_steps,
 )
@@ -804,6 +807,8 @@ async def route(served: Served) -> web.StreamResponse:
         if not found[1].startswith("proj_"):
             raise Refused(404, f"No project found with id {found[1]}.")
         return served.rate_limits(partial(openai_page, known=MODELS, query=request.query))
+    if name.partition("/")[0] in ("files", "batches"):
+        return await openai_batches.route(served, name, partial(_line_work, served.behaviour))
     if request.method == "GET" and name == "models":
         return await served.other("models", "", list_models)
     if request.method == "GET" and name.startswith("models/"):
@@ -832,6 +837,27 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
     chat = name == "chat/completions"
     asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))
     return await served.generate(asked, partial(choices_script, asked, behaviour, chat=chat))
+
+
+def _line_work(behaviour: Behaviour, endpoint: str, body: Json) -> LineWork:
+    """The work of a batch's line. Raises Refused."""
+    model = read_model(body)
+    check_model(model, behaviour)
+    match endpoint.removeprefix("/v1/"):
+        case "embeddings":
+            embedded = read_embeddings(body, model)
+            tokens = embedded.input_tokens
+            answer = LineAnswer(embedded.answer(), 0)
+            return LineWork("other", model, endpoint, tokens, lambda: answer, "embed")
+        case "responses":
+            asked = read_responses(body, model)
+            broken = partial(broken_object, OPENAI, GARBAGE)
+            return line_work(asked, partial(response_script, broken, body, asked, behaviour))
+        case "completions":
+            asked = read_completions(body, model)
+            return line_work(asked, partial(choices_script, asked, behaviour, chat=False))
+    asked = read_chat(body, model)
+    return line_work(asked, partial(choices_script, asked, behaviour, chat=True))
 
 
 def _checked_model(served: Served, model: str) -> Json:

@@ -121,6 +121,7 @@ _FRONTS = ((ANTHROPIC, anthropic), (OPENAI, openai))  # all else is for Gemini's
 
 async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamResponse:
     """By the path, where only one API has it; else by the way in which the key is sent."""
+    state.batches.advance()
     if request.path.startswith(PREFIX):
         return await control(state, request)
     if usage_api.wants(request):

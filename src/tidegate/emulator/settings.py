@@ -96,6 +96,59 @@ class RateLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchPace:
+    """How the providers' batch APIs work off a batch, on the emulator's clock.
+
+    Of each batch: `validating_ms`, then `delay_ms`, then `line_ms` for each line in turn, then
+    `finalizing_ms`. `failed_share` of lines end with an error. `expired_share` of batches get no
+    further than `partial_share` of their lines, and expire after `window_s` (by default a day,
+    Gemini's two). A canceled batch goes on for `cancelling_ms`. `enqueued_tokens` bounds the
+    input tokens that a model has in open batches, `enqueued_requests` the lines in open batches,
+    `open_batches` their number.
+    """
+
+    validating_ms: float = 0.0
+    delay_ms: Distribution = field(default_factory=Distribution)
+    line_ms: float = 0.0
+    finalizing_ms: float = 0.0
+    cancelling_ms: float = 0.0
+    failed_share: float = 0.0
+    expired_share: float = 0.0
+    partial_share: float = 0.5
+    window_s: float | None = None
+    enqueued_tokens: int | None = None
+    enqueued_requests: int | None = None
+    open_batches: int | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """From JSON; raises InvalidRequest naming the field."""
+        if isinstance(value, cls):
+            return value
+        known_fields("batches", value, tuple(item.name for item in fields(cls)))
+        return cls(**{name: _of_pace(f"batches.{name}", item) for name, item in value.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        shown = {item.name: getattr(self, item.name) for item in fields(self)}
+        return shown | {"delay_ms": self.delay_ms.to_json()}
+
+
+def _of_pace(name: str, value: Any) -> Any:
+    """The value of one field of `BatchPace`, checked."""
+    if name.endswith(".delay_ms"):
+        return Distribution.parse(name, value)
+    if name.endswith("_share"):
+        return number(name, value, 0, 1)
+    if name.endswith("_ms"):
+        return number(name, value, 0, 10**9)
+    if value is None:
+        return None
+    if name.endswith("_s"):
+        return number(name, value, 0.001, 10 * DAY_S)
+    return whole(name, value, 0, 10**12)
+
+
+@dataclass(frozen=True, slots=True)
 class Behaviour:
     """Behaviour of the emulator towards a sound request.
 
@@ -103,7 +156,7 @@ class Behaviour:
     streamed. `concurrency` is by kind or `total`; a kind that is not named has no bound.
     `answer` replaces the text of every text answer. `classifier_answer` is the value to choose
     from an enum (a string) or the whole JSON answer (an object). `account` counts as a provider
-    does, beside `concurrency` and `rates`.
+    does, beside `concurrency` and `rates`. `batches` is the pace of the providers' batch APIs.
     """
 
     first_byte_ms: Mapping[str, Distribution] = field(default_factory=dict)
@@ -117,6 +170,7 @@ class Behaviour:
     file_processing_ms: int = 50
     strict_models: bool = False
     account: AccountSpec | None = None
+    batches: BatchPace = field(default_factory=BatchPace)
 
     def first_byte(self, kind: str) -> Distribution:
         return _of_kind(self.first_byte_ms, kind)
@@ -133,6 +187,7 @@ class Behaviour:
         for name in ("first_byte_ms", "between_ms"):
             shown[name] = {kind: value.to_json() for kind, value in shown[name].items()}
         shown["account"] = None if self.account is None else self.account.to_json()
+        shown["batches"] = self.batches.to_json()
         return shown
 
 
@@ -170,6 +225,8 @@ def _sound(name: str, value: Any) -> Any:
             return value
         case "account":
             return AccountSpec.parse(value)
+        case "batches":
+            return BatchPace.parse(value)
     raise InvalidRequest(name, f"{value!r} is not a value of a behaviour {name!r}")
 
 

@@ -5,7 +5,8 @@ The kernel is asked whether clients are still connected, because a gateway can c
 open the next before the event loop sees the disconnect.
 
 Invariants: for every kind, arrived = started + refused and started = finished + failed +
-client_gone + in_flight at every moment; file contents are hashed as they arrive and never kept.
+client_gone + in_flight at every moment; file contents are hashed as they arrive and never kept,
+except JSON lines, which a batch may need.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, Literal
 from aiohttp import web
 
 from tidegate.emulator.account import AccountCharge, AccountLimitReached, ProviderAccount
+from tidegate.emulator.batches.store import BatchStore, ProviderBatchLine
 from tidegate.emulator.content import Attached, get
 from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import Json, LimitReached, Refused
@@ -104,6 +106,7 @@ class LoggedCall:
     traceparent: str = ""  # as the request bore it
     cached_tokens: int = 0  # of the input, read from the account's prompt cache
     cache_write_tokens: int = 0  # of the input, written to it
+    tier: str = ""  # the processing tier it is billed in: `batch`; empty is the usual one
 
 
 class CallLedger:
@@ -180,6 +183,20 @@ class CallLedger:
             call.input_tokens = input_tokens
             call.output_tokens = output_tokens
             call.thoughts_tokens = thoughts_tokens
+
+    def add_batch_line(self, line: ProviderBatchLine, dialect: str) -> None:
+        """Log and bill a succeeded line of a batch, which is never in flight."""
+        work, answered = line.work, line.answered
+        if work is None or answered is None:
+            raise ValueError("only a line that has its answer is billed")
+        call = self.arrive(work.kind, work.model, work.method, work.prompt, dialect)
+        call.tier = "batch"
+        self.charge(call, work.input_tokens, answered.output_tokens, answered.thoughts_tokens)
+        call.outcome, call.ended_ns = "finished", call.started_ns
+        stats = self._stats[work.kind]
+        stats.started += 1
+        stats.finished += 1
+        self._bill(call, "finished")
 
     def _bill(self, call: LoggedCall, outcome: Ending) -> None:
         known = call.model in self._billed or len(self._billed) < MOST_MODELS
@@ -281,6 +298,7 @@ class StoredFile:
     size_bytes: int = 0
     active_ns: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
+    content: bytearray | None = None  # of JSON lines alone
 
     def to_json(self) -> Json:
         body = {
@@ -326,7 +344,8 @@ class FileStore:
         mime_type = str(get(file, "mimeType") or declared)
         shown = str(get(file, "displayName") or headers.get("X-Goog-Upload-File-Name", ""))
         upload_id = token_hex(16)
-        self._uploads[upload_id] = StoredFile(name, mime_type, shown)
+        content = bytearray() if "jsonl" in mime_type else None
+        self._uploads[upload_id] = StoredFile(name, mime_type, shown, content=content)
         return upload_id
 
     async def receive(
@@ -346,6 +365,8 @@ class FileStore:
         async for piece in content:
             file.digest.update(piece)
             file.size_bytes += len(piece)
+            if file.content is not None:
+                file.content += piece
         if "finalize" not in headers.get("X-Goog-Upload-Command", "finalize"):
             return None
         del self._uploads[upload_id]
@@ -400,6 +421,7 @@ class EmulatorState:
         self.presence = ConnectionWatch()
         self.files = FileStore()
         self.random = Random(settings.seed)
+        self.batches = BatchStore(self.now_ns, self.random, self.ledger.add_batch_line)
         self.behaviour = settings.behaviour
         self.faults = FaultOrders(settings.faults, self.random)
         self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
@@ -412,6 +434,7 @@ class EmulatorState:
         """As at the start: counters, log, windows, files, faults, behaviour, random numbers."""
         self.ledger.reset()
         self.files.clear()
+        self.batches.clear()
         self.random.seed(self.settings.seed)
         self.behaviour = self.settings.behaviour
         self.faults.replace(self.settings.faults)
@@ -425,6 +448,10 @@ class EmulatorState:
             self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
         if "account" in changes:
             self._change_account()
+
+    def now_ns(self) -> int:
+        """The clock of batches: the account's, which may be scaled, where there is one."""
+        return self.clock_ns() if self.account is None else self.account.now_ns()
 
     def _new_account(self) -> ProviderAccount | None:
         spec = self.behaviour.account

@@ -94,7 +94,7 @@ def _by_model(calls: Iterable[LoggedCall]) -> Iterator[tuple[str, list[LoggedCal
 
 def _dollars(provider: str, call: LoggedCall, day: date) -> dict[str, Fraction]:
     """What a call costs, by line; nothing where no public price is known."""
-    price = catalog().find(provider, call.model, day)
+    price = catalog().find(provider, call.model, day, call.tier)
     if price is None:
         return {}
     if price.long is not None and call.input_tokens > (price.above or 0):

@@ -1,0 +1,1 @@
+"""Batch APIs of the providers: OpenAI's, Anthropic's and Gemini's."""
