@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
+from decimal import Decimal
 from typing import Any, Final
 
+import httpx2
 import orjson
 import pytest
 from openai import APIConnectionError, AsyncOpenAI, ConflictError, InternalServerError
@@ -82,6 +85,22 @@ async def test_a_batch_is_worked_off_on_the_emulators_clock(
         "finished",
     )
     assert (await emulator.control.stats()).max_in_flight == 0
+
+
+async def test_a_batch_costs_half_of_a_live_call(sdk: AsyncOpenAI, emulator: Emulator) -> None:
+    async def costs() -> Decimal:
+        headers = {"Authorization": "Bearer sk-admin-k"}
+        query = {"start_time": str(int(time.time()) - 86_400)}
+        async with httpx2.AsyncClient(base_url=emulator.url, headers=headers) as http:
+            page = (await http.get("/v1/organization/costs", params=query)).json()
+        found = [result for bucket in page["data"] for result in bucket["results"]]
+        return sum((Decimal(one["amount"]["value"]) for one in found), Decimal())
+
+    await submit(sdk, [line("a")])
+    batch = await costs()
+    assert batch > 0
+    await sdk.chat.completions.create(**orjson.loads(line("a"))["body"])
+    assert await costs() == 3 * batch
 
 
 async def test_an_expired_batch_has_both_files(
