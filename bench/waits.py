@@ -56,9 +56,6 @@ LOADS = {
     "requests, 20 in 10 s": Load(
         Rate(20, window_ms=10_000), 200, {("a", "normal"): 16, ("b", "normal"): 10}
     ),
-    "requests, 120 a minute": Load(
-        Rate(120, window_ms=60_000), 200, {("a", "normal"): 60, ("b", "normal"): 60}
-    ),
     "requests, smoothed": Load(
         Rate(30, window_ms=10_000, pace_ms=1_000), 200, {("a", "normal"): 20, ("b", "normal"): 12}
     ),
