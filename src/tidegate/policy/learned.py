@@ -303,9 +303,8 @@ class AccountUse:
         self.others += _STEP * (max(0.0, by_all - ours) - self.others)
         lower = min(in_force, bound)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
-        wanted = float(max(0, in_force - bound))
-        if self.acts:
-            wanted += self.others + MARGIN * lower
+        # What the account has left for us may be more than the limit in force allows.
+        wanted = max(0.0, in_force - bound + (self.others + MARGIN * lower if self.acts else 0.0))
         wanted += self._short(lower, bound) if wanted else 0.0
         amount = round(min(wanted, in_force)) - lasting
         if amount <= 0:

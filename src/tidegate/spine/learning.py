@@ -207,7 +207,8 @@ class LimitLearner:
         if amount:
             await self._limiter.charge(name, amount)
         kept = use.kept(now)
-        return OthersUse(name, round(use.others) if use.acts else 0, kept) if kept else None
+        others = round(use.others) if use.acts else 0
+        return OthersUse(name, others, kept) if others or kept else None
 
     async def _apply(self, found: list[LearnedLimit]) -> None:
         """Put in force what has been reported for some seconds and no person has set."""

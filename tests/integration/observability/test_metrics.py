@@ -18,6 +18,7 @@ from tidegate.metrics.instruments import ALL
 from tidegate.store.budgets import Budget
 
 MODEL = "gemini-2.5-flash"
+LEARNED = ("learned_bound", "drift", "others_ratio")
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -112,6 +113,8 @@ async def test_a_scrape_tells_of_calls_of_the_process_and_of_all(
     # What the alerts, the dashboard and docs/metrics.md speak of is really there.
     here = set(re.findall(r"^# HELP (\w+)", text, re.MULTILINE))
     while_some_wait = {"tidegate_tenant_waiting"}  # see test_state.py
+    # Of an upstream whose answers report limits: see integration/policy/test_learning.py.
+    while_some_wait |= {f"tidegate_limit_{one}" for one in LEARNED}
     assert {one.name for one in ALL} - here == while_some_wait
     assert await asyncio.to_thread(complaints_of_promtool, text) == []
 

@@ -84,6 +84,7 @@ async def test_a_learned_limit_is_shown_and_accepted(open_gateway: Opener, tmp_p
         async with gateway.http.get(gateway.url + "/metrics") as scrape:
             text = await scrape.text()
         assert 'tidegate_limit_drift{limit="rpm:gpt-5",pool="oai"} 100.0' in text
+        assert 'tidegate_limit_others_ratio{limit="rpm:gpt-5",pool="oai"} 0.0' in text
         assert 'tidegate_limit_learned_bound{limit="tpm:gpt-5",pool="oai"} 60000.0' in text
 
         assert (await command(gateway, "accept", "rpm:none")).code == 1

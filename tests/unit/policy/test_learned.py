@@ -199,6 +199,17 @@ def test_others_are_noticed_within_a_minute_and_forgotten_after_they_left() -> N
     assert account.spent() > 0.95 * 60_000
 
 
+def test_a_limit_far_below_the_accounts_keeps_nothing_free_for_others() -> None:
+    account = Account(60_000)
+    account.in_force = 12_000
+    account.run(180, 5, others=300.0)
+    assert account.use.acts
+    assert account.use.kept(account.now) == 0
+    account.in_force = 48_000  # of 42,000 that the others leave
+    account.run(120, 50, others=300.0)
+    assert 6_000 < account.use.kept(account.now) < 12_000
+
+
 @pytest.mark.parametrize("others", [0.0, 150.0])
 def test_room_is_kept_free_for_a_bound_that_fell_and_freed_when_it_rose_again(
     others: float,
