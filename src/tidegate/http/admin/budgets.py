@@ -156,6 +156,7 @@ async def list_books(
 
 @router.put(
     "/budgets/{name:path}",
+    responses=problem_responses(404),
     openapi_extra=described(NewBudget),
     summary="Create a budget, or change its amount, end, doubt and alerts",
 )
