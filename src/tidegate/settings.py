@@ -65,6 +65,7 @@ ALLOWED = {
     "reconcile": "openai, anthropic, or both with a comma between",
     "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
+    "alert_webhook_url": "an http:// or https:// URL without a user or a password",
     "tidegate_policy": "the path of a file that is there",
     "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
     "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
@@ -549,6 +550,15 @@ class Config(BaseModel):
     @classmethod
     def _http(cls, value: str) -> str:
         return _checked("gemini_base_url", value.rstrip("/"), _is_plain_url(value))
+
+    @field_validator("alert_webhook_url")
+    @classmethod
+    def _is_alert_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        url = split_url(value.get_secret_value())
+        plain = bool(url.hostname) and not (url.username or url.password)
+        return _checked("alert_webhook_url", value, plain and url.scheme in ("http", "https"))
 
     @field_validator("database_url")
     @classmethod
