@@ -64,7 +64,7 @@ async def test_good_answers_and_refusals_bear_what_remains(
     await emulator.control.set_account(provider="openai", limits=LIMITS)
     status, headers, _ = await chat(session, emulator, max_tokens=4_000)
     assert status == 200
-    assert headers["x-ratelimit-remaining-tokens"] == "1000"
+    assert 1_000 <= int(headers["x-ratelimit-remaining-tokens"]) < 2_000  # it refills meanwhile
     assert headers["x-ratelimit-remaining-requests"] == "2"
     status, headers, body = await chat(session, emulator, max_tokens=4_000)
     assert status == 429

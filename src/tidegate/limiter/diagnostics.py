@@ -202,6 +202,7 @@ def _names(keys: Keyspace, policy: PoolPolicy, sids: list[str], tenants: list[st
     endings: dict[str, Iterable[str]] = {
         "park:": of_band,
         "past:": of_band,
+        "progress:": of_band,
         "line:": [f"{one}|{tenant}" for one, tenant in product(of_band, tenants)],
         **dict.fromkeys(("log:", "rate:", "quota:"), policy.limits),
         **dict.fromkeys(("session:", "owed:", "note:"), sids),
