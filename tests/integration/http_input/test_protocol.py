@@ -235,6 +235,7 @@ NOT_PLAIN = {
 @pytest.mark.parametrize("name", NOT_PLAIN)
 def test_a_head_that_http_does_not_allow_is_refused(name: str, plain: Running) -> None:
     head, status = NOT_PLAIN[name]
+    wait_for(lambda: plain.connections == 0, "the connections of the test before are gone")
     plain.seen.clear()
     for at_a_time in (len(head), 1):
         with plain.connect() as client:

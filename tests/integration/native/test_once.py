@@ -109,7 +109,7 @@ async def test_the_same_body_elsewhere_is_another_request(
     assert (status, replayed) == (200, False)
     status, said, _ = await to(other)
     assert status == 409
-    assert b"used for another request" in said
+    assert b"used for a different request" in said
     assert await to(first) == (200, answer, True)
 
 
@@ -179,7 +179,7 @@ async def test_who_asks_beside_a_call_under_way_is_told_when_to_come_back(gatewa
     soon = headers | {"x-tidegate-deadline-ms": "10"}
     async with gateway.http.post(url, json=BODY, headers=soon) as response:
         assert (response.status, response.headers["retry-after"]) == (409, "1")
-        assert b"still being answered" in await response.read()
+        assert b"still in progress" in await response.read()
     # Longer than a lease: a call that lives keeps its key.
     status, kept, _ = await ask(gateway, "k-11")
     assert (status, kept[REPLAYED], (await first)[0]) == (200, "true", 200)
