@@ -64,6 +64,18 @@ class Status(StrEnum):
         return self not in (Status.QUEUED, Status.RUNNING)
 
 
+class Tier(StrEnum):
+    """Processing tier of a job, the fastest first.
+
+    LIVE is the provider's usual tier, under our limits; FLEX is slower, cheaper, and refused while
+    the provider is short of capacity; BATCH is the provider's own batch API.
+    """
+
+    LIVE = "live"
+    FLEX = "flex"
+    BATCH = "batch"
+
+
 class ClassifiedBy(StrEnum):
     """Who decided the kind of a request."""
 
