@@ -24,7 +24,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import Classification, Kind, Status, new_id
+from tidegate.call import Classification, Kind, Status, Tier, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
@@ -696,6 +696,23 @@ class JobQueue:
             row["id"] for row in returned if row["old_status"] == Status.RUNNING
         )
         self._notifications.work({row["pool"] for row in returned if row["not_before"] is None})
+
+    async def move(
+        self, jobs: Sequence[ClaimedJob], tier: Tier, not_before: datetime | None = None
+    ) -> None:
+        """Release the claims of jobs that have not been called, for a tier; `not_before`: until
+        then they are called in no other."""
+        if not jobs:
+            return
+        moved = rows.dumps(
+            {"id": job.request_id, "claim": job.claim, "tier": tier, "not_before": not_before}
+            for job in jobs
+        )
+        found = await self._connections.rows("move_tiers", moved)
+        for job in jobs:
+            self.settled(job)
+        self._notifications.changed(rows.uuid_of(row["id"]) for row in found)
+        self._notifications.work({row["pool"] for row in found if row["not_before"] is None})
 
     async def bring_back(self, claims: Mapping[UUID, int]) -> None:
         """Make jobs that were released for a time ready now, each unless it has been claimed since

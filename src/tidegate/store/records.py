@@ -26,6 +26,7 @@ from tidegate.call import (
     ClassifiedBy,
     Kind,
     Status,
+    Tier,
     Usage,
     UsageDetails,
     UsageState,
@@ -50,7 +51,8 @@ class NewJob:
     endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON, or where
     there is an attachment, which is the body, the head of it.
     traceparent: of the caller, for the worker that will run it. trail: of a stream, which is
-    not on record.
+    not on record. tier: that it waits for, one of LIVE and `tiers_allowed`. not_before: until then
+    no worker calls it live; a job of the tier BATCH is given to the provider before.
     """
 
     request_id: UUID
@@ -71,6 +73,9 @@ class NewJob:
     endpoint: str | None = None
     traceparent: str | None = None
     trail: Trail | None = None
+    tier: Tier = Tier.LIVE
+    tiers_allowed: tuple[Tier, ...] = ()
+    not_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,8 @@ class ClaimedJob:
     subject: str | None = None
     key_id: str | None = None
     was_called: bool = False
+    tier: Tier = Tier.LIVE
+    tiers_allowed: tuple[Tier, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +185,7 @@ class RequestRecord:
     files: tuple[FileRecord, ...] = ()
     webhook: WebhookRecord | None = None
     endpoint: str | None = None  # of a job that wraps a native call; `text` is the answer's body
+    tier: Tier | None = None  # of a job; None where no other tier than the usual one was allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +279,9 @@ def job_row(job: NewJob) -> Json:
     for name in ("endpoint", "webhook_url", "subject", "key_id", "traceparent"):
         if (value := getattr(job, name)) is not None:
             row[name] = value
+    if job.tiers_allowed:
+        row |= {"tier": job.tier, "tiers_allowed": list(job.tiers_allowed)}
+        row |= {"not_before": job.not_before}
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -469,7 +480,14 @@ def claimed_job(row: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> C
             record_of(Attachment, file, file_id=uuid_of(file["id"])) for file in files
         ),
         was_called=row["attempt_at"] is not None,
+        tier=tier_of(row["tier"]) or Tier.LIVE,
+        tiers_allowed=tuple(filter(None, map(tier_of, row["tiers_allowed"] or ()))),
     )
+
+
+def tier_of(name: str | None) -> Tier | None:
+    """From its column; None for one of a later version too."""
+    return Tier(name) if name in set(Tier) else None
 
 
 def request_record(
@@ -484,6 +502,7 @@ def request_record(
         request_id=uuid_of(row["id"]),
         status=Status(row["status"]),
         classification=classification_of(row),
+        tier=tier_of(row["tier"]),
         model=row["used_model"] or row["model"],
         text=row["result"],
         usage=usage_of(row),

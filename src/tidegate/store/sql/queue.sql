@@ -106,6 +106,14 @@ FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, wait_ms double p
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running') AND old.id = r.id
 RETURNING r.*, old.status AS old_status
 
+-- name: move_tiers
+-- Give up claims on queued jobs that are to wait for another tier, or for the same one again.
+UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = row.tier,
+    not_before = row.not_before, version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, tier text, not_before timestamptz)
+WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued'
+RETURNING r.id, r.pool, r.not_before
+
 -- name: release_strays
 -- Give up claims of worker $1 that it does not know of: their replies were lost.
 UPDATE requests SET claim = claim + 1, claimed_by = NULL
