@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -195,24 +196,24 @@ def metrics_reference() -> str:
     return METRICS_HEAD + OF_PROCESSES + tables[False] + OF_ALL + tables[True]
 
 
-def documents() -> dict[Path, str]:
-    """Each generated file and what belongs into it."""
+@cache
+def documents() -> dict[str, str]:
+    """Each generated file, by its place in the repository, and what belongs into it."""
     return {
-        ROOT / ".env.example": env_example(),
-        ROOT / "docs" / "configuration.md": configuration(),
-        ROOT / "docs" / "errors.md": errors_reference(),
-        ROOT / "docs" / "cli.md": cli_document(),
-        ROOT / "docs" / "code.md": code_document(),
-        ROOT / "docs" / "metrics.md": metrics_reference(),
+        ".env.example": env_example(),
+        "docs/configuration.md": configuration(),
+        "docs/errors.md": errors_reference(),
+        "docs/cli.md": cli_document(),
+        "docs/code.md": code_document(),
+        "docs/metrics.md": metrics_reference(),
     }
 
 
-def out_of_date() -> list[Path]:
-    return [
-        path
-        for path, text in documents().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+def out_of_date() -> list[str]:
+    def is_so(path: Path, text: str) -> bool:
+        return path.exists() and path.read_text(encoding="utf-8") == text
+
+    return [name for name, text in documents().items() if not is_so(ROOT / name, text)]
 
 
 def _description(field: str) -> str:
@@ -231,10 +232,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say what is out of date")
     if parser.parse_args().check:
         stale = out_of_date()
-        for path in stale:
-            print(f"{path.relative_to(ROOT)} is out of date: run scripts/generate_docs.py")
+        for name in stale:
+            print(f"{name} is out of date: run scripts/generate_docs.py")
         return 1 if stale else 0
-    for path, text in documents().items():
+    for name, text in documents().items():
+        path = ROOT / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return 0

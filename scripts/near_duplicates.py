@@ -12,7 +12,6 @@ import ast
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,41 +20,34 @@ MOST_LINES_OF_A_SMALL_ONE = 10
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class _Blank(ast.NodeTransformer):
-    """Blanks what two functions may differ in."""
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        return ast.Name(id="_", ctx=node.ctx)
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        self.generic_visit(node)
-        return ast.Attribute(value=node.value, attr="_", ctx=node.ctx)
-
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        return ast.Constant(value=type(node.value).__name__)
-
-    def visit_arg(self, node: ast.arg) -> ast.AST:
-        return ast.arg(arg="_", annotation=None)
-
-    def visit_keyword(self, node: ast.keyword) -> ast.AST:
-        self.generic_visit(node)
-        return ast.keyword(arg="_" if node.arg else None, value=node.value)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        self.generic_visit(node)
-        node.annotation = ast.Name(id="_", ctx=ast.Load())
-        return node
-
-
 def shape_of(function: Function) -> str:
     """The tree without what it may differ in, as text."""
     body = function.body
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body = body[1:] or body
-    blank = _Blank().visit(deepcopy(ast.Module(body=list(body), type_ignores=[])))
-    kind = type(function).__name__
     arguments = len(function.args.posonlyargs + function.args.args + function.args.kwonlyargs)
-    return f"{kind} {arguments} {ast.dump(blank)}"
+    return f"{type(function).__name__} {arguments} {_shape(body)}"
+
+
+def _shape(part: object) -> str:
+    """Of a tree, a list of trees or a plain value, with a blank for what may differ."""
+    match part:
+        case list():
+            return f"[{','.join(map(_shape, part))}]"
+        case ast.Name() | ast.arg():
+            return "_"
+        case ast.Attribute():
+            return f"{_shape(part.value)}._"
+        case ast.Constant():
+            return type(part.value).__name__
+        case ast.keyword():
+            return f"{'_' if part.arg else '**'}={_shape(part.value)}"
+        case ast.AnnAssign():
+            return f"AnnAssign({_shape(part.target)},{_shape(part.value)})"
+        case ast.AST():
+            fields = (_shape(getattr(part, name, None)) for name in part._fields)
+            return f"{type(part).__name__}({','.join(fields)})"
+    return repr(part)
 
 
 def functions_of(folder: Path) -> Iterator[tuple[str, Function]]:

@@ -151,6 +151,7 @@ def test_the_limiter_is_reached_through_its_doors_alone() -> None:
         for room in ("tests", "bench", "chaos", "scripts")
         for path in sorted((ROOT / room).rglob("*.py"))
         if not path.relative_to(ROOT).as_posix().startswith(LIMITERS_OWN)
+        and "tidegate.limiter" in path.read_text(encoding="utf-8")  # all others need no parsing
         for name in imports(path)
         if name.startswith(tuple(protected))
     ]

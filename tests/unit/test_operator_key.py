@@ -14,14 +14,22 @@ from tidegate.errors import ConfigError
 from tidegate.settings import Config, existing_operator_key, key_file, operator_key
 from tidegate.telemetry.logging import redact
 
-_WRITES_KEY = """
-import sys
+# Each process writes a line with its key; none begins before all are there.
+_RACE = """
+import os, sys
 from pathlib import Path
 from tidegate.settings import Config, operator_key
 config = Config(data_dir=Path(sys.argv[1]))
-print("ready", flush=True)
-sys.stdin.readline()
-print(operator_key(config).get_secret_value(), flush=True)
+waits, begins = os.pipe()
+for _ in range(int(sys.argv[2])):
+    if not os.fork():
+        os.close(begins)
+        os.read(waits, 1)  # returns when the last one has closed `begins`
+        os.write(1, f"{operator_key(config).get_secret_value()}\\n".encode())
+        os._exit(0)
+os.close(begins)
+for _ in range(int(sys.argv[2])):
+    os.wait()
 """
 PROCESSES = 6
 
@@ -46,20 +54,11 @@ def test_it_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
 
 def test_processes_that_start_together_end_up_with_one_key(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    command = [sys.executable, "-c", _WRITES_KEY, str(folder)]
-    racing = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(PROCESSES)
-    ]
-    for one in racing:
-        assert one.stdout is not None
-        assert one.stdout.readline() == "ready\n"
-    for one in racing:
-        assert one.stdin is not None
-        one.stdin.write("\n")
-        one.stdin.flush()
-    keys = {one.communicate(timeout=60)[0].strip() for one in racing}
-    assert keys == {key_in(folder)}
+    command = [sys.executable, "-c", _RACE, str(folder), str(PROCESSES)]
+    raced = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    keys = raced.stdout.splitlines()
+    assert len(keys) == PROCESSES
+    assert {*keys} == {key_in(folder)}
     assert [one.name for one in folder.iterdir()] == ["operator.key"]
 
 

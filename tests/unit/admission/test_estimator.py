@@ -226,6 +226,10 @@ def test_its_size_is_bounded() -> None:
         estimate = estimator.of_pieces("m", "text_only", pieces_of("hi"), tenant=f"t{number}")
         estimator.learn(estimate, Usage(input_tokens=5, output_tokens=5))
     assert len(estimator.error()) == MOST_TRACKS
+
+
+def test_of_calls_that_used_more_than_was_reserved_it_knows_the_last_ones() -> None:
+    estimator = Estimator()
     for number in range(5 * REMEMBERED):
         estimate = estimator.of_pieces("m", "text_only", pieces_of("hi"))
         remembered = number >= 4 * REMEMBERED
