@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ SCENARIOS = ("mix", "conversation", "changes")
 CHANGING = ("openai", "anthropic", "azure", "groq")
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
+_READINGS = 20  # of a window
 
 
 async def _until_learned(control: EmulatorControl, window_s: float) -> None:
@@ -52,15 +53,22 @@ async def measure_mix(
     load = MixedLoad(stage.gateway_url, provider.dialect, provider.models)
     async with EmulatorControl(stage.provider_url) as control, load:
         await _until_learned(control, window_s)
-        before = await control.account()
-        await asyncio.sleep(windows * window_s)
-        after = await control.account()
-    return _figures(before, after, load.statuses)
+        readings = await _readings(control, window_s, windows)
+    return _figures(readings, windows, load.statuses)
 
 
-def _figures(before: Book, after: Book, statuses: Counter[str]) -> Figures:
-    counted = refusals(after)
-    uses = binding(limit_uses(before, after))
+async def _readings(control: EmulatorControl, window_s: float, windows: int) -> list[Book]:
+    """The account's book, evenly over so many windows and one more."""
+    began_s, found = time.monotonic(), []
+    for number in range((windows + 1) * _READINGS + 1):
+        await asyncio.sleep(max(began_s + number * window_s / _READINGS - time.monotonic(), 0))
+        found.append(await control.account())
+    return found
+
+
+def _figures(readings: Sequence[Book], windows: int, statuses: Counter[str]) -> Figures:
+    counted = refusals(readings[-1])
+    uses = binding(limit_uses(readings, windows))
     return {
         "calls": counted.calls,
         "first": counted.first,
@@ -77,19 +85,20 @@ async def measure_conversation(
     load = AgentLoad(stage.gateway_url, provider.models[0])
     async with EmulatorControl(stage.provider_url) as control, load:
         await _until_learned(control, window_s)
-        before, billed = await control.account(), (await control.stats()).billed().input_tokens
-        await asyncio.sleep(windows * window_s)
-        after, later = await control.account(), (await control.stats()).billed().input_tokens
+        billed = (await control.stats()).billed().input_tokens
+        readings = await _readings(control, window_s, windows)
+        later = (await control.stats()).billed().input_tokens
+    before, after = readings[0], readings[-1]
     total = later - billed
     (uncached,) = [
-        use for use in limit_uses(before, after) if use.name.startswith("uncached_input_tokens")
+        use for use in limit_uses(readings, windows) if use.name.startswith("uncached_input_tokens")
     ]
     passed_s = (after["now_ns"] - before["now_ns"]) / 1e9
     bound = next(
         limit["bound"] for limit in after["limits"] if limit["unit"] == "uncached_input_tokens"
     )
     return {
-        **_figures(before, after, load.statuses),
+        **_figures(readings, windows, load.statuses),
         "itpm_of_bound": total / (bound * passed_s / window_s),
         "cached": 1 - uncached.used / total if total else 0.0,
     }

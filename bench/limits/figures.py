@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,30 +49,44 @@ def refusals(book: Book) -> RefusalCount:
     return RefusalCount(book["calls"], first, book["refused"] - first)
 
 
-def limit_uses(before: Book, after: Book) -> list[LimitUse]:
-    """Of the time between two readings of one account's book."""
+def limit_uses(readings: Sequence[Book], windows: int) -> list[LimitUse]:
+    """Of one account's book, read again and again over `windows` windows and one more.
+
+    A gateway that is full sends what a window gives in one burst, and the next burst a window
+    later. In windows of the provider's clock the edge of a measurement can fall into a burst and
+    cut off up to a whole one. So the use is averaged over measurements that begin at each reading
+    of the first window and last as many windows.
+    """
     uses = []
-    for start, end in zip(before["limits"], after["limits"], strict=True):
-        passed_ns = after["now_ns"] - before["now_ns"]
-        if end["mode"] == "token_bucket":
-            used = end["counted"] - start["counted"]
-            refilled = end["bound"] * passed_ns / (end["window_s"] * 1e9)
-            # A burst that it keeps all the time is no part of the rate that it gives.
-            drained = max(start["remaining"] - end["remaining"], 0)
-            uses.append(LimitUse(end["name"], used, drained + refilled))
-        else:
-            uses.append(_by_whole_windows(end, before["now_ns"], after["now_ns"]))
+    for number, limit in enumerate(readings[-1]["limits"]):
+        counts = [(book["now_ns"], book["limits"][number]) for book in readings]
+        by_phase = limit["mode"] == "fixed_window"
+        uses.append(_by_phase(counts, windows) if by_phase else _of_bucket(counts[0], counts[-1]))
     return uses
 
 
-def _by_whole_windows(limit: Mapping[str, Any], since_ns: int, until_ns: int) -> LimitUse:
-    """Windows that began after the first reading and ended before the last."""
-    window_ns = round(limit["window_s"] * 1e9)
-    first = -(-since_ns // window_ns)
-    windows = until_ns // window_ns - first
-    whole = range(first * window_ns, (first + windows) * window_ns, window_ns)
-    used = sum(counted for start, counted in limit["windows"] if start in whole)
-    return LimitUse(limit["name"], used, limit["bound"] * max(windows, 0))
+_Reading = tuple[int, Mapping[str, Any]]
+
+
+def _of_bucket(first: _Reading, last: _Reading) -> LimitUse:
+    (since_ns, start), (until_ns, end) = first, last
+    refilled = end["bound"] * (until_ns - since_ns) / (end["window_s"] * 1e9)
+    # A burst that it keeps all the time is no part of the rate that it gives.
+    drained = max(start["remaining"] - end["remaining"], 0)
+    return LimitUse(end["name"], end["counted"] - start["counted"], drained + refilled)
+
+
+def _by_phase(counts: Sequence[_Reading], windows: int) -> LimitUse:
+    """The mean over all pairs of readings that are so many parts of the whole time apart."""
+    name, bound = counts[-1][1]["name"], counts[-1][1]["bound"]
+    window_ns = counts[-1][1]["window_s"] * 1e9
+    apart = (len(counts) - 1) * windows // (windows + 1)
+    used = given = 0.0
+    for (since_ns, start), (until_ns, end) in zip(counts, counts[apart:], strict=False):
+        used += end["counted"] - start["counted"]
+        given += bound * (until_ns - since_ns) / window_ns
+    spans = len(counts) - apart
+    return LimitUse(name, round(used / spans), given / spans)
 
 
 def binding(uses: list[LimitUse]) -> dict[str, LimitUse]:

@@ -3,8 +3,8 @@
 A conversation is known by its tools, its system prompt and its first message. Its next call sends
 what the last one sent and a little more; the cache holds what the last one read and wrote. The
 first call of another conversation with the same tools and system prompt finds what the first calls
-of others found. What is predicted is scaled by how it has come true lately, for each tenant and
-model.
+of others found, and no less of its input than nearly all first calls lately. What is predicted of
+a conversation is scaled by how it has come true lately, for each tenant and model.
 
 Invariants: nothing is predicted before predictions have come true; what a tenant's calls teach
 changes nothing for another; the memory is bounded.
@@ -25,6 +25,8 @@ MOST_OF_A_TENANT = 512
 _REMEMBERED, _ENOUGH = 64, 4
 # One prediction in so many may have been too high.
 _ONE_IN = 20
+# First calls of conversations that are known before their share of cached input is relied on.
+_ENOUGH_FIRST = 20
 # On what a conversation has grown by, which is guessed from its letters.
 _MARGIN, _MARGIN_TOKENS = 1.3, 64
 
@@ -50,15 +52,26 @@ class LastCall:
 
 @dataclass(slots=True)
 class _ModelRatios:
-    """How predictions for one tenant and model came true: actual over predicted, at most 1."""
+    """What calls of one tenant and model have shown. ratios: how predictions came true, actual over
+    predicted, at most 1. first: input that was not in the cache over its letters' guess, of first
+    calls of conversations."""
 
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    first: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    first_at_ms: float = -CACHE_MS
 
     def factor(self) -> float:
         """What is kept of a prediction."""
         if len(self.ratios) < _ENOUGH:
             return 0.0
         return sorted(self.ratios)[len(self.ratios) // _ONE_IN]
+
+    def first_uncached(self, guessed: int, now_ms: float) -> int | None:
+        """Uncached input of a conversation's first call; None while too little is known."""
+        if len(self.first) < _ENOUGH_FIRST or now_ms - self.first_at_ms > CACHE_MS:
+            return None
+        rarely_more = sorted(self.first)[-1 - len(self.first) // _ONE_IN]
+        return ceil(guessed * rarely_more)
 
 
 class ExpectedInput(NamedTuple):
@@ -82,21 +95,21 @@ class Conversations:
         self, tenant: str, model: str, key: ConversationKey, guessed: int, input_tokens: int
     ) -> ExpectedInput:
         """For a call whose letters come to `guessed` and that will have `input_tokens` at most."""
+        known = self._models.get((tenant, model))
         last = self._last(tenant, model, key.conversation)
+        first = None
         if last is not None and last.guessed <= guessed:
             ratio = last.input / max(1, last.guessed)
             grown = ceil((guessed - last.guessed) * ratio * _MARGIN) + _MARGIN_TOKENS
             cached, whole = last.cached, min(input_tokens, last.input + grown)
         else:
+            if known is not None:
+                first = known.first_uncached(guessed, self._now_ms())
             last = self._last(tenant, model, key.opening)
-            if last is None:
-                return ExpectedInput(input_tokens, 0)
-            cached, whole = last.cached, input_tokens
-        known = self._models.get((tenant, model))
+            cached, whole = 0 if last is None else last.cached, input_tokens
         kept = 0 if known is None else int(cached * known.factor())
-        if not kept:
-            return ExpectedInput(input_tokens, cached)
-        return ExpectedInput(max(0, whole - kept), cached)
+        uncached = input_tokens if not kept else max(0, whole - kept)
+        return ExpectedInput(uncached if first is None else min(uncached, first), cached)
 
     def learn(
         self,
@@ -115,6 +128,9 @@ class Conversations:
         if expected.cached:
             known.ratios.append(min(1.0, read / expected.cached))
         is_first = self._last(tenant, model, key.conversation) is None
+        if is_first:
+            known.first.append((call.input - read) / max(1, call.guessed))
+            known.first_at_ms = call.at_ms
         self._keep(tenant, (model, key.conversation), call)
         if read and is_first:
             opening = self._last(tenant, model, key.opening)

@@ -2,7 +2,7 @@
 
 A call is admitted by all limits that bind its model, or spends nothing; what it counts is then
 corrected as its provider does. The clock is an argument and may be scaled. Invariants: `counted` of
-a limit is what its calls count now, by window of their start; what another consumer takes is in
+a limit is what its calls count in all; what another consumer takes is in
 `others` alone; a changed bound keeps what is used.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tidegate.emulator.counting import CallSize, CountedAmount, Counter, Growth, Mode, counter_of
 from tidegate.emulator.profiles import DIALECTS, AccountLimit, AccountSpec
 
-MOST_WINDOWS = 1_000  # of each limit, in its book
+MOST_REFUSALS = 1_000  # numbers of refused calls, in its book
 MOST_PREFIXES = 50_000
 CACHE_NS = 300 * 10**9
 # Another consumer takes its share in so many steps a window.
@@ -79,7 +79,6 @@ class LimitBook:
         if (growth := limit.growth) is not None:
             per_ns = growth["per_s"] * SECOND_NS
             self._growth = Growth(growth["start"], growth["percent"], per_ns)
-        self._windows: OrderedDict[int, int] = OrderedDict()
         self._others_parts = round(others_share * _PARTS_OF_ONE)
         self._others_ns = now_ns
         self._others_due = 0
@@ -117,20 +116,13 @@ class LimitBook:
             self._pace.take(amount, now_ns)
         if self._growth is not None:
             self._growth.take(amount, now_ns)
-        self._count(now_ns, amount)
+        self.counted += amount
         return self._main.take(amount, now_ns)
 
     def correct(self, taken: CountedAmount, total: int, now_ns: int) -> None:
         if total != taken.total:
-            self._count(taken.at_ns, total - taken.total)
+            self.counted += total - taken.total
             self._main.correct(taken, total, now_ns)
-
-    def _count(self, at_ns: int, amount: int) -> None:
-        self.counted += amount
-        start = at_ns // self._window_ns * self._window_ns
-        self._windows[start] = self._windows.get(start, 0) + amount
-        if len(self._windows) > MOST_WINDOWS:
-            self._windows.popitem(last=False)
 
     def count_failed(self, now_ns: int) -> None:
         """Count a request that failed or was refused, as far as there is room."""
@@ -181,7 +173,6 @@ class LimitBook:
             "refused": self.refused,
             "others": self.others,
             "others_refused": self.others_refused,
-            "windows": [[start, counted] for start, counted in self._windows.items()],
         }
 
 
@@ -288,7 +279,7 @@ class ProviderAccount:
             if (refusal := book.refusal(size, now_ns)) is not None:
                 book.refused += 1
                 self.refused += 1
-                if len(self._first_refusals) < MOST_WINDOWS:
+                if len(self._first_refusals) < MOST_REFUSALS:
                     self._first_refusals.append(self.calls)
                 if self.spec.counts_failed:
                     self._count_failed(books, now_ns)

@@ -34,7 +34,7 @@ Unit = Literal[
     "audio_seconds",
     "usd",
 ]
-Reserve = Literal["predicted", "bound", "larger"]
+Reserve = Literal["predicted", "bound", "max_tokens", "larger"]
 Source = Literal["set", "imported", "learned"]
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -109,8 +109,9 @@ class Rate:
     longer by it; by default 500 ms, or a twentieth of a window shorter than 10 s.
     weights: of the parts of a call, for a unit of tokens; `USUAL_WEIGHTS` by default.
     reserve: what a call takes at its admission. `predicted`: what it probably uses. `bound`: the
-    most that it may use. `larger`: the larger of its input by characters and its bound on the
-    answer.
+    most that it may use. `max_tokens`: its input and its bound on the answer, each token of which
+    counts once whatever its weight, or what it probably uses if that is more. `larger`: the larger
+    of its input by characters and its bound on the answer.
     settles: whether a call that has used less gives the rest back.
     pace_ms: smoothing: no more is taken at one time than an even flow gives in so long, or one call
     that is larger; the next ones wait until the flow has made up for it. None: as it comes.
@@ -492,7 +493,13 @@ def amount_to_reserve(limit: Rate | Quota, demand: Demand) -> int | None:
         return amount
     if limit.reserve == "larger":
         return amount if demand.larger_tokens is None else demand.larger_tokens
-    return amount if demand.most is None else max(amount, _tokens_counted(limit, demand.most))
+    if demand.most is None:
+        return amount
+    most = demand.most
+    if limit.reserve == "max_tokens":
+        input_only = Tokens(most.input, 0, most.cached, most.cache_write)
+        return max(amount, _tokens_counted(limit, input_only) + most.output)
+    return max(amount, _tokens_counted(limit, most))
 
 
 def _tokens_counted(limit: Rate | Quota, tokens: Tokens) -> int:

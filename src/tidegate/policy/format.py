@@ -571,6 +571,8 @@ def _counting_in_words(limit: Rate | Quota) -> Iterator[str]:
             if weight != getattr(usual, part):
                 yield f"{part.replace('_', ' ')} x {weight:g}"
     if limit.reserve == "bound":
+        yield "all that it may use at the start"
+    elif limit.reserve == "max_tokens":
         yield "max_tokens at the start"
     elif limit.reserve == "larger":
         yield "input or max_tokens at the start"

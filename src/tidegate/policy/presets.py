@@ -26,7 +26,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "requests": _AS_BUCKET,
         "input_tokens": {"unit": "uncached_input_tokens"},
     },
-    "bedrock": {"tokens": {"reserve": "bound", "weights": {"cached": 0, "output": 5}}},
+    "bedrock": {"tokens": {"reserve": "max_tokens", "weights": {"cached": 0, "output": 5}}},
     "gemini": {},
     "groq": {"tokens": {"weights": {"cached": 0}}},
 }

@@ -103,6 +103,40 @@ def test_another_conversation_has_the_opening_in_the_cache() -> None:
     )
 
 
+def first_calls(
+    conversations: Conversations, clock: FakeClock, count: int, uncached: float
+) -> None:
+    """First calls of conversations of other lengths, that share nothing with one another."""
+    for number in range(count):
+        tokens = 1_000 + 300 * (number % 10)
+        key = ConversationKey(7, 1_000 + number)
+        expected = conversations.expect("t", "m", key, tokens, 2 * tokens)
+        read = round(tokens * (1 - uncached))
+        conversations.learn("t", "m", key, expected, LastCall(clock(), tokens, tokens, read), read)
+
+
+def test_first_calls_have_the_share_cached_that_nearly_all_had() -> None:
+    clock = FakeClock()
+    conversations = Conversations(clock)
+    another = ConversationKey(7, 1)
+    first_calls(conversations, clock, 19, 0.1)
+    assert conversations.expect("t", "m", another, 8_000, 16_000).uncached > 14_000
+    first_calls(conversations, clock, 60, 0.1)
+    assert 800 <= conversations.expect("t", "m", another, 8_000, 16_000).uncached <= 802
+    assert conversations.expect("u", "m", another, 8_000, 16_000).uncached == 16_000
+    clock.ms += CACHE_MS + 1
+    assert conversations.expect("t", "m", another, 8_000, 16_000).uncached == 16_000
+
+
+def test_one_first_call_in_ten_without_a_hit_leaves_no_share_to_rely_on() -> None:
+    clock = FakeClock()
+    conversations = Conversations(clock)
+    for _ in range(7):
+        first_calls(conversations, clock, 9, 0.1)
+        first_calls(conversations, clock, 1, 1.0)
+    assert conversations.expect("t", "m", ConversationKey(7, 1), 8_000, 16_000).uncached >= 8_000
+
+
 def test_a_tenant_learns_nothing_from_another() -> None:
     clock = FakeClock()
     conversations = Conversations(clock)

@@ -33,7 +33,6 @@ def book(now_s: float, **limit: Any) -> dict[str, Any]:
         "window_s": 10.0,
         "remaining": 100,
         "counted": 0,
-        "windows": [],
     }
     return {"now_ns": round(now_s * SECOND), "limits": [whole | limit]}
 
@@ -46,23 +45,36 @@ def test_a_bucket_gives_what_it_refills_and_what_is_drained(
     remaining: tuple[int, int], counted: int, given: float
 ) -> None:
     before = book(100, remaining=remaining[0], counted=30)
-    (use,) = limit_uses(before, book(120, remaining=remaining[1], counted=30 + counted))
+    (use,) = limit_uses([before, book(120, remaining=remaining[1], counted=30 + counted)], 1)
     assert use == LimitUse("tokens:m:10s", counted, given)
     assert use.share == pytest.approx(counted / given)
 
 
-def test_windows_count_whole_and_none_that_was_cut() -> None:
-    windows = [[at_s * SECOND, amount] for at_s, amount in ((100, 70), (110, 90), (120, 80))]
-    before = book(105, mode="fixed_window")
-    after = book(130, mode="fixed_window", windows=windows)
-    (use,) = limit_uses(before, after)
-    assert use == LimitUse("tokens:m:10s", 170, 200)
+@pytest.mark.parametrize("burst_at_s", [0.5, 4.5, 9.9])
+def test_a_burst_at_the_edge_of_a_measurement_is_neither_lost_nor_won(burst_at_s: float) -> None:
+    """One hundred in each window of ten seconds, all in its second after `burst_at_s`."""
+
+    def counted(now_s: float) -> int:
+        whole, part = divmod(now_s - burst_at_s, 10)
+        return round(100 * (whole + min(max(part, 0), 1)))
+
+    for windows in (1, 3):
+        count = (windows + 1) * 20 + 1
+        readings = [
+            book(100 + number / 2, mode="fixed_window", counted=counted(100 + number / 2))
+            for number in range(count)
+        ]
+        (use,) = limit_uses(readings, windows)
+        assert use.given == pytest.approx(100 * windows)
+        assert use.share == pytest.approx(1)
 
 
-def test_less_than_a_window_gives_nothing() -> None:
-    before = book(101, mode="fixed_window")
-    (use,) = limit_uses(before, book(109, mode="fixed_window"))
-    assert (use.given, use.share) == (0, 0.0)
+def test_what_a_gateway_leaves_of_a_window_is_no_use() -> None:
+    readings = [
+        book(100 + number / 2, mode="fixed_window", counted=4 * number) for number in range(41)
+    ]
+    (use,) = limit_uses(readings, 1)
+    assert use == LimitUse("tokens:m:10s", 80, 100)
 
 
 def test_refusals_of_the_first_fifty_calls_are_apart() -> None:

@@ -320,7 +320,7 @@ def test_the_book_is_the_sum_of_what_its_calls_count(
         account.end(charge, answered=True)
         expected += uncached + 5 * output
     counted = book(account, "tokens")
-    assert counted["counted"] == expected == sum(amount for _, amount in counted["windows"])
+    assert counted["counted"] == expected
     assert counted["refused"] == refused
     requests = book(account, "requests")["counted"]
     assert requests == len(calls) - (0 if refused_counts else refused)

@@ -40,9 +40,13 @@ def test_a_limit_reserves_what_is_probable_the_most_or_the_larger() -> None:
     demand = Demand(("tpm:m",), tokens=Tokens(100, 20), most=Tokens(100, 4000), larger_tokens=4000)
     reserves = [
         amount_to_reserve(Rate(9, MINUTE_MS, "tokens", reserve=reserve), demand)
-        for reserve in ("predicted", "bound", "larger")
+        for reserve in ("predicted", "bound", "max_tokens", "larger")
     ]
-    assert reserves == [120, 4100, 4000]
+    assert reserves == [120, 4100, 4100, 4000]
+    weighed = Rate(9, MINUTE_MS, "tokens", weights=Weights(1, 0, 1, 5), reserve="max_tokens")
+    assert amount_to_reserve(weighed, demand) == 4100
+    small = Demand(("tpm:m",), tokens=Tokens(100, 20, 40), most=Tokens(100, 30, 40))
+    assert amount_to_reserve(weighed, small) == 60 + 5 * 20
     unbounded = Demand(("tpm:m",), tokens=Tokens(100, 20), larger_tokens=90)
     assert amount_to_reserve(Rate(9, MINUTE_MS, "tokens", reserve="bound"), unbounded) == 120
     assert amount_to_reserve(Rate(9, MINUTE_MS, "tokens", reserve="larger"), unbounded) == 90

@@ -32,7 +32,11 @@ def test_anthropic_counts_no_input_that_its_cache_had() -> None:
 
 def test_bedrock_counts_output_five_times_and_max_tokens_first() -> None:
     limit = rate("bedrock", "tpm:claude*")
-    assert (limit.reserve, limit.settles, limit.weights) == ("bound", True, Weights(1, 0, 1, 5))
+    assert (limit.reserve, limit.settles, limit.weights) == (
+        "max_tokens",
+        True,
+        Weights(1, 0, 1, 5),
+    )
 
 
 def test_cached_tokens_are_free_at_groq() -> None:

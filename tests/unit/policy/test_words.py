@@ -34,7 +34,7 @@ from tidegate.policy.format import in_words
             "9 tokens a minute, input or max_tokens at the start, nothing returned",
         ),
         (
-            Rate(9, 60_000, "tokens", weights=Weights(1, 0, 1, 5), reserve="bound"),
+            Rate(9, 60_000, "tokens", weights=Weights(1, 0, 1, 5), reserve="max_tokens"),
             "9 tokens a minute, cached x 0, output x 5, max_tokens at the start",
         ),
         (
