@@ -512,7 +512,7 @@ class AuditLog:
         return await self._record(_end_of(job, record, self._blobs, called=called), record)
 
     async def retry_job(
-        self, job: ClaimedJob, record: CallRecord, not_before: datetime, *, is_counted: bool
+        self, job: ClaimedJob, record: CallRecord, not_before: datetime | None, *, is_counted: bool
     ) -> bool:
         """Record a failed attempt of a job that is queued again, otherwise as `end_job`."""
         return await self._record(_retry_of(job, record, not_before, is_counted), record)
@@ -696,7 +696,7 @@ async def _end_of(job: ClaimedJob, record: CallRecord, blobs: Blobs, *, called: 
 
 
 async def _retry_of(
-    job: ClaimedJob, record: CallRecord, not_before: datetime, is_counted: bool
+    job: ClaimedJob, record: CallRecord, not_before: datetime | None, is_counted: bool
 ) -> Json:
     row = {
         "id": job.request_id,
@@ -704,6 +704,7 @@ async def _retry_of(
         "status": Status.QUEUED,
         "not_before": not_before,
         "uncounted": 0 if is_counted else 1,
+        "tier": job.tier if job.tiers_allowed else None,
         "upstream_ms": record.upstream_ms or 0.0,
         "first_byte_ms": record.answer.first_byte_ms,
         "failure": rows.failure_row(record.failure),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -577,12 +577,34 @@ class JobQueue:
         """
         if limit <= 0:
             return []
+        await self._ready_to_claim()
+        return await self._delivered(self._claim(pool, kind, limit))
+
+    async def claim_by(self, name: str, pool: str, *values: float) -> list[ClaimedJob]:
+        """Claim the jobs of a pool that another named statement finds."""
+        await self._ready_to_claim()
+
+        async def claim(connection: asyncpg.Connection) -> list[ClaimedJob]:
+            found = await connection.fetch(sql(name), pool, self._instance_id, *values)
+            return await _with_files(connection, found)
+
+        async def claimed() -> list[ClaimedJob]:
+            async with self._queues.lock:
+                jobs = await self._connections.run(claim, repeatable=False)
+                self._held |= {job.request_id: job.claim for job in jobs}
+            return jobs
+
+        return await self._delivered(claimed())
+
+    async def _ready_to_claim(self) -> None:
         if not self._steadiness.fresh:
             # Claims of a worker without a heartbeat on record would count as expired.
             await self.heartbeat()
         if self._doubtful:
             await self._release_strays()
-        task = asyncio.create_task(self._claim(pool, kind, limit))
+
+    async def _delivered(self, claiming: Coroutine[Any, Any, list[ClaimedJob]]) -> list[ClaimedJob]:
+        task = asyncio.create_task(claiming)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -698,16 +720,21 @@ class JobQueue:
         self._notifications.work({row["pool"] for row in returned if row["not_before"] is None})
 
     async def move(
-        self, jobs: Sequence[ClaimedJob], tier: Tier, not_before: datetime | None = None
+        self,
+        jobs: Sequence[ClaimedJob],
+        tier: Tier,
+        not_before: datetime | None = None,
+        *,
+        batch_wait_ms: float | None = None,
+        failure: Failure | None = None,
     ) -> None:
         """Release the claims of jobs that have not been called, for a tier; `not_before`: until
-        then they are called in no other."""
+        then they are called in no other; `batch_wait_ms`: for how long in no batch either."""
         if not jobs:
             return
-        moved = rows.dumps(
-            {"id": job.request_id, "claim": job.claim, "tier": tier, "not_before": not_before}
-            for job in jobs
-        )
+        where: Json = {"tier": tier, "not_before": not_before, "batch_wait_ms": batch_wait_ms}
+        where["failure"] = rows.failure_row(failure)
+        moved = rows.dumps({"id": job.request_id, "claim": job.claim} | where for job in jobs)
         found = await self._connections.rows("move_tiers", moved)
         for job in jobs:
             self.settled(job)

@@ -109,10 +109,59 @@ RETURNING r.*, old.status AS old_status
 -- name: move_tiers
 -- Give up claims on queued jobs that are to wait for another tier, or for the same one again.
 UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = row.tier,
-    not_before = row.not_before, version = r.version + 1
-FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, tier text, not_before timestamptz)
+    not_before = row.not_before, batch_after = now() + row.batch_wait_ms * interval '1 millisecond',
+    failure = coalesce(row.failure, r.failure), version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, tier text, not_before timestamptz,
+    batch_wait_ms double precision, failure jsonb)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued'
 RETURNING r.id, r.pool, r.not_before
+
+-- name: claim_batched
+-- Claim jobs of the tier `batch` in pool $1 for worker $2, at most $3 and $4 bytes, tenants in turn;
+-- none as long as fewer wait, and none of them for $5 milliseconds.
+WITH RECURSIVE tenants AS (
+    (SELECT tenant_id FROM requests
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
+            AND pool = $1
+        ORDER BY tenant_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT r.tenant_id FROM requests r
+        WHERE coalesce(r.status = 'queued' AND r.claimed_by IS NULL AND r.tier = 'batch', false)
+            AND r.pool = $1 AND r.tenant_id > tenants.tenant_id
+        ORDER BY r.tenant_id LIMIT 1)
+    FROM tenants WHERE tenants.tenant_id IS NOT NULL
+), waiting AS MATERIALIZED (
+    SELECT head.* FROM tenants CROSS JOIN LATERAL (
+        SELECT id, created_at, row_number() OVER (ORDER BY created_at, id) AS turn,
+            coalesce(batch_after, created_at) AS since, octet_length(prompt) + coalesce((
+                SELECT sum(f.size_bytes) FROM files f
+                WHERE f.request_id = requests.id AND f.role = 'input'), 0) AS size_bytes
+        FROM requests
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
+            AND pool = $1 AND tenant_id = tenants.tenant_id AND kind IS NOT NULL
+            AND coalesce(batch_after <= now(), true)
+        ORDER BY created_at, id LIMIT $3
+    ) AS head
+), due AS (
+    SELECT count(*) >= $3 OR sum(size_bytes) >= $4
+        OR min(since) <= now() - $5::double precision * interval '1 millisecond' AS is_due
+    FROM waiting
+), picked AS MATERIALIZED (
+    SELECT r.id, w.turn, w.created_at, w.size_bytes
+    FROM (SELECT * FROM waiting WHERE (SELECT is_due FROM due) ORDER BY turn, created_at) AS w
+    CROSS JOIN LATERAL (
+        SELECT id FROM requests
+        WHERE id = w.id AND coalesce(tier = 'batch' AND claimed_by IS NULL AND status = 'queued', false)
+        FOR UPDATE SKIP LOCKED
+    ) AS r
+    LIMIT $3
+), fitting AS (
+    SELECT id, sum(size_bytes) OVER (ORDER BY turn, created_at, id) - size_bytes AS so_far FROM picked
+)
+UPDATE requests r SET claim = r.claim + 1, claimed_by = $2
+FROM fitting WHERE r.id = fitting.id AND fitting.so_far < $4
+RETURNING r.*, EXISTS (
+    SELECT 1 FROM files f WHERE f.request_id = r.id AND f.role = 'input') AS has_files
 
 -- name: release_strays
 -- Give up claims of worker $1 that it does not know of: their replies were lost.

@@ -15,12 +15,20 @@ depends_on = None
 
 STEPS = (
     # tier: that a job is in, or waits for; NULL is the usual one. tiers_allowed: those that its
-    # owner allows beside that; NULL where nothing was said.
-    "ALTER TABLE requests ADD COLUMN tier text, ADD COLUMN tiers_allowed text[]",
+    # owner allows beside that; NULL where nothing was said. batch_after: from when on it may be
+    # given to a provider's batch; NULL for now.
+    """
+    ALTER TABLE requests ADD COLUMN tier text, ADD COLUMN tiers_allowed text[],
+        ADD COLUMN batch_after timestamptz
+    """,
     "ALTER TABLE tenants ADD COLUMN tiers_allowed text[]",
     """
-    CREATE INDEX requests_batched ON requests (pool, tenant_id, created_at, id)
-        WHERE coalesce(status IN ('queued', 'running') AND tier = 'batch', false)
+    CREATE INDEX requests_to_batch ON requests (pool, tenant_id, created_at, id)
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
+    """,
+    """
+    CREATE INDEX requests_in_batch ON requests (pool, tenant_id)
+        WHERE coalesce(status = 'running' AND claimed_by IS NULL AND tier = 'batch', false)
     """,
     # One batch at a provider. It is written before anything is sent. `creating` says that the
     # request which creates it may have been sent. endpoint: the native path that its lines call,
