@@ -704,7 +704,7 @@ async def _retry_of(
         "status": Status.QUEUED,
         "not_before": not_before,
         "uncounted": 0 if is_counted else 1,
-        "tier": job.tier if job.tiers_allowed else None,
+        **({} if job.tier is None else {"tier": job.tier, "tiers_allowed": job.tiers_allowed}),
         "upstream_ms": record.upstream_ms or 0.0,
         "first_byte_ms": record.answer.first_byte_ms,
         "failure": rows.failure_row(record.failure),

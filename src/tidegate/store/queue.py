@@ -387,7 +387,7 @@ class ReadyQueues:
         queues = rows.dumps(turn.row() for turn in turns)
         found = await connection.fetch(sql("claim"), *lane, limit, self._instance_id, queues)
         taken = [row for row in found if row["id"] is not None]
-        return turns, found, await _with_files(connection, taken)
+        return turns, found, await with_files(connection, taken)
 
     def _settle(
         self,
@@ -458,7 +458,7 @@ async def _came(
     return found
 
 
-async def _with_files(
+async def with_files(
     connection: asyncpg.Connection, taken: list[asyncpg.Record]
 ) -> list[ClaimedJob]:
     files: dict[object, list[asyncpg.Record]] = {row["id"]: [] for row in taken}
@@ -586,7 +586,7 @@ class JobQueue:
 
         async def claim(connection: asyncpg.Connection) -> list[ClaimedJob]:
             found = await connection.fetch(sql(name), pool, self._instance_id, *values)
-            return await _with_files(connection, found)
+            return await with_files(connection, found)
 
         async def claimed() -> list[ClaimedJob]:
             async with self._queues.lock:
@@ -719,27 +719,28 @@ class JobQueue:
         )
         self._notifications.work({row["pool"] for row in returned if row["not_before"] is None})
 
-    async def move(
+    async def park(
         self,
         jobs: Sequence[ClaimedJob],
-        tier: Tier,
-        not_before: datetime | None = None,
+        not_before: datetime | None,
         *,
-        batch_wait_ms: float | None = None,
+        why: str | None = None,
+        revisit_at: datetime | None = None,
+        batch_wait_ms: float = 0.0,
         failure: Failure | None = None,
     ) -> None:
-        """Release the claims of jobs that have not been called, for a tier; `not_before`: until
-        then they are called in no other; `batch_wait_ms`: for how long in no batch either."""
+        """Release the claims of jobs for a provider's batch: no worker has them before then, and no
+        batch for `batch_wait_ms`. The choice stands until `revisit_at`."""
         if not jobs:
             return
-        where: Json = {"tier": tier, "not_before": not_before, "batch_wait_ms": batch_wait_ms}
+        where: Json = {"tier": Tier.BATCH, "not_before": not_before, "tier_why": why}
+        where |= {"revisit_at": revisit_at, "batch_wait_ms": batch_wait_ms}
         where["failure"] = rows.failure_row(failure)
-        moved = rows.dumps({"id": job.request_id, "claim": job.claim} | where for job in jobs)
-        found = await self._connections.rows("move_tiers", moved)
+        parked = rows.dumps({"id": job.request_id, "claim": job.claim} | where for job in jobs)
+        found = await self._connections.rows("park_jobs", parked)
         for job in jobs:
             self.settled(job)
         self._notifications.changed(rows.uuid_of(row["id"]) for row in found)
-        self._notifications.work({row["pool"] for row in found if row["not_before"] is None})
 
     async def bring_back(self, claims: Mapping[UUID, int]) -> None:
         """Make jobs that were released for a time ready now, each unless it has been claimed since

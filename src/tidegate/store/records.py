@@ -51,8 +51,7 @@ class NewJob:
     endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON, or where
     there is an attachment, which is the body, the head of it.
     traceparent: of the caller, for the worker that will run it. trail: of a stream, which is
-    not on record. tier: that it waits for, one of LIVE and `tiers_allowed`. not_before: until then
-    no worker calls it live; a job of the tier BATCH is given to the provider before.
+    not on record. tiers_allowed: those that it may be put into beside the usual one.
     """
 
     request_id: UUID
@@ -73,9 +72,7 @@ class NewJob:
     endpoint: str | None = None
     traceparent: str | None = None
     trail: Trail | None = None
-    tier: Tier = Tier.LIVE
     tiers_allowed: tuple[Tier, ...] = ()
-    not_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ class ClaimedJob:
     """A job that this worker has claimed; every write to it is fenced by `claim`.
 
     `attempts` counts the upstream attempts begun before this claim, `was_called` covers those
-    too that do not count.
+    too that do not count. tier: that it was put into last, None where none was chosen.
     """
 
     request_id: UUID
@@ -113,8 +110,9 @@ class ClaimedJob:
     subject: str | None = None
     key_id: str | None = None
     was_called: bool = False
-    tier: Tier = Tier.LIVE
+    tier: Tier | None = None
     tiers_allowed: tuple[Tier, ...] = ()
+    revisit_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +183,8 @@ class RequestRecord:
     files: tuple[FileRecord, ...] = ()
     webhook: WebhookRecord | None = None
     endpoint: str | None = None  # of a job that wraps a native call; `text` is the answer's body
-    tier: Tier | None = None  # of a job; None where no other tier than the usual one was allowed
+    tier: Tier | None = None  # that a job was put into last; None where none was chosen
+    tier_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,8 +279,7 @@ def job_row(job: NewJob) -> Json:
         if (value := getattr(job, name)) is not None:
             row[name] = value
     if job.tiers_allowed:
-        row |= {"tier": job.tier, "tiers_allowed": list(job.tiers_allowed)}
-        row |= {"not_before": job.not_before}
+        row["tiers_allowed"] = list(job.tiers_allowed)
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -480,7 +478,7 @@ def claimed_job(row: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> C
             record_of(Attachment, file, file_id=uuid_of(file["id"])) for file in files
         ),
         was_called=row["attempt_at"] is not None,
-        tier=tier_of(row["tier"]) or Tier.LIVE,
+        tier=tier_of(row["tier"]),
         tiers_allowed=tuple(filter(None, map(tier_of, row["tiers_allowed"] or ()))),
     )
 

@@ -58,13 +58,14 @@ UPDATE requests r SET
     claimed_by = NULL,
     not_before = row.not_before,
     tier = coalesce(row.tier, r.tier),
+    tiers_allowed = coalesce(row.tiers_allowed, r.tiers_allowed),
     failure = row.failure,
     upstream_ms = row.upstream_ms,
     first_byte_ms = row.first_byte_ms,
     version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before timestamptz,
     failure jsonb, upstream_ms double precision, first_byte_ms double precision, uncounted integer,
-    tier text)
+    tier text, tiers_allowed text[])
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
 RETURNING r.*
 

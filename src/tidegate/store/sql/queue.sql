@@ -106,15 +106,16 @@ FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, wait_ms double p
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running') AND old.id = r.id
 RETURNING r.*, old.status AS old_status
 
--- name: move_tiers
--- Give up claims on queued jobs that are to wait for another tier, or for the same one again.
+-- name: park_jobs
+-- Give up claims on queued jobs that were put into a tier, until a given time.
 UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = row.tier,
+    tier_why = coalesce(row.tier_why, r.tier_why), revisit_at = row.revisit_at,
     not_before = row.not_before, batch_after = now() + row.batch_wait_ms * interval '1 millisecond',
     failure = coalesce(row.failure, r.failure), version = r.version + 1
-FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, tier text, not_before timestamptz,
-    batch_wait_ms double precision, failure jsonb)
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, tier text, tier_why text,
+    revisit_at timestamptz, not_before timestamptz, batch_wait_ms double precision, failure jsonb)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued'
-RETURNING r.id, r.pool, r.not_before
+RETURNING r.id
 
 -- name: claim_batched
 -- Claim jobs of the tier `batch` in pool $1 for worker $2, at most $3 and $4 bytes, tenants in turn;

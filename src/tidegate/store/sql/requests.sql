@@ -10,7 +10,8 @@
 SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, model, used_model,
     priority, attempts, created_at, admitted_at, finished_at, not_before, deadline_at, queue_ms,
     upstream_ms, first_byte_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens,
-    total_tokens, finish_reason, failure, version, webhook_url, endpoint, tier
+    total_tokens, finish_reason, failure, version, webhook_url, endpoint, tier,
+    tier_why
 FROM requests WHERE id = $1 AND tenant_id = $2
 
 -- name: get_place

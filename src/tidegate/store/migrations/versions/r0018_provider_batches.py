@@ -15,10 +15,12 @@ depends_on = None
 
 STEPS = (
     # tier: that a job is in, or waits for; NULL is the usual one. tiers_allowed: those that its
-    # owner allows beside that; NULL where nothing was said. batch_after: from when on it may be
-    # given to a provider's batch; NULL for now.
+    # owner allows beside that; NULL where nothing was said. tier_why, revisit_at: why that tier was
+    # chosen, and until when that stands. batch_after: from when on it may be given to a provider's
+    # batch; NULL for now.
     """
     ALTER TABLE requests ADD COLUMN tier text, ADD COLUMN tiers_allowed text[],
+        ADD COLUMN tier_why text, ADD COLUMN revisit_at timestamptz,
         ADD COLUMN batch_after timestamptz
     """,
     "ALTER TABLE tenants ADD COLUMN tiers_allowed text[]",
