@@ -34,6 +34,7 @@ TidegateError
 ├── LeaseLost                   the session that held the permit is gone; results may not be stored
 ├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is
 │   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
+│   ├── UpstreamTierBusy        the requested processing tier has no capacity at the moment
 │   ├── UpstreamUnavailable     5xx, refused or broken connection
 │   │   └── UpstreamOut         not asked: it failed too often and is tried now and then
 │   ├── UpstreamTimeout         connect, first byte, idle or total time ran out
@@ -380,6 +381,15 @@ class UpstreamThrottled(UpstreamError):
     @property
     def of_upstream(self) -> bool:
         return True
+
+
+class UpstreamTierBusy(UpstreamError):
+    """The requested processing tier, such as `flex`, has no capacity at the moment. It says nothing
+    of the model or the account in their usual tier, and nothing is charged."""
+
+    code = "upstream_tier_busy"
+    retryable = True
+    is_answer = True
 
 
 class UpstreamUnavailable(UpstreamError):

@@ -322,11 +322,14 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
         return RefusalFacts("of_thing")
     if answer.status == 400 and _dead_key(answer):
         return RefusalFacts("key")
+    # https://ai.google.dev/gemini-api/docs/flex-inference: its capacity is shed first
+    if answer.status == 503 and answer.tier == "flex":
+        return RefusalFacts("tier_busy")
     if answer.status != 429:
         return None
     quotas = _quota_ids(answer.details)
     if not quotas:
-        return None
+        return RefusalFacts("tier_busy") if answer.tier == "flex" else None
     of_day = [one for one in quotas if "perday" in one]
     return RefusalFacts(
         "throttled",

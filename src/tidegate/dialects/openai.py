@@ -455,6 +455,10 @@ _BY_RATE = re.compile(r"\b(token|request|call) rate limit\b", re.IGNORECASE)
 _PER_DAY = re.compile(r"\b(?:token|request)s? per day\b", re.IGNORECASE)
 
 
+_TOO_FAST = frozenset({"rate_limit_exceeded", "slow_down"})
+_NO_FLEX = 498  # Groq's "flex tier capacity exceeded"; OpenAI's is a 429 "Resource Unavailable"
+
+
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """None where it is worded in no way of this dialect's own."""
     no_credits = answer.status in (402, 403, 429) and _NO_CREDITS.match(answer.message)
@@ -464,12 +468,16 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
         "invalid_api_key" in answer.words or _DEAD_KEY.match(answer.message)
     ):
         return RefusalFacts("key")
+    if answer.status == _NO_FLEX and answer.tier == "flex":
+        return RefusalFacts("tier_busy")
     if answer.status != 429:
         return None
     if _is_too_large(answer.message):
         return RefusalFacts("never")
     spent = used_up(answer.headers, answer.now)
     unit = _unit_of(answer) or (spent.unit if spent else None)
+    if answer.tier == "flex" and unit is None and not answer.words & _TOO_FAST:
+        return RefusalFacts("tier_busy")
     of_day = spent is not None and spent.window == "day" and spent.unit == unit
     wait_ms = spent.reset_ms if spent else None
     per_day = of_day or bool(_PER_DAY.search(answer.message))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, assert_never
 
@@ -26,6 +27,7 @@ from tidegate.errors import (
     UpstreamGarbled,
     UpstreamRejected,
     UpstreamThrottled,
+    UpstreamTierBusy,
     UpstreamUnauthorized,
     UpstreamUnavailable,
     UpstreamUnpaid,
@@ -59,11 +61,12 @@ def upstream_error(
     *,
     secret: str,
     dialect: str = Dialect.GEMINI,
+    tier: str = "",
 ) -> UpstreamError:
     """The error for an HTTP status (or that of an error object) and an error object. `headers` are
-    in lower case; `secret` is the API key, removed from the message."""
+    in lower case; `secret` is the API key, removed from the message; `tier` was requested."""
     message = f"the provider answered {status}: {_reason(error, secret)}"
-    answer = ErrorAnswer(status, error, headers, datetime.now(UTC))
+    answer = ErrorAnswer(status, error, headers, datetime.now(UTC), tier.lower())
     wait_ms = retry_after_ms(answer)
     refusal = _by_words(dialect, answer)
     if refusal is None:
@@ -80,6 +83,8 @@ def upstream_error(
                 unit=refusal.unit,
                 of_account=refusal.of_account,
             )
+        case "tier_busy":
+            return UpstreamTierBusy(message, status=status, retry_after_ms=wait_ms)
         case "unpaid":
             return UpstreamUnpaid(message, status=status, retry_after_ms=wait_ms)
         case "key":
@@ -93,8 +98,9 @@ def upstream_error(
 def _by_words(dialect: str, answer: ErrorAnswer) -> RefusalFacts | None:
     own = DIALECTS[dialect]
     throttled = None
+    plain = replace(answer, tier="")  # a tier is requested in one dialect's words
     for spec in (own, *(one for one in _IN_ORDER if one is not own)):
-        refusal = spec.refusal(answer)
+        refusal = spec.refusal(answer if spec is own else plain)
         if refusal is None:
             continue
         if refusal.reason != "throttled":
@@ -284,12 +290,17 @@ def error_body(event: JsonObject) -> JsonObject:
 
 
 def stream_error(
-    event: JsonObject, headers: Iterable[tuple[bytes, bytes]], *, secret: str, dialect: str
+    event: JsonObject,
+    headers: Iterable[tuple[bytes, bytes]],
+    *,
+    secret: str,
+    dialect: str,
+    tier: str = "",
 ) -> UpstreamError:
     """The error for an event of a stream."""
     named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
     error = error_object(event) or {}
-    return upstream_error(status_of(error), error, named, secret=secret, dialect=dialect)
+    return upstream_error(status_of(error), error, named, secret=secret, dialect=dialect, tier=tier)
 
 
 def own_headers(headers: Headers) -> Headers:

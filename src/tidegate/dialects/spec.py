@@ -166,8 +166,9 @@ class OutputEvents:
 
 # throttled: too much for now. unpaid: the account has no money left. key: the key is dead.
 # busy: a self-hosted server has no room at the moment, which is no fault. never: the same request
-# would be refused again. of_thing: about a resource that the request names.
-RefusalReason = Literal["throttled", "unpaid", "key", "busy", "never", "of_thing"]
+# would be refused again. of_thing: about a resource that the request names. tier_busy: the
+# requested processing tier has no capacity at the moment, which others have.
+RefusalReason = Literal["throttled", "unpaid", "key", "busy", "never", "of_thing", "tier_busy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +187,14 @@ class RefusalFacts:
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """A provider's error as it came: the error object of the body, headers in lower case."""
+    """A provider's error as it came: the error object of the body, headers in lower case. tier:
+    the processing tier that was requested of it in the answering dialect, if any."""
 
     status: int
     error: Mapping[str, Any]
     headers: Mapping[str, str]
     now: datetime
+    tier: str = ""
 
     @property
     def message(self) -> str:

@@ -59,7 +59,8 @@ class ModelRequest:
     `prompt` is all text of the conversation, `last_text` the last of it, `texts` its parts in
     their order with the system prompt first. `called` are the functions
     that the answer calls. `fenced`: JSON within a fenced block of code, since the prompt asks for
-    it. `choices` answers come, in a stream with its usage only `with_usage`.
+    it. `choices` answers come, in a stream with its usage only `with_usage`. `tier` is the
+    processing tier, empty for the usual one.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class ModelRequest:
     with_usage: bool = False
     cached_tokens: int = 0
     cache_write_tokens: int = 0
+    tier: str = ""
 
     @property
     def input_tokens(self) -> int:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from inspect import isawaitable
 from typing import Any, Literal, NoReturn
 
@@ -24,6 +25,8 @@ from tidegate.emulator.limits import BREAKS_OFF, MID_ANSWER, Fault, FaultName
 from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.settings import Behaviour, Distribution
 from tidegate.emulator.state import EmulatorState, LoggedCall
+from tidegate.prices.catalog import catalog
+from tidegate.prices.rates import STANDARD_TIERS
 
 EMULATOR_HEADER = "x-tidegate-emulator"
 EMULATED = {EMULATOR_HEADER: "1"}
@@ -143,6 +146,18 @@ class Served:
             rest = 0
         return replace(asked, cached_tokens=cached, cache_write_tokens=rest)
 
+    def in_tier(self, asked: ModelRequest, tier: Any) -> ModelRequest:
+        """The request in the processing tier that its body names. Raises Refused (400) for one in
+        which its model has no public price."""
+        if tier is None or (isinstance(tier, str) and tier.lower() in STANDARD_TIERS):
+            return asked
+        today = datetime.now(UTC).date()
+        if not isinstance(tier, str) or not catalog().find(
+            self.api.name, asked.model, today, tier.lower()
+        ):
+            raise Refused(400, f"Unsupported service_tier for {asked.model}: {str(tier)[:40]}")
+        return replace(asked, tier=tier.lower())
+
     def rate_limits(self, page: Callable[[AccountSpec], Json]) -> web.Response:
         """A page of the rate-limit API; raises Refused (404) where there is no account."""
         account = self.state.account_of(self.api.name)
@@ -160,8 +175,11 @@ class Served:
             fault,
         ):
             self.state.keep_prompt(call, asked.texts)
+            call.tier = asked.tier
             if (early := await self._early_fault(call, fault)) is not None:
                 return early
+            if asked.tier == "flex" and (busy := await self._flex(call)) is not None:
+                return busy
             content_type = content_type or (SSE_TYPE if asked.streamed else JSON_TYPE)
             script, behaviour = scripted(fault), self.behaviour
             headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
@@ -244,6 +262,16 @@ class Served:
         if (error := self.api.ordered(fault, call.model)) is not None:
             self.state.ledger.end(call, "failed")
             return failed(error)
+        return None
+
+    async def _flex(self, call: LoggedCall) -> web.Response | None:
+        """Wait as a call of the flex tier does; the refusal of one without capacity."""
+        pace, random = self.behaviour.flex, self.state.random
+        if self.api.no_capacity is not None and random.random() < pace.busy_share:
+            call.fault = "flex_busy"
+            self.state.ledger.end(call, "failed")
+            return failed(self.api.no_capacity)
+        await asyncio.sleep(pace.delay_ms.draw_ms(random) / 1000)
         return None
 
     async def cut(self, call: LoggedCall) -> NoReturn:

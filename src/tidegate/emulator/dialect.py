@@ -48,7 +48,8 @@ class LimitReached(Exception):
 class EmulatedApi:
     """Errors of an API. `faults` are those with one status and message.
 
-    `throttled` words the faults that are a 429, and returns None for all others.
+    `throttled` words the faults that are a 429, and returns None for all others. `no_capacity`
+    refuses a call of the flex tier; None where there is no such tier.
     """
 
     name: str
@@ -57,6 +58,7 @@ class EmulatedApi:
     faults: Mapping[FaultName, tuple[int, str]]
     throttled: Callable[[Fault, str], ErrorResponse | None]
     refused_by_account: Callable[[AccountSpec, AccountRefusal, str], ErrorResponse]
+    no_capacity: ErrorResponse | None = None
 
     def ordered(self, fault: Fault, model: str) -> ErrorResponse | None:
         """The error response that a fault is; None when it is another kind of fault."""

@@ -207,6 +207,7 @@ GEMINI = EmulatedApi(
     },
     throttled=throttled_on_order,
     refused_by_account=refused_by_account,
+    no_capacity=error(503, "The service is currently unavailable."),
 )
 
 
@@ -491,6 +492,8 @@ class _GeminiAnswer:
             "totalTokenCount": asked.input_tokens + output_tokens + self._thoughts,
             "promptTokensDetails": _modalities(asked),
         }
+        if asked.tier:
+            usage["serviceTier"] = asked.tier
         if asked.cached_tokens:
             usage["cachedContentTokenCount"] = asked.cached_tokens
         if output_tokens:
@@ -624,6 +627,7 @@ async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
 async def _generate(served: Served, model: str, body: Any, framing: Framing) -> web.StreamResponse:
     lookup = served.state.files.look_up
     asked = served.cached(read_generate(model, body, lookup, streamed=framing != "whole"))
+    asked = served.in_tier(asked, get(body, "serviceTier"))
     scripted = partial(_script, asked, served.behaviour, framing)
     return await served.generate(asked, scripted, SSE_TYPE if framing == "sse" else JSON_TYPE)
 

@@ -189,6 +189,9 @@ OPENAI = EmulatedApi(
     },
     throttled=_throttled_on_order,
     refused_by_account=_refused_by_account,
+    no_capacity=error(
+        429, "Resource Unavailable", kind="invalid_request_error", code="resource_unavailable"
+    ),
 )
 
 
@@ -531,7 +534,8 @@ class _Choices:
             "model": asked.model,
         }
         if chat:
-            self._identity |= {"service_tier": "default", "system_fingerprint": "fp_emulated"}
+            tier = asked.tier or "default"
+            self._identity |= {"service_tier": tier, "system_fingerprint": "fp_emulated"}
 
     def whole(self) -> list[ScriptStep]:
         composed = self.composed
@@ -830,12 +834,14 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
             return await served.generate(asked, partial(pictures_script, asked, behaviour))
         case "responses":
             asked = served.cached(read_responses(body, model))
+            asked = served.in_tier(asked, body.get("service_tier"))
             broken = partial(broken_object, OPENAI, GARBAGE)
             return await served.generate(
                 asked, partial(response_script, broken, body, asked, behaviour)
             )
     chat = name == "chat/completions"
     asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))
+    asked = served.in_tier(asked, body.get("service_tier"))
     return await served.generate(asked, partial(choices_script, asked, behaviour, chat=chat))
 
 

@@ -192,6 +192,7 @@ class _ResponseObject:
             "error": None,
             "incomplete_details": None,
             "model": self._asked.model,
+            "service_tier": self._asked.tier or "default",
             "output": output,
             "usage": usage,
         }

@@ -133,8 +133,28 @@ class BatchPace:
         return shown | {"delay_ms": self.delay_ms.to_json()}
 
 
+@dataclass(frozen=True, slots=True)
+class FlexPace:
+    """How the flex tier answers: each call `delay_ms` later than in the usual tier, and a
+    `busy_share` of them is refused, since the provider is short of capacity."""
+
+    delay_ms: Distribution = field(default_factory=Distribution)
+    busy_share: float = 0.0
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """From JSON; raises InvalidRequest naming the field."""
+        if isinstance(value, cls):
+            return value
+        known_fields("flex", value, tuple(item.name for item in fields(cls)))
+        return cls(**{name: _of_pace(f"flex.{name}", item) for name, item in value.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        return {"delay_ms": self.delay_ms.to_json(), "busy_share": self.busy_share}
+
+
 def _of_pace(name: str, value: Any) -> Any:
-    """The value of one field of `BatchPace`, checked."""
+    """The value of one field of `BatchPace` or `FlexPace`, checked."""
     if name.endswith(".delay_ms"):
         return Distribution.parse(name, value)
     if name.endswith("_share"):
@@ -156,7 +176,8 @@ class Behaviour:
     streamed. `concurrency` is by kind or `total`; a kind that is not named has no bound.
     `answer` replaces the text of every text answer. `classifier_answer` is the value to choose
     from an enum (a string) or the whole JSON answer (an object). `account` counts as a provider
-    does, beside `concurrency` and `rates`. `batches` is the pace of the providers' batch APIs.
+    does, beside `concurrency` and `rates`. `batches` is the pace of the providers' batch APIs,
+    `flex` that of their flex tier.
     """
 
     first_byte_ms: Mapping[str, Distribution] = field(default_factory=dict)
@@ -171,6 +192,7 @@ class Behaviour:
     strict_models: bool = False
     account: AccountSpec | None = None
     batches: BatchPace = field(default_factory=BatchPace)
+    flex: FlexPace = field(default_factory=FlexPace)
 
     def first_byte(self, kind: str) -> Distribution:
         return _of_kind(self.first_byte_ms, kind)
@@ -188,6 +210,7 @@ class Behaviour:
             shown[name] = {kind: value.to_json() for kind, value in shown[name].items()}
         shown["account"] = None if self.account is None else self.account.to_json()
         shown["batches"] = self.batches.to_json()
+        shown["flex"] = self.flex.to_json()
         return shown
 
 
@@ -227,6 +250,8 @@ def _sound(name: str, value: Any) -> Any:
             return AccountSpec.parse(value)
         case "batches":
             return BatchPace.parse(value)
+        case "flex":
+            return FlexPace.parse(value)
     raise InvalidRequest(name, f"{value!r} is not a value of a behaviour {name!r}")
 
 

@@ -106,7 +106,7 @@ class LoggedCall:
     traceparent: str = ""  # as the request bore it
     cached_tokens: int = 0  # of the input, read from the account's prompt cache
     cache_write_tokens: int = 0  # of the input, written to it
-    tier: str = ""  # the processing tier it is billed in: `batch`; empty is the usual one
+    tier: str = ""  # the processing tier it is billed in: `batch`, `flex`; empty is the usual one
 
 
 class CallLedger:

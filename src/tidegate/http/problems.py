@@ -138,6 +138,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.LeaseLost: 503,
     errors.UpstreamError: 502,
     errors.UpstreamThrottled: 503,
+    errors.UpstreamTierBusy: 503,
     errors.UpstreamUnavailable: 502,
     errors.UpstreamOut: 503,
     errors.UpstreamTimeout: 504,
@@ -153,6 +154,7 @@ NATIVE_STATUS: dict[type[errors.TidegateError], int] = {
     errors.QueueFull: 429,
     errors.DemandImpossible: 400,
     errors.UpstreamThrottled: 429,
+    errors.UpstreamTierBusy: 429,
 }
 _DEFAULT_RETRY_AFTER_MS = 1_000
 
@@ -369,6 +371,8 @@ ADVICE: dict[str, str] = {
     "upstream": "The provider failed with an error of its own: its message is in the response.",
     "upstream_throttled": "The provider throttled the request: lower the limit to what it "
     "really allows, then retry it.",
+    "upstream_tier_busy": "The requested processing tier has no capacity at the moment: retry it "
+    "later, or without the tier.",
     "upstream_unavailable": f"The provider was unavailable or unreachable. {_RETRY_IT}",
     "upstream_out": "The upstream had failed too often, so the call was not made: it is tried by "
     "one call at a time. Retry the request once the upstream is back.",

@@ -306,7 +306,8 @@ class NativeExchange:
                 if call.endpoint.is_counted and (status < 300 or status == 429):
                     lane.gate.announced.note(target.model, exchange.headers)
                 if status >= 300:
-                    failed = await refusal_of(exchange, target, call.endpoint.dialect)
+                    tier = self._requested_tier()
+                    failed = await refusal_of(exchange, target, call.endpoint.dialect, tier)
                     raise self._with_headers(failed)
                 first = await self._first(exchange, target)
                 if is_try or lane.gate.has_doubts:
@@ -380,7 +381,10 @@ class NativeExchange:
         self, value: dict[str, Any], exchange: Exchange, secret: str
     ) -> UpstreamError:
         dialect = self._call.endpoint.dialect
-        return refusals.stream_error(value, exchange.headers, secret=secret, dialect=dialect)
+        tier = self._requested_tier()
+        return refusals.stream_error(
+            value, exchange.headers, secret=secret, dialect=dialect, tier=tier
+        )
 
     async def _pieces(
         self, exchange: Exchange, piece: bytes, without: WithoutUsageEvent | None

@@ -46,6 +46,7 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamGarbled,
     UpstreamThrottled,
+    UpstreamTierBusy,
     UpstreamUnauthorized,
 )
 from tidegate.limiter import Limiter, Permit, PoolPolicy
@@ -107,8 +108,11 @@ class CallFailed(Exception):
         self.told = told
 
 
-async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFailed:
-    """An answer that is not a success, read to its end. Raises UpstreamError where that fails."""
+async def refusal_of(
+    exchange: Exchange, target: Target, dialect: str, tier: str = ""
+) -> CallFailed:
+    """An answer that is not a success, read to its end; `tier` was requested. Raises UpstreamError
+    where that fails."""
     body = await exchange.read(_REFUSAL_BYTES)
     status = exchange.status
     if status < 400:
@@ -123,7 +127,7 @@ async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFa
         name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
     }
     secret = target.upstream.key
-    error = refusals.upstream_error(status, said, named, secret=secret, dialect=dialect)
+    error = refusals.upstream_error(status, said, named, secret=secret, dialect=dialect, tier=tier)
     return CallFailed(
         error,
         target,
@@ -533,7 +537,8 @@ class _Run:
             outcome = Outcome.SUCCESS
         except CallFailed as failed:
             failure = failed
-            outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
+            is_dropped = failed.error.retryable and not isinstance(failed.error, UpstreamTierBusy)
+            outcome = Outcome.DROPPED if is_dropped else Outcome.IGNORED
             await self._note_failure(failed, lane, demand, is_try)
             raise
         finally:

@@ -13,6 +13,7 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamRejected,
     UpstreamThrottled,
+    UpstreamTierBusy,
     UpstreamUnauthorized,
     UpstreamUnavailable,
     UpstreamUnpaid,
@@ -22,9 +23,13 @@ Headers = dict[str, str]
 
 
 def classified(
-    dialect: str, status: int, error: dict[str, Any], headers: Headers | None = None
+    dialect: str,
+    status: int,
+    error: dict[str, Any],
+    headers: Headers | None = None,
+    tier: str = "",
 ) -> UpstreamError:
-    return upstream_error(status, error, headers or {}, secret="", dialect=dialect)
+    return upstream_error(status, error, headers or {}, secret="", dialect=dialect, tier=tier)
 
 
 def quota(*ids: str) -> list[dict[str, Any]]:
@@ -270,3 +275,39 @@ def test_no_text_takes_long_to_read(dialect: str) -> None:
     for text in ("a " * 100_000, "Limit " * 60_000, "your " * 60_000, "retry after " * 20_000):
         error = {"message": text, "details": [{}] * 1_000}
         assert isinstance(classified(dialect, 429, error), UpstreamError)
+
+
+NO_FLEX: list[tuple[str, int, dict[str, Any]]] = [
+    ("openai", 429, {"message": "Resource Unavailable", "type": "invalid_request_error",
+                     "code": "resource_unavailable"}),
+    ("openai", 429, {"message": "Resource Unavailable"}),
+    ("openai", 498, {"message": "Flex tier capacity exceeded"}),  # Groq
+    ("gemini", 503, {"status": "UNAVAILABLE", "message": "The service is unavailable."}),
+    ("gemini", 429, {"status": "RESOURCE_EXHAUSTED", "message": "Resource has been exhausted"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "status", "error"), NO_FLEX)
+def test_a_tier_without_capacity_is_no_fault_of_the_model(
+    dialect: str, status: int, error: dict[str, Any]
+) -> None:
+    found = classified(dialect, status, error, {"retry-after": "3"}, tier="flex")
+    assert type(found) is UpstreamTierBusy
+    assert (found.retryable, found.is_answer, found.of_upstream) == (True, True, False)
+    assert found.retry_after_ms == 3_000
+    assert type(classified(dialect, status, error)) is not UpstreamTierBusy
+
+
+@pytest.mark.parametrize(
+    ("dialect", "error"),
+    [
+        ("openai", {"message": "Rate limit reached for gpt-5 on requests per min (RPM): Limit 3",
+                    "type": "requests", "code": "rate_limit_exceeded"}),
+        ("openai", {"message": "Rate limit reached.", "code": "rate_limit_exceeded"}),
+        ("openai", {"message": "slow down", "code": "slow_down"}),
+        ("gemini", {"message": "Quota exceeded",
+                    "details": quota("GenerateRequestsPerMinutePerProject")}),
+    ],
+)  # fmt: skip
+def test_a_limit_of_the_account_is_one_in_flex_too(dialect: str, error: dict[str, Any]) -> None:
+    assert type(classified(dialect, 429, error, tier="flex")) is UpstreamThrottled
