@@ -2,8 +2,8 @@
 
 A call is admitted by all limits that bind its model, or spends nothing; what it counts is then
 corrected as its provider does. The clock is an argument and may be scaled. Invariants: `counted` of
-a limit is what its calls count in all; what another consumer takes is in
-`others` alone; a changed bound keeps what is used.
+a limit is what its calls count in all; what another consumer takes is in `others` alone; a changed
+bound keeps what is used.
 """
 
 from __future__ import annotations
