@@ -1,14 +1,16 @@
 """`python -m bench.against COMMIT`: the figures of this checkout beside another commit's.
 
 A clone of the commit is installed below `.bench`. Each run measures one, then the other, each with
-the benchmarks that it has. The medians of all runs are compared, so that a machine whose speed
-drifts does not decide. Exit status 1 where a bar is missed, 2 where a figure is missing.
+the benchmarks that it has; with `--same-benchmarks` both limiters by those of this checkout. The
+medians of all runs are compared, so that a machine whose speed drifts does not decide. Exit status
+1 where a bar is missed, 2 where a figure is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import grid, machine
+from bench.peers.catalogue import OURS_PYTHON
 
 ROOT = Path(__file__).parents[1]
 # Medians of work done may be so much more than the other commit's, tails so much.
@@ -34,6 +37,7 @@ class Figure:
     scenario: str
     key: str
     bar: float = MEDIAN_BAR
+    other_scenario: str = ""  # of the other commit, if not the same
 
 
 FIGURES = (
@@ -52,10 +56,20 @@ FIGURES = (
     Figure("the same: wake-up p99, ms", "limiter", "load-50-20", "wake_p99_ms", TAIL_BAR),
     Figure("limiter, weights: Valkey CPU, us a permit", "limiter", "weights", "valkey_us"),
 )
+# A commit that doesn't have these scenarios is measured with `--same-benchmarks`.
+_USUAL, _ALL = "limits of usual units", "limits of all units, against usual ones"
+UNITS = (
+    Figure(f"{_USUAL}: Valkey CPU, us a permit", "limiter", "units-usual", "valkey_us", 1.10),
+    Figure(f"{_USUAL}: clients' CPU, us a permit", "limiter", "units-usual", "workers_us", 1.10),
+    *(
+        Figure(f"{_ALL}: {whose} CPU, us a permit", "limiter", "units-all", key, 1.5, "units-usual")
+        for whose, key in (("Valkey", "valkey_us"), ("clients'", "workers_us"))
+    ),
+)
 OURS = {"gateway": "tidegate", "limiter": "tidegate"}
 ONLY = {"gateway": "tidegate", "limiter": "ours"}
 
-SCENARIOS = tuple(dict.fromkeys(figure.scenario for figure in FIGURES))
+SCENARIOS = tuple(dict.fromkeys(figure.scenario for figure in (*FIGURES, *UNITS)))
 
 Found = dict[Figure, list[float]]
 
@@ -71,27 +85,43 @@ def checkout(commit: str) -> Path:
     return folder
 
 
-def measure(root: Path, wanted: Sequence[Figure], found: Found, seconds: float) -> None:
-    """Run the benchmarks of these figures once in `root`, and add them."""
+@dataclass(frozen=True)
+class Side:
+    """One of the two. root: whose code is measured. benchmarks: whose benchmarks run."""
+
+    root: Path
+    benchmarks: Path
+    is_other: bool
+    found: Found
+
+    def scenario_of(self, figure: Figure) -> str:
+        return (self.is_other and figure.other_scenario) or figure.scenario
+
+
+def measure(side: Side, wanted: Sequence[Figure], seconds: float) -> None:
+    """Run the benchmarks of these figures once, and add them."""
     for benchmark in dict.fromkeys(figure.benchmark for figure in wanted):
         ours = [figure for figure in wanted if figure.benchmark == benchmark]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
             command = [
-                *(root / ".venv/bin/python", "-m", f"bench.{benchmark}"),
+                *(side.benchmarks / ".venv/bin/python", "-m", f"bench.{benchmark}"),
                 *("--only", ONLY[benchmark], "--seconds", str(seconds), "--patience", "0"),
                 *("--json", file),
             ]
-            for scenario in dict.fromkeys(figure.scenario for figure in ours):
+            for scenario in dict.fromkeys(side.scenario_of(figure) for figure in ours):
                 command += ["--scenario", scenario]
-            done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+            env = {**os.environ, OURS_PYTHON: str(side.root / ".venv/bin/python")}
+            done = subprocess.run(
+                command, cwd=side.benchmarks, env=env, check=False, capture_output=True, text=True
+            )
             if done.returncode not in (0, 1) or not file.exists():
-                raise SystemExit(f"{benchmark} in {root} failed:\n{done.stderr[-2000:]}")
+                raise SystemExit(f"{benchmark} of {side.root} failed:\n{done.stderr[-2000:]}")
             figures = json.loads(file.read_text())[OURS[benchmark]]
         for figure in ours:
-            value = figures.get(figure.scenario, {}).get(figure.key)
+            value = figures.get(side.scenario_of(figure), {}).get(figure.key)
             if value is not None:
-                found[figure].append(float(value))
+                side.found[figure].append(float(value))
 
 
 def main() -> None:
@@ -100,19 +130,30 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9, help="of each, in turns")
     parser.add_argument("--seconds", type=float, default=3.0, help="measured in each load")
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="only this one")
+    parser.add_argument(
+        "--same-benchmarks",
+        action="store_true",
+        help="measure the limiters alone, both with the benchmarks of this checkout",
+    )
     arguments = parser.parse_args()
     scenarios = arguments.scenario or SCENARIOS
-    wanted = [figure for figure in FIGURES if figure.scenario in scenarios]
+    wanted = [
+        figure
+        for figure in (*FIGURES, *UNITS)
+        if figure.scenario in scenarios
+        and (figure.benchmark == "limiter" or not arguments.same_benchmarks)
+    ]
     resolved = ["git", "rev-parse", "--short=12", arguments.commit]
     commit = subprocess.check_output(resolved, cwd=ROOT, text=True).strip()
     other = checkout(commit)
     ours: Found = defaultdict(list)
     theirs: Found = defaultdict(list)
+    benchmarks = ROOT if arguments.same_benchmarks else other
+    pair = [Side(ROOT, ROOT, False, ours), Side(other, benchmarks, True, theirs)]
     for run in range(arguments.runs):
         # The first of a pair may meet a colder machine.
-        pair = [(ROOT, ours), (other, theirs)]
-        for root, found in pair if run % 2 else reversed(pair):
-            measure(root, wanted, found, arguments.seconds)
+        for side in pair if run % 2 else reversed(pair):
+            measure(side, wanted, arguments.seconds)
         print(f"run {run + 1} of {arguments.runs}", flush=True)
     rows, missed, missing = [], 0, 0
     for figure in wanted:

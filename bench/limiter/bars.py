@@ -162,6 +162,14 @@ def _long_queue(results: Results) -> tuple[str, bool]:
     return f"{ratio:.2f} x (Valkey alone {valkey:.2f} x)", ratio <= 1.5
 
 
+def _units(results: Results) -> tuple[str, bool]:
+    usual, every = (
+        results.ours(scenario, "valkey_us") + results.ours(scenario, "workers_us")
+        for scenario in ("units-usual", "units-all")
+    )
+    return f"{every / usual:.2f} x of {usual:.0f} us", every / usual <= 1.5
+
+
 def _tenants(results: Results) -> tuple[str, bool]:
     tend_ms, loop_ms = (
         results.ours("tenants-10000", figure) for figure in ("tend_p99_ms", "local_state_max_ms")
@@ -220,6 +228,7 @@ BARS = (
     _Bar("weighted shares 1:2:4:8, off ideal", "<= 5 %", _shares),
     _Bar("uncontended acquire+release", "<= 2.0 x the bare EVALSHA", _uncontended),
     _Bar("100,000 waiters: cost per admission against 100", "<= 1.5 x", _long_queue),
+    _Bar("limits of every unit: CPU per admission against the usual ones", "<= 1.5 x", _units),
     _Bar(
         "10,000 tenants with limits of their own, 1,000 waiting: a tend at the server (p99), "
         "local_state on the loop",

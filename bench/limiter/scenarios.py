@@ -119,6 +119,18 @@ def queued(waiters: int, warm_s: float) -> Callable[[Entry, Setting], Figures]:
     return scenario
 
 
+def _units(units: str) -> Callable[[Entry, Setting], Figures]:
+    """Limit 50 of calls, and limits that count other units beside it: `usual` ones, or `all`."""
+
+    def scenario(entry: Entry, setting: Setting) -> Figures:
+        orders = Orders("", "", "", 50, 100, 20.0, options={"units": units})
+        figures = load(replace(entry, adapter="ours_limits"), setting, orders)
+        figures.pop("starts")
+        return figures
+
+    return scenario
+
+
 def weights(entry: Entry, setting: Setting) -> Figures:
     """Four tenants with weights 1:2:4:8, all of them always waiting."""
     orders = Orders("", "", "", 50, 100, 20.0, options={"weights": WEIGHTS})
@@ -271,6 +283,8 @@ SHARED: dict[str, Callable[[Entry, Setting], Figures]] = {
 }
 OURS_ONLY: dict[str, Callable[[Entry, Setting], Figures]] = {
     "weights": weights,
+    "units-usual": _units("usual"),
+    "units-all": _units("all"),
     "queued-100": queued(100, WARM_S),
     "queued-100000": queued(100_000, 15.0),
     "crash-reap": lambda entry, setting: crash(entry, setting, reap_closed_ms=200),

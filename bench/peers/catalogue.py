@@ -6,6 +6,7 @@ redis-py's peers get hiredis, and everybody gets uvloop, so that nobody is slow 
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -78,9 +79,15 @@ RATE_PEERS = (
 ENTRIES = (OURS, *PEERS, LOCAL, LOCAL_THREADS, EVALSHA, *RATE_PEERS)
 
 
+# The Python whose `tidegate` is measured as ours, if not the one that runs the benchmark.
+OURS_PYTHON = "BENCH_OURS_PYTHON"
+
+
 def interpreter(entry: Entry) -> Path:
     """The Python that has this limiter installed. Raises EnvironmentMissing."""
-    if entry.ours or entry.floor:
+    if entry.ours:
+        return Path(os.environ.get(OURS_PYTHON, sys.executable))
+    if entry.floor:
         return Path(sys.executable)
     wanted = [f"{entry.name}=={entry.version}", EVENT_LOOP, *entry.requirements]
     return python_with(f"{entry.name}-{entry.version}", wanted, entry.python)
