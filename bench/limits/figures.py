@@ -53,40 +53,22 @@ def limit_uses(readings: Sequence[Book], windows: int) -> list[LimitUse]:
     """Of one account's book, read again and again over `windows` windows and one more.
 
     A gateway that is full sends what a window gives in one burst, and the next burst a window
-    later. In windows of the provider's clock the edge of a measurement can fall into a burst and
-    cut off up to a whole one. So the use is averaged over measurements that begin at each reading
-    of the first window and last as many windows.
+    later. The edge of a measurement can fall into a burst and cut off up to a whole one. So the use
+    is averaged over measurements that begin at each reading of the first window and last as many
+    windows.
     """
+    apart = (len(readings) - 1) * windows // (windows + 1)
+    spans = list(zip(readings, readings[apart:], strict=False))
     uses = []
     for number, limit in enumerate(readings[-1]["limits"]):
-        counts = [(book["now_ns"], book["limits"][number]) for book in readings]
-        by_phase = limit["mode"] == "fixed_window"
-        uses.append(_by_phase(counts, windows) if by_phase else _of_bucket(counts[0], counts[-1]))
+        used = given = 0.0
+        for first, last in spans:
+            start, end = first["limits"][number], last["limits"][number]
+            used += end["counted"] - start["counted"]
+            passed_s = (last["now_ns"] - first["now_ns"]) / 1e9
+            given += limit["bound"] * passed_s / limit["window_s"]
+        uses.append(LimitUse(limit["name"], round(used / len(spans)), given / len(spans)))
     return uses
-
-
-_Reading = tuple[int, Mapping[str, Any]]
-
-
-def _of_bucket(first: _Reading, last: _Reading) -> LimitUse:
-    (since_ns, start), (until_ns, end) = first, last
-    refilled = end["bound"] * (until_ns - since_ns) / (end["window_s"] * 1e9)
-    # A burst that it keeps all the time is no part of the rate that it gives.
-    drained = max(start["remaining"] - end["remaining"], 0)
-    return LimitUse(end["name"], end["counted"] - start["counted"], drained + refilled)
-
-
-def _by_phase(counts: Sequence[_Reading], windows: int) -> LimitUse:
-    """The mean over all pairs of readings that are so many parts of the whole time apart."""
-    name, bound = counts[-1][1]["name"], counts[-1][1]["bound"]
-    window_ns = counts[-1][1]["window_s"] * 1e9
-    apart = (len(counts) - 1) * windows // (windows + 1)
-    used = given = 0.0
-    for (since_ns, start), (until_ns, end) in zip(counts, counts[apart:], strict=False):
-        used += end["counted"] - start["counted"]
-        given += bound * (until_ns - since_ns) / window_ns
-    spans = len(counts) - apart
-    return LimitUse(name, round(used / spans), given / spans)
 
 
 def binding(uses: list[LimitUse]) -> dict[str, LimitUse]:

@@ -28,26 +28,11 @@ SECOND = 10**9
 def book(now_s: float, **limit: Any) -> dict[str, Any]:
     whole = {
         "name": "tokens:m:10s",
-        "mode": "token_bucket",
         "bound": 100,
         "window_s": 10.0,
-        "remaining": 100,
         "counted": 0,
     }
     return {"now_ns": round(now_s * SECOND), "limits": [whole | limit]}
-
-
-@pytest.mark.parametrize(
-    ("remaining", "counted", "given"),
-    [((50, 50), 200, 200.0), ((50, 10), 240, 240.0), ((10, 100), 100, 200.0)],
-)
-def test_a_bucket_gives_what_it_refills_and_what_is_drained(
-    remaining: tuple[int, int], counted: int, given: float
-) -> None:
-    before = book(100, remaining=remaining[0], counted=30)
-    (use,) = limit_uses([before, book(120, remaining=remaining[1], counted=30 + counted)], 1)
-    assert use == LimitUse("tokens:m:10s", counted, given)
-    assert use.share == pytest.approx(counted / given)
 
 
 @pytest.mark.parametrize("burst_at_s", [0.5, 4.5, 9.9])
@@ -61,8 +46,7 @@ def test_a_burst_at_the_edge_of_a_measurement_is_neither_lost_nor_won(burst_at_s
     for windows in (1, 3):
         count = (windows + 1) * 20 + 1
         readings = [
-            book(100 + number / 2, mode="fixed_window", counted=counted(100 + number / 2))
-            for number in range(count)
+            book(100 + number / 2, counted=counted(100 + number / 2)) for number in range(count)
         ]
         (use,) = limit_uses(readings, windows)
         assert use.given == pytest.approx(100 * windows)
@@ -70,9 +54,7 @@ def test_a_burst_at_the_edge_of_a_measurement_is_neither_lost_nor_won(burst_at_s
 
 
 def test_what_a_gateway_leaves_of_a_window_is_no_use() -> None:
-    readings = [
-        book(100 + number / 2, mode="fixed_window", counted=4 * number) for number in range(41)
-    ]
+    readings = [book(100 + number / 2, counted=4 * number) for number in range(41)]
     (use,) = limit_uses(readings, 1)
     assert use == LimitUse("tokens:m:10s", 80, 100)
 
