@@ -66,16 +66,17 @@ def test_a_mistake_in_an_upstream_or_route_stops_the_start_before_any_server(
     command: str, text: str, line: str, tmp_path: Path
 ) -> None:
     (tmp_path / "tidegate.toml").write_text(text)
-    program = [str(_ROOT / command)] if command.endswith(".py") else ["-m", "tidegate", command]
-    done = subprocess.run(
-        [sys.executable, *program],
-        cwd=tmp_path,
-        env=os.environ | {"PORT": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    if command.endswith(".py"):
+        done = subprocess.run(
+            [sys.executable, str(_ROOT / command)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    else:
+        done = _run(tmp_path, command, PORT="0")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"tidegate: tidegate.toml: {line}")

@@ -161,7 +161,7 @@ def test_policies_are_told_side_by_side() -> None:
 def test_several_plays_tell_how_far_apart_they_are() -> None:
     stream = {"per_second": 9, "duration_ms": {"median": 400, "p95": 1000}}
     streams = [{"tenant": "a", **stream}, {"tenant": "b", **stream, "deadline_ms": 500}]
-    arrivals = load_of({"lasts": "30s", "arrivals": streams}).draw(USUAL, 1)
+    arrivals = load_of({"lasts": "15s", "arrivals": streams}).draw(USUAL, 1)
     policy = PoolPolicy({TEXT: 6})
     once = rehearse("", arrivals, policy, AT_ONCE)
     found = rehearse("", arrivals, policy, AT_ONCE, plays=4)
