@@ -523,7 +523,7 @@ class GeminiProcessor:
         from google import genai
         from google.genai import errors, types
 
-        from tidegate.upstream.gemini_transport import SdkClient, Settings
+        from tidegate.upstream.gemini_transport import SdkClient, Settings, tls_context
 
         # These loggers' lines show whole URLs, and an upload's URL holds the key.
         for name in ("httpx2", "httpcore2"):
@@ -538,6 +538,8 @@ class GeminiProcessor:
                 base_url=self._base_url,
                 api_version=API_VERSION,
                 httpx_async_client=connections,
+                # For its websockets, which nobody opens: else it reads certificates of its own.
+                async_client_args={"ssl": tls_context()},
                 # Never used, but the SDK would build one, with certificates and proxies of its own.
                 httpx_client=httpx2.Client(transport=httpx2.MockTransport(_no_sync_calls)),
             ),

@@ -16,11 +16,12 @@ never changed. Importing this module costs 1 to 2 s (httpx2 and the SDK), so onl
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -304,6 +305,14 @@ class _SdkResponse(httpx2.Response):
         return self.stream
 
 
+@cache
+def tls_context() -> ssl.SSLContext:
+    """Of all clients of the process: reading the certificates takes as long as the rest of one."""
+    context = httpx2.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 class SdkClient(httpx2.AsyncClient):
     """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
 
@@ -317,8 +326,6 @@ class SdkClient(httpx2.AsyncClient):
         self.max_answer_bytes = max_answer_bytes
         self.open_exchanges: set[SdkExchange] = set()
         self._timeouts = timeouts
-        self._tls = httpx2.create_ssl_context()
-        self._tls.set_alpn_protocols(["http/1.1"])
         self._wire: RelayWire | None = None
 
     def build_request(
@@ -372,7 +379,7 @@ class SdkClient(httpx2.AsyncClient):
             await self._wire.aclose()
 
     async def _opened(self) -> RelayWire:
-        self._wire = RelayWire(self._timeouts, self._tls)
+        self._wire = RelayWire(self._timeouts, tls_context())
         await self._wire.start()
         return self._wire
 
