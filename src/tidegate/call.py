@@ -117,7 +117,8 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request to a model, as the spine sees it. `media` are the loaded attachments."""
+    """One request to a model, as the spine sees it. `media` are the loaded attachments. `tier`:
+    LIVE, or FLEX, which is then requested."""
 
     request_id: UUID
     prompt: str
@@ -127,6 +128,7 @@ class Call:
     tenant_id: str = DEFAULT_TENANT
     priority: int = 0  # from -100 to 100, higher first
     traceparent: str | None = None  # sent with it, where it is part of a trace
+    tier: Tier = Tier.LIVE
 
 
 class Scope(StrEnum):
@@ -162,7 +164,8 @@ class Caller:
     """Who asks, as far as the front needs to know.
 
     key_id: of the API key that was shown; None without one. models: patterns of the models that
-    may be asked (`gemini-*`); None means all. most_priority: a higher one is lowered to it.
+    may be asked (`gemini-*`); None means all. most_priority: a higher one is lowered to it. tiers:
+    those that its jobs may be put into beside the usual one, unless they say so themselves.
     """
 
     tenant_id: str = DEFAULT_TENANT
@@ -170,6 +173,7 @@ class Caller:
     models: tuple[str, ...] | None = None
     most_priority: int = 100
     caps: Caps = NO_CAPS
+    tiers: tuple[Tier, ...] = ()
 
     def may_ask(self, model: str) -> bool:
         """Whether a model is among those allowed, with or without Gemini's `models/` before it."""

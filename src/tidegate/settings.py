@@ -417,6 +417,19 @@ class Config(BaseModel):
         "How long a job may wait for its turn before it expires, where the request gives no "
         "deadline_ms. Not set: as long as needed.",
     )
+    flex_within_ms: Milliseconds = setting(
+        900_000,
+        "How long a call in a provider's flex tier may take. A job goes there only where so much "
+        "time is left before it must be called in the usual tier (see docs/jobs.md).",
+    )
+    provider_batch_window_ms: Milliseconds = setting(
+        86_400_000,
+        "How long a provider's own batch may take, while it is not known how long its batches "
+        "take: a job goes there where half of it is left.",
+    )
+    provider_batch_cancel_ms: Milliseconds = setting(
+        600_000, "How long a provider's batch may take to end once it is cancelled."
+    )
     webhook_secret: SecretStr | None = setting(
         None,
         "Signs webhooks (see docs/jobs.md), as whsec_ and random bytes in base64. Without one no "

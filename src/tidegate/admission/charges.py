@@ -79,6 +79,19 @@ class Prices:
             return usual
         return asked
 
+    def share(self, model: str, tier: str) -> float | None:
+        """What a processing tier costs over the usual one, at most; None where the price of one of
+        the two is not stated, so that the model may not be offered there at all."""
+        own = None if self._upstream is None else self._upstream.price(model)
+        if own is not None and own.of_tier(tier) is None:
+            return None
+        usual, other = self.of(model), self.of(model, tier)
+        if usual is None or other is None:
+            return None
+        both = ((usual.input, other.input), (usual.output, other.output))
+        shares = [there / here for here, there in both if here and there is not None]
+        return max(shares, default=None)
+
     def most(self, model: str) -> tuple[int | None, int | None]:
         """The most tokens that a model takes in and gives out together, and that it gives out; None
         where that is not known."""

@@ -290,7 +290,7 @@ class Demands:
         limit counts tokens only some calls are estimated, unless `estimates_all`, so that the
         estimator goes on learning: it costs as much as all the rest. `conversation` is called where
         a limit counts cached input less."""
-        limits = self._limits(policy, kind, model, tenant, images)
+        limits = self.limits(policy, kind, model, tenant, images)
         reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
         estimate = None
@@ -330,7 +330,7 @@ class Demands:
         It queues as its tenant, but takes nothing of the tenant's limits: the question is ours.
         """
         return CallDemand(
-            limits=self._limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
+            limits=self.limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
             tenant=tenant,
             priority=self._reach.band(0),
             images=0,
@@ -366,7 +366,7 @@ class Demands:
                 demand.tenant, estimate.model, demand.conversation, demand.expected, call, read
             )
 
-    def _limits(
+    def limits(
         self, policy: PoolPolicy, kind: str, model: str, tenant: str, images: int
     ) -> tuple[str, ...]:
         if self._reach.policy is not policy:

@@ -238,7 +238,7 @@ def _form(fields: Mapping[str, Any], files: tuple[Path, ...]) -> aiohttp.FormDat
 
     form = aiohttp.FormData()
     for name, value in fields.items():
-        form.add_field(name, str(value))
+        form.add_field(name, ",".join(value) if isinstance(value, list) else str(value))
     for path in files:
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         form.add_field("file", path.open("rb"), filename=path.name, content_type=kind)

@@ -71,6 +71,9 @@ def submit(
     deadline: Annotated[
         str | None, typer.Option(help="Let it expire if its turn has not come in 30s, 10m, 2h.")
     ] = None,
+    tiers: Annotated[
+        str | None, typer.Option(help="Processing tiers that it may use: live,flex,batch.")
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Submitting again under the same key changes nothing.")
     ] = None,
@@ -93,6 +96,7 @@ def submit(
         deadline_ms=None if deadline is None else span_ms("--deadline", deadline),
         webhook_url=webhook_url,
         subject=subject,
+        tiers=None if tiers is None else [one.strip() for one in tiers.split(",")],
     )
     if not text and not file and not image_uri:
         raise ConfigError("prompt", None, "is missing: pass TEXT, --file or --image-uri")

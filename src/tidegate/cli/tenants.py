@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.call import DEFAULT_TENANT, Scope
+from tidegate.call import DEFAULT_TENANT, Scope, Tier
 from tidegate.cli.limits import in_force, parsed, span_ms
 from tidegate.cli.terminal import (
     Json,
@@ -31,6 +31,14 @@ app = typer.Typer(help="See and change tenants of the running deployment.", no_a
 
 _NONE = "none"
 TenantName = Annotated[str, typer.Argument(help="A tenant's name, such as acme.")]
+TenantTiers = Annotated[
+    str | None,
+    typer.Option(
+        help="Processing tiers of its jobs, where they name none: live,flex,batch; none is live "
+        "alone.",
+        metavar="TIERS|none",
+    ),
+]
 _CAPS = {
     "most_queued_jobs": "--queued-jobs",
     "most_queued_bytes": "--queued-bytes",
@@ -42,7 +50,7 @@ _CAPS = {
     "budget_month_tokens": "--month-tokens",
     "retention_days": "--retention-days",
 }
-_OTHERS = {"most_priority": "--priority-cap", "models": "--model"}
+_OTHERS = {"most_priority": "--priority-cap", "models": "--model", "tiers": "--tiers"}
 
 
 def _cap(help_: str) -> Any:
@@ -124,6 +132,7 @@ def set_(
     day_tokens: Annotated[str | None, _cap("Budget a day in tokens")] = None,
     month_tokens: Annotated[str | None, _cap("Budget a month in tokens")] = None,
     retention_days: Annotated[str | None, _cap("Days that its requests are kept")] = None,
+    tiers: TenantTiers = None,
     disable: Annotated[bool, typer.Option("--disable", help="Its keys open nothing.")] = False,
     enable: Annotated[bool, typer.Option("--enable", help="Its keys work again.")] = False,
     reason: Reason = "",
@@ -140,6 +149,7 @@ def set_(
     if model or all_models:
         _one_of("--all-models", all_models, "--model", bool(model))
         changes["models"] = model or None
+    changes |= {} if tiers is None else {"tiers": _tiers(tiers)}
     _one_of("--disable", disable, "--enable", enable)
     disabled = True if disable else False if enable else None
     shown = _set(tenant, changes, weight, limit or [], disabled, reason)
@@ -241,6 +251,8 @@ def _bounds(one: ShownTenant) -> list[str]:
         lines.append(f"ask {', '.join(tenant.models) or 'no model'}")
     if tenant.most_priority < 100:
         lines.append(f"have priorities up to {tenant.most_priority}")
+    if tenant.tiers is not None:
+        lines.append(f"put jobs into the tiers {', '.join(tenant.tiers)}")
     for name, option in _CAPS.items():
         if (value := getattr(tenant, name)) is not None:
             lines.append(f"{option.removeprefix('--').replace('-', ' ')}: {value:.12g}")
@@ -267,6 +279,15 @@ def _number(option: str, text: str) -> int | float | None:
     if not 0 <= value <= 10**12:
         raise ConfigError(option, text, f"must be {allowed} from 0 up, or {_NONE}")
     return value
+
+
+def _tiers(text: str) -> list[str] | None:
+    if text.strip().lower() == _NONE:
+        return None
+    found = [one.strip() for one in text.split(",")]
+    if any(one not in set(Tier) for one in found):
+        raise ConfigError("--tiers", text, f"must be some of {', '.join(Tier)}, or {_NONE}")
+    return found
 
 
 def _one_of(option: str, is_given: bool, other: str, other_is_given: bool) -> None:

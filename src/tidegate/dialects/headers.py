@@ -18,6 +18,9 @@ from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from tidegate.dialects.spec import DialectSpec, ErrorAnswer, Headers
+from tidegate.prices.rates import STANDARD_TIERS
+
+_LONGEST_TIER = 40
 
 # RFC 9110, section 7.6.1, and what Connection itself names.
 _HOP_BY_HOP = frozenset(
@@ -135,6 +138,15 @@ def content_type_in(headers: Headers) -> str | None:
     for name, value in headers:
         if name == b"content-type":
             return value.decode("latin-1")
+    return None
+
+
+def tier_in(headers: Headers) -> str | None:
+    """The processing tier by which Gemini has served a call, None for the usual one."""
+    for name, value in headers:
+        if name.lower() == b"x-gemini-service-tier":
+            tier = value.decode("latin-1").strip().lower()
+            return None if tier in STANDARD_TIERS or len(tier) > _LONGEST_TIER else tier
     return None
 
 

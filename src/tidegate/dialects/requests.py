@@ -37,8 +37,16 @@ from tidegate.admission.estimator import (
     unseen_file,
 )
 from tidegate.call import Kind
-from tidegate.dialects.spec import NOTHING_SHORTENED, Endpoint, JsonObject, Operation, RequestFacts
+from tidegate.dialects.spec import (
+    NOTHING_SHORTENED,
+    Dialect,
+    Endpoint,
+    JsonObject,
+    Operation,
+    RequestFacts,
+)
 from tidegate.errors import InvalidRequest, PayloadTooLarge
+from tidegate.prices.rates import STANDARD_TIERS
 
 TOOLS = frozenset(("tools", "functions"))
 # A page that a tool finds has about 2,500 tokens (platform.claude.com/docs/en/agents-and-tools/
@@ -655,3 +663,28 @@ def _is_typed(raw: bytes, start: int) -> bool:
     if raw[start : start + 5] != b"data:":
         return True
     return raw.find(b",", start, start + _LONGEST_TYPE_BYTES) >= 0
+
+
+_TIERS = ("service_tier", "serviceTier")
+LONGEST_TIER = 40
+
+
+def requested_tier(body: Mapping[str, Any]) -> str:
+    """OpenAI's, Anthropic's or Gemini's word for the processing tier of a call; empty for none."""
+    named = ""
+    for name in _TIERS:
+        if type(tier := body.get(name)) is str and len(tier) <= LONGEST_TIER:
+            named = tier.lower()
+    return named
+
+
+def names_tier(body: Mapping[str, Any]) -> bool:
+    """Whether a body requests a processing tier other than the usual one."""
+    return requested_tier(body) not in STANDARD_TIERS
+
+
+def in_tier(body: bytes, dialect: Dialect, tier: str) -> bytes:
+    """The body of a call, requesting a processing tier."""
+    kept = {name: value for name, value in orjson.loads(body).items() if name not in _TIERS}
+    name = "serviceTier" if dialect is Dialect.GEMINI else "service_tier"
+    return orjson.dumps({**kept, name: tier})

@@ -555,6 +555,7 @@ def _script(
         steps,
         broken=lambda index, fault: frame(index, broken_object(GEMINI, _GARBAGE, fault)),
         thoughts_tokens=thoughts_of(asked),
+        headers={"x-gemini-service-tier": asked.tier or "standard"},
     )
 
 

@@ -78,6 +78,7 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
         "webhook_url": submission.webhook_url,
         "subject": submission.subject,
         "endpoint": submission.endpoint,
+        "tiers": submission.tiers if submission.endpoint is None else submission.tiers or None,
         "files": [
             [file.name, file.mime_type, digest]
             for file, digest in zip(submission.attachments, submission.digests, strict=True)

@@ -386,6 +386,7 @@ def _new_job(
         subject=submission.subject,
         key_id=caller.key_id,
         endpoint=submission.endpoint,
+        tiers_allowed=caller.tiers if submission.tiers is None else submission.tiers,
         traceparent=None if parent is None else parent.text,
     )
 

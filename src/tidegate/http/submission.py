@@ -23,8 +23,8 @@ import anyio
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from tidegate.call import Attachment, Caller, Kind, new_id
-from tidegate.dialects.requests import check_parts
+from tidegate.call import Attachment, Caller, Kind, Tier, new_id
+from tidegate.dialects.requests import check_parts, names_tier
 from tidegate.errors import InvalidRequest, PayloadTooLarge, StoreUnavailable, UnsupportedMedia
 from tidegate.http.body import (
     WITH_ITS_HEAD_BYTES,
@@ -49,7 +49,7 @@ from tidegate.upstream.fetch import Address, check_uri, is_public
 PROMPT_FIELDS = ("data", "text")
 FIELDS = (
     *PROMPT_FIELDS,
-    *("image_uri", "type", "model", "priority", "deadline_ms", "webhook_url", "subject"),
+    *("image_uri", "type", "model", "priority", "deadline_ms", "webhook_url", "subject", "tiers"),
 )
 FILE_FIELDS = ("file", "files")
 MAX_PRIORITY = 100
@@ -66,7 +66,7 @@ class Submission:
     """A request as its caller wants it. `prompt` may be empty if there is a file or an `image_uri`.
 
     digests: SHA-256 of each attachment, if requested. endpoint: of a native call; `prompt` is then
-    its body, as JSON.
+    its body, as JSON. tiers: those allowed beside the usual one; None where nothing was said.
     """
 
     prompt: str = ""
@@ -80,6 +80,7 @@ class Submission:
     subject: str | None = None
     digests: tuple[str, ...] = ()
     endpoint: str | None = None
+    tiers: tuple[Tier, ...] | None = None
 
 
 def ask_of(submission: Submission, caller: Caller) -> Ask:
@@ -114,6 +115,7 @@ def read_fields(
         ),
         webhook_url=_optional(given, "webhook_url", partial(_webhook_url, config)),
         subject=_optional(given, "subject", _subject),
+        tiers=_optional(given, "tiers", _tiers),
     )
 
 
@@ -130,6 +132,8 @@ def from_form(pairs: Mapping[str, str]) -> dict[str, Any]:
         elif text.strip():
             is_number = name in ("priority", "deadline_ms") and _INTEGER.fullmatch(text.strip())
             values[name] = int(text) if is_number else text.strip()
+            if name == "tiers":
+                values[name] = [one.strip() for one in text.split(",")]
         else:
             check_known(name)
     return values
@@ -239,6 +243,18 @@ def _subject(value: Any) -> str:
         allowed = f"1 to {MAX_SUBJECT_CHARS} printable characters"
         raise InvalidRequest("subject", f"'subject' must be {allowed}", allowed=allowed)
     return subject
+
+
+def _tiers(value: Any) -> tuple[Tier, ...]:
+    """Those beside the usual one, which is always allowed, in their order from fast to slow."""
+    allowed = f"a list of {', '.join(Tier)}, such as {json.dumps([*Tier])}"
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest("tiers", "'tiers' must be a list of processing tiers", allowed=allowed)
+    for name in value:
+        if not isinstance(name, str) or name not in set(Tier):
+            shown = ascii(name)[:66]
+            raise InvalidRequest("tiers", f"there is no processing tier {shown}", allowed=allowed)
+    return tuple(tier for tier in Tier if tier in value and tier is not Tier.LIVE)
 
 
 def _json_name(value: Any) -> str:
@@ -440,6 +456,9 @@ async def read_submission(
             )
         if submission.webhook_url is not None and not as_job:
             raise InvalidRequest("webhook_url", "only a job has a webhook", allowed="POST /submit")
+        if submission.tiers is not None and not as_job:
+            why = "only a job can wait for a processing tier"
+            raise InvalidRequest("tiers", why, allowed="POST /submit")
         if not form.uploads:
             return submission
         taken = [await upload.spool.sha256() for upload in form.uploads if digests]
@@ -649,7 +668,7 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
 ENDPOINT, WRAPPED_BODY = "endpoint", "body"
 MOST_IN_ROW_BYTES = 256 * 1024
 _HEAD_CHARS = 2_000
-_BESIDE = ("priority", "deadline_ms", "webhook_url", "subject")
+_BESIDE = ("priority", "deadline_ms", "webhook_url", "subject", "tiers")
 
 
 def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
@@ -666,8 +685,14 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
         allowed = "the body of the call"
         raise InvalidRequest(WRAPPED_BODY, "'body' must be an object", allowed=allowed)
     asked = wrapped_facts(endpoint_named(path), body)
+    submission = read_fields({name: values.get(name) for name in _BESIDE}, config)
+    if names_tier(body):  # its own word counts, also against what its tenant allows
+        if submission.tiers:
+            why = "'tiers' does not go together with a processing tier in 'body'"
+            raise InvalidRequest("tiers", why, allowed="'tiers', or service_tier in 'body'")
+        submission = replace(submission, tiers=())
     return replace(
-        read_fields({name: values.get(name) for name in _BESIDE}, config),
+        submission,
         # Only ASCII: whatever a text holds, PostgreSQL can hold it.
         prompt=json.dumps(body, separators=(",", ":")),
         kind=asked.kind,
@@ -715,7 +740,23 @@ _PROPERTIES: dict[str, Any] = {
 }
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
-_WEBHOOK: dict[str, Any] = {
+_TIERS: dict[str, Any] = {
+    "type": "array",
+    "items": {"type": "string", "enum": [*Tier]},
+    "minItems": 1,
+    "description": "Processing tiers that it may be put into: the cheapest that makes its deadline "
+    "is taken. `live` always may be. See docs/jobs.md",
+}
+_A_TIER = f"({'|'.join(Tier)})"
+_IN_FORM = {
+    "tiers": {
+        "type": "string",
+        "pattern": f"^{_A_TIER}(,{_A_TIER})*$",
+        "description": f"{_TIERS['description']}. With commas between them",
+    }
+}
+_OF_JOBS: dict[str, Any] = {
+    "tiers": _TIERS,
     "webhook_url": {
         "type": "string",
         "format": "uri",
@@ -742,9 +783,10 @@ _EXAMPLES = {
 
 
 def _body_of(fields: dict[str, Any], only_json: dict[str, Any] | None = None) -> dict[str, Any]:
-    values = {"type": "object", "properties": fields, "additionalProperties": False}
+    in_form = {name: _IN_FORM.get(name, field) for name, field in fields.items()}
+    values = {"type": "object", "properties": in_form, "additionalProperties": False}
     as_json = {**values, "properties": {**fields, **(only_json or {})}}
-    with_files = {**values, "properties": {**fields, "file": _FILES, "files": _FILES}}
+    with_files = {**values, "properties": {**in_form, "file": _FILES, "files": _FILES}}
     return {
         "requestBody": {
             "required": True,
@@ -758,4 +800,4 @@ def _body_of(fields: dict[str, Any], only_json: dict[str, Any] | None = None) ->
 
 
 BODY = _body_of(_PROPERTIES)
-JOB_BODY = _body_of(_PROPERTIES | _WEBHOOK, _WRAPPED)
+JOB_BODY = _body_of(_PROPERTIES | _OF_JOBS, _WRAPPED)

@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import Classification, ClassifiedBy, Kind, Status, Usage
+from tidegate.call import Classification, ClassifiedBy, Kind, Status, Tier, Usage
 from tidegate.errors import NotFound
 from tidegate.record import Failure
 from tidegate.store.blobs import Blobs
@@ -194,6 +194,12 @@ class StatusView(Classified):
         description="Estimated time until it is admitted; only while queued, where it is known",
     )
     model: str | None = None
+    tier: Tier | None = Field(
+        default=None,
+        description="Processing tier that the job was put into last, where it may be put into "
+        "several",
+    )
+    tier_why: str | None = Field(default=None, description="Why that tier was chosen")
     priority: int
     attempts: int = Field(description="Calls made to the provider")
     submitted_at: datetime
@@ -300,6 +306,7 @@ def status_values(record: RequestRecord, prefix: str) -> dict[str, Any]:
 _SAME_IN_STATUS = (
     *("request_id", "source", "status", "place", "model", "priority", "attempts", "admitted_at"),
     *("finished_at", "deadline_at", "queue_ms", "upstream_ms", "first_byte_ms", "finish_reason"),
+    *("tier", "tier_why"),
 )
 
 

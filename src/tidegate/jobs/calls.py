@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from datetime import UTC, datetime
 
-from tidegate.call import Caller, Status
+from tidegate.call import Caller, Status, Tier
+from tidegate.dialects.requests import in_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
@@ -27,6 +28,7 @@ from tidegate.jobs.outages import Key
 from tidegate.record import CallRecord, Failure
 from tidegate.spine.native import Relay, collected, detached_call, endpoint_named
 from tidegate.spine.prompt import Ask
+from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.records import ClaimedJob
@@ -102,14 +104,22 @@ def time_left_ms(job: ClaimedJob) -> int | None:
     return round((job.deadline_at - datetime.now(UTC)).total_seconds() * 1000)
 
 
-def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
-    """The upstreams and models that a call can go to; none where another version took it in."""
+def places_of(relay: Relay, path: str, model: str) -> list[Target]:
+    """Where a call can go; nowhere where another version took it in."""
     try:
         endpoint = endpoint_named(path)
-        found = relay.spine.targets.of(endpoint.dialect, endpoint.model or model)
+        return relay.spine.targets.of(endpoint.dialect, endpoint.model or model)
     except (InvalidRequest, NotFound):
-        return ()
-    return tuple((target.upstream.name, target.model) for target in found)
+        return []
+
+
+def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
+    """The upstreams and models that a call can go to."""
+    return tuple(map(key_of, places_of(relay, path, model)))
+
+
+def key_of(target: Target) -> Key:
+    return target.upstream.name, target.model
 
 
 def record_of(job: ClaimedJob, trail: Trail | None = None) -> CallRecord:
@@ -132,8 +142,8 @@ async def run_wrapped(
     caller: Caller,
     max_attempts: int,
 ) -> None:
-    """Make the call that a job wraps, with its `body`, on the budget of its `caller`. Raises
-    UpstreamError, and what `Relay.run` raises else."""
+    """Make the call that a job wraps, with its `body`, on the budget of its `caller`, in its tier.
+    Raises UpstreamError, and what `Relay.run` raises else."""
     assert job.endpoint is not None
     left_ms = time_left_ms(job)
     call = detached_call(
@@ -146,6 +156,8 @@ async def run_wrapped(
         trail=record.trail,
         most_tries=max_attempts - job.attempts,
     )
+    if job.tier is Tier.FLEX:
+        call.body = in_tier(body, call.endpoint.dialect, job.tier)
     record.dialect, record.operation = call.endpoint.dialect.value, call.endpoint.name
     try:
         await collected(relay, call, record, admitted)

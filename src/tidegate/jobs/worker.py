@@ -14,12 +14,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 from functools import partial
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, Call, Kind, Media, Status, new_id
+from tidegate.call import DEFAULT_POOL, Call, Kind, Media, Status, Tier, new_id
 from tidegate.errors import (
     ClaimLost,
     DeadlineExceeded,
@@ -27,6 +28,7 @@ from tidegate.errors import (
     NotFound,
     StoreUnavailable,
     TidegateError,
+    UpstreamTierBusy,
     UpstreamUnavailable,
 )
 from tidegate.jobs.batches import BatchRunner
@@ -36,27 +38,31 @@ from tidegate.jobs.calls import (
     caller_of,
     internal,
     is_of_upstream,
+    key_of,
     log_end,
+    places_of,
     record_of,
     retry_wait_ms,
     run_wrapped,
     spent_wait_ms,
     status_of,
-    targets_of,
     time_left_ms,
 )
 from tidegate.jobs.feeder import Feeder
+from tidegate.jobs.offers import TierOffers
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.limiter import Limiter, Permit
 from tidegate.record import RETRIED, CallRecord, Failure, OutputFile
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
+from tidegate.spine.routing import Target
 from tidegate.spine.run import MOST_TRIES, Terms
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import UNSURE
 from tidegate.store.records import ClaimedJob, FailedTry
+from tidegate.store.statistics import OpenJobs
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import parent_of
@@ -208,7 +214,13 @@ _STORE_POLL_S = 0.25
 _LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
 _CANCELS_EVERY_MS = 1_000
 
+_GIVEN_UP = "given up in the flex tier: only the usual tier still makes the job's deadline"
+
 log = get_logger()
+
+
+async def _no_batches(_upstream: str, _model: str) -> None:
+    return None
 
 
 class _JobRun:
@@ -259,6 +271,14 @@ class Worker:
     ) -> None:
         self._relay, self._spine = relay, relay.spine
         self._pool = pool
+        self._offers = TierOffers(
+            config,
+            OpenJobs(store.connections, pool),
+            self._places_of,
+            self._spine.lane,
+            takes=lambda _: False,
+            usual_batches=_no_batches,
+        )
         self._outages = outages = Outages(self._spine.targets.upstreams)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         batches = BatchRunner(config, store, blobs, relay, self._put_off.held)
@@ -293,15 +313,17 @@ class Worker:
 
     def _targets_of(self, job: ClaimedJob) -> tuple[Key, ...]:
         """What may be called for a job: upstreams, each with its model."""
+        return tuple(map(key_of, self._places_of(job)))
+
+    def _places_of(self, job: ClaimedJob) -> list[Target]:
         if job.endpoint is not None:
-            return targets_of(self._relay, job.endpoint, job.model or "")
+            return places_of(self._relay, job.endpoint, job.model or "")
         kind = job.classification.kind
         model = self._config.classifier_model if kind is None else self._config.model_for(kind)
         try:
-            targets = self._prompts.targets(job.model or model)
+            return self._prompts.targets(job.model or model)
         except InvalidRequest:
-            return ()
-        return tuple((target.upstream.name, target.model) for target in targets)
+            return []
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what runs within the grace, return the rest."""
@@ -420,9 +442,34 @@ class Worker:
         finally:
             self._stages.leave(job)
 
-    async def _run_and_record(self, job: ClaimedJob) -> None:
-        kind = job.classification.kind
+    async def _placed(self, job: ClaimedJob, kind: Kind) -> ClaimedJob | None:
+        """The job in its tier; None where it went back to the queue for it."""
+        while True:
+            try:
+                choice = await self._offers.choice(job, kind)
+                if choice is None:
+                    return job if job.tier is None else replace(job, tier=Tier.LIVE)
+                job = replace(
+                    job, tier=choice.tier, tier_why=choice.why, revisit_at=choice.revisit_at
+                )
+                if choice.tier is Tier.FLEX and (wait_ms := self._wait_for_flex_ms(job)):
+                    await self._store.queue.release([job], {job.request_id: wait_ms})
+                    return None
+                return job
+            except ClaimLost:
+                return None
+            except StoreUnavailable:
+                await self._until_store_is_back()
+
+    def _wait_for_flex_ms(self, job: ClaimedJob) -> int:
+        return self._offers.put_off_ms(*self._targets_of(job))
+
+    async def _run_and_record(self, claimed: ClaimedJob) -> None:
+        kind = claimed.classification.kind
         assert kind is not None
+        job = await self._placed(claimed, kind)
+        if job is None:
+            return
         record = record_of(
             job, self._spine.tracing.trail(job.request_id, parent_of(job.traceparent))
         )
@@ -455,6 +502,18 @@ class Worker:
         await self._record(job, record, failure, run.counted_tries)
 
     async def _call(self, run: _JobRun, left_ms: int | None) -> None:
+        """In the tier of the job; in flex only as long as that stands."""
+        until = run.job.revisit_at if run.job.tier is Tier.FLEX else None
+        left_s = None if until is None else max(0.0, (until - datetime.now(UTC)).total_seconds())
+        try:
+            async with asyncio.timeout(left_s) as bound:
+                await self._make(run, left_ms)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise UpstreamTierBusy(_GIVEN_UP) from None
+
+    async def _make(self, run: _JobRun, left_ms: int | None) -> None:
         job, kind, record = run.job, run.kind, run.record
         caller = caller_of(job)
         if job.endpoint is not None:
@@ -467,6 +526,8 @@ class Worker:
         media = await self._prompts.media(ask_of(job))
         model = job.model or self._config.model_for(kind)
         call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
+        if job.tier is Tier.FLEX:
+            call = replace(call, tier=job.tier)
         terms = Terms(
             request_id=job.request_id,
             caller=caller,
@@ -526,13 +587,15 @@ class Worker:
             error = error or away
         failure = Failure.of(error) if error else None
         wait_ms, release = spent_wait_ms(error), self._store.queue.release
-        if is_of_upstream(error):
+        if (of_tier_ms := self._offers.ended(job, record, error)) is not None:
+            wait_ms = of_tier_ms
+        elif is_of_upstream(error):
             release, wait_ms = self._put_off.release, self._put_off.wait_ms(job)
         is_counted = wait_ms is None
         if not record.was_admitted:
             assert error is not None
             if wait_ms is not None:
-                waits_ms = {job.request_id: wait_ms}
+                waits_ms = {job.request_id: wait_ms} if wait_ms else None
                 await self._fenced(lambda: release([job], waits_ms, failure))
                 return
             if isinstance(error, NOT_THE_JOBS_FAULT):
@@ -566,9 +629,9 @@ class Worker:
     ) -> None:
         """Record the end of an attempt: the job's, or with `wait_ms` until the next attempt."""
         if wait_ms is not None:
-            not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
+            at = datetime.now(UTC) + timedelta(milliseconds=wait_ms) if wait_ms else None
             record.end(RETRIED, failure)
-            await self._fenced(lambda: self._store.queue.retry(job, record, not_before, is_counted))
+            await self._fenced(lambda: self._store.queue.retry(job, record, at, is_counted))
         else:
             record.end(status_of(failure), failure)
             await self._fenced(lambda: self._store.queue.finish(job, record))

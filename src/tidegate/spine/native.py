@@ -37,9 +37,21 @@ from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Estimate, Learning
 from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Caller, Charge
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, refusals
-from tidegate.dialects.answers import WithoutUsageEvent, asking_for_usage, visible_output
-from tidegate.dialects.headers import of_answer, to_return, with_key
-from tidegate.dialects.requests import NAMES_MODEL, check_said_once, conversation_of, skimmed
+from tidegate.dialects.answers import (
+    WithoutUsageEvent,
+    asking_for_usage,
+    visible_output,
+    with_tier,
+)
+from tidegate.dialects.headers import of_answer, tier_in, to_return, with_key
+from tidegate.dialects.requests import (
+    LONGEST_TIER,
+    NAMES_MODEL,
+    check_said_once,
+    conversation_of,
+    requested_tier,
+    skimmed,
+)
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
 from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
 from tidegate.prices.rates import STANDARD_TIERS, Rates
@@ -58,8 +70,6 @@ from tidegate.spine.run import (
 )
 from tidegate.telemetry.tracing import HEADER, Trail
 from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
-
-_LONGEST_TIER = 40
 
 
 @dataclass(slots=True)
@@ -216,6 +226,7 @@ class NativeExchange:
         self._asked = asked
         self._out = out
         self._record = record
+        self._served: str | None = None
 
     @property
     def started(self) -> bool:
@@ -339,6 +350,8 @@ class NativeExchange:
         record, out = self._record, self._out
         record.http_status = exchange.status
         record.coding = coding_of(exchange.headers)
+        if self.dialect is Dialect.GEMINI:
+            self._served = tier_in(exchange.headers)
         hides_usage = hides_usage and not record.coding
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         key = target.upstream.key
@@ -412,7 +425,8 @@ class NativeExchange:
         omitted = record.omitted_bytes > 0
         dialect = DIALECTS[self._call.endpoint.dialect]
         facts = dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
-        answer.usage, answer.finish_reason = facts.usage, facts.finish_reason
+        answer.usage = with_tier(facts.usage, self._served)
+        answer.finish_reason = facts.finish_reason
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
 
     def _charge(
@@ -451,10 +465,8 @@ class NativeExchange:
 
     def _requested_tier(self) -> str:
         """OpenAI's, Anthropic's or Gemini's word for it, and with it what else has its price."""
-        body, named = self._body, ""
-        for name in ("service_tier", "serviceTier"):
-            if type(tier := body.get(name)) is str and len(tier) <= _LONGEST_TIER:
-                named = tier.lower()
+        body = self._body
+        named = requested_tier(body)
         if body.get("speed") == "fast":
             named = "fast"
         if region := self._region():
@@ -466,7 +478,7 @@ class NativeExchange:
         region = self._body.get("inference_geo")
         return (
             region
-            if type(region) is str and 0 < len(region) <= _LONGEST_TIER and region != "global"
+            if type(region) is str and 0 < len(region) <= LONGEST_TIER and region != "global"
             else ""
         )
 

@@ -350,7 +350,9 @@ class PromptExchange:
             record.charge = NO_CHARGE
         else:
             is_told = whole or isinstance(error, PromptBlocked | EmptyAnswer)
-            rates = lane.demands.prices.of(target.model)
+            details = record.answer.usage.details
+            tier = "" if details is None or details.tier is None else details.tier
+            rates = lane.demands.prices.of(target.model, tier)
             record.charge = answer_charge(rates, record.answer, demand.estimate, whole=is_told)
         return len(record.answer.pictures) if whole else None
 

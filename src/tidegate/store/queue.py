@@ -656,6 +656,8 @@ class JobQueue:
             "fence_sequence": fence[1],
             "queue_ms": queue_ms,
             "admitted_at": datetime.now(UTC),
+            "tier": job.tier,
+            "tier_why": job.tier_why,
         }
         if failed is not None:
             await self._begin_another(row, job, failed)
@@ -674,11 +676,11 @@ class JobQueue:
             self.settled(job)
 
     async def retry(
-        self, job: ClaimedJob, record: CallRecord, not_before: datetime, is_counted: bool = True
+        self, job: ClaimedJob, record: CallRecord, at: datetime | None, is_counted: bool = True
     ) -> None:
         """Record a failed attempt and queue the job again, not before then; otherwise as
         `finish`."""
-        if await self._audit.retry_job(job, record, not_before, is_counted=is_counted):
+        if await self._audit.retry_job(job, record, at, is_counted=is_counted):
             self.settled(job)
 
     async def fail_unadmitted(self, job: ClaimedJob, record: CallRecord) -> None:

@@ -112,6 +112,7 @@ class ClaimedJob:
     was_called: bool = False
     tier: Tier | None = None
     tiers_allowed: tuple[Tier, ...] = ()
+    tier_why: str | None = None
     revisit_at: datetime | None = None
 
 

@@ -296,6 +296,50 @@ async def _read(connection: asyncpg.Connection) -> Depths:
     )
 
 
+_AHEAD_FRESH_S = 2.0
+_MOST_AHEAD = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class _DueJobs:
+    """Open jobs of one lane that are due at about the same time, None without a deadline. waiting:
+    those of them that could be called now."""
+
+    lane: str
+    due_at: datetime | None
+    jobs: int
+    waiting: int
+
+
+class OpenJobs:
+    """Open jobs of a pool by the time they are due, read at most every 2 s. One per worker."""
+
+    def __init__(self, connections: Connections, pool: str) -> None:
+        self._connections = connections
+        self._pool = pool
+        self._read: list[_DueJobs] = []
+        self._next_at = float("-inf")
+
+    async def of(self, lane: str, due: datetime | None) -> int:
+        """How many jobs of a lane come before one that is due then, itself among them: all that are
+        due sooner, and those that wait now. Raises StoreUnavailable."""
+        began = time.monotonic()
+        if began >= self._next_at:
+            found = await self._connections.rows(
+                "jobs_ahead", self._pool, _MOST_AHEAD, timeout_ms=_DEPTHS_TIMEOUT_MS
+            )
+            self._read = [record_of(_DueJobs, row) for row in found]
+            ended = time.monotonic()
+            self._next_at = ended + max(_AHEAD_FRESH_S, _SHARE * (ended - began))
+        return sum(
+            one.jobs
+            if due is not None and one.due_at is not None and one.due_at <= due
+            else one.waiting
+            for one in self._read
+            if one.lane == lane
+        )
+
+
 _PAST_CALLS_TIMEOUT_MS = 30_000
 MOST_CALLS = 200_000
 

@@ -23,7 +23,7 @@ from typing import Any, cast
 import asyncpg
 import orjson
 
-from tidegate.call import DEFAULT_TENANT, Caller, Caps, Scope
+from tidegate.call import DEFAULT_TENANT, Caller, Caps, Scope, Tier
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.store.budgets import drop_books, set_budget, tenants_budget
 from tidegate.store.database import Connections, sql
@@ -94,7 +94,8 @@ class Tenant:
     """A tenant as far as the record has it: its weight and limits are part of the policy.
 
     None means without a bound. `keys` counts those that work. Budgets of money are in USD; they are
-    rows of `budgets`, which a tenant may have more of.
+    rows of `budgets`, which a tenant may have more of. tiers: those that its jobs may be put into
+    unless they say so themselves; None is the usual one alone.
     """
 
     tenant_id: str
@@ -109,6 +110,7 @@ class Tenant:
     budget_day_tokens: int | None
     budget_month_tokens: int | None
     retention_days: int | None
+    tiers: tuple[Tier, ...] | None
     created_at: datetime
     disabled_at: datetime | None
     keys: int
@@ -348,6 +350,8 @@ def check_changes(changes: Mapping[str, Any]) -> None:
             raise ConfigError(name, None, f"is unknown; known: {', '.join(SETTABLE)}")
         if name == "models":
             _check_patterns(value)
+        elif name == "tiers":
+            _check_tiers(value)
         elif name == "most_priority":
             _check_number(name, value, -100, 100)
         elif value is not None:
@@ -368,6 +372,14 @@ def _check_patterns(value: object) -> None:
     if not sound or not all(_is_pattern(one) for one in cast("list[object]", value)):
         allowed = f"must be up to {MOST_PATTERNS} names or patterns such as gemini-*"
         raise ConfigError("models", str(value)[:200], allowed)
+
+
+def _check_tiers(value: object) -> None:
+    if value is None:
+        return
+    sound = isinstance(value, list | tuple) and all(str(one) in set(Tier) for one in value)
+    if not sound or not value:
+        raise ConfigError("tiers", str(value)[:200], f"must be a list of {', '.join(Tier)}")
 
 
 def _is_pattern(one: object) -> bool:
@@ -393,6 +405,7 @@ def _found(row: asyncpg.Record) -> FoundKey:
         models=None if row["models"] is None else tuple(row["models"]),
         most_priority=row["most_priority"],
         caps=caps,
+        tiers=tuple(tier for tier in _tiers_of(row) or () if tier is not Tier.LIVE),
     )
     return FoundKey(
         digest=bytes(row["digest"]),
@@ -403,6 +416,12 @@ def _found(row: asyncpg.Record) -> FoundKey:
         disabled=row["disabled"],
         expires_in_s=row["expires_in_s"],
     )
+
+
+def _tiers_of(row: Mapping[str, Any]) -> tuple[Tier, ...] | None:
+    """A tenant's processing tiers, without those of a later version."""
+    found = row["tiers"]
+    return None if found is None else tuple(Tier(one) for one in found if one in set(Tier))
 
 
 def _key(row: asyncpg.Record) -> Key:
@@ -417,5 +436,6 @@ def _tenant(row: asyncpg.Record) -> Tenant:
         row,
         tenant_id=row["id"],
         models=None if row["models"] is None else tuple(row["models"]),
+        tiers=_tiers_of(row),
         **{name: None if row[name] is None else float(row[name]) for name in money},
     )

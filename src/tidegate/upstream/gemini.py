@@ -25,8 +25,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tidegate.call import Answer, Call, Delta, Event, Kind, Media, Picture, Sink, Usage, UsageReport
-from tidegate.dialects.answers import with_searches
+from tidegate.call import (
+    Answer,
+    Call,
+    Delta,
+    Event,
+    Kind,
+    Media,
+    Picture,
+    Sink,
+    Tier,
+    Usage,
+    UsageReport,
+)
+from tidegate.dialects.answers import with_searches, with_tier
 from tidegate.dialects.gemini import modality_details
 from tidegate.errors import (
     EmptyAnswer,
@@ -208,11 +220,14 @@ def model_path(model: str) -> str:
     return model
 
 
-def settings_of(kind: Kind) -> dict[str, Any]:
+def settings_of(kind: Kind, tier: Tier = Tier.LIVE) -> dict[str, Any]:
     """The generation settings of a call."""
+    settings = dict(ONE_ATTEMPT)
     if kind is Kind.IMAGE_GENERATION:
-        return {**ONE_ATTEMPT, "response_modalities": ["TEXT", "IMAGE"]}
-    return dict(ONE_ATTEMPT)
+        settings["response_modalities"] = ["TEXT", "IMAGE"]
+    if tier is Tier.FLEX:
+        settings["service_tier"] = tier.value
+    return settings
 
 
 def turn(prompt: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -344,7 +359,7 @@ class _Sdk:
     client: AsyncClient
     connections: SdkClient
     faults: tuple[type[Exception], ...]
-    settings: Mapping[Kind, Settings]
+    settings: Mapping[tuple[Kind, Tier], Settings]
 
 
 class GeminiProcessor:
@@ -404,7 +419,10 @@ class GeminiProcessor:
         model = model_path(call.model)
         uploaded: list[str] = []
         scope = CallScope(
-            self._timeouts.total_ms, gathers=sink is None, traceparent=call.traceparent
+            self._timeouts.total_ms,
+            gathers=sink is None,
+            traceparent=call.traceparent,
+            tier="" if call.tier is Tier.LIVE else call.tier,
         )
         try:
             async with scope:
@@ -419,7 +437,7 @@ class GeminiProcessor:
                             chunks = await sdk.client.models.generate_content_stream(
                                 model=model,
                                 contents=turn_of(turn(call.prompt, parts)),
-                                config=sdk.settings[call.kind],
+                                config=sdk.settings[call.kind, call.tier],
                             )
                         chunk = await anext(chunks, None)
                         events = reading.take(chunk) if chunk is not None else None
@@ -433,6 +451,7 @@ class GeminiProcessor:
                 self._finish(reading, scope)
         finally:
             answer.first_byte_ms = scope.first_byte_ms
+            answer.usage = with_tier(answer.usage, scope.served_tier)
             if uploaded:
                 self._forget_later(sdk, uploaded)
 
@@ -548,7 +567,11 @@ class GeminiProcessor:
         # The SDK fails with these on answers of a wrong shape.
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
         known_faults = (UpstreamError, errors.APIError, *wire_faults, *shape_faults)
-        settings = {kind: Settings(**settings_of(kind)) for kind in Kind}
+        settings = {
+            (kind, tier): Settings(**settings_of(kind, tier))
+            for kind in Kind
+            for tier in (Tier.LIVE, Tier.FLEX)
+        }
         return _Sdk(client.aio, connections, known_faults, settings)
 
 

@@ -30,6 +30,7 @@ import orjson
 from google.genai import types
 
 from tidegate.dialects import refusals
+from tidegate.dialects.headers import tier_in
 from tidegate.errors import (
     TidegateError,
     UpstreamError,
@@ -387,13 +388,20 @@ class SdkClient(httpx2.AsyncClient):
 class CallScope:
     """The exchanges of one call, and its total time. Leaving it closes what is still open, even
     when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
-    gets the events of a stream as one. `traceparent` goes with all its requests.
+    gets the events of a stream as one. `traceparent` goes with all its requests; `tier` is what
+    they request.
     """
 
     def __init__(
-        self, total_ms: int, *, gathers: bool = False, traceparent: str | None = None
+        self,
+        total_ms: int,
+        *,
+        gathers: bool = False,
+        traceparent: str | None = None,
+        tier: str = "",
     ) -> None:
         self.gathers = gathers
+        self._tier = tier
         self.traceparent = traceparent
         self.exchanges: list[SdkExchange] = []
         self._total_ms = total_ms
@@ -454,7 +462,7 @@ class CallScope:
         if exchange is not None and exchange.status != 200:
             error = refusals.error_of_refusal_in(self._tail())
             headers = httpx2.Headers(exchange.headers)
-            return refusals.upstream_error(exchange.status, error, headers, secret=secret)
+            return self._refusal(exchange.status, error, headers, secret)
         if (error_in_answer := self.error_in_answer(secret)) is not None:
             return error_in_answer
         if isinstance(failure, UpstreamError):
@@ -469,7 +477,18 @@ class CallScope:
         headers = httpx2.Headers(exchange.headers)
         error = refusals.error_object(event) or {}
         status = refusals.status_of(error)
-        return refusals.upstream_error(status, error, headers, secret=secret)
+        return self._refusal(status, error, headers, secret)
+
+    @property
+    def served_tier(self) -> str | None:
+        """The processing tier of the last answer, None for the usual one: the SDK drops it."""
+        exchange = self.exchanges[-1].exchange if self.exchanges else None
+        return None if exchange is None else tier_in(exchange.headers)
+
+    def _refusal(
+        self, status: int, error: Mapping[str, Any], headers: httpx2.Headers, secret: str
+    ) -> UpstreamError:
+        return refusals.upstream_error(status, error, headers, secret=secret, tier=self._tier)
 
     def _tail(self) -> bytes:
         return b"".join(self.exchanges[-1].tail)[-TAIL_BYTES:]

@@ -32,6 +32,7 @@ async def test_a_tenant_is_made_changed_shown_and_removed(open_gateway: Opener) 
         "most_streams": 10,
         "budget_day_money": 12.5,
         "budget_month_tokens": 10**9,
+        "tiers": ["live", "flex"],
         "by": "ann",
         "reason": "a new customer",
     }
@@ -46,10 +47,11 @@ async def test_a_tenant_is_made_changed_shown_and_removed(open_gateway: Opener) 
     newest = (await gateway.services.keeper.history(1))[0]
     assert (newest.set_by, newest.reason) == ("ann", "a new customer")
 
-    change = {"models": None, "limits": {"tenant:acme": None}, "disabled": True}
+    change = {"models": None, "tiers": None, "limits": {"tenant:acme": None}, "disabled": True}
     status, shown = await admin(gateway, "PUT", "/tenants/acme", change)
     assert status == 200
     assert (shown["models"], shown["limits"]) == (None, {"rpm:tenant/acme": 60})
+    assert shown["tiers"] is None
     assert (shown["most_streams"], shown["weight"]) == (10, 4), "what is not named stays"
     assert shown["disabled"]
     assert shown["disabled_at"]
@@ -100,6 +102,8 @@ MISTAKES: list[tuple[str, str, Any, int, str]] = [
     ("PUT", "/tenants/acme", {"most_priority": 101}, 400, "most_priority"),
     ("PUT", "/tenants/acme", {"most_streams": -1}, 400, "most_streams"),
     ("PUT", "/tenants/acme", {"retention_days": 0}, 400, "retention_days"),
+    ("PUT", "/tenants/acme", {"tiers": []}, 400, "tiers"),
+    ("PUT", "/tenants/acme", {"tiers": ["slow"]}, 400, "tiers"),
     ("PUT", "/tenants/acme", {"colour": "red"}, 400, "colour"),
     ("PUT", "/tenants/a%20b", {}, 400, "tenant"),
     ("PUT", "/tenants/a%00b", {}, 400, "tenant"),

@@ -181,3 +181,26 @@ def test_a_cut_answer_is_charged_for_what_came_where_less_was_told() -> None:
     more = cut_charge(rates, told, estimate, 31, None)
     assert (more.state, more.usage) == (UsageState.PARTIAL, Usage(90, 26, 5, 40))
     assert cut_charge(rates, Usage(output_tokens=3), estimate, 9, None).usage == Usage(100, 9)
+
+
+@pytest.mark.parametrize(
+    ("model", "tier", "share"),
+    [
+        ("gpt-5", "flex", 0.5),
+        ("gpt-5", "priority", 2.0),
+        ("gpt-4o", "flex", None),
+        ("gpt-4o", "batch", 0.5),
+        ("no-such-model", "flex", None),
+        ("own", "flex", 0.4),
+        ("own", "batch", None),
+        ("uneven", "flex", 0.8),
+    ],
+)
+def test_a_tier_costs_a_share_of_the_usual_price_where_both_are_stated(
+    model: str, tier: str, share: float | None
+) -> None:
+    own = Price(2.0, 10.0, tiers={"flex": Price(0.8, 4.0)})
+    uneven = Price(2.0, 10.0, tiers={"flex": Price(1.0, 8.0)})
+    prices = {"own": own, "uneven": uneven}
+    upstream = Upstream("oai", {}, "key", provider="openai", prices=prices)
+    assert Prices(upstream).share(model, tier) == share

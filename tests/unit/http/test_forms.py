@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.http.asgi import Sender, request
-from tidegate.call import Kind
+from tidegate.call import Kind, Tier
 from tidegate.errors import FetchRefused, InvalidRequest, PayloadTooLarge, UnsupportedMedia
 from tidegate.http.submission import Submission, read_submission
 from tidegate.settings import Config
@@ -58,6 +58,49 @@ async def test_a_urlencoded_form_is_taken(config: Config, blobs: Blobs) -> None:
     body = b"text=caf%C3%A9+and+tea&priority=7&type=&deadline_ms=5"
     got = await read_submission(request(body, FORM), config, blobs)
     assert (got.prompt, got.priority, got.kind, got.deadline_ms) == ("café and tea", 7, None, 5)
+
+
+@pytest.mark.parametrize(
+    ("said", "beside_live"),
+    [
+        (["live"], ()),
+        (["batch", "flex"], (Tier.FLEX, Tier.BATCH)),
+        (["live", "flex", "flex"], (Tier.FLEX,)),
+    ],
+)
+async def test_a_job_names_its_tiers_in_json_or_a_form(
+    said: list[str], beside_live: tuple[Tier, ...], config: Config, blobs: Blobs
+) -> None:
+    body = json.dumps({"data": "x", "tiers": said}).encode()
+    assert (await read_submission(request(body), config, blobs, as_job=True)).tiers == beside_live
+    form = f"data=x&tiers={', '.join(said)}".encode()
+    got = await read_submission(request(form, FORM), config, blobs, as_job=True)
+    assert got.tiers == beside_live
+
+
+async def test_only_a_job_has_tiers(config: Config, blobs: Blobs) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        await read_json({"data": "x", "tiers": ["flex"]}, config, blobs)
+    assert (refusal.value.field, refusal.value.allowed) == ("tiers", "POST /submit")
+
+
+async def test_a_tier_within_a_wrapped_body_goes_before_the_tenants(
+    config: Config, blobs: Blobs
+) -> None:
+    async def wrapped(tiers: list[str] | None, **body: Any) -> tuple[Tier, ...] | None:
+        chat = {"model": "gpt-5", "messages": [{"role": "user", "content": "x"}], **body}
+        value = {"endpoint": "/v1/chat/completions", "body": chat, "tiers": tiers}
+        raw = json.dumps(value).encode()
+        return (await read_submission(request(raw), config, blobs, as_job=True)).tiers
+
+    assert await wrapped(None) is None
+    assert await wrapped(["flex"]) == (Tier.FLEX,)
+    assert await wrapped(["flex"], service_tier="auto") == (Tier.FLEX,)
+    assert await wrapped(None, service_tier="priority") == ()
+    assert await wrapped(["live"], service_tier="priority") == ()
+    with pytest.raises(InvalidRequest) as refusal:
+        await wrapped(["flex"], service_tier="priority")
+    assert refusal.value.field == "tiers"
 
 
 async def test_json_in_a_form_says_which_header_is_missing(config: Config, blobs: Blobs) -> None:
@@ -178,6 +221,11 @@ async def test_json_that_is_no_sound_object_is_refused(
         ({"data": "x", "model": ""}, "model"),
         ({"data": "x", "model": "m" * 129}, "model"),
         ({"data": "x", "image_uri": 5}, "image_uri"),
+        ({"data": "x", "tiers": "flex"}, "tiers"),
+        ({"data": "x", "tiers": []}, "tiers"),
+        ({"data": "x", "tiers": ["fast"]}, "tiers"),
+        ({"data": "x", "tiers": [["flex"]]}, "tiers"),
+        ({"data": "x", "tiers": {"flex": True}}, "tiers"),
     ],
 )
 async def test_a_wrong_value_is_refused_by_the_name_of_its_field(

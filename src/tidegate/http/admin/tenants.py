@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Query, Request, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
-from tidegate.call import DEFAULT_TENANT, Scope
+from tidegate.call import DEFAULT_TENANT, Scope, Tier
 from tidegate.errors import InvalidRequest
 from tidegate.http.admin.limits import (
     By,
@@ -78,6 +78,14 @@ class NewTenant(Signed):
     retention_days: int | None = Field(
         default=None, ge=1, le=100_000, description="null: RETENTION_DAYS"
     )
+    tiers: list[Literal["live", "flex", "batch"]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=10,
+        description="Processing tiers that its jobs may be put into unless they say so themselves; "
+        "null: live alone",
+        examples=[["live", "flex", "batch"]],
+    )
     disabled: bool = Field(default=False, description="Its keys then open nothing")
 
 
@@ -98,6 +106,7 @@ class TenantView(BaseModel):
     budget_day_tokens: int | None
     budget_month_tokens: int | None
     retention_days: int | None
+    tiers: list[Tier] | None
     disabled: bool
     created_at: datetime
     disabled_at: datetime | None = None

@@ -29,10 +29,12 @@ WITH begun AS (
         admitted_at = row.admitted_at,
         queue_ms = row.queue_ms,
         used_model = row.model,
+        tier = coalesce(row.tier, r.tier),
+        tier_why = coalesce(row.tier_why, r.tier_why),
         version = r.version + 1
     FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
         admitted_at timestamptz, queue_ms double precision, fence_epoch bigint,
-        fence_sequence bigint)
+        fence_sequence bigint, tier text, tier_why text)
     WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.claimed_by = $2, false)
         AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
     RETURNING r.id, r.attempt_id, r.attempt_at, r.tenant_id, r.pool, r.kind, r.attempts, r.claim,

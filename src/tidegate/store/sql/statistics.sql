@@ -83,3 +83,26 @@ SELECT
     (SELECT greatest(0, extract(epoch FROM now() - min(due_at))) FROM webhooks
         WHERE state = 'pending') AS webhooks_oldest_s,
     (SELECT count(*) FROM workers WHERE seen_at > now() - interval '1 minute') AS workers
+
+-- name: jobs_ahead
+-- Open jobs of pool $1 by lane and by when they are due, to about 5 % of the time until then; of $2 at
+-- the most. A provider's batch has those that run without a claimant.
+WITH open AS (
+    (SELECT lane, deadline_at, not_before IS NULL AS is_waiting FROM requests
+        WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false) AND pool = $1
+        ORDER BY deadline_at LIMIT $2)
+    UNION ALL
+    (SELECT lane, deadline_at, false FROM requests
+        WHERE coalesce(status = 'running' AND claimed_by IS NULL AND tier = 'batch', false)
+            AND pool = $1 AND deadline_at IS NOT NULL
+        LIMIT $2)
+    UNION ALL
+    (SELECT lane, NULL, true FROM requests
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+            AND pool = $1 AND deadline_at IS NULL
+        LIMIT $2)
+)
+SELECT lane, min(deadline_at) AS due_at, count(*) AS jobs,
+    count(*) FILTER (WHERE is_waiting) AS waiting
+FROM open
+GROUP BY lane, trunc(50 * log(greatest(1, extract(epoch FROM deadline_at - now()))))

@@ -17,7 +17,7 @@ UPDATE access SET version = version + 1
 SELECT k.prefix, k.digest, k.tenant_id, k.scopes, k.revoked_at IS NOT NULL AS revoked,
     extract(epoch FROM k.expires_at - now())::double precision AS expires_in_s,
     t.disabled_at IS NOT NULL AS disabled, t.models, t.most_priority, t.most_queued_jobs,
-    t.most_queued_bytes, t.most_streams, t.most_long_polls
+    t.most_queued_bytes, t.most_streams, t.most_long_polls, t.tiers_allowed AS tiers
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.prefix = ANY($1::text[])
 
@@ -86,7 +86,7 @@ ORDER BY created_at, prefix LIMIT $3
 -- name: list_tenants
 -- Up to $2 tenants by id, or the one whose id is $1.
 SELECT t.id, t.most_priority, t.models, t.most_queued_jobs, t.most_queued_bytes, t.most_streams,
-    t.most_long_polls, t.retention_days, t.created_at, t.disabled_at,
+    t.most_long_polls, t.retention_days, t.tiers_allowed AS tiers, t.created_at, t.disabled_at,
     (SELECT amount / 1000000.0 FROM budgets WHERE name = t.id || '/budget_day_money')
         AS budget_day_money,
     (SELECT amount / 1000000.0 FROM budgets WHERE name = t.id || '/budget_month_money')
@@ -111,15 +111,16 @@ UPDATE tenants t SET
     most_streams = row.most_streams,
     most_long_polls = row.most_long_polls,
     retention_days = row.retention_days,
+    tiers_allowed = row.tiers,
     disabled_at = CASE WHEN row.disabled THEN coalesce(t.disabled_at, now()) END
 FROM json_to_record($2::json) AS row (most_priority integer, models text[],
     most_queued_jobs bigint, most_queued_bytes bigint, most_streams integer,
-    most_long_polls integer, retention_days integer, disabled boolean)
+    most_long_polls integer, retention_days integer, tiers text[], disabled boolean)
 WHERE t.id = $1
 
 -- name: lock_tenant
 -- One tenant, which no other process can change until this transaction ends.
-SELECT t.*, 0 AS keys FROM tenants t WHERE id = $1 FOR UPDATE
+SELECT t.*, t.tiers_allowed AS tiers, 0 AS keys FROM tenants t WHERE id = $1 FOR UPDATE
 
 -- name: remove_tenant
 -- Forget a tenant with its keys; its requests stay until their time is over.

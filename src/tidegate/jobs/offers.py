@@ -1,0 +1,206 @@
+"""Offers of processing tiers for the jobs of a worker: prices, times and room, as it knows them.
+
+What the usual tier takes is counted at the limits of the job's first upstream, with all open jobs
+of its kind that come before it (`store/statistics.py`, `OpenJobs`).
+
+Invariant: a tier is offered only where every upstream that the job may go to states a price for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import inf
+from random import uniform
+
+from tidegate.call import Kind, Tier, Usage, tokens_of
+from tidegate.errors import TidegateError, UpstreamRejected, UpstreamTierBusy, UpstreamTimeout
+from tidegate.jobs.calls import key_of
+from tidegate.jobs.outages import Key
+from tidegate.jobs.tiers import (
+    FlexCalls,
+    LiveRoom,
+    SeenTimes,
+    TierChoice,
+    TierOffer,
+    TierTimes,
+    choose,
+)
+from tidegate.limiter import Concurrency, Limit, Rate
+from tidegate.record import CallRecord
+from tidegate.settings import Config
+from tidegate.spine.routing import Target
+from tidegate.spine.run import Lane
+from tidegate.store.records import ClaimedJob
+from tidegate.store.statistics import OpenJobs
+
+_UNKNOWN_CALL_MS = 10_000.0
+_DAY_S = 86_400
+_LEAST_BATCHES = 3
+_SMOOTHING = 0.1
+
+
+# Of an upstream's batches of a model: within how many ms nearly all have ended, and how many there
+# were; None where there was none.
+UsualBatches = Callable[[str, str], Awaitable[tuple[float, int] | None]]
+
+
+@dataclass(slots=True)
+class _Sizes:
+    """Average LLM tokens of the calls of a kind; None until there was one."""
+
+    input_tokens: float | None = None
+    output_tokens: float | None = None
+
+    def add(self, usage: Usage) -> None:
+        taken, given = tokens_of(usage)
+        self.input_tokens = _moved(self.input_tokens, taken)
+        self.output_tokens = _moved(self.output_tokens, given)
+
+    def of(self, unit: str) -> float | None:
+        """What a call counts in a unit, about; None where that is not known."""
+        taken, given = self.input_tokens, self.output_tokens
+        match unit:
+            case "requests" | "images":
+                return 1.0
+            case "input_tokens" | "uncached_input_tokens":
+                return taken
+            case "output_tokens":
+                return given
+            case "tokens" if taken is not None and given is not None:
+                return taken + given
+        return None
+
+
+def _moved(average: float | None, value: int | None) -> float | None:
+    if value is None or average is None:
+        return average if value is None else float(value)
+    return average + _SMOOTHING * (value - average)
+
+
+class TierOffers:
+    """One per worker. targets_of: where a job may go; lane_of: what this process has of one.
+    takes: whether a provider's batch can take a job."""
+
+    def __init__(
+        self,
+        config: Config,
+        ahead: OpenJobs,
+        targets_of: Callable[[ClaimedJob], Sequence[Target]],
+        lane_of: Callable[[Target], Lane],
+        takes: Callable[[ClaimedJob], bool],
+        usual_batches: UsualBatches,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ahead = ahead
+        self._targets_of = targets_of
+        self._lane_of = lane_of
+        self._takes = takes
+        self._usual_batches = usual_batches
+        self._times = TierTimes(
+            float(config.provider_batch_window_ms),
+            float(config.provider_batch_cancel_ms),
+            float(config.flex_within_ms),
+        )
+        self._live: dict[Kind, SeenTimes] = {kind: SeenTimes() for kind in Kind}
+        self._sizes: dict[Kind, _Sizes] = {kind: _Sizes() for kind in Kind}
+        self.flex = FlexCalls(clock)
+
+    def __repr__(self) -> str:
+        return f"<TierOffers {self.flex!r}>"
+
+    async def choice(
+        self, job: ClaimedJob, kind: Kind, tried: Collection[Tier] = ()
+    ) -> TierChoice | None:
+        """The tier of a job now, None where it is allowed the usual one alone. tried: those that
+        have refused it. Raises StoreUnavailable."""
+        if not job.tiers_allowed:
+            return None
+        targets = self._targets_of(job)
+        offers = []
+        for tier in job.tiers_allowed:
+            if tier not in tried and (offer := await self._offer(job, tier, targets)) is not None:
+                offers.append(offer)
+        room = LiveRoom()
+        if offers and targets:
+            room = await self._room(job, kind, targets[0])
+        return choose(offers, room, now=datetime.now(UTC), due=job.deadline_at, times=self._times)
+
+    async def _offer(
+        self, job: ClaimedJob, tier: Tier, targets: Sequence[Target]
+    ) -> TierOffer | None:
+        shares = [
+            self._lane_of(target).demands.prices.share(target.model, tier) for target in targets
+        ]
+        known = [share for share in shares if share is not None]
+        if not known or len(known) < len(shares):
+            return None
+        if tier is Tier.FLEX:
+            if self.flex.is_refused(job.request_id):
+                return None
+            keys = [key_of(target) for target in targets]
+            usual = [one for one in map(self.flex.usual_ms, keys) if one is not None]
+            slowest = max(usual) if len(usual) == len(keys) else None
+            return TierOffer(tier, max(known), slowest, min(map(self.flex.busy_ms, keys)))
+        if not self._takes(job):
+            return None
+        seen = [await self._usual_batches(*key_of(target)) for target in targets]
+        ended = [one[0] for one in seen if one is not None and one[1] >= _LEAST_BATCHES]
+        return TierOffer(tier, max(known), max(ended) if len(ended) == len(seen) else None)
+
+    async def _room(self, job: ClaimedJob, kind: Kind, target: Target) -> LiveRoom:
+        lane = self._lane_of(target)
+        policy = lane.limiter.policy
+        call_ms = self._live[kind].usual_ms(least=1) or _UNKNOWN_CALL_MS
+        images = int(kind is Kind.IMAGE_GENERATION)
+        limits = lane.demands.limits(policy, kind, target.model, job.tenant_id, images)
+        sizes = self._sizes[kind]
+        per_second = min(
+            (admitted_per_second(policy.binding(one), call_ms, sizes.of) for one in limits),
+            default=inf,
+        )
+        ahead = await self._ahead.of(kind, job.deadline_at)
+        return LiveRoom(max(0, ahead - 1), per_second, call_ms)
+
+    def ended(self, job: ClaimedJob, record: CallRecord, error: TidegateError | None) -> int | None:
+        """A job was called in its tier. Returns for how many ms it waits where the tier, and not
+        the call, has refused it, which uses up no attempt; else None."""
+        key, kind = (record.upstream or "", record.model or ""), job.classification.kind
+        took_ms = record.upstream_ms or 0.0
+        if error is None and kind is not None:
+            self._sizes[kind].add(record.answer.usage)
+            if job.tier is Tier.FLEX:
+                self.flex.answered(key, took_ms)
+            else:
+                self._live[kind].last_ms.append(took_ms)
+        elif isinstance(error, UpstreamTierBusy):
+            if error.status is not None:  # else the job gave it up by itself
+                self.flex.was_busy(key, error.retry_after_ms)
+            return self.put_off_ms(key)
+        elif job.tier is Tier.FLEX and isinstance(error, UpstreamRejected | UpstreamTimeout):
+            self.flex.refuse(job.request_id)
+            return 0
+        return None
+
+    def put_off_ms(self, *keys: Key) -> int:
+        """For how long a job waits for capacity of flex: until it is asked again, and a little."""
+        busy_ms = min(map(self.flex.busy_ms, keys), default=0.0)
+        return round(busy_ms * uniform(1, 1.5))
+
+
+def admitted_per_second(
+    limit: Limit | None, call_ms: float, size_of: Callable[[str], float | None]
+) -> float:
+    """How many calls a limit admits, where nothing else holds them up; infinite where it is not
+    known what a call takes of it."""
+    if limit is None or limit.shadow:
+        return inf
+    if isinstance(limit, Concurrency):
+        return limit.bound * 1_000 / max(1.0, call_ms)
+    size = size_of(limit.unit)
+    if not size:
+        return inf
+    window_s = limit.window_ms / 1_000 if isinstance(limit, Rate) else _DAY_S
+    return limit.bound / window_s / size
