@@ -282,8 +282,8 @@ class AdmissionError(TidegateError):
 
 
 class DeadlineExceeded(AdmissionError):
-    """`is_estimate`: `retry_after_ms` is how long calls have waited lately for the limit, since
-    only calls that end make room there. Else it is the time of a window, a quota or a pause."""
+    """`is_estimate`: `retry_after_ms` is an estimate, since it depends on how long calls take or
+    whose turn comes first. Else it is the time of a window, a quota or a pause."""
 
     code = "deadline_exceeded"
     is_estimate = False
@@ -296,7 +296,7 @@ class LimitPaused(DeadlineExceeded):
 
 
 class LimitUsedUp(DeadlineExceeded):
-    """As LimitPaused, of a rate or a day quota; `retry_after_ms` is when there is room again."""
+    """As LimitPaused, where a limit has no room in time; `retry_after_ms` is when it has."""
 
     code = "limit_used_up"
 

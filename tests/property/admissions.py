@@ -101,11 +101,15 @@ class Admissions:
                 admission.amounts[name] = min(admission.amounts[name], used)
 
     def note_refusals(self, request: SyncRequest, reply: SyncReply) -> None:
-        """Who was refused early: nobody else may be let in there, for as much, until then."""
+        """Who was refused early though nobody was before him: nobody else may be let in there, for
+        as much, until then."""
         places = {read_member(member).ticket: i for i, (_, member) in enumerate(request.enqueues)}
-        for ticket, name, room_ms, used in reply.barred:
-            left_ms = request.lefts[places[ticket]]
+        for ticket, name, room_ms, used, ahead, is_estimate in reply.barred:
+            left_ms = abs(request.lefts[places[ticket]])
             assert room_ms >= left_ms, "refused though there is room before its deadline"
+            self.refusals += 1
+            if ahead or is_estimate:
+                continue
             flow_key, member = self._asked[request.sid, ticket]
             amount = read_member(member).amount(read_flow(flow_key).lane.index(name))
             one = Refusal(
@@ -115,7 +119,6 @@ class Admissions:
                 self.model.pool.revision,
             )
             self._refused.setdefault(name, []).append(one)
-            self.refusals += 1
 
     def _check_refusals(self, name: str, now: int, amount: int) -> None:
         said = self.model.pool.epoch, self.model.pool.revision

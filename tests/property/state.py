@@ -147,6 +147,8 @@ def _session(model: PoolModel, sid: str) -> dict[str, str]:
         fields["blocked"] = "1"
     if session.closed_at is not None:
         fields["closed_at"] = str(session.closed_at)
+    if session.full is not None:
+        fields["full"] = "|".join(map(str, session.full))
     return fields
 
 

@@ -148,3 +148,34 @@ def test_a_great_demand_is_not_passed_by_small_ones_for_ever() -> None:
             crowd.compare(process)
     assert call in crowd.admitted
     assert len(crowd.admitted) < 30
+
+
+def _room_for_a_burst() -> tuple[Crowd, list[int]]:
+    """Two processes whose calls have come in turn, as a whole window becomes free: the first one
+    admits all that it may. Returns the tickets in their order."""
+    limit = "rpm:x"
+    crowd = Crowd(PoolPolicy({limit: Rate(20, window_ms=10_000, slack_ms=0)}), 2)
+    crowd.ask(crowd.processes[0], "t", limit, times=20)
+    calls = [crowd.ask(crowd.processes[n % 2], "t", limit)[0] for n in range(40)]
+    crowd.admitted.clear()
+    crowd.now_ms += 10_001
+    for process in crowd.processes:  # as if they had renewed their lease all the while
+        crowd.model.pool.sessions[process.sid].expiry = crowd.now_ms + crowd.policy.lease_ms
+    crowd.compare(crowd.processes[0])
+    return crowd, [call.ticket for call in calls]
+
+
+def test_no_waiter_of_a_rate_is_passed_while_its_process_has_grants_to_acknowledge() -> None:
+    crowd, tickets = _room_for_a_burst()
+    assert len(crowd.admitted) == 17  # the second process may have eight that it has not confirmed
+    crowd.compare(crowd.processes[1])
+    crowd.compare(crowd.processes[0])
+    assert sorted(call.ticket for call in crowd.admitted) == tickets[:20]
+
+
+def test_a_process_that_confirms_no_grant_keeps_others_waiting_for_a_moment_only() -> None:
+    crowd, tickets = _room_for_a_burst()
+    crowd.now_ms += 100
+    crowd.compare(crowd.processes[0])
+    passed = [*tickets[:17], *tickets[18:24:2]]
+    assert sorted(call.ticket for call in crowd.admitted) == passed

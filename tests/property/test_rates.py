@@ -301,3 +301,47 @@ def test_a_ramp_lets_use_grow_no_faster_than_it_says(bench: Bench) -> None:
     assert taken[-1] > 2 * taken[0]
     for before, after in zip(taken, taken[6:], strict=False):
         assert after <= 2 * max(10, before) + 20
+
+
+def test_waiters_of_a_rate_keep_their_turn_until_their_process_has_acknowledged(
+    bench: Bench,
+) -> None:
+    bench.put_in_force(Rate(20, 10_000, slack_ms=0))
+    clients = [bench.client, bench.world.new_client()]
+
+    def say() -> None:
+        for bench.client in clients:
+            for push in bench.client.mailbox:
+                bench.client.session.take_push(push)
+            bench.client.mailbox.clear()
+            bench.say()
+
+    def pass_time(ms: int) -> None:
+        for _ in range(ms // 500):
+            bench.world.advance(500)
+            bench.world.renew(clients)
+
+    say()
+    pass_time(LEASE_MS)  # all know the new process
+    for one in clients:
+        one.session.refresh()
+    say()
+    for _ in range(20):
+        bench.client = clients[0]
+        bench.ask(0)
+    waiting = []
+    for number in range(40):
+        bench.client = clients[number % 2]
+        waiting.append((number % 2, bench.ask(0)))
+    pass_time(10_500)
+    bench.client = clients[0]
+    bench.client.session.refresh()
+    bench.say()
+    assert len(clients[1].mailbox) > 0
+    model = bench.world.model.pool.sessions[clients[1].sid]
+    assert model.full is not None
+    say()
+    say()
+    admitted = [(who, t) for who, t in waiting if t not in clients[who].queue.waiting]
+    assert admitted == waiting[:20]
+    assert model.full is None

@@ -71,7 +71,12 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(times):
             client.asked.append(
                 client.queue.ask(
-                    kind, amounts=amounts, hard_ms=HARD_MS, now_ms=at, deadline_ms=deadline_ms
+                    kind,
+                    amounts=amounts,
+                    hard_ms=HARD_MS,
+                    now_ms=at,
+                    deadline_ms=deadline_ms,
+                    by_estimate=times != 2,
                 )
             )
 
@@ -95,6 +100,11 @@ class Traffic(RuleBasedStateMachine):
         """Where permits are passed on without asking anybody."""
         for number, (_, deed) in enumerate(done):
             self.do(who, deed, flow, which + number)
+
+    @rule(who=clients, which=some)
+    def look_at_a_place(self, who: int, which: int) -> None:
+        tickets = [ticket for ticket, one in self.client(who).queue.waiting.items() if one.sent]
+        self.world.look(self.client(who), tickets[which % len(tickets)] if tickets else which)
 
     def do(self, who: int, deed: Deed, flow: int, which: int) -> None:
         client = self.client(who)

@@ -15,6 +15,8 @@ from functools import cache
 from itertools import count
 from typing import Any, Literal
 
+import msgpack
+
 from tests.property.admissions import Admissions
 from tests.property.dump import Reading
 from tests.property.server import Server, Words
@@ -61,7 +63,7 @@ def lua_figure(part: str, name: str) -> int:
 def script_source(name: ScriptName, pace: Paces) -> bytes:
     """A script that is told the time and goes at our pace."""
     source = load(name, clock=CLOCK).source
-    if name == "renew":
+    if name in ("renew", "position"):
         return source
     for usual, ours in (
         (b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % pace.at_once),
@@ -241,6 +243,13 @@ class World:
                 client.session.lease.renewed(self.local_ms, real.lease_ms)
             else:
                 client.session.refresh()
+
+    def look(self, client: Client, ticket: int) -> None:
+        """At the place of a ticket, which changes nothing."""
+        request = {"sid": client.sid, "ticket": str(ticket), "limit": "", "band": 0, "tenant": ""}
+        raw, dump = self._run("position", pack(request))
+        assert msgpack.unpackb(raw) == self.model.position(client.sid, ticket, self.wall_ms)
+        self._check_state(dump)
 
     def pause(self, name: str, for_ms: int, ramp_ms: int) -> None:
         request = {"verb": "pause", "limit": name, "for_ms": for_ms, "ramp_ms": ramp_ms}

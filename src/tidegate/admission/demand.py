@@ -193,7 +193,14 @@ class CallDemand:
             input_tokens - min(uncached, input_tokens),
         )
 
-    def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Demand:
+    def to_admit(
+        self,
+        deadline_ms: int | None,
+        hard_ms: int,
+        *,
+        once: bool = False,
+        by_estimate: bool = False,
+    ) -> Demand:
         """The request to the limiter; see its `Demand`."""
         tokens, most, larger_tokens = self.tokens, None, None
         if tokens is not None and self.estimate is not None:
@@ -215,6 +222,7 @@ class CallDemand:
             self.cost_micros or 0,
             most,
             larger_tokens,
+            by_estimate,
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:

@@ -29,6 +29,7 @@ from tidegate.errors import (
 )
 from tidegate.limiter.connection import STALLED_S
 from tidegate.limiter.diagnostics import ServerReport, commands, examine, forget_pool, look_until
+from tidegate.limiter.estimates import WaitEstimate, WaitingLine
 from tidegate.limiter.limiter import Limiter, limited
 from tidegate.limiter.messages import (
     format_amount,
@@ -80,8 +81,6 @@ from tidegate.limiter.views import (
     SessionView,
     Snapshot,
     TenantView,
-    WaitEstimate,
-    WaitingLine,
     Why,
 )
 

@@ -392,7 +392,7 @@ def unpack_reply(raw: bytes) -> SyncReply:
             values[13] or (),
             [Hint(*hint[:5]) for hint in values[14] or ()],
             _unpack_whole(whole) if whole else None,
-            [Barred(row[0], row[1].decode(), *row[2:4]) for row in values[16] or ()],
+            [Barred(row[0], row[1].decode(), *row[2:6]) for row in values[16] or ()],
             [Outlook(row[0], row[1].decode(), *row[2:5]) for row in values[17] or ()],
         )
     )

@@ -32,6 +32,7 @@ from tidegate.limiter.connection import (
     Listener,
     tell_loop,
 )
+from tidegate.limiter.estimates import WaitingLine, read_line
 from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack
 from tidegate.limiter.permit import Acquisition, PermitIssuer, TryAcquisition
 from tidegate.limiter.policy import (
@@ -54,9 +55,7 @@ from tidegate.limiter.views import (
     PermitView,
     Place,
     Snapshot,
-    WaitingLine,
     Why,
-    read_line,
     read_place,
     read_snapshot,
 )

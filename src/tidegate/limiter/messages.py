@@ -42,12 +42,15 @@ _UNITS = {
 
 class Barred(NamedTuple):
     """A ticket that could not be admitted before its deadline. `room_ms` is when there is room
-    under `limit`, of which so much is `used`; -1 where it is paused."""
+    under `limit`, of which so much is `used`; -1 where it is paused. `ahead`: calls that wait there
+    and come before it; `is_estimate`: that they do, or how long they take, is not certain."""
 
     ticket: int
     limit: str
     room_ms: int
     used: int
+    ahead: int
+    is_estimate: int
 
 
 class Outlook(NamedTuple):
@@ -62,24 +65,48 @@ class Outlook(NamedTuple):
 
 
 def too_early(
-    name: str, limit: Limit | None, room_ms: float, used: int, amount: int = 1
+    name: str,
+    limit: Limit | None,
+    room_ms: float,
+    used: int,
+    amount: int = 1,
+    *,
+    ahead: int = 0,
+    is_estimate: bool = False,
 ) -> DeadlineExceeded:
-    """There is room under a limit only after the deadline; `used` is -1 where it is paused."""
+    """There is room under a limit only after the deadline; `used` is -1 where it is paused. `ahead`
+    calls come before; `is_estimate`: `room_ms` is not certain."""
     after_ms = max(1, round(room_ms))
-    if used < 0 or limit is None or isinstance(limit, Concurrency):
+    if used < 0 or limit is None:
         return limit_paused(name, after_ms)
-    daily, bound = isinstance(limit, Quota), limit.bound
+    if isinstance(limit, Concurrency) and not ahead:
+        return limit_paused(name, after_ms)
+    before = "1 call comes" if ahead == 1 else f"{ahead} calls come"
+    behind = f", and {before} before this one" if ahead else ""
+    span, guess = format_span(after_ms), ""
+    if is_estimate:
+        span, guess = f"about {span}", ", which is an estimate"
+    when = f"There is room in {span}{guess}."
+    if isinstance(limit, Quota) and (not ahead or (ahead + 1) * amount <= limit.bound):
+        when = f"It resets at 00:00 {limit.zone}, in {span}."
+    daily = "Daily limit" if isinstance(limit, Quota) else "Limit"
+    said = f"{daily} {name} {_fullness(limit, used, amount)}{behind}. {when}"
+    error = LimitUsedUp(said, limit=name, retry_after_ms=after_ms)
+    error.is_estimate = is_estimate
+    return error
+
+
+def _fullness(limit: Limit, used: int, amount: int) -> str:
+    """`is used up (60 of 60 requests a minute)`."""
+    bound = limit.bound
+    if isinstance(limit, Concurrency):
+        return f"is in use ({used} of {bound} calls)"
     most, spent = format_amount(limit, bound), _figure(limit, used)
-    state = f"is used up ({spent} of {most}{'' if daily else f' {format_window(limit)}'})"
     if used < bound:
         more = format_amount(limit, amount)
-        state = f"has no room for {more} more ({spent} of {_figure(limit, bound)} are used)"
-    span = format_span(after_ms)
-    when = f"There is room in {span}."
-    if isinstance(limit, Quota):
-        when = f"It resets at 00:00 {limit.zone}, in {span}."
-    said = f"{'Daily limit' if daily else 'Limit'} {name} {state}. {when}"
-    return LimitUsedUp(said, limit=name, retry_after_ms=after_ms)
+        return f"has no room for {more} more ({spent} of {_figure(limit, bound)} are used)"
+    window = "" if isinstance(limit, Quota) else f" {format_window(limit)}"
+    return f"is used up ({spent} of {most}{window})"
 
 
 def limit_paused(name: str, for_ms: int) -> LimitPaused:
@@ -298,7 +325,8 @@ class SyncRequest:
     member. enqueues: flow, member. wants: flow, cost_ms. A member is
     ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
     told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
-    ms that each enqueue may wait, 0 where not known. firm: limits of which nothing is returned."""
+    ms that each enqueue may wait, 0 where not known, negative where no estimate is to refuse it
+    before. firm: limits of which nothing is returned."""
 
     sid: str
     gen: int
@@ -493,7 +521,8 @@ SHAPES = (
     KeyShape("rate:", "hash", "per limit: amount by the end of its bucket in ms", "two windows",
              True),
     KeyShape("quota:", "hash", "per limit: used reset_at", "1 h after its reset", True),
-    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; at:flow -> "
+    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; full: "
+             "ms|rate at which its waiters keep their turn until it acknowledges; at:flow -> "
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
              SESSION_KEEP, True),
     KeyShape("progress:", "list", "per limit|band: ms|virtual time|cost_ms while calls wait",

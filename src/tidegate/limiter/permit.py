@@ -127,6 +127,7 @@ class PermitIssuer:
             now_ms=at,
             deadline_ms=inf if deadline_ms is None else at + deadline_ms,
             once=demand.once,
+            by_estimate=demand.by_estimate,
         )
         timer = None
         if not waiter.future.done():

@@ -534,6 +534,8 @@ class Demand:
     audio_seconds, cost_micros: an estimate, for limits that count them. most, larger_tokens: for
     limits that reserve so. deadline_ms: how long it may wait, None for as long as
     needed. hard_ms: the longest that the call can last. once: take the first answer for the last.
+    by_estimate: refuse it before its deadline also where that it would not be admitted in time is
+    an estimate, with a clear margin; else only where it is certain.
     implicit: limits that the policy does not name are allowed where their scope is implicit; a
     misspelt name would otherwise be a limit without a bound.
     """
@@ -551,6 +553,7 @@ class Demand:
     cost_micros: int | None = None
     most: Tokens | None = None
     larger_tokens: int | None = None
+    by_estimate: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import count, islice
-from math import inf
+from math import ceil, inf
 from typing import TypeVar
 
 from tidegate.errors import DemandImpossible
@@ -204,7 +204,8 @@ class Flow:
 class Waiter:
     """A ticket in the queue. `deadline_ms` and `asked_ms` are of the lease's clock; `member` is the
     ticket as the server keeps it; `stamp` its place there, 0 while unknown. `once`: it takes the
-    first answer for its last."""
+    first answer for its last. `by_estimate`: it is refused early where an estimate says that it
+    would not be admitted before its deadline, by a clear margin."""
 
     ticket: int
     flow: Flow
@@ -215,6 +216,7 @@ class Waiter:
     deadline_ms: float
     future: asyncio.Future[Holding]
     once: bool = False
+    by_estimate: bool = False
     sent: bool = False
     stamp: int = 0
 
@@ -286,6 +288,17 @@ class MessageBatch:
     def __len__(self) -> int:
         said = len(self.transfers) + len(self.releases) + len(self.settles)
         return said + len(self.cancels) + len(self.enqueues)
+
+    def lefts(self, at_ms: float, *, pauses: bool) -> list[int]:
+        """By enqueue, for how long it may wait, where time alone may keep it from its turn, or an
+        estimate may refuse it, which is not to where it is negative; nothing where all are 0."""
+        lefts = [
+            max(1, ceil(w.deadline_ms - at_ms)) * (1 if w.by_estimate else -1)
+            if (w.flow.rates or pauses or w.by_estimate) and w.deadline_ms != inf and not w.once
+            else 0
+            for w in self.enqueues
+        ]
+        return lefts if any(lefts) else []
 
 
 @dataclass(slots=True)
@@ -450,12 +463,14 @@ class LocalQueue:
         now_ms: float,
         deadline_ms: float,
         once: bool = False,
+        by_estimate: bool = False,
     ) -> Waiter:
         """A new waiter at the end of its flow; admitted immediately by a permit that is spare."""
         ticket, cost_ms = next(self._tickets), round(flow.cost_ms)
         member = f"{ticket}|{hard_ms}|{cost_ms}|{amounts}"
+        future = self._new_future()
         waiter = Waiter(
-            ticket, flow, member, hard_ms, cost_ms, now_ms, deadline_ms, self._new_future(), once
+            ticket, flow, member, hard_ms, cost_ms, now_ms, deadline_ms, future, once, by_estimate
         )
         if not flow.waiting and self.idle and self._take_spare(waiter, now_ms):
             return waiter

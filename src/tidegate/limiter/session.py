@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from math import ceil, inf
+from math import inf
 from secrets import token_hex
 from typing import Any, Generic, Literal, Protocol, TypeVar
 from zoneinfo import ZoneInfo
@@ -34,6 +34,7 @@ from tidegate.errors import (
     QueueFull,
 )
 from tidegate.limiter.messages import (
+    Barred,
     Join,
     Outlook,
     Push,
@@ -427,23 +428,11 @@ def compose(
         "enqueues": [(number(w.flow), w.member) for w in batch.enqueues],
         "wants": [(number(flow), round(flow.cost_ms)) for flow in wanting],
         "looks": [number(flow) for flow in looking],
-        "lefts": _lefts(batch, at_ms, pauses=pauses),
+        "lefts": batch.lefts(at_ms, pauses=pauses),
         "flows": list(numbers),
         "quotas": quotas,
         "firm": sorted(firm),
     }
-
-
-def _lefts(batch: MessageBatch, at_ms: float, *, pauses: bool) -> list[int]:
-    """By enqueue, for how long it may wait, where time alone may keep it from its turn; nothing
-    where all are 0."""
-    lefts = [
-        max(1, ceil(w.deadline_ms - at_ms))
-        if (w.flow.rates or pauses) and w.deadline_ms != inf and not w.once
-        else 0
-        for w in batch.enqueues
-    ]
-    return lefts if any(lefts) else []
 
 
 logger = logging.getLogger("tidegate.limiter")
@@ -739,7 +728,7 @@ class Session:
         for barred in reply.barred:
             if (waiter := waiting.get(barred.ticket)) is not None:
                 waiter.sent = False
-                self._refuse_early(waiter, barred.limit, barred.room_ms, barred.used)
+                self._refuse_early(waiter, barred)
         for outlook in reply.outlook:
             band, tenant, lane = request.flows[outlook.flow - 1].split("|", 2)
             flow = self._queue.flow(int(band), tenant, tuple(lane.split(" ")))
@@ -755,11 +744,22 @@ class Session:
         if room_ms and outlook.firm:
             for waiter in list(flow.waiting.values()):
                 if waiter.deadline_ms <= sent_ms + room_ms:
-                    self._refuse_early(waiter, outlook.limit, room_ms, outlook.used)
+                    self._refuse_early(
+                        waiter, Barred(waiter.ticket, outlook.limit, room_ms, outlook.used, 0, 0)
+                    )
 
-    def _refuse_early(self, waiter: Waiter, name: str, room_ms: int, used: int) -> None:
-        amount = waiter.flow.spends(waiter.amounts).get(name, 1)
-        self._refuse(waiter, too_early(name, self.policy.limit(name), room_ms, used, amount))
+    def _refuse_early(self, waiter: Waiter, barred: Barred) -> None:
+        name, amount = barred.limit, waiter.flow.spends(waiter.amounts).get(barred.limit, 1)
+        error = too_early(
+            name,
+            self.policy.limit(name),
+            barred.room_ms,
+            barred.used,
+            amount,
+            ahead=barred.ahead,
+            is_estimate=bool(barred.is_estimate),
+        )
+        self._refuse(waiter, error)
 
     def _refuse_impossible(self) -> None:
         """The policy changed: some may wait for what no waiting will bring."""

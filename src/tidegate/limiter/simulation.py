@@ -8,6 +8,7 @@ any version, unlike the names of `tidegate.limiter`.
 from tidegate.limiter.connection import LINGER_IDLE_S, LINGER_S, pack_request, unpack_reply
 from tidegate.limiter.limiter import MAX_WAITERS
 from tidegate.limiter.messages import (
+    Barred,
     Join,
     Keyspace,
     Push,
@@ -29,6 +30,7 @@ from tidegate.limiter.model.state import (
     Paces,
     PauseGate,
     SessionQueue,
+    SessionState,
     read_actual,
     read_flow,
     read_member,
@@ -37,6 +39,7 @@ from tidegate.limiter.permit import PermitIssuer
 from tidegate.limiter.policy import amount_of
 from tidegate.limiter.queue import Flow, Holding, LocalQueue, MessageBatch, Waiter, flow_of
 from tidegate.limiter.session import Clock, Lease, Session
+from tidegate.limiter.views import read_place
 
 __all__ = [
     "BEHIND",
@@ -45,6 +48,7 @@ __all__ = [
     "LINGER_S",
     "MAX_WAITERS",
     "BandState",
+    "Barred",
     "Clock",
     "Flow",
     "Holding",
@@ -65,6 +69,7 @@ __all__ = [
     "ScriptName",
     "Session",
     "SessionQueue",
+    "SessionState",
     "SyncReply",
     "SyncRequest",
     "Waiter",
@@ -77,6 +82,7 @@ __all__ = [
     "read_actual",
     "read_flow",
     "read_member",
+    "read_place",
     "span_of",
     "unpack_reply",
 ]

@@ -594,17 +594,23 @@ def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
         return "its process takes no grants: it is paused or can't be reached"
     if view is None:
         return f"waits for {held_up_by}"
-    of_it = f"{held_up_by}: " if view.paused_ms else ""
-    return f"waits for {of_it}{_state(view)}"
+    if view.paused_ms:
+        return f"waits for {view.limit}, which is {_pause(view)}"
+    return f"waits for {_state(view)}"
 
 
 def _state(view: LimitView) -> str:
     """A limit, and how much of it is used or who paused it."""
     if view.paused_ms:
-        by = f" by {view.paused_by}" if view.paused_by else ""
-        return f"{view.limit} is paused{by}, {format_pause(view.paused_ms)}"
+        return f"{view.limit} is {_pause(view)}"
     before = adapted_from(view)
     return _usage(view) + ("" if before is None else f" (adapted down from {before})")
+
+
+def _pause(view: LimitView) -> str:
+    """`paused by ann, for 10 min more`."""
+    by = f" by {view.paused_by}," if view.paused_by else ""
+    return f"paused{by} {format_pause(view.paused_ms)}"
 
 
 def _usage(view: LimitView) -> str:

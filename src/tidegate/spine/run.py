@@ -148,9 +148,10 @@ class Terms:
     """On what terms a call is made.
 
     received: on the monotonic clock; wait_ms: from then to admission, None without a deadline.
-    repeats: whether an upstream that failed is called again by itself; where not, a queue does
-    that. most_tries: of all upstreams together. waits_out: whether a pause that outlasts the
-    deadline is waited for, since it may be ended.
+    repeats: whether an upstream that failed is called again by itself, and whether an estimate may
+    refuse the call before its deadline; where not, a queue does that. most_tries: of all upstreams
+    together. waits_out: whether a pause that outlasts the deadline is waited for, since it may be
+    ended.
     """
 
     request_id: UUID
@@ -474,7 +475,9 @@ class _Run:
         deadline_ms = None if left_ms == inf else round(left_ms)
         lane, wait_ms = self._spine.lane(target), self._wait_ms()
         return PatientAdmission(
-            lane.limiter.acquire_for(demand.to_admit(deadline_ms, lane.hard_ms)),
+            lane.limiter.acquire_for(
+                demand.to_admit(deadline_ms, lane.hard_ms, by_estimate=self._terms.repeats)
+            ),
             lane.gate,
             demand,
             target.model,

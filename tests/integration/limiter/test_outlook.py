@@ -9,10 +9,10 @@ import pytest
 from tests.integration.limiter.hands import Hands
 from tests.integration.limiter.makers import Maker
 from tests.integration.limiter.test_demands import open_limiter, policy_of, used
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.errors import AdmissionError, DeadlineExceeded, LimitPaused, LimitUsedUp
 from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter.policy import Demand, Limit, PoolPolicy, Quota, Rate
 
 TEXT, TOTAL = "kind:text_only", "pool:total"
 HOUR_MS = 3_600_000
@@ -48,8 +48,8 @@ async def test_a_day_quota_that_is_used_up_refuses_now_and_names_itself(
     assert (type(error), error.limit) == (LimitUsedUp, "rpd:x")
     room_ms = (await limiter.snapshot()).limits["rpd:x"].room_in_ms
     assert 0 <= (error.retry_after_ms or 0) - room_ms < 60_000
-    said = "Daily limit rpd:x is used up (2 of 2 requests). It resets at 00:00 America/Los_Angeles"
-    assert error.message.startswith(said)
+    said = "Daily limit rpd:x is used up (2 of 2 requests), and 1 call comes before this one. "
+    assert error.message.startswith(f"{said}It resets at 00:00 America/Los_Angeles, in ")
     assert limiter.waiters == 1
     waits.cancel()
 
@@ -119,16 +119,23 @@ async def test_who_waits_for_another_limit_hears_when_a_quota_is_used_up(
     limits = {TEXT: 1, "rpd:x": Quota(1)}
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     async with limiter.acquire(TEXT):
-        waiting = [asyncio.create_task(refusal(limiter, *limits)) for _ in range(3)]
-        first = asyncio.create_task(take(limiter, *limits))
-        await wait_until(lambda: limiter.waiters == 4, what="four that wait for the first limit")
-        for one in waiting[1:]:
-            one.cancel()  # one is admitted, and the quota is used up
-        waiting[0].cancel()
-        last = asyncio.create_task(refusal(limiter, *limits))
-        await wait_until(lambda: limiter.waiters == 2, what="the last one waits")
-    await first
-    assert (await last).limit == "rpd:x"
+        waits = asyncio.create_task(refusal(limiter, *limits))
+        await wait_until(lambda: limiter.waiters == 1, what="one that waits for the first limit")
+        await take(limiter, "rpd:x")
+    assert (await waits).limit == "rpd:x"
+
+
+async def test_who_comes_behind_others_hears_that_they_use_a_quota_up(
+    maker: Maker, valkey_url: str
+) -> None:
+    limits = {TEXT: 1, "rpd:x": Quota(2)}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    async with limiter.acquire(TEXT):
+        first = [asyncio.create_task(take(limiter, *limits, deadline_ms=30_000)) for _ in range(2)]
+        await wait_until(lambda: limiter.waiters == 2, what="two that wait for the other limit")
+        error = await refusal(limiter, *limits)
+        assert (type(error), error.limit) == (LimitUsedUp, "rpd:x")
+    await asyncio.gather(*first)
 
 
 async def test_a_pause_that_outlasts_the_deadline_refuses_newcomers_and_those_that_wait(
@@ -215,3 +222,46 @@ async def test_a_limit_that_is_raised_is_open_for_who_asks_next(
     await limiter.set_policy(PoolPolicy(more, lease_ms=600, revision=3))
     await wait_until(lambda: limiter.policy.revision == 3, what="the new policy")
     await take(limiter, "rpm:x")
+
+
+async def test_the_calls_that_wait_already_count(maker: Maker, valkey_url: str) -> None:
+    """Two a minute, both used; four wait, the next one would wait for the third window."""
+    limiter = await open_limiter(maker, valkey_url, policy_of({"rpm:x": Rate(2, 60_000)}))
+    for _ in range(2):
+        await take(limiter, "rpm:x")
+    waiting = [asyncio.create_task(take(limiter, "rpm:x")) for _ in range(4)]
+    await wait_until(lambda: limiter.waiters == 4, what="four calls that wait")
+    error = await refusal(limiter, "rpm:x", deadline_ms=150_000)
+    assert isinstance(error, LimitUsedUp)
+    assert error.message.startswith(
+        "Limit rpm:x is used up (2 of 2 requests a minute), and 4 calls come before this one. "
+        "There is room in 3 min"
+    )
+    assert 175_000 < (error.retry_after_ms or 0) <= 182_000
+    assert not error.is_estimate
+    last = asyncio.create_task(take(limiter, "rpm:x", deadline_ms=185_000))
+    await wait_until(lambda: limiter.waiters == 5, what="one that has time")
+    for one in (*waiting, last):
+        one.cancel()
+
+
+async def test_an_estimate_refuses_only_who_asks_for_it(maker: Maker, valkey_url: str) -> None:
+    limiter = await open_limiter(maker, valkey_url, policy_of({TEXT: 1}))
+    for _ in range(2):
+        async with limiter.acquire(TEXT):
+            await work_for(0.2)
+    async with limiter.acquire(TEXT):
+        waiting = [asyncio.create_task(take(limiter, TEXT)) for _ in range(30)]
+        await wait_until(lambda: limiter.waiters == 30, what="thirty that wait")
+        error = await refusal(limiter, TEXT, deadline_ms=50)
+        assert type(error) is DeadlineExceeded
+        early = limiter.acquire_for(Demand((TEXT,), deadline_ms=1_000, by_estimate=True))
+        with pytest.raises(LimitUsedUp) as caught:
+            async with early:
+                pass
+        assert caught.value.is_estimate
+        said = "Limit kind:text_only is in use (1 of 1 calls), and 30 calls come before this one. "
+        assert caught.value.message.startswith(f"{said}There is room in about ")
+        assert caught.value.message.endswith(", which is an estimate.")
+        for one in waiting:
+            one.cancel()

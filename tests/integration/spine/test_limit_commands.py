@@ -111,9 +111,7 @@ async def test_a_paused_limit_is_explained_and_resumed(open_gateway: Opener) -> 
     await wait_until(queued, 20, "the job at the limit")
     why = await tidegate(gateway, "why", request_id)
     assert why.code == 0
-    assert why.said.startswith(
-        f"{request_id} waits for kind:text_only: kind:text_only is paused by "
-    )
+    assert why.said.startswith(f"{request_id} waits for kind:text_only, which is paused by ")
     ticket = (await tidegate(gateway, "limits", "show", "--json")).json["queues"][0]
     place = f"{ticket['process']}/{ticket['first_ticket']}"
     assert "it is ill" in (await tidegate(gateway, "why", place, "--json")).json["sentence"]

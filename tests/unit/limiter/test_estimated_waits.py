@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tidegate.limiter.views import WaitingLine
+from tidegate.limiter.estimates import Rival, WaitingLine
 
 UNITS = 100_000  # of virtual time in a ms of use by a tenant of weight 1
 NOW_MS = 100_000
@@ -68,14 +68,14 @@ def test_the_mean_time_of_calls_counts_not_the_last_one() -> None:
 
 
 def test_other_tenants_count_by_their_weights() -> None:
-    rival = (CALLS.tag, 3, 90)
+    rival = Rival(CALLS.tag, 3, 90)
     told = replace(CALLS, rivals=[rival]).estimate(10)
     assert told.ahead == pytest.approx(41, abs=1)
     assert told.wait_ms == pytest.approx(10_250, rel=0.1)
 
 
 def test_one_call_of_another_tenant_is_one_call() -> None:
-    assert replace(CALLS, rivals=[(CALLS.tag, 3, 1)]).estimate(10).ahead == 11
+    assert replace(CALLS, rivals=[Rival(CALLS.tag, 3, 1)]).estimate(10).ahead == 11
 
 
 def test_a_window_says_when_there_is_room_again() -> None:

@@ -30,7 +30,7 @@ from tidegate.limiter.model import capacity, queues, state
 from tidegate.limiter.model import pool as roster
 from tidegate.limiter.model import pool as telling
 from tidegate.limiter.model import rates as spending
-from tidegate.limiter.model.pump import ACK_WINDOW
+from tidegate.limiter.model.pump import ACK_WINDOW, ACK_WITHIN_MS
 from tidegate.limiter.model.state import Paces
 
 FRAGMENTS = sorted(
@@ -115,6 +115,7 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
     [
         ("ACK_WINDOW", ACK_WINDOW),
         ("ACK_WINDOW", 2 * session.ACK_EARLY),
+        ("ACK_WITHIN_MS", ACK_WITHIN_MS),
         ("AT_ONCE", Paces().at_once),
         ("AHEAD_MS", Paces().ahead_ms),
         ("STARVES", Paces().starves),

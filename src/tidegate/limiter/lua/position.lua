@@ -3,13 +3,14 @@
 -- args: request
 -- request: sid ticket limit band tenant
 -- returns: found flow held_up_by ahead amount cost_ms said line
--- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount
+-- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing pauses capacity progress
 -- units: ms; virtual time as in queues; ahead counts the tickets of its tenant before it at that limit, waiting all
--- of them; rivals are (tag, weight, waiting) of the other tenants of its band, above is the number of waiting calls
--- of higher bands; share in thousandths; samples are (at, virtual, cost_ms); free are (at, amount), when a rate gets
--- back how much; even and pace in microseconds; amounts in the limit's unit, the second one is a mean
+-- of them; rivals are (tag, weight, waiting, first, amounts) of the other tenants of its band, first being 1 if its
+-- name comes before, above is the number of waiting calls of higher bands; share in thousandths; samples are (at, virtual, cost_ms); free are (at, amount), when a rate gets
+-- back how much; even and pace in microseconds; amounts in the limit's unit, the second one is a mean, `amounts` are
+-- of the first tickets of a tenant in their order, none where each takes 1; width is that of buckets
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 -- The reads of one position are bounded: above this number the tenants' own counts are used.
@@ -42,6 +43,29 @@ local function mean_of(limit, band, tenant)
   return count > 0 and math.max(1, math.floor(sum / count + 0.5)) or 1
 end
 
+-- What each of the first tickets of a tenant takes, up to the one of stamp `last`; at most `most` of them.
+local amounts_left = 1000
+local function amounts_of(limit, band, tenant, last, most)
+  if limit.sort == 'c' or limit.exact or amounts_left <= 0 then return {} end
+  local found, list = {}, {}
+  for _, id in ipairs(call('ZRANGE', line_of(limit, band, tenant), 0, 49)) do
+    local queue = T.queue_of(id)
+    local at
+    for i, name in ipairs(T.names_in(queue.lane)) do
+      if name == limit.name then at = i end
+    end
+    local tickets = call('ZRANGEBYSCORE', T.queue_key(queue), '-inf', last, 'WITHSCORES', 'LIMIT', 0, most)
+    for i = 1, #tickets, 2 do
+      local amounts = T.amounts_in(string.match(tickets[i], '^%d+|%d+|%d+|(.*)$'))
+      found[#found + 1] = { tonumber(tickets[i + 1]), amounts[at] or 1 }
+    end
+  end
+  table.sort(found, function(one, other) return one[1] < other[1] end)
+  for i = 1, math.min(#found, most, amounts_left) do list[i] = found[i][2] end
+  amounts_left = amounts_left - #list
+  return list
+end
+
 -- When a rate gets back how much, in at most 120 steps.
 local function freed(limit)
   local list = {}
@@ -62,14 +86,15 @@ local function freed(limit)
   return list
 end
 
-local function line(limit, number, tenant)
+local function line(limit, number, tenant, last)
   local band = limit.bands[number]
-  local rivals, above = {}, 0
+  local own, rivals, above = amounts_of(limit, number, tenant, last, 500), {}, 0
   local parked = call('ZRANGE', T.park_key(limit, number), 0, 499, 'WITHSCORES')
   for i = 1, #parked, 2 do
     if parked[i] ~= tenant then
       rivals[#rivals + 1] = { tonumber(parked[i + 1]), T.tenant_of(parked[i]).weight,
-        waiting_of(limit, number, parked[i]) }
+        waiting_of(limit, number, parked[i]), parked[i] < tenant and 1 or 0,
+        amounts_of(limit, number, parked[i], '+inf', 100) }
     end
   end
   for higher = 1, number - 1 do
@@ -78,12 +103,13 @@ local function line(limit, number, tenant)
     end
   end
   local shares = T.bands_of_pool()
-  local bound, free, even, pace, at = limit.bound, {}, 0, 0, 0
+  local bound, free, even, pace, at, width = limit.bound, {}, 0, 0, 0, 0
   if limit.sort == 'c' then
     bound = T.cap_of(limit, number)
   else
     T.rates().spent(limit)
     free = freed(limit)
+    width = limit.width or 0
     if limit.pacing then even, pace = limit.pacing.even, limit.pacing.pace end
     -- Beyond its share a band waits a window after a higher one found no room.
     for higher = 1, number - 1 do at = math.max(at, limit.bands[higher].held) end
@@ -93,12 +119,13 @@ local function line(limit, number, tenant)
   local tag = T.tag_of(limit, { band = number, tenant = tenant })
   return { pool.now, limit.sort, bound, limit.span or 0, band.virtual, tag, T.tenant_of(tenant).weight,
     limit.cost_ms, paused_ms, shares[math.min(number, #shares)].share, waiting_of(limit, number, tenant), rivals,
-    above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant) }
+    above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant), own,
+    width }
 end
 
 if q.ticket == '' then
   local limit = T.limit_of(q.limit)
-  local all = line(limit, q.band, q.tenant)
+  local all = line(limit, q.band, q.tenant, '+inf')
   return cmsgpack.pack({ 1, q.band .. '|' .. q.tenant .. '|' .. q.limit, q.limit, all[11], all[18], 0,
     limit.pause and limit.pause.said or '', all })
 end
@@ -128,7 +155,7 @@ for i = 1, #raw, 2 do
           if name == limit.name then amount = list[at] or 1 end
         end
         return cmsgpack.pack({ 1, flow, limit.name, ahead, amount, cost_ms,
-          limit.pause and limit.pause.said or '', line(limit, queue.band, queue.tenant) })
+          limit.pause and limit.pause.said or '', line(limit, queue.band, queue.tenant, '(' .. waiting[k + 1]) })
       end
     end
   end

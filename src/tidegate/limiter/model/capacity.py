@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import floor
 
-from tidegate.limiter.model.rates import span_of
+from tidegate.limiter.model.rates import DAY_MS, span_of
 from tidegate.limiter.model.state import LimitState, PoolState, read_member
-from tidegate.limiter.policy import Concurrency, Rate
+from tidegate.limiter.policy import Concurrency, Quota, Rate
 
 # A limit without a bound comes back after a pause as one of this bound does.
 RAMP_BOUND = 64
@@ -85,6 +85,27 @@ class Capacity:
         if spent + amount <= bound:
             return at
         return max(at, limit.spending.room_at(limit.limit, amount, self.pool.now))
+
+    def free_after(self, limit: LimitState, before: int, amount: int) -> int:
+        """As `free_at`, behind calls that take `before` together, which may be negative: what is
+        expected to be returned. Never later than that can be, if nobody leaves."""
+        spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)
+        total = before + amount
+        if amount == 0 or bound == 0 or total <= 0:
+            return 0
+        at = limit.spending.paced_after(limit.limit, max(0, before), amount, self.pool.now)
+        if isinstance(limit.limit, Quota):
+            over = spent + total - bound
+            days = (over - 1) // bound * DAY_MS
+            return max(at, limit.spending.reset_at + days) if over > 0 else at
+        assert isinstance(limit.limit, Rate)
+        windows = (total - 1) // bound
+        rest, room_at = total - windows * bound, 0
+        if spent + rest > bound:
+            room_at = limit.spending.room_at(limit.limit, rest, self.pool.now)
+        if windows:
+            room_at = max(room_at, self.pool.now) + windows * span_of(limit.limit)
+        return max(at, room_at)
 
     def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
         return limit.limit.shadow or not self.is_full(limit, band, amount)

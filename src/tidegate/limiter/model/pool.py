@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 from tidegate.limiter.messages import (
     Push,
@@ -27,8 +28,9 @@ from tidegate.limiter.messages import (
     definition,
 )
 from tidegate.limiter.model.capacity import Capacity
+from tidegate.limiter.model.outlook import Outlooks, Positions
 from tidegate.limiter.model.pump import Pump
-from tidegate.limiter.model.queues import Outlooks, Permits, Queues
+from tidegate.limiter.model.queues import Permits, Queues
 from tidegate.limiter.model.state import (
     BLOCKED,
     NO_LIMIT,
@@ -426,6 +428,7 @@ class PoolModel:
         queues = self.queues = Queues(self.pool, capacity)
         permits = self.permits = Permits(self.pool, capacity, queues)
         self.outlooks = Outlooks(self.pool, capacity, permits)
+        self.positions = Positions(self.pool, capacity, self.outlooks)
         self.pump = Pump(self.pool, capacity, queues, permits, self.outlooks)
         self.roster = Roster(self.pool, self.pump)
         self.joining = Joins(self.pool, capacity, queues, permits, self.pump, self.roster)
@@ -505,6 +508,11 @@ class PoolModel:
             self.clock = now
         quiet_ms = max(0, self.pool.recover_until - now)
         return RenewReply(status, self.pool.epoch, self.pool.lease_ms, quiet_ms, self.pool.revision)
+
+    def position(self, sid: str, ticket: int, wall: int) -> list[Any]:
+        """Where a waiting ticket stands; changes nothing."""
+        self.pool.now, self.pool.resets = max(wall, self.clock), {}
+        return self.positions.of(sid, ticket)
 
     def pause(self, name: str, for_ms: int, ramp_ms: int, said: str, *, run: str, wall: int) -> int:
         """Admit no call under a limit. A shorter pause never ends a longer one."""
@@ -633,6 +641,9 @@ class PoolModel:
             return "gone"
         if q.batch <= session.batch:
             return "stale"
+        if session.full is not None and q.ack > session.acked:
+            self.pool.touched.add(session.full[1])
+            session.full = None
         session.batch, session.acked = q.batch, max(session.acked, q.ack)
         session.closed_at = None
         return "ok"
@@ -667,6 +678,7 @@ class PoolModel:
             queue = session.queues.get(q.flows[number - 1])
             if queue is not None and queue.at is not None and queue.at != BLOCKED:
                 self.pool.touched.add(queue.at)
+                self.outlooks.note_progress(self.pool.limit(queue.at), queue.flow.band)
                 self.outlooks.waited[number] = queue
         if q.leave:
             self.joining.reap(q.sid, hold=False)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from tidegate.limiter.messages import Hint, Push, SyncRequest
 from tidegate.limiter.model.capacity import Capacity
-from tidegate.limiter.model.queues import Outlooks, Permits, Queues
+from tidegate.limiter.model.outlook import Outlooks
+from tidegate.limiter.model.queues import Permits, Queues
 from tidegate.limiter.model.state import (
     BLOCKED,
     FlowName,
@@ -27,6 +28,8 @@ from tidegate.limiter.policy import Concurrency, Rate
 
 # Grants that a session may have without having acknowledged one.
 ACK_WINDOW = 8
+# How long waiters of a rate keep their turn while their session has so many.
+ACK_WITHIN_MS = 100
 MOST_STARVING = 8
 
 Grant = tuple[int, int]
@@ -66,6 +69,24 @@ class Pump:
             return True
         session.blocked = True
         return False
+
+    def _acknowledges_soon(self, sid: str, limit: LimitState) -> bool:
+        """Whether the turn of another session's waiters is kept until it has acknowledged grants:
+        under a rate they would wait for another window if others passed them."""
+        session, now = self.pool.sessions.get(sid), self.pool.now
+        if sid == self.own or sid in self.fresh or sid not in self.pool.subscribed:
+            return False
+        if session is None or session.blocked or session.expiry <= now:
+            return False
+        if session.sent - session.acked < ACK_WINDOW:
+            return False
+        since, _ = session.full or (now, "")
+        if now - since >= ACK_WITHIN_MS:
+            session.full = None
+            return False
+        session.full = since, limit.name
+        limit.room_again(since + ACK_WITHIN_MS)
+        return True
 
     def _admit(self, sid: str, flow_key: str, member_text: str, cost_ms: int) -> None:
         member, flow = read_member(member_text), read_flow(flow_key)
@@ -122,7 +143,9 @@ class Pump:
         if limit is None:
             self._admit(sid, key, member, 0)
             return 0
-        if left_ms and self.outlooks.bar(flow, read_member(member), left_ms):
+        place = limit if queue is None else self._at(queue)
+        bar = self.outlooks.bar
+        if left_ms and place and bar(flow, queue, read_member(member), left_ms, place):
             return 0
         most = self.pool.policy.queue_per_tenant if self.pool.policy else 0
         if self.pool.waiting(flow.tenant) >= most:
@@ -135,6 +158,11 @@ class Pump:
             self.pool.touched.add(limit.name)
         queue.tickets[member] = stamp
         return stamp
+
+    def _at(self, queue: SessionQueue) -> LimitState | None:
+        """The limit that holds a queue up."""
+        at = queue.at
+        return self.pool.limit(at) if at is not None and at != BLOCKED else None
 
     def _let_in(self, queue: SessionQueue, limit: LimitState) -> None:
         """The first ticket of a queue that stands at `limit`."""
@@ -159,6 +187,8 @@ class Pump:
         band = limit.band(number)
         queue = band.line_front(band.front()[1])[1]
         self.budget -= 1
+        if limit.is_rate and self._acknowledges_soon(queue.sid, limit):
+            return False
         if not self._deliverable(queue.sid):
             self.queues.block(queue)
             return True

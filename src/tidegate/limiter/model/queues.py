@@ -5,17 +5,15 @@ virtual time at which its service starts; its use, divided by its weight, moves 
 forward; the limit's own time is the start of what is served, so an idle tenant saves nothing.
 
 Invariants: all limits of a call or none; a queue that is not empty stands at the one limit that
-blocks it; a repeated message has no second effect; a call is refused early only if no order of
-events could still admit it in time.
+blocks it; a repeated message has no second effect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from tidegate.limiter.messages import USAGE_LATER, Barred, Outlook, SyncRequest
+from tidegate.limiter.messages import USAGE_LATER, SyncRequest
 from tidegate.limiter.model.capacity import Capacity
 from tidegate.limiter.model.rates import Charge
 from tidegate.limiter.model.state import (
@@ -34,7 +32,6 @@ from tidegate.limiter.model.state import (
     read_flow,
     read_member,
 )
-from tidegate.limiter.policy import Rate
 
 # How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
 # be under way, and what they used is added to it. An hour of one permit of weight 1.
@@ -449,73 +446,3 @@ class Permits:
             self.uncount(flow.lane, q.sid, ticket)
             self.used(held.flow, held.cost_ms, 0)
             self.settle_charges(held.charges, flow, [0] * len(flow.lane))
-
-
-class Earliest(NamedTuple):
-    """When there will be room if nothing is returned, 0 where a call that ends makes it or nobody
-    knows; what is used, -1 of a limit that is paused; whether `at` is certain for every call."""
-
-    at: int
-    used: int
-    firm: bool
-
-
-@dataclass(eq=False, repr=False)
-class Outlooks:
-    """When there will be room. Lua: `outlook`. `waited`: queues of which a session may want to know
-    what they wait for, by the number of their flow. All fields are of one call."""
-
-    pool: PoolState
-    capacity: Capacity
-    permits: Permits
-    firm: frozenset[str] = field(default_factory=frozenset)
-    barred: list[Barred] = field(default_factory=list)
-    waited: dict[int, SessionQueue] = field(default_factory=dict)
-
-    def _is_firm(self, limit: LimitState) -> bool:
-        """Nothing is returned where requests are counted; else a call may have reserved more than
-        it uses."""
-        exact = isinstance(limit.limit, Rate) and limit.limit.exact
-        return exact or (limit.is_rate and limit.name in self.firm)
-
-    def _earliest(self, limit: LimitState, amount: int) -> Earliest:
-        pause, at, used = self.pool.pause_of(limit), 0, limit.used
-        if limit.is_rate:
-            used, at = self.capacity.spent(limit), self.capacity.free_at(limit, amount)
-        if limit.limit.shadow:
-            return Earliest(0, used, firm=False)
-        paused_at = pause.until if pause and pause.until > self.pool.now else 0
-        if at > paused_at:
-            return Earliest(at, used, self._is_firm(limit))
-        if pause and paused_at:
-            return Earliest(paused_at, -1, pause.gate is None)
-        return Earliest(0, used, firm=False)
-
-    def bar(self, flow: FlowName, member: Member, left_ms: int) -> bool:
-        """Refuse a ticket that can't be admitted within `left_ms`, even if it were alone; True if
-        that is so."""
-        latest, found = self.pool.now + left_ms - 1, None
-        for position, limit in enumerate(self.pool.lane(flow)):
-            returned = not limit.under and not any(self.permits.owed.values())
-            settled = limit.is_rate and (self._is_firm(limit) or returned)
-            if settled or self.pool.pause_of(limit):
-                at, used, firm = self._earliest(limit, member.amount(position))
-                if at > latest and (firm or (settled and used >= 0)):
-                    latest, found = at, Barred(member.ticket, limit.name, at - self.pool.now, used)
-        if found is not None:
-            self.barred.append(found)
-        return found is not None
-
-    def outlook(self) -> list[Outlook]:
-        """What each of `waited` waits for now."""
-        found = []
-        for number, queue in sorted(self.waited.items()):
-            if queue.at is not None and queue.at != BLOCKED:
-                limit, amount = self.pool.limit(queue.at), 1
-                if limit.is_rate and not self._is_firm(limit):
-                    member = read_member(queue.first()[0])
-                    amount = member.amount(queue.flow.lane.index(limit.name))
-                at, used, firm = self._earliest(limit, amount)
-                room_ms = max(0, at - self.pool.now)
-                found.append(Outlook(number, queue.at, room_ms, used, int(firm)))
-        return found

@@ -65,6 +65,16 @@ class Pacing:
             at = max(at, now + 1, min(self.since + grows_ms, now + span_of(limit)))
         return at
 
+    def even_after(self, limit: Rate, before: int, amount: int, now: int) -> int:
+        """When an even flow has room for `amount` behind `before`, if nothing is returned."""
+        if limit.pace_ms is None:
+            return 0
+        even_us = self.even_us
+        if before:
+            even_us = max(even_us, now * 1000) + self._lasts_us(limit, before)
+        earliest_us = even_us - max(0, limit.pace_ms * 1000 - self._lasts_us(limit, amount))
+        return ceil(earliest_us / 1000) if earliest_us > now * 1000 else 0
+
     def take(self, limit: Rate, amount: int, spent: int, now: int) -> None:
         """Count an admission. `spent` has `amount` in it already."""
         if limit.pace_ms is not None:
@@ -179,6 +189,12 @@ class RateSpending:
         if not isinstance(limit, Rate) or not self.is_paced(limit):
             return 0
         return (self.pacing or Pacing()).room_at(limit, amount, spent, now)
+
+    def paced_after(self, limit: Limit, before: int, amount: int, now: int) -> int:
+        """As `paced_at`, behind calls that take `before`; a ramp may have room sooner."""
+        if not isinstance(limit, Rate) or not self.is_paced(limit):
+            return 0
+        return (self.pacing or Pacing()).even_after(limit, before, amount, now)
 
     def settle(self, limit: Limit, charge: Charge, actual: int, now: int) -> bool:
         """Correct a reservation; True if something was returned. Call it after `look`.

@@ -113,7 +113,8 @@ class SessionQueue:
 @dataclass(slots=True)
 class SessionState:
     """A process's liveness. `queues` by flow: those that are not empty. `since`: the version of the
-    roster at which it came."""
+    roster at which it came. `full`: since when, and at which rate, its waiters keep their turn
+    until it acknowledges grants."""
 
     gen: int
     batch: int
@@ -123,6 +124,7 @@ class SessionState:
     acked: int = 0
     blocked: bool = False
     closed_at: int | None = None
+    full: tuple[int, str] | None = None
     since: int = 0
     held: dict[int, HeldPermit] = field(default_factory=dict)
     queues: dict[str, SessionQueue] = field(default_factory=dict)

@@ -46,9 +46,10 @@ function T.ask(entries)
     if not (q.full and T.is_there(i, queue, member)) then
       -- Behind others of its own queue it changes nothing.
       local limit = not queue.at and T.let_in_or_wait(queue, member)
+      local place = (q.lefts[i] or 0) ~= 0 and (limit or queue.at and queue.at ~= '!' and T.limit_of(queue.at))
       if limit == nil then
         T.stamps[i] = 0
-      elseif (q.lefts[i] or 0) > 0 and T.bar(queue, member, q.lefts[i]) then
+      elseif place and T.bar(queue, member, q.lefts[i], place) then
         T.stamps[i] = 0
       elseif tenant.waiting >= pool.queue_max then
         T.refused[#T.refused + 1] = tonumber(string.match(member, '^%d+'))
@@ -62,8 +63,13 @@ function T.ask(entries)
           adding[queue] = list
           fresh[#fresh + 1] = queue
         end
-        list[#list + 1] = tenant.stamp
-        list[#list + 1] = member
+        if #q.lefts > 0 then
+          -- The next ticket counts those before it.
+          call('ZADD', T.queue_key(queue), T.int(tenant.stamp), member)
+        else
+          list[#list + 1] = tenant.stamp
+          list[#list + 1] = member
+        end
         if limit then
           T.park(queue, limit, tenant.stamp)
           T.touch(limit)

@@ -1,7 +1,7 @@
--- does: computes the earliest time of room, and refuses a ticket whose deadline comes before
+-- does: computes the earliest time of room
 -- keys: sessions owed
 -- args: firm
--- returns: bar(), outlook()
+-- returns: is_firm(), is_usage_due(), earliest(), outlook()
 -- units: ms
 -- A limit that counts requests releases nothing when calls end. Under other limits a call may have
 -- reserved more than it uses.
@@ -41,24 +41,6 @@ function T.earliest(limit, amount)
   if at > paused_at then return at, used, T.is_firm(limit) end
   if paused_at > 0 then return paused_at, -1, not pause.gate end
   return 0, used, false
-end
-
--- Refuses a ticket that can't be admitted within `left_ms`, even without other waiters; true if refused.
-function T.bar(queue, member, left_ms)
-  local ticket, text = string.match(member, '^(%d+)|%d+|%d+|(.*)$')
-  local list, latest, found, used = T.amounts_in(text), pool.now + left_ms - 1, nil, 0
-  for i, name in ipairs(T.names_in(queue.lane)) do
-    local limit = T.limit_of(name)
-    local settled = limit.sort ~= 'c'
-      and (T.is_firm(limit) or limit.used == 0 and not T.is_usage_due())
-    if settled or limit.pause then
-      local at, spent, firm = T.earliest(limit, list[i] or 1)
-      if at > latest and (firm or settled and spent >= 0) then latest, found, used = at, name, spent end
-    end
-  end
-  if not found then return false end
-  T.barred[#T.barred + 1] = { tonumber(ticket), found, latest - pool.now, used }
-  return true
 end
 
 -- The rate or pause that the queue of a flow waits for now.

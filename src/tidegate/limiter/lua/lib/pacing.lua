@@ -1,7 +1,7 @@
 -- does: keeps a rate even, and its growth slow
 -- keys: meta
 -- args: none
--- returns: load_pacing(), paced_bound(), paced_at(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
+-- returns: load_pacing(), paced_bound(), paced_at(), even_after(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
 -- units: ms; `even` and `pace` in microseconds
 -- `f:` is even|level|since. An even flow has made up at `even` for all that was taken: what is taken
 -- moves it on, and a call is admitted when it lies no more than `pace` ahead, the call's own part
@@ -40,6 +40,16 @@ function T.paced_at(limit, amount)
     at = math.max(at, pool.now + 1, math.min(pacing.since + grows_ms, pool.now + limit.span))
   end
   return at
+end
+
+-- When an even flow has room for `amount` behind `before`, without any return; 0 if it has now.
+function T.even_after(limit, before, amount)
+  local pacing = limit.pacing
+  if pacing.pace == 0 then return 0 end
+  local even = pacing.even
+  if before > 0 then even = math.max(even, pool.now * 1000) + lasts(limit, before) end
+  local earliest = even - math.max(0, pacing.pace - lasts(limit, amount))
+  return earliest > pool.now * 1000 and math.ceil(earliest / 1000) or 0
 end
 
 -- `spent` has `amount` in it already.

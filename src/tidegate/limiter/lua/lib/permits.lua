@@ -8,7 +8,7 @@ local own = { held = {}, written = {}, queues = {}, reheaded = {}, fields = {} }
 
 -- One read fetches the session's record, the places of its flows, and the named tickets.
 function T.load_own()
-  local fields, tickets = { 'gen', 'batch', 'sent', 'acked', 'blocked', 'closed_at' }, {}
+  local fields, tickets = { 'gen', 'batch', 'sent', 'acked', 'blocked', 'closed_at', 'full' }, {}
   for i, flow in ipairs(q.flows) do
     own.queues[i] = T.queue_of(q.sid .. '|' .. flow)
     fields[#fields + 1] = 'at:' .. flow
@@ -33,8 +33,8 @@ function T.load_own()
   end
   local f = T.read(T.session_key(q.sid), fields)
   own.gen, own.batch, own.sent = tonumber(f[1] or 0), tonumber(f[2] or 0), tonumber(f[3] or 0)
-  own.acked, own.blocked, own.closed_at = tonumber(f[4] or 0), f[5], f[6]
-  for i in ipairs(q.flows) do T.set_place(own.queues[i], f[6 + i]) end
+  own.acked, own.blocked, own.closed_at, own.full = tonumber(f[4] or 0), f[5], f[6], f[7]
+  for i in ipairs(q.flows) do T.set_place(own.queues[i], f[7 + i]) end
   for i, ticket in ipairs(tickets) do own.held[ticket] = f[first + i] end
 end
 

@@ -16,8 +16,8 @@ function T.peer_of(sid)
   T.peers[sid] = peer
   local expiry = call('ZSCORE', T.sessions_key, sid)
   if expiry and tonumber(expiry) > pool.now then
-    local f = call('HMGET', T.session_key(sid), 'gen', 'sent', 'acked')
-    peer.alive = true
+    local f = call('HMGET', T.session_key(sid), 'gen', 'sent', 'acked', 'full', 'blocked')
+    peer.alive, peer.full, peer.blocked = true, f[4], f[5]
     peer.gen, peer.sent, peer.acked = tonumber(f[1]), tonumber(f[2]), tonumber(f[3])
     peer.reachable = call('PUBSUB', 'SHARDNUMSUB', T.channel(sid))[2] > 0
   end
@@ -34,6 +34,25 @@ function T.deliverable(sid)
     call('HSET', T.session_key(sid), 'blocked', '1')
   end
   return false
+end
+
+-- Waiters of a rate keep their turn for this long while a peer has to acknowledge grants: passed by others,
+-- they would wait for another window. `full` is since when, and at which limit.
+T.ACK_WITHIN_MS = 100
+function T.acknowledges_soon(sid, limit)
+  if limit.sort == 'c' or sid == own.sid or T.is_fresh(sid) then return false end
+  local peer = T.peer_of(sid)
+  if not peer.reachable or peer.blocked or peer.sent - peer.acked < T.ACK_WINDOW then return false end
+  local since = tonumber(string.match(peer.full or '', '^%d+') or pool.now)
+  if pool.now - since >= T.ACK_WITHIN_MS then
+    if peer.full then call('HDEL', T.session_key(sid), 'full') end
+    peer.full = false
+    return false
+  end
+  peer.full = T.int(since) .. '|' .. limit.name
+  call('HSET', T.session_key(sid), 'full', peer.full)
+  T.room_again(limit, since + T.ACK_WITHIN_MS)
+  return true
 end
 
 function T.admit(queue, ticket, hard_ms, cost_ms, list)
@@ -140,6 +159,7 @@ function T.step(limit, number, list)
   local queue = T.queue_of(id)
   queue.at = limit.name
   T.budget = T.budget - 1
+  if T.acknowledges_soon(queue.sid, limit) then return false end
   if not T.deliverable(queue.sid) then
     T.load_place(queue)
     T.unpark(queue)

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), free_at(), take(), turn_of(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), free_at(), free_after(), take(), turn_of(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -203,6 +203,26 @@ T.rates = function()
     local at = limit.pacing and T.paced_at(limit, amount) or 0
     if limit.spent + amount <= limit.bound then return at end
     return math.max(at, fits_at(limit, amount))
+  end
+
+  -- As `free_at`, behind calls that take `before` together, which is negative if more is expected to be
+  -- returned. Never later than that can be, if no call leaves.
+  function f.free_after(limit, before, amount)
+    loaded(limit)
+    amount = clamped(limit, amount)
+    local total = before + amount
+    if amount == 0 or limit.bound == 0 or total <= 0 then return 0 end
+    local at = limit.pacing and T.even_after(limit, math.max(0, before), amount) or 0
+    if limit.sort == 'q' then
+      local over = limit.spent + total - limit.bound
+      if over <= 0 then return at end
+      return math.max(at, limit.reset_at + math.floor((over - 1) / limit.bound) * T.DAY_MS)
+    end
+    local windows = math.floor((total - 1) / limit.bound)
+    local rest, room_at = total - windows * limit.bound, 0
+    if limit.spent + rest > limit.bound then room_at = fits_at(limit, rest) end
+    if windows > 0 then room_at = math.max(room_at, pool.now) + windows * limit.span end
+    return math.max(at, room_at)
   end
 
   -- Whether a lower band is next: true if its credit covers its first ticket, and there is

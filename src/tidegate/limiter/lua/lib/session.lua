@@ -13,6 +13,12 @@ function T.check_session()
   me.gen, me.sent = own.gen, own.sent
   T.set_own('batch', T.int(q.batch))
   if own.closed_at then T.set_own('closed_at', false) end
-  if q.ack > own.acked then T.set_own('acked', T.int(q.ack)) end
+  if q.ack > own.acked then
+    T.set_own('acked', T.int(q.ack))
+    if own.full then
+      T.set_own('full', false)
+      T.touch(T.limit_of(string.match(own.full, '^%d+|(.*)$')))
+    end
+  end
   return 'ok'
 end

@@ -1,0 +1,136 @@
+-- does: refuses a ticket whose deadline comes before its turn
+-- keys: queue park line
+-- args: none
+-- returns: bar()
+-- units: ms; virtual time as in queues
+-- Of the calls that wait where a ticket would, those of its own flow, in all sessions, are admitted before it, in
+-- their order: that is certain, if no call leaves. Others are only likely to come first. By an estimate a
+-- ticket is refused only with a clear margin: a third of the likely ones may not come first, half of the
+-- amounts reserved under a rate may be returned, calls may take two thirds of the time that they took
+-- lately, less a second.
+T.MOST_BEFORE, T.MEASURED_MS = 50, 3000
+
+-- The number of calls before a ticket: of those that wait, `certain` and `likely`; and `expected`, if
+-- tenants with several waiting calls continue to send calls. `start` is in virtual time.
+local function before_at(queue, place, cost_ms)
+  local certain, likely, tenant = 0, 0, T.tenant_of(queue.tenant)
+  for _, id in ipairs(call('ZRANGE', T.line_key(place, queue), 0, T.MOST_BEFORE - 1)) do
+    local waits = call('ZCARD', T.prefix .. 'queue:' .. id)
+    if T.queue_of(id).flow == queue.flow then
+      certain = certain + waits
+    else
+      likely = likely + waits
+    end
+  end
+  cost_ms = T.cost_at(place, cost_ms)
+  local start = T.tag_of(place, queue) + (certain + likely) * T.step_of(cost_ms, tenant)
+  local expected = certain + likely
+  local parked = call('ZRANGE', T.park_key(place, queue.band), 0, T.MOST_BEFORE - 1, 'WITHSCORES')
+  for i = 1, #parked, 2 do
+    local gap = start - tonumber(parked[i + 1])
+    if parked[i] ~= queue.tenant and gap > 0 then
+      local rival = T.tenant_of(parked[i])
+      local turns = 1 + math.floor(gap / math.max(1, T.step_of(cost_ms, rival)))
+      likely = likely + math.min(rival.waiting, turns)
+      expected = expected + (rival.waiting > 1 and turns or 1)
+    end
+  end
+  return { certain = certain, likely = likely, expected = expected, start = start }
+end
+
+-- A late limit is (room at, limit, used, ahead, estimate). This one is certain to have no room by `latest`.
+local function late_at(limit, amount, before, here, latest)
+  local is_firm = T.is_firm(limit)
+  local settled = limit.sort ~= 'c' and (is_firm or limit.used == 0 and not T.is_usage_due())
+  if not settled and not limit.pause then return nil end
+  local at, used, firm = T.earliest(limit, amount)
+  local late = at > latest and (firm or settled and used >= 0)
+  if used < 0 or not settled or limit.shadow then
+    return late and { at, limit.name, used, 0, 0 } or nil
+  end
+  if is_firm then late = late or T.rates().free_after(limit, before.certain * amount, amount) > latest end
+  if not late then return nil end
+  local expected = here and before.expected or before.certain
+  local room_at = math.max(at, T.rates().free_after(limit, expected * amount, amount))
+  local estimate = expected > (is_firm and before.certain or 0)
+  return { room_at, limit.name, used, expected, estimate and 1 or 0 }
+end
+
+local function is_close(wait_ms, left_ms) return 2 * wait_ms <= 3 * left_ms + 2000 end
+
+-- By the time that calls took, the last ones and over the last minute. Behind higher bands its turn comes as
+-- fast as its own band has moved on.
+local function late_by_time(limit, number, before, left_ms)
+  local cap, count = T.cap_of(limit, number), before.certain + before.likely
+  if cap <= 0 or limit.cost_ms == 0 or is_close(math.floor(count * limit.cost_ms / cap), left_ms) then
+    return nil
+  end
+  local samples, sum, known = T.progress_of(limit, number), 0, 0
+  for _, sample in ipairs(samples) do
+    if sample[3] > 0 then sum, known = sum + sample[3], known + 1 end
+  end
+  local usual_ms = known > 0 and math.floor(sum / known) or limit.cost_ms
+  if is_close(math.floor(count * usual_ms / cap), left_ms) then return nil end
+  local wait_ms, higher = math.floor(before.expected * usual_ms / cap), false
+  for above = 1, number - 1 do higher = higher or limit.bands[above].waits > 0 end
+  if higher and samples[1] then
+    local virtual, age_ms = limit.bands[number].virtual, pool.now - samples[1][1]
+    local moved = virtual - samples[1][2]
+    if age_ms >= T.MEASURED_MS and moved > 0 then
+      wait_ms = math.max(left_ms, math.floor(math.max(0, before.start - virtual) / moved * age_ms))
+    end
+  end
+  return { pool.now + wait_ms, limit.name, limit.used, before.expected, 1 }
+end
+
+local function position_in(lane, name)
+  for i, each in ipairs(T.names_in(lane)) do
+    if each == name then return i end
+  end
+end
+
+-- The amount of the first calls of a queue on average; `amount` if none waits.
+local function mean_of(queue, at, amount)
+  local sum, members = 0, queue.at and call('ZRANGE', T.queue_key(queue), 0, 4) or none
+  if #members == 0 then return amount end
+  for _, member in ipairs(members) do
+    sum = sum + (T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))[at] or 1)
+  end
+  return math.floor(sum / #members)
+end
+
+local function probably_late(queue, list, place, before, latest)
+  local count = before.certain + before.likely
+  if count == 0 or place.shadow or place.pause then return nil end
+  if place.sort == 'c' then return late_by_time(place, queue.band, before, latest + 1 - pool.now) end
+  local at = position_in(queue.lane, place.name)
+  local amount = list[at] or 1
+  local mean, least = amount, (before.certain + math.floor(before.likely * 2 / 3)) * amount
+  if not T.is_firm(place) then
+    mean = mean_of(queue, at, amount)
+    least = math.floor((count - place.used) * mean / 2)
+  end
+  if T.rates().free_after(place, least, amount) <= latest then return nil end
+  local room_at = T.rates().free_after(place, before.expected * mean, amount)
+  return { room_at, place.name, place.spent, before.expected, 1 }
+end
+
+-- Refuses a ticket that would wait at `place`, if it can't be admitted within `left_ms`; true if refused. If
+-- `left_ms` is negative no estimate refuses it.
+function T.bar(queue, member, left_ms, place)
+  local ticket, cost_ms, text = string.match(member, '^(%d+)|%d+|(%d+)|(.*)$')
+  local list, latest, found = T.amounts_in(text), pool.now + math.abs(left_ms) - 1, nil
+  local before = before_at(queue, place, tonumber(cost_ms))
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local limit = T.limit_of(name)
+    if limit.sort ~= 'c' or limit.pause then
+      local late = late_at(limit, list[i] or 1, before, limit == place, latest)
+      if late and (not found or late[1] > found[1]) then found = late end
+    end
+  end
+  if not found and left_ms > 0 then found = probably_late(queue, list, place, before, latest) end
+  if not found then return false end
+  T.barred[#T.barred + 1] =
+    { tonumber(ticket), found[2], found[1] - pool.now, found[3], found[4], found[5] }
+  return true
+end

@@ -1,0 +1,421 @@
+"""Outlook of waiting calls: when there will be room for them, and which come before.
+
+Invariant: a call is refused early only if no order of events could still admit it in time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from math import ceil, floor
+from typing import Any, NamedTuple
+
+from tidegate.limiter.messages import Barred, Outlook
+from tidegate.limiter.model.capacity import Capacity
+from tidegate.limiter.model.queues import Permits
+from tidegate.limiter.model.rates import span_of
+from tidegate.limiter.model.state import (
+    BLOCKED,
+    BandState,
+    FlowName,
+    LimitState,
+    Member,
+    PoolState,
+    SessionQueue,
+    read_member,
+)
+from tidegate.limiter.policy import BUCKETS, Quota, Rate
+
+# A sample is (ms, virtual time, cost_ms).
+Sample = tuple[int, int, int]
+APART_MS, MOST_SAMPLES = 900, 60
+# How long a speed is measured at least.
+MEASURED_MS = 3000
+# Of one position: so many queues are counted, tenants looked at, amounts read (of all, of its own
+# tenant, of another), and steps in which a rate gets back what was spent.
+MOST_QUEUES, MOST_TENANTS, MOST_STEPS = 300, 500, 120
+MOST_AMOUNTS, MOST_OWN, MOST_OF_RIVAL = 1000, 500, 100
+# Of so many queues and tenants it is looked whether they come before a new ticket.
+MOST_BEFORE = 50
+
+
+class Earliest(NamedTuple):
+    """When there will be room if nothing is returned, 0 where a call that ends makes it or nobody
+    knows; what is used, -1 of a limit that is paused; whether `at` is certain for every call."""
+
+    at: int
+    used: int
+    firm: bool
+
+
+class Before(NamedTuple):
+    """How many calls come before one: of those that wait, certainly and likely; and about, if who
+    waits now goes on asking. `start`: in virtual time."""
+
+    certain: int
+    likely: int
+    expected: int
+    start: int
+
+    def elsewhere(self) -> Before:
+        """At the other limits of its lane."""
+        return self._replace(likely=0, expected=self.certain)
+
+
+class Late(NamedTuple):
+    """When a limit has room for a ticket, which is too late for it."""
+
+    at: int
+    limit: str
+    used: int
+    ahead: int
+    is_estimate: int
+
+
+def line_of(band: BandState, tenant: str) -> list[SessionQueue]:
+    """The queues of a tenant by the age of their first tickets."""
+    queues = (queue for queue in band.lines.get(tenant, {}).values() if queue.tickets)
+    return sorted(queues, key=lambda queue: (queue.first()[1], queue.id))
+
+
+def parked_at(band: BandState) -> list[str]:
+    """Waiting tenants in the order of their turns."""
+    return sorted(band.lines, key=lambda name: (band.tags[name], name))
+
+
+def is_close(wait_ms: int, left_ms: int) -> bool:
+    """Whether an estimated wait is too close to what is left to refuse a call by it."""
+    return 2 * wait_ms <= 3 * left_ms + 2000
+
+
+@dataclass(eq=False, repr=False)
+class Outlooks:
+    """When there will be room. Lua: `outlook` and `progress`. `waited`: queues of which a session
+    may want to know what they wait for, by the number of their flow. progress: by limit and band,
+    samples of what was admitted while calls waited; all other fields are of one call."""
+
+    pool: PoolState
+    capacity: Capacity
+    permits: Permits
+    firm: frozenset[str] = field(default_factory=frozenset)
+    barred: list[Barred] = field(default_factory=list)
+    waited: dict[int, SessionQueue] = field(default_factory=dict)
+    progress: defaultdict[tuple[str, int], list[Sample]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def _is_firm(self, limit: LimitState) -> bool:
+        """Nothing is returned where requests are counted; else a call may have reserved more than
+        it uses."""
+        exact = isinstance(limit.limit, Rate) and limit.limit.exact
+        return exact or (limit.is_rate and limit.name in self.firm)
+
+    def _earliest(self, limit: LimitState, amount: int) -> Earliest:
+        pause, at, used = self.pool.pause_of(limit), 0, limit.used
+        if limit.is_rate:
+            used, at = self.capacity.spent(limit), self.capacity.free_at(limit, amount)
+        if limit.limit.shadow:
+            return Earliest(0, used, firm=False)
+        paused_at = pause.until if pause and pause.until > self.pool.now else 0
+        if at > paused_at:
+            return Earliest(at, used, self._is_firm(limit))
+        if pause and paused_at:
+            return Earliest(paused_at, -1, pause.gate is None)
+        return Earliest(0, used, firm=False)
+
+    def bar(
+        self,
+        flow: FlowName,
+        queue: SessionQueue | None,
+        member: Member,
+        left_ms: int,
+        place: LimitState,
+    ) -> bool:
+        """Refuse a ticket that would wait at `place` and can't be admitted within `left_ms` behind
+        those that come before it; True if that is so. Where `left_ms` is negative no estimate
+        refuses it."""
+        latest = self.pool.now + abs(left_ms) - 1
+        before = self._before(flow, place, member.cost_ms)
+        found = [
+            late
+            for position, limit in enumerate(self.pool.lane(flow))
+            for ahead in [before if limit is place else before.elsewhere()]
+            for late in self._late(limit, member.amount(position), ahead, latest)
+        ]
+        if not found and left_ms > 0:
+            found = self._probably_late(flow, queue, member, place, before, latest)
+        if not found:
+            return False
+        last = max(found, key=lambda late: late.at)
+        room_ms = last.at - self.pool.now
+        self.barred.append(
+            Barred(member.ticket, last.limit, room_ms, last.used, last.ahead, last.is_estimate)
+        )
+        return True
+
+    def _before(self, flow: FlowName, place: LimitState, cost_ms: int) -> Before:
+        """Of the calls that wait where a ticket would: those of its own flow, in whatever process,
+        are admitted in their order. The others that come first in fair order are likely to."""
+        band, certain, likely = place.band(flow.band), 0, 0
+        for queue in line_of(band, flow.tenant)[:MOST_BEFORE]:
+            if queue.flow == flow:
+                certain += len(queue.tickets)
+            else:
+                likely += len(queue.tickets)
+        step = self.pool.step(place.cost(cost_ms), flow.tenant)
+        start = band.tag(flow.tenant) + (certain + likely) * step
+        expected = certain + likely
+        for tenant in parked_at(band)[:MOST_BEFORE]:
+            gap = start - band.tags[tenant]
+            if tenant != flow.tenant and gap > 0:
+                turns = 1 + gap // max(1, self.pool.step(place.cost(cost_ms), tenant))
+                waiting = self.pool.waiting(tenant)
+                likely += min(waiting, turns)
+                expected += turns if waiting > 1 else 1
+        return Before(certain, likely, expected, start)
+
+    def _late(self, limit: LimitState, amount: int, before: Before, latest: int) -> list[Late]:
+        """A limit that is certain to have no room until then, if nobody leaves."""
+        returned = not limit.under and not any(self.permits.owed.values())
+        settled = limit.is_rate and (self._is_firm(limit) or returned)
+        if not settled and not self.pool.pause_of(limit):
+            return []
+        at, used, firm = self._earliest(limit, amount)
+        is_late = at > latest and (firm or (settled and used >= 0))
+        if used < 0 or not settled or limit.limit.shadow:
+            return [Late(at, limit.name, used, 0, 0)] if is_late else []
+        if self._is_firm(limit):
+            behind = self.capacity.free_after(limit, before.certain * amount, amount)
+            is_late = is_late or behind > latest
+        if not is_late:
+            return []
+        room_at = max(at, self.capacity.free_after(limit, before.expected * amount, amount))
+        is_estimate = before.expected > (before.certain if self._is_firm(limit) else 0)
+        return [Late(room_at, limit.name, used, before.expected, int(is_estimate))]
+
+    def _probably_late(
+        self,
+        flow: FlowName,
+        queue: SessionQueue | None,
+        member: Member,
+        place: LimitState,
+        before: Before,
+        latest: int,
+    ) -> list[Late]:
+        """By a clear margin: a third of the calls that are only likely to come first may not, half
+        of what was reserved of a rate may be returned, and calls may take two thirds of the time
+        that they took lately, less a second."""
+        count = before.certain + before.likely
+        if not count or place.limit.shadow or self.pool.pause_of(place):
+            return []
+        if not place.is_rate:
+            return self._late_by_time(place, flow.band, before, latest + 1 - self.pool.now)
+        amount = member.amount(flow.lane.index(place.name))
+        if self._is_firm(place):
+            mean, least = amount, (before.certain + before.likely * 2 // 3) * amount
+        else:
+            first = list(queue.tickets)[:5] if queue else []
+            position = flow.lane.index(place.name)
+            amounts = [read_member(text).amount(position) for text in first] or [amount]
+            mean = sum(amounts) // len(amounts)
+            least = (count - len(place.under)) * mean // 2
+        if self.capacity.free_after(place, least, amount) <= latest:
+            return []
+        room_at = self.capacity.free_after(place, before.expected * mean, amount)
+        return [Late(room_at, place.name, self.capacity.spent(place), before.expected, 1)]
+
+    def _late_by_time(
+        self, limit: LimitState, number: int, before: Before, left_ms: int
+    ) -> list[Late]:
+        """By the time that calls took, the last ones and over the last minute. Behind higher bands
+        its turn comes as fast as its own has moved on."""
+        cap, count = self.capacity.cap(limit, number), before.certain + before.likely
+        if cap <= 0 or not limit.cost_ms:
+            return []
+        wait_ms = count * limit.cost_ms // cap
+        if is_close(wait_ms, left_ms):
+            return []
+        samples = self.progress_of(limit, number)
+        costs = [cost for _, _, cost in samples if cost > 0]
+        usual_ms = sum(costs) // len(costs) if costs else limit.cost_ms
+        if is_close(count * usual_ms // cap, left_ms):
+            return []
+        wait_ms = before.expected * usual_ms // cap
+        if any(limit.parked(higher) for higher in range(1, number)) and samples:
+            at, virtual, _ = samples[0]
+            band_at, age_ms = limit.band(number).virtual, self.pool.now - at
+            if age_ms >= MEASURED_MS and band_at > virtual:
+                distance = max(0, before.start - band_at)
+                wait_ms = max(left_ms, floor(distance / (band_at - virtual) * age_ms))
+        return [Late(self.pool.now + wait_ms, limit.name, limit.used, before.expected, 1)]
+
+    def outlook(self) -> list[Outlook]:
+        """What each of `waited` waits for now."""
+        found = []
+        for number, queue in sorted(self.waited.items()):
+            if queue.at is not None and queue.at != BLOCKED:
+                limit, amount = self.pool.limit(queue.at), 1
+                if limit.is_rate and not self._is_firm(limit):
+                    member = read_member(queue.first()[0])
+                    amount = member.amount(queue.flow.lane.index(limit.name))
+                at, used, firm = self._earliest(limit, amount)
+                room_ms = max(0, at - self.pool.now)
+                found.append(Outlook(number, queue.at, room_ms, used, int(firm)))
+        return found
+
+    def note_progress(self, limit: LimitState, number: int) -> None:
+        """Take a sample while calls wait, not too soon after the last."""
+        now, band = self.pool.now, limit.band(number)
+        samples = self.progress[limit.name, number]
+        at, virtual, _ = samples[-1] if samples else (None, 0, 0)
+        if at is not None and virtual > band.virtual:
+            samples.clear()
+        if at is not None and 0 <= now - at < APART_MS:
+            return
+        samples.append((now, band.virtual, limit.cost_ms))
+        del samples[:-MOST_SAMPLES]
+
+    def progress_of(self, limit: LimitState, number: int) -> list[Sample]:
+        """Samples of the time in which calls have waited without a break."""
+        found, later = list[Sample](), self.pool.now
+        for sample in reversed(self.progress[limit.name, number]):
+            if later - sample[0] > 1500 + self.pool.lease_ms:
+                break
+            found.insert(0, sample)
+            later = sample[0]
+        return found
+
+
+@dataclass(eq=False, repr=False)
+class Positions:
+    """Positions of waiting tickets, and what decides when their turn comes. Lua: `position`.
+
+    queues_left, amounts_left: so many are still read for one position.
+    """
+
+    pool: PoolState
+    capacity: Capacity
+    outlooks: Outlooks
+    queues_left: int = 0
+    amounts_left: int = 0
+
+    def of(self, sid: str, ticket: int) -> list[Any]:
+        """The reply of `position` on a ticket: [0] where it does not wait."""
+        self.queues_left, self.amounts_left = MOST_QUEUES, MOST_AMOUNTS
+        session = self.pool.sessions.get(sid)
+        for queue in session.queues.values() if session else ():
+            for text, stamp in queue.tickets.items():
+                if read_member(text).ticket == ticket:
+                    return self._of(queue, read_member(text), stamp)
+        return [0]
+
+    def _of(self, queue: SessionQueue, member: Member, stamp: int) -> list[Any]:
+        assert queue.at is not None
+        ahead = sum(other < stamp for other in queue.tickets.values())
+        if queue.at == BLOCKED:
+            return [1, queue.key, "", ahead, 1, member.cost_ms, "", []]
+        limit, flow = self.pool.limit(queue.at), queue.flow
+        for other in limit.band(flow.band).lines[flow.tenant].values():
+            if other is not queue:
+                ahead += sum(each < stamp for each in other.tickets.values())
+        amount = member.amount(flow.lane.index(limit.name))
+        pause = self.pool.pause_of(limit)
+        line = self.line(limit, flow.band, flow.tenant, stamp)
+        said = pause.said if pause else ""
+        return [1, queue.key, limit.name, ahead, amount, member.cost_ms, said, line]
+
+    def line(
+        self, limit: LimitState, number: int, tenant: str, before: int | None = None
+    ) -> list[Any]:
+        """See the header of the script. `before`: only what has a smaller stamp is the tenant's."""
+        pool, band = self.pool, limit.band(number)
+        own = self._amounts(limit, band, tenant, before, MOST_OWN)
+        rivals = [
+            [
+                band.tags[name],
+                pool.weight(name),
+                self._waiting(band, name),
+                int(name < tenant),
+                self._amounts(limit, band, name, None, MOST_OF_RIVAL),
+            ]
+            for name in parked_at(band)[:MOST_TENANTS]
+            if name != tenant
+        ]
+        higher = [one for other, one in limit.bands.items() if other < number]
+        above = sum(
+            self._waiting(one, name) for one in higher for name in parked_at(one)[:MOST_TENANTS]
+        )
+        bound, free, even, pace, width = limit.limit.bound, list[list[int]](), 0, 0, 0
+        span = span_of(limit.limit) if isinstance(limit.limit, Rate) else 0
+        if limit.is_rate:
+            free = self._free(limit)
+            if isinstance(limit.limit, Rate) and not limit.limit.exact:
+                width = ceil(span / BUCKETS)
+            if isinstance(limit.limit, Rate) and limit.spending.is_paced(limit.limit):
+                pacing = limit.spending.pacing
+                even, pace = pacing.even_us if pacing else 0, (limit.limit.pace_ms or 0) * 1000
+            held = max((one.held_at for one in higher), default=0)
+            if held > 0 and held + span > pool.now:
+                above = max(above, 1)
+        else:
+            bound = self.capacity.cap(limit, number)
+        pause = pool.pause_of(limit)
+        paused_ms = max(1 if pause.gate else 0, pause.until - pool.now) if pause else 0
+        return [
+            *(pool.now, self._sort(limit), bound, span, band.virtual, band.tag(tenant)),
+            *(pool.weight(tenant), limit.cost_ms, paused_ms, pool.band_rule(number)[0]),
+            *(self._waiting(band, tenant), rivals, above),
+            [list(sample) for sample in self.outlooks.progress_of(limit, number)],
+            *(free, even, pace, self._mean(limit, band, tenant), own, width),
+        ]
+
+    @staticmethod
+    def _sort(limit: LimitState) -> str:
+        return "q" if isinstance(limit.limit, Quota) else "r" if limit.is_rate else "c"
+
+    def _waiting(self, band: BandState, tenant: str) -> int:
+        if self.queues_left <= 0:
+            return self.pool.waiting(tenant)
+        queues = line_of(band, tenant)[:MOST_QUEUES]
+        self.queues_left -= len(queues)
+        return sum(len(queue.tickets) for queue in queues)
+
+    def _amounts(
+        self, limit: LimitState, band: BandState, tenant: str, before: int | None, most: int
+    ) -> list[int]:
+        exact = isinstance(limit.limit, Rate) and limit.limit.exact
+        if not limit.is_rate or exact or self.amounts_left <= 0:
+            return []
+        found = [
+            (stamp, read_member(text).amount(queue.flow.lane.index(limit.name)))
+            for queue in line_of(band, tenant)[:50]
+            for text, stamp in queue.tickets.items()
+            if before is None or stamp < before
+        ]
+        amounts = [amount for _, amount in sorted(found)[: min(most, self.amounts_left)]]
+        self.amounts_left -= len(amounts)
+        return amounts
+
+    def _mean(self, limit: LimitState, band: BandState, tenant: str) -> int:
+        amounts = [
+            read_member(text).amount(queue.flow.lane.index(limit.name))
+            for queue in line_of(band, tenant)[:10]
+            for text in list(queue.tickets)[:10]
+        ]
+        return max(1, floor(sum(amounts) / len(amounts) + 0.5)) if amounts else 1
+
+    def _free(self, limit: LimitState) -> list[list[int]]:
+        spending = limit.spending
+        if isinstance(limit.limit, Quota):
+            day = replace(spending)  # nothing is changed by a look
+            day.look(limit.limit, self.pool.now, 0)
+            return [[day.reset_at, day.used]]
+        self.capacity.spent(limit)
+        assert isinstance(limit.limit, Rate)
+        span, log = span_of(limit.limit), spending.log
+        if not limit.limit.exact:
+            return [[end + span, amount] for end, amount in sorted(spending.buckets.items())]
+        step = max(1, ceil(len(log) / MOST_STEPS))
+        found = [[log[i] + span, step] for i in range(step - 1, len(log), step)]
+        rest = len(log) % step
+        return [*found, [log[-1] + span, rest]] if rest else found

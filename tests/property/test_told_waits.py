@@ -1,0 +1,63 @@
+"""Told times and early refusals under steady load, on the model alone, in virtual time.
+
+What holds here holds for the Lua, which the other property test steps beside the model.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from bench.simulated_waits import HARDER, Refusals, simulate
+from bench.waits import LOADS, Told
+
+SECONDS, SEEDS = 60, 2
+RATES = [name for name in LOADS if not name.startswith("concurrency")]
+
+
+@cache
+def measured(name: str) -> tuple[Told, Refusals]:
+    return simulate(name, SECONDS, SEEDS)
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_nine_in_ten_told_times_are_true_under_steady_load(name: str) -> None:
+    """Within 25 % or 2 s."""
+    told, _ = measured(name)
+    assert len(told.pairs) > 50
+    assert told.true() >= 0.9
+
+
+def test_the_next_window_of_a_rate_is_told_nearly_always() -> None:
+    """Room comes in bursts: a place too early or too late is a window of ten seconds."""
+    told, _ = measured("requests, 20 in 10 s")
+    assert told.true() >= 0.98
+
+
+@pytest.mark.parametrize("name", [*LOADS, *HARDER])
+def test_what_is_certain_refuses_no_call_that_would_be_admitted_in_time(name: str) -> None:
+    _, found = measured(name)
+    assert found.wrong(by_estimate=False) == 0
+    assert found.true(by_estimate=False) == len(found.refused(by_estimate=False))
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_an_estimate_refuses_one_in_a_hundred_wrongly_at_most(name: str) -> None:
+    _, found = measured(name)
+    guessed = found.refused(by_estimate=True)
+    assert guessed
+    assert found.wrong(by_estimate=True) <= 0.01 * len(guessed)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_most_calls_that_a_rate_can_not_admit_in_time_are_refused_early(name: str) -> None:
+    _, found = measured(name)
+    refused = found.refused(by_estimate=False) + found.refused(by_estimate=True)
+    assert len(refused) >= 0.6 * found.late
+
+
+def test_behind_calls_of_its_own_alone_each_late_call_of_a_rate_is_refused_for_certain() -> None:
+    _, found = measured("requests, one tenant")
+    assert found.late > 20
+    assert len(found.refused(by_estimate=False)) == found.late
