@@ -58,7 +58,7 @@ def standing(
     """
     behaviour = {**BEHAVIOUR, "account": provider.account(window_s, **account)}
     with TemporaryDirectory(prefix="bench-limits-") as folder:
-        emulator, provider_url = _emulator(Path(folder), behaviour)
+        emulator, provider_url = emulator_process(Path(folder), behaviour)
         try:
             upstream_url = provider_url + _BASES[provider.dialect]
             policy = provider.toml(window_s, upstream_url, at_first=at_first)
@@ -67,7 +67,7 @@ def standing(
                 provider_url, apis=APIS, workers=WORKERS, policy=policy, settings=settings
             ) as product:
                 url = f"http://127.0.0.1:{product.port}"
-                _await_ready(product.program, url)
+                await_ready(product.program, url)
                 yield LimitsStage(provider_url, url)
         finally:
             emulator.stop()
@@ -76,7 +76,7 @@ def standing(
 _BASES = {"openai": "/v1", "anthropic": "", "gemini": ""}
 
 
-def _emulator(folder: Path, behaviour: dict[str, Any]) -> tuple[Program, str]:
+def emulator_process(folder: Path, behaviour: dict[str, Any]) -> tuple[Program, str]:
     port_file = folder / "port"
     program = Program(
         (
@@ -106,7 +106,7 @@ def _emulator(folder: Path, behaviour: dict[str, Any]) -> tuple[Program, str]:
     return program, f"http://127.0.0.1:{port_file.read_text().strip()}"
 
 
-def _await_ready(program: Program, url: str) -> None:
+def await_ready(program: Program, url: str) -> None:
     deadline_s = time.monotonic() + READY_S
     while True:
         try:
