@@ -138,7 +138,7 @@ def _line(path: Path, number: int, value: Any, options: dict[str, Any]) -> Line:
 def _native(value: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """A line of OpenAI's batches; what the options say of models and types is in its body."""
     kept: dict[str, Any] = {
-        name: options[name] for name in ("priority", "deadline_ms") if name in options
+        name: options[name] for name in ("priority", "deadline_ms", "tiers") if name in options
     }
     return {**kept, "endpoint": value["url"], "body": value["body"]}
 

@@ -94,6 +94,15 @@ def test_options_are_for_lines_that_do_not_say_otherwise(tmp_path: Path) -> None
     assert native.fields == {"endpoint": "/v1/u", "body": {}, "priority": -100}
 
 
+def test_tiers_and_deadline_hold_for_native_calls_too(tmp_path: Path) -> None:
+    options = {"model": "m", "deadline_ms": 9, "tiers": ["flex"]}
+    (native,) = lines_of(tmp_path, '{"url": "/v1/u", "body": {}}', options=options)
+    body = {"endpoint": "/v1/u", "body": {}}
+    assert native.fields == {"deadline_ms": 9, "tiers": ["flex"], **body}
+    with_tiers = prompts_of(tmp_path, "a", options=options)
+    assert with_tiers.lines[0].fields["tiers"] == ["flex"]
+
+
 def test_keys_differ_by_line_content_options_and_retries(tmp_path: Path) -> None:
     first = prompts_of(tmp_path, "a\nb\n")
     same = prompts_of(tmp_path, "a\r\nb")
