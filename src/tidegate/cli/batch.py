@@ -34,6 +34,11 @@ def _batch() -> None:
     pass
 
 
+LineTiers = Annotated[
+    str | None, typer.Option(help="Processing tiers that lines may use: live,flex,batch.")
+]
+
+
 @app.command()
 def run(
     file: Annotated[
@@ -59,9 +64,7 @@ def run(
     deadline: Annotated[
         str | None, typer.Option(help="Let a line expire that has waited 10m, 2h, 1d.")
     ] = None,
-    tiers: Annotated[
-        str | None, typer.Option(help="Processing tiers that lines may use: live,flex,batch.")
-    ] = None,
+    tiers: LineTiers = None,
     window: Annotated[
         int, typer.Option(min=1, max=1_000, help="How many are submitted at a time.")
     ] = 64,
@@ -79,8 +82,8 @@ def run(
 
     deadline_ms = None if deadline is None else span_ms("--deadline", deadline)
     kind = type_ and type_.value
-    named = None if tiers is None else [one.strip() for one in tiers.split(",")]
-    options = given(type=kind, model=model, priority=priority, deadline_ms=deadline_ms, tiers=named)
+    options = given(type=kind, model=model, priority=priority, deadline_ms=deadline_ms)
+    options |= {} if tiers is None else {"tiers": tiers.replace(" ", "").split(",")}
     target = output or file.with_name(f"{file.stem}.results.jsonl")
     prompts = read(file, column, options)
 
