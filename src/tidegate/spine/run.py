@@ -531,7 +531,7 @@ class _Run:
         if permit is not None:
             await permit.confirm()  # last: a slow `on_admitted` must not make the call a late one
         record.attempts += 1
-        if record.source == "relay":
+        if record.source in ("relay", "stream"):  # the rest is in PostgreSQL before it is called
             self._spine.journal.enter(record)
         started = time.perf_counter()
         outcome, failure = Outcome.IGNORED, None

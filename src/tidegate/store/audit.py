@@ -521,7 +521,7 @@ class AuditLog:
         """Accept a finished stream, which is written soon; waits when the buffer is full and
         `audit_full` is `block`. A cancelled caller has recorded it whole or not at all."""
         self._listeners.note(record)
-        await self._enqueue(await _stream_of(job, record, self._blobs))
+        await self._enqueue(await _stream_of(job, record, self._blobs), record)
 
     async def _record(self, entry: Json | Awaitable[Json], ended: CallRecord) -> bool:
         task = self.keep(entry)
@@ -532,9 +532,9 @@ class AuditLog:
         if not done.cancelled() and done.exception() is None:
             self._listeners.note(ended)
 
-    async def _enqueue(self, entry: Json, record: CallRecord | None = None) -> None:
+    async def _enqueue(self, entry: Json, record: CallRecord) -> None:
         """Accept `entry` into the bounded buffer and return; `when_full` is what a full one does.
-        `record`: whose journal entry ends with it.
+        The journal's entry of `record` ends with it.
 
         A cancelled caller that was still waiting for room has recorded nothing.
         """
@@ -545,8 +545,7 @@ class AuditLog:
         ):
             if self._when_full == "drop":
                 self._entries_left_out.add()
-                if record is not None:
-                    self._journal.leave(record)
+                self._journal.leave(record)
                 return
             self._room.clear()
             await self._room.wait()
@@ -556,8 +555,8 @@ class AuditLog:
         task = self.keep(entry, patient=True)
         task.add_done_callback(lambda done: self._left(size_bytes, done, record))
 
-    def _left(self, size_bytes: int, done: asyncio.Task[bool], record: CallRecord | None) -> None:
-        if record is not None and not done.cancelled() and done.exception() is None:
+    def _left(self, size_bytes: int, done: asyncio.Task[bool], record: CallRecord) -> None:
+        if not done.cancelled() and done.exception() is None:
             self._journal.leave(record)
         self._pending -= 1
         self._pending_bytes -= size_bytes
@@ -620,7 +619,9 @@ class AuditLog:
             record.charge = UNKNOWN_CHARGE
             record.finished_at = record.admitted_at or record.received_at
             record.end(Status.FAILED, _LOST)
-            await self.keep(_entry(await self.prepare(record)))
+            is_stream = record.source == "stream"
+            lost = rows.lost_stream(record) if is_stream else _entry(await self.prepare(record))
+            await self.keep(lost)
             self._listeners.note(record)
 
     async def _write_again(self, entries: list[Json]) -> None:
@@ -718,17 +719,7 @@ async def _stream_of(job: NewJob, record: CallRecord, blobs: Blobs) -> Json:
     if attempt is not None:
         files += rows.file_rows("output", job.request_id, job.tenant_id, record.files)
         bodies.append(await row_of("response", body_of_answer(record), blobs))
-    row = {
-        **(attempt or {}),
-        "used_model": None if attempt is None else attempt["model"],
-        **rows.job_row(job),
-        "status": record.status,
-        "finished_at": record.finished_at,
-        "attempts": record.attempts,
-        "failure": rows.failure_row(record.failure),
-        "claim": 0,
-    }
-    return rows.entry_of("stream", row, attempt, files, bodies)
+    return rows.entry_of("stream", rows.stream_row(job, record, attempt), attempt, files, bodies)
 
 
 async def _end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:

@@ -318,6 +318,39 @@ def entry_of(
     return {"op": op, "row": row, "attempt": attempt, "files": [*files], "bodies": [*bodies]}
 
 
+def stream_row(job: NewJob, record: CallRecord, attempt: Json | None) -> Json:
+    """The columns of a stream that has ended."""
+    return {
+        **(attempt or {}),
+        "used_model": None if attempt is None else attempt["model"],
+        **job_row(job),
+        "status": record.status,
+        "finished_at": record.finished_at,
+        "attempts": record.attempts,
+        "failure": failure_row(record.failure),
+        "claim": 0,
+    }
+
+
+def lost_stream(record: CallRecord) -> Json:
+    """The entry of a stream whose process has died: its prompt and what had come are lost."""
+    kind = None if record.kind is None else Kind(record.kind)
+    why = "not kept: the process that made this call died before its end"
+    job = NewJob(
+        record.id,
+        record.received_at,
+        "",
+        Classification(kind, ClassifiedBy.RULES, why),
+        model=record.model,
+        priority=record.priority,
+        tenant_id=record.tenant_id,
+        subject=record.subject,
+    )
+    record.fence = record.fence or (0, 0)
+    attempt = {**result_row(record), "result": None}
+    return entry_of("stream", stream_row(job, record, attempt), attempt)
+
+
 def failure_row(failure: Failure | None) -> Json | None:
     return None if failure is None else cleaned(asdict(failure))
 

@@ -170,8 +170,8 @@ _TAKEN, _FREE = 1, 0
 
 
 class CallJournal:
-    """Native calls that this process has begun upstream and not recorded yet, in a file that
-    outlives it: what a killed process was calling is put on record by another one.
+    """Native calls and streams that this process has begun upstream and not recorded yet, in a file
+    that outlives it: what a killed process was calling is put on record by another one.
 
     Memory that the file is mapped into: a call writes to it without I/O. It survives the process,
     not the machine. More calls than it has room for at the same time are not in it.
