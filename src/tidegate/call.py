@@ -221,6 +221,8 @@ class UsageDetails:
     searches: int | None = None
     provider_cost_micros: int | None = None
     tier: str | None = None
+    file_searches: int | None = None
+    input_audio_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

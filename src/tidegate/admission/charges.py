@@ -31,7 +31,7 @@ from tidegate.prices.catalog import Catalog, catalog, provider_of
 from tidegate.prices.rates import Rates, cost_micros, micros_of
 
 _MODELS_KEPT = 1_000
-_DAY_S = 86_400
+_HOUR_S, _DAY_HOURS = 3_600, 24
 _EPOCH = date(1970, 1, 1).toordinal()
 _MICRO = 10**6  # picos in a micro-dollar
 # What a provider adds to any call, and to one with a client's tools: Anthropic's own prompt for
@@ -44,7 +44,7 @@ CacheWrite = Literal["5m", "1h"]
 
 class Prices:
     """Those of one upstream: its own, or else the public ones of its provider. Of each model, tier
-    and day they are looked for once."""
+    and hour they are looked for once."""
 
     def __init__(
         self,
@@ -62,19 +62,21 @@ class Prices:
         self._on = lru_cache(_MODELS_KEPT)(self._rates_on)
 
     def of(self, model: str, tier: str = "") -> Rates | None:
-        """Rates of today, of UTC; None where no price is known."""
-        return self._on(model, tier, int(self._now() // _DAY_S))
+        """Rates of this hour, of UTC; None where no price is known."""
+        return self._on(model, tier, self._hour, dearest=False)
 
     def bound(self, model: str, tier: str) -> Rates | None:
-        """Rates that a call which requests `tier` does not exceed; None where that tier may have a
-        price which is not known."""
-        return None if self.of(model, tier) is None else self.at_least(model, tier)
+        """Rates that a call which requests `tier` does not exceed, into whichever hours it goes on;
+        None where that tier may have a price which is not known."""
+        if self.of(model, tier) is None:
+            return None
+        return self.at_least(model, tier, dearest=True)
 
-    def at_least(self, model: str, tier: str) -> Rates | None:
+    def at_least(self, model: str, tier: str, *, dearest: bool = False) -> Rates | None:
         """Rates of a call of which no tier was reported: those of the requested tier only where
-        they are the dearer ones, since the client has chosen it."""
-        usual = self.of(model)
-        asked = self.of(model, tier) if tier else None
+        they are the dearer ones, since the client has chosen it. dearest: in the dearest hour."""
+        usual = self._on(model, "", self._hour, dearest=dearest)
+        asked = self._on(model, tier, self._hour, dearest=dearest) if tier else None
         if usual is None or asked is None or (asked.output or 0) < (usual.output or 0):
             return usual
         return asked
@@ -98,19 +100,27 @@ class Prices:
         provider = None if self._upstream is None else self._upstream.provider
         if provider is None:
             return None, None
-        day = date.fromordinal(_EPOCH + int(self._now() // _DAY_S))
-        row = self._public.row(provider, model, day)
+        row = self._public.row(provider, model, _day_of(self._hour))
         return (None, None) if row is None else (row.context_tokens, row.most_output_tokens)
 
-    def _rates_on(self, model: str, tier: str, day: int) -> Rates | None:
+    @property
+    def _hour(self) -> int:
+        return int(self._now() // _HOUR_S)
+
+    def _rates_on(self, model: str, tier: str, hour: int, *, dearest: bool) -> Rates | None:
         if self._upstream is None:
             return None
+        at = None if dearest else hour
         if (own := self._upstream.price(model)) is not None:
-            return Rates.of(own.of_tier(tier) or own)
+            return Rates.of((own.of_tier(tier) or own).in_hour(at))
         if self._provider is None:
             return None
-        price = self._public.find(self._provider, model, date.fromordinal(_EPOCH + day), tier)
-        return None if price is None else Rates.of(price, is_public=True)
+        price = self._public.find(self._provider, model, _day_of(hour), tier)
+        return None if price is None else Rates.of(price.in_hour(at), is_public=True)
+
+
+def _day_of(hour: int) -> date:
+    return date.fromordinal(_EPOCH + hour // _DAY_HOURS)
 
 
 def provider_of_upstream(upstream: Upstream) -> str | None:
@@ -195,6 +205,8 @@ def call_cost(
     most_input: int | None = input_bytes + (_TOOLS_TOKENS if tools else _CALL_TOKENS)
     if unseen:
         most_input = context_tokens
+        if rates is not None and rates.audio_second is not None:
+            unbounded = unbounded or "the length of audio in it is not known beforehand"
     if unbounded:
         unknown = unbounded
     elif most_input is None:

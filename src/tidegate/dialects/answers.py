@@ -82,12 +82,14 @@ def positive_of(raw: Mapping[str, Any], *names: str) -> int | None:
     return None
 
 
-def with_searches(usage: Usage, searches: int) -> Usage:
-    """The usage with the searches that its answer shows, where it reports fewer itself."""
+def with_searches(usage: Usage, searches: int, files: int = 0) -> Usage:
+    """The usage with the searches that its answer shows, where it reports fewer itself. files:
+    those of stored files, which no usage reports."""
     details = usage.details or UsageDetails()
-    if searches <= (details.searches or 0):
+    if searches <= (details.searches or 0) and not files:
         return usage
-    return replace(usage, details=replace(details, searches=searches))
+    most = max(searches, details.searches or 0) or None
+    return replace(usage, details=replace(details, searches=most, file_searches=files or None))
 
 
 def tier_of(raw: Mapping[str, Any]) -> str | None:

@@ -201,7 +201,10 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
         if given is not None and "prompt_audio_seconds" in raw:
             # Mistral's input beside the text, which no count of its own reports.
             audio = total - given - taken
-            details = replace(details or UsageDetails(), input_audio_tokens=audio)
+            seconds = positive_of(raw, "prompt_audio_seconds")
+            details = replace(
+                details or UsageDetails(), input_audio_tokens=audio, input_audio_seconds=seconds
+            )
             taken = total - given
         else:
             # An embedding's input is all; xAI leaves the thoughts out of the output, and Gemini
@@ -288,7 +291,7 @@ _FORM = AnswerForm(
     event_usage=_event_usage,
 )
 _LAST_RESPONSES = 2
-_SEARCH_CALL = b'"web_search_call"'
+_SEARCH_CALL = b'_search_call"'
 _ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
 _RESPONSE_STATUS = re.compile(rb'"status"\s*:\s*"(completed|incomplete|failed|cancelled)"')
 
@@ -306,7 +309,7 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
         if _SEARCH_CALL in answer and len(answer) <= LONGEST_READ_BYTES:
             # A response that is too long to be parsed for all facts, as with images.
             with suppress(orjson.JSONDecodeError):  # cut off
-                facts.usage = with_searches(facts.usage, _searches_of(orjson.loads(answer)))
+                facts.usage = _with_searches(facts.usage, orjson.loads(answer))
         if facts.finish_reason is None:
             facts.finish_reason = matched_text(_RESPONSE_STATUS.search(answer, 0, HEAD_BYTES))
     return facts
@@ -316,7 +319,7 @@ def _response_facts(usage: Usage, response: JsonObject) -> AnswerFacts:
     status = response.get("status")
     reason = part_of(response, "incomplete_details").get("reason")
     return AnswerFacts(
-        with_searches(usage, _searches_of(response)),
+        _with_searches(usage, response),
         short_text((reason or status) if status in _ENDED else None),
         short_text(response.get("id")),
         short_text(response.get("model")),
@@ -335,13 +338,14 @@ def _end_of_response(answer: bytes, omitted: bool) -> JsonObject | None:
     return None
 
 
-def _searches_of(response: Mapping[str, Any]) -> int:
-    """Searches of the web that a response reports, or else has among its items."""
+def _with_searches(usage: Usage, response: Mapping[str, Any]) -> Usage:
+    """With the searches of the web that a response reports, or else has among its items, and with
+    its searches of stored files."""
     reported = positive_of(part_of(part_of(response, "tool_usage"), "web_search"), "num_requests")
     items = response.get("output")
-    if reported or type(items) is not list:
-        return reported or 0
-    return sum(map(_is_search, items[:_MOST_ITEMS]))
+    shown = items[:_MOST_ITEMS] if type(items) is list else []
+    files = sum(type(item) is dict and item.get("type") == "file_search_call" for item in shown)
+    return with_searches(usage, reported or sum(map(_is_search, shown)), files)
 
 
 def _is_search(item: Any) -> bool:

@@ -108,6 +108,10 @@ class UsageView(BaseModel):
         default=None,
         description="Of the web, by the provider; where it counts sources, these",
     )
+    file_searches: int | None = Field(default=None, description="Of stored files, by the provider")
+    input_audio_seconds: int | None = Field(
+        default=None, description="Length of the input's audio, where the provider charges by it"
+    )
     provider_cost_micros: int | None = Field(
         default=None, description="What the provider itself charged, in millionths of a dollar"
     )

@@ -28,7 +28,8 @@ Evidence = Literal["provider", "maps", "map"]
 _MODELS_KEPT = 2_000
 _FACTS = ("models", "from", "until", "checked", "evidence", "context", "most_output", "note")
 _KEYS = (*_FACTS, "source", *PRICE_KEYS)
-_FILE_KEYS = ("source", "hosts", "tiers", "search", "model")
+_OF_ALL = ("source", "tiers", "search", "file_search", "peak")  # of all rows of a file
+_FILE_KEYS = ("hosts", "model", *_OF_ALL)
 _FIRST_DAY, _LAST_DAY = date(2000, 1, 1), date(9999, 12, 31)
 
 
@@ -112,7 +113,7 @@ class Catalog:
         for key in stated:
             if key not in _FILE_KEYS:
                 raise ConfigError(f"{path}: {key}", "(set)", f"known: {', '.join(_FILE_KEYS)}")
-        usual = {key: stated[key] for key in ("source", "tiers", "search") if key in stated}
+        usual = {key: stated[key] for key in _OF_ALL if key in stated}
         return tuple(
             _model_price(f"{path}: model[{place}]", provider, usual | row)
             for place, row in enumerate(stated["model"])

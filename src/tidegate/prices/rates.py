@@ -1,8 +1,8 @@
 """Price of a model, and the cost of a usage: whole micro-dollars, rounded once per call. Pure.
 
 A `Price` is stated in USD as providers publish it: for a million tokens, a picture, a thousand
-searches. `Rates` are the same in whole picos, which makes sums exact. What has no price of its own
-costs as the input or the output that it is a part of.
+searches, a minute of audio. `Rates` are the same in whole picos, which makes sums exact. What has
+no price of its own costs as the input or the output that it is a part of.
 
 Invariants: a cost is never negative; the parts of an input or an output never come to more tokens
 than it has; unknown usage or an unknown price makes the cost unknown, never zero.
@@ -29,14 +29,32 @@ STANDARD_TIERS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class PeakHours:
+    """When a price is `share` times the usual one: on which days of the week, 1 is Monday, from
+    which hour of UTC until which."""
+
+    share: float
+    hours: tuple[tuple[int, int], ...]
+    days: frozenset[int]
+
+    def holds(self, hour: int) -> bool:
+        """In an hour, counted from the beginning of 1970, which was a Thursday."""
+        day, of_day = divmod(hour, 24)
+        return (day + 3) % 7 + 1 in self.days and any(a <= of_day < b for a, b in self.hours)
+
+
+@dataclass(frozen=True, slots=True)
 class Price:
-    """In USD per million tokens; `image` per picture, `search` per thousand searches of the
-    web. None: not known.
+    """In USD per million tokens; `image` per picture, `search` and `file_search` per thousand
+    searches of the web and of stored files. None: not known.
 
     cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
     input_audio to output_image: of the tokens of input and output that are audio or images.
+    audio_minute: of a minute of audio in the input, where the provider reports its length; its
+    tokens then cost nothing.
     above, long: what an input of more than so many tokens costs, for all of the call.
     tiers: the price in other processing tiers than the usual one, such as `flex`.
+    peak: the hours in which it is dearer.
     """
 
     input: float | None = None
@@ -49,15 +67,24 @@ class Price:
     input_image: float | None = None
     output_audio: float | None = None
     output_image: float | None = None
+    audio_minute: float | None = None
     search: float | None = None
+    file_search: float | None = None
     above: int | None = None
     long: Price | None = None
     tiers: Mapping[str, Price] = field(default_factory=dict)
+    peak: PeakHours | None = None
 
     def times(self, share: float) -> Price:
-        """The same with every price but that of searches multiplied, also for long inputs."""
+        """The same with every price but those of searches multiplied, also for long inputs."""
         scaled: dict[str, Any] = {name: _product(getattr(self, name), share) for name in _SCALED}
         return replace(self, **scaled, long=self.long and self.long.times(share), tiers={})
+
+    def in_hour(self, hour: int | None) -> Price:
+        """The price in an hour, as `PeakHours.holds` counts it; None: in the dearest one."""
+        if self.peak is None or not (hour is None or self.peak.holds(hour)):
+            return self
+        return self.times(max(1.0, self.peak.share) if hour is None else self.peak.share)
 
     def of_tier(self, name: str) -> Price | None:
         """The price in a tier; None where the tier is known to have one of its own, but not
@@ -67,22 +94,49 @@ class Price:
         return self.tiers.get(name)
 
 
-AMOUNTS = tuple(one.name for one in fields(Price) if one.name not in ("above", "long", "tiers"))
-_SCALED = tuple(name for name in AMOUNTS if name != "search")
-_LONG, _TIERS, _SHARE, _ABOVE = "long_context", "tiers", "share", "above"
-PRICE_KEYS = (*AMOUNTS, _LONG, _TIERS)
+AMOUNTS = tuple(
+    one.name for one in fields(Price) if one.name not in ("above", "long", "tiers", "peak")
+)
+_SCALED = tuple(name for name in AMOUNTS if name not in ("search", "file_search"))
+_LONG, _TIERS, _SHARE, _ABOVE, _PEAK = "long_context", "tiers", "share", "above", "peak"
+PRICE_KEYS = (*AMOUNTS, _LONG, _TIERS, _PEAK)
 
 
 def price_of(path: str, table: Mapping[str, Any]) -> Price:
-    """The price that a table states: its amounts, `long_context` and `tiers`. Raises ConfigError,
-    which names the key below `path`."""
+    """The price that a table states: its amounts, `long_context`, `tiers` and `peak`. Raises
+    ConfigError, which names the key below `path`."""
     _check(path, table, PRICE_KEYS)
-    price = Price(**_amounts(path, table))
+    price = Price(**_amounts(path, table), peak=_peak(path, table))
     if (long := _table(path, table, _LONG)) is not None:
         price = _with_long(f"{path}.{_LONG}", price, long)
     tiers = _table(path, table, _TIERS) or {}
     named = {str(name): _tier(f"{path}.{_TIERS}.{name}", price, tiers[name]) for name in tiers}
     return replace(price, tiers=named)
+
+
+def _peak(path: str, table: Mapping[str, Any]) -> PeakHours | None:
+    if (stated := _table(path, table, _PEAK)) is None:
+        return None
+    path = f"{path}.{_PEAK}"
+    _check(path, stated, (_SHARE, "hours", "days"))
+    if _SHARE not in stated:
+        raise ConfigError(f"{path}.{_SHARE}", "(not set)", "must be set: 2 is twice the price")
+    hours, days = stated.get("hours"), stated.get("days", [1, 2, 3, 4, 5, 6, 7])
+    if not (isinstance(hours, list) and hours and all(map(_is_span, hours))):
+        allowed = "must be a list of spans of hours of UTC, such as [[1, 4], [6, 10]]"
+        raise ConfigError(f"{path}.hours", str(hours)[:100], allowed)
+    if not (isinstance(days, list) and all(type(day) is int and 1 <= day <= 7 for day in days)):
+        allowed = "must be a list of days of the week, 1 to 7; 1 is Monday"
+        raise ConfigError(f"{path}.days", str(days)[:100], allowed)
+    share = _amount(f"{path}.{_SHARE}", stated[_SHARE])
+    return PeakHours(share, tuple((first, past) for first, past in hours), frozenset(days))
+
+
+def _is_span(span: object) -> bool:
+    if not (isinstance(span, list) and len(span) == 2):
+        return False
+    first, past = span
+    return type(first) is type(past) is int and 0 <= first < past <= 24
 
 
 def _with_long(path: str, price: Price, table: Mapping[str, Any]) -> Price:
@@ -102,7 +156,8 @@ def _tier(path: str, price: Price, table: object) -> Price:
         _check(path, table, (_SHARE,))
         return price.times(_amount(f"{path}.{_SHARE}", table[_SHARE]))
     _check(path, table, (*AMOUNTS, _LONG))
-    tier = Price(**({"search": price.search} | _amounts(path, table)))
+    same = {"search": price.search, "file_search": price.file_search}
+    tier = Price(**(same | _amounts(path, table)), peak=price.peak)
     if (long := _table(path, table, _LONG)) is not None:
         return _with_long(f"{path}.{_LONG}", tier, long)
     if price.long is not None:
@@ -143,7 +198,7 @@ def _product(amount: float | None, share: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A price in picos (10^-12) of a dollar for one token, picture or search.
+    """A price in picos (10^-12) of a dollar for one token, picture, search or second of audio.
 
     above, long: for all of a call whose input has more tokens than that.
     """
@@ -158,7 +213,9 @@ class Rates:
     input_image: int | None
     output_audio: int | None
     output_image: int | None
+    audio_second: int | None
     search: int | None
+    file_search: int | None
     above: int | None = None
     long: Rates | None = None
 
@@ -166,7 +223,9 @@ class Rates:
     def of(cls, price: Price, *, is_public: bool = False) -> Rates:
         """A price that states none for searches leaves them out; of a public one, whose call may
         cost more for them, the cost of such a call is then unknown."""
-        search = price.search if is_public else price.search or 0
+        search, files = price.search, price.file_search
+        if not is_public:
+            search, files = search or 0, files or 0
         written = _first(price.cache_write, price.input)
         return cls(
             input=_per_token(price.input),
@@ -179,7 +238,9 @@ class Rates:
             input_image=_per_token(_first(price.input_image, price.input)),
             output_audio=_per_token(_first(price.output_audio, price.output)),
             output_image=_per_token(_first(price.output_image, price.output)),
+            audio_second=_picos(price.audio_minute, Decimal(_PICOS) / 60),
             search=_picos(search, _PICOS // _SEARCHES),
+            file_search=_picos(files, _PICOS // _SEARCHES),
             above=price.above,
             long=None if price.long is None else cls.of(price.long, is_public=is_public),
         )
@@ -210,6 +271,7 @@ def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | 
             *_of_input(rates, usage, usage.details, taken),
             *(((thoughts, rates.output), (pictures, rates.image)) if pictures else said),
             (usage.details.searches or 0, rates.search),
+            (usage.details.file_searches or 0, rates.file_search),
         )
     picos = 0
     for count, rate in parts:
@@ -233,7 +295,10 @@ def _of_input(
     yield cached, rates.cached
     left = taken - written - cached
     audio = min(details.input_audio_tokens or 0, left)
-    yield audio, rates.input_audio
+    if details.input_audio_seconds and rates.audio_second is not None:
+        yield details.input_audio_seconds, rates.audio_second
+    else:
+        yield audio, rates.input_audio
     pictures = min(details.input_image_tokens or 0, left - audio)
     yield pictures, rates.input_image
     yield left - audio - pictures, rates.input
@@ -272,6 +337,6 @@ def _per_token(price: float | None) -> int | None:
     return _picos(price, _PICOS // 10**6)
 
 
-def _picos(price: float | None, one: int) -> int | None:
+def _picos(price: float | None, one: int | Decimal) -> int | None:
     # By its decimal digits: 0.1 means a tenth.
     return None if price is None else round(Decimal(repr(price)) * one)

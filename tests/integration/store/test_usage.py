@@ -94,7 +94,7 @@ async def test_what_a_version_without_details_has_spilled_is_written(
     old["row"] |= {"id": str(new_id())}
     del old["row"]["usage_details"]
     for given in (entry, old):
-        await store.audit._enqueue(given)
+        await store.audit._enqueue(given, one.record)
     await wait_until(lambda: peek.fetchval("SELECT count(*) = 2 FROM audit"), 20)
     rows = await peek.fetch("SELECT usage_details, model_version FROM audit ORDER BY 1 NULLS LAST")
     assert [(details_of(row[0]), row[1]) for row in rows] == [(DETAILS, "m-9"), (None, "m-9")]

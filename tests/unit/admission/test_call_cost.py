@@ -82,3 +82,14 @@ def test_without_a_price_tokens_are_bounded_alone() -> None:
     cost = call_cost(None, ESTIMATE, input_bytes=9, max_output_tokens=5)
     assert (cost.most_micros, cost.most_tokens) == (None, 64)
     assert "price" in cost.unknown
+
+
+def test_audio_that_costs_by_its_length_has_no_bound_beforehand() -> None:
+    rates = Rates.of(Price(input=0.1, output=0.3, audio_minute=0.004))
+    known = call_cost(rates, ESTIMATE, input_bytes=50, max_output_tokens=9)
+    assert known.most_micros is not None
+    unseen = call_cost(
+        rates, ESTIMATE, input_bytes=50, context_tokens=9_000, unseen="files", max_output_tokens=9
+    )
+    assert unseen.most_micros is None
+    assert "length of audio" in unseen.unknown

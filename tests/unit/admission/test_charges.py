@@ -14,11 +14,12 @@ from tidegate.admission.charges import (
 from tidegate.admission.estimator import Estimator, pieces_of_text
 from tidegate.call import Usage, UsageDetails, UsageState
 from tidegate.policy.deployment import Upstream
-from tidegate.prices.rates import Price, Rates, cost_micros
+from tidegate.prices.rates import PeakHours, Price, Rates, cost_micros
 
 CLAUDE = Price(input=4, output=20, cached=0.4, cache_write=5, cache_write_1h=8)
 VOICES = Price(input=1, output=2, input_audio=10, output_audio=20)
 SIGHTS = Price(input=1, output=2, input_image=5, output_image=40)
+SPEECH = Price(input=0.1, output=0.3, audio_minute=0.004)
 FLASH = Price(input=0.30, output=2.50, cached=0.075)
 PICTURES = Price(input=0.30, output=2.50, image=0.039)
 
@@ -52,6 +53,13 @@ PICTURES = Price(input=0.30, output=2.50, image=0.039)
             input_audio_tokens=60, output_audio_tokens=8)), None, 40 + 600 + 10 + 4 + 160),
         (SIGHTS, Usage(100, 50, details=UsageDetails(
             input_image_tokens=60, output_image_tokens=45)), None, 40 + 300 + 10 + 1_800),
+        # a minute and a half of audio, whose tokens cost nothing; its tokens, where no length is told
+        (SPEECH, Usage(2_000, 10, details=UsageDetails(
+            input_audio_tokens=1_900, input_audio_seconds=90)), None, 10 + 6_000 + 3),
+        (SPEECH, Usage(2_000, 10, details=UsageDetails(input_audio_tokens=1_900)), None, 200 + 3),
+        (FLASH, Usage(10, 0, details=UsageDetails(searches=1, file_searches=2)), None, 3),  # ours
+        (Price(input=1, output=1, search=10, file_search=2.5), Usage(10, 0, details=UsageDetails(
+            searches=1, file_searches=2)), None, 10 + 10_000 + 5_000),
         # a price for each picture stands for its tokens
         (PICTURES, Usage(10, 2_580, details=UsageDetails(output_image_tokens=2_580)), 2,
          3 + 78_000),
@@ -130,6 +138,25 @@ def test_prices_are_those_of_the_day_of_the_call() -> None:
     assert prices.of("gpt-6-luna") is None
     now[0] = NOVEMBER
     assert prices.of("gpt-6-luna") is not None
+
+
+def test_prices_are_those_of_the_hour_and_bounds_those_of_the_dearest() -> None:
+    now = [NOVEMBER]  # a Saturday
+    prices = Prices(Upstream("u", {}, "key", provider="deepseek"), now=lambda: now[0])
+    usual = prices.of("deepseek-flash")
+    assert usual is not None
+    assert usual.output == 600_000
+    now[0] += 2 * 86_400 + 2 * 3_600  # Monday at 2
+    peak = prices.of("deepseek-flash")
+    assert peak is not None
+    assert (peak.output, peak.cached) == (1_200_000, 6_000)
+    assert prices.at_least("deepseek-flash", "") == peak
+    now[0] += 2 * 3_600
+    assert prices.of("deepseek-flash") == prices.at_least("deepseek-flash", "") == usual
+    assert prices.bound("deepseek-flash", "") == peak  # it may go on until 6
+    own = Price(input=1.0, peak=PeakHours(3.0, ((0, 24),), frozenset({1})))
+    mine = Prices(Upstream("u", {}, "key", prices={"m": own}), now=lambda: now[0])
+    assert mine.of("m") == Rates.of(Price(input=3.0))
 
 
 def test_a_requested_tier_counts_only_where_it_is_the_dearer_one() -> None:

@@ -223,7 +223,8 @@ def test_an_answer_that_is_cut_behind_an_object_within_it_tells_no_usage(
         # ... and Mistral of no sound but there.
         ({"prompt_tokens": 9, "completion_tokens": 248, "total_tokens": 632,
           "prompt_audio_seconds": 15},
-         Usage(384, 248, None, None, 632, UsageDetails(input_audio_tokens=375))),
+         Usage(384, 248, None, None, 632, UsageDetails(
+             input_audio_tokens=375, input_audio_seconds=15))),
         ({"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 3},
          Usage(9, 8, None, None, 3)),
         ({"prompt_tokens": 9, "total_tokens": 9}, Usage(9, 0, None, None, 9)),

@@ -44,7 +44,8 @@ OF_EACH = [
     (OPENAI, CHAT | {"num_search_queries": 4, "cost": {"total_cost": 0.00502}},
      UsageDetails(searches=4, provider_cost_micros=5_020)),
     (OPENAI, {"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 60,
-              "prompt_audio_seconds": 15}, UsageDetails(input_audio_tokens=43)),
+              "prompt_audio_seconds": 15},
+             UsageDetails(input_audio_tokens=43, input_audio_seconds=15)),
     (ANTHROPIC, MESSAGE | WRITTEN | {"server_tool_use": {"web_search_requests": 3}},
      UsageDetails(cache_write_tokens=300, cache_write_5m_tokens=100, cache_write_1h_tokens=200,
                   searches=3)),
@@ -246,3 +247,14 @@ def test_the_tier_of_a_stream_is_beside_its_usage() -> None:
         details = DIALECTS[OPENAI].answer_facts(answer).usage.details
         assert details is not None
         assert details.tier == tier
+
+
+def test_searches_of_stored_files_are_counted_call_by_call() -> None:
+    items = [{"type": "file_search_call", "queries": ["a", "b"]}, {"type": "file_search_call"}]
+    for more, web in (([], None), ([{"type": "web_search_call"}], 1)):
+        response = searched() | {"output": [*items, *more]}
+        ended = {"type": "response.completed", "response": response}
+        long = response | {"padding": "x" * 400_000}
+        for answer in (json.dumps(response), json.dumps(long), f"data: {json.dumps(ended)}\n\n"):
+            details = DIALECTS[OPENAI].answer_facts(answer.encode()).usage.details
+            assert details == UsageDetails(searches=web, file_searches=2)

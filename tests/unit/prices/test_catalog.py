@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import UTC, date, datetime
 from itertools import combinations
 from pathlib import Path
 
@@ -53,6 +53,13 @@ def cost(provider: str, model: str, usage: Usage, tier: str = "", day: date = TO
         ("gemini", "gemini-3-pro-image-preview", "", Usage(0, 1_120, details=UsageDetails(
             output_image_tokens=1_120)), 134_400),  # $0.134 for 1K
         ("xai", "grok-4.3", "", Usage(1_000, 0, details=UsageDetails(searches=3)), 1_250 + 15_000),
+        # Two searches of stored files at $2.50 a thousand; at Azure their price is not known.
+        ("openai", "gpt-5", "", Usage(1_000, 0, details=UsageDetails(file_searches=2)),
+         1_250 + 5_000),
+        ("openai", "gpt-5", "batch", Usage(1_000, 0, details=UsageDetails(file_searches=2)),
+         625 + 5_000),
+        ("azure", "gpt-5", "", Usage(1, 1, details=UsageDetails(file_searches=1)), None),
+        ("openrouter", "anthropic/claude-sonnet-4.5", "", Usage(200_001, 0), 1_200_006),
         # A search of a provider whose price for it is not known makes the cost unknown.
         ("groq", "openai/gpt-oss-120b", "", Usage(1_000, 1_000), 150 + 600),
         ("groq", "openai/gpt-oss-120b", "", Usage(1, 1, details=UsageDetails(searches=1)), None),
@@ -82,6 +89,16 @@ def test_costs_by_the_published_prices(
 def test_a_call_costs_what_its_day_says(model: str, day: date, micros: int | None) -> None:
     price = catalog().find("openai", model, day)
     assert (price and price.input and round(price.input * M)) == micros
+
+
+def test_at_deepseeks_peak_hours_a_call_costs_twice_as_much() -> None:
+    price = catalog().find("deepseek", "deepseek-v4-pro", date(2026, 11, 27))  # a Friday
+    assert price is not None
+    begin = datetime(2026, 11, 27, tzinfo=UTC).timestamp() // 3_600
+    inputs = [price.in_hour(int(begin) + hour).input for hour in range(72)]
+    friday = [1.32 if hour in (1, 2, 3, 6, 7, 8, 9) else 0.66 for hour in range(24)]
+    assert inputs == friday + [0.66] * 48
+    assert price.in_hour(None).output == 3.96
 
 
 def test_of_the_models_that_share_a_beginning_each_has_its_own_price() -> None:
@@ -156,6 +173,7 @@ def test_providers_are_known_by_their_hosts() -> None:
     assert provider_of("https://mine.openai.azure.com/openai/v1") == "azure"
     assert provider_of("https://generativelanguage.googleapis.com") == "gemini"
     assert provider_of("https://europe-west4-aiplatform.googleapis.com") == "vertex"
+    assert provider_of("https://openrouter.ai/api/v1") == "openrouter"
     assert provider_of("http://127.0.0.1:8000/v1") is None
     assert provider_of("https://api.openai.com.example.org/v1") is None
 
@@ -182,6 +200,9 @@ evidence = "map"
         ("output = 2\n", "output = 2\ntiers = { flex = 0.5 }\n"),
         ("output = 2\n", "long_context = { above = 9 }\ntiers = { x = { input = 1 } }\n"),
         ('source = "https', 'url = "x"\nsource = "https'),
+        ("output = 2\n", "output = 2\npeak = { hours = [[1, 4]] }\n"),
+        ("output = 2\n", "output = 2\npeak = { share = 2, hours = [[4, 1]] }\n"),
+        ("output = 2\n", "output = 2\npeak = { share = 2, hours = [[1, 4]], days = [0] }\n"),
     ],
 )  # fmt: skip
 def test_mistakes_name_their_key(tmp_path: Path, change: str, said: str) -> None:

@@ -95,6 +95,7 @@ export function facts(request) {
     ["Thoughts", tokens(usage.thoughts_tokens)],
     ["All tokens", tokens(usage.total_tokens)],
     ["Searches", tokens(usage.searches)],
+    ["of stored files", tokens(usage.file_searches)],
     ["Cost", cost(request)],
     ["Provider's own cost", dollars(usage.provider_cost_micros)],
     ["Pool", request.pool],
