@@ -91,7 +91,8 @@ class CallRecord:
 
     Tries: `attempts` counts those made upstream, of which `throttled` were answered with 429 and
     `faults` failed by the upstream's own fault; `failed` is the error of the last that failed;
-    `earlier_attempts` were made before this record began, for the same line of a batch.
+    `earlier_attempts` were made before this record began, for the same line of a batch, and under
+    `lapses` of them their process died.
     `sent`: its request began to go out. `upstream_ms` is the length of the last.
 
     Answer: `http_status` is what the client received, 0 while nothing. `pieces` are the bytes of a
@@ -135,6 +136,7 @@ class CallRecord:
 
     attempts: int = 0
     earlier_attempts: int = 0
+    lapses: int = 0
     throttled: int = 0
     faults: int = 0
     failed: UpstreamError | None = None

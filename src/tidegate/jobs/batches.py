@@ -251,7 +251,8 @@ class LineCaller:
         async def admitted(_permit: Permit | None) -> None:
             if one.turn is None and self._outages.is_any:
                 one.turn = self._outages.enter(self._targets_of(line))
-            await self._store.batch_lines.begin(line)
+            record = one.record
+            await self._store.batch_lines.begin(line, record.upstream, record.model)
 
         left_ms = round((line.expires_at - datetime.now(UTC)).total_seconds() * 1000)
         try:
@@ -330,6 +331,7 @@ def _record_of(line: BatchLine, trail: Trail | None) -> CallRecord:
         key_id=line.key_id,
         trail=trail,
         earlier_attempts=line.attempts,
+        lapses=line.lapses,
     )
 
 

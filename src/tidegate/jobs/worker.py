@@ -552,6 +552,7 @@ class Worker:
         await self._store.queue.running(
             job,
             model=record.model or "",
+            upstream=record.upstream,
             fence=record.fence,
             queue_ms=record.queue_ms or 0.0,
             failed=failed,

@@ -60,8 +60,8 @@ NOTHING = UsageSum()
 @dataclass(frozen=True, slots=True)
 class DoubtfulCall:
     """A call whose usage the provider has not reported whole. state: as it is on record, or
-    `repeated` for one that was made again, whose earlier attempt may have cost too: it is charged
-    nothing for that, and `cost_micros` is 0."""
+    `repeated` for one that a process had begun before and died, which may have cost too: it is
+    charged nothing for that, and `cost_micros` is 0."""
 
     request_id: UUID
     state: str

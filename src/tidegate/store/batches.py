@@ -60,9 +60,11 @@ def record_of(row: Mapping[str, Any], *, status: Status, failure: Failure) -> Ca
         request=row["body"].encode(),
         priority=PRIORITY,
         key_id=row["key_id"],
-        model=_model_in(row["body"]),
+        model=row["model"] or _model_in(row["body"]),
+        upstream=row["upstream"],
         attempts=min(1, attempts),
         earlier_attempts=max(0, attempts - 1),
+        lapses=row["lapses"],
         charge=UNKNOWN_CHARGE,
     )
     record.end(status, failure)
@@ -429,7 +431,8 @@ _DIED = Failure(
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """A claimed line. `id` names it on the record; `attempts` are those begun before this claim."""
+    """A claimed line. `id` names it on the record; `attempts` are those begun before this claim,
+    and under `lapses` of them their worker died."""
 
     batch_id: UUID
     line: int
@@ -442,6 +445,7 @@ class BatchLine:
     models: tuple[str, ...] | None
     key_id: str | None
     attempts: int
+    lapses: int
     expires_at: datetime
 
     @property
@@ -544,9 +548,10 @@ class BatchLines:
         found = await self._connections.rows("batches_over", list(batch_ids))
         return frozenset(rows.uuid_of(row["id"]) for row in found)
 
-    async def begin(self, line: BatchLine) -> None:
-        """Mark a line as calling, as `Claims.running` does a job. Raises ClaimLost."""
-        await until_quick(lambda: self._begins.write(line.key), self._lease_ms)
+    async def begin(self, line: BatchLine, upstream: str | None, model: str | None) -> None:
+        """Mark a line as calling, as `JobQueue.running` does a job. Raises ClaimLost."""
+        row = {**line.key, "upstream": upstream, "model": rows.cleaned(model)}
+        await until_quick(lambda: self._begins.write(row), self._lease_ms)
 
     async def end(
         self,

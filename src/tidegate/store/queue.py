@@ -637,6 +637,7 @@ class JobQueue:
         job: ClaimedJob,
         *,
         model: str,
+        upstream: str | None = None,
         fence: tuple[int, int],
         queue_ms: float,
         failed: FailedTry | None = None,
@@ -652,6 +653,7 @@ class JobQueue:
             "claim": job.claim,
             "attempt_id": new_id(),
             "model": rows.clean(model),
+            "upstream": upstream,
             "fence_epoch": fence[0],
             "fence_sequence": fence[1],
             "queue_ms": queue_ms,
@@ -870,6 +872,7 @@ class JobQueue:
                 row["fence_epoch"],
                 row["fence_sequence"],
                 row["admitted_at"],
+                row["upstream"],
             )
             return True
 

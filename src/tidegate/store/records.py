@@ -451,7 +451,7 @@ def audit_row(
         "cost_micros": attempt.get("cost_micros", None if lost else 0),
         "images": attempt.get("images"),
         "usage_details": attempt.get("usage_details"),
-        "upstream": attempt.get("upstream"),
+        "upstream": attempt.get("upstream") or ended["upstream"],
         **{column: ended[column] for column in columns},
         **{column: charged[column] for column in USAGE_COLUMNS},
     }

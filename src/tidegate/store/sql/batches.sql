@@ -128,7 +128,7 @@ WHERE batch_id = $1 AND line > $2 ORDER BY line LIMIT $3
 
 -- name: unanswered_batch_lines
 -- Lines of batch $1 that were called and have no answer, at most $2.
-SELECT l.id, l.tenant_id, l.body, l.attempts, l.lapses, b.endpoint, b.key_id
+SELECT l.id, l.tenant_id, l.body, l.attempts, l.lapses, l.upstream, l.model, b.endpoint, b.key_id
 FROM batch_lines l JOIN batches b ON b.id = l.batch_id
 WHERE l.batch_id = $1 AND l.attempts > 0 AND l.state NOT IN ('succeeded', 'failed')
 ORDER BY l.line LIMIT $2
@@ -178,8 +178,10 @@ WHERE b.status = 'in_progress' AND b.key_id IS NOT NULL
 
 -- name: begin_batch_lines
 -- Mark lines as calling, before their upstream calls; unless another worker has them, or the batch ends.
-UPDATE batch_lines l SET state = 'calling', attempts = l.attempts + (l.state = 'claimed')::integer
-FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint)
+UPDATE batch_lines l SET state = 'calling', attempts = l.attempts + (l.state = 'claimed')::integer,
+    upstream = row.upstream, model = row.model
+FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint, upstream text,
+    model text)
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND (l.state = 'calling' OR l.state = 'claimed' AND EXISTS (
         SELECT 1 FROM batches b WHERE b.id = l.batch_id AND b.status = 'in_progress'))
@@ -240,7 +242,7 @@ UPDATE batch_lines l SET claim = l.claim + 1, claimed_by = NULL,
         THEN now() + random() * interval '30 seconds' END
 FROM gone
 WHERE l.claimed_by = gone.claimed_by AND l.state IN ('claimed', 'calling')
-RETURNING l.batch_id, l.state, l.id, l.tenant_id, l.attempts, l.lapses,
+RETURNING l.batch_id, l.state, l.id, l.tenant_id, l.attempts, l.lapses, l.upstream, l.model,
     CASE WHEN l.state = 'failed' THEN l.body END AS body,
     (SELECT endpoint FROM batches b WHERE b.id = l.batch_id) AS endpoint,
     (SELECT key_id FROM batches b WHERE b.id = l.batch_id) AS key_id

@@ -29,11 +29,12 @@ WITH begun AS (
         admitted_at = row.admitted_at,
         queue_ms = row.queue_ms,
         used_model = row.model,
+        upstream = row.upstream,
         tier = coalesce(row.tier, r.tier),
         tier_why = coalesce(row.tier_why, r.tier_why),
         version = r.version + 1
     FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
-        admitted_at timestamptz, queue_ms double precision, fence_epoch bigint,
+        upstream text, admitted_at timestamptz, queue_ms double precision, fence_epoch bigint,
         fence_sequence bigint, tier text, tier_why text)
     WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.claimed_by = $2, false)
         AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
@@ -63,7 +64,7 @@ WHERE id = $1 AND claim = $2 AND claimed_by = $3 AND status = 'running' FOR UPDA
 -- Begin another attempt $2 of the running job $1 beside the last one, which uses up $3 more.
 WITH begun AS (
     UPDATE requests SET attempts = attempts + $3, attempt_id = $2, attempt_at = now(),
-        version = version + 1
+        upstream = $9, version = version + 1
     WHERE id = $1
     RETURNING *
 )

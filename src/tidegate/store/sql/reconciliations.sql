@@ -16,18 +16,18 @@ WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval
 GROUP BY 1
 
 -- name: get_doubtful_calls
--- The calls of upstream $1 that ended from $2 until $3 whose usage was not reported whole, or that were made again after a process had died; $4 at most.
+-- The calls of upstream $1 that ended from $2 until $3 whose usage was not reported whole, or that were begun before by a process that died; $4 at most.
 SELECT request_id, coalesce(model_version, model, '') AS model,
-    CASE WHEN usage_state = 'told' THEN 'repeated' ELSE usage_state END AS state,
-    CASE WHEN usage_state = 'told' THEN 0 ELSE coalesce(input_tokens, 0) END AS input_tokens,
-    CASE WHEN usage_state = 'told' THEN 0
+    CASE WHEN usage_state IN ('told', 'none') THEN 'repeated' ELSE usage_state END AS state,
+    CASE WHEN usage_state IN ('told', 'none') THEN 0 ELSE coalesce(input_tokens, 0) END AS input_tokens,
+    CASE WHEN usage_state IN ('told', 'none') THEN 0
         ELSE coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) END AS output_tokens,
-    CASE WHEN usage_state = 'told' THEN 0 ELSE cost_micros END AS cost_micros,
+    CASE WHEN usage_state IN ('told', 'none') THEN 0 ELSE cost_micros END AS cost_micros,
     coalesce(cost_micros, 0) AS weight
 FROM audit
 WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
     AND finished_at >= $2 AND finished_at < $3
-    AND (usage_state IN ('partial', 'estimated', 'unknown') OR (usage_state = 'told' AND lapses > 0))
+    AND (usage_state IN ('partial', 'estimated', 'unknown') OR lapses > 0)
 ORDER BY finished_at, request_id LIMIT $4
 
 -- name: correct_charge
