@@ -16,10 +16,14 @@ import pytest
 
 from tests.fleet import Fleet
 from tests.waiting import wait_until
+from tidegate.call import Usage
 from tidegate.emulator.client import Stats
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.jobs.reconciliation import ReconcileReport, account_of, reconcile
 from tidegate.policy.deployment import Upstream
+from tidegate.prices.catalog import catalog
+from tidegate.prices.rates import Rates, cost_micros
+from tidegate.prices.reconciliation import UsageSum, compared
 from tidegate.store.database import Connections
 from tidegate.store.statistics import Reconciliations
 from tidegate.upstream.transport import RelayWire
@@ -146,6 +150,50 @@ async def test_the_books_of_a_day_with_kills_and_cut_streams_balance(
             assert totals["days"] == totals["calls"]
         finally:
             await database.close()
+
+
+async def test_a_stream_of_a_killed_api_explains_what_its_provider_counts(tmp_path: Path) -> None:
+    async with Fleet(tmp_path / "fleet", apis=2, workers=0) as fleet:
+        await fleet.control.set_behaviour(answer="word " * 400, chunks=20)
+        await fleet.control.set_fault("hang_mid_stream", match="Go on", after_chunks=10)
+        victim = fleet.url
+        body = {"prompt": "Go on and on", "type": "text_only"}
+        async with fleet.http.post(f"{victim}/stream", json=body) as response:
+            assert response.status == 200, await response.read()
+            request_id = response.headers["x-tidegate-request-id"]
+            await response.content.readany()
+            fleet.apis[victim].kill()
+            with suppress(aiohttp.ClientError):
+                await response.read()
+        connections = Connections(fleet.postgres.url())
+        connections.start()
+        try:
+            record = Reconciliations(connections)
+            day = datetime.now(UTC).date()
+
+            async def found() -> bool:
+                return bool(await record.ours("gemini", day))
+
+            await wait_until(found, 30, "the record of the killed process's stream")
+            status = await fleet.status(request_id)
+            assert (status["status"], status["error"]["code"]) == ("failed", "process_died")
+            (call,) = await fleet.control.calls(contains="Go on")
+            assert call.output_tokens > 0
+            price = catalog().find("gemini", call.model, day)
+            assert price is not None
+            rates = Rates.of(price, is_public=True)
+            used = Usage(call.input_tokens, call.output_tokens + call.thoughts_tokens)
+            cost = cost_micros(rates, used, None) or 0
+            theirs = UsageSum(1, used.input_tokens or 0, 0, 0, used.output_tokens or 0, 0, cost)
+            ours = await record.ours("gemini", day)
+            (finding,) = compared(ours, {call.model: theirs}, {call.model: rates})
+            assert (finding.verdict, finding.difference_micros) == ("explained", cost)
+            assert [str(one.call.request_id) for one in finding.corrections] == [request_id]
+            assert await record.keep("gemini", "gemini", day, [finding]) == 1
+            (after,) = (await record.ours("gemini", day)).values()
+            assert after.cost_micros == cost > 0
+        finally:
+            await connections.aclose()
 
 
 async def in_flight(provider: Emulator) -> bool:

@@ -171,6 +171,7 @@ async def begun_line(store: Store, upstream: str) -> BatchLine:
     async def look() -> list[BatchLine]:
         return await store.batch_lines.claim(1, 1_000)
 
+    line: BatchLine
     (line,) = await wait_until(look, 10, "a line to claim")
     await store.batch_lines.begin(line, upstream, "m-dated")
     return line
