@@ -21,7 +21,7 @@ from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
 from tidegate.limiter import PoolPolicy, Snapshot
-from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams
+from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams, emulates
 from tidegate.settings import Config, load
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import Total
@@ -70,7 +70,8 @@ async def examine(*, online: bool = True) -> list[Finding]:
     found.append(deployment.judge_blobs(config, seen.snapshots))
     if seen.called is not None:
         today = datetime.now(UTC).date()
-        found += deployment.judge_prices(others.upstreams, seen.called, today)
+        made_up = DEFAULT_POOL if emulates(config) else ""
+        found += deployment.judge_prices(others.upstreams, seen.called, today, made_up)
     if online:
         found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))
         found += await _bucket(config)

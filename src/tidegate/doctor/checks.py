@@ -73,10 +73,17 @@ _PRICES_OLD = timedelta(days=120)
 
 
 def judge_prices(
-    upstreams: Sequence[Upstream], called: Sequence[Total], today: date
+    upstreams: Sequence[Upstream], called: Sequence[Total], today: date, emulated: str = ""
 ) -> Iterator[Finding]:
-    """Findings on the prices of the models that were called in the last `PRICES_OVER`."""
-    unpriced = [one for one in called if one.model and one.unpriced]
+    """Findings on the prices of the models that were called in the last `PRICES_OVER`. emulated:
+    the upstream whose answers are made up, and cost nothing."""
+    made_up = [one for one in upstreams if one.name == emulated]
+    real = [one for one in upstreams if one.name != emulated]
+    unpriced = [
+        one
+        for one in called
+        if one.model and one.unpriced and not (_serves(made_up, one) and not _serves(real, one))
+    ]
     if unpriced:
         named = (f"{one.model} ({one.unpriced} calls)" for one in unpriced)
         yield warn(
@@ -85,7 +92,10 @@ def judge_prices(
             "state it in [upstreams.NAME.prices]: until then the cost of such calls is unknown",
         )
     else:
-        yield ok("prices.models", f"all of {len(called)} models that were called have a price")
+        free = " or are emulated" if made_up else ""
+        yield ok(
+            "prices.models", f"all of {len(called)} models that were called have a price{free}"
+        )
     rows = {
         id(row): row
         for one in called
@@ -106,6 +116,10 @@ def judge_prices(
         )
     else:
         yield ok("prices.age", f"{len(rows)} public prices are in use, none read long ago")
+
+
+def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:
+    return any(upstream.fit(called.model or "") for upstream in upstreams)
 
 
 def _public_row(upstream: Upstream, model: str, today: date) -> ModelPrice | None:
@@ -263,11 +277,19 @@ def _policy(
     if not changes:
         return ok(check, f"revision {newest.revision} is in force, as the settings say{beside}")
     shown = "; ".join(changes[:_SHOWN]) + (" ..." if len(changes) > _SHOWN else "")
-    by = f"{newest.origin}, by {newest.set_by}"
+    is_live = newest.origin == Origin.LIVE
+    if is_live and any(one.digest == digest(to_plain(wanted)) for one in records):
+        return ok(
+            check,
+            f"revision {newest.revision}, set live by {newest.set_by}, is in force and stays, also "
+            f"after restarts (tidegate limits set --deployed returns to the settings: {shown})",
+        )
+    since = ", and the settings were changed since" if is_live else ", and the settings differ"
     return warn(
         check,
-        f"revision {newest.revision} ({by}) is in force, and the settings differ: {shown}",
-        "write into them what is in force; or tidegate limits set --deployed puts them in force",
+        f"revision {newest.revision} ({newest.origin}, by {newest.set_by}) is in force{since}: "
+        f"{shown}",
+        "tidegate limits set --deployed puts the settings in force; or write into them what is",
     )
 
 

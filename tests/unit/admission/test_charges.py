@@ -53,7 +53,7 @@ PICTURES = Price(input=0.30, output=2.50, image=0.039)
             input_audio_tokens=60, output_audio_tokens=8)), None, 40 + 600 + 10 + 4 + 160),
         (SIGHTS, Usage(100, 50, details=UsageDetails(
             input_image_tokens=60, output_image_tokens=45)), None, 40 + 300 + 10 + 1_800),
-        # a minute and a half of audio, whose tokens cost nothing; its tokens, where no length is told
+        # 90 seconds of audio, whose tokens cost nothing; these alone, where no length is told
         (SPEECH, Usage(2_000, 10, details=UsageDetails(
             input_audio_tokens=1_900, input_audio_seconds=90)), None, 10 + 6_000 + 3),
         (SPEECH, Usage(2_000, 10, details=UsageDetails(input_audio_tokens=1_900)), None, 200 + 3),

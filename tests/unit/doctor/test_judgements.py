@@ -156,6 +156,31 @@ def test_what_tenants_were_given_is_as_the_settings_say() -> None:
     assert found(PoolPolicy({"kind:text_only": 9, "tenant:acme": 5}), POLICY).state is State.WARN
 
 
+def test_what_was_set_live_is_no_fault_until_the_settings_change() -> None:
+    now = datetime.now(UTC)
+
+    def found(*records: tuple[str, int]) -> Finding:
+        """Of revisions by origin and bound, the newest first."""
+        history = []
+        for place, (origin, at_once) in enumerate(records):
+            plain = to_plain(PoolPolicy({"kind:text_only": at_once}))
+            number = 3 - place
+            history.append(PolicyRecord(number, origin, digest(plain), plain, "ann", "", now))
+        return next(deployment.judge_pool("gemini", POLICY, SOUND, history))
+
+    intended = found(("live", 9), ("deployment", 5))
+    assert intended.state is State.OK
+    assert "set live by ann" in intended.found
+    assert "limits set --deployed returns to the settings: limits.kind:text_only: 9 -> 5" in (
+        intended.found
+    )
+    ignored = found(("live", 9), ("deployment", 4))
+    assert ignored.state is State.WARN
+    assert "the settings were changed since" in ignored.found
+    assert "limits set --deployed puts the settings in force" in ignored.mend
+    assert found(("deployment", 9), ("deployment", 5)).state is State.WARN
+
+
 def test_two_machines_must_share_what_they_store() -> None:
     config = load({}, None)
     names = ("api-one-17-0123abcd", "worker-two-b-8-0123abcd")
@@ -298,5 +323,18 @@ def test_models_without_a_price_and_prices_read_long_ago_are_named() -> None:
     found = judged(used("gpt-6.2-sol"), today=date(2027, 6, 1))
     assert found["prices.age"].state is State.WARN
     assert "gpt-6.2-sol (2026-11-18)" in found["prices.age"].found
+    emulator = Upstream(
+        "gemini", {"gemini": "http://127.0.0.1:9"}, "", models=("gemini-*", "gpt-99")
+    )
+    real = replace(upstream, models=("gpt-*",))
+    made_up = [used("gemini-9", unpriced=2), used("gpt-99", unpriced=3)]
+    for one, state in ((made_up[0], State.OK), (made_up[1], State.WARN)):
+        both = list(deployment.judge_prices([real, emulator], [one], day, "gemini"))
+        assert state_of(both, "prices.models") is state, "the other serves it too"
+    alone = list(deployment.judge_prices([emulator], made_up, day, "gemini"))
+    assert state_of(alone, "prices.models") is State.OK
+    assert (
+        state_of(deployment.judge_prices([emulator], made_up, day), "prices.models") is State.WARN
+    )
     many = judged(*(used(f"gpt-{n}", unpriced=1) for n in range(100, 112)))
     assert "and 2 more" in many["prices.models"].found
