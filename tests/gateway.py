@@ -32,7 +32,8 @@ from tidegate.emulator.server import run_emulator
 from tidegate.emulator.state import LoggedCall
 from tidegate.http.services import Services
 from tidegate.http.uvicorn_protocol import bounded
-from tidegate.settings import Config, operator_key
+from tidegate.operator_key import operator_key
+from tidegate.settings import Config
 from tidegate.store import audit as bodies
 from tidegate.supervisor.roles import NotifyingServer
 

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from uuid import uuid4
 
 from fastapi import FastAPI
@@ -29,6 +30,7 @@ from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Tally
 from tidegate.metrics.process import Board, Exposition, Watch
 from tidegate.metrics.process import ProcessState as State
+from tidegate.operator_key import operator_key
 from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams
 from tidegate.policy.rollout import PolicyKeeper, open_pool
 from tidegate.record import ActiveCalls, CallListeners
@@ -220,7 +222,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             keepers=keepers,
             limiters=limiters,
             gate=gate,
-            operator_key=configuration.operator_key(config),
+            operator_key=operator_key(config),
             origins=Origins(config),
             budgets=store.budgets,
         )
@@ -338,11 +340,34 @@ async def _open_relay(config: Config, spine: Spine) -> AsyncIterator[Relay]:
         await wire.aclose()
 
 
+_COLLECTOR = (
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+)
+
+
+def _export_otel(dotenv: Path = Path(".env")) -> None:
+    """Put OpenTelemetry's variables of `.env` into the environment, where its SDK reads them; what
+    is in the environment stays. Raises ConfigError."""
+    written = configuration.from_dotenv(dotenv) if dotenv.is_file() else {}
+    for name, value in written.items():
+        if name.startswith("OTEL_"):
+            os.environ.setdefault(name, value)
+
+
+def _names_a_collector() -> bool:
+    """Whether OpenTelemetry's own variables say where spans and metrics are to go."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    return any(os.environ.get(name, "").strip() for name in _COLLECTOR)
+
+
 @asynccontextmanager
 async def _tracing(listeners: CallListeners, role: str, instance_id: str) -> AsyncIterator[Tracing]:
     """Spans and metrics to a collector, where the environment or `.env` names one."""
-    configuration.export_otel()
-    if not configuration.names_a_collector():
+    _export_otel()
+    if not _names_a_collector():
         yield Tracing()
         return
     try:

@@ -1,9 +1,7 @@
 """Settings: types, bounds, defaults and descriptions, read from the environment over `.env`.
 
 `.env.example` and `docs/configuration.md` are generated from here. Each secret may be given as
-`NAME_FILE`, the path of a file. The operator's key is ADMIN_TOKEN, or the file `operator.key` in
-DATA_DIR, which the first process that needs it creates by a hard link, so that all processes read
-the same key.
+`NAME_FILE`, the path of a file.
 
 Invariants: a process starts with a complete and valid `Config`; a mistake is one ConfigError of
 one line that names the variable, its value (never a secret) and what is allowed.
@@ -14,10 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from base64 import b64decode
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from difflib import SequenceMatcher, get_close_matches
 from enum import StrEnum
 from ipaddress import ip_address
@@ -116,7 +112,7 @@ def _is_plain_url(text: str) -> bool:
     return plain and url.scheme in ("http", "https")
 
 
-def _is_key(text: str) -> bool:
+def is_key(text: str) -> bool:
     return text.isascii() and text.isprintable() and " " not in text
 
 
@@ -128,7 +124,7 @@ def _url(value: str | None) -> str | None:
 
 
 def _key(value: SecretStr | None) -> SecretStr | None:
-    is_sound = value is None or _is_key(value.get_secret_value())
+    is_sound = value is None or is_key(value.get_secret_value())
     return _checked("tidegate_api_key", value, is_sound)
 
 
@@ -515,7 +511,7 @@ class Config(BaseModel):
     @classmethod
     def _token(cls, value: SecretStr) -> SecretStr:
         token = value.get_secret_value()
-        return _checked("admin_token", value, len(token) >= SHORTEST_TOKEN and _is_key(token))
+        return _checked("admin_token", value, len(token) >= SHORTEST_TOKEN and is_key(token))
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod
@@ -707,12 +703,6 @@ Settings = TypeVar("Settings", bound=BaseModel)
 _LONGEST_SHOWN = 200
 _NEAR = 0.82  # a letter too few or two that changed places, not another account's key
 _SAME_WORD = 0.5
-_COLLECTOR = (
-    "OTEL_EXPORTER_OTLP_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
-)
-_OTEL = "OTEL_"
 _UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
 
 
@@ -735,7 +725,7 @@ def origins(
     environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
 ) -> dict[str, str]:
     """Where the value of each setting that is given comes from, in words, by its name."""
-    written = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    written = from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
     given = os.environ if environ is None else environ
     found: dict[str, str] = {}
     for field in Config.model_fields:
@@ -764,7 +754,7 @@ def misspelt(
     environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
 ) -> tuple[Doubt, ...]:
     """Names in the environment and in `.env` that are nearly a setting's."""
-    written = _from_dotenv(dotenv) if dotenv.is_file() else {}
+    written = from_dotenv(dotenv) if dotenv.is_file() else {}
     given = os.environ if environ is None else environ
     names = [name.upper() for model in (Config, Client) for name in model.model_fields]
     known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
@@ -793,7 +783,7 @@ def _nearly(name: str, known: Iterable[str]) -> str | None:
 def _loaded(
     model: type[Settings], environ: Mapping[str, str] | None, dotenv: Path | None
 ) -> Settings:
-    found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    found = from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
     found |= os.environ if environ is None else environ
     values: dict[str, str] = {}
     for field in model.model_fields:
@@ -810,25 +800,8 @@ def _loaded(
 def secret(name: str, dotenv: Path | None = Path(".env")) -> str:
     """A secret whose variable the policy's file names: from the environment over `.env`, or from
     the file that `<name>_FILE` names; empty where there is none. Raises ConfigError."""
-    found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    found = from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
     return _secret(name, found | os.environ).strip()
-
-
-def export_otel(dotenv: Path = Path(".env")) -> None:
-    """Put OpenTelemetry's variables of `.env` into the environment, where its SDK reads them; what
-    is in the environment stays. Raises ConfigError."""
-    written = _from_dotenv(dotenv) if dotenv.is_file() else {}
-    for name, value in written.items():
-        if name.startswith(_OTEL):
-            os.environ.setdefault(name, value)
-
-
-def names_a_collector(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether OpenTelemetry's own variables say where spans and metrics are to go."""
-    found = os.environ if environ is None else environ
-    if found.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    return any(found.get(name, "").strip() for name in _COLLECTOR)
 
 
 def allowed(field: str) -> str:
@@ -857,7 +830,8 @@ def _number(what: str, metadata: list[object]) -> str:
     return f"{what} from {bounds['ge']}" + (f" to {bounds['le']}" if "le" in bounds else " up")
 
 
-def _from_dotenv(path: Path) -> dict[str, str]:
+def from_dotenv(path: Path) -> dict[str, str]:
+    """What a file like `.env` says. Raises ConfigError where it can't be read."""
     try:
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
     except (OSError, UnicodeDecodeError) as unreadable:
@@ -909,77 +883,3 @@ def _one_line(value: str) -> str:
         value = f"{scheme}://{'***@' if at else ''}{place}{'?***' if asks else ''}"
     printable = "".join(letter if letter.isprintable() else " " for letter in value)
     return printable if len(printable) <= _LONGEST_SHOWN else f"{printable[:_LONGEST_SHOWN]}..."
-
-
-FILE_NAME = "operator.key"
-PREFIX = "tgop_"
-_RANDOM_BYTES = 32
-
-
-def operator_key(config: Config) -> SecretStr:
-    """The key of this deployment; makes the file where neither it nor ADMIN_TOKEN is there.
-
-    Raises ConfigError where it can neither be read nor made.
-    """
-    if config.admin_token is not None:
-        return config.admin_token
-    path = key_file(config)
-    try:
-        if not path.exists():
-            _make(path)
-        return _operator_key_sound(path, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as failed:
-        why = getattr(failed, "strerror", None) or "it is not text"
-        said = f"cannot be read or made ({why}); let this user write to it, or set ADMIN_TOKEN"
-        raise ConfigError("DATA_DIR", str(path), said) from None
-
-
-def existing_operator_key(config: Config) -> SecretStr | None:
-    """The key where it can be read here, for a command that makes none. Raises ConfigError where
-    the file holds no key."""
-    if config.admin_token is not None:
-        return config.admin_token
-    path = key_file(config)
-    try:
-        return _operator_key_sound(path, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def key_file(config: Config) -> Path:
-    return config.data_dir / FILE_NAME
-
-
-def _make(path: Path) -> None:
-    """Put a new key at `path`, unless one is there by then. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{FILE_NAME}.{secrets.token_hex(8)}")
-    descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{PREFIX}{secrets.token_urlsafe(_RANDOM_BYTES)}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Keep the file's name through a crash of the machine."""
-    with suppress(OSError):  # not every system lets a folder be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _operator_key_sound(path: Path, text: str) -> SecretStr:
-    key = text.strip()
-    if len(key) < SHORTEST_TOKEN or not _is_key(key):
-        said = f"must hold one key of {SHORTEST_TOKEN} characters or more; remove it to get another"
-        raise ConfigError("DATA_DIR", str(path), said)
-    return SecretStr(key)

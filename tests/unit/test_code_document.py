@@ -60,7 +60,7 @@ def test_the_storeys_are_those_of_the_contract(document: ModuleType) -> None:
     place = {name: number for number, names in enumerate(order) for name in names}
     drawn = document.HEAD.read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0]
     rows = [re.split(r"\s{6,}", line[13:])[0] for line in drawn.splitlines()]
-    names = [re.findall(r"[a-z]+", row) for row in rows]
+    names = [re.findall(r"[a-z_]+", row) for row in rows]
     assert {name for row in names for name in row} == set(place)
     highest = [min(place[name] for name in row) for row in names]
     assert highest == sorted(highest)

@@ -11,14 +11,16 @@ import pytest
 from pydantic import SecretStr
 
 from tidegate.errors import ConfigError
-from tidegate.settings import Config, existing_operator_key, key_file, operator_key
+from tidegate.operator_key import existing_operator_key, key_file, operator_key
+from tidegate.settings import Config
 from tidegate.telemetry.logging import redact
 
 # Each process writes a line with its key; none begins before all are there.
 _RACE = """
 import os, sys
 from pathlib import Path
-from tidegate.settings import Config, operator_key
+from tidegate.operator_key import operator_key
+from tidegate.settings import Config
 config = Config(data_dir=Path(sys.argv[1]))
 waits, begins = os.pipe()
 for _ in range(int(sys.argv[2])):

@@ -33,9 +33,7 @@ BANNER = re.compile(r"^\s*(?:#|--|//|/\*)\s*[-=#*~_+]{3,}")
 MAYBE_BANNER = re.compile(r"(?:#|--|//|/\*)\s*[-=#*~_+]{3,}")
 
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "long_files": {
-        "src/tidegate/settings.py": "every setting with its text, to be read as a whole",
-    },
+    "long_files": {},
     "skipped_tests": {
         "tests/integration/spine/test_ways.py": "Python 3.11 has no sys.monitoring to trace with",
     },

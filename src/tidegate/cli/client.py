@@ -182,7 +182,8 @@ class GatewayClient:
 
 def _operator_key(settings: Client) -> SecretStr | None:
     """The key of a deployment of these settings, where this user may read it."""
-    from tidegate.settings import existing_operator_key, load
+    from tidegate.operator_key import existing_operator_key
+    from tidegate.settings import load
 
     if not settings.is_on_this_machine:
         return None

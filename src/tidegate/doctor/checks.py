@@ -19,11 +19,12 @@ from tidegate.admission.charges import provider_of_upstream
 from tidegate.embedded.servers import command_of
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, Snapshot, format_pause
+from tidegate.operator_key import existing_operator_key, key_file
 from tidegate.policy.deployment import Upstream, doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
 from tidegate.policy.rollout import Origin, differences
 from tidegate.prices.catalog import ModelPrice, catalog
-from tidegate.settings import SECRETS, Config, existing_operator_key, key_file, origins
+from tidegate.settings import SECRETS, Config, origins
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import Total
 from tidegate.store.tenants import Key

@@ -26,8 +26,9 @@ from tidegate.errors import ConfigError, LimiterUnavailable
 from tidegate.http.browsers import CODE_S, make_code
 from tidegate.limiter import PoolPolicy, Snapshot, look_until
 from tidegate.metrics.instruments import SHARED, forget
+from tidegate.operator_key import key_file, operator_key
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
-from tidegate.settings import Config, key_file, load, operator_key
+from tidegate.settings import Config, load
 from tidegate.supervisor.services import Ground, environment_of, migrate, prepared
 from tidegate.supervisor.supervisor import (
     RENEW_SIGNAL,

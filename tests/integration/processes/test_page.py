@@ -12,9 +12,10 @@ from tests.gateway import Gateway, open_gateway
 from tests.waiting import wait_until
 from tidegate.embedded.servers import free_port
 from tidegate.http.browsers import checked
+from tidegate.operator_key import key_file
 from tidegate.policy.deployment import deployed
 from tidegate.policy.format import edit
-from tidegate.settings import Config, key_file
+from tidegate.settings import Config
 from tidegate.supervisor.services import Ground
 from tidegate.supervisor.up import Page, bounds_in_force
 

@@ -17,10 +17,11 @@ from tidegate.doctor import stores as postgresql
 from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State
 from tidegate.limiter import PoolPolicy, ServerReport, SessionView, Snapshot
+from tidegate.operator_key import key_file, operator_key
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.format import digest, to_plain
 from tidegate.prices.rates import Price
-from tidegate.settings import key_file, load, operator_key
+from tidegate.settings import load
 from tidegate.store.diagnostics import DatabaseReport
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import COUNTS, Total

@@ -1,0 +1,90 @@
+"""Key of the operator: ADMIN_TOKEN, or else the file `operator.key` in DATA_DIR.
+
+Invariant: all processes of a deployment read the same key. The first one that needs the file
+creates it by a hard link, readable by its user alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from tidegate.errors import ConfigError
+from tidegate.settings import SHORTEST_TOKEN, Config, is_key
+
+FILE_NAME = "operator.key"
+PREFIX = "tgop_"
+_RANDOM_BYTES = 32
+
+
+def operator_key(config: Config) -> SecretStr:
+    """The key of this deployment; makes the file where neither it nor ADMIN_TOKEN is there.
+
+    Raises ConfigError where it can neither be read nor made.
+    """
+    if config.admin_token is not None:
+        return config.admin_token
+    path = key_file(config)
+    try:
+        if not path.exists():
+            _make(path)
+        return _operator_key_sound(path, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as failed:
+        why = getattr(failed, "strerror", None) or "it is not text"
+        said = f"cannot be read or made ({why}); let this user write to it, or set ADMIN_TOKEN"
+        raise ConfigError("DATA_DIR", str(path), said) from None
+
+
+def existing_operator_key(config: Config) -> SecretStr | None:
+    """The key where it can be read here, for a command that makes none. Raises ConfigError where
+    the file holds no key."""
+    if config.admin_token is not None:
+        return config.admin_token
+    path = key_file(config)
+    try:
+        return _operator_key_sound(path, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def key_file(config: Config) -> Path:
+    return config.data_dir / FILE_NAME
+
+
+def _make(path: Path) -> None:
+    """Put a new key at `path`, unless one is there by then. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{FILE_NAME}.{secrets.token_hex(8)}")
+    descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(f"{PREFIX}{secrets.token_urlsafe(_RANDOM_BYTES)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Keep the file's name through a crash of the machine."""
+    with suppress(OSError):  # not every system lets a folder be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _operator_key_sound(path: Path, text: str) -> SecretStr:
+    key = text.strip()
+    if len(key) < SHORTEST_TOKEN or not is_key(key):
+        said = f"must hold one key of {SHORTEST_TOKEN} characters or more; remove it to get another"
+        raise ConfigError("DATA_DIR", str(path), said)
+    return SecretStr(key)
