@@ -309,9 +309,9 @@ def _learn(
     keepers: Mapping[str, PolicyKeeper],
     spine: Spine,
 ) -> None:
-    """Learn the limits of each upstream but Gemini's, whose answers have no headers about them."""
+    """Learn the limits of each upstream whose answers have headers about them."""
     for one in deployment.upstreams:
-        if one.pool != DEFAULT_POOL and one.name in spine.health:
+        if one.name in spine.health:
             announced = spine.health[one.name].announced
             learner = LimitLearner(keepers[one.pool], announced, one.learn)
             stack.callback(asyncio.create_task(learner.run()).cancel)

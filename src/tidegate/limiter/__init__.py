@@ -70,7 +70,7 @@ from tidegate.limiter.policy import (
     check_tenant,
 )
 from tidegate.limiter.queue import SPARE_MS
-from tidegate.limiter.session import Observer, State
+from tidegate.limiter.session import Observer, State, next_midnight_ms
 from tidegate.limiter.sync import SyncLimiter, SyncPermit, ThreadPermit
 from tidegate.limiter.views import (
     LimitView,
@@ -160,4 +160,5 @@ __all__ = [
     "limit_paused",
     "limited",
     "look_until",
+    "next_midnight_ms",
 ]

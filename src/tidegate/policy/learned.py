@@ -237,6 +237,9 @@ _STEP = 0.4
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
 # So long before it ends a charge is renewed, else there would be room for a moment.
 RENEWED_S = 2.5
+_DAY_MS = 86_400_000
+# How near a day the window of a bucket that refills in one must be, as its header implies it.
+NEAR = 1.2
 # Limits of a shorter window are over before anything is noticed.
 LEAST_WINDOW_S = 4 * RENEWED_S
 
@@ -320,6 +323,50 @@ class AccountUse:
         else:
             self._more = max(0.0, self._more - ENDS * lower)
         return self._more
+
+
+@dataclass(slots=True)
+class DayUse:
+    """What others take of a day's bound: as much as the provider has less of the day than the pool.
+
+    Charges last until the pool's day ends, so that they are for what is sure: what remained at the
+    last answer, and all that refills until then.
+    """
+
+    kept: int = 0
+
+    def due(
+        self, reading: HeaderReading, counted: int, in_force: int, left_ms: float, now: float
+    ) -> int:
+        """How much to charge now. counted: what the pool counts in its day, with all that was
+        charged here; left_ms: until its day ends."""
+        self.kept = min(self.kept, counted)  # another day may have begun
+        given = day_room(reading, left_ms, now)
+        if given is None:
+            return 0
+        beyond = round(in_force - counted - given)
+        if beyond <= NOTICED * min(in_force, reading.bound):
+            return 0
+        self.kept += beyond
+        return beyond
+
+
+def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None:
+    """How much of a day's bound the provider gives in the next `left_ms`, if nobody else takes any;
+    None where no header tells. A bound that begins again does so when its header says; any other,
+    or one that does not say, refills evenly."""
+    if reading.remaining is None:
+        return None
+    age_ms = (now - reading.at) * 1000
+    window_ms = reading.window_ms
+    if window_ms is None or is_near_day(window_ms):
+        return reading.remaining + reading.bound * (left_ms + age_ms) / _DAY_MS
+    reset_ms = window_ms * (reading.bound - reading.remaining) / reading.bound - age_ms
+    return reading.remaining + (reading.bound if reset_ms < left_ms else 0)
+
+
+def is_near_day(window_ms: float) -> bool:
+    return 1 / NEAR < window_ms / _DAY_MS < NEAR
 
 
 def is_stable(

@@ -22,19 +22,21 @@ from collections.abc import Callable, Mapping
 
 from tidegate.dialects.headers import RateStatus
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
-from tidegate.limiter import Rate, Snapshot
+from tidegate.limiter import LimitView, Quota, Rate, Snapshot, next_midnight_ms
 from tidegate.policy.deployment import Learn
 from tidegate.policy.format import plain_model
 from tidegate.policy.learned import (
     LEAST_WINDOW_S,
     MOST_READERS,
     AccountUse,
+    DayUse,
     HeaderReading,
     LearnedLimit,
     LearnedNote,
     LimitMatch,
     OthersUse,
     acceptance,
+    is_near_day,
     is_stable,
     learned_limits,
     newest,
@@ -58,11 +60,8 @@ _UNITS = {
     "images": "i",
 }
 _WINDOWS = {"second": "ps", "minute": "pm", "hour": "ph", "day": "pd"}
-_WINDOWS_MS = {"second": 1_000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 # Of providers whose headers leave it out, where it is no minute.
 _UNNAMED: Mapping[tuple[str, str], str] = {("groq", "requests"): "day"}
-# How near the window that the time until a rate is unused implies must be to a day.
-_NEAR = 1.2
 # Providers whose limits are windows that begin again; others are buckets.
 _BEGIN_AGAIN = ("azure",)
 
@@ -98,9 +97,7 @@ def _implied_ms(one: RateStatus) -> float | None:
 
 def _nearest(implied_ms: float | None) -> str:
     """A day where the time until the limit is unused implies one; else a minute."""
-    if implied_ms is not None and 1 / _NEAR < implied_ms / _WINDOWS_MS["day"] < _NEAR:
-        return "day"
-    return "minute"
+    return "day" if implied_ms is not None and is_near_day(implied_ms) else "minute"
 
 
 class LimitLearner:
@@ -121,6 +118,7 @@ class LimitLearner:
         self._others: tuple[OthersUse, ...] = ()  # of the leader
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
+        self._days: dict[str, DayUse] = {}
         self._stable: dict[str, tuple[int, float]] = {}
 
     async def run(self) -> None:
@@ -159,6 +157,7 @@ class LimitLearner:
         else:
             self._others = ()
             self._uses.clear()
+            self._days.clear()
 
     def _matched(self) -> LimitMatch:
         policy = self._limiter.policy
@@ -190,6 +189,8 @@ class LimitLearner:
     ) -> OthersUse | None:
         """Charge a limit in force with what others take of it; None where they take nothing."""
         limit, view = match.policy.limit(name), snapshot.limits.get(name)
+        if isinstance(limit, Quota):
+            return None if view is None else await self._of_day(limit, reading, view, before)
         bound = match.bound_for(reading, name) if isinstance(limit, Rate) else None
         if not isinstance(limit, Rate) or view is None or bound is None or view.sort != "r":
             return None
@@ -209,6 +210,21 @@ class LimitLearner:
         kept = use.kept(now)
         others = round(use.others) if use.acts else 0
         return OthersUse(name, others, kept) if others or kept else None
+
+    async def _of_day(
+        self, limit: Quota, reading: HeaderReading, view: LimitView, before: Mapping[str, OthersUse]
+    ) -> OthersUse | None:
+        """The same of a day's bound."""
+        name, now = view.limit, self._clock()
+        if view.sort != "q":
+            return None
+        if name not in self._days:
+            self._days[name] = DayUse(before[name].kept if name in before else 0)
+        use, left_ms = self._days[name], next_midnight_ms(limit.zone, now * 1000) - now * 1000
+        amount = use.due(reading, view.used, limit.bound, left_ms, now)
+        if amount:
+            await self._limiter.charge(name, amount)
+        return OthersUse(name, use.kept, use.kept) if use.kept else None
 
     async def _apply(self, found: list[LearnedLimit]) -> None:
         """Put in force what has been reported for some seconds and no person has set."""

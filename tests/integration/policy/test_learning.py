@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
+from tidegate.limiter import next_midnight_ms
 from tidegate.policy.inspection import Control
 from tidegate.policy.learned import LearnedLimit
 
@@ -136,6 +138,73 @@ async def test_what_nobody_set_is_in_force_by_itself_where_it_may_be(
 
         await wait_until(less_room, 20, "room that is kept free")
         assert keeper.limiter.policy.bound("rpm:gpt-5") == 500
+
+
+async def test_others_on_a_days_bound_are_noticed_and_it_is_learned(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    async with run_emulator() as provider:
+        day = {"models": "*", "unit": "requests", "bound": 200, "window_s": 86_400}
+        await provider.control.set_account(provider="groq", limits=[day])
+        (tmp_path / "tidegate.toml").write_text(
+            f"""
+            [upstreams.oai]
+            provider = "groq"
+            base_url = "{provider.url}/v1"
+            key = "OPENAI_API_KEY"
+            models = ["gpt-*"]
+
+            [upstreams.oai.limits]
+            "rpd:gpt-*" = 100
+            """
+        )
+        path = tmp_path / "tidegate.toml"
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+        assert await call(gateway) == 200
+
+        async def rose() -> bool:
+            found = await learned(gateway)
+            return "rpd:gpt-*" in found and found["rpd:gpt-*"].drift == "rose"
+
+        await wait_until(rose, 10, "the bound of the day")
+        limiter = gateway.services.keepers["oai"].limiter
+        assert (await limiter.snapshot()).limits["rpd:gpt-*"].used == 1
+        body = {"model": "gpt-5", "messages": MESSAGES}
+        for _ in range(190):  # another consumer takes nearly all of the account's day
+            headers = {"Authorization": "Bearer sk-of-calls"}
+            url = f"{provider.url}/v1/chat/completions"
+            async with gateway.http.post(url, json=body, headers=headers) as answer:
+                assert answer.status == 200
+        assert await call(gateway) == 200
+
+        async def kept() -> bool:
+            refills = 200 * (next_midnight_ms("America/Los_Angeles", time() * 1000) / 1000 - time())
+            room = 8 + refills / 86_400
+            used = (await limiter.snapshot()).limits["rpd:gpt-*"].used
+            shown = (await learned(gateway))["rpd:gpt-*"].others_share
+            return used >= 100 - room - 2 and (shown > 0 or used == 2)
+
+        await wait_until(kept, 10, "room that is kept free for the day")
+
+
+async def test_the_account_of_the_gemini_key_learns_where_its_server_tells(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    async with run_emulator() as provider:
+        limits = [{"models": "gemini-2.5-flash", "unit": "requests", "bound": 700}]
+        await provider.control.set_account(provider="gemini", limits=limits, headers="openai")
+        gateway = await open_gateway(worker=False, gemini_base_url=provider.url)
+        assert await call(gateway, "gemini-2.5-flash") == 200
+        services = gateway.services
+        own = Control(services.keeper, services.store.running_calls, services.store.tenants)
+
+        async def known() -> bool:
+            return [one.limit for one in await own.learned()] == ["rpm:gemini-2.5-flash"]
+
+        await wait_until(known, 10, "what the headers said")
+        done = await tidegate(gateway, "limits", "accept", "rpm:gemini-2.5-flash", "--json")
+        assert done.code == 0, done.complained
+        assert services.limiter.policy.bound("rpm:gemini-2.5-flash") == 700
 
 
 async def test_a_wrong_value_of_learn_is_refused(open_gateway: Opener, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import of_plain, to_plain
 from tidegate.policy.learned import (
     AccountUse,
+    DayUse,
     HeaderReading,
     LearnedLimit,
     LearnedNote,
@@ -233,3 +234,47 @@ def test_a_window_that_begins_again_is_no_use_of_others() -> None:
         counted = min(60, second) * 800
         use.read(HeaderReading("m", "tpm", 60_000, left, float(second)))
         assert use.due(float(second), counted, 60_000, 60_000) == 0
+
+
+HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
+
+
+def of_day(remaining: int | None, window_ms: float | None = DAY_MS) -> HeaderReading:
+    return HeaderReading("m", "rpd", 1_000, remaining, 100.0, window_ms)
+
+
+@pytest.mark.parametrize(
+    ("reading", "counted", "left_ms", "age_s", "due"),
+    [
+        # Half of the day is left, in which the bucket refills by 500: the pool may use no more.
+        (of_day(100), 0, DAY_MS / 2, 0, 400),
+        (of_day(100), 400, DAY_MS / 2, 0, 0),
+        (of_day(100), 300, DAY_MS / 2, 0, 100),
+        (of_day(100), 351, DAY_MS / 2, 0, 0),  # less than a twentieth may be an error of counting
+        (of_day(100, None), 0, DAY_MS / 2, 0, 400),
+        # What has refilled since the answer counts too.
+        (of_day(100), 0, DAY_MS / 2, 8_640, 300),
+        # A bound that begins again in 2 h 15 min: before the pool's day ends, and after it.
+        (of_day(100, 2.5 * HOUR_MS), 0, 3 * HOUR_MS, 0, 0),
+        (of_day(100, 2.5 * HOUR_MS), 0, 2 * HOUR_MS, 0, 900),
+        (of_day(100, 2.5 * HOUR_MS), 0, 2 * HOUR_MS, 1_000, 0),
+        (of_day(None), 0, HOUR_MS, 0, 0),
+    ],
+)
+def test_of_a_day_no_more_is_used_than_the_provider_gives_until_it_ends(
+    reading: HeaderReading, counted: int, left_ms: float, age_s: float, due: int
+) -> None:
+    use = DayUse()
+    assert use.due(reading, counted, 1_000, left_ms, reading.at + age_s) == due
+    assert use.kept == due
+    assert use.due(reading, counted + due, 1_000, left_ms, reading.at + age_s) == 0
+
+
+def test_what_is_kept_of_a_day_ends_with_it_and_is_for_the_limit_in_force() -> None:
+    use = DayUse(300)
+    assert use.due(of_day(1_000), 320, 1_000, HOUR_MS, 100.0) == 0
+    assert use.kept == 300
+    assert use.due(of_day(1_000), 10, 1_000, HOUR_MS, 100.0) == 0
+    assert use.kept == 10
+    # Far below the account's bound others take nothing of ours.
+    assert DayUse().due(of_day(500, None), 0, 200, 0.0, 100.0) == 0
