@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Limits = list[dict[str, Any]]
@@ -84,21 +84,50 @@ def _for(models: Sequence[str], rates: Mapping[str, int], window_ms: int) -> dic
     }
 
 
-def _openai_limits(window_s: float) -> Limits:
-    return [
-        _limit("gpt-5", "requests", PLENTY, window_s),
-        _limit("gpt-5", "tokens", TOKENS, window_s),
-        _limit("gpt-5-mini", "requests", REQUESTS, window_s),
-        _limit("gpt-5-mini", "tokens", PLENTY, window_s),
-    ]
+@dataclass(frozen=True, slots=True)
+class TwoClasses:
+    """An account with two classes of models: tokens bind the calls of `large`, requests those of
+    `small`.
+
+    tokens, unit, rate: the bound of the former, as the account and as our policy count it. checked:
+    into how many parts the window of requests is cut. patterns: of the account, for both.
+    """
+
+    large: str
+    small: str
+    tokens: int = TOKENS
+    unit: str = "tokens"
+    rate: str = "tpm"
+    checked: int = 1
+    patterns: tuple[str, str] | None = None
+
+    def limits(self, window_s: float) -> Limits:
+        large, small = self.patterns or (self.large, self.small)
+        requests_s = window_s / self.checked
+        return [
+            _limit(large, "requests", PLENTY, requests_s),
+            _limit(large, self.unit, self.tokens, window_s),
+            _limit(small, "requests", REQUESTS, requests_s),
+            _limit(small, self.unit, PLENTY, window_s),
+        ]
+
+    def policy(self, window_ms: int) -> Mapping[str, Any]:
+        return {
+            **_for([self.large], {self.rate: self.tokens}, window_ms),
+            **_for([self.small], {"rpm": REQUESTS}, window_ms // self.checked),
+        }
 
 
-def _openai_policy(window_ms: int) -> Mapping[str, Any]:
-    return {
-        **_for(["gpt-5"], {"tpm": TOKENS}, window_ms),
-        **_for(["gpt-5-mini"], {"rpm": REQUESTS}, window_ms),
-    }
-
+_OPENAI = TwoClasses("gpt-5", "gpt-5-mini")
+_GEMINI = TwoClasses("gemini-2.5-pro", "gemini-2.5-flash", unit="input_tokens", rate="itpm")
+# As the preset makes it of requests a minute: a sixth of them in 10 s.
+_AZURE = replace(_OPENAI, checked=6)
+_BEDROCK = TwoClasses(
+    "anthropic.claude-opus-4-5",
+    "anthropic.claude-haiku-4-5",
+    patterns=("anthropic.claude-opus*", "anthropic.claude-haiku*"),
+)
+_GROQ = TwoClasses("llama-70b", "llama-8b", tokens=TOKENS // 5)
 
 OPUS = ("claude-opus-4-5", "claude-opus-4-6")
 
@@ -129,73 +158,15 @@ def _first_anthropic_policy(window_ms: int) -> Mapping[str, Any]:
     }
 
 
-def _gemini_limits(window_s: float) -> Limits:
-    return [
-        _limit("gemini-2.5-pro", "requests", PLENTY, window_s),
-        _limit("gemini-2.5-pro", "input_tokens", TOKENS, window_s),
-        _limit("gemini-2.5-flash", "requests", REQUESTS, window_s),
-        _limit("gemini-2.5-flash", "input_tokens", PLENTY, window_s),
-    ]
-
-
-def _gemini_policy(window_ms: int) -> Mapping[str, Any]:
-    return {
-        **_for(["gemini-2.5-pro"], {"itpm": TOKENS}, window_ms),
-        **_for(["gemini-2.5-flash"], {"rpm": REQUESTS}, window_ms),
-    }
-
-
-def _azure_limits(window_s: float) -> Limits:
-    return [
-        _limit("gpt-5", "requests", PLENTY, window_s / 6),
-        _limit("gpt-5", "tokens", TOKENS, window_s),
-        _limit("gpt-5-mini", "requests", REQUESTS, window_s / 6),
-        _limit("gpt-5-mini", "tokens", PLENTY, window_s),
-    ]
-
-
-def _azure_policy(window_ms: int) -> Mapping[str, Any]:
-    """As the preset makes it of requests a minute: a sixth of them in 10 s."""
-    return {
-        **_for(["gpt-5"], {"tpm": TOKENS}, window_ms),
-        **_for(["gpt-5-mini"], {"rpm": REQUESTS}, window_ms // 6),
-    }
-
-
-def _bedrock_limits(window_s: float) -> Limits:
-    return [
-        _limit("anthropic.claude-opus*", "requests", PLENTY, window_s),
-        _limit("anthropic.claude-opus*", "tokens", TOKENS, window_s),
-        _limit("anthropic.claude-haiku*", "requests", REQUESTS, window_s),
-        _limit("anthropic.claude-haiku*", "tokens", PLENTY, window_s),
-    ]
-
-
-def _bedrock_policy(window_ms: int) -> Mapping[str, Any]:
-    return {
-        **_for(["anthropic.claude-opus-4-5"], {"tpm": TOKENS}, window_ms),
-        **_for(["anthropic.claude-haiku-4-5"], {"rpm": REQUESTS}, window_ms),
-    }
-
-
-def _groq_limits(window_s: float) -> Limits:
-    return [
-        _limit("llama-70b", "requests", PLENTY, window_s),
-        _limit("llama-70b", "tokens", TOKENS // 5, window_s),
-        _limit("llama-8b", "requests", REQUESTS, window_s),
-        _limit("llama-8b", "tokens", PLENTY, window_s),
-    ]
-
-
-def _groq_policy(window_ms: int) -> Mapping[str, Any]:
-    return {
-        **_for(["llama-70b"], {"tpm": TOKENS // 5}, window_ms),
-        **_for(["llama-8b"], {"rpm": REQUESTS}, window_ms),
-    }
+def _of_two(
+    name: str, dialect: str, account: TwoClasses, first: TwoClasses | None = None
+) -> MeasuredProvider:
+    models, at_first = (account.large, account.small), None if first is None else first.policy
+    return MeasuredProvider(name, dialect, models, account.limits, account.policy, at_first)
 
 
 PROVIDERS = (
-    MeasuredProvider("openai", "openai", ("gpt-5", "gpt-5-mini"), _openai_limits, _openai_policy),
+    _of_two("openai", "openai", _OPENAI),
     MeasuredProvider(
         "anthropic",
         "anthropic",
@@ -204,29 +175,10 @@ PROVIDERS = (
         _anthropic_policy,
         _first_anthropic_policy,
     ),
-    MeasuredProvider(
-        "gemini",
-        "gemini",
-        ("gemini-2.5-pro", "gemini-2.5-flash"),
-        _gemini_limits,
-        _gemini_policy,
-    ),
-    MeasuredProvider(
-        "azure",
-        "openai",
-        ("gpt-5", "gpt-5-mini"),
-        _azure_limits,
-        _azure_policy,
-        _openai_policy,
-    ),
-    MeasuredProvider(
-        "bedrock",
-        "anthropic",
-        ("anthropic.claude-opus-4-5", "anthropic.claude-haiku-4-5"),
-        _bedrock_limits,
-        _bedrock_policy,
-    ),
-    MeasuredProvider("groq", "openai", ("llama-70b", "llama-8b"), _groq_limits, _groq_policy),
+    _of_two("gemini", "gemini", _GEMINI),
+    _of_two("azure", "openai", _AZURE, first=_OPENAI),
+    _of_two("bedrock", "anthropic", _BEDROCK),
+    _of_two("groq", "openai", _GROQ),
 )
 
 AGENT = "claude-opus-4-6"
