@@ -14,6 +14,7 @@ import aiohttp
 import asyncpg
 import pytest
 
+from tests.accounts import write_accounts
 from tests.fleet import Fleet
 from tests.waiting import wait_until
 from tidegate.call import Usage
@@ -41,21 +42,7 @@ POOLS: dict[UsageProvider, str] = {"openai": "oai", "anthropic": "ant"}
 async def provider(tmp_path: Path) -> AsyncIterator[Emulator]:
     async with run_emulator() as emulator:
         await emulator.control.set_behaviour(answer="word " * 60, chunks=12, first_byte_ms=400)
-        (tmp_path / "tidegate.toml").write_text(
-            f"""
-            [upstreams.oai]
-            provider = "openai"
-            base_url = "{emulator.url}/v1"
-            key = "OPENAI_API_KEY"
-            models = ["gpt-*"]
-
-            [upstreams.ant]
-            provider = "anthropic"
-            base_url = "{emulator.url}"
-            key = "ANTHROPIC_API_KEY"
-            models = ["claude-*"]
-            """
-        )
+        write_accounts(tmp_path, emulator)
         yield emulator
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.accounts import ADMIN_KEY
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until, work_for
-from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.server import Emulator
 from tidegate.errors import ConfigError
 from tidegate.jobs.reconciliation import (
     NightlyReconciliation,
@@ -30,39 +30,12 @@ from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import USAGE_PROVIDERS, USAGE_TIMEOUTS, UsageProvider
 
 VERSION = {"anthropic-version": "2023-06-01"}
-ADMIN_KEY = "sk-admin-of-the-account"
 MODELS = ("gpt-5", "gpt-5-mini", "gpt-4.1")
 CLAUDE = "claude-haiku-4-5"
 
 
 def today() -> date:
     return datetime.now(UTC).date()
-
-
-@pytest.fixture
-async def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Emulator]:
-    """An emulator that two upstreams of the policy in `tidegate.toml` are accounts at."""
-    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-        monkeypatch.setenv(name, "sk-of-calls")
-    for name in ("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY"):
-        monkeypatch.setenv(name, ADMIN_KEY)
-    async with run_emulator() as emulator:
-        (tmp_path / "tidegate.toml").write_text(
-            f"""
-            [upstreams.oai]
-            provider = "openai"
-            base_url = "{emulator.url}/v1"
-            key = "OPENAI_API_KEY"
-            models = ["gpt-*", "text-embedding-*"]
-
-            [upstreams.ant]
-            provider = "anthropic"
-            base_url = "{emulator.url}"
-            key = "ANTHROPIC_API_KEY"
-            models = ["claude-*"]
-            """
-        )
-        yield emulator
 
 
 async def chat(gateway: Gateway, model: str, text: str, **more: Any) -> int:

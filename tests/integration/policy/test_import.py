@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.accounts import ADMIN_KEY
 from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
-from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.server import Emulator
 
 __all__ = ["open_gateway"]
 
-ADMIN_KEY = "sk-admin-very-secret"
 WITHIN_S = 5.0  # of the bar, for the command as a person runs it
 MESSAGES = [{"role": "user", "content": "Hello"}]
 LIMITS = [
@@ -26,29 +25,6 @@ LIMITS = [
     {"models": "gpt-4o", "unit": "tokens", "bound": 30_000},
     {"models": "gpt-5*", "unit": "requests", "bound": 500},
 ]
-
-
-@pytest.fixture
-async def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Emulator]:
-    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-        monkeypatch.setenv(name, "sk-of-calls")
-    for name in ("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY"):
-        monkeypatch.setenv(name, ADMIN_KEY)
-    async with run_emulator() as emulator:
-        (tmp_path / "tidegate.toml").write_text(
-            f"""
-            [upstreams.oai]
-            provider = "openai"
-            base_url = "{emulator.url}/v1"
-            models = ["gpt-*"]
-
-            [upstreams.ant]
-            provider = "anthropic"
-            base_url = "{emulator.url}"
-            models = ["claude-*"]
-            """
-        )
-        yield emulator
 
 
 @pytest.fixture
