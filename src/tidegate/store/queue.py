@@ -502,6 +502,7 @@ class ExpiredClaims:
         self.lookback.end(look, complete=retaken < AT_ONCE)
 
 
+_OF_ATTEMPT = ("model", "fence_epoch", "fence_sequence", "admitted_at", "upstream")
 MAX_LAPSES = 3  # workers that may die under a job before it counts as the killer
 _WORKER_DIED = Failure(
     code="worker_died",
@@ -868,11 +869,7 @@ class JobQueue:
                 row["attempt_id"],
                 int(failed.is_counted),
                 self._instance_id,
-                row["model"],
-                row["fence_epoch"],
-                row["fence_sequence"],
-                row["admitted_at"],
-                row["upstream"],
+                *map(row.get, _OF_ATTEMPT),
             )
             return True
 
