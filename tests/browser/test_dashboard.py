@@ -118,6 +118,46 @@ async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> Non
         await expect(seen.limit("used")).to_contain_text("0 / 2")
 
 
+async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_path: Path) -> None:
+    limit, running = "rpm:gemini-2.5-flash", stage.gateway
+    limits = [{"models": "gemini-2.5-flash", "unit": "requests", "bound": 4_321}]
+    await running.upstream.set_account(provider="gemini", limits=limits, headers="openai")
+    try:
+        assert await stage.native("Why?") == 200
+        for width in (400, 1360):
+            async with opened(stage, width=width) as seen:
+                row = seen.page.locator(f"[data-learned='{limit}']")
+                await expect(row).to_contain_text("4,321 as answers report it; no such limit")
+                await seen.is_accessible()
+                assert await seen.is_within()
+                card = seen.page.get_by_role("region", name="Limits")
+                await card.screenshot(path=tmp_path / f"learned-{width}.png")
+        async with opened(stage) as seen:
+            await seen.page.get_by_role("button", name=f"Accept {limit}").click()
+            dialog = seen.page.get_by_role("dialog", name=f"Accept {limit} as learned?")
+            await dialog.get_by_label("Reason").fill("as our tier has it")
+            await seen.is_accessible()
+            await dialog.get_by_role("button", name="Accept").click()
+            await expect(dialog).to_be_hidden()
+            await expect(seen.page.locator(".toast")).to_contain_text("in force as learned")
+            await expect(seen.limit("used", f"[data-limit='{limit}']")).to_contain_text("/ 4,321")
+            await expect(seen.page.locator(f"[data-learned='{limit}']")).to_have_count(0)
+            assert running.services.limiter.policy.bound(limit) == 4_321
+            (newest,) = await running.services.keeper.history(1)
+            assert (newest.set_by, newest.reason) == ("dashboard", "as our tier has it")
+            # Its provider's tier rises: the page says so beside what is in force.
+            await running.upstream.set_account(tier=2)
+            assert await stage.native("Why not?") == 200
+            row = seen.page.locator(f"[data-learned='{limit}']")
+            await expect(row).to_contain_text(
+                "8,642 as answers report it; 4,321 is in force: it rose"
+            )
+    finally:
+        await running.upstream.set_behaviour(account=None)
+        async with running.http.delete(f"{running.url}/admin/limits/{limit}") as answer:
+            assert answer.status in (200, 404)
+
+
 async def test_what_another_operator_has_changed_is_not_overwritten(stage: Stage) -> None:
     change = f"{stage.gateway.url}/admin/limits/kind:multi_modal"
     async with opened(stage) as seen:

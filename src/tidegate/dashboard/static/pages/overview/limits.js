@@ -19,7 +19,7 @@ export function limitsCard(pool) {
   const list = h("ul", { class: "limits" });
   const more = h("p", { class: "quiet-text card-body", hidden: true });
   const draw = keyed(list, (first) => row(first.limit, pool));
-  const learned = h("ul", { class: "limits card-body", "aria-label": "Learned limits", hidden: true });
+  const learned = h("ul", { class: "learned-limits", "aria-label": "Learned limits", hidden: true });
   const drawLearned = keyed(learned, (first) => learnedRow(first.limit, pool));
   const revision = h("span", { class: "quiet-text" });
   return {
@@ -49,15 +49,21 @@ export function limitsCard(pool) {
 
 /** A limit that the headers of answers report, and that is not in force so. */
 function learnedRow(limit, pool) {
-  const words = h("span", {});
+  const words = h("span", { class: "quiet-text" });
   const accept = h("button", { class: "button quiet small", type: "button" }, "Accept");
   accept.setAttribute("aria-label", `Accept ${limit}`);
   accept.addEventListener("click", () => acceptLimit(pool(), limit));
   return {
-    element: h("li", { data: { learned: limit } }, h("span", { class: "badge accent" }, "Learned"), " ", words, " ", accept),
+    element: h(
+      "li",
+      { data: { learned: limit } },
+      h("span", { class: "badge accent" }, "Learned"),
+      h("div", {}, h("b", { title: limit }, limit), words),
+      accept,
+    ),
     update(one) {
-      const now = one.in_force === null ? "none is in force" : `${count(one.in_force)} is in force, it ${one.drift}`;
-      say(words, `${limit}: ${count(one.bound)} (${now})`);
+      const now = one.in_force === null ? "no such limit is in force" : `${count(one.in_force)} is in force: it ${one.drift}`;
+      say(words, `${count(one.bound)} as answers report it; ${now}`);
     },
   };
 }
