@@ -38,9 +38,12 @@ _NO_WHOLE_DUMP = ("input file", "valid archive")
 
 
 def prune(config: Config, days: int | None) -> PruneReport:
-    """Delete what ended more than `days` (or RETENTION_DAYS) ago."""
+    """Delete what ended more than `days` (or RETENTION_DAYS) ago, and the parts of uploads that
+    processes left on this machine when they were killed."""
+    from tidegate.http.body import remove_leftovers
 
     async def work(connections: Connections) -> PruneReport:
+        await asyncio.to_thread(remove_leftovers, config.data_dir / "tmp")
         return await _retention(config, connections).prune(days or config.retention_days)
 
     return with_record(config, work)
