@@ -150,10 +150,12 @@ def test_a_failed_validation_ends_a_batch_before_its_first_line() -> None:
 def test_the_store_finds_a_batch_in_its_own_dialect_alone() -> None:
     bench = Bench()
     batch = bench.create(1, pace())
-    assert bench.store.find(batch.id, "openai") is batch
-    assert bench.store.find(batch.id, "anthropic") is None
+    assert bench.store.find(batch.id, "openai", "gone") is batch
+    with pytest.raises(Refused, match="gone"):
+        bench.store.find(batch.id, "anthropic", "gone")
     bench.store.delete(batch)
-    assert bench.store.find(batch.id, "openai") is None
+    with pytest.raises(Refused, match="gone"):
+        bench.store.find(batch.id, "openai", "gone")
 
 
 def test_a_refused_line_ends_with_its_own_error() -> None:

@@ -84,19 +84,17 @@ async def _create(served: Served, work: Work) -> web.Response:
 
 
 def _line(custom_id: str, params: Any, work: Work) -> ProviderBatchLine:
-    try:
+    def parsed() -> LineWork:
         if isinstance(params, dict) and params.get("stream"):
             raise Refused(400, "stream: streaming is not supported in a batch")
-        return ProviderBatchLine(custom_id, work(params))
-    except Refused as refused:
-        return ProviderBatchLine(custom_id, None, refused)
+        return work(params)
+
+    return ProviderBatchLine.of(custom_id, parsed)
 
 
 def _found(served: Served, batch_id: str) -> ProviderBatch:
-    batch = served.state.batches.find(batch_id, "anthropic")
-    if batch is None:
-        raise Refused(404, f"Message Batch not found: {batch_id}")
-    return batch
+    missing = f"Message Batch not found: {batch_id}"
+    return served.state.batches.find(batch_id, "anthropic", missing)
 
 
 def _show_one(served: Served, batch_id: str) -> Json:

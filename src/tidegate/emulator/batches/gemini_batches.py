@@ -148,10 +148,7 @@ def _line(index: int, item: Any, model: str, work: Work) -> ProviderBatchLine:
     metadata = item.get("metadata")
     key = str(item.get("key") or index)
     kept = metadata if isinstance(metadata, dict) else None
-    try:
-        return ProviderBatchLine(key, work(model, item.get("request")), None, kept)
-    except Refused as refused:
-        return ProviderBatchLine(key, None, refused, kept)
+    return ProviderBatchLine.of(key, partial(work, model, item.get("request")), kept)
 
 
 def _check_room(served: Served, model: str, lines: Sequence[ProviderBatchLine]) -> None:
@@ -166,10 +163,8 @@ def _check_room(served: Served, model: str, lines: Sequence[ProviderBatchLine]) 
 
 
 def _found(served: Served, name: str) -> ProviderBatch:
-    batch = served.state.batches.find(f"batches/{name}", "gemini")
-    if batch is None:
-        raise Refused(404, "Requested entity was not found.")
-    return batch
+    missing = "Requested entity was not found."
+    return served.state.batches.find(f"batches/{name}", "gemini", missing)
 
 
 def _show_one(served: Served, name: str) -> Json:

@@ -227,14 +227,8 @@ def _read(data: bytes, endpoint: str, work: Work, lines: list[ProviderBatchLine]
             message = f"The url and method of each request must be POST {endpoint}."
             yield _problem("invalid_url", message, number, "url")
         seen.add(custom_id)
-        lines.append(_line(custom_id, endpoint, body, work))
-
-
-def _line(custom_id: str, endpoint: str, body: Json, work: Work) -> ProviderBatchLine:
-    try:
-        return ProviderBatchLine(custom_id, work(endpoint, body | {"stream": False}))
-    except Refused as refused:
-        return ProviderBatchLine(custom_id, None, refused)
+        parsed = partial(work, endpoint, body | {"stream": False})
+        lines.append(ProviderBatchLine.of(custom_id, parsed))
 
 
 def _over(served: Served, model: str, lines: Sequence[ProviderBatchLine]) -> list[Json]:
@@ -254,10 +248,8 @@ def _over(served: Served, model: str, lines: Sequence[ProviderBatchLine]) -> lis
 
 
 def _found(served: Served, batch_id: str) -> ProviderBatch:
-    batch = served.state.batches.find(batch_id, "openai")
-    if batch is None:
-        raise Refused(404, f"No batch found with id '{batch_id}'.")
-    return batch
+    missing = f"No batch found with id '{batch_id}'."
+    return served.state.batches.find(batch_id, "openai", missing)
 
 
 def _show_one(served: Served, batch_id: str) -> Json:

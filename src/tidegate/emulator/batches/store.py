@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tidegate.emulator.dialect import Json, Refused
 from tidegate.emulator.settings import BatchPace
@@ -72,6 +72,16 @@ class ProviderBatchLine:
     state: LineState = "processing"
     answered: LineAnswer | None = None
     ended_ns: int = 0
+
+    @classmethod
+    def of(
+        cls, custom_id: str, parsed: Callable[[], LineWork], metadata: Json | None = None
+    ) -> Self:
+        """The line of a request as `parsed` reads it, or of its refusal."""
+        try:
+            return cls(custom_id, parsed(), None, metadata)
+        except Refused as refused:
+            return cls(custom_id, None, refused, metadata)
 
     @property
     def input_tokens(self) -> int:
@@ -196,9 +206,12 @@ class BatchStore:
         self._batches[batch.id] = self._open[batch.id] = batch
         return batch
 
-    def find(self, batch_id: str, dialect: str) -> ProviderBatch | None:
+    def find(self, batch_id: str, dialect: str, missing: str) -> ProviderBatch:
+        """Raises Refused (404), in the words of `missing`."""
         batch = self._batches.get(batch_id)
-        return batch if batch is not None and batch.dialect == dialect else None
+        if batch is None or batch.dialect != dialect:
+            raise Refused(404, missing)
+        return batch
 
     def delete(self, batch: ProviderBatch) -> None:
         del self._batches[batch.id]
