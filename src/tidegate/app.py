@@ -194,12 +194,12 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         spine = _spine_of(config, Targets(others), limiters, tracing, store)
         relay = await stack.enter_async_context(_open_relay(config, spine))
         prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
-        _learn(stack, others, keepers, spine)
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=spine.health)
         stack.callback(asyncio.create_task(watch.run()).cancel)
         board = Board(limiter, instance_id, ActiveCalls(), spine.health)
         stack.callback(asyncio.create_task(board.run()).cancel)
+        _learn(stack, others, keepers, spine, board)
         gate = Authenticator(
             store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms
         )
@@ -308,12 +308,15 @@ def _learn(
     deployment: Deployment,
     keepers: Mapping[str, PolicyKeeper],
     spine: Spine,
+    board: Board,
 ) -> None:
-    """Learn the limits of each upstream whose answers have headers about them."""
+    """Learn the limits of each upstream whose answers have headers about them. In the pool of all
+    processes the board's note says them too."""
     for one in deployment.upstreams:
         if one.name in spine.health:
             announced = spine.health[one.name].announced
-            learner = LimitLearner(keepers[one.pool], announced, one.learn)
+            share = board.share if one.pool == DEFAULT_POOL else None
+            learner = LimitLearner(keepers[one.pool], announced, one.learn, share=share)
             stack.callback(asyncio.create_task(learner.run()).cancel)
 
 

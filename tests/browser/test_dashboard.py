@@ -127,7 +127,7 @@ async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_pa
         for width in (400, 1360):
             async with opened(stage, width=width) as seen:
                 row = seen.page.locator(f"[data-learned='{limit}']")
-                await expect(row).to_contain_text("4,321 as answers report it; no such limit")
+                await expect(row).to_contain_text("Answers report 4,321; no such limit")
                 await seen.is_accessible()
                 assert await seen.is_within()
                 card = seen.page.get_by_role("region", name="Limits")
@@ -149,9 +149,7 @@ async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_pa
             await running.upstream.set_account(tier=2)
             assert await stage.native("Why not?") == 200
             row = seen.page.locator(f"[data-learned='{limit}']")
-            await expect(row).to_contain_text(
-                "8,642 as answers report it; 4,321 is in force: it rose"
-            )
+            await expect(row).to_contain_text("Answers report 8,642; 4,321 is in force: it rose")
     finally:
         await running.upstream.set_behaviour(account=None)
         async with running.http.delete(f"{running.url}/admin/limits/{limit}") as answer:

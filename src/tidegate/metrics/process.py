@@ -444,13 +444,14 @@ class Board:
         self._limiter = limiter
         self._health = health
         self._others = Recent(FRESH_S, self._read)
+        self._more: Mapping[str, Any] = {}
 
     async def run(self) -> None:
         """Tell the others, for ever."""
         while True:
             try:
                 if not self._is_away():
-                    await self._limiter.tell(packed(self.own()), KEEP_MS)
+                    await self._limiter.tell(packed(self.own(), self._more), KEEP_MS)
             except LimiterUnavailable as away:
                 log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=away.message)
             except Exception:  # the top of a task: logged, and it goes on
@@ -459,6 +460,11 @@ class Board:
 
     def _is_away(self) -> bool:
         return self._limiter.state == "away"
+
+    async def share(self, more: Mapping[str, Any]) -> None:
+        """Have the note of this process say more, by names of its own, from the next one on: a
+        process has one note in a pool."""
+        self._more = more
 
     def own(self) -> Note:
         """What this process has to tell, as of now."""
@@ -493,8 +499,8 @@ class Board:
         )
 
 
-def packed(note: Note) -> bytes:
-    return orjson.dumps(note)
+def packed(note: Note, more: Mapping[str, Any] | None = None) -> bytes:
+    return orjson.dumps({name: getattr(note, name) for name in _names(Note)} | dict(more or {}))
 
 
 def unpacked(raw: bytes) -> Note:

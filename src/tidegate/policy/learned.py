@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -85,12 +85,8 @@ class LearnedLimit:
     at: str
 
 
-def packed_note(note: LearnedNote) -> bytes:
-    return orjson.dumps(asdict(note))
-
-
 def unpacked_note(raw: bytes) -> LearnedNote:
-    """An empty one of a process that shares something else."""
+    """Of a process that shares something else too, or that alone: then an empty one."""
     told = orjson.loads(raw)
     if "readings" not in told:
         return LearnedNote()

@@ -18,7 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import orjson
 
 from tidegate.dialects.headers import RateStatus
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
@@ -40,7 +44,6 @@ from tidegate.policy.learned import (
     is_stable,
     learned_limits,
     newest,
-    packed_note,
     unpacked_note,
 )
 from tidegate.policy.rollout import PolicyKeeper
@@ -109,8 +112,11 @@ class LimitLearner:
         announced: Announced,
         learn: Learn,
         clock: Callable[[], float] = time.time,
+        share: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
     ) -> None:
+        """`share`: puts the note of this process into the pool, where it says more than this."""
         self._keeper = keeper
+        self._share = share or self._tell
         self._limiter = keeper.limiter
         self._announced = announced
         self._learn = learn
@@ -146,8 +152,7 @@ class LimitLearner:
         own = [reading for one in self._announced.all() for reading in readings_of(one, provider)]
         if not own:
             return
-        note = packed_note(LearnedNote(tuple(own), self._others))
-        await self._limiter.tell(note, KEEP_NOTE_MS)
+        await self._share(asdict(LearnedNote(tuple(own), self._others)))
         told = await self._limiter.told(MOST_READERS)
         notes = {sid: unpacked_note(raw) for sid, raw in told.items()}
         readers = [sid for sid, one in notes.items() if one.readings]
@@ -158,6 +163,9 @@ class LimitLearner:
             self._others = ()
             self._uses.clear()
             self._days.clear()
+
+    async def _tell(self, note: dict[str, Any]) -> None:
+        await self._limiter.tell(orjson.dumps(note), KEEP_NOTE_MS)
 
     def _matched(self) -> LimitMatch:
         policy = self._limiter.policy

@@ -144,7 +144,7 @@ async def test_a_stream_of_a_killed_api_explains_what_its_provider_counts(tmp_pa
         await fleet.control.set_behaviour(answer="word " * 400, chunks=20)
         await fleet.control.set_fault("hang_mid_stream", match="Go on", after_chunks=10)
         victim = fleet.url
-        body = {"prompt": "Go on and on", "type": "text_only"}
+        body = {"data": "Go on and on", "type": "text_only"}
         async with fleet.http.post(f"{victim}/stream", json=body) as response:
             assert response.status == 200, await response.read()
             request_id = response.headers["x-tidegate-request-id"]

@@ -204,7 +204,11 @@ async def test_the_account_of_the_gemini_key_learns_where_its_server_tells(
         await wait_until(known, 10, "what the headers said")
         done = await tidegate(gateway, "limits", "accept", "rpm:gemini-2.5-flash", "--json")
         assert done.code == 0, done.complained
-        assert services.limiter.policy.bound("rpm:gemini-2.5-flash") == 700
+
+        async def in_force() -> bool:
+            return services.limiter.policy.bound("rpm:gemini-2.5-flash") == 700
+
+        await wait_until(in_force, 10, "the limit that was accepted")
 
 
 async def test_a_wrong_value_of_learn_is_refused(open_gateway: Opener, tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+import orjson
 import pytest
 
 from tidegate.errors import NotFound
 from tidegate.limiter import PoolPolicy
+from tidegate.metrics.process import Note, packed, unpacked
 from tidegate.policy.format import of_plain, to_plain
 from tidegate.policy.learned import (
     AccountUse,
@@ -22,7 +24,6 @@ from tidegate.policy.learned import (
     acceptance,
     is_stable,
     learned_limits,
-    packed_note,
     unpacked_note,
 )
 
@@ -81,7 +82,9 @@ def test_the_newest_reading_of_all_processes_counts() -> None:
 
 def test_a_note_of_something_else_is_empty() -> None:
     note = LearnedNote((READ,), (OthersUse("tpm:gpt-5", 7, 9),))
-    assert unpacked_note(packed_note(note)) == note
+    assert unpacked_note(orjson.dumps(note)) == note
+    assert unpacked_note(packed(Note("api"), asdict(note))) == note, "beside what else it says"
+    assert unpacked(packed(Note("api", 3), asdict(note))) == Note("api", 3)
     assert unpacked_note(b'{"process": "api", "calls": []}') == LearnedNote()
 
 

@@ -57,13 +57,13 @@ function learnedRow(limit, pool) {
     element: h(
       "li",
       { data: { learned: limit } },
-      h("span", { class: "badge accent" }, "Learned"),
       h("div", {}, h("b", { title: limit }, limit), words),
+      h("span", { class: "badge accent" }, "Learned"),
       accept,
     ),
     update(one) {
       const now = one.in_force === null ? "no such limit is in force" : `${count(one.in_force)} is in force: it ${one.drift}`;
-      say(words, `${count(one.bound)} as answers report it; ${now}`);
+      say(words, `Answers report ${count(one.bound)}; ${now}`);
     },
   };
 }
