@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.accounts import ADMIN_KEY
+from tests.accounts import ADMIN_KEY, provider
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until, work_for
@@ -28,6 +28,8 @@ from tidegate.store.database import Connections
 from tidegate.store.statistics import Reconciliations
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import USAGE_PROVIDERS, USAGE_TIMEOUTS, UsageProvider
+
+__all__ = ["provider"]
 
 VERSION = {"anthropic-version": "2023-06-01"}
 MODELS = ("gpt-5", "gpt-5-mini", "gpt-4.1")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.accounts import ADMIN_KEY
+from tests.accounts import ADMIN_KEY, provider
 from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
 
-__all__ = ["open_gateway"]
+__all__ = ["open_gateway", "provider"]
 
 WITHIN_S = 5.0  # of the bar, for the command as a person runs it
 MESSAGES = [{"role": "user", "content": "Hello"}]
