@@ -41,8 +41,8 @@ from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.routing import Targets
 from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
-from tidegate.store.policies import Policies
 from tidegate.store.store import Store
+from tidegate.store.tenants import Policies
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Tracing
 from tidegate.upstream.fetch import ImageFetcher

@@ -408,6 +408,12 @@ class Config(BaseModel):
     claim_lease_ms: Milliseconds = setting(
         15_000, "How soon another worker takes over a dead worker's jobs."
     )
+    provider_batch_gather_ms: Milliseconds = setting(
+        60_000, "How long a job of the tier `batch` waits for others to share a provider's batch."
+    )
+    provider_batch_poll_ms: Milliseconds = setting(
+        60_000, "How often a provider is asked how far a batch is; with many of them less often."
+    )
     job_deadline_ms: Annotated[int | None, Field(ge=1)] = setting(
         None,
         "How long a job may wait for its turn before it expires, where the request gives no "

@@ -141,9 +141,8 @@ async def _read_record(
 ) -> None:
     """Read policies and keys; a part that can't be read has a finding of its own."""
     from tidegate.store.database import Connections
-    from tidegate.store.policies import Policies
     from tidegate.store.statistics import UsageTotals
-    from tidegate.store.tenants import Tenants
+    from tidegate.store.tenants import Policies, Tenants
 
     connections = Connections(url, size=1)
     try:

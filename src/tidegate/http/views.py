@@ -290,10 +290,11 @@ def status_view(record: RequestRecord, prefix: str, cost_micros: int | None = No
 def status_values(record: RequestRecord, prefix: str) -> dict[str, Any]:
     """The fields of `StatusView`; files are below `prefix`."""
     classification = record.classification
+    is_put_off = record.status is Status.QUEUED and record.tier is not Tier.BATCH
     return {
         **{name: _shown(getattr(record, name)) for name in _SAME_IN_STATUS},
         "submitted_at": record.created_at,
-        "retry_at": record.not_before if record.status is Status.QUEUED else None,
+        "retry_at": record.not_before if is_put_off else None,
         "text": record.text if record.endpoint is None else None,
         "answer": _answer(record),
         "images": [_file(one, prefix) for one in record.files if one.role == "output"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from tidegate.call import Caller, Status, Tier
+from tidegate.call import Caller, Media, Status, Tier, new_id
 from tidegate.dialects.requests import in_tier
 from tidegate.errors import (
     BudgetExceeded,
@@ -25,11 +27,12 @@ from tidegate.errors import (
     UpstreamError,
 )
 from tidegate.jobs.outages import Key
-from tidegate.record import CallRecord, Failure
+from tidegate.record import CallRecord, Failure, OutputFile
 from tidegate.spine.native import Relay, collected, detached_call, endpoint_named
 from tidegate.spine.prompt import Ask
 from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, OnAdmitted
+from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.records import ClaimedJob
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
@@ -198,3 +201,31 @@ def retry_wait_ms(
     jitter = (rng or random).uniform(0, ceiling)
     directed = min(error.retry_after_ms or 0, _LONGEST_SERVER_WAIT_MS)
     return round(directed + (jitter if not directed else jitter / 4))
+
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 4.0
+
+
+async def kept(blobs: Blobs, pictures: Iterable[Media]) -> tuple[OutputFile, ...]:
+    """Pictures as the files of a record. Raises StoreUnavailable when the blob store stays away for
+    long."""
+    files = []
+    for picture in pictures:
+        key = await _put(blobs, picture.data)
+        kind, data = picture.mime_type, picture.data
+        files.append(OutputFile(new_id(), kind, len(data), key, picture.name))
+    return tuple(files)
+
+
+async def _put(blobs: Blobs, data: bytes) -> str:
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        key = new_key(datetime.now(UTC))
+        try:
+            await blobs.put(key, data)
+            return key
+        except StoreUnavailable:
+            if pause_s > _LONGEST_PAUSE_S:
+                raise
+        await asyncio.sleep(pause_s)
+        pause_s *= 2

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ from enum import Enum, auto
 from functools import partial
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, Call, Kind, Media, Status, Tier, new_id
+from tidegate.call import DEFAULT_POOL, Call, Kind, Status, Tier
 from tidegate.errors import (
     ClaimLost,
     DeadlineExceeded,
@@ -38,6 +38,7 @@ from tidegate.jobs.calls import (
     caller_of,
     internal,
     is_of_upstream,
+    kept,
     key_of,
     log_end,
     places_of,
@@ -51,14 +52,15 @@ from tidegate.jobs.calls import (
 from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.offers import TierOffers
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
+from tidegate.jobs.provider_batches import ProviderBatchRunner
 from tidegate.limiter import Limiter, Permit
-from tidegate.record import RETRIED, CallRecord, Failure, OutputFile
+from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.routing import Target
 from tidegate.spine.run import MOST_TRIES, Terms
-from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.blobs import Blobs
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import UNSURE
 from tidegate.store.records import ClaimedJob, FailedTry
@@ -181,34 +183,6 @@ class CallBodies:
             yield body
 
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 4.0
-
-
-async def kept(blobs: Blobs, pictures: Iterable[Media]) -> tuple[OutputFile, ...]:
-    """Pictures as the files of a record. Raises StoreUnavailable when the blob store stays away for
-    long."""
-    files = []
-    for picture in pictures:
-        key = await _put(blobs, picture.data)
-        kind, data = picture.mime_type, picture.data
-        files.append(OutputFile(new_id(), kind, len(data), key, picture.name))
-    return tuple(files)
-
-
-async def _put(blobs: Blobs, data: bytes) -> str:
-    pause_s = _FIRST_PAUSE_S
-    while True:
-        key = new_key(datetime.now(UTC))
-        try:
-            await blobs.put(key, data)
-            return key
-        except StoreUnavailable:
-            if pause_s > _LONGEST_PAUSE_S:
-                raise
-        await asyncio.sleep(pause_s)
-        pause_s *= 2
-
-
 _UNSURE_WINDOW, _LARGEST_WINDOW = 16, 256
 _STORE_POLL_S = 0.25
 _LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
@@ -217,10 +191,6 @@ _CANCELS_EVERY_MS = 1_000
 _GIVEN_UP = "given up in the flex tier: only the usual tier still makes the job's deadline"
 
 log = get_logger()
-
-
-async def _no_batches(_upstream: str, _model: str) -> None:
-    return None
 
 
 class _JobRun:
@@ -271,18 +241,20 @@ class Worker:
     ) -> None:
         self._relay, self._spine = relay, relay.spine
         self._pool = pool
+        self._provider_batches = ProviderBatchRunner(config, store, blobs, relay, prompts)
         self._offers = TierOffers(
             config,
             OpenJobs(store.connections, pool),
             self._places_of,
             self._spine.lane,
-            takes=lambda _: False,
-            usual_batches=_no_batches,
+            takes=self._provider_batches.takes,
+            usual_batches=store.provider_batches.usual_ms,
         )
         self._outages = outages = Outages(self._spine.targets.upstreams)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         batches = BatchRunner(config, store, blobs, relay, self._put_off.held)
-        self._batches = batches.run if pool == DEFAULT_POOL else asyncio.Event.wait
+        beside = (batches.run, self._provider_batches.run)
+        self._beside = beside if pool == DEFAULT_POOL else ()
         self._config = config
         self._store = store
         self._blobs = blobs
@@ -340,14 +312,14 @@ class Worker:
             self._forever(self._watch_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
-        batches = asyncio.ensure_future(self._batches(stop))
+        beside = [asyncio.create_task(run(stop)) for run in self._beside]
         try:
             await stop.wait()
         finally:
             # The heartbeat goes on while the last jobs finish, or their claims would lapse.
             await self._close_feeders(tasks[: len(self._feeders)])
             await self._drain()
-            await batches
+            await asyncio.gather(*beside)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -447,6 +419,9 @@ class Worker:
         while True:
             try:
                 choice = await self._offers.choice(job, kind)
+                if choice is not None and choice.tier is Tier.BATCH:
+                    await self._provider_batches.put(job, choice)
+                    return None
                 if choice is None:
                     return job if job.tier is None else replace(job, tier=Tier.LIVE)
                 job = replace(

@@ -436,6 +436,9 @@ async def _why_ticket(control: Control, what: str) -> Reason:
 
 
 async def _why_running(control: Control, found: Whereabouts) -> Reason:
+    if found.is_for_batch:
+        said = f"is in a provider's batch for {_ago(found.admitted_at)} ({found.batch})"
+        return Reason(str(found.request_id), said, found.status.value)
     permits = [one for one in await control.permits() if one.request_id == found.request_id]
     sentence = f"has run for {_ago(found.admitted_at)} in {found.claimed_by}"
     if not permits:
@@ -449,10 +452,15 @@ async def _why_running(control: Control, found: Whereabouts) -> Reason:
     )
 
 
+_GATHERED = "waits to be put into a batch of its provider, with others"
+
+
 async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     """A job that waits: for its time, for a worker, or in a worker for a limit."""
     what, status = str(found.request_id), found.status.value
     if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
+        if found.is_for_batch:
+            return Reason(what, _GATHERED, status)
         sentence = f"waits {format_span(left)} more before it is tried again"
         if found.failure_code:
             sentence += f", after {found.failure_code}"
@@ -659,12 +667,14 @@ def waiting(
 ) -> Waiting:
     """`snapshot` is of the request's pool; None while Valkey is away. `told`: see `estimate_of`."""
     if found.status is Status.RUNNING:
-        return Waiting("is running")
+        return Waiting("is in a provider's batch" if found.is_for_batch else "is running")
     if found.status is not Status.QUEUED:
         return Waiting(f"has ended: {found.status.value}")
     if found.not_before is not None and found.not_before > now:
         left_ms = round((found.not_before - now).total_seconds() * 1000)
         said = f"is tried again in {format_span(left_ms)}"
+        if found.is_for_batch:
+            return Waiting(_GATHERED)
         return Waiting(
             f"{said}, after {found.failure_code}" if found.failure_code else said,
             retry_in_ms=left_ms,

@@ -36,8 +36,8 @@ from tidegate.policy.format import (
 )
 from tidegate.policy.presets import filled
 from tidegate.settings import Config
-from tidegate.store.policies import Policies
 from tidegate.store.records import PolicyRecord
+from tidegate.store.tenants import Policies
 from tidegate.telemetry.logging import Log, get_logger
 
 

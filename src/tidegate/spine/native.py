@@ -254,12 +254,13 @@ class NativeExchange:
         key = conversation_of(self._body)
         return None if key is None else ConversationKey(*key)
 
-    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
+    def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
         asked, endpoint = self._asked, self._call.endpoint
         if asked is None or not endpoint.is_counted:
             return CallCost(0, 0)
         prices = lane.demands.prices
-        rates = prices.bound(target.model, self._requested_tier())
+        rates_of = prices.of if tier else prices.bound  # chosen here, or by the client
+        rates = rates_of(target.model, tier or self._requested_tier())
         context_tokens, most_output = prices.most(target.model)
         if endpoint.operation is Operation.EMBED:
             most_output = 0
@@ -849,14 +850,14 @@ async def collected(
     """Make the call; `record.text` is then the whole answer. Raises what `Relay.run` raises, and
     UpstreamGarbled for an answer that is too long to keep, or compressed so that nobody reads it.
     """
-    await relay.run(call, _Kept(), record, admitted)
+    await relay.run(call, NothingOut(), record, admitted)
     if record.answer_bytes > KEPT_BYTES:
         raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
     if record.coding and not record.text:
         raise UpstreamGarbled(f"the answer is compressed ({record.coding[:20].decode('latin-1')})")
 
 
-class _Kept:
+class NothingOut:
     """Passes nothing on: the answer is kept in the call's `CallRecord`."""
 
     started = False

@@ -288,13 +288,14 @@ class PromptExchange:
         )
         return lane.gate.bind(question, target.model)
 
-    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
+    def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
+        """`tier`: that the gateway itself has chosen."""
         if demand.estimate is None:
             return CallCost(None, None, unknown="it was not estimated")
         call, is_question, prices = self._call, self._types is not None, lane.demands.prices
         context_tokens, most_output = prices.most(target.model)
         return call_cost(
-            prices.of(target.model),
+            prices.of(target.model, tier),
             demand.estimate,
             input_bytes=len(call.prompt.encode("utf-8", "replace")) + _JUDGE_BYTES * is_question,
             context_tokens=context_tokens,

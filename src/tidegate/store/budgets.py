@@ -400,7 +400,7 @@ class _Ask:
     needs: tuple[tuple[Binding, int], ...]
 
 
-class _Refused(NamedTuple):
+class Refusal(NamedTuple):
     """A book that had no room. until: on our clock, for how long that is certain."""
 
     binding: Binding
@@ -440,10 +440,10 @@ class Budgets:
         self._revision: int | None = None
         self._rules: tuple[Budget, ...] = ()
         self._static = lru_cache(10_000)(self._bound_statically)
-        self._asks: GroupWriter[_Ask, _Refused | None] = GroupWriter(self._reserve_all, _size_of)
+        self._asks: GroupWriter[_Ask, Refusal | None] = GroupWriter(self._reserve_all, _size_of)
         self._open: dict[UUID, UUID] = {}  # what is held, by whose request
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
-        self._refusals: dict[tuple[str, str], _Refused] = {}
+        self._refusals: dict[tuple[str, str], Refusal] = {}
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._seen_at = -math.inf
@@ -552,7 +552,7 @@ class Budgets:
     def refusal(self, bindings: Sequence[Binding], cost: CallCost) -> QuotaExceeded | None:
         """Why a call can't be made, as far as this process knows for certain: without I/O. Raises
         BudgetUnbounded."""
-        return self._known_refusal(_needs(bindings, cost))
+        return self._known_refusal(needs_of(bindings, cost))
 
     def _known_refusal(self, needs: Sequence[tuple[Binding, int]]) -> QuotaExceeded | None:
         for binding, need in needs:
@@ -562,7 +562,7 @@ class Budgets:
             if self._clock() >= known.until:
                 del self._refusals[binding.budget.name, binding.scope]
             elif known.why == "paused" or known.spent + need > known.amount:
-                return _error(known, need)
+                return refused_by(known, need)
         return None
 
     async def check(self, caller: Caller, model: str = "", subject: str | None = None) -> None:
@@ -580,8 +580,8 @@ class Budgets:
                 if book.paused_since is None and book.spent < book.amount:
                     continue
                 reset_at = book.reset_at
-                known = _Refused(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)
-                raise _error(known, 1)
+                known = Refusal(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)
+                raise refused_by(known, 1)
 
     async def reserve(self, bindings: Sequence[Binding], request_id: UUID, cost: CallCost) -> UUID:
         """Hold what a call may cost of all budgets that bind it, durably; `settle` must follow with
@@ -591,7 +591,7 @@ class Budgets:
         progress hold what is left, BudgetUnbounded, and StoreUnavailable. Cancelled, or where it
         raises, nothing stays held.
         """
-        needs = _needs(bindings, cost)
+        needs = needs_of(bindings, cost)
         if (error := self._known_refusal(needs)) is not None:
             raise error
         hold = new_id()
@@ -609,17 +609,17 @@ class Budgets:
         if refused is not None:
             del self._open[hold]
             need = next(n for one, n in needs if one == refused.binding)
-            raise _error(refused, need)
+            raise refused_by(refused, need)
         return hold
 
-    def _void(self, hold: UUID, request_id: UUID, order: asyncio.Future[_Refused | None]) -> None:
+    def _void(self, hold: UUID, request_id: UUID, order: asyncio.Future[Refusal | None]) -> None:
         """The caller was cancelled while the reservation was written."""
         if order.cancelled() or order.exception() is not None or order.result() is None:
             self.settle(hold, None)
         else:
             self._open.pop(hold, None)
 
-    async def _reserve_all(self, asks: Sequence[_Ask]) -> list[_Refused | Exception | None]:
+    async def _reserve_all(self, asks: Sequence[_Ask]) -> list[Refusal | Exception | None]:
         """Write reservations in one transaction."""
         books: dict[tuple[str, str], int] = {}
         bindings: list[Binding] = []
@@ -648,7 +648,7 @@ class Budgets:
         rows = await self._connections.run(work)
         if sent_at - self._seen_at >= _SEEN_EVERY_S:
             self._seen_at = sent_at
-        results: list[_Refused | Exception | None] = [None] * len(asks)
+        results: list[Refusal | Exception | None] = [None] * len(asks)
         for row in rows:
             refused = self._refused(bindings[row["book"]], row)
             results[row["call"]] = refused
@@ -658,12 +658,12 @@ class Budgets:
             self._tell_waiters()
         return results
 
-    def _refused(self, binding: Binding, row: asyncpg.Record) -> _Refused:
+    def _refused(self, binding: Binding, row: asyncpg.Record) -> Refusal:
         now = self._clock()
         for_s = _ROLLING_REMEMBERED_S if binding.budget.period == "rolling" else _REMEMBERED_S
         if row["reset_at"] is not None:
             for_s = min(for_s, (row["reset_at"] - datetime.now(UTC)).total_seconds())
-        return _Refused(
+        return Refusal(
             binding,
             row["why"],
             row["amount"],
@@ -681,7 +681,7 @@ class Budgets:
     ) -> Callable[[], None]:
         """Call `notify` once the call can't be made any more; the function that is returned ends
         that."""
-        waiter = _Waiter(_needs(bindings, cost), notify)
+        waiter = _Waiter(needs_of(bindings, cost), notify)
         self._waiters[id(waiter)] = waiter
 
         def end() -> None:
@@ -708,10 +708,10 @@ class Budgets:
 
     # After it
 
-    def settle(self, hold: UUID, charge: Charge | None) -> None:
+    def settle(self, hold: UUID, charge: Charge | None, request_id: UUID | None = None) -> None:
         """A call that holds something has ended and is charged so; with None it was not made. It is
-        written with the call's audit row, or else within a second."""
-        request_id = self._open.get(hold)
+        written with the call's audit row, or else within a second. request_id: of another's."""
+        request_id = request_id or self._open.get(hold)
         if charge is None:
             one = Settlement(hold, request_id, 0, 0, False)
         else:
@@ -731,7 +731,7 @@ class Budgets:
             for given in request_ids
             for _, one in self._pending.get(given if isinstance(given, UUID) else UUID(given), ())
         ]
-        await _settle(connection, found)
+        await settle_holds(connection, found)
 
     async def flush(self, after_s: float = 0.0) -> None:
         """Write what has waited for so long. Raises StoreUnavailable."""
@@ -739,7 +739,7 @@ class Budgets:
         due = [one for found in self._pending.values() for at, one in found if now - at >= after_s]
         if not due:
             return
-        await self._connections.run(lambda connection: _settle(connection, due))
+        await self._connections.run(lambda connection: settle_holds(connection, due))
         for one in due:
             self._open.pop(one.hold, None)
             left = [(at, other) for at, other in self._pending[one.request_id] if other is not one]
@@ -807,7 +807,7 @@ class Budgets:
         )
         strays = [Settlement(row["id"], None, 0, 0, False) for row in rows]
         if strays:
-            await self._connections.run(lambda connection: _settle(connection, strays))
+            await self._connections.run(lambda connection: settle_holds(connection, strays))
 
     async def charge_orphans(self) -> int:
         """Charge what dead processes hold, as estimates; how much was found. Raises
@@ -815,7 +815,7 @@ class Budgets:
         rows = await self._connections.rows("orphaned_budget_holds", DEAD_AFTER_S, _MOST_ORPHANS)
         orphans = [Settlement(row["id"], None, None, 0, True) for row in rows]
         if orphans:
-            await self._connections.run(lambda connection: _settle(connection, orphans))
+            await self._connections.run(lambda connection: settle_holds(connection, orphans))
             log.warning(Log.BUDGET_ESTIMATED, holds=len(orphans))
         return len(orphans)
 
@@ -832,17 +832,18 @@ async def correct_holds(
     last, *before = sorted({uuid_of(row["id"]) for row in holds}, reverse=True)
     # Whatever its tries before the last have cost is part of the whole.
     known = [Settlement(hold, request_id, 0, 0, False) for hold in before]
-    await _settle(connection, [Settlement(last, request_id, micros, tokens, False), *known])
+    await settle_holds(connection, [Settlement(last, request_id, micros, tokens, False), *known])
     await connection.execute(sql("count_budget_change"))
     return len(holds)
 
 
-async def _settle(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:
+async def settle_holds(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:
+    """Charge what was held, in a transaction of the caller's."""
     if settlements:
         await connection.execute(sql("settle_budgets"), dumps(one.row for one in settlements))
 
 
-def _needs(bindings: Sequence[Binding], cost: CallCost) -> tuple[tuple[Binding, int], ...]:
+def needs_of(bindings: Sequence[Binding], cost: CallCost) -> tuple[tuple[Binding, int], ...]:
     return tuple((one, one.budget.need(cost)) for one in bindings)
 
 
@@ -858,7 +859,7 @@ def _budget(row: Mapping[str, Any]) -> Budget:
     return record_of(Budget, row, each=tuple(row["each"]), alerts=tuple(row["alerts"]))
 
 
-def _error(refused: _Refused, need: int) -> QuotaExceeded:
+def refused_by(refused: Refusal, need: int) -> QuotaExceeded:
     budget, scope = refused.binding
     whose = f" of {', '.join(map(str, scope_values(scope)))}" if scope else ""
     spent, amount = budget.shown(refused.spent), budget.shown(refused.amount)

@@ -380,10 +380,11 @@ class QueueCaps:
         # Those that this process is committing may be there already: they count twice then, until
         # the next count.
         lines = await connection.fetchrow(sql("queued_of_batches"), tenant)
-        room.jobs = row["jobs"] + lines["jobs"] + self._submitting[tenant]
+        batched = await connection.fetchrow(sql("count_batched"), tenant, self._pool)
+        room.jobs = row["jobs"] + lines["jobs"] + batched["jobs"] + self._submitting[tenant]
         room.size_bytes = _UNKNOWN
         if caps.most_queued_bytes is not None:
-            in_all = row["size_bytes"] + lines["size_bytes"]
+            in_all = row["size_bytes"] + lines["size_bytes"] + batched["size_bytes"]
             room.size_bytes = in_all + self._submitting_bytes[tenant]
         return (time.monotonic() - began) * 1000
 

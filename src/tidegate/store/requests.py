@@ -20,7 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
-from tidegate.call import Classification, ClassifiedBy, Kind, Status, Usage, UsageDetails
+from tidegate.call import Classification, ClassifiedBy, Kind, Status, Tier, Usage, UsageDetails
 from tidegate.errors import NotFound
 from tidegate.record import Failure
 from tidegate.store import records as rows
@@ -573,7 +573,8 @@ async def _unpacked(packed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """A request. `claimed_by` is the process that has it, None while none has."""
+    """A request. `claimed_by` is the process that has it, None while none has. batch: which one of
+    its provider it is in, and why that stands still."""
 
     request_id: UUID
     tenant_id: str
@@ -588,6 +589,13 @@ class Whereabouts:
     admitted_at: datetime | None
     finished_at: datetime | None
     failure_code: str | None
+    tier: str | None = None
+    batch: str | None = None
+
+    @property
+    def is_for_batch(self) -> bool:
+        """Whether it is in a batch of its provider, or waits for one."""
+        return self.tier == Tier.BATCH and self.claimed_by is None
 
 
 @dataclass(frozen=True, slots=True)

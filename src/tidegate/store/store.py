@@ -21,13 +21,13 @@ from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import AlertOutbox, WebhookOutbox
-from tidegate.store.policies import Policies
+from tidegate.store.provider_batches import ProviderBatches
 from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import History, QueueDepths, Reconciliations, UsageTotals
-from tidegate.store.tenants import Tenants
+from tidegate.store.tenants import Policies, Tenants
 
 READ_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_MS = 6_000
@@ -52,15 +52,13 @@ class Store:
         claim_lease_ms: int,
         listeners: CallListeners | None = None,
     ) -> None:
-        self.instance_id = instance_id
-        self.blobs = blobs
+        self.instance_id, self.blobs = instance_id, blobs
         self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
         self.spill, self.journal = Spill(spill_dir, spill_max_bytes), CallJournal(spill_dir)
         self.budgets = Budgets(connections, instance_id=instance_id, folder=spill_dir.parent)
         self.usage, self.reconciliations = UsageTotals(connections), Reconciliations(connections)
         self.notifications = Notifications(connections)
-        self.notifications.on_budgets.append(self.budgets.changed)
         self.audit = AuditLog(
             connections,
             self.notifications,
@@ -72,15 +70,11 @@ class Store:
             instance_id=instance_id,
             when_full=audit_full,
         )
-        self.jobs = Jobs(connections, self.notifications, self.listeners, instance_id=instance_id)
-        self.queue_caps = QueueCaps(connections)
-        self.queue = JobQueue(
-            connections,
-            self.notifications,
-            self.listeners,
-            self.audit,
-            instance_id=instance_id,
-            lease_ms=claim_lease_ms,
+        told = (connections, self.notifications, self.listeners)
+        self.jobs = Jobs(*told, instance_id=instance_id)
+        self.queue = JobQueue(*told, self.audit, instance_id=instance_id, lease_ms=claim_lease_ms)
+        self.provider_batches = ProviderBatches(
+            connections, self.notifications, self.queue, self.budgets, instance_id, claim_lease_ms
         )
         self.batches = Batches(connections, self.notifications, self.audit, instance_id)
         self.batch_lines = BatchLines(
@@ -94,8 +88,8 @@ class Store:
         self.requests = Requests(connections, blobs, self.notifications)
         self.running_calls = ActiveRequests(connections)
         self.queue_depths = QueueDepths(connections)
+        self.queue_caps, self.history = QueueCaps(connections), History(connections, instance_id)
         self.stuck = StuckWork(connections, self.notifications)
-        self.history = History(connections, instance_id)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
         self.outbox, self.alerts = WebhookOutbox(connections), AlertOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)
@@ -103,6 +97,7 @@ class Store:
     async def start(self) -> None:
         """Begin to connect in the background: PostgreSQL may come later."""
         self.connections.start()
+        self.notifications.on_budgets.append(self.budgets.changed)
         self.journal.open()
         self.audit.start()
         self._background = asyncio.gather(make_partitions(self.connections), self.budgets.run())

@@ -190,7 +190,7 @@ def with_keeper(
     """
     from tidegate.policy.rollout import open_pool
     from tidegate.store.database import Connections
-    from tidegate.store.policies import Policies
+    from tidegate.store.tenants import Policies
 
     wanted = policy_of(config, pool)
     provider = provider_of_pool(config, pool)

@@ -534,11 +534,14 @@ class RelayWire:
         body: bytes | AsyncIterator[bytes] | None,
         on_sent: Callable[[], None] | None = None,
         timeouts: Timeouts | None = None,
+        *,
+        once: bool = False,
     ) -> Exchange:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
         `timeouts`: other ones than those of all calls, but for connecting. `on_sent` is called when
-        there is a connection, before the first byte goes out.
+        there is a connection, before the first byte goes out. `once`: on a new connection, so that
+        it can't have to be sent again.
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
         Where a kept connection was closed as we sent, the request is sent again, once, on a new
@@ -553,7 +556,7 @@ class RelayWire:
         if body is None and method != "GET":
             body = b""
         origin = place.origin
-        again = body is None or isinstance(body, bytes)
+        again = not once and (body is None or isinstance(body, bytes))
         kept = self._idle_one(origin) if again else None
         connection = kept or await self._connect(origin)
         if on_sent is not None:

@@ -13,7 +13,7 @@ import pytest
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy.rollout import PolicyKeeper, policy_to_start_with
 from tidegate.store.database import Connections
-from tidegate.store.policies import Policies
+from tidegate.store.tenants import Policies
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import PoolPolicy
 from tidegate.policy import rollout as keeping
 from tidegate.policy.format import Plain, share_edit
-from tidegate.store import policies
+from tidegate.store import tenants
 from tidegate.telemetry.logging import Log
 
 
@@ -93,7 +93,7 @@ async def test_what_is_set_live_is_in_force_everywhere_and_outlives_every_start(
 async def test_what_tenants_were_given_goes_on_through_deployments(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policies, "_LIVE_KEPT", 2)
+    monkeypatch.setattr(tenants, "_LIVE_KEPT", 2)
     one = await start(5)
     await recorded(one, (1, "deployment", 5))
     for weight in (2, 3, 4):

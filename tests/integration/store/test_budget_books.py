@@ -301,7 +301,7 @@ async def test_a_settlement_that_is_written_twice_counts_once(
     budgets.settle(hold, cut(90))
     for _ in range(2):
         await connections.run(
-            lambda connection: module._settle(
+            lambda connection: module.settle_holds(
                 connection, [one for found in budgets._pending.values() for _, one in found]
             )
         )

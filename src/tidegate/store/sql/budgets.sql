@@ -98,9 +98,9 @@ INSERT INTO budget_instances (instance) VALUES ($1)
 ON CONFLICT (instance) DO UPDATE SET seen_at = now()
 
 -- name: orphaned_budget_holds
--- Up to $2 reservations of processes that were last heard of more than $1 seconds ago.
+-- Up to $2 reservations of processes that were last heard of more than $1 seconds ago; not of batches at providers.
 SELECT DISTINCT h.id FROM budget_holds h LEFT JOIN budget_instances i USING (instance)
-WHERE h.estimated_at IS NULL
+WHERE h.estimated_at IS NULL AND h.instance <> 'provider batches'
     AND coalesce(i.seen_at, h.held_at) < now() - $1::double precision * interval '1 second'
 LIMIT $2
 

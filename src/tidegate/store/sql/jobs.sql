@@ -72,6 +72,21 @@ FROM unnest($3::text[]) AS lanes (lane) CROSS JOIN LATERAL (
     ORDER BY priority DESC, created_at, id LIMIT $4
 ) AS ready
 
+-- name: count_batched
+-- The jobs of tenant $1 in pool $2 that wait for a provider's batch or are in one, and their bytes.
+SELECT count(*) AS jobs, coalesce(sum(octet_length(one.prompt) + coalesce((
+    SELECT sum(f.size_bytes) FROM files f WHERE f.request_id = one.id AND f.role = 'input'
+), 0)), 0)::bigint AS size_bytes
+FROM (
+    SELECT id, prompt FROM requests
+    WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
+        AND pool = $2 AND tenant_id = $1 AND not_before IS NOT NULL
+    UNION ALL
+    SELECT id, prompt FROM requests
+    WHERE coalesce(status = 'running' AND claimed_by IS NULL AND tier = 'batch', false)
+        AND pool = $2 AND tenant_id = $1
+) AS one
+
 -- name: set_queued
 -- Note what tenant $1 has queued in pool $2, and where it was counted how long that took.
 UPDATE queued SET jobs = $3, size_bytes = $4,

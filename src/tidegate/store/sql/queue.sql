@@ -143,7 +143,7 @@ WITH RECURSIVE tenants AS (
         FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
             AND pool = $1 AND tenant_id = tenants.tenant_id AND kind IS NOT NULL
-            AND coalesce(batch_after <= now(), true)
+            AND not_before > now() AND coalesce(batch_after <= now(), true)
         ORDER BY created_at, id LIMIT $3
     ) AS head
 ), due AS (
@@ -155,7 +155,8 @@ WITH RECURSIVE tenants AS (
     FROM (SELECT * FROM waiting WHERE (SELECT is_due FROM due) ORDER BY turn, created_at) AS w
     CROSS JOIN LATERAL (
         SELECT id FROM requests
-        WHERE id = w.id AND coalesce(tier = 'batch' AND claimed_by IS NULL AND status = 'queued', false)
+        WHERE id = w.id
+            AND coalesce(tier = 'batch' AND claimed_by IS NULL AND status = 'queued', false)
         FOR UPDATE SKIP LOCKED
     ) AS r
     LIMIT $3

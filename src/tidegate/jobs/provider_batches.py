@@ -1,0 +1,688 @@
+"""Jobs in the batches of the providers' own batch APIs: gathered, sent, polled, read.
+
+    put ──► parked ── gathered with others ──► in a batch ── results ──► ended, each by itself
+              ▲                                    │
+              └──────── no answer, or a faster tier ┘
+
+Each step of a batch is claimed and can be repeated by another worker. The jobs of a batch are
+written down before anything is sent, and that it is being created before the request for that: if
+its reply is lost, the provider's list is asked, and nothing is created again before that has said
+no.
+
+Invariants: what a provider's outage or a full queue there holds up fails no job; a line ends once,
+with its record; only a line without an answer goes back to the queue; a batch is polled at most
+once in `provider_batch_poll_ms`, and all of an upstream `_POLLS` times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from uuid import UUID
+
+from tidegate.call import DEFAULT_POOL, NO_CHARGE, UNKNOWN_CHARGE, Call, Charge, Tier, new_id
+from tidegate.dialects.spec import Dialect, Endpoint
+from tidegate.errors import (
+    ClaimLost,
+    InvalidRequest,
+    QuotaExceeded,
+    StoreUnavailable,
+    TidegateError,
+    UpstreamError,
+)
+from tidegate.jobs.calls import (
+    ask_of,
+    caller_of,
+    is_of_upstream,
+    kept,
+    log_end,
+    record_of,
+    retry_wait_ms,
+    spent_wait_ms,
+    status_of,
+)
+from tidegate.jobs.tiers import TierChoice
+from tidegate.record import RETRIED, CallRecord, Failure
+from tidegate.settings import Config
+from tidegate.spine.batched import BatchableCall, BatchedCalls, prompt_endpoint
+from tidegate.spine.native import Relay, detached_call, endpoint_named
+from tidegate.spine.prompt import PromptCalls
+from tidegate.spine.routing import Target
+from tidegate.spine.run import Terms
+from tidegate.store.blobs import Blobs
+from tidegate.store.budgets import Binding, needs_of, refused_by
+from tidegate.store.database import until_quick
+from tidegate.store.jobs import CANCELLED
+from tidegate.store.provider_batches import JoiningJob, OpenLine, UpstreamBatch
+from tidegate.store.records import ClaimedJob
+from tidegate.store.store import Store
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import parent_of
+from tidegate.upstream.batch_api import (
+    BatchApi,
+    BatchedCall,
+    BatchOutline,
+    BatchProgress,
+    LineResult,
+    batch_api,
+)
+
+MOST_LINES = 2_000
+MOST_BYTES = 16_000_000
+PARKED_S = 6 * 3600.0
+_LOOK_EVERY_S = 0.25
+_AT_ONCE = 4
+_POLLS = 60
+_CHUNK = 100
+_PRUNE_EVERY_S = 3600.0
+# How long a request to create a batch may be under way after its process was killed.
+_SETTLED_AFTER_LEASES = 2
+_LOST_AFTER = timedelta(hours=50)  # longer than any provider's window
+
+log = get_logger()
+
+
+_GroupKey = tuple[str, str, str, str]  # upstream, dialect, path and model
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A claimed job with its call, and what it needs of budgets. key: what all lines of a batch
+    have in common."""
+
+    job: ClaimedJob
+    endpoint: Endpoint
+    call: BatchableCall
+    needs: tuple[tuple[Binding, int], ...]
+
+    @property
+    def key(self) -> _GroupKey:
+        target = self.call.target
+        return target.upstream.name, self.endpoint.dialect, self.endpoint.path, target.model
+
+
+class ProviderBatchRunner:
+    """One process's share of all batches at providers."""
+
+    def __init__(
+        self, config: Config, store: Store, blobs: Blobs, relay: Relay, prompts: PromptCalls
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._batches = store.provider_batches
+        self._blobs = blobs
+        self._relay, self._prompts = relay, prompts
+        self._calls = BatchedCalls(relay)
+        self._apis: dict[tuple[str, str], BatchApi] = {}
+        self._in_hand: dict[UUID, asyncio.Task[None]] = {}
+        self._making: set[UUID] = set()
+
+    # What a worker asks of it
+
+    def takes(self, job: ClaimedJob) -> bool:
+        """Whether there is a batch API for a job's call, at a price that is known."""
+        return self._target(job) is not None
+
+    async def put(self, job: ClaimedJob, choice: TierChoice) -> None:
+        """Park a claimed job for the next batch. Raises StoreUnavailable."""
+        revisit_at = choice.revisit_at
+        until = _parked_until(revisit_at)
+        await self._store.queue.park([job], until, why=choice.why, revisit_at=revisit_at)
+
+    def _target(self, job: ClaimedJob) -> tuple[Endpoint, Target] | None:
+        kind = job.classification.kind
+        if kind is None:
+            return None
+        if job.endpoint is None:
+            endpoint = prompt_endpoint(job.model or self._config.model_for(kind))
+        else:
+            try:
+                endpoint = endpoint_named(job.endpoint)
+            except InvalidRequest:
+                return None
+        target = self._calls.target(endpoint, endpoint.model or job.model or "")
+        return None if target is None else (endpoint, target)
+
+    # Its loops
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set; a step that has begun has the grace to end."""
+        loops = (self._gather_all, self._see_to_all, self._prune_all)
+        tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
+        try:
+            await stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            steps = set(self._in_hand.values())
+            if steps:
+                await asyncio.wait(steps, timeout=self._config.shutdown_grace_ms / 1000)
+            for step in steps:
+                step.cancel()
+            await asyncio.gather(*steps, return_exceptions=True)
+            try:
+                await self._batches.leave()
+            except StoreUnavailable as away:  # others wait for the lease
+                log.debug(Log.STORE_AWAY, detail=away.message)
+
+    async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await loop()
+            except StoreUnavailable as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and the loop starts again
+                log.exception(Log.WORKER_LOOP_FAILED)
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _prune_all(self) -> None:
+        await self._batches.prune()
+        await asyncio.sleep(_PRUNE_EVERY_S)
+
+    async def _gather_all(self) -> None:
+        """Make batches of the jobs that have waited long enough, as long as there are any."""
+        gather_ms = self._config.provider_batch_gather_ms
+        while jobs := await self._store.queue.claim_by(
+            "claim_batched", DEFAULT_POOL, MOST_LINES, MOST_BYTES, gather_ms
+        ):
+            try:
+                await self._gather(jobs)
+            finally:  # what this process forgets is free again with its next heartbeat
+                for job in jobs:
+                    self._store.queue.settled(job)
+
+    async def _see_to_all(self) -> None:
+        """Take the batches that are due, a few at a time."""
+        while len(self._in_hand) < _AT_ONCE:
+            batch = await self._batches.take({*self._in_hand, *self._making})
+            if batch is None:
+                return
+            self._go_on(batch)
+
+    # From jobs to a batch
+
+    async def _gather(self, jobs: Sequence[ClaimedJob]) -> None:
+        if self._store.budgets.any:
+            await self._store.budgets.known()
+        groups: defaultdict[_GroupKey, list[_Ready]] = defaultdict(list)
+        for job in jobs:
+            if (ready := await self._ready(job)) is not None:
+                groups[ready.key].append(ready)
+        for group in groups.values():
+            await self._begin(group)
+
+    async def _ready(self, job: ClaimedJob) -> _Ready | None:
+        """The job's call as a line; None where it is none: the usual tier says why."""
+        try:
+            found = self._target(job)
+            if found is None:
+                raise InvalidRequest("tier", "no provider's batch takes it any more")
+            endpoint, target = found
+            call = await self._line(job, endpoint, target)
+            return _Ready(job, endpoint, call, self._needs(job, call))
+        except StoreUnavailable:
+            raise
+        except TidegateError as wrong:
+            log.info(Log.PROVIDER_BATCH_LEFT, request_id=str(job.request_id), reason=wrong.message)
+            await self._batches.turn_away([job])
+            return None
+
+    async def _line(self, job: ClaimedJob, endpoint: Endpoint, target: Target) -> BatchableCall:
+        """Raises StoreUnavailable, NotFound and what a call raises that can't be made."""
+        record, caller = record_of(job), caller_of(job)
+        kind = job.classification.kind
+        if job.endpoint is None:
+            assert kind is not None
+            media = await self._prompts.media(ask_of(job))
+            model, tenant = endpoint.model or target.model, job.tenant_id
+            call = Call(job.request_id, job.prompt, kind, model, media, tenant, job.priority)
+            terms = Terms(job.request_id, caller, time.monotonic())
+            return self._calls.of_prompt(call, terms, target, record)
+        body = job.prompt.encode()
+        for attachment in job.attachments:  # the body, where it is a large one
+            body = await self._blobs.get(attachment.blob_key)
+        native = detached_call(
+            request_id=job.request_id,
+            path=job.endpoint,
+            body=body,
+            caller=caller,
+            priority=job.priority,
+            deadline_ms=None,
+        )
+        return self._calls.of_native(native, target, record)
+
+    def _needs(self, job: ClaimedJob, call: BatchableCall) -> tuple[tuple[Binding, int], ...]:
+        """Of the budgets that bind the job. Raises BudgetUnbounded."""
+        if call.cost is None:
+            return ()
+        model = call.target.model
+        bindings = self._store.budgets.binding(caller_of(job), model, job.subject)
+        return needs_of(bindings, call.cost)
+
+    async def _begin(self, group: Sequence[_Ready]) -> None:
+        """Write down a batch with its jobs, and go on with it."""
+        target, endpoint = group[0].call.target, group[0].endpoint
+        batch = UpstreamBatch(
+            id=new_id(),
+            pool=DEFAULT_POOL,
+            upstream=target.upstream.name,
+            dialect=endpoint.dialect,
+            endpoint=endpoint.path,
+            model=target.model,
+            key_digest=sha256(target.upstream.key.encode()).digest(),
+            lines=len(group),
+            size_bytes=sum(len(one.call.body) for one in group),
+        )
+        joining = [JoiningJob(one.job, one.needs, one.job.revisit_at) for one in group]
+        self._making.add(batch.id)  # this task goes on with it
+        try:
+            begun = await self._batches.begin(batch, joining)
+            if begun.batch is not None:
+                bodies = {line: one.call.body for line, one in enumerate(group)}
+                self._go_on(begun.batch, bodies)
+        finally:
+            self._making.discard(batch.id)
+        for one in joining:
+            if (refusal := begun.refused.get(one.job.request_id)) is not None:
+                need = next(need for binding, need in one.needs if binding == refusal.binding)
+                await self._wait_for_budget(one.job, refused_by(refusal, need))
+
+    async def _wait_for_budget(self, job: ClaimedJob, error: QuotaExceeded) -> None:
+        if getattr(error, "fallback", None) is not None:
+            await self._batches.turn_away([job])  # the usual tier falls back
+            return
+        until = _parked_until(job.revisit_at)
+        wait_ms = spent_wait_ms(error) or 0
+        await self._store.queue.park(
+            [job],
+            until,
+            revisit_at=job.revisit_at,
+            batch_wait_ms=wait_ms,
+            failure=Failure.of(error),
+        )
+
+    def _go_on(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None = None) -> None:
+        task = asyncio.create_task(self._guarded(batch, bodies))
+        self._in_hand[batch.id] = task
+        task.add_done_callback(lambda _: self._in_hand.pop(batch.id, None))
+
+    # From a batch to the provider
+
+    async def _guarded(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None) -> None:
+        """The top of a step's task."""
+        try:
+            await self._step(batch, bodies)
+        except ClaimLost:
+            return
+        except StoreUnavailable as away:  # it is due, and taken again
+            log.debug(Log.STORE_AWAY, detail=away.message)
+        except Exception:  # the top of a task: logged, and the batch is looked at again
+            log.exception(Log.WORKER_LOOP_FAILED, batch=str(batch.id))
+            with suppress(ClaimLost, StoreUnavailable):
+                await self._batches.save(batch, self._poll_ms)
+
+    async def _step(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None) -> None:
+        upstream = self._relay.spine.targets.upstreams.get(batch.upstream)
+        if upstream is None or batch.dialect not in upstream.base_urls:
+            if batch.state == "made":  # nothing of it was sent
+                await self._give_back_all(batch, "left")
+            else:
+                await self._hold(batch, "its upstream is not configured any more")
+            return
+        place = (batch.upstream, batch.dialect)
+        api = self._apis.get(place)
+        if api is None:
+            api = batch_api(self._relay.wire, upstream, Dialect(batch.dialect))
+            self._apis[place] = api
+        try:
+            match batch.state:
+                case "made":
+                    await self._create(api, batch, bodies)
+                case "creating":
+                    await self._resolve(api, batch)
+                case _:
+                    await self._look(api, batch)
+        except UpstreamError as error:
+            await self._hold(batch, error.message, error.retry_after_ms)
+
+    @property
+    def _poll_ms(self) -> float:
+        return float(self._config.provider_batch_poll_ms)
+
+    async def _pace_ms(self, batch: UpstreamBatch) -> float:
+        """Until the next look at a batch: with many of them a longer time."""
+        count = (await self._batches.under_way()).get(batch.upstream, 1)
+        return max(self._poll_ms, self._poll_ms * count / _POLLS)
+
+    async def _hold(self, batch: UpstreamBatch, problem: str, wait_ms: int | None = None) -> None:
+        """Nothing can be done about a batch now, and no job fails over it."""
+        if problem != batch.problem:
+            log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=problem)
+        since = batch.created_at or batch.creating_at
+        if since is not None and datetime.now(UTC) - since > _LOST_AFTER:
+            await self._give_back_all(batch, "lost", charge=UNKNOWN_CHARGE)
+            return
+        held = replace(batch, problem=problem)
+        await self._batches.save(held, max(self._poll_ms, wait_ms or 0))
+
+    async def _create(
+        self, api: BatchApi, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None
+    ) -> None:
+        lines = await self._leaving_aside(batch, await self._all_lines(batch))
+        if not lines:
+            await self._batches.end(batch)
+            return
+        calls = [BatchedCall(one.line, await self._body(batch, one, bodies)) for one in lines]
+        if len(lines) != batch.lines:
+            batch = replace(batch, file_id=None, lines=len(lines))
+        outline = _outline(batch)
+        if batch.file_id is None:
+            file_id = await api.upload(outline, calls)
+            batch = await self._batches.save(replace(batch, file_id=file_id))
+        marked = batch = await self._marked(batch)
+        is_sent = False
+
+        def on_sent() -> None:
+            nonlocal is_sent
+            is_sent = True
+
+        try:
+            progress = await api.create(outline, batch.file_id, calls, on_sent)
+        except UpstreamError as error:
+            await self._not_created(marked, error, is_sent)
+            return
+        log.info(Log.PROVIDER_BATCH_CREATED, **_about(batch), lines=len(lines))
+        await self._batches.save(_known(batch, progress), self._poll_ms)
+
+    async def _marked(self, batch: UpstreamBatch) -> UpstreamBatch:
+        """On record as one that may be created from now on. A process that stood still until it
+        read the reply marks it again: another worker may have the batch by then."""
+        found = replace(batch, state="creating")
+
+        async def mark() -> None:
+            nonlocal found
+            found = await self._batches.save(found)
+
+        await until_quick(mark, self._config.claim_lease_ms)
+        return found
+
+    async def _all_lines(self, batch: UpstreamBatch) -> list[OpenLine]:
+        return await self._batches.lines(batch, limit=2 * MOST_LINES)
+
+    async def _leaving_aside(
+        self, batch: UpstreamBatch, lines: Sequence[OpenLine]
+    ) -> list[OpenLine]:
+        """What is to be in a batch that is not created yet: without what its owner has cancelled,
+        and what has to be in a faster tier by now."""
+        now, stay = datetime.now(UTC), []
+        for one in lines:
+            if one.is_cancelled or (one.leave_at is not None and one.leave_at <= now):
+                await self._without_answer(batch, one, "left", NO_CHARGE)
+            else:
+                stay.append(one)
+        return stay
+
+    async def _body(
+        self, batch: UpstreamBatch, line: OpenLine, bodies: Mapping[int, bytes] | None
+    ) -> bytes:
+        if bodies is not None and line.line in bodies:
+            return bodies[line.line]
+        endpoint = self._endpoint(batch, line.job)
+        return (await self._line(line.job, endpoint, self._target_of(batch))).body
+
+    def _endpoint(self, batch: UpstreamBatch, job: ClaimedJob) -> Endpoint:
+        return (
+            prompt_endpoint(batch.model) if job.endpoint is None else endpoint_named(job.endpoint)
+        )
+
+    def _target_of(self, batch: UpstreamBatch) -> Target:
+        return Target(self._relay.spine.targets.upstreams[batch.upstream], batch.model)
+
+    async def _not_created(self, batch: UpstreamBatch, error: UpstreamError, is_sent: bool) -> None:
+        """The request to create a batch has failed: it was not created for certain, or may be."""
+        is_certain = not is_sent or 400 <= (error.status or 0) < 500
+        if not is_certain:
+            log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=error.message)
+            await self._batches.save(replace(batch, problem=error.message), self._poll_ms)
+            return
+        batch = await self._batches.save(replace(batch, state="made", file_id=batch.file_id))
+        if error.is_answer:
+            # Nothing would be different next time: the usual tier makes the calls.
+            log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=error.message)
+            await self._give_back_all(batch, "refused", is_refused=True)
+        else:
+            await self._hold(batch, error.message, error.retry_after_ms)
+
+    async def _resolve(self, api: BatchApi, batch: UpstreamBatch) -> None:
+        """Whether a batch was created whose creation had no answer."""
+        outline = _outline(batch)
+        found = await api.find(outline, await self._batches.known_ids(batch.upstream))
+        if found is None:
+            await self._hold(batch, "its creation had no answer, and others of its size are open")
+            return
+        if found:
+            for twin in found[1:]:
+                await api.cancel(twin)
+            progress = await api.poll(found[0])
+            log.info(Log.PROVIDER_BATCH_CREATED, **_about(batch), lines=batch.lines)
+            await self._batches.save(_known(batch, progress), 0.0)
+            return
+        assert batch.creating_at is not None
+        settled_ms = _SETTLED_AFTER_LEASES * self._config.claim_lease_ms
+        passed_ms = (datetime.now(UTC) - batch.creating_at).total_seconds() * 1000
+        if passed_ms < settled_ms:
+            await self._batches.save(batch, settled_ms - passed_ms)
+            return
+        await self._batches.save(replace(batch, state="made"), 0.0)
+
+    async def _look(self, api: BatchApi, batch: UpstreamBatch) -> None:
+        """See how far a batch is, and end it here where it has ended there."""
+        assert batch.provider_id is not None
+        progress = await api.poll(batch.provider_id)
+        if progress.has_ended and progress.is_full:
+            said = progress.problem or "the provider's queue for batches is full"
+            again = replace(batch, state="made", provider_id=None)
+            await self._hold(again, said)
+            return
+        if progress.has_ended:
+            await self._end(api, batch, progress)
+            return
+        sums, now = await self._batches.open_lines(batch), datetime.now(UTC)
+        leaves = sums.leave_at is not None and sums.leave_at <= now
+        state = batch.state
+        if (leaves or sums.cancelled == sums.open) and state != "cancelling":
+            await api.cancel(batch.provider_id)
+            state = "cancelling"
+        wait_ms = await self._pace_ms(batch)
+        if sums.leave_at is not None and not leaves:
+            wait_ms = min(wait_ms, (sums.leave_at - now).total_seconds() * 1000)
+        seen = replace(batch, state=state, provider_state=progress.word, problem=None)
+        await self._batches.save(seen, wait_ms)
+
+    # From the provider to the jobs
+
+    async def _end(self, api: BatchApi, batch: UpstreamBatch, ended: BatchProgress) -> None:
+        """Read the results of a batch, which end its lines; what has none goes back."""
+        batch = await self._batches.save(
+            replace(batch, provider_state=ended.word, problem=ended.problem)
+        )
+        outline, chunk, size_bytes = _outline(batch), dict[int, LineResult](), 0
+        async for result in api.results(outline, ended):
+            if result.answer is None and result.error is None:
+                continue
+            chunk[result.line] = result
+            size_bytes += len(result.answer or b"")
+            if len(chunk) >= _CHUNK or size_bytes > MOST_BYTES:
+                await self._answered(batch, chunk)
+                chunk, size_bytes = {}, 0
+        await self._answered(batch, chunk)
+        # Gemini may have charged for what it had done of a batch that did not come to its end.
+        is_unsure = batch.dialect == Dialect.GEMINI and not ended.files and not ended.inline
+        charge = UNKNOWN_CHARGE if is_unsure else NO_CHARGE
+        # What no batch has done in all its time is not put into one again.
+        is_refused = batch.state != "cancelling"
+        await self._give_back_all(batch, ended.word, is_refused=is_refused, charge=charge)
+        with suppress(UpstreamError):
+            await api.forget(outline, batch.file_id, ended)
+
+    async def _answered(self, batch: UpstreamBatch, chunk: Mapping[int, LineResult]) -> None:
+        if not chunk:
+            return
+        lines = await self._batches.lines(batch, among=chunk)
+        await asyncio.gather(*(self._end_line(batch, one, chunk[one.line]) for one in lines))
+
+    async def _end_line(self, batch: UpstreamBatch, line: OpenLine, result: LineResult) -> None:
+        """A line has an answer, good or not."""
+        record = self._record(batch, line)
+        error: TidegateError | None = result.error
+        if result.answer is not None:
+            endpoint, target = self._endpoint(batch, line.job), self._target_of(batch)
+            kind = line.job.classification.kind if line.job.endpoint is None else None
+            try:
+                self._calls.read(record, endpoint, target, result.answer, kind)
+                record.files = await kept(self._blobs, record.answer.pictures)
+            except UpstreamError as wrong:
+                error = wrong
+        if line.is_cancelled:
+            await self._finish(line, record, CANCELLED)
+        elif error is result.error and error is not None:
+            await self._failed(line, record, error)
+        else:
+            await self._finish(line, record, error)
+
+    async def _failed(self, line: OpenLine, record: CallRecord, error: TidegateError) -> None:
+        """The provider has refused a line, or failed at it: the usual tier decides, soon."""
+        job = line.job
+        is_counted = error.retryable and not is_of_upstream(error)
+        wait_ms: int | None = 0
+        if is_counted:
+            wait_ms = retry_wait_ms(error, job.attempts, self._config.max_attempts)
+        if wait_ms is None:
+            await self._finish(line, record, error)
+        else:
+            failure = Failure.of(error)
+            await self._requeue(line, _without_batch(job), record, failure, wait_ms, is_counted)
+
+    async def _give_back_all(
+        self,
+        batch: UpstreamBatch,
+        word: str,
+        *,
+        is_refused: bool = False,
+        charge: Charge = NO_CHARGE,
+    ) -> None:
+        """Return all open lines to the queue; the batch is done then."""
+        while lines := await self._batches.lines(batch, limit=_CHUNK):
+            for one in lines:
+                await self._without_answer(batch, one, word, charge, is_refused=is_refused)
+        await self._batches.end(batch)
+        log.info(Log.PROVIDER_BATCH_ENDED, **_about(batch), state=word)
+
+    async def _without_answer(
+        self,
+        batch: UpstreamBatch,
+        line: OpenLine,
+        word: str,
+        charge: Charge,
+        *,
+        is_refused: bool = False,
+    ) -> None:
+        record = self._record(batch, line)
+        record.charge = charge
+        if line.is_cancelled:
+            await self._finish(line, record, CANCELLED)
+            return
+        back = replace(line.job, tier=Tier.LIVE)
+        if is_refused:
+            back = _without_batch(back)
+        said = f"the provider's batch ended without an answer to it ({word})"
+        failure = Failure("batch_unanswered", said, retryable=True)
+        await self._requeue(line, back, record, failure, 0, is_counted=False)
+
+    def _record(self, batch: UpstreamBatch, line: OpenLine) -> CallRecord:
+        """Of a line's call, up to its answer."""
+        job, spine, now = line.job, self._relay.spine, datetime.now(UTC)
+        record = record_of(job, spine.tracing.trail(job.request_id, parent_of(job.traceparent)))
+        endpoint = self._endpoint(batch, job)
+        record.dialect, record.operation = batch.dialect, endpoint.name
+        record.upstream, record.model = batch.upstream, batch.model
+        record.waits, record.attempts = False, 1
+        record.admitted_at, record.queue_ms, record.fence = line.admitted_at, line.queue_ms, (0, 0)
+        record.upstream_ms = max(0.0, (now - line.admitted_at).total_seconds() * 1000)
+        record.finished_at = now
+        return record
+
+    async def _finish(
+        self, line: OpenLine, record: CallRecord, error: TidegateError | None
+    ) -> None:
+        failure = None if error is None else Failure.of(error)
+        if error is CANCELLED:
+            record.pieces, record.answer_bytes, record.files = [], 0, ()
+            record.answer.text = []
+        record.end(status_of(failure), failure)
+        self._settle(line, record)
+        await self._written(self._store.audit.end_job(line.job, record))
+        log_end(line.job, record, failure, None)
+
+    async def _requeue(
+        self,
+        line: OpenLine,
+        job: ClaimedJob,
+        record: CallRecord,
+        failure: Failure,
+        wait_ms: int,
+        is_counted: bool,
+    ) -> None:
+        record.end(RETRIED, failure)
+        self._settle(line, record)
+        not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms) if wait_ms else None
+        audit = self._store.audit
+        await self._written(audit.retry_job(job, record, not_before, is_counted=is_counted))
+        log_end(job, record, failure, wait_ms)
+
+    def _settle(self, line: OpenLine, record: CallRecord) -> None:
+        if line.hold_id is not None:
+            self._store.budgets.settle(line.hold_id, record.charge, line.job.request_id)
+
+    @staticmethod
+    async def _written(write: Awaitable[bool]) -> None:
+        """Raises StoreUnavailable where it is not in PostgreSQL yet: the line still looks open."""
+        with suppress(ClaimLost):  # it has ended meanwhile
+            if not await write:
+                raise StoreUnavailable("the end of a line is kept on disk")
+
+
+def _without_batch(job: ClaimedJob) -> ClaimedJob:
+    """The job, which is put into no batch any more."""
+    allowed = tuple(one for one in job.tiers_allowed if one is not Tier.BATCH)
+    return replace(job, tier=Tier.LIVE, tiers_allowed=allowed)
+
+
+def _parked_until(revisit_at: datetime | None) -> datetime:
+    latest = datetime.now(UTC) + timedelta(seconds=PARKED_S)
+    return latest if revisit_at is None else min(latest, revisit_at)
+
+
+def _outline(batch: UpstreamBatch) -> BatchOutline:
+    return BatchOutline(batch.id, batch.endpoint, batch.model, batch.lines, batch.creating_at)
+
+
+def _known(batch: UpstreamBatch, progress: BatchProgress) -> UpstreamBatch:
+    return replace(
+        batch,
+        state="created",
+        provider_id=progress.provider_id,
+        provider_state=progress.word,
+        problem=None,
+    )
+
+
+def _about(batch: UpstreamBatch) -> dict[str, str]:
+    return {"batch": str(batch.id), "upstream": batch.upstream, "model": batch.model}

@@ -1,0 +1,217 @@
+"""Lines of providers' batches: made of a job's call, and their answers read into its record.
+
+A line is what the call would be if it were made: a native body with the upstream's name for the
+model, or a prompt in Gemini's words. It costs what the provider's tier `batch` costs, under none of
+our limits of calls.
+
+Invariant: a call is a line only where the batch price of its model is known.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from binascii import Error as NotBase64
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from tidegate.admission.charges import charge_of, is_unknown
+from tidegate.call import (
+    UNKNOWN_CHARGE,
+    Call,
+    CallCost,
+    Charge,
+    Kind,
+    Media,
+    Tier,
+    Usage,
+    UsageDetails,
+)
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.requests import check_said_once, skimmed
+from tidegate.dialects.spec import Dialect, Endpoint, Operation
+from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
+from tidegate.prices.rates import Rates
+from tidegate.record import KEPT_BYTES, CallRecord
+from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Relay, body_for
+from tidegate.spine.prompt import PromptExchange
+from tidegate.spine.routing import Target
+from tidegate.spine.run import Terms
+from tidegate.upstream.batch_api import takes
+
+MOST_MEDIA_BYTES = 12_000_000  # of a prompt's files, which go inline
+_TIER = Tier.BATCH.value
+_MOST_WORD = 100
+PROMPTS = "/v1beta/models/{model}:generateContent"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchableCall:
+    """A call as a line. cost: what it may cost, None where no budget binds anything."""
+
+    target: Target
+    body: bytes
+    cost: CallCost | None
+
+
+def prompt_endpoint(model: str) -> Endpoint:
+    """The native endpoint that a prompt calls."""
+    return Endpoint(Dialect.GEMINI, Operation.INFER, PROMPTS, model=model)
+
+
+class BatchedCalls:
+    """Of one process."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._spine = relay.spine
+
+    def target(self, endpoint: Endpoint, model: str) -> Target | None:
+        """The upstream whose batches take a call; None where there is none."""
+        if not takes(endpoint):
+            return None
+        try:
+            targets = self._spine.targets.of(endpoint.dialect, model)
+        except NotFound:
+            return None
+        return next((one for one in targets if self._rates(one, one.model) is not None), None)
+
+    def _rates(self, target: Target, model: str) -> Rates | None:
+        return self._spine.lane(target).demands.prices.of(model, _TIER)
+
+    def of_native(self, call: NativeCall, target: Target, record: CallRecord) -> BatchableCall:
+        """Raises InvalidRequest and PayloadTooLarge."""
+        read = skimmed(call.body)
+        asked = DIALECTS[call.endpoint.dialect].request_facts(call.endpoint, read.body, read.whole)
+        check_said_once(read.raw, read.body)
+        body = body_for(call, read.body, target, ask_usage=False) or b"{}"
+        if b"\n" in body:  # it is one line of a file
+            body = orjson.dumps(orjson.loads(body))
+        cost = None
+        if self._spine.budgets.any:
+            exchange = NativeExchange(
+                self._relay.wire, self._spine.timeouts, call, read.body, asked, NothingOut(), record
+            )
+            lane = self._spine.lane(target)
+            cost = exchange.cost(target, lane, exchange.demand(target, lane), tier=_TIER)
+        return BatchableCall(target, body, cost)
+
+    def of_prompt(
+        self, call: Call, terms: Terms, target: Target, record: CallRecord
+    ) -> BatchableCall:
+        """Raises InvalidRequest for files that are too large for a line."""
+        if sum(len(one.data) for one in call.media) > MOST_MEDIA_BYTES:
+            raise InvalidRequest(
+                "files",
+                "the files are too large for a provider's batch",
+                allowed=f"at most {MOST_MEDIA_BYTES} bytes",
+            )
+        parts: list[dict[str, Any]] = [_inline(one) for one in call.media]
+        if call.prompt:
+            parts.append({"text": call.prompt})
+        body: dict[str, Any] = {"contents": [{"role": "user", "parts": parts}]}
+        if call.kind is Kind.IMAGE_GENERATION:
+            body["generationConfig"] = {"responseModalities": ["TEXT", "IMAGE"]}
+        cost = None
+        if self._spine.budgets.any:
+            exchange = PromptExchange(terms, {}, call, record)
+            lane = self._spine.lane(target)
+            cost = exchange.cost(target, lane, exchange.demand(target, lane), tier=_TIER)
+        return BatchableCall(target, orjson.dumps(body), cost)
+
+    # Answers
+
+    def read(
+        self,
+        record: CallRecord,
+        endpoint: Endpoint,
+        target: Target,
+        answer: bytes,
+        kind: Kind | None,
+    ) -> None:
+        """Fill the record with a good answer; `kind`: of a prompt, None for a native call. Raises
+        UpstreamGarbled, and for a prompt EmptyAnswer and PromptBlocked: it is charged all the same.
+        """
+        if len(answer) > KEPT_BYTES:
+            raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
+        spec = DIALECTS[endpoint.dialect]
+        facts = spec.answer_facts(answer)
+        record.http_status = 200
+        said = record.answer
+        said.usage, said.finish_reason = _in_batch(facts.usage), facts.finish_reason
+        said.response_id, said.model_version = facts.response_id, facts.model_version
+        images = spec.image_count(answer) or None
+        record.charge = self._charge(target, said.usage, said.model_version, images)
+        if kind is None:
+            record.keep(answer)
+        else:
+            _read_prompt(record, answer, kind)
+
+    def _charge(
+        self, target: Target, usage: Usage, version: str | None, images: int | None
+    ) -> Charge:
+        if is_unknown(usage) and not images:
+            return UNKNOWN_CHARGE
+        rates = self._rates(target, target.model) or self._rates(target, version or "")
+        return charge_of(rates, usage, images, whole=True)
+
+
+def _in_batch(usage: Usage) -> Usage:
+    """Usage of the tier `batch`, which not every answer names."""
+    return replace(usage, details=replace(usage.details or UsageDetails(), tier=_TIER))
+
+
+def _inline(media: Media) -> dict[str, Any]:
+    data = b64encode(media.data).decode()
+    return {"inlineData": {"mimeType": media.mime_type, "data": data}}
+
+
+def _read_prompt(record: CallRecord, raw: bytes, kind: Kind) -> None:
+    """Text and pictures of Gemini's answer, as `AnswerReader` reads them in a stream."""
+    value = orjson.loads(raw)
+    candidates = value.get("candidates")
+    first = candidates[0] if isinstance(candidates, list) and candidates else {}
+    answer = record.answer
+    for part in _parts(first):
+        if isinstance(text := part.get("text"), str) and text:
+            answer.text.append(text)
+        elif (picture := _picture(part.get("inlineData"))) is not None:
+            answer.pictures.append(picture)
+    if answer.text or answer.pictures:
+        if kind is Kind.IMAGE_GENERATION and not answer.pictures:
+            raise EmptyAnswer("the provider's answer has no picture", finish_reason=_why(record))
+        return
+    feedback = value.get("promptFeedback")
+    reason = feedback.get("blockReason") if isinstance(feedback, dict) else None
+    if isinstance(reason, str):
+        reason = reason[:_MOST_WORD]
+        raise PromptBlocked(f"the provider refused the prompt ({reason})", reason=reason)
+    said = _why(record) or "no reason"
+    raise EmptyAnswer(f"the provider's answer has no content ({said})", finish_reason=_why(record))
+
+
+def _why(record: CallRecord) -> str | None:
+    return record.answer.finish_reason
+
+
+def _parts(candidate: Any) -> Iterator[dict[str, Any]]:
+    """Without thoughts."""
+    content = candidate.get("content") if isinstance(candidate, dict) else None
+    parts = content.get("parts") if isinstance(content, dict) else None
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict) and not part.get("thought"):
+            yield part
+
+
+def _picture(blob: Any) -> Media | None:
+    if not isinstance(blob, dict):
+        return None
+    kind, data = blob.get("mimeType"), blob.get("data")
+    if not isinstance(kind, str) or not isinstance(data, str) or not kind.startswith("image/"):
+        return None
+    try:
+        return Media(kind, b64decode(data, validate=True))
+    except (NotBase64, ValueError):
+        return None

@@ -1,0 +1,367 @@
+"""Batches of the providers' own batch APIs on record, and the jobs that are their lines.
+
+    made ──► creating ──► created ──► cancelling ──► done
+      ▲         │             │                        ▲
+      └─────────┴── refused ──┴── ended at the provider┘
+
+A batch is written, with the jobs in it, before anything is sent: `creating` before the request that
+creates it. Its jobs are running without a claimant then, each under the claim that its line names.
+
+Invariants: a batch has at most one valid claim, which fences every write to it; a job is a line of
+at most one batch at a time; what a line holds of budgets is held with the batch and settled with
+the job's end; a batch is done once none of its lines is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.call import new_id
+from tidegate.errors import ClaimLost
+from tidegate.store import records as rows
+from tidegate.store.budgets import Binding, Budgets, Refusal, Settlement, settle_holds
+from tidegate.store.database import Connections, sql
+from tidegate.store.notifications import Notifications
+from tidegate.store.queue import JobQueue, with_files
+from tidegate.store.records import ClaimedJob, Json
+
+BatchPhase = Literal["made", "creating", "created", "cancelling", "done"]
+_TIMEOUT_MS = 30_000
+_MOST_TIMES = 100
+_HOLDER = "provider batches"  # of what lines hold of budgets, whatever process dies
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamBatch:
+    """A batch at an upstream. endpoint: the native path of its lines, with `{model}`; model: as the
+    provider names it. lines: how many it began with. problem: why it stands still."""
+
+    id: UUID
+    pool: str
+    upstream: str
+    dialect: str
+    endpoint: str
+    model: str
+    key_digest: bytes
+    lines: int
+    size_bytes: int
+    state: BatchPhase = "made"
+    file_id: str | None = None
+    provider_id: str | None = None
+    provider_state: str | None = None
+    problem: str | None = None
+    made_at: datetime | None = None
+    creating_at: datetime | None = None
+    created_at: datetime | None = None
+    claim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JoiningJob:
+    """A job that is to be a line. needs: of each budget that binds it. leave_at: when it is to move
+    to a faster tier, None for never."""
+
+    job: ClaimedJob
+    needs: tuple[tuple[Binding, int], ...] = ()
+    leave_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLine:
+    """A line whose job has not ended. is_cancelled: its owner does not want it any more."""
+
+    line: int
+    job: ClaimedJob
+    hold_id: UUID | None
+    leave_at: datetime | None
+    is_cancelled: bool
+    admitted_at: datetime
+    queue_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLines:
+    """Of one batch: how many, how many of them are cancelled, and when the first of the others is
+    to leave it."""
+
+    open: int
+    cancelled: int
+    leave_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class BegunBatch:
+    """A batch that was written, None where it has no lines; refused: jobs that a budget has no room
+    for. The others were lost: cancelled, or another worker's."""
+
+    batch: UpstreamBatch | None
+    refused: Mapping[UUID, Refusal]
+
+
+class ProviderBatches:
+    """Every method raises StoreUnavailable; those that are given a batch raise ClaimLost."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        notifications: Notifications,
+        queue: JobQueue,
+        budgets: Budgets,
+        instance_id: str,
+        lease_ms: int,
+    ) -> None:
+        self._connections = connections
+        self._notifications = notifications
+        self._queue = queue
+        self._budgets = budgets
+        self._instance_id = instance_id
+        self._lease_ms = lease_ms
+
+    async def begin(self, batch: UpstreamBatch, joining: Sequence[JoiningJob]) -> BegunBatch:
+        """Write a batch and mark its jobs as running in it, in one transaction with what they hold
+        of budgets. Lines have the places of their jobs in `joining`."""
+        holds = {one.job.request_id: new_id() for one in joining if one.needs}
+
+        async def begin(connection: asyncpg.Connection) -> tuple[asyncpg.Record | None, set[UUID]]:
+            before = await connection.fetchrow(sql("get_provider_batch"), batch.id)
+            if before is not None:  # by a try whose reply was lost
+                of_it = await connection.fetch(sql("lines_of_provider_batch"), batch.id)
+                return before, {rows.uuid_of(row["request_id"]) for row in of_it}
+            refused.clear()
+            refused.update(await self._reserve(connection, joining, holds))
+            left = [one for one in joining if one.job.request_id not in refused]
+            begun = await self._run(connection, batch, left)
+            lost = [
+                Settlement(holds[one.job.request_id], None, 0, 0, False)
+                for one in left
+                if one.needs and one.job.request_id not in begun
+            ]
+            await settle_holds(connection, lost)
+            if not begun:
+                return None, begun
+            return await self._insert(connection, batch, joining, holds, begun), begun
+
+        refused: dict[UUID, Refusal] = {}
+        row, begun = await self._connections.run(begin, timeout_ms=_TIMEOUT_MS)
+        for one in joining:
+            if one.job.request_id in begun:
+                self._queue.settled(one.job)
+        self._notifications.changed(begun)
+        return BegunBatch(None if row is None else _batch(row), refused)
+
+    async def _reserve(
+        self,
+        connection: asyncpg.Connection,
+        joining: Sequence[JoiningJob],
+        holds: Mapping[UUID, UUID],
+    ) -> dict[UUID, Refusal]:
+        """Hold what the lines may cost, for no process; which of them are refused."""
+        asking = [one for one in joining if one.needs]
+        if not asking:
+            return {}
+        places: dict[tuple[str, str], int] = {}
+        bindings: list[Binding] = []
+        calls: list[Json] = []
+        for one in asking:
+            binds = []
+            for binding, need in one.needs:
+                book = (binding.budget.name, binding.scope)
+                if book not in places:
+                    places[book] = len(bindings)
+                    bindings.append(binding)
+                binds.append([places[book], need])
+            of_it = {"id": str(holds[one.job.request_id]), "request": str(one.job.request_id)}
+            calls.append(of_it | {"binds": binds})
+        asked = orjson.dumps({"books": list(places), "calls": calls}).decode()
+        found = await connection.fetch(sql("reserve_budgets"), asked, _HOLDER)
+        refused = {}
+        for row in found:
+            told = (row["why"], row["amount"], row["spent"], row["held"], row["reset_at"])
+            refusal = Refusal(bindings[row["book"]], *told, 0.0)
+            refused[asking[row["call"]].job.request_id] = refusal
+        return refused
+
+    async def _run(
+        self, connection: asyncpg.Connection, batch: UpstreamBatch, left: Sequence[JoiningJob]
+    ) -> set[UUID]:
+        now = datetime.now(UTC)
+        marks = [
+            {
+                "id": one.job.request_id,
+                "claim": one.job.claim,
+                "attempt_id": new_id(),
+                "model": rows.clean(batch.model),
+                "fence_epoch": 0,
+                "fence_sequence": 0,
+                "queue_ms": max(0.0, (now - one.job.created_at).total_seconds() * 1000),
+                "admitted_at": now,
+            }
+            for one in sorted(left, key=lambda one: one.job.request_id)
+        ]
+        found = await connection.fetch(sql("begin_running"), rows.dumps(marks), self._instance_id)
+        begun = {rows.uuid_of(row["id"]) for row in found}
+        claims = [{"id": one["id"], "claim": one["claim"]} for one in marks if one["id"] in begun]
+        await connection.execute(sql("hand_to_batch"), rows.dumps(claims))
+        return begun
+
+    async def _insert(
+        self,
+        connection: asyncpg.Connection,
+        batch: UpstreamBatch,
+        joining: Sequence[JoiningJob],
+        holds: Mapping[UUID, UUID],
+        begun: Collection[UUID],
+    ) -> asyncpg.Record:
+        lines = [
+            {
+                "line": line,
+                "request_id": one.job.request_id,
+                "claim": one.job.claim,
+                "hold_id": holds.get(one.job.request_id),
+                "leave_at": one.leave_at,
+            }
+            for line, one in enumerate(joining)
+            if one.job.request_id in begun
+        ]
+        row = await connection.fetchrow(
+            sql("add_provider_batch"),
+            batch.id,
+            batch.pool,
+            batch.upstream,
+            batch.dialect,
+            batch.endpoint,
+            batch.model,
+            batch.key_digest,
+            len(lines),
+            batch.size_bytes,
+            self._instance_id,
+        )
+        await connection.execute(sql("add_provider_batch_lines"), batch.id, rows.dumps(lines))
+        assert row is not None
+        return row
+
+    async def take(self, in_hand: Iterable[UUID]) -> UpstreamBatch | None:
+        """A batch that is due, if there is any but those that are `in_hand` here: also one that a
+        dead worker had."""
+        row = await self._connections.row(
+            "take_provider_batch",
+            self._instance_id,
+            list(in_hand),
+            self._queue.may_judge,
+            self._lease_ms,
+        )
+        return None if row is None else _batch(row)
+
+    async def save(self, batch: UpstreamBatch, wait_ms: float | None = None) -> UpstreamBatch:
+        """Write the state of a batch, as it then is on record. wait_ms: it is given up, and due
+        again after that; without it this process goes on with it."""
+        row = await self._connections.row(
+            "set_provider_batch",
+            batch.id,
+            batch.claim,
+            batch.state,
+            batch.file_id,
+            batch.provider_id,
+            batch.provider_state,
+            None if batch.problem is None else rows.clean(batch.problem),
+            wait_ms or 0.0,
+            wait_ms is not None,
+            batch.lines,
+        )
+        if row is None:
+            raise ClaimLost(f"another worker has the batch {batch.id} now")
+        return _batch(row)
+
+    async def end(self, batch: UpstreamBatch) -> None:
+        """A batch is done. What its lines still hold of budgets, since their jobs are gone, is
+        charged as an estimate."""
+        await self._budgets.flush()
+        await self.save(replace(batch, state="done"), 0.0)
+
+        async def settle(connection: asyncpg.Connection) -> None:
+            found = await connection.fetch(sql("unsettled_provider_holds"), batch.id)
+            left = [Settlement(rows.uuid_of(row["id"]), None, None, 0, True) for row in found]
+            await settle_holds(connection, left)
+
+        await self._connections.run(settle)
+
+    async def turn_away(self, jobs: Sequence[ClaimedJob]) -> None:
+        """Release the claims of jobs that no batch takes: they are ready in the usual tier."""
+        claims = rows.dumps({"id": job.request_id, "claim": job.claim} for job in jobs)
+        found = await self._connections.rows("turn_away", claims)
+        for job in jobs:
+            self._queue.settled(job)
+        self._notifications.work({row["pool"] for row in found})
+
+    async def leave(self) -> None:
+        """This process is leaving: another one may take its batches."""
+        await self._connections.execute("free_provider_batches", self._instance_id)
+
+    async def lines(
+        self,
+        batch: UpstreamBatch,
+        *,
+        after: int = -1,
+        among: Iterable[int] | None = None,
+        limit: int = 1_000,
+    ) -> list[OpenLine]:
+        """Open lines in their order, after a number or among some."""
+
+        async def read(connection: asyncpg.Connection) -> list[OpenLine]:
+            chosen = None if among is None else list(among)
+            found = await connection.fetch(
+                sql("open_provider_lines"), batch.id, after, chosen, limit
+            )
+            jobs = await with_files(connection, found)
+            return [_line(row, job) for row, job in zip(found, jobs, strict=True)]
+
+        return await self._connections.run(read)
+
+    async def open_lines(self, batch: UpstreamBatch) -> OpenLines:
+        row = await self._connections.row("sum_provider_lines", batch.id)
+        assert row is not None
+        return rows.record_of(OpenLines, row)
+
+    async def known_ids(self, upstream: str) -> set[str]:
+        """The provider's ids of the batches that are known to be ours."""
+        found = await self._connections.rows("known_provider_ids", upstream)
+        return {row["provider_id"] for row in found}
+
+    async def under_way(self) -> dict[str, int]:
+        """How many batches there are at each upstream."""
+        found = await self._connections.rows("count_provider_batches")
+        return {row["upstream"]: row["batches"] for row in found}
+
+    async def usual_ms(self, upstream: str, model: str) -> tuple[float, int] | None:
+        """Within which 95 % of the last batches ended that ended well, and how many these are; None
+        where there are none."""
+        row = await self._connections.row("provider_batch_times", upstream, model, _MOST_TIMES)
+        assert row is not None
+        return None if not row["batches"] else (row["usual_ms"], row["batches"])
+
+    async def prune(self) -> None:
+        """Forget those that have been done for long."""
+        await self._connections.execute("prune_provider_batches")
+
+
+def _batch(row: Mapping[str, Any]) -> UpstreamBatch:
+    return rows.record_of(UpstreamBatch, row)
+
+
+def _line(row: Mapping[str, Any], job: ClaimedJob) -> OpenLine:
+    return OpenLine(
+        line=row["line"],
+        job=job,
+        hold_id=None if row["hold_id"] is None else rows.uuid_of(row["hold_id"]),
+        leave_at=row["leave_at"],
+        is_cancelled=row["cancel_asked_at"] is not None,
+        admitted_at=row["admitted_at"],
+        queue_ms=row["queue_ms"],
+    )

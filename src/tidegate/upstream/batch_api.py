@@ -1,0 +1,679 @@
+"""Batch APIs of the providers: OpenAI's, Anthropic's and Gemini's.
+
+    https://platform.openai.com/docs/api-reference/batch
+    https://platform.claude.com/docs/en/api/creating-message-batches
+    https://ai.google.dev/gemini-api/docs/batch-api
+
+    lines ──► upload (OpenAI, Gemini) ──► create ──► poll ──► results, line by line, in any order
+
+A line has the custom id `<id of the batch>-<number>`. OpenAI keeps the batch's id in the metadata,
+Gemini in its display name; Anthropic has neither, so that only the results of a batch say whose it
+is.
+
+Invariants: a batch is created by one request on a new connection, which is never sent again here;
+what is created can be found again; a line of results is read within `MOST_LINE_BYTES`; the key
+goes to the upstream's own base URL only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+from urllib.parse import quote, urlencode
+from uuid import UUID
+
+import orjson
+
+from tidegate.dialects import DIALECTS, refusals
+from tidegate.dialects.headers import with_key
+from tidegate.dialects.spec import Dialect, Endpoint, Headers
+from tidegate.errors import UpstreamError, UpstreamGarbled, UpstreamThrottled
+from tidegate.policy.deployment import Upstream
+from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
+
+MOST_LINE_BYTES = 64_000_000
+_JSON_BYTES = 64_000_000  # of one answer that is no file: Gemini's may have results in it
+_REFUSAL_BYTES = 1_000_000
+_PAGE = 100
+_MOST_PAGES = 1_000
+# By how much a provider's clock may differ from ours.
+_CLOCKS = timedelta(minutes=10)
+TIMEOUTS = Timeouts(connect_ms=10_000, first_byte_ms=120_000, idle_ms=60_000, total_ms=900_000)
+_OPENAI_PATHS = ("/chat/completions", "/completions", "/embeddings", "/responses")
+_GENERATE = re.compile(r"(/v1(?:beta)?/models/)\{model\}:generateContent")
+# Numbers of google.rpc.Code, as HTTP statuses.
+_RPC_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 13: 500, 14: 503, 16: 401}
+
+Json = dict[str, Any]
+
+
+def takes(endpoint: Endpoint) -> bool:
+    """Whether calls of a native path can be lines of a batch."""
+    match endpoint.dialect:
+        case Dialect.OPENAI:
+            return endpoint.path in _OPENAI_PATHS
+        case Dialect.ANTHROPIC:
+            return endpoint.path == "/v1/messages"
+        case Dialect.GEMINI:
+            return _GENERATE.fullmatch(endpoint.path) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchedCall:
+    """One line before it is sent: its number, and the body of its call as JSON."""
+
+    line: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutline:
+    """A batch of ours. endpoint: the native path of all its lines; model: as the provider names it.
+    lines: how many. sent_at: when the request that creates it may have been sent first."""
+
+    id: UUID
+    endpoint: str
+    model: str
+    lines: int
+    sent_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """A batch as its provider reports it. word: the provider's name of its state. files: of the
+    results of one that has ended. inline: results within the report. is_full: it was refused, since
+    too much is queued already. problem: the provider's words where it has failed."""
+
+    provider_id: str
+    word: str
+    has_ended: bool
+    was_created: datetime | None = None
+    files: tuple[str, ...] = ()
+    inline: tuple[Json, ...] = ()
+    is_full: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LineResult:
+    """What became of a line. answer: the body of a good answer. error: of one that the provider
+    refused, or failed at. Without either the line was not processed, and costs nothing."""
+
+    line: int
+    answer: bytes | None = None
+    error: UpstreamError | None = None
+
+
+class BatchApi(Protocol):
+    """The batch API of one account. Every method raises UpstreamError."""
+
+    async def upload(self, batch: BatchOutline, calls: Sequence[BatchedCall]) -> str | None:
+        """Send the lines ahead; the file's id, None where they go with the creation."""
+
+    async def create(
+        self,
+        batch: BatchOutline,
+        file_id: str | None,
+        calls: Sequence[BatchedCall],
+        on_sent: Callable[[], None],
+    ) -> BatchProgress:
+        """Create the batch. `on_sent` is called before the first byte goes out: where the call
+        fails after that, the batch may be there."""
+
+    async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
+        """The batches at the provider that were created for this one, but for ids in `known`; None
+        while that can't be known yet."""
+
+    async def poll(self, provider_id: str) -> BatchProgress:
+        """How far it is."""
+
+    async def cancel(self, provider_id: str) -> None:
+        """Have it end. A batch that has ended is left as it is."""
+
+    def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
+        """The results of its lines, in any order; of lines that are not in it, none."""
+
+    async def forget(self, batch: BatchOutline, file_id: str | None, ended: BatchProgress) -> None:
+        """Delete its files at the provider."""
+
+
+def batch_api(wire: RelayWire, upstream: Upstream, dialect: Dialect) -> BatchApi:
+    """The batch API of an upstream."""
+    account = _Account(wire, upstream, dialect)
+    match dialect:
+        case Dialect.OPENAI:
+            return OpenAIBatches(account)
+        case Dialect.ANTHROPIC:
+            return AnthropicBatches(account)
+        case Dialect.GEMINI:
+            return GeminiBatches(account)
+
+
+def custom_id(batch: UUID, line: int) -> str:
+    return f"{batch.hex}-{line}"
+
+
+def line_of(batch: UUID, named: object) -> int | None:
+    """The number in a custom id; None where it is none of this batch's."""
+    if not isinstance(named, str):
+        return None
+    head, _, number = named.partition("-")
+    return int(number) if head == batch.hex and re.fullmatch(r"\d{1,9}", number) else None
+
+
+class _Account:
+    """Requests to one upstream, in one dialect."""
+
+    def __init__(self, wire: RelayWire, upstream: Upstream, dialect: Dialect) -> None:
+        self._wire = wire
+        self._key = upstream.key
+        self._base = upstream.base_urls[dialect]
+        self._dialect = dialect
+        spec = DIALECTS[dialect]
+        own = [(b"accept-encoding", b"identity"), *spec.headers]
+        self._headers = with_key(own, spec, upstream.key)
+
+    async def open(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Headers | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> Exchange:
+        """An exchange with a good answer; `path` is below the base URL, or the base URL with it."""
+        url = path if path.startswith(f"{self._base}/") else f"{self._base}{path}"
+        sent = [*self._headers, *(headers or [])]
+        exchange = await self._wire.open(
+            method,
+            self._wire.place(url),
+            sent,
+            body,
+            on_sent,
+            TIMEOUTS,
+            once=on_sent is not None,
+        )
+        if exchange.status < 300:
+            return exchange
+        try:
+            text = await exchange.read(_REFUSAL_BYTES)
+        finally:
+            exchange.close()
+        raise self.error(exchange.status, refusals.error_of_refusal_in(text), exchange.headers)
+
+    async def json(
+        self,
+        method: str,
+        path: str,
+        body: Json | bytes | None = None,
+        *,
+        headers: Headers | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> Json:
+        """The object that is answered. `body`: an object, or what it is already as bytes."""
+        sent, more = body, list(headers or [])
+        if isinstance(body, dict):
+            sent, more = orjson.dumps(body), [*more, (b"content-type", b"application/json")]
+        assert not isinstance(sent, dict)
+        exchange = await self.open(method, path, sent, headers=more, on_sent=on_sent)
+        try:
+            text = await exchange.read(_JSON_BYTES)
+        finally:
+            exchange.close()
+        try:
+            value = orjson.loads(text or b"{}")
+        except orjson.JSONDecodeError:
+            raise UpstreamGarbled("the batch API did not answer with JSON") from None
+        if not isinstance(value, dict):
+            raise UpstreamGarbled("the batch API did not answer with an object")
+        return value
+
+    async def objects(self, path: str) -> AsyncGenerator[Json]:
+        """The lines of a file, each an object."""
+        exchange = await self.open("GET", path)
+        rest = b""
+        try:
+            while piece := await exchange.next():
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    if line.strip():
+                        yield _object_in(line)
+                if len(rest) > MOST_LINE_BYTES:
+                    raise UpstreamGarbled(f"a line of results is over {MOST_LINE_BYTES} bytes")
+        finally:
+            exchange.close()
+        if rest.strip():
+            yield _object_in(rest)
+
+    async def upload_to(self, headers: Headers, base: str) -> str:
+        """Where an upload goes on, which must be at the same server."""
+        for name, value in headers:
+            if name.lower() == b"x-goog-upload-url":
+                url = value.decode("latin-1")
+                origin = "/".join(base.split("/", 3)[:3])
+                if url.startswith(f"{origin}/"):
+                    return url
+        raise UpstreamGarbled("the provider gave no address for an upload")
+
+    async def send_file(self, path: str, name: str, data: bytes) -> Json:
+        """Upload by Google's protocol, in one piece."""
+        start: Headers = [
+            (b"content-type", b"application/json"),
+            (b"x-goog-upload-protocol", b"resumable"),
+            (b"x-goog-upload-command", b"start"),
+            (b"x-goog-upload-header-content-length", str(len(data)).encode()),
+            (b"x-goog-upload-header-content-type", b"application/jsonl"),
+        ]
+        about = orjson.dumps({"file": {"displayName": name}})
+        exchange = await self.open("POST", path, about, headers=start)
+        try:
+            await exchange.read(_REFUSAL_BYTES)
+        finally:
+            exchange.close()
+        onward = await self.upload_to(exchange.headers, self._base)
+        finish: Headers = [
+            (b"x-goog-upload-command", b"upload, finalize"),
+            (b"x-goog-upload-offset", b"0"),
+        ]
+        place = self._wire.place(onward)
+        # The address has what opens it, perhaps the key: no header of ours is needed.
+        sent = await self._wire.open("POST", place, finish, data, None, TIMEOUTS)
+        try:
+            text = await sent.read(_REFUSAL_BYTES)
+        finally:
+            sent.close()
+        if sent.status >= 300:
+            raise self.error(sent.status, refusals.error_of_refusal_in(text), sent.headers)
+        return _object_in(text)
+
+    def error(
+        self, status: int, error: Mapping[str, Any], headers: Iterable[tuple[bytes, bytes]] = ()
+    ) -> UpstreamError:
+        named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+        return refusals.upstream_error(
+            status, error, named, secret=self._key, dialect=self._dialect
+        )
+
+    def words(self, error: object) -> str:
+        """A provider's text, without the key."""
+        text = error if isinstance(error, str) else json.dumps(error)
+        return refusals.clean(text, self._key)
+
+
+def _object_in(text: bytes) -> Json:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise UpstreamGarbled("a line of the batch's results is not JSON") from None
+    if not isinstance(value, dict):
+        raise UpstreamGarbled("a line of the batch's results is not an object")
+    return value
+
+
+def _part(value: object, name: str) -> Json:
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _objects(value: object) -> list[Json]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _text(value: Json, name: str) -> str:
+    found = value.get(name)
+    if not isinstance(found, str) or not found:
+        raise UpstreamGarbled(f"the batch API's answer has no {name}")
+    return found
+
+
+class OpenAIBatches:
+    """Answers and errors in two files. A batch above the queue's bound is created, then fails."""
+
+    _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+
+    def __init__(self, account: _Account) -> None:
+        self._account = account
+
+    async def upload(self, batch: BatchOutline, calls: Sequence[BatchedCall]) -> str | None:
+        url = f"/v1{batch.endpoint}".encode()
+        lines = b"".join(
+            b'{"custom_id":"%b","method":"POST","url":"%b","body":%b}\n'
+            % (custom_id(batch.id, one.line).encode(), url, one.body)
+            for one in calls
+        )
+        edge = f"tidegate-{batch.id.hex}".encode()
+        body = b"".join(
+            (
+                b"--%b\r\ncontent-disposition: form-data; name=purpose\r\n\r\nbatch\r\n" % edge,
+                b'--%b\r\ncontent-disposition: form-data; name="file"; filename="%b.jsonl"\r\n'
+                % (edge, edge),
+                b"content-type: application/jsonl\r\n\r\n%b\r\n--%b--\r\n" % (lines, edge),
+            )
+        )
+        headers = [(b"content-type", b"multipart/form-data; boundary=" + edge)]
+        return _text(await self._account.json("POST", "/files", body, headers=headers), "id")
+
+    async def create(
+        self,
+        batch: BatchOutline,
+        file_id: str | None,
+        calls: Sequence[BatchedCall],
+        on_sent: Callable[[], None],
+    ) -> BatchProgress:
+        asked = {
+            "input_file_id": file_id,
+            "endpoint": f"/v1{batch.endpoint}",
+            "completion_window": "24h",
+            "metadata": {"tidegate_batch": batch.id.hex},
+        }
+        return self._progress(await self._account.json("POST", "/batches", asked, on_sent=on_sent))
+
+    async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
+        assert batch.sent_at is not None
+        since = (batch.sent_at - _CLOCKS).timestamp()
+        found: list[str] = []
+        after: str | None = None
+        passed = set(known)
+        for _ in range(_MOST_PAGES):
+            query = {"limit": _PAGE} | ({} if after is None else {"after": after})
+            page = await self._account.json("GET", f"/batches?{urlencode(query)}")
+            batches = _objects(page.get("data"))
+            found += [
+                _text(one, "id")
+                for one in batches
+                if _part(one, "metadata").get("tidegate_batch") == batch.id.hex
+                and one.get("id") not in passed
+            ]
+            made = [at for one in batches if isinstance(at := one.get("created_at"), int | float)]
+            if not page.get("has_more") or not batches or max(made, default=since) < since:
+                return found
+            after = _text(batches[-1], "id")
+        raise UpstreamGarbled(f"the list of batches has more than {_MOST_PAGES} pages")
+
+    async def poll(self, provider_id: str) -> BatchProgress:
+        return self._progress(await self._account.json("GET", f"/batches/{_quoted(provider_id)}"))
+
+    def _progress(self, shown: Json) -> BatchProgress:
+        word = _text(shown, "status")
+        files = [shown.get(name) for name in ("output_file_id", "error_file_id")]
+        errors = _objects(_part(shown, "errors").get("data")) if word == "failed" else []
+        codes = {one.get("code") for one in errors}
+        said = "; ".join(str(one.get("message") or one.get("code")) for one in errors[:3])
+        made = shown.get("created_at")
+        return BatchProgress(
+            _text(shown, "id"),
+            word,
+            word in self._ENDED,
+            datetime.fromtimestamp(made, UTC) if isinstance(made, int | float) else None,
+            tuple(one for one in files if isinstance(one, str)),
+            is_full="token_limit_exceeded" in codes or "request_limit_exceeded" in codes,
+            problem=self._account.words(said) if said else None,
+        )
+
+    async def cancel(self, provider_id: str) -> None:
+        await _cancel(self._account, f"/batches/{_quoted(provider_id)}/cancel")
+
+    async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
+        for file_id in ended.files:
+            async for row in self._account.objects(f"/files/{_quoted(file_id)}/content"):
+                line = line_of(batch.id, row.get("custom_id"))
+                if line is not None:
+                    yield self._result(line, row)
+
+    def _result(self, line: int, row: Json) -> LineResult:
+        answer = _part(row, "response")
+        status, body = answer.get("status_code"), answer.get("body")
+        if not isinstance(status, int):  # it expired, or was cancelled
+            return LineResult(line)
+        if status < 300 and isinstance(body, dict):
+            return LineResult(line, orjson.dumps(body))
+        text = orjson.dumps(body)
+        error = self._account.error(status, refusals.error_of_refusal_in(text))
+        return LineResult(line, error=error)
+
+    async def forget(self, batch: BatchOutline, file_id: str | None, ended: BatchProgress) -> None:
+        for one in dict.fromkeys(filter(None, (file_id, *ended.files))):
+            await self._account.json("DELETE", f"/files/{_quoted(one)}")
+
+
+class AnthropicBatches:
+    """Without metadata, and without a file: the custom ids of its results say whose a batch is."""
+
+    def __init__(self, account: _Account) -> None:
+        self._account = account
+
+    async def upload(self, batch: BatchOutline, calls: Sequence[BatchedCall]) -> str | None:
+        return None
+
+    async def create(
+        self,
+        batch: BatchOutline,
+        file_id: str | None,
+        calls: Sequence[BatchedCall],
+        on_sent: Callable[[], None],
+    ) -> BatchProgress:
+        requests = b",".join(
+            b'{"custom_id":"%b","params":%b}' % (custom_id(batch.id, one.line).encode(), one.body)
+            for one in calls
+        )
+        body = b'{"requests":[%b]}' % requests
+        headers = [(b"content-type", b"application/json")]
+        shown = await self._account.json(
+            "POST", "/v1/messages/batches", body, headers=headers, on_sent=on_sent
+        )
+        return self._progress(shown)
+
+    async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
+        """Among the batches of its size and time; of those that have not ended nobody can say."""
+        assert batch.sent_at is not None
+        since, passed = batch.sent_at - _CLOCKS, set(known)
+        found: list[str] = []
+        unsure = False
+        async for shown in self._listed(since):
+            progress = self._progress(shown)
+            counts = _part(shown, "request_counts")
+            size = sum(count for count in counts.values() if isinstance(count, int))
+            if progress.provider_id in passed or size != batch.lines:
+                continue
+            if not progress.has_ended:
+                unsure = True
+            elif await self._is_of(batch, progress):
+                found.append(progress.provider_id)
+        return found or (None if unsure else [])
+
+    async def _listed(self, since: datetime) -> AsyncIterator[Json]:
+        after: str | None = None
+        for _ in range(_MOST_PAGES):
+            query = {"limit": _PAGE} | ({} if after is None else {"after_id": after})
+            page = await self._account.json("GET", f"/v1/messages/batches?{urlencode(query)}")
+            batches = _objects(page.get("data"))
+            for shown in batches:
+                made = _time(shown.get("created_at"))
+                if made is not None and made < since:
+                    return
+                yield shown
+            if not page.get("has_more") or not batches:
+                return
+            after = _text(batches[-1], "id")
+        raise UpstreamGarbled(f"the list of batches has more than {_MOST_PAGES} pages")
+
+    async def _is_of(self, batch: BatchOutline, ended: BatchProgress) -> bool:
+        results = self._account.objects(self._results_path(ended.provider_id))
+        try:
+            async for row in results:
+                return line_of(batch.id, row.get("custom_id")) is not None
+        finally:
+            await results.aclose()
+        return False
+
+    async def poll(self, provider_id: str) -> BatchProgress:
+        path = f"/v1/messages/batches/{_quoted(provider_id)}"
+        return self._progress(await self._account.json("GET", path))
+
+    def _progress(self, shown: Json) -> BatchProgress:
+        word = _text(shown, "processing_status")
+        made = _time(shown.get("created_at"))
+        return BatchProgress(_text(shown, "id"), word, word == "ended", made)
+
+    async def cancel(self, provider_id: str) -> None:
+        await _cancel(self._account, f"/v1/messages/batches/{_quoted(provider_id)}/cancel")
+
+    @staticmethod
+    def _results_path(provider_id: str) -> str:
+        # Not the address in the answer: the key goes to the upstream's own alone.
+        return f"/v1/messages/batches/{_quoted(provider_id)}/results"
+
+    async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
+        async for row in self._account.objects(self._results_path(ended.provider_id)):
+            line = line_of(batch.id, row.get("custom_id"))
+            if line is not None:
+                yield self._result(line, _part(row, "result"))
+
+    def _result(self, line: int, result: Json) -> LineResult:
+        message = result.get("message")
+        if result.get("type") == "succeeded" and isinstance(message, dict):
+            return LineResult(line, orjson.dumps(message))
+        if result.get("type") != "errored":
+            return LineResult(line)
+        error = _part(result, "error")
+        inner = _part(error, "error") or error
+        return LineResult(line, error=self._account.error(refusals.status_of(inner), inner))
+
+    async def forget(self, batch: BatchOutline, file_id: str | None, ended: BatchProgress) -> None:
+        """There are no files."""
+
+
+class GeminiBatches:
+    """Lines and results in files. A batch that is cancelled, fails or expires has no results."""
+
+    _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED")
+
+    def __init__(self, account: _Account) -> None:
+        self._account = account
+
+    async def upload(self, batch: BatchOutline, calls: Sequence[BatchedCall]) -> str | None:
+        lines = b"".join(
+            b'{"key":"%b","request":%b}\n' % (custom_id(batch.id, one.line).encode(), one.body)
+            for one in calls
+        )
+        made = await self._account.send_file("/upload/v1beta/files", _display_name(batch), lines)
+        return _text(_part(made, "file"), "name")
+
+    async def create(
+        self,
+        batch: BatchOutline,
+        file_id: str | None,
+        calls: Sequence[BatchedCall],
+        on_sent: Callable[[], None],
+    ) -> BatchProgress:
+        named = {"displayName": _display_name(batch), "inputConfig": {"fileName": file_id}}
+        found = _GENERATE.fullmatch(batch.endpoint)
+        assert found is not None
+        path = f"{found[1]}{_quoted(batch.model)}:batchGenerateContent"
+        shown = await self._account.json("POST", path, {"batch": named}, on_sent=on_sent)
+        return self._progress(shown)
+
+    async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
+        found: list[str] = []
+        token, passed = "", set(known)
+        for _ in range(_MOST_PAGES):
+            query = {"pageSize": _PAGE} | ({"pageToken": token} if token else {})
+            page = await self._account.json("GET", f"/v1beta/batches?{urlencode(query)}")
+            found += [
+                _text(one, "name")
+                for one in _objects(page.get("operations"))
+                if _part(one, "metadata").get("displayName") == _display_name(batch)
+                and one.get("name") not in passed
+            ]
+            token = str(page.get("nextPageToken") or "")
+            if not token:
+                return found
+        raise UpstreamGarbled(f"the list of batches has more than {_MOST_PAGES} pages")
+
+    async def poll(self, provider_id: str) -> BatchProgress:
+        return self._progress(await self._account.json("GET", f"/v1beta/{_named(provider_id)}"))
+
+    def _progress(self, shown: Json) -> BatchProgress:
+        about = _part(shown, "metadata")
+        word = str(about.get("state") or "BATCH_STATE_UNSPECIFIED")
+        output = _part(shown, "response") or _part(about, "output")
+        file = output.get("responsesFile")
+        inlined = _part(output, "inlinedResponses")
+        error = _part(shown, "error")
+        return BatchProgress(
+            _text(shown, "name"),
+            word,
+            word.endswith(self._ENDED) or shown.get("done") is True,
+            _time(about.get("createTime")),
+            (file,) if isinstance(file, str) else (),
+            tuple(_objects(inlined.get("inlinedResponses"))),
+            problem=self._account.words(str(error.get("message"))) if error else None,
+        )
+
+    async def cancel(self, provider_id: str) -> None:
+        await _cancel(self._account, f"/v1beta/{_named(provider_id)}:cancel")
+
+    async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
+        for row in ended.inline:
+            line = line_of(batch.id, _part(row, "metadata").get("key"))
+            if line is not None:
+                yield self._result(line, row)
+        for file in ended.files:
+            async for row in self._account.objects(f"/v1beta/{_named(file)}:download?alt=media"):
+                line = line_of(batch.id, row.get("key"))
+                if line is not None:
+                    yield self._result(line, row)
+
+    def _result(self, line: int, row: Json) -> LineResult:
+        answer, error = row.get("response"), row.get("error")
+        if isinstance(answer, dict):
+            return LineResult(line, orjson.dumps(answer))
+        if not isinstance(error, dict):
+            return LineResult(line)
+        code = error.get("code")
+        status = _RPC_STATUS.get(code, 500) if isinstance(code, int) else 500
+        if isinstance(code, int) and 400 <= code <= 599:
+            status = code
+        return LineResult(line, error=self._account.error(status, error))
+
+    async def forget(self, batch: BatchOutline, file_id: str | None, ended: BatchProgress) -> None:
+        if file_id is not None:
+            await self._account.json("DELETE", f"/v1beta/{_named(file_id)}")
+
+
+async def _cancel(account: _Account, path: str) -> None:
+    try:
+        await account.json("POST", path, {})
+    except UpstreamThrottled:
+        raise
+    except UpstreamError as error:
+        if error.status not in (400, 409):  # it has ended
+            raise
+
+
+def _display_name(batch: BatchOutline) -> str:
+    return f"tidegate-{batch.id.hex}"
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="")
+
+
+def _named(name: str) -> str:
+    """A resource's name, such as `batches/b1`, of a provider's answer."""
+    return quote(name.replace("..", ""), safe="/")
+
+
+def _time(value: object) -> datetime | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        found = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)

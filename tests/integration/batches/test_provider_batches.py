@@ -1,0 +1,358 @@
+"""Jobs in the batches of the providers' own batch APIs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway import PNG, Gateway, Opener
+from tests.integration.batches.provider import (
+    MODELS,
+    SOON,
+    asked,
+    batches,
+    is_in,
+    policy_of,
+    put_into_batch,
+    wrapped,
+)
+from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.store.budgets import budget_of
+
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[Emulator]:
+    async with run_emulator() as running:
+        yield running
+
+
+@pytest.fixture
+def settings(provider: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GOOGLE_KEY"):
+        monkeypatch.setenv(name, f"key-of-{name.lower()}")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(policy_of(provider.url))
+    return {"tidegate_policy": policy, **SOON}
+
+
+async def opened(open_gateway: Opener, settings: dict[str, Any]) -> Gateway:
+    return await open_gateway(worker=False, **settings)
+
+
+async def submitted(gateway: Gateway, *jobs: dict[str, Any]) -> list[str]:
+    """Jobs that wait for one batch."""
+    ids = [await gateway.submit(**job) for job in jobs]
+    await put_into_batch(gateway, *ids)
+    return ids
+
+
+async def test_jobs_of_all_dialects_are_answered_once_at_half_the_price(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    texts = [f"Say word {number}" for number in range(3)]
+    jobs = [(dialect, text) for dialect in MODELS for text in texts]
+    ids = await submitted(gateway, *(wrapped(*job) for job in jobs))
+    prompt = (await submitted(gateway, {"data": "Explain the tide", "type": "text_only"}))[0]
+    gateway.start_worker()
+    ends = [await gateway.end_of(one) for one in ids]
+    assert {end["status"] for end in ends} == {"succeeded"}
+    assert [end["attempts"] for end in ends] == [1] * 9
+    for (dialect, text), end in zip(jobs, ends, strict=True):
+        answer = end["answer"]
+        said = {
+            "openai": lambda answer: answer["choices"][0]["message"]["content"],
+            "anthropic": lambda answer: answer["content"][0]["text"],
+            "gemini": lambda answer: answer["candidates"][0]["content"]["parts"][0]["text"],
+        }[dialect](answer)
+        assert text in said
+        assert end["usage"]["tier"] == "batch"
+    last = await gateway.end_of(prompt)
+    assert (last["status"], "tide" in last["text"]) == ("succeeded", True)
+    expected = {(text, "batch"): len(MODELS) for text in texts} | {("Explain the tide", "batch"): 1}
+    assert await asked(provider.control) == expected
+    assert len(await batches(gateway)) == len(MODELS)  # the prompt is with Gemini's
+    await costs_half(gateway, ids[0])
+    attempts = await gateway.attempts(ids[0])
+    assert [row["outcome"] for row in attempts] == ["succeeded"]
+
+
+async def costs_half(gateway: Gateway, job: str) -> None:
+    """gpt-4o-mini: 0.15 USD a million of input, 0.60 of output."""
+    row = await gateway.audit(job)
+    micros = (row["input_tokens"] * 0.15 + row["output_tokens"] * 0.60) / 2
+    assert row["upstream"] == "openai"
+    assert row["cost_micros"] == pytest.approx(micros, abs=1)
+
+
+async def test_a_job_in_a_batch_shows_where_it_is(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS})
+    (job,) = await submitted(gateway, wrapped("openai", "Say hello"))
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    shown = await gateway.status(job)
+    assert (shown["status"], shown.get("place"), shown["attempts"]) == ("running", None, 1)
+    await provider.control.set_behaviour(batches={})
+    (batch,) = await batches(gateway)
+    assert batch["provider_id"].startswith("batch_")
+    # Another worker's claims, and the end of this one, leave it alone.
+    await gateway.stop_worker()
+    assert (await gateway.status(job))["status"] == "running"
+
+
+async def test_what_the_provider_refuses_is_decided_by_the_usual_tier(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    good, bad = await submitted(
+        gateway,
+        wrapped("openai", "Say hello"),
+        wrapped("openai", "Say nothing", max_tokens=-1),
+    )
+    gateway.start_worker()
+    assert (await gateway.end_of(good))["status"] == "succeeded"
+    record = await gateway.end_of(bad)
+    assert (record["status"], record["error"]["upstream_status"]) == ("failed", 400)
+    assert await asked(provider.control, "Say hello") == {("Say hello", "batch"): 1}
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_line_at_which_the_provider_failed_is_tried_again(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator, dialect: str
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"failed_share": 1.0})
+    (job,) = await submitted(gateway, wrapped(dialect, "Say hello"))
+    gateway.start_worker()
+    record = await gateway.end_of(job)
+    assert record["status"] == "succeeded"
+    assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_batch_that_expires_returns_its_lines(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator, dialect: str
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS, "window_s": 0.3})
+    (job,) = await submitted(gateway, wrapped(dialect, "Say hello"))
+    gateway.start_worker()
+    record = await gateway.end_of(job)
+    assert (record["status"], record["attempts"]) == ("succeeded", 1)
+    assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
+    outcomes = [row["outcome"] for row in await gateway.attempts(job)]
+    assert outcomes == ["failed", "succeeded"]
+
+
+async def test_an_outage_of_the_provider_fails_no_job(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    for fault in ("POST /v1/files", "POST /v1/batches", "GET /v1/batches", "GET /v1/files"):
+        await provider.control.set_fault("unavailable", kind="other", match=fault, count=3)
+    (job,) = await submitted(gateway, wrapped("openai", "Say hello"))
+    gateway.start_worker(claim_lease_ms=600)
+    record = await gateway.end_of(job)
+    assert (record["status"], record["attempts"]) == ("succeeded", 1)
+    assert await asked(provider.control, "Say hello") == {("Say hello", "batch"): 1}
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_creation_whose_answer_was_lost_is_found_and_not_repeated(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator, dialect: str
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    creation = {
+        "openai": "POST /v1/batches",
+        "anthropic": "POST /v1/messages/batches",
+        "gemini": ":batchGenerateContent",
+    }[dialect]
+    await provider.control.set_fault("answer_lost", kind="other", match=creation, count=1)
+    ids = await submitted(gateway, *(wrapped(dialect, f"Say word {n}") for n in range(5)))
+    gateway.start_worker()
+    assert {(await gateway.end_of(one))["status"] for one in ids} == {"succeeded"}
+    expected = {(f"Say word {n}", "batch"): 1 for n in range(5)}
+    assert await asked(provider.control) == expected
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_results_that_break_off_are_read_again(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator, dialect: str
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    results = {"openai": "/content", "anthropic": "/results", "gemini": ":download"}[dialect]
+    await provider.control.set_fault("cut_mid_stream", kind="other", match=results, count=2)
+    ids = await submitted(gateway, *(wrapped(dialect, f"Say word {n}") for n in range(20)))
+    gateway.start_worker()
+    ends = [await gateway.end_of(one) for one in ids]
+    assert {(end["status"], end["attempts"]) for end in ends} == {("succeeded", 1)}
+    assert await asked(provider.control) == {(f"Say word {n}", "batch"): 1 for n in range(20)}
+    count = await gateway.database.fetchval("SELECT count(*) FROM audit WHERE source = 'job'")
+    assert count == 20
+
+
+@pytest.mark.parametrize(
+    ("dialect", "bound"),
+    [("openai", "enqueued_tokens"), ("anthropic", "enqueued_requests"), ("gemini", "open_batches")],
+)
+async def test_a_full_queue_at_the_provider_holds_a_batch(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator, dialect: str, bound: str
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={bound: 0})
+    (job,) = await submitted(gateway, wrapped(dialect, "Say hello"))
+    gateway.start_worker()
+
+    async def is_held() -> bool:
+        return any(one["problem"] for one in await batches(gateway))
+
+    await wait_until(is_held)
+    assert (await gateway.status(job))["status"] == "running"
+    await provider.control.set_behaviour(batches={})
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    assert await asked(provider.control, "Say hello") == {("Say hello", "batch"): 1}
+
+
+async def test_a_job_leaves_a_batch_in_time_for_its_deadline(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    """17.5 s before it is due a call of unknown length has to begin in the usual tier."""
+    quick = {"provider_batch_window_ms": 1_000, "provider_batch_cancel_ms": 100}
+    gateway = await opened(open_gateway, settings | quick)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS, "cancelling_ms": 100})
+    gateway.start_worker()
+    due: dict[str, Any] = {"tiers": ["batch"], "deadline_ms": 22_000}
+    job = await gateway.submit(**wrapped("openai", "Say hello"), **due)
+    await wait_until(partial(is_in, gateway, "created", "cancelling"))
+    record = await gateway.end_of(job)
+    assert (record["status"], record["attempts"], record["tier"]) == ("succeeded", 1, "live")
+    assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
+
+
+async def test_a_batch_of_cancelled_jobs_is_cancelled(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS})
+    ids = await submitted(gateway, *(wrapped("openai", f"Say word {n}") for n in range(2)))
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    first, last = ids
+    async with gateway.http.delete(f"{gateway.url}/requests/{first}") as response:
+        assert (response.status, (await response.json())["status"]) == (202, "running")
+    async with gateway.http.delete(f"{gateway.url}/requests/{last}") as response:
+        assert response.status in (200, 202)
+    ends = [await gateway.end_of(one) for one in ids]
+    assert {end["status"] for end in ends} == {"cancelled"}
+    assert await asked(provider.control, "Say word") == {}
+    assert (await gateway.audit(ids[0]))["cost_micros"] == 0
+
+
+async def test_a_cancelled_job_among_others_is_charged_and_not_answered(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    """Providers cancel whole batches only."""
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": 1_500})
+    one, other = await submitted(
+        gateway, wrapped("openai", "Say one"), wrapped("openai", "Say two")
+    )
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    async with gateway.http.delete(f"{gateway.url}/requests/{one}") as response:
+        assert response.status in (200, 202)
+    record = await gateway.end_of(one)
+    assert (record["status"], record.get("answer")) == ("cancelled", None)
+    assert (await gateway.end_of(other))["status"] == "succeeded"
+    assert (await gateway.audit(one))["cost_micros"] > 0
+
+
+async def test_budgets_are_held_for_lines_and_charged_their_batch_price(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    records = gateway.services.store.budgets.records
+    await records.set(budget_of("day", {"usd": "0.00008", "period": "day"}), by="test")
+    ids = await submitted(gateway, *(wrapped("openai", f"Say word {n}") for n in range(4)))
+    await provider.control.set_behaviour(batches={"delay_ms": 1_500})
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    (batch,) = await batches(gateway)
+    assert 0 < batch["lines"] < 4  # the others have no room: each may cost 0.00003 or more
+    (book,) = await records.books("day")
+    assert 0 < book.held <= book.amount
+    ends = [await gateway.end_of(one) for one in ids]
+    assert {end["status"] for end in ends} == {"succeeded"}
+    rows = await gateway.database.fetch("SELECT cost_micros FROM audit WHERE source = 'job'")
+
+    async def settled() -> bool:
+        (book,) = await records.books("day")
+        return (book.held, book.spent) == (0, sum(row["cost_micros"] for row in rows))
+
+    await wait_until(settled)
+
+
+async def test_prompts_with_files_and_pictures_go_into_a_batch(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    seen, drawn = await submitted(
+        gateway,
+        {"data": "What is in it?", "type": "multi_modal", "files": PNG},
+        {"data": "Draw a lighthouse", "type": "image_generation"},
+    )
+    gateway.start_worker()
+    record = await gateway.end_of(seen)
+    assert record["status"] == "succeeded"
+    assert record["text"]
+    picture = await gateway.end_of(drawn)
+    assert picture["status"] == "succeeded"
+    (image,) = picture["images"]
+    async with gateway.http.get(gateway.url + image["url"]) as response:
+        assert (response.status, (await response.read())[:4]) == (200, b"\x89PNG")
+    assert {tier for _, tier in await asked(provider.control)} == {"batch"}
+
+
+async def test_waiting_jobs_count_for_the_queue_of_their_tenant(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS})
+    ids = await submitted(gateway, *(wrapped("openai", f"Say word {n}") for n in range(3)))
+    counted = "count_batched"
+    row = await gateway.services.store.connections.row(counted, "default", "gemini")
+    assert row is not None
+    assert (row["jobs"], row["size_bytes"] > 0) == (3, True)
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    row = await gateway.services.store.connections.row(counted, "default", "gemini")
+    assert row is not None
+    assert row["jobs"] == len(ids)
+
+
+async def test_a_job_that_may_wait_is_put_into_a_batch(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    gateway.start_worker()
+    day_ms = 24 * HOUR_MS
+    jobs = [
+        await gateway.submit(**wrapped("openai", text), tiers=["batch"], deadline_ms=due_ms)
+        for text, due_ms in (("Say it tomorrow", day_ms), ("Say it now", 60_000))
+    ]
+    later, now = [await gateway.end_of(one) for one in jobs]
+    assert [later["status"], now["status"]] == ["succeeded"] * 2
+    assert [later["tier"], now["tier"]] == ["batch", "live"]
+    assert "batch costs 50%" in later["tier_why"]
+    expected = {("Say it tomorrow", "batch"): 1, ("Say it now", ""): 1}
+    assert await asked(provider.control) == expected
