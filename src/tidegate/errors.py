@@ -32,6 +32,7 @@ TidegateError
 │   ├── QueueFull               the queue is full
 │   └── LimiterUnavailable      Valkey is unavailable and the policy is `closed`
 ├── LeaseLost                   the session that held the permit is gone; results may not be stored
+├── CallPreempted               the call gave way to one of a higher band, and is made again later
 ├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is
 │   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
 │   ├── UpstreamTierBusy        the requested processing tier has no capacity at the moment
@@ -316,6 +317,14 @@ class LimiterUnavailable(AdmissionError):
 
 class LeaseLost(TidegateError):
     code = "lease_lost"
+    retryable = True
+
+
+class CallPreempted(TidegateError):
+    """A call without a byte of an answer was given up, so that one of a higher band is admitted. It
+    uses up no attempt: its job or line is queued again. Never raised to a client."""
+
+    code = "preempted"
     retryable = True
 
 

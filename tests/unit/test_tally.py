@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from tidegate.errors import CallPreempted
 from tidegate.metrics.instruments import MOST_TENANTS, Calls, Instruments, Known, Metric, Tally
-from tidegate.record import CallRecord
+from tidegate.record import RETRIED, CallRecord, Failure
 
 
 @given(st.lists(st.lists(st.floats(0, 2_000), max_size=20), max_size=5))
@@ -75,3 +76,14 @@ def test_the_first_names_keep_their_places() -> None:
         "a",
     ]
     assert len(known) == 2
+
+
+def test_a_call_that_gave_way_is_counted_and_is_no_failure() -> None:
+    tally = Tally()
+    record = CallRecord("batch", "acme", datetime.now(UTC), pool="gpu", attempts=1, upstream_ms=1.0)
+    record.end(RETRIED, Failure.of(CallPreempted("it gave way")))
+    Calls(tally).take([record])
+    counts = {metric: (labels, amount) for metric, labels, amount in tally.take_counts()}
+    assert counts[Metric.PREEMPTED] == (("batch", "gpu"), 1)
+    assert counts[Metric.RETRIES] == (("batch", "gpu"), 1)
+    assert Metric.FAILURES not in counts

@@ -1,4 +1,4 @@
-"""Headers: which pass to an upstream and back to a client, and the limits and waits in them.
+"""Headers: which pass to an upstream and back, the limits and waits in them, and redirects.
 
 Known rate limits are OpenAI's with those of compatible providers (Azure, Groq, Mistral, Cerebras,
 Together, OpenRouter) and Anthropic's; Google sends none. A value that is no number is skipped,
@@ -329,3 +329,25 @@ def _reset_ms(value: str, now: datetime) -> int | None:
         return bounded_ms(number * 1000)
     span = span_ms(value)
     return until_ms(value, now) if span is None else bounded_ms(span)
+
+
+_REDIRECT_LONGEST_BYTES = 8_000
+# Whatever a server could read as a step upwards, or in another way than it is read here.
+_UNSOUND = re.compile(rb"[\\\x00-\x20\x7f-\xff]|/\.|%2e|%5c|%00", re.IGNORECASE)
+
+
+def followed(headers: Iterable[tuple[bytes, bytes]], base: str) -> str | None:
+    """The URL to which a redirect leads that is to be followed, else None. `base`: that of the
+    upstream, without a slash at its end."""
+    named = [value for name, value in headers if name.lower() == b"location"]
+    if len(named) != 1 or len(named[0]) > _REDIRECT_LONGEST_BYTES or _UNSOUND.search(named[0]):
+        return None
+    location = named[0].decode("ascii").partition("#")[0]
+    scheme, _, rest = base.partition("://")
+    origin = f"{scheme}://{rest.partition('/')[0]}"
+    if location[: len(origin)].lower() == origin.lower():
+        location = location[len(origin) :]
+    if not location.startswith("/") or location.startswith("//"):
+        return None
+    url = origin + location
+    return url if url.startswith(f"{base}/") else None

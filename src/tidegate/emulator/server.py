@@ -126,6 +126,12 @@ async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
         return await control(state, request)
     if usage_api.wants(request):
         return _usage_report(state, request)
+    if state.behaviour.works_on:
+        return await asyncio.shield(state.work_on(_answer(state, request)))
+    return await _answer(state, request)
+
+
+async def _answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamResponse:
     found = ((api, front.route) for api, front in _FRONTS if front.wants(request))
     api, route = next(found, (GEMINI, gemini.route))
     try:
@@ -238,4 +244,5 @@ async def run_emulator(
     finally:
         await control.close()
         await runner.cleanup()
+        await state.end_work()
         state.presence.close()

@@ -177,7 +177,8 @@ class Behaviour:
     `answer` replaces the text of every text answer. `classifier_answer` is the value to choose
     from an enum (a string) or the whole JSON answer (an object). `account` counts as a provider
     does, beside `concurrency` and `rates`. `batches` is the pace of the providers' batch APIs,
-    `flex` that of their flex tier.
+    `flex` that of their flex tier. `works_on`: a call whose client has left goes on, and counts,
+    as at hosted providers; else it is aborted.
     """
 
     first_byte_ms: Mapping[str, Distribution] = field(default_factory=dict)
@@ -190,6 +191,7 @@ class Behaviour:
     image_size: int = 512
     file_processing_ms: int = 50
     strict_models: bool = False
+    works_on: bool = False
     account: AccountSpec | None = None
     batches: BatchPace = field(default_factory=BatchPace)
     flex: FlexPace = field(default_factory=FlexPace)
@@ -244,7 +246,7 @@ def _sound(name: str, value: Any) -> Any:
             return value
         case "classifier_answer" if value is None or isinstance(value, str | Mapping):
             return value
-        case "strict_models" if isinstance(value, bool):
+        case "strict_models" | "works_on" if isinstance(value, bool):
             return value
         case "account":
             return AccountSpec.parse(value)

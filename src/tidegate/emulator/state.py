@@ -17,14 +17,14 @@ import hashlib
 import select
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from random import Random
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from aiohttp import web
 
@@ -409,6 +409,7 @@ class FileStore:
 
 
 _LONGEST_TRACEPARENT = 100
+T = TypeVar("T")
 
 
 class EmulatorState:
@@ -428,6 +429,7 @@ class EmulatorState:
         self.account = self._new_account()
         self._charges: dict[int, tuple[ProviderAccount, AccountCharge]] = {}  # by call id
         self._in_flight: dict[int, LoggedCall] = {}
+        self._work: set[asyncio.Task[Any]] = set()
         self._call_on: dict[object, LoggedCall] = {}  # aiohttp's protocol of a connection -> call
 
     def reset(self) -> None:
@@ -514,9 +516,10 @@ class EmulatorState:
         self._charge(call, size)
         self.ledger.start(call)
         self._in_flight[call.id] = call
-        protocol = request.protocol
-        self._call_on[protocol] = call
-        fd = self.presence.watch(request, call.id)
+        protocol, fd = request.protocol, -1
+        if not self.behaviour.works_on:
+            self._call_on[protocol] = call
+            fd = self.presence.watch(request, call.id)
         try:
             yield call
         except (asyncio.CancelledError, ConnectionError):
@@ -549,6 +552,19 @@ class EmulatorState:
             account, charge = self._charges.pop(call.id)
             account.made(charge, call.output_tokens)
             account.end(charge, answered=bool(call.input_tokens or call.output_tokens))
+
+    def work_on(self, answer: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Answer in a task that goes on when its client leaves."""
+        task = asyncio.create_task(answer)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+        return task
+
+    async def end_work(self) -> None:
+        """Cut off what goes on without a client."""
+        for task in self._work:
+            task.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
 
     def connection_lost(self, protocol: object) -> None:
         """Note that this connection has ended."""

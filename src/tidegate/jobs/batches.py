@@ -29,6 +29,7 @@ from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
+    CallPreempted,
     ClaimLost,
     DeadlineExceeded,
     InvalidRequest,
@@ -229,15 +230,20 @@ class LineCaller:
             error, words = failed.error, failed
         except TidegateError as own:
             error = own
-        if one.turn is not None or is_of_upstream(error):
+        gave_way = isinstance(error, CallPreempted)
+        if gave_way:
+            self._outages.left(one.turn)
+        elif one.turn is not None or is_of_upstream(error):
             turn = one.turn or Turn(self._targets_of(line))
             self._outages.ended(turn, record.upstream, error)
         if error is not None and (wait_ms := self._wait_ms(line, record, error)) is not None:
             if isinstance(error, BudgetExceeded):
                 self._store.batch_lines.hold_up(line.batch_id, wait_ms)
-            waits_ms, counted = {line.id: wait_ms}, record.attempts - record.faults
+            waits_ms, counted = {line.id: wait_ms}, record.attempts - record.faults - gave_way
             await self._until_done(
-                lambda: self._store.batch_lines.release([line], waits_ms=waits_ms, counted=counted)
+                lambda: self._store.batch_lines.release(
+                    [line], waits_ms=waits_ms, counted=counted, gave_way=gave_way
+                )
             )
             if record.attempts:
                 record.end(RETRIED, Failure.of(error))
@@ -265,6 +271,7 @@ class LineCaller:
                 deadline_ms=left_ms,
                 trail=one.record.trail,
                 most_tries=self._config.max_attempts - line.attempts,
+                preempted=line.preemptions,
             )
             await collected(self._relay, call, one.record, admitted)
         except asyncio.CancelledError:
@@ -277,6 +284,8 @@ class LineCaller:
         """Until the line is called again; None where it has failed."""
         if isinstance(error, BudgetExceeded):
             return min(_SPENT_MS, error.retry_after_ms or _SPENT_MS)
+        if isinstance(error, CallPreempted):
+            return 0
         if isinstance(error, _LATER):
             return _AGAIN_MS
         if is_of_upstream(error):

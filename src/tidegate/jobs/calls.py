@@ -12,6 +12,7 @@ from tidegate.dialects.requests import in_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
+    CallPreempted,
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
@@ -158,6 +159,7 @@ async def run_wrapped(
         deadline_ms=None if left_ms is None else max(1, left_ms),
         trail=record.trail,
         most_tries=max_attempts - job.attempts,
+        preempted=job.preemptions,
     )
     if job.tier is Tier.FLEX:
         call.body = in_tier(body, call.endpoint.dialect, job.tier)
@@ -174,10 +176,13 @@ def is_of_upstream(error: TidegateError | None) -> bool:
     return isinstance(error, UpstreamError) and error.of_upstream
 
 
-def spent_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
-    """Milliseconds until a job that a budget refuses is looked at again: when the next period
-    begins, and every minute or so before, since a budget can be raised; soon where calls in
-    progress hold what is left. None for other errors."""
+def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
+    """Milliseconds until a job is looked at again whose call gave way to another, which it is
+    immediately, or that a budget refuses: when the next period begins, and every minute or so
+    before, since a budget can be raised; soon where calls in progress hold what is left. None for
+    other errors."""
+    if isinstance(error, CallPreempted):
+        return 0
     if isinstance(error, BudgetReserved):
         return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
     if not isinstance(error, BudgetExceeded):

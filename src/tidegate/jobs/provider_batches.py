@@ -44,8 +44,8 @@ from tidegate.jobs.calls import (
     log_end,
     record_of,
     retry_wait_ms,
-    spent_wait_ms,
     status_of,
+    uncounted_wait_ms,
 )
 from tidegate.jobs.tiers import TierChoice
 from tidegate.record import RETRIED, CallRecord, Failure
@@ -299,7 +299,7 @@ class ProviderBatchRunner:
             await self._batches.turn_away([job])  # the usual tier falls back
             return
         until = _parked_until(job.revisit_at)
-        wait_ms = spent_wait_ms(error) or 0
+        wait_ms = uncounted_wait_ms(error) or 0
         await self._store.queue.park(
             [job],
             until,

@@ -22,6 +22,7 @@ from uuid import UUID
 
 from tidegate.call import DEFAULT_POOL, Call, Kind, Status, Tier
 from tidegate.errors import (
+    CallPreempted,
     ClaimLost,
     DeadlineExceeded,
     InvalidRequest,
@@ -45,9 +46,9 @@ from tidegate.jobs.calls import (
     record_of,
     retry_wait_ms,
     run_wrapped,
-    spent_wait_ms,
     status_of,
     time_left_ms,
+    uncounted_wait_ms,
 )
 from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.offers import TierOffers
@@ -310,6 +311,7 @@ class Worker:
             *(self._forever(self._every(beat_s, one)) for one in each_beat),
             *(self._forever(self._every(1.0, one)) for one in (*each_second, *for_held)),
             self._forever(self._watch_cancels),
+            self._forever(self._spine.preemption.run),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         beside = [asyncio.create_task(run(stop)) for run in self._beside]
@@ -467,7 +469,9 @@ class Worker:
         except Exception:  # an unforeseen error: logged, and what the attempt brought is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
             failure = internal()
-        if run.turn is not None or is_of_upstream(failure):
+        if isinstance(failure, CallPreempted):
+            self._outages.left(run.turn)
+        elif run.turn is not None or is_of_upstream(failure):
             turn = run.turn or Turn(self._targets_of(job))
             self._outages.ended(turn, record.upstream, failure)
         if run.is_marked:
@@ -562,7 +566,7 @@ class Worker:
         except StoreUnavailable as away:
             error = error or away
         failure = Failure.of(error) if error else None
-        wait_ms, release = spent_wait_ms(error), self._store.queue.release
+        wait_ms, release = uncounted_wait_ms(error), self._store.queue.release
         if (of_tier_ms := self._offers.ended(job, record, error)) is not None:
             wait_ms = of_tier_ms
         elif is_of_upstream(error):

@@ -459,15 +459,22 @@ class Limiter:
     async def tell(self, note: bytes, keep_ms: int) -> None:
         """Leave a note for the other processes of the pool, in the place of the last one; it is
         forgotten after `keep_ms`."""
-        request = {"sid": self._session.sid, "note": note, "keep_ms": keep_ms, "most": 0}
+        request = {"note": note, "keep_ms": keep_ms, "most": 0, "claim": ""}
         # Once: it is sent again soon, and what waits behind it is more urgent.
-        await self._run("notes", request, tries=1)
+        await self._run("notes", request | {"sid": self._session.sid}, tries=1)
 
     async def told(self, most: int) -> dict[str, bytes]:
         """The notes of the processes of the pool, by session: of `most` of them at most."""
-        request = {"sid": "", "note": b"", "keep_ms": 0, "most": most}
+        request = {"sid": "", "note": b"", "keep_ms": 0, "most": most, "claim": ""}
         rows = msgpack.unpackb(await self._run("notes", request), raw=True)
         return {sid.decode(): note for sid, note in rows}
+
+    async def claim(self, name: str, keep_ms: int) -> bool:
+        """Claim a name among the processes of the pool: True for the first one within `keep_ms`."""
+        request = {"sid": self._session.sid, "note": b"", "most": 0}
+        # Once: a repeat after a lost reply would find its own claim.
+        packed = await self._run("notes", request | {"claim": name, "keep_ms": keep_ms}, tries=1)
+        return bool(msgpack.unpackb(packed)[0])
 
     async def place(self, session: str, ticket: int) -> Place | None:
         """How far from its turn a ticket of a session is; None if it does not wait."""

@@ -529,6 +529,8 @@ SHAPES = (
              "1 min and two leases", True),
     KeyShape("note:", "string", "per session: its process's note for the others, as bytes",
              "seconds: it is sent repeatedly", True),
+    KeyShape("claim:", "string", "per claimed name: the session that claimed it first",
+             "seconds: as long as the claim holds", True),
     KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to come",
              SESSION_KEEP, True),
     KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",

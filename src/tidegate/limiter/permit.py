@@ -274,6 +274,11 @@ class Permit:
         return self._holding.flow.tenant
 
     @property
+    def band(self) -> int:
+        """Counts from 1, the highest."""
+        return self._holding.flow.band
+
+    @property
     def fence(self) -> tuple[int, int]:
         return (self._holding.epoch, self._holding.seq)
 

@@ -74,7 +74,7 @@ class PermitView:
 @dataclass(frozen=True, slots=True)
 class QueueView:
     """What one process has waiting of one flow, and the limit that holds its first ticket up; None
-    while the process takes no grants."""
+    while the process takes no grants. A process numbers its tickets as they come."""
 
     sid: str
     process: str
@@ -84,6 +84,7 @@ class QueueView:
     held_up_by: str | None
     waiting: int
     first_ticket: int
+    last_ticket: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +200,10 @@ def _flow(flow: str) -> tuple[int, str, tuple[str, ...]]:
 
 
 def _queue(row: list[Any], names: Mapping[str, str]) -> QueueView:
-    sid, flow, at, waiting, _stamp, member, *_ = row
-    first = int(member.split("|")[0]) if member else 0
-    return QueueView(
-        sid, names.get(sid, ""), *_flow(flow), at if at != "!" else None, waiting, first
-    )
+    sid, flow, at, waiting, _stamp, *members = row
+    first, last = (int(member.split("|")[0]) if member else 0 for member in members[:2])
+    held_up_by = at if at != "!" else None
+    return QueueView(sid, names.get(sid, ""), *_flow(flow), held_up_by, waiting, first, last)
 
 
 def _permit(row: list[Any], names: Mapping[str, str]) -> PermitView:

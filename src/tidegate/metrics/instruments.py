@@ -27,6 +27,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from tidegate.errors import CallPreempted
 from tidegate.limiter import Observer, State
 from tidegate.metrics._compat import add_counts
 from tidegate.record import JUDGE, RETRIED, CallRecord
@@ -136,6 +137,11 @@ class Metric:
     ATTEMPTS = _counter("tidegate_attempts_total", "Calls made upstream", "source pool")
     THROTTLED = _counter(
         "tidegate_throttled_total", "Calls upstream that were answered with 429", "source pool"
+    )
+    PREEMPTED = _counter(
+        "tidegate_preempted_total",
+        "Calls of jobs and batch lines that gave way to a higher band, and are made again",
+        "source pool",
     )
     RETRIES = _counter(
         "tidegate_retries_total", "Calls upstream after the first of a request", "source pool"
@@ -472,7 +478,9 @@ class Calls:
             cells = self._cells[sort] = _Cells(self._tally, sort)
         cells.calls.amount += 1
         cells.of_tenant.amount += 1
-        if failed:
+        if failed == CallPreempted.code:
+            self._tally.add(Metric.PREEMPTED, (one.source, one.pool))
+        elif failed:
             self._tally.add(Metric.FAILURES, (one.source, one.pool, failed))
         if one.attempts:
             self._count_attempts(one, cells, failed)

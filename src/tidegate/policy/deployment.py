@@ -54,14 +54,24 @@ Learn = Literal["propose", "apply"]
 _LEARN: tuple[Learn, ...] = get_args(Learn)
 _POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
-_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", "learn", *TIMEOUTS)
+_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", *TIMEOUTS)
 _KEYS = ("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
 _LONGEST_MS = 86_400_000
+_MOST_TIMES = 100
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 _IS_FROM_IT = "has its key from it"
 
 ReadSecret = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """When a job's or batch line's call without a byte of an answer gives way: a call of a higher
+    band has waited for `after_ms`. times: how often one job or line may."""
+
+    after_ms: int = 1_000
+    times: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,8 @@ class Upstream:
     provider's. weight: its share where several serve a model. prices: pattern -> price, before the
     public ones of `provider`, or where it names none of the provider of its hosts. asks_usage:
     whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
-    that differ from the settings. learn: what becomes of limits in headers of its answers."""
+    that differ from the settings. learn: what becomes of limits in headers of its answers. preempt:
+    None where no call gives way."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -84,6 +95,7 @@ class Upstream:
     timeouts: Mapping[str, int] = field(default_factory=dict)
     provider: str | None = None
     learn: Learn = "propose"
+    preempt: Preempt | None = None
 
     @property
     def pool(self) -> str:
@@ -287,6 +299,8 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             allowed = f"must be one of {', '.join(_LEARN)}"
             raise ConfigError(f"{path}.learn", str(table["learn"])[:100], allowed)
         found["learn"] = table["learn"]
+    if "preempt" in table:
+        found["preempt"] = _preempt(f"{path}.preempt", table["preempt"])
     found["timeouts"] = {
         name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
     }
@@ -297,6 +311,22 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             for model, price in prices.items()
         }
     return found
+
+
+def _preempt(path: str, value: object) -> Preempt | None:
+    if isinstance(value, bool):
+        return Preempt() if value else None
+    if not isinstance(value, dict):
+        allowed = "must be true, false or a table of after_ms and times"
+        raise ConfigError(path, str(value)[:100], allowed)
+    usual = Preempt()
+    check_keys(path, value, ("after_ms", "times"))
+    times = value.get("times", usual.times)
+    if isinstance(times, bool) or not isinstance(times, int) or not 1 <= times <= _MOST_TIMES:
+        allowed = f"must be a whole number from 1 to {_MOST_TIMES}"
+        raise ConfigError(f"{path}.times", str(times)[:100], allowed)
+    after_ms = _milliseconds(f"{path}.after_ms", value.get("after_ms", usual.after_ms))
+    return Preempt(after_ms, times)
 
 
 def _milliseconds(path: str, value: object) -> int:

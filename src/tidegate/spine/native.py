@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ from tidegate.dialects.answers import (
     visible_output,
     with_tier,
 )
-from tidegate.dialects.headers import of_answer, tier_in, to_return, with_key
+from tidegate.dialects.headers import followed, of_answer, tier_in, to_return, with_key
 from tidegate.dialects.requests import (
     LONGEST_TIER,
     NAMES_MODEL,
@@ -227,10 +227,15 @@ class NativeExchange:
         self._out = out
         self._record = record
         self._served: str | None = None
+        self._sent: Exchange | None = None
 
     @property
     def started(self) -> bool:
         return self._out.started
+
+    @property
+    def is_heard(self) -> bool:
+        return self._sent is not None and self._sent.is_heard
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked = self.terms, self._asked
@@ -307,7 +312,7 @@ class NativeExchange:
         return images
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
-        call, record = self._call, self._record
+        call, record, self._sent = self._call, self._record, None
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
             body = body_for(call, self._body, target, ask_usage=hides)
@@ -332,8 +337,8 @@ class NativeExchange:
         except UpstreamError as error:
             raise CallFailed(error, target) from None
 
-    def _note_sent(self) -> None:
-        self._record.sent = True
+    def _note_sent(self, exchange: Exchange) -> None:
+        self._record.sent, self._sent = True, exchange
 
     def _with_headers(self, failed: CallFailed) -> CallFailed:
         failed.headers += of_answer(failed.target.upstream.name, self._record.queue_ms or 0.0)
@@ -537,7 +542,7 @@ async def _open(
     call: NativeCall,
     target: Target,
     body: bytes | AsyncIterator[bytes] | None,
-    on_sent: Callable[[], None] | None = None,
+    opened: Callable[[Exchange], None] | None = None,
 ) -> Exchange:
     """Send the request to an upstream. Raises UpstreamError."""
     dialect, trail = call.endpoint.dialect, call.terms.trail
@@ -550,7 +555,7 @@ async def _open(
     if trail is not None:
         said = trail.begin(target.upstream.name, target.model, str(place.origin))
         headers.append((HEADER, said.encode()))
-    exchange = await wire.open(call.method, place, headers, body, on_sent, timeouts)
+    exchange = await wire.open(call.method, place, headers, body, None, timeouts, opened=opened)
     may_follow = call.method == "GET" and call.endpoint.operation is Operation.FILES
     if exchange.status not in REDIRECTS or not may_follow:
         return exchange
@@ -571,26 +576,6 @@ async def _open(
 _REDIRECT_BYTES = 65_536
 MOST_REDIRECTS = 3
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
-_REDIRECT_LONGEST_BYTES = 8_000
-# Whatever a server could read as a step upwards, or in another way than it is read here.
-_UNSOUND = re.compile(rb"[\\\x00-\x20\x7f-\xff]|/\.|%2e|%5c|%00", re.IGNORECASE)
-
-
-def followed(headers: Iterable[tuple[bytes, bytes]], base: str) -> str | None:
-    """The URL to which a redirect leads that is to be followed, else None. `base`: that of the
-    upstream, without a slash at its end."""
-    named = [value for name, value in headers if name.lower() == b"location"]
-    if len(named) != 1 or len(named[0]) > _REDIRECT_LONGEST_BYTES or _UNSOUND.search(named[0]):
-        return None
-    location = named[0].decode("ascii").partition("#")[0]
-    scheme, _, rest = base.partition("://")
-    origin = f"{scheme}://{rest.partition('/')[0]}"
-    if location[: len(origin)].lower() == origin.lower():
-        location = location[len(origin) :]
-    if not location.startswith("/") or location.startswith("//"):
-        return None
-    url = origin + location
-    return url if url.startswith(f"{base}/") else None
 
 
 def _is_events(exchange: Exchange) -> bool:
@@ -823,9 +808,10 @@ def detached_call(
     deadline_ms: int | None,
     trail: Trail | None = None,
     most_tries: int = MOST_TRIES,
+    preempted: int | None = None,
 ) -> NativeCall:
-    """The call as if a client made it now. `deadline_ms`: from now to admission. Raises NotFound
-    for a path that another version took in."""
+    """The call as if a client made it now. `deadline_ms`: from now to admission; `preempted` as in
+    `Terms`. Raises NotFound for a path that another version took in."""
     try:
         endpoint = endpoint_named(path)
     except InvalidRequest as unknown:
@@ -839,6 +825,7 @@ def detached_call(
         trail=trail,
         repeats=False,
         most_tries=max(1, min(most_tries, MOST_TRIES)),
+        preempted=preempted,
     )
     headers = [_JSON, *DIALECTS[endpoint.dialect].headers]
     return NativeCall(terms, endpoint, "POST", "", headers, body, datetime.now(UTC))

@@ -256,6 +256,7 @@ class PromptExchange:
 
     dialect = Dialect.GEMINI
     bills = True
+    is_heard = True  # of what the SDK has received so far nothing is known here
 
     def __init__(
         self,

@@ -18,7 +18,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -53,6 +58,7 @@ from tidegate.limiter import Limiter, Permit, PoolPolicy
 from tidegate.policy.deployment import Upstream
 from tidegate.record import CallRecord, coding_of, decoded
 from tidegate.settings import Config
+from tidegate.spine.preemption import Preemption
 from tidegate.spine.routing import (
     Gate,
     Gates,
@@ -151,7 +157,8 @@ class Terms:
     repeats: whether an upstream that failed is called again by itself, and whether an estimate may
     refuse the call before its deadline; where not, a queue does that. most_tries: of all upstreams
     together. waits_out: whether a pause that outlasts the deadline is waited for, since it may be
-    ended.
+    ended. preempted: how often the call has given way to one of a higher band; None where it never
+    does.
     """
 
     request_id: UUID
@@ -164,6 +171,7 @@ class Terms:
     most_tries: int = MOST_TRIES
     waits_out: bool = False
     conversation: str | None = None
+    preempted: int | None = None
 
     def left_ms(self) -> float:
         """Until its deadline for admission; negative when it has passed, infinite without one."""
@@ -193,6 +201,10 @@ class CallExchange(Protocol):
     @property
     def started(self) -> bool:
         """Whether something of an answer has gone to the client: no other try may follow."""
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether something of an answer may have come from the upstream, in the present try."""
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """What the call takes of which limits there."""
@@ -239,6 +251,7 @@ class Spine:
         self.targets = targets
         self.tracing = tracing
         self.budgets = budgets
+        self.preemption = Preemption()
         self.retries = RetryBudget()
         self.timeouts = {
             name: timeouts_of(config, upstream) for name, upstream in targets.upstreams.items()
@@ -268,8 +281,8 @@ class Spine:
 
         `on_admitted` is called before each try, under its permit; what it raises ends the call, and
         nothing was sent. Raises CallFailed for what the last upstream said, AdmissionError,
-        BudgetExceeded, LeaseLost and StoreUnavailable. Cancellation leaves neither a waiter nor an
-        open upstream call.
+        BudgetExceeded, CallPreempted, LeaseLost and StoreUnavailable. Cancellation leaves neither a
+        waiter nor an open upstream call.
         """
         self.retries.earn()
         await _Run(self, exchange, record, on_admitted).until_answered(targets)
@@ -536,7 +549,8 @@ class _Run:
         started = time.perf_counter()
         outcome, failure = Outcome.IGNORED, None
         try:
-            await self._exchange.make(target, lane, demand, is_try=is_try)
+            with self._giving_way(permit, target, lane, is_try):
+                await self._exchange.make(target, lane, demand, is_try=is_try)
             outcome = Outcome.SUCCESS
         except CallFailed as failed:
             failure = failed
@@ -562,6 +576,18 @@ class _Run:
                     cost_micros=record.charge.cost_micros,
                 )
                 lane.demands.learn(demand, told, charged, whole=whole)
+
+    def _giving_way(
+        self, permit: Permit | None, target: Target, lane: Lane, is_try: bool
+    ) -> AbstractContextManager[object]:
+        """What has the call give way, where its upstream is set so and its terms allow it; the try
+        of an upstream that was out never does."""
+        rule, times = target.upstream.preempt, self._terms.preempted
+        if rule is None or times is None or times >= rule.times or permit is None or is_try:
+            return nullcontext()
+        return self._spine.preemption.of(
+            lane.limiter, rule, self._exchange, permit, self._terms.request_id
+        )
 
     def _note_admission(self, permit: Permit | None, target: Target) -> None:
         record, upstream = self._record, target.upstream

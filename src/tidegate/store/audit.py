@@ -27,7 +27,7 @@ import asyncpg
 import orjson
 
 from tidegate.call import UNKNOWN_CHARGE, Status, new_id
-from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.errors import CallPreempted, ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure, Source
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs, new_key
@@ -707,6 +707,7 @@ async def _retry_of(
         "not_before": not_before,
         "uncounted": 0 if is_counted else 1,
         **({} if job.tier is None else {"tier": job.tier, "tiers_allowed": job.tiers_allowed}),
+        "gave_way": int(record.code == CallPreempted.code),
         "upstream_ms": record.upstream_ms or 0.0,
         "first_byte_ms": record.answer.first_byte_ms,
         "failure": rows.failure_row(record.failure),
@@ -810,8 +811,7 @@ async def _end_attempts(
         attempt = entry["attempt"]
         if attempt is None:
             continue
-        outcome = "failed" if entry["op"] == "retry" else entry["row"]["status"]
-        common = {**attempt, "outcome": outcome, "failure": entry["row"]["failure"]}
+        common = {**attempt, "outcome": rows.outcome_of(entry), "failure": entry["row"]["failure"]}
         if row["attempt_id"] is not None:
             ended.append({**common, "id": row["attempt_id"], "created_at": row["attempt_at"]})
         else:

@@ -432,7 +432,7 @@ _DIED = Failure(
 @dataclass(frozen=True, slots=True)
 class BatchLine:
     """A claimed line. `id` names it on the record; `attempts` are those begun before this claim,
-    and under `lapses` of them their worker died."""
+    and under `lapses` of them their worker died; `preemptions` counts its calls that gave way."""
 
     batch_id: UUID
     line: int
@@ -446,6 +446,7 @@ class BatchLine:
     key_id: str | None
     attempts: int
     lapses: int
+    preemptions: int
     expires_at: datetime
 
     @property
@@ -582,12 +583,18 @@ class BatchLines:
         *,
         waits_ms: Mapping[UUID, float] | Mapping[UUID, int] | None = None,
         counted: int = 1,
+        gave_way: bool = False,
     ) -> None:
         """Release claims on lines, of those in `waits_ms` for so long. counted: how many attempts
-        the calls have used up that were begun under this claim."""
+        the calls have used up that were begun under this claim; gave_way: they did, to others."""
         waits_ms, uncounted = waits_ms or {}, 1 - counted
         given = rows.dumps(
-            {**line.key, "after_ms": waits_ms.get(line.id), "uncounted": uncounted}
+            {
+                **line.key,
+                "after_ms": waits_ms.get(line.id),
+                "uncounted": uncounted,
+                "gave_way": int(gave_way),
+            }
             for line in lines
         )
         await self._connections.execute("return_batch_lines", given)

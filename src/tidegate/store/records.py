@@ -32,6 +32,7 @@ from tidegate.call import (
     UsageState,
     new_id,
 )
+from tidegate.errors import CallPreempted
 from tidegate.record import CallRecord, Failure, OutputFile
 from tidegate.telemetry.tracing import Trail
 
@@ -88,8 +89,9 @@ class Earlier:
 class ClaimedJob:
     """A job that this worker has claimed; every write to it is fenced by `claim`.
 
-    `attempts` counts the upstream attempts begun before this claim, `was_called` covers those
-    too that do not count. tier: that it was put into last, None where none was chosen.
+    `attempts` counts the upstream attempts begun before this claim, `preemptions` the calls that
+    gave way to others; `was_called` covers those too that do not count. tier: that it was put into
+    last, None where none was chosen.
     """
 
     request_id: UUID
@@ -114,6 +116,7 @@ class ClaimedJob:
     tiers_allowed: tuple[Tier, ...] = ()
     tier_why: str | None = None
     revisit_at: datetime | None = None
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +352,13 @@ def lost_stream(record: CallRecord) -> Json:
     record.fence = record.fence or (0, 0)
     attempt = {**result_row(record), "result": None}
     return entry_of("stream", stream_row(job, record, attempt), attempt)
+
+
+def outcome_of(entry: Json) -> str:
+    """Of the attempt that an entry ends."""
+    if entry["op"] != "retry":
+        return str(entry["row"]["status"])
+    return CallPreempted.code if entry["row"].get("gave_way") else "failed"
 
 
 def failure_row(failure: Failure | None) -> Json | None:

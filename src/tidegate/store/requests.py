@@ -213,7 +213,7 @@ class QueuePlaces:
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
     """One try upstream. `outcome` is `running` while it goes on, and for ever where its worker
-    died over it; else `failed`, or what the request became."""
+    died over it; else `failed`, `preempted`, or what the request became."""
 
     number: int
     outcome: str

@@ -38,6 +38,7 @@ class Log(StrEnum):
     JOB_REQUEUED = "job_requeued"
     JOBS_REQUEUED = "jobs_requeued"
     CALLS_LOST = "calls_lost"
+    CALL_PREEMPTED = "call_preempted"
     RECONCILED = "reconciled"
     RECONCILE_FAILED = "reconcile_failed"
     JOB_DISCARDED = "job_discarded"

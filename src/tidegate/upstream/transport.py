@@ -433,6 +433,11 @@ class Exchange:
         return whole
 
     @property
+    def is_heard(self) -> bool:
+        """Whether the head of an answer has come, read here or not, or none will come."""
+        return self._answer.status != 0 or self._answer.failure is not None
+
+    @property
     def at_end(self) -> bool:
         """Whether all of the body has been read."""
         return self._answer.ended and not self._answer.pieces
@@ -536,12 +541,14 @@ class RelayWire:
         timeouts: Timeouts | None = None,
         *,
         once: bool = False,
+        opened: Callable[[Exchange], None] | None = None,
     ) -> Exchange:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
         `timeouts`: other ones than those of all calls, but for connecting. `on_sent` is called when
-        there is a connection, before the first byte goes out. `once`: on a new connection, so that
-        it can't have to be sent again.
+        there is a connection, before the first byte goes out; `opened` with each exchange that
+        begins to wait for its answer. `once`: on a new connection, so that it can't have to be sent
+        again.
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
         Where a kept connection was closed as we sent, the request is sent again, once, on a new
@@ -565,6 +572,8 @@ class RelayWire:
             answer = connection.send(head, body)
             exchange = Exchange(self, origin, connection, answer, timeouts or self._timeouts)
             self.exchanges.add(exchange)
+            if opened is not None:
+                opened(exchange)
             try:
                 await exchange.begun()
                 return exchange

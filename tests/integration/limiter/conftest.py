@@ -18,7 +18,7 @@ from tidegate.limiter.policy import PoolPolicy
 
 LIVES_ON = {
     *("meta", "layout", "history", "timed", "expected", "spending", "paused"),
-    *("past:", "log:", "rate:", "quota:", "note:", "progress:"),
+    *("past:", "log:", "rate:", "quota:", "note:", "claim:", "progress:"),
 }
 
 

@@ -24,6 +24,7 @@ async def test_a_waiting_ticket_knows_its_place_and_what_holds_it_up(
     (queue,) = snapshot.queues
     assert queue.held_up_by == LIMIT
     last = queue.first_ticket + 2
+    assert queue.last_ticket == last
     place = await limiter.place(limiter.session, last)
     assert place is not None
     assert (place.ahead, place.held_up_by, place.tenant) == (2, LIMIT, "default")

@@ -44,3 +44,18 @@ async def test_without_valkey_nothing_is_told_and_nothing_breaks(
         return True
 
     await wait_until(told, 20, "it is back")
+
+
+async def test_a_name_is_claimed_by_one_process_until_the_claim_ends(
+    maker: Maker, valkey_url: str
+) -> None:
+    one, two = [await maker(valkey_url) for _ in range(2)]
+    assert await one.claim("a name", 10_000)
+    assert not await two.claim("a name", 10_000)
+    assert not await one.claim("a name", 10_000)
+    assert await two.claim("another", 50)
+
+    async def free() -> bool:
+        return await one.claim("another", 10_000)
+
+    await wait_until(free, 20, "the claim has ended")

@@ -58,6 +58,7 @@ WRONG: list[dict[str, Any]] = [
     {"rates": 5},
     {"image_size": 100_000},
     {"strict_models": 1},
+    {"works_on": 1},
 ]
 
 

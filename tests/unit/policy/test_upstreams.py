@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from tidegate.errors import ConfigError
-from tidegate.policy.deployment import Deployment, deployment_of
+from tidegate.policy.deployment import Deployment, Preempt, deployment_of
 from tidegate.prices.rates import Price
 from tidegate.settings import EMULATORS_KEY, Config
 
@@ -113,6 +113,10 @@ def test_no_key_is_shown() -> None:
         ("[upstreams.gemini]\nidle_timeout_ms = 0", "upstreams.gemini.idle_timeout_ms"),
         ("[upstreams.gemini]\ntotal_timeout_ms = 1.5", "upstreams.gemini.total_timeout_ms"),
         ("[upstreams.gemini]\nmodels = []", "upstreams.gemini.models"),
+        ("[upstreams.gemini]\npreempt = 'yes'", "upstreams.gemini.preempt"),
+        ("[upstreams.gemini.preempt]\nafter = 5", "upstreams.gemini.preempt.after"),
+        ("[upstreams.gemini.preempt]\nafter_ms = 0", "upstreams.gemini.preempt.after_ms"),
+        ("[upstreams.gemini.preempt]\ntimes = 0", "upstreams.gemini.preempt.times"),
         ("[upstreams.gemini.prices]\nx = {input = -1}", "prices.x.input"),
         ("[[routes]]\nmodel = 'x'\ntry = ['nobody/x']", "routes[0].try"),
         ("[[routes]]\nmodel = 'x'", "routes[0]"),
@@ -124,6 +128,20 @@ def test_what_is_wrong_is_named(text: str, names: str) -> None:
     shown: Any = str(refused.value)
     assert names in shown
     assert "sk-live" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "preempt"),
+    [
+        ("weight = 1", None),
+        ("preempt = false", None),
+        ("preempt = true", Preempt(1_000, 3)),
+        ("preempt = {}", Preempt(1_000, 3)),
+        ("preempt = { after_ms = 250, times = 5 }", Preempt(250, 5)),
+    ],
+)
+def test_when_calls_give_way(text: str, preempt: Preempt | None) -> None:
+    assert deployment(f"[upstreams.gemini]\n{text}").upstreams[0].preempt == preempt
 
 
 def test_a_key_in_the_environment_makes_an_upstream() -> None:

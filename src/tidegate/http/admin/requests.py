@@ -310,8 +310,8 @@ class AttemptView(BaseModel):
 
     number: int
     outcome: str = Field(
-        description="running, failed, or what the request became; running for ever where the "
-        "worker was lost"
+        description="running, failed, preempted (it gave way to a call of a higher band), or what "
+        "the request became; running for ever where the worker was lost"
     )
     process: str
     model: str

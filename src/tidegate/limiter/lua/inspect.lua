@@ -3,7 +3,7 @@
 -- args: request
 -- request: permits
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
--- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket)
+-- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket)
 -- uses: core clock pool limits
 -- later: rates pacing pauses
 T.load_pool()
@@ -41,7 +41,9 @@ for i = 1, #alive, 2 do
       local key = T.prefix .. 'queue:' .. sid .. '|' .. flow
       local count, first = call('ZCARD', key), call('ZRANGE', key, 0, 0, 'WITHSCORES')
       waiting[at] = (waiting[at] or 0) + count
-      queues[#queues + 1] = { sid, flow, at, count, tonumber(first[2] or 0), first[1] or '' }
+      local last = call('ZRANGE', key, -1, -1)
+      queues[#queues + 1] =
+        { sid, flow, at, count, tonumber(first[2] or 0), first[1] or '', last[1] or '' }
     elseif raw[k] == 'name' then
       name = raw[k + 1]
     elseif raw[k] == 'blocked' then

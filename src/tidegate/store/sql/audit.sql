@@ -54,6 +54,7 @@ RETURNING r.*
 UPDATE requests r SET
     status = 'queued',
     attempts = r.attempts - CASE WHEN r.status = 'running' THEN coalesce(row.uncounted, 0) ELSE 0 END,
+    preemptions = r.preemptions + coalesce(row.gave_way, 0),
     claim = r.claim + 1,
     claimed_by = NULL,
     not_before = row.not_before,
@@ -65,7 +66,7 @@ UPDATE requests r SET
     version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before timestamptz,
     failure jsonb, upstream_ms double precision, first_byte_ms double precision, uncounted integer,
-    tier text, tiers_allowed text[])
+    tier text, tiers_allowed text[], gave_way integer)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
 RETURNING r.*
 

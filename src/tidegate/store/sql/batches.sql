@@ -215,9 +215,10 @@ WHERE claimed_by = $1 AND state IN ('claimed', 'calling') AND NOT (id = ANY($2::
 -- Release claims on lines, for another try after a given time where there is one.
 UPDATE batch_lines l SET state = 'queued', claim = l.claim + 1, claimed_by = NULL,
     attempts = l.attempts - CASE WHEN l.state = 'calling' THEN coalesce(row.uncounted, 0) ELSE 0 END,
+    preemptions = l.preemptions + coalesce(row.gave_way, 0),
     not_before = now() + row.after_ms * interval '1 millisecond'
 FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint,
-    after_ms double precision, uncounted integer)
+    after_ms double precision, uncounted integer, gave_way integer)
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
 

@@ -167,7 +167,7 @@ SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
 
 -- name: requeue_ended
 -- Queue up to $6 such jobs again, those that ended first: as when they were new, but for their place.
-UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, claim = claim + 1,
+UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
     claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
     cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
     deadline_at = now() + (deadline_at - created_at), version = version + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.spine.native import followed
+from tidegate.dialects.headers import followed
 
 BASE = "https://generativelanguage.googleapis.com"
 INSIDE = f"{BASE}/download/v1beta/files/f1:download?alt=media"
