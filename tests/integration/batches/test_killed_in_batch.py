@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import asyncpg
 import pytest
 from openai import AsyncOpenAI, InternalServerError
 from openai.types import Batch
@@ -43,7 +44,15 @@ async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
         fleet.start_worker()
         done = await batching.end_of(client, batch, 75)
         await batching.assert_all_succeeded(client, done, LINES)
-        for first, *others in await _repeated(fleet):
+        repeated = await _repeated(fleet)
+        database = await asyncpg.connect(fleet.postgres.url())
+        lapsed = await database.fetchval(
+            "SELECT count(*) FROM audit"
+            " WHERE source = 'batch' AND lapses = 1 AND upstream = 'gemini'"
+        )
+        await database.close()
+        assert lapsed >= max(1, len(repeated)), "reconcile takes their first calls into account"
+        for first, *others in repeated:
             assert len(others) == 1
             # It was in flight, or had ended so shortly before that it was not on record yet.
             assert first.started_ns - ARRIVED_NS <= killed_ns
