@@ -121,8 +121,8 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued'
 RETURNING r.id
 
 -- name: claim_batched
--- Claim jobs of the tier `batch` in pool $1 for worker $2, at most $3 and $4 bytes, tenants in turn;
--- none as long as fewer wait, and none of them for $5 milliseconds.
+-- Claim jobs of the tier `batch` in pool $1 for worker $2, at most $3 and $4 bytes, tenants in turn.
+-- None as long as fewer wait, and none of them for $5 milliseconds.
 WITH RECURSIVE tenants AS (
     (SELECT tenant_id FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
