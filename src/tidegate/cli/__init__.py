@@ -14,7 +14,6 @@ from tidegate.cli import (
     batch,
     budgets,
     limits,
-    limits_import,
     operate,
     rehearse,
     submit,
@@ -168,7 +167,6 @@ app.add_typer(batch.app, name="batch", rich_help_panel=_USE)
 app.add_typer(operate.app, name="config", rich_help_panel=_OPERATE)
 app.command(rich_help_panel=_OPERATE)(operate.doctor)
 app.command(rich_help_panel=_OPERATE)(limits.why)
-limits.app.command("import")(limits_import.import_)
 app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
 app.add_typer(limits.permits_app, name="permits", rich_help_panel=_OPERATE)
 app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)
