@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import grid, machine
+from bench import budgets, grid, machine
 from bench.limits.accounts import CONVERSATION, PROVIDERS, MeasuredProvider
 from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, missed_bars, refusals
 from bench.limits.load import AgentLoad, MixedLoad
@@ -30,12 +30,13 @@ from tidegate.emulator.client import EmulatorControl
 Figures = dict[str, Any]
 HIT_RATE = 0.9
 OTHERS_SHARE, NEW_TIER = 0.3, 0.5
-SCENARIOS = ("mix", "conversation", "changes")
+SCENARIOS = ("mix", "conversation", "changes", "budgets")
 # Providers whose headers tell what remains; without --only the first is measured.
 CHANGING = ("openai", "anthropic", "azure", "groq")
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
 _READINGS = 20  # of a window
+BUDGETS_S, BUDGETS_AT_ONCE = 5.0, 200
 
 
 async def _until_learned(control: EmulatorControl, window_s: float) -> None:
@@ -138,6 +139,15 @@ def run(
         return {"failed": f"{type(failed).__name__}: {failed}"}
 
 
+def measure_budgets(seconds: float, at_once: int) -> Figures:
+    """What durability costs an admission: alone, and with many at once."""
+    try:
+        found = asyncio.run(budgets.costs(seconds, at_once, processes=(1,)))
+    except (ServerFailed, OSError) as failed:
+        return {"failed": f"{type(failed).__name__}: {failed}"}
+    return {"costs": [one._asdict() for one in found], "statuses": {"rows": len(found)}}
+
+
 def _mix_row(name: str, found: Figures) -> list[str]:
     if "failed" in found:
         return [name, found["failed"], "", "", ""]
@@ -168,6 +178,10 @@ def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
             ]
         headers = ("input over the bound", "of it cached", "refused per 1,000")
         tables.append(grid.Grid("Agents' conversations, ITPM without cache reads", headers, [row]))
+    if (spent := found.get("budgets")) is not None:
+        costs = [budgets.Cost(**one) for one in spent.get("costs", ())]
+        rows = [budgets.row_of(one) for one in costs] or [[spent["failed"], *[""] * 5]]
+        tables.append(grid.Grid("What durability costs an admission", budgets.HEADERS, rows))
     rows = []
     for measured, changes in found.items():
         if measured.startswith("changes"):
@@ -225,6 +239,8 @@ def main() -> int:
         if "changes" in wanted and provider.name in (options.only or CHANGING[:1]):
             name = "changes" if provider.name == CHANGING[0] else f"changes {provider.name}"
             keep(name, run(provider, measure_changes, options, cache=HIT_RATE))
+    if "budgets" in wanted and not options.only:
+        keep("budgets", measure_budgets(BUDGETS_S, BUDGETS_AT_ONCE))
     print("\n".join(about))
     grid.show(_tables(found))
     missed = list(missed_bars(found, options.window))
