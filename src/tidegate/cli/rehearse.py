@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +17,12 @@ from tidegate.errors import ConfigError
 if TYPE_CHECKING:
     from tidegate.limiter import PoolPolicy
     from tidegate.policy.inspection import Control
+    from tidegate.prices.budgets import Budget
+    from tidegate.rehearse.budgets import Cost
     from tidegate.rehearse.load import Arrival, Usual
     from tidegate.rehearse.report import Findings
     from tidegate.settings import Config
+    from tidegate.store.database import Connections
 
 _AS_IT_IS = "as it is"
 _LONGEST_BYTES = 500_000_000
@@ -39,7 +43,7 @@ Set = Annotated[
     typer.Option(
         "--set",
         help="Compare with changed limits: KEY=VALUE as `limits set` takes it, several with ; "
-        "between. Again for one more to compare.",
+        "between, or with budgets: budgets.NAME.usd=5. Again for one more to compare.",
         metavar="CHANGES",
     ),
 ]
@@ -54,6 +58,14 @@ Plays = Annotated[
         max=100,
         help="Play it so often, each call moved a little: how far apart the waits come out.",
     ),
+]
+RoundTrip = Annotated[float, typer.Option(min=0.01, max=1000, help="Of one question to Valkey.")]
+HoldMs = Annotated[
+    float, typer.Option(min=0, help="How much longer than it is open a call holds its permit.")
+]
+TokensPerSecond = Annotated[float, typer.Option(min=0.1, help="For traces that know no durations.")]
+TraceFile = Annotated[
+    Path | None, typer.Option(help="Write the calls that were played there, as CSV.")
 ]
 
 
@@ -72,28 +84,22 @@ def rehearse(
     processes: Processes = 2,
     plays: Plays = 1,
     seed: Annotated[int, typer.Option(help="Of the chance in a load, and in plays.")] = 1,
-    round_trip_ms: Annotated[
-        float, typer.Option(min=0.01, max=1000, help="Of one question to Valkey.")
-    ] = 0.6,
-    hold_ms: Annotated[
-        float, typer.Option(min=0, help="How much longer than it is open a call holds its permit.")
-    ] = 1.0,
-    tokens_per_second: Annotated[
-        float, typer.Option(min=0.1, help="For traces that know no durations.")
-    ] = 150.0,
+    round_trip_ms: RoundTrip = 0.6,
+    hold_ms: HoldMs = 1.0,
+    tokens_per_second: TokensPerSecond = 150.0,
     first_token_ms: Annotated[float, typer.Option(min=0, help="Likewise.")] = 400.0,
     svg: Annotated[Path | None, typer.Option(help="Write the picture there.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with picture and tables.")] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write the calls that were played there, as CSV.")
-    ] = None,
+    trace: TraceFile = None,
     json: Json = False,
     pool: AnyPool = None,
 ) -> None:
-    """Simulate what a policy does to a load: waits, shares, refusals, and which limit binds.
+    """Simulate what a policy does to a load: waits, shares, refusals, and which limit binds; and
+    what budgets refuse or pause, and when.
 
     Touches nothing: what is simulated is the limiter's executable specification.
     """
+    from tidegate.rehearse.budgets import priced
     from tidegate.rehearse.load import TokenPace, Usual, write_trace
     from tidegate.rehearse.simulation import Setting, compare
     from tidegate.settings import load as load_config
@@ -103,40 +109,93 @@ def rehearse(
     pool = chosen_pool(config)
     models = {kind: config.model_for(kind) for kind in config.rate_limits}
     usual = Usual(models, TokenPace(first_token_ms, tokens_per_second))
-    arrivals = _sooner(_arrivals(config, load, from_record, usual, seed, pool), times)
-    policies = _variants(_policy(config, policy, in_force=in_force, pool=pool), set_ or [])
+    cost = _cost_in(config, pool)
+    drawn, budgets, starts_at = _arrivals(config, load, from_record, usual, seed, pool)
+    if in_force:
+        budgets = _budgets_in_force(config)
+    arrivals = priced(_sooner(drawn, times), cost)
+    kept = _policy(config, policy, in_force=in_force, pool=pool)
+    policies, bound = _variants(kept, budgets, set_ or [])
     setting = Setting(
         processes=processes,
         round_trip_ms=round_trip_ms,
         hold_ms=hold_ms,
         kinds_optional=pool != DEFAULT_POOL,
+        starts_at=starts_at,
+        cost=cost,
     )
     if trace is not None:
         _write(trace, write_trace(arrivals))
-    found = compare(arrivals, policies, setting, plays=plays, seed=seed)
+    found = compare(arrivals, policies, setting, budgets=bound, plays=plays, seed=seed)
     _tell(found, svg, html, json=json)
 
 
 def _arrivals(
     config: Config, load: str | None, from_record: str | None, usual: Usual, seed: int, pool: str
-) -> list[Arrival]:
-    from tidegate.rehearse.load import load_of, read_trace, record_span
+) -> tuple[list[Arrival], tuple[Budget, ...], datetime]:
+    """The load, the budgets that come with it, and when it begins: those of the record with the
+    budgets of the deployment."""
+    from tidegate.rehearse.budgets import budget_in
+    from tidegate.rehearse.load import load_of, read_trace, record_span, table_in
+    from tidegate.rehearse.simulation import Setting
 
+    starts_at = Setting().starts_at
     if (load is None) == (from_record is None):
         raise ConfigError("rehearse", None, "needs either a file or --from-record")
     if from_record is not None:
         span = record_span("--from-record", from_record, datetime.now(UTC))
-        return _from_record(config, from_record, span, usual, pool)
+        found, since = _from_record(config, from_record, span, usual, pool)
+        return found, _budgets_in_force(config), since
     assert load is not None
     text = _read(load)
     if load.endswith(".toml"):
-        return load_of(_toml(load, text)).draw(usual, seed)
-    return read_trace(load, text, usual)
+        described = _toml(load, text)
+        tables = table_in("budgets", described.get("budgets", {}))
+        budgets = tuple(
+            budget_in(name, table_in(f"budgets.{name}", one)) for name, one in tables.items()
+        )
+        return load_of(described).draw(usual, seed), budgets, starts_at
+    return read_trace(load, text, usual), (), starts_at
+
+
+def _budgets_in_force(config: Config) -> tuple[Budget, ...]:
+    from tidegate.store.budgets import BudgetRecords
+    from tidegate.supervisor.services import with_record
+
+    async def read(connections: Connections) -> tuple[Budget, ...]:
+        _, found = await BudgetRecords(connections).all()
+        return tuple(found)
+
+    return with_record(config, read)
+
+
+def _cost_in(config: Config, pool: str) -> Cost:
+    """What calls cost at the upstream of a pool: as the trace has it, or by its prices."""
+    from tidegate.admission.charges import Prices
+    from tidegate.call import Usage
+    from tidegate.policy.deployment import deployed_upstreams
+    from tidegate.prices.rates import cost_micros
+
+    try:
+        upstreams = deployed_upstreams(config).upstreams
+    except ConfigError:  # a rehearsal needs no upstream: without one no price is known
+        upstreams = ()
+    prices = Prices(next((one for one in upstreams if one.pool == pool), None))
+
+    def cost(arrival: Arrival, model: str) -> int | None:
+        if arrival.cost_usd and model == arrival.model:
+            return arrival.use.cost_micros
+        usage = Usage(arrival.input_tokens, arrival.output_tokens)
+        usage = replace(usage, cached_tokens=arrival.cached_tokens)
+        return cost_micros(prices.of(model), usage, arrival.images)
+
+    return cost
 
 
 def _from_record(
     config: Config, said: str, span: tuple[datetime, datetime], usual: Usual, pool: str
-) -> list[Arrival]:
+) -> tuple[list[Arrival], datetime]:
+    """The calls, and when the first of them was submitted."""
     from tidegate.rehearse.load import from_zero
     from tidegate.store.statistics import past_calls
     from tidegate.supervisor.services import with_record
@@ -159,15 +218,15 @@ def _from_record(
             "cached_tokens": call.cached_tokens,
             "cache_write_tokens": call.cache_write_tokens,
             "cost_usd": call.cost_micros / 1_000_000,
+            "key": call.key_id,
+            "subject": call.subject,
         }
         for call in calls
     ]
-    return from_zero(usual.arrival("the record", row) for row in rows)
+    return from_zero(usual.arrival("the record", row) for row in rows), since
 
 
 def _sooner(arrivals: list[Arrival], times: float) -> list[Arrival]:
-    from dataclasses import replace
-
     if times == 1.0:
         return arrivals
     return [replace(one, time_ms=one.time_ms / times) for one in arrivals]
@@ -190,17 +249,22 @@ def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> 
     return in_pool(look)
 
 
-def _variants(policy: PoolPolicy, sets: Sequence[str]) -> Mapping[str, PoolPolicy]:
-    """The policy as it is, then with each set of changes."""
+def _variants(
+    policy: PoolPolicy, budgets: tuple[Budget, ...], sets: Sequence[str]
+) -> tuple[Mapping[str, PoolPolicy], Mapping[str, tuple[Budget, ...]]]:
+    """The policy and the budgets as they are, then with each set of changes."""
     from tidegate.cli.limits import parsed
     from tidegate.policy.format import edit, of_plain, to_plain
+    from tidegate.rehearse.budgets import PREFIX, changed
 
-    found = {_AS_IT_IS: policy}
+    found, bound = {_AS_IT_IS: policy}, {_AS_IT_IS: budgets}
     for changes in sets:
         each = [change.strip() for change in changes.split(";") if change.strip()]
         wanted = dict(parsed(change, "--set") for change in each)
+        of_budgets = {key: wanted.pop(key) for key in list(wanted) if key.startswith(PREFIX)}
         found["; ".join(each)] = of_plain(edit(wanted)(to_plain(policy)))
-    return found
+        bound["; ".join(each)] = changed(budgets, of_budgets) if of_budgets else budgets
+    return found, bound
 
 
 def _tell(found: list[Findings], svg: Path | None, html: Path | None, *, json: bool) -> None:

@@ -23,7 +23,7 @@ A trace (CSV with a head, or JSON lines):
     0,acme,text_only,gemini-2.5-flash,830,1200,300,0,30000
 
 and `images`, `cached_tokens` and `cache_write_tokens` (of the input), `max_output_tokens`,
-`cost_usd`.
+`cost_usd`, and whom budgets bind: `key`, `subject`, `conversation`.
 
 An amount is a number, `{ median, p95 }`, `{ lognormal = [median, sigma] }`, `{ uniform = [a, b]
 }` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, interpolated between its points.
@@ -56,7 +56,7 @@ MOST_MS = 31 * 86_400_000
 _KNOWN = (
     *("time_ms", "tenant", "kind", "model", "duration_ms", "input_tokens", "output_tokens"),
     *("images", "priority", "deadline_ms", "cached_tokens", "cache_write_tokens"),
-    *("max_output_tokens", "cost_usd"),
+    *("max_output_tokens", "cost_usd", "key", "subject", "conversation"),
 )
 
 
@@ -80,6 +80,9 @@ class Arrival:
     cache_write_tokens: int = 0
     max_output_tokens: int | None = None
     cost_usd: float = 0.0
+    key: str | None = None
+    subject: str | None = None
+    conversation: str | None = None
 
     @property
     def use(self) -> CallUse:
@@ -142,6 +145,9 @@ class Usual:
             cache_write_tokens=round(read.number("cache_write_tokens", 0.0)),
             max_output_tokens=read.whole("max_output_tokens"),
             cost_usd=read.number("cost_usd", 0.0),
+            key=read.text("key", "") or None,
+            subject=read.text("subject", "") or None,
+            conversation=read.text("conversation", "") or None,
         )
 
 
@@ -323,8 +329,8 @@ def _number(path: str, value: Any) -> float:
 
 
 _RATES_S = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
-_AMOUNTS = ("duration_ms", "input_tokens", "output_tokens", "deadline_ms")
-_PLAIN = ("tenant", "kind", "model", "images", "priority")
+_AMOUNTS = ("duration_ms", "input_tokens", "output_tokens", "deadline_ms", "cost_usd")
+_PLAIN = ("tenant", "kind", "model", "images", "priority", "key", "subject", "conversation")
 _KEYS = (*_PLAIN, *_AMOUNTS, *_RATES_S, "pattern", "burst", "every", "from", "until")
 _PATTERNS = ("poisson", "constant", "bursts")
 
@@ -363,7 +369,7 @@ class Load:
 
 def load_of(described: Mapping[str, Any]) -> Load:
     """The load that TOML describes. Raises ConfigError with the path of the key."""
-    _check_keys("", described, ("lasts", "arrivals"))
+    _check_keys("", described, ("lasts", "arrivals", "budgets"))
     lasts_ms = span_ms("lasts", described.get("lasts", "10m"))
     tables = described.get("arrivals")
     if not isinstance(tables, list) or not tables:
@@ -396,9 +402,14 @@ def record_span(path: str, text: str, now: datetime) -> tuple[datetime, datetime
     return day, day + timedelta(days=1)
 
 
-def _stream(path: str, table: object, lasts_ms: float) -> Stream:
+def table_in(path: str, table: object) -> Mapping[str, Any]:
     if not isinstance(table, Mapping):
         raise ConfigError(path, str(table), "must be a table")
+    return table
+
+
+def _stream(path: str, given: object, lasts_ms: float) -> Stream:
+    table = table_in(path, given)
     _check_keys(path, table, _KEYS)
     begin_ms = span_ms(f"{path}.from", table.get("from", 0))
     end_ms = min(lasts_ms, span_ms(f"{path}.until", table.get("until", lasts_ms / 1000)))

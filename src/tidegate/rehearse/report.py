@@ -15,6 +15,9 @@ from tidegate.checker import Event, What, shares
 from tidegate.limiter import Concurrency, PoolPolicy, Rate, as_limit, format_span
 from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
 from tidegate.policy.format import in_words
+from tidegate.prices.budgets import Unit, shown_amount
+from tidegate.prices.rates import dollars
+from tidegate.rehearse.budgets import BudgetOutcome
 from tidegate.rehearse.load import Arrival
 
 
@@ -72,6 +75,7 @@ class LoadTally:
     calls: list[LoadCall] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     uses: dict[str, Use] = field(default_factory=dict)
+    budgets: list[BudgetOutcome] = field(default_factory=list)
 
     def begin(self, span_ms: float) -> None:
         """Begin the load, which lasts `span_ms`."""
@@ -147,6 +151,9 @@ _REASONS = {
     "limit_used_up": "used up",
     "queue_full": "queue full",
     "impossible": "impossible",
+    "budget_exceeded": "budget spent",
+    "budget_paused": "budget paused",
+    "budget_unbounded": "cost unknown",
 }
 
 
@@ -222,6 +229,7 @@ class Findings:
     queued: calls that found no room and were admitted later, each an avoided 429.
     shares_of: the concurrency limit whose shares are reported, the one that blocks most; None
         where the tenants hardly ever waited together.
+    cost_micros: of the calls that were made, as the trace has it. budgets: what became of each.
     samples: used and waiting over time. plays: how often it was played; spreads: over all plays,
         of all calls and then of each tenant's, where there was more than one.
     """
@@ -241,13 +249,16 @@ class Findings:
     samples: list[Sample]
     plays: int = 1
     spreads: list[GroupSpread] = field(default_factory=list)
+    cost_micros: int = 0
+    budgets: list[BudgetOutcome] = field(default_factory=list)
 
     @property
     def binding(self) -> list[str]:
-        """The limits that bind, the one that blocks most first."""
+        """The limits that bind, the one that blocks most first, and the budgets that refuse."""
         found = [one for one in self.limits if one.binds]
         found.sort(key=lambda one: (-one.held_up, -one.refused, one.limit))
-        return [one.limit for one in found]
+        refusing = [f"budget {one.budget}" for one in self.budgets if one.refused]
+        return [*(one.limit for one in found), *refusing]
 
 
 def findings_of(name: str, tally: LoadTally) -> Findings:
@@ -270,6 +281,10 @@ def findings_of(name: str, tally: LoadTally) -> Findings:
         limits=limits,
         shares_of=shares_of,
         samples=tally.samples,
+        cost_micros=sum(
+            call.arrival.use.cost_micros or 0 for call in calls if call.began_ms is not None
+        ),
+        budgets=tally.budgets,
     )
 
 
@@ -412,6 +427,7 @@ def tables_of(found: Sequence[Findings]) -> list[Table]:
             _limits(one),
             _group_tables("Tenants", "tenant", one.tenants, shares=one.shares_of),
             _group_tables("Kinds", "kind", one.kinds),
+            *([_budgets(one)] if one.budgets else []),
             *([_spreads(one)] if one.spreads else []),
         ]
     return [_side_by_side(found)]
@@ -433,6 +449,7 @@ def sentence_of(found: Findings) -> str:
         said.append(f"bottleneck{'s' if len(binding) > 1 else ''}: {', '.join(binding)}")
     else:
         said.append("no limit is a bottleneck")
+    said += [_became(one) for one in found.budgets if one.refused or one.fell_back]
     late_ms = found.end_ms - found.span_ms
     if late_ms > 0.2 * found.span_ms and found.queued:
         said.append(f"the queue is empty {format_span(late_ms)} after the last arrival")
@@ -468,6 +485,32 @@ def _limit_row(one: LimitUse) -> tuple[str, ...]:
         f"{one.held_up:.0%}" if one.held_up else "",
         f"{one.refused:,}" if one.refused else "",
         "binds" if one.binds else "",
+    )
+
+
+def _became(use: BudgetOutcome) -> str:
+    """`budget acme is spent after 3 h 5 min`"""
+    at_ms = use.first_ms if use.paused_ms is None else use.paused_ms
+    how = "paused" if use.paused else "spent"
+    return f"budget {use.budget} is {how} after {format_span(at_ms or 0)}"
+
+
+def _budgets(found: Findings) -> Table:
+    columns = ("budget", "", "spent", "fullest", "of", "refused", "fell back", "first after", "")
+    rows = [_budget_row(one) for one in found.budgets]
+    return Table("Budgets", columns, rows, right_from=2)
+
+
+def _budget_row(one: BudgetOutcome) -> tuple[str, ...]:
+    unit: Unit = "usd" if one.unit == "usd" else "tokens"
+    return (
+        one.budget,
+        one.words,
+        *(shown_amount(unit, amount) for amount in (one.spent, one.fullest, one.amount)),
+        f"{one.refused:,}" if one.refused else "",
+        f"{one.fell_back:,}" if one.fell_back else "",
+        "" if one.first_ms is None else format_span(one.first_ms),
+        "paused" if one.paused else "",
     )
 
 
@@ -550,8 +593,21 @@ def _side_by_side(found: Sequence[Findings]) -> Table:
         uses = [{limit.limit: limit for limit in one.limits}.get(name) for one in found]
         if any(use and use.used for use in uses):
             rows.append((f"used of {name}", *(_part(use.used if use else None) for use in uses)))
+    if any(one.cost_micros for one in found):
+        rows.append(("cost", *(dollars(one.cost_micros) for one in found)))
+    for name in dict.fromkeys(use.budget for one in found for use in one.budgets):
+        budgets = [{use.budget: use for use in one.budgets}.get(name) for one in found]
+        rows.append((f"refused by budget {name}", *map(_refused_by, budgets)))
     rows.append(("binds", *("\n".join(one.binding) or "nothing" for one in found)))
     return Table(title_of(found[0]), ("", *(one.name for one in found)), rows, right_from=1)
+
+
+def _refused_by(use: BudgetOutcome | None) -> str:
+    if use is None:
+        return "-"
+    if use.first_ms is None:
+        return "0"
+    return f"{use.refused + use.fell_back:,}, from {format_span(use.first_ms)} on"
 
 
 def _range(one: PlayRange | None) -> str:

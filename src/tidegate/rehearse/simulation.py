@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from heapq import heappop, heappush
 from itertools import count, cycle
 from random import Random
@@ -23,7 +24,7 @@ from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Modality
 from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
-from tidegate.limiter import MAX_LEASE_MS, Demand, Observer, PoolPolicy
+from tidegate.limiter import MAX_LEASE_MS, CallUse, Demand, Observer, PoolPolicy, Tokens
 from tidegate.limiter.simulation import (
     LINGER_IDLE_S,
     LINGER_S,
@@ -39,6 +40,8 @@ from tidegate.limiter.simulation import (
     SyncReply,
     SyncRequest,
 )
+from tidegate.prices.budgets import Budget
+from tidegate.rehearse.budgets import Cost, RehearsedBudgets, cost_in_trace
 from tidegate.rehearse.load import Arrival
 from tidegate.rehearse.report import (
     Findings,
@@ -51,6 +54,7 @@ from tidegate.rehearse.report import (
 )
 
 _PULSE_MS = MAX_LEASE_MS / 3
+_NOTHING = CallUse(Tokens(), 0, 0, 0)
 
 
 class _Told(asyncio.Future[Holding]):
@@ -103,6 +107,8 @@ class Process:
         demand = self._demand_of(arrival)
         call = LoadCall(arrival, self.stage.now_ms, demand.limits)
         self.stage.tally.asked(call)
+        if self.stage.is_refused(call, spends=False):
+            return
         if not demand.limits:  # nothing binds it
             self._begin(call, None, demand)
             return
@@ -160,6 +166,16 @@ class Process:
         return demand
 
     def _begin(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
+        if self.stage.is_refused(call, spends=True):
+            if holding is not None:
+                self.queue.release(
+                    holding.ticket,
+                    outcome="ignored",
+                    actual=holding.flow.actual(_NOTHING),
+                    now_ms=self.stage.now_ms,
+                )
+                self._kick()
+            return
         self.stage.tally.began(call, self.stage.now_ms)
         took_ms = call.arrival.duration_ms
         if holding is not None:
@@ -254,6 +270,7 @@ class Process:
 
 # The rehearsal begins at this moment: midnight in Los Angeles, when most day quotas restart.
 START_MS = 1_735_718_400_000
+_STARTS_AT = datetime.fromtimestamp(START_MS / 1000, UTC)
 # The server has been up for long: no earlier session can still hold a permit.
 _UPTIME_MS = 10 * MAX_LEASE_MS
 _RUN = "rehearsal"
@@ -269,12 +286,15 @@ class Setting:
     processes: to which calls are dealt in turn. round_trip_ms: of one script call.
     hold_ms: how much longer than a call is open its permit is held.
     kinds_optional: a kind without a limit is not bound by one, as in pools of other upstreams.
+    starts_at: when its load begins, which decides when budgets reset. cost: of its calls.
     """
 
     processes: int = 2
     round_trip_ms: float = 0.6
     hold_ms: float = 1.0
     kinds_optional: bool = False
+    starts_at: datetime = _STARTS_AT
+    cost: Cost = cost_in_trace
 
 
 class VirtualTimer:
@@ -292,7 +312,10 @@ class VirtualTimer:
 class Playback:
     """See the module. Times are ms from the start."""
 
-    def __init__(self, policy: PoolPolicy, setting: Setting) -> None:
+    def __init__(
+        self, policy: PoolPolicy, setting: Setting, budgets: Sequence[Budget] = ()
+    ) -> None:
+        self.budgets = RehearsedBudgets(budgets, setting.starts_at, setting.cost)
         self.policy = replace(policy, lease_ms=MAX_LEASE_MS)
         self.setting = setting
         self.now_ms = 0.0
@@ -322,7 +345,18 @@ class Playback:
             while self._alive:
                 self._step()
         self.tally.end(self.now_ms)
+        self.tally.budgets = [*self.budgets.uses.values()]
         return self.tally
+
+    def is_refused(self, call: LoadCall, *, spends: bool) -> bool:
+        """Whether a budget refuses a call, which ends it."""
+        at_ms = self.now_ms - self.tally.since_ms
+        refused = self.budgets.decide(call.arrival, at_ms, spends=spends)
+        if refused is None:
+            return False
+        self.tally.refused(call, self.now_ms, refused.code, refused.budget)
+        self.over(call)
+        return True
 
     def over(self, call: LoadCall) -> None:
         """A call has ended or was refused."""
@@ -420,6 +454,7 @@ def rehearse(
     policy: PoolPolicy,
     setting: Setting,
     *,
+    budgets: Sequence[Budget] = (),
     plays: int = 1,
     seed: int = 1,
 ) -> Findings:
@@ -428,14 +463,14 @@ def rehearse(
     The first play is of the trace as it is, each other one of its calls moved by a chance that
     `seed` decides: up to LATER_MS later, and by LONGER longer or shorter.
     """
-    first = findings_of(name, Playback(policy, setting).play(arrivals))
+    first = findings_of(name, Playback(policy, setting, budgets).play(arrivals))
     if plays == 1:
         return first
     chance = Random(seed)
     found = [first]
     for _ in range(plays - 1):
         moved = _moved(arrivals, chance)
-        found.append(findings_of(name, Playback(policy, setting).play(moved)))
+        found.append(findings_of(name, Playback(policy, setting, budgets).play(moved)))
     return replace(first, plays=plays, spreads=_spreads(found))
 
 
@@ -444,12 +479,23 @@ def compare(
     policies: Mapping[str, PoolPolicy],
     setting: Setting,
     *,
+    budgets: Mapping[str, Sequence[Budget]] | None = None,
     plays: int = 1,
     seed: int = 1,
 ) -> list[Findings]:
-    """The same trace, in the same order, under each policy; arguments as of `rehearse`."""
+    """The same trace, in the same order, under each policy and the budgets of the same name;
+    arguments as of `rehearse`."""
+    bound = budgets or {}
     return [
-        rehearse(name, arrivals, policy, setting, plays=plays, seed=seed)
+        rehearse(
+            name,
+            arrivals,
+            policy,
+            setting,
+            budgets=bound.get(name, ()),
+            plays=plays,
+            seed=seed,
+        )
         for name, policy in policies.items()
     ]
 

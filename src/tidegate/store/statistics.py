@@ -360,6 +360,8 @@ class PastCall:
     cache_write_tokens: int
     images: int
     cost_micros: int
+    key_id: str | None
+    subject: str | None
 
 
 async def past_calls(

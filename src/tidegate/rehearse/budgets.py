@@ -1,0 +1,262 @@
+"""Budgets of a rehearsal: what they refuse, pause or send to a cheaper model, and when. Pure.
+
+A call reserves what it costs: what it could have cost at most is in no trace, so that a budget
+whose calls are bounded far above their costs refuses somewhat earlier in reality. Each budget
+begins with nothing spent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+from tidegate.errors import ConfigError
+from tidegate.policy.format import ms_of
+from tidegate.prices.budgets import DIMENSIONS, Budget, budget_of, scope_of, whom, window
+from tidegate.rehearse.load import Arrival
+
+Cost = Callable[[Arrival, str], int | None]
+"""What a call costs with a model, in micro-dollars; None where that is not known."""
+
+PREFIX = "budgets."
+_TEXTS = ("period", "zone", "at_end", "fallback", "doubt", "model", *DIMENSIONS)
+_LISTS = ("each", "alerts")
+_FIELDS = ("usd", "tokens", *_TEXTS, *_LISTS, "window_s")
+_CHOICES = {
+    "at_end": ("refuse", "pause", "fall_back"),
+    "doubt": ("bound", "estimate"),
+    "each": DIMENSIONS,
+}
+
+
+def cost_in_trace(arrival: Arrival, model: str) -> int | None:
+    """As the trace has it, and nothing of another model than the call's own."""
+    return arrival.use.cost_micros if model == arrival.model else None
+
+
+def budget_in(name: str, table: Mapping[str, Any]) -> Budget:
+    """The budget that a table of TOML states; `period` may be a time such as `5h`. Raises
+    ConfigError with the path of the key."""
+    values = dict(table)
+    for key, value in values.items():
+        path = f"{PREFIX}{name}.{key}"
+        if key not in _FIELDS:
+            raise ConfigError(path, str(value), f"is not known; known: {', '.join(_FIELDS)}")
+        is_right = isinstance(value, str)
+        if key in _LISTS:
+            is_right = isinstance(value, list)
+        elif key not in _TEXTS:
+            is_right = isinstance(value, int | float | str) and not isinstance(value, bool)
+        allowed = "a list" if key in _LISTS else "a text" if key in _TEXTS else "a number"
+        if key in _CHOICES:
+            given = value if isinstance(value, list) else [value]
+            is_right = is_right and all(one in _CHOICES[key] for one in given)
+            allowed = f"one of {', '.join(_CHOICES[key])}"
+        if not is_right:
+            raise ConfigError(path, str(value), f"must be {allowed}")
+    period = values.setdefault("period", "month")
+    if period not in ("day", "week", "month", "rolling"):
+        found_ms = ms_of(period)
+        if not found_ms:
+            allowed = "must be day, week, month, or a time such as 5h"
+            raise ConfigError(f"{PREFIX}{name}.period", period, allowed)
+        values |= {"period": "rolling", "window_s": max(1, round(found_ms / 1000))}
+    if values.get("fallback") is not None:
+        values.setdefault("at_end", "fall_back")
+    try:
+        usd = values.get("usd")
+        return budget_of(name, values | ({} if usd is None else {"usd": str(usd)}))
+    except ConfigError as wrong:
+        raise ConfigError(f"{PREFIX}{name}.{wrong.variable}", wrong.value, wrong.allowed) from None
+
+
+def changed(budgets: Sequence[Budget], changes: Mapping[str, Any]) -> tuple[Budget, ...]:
+    """With changes such as `budgets.acme.usd`, or `budgets.acme` for a whole table, or for "none",
+    which takes it away. Raises ConfigError."""
+    tables = {one.name: _table_of(one) for one in budgets}
+    for key, value in changes.items():
+        path = key.removeprefix(PREFIX)
+        if isinstance(value, Mapping):
+            tables[path] = dict(value)
+            continue
+        if value == "none":
+            if tables.pop(path, None) is None:
+                raise ConfigError(key, "none", "must name a budget that there is")
+            continue
+        name, dot, part = path.rpartition(".")
+        if not dot or part not in _FIELDS:
+            allowed = f'must be a table, "none", or of {PREFIX}NAME. and {", ".join(_FIELDS)}'
+            raise ConfigError(key, str(value), allowed)
+        table = tables.setdefault(name, {})
+        if part in ("usd", "tokens"):
+            table.pop("usd" if part == "tokens" else "tokens", None)
+        table[part] = value
+    return tuple(budget_in(name, table) for name, table in tables.items())
+
+
+def _table_of(budget: Budget) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(budget).items() if key in _FIELDS}
+    table = {key: value for key, value in values.items() if value not in (None, ())}
+    table |= {key: list(values[key]) for key in _LISTS if values[key]}
+    amount = budget.amount
+    return table | ({"usd": amount / 10**6} if budget.unit == "usd" else {"tokens": amount})
+
+
+@dataclass(slots=True)
+class BudgetOutcome:
+    """What became of one budget. Amounts are micro-dollars or tokens; moments are ms from the
+    begin, None where it did not come to that. spent: over all its periods and books; fullest: the
+    most of one book. fell_back: calls that went to its cheaper model."""
+
+    budget: str
+    words: str
+    unit: str
+    amount: int
+    spent: int = 0
+    fullest: int = 0
+    refused: int = 0
+    fell_back: int = 0
+    first_ms: float | None = None
+    paused: int = 0
+    paused_ms: float | None = None
+
+
+class BudgetRefusal(NamedTuple):
+    """Of a call: by which budget, with the code of the error."""
+
+    budget: str
+    code: str
+
+
+@dataclass(slots=True)
+class _RehearsedBook:
+    """Of one budget and scope, in one period. spans: what was spent by spans of a rolling one."""
+
+    scope: str
+    spent: int = 0
+    spans: deque[list[int]] = field(default_factory=deque)
+
+
+class RehearsedBudgets:
+    """The budgets of one play. Moments are ms from its begin, which is `starts_at`."""
+
+    def __init__(self, budgets: Sequence[Budget], starts_at: datetime, cost: Cost) -> None:
+        self._budgets = budgets
+        self._starts_at = starts_at
+        self._cost = cost
+        self._books: dict[tuple[str, str, str], _RehearsedBook] = {}
+        self._paused: set[tuple[str, str]] = set()
+        words = {one.name: ", ".join([*whom(one), window(one)]) for one in budgets}
+        self.uses = {
+            one.name: BudgetOutcome(one.name, words[one.name], one.unit, one.amount)
+            for one in budgets
+        }
+
+    def decide(self, arrival: Arrival, at_ms: float, *, spends: bool) -> BudgetRefusal | None:
+        """Whether a call is refused, at its arrival or, where it `spends`, at its admission."""
+        if not self._budgets:
+            return None
+        model, tried = arrival.model, set[str]()
+        while True:
+            tried.add(model)
+            bound = [
+                (one, self._book(one, arrival, at_ms), self._need(one, arrival, model))
+                for one in self._budgets
+                if one.binds(arrival.tenant, arrival.key, model)
+                and one.subject in (None, arrival.subject)
+                and one.conversation in (None, arrival.conversation)
+            ]
+            full = next((one for one in bound if not self._has_room(*one)), None)
+            if full is None:
+                break
+            budget, book, need = full
+            use = self.uses[budget.name]
+            if use.first_ms is None:
+                use.first_ms = at_ms
+            if budget.fallback is None or budget.fallback in tried or need is None:
+                return self._refused(budget, book, need, use, at_ms)
+            use.fell_back += spends
+            model = budget.fallback
+        if spends:
+            for budget, book, need in bound:
+                self._spend(budget, book, need or 0, at_ms)
+        return None
+
+    def _refused(
+        self,
+        budget: Budget,
+        book: _RehearsedBook,
+        need: int | None,
+        use: BudgetOutcome,
+        at_ms: float,
+    ) -> BudgetRefusal:
+        use.refused += 1
+        if need is None:
+            return BudgetRefusal(budget.name, "budget_unbounded")
+        if budget.at_end != "pause":
+            return BudgetRefusal(budget.name, "budget_exceeded")
+        if (budget.name, book.scope) not in self._paused:
+            self._paused.add((budget.name, book.scope))
+            use.paused += 1
+            use.paused_ms = at_ms if use.paused_ms is None else use.paused_ms
+        return BudgetRefusal(budget.name, "budget_paused")
+
+    def _has_room(self, budget: Budget, book: _RehearsedBook, need: int | None) -> bool:
+        # A pause outlasts the period: a person ends it, and nobody does in a rehearsal.
+        is_paused = (budget.name, book.scope) in self._paused
+        return need is not None and not is_paused and book.spent + need <= budget.amount
+
+    def _need(self, budget: Budget, arrival: Arrival, model: str) -> int | None:
+        if budget.unit == "tokens":
+            return arrival.input_tokens + arrival.output_tokens
+        cost = self._cost(arrival, model)
+        return 0 if cost is None and budget.doubt == "estimate" else cost
+
+    def _spend(self, budget: Budget, book: _RehearsedBook, amount: int, at_ms: float) -> None:
+        book.spent += amount
+        if budget.window_s is not None:
+            span = self._span(budget.window_s, at_ms)
+            if not book.spans or book.spans[-1][0] != span:
+                book.spans.append([span, 0])
+            book.spans[-1][1] += amount
+        use = self.uses[budget.name]
+        use.spent += amount
+        use.fullest = max(use.fullest, book.spent)
+
+    def _book(self, budget: Budget, arrival: Arrival, at_ms: float) -> _RehearsedBook:
+        values: dict[str, str | None] = {one: getattr(arrival, one) for one in DIMENSIONS}
+        scope = scope_of(budget, values)
+        key = (budget.name, scope, self._period(budget, at_ms))
+        book = self._books.setdefault(key, _RehearsedBook(scope))
+        if budget.window_s is not None:
+            oldest = self._span(budget.window_s, at_ms - budget.window_s * 1000)
+            while book.spans and book.spans[0][0] < oldest:
+                book.spent -= book.spans.popleft()[1]
+        return book
+
+    def _period(self, budget: Budget, at_ms: float) -> str:
+        at = (self._starts_at + timedelta(milliseconds=at_ms)).astimezone(ZoneInfo(budget.zone))
+        if budget.period == "day":
+            return f"{at:%Y-%m-%d}"
+        if budget.period == "week":
+            return f"{at:%G-%V}"
+        return f"{at:%Y-%m}" if budget.period == "month" else "rolling"
+
+    def _span(self, window_s: int, at_ms: float) -> int:
+        """By sixtieths of the window, as the books count."""
+        at = self._starts_at.astimezone(UTC).timestamp() + at_ms / 1000
+        return int(at // max(1, window_s // 60))
+
+
+def priced(arrivals: Sequence[Arrival], cost: Cost) -> list[Arrival]:
+    """With the costs that a trace does not have, where a price is known."""
+    return [
+        one
+        if one.cost_usd or not (micros := cost(one, one.model))
+        else replace(one, cost_usd=micros / 10**6)
+        for one in arrivals
+    ]
