@@ -25,6 +25,7 @@ from tidegate.call import Charge, Scope, Usage
 from tidegate.dashboard import feed
 from tidegate.dashboard.rollup import count
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
+from tidegate.prices.budgets import Budget
 from tidegate.record import CallRecord
 from tidegate.spine.routing import FAULTS
 from tidegate.store.statistics import CallCounts, TimeSpan
@@ -55,6 +56,7 @@ async def stage(
         patch.setattr(feed, "LIVE_EVERY_S", 0.1)
         patch.setattr(feed, "PAST_EVERY_S", 0.1)
         patch.setattr("tidegate.dashboard.feed.RECORD_EVERY_S", 0.2)
+        patch.setattr(feed, "BUDGETS_EVERY_S", 0.2)
         async with (
             gateway(folder / "data", **settings) as running,
             async_playwright() as playwright,
@@ -170,6 +172,62 @@ async def test_what_another_operator_has_changed_is_not_overwritten(stage: Stage
         assert stage.gateway.services.limiter.policy.bound("kind:multi_modal") == 7
     async with stage.gateway.http.put(change, json={"limit": 3}) as answer:
         assert answer.status == 200
+
+
+async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
+    stage: Stage, tmp_path: Path
+) -> None:
+    budgets = stage.gateway.services.budgets
+    rules = (
+        Budget("team/acme", "usd", 5_000_000, "month", tenant="default"),
+        Budget("people", "tokens", 40, "day", each=("subject",), at_end="pause"),
+        Budget("hours", "usd", 2_000_000, "rolling", window_s=18_000, model="other-*"),
+    )
+    async with opened(stage) as seen:
+        card = seen.page.get_by_label("Budgets", exact=True)
+        await expect(card).to_be_hidden()
+        for one in rules:
+            await budgets.records.set(one, by="test")
+        await budgets.refresh()
+        await stage.gateway.database.execute(
+            "INSERT INTO budget_books (budget, scope, period, spent) SELECT name, '',"
+            " budget_period(period, zone, now()), 790000 FROM budgets WHERE name = 'team/acme'"
+            " ON CONFLICT (budget, scope, period) DO UPDATE SET spent = excluded.spent"
+        )
+        assert await stage.native("Why is the sea salty?") == 429
+        team = card.locator("[data-budget='team/acme']")
+        await expect(team).to_contain_text("$0.79 of $5.00")
+        await expect(team).to_contain_text("$4.21 left")
+        await expect(team).to_contain_text("tenant default, a month")
+        await expect(team.locator(".limit-state")).to_contain_text("resets in ")
+        meter = card.get_by_role("meter", name="team/acme")
+        assert await meter.get_attribute("aria-valuetext") == "$0.79 of $5.00 spent"
+        hours = card.locator("[data-budget='hours']")
+        await expect(hours).to_contain_text("model other-*, in 5 h")
+        # Without a subject; it stands first, as it is paused.
+        first = card.locator(".limits > li").first
+        await expect(first).to_contain_text("people: (without one)")
+        await expect(first.locator(".limit-state")).to_contain_text("Paused")
+        await expect(card).to_contain_text("1 paused")
+        await seen.is_accessible()
+        await seen.page.screenshot(path=tmp_path / "budgets.png", full_page=True)
+        await first.get_by_role("button", name="Resume people").click()
+        dialog = seen.page.get_by_role("dialog", name="Resume people")
+        await dialog.get_by_label("More in this period").fill("5000")
+        await dialog.get_by_role("button", name="Resume").click()
+        await expect(seen.page.locator(".toast")).to_contain_text("people: (without one) goes on")
+        await expect(card).not_to_contain_text("Paused")
+        await expect(card).to_contain_text("0 of 5,040")
+        await budgets.refresh()
+        assert await stage.native("Why is the sea salty?") == 200
+    async with opened(stage, width=400, colours="dark") as seen:
+        await expect(seen.page.get_by_label("Budgets", exact=True)).to_contain_text("$4.2")
+        await seen.is_accessible()
+        assert await seen.is_within()
+        await seen.page.screenshot(path=tmp_path / "budgets-narrow.png", full_page=True)
+    for one in rules:
+        await budgets.records.remove(one.name, by="test")
+    await budgets.refresh()
 
 
 async def test_a_pause_by_keyboard_holds_calls_up_until_it_is_resumed(stage: Stage) -> None:

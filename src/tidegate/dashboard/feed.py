@@ -48,6 +48,8 @@ from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.policy.format import in_words
 from tidegate.policy.learned import LearnedLimit, shared_limits
 from tidegate.policy.rollout import PolicyKeeper
+from tidegate.prices.budgets import Budget, scope_values, whom, window
+from tidegate.store.budgets import BudgetBook
 from tidegate.store.statistics import CallCounts, History, Total, percentiles
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -55,6 +57,7 @@ MOST_LIMITS = 100
 MOST_TENANTS = 50
 MOST_PROCESSES = 100
 MOST_FOUND = 10
+MOST_BUDGETS = 20
 MOST_LEARNED = 20
 _SORTS = {"c": "concurrency", "r": "rate", "q": "quota"}
 _LIMIT_FIELDS = (
@@ -361,6 +364,7 @@ def _table(total: CallCounts, dimension: str) -> list[dict[str, Any]]:
 
 
 RECORD_EVERY_S = 10.0
+BUDGETS_EVERY_S = 2.0
 MOST_ROWS = 30
 _NOW = "5m"  # the newest minute is in it
 
@@ -403,6 +407,10 @@ class Past:
                     yield "trend", one, {"range": name, **self._frame(trend, one.pool)}
             if looked and name == _NOW:
                 yield "now", None, {pool: trend.now(pool) for pool in self._services.limiters}
+        if self._is_due("budgets", BUDGETS_EVERY_S):
+            frame = await self._budgets()
+            self._put_off("budgets", BUDGETS_EVERY_S)
+            yield "budgets", None, frame
         if self._is_due("record", RECORD_EVERY_S):
             frame = await self._record()
             self._put_off("record", RECORD_EVERY_S)
@@ -416,6 +424,13 @@ class Past:
 
     def _frame(self, trend: Trend, pool: str) -> Frame:
         return trend.frame(pool, self._services.limiters[pool].policy.weights)
+
+    async def _budgets(self) -> Frame:
+        """What is spent of budgets, by book: those that are paused, then the most used."""
+        records = self._services.budgets.records
+        _, found = await records.all()
+        books = await records.books() if found else []
+        return budgets_frame(found, books)
 
     async def _record(self) -> Frame:
         """What was spent, by the record, and how much waits for a person."""
@@ -433,6 +448,31 @@ class Past:
             }
         dead_jobs, webhooks = await store.stuck.counts()
         return {"spent": spent, "dead_jobs": dead_jobs, "webhooks_given_up": webhooks}
+
+
+def budgets_frame(budgets: Sequence[Budget], books: Sequence[BudgetBook]) -> Frame:
+    """`books`: those that are used most first."""
+    by_name = {one.name: one for one in budgets}
+    known = [one for one in books if one.budget in by_name]
+    paused = [one for one in known if one.paused_since is not None]
+    shown = [*paused, *(one for one in known if one.paused_since is None)][:MOST_BUDGETS]
+    return {
+        "budgets": [_budget(by_name[one.budget], one) for one in shown],
+        "paused": len(paused),
+        "more": len(known) - len(shown),
+    }
+
+
+def _budget(budget: Budget, book: BudgetBook) -> Frame:
+    binds = ", ".join(whom(budget)) or "all calls"
+    same = ("unit", "amount", "spent", "estimated", "held", "reset_at", "paused_since")
+    return {
+        "name": budget.name,
+        "scope": scope_values(book.scope),
+        "words": f"{binds}, {window(budget)}",
+        "fallback": budget.fallback,
+        **{name: getattr(book, name) for name in same},
+    }
 
 
 def _largest_span(totals: list[Total], name: str) -> list[Frame]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
+
 import orjson
 
 from tidegate.dashboard.feed import (
+    MOST_BUDGETS,
     MOST_FOUND,
     MOST_LIMITS,
     MOST_PROCESSES,
     MOST_TENANTS,
+    budgets_frame,
     pool_frame,
     upstream_frame,
 )
@@ -25,6 +30,8 @@ from tidegate.limiter import (
     TenantView,
 )
 from tidegate.metrics.process import Note, UpstreamFound
+from tidegate.prices.budgets import Budget
+from tidegate.store.budgets import BudgetBook
 
 
 def limit(name: str, sort: str = "c", *, waiting: int = 0, paused_ms: int = 0) -> LimitView:
@@ -106,3 +113,40 @@ def test_an_upstream_is_shown_as_the_process_finds_it_that_finds_it_worst() -> N
     crowd = [Note(f"api-{number}", upstreams={"gemini": out}) for number in range(2 * MOST_FOUND)]
     frame = upstream_frame("gemini", crowd)
     assert (len(frame["found"]), frame["out_in"]) == (MOST_FOUND, 2 * MOST_FOUND)
+
+
+def test_paused_budgets_come_first_and_the_rest_is_counted() -> None:
+    budgets = [
+        Budget("day", "usd", 5_000_000, "day", tenant="acme", at_end="fall_back", fallback="m"),
+        Budget("people", "tokens", 100, "rolling", window_s=5_400, each=("tenant", "subject")),
+    ]
+    reset_at = datetime(2026, 11, 25, tzinfo=UTC)
+    day = BudgetBook("day", "", "usd", 5_000_000, 790_000, 0, 20_000, reset_at, None)
+    person = BudgetBook("people", '["acme", null]', "tokens", 100, 3, 0, 0, None, None)
+    paused = replace(person, scope='["acme", "ann"]', paused_since=reset_at)
+    many = [replace(person, scope=f'["t{n}", "x"]') for n in range(MOST_BUDGETS)]
+    gone = replace(day, budget="gone")
+    frame = budgets_frame(budgets, [day, gone, person, *many, paused])
+    first, second, third, *_ = frame["budgets"]
+    assert (first["name"], first["scope"], first["paused_since"]) == (
+        "people",
+        ["acme", "ann"],
+        reset_at,
+    )
+    assert first["words"] == "each tenant, each subject, in 90 min"
+    assert second == {
+        "name": "day",
+        "scope": [],
+        "words": "tenant acme, a day",
+        "fallback": "m",
+        "unit": "usd",
+        "amount": 5_000_000,
+        "spent": 790_000,
+        "estimated": 0,
+        "held": 20_000,
+        "reset_at": reset_at,
+        "paused_since": None,
+    }
+    assert third["scope"] == ["acme", None]
+    assert (len(frame["budgets"]), frame["paused"], frame["more"]) == (MOST_BUDGETS, 1, 3)
+    assert budgets_frame([], []) == {"budgets": [], "paused": 0, "more": 0}

@@ -7,6 +7,7 @@ import { brief } from "../format.js";
 import { note } from "../router.js";
 import * as stuck from "../stuck.js";
 import { choice, failed } from "../ui.js";
+import { budgetsCard } from "./overview/budgets.js";
 import { charts } from "./overview/charts.js";
 import { faultsCard } from "./overview/faults.js";
 import { figuresStrip } from "./overview/figures.js";
@@ -64,6 +65,7 @@ function parts(chosen, signal) {
   const view = {
     figures: figuresStrip(),
     limits: limitsCard(pool),
+    budgets: budgetsCard(),
     charts: charts(signal),
     tenants: tenantsCard(pool),
     faults: faultsCard(),
@@ -78,6 +80,7 @@ function parts(chosen, signal) {
     { class: "overview", data: { state: "loading" } },
     figures.element,
     limits.element,
+    view.budgets.element,
     view.charts.element,
     h("div", { class: "columns" }, tenants.element, faults.element),
     h("div", { class: "columns" }, spend.element, upstreams.element),
@@ -89,6 +92,7 @@ function parts(chosen, signal) {
 function show(view, chosen, event, data) {
   if (event === "live") showLive(view, chosen, data);
   else if (event === "now" && data[chosen.pool]) view.figures.now(data[chosen.pool]);
+  else if (event === "budgets") view.budgets.update(data);
   else if (event === "record") {
     view.figures.record(data);
     view.spend.record(data);
