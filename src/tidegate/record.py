@@ -85,9 +85,9 @@ class CallRecord:
     `endpoint` is the path that was requested; `operation` never has a name in it.
 
     Admission: `waits` while no try is under way; `waits_for` is the pool and the limits of the
-    queue that it waits in, or waited in. `waits_since`: a job or stream waits from then on, others
-    from their request of a permit to the limiter; `queue_ms` ends with admission. `fence` is the
-    permit's (epoch, sequence).
+    queue that it waits in, or waited in, or a budget. `waits_since`: a job or stream waits from
+    then on, others from their request of a permit to the limiter; `queue_ms` ends with admission.
+    `fence` is the permit's (epoch, sequence).
 
     Tries: `attempts` counts those made upstream, of which `throttled` were answered with 429 and
     `faults` failed by the upstream's own fault; `failed` is the error of the last that failed;
@@ -243,6 +243,8 @@ class CallRecord:
         self.answer.clear()
         self.charge = NO_CHARGE
 
+
+OF_BUDGETS = "budget:"  # before the name of a budget, where a call waits for room in it
 
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 # `deflate` is zlib's format by RFC 9110, and at some servers without its head.

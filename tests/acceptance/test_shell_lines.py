@@ -72,7 +72,7 @@ def test_budgets_are_set_listed_resumed_and_removed(product: Product) -> None:
     undone = "".join(f"\ntidegate budgets remove {name} --yes" for name in ("all", "people"))
     said = shell(block_with("money.md", "tidegate budgets set") + undone, product)
     assert "opus is set: $20.00 a day of Europe/Berlin for model claude-opus-*, each tenant" in said
-    assert "people is set: $2.00 in 18000 s for tenant acme, each subject" in said
+    assert "people is set: $2.00 in 5 h for tenant acme, each subject" in said
     assert "all is removed" in said
 
 

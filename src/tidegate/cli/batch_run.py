@@ -39,7 +39,7 @@ MOST_BYTES = 200_000_000
 MOST_LINES = 1_000_000
 _PROMPTS = ("prompt", "data", "text")
 _IDS = ("id", "custom_id", "prompt_id")
-_ALONG = ("type", "model", "image_uri", "subject")
+_ALONG = ("type", "model", "image_uri", "subject", "conversation")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from tidegate.cli.terminal import Json, show_json, show_table, tell, who, with_b
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tidegate.store.budgets import Budget, BudgetBook, BudgetRecords
+    from tidegate.prices.budgets import Budget
+    from tidegate.store.budgets import BudgetBook, BudgetRecords
 
 app = typer.Typer(help="See and change what may be spent.", no_args_is_help=True)
 BudgetName = Annotated[str, typer.Argument(help="The name of a budget.", metavar="BUDGET")]
@@ -24,7 +25,8 @@ def list_(
     json: Json = False,
 ) -> None:
     """Show all budgets with what is spent, or the books of one."""
-    from tidegate.store.budgets import plain_book, plain_budget, scope_values
+    from tidegate.prices.budgets import plain_budget, scope_values, whom, window
+    from tidegate.store.budgets import plain_book
 
     async def read(records: BudgetRecords) -> tuple[list[Budget], list[BudgetBook]]:
         _, found = await records.all()
@@ -109,7 +111,7 @@ def set_(
     `each` as a value gives every tenant, key, user or conversation the whole amount for itself. A
     new budget begins with what its period has on record. In force everywhere within a second.
     """
-    from tidegate.store.budgets import budget_of, plain_budget
+    from tidegate.prices.budgets import budget_of, plain_budget, whom, window
 
     if pause and fallback is not None:
         raise ConfigError("--pause", "(set)", "not with --fallback")
@@ -167,7 +169,7 @@ def resume(
     """Resume a paused budget, or allow more in its current period."""
     from decimal import Decimal, InvalidOperation
 
-    from tidegate.store.budgets import scope_text, scope_values
+    from tidegate.prices.budgets import scope_text, scope_values
 
     try:
         extra = int(Decimal(extra_usd) * 10**6) or extra_tokens
@@ -179,20 +181,3 @@ def resume(
     scopes = with_budgets(lambda records: records.resume(name, scope=scope, extra=extra, by=who()))
     values = [scope_values(one) for one in scopes]
     tell(json, {"budget": name, "scopes": values}, f"{name} is resumed for {len(scopes)}")
-
-
-def whom(budget: Budget) -> list[str]:
-    """Whom a budget binds, in words."""
-    named = [
-        f"{dimension} {value}"
-        for dimension in ("tenant", "key", "model", "subject", "conversation")
-        if (value := getattr(budget, dimension)) is not None
-    ]
-    return [*named, *(f"each {one}" for one in budget.each)]
-
-
-def window(budget: Budget) -> str:
-    """Its period, in words."""
-    if budget.period == "rolling":
-        return f"in {budget.window_s} s"
-    return f"a {budget.period}" + ("" if budget.zone == "UTC" else f" of {budget.zone}")

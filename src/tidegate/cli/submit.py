@@ -44,6 +44,10 @@ Output = Annotated[
     Path | None,
     typer.Option(help="Save pictures here: a folder, or the name of one picture."),
 ]
+Conversation = Annotated[str | None, typer.Option(help="Of which it is part, for its budgets.")]
+OnceKey = Annotated[
+    str | None, typer.Option(help="Submitting again under the same key changes nothing.")
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Print the answer when it is there.")]
 FollowIt = Annotated[
     bool, typer.Option("--follow", help="The same, and show each state meanwhile.")
@@ -74,11 +78,10 @@ def submit(
     tiers: Annotated[
         str | None, typer.Option(help="Processing tiers that it may use: live,flex,batch.")
     ] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="Submitting again under the same key changes nothing.")
-    ] = None,
+    idempotency_key: OnceKey = None,
     webhook_url: Annotated[str | None, typer.Option(help="Gets a webhook at the end.")] = None,
     subject: Annotated[str | None, typer.Option(help="Whom it is about, to erase it by.")] = None,
+    conversation: Conversation = None,
     wait_: Wait = False,
     follow_: FollowIt = False,
     output: Output = None,
@@ -97,6 +100,7 @@ def submit(
         webhook_url=webhook_url,
         subject=subject,
         tiers=None if tiers is None else [one.strip() for one in tiers.split(",")],
+        conversation=conversation,
     )
     if not text and not file and not image_uri:
         raise ConfigError("prompt", None, "is missing: pass TEXT, --file or --image-uri")

@@ -77,6 +77,7 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
         "deadline_ms": submission.deadline_ms,
         "webhook_url": submission.webhook_url,
         "subject": submission.subject,
+        "conversation": submission.conversation,
         "endpoint": submission.endpoint,
         "tiers": submission.tiers if submission.endpoint is None else submission.tiers or None,
         "files": [

@@ -25,7 +25,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Send
 from starlette.types import Scope as StarletteScope
 
-from tidegate.call import Caller, Classification, ClassifiedBy, Scope, Status, new_id
+from tidegate.call import Call, Caller, Classification, ClassifiedBy, Scope, Status, new_id
 from tidegate.call import Scope as Right
 from tidegate.dialects import dialect_of
 from tidegate.errors import (
@@ -59,8 +59,10 @@ from tidegate.http.views import (
     prefix_of,
     status_view,
 )
+from tidegate.spine.bounds import check_bounded
 from tidegate.spine.models import check_body
-from tidegate.spine.native import endpoint_named
+from tidegate.spine.native import detached_call, endpoint_named
+from tidegate.spine.run import Terms
 from tidegate.store.records import Earlier, NewJob, RequestRecord
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Parent, parent_in
@@ -336,7 +338,10 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             if job.endpoint is None:
                 targets = services.spine.targets
                 check_prompt(targets, job.model, job.classification, services.config)
-            await services.budgets.check(caller, job.model or "", job.subject)
+            budgets, model = services.budgets, job.model or ""
+            await budgets.check(caller, model, job.subject, job.conversation)
+            if budgets.any:
+                _check_bounded(job, services, caller)
             async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
                 job = await body_apart(job, services.blobs)
                 earlier = await services.store.jobs.submit(job)
@@ -347,6 +352,30 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
         return job
     await _forget(job, services)
     return earlier
+
+
+def _check_bounded(job: NewJob, services: Services, caller: Caller) -> None:
+    """Raises BudgetUnbounded where a budget would refuse the job's call, as far as that is known:
+    not of a prompt with files, nor before its kind is settled. Such a job waits for a person."""
+    if job.endpoint is not None:
+        wrapped = detached_call(
+            request_id=job.request_id,
+            path=job.endpoint,
+            body=job.prompt.encode(),
+            caller=caller,
+            priority=job.priority,
+            deadline_ms=None,
+        )
+        wrapped.subject, wrapped.terms.conversation = job.subject, job.conversation
+        check_bounded(services.relay, wrapped)
+        return
+    kind = job.classification.kind
+    if kind is None or job.attachments or job.image_uri is not None:
+        return
+    model = job.model or services.config.model_for(kind)
+    call = Call(job.request_id, job.prompt, kind, model, tenant_id=job.tenant_id)
+    terms = Terms(job.request_id, caller, time.monotonic(), conversation=job.conversation)
+    services.prompts.check_bounded(call, terms, job.subject)
 
 
 async def _forget(job: NewJob, services: Services) -> None:
@@ -384,6 +413,7 @@ def _new_job(
         once=idempotency_of(key, submission),
         webhook_url=submission.webhook_url,
         subject=submission.subject,
+        conversation=submission.conversation,
         key_id=caller.key_id,
         endpoint=submission.endpoint,
         tiers_allowed=caller.tiers if submission.tiers is None else submission.tiers,

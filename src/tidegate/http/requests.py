@@ -34,7 +34,7 @@ from tidegate.http.views import (
 )
 from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
-from tidegate.record import ActiveCall
+from tidegate.record import OF_BUDGETS, ActiveCall
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
 from tidegate.store.statistics import COUNTS, MOST_TOTALS, Total
 
@@ -287,7 +287,9 @@ class RunningItem(BaseModel):
     submitted_at: datetime
     admitted_at: datetime | None = None
     waits_for: str | None = Field(
-        default=None, description="The limit that holds its queue up, where one does"
+        default=None,
+        description="The limit that holds its queue up, where one does; `budget:` and the name of "
+        "a budget of which calls in progress hold what is left",
     )
 
 
@@ -396,6 +398,8 @@ def _held_up_by(process: str, call: ActiveCall, look: Snapshot) -> str | None:
     """The limit that holds up the queue in which the call stands."""
     if not call.limits:
         return None
+    if call.limits[0].startswith(OF_BUDGETS):
+        return call.limits[0]
     for queue in look.queues:
         mine = queue.process == process and queue.tenant == call.tenant
         if mine and set(call.limits) <= set(queue.limits):

@@ -321,6 +321,7 @@ class StreamedAnswer(Response):
             wait_ms=self._submission.deadline_ms or self._services.config.stream_wait_ms,
             priority=self._priority,
             trail=self._record.trail,
+            conversation=self._submission.conversation,
         )
 
         async def admitted(_permit: Permit | None) -> None:

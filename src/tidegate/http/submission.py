@@ -50,11 +50,12 @@ PROMPT_FIELDS = ("data", "text")
 FIELDS = (
     *PROMPT_FIELDS,
     *("image_uri", "type", "model", "priority", "deadline_ms", "webhook_url", "subject", "tiers"),
+    "conversation",
 )
 FILE_FIELDS = ("file", "files")
 MAX_PRIORITY = 100
 MAX_DEADLINE_MS = 7 * 86_400_000
-MAX_SUBJECT_CHARS = 200
+MAX_TAG_CHARS = 200
 
 T = TypeVar("T")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -78,6 +79,7 @@ class Submission:
     deadline_ms: int | None = None
     webhook_url: str | None = None
     subject: str | None = None
+    conversation: str | None = None
     digests: tuple[str, ...] = ()
     endpoint: str | None = None
     tiers: tuple[Tier, ...] | None = None
@@ -114,8 +116,9 @@ def read_fields(
             given, "deadline_ms", lambda value: _integer("deadline_ms", value, 1, MAX_DEADLINE_MS)
         ),
         webhook_url=_optional(given, "webhook_url", partial(_webhook_url, config)),
-        subject=_optional(given, "subject", _subject),
         tiers=_optional(given, "tiers", _tiers),
+        subject=_optional(given, "subject", partial(_tag, "subject")),
+        conversation=_optional(given, "conversation", partial(_tag, "conversation")),
     )
 
 
@@ -237,12 +240,12 @@ def _webhook_url(config: Config, value: Any) -> str:
     return url
 
 
-def _subject(value: Any) -> str:
-    subject = _text("subject", value).strip()
-    if not 1 <= len(subject) <= MAX_SUBJECT_CHARS or not subject.isprintable():
-        allowed = f"1 to {MAX_SUBJECT_CHARS} printable characters"
-        raise InvalidRequest("subject", f"'subject' must be {allowed}", allowed=allowed)
-    return subject
+def _tag(name: str, value: Any) -> str:
+    tag = _text(name, value).strip()
+    if not 1 <= len(tag) <= MAX_TAG_CHARS or not tag.isprintable():
+        allowed = f"1 to {MAX_TAG_CHARS} printable characters"
+        raise InvalidRequest(name, f"'{name}' must be {allowed}", allowed=allowed)
+    return tag
 
 
 def _tiers(value: Any) -> tuple[Tier, ...]:
@@ -668,7 +671,7 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
 ENDPOINT, WRAPPED_BODY = "endpoint", "body"
 MOST_IN_ROW_BYTES = 256 * 1024
 _HEAD_CHARS = 2_000
-_BESIDE = ("priority", "deadline_ms", "webhook_url", "subject", "tiers")
+_BESIDE = ("priority", "deadline_ms", "webhook_url", "subject", "conversation", "tiers")
 
 
 def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
@@ -736,6 +739,13 @@ _PROPERTIES: dict[str, Any] = {
         "minLength": 1,
         "maxLength": 200,
         "description": "Whom it is about, so that it can be erased: see docs/accounting.md",
+    },
+    "conversation": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 200,
+        "description": "The conversation that it belongs to, whose budgets bind it: see "
+        "docs/money.md",
     },
 }
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}

@@ -12,6 +12,7 @@ from tidegate.dialects.requests import in_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
+    BudgetUnbounded,
     CallPreempted,
     ConfigError,
     DeadlineExceeded,
@@ -161,6 +162,7 @@ async def run_wrapped(
         most_tries=max_attempts - job.attempts,
         preempted=job.preemptions,
     )
+    call.terms.conversation = job.conversation
     if job.tier is Tier.FLEX:
         call.body = in_tier(body, call.endpoint.dialect, job.tier)
     record.dialect, record.operation = call.endpoint.dialect.value, call.endpoint.name
@@ -179,13 +181,14 @@ def is_of_upstream(error: TidegateError | None) -> bool:
 def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
     """Milliseconds until a job is looked at again whose call gave way to another, which it is
     immediately, or that a budget refuses: when the next period begins, and every minute or so
-    before, since a budget can be raised; soon where calls in progress hold what is left. None for
-    other errors."""
+    before, since a budget can be raised; soon where calls in progress hold what is left. One whose
+    cost has no known bound is looked at each minute too: a person can name a price, have the budget
+    take estimates, or cancel it. None for other errors."""
     if isinstance(error, CallPreempted):
         return 0
     if isinstance(error, BudgetReserved):
         return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
-    if not isinstance(error, BudgetExceeded):
+    if not isinstance(error, BudgetExceeded | BudgetUnbounded):
         return None
     look = (rng or random).uniform(_SPENT_WAIT_MS / 2, _SPENT_WAIT_MS)
     return max(1, round(min(look, error.retry_after_ms or look)))

@@ -48,6 +48,7 @@ from tidegate.jobs.calls import (
     uncounted_wait_ms,
 )
 from tidegate.jobs.tiers import TierChoice
+from tidegate.prices.budgets import Binding, needs_of, refused_by
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.batched import BatchableCall, BatchedCalls, prompt_endpoint
@@ -56,7 +57,6 @@ from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
 from tidegate.store.blobs import Blobs
-from tidegate.store.budgets import Binding, needs_of, refused_by
 from tidegate.store.database import until_quick
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.provider_batches import JoiningJob, OpenLine, UpstreamBatch
@@ -263,7 +263,8 @@ class ProviderBatchRunner:
         if call.cost is None:
             return ()
         model = call.target.model
-        bindings = self._store.budgets.binding(caller_of(job), model, job.subject)
+        tags = job.subject, job.conversation
+        bindings = self._store.budgets.binding(caller_of(job), model, *tags)
         return needs_of(bindings, call.cost)
 
     async def _begin(self, group: Sequence[_Ready]) -> None:

@@ -21,8 +21,8 @@ import orjson
 
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.policy.tenants import webhook_secret_of
+from tidegate.prices.budgets import scope_values, shown_amount
 from tidegate.settings import Config
-from tidegate.store.budgets import scope_values, shown_amount
 from tidegate.store.outbox import AlertDelivery, Delivery
 from tidegate.store.records import RequestRecord, usage_columns
 from tidegate.store.store import Store

@@ -517,6 +517,7 @@ class Worker:
             repeats=False,
             most_tries=max(1, min(self._config.max_attempts - job.attempts, MOST_TRIES)),
             waits_out=True,
+            conversation=job.conversation,
         )
         await self._prompts.run(call, terms, record, None, run.admitted)
 

@@ -459,6 +459,10 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     """A job that waits: for its time, for a worker, or in a worker for a limit."""
     what, status = str(found.request_id), found.status.value
     if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
+        if (spent := _spent_budget(found)) is not None:
+            action = _BUDGET_ACTIONS[found.failure_code or ""]
+            said = f"{spent}; it is looked at again in {format_span(left)}. {action}"
+            return Reason(what, said, status, next_action=action)
         if found.is_for_batch:
             return Reason(what, _GATHERED, status)
         sentence = f"waits {format_span(left)} more before it is tried again"
@@ -628,7 +632,27 @@ def _usage(view: LimitView) -> str:
     return f"{view.limit}: {view.used} of {view.bound} are spent{room}"
 
 
+_BUDGET_ACTIONS = {
+    "budget_exceeded": "`tidegate budgets resume BUDGET --extra-usd N` allows more in this period, "
+    "a larger amount more in each",
+    "budget_paused": "`tidegate budgets resume BUDGET` ends the pause",
+    "budget_reserved": "It goes on as calls in progress end",
+    "budget_unbounded": "Give its model a price, or have the budget take estimates "
+    "(--doubt estimate); or cancel it, and submit it with max_tokens",
+}
+
+
+def _spent_budget(found: Whereabouts) -> str | None:
+    """`waits for a budget: ...`, of a request that a budget has refused when it was tried last."""
+    if found.failure_code not in _BUDGET_ACTIONS:
+        return None
+    return f"waits for a budget: {found.failure_message}"
+
+
 def _how_it_ended(found: Whereabouts) -> str:
+    if found.failure_code in _BUDGET_ACTIONS:
+        ended = f"waits for nothing: {found.status.value} {_ago(found.finished_at)} ago"
+        return f"{ended}, since {found.failure_message}"
     code = f" ({found.failure_code})" if found.failure_code else ""
     return f"waits for nothing: {found.status.value}{code}, {_ago(found.finished_at)} ago"
 
@@ -669,10 +693,14 @@ def waiting(
     if found.status is Status.RUNNING:
         return Waiting("is in a provider's batch" if found.is_for_batch else "is running")
     if found.status is not Status.QUEUED:
-        return Waiting(f"has ended: {found.status.value}")
+        since = f", since {found.failure_message}" if found.failure_code in _BUDGET_ACTIONS else ""
+        return Waiting(f"has ended: {found.status.value}{since}")
     if found.not_before is not None and found.not_before > now:
         left_ms = round((found.not_before - now).total_seconds() * 1000)
         said = f"is tried again in {format_span(left_ms)}"
+        if (spent := _spent_budget(found)) is not None:
+            said = f"{spent}; it is looked at again in {format_span(left_ms)}"
+            return Waiting(said, retry_in_ms=left_ms)
         if found.is_for_batch:
             return Waiting(_GATHERED)
         return Waiting(

@@ -226,6 +226,13 @@ class PromptCalls:
             loaded.append(await self._fetcher.fetch(ask.image_uri))
         return tuple(loaded)
 
+    def check_bounded(self, call: Call, terms: Terms, subject: str | None) -> None:
+        """Raises BudgetUnbounded where `run` could do nothing else; files of a call are not looked
+        at."""
+        record = CallRecord("job", call.tenant_id, datetime.now(UTC))
+        exchange = PromptExchange(terms, self._processors, call, record)
+        self._spine.check_bounded(exchange, self.targets(call.model), subject)
+
     async def run(
         self,
         call: Call,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -42,11 +42,13 @@ from tidegate.dialects.spec import Dialect, Headers
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
+    BudgetUnbounded,
     DeadlineExceeded,
     DemandImpossible,
     LimitPaused,
     LimitUsedUp,
     NotFound,
+    QuotaExceeded,
     TidegateError,
     UpstreamError,
     UpstreamGarbled,
@@ -56,7 +58,8 @@ from tidegate.errors import (
 )
 from tidegate.limiter import Limiter, Permit, PoolPolicy
 from tidegate.policy.deployment import Upstream
-from tidegate.record import CallRecord, coding_of, decoded
+from tidegate.prices.budgets import Binding
+from tidegate.record import OF_BUDGETS, CallRecord, coding_of, decoded
 from tidegate.settings import Config
 from tidegate.spine.preemption import Preemption
 from tidegate.spine.routing import (
@@ -71,7 +74,7 @@ from tidegate.spine.routing import (
     Targets,
     WatchBudgets,
 )
-from tidegate.store.budgets import Binding, Budgets
+from tidegate.store.budgets import Budgets
 from tidegate.store.spill import CallJournal
 from tidegate.telemetry.tracing import Tracing, Trail
 from tidegate.upstream.transport import Exchange, Timeouts
@@ -297,6 +300,25 @@ class Spine:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
         return Target(speaking[0], "")
 
+    def check_bounded(
+        self, exchange: CallExchange, targets: Sequence[Target], subject: str | None
+    ) -> None:
+        """Raises BudgetUnbounded for a call that a budget would refuse at each of its targets: its
+        most possible cost is not known there."""
+        terms, error = exchange.terms, None
+        for target in targets:
+            bindings = self.budgets.binding(terms.caller, target.model, subject, terms.conversation)
+            lane = self.lane(target)
+            try:
+                cost = exchange.cost(target, lane, exchange.demand(target, lane))
+                self.budgets.refusal(bindings, cost)
+            except BudgetUnbounded as unbounded:
+                error = error or unbounded
+            else:
+                return
+        if error is not None:
+            raise error
+
     def usable(self, targets: list[Target]) -> list[Target]:
         """Those that may be called now; where all are out, all, the first to be back first."""
         if len(targets) == 1:
@@ -329,6 +351,8 @@ class _Run:
         self._record = record
         self._on_admitted = on_admitted
         self._budgets = spine.budgets if exchange.bills and spine.budgets.any else None
+        self._trying: Target | None = None
+        self._refusals: dict[tuple[str, str] | None, QuotaExceeded] = {}
 
     async def until_answered(self, targets: list[Target]) -> None:
         spine, terms = self._spine, self._terms
@@ -345,16 +369,21 @@ class _Run:
                 now = self._policies(left)
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
-            except BudgetReserved:
+            except BudgetReserved as reserved:
                 if terms.left_ms() <= 0 or not terms.repeats:  # a queue repeats it
                     raise
+                pool, _ = self._record.waits_for
+                self._record.waits_for = pool, (f"{OF_BUDGETS}{reserved.limit}",)
                 room_ms = min(terms.left_ms(), _ROOM_WITHIN_MS)
                 await spine.budgets.room(room_ms / 1000)
-            except BudgetExceeded as spent:
-                instead = self._instead(spent, targets)
-                if not instead:
-                    raise
-                targets, left = instead, spine.usable(instead)
+            except (BudgetExceeded, BudgetUnbounded) as spent:
+                self._refusals[_place(self._trying)] = spent
+                left = self._affordable(left)
+                if not left:
+                    targets = self._instead(spent)
+                    left = spine.usable(targets)
+                if not left:
+                    raise next(iter(self._refusals.values())) from None
             except CallFailed as failed:
                 if not self._worth_another(failed):
                     raise
@@ -364,20 +393,42 @@ class _Run:
                         raise
                     if not await self._pause(failed):
                         raise
-                    left = spine.usable(targets)
+                    left = [
+                        one for one in spine.usable(targets) if _place(one) not in self._refusals
+                    ]
+                    if not left:
+                        raise
                 self._record.begin_again()
 
-    def _instead(self, spent: BudgetExceeded, targets: list[Target]) -> list[Target]:
+    def _affordable(self, targets: list[Target]) -> list[Target]:
+        """Those that no budget has refused, or is known to refuse: an upstream may be cheaper than
+        the ones before it."""
+        assert self._budgets is not None
+        found = []
+        for target in targets:
+            if _place(target) in self._refusals:
+                continue
+            lane = self._spine.lane(target)
+            cost = self._exchange.cost(target, lane, self._exchange.demand(target, lane))
+            with suppress(BudgetUnbounded):  # it says so where it is tried
+                if self._budgets.refusal(self._binding(target), cost) is not None:
+                    continue
+            found.append(target)
+        return found
+
+    def _instead(self, spent: QuotaExceeded) -> list[Target]:
         """Where the cheaper model of a spent budget is called; none where there is no such model,
         the caller may not ask for it, or it has been refused itself."""
-        model = spent.fallback
-        if model is None or not self._terms.caller.may_ask(model):
-            return []
-        found: list[Target] = []
-        with suppress(NotFound):
-            found = self._spine.targets.of(self._exchange.dialect, model)
-        known = {(one.upstream.name, one.model) for one in targets}
-        return [one for one in found if (one.upstream.name, one.model) not in known]
+        refusals = [spent, *self._refusals.values()]
+        models = (one.fallback for one in refusals if isinstance(one, BudgetExceeded))
+        for model in filter(None, models):
+            found: list[Target] = []
+            if self._terms.caller.may_ask(model):
+                with suppress(NotFound):
+                    found = self._spine.targets.of(self._exchange.dialect, model)
+            if found := [one for one in found if _place(one) not in self._refusals]:
+                return found
+        return []
 
     def _binding(self, target: Target) -> tuple[Binding, ...]:
         """The budgets that bind the call there, nearly always none."""
@@ -418,6 +469,7 @@ class _Run:
         never: _Never = {}
         if len(targets) > 1:
             for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
+                self._trying = target
                 try:
                     async with self._attempt(target, demand) as permit:
                         if self._spine.lane(target).gate.binds_more(demand, target.model):
@@ -434,6 +486,7 @@ class _Run:
                 demands = self._demands(targets)
                 place = self._to_wait_for(targets, demands, never)
             target, demand = targets[place], demands[place]
+            self._trying = target
             self._record.waits_for = self._spine.lane(target).limiter.pool, demand.limits
             try:
                 async with self._admission(target, demand) as permit:
@@ -616,6 +669,10 @@ class _Run:
         suspect = self._exchange.suspect()
         await lane.gate.failed(error, model, suspect=suspect, tried=is_try)
         record.faults += error.of_upstream
+
+
+def _place(target: Target | None) -> tuple[str, str] | None:
+    return None if target is None else (target.upstream.name, target.model)
 
 
 def timeouts_of(config: Config, upstream: Upstream) -> Timeouts:

@@ -5,7 +5,7 @@
          └── refused: spent, held by other calls, or paused
 
 PostgreSQL has the books. What a call may cost at most is held of all budgets that bind it, or of
-none, before it is sent; `reserve_budgets` and `settle_budgets` (migration r0016) decide under the
+none, before it is sent; `reserve_budgets` and `settle_budgets` (migration r0021) decide under the
 locks of the books. Reservations that come while one commits are written together by the next.
 
 Invariants: spent + held never exceeds the amount of a budget, but for calls whose cost turns out to
@@ -24,42 +24,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
-from zoneinfo import ZoneInfo, available_timezones
 
 import asyncpg
 import orjson
 
 from tidegate.call import CallCost, Caller, Charge, UsageState, new_id
-from tidegate.errors import (
-    BudgetExceeded,
-    BudgetPaused,
-    BudgetReserved,
-    BudgetUnbounded,
-    ConfigError,
-    NotFound,
-    QuotaExceeded,
-    StoreUnavailable,
+from tidegate.errors import ConfigError, NotFound, QuotaExceeded, StoreUnavailable
+from tidegate.prices.budgets import (
+    Binding,
+    Budget,
+    Refusal,
+    Unit,
+    check_budget,
+    check_same,
+    needs_of,
+    refused_by,
+    scope_of,
+    scope_values,
 )
-from tidegate.prices.rates import dollars
 from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
 from tidegate.store.records import Json, dumps, record_of, uuid_of
 from tidegate.telemetry.logging import Log, get_logger
 
-Unit = Literal["usd", "tokens"]
-Period = Literal["day", "week", "month", "rolling"]
-Dimension = Literal["tenant", "key", "subject", "conversation"]
-
-DIMENSIONS: tuple[Dimension, ...] = ("tenant", "key", "subject", "conversation")
-MOST_BUDGETS = 1_000
+MOST_BUDGETS = 10_000
 MOST_BOOKS = 1_000
-MOST_AMOUNT = 10**15
-_LONGEST_WINDOW_S = 366 * 86_400
 _LOOK_EVERY_S = 0.25
 _REVISION_EVERY_S = 0.4
 _FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
@@ -69,74 +61,12 @@ _STRAYS_AFTER_S = 60.0
 _ROOM_EVERY_S = 0.25
 _REMEMBERED_S = 60.0
 _ROLLING_REMEMBERED_S = 1.0
-_RESERVED_RETRY_MS = 1_000
 _SEED_TIMEOUT_MS = 60_000
 _READ_TIMEOUT_MS = 2_000
 _MOST_ORPHANS = 500
-_SHORT_NAME = re.compile(r".+/(?P<name>budget_(?:day|month)_(?:money|tokens))")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]{0,199}")
 _DOUBTFUL = frozenset((UsageState.PARTIAL, UsageState.ESTIMATED, UsageState.UNKNOWN))
 
 log = get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What may be spent in a period, by the calls that it binds.
-
-    tenant, key, subject, conversation: the one that it binds, None for all; `model` is a pattern of
-    the models' names at their provider. Each value of the dimensions in `each` has the whole amount
-    for itself; calls without such a value share one. amount: in micro-dollars or tokens. zone:
-    of the calendar; window_s: of a rolling period. at_end: what happens to a call that does not
-    fit; with `fall_back` the model `fallback` is called. doubt: whether a call of unknown price or
-    bound is refused and one that was cut is charged its bound, or both are charged what is
-    estimated. alerts: shares in percent at which an alert is raised.
-    """
-
-    name: str
-    unit: Unit
-    amount: int
-    period: Period
-    tenant: str | None = None
-    key: str | None = None
-    model: str | None = None
-    subject: str | None = None
-    conversation: str | None = None
-    each: tuple[Dimension, ...] = ()
-    zone: str = "UTC"
-    window_s: int | None = None
-    at_end: Literal["refuse", "pause", "fall_back"] = "refuse"
-    fallback: str | None = None
-    doubt: Literal["bound", "estimate"] = "bound"
-    alerts: tuple[int, ...] = ()
-    created_at: datetime | None = None
-
-    @property
-    def limit(self) -> str:
-        """The name in errors: of a tenant's own budget that of its setting."""
-        short = _SHORT_NAME.fullmatch(self.name)
-        return self.name if short is None else short["name"]
-
-    def shown(self, amount: int) -> str:
-        return shown_amount(self.unit, amount)
-
-    def need(self, cost: CallCost) -> int:
-        """What a call takes of it at most, or about. Raises BudgetUnbounded."""
-        bound, about = (
-            (cost.most_micros, cost.likely_micros)
-            if self.unit == "usd"
-            else (cost.most_tokens, cost.likely_tokens)
-        )
-        if bound is not None:
-            return bound
-        if self.doubt == "bound":
-            raise BudgetUnbounded(
-                f"the budget {self.name} binds this call, whose most possible cost is not known: "
-                f"{cost.unknown}",
-                limit=self.limit,
-                allowed="a call with max_tokens, of a model whose price is known",
-            )
-        return about
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +85,6 @@ class BudgetBook:
     paused_since: datetime | None
 
 
-class Binding(NamedTuple):
-    """A budget that binds a call, and whose book of it the call is charged to."""
-
-    budget: Budget
-    scope: str
-
-
 class Settlement(NamedTuple):
     """The charge of what was held. micros: None where it is not known."""
 
@@ -176,90 +99,9 @@ class Settlement(NamedTuple):
         return self._asdict() | {"id": self.hold}
 
 
-def shown_amount(unit: Unit, amount: int) -> str:
-    """An amount as people read it: `$0.79`, or `1200 tokens`."""
-    return dollars(amount) if unit == "usd" else f"{amount} tokens"
-
-
-def check_budget(budget: Budget) -> None:
-    """Raises ConfigError for a value that a budget can't have, by the name of its field."""
-    if not _NAME.fullmatch(budget.name):
-        raise ConfigError("name", budget.name, "1 to 200 letters, digits and _ . : / @ + -")
-    if not 0 <= budget.amount <= MOST_AMOUNT:
-        raise ConfigError("amount", str(budget.amount), "a number from 0")
-    if budget.zone not in available_timezones():
-        raise ConfigError("zone", budget.zone, "a time zone such as Europe/Berlin")
-    rolling = budget.period == "rolling"
-    if rolling and not (budget.window_s and 1 <= budget.window_s <= _LONGEST_WINDOW_S):
-        raise ConfigError("window_s", str(budget.window_s), "1 second to 366 days, for rolling")
-    if not rolling and budget.window_s is not None:
-        raise ConfigError("window_s", str(budget.window_s), "none for a period of the calendar")
-    if (budget.at_end == "fall_back") != (budget.fallback is not None):
-        raise ConfigError("fallback", str(budget.fallback), "a model, where at_end is fall_back")
-    for name in budget.each:
-        if name not in DIMENSIONS or budget.each.count(name) > 1 or getattr(budget, name):
-            raise ConfigError("each", name, f"each of {', '.join(DIMENSIONS)} that is not named")
-    if any(not 1 <= share <= 100 for share in budget.alerts) or len(budget.alerts) > 10:
-        raise ConfigError("alerts", str(budget.alerts), "up to 10 shares from 1 to 100 percent")
-    if rolling and budget.alerts:
-        raise ConfigError("alerts", str(budget.alerts), "none for a rolling period")
-
-
-def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
-    """The budget that a person states: its fields, the amount as `usd` or `tokens`. Raises
-    ConfigError."""
-    fields = dict(values)
-    usd, tokens = fields.pop("usd", None), fields.pop("tokens", None)
-    if (usd is None) == (tokens is None):
-        raise ConfigError("amount", "(not set)" if usd is None else str(usd), "usd or tokens")
-    if usd is None:
-        fields |= {"unit": "tokens", "amount": tokens}
-    else:
-        try:
-            micros = Decimal(usd) * 10**6
-        except InvalidOperation:
-            raise ConfigError("usd", str(usd), "an amount in USD, such as 250 or 0.79") from None
-        if not micros.is_finite() or micros != int(micros):
-            raise ConfigError("usd", str(usd), "whole micro-dollars")
-        fields |= {"unit": "usd", "amount": int(micros)}
-    for several in ("each", "alerts"):
-        fields[several] = tuple(fields.get(several) or ())
-    budget = Budget(name=name, **fields)
-    check_budget(budget)
-    return budget
-
-
-def plain_budget(budget: Budget) -> Json:
-    """A budget as JSON shows it."""
-    return asdict(budget) | {"each": list(budget.each), "alerts": list(budget.alerts)}
-
-
 def plain_book(book: BudgetBook) -> Json:
     """A book as JSON shows it."""
     return asdict(book) | {"scope": scope_values(book.scope)}
-
-
-def scope_values(scope: str) -> list[str | None]:
-    found: list[str | None] = orjson.loads(scope) if scope else []
-    return found
-
-
-def scope_text(values: Sequence[str | None]) -> str:
-    """As PostgreSQL writes such an array: ', ' between the values; empty without any."""
-    return f"[{', '.join(orjson.dumps(one).decode() for one in values)}]" if values else ""
-
-
-def tenants_budget(tenant: str, setting: str, amount: int) -> Budget:
-    """The budget that a tenant's setting such as `budget_day_money` stands for."""
-    _, period, unit = setting.split("_")
-    return Budget(
-        name=f"{tenant}/{setting}",
-        unit="usd" if unit == "money" else "tokens",
-        amount=amount,
-        period="day" if period == "day" else "month",
-        tenant=tenant,
-        doubt="estimate",
-    )
 
 
 class BudgetRecords:
@@ -345,10 +187,13 @@ class BudgetRecords:
 
 
 async def set_budget(connection: asyncpg.Connection, budget: Budget) -> bool:
-    """Write a budget in a transaction of the caller's; whether it is new."""
+    """Write a budget in a transaction of the caller's; whether it is new. Raises ConfigError."""
     before = await connection.fetchrow(sql("get_budget"), budget.name)
     if before is not None:
-        _check_same(_budget(before), budget)
+        check_same(_budget(before), budget)
+    elif await connection.fetchval("SELECT count(*) FROM budgets") >= MOST_BUDGETS:
+        allowed = f"one of up to {MOST_BUDGETS:,} budgets: remove one, or have one with `each`"
+        raise ConfigError("name", budget.name, allowed)
     row = asdict(budget)
     del row["created_at"]
     is_new = bool(await connection.fetchval(sql("set_budget"), orjson.dumps(row).decode()))
@@ -356,15 +201,6 @@ async def set_budget(connection: asyncpg.Connection, budget: Budget) -> bool:
         await _seed(connection, budget)
     await connection.execute(sql("count_budget_change"))
     return is_new
-
-
-def _check_same(before: Budget, after: Budget) -> None:
-    """Raises ConfigError where a change would have a budget bind or count something else."""
-    for name in (*DIMENSIONS, "model", "each", "unit", "period", "zone", "window_s"):
-        now = getattr(before, name)
-        if getattr(after, name) != now:
-            allowed = f"{now}, as it is: remove the budget first, or choose another name"
-            raise ConfigError(name, str(getattr(after, name)), allowed)
 
 
 async def drop_books(connection: asyncpg.Connection, gone: Iterable[asyncpg.Record]) -> None:
@@ -398,18 +234,6 @@ class _Ask:
     hold: UUID
     request_id: UUID
     needs: tuple[tuple[Binding, int], ...]
-
-
-class Refusal(NamedTuple):
-    """A book that had no room. until: on our clock, for how long that is certain."""
-
-    binding: Binding
-    why: str
-    amount: int
-    spent: int
-    held: int
-    reset_at: datetime | None
-    until: float
 
 
 @dataclass(eq=False, slots=True)
@@ -447,6 +271,7 @@ class Budgets:
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._seen_at = -math.inf
+        self._refuses = False  # whether the last reservations had one that was refused
         self._steadiness = Steadiness(round(DEAD_AFTER_S * 1000))
         self._reading = asyncio.Lock()
         self._change = asyncio.Event()
@@ -532,20 +357,13 @@ class Budgets:
             "conversation": conversation,
         }
         return tuple(
-            Binding(one, _scope_of(one, values))
+            Binding(one, scope_of(one, values))
             for one in found
             if one.subject in (None, subject) and one.conversation in (None, conversation)
         )
 
     def _bound_statically(self, tenant: str, key: str | None, model: str) -> tuple[Budget, ...]:
-        plain = model.removeprefix("models/")
-        return tuple(
-            one
-            for one in self._rules
-            if one.tenant in (None, tenant)
-            and one.key in (None, key)
-            and (one.model is None or fnmatchcase(plain, one.model))
-        )
+        return tuple(one for one in self._rules if one.binds(tenant, key, model))
 
     # Before a call
 
@@ -565,14 +383,21 @@ class Budgets:
                 return refused_by(known, need)
         return None
 
-    async def check(self, caller: Caller, model: str = "", subject: str | None = None) -> None:
+    async def check(
+        self,
+        caller: Caller,
+        model: str = "",
+        subject: str | None = None,
+        conversation: str | None = None,
+    ) -> None:
         """Refuse early what is submitted while a budget that binds it has nothing left, or is
         paused. Raises BudgetExceeded, BudgetPaused and StoreUnavailable."""
         if not self.any:
             return
         await self.known()
-        for binding in self.binding(caller, model, subject):
-            unknown = {"conversation", *(("subject",) if subject is None else ())}
+        tags = {"subject": subject, "conversation": conversation}
+        unknown = {name for name, value in tags.items() if value is None}
+        for binding in self.binding(caller, model, subject, conversation):
             if binding.budget.at_end == "fall_back" or unknown.intersection(binding.budget.each):
                 continue
             for book in await self.records.books(binding.budget.name, binding.scope):
@@ -596,7 +421,11 @@ class Budgets:
             raise error
         hold = new_id()
         self._open[hold] = request_id
-        order = asyncio.ensure_future(self._asks.write(_Ask(hold, request_id, needs)))
+        try:
+            order = self._asks.put(_Ask(hold, request_id, needs))
+        except StoreUnavailable:
+            del self._open[hold]
+            raise
         try:
             refused = await asyncio.shield(order)
         except asyncio.CancelledError:
@@ -634,29 +463,43 @@ class Budgets:
                     bindings.append(binding)
                 binds.append([place, need])
             calls.append({"id": str(ask.hold), "request": str(ask.request_id), "binds": binds})
-        asked = orjson.dumps({"books": list(books), "calls": calls}).decode()
-        sent_at = self._clock()
-
-        async def work(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            if sent_at - self._seen_at >= _SEEN_EVERY_S:
-                await connection.execute(sql("see_budget_instance"), self._instance_id)
-            found: list[asyncpg.Record] = await connection.fetch(
-                sql("reserve_budgets"), asked, self._instance_id
-            )
-            return found
-
-        rows = await self._connections.run(work)
-        if sent_at - self._seen_at >= _SEEN_EVERY_S:
-            self._seen_at = sent_at
+        asked = orjson.dumps({"books": list(books), "calls": calls})
+        rows = await self._written(asked)
         results: list[Refusal | Exception | None] = [None] * len(asks)
         for row in rows:
             refused = self._refused(bindings[row["book"]], row)
             results[row["call"]] = refused
             if refused.why != "held":
                 self._refusals[refused.binding.budget.name, refused.binding.scope] = refused
-        if any(one is not None for one in results):
+        self._refuses = bool(rows)
+        if rows:
             self._tell_waiters()
         return results
+
+    async def _written(self, asked: bytes) -> list[asyncpg.Record]:
+        """Write what is asked for; a row for each that is refused. Where nothing was refused lately
+        that takes one round trip, and why something is refused takes a repeat, which changes
+        nothing of what is reserved."""
+        sent_at = self._clock()
+        is_seen = sent_at - self._seen_at < _SEEN_EVERY_S
+        if is_seen and not self._refuses:
+            whole = sql("reserve_budgets_whole")
+            values = {"asked": asked.hex(), "instance": self._instance_id.encode().hex()}
+            if not await self._connections.run_message(whole.format(**values)):
+                return []
+
+        async def work(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            if not is_seen:
+                await connection.execute(sql("see_budget_instance"), self._instance_id)
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("reserve_budgets"), asked.decode(), self._instance_id
+            )
+            return found
+
+        rows = await self._connections.run(work)
+        if not is_seen:
+            self._seen_at = sent_at
+        return rows
 
     def _refused(self, binding: Binding, row: asyncpg.Record) -> Refusal:
         now = self._clock()
@@ -843,57 +686,9 @@ async def settle_holds(connection: asyncpg.Connection, settlements: Sequence[Set
         await connection.execute(sql("settle_budgets"), dumps(one.row for one in settlements))
 
 
-def needs_of(bindings: Sequence[Binding], cost: CallCost) -> tuple[tuple[Binding, int], ...]:
-    return tuple((one, one.budget.need(cost)) for one in bindings)
-
-
 def _size_of(ask: _Ask) -> int:
     return 100 + 100 * len(ask.needs)
 
 
-def _scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
-    return scope_text([values[one] for one in budget.each]) if budget.each else ""
-
-
 def _budget(row: Mapping[str, Any]) -> Budget:
     return record_of(Budget, row, each=tuple(row["each"]), alerts=tuple(row["alerts"]))
-
-
-def refused_by(refused: Refusal, need: int) -> QuotaExceeded:
-    budget, scope = refused.binding
-    whose = f" of {', '.join(map(str, scope_values(scope)))}" if scope else ""
-    spent, amount = budget.shown(refused.spent), budget.shown(refused.amount)
-    used = f"{spent} of {amount} spent"
-    allowed = f"{amount} a {budget.period} of {budget.zone}"
-    if budget.period == "rolling":
-        allowed = f"{amount} in {budget.window_s} s"
-    if refused.why == "paused":
-        return BudgetPaused(
-            f"the budget {budget.name}{whose} is paused ({used}): a person must resume it",
-            limit=budget.limit,
-            allowed=allowed,
-            retry_after_ms=None,
-        )
-    if refused.why == "held":
-        return BudgetReserved(
-            f"the budget {budget.name}{whose} has no room for this call yet: {used}, "
-            f"{budget.shown(refused.held)} reserved for calls in progress, "
-            f"up to {budget.shown(need)} needed",
-            limit=budget.limit,
-            allowed=allowed,
-            retry_after_ms=_RESERVED_RETRY_MS,
-        )
-    reset_at, after_ms, when = refused.reset_at, None, "no time frees as much as it needs"
-    if reset_at is not None:
-        left_s = (reset_at - datetime.now(UTC)).total_seconds()
-        after_ms = max(1_000, math.ceil(left_s * 1000))
-        local = reset_at.astimezone(ZoneInfo(budget.zone))
-        when = f"it resets at {local:%Y-%m-%d %H:%M} {budget.zone}"
-    return BudgetExceeded(
-        f"the budget {budget.name}{whose} has no room for this call: {used}, "
-        f"up to {budget.shown(need)} needed; {when}",
-        limit=budget.limit,
-        allowed=allowed,
-        retry_after_ms=after_ms,
-        fallback=budget.fallback,
-    )

@@ -40,11 +40,12 @@ PROBE_EVERY_MS = 200
 _TRIES = 3
 # One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
 # since the statistics of a queue are always stale, no plan may come to scan it whole.
-_BEGIN = (
-    "BEGIN; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; "
+_LOCAL = (
+    "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; "
     "SET LOCAL statement_timeout = {timeout_ms}; "
     "SET LOCAL idle_in_transaction_session_timeout = 10000"
 )
+_BEGIN = f"BEGIN; {_LOCAL}"
 
 # Worth another try on another connection: the work itself was not at fault.
 _TRANSIENT = (
@@ -123,13 +124,19 @@ class Connections:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def run(
-        self, work: Work[T], *, timeout_ms: int = COMMAND_TIMEOUT_MS, repeatable: bool = True
+        self,
+        work: Work[T],
+        *,
+        timeout_ms: int = COMMAND_TIMEOUT_MS,
+        repeatable: bool = True,
+        begins: bool = True,
     ) -> T:
         """Run `work` in a transaction and commit; repeats it when the connection was at fault.
 
         `repeatable`: whether a repeat is right where the first transaction was committed and the
         reply was lost. Where it is not, such as for a claim that takes whatever is ready, the work
-        is repeated only as long as no COMMIT was sent. Raises StoreUnavailable, immediately while
+        is repeated only as long as no COMMIT was sent. begins: not where the work is a transaction
+        by itself. Raises StoreUnavailable, immediately while
         PostgreSQL is known to be unavailable; unrepeatable work may be committed then. A cancelled
         caller returns immediately; the transaction ends by itself within its deadline, either way.
         """
@@ -139,7 +146,7 @@ class Connections:
             raise StoreUnavailable("the store is closed")
         if self._away is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
-        task = asyncio.create_task(self._run(work, timeout_ms, repeatable))
+        task = asyncio.create_task(self._run(work, timeout_ms, repeatable, begins))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -177,6 +184,16 @@ class Connections:
         )
         return count_in(done)
 
+    async def run_message(self, statement: str, *, timeout_ms: int = COMMAND_TIMEOUT_MS) -> int:
+        """Run a statement, which has its values in its text, as one message: begun, run and
+        committed in one round trip. How many rows it affected; its rows are not read. It may be
+        repeated, and raises as `run` does."""
+        message = f"{_LOCAL.format(timeout_ms=timeout_ms)}; {statement}"
+        done: str = await self.run(
+            lambda connection: connection.execute(message), timeout_ms=timeout_ms, begins=False
+        )
+        return count_in(done)
+
     async def ping(self, timeout_ms: int) -> None:
         """One round trip on a connection of its own; raises StoreUnavailable."""
         try:
@@ -194,12 +211,13 @@ class Connections:
         except (*_TRANSIENT, *_UNFIT) as failed:
             raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
 
-    async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool) -> T:
+    async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool, begins: bool) -> T:
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
         tries = 0
         while True:
             tries += 1
             commit = _Commit()
+            commit.sent = not begins
             try:
                 return await self._transaction(work, deadline, timeout_ms, commit)
             except _UNFIT as unfit:
@@ -228,10 +246,13 @@ class Connections:
             doubt = loop.call_later(SLOW_MS / 1000, self._suspect)
             self._busy.add(connection)
             try:
-                await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
-                result = await work(connection)
-                commit.sent = True
-                await connection.execute("COMMIT")
+                if commit.sent:
+                    result = await work(connection)
+                else:
+                    await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
+                    result = await work(connection)
+                    commit.sent = True
+                    await connection.execute("COMMIT")
             except BaseException as failed:
                 # Cancellation too: the connection is within a transaction.
                 cut_off = connection.is_closed()
@@ -503,13 +524,17 @@ class GroupWriter(Generic[Row, Result]):
 
     async def write(self, row: Row) -> Result:
         """Wait until `row` is committed. A cancelled caller's row may still be written."""
+        return await self.put(row)
+
+    def put(self, row: Row) -> asyncio.Future[Result]:
+        """Have `row` written; done once it is committed. Raises StoreUnavailable."""
         if len(self._waiting) >= MAX_WAITING:
             raise StoreUnavailable("too many writes are waiting for PostgreSQL")
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((row, future))
         if self._task is None:
             self._task = asyncio.create_task(self._drain())
-        return await future
+        return future
 
     async def aclose(self) -> None:
         """Wait for what is waiting; each batch has its own deadline."""
@@ -627,7 +652,7 @@ async def drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
     return True
 
 
-HEAD = "0020"  # the revision that this code needs; a test compares it with the migrations
+HEAD = "0021"  # the revision that this code needs; a test compares it with the migrations
 FIRST = "0012"  # of version 0.1.0; no release had those before
 UNRELEASED = "at revision {}, which no release had: it cannot be upgraded"
 START_EMPTY = (

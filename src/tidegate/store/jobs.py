@@ -226,6 +226,8 @@ async def copy_of(dossier: RequestDetail, blobs: Blobs) -> NewJob:
         pool=dossier.pool,
         webhook_url=row["webhook_url"],
         subject=row["subject"],
+        conversation=row["conversation"],
+        key_id=row["key_id"],
         endpoint=record.endpoint,
     )
 

@@ -25,8 +25,9 @@ import orjson
 
 from tidegate.call import new_id
 from tidegate.errors import ClaimLost
+from tidegate.prices.budgets import Binding, Refusal
 from tidegate.store import records as rows
-from tidegate.store.budgets import Binding, Budgets, Refusal, Settlement, settle_holds
+from tidegate.store.budgets import Budgets, Settlement, settle_holds
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import Notifications
 from tidegate.store.queue import JobQueue, with_files

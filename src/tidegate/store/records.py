@@ -69,6 +69,7 @@ class NewJob:
     once: Idempotency | None = None
     webhook_url: str | None = None
     subject: str | None = None
+    conversation: str | None = None
     key_id: str | None = None
     endpoint: str | None = None
     traceparent: str | None = None
@@ -110,6 +111,7 @@ class ClaimedJob:
     endpoint: str | None = None
     traceparent: str | None = None
     subject: str | None = None
+    conversation: str | None = None
     key_id: str | None = None
     was_called: bool = False
     tier: Tier | None = None
@@ -279,7 +281,8 @@ def job_row(job: NewJob) -> Json:
     }
     if job.once is not None:
         row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
-    for name in ("endpoint", "webhook_url", "subject", "key_id", "traceparent"):
+    names = ("endpoint", "webhook_url", "subject", "conversation", "key_id", "traceparent")
+    for name in names:
         if (value := getattr(job, name)) is not None:
             row[name] = value
     if job.tiers_allowed:

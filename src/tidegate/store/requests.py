@@ -589,6 +589,7 @@ class Whereabouts:
     admitted_at: datetime | None
     finished_at: datetime | None
     failure_code: str | None
+    failure_message: str | None = None
     tier: str | None = None
     batch: str | None = None
 

@@ -26,7 +26,8 @@ import orjson
 
 from tidegate.call import DEFAULT_TENANT, Caller, Caps, Scope, Tier
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
-from tidegate.store.budgets import drop_books, set_budget, tenants_budget
+from tidegate.prices.budgets import tenants_budget
+from tidegate.store.budgets import drop_books, set_budget
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import PolicyRecord, clean, dumps, record_of
 from tidegate.telemetry.logging import Log, get_logger

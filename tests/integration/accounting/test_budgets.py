@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tests.gateway import Gateway, Opener
+from tests.gateway import PNG, Gateway, Opener
 from tests.integration.native.test_totals import VERSION, fronts
-from tests.integration.tenants.asking import ADMIN_TOKEN, ask, key_of
+from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of, submitted
 from tests.waiting import wait_until
-from tidegate.store.budgets import Budget
+from tidegate.emulator.server import run_emulator
+from tidegate.jobs import calls
+from tidegate.prices.budgets import Budget
 
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
 BOUND = 90  # of an answer, in tokens
@@ -233,6 +236,133 @@ async def test_a_spent_budget_falls_back_to_its_cheaper_model(
         return [row["model"] for row in await gateway.database.fetch(records)] == ["cheap"]
 
     await wait_until(recorded, 20, "both records")
+
+
+async def test_the_cheaper_upstream_is_called_where_a_budget_refuses_the_dear_one(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk")
+    policy = tmp_path / "two.toml"
+    async with run_emulator() as provider:
+        lines = ['[[routes]]\nmodel = "smart"\ntry = ["dear/m", "free/m", "cheap/m"]']
+        for name, price in (("dear", 1000), ("free", None), ("cheap", 1)):
+            lines += [f"[upstreams.{name}]", f'base_url = "{provider.url}"', 'models = ["m"]']
+            lines += ['key = "SOME_KEY"', 'provider = "anthropic"']
+            if price is not None:
+                lines += [f"[upstreams.{name}.prices]", f"m = {{ input = {price}, output = 1 }}"]
+        policy.write_text("\n".join(lines))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        await with_budgets(gateway, Budget("b", "usd", 100_000, "day"))
+        status, said, _ = await called(gateway, 4, {}, model="smart")
+        assert status == 200, said
+        # Of none that is left the first refusal is told, with its time.
+        status, said, headers = await called(gateway, 4, {}, model="smart", max_tokens=200_000)
+        assert (status, said["error"]["type"]) == (429, "rate_limit_error")
+        assert int(headers["retry-after"]) > 1
+    records = "SELECT upstream, status FROM audit ORDER BY created_at"
+
+    async def both() -> list[Any]:
+        return [tuple(row) for row in await gateway.database.fetch(records)]
+
+    async def recorded() -> bool:
+        return len(await both()) == 2
+
+    await wait_until(recorded, 20, "both records")
+    assert (await both())[0] == ("cheap", "succeeded")
+    assert (await settled_book(gateway, "b"))["spent"] < 1_000
+
+
+async def test_streams_and_jobs_are_bound_by_the_budget_of_their_conversation(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    talk = Budget("talk", "tokens", 10, "day", conversation="c-1", doubt="estimate")
+    await with_budgets(gateway, talk)
+    mine = {"data": "Why is the sea salty?", "type": "text_only", "conversation": "c-1"}
+    status, problem = await ask(gateway, "POST", "/stream", {}, mine)
+    assert (status, problem["limit"]) == (429, "talk")
+    other = mine | {"conversation": "c-2"}
+    assert (await ask(gateway, "POST", "/stream", {}, other))[0] == 200
+    gateway.start_worker()  # which knows the budget from its first call on
+    # A job whose conversation has spent nothing yet is taken, and waits where its call is refused.
+    body = {"model": "m", "max_tokens": 90, "messages": [{"role": "user", "content": "Hi"}]}
+    wrapped = {"endpoint": "/v1/chat/completions", "body": body, "conversation": "c-1"}
+    for job in (mine, wrapped):
+        status, taken = await ask(gateway, "POST", "/submit", {}, job)
+        assert status == 202
+        said = await refused_once(gateway, taken["request_id"])
+        assert said["error"]["code"] == "budget_exceeded"
+    assert len(await gateway.calls()) == 1
+    _, bad = await ask(gateway, "POST", "/submit", {}, mine | {"conversation": 5})
+    assert bad["field"] == "conversation"
+
+
+async def refused_once(gateway: Gateway, request_id: str) -> dict[str, Any]:
+    """The status of a job once a budget has refused it, while it waits."""
+    said: dict[str, Any] = {}
+
+    async def refused() -> bool:
+        nonlocal said
+        _, said = await ask(gateway, "GET", f"/status/{request_id}", {})
+        return "error" in said
+
+    await wait_until(refused, 20, "the refusal")
+    assert said["status"] == "queued"
+    return said
+
+
+async def test_a_job_of_unknown_cost_is_refused_or_waits_for_a_person(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_SPENT_WAIT_MS", 2_000)
+    policy = tmp_path / "prices.toml"
+    policy.write_text('[upstreams.gemini.prices]\n"dear" = { input = 1, output = 1 }\n')
+    gateway = await open_gateway(tidegate_policy=policy, worker=False)
+    hard = Budget("hard", "usd", 10**9, "day")
+    await with_budgets(gateway, hard)
+    messages = [{"role": "user", "content": "Hi"}]
+    for body, why in (
+        ({"model": "m", "messages": messages, "max_tokens": 9}, "the price of its model"),
+        ({"model": "dear", "messages": messages}, "it has no max_tokens"),
+    ):
+        wrapped = {"endpoint": "/v1/chat/completions", "body": body}
+        status, problem = await ask(gateway, "POST", "/submit", {}, wrapped)
+        assert (status, problem["code"], problem["limit"]) == (403, "budget_unbounded", "hard")
+        assert why in problem["detail"]
+    assert (await ask(gateway, "POST", "/submit", {}, {"data": "W?", "type": "text_only"}))[
+        0
+    ] == 403
+    assert await gateway.database.fetchval("SELECT count(*) FROM requests") == 0
+    gateway.start_worker()
+    # What can't be known at its submission waits, says for what, and goes on.
+    request_id = await submitted(gateway, {}, data="What is in it?", file=PNG)
+    said = await refused_once(gateway, request_id)
+    assert said["error"]["code"] == "budget_unbounded"
+
+    async def told() -> bool:
+        _, why = await ask(gateway, "GET", f"/requests/{request_id}/why", {})
+        sentence: str = why["sentence"]
+        return sentence.startswith("waits for a budget: the budget hard binds this call")
+
+    await wait_until(told, 20, "why it waits")
+    await with_budgets(gateway, replace(hard, doubt="estimate"))
+
+    async def done() -> bool:
+        _, status = await ask(gateway, "GET", f"/status/{request_id}", {})
+        return bool(status["status"] == "succeeded")
+
+    await wait_until(done, 20, "its end")
+
+
+async def test_a_budget_whose_name_has_a_line_break_is_refused_by_its_field(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(**ON)
+    url = f"{gateway.url}/admin/budgets/a%0Ab"
+    async with gateway.http.put(url, json={"usd": 1}, headers=AS_ADMIN) as answer:
+        assert (answer.status, (await answer.json())["field"]) == (400, "name")
+    async with gateway.http.delete(url, headers=AS_ADMIN) as answer:
+        assert answer.status == 404
 
 
 async def test_a_paused_budget_goes_on_once_it_is_resumed(open_gateway: Opener) -> None:

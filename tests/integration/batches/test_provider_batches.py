@@ -22,7 +22,7 @@ from tests.integration.batches.provider import (
 )
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
-from tidegate.store.budgets import budget_of
+from tidegate.prices.budgets import budget_of
 
 HOUR_MS = 3_600_000
 

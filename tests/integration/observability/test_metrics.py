@@ -15,7 +15,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.accounting.test_budgets import with_budgets
 from tests.waiting import wait_until
 from tidegate.metrics.instruments import ALL
-from tidegate.store.budgets import Budget
+from tidegate.prices.budgets import Budget
 
 MODEL = "gemini-2.5-flash"
 LEARNED = ("learned_bound", "drift", "others_ratio")

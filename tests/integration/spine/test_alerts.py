@@ -14,7 +14,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.spine.receiver import SECRET, Receiver, receiving
 from tests.waiting import wait_until
 from tidegate.jobs import webhooks
-from tidegate.store.budgets import Budget
+from tidegate.prices.budgets import Budget
 
 
 @pytest.fixture

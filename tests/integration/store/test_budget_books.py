@@ -23,8 +23,9 @@ from tidegate.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
+from tidegate.prices.budgets import Binding, Budget, shown_amount
 from tidegate.store import budgets as module
-from tidegate.store.budgets import Binding, Budget, Budgets, shown_amount
+from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections
 from tidegate.store.retention import Whose
 from tidegate.store.store import Store
@@ -392,6 +393,71 @@ async def test_a_rolling_budget_frees_what_has_left_its_window(
     await held_by(budgets, ACME, 60)
 
 
+async def test_alerts_of_a_rolling_budget_begin_again_once_little_of_it_is_used(
+    budgets: Budgets, database_url: str
+) -> None:
+    rule = Budget("r", "usd", 1_000, "rolling", window_s=600, alerts=(50, 90))
+    await with_budgets(budgets, rule)
+    connection = await asyncpg.connect(database_url)
+
+    async def spend(*amounts: int) -> list[tuple[str, int | None]]:
+        for one in amounts:
+            budgets.settle(await held_by(budgets, ACME, one), told(one))
+            await budgets.flush()
+        rows = await connection.fetch(
+            "DELETE FROM alerts RETURNING kind, (data->>'share')::integer AS share"
+        )
+        return [tuple(row) for row in rows]
+
+    async def leave_window(but_for: int) -> None:
+        await connection.execute(
+            "UPDATE budget_books SET period = period - interval '700 s' WHERE period > '-infinity'"
+        )
+        budgets._refusals.clear()
+        if but_for:
+            await connection.execute(
+                "INSERT INTO budget_books (budget, scope, period, spent)"
+                " VALUES ('r', '', budget_span(600, now()), $1)",
+                but_for,
+            )
+
+    assert await spend(400) == []
+    assert await spend(150, 10) == [("budget_share", 50)]
+    assert await spend(400) == [("budget_share", 90)]
+    with pytest.raises(BudgetExceeded):
+        await held_by(budgets, ACME, 100)
+    assert await spend() == [("budget_out", None)]
+    # At 45 % it is not calm yet, at 30 % it is: below four fifths of its lowest share.
+    await leave_window(450)
+    assert await spend(100) == []
+    await leave_window(300)
+    assert await spend(300) == [("budget_share", 50)]
+    await connection.close()
+
+
+async def test_many_reservations_are_decided_together_and_alone_as_the_model_says(
+    budgets: Budgets, database_url: str
+) -> None:
+    """Concurrently, so that one message has several: all fit, one does not, some are repeated."""
+    await with_budgets(budgets, DAY, Budget("all", "usd", 2_000, "month"))
+    held = await asyncio.gather(*(held_by(budgets, ACME, 90) for _ in range(10)))
+    assert (await seen(database_url))["day", ""] == (0, 0, 900)
+    results = await asyncio.gather(
+        *(held_by(budgets, ACME, one) for one in (60, 60, 40)),
+        *(held_by(budgets, OTHER, 100) for _ in range(3)),
+        return_exceptions=True,
+    )
+    assert [isinstance(one, BudgetReserved) for one in results] == [False, True, False] + [
+        False
+    ] * 3
+    books = await seen(database_url)
+    assert (books["day", ""], books["all", ""]) == ((0, 0, 1_000), (0, 0, 1_300))
+    for one in (*held, *(one for one in results if isinstance(one, UUID))):
+        budgets.settle(one, told(1))
+    await budgets.flush()
+    assert (await seen(database_url))["all", ""] == (15, 0, 0)
+
+
 async def test_a_call_without_a_bound_is_refused_unless_estimates_are_taken(
     budgets: Budgets,
 ) -> None:
@@ -490,7 +556,6 @@ async def test_a_change_is_seen_and_a_removed_budget_binds_no_one(budgets: Budge
         (Budget("a", "usd", 1, "day", at_end="fall_back"), "fallback"),
         (Budget("a", "usd", 1, "day", tenant="x", each=("tenant",)), "each"),
         (Budget("a", "usd", 1, "day", alerts=(0,)), "alerts"),
-        (Budget("a", "usd", 1, "rolling", window_s=60, alerts=(50,)), "alerts"),
     ],
 )
 async def test_what_a_budget_can_not_be_names_its_field(

@@ -67,7 +67,7 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
         *("--model", "claude-opus-*", "--tenant", "each", "--fallback", "claude-haiku-4-5"),
     )
     assert (made.code, made.complained) == (0, "")
-    assert made.said == "opus is set: $20.00 in 18000 s for model claude-opus-*, each tenant\n"
+    assert made.said == "opus is set: $20.00 in 5 h for model claude-opus-*, each tenant\n"
     day = await tidegate(
         gateway, "budgets", "set", "day", "--usd", "0.79", "--period", "day", "--pause"
     )

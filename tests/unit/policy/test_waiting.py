@@ -69,6 +69,18 @@ def pool(*limits: LimitView, queues: tuple[QueueView, ...] = (), quiet_ms: int =
             "is tried again in 5 s, after upstream",
             None,
         ),
+        (
+            replace(
+                QUEUED,
+                not_before=NOW + timedelta(seconds=5),
+                failure_code="budget_exceeded",
+                failure_message="the budget day has no room for this call: $0.79 of $0.80 spent",
+            ),
+            pool(KIND),
+            "waits for a budget: the budget day has no room for this call: $0.79 of $0.80 spent; "
+            "it is looked at again in 5 s",
+            None,
+        ),
         (replace(QUEUED, status=Status.RUNNING), None, "is running", None),
         (replace(QUEUED, status=Status.FAILED), None, "has ended: failed", None),
     ],

@@ -7,30 +7,46 @@ in books.
 
 from __future__ import annotations
 
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.convertors import Convertor, register_url_convertor
 
-from tidegate.errors import NotFound
 from tidegate.http.admin.limits import By, config_errors_refused, described, read_json
 from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
-from tidegate.store.budgets import (
+from tidegate.prices.budgets import (
     MOST_AMOUNT,
-    BudgetBook,
+    Budget,
     Dimension,
     budget_of,
-    plain_book,
     plain_budget,
     scope_text,
     scope_values,
 )
+from tidegate.store.budgets import BudgetBook, plain_book
 
 router = admin_router(400, 408, 413, 415, 503, tag="budgets")
+
+
+class AnyText(Convertor[str]):
+    """A name in a path, whatever is in it: one with a line break is refused by its field."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("text", AnyText())
 BudgetName = Annotated[str, Path(description="A budget's name", min_length=1, max_length=200)]
 _WHOM: Any = Field(default=None, min_length=1, max_length=200, description="null: any")
 
@@ -155,8 +171,7 @@ async def list_books(
 
 
 @router.put(
-    "/budgets/{name:path}",
-    responses=problem_responses(404),
+    "/budgets/{name:text}",
     openapi_extra=described(NewBudget),
     summary="Create a budget, or change its amount, end, doubt and alerts",
 )
@@ -168,12 +183,13 @@ async def set_budget(request: Request, name: BudgetName) -> BudgetView:
         budget = budget_of(name, new.model_dump(exclude={"by"}))
         await budgets.records.set(budget, by=new.by)
     await budgets.refresh()
-    (view,) = await _views(request, name)
-    return view
+    # It is as it was set also where it has been removed since.
+    views = await _views(request, name)
+    return views[0] if views else _view(replace(budget, created_at=datetime.now(UTC)), None)
 
 
 @router.post(
-    "/budgets/{name:path}/resume",
+    "/budgets/{name:text}/resume",
     responses=problem_responses(404),
     openapi_extra=described(ResumeBudget),
     summary="Resume a paused budget, or allow more in its current period",
@@ -189,7 +205,7 @@ async def resume_budget(request: Request, name: BudgetName) -> Resumed:
 
 
 @router.delete(
-    "/budgets/{name:path}",
+    "/budgets/{name:text}",
     responses=problem_responses(404),
     summary="Remove a budget with its books",
 )
@@ -206,17 +222,12 @@ async def _views(request: Request, name: str | None = None) -> list[BudgetView]:
     most_used: dict[str, BudgetBook] = {}
     for book in await records.books(name):
         most_used.setdefault(book.budget, book)
-    views = [
-        BudgetView.model_validate(
-            plain_budget(one)
-            | {"most_used": _book(most_used[one.name]) if one.name in most_used else None}
-        )
-        for one in found
-        if name in (None, one.name)
-    ]
-    if name is not None and not views:
-        raise NotFound(f"there is no budget {name}")
-    return views
+    return [_view(one, most_used.get(one.name)) for one in found if name in (None, one.name)]
+
+
+def _view(budget: Budget, most_used: BudgetBook | None) -> BudgetView:
+    book = None if most_used is None else _book(most_used)
+    return BudgetView.model_validate(plain_budget(budget) | {"most_used": book})
 
 
 def _book(book: BudgetBook) -> BookView:

@@ -26,7 +26,7 @@ from tidegate.http.admin.limits import (
 from tidegate.http.guards import admin_router, admitted_as
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
-from tidegate.http.submission import MAX_SUBJECT_CHARS
+from tidegate.http.submission import MAX_TAG_CHARS
 from tidegate.policy import tenants
 from tidegate.policy.tenants import ShownTenant, TenantChange
 from tidegate.store.retention import EraseReport, Whose
@@ -288,8 +288,8 @@ async def erase_subject(
     """Rows, bodies, files and answers, also those that wait on this host's disk; totals stay.
     Takes up to 20 s: while `done` is false, ask again. It can't be undone."""
     for field, text in (("subject", subject), ("tenant", tenant or "-")):
-        if not 1 <= len(text) <= MAX_SUBJECT_CHARS or not text.isprintable():
-            allowed = f"1 to {MAX_SUBJECT_CHARS} printable characters"
+        if not 1 <= len(text) <= MAX_TAG_CHARS or not text.isprintable():
+            allowed = f"1 to {MAX_TAG_CHARS} printable characters"
             raise InvalidRequest(field, f"{field} must be {allowed}", allowed=allowed)
     store = services_of(request).store
     return await store.retention.erase(Whose(tenant, subject), dry_run=dry_run, within_s=_WITHIN_S)

@@ -88,6 +88,11 @@ ON CONFLICT (budget, scope, period) DO NOTHING
 -- Reserve what calls may cost at most, for process $2; a row for each that is refused.
 SELECT * FROM reserve_budgets($1::jsonb, $2)
 
+-- name: reserve_budgets_whole
+-- The same in one message, of the same values in hexadecimal; returns how many are refused alone.
+SELECT 1 FROM reserve_budgets(convert_from(decode('{asked}', 'hex'), 'UTF8')::jsonb,
+    convert_from(decode('{instance}', 'hex'), 'UTF8'))
+
 -- name: settle_budgets
 -- Charge calls that have ended for what they cost.
 SELECT settle_budgets($1::jsonb)

@@ -98,16 +98,17 @@ WHERE tenant_id = $1 AND pool = $2
 -- Insert many jobs; a row whose id or key is there already is left out, so repeats are safe.
 INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, priority, created_at, deadline_at, idempotency_key,
-    idempotency_digest, webhook_url, subject, key_id, endpoint, traceparent, tiers_allowed)
+    idempotency_digest, webhook_url, subject, conversation, key_id, endpoint, traceparent,
+    tiers_allowed)
 SELECT id, tenant_id, pool, 'job', 'queued', kind, classified_by, classified_reason,
     prompt, image_uri, model, priority, created_at, deadline_at, idempotency_key,
-    decode(idempotency_digest, 'hex'), webhook_url, subject, key_id, endpoint, traceparent,
-    tiers_allowed
+    decode(idempotency_digest, 'hex'), webhook_url, subject, conversation, key_id, endpoint,
+    traceparent, tiers_allowed
 FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, kind text,
     classified_by text, classified_reason text, prompt text, image_uri text, model text,
     priority integer, created_at timestamptz, deadline_at timestamptz, idempotency_key text,
-    idempotency_digest text, webhook_url text, subject text, key_id text, endpoint text,
-    traceparent text, tiers_allowed text[])
+    idempotency_digest text, webhook_url text, subject text, conversation text, key_id text,
+    endpoint text, traceparent text, tiers_allowed text[])
 ON CONFLICT DO NOTHING
 
 -- name: get_keyed

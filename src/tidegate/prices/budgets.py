@@ -1,0 +1,291 @@
+"""Budgets: what may be spent, by whom and in which period, and why a call is refused. Pure.
+
+A budget binds the calls that match all that it names; each value of the dimensions in its `each`
+has the whole amount for itself. The books are kept in `store/budgets.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+from zoneinfo import ZoneInfo, available_timezones
+
+import orjson
+
+from tidegate.call import CallCost
+from tidegate.errors import (
+    BudgetExceeded,
+    BudgetPaused,
+    BudgetReserved,
+    BudgetUnbounded,
+    ConfigError,
+    QuotaExceeded,
+)
+from tidegate.prices.rates import dollars
+
+Unit = Literal["usd", "tokens"]
+Period = Literal["day", "week", "month", "rolling"]
+Dimension = Literal["tenant", "key", "subject", "conversation"]
+
+DIMENSIONS: tuple[Dimension, ...] = ("tenant", "key", "subject", "conversation")
+MOST_AMOUNT = 10**15
+_RESERVED_RETRY_MS = 1_000
+_LONGEST_WINDOW_S = 366 * 86_400
+_RESERVED_RETRY_MS = 1_000
+_SHORT_NAME = re.compile(r".+/(?P<name>budget_(?:day|month)_(?:money|tokens))")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]{0,199}")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be spent in a period, by the calls that it binds.
+
+    tenant, key, subject, conversation: the one that it binds, None for all; `model` is a pattern of
+    the models' names at their provider. Each value of the dimensions in `each` has the whole amount
+    for itself; calls without such a value share one. amount: in micro-dollars or tokens. zone:
+    of the calendar; window_s: of a rolling period. at_end: what happens to a call that does not
+    fit; with `fall_back` the model `fallback` is called. doubt: whether a call of unknown price or
+    bound is refused and one that was cut is charged its bound, or both are charged what is
+    estimated. alerts: shares in percent at which an alert is raised.
+    """
+
+    name: str
+    unit: Unit
+    amount: int
+    period: Period
+    tenant: str | None = None
+    key: str | None = None
+    model: str | None = None
+    subject: str | None = None
+    conversation: str | None = None
+    each: tuple[Dimension, ...] = ()
+    zone: str = "UTC"
+    window_s: int | None = None
+    at_end: Literal["refuse", "pause", "fall_back"] = "refuse"
+    fallback: str | None = None
+    doubt: Literal["bound", "estimate"] = "bound"
+    alerts: tuple[int, ...] = ()
+    created_at: datetime | None = None
+
+    @property
+    def limit(self) -> str:
+        """The name in errors: of a tenant's own budget that of its setting."""
+        short = _SHORT_NAME.fullmatch(self.name)
+        return self.name if short is None else short["name"]
+
+    def shown(self, amount: int) -> str:
+        return shown_amount(self.unit, amount)
+
+    def binds(self, tenant: str, key: str | None, model: str) -> bool:
+        """Whether it may bind a call, as far as those three decide it."""
+        return (
+            self.tenant in (None, tenant)
+            and self.key in (None, key)
+            and (self.model is None or fnmatchcase(model.removeprefix("models/"), self.model))
+        )
+
+    def need(self, cost: CallCost) -> int:
+        """What a call takes of it at most, or about. Raises BudgetUnbounded."""
+        bound, about = (
+            (cost.most_micros, cost.likely_micros)
+            if self.unit == "usd"
+            else (cost.most_tokens, cost.likely_tokens)
+        )
+        if bound is not None:
+            return bound
+        if self.doubt == "bound":
+            raise BudgetUnbounded(
+                f"the budget {self.name} binds this call, whose most possible cost is not known: "
+                f"{cost.unknown}",
+                limit=self.limit,
+                allowed="a call with max_tokens, of a model whose price is known",
+            )
+        return about
+
+
+class Binding(NamedTuple):
+    """A budget that binds a call, and whose book of it the call is charged to."""
+
+    budget: Budget
+    scope: str
+
+
+class Refusal(NamedTuple):
+    """A book that had no room. until: on our clock, for how long that is certain."""
+
+    binding: Binding
+    why: str
+    amount: int
+    spent: int
+    held: int
+    reset_at: datetime | None
+    until: float
+
+
+def shown_amount(unit: Unit, amount: int) -> str:
+    """An amount as people read it: `$0.79`, or `1200 tokens`."""
+    return dollars(amount) if unit == "usd" else f"{amount} tokens"
+
+
+def check_budget(budget: Budget) -> None:
+    """Raises ConfigError for a value that a budget can't have, by the name of its field."""
+    if not _NAME.fullmatch(budget.name):
+        raise ConfigError("name", budget.name, "1 to 200 letters, digits and _ . : / @ + -")
+    if not 0 <= budget.amount <= MOST_AMOUNT:
+        raise ConfigError("amount", str(budget.amount), "a number from 0")
+    if budget.zone not in available_timezones():
+        raise ConfigError("zone", budget.zone, "a time zone such as Europe/Berlin")
+    rolling = budget.period == "rolling"
+    if rolling and not (budget.window_s and 1 <= budget.window_s <= _LONGEST_WINDOW_S):
+        raise ConfigError("window_s", str(budget.window_s), "1 second to 366 days, for rolling")
+    if not rolling and budget.window_s is not None:
+        raise ConfigError("window_s", str(budget.window_s), "none for a period of the calendar")
+    if (budget.at_end == "fall_back") != (budget.fallback is not None):
+        raise ConfigError("fallback", str(budget.fallback), "a model, where at_end is fall_back")
+    for name in budget.each:
+        if name not in DIMENSIONS or budget.each.count(name) > 1 or getattr(budget, name):
+            raise ConfigError("each", name, f"each of {', '.join(DIMENSIONS)} that is not named")
+    if any(not 1 <= share <= 100 for share in budget.alerts) or len(budget.alerts) > 10:
+        raise ConfigError("alerts", str(budget.alerts), "up to 10 shares from 1 to 100 percent")
+
+
+def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
+    """The budget that a person states: its fields, the amount as `usd` or `tokens`. Raises
+    ConfigError."""
+    fields = dict(values)
+    usd, tokens = fields.pop("usd", None), fields.pop("tokens", None)
+    if (usd is None) == (tokens is None):
+        raise ConfigError("amount", "(not set)" if usd is None else str(usd), "usd or tokens")
+    if usd is None:
+        fields |= {"unit": "tokens", "amount": tokens}
+    else:
+        try:
+            micros = Decimal(usd) * 10**6
+        except InvalidOperation:
+            raise ConfigError("usd", str(usd), "an amount in USD, such as 250 or 0.79") from None
+        if not micros.is_finite() or micros != int(micros):
+            raise ConfigError("usd", str(usd), "whole micro-dollars")
+        fields |= {"unit": "usd", "amount": int(micros)}
+    for several in ("each", "alerts"):
+        fields[several] = tuple(fields.get(several) or ())
+    budget = Budget(name=name, **fields)
+    check_budget(budget)
+    return budget
+
+
+def plain_budget(budget: Budget) -> Json:
+    """A budget as JSON shows it."""
+    return asdict(budget) | {"each": list(budget.each), "alerts": list(budget.alerts)}
+
+
+def scope_values(scope: str) -> list[str | None]:
+    found: list[str | None] = orjson.loads(scope) if scope else []
+    return found
+
+
+def scope_text(values: Sequence[str | None]) -> str:
+    """As PostgreSQL writes such an array: ', ' between the values; empty without any."""
+    return f"[{', '.join(orjson.dumps(one).decode() for one in values)}]" if values else ""
+
+
+def tenants_budget(tenant: str, setting: str, amount: int) -> Budget:
+    """The budget that a tenant's setting such as `budget_day_money` stands for."""
+    _, period, unit = setting.split("_")
+    return Budget(
+        name=f"{tenant}/{setting}",
+        unit="usd" if unit == "money" else "tokens",
+        amount=amount,
+        period="day" if period == "day" else "month",
+        tenant=tenant,
+        doubt="estimate",
+    )
+
+
+def check_same(before: Budget, after: Budget) -> None:
+    """Raises ConfigError where a change would have a budget bind or count something else."""
+    for name in (*DIMENSIONS, "model", "each", "unit", "period", "zone", "window_s"):
+        now = getattr(before, name)
+        if getattr(after, name) != now:
+            allowed = f"{now}, as it is: remove the budget first, or choose another name"
+            raise ConfigError(name, str(getattr(after, name)), allowed)
+
+
+def needs_of(bindings: Sequence[Binding], cost: CallCost) -> tuple[tuple[Binding, int], ...]:
+    return tuple((one, one.budget.need(cost)) for one in bindings)
+
+
+def scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
+    return scope_text([values[one] for one in budget.each]) if budget.each else ""
+
+
+def refused_by(refusal: Refusal, need: int) -> QuotaExceeded:
+    budget, scope = refusal.binding
+    whose = f" of {', '.join(map(str, scope_values(scope)))}" if scope else ""
+    spent, amount = budget.shown(refusal.spent), budget.shown(refusal.amount)
+    used = f"{spent} of {amount} spent"
+    allowed = f"{amount} a {budget.period} of {budget.zone}"
+    if budget.period == "rolling":
+        allowed = f"{amount} {window(budget)}"
+    if refusal.why == "paused":
+        return BudgetPaused(
+            f"the budget {budget.name}{whose} is paused ({used}): a person must resume it",
+            limit=budget.limit,
+            allowed=allowed,
+            retry_after_ms=None,
+        )
+    if refusal.why == "held":
+        return BudgetReserved(
+            f"the budget {budget.name}{whose} has no room for this call yet: {used}, "
+            f"{budget.shown(refusal.held)} reserved for calls in progress, "
+            f"up to {budget.shown(need)} needed",
+            limit=budget.limit,
+            allowed=allowed,
+            retry_after_ms=_RESERVED_RETRY_MS,
+        )
+    reset_at, after_ms, when = refusal.reset_at, None, "no time frees as much as it needs"
+    if reset_at is not None:
+        left_s = (reset_at - datetime.now(UTC)).total_seconds()
+        after_ms = max(1_000, math.ceil(left_s * 1000))
+        local = reset_at.astimezone(ZoneInfo(budget.zone))
+        when = f"it resets at {local:%Y-%m-%d %H:%M} {budget.zone}"
+    return BudgetExceeded(
+        f"the budget {budget.name}{whose} has no room for this call: {used}, "
+        f"up to {budget.shown(need)} needed; {when}",
+        limit=budget.limit,
+        allowed=allowed,
+        retry_after_ms=after_ms,
+        fallback=budget.fallback,
+    )
+
+
+def whom(budget: Budget) -> list[str]:
+    """Whom a budget binds, in words."""
+    named = [
+        f"{dimension} {value}"
+        for dimension in ("tenant", "key", "model", "subject", "conversation")
+        if (value := getattr(budget, dimension)) is not None
+    ]
+    return [*named, *(f"each {one}" for one in budget.each)]
+
+
+def window(budget: Budget) -> str:
+    """Its period, in words."""
+    if budget.period == "rolling":
+        return f"in {_span(budget.window_s or 0)}"
+    return f"a {budget.period}" + ("" if budget.zone == "UTC" else f" of {budget.zone}")
+
+
+def _span(seconds: int) -> str:
+    """`5 h`, `90 s`: in the largest unit that it is whole numbers of."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds and seconds % size == 0:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
