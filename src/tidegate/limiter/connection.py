@@ -421,8 +421,11 @@ def _unpack_whole(values: Any) -> Whole:
     )
 
 
+# How long a message waits for others that may join it: usually, where nobody waits in the pool, and
+# where the answer may refuse a call that a client waits for.
 LINGER_S = 0.03
 LINGER_IDLE_S = SPARE_MS / 1000
+LINGER_HURRIED_S = 0.002
 
 
 class ExchangeLoop:
@@ -455,6 +458,7 @@ class ExchangeLoop:
         self._queue = queue
         self._timers: dict[str, Timer] = {}
         self._linger: Timer | None = None
+        self._linger_s = LINGER_S
         self.session = Session(
             written.policy,
             queue,
@@ -473,9 +477,16 @@ class ExchangeLoop:
             return
         if self.session.something_urgent():
             self._wake.set()
-        elif self._linger is None:
-            delay_s = LINGER_IDLE_S if self._queue.idle else LINGER_S
-            self._linger = self._clock.call_later(delay_s, self._end_linger)
+            return
+        delay_s = LINGER_IDLE_S if self._queue.idle else LINGER_S
+        if self._queue.hurried:
+            delay_s = LINGER_HURRIED_S
+        if self._linger is not None:
+            if self._linger_s <= delay_s:
+                return
+            self._linger.cancel()
+        self._linger_s = delay_s
+        self._linger = self._clock.call_later(delay_s, self._end_linger)
 
     def _end_linger(self) -> None:
         self._linger = None

@@ -374,10 +374,11 @@ class LocalQueue:
 
     recycling: a freed permit may be passed on in the process whatever the server says, since it
     says nothing. idle: nobody waits in the whole pool. urgent: a pending message must not wait for
-    others. parting: tickets that were abandoned, released or passed on, until the server has
-    confirmed it. looks, asks: flows still to come in two rounds, by their key. In one the server
-    looks whether a call could be admitted under the limits of a flow; in the other it says which of
-    the first tickets of a flow it has admitted already, since the news of that may have been lost.
+    others; hurried: not for long, since a call may be refused by the answer. parting: tickets that
+    were abandoned, released or passed on, until the server has confirmed it. looks, asks: flows
+    still to come in two rounds, by their key. In one the server looks whether a call could be
+    admitted under the limits of a flow; in the other it says which of the first tickets of a flow
+    it has admitted already, since the news of that may have been lost.
     """
 
     def __init__(self, new_future: Callable[[], asyncio.Future[Holding]] = _new_future) -> None:
@@ -391,6 +392,7 @@ class LocalQueue:
         self.recycling = False
         self.idle = False
         self.urgent = False
+        self.hurried = False
         self.parting: set[int] = set()
         self.looks: dict[str, Flow] = {}
         self.asks: dict[str, Flow] = {}
@@ -476,6 +478,8 @@ class LocalQueue:
             return waiter
         if self.idle or not flow.waiting:
             self.urgent = True
+        if (by_estimate or flow.rates) and deadline_ms != inf:
+            self.hurried = True
         self.waiting[ticket] = waiter
         if not flow.waiting:
             self._lanes.setdefault(flow.lane, {})[flow.key] = flow
@@ -724,6 +728,7 @@ class LocalQueue:
         for waiter in enqueues:
             waiter.sent = True
             del self._enqueues[waiter.ticket]
+        self.hurried = self.hurried and len(self._enqueues) > 0
         batch = MessageBatch(
             transfers=self._transfers[:MAX_ENTRIES],
             cancels=self._cancels[:MAX_ENTRIES],

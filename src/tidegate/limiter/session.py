@@ -742,11 +742,11 @@ class Session:
         flow.held_up_by, flow.used = outlook.limit, outlook.used
         flow.room_at_ms = self.lease.now_ms() + room_ms if room_ms else 0.0
         if room_ms and outlook.firm:
-            for waiter in list(flow.waiting.values()):
-                if waiter.deadline_ms <= sent_ms + room_ms:
-                    self._refuse_early(
-                        waiter, Barred(waiter.ticket, outlook.limit, room_ms, outlook.used, 0, 0)
-                    )
+            for number, waiter in enumerate(list(flow.waiting.values())):
+                # Of one that was not sent yet the server knows better what is before it.
+                if waiter.sent and waiter.deadline_ms <= sent_ms + room_ms:
+                    barred = Barred(waiter.ticket, outlook.limit, room_ms, outlook.used, 0, number)
+                    self._refuse_early(waiter, barred)
 
     def _refuse_early(self, waiter: Waiter, barred: Barred) -> None:
         name, amount = barred.limit, waiter.flow.spends(waiter.amounts).get(barred.limit, 1)

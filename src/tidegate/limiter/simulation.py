@@ -5,7 +5,13 @@ between them. Invariant: the product itself never imports this; what it exports 
 any version, unlike the names of `tidegate.limiter`.
 """
 
-from tidegate.limiter.connection import LINGER_IDLE_S, LINGER_S, pack_request, unpack_reply
+from tidegate.limiter.connection import (
+    LINGER_HURRIED_S,
+    LINGER_IDLE_S,
+    LINGER_S,
+    pack_request,
+    unpack_reply,
+)
 from tidegate.limiter.limiter import MAX_WAITERS
 from tidegate.limiter.messages import (
     Barred,
@@ -44,6 +50,7 @@ from tidegate.limiter.views import read_place
 __all__ = [
     "BEHIND",
     "DAY_MS",
+    "LINGER_HURRIED_S",
     "LINGER_IDLE_S",
     "LINGER_S",
     "MAX_WAITERS",

@@ -26,6 +26,7 @@ from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
 from tidegate.limiter import MAX_LEASE_MS, CallUse, Demand, Observer, PoolPolicy, Tokens
 from tidegate.limiter.simulation import (
+    LINGER_HURRIED_S,
     LINGER_IDLE_S,
     LINGER_S,
     MAX_WAITERS,
@@ -87,6 +88,7 @@ class Process:
         self._busy = False
         self._waking = False
         self._linger: VirtualTimer | None = None
+        self._linger_s = LINGER_S
         self._alarms: dict[str, VirtualTimer] = {}
         self.queue = LocalQueue(self._new_future)
         self.session = Session(
@@ -219,9 +221,16 @@ class Process:
             return
         if self.session.something_urgent():
             self._wake_up()
-        elif self._linger is None:
-            delay_s = LINGER_IDLE_S if self.queue.idle else LINGER_S
-            self._linger = self.stage.after(delay_s * 1000, self._go)
+            return
+        delay_s = LINGER_IDLE_S if self.queue.idle else LINGER_S
+        if self.queue.hurried:
+            delay_s = LINGER_HURRIED_S
+        if self._linger is not None:
+            if self._linger_s <= delay_s:
+                return
+            self._linger.cancel()
+        self._linger_s = delay_s
+        self._linger = self.stage.after(delay_s * 1000, self._go)
 
     def _go(self) -> None:
         self._linger = None

@@ -391,3 +391,16 @@ async def test_a_grant_that_a_comparison_finds_is_as_old_as_the_server_says(
     queue.reconcile(rows, 1, 30.0, lambda server_ms: server_ms - 4_990)
     assert queue.held[waiter.ticket].admitted_ms == 10
     assert queue.counts.strays == 1
+
+
+async def test_a_call_that_may_be_refused_early_does_not_wait_long_for_others(
+    queue: LocalQueue,
+) -> None:
+    ask(queue)
+    said(queue)
+    flow = queue.flow(1, "t", LIMITS)
+    for by_estimate in (False, True):
+        queue.ask(flow, hard_ms=1000, now_ms=0.0, deadline_ms=5.0, by_estimate=by_estimate)
+        assert (queue.urgent, queue.hurried) == (False, by_estimate)
+    said(queue)
+    assert not queue.hurried

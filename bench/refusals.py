@@ -1,0 +1,174 @@
+"""How fast a call is refused that can't be admitted before its deadline, and how true it is told.
+
+    python -m bench.refusals [--apis 2] [--calls 1000] [--at-once 2]
+
+A rate of two requests in ten minutes is used up, and so many calls wait for it. Then calls with a
+deadline of a minute come over HTTP, on open connections: each must be refused by that limit, with
+its Retry-After. Bare sockets, since the client shares the machine with what it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bench.machine import cpu_ns, describe
+from tests.fleet import Fleet
+from tests.waiting import wait_until
+
+MODEL, LIMIT = "gemini-2.5-flash", "rpm:gemini-2.5-flash"
+WINDOW_MS, BOUND = 600_000, 2
+POLICY = f"""
+[limits]
+"kind:text_only" = 1000
+"{LIMIT}" = {{ bound = {BOUND}, window_ms = {WINDOW_MS} }}
+"""
+BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]}).encode()
+WITHIN_MS = 20.0
+# Between two calls of one connection, so that the client does not fill the machine.
+PAUSE_S = 0.02
+# Of the Retry-After.
+SHARE, SLACK_S = 0.02, 1.0
+
+
+@dataclass(slots=True)
+class Answers:
+    """taken_ms of each; told: the Retry-After in seconds and when it was told; wrong: whatever else
+    was answered."""
+
+    taken_ms: list[float] = field(default_factory=list)
+    told: list[tuple[float, float]] = field(default_factory=list)
+    wrong: Counter[str] = field(default_factory=Counter)
+
+    def note(self, head: bytes, body: bytes, taken_ms: float) -> None:
+        self.taken_ms.append(taken_ms)
+        limit = json.loads(body).get("error", {}).get("limit")
+        if not head.startswith(b"HTTP/1.1 429") or limit != LIMIT:
+            self.wrong[f"{head[:12].decode()} {limit}"] += 1
+        _, _, rest = head.lower().partition(b"retry-after: ")
+        self.told.append((float(rest.split(b"\r\n")[0]), time.monotonic()))
+
+
+def _request(deadline_ms: int) -> bytes:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(BODY)}\r\n"
+        f"x-tidegate-deadline-ms: {deadline_ms}\r\n\r\n"
+    )
+    return head.encode() + BODY
+
+
+async def _one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, into: Answers) -> None:
+    started = time.perf_counter()
+    writer.write(_request(60_000))
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+    body = await reader.readexactly(length)
+    into.note(head, body, (time.perf_counter() - started) * 1000)
+
+
+async def _refused(fleet: Fleet, calls: int, at_once: int) -> Answers:
+    urls = [urlsplit(url) for url in fleet.apis]
+    found, left = Answers(), iter(range(calls))
+
+    async def caller(number: int, left: Iterator[int]) -> None:
+        url = urls[number % len(urls)]
+        reader, writer = await asyncio.open_connection(url.hostname, url.port)
+        for _ in left:
+            await asyncio.sleep(PAUSE_S)
+            await _one(reader, writer, found)
+        writer.close()
+
+    await asyncio.gather(*(caller(number, left) for number in range(at_once)))
+    return found
+
+
+async def _waiters(fleet: Fleet, count: int) -> list[asyncio.StreamWriter]:
+    """Calls that have time, one on each connection."""
+    urls = [urlsplit(url) for url in fleet.apis]
+    writers = []
+    for number in range(count):
+        url = urls[number % len(urls)]
+        _, writer = await asyncio.open_connection(url.hostname, url.port)
+        writer.write(_request(86_400_000))
+        writers.append(writer)
+    return writers
+
+
+async def _waiting(fleet: Fleet) -> tuple[int, int]:
+    """How much of the limit is used, and how many wait for it."""
+    async with fleet.http.get(f"{fleet.url}/admin/limits") as response:
+        shown = (await response.json())["limits"]
+    limit = next(one for one in shown if one["limit"] == LIMIT)
+    return limit["used"], limit["waiting"]
+
+
+async def measure(apis: int, calls: int, at_once: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        policy = Path(folder) / "policy.toml"
+        policy.write_text(POLICY)
+        settings = {"TIDEGATE_POLICY": str(policy)}
+        async with Fleet(Path(folder) / "fleet", apis=apis, workers=0, settings=settings) as fleet:
+            used_at = time.monotonic()
+            for waiters in (0, BOUND, 20 * BOUND):
+                writers = await _waiters(fleet, waiters + (BOUND if not waiters else 0))
+
+                async def is_full(waiters: int = waiters) -> bool:
+                    return await _waiting(fleet) == (BOUND, waiters)
+
+                await wait_until(is_full, 30, "all that wait")
+                pids = [child.process.pid for child in fleet.apis.values()]
+                before_ns = sum(map(cpu_ns, pids))
+                found = await _refused(fleet, calls, at_once)
+                cpu_ms = (sum(map(cpu_ns, pids)) - before_ns) / 1e6 / calls
+                print(_row(found, waiters, used_at, cpu_ms), flush=True)
+                if waiters:
+                    for writer in writers:
+                        writer.close()
+
+                    async def is_empty() -> bool:
+                        return await _waiting(fleet) == (BOUND, 0)
+
+                    await wait_until(is_empty, 30, "no call that waits")
+
+
+def _row(found: Answers, waiters: int, used_at: float, cpu_ms: float) -> str:
+    """The room comes with the window after the last one that the waiters fill."""
+    taken = sorted(found.taken_ms)
+    at = [taken[min(len(taken) - 1, int(len(taken) * share))] for share in (0.5, 0.9, 0.99)]
+    within = sum(one < WITHIN_MS for one in taken) / len(taken)
+    windows = 1 + waiters // BOUND
+    true = 0
+    for told_s, told_at in found.told:
+        room_s = used_at + windows * WINDOW_MS / 1000 - told_at
+        true += abs(told_s - room_s) <= max(SLACK_S, SHARE * room_s)
+    wrong = ", ".join(f"{count} x {what}" for what, count in found.wrong.items()) or "0"
+    figures = " | ".join(f"{one:.1f}" for one in at)
+    truth = f"{true / len(taken):.1%}"
+    shown = f"{figures} | {within:.1%} | {cpu_ms:.2f} | {truth}"
+    return f"| {waiters} | {len(taken)} | {shown} | {wrong} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--apis", type=int, default=2)
+    parser.add_argument("--calls", type=int, default=1_000)
+    parser.add_argument("--at-once", type=int, default=2)
+    given = parser.parse_args()
+    print("\n".join(describe("", sys.argv)))
+    heads = "waiting|refused|p50 ms|p90 ms|p99 ms|below 20 ms|CPU ms of ours|Retry-After true|other"
+    print(f"|{heads}|\n|{'---|' * 9}", flush=True)
+    asyncio.run(measure(given.apis, given.calls, given.at_once))
+
+
+if __name__ == "__main__":
+    main()
