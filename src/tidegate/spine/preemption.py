@@ -32,7 +32,7 @@ from tidegate.telemetry.logging import Log, get_logger
 _TICK_S = 0.05
 _READS = 4  # of a pool, within the time after which calls give way
 _MOST_PER_READ = 4
-_LEAST_CLAIM_MS = 2_000
+_LEAST_CLAIM_MS = 500  # more than it takes from a release to the next admission
 
 log = get_logger()
 
@@ -144,7 +144,7 @@ class PoolWatch:
             return
         self._due_ms = now_ms + self._rule.after_ms / _READS
         snapshot = await self.limiter.snapshot()
-        claim_ms = max(_LEAST_CLAIM_MS, 2 * self._rule.after_ms)
+        claim_ms = max(_LEAST_CLAIM_MS, self._rule.after_ms)
         given = 0
         for queue in self._waits.overdue(snapshot, now_ms):
             if self._newest(snapshot, queue) is None or given >= _MOST_PER_READ:
