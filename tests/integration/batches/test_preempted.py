@@ -12,6 +12,7 @@ from openai import AsyncOpenAI
 from tests.batching import ENDPOINT, MODEL, assert_all_succeeded, begin, content, end_of
 from tests.gateway import Gateway, Opener
 from tests.integration.batches.conftest import MakeSdk
+from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
 from tests.waiting import wait_until
 
 LIMIT, LINES = 4, 6
@@ -154,6 +155,32 @@ async def test_a_job_gives_way_and_its_attempts_say_so(
     assert attempts[0]["failure"] is not None
     assert await outcomes(gateway) == {"client_gone": 1, "finished": 1}
     await assert_within_the_limit(gateway, 1)
+
+
+async def test_a_call_that_gave_way_is_charged_to_its_budget_as_an_estimate(
+    open_gateway: Opener, sdk: MakeSdk, tmp_path: Path
+) -> None:
+    keys = {"auth": "on", "admin_token": ADMIN_TOKEN}
+    preempt = f"{{ after_ms = {AFTER_MS} }}"
+    gateway = await opened(open_gateway, tmp_path, preempt, limit=1, **keys)
+    headers = await key_of(gateway, "acme", budget_day_tokens=100_000)
+    key = headers["Authorization"].removeprefix("Bearer ")
+    client = sdk(gateway, api_key=key, default_headers={})
+    batch = await slow_lines(gateway, client, 1)
+    await live(client)
+    await assert_all_succeeded(client, await end_of(client, batch), 1)
+    assert await outcomes(gateway) == {"client_gone": 1, "finished": 1}
+
+    async def settled() -> bool:
+        book = await gateway.database.fetchrow(
+            "SELECT sum(spent) AS spent, sum(estimated) AS estimated, sum(held) AS held, "
+            "(SELECT sum(total_tokens) FROM audit) AS used FROM budget_books"
+        )
+        assert book is not None
+        spent, estimated, held, used = book
+        return bool(held == 0 and estimated > 0 and spent == used + estimated)
+
+    await wait_until(settled, 20, "a budget with the usage of two calls and an estimate of one")
 
 
 async def test_a_job_of_the_same_band_does_not_give_way(
