@@ -6,46 +6,17 @@ import asyncio
 import struct
 import zlib
 from base64 import b64encode
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import pytest
 
-from tidegate.emulator.server import Emulator, run_emulator
+from tests.contract.gemini_sdk import MODEL, PNG, call, emulator, sdk
+from tidegate.emulator.server import Emulator
 
 if TYPE_CHECKING:
     from google.genai import Client
 
-MODEL = "gemini-2.5-flash"
-PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 92
-
-
-@pytest.fixture
-async def emulator() -> AsyncIterator[Emulator]:
-    async with run_emulator() as running:
-        yield running
-
-
-@pytest.fixture
-async def sdk(emulator: Emulator) -> AsyncIterator[Client]:
-    from google.genai import Client
-    from google.genai.types import HttpOptions
-
-    client = Client(api_key="any-key", http_options=HttpOptions(base_url=emulator.url))
-    yield client
-    await client.aio.aclose()
-    client.close()
-
-
-async def call(emulator: Emulator, path: str, body: Any, key: str = "k") -> tuple[int, Any]:
-    headers = {"x-goog-api-key": key} if key else {}
-    async with (
-        aiohttp.ClientSession(headers=headers) as session,
-        session.post(f"{emulator.url}{path}", json=body) as response,
-    ):
-        assert response.headers["x-tidegate-emulator"] == "1"
-        return response.status, await response.json()
+__all__ = ["emulator", "sdk"]
 
 
 async def test_an_answer_quotes_the_prompt_and_counts_its_own_words(sdk: Client) -> None:
