@@ -19,12 +19,14 @@ RUN = "run"
 
 @dataclass(slots=True)
 class Call:
-    """A call that is waiting or running."""
+    """A call that is waiting or running. `use` is what it is taken to use, `cost` what it costs."""
 
     ticket: int
     flow: str
     member: str
     took_ms: int
+    use: int
+    cost: int
 
 
 @dataclass(slots=True)
@@ -104,11 +106,11 @@ class Crowd:
 
     def _new(
         self, process: Process, tenant: str, lane: tuple[str, ...], band: int, took_ms: int,
-        amounts: str,
+        amounts: str, use: int, cost: int,
     ) -> Call:  # fmt: skip
         ticket = next(self._tickets)
-        member = f"{ticket}|{HARD_MS}|{took_ms}|{amounts}"
-        call = Call(ticket, flow_of(band, tenant, lane), member, took_ms)
+        member = f"{ticket}|{HARD_MS}|{use}|{amounts}"
+        call = Call(ticket, flow_of(band, tenant, lane), member, took_ms, use, cost)
         process.waiting[ticket] = call
         return call
 
@@ -120,9 +122,12 @@ class Crowd:
         band: int = 2,
         took_ms: int = 1000,
         amounts: str = "",
+        use: int = 0,
+        cost: int = 0,
         times: int = 1,
     ) -> list[Call]:
-        calls = [self._new(process, tenant, lane, band, took_ms, amounts) for _ in range(times)]
+        of = (process, tenant, lane, band, took_ms, amounts, use or took_ms, cost)
+        calls = [self._new(*of) for _ in range(times)]
         self._say(process, flows=[calls[0].flow], enqueues=[(1, call.member) for call in calls])
         return calls
 
@@ -136,9 +141,18 @@ class Crowd:
             band, tenant, lane = call.flow.split("|", 2)
             amounts = call.member.rpartition("|")[2]
             names = tuple(lane.split(" "))
-            again = self._new(process, tenant, names, int(band), call.took_ms, amounts)
+            again = self._new(
+                process, tenant, names, int(band), call.took_ms, amounts, call.use, call.cost
+            )
             enqueues = [(1, again.member)]
-        self._say(process, flows=[call.flow], releases=[release], enqueues=enqueues)
+        uses = [(call.ticket, call.cost)] if call.cost else []
+        self._say(process, flows=[call.flow], releases=[release], enqueues=enqueues, uses=uses)
+
+    def change(self, policy: PoolPolicy) -> None:
+        """Put another policy in force, by the last process, which is to have no calls."""
+        process = self.processes[-1]
+        join = Join(policy, "test", process.sid, [], [])
+        process.gen = self._say(process, join=join, full=True).gen
 
     def run(self, admissions: int) -> list[Call]:
         """Keep everybody busy until so many more were let in, and return those."""

@@ -8,7 +8,17 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tidegate.limiter import Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Ramp, Rate
+from tidegate.limiter import (
+    MEASURES_OF_SHARES,
+    Adaptive,
+    Band,
+    Concurrency,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Ramp,
+    Rate,
+)
 
 LEASE_MS = 30_000
 WINDOW_MS = 60_000
@@ -52,6 +62,7 @@ class Shape:
     hold: bool = False
     cancel: bool = True
     hand_off: bool = True
+    fair_by: int = 0
     queue_max: int = 1000
     shadow: bool = False
     adaptive: bool = False
@@ -94,6 +105,7 @@ class Shape:
             queue_per_tenant=self.queue_max,
             reap_closed_ms=self.reap_closed_ms,
             hand_off=self.hand_off,
+            fair_by=MEASURES_OF_SHARES[self.fair_by],
         )
 
     def raised(self, other: Shape) -> Shape:
@@ -123,6 +135,7 @@ def shapes() -> st.SearchStrategy[Shape]:
         "hold": st.booleans(),
         "cancel": st.booleans(),
         "hand_off": st.sampled_from([True, True, False]),
+        "fair_by": st.sampled_from([0, 0, 1, 2]),
         "queue_max": st.sampled_from([3, 1000, 1000, 1000]),
         "shadow": st.sampled_from([False, False, True]),
         "adaptive": st.booleans(),

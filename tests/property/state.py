@@ -154,7 +154,7 @@ def _session(model: PoolModel, sid: str) -> dict[str, str]:
 
 def _held(model: PoolModel, sid: str) -> dict[str, str]:
     return {
-        str(ticket): f"{h.seq}|{h.until}|{h.cost_ms}|{_charges(h.charges)}|{h.flow}"
+        str(ticket): f"{h.seq}|{h.until}|{h.use}|{_charges(h.charges)}|{h.flow}"
         for ticket, h in model.pool.sessions[sid].held.items()
     }
 

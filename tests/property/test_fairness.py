@@ -5,10 +5,13 @@ What holds here holds for the Lua, which the other property test steps beside th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.property.crowd import Crowd, bands_of, tenants_of
-from tidegate.limiter import Band, PoolPolicy, Rate
+from tidegate.limiter import Band, FairBy, PoolPolicy, Rate
+from tidegate.limiter.simulation import LEAST_USE
 
 WEIGHTS = {"a": 1, "b": 2, "c": 4, "d": 8}
 
@@ -35,6 +38,52 @@ def test_shares_are_of_time_not_of_calls() -> None:
     crowd.run(400)
     shares = tenants_of(crowd.run(2000))
     assert shares["short"] / shares["long"] == pytest.approx(3, rel=0.05)
+
+
+def test_shares_may_be_of_calls() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 4}, fair_by="calls", weights={"long": 2}))
+    process = crowd.processes[0]
+    crowd.ask(process, "short", "kind:x", took_ms=500, times=20)
+    crowd.ask(process, "long", "kind:x", took_ms=1500, times=20)
+    crowd.run(400)
+    shares = tenants_of(crowd.run(2000))
+    assert shares["long"] / shares["short"] == pytest.approx(2, rel=0.01)
+
+
+def test_shares_may_be_of_what_calls_cost_whatever_was_foreseen() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 4}, fair_by="cost"))
+    process = crowd.processes[0]
+    crowd.ask(process, "cheap", "kind:x", took_ms=1500, use=9000, cost=1000, times=20)
+    crowd.ask(process, "dear", "kind:x", took_ms=500, use=500, cost=7000, times=20)
+    crowd.run(400)
+    shares = tenants_of(crowd.run(2000))
+    assert shares["cheap"] / shares["dear"] == pytest.approx(7, rel=0.05)
+
+
+def test_calls_that_cost_nothing_keep_nobody_waiting_for_ever() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 1}, fair_by="cost"))
+    process = crowd.processes[0]
+    crowd.ask(process, "fails", "kind:x", use=1000, cost=LEAST_USE, times=3)
+    crowd.ask(process, "works", "kind:x", use=1000, cost=1000, times=3)
+    crowd.run(20)
+    assert tenants_of(crowd.run(1000))["works"] >= 9
+
+
+def test_a_change_of_what_shares_are_measured_in_loses_no_waiter_and_starves_nobody() -> None:
+    policy = PoolPolicy({"kind:x": 3})
+    crowd = Crowd(policy, 2)
+    process = crowd.processes[0]
+    crowd.ask(process, "slow", "kind:x", took_ms=3000, use=100_000, cost=100_000, times=20)
+    crowd.ask(process, "dear", "kind:x", took_ms=100, use=3_000_000, cost=3_000_000, times=20)
+    ratios: dict[FairBy, float] = {"cost": 30, "calls": 1, "seconds": 1 / 30}
+    for revision, (fair_by, ratio) in enumerate(ratios.items(), 2):
+        waiting = list(process.waiting)
+        crowd.change(replace(policy, fair_by=fair_by, revision=revision))
+        assert list(process.waiting) == waiting
+        assert min(tenants_of(crowd.run(70)).values()) >= 2
+        crowd.run(300)
+        shares = tenants_of(crowd.run(3100))
+        assert shares["slow"] / shares["dear"] == pytest.approx(ratio, rel=0.05)
 
 
 def test_lanes_that_share_a_limit_share_it_by_weight() -> None:

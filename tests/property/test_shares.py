@@ -1,4 +1,4 @@
-"""Shares of permit-time in virtual time, for weights and lengths of calls of all sorts.
+"""Shares of tenants in virtual time, for weights, lengths and costs of calls of all sorts.
 
 The sessions and ledgers are the product's own; the pool is the model, which the other property test
 steps beside the Lua.
@@ -13,6 +13,7 @@ import pytest
 from tests.property.backlog import RAREST, Backlog, Tenant, random_backlog
 from tests.property.server import Server
 from tests.property.world import World
+from tidegate.limiter import MEASURES_OF_SHARES, FairBy
 from tidegate.limiter.simulation import Paces, SyncReply, SyncRequest
 from tidegate.rehearse.simulation import START_MS
 
@@ -43,8 +44,10 @@ def test_shares_are_of_what_calls_really_take(
 class OnValkey(Backlog):
     """With the real Lua beside the model, compared at each answer."""
 
-    def __init__(self, server: Server, tenants: dict[str, Tenant], *, hand_off: bool) -> None:
-        super().__init__(tenants, 5, hand_off=hand_off)
+    def __init__(
+        self, server: Server, tenants: dict[str, Tenant], *, hand_off: bool, fair_by: FairBy
+    ) -> None:
+        super().__init__(tenants, 5, hand_off=hand_off, fair_by=fair_by)
         self.world = World(server, self.policy, Paces())
         self.model = self.world.model
 
@@ -60,9 +63,10 @@ class OnValkey(Backlog):
 
 
 @pytest.mark.parametrize("hand_off", [True, False])
-def test_the_lua_shares_as_the_model_does(server: Server, hand_off: bool) -> None:
-    tenants = {"one": Tenant(1000, 115), "other": Tenant(600, 185)}
-    crowd = OnValkey(server, tenants, hand_off=hand_off)
+@pytest.mark.parametrize("fair_by", MEASURES_OF_SHARES)
+def test_the_lua_shares_as_the_model_does(server: Server, hand_off: bool, fair_by: FairBy) -> None:
+    tenants = {"one": Tenant(1000, 115, cost_usd=0.03), "other": Tenant(600, 185)}
+    crowd = OnValkey(server, tenants, hand_off=hand_off, fair_by=fair_by)
     try:
         assert all(abs(share - 1) < 0.05 for share in crowd.shares(calls=120).values())
     finally:
@@ -76,10 +80,30 @@ def test_a_single_caller_of_long_calls_waits_for_no_more_than_it_uses() -> None:
     assert shares["long"] == pytest.approx(0.5, rel=0.05)  # one of its two permits, all the time
 
 
+@pytest.mark.parametrize("hand_off", [True, False])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fair_by", ["calls", "cost"])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Tenant(1, 20, cost_usd=0.1), Tenant(1, 400, cost_usd=0.01)),
+        (Tenant(1000, 115, cost_usd=0.01), Tenant(600, 185, cost_usd=0.02)),
+        (Tenant(3, 20, cost_usd=0.0002), Tenant(5, 10, cost_usd=0.0008)),
+    ],
+)
+def test_shares_are_of_calls_or_of_what_they_cost(
+    one: Tenant, other: Tenant, fair_by: FairBy, processes: int, hand_off: bool
+) -> None:
+    tenants = {"one": one, "other": other}
+    crowd = Backlog(tenants, 5, processes=processes, hand_off=hand_off, fair_by=fair_by)
+    assert all(abs(share - 1) < 0.05 for share in crowd.shares(calls=300).values())
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("fair_by", MEASURES_OF_SHARES)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_shares_are_exact_for_random_weights_and_calls(chunk: int) -> None:
+def test_shares_are_exact_for_random_weights_and_calls(chunk: int, fair_by: FairBy) -> None:
     """With as many calls of all tenants together as `chaos/test_shares.py` has of each."""
     for number in range(chunk, CASES, CHUNKS):
-        shares = random_backlog(number).shares(calls=CALLS // RAREST, together=CALLS)
+        shares = random_backlog(number, fair_by).shares(calls=CALLS // RAREST, together=CALLS)
         assert all(abs(share - 1) < 0.05 for share in shares.values()), (number, shares)

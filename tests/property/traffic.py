@@ -67,12 +67,13 @@ class Traffic(RuleBasedStateMachine):
         except DemandImpossible:
             return
         deadline_ms = at + left_ms if left_ms else float("inf")
-        amounts = kind.amounts(Demand(kind.limits, tokens=Tokens(tokens), images=1))
+        demand = Demand(kind.limits, tokens=Tokens(tokens), images=1)
         for _ in range(times):
             client.asked.append(
                 client.queue.ask(
                     kind,
-                    amounts=amounts,
+                    amounts=kind.amounts(demand),
+                    use=kind.use_of(demand),
                     hard_ms=HARD_MS,
                     now_ms=at,
                     deadline_ms=deadline_ms,
@@ -167,8 +168,8 @@ class Traffic(RuleBasedStateMachine):
         later: bool = False,
     ) -> None:
         flow = client.queue.held[ticket].flow
-        known = used is not None
-        actual = flow.actual(CallUse(Tokens(used or 0), 2) if known else CallUse())
+        use = CallUse() if used is None else CallUse(Tokens(used), 2, cost_micros=used * 30)
+        actual = flow.actual(use)
         if later:
             client.usage_due.append((ticket, actual))
         client.queue.release(
@@ -177,6 +178,7 @@ class Traffic(RuleBasedStateMachine):
             actual="" if later else actual,
             now_ms=self.world.local_ms,
             usage_later=later,
+            use=None if later else flow.cost_of(use),
         )
 
     def tell_the_usage_of_a_call_that_ended(self, who: int, which: int) -> None:

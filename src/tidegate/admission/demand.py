@@ -74,7 +74,7 @@ class Reach:
             for limit in map(policy.limit, policy.limits)
             if isinstance(limit, Rate | Quota)
         }
-        self.counts_money = "usd" in units
+        self.counts_money = "usd" in units or policy.fair_by == "cost"
         self.counts_cache = any(
             _counts_cache(limit) for limit in map(policy.limit, policy.limits) if limit is not None
         )
@@ -163,8 +163,8 @@ class CallDemand:
     """All limits of a call, or none; never changed. `priority` is the name of a band.
 
     max_output_tokens: the call's own bound. cost_micros: what it will probably cost, where a limit
-    counts money; None without a price. conversation, expected: where a limit counts cached input
-    less.
+    or shares count money; None without a price. conversation, expected: where a limit counts cached
+    input less.
     """
 
     limits: tuple[str, ...]

@@ -114,6 +114,8 @@ def _show_heading(overview: Overview) -> None:
         line += f": {now.reason}"
     typer.echo(line)
     typer.echo(f"{len(overview.processes)} processes in the pool {overview.pool}")
+    if (fair_by := overview.policy.get("pool", {}).get("fair_by")) is not None:
+        typer.echo(f"Tenants share by {fair_by}")
     if overview.recovering_ms:
         typer.echo(f"No call is admitted for {overview.recovering_ms} ms: Valkey lost its data")
     typer.echo()

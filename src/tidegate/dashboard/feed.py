@@ -132,6 +132,7 @@ def pool_frame(
     return {
         "pool": pool,
         "revision": snapshot.revision,
+        "fair_by": policy.fair_by,
         "recovering_ms": snapshot.recovering_ms,
         "in_flight": sum(one.held for one in snapshot.processes),
         "waiting": sum(one.waiting for one in snapshot.tenants),

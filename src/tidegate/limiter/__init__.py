@@ -45,6 +45,7 @@ from tidegate.limiter.policy import (
     DEFAULT_PRIORITY,
     MAX_BOUND,
     MAX_LEASE_MS,
+    MEASURES_OF_SHARES,
     RESERVES,
     SOURCES,
     UNITS,
@@ -55,6 +56,7 @@ from tidegate.limiter.policy import (
     Change,
     Concurrency,
     Demand,
+    FairBy,
     Limit,
     OnConflict,
     PoolPolicy,
@@ -68,9 +70,10 @@ from tidegate.limiter.policy import (
     Weights,
     as_limit,
     check_tenant,
+    next_midnight_ms,
 )
 from tidegate.limiter.queue import SPARE_MS
-from tidegate.limiter.session import Observer, State, next_midnight_ms
+from tidegate.limiter.session import Observer, State
 from tidegate.limiter.sync import SyncLimiter, SyncPermit, ThreadPermit
 from tidegate.limiter.views import (
     LimitView,
@@ -89,6 +92,7 @@ __all__ = [
     "DEFAULT_PRIORITY",
     "MAX_BOUND",
     "MAX_LEASE_MS",
+    "MEASURES_OF_SHARES",
     "RESERVES",
     "SOURCES",
     "SPARE_MS",
@@ -107,6 +111,7 @@ __all__ = [
     "Demand",
     "DemandImpossible",
     "DetachedPermit",
+    "FairBy",
     "LeaseLost",
     "Limit",
     "LimitPaused",

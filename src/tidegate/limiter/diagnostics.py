@@ -24,9 +24,9 @@ from redis.exceptions import RedisError
 from tidegate.errors import LimiterUnavailable
 from tidegate.limiter._compat import close_now
 from tidegate.limiter.connection import Link, LinkDown
+from tidegate.limiter.flow import flow_of
 from tidegate.limiter.messages import SHAPES, InspectReply, Keyspace, load, pack
 from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import flow_of
 from tidegate.limiter.topology import Server
 from tidegate.limiter.views import Snapshot, read_snapshot
 

@@ -60,7 +60,7 @@ class WaitingLine:
     free: when a rate gets back how much. even, pace: of a smoothed rate, in microseconds. amount:
     what a call takes on average; amounts: what each of the first calls takes, of those before the
     one that is asked about. width: of the buckets in which a rate is counted, 0 where each
-    admission is.
+    admission is. use: what shares count of a call, 0 where that is the time that it takes.
     """
 
     now_ms: int
@@ -83,6 +83,7 @@ class WaitingLine:
     amount: int
     amounts: Sequence[int] = ()
     width: int = 0
+    use: int = 0
 
     def estimate(self, ahead: int, cost_ms: float = 0, amount: int | None = None) -> WaitEstimate:
         """For a call with `ahead` calls of its own tenant before it. cost_ms: how long calls take,
@@ -90,15 +91,16 @@ class WaitingLine:
         if self.sort != "c":
             return self._of_rate(ahead, cost_ms, self.amount if amount is None else amount)
         usual_ms = self._usual_ms() or cost_ms
-        distance = self.tag - self.virtual + ahead * usual_ms * _UNITS / self.weight
-        others = sum(self._before(distance, rival, usual_ms) for rival in self.rivals)
+        use = self.use or usual_ms
+        distance = self.tag - self.virtual + ahead * use * _UNITS / self.weight
+        others = sum(self._before(distance, rival, use) for rival in self.rivals)
         before = ahead + others + self.above
         if self.bound <= 0 or usual_ms <= 0:
             wait_ms = self.paused_ms or None
             return WaitEstimate(wait_ms, before, is_certain=self.paused_ms > 0)
-        own = usual_ms * _UNITS / self.weight
+        own = use * _UNITS / self.weight
         weights = self.weight + sum(rival.weight for rival in self.rivals)
-        speed = self.bound * _UNITS / weights
+        speed = self.bound * _UNITS * use / usual_ms / weights
         measured = self._speed(MEASURED_MS)
         if measured is not None:
             known = min(1.0, measured[1] / TRUSTED_MS) if not self.above else 1.0
@@ -132,24 +134,24 @@ class WaitingLine:
         age_ms, virtual = max(usable)
         return ((self.virtual - virtual) / age_ms, age_ms) if self.virtual > virtual else None
 
-    def _before(self, distance: float, rival: Rival, usual_ms: float) -> int:
+    def _before(self, distance: float, rival: Rival, use: float) -> int:
         """How many calls of another tenant are admitted before ours. One that has several waiting
         goes on asking; a single call may have been the only one."""
         gap = distance - (rival.tag - self.virtual)
         if gap < 0 or not rival.waiting:
             return 0
-        if usual_ms <= 0:
+        if use <= 0:
             return rival.waiting
-        count = 1 + int(gap * rival.weight / (usual_ms * _UNITS))
+        count = 1 + int(gap * rival.weight / (use * _UNITS))
         return min(count, rival.waiting) if rival.waiting == 1 else count
 
     def _of_rate(self, ahead: int, cost_ms: float, amount: int) -> WaitEstimate:
         """By the window, the pace and the reset of a rate or a day quota."""
         is_certain = not self.rivals and not self.above
         if self.above or self.bound <= 0 or ahead > _MOST_SIMULATED:
-            usual_ms = self._usual_ms() or cost_ms
-            distance = self.tag - self.virtual + ahead * usual_ms * _UNITS / self.weight
-            others = sum(self._before(distance, rival, usual_ms) for rival in self.rivals)
+            use = self.use or self._usual_ms() or cost_ms
+            distance = self.tag - self.virtual + ahead * use * _UNITS / self.weight
+            others = sum(self._before(distance, rival, use) for rival in self.rivals)
             before = ahead + others + self.above
             wait_ms = self._by_total(before, amount)
         else:
@@ -231,7 +233,7 @@ class _RateQueue:
         amounts = deque(rival.amounts)
         usual = round(sum(amounts) / len(amounts)) if amounts else self._line.amount
         order = (-rival.is_first if number else 0, number)
-        step = self._cost_ms * _UNITS / max(1, rival.weight)
+        step = (self._line.use or self._cost_ms) * _UNITS / max(1, rival.weight)
         return _TenantCalls(rival.tag, step, order, rival.waiting, amounts, usual, goes_on)
 
     def run(self) -> tuple[float, int]:
@@ -301,5 +303,5 @@ class _RateQueue:
 
 def read_line(values: list[Any]) -> WaitingLine:
     """The line in an answer of `position`."""
-    line = WaitingLine(*values[:20])
+    line = WaitingLine(*values[:21])
     return replace(line, rivals=[Rival(*row[:5]) for row in line.rivals])

@@ -231,7 +231,7 @@ class Join:
     """What a process says when it enters a pool, for the first time or again.
 
     policy: the newest policy it knows, and who made it. name: the process, for people. held:
-    (ticket, flow, seq, hard_ms, cost_ms) of every call that it holds open. lapsing: (member,
+    (ticket, flow, seq, hard_ms, use) of every call that it holds open. lapsing: (member,
     left_ms) of permits held over for dead sessions, as last seen. spent: (limit, spent as last
     seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said). roster: the sessions
     that were there, if we can vouch for that. base: the policy that was in force before, if known.
@@ -262,6 +262,7 @@ class Join:
             "lease_ms": self.policy.lease_ms,
             "hold": self.policy.on_expiry == "hold",
             "hand_off": self.policy.hand_off,
+            "fair_by": self.policy.fair_by,
             "reap_ms": self.policy.reap_closed_ms,
             "by": self.by,
             "blob": blob,
@@ -322,11 +323,14 @@ class SyncRequest:
 
     transfers: from, to, seq, hard_ms, flow, member, outcome, took_ms. releases: ticket, flow,
     outcome, took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow,
-    member. enqueues: flow, member. wants: flow, cost_ms. A member is
-    ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
+    member. enqueues: flow, member. wants: flow, cost_ms, use. A member is
+    ticket|hard_ms|use|amounts. looks: flows under whose limits somebody might be admitted.
     told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
     ms that each enqueue may wait, 0 where not known, negative where no estimate is to refuse it
-    before. firm: limits of which nothing is returned."""
+    before. firm: limits of which nothing is returned. uses: ticket, micro-dollars, of ended calls
+    where shares are in cost and theirs is known.
+
+    `use` is in what shares are measured in: ms, micro-dollars, or CALL_USE."""
 
     sid: str
     gen: int
@@ -341,7 +345,7 @@ class SyncRequest:
     full: bool = False
     leave: bool = False
     flows: list[str] = field(default_factory=list)
-    wants: list[tuple[int, int]] = field(default_factory=list)
+    wants: list[tuple[int, int, int]] = field(default_factory=list)
     resets: dict[str, int] = field(default_factory=dict)
     join: Join | None = None
     transfers: list[tuple[int, int, int, int, int, str, int, int]] = field(default_factory=list)
@@ -355,6 +359,7 @@ class SyncRequest:
     asks: list[int] = field(default_factory=list)
     lefts: list[int] = field(default_factory=list)
     firm: list[str] = field(default_factory=list)
+    uses: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Whole(NamedTuple):
@@ -484,8 +489,8 @@ SESSION_KEEP = "2 h after its session's last sync; gone with the session"
 SHAPES = (
     KeyShape("meta", "hash",
              "run epoch began recover_until clock seq changes revision lease_ms hold bands "
-             "queue_max hand_off reap_ms policy parked timed_at starving reap_at sessions roster "
-             "fresh empty vouched; per limit d: definition, u: used, "
+             "queue_max hand_off fair_by reap_ms policy parked timed_at starving reap_at sessions "
+             "roster fresh empty vouched; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, and under a rate from:passed in "
              "microseconds, between which it accrues its share, and held:used in ms, when it "
              "last found no room and last used the limit; p: pause, g: gate, a: adapted, "
@@ -523,7 +528,7 @@ SHAPES = (
     KeyShape("quota:", "hash", "per limit: used reset_at", "1 h after its reset", True),
     KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; full: "
              "ms|rate at which its waiters keep their turn until it acknowledges; at:flow -> "
-             "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
+             "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|use|charges|flow",
              SESSION_KEEP, True),
     KeyShape("progress:", "list", "per limit|band: ms|virtual time|cost_ms while calls wait",
              "1 min and two leases", True),
@@ -533,7 +538,7 @@ SHAPES = (
              "seconds: as long as the claim holds", True),
     KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to come",
              SESSION_KEEP, True),
-    KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",
+    KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|use|amounts by stamp",
              SESSION_KEEP, True),
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ from tidegate.errors import (
     TidegateError,
     UpstreamTimeout,
 )
+from tidegate.limiter.flow import Flow, Holding, Waiter
 from tidegate.limiter.messages import too_late
 from tidegate.limiter.policy import (
     DEFAULT_PRIORITY,
@@ -38,7 +39,7 @@ from tidegate.limiter.policy import (
     check_tenant,
     unknown_limit,
 )
-from tidegate.limiter.queue import Flow, Holding, LocalQueue, Waiter
+from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Clock, Session, Timer
 
 Outcome = Literal["success", "ignored", "dropped"]
@@ -123,6 +124,7 @@ class PermitIssuer:
         waiter = self._queue.ask(
             flow,
             amounts=flow.amounts(demand) if flow.rates else "",
+            use=flow.use_of(demand) if flow.fair_by != "seconds" else 0,
             hard_ms=max(1, demand.hard_ms),
             now_ms=at,
             deadline_ms=inf if deadline_ms is None else at + deadline_ms,
@@ -215,6 +217,7 @@ class PermitIssuer:
             actual=flow.actual(used) if flow.rates else "",
             now_ms=self._clock.now_ms(),
             usage_later=usage_later,
+            use=None if usage_later else flow.cost_of(used),
         )
         if self._session.state == "away":
             self._session.admit_locally()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from math import ceil
 from typing import Any, Literal, cast, get_args
@@ -24,6 +25,7 @@ from tidegate.errors import ConfigError, PolicyConflict
 WhenAway = Literal["closed", "local"]
 OnLost = Literal["finish", "cancel"]
 OnExpiry = Literal["reuse", "hold"]
+FairBy = Literal["seconds", "calls", "cost"]
 Unit = Literal[
     "requests",
     "tokens",
@@ -40,6 +42,7 @@ Source = Literal["set", "imported", "learned"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 RESERVES: tuple[Reserve, ...] = get_args(Reserve)
 SOURCES: tuple[Source, ...] = get_args(Source)
+MEASURES_OF_SHARES: tuple[FairBy, ...] = get_args(FairBy)
 MOST_WEIGHT = 1_000.0
 MIN_LEASE_MS = 200
 MAX_LEASE_MS = 600_000
@@ -49,6 +52,11 @@ DEFAULT_HARD_MS = 600_000
 # Above so many requests in a window the exact log of admissions gives way to buckets.
 MAX_LOG = 10_000
 BUCKETS = 60
+# Shares in calls: each counts as much as a second of use.
+CALL_USE = 1_000
+# Shares in cost, in micro-dollars: what a call counts at least, so that calls that cost nothing
+# keep nobody waiting for ever; at most; and where neither a price nor tokens are known.
+LEAST_USE, MOST_USE, UNKNOWN_USE = 10, 1_000_000_000, 1_000
 ARRIVAL_SLACK_MS = 500
 # A limit of such a scope that no policy names has no bound: it is the place of a pause.
 IMPLICIT_SCOPES = ("model:", "upstream:")
@@ -194,6 +202,8 @@ class PoolPolicy:
         waiting for the lease; 0 never does. Safe only where a cut network is not to be feared.
     hand_off: whether a process may pass a freed permit to its own next waiter when that one is
         among the next in the pool's order; off makes the order of waiters exact.
+    fair_by: what the shares of tenants are measured in: the time of use of permits, admitted calls,
+        or what calls cost.
     Raises ConfigError for a value that is out of range.
     """
 
@@ -208,6 +218,7 @@ class PoolPolicy:
     queue_per_tenant: int = 100_000
     reap_closed_ms: int = 0
     hand_off: bool = True
+    fair_by: FairBy = "seconds"
 
     def __post_init__(self) -> None:
         for name, limit in self.limits.items():
@@ -225,6 +236,9 @@ class PoolPolicy:
         _check_whole("queue_per_tenant", self.queue_per_tenant, 1, 10_000_000)
         _check_whole("reap_closed_ms", self.reap_closed_ms, 0, MAX_LEASE_MS)
         _check_bands(self.bands)
+        if self.fair_by not in MEASURES_OF_SHARES:
+            allowed = f"one of {', '.join(MEASURES_OF_SHARES)}"
+            raise ConfigError("fair_by", str(self.fair_by), allowed)
 
     def limit(self, name: str) -> Limit | None:
         """The limit of that id, or None where there is none."""
@@ -257,7 +271,7 @@ class PoolPolicy:
 
     def pack(self) -> bytes:
         """The same bytes for the same policy, whatever the order of its limits."""
-        fields = [
+        fields: list[Any] = [
             self.revision,
             self.lease_ms,
             self.when_away,
@@ -270,13 +284,15 @@ class PoolPolicy:
             self.reap_closed_ms,
             self.hand_off,
         ]
+        if self.fair_by != "seconds":  # else the bytes are those of earlier versions
+            fields.append(self.fair_by)
         return cast(bytes, msgpack.packb(fields))
 
     @classmethod
     def unpack(cls, blob: bytes) -> PoolPolicy:
         """The inverse of `pack`. Fields that a later version added are ignored."""
         revision, lease_ms, when_away, on_lost, on_expiry, limits, *rest = msgpack.unpackb(blob)
-        weights, bands, queue_per_tenant, reap_closed_ms, hand_off, *_ = rest
+        weights, bands, queue_per_tenant, reap_closed_ms, hand_off, *more = rest
         return cls(
             limits={name: _unpack_limit(packed) for name, packed in limits},
             lease_ms=lease_ms,
@@ -289,6 +305,7 @@ class PoolPolicy:
             queue_per_tenant=queue_per_tenant,
             reap_closed_ms=reap_closed_ms,
             hand_off=hand_off,
+            fair_by=more[0] if more else "seconds",
         )
 
 
@@ -434,6 +451,14 @@ def _unpack_counting(packed: list[Any]) -> dict[str, Any]:
     return {"weights": found, "reserve": reserve, "settles": settles}
 
 
+def next_midnight_ms(zone: str, now_ms: float) -> int:
+    """The next midnight in a time zone, in ms since 1970."""
+    local = datetime.fromtimestamp(now_ms / 1000, UTC).astimezone(ZoneInfo(zone))
+    day = (local + timedelta(days=1)).date()
+    midnight = datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone))
+    return int(midnight.timestamp() * 1000)
+
+
 # Of how many limits the names are shown to a caller who asks for one that is unknown.
 _KNOWN_SHOWN = 8
 
@@ -484,6 +509,16 @@ def amount_of(limit: Rate | Quota, amounts: CallUse | Demand) -> int | None:
         return amounts.cost_micros
     tokens = amounts.tokens
     return None if tokens is None else _tokens_counted(limit, tokens)
+
+
+def use_by_cost(use: CallUse | Demand) -> int | None:
+    """What a call counts where shares are measured in cost, in micro-dollars; None where that is
+    not known. A call without a price, or with one of 0, counts its tokens, at $1 per million."""
+    tokens = use.tokens.total if use.tokens is not None else 0
+    known = use.cost_micros or tokens
+    if not known and (use.cost_micros is None or isinstance(use, Demand)):
+        return None
+    return min(max(known, LEAST_USE), MOST_USE)
 
 
 def amount_to_reserve(limit: Rate | Quota, demand: Demand) -> int | None:
@@ -585,7 +620,7 @@ _SHOWN = 3
 
 _FIELDS = (
     *("lease_ms", "when_away", "on_lost", "on_expiry"),
-    *("bands", "queue_per_tenant", "reap_closed_ms", "hand_off"),
+    *("bands", "queue_per_tenant", "reap_closed_ms", "hand_off", "fair_by"),
 )
 
 

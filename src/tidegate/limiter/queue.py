@@ -11,294 +11,25 @@ of comparison.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import nlargest
 from itertools import count, islice
-from math import ceil, inf
+from math import inf
 from typing import TypeVar
 
-from tidegate.errors import DemandImpossible
-from tidegate.limiter.messages import OUTCOMES, USAGE_LATER, Hint
-from tidegate.limiter.policy import (
-    CallUse,
-    Concurrency,
-    Demand,
-    Limit,
-    PoolPolicy,
-    Quota,
-    Rate,
-    amount_of,
-    amount_to_reserve,
-    unknown_limit,
+from tidegate.limiter.flow import (
+    VIRTUAL_UNITS,
+    Flow,
+    Holding,
+    MessageBatch,
+    Release,
+    Transfer,
+    Waiter,
 )
-
-_UNKNOWN = CallUse()
-# What a call is taken to last before the first one of its flow has ended.
-FIRST_COST_MS = 1000.0
-_LEARN = 1 / 8
-# Of virtual time in a ms of use by a tenant of weight 1.
-VIRTUAL_UNITS = 100_000
-
-
-def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
-    """The name of a flow; `band` counts from 1, the highest."""
-    return f"{band}|{tenant}|{' '.join(limits)}"
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class Flow:
-    """See the module. Read from the policy by `refresh`:
-
-    quotas: (limit, zone). rates: whether any limit is more than a concurrency. plain: whether its
-    permits may be passed on in the process. slack_ms: how much later than admitted its calls may be
-    sent. firm: limits that get nothing back when calls end, where the server does not know.
-    unnamed: the first limit that the policy does not name.
-
-    Learned from calls and replies: cost_ms, how long its calls last; rest_ms, what was rounded off
-    the last one; held_up_by, the limit that it waits for, of which so much is `used`; room_at_ms,
-    when there is room for its first waiter, 0 while not known; hint, which permits may be passed on
-    to it.
-    """
-
-    band: int
-    tenant: str
-    limits: tuple[str, ...]
-    key: str = field(init=False)
-    # Permits may be passed on between flows of one lane and band.
-    lane: tuple[int, tuple[str, ...]] = field(init=False)
-    waiting: dict[int, Waiter] = field(default_factory=dict)
-    held: int = 0
-    cost_ms: float = FIRST_COST_MS
-    rest_ms: float = 0.0
-    hint: Hint | None = None
-    held_up_by: str | None = None
-    room_at_ms: float = 0.0
-    used: int = 0
-    revision: int = -1
-    rules: tuple[Limit, ...] = ()
-    rates: bool = False
-    plain: bool = False
-    quotas: tuple[tuple[str, str], ...] = ()
-    firm: tuple[str, ...] = ()
-    slack_ms: float = inf
-    unnamed: str | None = None
-    weight: int = 1
-
-    def __post_init__(self) -> None:
-        self.key = flow_of(self.band, self.tenant, self.limits)
-        self.lane = (self.band, self.limits)
-
-    def __repr__(self) -> str:
-        return f"<Flow {self.key} waiting={len(self.waiting)} held={self.held}>"
-
-    def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
-        """Read what the policy says. Raises DemandImpossible for a limit that admits no call."""
-        found = [policy.binding(name) for name in self.limits]
-        for name, limit in zip(self.limits, found, strict=True):
-            if limit is None:
-                raise DemandImpossible(unknown_limit(name, policy, pool), limit=name)
-            if limit.bound == 0:
-                raise DemandImpossible(f"limit {name!r} is 0: it admits no call", limit=name)
-        self.rules = tuple(limit for limit in found if limit is not None)
-        named = policy.limits
-        self.unnamed = next((name for name in self.limits if name not in named), None)
-        self.plain = policy.hand_off and all(
-            isinstance(limit, Concurrency) and not limit.adaptive for limit in self.rules
-        )
-        rated = {
-            name: limit
-            for name, limit in zip(self.limits, self.rules, strict=True)
-            if not isinstance(limit, Concurrency)
-        }
-        self.rates = bool(rated)
-        self.quotas = tuple((n, q.zone) for n, q in rated.items() if isinstance(q, Quota))
-        self.firm = tuple(
-            name
-            for name, limit in rated.items()
-            if limit.unit == "requests" and not (isinstance(limit, Rate) and limit.exact)
-        )
-        slacks = [limit.slack for limit in self.rules if isinstance(limit, Rate)]
-        self.slack_ms = min(slacks, default=inf)
-        self.weight = policy.weights.get(self.tenant, 1)
-        self.revision = policy.revision
-
-    def amounts(self, demand: Demand) -> str:
-        """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
-
-        Clamped to what a limit can ever give. Raises ValueError where a limit counts something and
-        the demand does not say how much.
-        """
-        if not self.rates:
-            return ""
-        parts = []
-        for name, limit in zip(self.limits, self.rules, strict=True):
-            amount: int | None = 1
-            if not isinstance(limit, Concurrency):
-                amount = amount_to_reserve(limit, demand)
-                if amount is None:
-                    said = "cost_micros=" if limit.unit == "usd" else "tokens="
-                    raise ValueError(f"{name} counts {limit.unit}: say {said}")
-                amount = min(max(0, amount), limit.bound)
-            parts.append(str(amount))
-        return ",".join(parts)
-
-    def actual(self, used: CallUse) -> str:
-        """What a call really used, `-` where it is not known or is not settled: empty where
-        nothing is to be said."""
-        if not self.rates or used == _UNKNOWN:
-            return ""
-        parts = []
-        for limit in self.rules:
-            amount = None
-            if not isinstance(limit, Concurrency) and limit.settles and limit.unit != "requests":
-                amount = amount_of(limit, used)
-            parts.append("-" if amount is None else str(max(0, amount)))
-        return ",".join(parts)
-
-    def spends(self, amounts: str) -> Mapping[str, int]:
-        """What an admission takes of the limits that are not concurrencies. Asked for before one
-        of them became a rate it may say nothing of amounts: 1 of each, as the server takes it."""
-        if not self.rates:
-            return {}
-        said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
-        found = zip(self.limits, self.rules, said, strict=True)
-        return {name: amount for name, limit, amount in found
-                if not isinstance(limit, Concurrency)}  # fmt: skip
-
-    def learn(self, took_ms: float) -> None:
-        """A call of this flow lasted so long."""
-        if self.cost_ms == FIRST_COST_MS:
-            self.cost_ms = max(1.0, took_ms)
-        else:
-            self.cost_ms += (max(1.0, took_ms) - self.cost_ms) * _LEARN
-
-    def whole_ms(self, took_ms: float) -> int:
-        """How long a call lasted, in whole ms: what is rounded off counts for the next one."""
-        exact_ms = took_ms + self.rest_ms
-        whole_ms = max(1, round(exact_ms))
-        self.rest_ms = max(-1.0, exact_ms - whole_ms)
-        return whole_ms
-
-    def first(self) -> Waiter | None:
-        """The first waiter whose task has not been cancelled in this very moment."""
-        for waiter in self.waiting.values():
-            if not waiter.future.done():
-                return waiter
-        return None
-
-    def next_by_hint(self) -> tuple[int, Waiter | None] | None:
-        """The virtual start of the first waiter, and the waiter if a permit of ours may admit it:
-        not one that comes too late for that. None where there is no hint, or the place of the
-        waiter is not known yet: its tenant keeps its own, and is asked again when it is."""
-        hint = self.hint
-        waiter = None if hint is None else self.first()
-        if hint is None or waiter is None or waiter.stamp == 0:
-            return None
-        start = hint.tag + (waiter.stamp - hint.head) * hint.step
-        return start, waiter if waiter.stamp <= hint.horizon else None
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """A ticket in the queue. `deadline_ms` and `asked_ms` are of the lease's clock; `member` is the
-    ticket as the server keeps it; `stamp` its place there, 0 while unknown. `once`: it takes the
-    first answer for its last. `by_estimate`: it is refused early where an estimate says that it
-    would not be admitted before its deadline, by a clear margin."""
-
-    ticket: int
-    flow: Flow
-    member: str
-    hard_ms: int
-    cost_ms: int
-    asked_ms: float
-    deadline_ms: float
-    future: asyncio.Future[Holding]
-    once: bool = False
-    by_estimate: bool = False
-    sent: bool = False
-    stamp: int = 0
-
-    @property
-    def amounts(self) -> str:
-        return self.member.rpartition("|")[2]
-
-
-@dataclass(slots=True, eq=False)
-class Holding:
-    """A permit in use. `admitted_ms` is when the server admitted it, at the earliest; `on_fence`
-    cancels the body that uses it."""
-
-    ticket: int
-    flow: Flow
-    epoch: int
-    seq: int
-    cost_ms: int
-    held_from_ms: float
-    admitted_ms: float
-    hard_until_ms: float
-    waited_ms: float
-    fenced: bool = False
-    on_fence: Callable[[], None] | None = None
-
-    def hard_left_ms(self, now_ms: float) -> int:
-        return max(1, int(self.hard_until_ms - now_ms))
-
-
-@dataclass(slots=True)
-class Release:
-    """A permit released. `sent` once it has been in a batch, which may have arrived."""
-
-    ticket: int
-    flow: Flow
-    epoch: int
-    seq: int
-    outcome: int
-    took_ms: int
-    actual: str
-    sent: bool = False
-
-
-# Not frozen, as all else of its kind: each call would pay for that.
-@dataclass(slots=True)
-class Transfer:
-    """A permit passed on inside the process: what the server counts under `source` is `heir`'s.
-    The call before ended by `outcome` after `took_ms`. Nobody changes it."""
-
-    source: int
-    heir: Holding
-    member: str
-    outcome: int
-    took_ms: int
-
-
-@dataclass(slots=True)
-class MessageBatch:
-    """What one call of the script carries; kept until it is known to have arrived."""
-
-    joining: bool = False
-    held: list[Holding] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-    releases: list[Release] = field(default_factory=list)
-    settles: list[tuple[int, str]] = field(default_factory=list)
-    cancels: list[tuple[int, Flow | None, str]] = field(default_factory=list)
-    enqueues: list[Waiter] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        said = len(self.transfers) + len(self.releases) + len(self.settles)
-        return said + len(self.cancels) + len(self.enqueues)
-
-    def lefts(self, at_ms: float, *, pauses: bool) -> list[int]:
-        """By enqueue, for how long it may wait, where time alone may keep it from its turn, or an
-        estimate may refuse it, which is not to where it is negative; nothing where all are 0."""
-        lefts = [
-            max(1, ceil(w.deadline_ms - at_ms)) * (1 if w.by_estimate else -1)
-            if (w.flow.rates or pauses or w.by_estimate) and w.deadline_ms != inf and not w.once
-            else 0
-            for w in self.enqueues
-        ]
-        return lefts if any(lefts) else []
+from tidegate.limiter.messages import OUTCOMES, USAGE_LATER, Hint
+from tidegate.limiter.policy import Concurrency, PoolPolicy, Quota, Rate, share_of
 
 
 @dataclass(slots=True)
@@ -367,6 +98,48 @@ def _count_down(counter: Counter[str], names: Iterable[str]) -> None:
 
 def _new_future() -> asyncio.Future[Holding]:
     return asyncio.get_running_loop().create_future()
+
+
+_DAY_MS = 86_400_000
+
+
+class LocalShare:
+    """What may be admitted without asking, and what of rates and quotas was."""
+
+    def __init__(self) -> None:
+        # limit -> (ms, amount) of what was admitted here
+        self._spent: dict[str, deque[tuple[float, int]]] = {}
+
+    def allows(
+        self,
+        waiter: Waiter,
+        policy: PoolPolicy,
+        sessions: int,
+        held: Mapping[str, int],
+        at_ms: float,
+    ) -> bool:
+        """Whether our share of every limit has room, beside the permits `held` of it; what is taken
+        of rates is noted."""
+        spends = waiter.flow.spends(waiter.amounts)
+        for name in waiter.flow.limits:
+            limit = policy.binding(name)
+            if limit is None:
+                return False
+            used = held.get(name, 0) + 1
+            if not isinstance(limit, Concurrency):
+                used = self._used(name, limit, at_ms) + spends.get(name, 0)
+            if used > share_of(limit.bound, sessions):
+                return False
+        for name, amount in spends.items():
+            self._spent.setdefault(name, deque()).append((at_ms, amount))
+        return True
+
+    def _used(self, name: str, limit: Rate | Quota, at_ms: float) -> int:
+        span_ms = _DAY_MS if isinstance(limit, Quota) else limit.window_ms + limit.slack
+        spent = self._spent.setdefault(name, deque())
+        while spent and spent[0][0] + span_ms <= at_ms:
+            spent.popleft()
+        return sum(each for _, each in spent)
 
 
 class LocalQueue:
@@ -461,18 +234,20 @@ class LocalQueue:
         flow: Flow,
         *,
         amounts: str = "",
+        use: int = 0,
         hard_ms: int,
         now_ms: float,
         deadline_ms: float,
         once: bool = False,
         by_estimate: bool = False,
     ) -> Waiter:
-        """A new waiter at the end of its flow; admitted immediately by a permit that is spare."""
-        ticket, cost_ms = next(self._tickets), round(flow.cost_ms)
-        member = f"{ticket}|{hard_ms}|{cost_ms}|{amounts}"
+        """A new waiter at the end of its flow; admitted immediately by a permit that is spare.
+        `use`: what it will probably use, if not as long as the last calls took."""
+        ticket, use = next(self._tickets), use or round(flow.cost_ms)
+        member = f"{ticket}|{hard_ms}|{use}|{amounts}"
         future = self._new_future()
         waiter = Waiter(
-            ticket, flow, member, hard_ms, cost_ms, now_ms, deadline_ms, future, once, by_estimate
+            ticket, flow, member, hard_ms, use, now_ms, deadline_ms, future, once, by_estimate
         )
         if not flow.waiting and self.idle and self._take_spare(waiter, now_ms):
             return waiter
@@ -496,7 +271,9 @@ class LocalQueue:
             return False
         release = self._releases.pop(spare.popitem()[0])
         heir = self._hold(waiter, release.epoch, release.seq + 1, now_ms)
-        self._transfers.append(Transfer(release.ticket, heir, "", release.outcome, release.took_ms))
+        self._transfers.append(
+            Transfer(release.ticket, heir, "", release.outcome, release.took_ms, release.use)
+        )
         self.counts.handed_on += 1
         return True
 
@@ -537,7 +314,14 @@ class LocalQueue:
     # -- releasing and passing on
 
     def release(
-        self, ticket: int, *, outcome: str, actual: str, now_ms: float, usage_later: bool = False
+        self,
+        ticket: int,
+        *,
+        outcome: str,
+        actual: str,
+        now_ms: float,
+        usage_later: bool = False,
+        use: int | None = None,
     ) -> None:
         """Return a permit, or pass it on to the next waiter here where that is fair."""
         holding = self.held.pop(ticket, None)
@@ -551,9 +335,8 @@ class LocalQueue:
             flow.learn(took_ms)
         whole_ms = flow.whole_ms(took_ms)
         later = USAGE_LATER if usage_later else 0
-        release = Release(
-            ticket, flow, holding.epoch, holding.seq, OUTCOMES[outcome] + later, whole_ms, actual
-        )
+        ended = OUTCOMES[outcome] + later
+        release = Release(ticket, flow, holding.epoch, holding.seq, ended, whole_ms, actual, use)
         self.parting.add(ticket)
         if holding.fenced or not self._pass_on(release, now_ms):
             self._releases[ticket] = release
@@ -578,7 +361,7 @@ class LocalQueue:
         holding = self._hold(heir, release.epoch, release.seq + 1, now_ms)
         member = heir.member if heir.sent else ""  # in no queue yet
         self._transfers.append(
-            Transfer(release.ticket, holding, member, release.outcome, release.took_ms)
+            Transfer(release.ticket, holding, member, release.outcome, release.took_ms, release.use)
         )
         if self.recycling:
             self.counts.recycled += 1
@@ -613,7 +396,7 @@ class LocalQueue:
             return None
         waiter = min(found)[4]
         chosen = waiter.flow
-        self._local_tags[chosen.tenant] += waiter.cost_ms * VIRTUAL_UNITS // chosen.weight
+        self._local_tags[chosen.tenant] += waiter.use * VIRTUAL_UNITS // chosen.weight
         return waiter
 
     def recycle_unsent(self, now_ms: float) -> None:
@@ -688,7 +471,7 @@ class LocalQueue:
             flow,
             epoch,
             seq,
-            waiter.cost_ms,
+            waiter.use,
             now_ms,
             now_ms if admitted_ms is None else admitted_ms,
             now_ms + waiter.hard_ms,
@@ -705,6 +488,11 @@ class LocalQueue:
         if not waiter.future.done():
             waiter.future.set_result(holding)
         return holding
+
+    def forget_uses(self) -> None:
+        """Shares are measured in something else from now on."""
+        for holding in self.held.values():
+            holding.use = 0
 
     def fence(self) -> int:
         """Our session is gone: cancel every body. They stay here until they have ended."""

@@ -20,11 +20,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from math import inf
 from secrets import token_hex
 from typing import Any, Generic, Literal, Protocol, TypeVar
-from zoneinfo import ZoneInfo
 
 from tidegate.errors import (
     AdmissionError,
@@ -33,6 +31,7 @@ from tidegate.errors import (
     DemandImpossible,
     QueueFull,
 )
+from tidegate.limiter.flow import Flow, MessageBatch, Waiter
 from tidegate.limiter.messages import (
     Barred,
     Join,
@@ -43,8 +42,15 @@ from tidegate.limiter.messages import (
     Whole,
     too_early,
 )
-from tidegate.limiter.policy import BUCKETS, Concurrency, Limit, PoolPolicy, Quota, Rate, share_of
-from tidegate.limiter.queue import Flow, LocalQueue, MessageBatch, Traffic, Waiter
+from tidegate.limiter.policy import (
+    BUCKETS,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Rate,
+    next_midnight_ms,
+)
+from tidegate.limiter.queue import LocalQueue, LocalShare, Traffic
 
 State = Literal["up", "away", "recovering"]
 
@@ -75,14 +81,6 @@ class Observer:
 VOUCH_SHARE = 0.4
 # How many comparisons tell how far ahead the server's clock is: about one and a third leases.
 AHEAD_KEPT = 4
-
-
-def next_midnight_ms(zone: str, now_ms: float) -> int:
-    """The next midnight in a time zone, in ms since 1970."""
-    local = datetime.fromtimestamp(now_ms / 1000, UTC).astimezone(ZoneInfo(zone))
-    day = (local + timedelta(days=1)).date()
-    midnight = datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone))
-    return int(midnight.timestamp() * 1000)
 
 
 _DAY_MS = 86_400_000
@@ -282,45 +280,6 @@ class Remembered:
         return before if before is not None and before.revision < policy.revision else None
 
 
-class LocalShare:
-    """What may be admitted without asking, and what of rates and quotas was."""
-
-    def __init__(self) -> None:
-        # limit -> (ms, amount) of what was admitted here
-        self._spent: dict[str, deque[tuple[float, int]]] = {}
-
-    def allows(
-        self,
-        waiter: Waiter,
-        policy: PoolPolicy,
-        sessions: int,
-        held: Mapping[str, int],
-        at_ms: float,
-    ) -> bool:
-        """Whether our share of every limit has room, beside the permits `held` of it; what is taken
-        of rates is noted."""
-        spends = waiter.flow.spends(waiter.amounts)
-        for name in waiter.flow.limits:
-            limit = policy.binding(name)
-            if limit is None:
-                return False
-            used = held.get(name, 0) + 1
-            if not isinstance(limit, Concurrency):
-                used = self._used(name, limit, at_ms) + spends.get(name, 0)
-            if used > share_of(limit.bound, sessions):
-                return False
-        for name, amount in spends.items():
-            self._spent.setdefault(name, deque()).append((at_ms, amount))
-        return True
-
-    def _used(self, name: str, limit: Rate | Quota, at_ms: float) -> int:
-        span_ms = _DAY_MS if isinstance(limit, Quota) else limit.window_ms + limit.slack
-        spent = self._spent.setdefault(name, deque())
-        while spent and spent[0][0] + span_ms <= at_ms:
-            spent.popleft()
-        return sum(each for _, each in spent)
-
-
 FENCE_SHARE = 0.8
 # More than FENCE_SHARE and the third of a lease from one renewal to the next.
 ALL_LAPSED_SHARE = 1.25
@@ -405,7 +364,7 @@ def compose(
 
     return {
         "held": [
-            (h.ticket, number(h.flow), h.seq, h.hard_left_ms(at_ms), h.cost_ms) for h in batch.held
+            (h.ticket, number(h.flow), h.seq, h.hard_left_ms(at_ms), h.use) for h in batch.held
         ],
         "transfers": [
             (
@@ -426,7 +385,7 @@ def compose(
         "settles": batch.settles,
         "cancels": [(ticket, number(flow), member) for ticket, flow, member in batch.cancels],
         "enqueues": [(number(w.flow), w.member) for w in batch.enqueues],
-        "wants": [(number(flow), round(flow.cost_ms)) for flow in wanting],
+        "wants": [(number(flow), round(flow.cost_ms), flow.usual_use) for flow in wanting],
         "looks": [number(flow) for flow in looking],
         "lefts": batch.lefts(at_ms, pauses=pauses),
         "flows": list(numbers),
@@ -528,6 +487,8 @@ class Session:
 
     def set_policy(self, policy: PoolPolicy, by: str) -> None:
         """Join again with a newer policy; the session keeps what it holds."""
+        if policy.fair_by != self.policy.fair_by:
+            self._queue.forget_uses()
         self.policy, self.policy_by = policy, by
         self.policy_due = True
         self._forget_hints()
@@ -634,6 +595,7 @@ class Session:
             pages=remembered.places(begin=self._full) if full else {},
             asks=queue.tickets_to_ask_after(MAX_ASKS) if full else [],
             join=join,
+            uses=batch.uses() if self.policy.fair_by == "cost" else [],
             **fields,
         )
         self._full = self._tend = False
@@ -828,6 +790,8 @@ class Session:
             return
         if whole.conflict:
             logger.warning("limiter: another policy of revision %d is in force", newest.revision)
+        if newest.fair_by != self.policy.fair_by:
+            self._queue.forget_uses()
         self.policy = newest
         self.policy_due = False
         self._forget_hints()

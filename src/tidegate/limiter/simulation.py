@@ -12,6 +12,7 @@ from tidegate.limiter.connection import (
     pack_request,
     unpack_reply,
 )
+from tidegate.limiter.flow import Flow, Holding, MessageBatch, Waiter, flow_of
 from tidegate.limiter.limiter import MAX_WAITERS
 from tidegate.limiter.messages import (
     Barred,
@@ -42,14 +43,15 @@ from tidegate.limiter.model.state import (
     read_member,
 )
 from tidegate.limiter.permit import PermitIssuer
-from tidegate.limiter.policy import amount_of
-from tidegate.limiter.queue import Flow, Holding, LocalQueue, MessageBatch, Waiter, flow_of
+from tidegate.limiter.policy import LEAST_USE, amount_of
+from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Clock, Lease, Session
 from tidegate.limiter.views import read_place
 
 __all__ = [
     "BEHIND",
     "DAY_MS",
+    "LEAST_USE",
     "LINGER_HURRIED_S",
     "LINGER_IDLE_S",
     "LINGER_S",

@@ -30,6 +30,7 @@ from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import (
     DEFAULT_BANDS,
     MAX_BOUND,
+    MEASURES_OF_SHARES,
     RESERVES,
     SOURCES,
     UNITS,
@@ -147,6 +148,7 @@ _CHOICES = {
     "when_away": ("closed", "local"),
     "on_lost": ("finish", "cancel"),
     "on_expiry": ("reuse", "hold"),
+    "fair_by": MEASURES_OF_SHARES,
 }
 _POOL_TYPES: dict[str, type] = {
     "lease_ms": int,
@@ -156,6 +158,7 @@ _POOL_TYPES: dict[str, type] = {
     "queue_per_tenant": int,
     "reap_closed_ms": int,
     "hand_off": bool,
+    "fair_by": str,
 }
 _POOL_DEFAULTS = {one.name: one.default for one in fields(PoolPolicy) if one.name in _POOL_TYPES}
 assert MISSING not in _POOL_DEFAULTS.values()

@@ -121,9 +121,11 @@ class Process:
             self.refused(call, error)
             return
         self._asking, call.demand = call, demand
+        to_admit = demand.to_admit(None, MAX_LEASE_MS)
         waiter = self.queue.ask(
             flow,
-            amounts=flow.amounts(demand.to_admit(None, MAX_LEASE_MS)),
+            amounts=flow.amounts(to_admit),
+            use=flow.use_of(to_admit),
             hard_ms=MAX_LEASE_MS,
             now_ms=self.stage.now_ms,
             deadline_ms=self.stage.now_ms + arrival.deadline_ms
@@ -194,6 +196,7 @@ class Process:
                 outcome="success",
                 actual=flow.actual(arrival.use),
                 now_ms=self.stage.now_ms,
+                use=flow.cost_of(arrival.use),
             )
             self._kick()
         usage = Usage(arrival.input_tokens, arrival.output_tokens)

@@ -13,9 +13,10 @@ from typing import Any
 import redis
 
 from tidegate.limiter.connection import pack_request, unpack_reply
+from tidegate.limiter.flow import Waiter
 from tidegate.limiter.messages import Keyspace, load
 from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import LocalQueue, Waiter
+from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Lease, Observer, Session
 
 CLOCK = """

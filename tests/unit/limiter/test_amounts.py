@@ -6,7 +6,15 @@ import pytest
 
 from tidegate.errors import ConfigError
 from tidegate.limiter import CallUse, Demand, PoolPolicy, Quota, Ramp, Rate, Tokens, Weights
-from tidegate.limiter.policy import Limit, amount_of, amount_to_reserve
+from tidegate.limiter.policy import (
+    LEAST_USE,
+    MOST_USE,
+    NOTHING,
+    Limit,
+    amount_of,
+    amount_to_reserve,
+    use_by_cost,
+)
 
 MINUTE_MS = 60_000
 USED = CallUse(Tokens(1000, 50, cached=900, cache_write=60), 2, 30, 790_000)
@@ -28,6 +36,28 @@ USED = CallUse(Tokens(1000, 50, cached=900, cache_write=60), 2, 30, 790_000)
 def test_each_unit_counts_its_own(unit: str, amount: int) -> None:
     assert amount_of(Rate(9, MINUTE_MS, unit), USED) == amount  # type: ignore[arg-type]
     assert amount_of(Quota(9, unit), USED) == amount  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("use", "micros"),
+    [
+        (USED, 790_000),
+        (CallUse(Tokens(1000, 50), cost_micros=None), 1050),
+        (CallUse(Tokens(1000, 50), cost_micros=0), 1050),
+        (CallUse(cost_micros=3), LEAST_USE),
+        (CallUse(cost_micros=0), LEAST_USE),
+        (NOTHING, LEAST_USE),
+        (CallUse(cost_micros=10**12), MOST_USE),
+        (CallUse(), None),
+        (Demand(("kind:x",), cost_micros=790), 790),
+        (Demand(("kind:x",), tokens=Tokens(100, 20), cost_micros=0), 120),
+        (Demand(("kind:x",), cost_micros=0), None),
+    ],
+)
+def test_shares_of_cost_count_micro_dollars_or_tokens(
+    use: CallUse | Demand, micros: int | None
+) -> None:
+    assert use_by_cost(use) == micros
 
 
 def test_weights_count_each_part_of_a_call() -> None:

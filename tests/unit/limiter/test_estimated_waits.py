@@ -102,3 +102,10 @@ def test_a_pace_spreads_what_a_window_would_admit() -> None:
 @pytest.mark.parametrize("line", [CALLS, RATE, replace(CALLS, bound=0)])
 def test_a_pause_is_a_least_time(line: WaitingLine) -> None:
     assert replace(line, paused_ms=90_000).estimate(0).wait_ms == 90_000
+
+
+def test_where_shares_are_of_calls_their_time_still_tells_the_wait() -> None:
+    """A call counts 1000 whatever it takes: four at a time, each of 200 ms."""
+    line = replace(CALLS, cost_ms=200, use=1000, rivals=[Rival(CALLS.tag, 1, 90, 0, ())])
+    assert line.estimate(39).wait_ms == pytest.approx(2 * 1975, rel=0.02)
+    assert line.estimate(39).ahead == pytest.approx(79, abs=1)

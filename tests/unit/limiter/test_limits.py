@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgpack
 import pytest
 
 from tidegate.errors import ConfigError
 from tidegate.limiter.connection import read_facts
+from tidegate.limiter.flow import flow_of
 from tidegate.limiter.messages import band_shares, definition, lane_of
 from tidegate.limiter.policy import (
     MAX_LOG,
@@ -19,7 +21,6 @@ from tidegate.limiter.policy import (
     Rate,
     share_of,
 )
-from tidegate.limiter.queue import flow_of
 
 FULL = PoolPolicy(
     {
@@ -39,6 +40,7 @@ FULL = PoolPolicy(
     on_expiry="hold",
     reap_closed_ms=500,
     hand_off=False,
+    fair_by="cost",
     revision=9,
 )
 
@@ -65,6 +67,7 @@ FULL = PoolPolicy(
         ({"limits": {}, "weights": {"a|b": 1}}, "tenant"),
         ({"limits": {}, "queue_per_tenant": 0}, "queue_per_tenant"),
         ({"limits": {}, "reap_closed_ms": -1}, "reap_closed_ms"),
+        ({"limits": {}, "fair_by": "luck"}, "fair_by"),
         ({"limits": {}, "bands": ()}, "bands"),
         ({"limits": {}, "bands": (Band("a"), Band("a"))}, "bands"),
         ({"limits": {}, "bands": (Band("a", min_share=0.95),)}, "bands.a"),
@@ -87,6 +90,11 @@ def test_equal_policies_pack_to_the_same_bytes() -> None:
 
 def test_a_policy_survives_being_packed() -> None:
     assert PoolPolicy.unpack(FULL.pack()) == FULL
+
+
+def test_what_is_usual_is_packed_as_before() -> None:
+    assert len(msgpack.unpackb(PoolPolicy({}).pack())) == 11
+    assert PoolPolicy.unpack(PoolPolicy({}).pack()).fair_by == "seconds"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from tidegate.errors import DemandImpossible
 from tidegate.limiter import queue as queues
+from tidegate.limiter.flow import MessageBatch, Waiter
 from tidegate.limiter.messages import USAGE_LATER, Hint
 from tidegate.limiter.policy import (
     Adaptive,
@@ -19,7 +20,7 @@ from tidegate.limiter.policy import (
     Rate,
     Tokens,
 )
-from tidegate.limiter.queue import CHAIN, LocalQueue, MessageBatch, Waiter
+from tidegate.limiter.queue import CHAIN, LocalQueue
 
 LIMITS = ("kind:a",)
 POLICY = PoolPolicy(

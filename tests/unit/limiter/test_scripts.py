@@ -8,9 +8,8 @@ from importlib.resources import files
 
 import pytest
 
+from tidegate.limiter import flow, session
 from tidegate.limiter import policy as limits
-from tidegate.limiter import queue as flow
-from tidegate.limiter import session
 from tidegate.limiter.messages import (
     LAYOUT,
     SHAPES,
@@ -121,6 +120,8 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
         ("STARVES", Paces().starves),
         ("UNITS", state.VIRTUAL_UNITS),
         ("UNITS", flow.VIRTUAL_UNITS),
+        ("CALL_USE", limits.CALL_USE),
+        ("TICKET_UNITS", state.TICKET_UNITS),
         ("LONGEST", Paces().longest),
         ("BEHIND", queues.BEHIND),
         ("RAMP_BOUND", capacity.RAMP_BOUND),

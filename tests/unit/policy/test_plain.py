@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tidegate.errors import ConfigError
 from tidegate.limiter import (
+    MEASURES_OF_SHARES,
     RESERVES,
     UNITS,
     USUAL_WEIGHTS,
@@ -58,6 +59,7 @@ on_expiry = "hold"
 queue_per_tenant = 500
 reap_closed_ms = 300
 hand_off = false
+fair_by = "cost"
 """
 
 
@@ -83,6 +85,7 @@ def test_everything_that_may_be_written_is_read() -> None:
         queue_per_tenant=500,
         reap_closed_ms=300,
         hand_off=False,
+        fair_by="cost",
     )
 
 
@@ -170,6 +173,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"pool": {"lease_ms": 3}}, "pool.lease_ms", "200 to"),
     ({"pool": {"lease_ms": "3s"}}, "pool.lease_ms", "a whole number"),
     ({"pool": {"on_lost": "panic"}}, "pool.on_lost", "finish, cancel"),
+    ({"pool": {"fair_by": "money"}}, "pool.fair_by", "seconds, calls, cost"),
     ({"pool": {"hand_off": 1}}, "pool.hand_off", "true or false"),
     ({"pool": {"queue_per_tenant": 0}}, "pool.queue_per_tenant", "from 1"),
     ({"pool": {"reap_closed_ms": -5}}, "pool.reap_closed_ms", "from 0"),
@@ -246,6 +250,7 @@ policies = st.builds(
     queue_per_tenant=st.integers(1, 10**6),
     reap_closed_ms=st.integers(0, 9_000),
     hand_off=st.booleans(),
+    fair_by=st.sampled_from(MEASURES_OF_SHARES),
 )
 
 

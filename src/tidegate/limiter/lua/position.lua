@@ -3,14 +3,15 @@
 -- args: request
 -- request: sid ticket limit band tenant
 -- returns: found flow held_up_by ahead amount cost_ms said line
--- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width
+-- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing pauses capacity progress
 -- units: ms; virtual time as in queues; ahead counts the tickets of its tenant before it at that limit, waiting all
 -- of them; rivals are (tag, weight, waiting, first, amounts) of the other tenants of its band, first being 1 if its
 -- name comes before, above is the number of waiting calls of higher bands; share in thousandths; samples are (at, virtual, cost_ms); free are (at, amount), when a rate gets
 -- back how much; even and pace in microseconds; amounts in the limit's unit, the second one is a mean, `amounts` are
--- of the first tickets of a tenant in their order, none where each takes 1; width is that of buckets
+-- of the first tickets of a tenant in their order, none where each takes 1; width is that of buckets; use is what shares count of a
+-- call, 0 for the time that it takes
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 -- The reads of one position are bounded: above this number the tenants' own counts are used.
@@ -86,7 +87,7 @@ local function freed(limit)
   return list
 end
 
-local function line(limit, number, tenant, last)
+local function line(limit, number, tenant, last, use)
   local band = limit.bands[number]
   local own, rivals, above = amounts_of(limit, number, tenant, last, 500), {}, 0
   local parked = call('ZRANGE', T.park_key(limit, number), 0, 499, 'WITHSCORES')
@@ -120,12 +121,12 @@ local function line(limit, number, tenant, last)
   return { pool.now, limit.sort, bound, limit.span or 0, band.virtual, tag, T.tenant_of(tenant).weight,
     limit.cost_ms, paused_ms, shares[math.min(number, #shares)].share, waiting_of(limit, number, tenant), rivals,
     above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant), own,
-    width }
+    width, pool.fair_by and T.use_at(limit, use) or 0 }
 end
 
 if q.ticket == '' then
   local limit = T.limit_of(q.limit)
-  local all = line(limit, q.band, q.tenant, '+inf')
+  local all = line(limit, q.band, q.tenant, '+inf', T.CALL_USE)
   return cmsgpack.pack({ 1, q.band .. '|' .. q.tenant .. '|' .. q.limit, q.limit, all[11], all[18], 0,
     limit.pause and limit.pause.said or '', all })
 end
@@ -140,9 +141,9 @@ for i = 1, #raw, 2 do
     local waiting = call('ZRANGE', T.queue_key(queue), 0, 9999, 'WITHSCORES')
     for k = 1, #waiting, 2 do
       if string.match(waiting[k], wanted) then
-        local cost_ms = tonumber(string.match(waiting[k], '^%d+|%d+|(%d+)'))
+        local use = tonumber(string.match(waiting[k], '^%d+|%d+|(%d+)'))
         if queue.at == '!' then
-          return cmsgpack.pack({ 1, flow, '', (k - 1) / 2, 1, cost_ms, '', {} })
+          return cmsgpack.pack({ 1, flow, '', (k - 1) / 2, 1, use, '', {} })
         end
         local limit, ahead, amount = T.limit_of(queue.at), (k - 1) / 2, 1
         for _, id in ipairs(call('ZRANGE', T.line_key(limit, queue), 0, MOST_QUEUES - 1)) do
@@ -154,8 +155,8 @@ for i = 1, #raw, 2 do
         for at, name in ipairs(T.names_in(queue.lane)) do
           if name == limit.name then amount = list[at] or 1 end
         end
-        return cmsgpack.pack({ 1, flow, limit.name, ahead, amount, cost_ms,
-          limit.pause and limit.pause.said or '', line(limit, queue.band, queue.tenant, '(' .. waiting[k + 1]) })
+        return cmsgpack.pack({ 1, flow, limit.name, ahead, amount, use, limit.pause and limit.pause.said or '',
+          line(limit, queue.band, queue.tenant, '(' .. waiting[k + 1], use) })
       end
     end
   end

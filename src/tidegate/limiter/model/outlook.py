@@ -24,7 +24,7 @@ from tidegate.limiter.model.state import (
     SessionQueue,
     read_member,
 )
-from tidegate.limiter.policy import BUCKETS, Quota, Rate
+from tidegate.limiter.policy import BUCKETS, CALL_USE, Quota, Rate
 
 # A sample is (ms, virtual time, cost_ms).
 Sample = tuple[int, int, int]
@@ -135,7 +135,7 @@ class Outlooks:
         those that come before it; True if that is so. Where `left_ms` is negative no estimate
         refuses it."""
         latest = self.pool.now + abs(left_ms) - 1
-        before = self._before(flow, place, member.cost_ms)
+        before = self._before(flow, place, member.use)
         found = [
             late
             for position, limit in enumerate(self.pool.lane(flow))
@@ -153,7 +153,7 @@ class Outlooks:
         )
         return True
 
-    def _before(self, flow: FlowName, place: LimitState, cost_ms: int) -> Before:
+    def _before(self, flow: FlowName, place: LimitState, use: int) -> Before:
         """Of the calls that wait where a ticket would: those of its own flow, in whatever process,
         are admitted in their order. The others that come first in fair order are likely to."""
         band, certain, likely = place.band(flow.band), 0, 0
@@ -162,13 +162,14 @@ class Outlooks:
                 certain += len(queue.tickets)
             else:
                 likely += len(queue.tickets)
-        step = self.pool.step(place.cost(cost_ms), flow.tenant)
+        use = self.pool.probable_use(place, use)
+        step = self.pool.step(use, flow.tenant)
         start = band.tag(flow.tenant) + (certain + likely) * step
         expected = certain + likely
         for tenant in parked_at(band)[:MOST_BEFORE]:
             gap = start - band.tags[tenant]
             if tenant != flow.tenant and gap > 0:
-                turns = 1 + gap // max(1, self.pool.step(place.cost(cost_ms), tenant))
+                turns = 1 + gap // max(1, self.pool.step(use, tenant))
                 waiting = self.pool.waiting(tenant)
                 likely += min(waiting, turns)
                 expected += turns if waiting > 1 else 1
@@ -313,21 +314,27 @@ class Positions:
         assert queue.at is not None
         ahead = sum(other < stamp for other in queue.tickets.values())
         if queue.at == BLOCKED:
-            return [1, queue.key, "", ahead, 1, member.cost_ms, "", []]
+            return [1, queue.key, "", ahead, 1, member.use, "", []]
         limit, flow = self.pool.limit(queue.at), queue.flow
         for other in limit.band(flow.band).lines[flow.tenant].values():
             if other is not queue:
                 ahead += sum(each < stamp for each in other.tickets.values())
         amount = member.amount(flow.lane.index(limit.name))
         pause = self.pool.pause_of(limit)
-        line = self.line(limit, flow.band, flow.tenant, stamp)
+        line = self.line(limit, flow.band, flow.tenant, stamp, member.use)
         said = pause.said if pause else ""
-        return [1, queue.key, limit.name, ahead, amount, member.cost_ms, said, line]
+        return [1, queue.key, limit.name, ahead, amount, member.use, said, line]
 
     def line(
-        self, limit: LimitState, number: int, tenant: str, before: int | None = None
+        self,
+        limit: LimitState,
+        number: int,
+        tenant: str,
+        before: int | None = None,
+        use: int = CALL_USE,
     ) -> list[Any]:
-        """See the header of the script. `before`: only what has a smaller stamp is the tenant's."""
+        """See the header of the script. `before`: only what has a smaller stamp is the tenant's;
+        `use`: what a call probably uses."""
         pool, band = self.pool, limit.band(number)
         own = self._amounts(limit, band, tenant, before, MOST_OWN)
         rivals = [
@@ -367,6 +374,7 @@ class Positions:
             *(self._waiting(band, tenant), rivals, above),
             [list(sample) for sample in self.outlooks.progress_of(limit, number)],
             *(free, even, pace, self._mean(limit, band, tenant), own, width),
+            0 if pool.fair_by == "seconds" else pool.probable_use(limit, use),
         ]
 
     @staticmethod

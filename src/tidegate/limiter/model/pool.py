@@ -228,13 +228,13 @@ class Joins:
         session = SessionState(self.permits.next_seq(), q.batch, expiry, q.join.name)
         self.pool.sessions[q.sid] = session
         self.roster.enter_roster(q.sid, session, before)
-        for ticket, number, seq, hard_ms, cost_ms in q.join.held:
+        for ticket, number, seq, hard_ms, use in q.join.held:
             key = q.flows[number - 1]
             lane = read_flow(key).lane
             self.permits.lapsing.pop(Lapsing(ticket, q.sid, " ".join(lane)), None)
             self.permits.count(lane, q.sid, ticket)
             until = self.pool.now + hard_ms
-            session.held[ticket] = HeldPermit(seq, until, cost_ms, charges.get(ticket, {}), key)
+            session.held[ticket] = HeldPermit(seq, until, use, charges.get(ticket, {}), key)
         # What else was held over for it is free: it says itself what it holds.
         for permit in [permit for permit in self.permits.lapsing if permit.sid == q.sid]:
             self.permits.free_lapsing(permit)
@@ -312,6 +312,8 @@ class Joins:
             elif limit.current is not None:
                 limit.current = min(limit.current, limit.limit.bound * 1000)
         self.pool.forget_unnamed()
+        if before and before.fair_by != policy.fair_by:
+            self._restart_shares()
         same = before is not None and band_shares(before.bands) == band_shares(policy.bands)
         concerned = changed if same else policy.limits
         self.pool.touched |= {name for name in concerned if self.pool.limit(name).waits}
@@ -320,6 +322,17 @@ class Joins:
             if limit.is_rate:
                 self.capacity.spent(limit)
                 limit.spending.take_along(limit.limit, self.pool.now)
+
+    def _restart_shares(self) -> None:
+        """Shares are measured in something else from now on: nothing of before is compared with
+        what comes. Who waits keeps its place among its tenant's."""
+        for name, limit in self.pool.limits.items():
+            self.queues.restart(limit)
+            for number in limit.bands:
+                self.pump.outlooks.progress.pop((name, number), None)
+        for session in self.pool.sessions.values():
+            for held in session.held.values():
+                held.use = 0
 
 
 # When a pause ends that lasts until it is ended.

@@ -88,7 +88,7 @@ class Pump:
         limit.room_again(since + ACK_WITHIN_MS)
         return True
 
-    def _admit(self, sid: str, flow_key: str, member_text: str, cost_ms: int) -> None:
+    def _admit(self, sid: str, flow_key: str, member_text: str, use: int) -> None:
         member, flow = read_member(member_text), read_flow(flow_key)
         seq, session = self.permits.next_seq(), self.pool.sessions[sid]
         self.permits.taker = sid, member.ticket
@@ -97,7 +97,7 @@ class Pump:
         )
         self.permits.count(flow.lane, sid, member.ticket)
         until = self.pool.now + member.hard_ms
-        session.held[member.ticket] = HeldPermit(seq, until, cost_ms, charges, flow_key)
+        session.held[member.ticket] = HeldPermit(seq, until, use, charges, flow_key)
         if sid == self.own:
             self.granted.append((member.ticket, seq))
         else:
@@ -169,12 +169,12 @@ class Pump:
         text, _ = queue.first()
         member, flow = read_member(text), queue.flow
         del queue.tickets[text]
-        cost_ms = limit.cost(member.cost_ms)
-        step = self.pool.step(cost_ms, flow.tenant)
+        use = self.pool.probable_use(limit, member.use)
+        step = self.pool.step(use, flow.tenant)
         for each in self.pool.lane(flow):
             if each is limit or each.parked(flow.band):
                 self.queues.advance(each.band(flow.band), self.queues.charge(each, flow, step))
-        self._admit(queue.sid, queue.key, text, cost_ms)
+        self._admit(queue.sid, queue.key, text, use)
         if not queue.tickets:
             self.queues.vacate(queue)
             return
@@ -349,33 +349,37 @@ class Pump:
         if self.own is None or not allowed or self.queues.starved or self.pool.quiet():
             return []
         wants = [
-            (queue, number, cost_ms)
-            for number, cost_ms in q.wants
+            (queue, number, cost_ms, use)
+            for number, cost_ms, use in q.wants
             if (queue := self.pool.sessions[q.sid].queues.get(q.flows[number - 1])) is not None
             and queue.at != BLOCKED
         ]
-        weights = defaultdict[tuple[str | None, int], list[int]](list)
-        for queue, _, _ in wants:
-            weights[queue.at, queue.flow.band].append(self.pool.weight(queue.flow.tenant))
+        tickets = defaultdict[tuple[str | None, int], list[int]](list)
+        for queue, _, _, use in wants:
+            each = self.pool.tickets(use, queue.flow.tenant)
+            tickets[queue.at, queue.flow.band].append(each)
         return [
-            self._hint(queue, number, cost_ms, weights[queue.at, queue.flow.band])
-            for queue, number, cost_ms in wants
+            self._hint(queue, number, cost_ms, use, tickets[queue.at, queue.flow.band])
+            for queue, number, cost_ms, use in wants
             if self._may_pass_on(queue)
         ]
 
-    def _hint(self, queue: SessionQueue, number: int, cost_ms: int, weights: list[int]) -> Hint:
+    def _hint(
+        self, queue: SessionQueue, number: int, cost_ms: int, use: int, tickets: list[int]
+    ) -> Hint:
         """All tenants come so far in virtual time, so that none is at its end long before the
-        others. What those that are not asked for weigh is taken to be as much as these do on
-        average."""
+        others. `tickets` are those of the tenants that are asked for, relative to each other; what
+        the others have is taken to be as much as these do on average."""
         assert queue.at is not None
         flow: FlowName = queue.flow
         limit = self.pool.limit(queue.at)
         band = limit.band(flow.band)
         first, _ = band.line_front(flow.tenant)
-        cost_ms = limit.cost(cost_ms)
-        tag, step = band.tag(flow.tenant), max(1, self.pool.step(cost_ms, flow.tenant))
+        cost_ms = limit.usual_ms(cost_ms)
+        step = max(1, self.pool.step(self.pool.probable_use(limit, use), flow.tenant))
+        tag = band.tag(flow.tenant)
         ahead = 1 + self.capacity.cap(limit, flow.band) * self.pool.paces.ahead_ms // cost_ms
         behind = (band.virtual - tag) // step
-        own = ahead * len(weights) * self.pool.weight(flow.tenant)
-        horizon = first + behind - (-own // (sum(weights) * len(band.lines))) - 1
+        own = ahead * len(tickets) * self.pool.tickets(use, flow.tenant)
+        horizon = first + behind - (-own // (sum(tickets) * len(band.lines))) - 1
         return Hint(number, horizon, tag, first, step)

@@ -134,6 +134,12 @@ class Queues:
             band.tags = {name: tag - band.virtual for name, tag in band.tags.items()}
             band.virtual = 0
 
+    def restart(self, limit: LimitState) -> None:
+        """Shares are measured in something else: all tenants that wait start equal, and nothing is
+        kept of what the others used."""
+        for band in limit.bands.values():
+            band.tags = dict.fromkeys(band.lines, band.virtual)
+
     def correct(self, limit: LimitState, flow: FlowName, step: int) -> None:
         """Add what a tenant's calls used beyond what it was charged for them. One that waits gets
         back what it was charged too much, even if that is more than it lies ahead; one that does
@@ -182,10 +188,10 @@ class Queues:
 
 @dataclass(slots=True)
 class Reheaded:
-    """A queue that lost tickets without their turn having come, and what they cost."""
+    """A queue that lost tickets without their turn having come, and what they will use."""
 
     queue: SessionQueue
-    handed_ms: int | None = None
+    handed: int | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -251,17 +257,24 @@ class Permits:
             if limit.spending.settle(limit.limit, charge, used, self.pool.now):
                 self.pool.touched.add(limit.name)
 
-    def used(self, key: str, charged_ms: int, took_ms: int) -> None:
-        """A call of a flow used `took_ms` of a permit, and its tenant was charged `charged_ms` for
-        it: 0 for one that was admitted while none waited."""
-        if charged_ms:
-            self._differs[key] = self._differs.get(key, 0) + took_ms - charged_ms
+    def _used(self, key: str, charged: int, use: int) -> None:
+        """A call of a flow used so much, and its tenant was charged `charged` for it: 0 for one
+        that was admitted while none waited."""
+        if charged:
+            self._differs[key] = self._differs.get(key, 0) + use - charged
+
+    def _use_of(self, q: SyncRequest, ticket: int, held: HeldPermit, took_ms: int) -> int:
+        """What a call that ended used, in what shares are measured in. A call counts as one
+        whatever it took, and what its cost is not known keeps what it was charged."""
+        if self.pool.fair_by == "seconds":
+            return took_ms
+        return dict(q.uses).get(ticket, held.use) if self.pool.fair_by == "cost" else held.use
 
     def _correct_all(self) -> None:
-        for key, differs_ms in self._differs.items():
+        for key, differs in self._differs.items():
             flow = read_flow(key)
             for limit in self.pool.lane(flow):
-                self.queues.correct(limit, flow, self.pool.step(differs_ms, flow.tenant))
+                self.queues.correct(limit, flow, self.pool.step(differs, flow.tenant))
         self._differs = {}
 
     def free_lapsing(self, permit: Lapsing) -> bool:
@@ -333,19 +346,19 @@ class Permits:
         Where neither is there this was said before and `to` has ended: its release follows.
         """
         key = q.flows[flow_number - 1]
-        flow, cost_ms = read_flow(key), 0
+        flow, use = read_flow(key), 0
         if self._unqueue(session, key, member_text):
-            cost_ms = read_member(member_text).cost_ms
+            use = read_member(member_text).use
             each = self._reheaded[key]
             if each.queue.at is not None and each.queue.at != BLOCKED:
-                cost_ms = self.pool.limit(each.queue.at).cost(cost_ms)
-            each.handed_ms = (each.handed_ms or 0) + cost_ms
+                use = self.pool.probable_use(self.pool.limit(each.queue.at), use)
+            each.handed = (each.handed or 0) + use
         before, there = session.held.get(source), to in session.held
         if before is not None:
             lane = read_flow(before.flow).lane
             if outcome % USAGE_LATER == 0:
                 self._learn(read_flow(before.flow), took_ms)
-            self.used(before.flow, before.cost_ms, took_ms)
+            self._used(before.flow, before.use, self._use_of(q, source, before, took_ms))
             del session.held[source]
             passed_on = lane == flow.lane and not there
             self.uncount(lane, q.sid, source, touch=not passed_on)
@@ -356,7 +369,7 @@ class Permits:
             member = read_member(member_text or f"{to}|0|0|")
             charges = self.spend_lane(flow, member, self.spend)
         self.count(flow.lane, q.sid, to)
-        session.held[to] = HeldPermit(seq, self.pool.now + hard_ms, cost_ms, charges, key)
+        session.held[to] = HeldPermit(seq, self.pool.now + hard_ms, use, charges, key)
 
     def spend_lane(
         self, flow: FlowName, member: Member, spend: Callable[[LimitState, int], Charge | None]
@@ -379,9 +392,9 @@ class Permits:
         bands: dict[tuple[str, int], BandState] = {}
         for each in self._reheaded.values():
             flow, at = each.queue.flow, each.queue.at
-            if each.handed_ms is not None and at is not None and at != BLOCKED:
+            if each.handed is not None and at is not None and at != BLOCKED:
                 limit = self.pool.limit(at)
-                self.queues.charge(limit, flow, self.pool.step(each.handed_ms, flow.tenant))
+                self.queues.charge(limit, flow, self.pool.step(each.handed, flow.tenant))
                 bands[at, flow.band] = limit.band(flow.band)
         for band in bands.values():
             self.queues.advance(band, band.front()[0])
@@ -431,7 +444,7 @@ class Permits:
         if took_ms > 0:
             if outcome % USAGE_LATER == 0:
                 self._learn(flow, took_ms)
-            self.used(held.flow, held.cost_ms, took_ms)
+            self._used(held.flow, held.use, self._use_of(q, ticket, held, took_ms))
 
     def _cancel(
         self, q: SyncRequest, session: SessionState, ticket: int, flow_number: int, member: str
@@ -444,5 +457,5 @@ class Permits:
         if held is not None:
             flow = read_flow(held.flow)
             self.uncount(flow.lane, q.sid, ticket)
-            self.used(held.flow, held.cost_ms, 0)
+            self._used(held.flow, held.use, 0)
             self.settle_charges(held.charges, flow, [0] * len(flow.lane))

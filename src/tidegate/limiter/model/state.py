@@ -15,8 +15,10 @@ from typing import NamedTuple
 from tidegate.limiter.messages import Push
 from tidegate.limiter.model.rates import Charge, RateSpending
 from tidegate.limiter.policy import (
+    CALL_USE,
     Band,
     Concurrency,
+    FairBy,
     Limit,
     PoolPolicy,
     Quota,
@@ -49,12 +51,12 @@ def read_flow(key: str) -> FlowName:
 
 
 class Member(NamedTuple):
-    """A ticket as it stands in its queue. `amounts` are in the order of the lane; where there is
-    none it takes 1."""
+    """A ticket as it stands in its queue. `use` is what it will probably use, in what shares are
+    measured in. `amounts` are in the order of the lane; where there is none it takes 1."""
 
     ticket: int
     hard_ms: int
-    cost_ms: int
+    use: int
     amounts: tuple[int, ...]
 
     def amount(self, position: int) -> int:
@@ -63,9 +65,9 @@ class Member(NamedTuple):
 
 @lru_cache(maxsize=10_000)
 def read_member(text: str) -> Member:
-    ticket, hard_ms, cost_ms, amounts = text.split("|", 3)
+    ticket, hard_ms, use, amounts = text.split("|", 3)
     read = tuple(1 if amount is None else amount for amount in read_actual(amounts))
-    return Member(int(ticket), int(hard_ms), int(cost_ms), read)
+    return Member(int(ticket), int(hard_ms), int(use), read)
 
 
 def read_actual(text: str) -> list[int | None]:
@@ -76,11 +78,12 @@ def read_actual(text: str) -> list[int | None]:
 
 @dataclass(slots=True)
 class HeldPermit:
-    """A permit. `charges`: position in the lane -> what it took of that rate."""
+    """A permit. `use` is what its tenant was charged for it: 0 for one that was admitted while
+    none waited. `charges`: position in the lane -> what it took of that rate."""
 
     seq: int
     until: int
-    cost_ms: int
+    use: int
     charges: dict[int, Charge]
     flow: str
 
@@ -230,8 +233,8 @@ class LimitState:
         exact = isinstance(self.limit, Rate) and self.limit.exact
         return min(amount, 1 if exact else self.limit.bound)
 
-    def cost(self, cost_ms: int) -> int:
-        """What a call is charged until it has ended."""
+    def usual_ms(self, cost_ms: int) -> int:
+        """How long a call probably takes."""
         return self.cost_ms or cost_ms
 
     def learn(self, took_ms: int) -> None:
@@ -311,9 +314,11 @@ def read_bands(bands: tuple[Band, ...]) -> list[tuple[int, int]]:
     return found
 
 
-# Of virtual time in a ms of use by a tenant of weight 1: what is rounded off is less than a fifth
-# of a percent from 5 ms on, at any weight.
+# Of virtual time in a ms (or a micro-dollar) of use by a tenant of weight 1: what is rounded off is
+# less than a fifth of a percent from 5 ms on, at any weight.
 VIRTUAL_UNITS = 100_000
+# Tickets of a tenant of weight 1 whose calls cost a micro-dollar.
+TICKET_UNITS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,9 +400,26 @@ class PoolState:
     def weight(self, tenant: str) -> int:
         return self.policy.weights.get(tenant, 1) if self.policy else 1
 
-    def step(self, cost_ms: int, tenant: str) -> int:
+    @property
+    def fair_by(self) -> FairBy:
+        """What shares are measured in."""
+        return self.policy.fair_by if self.policy else "seconds"
+
+    def probable_use(self, limit: LimitState, use: int) -> int:
+        """What a call is charged until it has ended; `use` is what its process takes it to be."""
+        if self.fair_by == "calls":
+            return CALL_USE
+        return use if self.fair_by == "cost" else limit.usual_ms(use)
+
+    def tickets(self, use: int, tenant: str) -> int:
+        """How many calls of a tenant take a time of a band, relative to other tenants: by weight,
+        and where calls differ in what they count, the fewer the more that is."""
+        weight = self.weight(tenant)
+        return max(1, weight * TICKET_UNITS // use) if self.fair_by == "cost" else weight
+
+    def step(self, use: int, tenant: str) -> int:
         """What so much use adds to a tenant's virtual time."""
-        return cost_ms * VIRTUAL_UNITS // self.weight(tenant)
+        return use * VIRTUAL_UNITS // self.weight(tenant)
 
     def band_rule(self, band: int) -> tuple[int, int]:
         """Least share and what is kept free above, in thousandths."""

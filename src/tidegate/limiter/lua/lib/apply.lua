@@ -36,7 +36,7 @@ function T.let_in_or_wait(queue, member)
 end
 
 -- A ticket that fits and has no waiter before it is admitted directly; the others are queued. `entries`:
--- flow, member (ticket|hard_ms|cost_ms|amounts), and so on.
+-- flow, member (ticket|hard_ms|use|amounts), and so on.
 function T.ask(entries)
   local adding, fresh = {}, {}
   for i = 1, #entries / 2 do

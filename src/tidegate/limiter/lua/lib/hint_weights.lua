@@ -1,17 +1,17 @@
--- does: sums the weights of the flows that request a hint, where there are several
+-- does: sums the tickets, by weight, of the flows that request a hint, where there are several
 -- keys: none
 -- args: wants
--- returns: weights_of_wants()
+-- returns: tickets_of_wants()
 -- units: none
--- By limit and band: the number of flows that request a hint, and the sum of their tenants' weights.
-function T.weights_of_wants()
+-- By limit and band: the number of flows that request a hint, and the sum of their tickets.
+function T.tickets_of_wants()
   local sums = {}
   for _, want in ipairs(q.wants) do
     local queue = own.queues[want[1]]
     if queue.at and queue.at ~= '!' then
       local where = queue.at .. '|' .. queue.band
-      local sum = sums[where] or { count = 0, weight = 0 }
-      sum.count, sum.weight = sum.count + 1, sum.weight + T.tenant_of(queue.tenant).weight
+      local sum = sums[where] or { count = 0, tickets = 0 }
+      sum.count, sum.tickets = sum.count + 1, sum.tickets + T.tickets_of(want[3], T.tenant_of(queue.tenant))
       sums[where] = sum
     end
   end

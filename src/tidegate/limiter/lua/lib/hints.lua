@@ -22,7 +22,7 @@ end
 -- The horizon is the same for all tenants in virtual time, so that none uses up its hint long before the
 -- others. Tenants without a request are assumed to have the average weight of these.
 function T.hints()
-  local list, sums, tenants_at = {}, #q.wants > 1 and T.weights_of_wants(), {}
+  local list, sums, tenants_at = {}, #q.wants > 1 and T.tickets_of_wants(), {}
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end
   for _, want in ipairs(q.wants) do
     local queue = own.queues[want[1]]
@@ -36,13 +36,13 @@ function T.hints()
         or call('ZCARD', T.park_key(limit, queue.band))
       tenants_at[band] = tenants
       local cost_ms, tenant = T.cost_at(limit, want[2]), T.tenant_of(queue.tenant)
-      local weight, step = tenant.weight, math.max(1, T.step_of(cost_ms, tenant))
-      local sum = sums and sums[queue.at .. '|' .. queue.band] or { count = 1, weight = weight }
+      local tickets, step = T.tickets_of(want[3], tenant), math.max(1, T.step_of(T.use_at(limit, want[3]), tenant))
+      local sum = sums and sums[queue.at .. '|' .. queue.band] or { count = 1, tickets = tickets }
       local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / cost_ms)
       local behind = math.floor((band.virtual - tag) / step)
       list[#list + 1] =
         { want[1], tonumber(first[2]) + behind - 1
-          + math.ceil(ahead * sum.count * weight / (sum.weight * tenants)), tag,
+          + math.ceil(ahead * sum.count * tickets / (sum.tickets * tenants)), tag,
           tonumber(first[2]), step }
     end
   end

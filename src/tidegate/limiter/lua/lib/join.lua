@@ -133,6 +133,32 @@ function T.reload_limits()
   T.changed, T.limits, T.lanes, T.tenants, T.bands, T.first = {}, {}, {}, {}, false, false
 end
 
+-- Shares are measured in something else from now on: the tags of before are not comparable with those to come.
+-- Tenants that wait start equal, in the order of their own tickets as before; permits in use count as not charged.
+function T.restart_shares()
+  for _, field in ipairs(call('HKEYS', T.meta_key)) do
+    local name = string.match(field, '^w:(.*)$')
+    local limit = name and T.limit_of(name)
+    for number, band in ipairs(limit and limit.bands or none) do
+      local key = T.park_key(limit, number)
+      local tenants, moved = call('ZRANGE', key, 0, -1), {}
+      for i, tenant in ipairs(tenants) do moved[2 * i - 1], moved[2 * i] = T.int(band.virtual), tenant end
+      for i = 1, #moved, 1000 do call('ZADD', key, unpack(moved, i, math.min(i + 999, #moved))) end
+      call('UNLINK', T.past_key(limit, number), T.progress_key(limit, number))
+    end
+  end
+  for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
+    local raw, held = call('HGETALL', T.session_key(sid)), {}
+    for i = 1, #raw, 2 do
+      if string.match(raw[i], '^h:') then
+        held[raw[i]] = string.gsub(raw[i + 1], '^(%d+|%d+)|%d+|', '%1|0|', 1)
+      end
+    end
+    T.write(T.session_key(sid), held)
+  end
+  T.moves = T.moves + 1
+end
+
 -- The highest revision wins; a start-up never overwrites a newer one.
 function T.merge_policy(policy)
   if policy.revision == pool.revision and not T.is_in_force(policy.digest)
@@ -141,7 +167,7 @@ function T.merge_policy(policy)
   end
   if policy.revision <= pool.revision then return end
   T.reload_limits()
-  local changed = none
+  local changed, restarts = none, pool.revision > 0 and (pool.fair_by or 'seconds') ~= policy.fair_by
   if pool.revision == 0 then
     T.define_first(policy)
   else
@@ -154,20 +180,22 @@ function T.merge_policy(policy)
   pool.revision, pool.lease_ms, pool.hold = policy.revision, policy.lease_ms, policy.hold
   pool.bands, pool.queue_max = policy.bands, policy.queue_max
   pool.hand_off, pool.reap_ms = policy.hand_off, policy.reap_ms
+  pool.fair_by = policy.fair_by ~= 'seconds' and policy.fair_by or nil
   call('HSET', T.meta_key, 'revision', T.int(policy.revision), 'lease_ms', T.int(policy.lease_ms),
     'hold', policy.hold and '1' or '0', 'bands', policy.bands, 'queue_max', T.int(policy.queue_max),
     'hand_off', policy.hand_off and '1' or '0', 'reap_ms', T.int(policy.reap_ms),
-    'policy', policy.blob, 'digest', T.int(policy.revision) .. '|' .. policy.digest)
+    'fair_by', policy.fair_by, 'policy', policy.blob, 'digest', T.int(policy.revision) .. '|' .. policy.digest)
   call('LPUSH', T.prefix .. 'history', cmsgpack.pack({ policy.revision, pool.now, policy.by, policy.blob }))
   call('LTRIM', T.prefix .. 'history', 0, T.HISTORY - 1)
   for _, name in ipairs(changed) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' then T.rates().take_along(limit) end
   end
+  if restarts then T.restart_shares() end
 end
 
 -- The process knows best which permits it holds: they count even above the limit, which then drains.
--- entry: ticket, flow, seq, hard_ms, cost_ms. `charges` is what each ticket took of rates, as far
+-- entry: ticket, flow, seq, hard_ms, use. `charges` is what each ticket took of rates, as far
 -- as that is still known.
 function T.assert_held(entry, charges)
   local ticket, queue = entry[1], own.queues[entry[2]]

@@ -12,7 +12,7 @@ T.MOST_BEFORE, T.MEASURED_MS = 50, 3000
 
 -- The number of calls before a ticket: of those that wait, `certain` and `likely`; and `expected`, if
 -- tenants with several waiting calls continue to send calls. `start` is in virtual time.
-local function before_at(queue, place, cost_ms)
+local function before_at(queue, place, use)
   local certain, likely, tenant = 0, 0, T.tenant_of(queue.tenant)
   for _, id in ipairs(call('ZRANGE', T.line_key(place, queue), 0, T.MOST_BEFORE - 1)) do
     local waits = call('ZCARD', T.prefix .. 'queue:' .. id)
@@ -22,15 +22,15 @@ local function before_at(queue, place, cost_ms)
       likely = likely + waits
     end
   end
-  cost_ms = T.cost_at(place, cost_ms)
-  local start = T.tag_of(place, queue) + (certain + likely) * T.step_of(cost_ms, tenant)
+  use = T.use_at(place, use)
+  local start = T.tag_of(place, queue) + (certain + likely) * T.step_of(use, tenant)
   local expected = certain + likely
   local parked = call('ZRANGE', T.park_key(place, queue.band), 0, T.MOST_BEFORE - 1, 'WITHSCORES')
   for i = 1, #parked, 2 do
     local gap = start - tonumber(parked[i + 1])
     if parked[i] ~= queue.tenant and gap > 0 then
       local rival = T.tenant_of(parked[i])
-      local turns = 1 + math.floor(gap / math.max(1, T.step_of(cost_ms, rival)))
+      local turns = 1 + math.floor(gap / math.max(1, T.step_of(use, rival)))
       likely = likely + math.min(rival.waiting, turns)
       expected = expected + (rival.waiting > 1 and turns or 1)
     end
@@ -118,9 +118,9 @@ end
 -- Refuses a ticket that would wait at `place`, if it can't be admitted within `left_ms`; true if refused. If
 -- `left_ms` is negative no estimate refuses it.
 function T.bar(queue, member, left_ms, place)
-  local ticket, cost_ms, text = string.match(member, '^(%d+)|%d+|(%d+)|(.*)$')
+  local ticket, use, text = string.match(member, '^(%d+)|%d+|(%d+)|(.*)$')
   local list, latest, found = T.amounts_in(text), pool.now + math.abs(left_ms) - 1, nil
-  local before = before_at(queue, place, tonumber(cost_ms))
+  local before = before_at(queue, place, tonumber(use))
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' or limit.pause then

@@ -1,7 +1,7 @@
 -- does: loads limits with their counts, and saves them
 -- keys: meta
 -- args: none
--- returns: limit_of(), limits_in(), save_limit(), cap_of(), cost_at(), learn(), touch(), touched
+-- returns: limit_of(), limits_in(), save_limit(), cap_of(), cost_at(), use_at(), learn(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched, T.bands, T.lanes = {}, false, {}
 
@@ -151,10 +151,17 @@ function T.cap_of(limit, band)
   return math.max(math.min(bound, 1), math.floor(bound * (1000 - above) / 1000))
 end
 
--- The charge of a call under this limit until it has ended: the average duration of the last ones, or the
--- estimate of its process if none has ended yet.
+-- How long a call under this limit probably takes: the average of the last ones, or the estimate of its
+-- process if none has ended yet.
 function T.cost_at(limit, cost_ms)
   return limit.cost_ms > 0 and limit.cost_ms or cost_ms
+end
+
+-- The charge of a call under this limit until it has ended. `use` is the estimate of its process.
+T.CALL_USE = 1000
+function T.use_at(limit, use)
+  if not pool.fair_by then return limit.cost_ms > 0 and limit.cost_ms or use end
+  return pool.fair_by == 'calls' and T.CALL_USE or use
 end
 
 -- Records the duration of a call under these limits.

@@ -2,7 +2,7 @@
 -- keys: session queue park
 -- args: flows transfers releases cancels enqueues full
 -- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), used(), correct_all(), charge_handed(), rehead_own(), rehead_filled(), own
--- units: ms; amounts in each limit's unit, in the order of the lane
+-- units: ms; use in ms, micro-dollars or 1,000 for a call; amounts in each limit's unit, in the order of the lane
 -- `own.held` has the permits of this session that the request names: ticket -> value.
 local own = { held = {}, written = {}, queues = {}, reheaded = {}, fields = {} }
 
@@ -54,14 +54,14 @@ function T.flush_own()
   own.dirty, own.written = nil, {}
 end
 
-function T.value_of(seq, hard_ms, cost_ms, charges, flow)
-  return string.format('%d|%d|%d|%s|%s', seq, pool.now + hard_ms, cost_ms, charges, flow)
+function T.value_of(seq, hard_ms, use, charges, flow)
+  return string.format('%d|%d|%d|%s|%s', seq, pool.now + hard_ms, use, charges, flow)
 end
 
 function T.read_held(value)
-  local until_ms, cost_ms, charges, flow = string.match(value, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|(.*)$')
+  local until_ms, use, charges, flow = string.match(value, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|(.*)$')
   local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
-  return { until_ms = tonumber(until_ms), cost_ms = tonumber(cost_ms), charges = charges,
+  return { until_ms = tonumber(until_ms), use = tonumber(use), charges = charges,
     flow = flow, band = tonumber(band), tenant = tenant, lane = lane }
 end
 
@@ -120,19 +120,20 @@ end
 function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   local queue = own.queues[number]
   local before, there = own.held[from], own.held[to]
-  local cost_ms, charges, lane = 0, '', nil
+  local use, charges, lane = 0, '', nil
   if member ~= '' and (q.full and T.unqueue(queue, member) or not q.full and not there) then
     local limit = queue.at and queue.at ~= '!' and T.limit_of(queue.at)
-    cost_ms = limit and limit.cost_ms > 0 and limit.cost_ms
+    use = limit and not pool.fair_by and limit.cost_ms > 0 and limit.cost_ms
       or tonumber(string.match(member, '^%d+|%d+|(%d+)'))
-    queue.handed_ms = (queue.handed_ms or 0) + cost_ms
+    if limit and pool.fair_by then use = T.use_at(limit, use) end
+    queue.handed = (queue.handed or 0) + use
   end
   if before then
-    local charged_ms, flow = string.match(before, '^%d+|%d+|(%d+)|[^|]*|(.*)$')
-    charged_ms = tonumber(charged_ms)
+    local charged, flow = string.match(before, '^%d+|%d+|(%d+)|[^|]*|(.*)$')
+    charged = tonumber(charged)
     lane = flow == queue.flow and queue.lane or string.match(flow, '^[^|]*|[^|]*|(.*)$')
     if outcome % 10 == 0 then T.learn(lane, took_ms) end
-    T.used(flow, charged_ms, took_ms)
+    T.used(flow, charged, pool.fair_by and T.use_of(from, charged) or took_ms)
     T.set_held(from, false)
     if there or lane ~= queue.lane then T.give_back_lane(lane) end
   end
@@ -142,17 +143,17 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   if before and T.limits_in(queue.lane).rated then
     charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$')))
   end
-  T.set_held(to, T.value_of(seq, hard_ms, cost_ms, charges, queue.flow))
+  T.set_held(to, T.value_of(seq, hard_ms, use, charges, queue.flow))
 end
 
--- A call used `took_ms` of a permit, and its tenant was charged `charged_ms` for it: 0 for one that
--- was admitted while no call waited. Added up by flow, so that a request corrects each tag once.
+-- A call used so much, and its tenant was charged `charged` for it: 0 for one that was admitted while no call
+-- waited. Added up by flow, so that a request corrects each tag once.
 local differs, differing = {}, {}
-function T.used(flow, charged_ms, took_ms)
-  if charged_ms == 0 or took_ms == charged_ms then return end
+function T.used(flow, charged, use)
+  if charged == 0 or use == charged then return end
   local before = differs[flow]
   if not before then differing[#differing + 1] = flow end
-  differs[flow] = (before or 0) + took_ms - charged_ms
+  differs[flow] = (before or 0) + use - charged
 end
 
 -- A tenant that is charged for passed permits is corrected by the same change of its tag.
@@ -162,7 +163,7 @@ function T.correct_all()
     local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
     local queue, step = T.queues[q.sid .. '|' .. flow], T.step_of(differs[flow], T.tenant_of(tenant))
     for _, limit in ipairs(T.limits_in(lane)) do
-      if queue and queue.handed_ms and queue.at == limit.name then
+      if queue and queue.handed and queue.at == limit.name then
         queue.differs = step
       else
         T.correct(limit, tonumber(band), tenant, step)
@@ -176,9 +177,9 @@ end
 function T.charge_handed()
   local charged, bands = {}, {}
   for _, queue in ipairs(own.reheaded) do
-    if queue.handed_ms and queue.at and queue.at ~= '!' then
+    if queue.handed and queue.at and queue.at ~= '!' then
       local limit = T.limit_of(queue.at)
-      local step = T.step_of(queue.handed_ms, T.tenant_of(queue.tenant))
+      local step = T.step_of(queue.handed, T.tenant_of(queue.tenant))
       queue.tag = T.charge(limit, queue, step + (queue.differs or 0))
       charged[#charged + 1] = queue
       local band = limit.bands[queue.band]

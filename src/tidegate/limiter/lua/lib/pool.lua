@@ -1,14 +1,14 @@
 -- does: loads and saves the pool's record, whose fields are kept in memory until the end
 -- keys: meta
 -- args: flows
--- returns: pool, load_pool(), save_pool(), put(), read(), write(), next_seq(), tenant_of(), step_of()
+-- returns: pool, load_pool(), save_pool(), put(), read(), write(), next_seq(), tenant_of(), step_of(), tickets_of()
 -- units: ms
 local pool = {}
 T.changed, T.tenants, T.limits, T.found, T.names, T.spenders = {}, {}, {}, {}, {}, {}
 
 local POOL_FIELDS = { 'run', 'epoch', 'recover_until', 'clock', 'seq', 'lease_ms', 'revision',
   'hold', 'began', 'parked', 'timed_at', 'starving', 'bands', 'queue_max', 'hand_off', 'reap_ms',
-  'reap_at', 'sessions', 'roster', 'fresh', 'changes' }
+  'reap_at', 'sessions', 'roster', 'fresh', 'changes', 'fair_by' }
 
 -- The limits of a lane, which are one string.
 function T.names_in(lane)
@@ -73,6 +73,8 @@ function T.load_pool()
   pool.sessions = tonumber(f[18] or 0)
   pool.roster, pool.fresh = tonumber(f[19] or 0), tonumber(f[20] or 0)
   pool.indexed, pool.changes = f[21], tonumber(f[21] or 0)
+  -- What shares are measured in, nil for seconds.
+  pool.fair_by = f[22] ~= 'seconds' and f[22] or nil
   pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 
@@ -145,9 +147,17 @@ function T.tenant_of(name)
   return tenant
 end
 
--- The step of a tenant's virtual time for `cost_ms` of use: a ms of a tenant of weight 1,000 is still
--- 100 units, so that the rounding error is less than 0.2 % from 5 ms on.
+-- The step of a tenant's virtual time for so much use, in ms, micro-dollars, or 1,000 for a call: a ms of a
+-- tenant of weight 1,000 is still 100 units, so that the rounding error is less than 0.2 % from 5 ms on.
 T.UNITS = 100000
-function T.step_of(cost_ms, tenant)
-  return math.floor(cost_ms * T.UNITS / tenant.weight)
+function T.step_of(use, tenant)
+  return math.floor(use * T.UNITS / tenant.weight)
+end
+
+-- How many calls of a tenant take a time of a band, relative to other tenants: by weight, and where calls differ in
+-- what they count, the fewer the more that is.
+T.TICKET_UNITS = 10000000
+function T.tickets_of(use, tenant)
+  if pool.fair_by ~= 'cost' then return tenant.weight end
+  return math.max(1, math.floor(tenant.weight * T.TICKET_UNITS / use))
 end

@@ -55,14 +55,14 @@ function T.acknowledges_soon(sid, limit)
   return true
 end
 
-function T.admit(queue, ticket, hard_ms, cost_ms, list)
+function T.admit(queue, ticket, hard_ms, use, list)
   local seq, charges = T.next_seq(), {}
   T.taker = queue.sid .. '|' .. ticket
   for i, name in ipairs(T.names_in(queue.lane)) do
     local charged = T.take(T.limit_of(name), queue.band, list[i] or 1)
     if charged then charges[#charges + 1] = i .. '=' .. charged end
   end
-  local value = T.value_of(seq, hard_ms, cost_ms, table.concat(charges, ','), queue.flow)
+  local value = T.value_of(seq, hard_ms, use, table.concat(charges, ','), queue.flow)
   if queue.sid == own.sid then
     T.set_held(tonumber(ticket), value)
     T.granted[#T.granted + 1] = { tonumber(ticket), seq }
@@ -111,19 +111,19 @@ function T.settle_turn(limit, number, list)
 end
 
 function T.let_in(limit, queue, member, next_stamp, next_member)
-  local ticket, hard_ms, cost_ms, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
+  local ticket, hard_ms, use, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
   local tenant = T.tenant_of(queue.tenant)
   call('ZREM', T.queue_key(queue), member)
   tenant.waiting, tenant.changed = tenant.waiting - 1, true
-  cost_ms = T.cost_at(limit, tonumber(cost_ms))
-  local step = T.step_of(cost_ms, tenant)
+  use = T.use_at(limit, tonumber(use))
+  local step = T.step_of(use, tenant)
   for _, name in ipairs(T.names_in(queue.lane)) do
     local each = T.limit_of(name)
     if each == limit or each.bands[queue.band].waits > 0 then
       T.advance(each, queue.band, T.charge(each, queue, step) - step)
     end
   end
-  T.admit(queue, ticket, tonumber(hard_ms), cost_ms, T.amounts_in(text))
+  T.admit(queue, ticket, tonumber(hard_ms), use, T.amounts_in(text))
   if not next_stamp then
     T.load_place(queue)
     T.vacate(queue)

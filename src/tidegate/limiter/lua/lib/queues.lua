@@ -2,7 +2,7 @@
 -- keys: session queue park line past starving
 -- args: sid flows
 -- returns: queue_of(), tag_of(), first_of(), rehead(), charge(), advance(), amounts_in()
--- units: virtual time in hundred-thousandths of a ms of use per weight
+-- units: virtual time in hundred-thousandths of a ms, micro-dollar or thousandth of a call per weight
 -- A queue holds the waiters of one session and one flow (band, tenant, lane). At a limit, tenants
 -- are ordered in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
 -- tenant's queues in `line` by the stamp of their first ticket.

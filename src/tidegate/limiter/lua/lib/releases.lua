@@ -1,7 +1,7 @@
 -- does: releases permits and settles their usage
 -- keys: session lapsing owed park past
--- args: releases settles cancels
--- returns: release(), cancel(), settle(), give_back_lane(), count_lane(), spend(), correct(), begin_again()
+-- args: releases settles cancels uses
+-- returns: release(), cancel(), settle(), use_of(), give_back_lane(), count_lane(), spend(), correct(), begin_again()
 -- units: ms; amounts in each limit's unit, in the order of the lane
 function T.give_back_lane(lane)
   for _, limit in ipairs(T.limits_in(lane)) do T.give_back(limit) end
@@ -70,6 +70,17 @@ function T.begin_again(limit, number)
   T.moves = T.moves + 1
 end
 
+-- Usage of a call that ended, where shares are not measured in seconds. A call counts as one whatever it took; one
+-- of unknown cost keeps its charge. `uses`: ticket, micro-dollars, and so on.
+function T.use_of(ticket, charged)
+  if pool.fair_by == 'calls' then return charged end
+  if not T.uses then
+    T.uses = {}
+    for i = 1, #q.uses, 2 do T.uses[q.uses[i]] = q.uses[i + 1] end
+  end
+  return T.uses[ticket] or charged
+end
+
 -- Idempotent. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be reported later.
 function T.release(ticket, number, outcome, took_ms, actual)
   local queue, value = own.queues[number], own.held[ticket]
@@ -95,7 +106,7 @@ function T.release(ticket, number, outcome, took_ms, actual)
   end
   if took_ms > 0 then
     if outcome % 10 == 0 then T.learn(held.lane, took_ms) end
-    T.used(held.flow, held.cost_ms, took_ms)
+    T.used(held.flow, held.use, pool.fair_by and T.use_of(ticket, held.use) or took_ms)
   end
 end
 
@@ -117,7 +128,7 @@ function T.cancel(entry)
   T.set_held(ticket, false)
   local held = T.read_held(value)
   T.give_back_lane(held.lane)
-  T.used(held.flow, held.cost_ms, 0)
+  T.used(held.flow, held.use, 0)
   local nothing = setmetatable({}, { __index = function() return 0 end })
   T.settle_charges(held.charges, held.lane, nothing)
 end

@@ -6,6 +6,13 @@ import { NOTHING, brief, count, percent } from "../../format.js";
 import { link } from "../../router.js";
 import { confirm, empty, field, toast } from "../../ui.js";
 
+// What shares are measured in: the figure of a tenant's calls, and its name in the head.
+const MEASURES = {
+  seconds: ["upstream_ms", "Share of upstream time"],
+  calls: ["calls", "Share of calls"],
+  cost: ["cost_micros", "Share of cost"],
+};
+
 export function tenantsCard(pool) {
   const body = h("tbody");
   const draw = keyed(body, (first) => row(first.tenant, pool));
@@ -15,7 +22,7 @@ export function tenantsCard(pool) {
     ["Waiting", "number"],
     ["Held up by", "wide"],
     ["Weight", "number"],
-    ["Share of upstream time", "shares"],
+    [MEASURES.seconds[1], "shares"],
     ["", "actions"],
   ].map(([words, kind]) =>
     h("th", { scope: "col", class: kind }, words || h("span", { class: "visually-hidden" }, "Do")),
@@ -53,6 +60,7 @@ export function tenantsCard(pool) {
     ),
     live(frame) {
       live = frame;
+      say(table.querySelector("th.shares"), measure(live)[1]);
       show();
     },
     trend(frame) {
@@ -63,24 +71,27 @@ export function tenantsCard(pool) {
   };
 }
 
+const measure = (frame) => MEASURES[frame?.fair_by] ?? MEASURES.seconds;
+
 /** Who waits and who has called, the longest queue first; shares among those of them who called. */
 function merged(live, past) {
   const rows = new Map();
   for (const one of past?.tenants ?? []) {
-    rows.set(one.name, { tenant: one.name, waiting: 0, weight: one.weight, ms: one.upstream_ms });
+    const used = one[measure(live)[0]];
+    rows.set(one.name, { tenant: one.name, waiting: 0, weight: one.weight, used });
   }
   for (const one of live?.tenants ?? []) {
-    const known = rows.get(one.tenant) ?? { ms: 0 };
+    const known = rows.get(one.tenant) ?? { used: 0 };
     rows.set(one.tenant, { ...known, ...one });
   }
   const all = [...rows.values()].filter((one) => one.tenant !== "");
-  const timeMs = all.reduce((sum, one) => sum + one.ms, 0);
+  const whole = all.reduce((sum, one) => sum + one.used, 0);
   const weights = all.reduce((sum, one) => sum + one.weight, 0);
   for (const one of all) {
-    one.got = timeMs ? one.ms / timeMs : null;
+    one.got = whole ? one.used / whole : null;
     one.due = weights ? one.weight / weights : null;
   }
-  return all.sort((a, b) => b.waiting - a.waiting || b.ms - a.ms || (a.tenant < b.tenant ? -1 : 1));
+  return all.sort((a, b) => b.waiting - a.waiting || b.used - a.used || (a.tenant < b.tenant ? -1 : 1));
 }
 
 function row(tenant, pool) {

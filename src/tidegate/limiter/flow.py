@@ -1,0 +1,329 @@
+"""Flows of a process: their waiters and permits, and what a request carries of them. Pure.
+
+A flow is a band, a tenant and a set of limits: its waiters are interchangeable but for their
+deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import ceil, inf
+
+from tidegate.errors import DemandImpossible
+from tidegate.limiter.messages import Hint
+from tidegate.limiter.policy import (
+    CALL_USE,
+    UNKNOWN_USE,
+    CallUse,
+    Concurrency,
+    Demand,
+    FairBy,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Rate,
+    amount_of,
+    amount_to_reserve,
+    unknown_limit,
+    use_by_cost,
+)
+
+_UNKNOWN = CallUse()
+# What a call is taken to last before the first one of its flow has ended.
+FIRST_COST_MS = 1000.0
+_LEARN = 1 / 8
+# Of virtual time in a ms (or a micro-dollar) of use by a tenant of weight 1.
+VIRTUAL_UNITS = 100_000
+
+
+def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
+    """The name of a flow; `band` counts from 1, the highest."""
+    return f"{band}|{tenant}|{' '.join(limits)}"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Flow:
+    """See the module. Read from the policy by `refresh`:
+
+    quotas: (limit, zone). rates: whether any limit is more than a concurrency. plain: whether its
+    permits may be passed on in the process. slack_ms: how much later than admitted its calls may be
+    sent. firm: limits that get nothing back when calls end, where the server does not know.
+    unnamed: the first limit that the policy does not name. fair_by: what shares are measured in.
+
+    Learned from calls and replies: cost_ms, how long its calls last; cost, what they cost in
+    micro-dollars, where shares are in that; rest_ms, what was rounded off the last one; held_up_by,
+    the limit that it waits for, of which so much is `used`; room_at_ms, when there is room for its
+    first waiter, 0 while not known; hint, which permits may be passed on to it.
+    """
+
+    band: int
+    tenant: str
+    limits: tuple[str, ...]
+    key: str = field(init=False)
+    # Permits may be passed on between flows of one lane and band.
+    lane: tuple[int, tuple[str, ...]] = field(init=False)
+    waiting: dict[int, Waiter] = field(default_factory=dict)
+    held: int = 0
+    cost_ms: float = FIRST_COST_MS
+    cost: float = UNKNOWN_USE
+    rest_ms: float = 0.0
+    hint: Hint | None = None
+    held_up_by: str | None = None
+    room_at_ms: float = 0.0
+    used: int = 0
+    revision: int = -1
+    rules: tuple[Limit, ...] = ()
+    rates: bool = False
+    plain: bool = False
+    quotas: tuple[tuple[str, str], ...] = ()
+    firm: tuple[str, ...] = ()
+    slack_ms: float = inf
+    unnamed: str | None = None
+    weight: int = 1
+    fair_by: FairBy = "seconds"
+
+    def __post_init__(self) -> None:
+        self.key = flow_of(self.band, self.tenant, self.limits)
+        self.lane = (self.band, self.limits)
+
+    def __repr__(self) -> str:
+        return f"<Flow {self.key} waiting={len(self.waiting)} held={self.held}>"
+
+    def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
+        """Read what the policy says. Raises DemandImpossible for a limit that admits no call."""
+        found = [policy.binding(name) for name in self.limits]
+        for name, limit in zip(self.limits, found, strict=True):
+            if limit is None:
+                raise DemandImpossible(unknown_limit(name, policy, pool), limit=name)
+            if limit.bound == 0:
+                raise DemandImpossible(f"limit {name!r} is 0: it admits no call", limit=name)
+        self.rules = tuple(limit for limit in found if limit is not None)
+        named = policy.limits
+        self.unnamed = next((name for name in self.limits if name not in named), None)
+        self.plain = policy.hand_off and all(
+            isinstance(limit, Concurrency) and not limit.adaptive for limit in self.rules
+        )
+        rated = {
+            name: limit
+            for name, limit in zip(self.limits, self.rules, strict=True)
+            if not isinstance(limit, Concurrency)
+        }
+        self.rates = bool(rated)
+        self.quotas = tuple((n, q.zone) for n, q in rated.items() if isinstance(q, Quota))
+        self.firm = tuple(
+            name
+            for name, limit in rated.items()
+            if limit.unit == "requests" and not (isinstance(limit, Rate) and limit.exact)
+        )
+        slacks = [limit.slack for limit in self.rules if isinstance(limit, Rate)]
+        self.slack_ms = min(slacks, default=inf)
+        self.weight = policy.weights.get(self.tenant, 1)
+        self.fair_by = policy.fair_by
+        self.revision = policy.revision
+
+    def amounts(self, demand: Demand) -> str:
+        """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
+
+        Clamped to what a limit can ever give. Raises ValueError where a limit counts something and
+        the demand does not say how much.
+        """
+        if not self.rates:
+            return ""
+        parts = []
+        for name, limit in zip(self.limits, self.rules, strict=True):
+            amount: int | None = 1
+            if not isinstance(limit, Concurrency):
+                amount = amount_to_reserve(limit, demand)
+                if amount is None:
+                    said = "cost_micros=" if limit.unit == "usd" else "tokens="
+                    raise ValueError(f"{name} counts {limit.unit}: say {said}")
+                amount = min(max(0, amount), limit.bound)
+            parts.append(str(amount))
+        return ",".join(parts)
+
+    def actual(self, used: CallUse) -> str:
+        """What a call really used, `-` where it is not known or is not settled: empty where
+        nothing is to be said."""
+        if not self.rates or used == _UNKNOWN:
+            return ""
+        parts = []
+        for limit in self.rules:
+            amount = None
+            if not isinstance(limit, Concurrency) and limit.settles and limit.unit != "requests":
+                amount = amount_of(limit, used)
+            parts.append("-" if amount is None else str(max(0, amount)))
+        return ",".join(parts)
+
+    def spends(self, amounts: str) -> Mapping[str, int]:
+        """What an admission takes of the limits that are not concurrencies. Asked for before one
+        of them became a rate it may say nothing of amounts: 1 of each, as the server takes it."""
+        if not self.rates:
+            return {}
+        said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
+        found = zip(self.limits, self.rules, said, strict=True)
+        return {name: amount for name, limit, amount in found
+                if not isinstance(limit, Concurrency)}  # fmt: skip
+
+    @property
+    def usual_use(self) -> int:
+        """What one of its calls will probably use, in what shares are measured in."""
+        if self.fair_by == "seconds":
+            return round(self.cost_ms)
+        return CALL_USE if self.fair_by == "calls" else round(self.cost)
+
+    def use_of(self, demand: Demand) -> int:
+        """What a call will probably use."""
+        if self.fair_by == "cost":
+            use = use_by_cost(demand) or UNKNOWN_USE
+            self.cost += (use - self.cost) * _LEARN
+            return use
+        return self.usual_use
+
+    def cost_of(self, used: CallUse) -> int | None:
+        """What a call cost, where shares are measured in that; None where it is not known."""
+        return use_by_cost(used) if self.fair_by == "cost" else None
+
+    def learn(self, took_ms: float) -> None:
+        """A call of this flow lasted so long."""
+        if self.cost_ms == FIRST_COST_MS:
+            self.cost_ms = max(1.0, took_ms)
+        else:
+            self.cost_ms += (max(1.0, took_ms) - self.cost_ms) * _LEARN
+
+    def whole_ms(self, took_ms: float) -> int:
+        """How long a call lasted, in whole ms: what is rounded off counts for the next one."""
+        exact_ms = took_ms + self.rest_ms
+        whole_ms = max(1, round(exact_ms))
+        self.rest_ms = max(-1.0, exact_ms - whole_ms)
+        return whole_ms
+
+    def first(self) -> Waiter | None:
+        """The first waiter whose task has not been cancelled in this very moment."""
+        for waiter in self.waiting.values():
+            if not waiter.future.done():
+                return waiter
+        return None
+
+    def next_by_hint(self) -> tuple[int, Waiter | None] | None:
+        """The virtual start of the first waiter, and the waiter if a permit of ours may admit it:
+        not one that comes too late for that. None where there is no hint, or the place of the
+        waiter is not known yet: its tenant keeps its own, and is asked again when it is."""
+        hint = self.hint
+        waiter = None if hint is None else self.first()
+        if hint is None or waiter is None or waiter.stamp == 0:
+            return None
+        start = hint.tag + (waiter.stamp - hint.head) * hint.step
+        return start, waiter if waiter.stamp <= hint.horizon else None
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A ticket in the queue. `use` is what it will probably use; `deadline_ms` and `asked_ms` are
+    of the lease's clock; `member` is the ticket as the server keeps it; `stamp` its place there, 0
+    while unknown. `once`: it takes the first answer for its last. `by_estimate`: it is refused
+    early where an estimate says that it would not be admitted before its deadline, by a clear
+    margin."""
+
+    ticket: int
+    flow: Flow
+    member: str
+    hard_ms: int
+    use: int
+    asked_ms: float
+    deadline_ms: float
+    future: asyncio.Future[Holding]
+    once: bool = False
+    by_estimate: bool = False
+    sent: bool = False
+    stamp: int = 0
+
+    @property
+    def amounts(self) -> str:
+        return self.member.rpartition("|")[2]
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """A permit in use. `use` is what it will probably use, 0 if that was measured in something
+    else than shares are now. `admitted_ms` is when the server admitted it, at the earliest;
+    `on_fence` cancels the body that uses it."""
+
+    ticket: int
+    flow: Flow
+    epoch: int
+    seq: int
+    use: int
+    held_from_ms: float
+    admitted_ms: float
+    hard_until_ms: float
+    waited_ms: float
+    fenced: bool = False
+    on_fence: Callable[[], None] | None = None
+
+    def hard_left_ms(self, now_ms: float) -> int:
+        return max(1, int(self.hard_until_ms - now_ms))
+
+
+@dataclass(slots=True)
+class Release:
+    """A permit released. `use` is what the call cost, where shares are measured in that and it is
+    known. `sent` once it has been in a batch, which may have arrived."""
+
+    ticket: int
+    flow: Flow
+    epoch: int
+    seq: int
+    outcome: int
+    took_ms: int
+    actual: str
+    use: int | None = None
+    sent: bool = False
+
+
+# Not frozen, as all else of its kind: each call would pay for that.
+@dataclass(slots=True)
+class Transfer:
+    """A permit passed on inside the process: what the server counts under `source` is `heir`'s.
+    The call before ended by `outcome` after `took_ms`, and used `use`. Nobody changes it."""
+
+    source: int
+    heir: Holding
+    member: str
+    outcome: int
+    took_ms: int
+    use: int | None = None
+
+
+@dataclass(slots=True)
+class MessageBatch:
+    """What one call of the script carries; kept until it is known to have arrived."""
+
+    joining: bool = False
+    held: list[Holding] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
+    settles: list[tuple[int, str]] = field(default_factory=list)
+    cancels: list[tuple[int, Flow | None, str]] = field(default_factory=list)
+    enqueues: list[Waiter] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        said = len(self.transfers) + len(self.releases) + len(self.settles)
+        return said + len(self.cancels) + len(self.enqueues)
+
+    def uses(self) -> list[tuple[int, int]]:
+        """What the calls that ended cost, as far as that is known."""
+        passed = [(one.source, one.use) for one in self.transfers if one.use is not None]
+        return passed + [(one.ticket, one.use) for one in self.releases if one.use is not None]
+
+    def lefts(self, at_ms: float, *, pauses: bool) -> list[int]:
+        """By enqueue, for how long it may wait, where time alone may keep it from its turn, or an
+        estimate may refuse it, which is not to where it is negative; nothing where all are 0."""
+        lefts = [
+            max(1, ceil(w.deadline_ms - at_ms)) * (1 if w.by_estimate else -1)
+            if (w.flow.rates or pauses or w.by_estimate) and w.deadline_ms != inf and not w.once
+            else 0
+            for w in self.enqueues
+        ]
+        return lefts if any(lefts) else []
