@@ -50,6 +50,7 @@ class Product:
         self._counts = (apis, workers)
         self._policy = policy
         self._settings = settings or {}
+        self.folder: Path
         self.valkey: ValkeyServer
         self.postgres: PostgresServer
         self.program: Program
@@ -57,7 +58,7 @@ class Product:
     def __enter__(self) -> Self:
         # PostgreSQL writes to a disk, as it would for anybody.
         place = _ON_DISK if _ON_DISK.is_dir() else None
-        folder = Path(
+        folder = self.folder = Path(
             self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=place))
         )
         try:
@@ -73,7 +74,7 @@ class Product:
             self.program = Program(
                 _command(apis, workers),
                 cwd=folder,
-                env=self._environment(folder),
+                env=self.environment(),
                 log=folder / "tidegate.log",
             )
             self._stack.callback(self.program.stop)
@@ -90,7 +91,8 @@ class Product:
     ) -> None:
         self._stack.close()
 
-    def _environment(self, folder: Path) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Of its processes, and of a command that is to find them."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         account = {"GEMINI_API_KEY": "bench", "GEMINI_BASE_URL": self._upstream_url}
         return {
@@ -101,7 +103,7 @@ class Product:
             "DATABASE_URL": self.postgres.url(),
             **({} if self._policy else account),
             "RATE_LIMITS": json.dumps(dict.fromkeys(_KINDS, _AT_ONCE)),
-            "DATA_DIR": str(folder / "data"),
+            "DATA_DIR": str(self.folder / "data"),
             "LOG_FORMAT": "json",
             **self._settings,
         }

@@ -16,11 +16,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import budgets, grid, machine
-from bench.limits.accounts import CONVERSATION, PROVIDERS, MeasuredProvider
+from bench.limits.accounts import CONVERSATION, PROVIDERS, MeasuredProvider, unlimited
 from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, missed_bars, refusals
 from bench.limits.load import AgentLoad, MixedLoad
 from bench.limits.stage import LimitsStage, NotStarted, standing
@@ -30,9 +31,13 @@ from tidegate.emulator.client import EmulatorControl
 Figures = dict[str, Any]
 HIT_RATE = 0.9
 OTHERS_SHARE, NEW_TIER = 0.3, 0.5
-SCENARIOS = ("mix", "conversation", "changes", "budgets")
+SCENARIOS = ("mix", "conversation", "changes", "import", "budgets")
 # Providers whose headers tell what remains; without --only the first is measured.
 CHANGING = ("openai", "anthropic", "azure", "groq")
+# Providers that have an API for their limits, which are limits a minute.
+IMPORTED = ("openai", "anthropic")
+_MINUTE_S = 60.0
+ADMIN_KEY = "sk-admin-measured"
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
 _READINGS = 20  # of a window
@@ -126,6 +131,21 @@ async def measure_changes(
     return found
 
 
+async def measure_import(
+    stage: LimitsStage, provider: MeasuredProvider, window_s: float, windows: int
+) -> Figures:
+    """The command that sets the account's own limits, and what is refused from then on."""
+    admin_key = {f"{provider.name.upper()}_ADMIN_KEY": ADMIN_KEY}
+    took_s = await asyncio.to_thread(
+        partial(stage.command, "limits", "import", provider.name, "--apply", **admin_key)
+    )
+    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models)
+    async with EmulatorControl(stage.provider_url) as control, load:
+        await asyncio.sleep((windows + 1) * window_s)
+        book = await control.account()
+    return {"took_s": took_s, "refused": book["refused"], "calls": book["calls"]}
+
+
 Measure = Callable[[LimitsStage, MeasuredProvider, float, int], Coroutine[Any, Any, Figures]]
 
 
@@ -182,6 +202,15 @@ def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
         costs = [budgets.Cost(**one) for one in spent.get("costs", ())]
         rows = [budgets.row_of(one) for one in costs] or [[spent["failed"], *[""] * 5]]
         tables.append(grid.Grid("What durability costs an admission", budgets.HEADERS, rows))
+    rows = [
+        [name.partition(" ")[2], figures.get("failed") or f"{figures['took_s']:.2f}"]
+        + [str(figures.get(key, "")) for key in ("calls", "refused")]
+        for name, figures in found.items()
+        if name.startswith("import")
+    ]
+    if rows:
+        headers = ("account", "seconds", "calls after", "of them refused")
+        tables.append(grid.Grid("`tidegate limits import --apply`", headers, rows))
     rows = []
     for measured, changes in found.items():
         if measured.startswith("changes"):
@@ -239,6 +268,11 @@ def main() -> int:
         if "changes" in wanted and provider.name in (options.only or CHANGING[:1]):
             name = "changes" if provider.name == CHANGING[0] else f"changes {provider.name}"
             keep(name, run(provider, measure_changes, options, cache=HIT_RATE))
+    minutes = argparse.Namespace(**{**vars(options), "window": _MINUTE_S, "windows": 1})
+    for provider in PROVIDERS:
+        if "import" in wanted and provider.name in (options.only or IMPORTED):
+            name = f"import {provider.name}"
+            keep(name, run(unlimited(provider), measure_import, minutes, cache=HIT_RATE))
     if "budgets" in wanted and not options.only:
         keep("budgets", measure_budgets(BUDGETS_S, BUDGETS_AT_ONCE))
     print("\n".join(about))

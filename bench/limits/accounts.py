@@ -197,4 +197,9 @@ def _agent_policy(window_ms: int) -> Mapping[str, Any]:
     return _for([AGENT], {"itpm": AGENTS_TOKENS}, window_ms)
 
 
+def unlimited(provider: MeasuredProvider) -> MeasuredProvider:
+    """The same account, of whose limits our policy knows none."""
+    return replace(provider, policy=lambda _window_ms: {})
+
+
 CONVERSATION = MeasuredProvider("anthropic", "anthropic", (AGENT,), _agent_limits, _agent_policy)

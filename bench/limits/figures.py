@@ -14,6 +14,7 @@ LEAST_USED, LEAST_USED_BELOW_A_MINUTE = 0.97, 0.90
 # 60` before those could say more), over the bound.
 LEAST_GAIN, ITPM_OF_BOUND_AT_FIRST = 8.0, 0.98
 MOST_AFTER_A_CHANGE = 1.0  # refusals a window
+MOST_OF_AN_IMPORT_S = 5.0
 Book = Mapping[str, Any]
 
 
@@ -90,6 +91,8 @@ def missed_bars(found: Mapping[str, Mapping[str, Any]], window_s: float) -> Iter
             continue
         elif name.startswith("changes"):
             yield from _missed_after_changes(figures)
+        elif name.startswith("import"):
+            yield from _missed_by_an_import(name, figures)
         else:
             yield from _missed_by_refusals(name, figures)
             if name == "conversation":
@@ -116,6 +119,13 @@ def _missed_by_agents(figures: Mapping[str, Any]) -> Iterator[str]:
     gain = figures["itpm_of_bound"] / ITPM_OF_BOUND_AT_FIRST
     if gain < LEAST_GAIN:
         yield f"conversation: {gain:.1f} times what passed at first"
+
+
+def _missed_by_an_import(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
+    if figures["took_s"] >= MOST_OF_AN_IMPORT_S:
+        yield f"{name}: took {figures['took_s']:.1f} s"
+    if figures["refused"]:
+        yield f"{name}: {figures['refused']} of {figures['calls']} calls refused"
 
 
 def _missed_after_changes(figures: Mapping[str, Any]) -> Iterator[str]:

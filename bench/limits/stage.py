@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -42,10 +43,27 @@ class NotStarted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LimitsStage:
-    """What runs: the provider's and the gateway's address."""
+    """What runs: the provider's and the gateway's address, and the gateway itself."""
 
     provider_url: str
     gateway_url: str
+    product: Product
+
+    def command(self, *arguments: str, **settings: str) -> float:
+        """Seconds that `tidegate` took with these arguments, as a person runs it. Raises
+        NotStarted with what it printed where it failed."""
+        began_s = time.monotonic()
+        done = subprocess.run(
+            (sys.executable, "-m", "tidegate", *arguments),
+            cwd=self.product.folder,
+            env={**self.product.environment(), **settings},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise NotStarted((done.stdout + done.stderr).strip())
+        return time.monotonic() - began_s
 
 
 @contextmanager
@@ -68,7 +86,7 @@ def standing(
             ) as product:
                 url = f"http://127.0.0.1:{product.port}"
                 await_ready(product.program, url)
-                yield LimitsStage(provider_url, url)
+                yield LimitsStage(provider_url, url, product)
         finally:
             emulator.stop()
 

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tidegate.embedded.servers import ValkeyServer, _binary, port_to_keep
+from tidegate.embedded.servers import ValkeyServer, _binary, free_port
 
 CLOCK_SOURCE = Path(__file__).with_name("clock.c")
 APPEND_ONLY = ("--appendonly", "yes", "--appendfsync", "always")
@@ -29,7 +29,7 @@ class Server(ValkeyServer):
         addresses: Sequence[str] = (),
         clock: Clock | None = None,
     ) -> None:
-        super().__init__(folder, port=port_to_keep())
+        super().__init__(folder, port=free_port())
         self.options = list(options)
         self._addresses = addresses
         self._clock = clock

@@ -142,6 +142,7 @@ def _session(model: PoolModel, sid: str) -> dict[str, str]:
         "acked": str(session.acked),
         "name": session.name,
         "since": str(session.since),
+        "revision": str(session.revision),
     }
     if session.blocked:
         fields["blocked"] = "1"

@@ -312,13 +312,14 @@ def _changes(record: PolicyRecord, before: PolicyRecord | None) -> str:
 
 
 async def in_force(limiter: Limiter) -> None:
-    """Wait until Valkey has the policy, so that the command's end does not take it along."""
+    """Wait until every process knows the policy: a call that is made after the command is bound
+    by it."""
     try:
         async with asyncio.timeout(_IN_FORCE_WITHIN_S):
-            await limiter.in_force()
+            await limiter.known_everywhere()
     except TimeoutError:
         revision = limiter.policy.revision
-        message = f"revision {revision} is on record, but Valkey has not taken it yet"
+        message = f"revision {revision} is on record, but not known to every process yet"
         raise LimiterUnavailable(message, limit="") from None
 
 

@@ -39,9 +39,9 @@ from tidegate.embedded.servers import (
     ServerFailed,
     ValkeyServer,
     for_socket,
+    free_port,
     identify,
     is_free,
-    port_to_keep,
     remove_socket,
 )
 
@@ -184,7 +184,7 @@ class Keeper:
             )
         port = self._state.ports.get(name)
         if port is None or not (adopts or is_free(port)):
-            port = port_to_keep()
+            port = free_port()
         if name == "postgres":
             return PostgresServer(
                 path, port, password=self._superuser, application_password=self._application

@@ -36,10 +36,11 @@ UNPRIVILEGED_USER = "nobody"
 _POLL_S = 0.01
 _LOG_MAX_BYTES = 5_000_000
 _HAS_PROC = Path("/proc/self/stat").exists()
-# Below every system's range of ephemeral ports: a client that keeps knocking at a server which is
-# being restarted would else sooner or later be given that very port as its own, and connect to
-# itself.
-_KEPT_PORTS = range(20_000, 30_000)
+# Below every system's range of ephemeral ports: a connection of another process could take such a
+# port before the server does, and a client that keeps knocking at a server which is being restarted
+# would sooner or later be given that very port as its own, and connect to itself.
+_PORTS = range(20_000, 30_000)
+_random = random.SystemRandom()  # not a sequence that a test, or two processes, have in common
 
 
 class ServerFailed(RuntimeError):
@@ -260,11 +261,16 @@ def server_account() -> Account | None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
+    """A TCP port on loopback that was free a moment ago, and that no outgoing connection is given:
+    a server finds it free again after a restart."""
+    for _ in range(100):
+        port = _random.choice(_PORTS)
+        if is_free(port):
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        given: int = probe.getsockname()[1]
+        return given
 
 
 def is_free(port: int) -> bool:
@@ -276,15 +282,6 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def port_to_keep() -> int:
-    """A free loopback port for a server that shall find it again after a restart."""
-    for _ in range(100):
-        port = random.choice(_KEPT_PORTS)
-        if is_free(port):
-            return port
-    return free_port()
 
 
 _ROOTS_PLACE = Path("/var/lib/tidegate")

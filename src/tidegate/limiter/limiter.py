@@ -146,6 +146,8 @@ MIN_LOOK_MS = 25
 CLOSE_BODIES_S = 1.0
 # How long it tries to tell the server, so that nothing waits for its lease: at least.
 GOODBYE_S = 1.0
+# How often the pool is looked at while a new policy reaches its processes.
+_KNOWN_EVERY_S = 0.1
 
 
 class Limiter:
@@ -425,6 +427,18 @@ class Limiter:
         await self._exchanges.joined.wait()
         if self._session.fatal is not None:
             raise self._session.fatal
+
+    async def known_everywhere(self) -> None:
+        """Return once every process of the pool knows the policy that was set last, or a newer one,
+        so that a call which is made afterwards is bound by it. One that is paused or cut off is
+        waited for until its lease has ended; one of a version that does not report what it knows
+        is not. Raises as `in_force`, and LimiterUnavailable."""
+        await self.in_force()
+        while True:
+            alive = [one for one in (await self.snapshot()).processes if one.left_ms > 0]
+            if not any(0 < one.revision < self.policy.revision for one in alive):
+                return
+            await self._clock.sleep(_KNOWN_EVERY_S)
 
     # -- the pool
 

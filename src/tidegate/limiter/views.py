@@ -41,13 +41,15 @@ class LimitView:
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """A process in the pool. `blocked`: it takes no grants, being paused or unreachable."""
+    """A process in the pool. `blocked`: it takes no grants, being paused or unreachable. revision:
+    of the policy that it knows; 0 if that is not known, as of one of an older version."""
 
     sid: str
     name: str
     left_ms: int
     held: int
     blocked: bool
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +187,8 @@ def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
         recovering_ms=reply.recovering_ms,
         state=state,
         processes=tuple(
-            SessionView(sid, name, left_ms, held, bool(blocked))
-            for sid, name, left_ms, held, blocked, *_ in reply.sessions
+            SessionView(sid, name, left_ms, held, bool(blocked), revision)
+            for sid, name, left_ms, held, blocked, revision in reply.sessions
         ),
         tenants=tuple(TenantView(*row[:3]) for row in sorted(reply.tenants)),
         queues=tuple(_queue(row, names) for row in reply.queues),

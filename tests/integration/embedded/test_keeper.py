@@ -273,11 +273,11 @@ async def test_a_port_that_somebody_else_takes_first_is_given_up(
 ) -> None:
     folder = Folder(data_dir)
     folder.create()
-    choose = process.port_to_keep
+    choose = process.free_port
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         ports = iter([taken])
-        monkeypatch.setattr(process, "port_to_keep", lambda: next(ports, None) or choose())
+        monkeypatch.setattr(process, "free_port", lambda: next(ports, None) or choose())
         keeping = threading.Thread(target=Keeper(folder, 0.3).run, args=(None,))
         keeping.start()
         await wait_until(lambda: folder.read().keeper)

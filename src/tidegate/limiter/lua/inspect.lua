@@ -3,7 +3,7 @@
 -- args: request
 -- request: permits
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
--- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket)
+-- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket)
 -- uses: core clock pool limits
 -- later: rates pacing pauses
 T.load_pool()
@@ -17,7 +17,7 @@ end
 local sessions, permits, queues, waiting, reserved = {}, {}, {}, {}, {}
 local alive = call('ZRANGE', T.sessions_key, 0, -1, 'WITHSCORES')
 for i = 1, #alive, 2 do
-  local sid, name, blocked, held = alive[i], '', 0, 0
+  local sid, name, blocked, held, revision = alive[i], '', 0, 0, 0
   local raw = call('HGETALL', T.session_key(sid))
   for k = 1, #raw, 2 do
     local ticket = string.match(raw[k], '^h:(.*)$')
@@ -48,9 +48,12 @@ for i = 1, #alive, 2 do
       name = raw[k + 1]
     elseif raw[k] == 'blocked' then
       blocked = 1
+    elseif raw[k] == 'revision' then
+      revision = tonumber(raw[k + 1])
     end
   end
-  sessions[#sessions + 1] = { sid, name, tonumber(alive[i + 1]) - pool.now, held, blocked }
+  sessions[#sessions + 1] = { sid, name, tonumber(alive[i + 1]) - pool.now, held, blocked,
+    revision }
 end
 local list, record = {}, call('HGETALL', T.meta_key)
 local fields = {}

@@ -226,6 +226,7 @@ class Joins:
             self.pool.recover_until = max(self.pool.recover_until, self.roster.began + quiet_ms)
         expiry = self.pool.now + self.pool.lease_ms
         session = SessionState(self.permits.next_seq(), q.batch, expiry, q.join.name)
+        session.revision = self.pool.revision
         self.pool.sessions[q.sid] = session
         self.roster.enter_roster(q.sid, session, before)
         for ticket, number, seq, hard_ms, use in q.join.held:
@@ -658,7 +659,7 @@ class PoolModel:
             self.pool.touched.add(session.full[1])
             session.full = None
         session.batch, session.acked = q.batch, max(session.acked, q.ack)
-        session.closed_at = None
+        session.revision, session.closed_at = q.revision, None
         return "ok"
 
     def _finish(

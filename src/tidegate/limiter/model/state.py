@@ -117,7 +117,7 @@ class SessionQueue:
 class SessionState:
     """A process's liveness. `queues` by flow: those that are not empty. `since`: the version of the
     roster at which it came. `full`: since when, and at which rate, its waiters keep their turn
-    until it acknowledges grants."""
+    until it acknowledges grants. `revision`: of the policy that it knows."""
 
     gen: int
     batch: int
@@ -129,6 +129,7 @@ class SessionState:
     closed_at: int | None = None
     full: tuple[int, str] | None = None
     since: int = 0
+    revision: int = 0
     held: dict[int, HeldPermit] = field(default_factory=dict)
     queues: dict[str, SessionQueue] = field(default_factory=dict)
 

@@ -313,7 +313,8 @@ function T.join()
   me.gen, me.sent = T.next_seq(), 0
   call('ZADD', T.sessions_key, T.int(pool.now + pool.lease_ms), q.sid)
   call('HSET', T.session_key(q.sid), 'gen', T.int(me.gen), 'batch', T.int(q.batch),
-    'sent', '0', 'acked', '0', 'name', q.join.name, 'since', since or '0')
+    'sent', '0', 'acked', '0', 'name', q.join.name, 'since', since or '0',
+    'revision', T.int(pool.revision))
   T.enter_roster(since)
   for _, entry in ipairs(q.join.held) do T.assert_held(entry, charges) end
   T.free_unclaimed()

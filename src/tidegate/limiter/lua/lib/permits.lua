@@ -8,7 +8,8 @@ local own = { held = {}, written = {}, queues = {}, reheaded = {}, fields = {} }
 
 -- One read fetches the session's record, the places of its flows, and the named tickets.
 function T.load_own()
-  local fields, tickets = { 'gen', 'batch', 'sent', 'acked', 'blocked', 'closed_at', 'full' }, {}
+  local fields = { 'gen', 'batch', 'sent', 'acked', 'blocked', 'closed_at', 'full', 'revision' }
+  local tickets = {}
   for i, flow in ipairs(q.flows) do
     own.queues[i] = T.queue_of(q.sid .. '|' .. flow)
     fields[#fields + 1] = 'at:' .. flow
@@ -34,7 +35,8 @@ function T.load_own()
   local f = T.read(T.session_key(q.sid), fields)
   own.gen, own.batch, own.sent = tonumber(f[1] or 0), tonumber(f[2] or 0), tonumber(f[3] or 0)
   own.acked, own.blocked, own.closed_at, own.full = tonumber(f[4] or 0), f[5], f[6], f[7]
-  for i in ipairs(q.flows) do T.set_place(own.queues[i], f[7 + i]) end
+  own.revision = tonumber(f[8] or 0)
+  for i in ipairs(q.flows) do T.set_place(own.queues[i], f[8 + i]) end
   for i, ticket in ipairs(tickets) do own.held[ticket] = f[first + i] end
 end
 

@@ -1,6 +1,6 @@
--- does: checks that a session still exists with its generation, and stores its acknowledgement
+-- does: checks that a session still exists with its generation, and stores its acknowledgement and the revision that it knows
 -- keys: session
--- args: sid gen epoch batch ack
+-- args: sid gen epoch batch ack revision
 -- returns: check_session(), me
 -- units: ms
 local me = { gen = 0, sent = 0 }
@@ -13,6 +13,7 @@ function T.check_session()
   me.gen, me.sent = own.gen, own.sent
   T.set_own('batch', T.int(q.batch))
   if own.closed_at then T.set_own('closed_at', false) end
+  if q.revision ~= own.revision then T.set_own('revision', T.int(q.revision)) end
   if q.ack > own.acked then
     T.set_own('acked', T.int(q.ack))
     if own.full then
