@@ -526,8 +526,8 @@ SHAPES = (
     KeyShape("rate:", "hash", "per limit: amount by the end of its bucket in ms", "two windows",
              True),
     KeyShape("quota:", "hash", "per limit: used reset_at", "1 h after its reset", True),
-    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since revision; full: "
-             "ms|rate at which its waiters keep their turn until it acknowledges; at:flow -> "
+    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since revision; "
+             "full: ms|rate at which its waiters keep their turn until it acknowledges; at:flow -> "
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|use|charges|flow",
              SESSION_KEEP, True),
     KeyShape("progress:", "list", "per limit|band: ms|virtual time|cost_ms while calls wait",
