@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from math import inf
 from random import uniform
 
-from tidegate.call import Kind, Tier, Usage, tokens_of
+from tidegate.call import DEFAULT_TENANT, Kind, Tier, Usage, tokens_of
 from tidegate.errors import TidegateError, UpstreamRejected, UpstreamTierBusy, UpstreamTimeout
 from tidegate.jobs.calls import key_of
 from tidegate.jobs.outages import Key
@@ -39,6 +39,8 @@ from tidegate.store.statistics import OpenJobs
 _UNKNOWN_CALL_MS = 10_000.0
 _DAY_S = 86_400
 _LEAST_BATCHES = 3
+_BATCHES_FRESH_S = 10.0
+_MOST_MODELS = 1_000
 _SMOOTHING = 0.1
 
 
@@ -107,6 +109,8 @@ class TierOffers:
         self._live: dict[Kind, SeenTimes] = {kind: SeenTimes() for kind in Kind}
         self._sizes: dict[Kind, _Sizes] = {kind: _Sizes() for kind in Kind}
         self.flex = FlexCalls(clock)
+        self._clock = clock
+        self._batch_times: dict[Key, tuple[float, float | None]] = {}
 
     def __repr__(self) -> str:
         return f"<TierOffers {self.flex!r}>"
@@ -125,7 +129,7 @@ class TierOffers:
                 offers.append(offer)
         room = LiveRoom()
         if offers and targets:
-            room = await self._room(job, kind, targets[0])
+            room = await self._room(kind, targets[0], job.tenant_id, job.deadline_at)
         return choose(offers, room, now=datetime.now(UTC), due=job.deadline_at, times=self._times)
 
     async def _offer(
@@ -146,22 +150,44 @@ class TierOffers:
             return TierOffer(tier, max(known), slowest, min(map(self.flex.busy_ms, keys)))
         if not self._takes(job):
             return None
-        seen = [await self._usual_batches(*key_of(target)) for target in targets]
-        ended = [one[0] for one in seen if one is not None and one[1] >= _LEAST_BATCHES]
+        seen = [await self._usual_batch_ms(key_of(target)) for target in targets]
+        ended = [one for one in seen if one is not None]
         return TierOffer(tier, max(known), max(ended) if len(ended) == len(seen) else None)
 
-    async def _room(self, job: ClaimedJob, kind: Kind, target: Target) -> LiveRoom:
+    async def leaves_at(self, kind: Kind, target: Target, due: datetime) -> datetime | None:
+        """When a batch at a provider must be cancelled for those of its jobs that are due
+        then, as many as are open now; None where nothing could be called in its stead. Raises
+        StoreUnavailable."""
+        room = await self._room(kind, target, DEFAULT_TENANT, due)
+        needs_ms = room.reserve_ms + self._times.cancel_ms
+        return None if needs_ms == inf else due - timedelta(milliseconds=needs_ms)
+
+    async def _usual_batch_ms(self, key: Key) -> float | None:
+        """Within which the batches of a model end; None where too few did."""
+        now = self._clock()
+        until, usual_ms = self._batch_times.get(key, (now, None))
+        if until <= now:
+            seen = await self._usual_batches(*key)
+            usual_ms = seen[0] if seen is not None and seen[1] >= _LEAST_BATCHES else None
+            if len(self._batch_times) >= _MOST_MODELS:
+                self._batch_times.clear()
+            self._batch_times[key] = now + _BATCHES_FRESH_S, usual_ms
+        return usual_ms
+
+    async def _room(
+        self, kind: Kind, target: Target, tenant: str, due: datetime | None
+    ) -> LiveRoom:
         lane = self._lane_of(target)
         policy = lane.limiter.policy
         call_ms = self._live[kind].usual_ms(least=1) or _UNKNOWN_CALL_MS
         images = int(kind is Kind.IMAGE_GENERATION)
-        limits = lane.demands.limits(policy, kind, target.model, job.tenant_id, images)
+        limits = lane.demands.limits(policy, kind, target.model, tenant, images)
         sizes = self._sizes[kind]
         per_second = min(
             (admitted_per_second(policy.binding(one), call_ms, sizes.of) for one in limits),
             default=inf,
         )
-        ahead = await self._ahead.of(kind, job.deadline_at)
+        ahead = await self._ahead.of(kind, due)
         return LiveRoom(max(0, ahead - 1), per_second, call_ms)
 
     def ended(self, job: ClaimedJob, record: CallRecord, error: TidegateError | None) -> int | None:

@@ -26,7 +26,16 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, NO_CHARGE, UNKNOWN_CHARGE, Call, Charge, Tier, new_id
+from tidegate.call import (
+    DEFAULT_POOL,
+    NO_CHARGE,
+    UNKNOWN_CHARGE,
+    Call,
+    Charge,
+    Kind,
+    Tier,
+    new_id,
+)
 from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import (
     ClaimLost,
@@ -59,7 +68,7 @@ from tidegate.spine.run import Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import until_quick
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.provider_batches import JoiningJob, OpenLine, UpstreamBatch
+from tidegate.store.provider_batches import JoiningJob, OpenLine, OpenLines, UpstreamBatch
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
@@ -107,12 +116,23 @@ class _Ready:
         return target.upstream.name, self.endpoint.dialect, self.endpoint.path, target.model
 
 
+LeavesAt = Callable[[Kind, Target, datetime], Awaitable[datetime | None]]
+
+
 class ProviderBatchRunner:
     """One process's share of all batches at providers."""
 
     def __init__(
-        self, config: Config, store: Store, blobs: Blobs, relay: Relay, prompts: PromptCalls
+        self,
+        config: Config,
+        store: Store,
+        blobs: Blobs,
+        relay: Relay,
+        prompts: PromptCalls,
+        leaves_at: LeavesAt,
     ) -> None:
+        """leaves_at: when a batch must be cancelled for its jobs that are due at a time."""
+        self._leaves_at = leaves_at
         self._config = config
         self._store = store
         self._batches = store.provider_batches
@@ -496,16 +516,25 @@ class ProviderBatchRunner:
             await self._end(api, batch, progress)
             return
         sums, now = await self._batches.open_lines(batch), datetime.now(UTC)
-        leaves = sums.leave_at is not None and sums.leave_at <= now
+        leave_at = await self._to_leave_at(batch, sums)
+        leaves = leave_at is not None and leave_at <= now
         state = batch.state
         if (leaves or sums.cancelled == sums.open) and state != "cancelling":
             await api.cancel(batch.provider_id)
             state = "cancelling"
         wait_ms = await self._pace_ms(batch)
-        if sums.leave_at is not None and not leaves:
-            wait_ms = min(wait_ms, (sums.leave_at - now).total_seconds() * 1000)
+        if leave_at is not None and not leaves:
+            wait_ms = min(wait_ms, (leave_at - now).total_seconds() * 1000)
         seen = replace(batch, state=state, provider_state=progress.word, problem=None)
         await self._batches.save(seen, wait_ms)
+
+    async def _to_leave_at(self, batch: UpstreamBatch, sums: OpenLines) -> datetime | None:
+        """When the first line is to leave a batch: sooner than it was to where more jobs have come
+        that would be called before it."""
+        if sums.leave_at is None or sums.due_at is None or sums.kind not in set(Kind):
+            return sums.leave_at
+        now = await self._leaves_at(Kind(sums.kind), self._target_of(batch), sums.due_at)
+        return sums.leave_at if now is None else min(now, sums.leave_at)
 
     # From the provider to the jobs
 

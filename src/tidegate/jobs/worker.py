@@ -242,7 +242,9 @@ class Worker:
     ) -> None:
         self._relay, self._spine = relay, relay.spine
         self._pool = pool
-        self._provider_batches = ProviderBatchRunner(config, store, blobs, relay, prompts)
+        self._provider_batches = ProviderBatchRunner(
+            config, store, blobs, relay, prompts, lambda *of: self._offers.leaves_at(*of)
+        )
         self._offers = TierOffers(
             config,
             OpenJobs(store.connections, pool),

@@ -90,11 +90,13 @@ class OpenLine:
 @dataclass(frozen=True, slots=True)
 class OpenLines:
     """Of one batch: how many, how many of them are cancelled, and when the first of the others is
-    to leave it."""
+    to leave it; when the first is due, and its kind or that of another."""
 
     open: int
     cancelled: int
     leave_at: datetime | None
+    due_at: datetime | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

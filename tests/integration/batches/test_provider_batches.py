@@ -239,6 +239,32 @@ async def test_a_job_leaves_a_batch_in_time_for_its_deadline(
     assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
 
 
+async def test_a_job_leaves_a_batch_sooner_once_more_jobs_come_before_it(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    """A hundred calls of 10 s, one at a time, take longer than is left until it is due."""
+    limit = '\n[upstreams.openai.limits]\n"pool:total" = 1\n'
+    settings["tidegate_policy"].write_text(policy_of(provider.url) + limit)
+    quick = {"provider_batch_window_ms": 1_000, "provider_batch_cancel_ms": 100}
+    gateway = await opened(open_gateway, settings | quick)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS, "cancelling_ms": 100})
+    gateway.start_worker()
+    due: dict[str, Any] = {"tiers": ["batch"], "deadline_ms": 600_000}
+    job = await gateway.submit(**wrapped("openai", "Say hello"), **due)
+    await wait_until(partial(is_in, gateway, "created"))
+    await gateway.database.execute(
+        "INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by,"
+        " classified_reason, prompt, priority, created_at, deadline_at, not_before)"
+        " SELECT gen_random_uuid(), 'default', pool, 'job', 'queued', kind, 'caller', '', 'x', 0,"
+        " now(), now() + interval '500 s', now() + interval '1 hour'"
+        " FROM requests, generate_series(1, 100) WHERE id = $1",
+        job,
+    )
+    record = await gateway.end_of(job)
+    assert (record["status"], record["tier"]) == ("succeeded", "live")
+    assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
+
+
 async def test_a_batch_of_cancelled_jobs_is_cancelled(
     open_gateway: Opener, settings: dict[str, Any], provider: Emulator
 ) -> None:
