@@ -16,6 +16,7 @@ from math import inf
 from random import uniform
 
 from tidegate.call import DEFAULT_TENANT, Kind, Tier, Usage, tokens_of
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import TidegateError, UpstreamRejected, UpstreamTierBusy, UpstreamTimeout
 from tidegate.jobs.calls import key_of
 from tidegate.jobs.outages import Key
@@ -31,6 +32,7 @@ from tidegate.jobs.tiers import (
 from tidegate.limiter import Concurrency, Limit, Rate
 from tidegate.record import CallRecord
 from tidegate.settings import Config
+from tidegate.spine.native import endpoint_named
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Lane
 from tidegate.store.records import ClaimedJob
@@ -152,7 +154,8 @@ class TierOffers:
             return None
         seen = [await self._usual_batch_ms(key_of(target)) for target in targets]
         ended = [one for one in seen if one is not None]
-        return TierOffer(tier, max(known), max(ended) if len(ended) == len(seen) else None)
+        slowest = max(ended) if len(ended) == len(seen) else None
+        return TierOffer(tier, max(known), slowest, keeps_results=_keeps_results(job))
 
     async def leaves_at(self, kind: Kind, target: Target, due: datetime) -> datetime | None:
         """When a batch at a provider must be cancelled for those of its jobs that are due
@@ -179,16 +182,17 @@ class TierOffers:
     ) -> LiveRoom:
         lane = self._lane_of(target)
         policy = lane.limiter.policy
-        call_ms = self._live[kind].usual_ms(least=1) or _UNKNOWN_CALL_MS
+        seen = self._live[kind]
+        mean_ms = seen.mean_ms() or _UNKNOWN_CALL_MS
         images = int(kind is Kind.IMAGE_GENERATION)
         limits = lane.demands.limits(policy, kind, target.model, tenant, images)
         sizes = self._sizes[kind]
         per_second = min(
-            (admitted_per_second(policy.binding(one), call_ms, sizes.of) for one in limits),
+            (admitted_per_second(policy.binding(one), mean_ms, sizes.of) for one in limits),
             default=inf,
         )
         ahead = await self._ahead.of(kind, due)
-        return LiveRoom(max(0, ahead - 1), per_second, call_ms)
+        return LiveRoom(max(0, ahead - 1), per_second, seen.usual_ms(least=1) or _UNKNOWN_CALL_MS)
 
     def ended(self, job: ClaimedJob, record: CallRecord, error: TidegateError | None) -> int | None:
         """A job was called in its tier. Returns for how many ms it waits where the tier, and not
@@ -214,6 +218,13 @@ class TierOffers:
         """For how long a job waits for capacity of flex: until it is asked again, and a little."""
         busy_ms = min(map(self.flex.busy_ms, keys), default=0.0)
         return round(busy_ms * uniform(1, 1.5))
+
+
+def _keeps_results(job: ClaimedJob) -> bool:
+    """Gemini gives no answers of a batch that was cancelled, and prompts go there."""
+    if job.endpoint is None:
+        return False
+    return endpoint_named(job.endpoint).dialect is not Dialect.GEMINI
 
 
 def admitted_per_second(

@@ -50,12 +50,14 @@ class TierTimes:
 class TierOffer:
     """A cheaper tier as it is offered for a job. share: its price over the usual one. usual_ms:
     within which nearly all calls, or batches, have ended lately; None where too few were seen.
-    busy_ms: for how long it is not to be asked again, since it had no capacity."""
+    busy_ms: for how long it is not to be asked again, since it had no capacity. keeps_results:
+    whether a batch that is cancelled gives the answers that it has by then."""
 
     tier: Tier
     share: float
     usual_ms: float | None = None
     busy_ms: float = 0.0
+    keeps_results: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,8 @@ def _takes_ms(offer: TierOffer, room: LiveRoom, times: TierTimes) -> float:
     """Within which the tier answers, for all that is known."""
     if offer.tier is Tier.BATCH:
         if offer.usual_ms is None:
-            return UNKNOWN_SHARE * times.batch_ms
+            # Its answers would be paid for and lost where it has to be cancelled.
+            return (UNKNOWN_SHARE if offer.keeps_results else 1) * times.batch_ms
         return min(MARGIN * offer.usual_ms, times.batch_ms)
     usual_ms = times.flex_ms if offer.usual_ms is None else MARGIN * offer.usual_ms
     return offer.busy_ms + room.wait_ms + usual_ms
@@ -177,6 +180,9 @@ class SeenTimes:
         if len(self.last_ms) < least:
             return None
         return sorted(self.last_ms)[ceil(_USUAL * len(self.last_ms)) - 1]
+
+    def mean_ms(self) -> float | None:
+        return sum(self.last_ms) / len(self.last_ms) if self.last_ms else None
 
 
 @dataclass(slots=True)

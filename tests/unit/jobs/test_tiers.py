@@ -71,6 +71,14 @@ def test_a_batch_of_unknown_speed_is_tried_where_half_of_its_window_fits() -> No
     assert chosen(BATCH, in_s=DAY_S / 2).tier is Tier.LIVE
 
 
+def test_a_batch_that_would_lose_its_answers_is_not_tried() -> None:
+    lossy = TierOffer(Tier.BATCH, 0.5, keeps_results=False)
+    assert chosen(lossy, in_s=DAY_S).tier is Tier.LIVE
+    assert chosen(lossy, in_s=DAY_S + HOUR_S).tier is Tier.BATCH
+    known = TierOffer(Tier.BATCH, 0.5, usual_ms=3_600_000, keeps_results=False)
+    assert chosen(known, in_s=4 * HOUR_S).tier is Tier.BATCH
+
+
 def test_without_a_deadline_the_cheapest_stands_for_as_long_as_it_takes() -> None:
     choice = chosen(TierOffer(Tier.FLEX, 0.6), BATCH, in_s=None)
     assert (choice.tier, choice.revisit_at) == (Tier.BATCH, None)
@@ -123,6 +131,8 @@ def test_usual_is_what_nearly_all_did_not_exceed() -> None:
     assert seen.usual_ms() is None
     seen.last_ms.extend([10.0] * 91 + [500.0] * 5)
     assert seen.usual_ms() == 10.0
+    assert seen.mean_ms() == 34.5
+    assert SeenTimes().mean_ms() is None
 
 
 def test_flex_is_left_alone_for_longer_after_each_refusal() -> None:
