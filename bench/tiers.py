@@ -108,6 +108,8 @@ def settings(group: DueGroup) -> dict[str, str]:
         "FLEX_WITHIN_MS": str(group.scaled(FLEX_MS)),
         "PROVIDER_BATCH_WINDOW_MS": str(group.scaled(DAY_MS)),
         "PROVIDER_BATCH_CANCEL_MS": str(group.scaled(CANCEL_MS)),
+        "PROVIDER_BATCH_GATHER_MS": str(group.scaled(MINUTE_MS)),
+        "PROVIDER_BATCH_POLL_MS": str(group.scaled(MINUTE_MS)),
     }
 
 
