@@ -68,9 +68,10 @@ async def examine(*, online: bool = True) -> list[Finding]:
     for pool, snapshot in seen.snapshots.items():
         found += deployment.judge_pool(pool, policies[pool], snapshot, seen.records.get(pool))
     found.append(deployment.judge_blobs(config, seen.snapshots))
+    made_up = DEFAULT_POOL if emulates(config) else ""
+    found += deployment.judge_preempt(others.upstreams, made_up)
     if seen.called is not None:
         today = datetime.now(UTC).date()
-        made_up = DEFAULT_POOL if emulates(config) else ""
         found += deployment.judge_prices(others.upstreams, seen.called, today, made_up)
     if online:
         found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))

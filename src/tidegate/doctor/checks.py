@@ -119,6 +119,23 @@ def judge_prices(
         yield ok("prices.age", f"{len(rows)} public prices are in use, none read long ago")
 
 
+def judge_preempt(upstreams: Sequence[Upstream], emulated: str = "") -> Iterator[Finding]:
+    """A finding on the upstreams where calls give way, if there are any. emulated: the one whose
+    answers are made up."""
+    giving_way = [one for one in upstreams if one.preempt and one.name != emulated]
+    hosted = [one for one in giving_way if provider_of_upstream(one) is not None]
+    if hosted:
+        yield warn(
+            "settings.preempt",
+            f"calls give way at hosted providers: {_listed(one.name for one in hosted)}; these "
+            "may work on, and bill, after the connection is closed",
+            "remove `preempt` there: it is for servers that abort a request whose client "
+            "disconnects, see docs/batches.md",
+        )
+    elif giving_way:
+        yield ok("settings.preempt", f"calls give way at {_listed(one.name for one in giving_way)}")
+
+
 def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:
     return any(upstream.fit(called.model or "") for upstream in upstreams)
 

@@ -18,7 +18,7 @@ from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State
 from tidegate.limiter import PoolPolicy, ServerReport, SessionView, Snapshot
 from tidegate.operator_key import key_file, operator_key
-from tidegate.policy.deployment import Upstream
+from tidegate.policy.deployment import Preempt, Upstream
 from tidegate.policy.format import digest, to_plain
 from tidegate.prices.rates import Price
 from tidegate.settings import load
@@ -300,6 +300,23 @@ def test_old_and_missing_packages_and_few_descriptors_are_told(
     assert "other" not in found.found
     monkeypatch.setattr(machine, "_FEW_FILES", 10**9)
     assert state_of(machine.look(config), "machine.descriptors") is State.WARN
+
+
+def test_calls_that_give_way_at_a_hosted_provider_are_named() -> None:
+    def at(name: str, url: str, preempt: Preempt | None = None) -> Upstream:
+        return Upstream(name, {"openai": url}, "k", preempt=preempt)
+
+    hosted, own = "https://api.openai.com/v1", "http://gpu-1:8000/v1"
+    assert list(deployment.judge_preempt([at("a", hosted), at("b", own)])) == []
+    (found,) = deployment.judge_preempt([at("a", hosted), at("b", own, Preempt())])
+    assert found.state is State.OK
+    assert "b" in found.found
+    both = [at("a", hosted, Preempt()), at("b", own, Preempt())]
+    (found,) = deployment.judge_preempt(both)
+    assert found.state is State.WARN
+    assert "providers: a;" in found.found
+    (found,) = deployment.judge_preempt(both, "a")
+    assert found.state is State.OK
 
 
 def used(model: str, *, requests: int = 5, unpriced: int = 0) -> Total:
