@@ -235,6 +235,7 @@ class ProviderBatchRunner:
         for job in jobs:
             if (ready := await self._ready(job)) is not None:
                 groups[ready.key].append(ready)
+            await asyncio.sleep(0)  # thousands together would keep the event loop busy for long
         for group in groups.values():
             await self._begin(group)
 
