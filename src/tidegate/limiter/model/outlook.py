@@ -130,12 +130,13 @@ class Outlooks:
         member: Member,
         left_ms: int,
         place: LimitState,
+        stamp: float,
     ) -> bool:
-        """Refuse a ticket that would wait at `place` and can't be admitted within `left_ms` behind
-        those that come before it; True if that is so. Where `left_ms` is negative no estimate
-        refuses it."""
+        """Refuse a ticket that would wait at `place` with a stamp, and can't be admitted within
+        `left_ms` behind those that come before it; True if that is so. Where `left_ms` is negative
+        no estimate refuses it."""
         latest = self.pool.now + abs(left_ms) - 1
-        before = self._before(flow, place, member.use)
+        before = self._before(flow, place, member.use, stamp)
         found = [
             late
             for position, limit in enumerate(self.pool.lane(flow))
@@ -153,15 +154,16 @@ class Outlooks:
         )
         return True
 
-    def _before(self, flow: FlowName, place: LimitState, use: int) -> Before:
+    def _before(self, flow: FlowName, place: LimitState, use: int, stamp: float) -> Before:
         """Of the calls that wait where a ticket would: those of its own flow, in whatever process,
         are admitted in their order. The others that come first in fair order are likely to."""
         band, certain, likely = place.band(flow.band), 0, 0
         for queue in line_of(band, flow.tenant)[:MOST_BEFORE]:
+            waits = sum(one < stamp for one in queue.tickets.values())
             if queue.flow == flow:
-                certain += len(queue.tickets)
+                certain += waits
             else:
-                likely += len(queue.tickets)
+                likely += waits
         use = self.pool.probable_use(place, use)
         step = self.pool.step(use, flow.tenant)
         start = band.tag(flow.tenant) + (certain + likely) * step

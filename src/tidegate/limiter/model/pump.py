@@ -145,12 +145,13 @@ class Pump:
             return 0
         place = limit if queue is None else self._at(queue)
         bar = self.outlooks.bar
-        if left_ms and place and bar(flow, queue, read_member(member), left_ms, place):
+        stamp = self.pool.stamps.get(flow.tenant, 0) + 1
+        if left_ms and place and bar(flow, queue, read_member(member), left_ms, place, stamp):
             return 0
         most = self.pool.policy.queue_per_tenant if self.pool.policy else 0
         if self.pool.waiting(flow.tenant) >= most:
             return -1
-        stamp = self.pool.stamps[flow.tenant] = self.pool.stamps.get(flow.tenant, 0) + 1
+        self.pool.stamps[flow.tenant] = stamp
         if queue is None:
             queue = session.queues[key] = SessionQueue(sid, key, flow)
             self.pool.queues_of[flow.tenant][queue.id] = queue

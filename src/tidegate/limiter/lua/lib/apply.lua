@@ -49,7 +49,7 @@ function T.ask(entries)
       local place = (q.lefts[i] or 0) ~= 0 and (limit or queue.at and queue.at ~= '!' and T.limit_of(queue.at))
       if limit == nil then
         T.stamps[i] = 0
-      elseif place and T.bar(queue, member, q.lefts[i], place) then
+      elseif place and T.bar(queue, member, q.lefts[i], place, tenant.stamp + 1) then
         T.stamps[i] = 0
       elseif tenant.waiting >= pool.queue_max then
         T.refused[#T.refused + 1] = tonumber(string.match(member, '^%d+'))

@@ -12,10 +12,10 @@ T.MOST_BEFORE, T.MEASURED_MS = 50, 3000
 
 -- The number of calls before a ticket: of those that wait, `certain` and `likely`; and `expected`, if
 -- tenants with several waiting calls continue to send calls. `start` is in virtual time.
-local function before_at(queue, place, use)
+local function before_at(queue, place, use, stamp)
   local certain, likely, tenant = 0, 0, T.tenant_of(queue.tenant)
   for _, id in ipairs(call('ZRANGE', T.line_key(place, queue), 0, T.MOST_BEFORE - 1)) do
-    local waits = call('ZCARD', T.prefix .. 'queue:' .. id)
+    local waits = call('ZCOUNT', T.prefix .. 'queue:' .. id, '-inf', '(' .. T.int(stamp))
     if T.queue_of(id).flow == queue.flow then
       certain = certain + waits
     else
@@ -115,12 +115,12 @@ local function probably_late(queue, list, place, before, latest)
   return { room_at, place.name, place.spent, before.expected, 1 }
 end
 
--- Refuses a ticket that would wait at `place`, if it can't be admitted within `left_ms`; true if refused. If
--- `left_ms` is negative no estimate refuses it.
-function T.bar(queue, member, left_ms, place)
+-- Refuses a ticket that would wait at `place` with a stamp, if it can't be admitted within `left_ms`; true if
+-- refused. If `left_ms` is negative no estimate refuses it.
+function T.bar(queue, member, left_ms, place, stamp)
   local ticket, use, text = string.match(member, '^(%d+)|%d+|(%d+)|(.*)$')
   local list, latest, found = T.amounts_in(text), pool.now + math.abs(left_ms) - 1, nil
-  local before = before_at(queue, place, tonumber(use))
+  local before = before_at(queue, place, tonumber(use), stamp)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' or limit.pause then
