@@ -382,3 +382,41 @@ async def test_a_job_that_may_wait_is_put_into_a_batch(
     assert "batch costs 50%" in later["tier_why"]
     expected = {("Say it tomorrow", "batch"): 1, ("Say it now", ""): 1}
     assert await asked(provider.control) == expected
+
+
+async def test_a_batch_of_another_consumer_is_not_taken_for_ours(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    """Anthropic's batches have nothing that tells whose they are until they have ended."""
+    gateway = await opened(open_gateway, settings | {"claim_lease_ms": 600})
+    await provider.control.set_behaviour(batches={"delay_ms": 3_000})
+    params = wrapped("anthropic", "Say another's")["body"]
+    theirs = {"requests": [{"custom_id": "a", "params": params}]}
+    url = f"{provider.url}/v1/messages/batches"
+    headers = {"x-api-key": "k", "anthropic-version": "2023-06-01"}
+    creation = "POST /v1/messages/batches"
+    await provider.control.set_fault("hang", kind="other", match=creation, count=1)
+    (job,) = await submitted(gateway, wrapped("anthropic", "Say ours"))
+    gateway.start_worker()
+
+    async def hangs() -> bool:
+        return any(call.fault == "hang" for call in await provider.control.calls())
+
+    await wait_until(hangs)
+    async with gateway.http.post(url, json=theirs, headers=headers) as response:
+        other = (await response.json())["id"]
+    (batch,) = await batches(gateway)
+    assert batch["state"] == "creating"
+    await gateway.stop_worker()
+    gateway.start_worker()
+
+    async def is_held() -> bool:
+        (found,) = await batches(gateway)
+        return "others of its size" in (found["problem"] or "")
+
+    await wait_until(is_held)
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    (batch,) = await batches(gateway)
+    assert batch["provider_id"] != other
+    asked_for = await asked(provider.control, "Say")
+    assert asked_for == {("Say another's", "batch"): 1, ("Say ours", "batch"): 1}

@@ -1,0 +1,45 @@
+"""Lines of the providers' batches: which calls can be one, and whose a custom id is."""
+
+from __future__ import annotations
+
+import re
+from uuid import UUID
+
+import pytest
+
+from tidegate.spine.batched import prompt_endpoint
+from tidegate.spine.native import endpoint_named
+from tidegate.upstream.batch_api import custom_id, line_of, takes
+
+BATCH, OTHER = UUID(int=2**120 + 1), UUID(int=2**120 + 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_taken"),
+    [
+        ("/v1/chat/completions", True),
+        ("/v1/responses", True),
+        ("/v1/embeddings", True),
+        ("/v1/images/generations", False),
+        ("/v1/messages", True),
+        ("/v1beta/models/gemini-2.5-flash:generateContent", True),
+        ("/v1beta/models/gemini-embedding-001:embedContent", False),
+    ],
+)
+def test_which_calls_can_be_lines(path: str, is_taken: bool) -> None:
+    assert takes(endpoint_named(path)) is is_taken
+
+
+def test_prompts_can_be_lines() -> None:
+    endpoint = prompt_endpoint("gemini-2.5-flash")
+    assert takes(endpoint)
+    assert endpoint.path_for("m") == "/v1beta/models/m:generateContent"
+
+
+def test_a_custom_id_names_its_batch_and_line() -> None:
+    named = custom_id(BATCH, 1_999)
+    assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", named)  # Anthropic takes no others
+    assert line_of(BATCH, named) == 1_999
+    assert line_of(OTHER, named) is None
+    for foreign in ("a", f"{BATCH.hex}-", f"{BATCH.hex}-x", f"{BATCH.hex}-1-2", None, 7):
+        assert line_of(BATCH, foreign) is None
