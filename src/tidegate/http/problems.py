@@ -193,7 +193,7 @@ class Problem(BaseModel):
     retry_after_ms: int | None = None
     is_estimate: bool | None = Field(
         default=None,
-        description="True where `retry_after_ms` is an estimate: calls of the limit must end first",
+        description="True where `retry_after_ms` is an estimate: it depends on how calls end",
     )
 
 

@@ -140,3 +140,36 @@ async def test_another_upstream_is_waited_for_instead_until_its_quota_is_used_up
     assert (status, headers["x-tidegate-upstream"]) == (200, "second")
     status, _, body = await ask(gateway, GEMINI)
     assert (status, body["error"]["message"].split(" (")[0]) == (429, SAID.split(" (")[0])
+
+
+@pytest.fixture
+def one_at_a_time(policy: Path) -> Path:
+    policy.write_text('[limits]\n"kind:text_only" = 1\n')
+    return policy
+
+
+async def test_behind_a_long_queue_a_call_is_refused_by_an_estimate(
+    open_gateway: Opener, one_at_a_time: Path
+) -> None:
+    """A call takes half a second; twenty wait. The next may wait for a second and a half."""
+    gateway = await open_gateway(worker=False, tidegate_policy=one_at_a_time, stream_wait_ms=1_500)
+    await gateway.upstream.set_behaviour(first_byte_ms=500)
+    url, headers = gateway.url + OPENAI[0], {"x-tidegate-deadline-ms": "60000"}
+
+    async def wait() -> int:
+        async with gateway.http.post(url, json=OPENAI[1], headers=headers) as response:
+            return response.status
+
+    for _ in range(2):  # how long calls take is known
+        assert await wait() == 200
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(wait()) for _ in range(21)]
+        await wait_until(lambda: gateway.services.limiter.waiters >= 19, 20, "calls that wait")
+        async with gateway.http.post(url, json=OPENAI[1]) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["code"]) == (429, "limit_used_up")
+            assert 1 < int(response.headers["retry-after"]) < 60
+        assert (error["limit"], error["is_estimate"]) == ("kind:text_only", True)
+        assert error["message"].endswith(", which is an estimate.")
+        for one in waiting:
+            one.cancel()
