@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import budgets, grid, machine
-from bench.limits.accounts import CONVERSATION, PROVIDERS, MeasuredProvider, unlimited
+from bench.limits.accounts import CONVERSATION, IMPORTED, PROVIDERS, MeasuredProvider
 from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, missed_bars, refusals
 from bench.limits.load import AgentLoad, MixedLoad
 from bench.limits.stage import LimitsStage, NotStarted, standing
@@ -34,9 +34,7 @@ OTHERS_SHARE, NEW_TIER = 0.3, 0.5
 SCENARIOS = ("mix", "conversation", "changes", "import", "budgets")
 # Providers whose headers tell what remains; without --only the first is measured.
 CHANGING = ("openai", "anthropic", "azure", "groq")
-# Providers that have an API for their limits, which are limits a minute.
-IMPORTED = ("openai", "anthropic")
-_MINUTE_S = 60.0
+_MINUTE_S = 60.0  # what the limits are of that an API of the provider reports
 ADMIN_KEY = "sk-admin-measured"
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
@@ -269,10 +267,10 @@ def main() -> int:
             name = "changes" if provider.name == CHANGING[0] else f"changes {provider.name}"
             keep(name, run(provider, measure_changes, options, cache=HIT_RATE))
     minutes = argparse.Namespace(**{**vars(options), "window": _MINUTE_S, "windows": 1})
-    for provider in PROVIDERS:
-        if "import" in wanted and provider.name in (options.only or IMPORTED):
+    for provider in IMPORTED:
+        if "import" in wanted and (not options.only or provider.name in options.only):
             name = f"import {provider.name}"
-            keep(name, run(unlimited(provider), measure_import, minutes, cache=HIT_RATE))
+            keep(name, run(provider, measure_import, minutes, cache=HIT_RATE))
     if "budgets" in wanted and not options.only:
         keep("budgets", measure_budgets(BUDGETS_S, BUDGETS_AT_ONCE))
     print("\n".join(about))

@@ -197,9 +197,23 @@ def _agent_policy(window_ms: int) -> Mapping[str, Any]:
     return _for([AGENT], {"itpm": AGENTS_TOKENS}, window_ms)
 
 
-def unlimited(provider: MeasuredProvider) -> MeasuredProvider:
+def _listed_limits(window_s: float) -> Limits:
+    """The same, of the models that the emulated API names in its list of limits."""
+    return [
+        {**limit, "models": limit["models"].replace("opus-4*", "opus-5*")}
+        for limit in _anthropic_limits(window_s)
+    ]
+
+
+def _unlimited(provider: MeasuredProvider, **fields: Any) -> MeasuredProvider:
     """The same account, of whose limits our policy knows none."""
-    return replace(provider, policy=lambda _window_ms: {})
+    return replace(provider, policy=lambda _window_ms: {}, **fields)
 
 
+_OPENAIS, _ANTHROPICS = PROVIDERS[:2]
+# Accounts whose limits an API of the provider reports.
+IMPORTED = (
+    _unlimited(_OPENAIS),
+    _unlimited(_ANTHROPICS, models=("claude-opus-5-5", "claude-haiku-5-5"), limits=_listed_limits),
+)
 CONVERSATION = MeasuredProvider("anthropic", "anthropic", (AGENT,), _agent_limits, _agent_policy)
