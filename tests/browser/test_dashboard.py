@@ -179,8 +179,8 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
 ) -> None:
     budgets = stage.gateway.services.budgets
     rules = (
-        Budget("team/acme", "usd", 5_000_000, "month", tenant="default"),
-        Budget("people", "tokens", 40, "day", each=("subject",), at_end="pause"),
+        Budget("team/acme", "usd", 5_000_000, "month", tenant="default", doubt="estimate"),
+        Budget("people", "tokens", 40, "day", each=("subject",), at_end="pause", doubt="estimate"),
         Budget("hours", "usd", 2_000_000, "rolling", window_s=18_000, model="other-*"),
     )
     async with opened(stage) as seen:
@@ -206,7 +206,7 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         await expect(hours).to_contain_text("model other-*, in 5 h")
         # Without a subject; it stands first, as it is paused.
         first = card.locator(".limits > li").first
-        await expect(first).to_contain_text("people: (without one)")
+        await expect(first).to_contain_text("people: no subject")
         await expect(first.locator(".limit-state")).to_contain_text("Paused")
         await expect(card).to_contain_text("1 paused")
         await seen.is_accessible()
@@ -215,7 +215,7 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         dialog = seen.page.get_by_role("dialog", name="Resume people")
         await dialog.get_by_label("More in this period").fill("5000")
         await dialog.get_by_role("button", name="Resume").click()
-        await expect(seen.page.locator(".toast")).to_contain_text("people: (without one) goes on")
+        await expect(seen.page.locator(".toast")).to_contain_text("people: no subject goes on")
         await expect(card).not_to_contain_text("Paused")
         await expect(card).to_contain_text("0 of 5,040")
         await budgets.refresh()

@@ -470,6 +470,7 @@ def _budget(budget: Budget, book: BudgetBook) -> Frame:
     return {
         "name": budget.name,
         "scope": scope_values(book.scope),
+        "each": budget.each,
         "words": f"{binds}, {window(budget)}",
         "fallback": budget.fallback,
         **{name: getattr(book, name) for name in same},

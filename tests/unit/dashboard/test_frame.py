@@ -137,6 +137,7 @@ def test_paused_budgets_come_first_and_the_rest_is_counted() -> None:
     assert second == {
         "name": "day",
         "scope": [],
+        "each": (),
         "words": "tenant acme, a day",
         "fallback": "m",
         "unit": "usd",

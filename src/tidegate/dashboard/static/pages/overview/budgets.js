@@ -40,7 +40,8 @@ export function budgetsCard() {
 
 function row(first) {
   let latest = first;
-  const title = first.scope.length ? `${first.name}: ${first.scope.map(named).join(", ")}` : first.name;
+  const whose = first.scope.map((value, place) => value ?? `no ${first.each[place]}`).join(", ");
+  const title = whose ? `${first.name}: ${whose}` : first.name;
   const spent = h("div", { class: "gauge-used" });
   const held = h("div", { class: "gauge-held" });
   const gauge = h("div", { class: "gauge", role: "meter", "aria-label": title }, spent, held);
@@ -80,11 +81,11 @@ function row(first) {
   };
 }
 
-const named = (value) => value ?? "(without one)";
 const amount = (one, value) => (one.unit === "usd" ? money(value / MICROS) : brief(value));
 
 function leftOf(one) {
-  const left = `${amount(one, Math.max(0, one.amount - one.spent - one.held))} left`;
+  const unit = one.unit === "usd" ? "" : " tokens";
+  const left = `${amount(one, Math.max(0, one.amount - one.spent - one.held))}${unit} left`;
   return one.held ? `${left}, ${amount(one, one.held)} reserved` : left;
 }
 
