@@ -164,7 +164,7 @@ def test_submit_documents_every_content_type_and_field_that_it_takes(
         *("application/json", "multipart/form-data", "application/x-www-form-urlencoded"),
     }
     values = {"data", "text", "image_uri", "type", "model", "priority", "deadline_ms"}
-    values |= {"webhook_url", "subject", "tiers"}
+    values |= {"webhook_url", "subject", "conversation", "tiers"}
     for media, described in content.items():
         files = {"file", "files"} if media == "multipart/form-data" else set()
         wrapped = {"endpoint", "body"} if media == "application/json" else set()
