@@ -283,9 +283,8 @@ class PoolPolicy:
             self.queue_per_tenant,
             self.reap_closed_ms,
             self.hand_off,
+            self.fair_by,
         ]
-        if self.fair_by != "seconds":  # else the bytes are those of earlier versions
-            fields.append(self.fair_by)
         return cast(bytes, msgpack.packb(fields))
 
     @classmethod

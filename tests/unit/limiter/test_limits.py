@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -92,9 +93,9 @@ def test_a_policy_survives_being_packed() -> None:
     assert PoolPolicy.unpack(FULL.pack()) == FULL
 
 
-def test_what_is_usual_is_packed_as_before() -> None:
-    assert len(msgpack.unpackb(PoolPolicy({}).pack())) == 11
-    assert PoolPolicy.unpack(PoolPolicy({}).pack()).fair_by == "seconds"
+def test_a_policy_of_an_earlier_version_is_fair_by_seconds() -> None:
+    earlier = msgpack.packb(msgpack.unpackb(FULL.pack())[:11])
+    assert PoolPolicy.unpack(earlier) == replace(FULL, fair_by="seconds")
 
 
 @pytest.mark.parametrize(
