@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-from anthropic import AsyncAnthropic, BadRequestError, InternalServerError, RateLimitError
-from anthropic.types.messages import MessageBatch, MessageBatchIndividualResponse
 
 from tests.integration.emulator.clock import ManualClock
 from tidegate.emulator.server import Emulator
+
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
+    from anthropic.types.messages import MessageBatch, MessageBatchIndividualResponse
 
 MODEL = "claude-haiku-5-5"
 
 
 @pytest.fixture
 async def sdk(emulator: Emulator) -> AsyncIterator[AsyncAnthropic]:
+    from anthropic import AsyncAnthropic  # 3,000 modules
+
     async with AsyncAnthropic(
         api_key="k", base_url=emulator.url, max_retries=0, timeout=10
     ) as client:
@@ -70,6 +74,8 @@ async def test_a_batch_is_worked_off_on_the_emulators_clock(
 
 
 async def test_bad_parameters_are_an_error_of_their_line(sdk: AsyncAnthropic) -> None:
+    from anthropic import BadRequestError
+
     batch = await submit(sdk, "a", max_tokens=0)
     assert (batch.processing_status, batch.request_counts.errored) == ("ended", 1)
     (line,) = await results(sdk, batch)
@@ -93,6 +99,8 @@ async def test_an_expired_batch_keeps_its_results(
 async def test_a_batch_is_cancelled_then_deleted(
     sdk: AsyncAnthropic, emulator: Emulator, clock: ManualClock
 ) -> None:
+    from anthropic import BadRequestError
+
     await emulator.control.set_behaviour(batches={"line_ms": 1000, "cancelling_ms": 500})
     batch = await submit(sdk, "a", "b")
     clock.pass_s(1)
@@ -111,6 +119,8 @@ async def test_a_batch_is_cancelled_then_deleted(
 async def test_the_queue_has_a_bound_of_requests(
     sdk: AsyncAnthropic, emulator: Emulator, clock: ManualClock
 ) -> None:
+    from anthropic import RateLimitError
+
     await emulator.control.set_behaviour(batches={"line_ms": 1000, "enqueued_requests": 3})
     await submit(sdk, "a", "b")
     with pytest.raises(RateLimitError):
@@ -120,6 +130,8 @@ async def test_the_queue_has_a_bound_of_requests(
 
 
 async def test_faults_strike_polls_and_results(sdk: AsyncAnthropic, emulator: Emulator) -> None:
+    from anthropic import InternalServerError
+
     batch = await submit(sdk, "a", "b")
     path = f"GET /v1/messages/batches/{batch.id}"
     await emulator.control.set_fault("internal", kind="other", match=path, count=1)

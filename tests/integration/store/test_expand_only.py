@@ -9,16 +9,15 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import asyncpg
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 
 from tidegate.store import database as partitions
 from tidegate.store.database import HEAD
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 # What a step may do although it takes something away from the version before, and why that is none.
 _EXCEPTIONS: dict[tuple[str, str], str] = {}
@@ -86,6 +85,11 @@ def _taken_away(before: _Schema, after: _Schema) -> Iterator[str]:
 
 
 def _upgrade(url: str, revision: str) -> None:
+    from alembic import command  # with SQLAlchemy, 200 modules
+    from alembic.config import Config
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from sqlalchemy.pool import NullPool
+
     async def run() -> None:
         config = Config()
         config.set_main_option("script_location", "tidegate.store:migrations")
