@@ -31,7 +31,7 @@ from tidegate.call import Scope
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = int(os.environ.get("TIDEGATE_SCHEMA_EXAMPLES", "10"))
+EXAMPLES = int(os.environ.get("TIDEGATE_SCHEMA_EXAMPLES", "6"))
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 MAY_BE_AWAY = (503, 504)
 
