@@ -70,6 +70,8 @@ from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import parent_of
 
+# Loops that began together would go on together, each on a connection of its own.
+_APART_S = 0.015
 _IDLE_WAIT_MS = 1_000
 
 
@@ -309,13 +311,16 @@ class Worker:
         each_second = (store.queue.maintain, store.queue.expire_due, store.queue.cancel_returned)
         for_held = (self._leave_held, self._put_off.bring_back)
         loops = [
-            *(self._forever(feeder.run) for feeder in self._feeders),
-            *(self._forever(self._every(beat_s, one)) for one in each_beat),
-            *(self._forever(self._every(1.0, one)) for one in (*each_second, *for_held)),
-            self._forever(self._watch_cancels),
-            self._forever(self._spine.preemption.run),
+            *(feeder.run for feeder in self._feeders),
+            *(self._every(beat_s, one) for one in each_beat),
+            *(self._every(1.0, one) for one in (*each_second, *for_held)),
+            self._watch_cancels,
+            self._spine.preemption.run,
         ]
-        tasks = [asyncio.create_task(loop) for loop in loops]
+        tasks = [
+            asyncio.create_task(self._forever(loop, number * _APART_S))
+            for number, loop in enumerate(loops)
+        ]
         beside = [asyncio.create_task(run(stop)) for run in self._beside]
         try:
             await stop.wait()
@@ -654,8 +659,9 @@ class Worker:
 
         return loop
 
-    async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
+    async def _forever(self, loop: Callable[[], Awaitable[None]], after_s: float) -> None:
         """Keep a loop alive, until its own end, through errors that nobody foresaw; all logged."""
+        await asyncio.sleep(after_s)
         while True:
             try:
                 await loop()

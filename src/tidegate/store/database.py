@@ -86,7 +86,8 @@ class _Commit:
 
 
 class Connections:
-    """At most `size` connections, opened as needed."""
+    """At most `size` connections, opened as needed, one after the other: who waits for one takes
+    the first that is free, so that a start or a burst opens no more than it keeps busy."""
 
     def __init__(self, url: str, *, size: int = 10) -> None:
         self._url = url
@@ -95,6 +96,8 @@ class Connections:
         self._busy: set[asyncpg.Connection] = set()
         self._tasks: set[asyncio.Task[object]] = set()
         self._probe: asyncio.Task[None] | None = None
+        self._opening = False
+        self._waiting: list[asyncio.Future[None]] = []
         self._away: str | None = None  # why, while away
         self._closed = False
         self.on_back: list[Callable[[], None]] = []
@@ -268,17 +271,41 @@ class Connections:
             if self._closed or self.away:
                 connection.terminate()
             else:
-                self._idle.append(connection)
+                self._free(connection)
             return result
         finally:
             self._slots.release()
 
     async def _take(self, deadline: float) -> asyncpg.Connection:
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.is_closed():
-                return connection
+        while True:
+            while self._idle:
+                connection = self._idle.pop()
+                if not connection.is_closed():
+                    return connection
+            is_first_coming = self._probe is not None and not self._busy
+            if not (self._opening or is_first_coming):
+                return await self._opened(deadline)
+            waits = asyncio.get_running_loop().create_future()
+            self._waiting.append(waits)
+            async with asyncio.timeout_at(deadline):
+                await waits
+            if self._away is not None:
+                raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+
+    def _free(self, connection: asyncpg.Connection) -> None:
+        self._idle.append(connection)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Have all who wait for a connection look whether there is one, or open one."""
+        for waits in self._waiting:
+            if not waits.done():
+                waits.set_result(None)
+        self._waiting.clear()
+
+    async def _opened(self, deadline: float) -> asyncpg.Connection:
         left = deadline - asyncio.get_running_loop().time()
+        self._opening = True
         try:
             return await self._connect(min(CONNECT_TIMEOUT_MS / 1000, max(left, 0.001)))
         except asyncpg.TooManyConnectionsError:
@@ -289,6 +316,9 @@ class Connections:
         except (*_TRANSIENT, *_UNFIT) as failed:
             self._gone(_words(failed))
             raise
+        finally:
+            self._opening = False
+            self._look_again()
 
     async def _connect(self, timeout_s: float) -> asyncpg.Connection:
         return await asyncpg.connect(
@@ -327,6 +357,7 @@ class Connections:
             self._idle.pop().terminate()
         for connection in self._busy:
             connection.terminate()
+        self._look_again()
         self._suspect()
 
     def _suspect(self) -> None:
@@ -339,7 +370,7 @@ class Connections:
         try:
             while True:
                 try:
-                    self._idle.append(await self._answered(PROBE_TIMEOUT_MS / 1000))
+                    self._free(await self._answered(PROBE_TIMEOUT_MS / 1000))
                     break
                 except asyncpg.TooManyConnectionsError:
                     break
@@ -350,6 +381,7 @@ class Connections:
                 await asyncio.sleep(PROBE_EVERY_MS / 1000)
         finally:
             self._probe = None
+            self._look_again()
         if self._away is not None:
             self._away = None
             get_logger().info(Log.STORE_BACK)

@@ -88,6 +88,8 @@ async def test_what_fails_after_its_caller_has_left_complains_to_nobody(
         while not working.is_set():  # on a busy machine it may time out before it begins
             caller = asyncio.create_task(connections.run(work, timeout_ms=100))
             await asyncio.wait({caller, begun}, return_when=asyncio.FIRST_COMPLETED)
+            if caller.done():
+                caller.exception()  # this caller has not left
         caller.cancel()
         if cut:
             for connection in connections._busy:
@@ -98,6 +100,36 @@ async def test_what_fails_after_its_caller_has_left_complains_to_nobody(
     del caller
     gc.collect()
     assert complaints == []
+
+
+async def test_a_free_connection_is_taken_before_another_one_is_open(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = Connections(empty_database_url, size=10)
+    connect, gate, go = connections._connect, asyncio.Event(), asyncio.Event()
+    opening: list[float] = []
+
+    async def slowly(timeout_s: float) -> asyncpg.Connection:
+        opening.append(timeout_s)
+        await gate.wait()
+        return await connect(timeout_s)
+
+    async def work(connection: asyncpg.Connection) -> int:
+        return int(await connection.fetchval("SELECT 1"))
+
+    assert await connections.run(work) == 1
+    monkeypatch.setattr(connections, "_connect", slowly)
+    holding = asyncio.create_task(connections.run(lambda _: go.wait()))
+    await wait_until(lambda: connections._busy)
+    others = [asyncio.create_task(connections.run(work)) for _ in range(5)]
+    await wait_until(lambda: opening)
+    go.set()
+    await wait_until(lambda: sum(other.done() for other in others) == 4)
+    assert len(opening) == 1
+    gate.set()
+    assert await asyncio.gather(*others) == [1] * 5
+    assert await holding
+    await connections.aclose()
 
 
 async def test_the_reads_of_one_tenant_leave_connections_to_others(
