@@ -7,6 +7,7 @@ import asyncio
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import asyncpg
@@ -15,7 +16,6 @@ import pytest
 from tests.integration.embedded.traces import Traces
 from tests.markdown import blocks
 from tests.product import environment
-from tests.typed import commands
 from tidegate.embedded.lease import ensure
 from tidegate.store.database import HEAD, migrate
 
@@ -34,7 +34,7 @@ async def _typed(folder: Path, lines: str) -> tuple[int, str]:
         subprocess.run,
         ["bash", "-euo", "pipefail", "-c", lines],
         cwd=folder,
-        env=here | {"PATH": f"{commands()}:{here['PATH']}"},
+        env=here | {"PATH": f"{Path(sys.executable).parent}:{here['PATH']}"},
         capture_output=True,
         text=True,
         check=False,
