@@ -130,7 +130,7 @@ class SimulatedLoad(Playback):
                 self._barred[self._asking_sid, barred.ticket] = barred
             return False
 
-        def ask_of(q: SyncRequest, session: SessionState) -> tuple[list[int], list[int]]:
+        def ask_of(q: SyncRequest, session: SessionState) -> tuple[list[float], list[int]]:
             self._asking_sid = q.sid
             return ask(q, session)
 

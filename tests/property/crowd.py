@@ -124,11 +124,17 @@ class Crowd:
         amounts: str = "",
         use: int = 0,
         cost: int = 0,
+        due_ms: int = 0,
         times: int = 1,
     ) -> list[Call]:
         of = (process, tenant, lane, band, took_ms, amounts, use or took_ms, cost)
         calls = [self._new(*of) for _ in range(times)]
-        self._say(process, flows=[calls[0].flow], enqueues=[(1, call.member) for call in calls])
+        self._say(
+            process,
+            flows=[calls[0].flow],
+            enqueues=[(1, call.member) for call in calls],
+            dues=[due_ms] * times,
+        )
         return calls
 
     def end_one(self, *, ask_again: bool = False) -> None:

@@ -53,6 +53,7 @@ MANY = {
     "park:": "park",
     "line:": "line",
     "past:": "past",
+    "order:": "order",
     "log:": "log",
     "rate:": "rate",
     "quota:": "quota",
@@ -96,13 +97,19 @@ class Reading:
 
 def _value(family: str, kind: str, value: Any) -> Any:
     if kind == "zset":
-        return {member: int(float(score)) for member, score in _pairs(value)}
+        return {member: _number(score) for member, score in _pairs(value)}
     if kind == "hash":
         fields = dict(_pairs(value))
         if family == "meta":
             return _of_meta(_grouped(fields))
         return _grouped(fields) if family == "session:" else fields
     return [int(at) for at in value] if family == "log:" else value
+
+
+def _number(text: str) -> float:
+    """A stamp may lie between two whole numbers."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _pairs(value: list[bytes]) -> Iterable[tuple[str, str]]:
@@ -169,8 +176,15 @@ def _of_meta(groups: Mapping[str, Fields]) -> State:
         "pacing": {name: found for name, found in tuples("f").items() if any(found)},
         "asserted": numbers("b"),
         "spent": numbers("s"),
-        "tenants": tuples("n"),
+        "tenants": {name: _tenant(text) for name, text in groups["n"].items()},
     }
+
+
+def _tenant(text: str) -> tuple[int, int, dict[str, int]]:
+    """How many wait, the last stamp, and when the last ones of each band are due."""
+    waiting, stamp, *dues = text.split("|")
+    found = dict(due.split("=") for due in dues)
+    return int(waiting), int(stamp), {band: int(due) for band, due in found.items()}
 
 
 def _bands(fields: Fields) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from typing import Any
 from tidegate.limiter.simulation import (
     BEHIND,
     BandState,
+    DueOrder,
     LimitState,
     Pacing,
     PauseGate,
@@ -68,7 +69,17 @@ def of_model(model: PoolModel) -> State:
         "spent": {name: amount for name, (_, amount) in model.joining.spending.items()},
         "spending": {name: number for name, (number, _) in model.joining.spending.items()},
         "paused": model.reports.paused(),
-        "tenants": {name: (n, model.pool.stamps[name]) for name, n in tenants.items() if n},
+        "tenants": {
+            name: (n, model.pool.stamps[name], {str(b): o.last for b, o in _orders(model, name)})
+            for name, n in tenants.items()
+            if n
+        },
+        "order": {
+            f"{band}|{name}": {str(stamp): due for due, stamp in order.steps}
+            for name in model.pool.orders
+            for band, order in _orders(model, name)
+            if order.steps
+        },
         "expiry": {sid: session.expiry for sid, session in sessions.items()},
         "sessions": {sid: _session(model, sid) for sid in sessions},
         "held": {sid: held for sid in sessions if (held := _held(model, sid))},
@@ -165,7 +176,11 @@ def _charges(charges: dict[int, tuple[int, int]]) -> str:
 
 
 def _place(queue: SessionQueue) -> str:
-    return f"{queue.at}|{queue.bounces}|{queue.bounced}"
+    return f"{queue.at}|{queue.bounces}|{queue.bounced:.17g}"
+
+
+def _orders(model: PoolModel, tenant: str) -> list[tuple[int, DueOrder]]:
+    return list(model.pool.orders.get(tenant, {}).items())
 
 
 def _past(band: BandState) -> dict[str, int]:

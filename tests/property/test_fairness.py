@@ -6,12 +6,13 @@ What holds here holds for the Lua, which the other property test steps beside th
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
 from tests.property.crowd import Crowd, bands_of, tenants_of
-from tidegate.limiter import Band, FairBy, PoolPolicy, Rate
-from tidegate.limiter.simulation import LEAST_USE
+from tidegate.limiter import MAX_LEASE_MS, Band, FairBy, PoolPolicy, Rate
+from tidegate.limiter.simulation import DUE_APART_MS, LEAST_USE, Paces
 
 WEIGHTS = {"a": 1, "b": 2, "c": 4, "d": 8}
 
@@ -162,6 +163,82 @@ def test_a_tenants_own_waiters_go_in_their_order_over_all_processes() -> None:
     calls = crowd.run(60)
     own = [call.ticket for call in calls if "|own|" in call.flow]
     assert own[:30] == asked
+
+
+def test_the_earliest_deadline_of_a_tenant_comes_first_over_all_processes() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 1}), 3)
+    crowd.ask(crowd.processes[0], "other", "kind:x")
+    dues = [0, 60_000, 10_000, 0, 30_000, 700_000, 20_000, 10_000, 590_000, 601_000]
+    calls = [
+        crowd.ask(crowd.processes[number % 3], "own", "kind:x", due_ms=due_ms)[0]
+        for number, due_ms in enumerate(dues)
+    ]
+    for _ in dues:
+        crowd.end_one()
+    order = [calls.index(call) for call in crowd.admitted[1:]]
+    assert [dues[number] for number in order] == [
+        *(10_000, 10_000, 20_000, 30_000, 60_000, 590_000, 0, 0, 601_000, 700_000)
+    ]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_no_call_goes_behind_one_whose_deadline_is_clearly_later(number: int) -> None:
+    random = Random(number)
+    crowd = Crowd(PoolPolicy({"kind:x": 1, "kind:y": 5}, lease_ms=MAX_LEASE_MS), 3)
+    crowd.ask(crowd.processes[0], "other", "kind:x")
+    due_at: dict[int, int] = {}
+    for _ in range(60):
+        crowd.now_ms += random.choice([0, 1, 40, 300, 5000])
+        due_ms = random.choice([0, 0, 20_000, random.randrange(1, 900_000)])
+        process = random.choice(crowd.processes)
+        lane = random.choice([("kind:x",), ("kind:x", "kind:y")])
+        [call] = crowd.ask(process, "own", *lane, due_ms=due_ms)
+        due_at[call.ticket] = crowd.now_ms + (due_ms or Paces().due_after_ms)
+        if random.random() < 0.2:
+            crowd.end_one()
+            latest = due_at.pop(crowd.admitted[-1].ticket, 0)
+            assert all(latest <= due + DUE_APART_MS for due in due_at.values())
+    while due_at:
+        crowd.end_one()
+        latest = due_at.pop(crowd.admitted[-1].ticket)
+        assert all(latest <= due + DUE_APART_MS for due in due_at.values())
+
+
+def test_deadlines_gain_a_tenant_nothing_over_others() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 4}, weights={"patient": 2}), 2)
+    for number in range(20):
+        crowd.ask(crowd.processes[0], "hasty", "kind:x", due_ms=20_000 - 999 * number)
+        crowd.ask(crowd.processes[1], "patient", "kind:x")
+    crowd.run(100)
+    shares = tenants_of(crowd.run(1500))
+    assert shares["patient"] / shares["hasty"] == pytest.approx(2, rel=0.02)
+
+
+def test_a_call_without_a_deadline_is_due_after_a_time() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 1}, lease_ms=MAX_LEASE_MS))
+    process = crowd.processes[0]
+    [first, patient] = crowd.ask(process, "own", "kind:x", times=2)
+    began_ms = crowd.now_ms
+    while patient not in crowd.admitted:
+        crowd.ask(process, "own", "kind:x", due_ms=30_000)
+        crowd.now_ms += 1000
+        crowd.compare(process)
+        crowd.end_one()
+    assert Paces().due_after_ms - 31_000 <= crowd.now_ms - began_ms <= Paces().due_after_ms
+    assert first in crowd.admitted
+
+
+def test_deadlines_of_one_length_leave_the_order_as_it_is() -> None:
+    """So permits go on being passed on within a process."""
+    crowd = Crowd(PoolPolicy({"kind:x": 1}), 2)
+    for number in range(40):
+        crowd.now_ms += 30
+        # What one process has to say comes a little later.
+        late_ms = 20 * (number % 2)
+        crowd.ask(crowd.processes[number % 2], "own", "kind:x", due_ms=30_000 - late_ms)
+    for session in crowd.model.pool.sessions.values():
+        for queue in session.queues.values():
+            assert all(stamp % 1 == 0 for stamp in queue.tickets.values())
 
 
 def test_who_was_idle_has_saved_up_nothing() -> None:

@@ -53,11 +53,14 @@ class Traffic(RuleBasedStateMachine):
         tokens=st.sampled_from([0, 100, 400, 900]),
         left_ms=st.sampled_from([0, 0, 5000, 5000, 100_000]),
         times=st.sampled_from([1, 1, 2, 5]),
+        due=st.booleans(),
     )
-    def ask(self, who: int, flow: int, tokens: int, left_ms: int, times: int) -> None:
-        self.ask_in(who, self.kinds[flow % len(self.kinds)], tokens, left_ms, times)
+    def ask(self, who: int, flow: int, tokens: int, left_ms: int, times: int, due: bool) -> None:
+        self.ask_in(who, self.kinds[flow % len(self.kinds)], tokens, left_ms, times, due)
 
-    def ask_in(self, who: int, flow: Flow, tokens: int, left_ms: int, times: int) -> None:
+    def ask_in(
+        self, who: int, flow: Flow, tokens: int, left_ms: int, times: int, due: bool
+    ) -> None:
         client, at = self.client(who), self.world.local_ms
         if client.paused:
             return
@@ -78,6 +81,7 @@ class Traffic(RuleBasedStateMachine):
                     now_ms=at,
                     deadline_ms=deadline_ms,
                     by_estimate=times != 2,
+                    due=due and left_ms > 0,
                 )
             )
 
@@ -112,7 +116,8 @@ class Traffic(RuleBasedStateMachine):
         if client.paused:
             return
         if deed == "ask":
-            self.ask(who, flow, 100, (0, 0, 5000)[which % 3], 2)
+            left_ms = (0, 0, 5000, 20_000, 6000)[which % 5]
+            self.ask(who, flow, 100, left_ms, 2, which % 2 == 0)
         elif deed == "say":
             self.world.exchange(client, "ok")
         elif deed == "tend":
@@ -157,7 +162,7 @@ class Traffic(RuleBasedStateMachine):
             flow = held[which % len(held)].flow
             used = (None, 100, 1500, 0)[which % 4]
             self.end(client, held[which % len(held)].ticket, used=used, later=which % 5 == 0)
-            self.ask_in(who, (flow.band, flow.tenant, flow.limits), 100, 0, 1)
+            self.ask_in(who, (flow.band, flow.tenant, flow.limits), 100, 0, 1, False)
 
     def end(
         self,

@@ -73,6 +73,7 @@ def script_source(name: ScriptName, pace: Paces) -> bytes:
         (b"T.MOST_ON_PAGE = %d" % USUAL.on_page, b"T.MOST_ON_PAGE = %d" % pace.on_page),
         (b"T.LOOKED_AT = 50", b"T.LOOKED_AT = %d" % pace.looked_at),
         (b"T.MOST_OWED = 2000", b"T.MOST_OWED = %d" % pace.most_owed),
+        (b"T.DUE_AFTER = 600000", b"T.DUE_AFTER = %d" % pace.due_after_ms),
     ):
         whole = usual.startswith((b"T.MOST", b"T.LOOKED"))
         assert source.count(usual) == (name == "tend" or not whole)

@@ -200,6 +200,7 @@ class CallDemand:
         *,
         once: bool = False,
         by_estimate: bool = False,
+        has_usual_deadline: bool = False,
     ) -> Demand:
         """The request to the limiter; see its `Demand`."""
         tokens, most, larger_tokens = self.tokens, None, None
@@ -223,6 +224,7 @@ class CallDemand:
             most,
             larger_tokens,
             by_estimate,
+            has_usual_deadline,
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:

@@ -87,10 +87,10 @@ def call_of(
     Raises InvalidRequest."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     wait_ms, priority, subject, conversation = usual_wait_ms, 0, None, None
-    parent, show = None, False
+    parent, show, has_deadline = None, False, False
     for name, value in headers:
         if name == b"x-tidegate-deadline-ms":
-            wait_ms = _whole(name, value, 1, _MOST_WAIT_MS)
+            wait_ms, has_deadline = _whole(name, value, 1, _MOST_WAIT_MS), True
         elif name == b"x-tidegate-priority":
             priority = _whole(name, value, -100, 100)
         elif name == b"x-tidegate-subject":
@@ -110,7 +110,16 @@ def call_of(
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
     return NativeCall(
-        Terms(request_id, caller, received_s, wait_ms, priority, trail, conversation=conversation),
+        Terms(
+            request_id,
+            caller,
+            received_s,
+            wait_ms,
+            priority,
+            trail,
+            conversation=conversation,
+            has_own_deadline=has_deadline,
+        ),
         endpoint,
         scope["method"],
         query,

@@ -322,6 +322,7 @@ class StreamedAnswer(Response):
             priority=self._priority,
             trail=self._record.trail,
             conversation=self._submission.conversation,
+            has_own_deadline=self._submission.deadline_ms is not None,
         )
 
         async def admitted(_permit: Permit | None) -> None:

@@ -161,6 +161,7 @@ async def run_wrapped(
         trail=record.trail,
         most_tries=max_attempts - job.attempts,
         preempted=job.preemptions,
+        has_own_deadline=left_ms is not None,
     )
     call.terms.conversation = job.conversation
     if job.tier is Tier.FLEX:

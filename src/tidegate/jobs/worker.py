@@ -525,6 +525,7 @@ class Worker:
             most_tries=max(1, min(self._config.max_attempts - job.attempts, MOST_TRIES)),
             waits_out=True,
             conversation=job.conversation,
+            has_own_deadline=left_ms is not None,
         )
         await self._prompts.run(call, terms, record, None, run.admitted)
 

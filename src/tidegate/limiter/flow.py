@@ -7,8 +7,10 @@ deadlines.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import islice
 from math import ceil, inf
 
 from tidegate.errors import DemandImpossible
@@ -36,6 +38,8 @@ FIRST_COST_MS = 1000.0
 _LEARN = 1 / 8
 # Of virtual time in a ms (or a micro-dollar) of use by a tenant of weight 1.
 VIRTUAL_UNITS = 100_000
+# A call without a deadline is due so long after it came.
+DUE_AFTER_MS = 600_000
 
 
 def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
@@ -66,6 +70,7 @@ class Flow:
     lane: tuple[int, tuple[str, ...]] = field(init=False)
     waiting: dict[int, Waiter] = field(default_factory=dict)
     held: int = 0
+    dues: int = 0
     cost_ms: float = FIRST_COST_MS
     cost: float = UNKNOWN_USE
     rest_ms: float = 0.0
@@ -206,7 +211,19 @@ class Flow:
                 return waiter
         return None
 
-    def next_by_hint(self) -> tuple[int, Waiter | None] | None:
+    def first_due(self) -> Waiter | None:
+        """As `first`, by deadline, where the server says nothing of the order."""
+        if not self.dues:
+            return self.first()
+        waiting = (one for one in self.waiting.values() if not one.future.done())
+        return min(waiting, key=lambda one: one.due_at_ms, default=None)
+
+    def next_ones(self, most: int) -> Iterable[Waiter]:
+        """The first waiters, as the server has stamped them."""
+        waiting = self.waiting.values()
+        return nsmallest(most, waiting, key=_stamp_of) if self.dues else islice(waiting, most)
+
+    def next_by_hint(self) -> tuple[float, Waiter | None] | None:
         """The virtual start of the first waiter, and the waiter if a permit of ours may admit it:
         not one that comes too late for that. None where there is no hint, or the place of the
         waiter is not known yet: its tenant keeps its own, and is asked again when it is."""
@@ -224,7 +241,7 @@ class Waiter:
     of the lease's clock; `member` is the ticket as the server keeps it; `stamp` its place there, 0
     while unknown. `once`: it takes the first answer for its last. `by_estimate`: it is refused
     early where an estimate says that it would not be admitted before its deadline, by a clear
-    margin."""
+    margin. `due`: its deadline puts it before others of its tenant."""
 
     ticket: int
     flow: Flow
@@ -236,12 +253,22 @@ class Waiter:
     future: asyncio.Future[Holding]
     once: bool = False
     by_estimate: bool = False
+    due: bool = False
     sent: bool = False
-    stamp: int = 0
+    stamp: float = 0
+
+    @property
+    def due_at_ms(self) -> float:
+        """Waiters of a flow go in this order."""
+        return self.deadline_ms if self.due else self.asked_ms + DUE_AFTER_MS
 
     @property
     def amounts(self) -> str:
         return self.member.rpartition("|")[2]
+
+
+def _stamp_of(waiter: Waiter) -> float:
+    return waiter.stamp
 
 
 @dataclass(slots=True, eq=False)
@@ -316,6 +343,11 @@ class MessageBatch:
         """What the calls that ended cost, as far as that is known."""
         passed = [(one.source, one.use) for one in self.transfers if one.use is not None]
         return passed + [(one.ticket, one.use) for one in self.releases if one.use is not None]
+
+    def dues(self, at_ms: float) -> list[int]:
+        """By enqueue, for how long it is to its deadline, 0 without one; nothing where all are."""
+        dues = [max(1, ceil(w.deadline_ms - at_ms)) if w.due else 0 for w in self.enqueues]
+        return dues if any(dues) else []
 
     def lefts(self, at_ms: float, *, pauses: bool) -> list[int]:
         """By enqueue, for how long it may wait, where time alone may keep it from its turn, or an

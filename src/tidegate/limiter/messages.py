@@ -328,7 +328,8 @@ class SyncRequest:
     told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
     ms that each enqueue may wait, 0 where not known, negative where no estimate is to refuse it
     before. firm: limits of which nothing is returned. uses: ticket, micro-dollars, of ended calls
-    where shares are in cost and theirs is known.
+    where shares are in cost and theirs is known. dues: ms to the deadline that puts each enqueue
+    before others of its tenant, 0 for none.
 
     `use` is in what shares are measured in: ms, micro-dollars, or CALL_USE."""
 
@@ -360,6 +361,7 @@ class SyncRequest:
     lefts: list[int] = field(default_factory=list)
     firm: list[str] = field(default_factory=list)
     uses: list[tuple[int, int]] = field(default_factory=list)
+    dues: list[int] = field(default_factory=list)
 
 
 class Whole(NamedTuple):
@@ -410,7 +412,7 @@ class SyncReply(NamedTuple):
     parked: int
     timed_ms: int
     grants: list[tuple[int, int]]
-    stamps: list[int]
+    stamps: list[float]
     refused: list[int]
     hints: list[Hint]
     whole: Whole | None
@@ -497,7 +499,7 @@ SHAPES = (
              "x: shadowed, e: how long calls take, b: usage as asserted in this epoch, f: even "
              "in microseconds|level|since of a pace and a ramp, s: usage as of its last change, "
              "which are numbered by `changes`; per tenant t: weight, "
-             "n: waiting|last stamp while it waits",
+             "n: waiting|last stamp while it waits, and |band=ms of its last deadlines",
              "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
     KeyShape("history", "list", "the last policies: revision, ms, who, blob",
@@ -520,6 +522,8 @@ SHAPES = (
     KeyShape("park:", "zset", "per limit|band: waiting tenant by start tag", SESSION_KEEP, True),
     KeyShape("line:", "zset", "per limit|band|tenant: session|flow by its first ticket's stamp",
              SESSION_KEEP, True),
+    KeyShape("order:", "zset", "per band|tenant with deadlines: stamp of a last ticket by the ms "
+             "at which it is due", SESSION_KEEP, True),
     KeyShape("past:", "zset", "per limit|band: tenant without waiters by start tag", POOL_KEEP,
              True),
     KeyShape("log:", "list", "per limit: ms of each admission in the window", "the window", True),

@@ -130,6 +130,7 @@ class PermitIssuer:
             deadline_ms=inf if deadline_ms is None else at + deadline_ms,
             once=demand.once,
             by_estimate=demand.by_estimate,
+            due=deadline_ms is not None and not (demand.once or demand.has_usual_deadline),
         )
         timer = None
         if not waiter.future.done():

@@ -566,10 +566,11 @@ class Demand:
 
     tenant: whose share it is. priority: the name of a band, None for the usual one. tokens, images,
     audio_seconds, cost_micros: an estimate, for limits that count them. most, larger_tokens: for
-    limits that reserve so. deadline_ms: how long it may wait, None for as long as
-    needed. hard_ms: the longest that the call can last. once: take the first answer for the last.
-    by_estimate: refuse it before its deadline also where that it would not be admitted in time is
-    an estimate, with a clear margin; else only where it is certain.
+    limits that reserve so. deadline_ms: how long it may wait, None for as long as needed; among its
+    tenant's calls of a band the earliest deadline comes first, unless `has_usual_deadline`: it is a
+    default, and not the caller's own. hard_ms: the longest that the call can last. once: take the
+    first answer for the last. by_estimate: refuse it before its deadline also where that it would
+    not be admitted in time is an estimate, with a clear margin; else only where it is certain.
     implicit: limits that the policy does not name are allowed where their scope is implicit; a
     misspelt name would otherwise be a limit without a bound.
     """
@@ -588,6 +589,7 @@ class Demand:
     most: Tokens | None = None
     larger_tokens: int | None = None
     by_estimate: bool = False
+    has_usual_deadline: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,14 +240,16 @@ class LocalQueue:
         deadline_ms: float,
         once: bool = False,
         by_estimate: bool = False,
+        due: bool = False,
     ) -> Waiter:
         """A new waiter at the end of its flow; admitted immediately by a permit that is spare.
-        `use`: what it will probably use, if not as long as the last calls took."""
+        `use`: what it will probably use, if not as long as the last calls took; `due`: its deadline
+        puts it before others of its tenant."""
         ticket, use = next(self._tickets), use or round(flow.cost_ms)
         member = f"{ticket}|{hard_ms}|{use}|{amounts}"
         future = self._new_future()
         waiter = Waiter(
-            ticket, flow, member, hard_ms, use, now_ms, deadline_ms, future, once, by_estimate
+            ticket, flow, member, hard_ms, use, now_ms, deadline_ms, future, once, by_estimate, due
         )
         if not flow.waiting and self.idle and self._take_spare(waiter, now_ms):
             return waiter
@@ -259,6 +261,7 @@ class LocalQueue:
         if not flow.waiting:
             self._lanes.setdefault(flow.lane, {})[flow.key] = flow
         flow.waiting[ticket] = waiter
+        flow.dues += due
         for name in flow.limits:
             self.waiting_of[name] += 1
         self._enqueues[ticket] = waiter
@@ -295,6 +298,7 @@ class LocalQueue:
         if waiter is not None:
             flow = waiter.flow
             del flow.waiting[ticket]
+            flow.dues -= waiter.due
             _count_down(self.waiting_of, flow.limits)
             if not flow.waiting:
                 flow.hint, flow.held_up_by, flow.room_at_ms = None, None, 0.0
@@ -374,7 +378,7 @@ class LocalQueue:
 
     def _next_by_hint(self, lane: tuple[int, tuple[str, ...]]) -> Waiter | None:
         """The next waiter; none is passed over that only the server can admit."""
-        best: tuple[int, Waiter | None] | None = None
+        best: tuple[float, Waiter | None] | None = None
         for flow in self._lanes.get(lane, {}).values():
             found = flow.next_by_hint()
             if found is not None and (best is None or found[0] < best[0]):
@@ -390,7 +394,7 @@ class LocalQueue:
             for (_, limits), lane in self._lanes.items()
             if limits == flow.limits
             for other in lane.values()
-            if (waiter := other.first()) is not None
+            if (waiter := other.first_due()) is not None
         ]
         if not found:
             return None
@@ -436,7 +440,7 @@ class LocalQueue:
         """Valkey is unavailable for longer than the lease: admit the waiters that `allows`."""
         flows = [flow for lane in self._lanes.values() for flow in lane.values()]
         for flow in sorted(flows, key=lambda flow: flow.band):
-            while (waiter := flow.first()) is not None and allows(waiter):
+            while (waiter := flow.first_due()) is not None and allows(waiter):
                 self._hold(waiter, epoch, 0, now_ms)
                 self.counts.local += 1
 
@@ -565,7 +569,7 @@ class LocalQueue:
         batch.held = list(self.held.values())
         return batch
 
-    def confirm(self, batch: MessageBatch, stamps: Iterable[int] = ()) -> None:
+    def confirm(self, batch: MessageBatch, stamps: Iterable[float] = ()) -> None:
         """The server has done what the batch said, and stamped its tickets so."""
         self.parting.difference_update(ticket for ticket, _, _ in batch.cancels)
         self.parting.difference_update(release.ticket for release in batch.releases)
@@ -616,7 +620,7 @@ class LocalQueue:
         return [
             waiter.ticket
             for flow in _next_flows(self.asks, most)
-            for waiter in islice(flow.waiting.values(), each)
+            for waiter in flow.next_ones(each)
             if waiter.sent
         ]
 

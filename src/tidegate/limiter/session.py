@@ -388,6 +388,7 @@ def compose(
         "wants": [(number(flow), round(flow.cost_ms), flow.usual_use) for flow in wanting],
         "looks": [number(flow) for flow in looking],
         "lefts": batch.lefts(at_ms, pauses=pauses),
+        "dues": batch.dues(at_ms),
         "flows": list(numbers),
         "quotas": quotas,
         "firm": sorted(firm),

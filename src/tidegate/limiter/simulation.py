@@ -32,7 +32,9 @@ from tidegate.limiter.model.pool import PoolModel
 from tidegate.limiter.model.queues import BEHIND
 from tidegate.limiter.model.rates import DAY_MS, Pacing, span_of
 from tidegate.limiter.model.state import (
+    DUE_APART_MS,
     BandState,
+    DueOrder,
     LimitState,
     Paces,
     PauseGate,
@@ -51,6 +53,7 @@ from tidegate.limiter.views import read_place
 __all__ = [
     "BEHIND",
     "DAY_MS",
+    "DUE_APART_MS",
     "LEAST_USE",
     "LINGER_HURRIED_S",
     "LINGER_IDLE_S",
@@ -59,6 +62,7 @@ __all__ = [
     "BandState",
     "Barred",
     "Clock",
+    "DueOrder",
     "Flow",
     "Holding",
     "Join",

@@ -131,6 +131,7 @@ class Process:
             deadline_ms=self.stage.now_ms + arrival.deadline_ms
             if arrival.deadline_ms is not None
             else float("inf"),
+            due=arrival.deadline_ms is not None,
         )
         self._asking = None
         if not waiter.future.done():

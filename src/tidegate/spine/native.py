@@ -809,6 +809,7 @@ def detached_call(
     trail: Trail | None = None,
     most_tries: int = MOST_TRIES,
     preempted: int | None = None,
+    has_own_deadline: bool = False,
 ) -> NativeCall:
     """The call as if a client made it now. `deadline_ms`: from now to admission; `preempted` as in
     `Terms`. Raises NotFound for a path that another version took in."""
@@ -826,6 +827,7 @@ def detached_call(
         repeats=False,
         most_tries=max(1, min(most_tries, MOST_TRIES)),
         preempted=preempted,
+        has_own_deadline=has_own_deadline,
     )
     headers = [_JSON, *DIALECTS[endpoint.dialect].headers]
     return NativeCall(terms, endpoint, "POST", "", headers, body, datetime.now(UTC))

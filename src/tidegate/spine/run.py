@@ -157,6 +157,7 @@ class Terms:
     """On what terms a call is made.
 
     received: on the monotonic clock; wait_ms: from then to admission, None without a deadline.
+    has_own_deadline: the caller gave it, so that it decides the order among its tenant's calls.
     repeats: whether an upstream that failed is called again by itself, and whether an estimate may
     refuse the call before its deadline; where not, a queue does that. most_tries: of all upstreams
     together. waits_out: whether a pause that outlasts the deadline is waited for, since it may be
@@ -175,6 +176,7 @@ class Terms:
     waits_out: bool = False
     conversation: str | None = None
     preempted: int | None = None
+    has_own_deadline: bool = False
 
     def left_ms(self) -> float:
         """Until its deadline for admission; negative when it has passed, infinite without one."""
@@ -540,10 +542,14 @@ class _Run:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         deadline_ms = None if left_ms == inf else round(left_ms)
         lane, wait_ms = self._spine.lane(target), self._wait_ms()
+        to_admit = demand.to_admit(
+            deadline_ms,
+            lane.hard_ms,
+            by_estimate=self._terms.repeats,
+            has_usual_deadline=not self._terms.has_own_deadline,
+        )
         return PatientAdmission(
-            lane.limiter.acquire_for(
-                demand.to_admit(deadline_ms, lane.hard_ms, by_estimate=self._terms.repeats)
-            ),
+            lane.limiter.acquire_for(to_admit),
             lane.gate,
             demand,
             target.model,

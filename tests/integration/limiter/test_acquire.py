@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -89,6 +91,71 @@ async def test_waiters_are_let_in_in_the_order_in_which_they_came_over_all_proce
     await holder.end()
     await asyncio.gather(*tasks)
     assert order == list(range(12))
+
+
+@pytest.mark.parametrize("hand_off", [True, False])
+async def test_the_earliest_deadline_of_a_tenant_is_let_in_first_over_all_processes(
+    maker: Maker, valkey_url: str, hand_off: bool
+) -> None:
+    limiters = [await maker(valkey_url, 1, hand_off=hand_off) for _ in range(3)]
+    holder = await Body(limiters[0], tenant="other").until_admitted()
+    dues = (None, 90_000, 30_000, None, 60_000, 900_000, 30_000)
+    order: list[int] = []
+
+    async def call(number: int) -> None:
+        limiter = limiters[number % 3]
+        async with limiter.acquire(LIMIT, tenant="own", deadline_ms=dues[number]):
+            order.append(number)
+
+    tasks = []
+    for number in range(len(dues)):
+        tasks.append(asyncio.create_task(call(number)))
+        await until_waiting(limiters[0], number + 1)
+    await holder.end()
+    await asyncio.gather(*tasks)
+    # Those whose deadlines are within a quarter of a second of each other go in either order.
+    assert (set(order[:2]), order[2:]) == ({2, 6}, [4, 1, 0, 3, 5])
+
+
+async def test_what_shares_are_measured_in_changes_live_without_losing_a_waiter(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiters = [await maker(valkey_url, 2, lease_ms=3000) for _ in range(2)]
+    counts: Counter[str] = Counter()
+    used_ms: Counter[str] = Counter()
+    over = asyncio.Event()
+
+    async def calls(limiter: Limiter, tenant: str, lasts_s: float) -> None:
+        while not over.is_set():
+            async with limiter.acquire(LIMIT, tenant=tenant, deadline_ms=60_000):
+                began_ms = now_ms()
+                await work_for(lasts_s)
+                counts[tenant] += 1
+                used_ms[tenant] += round(now_ms() - began_ms)
+
+    tasks = [
+        asyncio.create_task(calls(limiter, tenant, lasts_s))
+        for limiter in limiters
+        for tenant, lasts_s in (("short", 0.01), ("long", 0.05))
+        for _ in range(3)
+    ]
+
+    async def shared(measured: Counter[str]) -> None:
+        """Equally, of what is measured."""
+        counts.clear()
+        used_ms.clear()
+        await wait_until(lambda: counts["long"] >= 60, 60, "sixty calls")
+        assert measured["short"] / measured["long"] == pytest.approx(1, rel=0.2)
+
+    await shared(used_ms)
+    assert counts["short"] > 2 * counts["long"]
+    policy = limiters[0].policy
+    await limiters[0].set_policy(replace(policy, fair_by="calls", revision=policy.revision + 1))
+    await limiters[0].in_force()
+    await shared(counts)
+    over.set()
+    await asyncio.gather(*tasks)
+    await until_used(limiters[0], 0)
 
 
 @pytest.mark.parametrize(("bound", "hand_off"), [(1, True), (2, False)])

@@ -44,7 +44,8 @@ async def test_a_day_quota_that_is_used_up_refuses_now_and_names_itself(
         await take(limiter, *limits)
     waits = asyncio.create_task(take(limiter, *limits))  # without a deadline it simply waits
     await wait_until(lambda: limiter.waiters == 1, what="the one that has time")
-    error = await refusal(limiter, *limits)  # behind it, in the same queue
+    # Behind it, in the same queue: it is due later than a call without a deadline.
+    error = await refusal(limiter, *limits, deadline_ms=700_000)
     assert (type(error), error.limit) == (LimitUsedUp, "rpd:x")
     room_ms = (await limiter.snapshot()).limits["rpd:x"].room_in_ms
     assert 0 <= (error.retry_after_ms or 0) - room_ms < 60_000
@@ -229,7 +230,7 @@ async def test_the_calls_that_wait_already_count(maker: Maker, valkey_url: str) 
     limiter = await open_limiter(maker, valkey_url, policy_of({"rpm:x": Rate(2, 60_000)}))
     for _ in range(2):
         await take(limiter, "rpm:x")
-    waiting = [asyncio.create_task(take(limiter, "rpm:x")) for _ in range(4)]
+    waiting = [asyncio.create_task(take(limiter, "rpm:x", deadline_ms=145_000)) for _ in range(4)]
     await wait_until(lambda: limiter.waiters == 4, what="four calls that wait")
     error = await refusal(limiter, "rpm:x", deadline_ms=150_000)
     assert isinstance(error, LimitUsedUp)
@@ -255,7 +256,8 @@ async def test_an_estimate_refuses_only_who_asks_for_it(maker: Maker, valkey_url
         await wait_until(lambda: limiter.waiters == 30, what="thirty that wait")
         error = await refusal(limiter, TEXT, deadline_ms=50)
         assert type(error) is DeadlineExceeded
-        early = limiter.acquire_for(Demand((TEXT,), deadline_ms=1_000, by_estimate=True))
+        behind = Demand((TEXT,), deadline_ms=1_000, by_estimate=True, has_usual_deadline=True)
+        early = limiter.acquire_for(behind)
         with pytest.raises(LimitUsedUp) as caught:
             async with early:
                 pass

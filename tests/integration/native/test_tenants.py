@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,38 @@ async def test_without_keys_a_header_names_the_tenant(gateway: Gateway) -> None:
     assert (await gateway.audit(request_id))["tenant_id"] == "acme"
     status, body, _ = await ask(gateway, CHAT, {"x-tidegate-tenant": "a b"})
     assert (status, body["error"]["param"]) == (400, "x-tidegate-tenant")
+
+
+async def until_all_wait(gateway: Gateway, count: int) -> None:
+    """Return once so many calls wait in Valkey."""
+
+    async def so() -> bool:
+        found = await gateway.services.limiter.snapshot()
+        return sum(one.waiting for one in found.tenants) == count
+
+    await wait_until(so, 20, f"{count} wait")
+
+
+async def test_of_a_tenants_calls_the_one_with_the_earliest_deadline_of_its_own_goes_first(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    file = tmp_path / "one.toml"
+    file.write_text('[limits]\n"kind:text_only" = 1\n')
+    gateway = await open_gateway(worker=False, tidegate_policy=file, stream_wait_ms=40_000)
+    await gateway.upstream.set_fault("hang", count=1)
+    holding = asyncio.create_task(ask(gateway, CHAT, {}))
+    await gateway.in_flight(1)
+    tasks = []
+    for number, deadline in enumerate(("", "600000", "50000")):
+        headers = {"x-tidegate-deadline-ms": deadline} if deadline else {}
+        tasks.append(asyncio.create_task(ask(gateway, CHAT, headers)))
+        await until_all_wait(gateway, number + 1)
+    holding.cancel()
+    rows = [await gateway.audit((await task)[2]) for task in tasks]
+    order = sorted(range(3), key=lambda number: rows[number]["admitted_at"])
+    # The gateway's own 40 s are no deadline: the first is due after ten minutes, just before the
+    # second, which came a moment later.
+    assert order == [2, 0, 1]
 
 
 async def test_one_tenants_keys_for_repeating_are_not_anothers(open_gateway: Opener) -> None:

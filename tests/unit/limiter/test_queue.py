@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -289,6 +290,51 @@ async def test_a_release_that_may_have_arrived_is_never_passed_on(queue: LocalQu
     assert not waiter.future.done()
     queue.recycle_forgotten(0.0)  # but by a server that lost its past
     assert waiter.future.done()
+
+
+async def test_without_a_server_the_earliest_deadline_of_a_flow_comes_first(
+    queue: LocalQueue,
+) -> None:
+    flow = queue.flow(1, "t", LIMITS)
+    flow.refresh(POLICY)
+    first = held(queue)
+    waiters = [
+        queue.ask(flow, hard_ms=1000, now_ms=0.0, deadline_ms=deadline_ms, due=due)
+        for deadline_ms, due in ((9e6, False), (60_000, True), (30_000, True), (10_000, False))
+    ]
+    queue.start_recycling()
+    order = []
+    for _ in waiters:
+        release(queue, first)
+        first = next(one for one in waiters if one.ticket in queue.held)
+        order.append(waiters.index(first))
+    assert order == [2, 1, 0, 3]
+    assert flow.dues == 0
+
+
+async def test_a_request_says_how_long_it_is_to_the_deadlines_that_count(queue: LocalQueue) -> None:
+    flow = queue.flow(1, "t", LIMITS)
+    flow.refresh(POLICY)
+    for deadline_ms, due in ((60_000, False), (30_000.5, True), (5, True)):
+        queue.ask(flow, hard_ms=1000, now_ms=0.0, deadline_ms=deadline_ms, due=due)
+    assert queue.take().dues(10.0) == [0, 29_991, 1]
+    ask(queue)
+    assert queue.take().dues(10.0) == []
+
+
+async def test_what_calls_cost_is_sent_where_shares_are_of_that(queue: LocalQueue) -> None:
+    flow = queue.flow(1, "t", LIMITS)
+    flow.refresh(replace(POLICY, fair_by="cost"))
+    demand = Demand(LIMITS, cost_micros=700)
+    waiter = queue.ask(
+        flow, use=flow.use_of(demand), hard_ms=1000, now_ms=0.0, deadline_ms=float("inf")
+    )
+    assert waiter.member == f"{waiter.ticket}|1000|700|"
+    queue.take()
+    queue.grant(waiter.ticket, 1, CHAIN, 0.0)
+    cost = flow.cost_of(CallUse(cost_micros=900))
+    queue.release(waiter.ticket, outcome="success", actual="", now_ms=20.0, use=cost)
+    assert queue.take().uses() == [(waiter.ticket, 900)]
 
 
 async def test_a_rate_is_never_recycled(queue: LocalQueue) -> None:

@@ -44,6 +44,16 @@ def test_of_few_flows_more_tickets_are_asked_after_in_one_call(queue: LocalQueue
     assert not queue.asks
 
 
+def test_tickets_that_the_server_put_first_are_asked_after_first(queue: LocalQueue) -> None:
+    tickets = wait(queue, "t1", 5)
+    flow = queue.flow(1, "t1", ("kind:text_only",))
+    flow.dues = 1
+    for ticket, stamp in zip(tickets, (1, 2, 0.25, 3, 1.5), strict=True):
+        queue.waiting[ticket].stamp = stamp
+    queue.begin_rounds()
+    assert queue.tickets_to_ask_after(3) == [tickets[2], tickets[0], tickets[4]]
+
+
 def test_after_one_that_was_admitted_the_next_of_its_flow_are_asked_after(
     queue: LocalQueue,
 ) -> None:

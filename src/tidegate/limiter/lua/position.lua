@@ -61,7 +61,9 @@ local function amounts_of(limit, band, tenant, last, most)
       found[#found + 1] = { tonumber(tickets[i + 1]), amounts[at] or 1 }
     end
   end
-  table.sort(found, function(one, other) return one[1] < other[1] end)
+  table.sort(found, function(one, other)
+    return one[1] < other[1] or one[1] == other[1] and one[2] < other[2]
+  end)
   for i = 1, math.min(#found, most, amounts_left) do list[i] = found[i][2] end
   amounts_left = amounts_left - #list
   return list

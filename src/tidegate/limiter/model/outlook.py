@@ -307,14 +307,13 @@ class Positions:
         self.queues_left, self.amounts_left = MOST_QUEUES, MOST_AMOUNTS
         session = self.pool.sessions.get(sid)
         for queue in session.queues.values() if session else ():
-            for text, stamp in queue.tickets.items():
+            for ahead, (text, stamp) in enumerate(queue.tickets.items()):
                 if read_member(text).ticket == ticket:
-                    return self._of(queue, read_member(text), stamp)
+                    return self._of(queue, read_member(text), stamp, ahead)
         return [0]
 
-    def _of(self, queue: SessionQueue, member: Member, stamp: int) -> list[Any]:
+    def _of(self, queue: SessionQueue, member: Member, stamp: float, ahead: int) -> list[Any]:
         assert queue.at is not None
-        ahead = sum(other < stamp for other in queue.tickets.values())
         if queue.at == BLOCKED:
             return [1, queue.key, "", ahead, 1, member.use, "", []]
         limit, flow = self.pool.limit(queue.at), queue.flow
@@ -332,7 +331,7 @@ class Positions:
         limit: LimitState,
         number: int,
         tenant: str,
-        before: int | None = None,
+        before: float | None = None,
         use: int = CALL_USE,
     ) -> list[Any]:
         """See the header of the script. `before`: only what has a smaller stamp is the tenant's;
@@ -391,7 +390,7 @@ class Positions:
         return sum(len(queue.tickets) for queue in queues)
 
     def _amounts(
-        self, limit: LimitState, band: BandState, tenant: str, before: int | None, most: int
+        self, limit: LimitState, band: BandState, tenant: str, before: float | None, most: int
     ) -> list[int]:
         exact = isinstance(limit.limit, Rate) and limit.limit.exact
         if not limit.is_rate or exact or self.amounts_left <= 0:

@@ -167,6 +167,7 @@ class Joins:
         for tenant in self.pool.left:
             if not self.pool.queues_of[tenant]:
                 self.pool.stamps.pop(tenant, None)
+                self.pool.orders.pop(tenant, None)
         self.pool.left.clear()
 
     def note_spenders(self) -> None:
@@ -666,7 +667,7 @@ class PoolModel:
         self, q: SyncRequest, status: Status, session: SessionState | None, *, tending: bool = False
     ) -> SyncReply:
         """Frees first, admits last."""
-        stamps: list[int] = []
+        stamps: list[float] = []
         refused: list[int] = []
         if status == "ok":
             assert session is not None

@@ -15,6 +15,7 @@ from tidegate.limiter.model.outlook import Outlooks
 from tidegate.limiter.model.queues import Permits, Queues
 from tidegate.limiter.model.state import (
     BLOCKED,
+    DueOrder,
     FlowName,
     HeldPermit,
     LimitState,
@@ -111,21 +112,23 @@ class Pump:
                 (sid, Push(self.pool.epoch, session.gen, session.sent, grants, self.pool.now))
             )
 
-    def ask(self, q: SyncRequest, session: SessionState) -> tuple[list[int], list[int]]:
+    def ask(self, q: SyncRequest, session: SessionState) -> tuple[list[float], list[int]]:
         """Stamps of those that queue up, 0 for the others, and the tickets that were refused.
 
         A batch that is said again (`full`) may name tickets that are there: they keep their place.
         """
-        stamps, refused = [], []
+        stamps: list[float] = []
+        refused: list[int] = []
         for place, (number, member) in enumerate(q.enqueues):
             key = q.flows[number - 1]
             queue, ticket = session.queues.get(key), read_member(member).ticket
-            stamp = 0
+            stamp: float = 0
             if q.full and queue is not None and member in queue.tickets:
                 stamp = queue.tickets[member]
             elif not (q.full and ticket in session.held):
                 left_ms = q.lefts[place] if q.lefts else 0
-                stamp = self._ask_one(session, q.sid, key, member, left_ms)
+                due_ms = q.dues[place] if q.dues else 0
+                stamp = self._ask_one(session, q.sid, key, member, left_ms, due_ms)
                 if stamp < 0:
                     refused.append(ticket)
                 elif stamp > 0:
@@ -133,7 +136,9 @@ class Pump:
             stamps.append(max(0, stamp))
         return stamps, refused
 
-    def _ask_one(self, session: SessionState, sid: str, key: str, member: str, left_ms: int) -> int:
+    def _ask_one(
+        self, session: SessionState, sid: str, key: str, member: str, left_ms: int, due_ms: int
+    ) -> float:
         """The stamp of a new ticket; 0 if it went straight in or its deadline comes too early, -1
         if it is refused."""
         flow, queue = read_flow(key), session.queues.get(key)
@@ -145,19 +150,53 @@ class Pump:
             return 0
         place = limit if queue is None else self._at(queue)
         bar = self.outlooks.bar
-        stamp = self.pool.stamps.get(flow.tenant, 0) + 1
-        if left_ms and place and bar(flow, queue, read_member(member), left_ms, place, stamp):
+        between = self._between(flow, due_ms)
+        last = self.pool.stamps.get(flow.tenant, 0) + 1
+        place_of = last if between is None else between
+        if left_ms and place and bar(flow, queue, read_member(member), left_ms, place, place_of):
             return 0
         most = self.pool.policy.queue_per_tenant if self.pool.policy else 0
         if self.pool.waiting(flow.tenant) >= most:
             return -1
-        self.pool.stamps[flow.tenant] = stamp
+        stamp = self._stamp(flow, due_ms, between)
+        if queue is not None and stamp % 1:
+            self.permits.inserted(queue)
         if queue is None:
             queue = session.queues[key] = SessionQueue(sid, key, flow)
             self.pool.queues_of[flow.tenant][queue.id] = queue
             self.queues.park(queue, limit)
             self.pool.touched.add(limit.name)
-        queue.tickets[member] = stamp
+        queue.add(member, stamp)
+        return stamp
+
+    def _between(self, flow: FlowName, due_ms: int) -> float | None:
+        """The stamp of a new ticket that is due before others of its tenant and band; None if it is
+        the last. One without a deadline is due after a time, so that it does not wait for ever.
+        Lua: `deadlines`."""
+        pool, tenant = self.pool, flow.tenant
+        order = pool.orders.get(tenant, {}).get(flow.band)
+        if order is None and due_ms:
+            order = self._first_order(tenant)
+        return order.before(pool.now + (due_ms or pool.paces.due_after_ms)) if order else None
+
+    def _first_order(self, tenant: str) -> DueOrder:
+        """As the first deadline finds it: calls that wait without one count as having come now."""
+        pool = self.pool
+        order = DueOrder(pool.now)
+        if pool.waiting(tenant):
+            order.note(pool.now + pool.paces.due_after_ms, 1, pool.now)
+        return order
+
+    def _stamp(self, flow: FlowName, due_ms: int, between: float | None) -> float:
+        pool, tenant = self.pool, flow.tenant
+        order = pool.orders.get(tenant, {}).get(flow.band)
+        if order is None and due_ms:
+            order = pool.orders.setdefault(tenant, {})[flow.band] = self._first_order(tenant)
+        if between is not None:
+            return between
+        stamp = pool.stamps[tenant] = pool.stamps.get(tenant, 0) + 1
+        if order is not None:
+            order.note(pool.now + (due_ms or pool.paces.due_after_ms), stamp, pool.now)
         return stamp
 
     def _at(self, queue: SessionQueue) -> LimitState | None:
@@ -362,8 +401,14 @@ class Pump:
         return [
             self._hint(queue, number, cost_ms, use, tickets[queue.at, queue.flow.band])
             for queue, number, cost_ms, use in wants
-            if self._may_pass_on(queue)
+            if self._may_pass_on(queue) and not self._passes_others(queue)
         ]
+
+    def _passes_others(self, queue: SessionQueue) -> bool:
+        """Whether the next ticket of its tenant goes before others for its deadline."""
+        assert queue.at is not None
+        band = self.pool.limit(queue.at).band(queue.flow.band)
+        return band.line_front(queue.flow.tenant)[0] % 1 > 0
 
     def _hint(
         self, queue: SessionQueue, number: int, cost_ms: int, use: int, tickets: list[int]
@@ -382,5 +427,5 @@ class Pump:
         ahead = 1 + self.capacity.cap(limit, flow.band) * self.pool.paces.ahead_ms // cost_ms
         behind = (band.virtual - tag) // step
         own = ahead * len(tickets) * self.pool.tickets(use, flow.tenant)
-        horizon = first + behind - (-own // (sum(tickets) * len(band.lines))) - 1
-        return Hint(number, horizon, tag, first, step)
+        horizon = int(first) + behind - (-own // (sum(tickets) * len(band.lines))) - 1
+        return Hint(number, horizon, tag, int(first), step)

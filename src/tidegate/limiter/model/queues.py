@@ -151,7 +151,7 @@ class Queues:
             earliest = band.virtual - BEHIND
             band.tags[tenant] = max(earliest, band.tags.get(tenant, earliest)) + step
 
-    def _its_turn(self, queue: SessionQueue, limit: LimitState, stamp: int) -> bool:
+    def _its_turn(self, queue: SessionQueue, limit: LimitState, stamp: float) -> bool:
         """Not past a higher band, nor past a tenant whose turn comes before, nor past an older
         ticket of its own tenant."""
         if any(limit.parked(higher) for higher in range(1, queue.flow.band)):
@@ -164,7 +164,7 @@ class Queues:
         return tenant not in band.lines or band.line_front(tenant)[0] >= stamp
 
     def blocker(
-        self, queue: SessionQueue, member: Member, stamp: int
+        self, queue: SessionQueue, member: Member, stamp: float
     ) -> tuple[LimitState | None, bool]:
         """The limit that holds the first ticket of a queue up, and whether it is full."""
         for position, limit in enumerate(self.pool.lane(queue.flow)):
@@ -308,6 +308,12 @@ class Permits:
             ):
                 self._rehead(each.queue)
                 del self._reheaded[key]
+
+    def inserted(self, queue: SessionQueue) -> None:
+        """A ticket came that goes before others of its queue."""
+        self._reheaded.setdefault(queue.key, Reheaded(queue))
+        if queue.at is not None and queue.at != BLOCKED:
+            self.pool.touched.add(queue.at)
 
     def rehead_filled(self) -> None:
         """Queues that lost tickets and that new ones came to."""

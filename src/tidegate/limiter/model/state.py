@@ -90,7 +90,7 @@ class HeldPermit:
 
 @dataclass(slots=True, eq=False)
 class SessionQueue:
-    """What one session has waiting of one flow: member -> stamp, oldest first.
+    """What one session has waiting of one flow: member -> stamp, in the order of the stamps.
 
     at: the limit that holds it up, or `BLOCKED`. bounces: how often the ticket of stamp `bounced`
     was sent from limit to limit. starving: the sequence at which that became too often.
@@ -99,18 +99,24 @@ class SessionQueue:
     sid: str
     key: str
     flow: FlowName
-    tickets: dict[str, int] = field(default_factory=dict)
+    tickets: dict[str, float] = field(default_factory=dict)
     at: str | None = None
     bounces: int = 0
-    bounced: int = 0
+    bounced: float = 0
     starving: int = 0
 
     @property
     def id(self) -> str:
         return f"{self.sid}|{self.key}"
 
-    def first(self) -> tuple[str, int]:
+    def first(self) -> tuple[str, float]:
         return next(iter(self.tickets.items()))
+
+    def add(self, member: str, stamp: float) -> None:
+        self.tickets[member] = stamp
+        if stamp % 1:  # before others
+            in_order = sorted(self.tickets.items(), key=lambda one: (one[1], one[0]))
+            self.tickets = dict(in_order)
 
 
 @dataclass(slots=True)
@@ -198,7 +204,7 @@ class BandState:
         """Whose turn it is: the least tag, and the tenant."""
         return min(zip(map(self.tags.__getitem__, self.lines), self.lines, strict=True))
 
-    def line_front(self, tenant: str) -> tuple[int, SessionQueue]:
+    def line_front(self, tenant: str) -> tuple[float, SessionQueue]:
         """The oldest first ticket of a tenant's queues here, and the queue."""
         heads = ((queue.first()[1], queue.id) for queue in self.lines[tenant].values())
         stamp, queue_id = min(heads)
@@ -322,6 +328,35 @@ VIRTUAL_UNITS = 100_000
 TICKET_UNITS = 10_000_000
 
 
+# Deadlines closer than this may be served in the order of arrival.
+DUE_APART_MS = 250
+DUE_STEPS = 1 << 30
+
+
+@dataclass(slots=True)
+class DueOrder:
+    """When tickets of a tenant and band are due that came last when they came: (due, stamp), in
+    order, and when the `last` is. One that is due before such is stamped between two of them."""
+
+    last: int
+    steps: list[tuple[int, int]] = field(default_factory=list)
+
+    def note(self, due: int, stamp: int, now: int) -> None:
+        """A ticket came last. None that comes is due before now."""
+        if due >= self.last + DUE_APART_MS:
+            self.last = due
+            self.steps = [*(step for step in self.steps if step[0] > now), (due, stamp)]
+
+    def before(self, due: int) -> float | None:
+        """The stamp of a ticket that is due before others; None where it is not."""
+        if due >= self.last - DUE_APART_MS:
+            return None
+        for at, stamp in self.steps:
+            if at > due:
+                return stamp - min(at - due, DUE_STEPS - 1) / DUE_STEPS
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Paces:
     """Figures of the scripts that tests set lower, since all seldom come to pass as they are.
@@ -330,7 +365,8 @@ class Paces:
     what it needs kept free. longest: virtual time begins again before it. on_page: what one call
     reports of each list, and looked_at of how many rates it sees what is spent now. most_owed: of
     how many calls of a session usage is still expected. ahead_ms: only waiters whose turn comes so
-    soon anyway are admitted by a permit passed on in their process.
+    soon anyway are admitted by a permit passed on in their process. due_after_ms: a call without a
+    deadline is due so long after it came.
     """
 
     at_once: int = 500
@@ -341,12 +377,14 @@ class Paces:
     looked_at: int = 50
     most_owed: int = 2000
     ahead_ms: int = 150
+    due_after_ms: int = 600_000
 
 
 @dataclass(eq=False, repr=False)
 class PoolState:
     """What all parts of the model share.
 
+    orders: tenant -> band -> the order of its deadlines, if any of its waiters has had one.
     touched: limits at which somebody may be admitted now. left: tenants that left a queue and whose
     stamps may be forgotten. subscribed: sessions whose channel has a listener. pushed: what was
     published to them. noted_sessions: how many there were as of the last `tend` that was answered.
@@ -360,6 +398,7 @@ class PoolState:
         default_factory=lambda: defaultdict(dict)
     )
     stamps: dict[str, int] = field(default_factory=dict)
+    orders: dict[str, dict[int, DueOrder]] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
     seq: int = 0
     recover_until: int = 0

@@ -1,6 +1,6 @@
 -- does: applies the messages of a process, releases first, and admits the waiters that fit
 -- keys: queue
--- args: transfers releases settles cancels enqueues full lefts
+-- args: transfers releases settles cancels enqueues full lefts dues
 -- returns: say_all(), settle_down(), granted, stamps, refused, barred, waited, seen_ahead, more
 -- units: ms
 T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
@@ -46,16 +46,25 @@ function T.ask(entries)
     if not (q.full and T.is_there(i, queue, member)) then
       -- Behind others of its own queue it changes nothing.
       local limit = not queue.at and T.let_in_or_wait(queue, member)
+      local due = q.dues[i] or 0
+      local between = (due > 0 or tenant.last) and limit ~= nil and T.place_between(queue, tenant, due) or nil
       local place = (q.lefts[i] or 0) ~= 0 and (limit or queue.at and queue.at ~= '!' and T.limit_of(queue.at))
       if limit == nil then
         T.stamps[i] = 0
-      elseif place and T.bar(queue, member, q.lefts[i], place, tenant.stamp + 1) then
+      elseif place and T.bar(queue, member, q.lefts[i], place, between or tenant.stamp + 1) then
         T.stamps[i] = 0
       elseif tenant.waiting >= pool.queue_max then
         T.refused[#T.refused + 1] = tonumber(string.match(member, '^%d+'))
       else
-        tenant.stamp, tenant.waiting, tenant.changed = tenant.stamp + 1, tenant.waiting + 1, true
-        T.stamps[i] = tenant.stamp
+        local stamp
+        if due == 0 and not tenant.last then
+          stamp = tenant.stamp + 1
+          tenant.stamp = stamp
+        else
+          stamp = T.stamp_by_deadline(queue, tenant, due, between)
+        end
+        tenant.waiting, tenant.changed = tenant.waiting + 1, true
+        T.stamps[i] = stamp
         T.waited[entries[2 * i - 1]] = queue
         local list = adding[queue]
         if not list then
@@ -65,13 +74,13 @@ function T.ask(entries)
         end
         if #q.lefts > 0 then
           -- The next ticket counts those before it.
-          call('ZADD', T.queue_key(queue), T.int(tenant.stamp), member)
+          call('ZADD', T.queue_key(queue), T.place(stamp), member)
         else
-          list[#list + 1] = tenant.stamp
+          list[#list + 1] = stamp
           list[#list + 1] = member
         end
         if limit then
-          T.park(queue, limit, tenant.stamp)
+          T.park(queue, limit, stamp)
           T.touch(limit)
           list.fresh = true
         end

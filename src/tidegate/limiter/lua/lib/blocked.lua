@@ -6,7 +6,7 @@
 function T.save_place(queue)
   local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
   if queue.at then
-    call('HSET', key, field, queue.at .. '|' .. queue.bounces .. '|' .. T.int(queue.bounced))
+    call('HSET', key, field, queue.at .. '|' .. queue.bounces .. '|' .. T.place(queue.bounced))
   else
     call('HDEL', key, field)
   end
@@ -25,7 +25,7 @@ end
 function T.park(queue, limit, stamp)
   T.moves = T.moves + 1
   local band = limit.bands[queue.band]
-  call('ZADD', T.line_key(limit, queue), T.int(stamp), queue.id)
+  call('ZADD', T.line_key(limit, queue), T.place(stamp), queue.id)
   call('PEXPIRE', T.line_key(limit, queue), T.SESSION_KEEP_MS)
   local tag, parked = T.tag_of(limit, queue)
   if not parked then

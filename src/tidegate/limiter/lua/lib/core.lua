@@ -31,7 +31,7 @@ local q = setmetatable(cmsgpack.unpack(ARGV[1]), { __index = {
   gen = 0, epoch = 0, uptime_ms = 0, revision = 0, ack = 0, roster = 0, flows = none, wants = none,
   transfers = none, releases = none, cancels = none, enqueues = none, settles = none,
   resets = none, looks = none, told = 0, pages = none, asks = none, lefts = none,
-  firm = none, uses = none,
+  firm = none, uses = none, dues = none,
 } })
 local T = { meta_key = KEYS[1], prefix = string.sub(KEYS[1], 1, -5) }
 T.sessions_key = T.prefix .. 'sessions'
@@ -51,3 +51,6 @@ function T.channel(sid) return T.prefix .. 'grants:' .. sid end
 
 -- tostring() keeps 14 digits only.
 function T.int(number) return string.format('%d', number) end
+
+-- The stamp of a ticket: a whole number, or one between two; see `deadlines.lua`.
+function T.place(stamp) return string.format(stamp % 1 == 0 and '%d' or '%.17g', stamp) end

@@ -5,7 +5,7 @@
 -- units: stamps of a tenant's tickets; virtual time as in places
 -- Only waiters whose turn comes within `AHEAD_MS` anyway, so that no waiter is passed by more than that;
 -- only in lanes where no other session waits for the same limits, and under no limit that needs the outcome of each
--- call. It saves short calls the round trip to the server; of long ones only the very next may be admitted so.
+-- call; and not where the tenant's next ticket passes others for its deadline. It saves short calls the round trip to the server; of long ones only the very next may be admitted so.
 T.AHEAD_MS = 150
 
 function T.may_hand_on(queue)
@@ -30,7 +30,7 @@ function T.hints()
       local limit = T.limit_of(queue.at)
       local known = queue.known_at == T.moves
       local tag = known and queue.tag or T.tag_of(limit, queue)
-      local first = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
+      local first = tonumber(call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')[2])
       local band = limit.bands[queue.band]
       local tenants = tenants_at[band] or band.alone_at == T.moves and 1
         or call('ZCARD', T.park_key(limit, queue.band))
@@ -40,10 +40,10 @@ function T.hints()
       local sum = sums and sums[queue.at .. '|' .. queue.band] or { count = 1, tickets = tickets }
       local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / cost_ms)
       local behind = math.floor((band.virtual - tag) / step)
-      list[#list + 1] =
-        { want[1], tonumber(first[2]) + behind - 1
-          + math.ceil(ahead * sum.count * tickets / (sum.tickets * tenants)), tag,
-          tonumber(first[2]), step }
+      if first % 1 == 0 then
+        list[#list + 1] = { want[1], first + behind - 1
+          + math.ceil(ahead * sum.count * tickets / (sum.tickets * tenants)), tag, first, step }
+      end
     end
   end
   return list

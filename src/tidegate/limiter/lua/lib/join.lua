@@ -366,6 +366,9 @@ function T.keep_keys()
     if queue.at and queue.at ~= '!' then
       call('PEXPIRE', T.line_key(T.limit_of(queue.at), queue), T.SESSION_KEEP_MS)
       call('PEXPIRE', T.park_key(T.limit_of(queue.at), queue.band), T.SESSION_KEEP_MS)
+      if T.tenant_of(queue.tenant).last then
+        call('PEXPIRE', T.order_key(queue.tenant, queue.band), T.SESSION_KEEP_MS)
+      end
     end
   end
 end

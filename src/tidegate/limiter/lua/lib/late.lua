@@ -15,7 +15,7 @@ T.MOST_BEFORE, T.MEASURED_MS = 50, 3000
 local function before_at(queue, place, use, stamp)
   local certain, likely, tenant = 0, 0, T.tenant_of(queue.tenant)
   for _, id in ipairs(call('ZRANGE', T.line_key(place, queue), 0, T.MOST_BEFORE - 1)) do
-    local waits = call('ZCOUNT', T.prefix .. 'queue:' .. id, '-inf', '(' .. T.int(stamp))
+    local waits = call('ZCOUNT', T.prefix .. 'queue:' .. id, '-inf', '(' .. T.place(stamp))
     if T.queue_of(id).flow == queue.flow then
       certain = certain + waits
     else

@@ -119,8 +119,14 @@ function T.save_pool()
   for name, tenant in pairs(T.tenants) do
     if tenant.changed then
       -- When a tenant's queues are empty, its stamps may start again.
+      local last = ''
+      if tenant.last and tenant.waiting > 0 then
+        for band, due in pairs(tenant.last) do last = last .. '|' .. band .. '=' .. T.int(due) end
+      elseif tenant.last then
+        T.forget_order(name, tenant)
+      end
       changed['n:' .. name] = tenant.waiting > 0
-        and T.int(tenant.waiting) .. '|' .. T.int(tenant.stamp)
+        and T.int(tenant.waiting) .. '|' .. T.int(tenant.stamp) .. last
       tenant.changed = nil
     end
   end
@@ -140,8 +146,13 @@ function T.tenant_of(name)
   local tenant = T.tenants[name]
   if not tenant then
     local f, at = T.fetch('t:' .. name, 'n:' .. name, 't:' .. name)
-    local waiting, stamp = string.match(f[at] or '0|0', '^(%d+)|(%d+)$')
+    local waiting, stamp, last = string.match(f[at] or '0|0', '^(%d+)|(%d+)|?(.*)$')
     tenant = { waiting = tonumber(waiting), stamp = tonumber(stamp), weight = tonumber(f[at + 1] or 1) }
+    -- By band, when the last ticket is due, if any has had a deadline.
+    if last ~= '' then
+      tenant.last = {}
+      for band, due in string.gmatch(last, '(%d+)=(%d+)') do tenant.last[tonumber(band)] = tonumber(due) end
+    end
     T.tenants[name] = tenant
   end
   return tenant

@@ -129,7 +129,7 @@ function T.let_in(limit, queue, member, next_stamp, next_member)
     T.vacate(queue)
     return
   end
-  call('ZADD', T.line_key(limit, queue), T.int(next_stamp), queue.id)
+  call('ZADD', T.line_key(limit, queue), T.place(next_stamp), queue.id)
   if pool.starving > 0 then
     T.load_place(queue)
     T.forget_starving(queue)

@@ -37,7 +37,7 @@ end
 
 function T.set_place(queue, place)
   if place then
-    local limit, bounces, bounced = string.match(place, '^(.*)|(%d+)|(%d+)$')
+    local limit, bounces, bounced = string.match(place, '^(.*)|(%d+)|([^|]+)$')
     queue.at, queue.bounces, queue.bounced = limit, tonumber(bounces), tonumber(bounced)
   else
     queue.at, queue.bounces, queue.bounced = nil, 0, 0
@@ -76,7 +76,7 @@ function T.rehead(queue)
   if not member then
     T.vacate(queue)
   elseif queue.at ~= '!' then
-    call('ZADD', T.line_key(T.limit_of(queue.at), queue), T.int(stamp), queue.id)
+    call('ZADD', T.line_key(T.limit_of(queue.at), queue), T.place(stamp), queue.id)
     if queue.bounces >= T.STARVES and queue.bounced ~= stamp then
       T.forget_starving(queue)
       T.save_place(queue)
