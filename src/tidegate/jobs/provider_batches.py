@@ -209,8 +209,8 @@ class ProviderBatchRunner:
     async def _gather_all(self) -> None:
         """Make batches of the jobs that have waited long enough, as long as there are any."""
         gather_ms = self._config.provider_batch_gather_ms
-        while jobs := await self._store.queue.claim_by(
-            "claim_batched", DEFAULT_POOL, MOST_LINES, MOST_BYTES, gather_ms
+        while jobs := await self._store.queue.claim_batched(
+            DEFAULT_POOL, MOST_LINES, MOST_BYTES, gather_ms
         ):
             try:
                 await self._gather(jobs)

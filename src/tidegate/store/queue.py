@@ -581,12 +581,13 @@ class JobQueue:
         await self._ready_to_claim()
         return await self._delivered(self._claim(pool, kind, limit))
 
-    async def claim_by(self, name: str, pool: str, *values: float) -> list[ClaimedJob]:
-        """Claim the jobs of a pool that another named statement finds."""
+    async def claim_batched(self, pool: str, *bounds: float) -> list[ClaimedJob]:
+        """Claim jobs for one batch of a provider. bounds: jobs, bytes, ms that they are gathered."""
         await self._ready_to_claim()
+        values = (pool, self._instance_id, *bounds)
 
         async def claim(connection: asyncpg.Connection) -> list[ClaimedJob]:
-            found = await connection.fetch(sql(name), pool, self._instance_id, *values)
+            found = await connection.fetch(sql("claim_batched"), *values)
             return await with_files(connection, found)
 
         async def claimed() -> list[ClaimedJob]:
