@@ -582,12 +582,11 @@ class JobQueue:
         return await self._delivered(self._claim(pool, kind, limit))
 
     async def claim_batched(self, pool: str, *bounds: float) -> list[ClaimedJob]:
-        """Claim jobs for one batch of a provider. bounds: jobs, bytes, ms that they are gathered."""
+        """Claim jobs for one batch of a provider. bounds: jobs, bytes, ms to gather them."""
         await self._ready_to_claim()
-        values = (pool, self._instance_id, *bounds)
 
         async def claim(connection: asyncpg.Connection) -> list[ClaimedJob]:
-            found = await connection.fetch(sql("claim_batched"), *values)
+            found = await connection.fetch(sql("claim_batched"), pool, self._instance_id, *bounds)
             return await with_files(connection, found)
 
         async def claimed() -> list[ClaimedJob]:

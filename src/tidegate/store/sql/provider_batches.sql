@@ -76,8 +76,8 @@ WHERE l.batch_id = $1 AND l.line > $2 AND ($3::integer[] IS NULL OR l.line = ANY
 ORDER BY l.line LIMIT $4
 
 -- name: sum_provider_lines
--- How many lines of batch $1 are open, how many of those are to be cancelled, when the first of the others
--- leaves it and is due, and of what kind one is.
+-- Sums the open lines of batch $1: how many, how many to be cancelled, and when the first leaves.
+-- Also when it is due, and of what kind one is.
 SELECT count(*) AS open, count(r.cancel_asked_at) AS cancelled,
     min(l.leave_at) FILTER (WHERE r.cancel_asked_at IS NULL) AS leave_at,
     min(r.deadline_at) FILTER (WHERE r.cancel_asked_at IS NULL) AS due_at, min(r.kind) AS kind

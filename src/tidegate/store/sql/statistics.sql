@@ -85,8 +85,8 @@ SELECT
     (SELECT count(*) FROM workers WHERE seen_at > now() - interval '1 minute') AS workers
 
 -- name: jobs_ahead
--- Open jobs of pool $1 by lane and by when they are due, to about 5 % of the time until then; of $2 at
--- the most. A provider's batch has those that run without a claimant.
+-- Open jobs of pool $1 by lane and by when they are due, of $2 at most.
+-- Due times are exact to about 5 % of the time until then. A provider's batch has those that run without a claimant.
 WITH open AS (
     (SELECT lane, deadline_at, not_before IS NULL AS is_waiting FROM requests
         WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false) AND pool = $1
