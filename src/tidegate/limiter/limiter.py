@@ -147,7 +147,7 @@ CLOSE_BODIES_S = 1.0
 # How long it tries to tell the server, so that nothing waits for its lease: at least.
 GOODBYE_S = 1.0
 # How often the pool is looked at while a new policy reaches its processes.
-_KNOWN_EVERY_S = 0.1
+_KNOWN_EVERY_S = 0.5
 
 
 class Limiter:
