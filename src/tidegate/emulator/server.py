@@ -19,14 +19,15 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from tidegate.emulator import anthropic, gemini, openai, usage_api
+from tidegate.emulator import usage_api
 from tidegate.emulator.account import AccountLimitReached
-from tidegate.emulator.anthropic import ANTHROPIC
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.delivery import Served, failed, json_response
 from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
-from tidegate.emulator.gemini import GEMINI
-from tidegate.emulator.openai import OPENAI
+from tidegate.emulator.fronts import anthropic, gemini, openai
+from tidegate.emulator.fronts.anthropic import ANTHROPIC
+from tidegate.emulator.fronts.gemini import GEMINI
+from tidegate.emulator.fronts.openai import OPENAI
 from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.rate_limits import rate_limit_headers, retry_headers
 from tidegate.emulator.settings import EmulatorSettings

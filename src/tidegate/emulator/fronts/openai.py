@@ -53,9 +53,9 @@ from tidegate.emulator.delivery import (
     whole_steps,
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
-from tidegate.emulator.gemini import GEMINI
+from tidegate.emulator.fronts.gemini import GEMINI
+from tidegate.emulator.fronts.openai_responses import GARBAGE, response_script
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
-from tidegate.emulator.openai_responses import GARBAGE, response_script
 from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.rate_limits import check_admin_key, openai_page, refused_in_openai
 from tidegate.emulator.settings import Behaviour

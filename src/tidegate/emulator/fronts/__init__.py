@@ -1,0 +1,1 @@
+"""Fronts of the emulated provider: what it answers at each dialect's paths."""
