@@ -50,6 +50,7 @@ function listOf(signal) {
   );
   const show = keyed(body, rowOf);
   let bar = null;
+  let searched = {}; // not what is being typed: half a word would empty the list under the pointer
   let items = [];
   let newer = [];
   let gap = false;
@@ -78,7 +79,7 @@ function listOf(signal) {
   }
 
   async function ask(more, from) {
-    const path = `admin/requests?${asked(bar.values(), more)}`;
+    const path = `admin/requests?${asked(searched, more)}`;
     return get(path, { signal: AbortSignal.any([signal, from.signal]) });
   }
 
@@ -133,7 +134,7 @@ function listOf(signal) {
   }
 
   function search(given) {
-    bar = given;
+    [bar, searched] = [given, given.values()];
     searching.abort();
     searching = new AbortController();
     if (items.length === 0) put("loading", () => loading(6));
