@@ -14,6 +14,7 @@ FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin", "jobs"),
     *("metrics", "spine", "rehearse", "upstream", "dialects", "admission", "policy"),
     *("integrations", "limiter", "limiter/model", "store", "emulator", "emulator/batches"),
+    "emulator/fronts",
     *("embedded", "classify"),
     "telemetry",
     "prices",
