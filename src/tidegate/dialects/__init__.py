@@ -33,8 +33,8 @@ _STEPS_OFF = (
     ("/v1beta/v1beta/", "/v1beta/"),
 )
 _WITHOUT_VERSION = re.compile(
-    r"/(?:chat/completions|completions|responses|embeddings|images/generations"
-    r"|messages(?:/count_tokens)?|models(?:/[^:]{1,400})?)"
+    r"/(?:chat/completions|completions|responses(?:/compact|/input_tokens)?|embeddings"
+    r"|images/generations|audio/speech|moderations|rerank|messages(?:/count_tokens)?|models(?:/[^:]{1,400})?)"
 )
 _GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
 

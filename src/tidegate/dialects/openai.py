@@ -1,4 +1,4 @@
-"""OpenAI's dialect, with those of compatible providers: chat completions and responses.
+"""OpenAI's dialect, with those of compatible providers: chat, responses, images, audio, ranks.
 
 Compatible are Azure, OpenRouter, xAI, Perplexity, Mistral, Groq, DeepSeek, Moonshot, Together,
 Alibaba and LiteLLM, where they name things in their own way. Pure.
@@ -69,10 +69,19 @@ _CALLS = {
         ("/chat/completions", Operation.INFER),
         ("/completions", Operation.INFER),
         ("/responses", Operation.INFER),
+        ("/responses/compact", Operation.INFER),
+        ("/responses/input_tokens", Operation.COUNT),
         ("/embeddings", Operation.EMBED),
         ("/images/generations", Operation.IMAGES),
+        ("/audio/speech", Operation.SPEAK),
+        ("/moderations", Operation.MODERATE),
+        ("/rerank", Operation.RERANK),  # Cohere's, Jina's, vLLM's; OpenAI has none
     )
 }
+# Whose model is optional.
+_WITH_DEFAULT_MODEL = frozenset(
+    (*("/images/generations", "/moderations", "/responses/input_tokens"),)
+)
 
 
 def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
@@ -90,15 +99,22 @@ def request_facts(
     is_response = endpoint.path == "/responses"
     # A saved prompt names its own model.
     saved = is_response and isinstance(body.get("prompt"), Mapping)
+    if endpoint.operation is Operation.SPEAK:
+        body = _as_stream(body)
     return facts_of_request(
         endpoint,
         body,
         whole,
         rules_of=rules_of,
-        has_default_model=saved or endpoint.path == "/images/generations",
+        has_default_model=saved or endpoint.path in _WITH_DEFAULT_MODEL,
         may_draw=is_response and _may_draw(body.get("tools")),
         hides_usage=_hides_usage(endpoint, body),
     )
+
+
+def _as_stream(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The body of a request for speech, whose own word for a stream of events this is."""
+    return {**body, "stream": True} if body.get("stream_format") == "sse" else body
 
 
 def _tiles(base: float, tile: float) -> Callable[[Size], float]:

@@ -498,7 +498,14 @@ def request_facts(
         pieces=content.pieces(endpoint.operation is Operation.INFER),
         max_output_tokens=_bound(settings, endpoint.operation),
         wants_usage=streams and hides_usage,
+        characters=_characters(body) if endpoint.operation is Operation.SPEAK else 0,
     )
+
+
+def _characters(body: Mapping[str, Any]) -> int:
+    """How many letters a request wants spoken."""
+    text = body.get("input")
+    return len(text) if type(text) is str else 0
 
 
 _OPENINGS = ("tools", "system", "instructions", "systemInstruction", "system_instruction")
@@ -542,7 +549,7 @@ def _images(
 
 
 def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
-    if operation is Operation.EMBED:
+    if operation.writes_nothing:
         return 1
     if _BOUNDS_NAMES.isdisjoint(settings):
         return None

@@ -35,21 +35,34 @@ class Dialect(StrEnum):
 class Operation(StrEnum):
     """Operation of a call, as admission and accounting distinguish them.
 
-    INFER requests text or images of a model, EMBED vectors, IMAGES images alone; COUNT, MODELS,
-    FILES and UPLOAD run no model, and take a limit only where there is one for `kind:other`.
+    INFER requests text or images of a model, EMBED vectors, IMAGES images alone, TRANSCRIBE the
+    text of a recording, SPEAK a recording of a text, MODERATE a judgement on one, RERANK the order
+    of some. COUNT, MODELS, FILES and UPLOAD run no model, and take a limit only where there is one
+    for `kind:other`; so does OTHER, a path that an upstream's `passthrough` names.
     """
 
     INFER = "infer"
     EMBED = "embed"
     IMAGES = "images"
+    TRANSCRIBE = "transcribe"
+    SPEAK = "speak"
+    MODERATE = "moderate"
+    RERANK = "rerank"
     COUNT = "count"
     MODELS = "models"
     FILES = "files"
     UPLOAD = "upload"
+    OTHER = "other"
 
     @property
     def is_counted(self) -> bool:
-        return self in (Operation.INFER, Operation.EMBED, Operation.IMAGES)
+        """Whether it runs a model."""
+        return self in _COUNTED
+
+    @property
+    def writes_nothing(self) -> bool:
+        """Whether the answer holds no text of the model's own, and no image."""
+        return self in _WITHOUT_OUTPUT
 
     @property
     def has_body(self) -> bool:
@@ -58,14 +71,26 @@ class Operation(StrEnum):
         return self not in (Operation.MODELS, Operation.FILES)
 
 
+_COUNTED = frozenset(
+    {
+        *(Operation.INFER, Operation.EMBED, Operation.IMAGES, Operation.TRANSCRIBE),
+        *(Operation.SPEAK, Operation.MODERATE, Operation.RERANK),
+    }
+)
+_WITHOUT_OUTPUT = frozenset({Operation.EMBED, Operation.MODERATE, Operation.RERANK})
 _NAMES = {
     Operation.INFER: "chat",
     Operation.EMBED: "embeddings",
     Operation.IMAGES: "generate_images",
+    Operation.TRANSCRIBE: "transcription",
+    Operation.SPEAK: "speech",
+    Operation.MODERATE: "moderation",
+    Operation.RERANK: "rerank",
     Operation.COUNT: "count_tokens",
     Operation.MODELS: "models",
     Operation.FILES: "files",
     Operation.UPLOAD: "upload",
+    Operation.OTHER: "other",
 }
 
 
@@ -73,13 +98,14 @@ _NAMES = {
 class Endpoint:
     """A native path. path: below the upstream's base URL, beginning with a slash, with `{model}`
     where the model stands. model: as the path has it; None where the body names it. streams: the
-    path alone says that the answer is a stream."""
+    path alone says that the answer is a stream. takes_form: a body may be multipart/form-data."""
 
     dialect: Dialect
     operation: Operation
     path: str
     model: str | None = None
     streams: bool = False
+    takes_form: bool = False
     is_counted: bool = field(init=False, compare=False)  # as the operation's
 
     def __post_init__(self) -> None:
@@ -127,7 +153,8 @@ class RequestFacts:
     """Facts of a native request for admission. model: as the client names it; empty where it
     leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
     its input, with a first estimate of their tokens. wants_usage: whether a stream reports its
-    usage only if the gateway requests it."""
+    usage only if the gateway requests it. audio_seconds: of recordings in its input. characters:
+    of a text that is to be spoken."""
 
     model: str
     kind: Kind
@@ -136,6 +163,8 @@ class RequestFacts:
     pieces: InputPieces = field(default_factory=lambda: input_pieces({}))
     max_output_tokens: int | None = None
     wants_usage: bool = False
+    audio_seconds: int = 0
+    characters: int = 0
 
 
 # Mutable, for speed: each call makes one.

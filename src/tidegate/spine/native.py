@@ -267,7 +267,7 @@ class NativeExchange:
         rates_of = prices.of if tier else prices.bound  # chosen here, or by the client
         rates = rates_of(target.model, tier or self._requested_tier())
         context_tokens, most_output = prices.most(target.model)
-        if endpoint.operation is Operation.EMBED:
+        if endpoint.operation.writes_nothing:
             most_output = 0
         elif asked.max_output_tokens is not None or _has_several_answers(self._body):
             most_output = asked.max_output_tokens
@@ -767,8 +767,8 @@ def _object(value: Any) -> dict[str, Any]:
 LONGEST_BYTES = 20_000_000
 _JSON = (b"content-type", b"application/json")
 _ALLOWED = (
-    "a native path that asks a model, such as /v1/chat/completions, /v1/responses, /v1/messages "
-    "or /v1beta/models/<model>:generateContent"
+    "a native path that asks a model for JSON, such as /v1/chat/completions, /v1/responses, "
+    "/v1/messages or /v1beta/models/<model>:generateContent"
 )
 
 
@@ -782,6 +782,8 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
         raise InvalidRequest(field, "unknown endpoint", allowed=_ALLOWED)
     if endpoint.streams:
         raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
+    if endpoint.operation is Operation.SPEAK:  # a result is kept as text
+        raise InvalidRequest(field, "jobs and batches do not keep audio", allowed=_ALLOWED)
     return endpoint
 
 

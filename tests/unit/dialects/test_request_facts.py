@@ -322,6 +322,8 @@ def test_what_is_deep_and_numerous_is_refused() -> None:
         (chat(), False, False),
         (asked("/v1/responses", {"model": "m", "stream": True}), True, False),
         (gemini("streamGenerateContent"), True, False),
+        (asked("/v1/audio/speech", {"model": "m", "stream_format": "sse"}), True, False),
+        (asked("/v1/audio/speech", {"model": "m", "stream_format": "audio"}), False, False),
     ],
 )
 def test_streams_and_their_usage(found: RequestFacts, streams: bool, wants: bool) -> None:
@@ -367,6 +369,11 @@ def test_parts_are_counted_outside_of_texts_alone() -> None:
     [
         ("/v1/responses", {"prompt": {"id": "pmpt_1"}, "input": "hi"}, True),
         ("/v1/images/generations", {"prompt": "a cat"}, True),
+        ("/v1/moderations", {"input": "hi"}, True),
+        ("/v1/responses/input_tokens", {"input": "hi"}, True),
+        ("/v1/responses/compact", {"input": "hi"}, False),
+        ("/v1/rerank", {"query": "hi", "documents": ["a"]}, False),
+        ("/v1/audio/speech", {"input": "hi", "voice": "alloy"}, False),
         ("/v1/responses", {"input": "hi"}, False),
         ("/v1/responses", {"prompt": "pmpt_1"}, False),
         ("/v1/chat/completions", {"messages": [], "prompt": {"id": "x"}}, False),
@@ -381,3 +388,17 @@ def test_the_model_is_optional_where_the_provider_has_it_so(
         return
     with pytest.raises(InvalidRequest, match="model"):
         asked(path, body)
+
+
+def test_what_answers_with_a_judgement_or_an_order_writes_next_to_nothing() -> None:
+    ranked = asked("/v1/rerank", {"model": "m", "query": "q" * 400, "documents": ["d" * 4_000]})
+    judged = asked("/v1/moderations", {"model": "m", "input": "a" * 400})
+    assert (ranked.max_output_tokens, judged.max_output_tokens) == (1, 1)
+    assert ranked.pieces[Modality.LATIN] == pytest.approx(1_100, abs=1)
+    assert ranked.kind is Kind.TEXT_ONLY
+
+
+def test_the_letters_that_a_request_has_spoken_are_counted() -> None:
+    spoken = asked("/v1/audio/speech", {"model": "tts-1", "input": "Zwölf!", "instructions": "x"})
+    assert (spoken.characters, spoken.images, spoken.kind) == (6, 0, Kind.TEXT_ONLY)
+    assert chat(input="text").characters == 0
