@@ -66,6 +66,7 @@ WRONG = {
     "RECEIVE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "STREAM_WAIT_MS": (["0", "soon"], "milliseconds"),
     "KEEP_ALIVE_AFTER_MS": (["-1", "soon"], "milliseconds"),
+    "CACHE_WAIT_US_PER_TOKEN": (["-1", "60001", "a while"], "a whole number from 0 to 60000"),
     "STALLED_READER_MS": (["0", "soon"], "milliseconds"),
     "MAX_ATTEMPTS": (["0", "101"], "from 1 to 100"),
     "CLAIM_LEASE_MS": (["0", "soon"], "milliseconds"),

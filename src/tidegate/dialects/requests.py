@@ -513,8 +513,22 @@ _TURNS = ("messages", "input", "contents")
 
 
 def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Digests of what a conversation's calls have in common in any dialect: the tools and the
-    system prompt, and these with the first message of the user. None without messages."""
+    """Digests, of this process, of what a conversation's calls have in common in any dialect: the
+    tools and the system prompt, and these with the first message of the user. None without
+    messages."""
+    if (parts := _opening(body)) is None:
+        return None
+    opening = hash(parts[0])
+    return opening, hash((opening, parts[1]))
+
+
+def opening_of(body: Mapping[str, Any]) -> bytes:
+    """What a conversation's calls begin with in any dialect, as text; empty without messages."""
+    parts = _opening(body)
+    return b"" if parts is None else b"\n".join(parts)
+
+
+def _opening(body: Mapping[str, Any]) -> tuple[bytes, bytes] | None:
     turns = next((body[name] for name in _TURNS if isinstance(body.get(name), list)), None)
     if not turns:
         return None
@@ -524,8 +538,7 @@ def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
             first = turn
             break
         systems.append(turn)
-    opening = hash(orjson.dumps([*map(body.get, _OPENINGS), systems]))
-    return opening, hash((opening, orjson.dumps(first)))
+    return orjson.dumps([*map(body.get, _OPENINGS), systems]), orjson.dumps(first)
 
 
 def _images(

@@ -56,6 +56,7 @@ from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, Reques
 from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
+from tidegate.spine.affinity import conversation_key
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.routing import Suspect, Target
 from tidegate.spine.run import (
@@ -144,7 +145,18 @@ class Relay:
             record.model, record.streamed = asked.model, asked.streams
             record.kind = asked.kind.value if endpoint.is_counted else None
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, asked, out, record)
-        await self.spine.run(exchange, record, self._targets(call, asked), on_admitted)
+        targets = self._targets(call, asked)
+        home = None
+        if (
+            len(targets) > 1
+            and asked is not None
+            and endpoint.operation is Operation.INFER
+            and self.spine.targets.are_alike(endpoint.dialect, asked.model)
+        ):
+            who = caller.tenant_id, call.terms.conversation
+            key = conversation_key(asked.model, *who, call.headers, body)
+            home = self.spine.affinity.home(key, targets)
+        await self.spine.run(exchange, record, targets, on_admitted, home)
 
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
         """Answer for the list of models, where it is not the only upstream's own."""

@@ -629,6 +629,11 @@ class Targets:
         found, by_lot = known
         return self._drawn(found) if by_lot else list(found)
 
+    def are_alike(self, dialect: Dialect, model: str) -> bool:
+        """Whether the order of the targets that `of` has found for a model is drawn by lot."""
+        known = self._known.get((dialect, model))
+        return known is not None and known[1]
+
     def speaking(self, dialect: Dialect) -> list[Upstream]:
         """All upstreams of a dialect, in the order of the file."""
         return [one for one in self.upstreams.values() if dialect in one.base_urls]

@@ -61,6 +61,7 @@ from tidegate.policy.deployment import Upstream
 from tidegate.prices.budgets import Binding
 from tidegate.record import OF_BUDGETS, CallRecord, coding_of, decoded
 from tidegate.settings import Config
+from tidegate.spine.affinity import Affinity, Home
 from tidegate.spine.preemption import Preemption
 from tidegate.spine.routing import (
     Gate,
@@ -258,6 +259,7 @@ class Spine:
         self.budgets = budgets
         self.preemption = Preemption()
         self.retries = RetryBudget()
+        self.affinity = Affinity(config.cache_wait_us_per_token)
         self.timeouts = {
             name: timeouts_of(config, upstream) for name, upstream in targets.upstreams.items()
         }
@@ -281,16 +283,17 @@ class Spine:
         record: CallRecord,
         targets: list[Target],
         on_admitted: OnAdmitted | None = None,
+        home: Home | None = None,
     ) -> None:
         """Make the call at one of the targets, the first that has room, and fill `record`.
 
-        `on_admitted` is called before each try, under its permit; what it raises ends the call, and
-        nothing was sent. Raises CallFailed for what the last upstream said, AdmissionError,
-        BudgetExceeded, CallPreempted, LeaseLost and StoreUnavailable. Cancellation leaves neither a
-        waiter nor an open upstream call.
+        home: of its conversation, if it has one. `on_admitted` is called before each try, under its
+        permit; what it raises ends the call, and nothing was sent. Raises CallFailed for what the
+        last upstream said, AdmissionError, BudgetExceeded, CallPreempted, LeaseLost and
+        StoreUnavailable. Cancellation leaves neither a waiter nor an open upstream call.
         """
         self.retries.earn()
-        await _Run(self, exchange, record, on_admitted).until_answered(targets)
+        await _Run(self, exchange, record, on_admitted, home).until_answered(targets)
 
     def lane(self, target: Target) -> Lane:
         return self._lanes[target.upstream.name]
@@ -346,7 +349,9 @@ class _Run:
         exchange: CallExchange,
         record: CallRecord,
         on_admitted: OnAdmitted | None,
+        home: Home | None,
     ) -> None:
+        self._home = home
         self._spine = spine
         self._exchange = exchange
         self._terms = exchange.terms
@@ -466,11 +471,15 @@ class _Run:
 
     async def _by_one_of(self, targets: list[Target]) -> None:
         """By the first that has room immediately; where none has, by the first in order that is not
-        paused for longer than the call may wait."""
+        paused for longer than the call may wait. A conversation's own is the first."""
+        home = self._home
+        if home is not None and home.is_known:
+            targets = [targets[place] for place in _home_first(home, targets)]
         demands = self._demands(targets)
         never: _Never = {}
         if len(targets) > 1:
-            for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
+            for place in range(len(targets)) if home is None else _home_first(home, targets):
+                target, demand = targets[place], demands[place]
                 self._trying = target
                 try:
                     async with self._attempt(target, demand) as permit:
@@ -480,6 +489,13 @@ class _Run:
                         elif permit is not None or not demand.limits:
                             await self._admitted(permit, target, demand)
                             return
+                    if (
+                        home is not None
+                        and home.wait_ms
+                        and target == home.target
+                        and await self._waited_at_home(home, target, demand)
+                    ):
+                        return
                 except DemandImpossible as impossible:
                     never[place] = impossible
         while True:
@@ -503,6 +519,26 @@ class _Run:
             except DeadlineExceeded as late:
                 out = None if self._terms.waits_out else self._spine.lane(target).gate.out()
                 raise out or late from None
+
+    async def _waited_at_home(self, home: Home, target: Target, demand: CallDemand) -> bool:
+        """Wait where the conversation's beginning is in the cache, for as long as that is worth;
+        False where the call was not admitted there meanwhile, nor would be by an estimate."""
+        record, began = self._record, datetime.now(UTC)
+        wait_ms, home.wait_ms = home.wait_ms, 0.0  # once
+        if self._spine.lane(target).gate.late(demand, wait_ms) is not None:
+            return False
+        record.waits_for = self._spine.lane(target).limiter.pool, demand.limits
+        try:
+            async with self._admission(target, demand, within_ms=wait_ms) as permit:
+                await self._admitted(permit, target, demand)
+                return True
+        except DeadlineExceeded:
+            if not record.waits or self._terms.left_ms() <= 0:
+                raise
+        except NotWorthWaiting:
+            pass  # something there was paused meanwhile
+        record.waits_since = record.waits_since or began
+        return False
 
     def _demands(self, targets: list[Target]) -> list[CallDemand]:
         return [self._exchange.demand(target, self._spine.lane(target)) for target in targets]
@@ -533,11 +569,11 @@ class _Run:
         return lane.limiter.try_acquire_for(demand.to_admit(None, lane.hard_ms, once=True))
 
     def _admission(
-        self, target: Target, demand: CallDemand
+        self, target: Target, demand: CallDemand, within_ms: float = inf
     ) -> AbstractAsyncContextManager[Permit | None]:
         if not demand.limits:
             return nullcontext()
-        left_ms = self._terms.left_ms()
+        left_ms = min(self._terms.left_ms(), within_ms)
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         deadline_ms = None if left_ms == inf else round(left_ms)
@@ -635,6 +671,8 @@ class _Run:
                     cost_micros=record.charge.cost_micros,
                 )
                 lane.demands.learn(demand, told, charged, whole=whole)
+            if self._home is not None and whole:
+                self._spine.affinity.note(self._home, target, record.answer.usage)
 
     def _giving_way(
         self, permit: Permit | None, target: Target, lane: Lane, is_try: bool
@@ -675,6 +713,11 @@ class _Run:
         suspect = self._exchange.suspect()
         await lane.gate.failed(error, model, suspect=suspect, tried=is_try)
         record.faults += error.of_upstream
+
+
+def _home_first(home: Home, targets: list[Target]) -> list[int]:
+    """The places of targets, that of a conversation's own first."""
+    return sorted(range(len(targets)), key=lambda place: targets[place] != home.target)
 
 
 def _place(target: Target | None) -> tuple[str, str] | None:

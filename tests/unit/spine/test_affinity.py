@@ -1,0 +1,142 @@
+"""Affinity: which upstream a conversation goes to, and for how long its cache is waited for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tidegate.admission.conversations import CACHE_MS
+from tidegate.call import Usage, UsageDetails
+from tidegate.policy.deployment import Upstream
+from tidegate.spine import affinity
+from tidegate.spine.affinity import Affinity, Home, conversation_key
+from tidegate.spine.routing import Target
+
+KEYS = [b"%d" % number for number in range(3_000)]
+
+
+def targets(**weights: int) -> list[Target]:
+    return [
+        Target(Upstream(name, {"openai": "http://here"}, "key", weight=weight), "m")
+        for name, weight in weights.items()
+    ]
+
+
+def placed(found: Home | None) -> Home:
+    assert found is not None
+    return found
+
+
+def named(found: Home | None) -> str:
+    return placed(found).target.upstream.name
+
+
+def affinity_at(now_ms: Callable[[], float]) -> Affinity:
+    return Affinity(200, now_ms)
+
+
+def test_all_processes_choose_alike_by_weight() -> None:
+    three = targets(a=1, b=1, c=2)
+    one, other = affinity_at(float), affinity_at(float)
+    chosen = [named(one.home(key, three)) for key in KEYS]
+    assert chosen == [named(other.home(key, three[::-1])) for key in KEYS]
+    shares = Counter(chosen)
+    assert shares["a"] / len(KEYS) == pytest.approx(0.25, abs=0.04)
+    assert shares["c"] / len(KEYS) == pytest.approx(0.5, abs=0.04)
+
+
+def test_an_upstream_that_goes_moves_only_its_own_conversations() -> None:
+    three = targets(a=1, b=1, c=1)
+    known = affinity_at(float)
+    before = [named(known.home(key, three)) for key in KEYS]
+    after = [named(known.home(key, three[:2])) for key in KEYS]
+    assert all(now == was for was, now in zip(before, after, strict=True) if was != "c")
+
+
+def test_a_conversation_stays_where_it_was_answered_while_its_cache_lasts() -> None:
+    now = [0.0]
+    two = targets(a=1, b=1)
+    known = affinity_at(lambda: now[0])
+    first = placed(known.home(b"talk", two))
+    other = next(one for one in two if one != first.target)
+    assert (first.is_known, first.wait_ms) == (False, 0)
+    details = UsageDetails(cache_write_tokens=1_000)
+    known.note(first, other, Usage(input_tokens=9_000, cached_tokens=4_000, details=details))
+    now[0] = CACHE_MS
+    again = placed(known.home(b"talk", two))
+    assert (again.target, again.is_known, again.wait_ms) == (other, True, 1_000.0)
+    assert named(known.home(b"talk", [first.target, *targets(c=1)])) != other.upstream.name
+    now[0] = CACHE_MS + 1
+    assert not placed(known.home(b"talk", two)).is_known
+
+
+def test_a_call_of_no_conversation_has_no_home() -> None:
+    assert affinity_at(float).home(None, targets(a=1, b=1)) is None
+
+
+def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(affinity, "MOST_CONVERSATIONS", 3)
+    two = targets(a=1, b=1)
+    known = affinity_at(float)
+    for key in KEYS[:4]:
+        known.note(placed(known.home(key, two)), two[0], Usage())
+    assert [placed(known.home(key, two)).is_known for key in KEYS[:4]] == [False, True, True, True]
+
+
+SYSTEM = {"role": "system", "content": "You are a tide table"}
+OPENAI = {"messages": [SYSTEM, {"role": "user", "content": "When is high water?"}]}
+LATER = {"messages": [*OPENAI["messages"], {"role": "assistant", "content": "At six."}]}
+
+
+def key_of(
+    body: dict[str, Any],
+    *headers: tuple[bytes, bytes],
+    model: str = "m",
+    tenant: str = "t",
+    conversation: str | None = None,
+) -> bytes | None:
+    return conversation_key(model, tenant, conversation, list(headers), body)
+
+
+def test_turns_of_one_conversation_have_one_key() -> None:
+    assert key_of(OPENAI) == key_of(LATER)
+    others = [
+        key_of({"messages": [SYSTEM, {"role": "user", "content": "And low water?"}]}),
+        key_of({**OPENAI, "tools": [{"type": "function"}]}),
+        key_of(OPENAI, model="n"),
+        key_of(OPENAI, tenant="u"),
+        key_of(OPENAI, model="mt", tenant=""),
+    ]
+    assert len({key_of(OPENAI), *others}) == 6
+    assert key_of({"prompt": "no messages"}) is None
+
+
+def test_a_name_counts_before_what_is_said() -> None:
+    named = [
+        key_of(OPENAI, conversation="mine"),
+        key_of(OPENAI, (b"x-claude-code-session-id", b"claude")),
+        key_of(OPENAI, (b"session_id", b"codex")),
+        key_of({**OPENAI, "prompt_cache_key": "cache"}),
+        key_of(OPENAI),
+    ]
+    assert len(set(named)) == len(named)
+    every = [(b"session_id", b"codex"), (b"x-claude-code-session-id", b"claude")]
+    body = {**OPENAI, "prompt_cache_key": "cache"}
+    first = [
+        key_of(body, *every, conversation="mine"),
+        key_of(body, *every),
+        key_of(body, every[0]),
+        key_of(body),
+    ]
+    assert first == named[:4]
+    assert all(one != other for one, other in pairwise(first))
+
+
+@pytest.mark.parametrize("value", ["", 7, None, ["x"], {"a": 1}])
+def test_what_names_nothing_is_passed_over(value: object) -> None:
+    body = {**OPENAI, "prompt_cache_key": value}
+    assert key_of(body, (b"x-session-id", b"")) == key_of(OPENAI)
