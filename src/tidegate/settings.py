@@ -394,8 +394,7 @@ class Config(BaseModel):
     cache_wait_us_per_token: Annotated[int, Field(ge=0, le=60_000)] = setting(
         200,
         "How long a call of a conversation waits for the upstream whose prompt cache has its "
-        "beginning, in microseconds for each cached token, before another upstream takes it. 0: not "
-        "at all.",
+        "beginning, in microseconds for each cached token, until another takes it. 0: not at all.",
     )
     keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
         0,
