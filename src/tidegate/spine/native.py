@@ -1,7 +1,8 @@
 """Native calls: bytes of a provider's dialect, passed on as they are.
 
-Bodies pass through unchanged except for the model's name; uploads and files are streamed. A call
-that fails before the first output (`beginning.py`) is retried or moves to the next upstream.
+Bodies pass through unchanged except for the model's name; uploads and files are streamed. Output
+is held back for at most `HELD_S` and `HELD_BYTES` until it has content, because a provider can
+answer 200 and fail before the first output: such a call is retried or moves to the next upstream.
 
 Invariants: the provider's usage of a whole answer stands, every other charge is at least the
 estimated input and the visible output; redirects are followed within the upstream's base URL only;
@@ -56,7 +57,6 @@ from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, 
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.affinity import conversation_key
-from tidegate.spine.beginning import beginning_of
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.routing import Suspect, Target
 from tidegate.spine.run import (
@@ -661,6 +661,41 @@ def _model_named_again(raw: bytes, named: str, model: str) -> bytes:
     names = rb'("model"\s*:\s*"(?:models/)?)%b(?=")' % re.escape(named.encode())
     name = orjson.dumps(model)[1:-1]
     return re.sub(names, lambda found: found[1] + name, raw)
+
+
+HELD_S = 2.0
+HELD_BYTES = 65_536
+
+
+async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dict[str, Any] | None]:
+    """The first bytes of an answer, up to its first output where it `streams`, and the object that
+    tells an error where there was one before that. Raises UpstreamError. Cancelling leaves the
+    exchange open."""
+    first = await exchange.next()
+    if streams:
+        prelude = refusals.Prelude()
+        until = asyncio.get_running_loop().time() + HELD_S
+        holds = prelude.holds(first, at_end=exchange.at_end)
+        while holds and not exchange.at_end and len(first) < HELD_BYTES:
+            try:
+                async with asyncio.timeout_at(until):
+                    piece = await exchange.next()
+            except TimeoutError:
+                break
+            first += piece
+            holds = prelude.holds(piece, at_end=exchange.at_end)
+        if prelude.is_events:
+            return first, prelude.error
+    # Half a line is of no use to anybody.
+    while streams and refusals.is_too_short(first) and not exchange.at_end:
+        first += await exchange.next()
+    if not refusals.may_begin_with_error(first):
+        return first, None
+    while (value := refusals.error_event_in(first)) is None:
+        if exchange.at_end or len(first) > refusals.LONGEST_BYTES:
+            return first, None
+        first += await exchange.next()
+    return first, value
 
 
 # Of the JSON that holds one: a line of a batch, or what is submitted as a job.

@@ -14,7 +14,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import promised_s
 from tidegate.emulator.server import Emulator, run_emulator
-from tidegate.spine.beginning import HELD_S
+from tidegate.spine.native import HELD_S
 
 __all__ = ["hostile", "one_try"]
 

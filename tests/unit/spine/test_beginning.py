@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.spine.beginning import Prelude
+from tidegate.dialects.refusals import Prelude
 
 WITHOUT_OUTPUT: list[dict[str, object]] = [
     {"type": "response.created", "response": {"error": None, "instructions": "x" * 9_000}},
