@@ -13,8 +13,8 @@ NOT_SHOWN = ("migrations/",)
 FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin", "jobs"),
     *("metrics", "spine", "rehearse", "upstream", "dialects", "admission", "policy"),
-    *("integrations", "limiter", "limiter/model", "store", "emulator", "emulator/batches"),
-    "emulator/fronts",
+    *("integrations", "limiter", "limiter/model", "store", "store/provider", "emulator"),
+    *("emulator/batches", "emulator/fronts"),
     *("embedded", "classify"),
     "telemetry",
     "prices",

@@ -38,6 +38,7 @@ from tidegate.settings import Config, secret
 from tidegate.spine.learning import LimitLearner
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
+from tidegate.spine.resources import Resources
 from tidegate.spine.routing import Targets
 from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
@@ -147,7 +148,7 @@ async def run_worker_of(
         targets = Targets(deployed_upstreams(config))
         pools = dict.fromkeys(targets.upstreams, limiter)
         spine = _spine_of(config, targets, pools, Tracing(), store)
-        relay = await stack.enter_async_context(_open_relay(config, spine))
+        relay = await stack.enter_async_context(_open_relay(config, spine, store))
         prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
         worker = Worker(
             config=config,
@@ -192,7 +193,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
         tracing = await stack.enter_async_context(_tracing(store.listeners, role, instance_id))
         spine = _spine_of(config, Targets(others), limiters, tracing, store)
-        relay = await stack.enter_async_context(_open_relay(config, spine))
+        relay = await stack.enter_async_context(_open_relay(config, spine, store))
         prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=spine.health)
@@ -334,11 +335,11 @@ def _spine_of(
 
 
 @asynccontextmanager
-async def _open_relay(config: Config, spine: Spine) -> AsyncIterator[Relay]:
+async def _open_relay(config: Config, spine: Spine, store: Store) -> AsyncIterator[Relay]:
     wire = RelayWire(_timeouts_of(config))
     await wire.start()
     try:
-        yield Relay(spine, wire)
+        yield Relay(spine, wire, Resources(store.provider_resources, spine.targets))
     finally:
         await wire.aclose()
 

@@ -40,6 +40,7 @@ from tidegate.dialects.answers import (
 )
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.requests import request_facts as facts_of_request
+from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, path_of, use_in
 from tidegate.dialects.spec import (
     NOTHING_SHORTENED,
     AnswerFacts,
@@ -57,6 +58,7 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import (
     BudgetExceeded,
+    InvalidRequest,
     NotFound,
     TidegateError,
     Unauthenticated,
@@ -88,8 +90,68 @@ def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
     return True  # where no other dialect is
 
 
+_RESOURCES = (
+    path_of("GET", "/v1/responses/{id}", "response", Act.READ),
+    path_of("DELETE", "/v1/responses/{id}", "response", Act.DELETE),
+    path_of("POST", "/v1/responses/{id}/cancel", "response", Act.CANCEL),
+    path_of("GET", "/v1/responses/{id}/input_items", "response", Act.READ),
+    path_of("POST", "/v1/conversations", "conversation", Act.CREATE),
+    path_of("GET", "/v1/conversations/{id}", "conversation", Act.READ),
+    path_of("POST", "/v1/conversations/{id}", "conversation", Act.CHANGE),
+    path_of("DELETE", "/v1/conversations/{id}", "conversation", Act.DELETE),
+    path_of("GET", "/v1/conversations/{id}/items", "conversation", Act.READ),
+    path_of("POST", "/v1/conversations/{id}/items", "conversation", Act.CHANGE),
+    path_of("GET", "/v1/conversations/{id}/items/{any}", "conversation", Act.READ),
+    path_of("DELETE", "/v1/conversations/{id}/items/{any}", "conversation", Act.CHANGE),
+    path_of("GET", "/v1/chat/completions", "completion", Act.LIST),
+    path_of("GET", "/v1/chat/completions/{id}", "completion", Act.READ),
+    path_of("POST", "/v1/chat/completions/{id}", "completion", Act.CHANGE),
+    path_of("DELETE", "/v1/chat/completions/{id}", "completion", Act.DELETE),
+    path_of("GET", "/v1/chat/completions/{id}/messages", "completion", Act.READ),
+)
+# Nothing below these names is a stored response's id.
+_NO_RESPONSES = ("/v1/responses/input_tokens", "/v1/responses/compact")
+_REFERRING = frozenset(("previous_response_id", "conversation"))
+_RESPONSE = Making("response", within="response")
+_COMPLETION = Making("completion")
+
+
 def endpoint_of(method: str, path: str) -> Endpoint | None:
-    return listed_models(Dialect.OPENAI, path, "/v1") if method == "GET" else None
+    if method == "GET" and (listed := listed_models(Dialect.OPENAI, path, "/v1")) is not None:
+        return listed
+    use = None if path in _NO_RESPONSES else use_in(_RESOURCES, method, path)
+    if use is None:
+        return None
+    below = path.removeprefix("/v1")
+    return Endpoint(Dialect.OPENAI, Operation.RESOURCE, below, resource=use)
+
+
+def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
+    """The response that a call continues, and the conversation that it is added to."""
+    if _REFERRING.isdisjoint(body):
+        return []
+    found = []
+    before, conversation = body.get("previous_response_id"), body.get("conversation")
+    if isinstance(conversation, Mapping):
+        conversation = conversation.get("id")
+    for field, kind, value in (
+        ("previous_response_id", "response", before),
+        ("conversation", "conversation", conversation),
+    ):
+        if value is None and body.get(field) is None:
+            continue
+        if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_ID:
+            said = f"{field} is not the id of a {kind}"
+            raise InvalidRequest(field, said, allowed=f"the id of a {kind}")
+        found.append(Reference(kind, value, field))
+    return found
+
+
+def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
+    """A response is stored unless the request says no, a chat completion where it says yes."""
+    if path == "/responses":
+        return None if body.get("store") is False else _RESPONSE
+    return _COMPLETION if path == "/chat/completions" and body.get("store") is True else None
 
 
 def request_facts(
@@ -554,6 +616,8 @@ def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> J
         code = "invalid_api_key"
     elif isinstance(error, NotFound) and error.field == "model":
         code = "model_not_found"
+    elif isinstance(error, NotFound) and error.field == "previous_response_id":
+        code = "previous_response_not_found"
     body: JsonObject = {
         "message": error.message_with_allowed,
         "type": kind,
@@ -573,6 +637,9 @@ OPENAI = DialectSpec(
     example="POST /v1/chat/completions",
     calls=_CALLS,
     endpoint_of=endpoint_of,
+    resource_paths=_RESOURCES,
+    references=references,
+    made_by=made_by,
     is_spoken=_is_spoken,
     models=ModelList("/models", "data", "id", lambda models: {"object": "list", "data": models}),
     key_header=(b"authorization", b"Bearer "),

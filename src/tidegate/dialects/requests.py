@@ -347,6 +347,7 @@ _READ = frozenset(
         *("model", "models", "stream", "stream_options", "background", "deferred", "n"),
         *("max_tokens", "max_completion_tokens", "max_output_tokens", "service_tier", "tools"),
         *("generationConfig", "generation_config"),
+        *("store", "previous_response_id", "conversation"),
     )
 )
 _WRITTEN = {name: b'"%b"' % name.encode() for name in _READ}

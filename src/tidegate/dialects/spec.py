@@ -6,7 +6,7 @@ A dialect is one module that fills one `DialectSpec`; `tidegate.dialects` lists 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set, Sized
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -14,6 +14,14 @@ from typing import Any, Literal
 
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
 from tidegate.call import UNKNOWN_USAGE, Kind, Usage
+from tidegate.dialects.resources import (
+    Making,
+    Reference,
+    ResourcePath,
+    ResourceUse,
+    nothing_made,
+    nothing_referred,
+)
 from tidegate.errors import TidegateError
 
 Headers = list[tuple[bytes, bytes]]
@@ -37,8 +45,9 @@ class Operation(StrEnum):
 
     INFER requests text or images of a model, EMBED vectors, IMAGES images alone, TRANSCRIBE the
     text of a recording, SPEAK a recording of a text, MODERATE a judgement on one, RERANK the order
-    of some. COUNT, MODELS, FILES and UPLOAD run no model, and take a limit only where there is one
-    for `kind:other`; so does OTHER, a path that an upstream's `passthrough` names.
+    of some. COUNT, MODELS, FILES, RESOURCE and UPLOAD run no model, and take a limit only where
+    there is one for `kind:other`; so does OTHER, a path that an upstream's `passthrough` names.
+    RESOURCE is all that concerns something which lives at a provider.
     """
 
     INFER = "infer"
@@ -51,6 +60,7 @@ class Operation(StrEnum):
     COUNT = "count"
     MODELS = "models"
     FILES = "files"
+    RESOURCE = "resource"
     UPLOAD = "upload"
     OTHER = "other"
 
@@ -89,6 +99,7 @@ _NAMES = {
     Operation.COUNT: "count_tokens",
     Operation.MODELS: "models",
     Operation.FILES: "files",
+    Operation.RESOURCE: "resource",
     Operation.UPLOAD: "upload",
     Operation.OTHER: "other",
 }
@@ -98,7 +109,8 @@ _NAMES = {
 class Endpoint:
     """A native path. path: below the upstream's base URL, beginning with a slash, with `{model}`
     where the model stands. model: as the path has it; None where the body names it. streams: the
-    path alone says that the answer is a stream. takes_form: a body may be multipart/form-data."""
+    path alone says that the answer is a stream. takes_form: a body may be multipart/form-data.
+    resource: what lives at a provider that it is about."""
 
     dialect: Dialect
     operation: Operation
@@ -106,6 +118,7 @@ class Endpoint:
     model: str | None = None
     streams: bool = False
     takes_form: bool = False
+    resource: ResourceUse | None = None
     is_counted: bool = field(init=False, compare=False)  # as the operation's
 
     def __post_init__(self) -> None:
@@ -267,6 +280,10 @@ class DialectSpec:
     counts of files. `key_header` is a name and what precedes the key in its value; `headers` are
     what a call needs that no client has made.
 
+    Resources: `resource_paths` are those of what lives at a provider; `references(body, raw)` are
+    the resources that a call refers to, and `made_by(path, body)` is what its answer makes, if
+    anything; both are asked of each call.
+
     Answers: `answer_facts(answer, omitted=False, cut=False)` reads what was kept of one, where
     `omitted` says that its middle is missing, and `cut` that it may not have come to its end;
     `add_output(event, output)` collects visible output; `image_count(answer)` counts the images of
@@ -297,4 +314,7 @@ class DialectSpec:
     headers: tuple[tuple[bytes, bytes], ...] = ()
     no_retry: tuple[tuple[bytes, bytes], ...] = ((b"x-should-retry", b"false"),)
     error_event: bytes = b""
+    resource_paths: tuple[ResourcePath, ...] = ()
+    references: Callable[[Mapping[str, Any], bytes], Sequence[Reference]] = nothing_referred
+    made_by: Callable[[str, Mapping[str, Any]], Making | None] = nothing_made
     keep_alive: bytes = b": waiting for admission\n\n"

@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -49,15 +49,18 @@ from tidegate.dialects.requests import (
     NAMES_MODEL,
     check_said_once,
     conversation_of,
+    parsed,
     requested_tier,
     skimmed,
 )
+from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
 from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.affinity import conversation_key
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
+from tidegate.spine.resources import Keeping, Resources
 from tidegate.spine.routing import Suspect, Target
 from tidegate.spine.run import (
     MOST_TRIES,
@@ -108,9 +111,10 @@ class Out(Protocol):
 class Relay:
     """Makes native calls through the spine. One per process."""
 
-    def __init__(self, spine: Spine, wire: RelayWire) -> None:
+    def __init__(self, spine: Spine, wire: RelayWire, resources: Resources) -> None:
         self.spine = spine
         self.wire = wire
+        self.resources = resources
         self._models = Models(wire)
 
     async def run(
@@ -131,21 +135,33 @@ class Relay:
             return
         body: dict[str, Any] = {}
         asked: RequestFacts | None = None
-        if endpoint.is_counted or call.body:
+        making: Making | None = None
+        references: Sequence[Reference] = ()
+        if endpoint.is_counted or (call.body and endpoint.resource is None):
             read = skimmed(call.body)
             if read.raw is not call.body:  # it was large: others go first now
                 await asyncio.sleep(0)
             body = read.body
-            asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body, read.whole)
+            spec = DIALECTS[endpoint.dialect]
+            asked = spec.request_facts(endpoint, body, read.whole)
             check_said_once(read.raw, body)
+            references = spec.references(body, read.raw)
+            making = spec.made_by(endpoint.path, body)
             if caller.models is not None or endpoint.model is not None:
                 check_model(caller, asked.model)
                 check_body(caller, endpoint, body)
                 check_names(caller, read.raw)
             record.model, record.streamed = asked.model, asked.streams
             record.kind = asked.kind.value if endpoint.is_counted else None
+        if endpoint.resource is not None:
+            targets = [await self.resources.target_of(caller, endpoint.dialect, endpoint.resource)]
+        else:
+            targets = self._targets(call, asked)
+        if references:
+            targets = await self.resources.among(caller, endpoint.dialect, references, targets)
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, asked, out, record)
-        targets = self._targets(call, asked)
+        if making is not None or endpoint.resource is not None:
+            exchange.keeping = Keeping(self.resources, call, making)
         home = None
         if (
             len(targets) > 1
@@ -240,6 +256,7 @@ class NativeExchange:
         self._record = record
         self._served: str | None = None
         self._sent: Exchange | None = None
+        self.keeping: Keeping | None = None  # of what lives on at the provider
 
     @property
     def started(self) -> bool:
@@ -327,6 +344,9 @@ class NativeExchange:
         call, record, self._sent = self._call, self._record, None
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
+            if self.keeping is not None and self.keeping.is_list:
+                await self._list(target)
+                return
             body = body_for(call, self._body, target, ask_usage=hides)
             timeouts = self._timeouts[target.upstream.name]
             exchange = await _open(self._wire, timeouts, call, target, body, self._note_sent)
@@ -377,6 +397,8 @@ class NativeExchange:
         headers += of_answer(target.upstream.name, record.queue_ms or 0.0)
         if left := lane.remaining.of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
+        if self.keeping is not None:
+            first = await self.keeping.kept(exchange, first, target, record)
         record.keep(first)
         if without is None and exchange.at_end:
             await out.whole(exchange.status, headers, first)
@@ -407,6 +429,31 @@ class NativeExchange:
                 body=masked(orjson.dumps(refusals.error_body(value)), target),
             )
         )
+
+    async def _list(self, target: Target) -> None:
+        """Answer for a list with what is the caller's own."""
+        assert self.keeping is not None
+        call, record = self._call, self._record
+
+        async def read(at: Target, resource_id: str) -> dict[str, Any] | None:
+            one = replace(
+                call, endpoint=replace(call.endpoint, path=f"{call.endpoint.path}/{resource_id}")
+            )
+            one.query = ""
+            exchange = await _open(self._wire, self._timeouts[at.upstream.name], one, at, None)
+            try:
+                if exchange.status == 404:
+                    return None
+                if exchange.status >= 300:
+                    raise await refusal_of(exchange, at, self.dialect)
+                return parsed(await exchange.read(KEPT_BYTES))
+            finally:
+                exchange.close()
+
+        body = await self.keeping.page(read)
+        record.keep(body)
+        head = [_JSON, *of_answer(target.upstream.name, record.queue_ms or 0.0)]
+        await self._out.whole(200, head, body)
 
     def _stream_error(
         self, value: dict[str, Any], exchange: Exchange, secret: str

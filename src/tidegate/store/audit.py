@@ -36,6 +36,7 @@ from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KEY_OPS, settle_keys
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import add_webhooks
+from tidegate.store.provider.resources import NOTED, add_noted
 from tidegate.store.records import (
     ClaimedJob,
     Json,
@@ -199,7 +200,7 @@ async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) ->
 async def erased_entries(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
     """Of the recorder's entries those whose tenant or subject was erased; of a job its request is
     gone, which is enough."""
-    whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer")]
+    whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer", NOTED)]
     if not whole:
         return []
     marks = []
@@ -223,6 +224,7 @@ def _matching(
                 break
 
 
+_OTHER_OPS = (*KEY_OPS, NOTED)  # what is no call
 MAX_PENDING_STREAMS = 2_000
 MAX_PENDING_BYTES = 64_000_000
 _RETRY_MS = 200
@@ -641,8 +643,8 @@ class AuditLog:
                 log.error(Log.INTERNAL_ERROR, component="replay", error=repr(result))
 
     async def _commit(self, entries: Sequence[Json]) -> list[Exception | None]:
-        keys = [entry for entry in entries if entry["op"] in KEY_OPS]
-        calls = [entry for entry in entries if entry["op"] not in KEY_OPS]
+        keys = [entry for entry in entries if entry["op"] in _OTHER_OPS]
+        calls = [entry for entry in entries if entry["op"] not in _OTHER_OPS]
 
         async def work(
             connection: asyncpg.Connection,
@@ -651,6 +653,7 @@ class AuditLog:
             ids = {id(entry) for entry in gone}
             if kept := [entry for entry in keys if id(entry) not in ids]:
                 await settle_keys(connection, kept)
+                await add_noted(connection, kept)
             rest = [entry for entry in calls if id(entry) not in ids]
             written = await _write_entries(connection, rest, self._instance_id)
             await self._budgets.settle_in(connection, (entry["row"]["id"] for entry in calls))

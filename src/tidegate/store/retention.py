@@ -80,7 +80,8 @@ class EraseReport:
     """What a run has erased, or would erase. requests: of our own API. calls: rows of the audit.
     answers: kept under idempotency keys. batches: of a whole tenant, with their lines. spilled:
     entries on this host's disk. held: files of entries that a running process has; it drops those
-    that are erased when it writes the rest. done: nothing is left that this host can reach."""
+    that are erased when it writes the rest. resources: things at providers that nobody owns any
+    more; they stay there. done: nothing is left that this host can reach."""
 
     requests: int = 0
     calls: int = 0
@@ -89,6 +90,7 @@ class EraseReport:
     answers: int = 0
     batches: int = 0
     blobs: int = 0
+    resources: int = 0
     spilled: int = 0
     held: int = 0
     done: bool = False
@@ -145,6 +147,7 @@ class Retention:
             "forget_workers", _start_of(cutoffs.day), timeout_ms=_TIMEOUT_MS
         )
         await self._connections.execute("forget_native_keys", timeout_ms=_TIMEOUT_MS)
+        await self._connections.execute("forget_expired_resources", timeout_ms=_TIMEOUT_MS)
         dropped, skipped, bodies = await self._prune_partitions(cutoffs)
         blobs += bodies + await self._sweep_orphans(cutoffs.day)
         get_logger().info(
@@ -314,6 +317,7 @@ class _Erasure:
             )
             if whose.subject is not None:
                 await self._retention.run(self._forget_books)
+        await self._resources()
         if whose.tenant_id is not None and whose.subject is None:
             await self._batches(whose.tenant_id)
         for scan, erase in (("scan_requests", self._requests), ("scan_audit", self._calls)):
@@ -348,6 +352,14 @@ class _Erasure:
             for start in range(0, len(ids), _BATCH):
                 some = slice(start, start + _BATCH)
                 yield ids[some], requests[some]
+
+    async def _resources(self) -> None:
+        """Forget whose things at providers are: nobody reaches them by us from then on."""
+        whose, retention = (self._whose.tenant_id, self._whose.subject), self._retention
+        (row,) = await retention.rows("count_provider_resources", *whose)
+        self._report.resources = row["resources"]
+        if not self._dry_run:
+            await retention.rows("erase_provider_resources", *whose)
 
     async def _requests(self, ids: list[UUID], _requests: list[UUID]) -> None:
         await self._delete_blobs("blobs_of_requests", ids)

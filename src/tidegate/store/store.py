@@ -21,7 +21,8 @@ from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import AlertOutbox, WebhookOutbox
-from tidegate.store.provider_batches import ProviderBatches
+from tidegate.store.provider.batches import ProviderBatches
+from tidegate.store.provider.resources import ProviderResources
 from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
@@ -76,6 +77,7 @@ class Store:
         self.provider_batches = ProviderBatches(
             connections, self.notifications, self.queue, self.budgets, instance_id, claim_lease_ms
         )
+        self.provider_resources = ProviderResources(connections, self.audit.keep)
         self.batches = Batches(connections, self.notifications, self.audit, instance_id)
         self.batch_lines = BatchLines(
             connections,

@@ -21,7 +21,7 @@ FOLDER = Path(queries.__file__).parent
 def test_every_statement_is_described_in_one_line_and_used() -> None:
     text = "".join(path.read_text() for path in (FOLDER / "sql").glob("*.sql"))
     assert text.count("-- name: ") == len(queries.QUERIES) > 30
-    code = "".join(path.read_text() for path in FOLDER.glob("*.py"))
+    code = "".join(path.read_text() for path in FOLDER.rglob("*.py"))
     for query in queries.QUERIES.values():
         assert re.fullmatch(r"[A-Z].{10,98}[.:]?.*\.", query.does), query
         assert f'"{query.name}"' in code, f"{query.name} is used nowhere"

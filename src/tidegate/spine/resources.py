@@ -1,0 +1,349 @@
+"""Resources of callers: what lives at a provider after a call, whose it is, and where it lives.
+
+    answer with a new id ──► noted (durable) ──► client      id in a request ──► owner ──► upstream
+
+What a request names must be its tenant's own, else it is not found, in the same words whether
+another tenant has it or nobody. Whatever names a resource is called where the resource lives, and
+nowhere else: no failover leads to another account.
+
+Invariants: no id reaches a client before its owner is durable; an id that has an owner keeps it,
+whatever an upstream answers to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+from uuid import UUID
+
+import orjson
+
+from tidegate.call import Caller
+from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, ResourceUse
+from tidegate.dialects.spec import Dialect
+from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
+from tidegate.policy.deployment import Upstream
+from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
+from tidegate.spine.routing import Target, Targets
+from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
+from tidegate.upstream.transport import Exchange
+
+if TYPE_CHECKING:
+    from tidegate.spine.native import NativeCall
+
+_USUAL_PAGE = 20
+_LONGEST_PAGE = 100
+_MOST_READ = 300  # of which a filter may leave out any number
+# Which provider keeps what is made by a call that names no model, where several could.
+_KEEPERS = {Dialect.OPENAI: "openai", Dialect.GEMINI: "google", Dialect.ANTHROPIC: "anthropic"}
+
+Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
+
+
+def account_of(upstream: Upstream, dialect: str) -> bytes:
+    """A digest by which an account is known again, of its base URL and its key."""
+    return sha256(f"{upstream.base_urls[Dialect(dialect)]}\n{upstream.key}".encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class MadeBy:
+    """The call that makes a resource."""
+
+    caller: Caller
+    dialect: str
+    request_id: UUID
+    subject: str | None = None
+
+
+class Resources:
+    """Of one process. Every method that asks for an owner raises StoreUnavailable."""
+
+    def __init__(self, store: ProviderResources, targets: Targets) -> None:
+        self._store = store
+        self._targets = targets
+
+    # Whose it is, and where it lives
+
+    async def note(
+        self,
+        call: MadeBy,
+        target: Target,
+        kind: str,
+        ids: Iterable[str],
+        expires_at: datetime | None = None,
+    ) -> None:
+        """Return when it is durable that the caller owns these, at the target's account."""
+        await self._store.note(self.made(call, target, kind, ids, expires_at))
+
+    def made(
+        self,
+        call: MadeBy,
+        target: Target,
+        kind: str,
+        ids: Iterable[str],
+        expires_at: datetime | None = None,
+    ) -> list[NewResource]:
+        """The rows of `note`, for a transaction of the caller's."""
+        upstream = target.upstream
+        account = account_of(upstream, call.dialect)
+        owner = ResourceOwner(call.caller.tenant_id, upstream.name, account)
+        return [
+            NewResource(call.dialect, kind, one, owner, call.request_id, call.subject, expires_at)
+            for one in ids
+        ]
+
+    async def owner(
+        self, caller: Caller, dialect: str, kind: str, resource_id: str, field: str | None = None
+    ) -> Upstream:
+        """The upstream where a caller's own resource lives. Raises NotFound for one that is unknown
+        or another tenant's, and where its account is not configured any more."""
+        found = await self._store.owners(dialect, kind, [resource_id])
+        owner = found.get(resource_id)
+        if owner is None or owner.tenant_id != caller.tenant_id:
+            raise NotFound(missing(kind, resource_id), field=field)
+        return self._upstream(owner, dialect, kind, resource_id, field)
+
+    def _upstream(
+        self, owner: ResourceOwner, dialect: str, kind: str, resource_id: str, field: str | None
+    ) -> Upstream:
+        """The account itself, whatever its name is by now; else the upstream of that name, whose
+        key may have been renewed."""
+        speaking = self._targets.speaking(Dialect(dialect))
+        for one in speaking:
+            if account_of(one, dialect) == owner.account:
+                return one
+        for one in speaking:
+            if one.name == owner.upstream:
+                return one
+        said = f"{missing(kind, resource_id)}: the upstream {owner.upstream!r}, where it lives, "
+        raise NotFound(f"{said}is not configured any more", field=field)
+
+    async def owned(self, caller: Caller, dialect: str, kind: str, ids: Iterable[str]) -> set[str]:
+        """Those that are the caller's own: of a page that a provider lists for all tenants."""
+        found = await self._store.owners(dialect, kind, ids)
+        return {one for one, owner in found.items() if owner.tenant_id == caller.tenant_id}
+
+    async def forget(self, caller: Caller, dialect: str, kind: str, resource_id: str) -> None:
+        """The caller has deleted a resource of its own."""
+        await self._store.forget(caller.tenant_id, dialect, kind, resource_id)
+
+    # Where calls go
+
+    async def target_of(self, caller: Caller, dialect: Dialect, use: ResourceUse) -> Target:
+        """Where a request on a resource goes. Raises NotFound."""
+        if use.resource_id is not None:
+            return Target(await self.owner(caller, dialect, use.kind, use.resource_id), "")
+        speaking = self._targets.speaking(dialect)
+        if not speaking:
+            raise NotFound(f"no upstream speaks the {dialect} dialect")
+        keeps = [one for one in speaking if one.provider == _KEEPERS[dialect]]
+        return Target((keeps or speaking)[0], "")
+
+    async def among(
+        self,
+        caller: Caller,
+        dialect: Dialect,
+        references: Sequence[Reference],
+        targets: Sequence[Target],
+    ) -> list[Target]:
+        """Those of the targets where all that a call refers to lives. Raises NotFound for what is
+        not the caller's own, InvalidRequest where no target is left."""
+        left = list(targets)
+        for one in references:
+            upstream = await self.owner(caller, dialect, one.kind, one.resource_id, one.field)
+            left = [target for target in left if target.upstream.name == upstream.name]
+            if not left:
+                said = f"the {one.kind} {one.resource_id!r} lives at the upstream "
+                said += f"{upstream.name!r}, to which this call does not go"
+                allowed = f"a model that {upstream.name!r} serves, and what lives there alone"
+                raise InvalidRequest(one.field, said, allowed=allowed)
+        return left
+
+    # Lists
+
+    async def page(
+        self, caller: Caller, dialect: Dialect, use: ResourceUse, query: str, read: Read
+    ) -> bytes:
+        """A page of the caller's own, in OpenAI's form, by the rows that say so: each is read where
+        it lives, and shown as it is there. Raises InvalidRequest."""
+        asked = _Page.of(query)
+        found: list[dict[str, Any]] = []
+        after, seen, has_more = asked.after, 0, True
+        while has_more and len(found) <= asked.limit and seen < _MOST_READ:
+            rows = await self._store.of_tenant(
+                caller.tenant_id,
+                dialect,
+                use.kind,
+                newest_first=asked.newest_first,
+                after=after,
+                limit=asked.limit + 1,
+            )
+            has_more = len(rows) > asked.limit
+            for resource_id, owner in rows:
+                after, seen = resource_id, seen + 1
+                upstream = self._upstream(owner, dialect, use.kind, resource_id, None)
+                one = await read(Target(upstream, ""), resource_id)
+                if one is not None and asked.shows(one):
+                    found.append(one)
+                if len(found) > asked.limit:
+                    break
+        shown = found[: asked.limit]
+        return orjson.dumps(
+            {
+                "object": "list",
+                "data": shown,
+                "first_id": shown[0].get("id") if shown else None,
+                "last_id": shown[-1].get("id") if shown else None,
+                "has_more": len(found) > asked.limit or has_more,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """What a list is asked for. metadata: pairs that all must be there."""
+
+    limit: int
+    after: str | None
+    newest_first: bool
+    model: str | None
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def of(cls, query: str) -> _Page:
+        """Raises InvalidRequest."""
+        named = {name: values[-1] for name, values in parse_qs(query).items()}
+        text = named.get("limit", str(_USUAL_PAGE))
+        if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:4]) <= _LONGEST_PAGE:
+            allowed = f"a whole number from 1 to {_LONGEST_PAGE}"
+            raise InvalidRequest("limit", f"limit must be {allowed}", allowed=allowed)
+        order = named.get("order", "asc")
+        if order not in ("asc", "desc"):
+            raise InvalidRequest("order", "order is unknown", allowed="asc or desc")
+        metadata = {
+            name[len("metadata[") : -1]: value
+            for name, value in named.items()
+            if name.startswith("metadata[") and name.endswith("]")
+        }
+        after = named.get("after")
+        if after is not None and len(after) > LONGEST_ID:
+            raise InvalidRequest("after", "after is not an id", allowed="the id of a list's last")
+        return cls(int(text), after, order == "desc", named.get("model"), metadata)
+
+    def shows(self, one: Mapping[str, Any]) -> bool:
+        if self.model is not None and one.get("model") != self.model:
+            return False
+        said = one.get("metadata")
+        said = said if isinstance(said, dict) else {}
+        return all(said.get(name) == value for name, value in self.metadata.items())
+
+
+# Answers
+
+
+def missing(kind: str, resource_id: str) -> str:
+    """That there is no such resource, as OpenAI says it."""
+    if kind == "response":
+        return f"Response with id '{resource_id}' not found."
+    name = kind.replace("_", " ").capitalize()
+    return f"{name} with id '{resource_id}' not found."
+
+
+def id_in(answer: bytes, making: Making) -> str | None:
+    """The id of what an answer makes: of its object, or of the first event of its stream that names
+    one; None where none does."""
+    if answer.lstrip()[:1] == b"{":
+        try:
+            return _id_of(orjson.loads(answer), making.name)
+        except orjson.JSONDecodeError:
+            return None
+    for line in answer.splitlines():
+        if not line.startswith(b"data:"):
+            continue
+        try:
+            event = orjson.loads(line[5:])
+        except orjson.JSONDecodeError:  # the last one, of which more is to come
+            continue
+        if not isinstance(event, dict):
+            continue
+        within = event if making.within is None else event.get(making.within)
+        if isinstance(within, dict) and (found := _id_of(within, making.name)) is not None:
+            return found
+    return None
+
+
+def _id_of(value: Any, name: str) -> str | None:
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, str) or not found:
+        return None
+    if len(found) > LONGEST_ID or not found.isprintable():
+        raise UpstreamGarbled("the answer names a resource by what can't be an id")
+    return found
+
+
+_HEAD_BYTES = 262_144  # of a stream, whose first event names what it makes
+
+
+class Keeping:
+    """Of one call. making: what its answer makes, where it is not a request on a resource."""
+
+    def __init__(self, resources: Resources, call: NativeCall, making: Making | None) -> None:
+        self._resources = resources
+        self._call = call
+        self._use = use = call.endpoint.resource
+        if making is None and use is not None and use.act is Act.CREATE:
+            making = Making(use.kind, use.path.answer)
+        self.making = making
+
+    @property
+    def by(self) -> MadeBy:
+        terms, call = self._call.terms, self._call
+        return MadeBy(terms.caller, call.endpoint.dialect, terms.request_id, call.subject)
+
+    @property
+    def is_list(self) -> bool:
+        return self._use is not None and self._use.act is Act.LIST
+
+    async def page(self, read: Read) -> bytes:
+        """The page of a list."""
+        assert self._use is not None
+        call = self._call
+        return await self._resources.page(
+            call.terms.caller, call.endpoint.dialect, self._use, call.query, read
+        )
+
+    async def kept(
+        self, exchange: Exchange, first: bytes, target: Target, record: CallRecord
+    ) -> bytes:
+        """The beginning of a good answer, once it is durable what it leaves behind. Raises
+        UpstreamError and StoreUnavailable."""
+        use, caller = self._use, self._call.terms.caller
+        if use is not None and use.act is Act.DELETE and use.resource_id is not None:
+            dialect = self._call.endpoint.dialect
+            await self._resources.forget(caller, dialect, use.kind, use.resource_id)
+        if self.making is None:
+            return first
+        first, found = await self.named(exchange, first, record)
+        if found is not None:
+            await self._resources.note(self.by, target, self.making.kind, [found])
+        return first
+
+    async def named(
+        self, exchange: Exchange, first: bytes, record: CallRecord
+    ) -> tuple[bytes, str | None]:
+        """The beginning of an answer, as far as it takes to see what it makes, and its id: all of
+        an object, of a stream its first events. None where nothing is named."""
+        assert self.making is not None
+        coding, most = coding_of(exchange.headers), _HEAD_BYTES if record.streamed else KEPT_BYTES
+        while True:
+            seen = decoded(first, coding) if coding else first
+            is_whole = exchange.at_end or len(first) > most
+            if is_whole or record.streamed:
+                found = id_in(seen, self.making)
+                if is_whole or found is not None:
+                    return first, found
+            first += await exchange.next()

@@ -1,0 +1,51 @@
+"""Resources at providers with their owners, and calls that go on in the background.
+
+An older version writes neither: what it relays has no owner here, so that nobody reaches it.
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0022"
+down_revision = "0021"
+branch_labels = None
+depends_on = None
+
+STEPS = (
+    # Whose a thing at a provider is, and where it lives. account: digest of the upstream's base URL
+    # and key. subject: whom the call was about that made it. The rows outlive the record of that
+    # call, and go with their tenant or subject, or when the thing is deleted or has expired.
+    """
+    CREATE TABLE provider_resources (
+        dialect text NOT NULL,
+        kind text NOT NULL,
+        resource_id text NOT NULL,
+        tenant_id text NOT NULL,
+        upstream text NOT NULL,
+        account bytea NOT NULL,
+        request_id uuid,
+        subject text,
+        created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        expires_at timestamptz,
+        PRIMARY KEY (dialect, kind, resource_id)
+    )
+    """,
+    """
+    CREATE INDEX provider_resources_of_tenant
+        ON provider_resources (tenant_id, dialect, kind, created_at, resource_id)
+    """,
+    """
+    CREATE INDEX provider_resources_of_subject ON provider_resources (subject)
+        WHERE subject IS NOT NULL
+    """,
+    """
+    CREATE INDEX provider_resources_expired ON provider_resources (expires_at)
+        WHERE expires_at IS NOT NULL
+    """,
+)
+
+
+def upgrade() -> None:
+    for step in STEPS:
+        op.execute(step)

@@ -1,0 +1,172 @@
+"""Resources at providers: whose each is, and at which account it lives.
+
+A row is durable before its id reaches a client, outlives the record of the call that made it, and
+goes with its tenant. While PostgreSQL is unavailable new ones wait on the disk, and only what this
+process has looked up before is found.
+
+Invariant: a resource has one owner for good, whatever a provider answers to others later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import UUID
+
+import asyncpg
+
+from tidegate.store.database import Connections, sql
+from tidegate.store.records import Json, dumps, entry_of
+
+_TIMEOUT_MS = 2_000
+_MOST_KNOWN = 20_000
+NOTED = "noted"  # of the entries that the recorder writes
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceOwner:
+    """Whose a resource is. account: a digest of the base URL and the key by which it was made."""
+
+    tenant_id: str
+    upstream: str
+    account: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NewResource:
+    """A resource that an answer names for the first time. expires_at: by when the provider has
+    deleted it, None for never."""
+
+    dialect: str
+    kind: str
+    resource_id: str
+    owner: ResourceOwner
+    request_id: UUID | None = None
+    subject: str | None = None
+    expires_at: datetime | None = None
+
+
+_Place = tuple[str, str, str]
+
+
+class ProviderResources:
+    """Owners of resources, with those that this process has seen last in memory. Every method
+    raises StoreUnavailable."""
+
+    def __init__(
+        self, connections: Connections, keep: Callable[[Json], asyncio.Task[bool]]
+    ) -> None:
+        """`keep` writes an entry, or keeps it on the disk until it can be written."""
+        self._connections = connections
+        self._keep = keep
+        self._known: OrderedDict[_Place, ResourceOwner] = OrderedDict()
+
+    async def note(self, new: Sequence[NewResource]) -> None:
+        """Return when all of these are durable; one that has an owner already keeps it."""
+        if new:
+            await asyncio.shield(self._keep(_entry(new)))
+
+    async def owners(self, dialect: str, kind: str, ids: Iterable[str]) -> dict[str, ResourceOwner]:
+        """The owners of those that have one."""
+        found, unknown = dict[str, ResourceOwner](), list[str]()
+        for one in ids:
+            place = (dialect, kind, one)
+            if (owner := self._known.get(place)) is None:
+                unknown.append(one)
+            else:
+                self._known.move_to_end(place)
+                found[one] = owner
+        if unknown:
+            rows = await self._connections.rows(
+                "provider_resources_named", dialect, kind, unknown, timeout_ms=_TIMEOUT_MS
+            )
+            for row in rows:
+                found[row["resource_id"]] = self._learn(dialect, kind, row)
+        return found
+
+    async def of_tenant(
+        self,
+        tenant_id: str,
+        dialect: str,
+        kind: str,
+        *,
+        newest_first: bool,
+        after: str | None,
+        limit: int,
+    ) -> list[tuple[str, ResourceOwner]]:
+        """A tenant's resources in the order of their making, after one of them; none after one that
+        is not the tenant's."""
+        rows = await self._connections.rows(
+            "provider_resources_of",
+            tenant_id,
+            dialect,
+            kind,
+            newest_first,
+            after,
+            limit,
+            timeout_ms=_TIMEOUT_MS,
+        )
+        return [(row["resource_id"], self._learn(dialect, kind, row)) for row in rows]
+
+    async def forget(self, tenant_id: str, dialect: str, kind: str, resource_id: str) -> None:
+        """A resource of a tenant is deleted at its provider."""
+        self._known.pop((dialect, kind, resource_id), None)
+        await self._connections.execute(
+            "forget_provider_resource",
+            dialect,
+            kind,
+            resource_id,
+            tenant_id,
+            timeout_ms=_TIMEOUT_MS,
+        )
+
+    def _learn(self, dialect: str, kind: str, row: asyncpg.Record) -> ResourceOwner:
+        owner = ResourceOwner(row["tenant_id"], row["upstream"], bytes(row["account"]))
+        self._known[dialect, kind, row["resource_id"]] = owner
+        while len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
+        return owner
+
+
+def _entry(new: Sequence[NewResource]) -> Json:
+    """What the recorder writes; all are of one call."""
+    first = new[0]
+    return entry_of(
+        NOTED,
+        {
+            "id": first.request_id,
+            "tenant_id": first.owner.tenant_id,
+            "subject": first.subject,
+            "submitted_at": datetime.now(UTC),
+            "resources": [_row(one) for one in new],
+        },
+    )
+
+
+def _row(one: NewResource) -> Json:
+    return {
+        "dialect": one.dialect,
+        "kind": one.kind,
+        "resource_id": one.resource_id,
+        "tenant_id": one.owner.tenant_id,
+        "upstream": one.owner.upstream,
+        "account": one.owner.account.hex(),
+        "request_id": one.request_id,
+        "subject": one.subject,
+        "expires_at": one.expires_at,
+    }
+
+
+async def add_resources(connection: asyncpg.Connection, new: Sequence[NewResource]) -> None:
+    """Note whose resources are, in a transaction of the caller's."""
+    await connection.execute(sql("add_provider_resources"), dumps(map(_row, new)))
+
+
+async def add_noted(connection: asyncpg.Connection, entries: Sequence[Json]) -> None:
+    """Write entries of `ProviderResources`. Harmless to repeat."""
+    found = [row for one in entries if one["op"] == NOTED for row in one["row"]["resources"]]
+    if found:
+        await connection.execute(sql("add_provider_resources"), dumps(found))

@@ -1,0 +1,52 @@
+-- Things that live at providers: whose they are, and where they live.
+
+-- name: add_provider_resources
+-- Note whose things are, for good: one that has an owner keeps it, one that is kept longer does so.
+INSERT INTO provider_resources (dialect, kind, resource_id, tenant_id, upstream, account, request_id,
+    subject, expires_at)
+SELECT dialect, kind, resource_id, tenant_id, upstream, decode(account, 'hex'), request_id, subject,
+    expires_at
+FROM json_to_recordset($1::json) AS row (dialect text, kind text, resource_id text, tenant_id text,
+    upstream text, account text, request_id uuid, subject text, expires_at timestamptz)
+ORDER BY dialect, kind, resource_id
+ON CONFLICT (dialect, kind, resource_id) DO NOTHING
+
+-- name: provider_resources_named
+-- Those of the things $3 of a kind that have an owner.
+SELECT resource_id, tenant_id, upstream, account FROM provider_resources
+WHERE dialect = $1 AND kind = $2 AND resource_id = ANY($3::text[])
+    AND (expires_at IS NULL OR expires_at > now())
+
+-- name: provider_resources_of
+-- The things of tenant $1 of a kind, the newest first if $4, after thing $5 if given; at most $6.
+SELECT r.resource_id, r.tenant_id, r.upstream, r.account FROM provider_resources r
+LEFT JOIN provider_resources a
+    ON a.dialect = $2 AND a.kind = $3 AND a.resource_id = $5 AND a.tenant_id = $1
+WHERE r.tenant_id = $1 AND r.dialect = $2 AND r.kind = $3
+    AND (r.expires_at IS NULL OR r.expires_at > now())
+    AND ($5::text IS NULL OR CASE WHEN $4::boolean
+        THEN (r.created_at, r.resource_id) < (a.created_at, a.resource_id)
+        ELSE (r.created_at, r.resource_id) > (a.created_at, a.resource_id) END)
+ORDER BY
+    CASE WHEN $4 THEN r.created_at END DESC, CASE WHEN $4 THEN r.resource_id END DESC,
+    CASE WHEN NOT $4 THEN r.created_at END, CASE WHEN NOT $4 THEN r.resource_id END
+LIMIT $6
+
+-- name: forget_provider_resource
+-- A thing of tenant $4 is deleted at its provider.
+DELETE FROM provider_resources
+WHERE dialect = $1 AND kind = $2 AND resource_id = $3 AND tenant_id = $4
+
+-- name: forget_expired_resources
+-- Things that no provider has any more.
+DELETE FROM provider_resources WHERE expires_at < now() - interval '1 day'
+
+-- name: erase_provider_resources
+-- Forget what a tenant, a subject, or the one of the other owns at providers.
+DELETE FROM provider_resources WHERE ($1::text IS NULL OR tenant_id = $1)
+    AND ($2::text IS NULL OR subject = $2)
+
+-- name: count_provider_resources
+-- How many things a tenant, a subject, or the one of the other owns at providers.
+SELECT count(*) AS resources FROM provider_resources WHERE ($1::text IS NULL OR tenant_id = $1)
+    AND ($2::text IS NULL OR subject = $2)
