@@ -423,6 +423,7 @@ class EmulatorState:
         self.files = FileStore()
         self.random = Random(settings.seed)
         self.batches = BatchStore(self.now_ns, self.random, self.ledger.add_batch_line)
+        self.kept: dict[str, object] = {}  # what a front keeps for its account, by its name
         self.behaviour = settings.behaviour
         self.faults = FaultOrders(settings.faults, self.random)
         self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
@@ -437,6 +438,7 @@ class EmulatorState:
         self.ledger.reset()
         self.files.clear()
         self.batches.clear()
+        self.kept.clear()
         self.random.seed(self.settings.seed)
         self.behaviour = self.settings.behaviour
         self.faults.replace(self.settings.faults)
@@ -500,8 +502,9 @@ class EmulatorState:
         prompt: str,
         size: CallSize,
         dialect: str = "gemini",
+        goes_on: bool = False,
     ) -> Iterator[LoggedCall]:
-        """Count a call while the block runs.
+        """Count a call while the block runs. `goes_on`: whether its client is there or not.
 
         Raises LimitReached or AccountLimitReached when a limit refuses it.
         """
@@ -517,7 +520,7 @@ class EmulatorState:
         self.ledger.start(call)
         self._in_flight[call.id] = call
         protocol, fd = request.protocol, -1
-        if not self.behaviour.works_on:
+        if not (self.behaviour.works_on or goes_on):
             self._call_on[protocol] = call
             fd = self.presence.watch(request, call.id)
         try:

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 _USUAL_PAGE = 20
 _LONGEST_PAGE = 100
 _MOST_READ = 300  # of which a filter may leave out any number
-# Which provider keeps what is made by a call that names no model, where several could.
-_KEEPERS = {Dialect.OPENAI: "openai", Dialect.GEMINI: "google", Dialect.ANTHROPIC: "anthropic"}
 
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
 
@@ -134,14 +132,16 @@ class Resources:
     # Where calls go
 
     async def target_of(self, caller: Caller, dialect: Dialect, use: ResourceUse) -> Target:
-        """Where a request on a resource goes. Raises NotFound."""
+        """Where a request on a resource goes. What names none is made at the dialect's own provider
+        where that is an upstream, else at the one that speaks the fewest others. Raises NotFound.
+        """
         if use.resource_id is not None:
             return Target(await self.owner(caller, dialect, use.kind, use.resource_id), "")
         speaking = self._targets.speaking(dialect)
         if not speaking:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
-        keeps = [one for one in speaking if one.provider == _KEEPERS[dialect]]
-        return Target((keeps or speaking)[0], "")
+        first = min(speaking, key=lambda one: (one.provider != dialect, len(one.base_urls)))
+        return Target(first, "")
 
     async def among(
         self,

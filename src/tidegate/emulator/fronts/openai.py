@@ -53,6 +53,7 @@ from tidegate.emulator.delivery import (
     whole_steps,
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
+from tidegate.emulator.fronts import openai_stored
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai_responses import GARBAGE, response_script
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
@@ -813,6 +814,8 @@ async def route(served: Served) -> web.StreamResponse:
         return served.rate_limits(partial(openai_page, known=MODELS, query=request.query))
     if name.partition("/")[0] in ("files", "batches"):
         return await openai_batches.route(served, name, partial(_line_work, served.behaviour))
+    if openai_stored.wants(request.method, name):
+        return await openai_stored.route(served, name)
     if request.method == "GET" and name == "models":
         return await served.other("models", "", list_models)
     if request.method == "GET" and name.startswith("models/"):
@@ -835,14 +838,23 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
         case "responses":
             asked = served.cached(read_responses(body, model))
             asked = served.in_tier(asked, body.get("service_tier"))
+            openai_stored.check_named(served, body)
             broken = partial(broken_object, OPENAI, GARBAGE)
+            scripted = partial(response_script, broken, body, asked, behaviour)
+            if body.get("background") is True:
+                return await openai_stored.in_background(served, body, asked, scripted(None))
             return await served.generate(
-                asked, partial(response_script, broken, body, asked, behaviour)
+                asked, lambda fault: openai_stored.keep_response(served, body, scripted(fault))
             )
     chat = name == "chat/completions"
     asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))
     asked = served.in_tier(asked, body.get("service_tier"))
-    return await served.generate(asked, partial(choices_script, asked, behaviour, chat=chat))
+    choices = partial(choices_script, asked, behaviour, chat=chat)
+    if not chat:
+        return await served.generate(asked, choices)
+    return await served.generate(
+        asked, lambda fault: openai_stored.keep_completion(served, body, choices(fault))
+    )
 
 
 def _line_work(behaviour: Behaviour, endpoint: str, body: Json) -> LineWork:

@@ -1,0 +1,193 @@
+"""What lives on at OpenAI, by its own SDK: whose it is, where its calls go, what a list shows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.gateway import Gateway, Opener
+from tests.integration.tenants.asking import key_of
+from tidegate.emulator.server import Emulator, run_emulator
+
+FILE = """
+[upstreams.first]
+dialects = {{ openai = "{first}/v1" }}
+key = "FIRST_KEY"
+models = ["gpt-*"]
+[upstreams.second]
+dialects = {{ openai = "{second}/v1" }}
+key = "SECOND_KEY"
+models = ["gpt-*"]
+"""
+MODEL = "gpt-5-mini"
+
+
+@dataclass
+class Stage:
+    """A gateway over two accounts of OpenAI, and the SDK as two of its tenants."""
+
+    gateway: Gateway
+    accounts: dict[str, Emulator]
+    acme: AsyncOpenAI
+    other: AsyncOpenAI
+
+    async def at(self, path: str) -> list[str]:
+        """Which account has something at a path."""
+        found = []
+        for name, one in self.accounts.items():
+            headers = {"Authorization": "Bearer of-nobody"}
+            async with self.gateway.http.get(f"{one.url}{path}", headers=headers) as answer:
+                found += [name] if answer.status == 200 else []
+        return found
+
+
+@pytest.fixture
+async def stage(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Stage]:
+    monkeypatch.setenv("FIRST_KEY", "key-of-the-first")
+    monkeypatch.setenv("SECOND_KEY", "key-of-the-second")
+    async with AsyncExitStack() as stack:
+        accounts = {
+            name: await stack.enter_async_context(run_emulator()) for name in ("first", "second")
+        }
+        path = tmp_path / "policy.toml"
+        path.write_text(FILE.format(**{name: one.url for name, one in accounts.items()}))
+        gateway = await open_gateway(worker=False, auth="on", tidegate_policy=path)
+        clients = []
+        for tenant in ("acme", "other"):
+            header = (await key_of(gateway, tenant))["Authorization"]
+            client = AsyncOpenAI(
+                base_url=f"{gateway.url}/v1", api_key=header.split()[1], max_retries=0
+            )
+            clients.append(await stack.enter_async_context(client))
+        yield Stage(gateway, accounts, *clients)
+
+
+async def test_what_is_stored_is_its_tenants_own_and_called_where_it_lives(stage: Stage) -> None:
+    acme, other = stage.acme, stage.other
+    made = [await acme.responses.create(model=MODEL, input=f"Say {one}") for one in range(8)]
+    lives = [await stage.at(f"/v1/responses/{one.id}") for one in made]
+    assert {("first",), ("second",)} == set(map(tuple, lives)), "drawn by lot"
+    for one, (upstream,) in zip(made, lives, strict=True):
+        raw = await acme.responses.with_raw_response.retrieve(one.id)
+        assert raw.headers["x-tidegate-upstream"] == upstream
+        assert raw.parse().output_text == one.output_text
+        onward = await acme.responses.with_raw_response.create(
+            model=MODEL, input="And then?", previous_response_id=one.id
+        )
+        assert onward.headers["x-tidegate-upstream"] == upstream
+    items = await acme.responses.input_items.list(made[0].id)
+    assert items.data[0].content[0].text == "Say 0"  # type: ignore[union-attr]
+    stream = await acme.responses.create(model=MODEL, input="Say it", stream=True)
+    (begun, *_) = [event async for event in stream]
+    assert (await acme.responses.retrieve(begun.response.id)).status == "completed"  # type: ignore[union-attr]
+
+    conversation = await acme.conversations.create(metadata={"topic": "tides"})
+    await acme.conversations.items.create(
+        conversation.id, items=[{"type": "message", "role": "user", "content": "Hello"}]
+    )
+    (home,) = await stage.at(f"/v1/conversations/{conversation.id}")
+    said = await acme.responses.with_raw_response.create(
+        model=MODEL, input="Say hello", conversation=conversation.id
+    )
+    assert said.headers["x-tidegate-upstream"] == home
+    listed = [one.id async for one in acme.conversations.items.list(conversation.id, limit=2)]
+    assert len(listed) == 3
+    one = await acme.conversations.items.retrieve(listed[0], conversation_id=conversation.id)
+    assert one.id == listed[0]
+    await acme.conversations.items.delete(listed[0], conversation_id=conversation.id)
+    updated = await acme.conversations.update(conversation.id, metadata={"topic": "locks"})
+    assert updated.metadata == {"topic": "locks"}
+
+    kept = await acme.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Keep it"}], store=True
+    )
+    theirs: list[Any] = [
+        other.responses.retrieve(made[0].id),
+        other.responses.delete(made[0].id),
+        other.responses.cancel(made[0].id),
+        other.responses.input_items.list(made[0].id),
+        other.responses.create(model=MODEL, input="x", previous_response_id=made[0].id),
+        other.responses.create(model=MODEL, input="x", conversation={"id": conversation.id}),
+        other.conversations.retrieve(conversation.id),
+        other.conversations.update(conversation.id, metadata={}),
+        other.conversations.delete(conversation.id),
+        other.conversations.items.list(conversation.id),
+        other.conversations.items.create(conversation.id, items=[]),
+        other.conversations.items.retrieve(listed[1], conversation_id=conversation.id),
+        other.conversations.items.delete(listed[1], conversation_id=conversation.id),
+        other.chat.completions.retrieve(kept.id),
+        other.chat.completions.update(kept.id, metadata={}),
+        other.chat.completions.delete(kept.id),
+        other.chat.completions.messages.list(kept.id),
+    ]
+    before = {name: await one.control.stats() for name, one in stage.accounts.items()}
+    for asked in theirs:
+        with pytest.raises(openai.NotFoundError) as refused:
+            await asked
+        assert "not found" in refused.value.message
+    with pytest.raises(openai.NotFoundError) as unknown:
+        await other.responses.retrieve("resp_of_nobody")
+    assert unknown.value.body["message"] == "Response with id 'resp_of_nobody' not found."  # type: ignore[index]
+    after = {name: await one.control.stats() for name, one in stage.accounts.items()}
+    assert {n: s.last_id for n, s in before.items()} == {n: s.last_id for n, s in after.items()}
+
+    assert (await acme.conversations.delete(conversation.id)).deleted
+    await acme.responses.delete(made[0].id)
+    for gone in (
+        acme.responses.retrieve(made[0].id),
+        acme.conversations.retrieve(conversation.id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await gone
+
+
+async def test_a_list_shows_the_callers_own_from_all_accounts(stage: Stage) -> None:
+    acme, other = stage.acme, stage.other
+    own = []
+    for number in range(5):
+        for client in (acme, other):
+            made = await client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": f"Keep {number}"}],
+                store=True,
+                metadata={"odd": str(number % 2)},
+            )
+            own += [made.id] if client is acme else []
+    await acme.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Not this one"}]
+    )
+    assert [one.id async for one in acme.chat.completions.list(limit=2)] == own
+    back = [one.id async for one in acme.chat.completions.list(limit=3, order="desc")]
+    assert back == own[::-1]
+    odd = [one.id async for one in acme.chat.completions.list(metadata={"odd": "1"})]
+    assert odd == own[1::2]
+    await acme.chat.completions.delete(own[0])
+    page = await acme.chat.completions.list(limit=1)
+    assert ([one.id for one in page.data], page.has_more) == ([own[1]], True)
+    theirs = await acme.chat.completions.list(after="chatcmpl-of-nobody")
+    assert theirs.data == []
+    with pytest.raises(openai.BadRequestError, match="from 1 to 100"):
+        await acme.chat.completions.list(limit=0)
+
+
+async def test_what_lives_elsewhere_is_called_nowhere_else(stage: Stage) -> None:
+    """The account where it lives is out: the call fails, and the other account is not asked."""
+    made = await stage.acme.responses.create(model=MODEL, input="Say hello")
+    (home,) = await stage.at(f"/v1/responses/{made.id}")
+    await stage.accounts[home].control.set_fault("unavailable")
+    away = next(one for name, one in stage.accounts.items() if name != home)
+    before = (await away.control.stats()).last_id
+    with pytest.raises(openai.InternalServerError):
+        await stage.acme.responses.create(
+            model=MODEL, input="And then?", previous_response_id=made.id
+        )
+    assert (await away.control.stats()).last_id == before
