@@ -68,7 +68,7 @@ from tidegate.spine.run import Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import until_quick
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.provider.batches import JoiningJob, OpenLine, OpenLines, UpstreamBatch
+from tidegate.store.provider.provider_batches import JoiningJob, OpenLine, OpenLines, UpstreamBatch
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger

@@ -21,7 +21,7 @@ from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import AlertOutbox, WebhookOutbox
-from tidegate.store.provider.batches import ProviderBatches
+from tidegate.store.provider.provider_batches import ProviderBatches
 from tidegate.store.provider.resources import ProviderResources
 from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork

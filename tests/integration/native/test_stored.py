@@ -85,7 +85,7 @@ async def test_what_is_stored_is_its_tenants_own_and_called_where_it_lives(stage
         )
         assert onward.headers["x-tidegate-upstream"] == upstream
     items = await acme.responses.input_items.list(made[0].id)
-    assert items.data[0].content[0].text == "Say 0"  # type: ignore[union-attr]
+    assert "Say 0" in items.data[0].model_dump_json()
     stream = await acme.responses.create(model=MODEL, input="Say it", stream=True)
     (begun, *_) = [event async for event in stream]
     assert (await acme.responses.retrieve(begun.response.id)).status == "completed"  # type: ignore[union-attr]
@@ -99,10 +99,10 @@ async def test_what_is_stored_is_its_tenants_own_and_called_where_it_lives(stage
         model=MODEL, input="Say hello", conversation=conversation.id
     )
     assert said.headers["x-tidegate-upstream"] == home
-    listed = [one.id async for one in acme.conversations.items.list(conversation.id, limit=2)]
+    listed = [str(one.id) async for one in acme.conversations.items.list(conversation.id, limit=2)]
     assert len(listed) == 3
-    one = await acme.conversations.items.retrieve(listed[0], conversation_id=conversation.id)
-    assert one.id == listed[0]
+    item = await acme.conversations.items.retrieve(listed[0], conversation_id=conversation.id)
+    assert item.id == listed[0]
     await acme.conversations.items.delete(listed[0], conversation_id=conversation.id)
     updated = await acme.conversations.update(conversation.id, metadata={"topic": "locks"})
     assert updated.metadata == {"topic": "locks"}

@@ -2,10 +2,10 @@
 
     https://platform.openai.com/docs/api-reference/responses
 
-A background response is answered at once and counts as in flight for as long as the same answer
+A background response is answered immediately and counts as in flight for as long as the same answer
 would have taken, whether its client is there or not.
 
-Invariant: an account has one list of each kind, whoever asks.
+Invariant: an account has one list of each kind, for all who have its key.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _items_of(given: Any, prefix: str) -> list[Json]:
 async def in_background(
     served: Served, body: Json, asked: ModelRequest, script: AnswerScript
 ) -> web.StreamResponse:
-    """Answer at once; the call goes on, and counts, for as long as its answer takes."""
+    """Answer immediately; the call goes on, and counts, for as long as its answer takes."""
     state, behaviour = served.state, served.behaviour
     whole = _last_object(script)
     begun = whole | {"status": "queued", "output": [], "usage": None, "background": True}
@@ -203,7 +203,7 @@ async def _work(
 async def _streamed(
     served: Served, kept: StoredResponse, headers: dict[str, str], after: int = -1
 ) -> web.StreamResponse:
-    """Its beginning, and the end once there is one; the work does not depend on who reads it."""
+    """Its beginning, and the end once there is one; the work does not depend on a reader."""
     response = web.StreamResponse(headers=headers | {"Content-Type": SSE_TYPE})
     await response.prepare(served.request)
     for number, name in enumerate(("response.created", "response.queued")):
