@@ -118,6 +118,7 @@ class CallRecord:
     key_id: str | None = None
     subject: str | None = None
     trail: Trail | None = None
+    request_omitted_bytes: int = 0  # of a form that is kept in part
     request_type: str | None = None  # content types, as they were sent
     response_type: str | None = None
 

@@ -34,7 +34,8 @@ _STEPS_OFF = (
 )
 _WITHOUT_VERSION = re.compile(
     r"/(?:chat/completions|completions|responses(?:/compact|/input_tokens)?|embeddings"
-    r"|images/generations|audio/speech|moderations|rerank|messages(?:/count_tokens)?|models(?:/[^:]{1,400})?)"
+    r"|images/(?:generations|edits|variations)|audio/(?:transcriptions|translations|speech)"
+    r"|moderations|rerank|messages(?:/count_tokens)?|models(?:/[^:]{1,400})?)"
 )
 _GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
 

@@ -79,10 +79,21 @@ _CALLS = {
         ("/moderations", Operation.MODERATE),
         ("/rerank", Operation.RERANK),  # Cohere's, Jina's, vLLM's; OpenAI has none
     )
+} | {
+    f"/v1{path}": Endpoint(Dialect.OPENAI, operation, path, takes_form=True)
+    for path, operation in (
+        ("/images/edits", Operation.IMAGES),
+        ("/images/variations", Operation.IMAGES),
+        ("/audio/transcriptions", Operation.TRANSCRIBE),
+        ("/audio/translations", Operation.TRANSCRIBE),
+    )
 }
 # Whose model is optional.
 _WITH_DEFAULT_MODEL = frozenset(
-    (*("/images/generations", "/moderations", "/responses/input_tokens"),)
+    (
+        *("/images/generations", "/images/edits", "/images/variations"),
+        *("/moderations", "/responses/input_tokens"),
+    )
 )
 
 

@@ -359,6 +359,12 @@ _ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
 _GO_ON = ("background", "deferred")
 
 
+def admission_field(name: str) -> str | None:
+    """The field of a body that admission reads and that `name` is in some spelling; None for any
+    other."""
+    return _FOLDED.get(name.casefold())
+
+
 def check_spelling(body: Mapping[str, Any]) -> None:
     """Raises InvalidRequest where a field is written in another case."""
     for key in body:

@@ -16,8 +16,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import file_digest, sha256
+from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
@@ -28,6 +29,13 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
+from tidegate.dialects.forms import (
+    FormFile,
+    MediaForm,
+    MediaFormReader,
+    boundary_in,
+    recording_seconds,
+)
 from tidegate.errors import (
     InvalidRequest,
     PayloadTooLarge,
@@ -324,6 +332,9 @@ class Multipart:
         self._name = bytearray()
         self._value = bytearray()
         self._ended = False
+        self._slice = b""
+        self._read_bytes = 0  # before this slice
+        self.starts: list[int] = []  # where the content of each part begins
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         if not boundary:
             raise InvalidRequest(
@@ -353,17 +364,26 @@ class Multipart:
         """Give each part to `take`. Raises InvalidRequest, and what `body` and `take` raise."""
         while (chunk := await body.next()) is not None:
             for at in range(0, len(chunk), SLICE_BYTES):
-                try:
-                    self._parser.write(chunk[at : at + SLICE_BYTES])
-                except FormParserError as malformed:
-                    wrong = f"malformed multipart body: {malformed}"
-                    raise InvalidRequest("body", wrong) from None
-                parts, self._parts = self._parts, []
-                for part in parts:
+                for part in self.feed(chunk[at : at + SLICE_BYTES]):
                     await take(part)
             # A body that is all there already must not hold the loop to its end.
             await asyncio.sleep(0)
-        if body.received_bytes == 0:
+        self.check_ended()
+
+    def feed(self, data: bytes) -> list[Part]:
+        """The parts that `data` holds or goes on with. Raises InvalidRequest."""
+        self._slice = data
+        try:
+            self._parser.write(data)
+        except FormParserError as malformed:
+            raise InvalidRequest("body", f"malformed multipart body: {malformed}") from None
+        self._read_bytes += len(data)
+        parts, self._parts = self._parts, []
+        return parts
+
+    def check_ended(self) -> None:
+        """At the end of the body: raises InvalidRequest where it has not come to its own."""
+        if self._read_bytes == 0:
             raise InvalidRequest("body", "the body is empty")
         if not self._ended:
             raise InvalidRequest("body", "the multipart body ends before its closing boundary")
@@ -375,15 +395,24 @@ class Multipart:
         self._value += data[start:end]
 
     def _on_header_end(self) -> None:
-        self._headers[self._name.decode("ascii", "replace").lower()] = bytes(self._value)
+        name = self._name.decode("ascii", "replace").lower()
+        if name in self._headers:
+            wrong = f"malformed multipart body: a part has the header {name[:64]!a} twice"
+            raise InvalidRequest("body", wrong, allowed="each header once")
+        self._headers[name] = bytes(self._value)
         self._name.clear()
         self._value.clear()
 
     def _on_headers_finished(self) -> None:
         self._parts.append(PartHead(self._headers))
         self._headers = {}
+        self.starts.append(-1)
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self.starts[-1] < 0:
+            # What could have been a boundary, and was none, is of the slices before.
+            begins = start if data is self._slice else -end
+            self.starts[-1] = self._read_bytes + begins
         self._parts.append(data[start:end])
 
     def _on_end(self) -> None:
@@ -485,6 +514,86 @@ class Spool:
                 self._file.close()
             if self.path is not None:
                 self.path.unlink(missing_ok=True)
+
+
+_FORM_MEMORY_BYTES = WITH_ITS_HEAD_BYTES
+
+
+async def read_form(
+    content_types: list[bytes],
+    pieces: AsyncIterator[bytes],
+    spool: Spool,
+    hold: BodyBudget,
+    *,
+    records: bool,
+    digests: bool,
+) -> MediaForm:
+    """A form, written to `spool` as it comes. records: its files are recordings. Raises
+    InvalidRequest, PayloadTooLarge and QueueFull, and what `pieces` and `spool` raise."""
+    if len(content_types) > 1:
+        said = "there is more than one Content-Type"
+        raise InvalidRequest("Content-Type", said, allowed="one Content-Type")
+    boundary = boundary_in(content_types[0])
+    parser = Multipart(content_types[0].decode("latin-1"))
+    reader, delimiters = MediaFormReader(boundary, digests=digests), _Delimiters(boundary)
+    async for piece in pieces:
+        for at in range(0, len(piece), SLICE_BYTES):
+            part_of_it = piece[at : at + SLICE_BYTES]
+            delimiters.look_at(part_of_it)
+            for part in parser.feed(part_of_it):
+                if isinstance(part, PartHead):
+                    reader.begin(part.headers)
+                elif part is None:
+                    reader.end()
+                else:
+                    reader.data(part)
+            await spool.write(part_of_it)
+            count_in(hold, reader.held_bytes, _FORM_MEMORY_BYTES)
+        await asyncio.sleep(0)
+    parser.check_ended()
+    if delimiters.count != len(parser.starts) + 1 or not delimiters.are_ends:
+        wrong = "the form's boundary stands within a part, or before or behind all parts"
+        raise InvalidRequest("body", wrong, allowed="a boundary that no part holds")
+    await spool.finish()
+    form = reader.form(parser.starts, spool.size_bytes)
+    if not records:
+        return form
+    try:
+        return replace(form, files=await to_thread.run_sync(_heard, form.files, spool))
+    except OSError as failed:
+        raise StoreUnavailable(f"an upload could not be read: {failed.strerror}") from failed
+
+
+class _Delimiters:
+    """Counts where a boundary begins a line, as servers may see it that do not ask for CRLF.
+    `are_ends`: whether the body begins with one, and has nothing behind the last."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self.count = 0
+        self._sought = b"\n--" + boundary
+        self._before = b"\n"  # the first one begins the body
+        self._first = b""
+        self._last = b""
+
+    def look_at(self, data: bytes) -> None:
+        if len(self._first) < 2:
+            self._first = (self._first + data)[:2]
+        seen = self._before + data
+        self.count += seen.count(self._sought)
+        self._before = seen[-(len(self._sought) - 1) :]
+        self._last = (self._last + data)[-len(self._sought) - 8 :]
+
+    @property
+    def are_ends(self) -> bool:
+        return self._first == b"--" and self._last.rstrip(b"\r\n").endswith(self._sought + b"--")
+
+
+def _heard(files: tuple[FormFile, ...], spool: Spool) -> tuple[FormFile, ...]:
+    """With the length of each recording."""
+    with BytesIO(spool.data) if spool.path is None else spool.path.open("rb") as body:
+        return tuple(
+            replace(one, seconds=recording_seconds(body, one.start, one.end)) for one in files
+        )
 
 
 def _sha256_of(path: Path) -> str:

@@ -95,13 +95,19 @@ _COME_BACK_MS = 1_000
 log = get_logger()
 
 
+def has_key(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a request has a key."""
+    return any(name == _NAME for name, _ in headers)
+
+
 def idempotency_in(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempotency | None:
     """The key of a request with the digest of what it asks for; None without one. Raises
     InvalidRequest."""
     key = _key_in(headers) if call.endpoint.is_counted else None
     if key is None:
         return None
-    return Idempotency(key, sha256(b"%b\0%b" % (_target_of(call).encode(), call.body)).hexdigest())
+    body = call.body if call.form is None else call.form.form.digest
+    return Idempotency(key, sha256(b"%b\0%b" % (_target_of(call).encode(), body)).hexdigest())
 
 
 def _target_of(call: NativeCall) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -21,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, endpoint_in, methods_at
+from tidegate.dialects.forms import is_form
 from tidegate.dialects.headers import content_type_in, to_send
 from tidegate.dialects.requests import parsed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
@@ -29,13 +31,23 @@ from tidegate.errors import (
     InvalidRequest,
     RequestTimeout,
     ShuttingDown,
+    StoreUnavailable,
     TidegateError,
     UnsupportedMedia,
     UpstreamUnauthorized,
 )
-from tidegate.http.body import Incoming, Pace, check_announced, check_size
+from tidegate.http.body import (
+    WITH_ITS_HEAD_BYTES,
+    BodyBudget,
+    Incoming,
+    Pace,
+    Spool,
+    check_announced,
+    check_size,
+    read_form,
+)
 from tidegate.http.guards import PASS, admit_upload, own_urls
-from tidegate.http.idempotency import LOST_HEADER, Once, idempotency_in
+from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.services import (
     NATIVE,
@@ -50,7 +62,8 @@ from tidegate.http.services import (
 )
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
-from tidegate.record import REFUSED, CallRecord, Failure
+from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure
+from tidegate.spine.bodies import FormBody
 from tidegate.spine.native import MAX_BYTES, NativeCall, check_files
 from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState
@@ -233,7 +246,7 @@ class _Front:
             "_received",
         ),
         *("_received_at", "_record", "_ends_whole", "_task", "_head_sent", "_id_text"),
-        *("_is_replay", "_headers", "_caller", "_direct", "_incoming", "_once"),
+        *("_is_replay", "_headers", "_caller", "_direct", "_hold", "_incoming", "_once", "_spool"),
     )
 
     def __init__(
@@ -260,6 +273,8 @@ class _Front:
         assert task is not None
         self._task: asyncio.Task[Any] = task
         self._incoming: Incoming | None = None
+        self._spool: Spool | None = None  # of a form
+        self._hold: BodyBudget | None = None
         offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
         # An answer to HEAD has no body, whatever its length says: uvicorn sees to that.
         direct = offered is not None and scope["method"] != "HEAD"
@@ -273,12 +288,20 @@ class _Front:
             self._services.streams.discard(self._task)
             if self._incoming is not None:
                 self._incoming.release()
+            if self._hold is not None:
+                self._hold.release()
+            if self._spool is not None:
+                await self._spool.close()
 
     async def _answer(self, endpoint: Endpoint) -> None:
         uploads = endpoint.operation is Operation.UPLOAD
+        form: FormBody | None = None
         try:
             await self._identify(endpoint)
-            body = b"" if uploads else await self._whole_body()
+            types = [value for name, value in self._scope["headers"] if name == _TYPE]
+            if endpoint.takes_form and any(map(is_form, types)):
+                form = await self._form(types, endpoint)
+            body = b"" if uploads or form is not None else await self._whole_body()
             call = call_of(
                 self._scope,
                 endpoint,
@@ -289,6 +312,7 @@ class _Front:
                 usual_wait_ms=self._services.config.stream_wait_ms,
                 tracing=self._services.spine.tracing,
             )
+            call.form = form
             if not endpoint.is_counted:
                 check_files(call)
             if self._services.store.audit.is_full:
@@ -315,6 +339,8 @@ class _Front:
         if not self._is_replay:
             self._record.response_type = content_type_in(self._headers)
             self._record.end(status, failure)
+            if form is not None:
+                await self._keep_form(form)
             self._services.store.audit.put(self._record)
             if self._once is not None and status is Status.SUCCEEDED:
                 self._once.ended(self._record, content_type_in(self._headers) or "")
@@ -341,6 +367,40 @@ class _Front:
         check_size(len(body), most_bytes)
         return body
 
+    async def _form(self, types: list[bytes], endpoint: Endpoint) -> FormBody:
+        """The form that is the body, once all of it is here."""
+        config, headers = self._services.config, self._scope["headers"]
+        self._spool = Spool(config.data_dir / "tmp", memory_bytes=WITH_ITS_HEAD_BYTES)
+        self._hold = self._services.hold(self._caller)
+        body = None if self._direct is None else self._direct.take_body()
+        if body is None:
+            check_announced(headers, config.max_body_bytes)
+            pieces = self._arriving(config.max_body_bytes, in_memory=False).pieces()
+        else:
+            check_size(len(body), config.max_body_bytes)
+            pieces = _in_one_piece(body)
+        form = await read_form(
+            types,
+            pieces,
+            self._spool,
+            self._hold,
+            records=endpoint.operation is Operation.TRANSCRIBE,
+            digests=has_key(headers),
+        )
+        if self._spool.path is None:
+            return FormBody(form, data=self._spool.data)
+        return FormBody(form, path=self._spool.path)
+
+    async def _keep_form(self, form: FormBody) -> None:
+        """Put the body on record; of a long one, or where the record can't keep up, its
+        beginning."""
+        record, most_bytes = self._record, KEPT_BYTES
+        if self._services.store.audit.is_full:
+            most_bytes = TAIL_BYTES
+        with suppress(StoreUnavailable):  # the disk has failed: the call is on record all the same
+            record.request = await form.beginning(most_bytes)
+        record.request_omitted_bytes = form.form.size_bytes - len(record.request)
+
     def _arriving(self, max_bytes: int, *, in_memory: bool) -> Incoming:
         pace = Pace(silence_ms=self._services.config.receive_timeout_ms)
         self._incoming = Incoming(
@@ -364,7 +424,8 @@ class _Front:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
         if call.terms.caller.caps.most_streams is None or not call.endpoint.is_counted:
             return None
-        streams = call.endpoint.streams or parsed(call.body).get("stream") is True
+        body = parsed(call.body) if call.form is None else call.form.form.fields
+        streams = call.endpoint.streams or body.get("stream") is True
         return self._services.openings.stream(call.terms.caller) if streams else None
 
     async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
@@ -545,6 +606,10 @@ class _Front:
         record.operation = "unknown" if endpoint is None else endpoint.name
         record.end(REFUSED, Failure.of(error))
         self._services.store.listeners.note(record)
+
+
+async def _in_one_piece(body: bytes) -> AsyncIterator[bytes]:
+    yield body
 
 
 async def _never() -> Message:

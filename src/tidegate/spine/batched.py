@@ -35,7 +35,8 @@ from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
 from tidegate.prices.rates import Rates
 from tidegate.record import KEPT_BYTES, CallRecord
-from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Relay, body_for
+from tidegate.spine.bodies import body_for
+from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Relay
 from tidegate.spine.prompt import PromptExchange
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
@@ -86,7 +87,7 @@ class BatchedCalls:
         read = skimmed(call.body)
         asked = DIALECTS[call.endpoint.dialect].request_facts(call.endpoint, read.body, read.whole)
         check_said_once(read.raw, read.body)
-        body = body_for(call, read.body, target, ask_usage=False) or b"{}"
+        body = body_for(call.body, call.endpoint, read.body, target, ask_usage=False) or b"{}"
         if b"\n" in body:  # it is one line of a file
             body = orjson.dumps(orjson.loads(body))
         cost = None

@@ -12,7 +12,6 @@ an upload URL with a key never reaches a client.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,14 +38,13 @@ from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Caller, Charge
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, refusals
 from tidegate.dialects.answers import (
     WithoutUsageEvent,
-    asking_for_usage,
     visible_output,
     with_tier,
 )
+from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.headers import followed, of_answer, tier_in, to_return, with_key
 from tidegate.dialects.requests import (
     LONGEST_TIER,
-    NAMES_MODEL,
     check_said_once,
     conversation_of,
     parsed,
@@ -59,6 +57,7 @@ from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, 
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.affinity import conversation_key
+from tidegate.spine.bodies import FormBody, body_for
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.resources import Keeping, Resources
 from tidegate.spine.routing import Suspect, Target
@@ -73,14 +72,20 @@ from tidegate.spine.run import (
     refusal_of,
 )
 from tidegate.telemetry.tracing import HEADER, Trail
-from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
+from tidegate.upstream.transport import (
+    Exchange,
+    RelayWire,
+    RequestBody,
+    Timeouts,
+)
 
 
 @dataclass(slots=True)
 class NativeCall:
     """A request in a provider's dialect. headers: those that may go on to an upstream. query:
     without its `?` and without a key. subject: whom it is about, for erasing. shows_wait: whether
-    the client asks for comments on its place while it waits."""
+    the client asks for comments on its place while it waits. form: the body, where that is one;
+    `body` is then empty."""
 
     terms: Terms
     endpoint: Endpoint
@@ -91,6 +96,12 @@ class NativeCall:
     received_at: datetime
     subject: str | None = None
     shows_wait: bool = False
+    form: FormBody | None = None
+
+    @property
+    def body_bytes(self) -> int:
+        """The length of the body."""
+        return len(self.body) if self.form is None else self.form.form.size_bytes
 
 
 class Out(Protocol):
@@ -137,7 +148,10 @@ class Relay:
         asked: RequestFacts | None = None
         making: Making | None = None
         references: Sequence[Reference] = ()
-        if endpoint.is_counted or (call.body and endpoint.resource is None):
+        if call.form is not None:
+            body = dict(call.form.form.fields)
+            asked = _facts_of_form(call.form.form, endpoint, caller)
+        elif endpoint.is_counted or (call.body and endpoint.resource is None):
             read = skimmed(call.body)
             if read.raw is not call.body:  # it was large: others go first now
                 await asyncio.sleep(0)
@@ -151,6 +165,7 @@ class Relay:
                 check_model(caller, asked.model)
                 check_body(caller, endpoint, body)
                 check_names(caller, read.raw)
+        if asked is not None:
             record.model, record.streamed = asked.model, asked.streams
             record.kind = asked.kind.value if endpoint.is_counted else None
         if endpoint.resource is not None:
@@ -305,7 +320,7 @@ class NativeExchange:
         return call_cost(
             rates,
             self._estimate(lane.demands, demand, asked, target.model),
-            input_bytes=len(self._call.body),
+            input_bytes=self._call.body_bytes,
             context_tokens=context_tokens,
             unseen=_UNSEEN.get(learning, ""),
             max_output_tokens=most_output,
@@ -318,7 +333,9 @@ class NativeExchange:
 
     def suspect(self) -> Suspect:
         endpoint, caller = self._call.endpoint, self.terms.caller
-        request = hash((endpoint.path, endpoint.model, self._call.query, self._call.body))
+        call = self._call
+        body = call.body if call.form is None else call.form.identity
+        request = hash((endpoint.path, endpoint.model, call.query, body))
         return Suspect(None if caller.key_id is None else caller.tenant_id, request)
 
     def settle(
@@ -347,7 +364,11 @@ class NativeExchange:
             if self.keeping is not None and self.keeping.is_list:
                 await self._list(target)
                 return
-            body = body_for(call, self._body, target, ask_usage=hides)
+            body: RequestBody
+            if call.form is None:
+                body = body_for(call.body, call.endpoint, self._body, target, ask_usage=hides)
+            else:
+                body = call.form.for_model(target.model)
             timeouts = self._timeouts[target.upstream.name]
             exchange = await _open(self._wire, timeouts, call, target, body, self._note_sent)
             try:
@@ -595,12 +616,22 @@ def _tells_pictures(endpoint: Endpoint) -> bool:
     return endpoint.dialect is Dialect.GEMINI or endpoint.path == "/responses"
 
 
+def _facts_of_form(form: MediaForm, endpoint: Endpoint, caller: Caller) -> RequestFacts:
+    """Facts of a form that the caller may send. Raises InvalidRequest and Forbidden."""
+    spec = DIALECTS[endpoint.dialect]
+    asked = spec.request_facts(endpoint, form.fields)
+    if caller.models is not None:
+        check_model(caller, asked.model)
+        check_body(caller, endpoint, form.fields)
+    return with_files(asked, form, endpoint, spec.rules_of(asked.model))
+
+
 async def _open(
     wire: RelayWire,
     timeouts: Timeouts,
     call: NativeCall,
     target: Target,
-    body: bytes | AsyncIterator[bytes] | None,
+    body: RequestBody,
     opened: Callable[[Exchange], None] | None = None,
 ) -> Exchange:
     """Send the request to an upstream. Raises UpstreamError."""
@@ -642,72 +673,6 @@ def _is_events(exchange: Exchange) -> bool:
         name.lower() == b"content-type" and value.startswith(b"text/event-stream")
         for name, value in exchange.headers
     )
-
-
-_TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
-# Below other objects there may be more models, such as a tool's parameter of that name.
-_MOST_MODELS = 8
-# Whose bodies name the model of the path again, which must be the same.
-_NAMES_IT_AGAIN = (Operation.EMBED, Operation.COUNT)
-
-
-def body_for(
-    call: NativeCall, body: dict[str, Any], target: Target, *, ask_usage: bool
-) -> bytes | None:
-    """The bytes of the client, but with the upstream's name for the model, and asking a stream
-    for its usage. None for a request without a body. Raises InvalidRequest."""
-    if not call.body:
-        return None
-    try:
-        return _changed(call, body, target, ask_usage)
-    except orjson.JSONEncodeError:  # what can be read can be nested deeper than what can be written
-        allowed = "at most 250 levels"
-        raise InvalidRequest("body", "the body is nested too deeply", allowed=allowed) from None
-
-
-def _changed(call: NativeCall, body: dict[str, Any], target: Target, ask_usage: bool) -> bytes:
-    raw, named = call.body, call.endpoint.model
-    if named is not None:
-        again = call.endpoint.operation in _NAMES_IT_AGAIN and named != target.model
-        return _model_named_again(raw, named, target.model) if again else raw
-    if target.model and body.get("model") != target.model:
-        with_model = _with_model if "model" in body else _naming_model
-        body = {**body, "model": target.model}
-        raw = with_model(raw, target.model) or _rewritten(raw, "model", target.model)
-    return asking_for_usage(raw, body) if ask_usage else raw
-
-
-def _with_model(raw: bytes, model: str) -> bytes | None:
-    """The same with another value of the outermost `model`; None where it is not found. There is
-    one such field, and its value is a text."""
-    found = [one.end() for one in NAMES_MODEL.finditer(raw)]
-    if len(found) > _MOST_MODELS:
-        return None
-    name = orjson.dumps(model)
-    for end in found:
-        if (text := _TEXT.match(raw, end)) is None:
-            continue
-        changed = raw[: text.start(1)] + name + raw[text.end(1) :]
-        if len(found) == 1 or orjson.loads(changed)["model"] == model:
-            return changed
-    return None
-
-
-def _rewritten(raw: bytes, name: str, value: Any) -> bytes:
-    """With another value of a field: from the bytes, since a large body is parsed without files."""
-    return orjson.dumps({**orjson.loads(raw), name: value})
-
-
-def _naming_model(raw: bytes, model: str) -> bytes:
-    """The same with a model that it did not name."""
-    start = raw.index(b"{") + 1
-    return b'%b"model":%b,%b' % (raw[:start], orjson.dumps(model), raw[start:])
-
-
-def _model_named_again(raw: bytes, named: str, model: str) -> bytes:
-    names = rb'("model"\s*:\s*"(?:models/)?)%b(?=")' % re.escape(named.encode())
-    name = orjson.dumps(model)[1:-1]
-    return re.sub(names, lambda found: found[1] + name, raw)
 
 
 HELD_S = 2.0

@@ -489,7 +489,7 @@ class AuditLog:
     async def _bodies(self, record: CallRecord) -> list[tuple[Any, ...]]:
         bodies = []
         for role, raw, content_type, omitted_bytes in (
-            ("request", record.request, record.request_type, 0),
+            ("request", record.request, record.request_type, record.request_omitted_bytes),
             ("response", record.response, record.response_type, record.omitted_bytes),
         ):
             if not raw:

@@ -47,6 +47,17 @@ class _Unusable(Exception):
     """The bytes are no answer; the message has the reason."""
 
 
+@dataclass(frozen=True, slots=True)
+class RepeatableBody:
+    """A body in pieces of a known length: each call of `pieces` begins it again."""
+
+    size_bytes: int
+    pieces: Callable[[], AsyncIterator[bytes]]
+
+
+RequestBody = bytes | RepeatableBody | AsyncIterator[bytes] | None
+
+
 class HttpAnswer:
     """Answer to one request, as far as it came. `status` is 0 until its head is there; `ended` once
     all of it is; `failure` is why no more will come."""
@@ -115,7 +126,7 @@ class Connection(asyncio.Protocol):
 
     # -- one exchange
 
-    def send(self, head: bytes, body: bytes | AsyncIterator[bytes] | None) -> HttpAnswer:
+    def send(self, head: bytes, body: RequestBody) -> HttpAnswer:
         """Send a request; `head` without the empty line at its end, and without a length where
         the body comes in pieces."""
         answer = self._answer = HttpAnswer(self._loop)
@@ -123,8 +134,13 @@ class Connection(asyncio.Protocol):
         if body is None:
             self._transport.write(head + b"\r\n")
         elif not isinstance(body, bytes):
-            self._transport.write(head + b"transfer-encoding: chunked\r\n\r\n")
-            self._sending = self._loop.create_task(self._send_pieces(body))
+            if isinstance(body, RepeatableBody):
+                self._transport.write(b"%bcontent-length: %d\r\n\r\n" % (head, body.size_bytes))
+                sending = self._send_sized(body.pieces())
+            else:
+                self._transport.write(head + b"transfer-encoding: chunked\r\n\r\n")
+                sending = self._send_pieces(body)
+            self._sending = self._loop.create_task(sending)
             self._sending.add_done_callback(partial(_sent, answer))
         elif len(body) <= _COPIED_BYTES:
             self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
@@ -140,6 +156,12 @@ class Connection(asyncio.Protocol):
             if self._room is not None:
                 await self._room
         self._transport.write(b"0\r\n\r\n")
+
+    async def _send_sized(self, body: AsyncIterator[bytes]) -> None:
+        async for piece in body:
+            self._transport.write(piece)
+            if self._room is not None:
+                await self._room
 
     def read_on(self) -> None:
         """There is room for more of the answer."""
@@ -536,7 +558,7 @@ class RelayWire:
         method: str,
         place: RequestPlace,
         headers: Iterable[tuple[bytes, bytes]],
-        body: bytes | AsyncIterator[bytes] | None,
+        body: RequestBody,
         on_sent: Callable[[], None] | None = None,
         timeouts: Timeouts | None = None,
         *,
@@ -552,7 +574,7 @@ class RelayWire:
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
         Where a kept connection was closed as we sent, the request is sent again, once, on a new
-        one; a body in pieces could not be, and always goes on a new one. Cancelling closes the
+        one; a body that can't be repeated always goes on a new one. Cancelling closes the
         connection.
         """
         lines = [b"%b: %b\r\n" % pair for pair in headers]
@@ -563,7 +585,7 @@ class RelayWire:
         if body is None and method != "GET":
             body = b""
         origin = place.origin
-        again = not once and (body is None or isinstance(body, bytes))
+        again = not once and (body is None or isinstance(body, bytes | RepeatableBody))
         kept = self._idle_one(origin) if again else None
         connection = kept or await self._connect(origin)
         if on_sent is not None:

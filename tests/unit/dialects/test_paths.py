@@ -23,6 +23,8 @@ NONE: frozenset[bytes] = frozenset()
         ("POST", "/v1/moderations", "openai", "moderate", "/moderations"),
         ("POST", "/v1/rerank", "openai", "rerank", "/rerank"),
         ("POST", "/v1/audio/speech", "openai", "speak", "/audio/speech"),
+        ("POST", "/v1/images/edits", "openai", "images", "/images/edits"),
+        ("POST", "/v1/audio/translations", "openai", "transcribe", "/audio/translations"),
         ("GET", "/v1/models", "openai", "models", "/models"),
         ("GET", "/v1/models/gpt-x", "openai", "models", "/models/gpt-x"),
         ("POST", "/v1/messages", "anthropic", "infer", "/v1/messages"),

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.call import ANYBODY
 from tidegate.dialects import dialect_of, endpoint_of
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
 from tidegate.policy.deployment import Upstream
-from tidegate.spine.native import NativeCall, body_for
+from tidegate.spine.bodies import body_for
 from tidegate.spine.routing import Target
-from tidegate.spine.run import Terms
 
 UPSTREAM = Upstream("u", {"openai": "http://u", "gemini": "http://u"}, "key")
 JSON = st.recursive(
@@ -34,9 +29,7 @@ JSON = st.recursive(
 def sent(raw: bytes, model: str, path: str = "/v1/chat/completions") -> bytes:
     endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
     assert endpoint is not None
-    terms = Terms(UUID(int=0), ANYBODY, time.monotonic())
-    call = NativeCall(terms, endpoint, "POST", "", [], raw, datetime.now(UTC))
-    found = body_for(call, skimmed(raw).body, Target(UPSTREAM, model), ask_usage=False)
+    found = body_for(raw, endpoint, skimmed(raw).body, Target(UPSTREAM, model), ask_usage=False)
     assert found is not None
     return found
 

@@ -26,7 +26,6 @@ from tidegate.emulator.account import AccountRefusal
 from tidegate.emulator.batches import openai_batches
 from tidegate.emulator.batches.store import LineAnswer, LineWork
 from tidegate.emulator.content import (
-    OUTPUT_PICTURE_TOKENS,
     Attached,
     Choice,
     Composed,
@@ -37,8 +36,6 @@ from tidegate.emulator.content import (
     Tool,
     base64_bytes,
     compose,
-    count_by_modality,
-    draw,
     embedding,
     new_response_id,
 )
@@ -53,7 +50,7 @@ from tidegate.emulator.delivery import (
     whole_steps,
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
-from tidegate.emulator.fronts import openai_stored
+from tidegate.emulator.fronts import openai_media, openai_stored
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai_responses import GARBAGE, response_script
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
@@ -623,7 +620,6 @@ class _Choices:
         return usage
 
 
-MOST_PICTURES = 10
 MOST_DIMENSIONS = 4096
 MODELS: Mapping[str, str] = {  # with their owners
     "gemini-2.5-flash": "google",
@@ -639,7 +635,6 @@ MODELS: Mapping[str, str] = {  # with their owners
     "text-embedding-3-small": "openai",
 }
 _DIMENSIONS = {"gemini-embedding-001": 768, "text-embedding-3-large": 3072}
-_PLAIN_GARBAGE = b'{"created": 1, "data": [{"b64_'
 
 
 def check_model(model: str, behaviour: Behaviour) -> None:
@@ -716,52 +711,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def read_pictures(body: Json, model: str) -> ModelRequest:
-    """Parse a body of images/generations: each choice is a picture."""
-    prompt = body.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
-        raise missing("prompt")
-    wanted = body.get("n")
-    wanted = 1 if wanted is None else wanted
-    if not _is_number(wanted) or not 1 <= wanted <= MOST_PICTURES:
-        raise wrong("n", f"Invalid 'n': from 1 to {MOST_PICTURES}.")
-    if body.get("stream"):
-        raise wrong("stream", "Pictures are not streamed here.", "unsupported_parameter")
-    return ModelRequest(
-        kind="image_generation",
-        model=model,
-        prompt=prompt,
-        last_text=prompt,
-        attached=(),
-        input_by_modality=count_by_modality(len(prompt), ()),
-        choices=wanted,
-    )
-
-
-def pictures_script(asked: ModelRequest, behaviour: Behaviour, fault: Fault | None) -> AnswerScript:
-    empty = fault is not None and fault.fault in (FaultName.NO_IMAGE, FaultName.NO_CANDIDATES)
-    count = 0 if empty else asked.choices
-    # Pictures of one prompt differ by their number.
-    pngs = [draw(f"{asked.prompt}\n{number}", behaviour.image_size) for number in range(count)]
-    tokens = count * OUTPUT_PICTURE_TOKENS
-    body = {
-        "created": int(time.time()),
-        "background": "opaque",
-        "output_format": "png",
-        "data": [{"b64_json": b64encode(png).decode()} for png in pngs],
-        "usage": {
-            "input_tokens": asked.input_tokens,
-            "input_tokens_details": {"text_tokens": asked.input_tokens, "image_tokens": 0},
-            "output_tokens": tokens,
-            "total_tokens": asked.input_tokens + tokens,
-        },
-    }
-    return AnswerScript(
-        [ScriptStep(orjson.dumps(body), tokens)],
-        broken=lambda _, fault: broken_object(OPENAI, _PLAIN_GARBAGE, fault),
-    )
-
-
 _PREFIXES = ("/v1beta/openai/", "/openai/v1/", "/v1/")
 _RATE_LIMITS = re.compile(r"organization/projects/([^/]+)/rate_limits")
 _PROJECT = {
@@ -784,7 +733,8 @@ def wants(request: web.BaseRequest) -> bool:
     if not request.path.startswith(_PREFIXES[2]):
         return False
     googles = "x-goog-api-key" in request.headers or "key" in request.query
-    return _name(request) in _CREATED or (_key(request) is not None and not googles)
+    called = _CREATED | openai_media.PATHS
+    return _name(request) in called or (_key(request) is not None and not googles)
 
 
 async def route(served: Served) -> web.StreamResponse:
@@ -799,6 +749,10 @@ async def route(served: Served) -> web.StreamResponse:
     if key == "invalid-key":
         raise Refused(401, _WRONG_KEY)
     name = _name(request)
+    if request.method == "POST" and name in openai_media.PATHS:
+        media = await openai_media.read(served, name)
+        check_model(media.model, served.behaviour)
+        return await openai_media.answer(served, media)
     if request.method == "POST" and name in _CREATED:
         body = await served.json(_NOT_JSON)
         model = read_model(body)
@@ -833,8 +787,10 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
                 "embed", model, embedded.answer, input_tokens=embedded.input_tokens
             )
         case "images/generations":
-            asked = read_pictures(body, model)
-            return await served.generate(asked, partial(pictures_script, asked, behaviour))
+            asked = openai_media.read_pictures(body, model)
+            return await served.generate(
+                asked, partial(openai_media.pictures_script, asked, served)
+            )
         case "responses":
             asked = served.cached(read_responses(body, model))
             asked = served.in_tier(asked, body.get("service_tier"))

@@ -1,0 +1,345 @@
+"""Media of OpenAI's API: images, audio, moderations, and the ranks of compatible providers.
+
+Answers have the fields that recordings of the providers show: `usage` of a transcription by its
+seconds or by tokens, none of a translation, of speech only as a stream of events.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import wave
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from tidegate.emulator.content import (
+    OUTPUT_PICTURE_TOKENS,
+    Attached,
+    ModelRequest,
+    count_by_modality,
+    draw,
+    new_response_id,
+)
+from tidegate.emulator.delivery import (
+    AnswerScript,
+    ScriptStep,
+    Served,
+    broken_object,
+    data_event,
+)
+from tidegate.emulator.dialect import Json, Refused
+from tidegate.emulator.limits import Fault, FaultName
+
+PATHS = frozenset(
+    {
+        *("images/edits", "images/variations", "audio/transcriptions", "audio/translations"),
+        *("audio/speech", "moderations", "rerank", "responses/input_tokens", "responses/compact"),
+    }
+)
+MOST_PICTURES = 10
+_GARBAGE = b'{"created": 1, "data": [{"b64_'
+_DEFAULTS = {
+    "images/edits": "gpt-image-1",
+    "images/variations": "dall-e-2",
+    "moderations": "omni-moderation-latest",
+    "responses/input_tokens": "gpt-5",
+}
+_SPOKEN = "The sun rises in the east and sets in the west."
+_AUDIO_TOKENS_A_SECOND = 10
+_BYTES_A_SECOND = 16_000
+_LETTERS_A_SECOND, _SPEECH_TOKENS_A_SECOND = 15, 20
+_SPEECH_BYTES_A_LETTER = 64
+_DOCUMENTS_A_SEARCH = 100  # by which Cohere charges
+_CATEGORIES = ("harassment", "hate", "illicit", "self-harm", "sexual", "violence")
+_TYPES = {"mp3": "audio/mpeg", "opus": "audio/opus", "wav": "audio/wav", "pcm": "audio/pcm"}
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRequest:
+    """A request by one of `PATHS`: the fields of its body, and the files of a form."""
+
+    path: str
+    model: str
+    body: Mapping[str, Any]
+    files: tuple[web.FileField, ...] = ()
+
+    def text(self, name: str) -> str:
+        """A field that must be a text. Raises Refused."""
+        value = self.body.get(name)
+        if not isinstance(value, str) or not value:
+            raise missing(name)
+        return value
+
+
+def missing(param: str) -> Refused:
+    """400 for a field that is not there."""
+    message = f"Missing required parameter: '{param}'."
+    return Refused(400, message, param=param, code="missing_required_parameter")
+
+
+async def read(served: Served, path: str) -> MediaRequest:
+    """Parse a body, which is JSON or a form. Raises Refused."""
+    request = served.request
+    files: tuple[web.FileField, ...] = ()
+    if request.content_type == "multipart/form-data":
+        form = await request.post()
+        fields: dict[str, Any] = {name: form[name] for name in form}
+        files = tuple(one for one in form.values() if isinstance(one, web.FileField))
+        if fields.get("stream") is not None:
+            fields["stream"] = fields["stream"] == "true"
+        if isinstance(fields.get("n"), str):
+            fields["n"] = int(fields["n"])
+    else:
+        fields = await served.json("We could not parse the JSON body of your request. ({})")
+        if not isinstance(fields, dict):
+            raise Refused(400, "The body of your request is not an object.")
+    model = fields.get("model") or _DEFAULTS.get(path)
+    if not isinstance(model, str):
+        raise missing("model")
+    if path.startswith("audio/t") and not files:
+        raise missing("file")
+    return MediaRequest(path, model, fields, files)
+
+
+async def answer(served: Served, asked: MediaRequest) -> web.StreamResponse:
+    """Serve the request."""
+    match asked.path:
+        case "images/edits" | "images/variations":
+            made = read_pictures({"prompt": "a variation", **asked.body}, asked.model, asked.files)
+            return await served.generate(made, partial(pictures_script, made, served))
+        case "audio/transcriptions" | "audio/translations":
+            return await _transcribe(served, asked)
+        case "audio/speech":
+            return await _speak(served, asked)
+        case "moderations":
+            return await served.other("moderate", asked.model, partial(_judged, asked))
+        case "rerank":
+            return await _rank(served, asked)
+        case "responses/input_tokens":
+            tokens = _tokens(asked.body)
+            found = {"object": "response.input_tokens", "input_tokens": tokens}
+            return await served.other("count", asked.model, lambda: found)
+    return await _compact(served, asked)
+
+
+def _request(
+    asked: MediaRequest, kind: str, prompt: str, attached: tuple[Attached, ...] = ()
+) -> ModelRequest:
+    return ModelRequest(
+        kind=kind,
+        model=asked.model,
+        prompt=prompt,
+        last_text=prompt,
+        attached=attached,
+        input_by_modality=count_by_modality(len(prompt), attached),
+        streamed=asked.body.get("stream") is True or asked.body.get("stream_format") == "sse",
+    )
+
+
+def _tokens(body: Mapping[str, Any]) -> int:
+    return math.ceil(len(orjson.dumps(body.get("input"))) / 4)
+
+
+def _broken(served: Served, _: int, fault: Fault) -> bytes:
+    return broken_object(served.api, _GARBAGE, fault)
+
+
+def seconds_of(file: web.FileField) -> int:
+    """The length of a recording: of a WAV as it says, else by its size."""
+    data = file.file.read()
+    try:
+        with wave.open(BytesIO(data)) as sound:
+            seconds = sound.getnframes() / sound.getframerate()
+    except (wave.Error, EOFError):
+        seconds = len(data) / _BYTES_A_SECOND
+    return max(1, math.ceil(float(seconds)))
+
+
+async def _transcribe(served: Served, asked: MediaRequest) -> web.StreamResponse:
+    seconds, body = sum(map(seconds_of, asked.files)), asked.body
+    prompt = str(body.get("prompt") or "")
+    request = _request(asked, "multi_modal", prompt)
+    by_tokens = "transcribe" in asked.model
+    audio, given = seconds * _AUDIO_TOKENS_A_SECOND, math.ceil(len(_SPOKEN) / 4)
+    usage: Json = {"type": "duration", "seconds": seconds}
+    if by_tokens:
+        usage = {
+            "type": "tokens",
+            "input_tokens": audio + request.input_tokens,
+            "input_token_details": {"text_tokens": request.input_tokens, "audio_tokens": audio},
+            "output_tokens": given,
+            "total_tokens": audio + request.input_tokens + given,
+        }
+    kind, content_type = body.get("response_format") or "json", None
+    whole: Json | str = {"text": _SPOKEN, "usage": usage}
+    if asked.path == "audio/translations":
+        whole = {"text": _SPOKEN}
+    elif kind == "verbose_json":
+        whole = {"task": "transcribe", "language": "english", "duration": seconds - 0.25,
+                 "text": _SPOKEN, "segments": [], "usage": usage}  # fmt: skip
+    elif kind in ("text", "srt", "vtt"):
+        whole, content_type = f"{_SPOKEN}\n", "text/plain; charset=utf-8"
+    data = whole.encode() if isinstance(whole, str) else orjson.dumps(whole)
+    steps = [ScriptStep(data, given)]
+    if request.streamed:
+        words = _SPOKEN.split(" ")
+        deltas = [{"type": "transcript.text.delta", "delta": f"{word} "} for word in words]
+        done = {"type": "transcript.text.done", "text": _SPOKEN, "usage": usage}
+        steps = [_event(one, given * n // len(words)) for n, one in enumerate(deltas, 1)]
+        steps.append(_event(done, given))
+    script = AnswerScript(steps, partial(_broken, served))
+    return await served.generate(request, lambda _: script, content_type)
+
+
+def _event(event: Json, output_tokens: int) -> ScriptStep:
+    return ScriptStep(data_event(orjson.dumps(event)), output_tokens)
+
+
+async def _speak(served: Served, asked: MediaRequest) -> web.StreamResponse:
+    text = asked.text("input")
+    asked.text("voice")
+    request = _request(asked, "text_only", text)
+    sound = b"ID3" + b"\x00\xff" * (len(text) * _SPEECH_BYTES_A_LETTER // 2)
+    tokens = math.ceil(len(text) / _LETTERS_A_SECOND * _SPEECH_TOKENS_A_SECOND)
+    kind = _TYPES.get(str(asked.body.get("response_format") or "mp3"), "audio/mpeg")
+    steps, content_type = [ScriptStep(sound, tokens)], kind
+    if request.streamed:
+        usage = {
+            "input_tokens": request.input_tokens,
+            "output_tokens": tokens,
+            "total_tokens": request.input_tokens + tokens,
+        }
+        delta = {"type": "speech.audio.delta", "audio": b64encode(sound).decode()}
+        steps = [
+            _event(delta, tokens),
+            _event({"type": "speech.audio.done", "usage": usage}, tokens),
+        ]
+        content_type = "text/event-stream"
+    script = AnswerScript(steps, partial(_broken, served))
+    return await served.generate(request, lambda _: script, content_type)
+
+
+def _judged(asked: MediaRequest) -> Json:
+    given = asked.body.get("input")
+    if not given:
+        raise missing("input")
+    inputs = given if isinstance(given, list) else [given]
+    if isinstance(inputs[0], dict):  # parts of one input
+        inputs = [" ".join(str(part.get("text") or "") for part in inputs)]
+    results = []
+    for one in inputs:
+        found = {name: "kill" in str(one) and name == "violence" for name in _CATEGORIES}
+        scores = {name: 0.97 if is_so else 0.001 for name, is_so in found.items()}
+        results.append(
+            {"flagged": any(found.values()), "categories": found, "category_scores": scores}
+        )
+    return {"id": f"modr-{new_response_id()}", "model": asked.model, "results": results}
+
+
+async def _rank(served: Served, asked: MediaRequest) -> web.StreamResponse:
+    query, documents = asked.text("query"), asked.body.get("documents")
+    if not isinstance(documents, list) or not documents:
+        raise missing("documents")
+    words = set(query.lower().split())
+    texts = [one if isinstance(one, str) else str(one.get("text")) for one in documents]
+    scores = [len(words & set(text.lower().split())) / len(words) for text in texts]
+    order = sorted(range(len(texts)), key=lambda index: -scores[index])
+    results = [
+        {"index": index, "relevance_score": scores[index], "document": {"text": texts[index]}}
+        for index in order[: asked.body.get("top_n") or len(texts)]
+    ]
+    tokens = math.ceil((len(query) * len(texts) + sum(map(len, texts))) / 4)
+    found: Json = {"id": f"rerank-{new_response_id()}", "results": results}
+    if asked.model.startswith("rerank-"):  # Cohere's
+        searches = math.ceil(len(texts) / _DOCUMENTS_A_SEARCH)
+        found["meta"] = {
+            "api_version": {"version": "2"},
+            "billed_units": {"search_units": searches},
+        }
+    else:
+        found |= {"model": asked.model, "usage": {"total_tokens": tokens}}
+    return await served.other("rerank", asked.model, lambda: found, input_tokens=tokens)
+
+
+async def _compact(served: Served, asked: MediaRequest) -> web.StreamResponse:
+    prompt = orjson.dumps(asked.body.get("input")).decode()
+    request = _request(asked, "text_only", prompt)
+    given = 40
+    item = {
+        "id": f"cmp_{new_response_id()}",
+        "type": "compaction",
+        "encrypted_content": b64encode(prompt.encode()[:200]).decode(),
+    }
+    body = {
+        "id": f"resp_{new_response_id()}",
+        "object": "response.compaction",
+        "created_at": int(time.time()),
+        "output": [item],
+        "usage": {
+            "input_tokens": request.input_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": given,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": request.input_tokens + given,
+        },
+    }
+    script = AnswerScript([ScriptStep(orjson.dumps(body), given)], partial(_broken, served))
+    return await served.generate(request, lambda _: script)
+
+
+def read_pictures(
+    body: Mapping[str, Any], model: str, files: tuple[web.FileField, ...] = ()
+) -> ModelRequest:
+    """Parse a body of images/generations, edits or variations: each choice is a picture."""
+    prompt = body.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise missing("prompt")
+    wanted = body.get("n")
+    wanted = 1 if wanted is None else wanted
+    if type(wanted) is not int or not 1 <= wanted <= MOST_PICTURES:
+        allowed = f"Invalid 'n': from 1 to {MOST_PICTURES}."
+        raise Refused(400, allowed, param="n", code="invalid_value")
+    if body.get("stream"):
+        said = "Pictures are not streamed here."
+        raise Refused(400, said, param="stream", code="unsupported_parameter")
+    attached = tuple(Attached("image/png", None) for _ in files)
+    return ModelRequest(
+        kind="image_generation",
+        model=model,
+        prompt=prompt,
+        last_text=prompt,
+        attached=attached,
+        input_by_modality=count_by_modality(len(prompt), attached),
+        choices=wanted,
+    )
+
+
+def pictures_script(asked: ModelRequest, served: Served, fault: Fault | None) -> AnswerScript:
+    empty = fault is not None and fault.fault in (FaultName.NO_IMAGE, FaultName.NO_CANDIDATES)
+    count = 0 if empty else asked.choices
+    # Pictures of one prompt differ by their number.
+    size_px = served.behaviour.image_size
+    pngs = [draw(f"{asked.prompt}\n{number}", size_px) for number in range(count)]
+    tokens = count * OUTPUT_PICTURE_TOKENS
+    texts = asked.input_by_modality.get("TEXT", 0)
+    details = {"text_tokens": texts, "image_tokens": asked.input_tokens - texts}
+    body = {
+        "created": int(time.time()),
+        "background": "opaque",
+        "output_format": "png",
+        "data": [{"b64_json": b64encode(png).decode()} for png in pngs],
+        "usage": {
+            "input_tokens": asked.input_tokens,
+            "input_tokens_details": details,
+            "output_tokens": tokens,
+            "total_tokens": asked.input_tokens + tokens,
+        },
+    }
+    return AnswerScript([ScriptStep(orjson.dumps(body), tokens)], partial(_broken, served))

@@ -1,0 +1,178 @@
+"""Bodies of native calls as they go out: JSON, and forms that may be on disk.
+
+Invariants: all bytes go out as they came but for the model's name, where a route or an alias gives
+another, and the request for a stream's usage; a form can be sent as often as it has to be, and its
+announced length is the length that is sent; of one on disk memory holds a piece at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from tidegate.dialects.answers import asking_for_usage
+from tidegate.dialects.forms import MediaForm
+from tidegate.dialects.requests import NAMES_MODEL
+from tidegate.dialects.spec import Endpoint, Operation
+from tidegate.errors import InvalidRequest, StoreUnavailable
+from tidegate.spine.routing import Target
+from tidegate.upstream.transport import RepeatableBody
+
+_TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
+# Below other objects there may be more models, such as a tool's parameter of that name.
+_MOST_MODELS = 8
+# Whose bodies name the model of the path again, which must be the same.
+_NAMES_IT_AGAIN = (Operation.EMBED, Operation.COUNT)
+
+
+def body_for(
+    raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, *, ask_usage: bool
+) -> bytes | None:
+    """The bytes of the client, which were parsed to `body`, but with the upstream's name for the
+    model, and asking a stream for its usage. None for a request without a body. Raises
+    InvalidRequest."""
+    if not raw:
+        return None
+    try:
+        return _changed(raw, endpoint, body, target, ask_usage)
+    except orjson.JSONEncodeError:  # what can be read can be nested deeper than what can be written
+        allowed = "at most 250 levels"
+        raise InvalidRequest("body", "the body is nested too deeply", allowed=allowed) from None
+
+
+def _changed(
+    raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, ask_usage: bool
+) -> bytes:
+    named = endpoint.model
+    if named is not None:
+        again = endpoint.operation in _NAMES_IT_AGAIN and named != target.model
+        return _model_named_again(raw, named, target.model) if again else raw
+    if target.model and body.get("model") != target.model:
+        with_model = _with_model if "model" in body else _naming_model
+        body = {**body, "model": target.model}
+        raw = with_model(raw, target.model) or _rewritten(raw, "model", target.model)
+    return asking_for_usage(raw, body) if ask_usage else raw
+
+
+def _with_model(raw: bytes, model: str) -> bytes | None:
+    """The same with another value of the outermost `model`; None where it is not found. There is
+    one such field, and its value is a text."""
+    found = [one.end() for one in NAMES_MODEL.finditer(raw)]
+    if len(found) > _MOST_MODELS:
+        return None
+    name = orjson.dumps(model)
+    for end in found:
+        if (text := _TEXT.match(raw, end)) is None:
+            continue
+        changed = raw[: text.start(1)] + name + raw[text.end(1) :]
+        if len(found) == 1 or orjson.loads(changed)["model"] == model:
+            return changed
+    return None
+
+
+def _rewritten(raw: bytes, name: str, value: Any) -> bytes:
+    """With another value of a field: from the bytes, since a large body is parsed without files."""
+    return orjson.dumps({**orjson.loads(raw), name: value})
+
+
+def _naming_model(raw: bytes, model: str) -> bytes:
+    """The same with a model that it did not name."""
+    start = raw.index(b"{") + 1
+    return b'%b"model":%b,%b' % (raw[:start], orjson.dumps(model), raw[start:])
+
+
+def _model_named_again(raw: bytes, named: str, model: str) -> bytes:
+    names = rb'("model"\s*:\s*"(?:models/)?)%b(?=")' % re.escape(named.encode())
+    name = orjson.dumps(model)[1:-1]
+    return re.sub(names, lambda found: found[1] + name, raw)
+
+
+_PIECE_BYTES = 256 * 1024
+_MODEL_PART = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n'
+
+
+@dataclass(frozen=True, slots=True)
+class FormBody:
+    """A form that has been read: its bytes are `data`, or else in the file `path`, which stays
+    there until the call has ended."""
+
+    form: MediaForm
+    data: bytes = b""
+    path: Path | None = None
+
+    @property
+    def identity(self) -> int:
+        """The same for the same request sent again."""
+        files = tuple((file.field, file.size_bytes, file.head) for file in self.form.files)
+        return hash((repr(self.form.fields), files))
+
+    def for_model(self, model: str) -> bytes | RepeatableBody:
+        """The body with this name for the model; as it came where that is empty or the same."""
+        spans = self._spans(model)
+        if self.path is None:
+            return b"".join(
+                one if isinstance(one, bytes) else self.data[one[0] : one[1]] for one in spans
+            )
+        size_bytes = sum(len(one) if isinstance(one, bytes) else one[1] - one[0] for one in spans)
+        return RepeatableBody(size_bytes, partial(_pieces, self.path, spans))
+
+    def _spans(self, model: str) -> list[bytes | tuple[int, int]]:
+        """What goes out: bytes, and spans of the body."""
+        form = self.form
+        if not model or form.fields.get("model") == model:
+            return [(0, form.size_bytes)]
+        if form.model_at is None:
+            return [_MODEL_PART % (form.boundary, model.encode()), (0, form.size_bytes)]
+        start, end = form.model_at
+        return [(0, start), model.encode(), (end, form.size_bytes)]
+
+    async def beginning(self, most_bytes: int) -> bytes:
+        """The body as it came, or its first bytes. Raises StoreUnavailable."""
+        if self.path is None:
+            return self.data[:most_bytes]
+        try:
+            return await asyncio.to_thread(_read, self.path, most_bytes)
+        except OSError as failed:
+            raise _unreadable(failed) from failed
+
+
+def _read(path: Path, most_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most_bytes)
+
+
+async def _pieces(path: Path, spans: list[bytes | tuple[int, int]]) -> AsyncIterator[bytes]:
+    try:
+        file = await asyncio.to_thread(path.open, "rb")
+        try:
+            for span in spans:
+                if isinstance(span, bytes):
+                    yield span
+                    continue
+                place, end = span
+                while place < end:
+                    piece = await asyncio.to_thread(_piece, file, place, end)
+                    if not piece:
+                        raise OSError(0, "it is shorter than it was")
+                    place += len(piece)
+                    yield piece
+        finally:
+            file.close()
+    except OSError as failed:
+        raise _unreadable(failed) from failed
+
+
+def _piece(file: BinaryIO, place: int, end: int) -> bytes:
+    file.seek(place)
+    return file.read(min(_PIECE_BYTES, end - place))
+
+
+def _unreadable(failed: OSError) -> StoreUnavailable:
+    return StoreUnavailable(f"an upload could not be read: {failed.strerror}")
