@@ -56,7 +56,7 @@ from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, Reques
 from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
-from tidegate.spine.affinity import conversation_key
+from tidegate.spine.affinity import Home, conversation_key
 from tidegate.spine.bodies import FormBody, body_for
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.resources import Keeping, Resources
@@ -178,16 +178,19 @@ class Relay:
         if making is not None or endpoint.resource is not None:
             exchange.keeping = Keeping(self.resources, call, making)
         home = None
-        if (
-            len(targets) > 1
-            and asked is not None
-            and endpoint.operation is Operation.INFER
-            and self.spine.targets.are_alike(endpoint.dialect, asked.model)
-        ):
-            who = caller.tenant_id, call.terms.conversation
-            key = conversation_key(asked.model, *who, call.headers, body)
-            home = self.spine.affinity.home(key, targets)
+        if asked is not None and len(targets) > 1 and endpoint.operation is Operation.INFER:
+            home = self._home(call, asked.model, body, targets)
         await self.spine.run(exchange, record, targets, on_admitted, home)
+
+    def _home(
+        self, call: NativeCall, model: str, body: Mapping[str, Any], targets: list[Target]
+    ) -> Home | None:
+        """Where the call's conversation has its prompt cache, among targets that are alike."""
+        if not self.spine.targets.are_alike(call.endpoint.dialect, model):
+            return None
+        who = call.terms.caller.tenant_id, call.terms.conversation
+        key = conversation_key(model, *who, call.headers, body)
+        return self.spine.affinity.home(key, targets)
 
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
         """Answer for the list of models, where it is not the only upstream's own."""
