@@ -120,4 +120,6 @@ CLIENTS = (
     Client("codex", "coding_agent.py", node={"@openai/codex": "0.171.0"}),
     Client("gemini-cli", "coding_agent.py", node={"@google/gemini-cli": "0.61.0"}),
     Client("opencode", "coding_agent.py", node={"opencode-ai": "1.18.33"}),
+    Client("continue", "coding_agent.py", node={"@continuedev/cli": "1.5.47"}),
+    Client("cline", "coding_agent.py", node={"cline": "3.0.65"}),
 )

@@ -20,6 +20,8 @@ PROGRAMS = {
     "codex": ".bin/codex",
     "gemini": ".bin/gemini",
     "opencode": "opencode-linux-*/bin/opencode",
+    "continue": "@continuedev/cli/dist/cn.js",
+    "cline": "@cline/cli-linux-*/bin/cline",
 }
 AGENTS = {
     name: found for name, place in PROGRAMS.items() if (found := sorted(PACKAGES.glob(place)))
@@ -77,6 +79,27 @@ def opencode(provider, package, url, model):
     ask("opencode", "run", "-m", f"{provider}/{model}", QUESTION)
 
 
+def continue_cli(provider, url, model):
+    here = {"name": "here", "provider": provider, "model": model, "apiBase": url, "apiKey": KEY}
+    config = {"name": "here", "version": "0.0.1", "schema": "v1", "models": [here]}
+    Path("config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    quiet = {"CONTINUE_TELEMETRY_ENABLED": "0", "GOOGLE_GEMINI_BASE_URL": URL}
+    ask("continue", "--config", "config.yaml", "-p", QUESTION, **quiet)
+
+
+def cline():
+    known = ("--data-dir", str(Path("state").resolve()))
+    provider = ("-p", "openai", "-k", KEY, "-m", GPT, "-b", OPENAI_URL)
+    subprocess.run(
+        [AGENTS["cline"][0], "auth", *provider, *known],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=LONGEST_S,
+        check=True,
+    )
+    ask("cline", *known, "-P", "openai", "-m", GPT, "-p", QUESTION)
+
+
 if "claude" in AGENTS:
     for name in ("sonnet", "opus", "haiku"):
         case(name)(lambda name=name: claude(name))
@@ -94,5 +117,15 @@ elif "opencode" in AGENTS:
     )
     for way in WAYS:
         case(way[0])(lambda way=way: opencode(*way))
+elif "continue" in AGENTS:
+    PLACES = (
+        ("openai", OPENAI_URL, GPT),
+        ("anthropic", f"{OPENAI_URL}/", "claude-sonnet-4-5"),
+        ("gemini", f"{URL}/v1beta/", "gemini-2.5-flash"),
+    )
+    for place in PLACES:
+        case(place[0])(lambda place=place: continue_cli(*place))
+elif "cline" in AGENTS:
+    case("openai")(cline)
 assert shutil.which("node"), "node is not installed"
 run()
