@@ -59,6 +59,7 @@ ELSEWHERE = (
     Elsewhere("docs/accounting.md", "--month-money", _SHELL_LINES),
     Elsewhere("docs/money.md", "tidegate budgets set", _SHELL_LINES),
     Elsewhere("docs/accounting.md", "--retention-days", _SHELL_LINES),
+    Elsewhere("docs/agents/README.md", "tidegate budgets set", _SHELL_LINES),
     Elsewhere("docs/accounting.md", "tidegate erase", _SHELL_LINES),
     Elsewhere("docs/gateway.md", "<request_id>", _SHELL_LINES),
     Elsewhere("docs/jobs.md", "Idempotency-Key", _JOBS),
@@ -81,7 +82,16 @@ ELSEWHERE = (
     ),
 )
 _PACKAGING = "no release yet; tests/integration/packaging installs the same from the sources"
+_AGENTS = (
+    *("claude-code", "codex", "gemini-cli", "opencode", "aider", "continue", "cline"),
+    *("openai-agents", "google-adk", "langchain", "llama-index", "pydantic-ai"),
+    *("vercel-ai-sdk", "litellm"),
+)
 NOT_RUN = (
+    *(
+        NotRun(f"docs/agents/{name}.md", "", "`make clients` runs the same: clients/programs")
+        for name in _AGENTS
+    ),
     NotRun("README.md", "\nmake run\n", "it does not end; a test starts the same by `tidegate up`"),
     NotRun("README.md", "GEMINI_API_KEY=... make run", "it needs a key of Google's"),
     NotRun("README.md", "\nmake test\n", "it is what runs this"),

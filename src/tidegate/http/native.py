@@ -82,6 +82,17 @@ _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re
 _READ_FORMS = ("json", "sse")
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
+# Of Claude Code, of opencode, and of Codex, whose later versions write it in other ways. The first
+# of these that a call has names its conversation, where it has no `x-tidegate-conversation`.
+_SESSIONS = {
+    name: rank
+    for rank, name in enumerate(
+        (
+            *(b"x-claude-code-session-id", b"x-session-id", b"x-session-affinity"),
+            *(b"session_id", b"session-id", b"conversation_id"),
+        )
+    )
+}
 _SHOW_WAIT = SHOW_WAIT_HEADER.encode()
 
 
@@ -100,7 +111,7 @@ def call_of(
     Raises InvalidRequest."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     wait_ms, priority, subject, conversation = usual_wait_ms, 0, None, None
-    parent, show, has_deadline = None, False, False
+    parent, show, has_deadline, has_session = None, False, False, False
     for name, value in headers:
         if name == b"x-tidegate-deadline-ms":
             wait_ms, has_deadline = _whole(name, value, 1, _MOST_WAIT_MS), True
@@ -114,12 +125,12 @@ def call_of(
             parent = parent_of(value.decode("latin-1"))
         elif name == _SHOW_WAIT:
             show = shows_wait(value.decode("latin-1"))
+        elif name in _SESSIONS:
+            has_session = True
+    if has_session and conversation is None:
+        conversation = _session_in(headers)
     trail = tracing.trail(request_id, parent)
-    query = ""
-    if scope["query_string"]:
-        query = _without_key(scope["query_string"].decode("latin-1"))
-        if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
-            _check_form(query)
+    query = _query(endpoint, scope["query_string"]) if scope["query_string"] else ""
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
     return NativeCall(
@@ -157,6 +168,14 @@ def is_coded(headers: Headers) -> bool:
                 if one.strip() not in (b"", b"identity"):
                     return True
     return False
+
+
+def _query(endpoint: Endpoint, given: bytes) -> str:
+    """What goes on of a query. Raises InvalidRequest."""
+    query = _without_key(given.decode("latin-1"))
+    if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
+        _check_form(query)
+    return query
 
 
 def _without_key(query: str) -> str:
@@ -201,6 +220,14 @@ def _tag(name: bytes, value: bytes) -> str:
         allowed = f"1 to {_LONGEST_TAG} printable characters"
         raise InvalidRequest(header, f"{header} must be {allowed}", allowed=allowed)
     return text
+
+
+def _session_in(headers: Headers) -> str | None:
+    """The name of a conversation that an agent gives by a header of its own; None where it is no
+    name, which is no mistake of the client's."""
+    named = [pair for pair in headers if pair[0] in _SESSIONS]
+    text = min(named, key=lambda pair: _SESSIONS[pair[0]])[1].decode("utf-8", "replace").strip()
+    return text if 1 <= len(text) <= _LONGEST_TAG and text.isprintable() else None
 
 
 _REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()

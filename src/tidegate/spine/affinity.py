@@ -1,7 +1,7 @@
 """Affinity of conversations to the upstream whose prompt cache holds their beginning.
 
 Upstreams that serve a model alike are chosen by lot, except for conversations: a provider's prompt
-cache belongs to one account. A conversation is known by a header of its client, by
+cache belongs to one account. A conversation is known by its name, by
 `prompt_cache_key`, or else by its tools, its system prompt and its first message. Its first call
 goes by weighted rendezvous hashing (Thaler and Ravishankar, 1998; weights as -w / ln h), on which
 all processes agree without a message; later calls go where this process last saw its answers, and
@@ -24,18 +24,11 @@ from typing import Any, NamedTuple
 from tidegate.admission.conversations import CACHE_MS
 from tidegate.call import Usage
 from tidegate.dialects.requests import opening_of
-from tidegate.dialects.spec import Headers
 from tidegate.spine.routing import Target
 
 MOST_CONVERSATIONS = 4_096
 _DIGEST_BYTES = 16
 _LONGEST_NAME_BYTES = 200
-# Claude Code's, opencode's two, and those of Codex. The first counts.
-_HEADERS = (
-    *(b"x-claude-code-session-id", b"x-session-id", b"x-session-affinity"),
-    *(b"session_id", b"session-id", b"conversation_id"),
-)
-_KNOWN = frozenset(_HEADERS)
 
 
 class _Warm(NamedTuple):
@@ -99,22 +92,16 @@ def _rank(key: bytes, target: Target) -> float:
 
 
 def conversation_key(
-    model: str, tenant: str, conversation: str | None, headers: Headers, body: Mapping[str, Any]
+    model: str, tenant: str, conversation: str | None, body: Mapping[str, Any]
 ) -> bytes | None:
     """The same for all calls of one conversation, in every process; None where none is known.
-    conversation: its name by our own header."""
-    named = _text(conversation) or _named(headers) or _text(body.get("prompt_cache_key"))
+    conversation: its name by a header."""
+    named = _text(conversation) or _text(body.get("prompt_cache_key"))
     name = named or opening_of(body)
     if not name:
         return None
     whose = f"{model}\0{tenant}\0".encode("utf-8", "replace")
     return blake2b(whose + name, digest_size=_DIGEST_BYTES).digest()
-
-
-def _named(headers: Headers) -> bytes:
-    given = {name: value for name, value in headers if name in _KNOWN}
-    first = next((name for name in _HEADERS if given.get(name)), None)
-    return b"" if first is None else given[first][:_LONGEST_NAME_BYTES]
 
 
 def _text(value: object) -> bytes:

@@ -189,7 +189,7 @@ class Relay:
         if not self.spine.targets.are_alike(call.endpoint.dialect, model):
             return None
         who = call.terms.caller.tenant_id, call.terms.conversation
-        key = conversation_key(model, *who, call.headers, body)
+        key = conversation_key(model, *who, body)
         return self.spine.affinity.home(key, targets)
 
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:

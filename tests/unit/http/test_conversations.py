@@ -1,0 +1,53 @@
+"""Names of conversations in the headers of native calls: ours, and those of agents."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tidegate.call import ANYBODY, new_id
+from tidegate.dialects.spec import Dialect, Endpoint, Operation
+from tidegate.http.native import call_of
+from tidegate.telemetry.tracing import Tracing
+
+CHAT = Endpoint(Dialect.OPENAI, Operation.INFER, "/chat/completions")
+
+
+def named(*headers: tuple[bytes, bytes]) -> str | None:
+    scope: dict[str, Any] = {"method": "POST", "query_string": b"", "headers": list(headers)}
+    call = call_of(
+        scope,
+        CHAT,
+        b"{}",
+        ANYBODY,
+        request_id=new_id(),
+        received=(time.monotonic(), datetime.now(UTC)),
+        usual_wait_ms=1_000,
+        tracing=Tracing(),
+    )
+    return call.terms.conversation
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(b"x-claude-code-session-id", b"x-session-id", b"x-session-affinity", b"session_id"),
+        *(b"session-id", b"conversation_id"),
+    ],
+)
+def test_an_agents_session_is_a_conversation(header: bytes) -> None:
+    assert named((b"accept", b"*/*"), (header, b" 0f7a-12 ")) == "0f7a-12"
+
+
+def test_our_header_counts_before_an_agents_and_one_of_these_before_the_next() -> None:
+    session, claude = (b"session_id", b"codex"), (b"x-claude-code-session-id", b"claude")
+    assert named(session, claude) == named(claude, session) == "claude"
+    assert named(claude, (b"x-tidegate-conversation", b"mine")) == "mine"
+
+
+@pytest.mark.parametrize("value", [b"", b"  ", b"two\nlines", b"x" * 201])
+def test_an_agents_header_that_is_no_name_is_passed_over(value: bytes) -> None:
+    assert named((b"x-session-id", value)) is None
