@@ -500,7 +500,7 @@ def _upstream_of(config: Config, provider: UsageProvider) -> Upstream:
 def _account_of(
     upstream: Upstream, provider: UsageProvider, key: str | None, url: str | None
 ) -> UsageAccount:
-    from tidegate.policy.deployment import PROVIDERS
+    from tidegate.policy.providers import PROVIDERS
     from tidegate.settings import secret
     from tidegate.upstream.usage_api import ADMIN_KEYS, UsageAccount
 
@@ -508,9 +508,9 @@ def _account_of(
     value = secret(variable)
     if not value:
         raise ConfigError(variable, "(not set)", "must be set to an admin key of the account")
-    base_url = (url or upstream.base_urls.get(provider) or PROVIDERS[provider][provider]).rstrip(
-        "/"
-    )
+    base_url = (
+        url or upstream.base_urls.get(provider) or PROVIDERS[provider].urls[provider]
+    ).rstrip("/")
     if not base_url.startswith(("http://", "https://")):
         raise ConfigError("--url", base_url, "must be an http:// or https:// URL")
     return UsageAccount(provider, base_url, value, variable)

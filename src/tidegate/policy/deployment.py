@@ -20,33 +20,28 @@ from typing import Any, Literal, get_args
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy
+from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
-from tidegate.policy.presets import PRESETS, filled
+from tidegate.policy.presets import filled
+from tidegate.policy.providers import (
+    ACCESS_KEYS,
+    ALL_MODELS,
+    DIALECTS,
+    HEADER_KEYS,
+    PROVIDERS,
+    access_options_of,
+    own_models,
+    urls_of,
+)
 from tidegate.prices.rates import Price, price_of
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
 
-DIALECTS = ("openai", "gemini", "anthropic")
-PROVIDERS: dict[str, dict[str, str]] = {
-    "gemini": {
-        "gemini": "https://generativelanguage.googleapis.com",
-        "openai": "https://generativelanguage.googleapis.com/v1beta/openai",
-    },
-    "openai": {"openai": "https://api.openai.com/v1"},
-    "anthropic": {"anthropic": "https://api.anthropic.com"},
-    "groq": {"openai": "https://api.groq.com/openai/v1"},
-}
-# Whose models are known by their names, and which variable has the key.
-_OWN_MODELS = {
-    "openai": (
-        *("gpt-*", "chatgpt-*", "o1*", "o3*", "o4*", "codex-*", "ft:*", "text-embedding-3-*"),
-        *("text-embedding-ada-*", "dall-e-*", "omni-moderation-*", "whisper-*", "tts-*", "sora-*"),
-    ),
-    "anthropic": ("claude-*",),
-}
+# An environment with its key makes an upstream of it.
 _KEY_OF = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 _EMULATED_MODELS = (
     *("gemini-*", "gemma-*", "imagen-*", "veo-*", "embedding-001", "text-embedding-0*"),
 )
+_GOOGLE = PROVIDERS["gemini"].urls["gemini"]
 _OUR_KEY = "tg_"  # an SDK's variable may hold a key of this gateway
 USUAL_AT_ONCE = 64
 # What becomes of limits that headers of answers report: a proposal, or in force where none is set.
@@ -55,7 +50,11 @@ _LEARN: tuple[Learn, ...] = get_args(Learn)
 _POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", *TIMEOUTS)
-_KEYS = ("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
+_OF_GEMINI = (*_OWN_KEYS, *HEADER_KEYS, *NETWORK_KEYS)
+_KEYS = (
+    *("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *ACCESS_KEYS),
+    *_POLICY_KEYS,
+)
 _LONGEST_MS = 86_400_000
 _MOST_TIMES = 100
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
@@ -82,7 +81,7 @@ class Upstream:
     public ones of `provider`, or where it names none of the provider of its hosts. asks_usage:
     whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
     that differ from the settings. learn: what becomes of limits in headers of its answers. preempt:
-    None where no call gives way."""
+    None where no call gives way. access_options: how it is reached, beside its key."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -96,6 +95,24 @@ class Upstream:
     provider: str | None = None
     learn: Learn = "propose"
     preempt: Preempt | None = None
+    access_options: AccessOptions = field(default_factory=AccessOptions)
+    _accesses: dict[str, Access] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def access(self, dialect: str) -> Access:
+        """How it is reached in one of its dialects."""
+        found = self._accesses.get(dialect)
+        if found is None:
+            base = self.base_urls[dialect]
+            found = self.access_options.access(dialect, base, self.key)
+            self._accesses[dialect] = found
+        return found
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no client may read in an answer."""
+        return (self.key, *self.access_options.secrets)
 
     @property
     def pool(self) -> str:
@@ -153,7 +170,7 @@ def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret)
     if config.gemini_api_key is not None or (
         config.emulated and (not found or config.embedded or config.tidegate_demo)
     ):
-        found.insert(0, _of_environment(own or {}, config, found))
+        found.insert(0, _of_environment(own or {}, config, found, secret))
     elif own is not None:
         allowed = f"must be set: {_path(DEFAULT_POOL)} {_IS_FROM_IT}"
         raise ConfigError("GEMINI_API_KEY", "(not set)", allowed)
@@ -183,21 +200,21 @@ def _of_keys(tables: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -
 
 
 def _of_environment(
-    table: Mapping[str, Any], config: Config, others: Sequence[Upstream]
+    table: Mapping[str, Any], config: Config, others: Sequence[Upstream], secret: ReadSecret
 ) -> Upstream:
     """The account of GEMINI_API_KEY; its limits are those at the top of the file. Beside others the
     emulator serves only what is named as models of Gemini are, and what prompts are for."""
     path = _path(DEFAULT_POOL)
     for key in table:
-        if key not in _OWN_KEYS:
+        if key not in _OF_GEMINI:
             allowed = (
-                f"is not for this one, which comes from GEMINI_*; known: {', '.join(_OWN_KEYS)}"
+                f"is not for this one, which comes from GEMINI_*; known: {', '.join(_OF_GEMINI)}"
             )
             raise ConfigError(f"{path}.{key}", "(set)", allowed)
     base = config.gemini_base_url.removesuffix("/v1beta")
     key = config.gemini_api_key.get_secret_value() if config.gemini_api_key else ""
     urls = {"gemini": base, "openai": f"{base}/v1beta/openai"}
-    if config.emulated or not config.gemini_base_url.startswith(PROVIDERS["gemini"]["gemini"]):
+    if config.emulated or not config.gemini_base_url.startswith(_GOOGLE):
         urls["anthropic"] = base  # the emulator speaks it too
     options = _options(path, table)
     if config.is_made_up and others:
@@ -205,6 +222,7 @@ def _of_environment(
         asked = dict.fromkeys((*ours, config.classifier_model))
         more = [one for one in asked if not any(other.fit(one) > 1 for other in others)]
         options.setdefault("models", (*_EMULATED_MODELS, *more))
+    options["access_options"] = access_options_of(path, None, table, urls, secret)
     return Upstream(DEFAULT_POOL, urls, key, **options)
 
 
@@ -215,35 +233,39 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
             raise ConfigError(f"{path}.{key}", None, unknown(key, _KEYS))
     options = _options(path, table)
     provider = table.get("provider")
-    if name in _OWN_MODELS and not {"provider", "base_url", "dialects"} & table.keys():
+    if name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys():
         provider = name
-        options.setdefault("models", _OWN_MODELS[name])
-    if provider is not None and (not isinstance(provider, str) or provider not in PRESETS):
+        if (models := own_models(name)) != ALL_MODELS:
+            options.setdefault("models", models)
+    if provider is not None and (not isinstance(provider, str) or provider not in PROVIDERS):
         raise ConfigError(
-            f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PRESETS)}"
+            f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
         )
     urls = _urls(path, provider, table)
-    key = _key(path, provider, table, secret)
-    return Upstream(name, urls, key, provider=provider, **options)
+    access = access_options_of(path, provider, table, urls, secret)
+    key = _key(path, provider, table, access, secret)
+    return Upstream(name, urls, key, provider=provider, access_options=access, **options)
 
 
 def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
     """Where it is, by dialect: a `base_url` of its own takes the place of the provider's, so that
     the key goes nowhere else."""
     urls = {}
+    preset = PROVIDERS.get(provider or "")
+    rebases = preset is not None and preset.is_rebased and "dialect" not in table
     if "base_url" in table:
         dialect = table.get("dialect", provider if provider in DIALECTS else DIALECTS[0])
         if dialect not in DIALECTS:
             raise ConfigError(
                 f"{path}.dialect", str(dialect)[:100], f"must be one of {', '.join(DIALECTS)}"
             )
-        urls[dialect] = _rooted(dialect, _base_url(f"{path}.base_url", dialect, table["base_url"]))
+        base = _base_url(f"{path}.base_url", dialect, table["base_url"])
+        if not rebases:
+            urls[dialect] = _rooted(dialect, base)
     elif "dialect" in table:
         raise ConfigError(f"{path}.dialect", None, "needs base_url, which is not set")
-    elif provider in PROVIDERS:
-        urls |= PROVIDERS[provider]
-    elif provider is not None:
-        raise ConfigError(f"{path}.base_url", "(not set)", f"must be set for {provider}")
+    if preset is not None and (rebases or "base_url" not in table):
+        urls |= urls_of(path, preset, table)
     for dialect, url in table_at(f"{path}.dialects", table.get("dialects", {})).items():
         urls[dialect] = _base_url(f"{path}.dialects.{dialect}", dialect, url)
     if not urls:
@@ -251,17 +273,35 @@ def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str
     return urls
 
 
-def _key(path: str, provider: str | None, table: Mapping[str, Any], secret: ReadSecret) -> str:
+def _key(
+    path: str,
+    provider: str | None,
+    table: Mapping[str, Any],
+    access: AccessOptions,
+    secret: ReadSecret,
+) -> str:
     """Its value: of the variable that is named, else of the provider's usual one; empty for a
     server that needs none."""
-    variable = table.get("key", _KEY_OF.get(provider or ""))
-    if variable is None and provider is None:
+    authentication = access.authentication
+    if authentication.kind == "none" or authentication.is_renewed:
+        if "key" in table:
+            allowed = f"is not for auth = {authentication.kind}, which sends no key"
+            raise ConfigError(f"{path}.key", "(hidden)", allowed)
         return ""
+    preset = PROVIDERS.get(provider or "")
+    variable = table.get("key", preset.key if preset else None)
+    if variable is None and authentication.kind == "key" and (preset is None or preset.is_own):
+        return ""
+    if variable is None:
+        allowed = 'must be the name of the variable that has the key, or auth = "none"'
+        raise ConfigError(f"{path}.key", "(not set)", allowed)
     if not isinstance(variable, str) or re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) is None:
         raise ConfigError(f"{path}.key", "(hidden)", "must be the name of the variable that has it")
     value = secret(variable)
     if not value:
         raise ConfigError(variable, "(not set)", f"must be set: {path} {_IS_FROM_IT}")
+    if not (value.isascii() and value.isprintable()):  # it could not be sent
+        raise ConfigError(variable, "(hidden)", "must be printable ASCII")
     return value
 
 

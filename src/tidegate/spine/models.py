@@ -17,7 +17,7 @@ import orjson
 
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
-from tidegate.dialects.headers import to_send, with_key
+from tidegate.dialects.headers import to_send
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, ModelList
 from tidegate.errors import Forbidden, InvalidRequest, UpstreamError, UpstreamGarbled
 from tidegate.policy.deployment import Upstream
@@ -206,13 +206,14 @@ class Models:
     async def _read(
         self, dialect: Dialect, headers: Headers, upstream: Upstream
     ) -> list[dict[str, Any]]:
-        target, spec = Target(upstream, ""), DIALECTS[dialect]
-        shape = spec.models
-        url = f"{upstream.base_urls[dialect]}{shape.path}"
+        target, shape = Target(upstream, ""), DIALECTS[dialect].models
+        access = upstream.access(dialect)
         given = [pair for pair in headers if pair[0] == b"anthropic-version"]
-        own = with_key([*given, *to_send([])], spec, upstream.key)
+        own = [*given, *to_send([])]
         try:
-            exchange = await self._wire.open("GET", self._wire.place(url), own, None)
+            exchange = await self._wire.open(
+                "GET", self._wire.place(access.url(shape.path), access), own, None
+            )
             try:
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, target, dialect)

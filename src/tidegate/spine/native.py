@@ -42,7 +42,7 @@ from tidegate.dialects.answers import (
     with_tier,
 )
 from tidegate.dialects.forms import MediaForm, with_files
-from tidegate.dialects.headers import followed, of_answer, tier_in, to_return, with_key
+from tidegate.dialects.headers import followed, of_answer, tier_in, to_return
 from tidegate.dialects.requests import (
     LONGEST_TIER,
     check_said_once,
@@ -373,7 +373,15 @@ class NativeExchange:
             else:
                 body = call.form.for_model(target.model)
             timeouts = self._timeouts[target.upstream.name]
-            exchange = await _open(self._wire, timeouts, call, target, body, self._note_sent)
+            exchange = await _open(
+                self._wire,
+                timeouts,
+                call,
+                target,
+                body,
+                self._note_sent,
+                streamed=record.streamed,
+            )
             try:
                 status = exchange.status
                 if call.endpoint.is_counted and (status < 300 or status == 429):
@@ -636,31 +644,33 @@ async def _open(
     target: Target,
     body: RequestBody,
     opened: Callable[[Exchange], None] | None = None,
+    *,
+    streamed: bool = False,
 ) -> Exchange:
-    """Send the request to an upstream. Raises UpstreamError."""
+    """Send the request to an upstream. `streamed`: its body requests a stream. Raises
+    UpstreamError."""
     dialect, trail = call.endpoint.dialect, call.terms.trail
-    base = target.upstream.base_urls[dialect]
-    text = f"{base}{call.endpoint.path_for(target.model)}"
-    if call.query:
-        text = f"{text}?{call.query}"
-    headers = with_key(call.headers, DIALECTS[dialect], target.upstream.key)
-    place = wire.place(text)
+    access = target.upstream.access(dialect)
+    path = call.endpoint.path_for(target.model)
+    streams = call.endpoint.streams or streamed
+    text = access.url(path, call.query, model=target.model, streams=streams)
+    place, headers = wire.place(text, access), call.headers
     if trail is not None:
         said = trail.begin(target.upstream.name, target.model, str(place.origin))
-        headers.append((HEADER, said.encode()))
+        headers = [*headers, (HEADER, said.encode())]
     exchange = await wire.open(call.method, place, headers, body, None, timeouts, opened=opened)
     may_follow = call.method == "GET" and call.endpoint.operation is Operation.FILES
     if exchange.status not in REDIRECTS or not may_follow:
         return exchange
     for _ in range(MOST_REDIRECTS):
-        onward = followed(exchange.headers, base)
+        onward = followed(exchange.headers, access.base)
         if onward is None:
             break
         try:
             await exchange.read(_REDIRECT_BYTES)
         finally:
             exchange.close()
-        exchange = await wire.open("GET", wire.place(onward), headers, None, None, timeouts)
+        exchange = await wire.open("GET", wire.place(onward, access), headers, None, None, timeouts)
         if exchange.status not in REDIRECTS:
             break
     return exchange

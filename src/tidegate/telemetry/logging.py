@@ -75,6 +75,7 @@ class Log(StrEnum):
     EMBEDDED_STARTED = "embedded_started"
     INTERNAL_ERROR = "internal_error"
     UPSTREAM_KEY_DEAD = "upstream_key_dead"
+    CREDENTIALS_FAILED = "credentials_failed"
     UPSTREAM_OUT = "upstream_out"
     UPSTREAM_BACK = "upstream_back"
     NO_API_KEY = "no_api_key"

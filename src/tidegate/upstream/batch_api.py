@@ -29,7 +29,6 @@ from uuid import UUID
 import orjson
 
 from tidegate.dialects import DIALECTS, refusals
-from tidegate.dialects.headers import with_key
 from tidegate.dialects.spec import Dialect, Endpoint, Headers
 from tidegate.errors import UpstreamError, UpstreamGarbled, UpstreamThrottled
 from tidegate.policy.deployment import Upstream
@@ -171,11 +170,11 @@ class _Account:
     def __init__(self, wire: RelayWire, upstream: Upstream, dialect: Dialect) -> None:
         self._wire = wire
         self._key = upstream.key
-        self._base = upstream.base_urls[dialect]
+        self._access = upstream.access(dialect)
+        self._base = self._access.base
         self._dialect = dialect
         spec = DIALECTS[dialect]
-        own = [(b"accept-encoding", b"identity"), *spec.headers]
-        self._headers = with_key(own, spec, upstream.key)
+        self._headers = [(b"accept-encoding", b"identity"), *spec.headers]
 
     async def open(
         self,
@@ -187,11 +186,11 @@ class _Account:
         on_sent: Callable[[], None] | None = None,
     ) -> Exchange:
         """An exchange with a good answer; `path` is below the base URL, or the base URL with it."""
-        url = path if path.startswith(f"{self._base}/") else f"{self._base}{path}"
+        url = path if path.startswith(f"{self._base}/") else self._access.url(path)
         sent = [*self._headers, *(headers or [])]
         exchange = await self._wire.open(
             method,
-            self._wire.place(url),
+            self._wire.place(url, self._access),
             sent,
             body,
             on_sent,
@@ -280,8 +279,7 @@ class _Account:
             (b"x-goog-upload-command", b"upload, finalize"),
             (b"x-goog-upload-offset", b"0"),
         ]
-        place = self._wire.place(onward)
-        # The address has what opens it, perhaps the key: no header of ours is needed.
+        place = self._wire.place(onward, self._access)
         sent = await self._wire.open("POST", place, finish, data, None, TIMEOUTS)
         try:
             text = await sent.read(_REFUSAL_BYTES)

@@ -2,7 +2,9 @@
 
 Connections are tried by RFC 8305 ("happy eyeballs").
 
-Invariants: one attempt, no redirect, no decompression, no proxy; an answer ends where its own
+A place may belong to an upstream's access: then its headers, credentials, proxy and TLS apply.
+
+Invariants: one attempt, no redirect, no decompression; an answer ends where its own
 length says or has failed; unexpected bytes end the connection; an abandoned exchange is closed
 before its permit is returned; read-ahead and heads are bounded.
 """
@@ -13,11 +15,11 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import aiohappyeyeballs
 from httptools import HttpParserCallbackError, HttpParserError, HttpResponseParser
@@ -28,8 +30,10 @@ from tidegate.errors import (
     UpstreamGarbled,
     UpstreamRejected,
     UpstreamTimeout,
+    UpstreamUnauthorized,
     UpstreamUnavailable,
 )
+from tidegate.policy.access import Access, Authentication, Network, Proxy
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -364,16 +368,20 @@ _NAMES_S = 30.0
 _SWEEP_S = 0.25
 _NEXT_ADDRESS_S = 0.25
 _URLS_KEPT = 2_000
+_UNAUTHORIZED = 401
+_PROXY_BYTES = 16 * 1024
+_PROXY_ANSWER = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 _NOT_IN_LINE = re.compile(rb"[\x00-\x20\x7f-\xff]")
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamOrigin:
-    """Where connections go."""
+    """Where connections go. network: how, where it is not the usual way."""
 
     host: str
     port: int
     secure: bool
+    network: Network | None = None
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -381,10 +389,25 @@ class UpstreamOrigin:
 
 @dataclass(frozen=True, slots=True)
 class RequestPlace:
-    """A URL, taken apart: `line` is the request's first line without its method, and the host."""
+    """A URL, taken apart: `line` is the request's first line without its method, and the host.
+    access: of the upstream that it belongs to; None where a request is sent as it is."""
 
     origin: UpstreamOrigin
     line: bytes
+    access: Access | None = None
+
+
+class Signer(Protocol):
+    """Credentials that are renewed, of one upstream."""
+
+    def sign(
+        self, method: str, place: RequestPlace, headers: RawHeaders, body: object
+    ) -> RawHeaders:
+        """`headers` with what proves who sends them. Raises UpstreamUnauthorized where there is
+        nothing valid."""
+
+    def refused(self) -> None:
+        """The upstream has refused what they prove: they are renewed ahead of their time."""
 
 
 class Exchange:
@@ -519,8 +542,10 @@ class RelayWire:
         self._timeouts = timeouts
         self._idle: dict[UpstreamOrigin, list[Connection]] = {}
         self.connections: set[Connection] = set()
-        self._names: dict[UpstreamOrigin, tuple[float, list[Any]]] = {}
+        self._names: dict[tuple[str, int], tuple[float, list[Any]]] = {}
         self._sweeper: asyncio.Task[None] | None = None
+        self._tls_of: dict[Network, ssl.SSLContext] = {}
+        self.signers: Mapping[Authentication, Signer] = {}
 
     async def start(self) -> None:
         self._sweeper = asyncio.create_task(self._sweep())
@@ -537,9 +562,10 @@ class RelayWire:
 
     @staticmethod
     @lru_cache(_URLS_KEPT)
-    def place(text: str) -> RequestPlace:
+    def place(text: str, access: Access | None = None) -> RequestPlace:
         """Parse a URL that is whole and quoted already; kept, since that is slow. Raises
-        UpstreamRejected."""
+        UpstreamRejected. `access`: of the upstream, whose own headers and credentials go with the
+        request."""
         try:
             url = URL(text, encoded=True)
             host, port = url.raw_host, url.port
@@ -550,8 +576,14 @@ class RelayWire:
         target, named = url.raw_path_qs.encode(), (url.host_port_subcomponent or "").encode()
         if _NOT_IN_LINE.search(target) or _NOT_IN_LINE.search(named):
             raise UpstreamRejected("the request could not be sent: its URL is not in ASCII")
+        network = None if access is None else access.network
+        secure = url.scheme == "https"
+        if network is not None and network.proxy is not None and not secure:
+            target = b"http://%b%b" % (named, target)
         line = b"%b HTTP/1.1\r\nhost: %b\r\n" % (target, named)
-        return RequestPlace(UpstreamOrigin(host, port, url.scheme == "https"), line)
+        if network is not None and network.proxy is not None and not secure:
+            line += _proxy_line(network.proxy)
+        return RequestPlace(UpstreamOrigin(host, port, secure, network), line, access)
 
     async def open(
         self,
@@ -577,6 +609,12 @@ class RelayWire:
         one; a body that can't be repeated always goes on a new one. Cancelling closes the
         connection.
         """
+        access, signer = place.access, None
+        if access is not None:
+            headers = access.dressed(headers)
+            if access.authentication is not None:
+                signer = self._signer_of(access.authentication)
+                headers = signer.sign(method, place, headers, body)
         lines = [b"%b: %b\r\n" % pair for pair in headers]
         said = b"".join(lines)
         if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
@@ -598,6 +636,8 @@ class RelayWire:
                 opened(exchange)
             try:
                 await exchange.begun()
+                if signer is not None and exchange.status == _UNAUTHORIZED:
+                    signer.refused()
                 return exchange
             except BaseException as failed:  # cancellation too: the exchange must not stay open
                 crossed = connection is kept and exchange.has_crossed(failed)
@@ -608,6 +648,12 @@ class RelayWire:
                 if not crossed:
                     raise
             connection = await self._connect(origin)
+
+    def _signer_of(self, authentication: Authentication) -> Signer:
+        signer = self.signers.get(authentication)
+        if signer is None:
+            raise UpstreamUnauthorized(f"no credentials of {authentication.kind} are open here")
+        return signer
 
     # -- connections
 
@@ -627,16 +673,19 @@ class RelayWire:
     async def _connect(self, origin: UpstreamOrigin) -> Connection:
         try:
             async with asyncio.timeout(self._timeouts.connect_ms / 1000):
+                proxy = None if origin.network is None else origin.network.proxy
                 connected = await aiohappyeyeballs.start_connection(
-                    await self._addresses(origin),
+                    await self._addresses(origin, proxy),
                     happy_eyeballs_delay=_NEXT_ADDRESS_S,
                     interleave=1,
                     loop=self._loop,
                 )
+                if proxy is not None and origin.secure:
+                    await self._tunnel(connected, origin, proxy)
                 _, connection = await self._loop.create_connection(
                     lambda: Connection(self._loop, self.connections.discard),
                     sock=connected,
-                    ssl=(self._tls or self.tls_context()) if origin.secure else None,
+                    ssl=self._tls_for(origin.network) if origin.secure else None,
                     server_hostname=origin.host if origin.secure else None,
                 )
         except TimeoutError:
@@ -651,14 +700,46 @@ class RelayWire:
         self.connections.add(connection)
         return connection
 
-    async def _addresses(self, origin: UpstreamOrigin) -> list[Any]:
+    async def _tunnel(self, connected: socket.socket, origin: UpstreamOrigin, proxy: Proxy) -> None:
+        """Have the proxy connect to the upstream. Raises UpstreamUnavailable and OSError; the
+        socket is closed then."""
+        try:
+            host = f"[{origin.host}]" if ":" in origin.host else origin.host
+            named = f"{host}:{origin.port}".encode("ascii")
+            request = b"CONNECT %b HTTP/1.1\r\nhost: %b\r\n" % (named, named)
+            await self._loop.sock_sendall(connected, request + _proxy_line(proxy) + b"\r\n")
+            answer = b""
+            while b"\r\n\r\n" not in answer:
+                piece = await self._loop.sock_recv(connected, _PROXY_BYTES)
+                answer += piece
+                if not piece or len(answer) > _PROXY_BYTES:
+                    raise _no_tunnel(proxy, "it closed the connection or answered too much")
+            found = _PROXY_ANSWER.match(answer)
+            if found is None or not answer.endswith(b"\r\n\r\n"):
+                raise _no_tunnel(proxy, "its answer is not HTTP")
+            if not found[1].startswith(b"2"):
+                raise _no_tunnel(proxy, f"it answered {found[1].decode()}")
+        except BaseException:
+            connected.close()
+            raise
+
+    def _tls_for(self, network: Network | None) -> ssl.SSLContext:
+        if network is None or not (network.ca_file or network.certificate):
+            return self._tls or self.tls_context()
+        context = self._tls_of.get(network)
+        if context is None:
+            context = self._tls_of[network] = network.tls_context()
+        return context
+
+    async def _addresses(self, origin: UpstreamOrigin, proxy: Proxy | None) -> list[Any]:
+        host, port = (origin.host, origin.port) if proxy is None else (proxy.host, proxy.port)
         now = self.time()
-        until, found = self._names.get(origin, (0.0, []))
+        until, found = self._names.get((host, port), (0.0, []))
         if now > until:
             found = await self._loop.getaddrinfo(
-                origin.host, origin.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+                host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
             )
-            self._names[origin] = (now + _NAMES_S, found)
+            self._names[host, port] = (now + _NAMES_S, found)
         return found
 
     @staticmethod
@@ -678,6 +759,15 @@ class RelayWire:
                     exchange.cut(phase)
             for origin, kept in self._idle.items():
                 self._idle[origin] = [one for one in kept if not _retired(one, now)]
+
+
+def _proxy_line(proxy: Proxy) -> bytes:
+    return b"proxy-authorization: %b\r\n" % proxy.authorization if proxy.authorization else b""
+
+
+def _no_tunnel(proxy: Proxy, reason: str) -> UpstreamUnavailable:
+    message = f"the proxy {proxy} makes no connection to the provider: {reason}"
+    return UpstreamUnavailable(message, broke="connecting")
 
 
 def _retired(connection: Connection, now: float) -> bool:

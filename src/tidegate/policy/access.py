@@ -1,0 +1,386 @@
+"""Access to an upstream: its paths, its authentication, its headers and query, its network.
+
+Invariants: a secret is the value of a variable, never of the file, and is in no message and no
+`repr`; what the operator sets for an upstream replaces what a client sends under the same name.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.request import getproxies_environment, proxy_bypass
+
+from tidegate.errors import ConfigError
+from tidegate.settings import split_url
+
+Pairs = tuple[tuple[bytes, bytes], ...]
+ReadSecret = Callable[[str], str]
+
+
+class Paths(StrEnum):
+    """How an upstream's paths are made. PLAIN: as the dialect has them; DEPLOYMENTS: Azure's, with
+    the model in the path; VERTEX: below a project, a location and a publisher."""
+
+    PLAIN = "plain"
+    DEPLOYMENTS = "deployments"
+    VERTEX = "vertex"
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy. authorization: the value of its header, empty without a user. url: with the user."""
+
+    host: str
+    port: int
+    authorization: bytes = field(default=b"", repr=False)
+    url: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How connections are made where it is not the usual way. ca_file: the only roots that are
+    trusted; certificate and certificate_key: the client's."""
+
+    proxy: Proxy | None = None
+    ca_file: str = ""
+    certificate: str = ""
+    certificate_key: str = ""
+
+    def tls_context(self) -> ssl.SSLContext:
+        """Raises OSError and ssl.SSLError for files that can't be used."""
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        context.set_alpn_protocols(["http/1.1"])
+        if self.certificate:
+            context.load_cert_chain(self.certificate, self.certificate_key or None)
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Authentication:
+    """How requests authenticate. kind: `none`, `key` (in the dialect's header), `bearer`, `header`,
+    or by credentials that are renewed: `google`, `entra`, `aws`. header: its name, for `header`.
+    options: of the credentials, such as a file or a region."""
+
+    kind: str = "key"
+    header: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_renewed(self) -> bool:
+        return self.kind in RENEWED
+
+    def option(self, name: str) -> str:
+        """Its value; empty where it is not set."""
+        return dict(self.options).get(name, "")
+
+
+RENEWED = ("google", "entra", "aws")
+NETWORK_KEYS = ("proxy", "ca_file", "client_certificate", "client_key")
+KINDS = ("none", "key", "bearer", "header:NAME", *RENEWED)
+# The header of a key in each dialect, and what precedes the key.
+KEY_HEADERS: Mapping[str, tuple[bytes, bytes]] = {
+    "openai": (b"authorization", b"Bearer "),
+    "gemini": (b"x-goog-api-key", b""),
+    "anthropic": (b"x-api-key", b""),
+}
+# What no request of a client has any more once it comes here.
+CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Access:
+    """How one upstream is reached in one dialect; compared by identity. base: its URL without a
+    slash at its end. headers: of its own, the key among them; replaced: the names of those that a
+    client may send too. query: of its own, by name. authentication: where its credentials are
+    renewed."""
+
+    base: str
+    headers: Pairs = field(default=(), repr=False)
+    replaced: frozenset[bytes] = frozenset()
+    query: Mapping[str, str] = field(default_factory=dict, repr=False)
+    network: Network | None = None
+    authentication: Authentication | None = None
+    paths: Paths = Paths.PLAIN
+    prefix: str = ""
+
+    def url(self, path: str, query: str = "", *, model: str = "", streams: bool = False) -> str:
+        """The URL of a path of the dialect. model, streams: of a call, for paths that say so."""
+        if self.paths is not Paths.PLAIN:
+            path = self._path(path, model, streams)
+        if self.query:
+            query = self._with_own(query)
+        return f"{self.base}{path}?{query}" if query else f"{self.base}{path}"
+
+    def _path(self, path: str, model: str, streams: bool) -> str:
+        if self.paths is Paths.DEPLOYMENTS:
+            named = model and path in _OF_DEPLOYMENTS
+            return f"/deployments/{quote(model, safe='')}{path}" if named else path
+        if path == "/v1/messages":
+            verb = "streamRawPredict" if streams else "rawPredict"
+            return f"/v1{self.prefix}/publishers/anthropic/models/{quote(model, safe='@')}:{verb}"
+        if path == "/v1/messages/count_tokens":
+            return f"/v1{self.prefix}/publishers/anthropic/models/count-tokens:rawPredict"
+        if (found := _MODELS.fullmatch(path)) is None:
+            return path
+        version = "v1" if found["version"] == "v1" else "v1beta1"
+        # The list is of the publisher's models, which belong to no project.
+        prefix = self.prefix if found["below"] else ""
+        return f"/{version}{prefix}/publishers/google/models{found['below']}"
+
+    def _with_own(self, query: str) -> str:
+        pairs = parse_qsl(query, keep_blank_values=True)
+        kept = [pair for pair in pairs if pair[0] not in self.query]
+        own = urlencode(self.query)
+        if len(kept) == len(pairs):
+            return f"{query}&{own}" if query else own
+        return f"{urlencode(kept)}&{own}" if kept else own
+
+    def dressed(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """`headers` in lower case with the upstream's own, which replace those of the same name."""
+        if self.replaced:
+            headers = [pair for pair in headers if pair[0] not in self.replaced]
+        return [*headers, *self.headers]
+
+
+# Those of the SDK of OpenAI for Azure: what it asks beside them is not below a deployment.
+_OF_DEPLOYMENTS = frozenset(
+    (
+        *("/completions", "/chat/completions", "/embeddings", "/audio/transcriptions"),
+        *("/audio/translations", "/audio/speech", "/images/generations", "/images/edits"),
+    )
+)
+_MODELS = re.compile(r"/(?P<version>v1(?:alpha|beta)?)/models(?P<below>(?:/.+)?)")
+
+
+@dataclass(frozen=True, slots=True)
+class AccessOptions:
+    """What the table of an upstream says about access to it. paths: of dialects that have their
+    own; prefix: the part of Vertex's paths with project and location."""
+
+    authentication: Authentication = Authentication()
+    of_dialects: Mapping[str, Authentication] = field(default_factory=dict)
+    headers: Pairs = field(default=(), repr=False)
+    query: Mapping[str, str] = field(default_factory=dict, repr=False)
+    networks: Mapping[str, Network | None] = field(default_factory=dict)
+    paths: Mapping[str, Paths] = field(default_factory=dict)
+    prefix: str = ""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+    def access(self, dialect: str, base: str, key: str) -> Access:
+        """The access in one dialect. `key`: empty where there is none."""
+        authentication = self.of_dialects.get(dialect, self.authentication)
+        own = dict(self.headers)
+        if key and (header := _key_header(authentication, dialect)) is not None:
+            own[header[0]] = header[1] + key.encode()
+        replaced = frozenset(own) - CREDENTIALS
+        renewed = authentication if authentication.is_renewed else None
+        return Access(
+            base,
+            tuple(own.items()),
+            replaced,
+            self.query,
+            self.networks.get(dialect),
+            renewed,
+            self.paths.get(dialect, Paths.PLAIN),
+            self.prefix,
+        )
+
+
+def _key_header(authentication: Authentication, dialect: str) -> tuple[bytes, bytes] | None:
+    match authentication.kind:
+        case "key":
+            return KEY_HEADERS[dialect]
+        case "bearer":
+            return b"authorization", b"Bearer "
+        case "header":
+            return authentication.header.encode(), b""
+    return None
+
+
+# -- what the policy's file says
+
+_HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,100}")
+_HEADER_VALUE = re.compile(r"[\x20-\x7e]{0,4000}")
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_FROM_VARIABLE = "env:"
+_MOST = 50
+# Set by the connection, or by how the upstream authenticates.
+_NOT_SET_BY_HAND = frozenset(
+    (
+        *("host", "content-length", "transfer-encoding", "connection", "accept-encoding", "te"),
+        *("upgrade", "expect", "trailer", "keep-alive", "proxy-authorization", "content-encoding"),
+    )
+)
+
+
+def authentication_of(path: str, text: object, options: Mapping[str, str]) -> Authentication:
+    """From a word of the file; `options` of the credentials. Raises ConfigError."""
+    allowed = f"must be one of {', '.join(KINDS)}"
+    if not isinstance(text, str):
+        raise ConfigError(path, str(text)[:100], allowed)
+    kind, _, name = text.partition(":")
+    if kind == "header":
+        name = name.lower()
+        if _HEADER_NAME.fullmatch(name) is None or name in _NOT_SET_BY_HAND:
+            raise ConfigError(path, text[:100], "must be header:NAME with the name of a header")
+        return Authentication("header", name)
+    if text not in KINDS:
+        raise ConfigError(path, text[:100], allowed)
+    return Authentication(kind, options=tuple(options.items()) if kind in RENEWED else ())
+
+
+def value_of(path: str, value: object, secret: ReadSecret) -> tuple[str, bool]:
+    """A text, or the value of the variable that `env:NAME` names, and whether that is a secret.
+    Raises ConfigError."""
+    if not isinstance(value, str):
+        raise ConfigError(path, str(value)[:100], "must be a text, or env:VARIABLE")
+    if not value.startswith(_FROM_VARIABLE):
+        return value, False
+    variable = value.removeprefix(_FROM_VARIABLE)
+    if _VARIABLE.fullmatch(variable) is None:
+        raise ConfigError(path, "(hidden)", "must be env:VARIABLE with the name of a variable")
+    found = secret(variable)
+    if not found:
+        raise ConfigError(variable, "(not set)", f"must be set: {path} has its value from it")
+    return found, True
+
+
+def headers_of(path: str, table: Mapping[str, Any], secret: ReadSecret) -> tuple[Pairs, list[str]]:
+    """The headers of a table, and the secrets among their values. Raises ConfigError."""
+    pairs, secrets = [], []
+    if len(table) > _MOST:
+        raise ConfigError(path, f"({len(table)} headers)", f"must be at most {_MOST} headers")
+    for name, value in table.items():
+        lower = name.lower()
+        if _HEADER_NAME.fullmatch(lower) is None:
+            raise ConfigError(path, name[:100], "must be names of headers")
+        if lower in _NOT_SET_BY_HAND or lower.startswith("x-tidegate-"):
+            raise ConfigError(f"{path}.{name}", "(set)", "is a header that the gateway sets itself")
+        text, is_secret = value_of(f"{path}.{name}", value, secret)
+        if _HEADER_VALUE.fullmatch(text) is None:
+            allowed = "must be printable ASCII of at most 4000 characters"
+            raise ConfigError(f"{path}.{name}", "(hidden)", allowed)
+        pairs.append((lower.encode(), text.encode()))
+        secrets += [text] if is_secret else []
+    return tuple(pairs), secrets
+
+
+def query_of(
+    path: str, table: Mapping[str, Any], secret: ReadSecret
+) -> tuple[dict[str, str], list[str]]:
+    """The query of a table, and the secrets among its values. Raises ConfigError."""
+    found, secrets = {}, []
+    if len(table) > _MOST:
+        raise ConfigError(path, f"({len(table)} names)", f"must be at most {_MOST} names")
+    for name, value in table.items():
+        text, is_secret = value_of(f"{path}.{name}", value, secret)
+        found[name] = text
+        secrets += [text] if is_secret else []
+    return found, secrets
+
+
+def network_of(path: str, table: Mapping[str, Any], url: str, secret: ReadSecret) -> Network | None:
+    """The network of an upstream at `url`; None for the usual one. Raises ConfigError."""
+    files = {
+        name: _file(f"{path}.{name}", table[name])
+        for name in ("ca_file", "client_certificate", "client_key")
+        if name in table
+    }
+    if "client_key" in files and "client_certificate" not in files:
+        allowed = "needs client_certificate, which is not set"
+        raise ConfigError(f"{path}.client_key", "(set)", allowed)
+    network = Network(
+        _proxy(path, table, url, secret),
+        files.get("ca_file", ""),
+        files.get("client_certificate", ""),
+        files.get("client_key", ""),
+    )
+    if network == Network():
+        return None
+    if files:
+        _check_tls(path, network)
+    return network
+
+
+def _check_tls(path: str, network: Network) -> None:
+    for name, tried in (
+        ("ca_file", Network(ca_file=network.ca_file)),
+        ("client_certificate", network),
+    ):
+        try:
+            tried.tls_context()
+        except OSError as wrong:  # of TLS too
+            reason = wrong.strerror or type(wrong).__name__
+            allowed = f"must be a file of certificates in PEM form: {reason}"
+            raise ConfigError(f"{path}.{name}", getattr(network, _FIELDS[name]), allowed) from None
+
+
+_FIELDS = {"ca_file": "ca_file", "client_certificate": "certificate"}
+
+
+def _file(path: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(path, str(value)[:100], "must be the path of a file")
+    try:
+        with Path(value).open("rb"):
+            return value
+    except OSError as unreadable:
+        allowed = f"must be a readable file: {unreadable.strerror}"
+        raise ConfigError(path, value[:200], allowed) from None
+
+
+readable_file = _file
+
+
+def _proxy(path: str, table: Mapping[str, Any], url: str, secret: ReadSecret) -> Proxy | None:
+    """The one that the table names; else the environment's, which never applies to loopback."""
+    if "proxy" in table:
+        if table["proxy"] == "none":
+            return None
+        text, _ = value_of(f"{path}.proxy", table["proxy"], secret)
+        return _proxy_at(f"{path}.proxy", text)
+    parts = split_url(url)
+    host = parts.hostname or ""
+    if _is_loopback(host):
+        return None
+    proxies = getproxies_environment()
+    text = proxies.get(parts.scheme, "") or proxies.get("all", "")
+    if not text or proxy_bypass(f"{host}:{parts.port}" if parts.port else host):
+        return None
+    name = parts.scheme if parts.scheme in proxies else "all"
+    return _proxy_at(f"{name.upper()}_PROXY", text)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _proxy_at(path: str, text: str) -> Proxy:
+    allowed = "must be the http:// URL of a proxy, http://HOST:PORT, or env:VARIABLE, or none"
+    parts = split_url(text if "://" in text else f"http://{text}")
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise ConfigError(path, "(hidden)", allowed)
+    authorization = b""
+    if parts.username is not None:
+        authorization = _basic(unquote(parts.username), unquote(parts.password or ""))
+    return Proxy(parts.hostname, parts.port or 80, authorization, parts.geturl())
+
+
+def _basic(user: str, password: str) -> bytes:
+    return b"Basic " + b64encode(f"{user}:{password}".encode())

@@ -1,0 +1,340 @@
+"""Providers by name: where they are, which variable holds their key, how they authenticate.
+
+`docs/decisions/0021-upstreams-are-data.md` has the facts with their sources. How a provider counts
+is in `presets.py`. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
+
+from tidegate.errors import ConfigError
+from tidegate.policy.access import (
+    NETWORK_KEYS,
+    RENEWED,
+    AccessOptions,
+    Authentication,
+    Paths,
+    ReadSecret,
+    authentication_of,
+    headers_of,
+    network_of,
+    query_of,
+    readable_file,
+)
+from tidegate.policy.format import table_at
+
+DIALECTS = ("openai", "gemini", "anthropic")
+ALL_MODELS = ("*",)
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """Preset of a provider. urls: by dialect, with `{name}` where an option of the table stands.
+    key: the usual variable. models: its own, by their names. auth: as in the policy's file; others:
+    of single dialects. is_own: a server of one's own, which needs no key. is_rebased: a `base_url`
+    is its origin, and its paths stay. paths: by dialect, where they are not the dialect's. options:
+    what the table must name, with what applies where it does not, None for nothing."""
+
+    urls: Mapping[str, str]
+    key: str | None = None
+    models: tuple[str, ...] = ALL_MODELS
+    auth: str = "key"
+    others: Mapping[str, str] = field(default_factory=dict)
+    is_own: bool = False
+    is_rebased: bool = False
+    paths: Mapping[str, Paths] = field(default_factory=dict)
+    options: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def _own(port: int, *others: str) -> Provider:
+    """A server of one's own, which also has the dialects `others`."""
+    origin = f"http://127.0.0.1:{port}"
+    return Provider(
+        {"openai": f"{origin}/v1", **dict.fromkeys(others, origin)}, is_own=True, is_rebased=True
+    )
+
+
+PROVIDERS: Mapping[str, Provider] = {
+    "openai": Provider(
+        {"openai": "https://api.openai.com/v1"},
+        "OPENAI_API_KEY",
+        (
+            *("gpt-*", "chatgpt-*", "o1*", "o3*", "o4*", "codex-*", "ft:*", "text-embedding-3-*"),
+            *("text-embedding-ada-*", "dall-e-*", "omni-moderation-*", "whisper-*", "tts-*"),
+            "sora-*",
+        ),
+    ),
+    "anthropic": Provider(
+        {"anthropic": "https://api.anthropic.com"}, "ANTHROPIC_API_KEY", ("claude-*",)
+    ),
+    "gemini": Provider(
+        {
+            "gemini": "https://generativelanguage.googleapis.com",
+            "openai": "https://generativelanguage.googleapis.com/v1beta/openai",
+        },
+    ),
+    "azure": Provider(
+        {"openai": "https://{resource}.openai.azure.com/openai/v1"},
+        "AZURE_OPENAI_API_KEY",
+        auth="header:api-key",
+        others={"anthropic": "key"},
+        is_rebased=True,
+        options={"resource": None},
+    ),
+    "vertex": Provider(
+        {
+            "gemini": "https://{host}",
+            "anthropic": "https://{host}",
+            "openai": (
+                "https://{host}/v1/projects/{project}/locations/{location}/endpoints/openapi"
+            ),
+        },
+        auth="google",
+        is_rebased=True,
+        paths={"gemini": Paths.VERTEX, "anthropic": Paths.VERTEX},
+        options={"project": None, "location": "global"},
+    ),
+    "bedrock": Provider(
+        {
+            "openai": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1",
+            "anthropic": "https://bedrock-mantle.{region}.api.aws/anthropic",
+        },
+        "AWS_BEARER_TOKEN_BEDROCK",
+        auth="bearer",
+        is_rebased=True,
+        options={"region": None},
+    ),
+    "groq": Provider({"openai": "https://api.groq.com/openai/v1"}, "GROQ_API_KEY"),
+    "mistral": Provider(
+        {"openai": "https://api.mistral.ai/v1"},
+        "MISTRAL_API_KEY",
+        (
+            *("mistral-*", "ministral-*", "magistral-*", "codestral-*", "devstral-*"),
+            *("voxtral-*", "pixtral-*", "open-mistral-*", "open-mixtral-*"),
+        ),
+    ),
+    "xai": Provider({"openai": "https://api.x.ai/v1"}, "XAI_API_KEY", ("grok-*",)),
+    "deepseek": Provider(
+        {"openai": "https://api.deepseek.com", "anthropic": "https://api.deepseek.com/anthropic"},
+        "DEEPSEEK_API_KEY",
+        ("deepseek-*",),
+    ),
+    "openrouter": Provider({"openai": "https://openrouter.ai/api/v1"}, "OPENROUTER_API_KEY"),
+    "together": Provider({"openai": "https://api.together.xyz/v1"}, "TOGETHER_API_KEY"),
+    "fireworks": Provider({"openai": "https://api.fireworks.ai/inference/v1"}, "FIREWORKS_API_KEY"),
+    "cerebras": Provider({"openai": "https://api.cerebras.ai/v1"}, "CEREBRAS_API_KEY"),
+    "perplexity": Provider(
+        {"openai": "https://api.perplexity.ai"}, "PERPLEXITY_API_KEY", ("sonar*",)
+    ),
+    "moonshot": Provider(
+        {
+            "openai": "https://api.moonshot.ai/v1",
+            "anthropic": "https://api.moonshot.ai/anthropic",
+        },
+        "MOONSHOT_API_KEY",
+        ("kimi-*", "moonshot-v1-*"),
+    ),
+    "ollama": _own(11434, "anthropic"),
+    "vllm": _own(8000, "anthropic"),
+    "sglang": _own(30000),
+    "tgi": _own(3000),
+    "llama.cpp": _own(8080, "anthropic"),
+    "lmstudio": _own(1234),
+}
+
+# Of a table, beside the URLs and the key.
+HEADER_KEYS = ("headers", "query", "organization")
+ACCESS_KEYS = (
+    *("auth", "paths", "project", "location", "region", "resource", "credentials_file"),
+    *("aws_profile", "aws_service", "scope", *HEADER_KEYS, *NETWORK_KEYS),
+)
+_NAMED = re.compile(r"[A-Za-z0-9][\w.:-]{0,99}", re.ASCII)
+# Of credentials that are renewed: which options they take.
+_CREDENTIAL_OPTIONS = {
+    "google": ("credentials_file",),
+    "entra": ("scope",),
+    "aws": ("region", "aws_profile", "aws_service"),
+}
+_ENTRA_SCOPE = "https://cognitiveservices.azure.com/.default"
+# By the dialect that an endpoint of Bedrock speaks: which service a signature names.
+_AWS_SERVICES = {"openai": "bedrock", "anthropic": "bedrock-mantle"}
+# The last general version of Azure's paths by deployment.
+_API_VERSION = "2024-10-21"
+
+
+def urls_of(path: str, provider: Provider, table: Mapping[str, Any]) -> dict[str, str]:
+    """The base URLs of a preset, by dialect; empty where the table lacks one of its options but
+    has `dialects` of its own. Raises ConfigError."""
+    stated = {name: _option(path, table, name) for name in provider.options if name in table}
+    values = {name: stated.get(name, usual) or "" for name, usual in provider.options.items()}
+    base = table.get("base_url")
+    for name, value in values.items():
+        if not value and not (base is not None and name in ("resource", "region")):
+            if "dialects" in table and base is None:
+                return {}
+            raise ConfigError(f"{path}.{name}", "(not set)", "must be set for this provider")
+    values["host"] = _vertex_host(values.get("location", ""))
+    urls = {dialect: url.format_map(values) for dialect, url in provider.urls.items()}
+    if base is not None:
+        urls = _rebased(str(base), urls)
+    if table.get("paths") == Paths.DEPLOYMENTS:
+        urls = {dialect: url.removesuffix("/v1") for dialect, url in urls.items()}
+    return urls
+
+
+def _rebased(base: str, urls: Mapping[str, str]) -> dict[str, str]:
+    """The same paths at another origin; `base` may already have one of them."""
+    paths = {dialect: urlsplit(url).path for dialect, url in urls.items()}
+    origin = base.rstrip("/")
+    for known in sorted((*paths.values(), "/openai", "/v1"), key=len, reverse=True):
+        if known and origin.endswith(known):
+            origin = origin.removesuffix(known)
+            break
+    return {dialect: f"{origin}{below}" for dialect, below in paths.items()}
+
+
+def _vertex_host(location: str) -> str:
+    if location == "global":
+        return "aiplatform.googleapis.com"
+    if location in ("us", "eu"):
+        return f"aiplatform.{location}.rep.googleapis.com"
+    return f"{location}-aiplatform.googleapis.com"
+
+
+def _option(path: str, table: Mapping[str, Any], name: str) -> str:
+    value = table[name]
+    if not isinstance(value, str) or _NAMED.fullmatch(value) is None:
+        allowed = "must be a name of letters, digits, dots, colons, - and _"
+        raise ConfigError(f"{path}.{name}", str(value)[:100], allowed)
+    return value
+
+
+def access_options_of(
+    path: str,
+    name: str | None,
+    table: Mapping[str, Any],
+    urls: Mapping[str, str],
+    secret: ReadSecret,
+) -> AccessOptions:
+    """How the upstream of a table is reached; `name` is its provider's. Raises ConfigError."""
+    provider = PROVIDERS.get(name or "")
+    authentication, of_dialects = _authentications(path, provider, table)
+    headers, secrets = headers_of(
+        f"{path}.headers", table_at(f"{path}.headers", table.get("headers", {})), secret
+    )
+    named = {
+        header: _option(path, table, option).encode()
+        for option, header in (
+            ("organization", b"openai-organization"),
+            ("project", b"openai-project"),
+        )
+        if option in table and not (provider and option in provider.options)
+    }
+    query, more = query_of(
+        f"{path}.query", table_at(f"{path}.query", table.get("query", {})), secret
+    )
+    paths = _paths(path, provider, table, urls)
+    if Paths.DEPLOYMENTS in paths.values():
+        query.setdefault("api-version", _API_VERSION)
+    prefix = ""
+    if Paths.VERTEX in paths.values():
+        location = table.get("location", "global")
+        prefix = f"/projects/{table['project']}/locations/{location}"
+    networks = {dialect: network_of(path, table, url, secret) for dialect, url in urls.items()}
+    return AccessOptions(
+        authentication,
+        of_dialects,
+        tuple({**named, **dict(headers)}.items()),
+        query,
+        networks,
+        paths,
+        prefix,
+        (*secrets, *more),
+    )
+
+
+def _authentications(
+    path: str, provider: Provider | None, table: Mapping[str, Any]
+) -> tuple[Authentication, dict[str, Authentication]]:
+    """That of the upstream, and those of dialects that have their own."""
+    stated = table.get("auth", provider.auth if provider else "key")
+    kind = stated if isinstance(stated, str) else ""
+    _check_installed(f"{path}.auth", kind)
+    known = _CREDENTIAL_OPTIONS.get(kind, ())
+    is_used = {*known, *(provider.options if provider else ())}
+    for names in _CREDENTIAL_OPTIONS.values():
+        for option in names:
+            if option in table and option not in is_used:
+                others = [one for one in RENEWED if option in _CREDENTIAL_OPTIONS[one]]
+                allowed = f"is for auth = {', '.join(others)}"
+                raise ConfigError(f"{path}.{option}", "(set)", allowed)
+    options = {option: _credential(path, table, option) for option in known if option in table}
+    if kind == "entra":
+        options.setdefault("scope", _ENTRA_SCOPE)
+    found = authentication_of(f"{path}.auth", stated, options)
+    of_dialects = {}
+    if kind == "aws":
+        if not options.get("region"):
+            raise ConfigError(f"{path}.region", "(not set)", "must be set for auth = aws")
+        for dialect, service in _AWS_SERVICES.items():
+            whole = {"aws_service": service, **options}
+            of_dialects[dialect] = authentication_of(f"{path}.auth", stated, whole)
+    elif provider is not None and "auth" not in table:
+        of_dialects = {
+            dialect: authentication_of(f"{path}.auth", text, {})
+            for dialect, text in provider.others.items()
+        }
+    return found, of_dialects
+
+
+# What reads credentials, and the extra that installs it.
+_LIBRARIES = {"aws": "botocore", "entra": "azure.identity"}
+_EXTRAS = {"aws": "aws", "entra": "azure"}
+
+
+def _check_installed(path: str, kind: str) -> None:
+    library = _LIBRARIES.get(kind)
+    try:
+        is_there = library is None or find_spec(library) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        is_there = False
+    if not is_there:
+        allowed = f"needs {library}: pip install 'tidegate[{_EXTRAS[kind]}]'"
+        raise ConfigError(path, kind, allowed)
+
+
+def _credential(path: str, table: Mapping[str, Any], option: str) -> str:
+    if option == "credentials_file":
+        return readable_file(f"{path}.{option}", table[option])
+    if option == "scope":
+        value = table[option]
+        if not isinstance(value, str) or not value.startswith(("https://", "api://")):
+            raise ConfigError(f"{path}.scope", str(value)[:100], "must be a scope, https://...")
+        return value
+    return _option(path, table, option)
+
+
+def _paths(
+    path: str, provider: Provider | None, table: Mapping[str, Any], urls: Mapping[str, str]
+) -> dict[str, Paths]:
+    stated = table.get("paths")
+    if stated is None:
+        return dict(provider.paths) if provider else {}
+    allowed = (Paths.PLAIN, Paths.DEPLOYMENTS)
+    if stated not in allowed:
+        names = ", ".join(allowed)
+        raise ConfigError(f"{path}.paths", str(stated)[:100], f"must be one of {names}")
+    if stated == Paths.DEPLOYMENTS and "openai" not in urls:
+        raise ConfigError(f"{path}.paths", stated, "needs an upstream of OpenAI's dialect")
+    return {"openai": Paths(stated)}
+
+
+def own_models(name: str) -> Sequence[str]:
+    """The models that a provider is known by; `*` where it hosts those of others."""
+    return PROVIDERS[name].models

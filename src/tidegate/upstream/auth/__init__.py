@@ -1,0 +1,1 @@
+"""Authentication at upstreams by credentials that are renewed: Google's, Microsoft's and AWS's."""
