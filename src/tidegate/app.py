@@ -46,6 +46,7 @@ from tidegate.store.store import Store
 from tidegate.store.tenants import Policies
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Tracing
+from tidegate.upstream.credentials import open_wire
 from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import GeminiProcessor
 from tidegate.upstream.transport import RelayWire, Timeouts
@@ -149,7 +150,7 @@ async def run_worker_of(
         pools = dict.fromkeys(targets.upstreams, limiter)
         spine = _spine_of(config, targets, pools, Tracing(), store)
         relay = await stack.enter_async_context(_open_relay(config, spine, store))
-        prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
+        prompts = await stack.enter_async_context(_open_prompts(config, spine, store, relay.wire))
         worker = Worker(
             config=config,
             store=store,
@@ -194,7 +195,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         tracing = await stack.enter_async_context(_tracing(store.listeners, role, instance_id))
         spine = _spine_of(config, Targets(others), limiters, tracing, store)
         relay = await stack.enter_async_context(_open_relay(config, spine, store))
-        prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
+        prompts = await stack.enter_async_context(_open_prompts(config, spine, store, relay.wire))
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=spine.health)
         stack.callback(asyncio.create_task(watch.run()).cancel)
@@ -336,12 +337,8 @@ def _spine_of(
 
 @asynccontextmanager
 async def _open_relay(config: Config, spine: Spine, store: Store) -> AsyncIterator[Relay]:
-    wire = RelayWire(_timeouts_of(config))
-    await wire.start()
-    try:
+    async with open_wire(_timeouts_of(config), spine.targets.upstreams.values()) as wire:
         yield Relay(spine, wire, Resources(store.provider_resources, spine.targets))
-    finally:
-        await wire.aclose()
 
 
 _COLLECTOR = (
@@ -403,7 +400,9 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 
 @asynccontextmanager
-async def _open_prompts(config: Config, spine: Spine, store: Store) -> AsyncIterator[PromptCalls]:
+async def _open_prompts(
+    config: Config, spine: Spine, store: Store, wire: RelayWire
+) -> AsyncIterator[PromptCalls]:
     """Google's SDK at work, for each upstream of Gemini's dialect."""
     async with AsyncExitStack() as stack:
         processors = {}
@@ -412,6 +411,8 @@ async def _open_prompts(config: Config, spine: Spine, store: Store) -> AsyncIter
                 api_key=upstream.key,
                 base_url=upstream.base_urls[Dialect.GEMINI],
                 timeouts=spine.timeouts[upstream.name],
+                access=upstream.access(Dialect.GEMINI),
+                signers=wire.signers,
             )
             await processor.start()
             stack.push_async_callback(processor.aclose)

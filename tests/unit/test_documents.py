@@ -201,9 +201,10 @@ def test_every_setting_that_is_named_is_there() -> None:
 NOT_OURS = {
     *("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "NAME"),
     *("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY", "ANTHROPIC_CUSTOM_HEADERS"),
+    *("HTTP_PROXY", "ALL_PROXY", "NO_PROXY"),
     *("TIDEGATE_PORT", "TIDEGATE_IMAGE", "TIDEGATE_MODEL_STEPS", "TIDEGATE_MODEL_SEED"),
 }
-OF_OTHERS = ("AWS_", "GOOGLE_", "HTTPS_", "OTEL_", "SSL_")
+OF_OTHERS = ("AWS_", "AZURE_", "GOOGLE_", "HTTPS_", "OTEL_", "SSL_")
 
 
 def test_the_index_leads_to_every_document() -> None:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-from tidegate.dialects.spec import DialectSpec, ErrorAnswer, Headers
+from tidegate.dialects.spec import ErrorAnswer, Headers
 from tidegate.prices.rates import STANDARD_TIERS
 
 _LONGEST_TIER = 40
@@ -99,14 +99,6 @@ def _without_named(headers: Headers, connection: bytes) -> Headers:
     """`headers` without those that the value of Connection names."""
     dropped = {name.strip() for name in connection.split(b",")}
     return [pair for pair in headers if pair[0] not in dropped]
-
-
-def with_key(headers: Headers, dialect: DialectSpec, key: str) -> Headers:
-    """`headers` with the upstream's key, if there is one, in the dialect's header."""
-    if not key:
-        return headers
-    name, prefix = dialect.key_header
-    return [*headers, (name, prefix + key.encode())]
 
 
 def to_return(

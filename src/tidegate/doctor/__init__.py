@@ -164,20 +164,28 @@ async def _read_record(
 
 
 async def _provider(upstream: Upstream, config: Config) -> Finding:
+    from tidegate.upstream.credentials import open_wire
     from tidegate.upstream.fetch import ask_for_models
+    from tidegate.upstream.transport import Timeouts
 
     check = f"provider.{upstream.name}"
     if upstream.name == DEFAULT_POOL and config.emulated:
         return skipped(check, "emulated")
     dialect, url = next(iter(upstream.base_urls.items()))
-    probed = await ask_for_models(dialect, url, upstream.key, _ONLINE_MS)
+    timeouts = Timeouts(_ONLINE_MS, _ONLINE_MS, _ONLINE_MS, _ONLINE_MS)
+    async with open_wire(timeouts, [upstream]) as wire:
+        probed = await ask_for_models(wire, upstream, dialect)
     place = f"{dialect} at {url}"
+    access = upstream.access(dialect)
+    proves = bool(upstream.key) or access.authentication is not None
+    if access.network is not None and access.network.proxy is not None:
+        place += f" by the proxy {access.network.proxy}"
     match probed.status:
         case None:
             mend = "is the address right, and may this machine go out? --offline leaves this out"
             return fail(check, f"{place}: {probed.problem}", mend)
         case 200:
-            return ok(check, f"{place} {'takes the key' if upstream.key else 'answers'}")
+            return ok(check, f"{place} {'takes the key' if proves else 'answers'}")
         case 400 | 401 | 403:
             mend = "set another key, or give this one the right to the API"
             return fail(check, f"{place} refuses the key ({probed.status})", mend)

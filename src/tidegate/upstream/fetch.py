@@ -9,7 +9,6 @@ unique signature.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import socket
 from collections.abc import Callable, Mapping
@@ -24,8 +23,9 @@ from yarl import URL
 
 from tidegate.call import Media
 from tidegate.dialects import DIALECTS
-from tidegate.dialects.headers import with_key
-from tidegate.errors import FetchRefused
+from tidegate.errors import FetchRefused, UpstreamError
+from tidegate.policy.deployment import Upstream
+from tidegate.upstream.transport import RelayWire
 
 Address = IPv4Address | IPv6Address
 MAX_URI_CHARS = 2048
@@ -345,27 +345,16 @@ class GuardedPoster:
             return Posted(problem=f"webhook_url {why_not_sent(failed)}")
 
 
-async def ask_for_models(dialect: str, base_url: str, key: str, timeout_ms: int) -> Posted:
+async def ask_for_models(wire: RelayWire, upstream: Upstream, dialect: str) -> Posted:
     """Request a provider's list of models in `dialect`. Never raises for what the provider or the
     network does."""
-    spec = DIALECTS[dialect]
-    headers = {
-        name.decode(): value.decode() for name, value in with_key([*spec.headers], spec, key)
-    }
+    spec, access = DIALECTS[dialect], upstream.access(dialect)
+    headers = [*spec.headers, (b"accept-encoding", b"identity")]
     try:
-        async with (
-            aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=timeout_ms / 1000), trust_env=False
-            ) as session,
-            session.get(
-                base_url + spec.models.path, headers=headers, allow_redirects=False
-            ) as answer,
-        ):
-            return Posted(answer.status)
-    except TimeoutError:
-        return Posted(problem=f"no answer within {timeout_ms} ms")
-    except (aiohttp.ClientError, ValueError) as failed:
-        number = getattr(failed, "errno", None) or 0
-        # asyncio's own words for it list every address that was tried.
-        words = os.strerror(number) if number > 0 else str(failed) or type(failed).__name__
-        return Posted(problem=words)
+        place = wire.place(access.url(spec.models.path), access)
+        exchange = await wire.open("GET", place, headers, None)
+        exchange.close()
+        await asyncio.sleep(0)
+    except UpstreamError as failed:
+        return Posted(problem=failed.message)
+    return Posted(exchange.status)

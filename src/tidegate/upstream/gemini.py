@@ -49,8 +49,9 @@ from tidegate.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from tidegate.policy.access import Access, AccessOptions, Authentication
 from tidegate.telemetry.logging import Log, get_logger
-from tidegate.upstream.transport import Timeouts
+from tidegate.upstream.transport import Signer, Timeouts
 
 if TYPE_CHECKING:
     import httpx2
@@ -347,7 +348,7 @@ async def _usable(client: AsyncClient, file: File, name: str) -> File:
 
 MAX_ANSWER_BYTES = 64_000_000
 API_VERSION = "v1beta"
-_NO_KEY = "none"  # the SDK insists on one, where a server needs none
+_NO_KEY = "none"  # the SDK insists on one; the connections send the upstream's own
 FORGET_WITHIN_MS = 10_000
 CLOSE_WITHIN_S = 2.0
 
@@ -375,12 +376,18 @@ class GeminiProcessor:
         timeouts: Timeouts,
         inline_max_bytes: int = 20_000_000,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
+        access: Access | None = None,
+        signers: Mapping[Authentication, Signer] | None = None,
     ) -> None:
         """`base_url` may have a path; the version (`v1beta`) is appended unless it ends with it.
         Files go inline up to `inline_max_bytes` in all, beyond that through the Files API.
+        `access`: of the upstream, where it is more than an address and a key; `signers` have its
+        credentials.
         """
         self._api_key = api_key
         self._base_url = base_url.rstrip("/").removesuffix(f"/{API_VERSION}")
+        self._access = access or AccessOptions().access("gemini", self._base_url, api_key)
+        self._signers = signers or {}
         self._timeouts = timeouts
         self._inline_max_bytes = inline_max_bytes
         self._max_answer_bytes = max_answer_bytes
@@ -549,10 +556,12 @@ class GeminiProcessor:
             logging.getLogger(name).setLevel(logging.WARNING)
         # A finish reason that the SDK does not know yet is no reason for a warning in our log.
         warnings.filterwarnings("ignore", message=".* is not a valid [A-Z]", category=UserWarning)
-        connections = SdkClient(self._timeouts, self._max_answer_bytes)
+        connections = SdkClient(
+            self._timeouts, self._max_answer_bytes, (self._base_url, self._access), self._signers
+        )
         client = genai.Client(
             vertexai=False,
-            api_key=self._api_key or _NO_KEY,
+            api_key=_NO_KEY,
             http_options=types.HttpOptions(
                 base_url=self._base_url,
                 api_version=API_VERSION,

@@ -39,12 +39,23 @@ from tidegate.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from tidegate.policy.access import Access, Authentication
 from tidegate.telemetry.tracing import HEADER
-from tidegate.upstream.transport import Exchange, RelayWire, Timeouts, out_of_time
+from tidegate.upstream.transport import (
+    Exchange,
+    RelayWire,
+    RequestPlace,
+    Signer,
+    Timeouts,
+    out_of_time,
+)
 
 _EVENTS = b"text/event-stream"
-# The connection sends these itself.
-_FRAMING = ("host", "content-length", "connection", "transfer-encoding", "accept-encoding")
+# The connection sends these itself, the key as the upstream wants it.
+_FRAMING = (
+    *("host", "content-length", "connection", "transfer-encoding", "accept-encoding"),
+    "x-goog-api-key",
+)
 _HEADS_KEPT = 64
 
 
@@ -322,11 +333,20 @@ class SdkClient(httpx2.AsyncClient):
     request opens its connections: the client may be built outside of the event loop.
     """
 
-    def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
+    def __init__(
+        self,
+        timeouts: Timeouts,
+        max_answer_bytes: int,
+        reached: tuple[str, Access],
+        signers: Mapping[Authentication, Signer],
+    ) -> None:
+        """`reached`: the base URL that the SDK knows, and how the upstream is really reached."""
         super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
         self.max_answer_bytes = max_answer_bytes
         self.open_exchanges: set[SdkExchange] = set()
         self._timeouts = timeouts
+        self._base, self._access = reached
+        self._signers = signers
         self._wire: RelayWire | None = None
 
     def build_request(
@@ -357,7 +377,7 @@ class SdkClient(httpx2.AsyncClient):
             fields = [*fields, (HEADER, scope.traceparent.encode())]
         try:
             wire = self._wire or await self._opened()
-            place = wire.place(request.whole_url)
+            place = self._place(wire, request.whole_url)
             exchange = await wire.open(request.method, place, fields, request.body)
         except BaseException:  # cancellation too: the exchange must not stay open
             await call.aclose()
@@ -381,8 +401,17 @@ class SdkClient(httpx2.AsyncClient):
 
     async def _opened(self) -> RelayWire:
         self._wire = RelayWire(self._timeouts, tls_context())
+        self._wire.signers = self._signers
         await self._wire.start()
         return self._wire
+
+    def _place(self, wire: RelayWire, url: str) -> RequestPlace:
+        """Nothing of the upstream's goes to another address."""
+        below = url.removeprefix(self._base)
+        if below == url or not below.startswith("/"):
+            return wire.place(url)
+        path, _, query = below.partition("?")
+        return wire.place(self._access.url(path, query), self._access)
 
 
 class CallScope:

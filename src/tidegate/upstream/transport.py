@@ -609,17 +609,8 @@ class RelayWire:
         one; a body that can't be repeated always goes on a new one. Cancelling closes the
         connection.
         """
-        access, signer = place.access, None
-        if access is not None:
-            headers = access.dressed(headers)
-            if access.authentication is not None:
-                signer = self._signer_of(access.authentication)
-                headers = signer.sign(method, place, headers, body)
-        lines = [b"%b: %b\r\n" % pair for pair in headers]
-        said = b"".join(lines)
-        if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
-            raise UpstreamRejected("the request could not be sent: a header holds a line's end")
-        head = b"%b %b%b" % (method.encode("ascii"), place.line, said)
+        signer = self._signer_of(place.access)
+        head = _head(method, place, headers, body, signer)
         if body is None and method != "GET":
             body = b""
         origin = place.origin
@@ -649,10 +640,13 @@ class RelayWire:
                     raise
             connection = await self._connect(origin)
 
-    def _signer_of(self, authentication: Authentication) -> Signer:
-        signer = self.signers.get(authentication)
+    def _signer_of(self, access: Access | None) -> Signer | None:
+        if access is None or access.authentication is None:
+            return None
+        signer = self.signers.get(access.authentication)
         if signer is None:
-            raise UpstreamUnauthorized(f"no credentials of {authentication.kind} are open here")
+            kind = access.authentication.kind
+            raise UpstreamUnauthorized(f"no credentials of {kind} are open here")
         return signer
 
     # -- connections
@@ -719,7 +713,7 @@ class RelayWire:
                 raise _no_tunnel(proxy, "its answer is not HTTP")
             if not found[1].startswith(b"2"):
                 raise _no_tunnel(proxy, f"it answered {found[1].decode()}")
-        except BaseException:
+        except BaseException:  # a cancellation too
             connected.close()
             raise
 
@@ -759,6 +753,25 @@ class RelayWire:
                     exchange.cut(phase)
             for origin, kept in self._idle.items():
                 self._idle[origin] = [one for one in kept if not _retired(one, now)]
+
+
+def _head(
+    method: str,
+    place: RequestPlace,
+    headers: Iterable[tuple[bytes, bytes]],
+    body: object,
+    signer: Signer | None,
+) -> bytes:
+    """The head of a request, without the empty line at its end."""
+    if place.access is not None:
+        headers = place.access.dressed(headers)
+        if signer is not None:
+            headers = signer.sign(method, place, headers, body)
+    lines = [b"%b: %b\r\n" % pair for pair in headers]
+    said = b"".join(lines)
+    if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
+        raise UpstreamRejected("the request could not be sent: a header holds a line's end")
+    return b"%b %b%b" % (method.encode("ascii"), place.line, said)
 
 
 def _proxy_line(proxy: Proxy) -> bytes:

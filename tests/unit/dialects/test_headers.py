@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tidegate.dialects import DIALECTS
-from tidegate.dialects.headers import to_return, to_send, with_key
+from tidegate.dialects.headers import to_return, to_send
 from tidegate.dialects.spec import Dialect
+from tidegate.policy.access import AccessOptions
 
 
 def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
@@ -30,7 +30,7 @@ def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
         (b"x-stainless-lang", b"python"),
         (b"anthropic-beta", b"new"),
     ]
-    sent = with_key(to_send(given), DIALECTS[Dialect.ANTHROPIC], "ours")
+    sent = AccessOptions().access(Dialect.ANTHROPIC, "http://u", "ours").dressed(to_send(given))
     assert sent == [
         (b"content-type", b"application/json"),
         (b"x-stainless-lang", b"python"),
@@ -41,8 +41,11 @@ def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
 
 
 def test_the_key_is_shown_as_the_dialect_has_it() -> None:
-    assert with_key([], DIALECTS[Dialect.OPENAI], "k") == [(b"authorization", b"Bearer k")]
-    assert with_key([], DIALECTS[Dialect.GEMINI], "k") == [(b"x-goog-api-key", b"k")]
+    def own(dialect: Dialect) -> list[tuple[bytes, bytes]]:
+        return AccessOptions().access(dialect, "http://u", "k").dressed([])
+
+    assert own(Dialect.OPENAI) == [(b"authorization", b"Bearer k")]
+    assert own(Dialect.GEMINI) == [(b"x-goog-api-key", b"k")]
 
 
 def test_what_comes_back() -> None:

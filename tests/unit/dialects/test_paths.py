@@ -6,7 +6,7 @@ import pytest
 
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, native_path
 from tidegate.dialects.spec import Dialect, Operation
-from tidegate.policy import deployment
+from tidegate.policy import providers
 
 NONE: frozenset[bytes] = frozenset()
 
@@ -138,5 +138,5 @@ def test_a_model_s_id_may_hold_slashes_which_stay_escaped() -> None:
 
 
 def test_each_dialect_that_settings_may_name_has_one_spec() -> None:
-    assert {spec.name for spec in DIALECTS.values()} == set(Dialect) == set(deployment.DIALECTS)
+    assert {spec.name for spec in DIALECTS.values()} == set(Dialect) == set(providers.DIALECTS)
     assert all(DIALECTS[dialect].name is dialect for dialect in Dialect)
