@@ -19,7 +19,7 @@ from tidegate.dialects.spec import Dialect, DialectSpec, Endpoint
 # In the order in which a path is tried; OpenAI's is spoken where no other is.
 DIALECTS: dict[str, DialectSpec] = {spec.name: spec for spec in (GEMINI, ANTHROPIC, OPENAI)}
 _POSTED = {path: call for spec in DIALECTS.values() for path, call in spec.calls.items()}
-_METHODS = ("GET", "POST", "PUT", "DELETE")
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _SLASHES = re.compile(r"/{2,}")
 _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
 # Paths of clients whose base URL is one step off: with a version too many, with one of another
@@ -89,7 +89,8 @@ def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
     endpoint = DIALECTS[dialect].endpoint_of(method, path)
     if endpoint is None and method in ("POST", "PUT"):  # no two dialects share such a path
         tried = (spec.endpoint_of(method, path) for spec in DIALECTS.values())
-        endpoint = next((one for one in tried if one is not None), None)
+        calls = (one for one in tried if one is not None and one.resource is None)
+        endpoint = next(calls, None)
     return endpoint
 
 

@@ -23,7 +23,10 @@ from tidegate.dialects.answers import (
     with_tier,
 )
 from tidegate.dialects.headers import until_date_ms, used_up
+from tidegate.dialects.pages import anthropic_page
+from tidegate.dialects.references import may_name, named_values
 from tidegate.dialects.requests import request_facts
+from tidegate.dialects.resources import Act, Reference, path_of, use_in
 from tidegate.dialects.spec import (
     AnswerFacts,
     Dialect,
@@ -52,8 +55,38 @@ def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
     return b"anthropic-version" in headers or path.startswith("/v1/messages")
 
 
+_RESOURCES = (
+    path_of("GET", "/v1/files", "file", Act.LIST),
+    path_of("POST", "/v1/files", "file", Act.CREATE),
+    path_of("GET", "/v1/files/{id}", "file", Act.READ),
+    path_of("GET", "/v1/files/{id}/content", "file", Act.READ),
+    path_of("DELETE", "/v1/files/{id}", "file", Act.DELETE),
+)
+
+
 def endpoint_of(method: str, path: str) -> Endpoint | None:
-    return listed_models(Dialect.ANTHROPIC, path) if method == "GET" else None
+    if method == "GET" and (listed := listed_models(Dialect.ANTHROPIC, path)) is not None:
+        return listed
+    use = use_in(_RESOURCES, method, path)
+    if use is None:
+        return None
+    operation = Operation.UPLOAD if use.act is Act.CREATE else Operation.RESOURCE
+    return Endpoint(Dialect.ANTHROPIC, operation, path, resource=use)
+
+
+_FILE_FIELDS = frozenset(("file_id",))
+# What a model calls a client's tool with, and what describes it.
+_OF_TOOLS = frozenset(("input", "input_schema"))
+# Of files that a tool of the provider's has made, in a conversation that is sent again.
+_OUTPUTS = frozenset(("code_execution_output", "bash_code_execution_output", "file_citation"))
+
+
+def references(_body: Mapping[str, Any], raw: bytes) -> list[Reference]:
+    """The files that a request names, wherever they stand in it. Raises InvalidRequest."""
+    if not may_name(raw, b'"file_id"'):
+        return []
+    named = named_values(raw, _FILE_FIELDS, _OF_TOOLS, _OUTPUTS)
+    return [Reference("file", one, "file_id") for one in dict.fromkeys(one.value for one in named)]
 
 
 def _picture(size: Size) -> float:
@@ -221,6 +254,9 @@ ANTHROPIC = DialectSpec(
     answer_facts=answer_facts,
     add_output=add_output,
     image_count=image_count,
+    resource_paths=_RESOURCES,
+    references=references,
+    page=anthropic_page,
     statuses=_STATUSES,
     refusal=refusal,
     problem=problem,

@@ -1,4 +1,4 @@
-"""Google's dialect: generateContent and its siblings. Pure.
+"""Google's dialect: generateContent and its siblings, and interactions. Pure.
 
 Google also refuses in these words in the other dialects that it speaks.
 """
@@ -11,11 +11,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 
 from tidegate.admission.estimator import USUAL_RULES, Rules
 from tidegate.call import Usage, UsageDetails
+from tidegate.dialects import interactions
 from tidegate.dialects.answers import (
     HEAD_BYTES,
     LONGEST_READ_BYTES,
@@ -36,7 +38,19 @@ from tidegate.dialects.answers import (
     with_searches,
     with_tier,
 )
+from tidegate.dialects.pages import gemini_page
+from tidegate.dialects.references import may_name, named_values
 from tidegate.dialects.requests import request_facts as facts_of_request
+from tidegate.dialects.resources import (
+    RESOURCE_ID,
+    Act,
+    Making,
+    Reference,
+    ResourcePath,
+    ResourceUse,
+    path_of,
+    use_in,
+)
 from tidegate.dialects.spec import (
     NOTHING_SHORTENED,
     AnswerFacts,
@@ -52,7 +66,7 @@ from tidegate.dialects.spec import (
     RequestFacts,
     models_endpoint,
 )
-from tidegate.errors import TidegateError
+from tidegate.errors import NotFound, TidegateError
 
 # A method that is not named here is a future one: a call of a model.
 _OPERATIONS = {
@@ -68,7 +82,25 @@ _CALL = re.compile(
     re.ASCII,
 )
 _MODELS = re.compile(r"/v1(?:alpha|beta)?/models(?:/[\w\-][\w.\-]*)?", re.ASCII)
-_FILES = re.compile(r"/v1(?:alpha|beta)?/files(?:/[\w-]+(?::download)?)?", re.ASCII)
+_STORING = re.compile(r"/v1(?:alpha|beta)?/(?:interactions|cachedContents)", re.ASCII)
+_FILE = Making("file", "name", "file", "files/")  # in the answer to an upload's last request
+_VERSION_ROOT = "/v1(?:alpha|beta)?"
+_RESOURCES = tuple(
+    path_of(method, f"{_VERSION_ROOT}/{below}", kind, act)
+    for method, below, kind, act in (
+        ("GET", "files", "file", Act.LIST),
+        ("GET", "files/{id}", "file", Act.READ),
+        ("GET", "files/{id}:download", "file", Act.READ),
+        ("DELETE", "files/{id}", "file", Act.DELETE),
+        ("GET", "cachedContents", "cached_content", Act.LIST),
+        ("GET", "cachedContents/{id}", "cached_content", Act.READ),
+        ("PATCH", "cachedContents/{id}", "cached_content", Act.CHANGE),
+        ("DELETE", "cachedContents/{id}", "cached_content", Act.DELETE),
+        ("GET", "interactions/{id}", "interaction", Act.READ),
+        ("DELETE", "interactions/{id}", "interaction", Act.DELETE),
+        ("POST", "interactions/{id}/cancel", "interaction", Act.CANCEL),
+    )
+)
 _UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
 
 
@@ -89,14 +121,77 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
             model=call["model"],
             streams=do.startswith("stream"),
         )
+    if method == "POST" and _STORING.fullmatch(path):
+        makes_cache = path.endswith("/cachedContents")
+        return Endpoint(Dialect.GEMINI, Operation.CACHE if makes_cache else Operation.INFER, path)
     if method in ("POST", "PUT") and _UPLOAD.fullmatch(path):
-        return Endpoint(Dialect.GEMINI, Operation.UPLOAD, path)
+        upload = ResourceUse(ResourcePath(method, _UPLOAD, "file", Act.CREATE, _FILE))
+        return Endpoint(Dialect.GEMINI, Operation.UPLOAD, path, resource=upload)
     if method == "GET" and _MODELS.fullmatch(path):
         return models_endpoint(Dialect.GEMINI, path)
-    is_one_file = method == "DELETE" and path.count("/") == 3
-    if (is_one_file or method == "GET") and _FILES.fullmatch(path):
-        return Endpoint(Dialect.GEMINI, Operation.FILES, path)
+    use = use_in(_RESOURCES, method, path)
+    if use is None:
+        return None
+    operation = Operation.FILES if use.kind == "file" else Operation.RESOURCE
+    return Endpoint(Dialect.GEMINI, operation, path, resource=use)
+
+
+_REFERRING = (b"fileUri", b"file_uri", b'"uri"', b"cachedContent", b"cached_content")
+_PREVIOUS = b"previous_interaction_id"
+_URIS = frozenset(("fileUri", "file_uri", "uri"))
+_CACHES = frozenset(("cachedContent", "cached_content"))
+_REFERENCES = _URIS | _CACHES | {"previous_interaction_id"}
+# What a model has called a client's function with, and what that has returned.
+_OF_FUNCTIONS = frozenset(("args", "arguments"))
+_OWN_FILE = re.compile(
+    rf"(?:https?://[^/?#\s]+/v1(?:alpha|beta|main)?/|/?(?:v1(?:alpha|beta|main)?/)?)"
+    rf"files/({RESOURCE_ID})",
+    re.ASCII,
+)
+_CACHE = re.compile(rf"cachedContents/({RESOURCE_ID})", re.ASCII)
+
+
+def references(_body: Mapping[str, Any], raw: bytes) -> list[Reference]:
+    """The files, the cached content and the interaction that a request names, each where it stands.
+    Raises InvalidRequest and NotFound."""
+    if not may_name(raw, *_REFERRING, _PREVIOUS):
+        return []
+    found = []
+    for one in named_values(raw, _REFERENCES, _OF_FUNCTIONS):
+        if one.field in _URIS:
+            if (file_id := _file_named(one.field, one.value)) is not None:
+                found.append(Reference("file", file_id, one.field))
+        elif one.field in _CACHES:
+            named = _CACHE.fullmatch(one.value)
+            if named is None:
+                raise NotFound(f"there is no {one.value[:100]!a}", field=one.field)
+            found.append(Reference("cached_content", named[1], one.field))
+        else:
+            found.append(Reference("interaction", one.value, one.field))
+    return list(dict.fromkeys(found))
+
+
+def _file_named(field: str, uri: str) -> str | None:
+    """The id of the account's file that a URI names; None for what is somewhere else. Raises
+    NotFound for what is written in a way in which only Google might read it as one of its files."""
+    if (own := _OWN_FILE.fullmatch(uri)) is not None:
+        return own[1]
+    plain = unquote(uri).lower()
+    is_relative = "://" not in plain and not plain.startswith("data:")
+    if "generativelanguage" in plain or (is_relative and "files/" in plain):
+        raise NotFound(f"there is no file {uri[:200]!a}", field=field)
     return None
+
+
+_INTERACTION = Making("interaction", within="interaction")
+_CACHED_CONTENT = Making("cached_content", "name", prefix="cachedContents/")
+
+
+def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
+    """An interaction is stored unless the request says no."""
+    if path.endswith("/interactions"):
+        return None if body.get("store") is False else _INTERACTION
+    return _CACHED_CONTENT if path.endswith("/cachedContents") else None
 
 
 _OWN_TOOLS = frozenset(("functionDeclarations", "function_declarations"))
@@ -110,6 +205,11 @@ def request_facts(
     endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
 ) -> RequestFacts:
     """Facts of a request. Raises InvalidRequest."""
+    if endpoint.path.endswith("/interactions"):
+        return interactions.request_facts(endpoint, body, whole, rules_of)
+    model = body.get("model")
+    if endpoint.operation is Operation.CACHE and isinstance(model, str):
+        body = {**body, "model": model.removeprefix("models/")}
     settings = body.get("generationConfig", body.get("generation_config"))
     return facts_of_request(
         endpoint,
@@ -238,8 +338,14 @@ _NUMBERED = re.compile(rb'"finishReason"\s*:\s*(\d{1,9})\b')
 
 def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
     """Facts of an answer, whole, as a list, or as a stream."""
+    if interactions.is_interaction(answer):
+        return interactions.answer_facts(answer, omitted=omitted, cut=cut)
     if (whole := whole_object(answer)) is not None:
         facts = object_facts(_FORM, whole)
+        if str(whole.get("name", "")).startswith("cachedContents/"):
+            # All that it counts is input, which a later call reads again.
+            total = count_of(part_of(whole, "usageMetadata"), "totalTokenCount")
+            facts.usage = Usage(input_tokens=total, output_tokens=0, total_tokens=total)
         if facts.finish_reason is None:
             facts.finish_reason = short_text(part_of(whole, "promptFeedback").get("blockReason"))
     else:
@@ -285,10 +391,15 @@ _INLINE = re.compile(rb'"inlineData"\s*:\s*\{')
 
 def image_count(answer: bytes) -> int:
     """How many images a whole answer holds."""
+    if interactions.is_interaction(answer):
+        return interactions.image_count(answer)
     return len(_INLINE.findall(answer))
 
 
 def add_output(event: JsonObject, output: OutputEvents) -> None:
+    if "event_type" in event:
+        interactions.add_output(event, output)
+        return
     for candidate in objects_in(event.get("candidates")):
         for part in objects_in(part_of(candidate, "content").get("parts")):
             for name, value in part.items():
@@ -437,6 +548,10 @@ GEMINI = DialectSpec(
     answer_facts=answer_facts,
     add_output=add_output,
     image_count=image_count,
+    resource_paths=_RESOURCES,
+    references=references,
+    made_by=made_by,
+    page=gemini_page,
     statuses=_STATUSES,
     refusal=refusal,
     problem=problem,

@@ -39,6 +39,7 @@ from tidegate.dialects.answers import (
     with_tier,
 )
 from tidegate.dialects.headers import used_up
+from tidegate.dialects.references import may_name, named_values
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, path_of, use_in
 from tidegate.dialects.spec import (
@@ -138,10 +139,10 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
 
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """The response that a call continues, and the conversation that it is added to."""
+    """The response that a call continues, the conversation that it is added to, and its files."""
+    found = _files_named(raw)
     if _REFERRING.isdisjoint(body):
-        return []
-    found = []
+        return found
     before, conversation = body.get("previous_response_id"), body.get("conversation")
     if isinstance(conversation, Mapping):
         conversation = conversation.get("id")
@@ -156,6 +157,20 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
             raise InvalidRequest(field, said, allowed=f"the id of a {kind}")
         found.append(Reference(kind, value, field))
     return found
+
+
+_FILE_FIELDS = frozenset(("file_id", "file_ids"))
+# What a model has cited or found, and what describes a function: neither has a file read.
+_NO_FILES = frozenset(("annotations", "results", "parameters", "metadata", "schema"))
+_CITATIONS = frozenset(("file_citation", "container_file_citation", "file_path"))
+
+
+def _files_named(raw: bytes) -> list[Reference]:
+    """The files that a body names, wherever they stand in it. Raises InvalidRequest."""
+    if not may_name(raw, b'"file_id"', b'"file_ids"'):
+        return []
+    named = named_values(raw, _FILE_FIELDS, _NO_FILES, _CITATIONS)
+    return [Reference("file", one, "file_id") for one in dict.fromkeys(one.value for one in named)]
 
 
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:

@@ -21,7 +21,7 @@ from typing import Any, assert_never
 
 import orjson
 
-from tidegate.dialects import DIALECTS
+from tidegate.dialects import DIALECTS, interactions
 from tidegate.dialects.headers import retry_after_ms
 from tidegate.dialects.spec import Dialect, ErrorAnswer, Headers, JsonObject, RefusalFacts
 from tidegate.errors import (
@@ -363,6 +363,8 @@ class Prelude:
 
 
 def _has_no_output(event: dict[str, Any]) -> bool:
+    if "event_type" in event:
+        return interactions.has_no_output(event)
     kind = event.get("type")
     if kind == "content_block_start":
         block = _object(event.get("content_block"))

@@ -61,7 +61,7 @@ _HOSTED = frozenset(
 _STATE = frozenset(
     (
         *("previous_response_id", "conversation", "cachedContent", "cached_content"),
-        *("context_management", "container"),
+        *("context_management", "container", "previous_interaction_id", "environment"),
     )
 )
 _TELLING = TOOLS | _HOSTED | _STATE | {"prompt"}
@@ -111,7 +111,8 @@ _LONG_NAME_CHARS = 200
 _FEW_WORDS_CHARS = 200  # a file's type, its name, how closely to look
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
 _INLINE_MIME = ("mimeType", "mime_type", "media_type")
-_URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
+_URI = ("fileUri", "file_uri", "file_id", "image_url", "url", "uri")
+_LINKED = frozenset(("image", "audio", "video", "document"))  # contents of an interaction
 _OF_FILES = frozenset(("data", *_URI))
 # Where a file is given as a data URL; elsewhere what looks like one is a text.
 _OF_URLS = frozenset(
@@ -302,6 +303,8 @@ class Content:
                 return
         for key in _URI:
             uri = value.get(key)
+            if key == "uri" and value.get("type") not in _LINKED:
+                continue  # of what is read, not of a file
             if isinstance(uri, str) and not uri.startswith("data:"):
                 self._linked(value)
                 left += _beside(value, key)
@@ -346,7 +349,8 @@ _READ = frozenset(
     (
         *("model", "models", "stream", "stream_options", "background", "deferred", "n"),
         *("max_tokens", "max_completion_tokens", "max_output_tokens", "service_tier", "tools"),
-        *("generationConfig", "generation_config"),
+        *("generationConfig", "generation_config", "agent", "previous_interaction_id"),
+        *("cachedContent", "cached_content"),
         *("store", "previous_response_id", "conversation"),
     )
 )

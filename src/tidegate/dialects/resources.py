@@ -31,15 +31,27 @@ class Act(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Making:
+    """What the answer to a call makes. name: the field that names it, in an answer or, within the
+    object `within` if there is one, in an event of its stream. prefix: of an id there, such as
+    `files/`, which is not kept."""
+
+    kind: str
+    name: str = "id"
+    within: str | None = None
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ResourcePath:
-    """A path of resources. pattern: the whole path, with a group `id` where it names one. answer:
-    where an answer of CREATE names what it has made."""
+    """A path of resources. pattern: the whole path, with a group `id` where it names one. makes:
+    what its answer makes."""
 
     method: str
     pattern: re.Pattern[str]
     kind: str
     act: Act
-    answer: str = "id"
+    makes: Making | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +79,15 @@ class Reference:
     field: str
 
 
-@dataclass(frozen=True, slots=True)
-class Making:
-    """What the answer to a call makes. name: the field that names it, in an answer or, within the
-    object `within` if there is one, in an event of its stream."""
-
-    kind: str
-    name: str = "id"
-    within: str | None = None
-
-
-def path_of(method: str, pattern: str, kind: str, act: Act, answer: str = "id") -> ResourcePath:
-    """A row of a table; `{id}` stands for the id, `{any}` for that of something below it."""
+def path_of(
+    method: str, pattern: str, kind: str, act: Act, makes: Making | None = None
+) -> ResourcePath:
+    """A row of a table; `{id}` stands for the id, `{any}` for that of something below it. What
+    CREATE makes is of its own kind, unless `makes` says more."""
+    if makes is None and act is Act.CREATE:
+        makes = Making(kind)
     named = pattern.replace("{id}", f"(?P<id>{RESOURCE_ID})").replace("{any}", RESOURCE_ID)
-    return ResourcePath(method, re.compile(named, re.ASCII), kind, act, answer)
+    return ResourcePath(method, re.compile(named, re.ASCII), kind, act, makes)
 
 
 def use_in(table: Sequence[ResourcePath], method: str, path: str) -> ResourceUse | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
 from tidegate.call import UNKNOWN_USAGE, Kind, Usage
+from tidegate.dialects.pages import PageQuery, openai_page
 from tidegate.dialects.resources import (
     Making,
     Reference,
@@ -45,8 +46,9 @@ class Operation(StrEnum):
 
     INFER requests text or images of a model, EMBED vectors, IMAGES images alone, TRANSCRIBE the
     text of a recording, SPEAK a recording of a text, MODERATE a judgement on one, RERANK the order
-    of some. COUNT, MODELS, FILES, RESOURCE and UPLOAD run no model, and take a limit only where
-    there is one for `kind:other`; so does OTHER, a path that an upstream's `passthrough` names.
+    of some, CACHE the keeping of an input. COUNT, MODELS, FILES, RESOURCE and UPLOAD run no model,
+    and take a limit only where there is one for `kind:other`; so does OTHER, a path that an
+    upstream's `passthrough` names.
     RESOURCE is all that concerns something which lives at a provider.
     """
 
@@ -57,6 +59,7 @@ class Operation(StrEnum):
     SPEAK = "speak"
     MODERATE = "moderate"
     RERANK = "rerank"
+    CACHE = "cache"
     COUNT = "count"
     MODELS = "models"
     FILES = "files"
@@ -84,10 +87,12 @@ class Operation(StrEnum):
 _COUNTED = frozenset(
     {
         *(Operation.INFER, Operation.EMBED, Operation.IMAGES, Operation.TRANSCRIBE),
-        *(Operation.SPEAK, Operation.MODERATE, Operation.RERANK),
+        *(Operation.SPEAK, Operation.MODERATE, Operation.RERANK, Operation.CACHE),
     }
 )
-_WITHOUT_OUTPUT = frozenset({Operation.EMBED, Operation.MODERATE, Operation.RERANK})
+_WITHOUT_OUTPUT = frozenset(
+    {Operation.EMBED, Operation.MODERATE, Operation.RERANK, Operation.CACHE}
+)
 _NAMES = {
     Operation.INFER: "chat",
     Operation.EMBED: "embeddings",
@@ -96,6 +101,7 @@ _NAMES = {
     Operation.SPEAK: "speech",
     Operation.MODERATE: "moderation",
     Operation.RERANK: "rerank",
+    Operation.CACHE: "create_cache",
     Operation.COUNT: "count_tokens",
     Operation.MODELS: "models",
     Operation.FILES: "files",
@@ -282,7 +288,7 @@ class DialectSpec:
 
     Resources: `resource_paths` are those of what lives at a provider; `references(body, raw)` are
     the resources that a call refers to, and `made_by(path, body)` is what its answer makes, if
-    anything; both are asked of each call.
+    anything; both are asked of each call. `page(kind, query)` reads what a list is asked for.
 
     Answers: `answer_facts(answer, omitted=False, cut=False)` reads what was kept of one, where
     `omitted` says that its middle is missing, and `cut` that it may not have come to its end;
@@ -317,4 +323,5 @@ class DialectSpec:
     resource_paths: tuple[ResourcePath, ...] = ()
     references: Callable[[Mapping[str, Any], bytes], Sequence[Reference]] = nothing_referred
     made_by: Callable[[str, Mapping[str, Any]], Making | None] = nothing_made
+    page: Callable[[str, str], PageQuery] = openai_page
     keep_alive: bytes = b": waiting for admission\n\n"

@@ -16,7 +16,7 @@ import base64
 import hashlib
 import select
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -421,6 +421,7 @@ class EmulatorState:
         self.ledger = CallLedger(settings.log_size)
         self.presence = ConnectionWatch()
         self.files = FileStore()
+        self.stored: dict[str, dict[str, Json]] = defaultdict(dict)  # by kind and name
         self.random = Random(settings.seed)
         self.batches = BatchStore(self.now_ns, self.random, self.ledger.add_batch_line)
         self.kept: dict[str, object] = {}  # what a front keeps for its account, by its name
@@ -437,6 +438,7 @@ class EmulatorState:
         """As at the start: counters, log, windows, files, faults, behaviour, random numbers."""
         self.ledger.reset()
         self.files.clear()
+        self.stored.clear()
         self.batches.clear()
         self.kept.clear()
         self.random.seed(self.settings.seed)

@@ -64,7 +64,7 @@ from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
 from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure
 from tidegate.spine.bodies import FormBody
-from tidegate.spine.native import MAX_BYTES, NativeCall, check_files
+from tidegate.spine.native import MAX_BYTES, NativeCall
 from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState
 from tidegate.store.records import Idempotency
@@ -340,8 +340,6 @@ class _Front:
                 tracing=self._services.spine.tracing,
             )
             call.form = form
-            if not endpoint.is_counted:
-                check_files(call)
             if self._services.store.audit.is_full:
                 await self._services.store.audit.room(call.terms.left_ms())
             opening = self._opening(call)

@@ -85,8 +85,12 @@ class BatchedCalls:
     def of_native(self, call: NativeCall, target: Target, record: CallRecord) -> BatchableCall:
         """Raises InvalidRequest and PayloadTooLarge."""
         read = skimmed(call.body)
-        asked = DIALECTS[call.endpoint.dialect].request_facts(call.endpoint, read.body, read.whole)
+        spec = DIALECTS[call.endpoint.dialect]
+        asked = spec.request_facts(call.endpoint, read.body, read.whole)
         check_said_once(read.raw, read.body)
+        if references := spec.references(read.body, read.raw):
+            said = f"{references[0].field} names what only a call of its own may reach"
+            raise InvalidRequest(references[0].field, said)
         body = body_for(call.body, call.endpoint, read.body, target, ask_usage=False) or b"{}"
         if b"\n" in body:  # it is one line of a file
             body = orjson.dumps(orjson.loads(body))

@@ -54,6 +54,12 @@ def _changed(
     if named is not None:
         again = endpoint.operation in _NAMES_IT_AGAIN and named != target.model
         return _model_named_again(raw, named, target.model) if again else raw
+    if "agent" in body and endpoint.path.endswith("/interactions"):  # in place of a model
+        same = target.model in ("", body["agent"])
+        return raw if same else _rewritten(raw, "agent", target.model)
+    if endpoint.operation is Operation.CACHE:
+        same = body["model"].removeprefix("models/") == target.model
+        return raw if same else _rewritten(raw, "model", f"models/{target.model}")
     if target.model and body.get("model") != target.model:
         with_model = _with_model if "model" in body else _naming_model
         body = {**body, "model": target.model}

@@ -73,8 +73,9 @@ def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> N
                     allowed=f"models/{endpoint.model}",
                 )
     if caller.models is not None:
+        prefix = "models/" if endpoint.dialect is Dialect.GEMINI else ""
         for field, model in _models_in(body):
-            check_model(caller, model, field)
+            check_model(caller, model.removeprefix(prefix), field)
 
 
 def check_names(caller: Caller, raw: bytes) -> None:

@@ -53,7 +53,7 @@ from tidegate.dialects.requests import (
 )
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
-from tidegate.errors import Forbidden, InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
+from tidegate.errors import InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key
@@ -169,6 +169,7 @@ class Relay:
             record.model, record.streamed = asked.model, asked.streams
             record.kind = asked.kind.value if endpoint.is_counted else None
         if endpoint.resource is not None:
+            references = DIALECTS[endpoint.dialect].references({}, call.body)
             targets = [await self.resources.target_of(caller, endpoint.dialect, endpoint.resource)]
         else:
             targets = self._targets(call, asked)
@@ -227,7 +228,9 @@ class Relay:
     ) -> None:
         """Pass on one request of an upload; `own` gives the URL by which the client reaches us, of
         its query. Raises as `run`."""
-        target = self.spine.first_of(call.endpoint.dialect)
+        use = call.endpoint.resource
+        assert use is not None
+        target = await self.resources.target_of(call.terms.caller, call.endpoint.dialect, use)
         record.upstream, record.pool = target.upstream.name, target.upstream.pool
         record.attempts = 1
         try:
@@ -237,12 +240,12 @@ class Relay:
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, target, call.endpoint.dialect)
                 record.http_status = exchange.status
+                answer = await exchange.read(_UPLOADED_BYTES)
+                await Keeping(self.resources, call, None).note(answer, target)
                 headers = _own(to_return(exchange.headers, target.upstream.key), own)
+                record.keep(answer)
                 await out.start(exchange.status, headers)
-                while piece := await exchange.next():
-                    record.keep(piece)
-                    await out.body(piece, True)
-                await out.body(b"", False)
+                await out.body(answer, False)
             finally:
                 exchange.close()
         except UpstreamError as error:
@@ -474,7 +477,10 @@ class NativeExchange:
             one.query = ""
             exchange = await _open(self._wire, self._timeouts[at.upstream.name], one, at, None)
             try:
-                if exchange.status == 404:
+                # Google says 403 of what is not there.
+                if exchange.status == 404 or (
+                    exchange.status == 403 and self.dialect is Dialect.GEMINI
+                ):
                     return None
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, at, self.dialect)
@@ -824,16 +830,9 @@ class NothingOut:
 
 
 UPLOADS = "/upload/v1beta/files"
+_UPLOADED_BYTES = 1_000_000  # of the answer to an upload, which describes the file
 MAX_BYTES = 2 * 1024**3  # https://ai.google.dev/gemini-api/docs/files
 _URLS = (b"x-goog-upload-url", b"x-goog-upload-control-url")
-
-
-def check_files(call: NativeCall) -> None:
-    """Raises Forbidden where a caller with a key would see the files of others: the account's list
-    is one for all tenants, while a file's own name is known to nobody but who made it."""
-    lists = call.endpoint.operation is Operation.FILES and call.endpoint.path.endswith("/files")
-    if lists and call.terms.caller.key_id is not None:
-        raise Forbidden("listing files is not supported: tenants share the provider's account")
 
 
 def _own(headers: Headers, own: Callable[[str], str]) -> Headers:

@@ -12,17 +12,17 @@ whatever an upstream answers to others.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
 from uuid import UUID
 
 import orjson
 
 from tidegate.call import Caller
+from tidegate.dialects import DIALECTS
 from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, ResourceUse
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
@@ -35,8 +35,7 @@ from tidegate.upstream.transport import Exchange
 if TYPE_CHECKING:
     from tidegate.spine.native import NativeCall
 
-_USUAL_PAGE = 20
-_LONGEST_PAGE = 100
+_MADE_ELSEWHERE = frozenset(("file", "cached_content"))
 _MOST_READ = 300  # of which a filter may leave out any number
 
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
@@ -135,13 +134,23 @@ class Resources:
         """Where a request on a resource goes. What names none is made at the dialect's own provider
         where that is an upstream, else at the one that speaks the fewest others. Raises NotFound.
         """
-        if use.resource_id is not None:
-            return Target(await self.owner(caller, dialect, use.kind, use.resource_id), "")
+        named = use.resource_id
+        if named is not None and not (
+            caller.key_id is None and await self._is_unnoted(dialect, use.kind, named)
+        ):
+            return Target(await self.owner(caller, dialect, use.kind, named), "")
         speaking = self._targets.speaking(dialect)
         if not speaking:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
         first = min(speaking, key=lambda one: (one.provider != dialect, len(one.base_urls)))
         return Target(first, "")
+
+    async def _is_unnoted(self, dialect: str, kind: str, resource_id: str) -> bool:
+        """Whether something is of a kind that people also make at the provider itself, and no
+        tenant here has made it: where no keys are required, it is everybody's."""
+        if kind not in _MADE_ELSEWHERE:
+            return False
+        return not await self._store.owners(dialect, kind, [resource_id])
 
     async def among(
         self,
@@ -154,6 +163,8 @@ class Resources:
         not the caller's own, InvalidRequest where no target is left."""
         left = list(targets)
         for one in references:
+            if caller.key_id is None and await self._is_unnoted(dialect, one.kind, one.resource_id):
+                continue
             upstream = await self.owner(caller, dialect, one.kind, one.resource_id, one.field)
             left = [target for target in left if target.upstream.name == upstream.name]
             if not left:
@@ -168,10 +179,13 @@ class Resources:
     async def page(
         self, caller: Caller, dialect: Dialect, use: ResourceUse, query: str, read: Read
     ) -> bytes:
-        """A page of the caller's own, in OpenAI's form, by the rows that say so: each is read where
-        it lives, and shown as it is there. Raises InvalidRequest."""
-        asked = _Page.of(query)
-        found: list[dict[str, Any]] = []
+        """A page of the caller's own, in the dialect's form, by the rows that say so: each is read
+        where it lives, and shown as it is there. Raises InvalidRequest."""
+        asked = DIALECTS[dialect].page(use.kind, query)
+        if asked.only is not None:
+            chosen = await self._chosen(caller, dialect, use, asked.only, read)
+            return orjson.dumps(asked.whole(chosen, False))
+        found: list[tuple[str, dict[str, Any]]] = []
         after, seen, has_more = asked.after, 0, True
         while has_more and len(found) <= asked.limit and seen < _MOST_READ:
             rows = await self._store.of_tenant(
@@ -188,58 +202,25 @@ class Resources:
                 upstream = self._upstream(owner, dialect, use.kind, resource_id, None)
                 one = await read(Target(upstream, ""), resource_id)
                 if one is not None and asked.shows(one):
-                    found.append(one)
+                    found.append((resource_id, one))
                 if len(found) > asked.limit:
                     break
         shown = found[: asked.limit]
-        return orjson.dumps(
-            {
-                "object": "list",
-                "data": shown,
-                "first_id": shown[0].get("id") if shown else None,
-                "last_id": shown[-1].get("id") if shown else None,
-                "has_more": len(found) > asked.limit or has_more,
-            }
-        )
+        return orjson.dumps(asked.whole(shown, len(found) > asked.limit or has_more))
 
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    """What a list is asked for. metadata: pairs that all must be there."""
-
-    limit: int
-    after: str | None
-    newest_first: bool
-    model: str | None
-    metadata: Mapping[str, str]
-
-    @classmethod
-    def of(cls, query: str) -> _Page:
-        """Raises InvalidRequest."""
-        named = {name: values[-1] for name, values in parse_qs(query).items()}
-        text = named.get("limit", str(_USUAL_PAGE))
-        if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:4]) <= _LONGEST_PAGE:
-            allowed = f"a whole number from 1 to {_LONGEST_PAGE}"
-            raise InvalidRequest("limit", f"limit must be {allowed}", allowed=allowed)
-        order = named.get("order", "asc")
-        if order not in ("asc", "desc"):
-            raise InvalidRequest("order", "order is unknown", allowed="asc or desc")
-        metadata = {
-            name[len("metadata[") : -1]: value
-            for name, value in named.items()
-            if name.startswith("metadata[") and name.endswith("]")
-        }
-        after = named.get("after")
-        if after is not None and len(after) > LONGEST_ID:
-            raise InvalidRequest("after", "after is not an id", allowed="the id of a list's last")
-        return cls(int(text), after, order == "desc", named.get("model"), metadata)
-
-    def shows(self, one: Mapping[str, Any]) -> bool:
-        if self.model is not None and one.get("model") != self.model:
-            return False
-        said = one.get("metadata")
-        said = said if isinstance(said, dict) else {}
-        return all(said.get(name) == value for name, value in self.metadata.items())
+    async def _chosen(
+        self, caller: Caller, dialect: Dialect, use: ResourceUse, ids: Sequence[str], read: Read
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """Those of the ids that are the caller's own."""
+        owners = await self._store.owners(dialect, use.kind, ids)
+        found = []
+        for one in ids:
+            owner = owners.get(one)
+            if owner is not None and owner.tenant_id == caller.tenant_id:
+                upstream = self._upstream(owner, dialect, use.kind, one, None)
+                if (shown := await read(Target(upstream, ""), one)) is not None:
+                    found.append((one, shown))
+        return found
 
 
 # Answers
@@ -258,9 +239,11 @@ def id_in(answer: bytes, making: Making) -> str | None:
     one; None where none does."""
     if answer.lstrip()[:1] == b"{":
         try:
-            return _id_of(orjson.loads(answer), making.name)
+            whole = orjson.loads(answer)
         except orjson.JSONDecodeError:
             return None
+        inner = None if making.within is None else whole.get(making.within)
+        return _id_of(inner, making) or _id_of(whole, making)
     for line in answer.splitlines():
         if not line.startswith(b"data:"):
             continue
@@ -271,15 +254,16 @@ def id_in(answer: bytes, making: Making) -> str | None:
         if not isinstance(event, dict):
             continue
         within = event if making.within is None else event.get(making.within)
-        if isinstance(within, dict) and (found := _id_of(within, making.name)) is not None:
+        if isinstance(within, dict) and (found := _id_of(within, making)) is not None:
             return found
     return None
 
 
-def _id_of(value: Any, name: str) -> str | None:
-    found = value.get(name) if isinstance(value, dict) else None
+def _id_of(value: Any, making: Making) -> str | None:
+    found = value.get(making.name) if isinstance(value, dict) else None
     if not isinstance(found, str) or not found:
         return None
+    found = found.removeprefix(making.prefix)
     if len(found) > LONGEST_ID or not found.isprintable():
         raise UpstreamGarbled("the answer names a resource by what can't be an id")
     return found
@@ -295,8 +279,8 @@ class Keeping:
         self._resources = resources
         self._call = call
         self._use = use = call.endpoint.resource
-        if making is None and use is not None and use.act is Act.CREATE:
-            making = Making(use.kind, use.path.answer)
+        if making is None and use is not None:
+            making = use.path.makes
         self.making = making
 
     @property
@@ -331,6 +315,11 @@ class Keeping:
         if found is not None:
             await self._resources.note(self.by, target, self.making.kind, [found])
         return first
+
+    async def note(self, answer: bytes, target: Target) -> None:
+        """Have it durable what a whole answer makes. Raises StoreUnavailable."""
+        if self.making is not None and (found := id_in(answer, self.making)) is not None:
+            await self._resources.note(self.by, target, self.making.kind, [found])
 
     async def named(
         self, exchange: Exchange, first: bytes, record: CallRecord

@@ -53,11 +53,3 @@ async def test_errors_are_those_that_the_sdk_knows(open_gateway: Opener) -> None
     async with sdk(gateway) as client:
         with pytest.raises(BadRequestError, match="kind:text_only"):
             await client.messages.create(**ASKED)
-
-
-async def test_files_are_not_those_of_openais_batches(gateway: Gateway) -> None:
-    from anthropic import NotFoundError
-
-    async with sdk(gateway) as client:
-        with pytest.raises(NotFoundError, match="Tidegate does not relay GET /v1/files"):
-            await client.beta.files.list()

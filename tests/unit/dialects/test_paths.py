@@ -32,6 +32,10 @@ NONE: frozenset[bytes] = frozenset()
         ("GET", "/v1beta/models", "gemini", "models", "/v1beta/models"),
         ("GET", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
         ("DELETE", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
+        ("POST", "/v1beta/interactions", "gemini", "infer", "/v1beta/interactions"),
+        ("POST", "/v1beta/cachedContents", "gemini", "cache", "/v1beta/cachedContents"),
+        ("PATCH", "/v1beta/cachedContents/a", "gemini", "resource", "/v1beta/cachedContents/a"),
+        ("GET", "/v1beta/interactions/a", "gemini", "resource", "/v1beta/interactions/a"),
     ],
 )
 def test_known_paths(method: str, path: str, dialect: str, operation: str, below: str) -> None:

@@ -1,4 +1,4 @@
-"""OpenAI's batch API: /v1/files with the purpose `batch`, and /v1/batches.
+"""OpenAI's files and batch API: /v1/files and /v1/batches.
 
     https://platform.openai.com/docs/api-reference/batch
 
@@ -32,6 +32,7 @@ WINDOW_S = 24 * 3600.0
 _S = 1_000_000_000
 _NOT_JSON = "We could not parse the JSON body of your request."
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+_PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 _EXPIRED = {
     "code": "batch_expired",
     "message": "This request could not be executed before the completion window expired.",
@@ -75,15 +76,17 @@ async def route(served: Served, name: str, work: Work) -> web.StreamResponse:
 async def _upload(served: Served) -> web.Response:
     form = await served.request.post()
     purpose, file = form.get("purpose"), form.get("file")
-    if purpose != "batch":
-        raise Refused(400, "Invalid 'purpose': only 'batch' is supported here.", param="purpose")
+    if purpose not in _PURPOSES:
+        raise Refused(400, f"Invalid 'purpose': {str(purpose)[:40]}.", param="purpose")
     if not isinstance(file, web.FileField):
         raise Refused(400, "Missing required parameter: 'file'.", param="file")
     data = file.file.read()
     if len(data) > MOST_BYTES:
         raise Refused(400, "The file is larger than 200 MB.", param="file")
     batches = served.state.batches
-    kept = JsonLinesFile(f"file-{token_hex(12)}", file.filename, "batch", data, batches.now_ns())
+    kept = JsonLinesFile(
+        f"file-{token_hex(12)}", file.filename, str(purpose), data, batches.now_ns()
+    )
     batches.keep(kept)
     return json_response(200, _file(kept))
 

@@ -1,8 +1,9 @@
-"""Anthropic's API: messages, token counting, models.
+"""Anthropic's API: messages, token counting, models and files.
 
 Invariants: errors have Anthropic's shape, an overload is a 529; the input usage is in the first
 event of a stream, the output usage in the last but one; unknown fields and blocks are ignored; a
-body that Anthropic refuses raises Refused with the field's name.
+body that Anthropic refuses raises Refused with the field's name; an uploaded file can be named in
+messages but not downloaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from secrets import token_hex
 from typing import Any
 
 import orjson
@@ -39,6 +41,7 @@ from tidegate.emulator.delivery import (
     ScriptStep,
     Served,
     broken_object,
+    json_response,
     line_work,
     named_event,
     stream_steps,
@@ -48,6 +51,7 @@ from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused,
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.rate_limits import anthropic_page, check_admin_key, refused_in_anthropic
 from tidegate.emulator.settings import Behaviour
+from tidegate.emulator.state import EmulatorState
 
 _TYPE_OF = {
     400: "invalid_request_error",
@@ -431,6 +435,9 @@ async def route(served: Served) -> web.StreamResponse:
     match request.method, _name(request).split("/"):
         case "POST", ["messages"]:
             asked = served.cached(read_messages(await served.json(_NOT_JSON)))
+            for file in asked.attached:
+                if file.uri is not None and file.uri.startswith("file_"):
+                    _find_file(served.state, file.uri)
             _check_model(behaviour, asked.model)
             return await served.generate(asked, partial(script, asked, served.behaviour))
         case "POST", ["messages", "count_tokens"]:
@@ -438,6 +445,8 @@ async def route(served: Served) -> web.StreamResponse:
             _check_model(behaviour, asked.model)
             counted = {"input_tokens": asked.input_tokens}
             return await served.other("count", asked.model, lambda: counted)
+        case _, ["files", *steps]:
+            return await _files(served, steps)
         case _, ["messages", "batches", *steps]:
             return await anthropic_batches.route(served, steps, partial(_line_work, behaviour))
         case "GET", ["organizations", "rate_limits"]:
@@ -503,3 +512,84 @@ def _describe(model: str) -> Json:
 def _list_models() -> Json:
     data = [_describe(name) for name in MODELS]
     return {"data": data, "has_more": False, "first_id": MODELS[0], "last_id": MODELS[-1]}
+
+
+_STORED = "anthropic_files"
+_MOST_LISTED = 1_000
+
+
+async def _files(served: Served, steps: Sequence[str]) -> web.StreamResponse:
+    """Serve what follows `files` in the path. Raises Refused."""
+    answer: Any
+    match served.request.method, steps:
+        case "POST", []:
+            answer = partial(_upload_file, served)
+        case "GET", []:
+            answer = partial(_list_files, served)
+        case "GET", [file_id]:
+            answer = partial(_find_file, served.state, file_id)
+        case "GET", [file_id, "content"]:
+            answer = partial(_content_of, served, file_id)
+        case "DELETE", [file_id]:
+            answer = partial(_delete_file, served, file_id)
+        case _:
+            raise Refused(404, f"Not found: {served.request.method} {served.request.path}")
+    return await served.other("files", "", answer)
+
+
+def _find_file(state: EmulatorState, file_id: str) -> Json:
+    """A file by its id. Raises Refused (404)."""
+    found = state.stored[_STORED].get(file_id)
+    if found is None:
+        raise Refused(404, f"File not found: {file_id}")
+    return found
+
+
+async def _upload_file(served: Served) -> web.Response:
+    form = await served.request.post()
+    file = form.get("file")
+    if not isinstance(file, web.FileField):
+        raise Refused(400, "file: Field required")
+    file_id = f"file_01{token_hex(11)}"
+    made = {
+        "type": "file",
+        "id": file_id,
+        "size_bytes": len(file.file.read()),
+        "created_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "Z",
+        "filename": file.filename,
+        "mime_type": file.content_type,
+        "downloadable": False,
+    }
+    served.state.stored[_STORED][file_id] = made
+    return json_response(200, made)
+
+
+def _list_files(served: Served) -> Json:
+    query, files = served.request.query, list(served.state.stored[_STORED].values())[::-1]
+    limit = query.get("limit", "20")
+    if not limit.isdecimal() or not 1 <= int(limit) <= _MOST_LISTED:
+        raise Refused(400, f"limit: Input should be from 1 to {_MOST_LISTED}")
+    after = query.get("after_id") or query.get("page", "").removeprefix("page_")
+    ids = [one["id"] for one in files]
+    if after:
+        _find_file(served.state, after)
+        files = files[ids.index(after) + 1 :]
+    shown = files[: int(limit)]
+    more = len(files) > len(shown)
+    return {
+        "data": shown,
+        "has_more": more,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "next_page": f"page_{shown[-1]['id']}" if more else None,
+    }
+
+
+def _content_of(served: Served, file_id: str) -> Json:
+    _find_file(served.state, file_id)
+    raise Refused(400, f"File '{file_id}' is not downloadable")
+
+
+def _delete_file(served: Served, file_id: str) -> Json:
+    del served.state.stored[_STORED][_find_file(served.state, file_id)["id"]]
+    return {"id": file_id, "type": "file_deleted"}

@@ -1,4 +1,4 @@
-"""Gemini's API: generateContent, streamGenerateContent, tokens, models and files.
+"""Gemini's API: generateContent, streamGenerateContent, tokens, models, files and what is stored.
 
 Invariants: every error is a google.rpc body; sound is 16-bit little-endian PCM with one channel.
 """
@@ -55,6 +55,7 @@ from tidegate.emulator.delivery import (
     line_work,
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
+from tidegate.emulator.fronts import gemini_stored
 from tidegate.emulator.limits import BODIES, Fault, FaultName, LimitRefusal
 from tidegate.emulator.profiles import DAY_S, AccountSpec
 from tidegate.emulator.settings import Behaviour
@@ -594,6 +595,10 @@ async def route(served: Served) -> web.StreamResponse:
             return await served.other("models", name, lambda: _checked_model(served, name))
         case "GET", ["files"]:
             return await served.other("files", "", lambda: _list_files(served))
+        case _, ["interactions", *rest]:
+            return await gemini_stored.interactions(served, rest)
+        case _, ["cachedContents", *rest]:
+            return await gemini_stored.caches(served, rest)
         case _, ["batches", *rest]:
             return await gemini_batches.route(served, rest)
         case "GET", ["files", name] if name.endswith(":download"):
@@ -629,6 +634,10 @@ async def _generate(served: Served, model: str, body: Any, framing: Framing) -> 
     lookup = served.state.files.look_up
     asked = served.cached(read_generate(model, body, lookup, streamed=framing != "whole"))
     asked = served.in_tier(asked, get(body, "serviceTier"))
+    if (name := get(body, "cachedContent")) is not None:
+        kept = gemini_stored.find_cache(served, str(name))["usageMetadata"]["totalTokenCount"]
+        counted = {**asked.input_by_modality, "TEXT": asked.input_tokens + kept}
+        asked = replace(asked, input_by_modality=counted, cached_tokens=kept)
     scripted = partial(_script, asked, served.behaviour, framing)
     return await served.generate(asked, scripted, SSE_TYPE if framing == "sse" else JSON_TYPE)
 
