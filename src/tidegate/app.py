@@ -49,7 +49,7 @@ from tidegate.telemetry.tracing import Tracing
 from tidegate.upstream.credentials import open_wire
 from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import GeminiProcessor
-from tidegate.upstream.transport import RelayWire, Timeouts
+from tidegate.upstream.transport import Timeouts
 
 log = get_logger()
 
@@ -150,7 +150,7 @@ async def run_worker_of(
         pools = dict.fromkeys(targets.upstreams, limiter)
         spine = _spine_of(config, targets, pools, Tracing(), store)
         relay = await stack.enter_async_context(_open_relay(config, spine, store))
-        prompts = await stack.enter_async_context(_open_prompts(config, spine, store, relay.wire))
+        prompts = await stack.enter_async_context(_open_prompts(config, relay, store))
         worker = Worker(
             config=config,
             store=store,
@@ -195,7 +195,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         tracing = await stack.enter_async_context(_tracing(store.listeners, role, instance_id))
         spine = _spine_of(config, Targets(others), limiters, tracing, store)
         relay = await stack.enter_async_context(_open_relay(config, spine, store))
-        prompts = await stack.enter_async_context(_open_prompts(config, spine, store, relay.wire))
+        prompts = await stack.enter_async_context(_open_prompts(config, relay, store))
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=spine.health)
         stack.callback(asyncio.create_task(watch.run()).cancel)
@@ -400,10 +400,9 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 
 @asynccontextmanager
-async def _open_prompts(
-    config: Config, spine: Spine, store: Store, wire: RelayWire
-) -> AsyncIterator[PromptCalls]:
-    """Google's SDK at work, for each upstream of Gemini's dialect."""
+async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIterator[PromptCalls]:
+    """Google's SDK at work for each upstream of Gemini's dialect, and the relay for the others."""
+    spine = relay.spine
     async with AsyncExitStack() as stack:
         processors = {}
         for upstream in spine.targets.speaking(Dialect.GEMINI):
@@ -412,13 +411,13 @@ async def _open_prompts(
                 base_url=upstream.base_urls[Dialect.GEMINI],
                 timeouts=spine.timeouts[upstream.name],
                 access=upstream.access(Dialect.GEMINI),
-                signers=wire.signers,
+                signers=relay.wire.signers,
             )
             await processor.start()
             stack.push_async_callback(processor.aclose)
         yield PromptCalls(
             config=config,
-            spine=spine,
+            relay=relay,
             processors=processors,
             blobs=store.blobs,
             fetcher=_fetcher_of(config),

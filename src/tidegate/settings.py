@@ -34,10 +34,9 @@ from pydantic import (
 )
 
 from tidegate.errors import ConfigError
+from tidegate.usual_models import EMULATORS_KEY, GEMINI, usual_models
 
 GOOGLE_URL = "https://generativelanguage.googleapis.com"
-# The value of GEMINI_API_KEY where the emulator answers.
-EMULATORS_KEY = "the-emulator-takes-any-key"
 SHORTEST_TOKEN = 16
 DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
 KINDS = tuple(DEFAULT_LIMITS)
@@ -292,12 +291,10 @@ class Config(BaseModel):
     gemini_base_url: str = setting(
         GOOGLE_URL, "Where the Gemini API is, for a proxy or an emulator in its place."
     )
-    text_model: str = setting("gemini-2.5-flash", "The model for requests of text alone.")
-    multi_modal_model: str = setting("gemini-2.5-flash", "The model for requests with files.")
-    image_model: str = setting("gemini-2.5-flash-image", "The model that makes images.")
-    classifier_model: str = setting(
-        "gemini-2.5-flash-lite", "The model that is asked whether a request wants an image."
-    )
+    text_model: str = setting(GEMINI[0], "For text alone; without GEMINI_API_KEY: docs/gateway.md.")
+    multi_modal_model: str = setting(GEMINI[1], "The model for requests with files.")
+    image_model: str = setting(GEMINI[2], "The model that makes images.")
+    classifier_model: str = setting(GEMINI[3], "Says whether a request wants an image.")
     connect_timeout_ms: Milliseconds = setting(
         5_000, "How long connecting to the provider may take."
     )
@@ -648,6 +645,11 @@ class Config(BaseModel):
     def _policy(cls, value: Path) -> Path:
         path = value.expanduser()
         return _checked("tidegate_policy", path, path.is_file())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_models(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return usual_models(given) | given
 
     @model_validator(mode="after")
     def _never_by_mistake(self) -> Self:

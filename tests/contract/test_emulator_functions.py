@@ -13,7 +13,7 @@ import pytest
 from tests.contract.openai_sdk import MODEL, client, emulator, sdk, user
 from tidegate.emulator.server import Emulator
 from tidegate.emulator.state import Billed
-from tidegate.settings import EMULATORS_KEY
+from tidegate.usual_models import EMULATORS_KEY
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -174,17 +174,15 @@ def test_check_asks_what_is_meant_by_a_name_that_is_nearly_a_setting(tmp_path: P
     upstream = '[upstreams.two]\nprovider = "gemini"\nkey = "GEMINI_API_KEY_2"\n'
     (tmp_path / "tidegate.toml").write_text(upstream + "[upstreams.two.limits]\n")
     (tmp_path / ".env").write_text("\n".join(lines))
-    others = {"AZURE_OPENAI_API_KEY": "k", "OPENAI_API_KEY": "k"}
-    done = _run(tmp_path, "config", "check", GEMINI_KEY="k", IMAGE_MODEL="dall-e-3", **others)
+    others = {"AZURE_OPENAI_API_KEY": "k", "OPENAI_API_KEY": "k", "ANTHROPIC_API_KEY": "k"}
+    done = _run(tmp_path, "config", "check", GEMINI_KEY="k", IMAGE_MODEL="claude-x", **others)
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
         "tidegate: .env: ADMIN_TOKEN_FIEL is not a setting; is ADMIN_TOKEN_FILE meant?",
         "tidegate: the environment: GEMINI_KEY is not a setting; is GEMINI_API_KEY meant?",
         "tidegate: .env: RATE_LIMIT is not a setting; is RATE_LIMITS meant?",
         "tidegate: .env: TEXT_MODLE is not a setting; is TEXT_MODEL meant?",
-        "tidegate: IMAGE_MODEL: the model 'dall-e-3' is served by the upstream 'openai', which a "
-        "prompt can't reach: call POST /v1/chat/completions, or submit that call as `endpoint` "
-        "and `body`",
+        "tidegate: IMAGE_MODEL: the upstream 'anthropic' of the model 'claude-x' makes no images",
     ]
     told = _run(tmp_path, "config", "check", "--json")
     assert json.loads(told.stdout)["doubtful"]["RATE_LIMIT"] == "RATE_LIMITS"

@@ -18,6 +18,7 @@ from tidegate.settings import (
     load,
     misspelt,
 )
+from tidegate.usual_models import EMULATORS_KEY
 
 # Each setting that has wrong values, with some of them and a word of what the line must say.
 WRONG = {
@@ -346,3 +347,28 @@ def test_a_name_that_is_nearly_a_setting_is_doubtful(
         file.write_text("" if environ else f"{name}=1")
         found = misspelt(environ, file)
         assert [(one.place, one.near) for one in found] == [(place, meant)] * (meant is not None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "text", "image"),
+    [
+        ({}, "gemini-2.5-flash", "gemini-2.5-flash-image"),
+        ({"OPENAI_API_KEY": "k"}, "gpt-6-luna", "gpt-image-2.5-flare"),
+        ({"ANTHROPIC_API_KEY": "k"}, "claude-haiku-5-5", "claude-haiku-5-5"),
+        (
+            {"ANTHROPIC_API_KEY": "k", "OPENAI_API_KEY": "k", "GEMINI_API_KEY": EMULATORS_KEY},
+            *("gpt-6-luna", "gpt-image-2.5-flare"),
+        ),
+        (
+            {"OPENAI_API_KEY": "k", "GEMINI_API_KEY": "k"},
+            *("gemini-2.5-flash", "gemini-2.5-flash-image"),
+        ),
+        ({"OPENAI_API_KEY": "tg_of_this_gateway"}, "gemini-2.5-flash", "gemini-2.5-flash-image"),
+        ({"OPENAI_API_KEY": "k", "TEXT_MODEL": "mine"}, "mine", "gpt-image-2.5-flare"),
+    ],
+)
+def test_the_usual_models_are_of_the_account_that_there_is(
+    keys: dict[str, str], text: str, image: str
+) -> None:
+    config = load(keys, None)
+    assert (config.text_model, config.image_model) == (text, image)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.call import DEFAULT_POOL
+from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.cli.terminal import (
     DONE,
     FAILED,
@@ -197,20 +197,25 @@ def load_to_run() -> Config:
 
 def say_doubtful(config: Config) -> None:
     """One line for each variable whose name is nearly a setting's, and for each configured model
-    that prompts can't reach."""
-    from tidegate.dialects.spec import Dialect
+    that no upstream serves; nothing of models where no prompt is configured to be served."""
     from tidegate.errors import InvalidRequest
     from tidegate.policy.deployment import deployed_upstreams, doubtful
+    from tidegate.settings import origins
     from tidegate.spine.routing import Targets
 
     for one in doubtful(config):
         typer.echo(f"tidegate: {one}", err=True)
     targets = Targets(deployed_upstreams(config))
-    for name in _MODELS if targets.speaking(Dialect.GEMINI) else ():
+    wrong = {}
+    for name, kind in _MODELS.items():
         try:
-            targets.check_prompt(getattr(config, name.lower()))
+            targets.of_prompt(getattr(config, name.lower()), kind)
         except InvalidRequest as refused:
-            typer.echo(f"tidegate: {name}: {refused.message}", err=True)
+            wrong[name] = refused.message
+    if len(wrong) == len(_MODELS) and not wrong.keys() & origins():
+        return
+    for name, message in wrong.items():
+        typer.echo(f"tidegate: {name}: {message}", err=True)
 
 
 @app.command()
@@ -250,7 +255,12 @@ def check(
     say_doubtful(config)
 
 
-_MODELS = ("TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL")
+_MODELS = {
+    "TEXT_MODEL": Kind.TEXT_ONLY,
+    "MULTI_MODAL_MODEL": Kind.MULTI_MODAL,
+    "IMAGE_MODEL": Kind.IMAGE_GENERATION,
+    "CLASSIFIER_MODEL": Kind.TEXT_ONLY,
+}
 _DEFAULT, _NOT_SET = "the default", "not set"
 
 

@@ -23,6 +23,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 
 from tidegate.call import Caller, Classification, Kind, Scope
+from tidegate.dialects.prompts import Files
 from tidegate.errors import InvalidRequest, TidegateError, Unauthenticated
 from tidegate.http.auth import Authenticator, in_headers, shown_in
 from tidegate.http.browsers import checked, cookie_name
@@ -59,31 +60,36 @@ def check_models(
     """The model that was named, else all those that the request may turn out to need."""
     if caller.models is None:
         return
-    for one in _models(model, classification, config):
+    for one, _ in _models(model, classification, config):
         check_model(caller, one)
 
 
 def check_prompt(
-    targets: Targets, model: str | None, classification: Classification, config: Config
+    targets: Targets,
+    model: str | None,
+    classification: Classification,
+    config: Config,
+    files: Files,
 ) -> None:
     """Raise InvalidRequest where no answer can come of a prompt, whatever kind it turns out to be
     of."""
     wrong: list[InvalidRequest] = []
     models = _models(model, classification, config)
-    for one in models:
+    for one, kind in models:
         try:
-            targets.check_prompt(one)
+            targets.of_prompt(one, kind, files)
         except InvalidRequest as refused:
             wrong.append(refused)
     if len(wrong) == len(models):
         raise wrong[0]
 
 
-def _models(model: str | None, classification: Classification, config: Config) -> list[str]:
-    if model is not None:
-        return [model]
+def _models(
+    model: str | None, classification: Classification, config: Config
+) -> list[tuple[str, Kind]]:
+    """Each model with the kind that it would be called for."""
     kinds = (classification.kind,) if classification.kind is not None else tuple(Kind)
-    return [config.model_for(kind) for kind in kinds]
+    return [(model or config.model_for(kind), kind) for kind in kinds]
 
 
 OPERATOR, SIGNED_IN = "the operator's key", "the dashboard"

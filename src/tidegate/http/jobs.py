@@ -62,6 +62,7 @@ from tidegate.http.views import (
 from tidegate.spine.bounds import check_bounded
 from tidegate.spine.models import check_body
 from tidegate.spine.native import detached_call, endpoint_named
+from tidegate.spine.prompt import files_known
 from tidegate.spine.run import Terms
 from tidegate.store.records import Earlier, NewJob, RequestRecord
 from tidegate.telemetry.logging import Log, get_logger
@@ -337,7 +338,8 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
         if earlier is None:
             if job.endpoint is None:
                 targets = services.spine.targets
-                check_prompt(targets, job.model, job.classification, services.config)
+                files = files_known(job.attachments, job.image_uri)
+                check_prompt(targets, job.model, job.classification, services.config, files)
             budgets, model = services.budgets, job.model or ""
             await budgets.check(caller, model, job.subject, job.conversation)
             if budgets.any:

@@ -198,14 +198,14 @@ class StreamedAnswer(Response):
         )
 
     async def check_models(self) -> None:
-        """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one that
-        no upstream of Gemini's dialect serves."""
+        """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one of
+        which no upstream can take the prompt."""
         try:
             config = self._services.config
             model = self._submission.model
             check_models(self._caller, model, self._classification, config)
             targets = self._services.spine.targets
-            check_prompt(targets, model, self._classification, config)
+            check_prompt(targets, model, self._classification, config, self._ask.files)
         except (Forbidden, InvalidRequest):
             await discard(self._submission, self._services.blobs)
             raise

@@ -221,7 +221,7 @@ class TierOffers:
 
 
 def _keeps_results(job: ClaimedJob) -> bool:
-    """Gemini gives no answers of a batch that was cancelled, and prompts go there."""
+    """Gemini gives no answers of a batch that was cancelled, and a prompt may go there."""
     if job.endpoint is None:
         return False
     return endpoint_named(job.endpoint).dialect is not Dialect.GEMINI

@@ -62,7 +62,7 @@ from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.batched import BatchableCall, BatchedCalls, prompt_endpoint
 from tidegate.spine.native import Relay, detached_call, endpoint_named
-from tidegate.spine.prompt import PromptCalls
+from tidegate.spine.prompt import PromptCalls, files_known
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
 from tidegate.store.blobs import Blobs
@@ -160,12 +160,13 @@ class ProviderBatchRunner:
         if kind is None:
             return None
         if job.endpoint is None:
-            endpoint = prompt_endpoint(job.model or self._config.model_for(kind))
-        else:
-            try:
-                endpoint = endpoint_named(job.endpoint)
-            except InvalidRequest:
-                return None
+            files = files_known(job.attachments, job.image_uri)
+            model = job.model or self._config.model_for(kind)
+            return self._calls.prompt_target(model, kind, files)
+        try:
+            endpoint = endpoint_named(job.endpoint)
+        except InvalidRequest:
+            return None
         target = self._calls.target(endpoint, endpoint.model or job.model or "")
         return None if target is None else (endpoint, target)
 
@@ -460,9 +461,10 @@ class ProviderBatchRunner:
         return (await self._line(line.job, endpoint, self._target_of(batch))).body
 
     def _endpoint(self, batch: UpstreamBatch, job: ClaimedJob) -> Endpoint:
-        return (
-            prompt_endpoint(batch.model) if job.endpoint is None else endpoint_named(job.endpoint)
-        )
+        kind = job.classification.kind
+        if job.endpoint is None and kind is not None:
+            return prompt_endpoint(Dialect(batch.dialect), kind, batch.model)
+        return endpoint_named(job.endpoint)
 
     def _target_of(self, batch: UpstreamBatch) -> Target:
         return Target(self._relay.spine.targets.upstreams[batch.upstream], batch.model)

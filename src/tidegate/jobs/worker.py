@@ -58,7 +58,7 @@ from tidegate.limiter import Limiter, Permit
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import PromptCalls
+from tidegate.spine.prompt import PromptCalls, files_known
 from tidegate.spine.routing import Target
 from tidegate.spine.run import MOST_TRIES, Terms
 from tidegate.store.blobs import Blobs
@@ -296,9 +296,11 @@ class Worker:
         if job.endpoint is not None:
             return places_of(self._relay, job.endpoint, job.model or "")
         kind = job.classification.kind
-        model = self._config.classifier_model if kind is None else self._config.model_for(kind)
         try:
-            return self._prompts.targets(job.model or model)
+            if kind is None:
+                return self._prompts.targets(self._config.classifier_model)
+            files = files_known(job.attachments, job.image_uri)
+            return self._prompts.targets(job.model or self._config.model_for(kind), kind, files)
         except InvalidRequest:
             return []
 

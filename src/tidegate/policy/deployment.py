@@ -35,6 +35,7 @@ from tidegate.policy.providers import (
 )
 from tidegate.prices.rates import Price, price_of
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
+from tidegate.usual_models import OUR_KEY
 
 # An environment with its key makes an upstream of it.
 _KEY_OF = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
@@ -42,7 +43,6 @@ _EMULATED_MODELS = (
     *("gemini-*", "gemma-*", "imagen-*", "veo-*", "embedding-001", "text-embedding-0*"),
 )
 _GOOGLE = PROVIDERS["gemini"].urls["gemini"]
-_OUR_KEY = "tg_"  # an SDK's variable may hold a key of this gateway
 USUAL_AT_ONCE = 64
 # What becomes of limits that headers of answers report: a proposal, or in force where none is set.
 Learn = Literal["propose", "apply"]
@@ -194,7 +194,7 @@ def _of_keys(tables: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -
         is_used = name in tables or any(
             one.get("provider") == name or one.get("key") == variable for one in tables.values()
         )
-        if keys[variable] and not keys[variable].startswith(_OUR_KEY) and not is_used:
+        if keys[variable] and not keys[variable].startswith(OUR_KEY) and not is_used:
             found.append(name)
     return found
 

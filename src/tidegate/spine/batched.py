@@ -1,8 +1,8 @@
 """Lines of providers' batches: made of a job's call, and their answers read into its record.
 
 A line is what the call would be if it were made: a native body with the upstream's name for the
-model, or a prompt in Gemini's words. It costs what the provider's tier `batch` costs, under none of
-our limits of calls.
+model, or a prompt as a body of its upstream's dialect. It costs what the provider's tier `batch`
+costs, under none of our limits of calls.
 
 Invariant: a call is a line only where the batch price of its model is known.
 """
@@ -30,6 +30,7 @@ from tidegate.call import (
     UsageDetails,
 )
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.prompts import Files, PromptAnswer, endpoint_for, prompt_call
 from tidegate.dialects.requests import check_said_once, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
@@ -37,7 +38,7 @@ from tidegate.prices.rates import Rates
 from tidegate.record import KEPT_BYTES, CallRecord
 from tidegate.spine.bodies import body_for
 from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Relay
-from tidegate.spine.prompt import PromptExchange
+from tidegate.spine.prompt import PromptExchange, PromptWays, dialect_at, files_of, form_at
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
 from tidegate.upstream.batch_api import takes
@@ -57,9 +58,11 @@ class BatchableCall:
     cost: CallCost | None
 
 
-def prompt_endpoint(model: str) -> Endpoint:
+def prompt_endpoint(dialect: Dialect, kind: Kind, model: str) -> Endpoint:
     """The native endpoint that a prompt calls."""
-    return Endpoint(Dialect.GEMINI, Operation.INFER, PROMPTS, model=model)
+    if dialect is Dialect.GEMINI:
+        return Endpoint(dialect, Operation.INFER, PROMPTS, model=model)
+    return endpoint_for(dialect, draws=kind is Kind.IMAGE_GENERATION)
 
 
 class BatchedCalls:
@@ -78,6 +81,18 @@ class BatchedCalls:
         except NotFound:
             return None
         return next((one for one in targets if self._rates(one, one.model) is not None), None)
+
+    def prompt_target(self, model: str, kind: Kind, files: Files) -> tuple[Endpoint, Target] | None:
+        """The same of a prompt, with the endpoint that it calls there."""
+        try:
+            targets = self._spine.targets.of_prompt(model, kind, files)
+        except InvalidRequest:
+            return None
+        for target in targets:
+            endpoint = prompt_endpoint(dialect_at(target, kind, files), kind, model)
+            if takes(endpoint) and self._rates(target, target.model) is not None:
+                return endpoint, target
+        return None
 
     def _rates(self, target: Target, model: str) -> Rates | None:
         return self._spine.lane(target).demands.prices.of(model, _TIER)
@@ -113,18 +128,19 @@ class BatchedCalls:
                 "the files are too large for a provider's batch",
                 allowed=f"at most {MOST_MEDIA_BYTES} bytes",
             )
-        parts: list[dict[str, Any]] = [_inline(one) for one in call.media]
-        if call.prompt:
-            parts.append({"text": call.prompt})
-        body: dict[str, Any] = {"contents": [{"role": "user", "parts": parts}]}
-        if call.kind is Kind.IMAGE_GENERATION:
-            body["generationConfig"] = {"responseModalities": ["TEXT", "IMAGE"]}
+        lane = self._spine.lane(target)
+        dialect = dialect_at(target, call.kind, files_of(call.media))
+        if dialect is Dialect.GEMINI:
+            body = orjson.dumps(_generate(call))
+        else:
+            form = form_at(target, lane, streams=False)
+            body = prompt_call(dialect, replace(call, model=target.model), form).body
         cost = None
         if self._spine.budgets.any:
-            exchange = PromptExchange(terms, {}, call, record)
-            lane = self._spine.lane(target)
+            ways = PromptWays({}, self._relay.wire, self._spine.timeouts)
+            exchange = PromptExchange(terms, ways, call, record)
             cost = exchange.cost(target, lane, exchange.demand(target, lane), tier=_TIER)
-        return BatchableCall(target, orjson.dumps(body), cost)
+        return BatchableCall(target, body, cost)
 
     # Answers
 
@@ -151,8 +167,12 @@ class BatchedCalls:
         record.charge = self._charge(target, said.usage, said.model_version, images)
         if kind is None:
             record.keep(answer)
-        else:
+        elif endpoint.dialect is Dialect.GEMINI:
             _read_prompt(record, answer, kind)
+        else:
+            reading = PromptAnswer(endpoint.dialect, kind, said, streams=False)
+            reading.take(answer)
+            reading.finish()
 
     def _charge(
         self, target: Target, usage: Usage, version: str | None, images: int | None
@@ -166,6 +186,17 @@ class BatchedCalls:
 def _in_batch(usage: Usage) -> Usage:
     """Usage of the tier `batch`, which not every answer names."""
     return replace(usage, details=replace(usage.details or UsageDetails(), tier=_TIER))
+
+
+def _generate(call: Call) -> dict[str, Any]:
+    """A prompt as a body of Gemini's."""
+    parts: list[dict[str, Any]] = [_inline(one) for one in call.media]
+    if call.prompt:
+        parts.append({"text": call.prompt})
+    body: dict[str, Any] = {"contents": [{"role": "user", "parts": parts}]}
+    if call.kind is Kind.IMAGE_GENERATION:
+        body["generationConfig"] = {"responseModalities": ["TEXT", "IMAGE"]}
+    return body
 
 
 def _inline(media: Media) -> dict[str, Any]:

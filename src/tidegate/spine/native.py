@@ -60,7 +60,7 @@ from tidegate.spine.affinity import Home, conversation_key
 from tidegate.spine.bodies import FormBody, body_for
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.resources import Keeping, Resources
-from tidegate.spine.routing import Suspect, Target
+from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
     MOST_TRIES,
     CallFailed,
@@ -286,6 +286,9 @@ class NativeExchange:
     @property
     def is_heard(self) -> bool:
         return self._sent is not None and self._sent.is_heard
+
+    def serving(self, targets: Targets, model: str) -> list[Target]:
+        return targets.of(self.dialect, model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked = self.terms, self._asked

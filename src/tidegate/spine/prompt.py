@@ -1,6 +1,8 @@
-"""Prompts of `/stream` and of jobs: classified, then called by Google's SDK through the spine.
+"""Prompts of `/stream` and of jobs: classified, then called through the spine.
 
-A prompt goes to an upstream of Gemini's dialect, as native calls of that dialect do.
+A prompt is of no dialect: an upstream of Gemini's is called by Google's SDK, another by a native
+call that is made of the prompt (`dialects/prompts.py`), with the demand, the cost and the charge of
+one.
 
 Invariant: `run` is a coroutine that pushes events into a sink; when it returns, fails or is
 cancelled, the upstream call is closed and its permit is on its way back.
@@ -10,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
+from typing import Any
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from tidegate.admission.charges import answer_charge, call_cost, never_sent
+from tidegate.admission.charges import answer_charge, call_cost, never_sent, provider_of_upstream
 from tidegate.admission.demand import CallDemand
 from tidegate.call import (
     DEFAULT_TENANT,
@@ -35,11 +38,25 @@ from tidegate.call import (
     Picture,
     Sink,
 )
-from tidegate.classify import by_keywords, by_rules
-from tidegate.dialects.spec import Dialect
+from tidegate.classify import by_keywords, by_rules, question
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.prompts import (
+    ANY_IMAGE,
+    CallForm,
+    Files,
+    PromptAnswer,
+    PromptCall,
+    blocked_by,
+    dialect_for,
+    prompt_call,
+    question_call,
+)
+from tidegate.dialects.requests import skimmed
+from tidegate.dialects.spec import Dialect, Headers, RequestFacts
 from tidegate.errors import (
     DeadlineExceeded,
     EmptyAnswer,
+    InvalidRequest,
     NotFound,
     PromptBlocked,
     TidegateError,
@@ -48,16 +65,20 @@ from tidegate.errors import (
 from tidegate.limiter import Permit
 from tidegate.record import JUDGE, CallListeners, CallRecord, Failure
 from tidegate.settings import ClassifierMode, Config
-from tidegate.spine.routing import Suspect, Target
-from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Spine, Terms
+from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Out, Relay
+from tidegate.spine.routing import Suspect, Target, Targets
+from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Terms
 from tidegate.store.blobs import Blobs
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail, address_of
 from tidegate.upstream.fetch import ImageFetcher
-from tidegate.upstream.gemini import MAX_JUDGE_TOKENS, MAX_JUDGED_CHARS, GeminiProcessor
+from tidegate.upstream.gemini import GeminiProcessor
+from tidegate.upstream.transport import RelayWire, Timeouts
 
 _JUDGEMENTS_CACHED = 10_000
 _LIMITERS_WORD_MS = 20
+# Whose chat completions have the newer names of fields.
+_OWN_NAMES = ("openai", "azure")
 _JUDGE_BYTES = 4_000  # of the classifier's instructions and schema, and some
 
 _NO_REQUEST = UUID(int=0)
@@ -79,6 +100,21 @@ class Ask:
     def mime_types(self) -> tuple[str, ...]:
         return tuple(attachment.mime_type for attachment in self.attachments)
 
+    @property
+    def files(self) -> Files:
+        return files_known(self.attachments, self.image_uri)
+
+
+def files_known(attachments: Sequence[Attachment], image_uri: str | None) -> Files:
+    """Files of a request before they are loaded: of an `image_uri` that it is an image."""
+    uri = [] if image_uri is None else [(ANY_IMAGE, 0)]
+    return [*((one.mime_type, one.size_bytes) for one in attachments), *uri]
+
+
+def files_of(media: Sequence[Media]) -> Files:
+    """The same once they are loaded."""
+    return [(one.mime_type, len(one.data)) for one in media]
+
 
 class PromptCalls:
     """Classifies prompts and makes their calls. One per process."""
@@ -87,7 +123,7 @@ class PromptCalls:
         self,
         *,
         config: Config,
-        spine: Spine,
+        relay: Relay,
         processors: Mapping[str, GeminiProcessor],
         blobs: Blobs,
         fetcher: ImageFetcher,
@@ -95,18 +131,17 @@ class PromptCalls:
     ) -> None:
         """`processors`: of each upstream of Gemini's dialect, by its name."""
         self._config = config
-        self._spine = spine
-        self._processors = processors
+        self._spine = relay.spine
+        self._ways = PromptWays(processors, relay.wire, relay.spine.timeouts)
         self._blobs = blobs
         self._fetcher = fetcher
         self._listeners = listeners
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
-    def targets(self, model: str) -> list[Target]:
-        """The upstreams for a prompt. Raises InvalidRequest where none takes prompts for it."""
-        self._spine.targets.check_prompt(model)
-        return self._spine.targets.of(Dialect.GEMINI, model)
+    def targets(self, model: str, kind: Kind | None = None, files: Files = ()) -> list[Target]:
+        """The upstreams for a prompt. Raises InvalidRequest where none can take it."""
+        return self._spine.targets.of_prompt(model, kind, files)
 
     def first_look(self, ask: Ask) -> Classification:
         """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
@@ -166,7 +201,7 @@ class PromptCalls:
         """
         model = self._config.classifier_model
         targets = self.targets(model)
-        types = [*ask.mime_types, *(["image/*"] if ask.image_uri else [])]
+        types = [one for one, _ in ask.files]
         left_ms = (until - asyncio.get_running_loop().time()) * 1000
         now = datetime.now(UTC)
         record = CallRecord(JUDGE, ask.tenant_id, now, kind="classifier")
@@ -180,7 +215,7 @@ class PromptCalls:
             repeats=False,
         )
         call = Call(_NO_REQUEST, ask.prompt, Kind.TEXT_ONLY, model, tenant_id=ask.tenant_id)
-        question = PromptExchange(terms, self._processors, call, record, types=types)
+        question = PromptExchange(terms, self._ways, call, record, types=types)
         status, error = "failed", None
 
         async def admitted(_permit: Permit | None) -> None:
@@ -230,8 +265,8 @@ class PromptCalls:
         """Raises BudgetUnbounded where `run` could do nothing else; files of a call are not looked
         at."""
         record = CallRecord("job", call.tenant_id, datetime.now(UTC))
-        exchange = PromptExchange(terms, self._processors, call, record)
-        self._spine.check_bounded(exchange, self.targets(call.model), subject)
+        exchange = PromptExchange(terms, self._ways, call, record)
+        self._spine.check_bounded(exchange, self.targets(call.model, call.kind), subject)
 
     async def run(
         self,
@@ -244,14 +279,33 @@ class PromptCalls:
         """Make the call and fill `record`; events go to `sink`, where one is there.
 
         `on_admitted` is called before each try, under its permit. Raises InvalidRequest for a model
-        that no upstream of Gemini's dialect serves, UpstreamError, and the rest of `Spine.run`.
+        of which no upstream can take the prompt, UpstreamError, and the rest of `Spine.run`.
         Cancellation leaves neither a waiter nor an open upstream call.
         """
-        exchange = PromptExchange(terms, self._processors, call, record, sink)
+        exchange = PromptExchange(terms, self._ways, call, record, sink)
+        targets = self.targets(call.model, call.kind, files_of(call.media))
         try:
-            await self._spine.run(exchange, record, self.targets(call.model), on_admitted)
+            await self._spine.run(exchange, record, targets, on_admitted)
         except CallFailed as failed:
             raise failed.error from None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWays:
+    """How prompts are called: by an SDK at the upstreams of `processors`, else over the wire."""
+
+    processors: Mapping[str, GeminiProcessor]
+    wire: RelayWire
+    timeouts: Mapping[str, Timeouts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A prompt as a native call of one target. body: as it was parsed."""
+
+    call: NativeCall
+    body: dict[str, Any]
+    asked: RequestFacts
 
 
 class PromptExchange:
@@ -261,14 +315,12 @@ class PromptExchange:
     about, None for a prompt; `judgement` is the answer to a question.
     """
 
-    dialect = Dialect.GEMINI
     bills = True
-    is_heard = True  # of what the SDK has received so far nothing is known here
 
     def __init__(
         self,
         terms: Terms,
-        processors: Mapping[str, GeminiProcessor],
+        ways: PromptWays,
         call: Call,
         record: CallRecord,
         sink: Sink | None = None,
@@ -277,27 +329,41 @@ class PromptExchange:
         self.terms = terms
         self.started = False
         self.judgement: tuple[Kind, str]
-        self._processors = processors
+        self._ways = ways
         self._call = call
         self._record = record
         self._sink = sink
         self._types = types
+        self._plans: dict[tuple[str, str], _Plan] = {}
+        self._native: tuple[NativeExchange, CallRecord] | None = None  # of the present try
+
+    @property
+    def is_heard(self) -> bool:
+        """Of what an SDK has received so far nothing is known here."""
+        return self._native is None or self._native[0].is_heard
+
+    def serving(self, targets: Targets, model: str) -> list[Target]:
+        return targets.of_prompt(model, self._call.kind, files_of(self._call.media))
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         call, policy = self._at(target), lane.limiter.policy
         if self._types is None:
+            if (native := self._native_at(target, lane)) is not None:
+                return native.demand(target, lane)
             return lane.gate.bind(lane.demands.of(call, policy), target.model)
-        question = lane.demands.of_question(
-            call.prompt[:MAX_JUDGED_CHARS],
+        asked = lane.demands.of_question(
+            call.prompt[: question.MAX_CHARS],
             target.model,
             policy,
             tenant=call.tenant_id,
-            max_output_tokens=MAX_JUDGE_TOKENS,
+            max_output_tokens=question.MAX_ANSWER_TOKENS,
         )
-        return lane.gate.bind(question, target.model)
+        return lane.gate.bind(asked, target.model)
 
     def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
         """`tier`: that the gateway itself has chosen."""
+        if (native := self._native_at(target, lane)) is not None:
+            return native.cost(target, lane, demand, tier=tier)
         if demand.estimate is None:
             return CallCost(None, None, unknown="it was not estimated")
         call, is_question, prices = self._call, self._types is not None, lane.demands.prices
@@ -308,7 +374,7 @@ class PromptExchange:
             input_bytes=len(call.prompt.encode("utf-8", "replace")) + _JUDGE_BYTES * is_question,
             context_tokens=context_tokens,
             unseen="its files are not counted beforehand" if call.media else "",
-            max_output_tokens=MAX_JUDGE_TOKENS if is_question else most_output,
+            max_output_tokens=question.MAX_ANSWER_TOKENS if is_question else most_output,
             images=demand.images,
         )
 
@@ -319,6 +385,16 @@ class PromptExchange:
         return Suspect(None if is_ours else call.tenant_id, request)
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+        self._native = None
+        try:
+            if (plan := self._plan(target, lane)) is not None:
+                await self._relayed(plan, target, lane, demand, is_try=is_try)
+            else:
+                await self._by_sdk(target, lane, is_try=is_try)
+        except UpstreamError as error:
+            raise CallFailed(error, target) from None
+
+    async def _by_sdk(self, target: Target, lane: Lane, *, is_try: bool) -> None:
         is_news, sink = is_try or lane.gate.has_doubts, self._sink
 
         async def pass_on(event: Event) -> None:
@@ -326,24 +402,53 @@ class PromptExchange:
             if is_news:
                 is_news = False
                 await lane.gate.worked(target.model, tried=is_try)
-            assert sink is not None
-            self.started = self.started or isinstance(event, Delta | Picture)
-            await sink(event)
+            await self._pass_on([event])
 
-        processor, answer = self._processors[target.upstream.name], self._record.answer
+        processor, answer = self._ways.processors[target.upstream.name], self._record.answer
         call = replace(self._at(target), traceparent=_began(self.terms.trail, target))
+        self._record.dialect, self._record.operation = Dialect.GEMINI, "generate_content"
         self._record.sent = True
-        try:
-            if self._types is None:
-                await processor.run(call, answer, None if sink is None else pass_on)
-            else:
-                self.judgement = await processor.judge(
-                    call.prompt, self._types, model=call.model, answer=answer
-                )
-        except UpstreamError as error:
-            raise CallFailed(error, target) from None
+        if self._types is None:
+            await processor.run(call, answer, None if sink is None else pass_on)
+        else:
+            self.judgement = await processor.judge(
+                call.prompt, self._types, model=call.model, answer=answer
+            )
         if is_news:
             await lane.gate.worked(target.model, tried=is_try)
+
+    async def _relayed(
+        self, plan: _Plan, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool
+    ) -> None:
+        """By a native call, whose record is its own: what it says goes into ours in `settle`."""
+        record, endpoint = self._record, plan.call.endpoint
+        streams = plan.asked.streams
+        of_call = CallRecord(record.source, record.tenant_id, record.received_at, streamed=streams)
+        dialect, answer = endpoint.dialect, record.answer
+        reading = PromptAnswer(dialect, self._call.kind, answer, streams=streams)
+        out = _ReadingOut(reading, of_call, self._pass_on)
+        exchange = self._exchange(plan, out, of_call)
+        self._native = exchange, of_call
+        record.dialect, record.operation, record.sent = dialect, endpoint.name, True
+        try:
+            await exchange.make(target, lane, demand, is_try=is_try)
+        except CallFailed as failed:
+            if (blocked := blocked_by(failed.status, failed.body)) is not None:
+                failed.error = blocked
+            raise
+        finally:
+            answer.first_byte_ms = of_call.answer.first_byte_ms
+        if of_call.coding:  # the pieces were not read as they came
+            await self._pass_on(reading.take(of_call.text))
+        await self._pass_on(reading.finish())
+        if self._types is not None:
+            self.judgement = question.judgement(answer.whole_text, self._types)
+
+    async def _pass_on(self, events: Sequence[Event]) -> None:
+        if self._sink is not None:
+            for event in events:
+                self.started = self.started or isinstance(event, Delta | Picture)
+                await self._sink(event)
 
     def settle(
         self,
@@ -355,19 +460,119 @@ class PromptExchange:
         failed: CallFailed | None,
     ) -> int | None:
         record, error = self._record, None if failed is None else failed.error
-        if error is not None and ((error.status or 0) >= 400 or never_sent(error)):
+        is_told = whole or isinstance(error, PromptBlocked | EmptyAnswer)
+        if self._native is not None:
+            exchange, of_call = self._native
+            exchange.settle(target, lane, demand, whole=is_told, failed=failed)
+            self._take_over(of_call)
+        elif error is not None and ((error.status or 0) >= 400 or never_sent(error)):
             record.charge = NO_CHARGE
         else:
-            is_told = whole or isinstance(error, PromptBlocked | EmptyAnswer)
             details = record.answer.usage.details
             tier = "" if details is None or details.tier is None else details.tier
             rates = lane.demands.prices.of(target.model, tier)
             record.charge = answer_charge(rates, record.answer, demand.estimate, whole=is_told)
         return len(record.answer.pictures) if whole else None
 
+    def _take_over(self, of_call: CallRecord) -> None:
+        record, said = self._record, of_call.answer
+        answer = record.answer
+        answer.usage, answer.finish_reason = said.usage, answer.finish_reason or said.finish_reason
+        answer.response_id, answer.model_version = said.response_id, said.model_version
+        record.charge, record.sent = of_call.charge, of_call.sent
+
+    # As a native call
+
+    def _native_at(self, target: Target, lane: Lane) -> NativeExchange | None:
+        """For what a call takes and costs there; None where an SDK makes it."""
+        plan = self._plan(target, lane)
+        return None if plan is None else self._exchange(plan, NothingOut(), self._record)
+
+    def _exchange(self, plan: _Plan, out: Out, record: CallRecord) -> NativeExchange:
+        wire, timeouts = self._ways.wire, self._ways.timeouts
+        return NativeExchange(wire, timeouts, plan.call, plan.body, plan.asked, out, record)
+
+    def _plan(self, target: Target, lane: Lane) -> _Plan | None:
+        """The call at a target, made once: None where it is an SDK's."""
+        if target.upstream.name in self._ways.processors:
+            return None
+        place = target.upstream.name, target.model
+        if (known := self._plans.get(place)) is not None:
+            return known
+        call = self._at(target)
+        dialect = dialect_at(target, call.kind, files_of(call.media))
+        if dialect is Dialect.GEMINI:  # of a line of a batch, which no SDK sends
+            return None
+        form = form_at(target, lane, streams=self._sink is not None)
+        if self._types is None:
+            made = prompt_call(dialect, call, form)
+        else:
+            made = question_call(dialect, call, self._types, form)
+        plan = self._plans[place] = _planned(made, self.terms, call)
+        return plan
+
     def _at(self, target: Target) -> Call:
         same = target.model == self._call.model
         return self._call if same else replace(self._call, model=target.model)
+
+
+def dialect_at(target: Target, kind: Kind | None, files: Files) -> Dialect:
+    """In which a target takes a prompt. Raises InvalidRequest where it can't."""
+    dialect, why = dialect_for(target.upstream.base_urls, kind, files)
+    if dialect is None:
+        assert why is not None
+        said = f"the upstream {target.upstream.name!r} of the model {target.model!r} {why.reason}"
+        raise InvalidRequest(why.field, said, allowed=why.allowed)
+    return dialect
+
+
+def form_at(target: Target, lane: Lane, *, streams: bool) -> CallForm:
+    _, most_output_tokens = lane.demands.prices.most(target.model)
+    return CallForm(
+        streams,
+        target.upstream.asks_usage,
+        most_output_tokens,
+        provider_of_upstream(target.upstream) in _OWN_NAMES,
+    )
+
+
+def _planned(made: PromptCall, terms: Terms, call: Call) -> _Plan:
+    spec = DIALECTS[made.endpoint.dialect]
+    headers = [(b"content-type", made.content_type), *spec.headers]
+    native = NativeCall(terms, made.endpoint, "POST", "", headers, made.body, datetime.now(UTC))
+    if made.asked is not None:
+        return _Plan(native, {"model": made.asked.model}, made.asked)
+    read = skimmed(made.body)
+    asked = spec.request_facts(made.endpoint, read.body, read.whole)
+    # Files of text are files too, though the body has them as text.
+    asked.kind, asked.images = call.kind, int(call.kind is Kind.IMAGE_GENERATION)
+    return _Plan(native, read.body, asked)
+
+
+class _ReadingOut:
+    """Reads the answer as it comes, and passes its events on."""
+
+    started = False
+
+    def __init__(
+        self,
+        reading: PromptAnswer,
+        record: CallRecord,
+        pass_on: Callable[[Sequence[Event]], Awaitable[None]],
+    ) -> None:
+        self._reading = reading
+        self._record = record
+        self._pass_on = pass_on
+
+    async def start(self, status: int, headers: Headers) -> None:
+        pass
+
+    async def body(self, piece: bytes, more: bool) -> None:
+        if not self._record.coding:
+            await self._pass_on(self._reading.take(piece))
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        await self.body(body, False)
 
 
 def _began(trail: Trail | None, target: Target) -> str | None:

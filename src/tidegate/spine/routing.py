@@ -30,8 +30,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
-from tidegate.dialects import DIALECTS
+from tidegate.call import Kind
 from tidegate.dialects.headers import RateStatus, rate_statuses
+from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     DeadlineExceeded,
@@ -607,7 +608,7 @@ class Targets:
         self._random = random or Random()
         # The targets of a model, and whether their order is drawn.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
-        self._for_prompts: set[str] = set()
+        self._for_prompts: dict[str, tuple[list[Target], bool]] = {}
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
         """The chain for a model. Raises NotFound where nobody serves it in that dialect."""
@@ -650,31 +651,40 @@ class Targets:
                     found[route.model] = first
         return found
 
-    def check_prompt(self, model: str) -> None:
-        """Raise InvalidRequest where no upstream of Gemini's dialect serves `model`: a prompt (of
-        `/submit` or `/stream`) is called in that dialect alone."""
-        if model in self._for_prompts:
-            return
-        plain = model.removeprefix("models/")
-        speaking, routed = self.speaking(Dialect.GEMINI), self._routed(plain)
-        found = self._best(plain, self.upstreams.values()) if routed is None else routed
-        if any(one.upstream in speaking for one in found):
-            if len(self._for_prompts) < _MODELS_KEPT:
-                self._for_prompts.add(model)
-            return
-        instead = [one.upstream for one in found] or list(self.upstreams.values())
-        calls = dict.fromkeys(DIALECTS[_first_dialect(one)].example for one in instead)
-        call = f"call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
-        if not speaking:
-            said = "a prompt needs an upstream of Gemini's dialect, such as the account of "
-            said += f"GEMINI_API_KEY, and there is none: {call}"
-            raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
+    def of_prompt(self, model: str, kind: Kind | None = None, files: Files = ()) -> list[Target]:
+        """The chain for a prompt, which is of no dialect: those that can take it in one of theirs.
+        Raises InvalidRequest where none can."""
+        known = self._for_prompts.get(model)
+        if known is None:
+            plain = model.removeprefix("models/")
+            routed = self._routed(plain)
+            known = (self._any(plain), True) if routed is None else (routed, False)
+            if known[0] and len(self._for_prompts) < _MODELS_KEPT:
+                self._for_prompts[model] = known
+        found, by_lot = known
+        able = [
+            one
+            for one in found
+            if Dialect.GEMINI in one.upstream.base_urls
+            or dialect_for(one.upstream.base_urls, kind, files)[0]
+        ]
+        if able:
+            return self._drawn(able) if by_lot else able
         if not found:
             said = f"no upstream serves the model {model!r}"
-        else:
-            said = f"the model {model!r} is served by the upstream {found[0].upstream.name!r}"
-            said += f", which a prompt can't reach: {call}"
-        raise InvalidRequest("model", said, allowed=_served(speaking))
+            raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
+        _, why = dialect_for(found[0].upstream.base_urls, kind, files)
+        assert why is not None
+        said = f"the upstream {found[0].upstream.name!r} of the model {model!r} {why.reason}"
+        raise InvalidRequest(why.field, said, allowed=why.allowed)
+
+    def _any(self, model: str) -> list[Target]:
+        """Those that name a model; where nobody does, those that take any, and of these the ones of
+        Gemini's dialect, where there are some: the usual models of prompts are Gemini's."""
+        found = self._best(model, self.upstreams.values())
+        if any(one.upstream.fit(model) > 1 for one in found):
+            return found
+        return [one for one in found if Dialect.GEMINI in one.upstream.base_urls] or found
 
     def pools_for(self, model: str) -> list[str]:
         """The pools whose limits a model meets, by its name at the provider."""

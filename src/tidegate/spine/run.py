@@ -5,7 +5,7 @@
        └── another try, at the same or the next upstream, while the client has nothing of an answer
 
 Native calls, `/stream`, jobs, batch lines and the classifier differ in their `CallExchange` alone:
-bytes of a provider's dialect (`spine/native.py`) or a prompt by Google's SDK (`spine/prompt.py`).
+bytes of a provider's dialect (`spine/native.py`) or a prompt (`spine/prompt.py`).
 The spine fills the call's `CallRecord`; the front that made the call ends and stores it.
 
 Invariants: a permit is held exactly while its upstream call is open; another try or upstream is
@@ -45,6 +45,7 @@ from tidegate.errors import (
     BudgetUnbounded,
     DeadlineExceeded,
     DemandImpossible,
+    InvalidRequest,
     LimitPaused,
     LimitUsedUp,
     NotFound,
@@ -201,7 +202,6 @@ class CallExchange(Protocol):
     """How a call is made at an upstream; the spine says at which, when, and how often."""
 
     terms: Terms
-    dialect: Dialect
     bills: bool  # whether it costs something, and budgets may bind it
 
     @property
@@ -211,6 +211,9 @@ class CallExchange(Protocol):
     @property
     def is_heard(self) -> bool:
         """Whether something of an answer may have come from the upstream, in the present try."""
+
+    def serving(self, targets: Targets, model: str) -> list[Target]:
+        """Where it can be made of another model. Raises NotFound and InvalidRequest."""
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """What the call takes of which limits there."""
@@ -431,8 +434,8 @@ class _Run:
         for model in filter(None, models):
             found: list[Target] = []
             if self._terms.caller.may_ask(model):
-                with suppress(NotFound):
-                    found = self._spine.targets.of(self._exchange.dialect, model)
+                with suppress(NotFound, InvalidRequest):
+                    found = self._exchange.serving(self._spine.targets, model)
             if found := [one for one in found if _place(one) not in self._refusals]:
                 return found
         return []

@@ -26,8 +26,9 @@ from tidegate.embedded.lease import ServersLease, ServiceName, ensure
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
-from tidegate.settings import EMULATORS_KEY, SECRETS, Config
+from tidegate.settings import SECRETS, Config
 from tidegate.telemetry.logging import redact
+from tidegate.usual_models import EMULATORS_KEY
 
 if TYPE_CHECKING:
     from tidegate.policy.rollout import PolicyKeeper

@@ -22,13 +22,14 @@ from rich.text import Text
 
 from tidegate import __version__
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.errors import ConfigError, LimiterUnavailable
+from tidegate.errors import ConfigError, InvalidRequest, LimiterUnavailable
 from tidegate.http.browsers import CODE_S, make_code
 from tidegate.limiter import PoolPolicy, Snapshot, look_until
 from tidegate.metrics.instruments import SHARED, forget
 from tidegate.operator_key import key_file, operator_key
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
 from tidegate.settings import Config, load
+from tidegate.spine.routing import Targets
 from tidegate.supervisor.services import Ground, environment_of, migrate, prepared
 from tidegate.supervisor.supervisor import (
     RENEW_SIGNAL,
@@ -163,7 +164,7 @@ class Page:
         self._line((f"{_INDENT}Try", _LABEL))
         json = '-H "Content-Type: application/json"'
         key = ' -H "x-api-key: <key>"' if self._config.asks_for_keys else ""
-        if ground.config.gemini_api_key is None:  # no upstream for prompts
+        if not _takes_prompts(ground.config):
             self._line(f"{_INDENT}{_INDENT}curl{key} {place}/v1/models")
             self._line()
             return
@@ -186,6 +187,15 @@ class Page:
 
     def _line(self, *parts: str | tuple[str, str]) -> None:
         self._console.print(Text.assemble(*parts))
+
+
+def _takes_prompts(config: Config) -> bool:
+    """Whether an upstream serves the model of prompts."""
+    try:
+        Targets(deployed_upstreams(config)).of_prompt(config.text_model)
+    except InvalidRequest:
+        return False
+    return True
 
 
 def _count(number: int, what: str) -> str:

@@ -28,6 +28,7 @@ from tidegate.store.diagnostics import Trial
 from tidegate.store.records import NewJob
 from tidegate.store.store import Store
 from tidegate.supervisor.services import Ground, environment_of
+from tidegate.usual_models import GEMINI
 from tidegate.verify.plan import KIND, VerifiedPool, clean_pool, finish, until
 from tidegate.verify.processes import ProcessFamily
 
@@ -127,7 +128,7 @@ class JobVerification:
                 "gemini_base_url": self._upstream.url,
                 "gemini_api_key": SecretStr("of-the-emulator"),
                 # No other upstream of the deployment is asked, whatever serves its TEXT_MODEL.
-                "text_model": Config.model_fields["text_model"].default,
+                "text_model": GEMINI[0],
                 "data_dir": folder,
                 "blob_url": None,
                 "webhook_secret": None,

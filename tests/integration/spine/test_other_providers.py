@@ -56,50 +56,48 @@ async def test_a_gateway_without_an_account_of_gemini(
     wrapped = await gateway.submit(endpoint="/v1/chat/completions", body=CHAT)
     assert (await gateway.end_of(wrapped))["status"] == "succeeded"
     for path in ("/submit", "/stream"):
-        for body in ({"data": "Why is the sea salty?"}, {"data": "Nice!", "model": "claude-x"}):
-            status, said = await post(gateway, path, **body)
-            assert (status, said["code"], said["field"]) == (400, "invalid_request", "model")
-            assert "GEMINI_API_KEY" in said["detail"]
-            assert "POST /v1/chat/completions" in said["detail"]
-            assert said["allowed"] == "openai: gpt-*"
+        status, said = await post(gateway, path, data="Nice!", model="claude-x")
+        assert (status, said["code"], said["field"]) == (400, "invalid_request", "model")
+        assert said["detail"] == "no upstream serves the model 'claude-x'"
+        assert said["allowed"] == "openai: gpt-*"
     status, said = await post(gateway, "/v1/chat/completions", **CHAT | {"model": "claude-x"})
     assert (status, said["error"]["param"]) == (404, "model")
     assert [call.model for call in await openai.control.calls()] == ["gpt-5-mini"] * 2
 
 
-async def test_a_prompt_for_a_model_of_another_upstream_is_refused(
+async def test_the_usual_models_are_those_of_the_account_that_there_is(
     open_gateway: Opener, policy: Path, openai: Emulator
 ) -> None:
-    gateway = await open_gateway(tidegate_policy=policy)
-    for path in ("/submit", "/stream"):
-        status, said = await post(gateway, path, data="Say hello", model="gpt-5-mini")
-        assert (status, said["field"]) == (400, "model")
-        assert "'gpt-5-mini' is served by the upstream 'openai'" in said["detail"]
-        assert "POST /v1/chat/completions" in said["detail"]
-    done = await gateway.end_of(await gateway.submit(data="Say hello"))
-    assert done["status"] == "succeeded"
-    assert [call.model for call in await gateway.calls()] == [gateway.config.text_model]
-    assert await openai.control.calls() == []
+    settings = NO_GEMINI | {"openai_api_key": "key-of-openai"}
+    gateway = await open_gateway(tidegate_policy=policy, **settings)
+    answer = {"kind": "text_only", "reason": "because the test says so"}
+    await openai.control.set_behaviour(classifier_answer=answer)
+    for prompt in ("Explain the tide", "Nice!", "Draw a lighthouse"):
+        done = await gateway.end_of(await gateway.submit(data=prompt))
+        assert done["status"] == "succeeded", done
+        assert (await gateway.stream(text=prompt)).names[-1] == "done"
+    asked = ["gpt-6-luna"] * 6 + ["gpt-image-2.5-flare"] * 2
+    assert sorted(call.model for call in await openai.control.calls()) == asked
 
 
-async def test_a_job_that_was_taken_in_before_its_model_moved_fails_and_is_not_misrouted(
+async def test_a_job_whose_model_nobody_serves_any_more_fails_and_is_not_misrouted(
     open_gateway: Opener, policy: Path
 ) -> None:
     gateway = await open_gateway(worker=False)
-    job = await gateway.submit(data="Say hello", model="gpt-5-mini")
-    other = await open_gateway(tidegate_policy=policy)
+    job = await gateway.submit(data="Say hello", model="claude-x")
+    other = await open_gateway(tidegate_policy=policy, **NO_GEMINI)
     record = await other.end_of(job)
     assert (record["status"], record["error"]["code"]) == ("failed", "invalid_request")
     assert await gateway.calls() == await other.calls() == []
 
 
-async def test_a_classifier_of_another_upstream_is_not_asked(
+async def test_where_nobody_serves_the_classifiers_model_keywords_decide(
     open_gateway: Opener, policy: Path, openai: Emulator
 ) -> None:
-    gateway = await open_gateway(tidegate_policy=policy, classifier_model="gpt-5-nano")
-    record = await gateway.end_of(await gateway.submit(data="Nice!"))
+    gateway = await open_gateway(tidegate_policy=policy, **NO_GEMINI)
+    record = await gateway.end_of(await gateway.submit(data="Nice!", model="gpt-5-mini"))
     assert (record["status"], record["classified_by"]) == ("succeeded", "keywords")
-    assert await openai.control.calls() == []
+    assert [call.model for call in await openai.control.calls()] == ["gpt-5-mini"]
 
 
 async def test_a_server_of_ones_own_needs_an_address_and_no_key(

@@ -11,7 +11,8 @@ from pydantic import SecretStr
 from tidegate.errors import ConfigError
 from tidegate.policy.deployment import Deployment, Preempt, deployment_of
 from tidegate.prices.rates import Price
-from tidegate.settings import EMULATORS_KEY, Config
+from tidegate.settings import Config
+from tidegate.usual_models import EMULATORS_KEY
 
 CONFIG = Config.model_validate({"gemini_api_key": "AIzaSecret"})
 WHOLE = """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 
+from tidegate.call import Kind
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
@@ -64,39 +66,78 @@ def test_a_call_that_names_no_model_goes_to_who_speaks_that_dialect_first() -> N
     assert names(targets(), "", Dialect.GEMINI) == [("gemini", "")]
 
 
+CLAUDE = Upstream("claude", {"anthropic": "http://c"}, "k", ("claude-*",))
+LOCAL = Upstream("local", {"openai": "http://l"}, "")
+ALL = (GEMINI, OPENAI, TWIN, CLAUDE, LOCAL)
+DRAWS = Kind.IMAGE_GENERATION
+
+
+def of_prompt(model: str, *given: Any, routes: tuple[Route, ...] = ()) -> list[tuple[str, str]]:
+    found = Targets(Deployment(ALL, routes), Random(1)).of_prompt(model, *given)
+    return [(one.upstream.name, one.model) for one in found]
+
+
+def test_a_prompt_is_of_no_dialect() -> None:
+    assert of_prompt("claude-x") == [("claude", "claude-x")]
+    assert of_prompt("fast") == [("openai", "gpt-mini")]
+    assert sorted(of_prompt("gpt-x")) == [("openai", "gpt-x"), ("twin", "gpt-x")]
+    chain = Route("smart", (("claude", "claude-x"), ("openai", "gpt-x"), ("gemini", "pro")))
+    assert of_prompt("smart", routes=(chain,)) == [*chain.targets]
+
+
+def test_a_model_that_nobody_names_is_geminis_for_a_prompt() -> None:
+    for model in ("gemini-pro", "models/gemini-pro", "whatever"):
+        assert of_prompt(model) == [("gemini", model.removeprefix("models/"))]
+    without = Targets(Deployment((OPENAI, LOCAL)))
+    assert [one.upstream.name for one in without.of_prompt("whatever")] == ["local"]
+
+
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("kind", "files", "left"),
     [
-        ("gpt-x", "by the upstream 'openai', which a prompt can't reach: call POST /v1/chat/compl"),
-        ("fast", "'fast' is served by the upstream 'openai'"),
+        (DRAWS, (), ["openai", "gemini"]),
+        (DRAWS, (("image/gif", 9),), ["gemini"]),
+        (Kind.MULTI_MODAL, (("audio/wav", 9),), ["openai", "gemini"]),
+        (Kind.MULTI_MODAL, (("video/mp4", 9),), ["gemini"]),
+        (Kind.MULTI_MODAL, (("text/csv", 9), ("image/*", 0)), ["claude", "openai", "gemini"]),
+        (Kind.MULTI_MODAL, (("image/png", 30_000_000),), ["openai", "gemini"]),
     ],
 )
-def test_a_prompt_for_a_model_of_another_upstream_is_refused(model: str, said: str) -> None:
+def test_only_upstreams_that_can_take_a_prompt_are_in_its_chain(
+    kind: Kind, files: tuple[tuple[str, int], ...], left: list[str]
+) -> None:
+    chain = Route("smart", (("claude", "claude-x"), ("openai", "gpt-x"), ("gemini", "pro")))
+    assert [name for name, _ in of_prompt("smart", kind, files, routes=(chain,))] == left
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "field", "said", "allowed"),
+    [
+        ("claude-x", (DRAWS,), "model", "'claude-x' makes no images", "a model that makes images"),
+        (
+            *("claude-x", (Kind.MULTI_MODAL, (("audio/wav", 9),)), "files"),
+            *("takes no audio/wav", "PNG, JPEG, WebP, GIF, PDF and text, 24 MB in all"),
+        ),
+        (
+            *("fast", (Kind.MULTI_MODAL, (("video/mp4", 9),)), "files"),
+            *("'openai' of the model 'fast' takes no video/mp4", "PNG, JPEG, WebP, GIF, PDF, WAV"),
+        ),
+    ],
+)
+def test_a_prompt_that_nobody_can_take_is_told_why(
+    model: str, given: tuple[Any, ...], field: str, said: str, allowed: str
+) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        targets().check_prompt(model)
+        of_prompt(model, *given)
+    assert refused.value.field == field
     assert said in refused.value.message
-    assert refused.value.allowed == "gemini: *"
-    assert refused.value.field == "model"
+    assert str(refused.value.allowed).startswith(allowed)
 
 
-def test_a_prompt_for_a_model_of_geminis_account_passes() -> None:
-    found = targets(Route("gpt-y", (("openai", None), ("gemini", None))))
-    for model in ("gemini-pro", "models/gemini-pro", "whatever", "gpt-y"):
-        found.check_prompt(model)
-
-
-def test_a_prompt_may_name_a_route_to_an_upstream_of_geminis_dialect() -> None:
-    smart = Route("smart", (("openai", "gpt-x"), ("gemini", "gemini-pro")))
-    found = targets(smart, Route("mine", (("gemini", "gemini-pro"),)))
-    for model in ("smart", "mine"):
-        found.check_prompt(model)
-        assert names(found, model, Dialect.GEMINI) == [("gemini", "gemini-pro")]
-
-
-def test_without_geminis_account_a_prompt_is_told_what_there_is() -> None:
-    with pytest.raises(InvalidRequest, match="GEMINI_API_KEY, and there is none: call") as no:
-        Targets(Deployment((OPENAI,))).check_prompt("gemini-2.5-flash")
-    assert no.value.allowed == "openai: gpt-*"
+def test_a_prompt_for_a_model_that_nobody_serves_is_told_what_there_is() -> None:
+    with pytest.raises(InvalidRequest, match="no upstream serves the model") as no:
+        Targets(Deployment((OPENAI,))).of_prompt("gemini-2.5-flash")
+    assert (no.value.field, no.value.allowed) == ("model", "openai: gpt-*")
 
 
 @pytest.mark.parametrize(

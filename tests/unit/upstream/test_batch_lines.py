@@ -7,6 +7,8 @@ from uuid import UUID
 
 import pytest
 
+from tidegate.call import Kind
+from tidegate.dialects.spec import Dialect
 from tidegate.spine.batched import prompt_endpoint
 from tidegate.spine.native import endpoint_named
 from tidegate.upstream.batch_api import custom_id, line_of, takes
@@ -31,9 +33,17 @@ def test_which_calls_can_be_lines(path: str, is_taken: bool) -> None:
 
 
 def test_prompts_can_be_lines() -> None:
-    endpoint = prompt_endpoint("gemini-2.5-flash")
+    endpoint = prompt_endpoint(Dialect.GEMINI, Kind.IMAGE_GENERATION, "gemini-2.5-flash")
     assert takes(endpoint)
     assert endpoint.path_for("m") == "/v1beta/models/m:generateContent"
+    for dialect, path in (
+        (Dialect.OPENAI, "/chat/completions"),
+        (Dialect.ANTHROPIC, "/v1/messages"),
+    ):
+        endpoint = prompt_endpoint(dialect, Kind.MULTI_MODAL, "m")
+        assert takes(endpoint)
+        assert endpoint.path_for("m") == path
+    assert not takes(prompt_endpoint(Dialect.OPENAI, Kind.IMAGE_GENERATION, "m"))
 
 
 def test_a_custom_id_names_its_batch_and_line() -> None:

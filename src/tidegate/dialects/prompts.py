@@ -1,0 +1,504 @@
+"""Prompts with files in OpenAI's and Anthropic's dialect: calls made of them, and answers read.
+
+A prompt is no one's dialect: it becomes a chat completion or a message of the upstream that it is
+called at, an image an images call. In Gemini's dialect it goes by Google's SDK
+(`upstream/gemini.py`).
+
+Invariants: only text and images of the answer itself are read, never thoughts; an answer without
+its end is no answer; what a dialect can't take is refused before it is sent, by its name. Pure.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from binascii import Error as NotBase64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any
+
+import orjson
+
+from tidegate.admission.estimator import Learning, input_pieces, pieces_of
+from tidegate.call import Answer, Call, Delta, Event, Kind, Media, Picture, Tier
+from tidegate.classify import question
+from tidegate.dialects.answers import object_of, objects_in
+from tidegate.dialects.spec import Dialect, Endpoint, Operation, RequestFacts
+from tidegate.errors import (
+    EmptyAnswer,
+    PromptBlocked,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamUnavailable,
+)
+
+# Files as their types and sizes in bytes; a type may be a pattern while it is not known.
+Files = Sequence[tuple[str, int]]
+
+ANY_IMAGE = "image/*"
+MOST_ANSWER_BYTES = 64_000_000
+# Anthropic requires a bound on the output: enough for a long answer, and within what every model
+# that is served gives out.
+USUAL_OUTPUT_TOKENS = 16_000
+# A model that thinks does so within this bound too.
+_JUDGE_OUTPUT_TOKENS = 4 * question.MAX_ANSWER_TOKENS
+
+_PNG, _JPEG, _WEBP, _GIF = "image/png", "image/jpeg", "image/webp", "image/gif"
+_PICTURES = frozenset((_PNG, _JPEG, _WEBP, _GIF))
+_EDITED = frozenset((_PNG, _JPEG, _WEBP))  # GPT image models take no GIF
+_PDF = "application/pdf"
+_SOUNDS = {"audio/wav": "wav", "audio/mpeg": "mp3"}
+_TEXTUAL = frozenset(("application/json", "application/xml"))
+
+_CHAT = Endpoint(Dialect.OPENAI, Operation.INFER, "/chat/completions")
+_GENERATIONS = Endpoint(Dialect.OPENAI, Operation.IMAGES, "/images/generations")
+_EDITS = Endpoint(Dialect.OPENAI, Operation.IMAGES, "/images/edits")
+_MESSAGES = Endpoint(Dialect.ANTHROPIC, Operation.INFER, "/v1/messages")
+_JSON = b"application/json"
+
+_BY_SDK = (Dialect.GEMINI,)  # which takes every file that a request may have
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a dialect takes for one kind of prompt: types besides text, the most bytes of all files
+    together, and both in words."""
+
+    types: frozenset[str]
+    most_bytes: int
+    text: bool
+    words: str
+
+
+# developers.openai.com/api/docs/guides/file-inputs and /images: 50 MB; platform.claude.com/docs,
+# "Request size limits": 32 MB, in base64.
+_OPENAI_BYTES, _ANTHROPIC_BYTES = 50_000_000, 24_000_000
+_TAKEN: Mapping[tuple[Dialect, bool], _Taken] = {
+    (Dialect.OPENAI, False): _Taken(
+        _PICTURES | {_PDF} | _SOUNDS.keys(),
+        _OPENAI_BYTES,
+        text=True,
+        words="PNG, JPEG, WebP, GIF, PDF, WAV, MP3 and text, 50 MB in all",
+    ),
+    (Dialect.OPENAI, True): _Taken(
+        _EDITED, _OPENAI_BYTES, text=False, words="PNG, JPEG and WebP, 50 MB in all"
+    ),
+    (Dialect.ANTHROPIC, False): _Taken(
+        _PICTURES | {_PDF},
+        _ANTHROPIC_BYTES,
+        text=True,
+        words="PNG, JPEG, WebP, GIF, PDF and text, 24 MB in all",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NotTaken:
+    """Why a dialect can't take a prompt. field: of the request. allowed: what it takes."""
+
+    field: str
+    reason: str
+    allowed: str
+
+
+def dialect_for(
+    dialects: Iterable[str], kind: Kind | None, files: Files
+) -> tuple[Dialect | None, NotTaken | None]:
+    """The dialect in which an upstream takes a prompt: Gemini's, else the first that can; None with
+    the reason where none can. `kind`: None while it is not settled."""
+    spoken = [Dialect(one) for one in dialects]
+    refused = None
+    for dialect in sorted(spoken, key=lambda one: one not in _BY_SDK):
+        why = not_taken(dialect, kind, files)
+        if why is None:
+            return dialect, None
+        refused = refused or why
+    return None, refused
+
+
+def not_taken(dialect: Dialect, kind: Kind | None, files: Files) -> NotTaken | None:
+    """Why a dialect can't take a prompt; None where it can."""
+    if dialect in _BY_SDK:
+        return None
+    draws = kind is Kind.IMAGE_GENERATION
+    taken = _TAKEN.get((dialect, draws))
+    if taken is None:
+        return NotTaken("model", "makes no images", "a model that makes images")
+    for mime_type, _ in files:
+        if mime_type == ANY_IMAGE or mime_type in taken.types:
+            continue
+        if not (taken.text and is_text(mime_type)):
+            what = f"takes no {mime_type} for an image" if draws else f"takes no {mime_type}"
+            return NotTaken("files", what, taken.words)
+    if sum(size for _, size in files) > taken.most_bytes:
+        return NotTaken("files", "does not take that much", taken.words)
+    return None
+
+
+def is_text(mime_type: str) -> bool:
+    return mime_type.startswith("text/") or mime_type in _TEXTUAL
+
+
+def endpoint_for(dialect: Dialect, *, draws: bool) -> Endpoint:
+    """What a prompt without files calls."""
+    if dialect is Dialect.ANTHROPIC:
+        return _MESSAGES
+    return _GENERATIONS if draws else _CHAT
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCall:
+    """A call in a dialect, and what it requests where its body is not JSON. model: as the body has
+    it."""
+
+    endpoint: Endpoint
+    body: bytes
+    content_type: bytes = _JSON
+    asked: RequestFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How an upstream is asked. streams: its answer is read as it comes. asks_usage: it knows
+    `stream_options`. most_output_tokens: that its model gives out, where that is known. own: it is
+    OpenAI itself, whose names of fields have changed."""
+
+    streams: bool
+    asks_usage: bool = True
+    most_output_tokens: int | None = None
+    own: bool = False
+
+
+def prompt_call(dialect: Dialect, call: Call, form: CallForm) -> PromptCall:
+    """The call of a prompt, whose model is the upstream's name for it."""
+    if call.kind is Kind.IMAGE_GENERATION:
+        return _edits(call) if call.media else _generations(call)
+    if dialect is Dialect.ANTHROPIC:
+        content = [*map(_block, call.media), *_text_blocks(call.prompt)]
+        body = _message(call.model, content, form, USUAL_OUTPUT_TOKENS)
+        return PromptCall(_MESSAGES, orjson.dumps(body))
+    parts = [*map(_part, call.media), *_text_blocks(call.prompt)]
+    said: Any = parts if call.media else call.prompt
+    body = {"model": call.model, "messages": [{"role": "user", "content": said}]}
+    if form.streams:
+        body["stream"] = True
+        if form.asks_usage:
+            body["stream_options"] = {"include_usage": True}
+    if call.tier is Tier.FLEX:
+        body["service_tier"] = call.tier.value
+    return PromptCall(_CHAT, orjson.dumps(body))
+
+
+def question_call(
+    dialect: Dialect, call: Call, mime_types: Sequence[str], form: CallForm
+) -> PromptCall:
+    """The classifier's question about a prompt, answered by its schema."""
+    texts = question.data_of(call.prompt, mime_types)
+    content = [{"type": "text", "text": text} for text in texts]
+    schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"type": "string", "enum": question.kinds_allowed(mime_types)},
+            "reason": {"type": "string"},
+        },
+        "required": ["kind", "reason"],
+        "additionalProperties": False,
+    }
+    instruction = question.instruction(mime_types)
+    if dialect is Dialect.ANTHROPIC:
+        body = _message(call.model, content, form, _JUDGE_OUTPUT_TOKENS)
+        body["system"] = instruction
+        body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+        return PromptCall(_MESSAGES, orjson.dumps(body))
+    bound = "max_completion_tokens" if form.own else "max_tokens"
+    body = {
+        "model": call.model,
+        "messages": [
+            {"role": "system", "content": instruction},
+            {"role": "user", "content": content},
+        ],
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "kind_of_request", "strict": True, "schema": schema},
+        },
+        bound: _JUDGE_OUTPUT_TOKENS,
+    }
+    return PromptCall(_CHAT, orjson.dumps(body))
+
+
+def _message(model: str, content: list[Any], form: CallForm, output_tokens: int) -> dict[str, Any]:
+    body = {
+        "model": model,
+        "max_tokens": min(output_tokens, form.most_output_tokens or output_tokens),
+        "messages": [{"role": "user", "content": content}],
+    }
+    return {**body, "stream": True} if form.streams else body
+
+
+def _text_blocks(prompt: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": prompt}] if prompt else []
+
+
+def _part(media: Media) -> dict[str, Any]:
+    """A file in a chat completion, which takes those of text as text alone."""
+    kind = media.mime_type
+    if kind in _PICTURES:
+        return {"type": "image_url", "image_url": {"url": _data_url(media)}}
+    if kind in _SOUNDS:
+        data = b64encode(media.data).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": _SOUNDS[kind]}}
+    if kind == _PDF:
+        file = {"filename": media.name or "file.pdf", "file_data": _data_url(media)}
+        return {"type": "file", "file": file}
+    return {"type": "text", "text": f"{media.name or 'A file'}:\n\n{_text_of(media)}"}
+
+
+def _block(media: Media) -> dict[str, Any]:
+    """A file in a message."""
+    kind = media.mime_type
+    if kind in _PICTURES or kind == _PDF:
+        data = b64encode(media.data).decode()
+        source = {"type": "base64", "media_type": kind, "data": data}
+        block = {"type": "document" if kind == _PDF else "image", "source": source}
+    else:
+        source = {"type": "text", "media_type": "text/plain", "data": _text_of(media)}
+        block = {"type": "document", "source": source}
+    return {**block, "title": media.name} if media.name and kind not in _PICTURES else block
+
+
+def _text_of(media: Media) -> str:
+    return media.data.decode("utf-8", "replace")
+
+
+def _data_url(media: Media) -> str:
+    return f"data:{media.mime_type};base64,{b64encode(media.data).decode()}"
+
+
+def _generations(call: Call) -> PromptCall:
+    body: dict[str, Any] = {"model": call.model, "prompt": call.prompt}
+    if _gives_urls(call.model):
+        body["response_format"] = "b64_json"
+    return PromptCall(_GENERATIONS, orjson.dumps(body))
+
+
+def _gives_urls(model: str) -> bool:
+    """Whether an images model answers with URLs unless it is asked for the bytes: those of OpenAI
+    never do, and refuse the field."""
+    return "gpt-image" not in model and "chatgpt-image" not in model
+
+
+def _edits(call: Call) -> PromptCall:
+    """A change of images, as multipart (RFC 7578), the one form that all servers take."""
+    fields = {"model": call.model, "prompt": call.prompt}
+    if _gives_urls(call.model):
+        fields["response_format"] = "b64_json"
+    mark = token_hex(16)
+    pieces = [
+        f'--{mark}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields.items()
+    ]
+    several = "image[]" if len(call.media) > 1 else "image"
+    for number, media in enumerate(call.media):
+        file = f"image-{number}.{media.mime_type.partition('/')[2]}"
+        head = f'form-data; name="{several}"; filename="{file}"'
+        opening = f"--{mark}\r\nContent-Disposition: {head}\r\nContent-Type: {media.mime_type}"
+        pieces += (f"{opening}\r\n\r\n".encode(), media.data, b"\r\n")
+    pieces.append(f"--{mark}--\r\n".encode())
+    content = input_pieces(pieces_of(call.prompt, call.media), learning=Learning.FILES)
+    asked = RequestFacts(call.model, Kind.IMAGE_GENERATION, images=1, pieces=content)
+    return PromptCall(
+        _EDITS, b"".join(pieces), f"multipart/form-data; boundary={mark}".encode(), asked
+    )
+
+
+# Answers
+
+_BLOCKED = frozenset(("content_filter", "refusal"))
+# Codes of refusals that are about the prompt: OpenAI's images, and Azure's filter.
+_BLOCKED_CODES = frozenset(("moderation_blocked", "content_filter", "content_policy_violation"))
+_REFUSED_STATUS = 400
+_MAGIC = ((b"\x89PNG", _PNG), (b"\xff\xd8\xff", _JPEG), (b"GIF8", _GIF))
+
+
+def blocked_by(status: int, body: bytes) -> PromptBlocked | None:
+    """What a refusal says of the prompt; None where it is about something else."""
+    if status != _REFUSED_STATUS:
+        return None
+    with suppress(orjson.JSONDecodeError):  # of a proxy
+        error = object_of(object_of(orjson.loads(body)).get("error"))
+        for code in (error.get("code"), error.get("type")):
+            if isinstance(code, str) and code in _BLOCKED_CODES:
+                return _blocked(code)
+    return None
+
+
+def _blocked(reason: str) -> PromptBlocked:
+    return PromptBlocked(f"the provider refused the prompt ({reason})", reason=reason)
+
+
+@dataclass(slots=True)
+class _Said:
+    """What one object of an answer, whole or an event, says."""
+
+    texts: list[str]
+    pictures: list[Media]
+    refusal: str = ""
+    finish: str | None = None
+    ends: bool = False
+
+
+class PromptAnswer:
+    """Reads the answer to a prompt into `answer`.
+
+    bytes  --take-->  events, in order       end  --finish-->  fine, or an UpstreamError
+    """
+
+    def __init__(self, dialect: Dialect, kind: Kind, answer: Answer, *, streams: bool) -> None:
+        self._read = _of_message if dialect is Dialect.ANTHROPIC else _of_completion
+        self._kind = kind
+        self._answer = answer
+        self._streams = streams
+        self._rest: list[bytes] = []
+        self._size_bytes = 0
+        self._refusals: list[str] = []
+        self._objects = 0
+        self._ended = False
+
+    def take(self, piece: bytes) -> list[Event]:
+        """The events that came to their end in a piece; none of an answer that comes whole. Raises
+        UpstreamGarbled for one that is too long."""
+        self._size_bytes += len(piece)
+        if self._size_bytes > MOST_ANSWER_BYTES:
+            raise UpstreamGarbled(f"the answer is longer than {MOST_ANSWER_BYTES} bytes")
+        self._rest.append(piece)
+        if not self._streams or b"\n" not in piece:
+            return []
+        data = b"".join(self._rest)
+        whole, _, rest = data.rpartition(b"\n")
+        self._rest = [rest]
+        return list(self._events(whole.split(b"\n")))
+
+    def finish(self) -> list[Event]:
+        """The last events. Raises PromptBlocked, EmptyAnswer, UpstreamGarbled when nothing in it
+        was an answer, or UpstreamUnavailable when it was cut."""
+        rest, self._rest = b"".join(self._rest), []
+        events = list(self._events(rest.split(b"\n")) if self._streams else self._whole(rest))
+        if (problem := self._problem()) is not None:
+            raise problem
+        return events
+
+    def _events(self, lines: Iterable[bytes]) -> Iterator[Event]:
+        for line in lines:
+            text = line[5:].strip() if line.startswith(b"data:") else b""
+            if text == b"[DONE]":
+                self._ended = True
+            elif text:
+                with suppress(orjson.JSONDecodeError):  # cut, which its missing end tells
+                    yield from self._take(orjson.loads(text))
+
+    def _whole(self, text: bytes) -> Iterator[Event]:
+        with suppress(orjson.JSONDecodeError):  # no object: it is no answer
+            value = orjson.loads(text)
+            self._ended = True
+            yield from self._take(value)
+
+    def _take(self, value: Any) -> Iterator[Event]:
+        said = self._read(object_of(value))
+        if said is None:
+            return
+        self._objects += 1
+        self._ended = self._ended or said.ends
+        answer = self._answer
+        answer.finish_reason = said.finish or answer.finish_reason
+        if said.refusal:
+            self._refusals.append(said.refusal)
+        for text in said.texts:
+            answer.text.append(text)
+            yield Delta(text)
+        for picture in said.pictures:
+            answer.pictures.append(picture)
+            yield Picture(picture)
+
+    def _problem(self) -> UpstreamError | None:
+        answer = self._answer
+        finish, content = answer.finish_reason, bool(answer.text or answer.pictures)
+        if not self._objects:
+            if self._size_bytes and not self._streams:
+                return UpstreamGarbled("the provider's answer is not what its protocol says")
+            return UpstreamUnavailable("the provider's answer broke off before its end")
+        if not self._ended and finish is None:
+            return UpstreamUnavailable("the provider's answer broke off before its end")
+        if not content and (self._refusals or finish in _BLOCKED):
+            return _blocked(finish if finish in _BLOCKED else "refusal")
+        if not content or (self._kind is Kind.IMAGE_GENERATION and not answer.pictures):
+            missing = "picture" if self._kind is Kind.IMAGE_GENERATION else "content"
+            return EmptyAnswer(
+                f"the provider's answer has no {missing} ({finish or 'no reason'})",
+                finish_reason=finish,
+            )
+        return None
+
+
+def _of_completion(value: Mapping[str, Any]) -> _Said | None:
+    """Of a chat completion or a chunk of one, or the answer of an images call."""
+    if isinstance(value.get("data"), list):
+        return _Said([], [*_pictures(value["data"])], ends=True)
+    if not isinstance(value.get("choices"), list):
+        return None
+    choice = next(iter(objects_in(value["choices"])), {})
+    message = object_of(choice.get("delta") or choice.get("message"))
+    refusal = message.get("refusal")
+    return _Said(
+        _texts(message.get("content")),
+        [],
+        refusal if isinstance(refusal, str) else "",
+        _word(choice.get("finish_reason")),
+    )
+
+
+def _of_message(value: Mapping[str, Any]) -> _Said | None:
+    """Of a message, or an event of one."""
+    kind = value.get("type")
+    if kind == "message":
+        texts = [text for one in objects_in(value.get("content")) for text in _block_text(one)]
+        return _Said(texts, [], finish=_word(value.get("stop_reason")))
+    if kind == "content_block_start":
+        return _Said(_block_text(object_of(value.get("content_block"))), [])
+    if kind == "content_block_delta":
+        delta = object_of(value.get("delta"))
+        is_text = delta.get("type") == "text_delta"
+        return _Said(_texts(delta.get("text")) if is_text else [], [])
+    if kind == "message_delta":
+        return _Said([], [], finish=_word(object_of(value.get("delta")).get("stop_reason")))
+    return _Said([], [], ends=kind == "message_stop") if isinstance(kind, str) else None
+
+
+def _block_text(block: Mapping[str, Any]) -> list[str]:
+    return _texts(block.get("text")) if block.get("type") == "text" else []
+
+
+def _texts(content: Any) -> list[str]:
+    """The texts of a content, which is one or, at some servers, a list of parts."""
+    if isinstance(content, str):
+        return [content] if content else []
+    return [text for one in objects_in(content) for text in _block_text(one)]
+
+
+def _word(value: Any) -> str | None:
+    return value[:100] if isinstance(value, str) and value else None
+
+
+def _pictures(data: list[Any]) -> Iterator[Media]:
+    for one in objects_in(data):
+        if isinstance(text := one.get("b64_json"), str):
+            with suppress(NotBase64, ValueError):  # no picture: the answer is empty
+                raw = b64decode(text, validate=True)
+                yield Media(_type_of(raw), raw)
+
+
+def _type_of(picture: bytes) -> str:
+    """By its first bytes, since the answer does not always say it."""
+    if picture[:4] == b"RIFF" and picture[8:12] == b"WEBP":
+        return _WEBP
+    return next((kind for magic, kind in _MAGIC if picture.startswith(magic)), _PNG)
