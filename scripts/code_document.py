@@ -11,10 +11,10 @@ SOURCE = ROOT / "src/tidegate"
 HEAD = Path(__file__).with_name("code_head.md")
 NOT_SHOWN = ("migrations/",)
 FOLDERS = (
-    *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin", "jobs"),
-    *("metrics", "spine", "rehearse", "upstream", "dialects", "admission", "policy"),
-    *("integrations", "limiter", "limiter/model", "store", "store/provider", "emulator"),
-    *("emulator/batches", "emulator/fronts"),
+    *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin"),
+    *("http/realtime", "jobs", "metrics", "realtime", "spine", "rehearse", "upstream"),
+    *("dialects", "admission", "policy", "integrations", "limiter", "limiter/model", "store"),
+    *("store/provider", "emulator", "emulator/batches", "emulator/fronts"),
     *("embedded", "classify"),
     "telemetry",
     "prices",

@@ -48,6 +48,8 @@ class Kind(StrEnum):
 CLASSIFIER_LIMIT = "kind:classifier"
 # What asks no model for anything, such as the list of models: limited only where a limit says so.
 OTHER_KIND = "other"
+# A realtime session, for as long as it is open: limited only where a limit says so.
+REALTIME_KIND = "realtime"
 
 
 class Status(StrEnum):

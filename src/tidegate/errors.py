@@ -9,6 +9,8 @@ TidegateError
 │   ├── UnsupportedMedia        a content type or file type that we do not take
 │   └── FetchRefused            an `image_uri` that we will not, or could not, fetch
 ├── RequestTimeout              the client was too slow in sending its request
+├── RealtimeIdle                neither side of a realtime session said anything for too long
+├── RealtimeStalled             the client of a realtime session takes nothing of what it is sent
 ├── Unauthenticated             no credential, or a wrong one
 ├── Forbidden                   not for this caller, whatever it shows
 ├── NotFound                    no such request, file or limit
@@ -142,6 +144,18 @@ class FetchRefused(InvalidRequest):
 
 class RequestTimeout(TidegateError):
     code = "request_timeout"
+
+
+class RealtimeIdle(TidegateError):
+    """Neither side of a realtime session has said anything for too long."""
+
+    code = "realtime_idle"
+
+
+class RealtimeStalled(TidegateError):
+    """The client of a realtime session takes nothing of what it is sent."""
+
+    code = "client_stalled"
 
 
 class Unauthenticated(TidegateError):

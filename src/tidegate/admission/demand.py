@@ -33,6 +33,7 @@ from tidegate.call import (
     CLASSIFIER_LIMIT,
     DEFAULT_TENANT,
     OTHER_KIND,
+    REALTIME_KIND,
     Call,
     Kind,
     Usage,
@@ -62,6 +63,7 @@ from tidegate.policy.format import (
 MOST_PRIORITY = 100
 # Of the calls whose limits were looked for: models and tenants are named by clients.
 _MOST_KEPT = 1_000
+_UNLIMITED_KINDS = (OTHER_KIND, REALTIME_KIND)  # where no limit names them
 
 
 class Reach:
@@ -97,7 +99,7 @@ class Reach:
         Without `makes_images` limits on images are none of its own.
         """
         first = f"kind:{kind}"
-        required = not self._kinds_optional and kind != OTHER_KIND
+        required = not self._kinds_optional and kind not in _UNLIMITED_KINDS
         found = [first] if required or first in self.policy.limits else []
         name = plain_model(model)
         models = [one for one in self._patterns if is_in_group(name, one)]

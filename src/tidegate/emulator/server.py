@@ -24,7 +24,7 @@ from tidegate.emulator.account import AccountLimitReached
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.delivery import Served, failed, json_response
 from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
-from tidegate.emulator.fronts import anthropic, gemini, openai
+from tidegate.emulator.fronts import anthropic, gemini, openai, realtime
 from tidegate.emulator.fronts.anthropic import ANTHROPIC
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai import OPENAI
@@ -135,6 +135,8 @@ async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
 async def _answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamResponse:
     found = ((api, front.route) for api, front in _FRONTS if front.wants(request))
     api, route = next(found, (GEMINI, gemini.route))
+    if (speaks := realtime.api_of(request)) is not None:
+        api, route = speaks, realtime.route
     try:
         return await route(Served(state, request, api))
     except LimitReached as full:

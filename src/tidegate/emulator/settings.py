@@ -15,7 +15,7 @@ from tidegate.emulator.checks import known_fields, number, whole
 from tidegate.emulator.profiles import DAY_S, AccountSpec
 from tidegate.errors import InvalidRequest
 
-KINDS = ("text_only", "multi_modal", "image_generation", "classifier", "other")
+KINDS = ("text_only", "multi_modal", "image_generation", "classifier", "other", "realtime")
 EVERY = "*"  # in a table by kind: the value for kinds that are not named
 TOTAL = "total"  # a limit over all kinds together but `other`
 

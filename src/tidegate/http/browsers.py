@@ -66,6 +66,13 @@ class Origins:
             return None
         return self.page_refusal(headers, method)
 
+    def socket_refusal(self, headers: Headers) -> Forbidden | None:
+        """Why a WebSocket is not opened: no browser asks whether a page may read from one, so that
+        a page needs to be ours, or one of CORS_ORIGINS, with a key too."""
+        if any(name == b"origin" and value in self._pages for name, value in headers):
+            return None
+        return self.page_refusal(headers, "GET")
+
     def page_refusal(self, headers: Headers, method: str) -> Forbidden | None:
         """Why a request comes from a page that is not ours; None where it does not."""
         found = {name: value for name, value in headers if name in _NAMES}

@@ -117,6 +117,8 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.UnsupportedMedia: 415,
     errors.FetchRefused: 422,
     errors.RequestTimeout: 408,
+    errors.RealtimeIdle: 408,
+    errors.RealtimeStalled: 408,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
@@ -337,6 +339,8 @@ ADVICE: dict[str, str] = {
     "fetch_refused": "The picture at its address could not, or must not, be fetched: check that "
     "the address is public and answers with a picture.",
     "request_timeout": "The client sent too slowly. It may send again.",
+    "realtime_idle": "Neither side of the realtime session said anything for too long: allow it "
+    "more by IDLE_TIMEOUT_MS, or open another.",
     "forbidden": "Its tenant or key does not allow this: see the tenant's models and the "
     "key's scopes.",
     "unauthenticated": "The API key was invalid: see the tenant's keys.",
@@ -413,6 +417,18 @@ _USUAL_RETRY_MS = 1_000
 _SDK_WAITS_MS = 60_000
 
 
+_ELSE = "; docs/gateway.md says what it relays"
+_NOT_RELAYED = (
+    (
+        "/v1/realtime/client_secrets",
+        ": a key of the provider's would lead past the limits here; a web page gives a key of this "
+        "gateway in the subprotocol openai-insecure-api-key.<key>",
+    ),
+    ("/v1/realtime/calls", ": the sound would go past this gateway; use the WebSocket"),
+    ("/v1/realtime", ", which is a WebSocket: connect with Upgrade: websocket"),
+)
+
+
 def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.TidegateError:
     """What is said of a path that no native front has, or has by other `methods` only, so that
     nobody takes it for the provider's word."""
@@ -420,8 +436,8 @@ def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.Tide
         known = " and ".join(methods)
         said = f"Tidegate does not relay {method} {path[:200]}, but {known}"
         return errors.MethodNotAllowed(said, methods=methods)
-    said = f"Tidegate does not relay {method} {path[:200]}; docs/gateway.md says what it relays"
-    return errors.NotFound(said)
+    why = next((why for begin, why in _NOT_RELAYED if path.startswith(begin)), _ELSE)
+    return errors.NotFound(f"Tidegate does not relay {method} {path[:200]}{why}")
 
 
 def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:

@@ -45,6 +45,7 @@ from tidegate.http.problems import (
     problem_response,
     refusal,
 )
+from tidegate.http.realtime.front import is_realtime, realtime
 from tidegate.http.services import (
     AccessLog,
     Services,
@@ -53,6 +54,7 @@ from tidegate.http.services import (
     services_of,
     services_of_scope,
 )
+from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
 from tidegate.record import Source
 
 _SCHEMES: dict[str, Any] = {
@@ -161,6 +163,8 @@ class Gateway(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
+        elif UPGRADE_EXTENSION in scope["extensions"] and is_realtime(scope["path"]):
+            await self._realtime(scope, receive, send)
         elif self._is_of_page(scope):
             if self._pages is None:
                 origins = self.state.services.config.cors_origins
@@ -168,6 +172,14 @@ class Gateway(FastAPI):
             await self._pages({**scope, "extensions": {}}, receive, send)
         else:
             await self._answer(scope, receive, send)
+
+    async def _realtime(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services: Services = self.state.services
+        if (foreign := why_foreign(services, scope)) is not None:
+            scope["app"] = self
+            await AccessLog(partial(_refuse, foreign))(scope, receive, send)
+        else:
+            await realtime(services, scope, receive, send)
 
     def _is_of_page(self, scope: Scope) -> bool:
         """Whether a page may learn by `Access-Control-*` that it may read the answer."""

@@ -34,6 +34,7 @@ from tidegate.http._compat import (
 from tidegate.http.sse import ABORT_EXTENSION, GONE_EXTENSION
 
 DIRECT_EXTENSION = "tidegate.direct"
+UPGRADE_EXTENSION = "tidegate.upgrade"
 _NO_BODY = (204, 304)
 
 Headers = list[tuple[bytes, bytes]]
@@ -130,6 +131,26 @@ class Direct:
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()
+
+
+class Upgrade:
+    """Of one request that offers another protocol: hands its connection to that one."""
+
+    __slots__ = ("_cycle", "_switch")
+
+    def __init__(
+        self,
+        switch: Callable[[RequestResponseCycle, asyncio.Protocol], None],
+        cycle: RequestResponseCycle,
+    ) -> None:
+        self._switch = switch
+        self._cycle = cycle
+
+    def to(self, protocol: asyncio.Protocol) -> None:
+        """The connection is `protocol`'s from now on, which has to write the answer. It has a
+        method `shutdown`, which is called when the process stops, and removes itself from
+        `connections`, which is set, when it is lost."""
+        self._switch(self._cycle, protocol)
 
 
 # Status, code and words of a refusal.
@@ -333,6 +354,7 @@ class BoundedProtocol(UvicornProtocol):
         self._linger_timer: asyncio.TimerHandle | None = None
         self._when_gone: list[Callable[[], None]] = []
         self._answering: RequestResponseCycle | None = None
+        self._offers_protocol = False
 
     # The connection
 
@@ -394,6 +416,7 @@ class BoundedProtocol(UvicornProtocol):
         if self._in_head:
             self._head_bytes += len(piece)
             if b"pgrade" in piece:
+                self._offers_protocol = True
                 piece = without_offer(piece)
         else:
             self._overhead_bytes += len(piece)
@@ -466,6 +489,9 @@ class BoundedProtocol(UvicornProtocol):
                 send = self._saying_that_it_is_early(cycle, send)
             else:  # the body is there as a whole: no answer can be early
                 extensions[DIRECT_EXTENSION] = {"answer": Direct(cycle, self.flow)}
+                if self._offers_protocol and not self.pipeline:
+                    extensions[UPGRADE_EXTENSION] = {"call": Upgrade(self._switch, cycle)}
+            self._offers_protocol = False
             try:
                 await app(scope, receive, send)
             finally:
@@ -524,6 +550,25 @@ class BoundedProtocol(UvicornProtocol):
     def _refuse(self, status: int, code: str, detail: str) -> None:
         self._refusal = (status, code, detail)
         self.send_400_response(detail)
+
+    def _switch(self, cycle: RequestResponseCycle, protocol: asyncio.Protocol) -> None:
+        """Leave the connection to another protocol; nothing here touches it from then on."""
+        self._lingering = True
+        for timer in (self._head_timer, self._write_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._write_timer = self._linger_timer = None
+        self.end_keep_alive_timer()
+        self.flow.resume_reading()
+        self._when_gone.clear()
+        cycle.response_started = cycle.response_complete = True
+        self.server_state.total_requests += 1
+        connections: set[Any] = self.connections
+        connections.discard(self)
+        connections.add(protocol)
+        protocol.connections = connections  # type: ignore[attr-defined]
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
 
     # Timers
 

@@ -25,7 +25,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, Kind
+from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, REALTIME_KIND, Kind
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import (
     DEFAULT_BANDS,
@@ -54,7 +54,12 @@ from tidegate.limiter import (
 
 AT_ONCE = ("pool", "kind", "model", "tenant")
 TOTAL = "total"
-KIND_NAMES = (*(kind.value for kind in Kind), CLASSIFIER_LIMIT.partition(":")[2], OTHER_KIND)
+KIND_NAMES = (
+    *(kind.value for kind in Kind),
+    CLASSIFIER_LIMIT.partition(":")[2],
+    OTHER_KIND,
+    REALTIME_KIND,
+)
 _MEASURES: dict[str, Unit] = {
     "r": "requests",
     "t": "tokens",

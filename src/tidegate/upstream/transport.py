@@ -16,10 +16,11 @@ import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import aiohappyeyeballs
 from httptools import HttpParserCallbackError, HttpParserError, HttpResponseParser
@@ -410,6 +411,15 @@ class Signer(Protocol):
         """The upstream has refused what they prove: they are renewed ahead of their time."""
 
 
+class BareConnection(NamedTuple):
+    """A connection on which nothing was sent yet. headers: of the first request on it. tls: the
+    context to use, None for none."""
+
+    sock: socket.socket
+    tls: ssl.SSLContext | None
+    headers: RawHeaders
+
+
 class Exchange:
     """One call and its answer. `status` and `headers` are there once it is opened; first_byte_ms:
     from its sending to the first bytes of its body, None until there are some."""
@@ -665,23 +675,37 @@ class RelayWire:
         return None
 
     async def _connect(self, origin: UpstreamOrigin) -> Connection:
+        async with self._connecting():
+            connected = await self._socket(origin, tunnels=origin.secure)
+            _, connection = await self._loop.create_connection(
+                lambda: Connection(self._loop, self.connections.discard),
+                sock=connected,
+                ssl=self._tls_for(origin.network) if origin.secure else None,
+                server_hostname=origin.host if origin.secure else None,
+            )
+        self.connections.add(connection)
+        return connection
+
+    async def bare(self, place: RequestPlace, headers: RawHeaders) -> BareConnection:
+        """A connection for another protocol than ours, by the way and with the credentials of the
+        upstream. Raises UpstreamError."""
+        access, origin = place.access, place.origin
+        if access is not None:
+            headers = access.dressed(headers)
+            if (signer := self._signer_of(access)) is not None:
+                headers = signer.sign("GET", place, headers, None)
+        async with self._connecting():
+            connected = await self._socket(origin, tunnels=True)
+        return BareConnection(
+            connected, self._tls_for(origin.network) if origin.secure else None, headers
+        )
+
+    @asynccontextmanager
+    async def _connecting(self) -> AsyncIterator[None]:
+        """Bounds the time, and says in our words why there is no connection."""
         try:
             async with asyncio.timeout(self._timeouts.connect_ms / 1000):
-                proxy = None if origin.network is None else origin.network.proxy
-                connected = await aiohappyeyeballs.start_connection(
-                    await self._addresses(origin, proxy),
-                    happy_eyeballs_delay=_NEXT_ADDRESS_S,
-                    interleave=1,
-                    loop=self._loop,
-                )
-                if proxy is not None and origin.secure:
-                    await self._tunnel(connected, origin, proxy)
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop, self.connections.discard),
-                    sock=connected,
-                    ssl=self._tls_for(origin.network) if origin.secure else None,
-                    server_hostname=origin.host if origin.secure else None,
-                )
+                yield
         except TimeoutError:
             raise self._timeouts.ran_out("connect") from None
         except ssl.SSLError as wrong:
@@ -691,8 +715,18 @@ class RelayWire:
         except (OSError, UnicodeError):
             message = "could not connect to the provider"
             raise UpstreamUnavailable(message, broke="connecting") from None
-        self.connections.add(connection)
-        return connection
+
+    async def _socket(self, origin: UpstreamOrigin, *, tunnels: bool) -> socket.socket:
+        proxy = None if origin.network is None else origin.network.proxy
+        connected = await aiohappyeyeballs.start_connection(
+            await self._addresses(origin, proxy),
+            happy_eyeballs_delay=_NEXT_ADDRESS_S,
+            interleave=1,
+            loop=self._loop,
+        )
+        if proxy is not None and tunnels:
+            await self._tunnel(connected, origin, proxy)
+        return connected
 
     async def _tunnel(self, connected: socket.socket, origin: UpstreamOrigin, proxy: Proxy) -> None:
         """Have the proxy connect to the upstream. Raises UpstreamUnavailable and OSError; the

@@ -1,0 +1,1 @@
+"""Front of realtime sessions: a request that becomes a WebSocket."""

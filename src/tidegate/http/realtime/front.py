@@ -1,0 +1,419 @@
+"""Front of realtime sessions: OpenAI's `/v1/realtime` and Gemini Live.
+
+Who calls, and whether a web page may, is decided before the handshake is answered. OpenAI's model
+is in the URL: the answer waits for admission, and a refusal is an HTTP answer in the dialect's
+words. Gemini's is in the first message: the handshake is answered first, and a refusal is a close
+code with its reason.
+
+Invariants: every session is on record, with one row at its end; no key of a client goes upstream,
+neither in a header nor in a subprotocol; a session of a process that stops is closed with 1001.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+import orjson
+from starlette.types import Receive, Scope, Send
+from websockets.asyncio.connection import Connection
+from websockets.exceptions import ConnectionClosed
+
+from tidegate.call import ANYBODY, REALTIME_KIND, Caller, Status, new_id
+from tidegate.dialects import DIALECTS, native_path
+from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
+from tidegate.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    RealtimeIdle,
+    RealtimeStalled,
+    RequestTimeout,
+    ShuttingDown,
+    StoreUnavailable,
+    TidegateError,
+    UpstreamUnauthorized,
+)
+from tidegate.http.native import call_of
+from tidegate.http.problems import REQUEST_ID_HEADER, native_status_of, refusal
+from tidegate.http.services import NATIVE, Opening, Services, count_answer, log_request, who
+from tidegate.http.sse import Presence
+from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
+from tidegate.realtime import sockets
+from tidegate.realtime.events import Message, Setup
+from tidegate.realtime.exchange import (
+    End,
+    RealtimeBounds,
+    RealtimeExchange,
+    RealtimeRefused,
+    Wanted,
+    code_of,
+)
+from tidegate.record import REFUSED, CallRecord, Failure
+from tidegate.spine.models import check_model
+from tidegate.spine.native import NativeCall
+from tidegate.spine.run import CallFailed
+from tidegate.telemetry.logging import Log, get_logger
+
+_OPENAI = "/v1/realtime"
+_GEMINI = re.compile(
+    r"/ws/google\.ai\.generativelanguage\.(?:v1beta|v1alpha)"
+    r"\.GenerativeService\.BidiGenerateContent"
+)
+_SLASHES = re.compile(r"/{2,}")
+_KEY_PROTOCOL = "openai-insecure-api-key."
+_SUBPROTOCOL = "realtime"
+_PROTOCOLS = b"sec-websocket-protocol"
+_ALLOWED_QUERY = "model"
+_REQUEST_ID = REQUEST_ID_HEADER.encode()
+_LOST = 1006
+
+log = get_logger()
+
+
+def is_realtime(path: str) -> bool:
+    """Whether a path is one of a realtime session."""
+    return _is_openai(path) or _GEMINI.fullmatch(_SLASHES.sub("/", path)) is not None
+
+
+def _is_openai(path: str) -> bool:
+    return path == _OPENAI or native_path(path) == _OPENAI
+
+
+async def realtime(services: Services, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request that opens a realtime session, and relay it; its line is in the log when it
+    has ended."""
+    front = _SessionFront(services, scope, receive, send)
+    try:
+        await front.answer()
+    except Exception:  # the top of a request's task: logged here, and nowhere else
+        log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
+        await front.tell(TidegateError("an internal error; it has been logged"))
+    finally:
+        front.say_done()
+
+
+class _SessionFront:
+    """One request, until its session has ended and is recorded."""
+
+    def __init__(self, services: Services, scope: Scope, receive: Receive, send: Send) -> None:
+        self._services = services
+        self._scope = scope
+        self._send = send
+        self._receive = receive
+        self._dialect = Dialect.OPENAI if _is_openai(scope["path"]) else Dialect.GEMINI
+        self._request_id = new_id()
+        self._received = time.monotonic()
+        self._record = CallRecord("relay", ANYBODY.tenant_id, datetime.now(UTC))
+        self._caller: Caller = ANYBODY
+        self._headers = _with_key_of_protocol(scope["headers"])
+        self._handshake: sockets.Handshake | None = None
+        self._exchange: RealtimeExchange | None = None
+        self._client: sockets.ClientSocket | None = None
+        self._presence: Presence | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        self._task: asyncio.Task[Any] = task
+
+    async def answer(self) -> None:
+        services = self._services
+        services.streams.add(self._task)
+        self._presence = Presence(self._scope, self._receive, self._task)
+        try:
+            await self._answer()
+        finally:
+            services.streams.discard(self._task)
+            if self._client is not None:
+                sockets.cut(self._client)
+
+    async def _answer(self) -> None:
+        services, record = self._services, self._record
+        try:
+            call, opened = await self._call()
+        except TidegateError as error:
+            await self._refuse_unheard(error)
+            return
+        except asyncio.CancelledError:
+            self._task.uncancel()
+            return
+        self._begin_record(call)
+        services.board.active_calls.enter(record)
+        try:
+            status, failure = await self._ended(call)
+        finally:
+            services.board.active_calls.leave(record)
+            opened.close()
+            if self._presence is not None:
+                await self._presence.end()
+        self._end_record(status, failure)
+
+    async def _call(self) -> tuple[NativeCall, Opening]:
+        """What the request asks for, and its place among the open streams of its tenant. Raises
+        TidegateError."""
+        services = self._services
+        if (foreign := services.origins.socket_refusal(self._scope["headers"])) is not None:
+            raise foreign
+        is_openai = self._dialect is Dialect.OPENAI
+        chosen = _SUBPROTOCOL if is_openai else None
+        self._handshake = sockets.Handshake(self._scope["headers"], chosen)
+        self._caller = await self._identified()
+        if is_openai:
+            self._record.model = self._model_of_query()
+        call = call_of(
+            {**self._scope, "headers": self._headers},
+            _endpoint(self._dialect),
+            b"",
+            self._caller,
+            request_id=self._request_id,
+            received=(self._received, self._record.received_at),
+            usual_wait_ms=services.config.stream_wait_ms,
+            tracing=services.spine.tracing,
+        )
+        if services.store.audit.is_full:
+            await services.store.audit.room(call.terms.left_ms())
+        return call, services.openings.stream(self._caller)
+
+    async def _ended(self, call: NativeCall) -> tuple[Status, Failure | None]:
+        """Open the session, relay it to its end, and tell the client of a failure."""
+        try:
+            await self._relayed(call)
+            return _outcome(None if self._exchange is None else self._exchange.ended)
+        except CallFailed as failed:
+            await self._tell_failed(failed)
+            return Status.FAILED, Failure.of(failed.error)
+        except RealtimeRefused as refused:
+            await self.tell(refused.error)
+            return Status.FAILED, Failure.of(refused.error)
+        except TidegateError as error:
+            await self.tell(error)
+            expired = isinstance(error, DeadlineExceeded)
+            return Status.EXPIRED if expired else Status.FAILED, Failure.of(error)
+        except ConnectionClosed:
+            return Status.CANCELLED, _client_left()
+        except asyncio.CancelledError:
+            self._task.uncancel()
+            if self._presence is not None and self._presence.gone:
+                return Status.CANCELLED, _client_left()
+            stopping = ShuttingDown("this process is going away; connect again")
+            await self.tell(stopping)
+            return Status.FAILED, Failure.of(stopping)
+
+    async def _relayed(self, call: NativeCall) -> None:
+        services, record = self._services, self._record
+        path = "/realtime"
+        query: Callable[[str], str] = _openai_query
+        first: Callable[[str], str] | None = None
+        if self._dialect is Dialect.GEMINI:
+            setup = await self._setup()
+            record.model, first = setup.model, setup.message
+            record.request = orjson.dumps(setup.body)
+            path, query = _SLASHES.sub("/", self._scope["path"]), _no_query
+        model = record.model or ""
+        check_model(self._caller, model)
+        self._exchange = RealtimeExchange(
+            services.spine,
+            services.relay.wire,
+            call.terms,
+            Wanted(self._dialect, model, path, query, call.headers, call.subject, first),
+            record,
+            self._bounds(call.terms.wait_ms),
+            answer=self._accept,
+            check=self._check,
+            problem=self._problem,
+        )
+        await services.spine.run(
+            self._exchange, record, services.spine.targets.of(self._dialect, model)
+        )
+
+    # Who asks, and for what
+
+    async def _identified(self) -> Caller:
+        gate, query = self._services.gate, self._scope["query_string"]
+        caller = gate.known(self._headers, query)
+        return await gate.identify(self._headers, query) if caller is None else caller
+
+    async def _check(self) -> None:
+        """Raises Unauthenticated and Forbidden once the key is no longer good for the session."""
+        try:
+            caller = await self._identified()
+        except StoreUnavailable:  # what is open goes on; nothing new begins
+            return
+        check_model(caller, self._record.model or "")
+
+    def _model_of_query(self) -> str:
+        """Raises InvalidRequest."""
+        query = self._scope["query_string"].decode("latin-1")
+        found = [
+            pair
+            for pair in parse_qsl(query, keep_blank_values=True)
+            if pair[0].lower() not in ("key", "api_key", "api-key")
+        ]
+        for name, _ in found:
+            if name != "model":
+                said = f"{name[:64]!a} is not passed on: it may choose what is not checked here"
+                raise InvalidRequest(name[:64], said, allowed=_ALLOWED_QUERY)
+        models: set[str] = {value for _, value in found}
+        if len(models) != 1 or not (model := models.pop()) or not model.isprintable():
+            said = "a realtime session names one model, as /v1/realtime?model=<model>"
+            raise InvalidRequest("model", said, allowed="a model's name")
+        return model
+
+    async def _setup(self) -> Setup:
+        """Answer the handshake, and wait for the first message. Raises InvalidRequest."""
+        client = await self._accept([])
+        within_s = self._services.config.receive_timeout_ms / 1000
+        try:
+            async with asyncio.timeout(within_s):
+                message: Message = await client.recv()
+        except TimeoutError:
+            raise RequestTimeout(f"no setup came within {within_s:g} s") from None
+        return Setup.of(message)
+
+    def _bounds(self, wait_ms: int | None) -> RealtimeBounds:
+        config = self._services.config
+        return RealtimeBounds(
+            stalled_ms=config.stalled_reader_ms,
+            idle_ms=config.idle_timeout_ms,
+            total_ms=config.total_timeout_ms,
+            wait_ms=wait_ms or config.stream_wait_ms,
+        )
+
+    async def _accept(self, headers: Headers) -> Connection:
+        """Answer the handshake, unless that has been done."""
+        if self._client is None:
+            assert self._handshake is not None
+            if self._presence is not None:
+                await self._presence.end()
+            named = [(_REQUEST_ID, str(self._request_id).encode()), *headers]
+            self._client = self._handshake.socket(named)
+            self._scope["extensions"][UPGRADE_EXTENSION]["call"].to(self._client)
+            self._record.http_status = 101
+        return self._client
+
+    # What the client learns
+
+    def _problem(self, error: TidegateError) -> dict[str, Any]:
+        spec = DIALECTS[self._dialect]
+        return spec.problem(error, native_status_of(error), error.retry_after_ms)
+
+    async def tell(self, error: TidegateError) -> None:
+        """An HTTP answer, or the close of a socket that is open."""
+        if self._client is None:
+            await self._respond(*refusal(self._dialect, error))
+            return
+        code = 1001 if isinstance(error, ShuttingDown) else code_of(error)
+        await sockets.close(self._client, code, error.message_with_allowed)
+
+    async def _tell_failed(self, failed: CallFailed) -> None:
+        """In the upstream's own words, as for any call."""
+        if failed.told:
+            return
+        own_key = isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key
+        if own_key:
+            await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
+        elif self._client is not None or not failed.status:
+            await self.tell(failed.error)
+        else:
+            length = (b"content-length", str(len(failed.body)).encode())
+            await self._respond(failed.status, [*failed.headers, length], failed.body)
+
+    async def _respond(self, status: int, headers: Headers, body: bytes) -> None:
+        self._record.http_status = status
+        headers = [*headers, (_REQUEST_ID, str(self._request_id).encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _refuse_unheard(self, error: TidegateError) -> None:
+        """Refuse what does not come on the record."""
+        if self._presence is not None:
+            await self._presence.end()
+        await self.tell(error)
+        record = self._record
+        record.tenant_id, record.dialect = self._caller.tenant_id, self._dialect.value
+        record.operation = REALTIME_KIND
+        record.end(REFUSED, Failure.of(error))
+        self._services.store.listeners.note(record)
+
+    # Its record
+
+    def _begin_record(self, call: NativeCall) -> None:
+        record, caller, terms = self._record, self._caller, call.terms
+        record.request_id = self._request_id
+        record.tenant_id, record.key_id = caller.tenant_id, caller.key_id
+        record.endpoint, record.dialect = self._scope["path"], self._dialect.value
+        record.operation, record.kind = REALTIME_KIND, REALTIME_KIND
+        record.priority, record.subject, record.trail = terms.priority, call.subject, terms.trail
+        record.request_type, record.streamed = "application/json", True
+
+    def _end_record(self, status: Status, failure: Failure | None) -> None:
+        record, exchange = self._record, self._exchange
+        turns = None if exchange is None else exchange.turns
+        end = None if exchange is None else exchange.ended
+        summary = {
+            "turns": 0 if turns is None else turns.count,
+            "seconds": round((record.upstream_ms or 0.0) / 1000, 3),
+            "closed_by": "gateway" if end is None else end.by,
+            "code": None if end is None else end.code,
+            "reason": None if end is None else end.reason[:200],
+        }
+        record.keep(orjson.dumps(summary))
+        record.response_type = "application/json"
+        record.end(status, failure)
+        self._services.store.audit.put(record)
+
+    def say_done(self) -> None:
+        took_s = time.monotonic() - self._received
+        count_answer(self._services.tally, NATIVE, self._record.http_status, took_s)
+        fields = {
+            "method": self._scope["method"],
+            "path": self._scope["path"],
+            "status": self._record.http_status,
+            "took_ms": round(took_s * 1000, 1),
+            "request_id": str(self._request_id),
+            **({} if self._caller is ANYBODY else who(self._caller)),
+        }
+        log_request(fields)
+
+
+def _outcome(end: End | None) -> tuple[Status, Failure | None]:
+    """Of a session that was open."""
+    error = TidegateError("the session did not begin") if end is None else end.error
+    if error is None:
+        left = end is not None and end.by == "client" and end.code == _LOST
+        return (Status.CANCELLED, _client_left()) if left else (Status.SUCCEEDED, None)
+    if isinstance(error, RealtimeIdle):
+        return Status.SUCCEEDED, None
+    stalled = isinstance(error, RealtimeStalled)
+    return Status.CANCELLED if stalled else Status.FAILED, Failure.of(error)
+
+
+def _client_left() -> Failure:
+    return Failure("client_left", "the client went away")
+
+
+def _endpoint(dialect: Dialect) -> Endpoint:
+    """Of the request that opens a session, which itself asks a model for nothing."""
+    return Endpoint(dialect, Operation.MODELS, _OPENAI)
+
+
+def _openai_query(model: str) -> str:
+    return urlencode({"model": model})
+
+
+def _no_query(_model: str) -> str:
+    return ""
+
+
+def _with_key_of_protocol(headers: Headers) -> Headers:
+    """With the key that a browser gives as a subprotocol as a header, where there is no other."""
+    for name, value in headers:
+        if name == _PROTOCOLS:
+            for one in value.decode("latin-1").split(","):
+                if one.strip().startswith(_KEY_PROTOCOL):
+                    key = one.strip().removeprefix(_KEY_PROTOCOL).encode("latin-1")
+                    return [*headers, (b"authorization", b"Bearer " + key)]
+    return headers

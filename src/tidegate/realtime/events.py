@@ -1,0 +1,436 @@
+"""Events of realtime sessions: what a client's message asks for, and what a provider's reports.
+
+OpenAI's Realtime API and Gemini Live have one JSON object a message; a provider's usage stands at
+one known place of it: `response.usage` of `response.done`, `usage` of a completed transcription,
+`usageMetadata` beside Gemini's content. Per turn it covers the whole context, so that the sum over
+the turns is what a session used.
+
+Invariants: usage is never read from what a client sent; a client's message that two servers could
+read differently (a name twice, or in another case) is refused; the model of a session never
+changes. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, Protocol
+
+import orjson
+
+from tidegate.call import Caller, Usage, UsageDetails
+from tidegate.errors import Forbidden, InvalidRequest
+
+Message = str | bytes
+Facts = dict[str, Any]
+
+# Characters of base64 in a second of 16-bit PCM at 24 kHz, of which OpenAI counts 10 tokens of
+# input and 20 of output; Gemini counts 25 or 32 of 16 kHz, which comes to about the same.
+_AUDIO_SECOND_CHARS = 64_000
+_IN_CHARS, _OUT_CHARS = _AUDIO_SECOND_CHARS / 10, _AUDIO_SECOND_CHARS / 20
+_TEXT_CHARS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client's message asks for. begins_turn: the provider answers it with a turn.
+    about_tokens: of its input. message: as it goes on."""
+
+    message: Message
+    begins_turn: bool = False
+    about_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Usage that a provider reports. model: another one than the session's, which it was used of;
+    ends_turn: whether it is a turn's."""
+
+    usage: Usage
+    model: str | None = None
+    ends_turn: bool = True
+
+
+@dataclass(slots=True)
+class Reported:
+    """What a provider's message reports."""
+
+    begins_turn: bool = False
+    refuses: bool = False  # a client's message: no turn follows from it
+    ends_turn: bool = False
+    spent: list[Spent] = field(default_factory=list)
+    about_tokens: float = 0.0  # of its output
+    model: str | None = None  # of the session
+
+
+NOTHING = Reported()
+
+
+class Events(Protocol):
+    """The events of one session in its dialect."""
+
+    def asked(self, message: Message) -> Asked:
+        """Raises InvalidRequest and Forbidden for a message that is not passed on."""
+
+    def reported(self, message: Message) -> Reported:
+        """What a provider's message reports; most report nothing."""
+
+
+# Names that decide what a message is; a server that takes any case would read them too.
+_NAMES = frozenset(("type", "session", "response", "model", "transcription", "setup"))
+_FORMS = "one JSON object, each of its names once and in lower case"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Facts:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise InvalidRequest("message", "a message has a name twice", allowed=_FORMS)
+    for name in found:
+        if name not in _NAMES and name.lower() in _NAMES:
+            said = f"a message names {name[:40]!a} in upper case"
+            raise InvalidRequest("message", said, allowed=_FORMS)
+    return found
+
+
+def read(message: Message) -> Facts:
+    """The object that a client's message is. Raises InvalidRequest."""
+    try:
+        found = json.loads(message, object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("message", "a message is not JSON", allowed=_FORMS) from None
+    if type(found) is not dict:
+        raise InvalidRequest("message", "a message is not an object", allowed=_FORMS)
+    return found
+
+
+def event_id_of(message: Message) -> str | None:
+    """The client's own id of a message of OpenAI's, for the error that answers it."""
+    found = _of_provider(message).get("event_id")
+    return found[:200] if type(found) is str else None
+
+
+def _of_provider(message: Message) -> Facts:
+    """The object that a provider's message is, empty for what is none."""
+    try:
+        found = orjson.loads(message)
+    except orjson.JSONDecodeError:
+        return {}
+    return found if type(found) is dict else {}
+
+
+def _has(message: Message, *names: str) -> bool:
+    if isinstance(message, str):
+        return any(name in message for name in names)
+    return any(name.encode() in message for name in names)
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 2**53 else None
+
+
+def _count(table: Any, name: str) -> int | None:
+    return _whole(table.get(name)) if type(table) is dict else None
+
+
+def _table(value: Any) -> Facts:
+    return value if type(value) is dict else {}
+
+
+def add_usage(one: Usage, other: Usage) -> Usage:
+    """The usage of both; what neither reports stays unknown."""
+    details = None
+    if one.details is not None or other.details is not None:
+        left, right = one.details or UsageDetails(), other.details or UsageDetails()
+        summed: dict[str, Any] = {
+            name: _sum(getattr(left, name), getattr(right, name)) for name in _SUMMED
+        }
+        details = UsageDetails(**summed)
+    return Usage(
+        input_tokens=_sum(one.input_tokens, other.input_tokens),
+        output_tokens=_sum(one.output_tokens, other.output_tokens),
+        thoughts_tokens=_sum(one.thoughts_tokens, other.thoughts_tokens),
+        cached_tokens=_sum(one.cached_tokens, other.cached_tokens),
+        total_tokens=_sum(one.total_tokens, other.total_tokens),
+        details=details,
+    )
+
+
+_SUMMED = (
+    "input_audio_tokens",
+    "input_image_tokens",
+    "input_video_tokens",
+    "output_audio_tokens",
+    "output_image_tokens",
+    "output_video_tokens",
+    "input_audio_seconds",
+)
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is other is None else (one or 0) + (other or 0)
+
+
+def openai_usage(told: Any) -> Usage | None:
+    """Of `response.done` or a transcription; None where none is reported. Of cached audio only the
+    price of cached input is charged, so that the audio counted apart is what was not cached."""
+    table = _table(told)
+    if table.get("type") == "duration":
+        seconds = table.get("seconds")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            return None
+        if not 0 <= seconds < 10**9:
+            return None
+        return Usage(0, 0, details=UsageDetails(input_audio_seconds=ceil(seconds)))
+    taken, given = _count(table, "input_tokens"), _count(table, "output_tokens")
+    if taken is None and given is None:
+        return None
+    inputs, outputs = _table(table.get("input_token_details")), table.get("output_token_details")
+    cached = _table(inputs.get("cached_tokens_details"))
+    details = UsageDetails(
+        input_audio_tokens=_left(inputs, cached, "audio_tokens"),
+        input_image_tokens=_left(inputs, cached, "image_tokens"),
+        output_audio_tokens=_count(outputs, "audio_tokens") or None,
+    )
+    return Usage(
+        input_tokens=taken,
+        output_tokens=given,
+        cached_tokens=_count(inputs, "cached_tokens"),
+        total_tokens=_count(table, "total_tokens"),
+        details=None if details == UsageDetails() else details,
+    )
+
+
+def _left(table: Facts, cached: Facts, name: str) -> int | None:
+    found = _count(table, name)
+    return None if not found else max(0, found - (_count(cached, name) or 0)) or None
+
+
+def gemini_usage(told: Any) -> Usage | None:
+    """Of `usageMetadata`: what a tool gave the model is input as well."""
+    table = _table(told)
+    taken = _count(table, "promptTokenCount")
+    given = _count(table, "responseTokenCount")
+    if given is None:
+        given = _count(table, "candidatesTokenCount")
+    total = _count(table, "totalTokenCount")
+    if taken is given is total is None:
+        return None
+    of_tools = _count(table, "toolUsePromptTokenCount")
+    inputs = _modalities(table, "promptTokensDetails")
+    outputs: dict[str, int] = {}
+    for name in ("responseTokensDetails", "candidatesTokensDetails"):
+        outputs = outputs or _modalities(table, name)
+    details = UsageDetails(
+        input_audio_tokens=inputs.get("AUDIO"),
+        input_image_tokens=inputs.get("IMAGE"),
+        input_video_tokens=inputs.get("VIDEO"),
+        output_audio_tokens=outputs.get("AUDIO"),
+        output_image_tokens=outputs.get("IMAGE"),
+    )
+    if taken is not None:
+        taken += of_tools or 0
+    return Usage(
+        input_tokens=taken,
+        output_tokens=given,
+        thoughts_tokens=_count(table, "thoughtsTokenCount"),
+        cached_tokens=_count(table, "cachedContentTokenCount"),
+        total_tokens=total,
+        details=None if details == UsageDetails() else details,
+    )
+
+
+def _modalities(table: Facts, name: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    listed = table.get(name)
+    for one in listed if type(listed) is list else ():
+        count = _count(one, "tokenCount")
+        if count:
+            modality = str(one.get("modality"))
+            found[modality] = found.get(modality, 0) + count
+    return found
+
+
+_APPEND = '"input_audio_buffer.append"'
+_DELTA = ".delta"
+
+
+class OpenAIEvents:
+    """OpenAI's. `named`: the model as the client names it, `model` as its upstream does."""
+
+    def __init__(self, caller: Caller, named: str, model: str) -> None:
+        self._caller = caller
+        self._named = named
+        self._model = model
+        self._transcribes: str | None = None
+
+    def asked(self, message: Message) -> Asked:
+        if self._is_audio(message):
+            return Asked(message, about_tokens=len(message) / _IN_CHARS)
+        event = read(message)
+        kind = event.get("type")
+        if type(kind) is not str:
+            raise InvalidRequest("type", "a message names no type", allowed="an event's type")
+        if self._check(event):
+            dumped = orjson.dumps(event)
+            message = dumped.decode() if isinstance(message, str) else dumped
+        about = len(message) / (_IN_CHARS if kind.startswith("input_audio") else _TEXT_CHARS)
+        return Asked(message, kind == "response.create", about)
+
+    @staticmethod
+    def _is_audio(message: Message) -> bool:
+        """Whether it is nothing but audio: base64 has neither a quote nor a backslash."""
+        if isinstance(message, str):
+            plain = "\\" not in message and message.count('"') <= 16
+            return plain and _APPEND in message and message.lower().count('"type"') == 1
+        return False
+
+    def _check(self, event: Facts) -> bool:
+        """Check the models that an event names; whether one of them was replaced in it."""
+        changed = False
+        for place, table, model in _models_in(event):
+            if place.endswith("transcription.model"):
+                if not self._caller.may_ask(model):
+                    allowed = ", ".join(self._caller.models or ())
+                    said = f"this tenant is not allowed to use {model[:200]}"
+                    raise Forbidden(said, field=place, allowed=allowed)
+                self._transcribes = model
+            elif model not in (self._named, self._model):
+                said = f"the model of a realtime session can't be changed to {model[:200]}"
+                raise InvalidRequest(place, said, allowed=self._named)
+            elif model != self._model:
+                table["model"] = self._model
+                changed = True
+        return changed
+
+    def reported(self, message: Message) -> Reported:
+        head = message[:400]
+        if _has(head, _DELTA):
+            audio = _has(head, "audio.delta")
+            about = len(message) / _OUT_CHARS if audio else max(1.0, len(message) / 200)
+            return Reported(about_tokens=about)
+        if not _has(
+            message, "response.created", "response.done", "transcription.", '"error"', '"session.'
+        ):
+            return NOTHING
+        event = _of_provider(message)
+        match event.get("type"):
+            case "response.created":
+                return Reported(begins_turn=True)
+            case "response.done":
+                usage = openai_usage(_table(event.get("response")).get("usage"))
+                spent = [] if usage is None else [Spent(usage)]
+                return Reported(ends_turn=True, spent=spent)
+            case "conversation.item.input_audio_transcription.completed":
+                usage = openai_usage(event.get("usage"))
+                if usage is None:
+                    return NOTHING
+                used = Spent(usage, self._transcribes or "unknown", ends_turn=False)
+                return Reported(spent=[used])
+            case "error":
+                return Reported(refuses=True)
+            case "session.created" | "session.updated":
+                model = _table(event.get("session")).get("model")
+                return Reported(model=model if type(model) is str else None)
+        return NOTHING
+
+
+def _models_in(event: Facts) -> Iterator[tuple[str, Facts, str]]:
+    """Each text below `session` and `response` that names a model, with its place; schemas and
+    arguments of tools may have such names too, and choose nothing."""
+    below: list[tuple[str, Facts]] = [
+        (name, event[name]) for name in ("session", "response") if type(event.get(name)) is dict
+    ]
+    while below:
+        place, table = below.pop()
+        for name, value in table.items():
+            where = f"{place}.{name}"
+            if name == "model":
+                if type(value) is not str:
+                    raise InvalidRequest(where, f"{where} is not a text", allowed="a model's name")
+                yield where, table, value
+            elif type(value) is dict and name not in ("tools", "metadata", "prompt"):
+                below.append((where, value))
+
+
+_REALTIME_INPUT = ('"realtimeInput"', '"realtime_input"')
+_SNAKE = {
+    "client_content": "clientContent",
+    "realtime_input": "realtimeInput",
+    "tool_response": "toolResponse",
+}
+_OF_CLIENT = ("clientContent", "realtimeInput", "toolResponse")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The first message of a session of Gemini Live. model: as the client names it."""
+
+    body: Facts
+    model: str
+
+    @classmethod
+    def of(cls, message: Message) -> Setup:
+        """Raises InvalidRequest."""
+        event = read(message)
+        setup = event.get("setup")
+        if type(setup) is not dict or len(event) != 1:
+            said = "the first message of a realtime session must be its setup"
+            raise InvalidRequest("setup", said, allowed='{"setup": {"model": ...}}')
+        model = setup.get("model")
+        if type(model) is not str or not model.removeprefix("models/"):
+            raise InvalidRequest("setup.model", "setup names no model", allowed="models/<model>")
+        for name in ("sessionResumption", "session_resumption"):
+            if _table(setup.get(name)).get("handle") is not None:
+                said = "a realtime session can't be resumed here: nothing says whose it is"
+                raise InvalidRequest(f"setup.{name}.handle", said, allowed="none")
+        return cls(event, model.removeprefix("models/"))
+
+    def message(self, model: str) -> str:
+        """As it goes to an upstream that calls the model so."""
+        setup = {**self.body["setup"], "model": f"models/{model}"}
+        return orjson.dumps({"setup": setup}).decode()
+
+
+class GeminiEvents:
+    """Gemini Live's, after the setup."""
+
+    def asked(self, message: Message) -> Asked:
+        if self._is_input(message):
+            return Asked(message, about_tokens=len(message) / _IN_CHARS)
+        event = read(message)
+        names = [_SNAKE.get(name, name) for name in event]
+        if len(names) != 1 or names[0] not in _OF_CLIENT:
+            shown = ", ".join(event)[:100]
+            allowed = f"one of {', '.join(_OF_CLIENT)}"
+            raise InvalidRequest("message", f"a message has {shown or 'nothing'}", allowed=allowed)
+        value, about = _table(next(iter(event.values()))), len(message) / _TEXT_CHARS
+        if names[0] == "toolResponse":
+            return Asked(message, begins_turn=True, about_tokens=about)
+        if names[0] == "clientContent":
+            ends = value.get("turnComplete", value.get("turn_complete"))
+            return Asked(message, begins_turn=ends is True, about_tokens=about)
+        return Asked(message, about_tokens=len(message) / _IN_CHARS)
+
+    @staticmethod
+    def _is_input(message: Message) -> bool:
+        if not isinstance(message, str) or "\\" in message or message.count('"') > 20:
+            return False
+        has_one = sum(map(message.count, _REALTIME_INPUT)) == 1
+        return has_one and '"setup"' not in message.lower()
+
+    def reported(self, message: Message) -> Reported:
+        has_usage = _has(message, '"usageMetadata"')
+        ends = _has(message, '"turnComplete"', '"toolCall"')
+        if not has_usage and not ends:
+            audio = _has(message[:400], '"inlineData"')
+            about = len(message) / _OUT_CHARS if audio else len(message) / 100
+            return Reported(about_tokens=about) if _has(message, '"modelTurn"') else NOTHING
+        event = _of_provider(message)
+        usage = gemini_usage(event.get("usageMetadata"))
+        return Reported(spent=[] if usage is None else [Spent(usage)])

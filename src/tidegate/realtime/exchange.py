@@ -1,0 +1,429 @@
+"""Exchange of one realtime session: a call of the spine that lasts as long as its two WebSockets.
+
+    client ──► up ──► provider        what the client says: models checked, turns under the limits
+    client ◄── down ◄── provider      what the provider says: its usage read, its key masked
+               watch                  key revoked, nothing said for too long, open for too long
+
+Messages pass as they are, in both directions, each only as fast as its reader takes them. The first
+of the three to end ends the session: both sides are closed with a code and a reason, and the permit
+is released after the provider's side is closed.
+
+Invariants: the permit is held from before the provider is connected until its connection is closed;
+whatever ends the session, both connections end within `CLOSE_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+from uuid import uuid4
+
+import orjson
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.connection import Connection
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tidegate.admission.demand import CallDemand
+from tidegate.admission.estimator import pieces_of
+from tidegate.call import REALTIME_KIND, CallCost
+from tidegate.dialects import refusals
+from tidegate.dialects.headers import of_answer, to_return
+from tidegate.dialects.spec import Dialect, Headers
+from tidegate.errors import (
+    AdmissionError,
+    Forbidden,
+    InvalidRequest,
+    QuotaExceeded,
+    RealtimeIdle,
+    RealtimeStalled,
+    TidegateError,
+    Unauthenticated,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from tidegate.realtime import sockets
+from tidegate.realtime.events import Events, GeminiEvents, Message, OpenAIEvents, event_id_of
+from tidegate.realtime.turns import Turns, is_rate
+from tidegate.record import CallRecord
+from tidegate.spine.routing import Suspect, Target
+from tidegate.spine.run import CallFailed, Lane, Spine, Terms, masked
+from tidegate.telemetry.tracing import HEADER
+from tidegate.upstream.transport import RelayWire
+
+WATCH_EVERY_S = 0.5
+_SHORTEST_SECRET = 8  # a shorter key, such as `none`, opens nothing
+_NORMAL = (1000, 1001, 1005)
+_SUBPROTOCOL = "realtime"
+
+By = Literal["client", "provider", "gateway"]
+Problem = Callable[[TidegateError], dict[str, Any]]
+
+
+class RealtimeRefused(Exception):
+    """A budget has no room for the first turn: not for the spine, which reserves whole calls."""
+
+    def __init__(self, error: TidegateError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a session ended: who closed it, with which code and words, and our own reason if any."""
+
+    by: By
+    code: int
+    reason: str = ""
+    error: TidegateError | None = None
+
+
+def code_of(error: TidegateError) -> int:
+    """The close code for an error of ours."""
+    if isinstance(error, InvalidRequest):
+        return 1007
+    if isinstance(error, RealtimeIdle):
+        return 1001
+    if isinstance(error, AdmissionError):
+        return 1013
+    if isinstance(error, UpstreamError):
+        return 1011
+    return 1008
+
+
+@dataclass(frozen=True, slots=True)
+class RealtimeBounds:
+    """stalled_ms: how long one side may take nothing of a message; idle_ms: how long neither says
+    anything; total_ms: how long a session may last; wait_ms: how long a turn waits for limits."""
+
+    stalled_ms: int
+    idle_ms: int
+    total_ms: int
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a client wants: a session with `model`, by a request to `path` below a base URL, whose
+    query may name the upstream's model. first: the message that opens it at a provider, by that
+    name; None where the query does."""
+
+    dialect: Dialect
+    model: str
+    path: str
+    query: Callable[[str], str]
+    headers: Headers
+    subject: str | None
+    first: Callable[[str], str] | None = None
+
+
+class RealtimeExchange:
+    """A `CallExchange`. `answer` gives the client's socket, whose handshake it answers if that has
+    not been done; `check` raises once the caller may no longer call."""
+
+    bills = False  # each turn is reserved by itself
+
+    def __init__(
+        self,
+        spine: Spine,
+        wire: RelayWire,
+        terms: Terms,
+        wanted: Wanted,
+        record: CallRecord,
+        bounds: RealtimeBounds,
+        *,
+        answer: Callable[[Headers], Awaitable[Connection]],
+        check: Callable[[], Awaitable[None]],
+        problem: Problem,
+    ) -> None:
+        self.terms = terms
+        self.dialect = wanted.dialect
+        self.started = False
+        self.is_heard = False
+        self.ended: End | None = None
+        self.turns: Turns | None = None
+        self._spine = spine
+        self._wire = wire
+        self._wanted = wanted
+        self._record = record
+        self._bounds = bounds
+        self._answer = answer
+        self._check = check
+        self._problem = problem
+        self._loop = asyncio.get_running_loop()
+        self._said_at = 0.0
+
+    def demand(self, target: Target, lane: Lane) -> CallDemand:
+        """The limits on what is open at the same time; what is counted over time is each turn's."""
+        demand = lane.demands.of_native(
+            target.model,
+            REALTIME_KIND,
+            pieces_of(""),
+            lane.limiter.policy,
+            tenant=self.terms.caller.tenant_id,
+            priority=self.terms.priority,
+        )
+        limits = tuple(one for one in demand.limits if not is_rate(lane, one))
+        held = CallDemand(limits, demand.tenant, demand.priority, 0)
+        return lane.gate.bind(held, target.model)
+
+    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
+        return CallCost(0, 0)
+
+    def suspect(self) -> Suspect:
+        caller = self.terms.caller
+        request = hash((self._wanted.dialect, self._wanted.model))
+        return Suspect(None if caller.key_id is None else caller.tenant_id, request)
+
+    def settle(
+        self,
+        target: Target,
+        lane: Lane,
+        demand: CallDemand,
+        *,
+        whole: bool,
+        failed: CallFailed | None,
+    ) -> int | None:
+        if self.turns is not None:
+            self._record.charge = self.turns.charge
+            self._record.answer.usage = self.turns.charge.usage
+        return None
+
+    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+        wanted, bounds, record = self._wanted, self._bounds, self._record
+        self.turns = turns = Turns(
+            self.terms, wanted.subject, target, lane, self._spine.budgets, bounds.wait_ms
+        )
+        try:
+            await turns.open()
+        except QuotaExceeded as spent:
+            raise RealtimeRefused(spent) from None
+        began = self._loop.time()
+        upstream: ClientConnection | None = None
+        try:
+            upstream = await self._connected(target)
+            record.sent = self.is_heard = True
+            if is_try or lane.gate.has_doubts:
+                await lane.gate.worked(target.model, tried=is_try)
+            client = await self._answer(of_answer(target.upstream.name, record.queue_ms or 0.0))
+            self.started = True
+            record.http_status = 101
+            if wanted.first is not None:
+                await upstream.send(wanted.first(target.model))
+            self.ended = await self._relayed(client, upstream, target, began)
+            await self._close(client, upstream, self.ended)
+        except UpstreamError as error:
+            raise CallFailed(error, target) from None
+        finally:
+            if upstream is not None:
+                sockets.cut(upstream)
+                await upstream.wait_closed()
+            await turns.close()
+        if self.ended.by == "provider" and self.ended.code not in _NORMAL:
+            said = f"the provider closed the session ({self.ended.code})"
+            raise CallFailed(UpstreamUnavailable(said), target, told=True)
+
+    async def _connected(self, target: Target) -> ClientConnection:
+        """Raises CallFailed and UpstreamError."""
+        wanted, trail = self._wanted, self.terms.trail
+        access = target.upstream.access(wanted.dialect)
+        url = access.url(wanted.path, wanted.query(target.model), model=target.model)
+        place, headers = RelayWire.place(url, access), wanted.headers
+        if trail is not None:
+            said = trail.begin(target.upstream.name, target.model, str(place.origin))
+            headers = [*headers, (HEADER, said.encode())]
+        try:
+            return await sockets.open_upstream(
+                url,
+                await self._wire.bare(place, headers),
+                subprotocol=_SUBPROTOCOL if wanted.dialect is Dialect.OPENAI else None,
+                connect_ms=self._spine.timeouts[target.upstream.name].connect_ms,
+            )
+        except InvalidStatus as refused:
+            raise self._refusal(refused, target) from None
+
+    def _refusal(self, refused: InvalidStatus, target: Target) -> CallFailed:
+        response = refused.response
+        status, body = response.status_code, bytes(response.body or b"")
+        named = {name.lower(): value for name, value in response.headers.raw_items()}
+        if status < 400:
+            error: UpstreamError = UpstreamGarbled(
+                f"the provider answered {status}, which opens no WebSocket"
+            )
+            return CallFailed(error, target)
+        secret = target.upstream.key
+        error = refusals.upstream_error(
+            status,
+            refusals.error_of_refusal_in(body),
+            named,
+            secret=secret,
+            dialect=self._wanted.dialect,
+        )
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items()]
+        headers = to_return(raw, secret, same_length=False)
+        headers += of_answer(target.upstream.name, self._record.queue_ms or 0.0)
+        return CallFailed(error, target, status=status, headers=headers, body=masked(body, target))
+
+    # While it is open
+
+    async def _relayed(
+        self, client: Connection, upstream: Connection, target: Target, began: float
+    ) -> End:
+        events: Events = GeminiEvents()
+        if self._wanted.dialect is Dialect.OPENAI:
+            events = OpenAIEvents(self.terms.caller, self._wanted.model, target.model)
+        self._said_at = self._loop.time()
+        work: tuple[Coroutine[Any, Any, End], ...] = (
+            self._up(client, upstream, events),
+            self._down(client, upstream, events, target),
+            self._watch(began),
+        )
+        tasks = [self._loop.create_task(one) for one in work]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        first = next(task for task in tasks if not task.cancelled())
+        return first.result()
+
+    async def _up(self, client: Connection, upstream: Connection, events: Events) -> End:
+        turns = cast(Turns, self.turns)
+        while True:
+            try:
+                message = await client.recv()
+            except ConnectionClosed as closed:
+                return _end_of("client", closed)
+            self._said_at = self._loop.time()
+            try:
+                asked = events.asked(message)
+                turns.sent(asked.about_tokens)
+                await turns.may_go_on()
+            except (InvalidRequest, Forbidden) as refused:
+                if self._wanted.dialect is Dialect.GEMINI:  # it has no events that tell an error
+                    return _ended_by(refused)
+                await self._tell(client, refused, message)
+                continue
+            except TidegateError as error:
+                return _ended_by(error)
+            if asked.begins_turn:
+                try:
+                    await turns.ask()
+                except TidegateError as error:
+                    over = not isinstance(error, AdmissionError)  # such as a budget that is spent
+                    if over or self._wanted.dialect is Dialect.GEMINI:
+                        return _ended_by(error)
+                    await self._tell(client, error, message)
+                    continue
+            try:
+                await upstream.send(asked.message)
+            except ConnectionClosed as closed:
+                return _end_of("provider", closed)
+
+    async def _down(
+        self, client: Connection, upstream: Connection, events: Events, target: Target
+    ) -> End:
+        turns = cast(Turns, self.turns)
+        secrets = tuple(one for one in target.upstream.secrets if len(one) >= _SHORTEST_SECRET)
+        while True:
+            try:
+                message = await upstream.recv()
+            except ConnectionClosed as closed:
+                return _end_of("provider", closed)
+            self._said_at = self._loop.time()
+            reported = events.reported(message)
+            over: TidegateError | None = None
+            try:
+                await turns.take(reported)
+            except TidegateError as error:
+                over = error
+            if reported.model is not None and not self._may_speak(reported.model, target):
+                said = f"the provider changed the model to {reported.model[:200]}"
+                return _ended_by(Forbidden(said, field="session.model"))
+            if (end := await self._passed(client, _masked(message, secrets))) is not None:
+                return end
+            if over is not None:
+                return _ended_by(over)
+
+    def _may_speak(self, model: str, target: Target) -> bool:
+        """Whether the model that a provider reports is one that the caller may call: mostly the
+        requested one, with the date of its version."""
+        caller = self.terms.caller
+        return model.startswith(target.model) or caller.may_ask(model)
+
+    async def _passed(self, client: Connection, message: Message) -> End | None:
+        try:
+            async with asyncio.timeout(self._bounds.stalled_ms / 1000):
+                await client.send(message)
+        except TimeoutError:
+            return _ended_by(RealtimeStalled("the client reads too slowly"))
+        except ConnectionClosed as closed:
+            return _end_of("client", closed)
+        return None
+
+    async def _watch(self, began: float) -> End:
+        """Until the session has to end for another reason than that a side ends it."""
+        bounds = self._bounds
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            now = self._loop.time()
+            if (now - began) * 1000 >= bounds.total_ms:
+                said = f"the session was open for {bounds.total_ms} ms, which is the longest here"
+                return _ended_by(UpstreamTimeout(said, phase="total"), 1001)
+            if (now - self._said_at) * 1000 >= bounds.idle_ms:
+                return _ended_by(RealtimeIdle(f"nothing was said for {bounds.idle_ms} ms"))
+            try:
+                await self._check()
+            except (Unauthenticated, Forbidden) as refused:
+                return _ended_by(refused)
+
+    # Its end
+
+    async def _tell(self, client: Connection, error: TidegateError, about: Message = "") -> None:
+        """Tell a client of OpenAI's what is wrong, by its event `error`."""
+        told = {**self._problem(error)["error"], "event_id": event_id_of(about) if about else None}
+        event = {"type": "error", "event_id": f"event_{uuid4().hex}", "error": told}
+        await self._passed(client, orjson.dumps(event).decode())
+
+    async def _close(self, client: Connection, upstream: Connection, end: End) -> None:
+        """The provider first: its work is what the permit is for."""
+        tells = end.error is not None and self._wanted.dialect is Dialect.OPENAI
+        stalled = isinstance(end.error, RealtimeStalled)
+        if stalled:
+            sockets.cut(client)
+        elif tells and end.error is not None:
+            await self._tell(client, end.error)
+        if end.by == "client":
+            await sockets.close(upstream, end.code, "")
+        else:
+            await asyncio.gather(
+                sockets.close(upstream, 1000, ""),
+                sockets.close(client, end.code, end.reason),
+            )
+
+
+def _ended_by(error: TidegateError, code: int | None = None) -> End:
+    return End("gateway", code or code_of(error), error.message, error)
+
+
+def _end_of(by: By, closed: ConnectionClosed) -> End:
+    """What a side has sent as its close, else 1006: the connection was lost."""
+    if closed.rcvd is not None:
+        return End(by, closed.rcvd.code, closed.rcvd.reason)
+    if closed.sent is not None:  # what it sent broke the protocol, or a bound
+        return End(by, closed.sent.code, closed.sent.reason)
+    return End(by, 1006, "the connection was lost")
+
+
+def _masked(message: Message, secrets: tuple[str, ...]) -> Message:
+    """A provider's message without what it was called with."""
+    for secret in secrets:
+        if isinstance(message, str):
+            message = message.replace(secret, "***") if secret in message else message
+        elif secret.encode() in message:
+            message = message.replace(secret.encode(), b"***")
+    return message

@@ -1,0 +1,361 @@
+"""Turns of one realtime session: what they take of rates and budgets, and what they cost together.
+
+    budgets: reserved ahead of each turn ─► settled by what the provider reports of it
+    rates:   a permit for each turn, asked for where the client begins one, held to its end
+
+A turn that the provider begins by itself, as on a pause in the speech, takes its permit while it
+runs: nothing more of the client is passed on before the limits have it.
+
+Invariants: every usage that a provider reports is charged once; a turn that is cut is charged for
+its input and for what came of it at least; whatever ends a session, no permit and no reservation
+stays behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import ceil
+from uuid import UUID
+
+from tidegate.admission.charges import call_cost, charge_of, estimated_charge
+from tidegate.admission.demand import CallDemand
+from tidegate.admission.estimator import Estimate, pieces_of
+from tidegate.call import (
+    NO_CHARGE,
+    REALTIME_KIND,
+    UNKNOWN_USAGE,
+    Charge,
+    Outcome,
+    Usage,
+    UsageState,
+    tokens_of,
+)
+from tidegate.errors import BudgetReserved, LimiterUnavailable, TidegateError
+from tidegate.limiter import Limit, Quota, Rate
+from tidegate.prices.budgets import Binding
+from tidegate.prices.rates import Rates
+from tidegate.realtime.events import Reported, Spent, add_usage
+from tidegate.spine.routing import Target
+from tidegate.spine.run import Lane, Terms
+from tidegate.store.budgets import Budgets
+
+_UNSEEN = "a turn has the whole conversation, with its audio, for its input"
+
+
+def is_rate(lane: Lane, limit_id: str) -> bool:
+    """Whether a limit is spent by turns, and not held by the session."""
+    return isinstance(lane.limiter.policy.limit(limit_id), Rate | Quota)
+
+
+@dataclass(eq=False, slots=True)
+class RealtimeTurn:
+    """One turn. `admitted` is done once the limits have it, or refuse it; `ended` has what it used,
+    as reported and as charged, None where there was no turn.
+    """
+
+    demand: CallDemand | None
+    hold: UUID | None
+    admitted: asyncio.Future[None]
+    ended: asyncio.Future[tuple[Usage, Charge] | None]
+    task: asyncio.Task[None] | None = None
+    came_tokens: float = 0.0
+
+    @property
+    def is_admitted(self) -> bool:
+        done = self.admitted
+        return done.done() and not done.cancelled() and done.exception() is None
+
+
+class Turns:
+    """Those of one session at one upstream. `wait_ms`: how long a turn may wait for the limits."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        subject: str | None,
+        target: Target,
+        lane: Lane,
+        budgets: Budgets,
+        wait_ms: int,
+    ) -> None:
+        self.count = 0
+        self.charge = NO_CHARGE
+        self._terms = terms
+        self._subject = subject
+        self._target = target
+        self._lane = lane
+        self._budgets = budgets
+        self._wait_ms = wait_ms
+        self._ahead: UUID | None = None  # what is reserved for the next turn
+        self._beside = NO_CHARGE  # of other models, and not charged to a budget yet
+        self._context_tokens = 0  # of the conversation, as the last turn reported it
+        self._sent_tokens = 0.0  # about, by the client since then
+        self._asked: list[RealtimeTurn] = []  # by the client, and not begun yet
+        self._begun: list[RealtimeTurn] = []
+        self._late: list[RealtimeTurn] = []  # begun by the provider before the limits had them
+
+    # Before a turn
+
+    async def open(self) -> None:
+        """Reserve the first turn. Raises what a budget that has no room for it raises."""
+        await self._budgets.known()
+        self._ahead = await self._reserve()
+
+    async def ask(self) -> None:
+        """The client begins a turn: returns once the limits have it. Raises AdmissionError and what
+        a budget raises; then the turn is not to begin."""
+        turn = await self._new()
+        try:
+            await asyncio.shield(turn.admitted)
+        except BaseException:  # whatever ends the wait, its place is returned
+            await self._end(turn, None)
+            raise
+        self._asked.append(turn)
+
+    async def may_go_on(self) -> None:
+        """Wait until the limits have what the provider has begun by itself. Raises as `ask`."""
+        while self._late:
+            await asyncio.shield(self._late[0].admitted)
+            self._late.pop(0)
+
+    def sent(self, about_tokens: float) -> None:
+        self._sent_tokens += about_tokens
+
+    # What the provider says
+
+    async def take(self, reported: Reported) -> None:
+        """Note what a message reports. Raises what a budget raises that has no room for another
+        turn."""
+        if reported.refuses and self._asked:
+            await self._end(self._asked.pop(0), None)
+        if reported.begins_turn:
+            await self._begin()
+        if reported.about_tokens:
+            turn = self._begun[0] if self._begun else await self._begin()
+            turn.came_tokens += reported.about_tokens
+        for spent in reported.spent:
+            if spent.ends_turn:
+                await self._close(spent.usage)
+            else:
+                self._add(spent)
+        if reported.ends_turn and not reported.spent and self._begun:
+            turn = self._begun.pop(0)  # it was cancelled, or has failed
+            await self._end(turn, self._cut_charge(turn))
+
+    async def _begin(self) -> RealtimeTurn:
+        if self._asked:
+            turn = self._asked.pop(0)
+        else:
+            turn = await self._new()
+            if not turn.admitted.done():
+                self._late.append(turn)
+        self._begun.append(turn)
+        return turn
+
+    async def _close(self, usage: Usage) -> None:
+        turn = self._begun[0] if self._begun else await self._begin()
+        self._begun.remove(turn)
+        self._context_tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0)
+        self._sent_tokens = 0.0
+        await self._end(turn, charge_of(self._rates(), usage, None, whole=True), usage)
+        if self._ahead is None:
+            self._ahead = await self._reserve()
+
+    async def close(self) -> None:
+        """End what is open: turns that were begun are charged for what came of them."""
+        for turn in self._begun:
+            await self._end(turn, self._cut_charge(turn))
+        for turn in self._asked:
+            await self._end(turn, self._cut_charge(turn))  # it may have begun
+        self._begun, self._asked = [], []
+        for turn in self._late:
+            await self._charge_late(turn)
+        self._late = []
+        if self._ahead is not None:
+            beside, self._beside = self._beside, NO_CHARGE
+            self._budgets.settle(self._ahead, None if beside is NO_CHARGE else beside)
+            self._ahead = None
+
+    # A turn
+
+    async def _new(self) -> RealtimeTurn:
+        loop = asyncio.get_running_loop()
+        hold, self._ahead = self._ahead, None
+        if hold is None:
+            hold = await self._reserve()
+        demand = self._demand()
+        turn = RealtimeTurn(demand, hold, loop.create_future(), loop.create_future())
+        if demand is None:
+            turn.admitted.set_result(None)
+        else:
+            turn.task = loop.create_task(self._under_permit(turn, demand))
+        return turn
+
+    async def _under_permit(self, turn: RealtimeTurn, demand: CallDemand) -> None:
+        to_admit = demand.to_admit(self._wait_ms, self._lane.hard_ms)
+        try:
+            async with self._lane.limiter.acquire_for(to_admit) as permit:
+                turn.admitted.set_result(None)
+                used = await turn.ended
+                if used is None:
+                    permit.settle_unused()
+                else:
+                    told, charge = used
+                    tokens = demand.used(told, charge.usage, whole=True)
+                    permit.settle(Outcome.SUCCESS, tokens=tokens, cost_micros=charge.cost_micros)
+        except TidegateError as error:
+            if not turn.admitted.done():
+                turn.admitted.set_exception(error)
+                turn.admitted.exception()  # who waits for it learns of it; nobody has to
+
+    async def _end(
+        self, turn: RealtimeTurn, charge: Charge | None, told: Usage = UNKNOWN_USAGE
+    ) -> None:
+        """Charge a turn, None where there was none, and return its permit."""
+        if charge is not None:
+            self.count += 1
+            self.charge = _both(self.charge, charge)
+        if turn.hold is not None:
+            whole = charge
+            if charge is not None and self._beside is not NO_CHARGE:
+                whole, self._beside = _both(charge, self._beside), NO_CHARGE
+            self._budgets.settle(turn.hold, whole)
+            turn.hold = None
+        turn.ended.set_result(None if charge is None else (told, charge))
+        task = turn.task
+        if task is None or (charge is not None and not turn.admitted.done()):
+            return  # it still waits for the limits, which have to have it
+        if not turn.admitted.done():
+            task.cancel()
+        await asyncio.wait({task})
+
+    async def _charge_late(self, turn: RealtimeTurn) -> None:
+        """Count a turn of the rates that have not admitted it yet: nobody waits for that any
+        more."""
+        if turn.task is not None and not turn.is_admitted:
+            turn.task.cancel()
+            await asyncio.wait({turn.task})
+        used = turn.ended.result() if turn.ended.done() else None
+        if turn.demand is None or turn.is_admitted or used is None:
+            return
+        limiter = self._lane.limiter
+        for limit_id in turn.demand.limits:
+            amount = _amount(limiter.policy.limit(limit_id), used[1])
+            if amount:
+                with suppress(LimiterUnavailable):  # it counts nothing while it is away
+                    await limiter.charge(limit_id, amount)
+
+    def _cut_charge(self, turn: RealtimeTurn) -> Charge:
+        """For a turn whose usage was not reported: its input, and what came of it."""
+        return estimated_charge(self._rates(), self._estimate(), ceil(turn.came_tokens))
+
+    def _rates(self) -> Rates | None:
+        return self._lane.demands.prices.at_least(self._target.model, "")
+
+    def _add(self, spent: Spent) -> None:
+        """What another model has used, such as for a transcript: it is part of the session's cost,
+        and of what budgets are charged for its next turn to end."""
+        rates = self._lane.demands.prices.at_least(spent.model or self._target.model, "")
+        charge = charge_of(rates, spent.usage, None, whole=True)
+        self.charge = _both(self.charge, charge)
+        self._beside = _both(self._beside, charge)
+
+    # What a turn may take
+
+    def _demand(self) -> CallDemand | None:
+        """What the rates count of the next turn; None where no rate binds it."""
+        lane, terms, model = self._lane, self._terms, self._target.model
+        demand = lane.demands.of_native(
+            model,
+            REALTIME_KIND,
+            pieces_of(""),
+            lane.limiter.policy,
+            tenant=terms.caller.tenant_id,
+            priority=terms.priority,
+            estimates_all=True,
+        )
+        rates = tuple(one for one in demand.limits if is_rate(lane, one))
+        if not rates:
+            return None
+        estimate = self._estimate()
+        return replace(demand, limits=rates, estimate=estimate)
+
+    def _estimate(self) -> Estimate:
+        lane, model = self._lane, self._target.model
+        estimate = lane.demands.estimator.of_pieces(
+            model, REALTIME_KIND, pieces_of(""), tenant=self._terms.caller.tenant_id
+        )
+        taken = max(1, self._context_tokens + ceil(self._sent_tokens))
+        return replace(
+            estimate,
+            input_tokens=taken,
+            expected_input_tokens=taken,
+            guessed_input_tokens=taken,
+        )
+
+    async def _reserve(self) -> UUID | None:
+        """Hold what a turn may cost of the budgets that bind it; None where none does."""
+        bindings = self._bindings()
+        if not bindings:
+            return None
+        model, prices = self._target.model, self._lane.demands.prices
+        context_tokens, most_output = prices.most(model)
+        cost = call_cost(
+            prices.bound(model, ""),
+            self._estimate(),
+            input_bytes=0,
+            context_tokens=context_tokens,
+            unseen=_UNSEEN,
+            max_output_tokens=most_output,
+        )
+        until = asyncio.get_running_loop().time() + self._wait_ms / 1000
+        while True:
+            try:
+                return await self._budgets.reserve(bindings, self._terms.request_id, cost)
+            except BudgetReserved:
+                left_s = until - asyncio.get_running_loop().time()
+                if left_s <= 0:
+                    raise
+                await self._budgets.room(left_s)
+
+    def _bindings(self) -> tuple[Binding, ...]:
+        if not self._budgets.any:
+            return ()
+        terms = self._terms
+        return self._budgets.binding(
+            terms.caller, self._target.model, self._subject, terms.conversation
+        )
+
+
+def _both(one: Charge, other: Charge) -> Charge:
+    """The charge of both: not known where one of them is not."""
+    cost: int | None = None
+    if one.cost_micros is not None and other.cost_micros is not None:
+        cost = one.cost_micros + other.cost_micros
+    state = other.state
+    if one.state not in (UsageState.NONE, other.state):
+        state = UsageState.PARTIAL
+    return Charge(state, add_usage(one.usage, other.usage), None, cost)
+
+
+def _amount(limit: Limit | None, charge: Charge) -> int:
+    """What a charge is of a limit."""
+    if not isinstance(limit, Rate | Quota):
+        return 0
+    taken, given = tokens_of(charge.usage)
+    match limit.unit:
+        case "requests":
+            return 1
+        case "usd":
+            return charge.cost_micros or 0
+        case "tokens":
+            return (taken or 0) + (given or 0)
+        case "input_tokens":
+            return taken or 0
+        case "output_tokens":
+            return given or 0
+        case "uncached_input_tokens":
+            return max(0, (taken or 0) - (charge.usage.cached_tokens or 0))
+    return 0

@@ -1,0 +1,307 @@
+"""Realtime sessions under limits, budgets and keys, and what hostile messages and ends do to them.
+
+The client is a bare WebSocket: no SDK would send these messages, or show these codes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from socket import AF_INET, SOCK_STREAM
+from typing import Any
+
+import orjson
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tests.gateway import Gateway, Opener, small_receive_buffer
+from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
+from tests.waiting import wait_until
+from tidegate.policy.format import edit
+from tidegate.prices.budgets import Budget
+
+MODEL = "gemini-2.5-flash"
+TEXT = {"type": "session.update", "session": {"type": "realtime", "output_modalities": ["text"]}}
+LIVE = "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent"
+WITH_KEYS = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
+KEYS = {"Authorization": "Bearer of-a-client"}
+
+
+@asynccontextmanager
+async def talk(
+    gateway: Gateway, path: str = "", headers: dict[str, str] | None = None, **options: Any
+) -> AsyncIterator[ClientConnection]:
+    """A session in OpenAI's dialect, past its first event."""
+    url = f"ws{gateway.url.removeprefix('http')}{path or f'/v1/realtime?model={MODEL}'}"
+    named = KEYS if headers is None else headers
+    options = {"compression": None, "proxy": None, **options}
+    async with connect(url, additional_headers=named, **options) as socket:
+        if "/realtime" in url:
+            assert orjson.loads(await socket.recv())["type"] == "session.created"
+        yield socket
+
+
+async def send(socket: ClientConnection, **event: Any) -> None:
+    await socket.send(orjson.dumps(event).decode())
+
+
+async def until(socket: ClientConnection, kind: str) -> dict[str, Any]:
+    """The next event of a type."""
+    async with asyncio.timeout(10):
+        while True:
+            event: dict[str, Any] = orjson.loads(await socket.recv())
+            if event["type"] == kind:
+                return event
+
+
+async def turn(socket: ClientConnection, text: str, until_kind: str = "response.done") -> Any:
+    content = [{"type": "input_text", "text": text}]
+    item = {"type": "message", "role": "user", "content": content}
+    await send(socket, type="conversation.item.create", item=item)
+    await send(socket, type="response.create", response={"output_modalities": ["text"]})
+    return await until(socket, until_kind)
+
+
+async def closed(socket: ClientConnection) -> tuple[int, str]:
+    """The code and the reason with which the gateway closes."""
+    async with asyncio.timeout(10):
+        with suppress(ConnectionClosed):
+            while True:
+                await socket.recv()
+        await socket.wait_closed()
+        return socket.close_code or 0, socket.close_reason or ""
+
+
+async def refused(gateway: Gateway, path: str = "", **options: Any) -> tuple[int, Any]:
+    """Status and body of a session that is refused before it begins."""
+    with pytest.raises(InvalidStatus) as refusal:
+        async with talk(gateway, path, **options):
+            pass
+    response = refusal.value.response
+    return response.status_code, orjson.loads(response.body)
+
+
+async def rows(gateway: Gateway, count: int) -> list[Any]:
+    query = "SELECT * FROM audit WHERE kind = 'realtime' ORDER BY submitted_at"
+
+    async def found() -> list[Any] | None:
+        listed = await gateway.database.fetch(query)
+        return listed if len(listed) >= count else None
+
+    listed: list[Any] = await wait_until(found, 10, f"{count} rows of sessions")
+    return listed
+
+
+async def nothing_held(gateway: Gateway) -> None:
+    await wait_until(lambda: gateway.held == 0, 10, "the return of all permits")
+    await gateway.in_flight(0)
+
+
+async def test_a_session_waits_for_one_to_end_before_its_handshake_is_answered(
+    gateway: Gateway,
+) -> None:
+    async with talk(gateway), talk(gateway) as second:
+        assert gateway.held == 2
+        hurried = {**KEYS, "x-tidegate-deadline-ms": "50"}
+        status, body = await refused(gateway, headers=hurried)
+        assert status == 429
+        assert body["error"]["type"] == "rate_limit_error"
+        waits = asyncio.create_task(turn_alone(gateway))
+        await wait_until(lambda: gateway.waiting == 1, 5, "a session that waits")
+        await second.close()
+        assert await waits == "response.done"
+    await nothing_held(gateway)
+    listed = await rows(gateway, 4)
+    assert sorted(row["status"] for row in listed) == ["expired", *["succeeded"] * 3]
+
+
+async def turn_alone(gateway: Gateway) -> str:
+    async with talk(gateway) as socket:
+        return str((await turn(socket, "hello"))["type"])
+
+
+async def test_hostile_messages_harm_nobody(gateway: Gateway) -> None:
+    async with talk(gateway) as socket:
+        for wrong in ("{", "[]", '{"type":"a","type":"session.update"}', b"\xff\xfe"):
+            await socket.send(wrong)
+            event = await until(socket, "error")
+            assert event["error"]["type"] == "invalid_request_error"
+        await send(socket, type="session.update", event_id="e7", session={"model": "o9"})
+        error = (await until(socket, "error"))["error"]
+        assert (error["event_id"], error["param"]) == ("e7", "session.model")
+        whole = orjson.dumps(TEXT).decode()
+        await socket.send([whole[:9], whole[9:20], whole[20:]])  # as three fragments
+        await until(socket, "session.updated")
+        assert (await turn(socket, "hello"))["response"]["status"] == "completed"
+        # The head of a frame alone, which says how long it is.
+        socket.transport.write(b"\x81\xff" + (16 * 1024 * 1024 + 1).to_bytes(8) + bytes(4))
+        assert (await closed(socket))[0] == 1009
+    await nothing_held(gateway)
+    async with talk(gateway) as socket:
+        socket.transport.write(b"\x81\x82\0\0\0\0\xff\xfe")  # a text that is not UTF-8
+        assert (await closed(socket))[0] == 1007
+    await nothing_held(gateway)
+    async with talk(gateway) as socket:
+        socket.transport.abort()
+    await nothing_held(gateway)
+    listed = await rows(gateway, 3)
+    assert listed[2]["status"] == "cancelled"
+
+
+async def test_a_client_that_reads_nothing_is_cut(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, stalled_reader_ms=300)
+    await gateway.services.keeper.change(edit({"kind:realtime": 1}), set_by="test")
+    small = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
+    small.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+    async with talk(gateway, sock=small) as socket:
+        socket.transport.pause_reading()
+        content = [{"type": "input_text", "text": "[tokens 100000]"}]
+        item = {"type": "message", "role": "user", "content": content}
+        await send(socket, type="conversation.item.create", item=item)
+        await send(socket, type="response.create", response={"output_modalities": ["audio"]})
+        await nothing_held(gateway)
+        (row,) = await rows(gateway, 1)
+        assert (row["status"], row["usage_state"]) == ("cancelled", "estimated")
+        assert orjson.loads(row["failure"])["code"] == "client_stalled"
+        assert row["output_tokens"] > 100
+        socket.transport.resume_reading()
+
+
+async def test_what_the_provider_says_of_the_end_reaches_the_client(gateway: Gateway) -> None:
+    async with talk(gateway) as socket:
+        await turn(socket, "[close 4001 enough is said]", "response.created")
+        assert await closed(socket) == (4001, "enough is said")
+    async with talk(gateway) as socket:
+        await turn(socket, "[close 1001 going away]", "response.created")
+        assert await closed(socket) == (1001, "going away")
+    await nothing_held(gateway)
+    failed, succeeded = await rows(gateway, 2)
+    assert (failed["status"], succeeded["status"]) == ("failed", "succeeded")
+    assert failed["usage_state"] == "estimated"  # the turn had begun
+    await gateway.upstream.set_fault("forbidden", kind="realtime")
+    status, body = await refused(gateway)
+    assert (status, body["error"]["code"]) == (403, "permission_denied")
+    await nothing_held(gateway)
+
+
+async def test_a_spent_budget_closes_the_session_with_its_reason(open_gateway: Opener) -> None:
+    gateway = await open_gateway(**WITH_KEYS)
+    acme, other = await key_of(gateway, "acme"), await key_of(gateway, "other")
+    store = gateway.services.store
+    limit = Budget("acme", "tokens", 3_000, "day", tenant="acme", doubt="estimate")
+    await store.budgets.records.set(limit, by="test")
+    await store.budgets.refresh()
+    async with talk(gateway, headers=acme) as socket, talk(gateway, headers=other) as at_ease:
+        assert (await turn(socket, "hello"))["response"]["usage"]["total_tokens"] < 100
+        await turn(socket, "[tokens 2900]", "response.done")
+        error = (await until(socket, "error"))["error"]
+        assert (error["code"], error["limit"]) == ("insufficient_quota", "acme")
+        code, reason = await closed(socket)
+        assert (code, reason.startswith("the budget acme")) == (1008, True)
+        assert (await turn(at_ease, "hello"))["response"]["status"] == "completed"
+    await store.budgets.flush()
+    (book,) = await store.budgets.records.books("acme")
+    spent = await rows(gateway, 2)
+    of_acme = next(row for row in spent if row["tenant_id"] == "acme")
+    assert book.spent == of_acme["input_tokens"] + of_acme["output_tokens"] > 2_900
+    assert (book.held, gateway.services.budgets.held) == (0, 0)
+    status, body = await refused(gateway, headers=acme)
+    assert (status, body["error"]["code"]) == (429, "insufficient_quota")
+
+
+async def test_keys_and_models_hold_for_the_whole_session(open_gateway: Opener) -> None:
+    gateway = await open_gateway(**WITH_KEYS)
+    acme = await key_of(gateway, "acme", models=["gemini-2.5-*"])
+    assert (await refused(gateway, headers={}))[0] == 401
+    assert (await refused(gateway, "/v1/realtime?model=o9", headers=acme))[0] == 403
+    status, body = await refused(gateway, f"/v1/realtime?model={MODEL}&call_id=rtc_1", headers=acme)
+    assert (status, body["error"]["param"]) == (400, "call_id")
+    key = acme["Authorization"].removeprefix("Bearer ")
+    protocols: Any = {"subprotocols": ["realtime", f"openai-insecure-api-key.{key}"]}
+    async with talk(gateway, headers={}, **protocols) as socket:
+        assert socket.subprotocol == "realtime"
+        await turn(socket, "hello")
+        prefix = key.removeprefix("tg_").partition("_")[0]
+        status, _ = await ask(gateway, "DELETE", f"/admin/keys/{prefix}", AS_ADMIN)
+        assert status < 300
+        assert (await closed(socket))[0] == 1008
+    await gateway.in_flight(0)
+
+
+async def test_turns_are_counted_by_the_rates(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    limits = {"kind:realtime": 5, f"tpm:{MODEL}": 1_000, "rpm:total": 100}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    async with talk(gateway, headers={**KEYS, "x-tidegate-deadline-ms": "300"}) as socket:
+        await turn(socket, "[tokens 900]")
+        error = (await turn(socket, "hello", "error"))["error"]  # the next one has to wait
+        assert error["type"] == "rate_limit_error"
+        snapshot = await gateway.services.limiter.snapshot()
+        assert snapshot.limits[f"tpm:{MODEL}"].used >= 900
+        sound = "A" * 64_000  # the provider begins a turn by itself: it is counted all the same
+        await send(socket, type="input_audio_buffer.append", audio=sound)
+        await until(socket, "response.done")
+        await send(socket, type="input_audio_buffer.append", audio="A" * 64)
+        assert (await closed(socket))[0] == 1013
+    await nothing_held(gateway)
+    snapshot = await gateway.services.limiter.snapshot()
+    assert snapshot.limits[f"tpm:{MODEL}"].used >= 1_800
+
+
+async def test_a_session_is_told_that_its_process_goes_away(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, shutdown_grace_ms=300)
+    async with talk(gateway) as socket:
+        gateway.drain()
+        assert (await closed(socket))[0] == 1001
+    await gateway.serving
+    await gateway.in_flight(0)
+
+
+async def test_bounds_in_time_and_pages_of_others(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, idle_timeout_ms=700, cors_origins="https://own.test")
+    async with talk(gateway) as socket:
+        assert await closed(socket) == (1001, "nothing was said for 700 ms")
+    (row,) = await rows(gateway, 1)
+    assert row["status"] == "succeeded"
+    for headers in (
+        {"Origin": "https://evil.test"},
+        {"Origin": "https://evil.test", "Authorization": f"Bearer {gateway.operator_key}"},
+    ):
+        assert (await refused(gateway, headers=headers))[0] == 403, headers
+        with pytest.raises(InvalidStatus):
+            async with talk(gateway, LIVE, headers=headers):
+                pass
+    port = int(gateway.url.rpartition(":")[2])
+    rebound = f"ws://evil.test:{port}/v1/realtime?model={MODEL}"
+    with pytest.raises(InvalidStatus):
+        async with connect(rebound, host="127.0.0.1", port=port, additional_headers=KEYS):
+            pass
+    async with talk(gateway, headers={"Origin": "https://own.test"}):
+        pass
+    async with gateway.http.get(f"{gateway.url}/v1/realtime?model={MODEL}") as response:
+        assert response.status == 404
+        assert "which is a WebSocket" in await response.text()
+    async with gateway.http.post(f"{gateway.url}/v1/realtime/client_secrets") as response:
+        assert response.status == 404
+        assert "past the limits here" in await response.text()
+
+
+async def test_gemini_live_refuses_by_close_codes(gateway: Gateway) -> None:
+    wrongs: list[tuple[Any, int]] = [
+        ({"clientContent": {}}, 1007),
+        ({"setup": {"model": f"models/{MODEL}", "sessionResumption": {"handle": "h"}}}, 1007),
+        ({"setup": {"model": "models/claude-nowhere"}}, 1011),
+    ]
+    await gateway.upstream.set_behaviour(strict_models=True)
+    for wrong, code in wrongs[:2]:
+        async with talk(gateway, LIVE) as socket:
+            await socket.send(orjson.dumps(wrong).decode())
+            assert (await closed(socket))[0] == code, wrong
+    async with talk(gateway, LIVE) as socket:
+        await send(socket, setup={"model": f"models/{MODEL}"})
+        assert "setupComplete" in orjson.loads(await socket.recv())
+        await send(socket, setup={"model": "models/another"})
+        assert (await closed(socket))[0] == 1007
+    await nothing_held(gateway)

@@ -1,0 +1,177 @@
+"""What messages of realtime sessions ask for and report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from tidegate.call import ANYBODY, Caller, Usage, UsageDetails
+from tidegate.errors import Forbidden, InvalidRequest
+from tidegate.realtime.events import (
+    GeminiEvents,
+    OpenAIEvents,
+    Setup,
+    add_usage,
+    gemini_usage,
+    openai_usage,
+)
+
+AUDIO = '{"type":"input_audio_buffer.append","audio":"' + "A" * 6_400 + '"}'
+
+
+def text(event: Any) -> str:
+    return orjson.dumps(event).decode()
+
+
+def events(caller: Caller = ANYBODY) -> OpenAIEvents:
+    return OpenAIEvents(caller, "fast", "gpt-realtime-2")
+
+
+def test_a_message_that_names_no_model_passes_as_it_is() -> None:
+    raw = '{ "type" : "conversation.item.create", "item": {"type": "message"} }'
+    assert events().asked(raw).message is raw
+    assert events().asked(raw.encode()).message == raw.encode()
+    asked = events().asked(AUDIO)
+    assert (asked.message, asked.begins_turn, round(asked.about_tokens)) == (AUDIO, False, 1)
+    assert events().asked('{"type":"response.create"}').begins_turn
+
+
+def test_the_model_of_a_session_stays_as_it_is_under_the_name_of_its_upstream() -> None:
+    named = {"type": "session.update", "session": {"model": "fast", "voice": "marin"}}
+    asked = orjson.loads(events().asked(text(named)).message)
+    assert asked["session"] == {"model": "gpt-realtime-2", "voice": "marin"}
+    for place in ({"session": {"model": "o9"}}, {"response": {"model": "o9"}}):
+        with pytest.raises(InvalidRequest) as refused:
+            events().asked(text({"type": "session.update", **place}))
+        assert refused.value.allowed == "fast"
+
+
+def test_a_transcript_is_made_by_a_model_that_the_tenant_may_use() -> None:
+    wanted = {"audio": {"input": {"transcription": {"model": "whisper-1"}}}}
+    update = text({"type": "session.update", "session": wanted})
+    some = Caller(models=("gpt-realtime-*",))
+    with pytest.raises(Forbidden) as refused:
+        events(some).asked(update)
+    assert refused.value.field == "session.audio.input.transcription.model"
+    anyone = events()
+    assert anyone.asked(update).message == update
+    done = {
+        "type": "conversation.item.input_audio_transcription.completed",
+        "usage": {"type": "duration", "seconds": 2.3},
+    }
+    (spent,) = anyone.reported(text(done)).spent
+    assert (spent.model, spent.ends_turn) == ("whisper-1", False)
+    assert spent.usage.details == UsageDetails(input_audio_seconds=3)
+
+
+def test_names_of_tools_and_their_arguments_choose_no_model() -> None:
+    tool = {"name": "order", "parameters": {"properties": {"model": {"type": "string"}}}}
+    update = text({"type": "session.update", "session": {"tools": [tool]}})
+    assert events().asked(update).message == update
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        '{"type":"input_audio_buffer.append","type":"session.update","session":{"model":"o9"}}',
+        '{"type":"input_audio_buffer.append","Type":"session.update","session":{"model":"o9"}}',
+        '{"\\u0074ype":"session.update","type":"input_audio_buffer.append","audio":""}',
+        '{"type":"session.update","session":{"voice":"a"},"session":{"model":"o9"}}',
+        '{"type":"session.update","session":{"Model":"o9"}}',
+        '{"type":"session.update","session":{"model":7}}',
+        '{"type":7}',
+        '[{"type":"session.update"}]',
+        "{" * 100_000,
+        "not JSON",
+        '{"type": NaN}',
+    ],
+)
+def test_what_two_servers_could_read_differently_is_refused(raw: str) -> None:
+    for message in (raw, raw.encode()):
+        with pytest.raises(InvalidRequest):
+            events().asked(message)
+
+
+def test_usage_is_read_at_its_place_alone() -> None:
+    usage = {"input_tokens": 9, "output_tokens": 4, "total_tokens": 13}
+    done = {"type": "response.done", "response": {"usage": usage}}
+    (spent,) = events().reported(text(done)).spent
+    assert spent.usage == Usage(9, 4, total_tokens=13)
+    echoed = {"type": "conversation.item.added", "item": {"content": [done]}}
+    assert events().reported(text(echoed)).spent == []
+    quoted = {"type": "response.output_text.delta", "delta": text(done)}
+    assert events().reported(text(quoted)).spent == []
+    cancelled = {"type": "response.done", "response": {"usage": None}}
+    assert events().reported(text(cancelled)).ends_turn
+
+
+def test_cached_audio_is_charged_as_cached_and_not_as_audio_once_more() -> None:
+    usage = openai_usage(
+        {
+            "input_tokens": 1_000,
+            "output_tokens": 60,
+            "input_token_details": {
+                "text_tokens": 400,
+                "audio_tokens": 600,
+                "cached_tokens": 500,
+                "cached_tokens_details": {"text_tokens": 0, "audio_tokens": 500},
+            },
+            "output_token_details": {"text_tokens": 10, "audio_tokens": 50},
+        }
+    )
+    details = UsageDetails(input_audio_tokens=100, output_audio_tokens=50)
+    assert usage == Usage(1_000, 60, cached_tokens=500, details=details)
+
+
+@pytest.mark.parametrize("wrong", [None, 7, {}, {"input_tokens": -1}, {"input_tokens": True}])
+def test_a_usage_that_is_none_is_unknown(wrong: Any) -> None:
+    assert openai_usage(wrong) is None
+    assert gemini_usage(wrong) is None
+
+
+def test_gemini_reports_a_turn_with_what_its_tools_gave() -> None:
+    told = {
+        "promptTokenCount": 40,
+        "toolUsePromptTokenCount": 2,
+        "responseTokenCount": 7,
+        "totalTokenCount": 49,
+        "promptTokensDetails": [
+            {"modality": "TEXT", "tokenCount": 10},
+            {"modality": "AUDIO", "tokenCount": 30},
+        ],
+        "responseTokensDetails": [{"modality": "AUDIO", "tokenCount": 7}],
+    }
+    message = orjson.dumps({"serverContent": {"turnComplete": True}, "usageMetadata": told})
+    (spent,) = GeminiEvents().reported(message).spent
+    details = UsageDetails(input_audio_tokens=30, output_audio_tokens=7)
+    assert spent.usage == Usage(42, 7, total_tokens=49, details=details)
+    assert add_usage(spent.usage, Usage(1, 1)) == Usage(43, 8, total_tokens=49, details=details)
+
+
+def test_geminis_messages_are_one_of_three_after_the_setup() -> None:
+    live = GeminiEvents()
+    turn = {"turns": [], "turnComplete": True}
+    assert live.asked(text({"clientContent": turn})).begins_turn
+    assert live.asked(text({"client_content": {"turn_complete": True}})).begins_turn
+    assert not live.asked(text({"clientContent": {"turns": []}})).begins_turn
+    assert live.asked(text({"toolResponse": {}})).begins_turn
+    wrongs: list[Any] = [{"setup": {"model": "other"}}, {}, {"realtimeInput": {}, "setup": {}}]
+    for wrong in wrongs:
+        with pytest.raises(InvalidRequest):
+            live.asked(text(wrong))
+    with pytest.raises(InvalidRequest):
+        live.asked('{"realtimeInput":{},"Setup":{}}')
+
+
+def test_a_setup_names_the_model_first_and_resumes_nobodys_session() -> None:
+    setup = Setup.of(text({"setup": {"model": "models/fast", "tools": []}}))
+    assert setup.model == "fast"
+    passed = orjson.loads(setup.message("gemini-live-2.5"))
+    assert passed == {"setup": {"model": "models/gemini-live-2.5", "tools": []}}
+    resumed = {"setup": {"model": "models/m", "sessionResumption": {"handle": "h"}}}
+    nameless: list[Any] = [{"setup": {}}, {"clientContent": {}}, {"setup": {"model": "models/"}}]
+    for wrong in (resumed, *nameless):
+        with pytest.raises(InvalidRequest):
+            Setup.of(text(wrong))
