@@ -132,11 +132,18 @@ class LineCaller:
             idle_ms=_IDLE_MS,
         )
 
+    @property
+    def any(self) -> bool:
+        """Whether this process has lines."""
+        return bool(self._feeder.tasks)
+
     async def feed(self) -> None:
         """Claim lines and begin them, for ever."""
         await self._feeder.run()
 
     async def _claim(self, most: int) -> list[_ActiveLine]:
+        if not await self._store.open_batches.ours():
+            return []
         await self.leave_held_up()
         now = time.monotonic()
         if now - self._strays_released_at > _STRAYS_EVERY_S:
@@ -577,25 +584,27 @@ class BatchRunner:
     async def _conduct(self) -> None:
         """See to the batches as wholes, one after the other."""
         while True:
-            await self._store.batches.expire()
-            await self._lines.leave_ended()
-            await self._lines.leave_held_up()
-            await self._lines.leave_held()
-            await self._store.batch_lines.retake()
-            while (batch := await self._store.batches.take()) is not None:
-                try:
-                    await (
-                        self._validate(batch)
-                        if batch.status == "validating"
-                        else self._assemble(batch)
-                    )
-                    await self._forget_input(batch)
-                except ClaimLost:
-                    continue
-                finally:
-                    await self._store.batches.free(batch)
             mark = self._store.notifications.work_mark(BATCHES)
+            if await self._store.open_batches.ours() or self._lines.any:
+                await self._see_to_all()
             await self._store.notifications.wait_work(round(_LOOK_EVERY_S * 1000), mark, BATCHES)
+
+    async def _see_to_all(self) -> None:
+        await self._store.batches.expire()
+        await self._lines.leave_ended()
+        await self._lines.leave_held_up()
+        await self._lines.leave_held()
+        await self._store.batch_lines.retake()
+        while (batch := await self._store.batches.take()) is not None:
+            try:
+                await (
+                    self._validate(batch) if batch.status == "validating" else self._assemble(batch)
+                )
+                await self._forget_input(batch)
+            except ClaimLost:
+                continue
+            finally:
+                await self._store.batches.free(batch)
 
     async def _forget_input(self, batch: Batch) -> None:
         """Delete the bytes of a file whose owner deleted it while the batch had yet to read it."""

@@ -154,6 +154,7 @@ class ProviderBatchRunner:
         revisit_at = choice.revisit_at
         until = _parked_until(revisit_at)
         await self._store.queue.park([job], until, why=choice.why, revisit_at=revisit_at)
+        self._store.open_batches.changed()
 
     def _target(self, job: ClaimedJob) -> tuple[Endpoint, Target] | None:
         kind = job.classification.kind
@@ -210,6 +211,8 @@ class ProviderBatchRunner:
     async def _gather_all(self) -> None:
         """Make batches of the jobs that have waited long enough, as long as there are any."""
         gather_ms = self._config.provider_batch_gather_ms
+        if not await self._store.open_batches.theirs():
+            return
         while jobs := await self._store.queue.claim_batched(
             DEFAULT_POOL, MOST_LINES, MOST_BYTES, gather_ms
         ):
@@ -221,6 +224,8 @@ class ProviderBatchRunner:
 
     async def _see_to_all(self) -> None:
         """Take the batches that are due, a few at a time."""
+        if not await self._store.open_batches.theirs():
+            return
         while len(self._in_hand) < _AT_ONCE:
             batch = await self._batches.take({*self._in_hand, *self._making})
             if batch is None:

@@ -7,6 +7,8 @@ batch's count and its record.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -417,6 +419,57 @@ def _json(column: str | None) -> Any:
 
 def _models(row: asyncpg.Record) -> tuple[str, ...] | None:
     return None if row["models"] is None else tuple(row["models"])
+
+
+_OPEN_EVERY_S = 1.0
+
+
+class OpenBatches:
+    """Whether there are batches that are not over: asked once a second at most, however many loops
+    want to know. Where there are none, the loops have nothing else to look for.
+
+    A batch of another process is seen when its notification comes, and after a second without it.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        notifications: Notifications,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._connections = connections
+        self._notifications = notifications
+        self._clock = clock
+        self._asking = asyncio.Lock()
+        self._mark = 0
+        self._asked_at = -math.inf
+        self._ours = self._theirs = False
+
+    async def ours(self) -> bool:
+        """Whether a batch that was submitted here is open. Raises StoreUnavailable."""
+        await self._ask()
+        return self._ours
+
+    async def theirs(self) -> bool:
+        """Whether a batch at a provider is open, or a job waits to be put into one. Raises
+        StoreUnavailable."""
+        await self._ask()
+        return self._theirs
+
+    def changed(self) -> None:
+        """Have it asked again: there may be one now."""
+        self._asked_at = -math.inf
+
+    async def _ask(self) -> None:
+        async with self._asking:
+            now, mark = self._clock(), self._notifications.work_mark(BATCHES)
+            if mark == self._mark and now - self._asked_at < _OPEN_EVERY_S:
+                return
+            self.changed()  # until it has been answered
+            row = await self._connections.row("open_batches")
+            assert row is not None
+            self._ours, self._theirs = row["ours"], row["theirs"]
+            self._mark, self._asked_at = mark, now
 
 
 _HELD_UP_EVERY_S = 1.0

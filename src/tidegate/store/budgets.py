@@ -53,7 +53,7 @@ from tidegate.telemetry.logging import Log, get_logger
 MOST_BUDGETS = 10_000
 MOST_BOOKS = 1_000
 _LOOK_EVERY_S = 0.25
-_REVISION_EVERY_S = 0.4
+_REVISION_EVERY_S = 0.7
 _FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
 _SEEN_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0

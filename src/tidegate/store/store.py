@@ -13,7 +13,7 @@ from typing import Literal
 from tidegate.errors import StoreUnavailable
 from tidegate.record import CallListeners
 from tidegate.store.audit import AuditLog
-from tidegate.store.batches import Batches, BatchLines
+from tidegate.store.batches import Batches, BatchLines, OpenBatches
 from tidegate.store.blobs import Blobs
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import HEAD, Connections, revision_of
@@ -79,6 +79,7 @@ class Store:
         )
         self.provider_resources = ProviderResources(connections, self.audit.keep)
         self.batches = Batches(connections, self.notifications, self.audit, instance_id)
+        self.open_batches = OpenBatches(connections, self.notifications)
         self.batch_lines = BatchLines(
             connections,
             self.audit,

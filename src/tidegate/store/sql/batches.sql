@@ -82,6 +82,14 @@ WHERE status IN ('validating', 'in_progress') AND expires_at <= now()
 SELECT held.id FROM unnest($1::uuid[]) AS held (id)
 WHERE NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = held.id AND b.status = 'in_progress')
 
+-- name: open_batches
+-- Whether there is an open batch of ours, and one of a provider or a job of the tier `batch`.
+SELECT
+    EXISTS (SELECT 1 FROM batches
+        WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')) AS ours,
+    EXISTS (SELECT 1 FROM provider_batches WHERE state <> 'done') OR EXISTS (SELECT 1 FROM requests
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)) AS theirs
+
 -- name: take_batch
 -- Take a batch to validate or assemble, for worker $1; one it has already is one it forgot.
 UPDATE batches SET claim = claim + 1, claimed_by = $1
