@@ -120,7 +120,19 @@ _RESOURCES = (
     path_of("POST", "/v1/chat/completions/{id}", "completion", Act.CHANGE),
     path_of("DELETE", "/v1/chat/completions/{id}", "completion", Act.DELETE),
     path_of("GET", "/v1/chat/completions/{id}/messages", "completion", Act.READ),
+    path_of("GET", "/v1/files", "file", Act.LIST),
+    path_of("POST", "/v1/files", "file", Act.CREATE),
+    path_of("GET", "/v1/files/{id}", "file", Act.READ),
+    path_of("GET", "/v1/files/{id}/content", "file", Act.READ),
+    path_of("DELETE", "/v1/files/{id}", "file", Act.DELETE),
+    path_of("POST", "/v1/uploads", "upload", Act.CREATE),
+    path_of("POST", "/v1/uploads/{id}/parts", "upload", Act.CHANGE),
+    path_of(
+        "POST", "/v1/uploads/{id}/complete", "upload", Act.CHANGE, Making("file", within="file")
+    ),
+    path_of("POST", "/v1/uploads/{id}/cancel", "upload", Act.CANCEL),
 )
+_STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")  # by POST: a form of any length
 # Nothing below these names is a stored response's id.
 _NO_RESPONSES = ("/v1/responses/input_tokens", "/v1/responses/compact")
 _REFERRING = frozenset(("previous_response_id", "conversation"))
@@ -135,7 +147,9 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
     if use is None:
         return None
     below = path.removeprefix("/v1")
-    return Endpoint(Dialect.OPENAI, Operation.RESOURCE, below, resource=use)
+    streamed = method == "POST" and _STREAMED.fullmatch(path) is not None
+    operation = Operation.UPLOAD if streamed else Operation.RESOURCE
+    return Endpoint(Dialect.OPENAI, operation, below, resource=use)
 
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:

@@ -36,10 +36,13 @@ class PageQuery:
     only: tuple[str, ...] | None = None
 
 
-def openai_page(_kind: str, query: str) -> PageQuery:
+_FILES_A_PAGE = 100  # each is read where it lives
+
+
+def openai_page(kind: str, query: str) -> PageQuery:
     """Raises InvalidRequest."""
-    named = _named(query)
-    order = named.get("order", "asc")
+    named, of_files = _named(query), kind == "file"
+    order = named.get("order", "desc" if of_files else "asc")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order", "order is unknown", allowed="asc or desc")
     metadata = {
@@ -47,9 +50,11 @@ def openai_page(_kind: str, query: str) -> PageQuery:
         for name, value in named.items()
         if name.startswith("metadata[") and name.endswith("]")
     }
-    model = named.get("model")
+    model, purpose = named.get("model"), named.get("purpose")
 
     def shows(one: JsonObject) -> bool:
+        if of_files and purpose not in (None, one.get("purpose")):
+            return False
         if model is not None and one.get("model") != model:
             return False
         said = one.get("metadata")
@@ -65,7 +70,8 @@ def openai_page(_kind: str, query: str) -> PageQuery:
             "has_more": has_more,
         }
 
-    limit = _limit(named, "limit", 20, 100)
+    limit = _limit(named, "limit", _FILES_A_PAGE if of_files else 20, 10_000 if of_files else 100)
+    limit = min(limit, _FILES_A_PAGE)
     return PageQuery(limit, _cursor(named, "after"), order == "desc", whole, shows)
 
 

@@ -1,5 +1,9 @@
 """Routes `/v1/files` and `/v1/batches` in OpenAI's shape.
 
+The input of a batch is a file of our own, and so are its results. A file of another purpose lives
+at a provider: its upload is sent on, and the list shows both sorts; all other requests that name
+one are native calls (`http/native.py`).
+
 Invariants: everything belongs to the caller's tenant and does not exist for others; a batch that
 was answered is in PostgreSQL; errors are those that OpenAI's SDK knows; an upload goes to disk as
 it arrives, is bounded, and leaves nothing behind if its form is invalid.
@@ -8,25 +12,29 @@ it arrives, is bounded, and leaves nothing behind if its form is invalid.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 from uuid import UUID
 
 import orjson
+from anyio import to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tidegate.call import Caller, new_id
+from tidegate.call import Caller, Status, new_id
 from tidegate.call import Scope as Right
-from tidegate.dialects import DIALECTS, dialect_of
+from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
 from tidegate.dialects.requests import parsed
-from tidegate.dialects.spec import Dialect
+from tidegate.dialects.spec import Dialect, Headers
 from tidegate.errors import (
     AlreadyEnded,
     FilesFull,
@@ -35,6 +43,7 @@ from tidegate.errors import (
     PayloadTooLarge,
     StoreUnavailable,
     TidegateError,
+    UpstreamUnauthorized,
 )
 from tidegate.http.body import (
     WITH_ITS_HEAD_BYTES,
@@ -49,10 +58,13 @@ from tidegate.http.body import (
 )
 from tidegate.http.guards import caller_of
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
-from tidegate.http.problems import not_relayed, refusal
+from tidegate.http.native import begin_record, call_of
+from tidegate.http.problems import REQUEST_ID_HEADER, not_relayed, refusal
 from tidegate.http.services import Services, check_target, services_of
 from tidegate.http.views import streamed
+from tidegate.record import CallRecord, Failure
 from tidegate.spine.native import endpoint_named
+from tidegate.spine.run import CallFailed
 from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import new_key
 from tidegate.store.records import Idempotency
@@ -122,7 +134,8 @@ MOST_BYTES = 200_000_000
 OVERHEAD_BYTES = 65_536
 FORM_BYTES = MOST_BYTES + OVERHEAD_BYTES
 _LONGEST_VALUE_BYTES = 200
-_FIELDS = ("purpose", "file")
+_EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
+_FIELDS = ("purpose", "file", *_EXPIRY)
 
 
 @dataclass(slots=True)
@@ -131,6 +144,7 @@ class Uploaded:
 
     spool: Spool
     name: str = ""
+    content_type: bytes = b"application/octet-stream"
     lines: int = 0
     values: dict[str, str] = field(default_factory=dict)
     has_file: bool = False
@@ -189,6 +203,7 @@ class _UploadReader:
         if name == "file":
             uploaded.has_file = True
             given = options.get(b"filename", b"file.jsonl").decode("utf-8", "replace")
+            uploaded.content_type = head.headers.get("content-type", uploaded.content_type)
             uploaded.name = Path(given.replace("\\", "/")).name[:200] or "file.jsonl"
         else:
             uploaded.values[name] = ""
@@ -231,9 +246,14 @@ class Asking(NamedTuple):
 
 
 def is_batch_path(scope: Scope) -> bool:
-    """Whether a native path is one of ours. Gemini's files bear Google's key."""
+    """Whether a native path is one of ours. Gemini's files bear Google's key; a file whose id is
+    not of our form lives at a provider."""
     path = scope["path"]
-    if _PATH.fullmatch(path) is None:
+    found = _PATH.fullmatch(path)
+    if found is None:
+        return False
+    file_id = found["id"] if found["room"] == "files" else None
+    if file_id is not None and _FILE_ID.fullmatch(file_id) is None:
         return False
     names = frozenset(name for name, _ in scope["headers"])
     return dialect_of(path, names, scope["query_string"]) is Dialect.OPENAI
@@ -297,7 +317,10 @@ async def _upload(asking: Asking) -> Response:
         await _check_room(asking)
         await read_upload(body, asking.request.headers.get("content-type", ""), uploaded, hold)
         if uploaded.values.get("purpose") != INPUT:
-            raise InvalidRequest("purpose", "only files for batches are supported", allowed=INPUT)
+            return await _send_on(asking, uploaded)
+        if given := [name for name in _EXPIRY if name in uploaded.values]:
+            said = "the input of a batch is kept as RETENTION_DAYS says"
+            raise InvalidRequest(given[0], said, allowed=f"only with a purpose other than {INPUT}")
         file = BatchFile(
             file_id=new_id(),
             tenant_id=asking.tenant,
@@ -323,6 +346,108 @@ async def _upload(asking: Asking) -> Response:
     return _json(file_view(file))
 
 
+_MOST_PURPOSE_CHARS = 40
+_FILES_PATH = "/v1/files"
+
+
+async def _send_on(asking: Asking, uploaded: Uploaded) -> Response:
+    """Upload a file to the provider where such files live. Raises as `_upload`."""
+    purpose = uploaded.values.get("purpose", "")
+    if not purpose or not purpose.isprintable() or len(purpose) > _MOST_PURPOSE_CHARS:
+        raise InvalidRequest("purpose", "purpose is missing or wrong", allowed=_PURPOSES)
+    edge = f"tidegate-{new_id().hex}"
+    content_type = f"multipart/form-data; boundary={edge}".encode()
+    headers = [pair for pair in asking.request.scope["headers"] if pair[0] != b"content-type"]
+    scope = {**asking.request.scope, "headers": [*headers, (b"content-type", content_type)]}
+    return await _relayed(asking, scope, _form_of(uploaded, edge))
+
+
+_PURPOSES = "batch, assistants, evals, fine-tune, user_data, vision"
+
+
+async def _form_of(uploaded: Uploaded, edge: str) -> AsyncIterator[bytes]:
+    """The form once more, from what was kept of it."""
+    for name, value in uploaded.values.items():
+        head = f'--{edge}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        yield head.encode()
+    name = uploaded.name.replace("\\", "_").replace('"', "%22")
+    said = f'--{edge}\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n'
+    yield said.encode() + b"content-type: %b\r\n\r\n" % uploaded.content_type
+    if uploaded.spool.path is None:
+        yield uploaded.spool.data
+    else:
+        with uploaded.spool.path.open("rb") as file:
+            while piece := await to_thread.run_sync(file.read, _PIECE_BYTES):
+                yield piece
+    yield f"\r\n--{edge}--\r\n".encode()
+
+
+_PIECE_BYTES = 262_144
+
+
+async def _relayed(
+    asking: Asking,
+    scope: Mapping[str, Any],
+    pieces: AsyncIterator[bytes] | None = None,
+) -> Response:
+    """The answer to a native call on files: an upload, which is on record, or else a list. Raises
+    what is ours of TidegateError."""
+    services, received = asking.services, (time.monotonic(), datetime.now(UTC))
+    endpoint = endpoint_of(scope["method"], _FILES_PATH, Dialect.OPENAI)
+    assert endpoint is not None
+    call = call_of(
+        scope,
+        endpoint,
+        b"",
+        asking.caller,
+        request_id=new_id(),
+        received=received,
+        usual_wait_ms=services.config.stream_wait_ms,
+        tracing=services.spine.tracing,
+    )
+    record, out = CallRecord("relay", asking.tenant, received[1]), _Kept()
+    begin_record(record, call, scope)
+    status, failure = Status.CANCELLED, Failure("client_left", "the client went away")
+    try:
+        if pieces is None:
+            await services.relay.run(call, out, record)
+        else:
+            await services.relay.upload(call, pieces, str, out, record)
+        status = Status.SUCCEEDED
+    except (CallFailed, TidegateError) as failed:
+        error = failed.error if isinstance(failed, CallFailed) else failed
+        status, failure = Status.FAILED, Failure.of(error)
+        told = failed.status if isinstance(failed, CallFailed) else 0
+        if not told or isinstance(error, UpstreamUnauthorized):
+            raise error from None
+        out.status, out.pieces = told, [getattr(failed, "body", b"")]
+    finally:
+        record.end(status, None if status is Status.SUCCEEDED else failure)
+        if pieces is not None:
+            services.store.audit.put(record)
+    headers = {REQUEST_ID_HEADER: str(call.terms.request_id)}
+    return Response(b"".join(out.pieces), out.status, headers, media_type="application/json")
+
+
+class _Kept:
+    """Keeps an answer, which is small."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.status = 0
+        self.pieces: list[bytes] = []
+
+    async def start(self, status: int, headers: Headers) -> None:
+        self.started, self.status = True, status
+
+    async def body(self, piece: bytes, more: bool) -> None:
+        self.pieces.append(piece)
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        await self.start(status, headers)
+        await self.body(body, False)
+
+
 async def _check_room(asking: Asking) -> None:
     """Before anything is read: whether a file as large as the form says could be kept. Raises
     FilesFull."""
@@ -341,20 +466,37 @@ async def _delete_blob(services: Services, key: str) -> None:
 
 
 async def _files(asking: Asking) -> Response:
+    """First those of batches, which are our own, then those at a provider."""
     query = asking.request.query_params
-    limit = _limit(query.get("limit"), 1_000, 10_000)
-    order = query.get("order", "desc")
+    limit, purpose = _limit(query.get("limit"), 1_000, 10_000), query.get("purpose")
+    order, after = query.get("order", "desc"), query.get("after")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order", "order is asc or desc", allowed="asc, desc")
-    after = query.get("after")
-    found = await asking.services.store.batches.files(
-        asking.tenant,
-        after=None if after is None else _id(after, _FILE_ID),
-        purpose=query.get("purpose"),
-        limit=limit + 1,
-        upwards=order == "asc",
-    )
-    return _json(page([file_view(one) for one in found], limit))
+    is_ours = after is None or _FILE_ID.fullmatch(after) is not None
+    shown: list[dict[str, Any]] = []
+    if is_ours:
+        found = await asking.services.store.batches.files(
+            asking.tenant,
+            after=None if after is None else _id(after, _FILE_ID),
+            purpose=purpose,
+            limit=limit + 1,
+            upwards=order == "asc",
+        )
+        shown = [file_view(one) for one in found]
+    has_more = False
+    speaking = asking.services.spine.targets.speaking(Dialect.OPENAI)
+    if len(shown) <= limit and purpose not in (INPUT, OUTPUT) and speaking:
+        asked = {"limit": limit + 1 - len(shown), "order": order}
+        asked |= {} if purpose is None else {"purpose": purpose}
+        asked |= {} if is_ours else {"after": after}
+        scope = {**asking.request.scope, "query_string": urlencode(asked).encode()}
+        answer = await _relayed(asking, scope)
+        if answer.status_code != HTTPStatus.OK:
+            return answer
+        listed = orjson.loads(answer.body)
+        shown, has_more = [*shown, *listed["data"]], listed["has_more"]
+    body = page(shown, limit)
+    return _json({**body, "has_more": body["has_more"] or has_more})
 
 
 async def _file(asking: Asking) -> Response:

@@ -155,6 +155,19 @@ def call_of(
     )
 
 
+def begin_record(record: CallRecord, call: NativeCall, scope: Mapping[str, Any]) -> None:
+    """Fill in what the request says, before its call is made."""
+    terms, endpoint = call.terms, call.endpoint
+    caller = terms.caller
+    record.request_id = terms.request_id
+    record.tenant_id, record.key_id = caller.tenant_id, caller.key_id
+    record.endpoint, record.dialect = scope["path"], endpoint.dialect.value
+    record.operation = endpoint.name
+    record.request, record.priority, record.subject = call.body, terms.priority, call.subject
+    record.request_type = content_type_in(scope["headers"])
+    record.trail = terms.trail
+
+
 def _without_parent(headers: Headers) -> Headers:
     """The call says itself whose child it is."""
     return [pair for pair in headers if pair[0] != HEADER]
@@ -348,7 +361,7 @@ class _Front:
             return
         except ClientDisconnect:
             return
-        self._begin_record(call)
+        begin_record(self._record, call, self._scope)
         self._services.board.active_calls.enter(self._record)
         presence = Presence(self._scope, _never if uploads else self._receive, self._task)
         comfort = self._comforting(endpoint, shows=call.shows_wait)
@@ -369,17 +382,6 @@ class _Front:
             self._services.store.audit.put(self._record)
             if self._once is not None and status is Status.SUCCEEDED:
                 self._once.ended(self._record, content_type_in(self._headers) or "")
-
-    def _begin_record(self, call: NativeCall) -> None:
-        record, terms, endpoint = self._record, call.terms, call.endpoint
-        caller = terms.caller
-        record.request_id = self._request_id
-        record.tenant_id, record.key_id = caller.tenant_id, caller.key_id
-        record.endpoint, record.dialect = self._scope["path"], endpoint.dialect.value
-        record.operation = endpoint.name
-        record.request, record.priority, record.subject = call.body, terms.priority, call.subject
-        record.request_type = content_type_in(self._scope["headers"])
-        record.trail = terms.trail
 
     async def _whole_body(self) -> bytes:
         config = self._services.config

@@ -199,10 +199,18 @@ async def test_a_wrong_batch_is_refused_by_name(
     assert wrong.value.param == field
 
 
-async def test_files_of_other_purposes_are_refused(open_gateway: Opener, sdk: MakeSdk) -> None:
+async def test_the_input_of_a_batch_has_no_expiry_of_its_own(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
     gateway = await open_gateway(worker=False)
+    files, given = sdk(gateway).files, ("in.jsonl", b"{}\n")
+    soon: Any = {"anchor": "created_at", "seconds": 3_600}
     with pytest.raises(openai.BadRequestError) as wrong:
-        await sdk(gateway).files.create(file=("in.jsonl", b"{}\n"), purpose="assistants")
+        await files.create(file=given, purpose="batch", expires_after=soon)
+    assert wrong.value.param == "expires_after[anchor]"
+    unknown: Any = ""
+    with pytest.raises(openai.BadRequestError) as wrong:
+        await files.create(file=given, purpose=unknown)
     assert wrong.value.param == "purpose"
 
 

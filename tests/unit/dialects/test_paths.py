@@ -32,6 +32,9 @@ NONE: frozenset[bytes] = frozenset()
         ("GET", "/v1beta/models", "gemini", "models", "/v1beta/models"),
         ("GET", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
         ("DELETE", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
+        ("POST", "/v1/files", "openai", "upload", "/files"),
+        ("POST", "/v1/uploads/a/parts", "openai", "upload", "/uploads/a/parts"),
+        ("POST", "/v1/uploads/a/complete", "openai", "resource", "/uploads/a/complete"),
         ("POST", "/v1beta/interactions", "gemini", "infer", "/v1beta/interactions"),
         ("POST", "/v1beta/cachedContents", "gemini", "cache", "/v1beta/cachedContents"),
         ("PATCH", "/v1beta/cachedContents/a", "gemini", "resource", "/v1beta/cachedContents/a"),
@@ -71,7 +74,7 @@ def test_calls_of_gemini_name_their_model_in_the_path(
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("POST", "/v1/files"),
+        ("POST", "/v1/fine_tuning/jobs"),
         ("GET", "/v1/responses/resp.1"),
         ("POST", "/v1/responses/resp_1"),
         ("DELETE", "/v1/responses/input_tokens"),

@@ -1,4 +1,4 @@
-"""OpenAI's files and batch API: /v1/files and /v1/batches.
+"""OpenAI's files and batch API: /v1/files, /v1/uploads and /v1/batches.
 
     https://platform.openai.com/docs/api-reference/batch
 
@@ -60,6 +60,8 @@ async def route(served: Served, name: str, work: Work) -> web.StreamResponse:
             answer = partial(_content, served, file_id)
         case "DELETE", ["files", file_id]:
             answer = partial(_delete_file, served, file_id)
+        case "POST", ["uploads", *steps]:
+            answer = partial(_upload_in_parts, served, steps)
         case "POST", ["batches"]:
             answer = partial(_create, served, work)
         case "GET", ["batches"]:
@@ -89,6 +91,45 @@ async def _upload(served: Served) -> web.Response:
     )
     batches.keep(kept)
     return json_response(200, _file(kept))
+
+
+async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response:
+    uploads = served.state.stored["uploads"]
+    if not steps:
+        asked = await served.json(_NOT_JSON)
+        upload_id = f"upload_{token_hex(12)}"
+        begun = {"id": upload_id, "object": "upload", "status": "pending", "expires_at": 2**31}
+        named = {name: asked.get(name) for name in ("bytes", "filename", "purpose")}
+        uploads[upload_id] = begun | named | {"created_at": 0, "file": None}
+        served.state.stored["parts"][upload_id] = {}
+        return json_response(200, uploads[upload_id])
+    if steps[0] not in uploads:
+        raise Refused(404, f"No such Upload object: {steps[0]}", param="upload_id")
+    upload, parts = uploads[steps[0]], served.state.stored["parts"][steps[0]]
+    match steps[1:]:
+        case ["parts"]:
+            data = (await served.request.post()).get("data")
+            if not isinstance(data, web.FileField):
+                raise Refused(400, "Missing required parameter: 'data'.", param="data")
+            part_id = f"part_{token_hex(8)}"
+            parts[part_id] = data.file.read()
+            part = {"id": part_id, "object": "upload.part", "created_at": 0}
+            return json_response(200, part | {"upload_id": steps[0]})
+        case ["complete"]:
+            ids = (await served.json(_NOT_JSON)).get("part_ids")
+            whole = b"".join(parts[one] for one in ids)
+            made = JsonLinesFile(
+                f"file-{token_hex(11)}",
+                upload["filename"],
+                upload["purpose"],
+                whole,
+                served.state.batches.now_ns(),
+            )
+            served.state.batches.keep(made)
+            upload |= {"status": "completed", "file": _file(made)}
+        case ["cancel"]:
+            upload["status"] = "cancelled"
+    return json_response(200, upload)
 
 
 def _file(file: JsonLinesFile) -> Json:

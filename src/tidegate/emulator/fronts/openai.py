@@ -766,7 +766,7 @@ async def route(served: Served) -> web.StreamResponse:
         if not found[1].startswith("proj_"):
             raise Refused(404, f"No project found with id {found[1]}.")
         return served.rate_limits(partial(openai_page, known=MODELS, query=request.query))
-    if name.partition("/")[0] in ("files", "batches"):
+    if name.partition("/")[0] in ("files", "uploads", "batches"):
         return await openai_batches.route(served, name, partial(_line_work, served.behaviour))
     if openai_stored.wants(request.method, name):
         return await openai_stored.route(served, name)

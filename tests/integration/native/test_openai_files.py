@@ -1,0 +1,99 @@
+"""Files of all purposes by OpenAI's SDK: those of batches are ours, all others live at OpenAI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+from tests.integration.native.test_stored import MODEL, Stage, stage
+from tests.waiting import wait_until
+
+__all__ = ["stage"]
+
+
+def naming(file_id: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "input_file", "file_id": file_id}]}]
+
+
+async def test_files_of_all_purposes_are_their_owner_s_and_used_where_they_live(
+    stage: Stage,
+) -> None:
+    acme, other = stage.acme, stage.other
+    data = b"x" * 3_000_000
+    soon: Any = {"anchor": "created_at", "seconds": 3_600}
+    made = await acme.files.create(
+        file=('odd "name".pdf', data, "application/pdf"), purpose="user_data", expires_after=soon
+    )
+    assert (made.purpose, made.bytes) == ("user_data", len(data))
+    picture = await acme.files.create(file=("a.png", b"y"), purpose="vision")
+    ours = await acme.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
+    theirs = await other.files.create(file=("b.txt", b"z"), purpose="assistants")
+    assert len(await stage.at(f"/v1/files/{made.id}")) == 1
+    assert await stage.at(f"/v1/files/{ours.id}") == []
+    audit = "SELECT tenant_id FROM audit WHERE endpoint = '/v1/files' AND status = 'succeeded'"
+
+    async def noted() -> bool:
+        rows = await stage.gateway.database.fetch(audit)
+        return sorted(row["tenant_id"] for row in rows) == ["acme", "acme", "other"]
+
+    await wait_until(noted, 20, "a row of each upload that was sent on")
+    listed = [one.id async for one in acme.files.list(limit=1)]
+    assert listed == [ours.id, picture.id, made.id]
+    assert [one.id async for one in acme.files.list(purpose="vision")] == [picture.id]
+    assert [one.id async for one in acme.files.list(purpose="batch")] == [ours.id]
+    upwards = [one.id async for one in acme.files.list(order="asc", purpose="user_data")]
+    assert upwards == [made.id]
+    assert [one.id async for one in other.files.list()] == [theirs.id]
+    assert (await acme.files.retrieve(made.id)).filename
+    assert (await acme.files.content(made.id)).content == data
+    asked: Any = {"model": MODEL, "input": naming(made.id)}
+    assert (await acme.responses.create(**asked)).output_text
+    cited = {"type": "file_citation", "file_id": "file-of-a-store", "index": 0, "filename": "f"}
+    said = {"type": "output_text", "text": "so", "annotations": [cited]}
+    history = [*naming(made.id), {"role": "assistant", "content": [said]}]
+    assert await acme.responses.create(model=MODEL, input=history)  # type: ignore[arg-type]
+    for call in (
+        other.responses.create(**asked),
+        other.conversations.create(items=naming(made.id)),  # type: ignore[arg-type]
+        other.chat.completions.create(
+            model=MODEL,
+            messages=[
+                {"role": "user", "content": [{"type": "file", "file": {"file_id": made.id}}]}
+            ],
+        ),
+        other.files.retrieve(made.id),
+        other.files.content(made.id),
+        other.files.delete(made.id),
+        acme.files.retrieve("file-of-nobody"),
+        other.files.retrieve(ours.id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await call
+    assert (await acme.files.delete(made.id)).deleted
+    with pytest.raises(openai.NotFoundError):
+        await acme.files.retrieve(made.id)
+    wrong: Any = "nonsense"
+    with pytest.raises(openai.BadRequestError, match="Invalid 'purpose'"):
+        await acme.files.create(file=("c.txt", b"z"), purpose=wrong)
+
+
+async def test_uploads_in_parts_are_their_owner_s(stage: Stage) -> None:
+    acme, other = stage.acme, stage.other
+    begun = await acme.uploads.create(
+        bytes=6, filename="a.txt", mime_type="text/plain", purpose="user_data"
+    )
+    with pytest.raises(openai.NotFoundError):
+        await other.uploads.parts.create(begun.id, data=b"evil")
+    parts = [await acme.uploads.parts.create(begun.id, data=one) for one in (b"abc", b"def")]
+    ids = [part.id for part in parts]
+    with pytest.raises(openai.NotFoundError):
+        await other.uploads.complete(begun.id, part_ids=ids)
+    whole = await acme.uploads.complete(begun.id, part_ids=ids)
+    assert whole.file is not None
+    assert (await acme.files.content(whole.file.id)).content == b"abcdef"
+    with pytest.raises(openai.NotFoundError):
+        await other.files.content(whole.file.id)
+    with pytest.raises(openai.NotFoundError):
+        await other.uploads.cancel(begun.id)
