@@ -169,6 +169,8 @@ class Admissions:
             assert pause is None or now >= pause.until, f"let in while {name} is paused"
         if isinstance(limit, Concurrency):
             assert state.used <= limit.bound, f"let in over {name}"
+        elif isinstance(limit, Rate) and limit.shape == "bucket":
+            self._check_bucket(name, limit, now)
         elif isinstance(limit, Rate):
             spent = sum(
                 min(limit.bound, admission.amounts.get(name, 0))
@@ -176,6 +178,18 @@ class Admissions:
                 if now - min(limit.window_ms, admission.windows.get(name, 0)) < admission.at
             )
             assert spent <= limit.bound, f"{spent} of {name} in a window"
+
+    def _check_bucket(self, name: str, limit: Rate, now: int) -> None:
+        """Since no earlier time has more been let in than the bound and what has refilled."""
+        since = sorted(
+            (now - one.at, min(limit.bound, one.amounts.get(name, 0)))
+            for one in self._admitted.values()
+        )
+        taken = 0
+        for age_ms, amount in since:
+            taken += amount
+            most = limit.bound * (limit.window_ms + age_ms)
+            assert taken * limit.window_ms <= most, f"{taken} of {name} in {age_ms} ms"
 
     def _check_try(self, name: str, gate: PauseGate, admitted: int) -> None:
         """A gate lets one call at a time try, until that has ended or is known to have failed."""

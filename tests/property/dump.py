@@ -174,6 +174,7 @@ def _of_meta(groups: Mapping[str, Fields]) -> State:
         "adapted": tuples("a"),
         "shadowed": numbers("x"),
         "pacing": {name: found for name, found in tuples("f").items() if any(found)},
+        "buckets": tuples("k"),
         "asserted": numbers("b"),
         "spent": numbers("s"),
         "tenants": {name: _tenant(text) for name, text in groups["n"].items()},

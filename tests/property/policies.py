@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from hypothesis import strategies as st
 
@@ -68,6 +68,7 @@ class Shape:
     adaptive: bool = False
     reap_closed_ms: int = 0
     even: bool = False
+    refills: bool = False
     wild: str = ""
 
     def policy(self, revision: int) -> PoolPolicy:
@@ -84,6 +85,9 @@ class Shape:
             limits["tpm:x"] = Rate(
                 1000, WINDOW_MS, "tokens", pace_ms=WINDOW_MS // 5, ramp=Ramp(50, 300)
             )
+        if self.refills:
+            for name in ("rpm:x", "tpm:x"):
+                limits[name] = replace(cast(Rate, limits[name]), shape="bucket")
         if self.wild == "gone":
             del limits["pool:all"]
         elif self.wild == "other sort":
@@ -121,6 +125,7 @@ class Shape:
             adaptive=self.adaptive,
             reap_closed_ms=0,
             even=False,
+            refills=self.refills,
             wild="",
         )
 
@@ -140,6 +145,7 @@ def shapes() -> st.SearchStrategy[Shape]:
         "shadow": st.sampled_from([False, False, True]),
         "adaptive": st.booleans(),
         "even": st.sampled_from([False, False, True]),
+        "refills": st.booleans(),
         "reap_closed_ms": st.sampled_from([0, 0, 5000]),
         "wild": st.sampled_from(
             ["", "", "", "gone", "other sort", "counted otherwise", "longer window"]

@@ -5,6 +5,7 @@ Everything that Lua counts has a place here, beside what the model derives.
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 from tidegate.limiter.simulation import (
@@ -65,6 +66,7 @@ def of_model(model: PoolModel) -> State:
         "adapted": {x.name: (x.current, x.dropped_at) for x in limits if x.current is not None},
         "shadowed": {limit.name: limit.shadowed for limit in limits if limit.shadowed},
         "pacing": {x.name: found for x in limits if any(found := _pacing(x.spending.pacing))},
+        "buckets": {x.name: astuple(x.spending.bucket) for x in limits if x.spending.bucket},
         "asserted": {limit.name: limit.asserted for limit in limits if limit.asserted},
         "spent": {name: amount for name, (_, amount) in model.joining.spending.items()},
         "spending": {name: number for name, (number, _) in model.joining.spending.items()},

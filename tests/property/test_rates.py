@@ -5,6 +5,7 @@ walk seldom comes by.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -282,6 +283,66 @@ def test_what_a_call_gives_back_a_paced_rate_gives_on(bench: Bench) -> None:
     assert bench.running == 1
     bench.end(large, 50)
     assert next_one in bench.client.queue.held
+
+
+BUCKET = Rate(6000, MINUTE_MS, "tokens", slack_ms=0, shape="bucket")
+
+
+def test_a_bucket_refills_evenly(bench: Bench) -> None:
+    """100 a second: the next 200 fit a sixtieth and two seconds after all was taken."""
+    bench.put_in_force(BUCKET)
+    first, next_one = bench.ask(6000), bench.ask(200)
+    assert (first in bench.client.queue.held, bench.running) == (True, 1)
+    bench.wait(1_900)
+    assert bench.running == 1
+    bench.wait(1_300)
+    assert next_one in bench.client.queue.held
+
+
+def test_what_a_call_returns_to_a_bucket_is_no_room_in_what_others_took_since(
+    bench: Bench,
+) -> None:
+    bench.put_in_force(BUCKET)
+    first = bench.ask(6000)
+    bench.wait(MINUTE_MS - 2_000)  # it is full again, but for what the last two seconds refill
+    second, third = bench.ask(5_500), bench.ask(5_000)
+    assert second in bench.client.queue.held
+    bench.end(first, 100)
+    assert third not in bench.client.queue.held
+    bench.end(second, 100)
+    assert third in bench.client.queue.held
+
+
+def test_a_limit_becomes_a_bucket_and_a_window_again_and_loses_nothing(bench: Bench) -> None:
+    bench.put_in_force(replace(BUCKET, shape="window"))
+    call = bench.ask(3_000)
+    bench.wait(30_000)
+    bench.put_in_force(BUCKET)
+    assert bench.spent == 3_000  # as full as what its last window took
+    bench.end(call, 1_000)
+    assert bench.spent == 1_000
+    bench.put_in_force(replace(BUCKET, bound=12_000))
+    bench.ask(7_000)
+    assert 7_900 <= bench.spent <= 8_000
+    bench.put_in_force(replace(BUCKET, shape="window", bound=12_000))
+    assert bench.spent == 8_000
+    bench.put_in_force(Rate(9, MINUTE_MS, shape="bucket"))
+    assert bench.spent == 18  # never more than twice the bound
+    bench.put_in_force(Rate(9, MINUTE_MS))
+    assert bench.spent == 9
+
+
+def test_a_call_behind_others_of_a_bucket_is_told_when_all_have_refilled(bench: Bench) -> None:
+    """Both worlds refuse the same calls early, by the same moment."""
+    bench.put_in_force(replace(BUCKET, settles=False))
+    bench.ask(6_000)
+    for tokens in (100, 2_000, 400):
+        bench.ask(tokens)
+    for _ in range(30):
+        for ticket in list(bench.client.queue.waiting):
+            bench.world.look(bench.client, ticket)
+        bench.wait(1_000)
+    assert not bench.client.queue.waiting
 
 
 def test_a_ramp_lets_use_grow_no_faster_than_it_says(bench: Bench) -> None:

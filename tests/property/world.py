@@ -338,6 +338,7 @@ class World:
             "rate:",
             "quota:",
             "progress:",
+            "expected",  # of those that died before they came back
         )
         return [n for n in self.server.names() if not n.split("}:", 1)[1].startswith(live_on)]
 

@@ -57,7 +57,8 @@ class WaitingLine:
     Virtual time is that of start-time fair queueing (`lua/lib/queues.lua`): `tag` is where the
     tenant's next call starts, `virtual` where the band is. samples: (ms, virtual time, cost_ms) of
     the time in which calls have waited without a break. above: calls that wait in higher bands.
-    free: when a rate gets back how much. even, pace: of a smoothed rate, in microseconds. amount:
+    free: when a rate gets back how much. even, pace: of a smoothed rate, in microseconds; of one
+    that refills (sort `b`) when all has refilled, and its window. amount:
     what a call takes on average; amounts: what each of the first calls takes, of those before the
     one that is asked about. width: of the buckets in which a rate is counted, 0 where each
     admission is. use: what shares count of a call, 0 where that is the time that it takes.
@@ -171,7 +172,9 @@ class WaitingLine:
 
     def _window_ms(self, total: int) -> float:
         """When so much more fits. What is admitted into a part of the window that became free
-        becomes free again a window later."""
+        becomes free again a window later. A rate that refills is an even flow, see `pace`."""
+        if self.sort == "b":
+            return 0.0
         if self.bound <= 0:
             return self.span
         used = sum(amount for _, amount in self.free)
@@ -283,7 +286,7 @@ class _RateQueue:
         if self._line.pace > 0:
             ahead_us = max(0.0, self._line.pace - amount * self._each)
             at = max(at, ceil((self._even - ahead_us) / 1000))
-        if self._used + amount > self._line.bound and self._free:
+        if self._used + amount > self._line.bound and self._free and self._line.sort != "b":
             at = max(at, self._free[0][0])
         return at
 
@@ -294,7 +297,7 @@ class _RateQueue:
             reset_at = line.free[0][0]
             day = ceil((at - reset_at + 1) / _DAY_MS) if at >= reset_at else 0
             self._free.append((reset_at + day * _DAY_MS, amount))
-        else:
+        elif line.sort == "r":
             end = (at // line.width + 1) * line.width if line.width else at
             self._free.append((int(end) + line.span, amount))
         if line.pace > 0:

@@ -195,7 +195,8 @@ def pack(value: object) -> bytes:
 
 def definition(limit: int | Limit) -> str:
     """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own. A rate
-    with a pace or a ramp has three more: pace_ms, percent_per_minute and start, 0 for none."""
+    with a pace or a ramp, or that refills, has three more: pace_ms, percent_per_minute and start, 0
+    for none; and one that refills has a `b` after these."""
     if isinstance(limit, int):
         return f"c|{limit}|0|0|0|0"
     shadow = int(limit.shadow)
@@ -205,10 +206,11 @@ def definition(limit: int | Limit) -> str:
     if isinstance(limit, Rate):
         exact = int(limit.exact)
         said = f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
-        if limit.pace_ms is None and limit.ramp is None:
+        if limit.pace_ms is None and limit.ramp is None and limit.shape == "window":
             return said
         ramp = limit.ramp or Ramp(0, 0)
-        return f"{said}|{limit.pace_ms or 0}|{ramp.percent_per_minute}|{ramp.start}"
+        paced = f"{said}|{limit.pace_ms or 0}|{ramp.percent_per_minute}|{ramp.start}"
+        return paced if limit.shape == "window" else f"{paced}|b"
     return f"q|{limit.bound}|{shadow}|0|0|0"
 
 
@@ -497,7 +499,8 @@ SHAPES = (
              "microseconds, between which it accrues its share, and held:used in ms, when it "
              "last found no room and last used the limit; p: pause, g: gate, a: adapted, "
              "x: shadowed, e: how long calls take, b: usage as asserted in this epoch, f: even "
-             "in microseconds|level|since of a pace and a ramp, s: usage as of its last change, "
+             "in microseconds|level|since of a pace and a ramp, k: units|ends|window|bound|before|"
+             "until of a rate that refills, s: usage as of its last change, "
              "which are numbered by `changes`; per tenant t: weight, "
              "n: waiting|last stamp while it waits, and |band=ms of its last deadlines",
              "none: the record of the pool, with its policy", False),

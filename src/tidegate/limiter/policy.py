@@ -38,10 +38,12 @@ Unit = Literal[
 ]
 Reserve = Literal["predicted", "bound", "max_tokens", "larger"]
 Source = Literal["set", "imported", "learned"]
+RateShape = Literal["window", "bucket"]
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
 RESERVES: tuple[Reserve, ...] = get_args(Reserve)
 SOURCES: tuple[Source, ...] = get_args(Source)
+SHAPES_OF_RATES: tuple[RateShape, ...] = get_args(RateShape)
 MEASURES_OF_SHARES: tuple[FairBy, ...] = get_args(FairBy)
 MOST_WEIGHT = 1_000.0
 MIN_LEASE_MS = 200
@@ -111,7 +113,7 @@ class Ramp:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """At most `bound` of `unit` in any sliding window of arrivals.
+    """At most `bound` of `unit` in any sliding window of arrivals, or of a bucket that refills.
 
     slack_ms: how much later than admitted a call may arrive at the provider, so that the window is
     longer by it; by default 500 ms, or a twentieth of a window shorter than 10 s.
@@ -124,6 +126,8 @@ class Rate:
     pace_ms: smoothing: no more is taken at one time than an even flow gives in so long, or one call
     that is larger; the next ones wait until the flow has made up for it. None: as it comes.
     source: who knows it: a person who set it, a provider's API, or headers of its answers.
+    shape: `window`, or `bucket`: at most `bound` at one time, all of which refills evenly in a
+    window, so that what is used is what has not refilled yet.
     """
 
     bound: int
@@ -137,6 +141,7 @@ class Rate:
     pace_ms: int | None = None
     ramp: Ramp | None = None
     source: Source = "set"
+    shape: RateShape = "window"
 
     @property
     def slack(self) -> int:
@@ -147,7 +152,7 @@ class Rate:
     @property
     def exact(self) -> bool:
         """True where each admission is logged; else buckets count."""
-        return self.unit == "requests" and self.bound <= MAX_LOG
+        return self.shape == "window" and self.unit == "requests" and self.bound <= MAX_LOG
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +358,9 @@ def _check_limit(name: str, limit: Limit) -> None:
     if isinstance(limit, Rate):
         _check_whole(f"{name}.window_ms", limit.window_ms, 100, 86_400_000)
         _check_whole(f"{name}.slack_ms", limit.slack, 0, limit.window_ms)
+        if limit.shape not in SHAPES_OF_RATES:
+            allowed = f"one of {', '.join(SHAPES_OF_RATES)}"
+            raise ConfigError(f"{name}.shape", str(limit.shape), allowed)
         if limit.pace_ms is not None:
             _check_whole(f"{name}.pace_ms", limit.pace_ms, 1, limit.window_ms)
         if limit.ramp is not None:
@@ -408,10 +416,13 @@ def _pack_limit(limit: Limit) -> list[Any]:
     more = [] if counting == [None, "predicted", True] else counting
     if isinstance(limit, Rate):
         own = ["r", limit.bound, limit.shadow, limit.window_ms, limit.unit, limit.slack_ms]
-        if limit.pace_ms is None and limit.ramp is None and limit.source == "set":
+        is_window = limit.shape == "window"
+        if is_window and limit.pace_ms is None and limit.ramp is None and limit.source == "set":
             return [*own, *more]
         ramp = None if limit.ramp is None else astuple(limit.ramp)
         paced = [*own, *counting, limit.pace_ms, ramp]
+        if not is_window:
+            return [*paced, limit.source, limit.shape]
         return paced if limit.source == "set" else [*paced, limit.source]
     own = ["q", limit.bound, limit.shadow, limit.unit, limit.zone]
     return [*own, *more] if limit.source == "set" else [*own, *counting, limit.source]
@@ -425,7 +436,7 @@ def _unpack_limit(packed: list[Any]) -> int | Limit:
         return Concurrency(bound, shadow, Adaptive(rest[0]) if rest[0] else None)
     if sort == "r":
         window_ms, unit, slack_ms, *more = rest
-        pace_ms, ramp, source, *_ = [*more[3:], None, None, None]
+        pace_ms, ramp, source, shape, *_ = [*more[3:], None, None, None, None]
         return Rate(
             bound,
             window_ms,
@@ -436,6 +447,7 @@ def _unpack_limit(packed: list[Any]) -> int | Limit:
             pace_ms=pace_ms,
             ramp=None if ramp is None else Ramp(*ramp),
             source=source or "set",
+            shape=shape or "window",
         )
     unit, zone, *more = rest
     (source, *_) = [*more[3:], "set"]

@@ -22,7 +22,8 @@ class LimitView:
     spent of a rate. `waiting` are the tickets that this limit holds up. `current` is the bound that
     an adaptive limit has found. `room_in_ms`: when only time frees it, in how long. `reserved`: of
     `used`, the estimates of calls that have not ended. `cost_ms`: how long its last calls took on
-    average, 0 while none has ended."""
+    average, 0 while none has ended. `taken`: of a rate that refills, what was taken in its last
+    window, which may be more than is `used`; of another one the same."""
 
     limit: str
     sort: str
@@ -37,6 +38,7 @@ class LimitView:
     room_in_ms: int
     reserved: int = 0
     cost_ms: int = 0
+    taken: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
     """The answer of `inspect` as a snapshot."""
     names = {row[0]: row[1] for row in reply.sessions}
     return Snapshot(
-        limits={row[0]: LimitView(*row[:13]) for row in sorted(reply.limits)},
+        limits={row[0]: LimitView(*row[:14]) for row in sorted(reply.limits)},
         sessions=sum(row[2] > 0 for row in reply.sessions),
         epoch=reply.epoch,
         revision=reply.revision,

@@ -32,6 +32,7 @@ from tidegate.limiter import (
     MAX_BOUND,
     MEASURES_OF_SHARES,
     RESERVES,
+    SHAPES_OF_RATES,
     SOURCES,
     UNITS,
     USUAL_WEIGHTS,
@@ -180,7 +181,8 @@ _COUNTED: dict[str, type] = {
 }
 _KEYS: dict[str, dict[str, type]] = {
     "concurrency": {"bound": int, "shadow": bool, "adaptive": dict},
-    "rate": _COUNTED | {"window_ms": int, "slack_ms": int, "pace_ms": int, "ramp": dict},
+    "rate": _COUNTED
+    | {"window_ms": int, "slack_ms": int, "pace_ms": int, "ramp": dict, "shape": str},
     "quota": _COUNTED | {"zone": str},
 }
 _MOST_USD = MAX_BOUND // 1_000_000
@@ -266,6 +268,8 @@ def plain_limit(limit_id: str, limit: int | Limit) -> int | float | Plain:
             found["pace_ms"] = limit.pace_ms
         if limit.ramp is not None:
             found["ramp"] = asdict(limit.ramp)
+        if limit.shape != "window":
+            found["shape"] = limit.shape
     return found if len(found) > 1 else found["bound"]
 
 
@@ -340,6 +344,9 @@ def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
         given["weights"] = _weights(f"{path}.weights", given["unit"], given["weights"], strict)
     if sort == "quota":
         return Quota(**given)
+    if given.get("shape", SHAPES_OF_RATES[0]) not in SHAPES_OF_RATES:
+        allowed = f"must be one of {', '.join(SHAPES_OF_RATES)}"
+        raise ConfigError(f"{path}.shape", given["shape"], allowed)
     if "ramp" in given:
         given["ramp"] = _ramp(f"{path}.ramp", given["ramp"], strict)
     given.setdefault("window_ms", measure.window_ms if measure else None)
@@ -586,6 +593,8 @@ def _counting_in_words(limit: Rate | Quota) -> Iterator[str]:
         yield "input or max_tokens at the start"
     if not limit.settles:
         yield "nothing returned"
+    if isinstance(limit, Rate) and limit.shape == "bucket":
+        yield "refilled evenly"
     if isinstance(limit, Rate) and limit.pace_ms is not None:
         yield f"evenly over {format_span(limit.pace_ms)}"
     if isinstance(limit, Rate) and limit.ramp is not None:

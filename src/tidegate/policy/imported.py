@@ -114,11 +114,13 @@ def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
     for one in classes:
         name = one.pattern or class_name(one.models, everything.difference(one.models))
         for scope, bound in one.bounds.items():
-            value: Plain = {"bound": bound, "source": "imported"}
-            if scope in one.units:
-                value["unit"] = one.units[scope]
-            found[f"{scope}:{name}"] = value
-    return filled(found, provider)
+            limit_id = f"{scope}:{name}"
+            value = filled({limit_id: {"bound": bound, "source": "imported"}}, provider)[limit_id]
+            found[limit_id] = {
+                **value,
+                **({"unit": one.units[scope]} if scope in one.units else {}),
+            }
+    return found
 
 
 def class_name(models: Sequence[str], others: Iterable[str]) -> str:

@@ -226,6 +226,10 @@ def _with_learned(limits: Plain, found: Iterable[LearnedLimit], provider: str) -
 # Shares of a bound: others are noticed from the first on, and gone below the second; the third is
 # kept free beside what they take, since they come in bursts.
 NOTICED, GONE, MARGIN = 0.05, 0.02, 0.03
+# Levels of two buckets that are closer than such a share of the bound are the same.
+LEVEL_APART = 0.01
+# From one look to the next, about.
+LOOK_S = 1.5
 # How much of the difference one look makes up for: single readings are late or rounded.
 _STEP = 0.4
 # While there are others, or a bound fell, more is kept free for as long as less than the first
@@ -294,14 +298,9 @@ class AccountUse:
         """How much to charge now so that room is left for others, and for a bound that fell.
 
         counted: what the pool counts in the window, with all that was charged here."""
-        while self._used and self._used[0][0] <= now - self.span_s:
-            self._used.popleft()
-        kept = self.kept(now)
-        lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
-        by_all, ours = sum(used for _, used in self._used), counted - kept
-        self.others += _STEP * (max(0.0, by_all - ours) - self.others)
         lower = min(in_force, bound)
-        self.acts = self.others > (GONE if self.acts else NOTICED) * lower
+        self._notice(now, counted, lower)
+        lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
         # What the account has left for us may be more than the limit in force allows.
         wanted = max(0.0, in_force - bound + (self.others + MARGIN * lower if self.acts else 0.0))
         wanted += self._short(lower, bound) if wanted else 0.0
@@ -310,6 +309,36 @@ class AccountUse:
             return 0
         self._kept.append((now, amount))
         return amount
+
+    def level_due(self, now: float, taken: int, level: int, in_force: int, bound: int) -> int:
+        """As `due`, of a limit that refills as the account's does: by how much its level is lower
+        than the account's, whoever took that. taken: what the pool counts in the window.
+
+        Where little remains, a margin is for what others take until the next look: once there, it
+        costs nothing, since all that refills may be used. Others can't be told from our own calls
+        by then, since an account that is full refuses the rest. An answer is as old as a look and a
+        share of notes: what has refilled meanwhile, others and we have taken too.
+        """
+        lower, last, remaining = min(in_force, bound), self._last, float(bound)
+        self._notice(now, taken, lower)
+        if last is not None and last.remaining is not None and last.bound == bound:
+            refilled = bound * max(0.0, now - last.at - RENEWED_S) / self.window_s
+            remaining = min(remaining, last.remaining + refilled)
+        margin = in_force * max(MARGIN, LOOK_S / self.window_s)
+        wanted = in_force - remaining + (margin if remaining < 2 * margin else 0.0)
+        amount = round(wanted) - level
+        if amount <= LEVEL_APART * lower:
+            return 0
+        self._kept.append((now, amount))
+        return amount
+
+    def _notice(self, now: float, counted: int, lower: int) -> None:
+        """Compare what all have used in the last window with what is ours of it."""
+        while self._used and self._used[0][0] <= now - self.span_s:
+            self._used.popleft()
+        by_all, ours = sum(used for _, used in self._used), counted - self.kept(now)
+        self.others += _STEP * (max(0.0, by_all - ours) - self.others)
+        self.acts = self.others > (GONE if self.acts else NOTICED) * lower
 
     def _short(self, lower: int, bound: int) -> float:
         """How much more is to be kept free, since hardly anything remains."""

@@ -11,8 +11,10 @@ from typing import Any
 
 from tidegate.policy.format import MEASURES
 
-# Of a minute. A bucket refills evenly: 60 a minute may be 10 in 10 s, and one a second after these.
-_AS_BUCKET = {"pace_ms": 10_000}
+_REFILLS = {"shape": "bucket"}
+# Of a minute. Short spans are checked too: 60 a minute may be 10 in 10 s, and one a second after
+# these.
+_SMOOTHED = {**_REFILLS, "pace_ms": 10_000}
 # A window of its own: 60 a minute are at most 10 in any 10 s.
 _CHECKED_MS = 10_000
 _MINUTE_MS = 60_000
@@ -20,15 +22,16 @@ _AT_THE_START = {"reserve": "larger", "settles": False}
 
 # By what a limit's scope counts.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "openai": {"requests": _AS_BUCKET, "tokens": _AT_THE_START},
+    "openai": {"requests": _SMOOTHED, "tokens": {**_AT_THE_START, **_REFILLS}},
     "azure": {"requests": {"window_ms": _CHECKED_MS}, "tokens": _AT_THE_START},
     "anthropic": {
-        "requests": _AS_BUCKET,
-        "input_tokens": {"unit": "uncached_input_tokens"},
+        "requests": _SMOOTHED,
+        "input_tokens": {"unit": "uncached_input_tokens", **_REFILLS},
+        "output_tokens": _REFILLS,
     },
     "bedrock": {"tokens": {"reserve": "max_tokens", "weights": {"cached": 0, "output": 5}}},
     "gemini": {},
-    "groq": {"tokens": {"weights": {"cached": 0}}},
+    "groq": {"tokens": {"weights": {"cached": 0}, **_REFILLS}},
 }
 
 
@@ -57,9 +60,12 @@ def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any) 
     if "unit" in table or "type" in table:
         return value
     window_ms, bound = table.get("window_ms", measure.window_ms), table.get("bound")
-    counting = {key: one for key, one in usual.items() if key not in ("pace_ms", "window_ms")}
+    of_rates = ("pace_ms", "window_ms", "shape")
+    counting = {key: one for key, one in usual.items() if key not in of_rates}
     if not isinstance(window_ms, int) or not isinstance(bound, int):
         return {**counting, **table} if counting else value  # such as a day of the calendar
+    if "shape" in usual:
+        counting["shape"] = usual["shape"]
     if "pace_ms" in usual:
         counting["pace_ms"] = max(1, usual["pace_ms"] * window_ms // _MINUTE_MS)
     if "window_ms" in usual and "window_ms" not in table:

@@ -206,13 +206,16 @@ class LimitLearner:
         if window_s < LEAST_WINDOW_S:
             return None
         now, use = self._clock(), self._uses.get(name)
+        refills = self._keeper.provider not in _BEGIN_AGAIN
         if use is None or use.window_s != window_s:
-            refills = self._keeper.provider not in _BEGIN_AGAIN
             use = self._uses[name] = AccountUse(window_s, window_s + limit.slack / 1000, refills)
             if name in before:
                 use.inherit(before[name].kept, now)
         use.read(reading)
-        amount = use.due(now, view.used, limit.bound, bound)
+        if limit.shape == "bucket" and refills:
+            amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
+        else:
+            amount = use.due(now, view.taken, limit.bound, bound)
         if amount:
             await self._limiter.charge(name, amount)
         kept = use.kept(now)

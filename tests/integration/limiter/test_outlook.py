@@ -177,9 +177,10 @@ async def test_a_wait_that_ends_names_the_limit_that_it_waited_for(
         (Rate(4, window_ms=30_000), 4),
         (Rate(400, window_ms=30_000, unit="tokens"), 4),
         (Rate(12, window_ms=60_000, pace_ms=5_000), 1),
+        (Rate(400, window_ms=30_000, unit="tokens", shape="bucket"), 4),
         (5, 0),
     ],
-    ids=["requests", "tokens", "pace", "pause"],
+    ids=["requests", "tokens", "pace", "bucket", "pause"],
 )
 async def test_a_refused_call_is_told_when_there_is_room(
     maker: Maker, valkey_url: str, limit: int | Limit, calls: int

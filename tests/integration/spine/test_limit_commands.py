@@ -70,7 +70,8 @@ async def test_a_limit_that_no_call_of_its_pool_meets_is_told_where_it_belongs(
     shown = await tidegate(gateway, "limits", "show", "--json", "--pool", "openai", **key)
     assert shown.json["policy"]["limits"] == {
         "pool:total": 64,
-        "rpm:gpt-5-mini": {"bound": 100, "pace_ms": 10_000},  # as its provider's preset counts
+        # As its provider's preset counts.
+        "rpm:gpt-5-mini": {"bound": 100, "pace_ms": 10_000, "shape": "bucket"},
     }
 
 

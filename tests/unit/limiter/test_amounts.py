@@ -88,6 +88,7 @@ def test_a_limit_reserves_what_is_probable_the_most_or_the_larger() -> None:
         (Rate(9, MINUTE_MS, "requests", weights=Weights(1, 1, 1, 1)), "tpm:m.weights"),
         (Rate(9, MINUTE_MS, "tokens", weights=Weights(1, -1, 1, 1)), "tpm:m.weights.cached"),
         (Rate(9, MINUTE_MS, "tokens", reserve="most"), "tpm:m.reserve"),  # type: ignore[arg-type]
+        (Rate(9, MINUTE_MS, shape="leaky"), "tpm:m.shape"),  # type: ignore[arg-type]
         (Rate(9, MINUTE_MS, pace_ms=0), "tpm:m.pace_ms"),
         (Rate(9, MINUTE_MS, pace_ms=MINUTE_MS + 1), "tpm:m.pace_ms"),
         (Rate(9, MINUTE_MS, ramp=Ramp(0, 1)), "tpm:m.ramp.percent_per_minute"),
@@ -105,6 +106,7 @@ def test_a_policy_packs_and_unpacks_all_of_a_limit() -> None:
         {
             "tpm:m": Rate(9, MINUTE_MS, "tokens", 7, True, Weights(1, 0, 1, 5), "bound", False),
             "itpm:m": Rate(9, MINUTE_MS, "input_tokens", pace_ms=1000, ramp=Ramp(50, 3)),
+            "otpm:m": Rate(9, MINUTE_MS, "output_tokens", shape="bucket"),
             "rpd:m": Quota(9, "usd", reserve="larger"),
             "rpm:m": Rate(9, MINUTE_MS),
         }

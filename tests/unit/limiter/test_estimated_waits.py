@@ -109,3 +109,11 @@ def test_where_shares_are_of_calls_their_time_still_tells_the_wait() -> None:
     line = replace(CALLS, cost_ms=200, use=1000, rivals=[Rival(CALLS.tag, 1, 90, 0, ())])
     assert line.estimate(39).wait_ms == pytest.approx(2 * 1975, rel=0.02)
     assert line.estimate(39).ahead == pytest.approx(79, abs=1)
+
+
+def test_a_rate_that_refills_is_told_by_what_has_refilled() -> None:
+    """One a second, full: the tenth call waits for ten of them, with nobody before the first."""
+    full = replace(RATE, sort="b", free=[], even=(NOW_MS + 60_000) * 1000, pace=60_000_000)
+    assert [full.estimate(ahead).wait_ms for ahead in (0, 9, 99)] == [1_000, 10_000, 100_000]
+    half = replace(full, even=(NOW_MS + 30_000) * 1000)
+    assert [half.estimate(ahead).wait_ms for ahead in (0, 29, 30)] == [0, 0, 1_000]

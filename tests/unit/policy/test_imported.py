@@ -67,6 +67,7 @@ def test_input_counts_cached_tokens_where_the_provider_reports_it_so() -> None:
     assert isinstance(new, Rate)
     assert isinstance(old, Rate)
     assert (new.unit, old.unit) == ("uncached_input_tokens", "input_tokens")
+    assert (new.shape, old.shape) == ("bucket", "bucket")
     assert new.source == old.source == "imported"
 
 

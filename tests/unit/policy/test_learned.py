@@ -99,7 +99,8 @@ def test_an_acceptance_changes_the_bound_and_nothing_else_that_was_set() -> None
     assert accepted({"tpm:gpt-5": own}, [], found) == {"tpm:gpt-5": {**own, "bound": 60_000}}
     (new,) = learned(policy(), READ).values()
     limits = accepted({}, ["tpm:gpt-5"], new)
-    told = {"bound": 60_000, "source": "learned", "reserve": "larger", "settles": False}
+    counted = {"reserve": "larger", "settles": False, "shape": "bucket"}
+    told = {"bound": 60_000, "source": "learned", **counted}
     assert limits == {"tpm:gpt-5": told}
 
 
@@ -122,7 +123,7 @@ class Account:
     """A bucket of an account, used by us and by others, second by second, and filled to begin
     with. What does not fit is refused, and counts as used at the pool alone."""
 
-    def __init__(self, bound: int, window_s: float = 60.0) -> None:
+    def __init__(self, bound: int, window_s: float = 60.0, *, is_bucket: bool = False) -> None:
         self.in_force = self.bound = bound
         self.left = float(bound)
         self.now = 0.0
@@ -130,6 +131,11 @@ class Account:
         self.total = 0.0
         self.refused = 0
         self.use = AccountUse(window_s, window_s + 0.5, refills=True)
+        self.is_bucket, self.level = is_bucket, 0.0
+
+    def used(self) -> float:
+        """What decides at our limit: the level of a bucket, or what was spent in its window."""
+        return self.level if self.is_bucket else self.spent()
 
     def spent(self) -> float:
         since = self.now - self.use.span_s
@@ -140,6 +146,7 @@ class Account:
     def count(self, amount: float) -> None:
         self.counted.append((self.now, amount))
         self.total += amount
+        self.level += amount
 
     def change(self, bound: int) -> None:
         """A tier that rises or falls: what is used stays used."""
@@ -156,14 +163,19 @@ class Account:
         times as much."""
         self.now += 1
         self.left = min(self.bound, self.left + self.bound / self.use.window_s)
+        self.level = max(0.0, self.level - self.in_force / self.use.window_s)
         self.take(others)
         for _ in range(wanted):
-            if self.spent() + 100 <= self.in_force:
+            if self.used() + 100 <= self.in_force:
                 self.count(100.0)
                 self.refused += not self.take(100 * error)
         left = max(0, int(self.left))
         self.use.read(HeaderReading("m", "tpm", self.bound, left, self.now))
-        due = self.use.due(self.now, round(self.spent()), self.in_force, self.bound)
+        taken, level = round(self.spent()), round(self.level)
+        if self.is_bucket:
+            due = self.use.level_due(self.now, taken, level, self.in_force, self.bound)
+        else:
+            due = self.use.due(self.now, taken, self.in_force, self.bound)
         if due:
             self.count(due)
 
@@ -175,12 +187,14 @@ class Account:
         return self.refused - before
 
 
+@pytest.mark.parametrize("is_bucket", [False, True])
 @pytest.mark.parametrize("wanted", [0, 3, 10, 50])
-def test_without_others_nothing_is_kept_free_whatever_we_use(wanted: int) -> None:
-    account = Account(60_000)
+def test_without_others_nothing_is_kept_free_whatever_we_use(wanted: int, is_bucket: bool) -> None:
+    account = Account(60_000, is_bucket=is_bucket)
     account.run(300, wanted)
     assert not account.use.acts
     assert account.use.kept(account.now) == 0
+    assert account.spent() >= min(59_900, wanted * 6_000)
 
 
 @pytest.mark.parametrize("error", [0.6, 1.0, 1.02])
@@ -227,6 +241,39 @@ def test_room_is_kept_free_for_a_bound_that_fell_and_freed_when_it_rose_again(
     account.change(60_000)
     account.run(120, others=0.0)
     assert account.use.kept(account.now) == 0
+
+
+def test_the_level_of_a_bucket_follows_the_accounts() -> None:
+    account = Account(60_000, is_bucket=True)
+    account.run(120)
+    assert account.run(60, others=300.0) <= 5
+    assert account.use.acts
+    assert 0.25 < account.use.others / 60_000 < 0.35
+    assert account.run(300, others=300.0) == 0
+    kept = account.use.kept(account.now)
+    assert account.spent() - kept > 0.95 * 0.7 * 60_000  # of what the others leave
+    account.change(30_000)
+    assert account.run(60, others=150.0) <= 5
+    assert account.run(240, others=150.0) == 0
+    account.change(60_000)
+    account.run(180)
+    assert account.use.others < 0.02 * 60_000
+    assert account.use.kept(account.now) == 0
+    assert account.spent() > 0.95 * 60_000
+
+
+def test_an_idle_bucket_has_no_more_room_than_a_bound_that_fell() -> None:
+    account = Account(60_000, is_bucket=True)
+    account.run(10)
+    account.change(20_000)
+    account.run(200, wanted=0)
+    assert account.in_force - account.level <= 20_000 + 0.01 * 20_000 + 1_000
+
+
+def test_what_an_account_counts_higher_is_made_up_for_in_a_bucket() -> None:
+    account = Account(60_000, is_bucket=True)
+    account.run(120, error=1.02)
+    assert account.run(300, error=1.02) == 0
 
 
 def test_a_window_that_begins_again_is_no_use_of_others() -> None:

@@ -14,6 +14,7 @@ from tidegate.errors import ConfigError
 from tidegate.limiter import (
     MEASURES_OF_SHARES,
     RESERVES,
+    SHAPES_OF_RATES,
     UNITS,
     USUAL_WEIGHTS,
     Adaptive,
@@ -142,6 +143,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "whole",
     ),
     ({"limits": {"rpm:x": {"bound": 5, "pace_ms": 0}}}, "limits.rpm:x.pace_ms", "from 1"),
+    ({"limits": {"rpm:x": {"bound": 5, "shape": "leaky"}}}, "limits.rpm:x.shape", "window, bucket"),
+    ({"limits": {"rpd:x": {"bound": 5, "shape": "bucket"}}}, "limits.rpd:x.shape", "known: "),
     ({"limits": {"usdpm:x": -1}}, "limits.usdpm:x.bound", "dollars"),
     ({"limits": {"rpd:x": {"bound": 5, "zone": "Mars/Base"}}}, "limits.rpd:x.zone", "time zone"),
     ({"limits": {"rpd:x": {"bound": 5, "type": "bucket"}}}, "limits.rpd:x.type", "quota"),
@@ -221,6 +224,7 @@ limits: st.SearchStrategy[int | Limit] = st.one_of(
         settles=st.booleans(),
         pace_ms=st.none() | st.integers(1, 1_000),
         ramp=st.none() | st.builds(Ramp, st.integers(1, 900), st.integers(1, 900)),
+        shape=st.sampled_from(SHAPES_OF_RATES),
     ),
     st.builds(
         Rate,

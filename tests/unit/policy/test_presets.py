@@ -27,7 +27,28 @@ def test_openai_counts_the_larger_of_input_and_max_tokens_and_gives_nothing_back
 
 def test_anthropic_counts_no_input_that_its_cache_had() -> None:
     assert rate("anthropic", "itpm:claude-opus-4*").unit == "uncached_input_tokens"
-    assert rate("anthropic", "otpm:claude-opus-4*") == Rate(30_000, 60_000, "output_tokens")
+    output = rate("anthropic", "otpm:claude-opus-4*")
+    assert output == Rate(30_000, 60_000, "output_tokens", shape="bucket")
+
+
+@pytest.mark.parametrize(
+    ("provider", "limits", "shape"),
+    [
+        ("anthropic", ("rpm:m", "itpm:m", "otpm:m"), "bucket"),
+        ("openai", ("rpm:m", "tpm:m"), "bucket"),
+        ("groq", ("tpm:m",), "bucket"),
+        ("groq", ("rpm:m",), "window"),
+        ("gemini", ("rpm:m", "itpm:m"), "window"),
+        ("azure", ("rpm:m", "tpm:m"), "window"),
+        ("bedrock", ("rpm:m", "tpm:m"), "window"),
+    ],
+)
+def test_a_limit_is_a_bucket_where_that_is_documented_or_recorded(
+    provider: str, limits: tuple[str, ...], shape: str
+) -> None:
+    assert {rate(provider, name).shape for name in limits} == {shape}
+    assert rate(provider, limits[0], {"bound": 9, "shape": "window"}).shape == "window"
+    assert "shape" not in str(filled({"rpd:m": 9}, provider))
 
 
 def test_bedrock_counts_output_five_times_and_max_tokens_first() -> None:
@@ -74,5 +95,5 @@ def test_what_is_on_record_says_all_of_it_and_is_filled_once() -> None:
 def test_a_live_change_fills_in_what_is_new_and_leaves_plain_numbers_plain() -> None:
     before = {"itpm:old": 5, "itpm:table": {"bound": 5, "unit": "uncached_input_tokens"}}
     after = filled({"itpm:old": 6, "itpm:table": 6, "itpm:new": 6}, "anthropic", before)
-    counted = {"unit": "uncached_input_tokens", "bound": 6}
+    counted = {"unit": "uncached_input_tokens", "shape": "bucket", "bound": 6}
     assert after == {"itpm:old": 6, "itpm:table": counted, "itpm:new": counted}

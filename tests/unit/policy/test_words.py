@@ -38,6 +38,10 @@ from tidegate.policy.format import in_words
             "9 tokens a minute, cached x 0, output x 5, max_tokens at the start",
         ),
         (
+            Rate(60, 60_000, pace_ms=10_000, shape="bucket"),
+            "60 requests a minute, refilled evenly, evenly over 10 s",
+        ),
+        (
             Rate(60, 60_000, pace_ms=1_000, ramp=Ramp(50, 10)),
             "60 requests a minute, evenly over 1 s, from 10 up by 50 % a minute",
         ),

@@ -3,9 +3,9 @@
 -- args: request
 -- request: permits
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
--- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket)
+-- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms, taken), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket)
 -- uses: core clock pool limits
--- later: rates pacing pauses
+-- later: rates pacing bucket pauses
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 local lapsing = {}
@@ -69,6 +69,7 @@ for name in pairs(seen) do
   local limit = T.limit_of(name)
   if not limit.implicit or limit.pause or limit.used > 0 or waiting[name] then
     local used = limit.sort == 'c' and limit.used or T.rates().spent(limit)
+    local taken = limit.sort == 'c' and 0 or T.rates().taken(limit)
     local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0,
       limit.pause.until_ms - pool.now) or 0
     local at = tonumber(call('ZSCORE', T.timed_key, name) or 0)
@@ -76,7 +77,7 @@ for name in pairs(seen) do
     list[#list + 1] = { name, limit.sort, limit.bound, used, waiting[name] or 0, lapsing[name] or 0,
       limit.current and math.floor(limit.current / 1000) or limit.bound,
       tonumber(fields['x:' .. name] or 0), paused_ms, limit.pause and limit.pause.said or '',
-      math.max(0, at - pool.now), reserved[name] or 0, limit.cost_ms }
+      math.max(0, at - pool.now), reserved[name] or 0, limit.cost_ms, taken }
   end
 end
 local tenants = {}

@@ -5,11 +5,11 @@
 -- returns: found flow held_up_by ahead amount cost_ms said line
 -- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use
 -- uses: core clock pool limits queues
--- later: blocked rates pacing pauses capacity progress
+-- later: blocked rates pacing bucket pauses capacity progress
 -- units: ms; virtual time as in queues; ahead counts the tickets of its tenant before it at that limit, waiting all
 -- of them; rivals are (tag, weight, waiting, first, amounts) of the other tenants of its band, first being 1 if its
 -- name comes before, above is the number of waiting calls of higher bands; share in thousandths; samples are (at, virtual, cost_ms); free are (at, amount), when a rate gets
--- back how much; even and pace in microseconds; amounts in the limit's unit, the second one is a mean, `amounts` are
+-- back how much; even and pace in microseconds, sort is `b` for a rate that refills evenly: an even flow with a pace of its window; amounts in the limit's unit, the second one is a mean, `amounts` are
 -- of the first tickets of a tenant in their order, none where each takes 1; width is that of buckets; use is what shares count of a
 -- call, 0 for the time that it takes
 T.load_pool()
@@ -73,6 +73,7 @@ end
 local function freed(limit)
   local list = {}
   if limit.sort == 'q' then return { { limit.reset_at, limit.spent } } end
+  if limit.window then return {} end
   if limit.exact then
     local key, count = T.prefix .. 'log:' .. limit.name, limit.spent
     local step = math.max(1, math.ceil(count / 120))
@@ -107,6 +108,7 @@ local function line(limit, number, tenant, last, use)
   end
   local shares = T.bands_of_pool()
   local bound, free, even, pace, at, width = limit.bound, {}, 0, 0, 0, 0
+  local sort, span = limit.sort, limit.span or 0
   if limit.sort == 'c' then
     bound = T.cap_of(limit, number)
   else
@@ -114,13 +116,19 @@ local function line(limit, number, tenant, last, use)
     free = freed(limit)
     width = limit.width or 0
     if limit.pacing then even, pace = limit.pacing.even, limit.pacing.pace end
+    if limit.window then
+      sort, span, width = 'b', limit.window, 0
+      local lasts = bound > 0 and math.ceil(limit.units * 1000 / bound) or 0
+      local full = pool.now * 1000 + lasts
+      if pace == 0 or full - span * 1000 > even - pace then even, pace = full, span * 1000 end
+    end
     -- Beyond its share a band waits a window after a higher one found no room.
     for higher = 1, number - 1 do at = math.max(at, limit.bands[higher].held) end
     if at > 0 and at + (limit.span or 0) > pool.now then above = math.max(above, 1) end
   end
   local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
   local tag = T.tag_of(limit, { band = number, tenant = tenant })
-  return { pool.now, limit.sort, bound, limit.span or 0, band.virtual, tag, T.tenant_of(tenant).weight,
+  return { pool.now, sort, bound, span, band.virtual, tag, T.tenant_of(tenant).weight,
     limit.cost_ms, paused_ms, shares[math.min(number, #shares)].share, waiting_of(limit, number, tenant), rivals,
     above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant), own,
     width, pool.fair_by and T.use_at(limit, use) or 0 }

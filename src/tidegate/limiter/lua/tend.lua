@@ -6,7 +6,7 @@
 -- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step), barred (ticket, limit, room_in_ms, used, ahead, estimate), outlook (flow, limit, room_in_ms, used, firm)
 -- uses: core clock pool limits queues permits recover roster session join apply hints reply comparison
--- later: releases capacity blocked pump late hint_weights deadlines rates pacing timers outlook pauses starving progress
+-- later: releases capacity blocked pump late hint_weights deadlines rates pacing bucket timers outlook pauses starving progress
 T.load_pool()
 T.recover()
 T.reap_expired()

@@ -62,7 +62,7 @@ class Capacity:
         if amount == 0:
             return False
         amount = limit.clamped(amount)
-        if bound and limit.spending.paced_at(limit.limit, amount, spent, self.pool.now):
+        if bound and self._paced_at(limit, amount):
             limit.room_again(self.free_at(limit, amount))
             return True
         if 0 < spent + amount <= bound:
@@ -81,10 +81,16 @@ class Capacity:
         spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)
         if amount == 0 or bound == 0:
             return 0
-        at = limit.spending.paced_at(limit.limit, amount, spent, self.pool.now)
+        at = self._paced_at(limit, amount)
         if spent + amount <= bound:
             return at
         return max(at, limit.spending.room_at(limit.limit, amount, self.pool.now))
+
+    def _paced_at(self, limit: LimitState, amount: int) -> int:
+        now = self.pool.now
+        return limit.spending.paced_at(
+            limit.limit, amount, limit.spending.taken(limit.limit, now), now
+        )
 
     def free_after(self, limit: LimitState, before: int, amount: int) -> int:
         """As `free_at`, behind calls that take `before` together, which may be negative: what is
@@ -99,6 +105,10 @@ class Capacity:
             days = (over - 1) // bound * DAY_MS
             return max(at, limit.spending.reset_at + days) if over > 0 else at
         assert isinstance(limit.limit, Rate)
+        if limit.limit.shape == "bucket":
+            if spent + total <= bound:
+                return at
+            return max(at, limit.spending.room_after(limit.limit, total, self.pool.now))
         windows = (total - 1) // bound
         rest, room_at = total - windows * bound, 0
         if spent + rest > bound:

@@ -362,8 +362,14 @@ class Positions:
             if isinstance(limit.limit, Rate) and limit.spending.is_paced(limit.limit):
                 pacing = limit.spending.pacing
                 even, pace = pacing.even_us if pacing else 0, (limit.limit.pace_ms or 0) * 1000
+            if isinstance(limit.limit, Rate) and limit.limit.shape == "bucket":
+                span, width = limit.limit.window_ms, 0
+                full = pool.now * 1000 + limit.spending.level_us(limit.limit, pool.now)
+                if pace == 0 or full - span * 1000 > even - pace:
+                    even, pace = full, span * 1000
             held = max((one.held_at for one in higher), default=0)
-            if held > 0 and held + span > pool.now:
+            held_ms = span_of(limit.limit) if isinstance(limit.limit, Rate) else 0
+            if held > 0 and held + held_ms > pool.now:
                 above = max(above, 1)
         else:
             bound = self.capacity.cap(limit, number)
@@ -380,6 +386,8 @@ class Positions:
 
     @staticmethod
     def _sort(limit: LimitState) -> str:
+        if isinstance(limit.limit, Rate) and limit.limit.shape == "bucket":
+            return "b"
         return "q" if isinstance(limit.limit, Quota) else "r" if limit.is_rate else "c"
 
     def _waiting(self, band: BandState, tenant: str) -> int:
@@ -421,6 +429,8 @@ class Positions:
             return [[day.reset_at, day.used]]
         self.capacity.spent(limit)
         assert isinstance(limit.limit, Rate)
+        if limit.limit.shape == "bucket":
+            return []
         span, log = span_of(limit.limit), spending.log
         if not limit.limit.exact:
             return [[end + span, amount] for end, amount in sorted(spending.buckets.items())]

@@ -309,6 +309,8 @@ class Joins:
                 self.spending.pop(name, None)
             if not limit.spending.is_paced(limit.limit):
                 limit.spending.pacing = None
+            if not isinstance(limit.limit, Rate) or limit.limit.shape != "bucket":
+                limit.spending.bucket = None
             if not limit.minimum:
                 limit.current, limit.dropped_at = None, 0
             elif limit.current is not None:

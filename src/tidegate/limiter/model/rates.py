@@ -94,11 +94,98 @@ class Pacing:
 
 
 @dataclass(slots=True)
+class Bucket:
+    """Level of a rate that refills evenly. Lua: `bucket`.
+
+    In units of which one of the limit's amount is as many as its window has ms, so that `bound` of
+    them refill in a ms. The level at a time is the largest of what was taken since an earlier time,
+    less what has refilled since: computed from the sixtieths, so that what a call returns counts as
+    never taken. A sixtieth counts as taken when the last of its calls may reach the provider, and
+    refills from then on. `units`: the level at the sixtieth that ends at `end`; those
+    before are folded into it. Until `until` it refilled by `before` units a ms. More than twice the
+    bound is never due: no call waits for longer than a window.
+    """
+
+    units: int
+    end: int
+    window: int
+    bound: int
+    before: int = 0
+    until: int = 0
+
+    @staticmethod
+    def _capped(limit: Rate, units: int) -> int:
+        return min(units, 2 * limit.bound * limit.window_ms) if limit.bound else units
+
+    def _refilled(self, start: int, end: int) -> int:
+        if end <= start:
+            return 0
+        if start >= self.until:
+            return (end - start) * self.bound
+        part = min(end, self.until)
+        return (part - start) * self.before + (end - part) * self.bound
+
+    def _take_over(self, limit: Rate, now: int) -> None:
+        """The bound or the window is another one: what has refilled until now stays refilled."""
+        before = self.bound * limit.window_ms // self.window
+        if self.until > self.end:
+            before = min(before, self.before * limit.window_ms // self.window)
+        self.units = -(-self.units * limit.window_ms // self.window)
+        self.window, self.bound, self.before, self.until = limit.window_ms, limit.bound, before, now
+
+    def fold(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
+        """Forget the sixtieths of before the last window, but for the level that they led to."""
+        if (self.window, self.bound) != (limit.window_ms, limit.bound):
+            self._take_over(limit, now)
+        lag = span_of(limit) - limit.window_ms
+        for end in sorted(buckets):
+            if self.end < end <= now - limit.window_ms:
+                left = max(0, self.units - self._refilled(self.end + lag, end + lag))
+                self.units = self._capped(limit, left + buckets[end] * limit.window_ms)
+                self.end = end
+
+    def _level(
+        self, limit: Rate, buckets: dict[int, int], now: int
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """The level, and on top of it what does not refill yet: from when on, and how much."""
+        lag = span_of(limit) - limit.window_ms
+        units, at, fresh = self.units, self.end + lag, list[tuple[int, int]]()
+        for end in sorted(end for end in buckets if end > self.end):
+            taken = buckets[end] * limit.window_ms
+            if end + lag > now:
+                fresh.append((end + lag, taken))
+            else:
+                left = max(0, units - self._refilled(at, end + lag))
+                units = self._capped(limit, left + taken)
+                at = end + lag
+        return max(0, units - self._refilled(at, now)), fresh
+
+    def units_at(self, limit: Rate, buckets: dict[int, int], now: int) -> int:
+        level, fresh = self._level(limit, buckets, now)
+        return self._capped(limit, level + sum(units for _, units in fresh))
+
+    def room_at(self, limit: Rate, buckets: dict[int, int], amount: int, now: int) -> int:
+        """When `amount` will fit, nothing being returned."""
+        level, fresh = self._level(limit, buckets, now)
+        most, at = (limit.bound - amount) * limit.window_ms, now
+        for position, (moment, units) in enumerate(fresh):
+            rest = sum(each for _, each in fresh[position:])
+            if rest <= most:
+                room_at = at + max(0, -(-(level + rest - most) // limit.bound))
+                if room_at < moment:
+                    return room_at
+            level = self._capped(limit, max(0, level - (moment - at) * limit.bound) + units)
+            at = moment
+        return at + max(0, -(-(level - most) // limit.bound))
+
+
+@dataclass(slots=True)
 class RateSpending:
     """All that was counted for one limit. A limit that is made one of another sort finds here what
     it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
-    `used` until `reset_at`: of the day. `pacing`: of a rate with a pace or a ramp. `changed`:
-    something was spent or returned in this call."""
+    `used` until `reset_at`: of the day. `pacing`: of a rate with a pace or a ramp. `bucket`: of one
+    that refills evenly, since something was taken of it. `changed`: something was spent or returned
+    in this call."""
 
     log: list[int] = field(default_factory=list)
     buckets: dict[int, int] = field(default_factory=dict)
@@ -106,6 +193,7 @@ class RateSpending:
     reset_at: int = 0
     changed: bool = False
     pacing: Pacing | None = None
+    bucket: Bucket | None = None
 
     def look(self, limit: Limit, now: int, reset_at: int) -> int:
         """What is spent. Forgets what counts no more; `reset_at` is the day's end as a process
@@ -121,10 +209,44 @@ class RateSpending:
             while self.log and self.log[0] + span_of(limit) <= now:
                 del self.log[0]
             return len(self.log)
+        if self._is_due(limit, now):
+            self._opened(limit).fold(limit, self.buckets, now)
         over = now - span_of(limit)
         if self.buckets and min(self.buckets) <= over:
             self.buckets = {end: amount for end, amount in self.buckets.items() if end > over}
+        if limit.shape == "bucket":
+            return -(-self._units(limit, now) // limit.window_ms)
         return sum(self.buckets.values())
+
+    def taken(self, limit: Limit, now: int) -> int:
+        """What was taken in the last window, which may be more than is spent of a rate that
+        refills. Call it after `look`."""
+        if isinstance(limit, Rate) and limit.shape == "bucket":
+            return sum(self.buckets.values())
+        return self.look(limit, now, 0)
+
+    def _is_due(self, limit: Rate, now: int) -> bool:
+        """Whether the level has something to take in: sixtieths, or another bound or window."""
+        if limit.shape != "bucket":
+            return False
+        found = self.bucket
+        if found is not None and (found.window, found.bound) != (limit.window_ms, limit.bound):
+            return True
+        after = 0 if found is None else found.end
+        return any(after < end <= now - limit.window_ms for end in self.buckets)
+
+    def _opened(self, limit: Rate) -> Bucket:
+        if self.bucket is None:
+            self.bucket = Bucket(0, 0, limit.window_ms, limit.bound)
+        return self.bucket
+
+    def _units(self, limit: Rate, now: int) -> int:
+        bucket = self.bucket or Bucket(0, 0, limit.window_ms, limit.bound)
+        return bucket.units_at(limit, self.buckets, now)
+
+    def level_us(self, limit: Rate, now: int) -> int:
+        """In how long all will have refilled. Call it after `look`."""
+        return -(-self._units(limit, now) * 1000 // limit.bound) if limit.bound else 0
 
     def room_at(self, limit: Limit, amount: int, now: int) -> int:
         """When `amount` will fit, nothing being returned. Call it after `look`."""
@@ -135,6 +257,9 @@ class RateSpending:
         assert isinstance(limit, Rate)
         if limit.exact:
             return self.log[len(self.log) + amount - limit.bound - 1] + span_of(limit)
+        if limit.shape == "bucket":
+            bucket = self.bucket or Bucket(0, 0, limit.window_ms, limit.bound)
+            return bucket.room_at(limit, self.buckets, min(amount, limit.bound), now)
         over = sum(self.buckets.values()) + min(amount, limit.bound) - limit.bound
         for end in sorted(self.buckets):
             over -= self.buckets[end]
@@ -155,6 +280,15 @@ class RateSpending:
             self.used += amount
         else:
             self.buckets[end] = self.buckets.get(end, 0) + amount
+            if isinstance(limit, Rate) and limit.shape == "bucket":
+                self._opened(limit)
+
+    def room_after(self, limit: Rate, total: int, now: int) -> int:
+        """When calls that take `total` of a rate that refills have fitted, one after the other."""
+        if total <= limit.bound:
+            return self.room_at(limit, total, now)
+        over = self._units(limit, now) + (total - limit.bound) * limit.window_ms
+        return now + -(-over // limit.bound)
 
     def take(self, limit: Limit, amount: int, now: int) -> Charge | None:
         """Count an admission. Returns what its settlement needs. Call it after `look`."""
@@ -171,7 +305,7 @@ class RateSpending:
         end = self._end_now(limit, now)
         self._spend(limit, end, amount)
         if isinstance(limit, Rate) and self.is_paced(limit):
-            self._paced().take(limit, amount, sum(self.buckets.values()), now)
+            self._paced().take(limit, amount, self.taken(limit, now), now)
         return amount, end
 
     @staticmethod
@@ -204,16 +338,22 @@ class RateSpending:
         """
         reserved, end = charge
         extra = actual - reserved
+        if not extra:
+            return False
         if isinstance(limit, Quota):
             if end >= self.reset_at:
                 self._spend(limit, end, max(extra, -self.used))
         elif extra > 0:
             self._spend(limit, self._end_now(limit, now), extra)
-        elif end in self.buckets:
+        elif end in self.buckets and not self._is_folded(limit, end):
             self._spend(limit, end, max(extra, -self.buckets[end]))
         if isinstance(limit, Rate) and self.is_paced(limit):
             self._paced().give_back(limit, -extra, now)
         return extra < 0
+
+    def _is_folded(self, limit: Limit, end: int) -> bool:
+        is_bucket = isinstance(limit, Rate) and limit.shape == "bucket"
+        return is_bucket and self.bucket is not None and end <= self.bucket.end
 
     def add(self, limit: Limit, amount: int, now: int) -> None:
         """Count what was spent elsewhere or before as spent now. Call it after `look`."""
@@ -229,6 +369,9 @@ class RateSpending:
         """The clock was set back: what was counted is as old as before."""
         self.log = [at - by_ms for at in self.log]
         self.buckets = {end - by_ms: amount for end, amount in self.buckets.items()}
+        if self.bucket is not None:
+            self.bucket.end = max(0, self.bucket.end - by_ms)
+            self.bucket.until = max(0, self.bucket.until - by_ms)
         if self.pacing is not None:
             self.pacing.even_us = max(0, self.pacing.even_us - by_ms * 1000)
             self.pacing.since = max(0, self.pacing.since - by_ms)
@@ -247,4 +390,8 @@ class RateSpending:
         if isinstance(limit, Rate):
             amount += self.used if self.reset_at > now else 0
             self.used = self.reset_at = 0
+        if isinstance(limit, Rate) and limit.shape == "bucket" and self.bucket is None:
+            # It is as full as what was taken in its last window.
+            units = limit.bound * limit.window_ms
+            self.bucket = Bucket(units, now - span, limit.window_ms, limit.bound)
         self.add(limit, min(limit.bound, amount), now)

@@ -24,7 +24,7 @@ function T.clear_field(letter, name)
 end
 
 -- The fields of the record that a policy may change; `differs` means that it names changes only.
-T.LETTERS = { 'a', 'd', 's', 'w', 'e', 'b', 'x', 'f' }
+T.LETTERS = { 'a', 'd', 's', 'w', 'e', 'b', 'x', 'f', 'k' }
 function T.fields_concerned(policy)
   if not policy.differs then return call('HKEYS', T.meta_key) end
   local fields, found = {}, {}
@@ -51,7 +51,9 @@ function T.clear_policy(policy)
       call('HSET', T.meta_key, field, T.int(current) .. '|' .. dropped_at)
     elseif letter == 'a' or letter == 'd' and not there or letter == 't' and not policy.weights[name] then
       gone[field] = false
-    elseif letter == 'f' and not (there and string.match(there, '^r|%d+|%d|%d+|%d+|%d+|')) then
+    elseif letter == 'f' and not (there and string.match(there, '^r|%d+|%d|%d+|%d+|%d+|%d')
+        and not string.match(there, '^r|%d+|%d|%d+|%d+|%d+|0|0|'))
+      or letter == 'k' and not (there and string.match(there, '|b$')) then
       gone[field] = false
     elseif letter == 's' and not (there and string.match(there, '^[rq]'))
       or (letter == 'w' or letter == 'e' or letter == 'b' or letter == 'x') and not there then

@@ -48,8 +48,12 @@ function T.limit_of(name)
       limit.least = tonumber(one)
     elseif sort == 'r' then
       limit.span, limit.exact = tonumber(one) + tonumber(two) + 1, three == '1'
-      local pace, percent, start = string.match(defined, '^%a|%d+|%d|%d+|%d+|%d+|(%d+)|(%d+)|(%d+)')
-      if pace then T.load_pacing(limit, tonumber(pace), tonumber(percent), tonumber(start)) end
+      local pace, percent, start, shape =
+        string.match(defined, '^%a|%d+|%d|%d+|%d+|%d+|(%d+)|(%d+)|(%d+)|?(%a?)')
+      if shape == 'b' then limit.window = tonumber(one) end
+      if pace and (pace ~= '0' or percent ~= '0') then
+        T.load_pacing(limit, tonumber(pace), tonumber(percent), tonumber(start))
+      end
     end
   elseif T.is_implicit(name) then
     limit.implicit, limit.bound = true, T.UNBOUNDED

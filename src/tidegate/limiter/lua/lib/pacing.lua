@@ -34,8 +34,9 @@ function T.paced_at(limit, amount)
     local earliest = pacing.even - math.max(0, pacing.pace - lasts(limit, amount))
     if earliest > pool.now * 1000 then at = math.ceil(earliest / 1000) end
   end
-  local needed = limit.spent + amount
-  if limit.spent > 0 and T.paced_bound(limit) < needed and needed <= limit.bound then
+  local used = limit.counted or limit.spent
+  local needed = used + amount
+  if used > 0 and T.paced_bound(limit) < needed and needed <= limit.bound then
     local grows_ms = math.ceil((needed - pacing.level) * 6000000 / (pacing.level * pacing.percent))
     at = math.max(at, pool.now + 1, math.min(pacing.since + grows_ms, pool.now + limit.span))
   end
@@ -52,12 +53,12 @@ function T.even_after(limit, before, amount)
   return earliest > pool.now * 1000 and math.ceil(earliest / 1000) or 0
 end
 
--- `spent` has `amount` in it already.
+-- What was taken in the last window has `amount` in it already.
 function T.pace_take(limit, amount)
   local pacing = limit.pacing
   if pacing.pace > 0 then pacing.even = math.max(pacing.even, pool.now * 1000) + lasts(limit, amount) end
   if pacing.percent > 0 and pool.now - pacing.since >= 60000 then
-    pacing.level, pacing.since = math.max(pacing.start, limit.spent), pool.now
+    pacing.level, pacing.since = math.max(pacing.start, limit.counted or limit.spent), pool.now
   end
   limit.pacing_changed, limit.changed = true, true
 end

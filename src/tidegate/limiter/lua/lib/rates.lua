@@ -1,11 +1,12 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), free_at(), free_after(), take(), turn_of(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
--- it means the same when the window is changed. A day quota knows the moment of its reset.
+-- it means the same when the window is changed. A day quota knows the moment of its reset. A rate that refills
+-- evenly is counted in the same buckets; what is spent of it is its level (`bucket.lua`).
 -- A band with waiters under a rate, below other bands, accrues its minimum share of the rate's bound. Two
 -- times per band, in microseconds, define the credit: the share from `from` to `passed`, the last
 -- admission of a higher band. `from` is in the future, by a window at most, if the band had
@@ -75,6 +76,8 @@ T.rates = function()
     if limit.spent then return end
     if limit.sort == 'q' then
       load_quota(limit)
+    elseif limit.window then
+      T.load_bucket(limit)
     elseif limit.exact then
       load_log(limit)
     else
@@ -85,6 +88,7 @@ T.rates = function()
   -- When `amount` will fit, without any release.
   local function fits_at(limit, amount)
     if limit.sort == 'q' then return limit.reset_at end
+    if limit.window then return T.bucket_room_at(limit, amount) end
     local over = limit.spent + amount - limit.bound
     if limit.exact then
       local at = call('LINDEX', key_of(limit), over - 1)
@@ -218,6 +222,7 @@ T.rates = function()
       if over <= 0 then return at end
       return math.max(at, limit.reset_at + math.floor((over - 1) / limit.bound) * T.DAY_MS)
     end
+    if limit.window then return math.max(at, T.bucket_after(limit, total)) end
     local windows = math.floor((total - 1) / limit.bound)
     local rest, room_at = total - windows * limit.bound, 0
     if limit.spent + rest > limit.bound then room_at = fits_at(limit, rest) end
@@ -261,9 +266,11 @@ T.rates = function()
     if limit.sort == 'q' then
       limit.dirty = true
     else
-      limit.buckets[ends] = (limit.buckets[ends] or 0) + amount
+      local before = limit.buckets[ends]
+      limit.buckets[ends] = (before or 0) + amount
       limit.dirty = limit.dirty or {}
       limit.dirty[ends] = true
+      if limit.window then T.fill(limit, ends, amount, not before) end
     end
     limit.changed = true
   end
@@ -298,11 +305,12 @@ T.rates = function()
     if limit.sort == 'c' or limit.exact then return end
     loaded(limit)
     local extra = actual - reserved
+    if extra == 0 then return end
     if limit.sort == 'q' then
       if ends >= limit.reset_at then spend(limit, ends, math.max(extra, -limit.spent)) end
     elseif extra > 0 then
       spend(limit, ends_now(limit), extra)
-    elseif limit.buckets[ends] then
+    elseif limit.buckets[ends] and not (limit.window and ends <= limit.base.ends) then
       spend(limit, ends, math.max(extra, -limit.buckets[ends]))
     end
     if limit.pacing then T.pace_return(limit, -extra) end
@@ -312,6 +320,12 @@ T.rates = function()
   function f.spent(limit)
     loaded(limit)
     return limit.spent
+  end
+
+  -- What was taken in the last window: of a rate that refills more than its level.
+  function f.taken(limit)
+    loaded(limit)
+    return limit.counted or limit.spent
   end
 
   -- After a loss: a session reports the usage that it had seen, and its own admissions since.
@@ -340,6 +354,8 @@ T.rates = function()
         call('UNLINK', key_of(other))
       end
     end
+    loaded(limit)
+    if limit.window then T.open_bucket(limit) end
     f.assert_spent(limit, math.min(limit.bound, amount))
   end
 
@@ -347,6 +363,7 @@ T.rates = function()
   function f.rewind(limit, by_ms)
     local key = key_of(limit)
     if limit.pacing then T.rewind_pacing(limit, by_ms) end
+    if limit.window then T.rewind_bucket(limit, by_ms) end
     if limit.exact then
       local times = call('LRANGE', key, 0, -1)
       call('UNLINK', key)
@@ -372,6 +389,7 @@ T.rates = function()
       call('PEXPIRE', key, T.int(limit.reset_at - pool.now + T.POOL_KEEP_MS))
       return
     end
+    if limit.window and not limit.base.stored then T.save_bucket(limit) end
     for ends in pairs(dirty) do
       call('HSET', key, T.int(ends), T.int(limit.buckets[ends]))
     end

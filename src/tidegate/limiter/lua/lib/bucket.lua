@@ -1,0 +1,171 @@
+-- does: computes the level of a rate that refills evenly
+-- keys: meta rate
+-- args: none
+-- returns: load_bucket(), open_bucket(), find_level(), fill(), bucket_room_at(), bucket_after(), rewind_bucket(), save_bucket()
+-- units: ms; a level in `units`, of which one of the limit's amount is as many as its window has ms, so that
+-- `bound` of them refill in a ms: whole numbers, without a rounding error below 2^53
+-- The level at a time is the largest of what was taken since an earlier time, less what has refilled since. It
+-- is computed from the sixtieths, so that what a call returns counts as never taken: taken from the level
+-- itself, it would also be taken from what others have taken since the level was 0. A sixtieth counts as taken
+-- at the latest time at which its calls reach the provider, `lag` after its end: until then it does not refill.
+-- More than twice the bound is never due, as after a charge for what others have used, under a bound that fell or in
+-- shadow: no call waits for longer than a window.
+-- `k:` is units|ends|window|bound|before|until: the level at the sixtieth of that end, after which
+-- the others are counted; what was returned of earlier ones counts no more. Until `until` it refilled by
+-- `before` units a ms, since its bound was another one.
+function T.save_bucket(limit)
+  local base = limit.base
+  call('HSET', T.meta_key, 'k:' .. limit.name, string.format('%d|%d|%d|%d|%d|%d', base.units, base.ends,
+    base.window, base.bound, base.before, base.until_ms))
+  base.stored = true
+end
+
+local function read_base(limit)
+  local text = call('HGET', T.meta_key, 'k:' .. limit.name)
+  if not text then
+    return { units = 0, ends = 0, window = limit.window, bound = limit.bound, before = 0, until_ms = 0 }
+  end
+  local units, ends, window, bound, before, until_ms =
+    string.match(text, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
+  return { units = tonumber(units), ends = tonumber(ends), window = tonumber(window), bound = tonumber(bound),
+    before = tonumber(before), until_ms = tonumber(until_ms), stored = true }
+end
+
+-- The policy has changed the bound or the window: what has refilled until now stays refilled, and no more.
+local function take_over(limit, base)
+  local from, to = base.window, limit.window
+  local before = math.floor(base.bound * to / from)
+  if base.until_ms > base.ends then before = math.min(before, math.floor(base.before * to / from)) end
+  base.units = math.ceil(base.units * to / from)
+  base.window, base.bound, base.before, base.until_ms = to, limit.bound, before, pool.now
+end
+
+local function refilled(base, from, to)
+  if to <= from then return 0 end
+  if from >= base.until_ms then return (to - from) * base.bound end
+  local part = math.min(to, base.until_ms)
+  return (part - from) * base.before + (to - part) * base.bound
+end
+
+local function most(limit)
+  return limit.bound > 0 and 2 * limit.bound * limit.window or math.huge
+end
+
+local function find_spent(limit)
+  limit.units = math.min(limit.level + limit.fresh_units, most(limit))
+  limit.spent = math.ceil(limit.units / limit.window)
+end
+
+function T.find_level(limit)
+  local base, lag, window, now = limit.base, limit.span - limit.window, limit.window, pool.now
+  local units, at, fresh, fresh_units, due = base.units, base.ends + lag, {}, 0, most(limit)
+  for _, ends in ipairs(limit.order) do
+    local amount = limit.buckets[ends]
+    if ends > base.ends and amount then
+      local moment = ends + lag
+      if moment > now then
+        fresh[#fresh + 1] = { moment, amount * window }
+        fresh_units = fresh_units + amount * window
+      else
+        units = math.min(due, math.max(0, units - refilled(base, at, moment)) + amount * window)
+        at = moment
+      end
+    end
+  end
+  limit.level, limit.fresh, limit.fresh_units = math.max(0, units - refilled(base, at, now)), fresh, fresh_units
+  find_spent(limit)
+end
+
+function T.load_bucket(limit)
+  local key, now = T.prefix .. 'rate:' .. limit.name, pool.now
+  local raw, order, amounts, gone, last, sorted = call('HGETALL', key), {}, {}, {}, 0, true
+  for i = 1, #raw, 2 do
+    local ends = tonumber(raw[i])
+    order[#order + 1], amounts[ends] = ends, tonumber(raw[i + 1])
+    sorted, last = sorted and ends > last, ends
+  end
+  if not sorted then table.sort(order) end
+  local base, lag, changed = read_base(limit), limit.span - limit.window, false
+  if base.window ~= limit.window or base.bound ~= limit.bound then
+    take_over(limit, base)
+    changed = true
+  end
+  limit.width, limit.counted = math.ceil(limit.span / 60), 0
+  for _, ends in ipairs(order) do
+    local amount = amounts[ends]
+    if ends + limit.window <= now and ends > base.ends then
+      local left = math.max(0, base.units - refilled(base, base.ends + lag, ends + lag))
+      base.units = math.min(most(limit), left + amount * limit.window)
+      base.ends, changed = ends, true
+    end
+    if ends + limit.span <= now then
+      gone[#gone + 1], amounts[ends] = T.int(ends), nil
+    else
+      limit.counted = limit.counted + amount
+    end
+  end
+  limit.base, limit.buckets, limit.order = base, amounts, order
+  -- Before its sixtieths are gone.
+  if changed then T.save_bucket(limit) end
+  if #gone > 0 then call('HDEL', key, unpack(gone)) end
+  T.find_level(limit)
+end
+
+-- A limit that was counted in another way is as full as what was taken in its last window.
+function T.open_bucket(limit)
+  if limit.base.stored then return end
+  limit.base.units, limit.base.ends = limit.bound * limit.window, pool.now - limit.span
+  T.save_bucket(limit)
+  T.find_level(limit)
+end
+
+-- Counts an amount that is in its sixtieth already; of a negative one all that came after it is computed again.
+function T.fill(limit, ends, amount, is_new)
+  limit.counted = limit.counted + amount
+  local order, fresh, moment = limit.order, limit.fresh, ends + limit.span - limit.window
+  if is_new then
+    order[#order + 1] = ends
+    if #order > 1 and order[#order - 1] > ends then table.sort(order) end
+  end
+  local last = fresh[#fresh]
+  if amount < 0 or moment <= pool.now or last and last[1] > moment then return T.find_level(limit) end
+  local units = amount * limit.window
+  if last and last[1] == moment then
+    last[2] = last[2] + units
+  else
+    fresh[#fresh + 1] = { moment, units }
+  end
+  limit.fresh_units = limit.fresh_units + units
+  find_spent(limit)
+end
+
+-- When `amount` will fit, without any return.
+function T.bucket_room_at(limit, amount)
+  local level, fresh_units, at = limit.level, limit.fresh_units, pool.now
+  local target, due = (limit.bound - amount) * limit.window, most(limit)
+  for _, one in ipairs(limit.fresh) do
+    if fresh_units <= target then
+      local room_at = at + math.max(0, math.ceil((level + fresh_units - target) / limit.bound))
+      if room_at < one[1] then return room_at end
+    end
+    level = math.min(due, math.max(0, level - (one[1] - at) * limit.bound) + one[2])
+    fresh_units, at = fresh_units - one[2], one[1]
+  end
+  return at + math.max(0, math.ceil((level - target) / limit.bound))
+end
+
+-- When `total` has fitted, one call after the other; 0 if it fits now.
+function T.bucket_after(limit, total)
+  if limit.spent + total <= limit.bound then return 0 end
+  if total <= limit.bound then return T.bucket_room_at(limit, total) end
+  local over = limit.units + (total - limit.bound) * limit.window
+  return pool.now + math.ceil(over / limit.bound)
+end
+
+function T.rewind_bucket(limit, by_ms)
+  limit.base = read_base(limit)
+  if not limit.base.stored then return end
+  limit.base.ends = math.max(0, limit.base.ends - by_ms)
+  limit.base.until_ms = math.max(0, limit.base.until_ms - by_ms)
+  T.save_bucket(limit)
+end
