@@ -35,6 +35,7 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         *(b"host", b"content-length", b"expect", b"accept-encoding", b"cookie", b"idempotency-key"),
         *(b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"),
         *(b"openai-organization", b"openai-project", b"x-goog-user-project"),
+        b"anthropic-workspace-id",
         *(b"forwarded", b"via", b"x-real-ip", b"origin", b"referer"),
         # Some servers take these for the method or the path that is really meant.
         *(b"x-http-method-override", b"x-http-method", b"x-method-override"),

@@ -119,6 +119,24 @@ async def test_interactions(tenants: Tenants) -> None:
     assert unkept.status == "completed"
 
 
+async def test_a_tenant_s_models_bind_what_is_stored_too(tenants: Tenants) -> None:
+    await tenants.gateway.services.store.tenants.set("mine", {"models": ["gemini-*"]}, by="test")
+    config = types.CreateCachedContentConfig(contents=["a story"])
+
+    async def is_bound() -> bool:
+        try:
+            await tenants.mine.interactions.create(agent="deep-research", input="Hi")
+        except Exception as failed:  # noqa: BLE001  (the SDK has two trees of errors)
+            return getattr(failed, "status_code", 0) == 403
+        return False
+
+    await wait_until(is_bound, 20, "the tenant's models in force")
+    assert (await tenants.mine.caches.create(model=MODEL, config=config)).name
+    assert await refused(tenants.mine.caches.create(model="only-second", config=config)) == 403
+    assert await refused(tenants.mine.interactions.create(model="only-second", input="Hi")) == 403
+    assert (await tenants.mine.interactions.create(model=MODEL, input="Hi")).output_text
+
+
 async def test_cached_contents(tenants: Tenants) -> None:
     mine, theirs = tenants.mine, tenants.theirs
     story = "It was a dark and stormy night. " * 200

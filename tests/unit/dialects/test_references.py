@@ -1,0 +1,121 @@
+"""References in bodies: what a request names, however it is written, and what is only a word."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.spec import Dialect
+from tidegate.errors import InvalidRequest, NotFound
+
+GOOGLE = "https://generativelanguage.googleapis.com"
+
+
+def named(dialect: Dialect, body: Any) -> list[tuple[str, str]]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    found = DIALECTS[dialect].references(json.loads(raw), raw)
+    return [(one.kind, one.resource_id) for one in found]
+
+
+def part(uri: str) -> dict[str, Any]:
+    return {"contents": [{"parts": [{"fileData": {"fileUri": uri}}]}]}
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(f"{GOOGLE}/v1beta/files/abc", f"{GOOGLE}/v1/files/abc", "files/abc", "v1beta/files/abc"),
+        "https://%67enerativelanguage.googleapis.com/v1beta/files/abc",
+    ],
+)
+def test_a_file_of_the_account_is_known_by_its_uri(uri: str) -> None:
+    assert named(Dialect.GEMINI, part(uri)) == [("file", "abc")]
+    escaped = json.dumps(part(uri)).replace("fileUri", "\\u0066ileUri").replace("/", "\\/")
+    assert named(Dialect.GEMINI, escaped.encode()) == [("file", "abc")]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["gs://bucket/files/abc", "https://www.youtube.com/watch?v=abc", "https://a.b/files/abc"],
+)
+def test_what_is_somewhere_else_is_nobody_s(uri: str) -> None:
+    assert named(Dialect.GEMINI, part(uri)) == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"{GOOGLE}//v1beta/files/abc",
+        f"{GOOGLE}/v1beta/files/abc?x",
+        f"{GOOGLE}/v1beta/%66iles/abc",
+        "HTTPS://GenerativeLanguage.googleapis.com/v1beta/files/abc",
+        "x/files/abc",
+    ],
+)
+def test_what_only_the_provider_might_read_as_a_file_is_refused(uri: str) -> None:
+    with pytest.raises(NotFound):
+        named(Dialect.GEMINI, part(uri))
+
+
+def test_caches_and_interactions_are_named_anywhere() -> None:
+    asked = {"cachedContent": "cachedContents/a", "previous_interaction_id": "v1_b"}
+    both = [("cached_content", "a"), ("interaction", "v1_b")]
+    assert named(Dialect.GEMINI, asked) == both
+    assert named(Dialect.GEMINI, {"generateContentRequest": asked}) == both
+    with pytest.raises(NotFound):
+        named(Dialect.GEMINI, {"cachedContent": "projects/p/cachedContents/a"})
+
+
+def test_of_a_field_that_stands_twice_both_count() -> None:
+    twice = b'{"input":[{"content":[{"type":"input_file","file_id":"a","file_id":"b"}]}]}'
+    assert named(Dialect.OPENAI, twice) == [("file", "a"), ("file", "b")]
+    tools = {"tools": [{"type": "code_interpreter", "container": {"file_ids": ["a", "c"]}}]}
+    assert named(Dialect.OPENAI, tools) == [("file", "a"), ("file", "c")]
+
+
+def test_words_of_models_and_functions_name_nothing() -> None:
+    cited = {"annotations": [{"type": "file_citation", "file_id": "a"}]}
+    schema = {"tools": [{"parameters": {"properties": {"x": {"file_id": "a"}}}}]}
+    assert named(Dialect.OPENAI, {"input": [cited], **schema}) == []
+    used = {"type": "tool_use", "input": {"file_id": "a"}}
+    output = {"type": "bash_code_execution_output", "file_id": "b"}
+    said = {"messages": [{"content": [used, {"content": [output]}]}]}
+    assert named(Dialect.ANTHROPIC, said) == []
+    # A second type, which a server might go by, takes the exception away.
+    double = b'{"messages":[{"type":"file_citation","type":"file","file_id":"a"}]}'
+    assert named(Dialect.ANTHROPIC, double) == [("file", "a")]
+
+
+def test_pages_are_read_in_each_dialect_s_words() -> None:
+    shown = [("a", {"id": "a"}), ("b", {"id": "b"})]
+    gemini = DIALECTS[Dialect.GEMINI].page("file", "pageSize=2&pageToken=z")
+    assert (gemini.limit, gemini.after, gemini.newest_first) == (2, "z", False)
+    assert gemini.whole(shown, True)["nextPageToken"] == "b"
+    assert gemini.whole([], False) == {}
+    anthropic = DIALECTS[Dialect.ANTHROPIC].page("file", "limit=2&page=page_z")
+    assert (anthropic.limit, anthropic.after, anthropic.newest_first) == (2, "z", True)
+    assert anthropic.whole(shown, False)["next_page"] is None
+    openai = DIALECTS[Dialect.OPENAI].page("file", "limit=10000&purpose=vision")
+    assert (openai.limit, openai.newest_first) == (100, True)
+    assert not openai.shows({"purpose": "evals"})
+
+
+@pytest.mark.parametrize(
+    ("dialect", "query", "field"),
+    [
+        (Dialect.GEMINI, "pageSize=101", "pageSize"),
+        (Dialect.ANTHROPIC, "before_id=a", "before_id"),
+        (Dialect.ANTHROPIC, "&".join(f"ids=a{n}" for n in range(101)), "ids"),
+        (Dialect.OPENAI, "order=up", "order"),
+        (Dialect.OPENAI, f"after={'a' * 401}", "after"),
+    ],
+)
+def test_a_page_that_can_t_be_is_refused_by_its_field(
+    dialect: Dialect, query: str, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        DIALECTS[dialect].page("file", query)
+    assert refused.value.field == field
