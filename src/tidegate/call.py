@@ -225,6 +225,7 @@ class UsageDetails:
     tier: str | None = None
     file_searches: int | None = None
     input_audio_seconds: int | None = None
+    input_characters: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +241,11 @@ class Usage:
 
 
 UNKNOWN_USAGE = Usage()
+
+
+def seconds_of(usage: Usage) -> int | None:
+    """How many seconds of audio its input had; None where that is not reported."""
+    return None if usage.details is None else usage.details.input_audio_seconds
 
 
 class UsageState(StrEnum):

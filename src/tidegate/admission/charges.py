@@ -28,7 +28,7 @@ from tidegate.call import (
 from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.catalog import Catalog, catalog, provider_of
-from tidegate.prices.rates import Rates, cost_micros, micros_of
+from tidegate.prices.rates import Rates, cost_micros, micros_by_measure, micros_of
 
 _MODELS_KEPT = 1_000
 _HOUR_S, _DAY_HOURS = 3_600, 24
@@ -136,6 +136,8 @@ def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: b
         cost = None
         if whole and images and rates is not None and rates.image is not None:
             cost = micros_of(images * rates.image)
+        if whole and is_measured(usage):
+            return Charge(UsageState.TOLD, usage, images, cost_micros(rates, usage, images))
         is_told = bool(images) or usage.details is not None
         return Charge(UsageState.UNKNOWN, usage, images, cost) if is_told else UNKNOWN_CHARGE
     state = UsageState.TOLD if whole else UsageState.PARTIAL
@@ -149,10 +151,12 @@ def estimated_charge(
     images: int = 0,
     details: UsageDetails | None = None,
     writes: CacheWrite | None = None,
+    measured: UsageDetails | None = None,
 ) -> Charge:
     """For a request that went out, and `came` tokens of an answer without reported usage,
     but for `details` such as the provider's own cost: they are on record, and change no charge.
-    `writes`: to which cache the request has its input written.
+    `writes`: to which cache the request has its input written. `measured`: what the request
+    shows of its usage beside tokens; it is charged and on record.
 
     The input is never below the first guess of it, and the output is what came, whatever was
     reserved: what has been learned from earlier calls lowers no charge.
@@ -161,20 +165,27 @@ def estimated_charge(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
         output_tokens=came,
     )
-    cost = cost_micros(rates, usage, images)
+    cost = cost_micros(rates, replace(usage, details=measured), images)
     if writes is not None and cost is not None:
         written = UsageDetails(usage.input_tokens)
         if writes == "1h":
             written = replace(written, cache_write_1h_tokens=usage.input_tokens)
         cost = max(cost, cost_micros(rates, replace(usage, details=written), images) or 0)
+    details = details or measured
     return Charge(UsageState.ESTIMATED, replace(usage, details=details), images or None, cost)
 
 
-def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[int, int]:
+def foreseen(
+    rates: Rates | None,
+    estimate: Estimate,
+    images: int = 0,
+    measured: UsageDetails | None = None,
+) -> tuple[int, int]:
     """Expected cost of a call: micro-dollars, 0 without a price, and tokens."""
     usage = Usage(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
         output_tokens=max(estimate.expected_output_tokens, estimate.guessed_output_tokens),
+        details=measured,
     )
     micros = cost_micros(rates, usage, images) or 0
     return micros, sum(count or 0 for count in tokens_of(usage))
@@ -193,15 +204,22 @@ def call_cost(
     writes: CacheWrite | None = None,
     tools: bool = False,
     unbounded: str = "",
+    measured: UsageDetails | None = None,
 ) -> CallCost:
     """What a call may cost, before it is made: at most, where that can be proven, and about.
 
     A tokenizer makes no more tokens of a text than it has bytes, and those of the JSON around it
     cover what a provider puts around each message. unseen: why the input is bounded by the context
     of the model alone, `context_tokens`. max_output_tokens: of all answers together. draws_alone:
-    it makes `images` and nothing else. unbounded: why nothing bounds it.
+    it makes `images` and nothing else. unbounded: why nothing bounds it. measured: what the request
+    shows of its usage beside tokens, of which the characters are exact.
     """
-    likely_micros, likely_tokens = foreseen(rates, estimate, images)
+    likely_micros, likely_tokens = foreseen(rates, estimate, images, measured)
+    if measured is not None and measured.input_characters:
+        micros = None if rates is None else micros_by_measure(rates, measured)
+        if micros is not None:
+            return CallCost(micros, likely_tokens, likely_micros, likely_tokens)
+        unbounded = unbounded or "how long a text is when it is spoken is not known beforehand"
     most_input: int | None = input_bytes + (_TOOLS_TOKENS if tools else _CALL_TOKENS)
     if unseen:
         most_input = context_tokens
@@ -309,6 +327,12 @@ def never_sent(error: UpstreamError) -> bool:
     if isinstance(error, UpstreamTimeout):
         return error.phase == "connect"
     return isinstance(error, UpstreamUnavailable) and error.broke == "connecting"
+
+
+def is_measured(usage: Usage) -> bool:
+    """Whether seconds of audio or searches are reported, by which some models are charged."""
+    details = usage.details
+    return details is not None and bool(details.input_audio_seconds or details.searches)
 
 
 def is_unknown(usage: Usage) -> bool:

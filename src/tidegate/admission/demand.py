@@ -37,6 +37,7 @@ from tidegate.call import (
     Call,
     Kind,
     Usage,
+    UsageDetails,
     tokens_of,
 )
 from tidegate.errors import UpstreamThrottled
@@ -84,20 +85,24 @@ class Reach:
         self.limits = lru_cache(_MOST_KEPT)(self._limits_of)
         self.band = lru_cache(2 * MOST_PRIORITY + 1)(partial(band_of, bands=policy.bands))
         self._kinds_optional = kinds_optional
-        self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
+        self._bound: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         self._patterns: list[str] = []
         for limit_id in sorted(policy.limits, key=_usual_order):
             whom = whom_it_binds(limit_id)
             if whom is not None:
-                self._bound[whom].append((limit_id, counts_images(policy.limit(limit_id))))
+                self._bound[whom].append((limit_id, _counts_media(policy.limit(limit_id))))
                 if is_pattern(whom) and whom not in self._patterns:
                     self._patterns.append(whom)
 
-    def _limits_of(self, kind: str, model: str, tenant: str, makes_images: bool) -> tuple[str, ...]:
+    def _limits_of(
+        self, kind: str, model: str, tenant: str, makes_images: bool, has_audio: bool = False
+    ) -> tuple[str, ...]:
         """The ids of all limits that a call falls under, that of its kind first.
 
-        Without `makes_images` limits on images are none of its own.
+        Without `makes_images` limits on images are none of its own, and without `has_audio` limits
+        on seconds of audio.
         """
+        media = {"", "images" if makes_images else "", "audio_seconds" if has_audio else ""}
         first = f"kind:{kind}"
         required = not self._kinds_optional and kind not in _UNLIMITED_KINDS
         found = [first] if required or first in self.policy.limits else []
@@ -109,8 +114,8 @@ class Reach:
             if whom in self._bound:
                 found += [
                     limit_id
-                    for limit_id, of_images in self._bound[whom]
-                    if limit_id != first and (makes_images or not of_images)
+                    for limit_id, of_media in self._bound[whom]
+                    if limit_id != first and of_media in media
                 ]
         return tuple(found)
 
@@ -123,8 +128,11 @@ def _counts_cache(limit: Limit) -> bool:
     return weights.cached < weights.input and limit.reserve != "larger"
 
 
-def counts_images(limit: Limit | None) -> bool:
-    return isinstance(limit, Rate | Quota) and limit.unit == "images"
+def _counts_media(limit: Limit | None) -> str:
+    """The unit of a limit on images or seconds of audio; empty of any other."""
+    if isinstance(limit, Rate | Quota) and limit.unit in ("images", "audio_seconds"):
+        return limit.unit
+    return ""
 
 
 def band_of(priority: int, bands: tuple[Band, ...]) -> str:
@@ -164,9 +172,9 @@ def _no_conversation() -> ConversationKey | None:
 class CallDemand:
     """All limits of a call, or none; never changed. `priority` is the name of a band.
 
-    max_output_tokens: the call's own bound. cost_micros: what it will probably cost, where a limit
-    or shares count money; None without a price. conversation, expected: where a limit counts cached
-    input less.
+    audio_seconds: of its input. max_output_tokens: the call's own bound. cost_micros: what it will
+    probably cost, where a limit or shares count money; None without a price. conversation,
+    expected: where a limit counts cached input less.
     """
 
     limits: tuple[str, ...]
@@ -178,6 +186,7 @@ class CallDemand:
     cost_micros: int | None = None
     conversation: ConversationKey | None = None
     expected: ExpectedInput | None = None
+    audio_seconds: int = 0
 
     @property
     def tokens(self) -> Tokens | None:
@@ -221,7 +230,7 @@ class CallDemand:
             hard_ms,
             once,
             True,
-            0,
+            self.audio_seconds,
             self.cost_micros or 0,
             most,
             larger_tokens,
@@ -297,12 +306,15 @@ class Demands:
         max_output_tokens: int | None = None,
         estimates_all: bool = False,
         conversation: Callable[[], ConversationKey | None] = _no_conversation,
+        measured: UsageDetails | None = None,
     ) -> CallDemand:
         """The demand of a request in a provider's own dialect; its limits may be none. Where no
         limit counts tokens only some calls are estimated, unless `estimates_all`, so that the
         estimator goes on learning: it costs as much as all the rest. `conversation` is called where
-        a limit counts cached input less."""
-        limits = self.limits(policy, kind, model, tenant, images)
+        a limit counts cached input less. `measured`: what the request shows of its usage beside
+        tokens."""
+        audio_seconds = 0 if measured is None else measured.input_audio_seconds or 0
+        limits = self.limits(policy, kind, model, tenant, images, audio_seconds)
         reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
         estimate = None
@@ -317,10 +329,11 @@ class Demands:
             )
         cost_micros = None
         if reach.counts_money and estimate is not None:
-            cost_micros = foreseen(self.prices.of(model), estimate, images)[0]
+            cost_micros = foreseen(self.prices.of(model), estimate, images, measured)[0]
         demand = CallDemand(
             limits, tenant, reach.band(priority), images, estimate, max_output_tokens, cost_micros
         )
+        demand.audio_seconds = audio_seconds
         if reach.counts_cache and estimate is not None and (key := conversation()) is not None:
             guessed = estimate.guessed_input_tokens
             most = max(estimate.input_tokens, guessed)
@@ -379,11 +392,17 @@ class Demands:
             )
 
     def limits(
-        self, policy: PoolPolicy, kind: str, model: str, tenant: str, images: int
+        self,
+        policy: PoolPolicy,
+        kind: str,
+        model: str,
+        tenant: str,
+        images: int,
+        audio_seconds: int = 0,
     ) -> tuple[str, ...]:
         if self._reach.policy is not policy:
             self._reach = Reach(policy, kinds_optional=self._kinds_optional)
-        return self._reach.limits(kind, model, tenant, images > 0)
+        return self._reach.limits(kind, model, tenant, images > 0, audio_seconds > 0)
 
 
 LONGEST_MS = 600_000

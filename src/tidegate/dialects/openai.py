@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from tidegate.admission.estimator import USUAL_RULES, Rules, Size
-from tidegate.call import Usage, UsageDetails
+from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.answers import (
     HEAD_BYTES,
     LONGEST_READ_BYTES,
@@ -277,6 +277,7 @@ def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
 
 
 _MOST_ITEMS = 10_000
+_MOST_SECONDS = 1_000_000
 _MICROS = 1_000_000
 _TICKS_A_MICRO = 10_000  # xAI's ticks: 10^10 are a dollar
 _MOST_DOLLARS = 1_000_000
@@ -292,7 +293,7 @@ _BESIDE_TOKENS = frozenset(
 _DETAILS = frozenset(
     (
         *("completion_tokens_details", "output_tokens_details"),
-        *("prompt_tokens_details", "input_tokens_details"),
+        *("prompt_tokens_details", "input_tokens_details", "input_token_details"),
     )
 )
 _CACHE_WRITES = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
@@ -301,6 +302,8 @@ _PARTS = ("audio_tokens", "image_tokens", "video_tokens", *_CACHE_WRITES)
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
     """The usage that an answer reports. Where it does not add up, its total counts."""
+    if raw.get("type") == "duration":  # of a transcription that is charged by the minute
+        return _of_duration(raw.get("seconds"))
     taken = count_of(raw, "prompt_tokens", "input_tokens")
     given = count_of(raw, "completion_tokens", "output_tokens")
     total = count_of(raw, "total_tokens")
@@ -310,7 +313,9 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
     if not _DETAILS.isdisjoint(raw):
         of_given = part_of(raw, "completion_tokens_details", "output_tokens_details")
         thoughts = count_of(of_given, "reasoning_tokens") if of_given else None
-        of_taken = part_of(raw, "prompt_tokens_details", "input_tokens_details")
+        of_taken = part_of(
+            raw, "prompt_tokens_details", "input_tokens_details", "input_token_details"
+        )
         cached = count_of(of_taken, "cached_tokens") if of_taken else None
     if cached is None:  # Moonshot's and Together's name, Mistral's, DeepSeek's
         cached = count_of(raw, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens")
@@ -338,6 +343,31 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
         given -= thoughts
     usage = Usage(taken, given, thoughts, cached, total, details)
     return with_tier(usage, tier_of(raw)) if "service_tier" in raw else usage
+
+
+def _of_duration(seconds: Any) -> Usage:
+    """The usage of a recording of so many seconds."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        return UNKNOWN_USAGE
+    if not 0 < seconds <= _MOST_SECONDS:  # nor what is no number
+        return UNKNOWN_USAGE
+    return Usage(details=UsageDetails(input_audio_seconds=ceil(seconds)))
+
+
+def _usage_of_object(usage: Usage, whole: JsonObject) -> Usage:
+    """The usage of a whole answer with what it reports in other places: the length of a
+    transcription, the searches of a rank."""
+    if whole.get("object") is not None or "choices" in whole:
+        return usage
+    if usage == UNKNOWN_USAGE and type(whole.get("text")) is str and "duration" in whole:
+        return _of_duration(whole["duration"])
+    if type(whole.get("results")) is not list:
+        return usage
+    if usage.total_tokens is not None and usage.input_tokens is None:  # all of it is read
+        usage = replace(usage, input_tokens=usage.total_tokens, output_tokens=0)
+    billed = part_of(part_of(whole, "meta"), "billed_units")  # Cohere's
+    searches = positive_of(billed, "search_units") or positive_of(billed, "searches")
+    return with_searches(usage, searches) if searches else usage
 
 
 def _usage_details(
@@ -418,7 +448,7 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
     """Facts of a chat completion or a response, whole or as a stream."""
     if (whole := whole_object(answer)) is not None:
         facts = object_facts(_FORM, whole)
-        facts.usage = with_tier(facts.usage, tier_of(whole))
+        facts.usage = with_tier(_usage_of_object(facts.usage, whole), tier_of(whole))
         return _response_facts(facts.usage, whole) if whole.get("object") == "response" else facts
     facts = scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
     if ended := _end_of_response(answer, omitted):
@@ -512,6 +542,8 @@ def _add_response(event: JsonObject, output: OutputEvents) -> None:
 
 
 def _add_chat(event: JsonObject, output: OutputEvents) -> None:
+    if event.get("type") == "transcript.text.delta":
+        output.texts += _strings(event.get("delta"))
     for choice in objects_in(event.get("choices")):
         if type(choice.get("text")) is str:
             output.texts.append(choice["text"])

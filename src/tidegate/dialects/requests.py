@@ -20,6 +20,7 @@ from binascii import Error as NotBase64
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil
 from secrets import token_hex
 from typing import Any, NamedTuple
 
@@ -201,6 +202,12 @@ class Content:
         elif self.files:
             learning = Learning.FILES
         return input_pieces(content, added, learning, self._tools)
+
+    @property
+    def audio_seconds(self) -> int:
+        """Of all recordings, about."""
+        tokens = self._pieces.get(Modality.AUDIO) if self.files else None
+        return ceil(tokens / self._rules.audio_second) if tokens else 0
 
     def over(self, body: Mapping[str, Any]) -> None:
         tools = tools_in(body)
@@ -509,6 +516,7 @@ def request_facts(
         pieces=content.pieces(endpoint.operation is Operation.INFER),
         max_output_tokens=_bound(settings, endpoint.operation),
         wants_usage=streams and hides_usage,
+        audio_seconds=content.audio_seconds,
         characters=_characters(body) if endpoint.operation is Operation.SPEAK else 0,
     )
 

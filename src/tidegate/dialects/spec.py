@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
-from tidegate.call import UNKNOWN_USAGE, Kind, Usage
+from tidegate.call import UNKNOWN_USAGE, Kind, Usage, UsageDetails
 from tidegate.dialects.pages import PageQuery, openai_page
 from tidegate.dialects.resources import (
     Making,
@@ -172,8 +172,8 @@ class RequestFacts:
     """Facts of a native request for admission. model: as the client names it; empty where it
     leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
     its input, with a first estimate of their tokens. wants_usage: whether a stream reports its
-    usage only if the gateway requests it. audio_seconds: of recordings in its input. characters:
-    of a text that is to be spoken."""
+    usage only if the gateway requests it. audio_seconds: of recordings in its input, about.
+    characters: of a text that is to be spoken."""
 
     model: str
     kind: Kind
@@ -184,6 +184,16 @@ class RequestFacts:
     wants_usage: bool = False
     audio_seconds: int = 0
     characters: int = 0
+
+    @property
+    def measured(self) -> UsageDetails | None:
+        """What is known beforehand of the usage, beside tokens and images; None for nothing."""
+        if not (self.audio_seconds or self.characters):
+            return None
+        return UsageDetails(
+            input_audio_seconds=self.audio_seconds or None,
+            input_characters=self.characters or None,
+        )
 
 
 # Mutable, for speed: each call makes one.

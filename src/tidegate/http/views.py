@@ -112,6 +112,9 @@ class UsageView(BaseModel):
     input_audio_seconds: int | None = Field(
         default=None, description="Length of the input's audio, where the provider charges by it"
     )
+    input_characters: int | None = Field(
+        default=None, description="Length of a text that was spoken"
+    )
     provider_cost_micros: int | None = Field(
         default=None, description="What the provider itself charged, in millionths of a dollar"
     )

@@ -51,7 +51,7 @@ class Price:
     cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
     input_audio to output_image: of the tokens of input and output that are audio or images.
     audio_minute: of a minute of audio in the input, where the provider reports its length; its
-    tokens then cost nothing.
+    tokens then cost nothing. characters: of a million characters that are spoken.
     above, long: what an input of more than so many tokens costs, for all of the call.
     tiers: the price in other processing tiers than the usual one, such as `flex`.
     peak: the hours in which it is dearer.
@@ -68,6 +68,7 @@ class Price:
     output_audio: float | None = None
     output_image: float | None = None
     audio_minute: float | None = None
+    characters: float | None = None
     search: float | None = None
     file_search: float | None = None
     above: int | None = None
@@ -198,7 +199,8 @@ def _product(amount: float | None, share: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A price in picos (10^-12) of a dollar for one token, picture, search or second of audio.
+    """A price in picos (10^-12) of a dollar for one token, picture, search, character or second of
+    audio.
 
     above, long: for all of a call whose input has more tokens than that.
     """
@@ -214,6 +216,7 @@ class Rates:
     output_audio: int | None
     output_image: int | None
     audio_second: int | None
+    character: int | None
     search: int | None
     file_search: int | None
     above: int | None = None
@@ -239,6 +242,7 @@ class Rates:
             output_audio=_per_token(_first(price.output_audio, price.output)),
             output_image=_per_token(_first(price.output_image, price.output)),
             audio_second=_picos(price.audio_minute, Decimal(_PICOS) / 60),
+            character=_per_token(price.characters),
             search=_picos(search, _PICOS // _SEARCHES),
             file_search=_picos(files, _PICOS // _SEARCHES),
             above=price.above,
@@ -246,11 +250,30 @@ class Rates:
         )
 
 
+def micros_by_measure(rates: Rates, details: UsageDetails | None) -> int | None:
+    """The cost of a usage by a model that is not charged by tokens: by the characters that it
+    speaks, the seconds that it hears, or the searches that it ranks. None by any other."""
+    if details is None or rates.input is not None or rates.output is not None:
+        return None
+    for count, rate in (
+        (details.input_characters, rates.character),
+        (details.input_audio_seconds, rates.audio_second),
+        (details.searches, rates.search),
+    ):
+        if count and rate:
+            return micros_of(count * rate)
+    return None
+
+
 def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | None:
     """Whole micro-dollars; None where a price or the usage is not known. Pictures that have a price
     of their own are not charged as output once more."""
+    if rates is None:
+        return None
+    if (micros := micros_by_measure(rates, usage.details)) is not None:
+        return micros
     taken, given = tokens_of(usage)
-    if rates is None or taken is None or given is None:
+    if taken is None or given is None:
         return None
     if rates.above is not None and taken > rates.above and rates.long is not None:
         rates = rates.long

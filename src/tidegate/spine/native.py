@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import ceil
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
@@ -29,6 +30,7 @@ from tidegate.admission.charges import (
     charge_of,
     cut_charge,
     estimated_charge,
+    is_measured,
     is_unknown,
 )
 from tidegate.admission.conversations import ConversationKey
@@ -303,6 +305,7 @@ class NativeExchange:
             images=asked.images if asked else 0,
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
             conversation=self._conversation,
+            measured=asked.measured if counted and asked else None,
         )
         return lane.gate.bind(demand, target.model)
 
@@ -338,6 +341,7 @@ class NativeExchange:
             writes=_cache_write(rates, self._body),
             tools=bool(asked.pieces.tools),
             unbounded="tools that the provider runs read more for it" if searches else "",
+            measured=asked.measured,
         )
 
     def suspect(self) -> Suspect:
@@ -547,14 +551,24 @@ class NativeExchange:
         rates = self._rates(demands.prices, target.model, whole)
         if images is None and asked.images and record.streamed and _tells_pictures(endpoint):
             images = dialect.image_count(record.text)
-        if whole and (images or not is_unknown(usage)):
+        if whole and (images or is_measured(usage) or not is_unknown(usage)):
             return charge_of(rates, usage, images, whole=True)
         came = visible_output(dialect, record.text, record.text_bytes)
+        if asked.characters:  # audio, which shows none of its tokens
+            came.tokens = ceil(asked.characters * _SPOKEN_TOKENS_A_CHARACTER)
         estimate = self._estimate(demands, demand, asked, target.model)
         if is_unknown(usage):
             pictures = images or came.images
             writes = _cache_write(rates, self._body)
-            return estimated_charge(rates, estimate, came.tokens, pictures, usage.details, writes)
+            return estimated_charge(
+                rates,
+                estimate,
+                came.tokens,
+                pictures,
+                usage.details,
+                writes,
+                measured=asked.measured,
+            )
         return cut_charge(rates, usage, estimate, came.tokens, images)
 
     def _rates(self, prices: Prices, model: str, whole: bool) -> Rates | None:
@@ -603,6 +617,8 @@ class NativeExchange:
         )
 
 
+# 20 tokens and about 15 characters are a second of speech: a page of the provider's gives both.
+_SPOKEN_TOKENS_A_CHARACTER = 4 / 3
 _UNSEEN = {
     Learning.FILES: "its files are not counted beforehand",
     Learning.STATE: "the provider adds what it keeps of earlier calls",

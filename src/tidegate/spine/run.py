@@ -35,7 +35,7 @@ from uuid import UUID
 from tidegate.admission.charges import Prices
 from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Learned
-from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome
+from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome, seconds_of
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import to_return
 from tidegate.dialects.spec import Dialect, Headers
@@ -671,6 +671,7 @@ class _Run:
                     outcome,
                     tokens=used,
                     images=images,
+                    audio_seconds=seconds_of(told),
                     cost_micros=record.charge.cost_micros,
                 )
                 lane.demands.learn(demand, told, charged, whole=whole)

@@ -6,13 +6,16 @@ import asyncio
 import wave
 from collections.abc import AsyncIterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.gateway import PNG, Gateway
+from tests.gateway import PNG, Gateway, Opener
+from tests.waiting import wait_until
 
 
 def recording(seconds: int) -> bytes:
@@ -49,6 +52,8 @@ async def test_recordings_become_texts_whole_and_streamed(
     row = await gateway.audit(raw.headers["x-tidegate-request-id"])
     assert (row["kind"], row["model"], row["status"]) == ("multi_modal", "whisper-1", "succeeded")
     assert row["endpoint"] == "/v1/audio/transcriptions"
+    assert row["usage_state"] == "told"
+    assert orjson.loads(row["usage_details"])["input_audio_seconds"] == 7
     sent = await kept(gateway, raw.headers["x-tidegate-request-id"], "request")
     assert AUDIO[1] in sent
     assert b'name="model"' in sent
@@ -71,10 +76,13 @@ async def test_recordings_become_texts_whole_and_streamed(
         model="whisper-1", file=AUDIO, response_format="text"
     )
     assert "sun rises" in text
+    told = await gateway.http.get(f"{gateway.url}/status/{raw.headers['x-tidegate-request-id']}")
+    assert (await told.json())["usage"]["input_audio_seconds"] == 7
     english = await sdk.audio.translations.create(model="whisper-1", file=AUDIO)
     assert "sun rises" in english.text
     assert gateway.held == 0
-    assert list((gateway.config.data_dir / "tmp").glob("upload-*")) == []
+    folder = gateway.config.data_dir / "tmp"
+    await wait_until(lambda: not list(folder.glob("upload-*")), what="forms to be removed")
 
 
 async def test_a_text_is_spoken_whole_and_streamed(gateway: Gateway, sdk: AsyncOpenAI) -> None:
@@ -86,6 +94,9 @@ async def test_a_text_is_spoken_whole_and_streamed(gateway: Gateway, sdk: AsyncO
     request_id = raw.headers["x-tidegate-request-id"]
     await gateway.audit(request_id)
     assert await kept(gateway, request_id, "response") == raw.content
+    row = await gateway.audit(request_id)
+    assert row["usage_state"] == "estimated"
+    assert orjson.loads(row["usage_details"])["input_characters"] == 24
     async with sdk.audio.speech.with_streaming_response.create(
         model="gpt-4o-mini-tts", voice="alloy", input="Good morning.", stream_format="sse"
     ) as streamed:
@@ -150,6 +161,41 @@ async def test_judgements_ranks_counts_and_compactions(gateway: Gateway, sdk: As
         assert [one["index"] for one in found["results"]] == [1, 0]
         row = await gateway.audit(response.headers["x-tidegate-request-id"])
     assert (row["kind"], row["model"]) == ("text_only", "jina-reranker-v3")
+
+
+async def test_seconds_of_audio_are_a_limit_and_a_price(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """The first recording fills the limit; the price is of the upstream, by what was told."""
+    policy = tmp_path / "tidegate.toml"
+    policy.write_text(
+        '[limits]\n"asph:whisper-1" = 10\n"kind:multi_modal" = 3\n'
+        '[upstreams.gemini.prices]\n"whisper-1" = { audio_minute = 0.6 }\n'
+        '"tts-1" = { characters = 15 }\n"rerank-*" = { search = 2 }\n'
+    )
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    url = f"{gateway.url}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="x", max_retries=0) as client:
+        headers = {"x-tidegate-deadline-ms": "300"}
+        calls = client.audio.transcriptions.with_raw_response
+        raw = await calls.create(model="whisper-1", file=AUDIO, extra_headers=headers)
+        row = await gateway.audit(raw.headers["x-tidegate-request-id"])
+        assert row["cost_micros"] == 70_000
+        with pytest.raises(openai.RateLimitError, match="asph:whisper-1"):
+            await calls.create(model="whisper-1", file=AUDIO, extra_headers=headers)
+        # A text without audio is not bound by it.
+        await client.chat.completions.create(
+            model="whisper-1", messages=[{"role": "user", "content": "hi"}]
+        )
+        spoken = await client.audio.speech.with_raw_response.create(
+            model="tts-1", voice="alloy", input="x" * 200
+        )
+        row = await gateway.audit(spoken.headers["x-tidegate-request-id"])
+        assert row["cost_micros"] == 3_000
+    body = {"model": "rerank-v4", "query": "what", "documents": ["a"] * 101}
+    async with gateway.http.post(f"{url}/rerank", json=body) as response:
+        row = await gateway.audit(response.headers["x-tidegate-request-id"])
+    assert (row["cost_micros"], row["usage_state"]) == (4_000, "told")
 
 
 async def test_a_refused_form_names_the_field(sdk: AsyncOpenAI, gateway: Gateway) -> None:

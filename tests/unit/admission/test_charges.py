@@ -6,12 +6,13 @@ import pytest
 
 from tidegate.admission.charges import (
     Prices,
+    call_cost,
     came_tokens,
     charge_of,
     cut_charge,
     estimated_charge,
 )
-from tidegate.admission.estimator import Estimator, pieces_of_text
+from tidegate.admission.estimator import Estimator, Modality, pieces_of_text
 from tidegate.call import Usage, UsageDetails, UsageState
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.rates import PeakHours, Price, Rates, cost_micros
@@ -22,6 +23,7 @@ SIGHTS = Price(input=1, output=2, input_image=5, output_image=40)
 SPEECH = Price(input=0.1, output=0.3, audio_minute=0.004)
 FLASH = Price(input=0.30, output=2.50, cached=0.075)
 PICTURES = Price(input=0.30, output=2.50, image=0.039)
+WHISPER = Price(audio_minute=0.006)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,14 @@ PICTURES = Price(input=0.30, output=2.50, image=0.039)
         (FLASH, Usage(10, 0, details=UsageDetails(searches=1, file_searches=2)), None, 3),  # ours
         (Price(input=1, output=1, search=10, file_search=2.5), Usage(10, 0, details=UsageDetails(
             searches=1, file_searches=2)), None, 10 + 10_000 + 5_000),
+        # what is charged by the minute, by characters or by searches has no tokens to count
+        (WHISPER, Usage(details=UsageDetails(input_audio_seconds=7)), None, 700),
+        (WHISPER, Usage(10, 10, details=UsageDetails(input_audio_seconds=7)), None, 700),
+        (WHISPER, Usage(10, 10), None, None),
+        (Price(characters=15), Usage(details=UsageDetails(input_characters=1_001)), None, 15_015),
+        (Price(search=2), Usage(details=UsageDetails(searches=3)), None, 6_000),
+        (Price(), Usage(details=UsageDetails(searches=3, input_audio_seconds=7)), None, None),
+        (FLASH, Usage(details=UsageDetails(input_audio_seconds=7)), None, None),
         # a price for each picture stands for its tokens
         (PICTURES, Usage(10, 2_580, details=UsageDetails(output_image_tokens=2_580)), 2,
          3 + 78_000),
@@ -231,3 +241,32 @@ def test_a_tier_costs_a_share_of_the_usual_price_where_both_are_stated(
     prices = {"own": own, "uneven": uneven}
     upstream = Upstream("oai", {}, "key", provider="openai", prices=prices)
     assert Prices(upstream).share(model, tier) == share
+
+
+def test_a_reported_length_is_the_usage_of_a_whole_answer() -> None:
+    heard = Usage(details=UsageDetails(input_audio_seconds=60))
+    charge = charge_of(Rates.of(WHISPER), heard, None, whole=True)
+    assert (charge.state, charge.cost_micros) == (UsageState.TOLD, 6_000)
+    assert charge_of(Rates.of(FLASH), heard, None, whole=True).cost_micros is None
+
+
+def test_without_a_usage_what_the_request_shows_is_charged_and_on_record() -> None:
+    estimate = Estimator().of_pieces("m", "multi_modal", {Modality.AUDIO: 70.0})
+    measured = UsageDetails(input_audio_seconds=7)
+    charge = estimated_charge(Rates.of(WHISPER), estimate, 3, measured=measured)
+    assert (charge.state, charge.cost_micros) == (UsageState.ESTIMATED, 700)
+    assert charge.usage.details == measured
+    told = UsageDetails(provider_cost_micros=5)
+    charge = estimated_charge(Rates.of(FLASH), estimate, 3, details=told, measured=measured)
+    assert charge.usage.details == told
+    assert charge.cost_micros == 29  # 70 tokens at 0.3 and 3 at 2.5, halves up
+
+
+def test_the_cost_of_speech_is_known_beforehand_where_it_is_by_characters() -> None:
+    estimate = Estimator().of_pieces("m", "text_only", {Modality.LATIN: 10.0})
+    spoken = UsageDetails(input_characters=40)
+    cost = call_cost(Rates.of(Price(characters=15)), estimate, input_bytes=90, measured=spoken)
+    assert (cost.most_micros, cost.likely_micros) == (600, 600)
+    cost = call_cost(Rates.of(FLASH), estimate, input_bytes=90, measured=spoken)
+    assert cost.most_micros is None
+    assert "how long a text is" in cost.unknown

@@ -25,6 +25,7 @@ POLICY = of_plain(
             "rpm:tenant/acme": 6,
             "ipm:m": 4,
             "ipd:total": 400,
+            "aspm:m": 60,
         }
     }
 )
@@ -51,6 +52,13 @@ def test_limits_on_images_bind_only_those_who_make_some() -> None:
     assert {"ipm:m", "ipd:total"} <= with_images
     without = set(Reach(POLICY).limits("image_generation", "m", "default", 0))
     assert with_images - without == {"ipm:m", "ipd:total"}
+
+
+def test_limits_on_audio_bind_only_calls_with_some() -> None:
+    with_audio = set(Reach(POLICY).limits("multi_modal", "m", "default", False, True))
+    without = set(Reach(POLICY).limits("multi_modal", "m", "default", False, False))
+    assert with_audio - without == {"aspm:m"}
+    assert "ipm:m" not in with_audio
 
 
 def test_the_same_call_always_asks_for_its_limits_in_the_same_order() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import orjson
 import pytest
 
 from tidegate.call import Usage, UsageDetails
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.answers import visible_output
 from tidegate.dialects.spec import Dialect
 from tidegate.record import TAIL_BYTES
 
@@ -255,3 +257,42 @@ def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
     assert DIALECTS[Dialect.OPENAI].image_count(data) == 1
     text = {"output": [{"text": json.dumps(made(1, "AAAA"))}]}
     assert DIALECTS[Dialect.OPENAI].image_count(json.dumps(text).encode()) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "usage"),
+    [
+        ({"text": "a", "usage": {"type": "duration", "seconds": 7}},
+         Usage(details=UsageDetails(input_audio_seconds=7))),
+        ({"text": "a", "usage": {"type": "duration", "seconds": 7.2}},
+         Usage(details=UsageDetails(input_audio_seconds=8))),
+        ({"text": "a", "duration": 2.5, "segments": []},
+         Usage(details=UsageDetails(input_audio_seconds=3))),
+        ({"text": "a", "usage": {"type": "tokens", "input_tokens": 30, "output_tokens": 5,
+          "total_tokens": 35, "input_token_details": {"text_tokens": 10, "audio_tokens": 20}}},
+         Usage(30, 5, None, None, 35, UsageDetails(input_audio_tokens=20))),
+        # ranks: all is input; Cohere's searches
+        ({"results": [], "usage": {"total_tokens": 17}}, Usage(17, 0, total_tokens=17)),
+        ({"results": [], "meta": {"billed_units": {"search_units": 2}}},
+         Usage(details=UsageDetails(searches=2))),
+        # what is none
+        ({"text": "a", "usage": {"type": "duration", "seconds": "7"}}, Usage()),
+        ({"text": "a", "usage": {"type": "duration", "seconds": -1}}, Usage()),
+        ({"text": "a", "usage": {"type": "duration", "seconds": 1e300}}, Usage()),
+        ({"object": "chat.completion", "text": "a", "duration": 9, "choices": []}, Usage()),
+    ],
+)  # fmt: skip
+def test_seconds_searches_and_ranks(answer: dict[str, object], usage: Usage) -> None:
+    assert DIALECTS[Dialect.OPENAI].answer_facts(orjson.dumps(answer)).usage == usage
+
+
+def test_a_stream_of_a_transcription_tells_its_usage_and_shows_its_text() -> None:
+    usage = {"type": "tokens", "input_tokens": 70, "output_tokens": 4, "total_tokens": 74}
+    events = [
+        {"type": "transcript.text.delta", "delta": "The sun rises in the east."},
+        {"type": "transcript.text.done", "text": "The sun rises in the east.", "usage": usage},
+    ]
+    stream = b"".join(b"data: %s\n\n" % orjson.dumps(event) for event in events)
+    spec = DIALECTS[Dialect.OPENAI]
+    assert spec.answer_facts(stream).usage == Usage(70, 4, None, None, 74)
+    assert visible_output(spec, stream, len(stream)).tokens == 7
