@@ -312,12 +312,12 @@ class AccountUse:
 
     def level_due(self, now: float, taken: int, level: int, in_force: int, bound: int) -> int:
         """As `due`, of a limit that refills as the account's does: by how much its level is lower
-        than the account's, whoever took that. taken: what the pool counts in the window.
+        than the account's. taken: what the pool counts in the window.
 
         Where little remains, a margin is for what others take until the next look: once there, it
-        costs nothing, since all that refills may be used. Others can't be told from our own calls
-        by then, since an account that is full refuses the rest. An answer is as old as a look and a
-        share of notes: what has refilled meanwhile, others and we have taken too.
+        costs nothing, since all that refills may be used. Others can't be distinguished from our
+        own calls by then, since an account that is full refuses the rest. An answer is as old as a
+        look and a share of notes: what has refilled meanwhile, others and we have taken too.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
         self._notice(now, taken, lower)
