@@ -27,6 +27,7 @@ _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
 _STEPS_OFF = (
     ("/v1beta/openai/", "/v1/"),
     ("/openai/v1/", "/v1/"),
+    ("/anthropic/v1/", "/v1/"),
     ("/v1/v1/", "/v1/"),
     ("/v1beta/v1/", "/v1/"),
     ("/v1/v1beta/", "/v1beta/"),
@@ -40,6 +41,32 @@ _WITHOUT_VERSION = re.compile(
 _GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
 
 
+# Paths of Azure's and Vertex's clients.
+_CLOUDS = ("/openai/", "/v1/projects/", "/v1beta1/", "/v1/publishers/")
+_DEPLOYMENTS = "/openai/deployments/"
+_VERTEX = re.compile(
+    r"/(?P<version>v1(?:beta1)?)(?P<project>/projects/[^/]+/locations/[^/]+)?"
+    r"/(?:publishers/google(?P<models>/models(?:/.+)?)|endpoints/openapi(?P<openai>/.+)"
+    r"|(?P<counting>publishers/anthropic/models/count-tokens:rawPredict))"
+)
+
+
+def _of_a_cloud(plain: str) -> str | None:
+    """The path that one of Azure's or Vertex's means; None where it is neither."""
+    if plain.startswith(_DEPLOYMENTS):
+        return plain
+    if plain.startswith("/openai/"):
+        return f"/v1/{plain.removeprefix('/openai/')}"
+    if (found := _VERTEX.fullmatch(plain)) is None:
+        return None
+    if found["counting"]:
+        return "/v1/messages/count_tokens"
+    if found["openai"]:
+        return f"/v1{found['openai']}"
+    version = "v1" if found["version"] == "v1" else "v1beta"
+    return f"/{version}{found['models']}"
+
+
 def native_path(path: str) -> str | None:
     """The path of a native front that a request means, known or not; None where it means none."""
     if path in _POSTED:
@@ -49,6 +76,8 @@ def native_path(path: str) -> str | None:
     for wrong, right in _STEPS_OFF:
         if plain.startswith(wrong):
             return right + plain[len(wrong) :]
+    if plain.startswith(_CLOUDS) and (meant := _of_a_cloud(plain)) is not None:
+        return meant
     if plain.startswith(_ROOTS):
         return plain
     bare = plain.rstrip("/")

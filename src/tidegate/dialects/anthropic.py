@@ -52,7 +52,17 @@ _CALLS = {
 
 
 def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
-    return b"anthropic-version" in headers or path.startswith("/v1/messages")
+    if b"anthropic-version" in headers or path.startswith("/v1/messages"):
+        return True
+    return "/publishers/anthropic/" in path
+
+
+# As Vertex has them; its counting of tokens is read as `/v1/messages/count_tokens`.
+_PREDICT = re.compile(
+    r"/v1/projects/[^/]{1,100}/locations/[^/]{1,100}/publishers/anthropic/models"
+    r"/(?P<model>[\w\-][\w.\-@]{0,199}):(?P<do>rawPredict|streamRawPredict)",
+    re.ASCII,
+)
 
 
 _RESOURCES = (
@@ -65,6 +75,14 @@ _RESOURCES = (
 
 
 def endpoint_of(method: str, path: str) -> Endpoint | None:
+    if method == "POST" and (named := _PREDICT.fullmatch(path)) is not None:
+        return Endpoint(
+            Dialect.ANTHROPIC,
+            Operation.INFER,
+            "/v1/messages",
+            model=named["model"],
+            streams=named["do"] == "streamRawPredict",
+        )
     if method == "GET" and (listed := listed_models(Dialect.ANTHROPIC, path)) is not None:
         return listed
     use = use_in(_RESOURCES, method, path)

@@ -105,7 +105,11 @@ _UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
 
 
 def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
-    return not path.startswith("/v1/") or b"x-goog-api-key" in headers or b"key=" in query
+    return (
+        not path.startswith(("/v1/", "/openai/"))
+        or b"x-goog-api-key" in headers
+        or b"key=" in query
+    )
 
 
 def endpoint_of(method: str, path: str) -> Endpoint | None:

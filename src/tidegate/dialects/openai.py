@@ -64,6 +64,7 @@ from tidegate.errors import (
     TidegateError,
     Unauthenticated,
 )
+from tidegate.policy.access import OF_DEPLOYMENTS
 from tidegate.record import TAIL_BYTES
 
 _CALLS = {
@@ -140,7 +141,17 @@ _RESPONSE = Making("response", within="response")
 _COMPLETION = Making("completion")
 
 
+# As the SDK for Azure writes them: what is not of a deployment is read as `/v1/`.
+_DEPLOYMENT = re.compile(
+    r"/openai/deployments/(?P<name>[\w\-][\w.\-]{0,199})(?P<below>/.+)", re.ASCII
+)
+
+
 def endpoint_of(method: str, path: str) -> Endpoint | None:
+    if method == "POST" and (named := _DEPLOYMENT.fullmatch(path)) is not None:
+        call = _CALLS.get(f"/v1{named['below']}")
+        known = call is not None and named["below"] in OF_DEPLOYMENTS
+        return replace(call, model=named["name"]) if call is not None and known else None
     if method == "GET" and (listed := listed_models(Dialect.OPENAI, path, "/v1")) is not None:
         return listed
     use = None if path in _NO_RESPONSES else use_in(_RESOURCES, method, path)

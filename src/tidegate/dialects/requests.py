@@ -504,7 +504,7 @@ def request_facts(
     images = _images(endpoint, model, body, settings, may_draw)
     kind = Kind.MULTI_MODAL if content.files else Kind.TEXT_ONLY
     stream = body.get("stream")
-    if stream is not None and type(stream) is not bool and endpoint.model is None:
+    if stream is not None and type(stream) is not bool and not endpoint.model_in_path:
         # Some servers take 1 or "yes" for true: they would stream what is not taken for a stream.
         raise InvalidRequest("stream", "stream is neither true nor false", allowed="true or false")
     streams = endpoint.streams or stream is True

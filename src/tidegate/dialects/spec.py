@@ -114,7 +114,8 @@ _NAMES = {
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """A native path. path: below the upstream's base URL, beginning with a slash, with `{model}`
-    where the model stands. model: as the path has it; None where the body names it. streams: the
+    where the model stands. model: as the client's path has it; None where the body names it. Where
+    `path` has no place for it, the body names it to the upstream. streams: the
     path alone says that the answer is a stream. takes_form: a body may be multipart/form-data.
     resource: what lives at a provider that it is about."""
 
@@ -126,9 +127,12 @@ class Endpoint:
     takes_form: bool = False
     resource: ResourceUse | None = None
     is_counted: bool = field(init=False, compare=False)  # as the operation's
+    model_in_path: bool = field(init=False, compare=False)  # of an upstream too
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "is_counted", self.operation.is_counted)
+        in_path = self.model is not None and "{model}" in self.path
+        object.__setattr__(self, "model_in_path", in_path)
 
     @property
     def name(self) -> str:

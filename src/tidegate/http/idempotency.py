@@ -112,7 +112,10 @@ def idempotency_in(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idem
 
 def _target_of(call: NativeCall) -> str:
     """What is asked beside the body. In whatever order a query is written, it asks the same."""
-    path = call.endpoint.path_for(call.endpoint.model or "")
+    endpoint = call.endpoint
+    path = endpoint.path_for(endpoint.model or "")
+    if endpoint.model is not None and not endpoint.model_in_path:
+        path = f"{path} of {endpoint.model}"
     if not call.query:
         return path
     pairs = parse_qsl(call.query, keep_blank_values=True, errors="surrogateescape")

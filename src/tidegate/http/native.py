@@ -75,6 +75,9 @@ from tidegate.telemetry.tracing import HEADER, Tracing, parent_of
 _KEYS_IN_QUERY = frozenset(
     ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS)
 )
+_AZURE, _CLAUDE_AT_VERTEX = b"/openai/", b"/publishers/anthropic/"
+# Vertex's own, `vertex-2023-10-16`, is none of the dated ones.
+_BODY_VERSION = re.compile(rb'"anthropic_version"\s*:\s*"(\d{4}-\d\d-\d\d)"')
 _MAYBE_KEY = re.compile(r"key|token|%", re.IGNORECASE)
 # What Google takes for the form of its answer: one without a usage, or that is no JSON.
 _FORMS = ("fields", "callback", "alt")
@@ -131,6 +134,9 @@ def call_of(
         conversation = _session_in(headers)
     trail = tracing.trail(request_id, parent)
     query = _query(endpoint, scope["query_string"]) if scope["query_string"] else ""
+    came_at: bytes = scope.get("raw_path") or b""
+    if query and came_at.startswith(_AZURE):
+        query = _without_version(query)
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
     return NativeCall(
@@ -147,7 +153,7 @@ def call_of(
         endpoint,
         scope["method"],
         query,
-        to_send(headers if trail is None else _without_parent(headers)),
+        _sent_on(headers if trail is None else _without_parent(headers), came_at, body),
         body if endpoint.is_counted or endpoint.operation.has_body else b"",
         received_at,
         subject,
@@ -181,6 +187,22 @@ def is_coded(headers: Headers) -> bool:
                 if one.strip() not in (b"", b"identity"):
                     return True
     return False
+
+
+def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
+    """The headers that go on. A client of Claude at Vertex has the version in the body."""
+    sent = to_send(headers)
+    if _CLAUDE_AT_VERTEX in came_at and all(name != b"anthropic-version" for name, _ in sent):
+        dated = _BODY_VERSION.search(body)
+        usual = DIALECTS[Dialect.ANTHROPIC].headers
+        sent += usual if dated is None else [(b"anthropic-version", dated[1])]
+    return sent
+
+
+def _without_version(query: str) -> str:
+    """Azure's version of its paths; an upstream there has its own."""
+    pairs = parse_qsl(query, keep_blank_values=True)
+    return urlencode([pair for pair in pairs if pair[0] != "api-version"])
 
 
 def _query(endpoint: Endpoint, given: bytes) -> str:

@@ -124,7 +124,7 @@ class Access:
 
     def _path(self, path: str, model: str, streams: bool) -> str:
         if self.paths is Paths.DEPLOYMENTS:
-            named = model and path in _OF_DEPLOYMENTS
+            named = model and path in OF_DEPLOYMENTS
             return f"/deployments/{quote(model, safe='')}{path}" if named else path
         if path == "/v1/messages":
             verb = "streamRawPredict" if streams else "rawPredict"
@@ -154,7 +154,7 @@ class Access:
 
 
 # Those of the SDK of OpenAI for Azure: what it asks beside them is not below a deployment.
-_OF_DEPLOYMENTS = frozenset(
+OF_DEPLOYMENTS = frozenset(
     (
         *("/completions", "/chat/completions", "/embeddings", "/audio/transcriptions"),
         *("/audio/translations", "/audio/speech", "/images/generations", "/images/edits"),

@@ -1,8 +1,9 @@
 """Bodies of native calls as they go out: JSON, and forms that may be on disk.
 
 Invariants: all bytes go out as they came but for the model's name, where a route or an alias gives
-another, and the request for a stream's usage; a form can be sent as often as it has to be, and its
-announced length is the length that is sent; of one on disk memory holds a piece at a time.
+another, what Vertex has in its place, and the request for a stream's usage; a form can be sent as
+often as it has to be, and its announced length is the length that is sent; of one on disk memory
+holds a piece at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import orjson
 from tidegate.dialects.answers import asking_for_usage
 from tidegate.dialects.forms import MediaForm
 from tidegate.dialects.requests import NAMES_MODEL
-from tidegate.dialects.spec import Endpoint, Operation
+from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import InvalidRequest, StoreUnavailable
+from tidegate.policy.access import Paths
 from tidegate.spine.routing import Target
 from tidegate.upstream.transport import RepeatableBody
 
@@ -51,7 +53,7 @@ def _changed(
     raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, ask_usage: bool
 ) -> bytes:
     named = endpoint.model
-    if named is not None:
+    if named is not None and endpoint.model_in_path:
         again = endpoint.operation in _NAMES_IT_AGAIN and named != target.model
         return _model_named_again(raw, named, target.model) if again else raw
     if "agent" in body and endpoint.path.endswith("/interactions"):  # in place of a model
@@ -60,6 +62,11 @@ def _changed(
     if endpoint.operation is Operation.CACHE:
         same = body["model"].removeprefix("models/") == target.model
         return raw if same else _rewritten(raw, "model", f"models/{target.model}")
+    if endpoint.dialect is Dialect.ANTHROPIC:
+        if target.upstream.access(endpoint.dialect).paths is Paths.VERTEX:
+            return _for_vertex(raw, endpoint, body, target.model)
+        if _VERSION in body:
+            raw, body = _from_vertex(raw, body, target.model)
     if target.model and body.get("model") != target.model:
         with_model = _with_model if "model" in body else _naming_model
         body = {**body, "model": target.model}
@@ -83,6 +90,53 @@ def _with_model(raw: bytes, model: str) -> bytes | None:
     return None
 
 
+# Vertex has the model in the path, and in the body the version that elsewhere is a header.
+_VERSION = "anthropic_version"
+_VERTEX_VERSION = b'"anthropic_version":"vertex-2023-10-16"'
+_NAMES_VERSION = re.compile(rb'"anthropic_version"\s*:')
+
+
+def _for_vertex(raw: bytes, endpoint: Endpoint, body: dict[str, Any], model: str) -> bytes:
+    """A body of Anthropic's own API as Vertex has it. Counting names the model in both."""
+    if endpoint.operation is Operation.COUNT:
+        if body.get("model") != model:
+            raw = _with_model(raw, model) or _rewritten(raw, "model", model)
+        return raw if _VERSION in body else _beginning_with(raw, _VERTEX_VERSION)
+    if "model" not in body:
+        return raw if _VERSION in body else _beginning_with(raw, _VERTEX_VERSION)
+    if _VERSION not in body:
+        changed = _with_member(raw, NAMES_MODEL, _VERTEX_VERSION)
+        if changed is not None:
+            return changed
+    whole = {name: value for name, value in orjson.loads(raw).items() if name != "model"}
+    return orjson.dumps({_VERSION: "vertex-2023-10-16", **whole})
+
+
+def _from_vertex(raw: bytes, body: dict[str, Any], model: str) -> tuple[bytes, dict[str, Any]]:
+    """A body of Vertex's as Anthropic's own API has it, and as it reads."""
+    without = {name: value for name, value in body.items() if name != _VERSION}
+    if "model" not in body and model:
+        member = b'"model":%b' % orjson.dumps(model)
+        if (changed := _with_member(raw, _NAMES_VERSION, member)) is not None:
+            return changed, {**without, "model": model}
+    whole = {name: value for name, value in orjson.loads(raw).items() if name != _VERSION}
+    return orjson.dumps(whole), without
+
+
+def _with_member(raw: bytes, names: re.Pattern[bytes], member: bytes) -> bytes | None:
+    """The same with `member` in the place of the only one that `names` finds; None where there are
+    several, or none whose value is a text."""
+    found = list(names.finditer(raw))
+    if len(found) != 1 or (text := _TEXT.match(raw, found[0].end())) is None:
+        return None
+    return raw[: found[0].start()] + member + raw[text.end(1) :]
+
+
+def _beginning_with(raw: bytes, member: bytes) -> bytes:
+    start = raw.index(b"{") + 1
+    return b"%b%b,%b" % (raw[:start], member, raw[start:])
+
+
 def _rewritten(raw: bytes, name: str, value: Any) -> bytes:
     """With another value of a field: from the bytes, since a large body is parsed without files."""
     return orjson.dumps({**orjson.loads(raw), name: value})
@@ -90,8 +144,7 @@ def _rewritten(raw: bytes, name: str, value: Any) -> bytes:
 
 def _naming_model(raw: bytes, model: str) -> bytes:
     """The same with a model that it did not name."""
-    start = raw.index(b"{") + 1
-    return b'%b"model":%b,%b' % (raw[:start], orjson.dumps(model), raw[start:])
+    return _beginning_with(raw, b'"model":%b' % orjson.dumps(model))
 
 
 def _model_named_again(raw: bytes, named: str, model: str) -> bytes:

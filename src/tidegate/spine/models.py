@@ -64,7 +64,7 @@ def check_model(caller: Caller, model: str, field: str = "model") -> None:
 def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
     """Raises Forbidden for a model within a body that the caller may not ask, and InvalidRequest
     where a body of Gemini's dialect names another model than its path."""
-    if endpoint.model is not None:
+    if endpoint.model_in_path:
         for field, named in _named_again(body):
             if named.rpartition("/")[2] != endpoint.model:
                 raise InvalidRequest(

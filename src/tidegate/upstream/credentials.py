@@ -147,7 +147,7 @@ _USUAL_S = 3_600.0  # where a token does not say when it ends
 
 
 class GoogleSource:
-    """Reads tokens of one identity."""
+    """Reads tokens of a service account's file, or by the application default credentials."""
 
     def __init__(self, authentication: Authentication, network: Network | None) -> None:
         self._file = authentication.option("credentials_file")
@@ -178,11 +178,12 @@ class GoogleSource:
 
     def _found(self) -> Credentials:
         import google.auth
+        from google.oauth2 import service_account
 
         found: Credentials
         if self._file:
-            load = google.auth.load_credentials_from_file
-            found, _ = load(self._file, scopes=_SCOPES)  # type: ignore[no-untyped-call]
+            load = service_account.Credentials.from_service_account_file
+            found = load(self._file, scopes=_SCOPES)  # type: ignore[no-untyped-call]
         else:
             found, _ = google.auth.default(scopes=_SCOPES)
         return found

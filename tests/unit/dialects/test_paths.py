@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, native_path
+from tidegate.dialects import DIALECTS, dialect_of, endpoint_in, endpoint_of, native_path
 from tidegate.dialects.spec import Dialect, Operation
 from tidegate.policy import providers
 
+VERTEX = "/projects/p/locations/l/publishers"
 NONE: frozenset[bytes] = frozenset()
 
 
@@ -147,3 +148,66 @@ def test_a_model_s_id_may_hold_slashes_which_stay_escaped() -> None:
 def test_each_dialect_that_settings_may_name_has_one_spec() -> None:
     assert {spec.name for spec in DIALECTS.values()} == set(Dialect) == set(providers.DIALECTS)
     assert all(DIALECTS[dialect].name is dialect for dialect in Dialect)
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect", "below", "model"),
+    [
+        ("/openai/deployments/d-1/chat/completions", "openai", "/chat/completions", "d-1"),
+        ("//openai/deployments/d-1/embeddings", "openai", "/embeddings", "d-1"),
+        ("/openai/responses", "openai", "/responses", None),
+        (
+            "/v1beta1/publishers/google/models/g:countTokens",
+            "gemini",
+            "/v1beta/models/g:countTokens",
+            "g",
+        ),
+        (
+            f"/v1{VERTEX}/google/models/g:generateContent",
+            "gemini",
+            "/v1/models/g:generateContent",
+            "g",
+        ),
+        (f"/v1{VERTEX}/anthropic/models/c@1:rawPredict", "anthropic", "/v1/messages", "c@1"),
+        (f"/v1{VERTEX}/anthropic/models/c@1:streamRawPredict", "anthropic", "/v1/messages", "c@1"),
+        (
+            f"/v1{VERTEX}/anthropic/models/count-tokens:rawPredict",
+            *("anthropic", "/v1/messages/count_tokens", None),
+        ),
+        ("/anthropic/v1/messages", "anthropic", "/v1/messages", None),
+        (
+            "/v1/projects/p/locations/l/endpoints/openapi/chat/completions",
+            *("openai", "/chat/completions", None),
+        ),
+    ],
+)
+def test_paths_of_azures_and_vertexs_clients_lead_to_the_same(
+    path: str, dialect: str, below: str, model: str | None
+) -> None:
+    native = native_path(path)
+    assert native is not None
+    found, _ = endpoint_in("POST", native, [], b"")
+    assert found is not None
+    assert (found.dialect, found.path_for(found.model or ""), found.model) == (
+        dialect,
+        below,
+        model,
+    )
+    assert found.streams == ("stream" in path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/openai/deployments/d-1/responses",
+        "/openai/deployments/../chat/completions",
+        "/openai/deployments/d-1/../../admin/limits",
+        f"/v1{VERTEX}/meta/models/x:rawPredict",
+        f"/v1{VERTEX}/anthropic/models/c:predict",
+        f"/v1{VERTEX}/anthropic/models/..:rawPredict",
+        "/openai/../admin/limits",
+    ],
+)
+def test_what_no_cloud_s_client_calls_is_not_relayed(path: str) -> None:
+    native = native_path(path)
+    assert native is None or endpoint_in("POST", native, [], b"")[0] is None

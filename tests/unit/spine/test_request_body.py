@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tidegate.dialects import dialect_of, endpoint_of
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
+from tidegate.policy.access import AccessOptions, Paths
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.bodies import body_for
 from tidegate.spine.routing import Target
@@ -90,3 +91,55 @@ def test_a_body_without_a_model_gets_one_only_where_a_route_names_it() -> None:
     raw = b' {"prompt": {"id": "p"}, "n": 1.10}'
     assert sent(raw, "", "/v1/responses") == raw
     assert sent(raw, "m", "/v1/responses") == b' {"model":"m","prompt": {"id": "p"}, "n": 1.10}'
+
+
+VERTEX = Upstream(
+    "v",
+    {"anthropic": "http://v"},
+    "",
+    access_options=AccessOptions(paths={"anthropic": Paths.VERTEX}, prefix="/projects/p"),
+)
+OWN = Upstream("a", {"anthropic": "http://a"}, "k")
+BELOW = "/v1/projects/p/locations/l/publishers/anthropic/models/"
+OURS = '"anthropic_version":"vertex-2023-10-16"'
+
+
+@pytest.mark.parametrize(
+    ("path", "upstream", "raw", "expected"),
+    [
+        (
+            "/v1/messages",
+            VERTEX,
+            '{"a": 1.10, "model" : "m", "b":2}',
+            f'{{"a": 1.10, {OURS}, "b":2}}',
+        ),
+        (
+            "/v1/messages",
+            VERTEX,
+            '{"model":"m","t":[{"model":"x"}]}',
+            f'{{{OURS},"t":[{{"model":"x"}}]}}',
+        ),
+        ("/v1/messages/count_tokens", VERTEX, '{"model":"m"}', f'{{{OURS},"model":"new"}}'),
+        (f"{BELOW}m:rawPredict", VERTEX, f'{{{OURS}, "a":1}}', f'{{{OURS}, "a":1}}'),
+        (f"{BELOW}m:rawPredict", VERTEX, '{"a":1}', f'{{{OURS},"a":1}}'),
+        (f"{BELOW}m:rawPredict", OWN, f'{{"b" :1,{OURS}}}', '{"b" :1,"model":"new"}'),
+        (f"{BELOW}m:rawPredict", OWN, '{"b" :1}', '{"model":"new","b" :1}'),
+        ("/v1/messages/count_tokens", OWN, f'{{{OURS},"model":"m"}}', '{"model":"new"}'),
+        (
+            "/openai/deployments/d/embeddings",
+            UPSTREAM,
+            '{"input":"a"}',
+            '{"model":"new","input":"a"}',
+        ),
+        ("/openai/deployments/d/embeddings", UPSTREAM, '{"model":"x"}', '{"model":"new"}'),
+    ],
+)
+def test_clouds_have_the_model_where_they_want_it(
+    path: str, upstream: Upstream, raw: str, expected: str
+) -> None:
+    endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
+    assert endpoint is not None
+    read = orjson.loads(raw)
+    target = Target(upstream, "new")
+    found = body_for(raw.encode(), endpoint, read, target, ask_usage=False)
+    assert found == expected.encode()
