@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import asyncpg
 
+from tests.watcher import MEMORY
 from tidegate.embedded.servers import PostgresServer
 
 TEMPLATE = "template_tidegate"
@@ -36,6 +38,12 @@ def copied(
     source = _made(migrated=migrated) / "cluster"
     subprocess.run(["cp", "-a", "--reflink=auto", source, server.folder / "cluster"], check=True)
     return server
+
+
+def in_memory(folder: Path) -> Path:
+    """A folder in memory for a cluster of this process, where the run has one; else `folder`."""
+    memory = Path(tempfile.gettempdir()) / MEMORY
+    return memory.resolve() / f"postgres-{os.getpid()}" if memory.exists() else folder
 
 
 @cache
