@@ -249,3 +249,13 @@ def test_the_settings_check_shows_upstreams_and_misses_their_keys(tmp_path: Path
     assert "upstream openai: gpt-* (openai at https://api.openai.com/v1)" in found.stdout
     assert "7 concurrent" in found.stdout
     assert "sk-a-secret" not in found.stdout
+
+
+def test_check_says_by_which_models_prompts_are_answered(tmp_path: Path) -> None:
+    done = _run(tmp_path, "config", "check", OPENAI_API_KEY="k")
+    assert "  prompts             by gpt-6-luna, gpt-image-2.5-flare\n" in done.stdout
+    assert done.stderr == ""
+    done = _run(tmp_path, "config", "check", ANTHROPIC_API_KEY="k")
+    assert "  prompts             by claude-haiku-5-5\n" in done.stdout
+    said = "IMAGE_MODEL: the upstream 'anthropic' of the model 'claude-haiku-5-5' makes no images"
+    assert done.stderr == f"tidegate: {said}\n"

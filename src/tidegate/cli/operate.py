@@ -291,6 +291,8 @@ def _say_what_they_come_to(config: Config) -> None:
     typer.echo(f"  listens on          {config.host} port {config.port}")
     typer.echo(f"  PostgreSQL, Valkey  {servers}")
     typer.echo(f"  account of Gemini   {_gemini(config)}")
+    models = (config.text_model, config.multi_modal_model, config.image_model)
+    typer.echo(f"  prompts             by {', '.join(dict.fromkeys(models))}")
     typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
 
 
@@ -299,7 +301,7 @@ def _gemini(config: Config) -> str:
 
     if config.gemini_api_key is not None:
         return "yours"
-    return "emulated" if emulates(config) else "none: prompts (/submit, /stream) have no upstream"
+    return "emulated" if emulates(config) else "none"
 
 
 def _say_upstreams(config: Config, deployment: Deployment, policy: PoolPolicy) -> None:

@@ -368,6 +368,8 @@ class PromptAnswer:
     def take(self, piece: bytes) -> list[Event]:
         """The events that came to their end in a piece; none of an answer that comes whole. Raises
         UpstreamGarbled for one that is too long."""
+        if not self._size_bytes and piece.lstrip()[:1] == b"{":
+            self._streams = False  # some servers know no streams
         self._size_bytes += len(piece)
         if self._size_bytes > MOST_ANSWER_BYTES:
             raise UpstreamGarbled(f"the answer is longer than {MOST_ANSWER_BYTES} bytes")

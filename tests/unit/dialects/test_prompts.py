@@ -183,6 +183,8 @@ def test_a_whole_answer_is_read_at_its_end() -> None:
     said = {"message": {"content": "Hello"}, "finish_reason": "stop"}
     answer, found = read(OPENAI, json.dumps({"choices": [said]}).encode(), streams=False)
     assert (found, answer.finish_reason) == ([Delta("Hello")], "stop")
+    _, unstreamed = read(OPENAI, json.dumps({"choices": [said]}).encode(), streams=True)
+    assert unstreamed == found  # of a server that knows no streams
     message = {
         "type": "message",
         "content": [{"type": "thinking", "thinking": "no"}, {"type": "text", "text": "Hello"}],
