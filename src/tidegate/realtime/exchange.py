@@ -49,7 +49,7 @@ from tidegate.realtime import sockets
 from tidegate.realtime.events import Events, GeminiEvents, Message, OpenAIEvents, event_id_of
 from tidegate.realtime.turns import Turns, is_rate
 from tidegate.record import CallRecord
-from tidegate.spine.routing import Suspect, Target
+from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import CallFailed, Lane, Spine, Terms, masked
 from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.transport import RelayWire
@@ -155,6 +155,9 @@ class RealtimeExchange:
         self._problem = problem
         self._loop = asyncio.get_running_loop()
         self._said_at = 0.0
+
+    def serving(self, targets: Targets, model: str) -> list[Target]:
+        return targets.of(self.dialect, model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """The limits on what is open at the same time; what is counted over time is each turn's."""
