@@ -337,8 +337,9 @@ def _spine_of(
 
 @asynccontextmanager
 async def _open_relay(config: Config, spine: Spine, store: Store) -> AsyncIterator[Relay]:
+    resources = Resources(store.provider_resources, store.background, spine.targets)
     async with open_wire(_timeouts_of(config), spine.targets.upstreams.values()) as wire:
-        yield Relay(spine, wire, Resources(store.provider_resources, spine.targets))
+        yield Relay(spine, wire, resources)
 
 
 _COLLECTOR = (

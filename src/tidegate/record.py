@@ -100,6 +100,8 @@ class CallRecord:
     counts all. `coding`: in which coding, where the upstream compressed them unasked. `files` are
     the pictures of a prompt's answer, as stored.
 
+    `handed_over`: the call goes on, and a worker makes its record.
+
     `slot`: its place in the journal of calls under way, while it has one.
 
     End: `status` is a `Status`, `retried` for an attempt after which a job or a line of a batch
@@ -152,6 +154,7 @@ class CallRecord:
     charge: Charge = NO_CHARGE
     files: tuple[OutputFile, ...] = ()
 
+    handed_over: bool = False
     slot: int | None = None
     status: str = ""
     failure: Failure | None = None

@@ -258,8 +258,7 @@ class Config(BaseModel):
     cors_origins: tuple[str, ...] = setting(
         (),
         "Web pages that may call this gateway from a browser, as their Origin says it, with "
-        "commas; all paths but the operator's. While callers show no API key, any visitor of such "
-        "a page can spend.",
+        "commas; all paths but the operator's. Without API keys any visitor of such a page spends.",
     )
     auth: Literal["auto", "on", "off"] = setting(
         "auto",
@@ -416,6 +415,7 @@ class Config(BaseModel):
     provider_batch_poll_ms: Milliseconds = setting(
         60_000, "How often a provider is asked how far a batch is; with many of them less often."
     )
+    background_poll_ms: Milliseconds = setting(2_000, "Least wait between looks in the background.")
     job_deadline_ms: Annotated[int | None, Field(ge=1)] = setting(
         None,
         "How long a job may wait for its turn before it expires, where the request gives no "

@@ -186,6 +186,19 @@ class PoolMachine(Traffic):
         self.world.advance(after_ms)
         self.world.charge(name, amount)
 
+    @rule(
+        name=limits,
+        who=st.sampled_from(["background-1", "background-2"]),
+        for_ms=st.sampled_from([1, 2000, 60_000]),
+        ends=st.booleans(),
+    )
+    def hold_for_a_call_without_a_process(
+        self, name: str, who: str, for_ms: int, ends: bool
+    ) -> None:
+        self.world.hold(who, (name,), for_ms)
+        if ends:
+            self.world.revoke(who)
+
     # -- what must hold
 
     @invariant()

@@ -277,6 +277,11 @@ class World:
         done = self.model.charge(name, amount, run=self.run, wall=self.wall_ms)
         self._act({"verb": "charge", "limit": name, "amount": amount}, done)
 
+    def hold(self, who: str, lane: tuple[str, ...], for_ms: int) -> None:
+        done = self.model.hold(who, lane, for_ms, run=self.run, wall=self.wall_ms)
+        request = {"verb": "hold", "sid": who, "lane": " ".join(lane), "for_ms": for_ms}
+        self._act(request, done)
+
     def revoke(self, who: str) -> None:
         done = self.model.revoke(who, run=self.run, wall=self.wall_ms)
         self._act({"verb": "revoke", "sid": who}, done)

@@ -87,6 +87,7 @@ WRONG = {
     "WEBHOOK_ALLOW_PRIVATE": (("maybe",), "1 or 0"),
     "WEBHOOK_TIMEOUT_MS": (("0", "x"), "a whole number of milliseconds"),
     "PROVIDER_BATCH_GATHER_MS": (("0", "x"), "a whole number of milliseconds"),
+    "BACKGROUND_POLL_MS": (("0", "x"), "a whole number of milliseconds"),
     "PROVIDER_BATCH_POLL_MS": (("0", "x"), "a whole number of milliseconds"),
     "PROVIDER_BATCH_WINDOW_MS": (("0", "x"), "a whole number of milliseconds"),
     "PROVIDER_BATCH_CANCEL_MS": (("0", "x"), "a whole number of milliseconds"),

@@ -201,7 +201,8 @@ def _files_named(raw: bytes) -> list[Reference]:
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
     """A response is stored unless the request says no, a chat completion where it says yes."""
     if path == "/responses":
-        return None if body.get("store") is False else _RESPONSE
+        is_kept = body.get("store") is not False or body.get("background") is True
+        return _RESPONSE if is_kept else None
     return _COMPLETION if path == "/chat/completions" and body.get("store") is True else None
 
 

@@ -368,6 +368,7 @@ _FOLDED = {name.casefold(): name for name in _READ}
 _ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
 # Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
+_IN_BACKGROUND = (Dialect.OPENAI, "/responses")
 
 
 def admission_field(name: str) -> str | None:
@@ -412,10 +413,20 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
             raise InvalidRequest(name, said, allowed=f"one {name}")
 
 
-def check_ends(body: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for a request for work that continues after its answer: it would hold
-    no permit and be charged to no tenant."""
-    for name in _GO_ON:
+def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Whether a response is to be made in the background, which a worker then sees to. Raises
+    InvalidRequest for other work that continues after its answer: it would hold no permit and be
+    charged to no tenant."""
+    if body.get("background") is True and (endpoint.dialect, endpoint.path) == _IN_BACKGROUND:
+        refuse_to_go_on(body, "deferred")
+        return True
+    refuse_to_go_on(body)
+    return False
+
+
+def refuse_to_go_on(body: Mapping[str, Any], *names: str) -> None:
+    """Raises InvalidRequest where one of these fields, or of all that do, starts such work."""
+    for name in names or _GO_ON:
         if body.get(name) not in (None, False):
             raise InvalidRequest(
                 name,
@@ -491,7 +502,7 @@ def request_facts(
     that names no model, or that the limits cannot be applied to.
     """
     check_spelling(body)
-    check_ends(body)
+    in_background = goes_on(endpoint, body)
     model = body.get("model") if endpoint.model is None else endpoint.model
     if model is None and has_default_model:
         model = ""
@@ -515,6 +526,7 @@ def request_facts(
         images=images,
         pieces=content.pieces(endpoint.operation is Operation.INFER),
         max_output_tokens=_bound(settings, endpoint.operation),
+        goes_on=in_background,
         wants_usage=streams and hides_usage,
         audio_seconds=content.audio_seconds,
         characters=_characters(body) if endpoint.operation is Operation.SPEAK else 0,

@@ -177,7 +177,7 @@ class RequestFacts:
     leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
     its input, with a first estimate of their tokens. wants_usage: whether a stream reports its
     usage only if the gateway requests it. audio_seconds: of recordings in its input, about.
-    characters: of a text that is to be spoken."""
+    characters: of a text that is to be spoken. goes_on: the provider makes it in the background."""
 
     model: str
     kind: Kind
@@ -188,6 +188,7 @@ class RequestFacts:
     wants_usage: bool = False
     audio_seconds: int = 0
     characters: int = 0
+    goes_on: bool = False
 
     @property
     def measured(self) -> UsageDetails | None:

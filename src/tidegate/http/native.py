@@ -396,7 +396,10 @@ class _Front:
             if opening is not None:
                 opening.close()
             await presence.end()
-        if not self._is_replay:
+        if self._record.handed_over:  # a worker records its end
+            if self._once is not None and status is Status.SUCCEEDED:
+                self._once.ended(self._record, content_type_in(self._headers) or "")
+        elif not self._is_replay:
             self._record.response_type = content_type_in(self._headers)
             self._record.end(status, failure)
             if form is not None:

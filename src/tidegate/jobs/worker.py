@@ -32,6 +32,7 @@ from tidegate.errors import (
     UpstreamTierBusy,
     UpstreamUnavailable,
 )
+from tidegate.jobs.background import BackgroundRunner
 from tidegate.jobs.batches import BatchRunner
 from tidegate.jobs.calls import (
     NOT_THE_JOBS_FAULT,
@@ -258,7 +259,8 @@ class Worker:
         self._outages = outages = Outages(self._spine.targets.upstreams)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         batches = BatchRunner(config, store, blobs, relay, self._put_off.held)
-        beside = (batches.run, self._provider_batches.run)
+        background = BackgroundRunner(config, store, relay)
+        beside = (batches.run, self._provider_batches.run, background.run)
         self._beside = beside if pool == DEFAULT_POOL else ()
         self._config = config
         self._store = store

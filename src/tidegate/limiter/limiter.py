@@ -623,6 +623,14 @@ class Limiter:
         limit, or while Valkey may have lost data."""
         return bool(await self._act({"verb": "charge", "limit": limit, "amount": amount}))
 
+    async def hold(self, name: str, limits: Sequence[str], for_ms: int) -> None:
+        """Count a call that outlives its process under these limits, even above them, until
+        `revoke(name)`, for `for_ms` at most. A repeat only extends that time. `name` must be no
+        session's. Raises LimiterUnavailable, also while Valkey may have lost data."""
+        lane = " ".join(sorted(set(limits)))
+        if not await self._act({"verb": "hold", "sid": name, "lane": lane, "for_ms": for_ms}):
+            raise LimiterUnavailable("Valkey has lost data", limit="", retry_after_ms=1000)
+
     async def revoke(self, session: str) -> int:
         """Take back all that a process holds whose death is certain, named by its session or its
         `instance_id`. If it lives it finds its session gone, and cancels its calls. Returns how

@@ -335,6 +335,11 @@ class Permit:
         """Declare that `report_usage` follows after the permit was released."""
         self.usage_later = True
 
+    def hand_over(self) -> None:
+        """Return it before its call has ended: `Limiter.hold` counts the call from now on. What it
+        reserved of rates stands."""
+        self._issuer.release(self._holding, "ignored", _NOT_KNOWN, usage_later=False)
+
     def report_usage(
         self,
         tokens: int | Tokens | None = None,

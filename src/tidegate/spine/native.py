@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from math import ceil
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -50,6 +51,7 @@ from tidegate.dialects.requests import (
     check_said_once,
     conversation_of,
     parsed,
+    refuse_to_go_on,
     requested_tier,
     skimmed,
 )
@@ -59,6 +61,7 @@ from tidegate.errors import InvalidRequest, NotFound, UpstreamError, UpstreamGar
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key
+from tidegate.spine.background import BackgroundHandOver
 from tidegate.spine.bodies import FormBody, body_for
 from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
 from tidegate.spine.resources import Keeping, Resources
@@ -180,10 +183,23 @@ class Relay:
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, asked, out, record)
         if making is not None or endpoint.resource is not None:
             exchange.keeping = Keeping(self.resources, call, making)
+            await exchange.keeping.check()
+        if making is not None and asked is not None and asked.goes_on:
+            on_admitted = self._hand_over(exchange, record, making)
         home = None
         if asked is not None and len(targets) > 1 and endpoint.operation is Operation.INFER:
             home = self._home(call, asked.model, body, targets)
         await self.spine.run(exchange, record, targets, on_admitted, home)
+
+    def _hand_over(
+        self, exchange: NativeExchange, record: CallRecord, making: Making
+    ) -> OnAdmitted:
+        """Have a call in the background handed over to the workers."""
+        calls, journal = self.resources.background, self.spine.journal
+        hand_over = BackgroundHandOver(calls, record, journal, making.kind)
+        assert exchange.keeping is not None
+        exchange.keeping.hand_over = exchange.hand_over = hand_over
+        return hand_over.admitted
 
     def _home(
         self, call: NativeCall, model: str, body: Mapping[str, Any], targets: list[Target]
@@ -280,6 +296,7 @@ class NativeExchange:
         self._served: str | None = None
         self._sent: Exchange | None = None
         self.keeping: Keeping | None = None  # of what lives on at the provider
+        self.hand_over: BackgroundHandOver | None = None  # of what goes on there
 
     @property
     def started(self) -> bool:
@@ -361,6 +378,8 @@ class NativeExchange:
         failed: CallFailed | None,
     ) -> int | None:
         record, dialect = self._record, DIALECTS[self._call.endpoint.dialect]
+        if record.handed_over:
+            return None
         if record.pieces:
             self._read_answer(whole)
         images = None
@@ -371,6 +390,13 @@ class NativeExchange:
         return images
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+        making = partial(self._make, target, lane, demand, is_try=is_try)
+        if self.hand_over is None:
+            await making()
+        else:
+            await self.hand_over.make(target, lane, demand, making)
+
+    async def _make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         call, record, self._sent = self._call, self._record, None
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
@@ -779,6 +805,7 @@ def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
         raise InvalidRequest(
             "body.stream", "jobs and batches do not support streaming", allowed="false"
         )
+    refuse_to_go_on(body)
     asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
     if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
         raise InvalidRequest("body.model", "invalid model name", allowed="a name")

@@ -12,11 +12,12 @@ whatever an upstream answers to others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 import orjson
@@ -25,10 +26,11 @@ from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, ResourceUse
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
+from tidegate.errors import InvalidRequest, NotEnded, NotFound, UpstreamGarbled
 from tidegate.policy.deployment import Upstream
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.routing import Target, Targets
+from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
 from tidegate.upstream.transport import Exchange
 
@@ -59,22 +61,18 @@ class MadeBy:
 class Resources:
     """Of one process. Every method that asks for an owner raises StoreUnavailable."""
 
-    def __init__(self, store: ProviderResources, targets: Targets) -> None:
+    def __init__(
+        self, store: ProviderResources, background: BackgroundCalls, targets: Targets
+    ) -> None:
         self._store = store
+        self.background = background
         self._targets = targets
 
     # Whose it is, and where it lives
 
-    async def note(
-        self,
-        call: MadeBy,
-        target: Target,
-        kind: str,
-        ids: Iterable[str],
-        expires_at: datetime | None = None,
-    ) -> None:
-        """Return when it is durable that the caller owns these, at the target's account."""
-        await self._store.note(self.made(call, target, kind, ids, expires_at))
+    async def note(self, made: Sequence[NewResource]) -> None:
+        """Return when it is durable who owns these."""
+        await self._store.note(made)
 
     def made(
         self,
@@ -84,7 +82,7 @@ class Resources:
         ids: Iterable[str],
         expires_at: datetime | None = None,
     ) -> list[NewResource]:
-        """The rows of `note`, for a transaction of the caller's."""
+        """Rows that say that the caller owns these, at the target's account."""
         upstream = target.upstream
         account = account_of(upstream, call.dialect)
         owner = ResourceOwner(call.caller.tenant_id, upstream.name, account)
@@ -234,16 +232,16 @@ def missing(kind: str, resource_id: str) -> str:
     return f"{name} with id '{resource_id}' not found."
 
 
-def id_in(answer: bytes, making: Making) -> str | None:
-    """The id of what an answer makes: of its object, or of the first event of its stream that names
-    one; None where none does."""
+def made_in(answer: bytes, making: Making) -> dict[str, Any] | None:
+    """What an answer makes: its object, or that in the first event of its stream that has an id;
+    None where nothing has."""
     if answer.lstrip()[:1] == b"{":
         try:
             whole = orjson.loads(answer)
         except orjson.JSONDecodeError:
             return None
         inner = None if making.within is None else whole.get(making.within)
-        return _id_of(inner, making) or _id_of(whole, making)
+        return next((one for one in (inner, whole) if _id_of(one, making) is not None), None)
     for line in answer.splitlines():
         if not line.startswith(b"data:"):
             continue
@@ -254,8 +252,8 @@ def id_in(answer: bytes, making: Making) -> str | None:
         if not isinstance(event, dict):
             continue
         within = event if making.within is None else event.get(making.within)
-        if isinstance(within, dict) and (found := _id_of(within, making)) is not None:
-            return found
+        if isinstance(within, dict) and _id_of(within, making) is not None:
+            return within
     return None
 
 
@@ -269,13 +267,33 @@ def _id_of(value: Any, making: Making) -> str | None:
     return found
 
 
+_GO_ON = ("queued", "in_progress")
+_IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 _HEAD_BYTES = 262_144  # of a stream, whose first event names what it makes
 
 
-class Keeping:
-    """Of one call. making: what its answer makes, where it is not a request on a resource."""
+class HandOver(Protocol):
+    """Of a call that goes on in the background, to the workers."""
 
-    def __init__(self, resources: Resources, call: NativeCall, making: Making | None) -> None:
+    async def taken(self, made: Sequence[NewResource]) -> None:
+        """The provider makes this; return when a worker has the call."""
+
+    async def not_taken(self) -> None:
+        """Nothing goes on."""
+
+
+class Keeping:
+    """Of one call. making: what its answer makes, where it is not a request on a resource.
+    hand_over: to whom it is handed where it goes on."""
+
+    def __init__(
+        self,
+        resources: Resources,
+        call: NativeCall,
+        making: Making | None,
+        hand_over: HandOver | None = None,
+    ) -> None:
+        self.hand_over = hand_over
         self._resources = resources
         self._call = call
         self._use = use = call.endpoint.resource
@@ -309,30 +327,59 @@ class Keeping:
         if use is not None and use.act is Act.DELETE and use.resource_id is not None:
             dialect = self._call.endpoint.dialect
             await self._resources.forget(caller, dialect, use.kind, use.resource_id)
+            if use.kind == "response":
+                await self.hasten()
+        elif use is not None and (use.act is Act.CANCEL or _IN_BACKGROUND.search(first)):
+            await self.hasten()
         if self.making is None:
             return first
-        first, found = await self.named(exchange, first, record)
-        if found is not None:
-            await self._resources.note(self.by, target, self.making.kind, [found])
+        first, made = await self.named(exchange, first, record)
+        named = _id_of(made, self.making)
+        ids = [] if named is None else [named]
+        rows = self._resources.made(self.by, target, self.making.kind, ids)
+        if self.hand_over is not None:
+            if made is not None and made.get("status") in _GO_ON:
+                await self.hand_over.taken(rows)
+                return first
+            await self.hand_over.not_taken()
+        await self._resources.note(rows)
         return first
 
     async def note(self, answer: bytes, target: Target) -> None:
         """Have it durable what a whole answer makes. Raises StoreUnavailable."""
-        if self.making is not None and (found := id_in(answer, self.making)) is not None:
-            await self._resources.note(self.by, target, self.making.kind, [found])
+        if self.making is not None:
+            named = _id_of(made_in(answer, self.making), self.making)
+            ids = [] if named is None else [named]
+            made = self._resources.made(self.by, target, self.making.kind, ids)
+            await self._resources.note(made)
+
+    async def hasten(self) -> None:
+        """Have a worker look soon at the call that makes what this request is about."""
+        use, dialect = self._use, self._call.endpoint.dialect
+        if use is not None and use.resource_id is not None:
+            await self._resources.background.hasten(dialect, use.kind, use.resource_id)
+
+    async def check(self) -> None:
+        """Raises NotEnded for what may not be deleted yet."""
+        use, dialect = self._use, self._call.endpoint.dialect
+        if use is None or use.act is not Act.DELETE or use.resource_id is None:
+            return
+        if await self._resources.background.goes_on(dialect, use.kind, use.resource_id):
+            said = f"The {use.kind} {use.resource_id!r} is still being made: cancel it first."
+            raise NotEnded(said)
 
     async def named(
         self, exchange: Exchange, first: bytes, record: CallRecord
-    ) -> tuple[bytes, str | None]:
-        """The beginning of an answer, as far as it takes to see what it makes, and its id: all of
-        an object, of a stream its first events. None where nothing is named."""
+    ) -> tuple[bytes, dict[str, Any] | None]:
+        """The beginning of an answer, as far as it takes to see what it makes, and that: all of an
+        object, of a stream its first events. None where nothing is named."""
         assert self.making is not None
         coding, most = coding_of(exchange.headers), _HEAD_BYTES if record.streamed else KEPT_BYTES
         while True:
             seen = decoded(first, coding) if coding else first
             is_whole = exchange.at_end or len(first) > most
             if is_whole or record.streamed:
-                found = id_in(seen, self.making)
+                found = made_in(seen, self.making)
                 if is_whole or found is not None:
                     return first, found
             first += await exchange.next()

@@ -630,7 +630,8 @@ class _Run:
         try:
             await self._under(permit, target, demand)
         finally:
-            budgets.settle(hold, self._record.charge)
+            if not self._record.handed_over:
+                budgets.settle(hold, self._record.charge)
 
     async def _under(self, permit: Permit | None, target: Target, demand: CallDemand) -> None:
         """The call itself, under its permit."""
@@ -664,7 +665,7 @@ class _Run:
                 why, status = (None, 0) if failure is None else (failure.error, failure.status)
                 trail.end(why, worked=whole, status=status)
             images = self._exchange.settle(target, lane, demand, whole=whole, failed=failure)
-            if permit is not None:
+            if permit is not None and not record.handed_over:
                 told, charged = record.answer.usage, record.charge.usage
                 used = demand.used(told, charged, whole=whole)
                 permit.settle(

@@ -549,6 +549,14 @@ class Budgets:
             with suppress(ValueError):
                 self._freed.remove(future)
 
+    def held_by(self, request_id: UUID) -> UUID | None:
+        """What a call of this process holds, if it holds something."""
+        return next((hold for hold, owner in self._open.items() if owner == request_id), None)
+
+    def give_away(self, hold: UUID) -> None:
+        """It is held for no process from now on: what is settled of it here changes nothing."""
+        self._open.pop(hold, None)
+
     # After it
 
     def settle(self, hold: UUID, charge: Charge | None, request_id: UUID | None = None) -> None:

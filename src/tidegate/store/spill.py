@@ -16,11 +16,12 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import orjson
@@ -259,6 +260,19 @@ _FACTS = (
 _facts_of = attrgetter(*_FACTS)
 
 
+def facts_of(record: CallRecord) -> list[Any]:
+    """What is written down of a call that has not ended."""
+    return list(_facts_of(record))
+
+
+def record_from(request_id: UUID, given: Sequence[Any]) -> CallRecord:
+    """The record of such a call."""
+    facts = dict(zip(_FACTS, given, strict=True))
+    for name in _TIMES:
+        facts[name] = facts[name] and datetime.fromisoformat(facts[name])
+    return CallRecord(request_id=request_id, **facts)
+
+
 def _calls_in(path: Path) -> list[CallRecord]:
     data = path.read_bytes()
     calls = []
@@ -267,10 +281,8 @@ def _calls_in(path: Path) -> list[CallRecord]:
             continue
         request_id, length = _SLOT.unpack_from(data, place + 1)
         begin = place + 1 + _SLOT.size
-        facts = dict(zip(_FACTS, orjson.loads(data[begin : begin + length]), strict=True))
-        for name in _TIMES:
-            facts[name] = facts[name] and datetime.fromisoformat(facts[name])
-        calls.append(CallRecord(request_id=UUID(bytes=request_id), **facts))
+        facts = orjson.loads(data[begin : begin + length])
+        calls.append(record_from(UUID(bytes=request_id), facts))
     return calls
 
 

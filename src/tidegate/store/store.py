@@ -21,6 +21,7 @@ from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import AlertOutbox, WebhookOutbox
+from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.provider_batches import ProviderBatches
 from tidegate.store.provider.resources import ProviderResources
 from tidegate.store.queue import JobQueue
@@ -76,6 +77,9 @@ class Store:
         self.queue = JobQueue(*told, self.audit, instance_id=instance_id, lease_ms=claim_lease_ms)
         self.provider_batches = ProviderBatches(
             connections, self.notifications, self.queue, self.budgets, instance_id, claim_lease_ms
+        )
+        self.background = BackgroundCalls(
+            connections, self.audit, self.queue, self.budgets, instance_id, claim_lease_ms
         )
         self.provider_resources = ProviderResources(connections, self.audit.keep)
         self.batches = Batches(connections, self.notifications, self.audit, instance_id)

@@ -45,6 +45,7 @@ class Log(StrEnum):
     JOBS_RETAKEN = "jobs_retaken"
     PROVIDER_BATCH_CREATED = "provider_batch_created"
     PROVIDER_BATCH_ENDED = "provider_batch_ended"
+    BACKGROUND_ENDED = "background_ended"
     PROVIDER_BATCH_HELD = "provider_batch_held"
     PROVIDER_BATCH_LEFT = "provider_batch_left"
     WEBHOOK_GIVEN_UP = "webhook_given_up"

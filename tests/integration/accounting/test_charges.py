@@ -179,9 +179,10 @@ async def test_work_that_would_go_on_after_its_answer_is_not_begun(
     acme = await key_of(gateway, "acme")
     path, body = fronts("Work on")[1]
     asked = body | {"background": True}
-    async with gateway.http.post(gateway.url + path, json=asked, headers=acme) as response:
+    refused = body | {"deferred": True}
+    async with gateway.http.post(gateway.url + path, json=refused, headers=acme) as response:
         error = (await response.json())["error"]
-        assert (response.status, error["param"]) == (400, "background")
+        assert (response.status, error["param"]) == (400, "deferred")
         assert "continues after its answer" in error["message"]
     status, problem = await ask(gateway, "POST", "/submit", acme, {"endpoint": path, "body": asked})
     assert (status, problem["field"]) == (400, "background")

@@ -52,10 +52,10 @@ KEPT = {
     "a HEAD": (first(b"HEAD", b"/v1/models", b""), 200),
     "a HEAD of ours": (first(b"HEAD", b"/health/live", b""), 200),
     "a HEAD of none": (first(b"HEAD", b"/v1/none", b""), 404),
-    "a HEAD of a POST": (first(b"HEAD", CHAT, b""), 405),
+    "a HEAD of a POST": (first(b"HEAD", b"/v1/embeddings", b""), 405),
     "an OPTIONS": (first(b"OPTIONS", CHAT, b""), 204),
     "an OPTIONS of none": (first(b"OPTIONS", b"/v1/none", b""), 404),
-    "a GET": (first(b"GET", CHAT, b""), 405),
+    "a GET": (first(b"GET", b"/v1/embeddings", b""), 405),
     "no model": (first(b"POST", MESSAGES, b"{}"), 400),
     "compressed": (first(b"POST", CHAT, gzip.compress(ASKED), b"content-encoding: gzip"), 415),
 }
@@ -153,9 +153,9 @@ async def test_a_base_url_that_is_one_step_off_leads_to_the_same(
 
 
 async def test_a_path_that_is_not_relayed_is_told_by_tidegate(gateway: Gateway) -> None:
-    got = await raw(gateway, post(path=b"/v1/audio/speech", body=ASKED))
+    got = await raw(gateway, post(path=b"/v1/fine_tuning/jobs", body=ASKED))
     assert status_of(got) == 404
-    assert b"Tidegate does not relay POST /v1/audio/speech" in got
+    assert b"Tidegate does not relay POST /v1/fine_tuning/jobs" in got
 
 
 @pytest.mark.parametrize("body", [b"{}", b"[", b'{"model":"m"}'])
@@ -171,7 +171,7 @@ async def test_a_body_where_none_belongs_is_left_out(
 
 
 METHODS = {
-    b"/v1/chat/completions": ("POST, OPTIONS", b'"type":"invalid_request_error"'),
+    b"/v1/chat/completions": ("GET, HEAD, POST, OPTIONS", b'"type":"invalid_request_error"'),
     b"/v1/messages": ("POST, OPTIONS", b'{"type":"error"'),
     b"/v1beta/models/m:generateContent": ("POST, OPTIONS", b'"status":"UNIMPLEMENTED"'),
     b"/v1/models": ("GET, HEAD, OPTIONS", b"Tidegate does not relay PATCH /v1/models, but GET"),

@@ -73,6 +73,8 @@ def test_work_that_goes_on_after_its_answer_is_refused_in_every_dialect(
 ) -> None:
     gemini = endpoint_of("POST", GEMINI, Dialect.GEMINI)
     for endpoint in (CHAT, RESPONSES, MESSAGES, gemini):
+        if endpoint is RESPONSES and (name, value) == ("background", "true"):
+            continue  # a worker sees to it
         error = wrong(endpoint, f'{{"model":"m","input":"x","{name}":{value}}}')
         assert (error.field, error.allowed) == (name, "false")
         assert "limit" in error.message

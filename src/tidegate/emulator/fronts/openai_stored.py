@@ -32,6 +32,7 @@ from tidegate.emulator.delivery import (
     named_event,
 )
 from tidegate.emulator.dialect import Json, Refused
+from tidegate.emulator.limits import FaultName
 from tidegate.emulator.state import EmulatorState, LoggedCall
 
 _NOT_JSON = "We could not parse the JSON body of your request."
@@ -172,6 +173,10 @@ async def in_background(
     )
     kept.work = state.work_on(_work(state, call, kept, whole, takes_s, charge, stack))
     headers = EMULATED | dict(script.headers)
+    fault = state.faults.strike(asked.kind, asked.prompt)
+    if fault is not None and fault.fault is FaultName.SLOW_FIRST_TOKEN:
+        call.fault = fault.fault.value
+        await asyncio.sleep(fault.delay_ms / 1000)
     if not asked.streamed:
         return json_response(200, begun, headers)
     return await _streamed(served, kept, headers)

@@ -1,7 +1,7 @@
--- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, revoke a session
+-- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, hold a permit, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit for_ms most_ms ramp_ms tried amount said sid run
+-- request: verb limit lane for_ms most_ms ramp_ms tried amount said sid run
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
@@ -80,6 +80,15 @@ elseif q.verb == 'charge' then
   local limit = T.limit_of(q.limit)
   if limit.defined and limit.sort ~= 'c' and not pool.doubtful then
     T.rates().assert_spent(limit, q.amount)
+    done = 1
+  end
+elseif q.verb == 'hold' then
+  -- Of a call that outlives its process: counted under the name of no session, until that is revoked or the
+  -- time is over.
+  if not pool.doubtful then
+    local is_new = not call('ZSCORE', T.lapsing_key, '0|' .. q.sid .. '|' .. q.lane)
+    T.hold_over('0', q.sid, { until_ms = pool.now + q.for_ms, lane = q.lane })
+    if is_new then T.count_lane(q.lane) end
     done = 1
   end
 elseif q.verb == 'revoke' then

@@ -612,6 +612,17 @@ class PoolModel:
         self._end_act(in_doubt=in_doubt)
         return done
 
+    def hold(self, who: str, lane: tuple[str, ...], for_ms: int, *, run: str, wall: int) -> int:
+        """Count a call that outlives its process, under a name that is no session's."""
+        in_doubt = self._begin_act(run, wall)
+        if not in_doubt:
+            permit = Lapsing(0, who, " ".join(lane))
+            if permit not in self.permits.lapsing:
+                self.permits.count(lane, who, 0)
+            self.permits.lapsing[permit] = self.pool.now + for_ms
+        self._end_act(in_doubt=in_doubt)
+        return int(not in_doubt)
+
     def revoke(self, who: str, *, run: str, wall: int) -> int:
         """Take back all that a session holds, or held when it died; `who` is its id or its name."""
         in_doubt = self._begin_act(run, wall)

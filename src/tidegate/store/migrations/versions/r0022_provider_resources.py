@@ -43,6 +43,39 @@ STEPS = (
     CREATE INDEX provider_resources_expired ON provider_resources (expires_at)
         WHERE expires_at IS NOT NULL
     """,
+    # Calls that go on at a provider without a client. `sending` is written before the request goes
+    # out, `ended` with the record of the call. permit: under which name the limiter counts it.
+    # facts: of its record, which is made at its end. request: its body, compressed. hold_id: what
+    # it holds of budgets. due_at: when it is looked at again. claim fences what a worker does.
+    """
+    CREATE TABLE background_calls (
+        id uuid PRIMARY KEY,
+        state text NOT NULL CHECK (state IN ('sending', 'running', 'ended')),
+        tenant_id text NOT NULL,
+        dialect text NOT NULL,
+        kind text NOT NULL,
+        resource_id text,
+        upstream text NOT NULL,
+        pool text NOT NULL,
+        limits text[] NOT NULL,
+        permit text NOT NULL,
+        hold_id uuid,
+        facts jsonb NOT NULL,
+        request bytea NOT NULL,
+        looks integer NOT NULL DEFAULT 0,
+        cancelled_at timestamptz,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        deadline_at timestamptz NOT NULL,
+        due_at timestamptz NOT NULL,
+        claim bigint NOT NULL DEFAULT 0,
+        claimed_by text
+    )
+    """,
+    "CREATE INDEX background_calls_due ON background_calls (due_at)",
+    """
+    CREATE INDEX background_calls_named ON background_calls (dialect, kind, resource_id)
+        WHERE state = 'running'
+    """,
 )
 
 

@@ -1,0 +1,208 @@
+"""Calls in the background on record: what goes on at a provider when its client has its answer.
+
+    sending ──► running ──► ended ──► gone
+       └── not taken by the provider ──► gone
+
+A call is written down before its request goes out, and is running, with the owner of what it makes
+and what it holds of budgets, before its answer goes to the client: from then on a worker has it.
+
+Invariants: a call has at most one valid claim, which fences what a worker does to it; its record is
+written with its end, in one transaction.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.errors import ClaimLost
+from tidegate.record import CallRecord
+from tidegate.store.audit import AuditLog
+from tidegate.store.budgets import Budgets
+from tidegate.store.database import Connections, sql
+from tidegate.store.provider.resources import NewResource, add_resources
+from tidegate.store.queue import JobQueue
+from tidegate.store.records import record_of
+from tidegate.store.spill import facts_of, record_from
+
+_TIMEOUT_MS = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class BackgroundCall:
+    """One call. kind, resource_id: what it makes. permit: the name under which the limiter counts
+    it, of the upstream's pool. looks: how often it was looked at. cancelled_at: since when it is to
+    end at the provider."""
+
+    id: UUID
+    state: str
+    tenant_id: str
+    dialect: str
+    kind: str
+    resource_id: str | None
+    upstream: str
+    pool: str
+    limits: tuple[str, ...]
+    permit: str
+    hold_id: UUID | None
+    record: CallRecord
+    looks: int
+    cancelled_at: datetime | None
+    created_at: datetime
+    deadline_at: datetime
+    claim: int
+
+
+class BackgroundCalls:
+    """Every method raises StoreUnavailable; those that are given a call raise ClaimLost."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        audit: AuditLog,
+        queue: JobQueue,
+        budgets: Budgets,
+        instance_id: str,
+        lease_ms: int,
+    ) -> None:
+        self._connections = connections
+        self._audit = audit
+        self._queue = queue
+        self._budgets = budgets
+        self._instance_id = instance_id
+        self._lease_ms = lease_ms
+
+    # Of the process that makes the call
+
+    async def begin(
+        self, record: CallRecord, kind: str, limits: Sequence[str], permit: str, within_ms: int
+    ) -> None:
+        """Write down a call that is about to be sent. within_ms: how long it may go on."""
+        await self._connections.execute(
+            "add_background_call",
+            record.id,
+            record.tenant_id,
+            record.dialect,
+            kind,
+            record.upstream,
+            record.pool,
+            list(limits),
+            permit,
+            orjson.dumps(facts_of(record)).decode(),
+            zlib.compress(record.request, 1),
+            float(within_ms),
+            timeout_ms=_TIMEOUT_MS,
+        )
+
+    async def start(
+        self, record: CallRecord, made: Sequence[NewResource], look_after_ms: float
+    ) -> None:
+        """The provider has taken it, and makes this: workers have it from now on, with what it
+        holds of budgets."""
+        hold = self._budgets.held_by(record.id)
+
+        async def work(connection: asyncpg.Connection) -> bool:
+            row = await connection.fetchrow(
+                sql("start_background_call"),
+                record.id,
+                made[0].resource_id,
+                hold,
+                orjson.dumps(facts_of(record)).decode(),
+                look_after_ms,
+            )
+            if hold is not None:
+                await connection.execute(sql("hand_over_budget_hold"), hold)
+            await add_resources(connection, made)
+            return row is not None
+
+        await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
+        if hold is not None:
+            self._budgets.give_away(hold)
+
+    async def drop(self, request_id: UUID) -> None:
+        """The provider has not taken it."""
+        await self._connections.execute("drop_background_call", request_id)
+
+    async def goes_on(self, dialect: str, kind: str, resource_id: str) -> bool:
+        """Whether the call that makes this has not ended."""
+        row = await self._connections.row("background_call_of", dialect, kind, resource_id)
+        return row is not None
+
+    async def hasten(self, dialect: str, kind: str, resource_id: str) -> None:
+        """Have a worker look soon: something may have happened."""
+        await self._connections.execute("hasten_background_call", dialect, kind, resource_id)
+
+    # Of workers
+
+    async def take(self, in_hand: Collection[UUID]) -> BackgroundCall | None:
+        """A call that is due, if there is any but those that are `in_hand` here: also one that a
+        dead worker had."""
+        row = await self._connections.row(
+            "take_background_call",
+            self._instance_id,
+            list(in_hand),
+            self._queue.may_judge,
+            self._lease_ms,
+        )
+        return None if row is None else _call(row)
+
+    async def put_off(
+        self, call: BackgroundCall, after_ms: float, *, is_cancelled: bool = False
+    ) -> None:
+        """It goes on, and is looked at again then, by any worker."""
+        done = await self._connections.execute(
+            "put_off_background_call", call.id, call.claim, after_ms, is_cancelled
+        )
+        self._check(call, done)
+
+    async def end(self, call: BackgroundCall, record: CallRecord, look_after_ms: float) -> None:
+        """It has ended: with its record, and what budgets are charged for it."""
+        if call.hold_id is not None:
+            self._budgets.settle(call.hold_id, record.charge, call.id)
+        prepared = await self._audit.prepare(record)
+
+        async def work(connection: asyncpg.Connection) -> bool:
+            row = await connection.fetchrow(
+                sql("end_background_call"), call.id, call.claim, look_after_ms
+            )
+            if row is not None and not await connection.fetchval(sql("is_on_record"), call.id):
+                await self._audit.add(connection, [prepared])
+            await self._budgets.settle_in(connection, [call.id])
+            return row is not None
+
+        if not await self._connections.run(work):
+            raise ClaimLost(f"another worker has the background call {call.id} now")
+        self._audit.noted([record])
+
+    async def forget(self, call: BackgroundCall) -> None:
+        """Nothing is left to do."""
+        self._check(
+            call, await self._connections.execute("forget_background_call", call.id, call.claim)
+        )
+
+    async def leave(self) -> None:
+        """This process is leaving: another one may take its calls."""
+        await self._connections.execute("free_background_calls", self._instance_id)
+
+    async def under_way(self) -> dict[str, int]:
+        """How many go on at each upstream."""
+        found = await self._connections.rows("count_background_calls")
+        return {row["upstream"]: row["calls"] for row in found}
+
+    @staticmethod
+    def _check(call: BackgroundCall, done: int) -> None:
+        if not done:
+            raise ClaimLost(f"another worker has the background call {call.id} now")
+
+
+def _call(row: Mapping[str, Any]) -> BackgroundCall:
+    record = record_from(row["id"], orjson.loads(row["facts_text"]))
+    record.request = zlib.decompress(row["request"]) if row["request"] else b""
+    return record_of(BackgroundCall, row, record=record, limits=tuple(row["limits"]))

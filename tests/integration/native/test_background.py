@@ -1,0 +1,136 @@
+"""Responses in the background: counted until the provider says they have ended, charged once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.gateway import Gateway, Opener
+from tests.integration.tenants.asking import key_of
+from tests.waiting import wait_until
+from tidegate.prices.budgets import Budget
+
+MODEL = "gpt-5-mini"
+SLOW = {"first_byte_ms": 1_500}
+
+
+def tokens_of(row: Any) -> int:
+    return sum(row[name] or 0 for name in ("input_tokens", "output_tokens", "thoughts_tokens"))
+
+
+class Stage:
+    """A gateway with a worker and one slot for texts, and the SDK as a tenant of it."""
+
+    def __init__(self, gateway: Gateway, sdk: AsyncOpenAI) -> None:
+        self.gateway, self.sdk = gateway, sdk
+
+    async def ended(self, response_id: str) -> Any:
+        async def row() -> Any:
+            return await self.gateway.database.fetchrow(
+                "SELECT * FROM audit WHERE response_id = $1 AND endpoint = '/v1/responses'",
+                response_id,
+            )
+
+        return await wait_until(row, 20, "its record")
+
+    async def counts(self, calls: int) -> None:
+        """Return when so many are counted: a permit is returned with the next message."""
+
+        async def counted() -> bool:
+            snapshot = await self.gateway.services.limiter.snapshot()
+            return bool(snapshot.limits["kind:text_only"].used == calls)
+
+        await wait_until(counted, 10, f"{calls} counted")
+
+
+@pytest.fixture
+async def stage(open_gateway: Opener) -> AsyncIterator[Stage]:
+    async with AsyncExitStack() as stack:
+        gateway = await open_gateway(
+            auth="on", rate_limits={"text_only": 1}, background_poll_ms=100, stream_wait_ms=20_000
+        )
+        header = (await key_of(gateway, "acme"))["Authorization"]
+        sdk = AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=header.split()[1], max_retries=0)
+        yield Stage(gateway, await stack.enter_async_context(sdk))
+
+
+async def test_it_is_counted_until_it_has_ended_and_charged_once(stage: Stage) -> None:
+    gateway, sdk = stage.gateway, stage.sdk
+    budget = Budget(name="acme", unit="tokens", amount=1_000_000, period="day", tenant="acme")
+    await gateway.services.store.budgets.records.set(budget, by="test")
+    await gateway.services.store.budgets.refresh()
+    await gateway.upstream.set_behaviour(**SLOW)
+    begun = await sdk.responses.create(
+        model=MODEL, input="Think", background=True, max_output_tokens=1_000
+    )
+    assert begun.status == "queued"
+    await gateway.upstream.set_behaviour(first_byte_ms=0)
+    assert gateway.held == 0, "no process holds it"
+    await stage.counts(1)
+    with pytest.raises(openai.ConflictError, match="cancel it first"):
+        await sdk.responses.delete(begun.id)
+    (book,) = await gateway.services.store.budgets.records.books("acme")
+    assert book.held > 0
+    after = await sdk.responses.create(model=MODEL, input="Say hello", max_output_tokens=100)
+    assert (await gateway.upstream.stats()).max_in_flight == 1
+    whole = await sdk.responses.retrieve(begun.id)
+    row = await stage.ended(begun.id)
+    assert whole.usage is not None
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    told = (whole.usage.input_tokens, whole.usage.output_tokens)
+    thoughts = row["thoughts_tokens"] or 0
+    assert (row["input_tokens"], row["output_tokens"] + thoughts) == told
+    assert row["tenant_id"] == "acme"
+    other = await stage.ended(after.id)
+    await gateway.services.store.budgets.flush()
+    (book,) = await gateway.services.store.budgets.records.books("acme")
+    assert (book.held, book.spent) == (0, tokens_of(row) + tokens_of(other))
+    await stage.counts(0)
+    await sdk.responses.delete(begun.id)
+
+
+async def test_a_cancelled_one_ends_when_the_provider_says_so(stage: Stage) -> None:
+    await stage.gateway.upstream.set_behaviour(first_byte_ms=60_000)
+    begun = await stage.sdk.responses.create(model=MODEL, input="Think", background=True)
+    assert (await stage.sdk.responses.cancel(begun.id)).status == "cancelled"
+
+    async def on_record() -> Any:
+        return await stage.gateway.database.fetchrow(
+            "SELECT * FROM audit WHERE endpoint = '/v1/responses' AND status = 'cancelled'"
+        )
+
+    row = await wait_until(on_record, 20, "its record")
+    assert row["usage_state"] == "estimated"
+    await stage.counts(0)
+
+
+async def test_a_stream_may_be_left_and_is_seen_to_its_end(stage: Stage) -> None:
+    await stage.gateway.upstream.set_behaviour(**SLOW)
+    stream = await stage.sdk.responses.create(
+        model=MODEL, input="Think", background=True, stream=True
+    )
+    first = await anext(aiter(stream))
+    await stream.close()
+    response_id = first.response.id  # type: ignore[union-attr]
+    await stage.counts(1)
+    again = await stage.sdk.responses.retrieve(response_id, stream=True, starting_after=0)
+    events = [event.type async for event in again]
+    assert events[-1] == "response.completed"
+    row = await stage.ended(response_id)
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+
+
+async def test_what_is_refused_is_neither_counted_nor_kept(stage: Stage) -> None:
+    await stage.gateway.upstream.set_behaviour(strict_models=True)
+    with pytest.raises(openai.NotFoundError):
+        await stage.sdk.responses.create(model="gpt-none", input="Think", background=True)
+    await stage.counts(0)
+    assert await stage.gateway.database.fetchval("SELECT count(*) FROM background_calls") == 0
+    for field in ({"deferred": True}, {"background": "yes"}):
+        with pytest.raises(openai.BadRequestError):
+            await stage.sdk.responses.create(model=MODEL, input="Think", extra_body=field)
