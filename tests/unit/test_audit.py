@@ -19,6 +19,7 @@ ALLOWED = {
 # Allowed beside those, each for its reason.
 EXCEPTIONS = {
     "certifi": ("MPL-2.0", "a list of certificates, used as it comes"),
+    "python-dateutil": ("Dual License", "Apache-2.0 or BSD-3-Clause, as one chooses"),
     "orjson": ("MPL-2.0", "binds changes of its own files alone, and we change none"),
 }
 # What distributions write that name no licence by its identifier.

@@ -27,6 +27,10 @@ class Lines:
         return []
 
 
+async def a_batch_is_open() -> bool:
+    return True
+
+
 async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> None:
     now = [1000.0]
     outages = Outages({"gemini"}, clock=lambda: now[0])
@@ -42,7 +46,10 @@ async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> Non
         await asyncio.Event().wait()
 
     notifications = SimpleNamespace(work_mark=lambda _: 0, wait_work=wait_work)
-    store = SimpleNamespace(batch_lines=lines, notifications=notifications)
+    open_batches = SimpleNamespace(ours=a_batch_is_open)
+    store = SimpleNamespace(
+        batch_lines=lines, notifications=notifications, open_batches=open_batches
+    )
     caller = LineCaller(*cast(Any, (None, store, None, Held(outages, {}))))
     feeding = asyncio.create_task(caller.feed())
     try:
