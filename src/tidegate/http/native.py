@@ -133,10 +133,8 @@ def call_of(
     if has_session and conversation is None:
         conversation = _session_in(headers)
     trail = tracing.trail(request_id, parent)
-    query = _query(endpoint, scope["query_string"]) if scope["query_string"] else ""
     came_at: bytes = scope.get("raw_path") or b""
-    if query and came_at.startswith(_AZURE):
-        query = _without_version(query)
+    query = _query(endpoint, scope["query_string"], came_at) if scope["query_string"] else ""
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
     return NativeCall(
@@ -205,9 +203,11 @@ def _without_version(query: str) -> str:
     return urlencode([pair for pair in pairs if pair[0] != "api-version"])
 
 
-def _query(endpoint: Endpoint, given: bytes) -> str:
+def _query(endpoint: Endpoint, given: bytes, came_at: bytes) -> str:
     """What goes on of a query. Raises InvalidRequest."""
     query = _without_key(given.decode("latin-1"))
+    if came_at.startswith(_AZURE):
+        query = _without_version(query)
     if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
         _check_form(query)
     return query

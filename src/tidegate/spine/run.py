@@ -150,8 +150,11 @@ async def refusal_of(
 
 def masked(body: bytes, target: Target) -> bytes:
     """A body without the upstream's key."""
-    key = target.upstream.key.encode()
-    return body.replace(key, b"***") if len(key) >= _SHORTEST_SECRET_BYTES else body
+    for secret in target.upstream.secrets:
+        key = secret.encode()
+        if len(key) >= _SHORTEST_SECRET_BYTES:
+            body = body.replace(key, b"***")
+    return body
 
 
 @dataclass(slots=True)

@@ -170,10 +170,14 @@ async def test_clients_of_vertex_and_of_anthropic_reach_both(
     ]
 
 
-async def test_a_vertex_client_reaches_anthropics_own_api(
+async def test_clients_of_clouds_reach_anthropics_own_api(
     open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anthropic import AsyncAnthropicVertex
+    from anthropic import (
+        AsyncAnthropicBedrockMantle,
+        AsyncAnthropicFoundry,
+        AsyncAnthropicVertex,
+    )
 
     monkeypatch.setenv("ANTHROPIC_KEY", "k")
     async with run_emulator() as emulator:
@@ -188,6 +192,14 @@ async def test_a_vertex_client_reaches_anthropics_own_api(
         ) as client:
             whole = await client.messages.create(model="claude-y", max_tokens=50, messages=SAY)
             counted = await client.messages.count_tokens(model="claude-y", messages=SAY)
+        clients: list[Any] = [
+            AsyncAnthropicBedrockMantle(base_url=f"{gateway.url}/anthropic", api_key="t"),
+            AsyncAnthropicFoundry(base_url=f"{gateway.url}/anthropic", api_key="t"),
+        ]
+        for one in clients:
+            async with one as other:
+                asked = {"model": "claude-z", "max_tokens": 50, "messages": SAY}
+                assert (await other.messages.create(**asked)).model == "claude-z"
         called = (await emulator.control.calls())[0]
     assert (whole.model, called.model) == ("claude-y", "claude-y")
     assert counted.input_tokens > 0
