@@ -23,6 +23,7 @@ from tests.documents import (
     NotRun,
     elsewhere,
 )
+from tests.integration.servers.certificates import Authority
 from tests.markdown import (
     ROOT,
     Block,
@@ -37,6 +38,7 @@ from tests.shapes import differences, lines_that_differ, streamed
 from tidegate import call
 from tidegate.cli import app
 from tidegate.policy.deployment import deployed, deployed_upstreams
+from tidegate.policy.providers import PROVIDERS
 from tidegate.rehearse.load import TokenPace, Usual, load_of
 from tidegate.settings import Config, load
 
@@ -113,7 +115,7 @@ def test_a_policy_that_is_shown_is_sound(
 ) -> None:
     for name, value in _KEYS.items():
         monkeypatch.setenv(name, value)
-    text = block.text
+    text = _with_files(block.text, tmp_path, monkeypatch)
     if "[upstreams.openai." in text and "[upstreams.openai]" not in text:
         text = _DEFINED_BEFORE + text
     path = tmp_path / "tidegate.toml"
@@ -121,6 +123,24 @@ def test_a_policy_that_is_shown_is_sound(
     config = load({"TIDEGATE_POLICY": str(path), "GEMINI_API_KEY": "k", **_KEYS}, dotenv=None)
     deployed(config)
     assert "gemini" in {upstream.name for upstream in deployed_upstreams(config).upstreams}
+
+
+def _with_files(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A policy whose files are there, and whose providers' keys are set."""
+    for name in _KEYS_OF_OTHERS:
+        monkeypatch.setenv(name, "k")
+    monkeypatch.chdir(folder)
+    authority = Authority(folder / "tls")
+    certificate, key = authority.sign("client")
+    (folder / "account.json").write_text("{}", encoding="utf-8")
+    text = text.replace("/etc/ssl/corp.pem", str(authority.ca))
+    return text.replace('"client.pem"', f'"{certificate}"').replace('"client-key.pem"', f'"{key}"')
+
+
+# Of the providers that have one, and of the examples.
+_KEYS_OF_OTHERS = frozenset(
+    (*(one.key for one in PROVIDERS.values() if one.key), "TEAM_TOKEN", "EXAMPLE_API_KEY")
+)
 
 
 def commands(group: typer.Typer) -> set[str]:
@@ -190,7 +210,7 @@ def test_every_setting_that_is_named_is_there() -> None:
         for document in documents()
         for words in code_words(document)
         if (found := re.fullmatch(r"([A-Z]{3,}(?:_[A-Z]+)+)(?:=.*)?", words))
-        and found[1].removesuffix("_FILE") not in settings | NOT_OURS
+        and found[1].removesuffix("_FILE") not in settings | NOT_OURS | _KEYS_OF_OTHERS
         and not found[1].startswith(OF_OTHERS)
     ]
     assert lost == []
