@@ -397,8 +397,11 @@ def _used(policy: PoolPolicy, name: str, use: Use, span_ms: float) -> float:
     if isinstance(limit, Concurrency):
         return use.area / (limit.bound * span_ms) if span_ms else 0.0
     window_ms = limit.window_ms if isinstance(limit, Rate) else DAY_MS
+    windows = span_ms / window_ms
+    if isinstance(limit, Rate) and limit.shape == "bucket":
+        return use.area / (limit.bound * (1 + windows))  # it is full at first
     # A load shorter than its window may use the capacity of a whole one.
-    return use.area / (limit.bound * max(1.0, span_ms / window_ms))
+    return use.area / (limit.bound * max(1.0, windows))
 
 
 _FIGURE = re.compile(r"-|[\d.,]+( ?(ms|s|min|h|%|days?))?( \d+ (s|min))?")

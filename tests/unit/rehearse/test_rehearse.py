@@ -74,6 +74,17 @@ def test_a_rate_binds_and_is_used_up() -> None:
     assert found.end_ms > 1.9 * found.span_ms
 
 
+def test_a_bucket_gives_what_refills_and_what_it_had_at_first() -> None:
+    found = played(
+        {TEXT: 100, "rpm:total": Rate(60, 60_000, shape="bucket")},
+        {"per_minute": 120, "duration_ms": 10},
+    )
+    assert found.binding == ["rpm:total"]
+    bucket = next(one for one in found.limits if one.limit == "rpm:total")
+    assert bucket.used == pytest.approx(1.0, abs=0.02)
+    assert bucket.peak == 60
+
+
 def test_tokens_are_reserved_as_the_gateway_would_and_settled() -> None:
     """The first estimate of an answer is 800 tokens: learning of shorter ones lets more in."""
     stream = {"per_second": 5, "duration_ms": 100, "input_tokens": 100, "output_tokens": 100}
