@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from socket import AF_INET, SOCK_STREAM
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.gateway import Gateway, Opener, small_receive_buffer
+from tests.gateway import KEY, Gateway, Opener, small_receive_buffer
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.waiting import wait_until
 from tidegate.policy.format import edit
@@ -25,6 +26,11 @@ from tidegate.prices.budgets import Budget
 MODEL = "gemini-2.5-flash"
 TEXT = {"type": "session.update", "session": {"type": "realtime", "output_modalities": ["text"]}}
 LIVE = "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent"
+_PRICES = """
+[upstreams.gemini.prices]
+"gemini-*" = { input = 1, output = 2, input_audio = 5 }
+"whisper-x" = { audio_minute = 0.6 }
+"""
 WITH_KEYS = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
 KEYS = {"Authorization": "Bearer of-a-client"}
 
@@ -134,7 +140,10 @@ async def test_hostile_messages_harm_nobody(gateway: Gateway) -> None:
         whole = orjson.dumps(TEXT).decode()
         await socket.send([whole[:9], whole[9:20], whole[20:]])  # as three fragments
         await until(socket, "session.updated")
-        assert (await turn(socket, "hello"))["response"]["status"] == "completed"
+        done = await turn(socket, f"hello {KEY}")  # which the provider repeats
+        assert done["response"]["status"] == "completed"
+        assert "hello ***" in str(done)
+        assert KEY not in str(done)
         # The head of a frame alone, which says how long it is.
         socket.transport.write(b"\x81\xff" + (16 * 1024 * 1024 + 1).to_bytes(8) + bytes(4))
         assert (await closed(socket))[0] == 1009
@@ -211,10 +220,38 @@ async def test_a_spent_budget_closes_the_session_with_its_reason(open_gateway: O
     assert (status, body["error"]["code"]) == (429, "insufficient_quota")
 
 
+async def test_transcripts_are_part_of_what_a_session_costs(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(_PRICES)
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    store = gateway.services.store
+    await store.budgets.records.set(Budget("all", "usd", 10**9, "day", doubt="estimate"), by="test")
+    await store.budgets.refresh()
+    audio = {"input": {"transcription": {"model": "whisper-x"}, "turn_detection": None}}
+    async with talk(gateway) as socket:
+        await send(socket, type="session.update", session={"type": "realtime", "audio": audio})
+        await send(socket, type="input_audio_buffer.append", audio="A" * 64_000)
+        await send(socket, type="input_audio_buffer.commit")
+        usage = (await turn(socket, "hello"))["response"]["usage"]
+    (row,) = await rows(gateway, 1)
+    tokens = usage["input_tokens"], usage["output_tokens"]
+    assert (row["input_tokens"], row["output_tokens"]) == tokens
+    heard = usage["input_token_details"]["audio_tokens"]
+    second = 10_000  # of audio, by its transcript's model
+    assert row["cost_micros"] == tokens[0] - heard + 5 * heard + 2 * tokens[1] + second
+    await store.budgets.flush()
+    (book,) = await store.budgets.records.books("all")
+    assert (book.spent, book.held) == (row["cost_micros"], 0)
+
+
 async def test_keys_and_models_hold_for_the_whole_session(open_gateway: Opener) -> None:
     gateway = await open_gateway(**WITH_KEYS)
     acme = await key_of(gateway, "acme", models=["gemini-2.5-*"])
     assert (await refused(gateway, headers={}))[0] == 401
+    page = {**acme, "Origin": "https://evil.test"}  # no page reads from here, with a key neither
+    assert (await refused(gateway, headers=page))[0] == 403
     assert (await refused(gateway, "/v1/realtime?model=o9", headers=acme))[0] == 403
     status, body = await refused(gateway, f"/v1/realtime?model={MODEL}&call_id=rtc_1", headers=acme)
     assert (status, body["error"]["param"]) == (400, "call_id")
