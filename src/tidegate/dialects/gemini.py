@@ -194,7 +194,8 @@ _CACHED_CONTENT = Making("cached_content", "name", prefix="cachedContents/")
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
     """An interaction is stored unless the request says no."""
     if path.endswith("/interactions"):
-        return None if body.get("store") is False else _INTERACTION
+        is_kept = body.get("store") is not False or body.get("background") is True
+        return _INTERACTION if is_kept else None
     return _CACHED_CONTENT if path.endswith("/cachedContents") else None
 
 

@@ -368,7 +368,10 @@ _FOLDED = {name.casefold(): name for name in _READ}
 _ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
 # Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
-_IN_BACKGROUND = (Dialect.OPENAI, "/responses")
+_IN_BACKGROUND = {
+    Dialect.OPENAI: ("/responses",),
+    Dialect.GEMINI: tuple(f"/{version}/interactions" for version in ("v1", "v1beta", "v1alpha")),
+}
 
 
 def admission_field(name: str) -> str | None:
@@ -414,10 +417,11 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
 
 
 def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Whether a response is to be made in the background, which a worker then sees to. Raises
-    InvalidRequest for other work that continues after its answer: it would hold no permit and be
-    charged to no tenant."""
-    if body.get("background") is True and (endpoint.dialect, endpoint.path) == _IN_BACKGROUND:
+    """Whether a response or an interaction is to be made in the background, which a worker then
+    sees to. Raises InvalidRequest for other work that continues after its answer: it would hold no
+    permit and be charged to no tenant."""
+    paths = _IN_BACKGROUND.get(endpoint.dialect, ())
+    if body.get("background") is True and endpoint.path in paths:
         refuse_to_go_on(body, "deferred")
         return True
     refuse_to_go_on(body)

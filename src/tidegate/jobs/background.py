@@ -1,4 +1,4 @@
-"""Responses in the background: polled by workers until the provider says that they have ended.
+"""Responses and interactions in the background: polled by workers until they have ended.
 
     taken by the provider ──► looked at, again and again ──► ended: on record, charged, not counted
 
@@ -50,9 +50,17 @@ _SHARE_OF_AGE = 0.1  # of how long it has taken, between two looks
 _TROUBLE_WAIT_MS = 10_000.0
 _GONE_AFTER_MS = 60_000.0
 _MOST_ANSWER_BYTES = KEPT_BYTES
+# Where each kind is made, by its client, and read, below the upstream's base URL.
+_PATHS = {
+    "response": ("/v1/responses", "/responses"),
+    "interaction": ("/v1beta/interactions", "/v1beta/interactions"),
+}
 _STATUSES = {
     "completed": Status.SUCCEEDED,
     "incomplete": Status.SUCCEEDED,
+    "requires_action": Status.SUCCEEDED,
+    "requires_continuation": Status.SUCCEEDED,
+    "budget_exceeded": Status.FAILED,
     "failed": Status.FAILED,
     "cancelled": Status.CANCELLED,
 }
@@ -204,7 +212,7 @@ class BackgroundRunner:
 
     async def _ask(self, call: BackgroundCall, target: Target, method: str) -> _Reported:
         """Read the response, or by POST cancel it. Raises UpstreamError."""
-        path = f"/{call.kind}s/{call.resource_id}"
+        path = f"{_PATHS[call.kind][1]}/{call.resource_id}"
         path = f"{path}/cancel" if method == "POST" else path
         access = target.upstream.access(Dialect(call.dialect))
         wire, timeouts = self._relay.wire, self._spine.timeouts[call.upstream]
@@ -243,7 +251,7 @@ class BackgroundRunner:
             record.keep(seen.body)
         status = _STATUSES.get(seen.status, Status.FAILED)
         if target is not None:
-            self._charge(call, record, target, whole=seen.status in ("completed", "incomplete"))
+            self._charge(call, record, target, whole=status is Status.SUCCEEDED)
         record.end(status, _failure(seen))
         await self._calls.end(call, record, _GONE_AFTER_MS)
         log.info(
@@ -263,7 +271,7 @@ class BackgroundRunner:
         caller = Caller(call.tenant_id, record.key_id)
         native = detached_call(
             request_id=call.id,
-            path=f"/v1/{call.kind}s",
+            path=_PATHS[call.kind][0],
             body=record.request,
             caller=caller,
             priority=record.priority,
@@ -282,12 +290,14 @@ class BackgroundRunner:
 
 
 def _failure(seen: _Reported) -> Failure | None:
-    if seen.status in ("completed", "incomplete"):
+    if _STATUSES.get(seen.status) is Status.SUCCEEDED:
         return None
     if seen.status == "cancelled":
         return Failure("cancelled", "the response was cancelled")
     if seen.shown is None:
         return Failure("background_lost", "the provider does not know the response any more")
     error = seen.shown.get("error")
+    errors = seen.shown.get("errors")  # an interaction's
+    error = errors[0] if isinstance(errors, list) and errors else error
     said = error.get("message") if isinstance(error, dict) else None
     return Failure("upstream_failed", str(said or "the provider failed to make it")[:2_000])

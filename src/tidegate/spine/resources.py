@@ -327,7 +327,7 @@ class Keeping:
         if use is not None and use.act is Act.DELETE and use.resource_id is not None:
             dialect = self._call.endpoint.dialect
             await self._resources.forget(caller, dialect, use.kind, use.resource_id)
-            if use.kind == "response":
+            if use.kind in ("response", "interaction"):
                 await self.hasten()
         elif use is not None and (use.act is Act.CANCEL or _IN_BACKGROUND.search(first)):
             await self.hasten()

@@ -8,6 +8,8 @@ from typing import Any
 
 import openai
 import pytest
+from google.genai import Client
+from google.genai.types import HttpOptions
 from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
@@ -134,3 +136,37 @@ async def test_what_is_refused_is_neither_counted_nor_kept(stage: Stage) -> None
     for field in ({"deferred": True}, {"background": "yes"}):
         with pytest.raises(openai.BadRequestError):
             await stage.sdk.responses.create(model=MODEL, input="Think", extra_body=field)
+
+
+async def test_an_interaction_is_counted_until_it_has_ended_and_charged_once(stage: Stage) -> None:
+    gateway = stage.gateway
+    options = HttpOptions(base_url=gateway.url)
+    client = Client(api_key=stage.sdk.api_key, http_options=options)
+    sdk: Any = client.aio
+    await gateway.upstream.set_behaviour(**SLOW)
+    begun = await sdk.interactions.create(agent="deep-research", input="Think", background=True)
+    assert begun.status == "in_progress"
+    await gateway.upstream.set_behaviour(first_byte_ms=0)
+    assert gateway.held == 0, "no process holds it"
+    await stage.counts(1)
+    after = await sdk.interactions.create(model=MODEL, input="Say hello")
+    assert after.status == "completed"
+    assert (await gateway.upstream.stats()).max_in_flight == 1
+    query = "SELECT * FROM audit WHERE response_id = $1 AND endpoint = '/v1/interactions'"
+    rows = await wait_until(lambda: gateway.database.fetch(query, begun.id), 20, "its record")
+    ended = await sdk.interactions.get(begun.id)
+    assert ended.status == "completed"
+    (row,) = [dict(row) for row in rows]
+    assert (row["status"], row["model"]) == ("succeeded", "deep-research")
+    assert (row["input_tokens"], row["output_tokens"]) == (
+        ended.usage.total_input_tokens,
+        ended.usage.total_output_tokens,
+    )
+    await gateway.upstream.set_behaviour(first_byte_ms=60_000)
+    begun = await sdk.interactions.create(agent="deep-research", input="Stop", background=True)
+    assert (await sdk.interactions.cancel(begun.id)).status == "cancelled"
+    rows = await wait_until(lambda: gateway.database.fetch(query, begun.id), 20, "its record")
+    assert [row["status"] for row in rows] == ["cancelled"]
+    await stage.counts(0)
+    await client.aio.aclose()
+    client.close()

@@ -4,13 +4,16 @@
     https://ai.google.dev/gemini-api/docs/caching
 
 Invariants: an interaction is kept unless `store` is false, with the text of those before it as the
-input of the next; none goes on in the background; ids are as long as the real ones.
+input of the next; in the background it counts as in flight until it has ended; ids are as long as
+the real ones.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from secrets import choice, token_urlsafe
@@ -35,6 +38,7 @@ from tidegate.emulator.delivery import (
     ScriptStep,
     Served,
     broken_object,
+    json_response,
     stream_steps,
     whole_steps,
 )
@@ -87,7 +91,12 @@ async def _replay(served: Served, name: str) -> web.Response:
 
 
 def _cancel(served: Served, name: str) -> Json:
-    raise Refused(400, f"The interaction is {_found(served, name)['status']}.")
+    found = _found(served, name)
+    if found["status"] != "in_progress":
+        raise Refused(400, f"The interaction is {found['status']}.")
+    found["_work"].cancel()
+    found["status"] = "cancelled"
+    return _shown(found)
 
 
 async def _create(served: Served) -> web.StreamResponse:
@@ -98,7 +107,7 @@ async def _create(served: Served) -> web.StreamResponse:
     asked = served.in_tier(asked, body.get("service_tier"))
     answer = _Answer(served, body, asked)
     if body.get("background") is True:
-        raise Refused(400, "The emulator makes no interaction in the background.")
+        return answer.in_background()
     return await served.generate(asked, answer.script)
 
 
@@ -197,8 +206,45 @@ class _Answer:
             {"x-gemini-service-tier": self._asked.tier or "standard"},
         )
 
+    def in_background(self) -> web.Response:
+        """Answer immediately; the call goes on, and counts, for as long as its answer takes."""
+        served, asked, state = self._served, self._asked, self._served.state
+        script = self.script(None)
+        whole = state.stored[_INTERACTIONS][self._id]
+        stack = ExitStack()
+        call = stack.enter_context(
+            state.serving(
+                served.request,
+                kind=asked.kind,
+                model=asked.model,
+                method="background",
+                prompt=asked.prompt,
+                size=asked.size,
+                goes_on=True,
+            )
+        )
+        begun = self._head("in_progress")
+        kept = begun | {"_texts": whole["_texts"]}
+        state.stored[_INTERACTIONS][self._id] = kept
+        takes_s = served.behaviour.first_byte(asked.kind).draw_ms(state.random) / 1000
+
+        async def work() -> None:
+            with stack:
+                try:
+                    await asyncio.sleep(takes_s)
+                except asyncio.CancelledError:
+                    state.ledger.end(call, "failed")
+                    return
+                tokens = script.steps[-1].output_tokens
+                state.ledger.charge(call, asked.input_tokens, tokens, script.thoughts_tokens)
+                state.made(call)
+                kept.update(whole)
+
+        kept["_work"] = state.work_on(work())
+        return json_response(200, begun)
+
     def _keep(self, whole: Json) -> None:
-        if self._body.get("store") is not False:
+        if self._body.get("store") is not False or self._body.get("background") is True:
             said = [
                 content["text"]
                 for step in whole["steps"]
