@@ -359,7 +359,8 @@ def _proxy(path: str, table: Mapping[str, Any], url: str, secret: ReadSecret) ->
     if not text or proxy_bypass(f"{host}:{parts.port}" if parts.port else host):
         return None
     name = parts.scheme if parts.scheme in proxies else "all"
-    return _proxy_at(f"{name.upper()}_PROXY", text)
+    variable = f"{name.upper()}_PROXY"
+    return _proxy_at(variable, text, f'http://HOST:PORT; {path}.proxy = "none" goes without')
 
 
 def _is_loopback(host: str) -> bool:
@@ -371,8 +372,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _proxy_at(path: str, text: str) -> Proxy:
-    allowed = "must be the http:// URL of a proxy, http://HOST:PORT, or env:VARIABLE, or none"
+def _proxy_at(path: str, text: str, forms: str = "http://HOST:PORT, env:VARIABLE, none") -> Proxy:
+    allowed = f"must be the http:// URL of a proxy: {forms}"
     parts = split_url(text if "://" in text else f"http://{text}")
     if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query:
         raise ConfigError(path, "(hidden)", allowed)

@@ -249,7 +249,9 @@ def test_the_proxy_of_the_file_or_of_the_environment(monkeypatch: pytest.MonkeyP
         assert network(reached) is None
     assert network("https://host/v1", 'proxy = "none"') is None
     monkeypatch.setenv("HTTPS_PROXY", "socks5://env.corp:1080")
-    assert "HTTPS_PROXY=(hidden): must be the http:// URL of a proxy" in wrong(BASE)
+    said = wrong(BASE)
+    assert "HTTPS_PROXY=(hidden): must be the http:// URL of a proxy" in said
+    assert 'upstreams.one.proxy = "none" goes without' in said
 
 
 def test_an_access_without_anything_costs_nothing() -> None:
