@@ -337,7 +337,8 @@ class Permit:
 
     def hand_over(self) -> None:
         """Return it before its call has ended: `Limiter.hold` counts the call from now on. What it
-        reserved of rates stands."""
+        reserved of rates stands. It is nobody's in this process: it counts for a call that runs."""
+        self._holding.fenced = True
         self._issuer.release(self._holding, "ignored", _NOT_KNOWN, usage_later=False)
 
     def report_usage(

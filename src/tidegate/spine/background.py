@@ -57,35 +57,43 @@ class BackgroundHandOver:
     ) -> None:
         """Make the call, and see it to its hand-over if the client leaves. Raises what it raises,
         StoreUnavailable and LimiterUnavailable."""
-        await self._begin(lane, demand)
+        self._decided.clear()
+        try:
+            await self._begin(lane, demand)
+        except BaseException:  # cancellation too: nothing was sent
+            await asyncio.shield(self.not_taken())
+            raise
         making = asyncio.ensure_future(call())
         try:
             await asyncio.shield(making)
-        except CallFailed as failed:
-            # Without an answer it may go on: it stays counted.
-            if not self._record.handed_over and (failed.status or not self._record.sent):
-                await self.not_taken()
-            raise
         except asyncio.CancelledError:
             deciding = asyncio.ensure_future(self._decided.wait())
             await asyncio.wait({making, deciding}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (making, deciding):
-                task.cancel()
-            await asyncio.gather(making, deciding, return_exceptions=True)
+            deciding.cancel()
+            if not making.done():
+                making.cancel()
+                await asyncio.wait({making})
             raise
+        finally:
+            if self._is_not_taken(making):
+                await self.not_taken()
+
+    def _is_not_taken(self, making: asyncio.Future[None]) -> bool:
+        """Whether the provider has refused it, or never heard of it. Without an answer it may go
+        on: then it stays counted."""
+        if self._decided.is_set() or not making.done() or making.cancelled():
+            return False
+        error = making.exception()
+        refused = isinstance(error, CallFailed) and error.status > 0
+        return refused or not self._record.sent
 
     async def _begin(self, lane: Lane, demand: CallDemand) -> None:
         record, within_ms = self._record, lane.hard_ms
-        self._decided.clear()
         name = f"background-{record.id}-{record.attempts}"
+        self._held = (lane.limiter, name) if demand.limits else None
         await self._calls.begin(record, self._kind, demand.limits, name, within_ms)
         if demand.limits:
-            self._held = lane.limiter, name
-            try:
-                await lane.limiter.hold(name, demand.limits, within_ms + GRACE_MS)
-            except LimiterUnavailable:
-                await self.not_taken()
-                raise
+            await lane.limiter.hold(name, demand.limits, within_ms + GRACE_MS)
 
     async def taken(self, made: Sequence[NewResource]) -> None:
         """Raises StoreUnavailable where that can't be written within some seconds: the call stays

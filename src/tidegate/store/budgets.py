@@ -550,8 +550,9 @@ class Budgets:
                 self._freed.remove(future)
 
     def held_by(self, request_id: UUID) -> UUID | None:
-        """What a call of this process holds, if it holds something."""
-        return next((hold for hold, owner in self._open.items() if owner == request_id), None)
+        """What the last try of a call of this process holds, if it holds something."""
+        held = reversed(self._open.items())
+        return next((hold for hold, owner in held if owner == request_id), None)
 
     def give_away(self, hold: UUID) -> None:
         """It is held for no process from now on: what is settled of it here changes nothing."""

@@ -90,6 +90,34 @@ async def test_a_revoked_process_gives_its_permits_back_and_cancels_its_calls(
     await waiter.end()
 
 
+async def test_a_call_that_is_handed_over_counts_for_nobodys_next_one(
+    maker: Maker, valkey_url: str
+) -> None:
+    """Its process has waiters, and the right to pass permits on to them; then it is gone."""
+    one, two = [await maker(valkey_url, 1) for _ in range(2)]
+    waiters: list[Body] = []
+    async with one.acquire(LIMIT) as permit:
+        waiters += [Body(one), Body(one)]
+        await until_waiting(two, 2)
+        await one.hold("background-1", [LIMIT], 60_000)
+        permit.hand_over()
+        await until_used(two, 1)
+        assert one.permits_held == 0
+    assert one.waiters == 2
+    await one.hold("background-1", [LIMIT], 60_000)
+    await until_used(two, 1)
+    assert await two.revoke("background-1") == 1
+    assert await two.revoke("background-1") == 0
+    for waiter in waiters:
+        await waiter.until_admitted()
+        await waiter.end()
+    await one.hold("background-2", [LIMIT], 60_000)
+    await one.aclose()
+    await until_used(two, 1)
+    await two.revoke("background-2")
+    await until_used(two, 0)
+
+
 async def test_try_acquire_takes_what_is_free_and_waits_for_nothing(
     maker: Maker, valkey_url: str
 ) -> None:
