@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -125,6 +126,26 @@ async def test_a_stream_may_be_left_and_is_seen_to_its_end(stage: Stage) -> None
     assert events[-1] == "response.completed"
     row = await stage.ended(response_id)
     assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+
+
+async def test_a_client_that_leaves_does_not_end_the_hand_over(stage: Stage) -> None:
+    """It leaves while the provider has the call, and its answer is still to come."""
+    gateway = stage.gateway
+    await gateway.upstream.set_behaviour(**SLOW)
+    await gateway.upstream.set_fault("slow_first_token", match="Think", delay_ms=700)
+    asking = asyncio.create_task(
+        stage.sdk.responses.create(model=MODEL, input="Think", background=True)
+    )
+    await gateway.in_flight(1)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+
+    async def on_record() -> Any:
+        return await gateway.database.fetch("SELECT * FROM audit")
+
+    (row,) = await wait_until(on_record, 20, "its record")
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    await stage.counts(0)
 
 
 async def test_what_is_refused_is_neither_counted_nor_kept(stage: Stage) -> None:
