@@ -123,6 +123,25 @@ def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
     return endpoint
 
 
+# What no `passthrough` opens: an account's own administration, and what is known in parts.
+_KNOWN_ROOTS = (
+    *("/v1/organization", "/v1/organizations", "/v1/models", "/v1/files", "/v1/batches"),
+    *("/v1beta/models", "/v1beta/tunedModels", "/v1beta/files", "/v1beta/batches"),
+)
+
+
+def is_known(path: str) -> bool:
+    """Whether a path, or one below it, is relayed or refused as itself, so that an upstream's
+    `passthrough` may not name it. `path` may end with `/*`."""
+    stem = path.removesuffix("/*")
+    if stem.startswith(tuple(f"{root}/" for root in _KNOWN_ROOTS)) or stem in _KNOWN_ROOTS:
+        return True
+    if any(methods_at(stem, dialect) for dialect in Dialect):
+        return True
+    below = f"{stem}/"
+    return path != stem and any(one.startswith(below) for one in (*_POSTED, *_KNOWN_ROOTS))
+
+
 def methods_at(path: str, dialect: Dialect) -> tuple[str, ...]:
     """By which methods a path is relayed; none where it is not known."""
     return tuple(one for one in _METHODS if endpoint_of(one, path, dialect) is not None)

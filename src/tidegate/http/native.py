@@ -277,6 +277,8 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
     endpoint, dialect = endpoint_in(method, path, headers, scope["query_string"])
+    if endpoint is None and (found := services.spine.targets.passthrough(path)) is not None:
+        endpoint, dialect = found, found.dialect
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:

@@ -49,12 +49,16 @@ Learn = Literal["propose", "apply"]
 _LEARN: tuple[Learn, ...] = get_args(Learn)
 _POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
-_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", *TIMEOUTS)
+_OWN_KEYS = (
+    *("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", "passthrough"),
+    *TIMEOUTS,
+)
 _OF_GEMINI = (*_OWN_KEYS, *HEADER_KEYS, *NETWORK_KEYS)
 _KEYS = (
     *("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *ACCESS_KEYS),
     *_POLICY_KEYS,
 )
+_PASSTHROUGH = re.compile(r"/v1(?:alpha|beta)?(?:/\w[\w.:-]*)+(?:/\*)?", re.ASCII)
 _LONGEST_MS = 86_400_000
 _MOST_TIMES = 100
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
@@ -81,7 +85,9 @@ class Upstream:
     public ones of `provider`, or where it names none of the provider of its hosts. asks_usage:
     whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
     that differ from the settings. learn: what becomes of limits in headers of its answers. preempt:
-    None where no call gives way. access_options: how it is reached, beside its key."""
+    None where no call gives way. passthrough: paths that it has and Tidegate does not know, such as
+    `/v1/new-thing`, or `/v1/new/*` for all below. access_options: how it is reached, beside its
+    key."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -95,6 +101,7 @@ class Upstream:
     provider: str | None = None
     learn: Learn = "propose"
     preempt: Preempt | None = None
+    passthrough: tuple[str, ...] = ()
     access_options: AccessOptions = field(default_factory=AccessOptions)
     _accesses: dict[str, Access] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -341,6 +348,12 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
         found["learn"] = table["learn"]
     if "preempt" in table:
         found["preempt"] = _preempt(f"{path}.preempt", table["preempt"])
+    if "passthrough" in table:
+        found["passthrough"] = _texts(f"{path}.passthrough", table["passthrough"])
+        for one in found["passthrough"]:
+            if _PASSTHROUGH.fullmatch(one) is None:
+                allowed = "must be a path such as /v1/new-thing, or /v1/new/* for all below"
+                raise ConfigError(f"{path}.passthrough", one, allowed)
     found["timeouts"] = {
         name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
     }

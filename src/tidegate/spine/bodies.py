@@ -153,6 +153,14 @@ def _model_named_again(raw: bytes, named: str, model: str) -> bytes:
     return re.sub(names, lambda found: found[1] + name, raw)
 
 
+def has_several_answers(body: dict[str, Any]) -> bool:
+    """Whether several answers are requested, each as long as the model gives out."""
+    settings = body.get("generationConfig") or body.get("generation_config")
+    found = settings if type(settings) is dict else body
+    names = ("n", "best_of", "candidateCount", "candidate_count")
+    return any(found.get(name) not in (None, 1) for name in names)
+
+
 _PIECE_BYTES = 256 * 1024
 _MODEL_PART = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n'
 

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,10 @@ import orjson
 
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.headers import to_send
-from tidegate.dialects.spec import Dialect, Endpoint, Headers, ModelList
+from tidegate.dialects.requests import check_said_once, check_spelling, skimmed
+from tidegate.dialects.spec import Dialect, Endpoint, Headers, ModelList, RequestFacts
 from tidegate.errors import Forbidden, InvalidRequest, UpstreamError, UpstreamGarbled
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.routing import Target
@@ -146,6 +149,36 @@ def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:
     """Whether this is a tool that the client runs. Elsewhere, such as beside `model` itself, a
     `type` says nothing of the sort."""
     return value.get("type") in _OF_CLIENTS and _TOOLS.fullmatch(path) is not None
+
+
+def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:
+    """The model that a body names which is known in no other respect; empty without one. Raises
+    Forbidden for one that the caller may not ask, or for none where it may ask only some, and
+    InvalidRequest where servers could read another one."""
+    body: dict[str, Any] = {}
+    model = ""
+    with suppress(InvalidRequest):  # it need not be JSON
+        body = skimmed(raw).body if raw else {}
+    if body:
+        check_spelling(body)
+        check_said_once(raw, body)
+    if type(named := body.get("model")) is str and 1 <= len(named) <= 200 and named.isprintable():
+        model = named
+    if caller.models is not None:
+        check_model(caller, model)
+        check_body(caller, endpoint, body)
+        check_names(caller, raw)
+    return model
+
+
+def facts_of_form(form: MediaForm, endpoint: Endpoint, caller: Caller) -> RequestFacts:
+    """Facts of a form that the caller may send. Raises InvalidRequest and Forbidden."""
+    spec = DIALECTS[endpoint.dialect]
+    asked = spec.request_facts(endpoint, form.fields)
+    if caller.models is not None:
+        check_model(caller, asked.model)
+        check_body(caller, endpoint, form.fields)
+    return with_files(asked, form, endpoint, spec.rules_of(asked.model))
 
 
 _KEPT_S = 60.0

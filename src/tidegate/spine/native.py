@@ -44,7 +44,6 @@ from tidegate.dialects.answers import (
     visible_output,
     with_tier,
 )
-from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.headers import followed, of_answer, tier_in, to_return
 from tidegate.dialects.requests import (
     LONGEST_TIER,
@@ -62,8 +61,16 @@ from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key
 from tidegate.spine.background import BackgroundHandOver
-from tidegate.spine.bodies import FormBody, body_for
-from tidegate.spine.models import Models, check_body, check_model, check_names, is_plain
+from tidegate.spine.bodies import FormBody, body_for, has_several_answers
+from tidegate.spine.models import (
+    Models,
+    check_body,
+    check_model,
+    check_names,
+    facts_of_form,
+    is_plain,
+    model_of_other,
+)
 from tidegate.spine.resources import Keeping, Resources
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
@@ -155,7 +162,9 @@ class Relay:
         references: Sequence[Reference] = ()
         if call.form is not None:
             body = dict(call.form.form.fields)
-            asked = _facts_of_form(call.form.form, endpoint, caller)
+            asked = facts_of_form(call.form.form, endpoint, caller)
+        elif endpoint.operation is Operation.OTHER:
+            record.model = model_of_other(caller, endpoint, call.body) or None
         elif endpoint.is_counted or (call.body and endpoint.resource is None):
             read = skimmed(call.body)
             if read.raw is not call.body:  # it was large: others go first now
@@ -229,6 +238,9 @@ class Relay:
 
     def _targets(self, call: NativeCall, asked: RequestFacts | None) -> list[Target]:
         dialect, name = call.endpoint.dialect, call.endpoint.model
+        if call.endpoint.upstream:
+            upstream = self.spine.targets.upstreams[call.endpoint.upstream]
+            return [Target(upstream, model_of_other(call.terms.caller, call.endpoint, call.body))]
         if asked is not None:
             return self.spine.targets.of(dialect, asked.model)
         if call.endpoint.operation is Operation.MODELS and name is not None:
@@ -342,7 +354,7 @@ class NativeExchange:
         context_tokens, most_output = prices.most(target.model)
         if endpoint.operation.writes_nothing:
             most_output = 0
-        elif asked.max_output_tokens is not None or _has_several_answers(self._body):
+        elif asked.max_output_tokens is not None or has_several_answers(self._body):
             most_output = asked.max_output_tokens
         learning = asked.pieces.learning
         searches = learning is Learning.HOSTED or "search" in target.model
@@ -403,8 +415,9 @@ class NativeExchange:
             if self.keeping is not None and self.keeping.is_list:
                 await self._list(target)
                 return
-            body: RequestBody
-            if call.form is None:
+            if call.endpoint.operation is Operation.OTHER:
+                body: RequestBody = call.body or None
+            elif call.form is None:
                 body = body_for(call.body, call.endpoint, self._body, target, ask_usage=hides)
             else:
                 body = call.form.for_model(target.model)
@@ -571,6 +584,9 @@ class NativeExchange:
         """Of a call that an upstream has begun to answer, or may have. `images`: None where they
         were not counted."""
         asked, record, endpoint = self._asked, self._record, self._call.endpoint
+        if endpoint.operation is Operation.OTHER and not is_unknown(record.answer.usage):
+            rates = self._rates(demands.prices, target.model, whole)
+            return charge_of(rates, record.answer.usage, images, whole=whole)
         if asked is None or not record.sent or not endpoint.is_counted:
             return NO_CHARGE
         usage, dialect = record.answer.usage, DIALECTS[endpoint.dialect]
@@ -651,14 +667,6 @@ _UNSEEN = {
 }
 
 
-def _has_several_answers(body: dict[str, Any]) -> bool:
-    """Whether several answers are requested, each as long as the model gives out."""
-    settings = body.get("generationConfig") or body.get("generation_config")
-    found = settings if type(settings) is dict else body
-    names = ("n", "best_of", "candidateCount", "candidate_count")
-    return any(found.get(name) not in (None, 1) for name in names)
-
-
 def _cache_write(rates: Rates | None, body: dict[str, Any]) -> CacheWrite | None:
     """To which cache a request asks its input to be written, where that has a price of its own: who
     leaves before the usage is reported has it written all the same."""
@@ -676,16 +684,6 @@ def _cache_write(rates: Rates | None, body: dict[str, Any]) -> CacheWrite | None
 def _tells_pictures(endpoint: Endpoint) -> bool:
     """Whether the pictures of a whole stream can be counted: others come in parts."""
     return endpoint.dialect is Dialect.GEMINI or endpoint.path == "/responses"
-
-
-def _facts_of_form(form: MediaForm, endpoint: Endpoint, caller: Caller) -> RequestFacts:
-    """Facts of a form that the caller may send. Raises InvalidRequest and Forbidden."""
-    spec = DIALECTS[endpoint.dialect]
-    asked = spec.request_facts(endpoint, form.fields)
-    if caller.models is not None:
-        check_model(caller, asked.model)
-        check_body(caller, endpoint, form.fields)
-    return with_files(asked, form, endpoint, spec.rules_of(asked.model))
 
 
 async def _open(

@@ -31,10 +31,12 @@ from typing import Any, Literal
 
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
 from tidegate.call import Kind
+from tidegate.dialects import is_known
 from tidegate.dialects.headers import RateStatus, rate_statuses
 from tidegate.dialects.prompts import Files, dialect_for
-from tidegate.dialects.spec import Dialect
+from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import (
+    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     LimiterUnavailable,
@@ -599,6 +601,10 @@ class Target:
     model: str
 
 
+# Each part begins with a letter, a digit or an underscore: none leads elsewhere.
+_PLAIN_PATH = re.compile(r"(?:/\w[\w.:@-]*)+", re.ASCII)
+
+
 class Targets:
     """One per process."""
 
@@ -609,6 +615,25 @@ class Targets:
         # The targets of a model, and whether their order is drawn.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
         self._for_prompts: dict[str, tuple[list[Target], bool]] = {}
+        self._passthrough = {
+            pattern: one for one in deployment.upstreams for pattern in one.passthrough
+        }
+        for pattern, one in self._passthrough.items():
+            if is_known(pattern):
+                allowed = "must be a path that Tidegate does not know itself, nor one below it"
+                raise ConfigError(f"upstreams.{one.name}.passthrough", pattern, allowed)
+
+    def passthrough(self, path: str) -> Endpoint | None:
+        """The endpoint of a path that an upstream's `passthrough` names; None for any other."""
+        if not self._passthrough or _PLAIN_PATH.fullmatch(path) is None or is_known(path):
+            return None
+        for pattern, upstream in self._passthrough.items():
+            stem = pattern.removesuffix("/*")
+            if path == stem or (stem != pattern and path.startswith(f"{stem}/")):
+                dialect = _first_dialect(upstream)
+                below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
+                return Endpoint(dialect, Operation.OTHER, below, upstream=upstream.name)
+        return None
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
         """The chain for a model. Raises NotFound where nobody serves it in that dialect."""

@@ -29,6 +29,14 @@ async def test_a_job_wraps_calls_of_several_dialects(open_gateway: Opener) -> No
     third = await gateway.submit(
         endpoint="/v1/messages", body=chat("Say hello", model="claude-x", max_tokens=50)
     )
+    judged = await gateway.submit(
+        endpoint="/v1/moderations", body={"input": "I kill", "model": "m"}
+    )
+    ranked = await gateway.submit(
+        endpoint="/v1/rerank", body={"model": "m", "query": "a", "documents": ["b", "a"]}
+    )
+    assert (await gateway.end_of(judged))["answer"]["results"][0]["flagged"]
+    assert (await gateway.end_of(ranked))["answer"]["results"][0]["index"] == 1
     record = await gateway.end_of(first)
     assert (record["status"], record["type"], record["attempts"]) == ("succeeded", "text_only", 1)
     assert (record["source"], record["model"]) == ("job", MODEL)
@@ -65,6 +73,7 @@ async def test_what_the_provider_refuses_fails_the_job(open_gateway: Opener) -> 
         ({"endpoint": "/v1/nothing", "body": chat("x")}, "endpoint"),
         ({"endpoint": "/v1/messages/count_tokens", "body": chat("x")}, "endpoint"),
         ({"endpoint": f"/v1beta/models/{MODEL}:streamGenerateContent", "body": {}}, "endpoint"),
+        ({"endpoint": "/v1/audio/speech", "body": chat("x", input="x")}, "endpoint"),
         ({"endpoint": "/v1/chat/completions", "body": {}}, "model"),
         ({"endpoint": "/v1/chat/completions", "body": "x"}, "body"),
         ({"endpoint": "/v1/chat/completions", "body": chat("x"), "data": "y"}, "data"),

@@ -10,7 +10,7 @@ import pytest
 
 from tidegate.call import Kind
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import InvalidRequest, NotFound
+from tidegate.errors import ConfigError, InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
 from tidegate.spine.routing import Targets
 
@@ -151,3 +151,41 @@ def test_a_prompt_for_a_model_that_nobody_serves_is_told_what_there_is() -> None
 def test_a_limit_on_a_model_belongs_to_the_pools_that_call_it(model: str, pools: list[str]) -> None:
     found = targets(Route("smart", (("openai", "pro"), ("twin", "gpt-routed"))))
     assert found.pools_for(model) == pools
+
+
+def passing(*patterns: str) -> Targets:
+    upstream = Upstream("new", {"openai": "http://n/v1"}, "k", passthrough=patterns)
+    return Targets(Deployment((GEMINI, upstream)), Random(1))
+
+
+@pytest.mark.parametrize(
+    ("path", "below"),
+    [
+        ("/v1/new-thing", "/new-thing"),
+        ("/v1/evals", "/evals"),
+        ("/v1/evals/e_1/runs", "/evals/e_1/runs"),
+        ("/v1/evalsx", None),
+        ("/v1/new-thing/below", None),
+        ("/v1/evals/../models", None),
+        ("/v1/evals/%2e%2e/models", None),
+        ("/v1/evals//x", None),
+        ("/v1/chat/completions", None),
+    ],
+)
+def test_a_path_that_an_upstream_passes_through_goes_there(path: str, below: str | None) -> None:
+    found = passing("/v1/new-thing", "/v1/evals/*").passthrough(path)
+    assert (found and (found.path, found.upstream)) == (below and (below, "new"))
+    assert targets().passthrough(path) is None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("/v1/chat/completions", "/v1/chat/*", "/v1/images/*", "/v1/models", "/v1/models/x"),
+        *("/v1/organization", "/v1/organization/costs", "/v1/organization/*", "/v1/files/*"),
+        *("/v1/batches", "/v1beta/models/*", "/v1/responses/resp_1", "/v1/audio/speech"),
+    ],
+)
+def test_no_path_that_is_known_can_be_passed_through(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"upstreams\.new\.passthrough"):
+        passing(pattern)

@@ -1,0 +1,102 @@
+"""Paths that nobody has named but an upstream's `passthrough`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from tests.gateway import Gateway, Opener
+
+POLICY = """
+[upstreams.new]
+base_url = "{url}/v1"
+dialect = "openai"
+passthrough = ["/v1/new-thing", "/v1/evals/*"]
+[upstreams.new.limits]
+"kind:other" = 1
+[upstreams.new.prices]
+"new-*" = {{ input = 1, output = 2 }}
+"""
+ANSWER = {"id": "x", "usage": {"input_tokens": 30, "output_tokens": 5, "total_tokens": 35}}
+Seen = list[tuple[str, str, bytes]]
+
+
+@pytest.fixture
+async def seen() -> Seen:
+    return []
+
+
+@pytest.fixture
+async def provider(seen: Seen) -> AsyncIterator[str]:
+    """A server that has any path."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        seen.append((request.method, request.path_qs, await request.read()))
+        return web.json_response(ANSWER)
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def passing(open_gateway: Opener, tmp_path: Path, provider: str) -> Gateway:
+    policy = tmp_path / "tidegate.toml"
+    policy.write_text(POLICY.format(url=provider))
+    return await open_gateway(worker=False, tidegate_policy=policy)
+
+
+async def test_a_named_path_is_relayed_by_any_method_with_what_its_answer_tells(
+    passing: Gateway, seen: Seen
+) -> None:
+    raw = b'{ "model": "new-1",  "anything": [1.10] }'
+    url = f"{passing.url}/v1/new-thing?a=b"
+    async with passing.http.post(url, data=raw) as response:
+        assert (response.status, await response.json()) == (200, ANSWER)
+        assert response.headers["x-tidegate-upstream"] == "new"
+        row = await passing.audit(response.headers["x-tidegate-request-id"])
+    assert (row["model"], row["kind"], row["endpoint"]) == ("new-1", None, "/v1/new-thing")
+    assert (row["input_tokens"], row["output_tokens"], row["cost_micros"]) == (30, 5, 40)
+    assert (row["usage_state"], row["request"]) == ("told", raw.decode())
+    for method, body in (("GET", b""), ("DELETE", b""), ("PATCH", b"no JSON")):
+        below = f"{passing.url}/v1/evals/e-1/runs"
+        async with passing.http.request(method, below, data=body or None) as response:
+            assert response.status == 200
+    assert seen == [
+        ("POST", "/v1/new-thing?a=b", raw),
+        ("GET", "/v1/evals/e-1/runs", b""),
+        ("DELETE", "/v1/evals/e-1/runs", b""),
+        ("PATCH", "/v1/evals/e-1/runs", b"no JSON"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/other", "/v1/new-thing/below", "/v1/evalsx", "/v1/evals/../organization/costs"],
+)
+async def test_no_other_path_is_opened(passing: Gateway, seen: Seen, path: str) -> None:
+    parts = passing.url.removeprefix("http://")
+    host, _, port = parts.partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode())
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 404")
+    assert seen == []
+
+
+async def test_a_model_that_servers_could_read_in_two_ways_is_refused(
+    passing: Gateway, seen: Seen
+) -> None:
+    raw = b'{"model":"new-1","model":"new-2"}'
+    async with passing.http.post(f"{passing.url}/v1/new-thing", data=raw) as response:
+        assert response.status == 400
+        assert "more than once" in (await response.json())["error"]["message"]
+    assert seen == []
