@@ -15,6 +15,7 @@ from openai import AsyncOpenAI
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
 from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.store.retention import Whose
 
 FILE = """
 [upstreams.first]
@@ -191,3 +192,15 @@ async def test_what_lives_elsewhere_is_called_nowhere_else(stage: Stage) -> None
             model=MODEL, input="And then?", previous_response_id=made.id
         )
     assert (await away.control.stats()).last_id == before
+
+
+async def test_what_an_erased_subject_owns_is_nobodys(stage: Stage) -> None:
+    subject = {"x-tidegate-subject": "patient-1"}
+    made = await stage.acme.responses.create(model=MODEL, input="Hello", extra_headers=subject)
+    kept = await stage.acme.responses.create(model=MODEL, input="Hello")
+    retention = stage.gateway.services.store.retention
+    report = await retention.erase(Whose("acme", "patient-1"))
+    assert report.resources == 1
+    with pytest.raises(openai.NotFoundError):
+        await stage.acme.responses.retrieve(made.id)
+    assert (await stage.acme.responses.retrieve(kept.id)).id == kept.id

@@ -2,7 +2,7 @@
 
 A row is durable before its id reaches a client, outlives the record of the call that made it, and
 goes with its tenant. While PostgreSQL is unavailable new ones wait on the disk, and only what this
-process has looked up before is found.
+process has looked up within a minute is found.
 
 Invariant: a resource has one owner for good, whatever a provider answers to others later.
 """
@@ -10,6 +10,7 @@ Invariant: a resource has one owner for good, whatever a provider answers to oth
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tidegate.store.records import Json, dumps, entry_of
 
 _TIMEOUT_MS = 2_000
 _MOST_KNOWN = 20_000
+_KNOWN_S = 60.0  # what is erased by another process is forgotten within that
 NOTED = "noted"  # of the entries that the recorder writes
 
 
@@ -62,7 +64,7 @@ class ProviderResources:
         """`keep` writes an entry, or keeps it on the disk until it can be written."""
         self._connections = connections
         self._keep = keep
-        self._known: OrderedDict[_Place, ResourceOwner] = OrderedDict()
+        self._known: OrderedDict[_Place, tuple[float, ResourceOwner]] = OrderedDict()
 
     async def note(self, new: Sequence[NewResource]) -> None:
         """Return when all of these are durable; one that has an owner already keeps it."""
@@ -74,11 +76,11 @@ class ProviderResources:
         found, unknown = dict[str, ResourceOwner](), list[str]()
         for one in ids:
             place = (dialect, kind, one)
-            if (owner := self._known.get(place)) is None:
+            known = self._known.get(place)
+            if known is None or time.monotonic() - known[0] > _KNOWN_S:
                 unknown.append(one)
             else:
-                self._known.move_to_end(place)
-                found[one] = owner
+                found[one] = known[1]
         if unknown:
             rows = await self._connections.rows(
                 "provider_resources_named", dialect, kind, unknown, timeout_ms=_TIMEOUT_MS
@@ -125,7 +127,8 @@ class ProviderResources:
 
     def _learn(self, dialect: str, kind: str, row: asyncpg.Record) -> ResourceOwner:
         owner = ResourceOwner(row["tenant_id"], row["upstream"], bytes(row["account"]))
-        self._known[dialect, kind, row["resource_id"]] = owner
+        self._known[dialect, kind, row["resource_id"]] = time.monotonic(), owner
+        self._known.move_to_end((dialect, kind, row["resource_id"]))
         while len(self._known) > _MOST_KNOWN:
             self._known.popitem(last=False)
         return owner
