@@ -362,9 +362,9 @@ class _Front:
         form: FormBody | None = None
         try:
             await self._identify(endpoint)
-            types = [value for name, value in self._scope["headers"] if name == _TYPE]
-            if endpoint.takes_form and any(map(is_form, types)):
-                form = await self._form(types, endpoint)
+            if endpoint.takes_form:
+                types = [value for name, value in self._scope["headers"] if name == _TYPE]
+                form = await self._form(types, endpoint) if any(map(is_form, types)) else None
             body = b"" if uploads or form is not None else await self._whole_body()
             call = call_of(
                 self._scope,
