@@ -332,14 +332,13 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
     if cached is None:  # Moonshot's and Together's name, Mistral's, DeepSeek's
         cached = count_of(raw, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens")
     details = _usage_details(raw, of_taken, of_given)
+    if seconds := positive_of(raw, "prompt_audio_seconds"):  # Mistral's
+        details = replace(details or UsageDetails(), input_audio_seconds=seconds)
     if taken is not None and total is not None and total > taken + (given or 0):
         if given is not None and "prompt_audio_seconds" in raw:
             # Mistral's input beside the text, which no count of its own reports.
             audio = total - given - taken
-            seconds = positive_of(raw, "prompt_audio_seconds")
-            details = replace(
-                details or UsageDetails(), input_audio_tokens=audio, input_audio_seconds=seconds
-            )
+            details = replace(details or UsageDetails(), input_audio_tokens=audio)
             taken = total - given
         else:
             # An embedding's input is all; xAI leaves the thoughts out of the output, and Gemini

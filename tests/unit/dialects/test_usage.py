@@ -271,6 +271,9 @@ def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
         ({"text": "a", "usage": {"type": "tokens", "input_tokens": 30, "output_tokens": 5,
           "total_tokens": 35, "input_token_details": {"text_tokens": 10, "audio_tokens": 20}}},
          Usage(30, 5, None, None, 35, UsageDetails(input_audio_tokens=20))),
+        ({"text": "a", "usage": {"prompt_audio_seconds": 36, "prompt_tokens": 13,
+          "completion_tokens": 151, "total_tokens": 164}},
+         Usage(13, 151, None, None, 164, UsageDetails(input_audio_seconds=36))),
         # ranks: all is input; Cohere's searches
         ({"results": [], "usage": {"total_tokens": 17}}, Usage(17, 0, total_tokens=17)),
         ({"results": [], "meta": {"billed_units": {"search_units": 2}}},
