@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
@@ -269,6 +269,20 @@ def _id_of(value: Any, making: Making) -> str | None:
 
 _GO_ON = ("queued", "in_progress")
 _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
+
+
+def _end_of(made: dict[str, Any] | None) -> datetime | None:
+    """When a file of Gemini's ends, whose name a client may choose again from then on."""
+    said = None if made is None else made.get("expirationTime")
+    if not isinstance(said, str):
+        return None
+    try:
+        end = datetime.fromisoformat(said)
+    except ValueError:
+        raise UpstreamGarbled("the answer names an end that is no time") from None
+    return end if end.tzinfo is not None else end.replace(tzinfo=UTC)
+
+
 _HEAD_BYTES = 262_144  # of a stream, whose first event names what it makes
 
 
@@ -334,9 +348,7 @@ class Keeping:
         if self.making is None:
             return first
         first, made = await self.named(exchange, first, record)
-        named = _id_of(made, self.making)
-        ids = [] if named is None else [named]
-        rows = self._resources.made(self.by, target, self.making.kind, ids)
+        rows = self._rows(made, target)
         if self.hand_over is not None:
             if made is not None and made.get("status") in _GO_ON:
                 await self.hand_over.taken(rows)
@@ -348,10 +360,13 @@ class Keeping:
     async def note(self, answer: bytes, target: Target) -> None:
         """Have it durable what a whole answer makes. Raises StoreUnavailable."""
         if self.making is not None:
-            named = _id_of(made_in(answer, self.making), self.making)
-            ids = [] if named is None else [named]
-            made = self._resources.made(self.by, target, self.making.kind, ids)
-            await self._resources.note(made)
+            await self._resources.note(self._rows(made_in(answer, self.making), target))
+
+    def _rows(self, made: dict[str, Any] | None, target: Target) -> list[NewResource]:
+        assert self.making is not None
+        named = _id_of(made, self.making)
+        ids = [] if named is None else [named]
+        return self._resources.made(self.by, target, self.making.kind, ids, _end_of(made))
 
     async def hasten(self) -> None:
         """Have a worker look soon at the call that makes what this request is about."""

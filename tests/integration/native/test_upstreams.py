@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -125,10 +126,13 @@ async def test_equals_share_by_weight(
 ) -> None:
     file = policy(bound=100, more="weight = 3")
     gateway = await open_gateway(worker=False, tidegate_policy=file, rate_limits={"text_only": 100})
+    talks = (f"talk-{number}" for number in itertools.count())  # the turns of one go to one
     answers = [
         answer
         for _ in range(10)
-        for answer in await asyncio.gather(*(ask(gateway) for _ in range(20)))
+        for answer in await asyncio.gather(
+            *(ask(gateway, **{"x-tidegate-conversation": next(talks)}) for _ in range(20))
+        )
     ]
     seen = Counter(headers["x-tidegate-upstream"] for _, headers, _ in answers)
     assert 0.6 < seen["second"] / 200 < 0.9

@@ -4,7 +4,8 @@ A row is durable before its id reaches a client, outlives the record of the call
 goes with its tenant. While PostgreSQL is unavailable new ones wait on the disk, and only what this
 process has looked up within a minute is found.
 
-Invariant: a resource has one owner for good, whatever a provider answers to others later.
+Invariant: a resource has one owner until its provider has deleted it, whatever the provider
+answers to others.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class ProviderResources:
         for one in ids:
             place = (dialect, kind, one)
             known = self._known.get(place)
-            if known is None or time.monotonic() - known[0] > _KNOWN_S:
+            if known is None or time.monotonic() > known[0]:
                 unknown.append(one)
             else:
                 found[one] = known[1]
@@ -127,7 +128,10 @@ class ProviderResources:
 
     def _learn(self, dialect: str, kind: str, row: asyncpg.Record) -> ResourceOwner:
         owner = ResourceOwner(row["tenant_id"], row["upstream"], bytes(row["account"]))
-        self._known[dialect, kind, row["resource_id"]] = time.monotonic(), owner
+        known_s, expires_at = _KNOWN_S, row["expires_at"]
+        if expires_at is not None:  # its name may be another tenant's from then on
+            known_s = min(known_s, (expires_at - datetime.now(UTC)).total_seconds())
+        self._known[dialect, kind, row["resource_id"]] = time.monotonic() + known_s, owner
         self._known.move_to_end((dialect, kind, row["resource_id"]))
         while len(self._known) > _MOST_KNOWN:
             self._known.popitem(last=False)
