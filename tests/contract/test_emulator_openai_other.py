@@ -287,6 +287,6 @@ async def test_a_body_that_makes_no_sense_is_refused_by_its_field(emulator: Emul
 
 
 async def test_an_unknown_path_is_a_404_in_openais_words(emulator: Emulator) -> None:
-    for path in ("/v1beta/openai/sing", "/v1/audio/speech"):
+    for path in ("/v1beta/openai/sing", "/v1/audio/singing"):
         status, answer = await post(emulator, path, {})
         assert (status, answer["error"]["message"]) == (404, f"Invalid URL (POST {path})")

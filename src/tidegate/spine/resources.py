@@ -257,6 +257,22 @@ def made_in(answer: bytes, making: Making) -> dict[str, Any] | None:
     return None
 
 
+def _names_nothing(stream: bytes, making: Making) -> bool:
+    """Whether the event of a stream that would name what it makes has come, or enough others."""
+    count = 0
+    for line in stream.splitlines():
+        if line.startswith(b"data:"):
+            try:
+                event = orjson.loads(line[5:])
+            except orjson.JSONDecodeError:
+                continue
+            count += 1
+            is_named = making.within is None or (isinstance(event, dict) and making.within in event)
+            if is_named or count >= _MOST_EVENTS:
+                return True
+    return False
+
+
 def _id_of(value: Any, making: Making) -> str | None:
     found = value.get(making.name) if isinstance(value, dict) else None
     if not isinstance(found, str) or not found:
@@ -283,6 +299,7 @@ def _end_of(made: dict[str, Any] | None) -> datetime | None:
     return end if end.tzinfo is not None else end.replace(tzinfo=UTC)
 
 
+_MOST_EVENTS = 8  # before the one that names what a stream makes
 _HEAD_BYTES = 262_144  # of a stream, whose first event names what it makes
 
 
@@ -395,6 +412,6 @@ class Keeping:
             is_whole = exchange.at_end or len(first) > most
             if is_whole or record.streamed:
                 found = made_in(seen, self.making)
-                if is_whole or found is not None:
+                if is_whole or found is not None or _names_nothing(seen, self.making):
                     return first, found
             first += await exchange.next()

@@ -57,6 +57,10 @@ def _gemini(do: str, kind: str = "text_only", body: dict[str, Any] | None = None
     )
 
 
+def _form(path: str, kind: str, name: str, **fields: str) -> Route:
+    return Route("POST", path, kind, {**fields, name: PNG})
+
+
 def _post(path: str, kind: str = "text_only", **body: Any) -> Route:
     headers = _AS_ANTHROPIC if path.startswith("/v1/messages") else {}
     streams = bool(body.get("stream"))
@@ -65,6 +69,7 @@ def _post(path: str, kind: str = "text_only", **body: Any) -> Route:
 
 
 _EMBED = {"content": {"parts": [{"text": "Say hello"}]}}
+_LONG = {"contents": [{"role": "user", "parts": [{"text": "Say hello. " * 2_000}]}]}
 _AS_GEMINI = {"x-goog-api-key": "of-a-client"}
 _AS_ANTHROPIC = {"anthropic-version": "2023-06-01"}
 _START = {"X-Goog-Upload-Protocol": "resumable", "X-Goog-Upload-Command": "start"}
@@ -84,6 +89,15 @@ NATIVE = (
     _post("/v1/responses", model="gpt-x", input="Say hello", stream=True),
     _post("/v1/embeddings", model="embed-x", input="Say hello"),
     _post("/v1/images/generations", "image_generation", model="image-x", prompt="A fox"),
+    _form("/v1/images/edits", "image_generation", "image", model="image-x", prompt="A fox"),
+    _form("/v1/images/variations", "image_generation", "image", model="image-x"),
+    _form("/v1/audio/transcriptions", "multi_modal", "file", model="whisper-1"),
+    _form("/v1/audio/translations", "multi_modal", "file", model="whisper-1"),
+    _post("/v1/audio/speech", model="tts-1", voice="alloy", input="Say hello"),
+    Route("POST", "/v1/moderations", body={"model": "omni-moderation-latest", "input": "Hello"}),
+    _post("/v1/rerank", model="rerank-x", query="Say", documents=["hello", "tide"]),
+    _post("/v1/responses/compact", model="gpt-x", input="Say hello"),
+    Route("POST", "/v1/responses/input_tokens", "other", {"model": "gpt-x", "input": "Say hello"}),
     _post("/v1/messages", **CHAT),
     _post("/v1/messages", **CHAT, stream=True),
     _post("/v1/messages/count_tokens", "other", **CHAT),
@@ -91,6 +105,8 @@ NATIVE = (
     Route("GET", "/v1/models", "other", headers=_AS_ANTHROPIC),
     Route("GET", "/v1beta/models", "other"),
     Route("GET", f"/v1beta/models/{GEMINI}", "other"),
+    Route("POST", "/v1beta/cachedContents", body={"model": f"models/{GEMINI}", **_LONG}),
+    Route("POST", "/v1/conversations", "other", {"metadata": {}}),
     Route("GET", "/v1beta/files", "other"),
     Route("GET", "/v1beta/files/abc", "other"),
     Route("DELETE", "/v1beta/files/abc", "other"),

@@ -106,13 +106,27 @@ async def test_models_that_a_tenant_may_not_ask_are_not_shown_either(gateway: Ga
     assert [call for call in await gateway.calls() if call.kind != "other"] == []
 
 
-async def test_files_of_the_account_are_not_listed_to_tenants(gateway: Gateway) -> None:
-    acme = await key_of(gateway, "acme")
-    as_google = {"x-goog-api-key": acme["Authorization"].removeprefix("Bearer ")}
+async def test_files_of_the_account_are_not_listed_to_other_tenants(gateway: Gateway) -> None:
+    acme, other = [
+        {"x-goog-api-key": (await key_of(gateway, name))["Authorization"].removeprefix("Bearer ")}
+        for name in ("acme", "other")
+    ]
+    start = {"X-Goog-Upload-Protocol": "resumable", "X-Goog-Upload-Command": "start"}
+    start |= {"X-Goog-Upload-Header-Content-Length": "1"}
+    start |= {"X-Goog-Upload-Header-Content-Type": "text/plain"}
+    url = f"{gateway.url}/upload/v1beta/files"
+    async with gateway.http.post(url, json={"file": {}}, headers=other | start) as begun:
+        place = begun.headers["X-Goog-Upload-URL"]
+    ends = {"X-Goog-Upload-Command": "upload, finalize", "X-Goog-Upload-Offset": "0"}
+    async with gateway.http.post(place, data=b"x", headers=other | ends) as made:
+        assert made.status == 200
     for path in ("/v1beta/files", "/v1beta/files?pageSize=100", "/v1alpha/files", "/v1/files"):
-        status, _, body = await asked(gateway, "GET", path, as_google)
-        assert status == 403, path
-        assert "files" not in body
+        counts = []
+        for headers in (acme, other):
+            status, _, body = await asked(gateway, "GET", path, headers)
+            assert status == 200, (path, body)
+            counts.append(len(body.get("files", [])))
+        assert counts == [0, 1], path
 
 
 async def test_a_tenant_at_its_own_limit_holds_up_nobody_else(gateway: Gateway) -> None:

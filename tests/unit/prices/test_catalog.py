@@ -138,7 +138,35 @@ def test_no_model_has_two_prices_on_one_day(provider: str) -> None:
 tokens = st.integers(0, 3 * M)
 
 
-@given(st.sampled_from(ROWS), tokens, tokens, tokens, tokens, st.integers(0, 50), st.booleans())
+BY_TOKENS = [row for row in ROWS if row.price.input is not None or row.price.output is not None]
+BY_OTHER = [row for row in ROWS if row not in BY_TOKENS]
+
+
+@given(st.sampled_from(BY_OTHER), st.integers(0, 10**6), st.integers(0, 10**7), tokens)
+def test_costs_without_a_price_of_tokens_grow_with_what_is_priced(
+    row: ModelPrice, seconds: int, characters: int, taken: int
+) -> None:
+    rates = Rates.of(row.price)
+    costs = [
+        cost_micros(
+            rates,
+            Usage(
+                taken,
+                details=UsageDetails(
+                    input_audio_seconds=seconds + more, input_characters=characters + more
+                ),
+            ),
+            None,
+        )
+        for more in (1, 1_000)
+    ]
+    assert costs[0] is not None
+    assert 0 <= costs[0] <= (costs[1] or 0)
+
+
+@given(
+    st.sampled_from(BY_TOKENS), tokens, tokens, tokens, tokens, st.integers(0, 50), st.booleans()
+)
 def test_costs_are_never_negative_and_grow_with_the_usage(
     row: ModelPrice, taken: int, given_: int, cached: int, written: int, searches: int, long: bool
 ) -> None:

@@ -1,8 +1,7 @@
 -- Things that live at providers: whose they are, and where they live.
 
 -- name: add_provider_resources
--- Note whose things are: one that has an owner keeps it until its provider has deleted it. A client
--- may choose the name of some, and take one that was another's.
+-- Note whose things are: one that has an owner keeps it until its provider has deleted it.
 INSERT INTO provider_resources (dialect, kind, resource_id, tenant_id, upstream, account, request_id,
     subject, expires_at)
 SELECT dialect, kind, resource_id, tenant_id, upstream, decode(account, 'hex'), request_id, subject,
