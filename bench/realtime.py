@@ -2,7 +2,7 @@
 
 Starts an API process with the emulator as its provider and Valkey and PostgreSQL of its own, opens
 sessions by waves, has them speak turns for a while, and closes them. Prints the process's memory
-(PSS) before, with all of them open, over time, and after, and the permits that are in use then.
+(PSS) before, with all of them open, over time, and after, and how many the provider has open.
 """
 
 from __future__ import annotations

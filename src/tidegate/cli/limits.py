@@ -513,7 +513,9 @@ def _account_of(
     ).rstrip("/")
     if not base_url.startswith(("http://", "https://")):
         raise ConfigError("--url", base_url, "must be an http:// or https:// URL")
-    return UsageAccount(provider, base_url, value, variable)
+    is_its_own = url is None and provider in upstream.base_urls
+    network = upstream.access(provider).network if is_its_own else None
+    return UsageAccount(provider, base_url, value, variable, network)
 
 
 def _imported(

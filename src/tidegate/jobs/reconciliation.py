@@ -92,7 +92,8 @@ def account_of(
     key = secret(variable)
     if not key:
         raise ConfigError(variable, "(not set)", "must be set to an admin key of the account")
-    return UsageAccount(provider, upstream.base_urls[provider], key)
+    network = upstream.access(provider).network
+    return UsageAccount(provider, upstream.base_urls[provider], key, network=network)
 
 
 async def reconcile(

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 
 from tidegate.errors import UpstreamGarbled, UpstreamRejected, UpstreamUnauthorized
+from tidegate.policy.access import Access, Network
 from tidegate.prices.reconciliation import UsageSum
 from tidegate.upstream.transport import RelayWire, Timeouts
 
@@ -43,12 +44,14 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True, repr=False)
 class UsageAccount:
     """Whose usage is read. base_url: of the upstream, with OpenAI's version and without
-    Anthropic's. key_variable: that has the key, for errors; the usual one if empty."""
+    Anthropic's. key_variable: that has the key, for errors; the usual one if empty. network: the
+    upstream's, such as its proxy."""
 
     provider: UsageProvider
     base_url: str
     admin_key: str
     key_variable: str = ""
+    network: Network | None = None
 
 
 async def usage_of_day(wire: RelayWire, account: UsageAccount, day: date) -> dict[str, UsageSum]:
@@ -163,7 +166,7 @@ async def read_admin_page(
         headers.append((b"authorization", b"Bearer " + key))
     else:
         headers += [(b"x-api-key", key), (b"anthropic-version", b"2023-06-01")]
-    place = wire.place(account.base_url + target)
+    place = wire.place(account.base_url + target, Access(account.base_url, network=account.network))
     exchange = await wire.open("GET", place, headers, None, None, USAGE_TIMEOUTS)
     try:
         body = await exchange.read(_PAGE_BYTES)

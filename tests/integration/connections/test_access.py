@@ -13,8 +13,11 @@ import pytest
 from tests.integration.connections.scripted import GOOD, Upstream, always, request
 from tests.integration.servers.certificates import Authority
 from tidegate.errors import UpstreamUnauthorized, UpstreamUnavailable
-from tidegate.policy.access import Access, Authentication, Network, Proxy
+from tidegate.jobs.reconciliation import account_of
+from tidegate.policy.access import Access, AccessOptions, Authentication, Network, Proxy
+from tidegate.policy.deployment import Upstream as ConfiguredUpstream
 from tidegate.upstream.transport import RawHeaders, RelayWire, RequestPlace
+from tidegate.upstream.usage_api import read_admin_page
 
 AUTHORIZATION = b"Basic bWU6c2VjcmV0"
 
@@ -111,6 +114,29 @@ async def test_a_tunnel_with_tls_both_ways_is_made_once_and_kept(
     other = Access(secure, network=network(authority))
     assert await ask(wire, other) == b"{}"
     assert upstream.connections == 2, "a kept connection is of its own network"
+
+
+async def test_what_an_admin_key_reads_goes_by_the_upstream_s_proxy_without_its_key(
+    wire: RelayWire, upstream: Upstream, proxy: ConnectProxy, authority: Authority, secure: str
+) -> None:
+    heads = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await request(reader))
+        writer.write(GOOD)
+
+    upstream.script = answer
+    provider = ConfiguredUpstream(
+        "openai",
+        {"openai": secure},
+        "of-the-upstream",
+        access_options=AccessOptions(networks={"openai": network(authority, proxy)}),
+    )
+    account = account_of(provider, "openai", {"OPENAI_ADMIN_KEY": "of-an-admin"}.__getitem__)
+    assert await read_admin_page(wire, account, "/organization/usage") == {}
+    assert len(proxy.heads) == 1
+    assert b"of-an-admin" in heads[0]
+    assert b"of-the-upstream" not in heads[0]
 
 
 async def test_without_a_certificate_or_the_root_there_is_no_connection(
