@@ -89,8 +89,13 @@ class Connections:
     """At most `size` connections, opened as needed, one after the other: who waits for one takes
     the first that is free, so that a start or a burst opens no more than it keeps busy."""
 
-    def __init__(self, url: str, *, size: int = 10) -> None:
+    def __init__(
+        self, url: str, *, size: int = 10, probe_timeout_ms: int = PROBE_TIMEOUT_MS
+    ) -> None:
+        """probe_timeout_ms: in which a new connection must answer once another one is slow, else
+        PostgreSQL is taken for unavailable."""
         self._url = url
+        self._probe_timeout_ms = probe_timeout_ms
         self._slots = asyncio.Semaphore(size)
         self._idle: list[asyncpg.Connection] = []
         self._busy: set[asyncpg.Connection] = set()
@@ -370,7 +375,7 @@ class Connections:
         try:
             while True:
                 try:
-                    self._free(await self._answered(PROBE_TIMEOUT_MS / 1000))
+                    self._free(await self._answered(self._probe_timeout_ms / 1000))
                     break
                 except asyncpg.TooManyConnectionsError:
                     break

@@ -162,6 +162,8 @@ def is_child() -> bool:
 T = TypeVar("T")
 
 _ANSWER_WITHIN_MS = 2_000
+# A command waits for a slow PostgreSQL, where a process that serves would go on without it.
+_PATIENCE_MS = 5_000
 
 
 def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> T:
@@ -170,7 +172,7 @@ def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> 
     from tidegate.store.database import Connections
 
     async def run(url: str) -> T:
-        connections = Connections(url)
+        connections = Connections(url, probe_timeout_ms=_PATIENCE_MS)
         connections.start()
         try:
             return await work(connections)
@@ -198,7 +200,7 @@ def with_keeper(
     name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
 
     async def run(whole: Config) -> T:
-        connections = Connections(database_url_of(whole))
+        connections = Connections(database_url_of(whole), probe_timeout_ms=_PATIENCE_MS)
         connections.start()
         try:
             opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.waiting import wait_until
 from tidegate.call import new_id
+from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store.database import Connections, ReadTurns
 from tidegate.store.store import Store
@@ -51,6 +52,36 @@ async def test_a_connection_cut_between_any_two_steps_is_repeated_or_told_as_awa
 
         assert await connections.run(work) == 1
         await asyncio.gather(*cuts)
+
+
+async def test_a_command_waits_for_a_slow_server_where_a_process_goes_on_without_it(
+    postgres_server: PostgresServer, empty_database_url: str
+) -> None:
+    usual = Connections(empty_database_url)
+    patient = Connections(empty_database_url, probe_timeout_ms=20_000)
+    other = await asyncpg.connect(empty_database_url)
+    await other.execute("SELECT pg_advisory_lock(7)")
+
+    async def slow(connection: asyncpg.Connection) -> int:
+        await connection.execute("SELECT pg_advisory_xact_lock_shared(7)")
+        return 1
+
+    async with AsyncExitStack() as stack:
+        for connections in (usual, patient):
+            stack.push_async_callback(connections.aclose)
+            await connections.run(lambda connection: connection.execute("SELECT 1"))
+        postgres_server.pause()  # no new connection is answered
+        try:
+            first, second = [
+                asyncio.create_task(one.run(slow, timeout_ms=30_000)) for one in (usual, patient)
+            ]
+            with pytest.raises(StoreUnavailable):
+                await first
+        finally:
+            postgres_server.resume()
+        await other.execute("SELECT pg_advisory_unlock(7)")
+        assert await second == 1
+        await other.close()
 
 
 async def test_a_statement_past_the_deadline_is_told_as_away(connections: Connections) -> None:
