@@ -290,3 +290,11 @@ async def test_an_unknown_path_is_a_404_in_openais_words(emulator: Emulator) -> 
     for path in ("/v1beta/openai/sing", "/v1/audio/singing"):
         status, answer = await post(emulator, path, {})
         assert (status, answer["error"]["message"]) == (404, f"Invalid URL (POST {path})")
+
+
+async def test_azures_header_for_the_key_is_taken(emulator: Emulator) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{emulator.url}/v1/models", headers={"api-key": "k"}) as answer,
+    ):
+        assert answer.status == 200

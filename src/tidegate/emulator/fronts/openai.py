@@ -847,5 +847,8 @@ def _name(request: web.BaseRequest) -> str:
 
 
 def _key(request: web.BaseRequest) -> str | None:
+    """The key as OpenAI and compatible providers take it, or in Azure's header."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else None
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return request.headers.get("api-key")
