@@ -161,11 +161,14 @@ if not (child := os.fork()):
     os.close(write)
     os.read(read, 1)
     os._exit(3)
+ready, go = os.pipe()
 if not (parent := os.fork()):
     if not os.fork():
         signal.signal(signal.SIGTERM, lambda *_: os.write(write, b"."))
+        os.write(go, b".")
         while True:
             time.sleep(60)
+    os.read(ready, 1)  # a signal before would end it without a word
     os._exit(0)
 os.waitpid(parent, 0)
 print(watcher.watch(child, [os.pidfd_open(os.getppid())], ends_orphans=True))
