@@ -85,8 +85,8 @@ _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re
 _READ_FORMS = ("json", "sse")
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
-# Of Claude Code, of opencode, and of Codex, whose later versions write it in other ways. The first
-# of these that a call has names its conversation, where it has no `x-tidegate-conversation`.
+# Of Claude Code, of opencode (two), and of Codex, in three spellings. The first that a call has
+# names its conversation, where it has no `x-tidegate-conversation`.
 _SESSIONS = {
     name: rank
     for rank, name in enumerate(
