@@ -264,7 +264,6 @@ ANTHROPIC = DialectSpec(
     endpoint_of=endpoint_of,
     is_spoken=_is_spoken,
     models=ModelList("/v1/models?limit=1000", "data", "id", _listed_models),
-    key_header=(b"x-api-key", b""),
     # Without a version Anthropic refuses a call; its SDKs all send this one.
     headers=((b"anthropic-version", b"2023-06-01"),),
     rules_of=rules_of,

@@ -547,7 +547,6 @@ GEMINI = DialectSpec(
         lambda models: {"models": models},
         prefix="models/",
     ),
-    key_header=(b"x-goog-api-key", b""),
     rules_of=rules_of,
     request_facts=request_facts,
     answer_facts=answer_facts,

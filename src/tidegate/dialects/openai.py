@@ -725,7 +725,6 @@ OPENAI = DialectSpec(
     made_by=made_by,
     is_spoken=_is_spoken,
     models=ModelList("/models", "data", "id", lambda models: {"object": "list", "data": models}),
-    key_header=(b"authorization", b"Bearer "),
     rules_of=rules_of,
     request_facts=request_facts,
     answer_facts=answer_facts,

@@ -300,8 +300,7 @@ class DialectSpec:
 
     Requests: `request_facts(endpoint, body, whole)`, where `whole` has the texts for which shorter
     ones stand in the body, if there are any; raises InvalidRequest. `rules_of(model)` are the token
-    counts of files. `key_header` is a name and what precedes the key in its value; `headers` are
-    what a call needs that no client has made.
+    counts of files. `headers` are what a call needs that no client has made.
 
     Resources: `resource_paths` are those of what lives at a provider; `references(body, raw)` are
     the resources that a call refers to, and `made_by(path, body)` is what its answer makes, if
@@ -324,7 +323,6 @@ class DialectSpec:
     endpoint_of: Callable[[str, str], Endpoint | None]
     is_spoken: Callable[[str, Set[bytes], bytes], bool]
     models: ModelList
-    key_header: tuple[bytes, bytes]
     rules_of: Callable[[str], Rules]
     request_facts: Callable[..., RequestFacts]
     answer_facts: Callable[..., AnswerFacts]

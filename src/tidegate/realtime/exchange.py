@@ -96,12 +96,11 @@ def code_of(error: TidegateError) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RealtimeBounds:
-    """stalled_ms: how long one side may take nothing of a message; idle_ms: how long neither says
-    anything; total_ms: how long a session may last; wait_ms: how long a turn waits for limits."""
+    """stalled_ms: how long one side may take nothing of a message; wait_ms: how long a turn waits
+    for limits. How long neither side says anything, and how long a session lasts, are bounds of
+    the upstream's calls."""
 
     stalled_ms: int
-    idle_ms: int
-    total_ms: int
     wait_ms: int
 
 
@@ -282,7 +281,7 @@ class RealtimeExchange:
         work: tuple[Coroutine[Any, Any, End], ...] = (
             self._up(client, upstream, events),
             self._down(client, upstream, events, target),
-            self._watch(began),
+            self._watch(target, began),
         )
         tasks = [self._loop.create_task(one) for one in work]
         try:
@@ -368,9 +367,9 @@ class RealtimeExchange:
             return _end_of("client", closed)
         return None
 
-    async def _watch(self, began: float) -> End:
+    async def _watch(self, target: Target, began: float) -> End:
         """Until the session has to end for another reason than that a side ends it."""
-        bounds = self._bounds
+        bounds = self._spine.timeouts[target.upstream.name]
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             now = self._loop.time()

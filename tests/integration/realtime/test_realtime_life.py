@@ -296,8 +296,12 @@ async def test_a_session_is_told_that_its_process_goes_away(open_gateway: Opener
     await gateway.in_flight(0)
 
 
-async def test_bounds_in_time_and_pages_of_others(open_gateway: Opener) -> None:
-    gateway = await open_gateway(worker=False, idle_timeout_ms=700, cors_origins="https://own.test")
+async def test_bounds_in_time_and_pages_of_others(open_gateway: Opener, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[upstreams.gemini]\nidle_timeout_ms = 700\n")
+    gateway = await open_gateway(
+        worker=False, tidegate_policy=policy, cors_origins="https://own.test"
+    )
     async with talk(gateway) as socket:
         assert await closed(socket) == (1001, "nothing was said for 700 ms")
     (row,) = await rows(gateway, 1)

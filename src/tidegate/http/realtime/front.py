@@ -277,8 +277,6 @@ class _SessionFront:
         config = self._services.config
         return RealtimeBounds(
             stalled_ms=config.stalled_reader_ms,
-            idle_ms=config.idle_timeout_ms,
-            total_ms=config.total_timeout_ms,
             wait_ms=wait_ms or config.stream_wait_ms,
         )
 
