@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
-from tidegate.limiter import PoolPolicy
+from tidegate.limiter import PoolPolicy, check_tenant
 from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
 from tidegate.policy.presets import filled
@@ -51,7 +51,7 @@ _POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = (
     *("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", "passthrough"),
-    *TIMEOUTS,
+    *("adopt", *TIMEOUTS),
 )
 _OF_GEMINI = (*_OWN_KEYS, *HEADER_KEYS, *NETWORK_KEYS)
 _KEYS = (
@@ -86,8 +86,9 @@ class Upstream:
     whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
     that differ from the settings. learn: what becomes of limits in headers of its answers. preempt:
     None where no call gives way. passthrough: paths that it has and Tidegate does not know, such as
-    `/v1/new-thing`, or `/v1/new/*` for all below. access_options: how it is reached, beside its
-    key."""
+    `/v1/new-thing`, or `/v1/new/*` for all below. adopt: the tenant that may use what lives there
+    and no call through here has made; None for nobody. access_options: how it is reached, beside
+    its key."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -102,6 +103,7 @@ class Upstream:
     learn: Learn = "propose"
     preempt: Preempt | None = None
     passthrough: tuple[str, ...] = ()
+    adopt: str | None = None
     access_options: AccessOptions = field(default_factory=AccessOptions)
     _accesses: dict[str, Access] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -181,6 +183,7 @@ def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret)
     elif own is not None:
         allowed = f"must be set: {_path(DEFAULT_POOL)} {_IS_FROM_IT}"
         raise ConfigError("GEMINI_API_KEY", "(not set)", allowed)
+    _check_adopted(found)
     routes = _routes(stated.get("routes", []), {one.name for one in found})
     return Deployment(tuple(found), routes, policies)
 
@@ -354,6 +357,15 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             if _PASSTHROUGH.fullmatch(one) is None:
                 allowed = "must be a path such as /v1/new-thing, or /v1/new/* for all below"
                 raise ConfigError(f"{path}.passthrough", one, allowed)
+    if "adopt" in table:
+        found["adopt"] = tenant = table["adopt"]
+        allowed = "must be a tenant: 1 to 200 characters without spaces, | { or }"
+        if not isinstance(tenant, str):
+            raise ConfigError(f"{path}.adopt", str(tenant)[:100], allowed)
+        try:
+            check_tenant(tenant)
+        except ConfigError:
+            raise ConfigError(f"{path}.adopt", tenant[:100], allowed) from None
     found["timeouts"] = {
         name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
     }
@@ -364,6 +376,17 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             for model, price in prices.items()
         }
     return found
+
+
+def _check_adopted(upstreams: Sequence[Upstream]) -> None:
+    """Raises ConfigError where it is not clear at which account a tenant's unknown ids live."""
+    first: dict[tuple[str, str], str] = {}
+    for one in upstreams:
+        for dialect in one.base_urls if one.adopt is not None else ():
+            name = first.setdefault((str(one.adopt), dialect), one.name)
+            if name != one.name:
+                allowed = f"must be of one upstream of the {dialect} dialect: {_path(name)} has it"
+                raise ConfigError(f"{_path(one.name)}.adopt", one.adopt, allowed)
 
 
 def _preempt(path: str, value: object) -> Preempt | None:

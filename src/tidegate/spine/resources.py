@@ -3,7 +3,8 @@
     answer with a new id ──► noted (durable) ──► client      id in a request ──► owner ──► upstream
 
 What a request names must be its tenant's own, else it is not found, in the same words whether
-another tenant has it or nobody. Whatever names a resource is called where the resource lives, and
+another tenant has it or nobody. What nobody has is the tenant's that an upstream's `adopt` names,
+and lives there. Whatever names a resource is called where the resource lives, and
 nowhere else: no failover leads to another account.
 
 Invariants: no id reaches a client before its owner is durable; an id that has an owner keeps it,
@@ -37,6 +38,7 @@ from tidegate.upstream.transport import Exchange
 if TYPE_CHECKING:
     from tidegate.spine.native import NativeCall
 
+# What people also make at the provider itself: everybody's, where no keys are required.
 _MADE_ELSEWHERE = frozenset(("file", "cached_content"))
 _MOST_READ = 300  # of which a filter may leave out any number
 
@@ -91,16 +93,23 @@ class Resources:
             for one in ids
         ]
 
-    async def owner(
+    async def _place(
         self, caller: Caller, dialect: str, kind: str, resource_id: str, field: str | None = None
-    ) -> Upstream:
-        """The upstream where a caller's own resource lives. Raises NotFound for one that is unknown
-        or another tenant's, and where its account is not configured any more."""
+    ) -> Upstream | None:
+        """The upstream where a resource lives; None for one that no tenant here has made and that
+        may be everybody's. Raises NotFound for any other that is not the caller's own, and where
+        the account of one that is the caller's is not configured any more."""
         found = await self._store.owners(dialect, kind, [resource_id])
         owner = found.get(resource_id)
-        if owner is None or owner.tenant_id != caller.tenant_id:
-            raise NotFound(missing(kind, resource_id), field=field)
-        return self._upstream(owner, dialect, kind, resource_id, field)
+        if owner is not None and owner.tenant_id == caller.tenant_id:
+            return self._upstream(owner, dialect, kind, resource_id, field)
+        if owner is None:
+            for one in self._targets.speaking(Dialect(dialect)):
+                if one.adopt == caller.tenant_id:
+                    return one
+            if caller.key_id is None and kind in _MADE_ELSEWHERE:
+                return None
+        raise NotFound(missing(kind, resource_id), field=field)
 
     def _upstream(
         self, owner: ResourceOwner, dialect: str, kind: str, resource_id: str, field: str | None
@@ -117,11 +126,6 @@ class Resources:
         said = f"{missing(kind, resource_id)}: the upstream {owner.upstream!r}, where it lives, "
         raise NotFound(f"{said}is not configured any more", field=field)
 
-    async def owned(self, caller: Caller, dialect: str, kind: str, ids: Iterable[str]) -> set[str]:
-        """Those that are the caller's own: of a page that a provider lists for all tenants."""
-        found = await self._store.owners(dialect, kind, ids)
-        return {one for one, owner in found.items() if owner.tenant_id == caller.tenant_id}
-
     async def forget(self, caller: Caller, dialect: str, kind: str, resource_id: str) -> None:
         """The caller has deleted a resource of its own."""
         await self._store.forget(caller.tenant_id, dialect, kind, resource_id)
@@ -132,23 +136,15 @@ class Resources:
         """Where a request on a resource goes. What names none is made at the dialect's own provider
         where that is an upstream, else at the one that speaks the fewest others. Raises NotFound.
         """
-        named = use.resource_id
-        if named is not None and not (
-            caller.key_id is None and await self._is_unnoted(dialect, use.kind, named)
-        ):
-            return Target(await self.owner(caller, dialect, use.kind, named), "")
+        if use.resource_id is not None:
+            upstream = await self._place(caller, dialect, use.kind, use.resource_id)
+            if upstream is not None:
+                return Target(upstream, "")
         speaking = self._targets.speaking(dialect)
         if not speaking:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
         first = min(speaking, key=lambda one: (one.provider != dialect, len(one.base_urls)))
         return Target(first, "")
-
-    async def _is_unnoted(self, dialect: str, kind: str, resource_id: str) -> bool:
-        """Whether something is of a kind that people also make at the provider itself, and no
-        tenant here has made it: where no keys are required, it is everybody's."""
-        if kind not in _MADE_ELSEWHERE:
-            return False
-        return not await self._store.owners(dialect, kind, [resource_id])
 
     async def among(
         self,
@@ -161,9 +157,9 @@ class Resources:
         not the caller's own, InvalidRequest where no target is left."""
         left = list(targets)
         for one in references:
-            if caller.key_id is None and await self._is_unnoted(dialect, one.kind, one.resource_id):
+            upstream = await self._place(caller, dialect, one.kind, one.resource_id, one.field)
+            if upstream is None:
                 continue
-            upstream = await self.owner(caller, dialect, one.kind, one.resource_id, one.field)
             left = [target for target in left if target.upstream.name == upstream.name]
             if not left:
                 said = f"the {one.kind} {one.resource_id!r} lives at the upstream "

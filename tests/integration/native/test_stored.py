@@ -26,6 +26,7 @@ models = ["gpt-*"]
 dialects = {{ openai = "{second}/v1" }}
 key = "SECOND_KEY"
 models = ["gpt-*"]
+adopt = "heir"
 """
 MODEL = "gpt-5-mini"
 
@@ -38,6 +39,7 @@ class Stage:
     accounts: dict[str, Emulator]
     acme: AsyncOpenAI
     other: AsyncOpenAI
+    heir: AsyncOpenAI
 
     async def at(self, path: str) -> list[str]:
         """Which account has something at a path."""
@@ -63,7 +65,7 @@ async def stage(
         path.write_text(FILE.format(**{name: one.url for name, one in accounts.items()}))
         gateway = await open_gateway(worker=False, auth="on", tidegate_policy=path)
         clients = []
-        for tenant in ("acme", "other"):
+        for tenant in ("acme", "other", "heir"):
             header = (await key_of(gateway, tenant))["Authorization"]
             client = AsyncOpenAI(
                 base_url=f"{gateway.url}/v1", api_key=header.split()[1], max_retries=0
@@ -192,6 +194,42 @@ async def test_what_lives_elsewhere_is_called_nowhere_else(stage: Stage) -> None
             model=MODEL, input="And then?", previous_response_id=made.id
         )
     assert (await away.control.stats()).last_id == before
+
+
+async def test_what_was_made_elsewhere_is_the_adopting_tenant_s(stage: Stage) -> None:
+    """As before the gateway, or at the provider directly: no row says whose it is."""
+    made = dict[str, tuple[str, str]]()
+    for name, account in stage.accounts.items():
+        async with AsyncOpenAI(base_url=f"{account.url}/v1", api_key="direct") as direct:
+            answer = await direct.responses.create(model=MODEL, input="Say it")
+            file = await direct.files.create(file=("a.txt", b"x"), purpose="user_data")
+            made[name] = answer.id, file.id
+    theirs = (await stage.acme.responses.create(model=MODEL, input="Say another")).id
+    response, file_id = made["second"]
+    for one in range(4):  # by lot it would go to either
+        said = [
+            {"type": "input_file", "file_id": file_id},
+            {"type": "input_text", "text": f"{one}"},
+        ]
+        onward = await stage.heir.responses.with_raw_response.create(
+            model=MODEL,
+            input=[{"role": "user", "content": said}],  # type: ignore[list-item,misc]
+            previous_response_id=response,
+        )
+        assert onward.headers["x-tidegate-upstream"] == "second"
+    assert (await stage.heir.responses.retrieve(response)).id == response
+    assert (await stage.heir.files.content(file_id)).content == b"x"
+    assert (await stage.heir.files.delete(file_id)).deleted
+    for client, unfound in (
+        *((stage.acme, response), (stage.other, response)),
+        *((stage.heir, made["first"][0]), (stage.heir, theirs)),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(unfound)
+    with pytest.raises(openai.NotFoundError):
+        await stage.heir.responses.create(model=MODEL, input="x", previous_response_id=theirs)
+    with pytest.raises(openai.NotFoundError):
+        await stage.acme.responses.create(model=MODEL, input="x", previous_response_id=response)
 
 
 async def test_what_an_erased_subject_owns_is_nobodys(stage: Stage) -> None:

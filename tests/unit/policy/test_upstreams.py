@@ -114,6 +114,12 @@ def test_no_key_is_shown() -> None:
         ("[upstreams.gemini]\nidle_timeout_ms = 0", "upstreams.gemini.idle_timeout_ms"),
         ("[upstreams.gemini]\ntotal_timeout_ms = 1.5", "upstreams.gemini.total_timeout_ms"),
         ("[upstreams.gemini]\nmodels = []", "upstreams.gemini.models"),
+        ("[upstreams.gemini]\nadopt = true", "upstreams.gemini.adopt"),
+        ("[upstreams.gemini]\nadopt = 'a|b'", "upstreams.gemini.adopt"),
+        (
+            "[upstreams.gemini]\nadopt = 'a'\n[upstreams.b]\nbase_url = 'http://b'\nadopt = 'a'",
+            "upstreams.b.adopt",
+        ),
         ("[upstreams.gemini]\npreempt = 'yes'", "upstreams.gemini.preempt"),
         ("[upstreams.gemini.preempt]\nafter = 5", "upstreams.gemini.preempt.after"),
         ("[upstreams.gemini.preempt]\nafter_ms = 0", "upstreams.gemini.preempt.after_ms"),
