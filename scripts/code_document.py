@@ -15,7 +15,7 @@ FOLDERS = (
     *("http/realtime", "jobs", "metrics", "realtime", "spine", "rehearse", "upstream"),
     *("dialects", "admission", "policy", "integrations", "limiter", "limiter/model", "store"),
     *("store/provider", "emulator", "emulator/batches", "emulator/fronts"),
-    *("embedded", "classify"),
+    *("emulator/gpu", "embedded", "classify"),
     "telemetry",
     "prices",
 )

@@ -36,6 +36,11 @@ def parse(arguments: Sequence[str]) -> tuple[EmulatorSettings, Path | None]:
         "of AccountSpec: counts limits as the provider does",
     )
     parser.add_argument(
+        "--gpu",
+        help="be a GPU server of one's own: llama.cpp, vllm, sglang, tgi, ollama, or JSON, fields "
+        "of GpuSpec",
+    )
+    parser.add_argument(
         "--behaviour",
         default=os.environ.get(BEHAVIOUR_VARIABLE, "{}"),
         help=f"JSON, fields of Behaviour (or {BEHAVIOUR_VARIABLE})",
@@ -50,9 +55,10 @@ def parse(arguments: Sequence[str]) -> tuple[EmulatorSettings, Path | None]:
     for name in ("first_byte_ms", "between_ms"):
         if (value := getattr(given, name)) is not None:
             changes[name] = value
-    if given.account is not None:
-        named = not given.account.startswith("{")
-        changes["account"] = given.account if named else _json("--account", given.account, dict)
+    for name in ("account", "gpu"):
+        if (value := getattr(given, name)) is not None:
+            named = not value.startswith("{")
+            changes[name] = value if named else _json(f"--{name}", value, dict)
     faults = _json("--faults", given.faults, list)
     try:
         behaviour = Behaviour().changed(changes)

@@ -28,6 +28,7 @@ from tidegate.emulator.fronts import anthropic, gemini, openai, realtime
 from tidegate.emulator.fronts.anthropic import ANTHROPIC
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai import OPENAI
+from tidegate.emulator.gpu import gpu_server
 from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.rate_limits import rate_limit_headers, retry_headers
 from tidegate.emulator.settings import EmulatorSettings
@@ -125,6 +126,8 @@ async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
     state.batches.advance()
     if request.path.startswith(PREFIX):
         return await control(state, request)
+    if state.behaviour.gpu is not None:
+        return await asyncio.shield(state.work_on(gpu_server.answer(state, request)))
     if usage_api.wants(request):
         return _usage_report(state, request)
     if state.behaviour.works_on:

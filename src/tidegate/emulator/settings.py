@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from random import Random
 from typing import Any, Literal, Self
 
 from tidegate.emulator.checks import known_fields, number, whole
+from tidegate.emulator.gpu.spec import GpuSpec
 from tidegate.emulator.profiles import DAY_S, AccountSpec
 from tidegate.errors import InvalidRequest
 
@@ -178,7 +179,8 @@ class Behaviour:
     from an enum (a string) or the whole JSON answer (an object). `account` counts as a provider
     does, beside `concurrency` and `rates`. `batches` is the pace of the providers' batch APIs,
     `flex` that of their flex tier. `works_on`: a call whose client has left goes on, and counts,
-    as at hosted providers; else it is aborted.
+    as at hosted providers; else it is aborted. `gpu`: it is a GPU server of one's own instead of
+    the providers, at its own pace and with its own limits.
     """
 
     first_byte_ms: Mapping[str, Distribution] = field(default_factory=dict)
@@ -195,6 +197,7 @@ class Behaviour:
     account: AccountSpec | None = None
     batches: BatchPace = field(default_factory=BatchPace)
     flex: FlexPace = field(default_factory=FlexPace)
+    gpu: GpuSpec | None = None
 
     def first_byte(self, kind: str) -> Distribution:
         return _of_kind(self.first_byte_ms, kind)
@@ -213,6 +216,7 @@ class Behaviour:
         shown["account"] = None if self.account is None else self.account.to_json()
         shown["batches"] = self.batches.to_json()
         shown["flex"] = self.flex.to_json()
+        shown["gpu"] = None if self.gpu is None else asdict(self.gpu)
         return shown
 
 
@@ -254,6 +258,8 @@ def _sound(name: str, value: Any) -> Any:
             return BatchPace.parse(value)
         case "flex":
             return FlexPace.parse(value)
+        case "gpu":
+            return GpuSpec.parse(value)
     raise InvalidRequest(name, f"{value!r} is not a value of a behaviour {name!r}")
 
 
