@@ -63,7 +63,7 @@ from tidegate.http.problems import REQUEST_ID_HEADER, not_relayed, refusal
 from tidegate.http.services import Services, check_target, services_of
 from tidegate.http.views import streamed
 from tidegate.record import CallRecord, Failure
-from tidegate.spine.native import endpoint_named
+from tidegate.spine.detached import endpoint_named
 from tidegate.spine.run import CallFailed
 from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import new_key

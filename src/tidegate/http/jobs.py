@@ -60,8 +60,8 @@ from tidegate.http.views import (
     status_view,
 )
 from tidegate.spine.bounds import check_bounded
+from tidegate.spine.detached import detached_call, endpoint_named
 from tidegate.spine.models import check_body
-from tidegate.spine.native import detached_call, endpoint_named
 from tidegate.spine.prompt import files_known
 from tidegate.spine.run import Terms
 from tidegate.store.records import Earlier, NewJob, RequestRecord

@@ -40,7 +40,7 @@ from tidegate.http.body import (
 )
 from tidegate.http.file_types import TypeCheck, safe_name
 from tidegate.settings import Config
-from tidegate.spine.native import LONGEST_BYTES, endpoint_named, wrapped_facts
+from tidegate.spine.detached import LONGEST_BYTES, endpoint_named, wrapped_facts
 from tidegate.spine.prompt import Ask
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.records import NewJob

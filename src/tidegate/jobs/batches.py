@@ -47,14 +47,14 @@ from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
-from tidegate.spine.native import (
+from tidegate.spine.detached import (
     LONGEST_BYTES,
-    Relay,
     collected,
     detached_call,
     endpoint_named,
     wrapped_facts,
 )
+from tidegate.spine.native import Relay
 from tidegate.spine.run import CallFailed
 from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, BatchLine, ambiguous_of
 from tidegate.store.blobs import Blobs, new_key

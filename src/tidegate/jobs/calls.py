@@ -30,7 +30,8 @@ from tidegate.errors import (
 )
 from tidegate.jobs.outages import Key
 from tidegate.record import CallRecord, Failure, OutputFile
-from tidegate.spine.native import Relay, collected, detached_call, endpoint_named
+from tidegate.spine.detached import collected, detached_call, endpoint_named
+from tidegate.spine.native import Relay
 from tidegate.spine.prompt import Ask
 from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, OnAdmitted

@@ -32,7 +32,7 @@ from tidegate.jobs.tiers import (
 from tidegate.limiter import Concurrency, Limit, Rate
 from tidegate.record import CallRecord
 from tidegate.settings import Config
-from tidegate.spine.native import endpoint_named
+from tidegate.spine.detached import endpoint_named
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Lane
 from tidegate.store.records import ClaimedJob

@@ -12,15 +12,13 @@ an upload URL with a key never reaches a client.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from math import ceil
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
-from uuid import UUID
 
 import orjson
 
@@ -37,8 +35,8 @@ from tidegate.admission.charges import (
 from tidegate.admission.conversations import ConversationKey
 from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Estimate, Learning
-from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Caller, Charge
-from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, refusals
+from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Charge
+from tidegate.dialects import DIALECTS, refusals
 from tidegate.dialects.answers import (
     WithoutUsageEvent,
     visible_output,
@@ -50,13 +48,12 @@ from tidegate.dialects.requests import (
     check_said_once,
     conversation_of,
     parsed,
-    refuse_to_go_on,
     requested_tier,
     skimmed,
 )
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
-from tidegate.errors import InvalidRequest, NotFound, UpstreamError, UpstreamGarbled
+from tidegate.errors import UpstreamError
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key
@@ -74,7 +71,6 @@ from tidegate.spine.models import (
 from tidegate.spine.resources import Keeping, Resources
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
-    MOST_TRIES,
     CallFailed,
     Lane,
     OnAdmitted,
@@ -83,7 +79,7 @@ from tidegate.spine.run import (
     masked,
     refusal_of,
 )
-from tidegate.telemetry.tracing import HEADER, Trail
+from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.transport import (
     Exchange,
     RelayWire,
@@ -772,90 +768,7 @@ async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dic
     return first, value
 
 
-# Of the JSON that holds one: a line of a batch, or what is submitted as a job.
-LONGEST_BYTES = 20_000_000
 _JSON = (b"content-type", b"application/json")
-_ALLOWED = (
-    "a native path that asks a model for JSON, such as /v1/chat/completions, /v1/responses, "
-    "/v1/messages or /v1beta/models/<model>:generateContent"
-)
-
-
-def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
-    """The endpoint of a path, which must ask a model for something, in one piece. Raises
-    InvalidRequest."""
-    endpoint = None
-    if isinstance(path, str):
-        endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
-    if endpoint is None or not endpoint.is_counted:
-        raise InvalidRequest(field, "unknown endpoint", allowed=_ALLOWED)
-    if endpoint.streams:
-        raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
-    if endpoint.operation is Operation.SPEAK:  # a result is kept as text
-        raise InvalidRequest(field, "jobs and batches do not keep audio", allowed=_ALLOWED)
-    return endpoint
-
-
-def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
-    """What a body asks for. Raises InvalidRequest, for a stream too, and for a model that can't be
-    put on record."""
-    if body.get("stream"):
-        raise InvalidRequest(
-            "body.stream", "jobs and batches do not support streaming", allowed="false"
-        )
-    refuse_to_go_on(body)
-    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
-    if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
-        raise InvalidRequest("body.model", "invalid model name", allowed="a name")
-    return asked
-
-
-def detached_call(
-    *,
-    request_id: UUID,
-    path: str,
-    body: bytes,
-    caller: Caller,
-    priority: int,
-    deadline_ms: int | None,
-    trail: Trail | None = None,
-    most_tries: int = MOST_TRIES,
-    preempted: int | None = None,
-    has_own_deadline: bool = False,
-) -> NativeCall:
-    """The call as if a client made it now. `deadline_ms`: from now to admission; `preempted` as in
-    `Terms`. Raises NotFound for a path that another version took in."""
-    try:
-        endpoint = endpoint_named(path)
-    except InvalidRequest as unknown:
-        raise NotFound(f"{unknown.message}: {path}") from None
-    terms = Terms(
-        request_id=request_id,
-        caller=caller,
-        received=time.monotonic(),
-        wait_ms=deadline_ms,
-        priority=priority,
-        trail=trail,
-        repeats=False,
-        most_tries=max(1, min(most_tries, MOST_TRIES)),
-        preempted=preempted,
-        has_own_deadline=has_own_deadline,
-    )
-    headers = [_JSON, *DIALECTS[endpoint.dialect].headers]
-    return NativeCall(terms, endpoint, "POST", "", headers, body, datetime.now(UTC))
-
-
-async def collected(
-    relay: Relay, call: NativeCall, record: CallRecord, admitted: OnAdmitted
-) -> None:
-    """Make the call; `record.text` is then the whole answer. Raises what `Relay.run` raises, and
-    UpstreamGarbled for an answer that is too long to keep, or compressed so that nobody reads it.
-    """
-    await relay.run(call, NothingOut(), record, admitted)
-    if record.answer_bytes > KEPT_BYTES:
-        raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
-    if record.coding and not record.text:
-        raise UpstreamGarbled(f"the answer is compressed ({record.coding[:20].decode('latin-1')})")
 
 
 class NothingOut:

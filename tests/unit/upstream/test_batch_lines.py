@@ -10,7 +10,7 @@ import pytest
 from tidegate.call import Kind
 from tidegate.dialects.spec import Dialect
 from tidegate.spine.batched import prompt_endpoint
-from tidegate.spine.native import endpoint_named
+from tidegate.spine.detached import endpoint_named
 from tidegate.upstream.batch_api import custom_id, line_of, takes
 
 BATCH, OTHER = UUID(int=2**120 + 1), UUID(int=2**120 + 2)

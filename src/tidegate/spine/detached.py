@@ -1,0 +1,110 @@
+"""Detached calls: native ones of jobs and batch lines, made for nobody who waits.
+
+A call of this kind is JSON that was checked when it was taken, and is made later, by any worker;
+its answer is kept in its `CallRecord`.
+
+Invariant: what is made later is one call of a model, whose answer comes in one piece and is text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from tidegate.call import Caller
+from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
+from tidegate.dialects.requests import refuse_to_go_on
+from tidegate.dialects.spec import Endpoint, Operation, RequestFacts
+from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
+from tidegate.record import KEPT_BYTES, CallRecord
+from tidegate.spine.native import NativeCall, NothingOut, Relay
+from tidegate.spine.run import MOST_TRIES, OnAdmitted, Terms
+from tidegate.telemetry.tracing import Trail
+
+# Of the JSON that holds one: a line of a batch, or what is submitted as a job.
+LONGEST_BYTES = 20_000_000
+_JSON = (b"content-type", b"application/json")
+_ALLOWED = (
+    "a native path that asks a model for JSON, such as /v1/chat/completions, /v1/responses, "
+    "/v1/messages or /v1beta/models/<model>:generateContent"
+)
+
+
+def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
+    """The endpoint of a path, which must ask a model for something, in one piece. Raises
+    InvalidRequest."""
+    endpoint = None
+    if isinstance(path, str):
+        endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
+    if endpoint is None or not endpoint.is_counted:
+        raise InvalidRequest(field, "unknown endpoint", allowed=_ALLOWED)
+    if endpoint.streams:
+        raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
+    if endpoint.operation is Operation.SPEAK:  # a result is kept as text
+        raise InvalidRequest(field, "jobs and batches do not keep audio", allowed=_ALLOWED)
+    return endpoint
+
+
+def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
+    """What a body asks for. Raises InvalidRequest, for a stream too, and for a model that can't be
+    put on record."""
+    if body.get("stream"):
+        raise InvalidRequest(
+            "body.stream", "jobs and batches do not support streaming", allowed="false"
+        )
+    refuse_to_go_on(body)
+    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
+    if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
+        raise InvalidRequest("body.model", "invalid model name", allowed="a name")
+    return asked
+
+
+def detached_call(
+    *,
+    request_id: UUID,
+    path: str,
+    body: bytes,
+    caller: Caller,
+    priority: int,
+    deadline_ms: int | None,
+    trail: Trail | None = None,
+    most_tries: int = MOST_TRIES,
+    preempted: int | None = None,
+    has_own_deadline: bool = False,
+) -> NativeCall:
+    """The call as if a client made it now. `deadline_ms`: from now to admission; `preempted` as in
+    `Terms`. Raises NotFound for a path that another version took in."""
+    try:
+        endpoint = endpoint_named(path)
+    except InvalidRequest as unknown:
+        raise NotFound(f"{unknown.message}: {path}") from None
+    terms = Terms(
+        request_id=request_id,
+        caller=caller,
+        received=time.monotonic(),
+        wait_ms=deadline_ms,
+        priority=priority,
+        trail=trail,
+        repeats=False,
+        most_tries=max(1, min(most_tries, MOST_TRIES)),
+        preempted=preempted,
+        has_own_deadline=has_own_deadline,
+    )
+    headers = [_JSON, *DIALECTS[endpoint.dialect].headers]
+    return NativeCall(terms, endpoint, "POST", "", headers, body, datetime.now(UTC))
+
+
+async def collected(
+    relay: Relay, call: NativeCall, record: CallRecord, admitted: OnAdmitted
+) -> None:
+    """Make the call; `record.text` is then the whole answer. Raises what `Relay.run` raises, and
+    UpstreamGarbled for an answer that is too long to keep, or compressed so that nobody reads it.
+    """
+    await relay.run(call, NothingOut(), record, admitted)
+    if record.answer_bytes > KEPT_BYTES:
+        raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
+    if record.coding and not record.text:
+        raise UpstreamGarbled(f"the answer is compressed ({record.coding[:20].decode('latin-1')})")
