@@ -12,7 +12,16 @@ HEAD = Path(__file__).with_name("code_head.md")
 NOT_SHOWN = ("migrations/",)
 FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin"),
-    *("http/realtime", "jobs", "metrics", "realtime", "spine", "rehearse", "upstream"),
+    *(
+        "http/anthropic",
+        "http/realtime",
+        "jobs",
+        "metrics",
+        "realtime",
+        "spine",
+        "rehearse",
+        "upstream",
+    ),
     *("dialects", "admission", "policy", "integrations", "limiter", "limiter/model", "store"),
     *("store/provider", "emulator", "emulator/batches", "emulator/fronts"),
     *("emulator/gpu", "embedded", "classify"),

@@ -34,9 +34,9 @@ _STEPS_OFF = (
     ("/v1beta/v1beta/", "/v1beta/"),
 )
 _WITHOUT_VERSION = re.compile(
-    r"/(?:chat/completions|completions|responses(?:/compact|/input_tokens)?|embeddings"
+    r"/(?:messages(?:/count_tokens|/batches(?:/[\w\-]{1,200}(?:/\w{1,20})?)?)?|chat/completions|completions|responses(?:/compact|/input_tokens)?|embeddings"
     r"|images/(?:generations|edits|variations)|audio/(?:transcriptions|translations|speech)"
-    r"|moderations|rerank|messages(?:/count_tokens)?|models(?:/[^:]{1,400})?)"
+    r"|moderations|rerank|models(?:/[^:]{1,400})?)"
 )
 _GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
 
@@ -126,6 +126,7 @@ def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
 # What no `passthrough` opens: an account's own administration, and what is known in parts.
 _KNOWN_ROOTS = (
     *("/v1/organization", "/v1/organizations", "/v1/models", "/v1/files", "/v1/batches"),
+    "/v1/messages/batches",
     *("/v1beta/models", "/v1beta/tunedModels", "/v1beta/files", "/v1beta/batches"),
 )
 

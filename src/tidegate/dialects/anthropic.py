@@ -71,6 +71,11 @@ _RESOURCES = (
     path_of("GET", "/v1/files/{id}", "file", Act.READ),
     path_of("GET", "/v1/files/{id}/content", "file", Act.READ),
     path_of("DELETE", "/v1/files/{id}", "file", Act.DELETE),
+    # Of batches that were made at the provider itself; the gateway's own are not relayed.
+    path_of("GET", "/v1/messages/batches/{id}", "message_batch", Act.READ),
+    path_of("GET", "/v1/messages/batches/{id}/results", "message_batch", Act.READ),
+    path_of("POST", "/v1/messages/batches/{id}/cancel", "message_batch", Act.CANCEL),
+    path_of("DELETE", "/v1/messages/batches/{id}", "message_batch", Act.DELETE),
 )
 
 
@@ -246,10 +251,17 @@ _ERROR_TYPES = {
 }
 
 
+def error_type(status: int) -> str:
+    """The type of an error that comes with a status."""
+    return _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
 def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> JsonObject:
     """The body of an answer with an error of ours."""
-    kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message_with_allowed}}
+    return {
+        "type": "error",
+        "error": {"type": error_type(status), "message": error.message_with_allowed},
+    }
 
 
 def _listed_models(models: list[JsonObject]) -> JsonObject:

@@ -34,10 +34,11 @@ from tidegate.call import Caller, Status, new_id
 from tidegate.call import Scope as Right
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
 from tidegate.dialects.requests import parsed
-from tidegate.dialects.spec import Dialect, Headers
+from tidegate.dialects.spec import Dialect, Endpoint, Headers
 from tidegate.errors import (
     AlreadyEnded,
     FilesFull,
+    IdempotencyConflict,
     InvalidRequest,
     NotFound,
     PayloadTooLarge,
@@ -338,7 +339,7 @@ async def _upload(asking: Asking) -> Response:
         try:
             await services.store.batches.add_file(file, config.max_batch_files_bytes)
         except FilesFull:
-            await _delete_blob(services, file.blob_key)
+            await delete_blob(services, file.blob_key)
             raise
     finally:
         hold.release()
@@ -390,11 +391,22 @@ async def _relayed(
     scope: Mapping[str, Any],
     pieces: AsyncIterator[bytes] | None = None,
 ) -> Response:
-    """The answer to a native call on files: an upload, which is on record, or else a list. Raises
-    what is ours of TidegateError."""
-    services, received = asking.services, (time.monotonic(), datetime.now(UTC))
+    """The answer to a native call on files: an upload, which is on record, or else a list."""
     endpoint = endpoint_of(scope["method"], _FILES_PATH, Dialect.OPENAI)
     assert endpoint is not None
+    return await relayed(asking, endpoint, scope, pieces, on_record=pieces is not None)
+
+
+async def relayed(
+    asking: Asking,
+    endpoint: Endpoint,
+    scope: Mapping[str, Any],
+    pieces: AsyncIterator[bytes] | None = None,
+    *,
+    on_record: bool,
+) -> Response:
+    """The whole answer to a native call, which is short. Raises what is ours of TidegateError."""
+    services, received = asking.services, (time.monotonic(), datetime.now(UTC))
     call = call_of(
         scope,
         endpoint,
@@ -423,7 +435,7 @@ async def _relayed(
         out.status, out.pieces = told, [getattr(failed, "body", b"")]
     finally:
         record.end(status, None if status is Status.SUCCEEDED else failure)
-        if pieces is not None:
+        if on_record:
             services.store.audit.put(record)
     headers = {REQUEST_ID_HEADER: str(call.terms.request_id)}
     return Response(b"".join(out.pieces), out.status, headers, media_type="application/json")
@@ -460,7 +472,8 @@ async def _check_room(asking: Asking) -> None:
     await batches.check_room(asking.tenant, least_bytes, most_bytes)
 
 
-async def _delete_blob(services: Services, key: str) -> None:
+async def delete_blob(services: Services, key: str) -> None:
+    """Delete what nothing names any more."""
     with suppress(StoreUnavailable):  # else it goes with the other orphans
         await services.blobs.delete([key])
 
@@ -518,7 +531,7 @@ async def _delete(asking: Asking) -> Response:
     store = asking.services.store
     key = await store.batches.delete_file(_id(asking.id, _FILE_ID), asking.tenant)
     if key is not None:
-        await _delete_blob(asking.services, key)
+        await delete_blob(asking.services, key)
     return _json({"id": asking.id, "object": "file", "deleted": True})
 
 
@@ -560,6 +573,9 @@ async def _create(asking: Asking) -> Response:
 
 
 def _replayed(batch: Batch) -> Response:
+    """Raises IdempotencyConflict."""
+    if batch.is_of_messages:
+        raise IdempotencyConflict("this idempotency key was used for a different request")
     answer = _json(batch_view(batch))
     answer.headers[REPLAYED_HEADER] = "true"
     return answer
@@ -613,12 +629,20 @@ async def _batches(asking: Asking) -> Response:
 
 
 async def _batch(asking: Asking) -> Response:
-    store = asking.services.store
-    return _json(batch_view(await store.batches.get(_id(asking.id, _BATCH_ID), asking.tenant)))
+    return _json(batch_view(await _found_batch(asking)))
+
+
+async def _found_batch(asking: Asking) -> Batch:
+    """Raises NotFound, for a batch in Anthropic's form too."""
+    found = await asking.services.store.batches.get(_id(asking.id, _BATCH_ID), asking.tenant)
+    if found.is_of_messages:
+        raise NotFound(f"there is no batch {asking.id}")
+    return found
 
 
 async def _cancel(asking: Asking) -> Response:
     store = asking.services.store
+    await _found_batch(asking)
     batch, done = await store.batches.cancel(_id(asking.id, _BATCH_ID), asking.tenant)
     if not done and not batch.status.startswith("cancel"):
         raise AlreadyEnded(f"this batch is {batch.status}: it can't be cancelled any more")

@@ -175,14 +175,19 @@ PASS = "tidegate_key"
 _PASS = re.compile(r"([a-z0-9]{10})\.([0-9a-f]{64})", re.ASCII)
 
 
-def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
-    """From the query of an upload's URL to that URL, as the client reaches us; with a pass of the
-    key that the request in `scope` shows, if it is one of ours."""
+def own_origin(scope: Any) -> str:
+    """The beginning of a URL by which the client of a request reaches us."""
     said = dict(scope["headers"])
     host = said.get(b"host", b"").decode("latin-1")
     # A proxy that ends TLS says so. A client that says so falsely misleads only itself.
     scheme = "https" if said.get(b"x-forwarded-proto", b"").strip() == b"https" else scope["scheme"]
-    own_url = f"{scheme}://{host}{UPLOADS}"
+    return f"{scheme}://{host}"
+
+
+def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
+    """From the query of an upload's URL to that URL, as the client reaches us; with a pass of the
+    key that the request in `scope` shows, if it is one of ours."""
+    own_url = f"{own_origin(scope)}{UPLOADS}"
     key = shown_in(scope["headers"], scope["query_string"]).key
     prefix = None if key is None else prefix_of(key)
     if key is None or prefix is None:

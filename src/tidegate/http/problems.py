@@ -210,6 +210,14 @@ def native_status_of(error: errors.TidegateError) -> int:
     return next(status for status in found if status is not None)
 
 
+_STATUS_OF_CODE = {kind.code: status for kind, status in (STATUS | NATIVE_STATUS).items()}
+
+
+def status_of_code(code: str) -> int:
+    """The status in a provider's dialect of what failed with this code."""
+    return _STATUS_OF_CODE.get(code, 500)
+
+
 def problem(error: errors.TidegateError) -> Problem:
     """The body for `error`."""
     status = status_of(error)

@@ -35,6 +35,7 @@ from tidegate.http.admin import budgets as admin_budgets
 from tidegate.http.admin import limits as admin_limits
 from tidegate.http.admin import requests as admin_requests
 from tidegate.http.admin import tenants as admin_tenants
+from tidegate.http.anthropic import message_batches
 from tidegate.http.batches import BATCH_PATHS, batch_methods, batches, is_batch_path
 from tidegate.http.native import native
 from tidegate.http.problems import (
@@ -154,6 +155,7 @@ class Gateway(FastAPI):
         }
         self._pages: CORSMiddleware | None = None
         self._batches = AccessLog(batches)
+        self._message_batches = AccessLog(message_batches.message_batches)
         self._direct = {
             f"{prefix}{path}": AccessLog(app)
             for path, app in called.items()
@@ -205,6 +207,9 @@ class Gateway(FastAPI):
             if path.startswith(BATCH_PATHS) and is_batch_path(scope):
                 scope["app"] = self
                 await self._batches(scope, receive, send)
+            elif path.startswith(message_batches.PATH) and message_batches.is_ours(scope):
+                scope["app"] = self
+                await self._message_batches(scope, receive, send)
             else:
                 await native(services, scope, receive, send)
         elif scope["method"] == "POST" and (direct := self._direct.get(path)) is not None:
@@ -219,6 +224,8 @@ class Gateway(FastAPI):
             return methods_in(self.routes, scope)
         if is_batch_path(scope):
             return batch_methods(native_at)
+        if native_at.startswith(message_batches.PATH):
+            return message_batches.message_batch_methods(native_at)
         names = {name for name, _ in scope["headers"]}
         return methods_at(native_at, dialect_of(native_at, names, scope["query_string"]))
 

@@ -343,7 +343,7 @@ _ROUTES = {
     *("submit", "stream", "status", "files", "requests", "usage", "health", "admin", "dashboard"),
     *("metrics", "docs", "static"),
 }
-_BATCHES = ("/v1/batches", "/v1/files")
+_BATCHES = ("/v1/batches", "/v1/files", "/v1/messages/batches")
 
 
 def route_of(path: str) -> str:

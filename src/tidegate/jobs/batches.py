@@ -56,7 +56,15 @@ from tidegate.spine.detached import (
 )
 from tidegate.spine.native import Relay
 from tidegate.spine.run import CallFailed
-from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, BatchLine, ambiguous_of
+from tidegate.store.batches import (
+    MOST_LINES,
+    OUTPUT,
+    PRIORITY,
+    Batch,
+    BatchFile,
+    BatchLine,
+    ambiguous_of,
+)
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.notifications import BATCHES
 from tidegate.store.records import Json
@@ -279,6 +287,7 @@ class LineCaller:
                 trail=one.record.trail,
                 most_tries=self._config.max_attempts - line.attempts,
                 preempted=line.preemptions,
+                headers=line.call_headers,
             )
             await collected(self._relay, call, one.record, admitted)
         except asyncio.CancelledError:
@@ -351,7 +360,6 @@ def _record_of(line: BatchLine, trail: Trail | None) -> CallRecord:
     )
 
 
-MOST_LINES = 50_000
 MOST_ERRORS = 100
 _LONGEST_ID = 512
 
@@ -524,7 +532,8 @@ class OutputWriter:
         size_bytes = await asyncio.to_thread(self._flushed)
         key = new_key(datetime.now(UTC))
         await blobs.put(key, self._path)
-        name = f"batch_{batch.batch_id.hex}_{what}.jsonl"
+        kind = "msgbatch" if batch.is_of_messages else "batch"
+        name = f"{kind}_{batch.batch_id.hex}_{what}.jsonl"
         return BatchFile(new_id(), batch.tenant_id, OUTPUT, name, size_bytes, self._lines, key)
 
     def _write(self, data: bytes) -> None:
@@ -612,6 +621,14 @@ class BatchRunner:
             await self._blobs.delete([batch.input_blob])
 
     async def _validate(self, batch: Batch) -> None:
+        check = await self._read(batch)
+        if check.errors:
+            await self._store.batches.refuse(batch, check.errors)
+        else:
+            await self._store.batches.begin(batch, check.lines)
+
+    async def _read(self, batch: Batch) -> Check:
+        """Check the input, and add its lines as far as it is sound."""
         check = Check(batch.endpoint)
         ready: list[Json] = []
         size_bytes = number = 0
@@ -641,14 +658,13 @@ class BatchRunner:
             check.errors.append(
                 {"code": "file_not_found", "line": None, "message": gone, "param": "input_file_id"}
             )
-        if check.errors:
-            await self._store.batches.refuse(batch, check.errors)
-            return
-        if ready:
+        if ready and not check.errors:
             await self._store.batches.add_lines(batch, ready)
-        await self._store.batches.begin(batch, check.lines)
+        return check
 
     async def _assemble(self, batch: Batch) -> None:
+        if batch.is_of_messages and "in_progress_at" not in batch.times:
+            await self._read(batch)  # cut short before: its results name each request all the same
         with OutputWriter(self._folder) as output, OutputWriter(self._folder) as errors:
             last = 0
             while rows := await self._store.batches.lines_after(batch, last, _CHUNK_LINES):

@@ -74,9 +74,11 @@ def detached_call(
     most_tries: int = MOST_TRIES,
     preempted: int | None = None,
     has_own_deadline: bool = False,
+    headers: Mapping[str, str] | None = None,
 ) -> NativeCall:
     """The call as if a client made it now. `deadline_ms`: from now to admission; `preempted` as in
-    `Terms`. Raises NotFound for a path that another version took in."""
+    `Terms`; `headers` beside the dialect's usual, or in their place. Raises NotFound for a path
+    that another version took in."""
     try:
         endpoint = endpoint_named(path)
     except InvalidRequest as unknown:
@@ -93,8 +95,9 @@ def detached_call(
         preempted=preempted,
         has_own_deadline=has_own_deadline,
     )
-    headers = [_JSON, *DIALECTS[endpoint.dialect].headers]
-    return NativeCall(terms, endpoint, "POST", "", headers, body, datetime.now(UTC))
+    sent = dict((_JSON, *DIALECTS[endpoint.dialect].headers))
+    sent |= {name.encode(): value.encode() for name, value in (headers or {}).items()}
+    return NativeCall(terms, endpoint, "POST", "", [*sent.items()], body, datetime.now(UTC))
 
 
 async def collected(

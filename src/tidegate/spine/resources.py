@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from tidegate.spine.native import NativeCall
 
 # What people also make at the provider itself: everybody's, where no keys are required.
-_MADE_ELSEWHERE = frozenset(("file", "cached_content"))
+_MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch"))
+# What jobs of all tenants may be in, while no row says so.
+_OF_JOBS = frozenset(("file", "message_batch"))
 _MOST_READ = 300  # of which a filter may leave out any number
 
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
@@ -103,7 +105,9 @@ class Resources:
         owner = found.get(resource_id)
         if owner is not None and owner.tenant_id == caller.tenant_id:
             return self._upstream(owner, dialect, kind, resource_id, field)
-        if owner is None:
+        if owner is None and not (
+            kind in _OF_JOBS and await self._store.is_of_jobs(dialect, resource_id)
+        ):
             for one in self._targets.speaking(Dialect(dialect)):
                 if one.adopt == caller.tenant_id:
                     return one

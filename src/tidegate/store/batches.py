@@ -1,5 +1,8 @@
 """Batches and their lines: owners' views, claims, ends in group commits, abandoned lines.
 
+A batch is in OpenAI's form or in Anthropic's, a message batch. They differ in how they are
+submitted and shown. The input of a message batch is no file that its tenant has.
+
 Invariants: everything is read by tenant; validation and assembly are fenced by a claim; a line
 has at most one valid claim, is marked before its call and ended once, in one transaction with its
 batch's count and its record.
@@ -79,6 +82,9 @@ def _model_in(body: str) -> str | None:
 
 
 INPUT, OUTPUT = "batch", "batch_output"
+MOST_LINES = 50_000
+# In `metadata`, of a message batch: its `call_headers`. What a client gives there is texts.
+_MESSAGES = "messages"
 _BULK_TIMEOUT_MS = 30_000
 _LEAST_BYTES = 4_096  # that a file counts for: it also is a row, and a block on the disk
 _TIMES = (
@@ -112,7 +118,8 @@ class BatchFile:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`times` has those that have come, by name. `claim` fences what a worker does to it."""
+    """`times` has those that have come, by name. `claim` fences what a worker does to it.
+    `call_headers`: what the calls of a message batch have besides the usual; None for others."""
 
     batch_id: UUID
     tenant_id: str
@@ -132,6 +139,12 @@ class Batch:
     models: tuple[str, ...] | None
     times: dict[str, datetime]
     claim: int
+    call_headers: dict[str, str] | None
+
+    @property
+    def is_of_messages(self) -> bool:
+        """Whether it is in Anthropic's form."""
+        return self.call_headers is not None
 
 
 class Batches:
@@ -224,6 +237,33 @@ class Batches:
     ) -> Batch:
         """The new batch, or the one that was made before it under the same key, as it now stands.
         Raises IdempotencyConflict where a different batch was submitted under the key."""
+        return await self._add(batch_id, caller, file, endpoint, metadata, once, None)
+
+    async def add_messages(
+        self,
+        batch_id: UUID,
+        caller: Caller,
+        file: BatchFile,
+        endpoint: str,
+        call_headers: Json,
+        once: Idempotency | None,
+        most_bytes: int,
+    ) -> Batch:
+        """The same for a message batch. `file` is its alone: it is not listed, counts for its
+        tenant until it has been read, and is then deleted. Raises FilesFull too."""
+        metadata = {_MESSAGES: call_headers}
+        return await self._add(batch_id, caller, file, endpoint, metadata, once, most_bytes)
+
+    async def _add(
+        self,
+        batch_id: UUID,
+        caller: Caller,
+        file: BatchFile,
+        endpoint: str,
+        metadata: Json | None,
+        once: Idempotency | None,
+        most_bytes: int | None,
+    ) -> Batch:
         tenant_id = caller.tenant_id
         given = (
             batch_id,
@@ -246,6 +286,12 @@ class Batches:
                     return await _made_before(connection, tenant_id, once, before)
                 made = KeyState(once.digest, batch_id, 200, "application/json", b"")
                 await end_key(connection, tenant_id, once.key, made)
+            if most_bytes is not None:
+                await connection.execute(sql("lock_batch_files"), tenant_id)
+                kept = await connection.fetchval(
+                    sql("kept_batch_files"), tenant_id, None, _LEAST_BYTES
+                )
+                _check_room(tenant_id, kept, file.size_bytes, most_bytes)
             await connection.execute(sql("add_batch"), *given)
             return await connection.fetchrow(sql("get_batch"), batch_id, tenant_id)
 
@@ -279,6 +325,35 @@ class Batches:
             _batch(row)
             for row in await self._connections.rows("list_batches", tenant_id, after, limit)
         ]
+
+    async def listed_messages(
+        self, tenant_id: str, *, after: UUID | None, before: UUID | None, limit: int
+    ) -> list[Batch]:
+        """Message batches, newest first: those after one, or just before one."""
+        name = "list_message_batches" if before is None else "list_message_batches_upwards"
+        found = await self._connections.rows(
+            name, tenant_id, after if before is None else before, limit
+        )
+        return [_batch(row) for row in (found if before is None else reversed(found))]
+
+    async def delete(self, batch_id: UUID, tenant_id: str) -> list[str] | None:
+        """Forget a batch that has ended, and its results; their blobs' keys. None where it has not
+        ended. Raises NotFound."""
+
+        async def delete(connection: asyncpg.Connection) -> list[str] | None:
+            row = await connection.fetchrow(sql("delete_ended_batch"), batch_id, tenant_id)
+            if row is None:
+                return None
+            files = [row["output_file_id"], row["error_file_id"]]
+            deleted = [
+                await connection.fetchval(sql("delete_batch_file"), one, tenant_id) for one in files
+            ]
+            return [key for key in deleted if key is not None]
+
+        keys = await self._connections.run(delete)
+        if keys is None:
+            await self.get(batch_id, tenant_id)
+        return keys
 
     async def cancel(self, batch_id: UUID, tenant_id: str) -> tuple[Batch, bool]:
         """The batch, and whether it could be cancelled now. Raises NotFound."""
@@ -402,11 +477,13 @@ def _file(row: asyncpg.Record) -> BatchFile:
 
 
 def _batch(row: asyncpg.Record) -> Batch:
+    metadata = _json(row["metadata"])
     return rows.record_of(
         Batch,
         row,
         batch_id=rows.uuid_of(row["id"]),
-        metadata=_json(row["metadata"]),
+        metadata=None if (call_headers := _call_headers(metadata)) is not None else metadata,
+        call_headers=call_headers,
         errors=_json(row["errors"]),
         models=_models(row),
         times={name: row[name] for name in _TIMES if row[name] is not None},
@@ -415,6 +492,11 @@ def _batch(row: asyncpg.Record) -> Batch:
 
 def _json(column: str | None) -> Any:
     return None if column is None else orjson.loads(column)
+
+
+def _call_headers(metadata: Json | None) -> dict[str, str] | None:
+    found = None if metadata is None else metadata.get(_MESSAGES)
+    return found if isinstance(found, dict) else None
 
 
 def _models(row: asyncpg.Record) -> tuple[str, ...] | None:
@@ -501,6 +583,7 @@ class BatchLine:
     lapses: int
     preemptions: int
     expires_at: datetime
+    call_headers: dict[str, str] | None
 
     @property
     def key(self) -> Json:
@@ -561,7 +644,15 @@ class BatchLines:
             orjson.dumps(since).decode(),
             list(self._now_held_up()),
         )
-        lines = [rows.record_of(BatchLine, row, models=_models(row)) for row in claimed]
+        lines = [
+            rows.record_of(
+                BatchLine,
+                row,
+                models=_models(row),
+                call_headers=_call_headers(_json(row["metadata"])),
+            )
+            for row in claimed
+        ]
         self._claims.end(look, complete=True)
         if look.is_whole:
             self._from.clear()

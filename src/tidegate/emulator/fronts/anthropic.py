@@ -9,6 +9,7 @@ messages but not downloaded.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -479,6 +480,9 @@ def _key(request: web.BaseRequest) -> str:
     return request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
 
 
+_BETA = re.compile(r"[a-z0-9-]+-\d{4}-?\d{2}-?\d{2}")  # what a feature is, and since when
+
+
 def _check_headers(request: web.BaseRequest) -> None:
     key = _key(request)
     if not key:
@@ -487,6 +491,14 @@ def _check_headers(request: web.BaseRequest) -> None:
         raise Refused(401, "invalid x-api-key")
     if "anthropic-version" not in request.headers:
         raise Refused(400, "anthropic-version: header is required")
+    betas = ",".join(request.headers.getall("anthropic-beta", ()))
+    for beta in filter(None, (one.strip() for one in betas.split(","))):
+        if not _BETA.fullmatch(beta):
+            raise Refused(
+                400,
+                f"Unexpected value(s) `{beta}` for the `anthropic-beta` header. Please consult our "
+                "documentation at docs.anthropic.com or try again without the header.",
+            )
 
 
 def _check_model(behaviour: Behaviour, model: str) -> None:

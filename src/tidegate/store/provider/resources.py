@@ -72,6 +72,13 @@ class ProviderResources:
         if new:
             await asyncio.shield(self._keep(_entry(new)))
 
+    async def is_of_jobs(self, dialect: str, resource_id: str) -> bool:
+        """Whether a batch at a provider, or its file, is the gateway's own, made of jobs."""
+        row = await self._connections.row(
+            "provider_batch_named", dialect, resource_id, timeout_ms=_TIMEOUT_MS
+        )
+        return row is not None
+
     async def owners(self, dialect: str, kind: str, ids: Iterable[str]) -> dict[str, ResourceOwner]:
         """The owners of those that have one."""
         found, unknown = dict[str, ResourceOwner](), list[str]()

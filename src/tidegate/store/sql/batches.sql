@@ -27,15 +27,17 @@ SELECT coalesce(sum(greatest(size_bytes, $3::bigint)), 0)::bigint FROM (
 SELECT * FROM batch_files WHERE id = $1 AND tenant_id = $2
 
 -- name: list_batch_files
--- Files of tenant $1 that come after $2, newest first, of purpose $3 if it is given.
+-- Files of tenant $1 that come after $2, newest first, of purpose $3 if it is given; without results of message batches.
 SELECT * FROM batch_files
 WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND ($3::text IS NULL OR purpose = $3)
+    AND NOT (purpose = 'batch_output' AND starts_with(name, 'msgbatch_'))
 ORDER BY id DESC LIMIT $4
 
 -- name: list_batch_files_upwards
 -- The same, oldest first.
 SELECT * FROM batch_files
 WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) AND ($3::text IS NULL OR purpose = $3)
+    AND NOT (purpose = 'batch_output' AND starts_with(name, 'msgbatch_'))
 ORDER BY id LIMIT $4
 
 -- name: delete_batch_file
@@ -62,9 +64,28 @@ ON CONFLICT (id) DO NOTHING
 SELECT * FROM batches WHERE id = $1 AND tenant_id = $2
 
 -- name: list_batches
--- Batches of tenant $1 that come after $2, newest first.
+-- Batches of tenant $1 that come after $2, newest first, but for message batches.
 SELECT * FROM batches WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2)
+    AND (metadata IS NULL OR jsonb_typeof(metadata -> 'messages') IS DISTINCT FROM 'object')
 ORDER BY id DESC LIMIT $3
+
+-- name: list_message_batches
+-- Message batches of tenant $1 that come after $2, newest first.
+SELECT * FROM batches WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2)
+    AND jsonb_typeof(metadata -> 'messages') = 'object'
+ORDER BY id DESC LIMIT $3
+
+-- name: list_message_batches_upwards
+-- Message batches of tenant $1 that are newer than $2, oldest first.
+SELECT * FROM batches WHERE tenant_id = $1 AND id > $2
+    AND jsonb_typeof(metadata -> 'messages') = 'object'
+ORDER BY id LIMIT $3
+
+-- name: delete_ended_batch
+-- Forget a batch of a tenant that has ended; returns its files.
+DELETE FROM batches WHERE id = $1 AND tenant_id = $2
+    AND status IN ('completed', 'failed', 'expired', 'cancelled')
+RETURNING output_file_id, error_file_id
 
 -- name: cancel_batch
 -- Let no more lines of a batch begin.
@@ -153,7 +174,7 @@ RETURNING id
 -- name: claim_batch_lines
 -- Claim ready lines for worker $1, at most $2 and $3 bytes, from line $4 on, of other batches than $5; batches take turns.
 WITH ready AS MATERIALIZED (
-    SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at
+    SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at, b.metadata
     FROM batches b CROSS JOIN LATERAL (
         SELECT batch_id, line, row_number() OVER (ORDER BY line) AS turn, size_bytes
         FROM batch_lines
@@ -164,7 +185,7 @@ WITH ready AS MATERIALIZED (
     WHERE b.status = 'in_progress' AND b.id <> ALL($5::uuid[])
 ), picked AS MATERIALIZED (
     SELECT l.batch_id, l.line, ready.turn, ready.endpoint, ready.models, ready.key_id,
-        ready.expires_at
+        ready.expires_at, ready.metadata
     FROM ready JOIN batch_lines l ON l.batch_id = ready.batch_id AND l.line = ready.line
     WHERE l.state = 'queued'
     ORDER BY ready.turn, l.batch_id LIMIT $2
@@ -176,7 +197,8 @@ WITH ready AS MATERIALIZED (
 UPDATE batch_lines l SET state = 'claimed', claim = l.claim + 1, claimed_by = $1
 FROM fitting
 WHERE l.batch_id = fitting.batch_id AND l.line = fitting.line AND fitting.so_far < $3
-RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires_at
+RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires_at,
+    fitting.metadata
 
 -- name: batches_held_up
 -- Batches of keys whose tenants are disabled or gone.

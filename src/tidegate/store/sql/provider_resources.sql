@@ -20,6 +20,10 @@ SELECT resource_id, tenant_id, upstream, account, expires_at FROM provider_resou
 WHERE dialect = $1 AND kind = $2 AND resource_id = ANY($3::text[])
     AND (expires_at IS NULL OR expires_at > now())
 
+-- name: provider_batch_named
+-- A batch of jobs at a provider of dialect $1 that has this id, or whose input has.
+SELECT id FROM provider_batches WHERE dialect = $1 AND (provider_id = $2 OR file_id = $2) LIMIT 1
+
 -- name: provider_resources_of
 -- The things of tenant $1 of a kind, the newest first if $4, after thing $5 if given; at most $6.
 SELECT r.resource_id, r.tenant_id, r.upstream, r.account, r.expires_at FROM provider_resources r

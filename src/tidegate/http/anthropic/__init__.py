@@ -1,0 +1,1 @@
+"""Routes of Anthropic's API that Tidegate answers itself."""

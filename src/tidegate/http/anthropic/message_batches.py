@@ -1,0 +1,586 @@
+"""Routes `/v1/messages/batches`: Message Batches in Anthropic's shape.
+
+    POST ──► spool ──► one line a request ──► blob ──► batch, worked through as OpenAI's are
+    GET .../results ──► the two files of the batch, each line as a result
+
+A batch that is not ours, by its id, was made at the provider itself: it is read and cancelled
+there, and its results come through us too.
+
+Invariants: everything belongs to the caller's tenant and does not exist for others; a batch that
+was answered is in PostgreSQL, and each of its requests has one result; what makes a request
+impossible is refused before the batch is made, by the request's number and field; a body goes to
+disk as it arrives, and one request of it is parsed at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from io import BytesIO
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO, Any
+from uuid import UUID
+
+import orjson
+from anyio import to_thread
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tidegate.call import Scope as Right
+from tidegate.call import new_id
+from tidegate.dialects import endpoint_of
+from tidegate.dialects.anthropic import error_type
+from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
+from tidegate.dialects.spec import Dialect
+from tidegate.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    StoreUnavailable,
+    TidegateError,
+)
+from tidegate.http.batches import Asking, delete_blob, relayed
+from tidegate.http.body import (
+    PREFIX,
+    WITH_ITS_HEAD_BYTES,
+    Spool,
+    count_in,
+    incoming_of,
+)
+from tidegate.http.guards import caller_of, own_origin
+from tidegate.http.idempotency import REPLAYED_HEADER, key_of
+from tidegate.http.problems import not_relayed, refusal, status_of_code
+from tidegate.http.services import check_target, services_of
+from tidegate.http.views import streamed
+from tidegate.spine.detached import LONGEST_BYTES, endpoint_named, wrapped_facts
+from tidegate.store.batches import INPUT, MOST_LINES, Batch, BatchFile
+from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.records import Idempotency
+
+PATH = "/v1/messages/batches"
+MOST_BYTES = 200_000_000
+_MESSAGES = "/v1/messages"
+_PATH = re.compile(rf"{PATH}(?:/(?P<id>[\w-]{{1,200}})(?:/(?P<do>\w+))?)?", re.ASCII)
+_ID = re.compile(r"msgbatch_(?P<hex>[0-9a-f]{32})")
+_OPEN = ("validating", "in_progress", "finalizing")
+
+
+def view(batch: Batch, origin: str) -> dict[str, Any]:
+    """A batch as Anthropic shows it. Its requests are all processing until it has ended."""
+    shown_id, has_ended = _shown_id(batch.batch_id), batch.status not in (*_OPEN, "cancelling")
+    status = "canceling" if batch.status == "cancelling" else "in_progress"
+    left = batch.total - batch.completed - batch.failed
+    counts = {
+        "succeeded": batch.completed,
+        "errored": batch.failed,
+        "canceled": left if batch.status == "cancelled" else 0,
+        "expired": left if batch.status == "expired" else 0,
+    }
+    return {
+        "id": shown_id,
+        "type": "message_batch",
+        "processing_status": "ended" if has_ended else status,
+        "request_counts": {
+            "processing": 0 if has_ended else batch.total,
+            **(counts if has_ended else dict.fromkeys(counts, 0)),
+        },
+        "created_at": _time(batch, "created_at"),
+        "expires_at": _time(batch, "expires_at"),
+        "ended_at": _time(batch, "completed_at", "failed_at", "expired_at", "cancelled_at"),
+        "cancel_initiated_at": _time(batch, "cancelling_at"),
+        "archived_at": None,
+        "results_url": f"{origin}{PATH}/{shown_id}/results" if has_ended else None,
+    }
+
+
+def _shown_id(batch_id: UUID) -> str:
+    return f"msgbatch_{batch_id.hex}"
+
+
+def _time(batch: Batch, *names: str) -> str | None:
+    found = next((batch.times[name] for name in names if name in batch.times), None)
+    return None if found is None else found.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+# The body of a new batch
+
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+_QUOTE, _COMMA = ord('"'), ord(",")
+_CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_REQUESTS = "a list of objects with custom_id and params"
+_MOST_REST_BYTES = 65_536
+
+
+@dataclass(slots=True)
+class _Array:
+    """The list `requests` in a body: where it begins and ends; -1 where it does not."""
+
+    begins: int = -1
+    ends: int = -1
+
+
+def _slices(data: bytes | mmap, array: _Array) -> Iterator[tuple[int, int]]:
+    """Where each value in the list `requests` begins and ends. What is not JSON gives slices that
+    are not. Raises InvalidRequest."""
+    depth, start, is_named = 0, 0, False
+    for token in _TOKEN.finditer(data):
+        at = token.start()
+        sign = data[at]
+        if sign == _QUOTE:
+            is_named = depth == 1 and token[0] == b'"requests"'
+            continue
+        is_within = array.begins >= 0 > array.ends
+        if sign in b"[{":
+            depth += 1
+            if is_named and sign == b"["[0]:
+                if array.begins >= 0:
+                    raise InvalidRequest("requests", "requests is given more than once")
+                array.begins = start = token.end()
+        elif sign == _COMMA:
+            if depth == 2 and is_within:
+                yield start, at
+                start = token.end()
+        else:
+            if depth == 2 and is_within:
+                array.ends = at
+                if start != array.begins or data[start:at].strip():
+                    yield start, at
+            depth -= 1
+        is_named = False
+
+
+@dataclass(slots=True)
+class RequestLines:
+    """The requests of a new batch as the lines of its file, once they are checked."""
+
+    count: int = 0
+    size_bytes: int = 0
+    _digest: Any = field(default_factory=sha256)
+    _ids: set[str] = field(default_factory=set)
+
+    def digest(self, call_headers: dict[str, str]) -> str:
+        """Of all that is requested. No native call has the same."""
+        self._digest.update(orjson.dumps([PATH, call_headers], option=orjson.OPT_SORT_KEYS))
+        return str(self._digest.hexdigest())
+
+    def fill(self, source: bytes | Path, sink: IO[bytes]) -> None:
+        """Write the lines of a body to `sink`. Raises InvalidRequest."""
+        if isinstance(source, bytes):
+            self._fill(source, sink)
+            return
+        with source.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            self._fill(data, sink)
+
+    def _fill(self, data: bytes | mmap, sink: IO[bytes]) -> None:
+        array = _Array()
+        for begin, end in _slices(data, array):
+            line = self._line(f"requests.{self.count}", data, begin, end)
+            self._digest.update(line)
+            sink.write(line)
+            self.count += 1
+            self.size_bytes += len(line)
+        _check_rest(data, array)
+        if not self.count:
+            raise InvalidRequest("requests", "requests is missing or empty", allowed=_REQUESTS)
+
+    def _line(self, place: str, data: bytes | mmap, begin: int, end: int) -> bytes:
+        if self.count >= MOST_LINES:
+            said = f"a batch has at most {MOST_LINES} requests"
+            raise InvalidRequest("requests", said, allowed=f"1 to {MOST_LINES} requests")
+        if end - begin >= LONGEST_BYTES - WITH_ITS_HEAD_BYTES:
+            said = f"{place} is larger than {LONGEST_BYTES - WITH_ITS_HEAD_BYTES} bytes"
+            raise PayloadTooLarge(place, said)
+        raw = data[begin:end]
+        if has_too_many_parts(raw):
+            said = f"{place} holds too many values"
+            raise PayloadTooLarge(place, said, allowed=f"at most {MOST_PARTS} values")
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError as broken:
+            raise InvalidRequest(place, f"{place} is not JSON: {broken}") from None
+        custom_id, params = self._checked(place, value)
+        line = {"custom_id": custom_id, "method": "POST", "url": _MESSAGES, "body": params}
+        return orjson.dumps(line) + b"\n"
+
+    def _checked(self, place: str, value: Any) -> tuple[str, dict[str, Any]]:
+        if not isinstance(value, dict):
+            raise InvalidRequest(place, f"{place} is not an object", allowed=_REQUESTS)
+        for name in value:
+            if name not in ("custom_id", "params"):
+                shown = f"{place}.{name[:64]}"
+                said = f"there is no field {shown!a} here"
+                raise InvalidRequest(shown, said, allowed="custom_id, params")
+        custom_id, params = value.get("custom_id"), value.get("params")
+        where = f"{place}.custom_id"
+        if not isinstance(custom_id, str) or not _CUSTOM_ID.fullmatch(custom_id):
+            allowed = "1 to 64 letters, digits, - and _"
+            raise InvalidRequest(where, f"{where} is missing or wrong", allowed=allowed)
+        if custom_id in self._ids:
+            said = f"the custom_id {custom_id!r} is there already"
+            raise InvalidRequest(where, said, allowed="one that no other request has")
+        self._ids.add(custom_id)
+        if not isinstance(params, dict):
+            where = f"{place}.params"
+            raise InvalidRequest(where, f"{where} is not an object", allowed="a message's body")
+        try:
+            wrapped_facts(endpoint_named(_MESSAGES), params)
+        except InvalidRequest as wrong:
+            where = f"{place}.params.{wrong.field.removeprefix('body.')}"
+            raise InvalidRequest(
+                where, f"{where}: {wrong.message}", allowed=wrong.allowed
+            ) from None
+        return custom_id, params
+
+
+def _check_rest(data: bytes | mmap, array: _Array) -> None:
+    """Check a body without what stands in the list `requests`. Raises InvalidRequest."""
+    begin, end = (array.begins, array.ends) if array.ends >= 0 else (len(data), len(data))
+    if begin + len(data) - end > _MOST_REST_BYTES:
+        raise InvalidRequest("requests", "requests is missing", allowed=_REQUESTS)
+    try:
+        rest = orjson.loads(data[:begin] + data[end:])
+    except orjson.JSONDecodeError as broken:
+        raise InvalidRequest("body", f"the body is not JSON: {broken}") from None
+    if not isinstance(rest, dict) or not isinstance(rest.get("requests"), list):
+        raise InvalidRequest("requests", "requests is missing or wrong", allowed=_REQUESTS)
+    for name in rest:
+        if name != "requests":
+            shown = ascii(name[:64])
+            raise InvalidRequest(name[:64], f"there is no field {shown} here", allowed="requests")
+
+
+_MOST_HEADERS_BYTES = 4_096
+
+
+def _call_headers(scope: Scope) -> dict[str, str]:
+    """The headers of a new batch that its calls have too: betas, versions and the like. Raises
+    InvalidRequest."""
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        if name.startswith(b"anthropic-"):
+            key, text = name.decode("latin-1"), value.decode("latin-1")
+            if not text.isascii() or not text.isprintable():
+                raise InvalidRequest(key, f"{key} is no such header", allowed="printable ASCII")
+            found[key] = f"{found[key]},{text}" if key in found else text
+    if sum(len(key) + len(text) for key, text in found.items()) > _MOST_HEADERS_BYTES:
+        allowed = f"at most {_MOST_HEADERS_BYTES} bytes in all"
+        raise InvalidRequest("anthropic-beta", "the headers are too long", allowed=allowed)
+    return found
+
+
+# Requests
+
+
+def is_ours(scope: Scope) -> bool:
+    """Whether a path below `PATH` is answered here; what else there is of batches that are not ours
+    is a native call."""
+    found = _PATH.fullmatch(scope["path"])
+    if found is None or found["id"] is None or _ID.fullmatch(found["id"]) is not None:
+        return True
+    return (scope["method"], found["do"]) in _ELSEWHERE
+
+
+def message_batch_methods(path: str) -> tuple[str, ...]:
+    """By which methods a path is known."""
+    found = _PATH.fullmatch(path)
+    place = None if found is None else (found["id"] is not None, found["do"])
+    return tuple(method for method, *where in _HANDLERS if tuple(where) == place)
+
+
+async def message_batches(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request to one of our paths."""
+    request = Request(scope, receive)
+    try:
+        response = await _answer(request)
+    except ClientDisconnect:
+        return
+    except TidegateError as error:
+        status, headers, body = refusal(Dialect.ANTHROPIC, error)
+        kept = {name.decode(): value.decode() for name, value in headers}
+        response = Response(body, status, kept)
+    await response(scope, receive, send)
+
+
+async def _answer(request: Request) -> Response:
+    path, method = request.scope["path"], request.method
+    found = _PATH.fullmatch(path)
+    handler = (
+        None if found is None else _HANDLERS.get((method, found["id"] is not None, found["do"]))
+    )
+    if found is None or handler is None:
+        raise not_relayed(method, path, message_batch_methods(path))
+    caller = await caller_of(request, Right.READ if method == "GET" else Right.INFER)
+    check_target(request.scope)
+    named = found["id"] or ""
+    asking = Asking(request, services_of(request), caller, named)
+    if named and _ID.fullmatch(named) is None:
+        return await _elsewhere(asking)
+    return await handler(asking)
+
+
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+def _shown(asking: Asking, batch: Batch) -> Response:
+    return _json(view(batch, own_origin(asking.request.scope)))
+
+
+async def _create(asking: Asking) -> Response:
+    services, store = asking.services, asking.services.store.batches
+    config, key = services.config, key_of(asking.request)
+    if key is None:
+        await services.budgets.check(asking.caller)
+    call_headers = _call_headers(asking.request.scope)
+    hold, spool = services.hold(asking.caller), Spool(config.data_dir / "tmp")
+    lines, batch_id = RequestLines(), new_id()
+    try:
+        body = incoming_of(asking.request, config, max_bytes=MOST_BYTES)
+        async for piece in body.pieces():
+            await spool.write(piece)
+            count_in(hold, spool.held_bytes, WITH_ITS_HEAD_BYTES)
+        await spool.finish()
+        async with hold.turn:
+            blob_key = await _kept(spool, lines, services.blobs, config.data_dir / "tmp")
+    finally:
+        hold.release()
+        await spool.close()
+    file = BatchFile(
+        file_id=new_id(),
+        tenant_id=asking.tenant,
+        purpose=INPUT,
+        name=f"{_shown_id(batch_id)}.jsonl",
+        size_bytes=lines.size_bytes,
+        lines=lines.count,
+        blob_key=blob_key,
+    )
+    once = None if key is None else Idempotency(key, lines.digest(call_headers))
+    batch: Batch | None = None
+    try:
+        if once is not None:
+            # Before all that a repeat may be without: a budget, room in the queue.
+            if (batch := await store.earlier(asking.tenant, once)) is not None:
+                return _replayed(asking, batch)
+            await services.budgets.check(asking.caller)
+        room = services.store.queue_caps.room(
+            asking.caller, jobs=lines.count, size_bytes=lines.size_bytes
+        )
+        async with room:
+            batch = await store.add_messages(
+                batch_id,
+                asking.caller,
+                file,
+                _MESSAGES,
+                call_headers,
+                once,
+                config.max_batch_files_bytes,
+            )
+    except StoreUnavailable:
+        raise  # it may have been added all the same: a file without a batch goes with the orphans
+    except TidegateError:
+        await delete_blob(services, blob_key)
+        raise
+    finally:
+        if batch is not None and batch.batch_id != batch_id:
+            await delete_blob(services, blob_key)
+    return _shown(asking, batch) if batch.batch_id == batch_id else _replayed(asking, batch)
+
+
+def _replayed(asking: Asking, batch: Batch) -> Response:
+    if not batch.is_of_messages:
+        raise IdempotencyConflict("this idempotency key was used for a different request")
+    answer = _shown(asking, batch)
+    answer.headers[REPLAYED_HEADER] = "true"
+    return answer
+
+
+async def _kept(spool: Spool, lines: RequestLines, blobs: Blobs, folder: Path) -> str:
+    """The key of a new blob with the lines of a body."""
+    key = new_key(datetime.now(UTC))
+    if spool.path is None:
+        sink = BytesIO()
+        await to_thread.run_sync(lines.fill, spool.data, sink)
+        await blobs.put(key, sink.getvalue())
+        return key
+    try:
+        with NamedTemporaryFile(prefix=PREFIX, dir=folder) as file:
+            await to_thread.run_sync(lines.fill, spool.path, file.file)
+            file.flush()
+            await blobs.put(key, Path(file.name))
+    except OSError as full:
+        raise StoreUnavailable(f"a batch could not be kept: {full.strerror}") from full
+    return key
+
+
+async def _list(asking: Asking) -> Response:
+    query = asking.request.query_params
+    limit = _limit(query.get("limit"))
+    after, before = query.get("after_id"), query.get("before_id")
+    if after and before:
+        said = "a page begins after one batch or ends before one"
+        raise InvalidRequest("before_id", said, allowed="after_id or before_id")
+    found = await asking.services.store.batches.listed_messages(
+        asking.tenant,
+        after=_id(after) if after else None,
+        before=_id(before) if before else None,
+        limit=limit + 1,
+    )
+    shown = found[-limit:] if before else found[:limit]
+    origin = own_origin(asking.request.scope)
+    return _json(
+        {
+            "data": [view(one, origin) for one in shown],
+            "has_more": len(found) > limit,
+            "first_id": _shown_id(shown[0].batch_id) if shown else None,
+            "last_id": _shown_id(shown[-1].batch_id) if shown else None,
+        }
+    )
+
+
+async def _found(asking: Asking) -> Batch:
+    batch = await asking.services.store.batches.get(_id(asking.id), asking.tenant)
+    if not batch.is_of_messages:
+        raise _missing(asking.id)
+    return batch
+
+
+async def _retrieve(asking: Asking) -> Response:
+    return _shown(asking, await _found(asking))
+
+
+async def _cancel(asking: Asking) -> Response:
+    await _found(asking)
+    batch, done = await asking.services.store.batches.cancel(_id(asking.id), asking.tenant)
+    if not done and not batch.status.startswith("cancel"):
+        # Not 409, which Anthropic's SDKs would try again.
+        said = f"the batch {asking.id} has ended and can't be canceled any more"
+        raise InvalidRequest("message_batch_id", said)
+    return _shown(asking, batch)
+
+
+async def _delete(asking: Asking) -> Response:
+    await _found(asking)
+    keys = await asking.services.store.batches.delete(_id(asking.id), asking.tenant)
+    if keys is None:
+        said = f"the batch {asking.id} is still processing"
+        raise InvalidRequest("message_batch_id", said, allowed="a batch that has ended: cancel it")
+    for key in keys:
+        await delete_blob(asking.services, key)
+    return _json({"id": asking.id, "type": "message_batch_deleted"})
+
+
+async def _results(asking: Asking) -> Response:
+    batch, store = await _found(asking), asking.services.store.batches
+    if batch.status in _OPEN or batch.status == "cancelling":
+        raise NotFound(f"the batch {asking.id} has no results before it has ended")
+    if batch.errors:  # its input was lost before it began
+        raise NotFound(f"the batch {asking.id} has no results: {batch.errors[0]['message']}")
+    ids = [one for one in (batch.output_file_id, batch.error_file_id) if one is not None]
+    keys = [(await store.file(one, asking.tenant)).blob_key for one in ids]
+    return await streamed(
+        _result_lines(asking.services.blobs, keys),
+        {"Content-Disposition": "attachment"},
+        f"the results of {asking.id} are not there any more",
+        "application/x-jsonl",
+    )
+
+
+async def _result_lines(blobs: Blobs, keys: list[str]) -> AsyncIterator[bytes]:
+    for key in keys:
+        begun: list[bytes] = []
+        async for piece in blobs.stream(key):
+            *ends, rest = piece.split(b"\n")
+            whole: list[bytes] = []
+            for end in ends:
+                whole.append(result_line(b"".join((*begun, end))))
+                begun = []
+            if rest:
+                begun.append(rest)
+            if whole:
+                yield b"".join(whole)
+
+
+_CUT_SHORT = {"batch_cancelled": "canceled", "batch_expired": "expired"}
+
+
+def result_line(line: bytes) -> bytes:
+    """A line of the files of a batch as a result of Anthropic's."""
+    told = orjson.loads(line)
+    response, error = told["response"], told["error"]
+    result: dict[str, Any]
+    if response is not None and response["status_code"] == 200:
+        result = {"type": "succeeded", "message": response["body"]}
+    elif response is not None:
+        result = {"type": "errored", "error": _error(response["status_code"], response["body"])}
+    elif (cut_short := _CUT_SHORT.get(error["code"])) is not None:
+        result = {"type": cut_short}
+    else:
+        kind = error_type(status_of_code(error["code"]))
+        result = {"type": "errored", "error": _wrapped(kind, error["message"])}
+    return orjson.dumps({"custom_id": told["custom_id"], "result": result}) + b"\n"
+
+
+def _error(status: int, body: Any) -> Any:
+    """The provider's own error, in Anthropic's form whatever upstream it is of."""
+    inner = body.get("error") if isinstance(body, dict) else None
+    if isinstance(inner, dict) and body.get("type") == "error":
+        return body
+    message = inner.get("message") if isinstance(inner, dict) else None
+    return _wrapped(error_type(status), message if isinstance(message, str) else str(body)[:1_000])
+
+
+def _wrapped(kind: str, message: str) -> dict[str, Any]:
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def _missing(text: str) -> NotFound:
+    return NotFound(f"there is no batch {text[:64]!a}")
+
+
+def _id(text: str) -> UUID:
+    """Raises NotFound: what can't be an id names nothing."""
+    if (found := _ID.fullmatch(text)) is None:
+        raise _missing(text)
+    return UUID(hex=found["hex"])
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return 20
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 1_000:
+        allowed = "a whole number from 1 to 1000"
+        raise InvalidRequest("limit", f"limit must be {allowed}", allowed=allowed)
+    return int(text)
+
+
+async def _elsewhere(asking: Asking) -> Response:
+    """A batch that was made at the provider itself, as it is there, but for the address of its
+    results: a client would send its key of ours there."""
+    scope = asking.request.scope
+    endpoint = endpoint_of(scope["method"], scope["path"], Dialect.ANTHROPIC)
+    assert endpoint is not None
+    answer = await relayed(asking, endpoint, scope, on_record=True)
+    if answer.status_code != 200:
+        return answer
+    batch = orjson.loads(answer.body)
+    if isinstance(batch, dict) and batch.get("results_url"):
+        batch["results_url"] = f"{own_origin(scope)}{PATH}/{asking.id}/results"
+    return _json(batch)
+
+
+_HANDLERS: dict[tuple[str, bool, str | None], Callable[[Asking], Awaitable[Response]]] = {
+    ("POST", False, None): _create,
+    ("GET", False, None): _list,
+    ("GET", True, None): _retrieve,
+    ("DELETE", True, None): _delete,
+    ("POST", True, "cancel"): _cancel,
+    ("GET", True, "results"): _results,
+}
+_ELSEWHERE = (("GET", None), ("POST", "cancel"))
