@@ -75,6 +75,35 @@ class OutputFile:
     name: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a call stands among others of its tenant. None is what nothing says.
+
+    conversation: its name by a header, by `prompt_cache_key` or the provider's own, or that of the
+    call that it continues; else made of `opening`, a digest of what its calls begin with: tools,
+    system prompt and first message. parent_id: the call whose answer it continues. trace_id,
+    parent_span: of the client's own trace.
+    """
+
+    conversation: str | None = None
+    opening: str | None = None
+    parent_id: UUID | None = None
+    trace_id: str | None = None
+    parent_span: str | None = None
+
+    @classmethod
+    def of(cls, conversation: str | None, trail: Trail | None) -> Lineage:
+        """Of a call, as far as its headers say."""
+        parent = None if trail is None else trail.parent
+        if parent is None:
+            return NO_LINEAGE if conversation is None else cls(conversation)
+        trace_id, span = f"{parent.trace_id:032x}", f"{parent.span_id:016x}"
+        return cls(conversation, trace_id=trace_id, parent_span=span)
+
+
+NO_LINEAGE = Lineage()
+
+
 # Compared by identity: it is one call, not a value.
 @dataclass(slots=True, eq=False)
 class CallRecord:
@@ -120,6 +149,7 @@ class CallRecord:
     key_id: str | None = None
     subject: str | None = None
     trail: Trail | None = None
+    lineage: Lineage = NO_LINEAGE
     request_omitted_bytes: int = 0  # of a form that is kept in part
     request_type: str | None = None  # content types, as they were sent
     response_type: str | None = None

@@ -266,6 +266,7 @@ def requests(
     type_: Annotated[Kind | None, typer.Option("--type", help="Only of this type.")] = None,
     model: Annotated[str | None, typer.Option(help="Only by this model.")] = None,
     source: Annotated[Source | None, typer.Option(help="Only that came this way.")] = None,
+    conversation: Annotated[str | None, typer.Option(help="Only of this conversation.")] = None,
     since: Annotated[
         str | None,
         typer.Option(help="From this time on: 2026-01-31T12:00, or 2h for the last two hours."),
@@ -292,6 +293,7 @@ def requests(
         type=type_,
         model=model,
         source=source,
+        conversation=conversation,
         since=None if since is None else time_of("--since", since).isoformat(),
         until=None if until is None else time_of("--until", until).isoformat(),
     )

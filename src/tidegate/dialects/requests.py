@@ -558,9 +558,12 @@ def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def opening_of(body: Mapping[str, Any]) -> bytes:
-    """What a conversation's calls begin with in any dialect, as text; empty without messages."""
-    parts = _opening(body)
-    return b"" if parts is None else b"\n".join(parts)
+    """What a conversation's calls begin with in any dialect, as text, the same in all processes;
+    empty without messages."""
+    if (parts := _opening(body)) is not None:
+        return b"\n".join(parts).replace(_MARK.encode(), b"")
+    said = body.get("input")
+    return orjson.dumps([*map(body.get, _OPENINGS), said]) if isinstance(said, str) else b""
 
 
 def _opening(body: Mapping[str, Any]) -> tuple[bytes, bytes] | None:

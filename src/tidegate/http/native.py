@@ -62,7 +62,7 @@ from tidegate.http.services import (
 )
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
-from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure
+from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure, Lineage
 from tidegate.spine.bodies import FormBody
 from tidegate.spine.native import MAX_BYTES, NativeCall
 from tidegate.spine.run import CallFailed, Terms
@@ -170,6 +170,7 @@ def begin_record(record: CallRecord, call: NativeCall, scope: Mapping[str, Any])
     record.request, record.priority, record.subject = call.body, terms.priority, call.subject
     record.request_type = content_type_in(scope["headers"])
     record.trail = terms.trail
+    record.lineage = Lineage.of(terms.conversation, terms.trail)
 
 
 def _without_parent(headers: Headers) -> Headers:

@@ -56,6 +56,9 @@ class ListQuery(BaseModel):
     type: Kind | None = None
     model: str | None = Field(default=None, min_length=1, max_length=128, description="Its name")
     source: Literal["job", "stream", "relay"] | None = None
+    conversation: str | None = Field(
+        default=None, min_length=1, max_length=200, description="Only its calls"
+    )
     since: datetime | None = Field(
         default=None, description="The earliest time of submission; without a zone it is in UTC"
     )
@@ -73,6 +76,7 @@ class ListQuery(BaseModel):
             kind=self.type,
             model=self.model,
             source=self.source,
+            conversation=self.conversation,
             since=in_utc("since", self.since),
             until=in_utc("until", self.until),
         )

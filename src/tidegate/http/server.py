@@ -32,6 +32,7 @@ from tidegate.dialects import dialect_of, methods_at, native_path
 from tidegate.errors import Forbidden
 from tidegate.http import health, jobs, problems, requests, stream
 from tidegate.http.admin import budgets as admin_budgets
+from tidegate.http.admin import conversations as admin_conversations
 from tidegate.http.admin import limits as admin_limits
 from tidegate.http.admin import requests as admin_requests
 from tidegate.http.admin import tenants as admin_tenants
@@ -267,6 +268,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         *(jobs.router, requests.router, requests.usage_router, stream.router, health.router),
         requests.admin_running,  # before the route of `/admin/requests/{request_id}`
         *(health.process_router, admin_limits.router, admin_requests.router),
+        admin_conversations.router,
         *(admin_tenants.router, admin_tenants.subjects_router, admin_budgets.router),
     ):
         routes.include_router(router)

@@ -57,7 +57,7 @@ from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.submission import BODY, Submission, ask_of, discard, read_submission
 from tidegate.http.views import prefix_of, usage_view
 from tidegate.limiter import Permit
-from tidegate.record import CallRecord, Failure, OutputFile
+from tidegate.record import CallRecord, Failure, Lineage, OutputFile
 from tidegate.spine.run import Terms
 from tidegate.store.blobs import new_key
 from tidegate.store.records import NewJob
@@ -196,6 +196,7 @@ class StreamedAnswer(Response):
             waits_for=(DEFAULT_POOL, (CLASSIFIER_LIMIT,) if kind is None else ()),
             waits_since=received_at,
         )
+        self._record.lineage = Lineage.of(submission.conversation, self._record.trail)
 
     async def check_models(self) -> None:
         """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one of
@@ -374,6 +375,7 @@ class StreamedAnswer(Response):
 
     async def _store_record(self, end: _StreamEnd) -> None:
         record, submission = self._record, self._submission
+        parent = None if record.trail is None else record.trail.parent
         job = NewJob(
             request_id=self._request_id,
             created_at=self._received_at,
@@ -385,6 +387,8 @@ class StreamedAnswer(Response):
             priority=self._priority,
             tenant_id=self._caller.tenant_id,
             subject=submission.subject,
+            conversation=submission.conversation,
+            traceparent=None if parent is None else parent.text,
         )
         record.files = tuple(self._outputs)
         record.end(end.status, end.failure)

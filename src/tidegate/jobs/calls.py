@@ -29,7 +29,7 @@ from tidegate.errors import (
     UpstreamError,
 )
 from tidegate.jobs.outages import Key
-from tidegate.record import CallRecord, Failure, OutputFile
+from tidegate.record import CallRecord, Failure, Lineage, OutputFile
 from tidegate.spine.detached import collected, detached_call, endpoint_named
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import Ask
@@ -133,6 +133,7 @@ def record_of(job: ClaimedJob, trail: Trail | None = None) -> CallRecord:
     record = CallRecord("job", job.tenant_id, job.created_at, job.request_id)
     record.pool, record.kind, record.model = job.pool, job.classification.kind, job.model
     record.priority, record.trail, record.subject = job.priority, trail, job.subject
+    record.lineage = Lineage.of(job.conversation, trail)
     # A call that follows another one has not waited since the job was submitted.
     record.waits_since = datetime.now(UTC) if job.was_called else job.created_at
     return record

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from math import log
 from typing import Any, NamedTuple
@@ -24,11 +24,14 @@ from typing import Any, NamedTuple
 from tidegate.admission.conversations import CACHE_MS
 from tidegate.call import Usage
 from tidegate.dialects.requests import opening_of
+from tidegate.record import Lineage
 from tidegate.spine.routing import Target
+from tidegate.store.provider.resources import ResourceOwner
 
 MOST_CONVERSATIONS = 4_096
 _DIGEST_BYTES = 16
-_LONGEST_NAME_BYTES = 200
+_OPENING_BYTES = 12
+_LONGEST_NAME = 200
 
 
 class _Warm(NamedTuple):
@@ -91,18 +94,34 @@ def _rank(key: bytes, target: Target) -> float:
     return -target.upstream.weight / log((drawn + 1) / (2**64 + 1))
 
 
-def conversation_key(
-    model: str, tenant: str, conversation: str | None, body: Mapping[str, Any]
-) -> bytes | None:
-    """The same for all calls of one conversation, in every process; None where none is known.
-    conversation: its name by a header."""
-    named = _text(conversation) or _text(body.get("prompt_cache_key"))
-    name = named or opening_of(body)
-    if not name:
+def lineage_in(
+    body: Mapping[str, Any], told: Lineage, before: ResourceOwner | None = None
+) -> Lineage:
+    """Where a call stands, by its body and by what its headers have `told`. before: of the answer
+    that it continues."""
+    opening = opening_of(body)
+    digest = blake2b(opening, digest_size=_OPENING_BYTES).hexdigest() if opening else None
+    name = told.conversation or _name_in(body) or (before and before.conversation)
+    if not name and digest is not None:
+        name = f"opening-{digest}"
+    parent_id = None if before is None else before.request_id
+    return replace(told, conversation=name or None, opening=digest, parent_id=parent_id)
+
+
+def _name_in(body: Mapping[str, Any]) -> str | None:
+    """The name that a request's body gives to its conversation: one at the provider, or a key of
+    its prompt cache."""
+    kept = body.get("conversation")
+    named = kept.get("id") if isinstance(kept, Mapping) else kept
+    for one in (named, body.get("prompt_cache_key")):
+        if isinstance(one, str) and one and one.isprintable():
+            return one[:_LONGEST_NAME]
+    return None
+
+
+def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes | None:
+    """The same for all calls of one conversation, in every process; None where none is known."""
+    if conversation is None:
         return None
-    whose = f"{model}\0{tenant}\0".encode("utf-8", "replace")
-    return blake2b(whose + name, digest_size=_DIGEST_BYTES).digest()
-
-
-def _text(value: object) -> bytes:
-    return value[:_LONGEST_NAME_BYTES].encode("utf-8", "replace") if isinstance(value, str) else b""
+    whose = f"{model}\0{tenant}\0{conversation}".encode("utf-8", "replace")
+    return blake2b(whose, digest_size=_DIGEST_BYTES).digest()

@@ -169,8 +169,7 @@ class Relay:
             spec = DIALECTS[endpoint.dialect]
             asked = spec.request_facts(endpoint, body, read.whole)
             check_said_once(read.raw, body)
-            references = spec.references(body, read.raw)
-            making = spec.made_by(endpoint.path, body)
+            references, making = spec.references(body, read.raw), spec.made_by(endpoint.path, body)
             if caller.models is not None or endpoint.model is not None:
                 check_model(caller, asked.model)
                 check_body(caller, endpoint, body)
@@ -192,8 +191,9 @@ class Relay:
         if making is not None and asked is not None and asked.goes_on:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
-        if asked is not None and len(targets) > 1 and endpoint.operation is Operation.INFER:
-            home = self._home(call, asked.model, body, targets)
+        if asked is not None and endpoint.operation is Operation.INFER:
+            await self.resources.place(record, endpoint.dialect, body, references)
+            home = self._home(call, asked.model, record, targets)
         await self.spine.run(exchange, record, targets, on_admitted, home)
 
     def _hand_over(
@@ -207,13 +207,12 @@ class Relay:
         return hand_over.admitted
 
     def _home(
-        self, call: NativeCall, model: str, body: Mapping[str, Any], targets: list[Target]
+        self, call: NativeCall, model: str, record: CallRecord, targets: list[Target]
     ) -> Home | None:
         """Where the call's conversation has its prompt cache, among targets that are alike."""
-        if not self.spine.targets.are_alike(call.endpoint.dialect, model):
+        if len(targets) < 2 or not self.spine.targets.are_alike(call.endpoint.dialect, model):
             return None
-        who = call.terms.caller.tenant_id, call.terms.conversation
-        key = conversation_key(model, *who, body)
+        key = conversation_key(model, call.terms.caller.tenant_id, record.lineage.conversation)
         return self.spine.affinity.home(key, targets)
 
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:

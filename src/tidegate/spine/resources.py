@@ -14,7 +14,7 @@ whatever an upstream answers to others.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -30,6 +30,7 @@ from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest, NotEnded, NotFound, UpstreamGarbled
 from tidegate.policy.deployment import Upstream
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
+from tidegate.spine.affinity import lineage_in
 from tidegate.spine.routing import Target, Targets
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch"))
 # What jobs of all tenants may be in, while no row says so.
 _OF_JOBS = frozenset(("file", "message_batch"))
+_CONTINUED = frozenset(("previous_response_id", "previous_interaction_id"))
 _MOST_READ = 300  # of which a filter may leave out any number
 
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
@@ -60,6 +62,7 @@ class MadeBy:
     dialect: str
     request_id: UUID
     subject: str | None = None
+    conversation: str | None = None
 
 
 class Resources:
@@ -89,10 +92,11 @@ class Resources:
         """Rows that say that the caller owns these, at the target's account."""
         upstream = target.upstream
         account = account_of(upstream, call.dialect)
-        owner = ResourceOwner(call.caller.tenant_id, upstream.name, account)
+        owner = ResourceOwner(
+            call.caller.tenant_id, upstream.name, account, call.request_id, call.conversation
+        )
         return [
-            NewResource(call.dialect, kind, one, owner, call.request_id, call.subject, expires_at)
-            for one in ids
+            NewResource(call.dialect, kind, one, owner, call.subject, expires_at) for one in ids
         ]
 
     async def _place(
@@ -171,6 +175,21 @@ class Resources:
                 allowed = f"a model that {upstream.name!r} serves, and what lives there alone"
                 raise InvalidRequest(one.field, said, allowed=allowed)
         return left
+
+    async def place(
+        self,
+        record: CallRecord,
+        dialect: Dialect,
+        body: Mapping[str, Any],
+        references: Sequence[Reference],
+    ) -> None:
+        """Fill in the lineage of a call, whose references `among` has let pass."""
+        before = None
+        for one in references:
+            if one.field in _CONTINUED:
+                owners = await self._store.owners(dialect, one.kind, [one.resource_id])
+                before = owners.get(one.resource_id)
+        record.lineage = lineage_in(body, record.lineage, before)
 
     # Lists
 
@@ -333,11 +352,6 @@ class Keeping:
         self.making = making
 
     @property
-    def by(self) -> MadeBy:
-        terms, call = self._call.terms, self._call
-        return MadeBy(terms.caller, call.endpoint.dialect, terms.request_id, call.subject)
-
-    @property
     def is_list(self) -> bool:
         return self._use is not None and self._use.act is Act.LIST
 
@@ -365,7 +379,7 @@ class Keeping:
         if self.making is None:
             return first
         first, made = await self.named(exchange, first, record)
-        rows = self._rows(made, target)
+        rows = self._rows(made, target, record.lineage.conversation)
         if self.hand_over is not None:
             if made is not None and made.get("status") in _GO_ON:
                 await self.hand_over.taken(rows)
@@ -379,11 +393,16 @@ class Keeping:
         if self.making is not None:
             await self._resources.note(self._rows(made_in(answer, self.making), target))
 
-    def _rows(self, made: dict[str, Any] | None, target: Target) -> list[NewResource]:
+    def _rows(
+        self, made: dict[str, Any] | None, target: Target, conversation: str | None = None
+    ) -> list[NewResource]:
         assert self.making is not None
+        terms, call = self._call.terms, self._call
+        dialect, request_id = call.endpoint.dialect, terms.request_id
+        by = MadeBy(terms.caller, dialect, request_id, call.subject, conversation)
         named = _id_of(made, self.making)
         ids = [] if named is None else [named]
-        return self._resources.made(self.by, target, self.making.kind, ids, _end_of(made))
+        return self._resources.made(by, target, self.making.kind, ids, _end_of(made))
 
     async def hasten(self) -> None:
         """Have a worker look soon at the call that makes what this request is about."""

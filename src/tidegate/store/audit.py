@@ -188,6 +188,7 @@ _AUDIT_COLUMNS = (
     *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
     *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details", "upstream"),
+    *rows.LINEAGE_COLUMNS,
 )
 _read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
 _BODY_COLUMNS = (
@@ -423,6 +424,7 @@ class AuditLog:
             *(charge.images, answer.first_byte_ms),
             None if charge.usage.details is None else rows.details_text(charge.usage),
             record.upstream,
+            *rows.lineage_values(record.lineage),
         )
 
     async def _bodies(self, record: CallRecord) -> list[tuple[Any, ...]]:

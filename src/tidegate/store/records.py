@@ -9,7 +9,7 @@ spoil a batch; unknown usage is null, never zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from uuid import UUID
@@ -33,8 +33,8 @@ from tidegate.call import (
     new_id,
 )
 from tidegate.errors import CallPreempted
-from tidegate.record import CallRecord, Failure, OutputFile
-from tidegate.telemetry.tracing import Trail
+from tidegate.record import NO_LINEAGE, CallRecord, Failure, Lineage, OutputFile
+from tidegate.telemetry.tracing import Tracing, Trail, parent_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +228,7 @@ USAGE_COLUMNS = (
     "cached_tokens",
     "total_tokens",
 )
+LINEAGE_COLUMNS = tuple(one.name for one in fields(Lineage))
 DETAILS = tuple(one.name for one in fields(UsageDetails))
 
 
@@ -351,6 +352,7 @@ def lost_stream(record: CallRecord) -> Json:
         priority=record.priority,
         tenant_id=record.tenant_id,
         subject=record.subject,
+        conversation=record.lineage.conversation,
     )
     record.fence = record.fence or (0, 0)
     attempt = {**result_row(record), "result": None}
@@ -393,6 +395,8 @@ def result_row(record: CallRecord) -> Json:
         row["charged"] = usage_columns(charge.usage)
     if (details := details_row(charge.usage)) is not None:
         row["usage_details"] = details
+    if record.lineage is not NO_LINEAGE:
+        row["lineage"] = lineage_row(record.lineage)
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -406,6 +410,22 @@ def charge_columns(charge: Charge) -> dict[str, Any]:
         "cost_micros": count_of(charge.cost_micros),
         "images": charge.images,
     }
+
+
+def lineage_values(lineage: Lineage) -> tuple[Any, ...]:
+    return tuple(map(cleaned, astuple(lineage)))
+
+
+def lineage_row(lineage: Lineage) -> Json:
+    return dict(zip(LINEAGE_COLUMNS, lineage_values(lineage), strict=True))
+
+
+def _lineage_at_end(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> Json:
+    """Of a request's last call, or as far as its submission says."""
+    if (found := attempt.get("lineage")) is not None:
+        return {name: found.get(name) for name in LINEAGE_COLUMNS}
+    trail = Tracing().trail(ended["id"], parent_of(ended["traceparent"]))
+    return lineage_row(Lineage.of(ended["conversation"], trail))
 
 
 def details_row(usage: Usage) -> dict[str, int | str] | None:
@@ -466,6 +486,7 @@ def audit_row(
         "usage_details": attempt.get("usage_details"),
         "upstream": attempt.get("upstream") or ended["upstream"],
         **{column: ended[column] for column in columns},
+        **_lineage_at_end(ended, attempt),
         **{column: charged[column] for column in USAGE_COLUMNS},
     }
 

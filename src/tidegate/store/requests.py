@@ -22,7 +22,7 @@ import asyncpg
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Status, Tier, Usage, UsageDetails
 from tidegate.errors import NotFound
-from tidegate.record import Failure
+from tidegate.record import Failure, Lineage
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, ReadTurns, sql
@@ -57,13 +57,15 @@ class Filter:
     kind: Kind | None = None
     model: str | None = None
     source: str | None = None
+    conversation: str | None = None
     since: datetime | None = None
     until: datetime | None = None
 
     @property
     def is_narrow(self) -> bool:
         """Whether it may pass over requests within its time."""
-        return any(value is not None for value in (self.status, self.kind, self.model, self.source))
+        of = (self.status, self.kind, self.model, self.source, self.conversation)
+        return any(value is not None for value in of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class SearchFilter:
     source: str | None = None
     failure_code: str | None = None
     subject: str | None = None
+    conversation: str | None = None
     prefix: str = ""
     since: datetime | None = None
     until: datetime | None = None
@@ -143,6 +146,7 @@ class FoundRequest:
     pool: str
     subject: str | None
     endpoint: str | None
+    conversation: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,62 @@ class FoundPage:
 
     items: tuple[FoundRequest, ...]
     before: UUID | None
+
+
+MOST_TOGETHER = 2_000
+_OF_CONVERSATION = ("sums_of_conversation", "calls_of_conversation")
+_OF_TRACE = ("sums_of_trace", "calls_of_trace")
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationCall:
+    """A call that has ended, among others. `cost_micros` is None where it is not known."""
+
+    request_id: UUID
+    source: str
+    status: Status
+    endpoint: str | None
+    model: str | None
+    upstream: str | None
+    attempts: int
+    submitted_at: datetime
+    admitted_at: datetime | None
+    finished_at: datetime
+    queue_ms: float | None
+    upstream_ms: float | None
+    first_byte_ms: float | None
+    usage: Usage
+    usage_state: str | None
+    cost_micros: int | None
+    failure_code: str | None
+    lineage: Lineage
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationSums:
+    """What the calls come to. unpriced: calls whose cost is not known. cached_of: the input of the
+    calls of which it is known how much came from a cache."""
+
+    calls: int
+    failed: int
+    unpriced: int
+    began_at: datetime
+    ended_at: datetime
+    queue_ms: float
+    upstream_ms: float
+    input_tokens: int
+    cached_tokens: int
+    cached_of: int
+    output_tokens: int
+    cost_micros: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundConversation:
+    """In the order in which they were received; `sums` are of those too that are left out."""
+
+    calls: tuple[ConversationCall, ...]
+    sums: ConversationSums
 
 
 def _id_at(time: datetime, off: timedelta) -> UUID:
@@ -359,11 +419,12 @@ class Requests:
             *(place.created_at, place.request_id),
         )
         filters = (wanted.status, wanted.kind, rows.cleaned(wanted.model), wanted.source)
+        looks = (limit + 1, most, rows.cleaned(wanted.conversation))
 
         async def read(
             connection: asyncpg.Connection,
         ) -> tuple[list[asyncpg.Record], asyncpg.Record | None]:
-            found = await connection.fetch(sql("list_requests"), *within, *filters, limit + 1, most)
+            found = await connection.fetch(sql("list_requests"), *within, *filters, *looks)
             if len(found) > limit or not wanted.is_narrow:
                 return found, None
             return found, await connection.fetchrow(sql("list_reach"), *within, most)
@@ -388,6 +449,7 @@ class Requests:
             wanted.source,
             rows.cleaned(wanted.failure_code),
             rows.cleaned(wanted.subject),
+            rows.cleaned(wanted.conversation),
             wanted.since or _FIRST,
             wanted.until or _LAST,
         )
@@ -407,6 +469,28 @@ class Requests:
         if len(found) > limit:
             return FoundPage(items, items[-1].listed.request_id)
         return FoundPage(items, None if reach is None else rows.uuid_of(reach))
+
+    async def conversation(
+        self, tenant_id: str, name: str, *, is_trace: bool = False
+    ) -> FoundConversation:
+        """The calls of a conversation, or of a trace, that have ended: the latest
+        `MOST_TOGETHER`, and figures of all. Raises NotFound."""
+        which = "trace" if is_trace else "conversation"
+        sums_of, calls_of = _OF_TRACE if is_trace else _OF_CONVERSATION
+
+        async def read(
+            connection: asyncpg.Connection,
+        ) -> tuple[asyncpg.Record, list[asyncpg.Record]]:
+            whose = (rows.cleaned(tenant_id), rows.cleaned(name))
+            sums = await connection.fetchrow(sql(sums_of), *whose)
+            return sums, await connection.fetch(sql(calls_of), *whose, MOST_TOGETHER)
+
+        async with self._turns.turn(tenant_id, _DETAIL_TIMEOUT_MS):
+            sums, found = await self._connections.run(read, timeout_ms=_DETAIL_TIMEOUT_MS)
+        if not sums["calls"]:
+            raise NotFound(f"no call of the {which} {name!r} is on record", field=which)
+        calls = tuple(_call_of(row) for row in reversed(found))
+        return FoundConversation(calls, record_of(ConversationSums, sums))
 
     async def detail(self, request_id: UUID) -> RequestDetail:
         """All of one request, for an operator. Raises NotFound."""
@@ -522,6 +606,17 @@ def _listed(row: asyncpg.Record) -> Listed:
         request_id=rows.uuid_of(row["id"]),
         status=Status(row["status"]),
         kind=rows.kind_of(row),
+    )
+
+
+def _call_of(row: asyncpg.Record) -> ConversationCall:
+    """A row of the audit, as far as a conversation shows it."""
+    return record_of(
+        ConversationCall,
+        row,
+        status=Status(row["status"]),
+        usage=rows.usage_of(row),
+        lineage=Lineage(**{name: row[name] for name in rows.LINEAGE_COLUMNS}),
     )
 
 

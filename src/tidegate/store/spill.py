@@ -17,7 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +28,7 @@ import orjson
 
 from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable
-from tidegate.record import CallRecord
+from tidegate.record import NO_LINEAGE, CallRecord, Lineage
 from tidegate.store.records import Json
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -167,6 +167,10 @@ _CALLS_SUFFIX = ".calls"
 _SLOTS = 4_096
 _SLOT_BYTES = 1_024
 _SLOT = struct.Struct("<16sH")  # after the byte that says that it is taken: id, length of the rest
+# After that, from a version on: its lineage. Earlier ones leave zeros here, or an older text, which
+# has none; they read no further themselves.
+_LINEAGE = struct.Struct("<BBH")
+_LINEAGE_MARK = (0, 1)
 _TAKEN, _FREE = 1, 0
 
 
@@ -214,8 +218,12 @@ class CallJournal:
         if memory is None or (record.slot is None and not self._free):
             return
         facts = orjson.dumps(_facts_of(record))
-        if len(facts) > _SLOT_BYTES - _SLOT.size - 1:
+        room = _SLOT_BYTES - _SLOT.size - 1 - len(facts)
+        if room < 0:
             return
+        lineage = orjson.dumps(_lineage_of(record.lineage))
+        if len(lineage) + _LINEAGE.size > room:
+            lineage = b""
         if record.slot is None:
             record.slot = self._free.pop()
         place = record.slot * _SLOT_BYTES
@@ -223,6 +231,11 @@ class CallJournal:
         _SLOT.pack_into(memory, place + 1, record.id.bytes, len(facts))
         begin = place + 1 + _SLOT.size
         memory[begin : begin + len(facts)] = facts
+        if room >= _LINEAGE.size:
+            begin += len(facts)
+            _LINEAGE.pack_into(memory, begin, *_LINEAGE_MARK, len(lineage))
+            begin += _LINEAGE.size
+            memory[begin : begin + len(lineage)] = lineage
         memory[place] = _TAKEN  # last: half of it is nothing
 
     def leave(self, record: CallRecord) -> None:
@@ -258,6 +271,8 @@ _FACTS = (
 
 
 _facts_of = attrgetter(*_FACTS)
+_LINEAGE_FIELDS = tuple(one.name for one in fields(Lineage))
+_lineage_of = attrgetter(*_LINEAGE_FIELDS)
 
 
 def facts_of(record: CallRecord) -> list[Any]:
@@ -273,6 +288,29 @@ def record_from(request_id: UUID, given: Sequence[Any]) -> CallRecord:
     return CallRecord(request_id=request_id, **facts)
 
 
+def lineage_text(lineage: Lineage) -> str | None:
+    """What is written down of it; None of none."""
+    return None if lineage == NO_LINEAGE else orjson.dumps(_lineage_of(lineage)).decode()
+
+
+def lineage_from(text: str | bytes | None) -> Lineage:
+    """From what was written down, as far as this version knows it."""
+    if not text:
+        return NO_LINEAGE
+    values = dict(zip(_LINEAGE_FIELDS, orjson.loads(text), strict=False))
+    parent_id = values.get("parent_id")
+    return Lineage(**values | {"parent_id": UUID(parent_id) if parent_id else None})
+
+
+def _lineage_in(data: bytes, begin: int) -> Lineage:
+    """That of a slot, whose facts end there."""
+    if begin % _SLOT_BYTES + _LINEAGE.size > _SLOT_BYTES or begin % _SLOT_BYTES == 0:
+        return NO_LINEAGE
+    *mark, length = _LINEAGE.unpack_from(data, begin)
+    begin += _LINEAGE.size
+    return lineage_from(data[begin : begin + length] if tuple(mark) == _LINEAGE_MARK else None)
+
+
 def _calls_in(path: Path) -> list[CallRecord]:
     data = path.read_bytes()
     calls = []
@@ -283,6 +321,7 @@ def _calls_in(path: Path) -> list[CallRecord]:
         begin = place + 1 + _SLOT.size
         facts = orjson.loads(data[begin : begin + length])
         calls.append(record_from(UUID(bytes=request_id), facts))
+        calls[-1].lineage = _lineage_in(data, begin + length)
     return calls
 
 

@@ -187,7 +187,7 @@ async def test_a_page_reads_no_more_than_it_looks_at(peek: asyncpg.Connection) -
     await peek.execute(FILL, 5_000)
     await peek.execute("ANALYZE requests, audit")
     whole = (UUID(int=0), END)
-    nothing = [None] * 7
+    nothing = [None] * 8
     times = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
     rare = [["queued"], *nothing[1:]]
     looks: dict[str, tuple[str, list[object], int]] = {

@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.dialects import DIALECTS, endpoint_of
+from tidegate.dialects import DIALECTS, endpoint_of, requests
 from tidegate.dialects.answers import asking_for_usage
-from tidegate.dialects.requests import LARGE_BYTES, check_said_once, parsed, skimmed
+from tidegate.dialects.requests import LARGE_BYTES, check_said_once, opening_of, parsed, skimmed
 from tidegate.dialects.spec import Dialect, RequestFacts
 from tidegate.errors import TidegateError
 
@@ -142,3 +142,17 @@ def test_what_goes_on_holds_the_file() -> None:
     assert parsed(sent) == chat(
         of_url(URL), stream=True, stream_options={"other": 1, "include_usage": True}
     )
+
+
+def test_a_large_file_begins_a_conversation_alike_in_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = f"data:image/png;base64,{b64encode(bytes(LARGE_BYTES)).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": picture}}]
+    raw = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]})
+    here = skimmed(raw)
+    assert here.raw is not raw, "its file is left out"
+    opening = opening_of(here.body)
+    monkeypatch.setattr(requests, "_MARK", "f" * 32)
+    assert skimmed(raw).body != here.body
+    assert opening_of(skimmed(raw).body) == opening

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from tidegate.admission.conversations import CACHE_MS
 from tidegate.call import Usage, UsageDetails
 from tidegate.policy.deployment import Upstream
+from tidegate.record import Lineage
 from tidegate.spine import affinity
-from tidegate.spine.affinity import Affinity, Home, conversation_key
+from tidegate.spine.affinity import Affinity, Home, conversation_key, lineage_in
 from tidegate.spine.routing import Target
+from tidegate.store.provider.resources import ResourceOwner
 
 KEYS = [b"%d" % number for number in range(3_000)]
 
@@ -98,7 +101,7 @@ def key_of(
     tenant: str = "t",
     conversation: str | None = None,
 ) -> bytes | None:
-    return conversation_key(model, tenant, conversation, body)
+    return conversation_key(model, tenant, lineage_in(body, Lineage(conversation)).conversation)
 
 
 def test_turns_of_one_conversation_have_one_key() -> None:
@@ -125,3 +128,18 @@ def test_a_name_counts_before_what_is_said() -> None:
 @pytest.mark.parametrize("value", ["", 7, None, ["x"], {"a": 1}])
 def test_what_names_nothing_is_passed_over(value: object) -> None:
     assert key_of({**OPENAI, "prompt_cache_key": value}, conversation="") == key_of(OPENAI)
+
+
+def test_a_conversation_goes_by_its_name_else_by_that_before_else_by_its_opening() -> None:
+    before = ResourceOwner("t", "a", b"", UUID(int=7), "first")
+    told = Lineage(None, trace_id="ab", parent_span="cd")
+    opening = lineage_in(OPENAI, told)
+    assert opening.conversation == f"opening-{opening.opening}"
+    assert (opening.trace_id, opening.parent_span, opening.parent_id) == ("ab", "cd", None)
+    continued = lineage_in({"input": "And low water?"}, told, before)
+    assert (continued.conversation, continued.parent_id) == ("first", UUID(int=7))
+    assert continued.opening not in (None, opening.opening)
+    at_provider = lineage_in({"input": "x", "conversation": {"id": "conv_1"}}, told, before)
+    assert at_provider.conversation == "conv_1"
+    assert lineage_in(OPENAI, Lineage("mine"), before).conversation == "mine"
+    assert lineage_in({}, told) == told

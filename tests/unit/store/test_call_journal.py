@@ -9,11 +9,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
 from tidegate.call import new_id
-from tidegate.record import CallRecord
+from tidegate.record import NO_LINEAGE, CallRecord, Lineage
 from tidegate.store.spill import CallJournal
 
 AT = datetime(2026, 11, 28, 1, 2, 3, 456_789, UTC)
@@ -64,6 +65,29 @@ async def test_a_process_that_ended_in_order_leaves_nothing(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == []
 
 
+async def test_the_lineage_of_a_call_is_found_where_it_was_written(tmp_path: Path) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    talk = Lineage("talk", "ab", UUID(int=7), "cd", "ef")
+    long = a_call(lineage=Lineage("\u6f6e" * 200), model="m" * 300)
+    for record in (a_call(lineage=talk), a_call(), long):
+        journal.enter(record)
+    path = tmp_path / os.listdir(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    journal.close()
+    found = await lost_in(tmp_path)
+    assert [one.lineage for one in found] == [talk, NO_LINEAGE, NO_LINEAGE]
+    assert found[2].model == long.model, "only its lineage found no room"
+
+    # An earlier version leaves what was there before behind the facts, or nothing.
+    for slot in range(3):
+        begin = slot * 1_024 + 19
+        begin += int.from_bytes(data[begin - 2 : begin], "little")
+        data[begin : (slot + 1) * 1_024] = (b'"rest"]' * 200)[: (slot + 1) * 1_024 - begin]
+    path.write_bytes(data)
+    assert [one.lineage for one in await lost_in(tmp_path)] == [NO_LINEAGE] * 3
+
+
 async def test_what_is_not_kept_is_found_again(tmp_path: Path) -> None:
     journal = CallJournal(tmp_path)
     journal.open()
@@ -100,9 +124,10 @@ async def test_more_calls_than_there_is_room_for_and_long_names_are_left_out(
 _DIES = """
 import sys, os, signal
 from pathlib import Path
+from uuid import UUID
 from datetime import UTC, datetime
 from tidegate.call import new_id
-from tidegate.record import CallRecord
+from tidegate.record import NO_LINEAGE, CallRecord, Lineage
 from tidegate.store.spill import CallJournal
 journal = CallJournal(Path(sys.argv[1]))
 journal.open()

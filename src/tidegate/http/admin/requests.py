@@ -283,6 +283,11 @@ class AdminItem(BaseModel):
     model: str | None = None
     endpoint: str | None = Field(default=None, description="The native path that was called")
     subject: str | None = None
+    conversation: str | None = Field(
+        default=None,
+        description="See `/admin/conversations`; of calls without a name made of "
+        "what they begin with",
+    )
     priority: int
     attempts: int
     submitted_at: datetime
@@ -364,6 +369,7 @@ class AdminStatus(StatusView):
     subject: str | None = None
     key: str | None = Field(default=None, description="The prefix of the API key that was shown")
     process: str | None = Field(default=None, description="That has it, or had it last")
+    conversation: str | None = None
     trace_id: str | None = Field(default=None, description="Of the trace that it is part of")
     lapses: int = Field(default=0, description="How often its workers died over it")
     asked_model: str | None = Field(default=None, description="The model that its caller named")
@@ -409,6 +415,7 @@ def admin_item(found: FoundRequest) -> AdminItem:
         type=listed.kind,
         endpoint=found.endpoint,
         subject=found.subject,
+        conversation=found.conversation,
         submitted_at=listed.created_at,
         error_code=listed.failure_code,
     )
@@ -458,7 +465,8 @@ def _status(detail: RequestDetail, prefix: str) -> AdminStatus:
         subject=detail.of("subject"),
         key=detail.of("key_id"),
         process=detail.process,
-        trace_id=_trace_id(detail.request.get("traceparent")),
+        conversation=detail.of("conversation"),
+        trace_id=detail.of("trace_id") or _trace_id(detail.request.get("traceparent")),
         lapses=detail.of("lapses") or 0,
         asked_model=detail.request.get("model"),
         model_version=detail.of("model_version"),
@@ -511,6 +519,7 @@ class SearchQuery(BaseModel):
     source: Source | None = None
     error_code: str | None = Field(default=None, min_length=1, max_length=100)
     subject: str | None = _TEXT
+    conversation: str | None = _TEXT
     id: str | None = Field(
         default=None, max_length=36, description="How its id begins, with dashes or without"
     )
@@ -532,6 +541,7 @@ class SearchQuery(BaseModel):
             source=self.source,
             failure_code=self.error_code,
             subject=self.subject,
+            conversation=self.conversation,
             prefix=_prefix_in(self.id or ""),
             since=in_utc("since", self.since),
             until=in_utc("until", self.until),

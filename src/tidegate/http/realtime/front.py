@@ -53,7 +53,7 @@ from tidegate.realtime.exchange import (
     Wanted,
     code_of,
 )
-from tidegate.record import REFUSED, CallRecord, Failure
+from tidegate.record import REFUSED, CallRecord, Failure, Lineage
 from tidegate.spine.models import check_model
 from tidegate.spine.native import NativeCall
 from tidegate.spine.run import CallFailed
@@ -346,6 +346,7 @@ class _SessionFront:
         record.operation, record.kind = REALTIME_KIND, REALTIME_KIND
         record.priority, record.subject, record.trail = terms.priority, call.subject, terms.trail
         record.request_type, record.streamed = "application/json", True
+        record.lineage = Lineage.of(terms.conversation, terms.trail)
 
     def _end_record(self, status: Status, failure: Failure | None) -> None:
         record, exchange = self._record, self._exchange

@@ -30,7 +30,7 @@ from tidegate.store.database import Connections, sql
 from tidegate.store.provider.resources import NewResource, add_resources
 from tidegate.store.queue import JobQueue
 from tidegate.store.records import record_of
-from tidegate.store.spill import facts_of, record_from
+from tidegate.store.spill import facts_of, lineage_from, lineage_text, record_from
 
 _TIMEOUT_MS = 5_000
 
@@ -98,6 +98,7 @@ class BackgroundCalls:
             orjson.dumps(facts_of(record)).decode(),
             zlib.compress(record.request, 1),
             float(within_ms),
+            lineage_text(record.lineage),
             timeout_ms=_TIMEOUT_MS,
         )
 
@@ -205,4 +206,5 @@ class BackgroundCalls:
 def _call(row: Mapping[str, Any]) -> BackgroundCall:
     record = record_from(row["id"], orjson.loads(row["facts_text"]))
     record.request = zlib.decompress(row["request"]) if row["request"] else b""
+    record.lineage = lineage_from(row["lineage_text"])
     return record_of(BackgroundCall, row, record=record, limits=tuple(row["limits"]))

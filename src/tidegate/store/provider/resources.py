@@ -21,7 +21,7 @@ from uuid import UUID
 import asyncpg
 
 from tidegate.store.database import Connections, sql
-from tidegate.store.records import Json, dumps, entry_of
+from tidegate.store.records import Json, cleaned, dumps, entry_of, uuid_of
 
 _TIMEOUT_MS = 2_000
 _MOST_KNOWN = 20_000
@@ -31,11 +31,14 @@ NOTED = "noted"  # of the entries that the recorder writes
 
 @dataclass(frozen=True, slots=True)
 class ResourceOwner:
-    """Whose a resource is. account: a digest of the base URL and the key by which it was made."""
+    """Whose a resource is. account: a digest of the base URL and the key by which it was made.
+    request_id, conversation: of the call that made it, as far as they are known."""
 
     tenant_id: str
     upstream: str
     account: bytes
+    request_id: UUID | None = None
+    conversation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,6 @@ class NewResource:
     kind: str
     resource_id: str
     owner: ResourceOwner
-    request_id: UUID | None = None
     subject: str | None = None
     expires_at: datetime | None = None
 
@@ -134,7 +136,14 @@ class ProviderResources:
         )
 
     def _learn(self, dialect: str, kind: str, row: asyncpg.Record) -> ResourceOwner:
-        owner = ResourceOwner(row["tenant_id"], row["upstream"], bytes(row["account"]))
+        made_by = row["request_id"]
+        owner = ResourceOwner(
+            row["tenant_id"],
+            row["upstream"],
+            bytes(row["account"]),
+            None if made_by is None else uuid_of(made_by),
+            row["conversation"],
+        )
         known_s, expires_at = _KNOWN_S, row["expires_at"]
         if expires_at is not None:  # its name may be another tenant's from then on
             known_s = min(known_s, (expires_at - datetime.now(UTC)).total_seconds())
@@ -151,7 +160,7 @@ def _entry(new: Sequence[NewResource]) -> Json:
     return entry_of(
         NOTED,
         {
-            "id": first.request_id,
+            "id": first.owner.request_id,
             "tenant_id": first.owner.tenant_id,
             "subject": first.subject,
             "submitted_at": datetime.now(UTC),
@@ -168,7 +177,8 @@ def _row(one: NewResource) -> Json:
         "tenant_id": one.owner.tenant_id,
         "upstream": one.owner.upstream,
         "account": one.owner.account.hex(),
-        "request_id": one.request_id,
+        "request_id": one.owner.request_id,
+        "conversation": cleaned(one.owner.conversation),
         "subject": one.subject,
         "expires_at": one.expires_at,
     }

@@ -106,13 +106,13 @@ INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, 
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
     streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details,
-    upstream)
+    upstream, conversation, opening, parent_id, trace_id, parent_span)
 SELECT id, created_at, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
     streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details,
-    upstream
+    upstream, conversation, opening, parent_id, trace_id, parent_span
 FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
     tenant_id text, pool text, source text, status text, kind text, classified_by text,
     classified_reason text, priority integer, model text, model_version text,
@@ -122,7 +122,8 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, reques
     thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
     failure jsonb, endpoint text, http_status integer, streamed boolean, key_id text, subject text,
     usage_state text, cost_micros bigint, images integer, first_byte_ms double precision,
-    usage_details jsonb, upstream text)
+    usage_details jsonb, upstream text, conversation text, opening text, parent_id uuid,
+    trace_id text, parent_span text)
 ON CONFLICT (id, created_at) DO NOTHING
 RETURNING id
 
@@ -142,18 +143,21 @@ ON CONFLICT (id, created_at, role) DO NOTHING
 INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms)
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms,
+    conversation, traceparent)
 SELECT id, tenant_id, pool, 'stream', status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms,
+    conversation, traceparent
 FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, status text,
     kind text, classified_by text, classified_reason text, prompt text, image_uri text, model text,
     used_model text, priority integer, created_at timestamptz, deadline_at timestamptz,
     admitted_at timestamptz, finished_at timestamptz, attempts integer, queue_ms double precision,
     upstream_ms double precision, result text, input_tokens bigint, output_tokens bigint,
     thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
-    failure jsonb, subject text, first_byte_ms double precision)
+    failure jsonb, subject text, first_byte_ms double precision,
+    conversation text, traceparent text)
 ON CONFLICT (id) DO NOTHING
 RETURNING *
 
@@ -164,13 +168,13 @@ INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classi
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
     cost_micros, images, first_byte_ms, usage_details,
-    upstream)
+    upstream, conversation, opening, parent_id, trace_id, parent_span)
 SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
     cost_micros, images, first_byte_ms, usage_details,
-    upstream
+    upstream, conversation, opening, parent_id, trace_id, parent_span
 FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
     source text, status text, kind text, classified_by text, classified_reason text,
     priority integer, model text, model_version text, response_id text, attempts integer,
@@ -178,4 +182,5 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
     total_tokens bigint, finish_reason text, failure jsonb, subject text, usage_state text,
-    cost_micros bigint, images integer, first_byte_ms double precision, usage_details jsonb, upstream text)
+    cost_micros bigint, images integer, first_byte_ms double precision, usage_details jsonb, upstream text,
+    conversation text, opening text, parent_id uuid, trace_id text, parent_span text)

@@ -3,10 +3,10 @@
 -- name: add_background_call
 -- Write down a call before its request goes out.
 INSERT INTO background_calls (id, state, tenant_id, dialect, kind, upstream, pool, limits, permit,
-    facts, request, deadline_at, due_at)
+    facts, request, deadline_at, due_at, lineage)
 VALUES ($1, 'sending', $2, $3, $4, $5, $6, $7, $8, $9::jsonb, $10,
     now() + $11::double precision * interval '1 millisecond',
-    now() + $11::double precision * interval '1 millisecond')
+    now() + $11::double precision * interval '1 millisecond', $12::jsonb)
 ON CONFLICT (id) DO UPDATE SET upstream = excluded.upstream, pool = excluded.pool,
     limits = excluded.limits, permit = excluded.permit, facts = excluded.facts,
     deadline_at = excluded.deadline_at, due_at = excluded.due_at
@@ -38,7 +38,7 @@ WHERE id = (
                 < now() - $4::double precision * interval '1 millisecond')
     ORDER BY b.due_at LIMIT 1 FOR UPDATE OF b SKIP LOCKED
 )
-RETURNING *, facts::text AS facts_text
+RETURNING *, facts::text AS facts_text, lineage::text AS lineage_text
 
 -- name: put_off_background_call
 -- Worker has looked at call $1 under claim $2: due again after $3 ms; cancelled at the provider if $4.

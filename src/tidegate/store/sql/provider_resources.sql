@@ -3,20 +3,23 @@
 -- name: add_provider_resources
 -- Note whose things are: one that has an owner keeps it until its provider has deleted it.
 INSERT INTO provider_resources (dialect, kind, resource_id, tenant_id, upstream, account, request_id,
-    subject, expires_at)
+    subject, expires_at, conversation)
 SELECT dialect, kind, resource_id, tenant_id, upstream, decode(account, 'hex'), request_id, subject,
-    expires_at
+    expires_at, conversation
 FROM json_to_recordset($1::json) AS row (dialect text, kind text, resource_id text, tenant_id text,
-    upstream text, account text, request_id uuid, subject text, expires_at timestamptz)
+    upstream text, account text, request_id uuid, subject text, expires_at timestamptz,
+    conversation text)
 ORDER BY dialect, kind, resource_id
 ON CONFLICT (dialect, kind, resource_id) DO UPDATE SET tenant_id = EXCLUDED.tenant_id,
     upstream = EXCLUDED.upstream, account = EXCLUDED.account, request_id = EXCLUDED.request_id,
-    subject = EXCLUDED.subject, expires_at = EXCLUDED.expires_at, created_at = now()
+    subject = EXCLUDED.subject, expires_at = EXCLUDED.expires_at, created_at = now(),
+    conversation = EXCLUDED.conversation
 WHERE provider_resources.expires_at <= now()
 
 -- name: provider_resources_named
 -- Those of the things $3 of a kind that have an owner.
-SELECT resource_id, tenant_id, upstream, account, expires_at FROM provider_resources
+SELECT resource_id, tenant_id, upstream, account, expires_at, request_id, conversation
+FROM provider_resources
 WHERE dialect = $1 AND kind = $2 AND resource_id = ANY($3::text[])
     AND (expires_at IS NULL OR expires_at > now())
 
@@ -26,7 +29,9 @@ SELECT id FROM provider_batches WHERE dialect = $1 AND (provider_id = $2 OR file
 
 -- name: provider_resources_of
 -- The things of tenant $1 of a kind, the newest first if $4, after thing $5 if given; at most $6.
-SELECT r.resource_id, r.tenant_id, r.upstream, r.account, r.expires_at FROM provider_resources r
+SELECT r.resource_id, r.tenant_id, r.upstream, r.account, r.expires_at, r.request_id,
+    r.conversation
+FROM provider_resources r
 LEFT JOIN provider_resources a
     ON a.dialect = $2 AND a.kind = $3 AND a.resource_id = $5 AND a.tenant_id = $1
 WHERE r.tenant_id = $1 AND r.dialect = $2 AND r.kind = $3

@@ -95,7 +95,7 @@ SELECT * FROM files WHERE id = $1 AND request_id = $2
 SELECT * FROM (
     (SELECT id, source, status, kind, coalesce(used_model, model) AS model, priority, attempts,
         created_at, admitted_at, finished_at, queue_ms, upstream_ms, total_tokens,
-        failure ->> 'code' AS failure_code
+        failure ->> 'code' AS failure_code, conversation
     FROM requests
     WHERE tenant_id = $1 AND created_at >= $2 AND created_at < $3
         AND (created_at, id) < ($4, $5::uuid)
@@ -104,7 +104,7 @@ SELECT * FROM (
     UNION ALL
     (SELECT id, source, status, kind, model, priority, attempts,
         created_at, admitted_at, finished_at, queue_ms, upstream_ms, total_tokens,
-        failure ->> 'code' AS failure_code
+        failure ->> 'code' AS failure_code, conversation
     FROM audit
     WHERE source = 'relay' AND tenant_id = $1 AND created_at >= $2 AND created_at < $3
         AND (created_at, id) < ($4, $5::uuid)
@@ -115,6 +115,7 @@ SELECT * FROM (
 ) AS looked_at
 WHERE ($6::text IS NULL OR status = $6) AND ($7::text IS NULL OR kind = $7)
     AND ($8::text IS NULL OR model = $8) AND ($9::text IS NULL OR source = $9)
+    AND ($12::text IS NULL OR conversation = $12)
 ORDER BY created_at DESC, id DESC
 LIMIT $10
 
@@ -223,11 +224,12 @@ LIMIT 5000
 -- name: search_requests
 -- Requests with ids in [$1, $2), newest first: $3 that match the rest of $4 looked at.
 SELECT id, tenant_id, pool, source, status, kind, model, priority, attempts, created_at,
-    admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint
+    admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint,
+    conversation
 FROM (
     (SELECT id, tenant_id, pool, source, status, kind, coalesce(used_model, model) AS model,
         priority, attempts, created_at, admitted_at, finished_at, queue_ms, upstream_ms,
-        total_tokens, failure ->> 'code' AS failure_code, subject, endpoint
+        total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation
     FROM requests
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -239,7 +241,7 @@ FROM (
             ('x0000' || translate(left(id::text, 13), '-', ''))::bit(64)::bigint / 1000.0)
             ELSE submitted_at END,
         admitted_at, finished_at, queue_ms, upstream_ms,
-        total_tokens, failure ->> 'code', subject, endpoint
+        total_tokens, failure ->> 'code', subject, endpoint, conversation
     FROM audit
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -249,7 +251,7 @@ FROM (
         CASE l.state WHEN 'calling' THEN 'running' ELSE 'queued' END, NULL, NULL, -100,
         l.attempts, to_timestamp(
             ('x0000' || translate(left(l.id::text, 13), '-', ''))::bit(64)::bigint / 1000.0),
-        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint
+        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint, NULL
     FROM batch_lines l JOIN batches b ON b.id = l.batch_id
     WHERE l.state IN ('claimed', 'calling') AND l.id >= $1 AND l.id < $2
     ORDER BY l.id DESC
@@ -261,8 +263,8 @@ WHERE source IS NOT NULL
     AND ($5::text[] IS NULL OR status = ANY($5)) AND ($6::text IS NULL OR tenant_id = $6)
     AND ($7::text IS NULL OR model = $7) AND ($8::text IS NULL OR kind = $8)
     AND ($9::text IS NULL OR source = $9) AND ($10::text IS NULL OR failure_code = $10)
-    AND ($11::text IS NULL OR subject = $11)
-    AND created_at >= $12 AND created_at < $13
+    AND ($11::text IS NULL OR subject = $11) AND ($12::text IS NULL OR conversation = $12)
+    AND created_at >= $13 AND created_at < $14
 ORDER BY id DESC
 LIMIT $3
 
@@ -308,3 +310,47 @@ SELECT id AS webhook_id, request_id, tenant_id AS tenant, event, url, tries, ans
     ended_at AS given_up_at
 FROM webhooks WHERE coalesce(state = 'given_up', false)
 ORDER BY ended_at DESC LIMIT $1
+
+-- name: sums_of_conversation
+-- What the calls of conversation $2 of tenant $1 come to.
+SELECT count(*) AS calls, count(*) FILTER (WHERE status <> 'succeeded') AS failed,
+    count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced,
+    min(submitted_at) AS began_at, max(finished_at) AS ended_at,
+    coalesce(sum(queue_ms), 0) AS queue_ms, coalesce(sum(upstream_ms), 0) AS upstream_ms,
+    coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
+    coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
+    coalesce(sum(input_tokens) FILTER (WHERE cached_tokens IS NOT NULL), 0)::bigint AS cached_of,
+    coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
+    coalesce(sum(cost_micros), 0)::bigint AS cost_micros
+FROM audit WHERE tenant_id = $1 AND conversation = $2
+
+-- name: calls_of_conversation
+-- The $3 calls of conversation $2 of tenant $1 that were received last.
+SELECT request_id, source, status, endpoint, model, upstream, attempts, submitted_at, admitted_at,
+    finished_at, queue_ms, upstream_ms, first_byte_ms, input_tokens, output_tokens, thoughts_tokens,
+    cached_tokens, total_tokens, usage_state, cost_micros, failure ->> 'code' AS failure_code,
+    conversation, opening, parent_id, trace_id, parent_span
+FROM audit WHERE tenant_id = $1 AND conversation = $2
+ORDER BY submitted_at DESC, id DESC LIMIT $3
+
+-- name: sums_of_trace
+-- What the calls of trace $2 of tenant $1 come to.
+SELECT count(*) AS calls, count(*) FILTER (WHERE status <> 'succeeded') AS failed,
+    count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced,
+    min(submitted_at) AS began_at, max(finished_at) AS ended_at,
+    coalesce(sum(queue_ms), 0) AS queue_ms, coalesce(sum(upstream_ms), 0) AS upstream_ms,
+    coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
+    coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
+    coalesce(sum(input_tokens) FILTER (WHERE cached_tokens IS NOT NULL), 0)::bigint AS cached_of,
+    coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
+    coalesce(sum(cost_micros), 0)::bigint AS cost_micros
+FROM audit WHERE tenant_id = $1 AND trace_id = $2
+
+-- name: calls_of_trace
+-- The $3 calls of trace $2 of tenant $1 that were received last.
+SELECT request_id, source, status, endpoint, model, upstream, attempts, submitted_at, admitted_at,
+    finished_at, queue_ms, upstream_ms, first_byte_ms, input_tokens, output_tokens, thoughts_tokens,
+    cached_tokens, total_tokens, usage_state, cost_micros, failure ->> 'code' AS failure_code,
+    conversation, opening, parent_id, trace_id, parent_span
+FROM audit WHERE tenant_id = $1 AND trace_id = $2
+ORDER BY submitted_at DESC, id DESC LIMIT $3

@@ -1,0 +1,290 @@
+"""Route `/admin/conversations`: the calls of a conversation or of a trace, as a tree.
+
+    thread ─ call, call, call         what begins alike, or continues an answer
+               └── thread ─ call      what came of that call
+
+A thread's calls are in the order of their receipt. It hangs under the call of another one whose
+answer it continues, or of whose span it is a child; else under the last call before it of a thread
+that goes on once it has ended, as an agent does that waits for another one.
+
+Invariants: every call is in one thread, once; a thread never hangs below itself; what hangs
+nowhere is a root.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from typing import Annotated, Literal
+from uuid import UUID
+
+from fastapi import Query as FromQuery
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from tidegate.call import DEFAULT_TENANT, Status
+from tidegate.errors import InvalidRequest
+from tidegate.http.guards import admin_router
+from tidegate.http.problems import problem_responses
+from tidegate.http.services import services_of
+from tidegate.http.views import view_of
+from tidegate.store.requests import ConversationCall, FoundConversation
+
+Why = Literal["answer", "trace", "time"]
+_SPAN = 0xFFFF_FFFF_FFFF_FFFF  # of an id, the part that is its span's
+_MOST_GAPS = 200  # that are looked at for one thread
+
+
+@dataclass(slots=True, eq=False)
+class Thread:
+    """Calls that follow one another. under: the call of another thread that it came of, and why
+    that is known."""
+
+    calls: list[ConversationCall]
+    under: ConversationCall | None = None
+    by: Why | None = None
+
+    @property
+    def first(self) -> ConversationCall:
+        return self.calls[0]
+
+
+def threads_of(calls: Sequence[ConversationCall]) -> list[Thread]:
+    """Threads in the order of their first calls, of calls in the order of their receipt."""
+    threads: list[Thread] = []
+    home: dict[UUID, Thread] = {}
+    by_opening: dict[str, Thread] = {}
+    called = {one.request_id: one for one in calls}
+    spans = {f"{one.request_id.int & _SPAN:016x}": one for one in calls}
+    for call in calls:
+        before = _other(called.get(call.lineage.parent_id or call.request_id), call)
+        opening = call.lineage.opening
+        thread = None
+        if before is not None and (found := home.get(before.request_id)) is not None:
+            thread = found if found.calls[-1] is before else None
+        elif opening is not None:
+            thread = by_opening.get(opening)
+        if thread is None:
+            thread = Thread([])
+            threads.append(thread)
+            parent = _other(spans.get(call.lineage.parent_span or ""), call)
+            if before is not None:
+                thread.under, thread.by = before, "answer"
+            elif parent is not None:
+                thread.under, thread.by = parent, "trace"
+        if opening is not None and before is None:
+            by_opening.setdefault(opening, thread)
+        thread.calls.append(call)
+        home[call.request_id] = thread
+    _hang(threads)
+    _cut_circles(threads, home)
+    return threads
+
+
+def _other(found: ConversationCall | None, call: ConversationCall) -> ConversationCall | None:
+    """A call, unless it is the same request: a job that was queued again has several ends."""
+    is_same = found is None or found.request_id == call.request_id
+    return None if is_same else found
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """Between the end of a call and the receipt of the next one of its thread."""
+
+    since: datetime
+    until: datetime
+    call: ConversationCall
+    thread: Thread
+
+
+def _hang(threads: Sequence[Thread]) -> None:
+    """Hang roots by time: in the gap that began last of those that they fit into."""
+    gaps, ended = list[_Gap](), dict[Thread, datetime]()
+    for thread in threads:
+        end = thread.first.finished_at
+        for call, following in pairwise(thread.calls):
+            end = max(end, call.finished_at)
+            if following.submitted_at > end:
+                gaps.append(_Gap(end, following.submitted_at, call, thread))
+        ended[thread] = max(end, thread.calls[-1].finished_at)
+    gaps.sort(key=lambda gap: gap.since)
+    for thread in threads:
+        if thread.under is not None:
+            continue
+        place = bisect_right(gaps, thread.first.submitted_at, key=lambda gap: gap.since)
+        for gap in reversed(gaps[max(0, place - _MOST_GAPS) : place]):
+            if gap.until >= ended[thread] and gap.thread is not thread:
+                thread.under, thread.by = gap.call, "time"
+                break
+
+
+def _cut_circles(threads: Sequence[Thread], home: Mapping[UUID, Thread]) -> None:
+    """The clocks of several processes, and what clients say of spans, may contradict themselves."""
+    sound: set[Thread] = set()
+    for thread in threads:
+        path: list[Thread] = []
+        above = thread
+        while above.under is not None and above not in sound and above not in path:
+            path.append(above)
+            above = home[above.under.request_id]
+        if above in path:
+            above.under = above.by = None
+        sound.update(path, [above])
+
+
+class CallView(BaseModel):
+    """A call that has ended, in short."""
+
+    request_id: str
+    source: Literal["job", "stream", "relay", "batch"]
+    status: Status
+    endpoint: str | None = None
+    model: str | None = None
+    upstream: str | None = None
+    conversation: str | None = Field(default=None, description="Of a trace, which may have several")
+    attempts: int
+    submitted_at: datetime
+    finished_at: datetime
+    queue_ms: float | None = None
+    upstream_ms: float | None = None
+    first_byte_ms: float | None = None
+    input_tokens: int | None = None
+    cached_tokens: int | None = Field(default=None, description="Of the input, from a cache")
+    output_tokens: int | None = None
+    usage_state: str | None = Field(
+        default=None, description="told, partial, estimated, unknown or none"
+    )
+    cost_micros: int | None = None
+    error_code: str | None = None
+
+
+class ThreadView(BaseModel):
+    """Calls that begin alike, or that continue one another, in the order of their receipt."""
+
+    opening: str | None = Field(
+        default=None, description="Digest of the tools, the system prompt and the first message"
+    )
+    under: str | None = Field(default=None, description="The call that it came of")
+    by: Why | None = Field(
+        default=None,
+        description="How that is known: it continues the `answer`, is a child in the `trace`, or "
+        "lies in the `time` between that call and the next one of its thread",
+    )
+    calls: list[CallView]
+
+
+class SumsView(BaseModel):
+    """What all calls come to, in tokens, milliseconds and micro-dollars."""
+
+    calls: int
+    failed: int = Field(description="Those that did not succeed")
+    unpriced: int = Field(description="Calls whose cost is not known")
+    began_at: datetime
+    ended_at: datetime
+    queue_ms: float
+    upstream_ms: float
+    input_tokens: int
+    cached_tokens: int
+    cached_share: float | None = Field(
+        default=None, description="Of the input of those calls that report what a cache had"
+    )
+    output_tokens: int
+    cost_micros: int
+
+
+class ConversationView(BaseModel):
+    """A conversation or a trace of one tenant."""
+
+    tenant: str
+    conversation: str | None = None
+    trace: str | None = None
+    sums: SumsView
+    complete: bool = Field(description="Whether these are all calls, or the 2,000 last ones")
+    threads: list[ThreadView] = Field(description="In the order of their first calls")
+
+
+class ConversationQuery(BaseModel):
+    """Which one: a conversation or a trace."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: str = Field(default=DEFAULT_TENANT, min_length=1, max_length=200)
+    conversation: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="Its name by a header, by `prompt_cache_key` or at the provider; "
+        "`opening-` and a digest where it has none",
+    )
+    trace: str | None = Field(default=None, pattern="^[0-9a-f]{32}$", description="Its id")
+
+    def named(self) -> tuple[str, bool]:
+        """Its name, and whether that is a trace's. Raises InvalidRequest."""
+        named = [one for one in (self.conversation, self.trace) if one is not None]
+        if len(named) != 1:
+            allowed = "one of conversation and trace"
+            raise InvalidRequest("conversation", f"{allowed} is required", allowed=allowed)
+        return named[0], self.trace is not None
+
+
+def conversation_view(query: ConversationQuery, found: FoundConversation) -> ConversationView:
+    sums = found.sums
+    share = round(sums.cached_tokens / sums.cached_of, 4) if sums.cached_of else None
+    return ConversationView(
+        tenant=query.tenant,
+        conversation=query.conversation,
+        trace=query.trace,
+        sums=view_of(SumsView, sums, cached_share=share),
+        complete=sums.calls <= len(found.calls),
+        threads=[_thread(one) for one in threads_of(found.calls)],
+    )
+
+
+def _text_of(query: ConversationQuery, found: FoundConversation) -> str:
+    return conversation_view(query, found).model_dump_json(exclude_none=True)
+
+
+def _thread(thread: Thread) -> ThreadView:
+    return ThreadView(
+        opening=thread.first.lineage.opening,
+        under=None if thread.under is None else str(thread.under.request_id),
+        by=thread.by,
+        calls=[_call(one) for one in thread.calls],
+    )
+
+
+def _call(one: ConversationCall) -> CallView:
+    return view_of(
+        CallView,
+        one,
+        conversation=one.lineage.conversation,
+        input_tokens=one.usage.input_tokens,
+        cached_tokens=one.usage.cached_tokens,
+        output_tokens=one.usage.output_tokens,
+        error_code=one.failure_code,
+    )
+
+
+router = admin_router(400, 503)
+
+
+@router.get(
+    "/conversations",
+    response_model=ConversationView,
+    responses=problem_responses(404),
+    summary="The calls of a conversation or of a trace, as a tree",
+)
+async def conversation(
+    request: Request, query: Annotated[ConversationQuery, FromQuery()]
+) -> Response:
+    """Those that have ended, with what they used and cost."""
+    name, is_trace = query.named()
+    requests = services_of(request).store.requests
+    found = await requests.conversation(query.tenant, name, is_trace=is_trace)
+    text = await asyncio.to_thread(_text_of, query, found)  # of thousands of calls
+    return Response(text, media_type="application/json")
