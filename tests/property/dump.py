@@ -41,6 +41,7 @@ ONE = {
     "spending": "spending",
     "paused": "paused",
     "lapsing": "lapsing",
+    "carried": "carried",
     "timed": "timed",
     "starving": "starving",
     "seen": "seen",

@@ -38,6 +38,8 @@ LANES = (
     ("kind:a", "model:m"),
     ("kind:b", "model:m", "upstream:u"),
     ("upstream:u",),
+    ("tif:x",),
+    ("kind:a", "tif:x", "tpm:x"),
 )
 CONCURRENCIES = ("kind:a", "kind:b", "pool:all")
 TENANTS = ("t1", "t2", "t3")
@@ -69,6 +71,7 @@ class Shape:
     reap_closed_ms: int = 0
     even: bool = False
     refills: bool = False
+    tokens: int = 0
     wild: str = ""
 
     def policy(self, revision: int) -> PoolPolicy:
@@ -88,11 +91,17 @@ class Shape:
         if self.refills:
             for name in ("rpm:x", "tpm:x"):
                 limits[name] = replace(cast(Rate, limits[name]), shape="bucket")
+        if self.tokens:
+            by_tokens = Concurrency(self.tokens, shadow=self.shadow, unit="tokens_in_flight")
+            limits["pool:all"] = limits["tif:x"] = by_tokens
+        else:
+            limits["tif:x"] = 2
         if self.wild == "gone":
             del limits["pool:all"]
         elif self.wild == "other sort":
             limits["rpm:x"] = Concurrency(2)
             limits["pool:all"] = Rate(4, WINDOW_MS)
+            limits["tpm:x"] = Concurrency(1000, unit="tokens_in_flight")
         elif self.wild == "counted otherwise":
             limits["rpm:x"] = Rate(3, WINDOW_MS, "images")
             limits["rpd:x"] = Rate(6, WINDOW_MS)
@@ -119,6 +128,7 @@ class Shape:
             a=max(self.a, other.a),
             b=max(self.b, other.b),
             all=max(self.all, other.all),
+            tokens=max(self.tokens, other.tokens) if self.tokens else 0,
             hold=self.hold,
             cancel=self.cancel,
             shadow=self.shadow,
@@ -146,6 +156,7 @@ def shapes() -> st.SearchStrategy[Shape]:
         "adaptive": st.booleans(),
         "even": st.sampled_from([False, False, True]),
         "refills": st.booleans(),
+        "tokens": st.sampled_from([0, 0, 500, 1000]),
         "reap_closed_ms": st.sampled_from([0, 0, 5000]),
         "wild": st.sampled_from(
             ["", "", "", "gone", "other sort", "counted otherwise", "longer window"]

@@ -17,6 +17,7 @@ from tidegate.limiter.simulation import (
     PauseGate,
     PoolModel,
     SessionQueue,
+    write_charges,
 )
 
 State = dict[str, Any]
@@ -91,12 +92,16 @@ def of_model(model: PoolModel) -> State:
             if session.queues
         },
         "owed": {
-            sid: {str(t): f"{_charges(c)}|{' '.join(f.lane)}" for t, (c, f) in owed.items()}
+            sid: {str(t): f"{write_charges(c)}|{' '.join(f.lane)}" for t, (c, f) in owed.items()}
             for sid, owed in model.permits.owed.items()
             if owed
         },
         "lapsing": {
             "|".join(map(str, permit)): end for permit, end in model.permits.lapsing.items()
+        },
+        "carried": {
+            "|".join(map(str, permit)): write_charges(charges)
+            for permit, charges in model.permits.carried.items()
         },
         "timed": dict(model.pump.timed),
         "starving": {queue.id: queue.starving for queue in model.queues.starving()},
@@ -168,13 +173,9 @@ def _session(model: PoolModel, sid: str) -> dict[str, str]:
 
 def _held(model: PoolModel, sid: str) -> dict[str, str]:
     return {
-        str(ticket): f"{h.seq}|{h.until}|{h.use}|{_charges(h.charges)}|{h.flow}"
+        str(ticket): f"{h.seq}|{h.until}|{h.use}|{write_charges(h.charges)}|{h.flow}"
         for ticket, h in model.pool.sessions[sid].held.items()
     }
-
-
-def _charges(charges: dict[int, tuple[int, int]]) -> str:
-    return ",".join(f"{i + 1}={amount}@{end}" for i, (amount, end) in charges.items())
 
 
 def _place(queue: SessionQueue) -> str:

@@ -65,17 +65,18 @@ class Traffic(RuleBasedStateMachine):
         if client.paused:
             return
         kind = client.queue.flow(*flow)
+        demand = Demand(kind.limits, tokens=Tokens(tokens), images=1)
         try:
             kind.refresh(client.session.policy)
+            amounts = kind.amounts(demand)
         except DemandImpossible:
             return
         deadline_ms = at + left_ms if left_ms else float("inf")
-        demand = Demand(kind.limits, tokens=Tokens(tokens), images=1)
         for _ in range(times):
             client.asked.append(
                 client.queue.ask(
                     kind,
-                    amounts=kind.amounts(demand),
+                    amounts=amounts,
                     use=kind.use_of(demand),
                     hard_ms=HARD_MS,
                     now_ms=at,

@@ -354,7 +354,7 @@ def _sorted(reply: SyncReply) -> SyncReply:
     if whole is not None:
         whole = whole._replace(
             held=sorted((t, s, u) for t, s, u in whole.held),
-            lapsing=sorted((m, x) for m, x in whole.lapsing),
+            lapsing=sorted((m, x, c) for m, x, c in whole.lapsing),
             spent=sorted((n, x) for n, x in whole.spent),
             pauses=sorted((n, x, r, s) for n, x, r, s in whole.pauses),
             roster=(whole.roster[0], whole.roster[1] and sorted(whole.roster[1])),

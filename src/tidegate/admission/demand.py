@@ -45,6 +45,7 @@ from tidegate.limiter import (
     DEFAULT_PRIORITY,
     USUAL_WEIGHTS,
     Band,
+    Concurrency,
     Demand,
     Limit,
     PoolPolicy,
@@ -81,7 +82,14 @@ class Reach:
         self.counts_cache = any(
             _counts_cache(limit) for limit in map(policy.limit, policy.limits) if limit is not None
         )
-        self.counts_tokens = self.counts_money or not units.isdisjoint(USUAL_WEIGHTS)
+        self.counts_tokens = (
+            self.counts_money
+            or not units.isdisjoint(USUAL_WEIGHTS)
+            or any(
+                isinstance(limit, Concurrency) and limit.by_tokens
+                for limit in map(policy.limit, policy.limits)
+            )
+        )
         self.limits = lru_cache(_MOST_KEPT)(self._limits_of)
         self.band = lru_cache(2 * MOST_PRIORITY + 1)(partial(band_of, bands=policy.bands))
         self._kinds_optional = kinds_optional

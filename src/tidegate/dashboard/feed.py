@@ -172,7 +172,7 @@ def _limit(view: LimitView, policy: PoolPolicy, others_share: float) -> Frame:
     if isinstance(limit, Rate | Quota):
         found["source"] = limit.source
     if isinstance(limit, Concurrency):
-        found["adaptive"] = limit.adaptive is not None
+        found |= {"adaptive": limit.adaptive is not None, "unit": limit.unit}
     if isinstance(limit, Rate):
         found |= {"unit": limit.unit, "window_ms": limit.window_ms}
     if isinstance(limit, Quota):

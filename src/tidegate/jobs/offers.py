@@ -235,7 +235,8 @@ def admitted_per_second(
     if limit is None or limit.shadow:
         return inf
     if isinstance(limit, Concurrency):
-        return limit.bound * 1_000 / max(1.0, call_ms)
+        size = size_of("tokens") if limit.by_tokens else 1
+        return limit.bound * 1_000 / max(1.0, call_ms) / size if size else inf
     size = size_of(limit.unit)
     if not size:
         return inf

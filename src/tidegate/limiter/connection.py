@@ -409,7 +409,7 @@ def _unpack_whole(values: Any) -> Whole:
     return Whole(
         now_ms,
         [tuple(row[:3]) for row in held or ()],
-        [(member.decode(), left_ms) for member, left_ms in _pairs(lapsing)],
+        [(row[0].decode(), row[1], row[2].decode()) for row in lapsing or ()],
         next_event_ms,
         conflict,
         [(name.decode(), amount) for name, amount in _pairs(spent)],

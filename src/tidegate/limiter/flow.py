@@ -14,7 +14,7 @@ from itertools import islice
 from math import ceil, inf
 
 from tidegate.errors import DemandImpossible
-from tidegate.limiter.messages import Hint
+from tidegate.limiter.messages import Hint, format_unit
 from tidegate.limiter.policy import (
     CALL_USE,
     UNKNOWN_USE,
@@ -26,6 +26,7 @@ from tidegate.limiter.policy import (
     PoolPolicy,
     Quota,
     Rate,
+    amount_in_flight,
     amount_of,
     amount_to_reserve,
     unknown_limit,
@@ -51,10 +52,11 @@ def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
 class Flow:
     """See the module. Read from the policy by `refresh`:
 
-    quotas: (limit, zone). rates: whether any limit is more than a concurrency. plain: whether its
-    permits may be passed on in the process. slack_ms: how much later than admitted its calls may be
-    sent. firm: limits that get nothing back when calls end, where the server does not know.
-    unnamed: the first limit that the policy does not name. fair_by: what shares are measured in.
+    quotas: (limit, zone). rates: whether any limit is more than a concurrency. sized: whether calls
+    differ in what they take of any. plain: whether its permits may be passed on in the process.
+    slack_ms: how much later than admitted its calls may be sent. firm: limits that get nothing back
+    when calls end, where the server does not know. unnamed: the first limit that the policy does
+    not name. fair_by: what shares are measured in.
 
     Learned from calls and replies: cost_ms, how long its calls last; cost, what they cost in
     micro-dollars, where shares are in that; rest_ms, what was rounded off the last one; held_up_by,
@@ -81,6 +83,7 @@ class Flow:
     revision: int = -1
     rules: tuple[Limit, ...] = ()
     rates: bool = False
+    sized: bool = False
     plain: bool = False
     quotas: tuple[tuple[str, str], ...] = ()
     firm: tuple[str, ...] = ()
@@ -108,7 +111,8 @@ class Flow:
         named = policy.limits
         self.unnamed = next((name for name in self.limits if name not in named), None)
         self.plain = policy.hand_off and all(
-            isinstance(limit, Concurrency) and not limit.adaptive for limit in self.rules
+            isinstance(limit, Concurrency) and not (limit.adaptive or limit.by_tokens)
+            for limit in self.rules
         )
         rated = {
             name: limit
@@ -116,6 +120,7 @@ class Flow:
             if not isinstance(limit, Concurrency)
         }
         self.rates = bool(rated)
+        self.sized = self.rates or any(limit.unit == "tokens_in_flight" for limit in self.rules)
         self.quotas = tuple((n, q.zone) for n, q in rated.items() if isinstance(q, Quota))
         self.firm = tuple(
             name
@@ -131,22 +136,43 @@ class Flow:
     def amounts(self, demand: Demand) -> str:
         """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
 
-        Clamped to what a limit can ever give. Raises ValueError where a limit counts something and
-        the demand does not say how much.
+        Clamped to what a rate can ever give. Raises ValueError where a limit counts something and
+        the demand does not say how much, and DemandImpossible for more tokens than may ever be in
+        flight.
         """
-        if not self.rates:
+        if not self.sized:
             return ""
         parts = []
         for name, limit in zip(self.limits, self.rules, strict=True):
-            amount: int | None = 1
-            if not isinstance(limit, Concurrency):
+            if isinstance(limit, Concurrency):
+                amount = amount_in_flight(limit, demand)
+            else:
                 amount = amount_to_reserve(limit, demand)
-                if amount is None:
-                    said = "cost_micros=" if limit.unit == "usd" else "tokens="
-                    raise ValueError(f"{name} counts {limit.unit}: say {said}")
+            if amount is None:
+                said = "cost_micros=" if limit.unit == "usd" else "tokens="
+                raise ValueError(f"{name} counts {limit.unit}: say {said}")
+            if isinstance(limit, Concurrency):
+                _check_in_flight(name, limit, amount)
+            else:
                 amount = min(max(0, amount), limit.bound)
             parts.append(str(amount))
         return ",".join(parts)
+
+    def check_amounts(self, amounts: str) -> None:
+        """Raises DemandImpossible where a ticket takes more than may ever be in flight."""
+        for name, limit, amount in self._taken(amounts):
+            if isinstance(limit, Concurrency):
+                _check_in_flight(name, limit, amount)
+
+    def amount_under(self, name: str, amounts: str) -> int:
+        """What a ticket takes of a limit."""
+        return next((amount for one, _, amount in self._taken(amounts) if one == name), 1)
+
+    def _taken(self, amounts: str) -> Iterable[tuple[str, Limit, int]]:
+        """Asked for before its limits counted so, a ticket may say nothing of amounts: 1 of each,
+        as the server takes it."""
+        said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
+        return zip(self.limits, self.rules, said, strict=True)
 
     def actual(self, used: CallUse) -> str:
         """What a call really used, `-` where it is not known or is not settled: empty where
@@ -162,13 +188,10 @@ class Flow:
         return ",".join(parts)
 
     def spends(self, amounts: str) -> Mapping[str, int]:
-        """What an admission takes of the limits that are not concurrencies. Asked for before one
-        of them became a rate it may say nothing of amounts: 1 of each, as the server takes it."""
+        """What an admission takes of the limits that are not concurrencies."""
         if not self.rates:
             return {}
-        said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
-        found = zip(self.limits, self.rules, said, strict=True)
-        return {name: amount for name, limit, amount in found
+        return {name: amount for name, limit, amount in self._taken(amounts)
                 if not isinstance(limit, Concurrency)}  # fmt: skip
 
     @property
@@ -267,6 +290,13 @@ class Waiter:
         return self.member.rpartition("|")[2]
 
 
+def _check_in_flight(name: str, limit: Concurrency, amount: int) -> None:
+    if amount > limit.bound:
+        most = f"{limit.bound} {format_unit(limit)}"
+        said = f"limit {name!r} admits {most} at a time: this call alone has up to {amount}"
+        raise DemandImpossible(said, limit=name)
+
+
 def _stamp_of(waiter: Waiter) -> float:
     return waiter.stamp
 
@@ -274,8 +304,8 @@ def _stamp_of(waiter: Waiter) -> float:
 @dataclass(slots=True, eq=False)
 class Holding:
     """A permit in use. `use` is what it will probably use, 0 if that was measured in something
-    else than shares are now. `admitted_ms` is when the server admitted it, at the earliest;
-    `on_fence` cancels the body that uses it."""
+    else than shares are now. `amounts`: what it takes of each limit, empty for 1. `admitted_ms` is
+    when the server admitted it, at the earliest; `on_fence` cancels the body that uses it."""
 
     ticket: int
     flow: Flow
@@ -286,6 +316,7 @@ class Holding:
     admitted_ms: float
     hard_until_ms: float
     waited_ms: float
+    amounts: str = ""
     fenced: bool = False
     on_fence: Callable[[], None] | None = None
 

@@ -37,6 +37,7 @@ _UNITS = {
     "uncached_input_tokens": "uncached input tokens",
     "output_tokens": "output tokens",
     "audio_seconds": "seconds of audio",
+    "tokens_in_flight": "tokens in flight",
 }
 
 
@@ -99,13 +100,13 @@ def too_early(
 def _fullness(limit: Limit, used: int, amount: int) -> str:
     """`is used up (60 of 60 requests a minute)`."""
     bound = limit.bound
-    if isinstance(limit, Concurrency):
+    if isinstance(limit, Concurrency) and not limit.by_tokens:
         return f"is in use ({used} of {bound} calls)"
     most, spent = format_amount(limit, bound), _figure(limit, used)
     if used < bound:
         more = format_amount(limit, amount)
         return f"has no room for {more} more ({spent} of {_figure(limit, bound)} are used)"
-    window = "" if isinstance(limit, Quota) else f" {format_window(limit)}"
+    window = f" {format_window(limit)}" if isinstance(limit, Rate) else ""
     return f"is used up ({spent} of {most}{window})"
 
 
@@ -129,19 +130,18 @@ def too_late(
 
 
 def format_unit(limit: Limit) -> str:
-    unit = "calls" if isinstance(limit, Concurrency) else limit.unit
-    return _UNITS.get(unit, unit)
+    return _UNITS.get(limit.unit, limit.unit)
 
 
 def format_amount(limit: Limit, amount: int) -> str:
     """`200 requests`, `$0.79`."""
-    if not isinstance(limit, Concurrency) and limit.unit == "usd":
+    if limit.unit == "usd":
         return _figure(limit, amount)
     return f"{amount} {format_unit(limit)}"
 
 
 def _figure(limit: Limit, amount: int) -> str:
-    if isinstance(limit, Concurrency) or limit.unit != "usd":
+    if limit.unit != "usd":
         return str(amount)
     cents = f"{amount / 1_000_000:.2f}"
     return f"${cents if amount % 10_000 == 0 else f'{amount / 1_000_000:.6f}'.rstrip('0')}"
@@ -194,15 +194,16 @@ def pack(value: object) -> bytes:
 
 
 def definition(limit: int | Limit) -> str:
-    """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own. A rate
-    with a pace or a ramp, or that refills, has three more: pace_ms, percent_per_minute and start, 0
-    for none; and one that refills has a `b` after these."""
+    """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own. Those
+    of a concurrency are its least bound, and 1 where it counts tokens in flight. A rate with a pace
+    or a ramp, or that refills, has three more: pace_ms, percent_per_minute and start, 0 for none;
+    and one that refills has a `b` after these."""
     if isinstance(limit, int):
         return f"c|{limit}|0|0|0|0"
     shadow = int(limit.shadow)
     if isinstance(limit, Concurrency):
         least = limit.adaptive.minimum if limit.adaptive else 0
-        return f"c|{limit.bound}|{shadow}|{least}|0|0"
+        return f"c|{limit.bound}|{shadow}|{least}|{int(limit.by_tokens)}|0"
     if isinstance(limit, Rate):
         exact = int(limit.exact)
         said = f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
@@ -233,17 +234,18 @@ class Join:
     """What a process says when it enters a pool, for the first time or again.
 
     policy: the newest policy it knows, and who made it. name: the process, for people. held:
-    (ticket, flow, seq, hard_ms, use) of every call that it holds open. lapsing: (member,
-    left_ms) of permits held over for dead sessions, as last seen. spent: (limit, spent as last
-    seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said). roster: the sessions
-    that were there, if we can vouch for that. base: the policy that was in force before, if known.
+    (ticket, flow, seq, hard_ms, use, amounts) of every call that it holds open. lapsing: (member,
+    left_ms, charges) of permits held over for dead sessions, as last seen. spent: (limit, spent
+    as last seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said). roster: the
+    sessions that were there, if we can vouch for that. base: the policy that was in force before,
+    if known.
     """
 
     policy: PoolPolicy
     by: str
     name: str
-    held: list[tuple[int, int, int, int, int]]
-    lapsing: list[tuple[str, int]]
+    held: list[tuple[int, int, int, int, int, str]]
+    lapsing: list[tuple[str, int, str]]
     spent: list[tuple[str, int, int]] = field(default_factory=list)
     pauses: list[tuple[str, int, int, str]] = field(default_factory=list)
     roster: list[str] = field(default_factory=list)
@@ -265,6 +267,7 @@ class Join:
             "hold": self.policy.on_expiry == "hold",
             "hand_off": self.policy.hand_off,
             "fair_by": self.policy.fair_by,
+            "by_tokens": _by_tokens(self.policy),
             "reap_ms": self.policy.reap_closed_ms,
             "by": self.by,
             "blob": blob,
@@ -278,6 +281,13 @@ class Join:
             "pauses": self.pauses,
             "roster": self.roster,
         }
+
+
+def _by_tokens(policy: PoolPolicy) -> str:
+    """The limits that count tokens in flight, with a space after each."""
+    limits = policy.limits.items()
+    names = sorted(n for n, one in limits if isinstance(one, Concurrency) and one.by_tokens)
+    return "".join(f"{name} " for name in names)
 
 
 def _digest(blob: bytes) -> str:
@@ -368,15 +378,15 @@ class SyncRequest:
 
 class Whole(NamedTuple):
     """What a `full` request gets on top. `held` holds (ticket, seq, until_ms: when its hard limit
-    ends by the server's clock) of those asked after, `spent` (limit, spent), `pauses` (limit,
-    left_ms, ramp_ms, said); `policy` is None where ours is in force; `roster` is the version of the
-    list of sessions, and the list where we do not have it. `spent` is of what changed after the
-    change `told` of the request, up to this one; `pages` are the places at which the lists go on
-    that are not whole."""
+    ends by the server's clock) of those asked after, `lapsing` (member, left_ms, charges),
+    `spent` (limit, spent), `pauses` (limit, left_ms, ramp_ms, said); `policy` is None where ours is
+    in force; `roster` is the version of the list of sessions, and the list where we do not have it.
+    `spent` is of what changed after the change `told` of the request, up to this one; `pages` are
+    the places at which the lists go on that are not whole."""
 
     now_ms: int
     held: list[tuple[int, int, int]]
-    lapsing: list[tuple[str, int]]
+    lapsing: list[tuple[str, int, str]]
     next_event_ms: int
     conflict: int
     spent: list[tuple[str, int]]
@@ -493,8 +503,8 @@ SESSION_KEEP = "2 h after its session's last sync; gone with the session"
 SHAPES = (
     KeyShape("meta", "hash",
              "run epoch began recover_until clock seq changes revision lease_ms hold bands "
-             "queue_max hand_off fair_by reap_ms policy parked timed_at starving reap_at sessions "
-             "roster fresh empty vouched; per limit d: definition, u: used, "
+             "queue_max hand_off fair_by by_tokens reap_ms policy parked timed_at starving reap_at "
+             "sessions roster fresh empty vouched; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, and under a rate from:passed in "
              "microseconds, between which it accrues its share, and held:used in ms, when it "
              "last found no room and last used the limit; p: pause, g: gate, a: adapted, "
@@ -510,6 +520,8 @@ SHAPES = (
     KeyShape("sessions", "zset", "session by expiry in ms", POOL_KEEP, True),
     KeyShape("lapsing", "zset", "ticket|session|lane by hard deadline in ms",
              "1 h after the last hard deadline in it", True),
+    KeyShape("carried", "hash", "charges of a permit, by its member in `lapsing`",
+             "as `lapsing`", True),
     KeyShape("timed", "zset", "limit by the ms at which it has room again", POOL_KEEP, True),
     KeyShape("spending", "zset", "limit by the number of the last change of its usage",
              "none: as `meta`, whose s: fields it puts in order", False),

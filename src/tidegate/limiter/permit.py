@@ -123,7 +123,7 @@ class PermitIssuer:
         deadline_ms = demand.deadline_ms
         waiter = self._queue.ask(
             flow,
-            amounts=flow.amounts(demand) if flow.rates else "",
+            amounts=self._amounts(flow, demand) if flow.sized else "",
             use=flow.use_of(demand) if flow.fair_by != "seconds" else 0,
             hard_ms=max(1, demand.hard_ms),
             now_ms=at,
@@ -141,6 +141,12 @@ class PermitIssuer:
                 self._session.admit_locally()
         self._wake()
         return waiter, timer
+
+    def _amounts(self, flow: Flow, demand: Demand) -> str:
+        try:
+            return flow.amounts(demand)
+        except DemandImpossible as error:
+            raise self._refused(error) from None
 
     def turn_away(self) -> None:
         """Refuse the calls that wait, and those that ask from now on."""
@@ -168,7 +174,7 @@ class PermitIssuer:
             )
         else:
             room_ms = flow.room_at_ms - self._clock.now_ms()
-            amount = flow.spends(waiter.amounts).get(limit, 1)
+            amount = flow.amount_under(limit, waiter.amounts)
             rule = session.policy.limit(limit)
             error = too_late(limit, rule, retry_ms, room_ms, flow.used, amount)
         self._queue.refuse(waiter, self._refused(error), self._clock.now_ms())

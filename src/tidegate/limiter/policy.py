@@ -36,12 +36,15 @@ Unit = Literal[
     "audio_seconds",
     "usd",
 ]
+UnitInFlight = Literal["calls", "tokens_in_flight"]
 Reserve = Literal["predicted", "bound", "max_tokens", "larger"]
 Source = Literal["set", "imported", "learned"]
 RateShape = Literal["window", "bucket"]
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
+UNITS_IN_FLIGHT: tuple[UnitInFlight, ...] = get_args(UnitInFlight)
 RESERVES: tuple[Reserve, ...] = get_args(Reserve)
+RESERVES_IN_FLIGHT: tuple[Reserve, ...] = ("predicted", "bound")
 SOURCES: tuple[Source, ...] = get_args(Source)
 SHAPES_OF_RATES: tuple[RateShape, ...] = get_args(RateShape)
 MEASURES_OF_SHARES: tuple[FairBy, ...] = get_args(FairBy)
@@ -76,11 +79,23 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True)
 class Concurrency:
-    """At most `bound` calls concurrently. In `shadow` it only counts what it would have held up."""
+    """At most `bound` calls concurrently. In `shadow` it only counts what it would have held up.
+
+    unit: `calls`, or `tokens_in_flight`: the tokens of all calls in flight, such as those that the
+    cache of a server has room for. reserve: what a call takes of it until it ends: its input and
+    what its answer probably has (`predicted`), or all that its answer may have (`bound`).
+    """
 
     bound: int
     shadow: bool = False
     adaptive: Adaptive | None = None
+    unit: UnitInFlight = "calls"
+    reserve: Reserve = "predicted"
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether a call takes its tokens of it, instead of 1."""
+        return self.unit == "tokens_in_flight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +364,7 @@ def _check_limit(name: str, limit: Limit) -> None:
         raise ConfigError(name, str(limit), "a number, Concurrency, Rate or Quota")
     _check_whole(name, limit.bound, 0, MAX_BOUND)
     if isinstance(limit, Concurrency):
-        if limit.adaptive is not None:
-            _check_whole(f"{name}.adaptive.minimum", limit.adaptive.minimum, 1, max(1, limit.bound))
+        _check_concurrency(name, limit)
         return
     if limit.unit not in UNITS:
         raise ConfigError(f"{name}.unit", limit.unit, f"one of {', '.join(UNITS)}")
@@ -373,6 +387,19 @@ def _check_limit(name: str, limit: Limit) -> None:
     except (ZoneInfoNotFoundError, ValueError):
         message = "the name of a time zone, such as America/Los_Angeles"
         raise ConfigError(f"{name}.zone", limit.zone, message) from None
+
+
+def _check_concurrency(name: str, limit: Concurrency) -> None:
+    if limit.unit not in UNITS_IN_FLIGHT:
+        raise ConfigError(f"{name}.unit", limit.unit, f"one of {', '.join(UNITS_IN_FLIGHT)}")
+    reserves = RESERVES_IN_FLIGHT if limit.by_tokens else RESERVES_IN_FLIGHT[:1]
+    if limit.reserve not in reserves:
+        raise ConfigError(f"{name}.reserve", limit.reserve, f"one of {', '.join(reserves)}")
+    if limit.adaptive is None:
+        return
+    if limit.by_tokens:
+        raise ConfigError(f"{name}.adaptive", limit.unit, "only for a limit that counts calls")
+    _check_whole(f"{name}.adaptive.minimum", limit.adaptive.minimum, 1, max(1, limit.bound))
 
 
 def _check_counting(name: str, limit: Rate | Quota) -> None:
@@ -408,7 +435,8 @@ def _check_bands(bands: tuple[Band, ...]) -> None:
 def _pack_limit(limit: Limit) -> list[Any]:
     if isinstance(limit, Concurrency):
         least = limit.adaptive.minimum if limit.adaptive else 0
-        return ["c", limit.bound, limit.shadow, least]
+        own = ["c", limit.bound, limit.shadow, least]
+        return [*own, limit.unit, limit.reserve] if limit.by_tokens else own
     # What is as usual is left out: the bytes are those of earlier versions.
     usual = limit.weights is None or limit.weights == USUAL_WEIGHTS[limit.unit]
     weights = None if usual else astuple(cast(Weights, limit.weights))
@@ -430,10 +458,11 @@ def _pack_limit(limit: Limit) -> list[Any]:
 
 def _unpack_limit(packed: list[Any]) -> int | Limit:
     sort, bound, shadow, *rest = packed
-    if sort == "c" and not shadow and not rest[0]:
+    if sort == "c" and not shadow and rest == [0]:
         return int(bound)
     if sort == "c":
-        return Concurrency(bound, shadow, Adaptive(rest[0]) if rest[0] else None)
+        least, *counting = rest
+        return Concurrency(bound, shadow, Adaptive(least) if least else None, *counting[:2])
     if sort == "r":
         window_ms, unit, slack_ms, *more = rest
         pace_ms, ramp, source, shape, *_ = [*more[3:], None, None, None, None]
@@ -530,6 +559,18 @@ def use_by_cost(use: CallUse | Demand) -> int | None:
     if not known and (use.cost_micros is None or isinstance(use, Demand)):
         return None
     return min(max(known, LEAST_USE), MOST_USE)
+
+
+def amount_in_flight(limit: Concurrency, demand: Demand) -> int | None:
+    """How much a call takes of a concurrency until it ends; None where that is not known."""
+    if not limit.by_tokens:
+        return 1
+    if demand.tokens is None:
+        return None
+    amount = max(1, demand.tokens.total)
+    if limit.reserve == "predicted" or demand.most is None:
+        return amount
+    return max(amount, demand.most.total)
 
 
 def amount_to_reserve(limit: Rate | Quota, demand: Demand) -> int | None:

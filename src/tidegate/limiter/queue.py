@@ -115,18 +115,20 @@ class LocalShare:
         waiter: Waiter,
         policy: PoolPolicy,
         sessions: int,
-        held: Mapping[str, int],
+        held: Callable[[str, Concurrency], int],
         at_ms: float,
     ) -> bool:
-        """Whether our share of every limit has room, beside the permits `held` of it; what is taken
-        of rates is noted."""
+        """Whether our share of every limit has room, beside what is `held` of it; what is taken of
+        rates is noted."""
         spends = waiter.flow.spends(waiter.amounts)
         for name in waiter.flow.limits:
             limit = policy.binding(name)
             if limit is None:
                 return False
-            used = held.get(name, 0) + 1
-            if not isinstance(limit, Concurrency):
+            if isinstance(limit, Concurrency):
+                taken = waiter.flow.amount_under(name, waiter.amounts) if limit.by_tokens else 1
+                used = held(name, limit) + taken
+            else:
                 used = self._used(name, limit, at_ms) + spends.get(name, 0)
             if used > share_of(limit.bound, sessions):
                 return False
@@ -194,6 +196,13 @@ class LocalQueue:
         """How many messages are still to be sent."""
         ended = len(self._releases) + len(self._transfers) + len(self._settles)
         return len(self._enqueues) + len(self._cancels) + ended
+
+    def amount_held(self, name: str, limit: Concurrency) -> int:
+        """What our permits take of a concurrency."""
+        if not limit.by_tokens:
+            return self.held_of[name]
+        holdings = (one for one in self.held.values() if name in one.flow.limits)
+        return sum(one.flow.amount_under(name, one.amounts) for one in holdings)
 
     def flow(self, band: int, tenant: str, limits: tuple[str, ...]) -> Flow:
         """The flow of that name, one object for all that ask for it."""
@@ -387,7 +396,7 @@ class LocalQueue:
 
     def _next_anyhow(self, flow: Flow) -> Waiter | None:
         """Without a server to ask: the fair order among our own waiters for the same limits."""
-        if flow.rates:
+        if flow.sized:
             return None
         found = [
             (other.band, self._local_tags[other.tenant], waiter.asked_ms, waiter.ticket, waiter)
@@ -480,6 +489,7 @@ class LocalQueue:
             now_ms if admitted_ms is None else admitted_ms,
             now_ms + waiter.hard_ms,
             now_ms - waiter.asked_ms,
+            waiter.amounts if flow.sized else "",
         )
         self.held[waiter.ticket] = holding
         flow.held += 1

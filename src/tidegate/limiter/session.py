@@ -113,8 +113,8 @@ class Remembered:
     """See the module. Ends are by the lease's clock."""
 
     def __init__(self) -> None:
-        # Permits held over for dead sessions, with the end of each.
-        self._lapsing: _Reading[float] = _Reading()
+        # Permits held over for dead sessions, with the end of each, and what it takes of limits.
+        self._lapsing: _Reading[tuple[float, str]] = _Reading()
         # limit -> spent as last seen, and when that counts no more
         self._spent: dict[str, tuple[int, float]] = {}
         # limit -> end, ramp_ms (0 for a gate), said
@@ -145,7 +145,7 @@ class Remembered:
         self._seen_ahead_ms.append(whole.now_ms - sent_ms)
         self.told, self.pages = whole.told, dict(whole.pages)
         self._in_force = policy
-        lapsing = {member: at_ms + left_ms for member, left_ms in whole.lapsing}
+        lapsing = {member: (at_ms + left, charges) for member, left, charges in whole.lapsing}
         if not self._lapsing.take(lapsing, goes_on="lapsing" in whole.pages):
             self.pages.pop("lapsing", None)
         pauses = {name: (at_ms + left, ramp_ms, said) for name, left, ramp_ms, said in whole.pauses}
@@ -215,10 +215,14 @@ class Remembered:
         ahead_ms = self._ahead_ms
         return float("-inf") if ahead_ms is None else server_ms - ahead_ms
 
-    def lapsing(self, at_ms: float) -> list[tuple[str, int]]:
-        """(member, left_ms) of the permits held over."""
+    def lapsing(self, at_ms: float) -> list[tuple[str, int, str]]:
+        """(member, left_ms, charges) of the permits held over."""
         found = self._lapsing.known.items()
-        return [(member, int(end - at_ms)) for member, end in found if end - at_ms >= 1]
+        return [
+            (member, int(end - at_ms), charges)
+            for member, (end, charges) in found
+            if end - at_ms >= 1
+        ]
 
     def spent(self, since: Mapping[str, int], at_ms: float) -> list[tuple[str, int, int]]:
         """(limit, as last seen, admitted here `since`) of the rates and quotas."""
@@ -364,7 +368,8 @@ def compose(
 
     return {
         "held": [
-            (h.ticket, number(h.flow), h.seq, h.hard_left_ms(at_ms), h.use) for h in batch.held
+            (h.ticket, number(h.flow), h.seq, h.hard_left_ms(at_ms), h.use, h.amounts)
+            for h in batch.held
         ],
         "transfers": [
             (
@@ -515,7 +520,7 @@ class Session:
         """Use our share once Valkey is unavailable for more than a lease, if the policy says so."""
         if self.policy.when_away == "local" and self._failing and self.lease.all_lapsed():
             at = self.lease.now_ms()
-            policy, sessions, held = self.policy, self.sessions, self._queue.held_of
+            policy, sessions, held = self.policy, self.sessions, self._queue.amount_held
             self._queue.admit_locally(
                 lambda waiter: self._local.allows(waiter, policy, sessions, held, at),
                 self.lease.identity.epoch,
@@ -712,7 +717,8 @@ class Session:
                     self._refuse_early(waiter, barred)
 
     def _refuse_early(self, waiter: Waiter, barred: Barred) -> None:
-        name, amount = barred.limit, waiter.flow.spends(waiter.amounts).get(barred.limit, 1)
+        name = barred.limit
+        amount = waiter.flow.amount_under(name, waiter.amounts)
         error = too_early(
             name,
             self.policy.limit(name),
@@ -729,6 +735,8 @@ class Session:
         for waiter in list(self._queue.waiting.values()):
             try:
                 waiter.flow.refresh(self.policy)
+                if waiter.flow.sized:
+                    waiter.flow.check_amounts(waiter.amounts)
             except DemandImpossible as error:
                 self._refuse(waiter, error)
 

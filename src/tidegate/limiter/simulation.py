@@ -43,6 +43,7 @@ from tidegate.limiter.model.state import (
     read_actual,
     read_flow,
     read_member,
+    write_charges,
 )
 from tidegate.limiter.permit import PermitIssuer
 from tidegate.limiter.policy import LEAST_USE, amount_of
@@ -98,4 +99,5 @@ __all__ = [
     "read_place",
     "span_of",
     "unpack_reply",
+    "write_charges",
 ]

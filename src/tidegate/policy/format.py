@@ -1,6 +1,7 @@
 """Formats of a policy: TOML, JSON, edits by key, ids of limits, text for a terminal. Pure.
 
     pool:total  kind:text_only  model:gemini-2.5-flash  tenant:acme        concurrent calls
+    tif:llama-3.3-70b  tif:total                                            tokens in flight
     rpm:gemini-2.5-flash  tpm:total  rpd:kind/text_only  ipm:tenant/acme   a rate or a day's quota
 
 The scope of a rate says what it counts (`r` requests, `t` tokens, `it` input tokens, `uit`
@@ -35,6 +36,7 @@ from tidegate.limiter import (
     SHAPES_OF_RATES,
     SOURCES,
     UNITS,
+    UNITS_IN_FLIGHT,
     USUAL_WEIGHTS,
     Adaptive,
     Band,
@@ -45,6 +47,7 @@ from tidegate.limiter import (
     Ramp,
     Rate,
     Unit,
+    UnitInFlight,
     Weights,
     as_limit,
     format_amount,
@@ -77,17 +80,25 @@ _DAY = "pd"
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What a rate's scope counts; `window_ms` is None for a day of the calendar."""
+    """What a scope counts; `window_ms` is None for a day of the calendar and for what is in
+    flight."""
 
-    unit: Unit
+    unit: Unit | UnitInFlight
     window_ms: int | None
+
+    @property
+    def sort(self) -> str:
+        """The sort of its limits."""
+        if self.unit == "tokens_in_flight":
+            return "concurrency"
+        return "quota" if self.window_ms is None else "rate"
 
 
 MEASURES = {
     f"{what}{how_long}": Measure(unit, window_ms)
     for what, unit in _MEASURES.items()
     for how_long, window_ms in (*_WINDOWS_MS.items(), (_DAY, None))
-}
+} | {"tif": Measure("tokens_in_flight", None)}
 
 
 def whom_it_binds(limit_id: str) -> str | None:
@@ -121,7 +132,7 @@ def check_id(limit_id: str) -> None:
     if scope in MEASURES:
         _check_rate_name(limit_id, name)
     elif scope not in AT_ONCE:
-        known = ", ".join((*AT_ONCE, "rpm", "tpm", "rpd"))
+        known = ", ".join((*AT_ONCE, "tif", "rpm", "tpm", "rpd"))
         raise ConfigError(
             f"limits.{limit_id}", None, f"has an unknown scope; known: {known} and the other rates"
         )
@@ -180,7 +191,7 @@ _COUNTED: dict[str, type] = {
     "source": str,
 }
 _KEYS: dict[str, dict[str, type]] = {
-    "concurrency": {"bound": int, "shadow": bool, "adaptive": dict},
+    "concurrency": {"bound": int, "shadow": bool, "adaptive": dict, "unit": str, "reserve": str},
     "rate": _COUNTED
     | {"window_ms": int, "slack_ms": int, "pace_ms": int, "ramp": dict, "shape": str},
     "quota": _COUNTED | {"zone": str},
@@ -243,7 +254,7 @@ def plain_limit(limit_id: str, limit: int | Limit) -> int | float | Plain:
         limit = Concurrency(limit)
     measure = MEASURES.get(limit_id.partition(":")[0])
     found: Plain = {"bound": limit.bound}
-    if not isinstance(limit, Concurrency) and limit.unit == "usd":
+    if limit.unit == "usd":
         found["bound"] = _dollars(limit.bound)
     if _sort_of(limit_id) != (sort := _sort(limit)):
         found["type"] = sort
@@ -252,6 +263,10 @@ def plain_limit(limit_id: str, limit: int | Limit) -> int | float | Plain:
     if isinstance(limit, Concurrency):
         if limit.adaptive is not None:
             found["adaptive"] = {"minimum": limit.adaptive.minimum}
+        if limit.unit != _unit_in_flight(limit_id):
+            found["unit"] = limit.unit
+        if limit.reserve != "predicted":
+            found["reserve"] = limit.reserve
         return found if len(found) > 1 else limit.bound
     if limit.unit != (measure.unit if measure else "requests"):
         found["unit"] = limit.unit
@@ -315,14 +330,13 @@ def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limi
         if key in value
     }
     limit = _limit(sort, limit_id, given, strict)
-    if isinstance(limit, Concurrency) and not limit.shadow and limit.adaptive is None:
-        return limit.bound
-    return limit
+    return limit.bound if limit == Concurrency(limit.bound) else limit
 
 
 def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
     path = f"limits.{limit_id}"
     if sort == "concurrency":
+        given.setdefault("unit", _unit_in_flight(limit_id))
         adaptive = given.pop("adaptive", None)
         if adaptive is None:
             return Concurrency(**given)
@@ -355,7 +369,13 @@ def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
     return Rate(**given)
 
 
-def _unit_of(limit_id: str) -> Unit | None:
+def _unit_in_flight(limit_id: str) -> UnitInFlight:
+    """What a concurrency counts where it does not say so itself."""
+    unit = _unit_of(limit_id)
+    return unit if unit == "tokens_in_flight" else UNITS_IN_FLIGHT[0]
+
+
+def _unit_of(limit_id: str) -> Unit | UnitInFlight | None:
     measure = MEASURES.get(limit_id.partition(":")[0])
     return measure.unit if measure else None
 
@@ -396,9 +416,7 @@ def _ramp(path: str, table: Plain, strict: bool) -> Ramp:
 
 def _sort_of(limit_id: str) -> str:
     measure = MEASURES.get(limit_id.partition(":")[0])
-    if measure is None:
-        return "concurrency"
-    return "quota" if measure.window_ms is None else "rate"
+    return "concurrency" if measure is None else measure.sort
 
 
 def _sort(limit: Limit) -> str:
@@ -566,7 +584,11 @@ _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 def in_words(limit: int | Limit) -> str:
     """`5 concurrent`, `60 requests a minute`, `1000000 input tokens a day (UTC)`."""
     limit = as_limit(limit)
-    if isinstance(limit, Concurrency):
+    if isinstance(limit, Concurrency) and limit.by_tokens:
+        said = format_amount(limit, limit.bound)
+        if limit.reserve == "bound":
+            said += ", all that it may use at the start"
+    elif isinstance(limit, Concurrency):
         said = f"{limit.bound} concurrent"
         if limit.adaptive is not None:
             said += f", adapts itself from {limit.adaptive.minimum}"

@@ -282,7 +282,7 @@ def admitted_per_s(view: LimitView, limit: Limit | None) -> float | None:
     window. None while nobody knows, and of limits that count something else than calls."""
     if view.paused_ms:
         return None
-    if isinstance(limit, Concurrency) and view.cost_ms:
+    if isinstance(limit, Concurrency) and not limit.by_tokens and view.cost_ms:
         return view.current * 1000 / view.cost_ms
     if isinstance(limit, Rate) and limit.unit == "requests":
         return limit.bound * 1000 / limit.window_ms

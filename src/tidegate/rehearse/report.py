@@ -32,6 +32,7 @@ class LoadCall:
     waiter: Waiter | None = None
     began_ms: float | None = None
     ended_ms: float | None = None
+    amounts: str = ""
     refused: str | None = None
     at: str | None = None
 
@@ -57,13 +58,20 @@ class Sample:
 
 @dataclass(slots=True)
 class Use:
-    """Use of one limit: `area` is open calls times ms, or the amount used of a rate, while the load
-    lasted."""
+    """Use of one limit: `area` is open calls (or their tokens) times ms, or the amount used of a
+    rate, while the load lasted."""
 
     open: int = 0
     peak: int = 0
     area: float = 0.0
     since_ms: float = 0.0
+
+
+def _in_flight(limit: Concurrency, name: str, call: LoadCall) -> int:
+    """What a call takes of a concurrency while it is open."""
+    if not limit.by_tokens or not call.amounts:
+        return 1
+    return int(call.amounts.split(",")[sorted(call.limits).index(name)])
 
 
 @dataclass(slots=True)
@@ -102,7 +110,7 @@ class LoadTally:
             use, limit = self.uses[name], as_limit(self.policy.limits[name])
             if isinstance(limit, Concurrency):
                 self._to(use, call.began_ms)
-                use.open += 1
+                use.open += _in_flight(limit, name, call)
                 use.peak = max(use.peak, use.open)
             elif call.began_ms <= self.span_ms:
                 use.area += amount_of(limit, arrival.use) or 0
@@ -110,10 +118,11 @@ class LoadTally:
     def ended(self, call: LoadCall, now_ms: float) -> None:
         call.ended_ms = now_ms - self.since_ms
         for name in call.limits:
-            if isinstance(as_limit(self.policy.limits[name]), Concurrency):
+            limit = as_limit(self.policy.limits[name])
+            if isinstance(limit, Concurrency):
                 use = self.uses[name]
                 self._to(use, call.ended_ms)
-                use.open -= 1
+                use.open -= _in_flight(limit, name, call)
 
     def look(self, now_ms: float, model: PoolModel, wall_ms: int) -> None:
         """Take a sample of the pool."""

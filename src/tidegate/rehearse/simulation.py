@@ -115,16 +115,17 @@ class Process:
             self._begin(call, None, demand)
             return
         wanted = Demand(demand.limits, demand.tenant, demand.priority)
+        to_admit = demand.to_admit(None, MAX_LEASE_MS)
         try:
             flow = self._issuer.flow_of(wanted)
+            call.amounts = flow.amounts(to_admit)
         except DemandImpossible as error:
             self.refused(call, error)
             return
         self._asking, call.demand = call, demand
-        to_admit = demand.to_admit(None, MAX_LEASE_MS)
         waiter = self.queue.ask(
             flow,
-            amounts=flow.amounts(to_admit),
+            amounts=call.amounts,
             use=flow.use_of(to_admit),
             hard_ms=MAX_LEASE_MS,
             now_ms=self.stage.now_ms,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -145,6 +146,34 @@ async def shares(limiters: list[Limiter], per_task: dict[str, str], calls: int) 
         )
     )
     return Counter(order[calls // 5 : calls])
+
+
+async def in_force(limiter: Limiter, policy: PoolPolicy) -> None:
+    await limiter.set_policy(policy)
+    await limiter.in_force()
+
+
+async def test_tokens_in_flight_are_taken_until_a_call_ends(maker: Maker, valkey_url: str) -> None:
+    by_tokens = policy_of({TOTAL: Concurrency(5000, unit="tokens_in_flight"), TEXT: 9})
+    one = await open_limiter(maker, valkey_url, by_tokens)
+    other = await open_limiter(maker, valkey_url, by_tokens)
+    with pytest.raises(DemandImpossible, match="5000 tokens in flight"):
+        async with one.acquire(TEXT, TOTAL, tokens=5001):
+            pytest.fail("let in")
+    async with one.acquire(TEXT, TOTAL, tokens=Tokens(2900, 100)):
+        assert await used(other) == {TEXT: 1, TOTAL: 3000}
+        with pytest.raises(DeadlineExceeded):
+            async with other.acquire(TEXT, TOTAL, tokens=2001, deadline_ms=60):
+                pytest.fail("let in over the limit")
+        async with other.acquire(TEXT, TOTAL, tokens=2000, deadline_ms=5000):
+            assert await used(one) == {TEXT: 2, TOTAL: 5000}
+            await in_force(one, replace(by_tokens, limits={TOTAL: 7, TEXT: 9}, revision=3))
+            assert await used(one) == {TEXT: 2, TOTAL: 2}, "counted again, as calls"
+            await in_force(one, replace(by_tokens, revision=4))
+            assert await used(one) == {TEXT: 2, TOTAL: 5000}, "counted again, as tokens"
+    for limiter in (one, other):
+        async with limiter.acquire(TEXT, TOTAL, tokens=5000, deadline_ms=5000):
+            assert await used(other) == {TEXT: 1, TOTAL: 5000}
 
 
 async def test_tenants_share_by_their_weights(maker: Maker, valkey_url: str) -> None:

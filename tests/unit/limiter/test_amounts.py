@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.errors import ConfigError
-from tidegate.limiter import CallUse, Demand, PoolPolicy, Quota, Ramp, Rate, Tokens, Weights
+from tidegate.errors import ConfigError, DemandImpossible
+from tidegate.limiter import (
+    Adaptive,
+    CallUse,
+    Concurrency,
+    Demand,
+    PoolPolicy,
+    Quota,
+    Ramp,
+    Rate,
+    Tokens,
+    Weights,
+)
+from tidegate.limiter.flow import Flow
 from tidegate.limiter.policy import (
     LEAST_USE,
     MOST_USE,
@@ -82,12 +94,47 @@ def test_a_limit_reserves_what_is_probable_the_most_or_the_larger() -> None:
     assert amount_to_reserve(Rate(9, MINUTE_MS, "tokens", reserve="larger"), unbounded) == 90
 
 
+def test_a_call_takes_its_tokens_of_what_may_be_in_flight_until_it_ends() -> None:
+    flow = Flow(1, "t", ("kind:a", "tif:m"))
+    limits: dict[str, int | Limit] = {
+        "kind:a": 3,
+        "tif:m": Concurrency(5000, unit="tokens_in_flight", reserve="bound"),
+    }
+    flow.refresh(PoolPolicy(limits))
+    demand = Demand(flow.limits, tokens=Tokens(100, 20), most=Tokens(100, 4000))
+    assert flow.amounts(demand) == "1,4100"
+    assert flow.amount_under("tif:m", flow.amounts(demand)) == 4100
+    assert flow.actual(CallUse(Tokens(90, 10))) == "", "nothing is settled: it is all released"
+    assert not flow.plain, "its permits fit no other call"
+    flow.refresh(PoolPolicy({**limits, "tif:m": Concurrency(5000, unit="tokens_in_flight")}))
+    assert flow.amounts(demand) == "1,120"
+    assert flow.amounts(Demand(flow.limits, tokens=Tokens())) == "1,1"
+    with pytest.raises(ValueError, match="say tokens="):
+        flow.amounts(Demand(flow.limits))
+
+
+def test_more_tokens_than_may_ever_be_in_flight_are_impossible() -> None:
+    flow = Flow(1, "t", ("tif:m",))
+    flow.refresh(PoolPolicy({"tif:m": Concurrency(5000, unit="tokens_in_flight")}))
+    with pytest.raises(DemandImpossible) as raised:
+        flow.amounts(Demand(flow.limits, tokens=Tokens(4000, 1001)))
+    assert raised.value.limit == "tif:m"
+    said = "limit 'tif:m' admits 5000 tokens in flight at a time: this call alone has up to 5001"
+    assert raised.value.message == said
+    with pytest.raises(DemandImpossible):  # one that waits when the limit is lowered
+        flow.check_amounts("5001")
+    flow.check_amounts("")  # it asked before the limit counted tokens
+
+
 @pytest.mark.parametrize(
     ("limit", "key"),
     [
         (Rate(9, MINUTE_MS, "requests", weights=Weights(1, 1, 1, 1)), "tpm:m.weights"),
         (Rate(9, MINUTE_MS, "tokens", weights=Weights(1, -1, 1, 1)), "tpm:m.weights.cached"),
         (Rate(9, MINUTE_MS, "tokens", reserve="most"), "tpm:m.reserve"),  # type: ignore[arg-type]
+        (Concurrency(9, unit="tokens"), "tpm:m.unit"),  # type: ignore[arg-type]
+        (Concurrency(9, reserve="bound"), "tpm:m.reserve"),
+        (Concurrency(9, False, Adaptive(1), "tokens_in_flight"), "tpm:m.adaptive"),
         (Rate(9, MINUTE_MS, shape="leaky"), "tpm:m.shape"),  # type: ignore[arg-type]
         (Rate(9, MINUTE_MS, pace_ms=0), "tpm:m.pace_ms"),
         (Rate(9, MINUTE_MS, pace_ms=MINUTE_MS + 1), "tpm:m.pace_ms"),
@@ -109,6 +156,8 @@ def test_a_policy_packs_and_unpacks_all_of_a_limit() -> None:
             "otpm:m": Rate(9, MINUTE_MS, "output_tokens", shape="bucket"),
             "rpd:m": Quota(9, "usd", reserve="larger"),
             "rpm:m": Rate(9, MINUTE_MS),
+            "tif:m": Concurrency(9, unit="tokens_in_flight", reserve="bound"),
+            "kind:a": Concurrency(9, True, Adaptive(2)),
         }
     )
     assert PoolPolicy.unpack(policy.pack()) == policy

@@ -48,7 +48,7 @@ class Server:
 
     def whole(self, places: dict[str, tuple[str, int]]) -> Whole:
         pages = {name: self.page(name, places.get(name, ("", 0))[1]) for name in self.lists}
-        lapsing = [(member, 1000) for member in pages["lapsing"]]
+        lapsing = [(member, 1000, "") for member in pages["lapsing"]]
         pauses = [(limit, 1000, 0, "by|me") for limit in pages["pauses"]]
         rest = {
             name: ("", places.get(name, ("", 0))[1] + 1)
@@ -75,7 +75,7 @@ def test_two_lists_that_take_turns_at_their_last_pages_end() -> None:
     server.lists["pauses"] += ["b"]  # both are as long: begun again by the other, none would end
     compare(remembered, server, begin=False)
     assert not remembered.pages, "nothing is left to be read"
-    assert [member for member, _ in remembered.lapsing(1.0)] == ["1|s|a", "2|s|a"]
+    assert [member for member, *_ in remembered.lapsing(1.0)] == ["1|s|a", "2|s|a"]
 
 
 def test_a_list_that_was_read_is_read_once_more_when_it_may_have_changed() -> None:

@@ -24,6 +24,10 @@ from tidegate.policy.format import in_words
         (5, "5 concurrent"),
         (Concurrency(5, shadow=True), "5 concurrent, only counted"),
         (Concurrency(9, adaptive=Adaptive(2)), "9 concurrent, adapts itself from 2"),
+        (
+            Concurrency(900, unit="tokens_in_flight", reserve="bound"),
+            "900 tokens in flight, all that it may use at the start",
+        ),
         (Rate(60, 60_000), "60 requests a minute"),
         (Rate(9, 1_000, "input_tokens"), "9 input tokens a second"),
         (Rate(9, 90_000, "images", shadow=True), "9 images in 90 s, only counted"),

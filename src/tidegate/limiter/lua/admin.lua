@@ -87,8 +87,8 @@ elseif q.verb == 'hold' then
   -- time is over.
   if not pool.doubtful then
     local is_new = not call('ZSCORE', T.lapsing_key, '0|' .. q.sid .. '|' .. q.lane)
-    T.hold_over('0', q.sid, { until_ms = pool.now + q.for_ms, lane = q.lane })
-    if is_new then T.count_lane(q.lane) end
+    T.hold_over('0', q.sid, { until_ms = pool.now + q.for_ms, lane = q.lane, charges = '' })
+    if is_new then T.count_lane(q.lane, '') end
     done = 1
   end
 elseif q.verb == 'revoke' then

@@ -6,7 +6,7 @@
 -- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing bucket pauses capacity progress
--- units: ms; virtual time as in queues; ahead counts the tickets of its tenant before it at that limit, waiting all
+-- units: ms; virtual time as in queues; the bound of tokens in flight in calls of the tenant's size; ahead counts the tickets of its tenant before it at that limit, waiting all
 -- of them; rivals are (tag, weight, waiting, first, amounts) of the other tenants of its band, first being 1 if its
 -- name comes before, above is the number of waiting calls of higher bands; share in thousandths; samples are (at, virtual, cost_ms); free are (at, amount), when a rate gets
 -- back how much; even and pace in microseconds, sort is `b` for a rate that refills evenly: an even flow with a pace of its window; amounts in the limit's unit, the second one is a mean, `amounts` are
@@ -111,6 +111,9 @@ local function line(limit, number, tenant, last, use)
   local sort, span = limit.sort, limit.span or 0
   if limit.sort == 'c' then
     bound = T.cap_of(limit, number)
+    if limit.by_tokens and bound > 0 then
+      bound = math.max(1, math.floor(bound / mean_of(limit, number, tenant)))
+    end
   else
     T.rates().spent(limit)
     free = freed(limit)

@@ -23,7 +23,7 @@ class Capacity:
     pool: PoolState
 
     def cap(self, limit: LimitState, band: int) -> int:
-        """How many calls a band may have under a concurrency."""
+        """How many calls, or tokens in flight, a band may have under a concurrency."""
         bound = limit.adapted() // 1000 if limit.minimum else limit.limit.bound
         above = self.pool.band_rule(band)[1]
         if above == 0:
@@ -57,7 +57,11 @@ class Capacity:
         if not self.is_let_by_pause(limit):
             return True
         if isinstance(limit.limit, Concurrency):
-            return limit.used + limit.reserved >= self.cap(limit, band)
+            cap = self.cap(limit, band)
+            needed = max(1, min(amount, cap)) if limit.by_tokens else 1
+            if limit.by_tokens and amount > limit.limit.bound:
+                return True
+            return cap <= 0 or limit.used + limit.reserved + needed > cap
         spent, bound = self.spent(limit), limit.limit.bound
         if amount == 0:
             return False

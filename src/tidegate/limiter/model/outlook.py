@@ -211,16 +211,17 @@ class Outlooks:
         count = before.certain + before.likely
         if not count or place.limit.shadow or self.pool.pause_of(place):
             return []
-        if not place.is_rate:
-            return self._late_by_time(place, flow.band, before, latest + 1 - self.pool.now)
         amount = member.amount(flow.lane.index(place.name))
+        first = list(queue.tickets)[:5] if queue else []
+        position = flow.lane.index(place.name)
+        amounts = [read_member(text).amount(position) for text in first] or [amount]
+        mean = sum(amounts) // len(amounts)
+        if not place.is_rate:
+            size, left_ms = max(1, mean) if place.by_tokens else 1, latest + 1 - self.pool.now
+            return self._late_by_time(place, flow.band, before, left_ms, size)
         if self._is_firm(place):
             mean, least = amount, (before.certain + before.likely * 2 // 3) * amount
         else:
-            first = list(queue.tickets)[:5] if queue else []
-            position = flow.lane.index(place.name)
-            amounts = [read_member(text).amount(position) for text in first] or [amount]
-            mean = sum(amounts) // len(amounts)
             least = (count - len(place.under)) * mean // 2
         if self.capacity.free_after(place, least, amount) <= latest:
             return []
@@ -228,13 +229,14 @@ class Outlooks:
         return [Late(room_at, place.name, self.capacity.spent(place), before.expected, 1)]
 
     def _late_by_time(
-        self, limit: LimitState, number: int, before: Before, left_ms: int
+        self, limit: LimitState, number: int, before: Before, left_ms: int, size: int
     ) -> list[Late]:
         """By the time that calls took, the last ones and over the last minute. Behind higher bands
-        its turn comes as fast as its own has moved on."""
+        its turn comes as fast as its own has moved on. `size`: what each call takes of the limit"""
         cap, count = self.capacity.cap(limit, number), before.certain + before.likely
         if cap <= 0 or not limit.cost_ms:
             return []
+        cap = max(1, cap // size)
         wait_ms = count * limit.cost_ms // cap
         if is_close(wait_ms, left_ms):
             return []
@@ -373,6 +375,8 @@ class Positions:
                 above = max(above, 1)
         else:
             bound = self.capacity.cap(limit, number)
+            if limit.by_tokens and bound > 0:
+                bound = max(1, bound // self._mean(limit, band, tenant))
         pause = pool.pause_of(limit)
         paused_ms = max(1 if pause.gate else 0, pause.until - pool.now) if pause else 0
         return [

@@ -42,7 +42,10 @@ from tidegate.limiter.model.state import (
     PauseGate,
     PoolState,
     SessionState,
+    read_charges,
     read_flow,
+    read_member,
+    write_charges,
 )
 from tidegate.limiter.policy import PoolPolicy, Rate
 
@@ -201,7 +204,9 @@ class Joins:
             for ticket, held in session.held.items():
                 lane = read_flow(held.flow).lane
                 if hold and held.until > self.pool.now:
-                    self.permits.lapsing[Lapsing(ticket, sid, " ".join(lane))] = held.until
+                    permit = Lapsing(ticket, sid, " ".join(lane))
+                    self.permits.lapsing[permit] = held.until
+                    self.permits.carried |= {permit: held.charges} if held.charges else {}
                 else:
                     self.permits.uncount(lane, sid, ticket)
             for queue in list(session.queues.values()):
@@ -230,13 +235,18 @@ class Joins:
         session.revision = self.pool.revision
         self.pool.sessions[q.sid] = session
         self.roster.enter_roster(q.sid, session, before)
-        for ticket, number, seq, hard_ms, use in q.join.held:
+        for ticket, number, seq, hard_ms, use, amounts in q.join.held:
             key = q.flows[number - 1]
-            lane = read_flow(key).lane
-            self.permits.lapsing.pop(Lapsing(ticket, q.sid, " ".join(lane)), None)
-            self.permits.count(lane, q.sid, ticket)
-            until = self.pool.now + hard_ms
-            session.held[ticket] = HeldPermit(seq, until, use, charges.get(ticket, {}), key)
+            flow, permit = read_flow(key), Lapsing(ticket, q.sid, q.flows[number - 1].split("|")[2])
+            if self.permits.lapsing.pop(permit, None) is not None:
+                known = self.permits.carried.pop(permit, {})
+            elif ticket in charges:
+                known = charges[ticket]
+            else:
+                member = read_member(f"{ticket}|0|0|{amounts}")
+                known = self.permits.spend_lane(flow, member, self.permits.in_flight)
+            self.permits.count(flow.lane, q.sid, ticket, known)
+            session.held[ticket] = HeldPermit(seq, self.pool.now + hard_ms, use, known, key)
         # What else was held over for it is free: it says itself what it holds.
         for permit in [permit for permit in self.permits.lapsing if permit.sid == q.sid]:
             self.permits.free_lapsing(permit)
@@ -247,12 +257,14 @@ class Joins:
     def _remember(self, q: SyncRequest) -> None:
         """What the server lost and the session has seen."""
         assert q.join is not None
-        for member, left_ms in q.join.lapsing:
+        for member, left_ms, charges in q.join.lapsing:
             ticket, sid, lane = member.split("|", 2)
             permit = Lapsing(int(ticket), sid, lane)
             if sid not in self.pool.sessions and permit not in self.permits.lapsing:
+                known = read_charges(charges)
                 self.permits.lapsing[permit] = self.pool.now + left_ms
-                self.permits.count(tuple(lane.split(" ")), sid, int(ticket))
+                self.permits.carried |= {permit: known} if known else {}
+                self.permits.count(tuple(lane.split(" ")), sid, int(ticket), known)
         for name, seen, since in q.join.spent:
             self._assert_spent(name, seen, since)
         for name, left_ms, ramp_ms, said in q.join.pauses:
@@ -365,6 +377,7 @@ class Reports:
         )
         paused, more_paused = self._pauses(q.pages.get("pauses"))
         spent, told, more_spent = self._spent_since(q)
+        carried = {"|".join(map(str, one)): of for one, of in self.permits.carried.items()}
         pages = {"spent": more_spent, "lapsing": more_lapsing, "pauses": more_paused}
         tell = q.revision != self.pool.revision or self.joining.conflict == 1
         return Whole(
@@ -374,7 +387,10 @@ class Reports:
                 for ticket in q.asks
                 if (held := session.held.get(ticket))
             ],
-            lapsing=[(member, max(0, end - self.pool.now)) for end, member in lapsing],
+            lapsing=[
+                (member, max(0, end - self.pool.now), write_charges(carried.get(member, {})))
+                for end, member in lapsing
+            ],
             next_event_ms=max(1, min(ends) - self.pool.now),
             conflict=self.joining.conflict,
             spent=spent,
@@ -618,7 +634,7 @@ class PoolModel:
         if not in_doubt:
             permit = Lapsing(0, who, " ".join(lane))
             if permit not in self.permits.lapsing:
-                self.permits.count(lane, who, 0)
+                self.permits.count(lane, who, 0, {})
             self.permits.lapsing[permit] = self.pool.now + for_ms
         self._end_act(in_doubt=in_doubt)
         return int(not in_doubt)

@@ -96,7 +96,7 @@ class Pump:
         charges = self.permits.spend_lane(
             flow, member, lambda limit, amount: self.permits.admission(limit, flow.band, amount)
         )
-        self.permits.count(flow.lane, sid, member.ticket)
+        self.permits.count(flow.lane, sid, member.ticket, charges)
         until = self.pool.now + member.hard_ms
         session.held[member.ticket] = HeldPermit(seq, until, use, charges, flow_key)
         if sid == self.own:
@@ -266,8 +266,8 @@ class Pump:
                 assert queue.at is not None
                 self._let_in(queue, self.pool.limit(queue.at))
             elif all(self._is_given_back(limit, band) for limit in lacking):
-                for limit in self.pool.lane(queue.flow):
-                    limit.reserved += 1
+                for position, limit in enumerate(self.pool.lane(queue.flow)):
+                    limit.reserved += member.amount(position) if limit.by_tokens else 1
 
     def _is_given_back(self, limit: LimitState, band: int) -> bool:
         """Whether calls that end make room under a limit."""
@@ -374,7 +374,7 @@ class Pump:
     def _may_pass_on(self, queue: SessionQueue) -> bool:
         """Where nobody else waits for the same limits, and none has to hear how each call went."""
         for limit in self.pool.lane(queue.flow):
-            if limit.is_rate or self.pool.pause_of(limit) or limit.minimum:
+            if limit.is_rate or self.pool.pause_of(limit) or limit.minimum or limit.by_tokens:
                 return False
             if not limit.limit.shadow and limit.used > self.capacity.cap(limit, queue.flow.band):
                 return False

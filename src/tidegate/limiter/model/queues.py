@@ -196,13 +196,14 @@ class Reheaded:
 
 @dataclass(eq=False, repr=False)
 class Permits:
-    """Permits in use, and their release. `owed` is what sessions have still to report of calls that
-    ended. Lua: `permits` and `releases`."""
+    """Permits in use, and their release. `carried` are the charges of `lapsing`. `owed` is what
+    sessions have still to report of calls that ended. Lua: `permits` and `releases`."""
 
     pool: PoolState
     capacity: Capacity
     queues: Queues
     lapsing: dict[Lapsing, int] = field(default_factory=dict)
+    carried: dict[Lapsing, dict[int, Charge]] = field(default_factory=dict)
     owed: dict[str, dict[int, tuple[dict[int, Charge], FlowName]]] = field(default_factory=dict)
     _reheaded: dict[str, Reheaded] = field(default_factory=dict)
     _differs: dict[str, int] = field(default_factory=dict)
@@ -214,14 +215,17 @@ class Permits:
         self.pool.seq += 1000
         return self.pool.seq
 
-    def count(self, lane: tuple[str, ...], sid: str, ticket: int) -> None:
-        for name in lane:
-            self.pool.limit(name).under.add((sid, ticket))
+    def count(
+        self, lane: tuple[str, ...], sid: str, ticket: int, charges: dict[int, Charge]
+    ) -> None:
+        for position, name in enumerate(lane):
+            amount, _ = charges.get(position, (1, 0))
+            self.pool.limit(name).under[sid, ticket] = amount
 
     def uncount(self, lane: tuple[str, ...], sid: str, ticket: int, *, touch: bool = True) -> None:
         for name in lane:
             limit = self.pool.limit(name)
-            limit.under.discard((sid, ticket))
+            limit.under.pop((sid, ticket), None)
             if touch and not limit.is_rate:
                 self.pool.touched.add(name)
 
@@ -240,9 +244,12 @@ class Permits:
 
     def spend(self, limit: LimitState, amount: int) -> Charge | None:
         if not limit.is_rate:
-            return None
+            return self.in_flight(limit, amount)
         self.capacity.spent(limit)
         return limit.spending.take(limit.limit, amount, self.pool.now)
+
+    def in_flight(self, limit: LimitState, amount: int) -> Charge | None:
+        return (amount, 0) if limit.by_tokens else None
 
     def settle_charges(
         self, charges: dict[int, Charge], flow: FlowName, actual: list[int | None]
@@ -280,6 +287,7 @@ class Permits:
     def free_lapsing(self, permit: Lapsing) -> bool:
         if self.lapsing.pop(permit, None) is None:
             return False
+        self.carried.pop(permit, None)
         self.uncount(tuple(permit.lane.split(" ")), permit.sid, permit.ticket)
         return True
 
@@ -366,15 +374,15 @@ class Permits:
                 self._learn(read_flow(before.flow), took_ms)
             self._used(before.flow, before.use, self._use_of(q, source, before, took_ms))
             del session.held[source]
-            passed_on = lane == flow.lane and not there
+            by_tokens = any(limit.by_tokens for limit in self.pool.lane(flow))
+            passed_on = lane == flow.lane and not (there or by_tokens)
             self.uncount(lane, q.sid, source, touch=not passed_on)
         if there:
             return
-        charges: dict[int, Charge] = {}
-        if before is not None:
-            member = read_member(member_text or f"{to}|0|0|")
-            charges = self.spend_lane(flow, member, self.spend)
-        self.count(flow.lane, q.sid, to)
+        member = read_member(member_text or f"{to}|0|0|")
+        spend = self.in_flight if before is None else self.spend
+        charges = self.spend_lane(flow, member, spend)
+        self.count(flow.lane, q.sid, to, charges)
         session.held[to] = HeldPermit(seq, self.pool.now + hard_ms, use, charges, key)
 
     def spend_lane(
@@ -440,7 +448,7 @@ class Permits:
         for limit in self.pool.lane(flow):
             if limit.minimum:
                 limit.adapt(outcome % USAGE_LATER, self.pool.now)
-            limit.under.discard((q.sid, ticket))
+            limit.under.pop((q.sid, ticket), None)
             if not limit.is_rate:
                 self.pool.touched.add(limit.name)
         if outcome < USAGE_LATER:

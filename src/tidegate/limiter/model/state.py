@@ -76,6 +76,21 @@ def read_actual(text: str) -> list[int | None]:
     return [int(amount) if amount.isdigit() else None for amount in amounts]
 
 
+def read_charges(text: str) -> dict[int, Charge]:
+    """Charges as the scripts write them: position=amount@bucket, the first position being 1."""
+    found: dict[int, Charge] = {}
+    for one in text.split(",") if text else ():
+        position, _, charge = one.partition("=")
+        amount, _, end = charge.partition("@")
+        found[int(position) - 1] = int(amount), int(end)
+    return found
+
+
+def write_charges(charges: Mapping[int, Charge]) -> str:
+    """The inverse of `read_charges`."""
+    return ",".join(f"{i + 1}={amount}@{end}" for i, (amount, end) in charges.items())
+
+
 @dataclass(slots=True)
 class HeldPermit:
     """A permit. `use` is what its tenant was charged for it: 0 for one that was admitted while
@@ -213,12 +228,13 @@ class BandState:
 
 @dataclass(slots=True)
 class LimitState:
-    """One limit. `under` are the permits that count under it: (session, ticket). `current` is what
+    """One limit. `under` are the permits that count under it, (session, ticket), with what each
+    was charged: tokens in flight are the sum. `current` is what
     an adaptive one has found out, in thousandths. `retry_at` and `reserved` are of one call."""
 
     name: str
     limit: Limit = NO_LIMIT
-    under: set[tuple[str, int]] = field(default_factory=set)
+    under: dict[tuple[str, int], int] = field(default_factory=dict)
     bands: dict[int, BandState] = field(default_factory=dict)
     spending: RateSpending = field(default_factory=RateSpending)
     pause: Pause | None = None
@@ -251,7 +267,12 @@ class LimitState:
 
     @property
     def used(self) -> int:
-        return len(self.under)
+        return sum(self.under.values()) if self.by_tokens else len(self.under)
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether calls take their tokens of it until they end."""
+        return isinstance(self.limit, Concurrency) and self.limit.by_tokens
 
     @property
     def is_implicit(self) -> bool:

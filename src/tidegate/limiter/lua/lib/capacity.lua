@@ -1,12 +1,17 @@
 -- does: checks whether a limit has room, takes capacity and releases it
 -- keys: none
 -- args: none
--- returns: has_room(), take(), give_back()
--- units: ms
+-- returns: has_room(), take(), give_back(), amount_in(), amount_charged()
+-- units: ms; amounts in each limit's unit
 function T.is_full(limit, band, amount)
   if limit.pause and not T.pause_lets(limit) then return true end
   if limit.sort == 'c' then
-    return limit.used + limit.reserved >= T.cap_of(limit, band)
+    local cap = T.cap_of(limit, band)
+    if not limit.by_tokens then return limit.used + limit.reserved >= cap end
+    -- A demand of more than a band's cap takes all of it, instead of waiting forever. One of more than the bound
+    -- is refused by its process.
+    return cap <= 0 or amount > limit.bound
+      or limit.used + limit.reserved + math.max(1, math.min(amount, cap)) > cap
   end
   return not T.rates().fits(limit, band, amount)
 end
@@ -15,7 +20,15 @@ function T.has_room(limit, band, amount)
   return limit.shadow or not T.is_full(limit, band, amount)
 end
 
--- Returns the data that a settlement needs, for a rate.
+-- What a permit takes of a limit at a position of its lane: 1 of one that counts calls, and of one that
+-- did so when the permit was admitted.
+function T.amount_in(limit, list, i) return limit.by_tokens and list[i] or 1 end
+function T.amount_charged(limit, charges, i)
+  if not limit.by_tokens then return 1 end
+  return tonumber(string.match(',' .. charges, ',' .. i .. '=(%d+)@') or 1)
+end
+
+-- Returns the data that a settlement needs, for a rate, and a release, for tokens in flight.
 function T.take(limit, band, amount)
   limit.changed = true
   if limit.shadow and T.is_full(limit, band, amount) then
@@ -30,13 +43,17 @@ function T.take(limit, band, amount)
     limit.pause.passed = limit.pause.passed + math.max(1, math.min(amount, limit.bound))
     limit.pause_changed = true
   end
+  if limit.by_tokens then
+    limit.used = limit.used + amount
+    return T.int(amount) .. '@0'
+  end
   -- Permits are counted under every sort of limit: a live change may make it a concurrency.
   limit.used = limit.used + 1
   if limit.sort ~= 'c' then return T.rates().take(limit, amount, band) end
 end
 
-function T.give_back(limit)
-  limit.used = limit.used - 1
+function T.give_back(limit, amount)
+  limit.used = limit.used - amount
   limit.changed = true
   if limit.sort == 'c' then T.touch(limit) end
 end

@@ -1,5 +1,5 @@
 -- does: collects the data that a session compares: its grants, expiring sessions, usage of rates
--- keys: meta sessions session lapsing spending paused
+-- keys: meta sessions session lapsing carried spending paused
 -- args: sid revision told pages asks
 -- returns: whole()
 -- units: ms
@@ -48,8 +48,11 @@ end
 function T.lapsing_page()
   local list = {}
   local raw, rest = T.page(T.lapsing_key, q.pages.lapsing)
-  for i = 1, #raw, 2 do
-    list[#list + 1] = { raw[i], math.max(0, tonumber(raw[i + 1]) - pool.now) }
+  local members = {}
+  for i = 1, #raw, 2 do members[#members + 1] = raw[i] end
+  local charges = #members > 0 and T.read(T.carried_key, members)
+  for i, member in ipairs(members) do
+    list[i] = { member, math.max(0, tonumber(raw[2 * i]) - pool.now), charges[i] or '' }
   end
   return list, rest
 end

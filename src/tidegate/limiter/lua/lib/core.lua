@@ -36,6 +36,7 @@ local q = setmetatable(cmsgpack.unpack(ARGV[1]), { __index = {
 local T = { meta_key = KEYS[1], prefix = string.sub(KEYS[1], 1, -5) }
 T.sessions_key = T.prefix .. 'sessions'
 T.lapsing_key = T.prefix .. 'lapsing'
+T.carried_key = T.prefix .. 'carried'
 T.timed_key = T.prefix .. 'timed'
 T.starving_key = T.prefix .. 'starving'
 T.spending_key = T.prefix .. 'spending'

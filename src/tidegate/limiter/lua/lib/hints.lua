@@ -10,7 +10,7 @@ T.AHEAD_MS = 150
 
 function T.may_hand_on(queue)
   for _, limit in ipairs(T.limits_in(queue.lane)) do
-    if limit.sort ~= 'c' or limit.pause or limit.current then return false end
+    if limit.sort ~= 'c' or limit.pause or limit.current or limit.by_tokens then return false end
     if not limit.shadow and limit.used > T.cap_of(limit, queue.band) then return false end
     for number, band in ipairs(limit.bands) do
       if band.waits > 0 and (limit.name ~= queue.at or number ~= queue.band) then return false end

@@ -1,5 +1,5 @@
 -- does: joins a session, with its policy and all its permits; keeps its keys alive
--- keys: meta layout history sessions session queue park line past lapsing owed spending paused
+-- keys: meta layout history sessions session queue park line past lapsing carried owed spending paused
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
 -- units: ms
@@ -194,16 +194,34 @@ function T.merge_policy(policy)
     if limit.sort ~= 'c' then T.rates().take_along(limit) end
   end
   if restarts then T.restart_shares() end
+  T.note_units(policy.by_tokens)
+end
+
+-- Limits that count tokens in flight from now on, or no more, are counted again.
+function T.note_units(names)
+  local before = call('HGET', T.meta_key, 'by_tokens') or ''
+  if before == names then return end
+  local differs = {}
+  for name in string.gmatch(before, '[^ ]+') do differs[name] = true end
+  for name in string.gmatch(names, '[^ ]+') do differs[name] = not differs[name] or nil end
+  T.put('by_tokens', names ~= '' and names)
+  T.count_again(differs)
 end
 
 -- The process knows best which permits it holds: they count even above the limit, which then drains.
--- entry: ticket, flow, seq, hard_ms, use. `charges` is what each ticket took of rates, as far
--- as that is still known.
-function T.assert_held(entry, charges)
+-- entry: ticket, flow, seq, hard_ms, use, amounts. `known` is what each ticket took of its limits, as far as
+-- the server still has it: of tokens in flight the process says it else.
+function T.assert_held(entry, known)
   local ticket, queue = entry[1], own.queues[entry[2]]
   local member = ticket .. '|' .. q.sid .. '|' .. queue.lane
-  T.set_held(ticket, T.value_of(entry[3], entry[4], entry[5], charges[ticket] or '', queue.flow))
-  if call('ZREM', T.lapsing_key, member) == 0 then T.count_lane(queue.lane) end
+  local charges, held_over = known[ticket], call('ZREM', T.lapsing_key, member) == 1
+  if held_over then
+    charges = T.carried(member)
+  elseif not charges then
+    charges = T.charges_of_lane(queue.lane, T.amounts_in(entry[6]), false)
+  end
+  T.set_held(ticket, T.value_of(entry[3], entry[4], entry[5], charges, queue.flow))
+  if not held_over then T.count_lane(queue.lane, charges) end
 end
 
 function T.charges_of(sid)
@@ -236,12 +254,12 @@ end
 -- Permits held over for sessions that died before the server lost its data. A living session reports its
 -- own.
 function T.assert_lapsing(entry)
-  local member, left_ms = entry[1], entry[2]
+  local member, left_ms, charges = entry[1], entry[2], entry[3]
   if not call('ZSCORE', T.sessions_key, string.match(member, '^[^|]*|([^|]*)|'))
     and call('ZADD', T.lapsing_key, 'NX', T.int(pool.now + left_ms), member) == 1 then
-    call('PEXPIRE', T.lapsing_key, T.int(left_ms + T.POOL_KEEP_MS), 'NX')
-    call('PEXPIRE', T.lapsing_key, T.int(left_ms + T.POOL_KEEP_MS), 'GT')
-    T.count_lane(T.lapsing_lane(member))
+    if charges ~= '' then call('HSET', T.carried_key, member, charges) end
+    T.keep_lapsing(left_ms)
+    T.count_lane(T.lapsing_lane(member), charges)
   end
 end
 

@@ -60,8 +60,10 @@ local function is_close(wait_ms, left_ms) return 2 * wait_ms <= 3 * left_ms + 20
 
 -- By the time that calls took, the last ones and over the last minute. Behind higher bands its turn comes as
 -- fast as its own band has moved on.
-local function late_by_time(limit, number, before, left_ms)
+-- `size`: what each of these calls takes of the limit.
+local function late_by_time(limit, number, before, left_ms, size)
   local cap, count = T.cap_of(limit, number), before.certain + before.likely
+  if cap > 0 then cap = math.max(1, math.floor(cap / size)) end
   if cap <= 0 or limit.cost_ms == 0 or is_close(math.floor(count * limit.cost_ms / cap), left_ms) then
     return nil
   end
@@ -102,9 +104,12 @@ end
 local function probably_late(queue, list, place, before, latest)
   local count = before.certain + before.likely
   if count == 0 or place.shadow or place.pause then return nil end
-  if place.sort == 'c' then return late_by_time(place, queue.band, before, latest + 1 - pool.now) end
-  local at = position_in(queue.lane, place.name)
+  local at = place.sort == 'c' and not place.by_tokens and 0 or position_in(queue.lane, place.name)
   local amount = list[at] or 1
+  if place.sort == 'c' then
+    local size = place.by_tokens and math.max(1, mean_of(queue, at, amount)) or 1
+    return late_by_time(place, queue.band, before, latest + 1 - pool.now, size)
+  end
   local mean, least = amount, (before.certain + math.floor(before.likely * 2 / 3)) * amount
   if not T.is_firm(place) then
     mean = mean_of(queue, at, amount)

@@ -45,7 +45,7 @@ function T.limit_of(name)
     limit.sort, limit.bound, limit.shadow = sort, tonumber(bound), shadow == '1'
     limit.defined = true
     if sort == 'c' then
-      limit.least = tonumber(one)
+      limit.least, limit.by_tokens = tonumber(one), two == '1'
     elseif sort == 'r' then
       limit.span, limit.exact = tonumber(one) + tonumber(two) + 1, three == '1'
       local pace, percent, start, shape =
@@ -88,14 +88,16 @@ function T.limit_of(name)
   return limit
 end
 
--- The limits of a lane, in its order; `rated` if one of them is no concurrency.
+-- The limits of a lane, in its order; `rated` if one of them is no concurrency, `by_tokens` if one of them counts
+-- tokens in flight.
 function T.limits_in(lane)
   local list = T.lanes[lane]
   if not list then
-    list = { rated = false }
+    list = { rated = false, by_tokens = false }
     for i, name in ipairs(T.names_in(lane)) do
       list[i] = T.limit_of(name)
       list.rated = list.rated or list[i].sort ~= 'c'
+      list.by_tokens = list.by_tokens or list[i].by_tokens
     end
     T.lanes[lane] = list
   end
@@ -146,7 +148,7 @@ function T.touch(limit)
   if limit.name then T.touched[limit.name] = true end
 end
 
--- How many calls a band may have under a concurrency.
+-- How many calls, or tokens in flight, a band may have under a concurrency.
 function T.cap_of(limit, band)
   local bound = limit.current and math.floor(limit.current / 1000) or limit.bound
   local list = T.bands_of_pool()

@@ -116,6 +116,11 @@ function T.unqueue_heirs()
   end
 end
 
+-- Whether the counts stay the same where a permit passes from a call to another.
+function T.same_counts(lane, other)
+  return lane == other and not T.limits_in(lane).by_tokens
+end
+
 -- The process has passed the permit on already, so `to` is held in any case. If neither
 -- exists, this is a repetition and `to` has ended meanwhile: its release follows. `member`
 -- is empty if it was in no queue.
@@ -137,14 +142,14 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
     if outcome % 10 == 0 then T.learn(lane, took_ms) end
     T.used(flow, charged, pool.fair_by and T.use_of(from, charged) or took_ms)
     T.set_held(from, false)
-    if there or lane ~= queue.lane then T.give_back_lane(lane) end
+    if there or not T.same_counts(lane, queue.lane) then T.give_back_lane(lane, string.match(before, '^%d+|%d+|%d+|([^|]*)')) end
   end
   if there then return end
-  if lane ~= queue.lane then T.count_lane(queue.lane) end
-  -- Without rates, and within one lane, the counts stay the same.
-  if before and T.limits_in(queue.lane).rated then
-    charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$')))
+  local limits = T.limits_in(queue.lane)
+  if limits.by_tokens or before and limits.rated then
+    charges = T.charges_of_lane(queue.lane, T.amounts_in(string.match(member, '[^|]*$')), before)
   end
+  if not T.same_counts(lane, queue.lane) then T.count_lane(queue.lane, charges) end
   T.set_held(to, T.value_of(seq, hard_ms, use, charges, queue.flow))
 end
 

@@ -1,15 +1,23 @@
 -- does: advances the pool's clock, reaps expired sessions, and begins a new epoch when data is lost
--- keys: meta sessions session queue park line lapsing starving owed
+-- keys: meta sessions session queue park line lapsing carried starving owed
 -- args: epoch run uptime_ms lease_ms
--- returns: reap(sid, hold), recount(), recover(), reap_expired(), reap_closed(), note_sessions()
+-- returns: reap(sid, hold), recount(), count_again(), recover(), reap_expired(), reap_closed(), note_sessions()
 -- units: ms
 T.REAP_AT_ONCE = 64
 
 function T.hold_over(ticket, sid, held)
-  call('ZADD', T.lapsing_key, T.int(held.until_ms), ticket .. '|' .. sid .. '|' .. held.lane)
-  local keep_ms = T.int(held.until_ms - pool.now + T.POOL_KEEP_MS)
-  call('PEXPIRE', T.lapsing_key, keep_ms, 'NX')
-  call('PEXPIRE', T.lapsing_key, keep_ms, 'GT')
+  local member = ticket .. '|' .. sid .. '|' .. held.lane
+  call('ZADD', T.lapsing_key, T.int(held.until_ms), member)
+  if held.charges ~= '' then call('HSET', T.carried_key, member, held.charges) end
+  T.keep_lapsing(held.until_ms - pool.now)
+end
+
+function T.keep_lapsing(left_ms)
+  local keep_ms = T.int(left_ms + T.POOL_KEEP_MS)
+  for _, key in ipairs({ T.lapsing_key, T.carried_key }) do
+    call('PEXPIRE', key, keep_ms, 'NX')
+    call('PEXPIRE', key, keep_ms, 'GT')
+  end
 end
 
 function T.places_of(sid, raw)
@@ -37,7 +45,7 @@ function T.reap(sid, hold, comes_back)
       if hold and held.until_ms > pool.now then
         T.hold_over(ticket, sid, held)
       else
-        T.give_back_lane(held.lane)
+        T.give_back_lane(held.lane, held.charges)
       end
     end
   end
@@ -88,7 +96,30 @@ function T.recount()
   pool.parked, pool.starving = 0, 0
   call('UNLINK', T.starving_key)
   for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
-    T.count_lane(T.lapsing_lane(member))
+    T.count_lane(T.lapsing_lane(member), call('HGET', T.carried_key, member) or '')
+  end
+end
+
+-- Counts again what is in use of some limits, which are the fields of `names`: from now on they count in another
+-- unit. The limits have been loaded with their new definitions.
+function T.count_again(names)
+  for name in pairs(names) do T.limit_of(name).used, T.limit_of(name).changed = 0, true end
+  local function count(lane, charges)
+    for i, limit in ipairs(T.limits_in(lane)) do
+      if names[limit.name] then limit.used = limit.used + T.amount_charged(limit, charges, i) end
+    end
+  end
+  for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
+    local raw = call('HGETALL', T.session_key(sid))
+    for i = 1, #raw, 2 do
+      if string.match(raw[i], '^h:') then
+        local held = T.read_held(raw[i + 1])
+        count(held.lane, held.charges)
+      end
+    end
+  end
+  for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
+    count(T.lapsing_lane(member), call('HGET', T.carried_key, member) or '')
   end
 end
 
@@ -165,7 +196,7 @@ end
 
 function T.free_lapsing(member)
   call('ZREM', T.lapsing_key, member)
-  T.give_back_lane(T.lapsing_lane(member))
+  T.give_back_lane(T.lapsing_lane(member), T.carried(member))
 end
 
 function T.reap_expired()

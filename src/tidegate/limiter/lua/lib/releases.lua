@@ -1,25 +1,36 @@
 -- does: releases permits and settles their usage
 -- keys: session lapsing owed park past
 -- args: releases settles cancels uses
--- returns: release(), cancel(), settle(), use_of(), give_back_lane(), count_lane(), spend(), correct(), begin_again()
+-- returns: release(), cancel(), settle(), use_of(), give_back_lane(), count_lane(), charges_of_lane(), carried(), correct(), begin_again()
 -- units: ms; amounts in each limit's unit, in the order of the lane
-function T.give_back_lane(lane)
-  for _, limit in ipairs(T.limits_in(lane)) do T.give_back(limit) end
+function T.give_back_lane(lane, charges)
+  for i, limit in ipairs(T.limits_in(lane)) do
+    T.give_back(limit, T.amount_charged(limit, charges, i))
+  end
 end
 
-function T.count_lane(lane)
-  for _, limit in ipairs(T.limits_in(lane)) do
-    limit.used = limit.used + 1
+function T.count_lane(lane, charges)
+  for i, limit in ipairs(T.limits_in(lane)) do
+    limit.used = limit.used + T.amount_charged(limit, charges, i)
     limit.changed = true
   end
 end
 
--- The amounts of a permit under the rates of its lane: position=amount@bucket.
-function T.spend(queue, list)
+-- The charges of a permit that was held over, which is no more.
+function T.carried(member)
+  local charges = call('HGET', T.carried_key, member)
+  if charges then call('HDEL', T.carried_key, member) end
+  return charges or ''
+end
+
+-- The amounts of a permit under the limits of its lane: position=amount@bucket, of tokens in flight
+-- position=amount@0. `spends`: rates are charged.
+function T.charges_of_lane(lane, list, spends)
   local charges = {}
-  for i, name in ipairs(T.names_in(queue.lane)) do
-    local limit = T.limit_of(name)
-    if limit.sort ~= 'c' then
+  for i, limit in ipairs(T.limits_in(lane)) do
+    if limit.by_tokens then
+      charges[#charges + 1] = i .. '=' .. T.int(list[i] or 1) .. '@0'
+    elseif spends and limit.sort ~= 'c' then
       local charged = T.rates().take(limit, list[i] or 1)
       if charged then charges[#charges + 1] = i .. '=' .. charged end
     end
@@ -85,16 +96,17 @@ end
 function T.release(ticket, number, outcome, took_ms, actual)
   local queue, value = own.queues[number], own.held[ticket]
   if not value then
-    if queue and call('ZREM', T.lapsing_key, ticket .. '|' .. q.sid .. '|' .. queue.lane) == 1 then
-      T.give_back_lane(queue.lane)
+    local member = queue and ticket .. '|' .. q.sid .. '|' .. queue.lane
+    if member and call('ZREM', T.lapsing_key, member) == 1 then
+      T.give_back_lane(queue.lane, T.carried(member))
     end
     return
   end
   T.set_held(ticket, false)
   local held = T.read_held(value)
-  for _, limit in ipairs(T.limits_in(held.lane)) do
+  for i, limit in ipairs(T.limits_in(held.lane)) do
     if limit.current then T.adapt(limit, outcome % 10) end
-    T.give_back(limit)
+    T.give_back(limit, T.amount_charged(limit, held.charges, i))
   end
   if outcome >= 10 then
     if held.charges ~= '' then
@@ -127,7 +139,7 @@ function T.cancel(entry)
   if not value then return end
   T.set_held(ticket, false)
   local held = T.read_held(value)
-  T.give_back_lane(held.lane)
+  T.give_back_lane(held.lane, held.charges)
   T.used(held.flow, held.use, 0)
   local nothing = setmetatable({}, { __index = function() return 0 end })
   T.settle_charges(held.charges, held.lane, nothing)

@@ -30,9 +30,9 @@ function T.serve_starving()
       if room then
         T.let_in(T.limit_of(queue.at), queue, member, next_stamp, next_member)
       elseif can_be_saved_for then
-        for _, name in ipairs(T.names_in(queue.lane)) do
+        for i, name in ipairs(T.names_in(queue.lane)) do
           local limit = T.limit_of(name)
-          limit.reserved = limit.reserved + 1
+          limit.reserved = limit.reserved + T.amount_in(limit, list, i)
         end
       end
     end

@@ -12,6 +12,8 @@ const UNITS = {
   output_tokens: "output tokens",
   audio_seconds: "seconds of audio",
   usd: "dollars",
+  calls: "concurrent calls",
+  tokens_in_flight: "tokens in flight",
 };
 
 /** `pool()` names the pool that is shown; `refresh()` is not needed: the feed shows the effect. */
@@ -198,7 +200,7 @@ function drawBadges(badges, one, isPaused, isFull) {
 const secondsOf = (ms) => Math.ceil(ms / 1_000) * 1_000;
 
 function changeLimit(pool, one) {
-  const unit = one.sort === "concurrency" ? "concurrent calls" : (UNITS[one.unit] ?? one.unit);
+  const unit = UNITS[one.unit] ?? one.unit ?? "concurrent calls";
   const told = one.unit === "usd" ? one.bound / MICROS : one.bound;
   const bound = field("bound", `New limit, in ${unit}`, {
     type: "number",
