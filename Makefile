@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test suite unit check chaos bench bench-limiter bench-gateway bench-limits clients audit canary setup-system lock clean
+.PHONY: help run test suite unit check chaos bench bench-limiter bench-gateway bench-limits clients suites audit canary setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -60,6 +60,10 @@ bench-limits: ## Limits against providers that count as the real ones do (ARGS="
 clients: ## Try real SDKs, frameworks and coding agents on a keyless gateway (ARGS="--only openai")
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m clients $(ARGS)
+
+suites: ## Run an SDK's own tests through the gateway, on a mock of its API (ARGS="openai --json out.json")
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python -m clients.suites $(or $(ARGS),openai)
 
 audit: ## Look up every pinned version in the database of known vulnerabilities (needs a network)
 	@scripts/bootstrap.sh dev

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
@@ -27,15 +27,16 @@ class NotReady(Exception):
 
 
 @contextmanager
-def keyless_gateway(folder: Path) -> Iterator[str]:
-    """Its URL. Raises NotReady."""
+def keyless_gateway(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Its URL. settings: beside those that it has by default. Raises NotReady."""
     port, log = free_port(), folder / "gateway.log"
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    own = {"HOST": "127.0.0.1", "PORT": str(port), "DATA_DIR": str(folder / "data")}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tidegate", "up"],
             cwd=folder,
-            env=kept | {"HOST": "127.0.0.1", "PORT": str(port), "DATA_DIR": str(folder / "data")},
+            env={**kept, **own, **(settings or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

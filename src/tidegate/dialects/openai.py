@@ -90,11 +90,12 @@ _CALLS = {
         ("/audio/translations", Operation.TRANSCRIBE),
     )
 }
-# Whose model is optional.
+# Whose model is optional: a response's is that of a saved prompt, or the provider says that it is
+# missing.
 _WITH_DEFAULT_MODEL = frozenset(
     (
         *("/images/generations", "/images/edits", "/images/variations"),
-        *("/moderations", "/responses/input_tokens"),
+        *("/moderations", "/responses", "/responses/input_tokens"),
     )
 )
 
@@ -132,6 +133,11 @@ _RESOURCES = (
         "POST", "/v1/uploads/{id}/complete", "upload", Act.CHANGE, Making("file", within="file")
     ),
     path_of("POST", "/v1/uploads/{id}/cancel", "upload", Act.CANCEL),
+    # Made elsewhere: those of Tidegate's own batches are answered before, and tuned models are made
+    # by no call that is known.
+    path_of("GET", "/v1/batches/{id}", "batch", Act.READ),
+    path_of("POST", "/v1/batches/{id}/cancel", "batch", Act.CANCEL),
+    path_of("DELETE", r"/v1/models/(?P<id>\w[\w.:\-]{0,199})", "model", Act.DELETE),
 )
 _STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")  # by POST: a form of any length
 # Nothing below these names is a stored response's id.
@@ -211,8 +217,6 @@ def request_facts(
 ) -> RequestFacts:
     """Facts of a request. Raises InvalidRequest."""
     is_response = endpoint.path == "/responses"
-    # A saved prompt names its own model.
-    saved = is_response and isinstance(body.get("prompt"), Mapping)
     if endpoint.operation is Operation.SPEAK:
         body = _as_stream(body)
     return facts_of_request(
@@ -220,7 +224,7 @@ def request_facts(
         body,
         whole,
         rules_of=rules_of,
-        has_default_model=saved or endpoint.path in _WITH_DEFAULT_MODEL,
+        has_default_model=endpoint.path in _WITH_DEFAULT_MODEL,
         may_draw=is_response and _may_draw(body.get("tools")),
         hides_usage=_hides_usage(endpoint, body),
     )

@@ -368,6 +368,7 @@ _FOLDED = {name.casefold(): name for name in _READ}
 _ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
 # Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
+_BACKGROUNDS = ("transparent", "opaque", "auto")  # of a picture: the same word, another field
 _IN_BACKGROUND = {
     Dialect.OPENAI: ("/responses",),
     Dialect.GEMINI: tuple(f"/{version}/interactions" for version in ("v1", "v1beta", "v1alpha")),
@@ -424,7 +425,8 @@ def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     if body.get("background") is True and endpoint.path in paths:
         refuse_to_go_on(body, "deferred")
         return True
-    refuse_to_go_on(body)
+    is_pictures = endpoint.operation is Operation.IMAGES and body.get("background") in _BACKGROUNDS
+    refuse_to_go_on(body, *(("deferred",) if is_pictures else ()))
     return False
 
 

@@ -226,7 +226,8 @@ class _UploadReader:
 BATCH_PATHS = ("/v1/files", "/v1/batches")  # how those of ours begin
 _PATH = re.compile(r"/v1/(?P<room>files|batches)(?:/(?P<id>[\w-]{1,80})(?:/(?P<do>\w+))?)?/?")
 _FILE_ID = re.compile(r"file-(?P<hex>[0-9a-f]{32})")
-_BATCH_ID = re.compile(r"batch_(?P<hex>[0-9a-f]{32})")
+# Ours are UUIDv7; those of OpenAI are hexadecimal too, with an 8 in the place of their version.
+_BATCH_ID = re.compile(r"batch_(?P<hex>[0-9a-f]{12}7[0-9a-f]{19})")
 _WINDOW = "24h"
 _CREATE_FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 _CREATE_BYTES = 65_536
@@ -247,14 +248,14 @@ class Asking(NamedTuple):
 
 
 def is_batch_path(scope: Scope) -> bool:
-    """Whether a native path is one of ours. Gemini's files bear Google's key; a file whose id is
-    not of our form lives at a provider."""
+    """Whether a native path is one of ours. Gemini's files bear Google's key; a file or batch whose
+    id is not of our form lives at a provider."""
     path = scope["path"]
     found = _PATH.fullmatch(path)
     if found is None:
         return False
-    file_id = found["id"] if found["room"] == "files" else None
-    if file_id is not None and _FILE_ID.fullmatch(file_id) is None:
+    form = _FILE_ID if found["room"] == "files" else _BATCH_ID
+    if found["id"] is not None and form.fullmatch(found["id"]) is None:
         return False
     names = frozenset(name for name, _ in scope["headers"])
     return dialect_of(path, names, scope["query_string"]) is Dialect.OPENAI

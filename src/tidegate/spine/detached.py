@@ -55,8 +55,9 @@ def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
         raise InvalidRequest(
             "body.stream", "jobs and batches do not support streaming", allowed="false"
         )
-    refuse_to_go_on(body)
     asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
+    if asked.goes_on:
+        refuse_to_go_on(body)
     if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
         raise InvalidRequest("body.model", "invalid model name", allowed="a name")
     return asked

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from openai import AsyncOpenAI
 
@@ -199,11 +200,23 @@ async def test_what_lives_elsewhere_is_called_nowhere_else(stage: Stage) -> None
 async def test_what_was_made_elsewhere_is_the_adopting_tenant_s(stage: Stage) -> None:
     """As before the gateway, or at the provider directly: no row says whose it is."""
     made = dict[str, tuple[str, str]]()
+    line = {
+        "custom_id": "one",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": MODEL, "messages": [{"role": "user", "content": "Say it"}]},
+    }
     for name, account in stage.accounts.items():
         async with AsyncOpenAI(base_url=f"{account.url}/v1", api_key="direct") as direct:
             answer = await direct.responses.create(model=MODEL, input="Say it")
             file = await direct.files.create(file=("a.txt", b"x"), purpose="user_data")
             made[name] = answer.id, file.id
+            lines = await direct.files.create(
+                file=("in.jsonl", orjson.dumps(line)), purpose="batch"
+            )
+            batch = await direct.batches.create(
+                input_file_id=lines.id, endpoint="/v1/chat/completions", completion_window="24h"
+            )
     theirs = (await stage.acme.responses.create(model=MODEL, input="Say another")).id
     response, file_id = made["second"]
     for one in range(4):  # by lot it would go to either
@@ -220,6 +233,13 @@ async def test_what_was_made_elsewhere_is_the_adopting_tenant_s(stage: Stage) ->
     assert (await stage.heir.responses.retrieve(response)).id == response
     assert (await stage.heir.files.content(file_id)).content == b"x"
     assert (await stage.heir.files.delete(file_id)).deleted
+    assert (await stage.heir.batches.retrieve(batch.id)).id == batch.id
+    for unowned in (
+        *(stage.acme.batches.retrieve(batch.id), stage.acme.batches.cancel(batch.id)),
+        *(stage.acme.models.delete("ft:gpt-4o:acme::x"), stage.heir.batches.retrieve("batch_x")),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await unowned
     for client, unfound in (
         *((stage.acme, response), (stage.other, response)),
         *((stage.heir, made["first"][0]), (stage.heir, theirs)),

@@ -36,6 +36,8 @@ NONE: frozenset[bytes] = frozenset()
         ("POST", "/v1/files", "openai", "upload", "/files"),
         ("POST", "/v1/uploads/a/parts", "openai", "upload", "/uploads/a/parts"),
         ("POST", "/v1/uploads/a/complete", "openai", "resource", "/uploads/a/complete"),
+        ("POST", "/v1/batches/a/cancel", "openai", "resource", "/batches/a/cancel"),
+        ("DELETE", "/v1/models/ft:x:a::b", "openai", "resource", "/models/ft:x:a::b"),
         ("POST", "/v1beta/interactions", "gemini", "infer", "/v1beta/interactions"),
         ("POST", "/v1beta/cachedContents", "gemini", "cache", "/v1beta/cachedContents"),
         ("PATCH", "/v1beta/cachedContents/a", "gemini", "resource", "/v1beta/cachedContents/a"),
@@ -89,6 +91,7 @@ def test_calls_of_gemini_name_their_model_in_the_path(
         ("GET", "/v1/models/a/b/c/d/e"),
         ("DELETE", "/v1beta/files"),
         ("DELETE", "/v1beta/models/x"),
+        ("DELETE", "/v1/models/../files"),
         ("GET", "/upload/v1beta/files"),
     ],
 )

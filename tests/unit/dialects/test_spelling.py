@@ -11,6 +11,7 @@ from tidegate.dialects import DIALECTS, endpoint_of
 from tidegate.dialects.requests import check_said_once
 from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import InvalidRequest
+from tidegate.spine.detached import wrapped_facts
 
 CHAT = endpoint_of("POST", "/v1/chat/completions", Dialect.OPENAI)
 RESPONSES = endpoint_of("POST", "/v1/responses", Dialect.OPENAI)
@@ -78,6 +79,24 @@ def test_work_that_goes_on_after_its_answer_is_refused_in_every_dialect(
         error = wrong(endpoint, f'{{"model":"m","input":"x","{name}":{value}}}')
         assert (error.field, error.allowed) == (name, "false")
         assert "limit" in error.message
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits"])
+def test_the_background_of_a_picture_is_no_work(path: str) -> None:
+    endpoint = endpoint_of("POST", path, Dialect.OPENAI)
+    assert endpoint is not None
+    body = {"model": "gpt-image-1", "prompt": "a cat", "background": "transparent"}
+    assert not DIALECTS[Dialect.OPENAI].request_facts(endpoint, body).goes_on
+    assert not wrapped_facts(endpoint, body).goes_on
+    for wrong_one in ({"background": True}, {"background": "yes"}, {"deferred": "auto"}):
+        with pytest.raises(InvalidRequest, match="continues after its answer"):
+            DIALECTS[Dialect.OPENAI].request_facts(endpoint, body | wrong_one)
+
+
+def test_no_job_is_made_in_the_background() -> None:
+    assert RESPONSES is not None
+    with pytest.raises(InvalidRequest, match="continues after its answer"):
+        wrapped_facts(RESPONSES, {"model": "m", "input": "x", "background": True})
 
 
 @pytest.mark.parametrize("value", [False, None])

@@ -1,0 +1,134 @@
+"""Suite of openai-python: its own tests, and a mock of its OpenAPI specification.
+
+Its repository has both: the specification that the SDK is made from, and the mock that its own
+tests run on, `steady`. Its source distribution has the tests alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from bench.environments import CACHE, EnvironmentMissing, node_modules_with, python_with, run
+from clients.suites.runs import Suite, served
+from tidegate.embedded.servers import free_port
+
+VERSION = "3.3.1"
+SPEC_URL = (
+    "https://raw.githubusercontent.com/openai/openai-python/"
+    f"v{VERSION}/api_reference/openapi.transformed.yml"
+)
+SPEC_SHA256 = "e67a8e697896baf8771c013935bcf783a93d857ef478e91b961fae756cab075e"
+_SPEC_IN_SDK = Path("api_reference/openapi.transformed.yml")
+_MOCK = {"@stdy/cli": "0.22.2"}
+_PYTHON = (
+    f"openai[aiohttp]=={VERSION}",
+    *("pytest==9.2.0", "pytest-asyncio==1.5.0", "pytest-xdist==3.8.0", "pytest-timeout==2.4.0"),
+    *("inline-snapshot>=0.28", "rich", "trio", "azure-identity", "botocore==1.42.97"),
+)
+# As the SDK's own scripts start it.
+_FORMATS = [
+    f"--validator-{where}-{what}-format=brackets"
+    for where in ("query", "form")
+    for what in ("array", "object")
+]
+# What Tidegate does not know by itself, and relays where an operator names it: the same list is in
+# docs/gateway.md. Realtime's lead past the limits.
+PASSTHROUGH = (
+    *("/v1/assistants/*", "/v1/threads/*", "/v1/vector_stores/*", "/v1/containers/*"),
+    *("/v1/evals/*", "/v1/fine_tuning/*", "/v1/videos/*", "/v1/skills/*", "/v1/chatkit/*"),
+    *("/v1/content_provenance_checks", "/v1/realtime/calls/*", "/v1/realtime/client_secrets"),
+)
+_POLICY = """
+[upstreams.openai]
+provider = "openai"
+dialects = {{ openai = "{mock}" }}
+key = "MOCK_KEY"
+models = ["*"]
+adopt = "default"
+passthrough = [{passthrough}]
+"""
+_NO_PAGE = "limit=0: a page has one item at least"
+REASONS = {
+    r"test_batches\.Test(Async)?Batches\.test_\w*create": (
+        "a batch is made of a file that is kept here, so that its lines fall under the limits"
+    ),
+    r"test_batches\.Test(Async)?Batches\.test_method_list_with_all_params": _NO_PAGE,
+    r"test_files\.Test(Async)?Files\.test_method_list_with_all_params": _NO_PAGE,
+    r"chat\.test_completions\.Test(Async)?Completions\.test_method_list_with_all": _NO_PAGE,
+}
+
+
+def suite_of(sdk: Path | None, spec: Path | None, folder: Path) -> Suite:
+    """sdk: a folder of the SDK's repository, spec: a file of its specification, each in the place
+    of what is downloaded; folder: for logs. Raises EnvironmentMissing."""
+    python = python_with("suite-openai", _PYTHON, compiled=False)
+    sources = sdk or _sdist()
+    if spec is None and (sources / _SPEC_IN_SDK).exists():
+        spec = sources / _SPEC_IN_SDK
+    return Suite(
+        name="openai-python",
+        version=VERSION if sdk is None else f"of {sdk.name}",
+        folder=sources,
+        python=python,
+        tests=("tests/api_resources",),
+        url_variable="TEST_API_BASE_URL",
+        mock=partial(_mock, spec or _downloaded_spec(), folder / "mock.log"),
+        policy=_policy,
+        below="/v1",
+        environment={"PYTHONPATH": str(sources / "src"), "DEFER_PYDANTIC_BUILD": "false"},
+        ignored=("tests/api_resources/admin",),
+        reasons=REASONS,
+        bar=0.98,
+    )
+
+
+def _policy(mock: str) -> str:
+    return _POLICY.format(mock=mock, passthrough=", ".join(f'"{one}"' for one in PASSTHROUGH))
+
+
+def _sdist() -> Path:
+    """The SDK's source distribution, unpacked."""
+    folder = CACHE / "suite-openai-sdk"
+    found = folder / f"openai-{VERSION}"
+    if not (found / "tests").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        only = ("--no-deps", "--no-binary", "openai", "--quiet", "--dest", str(folder))
+        run([sys.executable, "-m", "pip", "download", *only, f"openai=={VERSION}"], folder)
+        with tarfile.open(folder / f"openai-{VERSION}.tar.gz") as packed:
+            packed.extractall(folder, filter="data")
+    return found
+
+
+def _downloaded_spec() -> Path:
+    """The specification that this version of the SDK is made from."""
+    found = CACHE / f"suite-openai-{VERSION}.yml"
+    if found.exists():
+        return found
+    try:
+        with urlopen(SPEC_URL, timeout=60) as answer:
+            data = answer.read()
+    except (URLError, OSError) as error:
+        said = f"{SPEC_URL} can't be had ({error}): --spec names a file of it"
+        raise EnvironmentMissing(said) from None
+    if hashlib.sha256(data).hexdigest() != SPEC_SHA256:
+        raise EnvironmentMissing(f"{SPEC_URL} is not the one that these tests are made for")
+    found.write_bytes(data)
+    return found
+
+
+@contextmanager
+def _mock(spec: Path, log: Path) -> Iterator[str]:
+    modules = node_modules_with("suite-openai-mock", _MOCK, {})
+    port = free_port()
+    command = [str(modules / ".bin" / "steady"), "--host", "127.0.0.1", "-p", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with served([*command, *_FORMATS, str(spec.resolve())], f"{url}/_x-steady/health", log):
+        yield url
