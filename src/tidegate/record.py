@@ -129,7 +129,8 @@ class CallRecord:
     counts all. `coding`: in which coding, where the upstream compressed them unasked. `files` are
     the pictures of a prompt's answer, as stored.
 
-    `handed_over`: the call goes on, and a worker makes its record.
+    `handed_over`: the call goes on, and a worker makes its record. `went_on_ms`: for how long it
+    was seen on when its client had left, None where it was not.
 
     `slot`: its place in the journal of calls under way, while it has one.
 
@@ -185,6 +186,7 @@ class CallRecord:
     files: tuple[OutputFile, ...] = ()
 
     handed_over: bool = False
+    went_on_ms: float | None = None
     slot: int | None = None
     status: str = ""
     failure: Failure | None = None

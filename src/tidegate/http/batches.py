@@ -445,6 +445,8 @@ async def relayed(
 class _Kept:
     """Keeps an answer, which is small."""
 
+    gone = False
+
     def __init__(self) -> None:
         self.started = False
         self.status = 0

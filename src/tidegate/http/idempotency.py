@@ -25,7 +25,8 @@ from tidegate.dialects.requests import parsed
 from tidegate.errors import IdempotencyConflict, InvalidRequest
 from tidegate.http.submission import Submission
 from tidegate.record import KEPT_BYTES, CallRecord
-from tidegate.spine.native import NativeCall, Out
+from tidegate.spine.native import NativeCall
+from tidegate.spine.out import Out
 from tidegate.store.idempotency import KeyState, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
 from tidegate.telemetry.logging import Log, get_logger

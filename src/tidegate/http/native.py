@@ -312,6 +312,7 @@ class _Front:
         ),
         *("_received_at", "_record", "_ends_whole", "_task", "_head_sent", "_id_text"),
         *("_is_replay", "_headers", "_caller", "_direct", "_hold", "_incoming", "_once", "_spool"),
+        "_presence",
     )
 
     def __init__(
@@ -340,10 +341,15 @@ class _Front:
         self._incoming: Incoming | None = None
         self._spool: Spool | None = None  # of a form
         self._hold: BodyBudget | None = None
+        self._presence: Presence | None = None
         offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
         # An answer to HEAD has no body, whatever its length says: uvicorn sees to that.
         direct = offered is not None and scope["method"] != "HEAD"
         self._direct: Direct | None = offered["answer"] if direct else None
+
+    @property
+    def gone(self) -> bool:
+        return self._presence is not None and self._presence.gone
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -388,7 +394,8 @@ class _Front:
             return
         begin_record(self._record, call, self._scope)
         self._services.board.active_calls.enter(self._record)
-        presence = Presence(self._scope, _never if uploads else self._receive, self._task)
+        receive = _never if uploads else self._receive
+        presence = self._presence = Presence(self._scope, receive, self._task)
         comfort = self._comforting(endpoint, shows=call.shows_wait)
         try:
             status, failure = await self._run(call, presence)
@@ -509,7 +516,7 @@ class _Front:
                 await self.tell(slow)
                 return Status.FAILED, Failure.of(slow)
             if presence.gone:
-                return Status.CANCELLED, Failure("client_left", "the client went away")
+                return Status.CANCELLED, _client_left(self._record.went_on_ms)
             stopping = ShuttingDown("this process is stopping; retry")
             await self.tell(stopping)
             return Status.FAILED, Failure.of(stopping)
@@ -671,3 +678,10 @@ async def _never() -> Message:
     """Stands for `receive` where the body is still being read by somebody else."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError("nobody sets this future")
+
+
+def _client_left(went_on_ms: float | None) -> Failure:
+    if went_on_ms is None:
+        return Failure("client_left", "the client went away")
+    said = f"the client went away; its upstream's work was over {went_on_ms:.0f} ms later"
+    return Failure("client_left", said)

@@ -37,7 +37,8 @@ from tidegate.record import KEPT_BYTES, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.background import GRACE_MS
 from tidegate.spine.detached import detached_call
-from tidegate.spine.native import NativeExchange, NothingOut, Relay
+from tidegate.spine.native import NativeExchange, Relay
+from tidegate.spine.out import NothingOut
 from tidegate.spine.routing import Target
 from tidegate.spine.run import refusal_of
 from tidegate.store.provider.background import BackgroundCall, BackgroundCalls

@@ -24,11 +24,13 @@ from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
 from tidegate.policy.presets import filled
 from tidegate.policy.providers import (
+    ABANDONED,
     ACCESS_KEYS,
     ALL_MODELS,
     DIALECTS,
     HEADER_KEYS,
     PROVIDERS,
+    Abandoned,
     access_options_of,
     own_models,
     urls_of,
@@ -51,7 +53,7 @@ _POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = (
     *("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", "passthrough"),
-    *("adopt", *TIMEOUTS),
+    *("adopt", "abandoned", *TIMEOUTS),
 )
 _OF_GEMINI = (*_OWN_KEYS, *HEADER_KEYS, *NETWORK_KEYS)
 _KEYS = (
@@ -87,8 +89,9 @@ class Upstream:
     that differ from the settings. learn: what becomes of limits in headers of its answers. preempt:
     None where no call gives way. passthrough: paths that it has and Tidegate does not know, such as
     `/v1/new-thing`, or `/v1/new/*` for all below. adopt: the tenant that may use what lives there
-    and no call through here has made; None for nobody. access_options: how it is reached, beside
-    its key."""
+    and no call through here has made; None for nobody. abandoned: what becomes of a call whose
+    client left: `release` its permit, or `wait` for the end of its answer, where a server goes on
+    with it. access_options: how it is reached, beside its key."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -104,6 +107,7 @@ class Upstream:
     preempt: Preempt | None = None
     passthrough: tuple[str, ...] = ()
     adopt: str | None = None
+    abandoned: Abandoned = "release"
     access_options: AccessOptions = field(default_factory=AccessOptions)
     _accesses: dict[str, Access] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -251,6 +255,8 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
         raise ConfigError(
             f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
         )
+    if provider is not None:
+        options.setdefault("abandoned", PROVIDERS[provider].abandoned)
     urls = _urls(path, provider, table)
     access = access_options_of(path, provider, table, urls, secret)
     key = _key(path, provider, table, access, secret)
@@ -349,6 +355,11 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             allowed = f"must be one of {', '.join(_LEARN)}"
             raise ConfigError(f"{path}.learn", str(table["learn"])[:100], allowed)
         found["learn"] = table["learn"]
+    if "abandoned" in table:
+        if table["abandoned"] not in ABANDONED:
+            allowed = f"must be one of {', '.join(ABANDONED)}"
+            raise ConfigError(f"{path}.abandoned", str(table["abandoned"])[:100], allowed)
+        found["abandoned"] = table["abandoned"]
     if "preempt" in table:
         found["preempt"] = _preempt(f"{path}.preempt", table["preempt"])
     if "passthrough" in table:

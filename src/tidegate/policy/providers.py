@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tidegate.errors import ConfigError
@@ -29,6 +29,8 @@ from tidegate.policy.access import (
 )
 from tidegate.policy.format import table_at
 
+Abandoned = Literal["release", "wait"]
+ABANDONED = ("release", "wait")
 DIALECTS = ("openai", "gemini", "anthropic")
 ALL_MODELS = ("*",)
 
@@ -39,7 +41,8 @@ class Provider:
     key: the usual variable. models: its own, by their names. auth: as in the policy's file; others:
     of single dialects. is_own: a server of one's own, which needs no key. is_rebased: a `base_url`
     is its origin, and its paths stay. paths: by dialect, where they are not the dialect's. options:
-    what the table must name, with what applies where it does not, None for nothing."""
+    what the table must name, with what applies where it does not, None for nothing. abandoned: as
+    of an upstream."""
 
     urls: Mapping[str, str]
     key: str | None = None
@@ -50,13 +53,17 @@ class Provider:
     is_rebased: bool = False
     paths: Mapping[str, Paths] = field(default_factory=dict)
     options: Mapping[str, str | None] = field(default_factory=dict)
+    abandoned: Abandoned = "release"
 
 
-def _own(port: int, *others: str) -> Provider:
+def _own(port: int, *others: str, abandoned: Abandoned = "release") -> Provider:
     """A server of one's own, which also has the dialects `others`."""
     origin = f"http://127.0.0.1:{port}"
     return Provider(
-        {"openai": f"{origin}/v1", **dict.fromkeys(others, origin)}, is_own=True, is_rebased=True
+        {"openai": f"{origin}/v1", **dict.fromkeys(others, origin)},
+        is_own=True,
+        is_rebased=True,
+        abandoned=abandoned,
     )
 
 
@@ -144,7 +151,7 @@ PROVIDERS: Mapping[str, Provider] = {
     "vllm": _own(8000, "anthropic"),
     "sglang": _own(30000),
     "tgi": _own(3000),
-    "llama.cpp": _own(8080, "anthropic"),
+    "llama.cpp": _own(8080, "anthropic", abandoned="wait"),
     "lmstudio": _own(1234),
 }
 

@@ -124,6 +124,7 @@ class RealtimeExchange:
     not been done; `check` raises once the caller may no longer call."""
 
     bills = False  # each turn is reserved by itself
+    ended_alone = False
 
     def __init__(
         self,

@@ -37,7 +37,8 @@ from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked
 from tidegate.prices.rates import Rates
 from tidegate.record import KEPT_BYTES, CallRecord
 from tidegate.spine.bodies import body_for
-from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Relay
+from tidegate.spine.native import NativeCall, NativeExchange, Relay
+from tidegate.spine.out import NothingOut
 from tidegate.spine.prompt import PromptExchange, PromptWays, dialect_at, files_of, form_at
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms

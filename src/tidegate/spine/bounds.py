@@ -5,7 +5,8 @@ from __future__ import annotations
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.requests import skimmed
 from tidegate.record import CallRecord
-from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Relay
+from tidegate.spine.native import NativeCall, NativeExchange, Relay
+from tidegate.spine.out import NothingOut
 
 
 def check_bounded(relay: Relay, call: NativeCall) -> None:

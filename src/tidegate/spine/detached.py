@@ -20,7 +20,8 @@ from tidegate.dialects.requests import refuse_to_go_on
 from tidegate.dialects.spec import Endpoint, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.record import KEPT_BYTES, CallRecord
-from tidegate.spine.native import NativeCall, NothingOut, Relay
+from tidegate.spine.native import NativeCall, Relay
+from tidegate.spine.out import NothingOut
 from tidegate.spine.run import MOST_TRIES, OnAdmitted, Terms
 from tidegate.telemetry.tracing import Trail
 

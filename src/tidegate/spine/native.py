@@ -12,12 +12,12 @@ an upload URL with a key never reaches a client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import orjson
@@ -68,6 +68,7 @@ from tidegate.spine.models import (
     is_plain,
     model_of_other,
 )
+from tidegate.spine.out import AttendedOut, Out
 from tidegate.spine.resources import Keeping, Resources
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
@@ -110,21 +111,6 @@ class NativeCall:
     def body_bytes(self) -> int:
         """The length of the body."""
         return len(self.body) if self.form is None else self.form.form.size_bytes
-
-
-class Out(Protocol):
-    """The way back to the client. `started` is true once the head of an answer has gone out."""
-
-    started: bool
-
-    async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of an answer; names are in lower case."""
-
-    async def body(self, piece: bytes, more: bool) -> None:
-        """Send a piece of it, the last one without `more` after it."""
-
-    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send all of it."""
 
 
 class Relay:
@@ -302,6 +288,7 @@ class NativeExchange:
         self._record = record
         self._served: str | None = None
         self._sent: Exchange | None = None
+        self.ended_alone = False
         self.keeping: Keeping | None = None  # of what lives on at the provider
         self.hand_over: BackgroundHandOver | None = None  # of what goes on there
 
@@ -398,10 +385,22 @@ class NativeExchange:
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         making = partial(self._make, target, lane, demand, is_try=is_try)
-        if self.hand_over is None:
-            await making()
-        else:
+        if self.hand_over is not None:
             await self.hand_over.make(target, lane, demand, making)
+        elif target.upstream.abandoned == "wait":
+            await self._see_through(making)
+        else:
+            await making()
+
+    async def _see_through(self, making: Callable[[], Awaitable[None]]) -> None:
+        """At a server that may go on when its client leaves."""
+        out = self._out if isinstance(self._out, AttendedOut) else AttendedOut(self._out)
+        self._out = out
+        try:
+            await out.see_through(making, streams=self._record.streamed)
+        finally:
+            self.ended_alone = out.ended_alone
+            self._record.went_on_ms = out.went_on_ms
 
     async def _make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         call, record, self._sent = self._call, self._record, None
@@ -768,21 +767,6 @@ async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dic
 
 
 _JSON = (b"content-type", b"application/json")
-
-
-class NothingOut:
-    """Passes nothing on: the answer is kept in the call's `CallRecord`."""
-
-    started = False
-
-    async def start(self, status: int, headers: Headers) -> None:
-        pass
-
-    async def body(self, piece: bytes, more: bool) -> None:
-        pass
-
-    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        pass
 
 
 UPLOADS = "/upload/v1beta/files"

@@ -65,7 +65,8 @@ from tidegate.errors import (
 from tidegate.limiter import Permit
 from tidegate.record import JUDGE, CallListeners, CallRecord, Failure
 from tidegate.settings import ClassifierMode, Config
-from tidegate.spine.native import NativeCall, NativeExchange, NothingOut, Out, Relay
+from tidegate.spine.native import NativeCall, NativeExchange, Relay
+from tidegate.spine.out import NothingOut, Out
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Terms
 from tidegate.store.blobs import Blobs
@@ -316,6 +317,7 @@ class PromptExchange:
     """
 
     bills = True
+    ended_alone = False
 
     def __init__(
         self,
@@ -553,6 +555,7 @@ class _ReadingOut:
     """Reads the answer as it comes, and passes its events on."""
 
     started = False
+    gone = False  # it is told by a cancellation alone
 
     def __init__(
         self,

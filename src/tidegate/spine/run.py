@@ -8,7 +8,8 @@ Native calls, `/stream`, jobs, batch lines and the classifier differ in their `C
 bytes of a provider's dialect (`spine/native.py`) or a prompt (`spine/prompt.py`).
 The spine fills the call's `CallRecord`; the front that made the call ends and stores it.
 
-Invariants: a permit is held exactly while its upstream call is open; another try or upstream is
+Invariants: a permit is held exactly while its upstream call is open, for a server that goes on
+without its client until it has ended (`spine/out.py`); another try or upstream is
 taken only before anything was sent to the client, within the deadline and the retry budget; what
 an upstream's failure says of it is noted before the permit is released.
 """
@@ -206,6 +207,8 @@ class CallExchange(Protocol):
 
     terms: Terms
     bills: bool  # whether it costs something, and budgets may bind it
+
+    ended_alone: bool  # its answer came to its end when its client had left
 
     @property
     def started(self) -> bool:
@@ -663,7 +666,7 @@ class _Run:
         finally:
             record.upstream_ms = (time.perf_counter() - started) * 1000
             record.finished_at = datetime.now(UTC)
-            whole = outcome is Outcome.SUCCESS
+            whole = outcome is Outcome.SUCCESS or self._exchange.ended_alone
             if trail is not None:
                 why, status = (None, 0) if failure is None else (failure.error, failure.status)
                 trail.end(why, worked=whole, status=status)

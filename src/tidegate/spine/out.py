@@ -1,0 +1,128 @@
+"""Ways back to clients: where an answer goes, and what becomes of it when its client leaves.
+
+Most servers stop when a connection is closed. Some go on computing, as llama.cpp does with a plain
+call: there the answer is read to its end, and the permit held, so that nobody is admitted to a slot
+that is not free. A stream is closed once it has begun, since such a server notices then.
+
+Invariants: a call is seen to its end only because its client left, for at most its upstream's own
+timeouts; a second cancellation, such as that of a process that stops, closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from tidegate.dialects.spec import Headers
+
+
+class Out(Protocol):
+    """The way back to the client. `started` is true once the head of an answer has gone out,
+    `gone` once the client is known to have left."""
+
+    started: bool
+
+    @property
+    def gone(self) -> bool: ...
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the head of an answer; names are in lower case."""
+
+    async def body(self, piece: bytes, more: bool) -> None:
+        """Send a piece of it, the last one without `more` after it."""
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send all of it."""
+
+
+class NothingOut:
+    """Passes nothing on: the answer is kept in the call's `CallRecord`."""
+
+    started = False
+    gone = False
+
+    async def start(self, status: int, headers: Headers) -> None:
+        pass
+
+    async def body(self, piece: bytes, more: bool) -> None:
+        pass
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        pass
+
+
+class AttendedOut:
+    """Passes all on to another until its client has left, and nothing from then on.
+
+    went_on_ms: how long the call was seen on without its client, None where it was not.
+    ended_alone: its answer came to its end meanwhile.
+    """
+
+    def __init__(self, out: Out) -> None:
+        self._out = out
+        self._making: asyncio.Task[None] | None = None
+        self._streams = False
+        self.went_on_ms: float | None = None
+        self.ended_alone = False
+
+    @property
+    def started(self) -> bool:
+        """No other try may follow once the client has left, either."""
+        return self._out.started or self.went_on_ms is not None
+
+    @started.setter
+    def started(self, value: bool) -> None:
+        self._out.started = value
+
+    @property
+    def gone(self) -> bool:
+        return self._out.gone
+
+    async def start(self, status: int, headers: Headers) -> None:
+        if self.went_on_ms is None:
+            await self._out.start(status, headers)
+        elif self._streams and self._making is not None:
+            self._making.cancel()
+
+    async def body(self, piece: bytes, more: bool) -> None:
+        if self.went_on_ms is None:
+            await self._out.body(piece, more)
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        if self.went_on_ms is None:
+            await self._out.whole(status, headers, body)
+
+    async def see_through(self, make: Callable[[], Awaitable[None]], *, streams: bool) -> None:
+        """Make a call, and see it to its end where its client leaves: a stream to its beginning.
+        Raises what `make` raises, and the cancellation at the end."""
+        self._streams = streams
+        making = self._making = asyncio.ensure_future(_task_of(make))
+        try:
+            await asyncio.shield(making)
+        except asyncio.CancelledError:
+            if self.gone and not (streams and self._out.started):
+                self.went_on_ms, began = 0.0, time.monotonic()
+                try:
+                    await asyncio.wait({making})
+                finally:
+                    self.went_on_ms = (time.monotonic() - began) * 1000
+                    await _ended(making)
+                if not making.cancelled():
+                    making.result()
+                    self.ended_alone = True
+            else:
+                await _ended(making)
+            raise
+
+
+async def _task_of(make: Callable[[], Awaitable[None]]) -> None:
+    await make()
+
+
+async def _ended(making: asyncio.Task[None]) -> None:
+    """Cancel it, unless it is over, and wait until its connection is closed."""
+    if not making.done():
+        making.cancel()
+        await asyncio.wait({making})

@@ -1,0 +1,152 @@
+"""A GPU server of one's own behind the gateway: its slots, its words, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.settings import Behaviour, EmulatorSettings
+
+FILE = """
+[upstreams.local]
+provider = "llama.cpp"
+base_url = "{url}"
+models = ["local*"]
+{more}
+[upstreams.local.limits]
+"pool:total" = 2
+"""
+CHAT: Final = "/v1/chat/completions"
+# A step is 8 ms: 125 tokens a second of each of the two replies.
+SLOTS: Final = {"slots": 2, "step_ms": 6, "slot_ms": 1}
+Open = Callable[..., Awaitable[Gateway]]
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Emulator]:
+    settings = EmulatorSettings(behaviour=Behaviour().changed({"gpu": SLOTS}))
+    async with run_emulator(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def opened(open_gateway: Opener, tmp_path: Path, server: Emulator) -> Open:
+    async def open_one(more: str = "") -> Gateway:
+        path = tmp_path / "policy.toml"
+        path.write_text(FILE.format(url=server.url, more=more))
+        return await open_gateway(worker=False, tidegate_policy=path)
+
+    return open_one
+
+
+def body(words: str, tokens: int, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": words}]
+    return {"model": "local", "messages": messages, "max_tokens": tokens, **more}
+
+
+async def ask(gateway: Gateway, words: str, tokens: int) -> tuple[int, dict[str, Any]]:
+    async with gateway.http.post(gateway.url + CHAT, json=body(words, tokens)) as response:
+        return response.status, await response.json()
+
+
+def held(gateway: Gateway) -> int:
+    """Permits of the server's pool."""
+    return sum(gateway.services.limiters["local"].local_state().held.values())
+
+
+async def computing(server: Emulator, count: int) -> bool:
+    return (await server.control.stats()).in_flight == count
+
+
+async def leave(gateway: Gateway, server: Emulator, sent: dict[str, Any]) -> None:
+    """Ask, and leave once the server computes it beside one more."""
+    async with aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(session.post(gateway.url + CHAT, json=sent))
+        await wait_until(lambda: computing(server, 2))
+        asking.cancel()
+
+
+async def row_of(gateway: Gateway, words: str) -> dict[str, Any]:
+    """The record of the one call with these words."""
+
+    async def found() -> str | None:
+        for row in await gateway.database.fetch("SELECT request_id FROM audit"):
+            record = await gateway.audit(str(row["request_id"]))
+            if words in str(record["request"]):
+                return str(row["request_id"])
+        return None
+
+    return await gateway.audit(await wait_until(found, 20, f"a record of {words}"))
+
+
+async def test_a_slot_is_given_again_once_the_server_is_done_with_who_left(
+    opened: Open, server: Emulator
+) -> None:
+    gateway = await opened()
+    stream = body("the stream", 250, stream=True)
+    async with gateway.http.post(gateway.url + CHAT, json=stream) as streaming:
+        await streaming.content.readany()
+        await leave(gateway, server, body("who leaves", 100))
+        assert (await ask(gateway, "the next", 5))[0] == 200
+        async for _ in streaming.content:
+            pass
+    by_prompt = {call.prompt: call for call in await server.control.calls()}
+    left, after = by_prompt["who leaves"], by_prompt["the next"]
+    assert left.outcome == "finished", "the server has not noticed, as the stream went on"
+    assert left.ended_ns is not None
+    assert after.started_ns >= left.ended_ns
+    assert (await server.control.stats()).max_in_flight == 2
+    row = await row_of(gateway, "who leaves")
+    assert (row["status"], row["failure"]["code"]) == ("cancelled", "client_left")
+    assert "its upstream's work was over" in row["failure"]["message"]
+    assert row["output_tokens"] == 100, "its usage is the server's own"
+    assert held(gateway) == 0
+
+
+async def test_a_stream_that_has_begun_is_closed_and_one_that_has_not_once_it_begins(
+    opened: Open, server: Emulator
+) -> None:
+    gateway = await opened()
+    begun = body("begun", 8_000, stream=True)
+    async with gateway.http.post(gateway.url + CHAT, json=begun) as streaming:
+        await streaming.content.readany()
+        await leave(gateway, server, body("not begun " * 300, 8_000, stream=True))
+        await wait_until(lambda: computing(server, 1), 10, "the end of the second")
+    await wait_until(lambda: computing(server, 0), 10, "the end of both")
+    outcomes = {call.prompt[:5]: call for call in await server.control.calls()}
+    assert {call.outcome for call in outcomes.values()} == {"client_gone"}
+    assert outcomes["not b"].output_tokens < 100, "no more than the first words were computed"
+    await wait_until(lambda: held(gateway) == 0)
+
+
+async def test_a_process_that_stops_waits_for_nobody_who_has_left(
+    opened: Open, server: Emulator
+) -> None:
+    gateway = await opened()
+    async with gateway.http.post(
+        gateway.url + CHAT, json=body("first", 8_000, stream=True)
+    ) as streaming:
+        await streaming.content.readany()
+        await leave(gateway, server, body("left", 8_000))
+        assert held(gateway) == 2
+        gateway.drain()
+        await asyncio.wait_for(asyncio.shield(gateway.serving), 10)
+    await wait_until(lambda: computing(server, 0), 10, "the end of both")
+
+
+async def test_with_release_the_permit_is_free_at_once(opened: Open, server: Emulator) -> None:
+    gateway = await opened('abandoned = "release"')
+    stream = body("the stream", 300, stream=True)
+    async with gateway.http.post(gateway.url + CHAT, json=stream) as streaming:
+        await streaming.content.readany()
+        await leave(gateway, server, body("who leaves", 100))
+        await wait_until(lambda: held(gateway) == 1)
+        assert await computing(server, 2), "the server goes on"
