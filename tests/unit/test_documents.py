@@ -224,7 +224,7 @@ NOT_OURS = {
     *("HTTP_PROXY", "ALL_PROXY", "NO_PROXY"),
     *("TIDEGATE_PORT", "TIDEGATE_IMAGE", "TIDEGATE_MODEL_STEPS", "TIDEGATE_MODEL_SEED"),
 }
-OF_OTHERS = ("AWS_", "AZURE_", "GOOGLE_", "HTTPS_", "OTEL_", "SSL_")
+OF_OTHERS = ("AWS_", "AZURE_", "GOOGLE_", "HTTPS_", "OLLAMA_", "OTEL_", "SSL_")
 
 
 def test_the_index_leads_to_every_document() -> None:

@@ -47,6 +47,11 @@ _BUSY = re.compile(
     r"queue (?:is )?full|too many (?:pending|waiting|concurrent) requests",
     re.IGNORECASE,
 )
+# What llama.cpp's server says with a 500 of a request that is wrong, tried at its build b10434: of
+# JSON that it can't read, tools and messages without a field, pictures for a model without eyes.
+_WRONG_REQUEST = re.compile(
+    r"\[json\.exception\.|Failed to parse |\w+ input is not supported|Unknown reasoning format"
+)
 # A refusal of the key names it. Gemini also answers "The caller does not have permission" for a
 # private video, and some keys may do some things and not others.
 _ABOUT_THE_KEY = re.compile(
@@ -64,13 +69,17 @@ def upstream_error(
     secret: str,
     dialect: str = Dialect.GEMINI,
     tier: str = "",
+    is_own: bool = False,
 ) -> UpstreamError:
     """The error for an HTTP status (or that of an error object) and an error object. `headers` are
-    in lower case; `secret` is the API key, removed from the message; `tier` was requested."""
+    in lower case; `secret` is the API key, removed from the message; `tier` was requested;
+    `is_own`: of a server of one's own."""
     message = f"the provider answered {status}: {_reason(error, secret)}"
     answer = ErrorAnswer(status, error, headers, datetime.now(UTC), tier.lower())
     wait_ms = retry_after_ms(answer)
     refusal = _by_words(dialect, answer)
+    if is_own:
+        refusal = _of_own_server(answer) or refusal
     if refusal is None:
         return _by_status(answer, message, wait_ms)
     wait_ms = wait_ms if refusal.wait_ms is None else max(wait_ms or 0, refusal.wait_ms)
@@ -113,6 +122,16 @@ def _by_words(dialect: str, answer: ErrorAnswer) -> RefusalFacts | None:
     if answer.status in (429, 503) and _BUSY.search(answer.message):
         return RefusalFacts("busy")
     return throttled
+
+
+def _of_own_server(answer: ErrorAnswer) -> RefusalFacts | None:
+    """A server of one's own has no quota: it is busy, or loads its model, in whatever words. One
+    that says nothing is not it, but what stands before it."""
+    if answer.status in (429, 503) and answer.message:
+        return RefusalFacts("busy")
+    if answer.status == 500 and _WRONG_REQUEST.match(answer.message):
+        return RefusalFacts("never")
+    return None
 
 
 def _by_status(answer: ErrorAnswer, message: str, wait_ms: int | None) -> UpstreamError:
@@ -298,11 +317,14 @@ def stream_error(
     secret: str,
     dialect: str,
     tier: str = "",
+    is_own: bool = False,
 ) -> UpstreamError:
     """The error for an event of a stream."""
     named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
     error = error_object(event) or {}
-    return upstream_error(status_of(error), error, named, secret=secret, dialect=dialect, tier=tier)
+    return upstream_error(
+        status_of(error), error, named, secret=secret, dialect=dialect, tier=tier, is_own=is_own
+    )
 
 
 def own_headers(headers: Headers) -> Headers:

@@ -131,6 +131,12 @@ class Upstream:
     def pool(self) -> str:
         return self.name
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a server of one's own, as its provider says."""
+        preset = PROVIDERS.get(self.provider or "")
+        return preset is not None and preset.is_own
+
     def fit(self, model: str) -> int:
         """How closely it names `model`: 0 not at all, more for more than `*`."""
         if model in self.aliases:
@@ -237,6 +243,7 @@ def _of_environment(
         more = [one for one in asked if not any(other.fit(one) > 1 for other in others)]
         options.setdefault("models", (*_EMULATED_MODELS, *more))
     options["access_options"] = access_options_of(path, None, table, urls, secret)
+    _check_preempt(path, options)
     return Upstream(DEFAULT_POOL, urls, key, **options)
 
 
@@ -257,6 +264,7 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
         )
     if provider is not None:
         options.setdefault("abandoned", PROVIDERS[provider].abandoned)
+    _check_preempt(path, options)
     urls = _urls(path, provider, table)
     access = access_options_of(path, provider, table, urls, secret)
     key = _key(path, provider, table, access, secret)
@@ -398,6 +406,13 @@ def _check_adopted(upstreams: Sequence[Upstream]) -> None:
             if name != one.name:
                 allowed = f"must be of one upstream of the {dialect} dialect: {_path(name)} has it"
                 raise ConfigError(f"{_path(one.name)}.adopt", one.adopt, allowed)
+
+
+def _check_preempt(path: str, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a call that gave way would go on."""
+    if options.get("preempt") and options.get("abandoned") == "wait":
+        allowed = 'is for a server that stops when it is left: then set abandoned = "release" too'
+        raise ConfigError(f"{path}.preempt", "(set)", allowed)
 
 
 def _preempt(path: str, value: object) -> Preempt | None:

@@ -484,7 +484,7 @@ class NativeExchange:
         if not record.streamed:
             return
         if (value := refusals.error_event_in(refusals.tail_of(pieces))) is not None:
-            raise CallFailed(self._stream_error(value, exchange, key), target, told=True)
+            raise CallFailed(self._stream_error(value, exchange, target), target, told=True)
 
     async def _first(self, exchange: Exchange, target: Target) -> bytes:
         """The first bytes of the body. Raises CallFailed where they report an error, of which the
@@ -497,7 +497,7 @@ class NativeExchange:
         key = target.upstream.key
         raise self._with_headers(
             CallFailed(
-                self._stream_error(value, exchange, key),
+                self._stream_error(value, exchange, target),
                 target,
                 status=refusals.status_of(refusals.error_object(value) or {}),
                 headers=refusals.own_headers(to_return(exchange.headers, key, same_length=False)),
@@ -534,12 +534,15 @@ class NativeExchange:
         await self._out.whole(200, head, body)
 
     def _stream_error(
-        self, value: dict[str, Any], exchange: Exchange, secret: str
+        self, value: dict[str, Any], exchange: Exchange, target: Target
     ) -> UpstreamError:
-        dialect = self._call.endpoint.dialect
-        tier = self._requested_tier()
         return refusals.stream_error(
-            value, exchange.headers, secret=secret, dialect=dialect, tier=tier
+            value,
+            exchange.headers,
+            secret=target.upstream.key,
+            dialect=self._call.endpoint.dialect,
+            tier=self._requested_tier(),
+            is_own=target.upstream.is_own,
         )
 
     async def _pieces(

@@ -555,7 +555,7 @@ class _ReadingOut:
     """Reads the answer as it comes, and passes its events on."""
 
     started = False
-    gone = False  # it is told by a cancellation alone
+    gone = False  # a cancellation says it
 
     def __init__(
         self,

@@ -139,7 +139,15 @@ async def refusal_of(
         name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
     }
     secret = target.upstream.key
-    error = refusals.upstream_error(status, said, named, secret=secret, dialect=dialect, tier=tier)
+    error = refusals.upstream_error(
+        status,
+        said,
+        named,
+        secret=secret,
+        dialect=dialect,
+        tier=tier,
+        is_own=target.upstream.is_own,
+    )
     return CallFailed(
         error,
         target,

@@ -17,7 +17,7 @@ from tidegate.emulator.settings import Behaviour, EmulatorSettings
 
 FILE = """
 [upstreams.local]
-provider = "llama.cpp"
+provider = "{provider}"
 base_url = "{url}"
 models = ["local*"]
 {more}
@@ -39,9 +39,9 @@ async def server() -> AsyncIterator[Emulator]:
 
 @pytest.fixture
 def opened(open_gateway: Opener, tmp_path: Path, server: Emulator) -> Open:
-    async def open_one(more: str = "") -> Gateway:
+    async def open_one(more: str = "", provider: str = "llama.cpp") -> Gateway:
         path = tmp_path / "policy.toml"
-        path.write_text(FILE.format(url=server.url, more=more))
+        path.write_text(FILE.format(url=server.url, more=more, provider=provider))
         return await open_gateway(worker=False, tidegate_policy=path)
 
     return open_one
@@ -52,9 +52,11 @@ def body(words: str, tokens: int, **more: Any) -> dict[str, Any]:
     return {"model": "local", "messages": messages, "max_tokens": tokens, **more}
 
 
-async def ask(gateway: Gateway, words: str, tokens: int) -> tuple[int, dict[str, Any]]:
-    async with gateway.http.post(gateway.url + CHAT, json=body(words, tokens)) as response:
-        return response.status, await response.json()
+async def ask(gateway: Gateway, words: str, tokens: int, *, streamed: bool = False) -> int:
+    sent = body(words, tokens, stream=streamed)
+    async with gateway.http.post(gateway.url + CHAT, json=sent) as response:
+        await response.read()
+        return response.status
 
 
 def held(gateway: Gateway) -> int:
@@ -95,7 +97,7 @@ async def test_a_slot_is_given_again_once_the_server_is_done_with_who_left(
     async with gateway.http.post(gateway.url + CHAT, json=stream) as streaming:
         await streaming.content.readany()
         await leave(gateway, server, body("who leaves", 100))
-        assert (await ask(gateway, "the next", 5))[0] == 200
+        assert await ask(gateway, "the next", 5) == 200
         async for _ in streaming.content:
             pass
     by_prompt = {call.prompt: call for call in await server.control.calls()}
@@ -150,3 +152,36 @@ async def test_with_release_the_permit_is_free_at_once(opened: Open, server: Emu
         await leave(gateway, server, body("who leaves", 100))
         await wait_until(lambda: held(gateway) == 1)
         assert await computing(server, 2), "the server goes on"
+
+
+@pytest.mark.parametrize(
+    ("software", "streamed"), [("vllm", False), ("tgi", False), ("sglang", True)]
+)
+async def test_a_busy_server_is_asked_again_and_has_no_fault(
+    opened: Open, server: Emulator, software: str, streamed: bool
+) -> None:
+    gateway = await opened(provider=software)
+    await server.control.set_behaviour(gpu=SLOTS | {"software": software, "most_waiting": 0})
+    async with aiohttp.ClientSession() as session:  # somebody else has both slots
+        others = [
+            asyncio.create_task(session.post(server.url + CHAT, json=body(f"other {n}", 8_000)))
+            for n in range(2)
+        ]
+        await wait_until(lambda: computing(server, 2))
+        asking = asyncio.create_task(ask(gateway, "waits", 2, streamed=streamed))
+        gate = gateway.services.spine.health["local"]
+        await wait_until(lambda: gateway.services.limiters["local"].has_pauses)
+        assert (gate.faults, gate.state) == (0, "ok")
+        for other in others:
+            other.cancel()
+        assert await asking == 200
+    assert (gate.faults, gate.state) == (0, "ok")
+
+
+async def test_a_server_that_loads_its_model_is_waited_for(opened: Open, server: Emulator) -> None:
+    gateway = await opened()
+    await server.control.set_behaviour(gpu=SLOTS | {"loading_ms": 300})
+    assert await ask(gateway, "first", 2) == 200
+    assert gateway.services.spine.health["local"].faults == 0
+    row = await row_of(gateway, "first")
+    assert row["attempts"] >= 2

@@ -219,6 +219,42 @@ def test_a_server_of_ones_own_that_is_busy_is_no_fault(status: int, message: str
     assert found.retryable
 
 
+OWN = [
+    (503, {"message": "all hands are full", "type": "ServiceUnavailableError", "code": 503}, True),
+    (429, {"message": "Model is overloaded"}, True),  # TGI
+    (503, {}, False),  # of a proxy before it
+    (500, {"message": "CUDA error: out of memory", "type": "server_error", "code": 500}, False),
+]
+
+
+@pytest.mark.parametrize(("status", "error", "busy"), OWN)
+def test_a_server_of_ones_own_is_busy_in_whatever_words(
+    status: int, error: dict[str, Any], busy: bool
+) -> None:
+    found = upstream_error(status, error, {}, secret="", dialect="openai", is_own=True)
+    assert isinstance(found, UpstreamThrottled if busy else UpstreamUnavailable)
+    assert found.retryable
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[json.exception.parse_error.101] parse error at line 1, column 2",
+        "[json.exception.out_of_range.406] number overflow parsing '1e400'",
+        "Failed to parse tools: Unsupported tool type: {}",
+        "Failed to parse messages: Missing 'role' in message: {}",
+        "image input is not supported - hint: you may need to provide the mmproj",
+        "Unknown reasoning format: x",
+    ],
+)
+def test_what_llama_says_500_of_is_the_requests_own_fault(message: str) -> None:
+    error = {"code": 500, "message": message, "type": "server_error"}
+    found = upstream_error(500, error, {}, secret="", dialect="openai", is_own=True)
+    assert isinstance(found, UpstreamRejected)
+    hosted = upstream_error(500, error, {}, secret="", dialect="openai")
+    assert isinstance(hosted, UpstreamUnavailable), "a provider's own is a fault"
+
+
 @pytest.mark.parametrize(
     ("dialect", "status", "error"),
     [

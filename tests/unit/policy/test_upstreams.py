@@ -121,6 +121,9 @@ def test_no_key_is_shown() -> None:
             "upstreams.b.adopt",
         ),
         ("[upstreams.gemini]\npreempt = 'yes'", "upstreams.gemini.preempt"),
+        ("[upstreams.gemini]\npreempt = true\nabandoned = 'wait'", "upstreams.gemini.preempt"),
+        ("[upstreams.a]\nprovider = 'llama.cpp'\npreempt = true", "upstreams.a.preempt"),
+        ("[upstreams.a]\nprovider = 'vllm'\nabandoned = true", "upstreams.a.abandoned"),
         ("[upstreams.gemini.preempt]\nafter = 5", "upstreams.gemini.preempt.after"),
         ("[upstreams.gemini.preempt]\nafter_ms = 0", "upstreams.gemini.preempt.after_ms"),
         ("[upstreams.gemini.preempt]\ntimes = 0", "upstreams.gemini.preempt.times"),
@@ -149,6 +152,21 @@ def test_what_is_wrong_is_named(text: str, names: str) -> None:
 )
 def test_when_calls_give_way(text: str, preempt: Preempt | None) -> None:
     assert deployment(f"[upstreams.gemini]\n{text}").upstreams[0].preempt == preempt
+
+
+@pytest.mark.parametrize(
+    ("text", "abandoned"),
+    [
+        ("provider = 'llama.cpp'", "wait"),
+        ("provider = 'llama.cpp'\nabandoned = 'release'\npreempt = true", "release"),
+        ("provider = 'vllm'", "release"),
+        ("provider = 'vllm'\nabandoned = 'wait'", "wait"),
+        ("base_url = 'http://gpu:1'", "release"),
+    ],
+)
+def test_what_becomes_of_calls_that_were_left(text: str, abandoned: str) -> None:
+    found = deployment(f"[upstreams.a]\n{text}").upstreams
+    assert [one.abandoned for one in found if one.name == "a"] == [abandoned]
 
 
 def test_a_key_in_the_environment_makes_an_upstream() -> None:

@@ -108,7 +108,9 @@ async def answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
         asked = _read(spec, await request.read(), path)
     except orjson.JSONDecodeError as broken:
         status = 500 if spec.software == "llama.cpp" else 400
-        return json_response(status, _error(spec, status, f"parse error: {broken}"))
+        return json_response(
+            status, _error(spec, status, f"[json.exception.parse_error.101] parse error: {broken}")
+        )
     except Refused as refused:
         status = 422 if spec.software == "tgi" and refused.status == 400 else refused.status
         return json_response(status, _error(spec, status, refused.message))

@@ -1,0 +1,1 @@
+"""Bench of GPU servers of one's own: the emulated one and llama.cpp's, direct and through us."""
