@@ -31,22 +31,23 @@ from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Ta
 from tidegate.metrics.process import Board, Exposition, Watch
 from tidegate.metrics.process import ProcessState as State
 from tidegate.operator_key import operator_key
-from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams
-from tidegate.policy.rollout import PolicyKeeper, open_pool
+from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams, stated_by
+from tidegate.policy.live import changes_of
 from tidegate.record import ActiveCalls, CallListeners
 from tidegate.settings import Config, secret
-from tidegate.spine.learning import LimitLearner
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.resources import Resources
 from tidegate.spine.routing import Targets
 from tidegate.spine.run import Spine
+from tidegate.spine.upstreams import LiveUpstreams, Pools, following, revision_to_start_with
 from tidegate.store.blobs import Blobs
+from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.store import Store
 from tidegate.store.tenants import Policies
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Tracing
-from tidegate.upstream.credentials import open_wire
+from tidegate.upstream.credentials import Signers, open_wire
 from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import GeminiProcessor
 from tidegate.upstream.transport import Timeouts
@@ -149,7 +150,7 @@ async def run_worker_of(
         targets = Targets(deployed_upstreams(config))
         pools = dict.fromkeys(targets.upstreams, limiter)
         spine = _spine_of(config, targets, pools, Tracing(), store)
-        relay = await stack.enter_async_context(_open_relay(config, spine, store))
+        relay = await stack.enter_async_context(_open_relay(config, spine, store, Signers()))
         prompts = await stack.enter_async_context(_open_prompts(config, relay, store))
         worker = Worker(
             config=config,
@@ -180,28 +181,27 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
 
     Starts even when Valkey or PostgreSQL is away: they are reconnected to.
     """
-    wanted, others = deployed(config), deployed_upstreams(config)
+    deployed_upstreams(config)  # what is wrong in the file is an error, whatever was changed
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
-        looking = asyncio.create_task(_look_at(blobs))
-        stack.callback(looking.cancel)
+        stack.callback(asyncio.create_task(_look_at(blobs)).cancel)
         store = await stack.enter_async_context(_open_store(config, blobs, instance_id))
         instruments = Instruments()
-        limiters, keepers = await stack.enter_async_context(
-            _open_pools(config, store.policies, instance_id, wanted, others, instruments.tally)
-        )
-        limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
         tracing = await stack.enter_async_context(_tracing(store.listeners, role, instance_id))
-        spine = _spine_of(config, Targets(others), limiters, tracing, store)
-        relay = await stack.enter_async_context(_open_relay(config, spine, store))
-        prompts = await stack.enter_async_context(_open_prompts(config, relay, store))
+        process = UpstreamProcess(instance_id, role)
+        live = await stack.enter_async_context(
+            _open_upstreams(config, process, store, instruments.tally, tracing)
+        )
+        limiters, keepers = live.pools.limiters, live.pools.keepers
+        limiter, spine = limiters[DEFAULT_POOL], live.relay.spine
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=spine.health)
         stack.callback(asyncio.create_task(watch.run()).cancel)
         board = Board(limiter, instance_id, ActiveCalls(), spine.health)
         stack.callback(asyncio.create_task(board.run()).cancel)
-        _learn(stack, others, keepers, spine, board)
+        await live.open(board.share)
+        await stack.enter_async_context(following(live, store.notifications))
         gate = Authenticator(
             store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms
         )
@@ -218,15 +218,16 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             blobs=blobs,
             limiter=limiter,
             spine=spine,
-            prompts=prompts,
-            keeper=keeper,
-            relay=relay,
+            prompts=_prompts_of(config, live.relay, store, live.processors),
+            keeper=keepers[DEFAULT_POOL],
+            relay=live.relay,
             keepers=keepers,
             limiters=limiters,
             gate=gate,
             operator_key=operator_key(config),
             origins=Origins(config),
             budgets=store.budgets,
+            upstreams=live,
         )
         _collect_rarely()
         limits = {kind.value: limiter.policy.bound(kind.limit) for kind in Kind}
@@ -275,6 +276,34 @@ async def _open_store(config: Config, blobs: Blobs, instance_id: str) -> AsyncIt
 
 
 @asynccontextmanager
+async def _open_upstreams(
+    config: Config, process: UpstreamProcess, store: Store, tally: Tally, tracing: Tracing
+) -> AsyncIterator[LiveUpstreams]:
+    """The upstreams that are in force, with their pools, and the relay to them."""
+    wanted, stated = deployed(config), stated_by(config)
+    start = await revision_to_start_with(store.upstreams)
+    deployment = stated.deployment(changes_of(start.upstreams))
+    async with AsyncExitStack() as stack:
+        pools = await stack.enter_async_context(
+            _open_pools(config, store.policies, process.instance_id, wanted, deployment, tally)
+        )
+        signers = Signers()
+        spine = _spine_of(config, Targets(deployment), pools.limiters, tracing, store)
+        relay = await stack.enter_async_context(_open_relay(config, spine, store, signers))
+        yield LiveUpstreams(
+            config=config,
+            stated=stated,
+            start=start,
+            deployment=deployment,
+            record=store.upstreams,
+            process=process,
+            pools=pools,
+            relay=relay,
+            signers=signers,
+        )
+
+
+@asynccontextmanager
 async def _open_pools(
     config: Config,
     policies: Policies,
@@ -282,44 +311,16 @@ async def _open_pools(
     wanted: PoolPolicy,
     others: Deployment,
     tally: Tally,
-) -> AsyncIterator[tuple[dict[str, Limiter], dict[str, PolicyKeeper]]]:
-    """The limiters of all pools by name, and the keepers of their policies, at work."""
+) -> AsyncIterator[Pools]:
+    """The pools of this process, with the keepers of their policies at work."""
     providers = {one.pool: one.provider for one in others.upstreams}
-    limiters: dict[str, Limiter] = {}
-    keepers: dict[str, PolicyKeeper] = {}
-    async with AsyncExitStack() as stack:
+    pools = Pools(config, policies, instance_id, lambda pool: Limiting(tally, pool))
+    try:
         for pool, policy in ({DEFAULT_POOL: wanted} | dict(others.policies)).items():
-            opening = open_pool(
-                config,
-                policies,
-                instance_id,
-                policy,
-                pool,
-                Limiting(tally, pool),
-                providers.get(pool),
-            )
-            keepers[pool] = await stack.enter_async_context(opening)
-            limiters[pool] = keepers[pool].limiter
-            keeping = asyncio.create_task(keepers[pool].run())
-            stack.callback(keeping.cancel)
-        yield limiters, keepers
-
-
-def _learn(
-    stack: AsyncExitStack,
-    deployment: Deployment,
-    keepers: Mapping[str, PolicyKeeper],
-    spine: Spine,
-    board: Board,
-) -> None:
-    """Learn the limits of each upstream whose answers have headers about them. In the pool of all
-    processes the board's note says them too."""
-    for one in deployment.upstreams:
-        if one.name in spine.health:
-            announced = spine.health[one.name].announced
-            share = board.share if one.pool == DEFAULT_POOL else None
-            learner = LimitLearner(keepers[one.pool], announced, one.learn, share=share)
-            stack.callback(asyncio.create_task(learner.run()).cancel)
+            await pools.enter(pool, policy, providers.get(pool))
+        yield pools
+    finally:
+        await pools.aclose()
 
 
 def _spine_of(
@@ -336,9 +337,12 @@ def _spine_of(
 
 
 @asynccontextmanager
-async def _open_relay(config: Config, spine: Spine, store: Store) -> AsyncIterator[Relay]:
+async def _open_relay(
+    config: Config, spine: Spine, store: Store, signers: Signers
+) -> AsyncIterator[Relay]:
     resources = Resources(store.provider_resources, store.background, spine.targets)
-    async with open_wire(_timeouts_of(config), spine.targets.upstreams.values()) as wire:
+    upstreams = spine.targets.upstreams.values()
+    async with open_wire(_timeouts_of(config), upstreams, signers) as wire:
         yield Relay(spine, wire, resources)
 
 
@@ -402,7 +406,8 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 @asynccontextmanager
 async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIterator[PromptCalls]:
-    """Google's SDK at work for each upstream of Gemini's dialect, and the relay for the others."""
+    """Google's SDK at work for each upstream of Gemini's dialect, and the relay for the others, of
+    a process whose upstreams do not change."""
     spine = relay.spine
     async with AsyncExitStack() as stack:
         processors = {}
@@ -416,14 +421,20 @@ async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIter
             )
             await processor.start()
             stack.push_async_callback(processor.aclose)
-        yield PromptCalls(
-            config=config,
-            relay=relay,
-            processors=processors,
-            blobs=store.blobs,
-            fetcher=_fetcher_of(config),
-            listeners=store.listeners,
-        )
+        yield _prompts_of(config, relay, store, processors)
+
+
+def _prompts_of(
+    config: Config, relay: Relay, store: Store, processors: Mapping[str, GeminiProcessor]
+) -> PromptCalls:
+    return PromptCalls(
+        config=config,
+        relay=relay,
+        processors=processors,
+        blobs=store.blobs,
+        fetcher=_fetcher_of(config),
+        listeners=store.listeners,
+    )
 
 
 def _fetcher_of(config: Config) -> ImageFetcher:

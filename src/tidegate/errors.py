@@ -19,6 +19,9 @@ TidegateError
 ├── AlreadyEnded                too late to cancel it
 ├── PolicyChanged               somebody else has changed what was to be changed
 ├── NotEnded                    too early to try it again
+├── UpstreamsChanged            another change to the upstreams came first
+├── UpstreamUnfit               an upstream fails its test, or a process can't have it
+├── UpstreamInUse               an upstream can't be removed while something needs it
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
 ├── QuotaExceeded               a tenant has reached one of its caps; names it
@@ -40,6 +43,7 @@ TidegateError
 │   ├── UpstreamTierBusy        the requested processing tier has no capacity at the moment
 │   ├── UpstreamUnavailable     5xx, refused or broken connection
 │   │   └── UpstreamOut         not asked: it failed too often and is tried now and then
+│   │       └── UpstreamDrained     an operator has drained it, and nothing else serves
 │   ├── UpstreamTimeout         connect, first byte, idle or total time ran out
 │   ├── UpstreamRejected        another 4xx: the same call would fail again
 │   ├── UpstreamUnauthorized    401/403: the key is dead
@@ -221,6 +225,18 @@ class PolicyChanged(TidegateError):
 
 class NotEnded(TidegateError):
     code = "not_ended"
+
+
+class UpstreamsChanged(TidegateError):
+    code = "upstreams_changed"
+
+
+class UpstreamUnfit(TidegateError):
+    code = "upstream_unfit"
+
+
+class UpstreamInUse(TidegateError):
+    code = "upstream_in_use"
 
 
 class RequestCancelled(TidegateError):
@@ -448,6 +464,12 @@ class UpstreamOut(UpstreamUnavailable):
 
     def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
         super().__init__(message, retry_after_ms=retry_after_ms, asked=False)
+
+
+class UpstreamDrained(UpstreamOut):
+    """The call was not made: an operator has drained the upstream, and no other one serves it."""
+
+    code = "upstream_drained"
 
 
 class UpstreamTimeout(UpstreamError):

@@ -182,7 +182,8 @@ class CallDemand:
 
     audio_seconds: of its input. max_output_tokens: the call's own bound. cost_micros: what it will
     probably cost, where a limit or shares count money; None without a price. conversation,
-    expected: where a limit counts cached input less.
+    expected: where a limit counts cached input less. is_follow_up: it concerns what lives at an
+    upstream, which it may reach there also once that is drained.
     """
 
     limits: tuple[str, ...]
@@ -195,6 +196,7 @@ class CallDemand:
     conversation: ConversationKey | None = None
     expected: ExpectedInput | None = None
     audio_seconds: int = 0
+    is_follow_up: bool = False
 
     @property
     def tokens(self) -> Tokens | None:

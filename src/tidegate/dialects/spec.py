@@ -143,6 +143,11 @@ class Endpoint:
             return "generate_content"
         return _NAMES[self.operation]
 
+    @property
+    def is_follow_up(self) -> bool:
+        """Whether it concerns one thing that lives at a provider already."""
+        return self.resource is not None and self.resource.resource_id is not None
+
     def path_for(self, model: str) -> str:
         """The path of a call of `model`."""
         if self.model is None:

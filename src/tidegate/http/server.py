@@ -36,6 +36,7 @@ from tidegate.http.admin import conversations as admin_conversations
 from tidegate.http.admin import limits as admin_limits
 from tidegate.http.admin import requests as admin_requests
 from tidegate.http.admin import tenants as admin_tenants
+from tidegate.http.admin import upstreams as admin_upstreams
 from tidegate.http.anthropic import message_batches
 from tidegate.http.batches import BATCH_PATHS, batch_methods, batches, is_batch_path
 from tidegate.http.native import native
@@ -270,6 +271,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         *(health.process_router, admin_limits.router, admin_requests.router),
         admin_conversations.router,
         *(admin_tenants.router, admin_tenants.subjects_router, admin_budgets.router),
+        admin_upstreams.router,
     ):
         routes.include_router(router)
     app.include_router(routes)

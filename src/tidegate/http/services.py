@@ -48,6 +48,7 @@ from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.run import Spine
+from tidegate.spine.upstreams import LiveUpstreams
 from tidegate.store.blobs import Blobs
 from tidegate.store.budgets import Budgets
 from tidegate.store.requests import Whereabouts
@@ -214,6 +215,7 @@ class Services:
     operator_key: SecretStr
     origins: Origins
     budgets: Budgets
+    upstreams: LiveUpstreams
     openings: Openings = field(default_factory=Openings)
     bodies: BodyMemory = field(default_factory=BodyMemory)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import uniform
 from uuid import UUID
@@ -83,15 +83,15 @@ class _Outage:
 
 
 class Outages:
-    """One per process. upstreams: all that its jobs could use."""
+    """One per process. upstreams: all that its jobs could use, as they are at any time."""
 
     def __init__(
         self,
-        upstreams: Iterable[str],
+        upstreams: Collection[str],
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        self._upstreams = frozenset(upstreams)
+        self._upstreams = upstreams
         self._clock = clock
         self._random = rng or random.Random()
         self._outages: dict[Key, _Outage] = {}

@@ -256,7 +256,7 @@ class Worker:
             takes=self._provider_batches.takes,
             usual_batches=store.provider_batches.usual_ms,
         )
-        self._outages = outages = Outages(self._spine.targets.upstreams)
+        self._outages = outages = Outages(self._spine.health)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         batches = BatchRunner(config, store, blobs, relay, self._put_off.held)
         background = BackgroundRunner(config, store, relay)

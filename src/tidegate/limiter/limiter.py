@@ -609,6 +609,11 @@ class Limiter:
     def tell_no_more(self, told: Callable[[], None]) -> None:
         self._session.remembered.watchers.discard(told)
 
+    def tell_all(self) -> None:
+        """Call what `tell_of_pauses` was given: whoever uses the limiter holds calls up itself."""
+        for told in tuple(self._session.remembered.watchers):
+            told()
+
     async def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause now, without a ramp. False if there was none."""
         request = {"verb": "resume", "limit": limit, "said": by}

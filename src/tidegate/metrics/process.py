@@ -42,7 +42,8 @@ from tidegate.metrics.instruments import (
 from tidegate.policy.learned import LearnedLimit, shared_limits
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import ActiveCall, ActiveCalls, CallRecord
-from tidegate.spine.routing import Announcement, Gate, State
+from tidegate.spine.learning import Announcement
+from tidegate.spine.routing import Gate, State
 from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, QueueDepths
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger, recent_problems

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any, Literal, get_args
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, check_tenant
-from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions
+from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions, readable_file
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
+from tidegate.policy.live import NAME, NO_CHANGES, POLICY_KEYS, LiveChanges, Table, Tables
 from tidegate.policy.presets import filled
 from tidegate.policy.providers import (
     ABANDONED,
@@ -49,7 +51,6 @@ USUAL_AT_ONCE = 64
 # What becomes of limits that headers of answers report: a proposal, or in force where none is set.
 Learn = Literal["propose", "apply"]
 _LEARN: tuple[Learn, ...] = get_args(Learn)
-_POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = (
     *("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", "passthrough"),
@@ -57,13 +58,13 @@ _OWN_KEYS = (
 )
 _OF_GEMINI = (*_OWN_KEYS, *HEADER_KEYS, *NETWORK_KEYS)
 _KEYS = (
-    *("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *ACCESS_KEYS),
-    *_POLICY_KEYS,
+    *("provider", "base_url", "dialect", "dialects", "key", "key_file", *_OWN_KEYS, *ACCESS_KEYS),
+    *POLICY_KEYS,
 )
 _PASSTHROUGH = re.compile(r"/v1(?:alpha|beta)?(?:/\w[\w.:-]*)+(?:/\*)?", re.ASCII)
 _LONGEST_MS = 86_400_000
+_LONGEST_KEY_BYTES = 8_192
 _MOST_TIMES = 100
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 _IS_FROM_IT = "has its key from it"
 
@@ -79,7 +80,7 @@ class Preempt:
     times: int = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Upstream:
     """One account. base_urls: dialect -> URL without a slash at its end. key: empty where none is
     needed. models: patterns of what it serves. aliases: a client's name for a model -> the
@@ -127,6 +128,19 @@ class Upstream:
         """What no client may read in an answer."""
         return (self.key, *self.access_options.secrets)
 
+    def identity(self, dialect: str | None = None) -> str:
+        """What tells its account from others at the same URL: its key, else the credentials that
+        are renewed for it and its other secrets. Itself a secret. dialect: None for all."""
+        if self.key:
+            return self.key
+        options = self.access_options
+        authentication = options.of_dialects.get(dialect or "", options.authentication)
+        renewed: list[str] = []
+        if authentication.is_renewed:
+            named = (f"{name}={value}" for name, value in sorted(authentication.options))
+            renewed = [authentication.kind, *named, options.prefix]
+        return "\n".join((*renewed, *options.secrets))
+
     @property
     def pool(self) -> str:
         return self.name
@@ -161,41 +175,98 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """All that a policy's file says beside the limits of the pool `gemini`."""
+    """All that a policy's file says beside the limits of the pool `gemini`, with what was changed
+    while running. drained: upstreams that take no new calls. missing: those that this process can't
+    make, and why. tables: of all, as `live` leaves them."""
 
     upstreams: tuple[Upstream, ...]
     routes: tuple[Route, ...] = ()
     policies: Mapping[str, PoolPolicy] = field(default_factory=dict)
+    drained: frozenset[str] = frozenset()
+    missing: Mapping[str, ConfigError] = field(default_factory=dict)
+    tables: Tables = field(default_factory=dict)
+    live: LiveChanges = NO_CHANGES
+
+    def upstream(self, name: str) -> Upstream | None:
+        return next((one for one in self.upstreams if one.name == name), None)
 
 
-def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret) -> Deployment:
-    """`secret` gives the value of a variable, empty where it is not set. Raises ConfigError."""
-    tables = {
+def deployment_of(
+    stated: Mapping[str, Any],
+    config: Config,
+    secret: ReadSecret,
+    live: LiveChanges = NO_CHANGES,
+    before: Deployment | None = None,
+) -> Deployment:
+    """`secret` gives the value of a variable, empty where it is not set. before: what was in force
+    with other changes; upstreams that do not differ are the same objects. Raises ConfigError, but
+    not for what `live` has changed."""
+    base = base_tables(stated, config)
+    keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
+    tables = live.over(base)
+
+    def read(variable: str) -> str:
+        return keys.get(variable) or secret(variable)
+
+    made: dict[str, Upstream] = {}
+    missing: dict[str, ConfigError] = {}
+    policies = {}
+    for name, table in tables.items():
+        path = _path(name)
+        if NAME.fullmatch(name) is None:
+            raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
+        kept = _kept(name, table, live, before)
+        try:
+            if name != DEFAULT_POOL:
+                made[name] = kept or _upstream(name, table, read)
+                policies[name] = _policy(path, table, stated, made[name].provider or "")
+        except ConfigError as wrong:
+            if before is None and name not in live.upstreams:
+                raise
+            made.pop(name, None)
+            missing[name] = wrong
+    found = list(made.values())
+    if DEFAULT_POOL in tables:
+        own = _of_environment(tables[DEFAULT_POOL], config, found, secret)
+        was = None if before is None else before.upstream(DEFAULT_POOL)
+        is_same = own == was and _kept(DEFAULT_POOL, tables[DEFAULT_POOL], live, before) is was
+        found.insert(0, was if was is not None and is_same else own)
+    if before is None:
+        check_adopted(found)
+    routes = _routes(stated.get("routes", []), {*base, *(one.name for one in found)})
+    there = {one.name for one in found}
+    routes = tuple(
+        Route(one.model, tuple(target for target in one.targets if target[0] in there))
+        for one in routes
+    )
+    drained = live.drained & there
+    return Deployment(tuple(found), routes, policies, drained, missing, tables, live)
+
+
+def base_tables(stated: Mapping[str, Any], config: Config) -> dict[str, Table]:
+    """The tables of upstreams by the file and the environment. Raises ConfigError."""
+    tables: dict[str, Table] = {
         name: table_at(f"upstreams.{name}", value)
         for name, value in table_at("upstreams", stated.get("upstreams", {})).items()
     }
     own = tables.pop(DEFAULT_POOL, None)
     keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
     tables |= {name: {} for name in _of_keys(tables, keys)}
-    found: list[Upstream] = []
-    policies = {}
-    for name, table in tables.items():
-        path = _path(name)
-        if _NAME.fullmatch(name) is None:
-            raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
-        upstream = _upstream(name, table, lambda one: keys.get(one) or secret(one))
-        found.append(upstream)
-        policies[name] = _policy(path, table, stated, upstream.provider or "")
     if config.gemini_api_key is not None or (
-        config.emulated and (not found or config.embedded or config.tidegate_demo)
+        config.emulated and (not tables or config.embedded or config.tidegate_demo)
     ):
-        found.insert(0, _of_environment(own or {}, config, found, secret))
-    elif own is not None:
+        return {DEFAULT_POOL: own or {}, **tables}
+    if own is not None:
         allowed = f"must be set: {_path(DEFAULT_POOL)} {_IS_FROM_IT}"
         raise ConfigError("GEMINI_API_KEY", "(not set)", allowed)
-    _check_adopted(found)
-    routes = _routes(stated.get("routes", []), {one.name for one in found})
-    return Deployment(tuple(found), routes, policies)
+    return tables
+
+
+def _kept(name: str, table: Table, live: LiveChanges, before: Deployment | None) -> Upstream | None:
+    """The upstream as it was made before, where nothing of it has changed since."""
+    if before is None or before.tables.get(name) != table:
+        return None
+    return before.upstream(name) if before.live.of(name).reads == live.of(name).reads else None
 
 
 def _path(name: str) -> str:
@@ -308,10 +379,13 @@ def _key(
     server that needs none."""
     authentication = access.authentication
     if authentication.kind == "none" or authentication.is_renewed:
-        if "key" in table:
-            allowed = f"is not for auth = {authentication.kind}, which sends no key"
-            raise ConfigError(f"{path}.key", "(hidden)", allowed)
+        for name in ("key", "key_file"):
+            if name in table:
+                allowed = f"is not for auth = {authentication.kind}, which sends no key"
+                raise ConfigError(f"{path}.{name}", "(hidden)", allowed)
         return ""
+    if "key_file" in table:
+        return _key_in_file(path, table)
     preset = PROVIDERS.get(provider or "")
     variable = table.get("key", preset.key if preset else None)
     if variable is None and authentication.kind == "key" and (preset is None or preset.is_own):
@@ -327,6 +401,22 @@ def _key(
     if not (value.isascii() and value.isprintable()):  # it could not be sent
         raise ConfigError(variable, "(hidden)", "must be printable ASCII")
     return value
+
+
+def _key_in_file(path: str, table: Table) -> str:
+    if "key" in table:
+        raise ConfigError(f"{path}.key_file", "(set)", "is in place of key, which is set too")
+    name = readable_file(f"{path}.key_file", table["key_file"])
+    with Path(name).open("rb") as file:
+        value = file.read(_LONGEST_KEY_BYTES + 1).strip()
+    if not value or len(value) > _LONGEST_KEY_BYTES or not (value.isascii() and _prints(value)):
+        allowed = f"must have a key in it, in printable ASCII of at most {_LONGEST_KEY_BYTES} bytes"
+        raise ConfigError(f"{path}.key_file", name[:200], allowed)
+    return value.decode()
+
+
+def _prints(value: bytes) -> bool:
+    return value.decode("ascii", "replace").isprintable()
 
 
 def _rooted(dialect: str, url: str) -> str:
@@ -397,7 +487,7 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_adopted(upstreams: Sequence[Upstream]) -> None:
+def check_adopted(upstreams: Sequence[Upstream]) -> None:
     """Raises ConfigError where it is not clear at which account a tenant's unknown ids live."""
     first: dict[tuple[str, str], str] = {}
     for one in upstreams:
@@ -441,7 +531,7 @@ def _milliseconds(path: str, value: object) -> int:
 def _policy(
     path: str, table: Mapping[str, Any], stated: Mapping[str, Any], provider: str
 ) -> PoolPolicy:
-    plain = {key: table[key] for key in _POLICY_KEYS if key in table}
+    plain = {key: table[key] for key in POLICY_KEYS if key in table}
     plain.setdefault("limits", {"pool:total": USUAL_AT_ONCE})
     plain["limits"] = filled(table_at(f"{path}.limits", plain["limits"]), provider)
     for key in ("weights", "bands"):  # who gets how much is said once for all
@@ -524,16 +614,46 @@ def from_file(path: Path, config: Config) -> PoolPolicy:
         raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
 
 
-def deployed_upstreams(config: Config) -> Deployment:
-    """The upstreams of this deployment, with their policies. Raises ConfigError."""
-    path = policy_file(config)
-    if path is None:
-        found = deployment_of({}, config, secret)
-    else:
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What the file says, read once: what is changed in it later is for the next start."""
+
+    contents: Mapping[str, Any]
+    path: Path | None
+    config: Config
+
+    def deployment(
+        self, live: LiveChanges = NO_CHANGES, before: Deployment | None = None
+    ) -> Deployment:
+        """As `deployment_of`."""
+        with self._named():
+            return deployment_of(self.contents, self.config, secret, live, before)
+
+    def tables(self) -> dict[str, Table]:
+        """As `base_tables`."""
+        with self._named():
+            return base_tables(self.contents, self.config)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
         try:
-            found = deployment_of(_read(path), config, secret)
+            yield
         except ConfigError as wrong:
-            raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+            if self.path is None:
+                raise
+            name = f"{self.path}: {wrong.variable}"
+            raise ConfigError(name, wrong.value, wrong.allowed) from None
+
+
+def stated_by(config: Config) -> Stated:
+    """Raises ConfigError for a file that can't be read."""
+    path = policy_file(config)
+    return Stated({} if path is None else _read(path), path, config)
+
+
+def deployed_upstreams(config: Config, live: LiveChanges = NO_CHANGES) -> Deployment:
+    """The upstreams of this deployment, with their policies. Raises ConfigError."""
+    found = stated_by(config).deployment(live)
     if not found.upstreams:
         raise ConfigError("GEMINI_API_KEY", "(not set)", _ANY_ONE.format(host=config.host))
     return found

@@ -159,6 +159,9 @@ class RealtimeExchange:
     def serving(self, targets: Targets, model: str) -> list[Target]:
         return targets.of(self.dialect, model)
 
+    def elsewhere(self, targets: Targets) -> list[Target]:
+        return targets.of(self.dialect, self._wanted.model)
+
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """The limits on what is open at the same time; what is counted over time is each turn's."""
         demand = lane.demands.of_native(

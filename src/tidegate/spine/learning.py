@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
-from tidegate.dialects.headers import RateStatus
+from tidegate.dialects.headers import RateStatus, rate_statuses
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import LimitView, Quota, Rate, Snapshot, next_midnight_ms
 from tidegate.policy.deployment import Learn
@@ -47,7 +48,6 @@ from tidegate.policy.learned import (
     unpacked_note,
 )
 from tidegate.policy.rollout import PolicyKeeper
-from tidegate.spine.routing import Announced, Announcement
 from tidegate.telemetry.logging import Log, get_logger
 
 EVERY_S = 1.0
@@ -69,6 +69,77 @@ _UNNAMED: Mapping[tuple[str, str], str] = {("groq", "requests"): "day"}
 _BEGIN_AGAIN = ("azure",)
 
 log = get_logger()
+
+MOST_MODELS = 50
+_MOST_HEADERS = 40
+
+RawHeaders = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """Of one model. at: when it was announced, in seconds since 1970; `reset_ms` of each limit
+    counts from then."""
+
+    model: str
+    at: float
+    limits: tuple[RateStatus, ...]
+
+    def shown(self) -> dict[str, Any]:
+        """As plain values, without what was not announced."""
+        limits = [
+            {name: value for name, value in asdict(one).items() if value is not None}
+            for one in self.limits
+        ]
+        at = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds")
+        return {"model": self.model, "at": at, "limits": limits}
+
+
+class Announced:
+    """Of one upstream, as this process has heard it."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._heads: dict[str, tuple[RawHeaders, float]] = {}
+        self._read: dict[str, tuple[RawHeaders, Announcement | None]] = {}
+
+    def note(self, model: str, headers: RawHeaders) -> None:
+        """Keep the headers of an answer; nobody changes them."""
+        heads = self._heads
+        if model not in heads and len(heads) >= MOST_MODELS:
+            del heads[next(iter(heads))]
+        heads[model] = headers, self._clock()
+
+    def all(self) -> list[Announcement]:
+        """The latest of each model that announced any limit."""
+        self._read = {model: self._of(model, *head) for model, head in self._heads.items()}
+        return [found for _, found in self._read.values() if found is not None]
+
+    def _of(self, model: str, headers: RawHeaders, at: float) -> tuple[RawHeaders, Any]:
+        known = self._read.get(model)
+        if known is not None and known[0] is headers:
+            return known
+        limits = _limits_in(headers, at)
+        return headers, Announcement(model, at, limits) if limits else None
+
+
+def _limits_in(headers: Iterable[tuple[bytes, bytes]], at: float) -> tuple[RateStatus, ...]:
+    """One of each unit and window: the one of which least remains."""
+    named = [(name.lower(), value) for name, value in headers]
+    said = {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in [pair for pair in named if b"ratelimit" in pair[0]][:_MOST_HEADERS]
+    }
+    found: dict[tuple[str, str | None], RateStatus] = {}
+    for one in rate_statuses(said, datetime.fromtimestamp(at, UTC)) if said else ():
+        other = found.get((one.unit, one.window))
+        if other is None or _left(one) < _left(other):
+            found[one.unit, one.window] = one
+    return tuple(found.values())
+
+
+def _left(status: RateStatus) -> float:
+    return float("inf") if status.remaining is None else status.remaining
 
 
 def readings_of(announced: Announcement, provider: str) -> list[HeaderReading]:

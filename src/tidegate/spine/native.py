@@ -204,7 +204,7 @@ class Relay:
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
         """Answer for the list of models, where it is not the only upstream's own."""
         targets, dialect = self.spine.targets, call.endpoint.dialect
-        upstreams = targets.speaking(dialect)
+        upstreams = targets.in_service(dialect)
         if not call.endpoint.path.endswith("/models") or not upstreams:
             return False
         routes, caller = targets.named_by_routes(dialect), call.terms.caller
@@ -220,7 +220,7 @@ class Relay:
     def _targets(self, call: NativeCall, asked: RequestFacts | None) -> list[Target]:
         dialect, name = call.endpoint.dialect, call.endpoint.model
         if call.endpoint.upstream:
-            upstream = self.spine.targets.upstreams[call.endpoint.upstream]
+            upstream = self.spine.targets.named(call.endpoint.upstream)
             return [Target(upstream, model_of_other(call.terms.caller, call.endpoint, call.body))]
         if asked is not None:
             return self.spine.targets.of(dialect, asked.model)
@@ -303,6 +303,12 @@ class NativeExchange:
     def serving(self, targets: Targets, model: str) -> list[Target]:
         return targets.of(self.dialect, model)
 
+    def elsewhere(self, targets: Targets) -> list[Target]:
+        asked, spec = self._asked, DIALECTS[self.dialect]
+        if asked is None or spec.references(self._body, self._call.body):
+            return []
+        return targets.of(self.dialect, asked.model)
+
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked = self.terms, self._asked
         counted = self._call.endpoint.is_counted and asked is not None
@@ -318,7 +324,7 @@ class NativeExchange:
             conversation=self._conversation,
             measured=asked.measured if counted and asked else None,
         )
-        return lane.gate.bind(demand, target.model)
+        return lane.gate.bind(demand, target.model, follows=self._call.endpoint.is_follow_up)
 
     def _conversation(self) -> ConversationKey | None:
         if self._asked is None:

@@ -347,6 +347,9 @@ class PromptExchange:
     def serving(self, targets: Targets, model: str) -> list[Target]:
         return targets.of_prompt(model, self._call.kind, files_of(self._call.media))
 
+    def elsewhere(self, targets: Targets) -> list[Target]:
+        return self.serving(targets, self._call.model)
+
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         call, policy = self._at(target), lane.limiter.policy
         if self._types is None:

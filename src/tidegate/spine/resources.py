@@ -50,8 +50,10 @@ Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
 
 
 def account_of(upstream: Upstream, dialect: str) -> bytes:
-    """A digest by which an account is known again, of its base URL and its key."""
-    return sha256(f"{upstream.base_urls[Dialect(dialect)]}\n{upstream.key}".encode()).digest()
+    """A digest by which an account is known again, of its base URL and its key, or of what it has
+    instead of one."""
+    base, identity = upstream.base_urls[Dialect(dialect)], upstream.identity(dialect)
+    return sha256(f"{base}\n{identity}".encode()).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class Resources:
             upstream = await self._place(caller, dialect, use.kind, use.resource_id)
             if upstream is not None:
                 return Target(upstream, "")
-        speaking = self._targets.speaking(dialect)
+        speaking = self._targets.in_service(dialect)
         if not speaking:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
         first = min(speaking, key=lambda one: (one.provider != dialect, len(one.base_urls)))

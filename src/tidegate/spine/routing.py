@@ -1,8 +1,11 @@
-"""Routing: the upstreams of a request in the order of tries, their health and announced limits.
+"""Routing: the upstreams of a request in the order of tries, and their health.
 
     OPEN -- `FAULTS` consecutive faults --> CLOSED
     CLOSED -- `FIRST_MS` later one call of all processes tries -- success --> OPEN,
         else CLOSED for twice as long, up to `LONGEST_MS`; for `DEAD_KEY_MS` after a refused key
+
+A drained upstream is out as well, until an operator resumes or removes it: it takes no new call,
+those that wait for it go elsewhere, and what lives there can be reached.
 
 The gate is a pause of the limit `upstream:NAME` in the pool (`Limiter.close_gate`): calls wait at
 it within their deadlines, one at a time is admitted as a try. A 429 is no fault, nor is a timeout
@@ -11,7 +14,7 @@ per tenant.
 
 Invariants: the same request has the same targets in every process, equals in random order by
 weight; an upstream is out for all processes or for none; one request never puts an upstream out
-or keeps it out; announced limits limit nothing.
+or keeps it out.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -32,7 +35,6 @@ from typing import Any, Literal
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
 from tidegate.call import Kind
 from tidegate.dialects import is_known
-from tidegate.dialects.headers import RateStatus, rate_statuses
 from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import (
@@ -43,6 +45,7 @@ from tidegate.errors import (
     NotFound,
     QuotaExceeded,
     TidegateError,
+    UpstreamDrained,
     UpstreamError,
     UpstreamOut,
     UpstreamThrottled,
@@ -51,79 +54,8 @@ from tidegate.errors import (
 )
 from tidegate.limiter import MAX_BOUND, Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
+from tidegate.spine.learning import Announced
 from tidegate.telemetry.logging import Log, get_logger
-
-MOST_MODELS = 50
-_MOST_HEADERS = 40
-
-RawHeaders = Sequence[tuple[bytes, bytes]]
-
-
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """Of one model. at: when it was announced, in seconds since 1970; `reset_ms` of each limit
-    counts from then."""
-
-    model: str
-    at: float
-    limits: tuple[RateStatus, ...]
-
-    def shown(self) -> dict[str, Any]:
-        """As plain values, without what was not announced."""
-        limits = [
-            {name: value for name, value in asdict(one).items() if value is not None}
-            for one in self.limits
-        ]
-        at = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds")
-        return {"model": self.model, "at": at, "limits": limits}
-
-
-class Announced:
-    """Of one upstream, as this process has heard it."""
-
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._heads: dict[str, tuple[RawHeaders, float]] = {}
-        self._read: dict[str, tuple[RawHeaders, Announcement | None]] = {}
-
-    def note(self, model: str, headers: RawHeaders) -> None:
-        """Keep the headers of an answer; nobody changes them."""
-        heads = self._heads
-        if model not in heads and len(heads) >= MOST_MODELS:
-            del heads[next(iter(heads))]
-        heads[model] = headers, self._clock()
-
-    def all(self) -> list[Announcement]:
-        """The latest of each model that announced any limit."""
-        self._read = {model: self._of(model, *head) for model, head in self._heads.items()}
-        return [found for _, found in self._read.values() if found is not None]
-
-    def _of(self, model: str, headers: RawHeaders, at: float) -> tuple[RawHeaders, Any]:
-        known = self._read.get(model)
-        if known is not None and known[0] is headers:
-            return known
-        limits = _limits_in(headers, at)
-        return headers, Announcement(model, at, limits) if limits else None
-
-
-def _limits_in(headers: Iterable[tuple[bytes, bytes]], at: float) -> tuple[RateStatus, ...]:
-    """One of each unit and window: the one of which least remains."""
-    named = [(name.lower(), value) for name, value in headers]
-    said = {
-        name.decode("latin-1"): value.decode("latin-1")
-        for name, value in [pair for pair in named if b"ratelimit" in pair[0]][:_MOST_HEADERS]
-    }
-    found: dict[tuple[str, str | None], RateStatus] = {}
-    for one in rate_statuses(said, datetime.fromtimestamp(at, UTC)) if said else ():
-        other = found.get((one.unit, one.window))
-        if other is None or _left(one) < _left(other):
-            found[one.unit, one.window] = one
-    return tuple(found.values())
-
-
-def _left(status: RateStatus) -> float:
-    return float("inf") if status.remaining is None else status.remaining
-
 
 _REMAINING_FRESH_S = 1.0
 
@@ -258,6 +190,9 @@ FIRST_PAUSE_MS = 500
 LONGEST_PAUSE_MS = 8_000
 _MOST_STRIKES = 12
 _LATER_MS = 50  # between two looks at the clock
+# When a client or a job asks again that needs a drained upstream.
+DRAINED_MS = 10_000
+_DRAINED = "an operator has drained it"
 # For how long a fault that a request can bring upon itself is none of its own while its upstream is
 # out. There may be nothing else left to try it with, and then it must end at some time.
 LONGEST_DOUBT_S = 86_400.0
@@ -291,11 +226,31 @@ class Gate:
         self._said = ""  # by the provider, for operators
         self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts
         self._opening: asyncio.Task[bool] | None = None
+        self._drained = False
+
+    def has_same_key(self, other: Gate) -> bool:
+        """Whether what closed one binds the other."""
+        return self._digest == other._digest
+
+    @property
+    def drained(self) -> bool:
+        """Whether it takes no new call."""
+        return self._drained
+
+    def drain(self, drained: bool) -> None:
+        """Take no new call from now on, or take calls again. Calls that wait are told."""
+        if drained is not self._drained:
+            self._drained = drained
+            self.limiter.tell_all()
 
     # -- what is known, without I/O
 
     def closed(self) -> tuple[int, str] | None:
         """None while it is open; else for how many ms nobody may try, and why."""
+        return (DRAINED_MS, _DRAINED) if self._drained else self._shut()
+
+    def _shut(self) -> tuple[int, str] | None:
+        """As `closed`, by faults alone."""
         found = self.limiter.gate(self.limit)
         if found is None:
             return None
@@ -335,6 +290,11 @@ class Gate:
         return "" if found is None else found[1].rpartition(": ")[2]
 
     @property
+    def may_hold(self) -> bool:
+        """Whether a call may be held up, or refused, beside the limits of the policy."""
+        return self._drained or self.limiter.has_pauses
+
+    @property
     def has_doubts(self) -> bool:
         """Whether a good answer would be news."""
         return bool(self._faults.count or self._strikes)
@@ -356,12 +316,14 @@ class Gate:
         if not self.limiter.has_pauses:
             return ()
         names = self.limiter.paused_of((self.limit, model_limit(model)))
-        if self.limit in names and self.closed() is None and self.limiter.gate(self.limit):
+        if self.limit in names and self._shut() is None and self.limiter.gate(self.limit):
             return tuple(name for name in names if name != self.limit)
         return names
 
-    def bind(self, demand: CallDemand, model: str) -> CallDemand:
-        """The demand with what binds it now."""
+    def bind(self, demand: CallDemand, model: str, *, follows: bool = False) -> CallDemand:
+        """The demand with what binds it now. follows: it concerns what lives at the upstream."""
+        if follows and self._drained:
+            demand = replace(demand, is_follow_up=True)
         more = self.binding(model)
         if not more:
             return demand
@@ -370,14 +332,18 @@ class Gate:
 
     def binds_more(self, demand: CallDemand, model: str) -> bool:
         """Whether something was paused since the demand was made: it must be asked for again."""
+        if self._drained and not demand.is_follow_up:
+            return True
         return self.limiter.has_pauses and self.bind(demand, model) is not demand
 
     def is_try(self, demand: CallDemand) -> bool:
         """Whether a call that was admitted for this demand tries whether the upstream is back."""
-        return self.limit in demand.limits and self.closed() is not None
+        return self.limit in demand.limits and self._shut() is not None
 
     def late(self, demand: CallDemand, left_ms: float) -> DeadlineExceeded | UpstreamOut | None:
         """Why a call that may wait for `left_ms` is not to wait at all; None where it is."""
+        if self._drained and not demand.is_follow_up:
+            return self.out()
         paused_ms = self.limiter.paused_ms(demand.limits)
         if paused_ms <= left_ms:
             return None
@@ -393,6 +359,9 @@ class Gate:
 
     def out(self) -> UpstreamOut | None:
         """The error of a call that cannot be made since the upstream is out; None if it is not."""
+        if self._drained:
+            said = f"no upstream can be asked now: {_DRAINED}"
+            return UpstreamDrained(said, retry_after_ms=DRAINED_MS)
         found = self.closed()
         if found is None:
             return None
@@ -606,22 +575,29 @@ _PLAIN_PATH = re.compile(r"(?:/\w[\w.:@-]*)+", re.ASCII)
 
 
 class Targets:
-    """One per process."""
+    """One per process. A drained upstream is a target only where no other one would be."""
 
     def __init__(self, deployment: Deployment, random: Random | None = None) -> None:
-        self.upstreams = {one.name: one for one in deployment.upstreams}
-        self._routes = deployment.routes
         self._random = random or Random()
+        self.replace(deployment)
+
+    def replace(self, deployment: Deployment) -> None:
+        """Have these upstreams and routes from now on. Raises ConfigError, and changes nothing."""
+        check_passthrough(deployment.upstreams)
+        self.upstreams = {one.name: one for one in deployment.upstreams}
+        self.drained = deployment.drained
+        self._routes = deployment.routes
         # The targets of a model, and whether their order is drawn.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
         self._for_prompts: dict[str, tuple[list[Target], bool]] = {}
-        self._passthrough = {
-            pattern: one for one in deployment.upstreams for pattern in one.passthrough
-        }
-        for pattern, one in self._passthrough.items():
-            if is_known(pattern):
-                allowed = "must be a path that Tidegate does not know itself, nor one below it"
-                raise ConfigError(f"upstreams.{one.name}.passthrough", pattern, allowed)
+        ordered = sorted(deployment.upstreams, key=lambda one: one.name not in self.drained)
+        self._passthrough = {pattern: one for one in ordered for pattern in one.passthrough}
+
+    def named(self, name: str) -> Upstream:
+        """Raises NotFound for one that was removed meanwhile."""
+        if (found := self.upstreams.get(name)) is None:
+            raise NotFound(f"the upstream {name!r} is not configured any more")
+        return found
 
     def passthrough(self, path: str) -> Endpoint | None:
         """The endpoint of a path that an upstream's `passthrough` names; None for any other."""
@@ -642,9 +618,11 @@ class Targets:
             plain = model.removeprefix("models/")
             routed = self._routed(plain)
             if routed is not None:
-                known = ([one for one in routed if dialect in one.upstream.base_urls], False)
+                speaking = [one for one in routed if dialect in one.upstream.base_urls]
+                known = (self._undrained(speaking), False)
             elif plain:
-                known = (self._best(plain, self.speaking(dialect)), True)
+                serving = self._best(plain, self.in_service(dialect))
+                known = (serving or self._best(plain, self.speaking(dialect)), True)
             else:
                 known = (self._without_model(dialect), True)
             if not known[0]:
@@ -663,6 +641,17 @@ class Targets:
     def speaking(self, dialect: Dialect) -> list[Upstream]:
         """All upstreams of a dialect, in the order of the file."""
         return [one for one in self.upstreams.values() if dialect in one.base_urls]
+
+    def in_service(self, dialect: Dialect) -> list[Upstream]:
+        """Those of a dialect that take new calls; all where none does."""
+        speaking = self.speaking(dialect)
+        return [one for one in speaking if one.name not in self.drained] or speaking
+
+    def _undrained(self, targets: list[Target]) -> list[Target]:
+        """Those that take new calls; all where none does."""
+        if not self.drained:
+            return targets
+        return [one for one in targets if one.upstream.name not in self.drained] or targets
 
     def named_by_routes(self, dialect: Dialect) -> dict[str, Target]:
         """The models that have a name by a route alone, and who is asked first for each. Routes
@@ -683,7 +672,9 @@ class Targets:
         if known is None:
             plain = model.removeprefix("models/")
             routed = self._routed(plain)
-            known = (self._any(plain), True) if routed is None else (routed, False)
+            known = (self._any(plain), True)
+            if routed is not None:
+                known = (self._undrained(routed), False)
             if known[0] and len(self._for_prompts) < _MODELS_KEPT:
                 self._for_prompts[model] = known
         found, by_lot = known
@@ -706,7 +697,8 @@ class Targets:
     def _any(self, model: str) -> list[Target]:
         """Those that name a model; where nobody does, those that take any, and of these the ones of
         Gemini's dialect, where there are some: the usual models of prompts are Gemini's."""
-        found = self._best(model, self.upstreams.values())
+        serving = [one for one in self.upstreams.values() if one.name not in self.drained]
+        found = self._best(model, serving) or self._best(model, self.upstreams.values())
         if any(one.upstream.fit(model) > 1 for one in found):
             return found
         return [one for one in found if Dialect.GEMINI in one.upstream.base_urls] or found
@@ -734,7 +726,7 @@ class Targets:
     def _without_model(self, dialect: Dialect) -> list[Target]:
         """For a call that leaves its model to the provider: those whose own dialect it is, and that
         take any model, come first."""
-        speaking = self.speaking(dialect)
+        speaking = self.in_service(dialect)
         own = [one for one in speaking if _first_dialect(one) is dialect] or speaking
         return [Target(one, "") for one in [one for one in own if one.fit("")] or own]
 
@@ -757,6 +749,15 @@ class Targets:
             for place, target in enumerate(targets)
         ]
         return [targets[place] for _, place in sorted(keys, reverse=True)]
+
+
+def check_passthrough(upstreams: Iterable[Upstream]) -> None:
+    """Raises ConfigError for one that names a path which Tidegate knows itself."""
+    for one in upstreams:
+        for pattern in one.passthrough:
+            if is_known(pattern):
+                allowed = "must be a path that Tidegate does not know itself, nor one below it"
+                raise ConfigError(f"upstreams.{one.name}.passthrough", pattern, allowed)
 
 
 def _first_dialect(upstream: Upstream) -> Dialect:
@@ -819,7 +820,7 @@ class PatientAdmission:
             limiter.tell_no_more(paused)
             if end is not None:
                 end()
-        if not limiter.has_pauses or not self._gate.binds_more(self._demand, self._model):
+        if not self._gate.may_hold or not self._gate.binds_more(self._demand, self._model):
             return permit
         permit.settle_unused()
         await admission.__aexit__(None, None, None)

@@ -52,6 +52,7 @@ from tidegate.errors import (
     NotFound,
     QuotaExceeded,
     TidegateError,
+    UpstreamDrained,
     UpstreamError,
     UpstreamGarbled,
     UpstreamThrottled,
@@ -229,6 +230,10 @@ class CallExchange(Protocol):
     def serving(self, targets: Targets, model: str) -> list[Target]:
         """Where it can be made of another model. Raises NotFound and InvalidRequest."""
 
+    def elsewhere(self, targets: Targets) -> list[Target]:
+        """Where it can be made as the upstreams are by now; nowhere where it is bound to those that
+        it has. Raises NotFound and InvalidRequest."""
+
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """What the call takes of which limits there."""
 
@@ -277,22 +282,52 @@ class Spine:
         self.preemption = Preemption()
         self.retries = RetryBudget()
         self.affinity = Affinity(config.cache_wait_us_per_token)
-        self.timeouts = {
-            name: timeouts_of(config, upstream) for name, upstream in targets.upstreams.items()
-        }
-        remaining = {pool: RemainingCapacity(limiter) for pool, limiter in pools.items()}
-        self._lanes = {
-            name: Lane(
-                Gate(name, pools[upstream.pool], upstream.key),
-                pools[upstream.pool],
-                Demands(kinds_optional=name != DEFAULT_POOL, prices=Prices(upstream)),
-                remaining[upstream.pool],
-                self.timeouts[name].total_ms + _HARD_MARGIN_MS,
-            )
-            for name, upstream in targets.upstreams.items()
-            if upstream.pool in pools
-        }
-        self.health = Gates({name: lane.gate for name, lane in self._lanes.items()})
+        self._config = config
+        self._gates: dict[str, Gate] = {}
+        self._lanes: dict[str, Lane] = {}
+        self.timeouts: dict[str, Timeouts] = {}
+        self.health = Gates(self._gates)
+        for upstream in targets.upstreams.values():
+            if upstream.pool in pools:
+                self.install(upstream, pools[upstream.pool])
+            else:
+                self.timeouts[upstream.name] = timeouts_of(config, upstream)
+
+    def install(self, upstream: Upstream, limiter: Limiter) -> None:
+        """Have an upstream, or have it as it is now; what was learned of it stays."""
+        name = upstream.name
+        before = self._lanes.get(name)
+        if before is not None and before.limiter is not limiter:
+            before = None
+        gate = Gate(name, limiter, upstream.identity())
+        if before is not None:
+            gate = before.gate if before.gate.has_same_key(gate) else gate
+            gate.announced = before.gate.announced
+        self.timeouts[name] = timeouts = timeouts_of(self._config, upstream)
+        self._lanes[name] = Lane(
+            gate,
+            limiter,
+            Demands(
+                None if before is None else before.demands.estimator,
+                kinds_optional=name != DEFAULT_POOL,
+                prices=Prices(upstream),
+            ),
+            RemainingCapacity(limiter) if before is None else before.remaining,
+            timeouts.total_ms + _HARD_MARGIN_MS,
+        )
+        self._gates[name] = gate
+        gate.drain(name in self.targets.drained)
+
+    def withdraw(self, name: str) -> None:
+        """Have an upstream no more, but for calls that have begun."""
+        if (gate := self._gates.pop(name, None)) is not None:
+            gate.drain(True)
+
+    def forget(self, name: str) -> None:
+        """No call of a withdrawn upstream is left."""
+        if name not in self._gates:
+            self._lanes.pop(name, None)
+            self.timeouts.pop(name, None)
 
     async def run(
         self,
@@ -317,7 +352,7 @@ class Spine:
 
     def first_of(self, dialect: Dialect) -> Target:
         """For what concerns no model. Raises NotFound where no upstream speaks the dialect."""
-        speaking = self.targets.speaking(dialect)
+        speaking = self.targets.in_service(dialect)
         if not speaking:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
         return Target(speaking[0], "")
@@ -393,6 +428,10 @@ class _Run:
                 now = self._policies(left)
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
+            except UpstreamDrained:
+                left = self._elsewhere()
+                if not left:
+                    raise
             except BudgetReserved as reserved:
                 if terms.left_ms() <= 0 or not terms.repeats:  # a queue repeats it
                     raise
@@ -423,6 +462,17 @@ class _Run:
                     if not left:
                         raise
                 self._record.begin_again()
+
+    def _elsewhere(self) -> list[Target]:
+        """Where a call goes whose upstream was drained while it waited."""
+        found: list[Target] = []
+        with suppress(NotFound, InvalidRequest):
+            found = self._exchange.elsewhere(self._spine.targets)
+        return [
+            one
+            for one in self._spine.usable(found)
+            if not self._spine.lane(one).gate.drained and _place(one) not in self._refusals
+        ]
 
     def _affordable(self, targets: list[Target]) -> list[Target]:
         """Those that no budget has refused, or is known to refuse: an upstream may be cheaper than
@@ -517,7 +567,7 @@ class _Run:
                     never[place] = impossible
         while True:
             place = 0
-            if never or self._spine.lane(targets[0]).limiter.has_pauses:
+            if never or self._spine.lane(targets[0]).gate.may_hold:
                 demands = self._demands(targets)
                 place = self._to_wait_for(targets, demands, never)
             target, demand = targets[place], demands[place]

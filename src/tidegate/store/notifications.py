@@ -30,6 +30,7 @@ WORK = "tidegate_work"
 CHANGED = "tidegate_changed"
 CANCEL = "tidegate_cancel"
 BUDGETS = "tidegate_budgets"
+UPSTREAMS = "tidegate_upstreams"
 POLL_MS = 500
 WORK_POLL_MS = 1_000
 MAX_WATCHERS = 10_000
@@ -58,6 +59,7 @@ class Notifications:
         self._cancel_received = asyncio.Event()
         self._listening: asyncio.Task[None] | None = None
         self.on_budgets: list[Callable[[], None]] = []
+        self.on_upstreams: list[Callable[[], None]] = []
         self._line: asyncpg.Connection | None = None
         self._poller: asyncio.Task[None] | None = None
 
@@ -204,7 +206,7 @@ class Notifications:
         watchdog = loop.call_later(_LISTEN_TIMEOUT_MS / 1000, connection.terminate)
         try:
             connection.add_termination_listener(lambda _connection: closed.set())
-            for channel in (WORK, CHANGED, CANCEL, BUDGETS):
+            for channel in (WORK, CHANGED, CANCEL, BUDGETS, UPSTREAMS):
                 await connection.add_listener(channel, self._on_message)
             watchdog.cancel()
             self.wake_all()
@@ -214,8 +216,8 @@ class Notifications:
             connection.terminate()
 
     def _on_message(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
-        if channel == BUDGETS:
-            for notify in self.on_budgets:
+        if channel in (BUDGETS, UPSTREAMS):
+            for notify in self.on_budgets if channel == BUDGETS else self.on_upstreams:
                 notify()
             return
         if channel == WORK:

@@ -24,6 +24,7 @@ from tidegate.store.outbox import AlertOutbox, WebhookOutbox
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.provider_batches import ProviderBatches
 from tidegate.store.provider.resources import ProviderResources
+from tidegate.store.provider.upstreams import UpstreamRevisions
 from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
@@ -81,6 +82,7 @@ class Store:
         self.background = BackgroundCalls(
             connections, self.audit, self.queue, self.budgets, instance_id, claim_lease_ms
         )
+        self.upstreams = UpstreamRevisions(connections)
         self.provider_resources = ProviderResources(connections, self.audit.keep)
         self.batches = Batches(connections, self.notifications, self.audit, instance_id)
         self.open_batches = OpenBatches(connections, self.notifications)

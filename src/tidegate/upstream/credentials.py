@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, Protocol
@@ -310,38 +310,76 @@ def source_of(authentication: Authentication, network: Network | None) -> Creden
     return AwsSource(authentication)
 
 
-@asynccontextmanager
-async def open_signers(
-    upstreams: Iterable[Upstream],
-) -> AsyncIterator[Mapping[Authentication, Signer]]:
-    """The credentials of `upstreams`, kept valid while the block runs. Never raises for those that
-    can't be read: their calls fail, and it is logged."""
-    signers: dict[Authentication, RenewedCredentials] = {}
-    for upstream in upstreams:
-        for dialect in upstream.base_urls:
-            access = upstream.access(dialect)
-            authentication = access.authentication
-            if authentication is not None and authentication not in signers:
-                source = await asyncio.to_thread(source_of, authentication, access.network)
-                signers[authentication] = RenewedCredentials(source, authentication.kind)
-    async with AsyncExitStack() as stack:
-        if signers:
-            first = asyncio.gather(*(one.renew() for one in signers.values()))
+class Signers(Mapping[Authentication, Signer]):
+    """The credentials of upstreams, kept valid until `aclose`."""
+
+    def __init__(self) -> None:
+        self._signers: dict[Authentication, RenewedCredentials] = {}
+        self._tasks: dict[Authentication, asyncio.Task[None]] = {}
+
+    def __getitem__(self, authentication: Authentication) -> Signer:
+        return self._signers[authentication]
+
+    def __iter__(self) -> Iterator[Authentication]:
+        return iter(self._signers)
+
+    def __len__(self) -> int:
+        return len(self._signers)
+
+    async def open(self, upstreams: Iterable[Upstream]) -> None:
+        """Keep those of `upstreams` valid too, and wait for the first. Never raises for those that
+        can't be read: their calls fail, and it is logged."""
+        new: dict[Authentication, RenewedCredentials] = {}
+        for authentication, network in _renewed(upstreams).items():
+            if authentication not in self._signers:
+                source = await asyncio.to_thread(source_of, authentication, network)
+                new[authentication] = RenewedCredentials(source, authentication.kind)
+        if new:
+            first = asyncio.gather(*(one.renew() for one in new.values()))
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_WITHIN_S):
                     await first
-        for one in signers.values():
-            stack.callback(asyncio.create_task(one.run()).cancel)
-        yield signers
+        for authentication, one in new.items():
+            if authentication not in self._signers:
+                self._signers[authentication] = one
+                self._tasks[authentication] = asyncio.create_task(one.run())
+
+    def keep(self, upstreams: Iterable[Upstream]) -> None:
+        """Renew those of `upstreams` alone from now on."""
+        needed = _renewed(upstreams)
+        for authentication in [one for one in self._signers if one not in needed]:
+            self._tasks.pop(authentication).cancel()
+            del self._signers[authentication]
+
+    def close(self) -> None:
+        """Renew none any more."""
+        self.keep(())
+
+
+def _renewed(upstreams: Iterable[Upstream]) -> dict[Authentication, Network | None]:
+    """The authentications of upstreams whose credentials are renewed, with their networks."""
+    found: dict[Authentication, Network | None] = {}
+    for upstream in upstreams:
+        for dialect in upstream.base_urls:
+            access = upstream.access(dialect)
+            if access.authentication is not None:
+                found.setdefault(access.authentication, access.network)
+    return found
 
 
 @asynccontextmanager
-async def open_wire(timeouts: Timeouts, upstreams: Iterable[Upstream]) -> AsyncIterator[RelayWire]:
-    """A wire to `upstreams`, with their credentials."""
+async def open_wire(
+    timeouts: Timeouts, upstreams: Iterable[Upstream], signers: Signers | None = None
+) -> AsyncIterator[RelayWire]:
+    """A wire to `upstreams`, with their credentials, which are put into `signers`."""
     wire = RelayWire(timeouts)
-    async with open_signers(upstreams) as wire.signers:
+    wire.signers = signers = Signers() if signers is None else signers
+    try:
+        await signers.open(upstreams)
         await wire.start()
         try:
             yield wire
         finally:
             await wire.aclose()
+    finally:
+        signers.close()

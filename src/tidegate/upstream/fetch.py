@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 import aiohttp
+import orjson
 from aiohttp.abc import AbstractResolver
 from aiohttp.resolver import ThreadedResolver
 from yarl import URL
@@ -343,6 +345,55 @@ class GuardedPoster:
             return Posted(problem=f"webhook_url did not answer within {self.timeout_ms} ms")
         except aiohttp.ClientError as failed:
             return Posted(problem=f"webhook_url {why_not_sent(failed)}")
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamTest:
+    """What an upstream answers to a request for its models, in one dialect. status: None without an
+    answer. problem: empty where it is as it should be."""
+
+    dialect: str
+    url: str
+    status: int | None
+    took_ms: float
+    models: tuple[str, ...] = ()
+    problem: str = ""
+
+
+_MODELS_BYTES = 4_000_000
+_NO_LIST = (404, 405)  # of a server that has none: its credentials are not tested
+_REFUSED = (401, 403)
+
+
+async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamTest:
+    """Request an upstream's models with its credentials, by its network. Never raises for what the
+    provider or the network does."""
+    spec, access = DIALECTS[dialect], upstream.access(dialect)
+    headers = [*spec.headers, (b"accept-encoding", b"identity")]
+    url, status, problem = access.url(spec.models.path), None, ""
+    models: tuple[str, ...] = ()
+    began = time.perf_counter()
+    try:
+        exchange = await wire.open("GET", wire.place(url, access), headers, None)
+        status = exchange.status
+        try:
+            body = await exchange.read(_MODELS_BYTES)
+        finally:
+            exchange.close()
+        if status == 200:
+            shape = spec.models
+            listed = (str(one[shape.id_key]) for one in orjson.loads(body)[shape.key])
+            models = tuple(one.removeprefix(shape.prefix) for one in listed)
+        elif status in _REFUSED:
+            problem = f"it refuses the credentials with {status}"
+        elif status not in _NO_LIST:
+            problem = f"it answers {status}"
+    except UpstreamError as failed:
+        problem = failed.message
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        problem = "its answer is no list of models"
+    took_ms = round((time.perf_counter() - began) * 1000, 1)
+    return UpstreamTest(dialect, access.base, status, took_ms, models, problem)
 
 
 async def ask_for_models(wire: RelayWire, upstream: Upstream, dialect: str) -> Posted:

@@ -25,7 +25,7 @@ from tidegate.call import Answer
 from tidegate.emulator.server import run_emulator
 from tidegate.policy.deployment import Upstream, deployed_upstreams
 from tidegate.settings import Config
-from tidegate.upstream.credentials import open_signers
+from tidegate.upstream.credentials import Signers
 from tidegate.upstream.gemini import GeminiProcessor
 
 FILE = """
@@ -211,8 +211,10 @@ async def test_prompts_reach_vertex_and_a_lost_token_is_a_dead_key(
     config = Config.model_validate({"tidegate_policy": policy})
     found = {one.name: one for one in deployed_upstreams(config).upstreams}
     answer, sink = Answer(), Collected()
-    async with open_signers([vertex := found["vertex"]]) as signers:
-        await prompt(vertex, signers, answer, sink)
+    signers = Signers()
+    await signers.open([vertex := found["vertex"]])
+    await prompt(vertex, signers, answer, sink)
+    signers.close()
     assert answer.text
     assert "/publishers/google/models/gemini-2.5-flash:streamGenerate" in clouds.seen[-1][0]
     clouds.token_error = 503

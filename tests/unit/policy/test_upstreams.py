@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tidegate.errors import ConfigError
 from tidegate.policy.deployment import Deployment, Preempt, deployment_of
 from tidegate.prices.rates import Price
 from tidegate.settings import Config
+from tidegate.spine.resources import account_of
 from tidegate.usual_models import EMULATORS_KEY
 
 CONFIG = Config.model_validate({"gemini_api_key": "AIzaSecret"})
@@ -243,3 +245,41 @@ def test_a_base_url_is_enough(text: str, url: dict[str, str]) -> None:
     *_, found = deployment(f"[upstreams.gpu]\n{text}").upstreams
     assert found.base_urls == url
     assert found.key == ("k" if "LOCAL_KEY" in text else "")
+
+
+GOOGLE = """
+[upstreams.one]
+provider = "vertex"
+project = "p"
+credentials_file = "{one}"
+
+[upstreams.two]
+provider = "vertex"
+project = "p"
+credentials_file = "{two}"
+"""
+
+
+def test_identities_at_one_url_are_accounts_of_their_own(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.json" for name in ("one", "two")}
+    for file in files.values():
+        file.write_text("{}")
+    one, two = deployment(GOOGLE.format(**files), with_keys()).upstreams
+    assert (one.key, one.base_urls) == (two.key, two.base_urls) == ("", one.base_urls)
+    assert account_of(one, "gemini") != account_of(two, "gemini")
+    same = deployment(GOOGLE.format(one=files["one"], two=files["one"]), with_keys()).upstreams
+    assert len({account_of(each, "gemini") for each in same}) == 1
+
+
+def test_the_value_of_a_header_tells_accounts_apart() -> None:
+    text = """
+    [upstreams.one]
+    base_url = "http://127.0.0.1:1/v1"
+    headers = { x-account = "env:ONE" }
+
+    [upstreams.two]
+    base_url = "http://127.0.0.1:1/v1"
+    headers = { x-account = "env:TWO" }
+    """
+    one, two = deployment(text, with_keys(), ONE="a", TWO="b").upstreams
+    assert account_of(one, "openai") != account_of(two, "openai")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tidegate.dialects.headers import RateStatus, rate_statuses
-from tidegate.spine import routing as announced
-from tidegate.spine.routing import MOST_MODELS, Announced, Announcement
+from tidegate.spine import learning as announced
+from tidegate.spine.learning import MOST_MODELS, Announced, Announcement
 
 OPENAI = [
     (b"Content-Type", b"application/json"),

@@ -9,8 +9,7 @@ import pytest
 from tidegate.emulator.account import LimitReading
 from tidegate.emulator.profiles import AccountLimit
 from tidegate.emulator.rate_limits import rate_limit_headers
-from tidegate.spine.learning import readings_of
-from tidegate.spine.routing import Announced
+from tidegate.spine.learning import Announced, readings_of
 
 NOW_S = 1_800_000_000
 

@@ -1,0 +1,441 @@
+"""Routes `/admin/upstreams`: the upstreams of the running deployment, and their changes.
+
+Invariants: every route requires an admin; a change records who made it and why, and is answered
+when every process has it, or with those that do not; no answer has a secret in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from tidegate.errors import LimiterUnavailable, NotFound, UpstreamInUse
+from tidegate.http.admin.limits import By, config_errors_refused, described, read_json
+from tidegate.http.guards import admin_router
+from tidegate.http.problems import problem_responses
+from tidegate.http.services import Services, services_of
+from tidegate.policy.live import (
+    POLICY_KEYS,
+    LiveEdit,
+    added,
+    as_deployed,
+    changed_lines,
+    changes_of,
+    drained,
+    read_again,
+    removed,
+    shown,
+    with_keys,
+)
+from tidegate.spine.upstreams import UpstreamChange, check_tested
+from tidegate.store.provider.upstreams import UpstreamProcess
+from tidegate.upstream.fetch import UpstreamTest
+
+router = admin_router(400, 408, 413, 415, 503, tag="upstreams")
+UpstreamName = Annotated[str, Path(description="An upstream's name", max_length=100)]
+Expected = Annotated[int | None, Query(description="The revision that must be in force", ge=0)]
+_READ_WITHIN_S = 2.0
+_MOST_MODELS = 20
+
+State = Literal["in service", "out", "draining", "drained", "missing"]
+
+
+class SignedChange(BaseModel):
+    """Who does it, and why; both go on record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: str = Field(default="admin", min_length=1, max_length=100)
+    reason: str = Field(default="", max_length=500)
+    expected: int | None = Field(
+        default=None, ge=0, description="The revision that must be in force, or nothing is changed"
+    )
+    dry_run: bool = Field(default=False, description="Only report what would change")
+
+
+class NewUpstream(SignedChange):
+    """An upstream, or one that was removed live."""
+
+    table: dict[str, Any] = Field(
+        default_factory=dict,
+        description="As in `[upstreams.NAME]` of tidegate.toml",
+        examples=[{"provider": "groq", "key": "GROQ_API_KEY", "models": ["llama-*"]}],
+    )
+    test: bool = Field(default=True, description="Whether it must answer for its models first")
+
+
+class UpstreamKeys(SignedChange):
+    """Keys to set, as in `[upstreams.NAME]`; `aliases.fast` is one entry of a table."""
+
+    set: dict[str, Any] = Field(default_factory=dict, examples=[{"weight": 3}])
+    remove: list[str] = Field(default_factory=list, max_length=100)
+    deployed: bool = Field(default=False, description="Put it back to what the file says")
+    read_again: bool = Field(default=False, description="Read its secrets and files again")
+
+
+class RollBack(SignedChange):
+    revision: int = Field(ge=0, description="Whose upstreams are to be in force; 0: the file's")
+
+
+class ChangeView(BaseModel):
+    """What a change has done."""
+
+    revision: int = Field(description="In force")
+    changes: list[str]
+    took_ms: float
+    in_force_ms: float = Field(description="From the decision until every process had it")
+    processes: int
+    unreached: list[str] = Field(description="Processes that do not have it in force yet")
+    dry_run: bool
+    tests: list[UpstreamTestView] = Field(default_factory=list)
+
+
+class UpstreamTestView(BaseModel):
+    """What an upstream answers to a request for its models, in one dialect."""
+
+    dialect: str
+    url: str
+    status: int | None = Field(description="null: no answer")
+    took_ms: float
+    models: list[str] = Field(description="The first 20")
+    model_count: int
+    unlisted: list[str] = Field(description="Models that the upstream names and the list has not")
+    problem: str = Field(description="Empty where it is as it should be")
+
+
+class UpstreamView(BaseModel):
+    """An upstream as it is in force."""
+
+    name: str
+    state: State
+    source: str = Field(description="deployment (file or environment), live, or both with keys")
+    table: dict[str, Any] = Field(description="Its keys in force, values of headers hidden")
+    base_urls: dict[str, str]
+    in_progress: int | None = Field(description="Permits in use; null while Valkey is away")
+    waiting: int | None
+    problems: dict[str, str] = Field(description="Processes that can't make it, and why")
+
+
+class UpstreamsView(BaseModel):
+    """All upstreams."""
+
+    revision: int = Field(description="Of the live changes; 0: there was none")
+    processes: list[ProcessView]
+    upstreams: list[UpstreamView]
+    differing: list[str] = Field(description="Where the file has changed under a live change")
+
+
+class ProcessView(BaseModel):
+    instance_id: str
+    role: str
+    revision: int
+
+
+class DrainView(ChangeView):
+    in_progress: int | None = Field(description="Permits in use; null while Valkey is away")
+    background: int = Field(description="Calls that go on in the background")
+    batches: int = Field(description="Batches of the provider's that are open")
+
+
+class RevisionView(BaseModel):
+    revision: int
+    action: str
+    set_by: str
+    reason: str
+    created_at: datetime | None
+    changes: list[str]
+
+
+ChangeView.model_rebuild()
+UpstreamsView.model_rebuild()
+DrainView.model_rebuild()
+
+
+@router.get("/upstreams", summary="All upstreams, where each comes from, and its state")
+async def list_upstreams(request: Request) -> UpstreamsView:
+    services = services_of(request)
+    live, base = services.upstreams, services.upstreams.stated.tables()
+    processes = await live.record.processes()
+    deployment = live.deployment
+    names = [*(one.name for one in deployment.upstreams), *deployment.missing]
+    uses = await asyncio.gather(*(_in_use(services, name) for name in names))
+    return UpstreamsView(
+        revision=max(0, live.revision),
+        processes=[
+            ProcessView(instance_id=one.instance_id, role=one.role, revision=one.revision)
+            for one in processes
+        ],
+        upstreams=[
+            _view(services, name, use, base, processes)
+            for name, use in zip(names, uses, strict=True)
+        ],
+        differing=deployment.live.differing(base),
+    )
+
+
+@router.get("/upstreams/history", summary="What was changed when, and who changed it")
+async def history(
+    request: Request, most: Annotated[int, Query(ge=1, le=1_000)] = 50
+) -> list[RevisionView]:
+    found = await services_of(request).upstreams.record.history(most + 1)
+    changes = [changes_of(one.upstreams) for one in found] + [changes_of({})]
+    return [
+        RevisionView(
+            revision=one.revision,
+            action=one.action,
+            set_by=one.set_by,
+            reason=one.reason,
+            created_at=one.created_at,
+            changes=changed_lines(changes[place + 1], changes[place]),
+        )
+        for place, one in enumerate(found[:most])
+    ]
+
+
+@router.post(
+    "/upstreams/rollback",
+    responses=problem_responses(404, 409),
+    openapi_extra=described(RollBack),
+    summary="Put the upstreams of an earlier revision in force",
+)
+async def roll_back(request: Request) -> ChangeView:
+    wanted = await read_json(request, RollBack)
+    with config_errors_refused():
+        done = await services_of(request).upstreams.roll_back(
+            wanted.revision,
+            by=wanted.by,
+            reason=wanted.reason,
+            expected=wanted.expected,
+            is_dry_run=wanted.dry_run,
+        )
+    return ChangeView(**_plain(done))
+
+
+@router.put(
+    "/upstreams/{name}",
+    responses=problem_responses(409),
+    openapi_extra=described(NewUpstream),
+    summary="Add an upstream, in all processes",
+)
+async def add(request: Request, name: UpstreamName) -> ChangeView:
+    """It is tested from the process that is asked, and put in force once every process has its key
+    and its files."""
+    new, services = await read_json(request, NewUpstream), services_of(request)
+    live, edit, tests = services.upstreams, added(name, new.table), list[UpstreamTestView]()
+    with config_errors_refused():
+        candidate = live.candidate(edit, name)
+        if new.test:
+            found = await live.test(candidate)
+            check_tested(found)
+            tests = _tests(found, candidate.models, candidate.aliases)
+        done = await _changed(request, f"add {name}", edit, new)
+    keeper = services.keepers.get(name)
+    if not new.dry_run and keeper is not None and {*POLICY_KEYS} & new.table.keys():
+        # A pool of that name may have limits from before.
+        await keeper.adopt_wanted(set_by=new.by, reason=new.reason or f"add {name}")
+    return ChangeView(**_plain(done), tests=tests)
+
+
+@router.patch(
+    "/upstreams/{name}",
+    responses=problem_responses(409),
+    openapi_extra=described(UpstreamKeys),
+    summary="Change keys of an upstream, in all processes",
+)
+async def set_keys(request: Request, name: UpstreamName) -> ChangeView:
+    """Calls in progress go on as they began."""
+    keys = await read_json(request, UpstreamKeys)
+    edit = with_keys(name, keys.set, keys.remove)
+    if keys.deployed:
+        edit = as_deployed(name)
+    elif keys.read_again and not (keys.set or keys.remove):
+        edit = read_again(name)
+    with config_errors_refused():
+        return ChangeView(**_plain(await _changed(request, f"set {name}", edit, keys)))
+
+
+@router.post(
+    "/upstreams/{name}/test",
+    responses=problem_responses(404),
+    summary="Request the models of an upstream, with its credentials, from this process",
+)
+async def test(request: Request, name: UpstreamName) -> list[UpstreamTestView]:
+    live = services_of(request).upstreams
+    upstream = live.deployment.upstream(name)
+    if upstream is None:
+        raise NotFound(f"there is no upstream {name}", field="name")
+    return _tests(await live.test(upstream), upstream.models, upstream.aliases)
+
+
+@router.post(
+    "/upstreams/{name}/drain",
+    responses=problem_responses(409),
+    openapi_extra=described(SignedChange),
+    summary="Have an upstream take no new calls",
+)
+async def drain(request: Request, name: UpstreamName) -> DrainView:
+    """Calls that wait for it go elsewhere, those in progress end; what lives there can be reached.
+    The answer says how many are left; repeat the request to know how many still are."""
+    signed = await read_json(request, SignedChange)
+    with config_errors_refused():
+        done = await _changed(request, f"drain {name}", drained(name), signed, prepares=False)
+    services = services_of(request)
+    use = await _in_use(services, name)
+    at = await services.upstreams.record.at(name)
+    return DrainView(
+        **_plain(done),
+        in_progress=None if use is None else use[0],
+        background=at.background,
+        batches=at.batches,
+    )
+
+
+@router.post(
+    "/upstreams/{name}/resume",
+    responses=problem_responses(409),
+    openapi_extra=described(SignedChange),
+    summary="Have a drained upstream take calls again",
+)
+async def resume(request: Request, name: UpstreamName) -> ChangeView:
+    signed = await read_json(request, SignedChange)
+    edit = drained(name, is_drained=False)
+    with config_errors_refused():
+        return ChangeView(**_plain(await _changed(request, f"resume {name}", edit, signed)))
+
+
+@router.delete(
+    "/upstreams/{name}",
+    responses=problem_responses(409),
+    summary="Remove an upstream, in all processes",
+)
+async def remove(
+    request: Request,
+    name: UpstreamName,
+    by: By = "admin",
+    reason: Annotated[str, Query(max_length=500)] = "",
+    force: Annotated[
+        bool, Query(description="Also while calls go on there, or something lives there")
+    ] = False,
+    expected: Expected = None,
+    dry_run: bool = False,
+) -> ChangeView:
+    """Calls in progress end as they began. What lives there can't be reached any more."""
+    services = services_of(request)
+    if not force and name in {one.name for one in services.upstreams.deployment.upstreams}:
+        await _check_unused(services, name)
+    signed = SignedChange(by=by, reason=reason, expected=expected, dry_run=dry_run)
+    with config_errors_refused():
+        done = await _changed(request, f"remove {name}", removed(name), signed, prepares=False)
+    return ChangeView(**_plain(done))
+
+
+async def _check_unused(services: Services, name: str) -> None:
+    """Raises UpstreamInUse with what still needs it."""
+    use, at = await _in_use(services, name), await services.upstreams.record.at(name)
+    needs: list[str] = []
+    if name not in services.upstreams.deployment.drained:
+        needs.append("it is not drained")
+    if use is None:
+        raise LimiterUnavailable("Valkey does not tell which calls go on there", limit="")
+    named = {
+        "calls in progress": use[0],
+        "waiting calls": use[1],
+        "calls in the background": at.background,
+        "open batches": at.batches,
+        "resources of callers": at.resources,
+    }
+    needs += [f"{count} {what}" for what, count in named.items() if count]
+    if needs:
+        said = f"the upstream {name} is in use: {', '.join(needs)}"
+        raise UpstreamInUse(f"{said}; force removes it nevertheless")
+
+
+async def _changed(
+    request: Request, action: str, edit: LiveEdit, signed: SignedChange, *, prepares: bool = True
+) -> UpstreamChange:
+    return await services_of(request).upstreams.change(
+        action,
+        edit,
+        by=signed.by,
+        reason=signed.reason,
+        expected=signed.expected,
+        is_dry_run=signed.dry_run,
+        needs_preparation=prepares,
+    )
+
+
+def _plain(done: UpstreamChange) -> dict[str, Any]:
+    return {
+        "revision": done.revision,
+        "changes": done.changes,
+        "took_ms": done.took_ms,
+        "in_force_ms": done.in_force_ms,
+        "processes": done.processes,
+        "unreached": done.unreached,
+        "dry_run": done.is_dry_run,
+    }
+
+
+def _tests(found: list[UpstreamTest], models: Any, aliases: Any) -> list[UpstreamTestView]:
+    named = [one for one in (*models, *aliases.values()) if not set("*?[") & set(one)]
+    return [
+        UpstreamTestView(
+            dialect=one.dialect,
+            url=one.url,
+            status=one.status,
+            took_ms=one.took_ms,
+            models=list(one.models[:_MOST_MODELS]),
+            model_count=len(one.models),
+            unlisted=[name for name in named if one.models and name not in one.models],
+            problem=one.problem,
+        )
+        for one in found
+    ]
+
+
+async def _in_use(services: Services, name: str) -> tuple[int, int] | None:
+    """How many permits are in use and how many calls wait; None while Valkey does not tell."""
+    limiter = services.limiters.get(name)
+    if limiter is None:
+        return 0, 0
+    try:
+        async with asyncio.timeout(_READ_WITHIN_S):
+            snapshot = await limiter.snapshot(permits=True)
+    except (LimiterUnavailable, TimeoutError):
+        return None
+    return len(snapshot.permits), sum(one.waiting for one in snapshot.tenants)
+
+
+def _view(
+    services: Services,
+    name: str,
+    use: tuple[int, int] | None,
+    base: Any,
+    processes: list[UpstreamProcess],
+) -> UpstreamView:
+    deployment = services.upstreams.deployment
+    upstream, gate = deployment.upstream(name), services.spine.health.get(name)
+    state: State = "in service"
+    if upstream is None or gate is None:
+        state = "missing"
+    elif name in deployment.drained:
+        state = "drained" if use is not None and use[0] == 0 else "draining"
+    elif gate.state != "ok":
+        state = "out"
+    problems = {one.instance_id: one.problems[name] for one in processes if name in one.problems}
+    if (wrong := deployment.missing.get(name)) is not None:
+        problems.setdefault(services.board.process, str(wrong))
+    return UpstreamView(
+        name=name,
+        state=state,
+        source=deployment.live.source(name, base),
+        table=shown(deployment.tables[name]),
+        base_urls={} if upstream is None else dict(upstream.base_urls),
+        in_progress=None if use is None else use[0],
+        waiting=None if use is None else use[1],
+        problems=problems,
+    )

@@ -1,0 +1,311 @@
+"""Live changes to upstreams: set, added, drained and removed while the gateway runs. Pure.
+
+    tables of the file and the environment ──► live changes over them ──► upstreams in force
+
+The rules, in order:
+- a key that was set live stays, whatever the file says of it later, until it is set again or the
+  upstream is put back to the file;
+- every other key is the file's, as of the start of a process;
+- an upstream that was removed live stays removed; one that was added live stays, also where the
+  file names it later;
+- what was set live on an upstream that the file no longer names has no effect.
+
+Invariants: a change makes a new value, and never a value in place; no secret is in a change: it
+names a variable, or a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tidegate.errors import ConfigError
+from tidegate.policy.access import CREDENTIALS
+
+Table = Mapping[str, Any]
+Tables = Mapping[str, Table]
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+# Keys of a table that make the policy of a pool, whose revisions are its own.
+POLICY_KEYS = ("limits", "weights", "bands", "pool")
+_TABLES = ("aliases", "headers", "query", "prices", "dialects", "preempt")
+_FROM_VARIABLE = "env:"
+_SECRET_HEADER = re.compile(r"auth|key|token|secret|password|cookie", re.IGNORECASE)
+_HIDDEN = "(hidden)"
+_LONGEST_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class LiveUpstream:
+    """Changes to one upstream. set: keys with their values, None for one that was taken away. over:
+    what the file said of these keys then. reads: how often secrets were asked to be read again."""
+
+    set: Table = field(default_factory=dict)
+    over: Table = field(default_factory=dict)
+    is_added: bool = False
+    is_drained: bool = False
+    is_removed: bool = False
+    reads: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """As it is on record: without what is as usual."""
+        usual = LiveUpstream()
+        names = ("set", "over", "is_added", "is_drained", "is_removed", "reads")
+        return {
+            name: value for name in names if (value := getattr(self, name)) != getattr(usual, name)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LiveChanges:
+    """Changes to all upstreams, by name."""
+
+    upstreams: Mapping[str, LiveUpstream] = field(default_factory=dict)
+
+    def of(self, name: str) -> LiveUpstream:
+        return self.upstreams.get(name, _UNCHANGED)
+
+    def over(self, base: Tables) -> dict[str, dict[str, Any]]:
+        """The tables that are in force, those of `base` first."""
+        found = {}
+        for name in (*base, *(one for one in self.upstreams if one not in base)):
+            live = self.of(name)
+            if live.is_removed or not (name in base or live.is_added):
+                continue
+            table = {**base.get(name, {}), **live.set}
+            found[name] = {key: value for key, value in table.items() if value is not None}
+        return found
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """Upstreams that take no new call."""
+        return frozenset(name for name, one in self.upstreams.items() if one.is_drained)
+
+    def differing(self, base: Tables) -> list[str]:
+        """Where the file has changed since a key was set live, which stays: a line each."""
+        lines = []
+        for name, live in sorted(self.upstreams.items()):
+            for key in live.set:
+                now, then = base.get(name, {}).get(key), live.over.get(key)
+                if now != then and now != live.set[key]:
+                    kept = _text(key, live.set[key])
+                    lines.append(f"{name}.{key}: the file says {_text(key, now)}, {kept} is kept")
+        return lines
+
+    def source(self, name: str, base: Tables) -> str:
+        """Where an upstream comes from, in words."""
+        live = self.of(name)
+        if name not in base:
+            return "live"
+        keys = ", ".join(sorted(live.set))
+        return f"deployment; live: {keys}" if keys else "deployment"
+
+    def plain(self) -> dict[str, Any]:
+        return {name: made for name, one in self.upstreams.items() if (made := one.plain())}
+
+
+_UNCHANGED = LiveUpstream()
+NO_CHANGES = LiveChanges()
+
+
+def changes_of(plain: Mapping[str, Any]) -> LiveChanges:
+    """From the record; what a later version has put there is passed over."""
+    names = ("set", "over", "is_added", "is_drained", "is_removed", "reads")
+    return LiveChanges(
+        {
+            name: LiveUpstream(**{key: one[key] for key in names if key in one})
+            for name, one in plain.items()
+        }
+    )
+
+
+# -- edits: each makes changes of those that there are, over the tables of the deployment
+
+LiveEdit = Callable[[LiveChanges, Tables], LiveChanges]
+
+
+def added(name: str, table: Table) -> LiveEdit:
+    """Add an upstream, or bring one back that was removed. Raises ConfigError."""
+
+    def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
+        if NAME.fullmatch(name) is None:
+            raise ConfigError("name", name[:100], "must be lower-case letters, digits, - and _")
+        if name in changes.over(base):
+            allowed = "must be new: `tidegate upstreams set` changes one that is there"
+            raise ConfigError("name", name, allowed)
+        _check(name, table)
+        over = _said(base.get(name, {}), table)
+        return _with(changes, name, LiveUpstream(dict(table), over, is_added=name not in base))
+
+    return edit
+
+
+def with_keys(name: str, values: Mapping[str, Any], remove: Sequence[str] = ()) -> LiveEdit:
+    """Set keys of an upstream, and take others away; `aliases.fast` is one entry of a table.
+    Raises ConfigError."""
+
+    def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
+        table = _table(changes, base, name)
+        live = changes.of(name)
+        new = dict(live.set)
+        for key, value in (*values.items(), *((one, None) for one in remove)):
+            stem, _, entry = key.partition(".")
+            if stem in POLICY_KEYS:
+                allowed = f"is changed by `tidegate limits set --pool {name}`"
+                raise ConfigError(f"upstreams.{name}.{key}", None, allowed)
+            if not entry or stem not in _TABLES:
+                new[key] = value
+                continue
+            inner = {**_inner(new.get(stem, table.get(stem))), entry: value}
+            new[stem] = {one: kept for one, kept in inner.items() if kept is not None}
+        _check(name, new)
+        known = base.get(name, {})
+        over = {**_said(known, new), **live.over}
+        # What says the same as the file, or takes away what is not there, is the file's.
+        new = {key: one for key, one in new.items() if key not in known or one != known[key]}
+        new = {key: one for key, one in new.items() if one is not None or key in known}
+        over = {key: one for key, one in over.items() if key in new}
+        return _with(changes, name, replace(live, set=new, over=over))
+
+    return edit
+
+
+def _inner(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def as_deployed(name: str) -> LiveEdit:
+    """Have an upstream as the file says it. Raises ConfigError."""
+
+    def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
+        if name not in base:
+            raise ConfigError("name", name, "must be an upstream of the file or the environment")
+        return _with(changes, name, LiveUpstream(reads=changes.of(name).reads))
+
+    return edit
+
+
+def read_again(name: str) -> LiveEdit:
+    """Have every process read the secrets and files of an upstream again. Raises ConfigError."""
+
+    def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
+        _table(changes, base, name)
+        live = changes.of(name)
+        return _with(changes, name, replace(live, reads=live.reads + 1))
+
+    return edit
+
+
+def drained(name: str, is_drained: bool = True) -> LiveEdit:
+    """Have an upstream take no new calls, or take them again. Raises ConfigError."""
+
+    def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
+        _table(changes, base, name)
+        return _with(changes, name, replace(changes.of(name), is_drained=is_drained))
+
+    return edit
+
+
+def removed(name: str) -> LiveEdit:
+    """Have an upstream no more. Raises ConfigError."""
+
+    def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
+        _table(changes, base, name)
+        if len(changes.over(base)) == 1:
+            raise ConfigError("name", name, "is the last upstream, which can't be removed")
+        one = LiveUpstream(is_removed=True) if name in base else _UNCHANGED
+        return _with(changes, name, one)
+
+    return edit
+
+
+def as_at(plain: Mapping[str, Any]) -> LiveEdit:
+    """The changes of an earlier revision. Raises ConfigError where no upstream would be left."""
+
+    def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
+        then = changes_of(plain)
+        if not then.over(base):
+            raise ConfigError("revision", None, "must leave one upstream")
+        return then
+
+    return edit
+
+
+def _with(changes: LiveChanges, name: str, one: LiveUpstream) -> LiveChanges:
+    upstreams = {**changes.upstreams, name: one}
+    return LiveChanges({name: one for name, one in upstreams.items() if one != _UNCHANGED})
+
+
+def _table(changes: LiveChanges, base: Tables, name: str) -> Table:
+    tables = changes.over(base)
+    if name not in tables:
+        known = ", ".join(sorted(tables))
+        raise ConfigError("name", name[:100], f"must be an upstream; known: {known}")
+    return tables[name]
+
+
+def _said(table: Table, keys: Table) -> dict[str, Any]:
+    return {key: table[key] for key in keys if key in table}
+
+
+def _check(name: str, table: Table) -> None:
+    """What is on record has no secret in it. Raises ConfigError."""
+    path = f"upstreams.{name}"
+    for header, value in _inner(table.get("headers")).items():
+        is_secret = header.lower().encode() in CREDENTIALS or _SECRET_HEADER.search(header)
+        if is_secret and not str(value).startswith(_FROM_VARIABLE):
+            allowed = "must be env:VARIABLE, since it is kept on record"
+            raise ConfigError(f"{path}.headers.{header}", _HIDDEN, allowed)
+    for key, value in _inner(table.get("query")).items():
+        if _SECRET_HEADER.search(key) and not str(value).startswith(_FROM_VARIABLE):
+            allowed = "must be env:VARIABLE, since it is kept on record"
+            raise ConfigError(f"{path}.query.{key}", _HIDDEN, allowed)
+    proxy = table.get("proxy")
+    if isinstance(proxy, str) and "@" in proxy:
+        allowed = "must be env:VARIABLE, since it is kept on record and has a password"
+        raise ConfigError(f"{path}.proxy", _HIDDEN, allowed)
+
+
+# -- for people
+
+
+def shown(table: Table) -> dict[str, Any]:
+    """A table without what may be a secret of the file's."""
+    found = dict(table)
+    for key in ("headers", "query"):
+        if key in found:
+            found[key] = {name: _public(value) for name, value in _inner(found[key]).items()}
+    if "@" in str(found.get("proxy", "")):
+        found["proxy"] = _HIDDEN
+    return found
+
+
+def _public(value: Any) -> Any:
+    return value if str(value).startswith(_FROM_VARIABLE) else _HIDDEN
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    return str(shown({key: value})[key])[:_LONGEST_SHOWN]
+
+
+def changed_lines(before: LiveChanges, after: LiveChanges) -> list[str]:
+    """What changes from one to the other, a line each: `openai.weight: 1 -> 3`."""
+    lines = []
+    for name in sorted(before.upstreams.keys() | after.upstreams.keys()):
+        old, new = before.of(name), after.of(name)
+        for flag in ("added", "drained", "removed"):
+            was, now = getattr(old, f"is_{flag}"), getattr(new, f"is_{flag}")
+            if was != now:
+                lines.append(f"{name}: {flag}" if now else f"{name}: no longer {flag}")
+        for key in sorted(old.set.keys() | new.set.keys()):
+            was, now = (
+                _text(key, one.set[key]) if key in one.set else "not set live" for one in (old, new)
+            )
+            if was != now:
+                lines.append(f"{name}.{key}: {was} -> {now}")
+        if new.reads != old.reads:
+            lines.append(f"{name}: secrets read again")
+    return lines

@@ -1,0 +1,599 @@
+"""Upstreams of a process while it runs: opened, changed, drained and removed between calls.
+
+    proposed ──► prepared: made, pool entered, credentials read ──► in force: swapped ──► old closed
+                     └── a problem, which the proposer is told
+
+Every process follows the revisions on record: by a notification, and every two seconds without
+one. A change is proposed by the process that an operator asked, and put in force once every
+process that lives has prepared it. A drain or a removal needs no preparation, so that no process
+can hold it up.
+
+Invariants: a call keeps the upstream that it began with; the swap is one step, without a wait;
+what a process can't make it does not call, and reports; what is removed is closed after its last
+call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tidegate.call import DEFAULT_POOL
+from tidegate.dialects.spec import Dialect
+from tidegate.errors import ConfigError, NotFound, StoreUnavailable, UpstreamsChanged, UpstreamUnfit
+from tidegate.limiter import Limiter, Observer, PoolPolicy
+from tidegate.policy.deployment import Deployment, Stated, Upstream, check_adopted
+from tidegate.policy.live import LiveChanges, LiveEdit, as_at, changed_lines, changes_of
+from tidegate.policy.rollout import PolicyKeeper, open_pool
+from tidegate.settings import Config
+from tidegate.spine.learning import LimitLearner
+from tidegate.spine.native import Relay
+from tidegate.spine.routing import check_passthrough
+from tidegate.spine.run import timeouts_of
+from tidegate.store.notifications import Notifications
+from tidegate.store.provider.upstreams import (
+    SEEN_EVERY_MS,
+    UpstreamProcess,
+    UpstreamRevision,
+    UpstreamRevisions,
+)
+from tidegate.store.tenants import Policies
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream.credentials import Signers, open_wire
+from tidegate.upstream.fetch import UpstreamTest, tested
+from tidegate.upstream.gemini import GeminiProcessor
+from tidegate.upstream.transport import Timeouts
+
+PREPARED_WITHIN_S = 20.0
+KNOWN_WITHIN_S = 5.0
+TEST_MS = 10_000
+_LOOK_EVERY_S = 0.02
+_CLOSE_AFTER_S = 60.0  # longer than a call takes from the choice of its upstream to its permit
+_START_WITHIN_S = 2.0
+
+log = get_logger()
+
+Share = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Pools:
+    """Limiters of this process and the keepers of their policies, by pool. `limiters` and `keepers`
+    are always those in use; who is given one sees it change."""
+
+    def __init__(
+        self,
+        config: Config,
+        policies: Policies,
+        instance_id: str,
+        observer: Callable[[str], Observer],
+    ) -> None:
+        self.limiters: dict[str, Limiter] = {}
+        self.keepers: dict[str, PolicyKeeper] = {}
+        self._config = config
+        self._policies = policies
+        self._instance_id = instance_id
+        self._observer = observer
+        self._open: dict[str, tuple[PolicyKeeper, AsyncExitStack]] = {}
+
+    async def enter(self, pool: str, policy: PoolPolicy, provider: str | None) -> Limiter:
+        """Enter a pool, or come back to it, with its policy at work. Raises ConfigError."""
+        known = self._open.get(pool)
+        if known is not None:
+            known[0].wanted, known[0].provider = policy, provider or ""
+        else:
+            stack = AsyncExitStack()
+            opening = open_pool(
+                self._config,
+                self._policies,
+                self._instance_id,
+                policy,
+                pool,
+                self._observer(pool),
+                provider,
+            )
+            keeper = await stack.enter_async_context(opening)
+            stack.callback(asyncio.create_task(keeper.run()).cancel)
+            known = self._open[pool] = keeper, stack
+        self.keepers[pool], self.limiters[pool] = known[0], known[0].limiter
+        return known[0].limiter
+
+    def leave(self, pool: str) -> None:
+        """Show a pool no more; calls that have begun keep its limiter."""
+        self.keepers.pop(pool, None)
+        self.limiters.pop(pool, None)
+
+    def is_idle(self, pool: str) -> bool:
+        """Whether no call of this process holds a permit of it, or waits for one."""
+        known = self._open.get(pool)
+        return known is None or not (known[0].limiter.permits_held or known[0].limiter.waiters)
+
+    async def close(self, pool: str) -> None:
+        """Close one that was left."""
+        if pool not in self.limiters and (known := self._open.pop(pool, None)) is not None:
+            await known[1].aclose()
+
+    async def aclose(self) -> None:
+        for pool in list(self._open):
+            self.leave(pool)
+            await self.close(pool)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What a process has of one upstream beside its pool."""
+
+    name: str
+    processor: GeminiProcessor | None
+    timeouts: Timeouts
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A revision that could be put in force. opened: what is new in it."""
+
+    number: int
+    deployment: Deployment
+    opened: dict[str, _Opened] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Left:
+    """What no new call uses. is_removed: its pool too."""
+
+    opened: _Opened
+    since: float
+    is_removed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamChange:
+    """What a change has done. unreached: processes that do not have it in force yet."""
+
+    revision: int
+    changes: list[str]
+    took_ms: float = 0.0
+    in_force_ms: float = 0.0
+    processes: int = 0
+    unreached: list[str] = field(default_factory=list)
+    is_dry_run: bool = False
+
+
+async def revision_to_start_with(record: UpstreamRevisions) -> UpstreamRevision:
+    """The one in force; number -1 while PostgreSQL does not tell, and the file alone counts."""
+    try:
+        async with asyncio.timeout(_START_WITHIN_S):
+            return await record.newest()
+    except (StoreUnavailable, TimeoutError) as away:
+        log.warning(Log.STORE_AWAY, detail=f"live changes to upstreams are not known: {away}")
+        return UpstreamRevision(-1, {})
+
+
+class LiveUpstreams:
+    """The upstreams of one process, and their changes."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        stated: Stated,
+        start: UpstreamRevision,
+        deployment: Deployment,
+        record: UpstreamRevisions,
+        process: UpstreamProcess,
+        pools: Pools,
+        relay: Relay,
+        signers: Signers,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """deployment: as of the revision `start`. process: its id and its role."""
+        self.stated = stated
+        self.deployment = deployment
+        self.record = record
+        self.revision = start.revision
+        self._config = config
+        self._process = process
+        self.pools = pools
+        self.relay = relay
+        # Of prompts, by upstream; kept up to date.
+        self.processors: dict[str, GeminiProcessor] = {}
+        self._spine = relay.spine
+        self._signers = signers
+        self._share: Share | None = None
+        self._clock = clock
+        self._opened: dict[str, _Opened] = {}
+        self._learners: dict[str, asyncio.Task[None]] = {}
+        self._prepared: _Prepared | None = None
+        self._left: list[_Left] = []
+        self._woken = asyncio.Event()
+
+    # -- what this process has
+
+    async def open(self, share: Share) -> None:
+        """Open what the deployment has, whose pools and lanes are there. share: puts notes of this
+        process into the default pool."""
+        self._share = share
+        for upstream in self.deployment.upstreams:
+            self._enter(upstream, await self._open(upstream))
+        self._tell_problems()
+
+    async def _open(self, upstream: Upstream) -> _Opened:
+        await self._signers.open([upstream])
+        processor, timeouts = None, timeouts_of(self._config, upstream)
+        if Dialect.GEMINI in upstream.base_urls:
+            processor = GeminiProcessor(
+                api_key=upstream.key,
+                base_url=upstream.base_urls[Dialect.GEMINI],
+                timeouts=timeouts,
+                access=upstream.access(Dialect.GEMINI),
+                signers=self._signers,
+            )
+            await processor.start()
+        return _Opened(upstream.name, processor, timeouts)
+
+    def _enter(self, upstream: Upstream, opened: _Opened) -> None:
+        """Have calls use it from now on."""
+        name = upstream.name
+        self._opened[name] = opened
+        if opened.processor is None:
+            self.processors.pop(name, None)
+        else:
+            self.processors[name] = opened.processor
+        if (learner := self._learners.pop(name, None)) is not None:
+            learner.cancel()
+        if name in self._spine.health and upstream.pool in self.pools.keepers:
+            share = self._share if upstream.pool == DEFAULT_POOL else None
+            announced = self._spine.health[name].announced
+            keeper = self.pools.keepers[upstream.pool]
+            learning = LimitLearner(keeper, announced, upstream.learn, share=share)
+            self._learners[name] = asyncio.create_task(learning.run())
+
+    async def aclose(self) -> None:
+        """Close all; the record is told that this process has ended."""
+        with suppress(StoreUnavailable):
+            await self.record.leave(self._process.instance_id)
+        for learner in self._learners.values():
+            learner.cancel()
+        kept = [*self._opened.values(), *(one.opened for one in self._left)]
+        if self._prepared is not None:
+            kept += self._prepared.opened.values()
+        for one in kept:
+            await _close(one)
+
+    def wake(self) -> None:
+        """Look at the record soon."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Follow the record, for ever."""
+        while True:
+            self._woken.clear()
+            try:
+                await self.look()
+            except StoreUnavailable as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR, component="upstreams")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SEEN_EVERY_MS / 1000):
+                    await self._woken.wait()
+
+    async def look(self) -> None:
+        """Take up what is in force, prepare what is proposed, close what is left. Raises
+        StoreUnavailable."""
+        seen = await self.record.see(self._state())
+        if seen.in_force != self.revision:
+            await self._take_up(seen.in_force)
+            await self.record.see(self._state())
+        elif seen.proposed and seen.proposed != self._prepared_number:
+            await self._prepare(seen.proposed)
+            await self.record.see(self._state())
+        elif not seen.proposed:
+            await self._discard()
+        await self._close_left()
+
+    @property
+    def _prepared_number(self) -> int:
+        return 0 if self._prepared is None else self._prepared.number
+
+    def _state(self) -> UpstreamProcess:
+        prepared = self._prepared
+        return replace(
+            self._process,
+            revision=self.revision,
+            prepared=self._prepared_number,
+            problems=_problems(self.deployment),
+            proposed_problems={} if prepared is None else _problems(prepared.deployment),
+        )
+
+    async def _prepare(self, number: int) -> None:
+        await self._discard()
+        revision = await self.record.get(number)
+        if revision is not None:
+            self._prepared = await self._made(number, changes_of(revision.upstreams))
+
+    async def _made(self, number: int, live: LiveChanges) -> _Prepared:
+        """All that a revision needs, opened; what can't be is missing."""
+        deployment = self.stated.deployment(live, self.deployment)
+        missing, policies = dict(deployment.missing), deployment.policies
+        found = _Prepared(number, deployment)
+        for upstream in deployment.upstreams:
+            if self._is_as_before(upstream):
+                continue
+            try:
+                check_passthrough([upstream])
+                if upstream.pool != DEFAULT_POOL:
+                    policy = policies[upstream.name]
+                    await self.pools.enter(upstream.pool, policy, upstream.provider)
+                found.opened[upstream.name] = await self._open(upstream)
+            except ConfigError as wrong:
+                missing[upstream.name] = wrong
+        kept = tuple(one for one in deployment.upstreams if one.name not in missing)
+        found.deployment = replace(deployment, upstreams=kept, missing=missing)
+        return found
+
+    def _is_as_before(self, upstream: Upstream) -> bool:
+        return upstream.name in self._opened and self.deployment.upstream(upstream.name) is upstream
+
+    async def _discard(self) -> None:
+        """What was prepared is not to be in force."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            return
+        for name, opened in prepared.opened.items():
+            if self.deployment.upstream(name) is None:
+                self.pools.leave(name)
+                await self.pools.close(name)
+            await _close(opened)
+        self._signers.keep(self.deployment.upstreams)
+
+    async def _take_up(self, number: int) -> None:
+        """Put a revision in force here."""
+        revision = await self.record.get(number) if number else UpstreamRevision(0, {})
+        if revision is None:
+            return
+        prepared, self._prepared = self._prepared, None
+        live = changes_of(revision.upstreams)
+        if prepared is None or prepared.number != number:
+            self._prepared = prepared
+            await self._discard()
+            prepared = await self._made(number, live)
+        self._swap(prepared)
+        log.warning(
+            Log.UPSTREAMS_CHANGED,
+            revision=number,
+            set_by=revision.set_by,
+            action=revision.action,
+            reason=revision.reason,
+        )
+        self._tell_problems()
+
+    def _swap(self, prepared: _Prepared) -> None:
+        """Without a wait: no call sees half of it."""
+        before, now = self.deployment, prepared.deployment
+        self._spine.targets.replace(now)
+        self.deployment, self.revision = now, prepared.number
+        for upstream in now.upstreams:
+            if (opened := prepared.opened.get(upstream.name)) is None:
+                continue
+            if (old := self._opened.get(upstream.name)) is not None:
+                self._left.append(_Left(old, self._clock(), is_removed=False))
+            self._spine.install(upstream, self.pools.limiters[upstream.pool])
+            self._enter(upstream, opened)
+        for upstream in before.upstreams:
+            if now.upstream(upstream.name) is None:
+                self._withdraw(upstream.name)
+        for name, gate in self._spine.health.items():
+            gate.drain(name in now.drained)
+
+    def _withdraw(self, name: str) -> None:
+        self._spine.withdraw(name)
+        if name != DEFAULT_POOL:
+            self.pools.leave(name)
+        if (learner := self._learners.pop(name, None)) is not None:
+            learner.cancel()
+        if (opened := self._opened.pop(name, None)) is not None:
+            self._left.append(_Left(opened, self._clock(), is_removed=True))
+
+    async def _close_left(self) -> None:
+        """Close what no call can use any more."""
+        due = [one for one in self._left if self._clock() - one.since >= _CLOSE_AFTER_S]
+        for one in due:
+            name, processor = one.opened.name, one.opened.processor
+            is_back = name in self._opened
+            if (processor is not None and processor.open_calls) or (
+                one.is_removed and not is_back and not self.pools.is_idle(name)
+            ):
+                continue
+            self._left.remove(one)
+            if one.is_removed and not is_back:
+                self.processors.pop(name, None)
+                await self.pools.close(name)
+            await _close(one.opened)
+        if due:
+            self._signers.keep(self.deployment.upstreams)
+
+    def _tell_problems(self) -> None:
+        for name, problem in _problems(self.deployment).items():
+            log.error(Log.UPSTREAM_MISSING, upstream=name, reason=problem)
+        for line in self.deployment.live.differing(self.stated.tables()):
+            log.warning(Log.LIVE_UPSTREAMS_KEPT, differs=line)
+
+    # -- changes, by this process for all
+
+    async def change(
+        self,
+        action: str,
+        edit: LiveEdit,
+        *,
+        by: str,
+        reason: str = "",
+        expected: int | None = None,
+        is_dry_run: bool = False,
+        needs_preparation: bool = True,
+    ) -> UpstreamChange:
+        """Put what `edit` makes of the live changes in force, in all processes.
+
+        expected: the revision that must be in force. Raises ConfigError for what can't be,
+        UpstreamsChanged, UpstreamUnfit where a process can't follow, and StoreUnavailable.
+        """
+        began = time.perf_counter()
+        base = self.stated.tables()
+        lines: list[str] = []
+
+        def propose(now: UpstreamRevision) -> Mapping[str, Any] | None:
+            if expected is not None and now.revision != expected:
+                said = f"revision {now.revision} is in force, not {expected}"
+                raise UpstreamsChanged(said)
+            live = changes_of(now.upstreams)
+            new = edit(live, base)
+            lines[:] = changed_lines(live, new)
+            if new.plain() == live.plain():
+                return None
+            if needs_preparation:
+                self._check(new, live)
+            return new.plain()
+
+        if is_dry_run:
+            now = await self.record.newest()
+            propose(now)
+            return UpstreamChange(now.revision, lines, is_dry_run=True)
+        revision = await self.record.propose(
+            action, propose, set_by=by, reason=reason, in_force=not needs_preparation
+        )
+        self.wake()
+        if lines and needs_preparation:
+            await self._have_prepared(revision.revision)
+            if not await self.record.decide(revision.revision):
+                raise UpstreamsChanged("another change came first")
+            self.wake()
+        in_force = time.perf_counter()
+        processes, unreached = await self._have_known(revision.revision)
+        ended = time.perf_counter()
+        return UpstreamChange(
+            revision.revision,
+            lines,
+            round((ended - began) * 1000, 1),
+            round((ended - in_force) * 1000, 1),
+            processes,
+            unreached,
+        )
+
+    def _check(self, new: LiveChanges, live: LiveChanges) -> None:
+        """Raises ConfigError for what this process itself could not make."""
+        deployment = self.stated.deployment(new, self.deployment)
+        for name, wrong in deployment.missing.items():
+            if new.of(name) != live.of(name):
+                raise wrong
+        check_passthrough(deployment.upstreams)
+        check_adopted(deployment.upstreams)
+
+    async def _have_prepared(self, number: int) -> None:
+        """Return once every process that lives has prepared it. Raises UpstreamUnfit where one
+        can't, or does not say so in time."""
+        before = self.deployment.missing
+        late = await self._wait_for(
+            lambda one: max(one.prepared, one.revision) >= number, PREPARED_WITHIN_S
+        )
+        why = [f"{name} gives no answer" for name in late]
+        for one in await self.record.processes():
+            if one.prepared == number:
+                new = {
+                    name: said
+                    for name, said in one.proposed_problems.items()
+                    if name not in one.problems and name not in before
+                }
+                why += [f"{one.instance_id}: {said}" for said in new.values()]
+        if why:
+            said = "not put in force: " + "; ".join(why)
+            await self.record.decide(number, said)
+            raise UpstreamUnfit(said)
+
+    async def _have_known(self, number: int) -> tuple[int, list[str]]:
+        """How many processes there are, and those that do not have it in force after a while."""
+        late = await self._wait_for(lambda one: one.revision >= number, KNOWN_WITHIN_S)
+        return len(await self.record.processes()), late
+
+    async def _wait_for(
+        self, is_done: Callable[[UpstreamProcess], bool], within_s: float
+    ) -> list[str]:
+        until = time.monotonic() + within_s
+        while True:
+            processes = await self.record.processes()
+            late = [one.instance_id for one in processes if not is_done(one)]
+            if not late or time.monotonic() > until:
+                return late
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def roll_back(
+        self, number: int, *, by: str, reason: str, expected: int | None, is_dry_run: bool
+    ) -> UpstreamChange:
+        """Put the changes of an earlier revision in force, 0 for none. Raises NotFound for one that
+        was never in force, and as `change`."""
+        then = UpstreamRevision(0, {}) if number == 0 else await self.record.get(number)
+        if then is None or (number and then.in_force_at is None):
+            raise NotFound(f"revision {number} was not in force, or is forgotten", field="revision")
+        return await self.change(
+            f"rollback {number}",
+            as_at(then.upstreams),
+            by=by,
+            reason=reason,
+            expected=expected,
+            is_dry_run=is_dry_run,
+        )
+
+    # -- a test of one
+
+    def candidate(self, edit: LiveEdit, name: str) -> Upstream:
+        """An upstream as `edit` would make it. Raises ConfigError."""
+        live = edit(self.deployment.live, self.stated.tables())
+        deployment = self.stated.deployment(live, self.deployment)
+        if (wrong := deployment.missing.get(name)) is not None:
+            raise wrong
+        found = deployment.upstream(name)
+        if found is None:
+            raise ConfigError("name", name[:100], "must be an upstream")
+        return found
+
+    async def test(self, upstream: Upstream) -> list[UpstreamTest]:
+        """Request its models from here, in each of its dialects, with its credentials and by its
+        network. Never raises for what the provider does."""
+        connect_ms = min(TEST_MS, self._config.connect_timeout_ms)
+        timeouts = Timeouts(connect_ms, TEST_MS, TEST_MS, TEST_MS)
+        async with open_wire(timeouts, [upstream]) as wire:
+            return [await tested(wire, upstream, dialect) for dialect in upstream.base_urls]
+
+
+def check_tested(tests: Sequence[UpstreamTest]) -> None:
+    """Raises UpstreamUnfit where one failed."""
+    failed = [f"{one.dialect} at {one.url}: {one.problem}" for one in tests if one.problem]
+    if failed:
+        raise UpstreamUnfit("the test failed: " + "; ".join(failed))
+
+
+def _problems(deployment: Deployment) -> dict[str, str]:
+    return {name: str(wrong) for name, wrong in deployment.missing.items()}
+
+
+async def _close(opened: _Opened) -> None:
+    if opened.processor is not None:
+        await opened.processor.aclose()
+
+
+@asynccontextmanager
+async def following(upstreams: LiveUpstreams, notifications: Notifications) -> AsyncIterator[None]:
+    """The upstreams at work: they follow the record inside of the block."""
+    wakers = notifications.on_upstreams
+    wakers.append(upstreams.wake)
+    notifications.listen()
+    task = asyncio.create_task(upstreams.run())
+    try:
+        yield
+    finally:
+        wakers.remove(upstreams.wake)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await upstreams.aclose()

@@ -1,0 +1,141 @@
+"""Upstreams added, changed, drained and removed under load, over several processes.
+
+The emulators are the ground truth: what they were called for, and when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.gateway import Gateway, Opener, open_gateway
+from tests.waiting import promised_s, wait_until, work_for
+from tidegate.emulator.server import Emulator, run_emulator
+
+__all__ = ["open_gateway"]
+
+KEY = "key-of-the-second"
+BODY = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Say hello"}]}
+
+
+@pytest.fixture
+async def second() -> AsyncIterator[Emulator]:
+    async with run_emulator() as running:
+        yield running
+
+
+@pytest.fixture
+async def gateways(open_gateway: Opener, tmp_path: Path) -> tuple[Gateway, Gateway]:
+    """Two API processes and a worker of one deployment."""
+    first = await open_gateway()
+    return first, await open_gateway(worker=False, gemini_base_url=first.config.gemini_base_url)
+
+
+async def admin(
+    gateway: Gateway, method: str, path: str = "", **body: Any
+) -> tuple[int, dict[str, Any]]:
+    url = f"{gateway.url}/admin/upstreams{path}"
+    async with gateway.http.request(method, url, json=body or None) as response:
+        return response.status, orjson.loads(await response.read())
+
+
+def table(second: Emulator, **more: Any) -> dict[str, Any]:
+    return {
+        "dialects": {"openai": f"{second.url}/v1beta/openai", "gemini": second.url},
+        "key": "SECOND_KEY",
+        "models": ["gemini-*"],
+        **more,
+    }
+
+
+class Load:
+    """Steady calls at all gateways, until it is left; none of which may fail."""
+
+    def __init__(self, gateways: tuple[Gateway, ...], model: str = "gemini-2.5-flash") -> None:
+        self._gateways = gateways
+        self._model = model
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop = False
+        self.failed: list[tuple[int, bytes]] = []
+        self.by_upstream: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Load:
+        self._tasks = [
+            asyncio.create_task(self._call(one)) for one in self._gateways for _ in range(3)
+        ]
+        await self.go_on(6)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop = True
+        await asyncio.gather(*self._tasks)
+
+    async def go_on(self, count: int) -> None:
+        """Wait for so many more answers."""
+        wanted = self.by_upstream.total() + count
+        await wait_until(lambda: self.by_upstream.total() >= wanted, 20, "answers")
+
+    async def _call(self, gateway: Gateway) -> None:
+        url, body = f"{gateway.url}/v1/chat/completions", BODY | {"model": self._model}
+        while not self._stop:
+            async with gateway.http.post(url, json=body) as response:
+                raw = await response.read()
+                if response.status != 200:
+                    self.failed.append((response.status, raw))
+                self.by_upstream[response.headers.get("x-tidegate-upstream", "none")] += 1
+            await work_for(0.01)
+
+
+async def test_an_upstream_comes_and_goes_under_load_without_a_failed_call(
+    gateways: tuple[Gateway, Gateway], second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = gateways
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    took: list[float] = []
+    async with Load(gateways) as load:
+        status, done = await admin(first, "PUT", "/second", table=table(second), by="ada")
+        assert (status, done["unreached"], done["processes"]) == (200, [], 3), done
+        assert done["tests"][0]["model_count"] > 0
+        took.append(done["in_force_ms"])
+        await wait_until(lambda: load.by_upstream["second"] > 5, 20, "calls of the added one")
+
+        status, done = await admin(other, "PATCH", "/second", set={"weight": 50, "aliases.q": "x"})
+        assert (status, done["changes"]) == (
+            200,
+            ["second.aliases: not set live -> {'q': 'x'}", "second.weight: not set live -> 50"],
+        )
+        took.append(done["in_force_ms"])
+        assert first.services.spine.targets.upstreams["second"].weight == 50
+
+        await second.control.set_behaviour(first_byte_ms=150)
+        await work_for(0.2)  # calls wait for its answers
+        status, done = await admin(first, "POST", "/second/drain", reason="maintenance")
+        assert (status, done["unreached"]) == (200, []), done
+        took.append(done["in_force_ms"])
+        begun = len(await second.control.calls())
+        await load.go_on(20)
+        assert len(await second.control.calls()) == begun, "none begins after it"
+
+        async def state() -> str:
+            _, listed = await admin(first, "GET")
+            states: dict[str, str] = {one["name"]: one["state"] for one in listed["upstreams"]}
+            return states["second"]
+
+        await wait_until(lambda: _is(state, "drained"), 20, "its calls have ended")
+        status, done = await admin(other, "DELETE", "/second")
+        assert (status, done["unreached"]) == (200, []), done
+        took.append(done["in_force_ms"])
+        await load.go_on(20)
+    assert load.failed == []
+    assert {one["name"] for one in (await admin(other, "GET"))[1]["upstreams"]} == {"gemini"}
+    assert max(took) < promised_s(1) * 1000, took
+
+
+async def _is(ask: Any, value: str) -> bool:
+    return bool(await ask() == value)
