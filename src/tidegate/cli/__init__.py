@@ -18,6 +18,7 @@ from tidegate.cli import (
     rehearse,
     submit,
     tenants,
+    upstreams,
 )
 from tidegate.cli.operate import load_to_run
 from tidegate.cli.terminal import (
@@ -169,6 +170,7 @@ app.command(rich_help_panel=_OPERATE)(operate.doctor)
 app.command(rich_help_panel=_OPERATE)(limits.why)
 app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
 app.add_typer(limits.permits_app, name="permits", rich_help_panel=_OPERATE)
+app.add_typer(upstreams.app, name="upstreams", rich_help_panel=_OPERATE)
 app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)
 app.add_typer(budgets.app, name="budgets", rich_help_panel=_OPERATE)
 app.add_typer(tenants.keys_app, name="keys", rich_help_panel=_OPERATE)

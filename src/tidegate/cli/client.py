@@ -92,6 +92,14 @@ class GatewayClient:
         async with self._asked("GET", path, params=query) as answer:
             return await answer.json()
 
+    async def send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: str
+    ) -> Any:
+        """The JSON of the answer to a request with JSON. Raises as `get`."""
+        given = {} if body is None else {"json": body}
+        async with self._asked(method, path, params=query, **given) as answer:
+            return await answer.json()
+
     async def submit(
         self, fields: Mapping[str, Any], files: tuple[Path, ...] = (), key: str | None = None
     ) -> dict[str, Any]:

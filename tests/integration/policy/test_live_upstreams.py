@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener, open_gateway
+from tests.integration.cli.calling import run
 from tests.waiting import promised_s, wait_until, work_for
 from tidegate.emulator.server import Emulator, run_emulator
 
@@ -139,3 +140,94 @@ async def test_an_upstream_comes_and_goes_under_load_without_a_failed_call(
 
 async def _is(ask: Any, value: str) -> bool:
     return bool(await ask() == value)
+
+
+ONLY = "only-second"
+
+
+async def chat(gateway: Gateway, model: str) -> tuple[int, dict[str, Any]]:
+    url = f"{gateway.url}/v1/chat/completions"
+    async with gateway.http.post(url, json=BODY | {"model": model}) as response:
+        return response.status, orjson.loads(await response.read())
+
+
+async def test_commands_change_upstreams_and_what_lives_there_can_be_reached(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+
+    async def command(*arguments: str, code: int = 0) -> str:
+        token = gateway.operator_key
+        done = await run(gateway, "upstreams", *arguments, ADMIN_TOKEN=token)
+        assert done.code == code, done
+        return done.said + done.complained
+
+    asked = ("add", "second", f"base_url={second.url}/v1", "--model", ONLY, "--limit", "pool:total=7")
+    said = await command(*asked, "--key", "LOST_KEY", code=2)
+    assert "LOST_KEY must be set" in said
+    said = await command(*asked, "--key", "SECOND_KEY", "--dry-run")
+    assert "nothing is changed yet" in said
+    await second.control.set_behaviour(list_status=401)
+    said = await command(*asked, "--key", "SECOND_KEY", code=2)
+    assert "refuses the credentials with 401" in said
+    await second.control.set_behaviour(list_status=200)
+    said = await command(*asked, "--key", "SECOND_KEY", "--reason", "more room")
+    assert "revision 1 is in force in 1 processes" in said
+    assert KEY not in said
+    assert gateway.services.limiters["second"].policy.bound("pool:total") == 7
+
+    url = f"{gateway.url}/v1/responses"
+    async with gateway.http.post(url, json={"model": ONLY, "input": "Say hello"}) as response:
+        made = await response.json()
+        assert response.status == 200, made
+    assert "no --wait" not in await command("drain", "second", "--wait")
+    status, refused = await chat(gateway, ONLY)
+    assert (status, refused["error"]["code"]) == (503, "upstream_drained")
+    async with gateway.http.get(f"{url}/{made['id']}") as response:
+        assert (response.status, (await response.json())["id"]) == (200, made["id"])
+    again = {"model": ONLY, "input": "More", "previous_response_id": made["id"]}
+    async with gateway.http.post(url, json=again) as response:
+        assert response.status == 503, "it is a new call there"
+
+    said = await command("remove", "second", code=2)
+    assert "1 resources of callers" in said
+    await command("resume", "second")
+    assert (await chat(gateway, ONLY))[0] == 200
+    said = await command("remove", "second", "--force")
+    assert "second: no longer added" in said
+    async with gateway.http.get(f"{url}/{made['id']}") as response:
+        assert response.status == 404
+        assert "not configured any more" in await response.text()
+    assert (await chat(gateway, ONLY))[0] == 404
+
+    said = await command("rollback", "1", "--reason", "too soon")
+    assert "second: added" in said
+    assert (await chat(gateway, ONLY))[0] == 200
+    assert "second" in await command("list")
+    said = await command("history")
+    assert "more room" in said
+    assert "too soon" in said
+
+
+async def test_jobs_wait_for_a_drained_upstream_and_no_attempt_is_used_up(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway()
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    status, done = await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY]))
+    assert status == 200, done
+    assert (await admin(gateway, "POST", "/second/drain"))[0] == 200
+    asked = {"prompt": "Say hello", "type": "text_only", "model": ONLY}
+    request_id = await gateway.submit(**asked)
+
+    async def is_put_off() -> bool:
+        row = await gateway.database.fetchrow(
+            "SELECT not_before > now() AS waits FROM requests WHERE id = $1::uuid", request_id
+        )
+        return bool(row and row["waits"])
+
+    await wait_until(is_put_off, 20, "the job is put off")
+    assert (await admin(gateway, "POST", "/second/resume"))[0] == 200
+    ended = await gateway.end_of(request_id)
+    assert (ended["status"], ended["attempts"]) == ("succeeded", 1)

@@ -1,0 +1,363 @@
+"""Commands on the upstreams of a running deployment: `tidegate upstreams`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from tidegate.cli.client import with_gateway
+from tidegate.cli.limits import parsed, span_ms
+from tidegate.cli.terminal import FAILED, Json, Reason, given, legible, show_json, show_table, who
+from tidegate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tidegate.cli.client import GatewayClient
+
+app = typer.Typer(
+    help="See, add, change, test, drain and remove upstreams of the running deployment.",
+    no_args_is_help=True,
+)
+
+_LOOK_S = 0.5
+_MOST_SHOWN = 4
+Name = Annotated[str, typer.Argument(help="An upstream's name, such as groq.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")]
+Expect = Annotated[
+    int | None,
+    typer.Option(help="The revision that must be in force, or nothing is changed.", metavar="REV"),
+]
+Keys = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="KEY=VALUE: a key of [upstreams.NAME] and a value as in tidegate.toml; aliases.fast "
+        "is one alias.",
+        metavar="[KEY=VALUE]...",
+    ),
+]
+
+
+@app.command("list")
+def list_(json: Json = False) -> None:
+    """Show all upstreams, their state, and where each comes from."""
+    found = _call("GET")
+    if json:
+        show_json(found)
+        return
+    changed = f"revision {found['revision']}" if found["revision"] else "as the file says"
+    typer.echo(f"Upstreams, {changed}; {len(found['processes'])} processes\n")
+    show_table(
+        "",
+        ("upstream", "state", "in progress", "waiting", "models", "key", "from", "remark"),
+        [
+            (
+                one["name"],
+                one["state"],
+                _count(one["in_progress"]),
+                _count(one["waiting"]),
+                _shortened(one["table"].get("models", ["*"])),
+                _key(one["table"]),
+                one["source"],
+                "; ".join(f"{where}: {why}" for where, why in one["problems"].items()),
+            )
+            for one in found["upstreams"]
+        ],
+    )
+    behind = [one for one in found["processes"] if one["revision"] != found["revision"]]
+    for one in behind:
+        typer.echo(f"{one['instance_id']} has revision {one['revision']}")
+    for line in found["differing"]:
+        typer.echo(legible(line))
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    more = len(texts) - _MOST_SHOWN
+    return ", ".join(texts[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _key(table: dict[str, Any]) -> str:
+    return str(table.get("key") or table.get("key_file") or table.get("auth") or "")
+
+
+@app.command()
+def add(
+    name: Name,
+    keys: Keys = None,
+    provider: Annotated[str | None, typer.Option(help="Its preset, such as groq.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Where it is.", metavar="URL")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="The variable that has its key in every process.", metavar="VARIABLE"),
+    ] = None,
+    key_file: Annotated[
+        str | None,
+        typer.Option(help="Or the file that has it in every process.", metavar="PATH"),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A pattern of models that it serves.")
+    ] = None,
+    weight: Annotated[int | None, typer.Option(help="Its share among those alike.")] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="A limit, such as rpm:total=60; the preset's if none.", metavar="ID=N"),
+    ] = None,
+    no_test: Annotated[
+        bool, typer.Option("--no-test", help="Do not ask it for its models first.")
+    ] = False,
+    dry_run: DryRun = False,
+    expect: Expect = None,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Add an upstream, in all processes and for good; it is tested first.
+
+    Every process must have its key: else nothing is changed, and the process is named.
+    """
+    table = dict(parsed(one, "upstreams add") for one in keys or [])
+    table |= given(
+        provider=provider,
+        base_url=base_url,
+        key=key,
+        key_file=key_file,
+        models=model,
+        weight=weight,
+    )
+    if limit:
+        table["limits"] = dict(parsed(one, "--limit") for one in limit)
+    body = {"table": table, "test": not no_test}
+    _change("PUT", name, body, dry_run=dry_run, expect=expect, reason=reason, json=json)
+
+
+@app.command("set")
+def set_(
+    name: Name,
+    keys: Keys = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="A key to take away.", metavar="KEY")
+    ] = None,
+    deployed: Annotated[
+        bool, typer.Option("--deployed", help="Put it back to what the file says.")
+    ] = False,
+    read_again: Annotated[
+        bool,
+        typer.Option("--read-again", help="Have its key and files read again, as for a new key."),
+    ] = False,
+    dry_run: DryRun = False,
+    expect: Expect = None,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Change an upstream, in all processes and for good. Calls in progress go on as they began."""
+    values = dict(parsed(one, "upstreams set") for one in keys or [])
+    if bool(values or remove) + deployed + read_again != 1:
+        wrong = "needs changes such as weight=3, or --remove, or --deployed, or --read-again"
+        raise ConfigError("upstreams set", None, wrong)
+    body = {
+        "set": values,
+        "remove": remove or [],
+        "deployed": deployed,
+        "read_again": read_again,
+    }
+    _change("PATCH", name, body, dry_run=dry_run, expect=expect, reason=reason, json=json)
+
+
+@app.command("test")
+def ask(name: Name, json: Json = False) -> None:
+    """Ask an upstream for its models, from an API process, with its key and by its proxy."""
+    found = _call("POST", f"/{_quoted(name)}/test")
+    if json:
+        show_json(found)
+    else:
+        _show_tests(found)
+    if any(one["problem"] for one in found):
+        raise typer.Exit(FAILED)
+
+
+def _show_tests(tests: list[dict[str, Any]]) -> None:
+    for one in tests:
+        status = "no answer" if one["status"] is None else f"status {one['status']}"
+        line = f"{one['dialect']} at {one['url']}: {status} in {one['took_ms']:.0f} ms"
+        if one["problem"]:
+            line += f": {one['problem']}"
+        elif one["model_count"]:
+            line += f", {one['model_count']} models: {_shortened(one['models'])}"
+        elif one["status"] != 200:
+            line += ", which has no list of models: its key is not tested"
+        typer.echo(legible(line))
+        if one["unlisted"]:
+            typer.echo(legible(f"  not in its list: {', '.join(one['unlisted'])}"))
+
+
+@app.command()
+def drain(
+    name: Name,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when no call is left there.")
+    ] = False,
+    for_: Annotated[
+        str | None, typer.Option("--for", help="How long --wait lasts at most: 30s, 10m, 2h.")
+    ] = None,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Have an upstream take no new calls; those in progress end, and what lives there can be
+    reached."""
+    until = time.monotonic() + (span_ms("--for", for_) / 1000 if for_ else float("inf"))
+    path, body = f"/{_quoted(name)}/drain", {"by": who(), "reason": reason}
+
+    async def work(gateway: GatewayClient) -> dict[str, Any]:
+        while True:
+            done: dict[str, Any] = await gateway.send("POST", f"/admin/upstreams{path}", body)
+            if not wait or _is_empty(done) or time.monotonic() > until:
+                return done
+            await asyncio.sleep(_LOOK_S)
+
+    done = with_gateway(work)
+    if json:
+        show_json(done)
+    else:
+        left = f"{_count(done['in_progress'])} calls in progress"
+        for count, what in (
+            (done["background"], "in the background"),
+            (done["batches"], "batches"),
+        ):
+            left += f", {count} {what}" if count else ""
+        state = "is drained" if _is_empty(done) else f"takes no new calls; left: {left}"
+        typer.echo(f"{name} {state}")
+        _show_unreached(done)
+    if done["unreached"] or (wait and not _is_empty(done)):
+        raise typer.Exit(FAILED)
+
+
+def _is_empty(done: dict[str, Any]) -> bool:
+    return done["in_progress"] == 0 and not (done["background"] or done["batches"])
+
+
+@app.command()
+def resume(name: Name, dry_run: DryRun = False, reason: Reason = "", json: Json = False) -> None:
+    """Have a drained upstream take calls again."""
+    path = f"{_quoted(name)}/resume"
+    _change("POST", path, {}, dry_run=dry_run, expect=None, reason=reason, json=json)
+
+
+@app.command()
+def remove(
+    name: Name,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also while calls go on there, or something lives there."),
+    ] = False,
+    dry_run: DryRun = False,
+    expect: Expect = None,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Remove a drained upstream, in all processes and for good."""
+    query: dict[str, str] = {"by": who(), "reason": reason, "force": str(force).lower()}
+    query |= {"dry_run": str(dry_run).lower()}
+    query |= {} if expect is None else {"expected": str(expect)}
+    _report(_call("DELETE", f"/{_quoted(name)}", query=query), json=json)
+
+
+@app.command()
+def history(
+    most: Annotated[int, typer.Option(min=1, max=1_000, help="How many, the newest first.")] = 20,
+    json: Json = False,
+) -> None:
+    """Show what was changed when, who changed it, and why."""
+    found = _call("GET", "/history", query={"most": str(most)})
+    if json:
+        show_json(found)
+        return
+    show_table(
+        "",
+        ("revision", "at (UTC)", "set by", "changes", "reason"),
+        [
+            (
+                str(one["revision"]),
+                str(one["created_at"])[:19].replace("T", " "),
+                one["set_by"],
+                "\n".join(one["changes"]) or "none",
+                one["reason"],
+            )
+            for one in found
+        ],
+    )
+
+
+@app.command()
+def rollback(
+    revision: Annotated[int, typer.Argument(min=0, help="A revision; 0 is the file alone.")],
+    dry_run: DryRun = False,
+    expect: Expect = None,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Put the upstreams of an earlier revision in force, as a new revision."""
+    body = {"revision": revision}
+    _change("POST", "rollback", body, dry_run=dry_run, expect=expect, reason=reason, json=json)
+
+
+def _change(
+    method: str,
+    path: str,
+    body: dict[str, Any],
+    *,
+    dry_run: bool,
+    expect: int | None,
+    reason: str,
+    json: bool,
+) -> None:
+    signed = {"by": who(), "reason": reason, "dry_run": dry_run, "expected": expect}
+    path = path if "/" in path else _quoted(path)
+    _report(_call(method, f"/{path}", body | signed), json=json)
+
+
+def _report(done: dict[str, Any], *, json: bool) -> None:
+    if json:
+        show_json(done)
+    else:
+        _show_tests(done["tests"])
+        lines = "".join(f"\n  {line}" for line in done["changes"]) or "\n  no change"
+        if done["dry_run"]:
+            typer.echo(
+                legible(f"nothing is changed yet; revision {done['revision']} is in force{lines}")
+            )
+        else:
+            where = f"in {done['processes']} processes after {done['in_force_ms']:.0f} ms"
+            typer.echo(legible(f"revision {done['revision']} is in force {where}{lines}"))
+        _show_unreached(done)
+    if done["unreached"]:
+        raise typer.Exit(FAILED)
+
+
+def _show_unreached(done: dict[str, Any]) -> None:
+    for name in done["unreached"]:
+        typer.echo(f"tidegate: warning: {name} does not have it in force yet", err=True)
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="")
+
+
+def _call(
+    method: str,
+    path: str = "",
+    body: dict[str, Any] | None = None,
+    query: dict[str, str] | None = None,
+) -> Any:
+    """The JSON of an answer under `/admin/upstreams`."""
+
+    async def work(gateway: GatewayClient) -> Any:
+        return await gateway.send(method, f"/admin/upstreams{path}", body, **(query or {}))
+
+    return with_gateway(work)
