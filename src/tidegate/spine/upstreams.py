@@ -51,7 +51,7 @@ from tidegate.upstream.transport import Timeouts
 PREPARED_WITHIN_S = 20.0
 KNOWN_WITHIN_S = 5.0
 TEST_MS = 10_000
-_LOOK_EVERY_S = 0.02
+_LOOK_EVERY_S = 0.03
 _CLOSE_AFTER_S = 60.0  # longer than a call takes from the choice of its upstream to its permit
 _START_WITHIN_S = 2.0
 
