@@ -329,12 +329,15 @@ class Batches:
     async def listed_messages(
         self, tenant_id: str, *, after: UUID | None, before: UUID | None, limit: int
     ) -> list[Batch]:
-        """Message batches, newest first: those after one, or just before one."""
-        name = "list_message_batches" if before is None else "list_message_batches_upwards"
-        found = await self._connections.rows(
-            name, tenant_id, after if before is None else before, limit
-        )
-        return [_batch(row) for row in (found if before is None else reversed(found))]
+        """Message batches, newest first: those after one, just before one, or between two."""
+        if before is None or after is not None:
+            found = await self._connections.rows(
+                "list_message_batches", tenant_id, after, before, limit
+            )
+        else:
+            name = "list_message_batches_upwards"
+            found = [*reversed(await self._connections.rows(name, tenant_id, before, limit))]
+        return [_batch(row) for row in found]
 
     async def delete(self, batch_id: UUID, tenant_id: str) -> list[str] | None:
         """Forget a batch that has ended, and its results; their blobs' keys. None where it has not

@@ -163,6 +163,9 @@ async def test_a_batch_that_is_cancelled_names_each_request(
     assert ([one.id for one in first.data], first.has_more) == (ids[:2], True)
     before = await batches.list(before_id=ids[2], limit=1)
     assert ([one.id for one in before.data], before.has_more) == ([ids[1]], True)
+    between = await batches.list(after_id=ids[0], before_id=ids[2])
+    assert [one.id for one in between.data] == [ids[1]]
+    assert (await batches.list(after_id="msgbatch_of_another")).data == []
     await end_of(client, third)
 
 

@@ -422,17 +422,18 @@ async def _kept(spool: Spool, lines: RequestLines, blobs: Blobs, folder: Path) -
 async def _list(asking: Asking) -> Response:
     query = asking.request.query_params
     limit = _limit(query.get("limit"))
-    after, before = query.get("after_id"), query.get("before_id")
-    if after and before:
-        said = "a page begins after one batch or ends before one"
-        raise InvalidRequest("before_id", said, allowed="after_id or before_id")
-    found = await asking.services.store.batches.listed_messages(
-        asking.tenant,
-        after=_id(after) if after else None,
-        before=_id(before) if before else None,
-        limit=limit + 1,
-    )
-    shown = found[-limit:] if before else found[:limit]
+    named = [query.get(name) or None for name in ("after_id", "before_id")]
+    after, before = [_ID.fullmatch(one) if one else None for one in named]
+    found: list[Batch] = []
+    if (after is None, before is None) == (named[0] is None, named[1] is None):
+        found = await asking.services.store.batches.listed_messages(
+            asking.tenant,
+            after=UUID(hex=after["hex"]) if after else None,
+            before=UUID(hex=before["hex"]) if before else None,
+            limit=limit + 1,
+        )
+    # Next to a batch that is none of ours there is none.
+    shown = found[-limit:] if before and not after else found[:limit]
     origin = own_origin(asking.request.scope)
     return _json(
         {

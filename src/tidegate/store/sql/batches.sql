@@ -70,10 +70,11 @@ SELECT * FROM batches WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2)
 ORDER BY id DESC LIMIT $3
 
 -- name: list_message_batches
--- Message batches of tenant $1 that come after $2, newest first.
-SELECT * FROM batches WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2)
+-- Message batches of tenant $1 that come after $2 and before $3, newest first.
+SELECT * FROM batches WHERE tenant_id = $1
+    AND ($2::uuid IS NULL OR id < $2) AND ($3::uuid IS NULL OR id > $3)
     AND jsonb_typeof(metadata -> 'messages') = 'object'
-ORDER BY id DESC LIMIT $3
+ORDER BY id DESC LIMIT $4
 
 -- name: list_message_batches_upwards
 -- Message batches of tenant $1 that are newer than $2, oldest first.
