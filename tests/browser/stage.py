@@ -57,6 +57,17 @@ class Stage:
             await response.read()
             return response.status
 
+    async def turn(self, conversation: str, system: str, turns: int) -> None:
+        """A call of an agent: one more turn of what begins with `system`."""
+        url = f"{self.gateway.url}/v1/chat/completions"
+        said = [{"role": "assistant", "content": "Go on."}, {"role": "user", "content": "Then?"}]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Begin"}]
+        body = {"model": "gemini-2.5-flash", "messages": [*messages, *said * turns]}
+        headers = {"x-tidegate-conversation": conversation}
+        async with self.gateway.http.post(url, json=body, headers=headers) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+
     async def slow(self, ms: int) -> None:
         """How long the provider thinks before it answers, from now on."""
         await self.gateway.upstream.set_behaviour(first_byte_ms=ms)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import pytest
@@ -197,6 +198,43 @@ async def test_the_tries_of_one_are_drawn_to_scale_and_what_was_written_stays_te
         await expect(page.locator("h1")).not_to_contain_text(job)
         await expect(page.locator(".page-head .badge")).to_have_text("Succeeded")
         await expect(page.get_by_label("Prompt")).to_have_text(ASKED)
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+async def test_a_conversation_is_a_tree_one_click_from_its_calls(
+    stage: Stage, colours: Colours, tmp_path: Path
+) -> None:
+    name = "plan-7b0e4c1e" if colours == "light" else SCRIPT
+    await stage.turn(name, "Plan it", 0)
+    for turns in range(2):
+        await stage.turn(name, "Look for it", turns)
+    for turns in (1, 2):
+        await stage.turn(name, "Plan it", turns)
+    query = urlencode({"conversation": name})
+    async with opened(stage, f"/requests?{query}", colours=colours) as seen:
+        page = seen.page
+        await expect(page.locator("tbody tr")).to_have_count(5)
+        await page.get_by_role("link", name="Conversation", exact=True).first.click()
+        rows = page.locator(".calls tbody tr")
+        await expect(rows).to_have_count(7)
+        heads = page.locator(".calls .thread")
+        await expect(heads.first).to_contain_text("Thread 1")
+        await expect(heads.last).to_contain_text("2 calls · after the call above, by time")
+        depths = [await row.get_attribute("data-depth") for row in await rows.all()]
+        assert depths == ["0", "1", "1", "2", "2", "1", "1"]
+        await expect(page.locator("[data-figure=calls]")).to_contain_text("all succeeded")
+        await expect(page.locator("[data-figure=cost]")).to_contain_text("5 calls unpriced")
+        await expect(page.locator("h1")).to_contain_text(name)
+        assert "Conversation" in await page.title(), "what a tenant wrote stays text"
+        await seen.is_accessible()
+        if colours == "light":
+            await page.set_viewport_size({"width": 1360, "height": 560})
+            await picture(page, "conversation", tmp_path)
+        await page.set_viewport_size({"width": 400, "height": 800})
+        assert await seen.is_within()
+        first = rows.nth(1).get_by_role("link")
+        await first.click()
+        await expect(page.locator(".facts")).to_contain_text(name)
 
 
 async def test_a_list_that_is_looked_at_does_not_move_and_tells_of_new_ones(stage: Stage) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from time import perf_counter
 from uuid import UUID
 
-from tidegate.call import UNKNOWN_USAGE, Status
+from tidegate.call import Status, Usage
 from tidegate.http.admin.conversations import threads_of
 from tidegate.record import Lineage
 from tidegate.store.requests import ConversationCall
@@ -15,7 +15,9 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 Tree = list[tuple[list[int], int | None, str | None]]
 
 
-def call(number: int, begin_s: float, end_s: float, **lineage: object) -> ConversationCall:
+def call(
+    number: int, begin_s: float, end_s: float, tokens: int | None = None, **lineage: object
+) -> ConversationCall:
     return ConversationCall(
         request_id=UUID(int=number),
         source="relay",
@@ -30,7 +32,7 @@ def call(number: int, begin_s: float, end_s: float, **lineage: object) -> Conver
         queue_ms=0.0,
         upstream_ms=0.0,
         first_byte_ms=None,
-        usage=UNKNOWN_USAGE,
+        usage=Usage(tokens),
         usage_state=None,
         cost_micros=None,
         failure_code=None,
@@ -62,6 +64,22 @@ def test_an_agent_that_waits_for_another_one_has_it_below_the_call_before() -> N
         ([3, 5], 2, "time"),
         ([4], 3, "time"),
     ]
+
+
+def test_an_agent_that_begins_again_has_a_thread_again() -> None:
+    main = [call(1, 0, 1, 50, opening="main"), call(8, 20, 21, 90, opening="main")]
+    runs = [
+        *(call(2, 2, 3, 10, opening="child"), call(3, 4, 5, 20, opening="child")),
+        *(call(4, 6, 7, 10, opening="child"), call(5, 8, 9, None, opening="child")),
+        call(6, 10, 11, 30, opening="child"),
+    ]
+    assert tree(main[0], *runs, main[1]) == [
+        ([1, 8], None, None),
+        ([2, 3], 1, "time"),
+        ([4, 5, 6], 1, "time"),
+    ]
+    same = [call(number, number, number + 0.5, 10, opening="poll") for number in range(3)]
+    assert tree(*same) == [([0, 1, 2], None, None)]
 
 
 def test_a_continued_answer_is_the_same_thread_and_a_second_one_from_it_a_branch() -> None:

@@ -69,6 +69,8 @@ def threads_of(calls: Sequence[ConversationCall]) -> list[Thread]:
             thread = found if found.calls[-1] is before else None
         elif opening is not None:
             thread = by_opening.get(opening)
+            if thread is not None and _begins_again(thread, call):
+                thread = None
         if thread is None:
             thread = Thread([])
             threads.append(thread)
@@ -78,12 +80,20 @@ def threads_of(calls: Sequence[ConversationCall]) -> list[Thread]:
             elif parent is not None:
                 thread.under, thread.by = parent, "trace"
         if opening is not None and before is None:
-            by_opening.setdefault(opening, thread)
+            by_opening[opening] = thread
         thread.calls.append(call)
         home[call.request_id] = thread
     _hang(threads)
     _cut_circles(threads, home)
     return threads
+
+
+def _begins_again(thread: Thread, call: ConversationCall) -> bool:
+    """Whether a call sends no more than the first one of its thread, which has grown since: the
+    same agent is at work again, with the same task."""
+    first, last = thread.first.usage.input_tokens, thread.calls[-1].usage.input_tokens
+    now = call.usage.input_tokens
+    return None not in (first, last, now) and now <= first < last  # type: ignore[operator]
 
 
 def _other(found: ConversationCall | None, call: ConversationCall) -> ConversationCall | None:

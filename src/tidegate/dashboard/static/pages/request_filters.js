@@ -41,6 +41,7 @@ const more = () => [
     placeholder: "upstream_throttled",
   }),
   field("subject", "Subject", { type: "search", spellcheck: "false" }),
+  field("conversation", "Conversation", { type: "search", spellcheck: "false" }),
 ];
 
 /**
@@ -123,7 +124,7 @@ export function asked(values, more = {}) {
   for (const one of values.status === "open" ? ["queued", "running"] : [values.status]) {
     give("status", one);
   }
-  for (const name of ["id", "tenant", "source", "type", "model", "subject"]) give(name, values[name]);
+  for (const name of ["id", "tenant", "source", "type", "model", "subject", "conversation"]) give(name, values[name]);
   give("error_code", values.error);
   if (SPANS_MS[values.time]) give("since", new Date(Date.now() - SPANS_MS[values.time]).toISOString());
   for (const name of ["since", "until"]) if (values[name]) give(name, inUtc(values[name]));

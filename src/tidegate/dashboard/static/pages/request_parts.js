@@ -4,6 +4,7 @@ import { ask, Problem } from "../api.js";
 import { fill, h } from "../dom.js";
 import { bytes, count, length, money, time } from "../format.js";
 import { said, toast } from "../ui.js";
+import { nameOf, talkLink, traceLink } from "./conversation.js";
 import { gallery, save } from "./request_files.js";
 import { isOpen, kindOf, SOURCES } from "./request_words.js";
 
@@ -101,12 +102,17 @@ export function facts(request) {
     ["Pool", request.pool],
     ["Process", request.process],
     ["API key", request.key && h("code", {}, `tg_${request.key}_…`)],
-    ["Trace", request.trace_id && h("code", {}, request.trace_id)],
+    ["Conversation", request.conversation && talk(request)],
+    ["Trace", request.trace_id && trace(request)],
     ["Subject", request.subject],
   ];
   const given = rows.filter(([, value]) => value !== null && value !== undefined && value !== false && value !== "");
   return h("dl", { class: "facts" }, given.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
 }
+
+const talk = ({ tenant, conversation }) => h("a", { href: talkLink(tenant, conversation) }, nameOf(conversation));
+
+const trace = ({ tenant, trace_id }) => h("a", { class: "mono", href: traceLink(tenant, trace_id) }, trace_id);
 
 const tokens = (value) => (value === undefined || value === null ? null : count(value));
 

@@ -5,6 +5,7 @@ import { fill, h, keyed, mark, say } from "../dom.js";
 import { count, time } from "../format.js";
 import { note } from "../router.js";
 import { empty, failed, loading, said } from "../ui.js";
+import { talkLink } from "./conversation.js";
 import { asked, filters } from "./request_filters.js";
 import { goesOn, kindOf, linkTo, SOURCES, statusBadge, timeOfId } from "./request_words.js";
 import { runningCard } from "./requests_running.js";
@@ -234,6 +235,7 @@ function tableOf(body) {
     ["Call", "c-number number wide"],
     ["Tokens", "c-number number wide"],
     ["Tries", "c-tries number wide"],
+    ["Part of", "c-talk wide"],
   ];
   return h(
     "table",
@@ -250,7 +252,11 @@ function rowOf(first) {
   const wrong = h("span", { class: "badge bad wrong-code" });
   const code = h("span", { class: "badge bad wrong-code" });
   const briefly = h("span");
-  const brief = h("span", { class: "narrow quiet-text" }, code, briefly);
+  /** A job has no row of its conversation's until it has ended, but may lead to those that have. */
+  const talk = () =>
+    first.conversation &&
+    h("a", { class: "talk-link", href: talkLink(first.tenant, first.conversation) }, "Conversation");
+  const brief = h("span", { class: "narrow quiet-text" }, code, briefly, " ", talk());
   const element = h(
     "tr",
     {},
@@ -263,6 +269,7 @@ function rowOf(first) {
     cell("c-number number wide", call),
     cell("c-number number wide", tokens),
     cell("c-tries number wide", tries),
+    cell("c-talk wide", talk()),
   );
   let status = null;
   function update(item) {

@@ -22,6 +22,12 @@ export const PAGES = [
     load: () => import("./requests.js"),
   },
   {
+    path: "/requests/conversation",
+    title: "Conversation",
+    style: ["overview.css", "requests.css", "conversation.css"],
+    load: () => import("./conversation.js"),
+  },
+  {
     path: "/requests/:id",
     title: "Request",
     style: ["request.css", "timeline.css"],
