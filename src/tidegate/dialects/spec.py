@@ -117,8 +117,8 @@ class Endpoint:
     where the model stands. model: as the client's path has it; None where the body names it. Where
     `path` has no place for it, the body names it to the upstream. streams: the
     path alone says that the answer is a stream. takes_form: a body may be multipart/form-data.
-    resource: what lives at a provider that it is about. upstream: the only one that has the path,
-    by its `passthrough`."""
+    resource: what lives at a provider that it is about. upstreams: the only ones that have the
+    path, by their `passthrough`."""
 
     dialect: Dialect
     operation: Operation
@@ -127,7 +127,7 @@ class Endpoint:
     streams: bool = False
     takes_form: bool = False
     resource: ResourceUse | None = None
-    upstream: str = ""
+    upstreams: tuple[str, ...] = ()
     is_counted: bool = field(init=False, compare=False)  # as the operation's
     model_in_path: bool = field(init=False, compare=False)  # of an upstream too
 

@@ -54,7 +54,7 @@ _LEARN: tuple[Learn, ...] = get_args(Learn)
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = (
     *("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", "passthrough"),
-    *("adopt", "abandoned", *TIMEOUTS),
+    *("passthrough_tenants", "adopt", "abandoned", *TIMEOUTS),
 )
 _OF_GEMINI = (*_OWN_KEYS, *HEADER_KEYS, *NETWORK_KEYS)
 _KEYS = (
@@ -89,7 +89,8 @@ class Upstream:
     whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
     that differ from the settings. learn: what becomes of limits in headers of its answers. preempt:
     None where no call gives way. passthrough: paths that it has and Tidegate does not know, such as
-    `/v1/new-thing`, or `/v1/new/*` for all below. adopt: the tenant that may use what lives there
+    `/v1/new-thing`, or `/v1/new/*` for all below. passthrough_tenants: which may call
+    these; all where empty. adopt: the tenant that may use what lives there
     and no call through here has made; None for nobody. abandoned: what becomes of a call whose
     client left: `release` its permit, or `wait` for the end of its answer, where a server goes on
     with it. access_options: how it is reached, beside its key."""
@@ -107,6 +108,7 @@ class Upstream:
     learn: Learn = "propose"
     preempt: Preempt | None = None
     passthrough: tuple[str, ...] = ()
+    passthrough_tenants: tuple[str, ...] = ()
     adopt: str | None = None
     abandoned: Abandoned = "release"
     access_options: AccessOptions = field(default_factory=AccessOptions)
@@ -467,14 +469,12 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
                 allowed = "must be a path such as /v1/new-thing, or /v1/new/* for all below"
                 raise ConfigError(f"{path}.passthrough", one, allowed)
     if "adopt" in table:
-        found["adopt"] = tenant = table["adopt"]
-        allowed = "must be a tenant: 1 to 200 characters without spaces, | { or }"
-        if not isinstance(tenant, str):
-            raise ConfigError(f"{path}.adopt", str(tenant)[:100], allowed)
-        try:
-            check_tenant(tenant)
-        except ConfigError:
-            raise ConfigError(f"{path}.adopt", tenant[:100], allowed) from None
+        found["adopt"] = _tenant(f"{path}.adopt", table["adopt"])
+    if "passthrough_tenants" in table:
+        named = _texts(where := f"{path}.passthrough_tenants", table["passthrough_tenants"])
+        if "passthrough" not in found:
+            raise ConfigError(where, None, "needs passthrough, which is not set")
+        found["passthrough_tenants"] = tuple(_tenant(where, one) for one in named)
     found["timeouts"] = {
         name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
     }
@@ -485,6 +485,17 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             for model, price in prices.items()
         }
     return found
+
+
+def _tenant(path: str, value: object) -> str:
+    allowed = "must be a tenant: 1 to 200 characters without spaces, | { or }"
+    if not isinstance(value, str):
+        raise ConfigError(path, str(value)[:100], allowed)
+    try:
+        check_tenant(value)
+    except ConfigError:
+        raise ConfigError(path, value[:100], allowed) from None
+    return value
 
 
 def check_adopted(upstreams: Sequence[Upstream]) -> None:

@@ -219,8 +219,8 @@ class Relay:
 
     def _targets(self, call: NativeCall, asked: RequestFacts | None) -> list[Target]:
         dialect, name = call.endpoint.dialect, call.endpoint.model
-        if call.endpoint.upstream:
-            upstream = self.spine.targets.named(call.endpoint.upstream)
+        if call.endpoint.upstreams:
+            upstream = self.spine.targets.passing(call.endpoint, call.terms.caller.tenant_id)
             return [Target(upstream, model_of_other(call.terms.caller, call.endpoint, call.body))]
         if asked is not None:
             return self.spine.targets.of(dialect, asked.model)

@@ -40,6 +40,7 @@ from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import (
     ConfigError,
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
     LimiterUnavailable,
     NotFound,
@@ -590,26 +591,36 @@ class Targets:
         # The targets of a model, and whether their order is drawn.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
         self._for_prompts: dict[str, tuple[list[Target], bool]] = {}
-        ordered = sorted(deployment.upstreams, key=lambda one: one.name not in self.drained)
-        self._passthrough = {pattern: one for one in ordered for pattern in one.passthrough}
-
-    def named(self, name: str) -> Upstream:
-        """Raises NotFound for one that was removed meanwhile."""
-        if (found := self.upstreams.get(name)) is None:
-            raise NotFound(f"the upstream {name!r} is not configured any more")
-        return found
+        ordered = sorted(deployment.upstreams, key=lambda one: one.name in self.drained)
+        self._passthrough = [(pattern, one) for one in ordered for pattern in one.passthrough]
 
     def passthrough(self, path: str) -> Endpoint | None:
-        """The endpoint of a path that an upstream's `passthrough` names; None for any other."""
+        """The endpoint of a path that `passthrough` of upstreams names, in the dialect of the first
+        of them; None for any other."""
         if not self._passthrough or _PLAIN_PATH.fullmatch(path) is None or is_known(path):
             return None
-        for pattern, upstream in self._passthrough.items():
+        found = []
+        for pattern, upstream in self._passthrough:
             stem = pattern.removesuffix("/*")
             if path == stem or (stem != pattern and path.startswith(f"{stem}/")):
-                dialect = _first_dialect(upstream)
-                below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
-                return Endpoint(dialect, Operation.OTHER, below, upstream=upstream.name)
-        return None
+                found.append(upstream)
+        if not found:
+            return None
+        dialect = _first_dialect(found[0])
+        names = [one.name for one in found if _first_dialect(one) is dialect]
+        below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
+        return Endpoint(dialect, Operation.OTHER, below, upstreams=tuple(dict.fromkeys(names)))
+
+    def passing(self, endpoint: Endpoint, tenant_id: str) -> Upstream:
+        """Where a tenant's call of such a path goes. Raises Forbidden where it is open to others
+        alone, and NotFound where its upstreams were removed meanwhile."""
+        left = [self.upstreams[name] for name in endpoint.upstreams if name in self.upstreams]
+        if not left:
+            raise NotFound("the upstream of this path is not configured any more")
+        for upstream in left:
+            if not upstream.passthrough_tenants or tenant_id in upstream.passthrough_tenants:
+                return upstream
+        raise Forbidden(f"this path is not open to the tenant {tenant_id}")
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
         """The chain for a model. Raises NotFound where nobody serves it in that dialect."""

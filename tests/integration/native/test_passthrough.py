@@ -20,6 +20,10 @@ passthrough = ["/v1/new-thing", "/v1/evals/*"]
 "kind:other" = 1
 [upstreams.new.prices]
 "new-*" = {{ input = 1, output = 2 }}
+[upstreams.closed]
+base_url = "{url}/v1"
+passthrough = ["/v1/closed/*"]
+passthrough_tenants = ["acme", "b"]
 """
 ANSWER = {"id": "x", "usage": {"input_tokens": 30, "output_tokens": 5, "total_tokens": 35}}
 Seen = list[tuple[str, str, bytes]]
@@ -68,11 +72,18 @@ async def test_a_named_path_is_relayed_by_any_method_with_what_its_answer_tells(
         below = f"{passing.url}/v1/evals/e-1/runs"
         async with passing.http.request(method, below, data=body or None) as response:
             assert response.status == 200
+    closed = f"{passing.url}/v1/closed/c-1"
+    for tenant, status in (("acme", 200), ("other", 403)):
+        async with passing.http.get(closed, headers={"x-tidegate-tenant": tenant}) as response:
+            assert response.status == status
+    async with passing.http.get(closed) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (403, "forbidden")
     assert seen == [
         ("POST", "/v1/new-thing?a=b", raw),
         ("GET", "/v1/evals/e-1/runs", b""),
         ("DELETE", "/v1/evals/e-1/runs", b""),
         ("PATCH", "/v1/evals/e-1/runs", b"no JSON"),
+        ("GET", "/v1/closed/c-1", b""),
     ]
 
 

@@ -116,6 +116,11 @@ def test_no_key_is_shown() -> None:
         ("[upstreams.gemini]\nidle_timeout_ms = 0", "upstreams.gemini.idle_timeout_ms"),
         ("[upstreams.gemini]\ntotal_timeout_ms = 1.5", "upstreams.gemini.total_timeout_ms"),
         ("[upstreams.gemini]\nmodels = []", "upstreams.gemini.models"),
+        (
+            "[upstreams.gemini]\npassthrough = ['/v1/x']\npassthrough_tenants = ['a b']",
+            "upstreams.gemini.passthrough_tenants",
+        ),
+        ("[upstreams.gemini]\npassthrough_tenants = ['a']", "gemini.passthrough_tenants"),
         ("[upstreams.gemini]\nadopt = true", "upstreams.gemini.adopt"),
         ("[upstreams.gemini]\nadopt = 'a|b'", "upstreams.gemini.adopt"),
         (

@@ -10,7 +10,7 @@ import pytest
 
 from tidegate.call import Kind
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import ConfigError, InvalidRequest, NotFound
+from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
 from tidegate.spine.routing import Targets
 
@@ -174,8 +174,24 @@ def passing(*patterns: str) -> Targets:
 )
 def test_a_path_that_an_upstream_passes_through_goes_there(path: str, below: str | None) -> None:
     found = passing("/v1/new-thing", "/v1/evals/*").passthrough(path)
-    assert (found and (found.path, found.upstream)) == (below and (below, "new"))
+    assert (found and (found.path, found.upstreams)) == (below and (below, ("new",)))
     assert targets().passthrough(path) is None
+
+
+def test_of_upstreams_that_pass_a_path_each_tenant_has_the_first_that_is_open_to_it() -> None:
+    def account(name: str, *tenants: str, dialect: str = "openai") -> Upstream:
+        paths = ("/v1/evals/*",)
+        urls = {dialect: "http://n"}
+        return Upstream(name, urls, "k", passthrough=paths, passthrough_tenants=tenants)
+
+    of_a, of_claude = account("one", "a", "b"), account("three", "c", dialect="anthropic")
+    found = Targets(Deployment((of_a, account("two", "b", "d"), of_claude)), Random(1))
+    endpoint = found.passthrough("/v1/evals/e")
+    assert endpoint is not None
+    given = {tenant: found.passing(endpoint, tenant).name for tenant in "abd"}
+    assert given == {"a": "one", "b": "one", "d": "two"}
+    with pytest.raises(Forbidden, match="not open to the tenant c"):
+        found.passing(endpoint, "c")
 
 
 @pytest.mark.parametrize(
