@@ -48,6 +48,8 @@ class Kind(StrEnum):
 CLASSIFIER_LIMIT = "kind:classifier"
 # What asks no model for anything, such as the list of models: limited only where a limit says so.
 OTHER_KIND = "other"
+# A batch at a provider, for as long as it goes on there: limited only where a limit says so.
+BATCH_KIND = "batch"
 # A realtime session, for as long as it is open: limited only where a limit says so.
 REALTIME_KIND = "realtime"
 
@@ -226,6 +228,7 @@ class UsageDetails:
     file_searches: int | None = None
     input_audio_seconds: int | None = None
     input_characters: int | None = None
+    output_video_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

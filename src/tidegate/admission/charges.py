@@ -212,14 +212,14 @@ def call_cost(
     cover what a provider puts around each message. unseen: why the input is bounded by the context
     of the model alone, `context_tokens`. max_output_tokens: of all answers together. draws_alone:
     it makes `images` and nothing else. unbounded: why nothing bounds it. measured: what the request
-    shows of its usage beside tokens, of which the characters are exact.
+    shows of its usage beside tokens, of which characters and seconds of video are exact.
     """
     likely_micros, likely_tokens = foreseen(rates, estimate, images, measured)
-    if measured is not None and measured.input_characters:
+    if measured is not None and (measured.input_characters or measured.output_video_seconds):
         micros = None if rates is None else micros_by_measure(rates, measured)
         if micros is not None:
             return CallCost(micros, likely_tokens, likely_micros, likely_tokens)
-        unbounded = unbounded or "how long a text is when it is spoken is not known beforehand"
+        unbounded = unbounded or "its model is not charged by what is known of it beforehand"
     most_input: int | None = input_bytes + (_TOOLS_TOKENS if tools else _CALL_TOKENS)
     if unseen:
         most_input = context_tokens
@@ -255,8 +255,12 @@ def _most_micros(
     has_files: bool,
 ) -> int | None:
     """At the dearest rates, rounded up; None where one that it needs is not known."""
-    if rates is None or rates.input is None:
+    if rates is None:
         return None
+    if rates.input is None:
+        if not images or rates.image is None or rates.output is not None:
+            return None
+        taken = 0  # the pictures are all that its model is charged by
     all_rates = [rates]
     if rates.above is not None and rates.long is not None and taken > rates.above:
         all_rates.append(rates.long)
@@ -330,9 +334,12 @@ def never_sent(error: UpstreamError) -> bool:
 
 
 def is_measured(usage: Usage) -> bool:
-    """Whether seconds of audio or searches are reported, by which some models are charged."""
+    """Whether seconds of audio or video or searches are reported, by which some models are
+    charged."""
     details = usage.details
-    return details is not None and bool(details.input_audio_seconds or details.searches)
+    if details is None:
+        return False
+    return bool(details.input_audio_seconds or details.searches or details.output_video_seconds)
 
 
 def is_unknown(usage: Usage) -> bool:

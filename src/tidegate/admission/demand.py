@@ -30,6 +30,7 @@ from tidegate.admission.conversations import (
 )
 from tidegate.admission.estimator import Estimate, Estimator, Pieces, pieces_of
 from tidegate.call import (
+    BATCH_KIND,
     CLASSIFIER_LIMIT,
     DEFAULT_TENANT,
     OTHER_KIND,
@@ -65,7 +66,7 @@ from tidegate.policy.format import (
 MOST_PRIORITY = 100
 # Of the calls whose limits were looked for: models and tenants are named by clients.
 _MOST_KEPT = 1_000
-_UNLIMITED_KINDS = (OTHER_KIND, REALTIME_KIND)  # where no limit names them
+_UNLIMITED_KINDS = (OTHER_KIND, BATCH_KIND, REALTIME_KIND)  # where no limit names them
 
 
 class Reach:
@@ -161,6 +162,7 @@ def _usual_order(limit_id: str) -> tuple[bool, str]:
 
 
 _CLASSIFIER = CLASSIFIER_LIMIT.partition(":")[2]
+_BATCHES = f"kind:{BATCH_KIND}"
 # The judge's instruction and schema, which come on top of each prompt.
 _JUDGE_CHARS = 1_200
 _LEARN_FROM_ONE_IN = 16
@@ -350,6 +352,15 @@ class Demands:
             demand.conversation = key
             demand.expected = self._conversations.expect(tenant, model, key, guessed, most)
         return demand
+
+    def of_batch(self, policy: PoolPolicy, *, tenant: str, priority: int) -> CallDemand:
+        """The demand of a batch at the provider, whose requests the provider counts apart from all
+        other calls: on the limits of its kind alone."""
+        found = self.limits(policy, BATCH_KIND, "", "", 0)
+        mine = tuple(
+            one for one in found if one == _BATCHES or whom_it_binds(one) == f"kind/{BATCH_KIND}"
+        )
+        return CallDemand(mine, tenant, self._reach.band(priority), 0)
 
     def of_question(
         self,

@@ -21,7 +21,7 @@ DIALECTS: dict[str, DialectSpec] = {spec.name: spec for spec in (GEMINI, ANTHROP
 _POSTED = {path: call for spec in DIALECTS.values() for path, call in spec.calls.items()}
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _SLASHES = re.compile(r"/{2,}")
-_ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
+_ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/", "/download/")
 # Paths of clients whose base URL is one step off: with a version too many, with one of another
 # gateway's or provider's, or without any.
 _STEPS_OFF = (

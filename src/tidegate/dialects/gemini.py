@@ -17,7 +17,7 @@ import orjson
 
 from tidegate.admission.estimator import USUAL_RULES, Rules
 from tidegate.call import Usage, UsageDetails
-from tidegate.dialects import interactions
+from tidegate.dialects import gemini_work, interactions
 from tidegate.dialects.answers import (
     HEAD_BYTES,
     LONGEST_READ_BYTES,
@@ -60,6 +60,7 @@ from tidegate.dialects.spec import (
     ErrorAnswer,
     JsonObject,
     ModelList,
+    OngoingWork,
     Operation,
     OutputEvents,
     RefusalFacts,
@@ -74,9 +75,13 @@ _OPERATIONS = {
     "computeTokens": Operation.COUNT,
     "embedContent": Operation.EMBED,
     "batchEmbedContents": Operation.EMBED,
+    "predictLongRunning": Operation.VIDEO,
+    "batchGenerateContent": Operation.BATCH,
+    "asyncBatchEmbedContent": Operation.BATCH,
 }
-# Begins work that goes on after the call, which can be neither admitted nor accounted.
-_STARTS_WORK = re.compile(r"^(?:batchGenerate|asyncBatch)|LongRunning$")
+# Vertex's way to read an operation, whosever it is; and all else that begins work which goes on
+# after the call, and can be neither admitted nor accounted.
+_NOT_RELAYED = re.compile(r"^(?:fetchPredictOperation$|asyncBatch)|LongRunning$")
 _CALL = re.compile(
     r"(?P<folder>/v1(?:alpha|beta)?/(?:models|tunedModels)/)(?P<model>[\w\-@][\w.\-@]{0,199}):(?P<do>\w+)",
     re.ASCII,
@@ -85,20 +90,28 @@ _MODELS = re.compile(r"/v1(?:alpha|beta)?/models(?:/[\w\-][\w.\-]*)?", re.ASCII)
 _STORING = re.compile(r"/v1(?:alpha|beta)?/(?:interactions|cachedContents)", re.ASCII)
 _FILE = Making("file", "name", "file", "files/")  # in the answer to an upload's last request
 _VERSION_ROOT = "/v1(?:alpha|beta)?"
+_ANY_MODEL = r"models/[\w\-@][\w.\-@]{0,199}"
+_DOWNLOAD = rf"(?:/download)?{_VERSION_ROOT}/files/{{id}}:download"
 _RESOURCES = tuple(
-    path_of(method, f"{_VERSION_ROOT}/{below}", kind, act)
-    for method, below, kind, act in (
-        ("GET", "files", "file", Act.LIST),
-        ("GET", "files/{id}", "file", Act.READ),
-        ("GET", "files/{id}:download", "file", Act.READ),
-        ("DELETE", "files/{id}", "file", Act.DELETE),
-        ("GET", "cachedContents", "cached_content", Act.LIST),
-        ("GET", "cachedContents/{id}", "cached_content", Act.READ),
-        ("PATCH", "cachedContents/{id}", "cached_content", Act.CHANGE),
-        ("DELETE", "cachedContents/{id}", "cached_content", Act.DELETE),
-        ("GET", "interactions/{id}", "interaction", Act.READ),
-        ("DELETE", "interactions/{id}", "interaction", Act.DELETE),
-        ("POST", "interactions/{id}/cancel", "interaction", Act.CANCEL),
+    path_of(method, f"{_VERSION_ROOT}/{below}" if below else _DOWNLOAD, kind, act, makes)
+    for method, below, kind, act, makes in (
+        ("GET", "", "file", Act.READ, None),
+        ("GET", "files", "file", Act.LIST, None),
+        ("GET", "files/{id}", "file", Act.READ, None),
+        ("DELETE", "files/{id}", "file", Act.DELETE, None),
+        ("GET", "cachedContents", "cached_content", Act.LIST, None),
+        ("GET", "cachedContents/{id}", "cached_content", Act.READ, None),
+        ("PATCH", "cachedContents/{id}", "cached_content", Act.CHANGE, None),
+        ("DELETE", "cachedContents/{id}", "cached_content", Act.DELETE, None),
+        ("GET", "interactions/{id}", "interaction", Act.READ, None),
+        ("DELETE", "interactions/{id}", "interaction", Act.DELETE, None),
+        ("POST", "interactions/{id}/cancel", "interaction", Act.CANCEL, None),
+        ("GET", f"{_ANY_MODEL}/operations", "operation", Act.LIST, None),
+        ("GET", _ANY_MODEL + "/operations/{id}", "operation", Act.READ, gemini_work.MADE_FILES),
+        ("GET", "batches", "batch", Act.LIST, None),
+        ("GET", "batches/{id}", "batch", Act.READ, gemini_work.MADE_FILES),
+        ("DELETE", "batches/{id}", "batch", Act.DELETE, None),
+        ("POST", "batches/{id}:cancel", "batch", Act.CANCEL, None),
     )
 )
 _UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
@@ -116,11 +129,12 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
     """The endpoint of a call, an upload, a file or a model."""
     if method == "POST" and (call := _CALL.fullmatch(path)) is not None:
         do = call["do"]
-        if _STARTS_WORK.search(do):
+        if do not in _OPERATIONS and _NOT_RELAYED.search(do):
             return None
+        draws = do == "predict" and call["model"].startswith("imagen")
         return Endpoint(
             Dialect.GEMINI,
-            _OPERATIONS.get(do, Operation.INFER),
+            Operation.IMAGES if draws else _OPERATIONS.get(do, Operation.INFER),
             f"{call['folder']}{{model}}:{do}",
             model=call["model"],
             streams=do.startswith("stream"),
@@ -140,7 +154,11 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
     return Endpoint(Dialect.GEMINI, operation, path, resource=use)
 
 
-_REFERRING = (b"fileUri", b"file_uri", b'"uri"', b"cachedContent", b"cached_content")
+_REFERRING = (
+    *(b"fileUri", b"file_uri", b'"uri"', b"cachedContent", b"cached_content"),
+    *(b"inputConfig", b"input_config"),
+)
+_INPUTS = frozenset(("fileName", "file_name"))  # of a batch
 _PREVIOUS = b"previous_interaction_id"
 _URIS = frozenset(("fileUri", "file_uri", "uri"))
 _CACHES = frozenset(("cachedContent", "cached_content"))
@@ -155,14 +173,19 @@ _OWN_FILE = re.compile(
 _CACHE = re.compile(rf"cachedContents/({RESOURCE_ID})", re.ASCII)
 
 
-def references(_body: Mapping[str, Any], raw: bytes) -> list[Reference]:
+def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
     """The files, the cached content and the interaction that a request names, each where it stands.
     Raises InvalidRequest and NotFound."""
     if not may_name(raw, *_REFERRING, _PREVIOUS):
         return []
     found = []
-    for one in named_values(raw, _REFERENCES, _OF_FUNCTIONS):
-        if one.field in _URIS:
+    names = _REFERENCES | _INPUTS if "batch" in body else _REFERENCES
+    for one in named_values(raw, names, _OF_FUNCTIONS):
+        if one.field in _INPUTS:
+            if (own := _OWN_FILE.fullmatch(one.value)) is None:
+                raise NotFound(f"there is no file {one.value[:200]!a}", field=one.field)
+            found.append(Reference("file", own[1], one.field))
+        elif one.field in _URIS:
             if (file_id := _file_named(one.field, one.value)) is not None:
                 found.append(Reference("file", file_id, one.field))
         elif one.field in _CACHES:
@@ -196,6 +219,10 @@ def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
     if path.endswith("/interactions"):
         is_kept = body.get("store") is not False or body.get("background") is True
         return _INTERACTION if is_kept else None
+    if path.endswith(":predictLongRunning"):
+        return gemini_work.OPERATION
+    if path.endswith((":batchGenerateContent", ":asyncBatchEmbedContent")):
+        return gemini_work.BATCH
     return _CACHED_CONTENT if path.endswith("/cachedContents") else None
 
 
@@ -212,11 +239,15 @@ def request_facts(
     """Facts of a request. Raises InvalidRequest."""
     if endpoint.path.endswith("/interactions"):
         return interactions.request_facts(endpoint, body, whole, rules_of)
+    if endpoint.operation is Operation.VIDEO and endpoint.model is not None:
+        return gemini_work.video_request(endpoint.model, body)
+    if endpoint.operation is Operation.IMAGES:
+        return _drawing_facts(endpoint, body, whole)
     model = body.get("model")
     if endpoint.operation is Operation.CACHE and isinstance(model, str):
         body = {**body, "model": model.removeprefix("models/")}
     settings = body.get("generationConfig", body.get("generation_config"))
-    return facts_of_request(
+    facts = facts_of_request(
         endpoint,
         body,
         whole,
@@ -224,6 +255,23 @@ def request_facts(
         is_hosted=_is_hosted,
         settings=settings if isinstance(settings, Mapping) else {},
     )
+    if endpoint.operation is Operation.BATCH:
+        embeds = endpoint.path.endswith(":asyncBatchEmbedContent")
+        return gemini_work.batch_request(facts, body, embeds=embeds)
+    return facts
+
+
+_USUAL_DRAWN = 4  # of Imagen, where a request names no number
+
+
+def _drawing_facts(
+    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized]
+) -> RequestFacts:
+    """Facts of a request for pictures of Imagen. Raises InvalidRequest."""
+    settings = body.get("parameters")
+    settings = settings if isinstance(settings, Mapping) else {}
+    named = settings.get("sampleCount", settings.get("sample_count", _USUAL_DRAWN))
+    return facts_of_request(endpoint, {**body, "n": named}, whole, rules_of=rules_of, settings={})
 
 
 _GEMINI_3_RULES = replace(USUAL_RULES, picture=lambda _: 1120.0, page=560)
@@ -391,7 +439,7 @@ def _queries_of(chunk: JsonObject) -> set[str]:
     return queries
 
 
-_INLINE = re.compile(rb'"inlineData"\s*:\s*\{')
+_INLINE = re.compile(rb'"inlineData"\s*:\s*\{|"bytesBase64Encoded"\s*:\s*"')
 
 
 def image_count(answer: bytes) -> int:
@@ -556,6 +604,35 @@ GEMINI = DialectSpec(
     references=references,
     made_by=made_by,
     page=gemini_page,
+    works={
+        "interaction": OngoingWork(
+            Operation.INFER,
+            "/v1beta/interactions",
+            "/v1beta/interactions/{id}",
+            "/v1beta/interactions/{id}/cancel",
+            interactions.end_of,
+        ),
+        "operation": OngoingWork(
+            Operation.VIDEO,
+            "/v1beta/models/{model}:predictLongRunning",
+            "/v1beta/models/{model}/operations/{id}",
+            "",
+            gemini_work.end_of,
+            files=gemini_work.files_of,
+            tally=gemini_work.VideoTally,
+        ),
+        "batch": OngoingWork(
+            Operation.BATCH,
+            "/v1beta/models/{model}:batchGenerateContent",
+            "/v1beta/batches/{id}",
+            "/v1beta/batches/{id}:cancel",
+            gemini_work.end_of,
+            results=gemini_work.results_path,
+            files=gemini_work.files_of,
+            tally=lambda shown, _: gemini_work.BatchTally(shown, usage_of),
+            longest_ms=gemini_work.LONGEST_BATCH_MS,
+        ),
+    },
     statuses=_STATUSES,
     refusal=refusal,
     problem=problem,

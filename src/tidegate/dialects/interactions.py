@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 from tidegate.admission.estimator import Rules
-from tidegate.call import Usage, UsageDetails
+from tidegate.call import Status, Usage, UsageDetails
 from tidegate.dialects.answers import (
     HEAD_BYTES,
     AnswerForm,
@@ -42,6 +42,23 @@ from tidegate.dialects.spec import (
     RequestFacts,
 )
 from tidegate.errors import InvalidRequest
+
+# Of an interaction that does not go on; `requires_action` waits for its client's function.
+_ENDS = {
+    "completed": Status.SUCCEEDED,
+    "incomplete": Status.SUCCEEDED,
+    "requires_action": Status.SUCCEEDED,
+    "requires_continuation": Status.SUCCEEDED,
+    "budget_exceeded": Status.FAILED,
+    "failed": Status.FAILED,
+    "cancelled": Status.CANCELLED,
+}
+
+
+def end_of(shown: JsonObject) -> Status | None:
+    """How an interaction, or a response of OpenAI's, has ended; None while it goes on."""
+    return _ENDS.get(str(shown.get("status")))
+
 
 _MODALITIES = ("audio", "image", "video")
 _MOST_MODALITIES = 64

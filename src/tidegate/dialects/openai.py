@@ -39,6 +39,7 @@ from tidegate.dialects.answers import (
     with_tier,
 )
 from tidegate.dialects.headers import used_up
+from tidegate.dialects.interactions import end_of
 from tidegate.dialects.references import may_name, named_values
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, path_of, use_in
@@ -51,6 +52,7 @@ from tidegate.dialects.spec import (
     ErrorAnswer,
     JsonObject,
     ModelList,
+    OngoingWork,
     Operation,
     OutputEvents,
     RefusalFacts,
@@ -727,6 +729,15 @@ OPENAI = DialectSpec(
     resource_paths=_RESOURCES,
     references=references,
     made_by=made_by,
+    works={
+        "response": OngoingWork(
+            Operation.INFER,
+            "/responses",
+            "/responses/{id}",
+            "/responses/{id}/cancel",
+            end_of,
+        )
+    },
     is_spoken=_is_spoken,
     models=ModelList("/models", "data", "id", lambda models: {"object": "list", "data": models}),
     rules_of=rules_of,

@@ -103,7 +103,13 @@ def anthropic_page(_kind: str, query: str) -> PageQuery:
     return PageQuery(limit, after, True, whole, only=tuple(dict.fromkeys(ids)) or None)
 
 
-_GEMINI_LISTS = {"file": ("files", 10, 100), "cached_content": ("cachedContents", 50, 1_000)}
+# Each batch and operation is read whole.
+_GEMINI_LISTS = {
+    "file": ("files", 10, 100),
+    "cached_content": ("cachedContents", 50, 1_000),
+    "batch": ("operations", 10, 20),
+    "operation": ("operations", 10, 100),
+}
 
 
 def gemini_page(kind: str, query: str) -> PageQuery:
@@ -112,11 +118,23 @@ def gemini_page(kind: str, query: str) -> PageQuery:
     field, usual, most = _GEMINI_LISTS[kind]
 
     def whole(shown: Listed, has_more: bool) -> JsonObject:
-        body: JsonObject = {field: [one for _, one in shown]} if shown else {}
+        found = [_without_answers(one) if kind == "batch" else one for _, one in shown]
+        body: JsonObject = {field: found} if shown else {}
         return body | ({"nextPageToken": shown[-1][0]} if has_more and shown else {})
 
     limit = _limit(named, "pageSize", usual, most)
     return PageQuery(limit, _cursor(named, "pageToken"), False, whole)
+
+
+def _without_answers(batch: JsonObject) -> JsonObject:
+    """A batch without the answers that it holds, which may be as long as any body."""
+    metadata = batch.get("metadata")
+    outputs = [batch.get("response"), metadata.get("output") if type(metadata) is dict else None]
+    for output in outputs:
+        if type(output) is dict:
+            for name in ("inlinedResponses", "inlinedEmbedContentResponses"):
+                output.pop(name, None)
+    return batch
 
 
 def _named(query: str) -> dict[str, str]:

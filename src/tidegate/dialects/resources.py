@@ -8,7 +8,7 @@ calls go, and what a list shows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -34,12 +34,14 @@ class Act(StrEnum):
 class Making:
     """What the answer to a call makes. name: the field that names it, in an answer or, within the
     object `within` if there is one, in an event of its stream. prefix: of an id there, such as
-    `files/`, which is not kept."""
+    `files/`, which is not kept, nor what precedes it. each: the ids of all that an object makes,
+    where that may be none or several."""
 
     kind: str
     name: str = "id"
     within: str | None = None
     prefix: str = ""
+    each: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
-from tidegate.call import UNKNOWN_USAGE, Kind, Usage, UsageDetails
+from tidegate.call import UNKNOWN_USAGE, Kind, Status, Usage, UsageDetails
 from tidegate.dialects.pages import PageQuery, openai_page
 from tidegate.dialects.resources import (
     Making,
@@ -46,9 +46,9 @@ class Operation(StrEnum):
 
     INFER requests text or images of a model, EMBED vectors, IMAGES images alone, TRANSCRIBE the
     text of a recording, SPEAK a recording of a text, MODERATE a judgement on one, RERANK the order
-    of some, CACHE the keeping of an input. COUNT, MODELS, FILES, RESOURCE and UPLOAD run no model,
-    and take a limit only where there is one for `kind:other`; so does OTHER, a path that an
-    upstream's `passthrough` names.
+    of some, CACHE the keeping of an input, VIDEO videos, BATCH many calls of a model. COUNT,
+    MODELS, FILES, RESOURCE and UPLOAD run no model, and take a limit only where there is one for
+    `kind:other`; so does OTHER, a path that an upstream's `passthrough` names.
     RESOURCE is all that concerns something which lives at a provider.
     """
 
@@ -60,6 +60,8 @@ class Operation(StrEnum):
     MODERATE = "moderate"
     RERANK = "rerank"
     CACHE = "cache"
+    VIDEO = "video"
+    BATCH = "batch"
     COUNT = "count"
     MODELS = "models"
     FILES = "files"
@@ -71,6 +73,11 @@ class Operation(StrEnum):
     def is_counted(self) -> bool:
         """Whether it runs a model."""
         return self in _COUNTED
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its work goes on after the answer."""
+        return self in (Operation.VIDEO, Operation.BATCH)
 
     @property
     def writes_nothing(self) -> bool:
@@ -88,10 +95,14 @@ _COUNTED = frozenset(
     {
         *(Operation.INFER, Operation.EMBED, Operation.IMAGES, Operation.TRANSCRIBE),
         *(Operation.SPEAK, Operation.MODERATE, Operation.RERANK, Operation.CACHE),
+        *(Operation.VIDEO, Operation.BATCH),
     }
 )
 _WITHOUT_OUTPUT = frozenset(
-    {Operation.EMBED, Operation.MODERATE, Operation.RERANK, Operation.CACHE}
+    {
+        *(Operation.EMBED, Operation.MODERATE, Operation.RERANK, Operation.CACHE),
+        Operation.VIDEO,
+    }
 )
 _NAMES = {
     Operation.INFER: "chat",
@@ -102,6 +113,8 @@ _NAMES = {
     Operation.MODERATE: "moderation",
     Operation.RERANK: "rerank",
     Operation.CACHE: "create_cache",
+    Operation.VIDEO: "generate_videos",
+    Operation.BATCH: "batch",
     Operation.COUNT: "count_tokens",
     Operation.MODELS: "models",
     Operation.FILES: "files",
@@ -184,7 +197,10 @@ class RequestFacts:
     leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
     its input, with a first estimate of their tokens. wants_usage: whether a stream reports its
     usage only if the gateway requests it. audio_seconds: of recordings in its input, about.
-    characters: of a text that is to be spoken. goes_on: the provider makes it in the background."""
+    characters: of a text that is to be spoken. video_seconds: of all videos that it makes together.
+    goes_on: the provider makes it in the background. calls: how many of the model it holds, 0 where
+    nobody knows. tier: the processing tier that is requested elsewhere than in a field of that
+    name."""
 
     model: str
     kind: Kind
@@ -195,16 +211,21 @@ class RequestFacts:
     wants_usage: bool = False
     audio_seconds: int = 0
     characters: int = 0
+    video_seconds: int = 0
     goes_on: bool = False
+    calls: int = 1
+    tier: str = ""
 
     @property
     def measured(self) -> UsageDetails | None:
         """What is known beforehand of the usage, beside tokens and images; None for nothing."""
-        if not (self.audio_seconds or self.characters):
+        if not (self.audio_seconds or self.characters or self.video_seconds):
             return None
         return UsageDetails(
             input_audio_seconds=self.audio_seconds or None,
             input_characters=self.characters or None,
+            output_video_seconds=self.video_seconds or None,
+            tier=self.tier or None if self.video_seconds else None,
         )
 
 
@@ -221,6 +242,39 @@ class AnswerFacts:
 
 
 NO_FACTS = AnswerFacts(UNKNOWN_USAGE)
+
+
+class WorkTally(Protocol):
+    """Sum of what a piece of work has used, over the answers that it holds."""
+
+    def add(self, row: JsonObject) -> None:
+        """Count one more answer, of a file of them."""
+
+    def facts(self) -> AnswerFacts:
+        """Facts of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class OngoingWork:
+    """Work that goes on at a provider under an id.
+
+    operation, path: of the call that makes it, below the base URL. read, cancel: the paths of
+    reading it and of ending it, with `{id}` and `{model}`; an empty one is none that the provider
+    has. end_of: how it has ended, by its object; None while it goes on. results: the path of the
+    file of its answers, if it has one. files: the ids of all files that it has made. tally: of its
+    object at its end and of the request; without it the object is an answer like any other.
+    longest_ms: how long it may take, where that is more than any other call may.
+    """
+
+    operation: Operation
+    path: str
+    read: str
+    cancel: str
+    end_of: Callable[[JsonObject], Status | None]
+    results: Callable[[JsonObject], str] = lambda _: ""
+    files: Callable[[JsonObject], Sequence[str]] = lambda _: ()
+    tally: Callable[[JsonObject, bytes], WorkTally] | None = None
+    longest_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -310,6 +364,7 @@ class DialectSpec:
     Resources: `resource_paths` are those of what lives at a provider; `references(body, raw)` are
     the resources that a call refers to, and `made_by(path, body)` is what its answer makes, if
     anything; both are asked of each call. `page(kind, query)` reads what a list is asked for.
+    `works` is what goes on after its answer, by the kind of resource that it is.
 
     Answers: `answer_facts(answer, omitted=False, cut=False)` reads what was kept of one, where
     `omitted` says that its middle is missing, and `cut` that it may not have come to its end;
@@ -344,4 +399,5 @@ class DialectSpec:
     references: Callable[[Mapping[str, Any], bytes], Sequence[Reference]] = nothing_referred
     made_by: Callable[[str, Mapping[str, Any]], Making | None] = nothing_made
     page: Callable[[str, str], PageQuery] = openai_page
+    works: Mapping[str, OngoingWork] = field(default_factory=dict)
     keep_alive: bytes = b": waiting for admission\n\n"

@@ -115,6 +115,9 @@ class UsageView(BaseModel):
     input_characters: int | None = Field(
         default=None, description="Length of a text that was spoken"
     )
+    output_video_seconds: int | None = Field(
+        default=None, description="Length of the videos in the output"
+    )
     provider_cost_micros: int | None = Field(
         default=None, description="What the provider itself charged, in millionths of a dollar"
     )

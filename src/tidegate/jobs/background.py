@@ -1,4 +1,4 @@
-"""Responses and interactions in the background: polled by workers until they have ended.
+"""Work in the background: responses, interactions, videos, batches; polled until it has ended.
 
     taken by the provider ──► looked at, again and again ──► ended: on record, charged, not counted
 
@@ -12,12 +12,13 @@ know it any more; it is put on record and charged once, by what the provider rep
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
 import orjson
@@ -25,7 +26,7 @@ import orjson
 from tidegate.call import Caller, Status
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.requests import skimmed
-from tidegate.dialects.spec import Dialect
+from tidegate.dialects.spec import AnswerFacts, Dialect, Endpoint, OngoingWork
 from tidegate.errors import (
     ClaimLost,
     LimiterUnavailable,
@@ -33,17 +34,20 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamGarbled,
 )
-from tidegate.record import KEPT_BYTES, CallRecord, Failure
+from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.background import GRACE_MS
 from tidegate.spine.detached import detached_call
 from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import NothingOut
+from tidegate.spine.resources import MadeBy
 from tidegate.spine.routing import Target
 from tidegate.spine.run import refusal_of
 from tidegate.store.provider.background import BackgroundCall, BackgroundCalls
+from tidegate.store.provider.resources import NewResource
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream.transport import Exchange
 
 _LOOK_EVERY_S = 0.5
 _AT_ONCE = 16
@@ -51,35 +55,22 @@ _LONGEST_WAIT_MS = 30_000.0
 _SHARE_OF_AGE = 0.1  # of how long it has taken, between two looks
 _TROUBLE_WAIT_MS = 10_000.0
 _GONE_AFTER_MS = 60_000.0
-_MOST_ANSWER_BYTES = KEPT_BYTES
-# Where each kind is made, by its client, and read, below the upstream's base URL.
-_PATHS = {
-    "response": ("/v1/responses", "/responses"),
-    "interaction": ("/v1beta/interactions", "/v1beta/interactions"),
-}
-_STATUSES = {
-    "completed": Status.SUCCEEDED,
-    "incomplete": Status.SUCCEEDED,
-    "requires_action": Status.SUCCEEDED,
-    "requires_continuation": Status.SUCCEEDED,
-    "budget_exceeded": Status.FAILED,
-    "failed": Status.FAILED,
-    "cancelled": Status.CANCELLED,
-}
-
+_MOST_ANSWER_BYTES = 64_000_000  # a batch may hold all of its answers
 log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class _Reported:
-    """What a provider said of a response: its object, None where it does not know it."""
+    """What a provider said of its work: its object, None where it does not know it. end: how it has
+    ended, None while it goes on."""
 
     body: bytes
     shown: dict[str, Any] | None
+    end: Status | None = Status.FAILED
 
-    @property
-    def status(self) -> str:
-        return "gone" if self.shown is None else str(self.shown.get("status"))
+
+def _work_of(call: BackgroundCall) -> OngoingWork:
+    return DIALECTS[call.dialect].works[call.kind]
 
 
 class BackgroundRunner:
@@ -167,12 +158,16 @@ class BackgroundRunner:
         target = Target(upstream, call.record.model or "")
         try:
             seen = await self._ask(call, target, "GET")
-            if is_over and seen.status not in _STATUSES and call.cancelled_at is None:
+            can_cancel = bool(_work_of(call).cancel) and call.cancelled_at is None
+            if is_over and seen.end is None and can_cancel:
                 seen = await self._ask(call, target, "POST")
-                if seen.status not in (*_STATUSES, "gone"):
+                if seen.end is None:
                     wait_ms = float(self._config.background_poll_ms)
                     await self._calls.put_off(call, wait_ms, is_cancelled=True)
                     return
+            if seen.end is not None:
+                await self._end(call, seen, target)
+                return
         except UpstreamError as error:
             if left <= timedelta(milliseconds=-GRACE_MS):
                 await self._end(call, _Reported(b"", None), target)
@@ -180,10 +175,7 @@ class BackgroundRunner:
                 after_ms = error.retry_after_ms or 0
                 await self._calls.put_off(call, max(float(after_ms), self._wait_ms(call)))
             return
-        if seen.status in _STATUSES or seen.status == "gone":
-            await self._end(call, seen, target)
-        else:
-            await self._calls.put_off(call, self._wait_ms(call))
+        await self._calls.put_off(call, self._wait_ms(call))
 
     def _wait_ms(self, call: BackgroundCall) -> float:
         """The longer it has taken, the longer it probably still takes."""
@@ -213,15 +205,10 @@ class BackgroundRunner:
     # At the provider
 
     async def _ask(self, call: BackgroundCall, target: Target, method: str) -> _Reported:
-        """Read the response, or by POST cancel it. Raises UpstreamError."""
-        path = f"{_PATHS[call.kind][1]}/{call.resource_id}"
-        path = f"{path}/cancel" if method == "POST" else path
-        access = target.upstream.access(Dialect(call.dialect))
-        wire, timeouts = self._relay.wire, self._spine.timeouts[call.upstream]
-        place = wire.place(access.url(path, "", model=target.model, streams=False), access)
-        headers = [(b"accept", b"application/json")]
-        body = b"" if method == "POST" else None
-        exchange = await wire.open(method, place, headers, body, None, timeouts)
+        """Read the work, or by POST cancel it. Raises UpstreamError."""
+        work = _work_of(call)
+        path = self._path(call, work.cancel if method == "POST" else work.read)
+        exchange = await self._open(call, target, method, path)
         try:
             if exchange.status == 404:
                 return _Reported(b"", None)
@@ -236,12 +223,49 @@ class BackgroundRunner:
             raise UpstreamGarbled("the provider's answer on a response is no JSON") from None
         if not isinstance(shown, dict):
             raise UpstreamGarbled("the provider's answer on a response is no object")
-        return _Reported(answer, shown)
+        return _Reported(answer, shown, work.end_of(shown))
+
+    def _path(self, call: BackgroundCall, path: str) -> str:
+        model = quote(call.record.model or "", safe="")
+        return path.replace("{model}", model).replace("{id}", call.resource_id or "")
+
+    async def _open(self, call: BackgroundCall, target: Target, method: str, path: str) -> Exchange:
+        access = target.upstream.access(Dialect(call.dialect))
+        wire, timeouts = self._relay.wire, self._spine.timeouts[call.upstream]
+        path, _, query = path.partition("?")
+        place = wire.place(access.url(path, query, model=target.model, streams=False), access)
+        headers = [(b"accept", b"application/json")]
+        body = b"" if method == "POST" else None
+        return await wire.open(method, place, headers, body, None, timeouts)
+
+    async def _facts(
+        self, call: BackgroundCall, target: Target, shown: dict[str, Any]
+    ) -> AnswerFacts | None:
+        """What all the answers that the work holds report; None where it is one itself. Raises
+        UpstreamError."""
+        work = _work_of(call)
+        if work.tally is None:
+            return None
+        tally = work.tally(shown, call.record.request)
+        if path := work.results(shown):
+            exchange = await self._open(call, target, "GET", path)
+            try:
+                if exchange.status >= 300:
+                    raise (await refusal_of(exchange, target, call.dialect)).error
+                async for row in _rows(exchange):
+                    tally.add(row)
+            finally:
+                exchange.close()
+        return tally.facts()
 
     # Its end
 
     async def _end(self, call: BackgroundCall, seen: _Reported, target: Target | None) -> None:
-        record = call.record
+        """Raises UpstreamError where the answers that it holds can't be read."""
+        record, facts, made = call.record, None, list[NewResource]()
+        if target is not None and seen.shown is not None:
+            facts = await self._facts(call, target, seen.shown)
+            made = self._made(call, target, seen.shown)
         record.finished_at = datetime.now(UTC)
         record.sent, record.http_status, record.waits = True, 200, False
         record.response_type = "application/json"
@@ -251,29 +275,47 @@ class BackgroundRunner:
         record.streamed = False
         if seen.body:
             record.keep(seen.body)
-        status = _STATUSES.get(seen.status, Status.FAILED)
+        status = seen.end or Status.FAILED
         if target is not None:
-            self._charge(call, record, target, whole=status is Status.SUCCEEDED)
+            self._charge(call, record, target, facts, whole=status is Status.SUCCEEDED)
+        if made:
+            await self._relay.resources.note(made)
         record.end(status, _failure(seen))
         await self._calls.end(call, record, _GONE_AFTER_MS)
         log.info(
             Log.BACKGROUND_ENDED,
             request_id=str(call.id),
             upstream=call.upstream,
-            state=seen.status,
+            state=status.value,
             looks=call.looks,
         )
         with suppress(LimiterUnavailable):  # the last look repeats it
             await self._no_longer_counted(call)
 
+    def _made(
+        self, call: BackgroundCall, target: Target, shown: dict[str, Any]
+    ) -> list[NewResource]:
+        """The files that it has made, which are its caller's."""
+        caller = Caller(call.tenant_id, call.record.key_id)
+        by = MadeBy(caller, Dialect(call.dialect), call.id, call.record.subject)
+        return self._relay.resources.made(by, target, "file", _work_of(call).files(shown))
+
     def _charge(
-        self, call: BackgroundCall, record: CallRecord, target: Target, *, whole: bool
+        self,
+        call: BackgroundCall,
+        record: CallRecord,
+        target: Target,
+        facts: AnswerFacts | None,
+        *,
+        whole: bool,
     ) -> None:
-        """By what the answer says of itself, as of a call that was made here."""
-        caller = Caller(call.tenant_id, record.key_id)
+        """By what the answer says of itself, as of a call that was made here; by `facts` of all
+        that it holds where there are any, whether it has succeeded or not."""
+        caller, work = Caller(call.tenant_id, record.key_id), _work_of(call)
+        model = (record.model or None) if "{model}" in work.path else None
         native = detached_call(
             request_id=call.id,
-            path=_PATHS[call.kind][0],
+            endpoint=Endpoint(Dialect(call.dialect), work.operation, work.path, model=model),
             body=record.request,
             caller=caller,
             priority=record.priority,
@@ -285,6 +327,8 @@ class BackgroundRunner:
         exchange = NativeExchange(
             self._relay.wire, self._spine.timeouts, native, read.body, asked, NothingOut(), record
         )
+        exchange.told = facts
+        whole = whole or facts is not None
         lane = self._spine.lane(target)
         demand = exchange.demand(target, lane)
         exchange.settle(target, lane, demand, whole=whole, failed=None)
@@ -292,9 +336,9 @@ class BackgroundRunner:
 
 
 def _failure(seen: _Reported) -> Failure | None:
-    if _STATUSES.get(seen.status) is Status.SUCCEEDED:
+    if seen.end is Status.SUCCEEDED:
         return None
-    if seen.status == "cancelled":
+    if seen.end is Status.CANCELLED:
         return Failure("cancelled", "the response was cancelled")
     if seen.shown is None:
         return Failure("background_lost", "the provider does not know the response any more")
@@ -303,3 +347,25 @@ def _failure(seen: _Reported) -> Failure | None:
     error = errors[0] if isinstance(errors, list) and errors else error
     said = error.get("message") if isinstance(error, dict) else None
     return Failure("upstream_failed", str(said or "the provider failed to make it")[:2_000])
+
+
+async def _rows(exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a file with one in each line. Raises UpstreamGarbled."""
+    rest = b""
+    while piece := await exchange.next():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield _row(line)
+        if len(rest) > _MOST_ANSWER_BYTES:
+            raise UpstreamGarbled("a line of the batch's answers is too long")
+    if rest.strip():
+        yield _row(rest)
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        raise UpstreamGarbled("a line of the batch's answers is no JSON") from None
+    return row if isinstance(row, dict) else {}

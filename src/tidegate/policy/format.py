@@ -26,7 +26,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, REALTIME_KIND, Kind
+from tidegate.call import BATCH_KIND, CLASSIFIER_LIMIT, OTHER_KIND, REALTIME_KIND, Kind
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import (
     DEFAULT_BANDS,
@@ -62,6 +62,7 @@ KIND_NAMES = (
     *(kind.value for kind in Kind),
     CLASSIFIER_LIMIT.partition(":")[2],
     OTHER_KIND,
+    BATCH_KIND,
     REALTIME_KIND,
 )
 _MEASURES: dict[str, Unit] = {

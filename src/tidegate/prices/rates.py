@@ -51,7 +51,8 @@ class Price:
     cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
     input_audio to output_image: of the tokens of input and output that are audio or images.
     audio_minute: of a minute of audio in the input, where the provider reports its length; its
-    tokens then cost nothing. characters: of a million characters that are spoken.
+    tokens then cost nothing. characters: of a million characters that are spoken. video_second: of
+    a second of video in the output.
     above, long: what an input of more than so many tokens costs, for all of the call.
     tiers: the price in other processing tiers than the usual one, such as `flex`.
     peak: the hours in which it is dearer.
@@ -69,6 +70,7 @@ class Price:
     output_image: float | None = None
     audio_minute: float | None = None
     characters: float | None = None
+    video_second: float | None = None
     search: float | None = None
     file_search: float | None = None
     above: int | None = None
@@ -200,7 +202,7 @@ def _product(amount: float | None, share: float) -> float | None:
 @dataclass(frozen=True, slots=True)
 class Rates:
     """A price in picos (10^-12) of a dollar for one token, picture, search, character or second of
-    audio.
+    audio or video.
 
     above, long: for all of a call whose input has more tokens than that.
     """
@@ -217,6 +219,7 @@ class Rates:
     output_image: int | None
     audio_second: int | None
     character: int | None
+    video_second: int | None
     search: int | None
     file_search: int | None
     above: int | None = None
@@ -243,6 +246,7 @@ class Rates:
             output_image=_per_token(_first(price.output_image, price.output)),
             audio_second=_picos(price.audio_minute, Decimal(_PICOS) / 60),
             character=_per_token(price.characters),
+            video_second=_picos(price.video_second, _PICOS),
             search=_picos(search, _PICOS // _SEARCHES),
             file_search=_picos(files, _PICOS // _SEARCHES),
             above=price.above,
@@ -252,12 +256,13 @@ class Rates:
 
 def micros_by_measure(rates: Rates, details: UsageDetails | None) -> int | None:
     """The cost of a usage by a model that is not charged by tokens: by the characters that it
-    speaks, the seconds that it hears, or the searches that it ranks. None by any other."""
+    speaks, the seconds that it hears or films, or the searches that it ranks. None by any other."""
     if details is None or rates.input is not None or rates.output is not None:
         return None
     for count, rate in (
         (details.input_characters, rates.character),
         (details.input_audio_seconds, rates.audio_second),
+        (details.output_video_seconds, rates.video_second),
         (details.searches, rates.search),
     ):
         if count and rate:

@@ -38,12 +38,19 @@ class BackgroundHandOver:
     """Of one call."""
 
     def __init__(
-        self, calls: BackgroundCalls, record: CallRecord, journal: CallJournal, kind: str
+        self,
+        calls: BackgroundCalls,
+        record: CallRecord,
+        journal: CallJournal,
+        kind: str,
+        longest_ms: int,
     ) -> None:
+        """longest_ms: how long it may go on, where that is longer than any other call may."""
         self._calls = calls
         self._record = record
         self._journal = journal
         self._kind = kind
+        self._longest_ms = longest_ms
         self._permit: Permit | None = None
         self._held: tuple[Limiter, str] | None = None
         self._decided = asyncio.Event()
@@ -88,7 +95,7 @@ class BackgroundHandOver:
         return refused or not self._record.sent
 
     async def _begin(self, lane: Lane, demand: CallDemand) -> None:
-        record, within_ms = self._record, lane.hard_ms
+        record, within_ms = self._record, max(lane.hard_ms, self._longest_ms)
         name = f"background-{record.id}-{record.attempts}"
         self._held = (lane.limiter, name) if demand.limits else None
         await self._calls.begin(record, self._kind, demand.limits, name, within_ms)

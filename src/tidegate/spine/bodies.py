@@ -31,7 +31,7 @@ _TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
 # Below other objects there may be more models, such as a tool's parameter of that name.
 _MOST_MODELS = 8
 # Whose bodies name the model of the path again, which must be the same.
-_NAMES_IT_AGAIN = (Operation.EMBED, Operation.COUNT)
+_NAMES_IT_AGAIN = (Operation.EMBED, Operation.COUNT, Operation.BATCH)
 
 
 def body_for(

@@ -44,6 +44,9 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
         raise InvalidRequest(field, "unknown endpoint", allowed=_ALLOWED)
     if endpoint.streams:
         raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
+    if endpoint.operation.goes_on:
+        said = "jobs and batches do not hold work that goes on after its answer"
+        raise InvalidRequest(field, said, allowed=_ALLOWED)
     if endpoint.operation is Operation.SPEAK:  # a result is kept as text
         raise InvalidRequest(field, "jobs and batches do not keep audio", allowed=_ALLOWED)
     return endpoint
@@ -67,7 +70,8 @@ def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
 def detached_call(
     *,
     request_id: UUID,
-    path: str,
+    path: str = "",
+    endpoint: Endpoint | None = None,
     body: bytes,
     caller: Caller,
     priority: int,
@@ -81,10 +85,11 @@ def detached_call(
     """The call as if a client made it now. `deadline_ms`: from now to admission; `preempted` as in
     `Terms`; `headers` beside the dialect's usual, or in their place. Raises NotFound for a path
     that another version took in."""
-    try:
-        endpoint = endpoint_named(path)
-    except InvalidRequest as unknown:
-        raise NotFound(f"{unknown.message}: {path}") from None
+    if endpoint is None:
+        try:
+            endpoint = endpoint_named(path)
+        except InvalidRequest as unknown:
+            raise NotFound(f"{unknown.message}: {path}") from None
     terms = Terms(
         request_id=request_id,
         caller=caller,

@@ -19,9 +19,17 @@ import orjson
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.forms import MediaForm, with_files
+from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
 from tidegate.dialects.requests import check_said_once, check_spelling, skimmed
-from tidegate.dialects.spec import Dialect, Endpoint, Headers, ModelList, RequestFacts
+from tidegate.dialects.spec import (
+    Dialect,
+    Endpoint,
+    Headers,
+    ModelList,
+    Operation,
+    RequestFacts,
+)
 from tidegate.errors import Forbidden, InvalidRequest, UpstreamError, UpstreamGarbled
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.routing import Target
@@ -67,6 +75,8 @@ def check_model(caller: Caller, model: str, field: str = "model") -> None:
 def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
     """Raises Forbidden for a model within a body that the caller may not ask, and InvalidRequest
     where a body of Gemini's dialect names another model than its path."""
+    if endpoint.operation is Operation.BATCH:
+        _check_batch(caller, body)
     if endpoint.model_in_path:
         for field, named in _named_again(body):
             if named.rpartition("/")[2] != endpoint.model:
@@ -79,6 +89,16 @@ def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> N
         prefix = "models/" if endpoint.dialect is Dialect.GEMINI else ""
         for field, model in _models_in(body):
             check_model(caller, model.removeprefix(prefix), field)
+
+
+def _check_batch(caller: Caller, body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for a batch whose requests are in a file, where tenants are apart: what
+    the file names is seen by nobody, such as another tenant's files."""
+    if caller.key_id is not None and requests_in(body) is None:
+        field = "batch.inputConfig.fileName"
+        said = "requests in a file are not read here, so that they could name another tenant's"
+        allowed = "inputConfig.requests, or a batch of /v1/batches"
+        raise InvalidRequest(field, said, allowed=allowed)
 
 
 def check_names(caller: Caller, raw: bytes) -> None:
@@ -112,6 +132,8 @@ def _named_again(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         request = body.get(name)
         if type(request) is dict and type(named := request.get("model")) is str:
             yield f"{name}.model", named
+    if "batch" in body:
+        yield from named_in_batch(body)
     requests = body.get("requests")
     for request in requests if type(requests) is list else ():
         if type(request) is dict and type(named := request.get("model")) is str:

@@ -52,10 +52,18 @@ from tidegate.dialects.requests import (
     skimmed,
 )
 from tidegate.dialects.resources import Making, Reference
-from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
-from tidegate.errors import UpstreamError
+from tidegate.dialects.spec import (
+    AnswerFacts,
+    Dialect,
+    Endpoint,
+    Headers,
+    Operation,
+    RequestFacts,
+)
+from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
+from tidegate.policy.access import Paths
 from tidegate.prices.rates import STANDARD_TIERS, Rates
-from tidegate.record import KEPT_BYTES, CallRecord, coding_of
+from tidegate.record import CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key
 from tidegate.spine.background import BackgroundHandOver
 from tidegate.spine.bodies import FormBody, body_for, has_several_answers
@@ -187,7 +195,8 @@ class Relay:
     ) -> OnAdmitted:
         """Have a call in the background handed over to the workers."""
         calls, journal = self.resources.background, self.spine.journal
-        hand_over = BackgroundHandOver(calls, record, journal, making.kind)
+        work = DIALECTS[exchange.dialect].works[making.kind]
+        hand_over = BackgroundHandOver(calls, record, journal, making.kind, work.longest_ms)
         assert exchange.keeping is not None
         exchange.keeping.hand_over = exchange.hand_over = hand_over
         return hand_over.admitted
@@ -223,7 +232,8 @@ class Relay:
             upstream = self.spine.targets.passing(call.endpoint, call.terms.caller.tenant_id)
             return [Target(upstream, model_of_other(call.terms.caller, call.endpoint, call.body))]
         if asked is not None:
-            return self.spine.targets.of(dialect, asked.model)
+            found = self.spine.targets.of(dialect, asked.model)
+            return _followed(found, dialect) if call.endpoint.operation.goes_on else found
         if call.endpoint.operation is Operation.MODELS and name is not None:
             check_model(call.terms.caller, name)
             return self.spine.targets.of(dialect, name)
@@ -291,6 +301,7 @@ class NativeExchange:
         self.ended_alone = False
         self.keeping: Keeping | None = None  # of what lives on at the provider
         self.hand_over: BackgroundHandOver | None = None  # of what goes on there
+        self.told: AnswerFacts | None = None  # where they are not in the answer alone
 
     @property
     def started(self) -> bool:
@@ -310,15 +321,19 @@ class NativeExchange:
         return targets.of(self.dialect, asked.model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
-        terms, asked = self.terms, self._asked
+        terms, asked, policy = self.terms, self._asked, lane.limiter.policy
+        tenant, priority = terms.caller.tenant_id, terms.priority
+        if self._call.endpoint.operation is Operation.BATCH:
+            demand = lane.demands.of_batch(policy, tenant=tenant, priority=priority)
+            return lane.gate.bind(demand, target.model)
         counted = self._call.endpoint.is_counted and asked is not None
         demand = lane.demands.of_native(
             target.model,
             asked.kind if counted and asked else OTHER_KIND,
             asked.pieces if asked else {},
-            lane.limiter.policy,
-            tenant=terms.caller.tenant_id,
-            priority=terms.priority,
+            policy,
+            tenant=tenant,
+            priority=priority,
             images=asked.images if asked else 0,
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
             conversation=self._conversation,
@@ -336,16 +351,23 @@ class NativeExchange:
         asked, endpoint = self._asked, self._call.endpoint
         if asked is None or not endpoint.is_counted:
             return CallCost(0, 0)
-        prices = lane.demands.prices
-        rates_of = prices.of if tier else prices.bound  # chosen here, or by the client
+        prices, is_batch = lane.demands.prices, endpoint.operation is Operation.BATCH
+        # Chosen here, or by the client; of a batch there is no other.
+        rates_of = prices.of if tier or is_batch else prices.bound
         rates = rates_of(target.model, tier or self._requested_tier())
         context_tokens, most_output = prices.most(target.model)
+        if is_batch and asked.calls > 1:
+            context_tokens = context_tokens and context_tokens * asked.calls
+            most_output = most_output and most_output * asked.calls
         if endpoint.operation.writes_nothing:
             most_output = 0
         elif asked.max_output_tokens is not None or has_several_answers(self._body):
             most_output = asked.max_output_tokens
         learning = asked.pieces.learning
         searches = learning is Learning.HOSTED or "search" in target.model
+        unbounded = "tools that the provider runs read more for it" if searches else ""
+        if not asked.calls:
+            unbounded = "its requests are in a file"
         return call_cost(
             rates,
             self._estimate(lane.demands, demand, asked, target.model),
@@ -357,7 +379,7 @@ class NativeExchange:
             draws_alone=endpoint.operation is Operation.IMAGES,
             writes=_cache_write(rates, self._body),
             tools=bool(asked.pieces.tools),
-            unbounded="tools that the provider runs read more for it" if searches else "",
+            unbounded=unbounded,
             measured=asked.measured,
         )
 
@@ -523,14 +545,15 @@ class NativeExchange:
             one.query = ""
             exchange = await _open(self._wire, self._timeouts[at.upstream.name], one, at, None)
             try:
-                # Google says 403 of what is not there.
-                if exchange.status == 404 or (
-                    exchange.status == 403 and self.dialect is Dialect.GEMINI
-                ):
+                if exchange.status == 404:
                     return None
                 if exchange.status >= 300:
-                    raise await refusal_of(exchange, at, self.dialect)
-                return parsed(await exchange.read(KEPT_BYTES))
+                    failed = await refusal_of(exchange, at, self.dialect)
+                    # Google answers 403 for what does not exist; a dead key's 403 is another.
+                    if exchange.status == 403 and isinstance(failed.error, UpstreamRejected):
+                        return None
+                    raise failed
+                return parsed(await exchange.read(_LONGEST_LISTED_BYTES))
             finally:
                 exchange.close()
 
@@ -576,7 +599,7 @@ class NativeExchange:
         record, answer = self._record, self._record.answer
         omitted = record.omitted_bytes > 0
         dialect = DIALECTS[self._call.endpoint.dialect]
-        facts = dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
+        facts = self.told or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
         answer.usage = with_tier(facts.usage, self._served)
         answer.finish_reason = facts.finish_reason
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
@@ -631,7 +654,7 @@ class NativeExchange:
     def _requested_tier(self) -> str:
         """OpenAI's, Anthropic's or Gemini's word for it, and with it what else has its price."""
         body = self._body
-        named = requested_tier(body)
+        named = (self._asked.tier if self._asked else "") or requested_tier(body)
         if body.get("speed") == "fast":
             named = "fast"
         if region := self._region():
@@ -660,6 +683,15 @@ class NativeExchange:
             max_output_tokens=asked.max_output_tokens,
             tenant=self.terms.caller.tenant_id,
         )
+
+
+def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:
+    """Those whose work can be read again by its id: at Vertex by no path of Gemini's own API.
+    Raises NotFound."""
+    found = [one for one in targets if one.upstream.access(dialect).paths is not Paths.VERTEX]
+    if not found:
+        raise NotFound("no upstream with Gemini's own API serves this model; Vertex has others")
+    return found
 
 
 # 20 tokens and about 15 characters are a second of speech: a page of the provider's gives both.
@@ -731,6 +763,7 @@ async def _open(
 _REDIRECT_BYTES = 65_536
 MOST_REDIRECTS = 3
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_LONGEST_LISTED_BYTES = 64_000_000  # a batch of Gemini's holds its answers
 
 
 def _is_events(exchange: Exchange) -> bool:

@@ -26,7 +26,7 @@ import orjson
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, ResourceUse
-from tidegate.dialects.spec import Dialect
+from tidegate.dialects.spec import Dialect, OngoingWork
 from tidegate.errors import InvalidRequest, NotEnded, NotFound, UpstreamGarbled
 from tidegate.policy.deployment import Upstream
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
@@ -298,13 +298,12 @@ def _id_of(value: Any, making: Making) -> str | None:
     found = value.get(making.name) if isinstance(value, dict) else None
     if not isinstance(found, str) or not found:
         return None
-    found = found.removeprefix(making.prefix)
+    found = found.rpartition(making.prefix)[2] if making.prefix else found
     if len(found) > LONGEST_ID or not found.isprintable():
         raise UpstreamGarbled("the answer names a resource by what can't be an id")
     return found
 
 
-_GO_ON = ("queued", "in_progress")
 _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 
 
@@ -374,7 +373,7 @@ class Keeping:
         if use is not None and use.act is Act.DELETE and use.resource_id is not None:
             dialect = self._call.endpoint.dialect
             await self._resources.forget(caller, dialect, use.kind, use.resource_id)
-            if use.kind in ("response", "interaction"):
+            if use.kind in self._works:
                 await self.hasten()
         elif use is not None and (use.act is Act.CANCEL or _IN_BACKGROUND.search(first)):
             await self.hasten()
@@ -383,12 +382,20 @@ class Keeping:
         first, made = await self.named(exchange, first, record)
         rows = self._rows(made, target, record.lineage.conversation)
         if self.hand_over is not None:
-            if made is not None and made.get("status") in _GO_ON:
+            work = self._works[self.making.kind]
+            if made is not None and work.end_of(made) is None:
                 await self.hand_over.taken(rows)
                 return first
             await self.hand_over.not_taken()
         await self._resources.note(rows)
+        ongoing = None if use is None else self._works.get(use.kind)
+        if ongoing is not None and made is not None and ongoing.end_of(made) is not None:
+            await self.hasten()  # perhaps no worker has seen it yet
         return first
+
+    @property
+    def _works(self) -> Mapping[str, OngoingWork]:
+        return DIALECTS[self._call.endpoint.dialect].works
 
     async def note(self, answer: bytes, target: Target) -> None:
         """Have it durable what a whole answer makes. Raises StoreUnavailable."""
@@ -402,8 +409,12 @@ class Keeping:
         terms, call = self._call.terms, self._call
         dialect, request_id = call.endpoint.dialect, terms.request_id
         by = MadeBy(terms.caller, dialect, request_id, call.subject, conversation)
-        named = _id_of(made, self.making)
-        ids = [] if named is None else [named]
+        ids: Sequence[str]
+        if self.making.each is not None:
+            ids = self.making.each(made) if made is not None else ()
+        else:
+            named = _id_of(made, self.making)
+            ids = [] if named is None else [named]
         return self._resources.made(by, target, self.making.kind, ids, _end_of(made))
 
     async def hasten(self) -> None:
@@ -427,7 +438,9 @@ class Keeping:
         """The beginning of an answer, as far as it takes to see what it makes, and that: all of an
         object, of a stream its first events. None where nothing is named."""
         assert self.making is not None
-        coding, most = coding_of(exchange.headers), _HEAD_BYTES if record.streamed else KEPT_BYTES
+        # What names several is short, unless it holds answers and no files.
+        is_short = record.streamed or self.making.each is not None
+        coding, most = coding_of(exchange.headers), _HEAD_BYTES if is_short else KEPT_BYTES
         while True:
             seen = decoded(first, coding) if coding else first
             is_whole = exchange.at_end or len(first) > most

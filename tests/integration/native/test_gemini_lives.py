@@ -199,3 +199,18 @@ async def test_files(tenants: Tenants) -> None:
     await mine.files.delete(name=names[1])
     assert [file.name async for file in await mine.files.list()] == [names[0], names[2]]
     assert await asyncio.gather(*map(refused, [mine.files.get(name=names[1])])) == [404]
+
+
+async def test_a_list_leaves_out_what_is_gone_and_fails_with_a_dead_key(tenants: Tenants) -> None:
+    await tenants.second.control.set_behaviour(file_processing_ms=0)
+    made = [
+        await tenants.mine.files.upload(file=io.BytesIO(b"x" * size), config=TEXT)
+        for size in (10, 20)
+    ]
+    headers = {"x-goog-api-key": "key-of-the-second"}
+    gone = f"{tenants.second.url}/v1beta/{made[0].name}"
+    async with tenants.gateway.http.delete(gone, headers=headers) as deleted:
+        assert deleted.status == 200, "at the provider itself"
+    assert [file.name async for file in await tenants.mine.files.list()] == [made[1].name]
+    await tenants.second.control.set_fault("forbidden", kind="other")
+    assert await refused(tenants.mine.files.list()) in (502, 503)

@@ -269,4 +269,24 @@ def test_the_cost_of_speech_is_known_beforehand_where_it_is_by_characters() -> N
     assert (cost.most_micros, cost.likely_micros) == (600, 600)
     cost = call_cost(Rates.of(FLASH), estimate, input_bytes=90, measured=spoken)
     assert cost.most_micros is None
-    assert "how long a text is" in cost.unknown
+    assert "is not charged by what is known" in cost.unknown
+
+
+def test_the_cost_of_a_video_is_known_beforehand_by_its_seconds_and_size() -> None:
+    estimate = Estimator().of_pieces("veo", "image_generation", {Modality.LATIN: 10.0})
+    price = Price(video_second=0.15, tiers={"4k": Price(video_second=0.35)})
+    for tier, micros in (("", 1_200_000), ("4k", 2_800_000)):
+        filmed = UsageDetails(output_video_seconds=8, tier=tier or None)
+        rates = Rates.of(price.of_tier(tier) or price)
+        cost = call_cost(rates, estimate, input_bytes=90, measured=filmed)
+        assert (cost.most_micros, cost.likely_micros) == (micros, micros)
+        charge = charge_of(rates, Usage(details=filmed), None, whole=True)
+        assert (charge.state, charge.cost_micros) == (UsageState.TOLD, micros)
+
+
+def test_pictures_that_alone_are_charged_are_known_beforehand_by_their_number() -> None:
+    estimate = Estimator().of_pieces("imagen", "image_generation", {Modality.LATIN: 10.0})
+    rates = Rates.of(Price(image=0.04))
+    cost = call_cost(rates, estimate, input_bytes=90, images=3, draws_alone=True)
+    assert cost.most_micros == 120_000
+    assert call_cost(rates, estimate, input_bytes=90, max_output_tokens=1).most_micros is None

@@ -42,6 +42,16 @@ NONE: frozenset[bytes] = frozenset()
         ("POST", "/v1beta/cachedContents", "gemini", "cache", "/v1beta/cachedContents"),
         ("PATCH", "/v1beta/cachedContents/a", "gemini", "resource", "/v1beta/cachedContents/a"),
         ("GET", "/v1beta/interactions/a", "gemini", "resource", "/v1beta/interactions/a"),
+        ("GET", "/v1beta/batches", "gemini", "resource", "/v1beta/batches"),
+        ("POST", "/v1beta/batches/a:cancel", "gemini", "resource", "/v1beta/batches/a:cancel"),
+        (
+            *("GET", "/v1beta/models/veo-3.1/operations/a", "gemini", "resource"),
+            "/v1beta/models/veo-3.1/operations/a",
+        ),
+        (
+            *("GET", "/download/v1beta/files/a:download", "gemini", "files"),
+            "/download/v1beta/files/a:download",
+        ),
     ],
 )
 def test_known_paths(method: str, path: str, dialect: str, operation: str, below: str) -> None:
@@ -61,6 +71,9 @@ def test_known_paths(method: str, path: str, dialect: str, operation: str, below
         ("countTokens", Operation.COUNT, False),
         ("embedContent", Operation.EMBED, False),
         ("batchEmbedContents", Operation.EMBED, False),
+        ("predictLongRunning", Operation.VIDEO, False),
+        ("batchGenerateContent", Operation.BATCH, False),
+        ("asyncBatchEmbedContent", Operation.BATCH, False),
         ("somethingOfNextYear", Operation.INFER, False),
     ],
 )
@@ -81,8 +94,10 @@ def test_calls_of_gemini_name_their_model_in_the_path(
         ("GET", "/v1/responses/resp.1"),
         ("POST", "/v1/responses/resp_1"),
         ("DELETE", "/v1/responses/input_tokens"),
-        ("POST", "/v1beta/models/x:batchGenerateContent"),
-        ("POST", "/v1beta/models/x:predictLongRunning"),
+        ("POST", "/v1beta/models/x:fetchPredictOperation"),
+        ("POST", "/v1beta/models/x:somethingLongRunning"),
+        ("GET", "/v1beta/models/../operations/a"),
+        ("POST", "/v1beta/batches"),
         ("POST", "/v1beta/models/a?b:generateContent"),
         ("POST", "/v1beta/models/../files:generateContent"),
         ("PUT", "/v1/chat/completions"),

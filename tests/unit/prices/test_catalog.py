@@ -114,8 +114,11 @@ def test_rows_are_sound(row: ModelPrice) -> None:
     assert row.source.startswith("https://")
     assert date(2025, 1, 1) < row.checked <= TODAY
     assert row.first_day <= row.last_day
-    by_measure = row.price.audio_minute is not None or row.price.characters is not None
-    assert by_measure == (row.price.input is None) == (row.price.output is None)
+    assert (row.price.input is None) == (row.price.output is None)
+    measures = (row.price.audio_minute, row.price.characters, row.price.video_second)
+    by_measure = any(one is not None for one in measures)
+    assert not by_measure or row.price.input is None
+    assert by_measure or row.price.input is not None or row.price.image is not None
     for price in (row.price, *row.price.tiers.values()):
         cached, fresh = price.cached, price.input
         assert cached is None or fresh is None or cached <= fresh
@@ -139,7 +142,7 @@ tokens = st.integers(0, 3 * M)
 
 
 BY_TOKENS = [row for row in ROWS if row.price.input is not None or row.price.output is not None]
-BY_OTHER = [row for row in ROWS if row not in BY_TOKENS]
+BY_OTHER = [row for row in ROWS if row not in BY_TOKENS and row.price.image is None]
 
 
 @given(st.sampled_from(BY_OTHER), st.integers(0, 10**6), st.integers(0, 10**7), tokens)
@@ -153,7 +156,9 @@ def test_costs_without_a_price_of_tokens_grow_with_what_is_priced(
             Usage(
                 taken,
                 details=UsageDetails(
-                    input_audio_seconds=seconds + more, input_characters=characters + more
+                    input_audio_seconds=seconds + more,
+                    input_characters=characters + more,
+                    output_video_seconds=seconds + more,
                 ),
             ),
             None,

@@ -235,7 +235,9 @@ def _stats(batch: ProviderBatch) -> Json:
 def _output(served: Served, batch: ProviderBatch) -> Json:
     if not batch.facts["fileName"]:
         inlined = [_result(served, line) for line in batch.lines]
-        return {"inlinedResponses": {"inlinedResponses": inlined}}
+        embeds = any(line.work is not None and line.work.method == "embed" for line in batch.lines)
+        name = "inlinedEmbedContentResponses" if embeds else "inlinedResponses"
+        return {name: {"inlinedResponses": inlined}}
     if "output" not in batch.files:
         results = ({"key": line.custom_id} | _result(served, line) for line in batch.lines)
         data = b"".join(orjson.dumps(result) + b"\n" for result in results)

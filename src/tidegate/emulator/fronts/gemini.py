@@ -20,7 +20,7 @@ from aiohttp import web
 
 from tidegate.emulator.account import AccountRefusal
 from tidegate.emulator.batches import gemini_batches
-from tidegate.emulator.batches.store import LineWork
+from tidegate.emulator.batches.store import LineAnswer, LineWork
 from tidegate.emulator.content import (
     OUTPUT_PICTURE_TOKENS,
     SIGNATURE,
@@ -575,7 +575,7 @@ async def route(served: Served) -> web.StreamResponse:
     request = served.request
     steps = request.path.strip("/").split("/")
     upload = steps[0] == "upload"
-    if upload:
+    if steps[0] in ("upload", "download"):
         steps = steps[1:]
     if steps == [""]:
         return web.Response(text="Tidegate's emulator of Gemini's API.\n", headers=EMULATED)
@@ -591,6 +591,8 @@ async def route(served: Served) -> web.StreamResponse:
             return await _act(served, model, action)
         case "GET", ["models"]:
             return await served.other("models", "", _list_models)
+        case "GET", ["models", model, "operations", *rest]:
+            return await gemini_stored.operations(served, model, "/".join(rest))
         case "GET", ["models", name]:
             return await served.other("models", name, lambda: _checked_model(served, name))
         case "GET", ["files"]:
@@ -602,7 +604,9 @@ async def route(served: Served) -> web.StreamResponse:
         case _, ["batches", *rest]:
             return await gemini_batches.route(served, rest)
         case "GET", ["files", name] if name.endswith(":download"):
-            return await gemini_batches.download(served, name.removesuffix(":download"))
+            name = name.removesuffix(":download")
+            found = await gemini_stored.video(served, name)
+            return found or await gemini_batches.download(served, name)
         case "GET", ["files", name]:
             return await served.other("files", "", lambda: _show_file(served, name))
         case "DELETE", ["files", name]:
@@ -621,6 +625,12 @@ async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
             return await _generate(served, model, body, framing)
         case "batchGenerateContent":
             return await gemini_batches.create(served, model, body, partial(_line_work, served))
+        case "asyncBatchEmbedContent":
+            return await gemini_batches.create(served, model, body, _embedding_work)
+        case "predictLongRunning":
+            return await gemini_stored.begin_video(served, model, body)
+        case "predict":
+            return await served.other("predict", model, lambda: _drawn(body))
         case "countTokens":
             return await served.other("count", model, lambda: _count(served, model, body))
         case "embedContent":
@@ -646,6 +656,28 @@ def _line_work(served: Served, model: str, body: Any) -> LineWork:
     """The work of a batch's line. Raises Refused."""
     asked = read_generate(model, body, served.state.files.look_up)
     return line_work(asked, partial(_script, asked, served.behaviour, "whole"))
+
+
+def _embedding_work(model: str, body: Any) -> LineWork:
+    """The work of a line of a batch that embeds. Raises Refused."""
+    answer = _embedding(body)
+    texts = "".join(str(one.get("text", "")) for one in body["content"]["parts"])
+    tokens = max(1, len(texts) // 4)
+
+    def answered() -> LineAnswer:
+        return LineAnswer({"embedding": answer, "tokenCount": str(tokens)}, 0, 0)
+
+    return LineWork("text_only", model, texts, tokens, answered, "embed")
+
+
+def _drawn(body: Any) -> Json:
+    """Pictures of Imagen. Raises Refused."""
+    if not isinstance(body, dict) or not isinstance(body.get("instances"), list):
+        raise Refused(400, "Invalid JSON payload received. `instances` must be set.")
+    count = (body.get("parameters") or {}).get("sampleCount", 4)
+    picture = b64encode(draw(str(body["instances"]), 64)).decode()
+    one = {"mimeType": "image/png", "bytesBase64Encoded": picture}
+    return {"predictions": [one] * count}
 
 
 def _show_file(served: Served, name: str) -> Json:

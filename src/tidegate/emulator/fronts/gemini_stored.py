@@ -1,11 +1,12 @@
-"""Stored things of Gemini's API: interactions and cached contents.
+"""Stored things of Gemini's API: interactions, cached contents, operations and their videos.
 
     https://ai.google.dev/gemini-api/docs/interactions
     https://ai.google.dev/gemini-api/docs/caching
+    https://ai.google.dev/gemini-api/docs/video
 
 Invariants: an interaction is kept unless `store` is false, with the text of those before it as the
-input of the next; in the background it counts as in flight until it has ended; ids are as long as
-the real ones.
+input of the next; in the background it counts as in flight until it has ended, and so does an
+operation; ids are as long as the real ones; a video's URI has Google's host, as the real one has.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tidegate.emulator.content import (
     base64_bytes,
     compose,
 )
+from tidegate.emulator.counting import CallSize
 from tidegate.emulator.delivery import (
     AnswerScript,
     ScriptStep,
@@ -48,6 +50,8 @@ from tidegate.emulator.limits import Fault
 _BAD_BODY = "Invalid JSON payload received. {}"
 _GARBAGE = b'{"event_type": "step.delta", "ind'
 _INTERACTIONS, _CACHES = "interactions", "cachedContents"
+_VIDEOS, _OPERATIONS = "videos", "operations"
+_REFUSED_PROMPT = "violence"  # of which no video is made
 _TTL = re.compile(r"(\d{1,9})(?:\.\d+)?s")
 _USUAL_TTL_S = 3_600
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -427,3 +431,97 @@ def _list_caches(served: Served) -> Json:
     shown = [served.state.stored[_CACHES][name] for name in later[:size]]
     body: Json = {"cachedContents": shown} if shown else {}
     return body | ({"nextPageToken": later[size - 1]} if len(later) > size else {})
+
+
+async def begin_video(served: Served, model: str, body: Any) -> web.Response:
+    """Serve predictLongRunning: answer immediately; the operation goes on, and counts, for as long
+    as a picture takes. Raises Refused."""
+    prompt = _video_prompt(body)
+    state, stack = served.state, ExitStack()
+    call = stack.enter_context(
+        state.serving(
+            served.request,
+            kind="image_generation",
+            model=model,
+            method="predictLongRunning",
+            prompt=prompt,
+            size=CallSize(),
+            goes_on=True,
+        )
+    )
+    settings = body.get("parameters") or {}
+    count = settings.get("sampleCount", settings.get("numberOfVideos", 1))
+    made: Json = {"name": f"models/{model}/{_OPERATIONS}/{_letters(12)}"}
+    state.stored[_OPERATIONS][made["name"]] = made
+    takes_s = served.behaviour.first_byte("image_generation").draw_ms(state.random) / 1000
+
+    async def work() -> None:
+        with stack:
+            await asyncio.sleep(takes_s)
+            state.ledger.charge(call, 0, 0)
+            state.made(call)
+            made.update(_ended_video(served, prompt, count))
+
+    state.work_on(work())
+    return json_response(200, dict(made))
+
+
+def _video_prompt(body: Any) -> str:
+    instances = body.get("instances") if isinstance(body, dict) else None
+    first = instances[0] if isinstance(instances, list) and instances else None
+    prompt = first.get("prompt") if isinstance(first, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise Refused(400, "`prompt` must be set in `instances[0]`.")
+    return prompt
+
+
+def _ended_video(served: Served, prompt: str, count: int) -> Json:
+    answer: Json = {"@type": "type.googleapis.com/google.ai.generativelanguage.v1beta."}
+    answer["@type"] += "PredictLongRunningResponse"
+    if _REFUSED_PROMPT in prompt:
+        reason = "Sorry, we can't create videos with this prompt."
+        filtered = {"raiMediaFilteredCount": count, "raiMediaFilteredReasons": [reason]}
+        return {"done": True, "response": answer | {"generateVideoResponse": filtered}}
+    samples = []
+    for _ in range(count):
+        name = _letters(12)
+        served.state.stored[_VIDEOS][name] = {"data": b"\0\0\0\x18ftypmp42" + prompt.encode()}
+        uri = f"https://generativelanguage.googleapis.com/v1beta/files/{name}:download?alt=media"
+        samples.append({"video": {"uri": uri}})
+    return {
+        "done": True,
+        "response": answer | {"generateVideoResponse": {"generatedSamples": samples}},
+    }
+
+
+def _letters(count: int) -> str:
+    return "".join(choice(_LETTERS) for _ in range(count))
+
+
+async def operations(served: Served, model: str, name: str) -> web.StreamResponse:
+    """Serve an operation of a model; without a name, the list of them. Raises Refused."""
+    kept = served.state.stored[_OPERATIONS]
+    prefix = f"models/{model}/{_OPERATIONS}/"
+    if not name:
+        found = [one for key, one in sorted(kept.items()) if key.startswith(prefix)]
+        return await served.other(_OPERATIONS, "", lambda: {"operations": found} if found else {})
+    return await served.other(_OPERATIONS, "", lambda: dict(_operation(kept, prefix + name)))
+
+
+def _operation(kept: Json, name: str) -> Json:
+    if name not in kept:
+        raise Refused(404, "Requested entity was not found.")
+    found: Json = kept[name]
+    return found
+
+
+async def video(served: Served, name: str) -> web.StreamResponse | None:
+    """Serve the bytes of a video; None for a file that is none."""
+    found = served.state.stored[_VIDEOS].get(name)
+    if found is None:
+        return None
+
+    async def answer() -> web.Response:
+        return web.Response(body=found["data"], headers={"Content-Type": "video/mp4"})
+
+    return await served.other(_VIDEOS, "", answer)

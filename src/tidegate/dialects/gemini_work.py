@@ -1,0 +1,327 @@
+"""Work that goes on at Gemini after its answer: videos, batches, and what they make. Pure.
+
+A video is an operation below its model, a batch one of its own; both report `done`. An operation
+that has ended names its results: files at the provider, or the answers themselves.
+
+    https://ai.google.dev/gemini-api/docs/video
+    https://ai.google.dev/gemini-api/docs/batch-api
+    https://ai.google.dev/api/batch-api
+
+Invariants: a batch names no model but that of its path; a length or a resolution that a body states
+twice counts by the dearer one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import orjson
+
+from tidegate.call import Kind, Status, Usage, UsageDetails
+from tidegate.dialects.answers import (
+    MOST_TOKENS,
+    object_of,
+    objects_in,
+    part_of,
+    short_text,
+    with_searches,
+)
+from tidegate.dialects.resources import RESOURCE_ID, Making
+from tidegate.dialects.spec import AnswerFacts, JsonObject, RequestFacts
+from tidegate.errors import InvalidRequest
+
+_INLINE = ("inlinedResponses", "inlinedEmbedContentResponses")
+OPERATION = Making("operation", "name", prefix="/operations/")
+BATCH = Making("batch", "name", prefix="batches/")
+# A batch expires after 48 hours; an hour more for its end.
+LONGEST_BATCH_MS = 49 * 3_600_000
+_BATCH_TIER = "batch"
+_FILE = re.compile(rf"(?:^|/)files/({RESOURCE_ID})(?=[:?]|$)", re.ASCII)
+_STATES = {
+    "SUCCEEDED": Status.SUCCEEDED,
+    "FAILED": Status.FAILED,
+    "EXPIRED": Status.FAILED,
+    "CANCELLED": Status.CANCELLED,
+}
+
+
+def end_of(shown: JsonObject) -> Status | None:
+    """How an operation has ended; None while it goes on."""
+    state = str(part_of(shown, "metadata").get("state"))
+    ended = next((end for name, end in _STATES.items() if state.endswith(f"_{name}")), None)
+    if ended is not None:
+        return ended
+    if shown.get("done") is not True:
+        return None
+    error = part_of(shown, "error")
+    if error:
+        return Status.CANCELLED if error.get("code") == 1 else Status.FAILED
+    return Status.SUCCEEDED
+
+
+# What an operation makes
+
+
+def files_of(shown: Mapping[str, Any]) -> Sequence[str]:
+    """The ids of the files that an operation has made: only where Google puts its own, and not
+    where it repeats what a client has written."""
+    response = part_of(shown, "response")
+    output = part_of(part_of(shown, "metadata"), "output")
+    named = [one.get("responsesFile") for one in (response, output)]
+    named += [video.get("uri") for video in _videos(response)]
+    found = (_FILE.search(one) for one in named if type(one) is str)
+    return tuple(dict.fromkeys(one[1] for one in found if one is not None))
+
+
+MADE_FILES = Making("file", "name", each=files_of)
+
+
+def _videos(response: JsonObject) -> Iterator[JsonObject]:
+    for name in ("generateVideoResponse", "generatedVideos"):
+        for sample in objects_in(part_of(response, name).get("generatedSamples")):
+            yield part_of(sample, "video")
+
+
+def results_path(shown: JsonObject) -> str:
+    """Where the file of a batch's answers is; empty where they are in the batch itself."""
+    response = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
+    named = response.get("responsesFile")
+    found = _FILE.search(named) if type(named) is str else None
+    return "" if found is None else f"/v1beta/files/{found[1]}:download?alt=media"
+
+
+# Videos
+
+_USUAL_SECONDS, _MOST_SECONDS, _MOST_VIDEOS = 8, 600, 100
+_SECONDS = frozenset(("durationSeconds", "duration_seconds"))
+_VIDEOS = frozenset(("sampleCount", "sample_count", "numberOfVideos", "number_of_videos"))
+_USUAL_RESOLUTION = "720p"
+_SIZE = re.compile(r"(\d{1,5})([pk])")
+
+
+def video_request(model: str, body: Mapping[str, Any]) -> RequestFacts:
+    """Facts of a request for videos. Raises InvalidRequest."""
+    if not isinstance(body.get("instances"), list):
+        allowed = "a list of objects, each with a prompt"
+        raise InvalidRequest("instances", "instances is missing", allowed=allowed)
+    raw = orjson.dumps(body)
+    seconds, videos = video_seconds(raw), max(1, _most(_VIDEOS, raw))
+    if seconds > _MOST_SECONDS:
+        allowed = f"at most {_MOST_SECONDS}"
+        raise InvalidRequest("parameters.durationSeconds", "a video is too long", allowed=allowed)
+    if videos > _MOST_VIDEOS:
+        allowed = f"at most {_MOST_VIDEOS}"
+        raise InvalidRequest("parameters.sampleCount", "videos are too many", allowed=allowed)
+    return RequestFacts(
+        model,
+        Kind.IMAGE_GENERATION,
+        video_seconds=seconds * videos * max(1, len(body["instances"])),
+        max_output_tokens=1,
+        goes_on=True,
+        tier=resolution(raw),
+    )
+
+
+def video_seconds(raw: bytes) -> int:
+    """How long each video is to be."""
+    return _most(_SECONDS, raw) or _USUAL_SECONDS
+
+
+def resolution(raw: bytes) -> str:
+    """The resolution of the videos, which prices call a tier; empty for the usual one."""
+    texts = [one.lower() for one in _stated(frozenset(("resolution",)), raw) if type(one) is str]
+    sizes = [(size[2] == "k", int(size[1])) for size in map(_SIZE.fullmatch, texts) if size]
+    is_wide, lines = max(sizes, default=(False, 0))
+    named = f"{lines}k" if is_wide else f"{lines}p"
+    return "" if not sizes or named == _USUAL_RESOLUTION else named
+
+
+def _most(names: frozenset[str], raw: bytes) -> int:
+    """The greatest whole number that is stated under one of these names."""
+    most = 0
+    for value in _stated(names, raw):
+        if type(value) in (int, float, str):
+            with suppress(ValueError, OverflowError):  # it is no number
+                most = max(most, ceil(float(value)))
+    return most
+
+
+def _stated(names: frozenset[str], raw: bytes) -> list[Any]:
+    """All values of these names in a body, also of one that stands twice in an object."""
+    found: list[Any] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        found.extend(value for name, value in pairs if name in names)
+
+    with suppress(ValueError, RecursionError):  # the provider does not read it either
+        json.loads(raw, object_pairs_hook=note)
+    return found
+
+
+@dataclass(slots=True)
+class VideoTally:
+    """Seconds of the videos that came of a request: Google charges for no others."""
+
+    shown: JsonObject
+    request: bytes
+
+    def add(self, row: JsonObject) -> None:
+        """An operation of videos has no file of answers."""
+
+    def facts(self) -> AnswerFacts:
+        """Facts of all videos; of none, that nothing was used."""
+        videos = sum(1 for _ in _videos(part_of(self.shown, "response")))
+        if not videos:
+            return AnswerFacts(Usage(input_tokens=0, output_tokens=0))
+        seconds = min(videos * video_seconds(self.request), MOST_TOKENS)
+        tier = resolution(self.request) or None
+        details = UsageDetails(output_video_seconds=seconds, tier=tier)
+        return AnswerFacts(Usage(details=details), finish_reason="done")
+
+
+# Batches
+
+
+def requests_in(body: Mapping[str, Any]) -> list[JsonObject] | None:
+    """The requests of a batch; None where they are in a file. Raises InvalidRequest."""
+    batch = part_of(body, "batch")
+    config = part_of(batch, "inputConfig") or part_of(batch, "input_config")
+    inline = config.get("requests")
+    if type(inline) is dict:
+        found = inline.get("requests")
+        if type(found) is list and found:
+            return [part_of(object_of(one), "request") for one in found]
+    elif type(config.get("fileName", config.get("file_name"))) is str:
+        return None
+    allowed = "inputConfig.requests.requests, or inputConfig.fileName"
+    raise InvalidRequest("batch.inputConfig", "a batch has no requests", allowed=allowed)
+
+
+_MODEL_FIELD = "batch.inputConfig.requests.requests.request.model"
+
+
+def named_in_batch(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where a batch names the model of its path once more."""
+    batch = part_of(body, "batch")
+    if type(named := batch.get("model")) is str:
+        yield "batch.model", named
+    config = part_of(batch, "inputConfig") or part_of(batch, "input_config")
+    for one in objects_in(part_of(config, "requests").get("requests")):
+        for inner in (one, part_of(one, "request")):
+            if type(named := inner.get("model")) is str:
+                yield _MODEL_FIELD, named
+
+
+_BOUNDS = ("maxOutputTokens", "max_output_tokens")
+
+
+def batch_request(facts: RequestFacts, body: Mapping[str, Any], *, embeds: bool) -> RequestFacts:
+    """Facts of a batch, of those of its whole body. Raises InvalidRequest."""
+    found = requests_in(body)
+    bounds = [_bound(one) for one in found or ()]
+    known = bool(bounds) and None not in bounds
+    most = sum(one or 0 for one in bounds) if known else None
+    return replace(
+        facts,
+        streams=False,
+        images=0,
+        max_output_tokens=1 if embeds else most,
+        goes_on=True,
+        calls=0 if found is None else len(found),
+        tier=_BATCH_TIER,
+    )
+
+
+def _bound(request: JsonObject) -> int | None:
+    """Of all answers to a request; None where the model alone bounds them."""
+    settings = part_of(request, "generationConfig") or part_of(request, "generation_config")
+    named = [value for name in _BOUNDS if type(value := settings.get(name)) is int]
+    answers = [settings.get(name) for name in ("candidateCount", "candidate_count")]
+    count = max((one for one in answers if type(one) is int and one > 0), default=1)
+    bound = max(named, default=0)
+    return bound * count if bound > 0 else None
+
+
+class BatchTally:
+    """Sum of what the answers of a batch report. `usage_of` reads that of one."""
+
+    def __init__(self, shown: JsonObject, usage_of: Callable[[JsonObject], Usage]) -> None:
+        self._usage_of = usage_of
+        self._shown = shown
+        self._sums: dict[str, int] = {}
+        self._details: dict[str, int] = {}
+        self._versions: set[str] = set()
+        self._answers = 0
+        self._silent = False
+        output = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
+        for name in _INLINE:
+            for row in objects_in(part_of(output, name).get("inlinedResponses")):
+                self.add(row)
+
+    def add(self, row: JsonObject) -> None:
+        """Count one more answer; one that was refused used nothing."""
+        answer = part_of(row, "response")
+        if not answer:
+            return
+        self._answers += 1
+        if version := short_text(answer.get("modelVersion")):
+            self._versions.add(version)
+        raw = part_of(answer, "usageMetadata")
+        tokens = None if raw else _whole(answer.get("tokenCount"))
+        usage = Usage(tokens, 0) if tokens is not None else self._usage_of(raw)
+        if usage.input_tokens is None or usage.output_tokens is None:
+            self._silent = True
+            return
+        usage = with_searches(usage, _searches(answer))
+        for name in ("input_tokens", "output_tokens", "thoughts_tokens", "cached_tokens"):
+            self._sums[name] = self._sums.get(name, 0) + (getattr(usage, name) or 0)
+        if usage.details is not None:
+            for name in _COUNTS:
+                more = getattr(usage.details, name) or 0
+                self._details[name] = self._details.get(name, 0) + more
+
+    def facts(self) -> AnswerFacts:
+        """Facts of all: unknown where an answer reports no usage, or where a batch has none, but
+        counts some that succeeded."""
+        stats = part_of(part_of(self._shown, "metadata"), "batchStats")
+        succeeded = str(stats.get("successfulRequestCount", "0"))
+        version = self._versions.pop() if len(self._versions) == 1 else None
+        if self._silent or (not self._answers and succeeded not in ("0", "")):
+            unknown = Usage(details=UsageDetails(tier=_BATCH_TIER))
+            return AnswerFacts(unknown, model_version=version)
+        sums: dict[str, Any] = {name: self._sums.get(name, 0) for name in ("input_tokens",)}
+        sums["output_tokens"] = self._sums.get("output_tokens", 0)
+        for name in ("thoughts_tokens", "cached_tokens"):
+            sums[name] = self._sums.get(name) or None
+        counts: dict[str, Any] = {name: count or None for name, count in self._details.items()}
+        details = UsageDetails(**counts, tier=_BATCH_TIER)
+        state = short_text(part_of(self._shown, "metadata").get("state"))
+        return AnswerFacts(Usage(**sums, details=details), state, model_version=version)
+
+
+_COUNTS = (
+    *("input_audio_tokens", "input_image_tokens", "input_video_tokens"),
+    *("output_audio_tokens", "output_image_tokens", "output_video_tokens", "searches"),
+)
+
+
+def _whole(value: Any) -> int | None:
+    """A count, which Google may write as a text."""
+    if type(value) is str and value.isascii() and value.isdecimal():
+        value = int(value[:12])
+    return value if type(value) is int and value >= 0 else None
+
+
+def _searches(answer: JsonObject) -> int:
+    queries: set[str] = set()
+    for candidate in objects_in(answer.get("candidates")):
+        named = part_of(candidate, "groundingMetadata").get("webSearchQueries")
+        if type(named) is list:
+            queries.update(one for one in named if type(one) is str and one)
+    return len(queries)
