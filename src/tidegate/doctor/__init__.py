@@ -75,6 +75,8 @@ async def examine(*, online: bool = True) -> list[Finding]:
         found += deployment.judge_prices(others.upstreams, seen.called, today, made_up)
     if online:
         found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))
+        own = [one for one in others.upstreams if one.is_own]
+        found += await asyncio.gather(*(_server(one, policies[one.pool]) for one in own))
         found += await _bucket(config)
     rooms = list(dict.fromkeys(one.room for one in found))
     return sorted(found, key=lambda one: rooms.index(one.room))
@@ -197,6 +199,17 @@ async def _provider(upstream: Upstream, config: Config) -> Finding:
             )
         case status:
             return warn(check, f"{place} answers {status}", "see the provider's status page")
+
+
+async def _server(upstream: Upstream, policy: PoolPolicy) -> Finding:
+    from tidegate.upstream.credentials import open_wire
+    from tidegate.upstream.server_load import server_load
+    from tidegate.upstream.transport import Timeouts
+
+    timeouts = Timeouts(_ONLINE_MS, _ONLINE_MS, _ONLINE_MS, _ONLINE_MS)
+    async with open_wire(timeouts, [upstream]) as wire:
+        load = await server_load(wire, upstream)
+    return deployment.judge_server(upstream.name, policy, load)
 
 
 async def _bucket(config: Config) -> list[Finding]:

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 from tidegate.admission.charges import provider_of_upstream
 from tidegate.embedded.servers import command_of
 from tidegate.errors import ConfigError
-from tidegate.limiter import PoolPolicy, Snapshot, format_pause
+from tidegate.limiter import Concurrency, PoolPolicy, Snapshot, format_pause
 from tidegate.operator_key import existing_operator_key, key_file
 from tidegate.policy.deployment import Upstream, doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
@@ -28,6 +28,7 @@ from tidegate.settings import SECRETS, Config, origins
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import Total
 from tidegate.store.tenants import Key
+from tidegate.upstream.server_load import ServerLoad
 
 
 class State(StrEnum):
@@ -71,6 +72,7 @@ def skipped(check: str, why: str) -> Finding:
 
 PRICES_OVER = timedelta(days=30)  # the calls whose prices are looked at
 _PRICES_OLD = timedelta(days=120)
+_ALL_CALLS = "pool:total"
 
 
 def judge_prices(
@@ -134,6 +136,34 @@ def judge_preempt(upstreams: Sequence[Upstream], emulated: str = "") -> Iterator
         )
     elif giving_way:
         yield ok("settings.preempt", f"calls give way at {_listed(one.name for one in giving_way)}")
+
+
+def judge_server(name: str, policy: PoolPolicy, load: ServerLoad) -> Finding:
+    """The limit on all calls of a server of one's own, against what the server says of itself."""
+    check, limit = f"server.{name}", policy.limits.get(_ALL_CALLS)
+    if not load.is_known:
+        why = "it shows neither how many it computes at a time nor who waits"
+        return skipped(check, f"{why} (llama.cpp: --metrics, SGLang: --enable-metrics)")
+    finds_itself = isinstance(limit, Concurrency) and limit.adaptive is not None
+    bound = policy.bound(_ALL_CALLS)
+    if load.slots is not None and not finds_itself and not 0 < bound <= load.slots:
+        said = f"the limit is {bound}" if bound else "there is no limit on all of its calls"
+        return warn(
+            check,
+            f"{said}, and it computes {load.slots} at a time: what is more waits there, where no "
+            "tenant has its share",
+            f'set "{_ALL_CALLS}" = {load.slots} of [upstreams.{name}.limits]',
+        )
+    if load.waiting:
+        return warn(
+            check,
+            f"{load}: these wait there, where no tenant has its share",
+            f'lower "{_ALL_CALLS}" of [upstreams.{name}.limits], unless others call it too',
+        )
+    tokens = any(isinstance(one, Concurrency) and one.by_tokens for one in policy.limits.values())
+    if load.kv_tokens is not None and not tokens:
+        return ok(check, f'{load}; "tif:total" = {load.kv_tokens} would bind its cache')
+    return ok(check, str(load))
 
 
 def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:

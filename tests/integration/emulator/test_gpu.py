@@ -13,6 +13,10 @@ from openai import APIStatusError, AsyncOpenAI
 
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
+from tidegate.policy.deployment import Upstream
+from tidegate.upstream.credentials import open_wire
+from tidegate.upstream.server_load import ServerLoad, server_load
+from tidegate.upstream.transport import Timeouts
 
 CHAT: Final = "/v1/chat/completions"
 SPEED: Final = 40
@@ -150,6 +154,32 @@ async def test_each_is_busy_in_its_own_words(
         first.cancel()
     assert refused.status_code == status
     assert said in refused.text
+
+
+@pytest.mark.parametrize(
+    ("software", "told"),
+    [
+        ("llama.cpp", ServerLoad(1, 0, 3)),
+        ("vllm", ServerLoad(1, 0, None, 1_600, 0.063125)),
+        ("sglang", ServerLoad(1, 0, None, 1_600, 0.063125)),
+        ("tgi", ServerLoad(1, 0)),
+        ("ollama", ServerLoad()),
+    ],
+)
+async def test_its_load_is_read_from_its_own_pages(
+    emulator: Emulator, software: str, told: ServerLoad
+) -> None:
+    spec = {"software": software, "slots": 3, "kv_tokens": 1_600, "speed": 0.01}
+    await emulator.control.set_behaviour(gpu=spec)
+    upstream = Upstream("gpu", {"openai": f"{emulator.url}/v1"}, "", provider=software)
+    async with (
+        httpx2.AsyncClient(base_url=emulator.url) as leaving,
+        open_wire(Timeouts(1_000, 1_000, 1_000, 1_000), [upstream]) as wire,
+    ):
+        computing = under_way(leaving, leaving.build_request("POST", CHAT, json=body("a")))
+        await wait_until(lambda: in_flight_is(emulator, 1))
+        assert await server_load(wire, upstream) == told
+        computing.cancel()
 
 
 async def test_it_loads_and_says_in_numbers_what_was_wrong(

@@ -16,7 +16,7 @@ from tidegate.doctor import checks as machine
 from tidegate.doctor import stores as postgresql
 from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State
-from tidegate.limiter import PoolPolicy, ServerReport, SessionView, Snapshot
+from tidegate.limiter import Adaptive, Concurrency, PoolPolicy, ServerReport, SessionView, Snapshot
 from tidegate.operator_key import key_file, operator_key
 from tidegate.policy.deployment import Preempt, Upstream
 from tidegate.policy.format import digest, to_plain
@@ -26,6 +26,7 @@ from tidegate.store.diagnostics import DatabaseReport
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import COUNTS, Total
 from tidegate.store.tenants import Key
+from tidegate.upstream.server_load import ServerLoad
 
 SERVER = ServerReport(
     facts={"valkey_version": "9.1.2", "redis_version": "7.2.4", "role": "master"},
@@ -317,6 +318,31 @@ def test_calls_that_give_way_at_a_hosted_provider_are_named() -> None:
     assert "providers: a;" in found.found
     (found,) = deployment.judge_preempt(both, "a")
     assert found.state is State.OK
+
+
+@pytest.mark.parametrize(
+    ("limits", "load", "state", "said"),
+    [
+        ({"pool:total": 4}, ServerLoad(1, 0, 4), State.OK, "1 of 4 at work, 0 waiting"),
+        ({"pool:total": 8}, ServerLoad(1, 0, 4), State.WARN, "limit is 8, and it computes 4"),
+        ({}, ServerLoad(1, 0, 4), State.WARN, "no limit on all of its calls"),
+        (
+            {"pool:total": Concurrency(8, adaptive=Adaptive(2))},
+            ServerLoad(1, 0, 4),
+            State.OK,
+            "1 of 4",
+        ),
+        ({"pool:total": 4}, ServerLoad(4, 3, 4), State.WARN, "3 waiting: these wait there"),
+        ({"pool:total": 4}, ServerLoad(4, 0, None, 16_000), State.OK, '"tif:total" = 16000'),
+        ({"pool:total": 4}, ServerLoad(), State.SKIPPED, "neither"),
+    ],
+)
+def test_the_limit_of_a_server_of_ones_own_is_compared_with_what_it_says(
+    limits: dict[str, Any], load: ServerLoad, state: State, said: str
+) -> None:
+    found = deployment.judge_server("gpu", PoolPolicy(limits), load)
+    assert (found.check, found.state) == ("server.gpu", state)
+    assert said in found.found
 
 
 def used(model: str, *, requests: int = 5, unpriced: int = 0) -> Total:

@@ -1,0 +1,149 @@
+"""Load of servers of one's own, as their own pages report it: who computes, who waits, on what.
+
+vLLM, SGLang, TGI and llama.cpp have `/metrics`; llama.cpp also names its slots in `/props`. They
+are not polled: llama.cpp looks for clients that have left only after a second without any result,
+and such a page is one.
+
+Invariants: requests go to the upstream's own origin, with its credentials, and are bounded in time
+and size; nothing that a server answers raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import orjson
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from tidegate.errors import UpstreamError
+from tidegate.policy.deployment import Upstream
+from tidegate.upstream.transport import RelayWire
+
+_MOST_BYTES = 2_000_000
+_RUNNING = (
+    "llamacpp:requests_processing",
+    "vllm:num_requests_running",
+    "sglang:num_running_reqs",
+    "tgi_batch_current_size",
+)
+_WAITING = (
+    "llamacpp:requests_deferred",
+    "vllm:num_requests_waiting",
+    "sglang:num_queue_reqs",
+    "tgi_queue_size",
+)
+_KV_USED = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage")
+_KV_TOKENS = "sglang:max_total_num_tokens"
+_KV_BLOCKS = "vllm:cache_config_info"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """What a server reports; None where it does not. slots: how many requests it computes at a
+    time. kv_tokens: the room of its KV cache, kv_used: which part of it is taken."""
+
+    running: int | None = None
+    waiting: int | None = None
+    slots: int | None = None
+    kv_tokens: int | None = None
+    kv_used: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        return self != ServerLoad()
+
+    def __str__(self) -> str:
+        said = []
+        if self.running is not None:
+            of = "" if self.slots is None else f" of {self.slots}"
+            said.append(f"{self.running}{of} at work")
+        elif self.slots is not None:
+            said.append(f"{self.slots} at a time")
+        if self.waiting is not None:
+            said.append(f"{self.waiting} waiting")
+        if self.kv_tokens is not None:
+            said.append(f"a KV cache of {self.kv_tokens:,} tokens")
+        if self.kv_used is not None:
+            said.append(f"{self.kv_used:.0%} of it taken")
+        return ", ".join(said)
+
+
+async def server_load(wire: RelayWire, upstream: Upstream) -> ServerLoad:
+    """Ask a server for its load. Never raises for what the server or the network does."""
+    metrics = await _page(wire, upstream, "/metrics")
+    load = load_in(metrics.decode("utf-8", "replace"))
+    props = await _page(wire, upstream, "/props") if upstream.provider == "llama.cpp" else b""
+    if (slots := _slots_in(props)) is not None:
+        load = ServerLoad(load.running, load.waiting, slots, load.kv_tokens, load.kv_used)
+    return load
+
+
+async def _page(wire: RelayWire, upstream: Upstream, path: str) -> bytes:
+    """A page of the server itself, which is beside its API; empty where there is none."""
+    dialect, base = next(iter(upstream.base_urls.items()))
+    access, at = upstream.access(dialect), urlsplit(base)
+    try:
+        place = wire.place(f"{at.scheme}://{at.netloc}{path}", access)
+        exchange = await wire.open("GET", place, [(b"accept-encoding", b"identity")], None)
+        try:
+            return await exchange.read(_MOST_BYTES) if exchange.status == 200 else b""
+        finally:
+            exchange.close()
+            await asyncio.sleep(0)
+    except UpstreamError:
+        return b""
+
+
+def load_in(metrics: str) -> ServerLoad:
+    """The load that a page of metrics in Prometheus' format reports; of several models or ranks
+    together, and of the KV cache the fullest."""
+    found: dict[str, list[Sample]] = {}
+    for sample in _samples(metrics):
+        found.setdefault(sample.name, []).append(sample)
+    used = [sample.value for name in _KV_USED for sample in found.get(name, ())]
+    return ServerLoad(
+        running=_sum_of_one(found, _RUNNING),
+        waiting=_sum_of_one(found, _WAITING),
+        kv_tokens=_kv_tokens(found),
+        kv_used=max(used, default=None),
+    )
+
+
+def _samples(metrics: str) -> Iterator[Sample]:
+    """As far as they can be read."""
+    try:
+        for family in text_string_to_metric_families(metrics):
+            yield from family.samples
+    except (ValueError, KeyError, IndexError):  # no page of metrics, or another format
+        return
+
+
+def _sum_of_one(found: Mapping[str, list[Sample]], names: tuple[str, ...]) -> int | None:
+    for name in names:
+        if name in found:
+            return round(sum(sample.value for sample in found[name]))
+    return None
+
+
+def _kv_tokens(found: Mapping[str, list[Sample]]) -> int | None:
+    if _KV_TOKENS in found:
+        return round(sum(sample.value for sample in found[_KV_TOKENS]))
+    tokens = 0
+    for sample in found.get(_KV_BLOCKS, ()):
+        blocks, size = sample.labels.get("num_gpu_blocks", ""), sample.labels.get("block_size", "")
+        if blocks.isdecimal() and size.isdecimal():
+            tokens += int(blocks) * int(size)
+    return tokens or None
+
+
+def _slots_in(props: bytes) -> int | None:
+    try:
+        value = orjson.loads(props)
+    except orjson.JSONDecodeError:
+        return None
+    slots = value.get("total_slots") if isinstance(value, dict) else None
+    return slots if type(slots) is int and slots > 0 else None
