@@ -76,7 +76,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One call: until its first token, and from then or from its admission to its end."""
+    """One call: until its first token, and from then to its end, when it surely has a slot."""
 
     first_s: float
     in_slot_s: float
@@ -106,10 +106,9 @@ async def call(
                 count += 1
                 if first_s is None:
                     first_s = time.monotonic() - began
-        waited_s = float(answer.headers.get("x-tidegate-queue-ms", 0)) / 1000
     if first_s is None:
         return None
-    return Timed(first_s, time.monotonic() - began - waited_s, count)
+    return Timed(first_s, time.monotonic() - began - first_s, count)
 
 
 async def measure(name: str, url: str, seconds: float, *, noisy: int, seed: int) -> Measured:
