@@ -32,7 +32,7 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
     *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
-    *("tidegate.http.uvicorn_protocol", "tidegate.jobs.worker", "tidegate.store.migrations"),
+    *("tidegate.http.uvicorn_protocol", "tidegate.dashboard.routes", "tidegate.store.migrations"),
     *("tidegate.upstream.gemini", "tidegate.upstream.gemini_transport"),
     *("tidegate.emulator.server", "google.genai", "google.auth.aio.credentials"),
     *("alembic.command", "alembic.config", "sqlalchemy.ext.asyncio", "uvicorn", "uvloop"),
@@ -163,10 +163,12 @@ def _nursery() -> _Nursery:
 
 
 def _serve(control: socket.socket) -> None:
+    gc.disable()  # while it imports
     for name in _IMPORTED:
         import_module(name)
     gc.collect()
     gc.freeze()
+    gc.enable()
     alive: set[int] = set()
     heard, wake = socket.socketpair()
     heard.setblocking(False)

@@ -8,20 +8,18 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
-
-from fastapi import FastAPI
 
 from tidegate import settings as configuration
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.dashboard import routes as dashboard
 from tidegate.dashboard.rollup import counting
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Authenticator
 from tidegate.http.browsers import Origins
-from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.reconciliation import NightlyReconciliation
 from tidegate.jobs.webhooks import AlertSender, WebhookSender
@@ -52,6 +50,9 @@ from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import GeminiProcessor
 from tidegate.upstream.transport import Timeouts
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 log = get_logger()
 
 # New objects before a collection, which stops the event loop for as long as it looks at them.
@@ -68,6 +69,10 @@ def create_app(
     gives one is asked at each start. It starts when the stores have answered, or after
     `warm_within_ms`.
     """
+    # A worker does without them: together they take a quarter of its start.
+    from tidegate.dashboard import routes as dashboard
+    from tidegate.http.server import build
+
     settings = config or configuration.load()
 
     @asynccontextmanager
@@ -244,9 +249,11 @@ def _counted(listeners: CallListeners, instruments: Instruments, state: State) -
     return state
 
 
+@cache
 def _collect_rarely() -> None:
-    """Keep the garbage collector from walking what lives as long as the process: a full collection
-    of what the imports made would stop the event loop for a tenth of a second, again and again."""
+    """Keep the garbage collector from walking what lives as long as the process, once in it: a full
+    collection of what the imports made would stop the event loop for a tenth of a second, again
+    and again."""
     gc.collect()
     gc.freeze()
     # Hardly anything here is part of a cycle: looking for them after every 700 new objects, as

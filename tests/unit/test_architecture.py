@@ -188,6 +188,15 @@ def test_starting_a_process_imports_neither_the_sdk_nor_alembic() -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_a_worker_imports_no_web_framework() -> None:
+    """FastAPI, its routes and the page take a quarter of a second of a core."""
+    script = "import sys, tidegate.app; print('fastapi' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
 def test_every_module_is_imported_from_somewhere() -> None:
     used = set(ENTRIES)
     outside = [ROOT / "run_app.py", ROOT / "run_worker.py"]

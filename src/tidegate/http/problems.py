@@ -12,11 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -28,6 +26,9 @@ from tidegate import errors
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.spec import Dialect, Headers
 from tidegate.telemetry.logging import Log, get_logger
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 _KINDS = {
     "uuid_parsing": ("is no id", "an id, as the answer to a submit has it in request_id"),
@@ -259,6 +260,8 @@ def problem_response(error: errors.TidegateError, request_id: str | None = None)
 
 def install(app: FastAPI) -> None:
     """Let every error that leaves a route of `app` become problem JSON."""
+    from fastapi.exceptions import RequestValidationError  # a worker needs no FastAPI
+
     app.add_exception_handler(errors.TidegateError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -306,6 +309,8 @@ async def _on_own_error(_request: Request, error: Exception) -> Response:
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:
+    from fastapi.exceptions import RequestValidationError
+
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     where = ".".join(str(step) for step in first["loc"][1:]) or str(first["loc"][0])
