@@ -434,7 +434,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"no {what} within {_WITHIN_S:.0f} s")
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def measure(

@@ -31,16 +31,18 @@ class Traces:
         """The marked processes that have `word` in their command line."""
         wanted = f"{VARIABLE}={self._mark}".encode()
         found = []
-        for folder in Path("/proc").iterdir():
-            if not folder.name.isdigit() or int(folder.name) == os.getpid():
+        place = f"{self._folder}/"
+        for entry in os.listdir("/proc"):  # asked again and again, with no Path for each process
+            if not entry.isdigit() or int(entry) == os.getpid():
                 continue
             try:
-                marked = wanted in (folder / "environ").read_bytes().split(b"\0")
-                marked = marked or (folder / "cwd").readlink().is_relative_to(self._folder)
+                with open(f"/proc/{entry}/environ", "rb") as environment:
+                    marked = wanted in environment.read().split(b"\0")
+                marked = marked or f"{os.readlink(f'/proc/{entry}/cwd')}/".startswith(place)
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if marked and word in process.command_of(int(folder.name)):
-                found.append(int(folder.name))
+            if marked and word in process.command_of(int(entry)):
+                found.append(int(entry))
         return sorted(found)
 
     def with_variable(self, name: str) -> list[int]:
