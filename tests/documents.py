@@ -39,6 +39,7 @@ class NotRun:
 
 
 _SHELL_LINES = "tests/acceptance/test_shell_lines.py"
+_LIVE_UPSTREAMS = "tests/integration/policy/test_live_upstreams.py"
 _JOBS = "tests/acceptance/test_jobs_document.py"
 _BACKUP = "tests/integration/embedded/test_backup.py"
 _LIBRARY = "tests/integration/library/test_examples.py"
@@ -53,6 +54,7 @@ ELSEWHERE = (
     Elsewhere("docs/tenants.md", "-X PUT", _SHELL_LINES),
     Elsewhere("docs/tenants.md", "tidegate migrate", _SHELL_LINES),
     Elsewhere("docs/limits.md", "operator.key", _SHELL_LINES),
+    Elsewhere("docs/upstreams.md", "tidegate upstreams add", _LIVE_UPSTREAMS),
     Elsewhere("docs/cli.md", "tidegate submit", _SHELL_LINES),
     Elsewhere("docs/cli.md", "tidegate batch run", _SHELL_LINES),
     Elsewhere("docs/cli.md", "tidegate doctor", _SHELL_LINES),

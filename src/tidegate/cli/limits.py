@@ -240,6 +240,8 @@ def _missed(keys: list[str]) -> list[str]:
         targets, pool = Targets(deployed_upstreams(config)), chosen_pool(config)
     except ConfigError:  # such as a key that only the processes have
         return []
+    if pool not in targets.upstreams:  # it was added while running
+        return []
     lines = []
     for key, model in models.items():
         pools = targets.pools_for(model)

@@ -314,6 +314,7 @@ def _say_upstreams(config: Config, deployment: Deployment, policy: PoolPolicy) -
         typer.echo(f"  upstream {upstream.name}: {', '.join(upstream.models)} ({places})")
         for name, limit in deployment.policies.get(upstream.name, policy).limits.items():
             typer.echo(f"    {name:<21} {in_words(limit)}")
+    typer.echo("    (what was changed while running: tidegate upstreams list)")
     for route in deployment.routes:
         chain = ", then ".join(f"{name}/{model or route.model}" for name, model in route.targets)
         typer.echo(f"  route {route.model}: {chain}")

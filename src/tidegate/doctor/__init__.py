@@ -21,8 +21,10 @@ from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
 from tidegate.limiter import PoolPolicy, Snapshot
-from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams, emulates
+from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams, emulates, stated_by
+from tidegate.policy.live import changes_of
 from tidegate.settings import Config, load
+from tidegate.store.provider.upstreams import UpstreamProcess, UpstreamRevision
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import Total
 from tidegate.store.tenants import Key
@@ -42,6 +44,8 @@ class _Seen:
     any_key: bool | None = None
     unvouched: list[Key] | None = None
     called: list[Total] | None = None
+    live: UpstreamRevision | None = None
+    processes: list[UpstreamProcess] = field(default_factory=list)
 
 
 async def examine(*, online: bool = True) -> list[Finding]:
@@ -69,6 +73,10 @@ async def examine(*, online: bool = True) -> list[Finding]:
         found += deployment.judge_pool(pool, policies[pool], snapshot, seen.records.get(pool))
     found.append(deployment.judge_blobs(config, seen.snapshots))
     made_up = DEFAULT_POOL if emulates(config) else ""
+    if seen.live is not None:
+        stated, live = stated_by(config), changes_of(seen.live.upstreams)
+        others = stated.deployment(live)
+        found += deployment.judge_live(seen.live.revision, others, stated.tables(), seen.processes)
     found += deployment.judge_preempt(others.upstreams, made_up)
     if seen.called is not None:
         today = datetime.now(UTC).date()
@@ -144,6 +152,7 @@ async def _read_record(
 ) -> None:
     """Read policies and keys; a part that can't be read has a finding of its own."""
     from tidegate.store.database import Connections
+    from tidegate.store.provider.upstreams import UpstreamRevisions
     from tidegate.store.statistics import UsageTotals
     from tidegate.store.tenants import Policies, Tenants
 
@@ -159,6 +168,9 @@ async def _read_record(
             today = datetime.now(UTC).date()
             since = today - deployment.PRICES_OVER
             seen.called = await UsageTotals(connections).totals(("model",), since, today)
+        if revision >= "0023":
+            upstreams = UpstreamRevisions(connections)
+            seen.live, seen.processes = await upstreams.newest(), await upstreams.processes()
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which has a finding of its own
     finally:

@@ -20,11 +20,13 @@ from tidegate.embedded.servers import command_of
 from tidegate.errors import ConfigError
 from tidegate.limiter import Concurrency, PoolPolicy, Snapshot, format_pause
 from tidegate.operator_key import existing_operator_key, key_file
-from tidegate.policy.deployment import Upstream, doubtful, emulates
+from tidegate.policy.deployment import Deployment, Upstream, doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
+from tidegate.policy.live import NO_CHANGES, Tables, changed_lines
 from tidegate.policy.rollout import Origin, differences
 from tidegate.prices.catalog import ModelPrice, catalog
 from tidegate.settings import SECRETS, Config, origins
+from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import Total
 from tidegate.store.tenants import Key
@@ -164,6 +166,22 @@ def judge_server(name: str, policy: PoolPolicy, load: ServerLoad) -> Finding:
     if load.kv_tokens is not None and not tokens:
         return ok(check, f'{load}; "tif:total" = {load.kv_tokens} would bind its cache')
     return ok(check, str(load))
+
+
+def judge_live(
+    revision: int, deployment: Deployment, base: Tables, processes: Sequence[UpstreamProcess]
+) -> Iterator[Finding]:
+    """Findings on what was changed of upstreams while running. base: what the file says."""
+    lines = changed_lines(NO_CHANGES, deployment.live)
+    if lines:
+        yield ok("upstreams.live", f"revision {revision} over the file: {'; '.join(lines)}")
+    for line in deployment.live.differing(base):
+        mend = "`tidegate upstreams set NAME --deployed` takes what the file says"
+        yield warn("upstreams.live", f"the file has changed since: {line}", mend)
+    for process in processes:
+        for name, why in process.problems.items():
+            mend = "give that process the variable or the file, or restart it"
+            yield fail("upstreams.live", f"{process.instance_id} can't have {name}: {why}", mend)
 
 
 def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:

@@ -57,6 +57,7 @@ from tidegate.jobs.calls import (
     uncounted_wait_ms,
 )
 from tidegate.jobs.tiers import TierChoice
+from tidegate.policy.deployment import Upstream
 from tidegate.prices.budgets import Binding, needs_of, refused_by
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
@@ -140,7 +141,7 @@ class ProviderBatchRunner:
         self._blobs = blobs
         self._relay, self._prompts = relay, prompts
         self._calls = BatchedCalls(relay)
-        self._apis: dict[tuple[str, str], BatchApi] = {}
+        self._apis: dict[tuple[str, str], tuple[Upstream, BatchApi]] = {}
         self._in_hand: dict[UUID, asyncio.Task[None]] = {}
         self._making: set[UUID] = set()
 
@@ -359,17 +360,20 @@ class ProviderBatchRunner:
 
     async def _step(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None) -> None:
         upstream = self._relay.spine.targets.upstreams.get(batch.upstream)
-        if upstream is None or batch.dialect not in upstream.base_urls:
-            if batch.state == "made":  # nothing of it was sent
-                await self._give_back_all(batch, "left")
-            else:
-                await self._hold(batch, "its upstream is not configured any more")
+        drained = self._relay.spine.targets.drained
+        is_gone = upstream is None or batch.dialect not in upstream.base_urls
+        if batch.state == "made" and (is_gone or batch.upstream in drained):
+            await self._give_back_all(batch, "left")  # nothing of it was sent
+            return
+        if upstream is None or is_gone:
+            await self._hold(batch, "its upstream is not configured any more")
             return
         place = (batch.upstream, batch.dialect)
-        api = self._apis.get(place)
-        if api is None:
+        known = self._apis.get(place)
+        if known is None or known[0] is not upstream:  # it was changed
             api = batch_api(self._relay.wire, upstream, Dialect(batch.dialect))
-            self._apis[place] = api
+            known = self._apis[place] = upstream, api
+        api = known[1]
         try:
             match batch.state:
                 case "made":

@@ -629,6 +629,19 @@ class Instruments:
         """A gauge."""
         cast(Gauge, self._child(metric, labels)).set(value)
 
+    def forget(self, label: str, value: str) -> None:
+        """Drop the gauges of what is no more; beside other processes, whose files can't be changed,
+        they become 0."""
+        for metric, labels in list(self._children):
+            made = self._made[metric]
+            if (
+                isinstance(made, Gauge)
+                and dict(zip(metric.labels, labels, strict=True)).get(label) == value
+            ):
+                cast(Gauge, self._children.pop((metric, labels))).set(0)
+                if SHARED not in os.environ:
+                    made.remove(*labels)
+
     def flush(self) -> None:
         """Hand on what was tallied."""
         for metric, labels, amount in self.tally.take_counts():

@@ -97,6 +97,7 @@ class Watch:
         self._dropped = 0
         self._models = Known(MOST_MODELS)
         self._heard: dict[tuple[str, str], float] = {}
+        self._shown: set[tuple[str, str]] = set()  # pools and upstreams
         self.lag_s = 0.0  # of the last second, the longest
 
     async def run(self) -> None:
@@ -116,6 +117,12 @@ class Watch:
     def look(self) -> None:
         """Set all gauges, and hand on what was counted."""
         made, name = self._instruments, self._name
+        there = {("pool", one) for one in self.limiters} | {
+            ("upstream", one) for one in self.health
+        }
+        for gone in self._shown - there:
+            made.forget(*gone)
+        self._shown = there
         for pool, limiter in self.limiters.items():
             made.set(Metric.HELD, (pool, *name), limiter.permits_held)
             made.set(Metric.WAITERS, (pool, *name), limiter.waiters)

@@ -326,11 +326,9 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
         if key not in _KEYS:
             raise ConfigError(f"{path}.{key}", None, unknown(key, _KEYS))
     options = _options(path, table)
-    provider = table.get("provider")
-    if name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys():
-        provider = name
-        if (models := own_models(name)) != ALL_MODELS:
-            options.setdefault("models", models)
+    provider = _provider_of(name, table)
+    if provider is not None and "provider" not in table and own_models(name) != ALL_MODELS:
+        options.setdefault("models", own_models(name))
     if provider is not None and (not isinstance(provider, str) or provider not in PROVIDERS):
         raise ConfigError(
             f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
@@ -342,6 +340,12 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
     access = access_options_of(path, provider, table, urls, secret)
     key = _key(path, provider, table, access, secret)
     return Upstream(name, urls, key, provider=provider, access_options=access, **options)
+
+
+def _provider_of(name: str, table: Table) -> Any:
+    """The provider that a table names, or is named as."""
+    is_named = name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
+    return name if is_named else table.get("provider")
 
 
 def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
@@ -639,6 +643,16 @@ class Stated:
         """As `deployment_of`."""
         with self._named():
             return deployment_of(self.contents, self.config, secret, live, before)
+
+    def pool(self, name: str, live: LiveChanges) -> tuple[PoolPolicy, str] | None:
+        """The policy of the pool of a live upstream, and its provider or nothing, whether or not
+        this process has its key. None where there is no such upstream. Raises ConfigError."""
+        table = live.over(self.tables()).get(name)
+        if table is None:
+            return None
+        provider = _provider_of(name, table) or ""
+        with self._named():
+            return _policy(_path(name), table, self.contents, provider), provider
 
     def tables(self) -> dict[str, Table]:
         """As `base_tables`."""

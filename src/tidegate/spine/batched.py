@@ -81,7 +81,7 @@ class BatchedCalls:
             targets = self._spine.targets.of(endpoint.dialect, model)
         except NotFound:
             return None
-        return next((one for one in targets if self._rates(one, one.model) is not None), None)
+        return next((one for one in targets if self._takes_part(one)), None)
 
     def prompt_target(self, model: str, kind: Kind, files: Files) -> tuple[Endpoint, Target] | None:
         """The same of a prompt, with the endpoint that it calls there."""
@@ -91,9 +91,14 @@ class BatchedCalls:
             return None
         for target in targets:
             endpoint = prompt_endpoint(dialect_at(target, kind, files), kind, model)
-            if takes(endpoint) and self._rates(target, target.model) is not None:
+            if takes(endpoint) and self._takes_part(target):
                 return endpoint, target
         return None
+
+    def _takes_part(self, target: Target) -> bool:
+        """Whether it has a known price for batches, and takes new calls."""
+        is_drained = self._spine.lane(target).gate.drained
+        return not is_drained and self._rates(target, target.model) is not None
 
     def _rates(self, target: Target, model: str) -> Rates | None:
         return self._spine.lane(target).demands.prices.of(model, _TIER)

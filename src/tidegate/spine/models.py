@@ -31,6 +31,7 @@ from tidegate.dialects.spec import (
     RequestFacts,
 )
 from tidegate.errors import Forbidden, InvalidRequest, UpstreamError, UpstreamGarbled
+from tidegate.policy.access import Access
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, refusal_of
@@ -210,6 +211,7 @@ _LONGEST_BYTES = 4_000_000
 @dataclass(frozen=True, slots=True)
 class _Listed:
     at: float
+    access: Access
     models: list[dict[str, Any]]
 
 
@@ -254,9 +256,12 @@ class Models:
         self, dialect: Dialect, headers: Headers, upstream: Upstream
     ) -> list[dict[str, Any]]:
         known = self._lists.get((upstream.name, dialect))
-        if known is None or time.monotonic() - known.at > _KEPT_S:
+        access = upstream.access(dialect)
+        is_old = known is None or time.monotonic() - known.at > _KEPT_S
+        if known is None or is_old or known.access is not access:
             models = await self._read(dialect, headers, upstream)
-            known = self._lists[upstream.name, dialect] = _Listed(time.monotonic(), models)
+            known = _Listed(time.monotonic(), access, models)
+            self._lists[upstream.name, dialect] = known
         return known.models
 
     async def _read(

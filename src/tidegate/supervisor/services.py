@@ -25,7 +25,8 @@ from tidegate.call import DEFAULT_POOL
 from tidegate.embedded.lease import ServersLease, ServiceName, ensure
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import PoolPolicy
-from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
+from tidegate.policy.deployment import deployed, deployed_upstreams, emulates, stated_by
+from tidegate.policy.live import LiveChanges, changes_of
 from tidegate.settings import SECRETS, Config
 from tidegate.telemetry.logging import redact
 from tidegate.usual_models import EMULATORS_KEY
@@ -195,14 +196,23 @@ def with_keeper(
     from tidegate.store.database import Connections
     from tidegate.store.tenants import Policies
 
-    wanted = policy_of(config, pool)
-    provider = provider_of_pool(config, pool)
+    wrong: ConfigError | None = None
+    try:
+        wanted, provider = policy_of(config, pool), provider_of_pool(config, pool)
+    except ConfigError as unknown:  # or it was added while running
+        wrong = unknown
     name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
 
     async def run(whole: Config) -> T:
         connections = Connections(database_url_of(whole), probe_timeout_ms=_PATIENCE_MS)
         connections.start()
         try:
+            nonlocal wanted, provider
+            if wrong is not None:
+                found = stated_by(config).pool(pool, await _live_changes(connections))
+                if found is None:
+                    raise wrong
+                wanted, provider = found
             opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)
             async with opening as keeper:
                 await keeper.limiter.ping(_ANSWER_WITHIN_MS)
@@ -213,6 +223,13 @@ def with_keeper(
 
     with prepared(config, only={"postgres", "valkey"}) as ground:
         return asyncio.run(run(ground.config))
+
+
+async def _live_changes(connections: Connections) -> LiveChanges:
+    """What was changed of upstreams while running. Raises StoreUnavailable."""
+    from tidegate.store.provider.upstreams import UpstreamRevisions
+
+    return changes_of((await UpstreamRevisions(connections).newest()).upstreams)
 
 
 def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:

@@ -6,17 +6,21 @@ The emulators are the ground truth: what they were called for, and when.
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from typer.testing import CliRunner
 
 from tests.gateway import Gateway, Opener, open_gateway
-from tests.integration.cli.calling import run
+from tests.markdown import blocks
 from tests.waiting import promised_s, wait_until, work_for
+from tidegate.cli import app
 from tidegate.emulator.server import Emulator, run_emulator
 
 __all__ = ["open_gateway"]
@@ -162,35 +166,50 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-async def test_commands_change_upstreams_and_what_lives_there_can_be_reached(
+async def test_the_commands_of_upstreams_md_do_what_it_says(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setenv("GPU_KEY", KEY)
+    (block,) = [one for one in blocks("docs/upstreams.md") if "upstreams add" in one.text]
+    said, env = "", {"TIDEGATE_URL": gateway.url, "ADMIN_TOKEN": gateway.operator_key}
+    for line in block.text.splitlines():
+        words = shlex.split(line.replace("http://gpu-2:8000", second.url))
+        invoke = partial(CliRunner().invoke, app, words[1:], env=env, catch_exceptions=False)
+        done = await asyncio.to_thread(invoke)
+        assert done.exit_code == 0, (line, done.output)
+        said += done.output
+    assert "revision 1 is in force in 1 processes" in said
+    assert "gpu-2.weight: not set live -> 3" in said
+    assert "gpu-2 is drained" in said
+    assert "it is the larger one" in said
+    assert "nothing is changed yet; revision 6 is in force" in said
+    assert KEY not in said
+
+
+async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_removed(
     open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await open_gateway(worker=False, tidegate_policy=policy)
     monkeypatch.setenv("SECOND_KEY", KEY)
-
-    async def command(*arguments: str, code: int = 0) -> str:
-        token = gateway.operator_key
-        done = await run(gateway, "upstreams", *arguments, ADMIN_TOKEN=token)
-        assert done.code == code, done
-        return done.said + done.complained
-
-    where = f"base_url={second.url}/v1"
-    asked = ("add", "second", where, "--model", ONLY, "--limit", "pool:total=7")
-    said = await command(*asked, "--key", "LOST_KEY", code=2)
-    assert "LOST_KEY must be set" in said
     monkeypatch.setenv("WRONG_KEY", "invalid-key")
-    said = await command(*asked, "--key", "WRONG_KEY", code=2)
-    assert "refuses the credentials with 401" in said
-    said = await command(*asked, "--key", "SECOND_KEY", "--reason", "more room")
-    assert "revision 1 is in force in 1 processes" in said
-    assert KEY not in said
+    new = {"base_url": f"{second.url}/v1", "models": [ONLY], "limits": {"pool:total": 7}}
+    status, done = await admin(gateway, "PUT", "/second", table=new | {"key": "LOST_KEY"})
+    assert (status, done["field"]) == (400, "LOST_KEY")
+    status, done = await admin(gateway, "PUT", "/second", table=new | {"key": "WRONG_KEY"})
+    assert (status, done["code"]) == (409, "upstream_unfit")
+    assert "refuses the credentials with 401" in done["detail"]
+    table = new | {"key": "SECOND_KEY"}
+    assert (await admin(gateway, "PUT", "/second", table=table, expected=3))[0] == 409
+    status, done = await admin(gateway, "PUT", "/second", table=table, reason="more room")
+    assert (status, done["revision"]) == (200, 1)
     assert gateway.services.limiters["second"].policy.bound("pool:total") == 7
 
     url = f"{gateway.url}/v1/responses"
     async with gateway.http.post(url, json={"model": ONLY, "input": "Say hello"}) as response:
         made = await response.json()
         assert response.status == 200, made
-    assert "second is drained" in await command("drain", "second", "--wait")
+    assert (await admin(gateway, "POST", "/second/drain"))[1]["in_progress"] == 0
     status, refused = await chat(gateway, ONLY)
     assert (status, refused["error"]["code"]) == (503, "upstream_drained")
     async with gateway.http.get(f"{url}/{made['id']}") as response:
@@ -199,24 +218,44 @@ async def test_commands_change_upstreams_and_what_lives_there_can_be_reached(
     async with gateway.http.post(url, json=again) as response:
         assert response.status == 503, "it is a new call there"
 
-    said = await command("remove", "second", code=2)
-    assert "1 resources of callers" in said
+    status, done = await admin(gateway, "DELETE", "/second")
+    assert (status, done["code"]) == (409, "upstream_in_use")
+    assert "1 resources of callers" in done["detail"]
     assert (await admin(gateway, "POST", "/second/resume"))[0] == 200
     assert (await chat(gateway, ONLY))[0] == 200
-    said = await command("remove", "second", "--force")
-    assert "second: no longer added" in said
+    status, done = await admin(gateway, "DELETE", "/second?force=true")
+    assert "second: no longer added" in done["changes"]
     async with gateway.http.get(f"{url}/{made['id']}") as response:
         assert response.status == 404
         assert "not configured any more" in await response.text()
     assert (await chat(gateway, ONLY))[0] == 404
 
-    done = await admin(gateway, "POST", "/rollback", revision=1, reason="too soon")
-    assert "second: added" in done[1]["changes"]
+    done = (await admin(gateway, "POST", "/rollback", revision=1, reason="too soon"))[1]
+    assert "second: added" in done["changes"]
     assert (await chat(gateway, ONLY))[0] == 200
     async with gateway.http.get(f"{gateway.url}/admin/upstreams/history") as response:
         reasons = [one["reason"] for one in await response.json()]
     assert reasons == ["too soon", "", "", "", "more room"]
-    assert "SECOND_KEY" in await command("list")
+
+
+async def test_a_call_that_waits_for_a_drained_upstream_goes_elsewhere(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    new = table(second, models=[ONLY], limits={"pool:total": 1})
+    status, done = await admin(gateway, "PUT", "/second", table=new)
+    assert status == 200, done
+    await second.control.set_behaviour(first_byte_ms=400)
+    calls = [asyncio.create_task(chat(gateway, ONLY)) for _ in range(3)]
+    limiter = gateway.services.limiters["second"]
+    await wait_until(lambda: limiter.waiters == 2 and limiter.permits_held == 1, 20, "waiters")
+    assert (await admin(gateway, "POST", "/second/drain"))[0] == 200
+    answers = await asyncio.gather(*calls)
+    assert [status for status, _ in answers] == [200] * 3, answers
+    begun = [one for one in await second.control.calls() if one.model == ONLY]
+    assert len(begun) == 1, "only what was in progress"
+    assert len(await gateway.calls()) == 2, "the account that takes any model has the others"
 
 
 async def test_jobs_wait_for_a_drained_upstream_and_no_attempt_is_used_up(

@@ -428,7 +428,7 @@ def _view(
         state = "out"
     problems = {one.instance_id: one.problems[name] for one in processes if name in one.problems}
     if (wrong := deployment.missing.get(name)) is not None:
-        problems.setdefault(services.board.process, str(wrong))
+        problems.setdefault(services.board.process, f"{wrong.variable} {wrong.allowed}")
     return UpstreamView(
         name=name,
         state=state,
