@@ -575,9 +575,7 @@ def check_tested(tests: Sequence[UpstreamTest]) -> None:
 
 
 def _problems(deployment: Deployment) -> dict[str, str]:
-    return {
-        name: f"{wrong.variable} {wrong.allowed}" for name, wrong in deployment.missing.items()
-    }
+    return {name: f"{wrong.variable} {wrong.allowed}" for name, wrong in deployment.missing.items()}
 
 
 async def _close(opened: _Opened) -> None:
