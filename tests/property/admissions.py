@@ -172,8 +172,10 @@ class Admissions:
         elif isinstance(limit, Rate) and limit.shape == "bucket":
             self._check_bucket(name, limit, now)
         elif isinstance(limit, Rate):
+            # A ticket says tokens where its limit counted those in flight when it was asked for.
+            most = 1 if limit.exact else limit.bound
             spent = sum(
-                min(limit.bound, admission.amounts.get(name, 0))
+                min(most, admission.amounts.get(name, 0))
                 for admission in self._admitted.values()
                 if now - min(limit.window_ms, admission.windows.get(name, 0)) < admission.at
             )

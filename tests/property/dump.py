@@ -172,7 +172,7 @@ def _of_meta(groups: Mapping[str, Fields]) -> State:
         "pauses": {name: text.split("|", 3) for name, text in groups["p"].items()},
         "gates": groups["g"],
         "cost_ms": numbers("e"),
-        "adapted": tuples("a"),
+        "adapted": groups["a"],
         "shadowed": numbers("x"),
         "pacing": {name: found for name, found in tuples("f").items() if any(found)},
         "buckets": tuples("k"),

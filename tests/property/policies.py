@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tidegate.limiter import (
     MEASURES_OF_SHARES,
     Adaptive,
+    AdaptsBy,
     Band,
     Concurrency,
     Limit,
@@ -67,7 +68,7 @@ class Shape:
     fair_by: int = 0
     queue_max: int = 1000
     shadow: bool = False
-    adaptive: bool = False
+    adaptive: AdaptsBy | None = None
     reap_closed_ms: int = 0
     even: bool = False
     refills: bool = False
@@ -77,7 +78,9 @@ class Shape:
     def policy(self, revision: int) -> PoolPolicy:
         limits: dict[str, int | Limit] = {
             "kind:a": self.a,
-            "kind:b": Concurrency(self.b, adaptive=Adaptive(1) if self.adaptive else None),
+            "kind:b": Concurrency(
+                self.b, adaptive=Adaptive(1, self.adaptive) if self.adaptive else None
+            ),
             "pool:all": Concurrency(self.all, shadow=self.shadow),
             "rpm:x": Rate(3, WINDOW_MS),
             "tpm:x": Rate(1000, WINDOW_MS, "tokens"),
@@ -143,7 +146,7 @@ class Shape:
 def shapes() -> st.SearchStrategy[Shape]:
     fields: dict[str, st.SearchStrategy[Any]] = {
         "a": st.sampled_from([0, 1, 2, 3, 3]),
-        "b": st.integers(1, 3),
+        "b": st.sampled_from([1, 2, 3, 3, 9]),
         "all": st.integers(1, 4),
         "bands": st.integers(0, len(BANDS) - 1),
         "weights": st.integers(0, len(WEIGHTS) - 1),
@@ -153,7 +156,7 @@ def shapes() -> st.SearchStrategy[Shape]:
         "fair_by": st.sampled_from([0, 0, 1, 2]),
         "queue_max": st.sampled_from([3, 1000, 1000, 1000]),
         "shadow": st.sampled_from([False, False, True]),
-        "adaptive": st.booleans(),
+        "adaptive": st.sampled_from([None, "refusals", "latency"]),
         "even": st.sampled_from([False, False, True]),
         "refills": st.booleans(),
         "tokens": st.sampled_from([0, 0, 500, 1000]),

@@ -64,7 +64,7 @@ def of_model(model: PoolModel) -> State:
         "pauses": {limit.name: _pause(limit) for limit in limits if limit.pause},
         "gates": {x.name: _gate(x.pause.gate) for x in limits if x.pause and x.pause.gate},
         "cost_ms": {limit.name: limit.cost_ms for limit in limits if limit.cost_ms},
-        "adapted": {x.name: (x.current, x.dropped_at) for x in limits if x.current is not None},
+        "adapted": {x.name: _adapted(x) for x in limits if x.current is not None},
         "shadowed": {limit.name: limit.shadowed for limit in limits if limit.shadowed},
         "pacing": {x.name: found for x in limits if any(found := _pacing(x.spending.pacing))},
         "buckets": {x.name: astuple(x.spending.bucket) for x in limits if x.spending.bucket},
@@ -138,6 +138,11 @@ def _pause(limit: LimitState) -> list[str]:
     pause = limit.pause
     assert pause is not None
     return [str(pause.until), str(pause.ramp_ms), str(pause.passed), pause.said]
+
+
+def _adapted(limit: LimitState) -> str:
+    seen = "" if limit.latency is None else f"|{limit.latency.write()}"
+    return f"{limit.current}|{limit.dropped_at}{seen}"
 
 
 def _pacing(pacing: Pacing | None) -> tuple[int, ...]:

@@ -77,6 +77,8 @@ class PoolMachine(Traffic):
             st.sampled_from([50, 1, 2]),
             st.sampled_from([2000, 1]),
             due_after_ms=st.sampled_from([600_000, 600_000, 5000]),
+            latency_calls=st.sampled_from([8, 1, 2]),
+            latency_rounds=st.sampled_from([20, 1, 2]),
         ),
         settled=st.sampled_from([True, True, True, False]),
         kinds=st.lists(kinds_of_flow, min_size=1, max_size=4),

@@ -19,7 +19,7 @@ SHAPE = Shape(
     hand_off=True,
     queue_max=3,
     shadow=False,
-    adaptive=False,
+    adaptive=None,
     reap_closed_ms=0,
     wild="",
 )

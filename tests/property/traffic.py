@@ -174,7 +174,10 @@ class Traffic(RuleBasedStateMachine):
         later: bool = False,
     ) -> None:
         flow = client.queue.held[ticket].flow
-        use = CallUse() if used is None else CallUse(Tokens(used), 2, cost_micros=used * 30)
+        first_ms = None if used is None else 1 + used % 350 * ticket
+        use = CallUse(first_ms=first_ms)
+        if used is not None:
+            use = CallUse(Tokens(used), 2, cost_micros=used * 30, first_ms=first_ms)
         actual = flow.actual(use)
         if later:
             client.usage_due.append((ticket, actual))
@@ -185,6 +188,7 @@ class Traffic(RuleBasedStateMachine):
             now_ms=self.world.local_ms,
             usage_later=later,
             use=None if later else flow.cost_of(use),
+            first=flow.first_of(use),
         )
 
     def tell_the_usage_of_a_call_that_ended(self, who: int, which: int) -> None:

@@ -68,6 +68,8 @@ def script_source(name: ScriptName, pace: Paces) -> bytes:
     for usual, ours in (
         (b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % pace.at_once),
         (b"T.STARVES = 8", b"T.STARVES = %d" % pace.starves),
+        (b"T.LATENCY_CALLS = 8", b"T.LATENCY_CALLS = %d" % pace.latency_calls),
+        (b"T.LATENCY_ROUNDS = 20", b"T.LATENCY_ROUNDS = %d" % pace.latency_rounds),
         (b"T.LONGEST = %d" % USUAL.longest, b"T.LONGEST = %d" % pace.longest),
         (b"T.MOST_TOLD = %d" % USUAL.on_page, b"T.MOST_TOLD = %d" % pace.on_page),
         (b"T.MOST_ON_PAGE = %d" % USUAL.on_page, b"T.MOST_ON_PAGE = %d" % pace.on_page),

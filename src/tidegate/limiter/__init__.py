@@ -41,6 +41,7 @@ from tidegate.limiter.messages import (
 )
 from tidegate.limiter.permit import Acquisition, DetachedPermit, Outcome, Permit
 from tidegate.limiter.policy import (
+    ADAPTS_BY,
     DEFAULT_BANDS,
     DEFAULT_PRIORITY,
     MAX_BOUND,
@@ -53,6 +54,7 @@ from tidegate.limiter.policy import (
     UNITS_IN_FLIGHT,
     USUAL_WEIGHTS,
     Adaptive,
+    AdaptsBy,
     Band,
     CallUse,
     Change,
@@ -91,6 +93,7 @@ from tidegate.limiter.views import (
 )
 
 __all__ = [
+    "ADAPTS_BY",
     "DEFAULT_BANDS",
     "DEFAULT_PRIORITY",
     "MAX_BOUND",
@@ -106,6 +109,7 @@ __all__ = [
     "USUAL_WEIGHTS",
     "Acquisition",
     "Adaptive",
+    "AdaptsBy",
     "AdmissionError",
     "Band",
     "CallUse",

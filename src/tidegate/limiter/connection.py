@@ -363,7 +363,7 @@ def tell_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
 
 
 # Packed without lists of their own: a script takes longer to unpack many small ones.
-_FLAT = ("transfers", "releases", "enqueues", "uses")
+_FLAT = ("transfers", "releases", "enqueues", "uses", "firsts")
 _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 

@@ -26,6 +26,7 @@ from tidegate.limiter.policy import (
     PoolPolicy,
     Quota,
     Rate,
+    Tokens,
     amount_in_flight,
     amount_of,
     amount_to_reserve,
@@ -53,10 +54,10 @@ class Flow:
     """See the module. Read from the policy by `refresh`:
 
     quotas: (limit, zone). rates: whether any limit is more than a concurrency. sized: whether calls
-    differ in what they take of any. plain: whether its permits may be passed on in the process.
-    slack_ms: how much later than admitted its calls may be sent. firm: limits that get nothing back
-    when calls end, where the server does not know. unnamed: the first limit that the policy does
-    not name. fair_by: what shares are measured in.
+    differ in what they take of any. by_latency: whether any adapts by latency. plain: whether its
+    permits may be passed on in the process. slack_ms: how much later than admitted its calls may be
+    sent. firm: limits that get nothing back when calls end, where the server does not know.
+    unnamed: the first limit that the policy does not name. fair_by: what shares are measured in.
 
     Learned from calls and replies: cost_ms, how long its calls last; cost, what they cost in
     micro-dollars, where shares are in that; rest_ms, what was rounded off the last one; held_up_by,
@@ -84,6 +85,7 @@ class Flow:
     rules: tuple[Limit, ...] = ()
     rates: bool = False
     sized: bool = False
+    by_latency: bool = False
     plain: bool = False
     quotas: tuple[tuple[str, str], ...] = ()
     firm: tuple[str, ...] = ()
@@ -126,6 +128,9 @@ class Flow:
             name
             for name, limit in rated.items()
             if limit.unit == "requests" and not (isinstance(limit, Rate) and limit.exact)
+        )
+        self.by_latency = any(
+            isinstance(limit, Concurrency) and limit.by_latency for limit in self.rules
         )
         slacks = [limit.slack for limit in self.rules if isinstance(limit, Rate)]
         self.slack_ms = min(slacks, default=inf)
@@ -186,6 +191,14 @@ class Flow:
                 amount = amount_of(limit, used)
             parts.append("-" if amount is None else str(max(0, amount)))
         return ",".join(parts)
+
+    def first_of(self, used: CallUse) -> tuple[int, int] | None:
+        """The time to the first token of a call that ended, and the tokens that had to be read for
+        it; None where the time is not known or no limit adapts by it."""
+        if not self.by_latency or used.first_ms is None:
+            return None
+        tokens = used.tokens or Tokens()
+        return max(1, round(used.first_ms)), max(0, tokens.input - tokens.cached)
 
     def spends(self, amounts: str) -> Mapping[str, int]:
         """What an admission takes of the limits that are not concurrencies."""
@@ -327,7 +340,8 @@ class Holding:
 @dataclass(slots=True)
 class Release:
     """A permit released. `use` is what the call cost, where shares are measured in that and it is
-    known. `sent` once it has been in a batch, which may have arrived."""
+    known; `first`: the time to its first token, and the tokens that had to be read, where a limit
+    adapts by that. `sent` once it has been in a batch, which may have arrived."""
 
     ticket: int
     flow: Flow
@@ -338,6 +352,7 @@ class Release:
     actual: str
     use: int | None = None
     sent: bool = False
+    first: tuple[int, int] | None = None
 
 
 # Not frozen, as all else of its kind: each call would pay for that.
@@ -374,6 +389,10 @@ class MessageBatch:
         """What the calls that ended cost, as far as that is known."""
         passed = [(one.source, one.use) for one in self.transfers if one.use is not None]
         return passed + [(one.ticket, one.use) for one in self.releases if one.use is not None]
+
+    def firsts(self) -> list[tuple[int, int, int]]:
+        """Times to first tokens of the calls that ended, as far as they are known."""
+        return [(one.ticket, *one.first) for one in self.releases if one.first is not None]
 
     def dues(self, at_ms: float) -> list[int]:
         """By enqueue, for how long it is to its deadline, 0 without one; nothing where all are."""

@@ -195,15 +195,15 @@ def pack(value: object) -> bytes:
 
 def definition(limit: int | Limit) -> str:
     """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own. Those
-    of a concurrency are its least bound, and 1 where it counts tokens in flight. A rate with a pace
-    or a ramp, or that refills, has three more: pace_ms, percent_per_minute and start, 0 for none;
-    and one that refills has a `b` after these."""
+    of a concurrency are its least bound, 1 where it counts tokens in flight, and 1 where it adapts
+    by latency. A rate with a pace or a ramp, or that refills, has three more: pace_ms,
+    percent_per_minute and start, 0 for none; and one that refills has a `b` after these."""
     if isinstance(limit, int):
         return f"c|{limit}|0|0|0|0"
     shadow = int(limit.shadow)
     if isinstance(limit, Concurrency):
         least = limit.adaptive.minimum if limit.adaptive else 0
-        return f"c|{limit.bound}|{shadow}|{least}|{int(limit.by_tokens)}|0"
+        return f"c|{limit.bound}|{shadow}|{least}|{int(limit.by_tokens)}|{int(limit.by_latency)}"
     if isinstance(limit, Rate):
         exact = int(limit.exact)
         said = f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
@@ -341,7 +341,8 @@ class SyncRequest:
     ms that each enqueue may wait, 0 where not known, negative where no estimate is to refuse it
     before. firm: limits of which nothing is returned. uses: ticket, micro-dollars, of ended calls
     where shares are in cost and theirs is known. dues: ms to the deadline that puts each enqueue
-    before others of its tenant, 0 for none.
+    before others of its tenant, 0 for none. firsts: ticket, ms to the first token, tokens that had
+    to be read for it, of ended calls under a limit that adapts by latency.
 
     `use` is in what shares are measured in: ms, micro-dollars, or CALL_USE."""
 
@@ -374,6 +375,7 @@ class SyncRequest:
     firm: list[str] = field(default_factory=list)
     uses: list[tuple[int, int]] = field(default_factory=list)
     dues: list[int] = field(default_factory=list)
+    firsts: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class Whole(NamedTuple):
@@ -507,7 +509,8 @@ SHAPES = (
              "sessions roster fresh empty vouched; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, and under a rate from:passed in "
              "microseconds, between which it accrues its share, and held:used in ms, when it "
-             "last found no room and last used the limit; p: pause, g: gate, a: adapted, "
+             "last found no room and last used the limit; p: pause, g: gate, a: adapted, and by "
+             "latency what `latency` has seen, "
              "x: shadowed, e: how long calls take, b: usage as asserted in this epoch, f: even "
              "in microseconds|level|since of a pace and a ramp, k: units|ends|window|bound|before|"
              "until of a rate that refills, s: usage as of its last change, "

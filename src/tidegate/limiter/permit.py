@@ -225,6 +225,7 @@ class PermitIssuer:
             now_ms=self._clock.now_ms(),
             usage_later=usage_later,
             use=None if usage_later else flow.cost_of(used),
+            first=flow.first_of(used) if flow.by_latency else None,
         )
         if self._session.state == "away":
             self._session.admit_locally()
@@ -280,6 +281,11 @@ class Permit:
         return self._holding.flow.limits
 
     @property
+    def adapts_by_latency(self) -> bool:
+        """Whether a limit that it counts under learns from the time to a first token."""
+        return self._holding.flow.by_latency
+
+    @property
     def tenant(self) -> str:
         return self._holding.flow.tenant
 
@@ -323,15 +329,17 @@ class Permit:
         *,
         audio_seconds: int | None = None,
         cost_micros: int | None = None,
+        first_ms: float | None = None,
     ) -> None:
         """Record how the call ended and what it used; the release sends it.
 
         outcome: `success`, `ignored` (it says nothing of the provider) or `dropped` (throttled or
-        failed). The others are actual usage; None if unknown, then the reservation stands.
+        failed). first_ms: from the call's start to the first token of its answer, for limits that
+        adapt by that. The others are actual usage; None if unknown, then the reservation stands.
         """
         self.outcome = str(outcome)
         counted = Tokens(tokens) if isinstance(tokens, int) else tokens
-        self.used = CallUse(counted, images, audio_seconds, cost_micros)
+        self.used = CallUse(counted, images, audio_seconds, cost_micros, first_ms)
 
     def settle_unused(self) -> None:
         """Record that no call has been made."""

@@ -40,12 +40,14 @@ UnitInFlight = Literal["calls", "tokens_in_flight"]
 Reserve = Literal["predicted", "bound", "max_tokens", "larger"]
 Source = Literal["set", "imported", "learned"]
 RateShape = Literal["window", "bucket"]
+AdaptsBy = Literal["refusals", "latency"]
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
 UNITS_IN_FLIGHT: tuple[UnitInFlight, ...] = get_args(UnitInFlight)
 RESERVES: tuple[Reserve, ...] = get_args(Reserve)
 RESERVES_IN_FLIGHT: tuple[Reserve, ...] = ("predicted", "bound")
 SOURCES: tuple[Source, ...] = get_args(Source)
+ADAPTS_BY: tuple[AdaptsBy, ...] = get_args(AdaptsBy)
 SHAPES_OF_RATES: tuple[RateShape, ...] = get_args(RateShape)
 MEASURES_OF_SHARES: tuple[FairBy, ...] = get_args(FairBy)
 MOST_WEIGHT = 1_000.0
@@ -71,10 +73,15 @@ _TENANT = re.compile(r"[^\s|{}]{1,200}")
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """A concurrency that finds its own way between `minimum` and the bound: one more for each full
-    round of successes while it is used up, one less for each call that is dropped then."""
+    """A concurrency that finds its own way between `minimum` and the bound.
+
+    by: `refusals`: one more for each full round of successes while it is used up, one less for each
+    call that is dropped then. `latency`: where the times to first tokens are known they decide
+    instead of successes, so that few calls wait in a server that refuses none.
+    """
 
     minimum: int = 1
+    by: AdaptsBy = "refusals"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,11 @@ class Concurrency:
     def by_tokens(self) -> bool:
         """Whether a call takes its tokens of it, instead of 1."""
         return self.unit == "tokens_in_flight"
+
+    @property
+    def by_latency(self) -> bool:
+        """Whether times to first tokens tell how many calls it admits."""
+        return self.adaptive is not None and self.adaptive.by == "latency"
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +411,9 @@ def _check_concurrency(name: str, limit: Concurrency) -> None:
         return
     if limit.by_tokens:
         raise ConfigError(f"{name}.adaptive", limit.unit, "only for a limit that counts calls")
+    if limit.adaptive.by not in ADAPTS_BY:
+        allowed = f"one of {', '.join(ADAPTS_BY)}"
+        raise ConfigError(f"{name}.adaptive.by", str(limit.adaptive.by), allowed)
     _check_whole(f"{name}.adaptive.minimum", limit.adaptive.minimum, 1, max(1, limit.bound))
 
 
@@ -436,7 +451,9 @@ def _pack_limit(limit: Limit) -> list[Any]:
     if isinstance(limit, Concurrency):
         least = limit.adaptive.minimum if limit.adaptive else 0
         own = ["c", limit.bound, limit.shadow, least]
-        return [*own, limit.unit, limit.reserve] if limit.by_tokens else own
+        told: list[str] = [limit.unit, limit.reserve]
+        told += [limit.adaptive.by] if limit.adaptive and limit.by_latency else []
+        return own if told == ["calls", "predicted"] else [*own, *told]
     # What is as usual is left out: the bytes are those of earlier versions.
     usual = limit.weights is None or limit.weights == USUAL_WEIGHTS[limit.unit]
     weights = None if usual else astuple(cast(Weights, limit.weights))
@@ -462,7 +479,8 @@ def _unpack_limit(packed: list[Any]) -> int | Limit:
         return int(bound)
     if sort == "c":
         least, *counting = rest
-        return Concurrency(bound, shadow, Adaptive(least) if least else None, *counting[:2])
+        adaptive = Adaptive(least, *counting[2:3]) if least else None
+        return Concurrency(bound, shadow, adaptive, *counting[:2])
     if sort == "r":
         window_ms, unit, slack_ms, *more = rest
         pace_ms, ramp, source, shape, *_ = [*more[3:], None, None, None, None]
@@ -525,12 +543,14 @@ def tokens_of(tokens: int | Tokens) -> Tokens:
 
 @dataclass(frozen=True, slots=True)
 class CallUse:
-    """What a call used, or may use. None where it is not known."""
+    """What a call used, or may use. None where it is not known. `first_ms`: the time to the first
+    token of its answer."""
 
     tokens: Tokens | None = None
     images: int | None = None
     audio_seconds: int | None = None
     cost_micros: int | None = None
+    first_ms: float | None = None
 
 
 NOTHING = CallUse(Tokens(), 0, 0, 0)

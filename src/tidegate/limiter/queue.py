@@ -335,6 +335,7 @@ class LocalQueue:
         now_ms: float,
         usage_later: bool = False,
         use: int | None = None,
+        first: tuple[int, int] | None = None,
     ) -> None:
         """Return a permit, or pass it on to the next waiter here where that is fair."""
         holding = self.held.pop(ticket, None)
@@ -350,6 +351,7 @@ class LocalQueue:
         later = USAGE_LATER if usage_later else 0
         ended = OUTCOMES[outcome] + later
         release = Release(ticket, flow, holding.epoch, holding.seq, ended, whole_ms, actual, use)
+        release.first = first
         self.parting.add(ticket)
         if holding.fenced or not self._pass_on(release, now_ms):
             self._releases[ticket] = release

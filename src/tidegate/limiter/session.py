@@ -602,6 +602,7 @@ class Session:
             asks=queue.tickets_to_ask_after(MAX_ASKS) if full else [],
             join=join,
             uses=batch.uses() if self.policy.fair_by == "cost" else [],
+            firsts=batch.firsts() if batch.releases else [],
             **fields,
         )
         self._full = self._tend = False

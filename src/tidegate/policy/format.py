@@ -29,6 +29,7 @@ from typing import Any
 from tidegate.call import BATCH_KIND, CLASSIFIER_LIMIT, OTHER_KIND, REALTIME_KIND, Kind
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import (
+    ADAPTS_BY,
     DEFAULT_BANDS,
     MAX_BOUND,
     MEASURES_OF_SHARES,
@@ -264,6 +265,8 @@ def plain_limit(limit_id: str, limit: int | Limit) -> int | float | Plain:
     if isinstance(limit, Concurrency):
         if limit.adaptive is not None:
             found["adaptive"] = {"minimum": limit.adaptive.minimum}
+            if limit.adaptive.by != "refusals":
+                found["adaptive"]["by"] = limit.adaptive.by
         if limit.unit != _unit_in_flight(limit_id):
             found["unit"] = limit.unit
         if limit.reserve != "predicted":
@@ -342,9 +345,13 @@ def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
         if adaptive is None:
             return Concurrency(**given)
         if strict:
-            check_keys(f"{path}.adaptive", adaptive, ("minimum",))
+            check_keys(f"{path}.adaptive", adaptive, ("minimum", "by"))
         minimum = _typed(f"{path}.adaptive.minimum", adaptive.get("minimum", 1), int)
-        return Concurrency(**given, adaptive=Adaptive(minimum))
+        by = adaptive.get("by", ADAPTS_BY[0])
+        if by not in ADAPTS_BY:
+            allowed = f"must be one of {', '.join(ADAPTS_BY)}"
+            raise ConfigError(f"{path}.adaptive.by", _shown(by), allowed)
+        return Concurrency(**given, adaptive=Adaptive(minimum, by))
     measure = MEASURES.get(limit_id.partition(":")[0])
     given.setdefault("unit", measure.unit if measure else "requests")
     if given["unit"] not in UNITS:
@@ -593,6 +600,7 @@ def in_words(limit: int | Limit) -> str:
         said = f"{limit.bound} concurrent"
         if limit.adaptive is not None:
             said += f", adapts itself from {limit.adaptive.minimum}"
+            said += " by the time to first tokens" if limit.by_latency else ""
     else:
         said = f"{format_amount(limit, limit.bound)} {format_window(limit)}"
         if isinstance(limit, Quota):

@@ -36,7 +36,7 @@ from uuid import UUID
 from tidegate.admission.charges import Prices
 from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Learned
-from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome, seconds_of
+from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome, Usage, seconds_of
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import to_return
 from tidegate.dialects.spec import Dialect, Headers
@@ -59,7 +59,7 @@ from tidegate.errors import (
     UpstreamTierBusy,
     UpstreamUnauthorized,
 )
-from tidegate.limiter import Limiter, Permit, PoolPolicy
+from tidegate.limiter import Limiter, Permit, PoolPolicy, Tokens
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.budgets import Binding
 from tidegate.record import OF_BUDGETS, CallRecord, coding_of, decoded
@@ -732,12 +732,17 @@ class _Run:
             if permit is not None and not record.handed_over:
                 told, charged = record.answer.usage, record.charge.usage
                 used = demand.used(told, charged, whole=whole)
+                first_ms = None
+                if permit.adapts_by_latency and whole and record.streamed:
+                    first_ms = record.answer.first_byte_ms
+                    used = used or _tokens_read(told, charged)
                 permit.settle(
                     outcome,
                     tokens=used,
                     images=images,
                     audio_seconds=seconds_of(told),
                     cost_micros=record.charge.cost_micros,
+                    first_ms=first_ms,
                 )
                 lane.demands.learn(demand, told, charged, whole=whole)
             if self._home is not None and whole:
@@ -782,6 +787,12 @@ class _Run:
         suspect = self._exchange.suspect()
         await lane.gate.failed(error, model, suspect=suspect, tried=is_try)
         record.faults += error.of_upstream
+
+
+def _tokens_read(told: Usage, charged: Usage) -> Tokens:
+    """What a provider read of a call, where no limit counts tokens."""
+    read = told.input_tokens or charged.input_tokens or 0
+    return Tokens(read, 0, min(told.cached_tokens or 0, read))
 
 
 def _home_first(home: Home, targets: list[Target]) -> list[int]:

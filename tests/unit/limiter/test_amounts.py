@@ -158,6 +158,7 @@ def test_a_policy_packs_and_unpacks_all_of_a_limit() -> None:
             "rpm:m": Rate(9, MINUTE_MS),
             "tif:m": Concurrency(9, unit="tokens_in_flight", reserve="bound"),
             "kind:a": Concurrency(9, True, Adaptive(2)),
+            "model:m": Concurrency(9, adaptive=Adaptive(2, "latency")),
         }
     )
     assert PoolPolicy.unpack(policy.pack()) == policy

@@ -33,6 +33,7 @@ from tidegate.policy.format import MEASURES, digest, of_plain, to_plain
 EVERYTHING = """
 [limits]
 "pool:total" = { bound = 50, adaptive = { minimum = 2 } }
+"model:qwen" = { bound = 64, adaptive = { by = "latency" } }
 "tif:llama" = 64_000
 "model:llama" = { bound = 900, shadow = true, unit = "tokens_in_flight", reserve = "bound" }
 "kind:text_only" = 5
@@ -74,6 +75,7 @@ def test_everything_that_may_be_written_is_read() -> None:
             "kind:text_only": 5,
             "model:gemini-2.5-flash": Concurrency(20, shadow=True),
             "tenant:acme": 3,
+            "model:qwen": Concurrency(64, adaptive=Adaptive(1, "latency")),
             "tif:llama": Concurrency(64_000, unit="tokens_in_flight"),
             "model:llama": Concurrency(900, True, None, "tokens_in_flight", "bound"),
             "rpm:gemini-2.5-flash": Rate(60, 60_000),
@@ -165,6 +167,16 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "known: minimum",
     ),
     ({"limits": {"model:x": {"bound": 5, "adaptive": 2}}}, "limits.model:x.adaptive", "a table"),
+    (
+        {"limits": {"model:x": {"bound": 5, "adaptive": {"by": "speed"}}}},
+        "limits.model:x.adaptive.by",
+        "refusals, latency",
+    ),
+    (
+        {"limits": {"tif:x": {"bound": 5, "unit": "tokens"}}},
+        "limits.tif:x.unit",
+        "tokens_in_flight",
+    ),
     ({"weights": {"acme": 0}}, "weights.acme", "from 1 to 1000"),
     ({"weights": {"acme": "4"}}, "weights.acme", "a whole number"),
     ({"weights": [4]}, "weights", "a table"),

@@ -5,7 +5,7 @@
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
--- later: releases capacity blocked pump deadlines rates pacing bucket timers pauses starving
+-- later: releases capacity blocked pump deadlines rates pacing bucket timers pauses latency starving
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
 -- If data may be lost, no call is admitted and nothing is written: `tend` must detect the loss.

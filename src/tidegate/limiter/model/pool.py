@@ -323,6 +323,8 @@ class Joins:
                 limit.spending.pacing = None
             if not isinstance(limit.limit, Rate) or limit.limit.shape != "bucket":
                 limit.spending.bucket = None
+            if not limit.by_latency:
+                limit.latency = None
             if not limit.minimum:
                 limit.current, limit.dropped_at = None, 0
             elif limit.current is not None:

@@ -445,8 +445,11 @@ class Permits:
             self.free_lapsing(Lapsing(ticket, q.sid, lane))
             return
         flow = read_flow(held.flow)
+        first = next((one[1:] for one in q.firsts if one[0] == ticket), None)
         for limit in self.pool.lane(flow):
-            if limit.minimum:
+            if limit.by_latency and first and outcome % USAGE_LATER == 0 and took_ms > 0:
+                limit.adapt_by_latency(took_ms, *first, self.pool.paces)
+            elif limit.minimum:
                 limit.adapt(outcome % USAGE_LATER, self.pool.now)
             limit.under.pop((q.sid, ticket), None)
             if not limit.is_rate:

@@ -226,6 +226,75 @@ class BandState:
         return stamp, self.lines[tenant][queue_id]
 
 
+LATENCY_FIRST = 4
+LATENCY_PART = 16
+
+
+def prompt_class(tokens: int) -> int:
+    """The class of a prompt by the tokens that had to be read: two for each doubling from 16 on."""
+    found, start = 0, 16
+    while tokens >= 2 * start:
+        found, start = found + 2, 2 * start
+    return found + int(2 * tokens >= 3 * start)
+
+
+@dataclass(slots=True)
+class LatencySeen:
+    """What times to first tokens say of the calls that wait within a server. Lua: `latency`.
+
+    Of this round: `calls` that ended, the time that they `took` and `waited`, the sum of the calls
+    in `used` then. now, before: the shortest times by class of prompt, of this window of rounds and
+    of the last one. starting: it has not been full yet.
+    """
+
+    starting: bool = True
+    rounds: int = 0
+    calls: int = 0
+    took: int = 0
+    waited: int = 0
+    used: int = 0
+    now: dict[int, int] = field(default_factory=dict)
+    before: dict[int, int] = field(default_factory=dict)
+
+    def note(self, took_ms: int, first_ms: int, tokens: int, used: int) -> None:
+        """A call ended. A longer prompt is read no faster: its time bounds the shorter ones'."""
+        one = prompt_class(tokens)
+        self.now[one] = min(self.now.get(one, first_ms), first_ms)
+        seen = (*self.now.items(), *self.before.items())
+        least = min(first for longer, first in seen if longer >= one)
+        self.calls, self.took, self.used = self.calls + 1, self.took + took_ms, self.used + used
+        self.waited += min(took_ms, max(0, first_ms - least))
+
+    def next_level(self, current: int, paces: Paces) -> int:
+        """What a limit is after this round, in thousandths. By Little's law as many calls wait on
+        average as are in flight, times the part of their time that they wait."""
+        if self.calls < max(paces.latency_calls, current // 1000):
+            return current
+        queued = self.used * 1000 // self.calls * self.waited // max(1, self.took)
+        full = self.used * 10 >= self.calls * (current // 1000) * 9
+        most, fit = 1000 + current // LATENCY_PART, (1000 + current // LATENCY_PART) // 2
+        self.rounds += 1
+        if queued > most:
+            current -= min(current // 2, (queued - fit) // 2)
+            self.starting = False
+        elif queued <= fit and full:
+            current += current if self.starting else max(1000, current // LATENCY_PART)
+        if self.rounds >= paces.latency_rounds:
+            self.rounds, self.before, self.now, self.starting = 0, self.now, {}, False
+            current -= most if full else 0  # so that the next shortest times have no queue in them
+        self.calls = self.took = self.waited = self.used = 0
+        return current
+
+    def write(self) -> str:
+        """As the scripts keep it."""
+        figures = (int(self.starting), self.rounds, self.calls, self.took, self.waited, self.used)
+        lists = (
+            ",".join(f"{one}={first}" for one, first in sorted(seen.items()))
+            for seen in (self.now, self.before)
+        )
+        return "|".join((*map(str, figures), *lists))
+
+
 @dataclass(slots=True)
 class LimitState:
     """One limit. `under` are the permits that count under it, (session, ticket), with what each
@@ -240,6 +309,7 @@ class LimitState:
     pause: Pause | None = None
     current: int | None = None
     dropped_at: int = 0
+    latency: LatencySeen | None = None
     shadowed: int = 0
     asserted: int = 0
     retry_at: int | None = None
@@ -313,8 +383,23 @@ class LimitState:
     def waiting_bands(self) -> list[int]:
         return [number for number in sorted(self.bands) if self.bands[number].lines]
 
+    @property
+    def by_latency(self) -> bool:
+        """Whether times to first tokens tell how many calls it admits."""
+        return isinstance(self.limit, Concurrency) and self.limit.by_latency
+
     def adapted(self) -> int:
-        return self.limit.bound * 1000 if self.current is None else self.current
+        if self.current is not None:
+            return self.current
+        bound = self.limit.bound
+        return 1000 * (min(bound, max(self.minimum, LATENCY_FIRST)) if self.by_latency else bound)
+
+    def adapt_by_latency(self, took_ms: int, first_ms: int, tokens: int, paces: Paces) -> None:
+        """A call ended whose time to the first token is known."""
+        seen = self.latency = self.latency or LatencySeen()
+        seen.note(took_ms, first_ms, tokens, self.used)
+        level = seen.next_level(self.adapted(), paces)
+        self.current = max(self.minimum * 1000, min(self.limit.bound * 1000, level))
 
     def adapt(self, outcome: int, now: int) -> None:
         """One more for a round of successes while it is used up; one less for each call that was
@@ -387,7 +472,8 @@ class Paces:
     reports of each list, and looked_at of how many rates it sees what is spent now. most_owed: of
     how many calls of a session usage is still expected. ahead_ms: only waiters whose turn comes so
     soon anyway are admitted by a permit passed on in their process. due_after_ms: a call without a
-    deadline is due so long after it came.
+    deadline is due so long after it came. latency_calls, latency_rounds: a round of a limit by
+    latency has so many calls at least, and a window of shortest times so many rounds.
     """
 
     at_once: int = 500
@@ -399,6 +485,8 @@ class Paces:
     most_owed: int = 2000
     ahead_ms: int = 150
     due_after_ms: int = 600_000
+    latency_calls: int = 8
+    latency_rounds: int = 20
 
 
 @dataclass(eq=False, repr=False)

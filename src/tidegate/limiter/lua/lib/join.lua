@@ -46,9 +46,10 @@ function T.clear_policy(policy)
     local bound = letter == 'a' and string.match(there or '', '^c|(%d+)|%d|[1-9]')
     if bound then
       -- The current bound of an adaptive limit stays, within its new bound.
-      local current, dropped_at = string.match(call('HGET', T.meta_key, field), '^(%d+)|(%d+)')
+      local current, dropped_at, latency = string.match(call('HGET', T.meta_key, field), '^(%d+)|(%d+)(.*)$')
       current = math.min(tonumber(current), bound * 1000)
-      call('HSET', T.meta_key, field, T.int(current) .. '|' .. dropped_at)
+      if not string.match(there, '|1$') then latency = '' end
+      call('HSET', T.meta_key, field, T.int(current) .. '|' .. dropped_at .. latency)
     elseif letter == 'a' or letter == 'd' and not there or letter == 't' and not policy.weights[name] then
       gone[field] = false
     elseif letter == 'f' and not (there and string.match(there, '^r|%d+|%d|%d+|%d+|%d+|%d')

@@ -4,6 +4,8 @@
 -- returns: limit_of(), limits_in(), save_limit(), cap_of(), cost_at(), use_at(), learn(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched, T.bands, T.lanes = {}, false, {}
+-- The concurrency that a limit by latency begins with: what is too much waits in the server.
+T.LATENCY_FIRST = 4
 
 -- Per band: the minimum share of admissions, and the room kept free for the bands above, in thousandths.
 function T.bands_of_pool()
@@ -45,7 +47,7 @@ function T.limit_of(name)
     limit.sort, limit.bound, limit.shadow = sort, tonumber(bound), shadow == '1'
     limit.defined = true
     if sort == 'c' then
-      limit.least, limit.by_tokens = tonumber(one), two == '1'
+      limit.least, limit.by_tokens, limit.by_latency = tonumber(one), two == '1', three == '1'
     elseif sort == 'r' then
       limit.span, limit.exact = tonumber(one) + tonumber(two) + 1, three == '1'
       local pace, percent, start, shape =
@@ -80,9 +82,12 @@ function T.limit_of(name)
     end
   end
   if limit.least and limit.least > 0 then
-    local current, dropped_at = string.match(f[at + 4] or '', '^(%d+)|(%d+)')
-    limit.current = tonumber(current or limit.bound * 1000)
+    local current, dropped_at, latency = string.match(f[at + 4] or '', '^(%d+)|(%d+)|?(.*)$')
+    local first = limit.by_latency and math.min(limit.bound, math.max(limit.least, T.LATENCY_FIRST)) or limit.bound
+    limit.current = tonumber(current or first * 1000)
     limit.dropped_at = tonumber(dropped_at or 0)
+    -- Read where a call's time to its first token is known.
+    if limit.by_latency then limit.latency = latency or '' end
   end
   T.limits[name] = limit
   return limit
@@ -134,7 +139,9 @@ T.save_limit = function(limit)
   end
   if limit.learned then T.put('e:' .. name, T.int(limit.cost_ms)) end
   if limit.adapted then
-    T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at))
+    local latency = limit.latency or ''
+    if type(latency) ~= 'string' then latency = T.write_latency(latency) end
+    T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at) .. (latency ~= '' and '|' .. latency or ''))
   end
   if limit.sort ~= 'c' then T.rates().save(limit) end
   if limit.spent_anew then T.spenders[#T.spenders + 1] = limit end

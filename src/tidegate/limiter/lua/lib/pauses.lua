@@ -43,10 +43,13 @@ end
 -- Additive increase while the limit is full: one more in a round of calls, and in `ADAPT_CALLS` at least,
 -- since each step beyond the provider's limit gets one call refused. A call that is dropped while the
 -- limit is full lowers it by one: its place is not reassigned. Else multiplicative decrease at
--- most once a second (Chiu and Jain 1989). In thousandths, so that Lua and the model count alike.
+-- most once a second (Chiu and Jain 1989). Where the time to a first token is known, that decides instead of a success:
+-- `latency`. In thousandths, so that Lua and the model count alike.
 T.ADAPT_PAUSE_MS = 1000
 T.ADAPT_CALLS = 25
-function T.adapt(limit, outcome)
+function T.adapt(limit, outcome, ticket, took_ms)
+  local first = limit.by_latency and outcome == 0 and took_ms > 0 and T.first_of_call(ticket)
+  if first then return T.adapt_by_latency(limit, took_ms, first[1], first[2]) end
   local full = limit.used >= math.floor(limit.current / 1000)
   if outcome == 0 and full then
     local round = math.max(limit.current, T.ADAPT_CALLS * 1000)

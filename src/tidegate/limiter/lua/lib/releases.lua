@@ -105,7 +105,7 @@ function T.release(ticket, number, outcome, took_ms, actual)
   T.set_held(ticket, false)
   local held = T.read_held(value)
   for i, limit in ipairs(T.limits_in(held.lane)) do
-    if limit.current then T.adapt(limit, outcome % 10) end
+    if limit.current then T.adapt(limit, outcome % 10, ticket, took_ms) end
     T.give_back(limit, T.amount_charged(limit, held.charges, i))
   end
   if outcome >= 10 then
