@@ -61,9 +61,11 @@ clients: ## Try real SDKs, frameworks and coding agents on a keyless gateway (AR
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m clients $(ARGS)
 
-suites: ## Run an SDK's own tests through the gateway, on a mock of its API (ARGS="openai --json out.json")
+suites: ## Run the SDKs' own tests through the gateway, on mocks of their APIs (ARGS="openai --json out.json")
 	@scripts/bootstrap.sh dev
-	@.venv/bin/python -m clients.suites $(or $(ARGS),openai)
+	@for suite in $(if $(ARGS),once,openai anthropic); do \
+		.venv/bin/python -m clients.suites $(or $(ARGS),$$suite) || exit; \
+	done
 
 audit: ## Look up every pinned version in the database of known vulnerabilities (needs a network)
 	@scripts/bootstrap.sh dev

@@ -1,4 +1,4 @@
-"""`make suites`, or `python -m clients.suites openai`: an SDK's own tests through the gateway.
+"""`make suites`, or `python -m clients.suites anthropic`: an SDK's own tests through the gateway.
 
 Runs them on a mock of the API directly, then through a gateway in front of the mock. Prints how
 many pass by resource, and each that passes directly alone. Ends with 1 if too few pass, or one
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from bench.environments import EnvironmentMissing
 from clients.gateway import NotReady, keyless_gateway
-from clients.suites.openai import suite_of
+from clients.suites import anthropic, openai
 from clients.suites.runs import SuiteFailed, compare, write_json
 
-SUITES = {"openai": suite_of}
+SUITES = {"openai": openai.suite_of, "anthropic": anthropic.suite_of}
 
 
 @contextmanager

@@ -7,8 +7,6 @@ tests run on, `steady`. Its source distribution has the tests alone.
 from __future__ import annotations
 
 import hashlib
-import sys
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +14,8 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from bench.environments import CACHE, EnvironmentMissing, node_modules_with, python_with, run
-from clients.suites.runs import Suite, served
+from bench.environments import CACHE, EnvironmentMissing, node_modules_with, python_with
+from clients.suites.runs import Suite, served, sources_of
 from tidegate.embedded.servers import free_port
 
 VERSION = "3.3.1"
@@ -70,7 +68,7 @@ def suite_of(sdk: Path | None, spec: Path | None, folder: Path) -> Suite:
     """sdk: a folder of the SDK's repository, spec: a file of its specification, each in the place
     of what is downloaded; folder: for logs. Raises EnvironmentMissing."""
     python = python_with("suite-openai", _PYTHON, compiled=False)
-    sources = sdk or _sdist()
+    sources = sdk or sources_of("openai", VERSION)
     if spec is None and (sources / _SPEC_IN_SDK).exists():
         spec = sources / _SPEC_IN_SDK
     return Suite(
@@ -92,19 +90,6 @@ def suite_of(sdk: Path | None, spec: Path | None, folder: Path) -> Suite:
 
 def _policy(mock: str) -> str:
     return _POLICY.format(mock=mock, passthrough=", ".join(f'"{one}"' for one in PASSTHROUGH))
-
-
-def _sdist() -> Path:
-    """The SDK's source distribution, unpacked."""
-    folder = CACHE / "suite-openai-sdk"
-    found = folder / f"openai-{VERSION}"
-    if not (found / "tests").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        only = ("--no-deps", "--no-binary", "openai", "--quiet", "--dest", str(folder))
-        run([sys.executable, "-m", "pip", "download", *only, f"openai=={VERSION}"], folder)
-        with tarfile.open(folder / f"openai-{VERSION}.tar.gz") as packed:
-            packed.extractall(folder, filter="data")
-    return found
 
 
 def _downloaded_spec() -> Path:

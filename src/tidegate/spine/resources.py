@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # What people also make at the provider itself: everybody's, where no keys are required.
 _MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch"))
 # What jobs of all tenants may be in, while no row says so.
-_OF_JOBS = frozenset(("file", "message_batch"))
+_OF_JOBS = frozenset(("file", "batch", "message_batch"))
 _CONTINUED = frozenset(("previous_response_id", "previous_interaction_id"))
 _MOST_READ = 300  # of which a filter may leave out any number
 

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from clients.suites.openai import PASSTHROUGH
+from clients.suites import anthropic, openai
 from clients.suites.runs import Comparison, Outcome, Suite, SuiteFailed, compare, served
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.spine.routing import Targets
@@ -90,6 +91,15 @@ def test_a_test_that_is_not_run_through_the_gateway_has_not_passed(
     assert Comparison(suite, direct, seen).is_good is is_good
 
 
+def test_a_mock_on_which_few_tests_pass_is_no_success(tmp_path: Path) -> None:
+    both = {"a": Outcome("passed"), "b": Outcome("failed")}
+    assert Comparison(suite_in(tmp_path, least=1), both, both).is_good
+    few = Comparison(suite_in(tmp_path, least=2), both, both)
+    assert not few.is_good
+    assert [*few.lines()][-1].startswith("not counted: 1 that fail on the mock directly, 0 that")
+    assert few.json()["failed_directly"] == 1
+
+
 def test_nothing_that_passes_directly_is_no_success(tmp_path: Path) -> None:
     assert not Comparison(suite_in(tmp_path), {"a": Outcome("failed")}, {}).is_good
 
@@ -103,10 +113,11 @@ def test_a_mock_that_ends_is_told_with_what_it_said(tmp_path: Path) -> None:
         raise AssertionError("it does not serve")
 
 
-def test_the_paths_that_the_suite_opens_are_those_of_the_documents() -> None:
-    account = Upstream("openai", {"openai": "http://o/v1"}, "k", passthrough=PASSTHROUGH)
+@pytest.mark.parametrize("suite", [anthropic, openai])
+def test_the_paths_that_a_suite_opens_are_those_of_the_documents(suite: ModuleType) -> None:
+    account = Upstream("one", {"openai": "http://o/v1"}, "k", passthrough=suite.PASSTHROUGH)
     found = Targets(Deployment((account,)))
     text = GATEWAY.read_text(encoding="utf-8")
-    for pattern in PASSTHROUGH:
+    for pattern in suite.PASSTHROUGH:
         assert f'"{pattern}"' in text
         assert found.passthrough(pattern.replace("*", "an-id")) is not None
