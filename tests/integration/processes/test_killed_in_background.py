@@ -1,5 +1,5 @@
-"""A worker and an API killed by -9 while responses go on in the background: each counts as long as
-it takes at the provider, and is on record once."""
+"""A worker and an API killed by -9 while responses and a video go on in the background: each counts
+as long as it takes at the provider, and is on record once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from aiohttp import ClientSession
 from openai import AsyncOpenAI
 
 from tests.fleet import LIMITS, Fleet
@@ -26,6 +27,7 @@ async def test_the_permits_of_background_responses_outlive_every_process(tmp_pat
         await fleet.control.set_behaviour(first_byte_ms=6_000)
         doomed, other = list(fleet.apis)
         begun = await asyncio.gather(*(_begun(fleet, doomed, n) for n in range(BOUND - 1)))
+        film = await _filmed(fleet, doomed)
         # One more is at the provider, and its id on nobody's way: the API dies before it reads it.
         await fleet.control.set_fault("slow_first_token", match="Think lost", delay_ms=30_000)
         lost = asyncio.create_task(_begun(fleet, doomed, "lost"))
@@ -48,6 +50,9 @@ async def test_the_permits_of_background_responses_outlive_every_process(tmp_pat
         assert told == dict.fromkeys(begun, "told")
         (gone,) = [row for row in rows if not row["response_id"]]
         assert (gone["status"], gone["usage_state"]) == ("failed", "unknown")
+        videos = await wait_until(lambda: _videos(fleet), 40, "the video on record")
+        ends = [(row["status"], row["usage_state"], row["upstream"]) for row in videos]
+        assert ends == [("succeeded", "told", "gemini")], film
 
 
 def _sdk(fleet: Fleet, url: str) -> AsyncOpenAI:
@@ -60,6 +65,26 @@ async def _begun(fleet: Fleet, url: str, number: object) -> str:
         begun = await sdk.responses.create(model=MODEL, input=f"Think {number}", background=True)
         assert begun.status == "queued"
         return begun.id
+
+
+async def _filmed(fleet: Fleet, url: str) -> str:
+    call = f"{url}/v1beta/models/veo-3.1-generate-preview:predictLongRunning"
+    body = {"instances": [{"prompt": "Film it"}]}
+    async with (
+        ClientSession(headers=fleet.as_operator) as http,
+        http.post(call, json=body) as made,
+    ):
+        assert made.status == 200, await made.text()
+        return str((await made.json())["name"])
+
+
+async def _videos(fleet: Fleet) -> list[Any]:
+    connection = await asyncpg.connect(fleet.postgres.url())
+    try:
+        query = "SELECT * FROM audit WHERE endpoint LIKE '%:predictLongRunning'"
+        return list(await connection.fetch(query))
+    finally:
+        await connection.close()
 
 
 async def _asked(fleet: Fleet, url: str, number: int) -> None:

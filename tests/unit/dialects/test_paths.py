@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects import DIALECTS, dialect_of, endpoint_in, endpoint_of, native_path
+from tidegate.dialects import (
+    DIALECTS,
+    dialect_of,
+    endpoint_in,
+    endpoint_of,
+    is_known,
+    native_path,
+)
 from tidegate.dialects.spec import Dialect, Operation
 from tidegate.policy import providers
 
@@ -229,3 +236,131 @@ def test_paths_of_azures_and_vertexs_clients_lead_to_the_same(
 def test_what_no_cloud_s_client_calls_is_not_relayed(path: str) -> None:
     native = native_path(path)
     assert native is None or endpoint_in("POST", native, [], b"")[0] is None
+
+
+# What clients and agents of the three providers' own hosts call: each is relayed.
+RELAYED = {
+    "openai": """
+        POST /v1/chat/completions
+        GET /v1/chat/completions
+        GET /v1/chat/completions/chatcmpl-1
+        GET /v1/chat/completions/chatcmpl-1/messages
+        POST /v1/completions
+        POST /v1/responses
+        GET /v1/responses/resp_1
+        DELETE /v1/responses/resp_1
+        POST /v1/responses/resp_1/cancel
+        GET /v1/responses/resp_1/input_items
+        POST /v1/responses/input_tokens
+        POST /v1/responses/compact
+        POST /v1/conversations
+        GET /v1/conversations/conv_1/items
+        DELETE /v1/conversations/conv_1
+        POST /v1/embeddings
+        POST /v1/moderations
+        POST /v1/audio/transcriptions
+        POST /v1/audio/translations
+        POST /v1/audio/speech
+        POST /v1/images/generations
+        POST /v1/images/edits
+        POST /v1/images/variations
+        GET /v1/models
+        GET /v1/models/gpt-x
+        DELETE /v1/models/ft:gpt-x:team::abc
+        GET /v1/files
+        POST /v1/files
+        GET /v1/files/file-1
+        GET /v1/files/file-1/content
+        DELETE /v1/files/file-1
+        POST /openai/deployments/name/chat/completions
+        POST //openai/deployments/name/embeddings
+        POST /openai/v1/responses
+    """,
+    "anthropic": """
+        POST /v1/messages
+        POST /v1/messages/count_tokens
+        GET /v1/models
+        GET /v1/models/claude-x
+        GET /v1/files
+        POST /v1/files
+        GET /v1/files/file_1
+        GET /v1/files/file_1/content
+        DELETE /v1/files/file_1
+    """,
+    "gemini": """
+        POST /v1beta/models/gemini-x:generateContent
+        POST /v1beta/models/gemini-x:streamGenerateContent
+        POST /v1beta/models/gemini-x:countTokens
+        POST /v1beta/models/gemini-x:embedContent
+        POST /v1beta/models/gemini-x:batchEmbedContents
+        POST /v1beta/models/gemini-x:batchGenerateContent
+        POST /v1beta/models/gemini-x:asyncBatchEmbedContent
+        POST /v1beta/models/imagen-x:predict
+        POST /v1beta/models/veo-3.1:predictLongRunning
+        GET /v1beta/models/veo-3.1/operations
+        GET /v1beta/models/veo-3.1/operations/abc
+        GET /v1beta/batches
+        GET /v1beta/batches/abc
+        POST /v1beta/batches/abc:cancel
+        DELETE /v1beta/batches/abc
+        GET /v1beta/models
+        GET /v1beta/models/gemini-x
+        POST /upload/v1beta/files
+        GET /v1beta/files
+        GET /v1beta/files/abc
+        GET /v1beta/files/abc:download
+        GET /download/v1beta/files/abc:download
+        DELETE /v1beta/files/abc
+        POST /v1beta/cachedContents
+        GET /v1beta/cachedContents
+        GET /v1beta/cachedContents/abc
+        PATCH /v1beta/cachedContents/abc
+        DELETE /v1beta/cachedContents/abc
+        POST /v1beta/interactions
+        GET /v1beta/interactions/v1_abc
+        POST /v1beta/interactions/v1_abc/cancel
+        DELETE /v1beta/interactions/v1_abc
+        POST /v1beta1/projects/p/locations/l/publishers/google/models/gemini-x:generateContent
+        POST /v1/projects/p/locations/l/publishers/google/models/gemini-x:countTokens
+        POST /v1beta1/publishers/google/models/text-embedding-x:predict
+    """,
+}
+KEYS = {
+    "openai": [(b"authorization", b"")],
+    "anthropic": [(b"anthropic-version", b""), (b"x-api-key", b"")],
+    "gemini": [(b"x-goog-api-key", b"")],
+}
+# Served by an upstream's `passthrough` alone: nothing would say whose a thing behind them is.
+BY_PASSTHROUGH = (
+    *("/v1/assistants/*", "/v1/threads/*", "/v1/vector_stores/*", "/v1/fine_tuning/*"),
+    *("/v1/evals/*", "/v1/videos/*", "/v1/traces/ingest", "/v1/realtime/client_secrets"),
+    *("/v1beta/fileSearchStores", "/v1beta/fileSearchStores/*"),
+)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "line"),
+    [
+        (dialect, line.strip())
+        for dialect, lines in RELAYED.items()
+        for line in lines.strip().splitlines()
+    ],
+)
+def test_what_clients_of_the_three_providers_call_is_relayed(dialect: str, line: str) -> None:
+    method, path = line.split()
+    meant = native_path(path)
+    assert meant is not None
+    found, _ = endpoint_in(method, meant, KEYS[dialect], b"")
+    assert found is not None
+    assert found.dialect == dialect
+
+
+@pytest.mark.parametrize("path", BY_PASSTHROUGH)
+def test_what_is_not_relayed_can_be_passed_through(path: str) -> None:
+    assert not is_known(path)
+    assert all(endpoint_of(one, path, Dialect.OPENAI) is None for one in ("GET", "POST"))
+
+
+@pytest.mark.parametrize("path", ["/v1/organization/usage/completions", "/v1/organization/*"])
+def test_the_administration_of_an_account_is_never_opened(path: str) -> None:
+    assert is_known(path)
