@@ -347,7 +347,7 @@ def _spine_of(
 async def _open_relay(
     config: Config, spine: Spine, store: Store, signers: Signers
 ) -> AsyncIterator[Relay]:
-    resources = Resources(store.provider_resources, store.background, spine.targets)
+    resources = Resources(store.provider_resources, store.background, spine.targets, store.requests)
     upstreams = spine.targets.upstreams.values()
     async with open_wire(_timeouts_of(config), upstreams, signers) as wire:
         yield Relay(spine, wire, resources)

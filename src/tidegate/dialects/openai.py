@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from tidegate.admission.estimator import USUAL_RULES, Rules, Size
-from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
+from tidegate.call import UNKNOWN_USAGE, Status, Usage, UsageDetails
 from tidegate.dialects.answers import (
     HEAD_BYTES,
     LONGEST_READ_BYTES,
@@ -119,6 +119,7 @@ _RESOURCES = (
     path_of("POST", "/v1/conversations/{id}/items", "conversation", Act.CHANGE),
     path_of("GET", "/v1/conversations/{id}/items/{any}", "conversation", Act.READ),
     path_of("DELETE", "/v1/conversations/{id}/items/{any}", "conversation", Act.CHANGE),
+    path_of("GET", "/v1/chat/deferred-completion/{id}", "deferred", Act.READ),
     path_of("GET", "/v1/chat/completions", "completion", Act.LIST),
     path_of("GET", "/v1/chat/completions/{id}", "completion", Act.READ),
     path_of("POST", "/v1/chat/completions/{id}", "completion", Act.CHANGE),
@@ -147,6 +148,12 @@ _NO_RESPONSES = ("/v1/responses/input_tokens", "/v1/responses/compact")
 _REFERRING = frozenset(("previous_response_id", "conversation"))
 _RESPONSE = Making("response", within="response")
 _COMPLETION = Making("completion")
+_DEFERRED = Making("deferred", "request_id")
+
+
+def _completed(shown: JsonObject) -> Status | None:
+    """How a deferred completion of xAI's has ended; None while only its id is known."""
+    return Status.SUCCEEDED if "choices" in shown else None
 
 
 # As the SDK for Azure writes them: what is not of a deployment is read as `/v1/`.
@@ -211,6 +218,8 @@ def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
     if path == "/responses":
         is_kept = body.get("store") is not False or body.get("background") is True
         return _RESPONSE if is_kept else None
+    if path == "/chat/completions" and body.get("deferred") is True:
+        return _DEFERRED
     return _COMPLETION if path == "/chat/completions" and body.get("store") is True else None
 
 
@@ -736,7 +745,16 @@ OPENAI = DialectSpec(
             "/responses/{id}",
             "/responses/{id}/cancel",
             end_of,
-        )
+        ),
+        # https://docs.x.ai/docs/guides/deferred-chat-completions
+        "deferred": OngoingWork(
+            Operation.INFER,
+            "/chat/completions",
+            "/chat/deferred-completion/{id}",
+            "",
+            _completed,
+            is_read_once=True,
+        ),
     },
     is_spoken=_is_spoken,
     models=ModelList("/models", "data", "id", lambda models: {"object": "list", "data": models}),

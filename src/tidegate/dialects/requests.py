@@ -369,6 +369,7 @@ _ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
 # Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
 _BACKGROUNDS = ("transparent", "opaque", "auto")  # of a picture: the same word, another field
+_DEFERRED = (Dialect.OPENAI, "/chat/completions")
 _IN_BACKGROUND = {
     Dialect.OPENAI: ("/responses",),
     Dialect.GEMINI: tuple(f"/{version}/interactions" for version in ("v1", "v1beta", "v1alpha")),
@@ -418,12 +419,17 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
 
 
 def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Whether a response or an interaction is to be made in the background, which a worker then
-    sees to. Raises InvalidRequest for other work that continues after its answer: it would hold no
-    permit and be charged to no tenant."""
+    """Whether a response, an interaction or a completion of xAI's is to be made in the background,
+    which a worker then sees to. Raises InvalidRequest for other work that continues after its
+    answer: it would hold no permit and be charged to no tenant."""
     paths = _IN_BACKGROUND.get(endpoint.dialect, ())
     if body.get("background") is True and endpoint.path in paths:
         refuse_to_go_on(body, "deferred")
+        return True
+    if body.get("deferred") is True and (endpoint.dialect, endpoint.path) == _DEFERRED:
+        refuse_to_go_on(body, "background")
+        if body.get("stream") not in (None, False):
+            raise InvalidRequest("stream", "a deferred completion has no stream", allowed="false")
         return True
     is_pictures = endpoint.operation is Operation.IMAGES and body.get("background") in _BACKGROUNDS
     refuse_to_go_on(body, *(("deferred",) if is_pictures else ()))

@@ -263,7 +263,8 @@ class OngoingWork:
     has. end_of: how it has ended, by its object; None while it goes on. results: the path of the
     file of its answers, if it has one. files: the ids of all files that it has made. tally: of its
     object at its end and of the request; without it the object is an answer like any other.
-    longest_ms: how long it may take, where that is more than any other call may.
+    longest_ms: how long it may take, where that is more than any other call may. is_read_once: the
+    provider gives its result out once, so that a worker takes it and clients have it from here.
     """
 
     operation: Operation
@@ -275,6 +276,7 @@ class OngoingWork:
     files: Callable[[JsonObject], Sequence[str]] = lambda _: ()
     tally: Callable[[JsonObject, bytes], WorkTally] | None = None
     longest_ms: int = 0
+    is_read_once: bool = False
 
 
 @dataclass(slots=True)

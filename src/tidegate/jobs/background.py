@@ -55,6 +55,7 @@ _LONGEST_WAIT_MS = 30_000.0
 _SHARE_OF_AGE = 0.1  # of how long it has taken, between two looks
 _TROUBLE_WAIT_MS = 10_000.0
 _GONE_AFTER_MS = 60_000.0
+_END_TRIES = 40
 _MOST_ANSWER_BYTES = 64_000_000  # a batch may hold all of its answers
 log = get_logger()
 
@@ -212,6 +213,8 @@ class BackgroundRunner:
         try:
             if exchange.status == 404:
                 return _Reported(b"", None)
+            if exchange.status == 202:  # xAI's, without a body
+                return _Reported(b"", {}, None)
             if exchange.status >= 300:
                 raise (await refusal_of(exchange, target, call.dialect)).error
             answer = await exchange.read(_MOST_ANSWER_BYTES)
@@ -281,7 +284,7 @@ class BackgroundRunner:
         if made:
             await self._relay.resources.note(made)
         record.end(status, _failure(seen))
-        await self._calls.end(call, record, _GONE_AFTER_MS)
+        await self._ended(call, record)
         log.info(
             Log.BACKGROUND_ENDED,
             request_id=str(call.id),
@@ -291,6 +294,18 @@ class BackgroundRunner:
         )
         with suppress(LimiterUnavailable):  # the last look repeats it
             await self._no_longer_counted(call)
+
+    async def _ended(self, call: BackgroundCall, record: CallRecord) -> None:
+        """Put it on record. What the provider does not give out again is kept for some seconds
+        while PostgreSQL is unavailable. Raises StoreUnavailable and ClaimLost."""
+        for left in reversed(range(_END_TRIES if _work_of(call).is_read_once else 1)):
+            try:
+                await self._calls.end(call, record, _GONE_AFTER_MS)
+                return
+            except StoreUnavailable:
+                if not left:
+                    raise
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def _made(
         self, call: BackgroundCall, target: Target, shown: dict[str, Any]

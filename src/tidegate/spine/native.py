@@ -144,7 +144,7 @@ class Relay:
         neither a waiter nor an open upstream call.
         """
         endpoint, caller = call.endpoint, call.terms.caller
-        if endpoint.operation is Operation.MODELS and await self._listed(call, out, record):
+        if not endpoint.is_counted and await self._answered_here(call, out, record):
             return
         body: dict[str, Any] = {}
         asked: RequestFacts | None = None
@@ -209,6 +209,22 @@ class Relay:
             return None
         key = conversation_key(model, call.terms.caller.tenant_id, record.lineage.conversation)
         return self.spine.affinity.home(key, targets)
+
+    async def _answered_here(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
+        """Answer without an upstream where that can be; False where it can't."""
+        endpoint = call.endpoint
+        if endpoint.operation is Operation.MODELS:
+            return await self._listed(call, out, record)
+        if endpoint.resource is None:
+            return False
+        caller, dialect = call.terms.caller, endpoint.dialect
+        result = await self.resources.result(caller, dialect, endpoint.resource)
+        if result is None:
+            return False
+        status, body = result
+        record.keep(body)
+        await out.whole(status, [_JSON], body)
+        return True
 
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
         """Answer for the list of models, where it is not the only upstream's own."""

@@ -34,6 +34,7 @@ from tidegate.spine.affinity import lineage_in
 from tidegate.spine.routing import Target, Targets
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
+from tidegate.store.requests import Requests
 from tidegate.upstream.transport import Exchange
 
 if TYPE_CHECKING:
@@ -71,11 +72,39 @@ class Resources:
     """Of one process. Every method that asks for an owner raises StoreUnavailable."""
 
     def __init__(
-        self, store: ProviderResources, background: BackgroundCalls, targets: Targets
+        self,
+        store: ProviderResources,
+        background: BackgroundCalls,
+        targets: Targets,
+        bodies: Requests,
     ) -> None:
         self._store = store
+        self._bodies = bodies
         self.background = background
         self._targets = targets
+
+    # Results that are here
+
+    async def result(
+        self, caller: Caller, dialect: Dialect, use: ResourceUse
+    ) -> tuple[int, bytes] | None:
+        """The status and the body of an answer for work of the caller's own whose result its
+        provider gives out once, to a worker; None for any other. Raises NotFound where it has
+        failed, or is not kept any more."""
+        work = DIALECTS[dialect].works.get(use.kind)
+        if work is None or not work.is_read_once or use.resource_id is None:
+            return None
+        found = await self._store.owners(dialect, use.kind, [use.resource_id])
+        owner = found.get(use.resource_id)
+        if owner is None or owner.tenant_id != caller.tenant_id or owner.request_id is None:
+            return None
+        if await self.background.goes_on(dialect, use.kind, use.resource_id):
+            await self.background.hasten(dialect, use.kind, use.resource_id)
+            return 202, b""
+        body = await self._bodies.body(owner.request_id, caller.tenant_id, "response")
+        if body.omitted_bytes:
+            raise NotFound("the result is longer than what is kept")
+        return 200, b"".join([piece async for piece in body.pieces])
 
     # Whose it is, and where it lives
 

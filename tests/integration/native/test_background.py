@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from google.genai import Client
 from google.genai.types import HttpOptions
@@ -191,3 +192,38 @@ async def test_an_interaction_is_counted_until_it_has_ended_and_charged_once(sta
     await stage.counts(0)
     await client.aio.aclose()
     client.close()
+
+
+async def test_a_deferred_completion_is_read_once_at_the_provider(stage: Stage) -> None:
+    gateway = stage.gateway
+    url, theirs = f"{gateway.url}/v1/chat", await key_of(gateway, "other")
+    mine = {"Authorization": f"Bearer {stage.sdk.api_key}"}
+    await gateway.upstream.set_behaviour(first_byte_ms=700)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Think"}], "deferred": True}
+    async with gateway.http.post(f"{url}/completions", json=body, headers=mine) as begun:
+        assert begun.status == 200
+        request_id = (await begun.json())["request_id"]
+    assert gateway.held == 0, "no process holds it"
+    await stage.counts(1)
+
+    async def read(headers: dict[str, str]) -> tuple[int, bytes]:
+        result = f"{url}/deferred-completion/{request_id}"
+        async with gateway.http.get(result, headers=headers) as answer:
+            return answer.status, await answer.read()
+
+    assert await read(mine) == (202, b"")
+    assert (await read(theirs))[0] == 404
+
+    async def ready() -> Any:
+        status, answer = await read(mine)
+        return answer if status == 200 else None
+
+    first = await wait_until(ready, 20, "its result")
+    assert await read(mine) == (200, first), "it stays here"
+    assert (await read(theirs))[0] == 404
+    await stage.counts(0)
+    row = await gateway.database.fetchrow("SELECT * FROM audit WHERE endpoint LIKE '%completions'")
+    whole = orjson.loads(first)
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    assert row["input_tokens"] == whole["usage"]["prompt_tokens"]
+    assert row["response_id"] == whole["id"]

@@ -74,7 +74,8 @@ def test_work_that_goes_on_after_its_answer_is_refused_in_every_dialect(
 ) -> None:
     gemini = endpoint_of("POST", GEMINI, Dialect.GEMINI)
     for endpoint in (CHAT, RESPONSES, MESSAGES, gemini):
-        if endpoint is RESPONSES and (name, value) == ("background", "true"):
+        works = {"background": RESPONSES, "deferred": CHAT}
+        if endpoint is works[name] and value == "true":
             continue  # a worker sees to it
         error = wrong(endpoint, f'{{"model":"m","input":"x","{name}":{value}}}')
         assert (error.field, error.allowed) == (name, "false")
@@ -93,8 +94,16 @@ def test_the_background_of_a_picture_is_no_work(path: str) -> None:
             DIALECTS[Dialect.OPENAI].request_facts(endpoint, body | wrong_one)
 
 
+def test_a_deferred_completion_has_no_stream() -> None:
+    assert wrong(CHAT, '{"model":"m","deferred":true,"stream":true}').field == "stream"
+    assert wrong(CHAT, '{"model":"m","deferred":true,"background":true}').field == "background"
+
+
 def test_no_job_is_made_in_the_background() -> None:
     assert RESPONSES is not None
+    assert CHAT is not None
+    with pytest.raises(InvalidRequest, match="continues after its answer"):
+        wrapped_facts(CHAT, {"model": "m", "messages": [], "deferred": True})
     with pytest.raises(InvalidRequest, match="continues after its answer"):
         wrapped_facts(RESPONSES, {"model": "m", "input": "x", "background": True})
 

@@ -808,6 +808,8 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
     choices = partial(choices_script, asked, behaviour, chat=chat)
     if not chat:
         return await served.generate(asked, choices)
+    if body.get("deferred") is True:
+        return await openai_stored.defer(served, asked, choices(None))
     return await served.generate(
         asked, lambda fault: openai_stored.keep_completion(served, body, choices(fault))
     )

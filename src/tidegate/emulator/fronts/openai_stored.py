@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
 from typing import Any
+from uuid import uuid4
 
 import orjson
 from aiohttp import web
@@ -57,6 +58,7 @@ class StoredThings:
     items: dict[str, list[Json]] = field(default_factory=dict)
     completions: dict[str, Json] = field(default_factory=dict)
     messages: dict[str, list[Json]] = field(default_factory=dict)
+    deferred: dict[str, bytes | None] = field(default_factory=dict)
 
 
 def things_of(state: EmulatorState) -> StoredThings:
@@ -182,6 +184,47 @@ async def in_background(
     return await _streamed(served, kept, headers)
 
 
+async def defer(served: Served, asked: ModelRequest, script: AnswerScript) -> web.Response:
+    """Answer with the id of a completion, which is given out once when it is ready, as by xAI."""
+    state, stack = served.state, ExitStack()
+    call = stack.enter_context(
+        state.serving(
+            served.request,
+            kind=asked.kind,
+            model=asked.model,
+            method="deferred",
+            prompt=asked.prompt,
+            size=asked.size,
+            dialect=served.api.name,
+            goes_on=True,
+        )
+    )
+    request_id, deferred = str(uuid4()), things_of(state).deferred
+    deferred[request_id] = None
+    takes_s = served.behaviour.first_byte(asked.kind).draw_ms(state.random) / 1000
+
+    async def work() -> None:
+        with stack:
+            await asyncio.sleep(takes_s)
+            tokens = script.steps[-1].output_tokens
+            state.ledger.charge(call, asked.input_tokens, tokens, script.thoughts_tokens)
+            state.made(call)
+            deferred[request_id] = script.steps[-1].data
+
+    state.work_on(work())
+    return json_response(200, {"request_id": request_id})
+
+
+async def _undeferred(served: Served, request_id: str) -> web.Response:
+    deferred = things_of(served.state).deferred
+    if request_id not in deferred:
+        raise Refused(404, f"Deferred completion {request_id} was not found.")
+    if deferred[request_id] is None:
+        return web.Response(status=202, headers=EMULATED)
+    headers = EMULATED | {"Content-Type": "application/json"}
+    return web.Response(body=deferred.pop(request_id), headers=headers)
+
+
 async def _work(
     state: EmulatorState,
     call: LoggedCall,
@@ -233,7 +276,9 @@ def wants(method: str, name: str) -> bool:
         return True
     if folder == "responses":
         return below not in ("", "compact", "input_tokens")
-    return name.startswith("chat/completions/") or (method, name) == ("GET", "chat/completions")
+    if name.startswith(("chat/completions/", "chat/deferred-completion/")):
+        return True
+    return (method, name) == ("GET", "chat/completions")
 
 
 async def route(served: Served, name: str) -> web.StreamResponse:
@@ -243,6 +288,8 @@ async def route(served: Served, name: str) -> web.StreamResponse:
         await served.json(_NOT_JSON) if request.method == "POST" and request.can_read_body else {}
     )
     things, parts = things_of(served.state), name.split("/")
+    if parts[:2] == ["chat", "deferred-completion"]:
+        return await served.other("deferred", "", partial(_undeferred, served, parts[2]))
     if parts[0] == "responses":
         kept = things.responses.get(parts[1])
         if kept is None:
