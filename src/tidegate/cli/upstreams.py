@@ -193,6 +193,8 @@ def _show_tests(tests: list[dict[str, Any]]) -> None:
         elif one["status"] != 200:
             line += ", which has no list of models: its key is not tested"
         typer.echo(legible(line))
+        if one["load"]:
+            typer.echo(legible(f"  {one['load']}"))
         if one["unlisted"]:
             typer.echo(legible(f"  not in its list: {', '.join(one['unlisted'])}"))
 

@@ -27,6 +27,7 @@ from tidegate.call import Media
 from tidegate.dialects import DIALECTS
 from tidegate.errors import FetchRefused, UpstreamError
 from tidegate.policy.deployment import Upstream
+from tidegate.upstream.server_load import server_load
 from tidegate.upstream.transport import RelayWire
 
 Address = IPv4Address | IPv6Address
@@ -350,7 +351,8 @@ class GuardedPoster:
 @dataclass(frozen=True, slots=True)
 class UpstreamTest:
     """What an upstream answers to a request for its models, in one dialect. status: None without an
-    answer. problem: empty where it is as it should be."""
+    answer. problem: empty where it is as it should be. load: that of a server of one's own, in
+    words, where it reports any."""
 
     dialect: str
     url: str
@@ -358,6 +360,7 @@ class UpstreamTest:
     took_ms: float
     models: tuple[str, ...] = ()
     problem: str = ""
+    load: str = ""
 
 
 _MODELS_BYTES = 4_000_000
@@ -393,7 +396,8 @@ async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamT
     except (orjson.JSONDecodeError, KeyError, TypeError):
         problem = "its answer is no list of models"
     took_ms = round((time.perf_counter() - began) * 1000, 1)
-    return UpstreamTest(dialect, access.base, status, took_ms, models, problem)
+    load = str(await server_load(wire, upstream)) if upstream.is_own and status else ""
+    return UpstreamTest(dialect, access.base, status, took_ms, models, problem, load)
 
 
 async def ask_for_models(wire: RelayWire, upstream: Upstream, dialect: str) -> Posted:

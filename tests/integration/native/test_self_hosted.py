@@ -185,3 +185,13 @@ async def test_a_server_that_loads_its_model_is_waited_for(opened: Open, server:
     assert gateway.services.spine.health["local"].faults == 0
     row = await row_of(gateway, "first")
     assert row["attempts"] >= 2
+
+
+async def test_the_test_of_an_upstream_shows_what_the_server_reports(
+    opened: Open, server: Emulator
+) -> None:
+    gateway = await opened()
+    async with gateway.http.post(f"{gateway.url}/admin/upstreams/local/test") as response:
+        found, *_ = await response.json()
+    assert (found["status"], found["problem"]) == (200, "")
+    assert found["load"] == "0 of 2 at work, 0 waiting"

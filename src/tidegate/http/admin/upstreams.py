@@ -105,6 +105,7 @@ class UpstreamTestView(BaseModel):
     model_count: int
     unlisted: list[str] = Field(description="Models that the upstream names and the list has not")
     problem: str = Field(description="Empty where it is as it should be")
+    load: str = Field(description="What a server of one's own reports of itself, such as its slots")
 
 
 class UpstreamView(BaseModel):
@@ -392,6 +393,7 @@ def _tests(found: list[UpstreamTest], models: Any, aliases: Any) -> list[Upstrea
             model_count=len(one.models),
             unlisted=[name for name in named if one.models and name not in one.models],
             problem=one.problem,
+            load=one.load,
         )
         for one in found
     ]
