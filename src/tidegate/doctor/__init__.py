@@ -76,6 +76,7 @@ async def examine(*, online: bool = True) -> list[Finding]:
     if seen.live is not None:
         stated, live = stated_by(config), changes_of(seen.live.upstreams)
         others = stated.deployment(live)
+        policies |= others.policies
         found += deployment.judge_live(seen.live.revision, others, stated.tables(), seen.processes)
     found += deployment.judge_preempt(others.upstreams, made_up)
     if seen.called is not None:

@@ -31,7 +31,7 @@ from tidegate.http.problems import problem_responses
 from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
 from tidegate.settings import Config
 from tidegate.spine.models import check_model
-from tidegate.spine.native import UPLOADS
+from tidegate.spine.native import AT_UPSTREAM, UPLOADS
 from tidegate.spine.routing import Targets
 from tidegate.store.tenants import digest_of, prefix_of
 
@@ -194,6 +194,12 @@ def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
         return lambda query: f"{own_url}?{query}"
     digest = digest_of(key)
     return lambda query: f"{own_url}?{query}&{PASS}={prefix}.{_signature(query, digest, secret)}"
+
+
+def upload_upstream(query: bytes) -> str:
+    """The upstream to which an upload goes on; empty for one that begins."""
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    return next((value for name, value in pairs if name == AT_UPSTREAM), "")
 
 
 async def admit_upload(gate: Authenticator, scope: Any, secret: str) -> Caller | None:

@@ -46,7 +46,7 @@ from tidegate.http.body import (
     check_size,
     read_form,
 )
-from tidegate.http.guards import PASS, admit_upload, own_urls
+from tidegate.http.guards import PASS, admit_upload, own_urls, upload_upstream
 from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.services import (
@@ -64,7 +64,7 @@ from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
 from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure, Lineage
 from tidegate.spine.bodies import FormBody
-from tidegate.spine.native import MAX_BYTES, NativeCall
+from tidegate.spine.native import AT_UPSTREAM, MAX_BYTES, NativeCall
 from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState
 from tidegate.store.records import Idempotency
@@ -73,12 +73,12 @@ from tidegate.telemetry.tracing import HEADER, Tracing, parent_of
 
 # Credentials of clients; `%` since a name can be written in other ways.
 _KEYS_IN_QUERY = frozenset(
-    ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS)
+    ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS, AT_UPSTREAM)
 )
 _AZURE, _CLAUDE_AT_VERTEX = b"/openai/", b"/publishers/anthropic/"
 # Vertex's own, `vertex-2023-10-16`, is none of the dated ones.
 _BODY_VERSION = re.compile(rb'"anthropic_version"\s*:\s*"(\d{4}-\d\d-\d\d)"')
-_MAYBE_KEY = re.compile(r"key|token|%", re.IGNORECASE)
+_MAYBE_KEY = re.compile(r"key|token|tidegate|%", re.IGNORECASE)
 # What Google takes for the form of its answer: one without a usage, or that is no JSON.
 _FORMS = ("fields", "callback", "alt")
 _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re.IGNORECASE)
@@ -480,7 +480,8 @@ class _Front:
         self._caller = await gate.identify(headers, query) if caller is None else caller
 
     def _upload_secret(self, endpoint: Endpoint) -> str:
-        return self._services.spine.first_of(endpoint.dialect).upstream.key
+        speaking = self._services.spine.targets.speaking(endpoint.dialect)
+        return speaking[0].key if speaking else ""
 
     def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
@@ -538,7 +539,8 @@ class _Front:
     async def _upload(self, call: NativeCall) -> None:
         own = own_urls(self._scope, self._upload_secret(call.endpoint))
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
-        await self._services.relay.upload(call, pieces, own, self, self._record)
+        at = upload_upstream(self._scope["query_string"])
+        await self._services.relay.upload(call, pieces, own, self, self._record, at)
 
     def _comforting(self, endpoint: Endpoint, *, shows: bool) -> asyncio.Task[None] | None:
         """What keeps the connection of a stream alive while it waits, or shows its place, where

@@ -262,12 +262,17 @@ class Relay:
         own: Callable[[str], str],
         out: Out,
         record: CallRecord,
+        at: str = "",
     ) -> None:
         """Pass on one request of an upload; `own` gives the URL by which the client reaches us, of
-        its query. Raises as `run`."""
-        use = call.endpoint.resource
+        its query. at: the upstream where it has begun, by name. Raises as `run`."""
+        use, dialect = call.endpoint.resource, call.endpoint.dialect
         assert use is not None
-        target = await self.resources.target_of(call.terms.caller, call.endpoint.dialect, use)
+        begun = self.spine.targets.upstreams.get(at)
+        if begun is not None and dialect in begun.base_urls:
+            target = Target(begun, "")
+        else:
+            target = await self.resources.target_of(call.terms.caller, dialect, use)
         record.upstream, record.pool = target.upstream.name, target.upstream.pool
         record.attempts = 1
         try:
@@ -279,7 +284,10 @@ class Relay:
                 record.http_status = exchange.status
                 answer = await exchange.read(_UPLOADED_BYTES)
                 await Keeping(self.resources, call, None).note(answer, target)
-                headers = _own(to_return(exchange.headers, target.upstream.key), own)
+                theirs = to_return(exchange.headers, target.upstream.key)
+                headers = _own(
+                    theirs, lambda one: own(f"{one}&{AT_UPSTREAM}={target.upstream.name}")
+                )
                 record.keep(answer)
                 await out.start(exchange.status, headers)
                 await out.body(answer, False)
@@ -828,6 +836,7 @@ _JSON = (b"content-type", b"application/json")
 
 
 UPLOADS = "/upload/v1beta/files"
+AT_UPSTREAM = "tidegate_upstream"  # in the URL of an upload that has begun: where it goes on
 _UPLOADED_BYTES = 1_000_000  # of the answer to an upload, which describes the file
 MAX_BYTES = 2 * 1024**3  # https://ai.google.dev/gemini-api/docs/files
 _URLS = (b"x-goog-upload-url", b"x-goog-upload-control-url")

@@ -258,6 +258,27 @@ async def test_a_call_that_waits_for_a_drained_upstream_goes_elsewhere(
     assert len(await gateway.calls()) == 2, "the account that takes any model has the others"
 
 
+async def test_an_upload_goes_on_where_it_has_begun(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    headers = {"x-goog-upload-protocol": "resumable", "x-goog-upload-command": "start"}
+    headers |= {"x-goog-upload-header-content-length": "5"}
+    begin = f"{gateway.url}/upload/v1beta/files"
+    async with gateway.http.post(begin, headers=headers, json={"file": {}}) as response:
+        assert response.status == 200
+        url = response.headers["x-goog-upload-url"]
+    assert (await admin(gateway, "PUT", "/second", table=table(second)))[0] == 200
+    assert (await admin(gateway, "POST", "/gemini/drain"))[0] == 200
+    headers = {"x-goog-upload-command": "upload, finalize", "x-goog-upload-offset": "0"}
+    async with gateway.http.post(url, headers=headers, data=b"hello") as response:
+        made = await response.json(content_type=None)
+        assert response.status == 200, made
+    async with gateway.http.get(f"{gateway.url}/v1beta/{made['file']['name']}") as response:
+        assert (response.status, response.headers["x-tidegate-upstream"]) == (200, "gemini")
+
+
 async def test_jobs_wait_for_a_drained_upstream_and_no_attempt_is_used_up(
     open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

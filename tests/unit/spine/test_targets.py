@@ -205,3 +205,26 @@ def test_of_upstreams_that_pass_a_path_each_tenant_has_the_first_that_is_open_to
 def test_no_path_that_is_known_can_be_passed_through(pattern: str) -> None:
     with pytest.raises(ConfigError, match=r"upstreams\.new\.passthrough"):
         passing(pattern)
+
+
+def test_a_drained_upstream_is_a_target_only_where_no_other_one_would_be() -> None:
+    route = Route("smart", (("openai", "gpt-x"), ("twin", "gpt-x")))
+    upstreams = (GEMINI, OPENAI, TWIN)
+    found = Targets(Deployment(upstreams, (route,), drained=frozenset({"openai"})), Random(1))
+    assert names(found, "gpt-x") == [("twin", "gpt-x")]
+    assert names(found, "smart") == [("twin", "gpt-x")]
+    assert names(found, "fast") == [("gemini", "fast")], "one that takes any model"
+    assert [one.name for one in found.in_service(Dialect.OPENAI)] == ["gemini", "twin"]
+    found.replace(Deployment(upstreams, (route,), drained=frozenset({"openai", "twin", "gemini"})))
+    assert {name for name, _ in names(found, "gpt-x")} == {"openai", "twin"}
+    assert len(found.in_service(Dialect.OPENAI)) == 3
+    found.replace(Deployment((GEMINI,)))
+    assert names(found, "gpt-x") == [("gemini", "gpt-x")]
+
+
+def test_upstreams_that_can_not_be_leave_those_that_there_were() -> None:
+    found = targets()
+    wrong = Upstream("new", {"openai": "http://n"}, "k", passthrough=("/v1/chat/completions",))
+    with pytest.raises(ConfigError, match="passthrough"):
+        found.replace(Deployment((wrong,)))
+    assert "twin" in found.upstreams
