@@ -7,6 +7,7 @@ tests run on, `steady`. Its source distribution has the tests alone.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -42,7 +43,8 @@ _FORMATS = [
 PASSTHROUGH = (
     *("/v1/assistants/*", "/v1/threads/*", "/v1/vector_stores/*", "/v1/containers/*"),
     *("/v1/evals/*", "/v1/fine_tuning/*", "/v1/videos/*", "/v1/skills/*", "/v1/chatkit/*"),
-    *("/v1/content_provenance_checks", "/v1/realtime/calls/*", "/v1/realtime/client_secrets"),
+    *("/v1/content_provenance_checks", "/v1/audio/voices", "/v1/audio/voice_consents/*"),
+    *("/v1/realtime/calls/*", "/v1/realtime/client_secrets", "/v1/realtime/translations/*"),
 )
 _POLICY = """
 [upstreams.openai]
@@ -73,7 +75,7 @@ def suite_of(sdk: Path | None, spec: Path | None, folder: Path) -> Suite:
         spec = sources / _SPEC_IN_SDK
     return Suite(
         name="openai-python",
-        version=VERSION if sdk is None else f"of {sdk.name}",
+        version=_version_in(sources),
         folder=sources,
         python=python,
         tests=("tests/api_resources",),
@@ -86,6 +88,11 @@ def suite_of(sdk: Path | None, spec: Path | None, folder: Path) -> Suite:
         reasons=REASONS,
         bar=0.98,
     )
+
+
+def _version_in(sources: Path) -> str:
+    found = re.search(r'__version__ = "([^"]+)"', (sources / "src/openai/_version.py").read_text())
+    return "of an unknown version" if found is None else found[1]
 
 
 def _policy(mock: str) -> str:
