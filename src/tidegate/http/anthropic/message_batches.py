@@ -47,13 +47,7 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.http.batches import Asking, delete_blob, relayed
-from tidegate.http.body import (
-    PREFIX,
-    WITH_ITS_HEAD_BYTES,
-    Spool,
-    count_in,
-    incoming_of,
-)
+from tidegate.http.body import PREFIX, WITH_ITS_HEAD_BYTES, BodyBudget, Spool, count_in, incoming_of
 from tidegate.http.guards import caller_of, own_origin
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
 from tidegate.http.problems import not_relayed, refusal, status_of_code
@@ -334,8 +328,7 @@ def _shown(asking: Asking, batch: Batch) -> Response:
 
 
 async def _create(asking: Asking) -> Response:
-    services, store = asking.services, asking.services.store.batches
-    config, key = services.config, key_of(asking.request)
+    services, config, key = asking.services, asking.services.config, key_of(asking.request)
     if key is None:
         await services.budgets.check(asking.caller)
     call_headers = _call_headers(asking.request.scope)
@@ -347,8 +340,7 @@ async def _create(asking: Asking) -> Response:
             await spool.write(piece)
             count_in(hold, spool.held_bytes, WITH_ITS_HEAD_BYTES)
         await spool.finish()
-        async with hold.turn:
-            blob_key = await _kept(spool, lines, services.blobs, config.data_dir / "tmp")
+        blob_key = await _kept(spool, lines, hold, services.blobs, config.data_dir / "tmp")
     finally:
         hold.release()
         await spool.close()
@@ -362,35 +354,46 @@ async def _create(asking: Asking) -> Response:
         blob_key=blob_key,
     )
     once = None if key is None else Idempotency(key, lines.digest(call_headers))
-    batch: Batch | None = None
     try:
-        if once is not None:
-            # Before all that a repeat may be without: a budget, room in the queue.
-            if (batch := await store.earlier(asking.tenant, once)) is not None:
-                return _replayed(asking, batch)
-            await services.budgets.check(asking.caller)
-        room = services.store.queue_caps.room(
-            asking.caller, jobs=lines.count, size_bytes=lines.size_bytes
-        )
-        async with room:
-            batch = await store.add_messages(
-                batch_id,
-                asking.caller,
-                file,
-                _MESSAGES,
-                call_headers,
-                once,
-                config.max_batch_files_bytes,
-            )
+        batch = await _added(asking, batch_id, file, call_headers, once)
     except StoreUnavailable:
         raise  # it may have been added all the same: a file without a batch goes with the orphans
     except TidegateError:
         await delete_blob(services, blob_key)
         raise
-    finally:
-        if batch is not None and batch.batch_id != batch_id:
-            await delete_blob(services, blob_key)
-    return _shown(asking, batch) if batch.batch_id == batch_id else _replayed(asking, batch)
+    if batch.batch_id == batch_id:
+        return _shown(asking, batch)
+    await delete_blob(services, blob_key)
+    return _replayed(asking, batch)
+
+
+async def _added(
+    asking: Asking,
+    batch_id: UUID,
+    file: BatchFile,
+    call_headers: dict[str, str],
+    once: Idempotency | None,
+) -> Batch:
+    """The new batch, or the one that was made under the same key."""
+    services, batches = asking.services, asking.services.store.batches
+    if once is not None:
+        # Before all that a repeat may be without: a budget, room in the queue.
+        if (earlier := await batches.earlier(asking.tenant, once)) is not None:
+            return earlier
+        await services.budgets.check(asking.caller)
+    room = services.store.queue_caps.room(
+        asking.caller, jobs=file.lines, size_bytes=file.size_bytes
+    )
+    async with room:
+        return await batches.add_messages(
+            batch_id,
+            asking.caller,
+            file,
+            _MESSAGES,
+            call_headers,
+            once,
+            services.config.max_batch_files_bytes,
+        )
 
 
 def _replayed(asking: Asking, batch: Batch) -> Response:
@@ -401,17 +404,21 @@ def _replayed(asking: Asking, batch: Batch) -> Response:
     return answer
 
 
-async def _kept(spool: Spool, lines: RequestLines, blobs: Blobs, folder: Path) -> str:
+async def _kept(
+    spool: Spool, lines: RequestLines, hold: BodyBudget, blobs: Blobs, folder: Path
+) -> str:
     """The key of a new blob with the lines of a body."""
     key = new_key(datetime.now(UTC))
     if spool.path is None:
         sink = BytesIO()
-        await to_thread.run_sync(lines.fill, spool.data, sink)
+        async with hold.turn:
+            await to_thread.run_sync(lines.fill, spool.data, sink)
         await blobs.put(key, sink.getvalue())
         return key
     try:
         with NamedTemporaryFile(prefix=PREFIX, dir=folder) as file:
-            await to_thread.run_sync(lines.fill, spool.path, file.file)
+            async with hold.turn:
+                await to_thread.run_sync(lines.fill, spool.path, file.file)
             file.flush()
             await blobs.put(key, Path(file.name))
     except OSError as full:
