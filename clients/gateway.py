@@ -1,5 +1,7 @@
 """A gateway as a newcomer starts it: `tidegate up` in an empty folder, without a key.
 
+Models whose names have `spent` in them have a budget of one token, which their first call pauses.
+
 Invariant: leaving it ends all that it started.
 """
 
@@ -20,6 +22,7 @@ from tidegate.embedded.servers import free_port
 
 READY_WITHIN_S = 120
 STOPPED_WITHIN_S = 40
+SPENT = "*spent*"
 
 
 class NotReady(Exception):
@@ -49,6 +52,7 @@ def keyless_gateway(folder: Path, settings: Mapping[str, str] | None = None) -> 
             if process.poll() is not None or time.monotonic() > deadline:
                 raise NotReady(log.read_text(encoding="utf-8", errors="replace")[-1000:])
             time.sleep(0.1)
+        _pause_budget(folder, kept | {"GATEWAY_URL": url, "DATA_DIR": str(folder / "data")})
         yield url
     finally:
         if process.poll() is None:
@@ -58,6 +62,20 @@ def keyless_gateway(folder: Path, settings: Mapping[str, str] | None = None) -> 
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(10)
+
+
+def _pause_budget(folder: Path, environment: dict[str, str]) -> None:
+    arguments = ("--tokens", "1", "--model", SPENT, "--pause", "--doubt", "estimate")
+    done = subprocess.run(
+        [sys.executable, "-m", "tidegate", "budgets", "set", "spent", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise NotReady(done.stderr[-1000:])
 
 
 def _ready(url: str) -> bool:

@@ -14,6 +14,7 @@ from cases import GPT, KEY, OPENAI_URL, QUESTION, URL, answered, case, run
 
 PACKAGES = Path(sys.argv[1])
 LONGEST_S = 100
+SPENT, PAUSED = "spent", "is paused"
 # No script of a package runs as it is installed: two are called where their packages hold them.
 PROGRAMS = {
     "claude": "@anthropic-ai/claude-code-linux-*/claude",
@@ -29,6 +30,8 @@ AGENTS = {
 
 
 def ask(name, *arguments, **variables):
+    """Its answer to the question; of a model whose budget is paused, that it says so, which takes
+    no longer than an answer."""
     done = subprocess.run(
         [AGENTS[name][0], *arguments],
         env=os.environ | variables,
@@ -38,8 +41,17 @@ def ask(name, *arguments, **variables):
         timeout=LONGEST_S,
         check=False,
     )
-    assert not done.returncode, f"{done.stdout.strip()[-200:]} {done.stderr.strip()[-300:]}"
+    told = f"{done.stdout.strip()[-800:]} {done.stderr.strip()[-2_000:]}"
+    if SPENT in " ".join([*arguments, *_configured()]):
+        assert PAUSED in " ".join(f"{done.stdout} {done.stderr}".split()), told[-500:]
+        return
+    assert not done.returncode, told[-500:]
     answered(" ".join(done.stdout.split()))
+
+
+def _configured():
+    """The files that name a model."""
+    return [path.read_text() for path in map(Path, ("config.yaml",)) if path.exists()]
 
 
 def claude(model):
@@ -50,13 +62,13 @@ def claude(model):
     )
 
 
-def codex():
+def codex(model=GPT):
     provider = {"name": "here", "base_url": OPENAI_URL, "wire_api": "responses", "env_key": "KEY"}
     settings = [
         f"model_providers.here.{name}={json.dumps(value)}" for name, value in provider.items()
     ]
     flags = [word for one in [*settings, 'model_provider="here"'] for word in ("-c", one)]
-    ask("codex", "exec", "--skip-git-repo-check", "-m", GPT, *flags, QUESTION, KEY=KEY)
+    ask("codex", "exec", "--skip-git-repo-check", "-m", model, *flags, QUESTION, KEY=KEY)
 
 
 def gemini(*model):
@@ -87,9 +99,9 @@ def continue_cli(provider, url, model):
     ask("continue", "--config", "config.yaml", "-p", QUESTION, **quiet)
 
 
-def cline():
+def cline(model=GPT):
     known = ("--data-dir", str(Path("state").resolve()))
-    provider = ("-p", "openai", "-k", KEY, "-m", GPT, "-b", OPENAI_URL)
+    provider = ("-p", "openai", "-k", KEY, "-m", model, "-b", OPENAI_URL)
     subprocess.run(
         [AGENTS["cline"][0], "auth", *provider, *known],
         stdin=subprocess.DEVNULL,
@@ -97,17 +109,20 @@ def cline():
         timeout=LONGEST_S,
         check=True,
     )
-    ask("cline", *known, "-P", "openai", "-m", GPT, "-p", QUESTION)
+    ask("cline", *known, "-P", "openai", "-m", model, "-p", QUESTION)
 
 
 if "claude" in AGENTS:
     for name in ("sonnet", "opus", "haiku"):
         case(name)(lambda name=name: claude(name))
+    case("paused budget")(lambda: claude("claude-spent-5"))
 elif "codex" in AGENTS:
     case("responses")(codex)
+    case("paused budget")(lambda: codex("gpt-spent"))
 elif "gemini" in AGENTS:
     case("default model")(gemini)
     case("gemini-2.5-flash")(lambda: gemini("-m", "gemini-2.5-flash"))
+    case("paused budget")(lambda: gemini("-m", "gemini-spent"))
 elif "opencode" in AGENTS:
     WAYS = (
         ("openai", "@ai-sdk/openai", OPENAI_URL, GPT),
@@ -117,6 +132,7 @@ elif "opencode" in AGENTS:
     )
     for way in WAYS:
         case(way[0])(lambda way=way: opencode(*way))
+    case("paused budget")(lambda: opencode(*WAYS[0][:3], "gpt-spent"))
 elif "continue" in AGENTS:
     PLACES = (
         ("openai", OPENAI_URL, GPT),
@@ -125,7 +141,9 @@ elif "continue" in AGENTS:
     )
     for place in PLACES:
         case(place[0])(lambda place=place: continue_cli(*place))
+    case("paused budget")(lambda: continue_cli("openai", OPENAI_URL, "gpt-spent"))
 elif "cline" in AGENTS:
     case("openai")(cline)
+    case("paused budget")(lambda: cline("gpt-spent"))
 assert shutil.which("node"), "node is not installed"
 run()

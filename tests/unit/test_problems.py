@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import orjson
 import pytest
 
 from tidegate import errors
-from tidegate.http.problems import problem, problem_response, status_of
+from tidegate.dialects.spec import Dialect
+from tidegate.http.problems import problem, problem_response, refusal, status_of
 
 EXAMPLES = {
     errors.InvalidRequest: (errors.InvalidRequest("data", "is empty", allowed="a text"), 400),
@@ -98,3 +101,42 @@ def test_a_problem_names_the_field_and_what_is_allowed() -> None:
     body = orjson.loads(response.body)
     assert response.headers["content-type"] == "application/problem+json"
     assert (body["field"], body["allowed"], body["title"]) == ("type", "text_only", "Bad Request")
+
+
+PAUSED = errors.BudgetPaused(
+    "a person must resume it", limit="session", allowed="5 USD", retry_after_ms=None
+)
+FAR_MS = 7_200_000
+FAR = errors.QuotaExceeded("full", limit="m", allowed="2", retry_after_ms=FAR_MS)
+NEAR = errors.QuotaExceeded("full", limit="m", allowed="2", retry_after_ms=2_500)
+
+
+def _refused(dialect: Dialect, error: errors.TidegateError) -> tuple[int, dict[str, str], Any]:
+    status, headers, body = refusal(dialect, error)
+    named = {name.decode(): value.decode() for name, value in headers}
+    return status, named, orjson.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "status"), [(Dialect.OPENAI, 403), (Dialect.GEMINI, 403), (Dialect.ANTHROPIC, 429)]
+)
+def test_a_paused_budget_names_no_time(dialect: Dialect, status: int) -> None:
+    told, headers, error = _refused(dialect, PAUSED)
+    assert (told, "retry-after" in headers) == (status, False)
+    assert PAUSED.message in error["message"]
+    assert b"retryDelay" not in orjson.dumps(error)
+    assert (headers.get("x-should-retry") == "false") == (dialect is not Dialect.GEMINI)
+
+
+@pytest.mark.parametrize("dialect", [Dialect.OPENAI, Dialect.GEMINI, Dialect.ANTHROPIC])
+def test_a_time_that_is_far_is_told_and_ends_retries(dialect: Dialect) -> None:
+    status, headers, error = _refused(dialect, FAR)
+    assert (status, headers["retry-after"]) == (429, "7200")
+    told = headers.get("x-should-retry")
+    assert told == ("false" if dialect is not Dialect.GEMINI else None)
+    if dialect is Dialect.OPENAI:
+        assert error["type"] == "usage_limit_reached"
+        assert abs(error["resets_at"] - time.time() - FAR_MS / 1000) < 5
+    status, headers, error = _refused(dialect, NEAR)
+    assert (status, headers["retry-after"], "x-should-retry" in headers) == (429, "3", False)
+    assert "resets_at" not in error

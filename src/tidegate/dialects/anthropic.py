@@ -272,6 +272,7 @@ def _listed_models(models: list[JsonObject]) -> JsonObject:
 ANTHROPIC = DialectSpec(
     name=Dialect.ANTHROPIC,
     example="POST /v1/messages",
+    paused_status=429,  # Claude Code takes 403 for a failed sign-in
     calls=_CALLS,
     endpoint_of=endpoint_of,
     is_spoken=_is_spoken,

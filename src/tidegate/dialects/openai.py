@@ -7,6 +7,7 @@ Alibaba and LiteLLM, where they name things in their own way. Pure.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Set, Sized
 from contextlib import suppress
 from dataclasses import replace
@@ -702,9 +703,13 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
 }
 _SPENT = "insufficient_quota"  # both type and code, as of an account without money
+# As the account of a person with a plan says it: Codex waits for any other Retry-After without a
+# word, and with this one shows when the limit resets.
+_LIMIT_REACHED = "usage_limit_reached"
+_FAR_MS = 60_000
 
 
-def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> JsonObject:
+def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> JsonObject:
     """The body of an answer with an error of ours."""
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     code = error.code
@@ -722,6 +727,9 @@ def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> J
         "param": getattr(error, "field", None),
         "code": code,
     }
+    if status == 429 and retry_after_ms is not None and retry_after_ms > _FAR_MS:
+        resets_at = ceil(time.time() + retry_after_ms / 1000)
+        body |= {"type": _LIMIT_REACHED, "resets_at": resets_at}
     limit = getattr(error, "limit", None)
     if limit:
         body["limit"] = limit

@@ -377,6 +377,7 @@ class DialectSpec:
     classifies an upstream's error, None for one that is not in this dialect's words;
     `problem(error, status, retry_after_ms)` is the body of one of ours, `error_event` begins the
     event in which a stream reports it. `no_retry` are headers that stop the retries of its SDKs.
+    paused_status: of a call whose budget is paused until a person resumes it.
     `keep_alive` is what a stream sends while it waits.
     """
 
@@ -396,6 +397,7 @@ class DialectSpec:
     calls: Mapping[str, Endpoint] = field(default_factory=dict)
     headers: tuple[tuple[bytes, bytes], ...] = ()
     no_retry: tuple[tuple[bytes, bytes], ...] = ((b"x-should-retry", b"false"),)
+    paused_status: int = 403
     error_event: bytes = b""
     resource_paths: tuple[ResourcePath, ...] = ()
     references: Callable[[Mapping[str, Any], bytes], Sequence[Reference]] = nothing_referred

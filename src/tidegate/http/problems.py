@@ -162,6 +162,7 @@ NATIVE_STATUS: dict[type[errors.TidegateError], int] = {
     errors.DemandImpossible: 400,
     errors.UpstreamThrottled: 429,
     errors.UpstreamTierBusy: 429,
+    errors.BudgetPaused: 403,
 }
 _DEFAULT_RETRY_AFTER_MS = 1_000
 
@@ -430,7 +431,8 @@ def advice(code: str | None) -> str | None:
 
 
 _USUAL_RETRY_MS = 1_000
-# The SDKs of OpenAI and Anthropic try again sooner than told where that is longer than a minute.
+# Beyond it, older SDKs of OpenAI and Anthropic try again sooner than the header says, and current
+# ones of Anthropic sleep for all of it: both in silence.
 _SDK_WAITS_MS = 60_000
 
 
@@ -459,15 +461,16 @@ def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.Tide
 
 def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:
     """Status, headers and body of an answer that says `error`."""
-    status = native_status_of(error)
-    after_ms = error.retry_after_ms
-    if after_ms is None and status in (429, 503, 504):
+    spec = DIALECTS[dialect]
+    status, after_ms = native_status_of(error), error.retry_after_ms
+    if isinstance(error, errors.BudgetPaused):
+        status = spec.paused_status  # for how long is not known
+    elif after_ms is None and status in (429, 503, 504):
         after_ms = _USUAL_RETRY_MS
     headers: Headers = [(b"content-type", b"application/json")]
     if after_ms is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
-    far = isinstance(error, errors.DeadlineExceeded) and (after_ms or 0) > _SDK_WAITS_MS
-    spec = DIALECTS[dialect]
+    far = (after_ms or 0) > _SDK_WAITS_MS
     if far or isinstance(error, errors.BudgetExceeded | errors.BudgetUnbounded):
         headers += spec.no_retry
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):

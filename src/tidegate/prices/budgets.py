@@ -228,7 +228,9 @@ def scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
 
 def refused_by(refusal: Refusal, need: int) -> QuotaExceeded:
     budget, scope = refusal.binding
-    whose = f" of {', '.join(map(str, scope_values(scope)))}" if scope else ""
+    named = zip(budget.each, scope_values(scope), strict=False)
+    whose = ", ".join(f"no {name}" if value is None else value for name, value in named)
+    whose = f" of {whose}" if whose else ""
     spent, amount = budget.shown(refusal.spent), budget.shown(refusal.amount)
     used = f"{spent} of {amount} spent"
     allowed = f"{amount} a {budget.period} of {budget.zone}"

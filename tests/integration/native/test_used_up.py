@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import orjson
 import pytest
+from anthropic import AsyncAnthropic
+from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
 from tests.integration.native.conftest import MODEL
@@ -85,7 +90,8 @@ async def test_a_days_quota_of_ours_that_is_used_up_is_told_in_each_dialect(
     status, headers, body = await ask(gateway, OPENAI)
     error = body["error"]
     assert (status, error["code"], error["limit"]) == (429, "limit_used_up", LIMIT)
-    assert (error["type"], error["message"].startswith(SAID)) == ("rate_limit_error", True)
+    assert (error["type"], error["message"].startswith(SAID)) == ("usage_limit_reached", True)
+    assert 0 <= error["resets_at"] - time.time() - await room_ms(gateway) / 1000 < 60
     assert 0 <= int(headers["retry-after"]) - await room_ms(gateway) / 1000 < 60
     assert headers["x-should-retry"] == "false"
     status, headers, body = await ask(gateway)
@@ -96,6 +102,37 @@ async def test_a_days_quota_of_ours_that_is_used_up_is_told_in_each_dialect(
     assert info["metadata"] == {"limit": LIMIT}
     assert float(retry["retryDelay"].rstrip("s")) <= int(headers["retry-after"])
     assert len(await gateway.calls()) == 1
+
+
+async def test_the_sdks_tell_the_true_time_without_a_second_call(
+    open_gateway: Opener, policy: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    assert (await ask(gateway))[0] == 200
+    said: Any = [{"role": "user", "content": "Say hello"}]
+    tried: list[float] = []
+    began = time.monotonic()
+
+    async def seen(_: Any) -> None:
+        tried.append(time.monotonic())
+
+    hooks = {"request": [seen]}
+    async with AsyncOpenAI(
+        base_url=f"{gateway.url}/v1",
+        api_key="any",
+        http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
+    ) as one:
+        with pytest.raises(openai.RateLimitError, match=f"Daily limit {LIMIT} is used up"):
+            await one.chat.completions.create(model=MODEL, messages=said)
+    async with AsyncAnthropic(
+        base_url=gateway.url,
+        api_key="any",
+        http_client=anthropic.DefaultAsyncHttpxClient(event_hooks=hooks),
+    ) as two:
+        with pytest.raises(anthropic.RateLimitError, match=f"Daily limit {LIMIT} is used up"):
+            await two.messages.create(model=MODEL, messages=said, max_tokens=9)
+    assert len(tried) == 2
+    assert time.monotonic() - began < 30, "nothing slept for the hours until then"
 
 
 async def test_a_stream_of_ours_and_a_job_with_a_deadline_hear_it_too(
