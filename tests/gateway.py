@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ from tidegate.operator_key import operator_key
 from tidegate.settings import Config
 from tidegate.store import audit as bodies
 from tidegate.supervisor.roles import NotifyingServer
+
+# What `create_app` imports late is imported here, while the collector rests (`tests/garbage.py`).
+for _name in ("tidegate.http.server", "tidegate.dashboard.routes"):
+    import_module(_name)
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"

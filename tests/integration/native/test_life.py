@@ -75,7 +75,7 @@ async def test_a_call_leaves_nothing_for_the_garbage_collector_to_find(gateway: 
 
 async def test_the_limit_holds_and_those_over_it_wait(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, rate_limits={"text_only": 3})
-    await gateway.upstream.set_behaviour(first_byte_ms=30)
+    await gateway.upstream.set_behaviour(first_byte_ms=150)
 
     async def one() -> int:
         async with gateway.http.post(url_of(gateway), json=BODY) as response:
