@@ -14,7 +14,7 @@ from tidegate.emulator.gpu.spec import GpuSpec
 from tidegate.limiter import Adaptive, Concurrency
 from tidegate.limiter.simulation import LimitState, Paces
 
-UNTIL_S, WARM_S = 200.0, 60.0
+UNTIL_S, WARM_S = 150.0, 50.0
 QUIET_EVERY_S = 5.0
 # The model that the emulator's usual pace is of.
 SMALL = GpuSpec()
