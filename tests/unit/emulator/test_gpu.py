@@ -128,6 +128,21 @@ def test_who_leaves_a_stream_frees_the_slot_with_the_next_piece() -> None:
     assert not bench.schedule.running
 
 
+def test_what_is_dropped_while_a_step_runs_gets_nothing_of_it() -> None:
+    bench = Bench()
+    writing = bench.add("a", 10, 2)
+    bench.step()
+    assert writing.made_tokens == 1
+    reading = bench.add("c", 10, 1)
+    step = bench.schedule.next_step()
+    assert step is not None
+    bench.schedule.drop(writing)
+    bench.schedule.drop(reading)
+    bench.schedule.finish(step, bench.now_s + step.duration_s)
+    assert (writing.made_tokens, reading.made_tokens) == (1, 0)
+    assert not bench.schedule.running
+
+
 def test_who_leaves_a_plain_call_is_noticed_after_a_second_alone() -> None:
     bench = Bench(slots=1)
     work = bench.add("a", 10, 400, streamed=False)

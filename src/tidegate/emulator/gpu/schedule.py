@@ -136,8 +136,11 @@ class Schedule:
     def finish(self, step: Step, now_s: float) -> None:
         """Take what a step has made; drop those whose clients are seen to have left."""
         for work in step.writes:
-            self._made_token(work, now_s)
+            if not work.dropped:  # while the step ran
+                self._made_token(work, now_s)
         for work, count in step.reads:
+            if work.dropped:
+                continue
             work.read_tokens += count
             self.counts.read_tokens += count
             if work.is_read:
