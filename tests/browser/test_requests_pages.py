@@ -365,7 +365,7 @@ async def test_all_of_it_can_be_done_by_keyboard(stage: Stage) -> None:
     async with opened(stage, "/requests?subject=keyboard") as seen:
         page = seen.page
         await expect(page.locator("tbody tr")).to_have_count(1)
-        await page.get_by_label("Subject").focus()
+        await page.get_by_label("Conversation").focus()
         await page.keyboard.press("Tab")
         await expect(page.locator(".running-card summary")).to_be_focused()
         await page.keyboard.press("Tab")

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from os import urandom
 from pathlib import Path
 from urllib.parse import quote
+from uuid import UUID
 
 import pytest
 
@@ -180,7 +181,7 @@ async def spilled(gateway: Gateway, folder: Path) -> None:
     spill = Spill(folder, 1_000_000)
     for subject in (SUBJECT, "another"):
         new = {**row, "id": new_id(), "request_id": new_id(), "subject": subject, "failure": None}
-        new = {name: str(value) if name.endswith("id") else value for name, value in new.items()}
+        new = {name: str(one) if isinstance(one, UUID) else one for name, one in new.items()}
         entry: Json = {"op": "relay", "row": new, "attempt": None, "files": [], "bodies": []}
         await spill.keep(entry)
     spill.close()
