@@ -274,7 +274,8 @@ async def test_turns_are_counted_by_the_rates(open_gateway: Opener) -> None:
     async with talk(gateway, headers={**KEYS, "x-tidegate-deadline-ms": "300"}) as socket:
         await turn(socket, "[tokens 900]")
         error = (await turn(socket, "hello", "error"))["error"]  # the next one has to wait
-        assert error["type"] == "rate_limit_error"
+        assert error["type"] in ("rate_limit_error", "usage_limit_reached")
+        assert error["limit"] == f"tpm:{MODEL}"
         snapshot = await gateway.services.limiter.snapshot()
         assert snapshot.limits[f"tpm:{MODEL}"].used >= 900
         sound = "A" * 64_000  # the provider begins a turn by itself: it is counted all the same
