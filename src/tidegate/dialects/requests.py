@@ -18,6 +18,7 @@ import re
 from base64 import b64decode
 from binascii import Error as NotBase64
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -558,7 +559,7 @@ _TURNS = ("messages", "input", "contents")
 def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
     """Digests, of this process, of what a conversation's calls have in common in any dialect: the
     tools and the system prompt, and these with the first message of the user. None without
-    messages."""
+    messages, and where these are nested too deeply to be written."""
     if (parts := _opening(body)) is None:
         return None
     opening = hash(parts[0])
@@ -567,11 +568,15 @@ def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def opening_of(body: Mapping[str, Any]) -> bytes:
     """What a conversation's calls begin with in any dialect, as text, the same in all processes;
-    empty without messages."""
+    empty without messages, and where they are nested too deeply to be written."""
     if (parts := _opening(body)) is not None:
         return b"\n".join(parts).replace(_MARK.encode(), b"")
     said = body.get("input")
-    return orjson.dumps([*map(body.get, _OPENINGS), said]) if isinstance(said, str) else b""
+    if not isinstance(said, str):
+        return b""
+    with suppress(orjson.JSONEncodeError):
+        return orjson.dumps([*map(body.get, _OPENINGS), said])
+    return b""
 
 
 def _opening(body: Mapping[str, Any]) -> tuple[bytes, bytes] | None:
@@ -584,7 +589,9 @@ def _opening(body: Mapping[str, Any]) -> tuple[bytes, bytes] | None:
             first = turn
             break
         systems.append(turn)
-    return orjson.dumps([*map(body.get, _OPENINGS), systems]), orjson.dumps(first)
+    with suppress(orjson.JSONEncodeError):  # nested more deeply than can be written
+        return orjson.dumps([*map(body.get, _OPENINGS), systems]), orjson.dumps(first)
+    return None
 
 
 def _images(

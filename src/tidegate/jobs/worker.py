@@ -318,13 +318,14 @@ class Worker:
             *(feeder.run for feeder in self._feeders),
             *(self._every(beat_s, one) for one in each_beat),
             *(self._every(1.0, one) for one in (*each_second, *for_held)),
-            self._watch_cancels,
             self._spine.preemption.run,
         ]
         tasks = [
             asyncio.create_task(self._forever(loop, number * _APART_S))
             for number, loop in enumerate(loops)
         ]
+        # From the first claim on: what is cancelled before it listens waits for its permit.
+        tasks.append(asyncio.create_task(self._forever(self._watch_cancels, 0)))
         beside = [asyncio.create_task(run(stop)) for run in self._beside]
         try:
             await stop.wait()

@@ -15,23 +15,18 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from math import log
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tidegate.admission.conversations import CACHE_MS
 from tidegate.call import Usage
-from tidegate.dialects.requests import opening_of
-from tidegate.record import Lineage
 from tidegate.spine.routing import Target
-from tidegate.store.provider.resources import ResourceOwner
 
 MOST_CONVERSATIONS = 4_096
 _DIGEST_BYTES = 16
-_OPENING_BYTES = 12
-_LONGEST_NAME = 200
 
 
 class _Warm(NamedTuple):
@@ -92,31 +87,6 @@ def _rank(key: bytes, target: Target) -> float:
     name = target.upstream.name.encode()
     drawn = int.from_bytes(blake2b(key + name, digest_size=8).digest())
     return -target.upstream.weight / log((drawn + 1) / (2**64 + 1))
-
-
-def lineage_in(
-    body: Mapping[str, Any], told: Lineage, before: ResourceOwner | None = None
-) -> Lineage:
-    """Where a call stands, by its body and by what its headers have `told`. before: of the answer
-    that it continues."""
-    opening = opening_of(body)
-    digest = blake2b(opening, digest_size=_OPENING_BYTES).hexdigest() if opening else None
-    name = told.conversation or _name_in(body) or (before and before.conversation)
-    if not name and digest is not None:
-        name = f"opening-{digest}"
-    parent_id = None if before is None else before.request_id
-    return replace(told, conversation=name or None, opening=digest, parent_id=parent_id)
-
-
-def _name_in(body: Mapping[str, Any]) -> str | None:
-    """The name that a request's body gives to its conversation: one at the provider, or a key of
-    its prompt cache."""
-    kept = body.get("conversation")
-    named = kept.get("id") if isinstance(kept, Mapping) else kept
-    for one in (named, body.get("prompt_cache_key")):
-        if isinstance(one, str) and one and one.isprintable():
-            return one[:_LONGEST_NAME]
-    return None
 
 
 def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes | None:

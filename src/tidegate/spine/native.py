@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from hashlib import blake2b
 from math import ceil
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -47,6 +48,7 @@ from tidegate.dialects.requests import (
     LONGEST_TIER,
     check_said_once,
     conversation_of,
+    opening_of,
     parsed,
     requested_tier,
     skimmed,
@@ -63,7 +65,7 @@ from tidegate.dialects.spec import (
 from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
 from tidegate.policy.access import Paths
 from tidegate.prices.rates import STANDARD_TIERS, Rates
-from tidegate.record import CallRecord, coding_of
+from tidegate.record import CallRecord, Lineage, coding_of
 from tidegate.spine.affinity import Home, conversation_key
 from tidegate.spine.background import BackgroundHandOver
 from tidegate.spine.bodies import FormBody, body_for, has_several_answers
@@ -88,6 +90,7 @@ from tidegate.spine.run import (
     masked,
     refusal_of,
 )
+from tidegate.store.provider.resources import ResourceOwner
 from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.transport import (
     Exchange,
@@ -95,6 +98,9 @@ from tidegate.upstream.transport import (
     RequestBody,
     Timeouts,
 )
+
+_OPENING_BYTES = 12
+_LONGEST_NAME = 200  # of a conversation
 
 
 @dataclass(slots=True)
@@ -186,7 +192,10 @@ class Relay:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
         if asked is not None and endpoint.operation is Operation.INFER:
-            await self.resources.place(record, endpoint.dialect, body, references)
+            before = None
+            if references:
+                before = await self.resources.continued(endpoint.dialect, references)
+            record.lineage = lineage_in(body, record.lineage, before)
             home = self._home(call, asked.model, record, targets)
         await self.spine.run(exchange, record, targets, on_admitted, home)
 
@@ -707,6 +716,31 @@ class NativeExchange:
             max_output_tokens=asked.max_output_tokens,
             tenant=self.terms.caller.tenant_id,
         )
+
+
+def lineage_in(
+    body: Mapping[str, Any], told: Lineage, before: ResourceOwner | None = None
+) -> Lineage:
+    """Where a call stands, by its body and by what its headers have `told`. before: of the answer
+    that it continues."""
+    opening = opening_of(body)
+    digest = blake2b(opening, digest_size=_OPENING_BYTES).hexdigest() if opening else None
+    name = told.conversation or _name_in(body) or (before and before.conversation)
+    if not name and digest is not None:
+        name = f"opening-{digest}"
+    parent_id = None if before is None else before.request_id
+    return Lineage(name or None, digest, parent_id, told.trace_id, told.parent_span)
+
+
+def _name_in(body: Mapping[str, Any]) -> str | None:
+    """The name that a request's body gives to its conversation: one at the provider, or a key of
+    its prompt cache."""
+    kept = body.get("conversation")
+    named = kept.get("id") if isinstance(kept, Mapping) else kept
+    for one in (named, body.get("prompt_cache_key")):
+        if isinstance(one, str) and one and one.isprintable():
+            return one[:_LONGEST_NAME]
+    return None
 
 
 def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:

@@ -30,7 +30,6 @@ from tidegate.dialects.spec import Dialect, OngoingWork
 from tidegate.errors import InvalidRequest, NotEnded, NotFound, UpstreamGarbled
 from tidegate.policy.deployment import Upstream
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
-from tidegate.spine.affinity import lineage_in
 from tidegate.spine.routing import Target, Targets
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
@@ -207,20 +206,16 @@ class Resources:
                 raise InvalidRequest(one.field, said, allowed=allowed)
         return left
 
-    async def place(
-        self,
-        record: CallRecord,
-        dialect: Dialect,
-        body: Mapping[str, Any],
-        references: Sequence[Reference],
-    ) -> None:
-        """Fill in the lineage of a call, whose references `among` has let pass."""
+    async def continued(
+        self, dialect: Dialect, references: Sequence[Reference]
+    ) -> ResourceOwner | None:
+        """The row of the answer that a call continues, whose references `among` has let pass."""
         before = None
         for one in references:
             if one.field in _CONTINUED:
                 owners = await self._store.owners(dialect, one.kind, [one.resource_id])
                 before = owners.get(one.resource_id)
-        record.lineage = lineage_in(body, record.lineage, before)
+        return before
 
     # Lists
 

@@ -18,8 +18,9 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from operator import attrgetter, itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import asyncpg
@@ -44,9 +45,8 @@ from tidegate.store.records import (
     cleaned,
     dumps,
 )
-from tidegate.store.retention import Mark, erased_among, erased_entries
 from tidegate.store.spill import CallJournal, Spill
-from tidegate.store.statistics import READ, add_usage
+from tidegate.store.statistics import READ, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
 
 log = get_logger()
@@ -161,6 +161,53 @@ def unpack(encoding: str, packed: bytes) -> Any:
     if encoding != ENCODING:
         raise ValueError(f"a body in the unknown encoding {encoding!r}")
     return orjson.loads(zlib.decompress(packed))
+
+
+class Mark(NamedTuple):
+    """Whose a record is, and when the call was received."""
+
+    tenant_id: str
+    subject: str | None
+    received_at: datetime | str
+
+
+def digest_of(subject: str) -> bytes:
+    return sha256(subject.encode()).digest()
+
+
+async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) -> set[int]:
+    """The places of those that are not to be written."""
+    tenants = {mark.tenant_id for mark in marks}
+    digests = {mark.subject: digest_of(mark.subject) for mark in marks if mark.subject is not None}
+    found = await connection.fetch(sql("get_erased"), list(tenants), list(digests.values()))
+    return set(_matching(marks, digests, found)) if found else set()
+
+
+async def erased_entries(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
+    """Of the recorder's entries those whose tenant or subject was erased; of a job its request is
+    gone, which is enough."""
+    whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer", NOTED)]
+    if not whole:
+        return []
+    marks = []
+    for entry in whole:
+        row = entry["row"]
+        received_at = row["created_at"] if entry["op"] == "stream" else row["submitted_at"]
+        marks.append(Mark(row["tenant_id"], row.get("subject"), received_at))
+    return [whole[place] for place in await erased_among(connection, marks)]
+
+
+def _matching(
+    marks: Sequence[Mark], digests: Mapping[str, bytes], found: Sequence[Mapping[str, Any]]
+) -> Iterable[int]:
+    for place, mark in enumerate(marks):
+        digest = None if mark.subject is None else digests[mark.subject]
+        for row in found:
+            is_tenants = row["tenant_id"] in (None, mark.tenant_id)
+            is_subjects = row["subject_digest"] in (None, digest)
+            if is_tenants and is_subjects and moment_of(mark.received_at) <= row["erased_at"]:
+                yield place
+                break
 
 
 _OTHER_OPS = (*KEY_OPS, NOTED)  # what is no call

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -23,12 +22,11 @@ import asyncpg
 from tidegate.call import new_id
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store import database as partitions
+from tidegate.store.audit import digest_of
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, Work, count_in, sql
-from tidegate.store.provider.resources import NOTED
 from tidegate.store.records import Json
 from tidegate.store.spill import scrub
-from tidegate.store.statistics import moment_of
 from tidegate.telemetry.logging import Log, get_logger
 
 T = TypeVar("T")
@@ -114,18 +112,6 @@ class Whose:
                 raise ConfigError(name, ascii(value), "must be printable")
 
 
-class Mark(NamedTuple):
-    """Whose a record is, and when the call was received."""
-
-    tenant_id: str
-    subject: str | None
-    received_at: datetime | str
-
-
-def digest_of(subject: str) -> bytes:
-    return sha256(subject.encode()).digest()
-
-
 async def mark_erased(
     connection: asyncpg.Connection, tenant_id: str | None, subject: str | None
 ) -> None:
@@ -138,41 +124,6 @@ async def mark_erased(
         raise StoreUnavailable("the table `erased` is in use, perhaps by a backup") from None
     digest = None if subject is None else digest_of(subject)
     await connection.execute(sql("add_erased"), new_id(), tenant_id, digest)
-
-
-async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) -> set[int]:
-    """The places of those that are not to be written."""
-    tenants = {mark.tenant_id for mark in marks}
-    digests = {mark.subject: digest_of(mark.subject) for mark in marks if mark.subject is not None}
-    found = await connection.fetch(sql("get_erased"), list(tenants), list(digests.values()))
-    return set(_matching(marks, digests, found)) if found else set()
-
-
-async def erased_entries(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
-    """Of the recorder's entries those whose tenant or subject was erased; of a job its request is
-    gone, which is enough."""
-    whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer", NOTED)]
-    if not whole:
-        return []
-    marks = []
-    for entry in whole:
-        row = entry["row"]
-        received_at = row["created_at"] if entry["op"] == "stream" else row["submitted_at"]
-        marks.append(Mark(row["tenant_id"], row.get("subject"), received_at))
-    return [whole[place] for place in await erased_among(connection, marks)]
-
-
-def _matching(
-    marks: Sequence[Mark], digests: Mapping[str, bytes], found: Sequence[Mapping[str, Any]]
-) -> Iterable[int]:
-    for place, mark in enumerate(marks):
-        digest = None if mark.subject is None else digests[mark.subject]
-        for row in found:
-            is_tenants = row["tenant_id"] in (None, mark.tenant_id)
-            is_subjects = row["subject_digest"] in (None, digest)
-            if is_tenants and is_subjects and moment_of(mark.received_at) <= row["erased_at"]:
-                yield place
-                break
 
 
 async def make_partitions(connections: Connections) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import openai
@@ -18,8 +19,11 @@ from tests.waiting import wait_until
 LINES = 60
 # What is reserved for a line at least; it takes less.
 A_LINE = 800
-LEFT = """
-    SELECT min(b.amount - k.spent - k.held) FROM budgets b JOIN budget_books k ON k.budget = b.name
+# In one look: what is held for a line goes back when it ends, and the next one is called.
+HALTED = """
+    SELECT min(b.amount - k.spent - k.held) < $1 AND NOT EXISTS (
+        SELECT FROM batch_lines WHERE state IN ('claimed', 'calling')
+    ) FROM budgets b JOIN budget_books k ON k.budget = b.name
 """
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "rate_limits": {"text_only": 2}}
 
@@ -35,13 +39,7 @@ async def with_key(
 async def stands_still(gateway: Gateway, client: AsyncOpenAI, batch: Batch) -> int:
     """How many lines had been called when the batch came to a halt, with others left."""
 
-    async def halted() -> bool:
-        left = await gateway.database.fetchval(LEFT)
-        busy = await gateway.database.fetchval(
-            "SELECT count(*) FROM batch_lines WHERE state IN ('claimed', 'calling')"
-        )
-        return left is not None and left < A_LINE and busy == 0
-
+    halted = partial(gateway.database.fetchval, HALTED, A_LINE)
     await wait_until(halted, 20, "a batch that stands still")
     done = await completed(client, batch)
     assert (await client.batches.retrieve(batch.id)).status == "in_progress"

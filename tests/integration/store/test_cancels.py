@@ -86,7 +86,7 @@ async def test_the_worker_of_a_running_job_hears_of_it_and_no_other_does(
     hearing = asyncio.create_task(store.notifications.wait_cancels(20_000))
     await wait_until(lambda: store.notifications._line is not None)
     # The last channel that a process listens on: it listens on that of cancels by then.
-    listened = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%budgets%'"
+    listened = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%upstreams%'"
     await wait_until(lambda: other.connections.run(lambda c: c.fetchval(listened)))
     assert await other.jobs.cancel(job.request_id, "default") is Status.RUNNING
     assert await hearing == {job.request_id}

@@ -10,7 +10,14 @@ import pytest
 
 from tidegate.dialects import DIALECTS, endpoint_of, requests
 from tidegate.dialects.answers import asking_for_usage
-from tidegate.dialects.requests import LARGE_BYTES, check_said_once, opening_of, parsed, skimmed
+from tidegate.dialects.requests import (
+    LARGE_BYTES,
+    check_said_once,
+    conversation_of,
+    opening_of,
+    parsed,
+    skimmed,
+)
 from tidegate.dialects.spec import Dialect, RequestFacts
 from tidegate.errors import TidegateError
 
@@ -156,3 +163,13 @@ def test_a_large_file_begins_a_conversation_alike_in_all_processes(
     monkeypatch.setattr(requests, "_MARK", "f" * 32)
     assert skimmed(raw).body != here.body
     assert opening_of(skimmed(raw).body) == opening
+
+
+@pytest.mark.parametrize("name", ["messages", "input", "contents"])
+def test_what_is_nested_too_deeply_begins_no_conversation(name: str) -> None:
+    deep = f'{{"{name}":[{"[" * 300}{"]" * 300}]}}'.encode()
+    body = orjson.loads(deep)
+    assert opening_of(body) == b""
+    assert conversation_of(body) is None
+    body = {"tools": body[name], "input": "Say hello"}
+    assert opening_of(body) == b""
