@@ -182,10 +182,12 @@ class Admissions:
             assert spent <= limit.bound, f"{spent} of {name} in a window"
 
     def _check_bucket(self, name: str, limit: Rate, now: int) -> None:
-        """Since no earlier time has more been let in than the bound and what has refilled."""
+        """Since no earlier time has more been let in than the bound and what has refilled. What a
+        limit in flight let in before it became a bucket was not taken from it."""
         since = sorted(
             (now - one.at, min(limit.bound, one.amounts.get(name, 0)))
             for one in self._admitted.values()
+            if name in one.windows
         )
         taken = 0
         for age_ms, amount in since:

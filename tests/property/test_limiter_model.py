@@ -113,14 +113,20 @@ class PoolMachine(Traffic):
             if what == "killed and revoked":
                 world.revoke(client.sid)
         elif what == "paused":
-            # With "reuse", who stood still is over until he learns of it.
-            client.paused = self.shape.hold and not client.paused
+            # With "reuse", who stood still is over until he learns of it; nor can the server hold
+            # what it has lost and was not told again.
+            client.paused = self.shape.hold and not client.paused and self.is_known(client)
         elif what.startswith("server"):
             self.trouble_with_the_server(what)
         elif not self.strict and what == "clock jumped":
             world.jump(by_ms)
         elif not self.strict:
             world.revoke(client.sid if who else client.session.name)
+
+    def is_known(self, client: Client) -> bool:
+        """Whether the server knows of all that a client holds."""
+        session = self.world.model.pool.sessions.get(client.sid)
+        return session is not None and client.queue.held.keys() <= session.held.keys()
 
     def lose_the_subscription_or_find_it_again(self, client: Client) -> None:
         if client.subscribed:

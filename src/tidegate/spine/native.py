@@ -145,9 +145,8 @@ class Relay:
     ) -> None:
         """Make the call; its answer goes to `out` as it comes, and `record` is filled.
 
-        Raises InvalidRequest, Forbidden and NotFound, and what `Spine.run` raises; after
-        `out.started` nothing more can be sent to the client but that it failed. Cancellation leaves
-        neither a waiter nor an open upstream call.
+        Raises InvalidRequest, Forbidden, NotFound and what `Spine.run` raises; after `out.started`
+        a client can only learn that it failed. Cancellation leaves no waiter and no open call.
         """
         endpoint, caller = call.endpoint, call.terms.caller
         if not endpoint.is_counted and await self._answered_here(call, out, record):
@@ -192,9 +191,8 @@ class Relay:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
         if asked is not None and endpoint.operation is Operation.INFER:
-            before = None
-            if references:
-                before = await self.resources.continued(endpoint.dialect, references)
+            continued = self.resources.continued
+            before = await continued(endpoint.dialect, references) if references else None
             record.lineage = lineage_in(body, record.lineage, before)
             home = self._home(call, asked.model, record, targets)
         await self.spine.run(exchange, record, targets, on_admitted, home)
