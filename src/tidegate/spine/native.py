@@ -191,11 +191,20 @@ class Relay:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
         if asked is not None and endpoint.operation is Operation.INFER:
-            continued = self.resources.continued
-            before = await continued(endpoint.dialect, references) if references else None
-            record.lineage = lineage_in(body, record.lineage, before)
+            record.lineage = await self._lineage(call, body, record.lineage, references)
             home = self._home(call, asked.model, record, targets)
         await self.spine.run(exchange, record, targets, on_admitted, home)
+
+    async def _lineage(
+        self,
+        call: NativeCall,
+        body: Mapping[str, Any],
+        told: Lineage,
+        references: Sequence[Reference],
+    ) -> Lineage:
+        continued = self.resources.continued
+        before = await continued(call.endpoint.dialect, references) if references else None
+        return lineage_in(body, told, before)
 
     def _hand_over(
         self, exchange: NativeExchange, record: CallRecord, making: Making
