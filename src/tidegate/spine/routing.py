@@ -239,7 +239,7 @@ class Gate:
         return self._drained
 
     def drain(self, drained: bool) -> None:
-        """Take no new call from now on, or take calls again. Calls that wait are told."""
+        """Take no new call from now on, or take calls again. Waiting calls learn of it."""
         if drained is not self._drained:
             self._drained = drained
             self.limiter.tell_all()

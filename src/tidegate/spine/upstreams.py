@@ -1,7 +1,7 @@
 """Upstreams of a process while it runs: opened, changed, drained and removed between calls.
 
     proposed ──► prepared: made, pool entered, credentials read ──► in force: swapped ──► old closed
-                     └── a problem, which the proposer is told
+                     └── a problem, reported to the proposer
 
 Every process follows the revisions on record: by a notification, and every two seconds without
 one. A change is proposed by the process that an operator asked, and put in force once every
@@ -252,7 +252,7 @@ class LiveUpstreams:
             self._learners[name] = asyncio.create_task(learning.run())
 
     async def aclose(self) -> None:
-        """Close all; the record is told that this process has ended."""
+        """Close all; note on record that this process has ended."""
         with suppress(StoreUnavailable):
             await self.record.leave(self._process.instance_id)
         for learner in self._learners.values():
