@@ -21,7 +21,7 @@ from tests.waiting import wait_until
 from tidegate.emulator.client import EmulatorControl
 from tidegate.store.database import HEAD, migrate
 
-_VERSIONS = "src/tidegate/store/migrations/versions"
+_VERSIONS = "src/tidegate/store/migrations"
 
 
 def _say(line: str) -> None:
@@ -36,7 +36,7 @@ def _told(load: Steady, since: float) -> None:
 @pytest.fixture
 def older(tmp_path: Path) -> Iterator[Path]:
     """The code as it was before the newest migration."""
-    newest = max((ROOT / _VERSIONS).glob("r0*.py")).name
+    newest = max((ROOT / _VERSIONS).glob("r0*.sql")).name
     folder = checkout_before(f"{_VERSIONS}/{newest}", tmp_path / "older")
     yield folder
     forget_checkout(folder)

@@ -9,7 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src/tidegate"
 HEAD = Path(__file__).with_name("code_head.md")
-NOT_SHOWN = ("migrations/",)
 FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin"),
     *(

@@ -28,8 +28,6 @@ SOURCE = ROOT / "src" / "tidegate"
 RESERVED = {
     "redis": ("limiter/",),
     "asyncpg": ("store/",),
-    "alembic": ("store/",),
-    "sqlalchemy": ("store/",),
     "obstore": ("store/",),
     "google": ("upstream/",),
     "httpx": ("integrations/",),
@@ -52,7 +50,7 @@ PURE = (
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),
     *("threading", "multiprocessing", "pathlib", "shutil", "tempfile", "logging", "sqlite3"),
-    *("aiohttp", "httpx2", "httpx", "requests", "redis", "asyncpg", "sqlalchemy", "alembic"),
+    *("aiohttp", "httpx2", "httpx", "requests", "redis", "asyncpg"),
     *("fastapi", "starlette", "uvicorn", "google", "obstore", "structlog", "uvloop", "dotenv"),
 }
 # Started by its name or its path, not by an import.
@@ -63,10 +61,7 @@ ENTRIES = {
     "tidegate.integrations.httpx": "for users of httpx",
     "tidegate.integrations.httpx2": "for users of httpx2",
     "tidegate.emulator.__main__": "python -m tidegate.emulator.server",
-    "tidegate.store.migrations.env": "Alembic loads it by its path",
-    "tidegate.store.migrations.versions": "the folder of the steps",
 }
-LOADED_BY_PATH = "tidegate.store.migrations.versions."
 
 
 @cache
@@ -166,7 +161,7 @@ def test_pure_files_import_no_library_that_does_io() -> None:
         assert not {name.split(".")[0] for name in imported} & DOES_IO, path
 
 
-LATE_LIBRARIES = ["google.genai", "alembic", "sqlalchemy", "httpx2"]
+LATE_LIBRARIES = ["google.genai", "httpx2"]
 IMPORTED_LATE = {
     "tidegate.integrations.httpx2": "for users of httpx2, who have imported it",
     "tidegate.upstream.gemini_transport": "a client of the SDK: imported when a processor starts",
@@ -174,9 +169,8 @@ IMPORTED_LATE = {
 
 
 @pytest.mark.slow
-def test_starting_a_process_imports_neither_the_sdk_nor_alembic() -> None:
-    names = [name for name in modules() if not name.startswith("tidegate.store.migrations")]
-    names = [name for name in names if name not in IMPORTED_LATE and "__main__" not in name]
+def test_starting_a_process_does_not_import_the_sdk() -> None:
+    names = [name for name in modules() if name not in IMPORTED_LATE and "__main__" not in name]
     script = (
         "import importlib, sys\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
@@ -209,8 +203,7 @@ def test_every_module_is_imported_from_somewhere() -> None:
         }
     used |= {name.partition(":")[0] for name in used if ":" in name}
     used |= {".".join(name.split(".")[:depth]) for name in used for depth in (2, 3, 4)}
-    dead = {name for name in modules() if name not in used and not name.startswith(LOADED_BY_PATH)}
-    assert dead == set()
+    assert {name for name in modules() if name not in used} == set()
 
 
 def test_each_module_named_in_a_list_of_exceptions_exists() -> None:

@@ -139,7 +139,7 @@ def test_the_version_is_shown(tmp_path: Path) -> None:
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    heavy = {"fastapi", "uvicorn", "sqlalchemy", "alembic", "asyncpg", "google.genai", "pydantic"}
+    heavy = {"fastapi", "uvicorn", "asyncpg", "google.genai", "pydantic"}
     heavy |= {"aiohttp", "redis", "orjson", "rich.console", "tidegate.settings", "tidegate.limiter"}
     program = f"import sys, tidegate.cli; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run(

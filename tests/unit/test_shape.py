@@ -28,7 +28,6 @@ LISTS = Path(__file__).with_name("shrinking.json")
 MOST_MODULES_OF_A_ROOM = 20
 LEAST_LINES_OF_ONE_IMPORTER = 150
 MOST_NEAR_DUPLICATES = 100
-STEPS = SOURCE / "store/migrations/versions"
 # What a module's first line does not begin with: it names what the module owns, or what it does.
 NO_NOUN = re.compile(
     r"(?:what|who|how|where|when|why|whether|which|it|this|that|these|those|one|all|everything"
@@ -54,7 +53,7 @@ FORBIDDEN = {
 
 
 def crowded_rooms() -> Iterator[str]:
-    for folder in {path.parent for path in modules()} - {STEPS}:
+    for folder in {path.parent for path in modules()}:
         count = sum(path.parent == folder for path in modules())
         if count > MOST_MODULES_OF_A_ROOM:
             yield folder.relative_to(SOURCE).as_posix()
@@ -65,7 +64,7 @@ def small_modules_of_one_importer() -> Iterator[str]:
     private names of a package (`_compat.py`) is apart on purpose."""
     importers = importers_of()
     for path in modules():
-        if path.parent == STEPS or path.name in ("__init__.py", "__main__.py", "_compat.py"):
+        if path.name in ("__init__.py", "__main__.py", "_compat.py"):
             continue
         lines = len(path.read_text(encoding="utf-8").splitlines())
         users = importers[dotted(path)]
@@ -90,7 +89,7 @@ def modules_of_one_name() -> Iterator[str]:
     names = Counter(
         f"{path.relative_to(SOURCE).parts[0]}/{path.stem}"
         for path in modules()
-        if path.parent not in (SOURCE, STEPS) and path.stem not in ("__init__", "__main__")
+        if path.parent != SOURCE and path.stem not in ("__init__", "__main__")
     )
     yield from (name for name, count in names.items() if count > 1)
 
@@ -98,7 +97,7 @@ def modules_of_one_name() -> Iterator[str]:
 def classes_that_inherit() -> Iterator[str]:
     """From a class of ours that is neither an error nor a protocol."""
     for path in modules():
-        if path.name == "__main__.py" or STEPS.parent in path.parents:
+        if path.name == "__main__.py":
             continue  # importing it runs it
         module = import_module(dotted(path))
         for name, value in vars(module).items():

@@ -15,7 +15,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -25,7 +25,6 @@ from weakref import WeakValueDictionary
 
 import asyncpg
 
-from tidegate.call import new_id
 from tidegate.errors import ConfigError, StoreUnavailable, TidegateError
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -739,12 +738,40 @@ async def settle_restored(url: str) -> None:
         await connection.close()
 
 
+# The name is Alembic's, which ran the steps at first.
+_NEW_RECORD = """
+    CREATE TABLE IF NOT EXISTS alembic_version (
+        version_num varchar(32) NOT NULL CONSTRAINT alembic_version_pkc PRIMARY KEY
+    )
+"""
+
+
+def steps() -> Iterator[tuple[str, str]]:
+    """Each revision with the SQL that leads to it from the one before."""
+    folder = files("tidegate.store") / "migrations"
+    for step in sorted(folder.iterdir(), key=lambda step: step.name):
+        yield step.name[1:5], step.read_text(encoding="utf-8")
+
+
+async def upgrade(connection: asyncpg.Connection, until: str = HEAD) -> None:
+    """Run the missing steps up to a revision, all or none. Other processes wait for the end."""
+    async with connection.transaction():
+        await connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        before = await revision_of(connection)
+        await connection.execute(_NEW_RECORD)
+        for revision, step in steps():
+            if (before or "") < revision <= until:
+                await connection.execute(step)
+                await connection.execute("DELETE FROM alembic_version")
+                await connection.execute(f"INSERT INTO alembic_version VALUES ('{revision}')")
+
+
 async def migrate(url: str) -> str | None:
     """Run the missing steps and make partitions ahead.
 
     Returns the new revision, or None where there was nothing to do. Raises StoreUnavailable when
     PostgreSQL can't be reached, and ConfigError for a database from before the first release.
-    Cancellation does not stop steps under way.
+    A step that fails, or is cancelled, leaves the database as it was.
     """
     connection = await _connected(url)
     try:
@@ -753,7 +780,7 @@ async def migrate(url: str) -> str | None:
             names = f"names a database {UNRELEASED.format(before)}; {START_EMPTY}"
             raise ConfigError("DATABASE_URL", None, names)
         if before is None or before < HEAD:
-            await asyncio.to_thread(_upgrade, url)
+            await upgrade(connection)
         async with connection.transaction():
             after = await revision_of(connection)
             await make_ahead(connection, datetime.now(UTC).date())
@@ -763,51 +790,3 @@ async def migrate(url: str) -> str | None:
         return None
     get_logger().info(Log.MIGRATED, before=before, after=after)
     return after
-
-
-class _DistinctlyPrepared(asyncpg.Connection):  # type: ignore[misc] # it has no types
-    """Gives the statements that SQLAlchemy prepares names that no other client uses.
-
-    PgBouncer passes on server connections with what was prepared in them, and asyncpg counts its
-    names from one in every process.
-    """
-
-    async def prepare(self, query: str, **more: Any) -> Any:
-        return await super().prepare(query, **{**more, "name": f"tidegate_{new_id().hex}"})
-
-
-def _upgrade(url: str) -> None:
-    """Alembic is synchronous under SQLAlchemy's greenlets: it gets a thread and a loop."""
-    asyncio.run(_upgrade_under_lock(url))
-
-
-async def _upgrade_under_lock(url: str) -> None:
-    # Imported here: together they cost more than a second of start-up.
-    from alembic import command
-    from alembic.config import Config
-    from sqlalchemy import Connection, text
-    from sqlalchemy.ext.asyncio import create_async_engine
-    from sqlalchemy.pool import NullPool
-
-    config = Config()
-    config.set_main_option("script_location", "tidegate.store:migrations")
-
-    def upgrade(connection: Connection) -> None:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-    async def connect() -> asyncpg.Connection:
-        return await asyncpg.connect(
-            url,
-            timeout=_CONNECT_TIMEOUT_S,
-            statement_cache_size=0,
-            connection_class=_DistinctlyPrepared,
-        )
-
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
-    try:
-        async with engine.begin() as connection:
-            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-            await connection.run_sync(upgrade)
-    finally:
-        await engine.dispose()

@@ -15,7 +15,7 @@ CLIENT = {"redis", "hiredis", "msgpack"}
 OF_THE_CLIENT = {"async-timeout"}
 FOREIGN = {
     *("fastapi", "starlette", "uvicorn", "aiohttp", "httpx", "httpx2", "google", "pydantic"),
-    *("asyncpg", "sqlalchemy", "alembic", "structlog", "typer", "rich", "orjson", "obstore"),
+    *("asyncpg", "structlog", "typer", "rich", "orjson", "obstore"),
 }
 
 ADMIT = """

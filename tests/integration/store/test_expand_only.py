@@ -5,19 +5,12 @@ Judged by what PostgreSQL says of its tables after each step, not by the words o
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import asyncpg
 
-from tidegate.store import database as partitions
-from tidegate.store.database import HEAD
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
+from tidegate.store.database import HEAD, steps, upgrade
 
 # What a step may do although it takes something away from the version before, and why that is none.
 _EXCEPTIONS: dict[tuple[str, str], str] = {}
@@ -84,50 +77,22 @@ def _taken_away(before: _Schema, after: _Schema) -> Iterator[str]:
             yield f"{table} has a new rule: {rule}"
 
 
-def _upgrade(url: str, revision: str) -> None:
-    from alembic import command  # with SQLAlchemy, 200 modules
-    from alembic.config import Config
-    from sqlalchemy.ext.asyncio import create_async_engine
-    from sqlalchemy.pool import NullPool
-
-    async def run() -> None:
-        config = Config()
-        config.set_main_option("script_location", "tidegate.store:migrations")
-
-        def upgrade(connection: Connection) -> None:
-            config.attributes["connection"] = connection
-            command.upgrade(config, revision)
-
-        engine = create_async_engine(
-            url.replace("postgresql://", "postgresql+asyncpg://"), poolclass=NullPool
-        )
-        async with engine.begin() as connection:
-            await connection.run_sync(upgrade)
-        await engine.dispose()
-
-    asyncio.run(run())
-
-
-def _revisions() -> list[str]:
-    folder = Path(partitions.__file__).parent / "migrations" / "versions"
-    return sorted(path.name[1:5] for path in folder.glob("r0*.py"))
-
-
 async def test_every_step_leaves_the_version_before_all_that_it_needs(
     empty_database_url: str,
 ) -> None:
     connection = await asyncpg.connect(empty_database_url)
     found: dict[tuple[str, str], str] = {}
     before = await _seen(connection)
-    for revision in _revisions():
-        await asyncio.to_thread(_upgrade, empty_database_url, revision)
+    revisions = [revision for revision, _ in steps()]
+    for revision in revisions:
+        await upgrade(connection, revision)
         after = await _seen(connection)
         assert len(after.columns) >= len(before.columns)
         for what in _taken_away(before, after):
             found[revision, what] = _EXCEPTIONS.get((revision, what), "")
         before = after
     await connection.close()
-    assert _revisions()[-1] == HEAD
+    assert revisions[-1] == HEAD
     assert {place: why for place, why in found.items() if not why} == {}, "the version before"
     assert set(found) == set(_EXCEPTIONS), "an exception that is not needed"
 

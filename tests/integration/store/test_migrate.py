@@ -22,8 +22,8 @@ async def test_a_migration_reports_its_revision_and_the_next_has_nothing_to_do(
 
 
 async def test_the_code_needs_the_newest_revision(empty_database_url: str) -> None:
-    folder = Path(partitions.__file__).parent / "migrations" / "versions"
-    assert max(path.name[1:5] for path in folder.glob("r0*.py")) == HEAD
+    folder = Path(partitions.__file__).parent / "migrations"
+    assert max(path.name[1:5] for path in folder.glob("r0*.sql")) == HEAD
 
 
 async def test_processes_that_migrate_at_once_are_safe(empty_database_url: str) -> None:

@@ -1,4 +1,7 @@
 -- Budgets, their books, what is reserved of them, and the alerts that they raise.
+--
+-- The budgets of tenants become rows of `budgets`, with what was spent of them so far. Their columns
+-- in `tenants` stay for processes of the version before, and are read no more.
 
 -- Whom a budget binds: each of tenant, key, model, subject and conversation that is not null
 -- must match; `model` is a pattern. Each value of the dimensions in `each` has a book of its own.

@@ -1,1 +1,0 @@
-"""Alembic's folder: raw SQL steps, run only by `tidegate.store.database`."""
