@@ -38,13 +38,13 @@ STREAMS_AND_PLAIN = 60
 
 @asynccontextmanager
 async def deployed(
-    folder: Path, abandoned: str = "wait"
+    folder: Path, abandoned: str = "wait", workers: int = 0
 ) -> AsyncIterator[tuple[Fleet, LlamaServer]]:
     async with llama_server(folder, slots=SLOTS) as server:
         policy = folder / "policy.toml"
         policy.write_text(POLICY.format(url=server.url, abandoned=abandoned, slots=SLOTS))
         settings = {"TIDEGATE_POLICY": str(policy), "STREAM_WAIT_MS": "300000"}
-        async with Fleet(folder / "fleet", workers=0, settings=settings) as fleet:
+        async with Fleet(folder / "fleet", workers=workers, settings=settings) as fleet:
             yield fleet, server
 
 
@@ -90,13 +90,31 @@ async def leave(url: str, sent: dict[str, Any]) -> None:
         await answer.read()
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+async def call_off(url: str, sent: dict[str, Any]) -> None:
+    """Submit it as a job; cancelled, the job is called off."""
+    async with aiohttp.ClientSession() as session:
+        job = {"endpoint": CHAT, "body": sent}
+        async with session.post(f"{url}/submit", json=job) as answer:
+            assert answer.status == 202
+            request_id = (await answer.json())["request_id"]
+        try:
+            await asyncio.Event().wait()
+        finally:
+            async with session.delete(f"{url}/requests/{request_id}") as answer:
+                assert answer.status in {200, 202}
+
+
+@pytest.mark.parametrize("kind", ["plain calls", "streams", "jobs"])
 async def test_slots_of_who_left_are_given_again_when_they_are_free(
-    tmp_path: Path, streamed: bool
+    tmp_path: Path, kind: str
 ) -> None:
-    """Of plain calls exactly; a stream's slot is free one step of the server after its end."""
-    kind = "streams" if streamed else "plain calls"
-    async with deployed(tmp_path) as (fleet, server), aiohttp.ClientSession() as session:
+    """Of plain calls and jobs exactly; a stream's slot is free one step of the server after its
+    end."""
+    streamed, asked = kind == "streams", call_off if kind == "jobs" else leave
+    async with (
+        deployed(tmp_path, workers=kind == "jobs") as (fleet, server),
+        aiohttp.ClientSession() as session,
+    ):
         urls, watch, waited_s = list(fleet.apis), Watch(server.url), 0.0
         watching = asyncio.create_task(watch.watch())
         for number in range(ROUNDS):
@@ -105,7 +123,7 @@ async def test_slots_of_who_left_are_given_again_when_they_are_free(
             )
             leaving = [
                 asyncio.create_task(
-                    leave(urls[1], body(f"leaver {number} {one}", 80, streamed=streamed))
+                    asked(urls[1], body(f"leaver {number} {one}", 80, streamed=streamed))
                 )
                 for one in range(SLOTS - 1)
             ]

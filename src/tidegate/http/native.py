@@ -65,6 +65,7 @@ from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
 from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure, Lineage
 from tidegate.spine.bodies import FormBody
 from tidegate.spine.native import AT_UPSTREAM, MAX_BYTES, NativeCall
+from tidegate.spine.out import client_left
 from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState
 from tidegate.store.records import Idempotency
@@ -347,8 +348,7 @@ class _Front:
         direct = offered is not None and scope["method"] != "HEAD"
         self._direct: Direct | None = offered["answer"] if direct else None
 
-    @property
-    def gone(self) -> bool:
+    def has_left(self) -> bool:
         return self._presence is not None and self._presence.gone
 
     async def answer(self, endpoint: Endpoint) -> None:
@@ -383,7 +383,7 @@ class _Front:
                 usual_wait_ms=self._services.config.stream_wait_ms,
                 tracing=self._services.spine.tracing,
             )
-            call.form = form
+            call.form, call.terms.left = form, self.has_left
             if self._services.store.audit.is_full:
                 await self._services.store.audit.room(call.terms.left_ms())
             opening = self._opening(call)
@@ -517,7 +517,7 @@ class _Front:
                 await self.tell(slow)
                 return Status.FAILED, Failure.of(slow)
             if presence.gone:
-                return Status.CANCELLED, _client_left(self._record.went_on_ms)
+                return Status.CANCELLED, client_left(self._record)
             stopping = ShuttingDown("this process is stopping; retry")
             await self.tell(stopping)
             return Status.FAILED, Failure.of(stopping)
@@ -680,10 +680,3 @@ async def _never() -> Message:
     """Stands for `receive` where the body is still being read by somebody else."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError("nobody sets this future")
-
-
-def _client_left(went_on_ms: float | None) -> Failure:
-    if went_on_ms is None:
-        return Failure("client_left", "the client went away")
-    said = f"the client went away; its upstream's work was over {went_on_ms:.0f} ms later"
-    return Failure("client_left", said)

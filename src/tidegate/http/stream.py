@@ -58,6 +58,7 @@ from tidegate.http.submission import BODY, Submission, ask_of, discard, read_sub
 from tidegate.http.views import prefix_of, usage_view
 from tidegate.limiter import Permit
 from tidegate.record import CallRecord, Failure, Lineage, OutputFile
+from tidegate.spine.out import client_left
 from tidegate.spine.run import Terms
 from tidegate.store.blobs import new_key
 from tidegate.store.records import NewJob
@@ -132,7 +133,6 @@ class _StreamEnd:
     error: TidegateError | None = None
 
 
-_CLIENT_LEFT = _StreamEnd(Status.CANCELLED, Failure("client_left", "the client went away"))
 _CLIENT_STALLED = _StreamEnd(
     Status.CANCELLED, Failure("client_stalled", "the client stopped reading and was cut")
 )
@@ -165,7 +165,7 @@ class StreamedAnswer(Response):
         super().__init__()
         self._services = services
         self._show_wait = show_wait and not plain_text  # plain text has no comments
-        self._is_admitted = False
+        self._is_admitted = self._has_left = False
         self._submission = submission
         self._prefix = prefix
         self._caller = caller
@@ -261,7 +261,8 @@ class StreamedAnswer(Response):
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
     ) -> _StreamEnd:
-        """Make the call; returns when it is over, closed, and its permit released."""
+        """Make the call; returns when it is over, closed, and its permit released. Where the
+        upstream goes on when its client leaves, that is later."""
         work = asyncio.create_task(self._answer(writer))
         stopping = False
         try:
@@ -271,13 +272,18 @@ class StreamedAnswer(Response):
             task.uncancel()
         finally:
             cut = not work.done()
-            work.cancel()
-            await asyncio.wait({work})
+            self._has_left = cut and not stopping
+            while not work.done():
+                work.cancel()
+                try:
+                    await asyncio.wait({work})
+                except asyncio.CancelledError:  # the server's grace is over now
+                    task.uncancel()
         error = None if work.cancelled() else work.exception()
         if stopping and (cut or error):
             return _failed(ShuttingDown("this process is stopping; retry"))
         if cut and (work.cancelled() or error):
-            return _CLIENT_LEFT
+            return _StreamEnd(Status.CANCELLED, client_left(self._record))
         match error:
             case None:
                 return _StreamEnd(Status.SUCCEEDED)
@@ -324,6 +330,7 @@ class StreamedAnswer(Response):
             trail=self._record.trail,
             conversation=self._submission.conversation,
             has_own_deadline=self._submission.deadline_ms is not None,
+            left=lambda: self._has_left,
         )
 
         async def admitted(_permit: Permit | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 from tidegate.call import Caller, Media, Status, Tier, new_id
@@ -148,9 +148,10 @@ async def run_wrapped(
     body: bytes,
     caller: Caller,
     max_attempts: int,
+    left: Callable[[], bool],
 ) -> None:
     """Make the call that a job wraps, with its `body`, on the budget of its `caller`, in its tier.
-    Raises UpstreamError, and what `Relay.run` raises else."""
+    left: as in `Terms`. Raises UpstreamError, and what `Relay.run` raises else."""
     assert job.endpoint is not None
     left_ms = time_left_ms(job)
     call = detached_call(
@@ -165,7 +166,7 @@ async def run_wrapped(
         preempted=job.preemptions,
         has_own_deadline=left_ms is not None,
     )
-    call.terms.conversation = job.conversation
+    call.terms.conversation, call.terms.left = job.conversation, left
     if job.tier is Tier.FLEX:
         call.body = in_tier(body, call.endpoint.dialect, job.tier)
     record.dialect, record.operation = call.endpoint.dialect.value, call.endpoint.name

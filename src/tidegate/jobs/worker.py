@@ -472,6 +472,9 @@ class Worker:
             return
         except TidegateError as error:
             failure = error
+            if record.went_on_ms is not None:  # it was called off before it failed
+                end_cancelling()
+                failure = CANCELLED
         except asyncio.CancelledError:
             if not self._stages.is_called_off(job):
                 self._outages.left(run.turn)
@@ -506,11 +509,11 @@ class Worker:
 
     async def _make(self, run: _JobRun, left_ms: int | None) -> None:
         job, kind, record = run.job, run.kind, run.record
-        caller = caller_of(job)
+        caller, left = caller_of(job), partial(self._stages.is_called_off, job)
         if job.endpoint is not None:
             async with self._bodies.of(job, kind) as body:
                 wrapped = partial(run_wrapped, self._relay, job, record, run.admitted, body=body)
-                await wrapped(caller=caller, max_attempts=self._config.max_attempts)
+                await wrapped(caller=caller, max_attempts=self._config.max_attempts, left=left)
             return
         if kind is Kind.IMAGE_GENERATION and self._blobs.away:
             await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
@@ -531,6 +534,7 @@ class Worker:
             waits_out=True,
             conversation=job.conversation,
             has_own_deadline=left_ms is not None,
+            left=left,
         )
         await self._prompts.run(call, terms, record, None, run.admitted)
 

@@ -462,13 +462,13 @@ class NativeExchange:
 
     async def _see_through(self, making: Callable[[], Awaitable[None]]) -> None:
         """At a server that may go on when its client leaves."""
-        out = self._out if isinstance(self._out, AttendedOut) else AttendedOut(self._out)
-        self._out = out
+        out, record = self._out, self._record
+        if not isinstance(out, AttendedOut):
+            self._out = out = AttendedOut(out, self.terms.left, record)
         try:
-            await out.see_through(making, streams=self._record.streamed)
+            await out.see_through(making, streams=record.streamed)
         finally:
             self.ended_alone = out.ended_alone
-            self._record.went_on_ms = out.went_on_ms
 
     async def _make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         call, record, self._sent = self._call, self._record, None

@@ -2,7 +2,8 @@
 
 Most servers stop when a connection is closed. Some go on computing, as llama.cpp does with a plain
 call: there the answer is read to its end, and the permit held, so that nobody is admitted to a slot
-that is not free. A stream is closed once it has begun, since such a server notices then.
+that is not free. A stream is closed once it has begun, since such a server notices then. Who calls
+a job off leaves it, too.
 
 Invariants: a call is seen to its end only because its client left, for at most its upstream's own
 timeouts; a second cancellation, such as that of a process that stops, closes it.
@@ -16,16 +17,13 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from tidegate.dialects.spec import Headers
+from tidegate.record import CallRecord, Failure
 
 
 class Out(Protocol):
-    """The way back to the client. `started` is true once the head of an answer has gone out,
-    `gone` once the client is known to have left."""
+    """The way back to the client. `started` is true once the head of an answer has gone out."""
 
     started: bool
-
-    @property
-    def gone(self) -> bool: ...
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of an answer; names are in lower case."""
@@ -41,7 +39,6 @@ class NothingOut:
     """Passes nothing on: the answer is kept in the call's `CallRecord`."""
 
     started = False
-    gone = False
 
     async def start(self, status: int, headers: Headers) -> None:
         pass
@@ -56,42 +53,43 @@ class NothingOut:
 class AttendedOut:
     """Passes all on to another until its client has left, and nothing from then on.
 
-    went_on_ms: how long the call was seen on without its client, None where it was not.
-    ended_alone: its answer came to its end meanwhile.
+    left: whether who asked for the call has left it, or called it off. record: notes how long it
+    was seen on then. ended_alone: its answer came to its end meanwhile.
     """
 
-    def __init__(self, out: Out) -> None:
+    def __init__(self, out: Out, left: Callable[[], bool], record: CallRecord) -> None:
         self._out = out
+        self._left = left
+        self._record = record
         self._making: asyncio.Task[None] | None = None
         self._streams = False
-        self.went_on_ms: float | None = None
         self.ended_alone = False
+
+    @property
+    def is_alone(self) -> bool:
+        return self._record.went_on_ms is not None
 
     @property
     def started(self) -> bool:
         """No other try may follow once the client has left, either."""
-        return self._out.started or self.went_on_ms is not None
+        return self._out.started or self.is_alone
 
     @started.setter
     def started(self, value: bool) -> None:
         self._out.started = value
 
-    @property
-    def gone(self) -> bool:
-        return self._out.gone
-
     async def start(self, status: int, headers: Headers) -> None:
-        if self.went_on_ms is None:
+        if not self.is_alone:
             await self._out.start(status, headers)
         elif self._streams and self._making is not None:
             self._making.cancel()
 
     async def body(self, piece: bytes, more: bool) -> None:
-        if self.went_on_ms is None:
+        if not self.is_alone:
             await self._out.body(piece, more)
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        if self.went_on_ms is None:
+        if not self.is_alone:
             await self._out.whole(status, headers, body)
 
     async def see_through(self, make: Callable[[], Awaitable[None]], *, streams: bool) -> None:
@@ -102,12 +100,12 @@ class AttendedOut:
         try:
             await asyncio.shield(making)
         except asyncio.CancelledError:
-            if self.gone and not (streams and self._out.started):
-                self.went_on_ms, began = 0.0, time.monotonic()
+            if self._left() and not (streams and self._out.started):
+                self._record.went_on_ms, began = 0.0, time.monotonic()
                 try:
                     await asyncio.wait({making})
                 finally:
-                    self.went_on_ms = (time.monotonic() - began) * 1000
+                    self._record.went_on_ms = (time.monotonic() - began) * 1000
                     await _ended(making)
                 if not making.cancelled():
                     making.result()
@@ -126,3 +124,11 @@ async def _ended(making: asyncio.Task[None]) -> None:
     if not making.done():
         making.cancel()
         await asyncio.wait({making})
+
+
+def client_left(record: CallRecord) -> Failure:
+    """Why a call was cancelled whose client left it."""
+    said = "the client went away"
+    if record.went_on_ms is not None:
+        said += f"; its upstream's work was over {record.went_on_ms:.0f} ms later"
+    return Failure("client_left", said)

@@ -66,7 +66,7 @@ from tidegate.limiter import Permit
 from tidegate.record import JUDGE, CallListeners, CallRecord, Failure
 from tidegate.settings import ClassifierMode, Config
 from tidegate.spine.native import NativeCall, NativeExchange, Relay
-from tidegate.spine.out import NothingOut, Out
+from tidegate.spine.out import AttendedOut, NothingOut, Out
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Terms
 from tidegate.store.blobs import Blobs
@@ -317,7 +317,6 @@ class PromptExchange:
     """
 
     bills = True
-    ended_alone = False
 
     def __init__(
         self,
@@ -329,7 +328,7 @@ class PromptExchange:
         types: list[str] | None = None,
     ) -> None:
         self.terms = terms
-        self.started = False
+        self.ended_alone = False
         self.judgement: tuple[Kind, str]
         self._ways = ways
         self._call = call
@@ -338,6 +337,11 @@ class PromptExchange:
         self._types = types
         self._plans: dict[tuple[str, str], _Plan] = {}
         self._native: tuple[NativeExchange, CallRecord] | None = None  # of the present try
+        self._shows = False  # something of an answer went to `sink`
+
+    @property
+    def started(self) -> bool:
+        return self._shows or self._record.went_on_ms is not None
 
     @property
     def is_heard(self) -> bool:
@@ -401,9 +405,14 @@ class PromptExchange:
 
     async def _by_sdk(self, target: Target, lane: Lane, *, is_try: bool) -> None:
         is_news, sink = is_try or lane.gate.has_doubts, self._sink
+        out = AttendedOut(NothingOut(), self.terms.left, self._record)
 
         async def pass_on(event: Event) -> None:
             nonlocal is_news
+            await out.start(200, [])
+            if out.is_alone:
+                return
+            out.started = True
             if is_news:
                 is_news = False
                 await lane.gate.worked(target.model, tried=is_try)
@@ -413,12 +422,22 @@ class PromptExchange:
         call = replace(self._at(target), traceparent=_began(self.terms.trail, target))
         self._record.dialect, self._record.operation = Dialect.GEMINI, "generate_content"
         self._record.sent = True
-        if self._types is None:
-            await processor.run(call, answer, None if sink is None else pass_on)
+
+        async def make() -> None:
+            if self._types is None:
+                await processor.run(call, answer, None if sink is None else pass_on)
+            else:
+                self.judgement = await processor.judge(
+                    call.prompt, self._types, model=call.model, answer=answer
+                )
+
+        if target.upstream.abandoned == "wait":
+            try:
+                await out.see_through(make, streams=sink is not None)
+            finally:
+                self.ended_alone = out.ended_alone
         else:
-            self.judgement = await processor.judge(
-                call.prompt, self._types, model=call.model, answer=answer
-            )
+            await make()
         if is_news:
             await lane.gate.worked(target.model, tried=is_try)
 
@@ -443,6 +462,7 @@ class PromptExchange:
             raise
         finally:
             answer.first_byte_ms = of_call.answer.first_byte_ms
+            self.ended_alone, record.went_on_ms = exchange.ended_alone, of_call.went_on_ms
         if of_call.coding:  # the pieces were not read as they came
             await self._pass_on(reading.take(of_call.text))
         await self._pass_on(reading.finish())
@@ -452,7 +472,7 @@ class PromptExchange:
     async def _pass_on(self, events: Sequence[Event]) -> None:
         if self._sink is not None:
             for event in events:
-                self.started = self.started or isinstance(event, Delta | Picture)
+                self._shows = self._shows or isinstance(event, Delta | Picture)
                 await self._sink(event)
 
     def settle(
@@ -557,27 +577,26 @@ def _planned(made: PromptCall, terms: Terms, call: Call) -> _Plan:
 class _ReadingOut:
     """Reads the answer as it comes, and passes its events on."""
 
-    started = False
-    gone = False  # a cancellation says it
-
     def __init__(
         self,
         reading: PromptAnswer,
         record: CallRecord,
         pass_on: Callable[[Sequence[Event]], Awaitable[None]],
     ) -> None:
+        self.started = False
         self._reading = reading
         self._record = record
         self._pass_on = pass_on
 
     async def start(self, status: int, headers: Headers) -> None:
-        pass
+        self.started = True
 
     async def body(self, piece: bytes, more: bool) -> None:
         if not self._record.coding:
             await self._pass_on(self._reading.take(piece))
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        await self.start(status, headers)
         await self.body(body, False)
 
 

@@ -167,12 +167,17 @@ def masked(body: bytes, target: Target) -> bytes:
     return body
 
 
+def _is_there() -> bool:
+    return False
+
+
 @dataclass(slots=True)
 class Terms:
     """On what terms a call is made.
 
     received: on the monotonic clock; wait_ms: from then to admission, None without a deadline.
     has_own_deadline: the caller gave it, so that it decides the order among its tenant's calls.
+    left: whether who asked for the call has left it, or called it off.
     repeats: whether an upstream that failed is called again by itself, and whether an estimate may
     refuse the call before its deadline; where not, a queue does that. most_tries: of all upstreams
     together. waits_out: whether a pause that outlasts the deadline is waited for, since it may be
@@ -192,6 +197,7 @@ class Terms:
     conversation: str | None = None
     preempted: int | None = None
     has_own_deadline: bool = False
+    left: Callable[[], bool] = _is_there
 
     def left_ms(self) -> float:
         """Until its deadline for admission; negative when it has passed, infinite without one."""

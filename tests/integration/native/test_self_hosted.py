@@ -39,10 +39,12 @@ async def server() -> AsyncIterator[Emulator]:
 
 @pytest.fixture
 def opened(open_gateway: Opener, tmp_path: Path, server: Emulator) -> Open:
-    async def open_one(more: str = "", provider: str = "llama.cpp") -> Gateway:
+    async def open_one(
+        more: str = "", provider: str = "llama.cpp", *, worker: bool = False
+    ) -> Gateway:
         path = tmp_path / "policy.toml"
         path.write_text(FILE.format(url=server.url, more=more, provider=provider))
-        return await open_gateway(worker=False, tidegate_policy=path)
+        return await open_gateway(worker=worker, tidegate_policy=path)
 
     return open_one
 
@@ -127,6 +129,62 @@ async def test_a_stream_that_has_begun_is_closed_and_one_that_has_not_once_it_be
     assert {call.outcome for call in outcomes.values()} == {"client_gone"}
     assert outcomes["not b"].output_tokens < 100, "no more than the first words were computed"
     await wait_until(lambda: held(gateway) == 0)
+
+
+JOBS: Final[dict[str, dict[str, Any]]] = {
+    "prompt": {"text": "called off", "model": "local", "type": "text_only"},
+    "wrapped": {"endpoint": CHAT, "body": body("called off", 100)},
+}
+
+
+@pytest.mark.parametrize("sort", JOBS)
+async def test_a_slot_is_given_again_once_the_server_is_done_with_a_job_that_was_called_off(
+    opened: Open, server: Emulator, sort: str
+) -> None:
+    await server.control.set_behaviour(gpu=SLOTS | {"reply_tokens": 100})
+    gateway = await opened(worker=True)
+    stream = body("the stream", 250, stream=True)
+    async with gateway.http.post(gateway.url + CHAT, json=stream) as streaming:
+        await streaming.content.readany()
+        request_id = await gateway.submit(**JOBS[sort])
+        await wait_until(lambda: computing(server, 2))
+        async with gateway.http.delete(f"{gateway.url}/requests/{request_id}") as response:
+            assert response.status < 300
+        assert await ask(gateway, "the next", 5) == 200
+        async for _ in streaming.content:
+            pass
+    by_prompt = {call.prompt: call for call in await server.control.calls()}
+    left, after = by_prompt["called off"], by_prompt["the next"]
+    assert left.outcome == "finished"
+    assert left.ended_ns is not None
+    assert after.started_ns >= left.ended_ns
+    assert (await server.control.stats()).max_in_flight == 2
+    ended = await gateway.end_of(request_id)
+    assert ended["status"] == "cancelled"
+    row = await gateway.audit(request_id)
+    assert (row["status"], row["output_tokens"]) == ("cancelled", left.output_tokens)
+    assert held(gateway) == 0
+
+
+async def test_a_streamed_prompt_that_is_left_is_closed_once_it_begins(
+    opened: Open, server: Emulator
+) -> None:
+    await server.control.set_behaviour(gpu=SLOTS | {"reply_tokens": 8_000})
+    gateway = await opened()
+    sent = {"text": "not begun " * 300, "model": "local", "type": "text_only"}
+    async with gateway.http.post(
+        gateway.url + CHAT, json=body("begun", 8_000, stream=True)
+    ) as streaming:
+        await streaming.content.readany()
+        async with aiohttp.ClientSession() as session:
+            asking = asyncio.create_task(session.post(f"{gateway.url}/stream", json=sent))
+            await wait_until(lambda: computing(server, 2))
+            asking.cancel()
+        await wait_until(lambda: computing(server, 1), 10, "the end of the second")
+        await wait_until(lambda: held(gateway) == 1)
+    row = await row_of(gateway, "not begun")
+    assert (row["status"], row["failure"]["code"]) == ("cancelled", "client_left")
+    assert "its upstream's work was over" in row["failure"]["message"]
 
 
 async def test_a_process_that_stops_waits_for_nobody_who_has_left(

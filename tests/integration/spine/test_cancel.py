@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -44,6 +45,23 @@ async def test_a_queued_request_is_cancelled_at_once_and_never_called(
     await gateway.end_of(other)
     assert [call.prompt for call in await gateway.calls()] == ["Explain the moon"]
     assert (await gateway.audit(request_id))["status"] == "cancelled"
+
+
+async def test_at_a_server_that_would_go_on_a_running_call_is_read_to_its_end(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[upstreams.gemini]\nabandoned = "wait"\n')
+    gateway = await open_gateway(tidegate_policy=policy)
+    await gateway.upstream.set_behaviour(first_byte_ms={"text_only": 600})
+    request_id = await gateway.submit(data="Explain the tide")
+    await gateway.in_flight(1)
+    status, body = await _cancel(gateway, request_id)
+    assert (status, body["status"], body["error"]["code"]) == (200, "cancelled", "cancelled")
+    assert body["usage"]["output_tokens"] > 0, "the provider reported it at the end"
+    stats = await gateway.upstream.stats()
+    assert (stats.in_flight, stats["text_only"].client_gone) == (0, 0)
+    await wait_until(lambda: _none_used(gateway), 20)
 
 
 async def test_a_running_call_is_closed_its_permit_is_free_and_what_had_come_is_kept(
