@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test suite unit check chaos bench bench-limiter bench-gateway bench-limits clients suites audit canary setup-system lock clean
+.PHONY: help run test suite unit check chaos profile bench bench-limiter bench-gateway bench-limits clients suites audit canary setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -39,6 +39,10 @@ chaos: ## Kill, pause and cut off parts at full size, and count what really arri
 	@TIDEGATE_SCHEMA_EXAMPLES=300 .venv/bin/python -m pytest tests/integration/described -n0 -s --timeout 1800
 	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
 	@.venv/bin/python -m chaos.soak --minutes 5
+
+profile: ## Where the microseconds of a call, a stream and a job go, by room (ARGS="--only call --functions 30")
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python -m bench.profile $(ARGS)
 
 bench: ## Measure, and print the figures with the machine that they come from
 	@scripts/bootstrap.sh dev

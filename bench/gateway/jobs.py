@@ -43,7 +43,7 @@ def measure(count: int, apis: int, workers: int) -> Figures:
         body = Path(folder) / "body.json"
         body.write_text(json.dumps(BODY))
         upstream.behave(chunks=CHUNKS, gap_ms=0)
-        _await_ready(product, body)
+        await_ready(product, body)
         submit(product, body, WARM)
         await_calls(product, upstream, WARM + 1)
         upstream.behave(chunks=CHUNKS, gap_ms=0)
@@ -109,7 +109,7 @@ def await_calls(product: Product, upstream: Upstream, count: int) -> None:
         time.sleep(_POLL_S)
 
 
-def _await_ready(product: Product, body: Path) -> None:
+def await_ready(product: Product, body: Path) -> None:
     deadline_s = time.monotonic() + READY_S
     while True:
         try:

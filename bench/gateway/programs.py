@@ -10,6 +10,7 @@ import http.client
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,14 +31,20 @@ class LoadFailed(Exception):
 
 def compiled(name: str) -> Path:
     """`name`.c as a program. Raises EnvironmentMissing where there is no compiler."""
-    sources = [HERE / f"{name}.c", *sorted(HERE.glob("*.h"))]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    found = CACHE / "gateway" / f"{name}-{digest[:16]}"
+    return compiled_from([HERE / f"{name}.c", *sorted(HERE.glob("*.h"))])
+
+
+def compiled_from(sources: Sequence[Path], *options: str) -> Path:
+    """The first of `sources`, which includes the others. Raises EnvironmentMissing."""
+    digest = hashlib.sha256(" ".join(options).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    found = CACHE / "gateway" / f"{sources[0].stem}-{digest.hexdigest()[:16]}"
     if not found.exists():
         compiler = program("gcc", "gcc libc6-dev")
         found.parent.mkdir(parents=True, exist_ok=True)
-        options = ("-O2", "-Wall", "-Wextra", "-Werror", "-o")
-        run([compiler, *options, found, sources[0]], found.parent)
+        warnings = ("-O2", "-Wall", "-Wextra", "-Werror")
+        run([compiler, *warnings, *options, "-o", found, sources[0]], found.parent)
     return found
 
 
