@@ -22,7 +22,7 @@ FOLDERS = (
         "upstream",
     ),
     *("dialects", "admission", "policy", "integrations", "limiter", "limiter/model", "store"),
-    *("store/provider", "emulator", "emulator/batches", "emulator/fronts"),
+    *("store/provider", "emulator", "emulator/fronts"),
     *("emulator/gpu", "embedded", "classify"),
     "telemetry",
     "prices",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from inspect import isawaitable
@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.batches.store import LineAnswer, LineWork
+from tidegate.emulator.batches import LineAnswer, LineWork
 from tidegate.emulator.content import Composed, ModelRequest
 from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused
@@ -185,6 +185,51 @@ class Served:
             headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
             headers |= self.state.rate_limit_headers(call)
             return await _Answering(self, call, asked, script, fault, headers, behaviour).run()
+
+    def in_background(
+        self,
+        method: str,
+        asked: ModelRequest,
+        done: Callable[[], None],
+        script: AnswerScript | None = None,
+        *,
+        pauses: int = 0,
+    ) -> tuple[LoggedCall, asyncio.Task[None]]:
+        """Begin a call that goes on, and counts as in flight, whether its client is there or not.
+
+        It takes as long as an answer with so many `pauses`; then it is charged what the script
+        makes, and `done` is called. Cancelled, it has failed. Raises as `EmulatorState.serving`.
+        """
+        state, behaviour, stack = self.state, self.behaviour, ExitStack()
+        call = stack.enter_context(
+            state.serving(
+                self.request,
+                kind=asked.kind,
+                model=asked.model,
+                method=method,
+                prompt=asked.prompt,
+                size=asked.size,
+                dialect=self.api.name,
+                goes_on=True,
+            )
+        )
+        delays = [behaviour.first_byte(asked.kind)] + [behaviour.between(asked.kind)] * pauses
+        takes_s = sum(one.draw_ms(state.random) for one in delays) / 1000
+
+        async def work() -> None:
+            with stack:
+                try:
+                    await asyncio.sleep(takes_s)
+                except asyncio.CancelledError:
+                    state.ledger.end(call, "failed")
+                    return
+                output_tokens = 0 if script is None else script.steps[-1].output_tokens
+                thoughts_tokens = 0 if script is None else script.thoughts_tokens
+                state.ledger.charge(call, asked.input_tokens, output_tokens, thoughts_tokens)
+                state.made(call)
+                done()
+
+        return call, state.work_on(work())
 
     async def other(
         self,

@@ -5,8 +5,9 @@ A refused call carries facts; the API that serves it turns them into status, hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from tidegate.emulator.account import AccountRefusal
@@ -14,6 +15,22 @@ from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.profiles import AccountSpec
 
 Json = dict[str, Any]
+
+
+def rfc3339(at_ns: int) -> str:
+    """A time in the form of the APIs of Google and Anthropic."""
+    return datetime.fromtimestamp(at_ns / 1e9, UTC).isoformat().replace("+00:00", "Z")
+
+
+def listing(items: Sequence[Json], most: int) -> Json:
+    """The first `most` items in the form of the lists of OpenAI and Anthropic."""
+    shown = list(items[:most])
+    return {
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": len(items) > len(shown),
+    }
 
 
 @dataclass(frozen=True, slots=True)

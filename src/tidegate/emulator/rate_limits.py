@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tidegate.emulator.account import SECOND_NS, AccountRefusal, LimitReading
-from tidegate.emulator.dialect import ErrorResponse, Json, Refused
+from tidegate.emulator.dialect import ErrorResponse, Json, Refused, listing
 from tidegate.emulator.profiles import DAY_S, AccountLimit, AccountSpec, HeaderFamily
 
 Views = Sequence[LimitReading]
@@ -351,14 +351,7 @@ def openai_page(spec: AccountSpec, known: Iterable[str], query: Mapping[str, str
     later = [item for item in data if str(item["id"]) > after]
     if before is not None:
         later = [item for item in later if str(item["id"]) < before]
-    page = later[: _page_size(query, 100)]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(later) > len(page),
-    }
+    return {"object": "list", **listing(later, _page_size(query, 100))}
 
 
 def anthropic_page(

@@ -20,7 +20,6 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from hashlib import sha256
 from random import Random
 from secrets import token_hex
@@ -29,10 +28,10 @@ from typing import Any, Literal, TypeVar
 from aiohttp import web
 
 from tidegate.emulator.account import AccountCharge, AccountLimitReached, ProviderAccount
-from tidegate.emulator.batches.store import BatchStore, ProviderBatchLine
+from tidegate.emulator.batches import BatchStore, ProviderBatchLine
 from tidegate.emulator.content import Attached, get
 from tidegate.emulator.counting import CallSize
-from tidegate.emulator.dialect import Json, LimitReached, Refused
+from tidegate.emulator.dialect import Json, LimitReached, Refused, rfc3339
 from tidegate.emulator.limits import FaultOrders, LimitGate, LimitRefusal
 from tidegate.emulator.rate_limits import rate_limit_headers
 from tidegate.emulator.settings import KINDS, EmulatorSettings
@@ -305,19 +304,15 @@ class StoredFile:
             "name": self.name,
             "mimeType": self.mime_type,
             "sizeBytes": str(self.size_bytes),
-            "createTime": _rfc3339(self.created_ns),
-            "updateTime": _rfc3339(max(self.active_ns, self.created_ns)),
-            "expirationTime": _rfc3339(self.created_ns + KEPT_S * 10**9),
+            "createTime": rfc3339(self.created_ns),
+            "updateTime": rfc3339(max(self.active_ns, self.created_ns)),
+            "expirationTime": rfc3339(self.created_ns + KEPT_S * 10**9),
             "sha256Hash": base64.b64encode(self.digest.digest()).decode(),
             "uri": f"{_URIS}/v1beta/{self.name}",
             "state": "ACTIVE" if time.time_ns() >= self.active_ns else "PROCESSING",
             "source": "UPLOADED",
         }
         return body | ({"displayName": self.display_name} if self.display_name else {})
-
-
-def _rfc3339(ns: int) -> str:
-    return datetime.fromtimestamp(ns / 1e9, UTC).isoformat().replace("+00:00", "Z")
 
 
 class FileStore:

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from tidegate.emulator.batches.store import (
+from tidegate.emulator.batches import (
     BatchStore,
     LineAnswer,
     LineWork,

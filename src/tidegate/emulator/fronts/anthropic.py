@@ -1,16 +1,19 @@
-"""Anthropic's API: messages, token counting, models and files.
+"""Anthropic's API: messages and their batches, token counting, models and files.
+
+    https://platform.claude.com/docs/en/build-with-claude/batch-processing
 
 Invariants: errors have Anthropic's shape, an overload is a 529; the input usage is in the first
 event of a stream, the output usage in the last but one; unknown fields and blocks are ignored; a
 body that Anthropic refuses raises Refused with the field's name; an uploaded file can be named in
-messages but not downloaded.
+messages but not downloaded; the parameters of a request in a batch are checked as it is worked off,
+only its id at the start; results come when the batch has ended, and not in the order of requests.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from secrets import token_hex
@@ -19,8 +22,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.batches import anthropic_batches
-from tidegate.emulator.batches.store import LineWork
+from tidegate.emulator.batches import ENDED, LineWork, ProviderBatch, ProviderBatchLine
 from tidegate.emulator.content import (
     SIGNATURE,
     THOUGHTS,
@@ -38,6 +40,7 @@ from tidegate.emulator.content import (
     new_response_id,
 )
 from tidegate.emulator.delivery import (
+    EMULATED,
     AnswerScript,
     ScriptStep,
     Served,
@@ -48,7 +51,15 @@ from tidegate.emulator.delivery import (
     stream_steps,
     whole_steps,
 )
-from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
+from tidegate.emulator.dialect import (
+    EmulatedApi,
+    ErrorResponse,
+    Json,
+    Refused,
+    listing,
+    rfc3339,
+    wait_s,
+)
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.rate_limits import anthropic_page, check_admin_key, refused_in_anthropic
 from tidegate.emulator.settings import Behaviour
@@ -449,7 +460,7 @@ async def route(served: Served) -> web.StreamResponse:
         case _, ["files", *steps]:
             return await _files(served, steps)
         case _, ["messages", "batches", *steps]:
-            return await anthropic_batches.route(served, steps, partial(_line_work, behaviour))
+            return await _batches(served, steps, partial(_line_work, behaviour))
         case "GET", ["organizations", "rate_limits"]:
             check_admin_key(_key(request))
             return served.rate_limits(partial(anthropic_page, known=MODELS, query=request.query))
@@ -586,15 +597,8 @@ def _list_files(served: Served) -> Json:
     if after:
         _find_file(served.state, after)
         files = files[ids.index(after) + 1 :]
-    shown = files[: int(limit)]
-    more = len(files) > len(shown)
-    return {
-        "data": shown,
-        "has_more": more,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "next_page": f"page_{shown[-1]['id']}" if more else None,
-    }
+    page = listing(files, int(limit))
+    return page | {"next_page": f"page_{page['last_id']}" if page["has_more"] else None}
 
 
 def _content_of(served: Served, file_id: str) -> Json:
@@ -605,3 +609,160 @@ def _content_of(served: Served, file_id: str) -> Json:
 def _delete_file(served: Served, file_id: str) -> Json:
     del served.state.stored[_STORED][_find_file(served.state, file_id)["id"]]
     return {"id": file_id, "type": "file_deleted"}
+
+
+MOST_REQUESTS = 100_000
+WINDOW_S = 24 * 3600.0
+_CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NOT_JSON = "The request body is not valid JSON: {}"
+
+LineParser = Callable[[Any], LineWork]  # the parameters of a message; raises Refused
+
+
+async def _batches(served: Served, steps: Sequence[str], work: LineParser) -> web.StreamResponse:
+    """Serve what follows `messages/batches` in the path. Raises Refused."""
+    request, label = served.request, f"{served.request.method} {served.request.path}"
+    answer: Callable[[], Any]
+    match request.method, steps:
+        case "POST", []:
+            answer = partial(_create_batch, served, work)
+        case "GET", []:
+            answer = partial(_list_batches, served)
+        case "GET", [batch_id]:
+            answer = partial(_retrieve_batch, served, batch_id)
+        case "DELETE", [batch_id]:
+            answer = partial(_delete_batch, served, batch_id)
+        case "POST", [batch_id, "cancel"]:
+            answer = partial(_cancel_batch, served, batch_id)
+        case "GET", [batch_id, "results"]:
+            answer = partial(_results, served, batch_id)
+        case _:
+            raise Refused(404, f"Not found: {request.method} {request.path}")
+    return await served.other("batches", "", answer, label=label)
+
+
+async def _create_batch(served: Served, work: LineParser) -> web.Response:
+    body = await served.json(_NOT_JSON)
+    requests = body.get("requests") if isinstance(body, dict) else None
+    if not isinstance(requests, list) or not requests:
+        raise Refused(400, "requests: Field required")
+    if len(requests) > MOST_REQUESTS:
+        raise Refused(400, f"requests: List should have at most {MOST_REQUESTS} items")
+    lines: dict[str, ProviderBatchLine] = {}
+    for index, given in enumerate(requests):
+        custom_id = given.get("custom_id") if isinstance(given, dict) else None
+        if not isinstance(custom_id, str) or not _CUSTOM_ID.fullmatch(custom_id):
+            raise Refused(
+                400,
+                f"requests.{index}.custom_id: String should match pattern "
+                "'^[a-zA-Z0-9_-]{1,64}$'",
+            )
+        if custom_id in lines:
+            raise Refused(400, f"requests.{index}.custom_id: must be unique: {custom_id}")
+        lines[custom_id] = _line_of(custom_id, given.get("params"), work)
+    pace, batches = served.behaviour.batches, served.state.batches
+    queued = sum(len(batch.lines) for batch in batches.open("anthropic"))
+    if pace.enqueued_requests is not None and queued + len(lines) > pace.enqueued_requests:
+        raise Refused(
+            429,
+            "This request would exceed your organization's limit of "
+            f"{pace.enqueued_requests} batch requests in the processing queue.",
+        )
+    batch = batches.create("msgbatch_", "anthropic", "", list(lines.values()), pace, WINDOW_S, {})
+    batches.advance()
+    return json_response(200, _show_batch(served, batch))
+
+
+def _line_of(custom_id: str, params: Any, work: LineParser) -> ProviderBatchLine:
+    def parsed() -> LineWork:
+        if isinstance(params, dict) and params.get("stream"):
+            raise Refused(400, "stream: streaming is not supported in a batch")
+        return work(params)
+
+    return ProviderBatchLine.of(custom_id, parsed)
+
+
+def _found_batch(served: Served, batch_id: str) -> ProviderBatch:
+    missing = f"Message Batch not found: {batch_id}"
+    return served.state.batches.find(batch_id, "anthropic", missing)
+
+
+def _retrieve_batch(served: Served, batch_id: str) -> Json:
+    return _show_batch(served, _found_batch(served, batch_id))
+
+
+def _show_batch(served: Served, batch: ProviderBatch) -> Json:
+    ended = batch.state in ENDED
+    status = "ended" if ended else "canceling" if batch.cancel_ns else "in_progress"
+    # The counts are those of a batch that has ended: until then all requests are processing.
+    counts = {
+        state: batch.count(state) if ended else 0
+        for state in ("succeeded", "errored", "canceled", "expired")
+    }
+    counts["processing"] = 0 if ended else len(batch.lines)
+    path = f"/v1/messages/batches/{batch.id}/results"
+    return {
+        "id": batch.id,
+        "type": "message_batch",
+        "processing_status": status,
+        "request_counts": counts,
+        "created_at": rfc3339(batch.created_ns),
+        "expires_at": rfc3339(batch.expires_ns),
+        "ended_at": rfc3339(batch.ended_ns) if batch.ended_ns else None,
+        "cancel_initiated_at": rfc3339(batch.cancel_ns) if batch.cancel_ns else None,
+        "archived_at": None,
+        "results_url": f"http://{served.request.host}{path}" if ended else None,
+    }
+
+
+def _list_batches(served: Served) -> Json:
+    query = served.request.query
+    limit, after, before = query.get("limit", "20"), query.get("after_id"), query.get("before_id")
+    if not limit.isdecimal() or not 1 <= int(limit) <= 1000:
+        raise Refused(400, "limit: Input should be from 1 to 1000")
+    batches = served.state.batches.newest("anthropic")
+    ids = [batch.id for batch in batches]
+    if (named := after or before) and named not in ids:
+        raise Refused(400, f"after_id or before_id: not found: {named}")
+    if after:
+        batches = batches[ids.index(after) + 1 :]
+    elif before:
+        batches = batches[: ids.index(before)][-int(limit) :]
+    return listing([_show_batch(served, batch) for batch in batches], int(limit))
+
+
+def _cancel_batch(served: Served, batch_id: str) -> Json:
+    batch = _found_batch(served, batch_id)
+    if batch.state in ENDED:
+        raise Refused(400, f"Message Batch {batch_id} has ended and can't be canceled")
+    served.state.batches.cancel(batch)
+    return _show_batch(served, batch)
+
+
+def _delete_batch(served: Served, batch_id: str) -> Json:
+    batch = _found_batch(served, batch_id)
+    if batch.state not in ENDED:
+        raise Refused(400, f"Message Batch {batch_id} is still processing: cancel it first")
+    served.state.batches.delete(batch)
+    return {"id": batch_id, "type": "message_batch_deleted"}
+
+
+async def _results(served: Served, batch_id: str) -> web.Response:
+    batch = _found_batch(served, batch_id)
+    if batch.state not in ENDED:
+        raise Refused(404, f"Message Batch {batch_id} has no results yet")
+    lines = (_result(served, line) for line in reversed(batch.lines))
+    data = b"".join(orjson.dumps(line) + b"\n" for line in lines)
+    return web.Response(body=data, headers=EMULATED | {"Content-Type": "application/x-jsonl"})
+
+
+def _result(served: Served, line: ProviderBatchLine) -> Json:
+    result: Json = {"type": line.state}
+    if line.answered is not None:
+        message = line.answered.body
+        usage = message["usage"] | {"service_tier": "batch"}
+        result["message"] = message | {"usage": usage}
+    elif line.state == "errored" and line.refused is not None:
+        error = served.api.error(line.refused.status, line.refused.message)
+        result["error"] = error.body
+    return {"custom_id": line.custom_id, "result": result}

@@ -19,8 +19,7 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator.account import AccountRefusal
-from tidegate.emulator.batches import gemini_batches
-from tidegate.emulator.batches.store import LineAnswer, LineWork
+from tidegate.emulator.batches import LineAnswer, LineWork
 from tidegate.emulator.content import (
     OUTPUT_PICTURE_TOKENS,
     SIGNATURE,
@@ -602,11 +601,11 @@ async def route(served: Served) -> web.StreamResponse:
         case _, ["cachedContents", *rest]:
             return await gemini_stored.caches(served, rest)
         case _, ["batches", *rest]:
-            return await gemini_batches.route(served, rest)
+            return await gemini_stored.batches(served, rest)
         case "GET", ["files", name] if name.endswith(":download"):
             name = name.removesuffix(":download")
             found = await gemini_stored.video(served, name)
-            return found or await gemini_batches.download(served, name)
+            return found or await gemini_stored.download(served, name)
         case "GET", ["files", name]:
             return await served.other("files", "", lambda: _show_file(served, name))
         case "DELETE", ["files", name]:
@@ -624,9 +623,10 @@ async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
             framing: Framing = "sse" if served.request.query.get("alt") == "sse" else "array"
             return await _generate(served, model, body, framing)
         case "batchGenerateContent":
-            return await gemini_batches.create(served, model, body, partial(_line_work, served))
+            work = partial(_line_work, served)
+            return await gemini_stored.create_batch(served, model, body, work)
         case "asyncBatchEmbedContent":
-            return await gemini_batches.create(served, model, body, _embedding_work)
+            return await gemini_stored.create_batch(served, model, body, _embedding_work)
         case "predictLongRunning":
             return await gemini_stored.begin_video(served, model, body)
         case "predict":
@@ -681,7 +681,7 @@ def _drawn(body: Any) -> Json:
 
 
 def _show_file(served: Served, name: str) -> Json:
-    results = gemini_batches.results_file(served, name)
+    results = gemini_stored.results_file(served, name)
     return results or served.state.files.find(f"files/{name}").to_json()
 
 

@@ -23,8 +23,7 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator.account import AccountRefusal
-from tidegate.emulator.batches import openai_batches
-from tidegate.emulator.batches.store import LineAnswer, LineWork
+from tidegate.emulator.batches import LineAnswer, LineWork
 from tidegate.emulator.content import (
     Attached,
     Choice,
@@ -50,12 +49,12 @@ from tidegate.emulator.delivery import (
     whole_steps,
 )
 from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
-from tidegate.emulator.fronts import openai_media, openai_stored
+from tidegate.emulator.fronts import openai_batches, openai_media, openai_stored
 from tidegate.emulator.fronts.gemini import GEMINI
-from tidegate.emulator.fronts.openai_responses import GARBAGE, response_script
+from tidegate.emulator.fronts.openai_stored import GARBAGE, response_script
 from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.profiles import AccountSpec
-from tidegate.emulator.rate_limits import check_admin_key, openai_page, refused_in_openai
+from tidegate.emulator.rate_limits import check_admin_key, duration, openai_page, refused_in_openai
 from tidegate.emulator.settings import Behaviour
 
 _TYPE_OF = {429: "requests", 500: "server_error", 503: "server_error", 529: "server_error"}
@@ -100,22 +99,10 @@ def missing(param: str, place: str | None = None) -> Refused:
     return wrong(param, message, "missing_required_parameter")
 
 
-def duration(seconds: float) -> str:
-    """As OpenAI writes it: `350ms`, `1.2s`, `6m0s`, `1h0m0s`."""
-    if seconds < 1:
-        return f"{round(seconds * 1000)}ms"
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    text = f"{round(rest, 3):g}s"
-    if hours:
-        return f"{hours}h{minutes}m{text}"
-    return f"{minutes}m{text}" if minutes else text
-
-
 def throttled(model: str, measure: str, bound: int, retry_after_s: float) -> ErrorResponse:
     """429 with the time to retry. `measure` is `requests` or `tokens`."""
     name = "tokens per min (TPM)" if measure == "tokens" else "requests per min (RPM)"
-    wait = duration(retry_after_s)
+    wait = duration(round(retry_after_s * 1e9))
     message = (
         f"Rate limit reached for {model} in organization org-emulated on {name}: Limit {bound}. "
         f"Please try again in {wait}. "

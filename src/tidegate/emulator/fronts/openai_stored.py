@@ -1,11 +1,12 @@
-"""OpenAI's stored responses, conversations and chat completions, and work in the background.
+"""OpenAI's responses; stored ones, conversations and chat completions; work in the background.
 
     https://platform.openai.com/docs/api-reference/responses
 
 A background response is answered immediately and counts as in flight for as long as the same answer
 would have taken, whether its client is there or not.
 
-Invariant: an account has one list of each kind, for all who have its key.
+Invariants: an account has one list of each kind, for all who have its key; every event of a
+streamed response has the next `sequence_number`, and the last one is the whole response.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from secrets import token_hex
 from typing import Any
 from uuid import uuid4
@@ -23,21 +24,220 @@ from uuid import uuid4
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.content import ModelRequest
+from tidegate.emulator.content import (
+    CalledFunction,
+    Composed,
+    ModelRequest,
+    Moment,
+    compose,
+    new_response_id,
+)
 from tidegate.emulator.delivery import (
     EMULATED,
     SSE_TYPE,
     AnswerScript,
+    ScriptStep,
     Served,
+    data_event,
     json_response,
     named_event,
+    stream_steps,
+    whole_steps,
 )
-from tidegate.emulator.dialect import Json, Refused
-from tidegate.emulator.limits import FaultName
-from tidegate.emulator.state import EmulatorState, LoggedCall
+from tidegate.emulator.dialect import Json, Refused, listing
+from tidegate.emulator.limits import Fault, FaultName
+from tidegate.emulator.settings import Behaviour
+from tidegate.emulator.state import EmulatorState
 
 _NOT_JSON = "We could not parse the JSON body of your request."
 _MOST_ITEMS = 100
+
+
+GARBAGE = b'{"type": "response.output_text.delta", "del'
+_ECHOED: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+}
+
+
+def response_script(
+    broken: Callable[[Fault], bytes],
+    body: Json,
+    asked: ModelRequest,
+    behaviour: Behaviour,
+    fault: Fault | None,
+) -> AnswerScript:
+    """The answer to a request with this `body`; `broken` gives the body of a fault."""
+    answer = _ResponseObject(asked, body, compose(asked, behaviour, fault))
+
+    def broken_event(index: int, fault: Fault) -> bytes:
+        """An `error` event is flat: it holds the fields of the error object."""
+        data = broken(fault)
+        if fault.fault is FaultName.GARBAGE:
+            return b"event: response.output_text.delta\n" + data_event(data)
+        error = orjson.loads(data)["error"]
+        named = error | {"type": "error", "code": error["code"] or error["type"]}
+        return named_event(named | {"sequence_number": index})
+
+    return AnswerScript(
+        answer.stream() if asked.streamed else answer.whole(),
+        broken_event if asked.streamed else lambda _, fault: broken(fault),
+        answer.composed.thoughts_tokens,
+        {"x-request-id": answer.id},
+    )
+
+
+class _ResponseObject:
+    """One answer in the shapes of this API."""
+
+    def __init__(self, asked: ModelRequest, body: Json, composed: Composed) -> None:
+        self._asked = asked
+        self.composed = composed
+        self.id = f"resp_{new_response_id()}"
+        self._body = body
+        self._created = int(time.time())
+        self._sequence = count()
+
+    def whole(self) -> list[ScriptStep]:
+        return whole_steps(self.composed, self._ended(), self.composed.output_tokens)
+
+    def stream(self) -> list[ScriptStep]:
+        begun = self._response("in_progress", [], None)
+        head = self._event("response.created", response=begun)
+        head += self._event("response.in_progress", response=begun)
+        pieces = [
+            ScriptStep(self._piece(moment), moment.output_tokens)
+            for moment in self.composed.moments()
+        ]
+        ended = self._ended()
+        tail = self._event(f"response.{ended['status']}", response=ended)
+        return stream_steps(head, pieces or [ScriptStep(b"", self.composed.output_tokens)], tail)
+
+    def _piece(self, moment: Moment) -> bytes:
+        events = b""
+        if moment.opens:
+            events += self._opened(moment)
+        place = {"item_id": self._item_id(moment.block), "output_index": moment.block}
+        if moment.call is None:
+            text = {**place, "content_index": 0, "delta": moment.text, "logprobs": []}
+            events += self._event("response.output_text.delta", **text)
+        else:
+            name = "response.function_call_arguments.delta"
+            events += self._event(name, **place, delta=moment.text)
+        return events + (self._closed(moment) if moment.closes else b"")
+
+    def _opened(self, moment: Moment) -> bytes:
+        item = self._item(moment.block, moment.call, "in_progress")
+        events = self._event("response.output_item.added", output_index=moment.block, item=item)
+        if moment.call is None:
+            events += self._event(
+                "response.content_part.added", **self._content(moment), part=_text_part("")
+            )
+        return events
+
+    def _closed(self, moment: Moment) -> bytes:
+        if moment.call is None:
+            text = self.composed.said or ""
+            events = self._event(
+                "response.output_text.done", **self._content(moment), text=text, logprobs=[]
+            )
+            events += self._event(
+                "response.content_part.done", **self._content(moment), part=_text_part(text)
+            )
+        else:
+            events = self._event(
+                "response.function_call_arguments.done",
+                item_id=self._item_id(moment.block),
+                output_index=moment.block,
+                name=moment.call.name,
+                arguments=moment.call.arguments,
+            )
+        item = self._item(moment.block, moment.call, "completed")
+        return events + self._event(
+            "response.output_item.done", output_index=moment.block, item=item
+        )
+
+    def _content(self, moment: Moment) -> Json:
+        item_id = self._item_id(moment.block)
+        return {"item_id": item_id, "output_index": moment.block, "content_index": 0}
+
+    def _item_id(self, block: int) -> str:
+        return f"item_{self.id}_{block}"
+
+    def _item(self, block: int, call: CalledFunction | None, status: str) -> Json:
+        done = status == "completed"
+        if call is not None:
+            return {
+                "id": self._item_id(block),
+                "type": "function_call",
+                "status": status,
+                "call_id": call.id,
+                "name": call.name,
+                "arguments": call.arguments if done else "",
+            }
+        return {
+            "id": self._item_id(block),
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": [_text_part(self.composed.said or "")] if done else [],
+        }
+
+    def _ended(self) -> Json:
+        reason = {"length": "max_output_tokens", "blocked": "content_filter"}.get(
+            self.composed.finish
+        )
+        output = [
+            self._item(block, call, "completed") for block, call in enumerate(self.composed.blocks)
+        ]
+        status = "incomplete" if reason else "completed"
+        ended = self._response(status, output, self._usage())
+        return ended | {"incomplete_details": {"reason": reason} if reason else None}
+
+    def _response(self, status: str, output: list[Json], usage: Json | None) -> Json:
+        echoed = {name: self._body.get(name, value) for name, value in _ECHOED.items()}
+        return echoed | {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self._asked.model,
+            "service_tier": self._asked.tier or "default",
+            "output": output,
+            "usage": usage,
+        }
+
+    def _event(self, name: str, /, **fields: object) -> bytes:
+        return named_event({"type": name, "sequence_number": next(self._sequence), **fields})
+
+    def _usage(self) -> Json:
+        read, wrote = self._asked.input_tokens, self.composed.output_tokens
+        return {
+            "input_tokens": read,
+            "input_tokens_details": {
+                "cached_tokens": self._asked.cached_tokens,
+                "cache_write_tokens": 0,
+            },
+            "output_tokens": wrote,
+            "output_tokens_details": {"reasoning_tokens": self.composed.thoughts_tokens},
+            "total_tokens": read + wrote,
+        }
+
+
+def _text_part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 @dataclass(slots=True)
@@ -146,34 +346,18 @@ async def in_background(
     served: Served, body: Json, asked: ModelRequest, script: AnswerScript
 ) -> web.StreamResponse:
     """Answer immediately; the call goes on, and counts, for as long as its answer takes."""
-    state, behaviour = served.state, served.behaviour
-    whole = _last_object(script)
+    state, whole = served.state, _last_object(script)
     begun = whole | {"status": "queued", "output": [], "usage": None, "background": True}
-    stack = ExitStack()
-    call = stack.enter_context(
-        state.serving(
-            served.request,
-            kind=asked.kind,
-            model=asked.model,
-            method="background",
-            prompt=asked.prompt,
-            size=asked.size,
-            dialect=served.api.name,
-            goes_on=True,
-        )
-    )
+
+    def done() -> None:
+        kept.shown = whole | {"background": True, "completed_at": int(time.time())}
+        kept.work = None
+
+    pauses = len(script.steps) - 1
+    call, work = served.in_background("background", asked, done, script, pauses=pauses)
     kept = _keep(served, body, begun)
-    delays = [behaviour.first_byte(asked.kind)]
-    delays += [behaviour.between(asked.kind) for _ in script.steps[1:]]
-    takes_s = sum(one.draw_ms(state.random) for one in delays) / 1000
-    charge = partial(
-        state.ledger.charge,
-        call,
-        asked.input_tokens,
-        script.steps[-1].output_tokens,
-        script.thoughts_tokens,
-    )
-    kept.work = state.work_on(_work(state, call, kept, whole, takes_s, charge, stack))
+    kept.work = work
+    kept.shown = begun | {"status": "in_progress"}
     headers = EMULATED | dict(script.headers)
     fault = state.faults.strike(asked.kind, asked.prompt)
     if fault is not None and fault.fault is FaultName.SLOW_FIRST_TOKEN:
@@ -186,32 +370,11 @@ async def in_background(
 
 async def defer(served: Served, asked: ModelRequest, script: AnswerScript) -> web.Response:
     """Answer with the id of a completion, which is given out once when it is ready, as by xAI."""
-    state, stack = served.state, ExitStack()
-    call = stack.enter_context(
-        state.serving(
-            served.request,
-            kind=asked.kind,
-            model=asked.model,
-            method="deferred",
-            prompt=asked.prompt,
-            size=asked.size,
-            dialect=served.api.name,
-            goes_on=True,
-        )
+    request_id, deferred = str(uuid4()), things_of(served.state).deferred
+    served.in_background(
+        "deferred", asked, lambda: deferred.update({request_id: script.steps[-1].data}), script
     )
-    request_id, deferred = str(uuid4()), things_of(state).deferred
     deferred[request_id] = None
-    takes_s = served.behaviour.first_byte(asked.kind).draw_ms(state.random) / 1000
-
-    async def work() -> None:
-        with stack:
-            await asyncio.sleep(takes_s)
-            tokens = script.steps[-1].output_tokens
-            state.ledger.charge(call, asked.input_tokens, tokens, script.thoughts_tokens)
-            state.made(call)
-            deferred[request_id] = script.steps[-1].data
-
-    state.work_on(work())
     return json_response(200, {"request_id": request_id})
 
 
@@ -223,29 +386,6 @@ async def _undeferred(served: Served, request_id: str) -> web.Response:
         return web.Response(status=202, headers=EMULATED)
     headers = EMULATED | {"Content-Type": "application/json"}
     return web.Response(body=deferred.pop(request_id), headers=headers)
-
-
-async def _work(
-    state: EmulatorState,
-    call: LoggedCall,
-    kept: StoredResponse,
-    whole: Json,
-    takes_s: float,
-    charge: Callable[[], None],
-    stack: ExitStack,
-) -> None:
-    with stack:
-        kept.shown = kept.shown | {"status": "in_progress"}
-        try:
-            await asyncio.sleep(takes_s)
-        except asyncio.CancelledError:
-            kept.shown = kept.shown | {"status": "cancelled"}
-            state.ledger.end(call, "failed")
-            return
-        charge()
-        state.made(call)
-        kept.shown = whole | {"background": True, "completed_at": int(time.time())}
-    kept.work = None
 
 
 async def _streamed(
@@ -358,7 +498,7 @@ def _on_conversation(
         case "POST", ["items"]:
             added = _items_of(body.get("items"), "msg")
             items += added
-            return _page(added, len(added))
+            return {"object": "list", **listing(added, _MOST_ITEMS)}
         case "GET", ["items", item_id]:
             return _item(items, item_id)
         case "DELETE", ["items", item_id]:
@@ -403,20 +543,10 @@ def _on_completion(
 
 
 def _listed(items: list[Json], request: web.BaseRequest) -> Json:
-    after, limit = request.query.get("after"), min(int(request.query.get("limit", "20")), 100)
-    found = list(reversed(items)) if request.query.get("order") == "desc" else items
+    query = request.query
+    after, limit = query.get("after"), min(int(query.get("limit", "20")), _MOST_ITEMS)
+    found = list(reversed(items)) if query.get("order") == "desc" else items
     if after is not None:
         places = [place for place, one in enumerate(found) if one["id"] == after]
         found = found[places[0] + 1 :] if places else []
-    return _page(found, limit)
-
-
-def _page(found: list[Json], limit: int) -> Json:
-    shown = found[: min(limit, _MOST_ITEMS)]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(found) > len(shown),
-    }
+    return {"object": "list", **listing(found, limit)}

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.batches.store import (
+from tidegate.emulator.batches import (
     ENDED,
     JsonLinesFile,
     LineWork,
@@ -24,7 +24,7 @@ from tidegate.emulator.batches.store import (
     ProviderBatchLine,
 )
 from tidegate.emulator.delivery import EMULATED, Served, json_response
-from tidegate.emulator.dialect import Json, Refused
+from tidegate.emulator.dialect import Json, Refused, listing
 
 MOST_LINES = 50_000
 MOST_BYTES = 200 * 1024 * 1024
@@ -183,14 +183,7 @@ def _page(served: Served, items: Sequence[Json], *, most: int) -> Json:
     if after is not None and after not in ids:
         raise Refused(404, f"No such object: {after}", param="after")
     later = items[ids.index(after) + 1 :] if after is not None else items
-    data = list(later[: int(limit)])
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": len(later) > len(data),
-    }
+    return {"object": "list", **listing(later, int(limit))}
 
 
 async def _create(served: Served, work: Work) -> web.Response:

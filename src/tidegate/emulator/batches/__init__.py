@@ -1,1 +1,0 @@
-"""Batch APIs of the providers: OpenAI's, Anthropic's and Gemini's."""
