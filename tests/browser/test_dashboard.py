@@ -25,6 +25,7 @@ from tidegate.call import Charge, Scope, Usage
 from tidegate.dashboard import feed
 from tidegate.dashboard.rollup import count
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
+from tidegate.policy.inspection import Control
 from tidegate.prices.budgets import Budget
 from tidegate.record import CallRecord
 from tidegate.spine.routing import FAULTS
@@ -123,10 +124,16 @@ async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> Non
 async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_path: Path) -> None:
     limit, running = "rpm:gemini-2.5-flash", stage.gateway
     limits = [{"models": "gemini-2.5-flash", "unit": "requests", "bound": 4_321}]
-    # Of a bucket: from a window's end, as Gemini's, 20 s before it, a day could be read.
-    await running.upstream.set_account(provider="openai", limits=limits)
-    try:
+    await running.upstream.set_account(provider="gemini", limits=limits, headers="openai")
+    services = running.services
+    control = Control(services.keeper, services.store.running_calls, services.store.tenants)
+
+    async def learned() -> bool:  # one answer in the middle of a minute may leave the window open
         assert await stage.native("Why?") == 200
+        return limit in [one.limit for one in await control.learned()]
+
+    try:
+        await wait_until(learned, 20, "what the headers said")
         for width in (400, 1360):
             async with opened(stage, width=width) as seen:
                 row = seen.page.locator(f"[data-learned='{limit}']")

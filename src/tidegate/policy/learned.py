@@ -43,7 +43,8 @@ Drift = Literal["new", "rose", "fell", "same"]
 @dataclass(frozen=True, slots=True)
 class HeaderReading:
     """One rate of a model as headers report it. scope: such as `tpm`. at: in seconds since 1970.
-    window_ms: as the time until the rate is unused implies it, where that is known."""
+    window_ms: as the time until the rate is unused implies it, where that is known; reset_ms: of
+    one that is known to begin again, when it does."""
 
     model: str
     scope: str
@@ -51,6 +52,7 @@ class HeaderReading:
     remaining: int | None
     at: float
     window_ms: float | None = None
+    reset_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,7 @@ class AccountUse:
     What remained at two answers, and what has refilled between, is what all have used; what the
     pool counts of that is ours, and the rest is of others. Where our count is above the provider's
     there are no others; where it is below, the difference is kept free, whatever its cause.
-    refills: whether the limit is a bucket, and no window that begins again.
+    refills: whether the limit is a bucket, where its readings do not show that it begins again.
     """
 
     window_s: float
@@ -276,7 +278,7 @@ class AccountUse:
         if passed_s > self.window_s:
             return
         used = float(last.remaining - reading.remaining)
-        if self.refills:
+        if self.refills and reading.reset_ms is None:
             refilled = reading.bound * passed_s / self.window_s
             used += min(refilled, max(0, reading.bound - last.remaining))
         elif used < 0:  # a window has begun
@@ -383,15 +385,12 @@ def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None
     if reading.remaining is None:
         return None
     age_ms = (now - reading.at) * 1000
-    window_ms = reading.window_ms
-    if window_ms is None or is_near_day(window_ms):
+    window_ms, reset_ms = reading.window_ms, reading.reset_ms
+    if reset_ms is None and (window_ms is None or 1 / NEAR < window_ms / _DAY_MS < NEAR):
         return reading.remaining + reading.bound * (left_ms + age_ms) / _DAY_MS
-    reset_ms = window_ms * (reading.bound - reading.remaining) / reading.bound - age_ms
-    return reading.remaining + (reading.bound if reset_ms < left_ms else 0)
-
-
-def is_near_day(window_ms: float) -> bool:
-    return 1 / NEAR < window_ms / _DAY_MS < NEAR
+    if reset_ms is None:
+        reset_ms = (window_ms or 0) * (reading.bound - reading.remaining) / reading.bound
+    return reading.remaining + (reading.bound if reset_ms - age_ms < left_ms else 0)
 
 
 def is_stable(

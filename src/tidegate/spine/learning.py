@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -33,6 +33,7 @@ from tidegate.policy.format import plain_model
 from tidegate.policy.learned import (
     LEAST_WINDOW_S,
     MOST_READERS,
+    NEAR,
     AccountUse,
     DayUse,
     HeaderReading,
@@ -41,7 +42,6 @@ from tidegate.policy.learned import (
     LimitMatch,
     OthersUse,
     acceptance,
-    is_near_day,
     is_stable,
     learned_limits,
     newest,
@@ -64,7 +64,17 @@ _UNITS = {
 }
 _WINDOWS = {"second": "ps", "minute": "pm", "hour": "ph", "day": "pd"}
 # Of providers whose headers leave it out, where it is no minute.
-_UNNAMED: Mapping[tuple[str, str], str] = {("groq", "requests"): "day"}
+_UNNAMED: Mapping[tuple[str, str], str] = {
+    ("groq", "requests"): "day",
+    ("together", "requests"): "second",
+}
+_LENGTHS_S = {"minute": 60.0, "hour": 3_600.0, "day": 86_400.0}
+# Where the days of limits begin.
+_ZONES = ("UTC", "America/Los_Angeles")
+# How late headers arrive, and how far their times are rounded.
+_LATE_S = 1.5
+# How many pairs of answers show whether a limit is a bucket, and how many are remembered.
+_SURE, _MOST_VOTES = 2, 6
 # Providers whose limits are windows that begin again; others are buckets.
 _BEGIN_AGAIN = ("azure",)
 
@@ -142,23 +152,146 @@ def _left(status: RateStatus) -> float:
     return float("inf") if status.remaining is None else status.remaining
 
 
-def readings_of(announced: Announcement, provider: str) -> list[HeaderReading]:
-    """The rates of a model that headers report, as limits of a policy count them."""
-    units = {one.unit for one in announced.limits}
-    found = []
-    for one in announced.limits:
-        # Anthropic's `tokens` are those of input and output together.
-        if one.unit == "tokens" and {"input_tokens", "output_tokens"} <= units:
-            continue
-        implied_ms = _implied_ms(one)
-        window = one.window or _UNNAMED.get((provider, one.unit)) or _nearest(implied_ms)
-        if one.limit and window in _WINDOWS:
-            scope = _UNITS[one.unit] + _WINDOWS[window]
-            model = plain_model(announced.model)
-            found.append(
-                HeaderReading(model, scope, one.limit, one.remaining, announced.at, implied_ms)
-            )
-    return found
+class _Reset(NamedTuple):
+    """When a limit resets, as one answer reports it; of a moment in seconds since 1970."""
+
+    at: float
+    in_s: float
+    cut_s: float = 0.0
+    bound: int = 0
+    remaining: int | None = None
+
+    @property
+    def used(self) -> int:
+        return 0 if self.remaining is None else self.bound - self.remaining
+
+    def is_midnight(self) -> bool:
+        at_ms = self.at * 1000
+        ends_ms = [next_midnight_ms(zone, at_ms) - at_ms for zone in _ZONES]
+        return any(abs(each - self.in_s * 1000) <= _LATE_S * 1000 for each in ends_ms)
+
+
+_NO_RESET = _Reset(float("-inf"), 0.0)
+
+
+class ResetEvidence:
+    """Which window the resets of one limit allow, where its headers do not name it.
+
+    A window that begins again, or slides, resets within its length; one that begins again at an
+    instant that stands until then. A bucket resets later with each unit taken: after as much of its
+    window as is used of its bound. So the longest reset bounds the window from below, and a bucket
+    of a longer window, of which little is used, shows in answers of which later ones reset later.
+    Of one answer that resets within a minute the window is a minute, unless it may well be longer:
+    then it is not known yet.
+    """
+
+    def __init__(self) -> None:
+        self._last = self._first = _NO_RESET
+        self._longest_s = 0.0
+        self._crossed = False  # a reset lay behind, and the longest was still the longest
+        self._votes = 0  # for a bucket, or against it
+
+    @property
+    def begins_again(self) -> bool:
+        return self._votes <= -_SURE
+
+    def take(self, reset: _Reset) -> None:
+        """Compare an answer with those before; one that is not newer is passed over, and one whose
+        time is all rounded."""
+        last = self._last
+        if reset.at <= last.at or reset.in_s <= reset.cut_s:
+            return
+        self._last = reset
+        # What remains may be below nothing: then a bucket resets later than after its window.
+        in_s = reset.in_s / 2 if reset.remaining == 0 else reset.in_s
+        if in_s > self._longest_s + _LATE_S:
+            self._crossed = False
+        elif last.in_s and reset.at > last.at + last.in_s + _LATE_S:
+            self._crossed = True
+        self._longest_s = max(self._longest_s, in_s)
+        self._compare(reset)
+
+    def _compare(self, reset: _Reset) -> None:
+        """Judge by this answer and an earlier one, within the time that one named."""
+        first, vote = self._first, 0
+        ends = first.at + first.in_s
+        if first.used > 0 and reset.used > 0 and first.bound == reset.bound:
+            moved_s, later_s = reset.at + reset.in_s - ends, abs(reset.in_s - first.in_s)
+            unit_s = first.in_s / first.used
+            off_s = abs(reset.in_s - unit_s * reset.used)
+            fits = off_s <= unit_s + first.cut_s + reset.cut_s and moved_s >= unit_s - _LATE_S
+            is_within = reset.at < ends - _LATE_S
+            if fits and is_within and min(moved_s, later_s) > _LATE_S:
+                vote = 1
+            elif not fits and abs(moved_s) <= _LATE_S:
+                vote = -1
+        self._votes = max(-_MOST_VOTES, min(self._votes + vote, _MOST_VOTES))
+        if vote or reset.at >= ends - _LATE_S or first.bound != reset.bound or not first.used:
+            self._first = reset
+
+    def window(self) -> str | None:
+        """None while it is not known."""
+        last = self._last
+        fitting = (name for name, each in _LENGTHS_S.items() if self._longest_s <= each + _LATE_S)
+        least = next(fitting, None)
+        if least is None or not last.in_s:
+            return least
+        if last.used > 0 and not self.begins_again:
+            # Of what is used a part of the last unit may have refilled.
+            shortest_s = (last.in_s - last.cut_s) * last.bound / last.used
+            longest_s = (last.in_s + last.cut_s) * last.bound / max(last.used - 1, 1)
+            for name, length_s in _LENGTHS_S.items():
+                if length_s > _LENGTHS_S[least] and (
+                    shortest_s < length_s * NEAR and longest_s > length_s / NEAR
+                ):
+                    return name if self._votes >= _SURE else None
+        is_sure = least == "day" or self._crossed
+        return least if is_sure or (least == "minute" and not last.is_midnight()) else None
+
+
+class HeaderReader:
+    """Reads limits from headers of answers as a policy counts them; of one upstream."""
+
+    def __init__(self, provider: str) -> None:
+        self._provider = provider
+        self._resets: dict[tuple[str, str], ResetEvidence] = {}
+
+    def read(self, announcements: Iterable[Announcement]) -> list[HeaderReading]:
+        """The latest of each model; without those of a window that is not known yet."""
+        known, self._resets, found = self._resets, {}, []
+        for announced in announcements:
+            units = {one.unit for one in announced.limits}
+            for one in announced.limits:
+                # Anthropic's `tokens` are those of input and output together.
+                if one.unit == "tokens" and {"input_tokens", "output_tokens"} <= units:
+                    continue
+                key = announced.model, f"{one.unit} {one.window}"
+                resets = self._resets[key] = known.get(key) or ResetEvidence()
+                if (reading := self._reading(announced, one, resets)) is not None:
+                    found.append(reading)
+        return found
+
+    def _reading(
+        self, announced: Announcement, one: RateStatus, resets: ResetEvidence
+    ) -> HeaderReading | None:
+        if not one.limit:
+            return None
+        reset_ms = one.reset_ms or 0
+        cut_s = 0.001 if reset_ms % 1000 else 1.0
+        resets.take(_Reset(announced.at, reset_ms / 1000, cut_s, one.limit, one.remaining))
+        window = one.window or _UNNAMED.get((self._provider, one.unit)) or resets.window()
+        if window not in _WINDOWS:
+            return None
+        scope, begins_again = _UNITS[one.unit] + _WINDOWS[window], resets.begins_again
+        return HeaderReading(
+            plain_model(announced.model),
+            scope,
+            one.limit,
+            one.remaining,
+            announced.at,
+            None if begins_again else _implied_ms(one),
+            one.reset_ms if begins_again else None,
+        )
 
 
 def _implied_ms(one: RateStatus) -> float | None:
@@ -167,11 +300,6 @@ def _implied_ms(one: RateStatus) -> float | None:
         return None
     used = one.limit - one.remaining
     return one.reset_ms * one.limit / used if used > 0 else None
-
-
-def _nearest(implied_ms: float | None) -> str:
-    """A day where the time until the limit is unused implies one; else a minute."""
-    return "day" if implied_ms is not None and is_near_day(implied_ms) else "minute"
 
 
 class LimitLearner:
@@ -190,6 +318,7 @@ class LimitLearner:
         self._share = share or self._tell
         self._limiter = keeper.limiter
         self._announced = announced
+        self._reader = HeaderReader(keeper.provider)
         self._learn = learn
         self._clock = clock
         self._others: tuple[OthersUse, ...] = ()  # of the leader
@@ -219,8 +348,7 @@ class LimitLearner:
         """
         if self._limiter.state == "away":
             return
-        provider = self._keeper.provider
-        own = [reading for one in self._announced.all() for reading in readings_of(one, provider)]
+        own = self._reader.read(self._announced.all())
         if not own:
             return
         await self._share(asdict(LearnedNote(tuple(own), self._others)))
@@ -283,7 +411,7 @@ class LimitLearner:
             if name in before:
                 use.inherit(before[name].kept, now)
         use.read(reading)
-        if limit.shape == "bucket" and refills:
+        if limit.shape == "bucket" and refills and reading.reset_ms is None:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
             amount = use.due(now, view.taken, limit.bound, bound)

@@ -276,13 +276,15 @@ def test_what_an_account_counts_higher_is_made_up_for_in_a_bucket() -> None:
     assert account.run(300, error=1.02) == 0
 
 
-def test_a_window_that_begins_again_is_no_use_of_others() -> None:
-    use = AccountUse(60.0, 60.5, refills=False)
+@pytest.mark.parametrize("is_known_by", ["provider", "readings"])
+def test_a_window_that_begins_again_is_no_use_of_others(is_known_by: str) -> None:
+    use = AccountUse(60.0, 60.5, refills=is_known_by != "provider")
     counted = 0
     for second in range(1, 200):
         left = 60_000 - (second % 60) * 800
         counted = min(60, second) * 800
-        use.read(HeaderReading("m", "tpm", 60_000, left, float(second)))
+        reset_ms = (60 - second % 60) * 1e3 if is_known_by == "readings" else None
+        use.read(HeaderReading("m", "tpm", 60_000, left, float(second), reset_ms=reset_ms))
         assert use.due(float(second), counted, 60_000, 60_000) == 0
 
 
@@ -308,6 +310,9 @@ def of_day(remaining: int | None, window_ms: float | None = DAY_MS) -> HeaderRea
         (of_day(100, 2.5 * HOUR_MS), 0, 3 * HOUR_MS, 0, 0),
         (of_day(100, 2.5 * HOUR_MS), 0, 2 * HOUR_MS, 0, 900),
         (of_day(100, 2.5 * HOUR_MS), 0, 2 * HOUR_MS, 1_000, 0),
+        # The same where half of the day has passed evenly, as a bucket's would have.
+        (replace(of_day(500, None), reset_ms=12 * HOUR_MS), 0, 13 * HOUR_MS, 0, 0),
+        (replace(of_day(500, None), reset_ms=12 * HOUR_MS), 0, 11 * HOUR_MS, 0, 500),
         (of_day(None), 0, HOUR_MS, 0, 0),
     ],
 )

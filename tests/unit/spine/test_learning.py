@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from tidegate.emulator.account import LimitReading
+from tidegate.emulator.counting import counter_of
 from tidegate.emulator.profiles import AccountLimit
 from tidegate.emulator.rate_limits import rate_limit_headers
-from tidegate.spine.learning import Announced, readings_of
+from tidegate.spine.learning import Announced, HeaderReader
 
 NOW_S = 1_800_000_000
 
@@ -32,8 +35,7 @@ def read(family: Any, provider: str, *limits: tuple[str, int, float]) -> dict[st
     announced.note("m", [(name.encode(), value.encode()) for name, value in headers.items()])
     return {
         one.scope: (one.bound, one.remaining or 0)
-        for each in announced.all()
-        for one in readings_of(each, provider)
+        for one in HeaderReader(provider).read(announced.all())
     }
 
 
@@ -76,6 +78,7 @@ def read(family: Any, provider: str, *limits: tuple[str, int, float]) -> dict[st
             {"rpd": (14_400, 12_960), "tpm": (60_000, 54_000)},
         ),
         ("openrouter", "", [("requests", 20, 60.0)], {"rpm": (20, 18)}),
+        ("together", "together", [("requests", 20, 1.0)], {"rps": (20, 18)}),
         ("none", "gemini", [("requests", 20, 60.0)], {}),
     ],
 )
@@ -83,3 +86,79 @@ def test_headers_are_read_as_limits_of_a_policy(
     family: str, provider: str, limits: list[Any], found: dict[str, Any]
 ) -> None:
     assert read(family, provider, *limits) == found
+
+
+SCOPES = {60: "rpm", 3_600: "rph", 86_400: "rpd"}
+WINDOWS = [*SCOPES]
+UNNAMED = ["openai", "azure", "openrouter", "together"]
+MODES = ["fixed_window", "sliding_window", "token_bucket"]
+
+
+class Server:
+    """A provider with one limit of requests, counted from a moment of its own, and one client."""
+
+    def __init__(self, family: Any, mode: Any, window_s: int, bound: int, phase_s: float) -> None:
+        self.family, self.bound, self.phase_s = family, bound, phase_s
+        self.limit = AccountLimit("requests", bound, window_s=float(window_s), mode=mode)
+        self.counter = counter_of(mode, bound, window_s * 10**9)
+        self.now_s = float(NOW_S)
+        self.announced = Announced(clock=lambda: self.now_s)
+        self.reader = HeaderReader("")
+
+    def answer(self, after_s: float, calls: int, late_s: float = 0.0) -> str | None:
+        """The scope that is read after some more calls, of the last of which the client sees the
+        answer; `late_s` on its way."""
+        self.now_s += after_s
+        now_ns = round((self.now_s + self.phase_s) * 1e9)
+        self.counter.take(min(calls, self.counter.remaining(now_ns)), now_ns)
+        self.resets_s = self.counter.full_ns(now_ns) / 1e9
+        remaining = self.counter.remaining(now_ns)
+        view = LimitReading(self.limit, self.bound, remaining, self.counter.full_ns(now_ns), 1)
+        headers = rate_limit_headers(self.family, [view], round(self.now_s * 1e9))
+        self.now_s += late_s
+        self.announced.note("m", [(name.encode(), each.encode()) for name, each in headers.items()])
+        scopes = [one.scope for one in self.reader.read(self.announced.all())]
+        return scopes[0] if scopes else None
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    family=st.sampled_from(UNNAMED),
+    mode=st.sampled_from(MODES),
+    window_s=st.sampled_from(WINDOWS),
+    bound=st.one_of(st.integers(20, 5_000), st.integers(5_000, 10_000_000)),
+    phase_s=st.floats(0, 86_400),
+    traffic=st.lists(
+        st.tuples(
+            st.floats(0.1, 40.0), st.floats(0, 1).map(lambda share: share**6), st.floats(0, 0.4)
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+)
+def test_no_limit_is_read_as_one_of_another_window(
+    family: str, mode: str, window_s: int, bound: int, phase_s: float, traffic: list[Any]
+) -> None:
+    server = Server(family, mode, window_s, bound, phase_s)
+    read = []
+    for after_s, share, late_s in traffic:
+        read.append(server.answer(after_s, max(1, round(share * bound / 4)), late_s))
+        # At first, a longer window that ends within a minute is like one of a minute. A reset that
+        # is rounded off says nothing, nor does a moment that is over on the way.
+        if window_s > 60 and mode == "fixed_window" and len(read) == 1:
+            assume(server.resets_s > 63)
+        if window_s > 60 and mode == "token_bucket":
+            assume(server.resets_s > (0.005 if family == "openai" else 2))
+    assert {*read} <= {None, SCOPES[window_s]}, read
+
+
+@pytest.mark.parametrize("family", UNNAMED)
+@pytest.mark.parametrize("window_s", [60, 86_400])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_window_is_known_after_a_while_whatever_it_is(
+    family: str, mode: str, window_s: int
+) -> None:
+    for phase_s in range(0, 86_400, 17_711):
+        server = Server(family, mode, window_s, 14_400, phase_s)
+        read = [server.answer(after_s, 1) for after_s in (*[2.0] * 50, *[40.0] * 90)]
+        assert read[-1] == SCOPES[window_s], (phase_s, read)
