@@ -216,7 +216,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             config=config,
             listeners=store.listeners,
             tally=instruments.tally,
-            exposition=Exposition(instruments, watch, keepers, store.queue_depths),
+            exposition=Exposition(instruments, watch, keepers, store.queue_depths, live.loads),
             state=_counted(store.listeners, instruments, State(instance_id, watch)),
             board=board,
             store=store,

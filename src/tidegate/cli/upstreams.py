@@ -53,7 +53,10 @@ def list_(json: Json = False) -> None:
     typer.echo(f"Upstreams, {changed}; {len(found['processes'])} processes\n")
     show_table(
         "",
-        ("upstream", "state", "in progress", "waiting", "models", "key", "from", "remark"),
+        (
+            *("upstream", "state", "in progress", "waiting", "models", "key", "from"),
+            *("load", "remark"),
+        ),
         [
             (
                 one["name"],
@@ -63,6 +66,7 @@ def list_(json: Json = False) -> None:
                 _shortened(one["table"].get("models", ["*"])),
                 _key(one["table"]),
                 one["source"],
+                one.get("load", ""),
                 "; ".join(f"{where}: {why}" for where, why in one["problems"].items()),
             )
             for one in found["upstreams"]

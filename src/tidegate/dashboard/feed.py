@@ -70,15 +70,19 @@ Frame = dict[str, Any]
 
 async def live_frame(services: Services) -> Frame:
     """All pools as Valkey sees them now, and the upstreams as the processes do."""
-    notes, pools = await asyncio.gather(
+    notes, loads, pools = await asyncio.gather(
         services.board.notes(),
+        services.upstreams.loads.get(),
         asyncio.gather(*(_pool(name, keeper) for name, keeper in services.keepers.items())),
     )
     return {
         "at": time.time(),
         "pools": pools,
         "postgresql_away": services.store.connections.away,
-        "upstreams": [upstream_frame(name, notes.notes) for name in services.spine.health],
+        "upstreams": [
+            upstream_frame(name, notes.notes) | {"load": str(loads.get(name, ""))}
+            for name in services.spine.health
+        ],
     }
 
 

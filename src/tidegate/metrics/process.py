@@ -47,6 +47,7 @@ from tidegate.spine.routing import Gate, State
 from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, QueueDepths
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger, recent_problems
+from tidegate.upstream.server_load import ServerLoad, ServerLoads
 
 EVERY_S = 0.25
 _GAUGES_EVERY = 4
@@ -285,8 +286,10 @@ class Given(Collector):
         family.add_metric(labels, value)
 
 
-async def read(keepers: Mapping[str, PolicyKeeper], standing: QueueDepths) -> Given:
-    """Ask both stores concurrently."""
+async def read(
+    keepers: Mapping[str, PolicyKeeper], standing: QueueDepths, servers: ServerLoads
+) -> Given:
+    """Ask both stores and the servers of one's own concurrently."""
     given = Given()
     given.add(Metric.BUILD, 1, __version__)
     limiters = [one.limiter for one in keepers.values()]
@@ -295,11 +298,13 @@ async def read(keepers: Mapping[str, PolicyKeeper], standing: QueueDepths) -> Gi
         _asked(one.limiter.pool, shared_limits(one.limiter, one.provider))
         for one in keepers.values()
     )
-    pools, found, depths = await asyncio.gather(
+    pools, found, depths, loads = await asyncio.gather(
         asyncio.gather(*snapshots),
         asyncio.gather(*learned),
         _asked("PostgreSQL", standing.depths()),
+        servers.get(),
     )
+    _tell_loads(given, loads)
     left_out: Counter[str] = Counter()
     for pool, limits in zip(keepers, found, strict=True):
         _tell_learned(given, pool, limits or ())
@@ -326,6 +331,20 @@ async def _asked(of: str, work: Awaitable[T]) -> T | None:
     except Exception:  # logged: one part of a scrape must not take the rest with it
         log.exception(Log.INTERNAL_ERROR, component="metrics")
         return None
+
+
+def _tell_loads(given: Given, loads: Mapping[str, ServerLoad]) -> None:
+    for upstream, load in loads.items():
+        told = {
+            Metric.SERVER_RUNNING: load.running,
+            Metric.SERVER_WAITING: load.waiting,
+            Metric.SERVER_SLOTS: load.slots,
+            Metric.SERVER_KV_USED: load.kv_used,
+            Metric.SERVER_KV_TOKENS: load.kv_tokens,
+        }
+        for metric, value in told.items():
+            if value is not None:
+                given.add(metric, value, upstream)
 
 
 def _tell_learned(given: Given, pool: str, limits: Iterable[LearnedLimit]) -> None:
@@ -552,11 +571,13 @@ class Exposition:
         watch: Watch,
         keepers: Mapping[str, PolicyKeeper],
         depths: QueueDepths,
+        servers: ServerLoads,
     ) -> None:
         self._instruments = instruments
         self._watch = watch
         self._keepers = keepers
         self._depths = depths
+        self._servers = servers
         self._answers: dict[str, tuple[float, bytes, str]] = {}
         self._making = asyncio.Lock()
 
@@ -567,7 +588,7 @@ class Exposition:
             made_at, body, media_type = self._answers.get(sort, (float("-inf"), b"", ""))
             if time.monotonic() - made_at > EXPOSITION_FRESH_S:
                 self._watch.look()
-                given = await read(self._keepers, self._depths)
+                given = await read(self._keepers, self._depths, self._servers)
                 encode, media_type = choose_encoder(accept)
                 body = await asyncio.to_thread(encode, self._instruments.also(given))
                 self._answers[sort] = (time.monotonic(), body, media_type)

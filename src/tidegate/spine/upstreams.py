@@ -46,6 +46,7 @@ from tidegate.telemetry.logging import Log, get_logger
 from tidegate.upstream.credentials import Signers, open_wire
 from tidegate.upstream.fetch import UpstreamTest, tested
 from tidegate.upstream.gemini import GeminiProcessor
+from tidegate.upstream.server_load import ServerLoads
 from tidegate.upstream.transport import Timeouts
 
 PREPARED_WITHIN_S = 20.0
@@ -198,6 +199,7 @@ class LiveUpstreams:
         self._process = process
         self.pools = pools
         self.relay = relay
+        self.loads = ServerLoads(relay.wire, lambda: self.deployment.upstreams)
         # Of prompts, by upstream; kept up to date.
         self.processors: dict[str, GeminiProcessor] = {}
         self._spine = relay.spine

@@ -1,8 +1,8 @@
 """Load of servers of one's own, as their own pages report it: who computes, who waits, on what.
 
 vLLM, SGLang, TGI and llama.cpp have `/metrics`; llama.cpp also names its slots in `/props`. They
-are not polled: llama.cpp looks for clients that have left only after a second without any result,
-and such a page is one.
+are read only when somebody looks, and every few seconds at most: llama.cpp looks for clients that
+have left only after a second without any result, and such a page is one.
 
 Invariants: requests go to the upstream's own origin, with its credentials, and are bounded in time
 and size; nothing that a server answers raises.
@@ -11,7 +11,8 @@ and size; nothing that a server answers raises.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -24,6 +25,8 @@ from tidegate.policy.deployment import Upstream
 from tidegate.upstream.transport import RelayWire
 
 _MOST_BYTES = 2_000_000
+_FRESH_S = 5.0
+_WITHIN_S = 0.5
 _RUNNING = (
     "llamacpp:requests_processing",
     "vllm:num_requests_running",
@@ -80,6 +83,36 @@ async def server_load(wire: RelayWire, upstream: Upstream) -> ServerLoad:
     if (slots := _slots_in(props)) is not None:
         load = ServerLoad(load.running, load.waiting, slots, load.kv_tokens, load.kv_used)
     return load
+
+
+class ServerLoads:
+    """Loads of all servers of one's own that a process knows. One per process."""
+
+    def __init__(self, wire: RelayWire, known: Callable[[], Iterable[Upstream]]) -> None:
+        self._wire = wire
+        self._known = known
+        self._read_at = float("-inf")
+        self._loads: Mapping[str, ServerLoad] = {}
+        self._reading = asyncio.Lock()
+
+    async def get(self) -> Mapping[str, ServerLoad]:
+        """By the upstream's name, as of some seconds ago at most; those that say nothing are left
+        out."""
+        async with self._reading:
+            if time.monotonic() - self._read_at > _FRESH_S:
+                own = [one for one in self._known() if one.is_own]
+                found = await asyncio.gather(*(self._read(one) for one in own))
+                loads = zip(own, found, strict=True)
+                self._loads = {one.name: load for one, load in loads if load.is_known}
+                self._read_at = time.monotonic()
+        return self._loads
+
+    async def _read(self, upstream: Upstream) -> ServerLoad:
+        try:
+            async with asyncio.timeout(_WITHIN_S):
+                return await server_load(self._wire, upstream)
+        except TimeoutError:
+            return ServerLoad()
 
 
 async def _page(wire: RelayWire, upstream: Upstream, path: str) -> bytes:

@@ -253,3 +253,21 @@ async def test_the_test_of_an_upstream_shows_what_the_server_reports(
         found, *_ = await response.json()
     assert (found["status"], found["problem"]) == (200, "")
     assert found["load"] == "0 of 2 at work, 0 waiting"
+
+
+async def test_what_the_server_reports_is_shown_where_its_upstream_is(
+    opened: Open, server: Emulator
+) -> None:
+    gateway = await opened()
+    async with gateway.http.post(
+        gateway.url + CHAT, json=body("computes", 8_000, stream=True)
+    ) as streaming:
+        await streaming.content.readany()
+        _, listed = await gateway.get("/admin/upstreams")
+        loads = {one["name"]: one["load"] for one in listed["upstreams"]}
+        assert loads == {"gemini": "", "local": "1 of 2 at work, 0 waiting"}
+        async with gateway.http.get(f"{gateway.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+    for name, value in (("running", 1), ("waiting", 0), ("slots", 2)):
+        assert f'tidegate_server_{name}{{upstream="local"}} {value}.0' in lines
+    assert not [one for one in lines if one.startswith("tidegate_server_kv_cache_used_ratio{")]

@@ -119,6 +119,7 @@ class UpstreamView(BaseModel):
     in_progress: int | None = Field(description="Permits in use; null while Valkey is away")
     waiting: int | None
     problems: dict[str, str] = Field(description="Processes that can't make it, and why")
+    load: str = Field(description="What a server of one's own reports of itself, such as its slots")
 
 
 class UpstreamsView(BaseModel):
@@ -163,7 +164,9 @@ async def list_upstreams(request: Request) -> UpstreamsView:
     processes = await live.record.processes()
     deployment = live.deployment
     names = [*(one.name for one in deployment.upstreams), *deployment.missing]
-    uses = await asyncio.gather(*(_in_use(services, name) for name in names))
+    loads, uses = await asyncio.gather(
+        live.loads.get(), asyncio.gather(*(_in_use(services, name) for name in names))
+    )
     return UpstreamsView(
         revision=max(0, live.revision),
         processes=[
@@ -171,7 +174,7 @@ async def list_upstreams(request: Request) -> UpstreamsView:
             for one in processes
         ],
         upstreams=[
-            _view(services, name, use, base, processes)
+            _view(services, name, use, base, processes, str(loads.get(name, "")))
             for name, use in zip(names, uses, strict=True)
         ],
         differing=deployment.live.differing(base),
@@ -418,6 +421,7 @@ def _view(
     use: tuple[int, int] | None,
     base: Any,
     processes: list[UpstreamProcess],
+    load: str,
 ) -> UpstreamView:
     deployment = services.upstreams.deployment
     upstream, gate = deployment.upstream(name), services.spine.health.get(name)
@@ -440,4 +444,5 @@ def _view(
         in_progress=None if use is None else use[0],
         waiting=None if use is None else use[1],
         problems=problems,
+        load=load,
     )

@@ -76,6 +76,7 @@ export function upstreamsCard() {
     const calls = h("span", { class: "quiet-text" });
     const detail = h("p", { class: "quiet-text" });
     const places = h("p", { class: "quiet-text" });
+    const load = h("p", { class: "quiet-text" });
     return {
       element: h(
         "li",
@@ -83,6 +84,7 @@ export function upstreamsCard() {
         h("div", { class: "upstream-head" }, h("b", {}, first.upstream), badge, calls),
         detail,
         places,
+        load,
       ),
       update(one) {
         const [kind, words] = one.key_refused ? ["bad", "Refuses our key"] : STATES[one.state];
@@ -95,6 +97,8 @@ export function upstreamsCard() {
         say(detail, one.detail);
         places.hidden = !some;
         if (some) say(places, placesOf(one));
+        load.hidden = !one.load;
+        say(load, one.load);
       },
     };
   });
