@@ -129,7 +129,8 @@ async def raw_upstream(script: Script) -> AsyncIterator[RawUpstream]:
         yield upstream
     finally:
         server.close()
-    await wait_until(lambda: upstream.connections == 0, 20, "the client closes every connection")
+        gone = "the client closes every connection"
+        await wait_until(lambda: upstream.connections == 0, 20, gone)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""What GeminiProcessor asks of Gemini and what it makes of good answers, through the real SDK."""
+"""What GeminiProcessor asks of Gemini and what it makes of good answers."""
 
 from __future__ import annotations
 
