@@ -92,6 +92,7 @@ _FILE = Making("file", "name", "file", "files/")  # in the answer to an upload's
 _VERSION_ROOT = "/v1(?:alpha|beta)?"
 _ANY_MODEL = r"models/[\w\-@][\w.\-@]{0,199}"
 _DOWNLOAD = rf"(?:/download)?{_VERSION_ROOT}/files/{{id}}:download"
+_MADE_FILES = gemini_work.MADE_FILES
 _RESOURCES = tuple(
     path_of(method, f"{_VERSION_ROOT}/{below}" if below else _DOWNLOAD, kind, act, makes)
     for method, below, kind, act, makes in (
@@ -107,11 +108,15 @@ _RESOURCES = tuple(
         ("DELETE", "interactions/{id}", "interaction", Act.DELETE, None),
         ("POST", "interactions/{id}/cancel", "interaction", Act.CANCEL, None),
         ("GET", f"{_ANY_MODEL}/operations", "operation", Act.LIST, None),
-        ("GET", _ANY_MODEL + "/operations/{id}", "operation", Act.READ, gemini_work.MADE_FILES),
+        ("GET", _ANY_MODEL + "/operations/{id}", "operation", Act.READ, _MADE_FILES),
+        ("DELETE", _ANY_MODEL + "/operations/{id}", "operation", Act.DELETE, None),
+        ("POST", _ANY_MODEL + "/operations/{id}:cancel", "operation", Act.CANCEL, None),
+        ("POST", _ANY_MODEL + "/operations/{id}:wait", "operation", Act.READ, _MADE_FILES),
         ("GET", "batches", "batch", Act.LIST, None),
-        ("GET", "batches/{id}", "batch", Act.READ, gemini_work.MADE_FILES),
+        ("GET", "batches/{id}", "batch", Act.READ, _MADE_FILES),
         ("DELETE", "batches/{id}", "batch", Act.DELETE, None),
         ("POST", "batches/{id}:cancel", "batch", Act.CANCEL, None),
+        ("POST", "batches/{id}:wait", "batch", Act.READ, _MADE_FILES),
     )
 )
 _UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)

@@ -70,8 +70,9 @@ def openai_page(kind: str, query: str) -> PageQuery:
             "has_more": has_more,
         }
 
-    limit = _limit(named, "limit", _FILES_A_PAGE if of_files else 20, 10_000 if of_files else 100)
-    limit = min(limit, _FILES_A_PAGE)
+    # OpenAI answers 0 with an empty page, but for files, of which it refuses none at all.
+    usual, most = (_FILES_A_PAGE, 10_000) if of_files else (20, 100)
+    limit = min(_limit(named, "limit", usual, most, least=int(of_files)), _FILES_A_PAGE)
     return PageQuery(limit, _cursor(named, "after"), order == "desc", whole, shows)
 
 
@@ -122,7 +123,7 @@ def gemini_page(kind: str, query: str) -> PageQuery:
         body: JsonObject = {field: found} if shown else {}
         return body | ({"nextPageToken": shown[-1][0]} if has_more and shown else {})
 
-    limit = _limit(named, "pageSize", usual, most)
+    limit = _limit(named, "pageSize", usual, most, least=0) or usual  # 0 means none is named
     return PageQuery(limit, _cursor(named, "pageToken"), False, whole)
 
 
@@ -141,10 +142,10 @@ def _named(query: str) -> dict[str, str]:
     return {name: values[-1] for name, values in parse_qs(query).items()}
 
 
-def _limit(named: dict[str, str], name: str, usual: int, most: int) -> int:
+def _limit(named: dict[str, str], name: str, usual: int, most: int, least: int = 1) -> int:
     text = named.get(name, str(usual))
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:9]) <= most:
-        allowed = f"a whole number from 1 to {most}"
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:9]) <= most:
+        allowed = f"a whole number from {least} to {most}"
         raise InvalidRequest(name, f"{name} must be {allowed}", allowed=allowed)
     return int(text)
 

@@ -142,6 +142,8 @@ def _by_status(answer: ErrorAnswer, message: str, wait_ms: int | None) -> Upstre
         return UpstreamThrottled(message, retry_after_ms=wait_ms)
     if status in (401, 403):
         return UpstreamUnauthorized(message, status=status, of_key=_is_of_key(answer))
+    if status == 501:  # such as the cancelling of what can't be cancelled
+        return UpstreamRejected(message, status=status)
     if status >= 500 or status in TRANSIENT_CODES:
         return UpstreamUnavailable(message, status=status, retry_after_ms=wait_ms)
     if 300 <= status < 500:

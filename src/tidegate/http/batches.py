@@ -123,7 +123,7 @@ def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
         "data": shown,
         "first_id": shown[0]["id"] if shown else None,
         "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(found) > limit,
+        "has_more": 0 < limit < len(found),
     }
 
 
@@ -624,7 +624,7 @@ def _order(values: dict[str, Any]) -> _Order:
 
 async def _batches(asking: Asking) -> Response:
     query = asking.request.query_params
-    limit, after = _limit(query.get("limit"), 20, 100), query.get("after")
+    limit, after = _limit(query.get("limit"), 20, 100, least=0), query.get("after")
     found = await asking.services.store.batches.listed(
         asking.tenant, after=None if after is None else _id(after, _BATCH_ID), limit=limit + 1
     )
@@ -681,11 +681,11 @@ def _id(text: str, shape: re.Pattern[str]) -> UUID:
     return UUID(hex=found["hex"])
 
 
-def _limit(text: str | None, usual: int, most: int) -> int:
+def _limit(text: str | None, usual: int, most: int, *, least: int = 1) -> int:
     if text is None:
         return usual
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= most:
-        allowed = f"a whole number from 1 to {most}"
+    if not text.isascii() or not text.isdecimal() or not least <= int(text[:9]) <= most:
+        allowed = f"a whole number from {least} to {most}"
         raise InvalidRequest("limit", f"limit must be {allowed}", allowed=allowed)
     return int(text)
 

@@ -441,15 +441,24 @@ _SDK_WAITS_MS = 60_000
 
 
 _ELSE = "; docs/gateway.md says what it relays"
-_NOT_RELAYED = (
-    (
-        "/v1/realtime/client_secrets",
-        ": a key of the provider's would lead past the limits here; a web page gives a key of this "
-        "gateway in the subprotocol openai-insecure-api-key.<key>",
-    ),
-    ("/v1/realtime/calls", ": the sound would go past this gateway; use the WebSocket"),
-    ("/v1/realtime", ", which is a WebSocket: connect with Upgrade: websocket"),
+_SECRET = (
+    ": a key of the provider's would lead past the limits here; a web page gives a key of this "
+    "gateway in the subprotocol openai-insecure-api-key.<key>"
 )
+_OPENED = "; passthrough of an upstream opens it nevertheless"
+# Known, and not relayed on purpose.
+_PAST_LIMITS = (
+    ("/v1/realtime/client_secrets", _SECRET + _OPENED),
+    ("/v1/realtime/sessions", _SECRET + _OPENED),
+    ("/v1/realtime/transcription_sessions", _SECRET + _OPENED),
+    ("/v1/realtime/calls", f": the sound would go past this gateway; use the WebSocket{_OPENED}"),
+    (
+        "/v1/traces/ingest",
+        ": the traces of all tenants would be in one account; OPENAI_AGENTS_DISABLE_TRACING=1 "
+        f"stops an agent from sending them{_OPENED}",
+    ),
+)
+_WEBSOCKET = ", which is a WebSocket: connect with Upgrade: websocket"
 
 
 def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.TidegateError:
@@ -459,8 +468,11 @@ def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.Tide
         known = " and ".join(methods)
         said = f"Tidegate does not relay {method} {path[:200]}, but {known}"
         return errors.MethodNotAllowed(said, methods=methods)
-    why = next((why for begin, why in _NOT_RELAYED if path.startswith(begin)), _ELSE)
-    return errors.NotFound(f"Tidegate does not relay {method} {path[:200]}{why}")
+    said = f"Tidegate does not relay {method} {path[:200]}"
+    for begin, why in _PAST_LIMITS:
+        if path == begin or path.startswith(f"{begin}/"):
+            return errors.Forbidden(said + why)
+    return errors.NotFound(said + (_WEBSOCKET if path.startswith("/v1/realtime") else _ELSE))
 
 
 def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:

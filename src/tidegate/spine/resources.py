@@ -249,7 +249,8 @@ class Resources:
                 if len(found) > asked.limit:
                     break
         shown = found[: asked.limit]
-        return orjson.dumps(asked.whole(shown, len(found) > asked.limit or has_more))
+        has_more = asked.limit > 0 and (len(found) > asked.limit or has_more)
+        return orjson.dumps(asked.whole(shown, has_more))
 
     async def _chosen(
         self, caller: Caller, dialect: Dialect, use: ResourceUse, ids: Sequence[str], read: Read

@@ -106,6 +106,32 @@ async def stage(open_gateway: Opener, tmp_path: Path) -> AsyncIterator[Stage]:
         yield Stage(gateway, mine, theirs)
 
 
+async def test_an_operation_is_waited_for_cancelled_and_deleted_by_its_own_tenant_alone(
+    stage: Stage,
+) -> None:
+    gateway = stage.gateway
+    await gateway.upstream.set_behaviour(first_byte_ms=300)
+    begun = await stage.begun(prompt="A wave", parameters={"durationSeconds": 4})
+
+    async def act(of: Any, method: str, verb: str = "") -> tuple[int, Any]:
+        key = {"x-goog-api-key": of._api_client.api_key}
+        url = f"{gateway.url}/v1beta/{begun.name}{verb}"
+        async with gateway.http.request(method, url, json={}, headers=key) as answer:
+            return answer.status, await answer.json()
+
+    for method, verb in (("POST", ":wait"), ("POST", ":cancel"), ("DELETE", "")):
+        assert (await act(stage.theirs, method, verb))[0] == 404, verb
+    assert (await act(stage.mine, "DELETE"))[0] == 409, "it is still being made"
+    status, said = await act(stage.mine, "POST", ":cancel")
+    assert (status, said["error"]["status"]) == (501, "UNIMPLEMENTED"), "in Google's own words"
+    assert gateway.services.spine.health["gemini"].faults == 0
+    status, waited = await act(stage.mine, "POST", ":wait")
+    assert (status, waited["done"]) == (200, True)
+    await stage.counts("kind:image_generation", 0)
+    assert (await act(stage.mine, "DELETE"))[0] == 200
+    assert await refused(stage.mine.operations.get(begun)) == 404
+
+
 async def test_a_video_is_counted_until_it_is_there_and_charged_by_its_seconds(
     stage: Stage,
 ) -> None:

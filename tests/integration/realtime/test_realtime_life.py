@@ -325,9 +325,17 @@ async def test_bounds_in_time_and_pages_of_others(open_gateway: Opener, tmp_path
     async with gateway.http.get(f"{gateway.url}/v1/realtime?model={MODEL}") as response:
         assert response.status == 404
         assert "which is a WebSocket" in await response.text()
-    async with gateway.http.post(f"{gateway.url}/v1/realtime/client_secrets") as response:
-        assert response.status == 404
-        assert "past the limits here" in await response.text()
+    for below, why in (
+        ("realtime/client_secrets", "past the limits here"),
+        ("realtime/sessions", "past the limits here"),
+        ("realtime/calls", "use the WebSocket"),
+        ("traces/ingest", "in one account"),
+    ):
+        async with gateway.http.post(f"{gateway.url}/v1/{below}") as response:
+            said = (await response.json())["error"]
+            assert (response.status, said["code"]) == (403, "forbidden"), below
+            assert why in said["message"]
+            assert "passthrough" in said["message"]
 
 
 async def test_gemini_live_refuses_by_close_codes(gateway: Gateway) -> None:

@@ -67,6 +67,7 @@ STATUS_OF = {
     403: "PERMISSION_DENIED",
     404: "NOT_FOUND",
     405: "UNIMPLEMENTED",
+    501: "UNIMPLEMENTED",
     413: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
     500: "INTERNAL",
@@ -590,7 +591,7 @@ async def route(served: Served) -> web.StreamResponse:
             return await _act(served, model, action)
         case "GET", ["models"]:
             return await served.other("models", "", _list_models)
-        case "GET", ["models", model, "operations", *rest]:
+        case _, ["models", model, "operations", *rest]:
             return await gemini_stored.operations(served, model, "/".join(rest))
         case "GET", ["models", name]:
             return await served.other("models", name, lambda: _checked_model(served, name))

@@ -64,6 +64,7 @@ _VIDEOS, _OPERATIONS = "videos", "operations"
 _REFUSED_PROMPT = "violence"  # of which no video is made
 _TTL = re.compile(r"(\d{1,9})(?:\.\d+)?s")
 _USUAL_TTL_S = 3_600
+_LOOK_S = 0.02
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -466,9 +467,22 @@ def _letters(count: int) -> str:
 
 
 async def operations(served: Served, model: str, name: str) -> web.StreamResponse:
-    """Serve an operation of a model; without a name, the list of them. Raises Refused."""
-    kept = served.state.stored[_OPERATIONS]
+    """Serve an operation of a model; without a name, the list of them. None can be cancelled.
+    Raises Refused."""
+    kept, method = served.state.stored[_OPERATIONS], served.request.method
     prefix = f"models/{model}/{_OPERATIONS}/"
+    if method == "POST":
+        name, _, act = name.partition(":")
+        found = _operation(kept, prefix + name)
+        if act != "wait":
+            raise Refused(501, "Operation is not implemented, or supported, or enabled.")
+        while not found.get("done"):
+            await asyncio.sleep(_LOOK_S)
+    if method == "DELETE":
+        key = prefix + name
+        return await served.other(
+            _OPERATIONS, "", lambda: kept.pop(_operation(kept, key)["name"]) and {}
+        )
     if not name:
         found = [one for key, one in sorted(kept.items()) if key.startswith(prefix)]
         return await served.other(_OPERATIONS, "", lambda: {"operations": found} if found else {})
