@@ -56,9 +56,6 @@ adopt = "default"
 passthrough = [{passthrough}]
 """
 REASONS = {
-    r"test_batches\.Test(Async)?Batches\.test_\w*create": (
-        "a batch is made of a file that is kept here, so that its lines fall under the limits"
-    ),
     r"test_files\.Test(Async)?Files\.test_method_list_with_all_params": (
         "limit=0, which OpenAI itself refuses for files"
     ),

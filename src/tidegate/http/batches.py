@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
@@ -156,6 +157,19 @@ class Uploaded:
         """With the last one, which may have no end."""
         return self.lines + self.ends_open
 
+    async def take(self, data: bytes, hold: BodyBudget) -> None:
+        """Add to the file. Raises PayloadTooLarge and StoreUnavailable."""
+        if self.spool.size_bytes + len(data) > MOST_BYTES:
+            raise PayloadTooLarge(
+                "file",
+                f"the file is larger than {MOST_BYTES} bytes",
+                allowed=f"a file of at most {MOST_BYTES} bytes",
+            )
+        self.lines += data.count(b"\n")
+        self.ends_open = not data.endswith(b"\n")
+        await self.spool.write(data)
+        count_in(hold, self.spool.held_bytes, WITH_ITS_HEAD_BYTES)
+
 
 async def read_upload(
     body: Incoming, content_type: str, uploaded: Uploaded, hold: BodyBudget
@@ -182,7 +196,7 @@ class _UploadReader:
         if isinstance(part, PartHead):
             self._begin(part)
         elif part is not None and self._field == "file":
-            await self._take_file(part)
+            await self._uploaded.take(part, self._hold)
         elif part is not None:
             text = self._uploaded.values[self._field] + part.decode("utf-8", "replace")
             if len(text) > _LONGEST_VALUE_BYTES:
@@ -208,19 +222,6 @@ class _UploadReader:
             uploaded.name = Path(given.replace("\\", "/")).name[:200] or "file.jsonl"
         else:
             uploaded.values[name] = ""
-
-    async def _take_file(self, data: bytes) -> None:
-        uploaded = self._uploaded
-        if uploaded.spool.size_bytes + len(data) > MOST_BYTES:
-            raise PayloadTooLarge(
-                "file",
-                f"the file is larger than {MOST_BYTES} bytes",
-                allowed=f"a file of at most {MOST_BYTES} bytes",
-            )
-        uploaded.lines += data.count(b"\n")
-        uploaded.ends_open = not data.endswith(b"\n")
-        await uploaded.spool.write(data)
-        count_in(self._hold, uploaded.spool.held_bytes, WITH_ITS_HEAD_BYTES)
 
 
 BATCH_PATHS = ("/v1/files", "/v1/batches")  # how those of ours begin
@@ -323,29 +324,65 @@ async def _upload(asking: Asking) -> Response:
         if given := [name for name in _EXPIRY if name in uploaded.values]:
             said = "the input of a batch is kept as RETENTION_DAYS says"
             raise InvalidRequest(given[0], said, allowed=f"only with a purpose other than {INPUT}")
-        file = BatchFile(
-            file_id=new_id(),
-            tenant_id=asking.tenant,
-            purpose=INPUT,
-            name=uploaded.name,
-            size_bytes=uploaded.spool.size_bytes,
-            lines=uploaded.all_lines,
-            blob_key=new_key(datetime.now(UTC)),
-            created_at=datetime.now(UTC),
-        )
-        if uploaded.spool.path is None:
-            await services.blobs.put(file.blob_key, uploaded.spool.data)
-        else:
-            await services.blobs.put(file.blob_key, uploaded.spool.path)
-        try:
-            await services.store.batches.add_file(file, config.max_batch_files_bytes)
-        except FilesFull:
-            await delete_blob(services, file.blob_key)
-            raise
+        file = await _kept(asking, uploaded)
     finally:
         hold.release()
         await uploaded.spool.close()
     return _json(file_view(file))
+
+
+async def _kept(asking: Asking, uploaded: Uploaded) -> BatchFile:
+    """Keep the input of a batch. Raises FilesFull and StoreUnavailable."""
+    services = asking.services
+    file = BatchFile(
+        file_id=new_id(),
+        tenant_id=asking.tenant,
+        purpose=INPUT,
+        name=uploaded.name,
+        size_bytes=uploaded.spool.size_bytes,
+        lines=uploaded.all_lines,
+        blob_key=new_key(datetime.now(UTC)),
+        created_at=datetime.now(UTC),
+    )
+    if uploaded.spool.path is None:
+        await services.blobs.put(file.blob_key, uploaded.spool.data)
+    else:
+        await services.blobs.put(file.blob_key, uploaded.spool.path)
+    try:
+        await services.store.batches.add_file(file, services.config.max_batch_files_bytes)
+    except FilesFull:
+        await delete_blob(services, file.blob_key)
+        raise
+    return file
+
+
+async def _copied(asking: Asking, file_id: str) -> BatchFile | Response:
+    """A copy of the caller's own file at the provider, so that its lines fall under the limits;
+    else the provider's refusal. Raises as `_upload`, and NotFound."""
+    services, path = asking.services, f"{_FILES_PATH}/{file_id}/content"
+    endpoint = endpoint_of("GET", path, Dialect.OPENAI)
+    if endpoint is None:
+        raise NotFound(f"there is no {file_id[:64]!a}", field="input_file_id")
+    given: Headers = asking.request.scope["headers"]
+    headers = [pair for pair in given if pair[0] not in _OF_A_BODY]
+    scope = {**asking.request.scope, "method": "GET", "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": [*headers, (b"accept-encoding", b"identity")]}
+    hold = services.hold(asking.caller)
+    uploaded = Uploaded(Spool(services.config.data_dir / "tmp"), f"{file_id}.jsonl")
+    try:
+        await _check_room(asking)
+        out = _Whole(partial(uploaded.take, hold=hold))
+        refused = await relayed(asking, endpoint, scope, on_record=True, out=out)
+        if out.status != HTTPStatus.OK:
+            return refused
+        await uploaded.spool.finish()
+        return await _kept(asking, uploaded)
+    finally:
+        hold.release()
+        await uploaded.spool.close()
+
+
+_OF_A_BODY = (b"accept-encoding", b"content-type", b"content-length", b"idempotency-key")
 
 
 _MOST_PURPOSE_CHARS = 40
@@ -405,8 +442,10 @@ async def relayed(
     pieces: AsyncIterator[bytes] | None = None,
     *,
     on_record: bool,
+    out: _Whole | None = None,
 ) -> Response:
-    """The whole answer to a native call, which is short. Raises what is ours of TidegateError."""
+    """The whole answer to a native call, which is short, unless `out` has it. Raises what is ours
+    of TidegateError."""
     services, received = asking.services, (time.monotonic(), datetime.now(UTC))
     call = call_of(
         scope,
@@ -418,7 +457,7 @@ async def relayed(
         usual_wait_ms=services.config.stream_wait_ms,
         tracing=services.spine.tracing,
     )
-    record, out = CallRecord("relay", asking.tenant, received[1]), _Kept()
+    record, out = CallRecord("relay", asking.tenant, received[1]), out or _Whole()
     begin_record(record, call, scope)
     status, failure = Status.CANCELLED, Failure("client_left", "the client went away")
     try:
@@ -442,13 +481,12 @@ async def relayed(
     return Response(b"".join(out.pieces), out.status, headers, media_type="application/json")
 
 
-class _Kept:
-    """Keeps an answer, which is small."""
+class _Whole:
+    """Keeps an answer, which is small; else `take` has its pieces."""
 
-    gone = False
-
-    def __init__(self) -> None:
+    def __init__(self, take: Callable[[bytes], Awaitable[None]] | None = None) -> None:
         self.started = False
+        self._take = take
         self.status = 0
         self.pieces: list[bytes] = []
 
@@ -456,7 +494,10 @@ class _Kept:
         self.started, self.status = True, status
 
     async def body(self, piece: bytes, more: bool) -> None:
-        self.pieces.append(piece)
+        if self._take is None:
+            self.pieces.append(piece)
+        else:
+            await self._take(piece)
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         await self.start(status, headers)
@@ -559,7 +600,12 @@ async def _create(asking: Asking) -> Response:
         if (earlier := await batches.earlier(asking.tenant, once)) is not None:
             return _replayed(earlier)
         await services.budgets.check(asking.caller)
-    file = await batches.file(order.file_id, asking.tenant)
+    if _FILE_ID.fullmatch(order.file_id) is None:
+        file = await _copied(asking, order.file_id)
+        if isinstance(file, Response):
+            return file
+    else:
+        file = await batches.file(_id(order.file_id, _FILE_ID), asking.tenant)
     if file.purpose == OUTPUT:
         raise InvalidRequest(
             "input_file_id", "this file is the output of a batch", allowed="an input file"
@@ -587,7 +633,7 @@ def _replayed(batch: Batch) -> Response:
 class _Order(NamedTuple):
     """The batch that is wanted."""
 
-    file_id: UUID
+    file_id: str
     endpoint: str
     metadata: dict[str, str] | None
 
@@ -595,14 +641,14 @@ class _Order(NamedTuple):
     def digest(self) -> str:
         """Of all that is asked for, however it was written. No native call has the same."""
         asked = orjson.dumps(
-            ["/v1/batches", self.file_id.hex, self.endpoint, self.metadata],
+            ["/v1/batches", self.file_id.removeprefix("file-"), self.endpoint, self.metadata],
             option=orjson.OPT_SORT_KEYS,
         )
         return sha256(asked).hexdigest()
 
 
 def _order(values: dict[str, Any]) -> _Order:
-    """Raises InvalidRequest, and NotFound for a file that can't be."""
+    """Raises InvalidRequest."""
     for name in values:
         if name not in _CREATE_FIELDS:
             shown = ascii(name[:64])
@@ -619,7 +665,7 @@ def _order(values: dict[str, Any]) -> _Order:
     given = values.get("input_file_id")
     if not isinstance(given, str):
         raise InvalidRequest("input_file_id", "input_file_id is missing", allowed="file-...")
-    return _Order(_id(given, _FILE_ID), path, metadata)
+    return _Order(given, path, metadata)
 
 
 async def _batches(asking: Asking) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import openai
+import orjson
 import pytest
 
 from tests.integration.native.test_stored import MODEL, Stage, stage
@@ -97,3 +98,41 @@ async def test_uploads_in_parts_are_their_owner_s(stage: Stage) -> None:
         await other.files.content(whole.file.id)
     with pytest.raises(openai.NotFoundError):
         await other.uploads.cancel(begun.id)
+
+
+async def test_a_batch_of_a_file_that_lives_at_the_provider_is_made_of_a_copy(
+    stage: Stage,
+) -> None:
+    acme, other = stage.acme, stage.other
+    line = orjson.dumps(
+        {
+            "custom_id": "1",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": MODEL, "messages": [{"role": "user", "content": "Of a copy"}]},
+        }
+    )
+    there = await acme.files.create(file=("in.jsonl", line), purpose="user_data")
+    asked: Any = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    for file_id in (there.id, "file-of-nobody", "no id.at/all"):
+        with pytest.raises(openai.NotFoundError):
+            await other.batches.create(input_file_id=file_id, **asked)
+    batch = await acme.batches.create(input_file_id=there.id, **asked)
+    copy = await acme.files.retrieve(batch.input_file_id)
+    assert (copy.bytes, copy.purpose) == (len(line), "batch")
+    async with openai.AsyncOpenAI(
+        base_url=f"{stage.accounts['second'].url}/v1", api_key="direct"
+    ) as direct:
+        before = await direct.files.create(file=("in.jsonl", line), purpose="batch")
+    adopted = await stage.heir.batches.create(input_file_id=before.id, **asked)
+    stage.gateway.start_worker()
+    for client, one in ((acme, batch), (stage.heir, adopted)):
+
+        async def completed(client: Any = client, batch_id: str = one.id) -> Any:
+            found = await client.batches.retrieve(batch_id)
+            return found if found.status == "completed" else None
+
+        ended = await wait_until(completed, 20, "its end")
+        assert ended.request_counts.completed == 1
+    calls = [await one.control.calls(contains="Of a copy") for one in stage.accounts.values()]
+    assert sum(map(len, calls)) == 2, "its lines are called under the limits here"

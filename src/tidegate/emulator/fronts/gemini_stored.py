@@ -14,6 +14,7 @@ order of the requests; a batch that expires has no results.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -60,11 +61,10 @@ from tidegate.emulator.limits import Fault
 _BAD_BODY = "Invalid JSON payload received. {}"
 _GARBAGE = b'{"event_type": "step.delta", "ind'
 _INTERACTIONS, _CACHES = "interactions", "cachedContents"
-_VIDEOS, _OPERATIONS = "videos", "operations"
+_VIDEOS, _OPERATIONS, _WORK = "videos", "operations", "work"
 _REFUSED_PROMPT = "violence"  # of which no video is made
 _TTL = re.compile(r"(\d{1,9})(?:\.\d+)?s")
 _USUAL_TTL_S = 3_600
-_LOOK_S = 0.02
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -427,9 +427,10 @@ async def begin_video(served: Served, model: str, body: Any) -> web.Response:
     count = settings.get("sampleCount", settings.get("numberOfVideos", 1))
     made: Json = {"name": f"models/{model}/{_OPERATIONS}/{_letters(12)}"}
     asked = ModelRequest("image_generation", model, prompt, prompt, (), {}, choices=0)
-    served.in_background(
+    _, work = served.in_background(
         "predictLongRunning", asked, lambda: made.update(_ended_video(served, prompt, count))
     )
+    served.state.stored[_WORK][made["name"]] = {"task": work}
     served.state.stored[_OPERATIONS][made["name"]] = made
     return json_response(200, dict(made))
 
@@ -476,16 +477,15 @@ async def operations(served: Served, model: str, name: str) -> web.StreamRespons
         found = _operation(kept, prefix + name)
         if act != "wait":
             raise Refused(501, "Operation is not implemented, or supported, or enabled.")
-        while not found.get("done"):
-            await asyncio.sleep(_LOOK_S)
+        await asyncio.wait({served.state.stored[_WORK][found["name"]]["task"]})
     if method == "DELETE":
         key = prefix + name
         return await served.other(
             _OPERATIONS, "", lambda: kept.pop(_operation(kept, key)["name"]) and {}
         )
     if not name:
-        found = [one for key, one in sorted(kept.items()) if key.startswith(prefix)]
-        return await served.other(_OPERATIONS, "", lambda: {"operations": found} if found else {})
+        mine = [one for key, one in sorted(kept.items()) if key.startswith(prefix)]
+        return await served.other(_OPERATIONS, "", lambda: {"operations": mine} if mine else {})
     return await served.other(_OPERATIONS, "", lambda: dict(_operation(kept, prefix + name)))
 
 
