@@ -55,7 +55,7 @@ from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.offers import TierOffers
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.jobs.provider_batches import ProviderBatchRunner
-from tidegate.limiter import Limiter, Permit
+from tidegate.limiter import Concurrency, Limiter, Permit, PoolPolicy
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
@@ -188,6 +188,7 @@ class CallBodies:
 
 
 _UNSURE_WINDOW, _LARGEST_WINDOW = 16, 256
+_IN_USE_S = 60.0
 _STORE_POLL_S = 0.25
 _LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
 _CANCELS_EVERY_MS = 1_000
@@ -195,6 +196,15 @@ _CANCELS_EVERY_MS = 1_000
 _GIVEN_UP = "given up in the flex tier: only the usual tier still makes the job's deadline"
 
 log = get_logger()
+
+
+def _room_of(policy: PoolPolicy) -> int:
+    """How many calls an upstream takes at a time at most, as far as its limits say it."""
+    limits = [Concurrency(one) if isinstance(one, int) else one for one in policy.limits.values()]
+    return max(
+        (one.bound for one in limits if isinstance(one, Concurrency) and not one.by_tokens),
+        default=_LARGEST_WINDOW,
+    )
 
 
 class _JobRun:
@@ -268,6 +278,8 @@ class Worker:
         self._bodies = CallBodies(blobs, config.max_held_bytes)
         self._limiter, self._prompts = limiter, prompts
         self._stages = Stages(self._tasks)
+        # When an upstream was last called for jobs of a kind.
+        self._called_at: dict[Kind, dict[str, float]] = {kind: {} for kind in Kind}
         self._feeders = [
             Feeder(
                 store.notifications,
@@ -287,8 +299,14 @@ class Worker:
     def _window(self, kind: Kind | None) -> int:
         if kind is None:
             return _UNSURE_WINDOW
-        # Twice the limit in force keeps it full even if every other worker is gone.
-        return min(_LARGEST_WINDOW, 2 * self._limiter.policy.bound(kind.limit) + 2)
+        bound, now = self._limiter.policy.bound(kind.limit), time.monotonic()
+        for name, called_at in self._called_at[kind].items():
+            gate = self._spine.health.get(name)
+            elsewhere = gate is not None and gate.limiter is not self._limiter
+            if gate is not None and elsewhere and now - called_at < _IN_USE_S:
+                bound += _room_of(gate.limiter.policy)
+        # Twice the limits in force keeps them full even if every other worker is gone.
+        return min(_LARGEST_WINDOW, 2 * bound + 2)
 
     def _targets_of(self, job: ClaimedJob) -> tuple[Key, ...]:
         """What may be called for a job: upstreams, each with its model."""
@@ -546,6 +564,9 @@ class Worker:
         """Record that a job's call is about to be made. Raises ClaimLost and StoreUnavailable."""
         self._stages.enter(job, Stage.CALLING)
         assert record.fence is not None
+        kind = job.classification.kind
+        if kind is not None and record.upstream is not None:
+            self._called_at[kind][record.upstream] = time.monotonic()
         await self._store.queue.running(
             job,
             model=record.model or "",

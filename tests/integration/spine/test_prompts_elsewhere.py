@@ -245,3 +245,17 @@ async def test_a_client_that_leaves_closes_the_call(three: Three) -> None:
 
     await wait_until(is_closed, 5, "a closed call")
     assert three.gateway.held == 0
+
+
+async def test_jobs_fill_the_limit_of_the_upstream_that_they_go_to(open_three: OpenThree) -> None:
+    """Whatever the limit of Gemini's, from whose pool they are claimed."""
+    three = await open_three(rate_limits={"text_only": 1, "multi_modal": 1, "image_generation": 1})
+    await three.openai.control.set_fault("hang")
+    for _ in range(12):
+        status, sent = await post(three.gateway, "/submit", data="Explain the tide", model=GPT)
+        assert status == 202, sent
+
+    async def is_full() -> bool:
+        return (await three.openai.control.stats())["text_only"].in_flight == 8
+
+    await wait_until(is_full, what="as many calls as its limit allows")

@@ -152,7 +152,7 @@ async def test_counting_never_reads_the_queues_of_others(open_gateway: Opener) -
         for name in ("count_queued", "count_queued_bytes"):
             plan = await _plan(connection, sql(name), "acme", "gemini", queued._LANES, 10**6)
             assert "Seq Scan on requests" not in plan
-            assert "requests_ready" in plan
+            assert "requests_queue" in plan
             removed = [line for line in plan.splitlines() if "Rows Removed by Filter" in line]
             assert all(int(line.rpartition(" ")[2]) < 100 for line in removed), plan
 

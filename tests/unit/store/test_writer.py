@@ -10,7 +10,7 @@ import pytest
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
 from tidegate.store import database as writer
-from tidegate.store.database import GroupWriter
+from tidegate.store.database import GroupWriter, until_quick
 
 
 class Commits:
@@ -97,3 +97,17 @@ async def test_a_cancelled_write_does_not_disturb_its_neighbours() -> None:
     commits.gate.set()
     assert [await tasks[0], await tasks[2]] == [0, 20]
     assert await group.write(5) == 50
+
+
+async def test_a_claim_whose_replies_stay_slow_is_not_taken_for_held() -> None:
+    asked = 0
+
+    async def ask() -> None:
+        nonlocal asked
+        asked += 1
+
+    await until_quick(ask, lease_ms=60_000)
+    assert asked == 1
+    with pytest.raises(StoreUnavailable):
+        await until_quick(ask, lease_ms=0)
+    assert asked == 4

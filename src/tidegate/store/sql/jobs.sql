@@ -55,9 +55,9 @@ ON CONFLICT (tenant_id, pool) DO NOTHING
 -- The ready jobs of tenant $1 in pool $2, in the lanes $3, at most $4 of each.
 SELECT count(*) AS jobs FROM unnest($3::text[]) AS lanes (lane) CROSS JOIN LATERAL (
     SELECT id FROM requests
-    WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
-        AND pool = $2 AND lane = lanes.lane AND tenant_id = $1
-    ORDER BY priority DESC, created_at, id LIMIT $4
+    WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+        AND pool || '/' || lane || '/' || tenant_id = $2 || '/' || lanes.lane || '/' || $1
+    LIMIT $4
 ) AS ready
 
 -- name: count_queued_bytes
@@ -67,9 +67,9 @@ SELECT count(*) AS jobs, coalesce(sum(ready.size_bytes + coalesce((
 ), 0)), 0)::bigint AS size_bytes
 FROM unnest($3::text[]) AS lanes (lane) CROSS JOIN LATERAL (
     SELECT id, octet_length(prompt) AS size_bytes FROM requests
-    WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
-        AND pool = $2 AND lane = lanes.lane AND tenant_id = $1
-    ORDER BY priority DESC, created_at, id LIMIT $4
+    WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+        AND pool || '/' || lane || '/' || tenant_id = $2 || '/' || lanes.lane || '/' || $1
+    LIMIT $4
 ) AS ready
 
 -- name: count_batched
