@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tidegate.emulator.limits import Fault
+from tidegate.emulator.dialect import Fault
 from tidegate.emulator.server import run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings
 from tidegate.errors import ConfigError, InvalidRequest

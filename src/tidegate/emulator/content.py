@@ -23,8 +23,7 @@ from typing import Any, Literal
 import orjson
 
 from tidegate.emulator.counting import CallSize
-from tidegate.emulator.dialect import Json
-from tidegate.emulator.limits import Fault, FaultName
+from tidegate.emulator.dialect import Fault, FaultName, Json
 from tidegate.emulator.settings import Behaviour
 
 Choice = Literal["auto", "required", "none"]

@@ -17,12 +17,20 @@ from typing import Any, Literal, NoReturn
 import orjson
 from aiohttp import web
 
+from tidegate.emulator.account import AccountSpec
 from tidegate.emulator.batches import LineAnswer, LineWork
 from tidegate.emulator.content import Composed, ModelRequest
 from tidegate.emulator.counting import CallSize
-from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused
-from tidegate.emulator.limits import BREAKS_OFF, MID_ANSWER, Fault, FaultName
-from tidegate.emulator.profiles import AccountSpec
+from tidegate.emulator.dialect import (
+    BREAKS_OFF,
+    MID_ANSWER,
+    EmulatedApi,
+    ErrorResponse,
+    Fault,
+    FaultName,
+    Json,
+    Refused,
+)
 from tidegate.emulator.settings import Behaviour, Distribution
 from tidegate.emulator.state import EmulatorState, LoggedCall
 from tidegate.prices.catalog import catalog

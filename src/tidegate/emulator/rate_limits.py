@@ -11,9 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from tidegate.emulator.account import SECOND_NS, AccountRefusal, LimitReading
+from tidegate.emulator.account import (
+    DAY_S,
+    SECOND_NS,
+    AccountLimit,
+    AccountRefusal,
+    AccountSpec,
+    HeaderFamily,
+    LimitReading,
+)
 from tidegate.emulator.dialect import ErrorResponse, Json, Refused, listing
-from tidegate.emulator.profiles import DAY_S, AccountLimit, AccountSpec, HeaderFamily
 
 Views = Sequence[LimitReading]
 TOKEN_UNITS = ("tokens", "input_tokens", "uncached_input_tokens", "output_tokens")

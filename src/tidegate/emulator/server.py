@@ -20,7 +20,7 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator import usage_api
-from tidegate.emulator.account import AccountLimitReached
+from tidegate.emulator.account import AccountLimitReached, AccountSpec
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.delivery import Served, failed, json_response
 from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
@@ -29,7 +29,6 @@ from tidegate.emulator.fronts.anthropic import ANTHROPIC
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai import OPENAI
 from tidegate.emulator.gpu import gpu_server
-from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.rate_limits import rate_limit_headers, retry_headers
 from tidegate.emulator.settings import EmulatorSettings
 from tidegate.emulator.state import EmulatorState

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from random import Random
 from typing import Any, Literal, Self
 
+from tidegate.emulator.account import DAY_S, AccountSpec
 from tidegate.emulator.checks import known_fields, number, whole
 from tidegate.emulator.gpu.spec import GpuSpec
-from tidegate.emulator.profiles import DAY_S, AccountSpec
 from tidegate.errors import InvalidRequest
 
 KINDS = ("text_only", "multi_modal", "image_generation", "classifier", "other", "realtime")

@@ -31,8 +31,15 @@ from tidegate.emulator.account import AccountCharge, AccountLimitReached, Provid
 from tidegate.emulator.batches import BatchStore, ProviderBatchLine
 from tidegate.emulator.content import Attached, get
 from tidegate.emulator.counting import CallSize
-from tidegate.emulator.dialect import Json, LimitReached, Refused, rfc3339
-from tidegate.emulator.limits import FaultOrders, LimitGate, LimitRefusal
+from tidegate.emulator.dialect import (
+    FaultOrders,
+    Json,
+    LimitGate,
+    LimitReached,
+    LimitRefusal,
+    Refused,
+    rfc3339,
+)
 from tidegate.emulator.rate_limits import rate_limit_headers
 from tidegate.emulator.settings import KINDS, EmulatorSettings
 

@@ -18,7 +18,7 @@ from bench.limits.figures import (
     refusals,
 )
 from bench.limits.load import drawn, mix
-from tidegate.emulator.profiles import AccountSpec
+from tidegate.emulator.account import AccountSpec
 from tidegate.policy.deployment import deployment_of
 from tidegate.settings import Config
 

@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.emulator.account import AccountCharge, AccountLimitReached, ProviderAccount
+from tidegate.emulator.account import (
+    AccountCharge,
+    AccountLimitReached,
+    AccountSpec,
+    ProviderAccount,
+)
 from tidegate.emulator.counting import CallSize
-from tidegate.emulator.profiles import AccountSpec
 
 SECOND = 10**9
 START = 1_800_000_000 * SECOND

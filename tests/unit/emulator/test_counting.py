@@ -21,7 +21,7 @@ from tidegate.emulator.counting import (
     TokenWeights,
     counter_of,
 )
-from tidegate.emulator.limits import counter_for
+from tidegate.emulator.dialect import counter_for
 from tidegate.emulator.settings import RateLimit
 
 Arrivals = list[tuple[int, int]]

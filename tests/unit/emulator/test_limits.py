@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidegate.emulator.limits import LimitGate, LimitRefusal
+from tidegate.emulator.dialect import LimitGate, LimitRefusal
 from tidegate.emulator.settings import RateLimit
 
 MINE = RateLimit("text_only", 2, 60)

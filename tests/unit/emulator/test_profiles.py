@@ -8,8 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from tidegate.emulator.__main__ import parse
+from tidegate.emulator.account import DIALECTS, AccountSpec, Provider
 from tidegate.emulator.client import _plain
-from tidegate.emulator.profiles import DIALECTS, AccountSpec, Provider
 from tidegate.emulator.settings import Behaviour
 from tidegate.errors import ConfigError, InvalidRequest
 

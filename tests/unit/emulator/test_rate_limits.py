@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from tests.unit.emulator.test_account import START, Clock, limit, opened
-from tidegate.emulator.account import AccountLimitReached, ProviderAccount
+from tidegate.emulator.account import AccountLimitReached, AccountSpec, ProviderAccount
 from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import Refused
-from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.rate_limits import (
     anthropic_page,
     check_admin_key,

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tidegate.emulator.account import LimitReading
+from tidegate.emulator.account import AccountLimit, LimitReading
 from tidegate.emulator.counting import counter_of
-from tidegate.emulator.profiles import AccountLimit
 from tidegate.emulator.rate_limits import rate_limit_headers
 from tidegate.spine.learning import Announced, HeaderReader
 

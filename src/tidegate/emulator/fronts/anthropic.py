@@ -54,13 +54,15 @@ from tidegate.emulator.delivery import (
 from tidegate.emulator.dialect import (
     EmulatedApi,
     ErrorResponse,
+    Fault,
+    FaultName,
     Json,
+    LimitRefusal,
     Refused,
     listing,
     rfc3339,
     wait_s,
 )
-from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.rate_limits import anthropic_page, check_admin_key, refused_in_anthropic
 from tidegate.emulator.settings import Behaviour
 from tidegate.emulator.state import EmulatorState

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.account import AccountRefusal
+from tidegate.emulator.account import DAY_S, AccountRefusal, AccountSpec
 from tidegate.emulator.batches import LineAnswer, LineWork
 from tidegate.emulator.content import (
     OUTPUT_PICTURE_TOKENS,
@@ -53,10 +53,18 @@ from tidegate.emulator.delivery import (
     json_response,
     line_work,
 )
-from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
+from tidegate.emulator.dialect import (
+    BODIES,
+    EmulatedApi,
+    ErrorResponse,
+    Fault,
+    FaultName,
+    Json,
+    LimitRefusal,
+    Refused,
+    wait_s,
+)
 from tidegate.emulator.fronts import gemini_stored
-from tidegate.emulator.limits import BODIES, Fault, FaultName, LimitRefusal
-from tidegate.emulator.profiles import DAY_S, AccountSpec
 from tidegate.emulator.settings import Behaviour
 
 _TYPE = "type.googleapis.com/google.rpc."

@@ -55,8 +55,7 @@ from tidegate.emulator.delivery import (
     stream_steps,
     whole_steps,
 )
-from tidegate.emulator.dialect import Json, Refused, rfc3339
-from tidegate.emulator.limits import Fault
+from tidegate.emulator.dialect import Fault, Json, Refused, rfc3339
 
 _BAD_BODY = "Invalid JSON payload received. {}"
 _GARBAGE = b'{"event_type": "step.delta", "ind'

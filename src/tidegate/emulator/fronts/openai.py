@@ -22,7 +22,7 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.account import AccountRefusal
+from tidegate.emulator.account import AccountRefusal, AccountSpec
 from tidegate.emulator.batches import LineAnswer, LineWork
 from tidegate.emulator.content import (
     Attached,
@@ -48,12 +48,19 @@ from tidegate.emulator.delivery import (
     stream_steps,
     whole_steps,
 )
-from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
+from tidegate.emulator.dialect import (
+    EmulatedApi,
+    ErrorResponse,
+    Fault,
+    FaultName,
+    Json,
+    LimitRefusal,
+    Refused,
+    wait_s,
+)
 from tidegate.emulator.fronts import openai_batches, openai_media, openai_stored
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai_stored import GARBAGE, response_script
-from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
-from tidegate.emulator.profiles import AccountSpec
 from tidegate.emulator.rate_limits import check_admin_key, duration, openai_page, refused_in_openai
 from tidegate.emulator.settings import Behaviour
 

@@ -34,8 +34,7 @@ from tidegate.emulator.delivery import (
     broken_object,
     data_event,
 )
-from tidegate.emulator.dialect import Json, Refused
-from tidegate.emulator.limits import Fault, FaultName
+from tidegate.emulator.dialect import Fault, FaultName, Json, Refused
 
 PATHS = frozenset(
     {

@@ -44,8 +44,7 @@ from tidegate.emulator.delivery import (
     stream_steps,
     whole_steps,
 )
-from tidegate.emulator.dialect import Json, Refused, listing
-from tidegate.emulator.limits import Fault, FaultName
+from tidegate.emulator.dialect import Fault, FaultName, Json, Refused, listing
 from tidegate.emulator.settings import Behaviour
 from tidegate.emulator.state import EmulatorState
 

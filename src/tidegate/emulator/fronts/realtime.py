@@ -20,10 +20,9 @@ from aiohttp import WSMsgType, web
 
 from tidegate.emulator.counting import CallSize
 from tidegate.emulator.delivery import EMULATED, Served, failed
-from tidegate.emulator.dialect import EmulatedApi, Json, Refused
+from tidegate.emulator.dialect import EmulatedApi, FaultName, Json, Refused
 from tidegate.emulator.fronts.gemini import GEMINI, check_key
 from tidegate.emulator.fronts.openai import OPENAI, check_model, missing
-from tidegate.emulator.limits import FaultName
 from tidegate.emulator.state import LoggedCall
 
 KIND = "realtime"
