@@ -32,7 +32,7 @@ from bench.limits.stage import await_ready, emulator_process
 from bench.machine import describe
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.state import LoggedCall
-from tidegate.prices.catalog import catalog
+from tidegate.prices.rates import catalog
 
 MODEL, AT_ONCE, CALL_MS = "gpt-5", 20, 200.0
 DAY_MS, HOUR_MS, MINUTE_MS = 86_400_000, 3_600_000, 60_000

@@ -27,8 +27,15 @@ from tidegate.call import (
 )
 from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from tidegate.policy.deployment import Upstream
-from tidegate.prices.catalog import Catalog, catalog, provider_of
-from tidegate.prices.rates import Rates, cost_micros, micros_by_measure, micros_of
+from tidegate.prices.rates import (
+    Catalog,
+    Rates,
+    catalog,
+    cost_micros,
+    micros_by_measure,
+    micros_of,
+    provider_of,
+)
 
 _MODELS_KEPT = 1_000
 _HOUR_S, _DAY_HOURS = 3_600, 24

@@ -24,7 +24,7 @@ from tidegate.policy.deployment import Deployment, Upstream, doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
 from tidegate.policy.live import NO_CHANGES, Tables, changed_lines
 from tidegate.policy.rollout import Origin, differences
-from tidegate.prices.catalog import ModelPrice, catalog
+from tidegate.prices.rates import ModelPrice, catalog
 from tidegate.settings import SECRETS, Config, origins
 from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.records import PolicyRecord

@@ -33,8 +33,7 @@ from tidegate.emulator.dialect import (
 )
 from tidegate.emulator.settings import Behaviour, Distribution
 from tidegate.emulator.state import EmulatorState, LoggedCall
-from tidegate.prices.catalog import catalog
-from tidegate.prices.rates import STANDARD_TIERS
+from tidegate.prices.rates import STANDARD_TIERS, catalog
 
 EMULATOR_HEADER = "x-tidegate-emulator"
 EMULATED = {EMULATOR_HEADER: "1"}

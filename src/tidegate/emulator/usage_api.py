@@ -21,7 +21,7 @@ from aiohttp import web
 
 from tidegate.emulator.dialect import Json, Refused
 from tidegate.emulator.state import EmulatorState, LoggedCall
-from tidegate.prices.catalog import catalog
+from tidegate.prices.rates import catalog
 
 _OPENAI, _ANTHROPIC = "/v1/organization/", "/v1/organizations/"
 _PATHS = (

@@ -22,8 +22,7 @@ from tidegate.emulator.client import Stats
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.jobs.reconciliation import ReconcileReport, account_of, reconcile
 from tidegate.policy.deployment import Upstream
-from tidegate.prices.catalog import catalog
-from tidegate.prices.rates import Rates, cost_micros
+from tidegate.prices.rates import Rates, catalog, cost_micros
 from tidegate.prices.reconciliation import UsageSum, compared
 from tidegate.store.database import Connections
 from tidegate.store.statistics import Reconciliations

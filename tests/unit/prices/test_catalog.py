@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from tidegate.call import Usage, UsageDetails
 from tidegate.errors import ConfigError
-from tidegate.prices.catalog import Catalog, ModelPrice, catalog, provider_of
-from tidegate.prices.rates import Price, Rates, cost_micros
+from tidegate.prices.rates import (
+    Catalog,
+    ModelPrice,
+    Price,
+    Rates,
+    catalog,
+    cost_micros,
+    provider_of,
+)
 
 TODAY = date(2026, 11, 28)
 ROWS = [row for provider in catalog().providers for row in catalog().rows(provider)]
