@@ -24,8 +24,6 @@ from tidegate.limiter import PoolPolicy
 from tidegate.rehearse.report import Table
 from tidegate.settings import Config
 from tidegate.supervisor.services import Ground, migrate, prepared
-from tidegate.verify.jobs import AT_ONCE, JobVerification
-from tidegate.verify.limiter import LimiterVerification
 from tidegate.verify.plan import (
     KIND,
     Plan,
@@ -36,6 +34,7 @@ from tidegate.verify.plan import (
     VerifiedPool,
     plan_of,
 )
+from tidegate.verify.promises import AT_ONCE, JobVerification, LimiterVerification
 
 _JOB_MS = 250
 

@@ -21,8 +21,8 @@ from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings
 from tidegate.limiter import PoolPolicy
-from tidegate.verify.limiter import LimiterVerification
 from tidegate.verify.plan import BATON, KIND, LIMIT, WEIGHTS, Plan, Report, Verdict, VerifiedPool
+from tidegate.verify.promises import LimiterVerification
 from tidegate.verify.run import markdown_of, sentence_of
 
 ROOT = Path(__file__).parents[3]

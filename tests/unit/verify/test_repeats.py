@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tidegate.verify.jobs import Repeats, repeats
 from tidegate.verify.plan import Report, Verdict
+from tidegate.verify.promises import Repeats, repeats
 
 
 def test_calls_of_a_killed_worker_are_repeated_whether_they_had_ended_or_not() -> None:
