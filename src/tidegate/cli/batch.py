@@ -1,26 +1,44 @@
-"""Command `tidegate batch run`: a file of prompts, processed as jobs."""
+"""Command `tidegate batch run`: a file of prompts as jobs, with a bar and a file of results.
+
+Input is JSON lines, plain lines or CSV. Each line is one job with an idempotency key derived from
+the file's content and the line's number, so a second run of the same file submits nothing twice.
+The results file is the only state of a run: one JSON line per finished job; an incomplete last
+line is removed at start.
+
+Invariants: a line's result is written before the next line takes its slot; Ctrl-C or `kill -9`
+loses no result.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import csv
+import fcntl
+import hashlib
+import json
+import os
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 from tidegate.call import Kind
-from tidegate.cli.client import GatewayClient, with_gateway
+from tidegate.cli.client import ENDS, GatewayClient, is_passing, with_gateway
 from tidegate.cli.limits import span_ms
 from tidegate.cli.terminal import DONE, FAILED, Json, given, show_json
-from tidegate.errors import GatewayRefused, GatewayUnreachable
+from tidegate.errors import ConfigError, GatewayRefused, GatewayUnreachable
 
 if TYPE_CHECKING:
-    from tidegate.cli.batch_run import Run, RunProgress
+    from rich.console import RenderableType
+    from rich.text import Text
 
 app = typer.Typer(help="Work through a file of prompts.", no_args_is_help=True)
 
@@ -78,8 +96,6 @@ def run(
     Stopped, killed or cut off, the same command goes on where it was. Exit code 1 means that some
     lines have failed.
     """
-    from tidegate.cli.batch_run import Results, Run, read
-
     deadline_ms = None if deadline is None else span_ms("--deadline", deadline)
     kind = type_ and type_.value
     options = given(type=kind, model=model, priority=priority, deadline_ms=deadline_ms)
@@ -125,8 +141,6 @@ def _display(name: str, tally: RunProgress) -> Iterator[tuple[Any, float]]:
         yield _Lines(tally), _LOOK_S
         return
     from rich.live import Live
-
-    from tidegate.cli.batch_run import bar
 
     with Live(bar(name, tally), console=console, auto_refresh=False) as live:
         yield lambda: live.update(bar(name, tally), refresh=True), _REDRAW_S
@@ -200,3 +214,467 @@ def _say_done(batch: Run, output: Path, json: bool) -> None:
     if failed:
         sys.stderr.write("tidegate: --retry-failed asks again what failed\n")
     typer.echo(output)
+
+
+MOST_BYTES = 200_000_000
+MOST_LINES = 1_000_000
+_PROMPTS = ("prompt", "data", "text")
+_IDS = ("id", "custom_id", "prompt_id")
+_ALONG = ("type", "model", "image_uri", "subject", "conversation")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One request. `number` counts from 1 in the file; `fields` are those of `POST /submit`."""
+
+    number: int
+    prompt_id: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A whole file. `digest` is of what is asked in it, with the options of the run."""
+
+    lines: tuple[Line, ...]
+    digest: str
+
+    def key(self, line: Line, retries: int) -> str:
+        """The idempotency key of a line that has failed so often before."""
+        again = f"-r{retries}" if retries else ""
+        return f"batch-{self.digest}-{line.number}{again}"
+
+
+def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
+    """The file's lines; `options` go into each that does not say otherwise.
+
+    Raises ConfigError, which names the line, for what can't be a prompt, and for an id that is
+    there twice.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise ConfigError("FILE", str(path), f"must be at most {MOST_BYTES} bytes; split it")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as wrong:
+        why = getattr(wrong, "strerror", None) or "not UTF-8 text"
+        raise ConfigError("FILE", str(path), f"must be a readable file: {why}") from None
+    is_table = path.suffix.lower() in (".csv", ".tsv")
+    found = _of_table(path, text, column, options) if is_table else _of_lines(path, text, options)
+    lines = tuple(found)
+    _check(path, lines)
+    asked = json.dumps([line.fields for line in lines], sort_keys=True).encode()
+    return Prompts(lines, hashlib.sha256(asked).hexdigest()[:32])
+
+
+def _check(path: Path, lines: tuple[Line, ...]) -> None:
+    if not lines:
+        raise ConfigError("FILE", str(path), "must have at least one prompt in it")
+    if len(lines) > MOST_LINES:
+        raise ConfigError("FILE", str(path), f"must have at most {MOST_LINES} lines; split it")
+    seen: dict[str, int] = {}
+    for line in lines:
+        if (before := seen.setdefault(line.prompt_id, line.number)) != line.number:
+            raise _wrong(path, line.number, f"has the id {line.prompt_id!r} of line {before}")
+
+
+def _of_lines(path: Path, text: str, options: dict[str, Any]) -> Iterator[Line]:
+    for number, raw in enumerate(text.split("\n"), start=1):
+        line = raw.strip()
+        if line:
+            yield _line(path, number, _value(path, number, line), options)
+
+
+def _value(path: Path, number: int, line: str) -> Any:
+    """The JSON of a line; what is none and does not look like it is a prompt as it stands."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        if line[0] in "{[":
+            raise _wrong(path, number, "is broken JSON") from None
+        return line
+    return value if isinstance(value, str | dict | list) else line
+
+
+def _line(path: Path, number: int, value: Any, options: dict[str, Any]) -> Line:
+    if isinstance(value, str):
+        return Line(number, str(number), {**options, "data": value})
+    if not isinstance(value, dict):
+        raise _wrong(path, number, "must be a text or an object")
+    prompt_id = next((str(value[name]) for name in _IDS if value.get(name) is not None), None)
+    prompt_id = prompt_id or str(number)
+    if "url" in value and "body" in value:
+        return Line(number, prompt_id, _native(value, options))
+    prompt = next((value[name] for name in _PROMPTS if value.get(name) is not None), None)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _wrong(path, number, f"must have a text as one of {', '.join(_PROMPTS)}")
+    unknown = set(value) - {*_PROMPTS, *_IDS, *_ALONG}
+    if unknown:
+        known = ", ".join((*_PROMPTS, "id", *_ALONG))
+        raise _wrong(path, number, f"has {sorted(unknown)[0]!r}; known are {known}")
+    along = {name: value[name] for name in _ALONG if value.get(name) is not None}
+    return Line(number, prompt_id, {**options, **along, "data": prompt})
+
+
+def _native(value: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A line of OpenAI's batches; what the options say of models and types is in its body."""
+    kept: dict[str, Any] = {
+        name: options[name] for name in ("priority", "deadline_ms", "tiers") if name in options
+    }
+    return {**kept, "endpoint": value["url"], "body": value["body"]}
+
+
+def _of_table(path: Path, text: str, column: str | None, options: dict[str, Any]) -> Iterator[Line]:
+    rows = csv.DictReader(
+        text.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ","
+    )
+    columns = [name for name in rows.fieldnames or () if name]
+    wanted = [column] if column is not None else [one for one in _PROMPTS if one in columns]
+    if not wanted or wanted[0] not in columns:
+        there = ", ".join(columns) or "none"
+        raise ConfigError("--column", column, f"must name a column of {path}; it has: {there}")
+    csv.field_size_limit(MOST_BYTES)
+    for number, row in enumerate(rows, start=1):
+        prompt = (row[wanted[0]] or "").strip()
+        if not prompt:
+            raise _wrong(path, number, f"has nothing in the column {wanted[0]}", what="row")
+        given = {name: row[name] for name in _ALONG if row.get(name)}
+        prompt_id = next((row[name] for name in _IDS if row.get(name)), str(number))
+        yield Line(number, str(prompt_id), {**options, **given, "data": prompt})
+
+
+def _wrong(path: Path, number: int, why: str, *, what: str = "line") -> ConfigError:
+    return ConfigError("FILE", f"{path}, {what} {number}", why)
+
+
+SUCCEEDED = "succeeded"
+
+
+class Results:
+    """An open file of results; one run at a time has it. Raises ConfigError, naming `--output`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.is_file():
+            raise ConfigError(
+                "--output", str(path), "must be a file: it tells the next run how far"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("a+b")
+        except OSError as wrong:
+            allowed = f"must be a file that can be written: {wrong.strerror}"
+            raise ConfigError("--output", str(path), allowed) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ConfigError("--output", str(path), "another run is writing it") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def read(self) -> list[dict[str, Any]]:
+        """What is there of earlier runs, less half a line at its end."""
+        self._file.seek(0)
+        rows: list[dict[str, Any]] = []
+        whole = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(whole)
+                break
+            whole += len(line)
+            if line.strip():
+                rows.append(self._row(number, line))
+        self._file.seek(0, os.SEEK_END)
+        return rows
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        import orjson
+
+        try:
+            row = orjson.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+            where = f"{self.path}, line {number}"
+            raise ConfigError("--output", where, "is not a result of `tidegate batch run`")
+        return row
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a result; it outlives this process once this returns."""
+        import orjson
+
+        self._file.write(orjson.dumps(row) + b"\n")
+        self._file.flush()
+
+
+def row_of(line_id: str, number: int, key: str, view: dict[str, Any]) -> dict[str, Any]:
+    """A result, of the last state of its request or of a refusal to take it."""
+    row: dict[str, Any] = {
+        "id": line_id,
+        "line": number,
+        "status": view["status"],
+        "request_id": view.get("request_id"),
+        "model": view.get("model"),
+        "text": view.get("text"),
+        "usage": view.get("usage"),
+        "cost_micros": view.get("cost_micros"),
+        "error": view.get("error"),
+        "key": key,
+    }
+    for name in ("answer", "images"):
+        if view.get(name):
+            row[name] = view[name]
+    return row
+
+
+AWAY_S = 600.0
+NEVER_THERE_S = 60.0  # where it has not answered once: the address may be wrong
+_PAUSE_S = 1.0
+_TOO_SOON_S = 0.1
+_ASK_WHY_S = 1.0
+_RATE_OVER_S = 20.0
+_STOPPING = ("unauthenticated", "budget_exceeded")
+
+
+@dataclass
+class RunProgress:
+    """How far a run is. `earlier` lines had ended before it began. `waiting` says for what."""
+
+    total: int
+    earlier: int = 0
+    done: int = 0
+    failed: int = 0
+    submitted: int = 0
+    tokens: int = 0
+    cost_micros: int = 0
+    waiting: str = ""
+    began: float = field(default_factory=time.monotonic)
+    ends: deque[float] = field(default_factory=deque)
+
+    @property
+    def ended(self) -> int:
+        return self.earlier + self.done
+
+    @property
+    def per_second(self) -> float:
+        """Over the last seconds."""
+        now = time.monotonic()
+        while self.ends and now - self.ends[0] > _RATE_OVER_S:
+            self.ends.popleft()
+        span_s = min(_RATE_OVER_S, now - self.began)
+        return len(self.ends) / span_s if span_s > 0 else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Until all have ended, at the present rate; None where it is unknown."""
+        rate = self.per_second
+        return None if rate <= 0 else (self.total - self.ended) / rate
+
+    def count(self, row: dict[str, Any]) -> None:
+        self.done += 1
+        self.failed += row["status"] != SUCCEEDED
+        self.tokens += (row["usage"] or {}).get("total_tokens") or 0
+        self.cost_micros += row["cost_micros"] or 0
+        self.ends.append(time.monotonic())
+
+
+class Run:
+    """One run. `tally` has its progress."""
+
+    def __init__(
+        self,
+        gateway: GatewayClient,
+        prompts: Prompts,
+        results: Results,
+        *,
+        window: int,
+        retry_failed: bool,
+    ) -> None:
+        self._gateway = gateway
+        self._prompts = prompts
+        self._results = results
+        self._window = window
+        self._queued: dict[int, str] = {}  # request ids by line, of those that wait
+        self._heard_at = time.monotonic()
+        self._patience_s = NEVER_THERE_S
+        self._left = self._what_is_left(retry_failed)
+        self.tally = RunProgress(len(prompts.lines), len(prompts.lines) - len(self._left))
+
+    def _what_is_left(self, retry_failed: bool) -> list[tuple[Line, str]]:
+        """The lines that are still to be asked, with their keys. Raises ConfigError for a file
+        with results of something else."""
+        succeeded: set[int] = set()
+        failures: dict[int, int] = {}
+        start = f"batch-{self._prompts.digest}-"
+        for row in self._results.read():
+            if not row["key"].startswith(start):
+                allowed = "has results of other prompts or options: choose another file"
+                raise ConfigError("--output", str(self._results.path), allowed)
+            if row["status"] == SUCCEEDED:
+                succeeded.add(row["line"])
+            else:
+                failures[row["line"]] = failures.get(row["line"], 0) + 1
+        self.failed_earlier = 0 if retry_failed else len(failures.keys() - succeeded)
+        return [
+            (line, self._prompts.key(line, failures.get(line.number, 0)))
+            for line in self._prompts.lines
+            if line.number not in succeeded and (retry_failed or line.number not in failures)
+        ]
+
+    async def run(self) -> None:
+        """Until all lines have ended. Raises GatewayRefused where no line would be taken,
+        GatewayUnreachable after AWAY_S without an answer, NEVER_THERE_S where there was none at
+        all, and OSError for a result that can't be written. Cancelled, it leaves submitted lines
+        to their own end, where the next run finds it.
+        """
+        lines = iter(self._left)
+        asking = asyncio.create_task(self._ask_why())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._window, len(self._left))):
+                    group.create_task(self._work(lines))
+        except* (GatewayRefused, GatewayUnreachable, OSError) as failed:
+            raise failed.exceptions[0] from None
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            self.tally.waiting = ""
+
+    async def _work(self, lines: Iterator[tuple[Line, str]]) -> None:
+        for line, key in lines:
+            view = await self._ended(line, key)
+            row = row_of(line.prompt_id, line.number, key, view)
+            self._results.add(row)
+            self.tally.count(row)
+
+    async def _ended(self, line: Line, key: str) -> dict[str, Any]:
+        """Submit a line and follow it to its end; a refusal of this line alone is its result."""
+        request_id = None
+        try:
+            accepted = await self._patiently(lambda: self._gateway.submit(line.fields, key=key))
+            request_id = accepted["request_id"]
+            self.tally.submitted += 1
+            view = await self._followed(line.number, request_id)
+        except GatewayRefused as refused:
+            if refused.problem in _STOPPING:
+                raise
+            error = {"code": refused.problem, "message": refused.message, "retryable": False}
+            view = {"status": "refused", "error": error, "request_id": request_id}
+        # Not where this is cancelled: submitted lines go on without us.
+        self.tally.submitted -= request_id is not None
+        self._queued.pop(line.number, None)
+        return view
+
+    async def _followed(self, number: int, request_id: str) -> dict[str, Any]:
+        before = "queued"
+        self._queued[number] = request_id
+        while True:
+            asked_at = time.monotonic()
+            view: dict[str, Any] = await self._patiently(
+                lambda: self._gateway.get(f"/status/{request_id}", wait="60")
+            )
+            if view["status"] in ENDS:
+                return view
+            if view["status"] == "running":
+                self._queued.pop(number, None)
+            if view["status"] == before and time.monotonic() - asked_at < _TOO_SOON_S:
+                await asyncio.sleep(_PAUSE_S)  # the server has too many that wait
+            before = view["status"]
+
+    async def _patiently(self, call: Any) -> Any:
+        """Call until there is an answer: the server may be restarting, or have a cap reached."""
+        while True:
+            try:
+                answer = await call()
+            except (GatewayRefused, GatewayUnreachable) as failed:
+                if not is_passing(failed):
+                    raise
+                if isinstance(failed, GatewayRefused) and failed.problem == "quota_exceeded":
+                    self._hear()
+                if time.monotonic() - self._heard_at > self._patience_s:
+                    raise
+                self.tally.waiting = failed.message
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            self._hear()
+            return answer
+
+    def _hear(self) -> None:
+        self._heard_at, self._patience_s = time.monotonic(), AWAY_S
+
+    async def _ask_why(self) -> None:
+        """Now and then, what the line that has waited longest waits for."""
+        while True:
+            await asyncio.sleep(_ASK_WHY_S)
+            if not self._queued:
+                self.tally.waiting = ""
+                continue
+            oldest = self._queued[min(self._queued)]
+            try:
+                why = await self._gateway.get(f"/requests/{oldest}/why")
+            except (GatewayRefused, GatewayUnreachable) as failed:
+                self.tally.waiting = failed.message
+                continue
+            if why["status"] == "queued":
+                self.tally.waiting = re.sub("^waits", "waiting", why["sentence"])
+
+
+_QUIET = "bright_black"
+
+
+def bar(name: str, tally: RunProgress) -> RenderableType:
+    """Three lines: how much, how fast, and what holds it up."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    whole = f"{tally.ended:,} of {tally.total:,}"
+    share = tally.ended / tally.total if tally.total else 1.0
+    top = Table.grid(padding=(0, 2), expand=True)
+    top.add_column(no_wrap=True, overflow="ellipsis", max_width=24)
+    top.add_column(ratio=1)
+    top.add_column(justify="right", no_wrap=True)
+    top.add_column(justify="right", no_wrap=True)
+    top.add_row(
+        Text(name, style="bold"),
+        ProgressBar(total=max(1, tally.total), completed=tally.ended, complete_style="cyan"),
+        whole,
+        f"{share:4.0%}",
+    )
+    lines: list[RenderableType] = [top, _pace(tally)]
+    if tally.ended < tally.total:
+        lines.append(_waiting(tally))
+    return Group(*lines)
+
+
+def _pace(tally: RunProgress) -> Text:
+    from rich.text import Text
+
+    parts = Text(no_wrap=True, overflow="ellipsis")
+    parts.append(f"{tally.per_second:.1f} a second", style="bold")
+    parts.append(f"   {tally.done - tally.failed:,} succeeded", style="green")
+    parts.append(f"   {tally.failed:,} failed", style="red" if tally.failed else _QUIET)
+    if tally.earlier:
+        parts.append(f"   {tally.earlier:,} before", style=_QUIET)
+    if tally.left_s is not None and tally.ended < tally.total:
+        parts.append(f"   {timedelta(seconds=round(tally.left_s))} left")
+    return parts
+
+
+def _waiting(tally: RunProgress) -> Text:
+    from rich.text import Text
+
+    words = f"{tally.submitted} submitted"
+    if tally.waiting:  # first, since a narrow terminal shows the beginning
+        words = f"{tally.waiting}; {words}"
+    return Text(words, style=_QUIET, no_wrap=True, overflow="ellipsis")

@@ -15,7 +15,7 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.integration.cli.calling import forwarding, run, under_way
 from tests.waiting import wait_until
-from tidegate.cli import batch, batch_run
+from tidegate.cli import batch
 from tidegate.embedded.servers import free_port
 from tidegate.errors import GatewayUnreachable
 
@@ -163,8 +163,8 @@ async def test_a_run_waits_for_a_gateway_that_is_away(open_gateway: Opener, tmp_
 async def test_a_gateway_that_was_never_there_is_given_up_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_run, "NEVER_THERE_S", 0.0)
-    monkeypatch.setattr(batch_run, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(batch, "NEVER_THERE_S", 0.0)
+    monkeypatch.setattr(batch, "_PAUSE_S", 0.01)
     (tmp_path / "one.jsonl").write_text("Say hello\n")
     monkeypatch.setenv("TIDEGATE_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(GatewayUnreachable, match="Connection refused"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.cli.batch_run import Line, Prompts, read
+from tidegate.cli.batch import Line, Prompts, read
 from tidegate.errors import ConfigError
 
 

@@ -1,0 +1,199 @@
+"""Rollup of this process's finished calls by spans of time, for the record.
+
+Invariant: counting is a few additions in memory; PostgreSQL is asked once every `FLUSH_EVERY_S`,
+and while it is away what was counted waits here, `MOST_SPANS` of it at most. An end is counted in
+the span in which it happened, or, if it is reported later than that, in the oldest that is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from tidegate.errors import StoreUnavailable
+from tidegate.record import JUDGE, REFUSED, RETRIED, CallRecord
+from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, one
+from tidegate.store.store import Store
+from tidegate.telemetry.logging import Log, get_logger
+
+FLUSH_EVERY_S = 5.0
+FORGET_EVERY_S = 600.0
+MOST_SPANS = 2_000
+# How many spans are open for ends, the one under way included.
+OPEN_SPANS = {10: 30, 60: 6, 300: 2}
+_SHORTEST_S = min(OPEN_SPANS)
+_OTHER_MODEL = "(none)"
+
+log = get_logger()
+
+
+class Rollup:
+    """One per process: `note` listens to ended calls, `run` writes down what they came to.
+
+    A call is counted once, in its shortest span; the longer ones get what is new at each flush.
+    """
+
+    def __init__(self, history: History, clock: Callable[[], float] = time.time) -> None:
+        self._history = history
+        self._clock = clock
+        # By begin and pool, since the last flush.
+        self._fresh: dict[tuple[int, str], CallCounts] = {}
+        self._tallies: dict[TimeSpan, CallCounts] = {}
+        self._changed: set[TimeSpan] = set()
+        self._forgot_at = clock()
+
+    def __repr__(self) -> str:
+        return f"<Rollup spans={len(self._tallies)} to_write={len(self._changed)}>"
+
+    def note(self, batch: Sequence[CallRecord]) -> None:
+        """Count ended calls."""
+        now = self._clock()
+        oldest = now - (OPEN_SPANS[_SHORTEST_S] - 1) * _SHORTEST_S
+        for ended in batch:
+            at = max(oldest, min(now, ended.ended_at.timestamp()))
+            key = (int(at // _SHORTEST_S) * _SHORTEST_S, ended.pool)
+            tally = self._fresh.get(key)
+            if tally is None:
+                tally = self._fresh[key] = CallCounts()
+            count(tally, ended)
+
+    async def run(self) -> None:
+        """Write down, for ever. When cancelled, what has not been written is left to `flush`."""
+        while True:
+            await asyncio.sleep(FLUSH_EVERY_S)
+            try:
+                await self.flush()
+                now = self._clock()
+                if now - self._forgot_at >= FORGET_EVERY_S:
+                    self._forgot_at = now
+                    await self._history.forget(now)
+            except StoreUnavailable as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR)
+
+    async def flush(self) -> None:
+        """Write all that has changed. Raises StoreUnavailable; it is then still to be written."""
+        self._take_in()
+        self._drop_old()
+        changed, self._changed = self._changed, set()
+        if not changed:
+            return
+        try:
+            await self._history.write([(span, self._tallies[span]) for span in changed])
+        except BaseException:  # cancellation too: the spans are still to be written
+            self._changed |= changed & self._tallies.keys()
+            raise
+
+    def _take_in(self) -> None:
+        """Add what is fresh to the spans of every length that it is in."""
+        fresh, self._fresh = self._fresh, {}
+        for (at, pool), tally in fresh.items():
+            for step_s in OPEN_SPANS:
+                span = TimeSpan(step_s, at // step_s * step_s, pool)
+                self._tallies.setdefault(span, CallCounts()).merge(tally)
+                self._changed.add(span)
+
+    def _drop_old(self) -> None:
+        now = self._clock()
+        for span in [span for span in self._tallies if span not in self._changed]:
+            if span.at < now - open_s(span.step_s) - FLUSH_EVERY_S:
+                del self._tallies[span]
+        for span in sorted(self._tallies, key=lambda one: one.at)[:-MOST_SPANS]:
+            del self._tallies[span]
+            self._changed.discard(span)
+
+
+@asynccontextmanager
+async def counting(store: Store) -> AsyncIterator[None]:
+    """Count this process's calls as long as the block lasts; what is left is written at its end."""
+    rollup = Rollup(store.history)
+    store.listeners.listen(rollup.note)
+    running = asyncio.create_task(rollup.run(), name="rollup")
+    try:
+        yield
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        store.listeners.flush()
+        with suppress(StoreUnavailable):
+            await rollup.flush()
+
+
+def open_s(step_s: int) -> float:
+    """How long after its begin a span may still change."""
+    return OPEN_SPANS[step_s] * step_s
+
+
+def count(tally: CallCounts, ended: CallRecord) -> None:
+    """Add one end.
+
+    `counts`: calls that ended; of them succeeded and failed; refused before they were anything;
+    retried attempts; throttled, calls that the provider answered with 429; told_429, answers of
+    429 to clients; tokens and cost. `apart`: by tenant, model and upstream (calls, failed,
+    throttled, tokens, cost in millionths, ms upstream), and by the code of a failure.
+    Questions of the classifier are `judged`: they count where tokens, money and 429s do, and by
+    model and upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros
+    are their part of the tokens and the money.
+    """
+    if ended.source == JUDGE:
+        tally.count("judged")
+        tally.count("judged_tokens", _tokens_of(ended))
+        tally.count("judged_cost_micros", ended.charge.cost_micros or 0)
+        _count_spent(tally, ended)
+        _count_apart(tally, ended, ("model", "upstream"))
+        return
+    retried, refused = ended.status == RETRIED, ended.status == REFUSED
+    if not retried and not refused:
+        tally.count("calls")
+    tally.count(ended.status)
+    _count_spent(tally, ended)
+    if ended.http_status == 429:
+        tally.count("told_429")
+    if ended.queue_ms is not None and not refused:
+        tally.waits += one(ended.queue_ms)
+    if ended.upstream_ms is not None:
+        tally.lengths += one(ended.upstream_ms)
+    if ended.code is not None:
+        tally.count_apart("code", ended.code, [1])
+    if not refused:
+        _count_apart(tally, ended, ("tenant", "model", "upstream"))
+
+
+def _count_spent(tally: CallCounts, ended: CallRecord) -> None:
+    if ended.throttled:
+        tally.count("throttled", ended.throttled)
+    usage = ended.charge.usage
+    if usage.input_tokens or usage.output_tokens:
+        tally.count("input_tokens", usage.input_tokens or 0)
+        tally.count("output_tokens", usage.output_tokens or 0)
+    if ended.charge.cost_micros:
+        tally.count("cost_micros", ended.charge.cost_micros)
+
+
+def _tokens_of(ended: CallRecord) -> int:
+    usage = ended.charge.usage
+    return (usage.input_tokens or 0) + (usage.output_tokens or 0)
+
+
+def _count_apart(tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dimension]) -> None:
+    failed = ended.status in ("failed", "dead")
+    amounts = (
+        *(int(ended.status != RETRIED), int(failed), ended.throttled, _tokens_of(ended)),
+        *(ended.charge.cost_micros or 0, round(ended.upstream_ms or 0)),
+    )
+    for dimension in dimensions:
+        name: str | None
+        if dimension == "tenant":
+            name = ended.tenant_id
+        elif dimension == "model":
+            name = ended.model or _OTHER_MODEL
+        else:
+            name = ended.upstream
+        if name is not None:
+            tally.count_apart(dimension, name, amounts)
+
+
+assert set(OPEN_SPANS) == set(KEPT_S)
