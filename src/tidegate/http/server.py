@@ -1,7 +1,7 @@
-"""Web applications: routes, OpenAPI description, and middleware of API and worker processes.
+"""Web applications: routes, with those of health, OpenAPI description, middleware.
 
-A worker serves metrics, state and health alone; unlike an API it is ready only while the stores
-answer. While callers need no API key, requests of other sites' pages are refused before any
+Readiness of an API does not depend on Valkey or PostgreSQL: if it did, an outage of either would
+take every process out of the balancer, and none could answer 503 or use its local share. A worker serves metrics, state and health alone; it is ready only while the stores answer. While callers need no API key, requests of other sites' pages are refused before any
 route, except the two health probes.
 
 Invariant: the description names problem JSON as the only shape of an error.
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from pydantic import BaseModel, Field
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -29,8 +31,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
 from tidegate.dialects import dialect_of, methods_at, native_path
-from tidegate.errors import Forbidden
-from tidegate.http import health, jobs, problems, requests, stream
+from tidegate.errors import Forbidden, TidegateError
+from tidegate.http import jobs, problems, requests, stream
 from tidegate.http.admin import budgets as admin_budgets
 from tidegate.http.admin import conversations as admin_conversations
 from tidegate.http.admin import limits as admin_limits
@@ -39,6 +41,7 @@ from tidegate.http.admin import tenants as admin_tenants
 from tidegate.http.admin import upstreams as admin_upstreams
 from tidegate.http.anthropic import message_batches
 from tidegate.http.batches import BATCH_PATHS, batch_methods, batches, is_batch_path
+from tidegate.http.guards import admin_router, admit_admin, is_admitted
 from tidegate.http.native import native
 from tidegate.http.problems import (
     MEDIA_TYPE,
@@ -46,6 +49,7 @@ from tidegate.http.problems import (
     answer_options,
     methods_in,
     problem_response,
+    problem_responses,
     refusal,
 )
 from tidegate.http.realtime.front import is_realtime, realtime
@@ -59,6 +63,160 @@ from tidegate.http.services import (
 )
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
 from tidegate.record import Source
+
+UNFIT = "the database's schema does not fit this version, or was never seen"
+_DEADLINE_MS = 2_000
+
+health_router = APIRouter(tags=["health"])
+process_router = admin_router()
+
+
+class Liveness(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    """`reason` says why a process takes no traffic."""
+
+    status: Literal["ready", "not_ready"]
+    reason: str | None = None
+
+
+class Dependency(BaseModel):
+    status: Literal["ok", "failed"]
+    took_ms: float
+    detail: str | None = None
+
+
+class UpstreamHealth(BaseModel):
+    """How native calls of this process find an upstream: `ok`, `out` after some faults in a row, or
+    `trying` again. `key_refused`: it takes our key for wrong. `detail` is the last fault,
+    without the provider's own words: they may be about somebody's request."""
+
+    status: Literal["ok", "out", "trying"]
+    key_refused: bool = False
+    detail: str | None = None
+
+
+class Dependencies(BaseModel):
+    status: Literal["ok", "failed"]
+    valkey: Dependency
+    postgresql: Dependency
+    blobs: Dependency
+    limiter: str
+    upstreams: dict[str, UpstreamHealth] | None = Field(
+        default=None, description="Only for who shows the operator's key or an admin key"
+    )
+
+
+@health_router.get("/health/live", response_model=Liveness, summary="The process runs")
+async def live() -> Liveness:
+    return Liveness()
+
+
+@health_router.get(
+    "/health/ready",
+    response_model=Readiness,
+    response_model_exclude_none=True,
+    responses={503: {"model": Readiness}},
+    summary="The process takes traffic",
+)
+async def ready(request: Request) -> JSONResponse:
+    services = services_of(request)
+    reason = None
+    if services.draining.is_set():
+        reason = "draining"
+    elif services.leaving.is_set():
+        reason = "leaving"
+    elif not await services.store.schema_fits():
+        reason = UNFIT
+    return readiness(reason)
+
+
+def readiness(reason: str | None) -> JSONResponse:
+    """Ready, unless there is a reason why not."""
+    body = Readiness(status="not_ready" if reason else "ready", reason=reason)
+    return JSONResponse(body.model_dump(exclude_none=True), 503 if reason else 200)
+
+
+@health_router.get(
+    "/health/dependencies",
+    response_model=Dependencies,
+    responses={503: {"model": Dependencies}},
+    summary="Valkey, PostgreSQL and the store of files, asked now, with a deadline",
+)
+async def dependencies(request: Request) -> JSONResponse:
+    services = services_of(request)
+    valkey, postgresql, blobs = await asyncio.gather(
+        probe(services.limiter.ping(_DEADLINE_MS)),
+        probe(services.store.connections.ping(_DEADLINE_MS)),
+        probe(services.blobs.ping()),
+    )
+    failed = "failed" in (valkey.status, postgresql.status, blobs.status)
+    body = Dependencies(
+        status="failed" if failed else "ok",
+        valkey=valkey,
+        postgresql=postgresql,
+        blobs=blobs,
+        limiter=services.limiter.state,
+        upstreams=_upstreams(services) if await is_admitted(request) else None,
+    )
+    shown = body.model_dump(exclude={"upstreams"} if body.upstreams is None else None)
+    return JSONResponse(shown, 503 if failed else 200)
+
+
+def _upstreams(services: Services) -> dict[str, UpstreamHealth]:
+    return {
+        name: UpstreamHealth(
+            status=health.state, key_refused=health.key_dead, detail=health.in_short or None
+        )
+        for name, health in services.spine.health.items()
+    }
+
+
+async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Dependency:
+    """Whether it answers in time, and what is wrong where it does not."""
+    started = time.monotonic()
+    detail = None
+    try:
+        async with asyncio.timeout(deadline_ms / 1000):
+            await ping
+    except TidegateError as error:
+        detail = error.message
+    except TimeoutError:
+        detail = f"no answer within {deadline_ms} ms"
+    took_ms = round((time.monotonic() - started) * 1000, 1)
+    return Dependency(status="failed" if detail else "ok", took_ms=took_ms, detail=detail)
+
+
+@health_router.get(
+    "/metrics",
+    dependencies=[Depends(admit_admin)],
+    response_class=Response,
+    responses=problem_responses(401, 403)
+    | {
+        200: {
+            "description": "In the text format of Prometheus, or OpenMetrics",
+            "content": {"text/plain": {}},
+        }
+    },
+    summary="Metrics for Prometheus",
+)
+async def metrics(request: Request) -> Response:
+    """What this process and its siblings under one supervisor have seen, and the state of all
+    limits and queues. Opens as `/admin` does: show ADMIN_TOKEN or a key of the scope `admin`."""
+    exposition = services_of(request).exposition
+    body, media_type = await exposition.text(request.headers.get("accept", ""))
+    return Response(body, media_type=media_type)
+
+
+@process_router.get("/process", summary="What the process that answers is at")
+async def process(request: Request) -> dict[str, Any]:
+    """Its permits and waiters, its sessions, its tasks and memory, what went wrong lately. Asks
+    neither Valkey nor PostgreSQL. SIGQUIT puts the same into the log of a process."""
+    services = services_of(request)
+    return {"draining": services.draining.is_set(), **services.state.shown()}
+
 
 _SCHEMES: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, tg_..."},
@@ -266,9 +424,9 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
     )
     routes = APIRouter()
     for router in (
-        *(jobs.router, requests.router, requests.usage_router, stream.router, health.router),
+        *(jobs.router, requests.router, requests.usage_router, stream.router, health_router),
         requests.admin_running,  # before the route of `/admin/requests/{request_id}`
-        *(health.process_router, admin_limits.router, admin_requests.router),
+        *(process_router, admin_limits.router, admin_requests.router),
         admin_conversations.router,
         *(admin_tenants.router, admin_tenants.subjects_router, admin_budgets.router),
         admin_upstreams.router,
@@ -349,12 +507,12 @@ def _serve_docs(app: FastAPI) -> None:
 # Shorter than the timeouts of the probes (deploy/), so that they get the reason.
 DEADLINE_MS = 1_000
 
-readiness = APIRouter()
+worker_router = APIRouter()
 
 
-@readiness.get("/health/ready")
-async def ready(request: Request) -> JSONResponse:
-    return health.readiness(await _why_not(services_of(request)))
+@worker_router.get("/health/ready")
+async def worker_ready(request: Request) -> JSONResponse:
+    return readiness(await _why_not(services_of(request)))
 
 
 async def _why_not(services: Services) -> str | None:
@@ -362,21 +520,21 @@ async def _why_not(services: Services) -> str | None:
     if services.leaving.is_set():
         return "draining"
     valkey, postgresql = await asyncio.gather(
-        health.probe(services.limiter.ping(DEADLINE_MS), DEADLINE_MS),
-        health.probe(services.store.connections.ping(DEADLINE_MS), DEADLINE_MS),
+        probe(services.limiter.ping(DEADLINE_MS), DEADLINE_MS),
+        probe(services.store.connections.ping(DEADLINE_MS), DEADLINE_MS),
     )
     if postgresql.detail is not None:
         return f"PostgreSQL: {postgresql.detail}"
     if valkey.detail is not None and services.limiter.policy.when_away == "closed":
         return f"Valkey: {valkey.detail}"
-    return None if await services.store.schema_fits() else health.UNFIT
+    return None if await services.store.schema_fits() else UNFIT
 
 
 def watched_app(services: Services) -> FastAPI:
     """The application of a process that is open already."""
     app = FastAPI(title="Tidegate: a worker", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(readiness)  # goes before the one of `health`, which is an API's
-    for router in (health.router, health.process_router):
+    app.include_router(worker_router)  # goes before the one of `health`, which is an API's
+    for router in (health_router, process_router):
         app.include_router(router)
     problems.install(app)
     app.add_middleware(NoForeignPages)
