@@ -1,8 +1,10 @@
 """Web applications: routes, with those of health, OpenAPI description, middleware.
 
 Readiness of an API does not depend on Valkey or PostgreSQL: if it did, an outage of either would
-take every process out of the balancer, and none could answer 503 or use its local share. A worker serves metrics, state and health alone; it is ready only while the stores answer. While callers need no API key, requests of other sites' pages are refused before any
-route, except the two health probes.
+take every process out of the balancer, and none could answer 503 or use its local share. A worker
+serves metrics, state and health alone; it is ready only while the stores answer. While callers
+need no API key, requests of other sites' pages are refused before any route, except the two health
+probes.
 
 Invariant: the description names problem JSON as the only shape of an error.
 """
@@ -32,7 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidegate import __version__
 from tidegate.dialects import dialect_of, methods_at, native_path
 from tidegate.errors import Forbidden, TidegateError
-from tidegate.http import jobs, problems, requests, stream
+from tidegate.http import jobs, own_requests, problems, stream
 from tidegate.http.admin import budgets as admin_budgets
 from tidegate.http.admin import conversations as admin_conversations
 from tidegate.http.admin import limits as admin_limits
@@ -424,8 +426,14 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
     )
     routes = APIRouter()
     for router in (
-        *(jobs.router, requests.router, requests.usage_router, stream.router, health_router),
-        requests.admin_running,  # before the route of `/admin/requests/{request_id}`
+        *(
+            jobs.router,
+            own_requests.router,
+            own_requests.usage_router,
+            stream.router,
+            health_router,
+        ),
+        own_requests.admin_running,  # before the route of `/admin/requests/{request_id}`
         *(process_router, admin_limits.router, admin_requests.router),
         admin_conversations.router,
         *(admin_tenants.router, admin_tenants.subjects_router, admin_budgets.router),

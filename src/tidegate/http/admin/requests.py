@@ -28,8 +28,8 @@ from tidegate.call import ClassifiedBy, Kind, Status
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
 from tidegate.http.admin.limits import Done, Signed, control_in, described, read_json
 from tidegate.http.guards import admin_router
+from tidegate.http.own_requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.problems import advice, problem_responses
-from tidegate.http.requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import (
     Accepted,

@@ -89,7 +89,7 @@ class NewTenant(Signed):
     disabled: bool = Field(default=False, description="Its keys then open nothing")
 
 
-class TenantView(BaseModel):
+class AdminTenant(BaseModel):
     """A tenant as it is."""
 
     tenant: str
@@ -159,12 +159,12 @@ class Removed(BaseModel):
 
 
 @router.get("/tenants", summary="All tenants, with what they may do")
-async def list_tenants(request: Request) -> list[TenantView]:
+async def list_tenants(request: Request) -> list[AdminTenant]:
     return [_view(one) for one in await tenants.list_tenants(control_of(request))]
 
 
 @router.get("/tenants/{tenant_id:path}", responses=problem_responses(404), summary="One tenant")
-async def show_tenant(request: Request, response: Response, tenant_id: TenantId) -> TenantView:
+async def show_tenant(request: Request, response: Response, tenant_id: TenantId) -> AdminTenant:
     with config_errors_refused():
         view = _view(await tenants.show_tenant(control_of(request), tenant_id))
     if (secret := services_of(request).config.webhook_secret) is not None:
@@ -179,7 +179,7 @@ async def show_tenant(request: Request, response: Response, tenant_id: TenantId)
     openapi_extra=described(NewTenant),
     summary="Create a tenant, or change the named fields",
 )
-async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
+async def set_tenant(request: Request, tenant_id: TenantId) -> AdminTenant:
     new = await read_json(request, NewTenant)
     given = new.model_fields_set
     wanted = TenantChange(
@@ -268,9 +268,9 @@ async def revoke_key(
     return KeyView(**tenants.plain_key(key))
 
 
-def _view(shown: ShownTenant) -> TenantView:
+def _view(shown: ShownTenant) -> AdminTenant:
     disabled = shown.tenant.disabled_at is not None
-    return TenantView(**tenants.plain_tenant(shown), disabled=disabled)
+    return AdminTenant(**tenants.plain_tenant(shown), disabled=disabled)
 
 
 _WITHIN_S = 20.0

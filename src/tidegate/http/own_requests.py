@@ -456,7 +456,7 @@ class UsageRow(Amounts):
     day: date | None = None
 
 
-class UsageView(BaseModel):
+class TotalsView(BaseModel):
     """Totals from the day `since` to the day `until`, both included."""
 
     since: date
@@ -478,7 +478,7 @@ async def own_usage(
     by: By = "model,day",
     since: Since = None,
     until: Until = None,
-) -> UsageView:
+) -> TotalsView:
     """Requests count on the day of UTC on which they ended, once they are on record."""
     return await _view(request, by, since, until, caller.tenant_id)
 
@@ -496,7 +496,7 @@ async def usage(
     since: Since = None,
     until: Until = None,
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
-) -> UsageView:
+) -> TotalsView:
     return await _view(request, by, since, until, tenant)
 
 
@@ -558,7 +558,7 @@ def _span(since: date | None, until: date | None) -> tuple[date, date]:
 
 async def _view(
     request: Request, by: str, since: date | None, until: date | None, tenant: str | None
-) -> UsageView:
+) -> TotalsView:
     apart = [name.strip() for name in by.split(",") if name.strip()]
     allowed = ", ".join(_APART)
     for name in apart:
@@ -570,7 +570,7 @@ async def _view(
     totals = await services_of(request).store.usage.totals(apart, first, last, tenant)
     rows = [UsageRow.model_validate(one, from_attributes=True) for one in totals]
     cut = len(rows) == MOST_TOTALS
-    return UsageView(since=first, until=last, rows=rows, total=_sum(totals), cut=cut)
+    return TotalsView(since=first, until=last, rows=rows, total=_sum(totals), cut=cut)
 
 
 def _sum(totals: Sequence[Total]) -> Amounts:
