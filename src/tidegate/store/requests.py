@@ -158,8 +158,6 @@ class FoundPage:
 
 
 MOST_TOGETHER = 2_000
-_OF_CONVERSATION = ("sums_of_conversation", "calls_of_conversation")
-_OF_TRACE = ("sums_of_trace", "calls_of_trace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,14 +474,15 @@ class Requests:
         """The calls of a conversation, or of a trace, that have ended: the latest
         `MOST_TOGETHER`, and figures of all. Raises NotFound."""
         which = "trace" if is_trace else "conversation"
-        sums_of, calls_of = _OF_TRACE if is_trace else _OF_CONVERSATION
+        column = "trace_id" if is_trace else "conversation"
 
         async def read(
             connection: asyncpg.Connection,
         ) -> tuple[asyncpg.Record, list[asyncpg.Record]]:
             whose = (rows.cleaned(tenant_id), rows.cleaned(name))
-            sums = await connection.fetchrow(sql(sums_of), *whose)
-            return sums, await connection.fetch(sql(calls_of), *whose, MOST_TOGETHER)
+            sums = await connection.fetchrow(sql("sums_of_calls").format(column=column), *whose)
+            calls = sql("calls_together").format(column=column)
+            return sums, await connection.fetch(calls, *whose, MOST_TOGETHER)
 
         async with self._turns.turn(tenant_id, _DETAIL_TIMEOUT_MS):
             sums, found = await self._connections.run(read, timeout_ms=_DETAIL_TIMEOUT_MS)

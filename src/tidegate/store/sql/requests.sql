@@ -311,8 +311,8 @@ SELECT id AS webhook_id, request_id, tenant_id AS tenant, event, url, tries, ans
 FROM webhooks WHERE coalesce(state = 'given_up', false)
 ORDER BY ended_at DESC LIMIT $1
 
--- name: sums_of_conversation
--- What the calls of conversation $2 of tenant $1 come to.
+-- name: sums_of_calls
+-- What the calls of a conversation or trace $2 of tenant $1 come to. {column} is a name of ours.
 SELECT count(*) AS calls, count(*) FILTER (WHERE status <> 'succeeded') AS failed,
     count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced,
     min(submitted_at) AS began_at, max(finished_at) AS ended_at,
@@ -322,35 +322,13 @@ SELECT count(*) AS calls, count(*) FILTER (WHERE status <> 'succeeded') AS faile
     coalesce(sum(input_tokens) FILTER (WHERE cached_tokens IS NOT NULL), 0)::bigint AS cached_of,
     coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
     coalesce(sum(cost_micros), 0)::bigint AS cost_micros
-FROM audit WHERE tenant_id = $1 AND conversation = $2
+FROM audit WHERE tenant_id = $1 AND {column} = $2
 
--- name: calls_of_conversation
--- The $3 calls of conversation $2 of tenant $1 that were received last.
+-- name: calls_together
+-- The $3 calls of a conversation or trace $2 of tenant $1 that were received last.
 SELECT request_id, source, status, endpoint, model, upstream, attempts, submitted_at, admitted_at,
     finished_at, queue_ms, upstream_ms, first_byte_ms, input_tokens, output_tokens, thoughts_tokens,
     cached_tokens, total_tokens, usage_state, cost_micros, failure ->> 'code' AS failure_code,
     conversation, opening, parent_id, trace_id, parent_span
-FROM audit WHERE tenant_id = $1 AND conversation = $2
-ORDER BY submitted_at DESC, id DESC LIMIT $3
-
--- name: sums_of_trace
--- What the calls of trace $2 of tenant $1 come to.
-SELECT count(*) AS calls, count(*) FILTER (WHERE status <> 'succeeded') AS failed,
-    count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced,
-    min(submitted_at) AS began_at, max(finished_at) AS ended_at,
-    coalesce(sum(queue_ms), 0) AS queue_ms, coalesce(sum(upstream_ms), 0) AS upstream_ms,
-    coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
-    coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
-    coalesce(sum(input_tokens) FILTER (WHERE cached_tokens IS NOT NULL), 0)::bigint AS cached_of,
-    coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
-    coalesce(sum(cost_micros), 0)::bigint AS cost_micros
-FROM audit WHERE tenant_id = $1 AND trace_id = $2
-
--- name: calls_of_trace
--- The $3 calls of trace $2 of tenant $1 that were received last.
-SELECT request_id, source, status, endpoint, model, upstream, attempts, submitted_at, admitted_at,
-    finished_at, queue_ms, upstream_ms, first_byte_ms, input_tokens, output_tokens, thoughts_tokens,
-    cached_tokens, total_tokens, usage_state, cost_micros, failure ->> 'code' AS failure_code,
-    conversation, opening, parent_id, trace_id, parent_span
-FROM audit WHERE tenant_id = $1 AND trace_id = $2
+FROM audit WHERE tenant_id = $1 AND {column} = $2
 ORDER BY submitted_at DESC, id DESC LIMIT $3
