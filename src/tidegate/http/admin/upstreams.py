@@ -7,6 +7,7 @@ when every process has it, or with those that do not; no answer has a secret in 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from tidegate.http.admin.limits import By, config_errors_refused, described, rea
 from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
+from tidegate.http.views import view_of
 from tidegate.policy.live import (
     POLICY_KEYS,
     LiveEdit,
@@ -169,10 +171,7 @@ async def list_upstreams(request: Request) -> UpstreamsView:
     )
     return UpstreamsView(
         revision=max(0, live.revision),
-        processes=[
-            ProcessView(instance_id=one.instance_id, role=one.role, revision=one.revision)
-            for one in processes
-        ],
+        processes=[view_of(ProcessView, one) for one in processes],
         upstreams=[
             _view(services, name, use, base, processes, str(loads.get(name, "")))
             for name, use in zip(names, uses, strict=True)
@@ -188,14 +187,7 @@ async def history(
     found = await services_of(request).upstreams.record.history(most + 1)
     changes = [changes_of(one.upstreams) for one in found] + [changes_of({})]
     return [
-        RevisionView(
-            revision=one.revision,
-            action=one.action,
-            set_by=one.set_by,
-            reason=one.reason,
-            created_at=one.created_at,
-            changes=changed_lines(changes[place + 1], changes[place]),
-        )
+        view_of(RevisionView, one, changes=changed_lines(changes[place + 1], changes[place]))
         for place, one in enumerate(found[:most])
     ]
 
@@ -216,7 +208,7 @@ async def roll_back(request: Request) -> ChangeView:
             expected=wanted.expected,
             is_dry_run=wanted.dry_run,
         )
-    return ChangeView(**_plain(done))
+    return ChangeView(**_values(done))
 
 
 @router.put(
@@ -236,12 +228,12 @@ async def add(request: Request, name: UpstreamName) -> ChangeView:
             found = await live.test(candidate)
             check_tested(found)
             tests = _tests(found, candidate.models, candidate.aliases)
-        done = await _changed(request, f"add {name}", edit, new)
+    done = await _changed(request, f"add {name}", edit, new)
     keeper = services.keepers.get(name)
     if not new.dry_run and keeper is not None and {*POLICY_KEYS} & new.table.keys():
         # A pool of that name may have limits from before.
         await keeper.adopt_wanted(set_by=new.by, reason=new.reason or f"add {name}")
-    return ChangeView(**_plain(done), tests=tests)
+    return ChangeView(**done, tests=tests)
 
 
 @router.patch(
@@ -258,8 +250,7 @@ async def set_keys(request: Request, name: UpstreamName) -> ChangeView:
         edit = as_deployed(name)
     elif keys.read_again and not (keys.set or keys.remove):
         edit = read_again(name)
-    with config_errors_refused():
-        return ChangeView(**_plain(await _changed(request, f"set {name}", edit, keys)))
+    return ChangeView(**await _changed(request, f"set {name}", edit, keys))
 
 
 @router.post(
@@ -285,13 +276,12 @@ async def drain(request: Request, name: UpstreamName) -> DrainView:
     """Calls that wait for it go elsewhere, those in progress end; what lives there can be reached.
     The answer says how many are left; repeat the request to know how many still are."""
     signed = await read_json(request, SignedChange)
-    with config_errors_refused():
-        done = await _changed(request, f"drain {name}", drained(name), signed, prepares=False)
+    done = await _changed(request, f"drain {name}", drained(name), signed, prepares=False)
     services = services_of(request)
     use = await _in_use(services, name)
     at = await services.upstreams.record.at(name)
     return DrainView(
-        **_plain(done),
+        **done,
         in_progress=None if use is None else use[0],
         background=at.background,
         batches=at.batches,
@@ -307,8 +297,7 @@ async def drain(request: Request, name: UpstreamName) -> DrainView:
 async def resume(request: Request, name: UpstreamName) -> ChangeView:
     signed = await read_json(request, SignedChange)
     edit = drained(name, is_drained=False)
-    with config_errors_refused():
-        return ChangeView(**_plain(await _changed(request, f"resume {name}", edit, signed)))
+    return ChangeView(**await _changed(request, f"resume {name}", edit, signed))
 
 
 @router.delete(
@@ -332,9 +321,8 @@ async def remove(
     if not force and name in {one.name for one in services.upstreams.deployment.upstreams}:
         await _check_unused(services, name)
     signed = SignedChange(by=by, reason=reason, expected=expected, dry_run=dry_run)
-    with config_errors_refused():
-        done = await _changed(request, f"remove {name}", removed(name), signed, prepares=False)
-    return ChangeView(**_plain(done))
+    done = await _changed(request, f"remove {name}", removed(name), signed, prepares=False)
+    return ChangeView(**done)
 
 
 async def _check_unused(services: Services, name: str) -> None:
@@ -360,43 +348,35 @@ async def _check_unused(services: Services, name: str) -> None:
 
 async def _changed(
     request: Request, action: str, edit: LiveEdit, signed: SignedChange, *, prepares: bool = True
-) -> UpstreamChange:
-    return await services_of(request).upstreams.change(
-        action,
-        edit,
-        by=signed.by,
-        reason=signed.reason,
-        expected=signed.expected,
-        is_dry_run=signed.dry_run,
-        needs_preparation=prepares,
-    )
+) -> dict[str, Any]:
+    """What a change has done, as `ChangeView` shows it. Raises InvalidRequest."""
+    with config_errors_refused():
+        done = await services_of(request).upstreams.change(
+            action,
+            edit,
+            by=signed.by,
+            reason=signed.reason,
+            expected=signed.expected,
+            is_dry_run=signed.dry_run,
+            needs_preparation=prepares,
+        )
+    return _values(done)
 
 
-def _plain(done: UpstreamChange) -> dict[str, Any]:
-    return {
-        "revision": done.revision,
-        "changes": done.changes,
-        "took_ms": done.took_ms,
-        "in_force_ms": done.in_force_ms,
-        "processes": done.processes,
-        "unreached": done.unreached,
-        "dry_run": done.is_dry_run,
-    }
+def _values(done: UpstreamChange) -> dict[str, Any]:
+    return asdict(done) | {"dry_run": done.is_dry_run}
 
 
 def _tests(found: list[UpstreamTest], models: Any, aliases: Any) -> list[UpstreamTestView]:
     named = [one for one in (*models, *aliases.values()) if not set("*?[") & set(one)]
     return [
-        UpstreamTestView(
-            dialect=one.dialect,
-            url=one.url,
-            status=one.status,
+        view_of(
+            UpstreamTestView,
+            one,
             took_ms=one.took_ms,
             models=list(one.models[:_MOST_MODELS]),
             model_count=len(one.models),
             unlisted=[name for name in named if one.models and name not in one.models],
-            problem=one.problem,
-            load=one.load,
         )
         for one in found
     ]
