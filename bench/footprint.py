@@ -1,23 +1,39 @@
-"""What many processes and many waiters cost Valkey: `python -m bench.footprint`.
+"""Footprint of a deployment: what many processes cost Valkey, and what idle ones cost the machine.
 
-Speaks the limiter's own wire to a Valkey of its own, in place of a thousand processes: how long the
-scripts work that each process calls again and again whether it has anything to say or not, how much
-memory a waiter takes, and how many bytes a grant by push has.
+`python -m bench.footprint` speaks the limiter's own wire to a Valkey of its own, in place of a
+thousand processes: how long the scripts work that each process calls again and again whether it
+has anything to say or not, how much memory a waiter takes, and how many bytes a grant by push has.
+
+`python -m bench.footprint --idle 60` starts `tidegate up` with one API and one worker, and leaves
+it alone for a minute: memory (PSS), CPU and wake-ups of each process, statements and commands that
+the servers got, then the time of `tidegate serve` from exec to ready beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterable
+import urllib.request
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import redis
 
-from tidegate.embedded.servers import ValkeyServer
+from tidegate.embedded.lease import Folder
+from tidegate.embedded.servers import ValkeyServer, command_of, for_cluster, free_port
 from tidegate.limiter import PoolPolicy
 from tidegate.limiter.simulation import (
     Join,
@@ -234,12 +250,195 @@ def pushes(client: redis.Redis) -> None:
     raise RuntimeError("no push came")
 
 
+# A program and its arguments, as a process shows them, and what it is called here.
+_ROLES = (
+    (" up ", "supervisor"),
+    (" serve ", "api"),
+    (" worker ", "worker"),
+    ("forkserver", "parent of api and worker"),
+    ("embedded.keeper", "keeper"),
+    ("valkey-server", "valkey"),
+    ("postgres", "postgres"),
+)
+_SETTLE_S = 15.0
+_STARTS = 7
+_TICKS = os.sysconf("SC_CLK_TCK")
+_LOGGED = re.compile(r"(?:statement|execute [^:]*): (.*)")
+
+
+@contextmanager
+def running(environment: Mapping[str, str], *arguments: str) -> Iterator[tuple[int, float]]:
+    """A command of `tidegate` that serves, once it is ready: its process, and how long it took."""
+    url = f"http://127.0.0.1:{environment['PORT']}/health/ready"
+    began = time.monotonic()
+    command = [sys.executable, "-m", "tidegate", *arguments]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        try:
+            while not is_ready(url):
+                if process.poll() is not None or time.monotonic() > began + 60:
+                    said.seek(0)
+                    raise RuntimeError(said.read().decode(errors="replace")[-2000:])
+                time.sleep(0.005)
+            yield process.pid, time.monotonic() - began
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def processes_of(data_dir: Path, first: int) -> dict[int, str]:
+    """All processes of a deployment, with their roles."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        parents[int(entry.parent.name)] = int(fields[1])
+    roots = {first, *(one.identity.pid for one in Folder(data_dir).read().services.values())}
+    if (keeper := Folder(data_dir).read().keeper) is not None:
+        roots.add(keeper.pid)
+    found: dict[int, str] = {}
+    for pid in parents:
+        line, above = command_of(pid), pid
+        while above and above not in roots:
+            above = parents.get(above, 0)
+        if above:
+            shown = f" {line} "
+            found[pid] = next((role for mark, role in _ROLES if mark in shown), line[:40])
+    return found
+
+
+def pss_mb(pid: int) -> float:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.M)[0]) / 1024
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def wakes(pid: int) -> int:
+    """How often a thread of it was put to sleep, which is how often one was woken."""
+    status = "".join(one.read_text() for one in Path(f"/proc/{pid}/task").glob("*/status"))
+    return sum(map(int, re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", status, re.M)))
+
+
+async def log_statements(url: str, how: str) -> None:
+    """Have PostgreSQL log `all` or `none` of what it is told, as its superuser."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(f"ALTER SYSTEM SET log_statement = '{how}'")
+        await connection.execute("SELECT pg_reload_conf()")
+    finally:
+        await connection.close()
+
+
+def commands_of(client: redis.Redis) -> Counter[str]:
+    stats = client.info("commandstats")
+    return Counter(
+        {name.removeprefix("cmdstat_"): int(one["calls"]) for name, one in stats.items()}
+    )
+
+
+def idle(seconds: float) -> None:
+    """What a deployment costs that nobody uses."""
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = Path(folder)
+        environment = {
+            **os.environ,
+            "DATA_DIR": folder,
+            "PORT": str(free_port()),
+            "GEMINI_API_KEY": "bench-key-that-is-never-used",
+            "GEMINI_BASE_URL": "http://127.0.0.1:9",
+        }
+        with running(environment, "up", "--api", "1", "--workers", "1") as (pid, took_s):
+            print(f"tidegate up on a new folder: ready after {took_s:.2f} s")
+            time.sleep(_SETTLE_S)
+            cost_of_idling(data_dir, pid, seconds)
+            services = Folder(data_dir).read().services
+            urls = {"DATABASE_URL": services["postgres"].url, "REDIS_URL": services["valkey"].url}
+            starts = []
+            for _ in range(_STARTS):
+                place = {"PORT": str(free_port())}
+                with running(environment | urls | place, "serve") as (served, took_s):
+                    starts.append(took_s)
+                    alone_mb = pss_mb(served)
+        print(
+            f"tidegate serve, stores up: ready after {statistics.median(starts):.2f} s (median of "
+            f"{_STARTS}; {min(starts):.2f} to {max(starts):.2f}); {alone_mb:.1f} MB beside up"
+        )
+
+
+def cost_of_idling(data_dir: Path, pid: int, seconds: float) -> None:
+    folder = Folder(data_dir)
+    services = folder.read().services
+    superuser = folder.password("password")
+    place = services["postgres"].url.rpartition("@")[2]
+    url = f"postgresql://tidegate:{superuser}@{place}"
+    log = for_cluster(folder.path / "postgres")[0] / "postgres.log"
+    client = redis.Redis.from_url(services["valkey"].url)
+    roles = processes_of(data_dir, pid)
+    asyncio.run(log_statements(url, "all"))
+    time.sleep(1.0)
+    began, size = commands_of(client), log.stat().st_size
+    cpu_before, wakes_before = {p: cpu_s(p) for p in roles}, {p: wakes(p) for p in roles}
+    time.sleep(seconds)
+    per_minute = 60 / seconds
+    total_mb, shown = 0.0, sorted(roles.items(), key=lambda one: one[1])
+    used: Counter[str] = Counter()
+    memory_mb: Counter[str] = Counter()
+    woken: Counter[str] = Counter()
+    processes: Counter[str] = Counter()
+    for one, role in shown:
+        if not Path(f"/proc/{one}").exists():
+            continue
+        processes[role] += 1
+        memory_mb[role] += pss_mb(one)  # type: ignore[assignment]
+        used[role] += (cpu_s(one) - cpu_before[one]) / seconds * 100  # type: ignore[assignment]
+        woken[role] += wakes(one) - wakes_before[one]
+    for role in processes:
+        print(
+            f"  {role} ({processes[role]}): {memory_mb[role]:.1f} MB PSS, {used[role]:.2f} % of a "
+            f"core, {woken[role] * per_minute:.0f} wake-ups a minute"
+        )
+        total_mb += memory_mb[role]
+    print(f"  all: {total_mb:.1f} MB PSS")
+    with log.open("rb") as written:
+        written.seek(size)
+        told = written.read().decode(errors="replace")
+    commands = commands_of(client)
+    commands.subtract(began)
+    client.close()
+    asyncio.run(log_statements(url, "none"))
+    statements = Counter(re.sub(r"\s+", " ", text)[:90] for text in _LOGGED.findall(told))
+    print(f"  statements a minute: {statements.total() * per_minute:.0f}")
+    for text, times in statements.most_common(25):
+        print(f"    {times * per_minute:6.1f} {text}")
+    print(f"  commands of Valkey a minute: {commands.total() * per_minute:.0f}")
+    for text, times in commands.most_common(12):
+        print(f"    {times * per_minute:6.1f} {text}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.footprint", description=__doc__)
     parser.add_argument("--processes", type=int, default=1000)
     parser.add_argument("--tenants", type=int, default=1000)
     parser.add_argument("--waiters", type=int, default=100_000)
+    parser.add_argument("--idle", type=float, metavar="SECONDS", help="cost of an idle deployment")
     size = parser.parse_args()
+    if size.idle is not None:
+        idle(size.idle)
+        return
     with tempfile.TemporaryDirectory() as folder:
         server = ValkeyServer(Path(folder))
         server.start()

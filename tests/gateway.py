@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from starlette.datastructures import State
 
-from tests.waiting import wait_until, work_for
+from tests.waiting import wait_until
 from tidegate.app import create_app, run_worker
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.server import run_emulator
@@ -158,7 +158,7 @@ class Gateway:
 
     def drain(self) -> None:
         """What the process does on SIGTERM."""
-        self.server.should_exit = True
+        self.server.end()
         self.services.draining.set()
 
     async def get(self, path: str) -> tuple[int, dict[str, Any]]:
@@ -349,16 +349,6 @@ async def gateway(
             _rooms.append(running.room)
 
 
-class _Server(NotifyingServer):
-    """Looks more often than ten times a second whether it is to stop: every test waits for that."""
-
-    async def main_loop(self) -> None:
-        for number in count():
-            if await self.on_tick(number):
-                return
-            await work_for(0.01)
-
-
 async def _serve(
     config: Config, http: aiohttp.ClientSession, upstream: EmulatorControl, pool: asyncpg.Pool
 ) -> Gateway:
@@ -369,7 +359,7 @@ async def _serve(
     protocol = bounded(
         receive_timeout_ms=config.receive_timeout_ms, stalled_reader_ms=config.stalled_reader_ms
     )
-    server = _Server(
+    server = NotifyingServer(
         uvicorn.Config(
             app,
             http=protocol,

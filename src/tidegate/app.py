@@ -253,8 +253,7 @@ def _counted(listeners: CallListeners, instruments: Instruments, state: State) -
 def _collect_rarely() -> None:
     """Keep the garbage collector from walking what lives as long as the process, once in it: a full
     collection of what the imports made would stop the event loop for a tenth of a second, again
-    and again."""
-    gc.collect()
+    and again. There is none now either: it would be a tenth of the start."""
     gc.freeze()
     # Hardly anything here is part of a cycle: looking for them after every 700 new objects, as
     # is usual, costs each request several microseconds.

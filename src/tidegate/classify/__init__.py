@@ -18,7 +18,6 @@ from enum import StrEnum
 
 from tidegate.call import Classification, ClassifiedBy, Kind
 from tidegate.classify.vocabulary import (
-    TABLE,
     Bounds,
     Label,
     Marked,
@@ -27,6 +26,7 @@ from tidegate.classify.vocabulary import (
     clauses,
     label_words,
     normalise,
+    vocabulary,
     without_quotations,
 )
 
@@ -86,7 +86,7 @@ class Clause:
         return self.marked.text[self.span.start : self.span.end]
 
     def syntax(self, mark: Word) -> Syntax:
-        return TABLE.syntax[mark.language]
+        return vocabulary().syntax[mark.language]
 
     def after(self, mark: Word) -> list[Word]:
         return [m for m in self.marks if mark.end <= m.start < mark.end + OBJECT_CHARS]

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -239,7 +239,9 @@ class _Hit(NamedTuple):
     exact: bool
 
 
-def _load() -> _Table:
+@cache
+def vocabulary() -> _Table:
+    """All languages, read when the first text is classified: many processes never classify one."""
     table = _Table()
     for path in sorted(files("tidegate.classify").joinpath("languages").iterdir(), key=str):
         if path.name.endswith(".toml"):
@@ -290,9 +292,6 @@ def _misspellings(word: str) -> Iterator[str]:
             yield word[:at] + word[at + 1] + word[at] + word[at + 2 :]
 
 
-TABLE = _load()
-
-
 @dataclass(frozen=True, slots=True)
 class Marked:
     """A text with its tokens and marks, in order."""
@@ -335,25 +334,25 @@ def _entries(plain_word: str, kept: str) -> tuple[Entry, ...]:
         entry
         for shape, keeps_accents in _shapes(plain_word, kept)
         for key in _keys(shape)
-        for entry in TABLE.words.get(key, ())
+        for entry in vocabulary().words.get(key, ())
         if entry.keeps_accents == keeps_accents
     )
-    right = TABLE.typos.get(plain_word)
+    right = vocabulary().typos.get(plain_word)
     if entries or right is None:
         return entries
-    return tuple(entry for entry in TABLE.words[right] if len(entry.parts) == 1)
+    return tuple(entry for entry in vocabulary().words[right] if len(entry.parts) == 1)
 
 
 def _shapes(plain_word: str, kept: str) -> Iterator[tuple[str, bool]]:
     yield plain_word, False
     yield kept, True
-    if len(plain_word) > 4 and plain_word.endswith("s") and plain_word not in TABLE.words:
+    if len(plain_word) > 4 and plain_word.endswith("s") and plain_word not in vocabulary().words:
         yield plain_word[:-1], False
     if "\u0600" <= plain_word[0] <= "\u06ff":
-        for prefix in TABLE.arabic_prefixes:
+        for prefix in vocabulary().arabic_prefixes:
             if plain_word.startswith(prefix) and len(plain_word) > len(prefix) + 2:
                 yield plain_word[len(prefix) :], False
-        for ending in TABLE.arabic_endings:
+        for ending in vocabulary().arabic_endings:
             if plain_word.endswith(ending) and len(plain_word) > 3:
                 yield plain_word[: -len(ending)], False
 
@@ -381,7 +380,7 @@ def _unspaced_hits(text: str) -> Iterator[_Hit]:
     kana = re.search("[\u3040-\u30ff]", text) is not None
     absent = "zh" if kana else "ja"
     for at, char in enumerate(text):
-        for entry in TABLE.unspaced.get(char, ()):
+        for entry in vocabulary().unspaced.get(char, ()):
             word = entry.parts[0]
             if entry.language != absent and text.startswith(word, at):
                 yield _Hit(entry, at, at + len(word), len(word), True)

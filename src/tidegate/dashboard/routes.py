@@ -159,8 +159,6 @@ def _waiting_of(app: FastAPI) -> Recent[StuckCounts]:
     return recent
 
 
-_PREFIXES = ("", "/llm")
-
 router = APIRouter(prefix="/dashboard", include_in_schema=False)
 data = APIRouter(prefix="/dashboard", include_in_schema=False, dependencies=[Depends(admit_admin)])
 
@@ -291,12 +289,10 @@ async def typed(request: Request, path: str) -> RedirectResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Add the dashboard to the application, with and without the prefix `/llm`."""
-    for prefix in _PREFIXES:
-        for routes in (router, data):
-            app.include_router(routes, prefix=prefix)
-        app.mount(f"{prefix}/dashboard/static", Files())
-        app.get(f"{prefix}/dashboard/{{path:path}}", include_in_schema=False)(typed)
+    """Add the dashboard to the application."""
+    app.router.routes.extend([*router.routes, *data.routes])
+    app.mount("/dashboard/static", Files())
+    app.get("/dashboard/{path:path}", include_in_schema=False)(typed)
 
 
 __all__ = ["install"]

@@ -13,12 +13,13 @@ import argparse
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -45,7 +46,9 @@ from tidegate.embedded.servers import (
     remove_socket,
 )
 
-_TICK_S = 0.05
+# Between two looks that no signal has caused: at a lock that the kernel has released, at a server
+# that is no child of this keeper.
+_TICK_S = 1.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -63,11 +66,13 @@ class Keeper:
         self._writing = threading.Lock()
         self._stopping = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
+        self._woken: dict[str, threading.Event] = {}
 
-    def run(self, began: int | None) -> None:
+    def run(self, began: int | None, signals: int | None = None) -> None:
         """Keep the servers until no process needs them; return immediately if another keeper runs.
 
-        `began` is a descriptor that is closed once this keeper is in charge.
+        `began` is a descriptor that is closed once this keeper is in charge. `signals` is readable
+        when a user has asked for a look, or a server has ended.
         """
         with opened(self._folder.open_lock("keeper")) as mine:
             if not lock_until(mine, fcntl.LOCK_EX, time.monotonic() + 1.0):
@@ -84,40 +89,51 @@ class Keeper:
                     os.write(began, b"1")
             self._start([name for name in SERVICES if name in self._state.services])
             with opened(self._folder.open_lock("users")) as users:
-                unused = self._watch(mine, users)
+                unused = self._watch(mine, users, [] if signals is None else [signals])
                 self._end(unused)
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stopping.set()
 
-    def _watch(self, mine: int, users: int) -> bool:
+    def _watch(self, mine: int, users: int, signals: Sequence[int]) -> bool:
         """Return when the servers should end: whether that is because no user is left.
 
         `users` is then locked, so that a newcomer waits until this keeper has gone.
         """
         last_used = time.monotonic()
-        while not self._stopping.wait(_TICK_S):
+        tick_s = min(_TICK_S, self._idle_s / 4)
+        while not self._stopping.is_set():
             if not self._folder.owns_lock(mine, "keeper"):
                 break  # the folder was removed
             self._start(self._folder.wanted())
             if not try_lock(users, fcntl.LOCK_EX):
                 last_used = time.monotonic()
                 self._folder.hurry.unlink(missing_ok=True)
-                continue
-            if self._folder.hurry.exists() or time.monotonic() - last_used > self._idle_s:
+            elif self._folder.hurry.exists() or time.monotonic() - last_used > self._idle_s:
                 return True
-            fcntl.flock(users, fcntl.LOCK_UN)
+            else:
+                fcntl.flock(users, fcntl.LOCK_UN)
+            for signal_pipe in select.select(signals, [], [], tick_s)[0]:
+                os.read(signal_pipe, 4096)
+                self._wake()
         return False
 
     def _start(self, names: Collection[ServiceName]) -> None:
         for name in names:
             if name not in self._threads:
+                self._woken[name] = threading.Event()
                 thread = threading.Thread(target=self._keep, args=(name,), name=name)
                 self._threads[name] = thread
                 thread.start()
 
+    def _wake(self) -> None:
+        """Have every server looked at now."""
+        for event in self._woken.values():
+            event.set()
+
     def _end(self, unused: bool) -> None:
         self._stopping.set()
+        self._wake()
         for thread in self._threads.values():
             thread.join()
         with contextlib.suppress(FileNotFoundError):  # removed with its DATA_DIR
@@ -132,8 +148,9 @@ class Keeper:
         failures = 0
         # A server that runs already belongs to this keeper now, which stops it at the end.
         server = self._adopted(name)
-        ready = False
+        ready, woken = False, self._woken[name]
         while not self._stopping.is_set():
+            woken.clear()
             try:
                 server = server or self._new(name)
                 if server.process.running is None or not server.process.running.alive:
@@ -152,7 +169,9 @@ class Keeper:
                 failures += 1
                 if server is not None and not _can_be_there(server):
                     server = None  # another program has its port: choose another one
-            self._stopping.wait(_TICK_S)
+                continue
+            if not self._stopping.is_set():
+                woken.wait(_TICK_S)
         if server is not None:
             server.stop()
         with self._changing() as state:
@@ -220,6 +239,24 @@ class Keeper:
                 self._stopping.set()  # the folder was removed: no process can use it any more
 
 
+@contextlib.contextmanager
+def woken_by_signals() -> Iterator[int]:
+    """A descriptor that is readable after each signal that this process handles."""
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    try:
+        yield hears
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(hears)
+        os.close(tells)
+
+
+def _look(_signal: int, _frame: FrameType | None) -> None:
+    """The signal itself wakes the keeper."""
+
+
 def _can_be_there(server: Server) -> bool:
     if isinstance(server, ValkeyServer):
         return True  # its socket is in a folder that no other user may enter
@@ -239,9 +276,11 @@ def main() -> None:
         os._exit(0)
     keeper = Keeper(Folder(given.data_dir), given.idle_s)
     signal.signal(signal.SIGTERM, keeper.stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, _look)
+    signal.signal(signal.SIGHUP, _look)  # a user's; earlier versions ignore it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keeper.run(given.began_fd)
+    with woken_by_signals() as signals:
+        keeper.run(given.began_fd, signals)
     sys.exit(0)
 
 

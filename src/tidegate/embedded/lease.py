@@ -26,6 +26,7 @@ import json
 import os
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -111,6 +112,13 @@ class Folder:
     def hurry(self) -> Path:
         return self.path / "hurry"
 
+    def wake_keeper(self) -> None:
+        """Have the keeper look at `wanted` and `hurry` now; else it does within a second."""
+        keeper = self.read().keeper
+        if keeper is not None and keeper.alive and keeper.pid != os.getpid():
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(keeper.pid, signal.SIGHUP)
+
     def password(self, name: PasswordName) -> str:
         """A password, made on first use. Only for a keeper, before its threads."""
         path = self.path / name
@@ -170,7 +178,7 @@ def opened(descriptor: int) -> Iterator[int]:
 
 
 _POLL_S = 0.02
-_WATCH_S = 0.5
+_WATCH_S = 1.0
 _TRIES = 3
 _VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # TIDEGATE_TEST_: a test finds the processes that it has caused by such a mark.
@@ -225,6 +233,7 @@ class ServersLease:
         # Not before: the keeper takes a `hurry` that it finds while we hold the lock for stale.
         with contextlib.suppress(FileNotFoundError):
             self._folder.hurry.touch(mode=0o600)
+        self._folder.wake_keeper()
         deadline = time.monotonic() + timeout_s
         while self._folder.hurry.exists() and time.monotonic() < deadline:
             keeper = self._folder.read().keeper
@@ -279,6 +288,7 @@ def ensure(
             raise ServerFailed(f"the servers in {folder.path} are being stopped, without an end")
         for name in services:
             folder.want(name)
+        folder.wake_keeper()
         urls = _await_ready(folder, services, idle_s, deadline)
         return ServersLease(folder, descriptor, urls, idle_s)
     except BaseException:  # an interrupt too: the lock would keep the servers running

@@ -448,6 +448,9 @@ _SETTINGS = {
     # No socket file: a predictable name in a folder that all may write to is a trap for root.
     "unix_socket_directories": "",
     "max_connections": "200",
+    # No processes for what the few small reads and the one application of it never use.
+    "io_method": "sync",
+    "max_logical_replication_workers": "0",
     "shared_buffers": "64MB",
     "logging_collector": "off",
     "log_min_messages": "warning",

@@ -10,8 +10,6 @@ import codecs
 import re
 from pathlib import PurePosixPath
 
-import puremagic
-
 from tidegate.errors import UnsupportedMedia
 from tidegate.upstream.fetch import PICTURE_TYPES, iso_brands, picture_type
 
@@ -245,6 +243,8 @@ class TypeCheck:
         raise self._refusal(f"was sent as {self._said}, but {self._its_content(data)}")
 
     def _its_content(self, data: bytes = b"") -> str:
+        import puremagic  # with its tables, for refusals alone
+
         try:
             best = puremagic.magic_string(bytes(self._head[:HEAD_BYTES]) or data[:HEAD_BYTES])[0]
         except (puremagic.PureError, ValueError, IndexError):

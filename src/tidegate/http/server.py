@@ -290,6 +290,7 @@ Every path works with and without the prefix `/llm`. Errors are problem JSON (RF
 """
 
 
+_PREFIX = "/llm"
 _OF_OPERATORS = ("/admin", "/dashboard", "/metrics", "/llm/admin", "/llm/dashboard", "/llm/metrics")
 _CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "PUT", "DELETE"],
@@ -321,7 +322,7 @@ class Gateway(FastAPI):
         self._direct = {
             f"{prefix}{path}": AccessLog(app)
             for path, app in called.items()
-            for prefix in ("", "/llm")
+            for prefix in ("", _PREFIX)
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -359,6 +360,8 @@ class Gateway(FastAPI):
         path = scope["path"]
         if (native_at := native_path(path)) is not None:
             path = scope["path"] = native_at
+        elif path.startswith(f"{_PREFIX}/"):
+            scope["root_path"] = _PREFIX
         if (foreign := why_foreign(services, scope)) is not None:
             scope["app"] = self
             await AccessLog(partial(_refuse, foreign))(scope, receive, send)
@@ -424,7 +427,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         docs_url=None,
         redoc_url=None,
     )
-    routes = APIRouter()
+    # Their routes as they are: to include a router builds each of them again.
     for router in (
         *(
             jobs.router,
@@ -439,9 +442,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         *(admin_tenants.router, admin_tenants.subjects_router, admin_budgets.router),
         admin_upstreams.router,
     ):
-        routes.include_router(router)
-    app.include_router(routes)
-    app.include_router(routes, prefix="/llm", include_in_schema=False)
+        app.router.routes.extend(router.routes)
     problems.install(app)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     _serve_docs(app)

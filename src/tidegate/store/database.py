@@ -751,7 +751,8 @@ _NEW_RECORD = """
 def steps() -> Iterator[tuple[str, str]]:
     """Each revision with the SQL that leads to it from the one before."""
     folder = files("tidegate.store") / "migrations"
-    for step in sorted(folder.iterdir(), key=lambda step: step.name):
+    found = (step for step in folder.iterdir() if step.name.endswith(".sql"))
+    for step in sorted(found, key=lambda step: step.name):
         yield step.name[1:5], step.read_text(encoding="utf-8")
 
 

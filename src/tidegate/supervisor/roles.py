@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -45,6 +45,7 @@ _MARGIN_S = 5.0
 # Longer than clients and balancers keep an idle connection (60 s is common): if this side closed
 # first, a request on its way would meet a closed connection.
 _KEEP_ALIVE_S = 75
+_TICK_S = 1.0  # the date in answers has whole seconds
 # How long the first request waits for Valkey and PostgreSQL to have answered; they may be away.
 _WARM_WITHIN_MS = 2_000
 # So long before the grace is over a call that still waits is refused: it could not end any more.
@@ -98,7 +99,23 @@ def _standing(config: Config) -> Iterator[Config]:
 
 
 class QuietServer(uvicorn.Server):
-    """Leaves the signals to us: uvicorn would raise them again at its end, and die of them."""
+    """Leaves the signals to us: uvicorn would raise them again at its end, and die of them. Ends by
+    `end`, which it hears of without looking ten times a second, as uvicorn does."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """Accept no more, finish what is open, and return from `serve`."""
+        self.should_exit = True
+        self._ended.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # which renews the date of answers
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    await self._ended.wait()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -161,7 +178,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
             services.turn_waiters_away()
 
     def stop() -> None:
-        server.should_exit = True
+        server.end()
         grace_s = config.shutdown_grace_ms / 1000
         asyncio.get_running_loop().call_later(max(grace_s - _LAST_S, grace_s / 2), turn_away)
         if (services := opened()) is not None:
@@ -213,7 +230,7 @@ async def _seen(services: Services) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            server.should_exit = True
+            server.end()
             await asyncio.gather(serving, return_exceptions=True)
 
 

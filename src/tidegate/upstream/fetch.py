@@ -16,11 +16,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING
 
-import aiohttp
 import orjson
-from aiohttp.abc import AbstractResolver
-from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from tidegate.call import Media
@@ -29,6 +27,10 @@ from tidegate.errors import FetchRefused, UpstreamError
 from tidegate.policy.deployment import Upstream
 from tidegate.upstream.server_load import server_load
 from tidegate.upstream.transport import RelayWire
+
+if TYPE_CHECKING:  # most processes never fetch: it is imported with the first exchange
+    import aiohttp
+    from aiohttp.abc import AbstractResolver
 
 Address = IPv4Address | IPv6Address
 MAX_URI_CHARS = 2048
@@ -158,6 +160,8 @@ def guarded_session(
     headers: Mapping[str, str],
 ) -> aiohttp.ClientSession:
     """For one exchange: nothing is shared with another. The caller bounds the time."""
+    import aiohttp
+    from aiohttp.resolver import ThreadedResolver
 
     def open_socket(info: aiohttp.AddrInfoType) -> socket.socket:
         """Called with the very address that the connection is then made to."""
@@ -185,6 +189,8 @@ def guarded_session(
 
 def why_not_sent(failed: aiohttp.ClientError) -> str:
     """In words that go on from what was to be reached: "...could not be connected to"."""
+    import aiohttp
+
     if isinstance(failed, aiohttp.ClientConnectorDNSError):
         return "names a host that cannot be found"
     if isinstance(failed, aiohttp.ClientConnectorError):
@@ -261,6 +267,8 @@ class ImageFetcher:
 
     async def fetch(self, uri: str) -> Media:
         """The picture at `uri`. Raises FetchRefused; cancelling closes the connection."""
+        import aiohttp
+
         try:
             async with asyncio.timeout(self.timeout_ms / 1000), AsyncExitStack() as stack:
                 session = guarded_session(self.is_allowed, self.resolver, _HEADERS)
@@ -332,6 +340,8 @@ class GuardedPoster:
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Posted:
         """Cancelling closes the connection."""
+        import aiohttp
+
         try:
             target = check_uri(url, self.is_allowed, field="webhook_url")
             async with (
