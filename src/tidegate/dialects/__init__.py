@@ -128,6 +128,7 @@ _KNOWN_ROOTS = (
     *("/v1/organization", "/v1/organizations", "/v1/models", "/v1/files", "/v1/batches"),
     "/v1/messages/batches",
     *("/v1beta/models", "/v1beta/tunedModels", "/v1beta/files", "/v1beta/batches"),
+    "/v1beta/fileSearchStores",
 )
 
 

@@ -93,6 +93,8 @@ _VERSION_ROOT = "/v1(?:alpha|beta)?"
 _ANY_MODEL = r"models/[\w\-@][\w.\-@]{0,199}"
 _DOWNLOAD = rf"(?:/download)?{_VERSION_ROOT}/files/{{id}}:download"
 _MADE_FILES = gemini_work.MADE_FILES
+_STORE = "file_search_store"
+_OF_STORE = "fileSearchStores/{id}"  # all below a store is its owner's
 _RESOURCES = tuple(
     path_of(method, f"{_VERSION_ROOT}/{below}" if below else _DOWNLOAD, kind, act, makes)
     for method, below, kind, act, makes in (
@@ -117,9 +119,29 @@ _RESOURCES = tuple(
         ("DELETE", "batches/{id}", "batch", Act.DELETE, None),
         ("POST", "batches/{id}:cancel", "batch", Act.CANCEL, None),
         ("POST", "batches/{id}:wait", "batch", Act.READ, _MADE_FILES),
+        (
+            *("POST", "fileSearchStores", _STORE, Act.CREATE),
+            Making(_STORE, "name", prefix="fileSearchStores/"),
+        ),
+        ("GET", "fileSearchStores", _STORE, Act.LIST, None),
+        ("GET", _OF_STORE, _STORE, Act.READ, None),
+        ("DELETE", _OF_STORE, _STORE, Act.DELETE, None),
+        ("POST", _OF_STORE + ":(?:importFile|uploadToFileSearchStore)", _STORE, Act.CHANGE, None),
+        ("GET", _OF_STORE + "/documents", _STORE, Act.READ, None),
+        ("GET", _OF_STORE + "/(?:documents|media)/{any}", _STORE, Act.READ, None),
+        ("DELETE", _OF_STORE + "/documents/{any}", _STORE, Act.CHANGE, None),
+        ("GET", _OF_STORE + "(?:/upload)?/operations/{any}", _STORE, Act.READ, None),
+        (
+            *("POST", _OF_STORE + "(?:/upload)?/operations/{any}:(?:cancel|wait)"),
+            *(_STORE, Act.CHANGE, None),
+        ),
     )
 )
-_UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
+_UPLOAD = re.compile(
+    r"/upload/v1(?:alpha|beta)?/"
+    rf"(?:files|fileSearchStores/(?P<store>{RESOURCE_ID}):uploadToFileSearchStore)",
+    re.ASCII,
+)
 
 
 def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
@@ -147,8 +169,11 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
     if method == "POST" and _STORING.fullmatch(path):
         makes_cache = path.endswith("/cachedContents")
         return Endpoint(Dialect.GEMINI, Operation.CACHE if makes_cache else Operation.INFER, path)
-    if method in ("POST", "PUT") and _UPLOAD.fullmatch(path):
-        upload = ResourceUse(ResourcePath(method, _UPLOAD, "file", Act.CREATE, _FILE))
+    if method in ("POST", "PUT") and (into := _UPLOAD.fullmatch(path)) is not None:
+        row = ResourcePath(method, _UPLOAD, "file", Act.CREATE, _FILE)
+        if into["store"] is not None:
+            row = ResourcePath(method, _UPLOAD, _STORE, Act.CHANGE)
+        upload = ResourceUse(row, into["store"])
         return Endpoint(Dialect.GEMINI, Operation.UPLOAD, path, resource=upload)
     if method == "GET" and _MODELS.fullmatch(path):
         return models_endpoint(Dialect.GEMINI, path)
@@ -161,13 +186,14 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
 
 _REFERRING = (
     *(b"fileUri", b"file_uri", b'"uri"', b"cachedContent", b"cached_content"),
-    *(b"inputConfig", b"input_config"),
+    *(b"inputConfig", b"input_config", b"fileSearchStoreNames", b"file_search_store_names"),
 )
 _INPUTS = frozenset(("fileName", "file_name"))  # of a batch
 _PREVIOUS = b"previous_interaction_id"
 _URIS = frozenset(("fileUri", "file_uri", "uri"))
 _CACHES = frozenset(("cachedContent", "cached_content"))
-_REFERENCES = _URIS | _CACHES | {"previous_interaction_id"}
+_STORES = frozenset(("fileSearchStoreNames", "file_search_store_names"))
+_REFERENCES = _URIS | _CACHES | _STORES | {"previous_interaction_id"}
 # What a model has called a client's function with, and what that has returned.
 _OF_FUNCTIONS = frozenset(("args", "arguments"))
 _OWN_FILE = re.compile(
@@ -176,15 +202,17 @@ _OWN_FILE = re.compile(
     re.ASCII,
 )
 _CACHE = re.compile(rf"cachedContents/({RESOURCE_ID})", re.ASCII)
+_STORE_NAME = re.compile(rf"fileSearchStores/({RESOURCE_ID})", re.ASCII)
 
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """The files, the cached content and the interaction that a request names, each where it stands.
-    Raises InvalidRequest and NotFound."""
-    if not may_name(raw, *_REFERRING, _PREVIOUS):
+    """The files, stores of files, the cached content and the interaction that a request names, each
+    where it stands. Raises InvalidRequest and NotFound."""
+    imports = not body and may_name(raw, b'"fileName"', b'"file_name"')
+    if not imports and not may_name(raw, *_REFERRING, _PREVIOUS):
         return []
     found = []
-    names = _REFERENCES | _INPUTS if "batch" in body else _REFERENCES
+    names = _REFERENCES | _INPUTS if imports or "batch" in body else _REFERENCES
     for one in named_values(raw, names, _OF_FUNCTIONS):
         if one.field in _INPUTS:
             if (own := _OWN_FILE.fullmatch(one.value)) is None:
@@ -193,11 +221,13 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
         elif one.field in _URIS:
             if (file_id := _file_named(one.field, one.value)) is not None:
                 found.append(Reference("file", file_id, one.field))
-        elif one.field in _CACHES:
-            named = _CACHE.fullmatch(one.value)
+        elif one.field in _CACHES or one.field in _STORES:
+            is_cache = one.field in _CACHES
+            named = (_CACHE if is_cache else _STORE_NAME).fullmatch(one.value)
             if named is None:
                 raise NotFound(f"there is no {one.value[:100]!a}", field=one.field)
-            found.append(Reference("cached_content", named[1], one.field))
+            kind = "cached_content" if is_cache else _STORE
+            found.append(Reference(kind, named[1], one.field))
         else:
             found.append(Reference("interaction", one.value, one.field))
     return list(dict.fromkeys(found))

@@ -110,6 +110,7 @@ _GEMINI_LISTS = {
     "cached_content": ("cachedContents", 50, 1_000),
     "batch": ("operations", 10, 20),
     "operation": ("operations", 10, 100),
+    "file_search_store": ("fileSearchStores", 10, 20),
 }
 
 

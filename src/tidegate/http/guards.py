@@ -31,7 +31,7 @@ from tidegate.http.problems import problem_responses
 from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
 from tidegate.settings import Config
 from tidegate.spine.models import check_model
-from tidegate.spine.native import AT_UPSTREAM, UPLOADS
+from tidegate.spine.native import AT_UPSTREAM
 from tidegate.spine.routing import Targets
 from tidegate.store.tenants import digest_of, prefix_of
 
@@ -184,10 +184,10 @@ def own_origin(scope: Any) -> str:
     return f"{scheme}://{host}"
 
 
-def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
-    """From the query of an upload's URL to that URL, as the client reaches us; with a pass of the
-    key that the request in `scope` shows, if it is one of ours."""
-    own_url = f"{own_origin(scope)}{UPLOADS}"
+def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
+    """From the query of an upload's URL to that URL, which has this path, as the client reaches us;
+    with a pass of the key that the request in `scope` shows, if it is one of ours."""
+    own_url = f"{own_origin(scope)}{path}"
     key = shown_in(scope["headers"], scope["query_string"]).key
     prefix = None if key is None else prefix_of(key)
     if key is None or prefix is None:

@@ -537,7 +537,8 @@ class _Front:
             raise
 
     async def _upload(self, call: NativeCall) -> None:
-        own = own_urls(self._scope, self._upload_secret(call.endpoint))
+        endpoint = call.endpoint
+        own = own_urls(self._scope, endpoint.path, self._upload_secret(endpoint))
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
         at = upload_upstream(self._scope["query_string"])
         await self._services.relay.upload(call, pieces, own, self, self._record, at)

@@ -284,7 +284,7 @@ class Relay:
         its query. at: the upstream where it has begun, by name. Raises as `run`."""
         use, dialect = call.endpoint.resource, call.endpoint.dialect
         assert use is not None
-        begun = self.spine.targets.upstreams.get(at)
+        begun = None if use.resource_id else self.spine.targets.upstreams.get(at)
         if begun is not None and dialect in begun.base_urls:
             target = Target(begun, "")
         else:
@@ -876,7 +876,6 @@ async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dic
 _JSON = (b"content-type", b"application/json")
 
 
-UPLOADS = "/upload/v1beta/files"
 AT_UPSTREAM = "tidegate_upstream"  # in the URL of an upload that has begun: where it goes on
 _UPLOADED_BYTES = 1_000_000  # of the answer to an upload, which describes the file
 MAX_BYTES = 2 * 1024**3  # https://ai.google.dev/gemini-api/docs/files

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tidegate.spine.native import NativeCall
 
 # What people also make at the provider itself: everybody's, where no keys are required.
-_MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch"))
+_MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch", "file_search_store"))
 # What jobs of all tenants may be in, while no row says so.
 _OF_JOBS = frozenset(("file", "batch", "message_batch"))
 _CONTINUED = frozenset(("previous_response_id", "previous_interaction_id"))

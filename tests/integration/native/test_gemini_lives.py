@@ -214,3 +214,67 @@ async def test_a_list_leaves_out_what_is_gone_and_fails_with_a_dead_key(tenants:
     assert [file.name async for file in await tenants.mine.files.list()] == [made[1].name]
     await tenants.second.control.set_fault("forbidden", kind="other")
     assert await refused(tenants.mine.files.list()) in (502, 503)
+
+
+async def test_stores_of_file_search_are_their_tenant_s_with_all_that_is_in_them(
+    tenants: Tenants,
+) -> None:
+    mine, theirs, gateway = tenants.mine, tenants.theirs, tenants.gateway
+    stores = mine.file_search_stores
+    made = await stores.create(config={"display_name": "Tides"})
+    other = await theirs.file_search_stores.create(config={"display_name": "Theirs"})
+    begun = await stores.upload_to_file_search_store(
+        file_search_store_name=made.name,
+        file=io.BytesIO(b"high water at noon"),
+        config={"mime_type": "text/plain", "display_name": "noon.txt"},
+    )
+    ended = await mine.operations.get(begun)
+    assert (ended.done, ended.response.parent) == (True, made.name)
+    file = await mine.files.upload(
+        file=io.BytesIO(b"low water"), config={"mime_type": "text/plain"}
+    )
+    imported = await stores.import_file(file_search_store_name=made.name, file_name=file.name)
+    assert (await mine.operations.get(imported)).done
+    documents = [one async for one in await stores.documents.list(parent=made.name)]
+    assert [one.display_name for one in documents][:1] == ["noon.txt"]
+    first, second = (one.name for one in documents)
+    assert (await stores.documents.get(name=first)).name == first
+    assert [one.name async for one in await stores.list()] == [made.name]
+    search = types.FileSearch(file_search_store_names=[made.name])
+    config = types.GenerateContentConfig(tools=[types.Tool(file_search=search)])
+    assert (await mine.models.generate_content(model=MODEL, contents="When?", config=config)).text
+    tools: Any = [{"type": "file_search", "file_search_store_names": [made.name]}]
+    for call in (
+        theirs.models.generate_content(model=MODEL, contents="When?", config=config),
+        theirs.interactions.create(model=MODEL, input="When?", tools=tools),
+        theirs.file_search_stores.get(name=made.name),
+        theirs.file_search_stores.delete(name=made.name),
+        theirs.file_search_stores.documents.list(parent=made.name),
+        theirs.file_search_stores.documents.get(name=first),
+        theirs.file_search_stores.documents.delete(name=first),
+        theirs.operations.get(begun),
+        theirs.file_search_stores.import_file(
+            file_search_store_name=other.name, file_name=file.name
+        ),
+        theirs.file_search_stores.upload_to_file_search_store(
+            file_search_store_name=made.name,
+            file=io.BytesIO(b"x"),
+            config={"mime_type": "text/plain"},
+        ),
+    ):
+        assert await refused(call) == 404
+    # An upload that says that it has begun elsewhere has an owner to show all the same.
+    url = f"{gateway.url}/upload/v1beta/{made.name}:uploadToFileSearchStore"
+    headers = {
+        "x-goog-api-key": theirs._api_client.api_key,
+        "x-goog-upload-command": "start",
+        "x-goog-upload-protocol": "resumable",
+    }
+    query = {"tidegate_upstream": "gemini"}
+    async with gateway.http.post(url, params=query, json={}, headers=headers) as answer:
+        assert answer.status == 404
+    await stores.documents.delete(name=second)
+    assert len([one async for one in await stores.documents.list(parent=made.name)]) == 1
+    await stores.delete(name=made.name, config={"force": True})
+    assert await refused(stores.get(name=made.name)) == 404
+    assert [one.name async for one in await stores.list()] == []

@@ -115,6 +115,10 @@ def test_calls_of_gemini_name_their_model_in_the_path(
         ("DELETE", "/v1beta/models/x"),
         ("DELETE", "/v1/models/../files"),
         ("GET", "/upload/v1beta/files"),
+        ("PATCH", "/v1beta/fileSearchStores/a"),
+        ("POST", "/v1beta/fileSearchStores/a/documents/b"),
+        ("POST", "/v1beta/fileSearchStores/a:exportFile"),
+        ("POST", "/upload/v1beta/fileSearchStores/a"),
     ],
 )
 def test_what_is_not_known_is_not_relayed(method: str, path: str) -> None:
@@ -323,6 +327,24 @@ RELAYED = {
         GET /v1beta/interactions/v1_abc
         POST /v1beta/interactions/v1_abc/cancel
         DELETE /v1beta/interactions/v1_abc
+        POST /v1beta/models/veo-x/operations/abc:cancel
+        POST /v1beta/models/veo-x/operations/abc:wait
+        DELETE /v1beta/models/veo-x/operations/abc
+        POST /v1beta/batches/abc:wait
+        POST /v1beta/fileSearchStores
+        GET /v1beta/fileSearchStores
+        GET /v1beta/fileSearchStores/a-b
+        DELETE /v1beta/fileSearchStores/a-b
+        POST /v1beta/fileSearchStores/a-b:importFile
+        POST /v1beta/fileSearchStores/a-b:uploadToFileSearchStore
+        POST /upload/v1beta/fileSearchStores/a-b:uploadToFileSearchStore
+        GET /v1beta/fileSearchStores/a-b/documents
+        GET /v1beta/fileSearchStores/a-b/documents/c
+        DELETE /v1beta/fileSearchStores/a-b/documents/c
+        GET /v1beta/fileSearchStores/a-b/media/c
+        GET /v1beta/fileSearchStores/a-b/operations/c
+        GET /v1beta/fileSearchStores/a-b/upload/operations/c
+        POST /v1beta/fileSearchStores/a-b/upload/operations/c:cancel
         POST /v1beta1/projects/p/locations/l/publishers/google/models/gemini-x:generateContent
         POST /v1/projects/p/locations/l/publishers/google/models/gemini-x:countTokens
         POST /v1beta1/publishers/google/models/text-embedding-x:predict
@@ -337,7 +359,6 @@ KEYS = {
 BY_PASSTHROUGH = (
     *("/v1/assistants/*", "/v1/threads/*", "/v1/vector_stores/*", "/v1/fine_tuning/*"),
     *("/v1/evals/*", "/v1/videos/*", "/v1/traces/ingest", "/v1/realtime/client_secrets"),
-    *("/v1beta/fileSearchStores", "/v1beta/fileSearchStores/*"),
 )
 
 

@@ -69,6 +69,23 @@ def test_caches_and_interactions_are_named_anywhere() -> None:
         named(Dialect.GEMINI, {"cachedContent": "projects/p/cachedContents/a"})
 
 
+@pytest.mark.parametrize("field", ["fileSearchStoreNames", "file_search_store_names"])
+def test_stores_are_named_by_a_tool(field: str) -> None:
+    body = {"contents": [], "tools": [{"fileSearch": {field: ["fileSearchStores/a"]}}]}
+    assert named(Dialect.GEMINI, body) == [("file_search_store", "a")]
+    body["tools"] = [{"fileSearch": {field: ["fileSearchStores/a/../b"]}}]
+    with pytest.raises(NotFound):
+        named(Dialect.GEMINI, body)
+
+
+def test_an_imported_file_is_named_by_the_body_of_a_request_on_a_store() -> None:
+    references = DIALECTS[Dialect.GEMINI].references
+    (found,) = references({}, b'{"fileName": "files/abc"}')
+    assert (found.kind, found.resource_id) == ("file", "abc")
+    with pytest.raises(NotFound):
+        references({}, b'{"\\u0066ile_name": "filesx/abc"}')
+
+
 def test_of_a_field_that_stands_twice_both_count() -> None:
     twice = b'{"input":[{"content":[{"type":"input_file","file_id":"a","file_id":"b"}]}]}'
     assert named(Dialect.OPENAI, twice) == [("file", "a"), ("file", "b")]
@@ -101,6 +118,14 @@ def test_pages_are_read_in_each_dialect_s_words() -> None:
     openai = DIALECTS[Dialect.OPENAI].page("file", "limit=10000&purpose=vision")
     assert (openai.limit, openai.newest_first) == (100, True)
     assert not openai.shows({"purpose": "evals"})
+
+
+def test_a_page_of_nothing_is_one_where_the_provider_has_it_so() -> None:
+    openai = DIALECTS[Dialect.OPENAI].page
+    assert openai("chat_completion", "limit=0").limit == 0
+    with pytest.raises(InvalidRequest):
+        openai("file", "limit=0")
+    assert DIALECTS[Dialect.GEMINI].page("file", "pageSize=0").limit == 10
 
 
 @pytest.mark.parametrize(

@@ -607,6 +607,8 @@ async def route(served: Served) -> web.StreamResponse:
             return await served.other("files", "", lambda: _list_files(served))
         case _, ["interactions", *rest]:
             return await gemini_stored.interactions(served, rest)
+        case _, ["fileSearchStores", *rest]:
+            return await gemini_stored.file_search_stores(served, rest)
         case _, ["cachedContents", *rest]:
             return await gemini_stored.caches(served, rest)
         case _, ["batches", *rest]:
@@ -738,6 +740,9 @@ async def _upload(served: Served) -> web.StreamResponse:
 async def _upload_start(served: Served, key: str) -> web.Response:
     request = served.request
     body = await served.json(_BAD_BODY) if request.can_read_body else {}
+    if (into := request.path.rpartition("/")[2]).endswith(":uploadToFileSearchStore"):
+        gemini_stored.find_store(served, into.partition(":")[0])
+        body = {"file": body}
     upload_id = served.state.files.begin(request.headers, body)
     # The key is part of the real upload URL too: it must never be logged.
     url = f"http://{request.host}{request.path}?key={key}&upload_id={upload_id}"
@@ -754,7 +759,10 @@ async def _upload_piece(served: Served, upload_id: str) -> web.Response:
     file = await served.state.files.receive(upload_id, request.headers, pieces, wait_ms)
     if file is None:
         return json_response(200, {}, {"X-Goog-Upload-Status": "active"})
-    return json_response(200, {"file": file.to_json()}, {"X-Goog-Upload-Status": "final"})
+    made: Json = {"file": file.to_json()}
+    if (into := request.path.rpartition("/")[2]).endswith(":uploadToFileSearchStore"):
+        made = gemini_stored.index(served, into.partition(":")[0], "upload/", file)
+    return json_response(200, made, {"X-Goog-Upload-Status": "final"})
 
 
 def _model(name: str) -> Json:

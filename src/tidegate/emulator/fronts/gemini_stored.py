@@ -56,10 +56,11 @@ from tidegate.emulator.delivery import (
     whole_steps,
 )
 from tidegate.emulator.dialect import Fault, Json, Refused, rfc3339
+from tidegate.emulator.state import StoredFile
 
 _BAD_BODY = "Invalid JSON payload received. {}"
 _GARBAGE = b'{"event_type": "step.delta", "ind'
-_INTERACTIONS, _CACHES = "interactions", "cachedContents"
+_INTERACTIONS, _CACHES, _STORES = "interactions", "cachedContents", "fileSearchStores"
 _VIDEOS, _OPERATIONS, _WORK = "videos", "operations", "work"
 _REFUSED_PROMPT = "violence"  # of which no video is made
 _TTL = re.compile(r"(\d{1,9})(?:\.\d+)?s")
@@ -346,6 +347,78 @@ async def caches(served: Served, steps: Sequence[str]) -> web.StreamResponse:
         case _:
             raise Refused(404, f"Not found: {served.request.method} {served.request.path}")
     return await served.other("caches", "", answer)
+
+
+async def file_search_stores(served: Served, steps: Sequence[str]) -> web.StreamResponse:
+    """Serve what follows `fileSearchStores` in the path. Raises Refused."""
+    kept, answer = served.state.stored[_STORES], partial(served.other, _STORES, "")
+    match served.request.method, steps:
+        case "POST", []:
+            body = await served.json(_BAD_BODY)
+            return await answer(partial(_make_store, served, body))
+        case "GET", []:
+            return await answer(lambda: {_STORES: list(map(_shown, kept.values()))})
+        case "GET", [name]:
+            return await answer(lambda: _shown(find_store(served, name)))
+        case "DELETE", [name]:
+            return await answer(lambda: kept.pop(find_store(served, name)["_id"]) and {})
+        case "POST", [call] if call.endswith(":importFile"):
+            body = await served.json(_BAD_BODY)
+            return await answer(partial(_import, served, call.partition(":")[0], body))
+        case "GET", [name, "documents"]:
+            return await answer(
+                lambda: {"documents": [*find_store(served, name)["_documents"].values()]}
+            )
+        case method, [name, *below]:
+            path = "/".join(below)
+            return await answer(partial(_below_store, served, name, path, ends=method == "DELETE"))
+    raise Refused(404, f"Not found: {served.request.method} {served.request.path}")
+
+
+def find_store(served: Served, name: str) -> Json:
+    """Raises Refused (403), as Gemini does for one that is not."""
+    found = served.state.stored[_STORES].get(name)
+    if found is None:
+        raise Refused(403, f"You do not have permission to access the FileSearchStore {name}.")
+    return found
+
+
+def _make_store(served: Served, body: Any) -> Json:
+    shown = str(body.get("displayName", "")) if isinstance(body, dict) else ""
+    name, now = f"{shown.lower().replace(' ', '')[:20]}-{_letters(12)}", _precise(datetime.now(UTC))
+    made = {"name": f"{_STORES}/{name}", "displayName": shown, "createTime": now, "updateTime": now}
+    served.state.stored[_STORES][name] = made | {"_id": name, "_documents": {}, "_operations": {}}
+    return made
+
+
+def _import(served: Served, store: str, body: Any) -> Json:
+    named = body.get("fileName") if isinstance(body, dict) else None
+    return index(served, store, "", served.state.files.find(str(named)))
+
+
+def index(served: Served, store: str, below: str, file: StoredFile) -> Json:
+    """Make a document of a file, by an operation that has ended once it is looked at."""
+    found, document, operation = find_store(served, store), _letters(12), _letters(12)
+    parent = f"{_STORES}/{store}"
+    made = {"name": f"{parent}/documents/{document}", "displayName": file.display_name}
+    found["_documents"][f"documents/{document}"] = made | {"sizeBytes": str(file.size_bytes)}
+    name = f"{parent}/{below}operations/{operation}"
+    response = {"parent": parent, "documentName": made["name"]}
+    found["_operations"][f"{below}operations/{operation}"] = {
+        "name": name,
+        "done": True,
+        "response": response,
+    }
+    return {"name": name}
+
+
+def _below_store(served: Served, store: str, below: str, *, ends: bool) -> Json:
+    found = find_store(served, store)
+    for kept in (found["_documents"], found["_operations"]):
+        if below in kept:
+            shown: Json = kept.pop(below) if ends else kept[below]
+            return {} if ends else shown
+    raise Refused(404, "Requested entity was not found.")
 
 
 def find_cache(served: Served, name: str) -> Json:
