@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(uvicorn redis prometheus-client)
+packages=(uvicorn google-genai httpx2 redis prometheus-client)
 tests=(
     tests/contract
     tests/integration/http_input

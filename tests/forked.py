@@ -32,8 +32,10 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
     *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
-    *("tidegate.http.uvicorn_protocol", "tidegate.dashboard.routes", "tidegate.upstream.gemini"),
-    *("tidegate.emulator.server", "google.auth.aio.credentials", "uvicorn", "uvloop"),
+    *("tidegate.http.uvicorn_protocol", "tidegate.dashboard.routes"),
+    *("tidegate.upstream.gemini", "tidegate.upstream.gemini_transport"),
+    *("tidegate.emulator.server", "google.genai", "google.auth.aio.credentials"),
+    *("uvicorn", "uvloop"),
     *("uvicorn.lifespan.on", "encodings.idna"),
 )
 _LARGEST_ORDER = 1 << 18

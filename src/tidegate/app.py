@@ -412,8 +412,8 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 @asynccontextmanager
 async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIterator[PromptCalls]:
-    """Of a process whose upstreams do not change: a processor for each upstream of Gemini's
-    dialect, and the relay for the others."""
+    """Google's SDK at work for each upstream of Gemini's dialect, and the relay for the others, of
+    a process whose upstreams do not change."""
     spine = relay.spine
     async with AsyncExitStack() as stack:
         processors = {}

@@ -129,8 +129,7 @@ async def raw_upstream(script: Script) -> AsyncIterator[RawUpstream]:
         yield upstream
     finally:
         server.close()
-        gone = "the client closes every connection"
-        await wait_until(lambda: upstream.connections == 0, 20, gone)
+    await wait_until(lambda: upstream.connections == 0, 20, "the client closes every connection")
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""What GeminiProcessor asks of Gemini and what it makes of good answers."""
+"""What GeminiProcessor asks of Gemini and what it makes of good answers, through the real SDK."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way in which Gemini fails us."""
+"""Every way in which Gemini fails us, through the real SDK."""
 
 from __future__ import annotations
 

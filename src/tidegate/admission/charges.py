@@ -314,7 +314,7 @@ def cut_charge(
 def answer_charge(
     rates: Rates | None, answer: Answer, estimate: Estimate | None, *, whole: bool
 ) -> Charge:
-    """For a call of a processor that was sent: by the usage reported with a whole answer,
+    """For a call by a provider's SDK that was sent: by the usage reported with a whole answer,
     else by what came of it at least, and the input."""
     images = len(answer.pictures)
     if whole and not is_unknown(answer.usage):

@@ -1,8 +1,8 @@
 """Prompts with files in OpenAI's and Anthropic's dialect: calls made of them, and answers read.
 
 A prompt is no one's dialect: it becomes a chat completion or a message of the upstream that it is
-called at, an image an images call. In Gemini's dialect it goes by
-`upstream/gemini.py`.
+called at, an image an images call. In Gemini's dialect it goes by Google's SDK
+(`upstream/gemini.py`).
 
 Invariants: only text and images of the answer itself are read, never thoughts; an answer without
 its end is no answer; what a dialect can't take is refused before it is sent, by its name. Pure.
@@ -57,7 +57,7 @@ _EDITS = Endpoint(Dialect.OPENAI, Operation.IMAGES, "/images/edits")
 _MESSAGES = Endpoint(Dialect.ANTHROPIC, Operation.INFER, "/v1/messages")
 _JSON = b"application/json"
 
-_ALL_FILES = (Dialect.GEMINI,)  # which takes every file that a request may have
+_BY_SDK = (Dialect.GEMINI,)  # which takes every file that a request may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def dialect_for(
     the reason where none can. `kind`: None while it is not settled."""
     spoken = [Dialect(one) for one in dialects]
     refused = None
-    for dialect in sorted(spoken, key=lambda one: one not in _ALL_FILES):
+    for dialect in sorted(spoken, key=lambda one: one not in _BY_SDK):
         why = not_taken(dialect, kind, files)
         if why is None:
             return dialect, None
@@ -119,7 +119,7 @@ def dialect_for(
 
 def not_taken(dialect: Dialect, kind: Kind | None, files: Files) -> NotTaken | None:
     """Why a dialect can't take a prompt; None where it can."""
-    if dialect in _ALL_FILES:
+    if dialect in _BY_SDK:
         return None
     draws = kind is Kind.IMAGE_GENERATION
     taken = _TAKEN.get((dialect, draws))

@@ -1,8 +1,8 @@
 """Prompts of `/stream` and of jobs: classified, then called through the spine.
 
-A prompt is of no dialect: an upstream of Gemini's is called by a processor (`upstream/gemini.py`),
-another by a native call that is made of the prompt (`dialects/prompts.py`), with the demand, the
-cost and the charge of one.
+A prompt is of no dialect: an upstream of Gemini's is called by Google's SDK, another by a native
+call that is made of the prompt (`dialects/prompts.py`), with the demand, the cost and the charge of
+one.
 
 Invariant: `run` is a coroutine that pushes events into a sink; when it returns, fails or is
 cancelled, the upstream call is closed and its permit is on its way back.
@@ -293,7 +293,7 @@ class PromptCalls:
 
 @dataclass(frozen=True, slots=True)
 class PromptWays:
-    """How prompts are called: at the upstreams of `processors` by these, else over the wire."""
+    """How prompts are called: by an SDK at the upstreams of `processors`, else over the wire."""
 
     processors: Mapping[str, GeminiProcessor]
     wire: RelayWire
@@ -345,7 +345,7 @@ class PromptExchange:
 
     @property
     def is_heard(self) -> bool:
-        """Of what a processor has received so far nothing is known here."""
+        """Of what an SDK has received so far nothing is known here."""
         return self._native is None or self._native[0].is_heard
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
@@ -399,11 +399,11 @@ class PromptExchange:
             if (plan := self._plan(target, lane)) is not None:
                 await self._relayed(plan, target, lane, demand, is_try=is_try)
             else:
-                await self._by_processor(target, lane, is_try=is_try)
+                await self._by_sdk(target, lane, is_try=is_try)
         except UpstreamError as error:
             raise CallFailed(error, target) from None
 
-    async def _by_processor(self, target: Target, lane: Lane, *, is_try: bool) -> None:
+    async def _by_sdk(self, target: Target, lane: Lane, *, is_try: bool) -> None:
         is_news, sink = is_try or lane.gate.has_doubts, self._sink
         out = AttendedOut(NothingOut(), self.terms.left, self._record)
 
@@ -509,7 +509,7 @@ class PromptExchange:
     # As a native call
 
     def _native_at(self, target: Target, lane: Lane) -> NativeExchange | None:
-        """For what a call takes and costs there; None where a processor makes it."""
+        """For what a call takes and costs there; None where an SDK makes it."""
         plan = self._plan(target, lane)
         return None if plan is None else self._exchange(plan, NothingOut(), self._record)
 
@@ -518,7 +518,7 @@ class PromptExchange:
         return NativeExchange(wire, timeouts, plan.call, plan.body, plan.asked, out, record)
 
     def _plan(self, target: Target, lane: Lane) -> _Plan | None:
-        """The call at a target, made once: None where it is a processor's."""
+        """The call at a target, made once: None where it is an SDK's."""
         if target.upstream.name in self._ways.processors:
             return None
         place = target.upstream.name, target.model
@@ -526,7 +526,7 @@ class PromptExchange:
             return known
         call = self._at(target)
         dialect = dialect_at(target, call.kind, files_of(call.media))
-        if dialect is Dialect.GEMINI:  # of a line of a batch, which no processor sends
+        if dialect is Dialect.GEMINI:  # of a line of a batch, which no SDK sends
             return None
         form = form_at(target, lane, streams=self._sink is not None)
         if self._types is None:

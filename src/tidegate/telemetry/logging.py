@@ -246,7 +246,7 @@ _problems: deque[dict[str, Any]] = deque(maxlen=50)
 
 # What other libraries say of each request; some of it at a level below `info` holds its content.
 _NOISY = (
-    *("httpx", "httpx2", "httpcore", "httpcore2"),
+    *("httpx", "httpx2", "httpcore", "httpcore2", "google_genai"),
     *("aiohttp.access", "asyncio", "multipart", "python_multipart"),
 )
 

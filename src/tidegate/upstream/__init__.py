@@ -1,1 +1,1 @@
-"""Upstreams: connections to providers, and prompts of Gemini."""
+"""Upstreams: connections to providers, and Gemini by its SDK."""

@@ -1,26 +1,28 @@
-"""GeminiProcessor: one call of Gemini's API for a prompt, its files and its answer.
+"""GeminiProcessor: one call of Gemini by Google's `google-genai` SDK.
 
-Events of an answer are read as they come. A large file goes through the Files API, and is deleted
-after the call.
+The SDK's own loops (automatic function calling and continuation) are switched off: one request,
+one attempt. The request is given as light types, because the SDK's converters are slow on
+pydantic models.
 
 Invariants: `run` ends only after its upstream responses are closed, so that a permit around it
-covers the whole call; one request is one attempt; only UpstreamErrors, the sink's own exception
-and cancellation come out; an answer holds a piece before its event is emitted; answers are
-bounded; uploaded files are deleted whatever happens; the upload URL, which holds the key, is never
-logged.
+covers the whole call; only UpstreamErrors, the sink's own exception and cancellation come out; an
+answer holds a piece before its event is emitted; uploaded files are deleted whatever happens; the
+upload URL, which holds the key, is never logged. Importing the SDK is left to
+`GeminiProcessor.start`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import re
-from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
-
-import orjson
+from typing import TYPE_CHECKING, Any
 
 from tidegate.call import (
     Answer,
@@ -36,10 +38,8 @@ from tidegate.call import (
     UsageReport,
 )
 from tidegate.classify import question
-from tidegate.dialects import refusals
 from tidegate.dialects.answers import with_searches, with_tier
 from tidegate.dialects.gemini import modality_details
-from tidegate.dialects.headers import tier_in
 from tidegate.errors import (
     EmptyAnswer,
     PromptBlocked,
@@ -51,29 +51,26 @@ from tidegate.errors import (
 )
 from tidegate.policy.access import Access, AccessOptions, Authentication
 from tidegate.telemetry.logging import Log, get_logger
-from tidegate.telemetry.tracing import HEADER
-from tidegate.upstream.transport import (
-    Exchange,
-    RelayWire,
-    RequestPlace,
-    Signer,
-    Timeouts,
-    out_of_time,
-)
+from tidegate.upstream.transport import Signer, Timeouts
 
-T = TypeVar("T")
-Json = dict[str, Any]
-Fields = Sequence[tuple[bytes, bytes]]
+if TYPE_CHECKING:
+    import httpx2
+    from google.genai.client import AsyncClient
+    from google.genai.types import (
+        Candidate,
+        File,
+        GenerateContentResponse,
+        ModalityTokenCount,
+        Part,
+    )
 
-_ANSWER = frozenset(
-    ("candidates", "promptFeedback", "usageMetadata", "modelVersion", "responseId", "createTime")
-)
+    from tidegate.upstream.gemini_transport import CallScope, SdkClient, Settings
 
 
 class AnswerReader:
-    """Reads the objects of one answer, as they were parsed, into `answer`.
+    """Reads the chunks of one answer into `answer`.
 
-    object  --take-->  events, in order       end  --finish-->  fine, or an UpstreamError
+    chunk  --take-->  events, in order       end of stream  --finish-->  fine, or an UpstreamError
     """
 
     def __init__(self, kind: Kind, answer: Answer) -> None:
@@ -85,55 +82,55 @@ class AnswerReader:
         self._candidates = 0
         self._queries: set[str] = set()
 
-    def take(self, chunk: Any) -> list[Event]:
-        """Events of an object: text and pictures, then the usage when it has changed. Raises
-        ValueError where its shape is not the API's."""
-        if not isinstance(chunk, dict) or _ANSWER.isdisjoint(chunk):
+    def take(self, chunk: GenerateContentResponse) -> list[Event]:
+        """The chunk's events: text and pictures, then the usage when it has changed."""
+        if not chunk.model_fields_set - {"sdk_http_response"}:
+            # JSON, but nothing of ours in it: the SDK reads `null`, text and lists like that.
             self._blanks += 1
             return []
         self._chunks += 1
         answer = self._answer
-        answer.model_version = _text(chunk, "modelVersion") or answer.model_version
-        answer.response_id = _text(chunk, "responseId") or answer.response_id
-        if (reason := _text(_object(chunk, "promptFeedback"), "blockReason")) is not None:
-            self._block_reason = reason[:_LONGEST_WORD]
+        answer.model_version = chunk.model_version or answer.model_version
+        answer.response_id = chunk.response_id or answer.response_id
+        feedback = chunk.prompt_feedback
+        if feedback is not None and feedback.block_reason is not None:
+            self._block_reason = word(feedback.block_reason)
         events: list[Event] = []
-        if candidates := _objects(chunk, "candidates"):
+        if chunk.candidates:
             self._candidates += 1
-            events += self._take_candidate(candidates[0])
-        usage = usage_of(_object(chunk, "usageMetadata"), answer.usage)
-        if self._queries:
-            usage = with_searches(usage, len(self._queries))
+            events += self._take_candidate(chunk.candidates[0])
+        usage = with_searches(usage_of(chunk, answer.usage), len(self._queries))
         if usage != answer.usage:
             answer.usage = usage
             events.append(UsageReport(usage))
         return events
 
-    def _take_candidate(self, candidate: Json) -> Iterator[Event]:
-        answer = self._answer
-        if (reason := _text(candidate, "finishReason")) is not None:
-            answer.finish_reason = reason[:_LONGEST_WORD]
-        if grounding := _object(candidate, "groundingMetadata"):
-            queries = grounding.get("webSearchQueries") or ()
-            self._queries.update(one for one in queries if isinstance(one, str) and one)
-        for part in _objects(_object(candidate, "content"), "parts"):
-            if part.get("thought"):
-                continue
-            if text := _text(part, "text"):
-                answer.text.append(text)
-                yield Delta(text)
-            elif (picture := _picture(_object(part, "inlineData"))) is not None:
-                answer.pictures.append(picture)
-                yield Picture(picture)
+    def _take_candidate(self, candidate: Candidate) -> list[Event]:
+        if candidate.finish_reason is not None:
+            self._answer.finish_reason = word(candidate.finish_reason)
+        grounding = candidate.grounding_metadata
+        if grounding is not None:
+            self._queries.update(filter(None, grounding.web_search_queries or ()))
+        content = candidate.content
+        events: list[Event] = []
+        for part in (content.parts if content is not None else None) or ():
+            event = _event_of(part)
+            if isinstance(event, Delta):
+                self._answer.text.append(event.text)
+            elif isinstance(event, Picture):
+                self._answer.pictures.append(event.media)
+            if event is not None:
+                events.append(event)
+        return events
 
     def finish(self) -> None:
-        """The answer has ended. Raises PromptBlocked, EmptyAnswer, UpstreamGarbled when nothing in
+        """The stream has ended. Raises PromptBlocked, EmptyAnswer, UpstreamGarbled when nothing in
         it was an answer, or UpstreamUnavailable when it was cut: an answer ends with a finish
         reason, so content without one is only a part.
         """
         answer = self._answer
         if self._blanks and not self._chunks:
-            raise _garbled()
+            raise UpstreamGarbled("the provider's answer is not what its protocol says")
         content = bool(answer.text or answer.pictures)
         if self._block_reason is not None and not content:
             raise PromptBlocked(
@@ -150,109 +147,53 @@ class AnswerReader:
             )
 
 
-_LONGEST_WORD = 100
-_URL_SAFE = str.maketrans("-_", "+/")
-
-
-def _picture(blob: Json) -> Media | None:
-    kind, data = _text(blob, "mimeType") or "", _text(blob, "data")
-    if not data or not kind.startswith("image/"):
+def _event_of(part: Part) -> Delta | Picture | None:
+    if part.thought:
         return None
-    return Media(mime_type=kind, data=b64decode(data.translate(_URL_SAFE), validate=True))
+    if part.text:
+        return Delta(part.text)
+    blob = part.inline_data
+    if blob is not None and blob.data and (blob.mime_type or "").startswith("image/"):
+        return Picture(Media(mime_type=str(blob.mime_type), data=blob.data))
+    return None
 
 
-def _text(of: Json, name: str) -> str | None:
-    found: str | None = _typed(of, name, str, None)
-    return found
-
-
-def _object(of: Json, name: str) -> Json:
-    found: Json = _typed(of, name, dict, {})
-    return found
-
-
-def _objects(of: Json, name: str) -> list[Json]:
-    found: list[Json] = _typed(of, name, list, [])
-    if not all(type(one) is dict for one in found):
-        raise ValueError(name)
-    return found
-
-
-def _typed(of: Json, name: str, kind: type, absent: Any) -> Any:
-    """A member, which must be of a type. Raises ValueError."""
-    value = of.get(name)
-    if value is None:
-        return absent
-    if type(value) is not kind:
-        raise ValueError(name)
-    return value
-
-
-def usage_of(said: Json, before: Usage) -> Usage:
-    """The usage so far: figures that are left out keep their last value. Raises ValueError."""
-    if not said:
+def usage_of(chunk: GenerateContentResponse, before: Usage) -> Usage:
+    """The usage so far: figures that a chunk leaves out keep their last value."""
+    said = chunk.usage_metadata
+    if said is None:
         return before
-    taken = [*_counts(said, "promptTokensDetails"), *_counts(said, "toolUsePromptTokensDetails")]
     return Usage(
-        input_tokens=_later(said, "promptTokenCount", before.input_tokens),
-        output_tokens=_later(said, "candidatesTokenCount", before.output_tokens),
-        thoughts_tokens=_later(said, "thoughtsTokenCount", before.thoughts_tokens),
-        cached_tokens=_later(said, "cachedContentTokenCount", before.cached_tokens),
-        total_tokens=_later(said, "totalTokenCount", before.total_tokens),
-        details=modality_details(taken, _counts(said, "candidatesTokensDetails")) or before.details,
+        input_tokens=_later(said.prompt_token_count, before.input_tokens),
+        output_tokens=_later(said.candidates_token_count, before.output_tokens),
+        thoughts_tokens=_later(said.thoughts_token_count, before.thoughts_tokens),
+        cached_tokens=_later(said.cached_content_token_count, before.cached_tokens),
+        total_tokens=_later(said.total_token_count, before.total_tokens),
+        details=modality_details(
+            [*_counts(said.prompt_tokens_details), *_counts(said.tool_use_prompt_tokens_details)],
+            _counts(said.candidates_tokens_details),
+        )
+        or before.details,
     )
 
 
-def _counts(said: Json, name: str) -> list[tuple[Any, Any]]:
-    return [(one.get("modality"), one.get("tokenCount")) for one in _objects(said, name)]
+def _counts(details: list[ModalityTokenCount] | None) -> list[tuple[str, int | None]]:
+    return [(word(one.modality), one.token_count) for one in details or ()]
 
 
-def _later(said: Json, name: str, before: int | None) -> int | None:
-    count: int | None = _typed(said, name, int, None)
-    return before if count is None or count < 0 else count
+def _later(said: int | None, before: int | None) -> int | None:
+    return before if said is None or said < 0 else said
 
 
-class _Events:
-    """Objects of an answer, out of its bytes: those of server-sent events, or of a body that is
-    JSON as a whole, as of a server that knows no streams. Raises ValueError for what is neither."""
-
-    def __init__(self) -> None:
-        self._rest: list[bytes] = []  # of a line that has not ended
-        self._data: list[bytes] = []  # of an event that has not ended
-        self._body: list[bytes] = []  # lines of no event
-
-    def take(self, piece: bytes) -> Iterator[Any]:
-        self._rest.append(piece)
-        if b"\n" in piece:
-            *lines, rest = b"".join(self._rest).split(b"\n")
-            self._rest = [rest]
-            yield from self._lines(lines)
-
-    def end(self) -> Iterator[Any]:
-        yield from self._lines([b"".join(self._rest), b""])
-        if self._body:
-            yield orjson.loads(b"\n".join(self._body))
-
-    def _lines(self, lines: list[bytes]) -> Iterator[Any]:
-        for ended in lines:
-            line = ended.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                self._data.append(line[5:])
-            elif not line:
-                if self._data:
-                    data, self._data = b"\n".join(self._data), []
-                    yield orjson.loads(data)
-            elif not line.startswith(_OTHER_FIELDS):
-                self._body.append(line)
+def word(reason: Any) -> str:
+    """The provider's own word, also where the SDK's enumeration does not know it."""
+    return str(getattr(reason, "value", reason))[:100]
 
 
-_OTHER_FIELDS = (b":", b"event:", b"id:", b"retry:")
-
-
-def _garbled() -> UpstreamGarbled:
-    return UpstreamGarbled("the provider's answer is not what its protocol says")
-
-
+ONE_ATTEMPT: Mapping[str, Any] = {
+    "automatic_continuation": False,
+    "automatic_function_calling": {"disable": True},
+}
 _MODELS_KEPT = 256
 _MODEL = re.compile(r"(?:(?:models|tunedModels)/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -265,36 +206,24 @@ def model_path(model: str) -> str:
     return model
 
 
-def request_of(call: Call, parts: Sequence[Json]) -> bytes:
-    """The body of a call: `parts` are its files. Raises UpstreamRejected for what is no Unicode."""
-    settings = {"responseModalities": ["TEXT", "IMAGE"]}
-    body = {
-        "contents": [turn(call.prompt, parts)],
-        "generationConfig": settings if call.kind is Kind.IMAGE_GENERATION else {},
-    }
-    if call.tier is Tier.FLEX:
-        body["serviceTier"] = call.tier.value
-    return _json(body)
+def settings_of(kind: Kind, tier: Tier = Tier.LIVE) -> dict[str, Any]:
+    """The generation settings of a call."""
+    settings = dict(ONE_ATTEMPT)
+    if kind is Kind.IMAGE_GENERATION:
+        settings["response_modalities"] = ["TEXT", "IMAGE"]
+    if tier is Tier.FLEX:
+        settings["service_tier"] = tier.value
+    return settings
 
 
-def _json(body: Json) -> bytes:
-    try:
-        return orjson.dumps(body)
-    except TypeError:
-        said = "the request could not be built: its text is no Unicode"
-        raise UpstreamRejected(said, status=400) from None
-
-
-def turn(prompt: str, parts: Sequence[Json]) -> Json:
+def turn(prompt: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One user turn: the files' parts, then the prompt where there is one."""
     text = [{"text": prompt}] if prompt else []
     return {"role": "user", "parts": [*parts, *text]}
 
 
-def inline(media: Media) -> Json:
-    return {
-        "inlineData": {"data": b64encode(media.data).decode(), "mimeType": media.mime_type},
-    }
+def inline(media: Media) -> dict[str, Any]:
+    return {"inline_data": {"data": media.data, "mime_type": media.mime_type}}
 
 
 def too_large_for_inline(media: Sequence[Media], inline_max_bytes: int) -> set[int]:
@@ -311,48 +240,96 @@ def too_large_for_inline(media: Sequence[Media], inline_max_bytes: int) -> set[i
     return chosen
 
 
-def question_of(prompt: str, mime_types: Sequence[str]) -> bytes:
-    """The body of the classifier's question; its answer can only name a kind which the files
-    allow."""
-    texts = question.data_of(prompt, mime_types)
-    body = {
-        "contents": [{"role": "user", "parts": [{"text": text} for text in texts]}],
-        "systemInstruction": {"parts": [{"text": question.instruction(mime_types)}]},
-        "generationConfig": {
-            "temperature": 0.0,
-            "maxOutputTokens": question.MAX_ANSWER_TOKENS,
-            "responseMimeType": "application/json",
-            "responseSchema": {
-                "type": "OBJECT",
-                "properties": {
-                    "kind": {"type": "STRING", "enum": question.kinds_allowed(mime_types)},
-                    "reason": {"type": "STRING"},
-                },
-                "required": ["kind", "reason"],
-                "propertyOrdering": ["kind", "reason"],
+def judge_question(prompt: str, mime_types: Sequence[str]) -> list[dict[str, Any]]:
+    """The question as one user turn."""
+    parts = [{"text": text} for text in question.data_of(prompt, mime_types)]
+    return [{"role": "user", "parts": parts}]
+
+
+def judge_settings(mime_types: Sequence[str]) -> dict[str, Any]:
+    """Structured output that can only name a kind which the attachments allow."""
+    return {
+        **ONE_ATTEMPT,
+        "system_instruction": question.instruction(mime_types),
+        "temperature": 0.0,
+        "max_output_tokens": question.MAX_ANSWER_TOKENS,
+        "response_mime_type": "application/json",
+        "response_schema": {
+            "type": "OBJECT",
+            "properties": {
+                "kind": {"type": "STRING", "enum": question.kinds_allowed(mime_types)},
+                "reason": {"type": "STRING"},
             },
+            "required": ["kind", "reason"],
+            "property_ordering": ["kind", "reason"],
         },
     }
-    return _json(body)
 
 
 POLL_FIRST_MS = 100
 POLL_LONGEST_MS = 2_000
 READY_WITHIN_MS = 120_000
+
+
+async def upload(client: AsyncClient, media: Media, names: list[str]) -> dict[str, Any]:
+    """Upload one file; its request part. Appends the file's name to `names`.
+
+    Raises UpstreamRejected when the provider can't process it, UpstreamTimeout when it isn't
+    usable within 120 s, and whatever the SDK raises.
+    """
+    config: dict[str, Any] = {"mime_type": media.mime_type}
+    if media.name:
+        config["display_name"] = media.name[:512]
+    file = await client.files.upload(file=io.BytesIO(media.data), config=config)  # type: ignore[arg-type]
+    if not file.name:
+        raise UpstreamGarbled("the provider gave an uploaded file no name")
+    names.append(file.name)
+    file = await _usable(client, file, file.name)
+    return {"file_data": {"file_uri": file.uri, "mime_type": file.mime_type or media.mime_type}}
+
+
+async def _usable(client: AsyncClient, file: File, name: str) -> File:
+    wait_ms = POLL_FIRST_MS
+    try:
+        async with asyncio.timeout(READY_WITHIN_MS / 1000) as limit:
+            while (state := str(getattr(file.state, "value", file.state))) == "PROCESSING":
+                await asyncio.sleep(wait_ms / 1000)
+                wait_ms = min(wait_ms * 2, POLL_LONGEST_MS)
+                file = await client.files.get(name=name)
+    except TimeoutError:
+        if limit.expired():
+            raise UpstreamTimeout(
+                f"the provider had not processed a file after {READY_WITHIN_MS} ms", phase="total"
+            ) from None
+        raise
+    if state == "FAILED":
+        raise UpstreamRejected("the provider could not process an uploaded file")
+    if not file.uri:
+        raise UpstreamGarbled("the provider gave an uploaded file no address")
+    return file
+
+
 MAX_ANSWER_BYTES = 64_000_000
 API_VERSION = "v1beta"
+_NO_KEY = "none"  # the SDK insists on one; the connections send the upstream's own
 FORGET_WITHIN_MS = 10_000
 CLOSE_WITHIN_S = 2.0
-_REFUSAL_BYTES = 65_536
-_PIECE_BYTES = 8_388_608  # of an upload; a multiple of 256 KiB
-_PLAIN = ((b"accept-encoding", b"identity"),)
-_IN_JSON = ((b"content-type", b"application/json"), *_PLAIN)
-_FILE = re.compile(r"files/[A-Za-z0-9_-]{1,100}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sdk:
+    """The SDK, once imported and connected to our transport."""
+
+    client: AsyncClient
+    connections: SdkClient
+    faults: tuple[type[Exception], ...]
+    settings: Mapping[tuple[Kind, Tier], Settings]
 
 
 class GeminiProcessor:
-    """Calls Gemini. One processor per event loop; any number of concurrent calls, whose connections
-    the limiter bounds."""
+    """Calls Gemini. `start` imports the SDK (1 to 2 s of CPU, in a thread); without it the first
+    call does. One processor per event loop; any number of concurrent calls.
+    """
 
     def __init__(
         self,
@@ -377,19 +354,17 @@ class GeminiProcessor:
         self._timeouts = timeouts
         self._inline_max_bytes = inline_max_bytes
         self._max_answer_bytes = max_answer_bytes
-        self._wire: RelayWire | None = None
-        self.open_calls = 0  # HTTP exchanges that are open now, housekeeping included
+        self._sdk: _Sdk | None = None
+        self._starting = asyncio.Lock()
         self._chores: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<GeminiProcessor {self._base_url} open_calls={self.open_calls}>"
 
-    async def start(self) -> None:
-        """Be ready for calls. Repeating it does nothing."""
-        if self._wire is None:
-            self._wire = RelayWire(self._timeouts)
-            self._wire.signers = self._signers
-            await self._wire.start()
+    @property
+    def open_calls(self) -> int:
+        """HTTP exchanges with the provider that are open now, housekeeping included."""
+        return len(self._sdk.connections.open_exchanges) if self._sdk is not None else 0
 
     async def aclose(self) -> None:
         """Give deletions of uploaded files up to 2 s, then close every connection."""
@@ -397,47 +372,58 @@ class GeminiProcessor:
             _, late = await asyncio.wait(self._chores, timeout=CLOSE_WITHIN_S)
             for chore in late:
                 chore.cancel()
-        if self._wire is not None:
-            await self._wire.aclose()
+        if self._sdk is not None:
+            await self._sdk.connections.aclose()
 
     async def run(self, call: Call, answer: Answer, sink: Sink | None) -> None:
         """Make the call, push Delta, Picture and UsageReport events into `sink` as they arrive and
-        fill `answer`, which keeps what was received also when this raises or is cancelled.
+        fill `answer`, which keeps what was received also when this raises or is cancelled. Without
+        a sink the answer is read at its end, for a fraction of what many small events cost.
 
         Raises UpstreamError's subclasses, and whatever `sink` raises, unchanged. Cancellation at
         any point closes the upstream connection before it comes out of here.
         """
-        uploaded: list[str] = []
-        place = self._model(call.model, "streamGenerateContent", "alt=sse")
-        try:
-            await _within(self._timeouts.total_ms, self._run(call, place, answer, sink, uploaded))
-        finally:
-            if uploaded:
-                self._forget_later(uploaded)
+        from tidegate.upstream.gemini_transport import CallScope, turn_of
 
-    async def _run(
-        self,
-        call: Call,
-        place: RequestPlace,
-        answer: Answer,
-        sink: Sink | None,
-        uploaded: list[str],
-    ) -> None:
-        parts = await self._parts(call, uploaded) if call.media else ()
-        body = request_of(call, parts)
-        fields: Fields = _IN_JSON
-        if call.traceparent is not None:
-            fields = (*_IN_JSON, (HEADER, call.traceparent.encode()))
-        reading = AnswerReader(call.kind, answer)
-        tier = "" if call.tier is Tier.LIVE else call.tier
-        # Pictures are streamed too: idle time is then seen, and text comes early.
-        async with self._exchange("POST", place, body, fields) as exchange:
-            try:
-                await self._read(exchange, reading, sink, tier)
-                reading.finish()
-            finally:
-                answer.first_byte_ms = exchange.first_byte_ms
-                answer.usage = with_tier(answer.usage, tier_in(exchange.headers))
+        sdk = self._sdk or await self.start()
+        model = model_path(call.model)
+        uploaded: list[str] = []
+        scope = CallScope(
+            self._timeouts.total_ms,
+            gathers=sink is None,
+            traceparent=call.traceparent,
+            tier="" if call.tier is Tier.LIVE else call.tier,
+        )
+        try:
+            async with scope:
+                parts = await self._parts(sdk, scope, call, uploaded) if call.media else []
+                reading = AnswerReader(call.kind, answer)
+                chunks = None
+                while True:
+                    # Round SDK awaits only: the sink's exceptions must come out as they are.
+                    try:
+                        if chunks is None:
+                            # Images are streamed too: idle time is then seen, and text comes early.
+                            chunks = await sdk.client.models.generate_content_stream(
+                                model=model,
+                                contents=turn_of(turn(call.prompt, parts)),
+                                config=sdk.settings[call.kind, call.tier],
+                            )
+                        chunk = await anext(chunks, None)
+                        events = reading.take(chunk) if chunk is not None else None
+                    except sdk.faults as failure:
+                        raise scope.error_of(failure, self._api_key) from None
+                    if events is None:
+                        break
+                    if sink is not None:
+                        for event in events:
+                            await sink(event)
+                self._finish(reading, scope)
+        finally:
+            answer.first_byte_ms = scope.first_byte_ms
+            answer.usage = with_tier(answer.usage, scope.served_tier)
+            if uploaded:
+                self._forget_later(sdk, uploaded)
 
     async def judge(
         self, prompt: str, mime_types: Sequence[str], *, model: str, answer: Answer
@@ -446,234 +432,120 @@ class GeminiProcessor:
         to 4,000 characters; `answer` is filled with what came. Raises UpstreamError's subclasses;
         the caller bounds and cancels it.
         """
-        place = self._model(model, "generateContent")
-        reading, body = AnswerReader(Kind.TEXT_ONLY, answer), question_of(prompt, mime_types)
+        from tidegate.upstream.gemini_transport import CallScope
 
-        async def ask() -> None:
-            async with self._exchange("POST", place, body, _IN_JSON) as exchange:
-                await self._read(exchange, reading, None, "")
+        sdk = await self.start()
+        async with CallScope(self._timeouts.total_ms) as scope:
+            with self._translated(sdk, scope):
+                response = await sdk.client.models.generate_content(
+                    model=model_path(model),
+                    contents=judge_question(prompt, mime_types),
+                    config=judge_settings(mime_types),  # type: ignore[arg-type]
+                )
+                reading = AnswerReader(Kind.TEXT_ONLY, answer)
+                reading.take(response)
+            if not answer.text:
+                self._finish(reading, scope)
+                raise EmptyAnswer("the judge said nothing", finish_reason=answer.finish_reason)
+            return question.judgement(answer.whole_text, mime_types)
 
-        await _within(self._timeouts.total_ms, ask())
-        if not answer.text:
-            reading.finish()
-            raise EmptyAnswer("the judge said nothing", finish_reason=answer.finish_reason)
-        return question.judgement(answer.whole_text, mime_types)
-
-    async def _read(
-        self, exchange: Exchange, reading: AnswerReader, sink: Sink | None, tier: str
-    ) -> None:
-        """An answer to its end. `tier` was requested."""
-        if exchange.status != 200:
-            raise await self._refusal(exchange, tier) from None
-        events, size_bytes = _Events(), 0
-        while True:
-            piece = await exchange.next()
-            size_bytes += len(piece)
-            if size_bytes > self._max_answer_bytes:
-                said = f"the provider's answer is larger than {self._max_answer_bytes} bytes"
-                raise UpstreamGarbled(said)
-            values = events.take(piece) if piece else events.end()
-            while True:
-                # The sink's exceptions must come out as they are.
-                try:
-                    if (value := next(values, exchange)) is exchange:
-                        break
-                    taken = self._taken(value, reading, exchange, tier)
-                except ValueError:
-                    raise _garbled() from None
-                if sink is not None:
-                    for event in taken:
-                        await sink(event)
-            if not piece:
-                return
-
-    def _taken(
-        self, value: Any, reading: AnswerReader, exchange: Exchange, tier: str
-    ) -> list[Event]:
-        """Events of an object, or of a list of them. Raises ValueError, and UpstreamError for an
-        error that is reported under status 200."""
-        found: list[Event] = []
-        for one in value if isinstance(value, list) else (value,):
-            if isinstance(one, dict) and (error := refusals.error_object(one)):
-                raise self._error(refusals.status_of(error), error, exchange, tier) from None
-            found += reading.take(one)
-        return found
-
-    async def _refusal(self, exchange: Exchange, tier: str = "") -> UpstreamError:
-        body = b""
-        try:
-            while len(body) < _REFUSAL_BYTES and (piece := await exchange.next()):
-                body += piece
-        except UpstreamTimeout:
-            raise
-        except UpstreamError:
-            pass  # its status says enough
-        return self._error(exchange.status, refusals.error_of_refusal_in(body), exchange, tier)
-
-    def _error(
-        self, status: int, error: Mapping[str, Any], exchange: Exchange, tier: str
-    ) -> UpstreamError:
-        headers = _named(exchange)
-        return refusals.upstream_error(status, error, headers, secret=self._api_key, tier=tier)
-
-    @asynccontextmanager
-    async def _exchange(
-        self, method: str, place: RequestPlace, body: bytes | None, fields: Fields
-    ) -> AsyncIterator[Exchange]:
-        """Send a request; its answer is closed when the block is left. Raises UpstreamError."""
-        await self.start()
-        assert self._wire is not None
-        self.open_calls += 1
-        try:
-            exchange = await self._wire.open(method, place, fields, body)
-            try:
-                for name, value in exchange.headers:
-                    if name.lower() == b"content-encoding" and value.lower() != b"identity":
-                        said = "the provider compressed an answer that we asked for plain"
-                        raise UpstreamGarbled(said)
-                yield exchange
-            finally:
-                if not exchange.close():
-                    await asyncio.sleep(0)  # the connection is closed in the loop's next round
-        finally:
-            self.open_calls -= 1
-
-    def _model(self, model: str, method: str, query: str = "") -> RequestPlace:
-        path = model_path(model)
-        below = path if "/" in path else f"models/{path}"
-        return self._place(f"/{API_VERSION}/{below}:{method}", query)
-
-    def _place(self, path: str, query: str = "") -> RequestPlace:
-        return RelayWire.place(self._access.url(path, query), self._access)
-
-    # Files
-
-    async def _parts(self, call: Call, uploaded: list[str]) -> list[Json]:
+    async def _parts(
+        self, sdk: _Sdk, scope: CallScope, call: Call, uploaded: list[str]
+    ) -> list[dict[str, Any]]:
         large: set[int] = set()
         if call.kind is not Kind.IMAGE_GENERATION:
             large = too_large_for_inline(call.media, self._inline_max_bytes)
-        return [
-            await self._upload(media, uploaded) if index in large else inline(media)
-            for index, media in enumerate(call.media)
-        ]
+        parts = []
+        for index, media in enumerate(call.media):
+            if index not in large:
+                parts.append(inline(media))
+                continue
+            with self._translated(sdk, scope):
+                parts.append(await upload(sdk.client, media, uploaded))
+        return parts
 
-    async def _upload(self, media: Media, names: list[str]) -> Json:
-        """Upload one file, as https://ai.google.dev/api/files says; its request part. Appends the
-        file's name to `names`.
+    @contextmanager
+    def _translated(self, sdk: _Sdk, scope: CallScope) -> Iterator[None]:
+        try:
+            yield
+        except sdk.faults as failure:
+            raise scope.error_of(failure, self._api_key) from None
 
-        Raises UpstreamRejected when the provider can't process it, UpstreamTimeout when it isn't
-        usable within 120 s, and UpstreamError.
-        """
-        named = {"displayName": media.name[:512]} if media.name else {}
-        file = {"mimeType": media.mime_type, "sizeBytes": len(media.data), **named}
-        start = {
-            "x-goog-upload-protocol": "resumable",
-            "x-goog-upload-command": "start",
-            "x-goog-upload-header-content-length": str(len(media.data)),
-            "x-goog-upload-header-content-type": media.mime_type,
-        }
-        begins = self._place(f"/upload/{API_VERSION}/files")
-        _, headers = await self._ask(
-            "POST", begins, _json({"file": file}), _fields(start, _IN_JSON)
-        )
-        if (url := headers.get("x-goog-upload-url")) is None:
-            raise UpstreamGarbled("the provider gave no address for an upload")
-        made: Json = {}
-        for offset in range(0, len(media.data), _PIECE_BYTES):
-            piece = media.data[offset : offset + _PIECE_BYTES]
-            ends = offset + len(piece) == len(media.data)
-            sent = {
-                "x-goog-upload-command": "upload, finalize" if ends else "upload",
-                "x-goog-upload-offset": str(offset),
-            }
-            made, _ = await self._ask("POST", self._below(url), piece, _fields(sent, _PLAIN))
-        found = _object(made, "file")
-        if not _FILE.fullmatch(name := str(found.get("name"))):
-            raise UpstreamGarbled("the provider gave an uploaded file no name")
-        names.append(name)
-        found = await _within(READY_WITHIN_MS, self._processed(found, name), _NOT_PROCESSED)
-        kind = found.get("mimeType") or media.mime_type
-        return {"fileData": {"fileUri": found["uri"], "mimeType": kind}}
+    def _finish(self, reading: AnswerReader, scope: CallScope) -> None:
+        try:
+            reading.finish()
+        except UpstreamError:
+            # The SDK sees an error object only when it is the first key of its chunk.
+            if (hidden := scope.error_in_answer(self._api_key)) is not None:
+                raise hidden from None
+            raise
 
-    async def _processed(self, file: Json, name: str) -> Json:
-        wait_ms = POLL_FIRST_MS
-        while file.get("state") == "PROCESSING":
-            await asyncio.sleep(wait_ms / 1000)
-            wait_ms = min(wait_ms * 2, POLL_LONGEST_MS)
-            file, _ = await self._ask("GET", self._place(f"/{API_VERSION}/{name}"))
-        if file.get("state") == "FAILED":
-            raise UpstreamRejected("the provider could not process an uploaded file")
-        if not isinstance(file.get("uri"), str):
-            raise UpstreamGarbled("the provider gave an uploaded file no address")
-        return file
-
-    def _below(self, url: str) -> RequestPlace:
-        """Of an upload's URL. Nothing of the upstream's goes to another address."""
-        below = url.removeprefix(self._base_url)
-        if below == url or not below.startswith("/"):
-            return RelayWire.place(url)
-        path, _, query = below.partition("?")
-        return self._place(path, query)
-
-    async def _ask(
-        self,
-        method: str,
-        place: RequestPlace,
-        body: bytes | None = None,
-        fields: Fields = _PLAIN,
-    ) -> tuple[Json, dict[str, str]]:
-        """The object of an answer and its headers. Raises UpstreamError."""
-        async with self._exchange(method, place, body, fields) as exchange:
-            if exchange.status != 200:
-                raise await self._refusal(exchange) from None
-            raw = await exchange.read(_REFUSAL_BYTES)
-            try:
-                value = orjson.loads(raw or b"{}")
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
-                raise _garbled()
-            return value, _named(exchange)
-
-    def _forget_later(self, names: Sequence[str]) -> None:
+    def _forget_later(self, sdk: _Sdk, names: Sequence[str]) -> None:
         """Deleting must not hold up the permit: a task of its own, awaited by `aclose`."""
-        chore = asyncio.create_task(self._forget(tuple(names)))
+        chore = asyncio.create_task(self._forget(sdk, tuple(names)))
         self._chores.add(chore)
         chore.add_done_callback(self._chores.discard)
 
-    async def _forget(self, names: Sequence[str]) -> None:
+    async def _forget(self, sdk: _Sdk, names: Sequence[str]) -> None:
+        from tidegate.upstream.gemini_transport import CallScope
+
         for name in names:
             try:
-                place = self._place(f"/{API_VERSION}/{name}")
-                await _within(FORGET_WITHIN_MS, self._ask("DELETE", place))
+                async with CallScope(FORGET_WITHIN_MS) as scope:
+                    with self._translated(sdk, scope):
+                        await sdk.client.files.delete(name=name)
             except UpstreamError as failure:
                 get_logger().warning(
                     Log.INTERNAL_ERROR, what="uploaded file not deleted", error=str(failure)
                 )
 
+    async def start(self) -> _Sdk:
+        """Import the SDK and build its client. Repeating it does nothing."""
+        if self._sdk is None:
+            async with self._starting:
+                if self._sdk is None:
+                    self._sdk = await asyncio.to_thread(self._connect)
+        return self._sdk
 
-def _named(exchange: Exchange) -> dict[str, str]:
-    """Headers of an answer, their names in lower case."""
-    return {
-        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
-    }
+    def _connect(self) -> _Sdk:
+        import httpx2
+        from google import genai
+        from google.genai import errors, types
+
+        from tidegate.upstream.gemini_transport import SdkClient, Settings, tls_context
+
+        # These loggers' lines show whole URLs, and an upload's URL holds the key.
+        for name in ("httpx2", "httpcore2"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # A finish reason that the SDK does not know yet is no reason for a warning in our log.
+        warnings.filterwarnings("ignore", message=".* is not a valid [A-Z]", category=UserWarning)
+        connections = SdkClient(
+            self._timeouts, self._max_answer_bytes, (self._base_url, self._access), self._signers
+        )
+        client = genai.Client(
+            vertexai=False,
+            api_key=_NO_KEY,
+            http_options=types.HttpOptions(
+                base_url=self._base_url,
+                api_version=API_VERSION,
+                httpx_async_client=connections,
+                # For its websockets, which nobody opens: else it reads certificates of its own.
+                async_client_args={"ssl": tls_context()},
+                # Never used, but the SDK would build one, with certificates and proxies of its own.
+                httpx_client=httpx2.Client(transport=httpx2.MockTransport(_no_sync_calls)),
+            ),
+        )
+        wire_faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError)
+        # The SDK fails with these on answers of a wrong shape.
+        shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+        known_faults = (UpstreamError, errors.APIError, *wire_faults, *shape_faults)
+        settings = {
+            (kind, tier): Settings(**settings_of(kind, tier))
+            for kind in Kind
+            for tier in (Tier.LIVE, Tier.FLEX)
+        }
+        return _Sdk(client.aio, connections, known_faults, settings)
 
 
-def _fields(headers: Mapping[str, str], more: Fields) -> Fields:
-    return [*more, *((name.encode(), value.encode()) for name, value in headers.items())]
-
-
-_NOT_PROCESSED = f"the provider had not processed a file after {READY_WITHIN_MS} ms"
-
-
-async def _within(limit_ms: int, work: Coroutine[Any, Any, T], late: str = "") -> T:
-    """Raises UpstreamTimeout."""
-    try:
-        async with asyncio.timeout(limit_ms / 1000) as bound:
-            return await work
-    except TimeoutError:
-        if not bound.expired():
-            raise  # the sink's own
-        if late:
-            raise UpstreamTimeout(late, phase="total") from None
-        raise out_of_time("total", limit_ms) from None
+def _no_sync_calls(request: httpx2.Request) -> httpx2.Response:
+    raise RuntimeError("only the SDK's async client is connected")

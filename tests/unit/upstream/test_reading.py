@@ -1,4 +1,4 @@
-"""From chunks to events and the meaning of an end."""
+"""From chunks to events and the meaning of an end, on the SDK's own response type."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import base64
 from typing import Any
 
 import pytest
+from google.genai.types import GenerateContentResponse
 
 from tidegate.call import Answer, Delta, Kind, Media, Picture, Usage, UsageReport
 from tidegate.errors import EmptyAnswer, PromptBlocked, UpstreamGarbled, UpstreamUnavailable
 from tidegate.upstream.gemini import AnswerReader
 
 
-def response(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A chunk with one candidate; `finish` is its finish reason, `usageMetadata` as it is."""
+def response(*parts: dict[str, Any], **more: Any) -> GenerateContentResponse:
+    """A chunk with one candidate; `finish` is its finish reason, `usage` its usage metadata."""
     candidate: dict[str, Any] = {"content": {"parts": list(parts)}}
     if "finish" in more:
-        candidate["finishReason"] = more.pop("finish")
-    return {"candidates": [candidate], **more}
+        candidate["finish_reason"] = more.pop("finish")
+    return GenerateContentResponse.model_validate({"candidates": [candidate], **more})
 
 
 def picture(data: bytes = b"png", mime_type: str = "image/png", **more: Any) -> dict[str, Any]:
     encoded = base64.b64encode(data).decode()
-    return {"inlineData": {"mimeType": mime_type, "data": encoded}, **more}
+    return {"inline_data": {"mime_type": mime_type, "data": encoded}, **more}
 
 
 def test_a_piece_is_in_the_answer_before_its_event_is_given_out() -> None:
@@ -40,7 +41,7 @@ def test_what_is_no_text_or_picture_is_passed_over() -> None:
         picture(mime_type="audio/wav"),
         picture(data=b""),
         {"text": ""},
-        {"functionCall": {"name": "f", "args": {}}},
+        {"function_call": {"name": "f", "args": {}}},
     )
     assert AnswerReader(Kind.TEXT_ONLY, Answer()).take(response(*parts)) == []
 
@@ -48,12 +49,12 @@ def test_what_is_no_text_or_picture_is_passed_over() -> None:
 def test_usage_is_reported_when_it_changes_and_unknown_stays_unknown() -> None:
     answer = Answer()
     reading = AnswerReader(Kind.TEXT_ONLY, answer)
-    first = response(usageMetadata={"promptTokenCount": 7})
+    first = response(usage_metadata={"prompt_token_count": 7})
     assert reading.take(first) == [UsageReport(Usage(input_tokens=7))]
     assert reading.take(first) == []
-    reading.take(response(usageMetadata={"candidatesTokenCount": 3}))
+    reading.take(response(usage_metadata={"candidates_token_count": 3}))
     assert answer.usage == Usage(input_tokens=7, output_tokens=3)
-    reading.take(response(usageMetadata={"candidatesTokenCount": -1}))
+    reading.take(response(usage_metadata={"candidates_token_count": -1}))
     assert answer.usage.output_tokens == 3
 
 
@@ -69,13 +70,13 @@ def test_usage_is_reported_when_it_changes_and_unknown_stays_unknown() -> None:
         (Kind.TEXT_ONLY, [response()], UpstreamUnavailable),
         (Kind.TEXT_ONLY, [response(finish="SAFETY")], EmptyAnswer),
         (Kind.IMAGE_GENERATION, [response({"text": "a"}, finish="NO_IMAGE")], EmptyAnswer),
-        (Kind.TEXT_ONLY, [{"candidates": []}], EmptyAnswer),
-        (Kind.TEXT_ONLY, [{}], UpstreamGarbled),
-        (Kind.TEXT_ONLY, [{}, response({"text": "a"}, finish="STOP")], None),
+        (Kind.TEXT_ONLY, [GenerateContentResponse(candidates=[])], EmptyAnswer),
+        (Kind.TEXT_ONLY, [GenerateContentResponse()], UpstreamGarbled),
+        (Kind.TEXT_ONLY, [GenerateContentResponse(), response({"text": "a"}, finish="STOP")], None),
     ],
 )
 def test_what_the_end_of_an_answer_means(
-    kind: Kind, chunks: list[dict[str, Any]], error: type[Exception] | None
+    kind: Kind, chunks: list[GenerateContentResponse], error: type[Exception] | None
 ) -> None:
     reading = AnswerReader(kind, Answer())
     for chunk in chunks:
@@ -87,8 +88,11 @@ def test_what_the_end_of_an_answer_means(
             reading.finish()
 
 
+@pytest.mark.filterwarnings("ignore:NEW_RULE")
 def test_a_block_reason_counts_only_without_content() -> None:
-    blocked = {"promptFeedback": {"blockReason": "NEW_RULE"}}
+    blocked = GenerateContentResponse.model_validate(
+        {"prompt_feedback": {"block_reason": "NEW_RULE"}}
+    )
     reading = AnswerReader(Kind.TEXT_ONLY, Answer())
     reading.take(blocked)
     with pytest.raises(PromptBlocked) as raised:

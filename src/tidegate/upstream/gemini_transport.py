@@ -1,0 +1,614 @@
+"""Client of the SDK over connections of our own, and light types for its requests.
+
+httpx2 examines every connection of its pool for each request, which dominates a call's cost at a
+hundred concurrent calls. Events of a stream without a listener are merged before the SDK parses
+them. The SDK's converters look every field of a model up by `name in model`; a pydantic model has
+no such test, so that Python walks through all fields, finds nothing, and the SDK goes on to
+`getattr`: a third of what a call cost.
+
+Invariants: leaving a `CallScope` returns only after all its exchanges are closed; a phase's timeout
+runs only while waiting for the provider; answers are bounded; an answer that is not plain is left
+to the SDK as it came; the light types hold exactly what the dictionaries of a request say, and are
+never changed. Importing this module costs 1 to 2 s (httpx2 and the SDK), so only
+`GeminiProcessor.start` does, in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from contextvars import ContextVar, Token
+from functools import cache, lru_cache
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+import orjson
+from google.genai import types
+
+from tidegate.dialects import refusals
+from tidegate.dialects.headers import tier_in
+from tidegate.errors import (
+    TidegateError,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from tidegate.policy.access import Access, Authentication
+from tidegate.telemetry.tracing import HEADER
+from tidegate.upstream.transport import (
+    Exchange,
+    RelayWire,
+    RequestPlace,
+    Signer,
+    Timeouts,
+    out_of_time,
+)
+
+_EVENTS = b"text/event-stream"
+# The connection sends these itself, the key as the upstream wants it.
+_FRAMING = (
+    *("host", "content-length", "connection", "transfer-encoding", "accept-encoding"),
+    "x-goog-api-key",
+)
+_HEADS_KEPT = 64
+
+
+class PlainRequest(httpx2.Request):
+    """A request as our connections take it; httpx2 would parse it, and we would join it again.
+
+    Of what it inherits only the type is used.
+    """
+
+    def __init__(
+        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
+    ) -> None:
+        self.method = method.upper()
+        self.whole_url = url
+        self.fields, self.is_upload = _fields(tuple(headers.items()))
+        self.body = content
+
+    def __repr__(self) -> str:
+        return f"<PlainRequest {self.method}>"  # the URL of an upload holds the key
+
+
+@lru_cache(_HEADS_KEPT)
+def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """As they are sent, and whether they belong to an upload; the SDK sends the same ones with
+    nearly every call."""
+    said = {name.lower(): value for name, value in headers}
+    sent = {name: value for name, value in said.items() if name not in _FRAMING}
+    fields = [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent.items()]
+    return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in said
+
+
+_EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId"))
+_CANDIDATE = frozenset(("content", "finishReason", "index"))
+_CONTENT = frozenset(("parts", "role"))
+# Fields of a usage that the SDK would check and no caller reads are left out.
+_USAGE = frozenset(
+    (
+        *("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount"),
+        *("cachedContentTokenCount", "totalTokenCount"),
+    )
+)
+_PART = {"text": str, "thought": bool, "thoughtSignature": str}
+_DATA = b"data: "
+
+
+class _NotPlain(Exception):
+    """An event that must be read as it is."""
+
+
+def gathered(stream: bytes) -> bytes | None:
+    """One event for all events of `stream`, of fields that are listed here; None unless all of them
+    are plain."""
+    events = stream.replace(b"\r\n", b"\n").split(b"\n\n")
+    if events.pop() or not events:
+        return None  # cut in mid-event, or there is nothing to gather
+    whole = _WholeAnswer()
+    try:
+        for event in events:
+            if not event.startswith(_DATA) or b"\n" in event:
+                return None
+            whole.add(orjson.loads(event[len(_DATA) :]))
+    except (_NotPlain, orjson.JSONDecodeError):
+        return None
+    return b"%b%b\n\n" % (_DATA, orjson.dumps(whole.event()))
+
+
+def whole_events(stream: bytes) -> bytes:
+    """The whole events of a stream that was cut."""
+    ends = (stream.rfind(end) + len(end) for end in (b"\n\n", b"\r\n\r\n") if end in stream)
+    return stream[: max(ends, default=0)]
+
+
+class _WholeAnswer:
+    """Content of the events so far. `add` raises _NotPlain."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, Any] = {}
+        self._usage: dict[str, Any] = {}
+        self._candidate: dict[str, Any] | None = None
+        self._parts: list[dict[str, Any] | list[str]] = []  # a list: pieces of one text
+
+    def add(self, event: Any) -> None:
+        if not isinstance(event, dict) or not event or not event.keys() <= _EVENT:
+            raise _NotPlain
+        for name, value in event.items():
+            if name == "candidates":
+                self._add_candidates(value)
+            elif name == "usageMetadata":
+                self._add_usage(value)
+            elif not isinstance(value, str) or not value:
+                raise _NotPlain
+            else:
+                self._said[name] = value
+
+    def _add_candidates(self, candidates: Any) -> None:
+        if not isinstance(candidates, list) or len(candidates) != 1:
+            raise _NotPlain
+        candidate = _gathered_fields(candidates[0], _CANDIDATE)
+        if self._candidate is None:
+            self._candidate = {}
+        if "finishReason" in candidate:
+            reason = candidate["finishReason"]
+            if not isinstance(reason, str) or not reason:
+                raise _NotPlain
+            self._candidate["finishReason"] = reason
+        if type(candidate.get("index", 0)) is not int:
+            raise _NotPlain
+        if "content" in candidate:
+            self._add_content(_gathered_fields(candidate["content"], _CONTENT))
+
+    def _add_content(self, content: dict[str, Any]) -> None:
+        parts = content.get("parts", [])
+        if not isinstance(parts, list) or not isinstance(content.get("role", ""), str):
+            raise _NotPlain
+        for part in parts:
+            if not isinstance(part, dict) or "text" not in part:
+                raise _NotPlain
+            if any(type(value) is not _PART.get(name) for name, value in part.items()):
+                raise _NotPlain
+            last = self._parts[-1] if self._parts else None
+            if len(part) > 1:
+                self._parts.append(part)
+            elif isinstance(last, list):
+                last.append(part["text"])
+            else:
+                self._parts.append([part["text"]])
+
+    def _add_usage(self, usage: Any) -> None:
+        if not isinstance(usage, dict):
+            raise _NotPlain
+        for name, value in usage.items():
+            if type(value) is int and value >= 0:
+                if name in _USAGE:
+                    self._usage[name] = value
+            elif not isinstance(value, list) or name in _USAGE:
+                raise _NotPlain
+
+    def event(self) -> dict[str, Any]:
+        said = self._said
+        if self._candidate is not None:
+            parts = [{"text": "".join(p)} if isinstance(p, list) else p for p in self._parts]
+            content = {"parts": parts}
+            said = {"candidates": [{"content": content, **self._candidate}], **said}
+        return {**said, "usageMetadata": self._usage} if self._usage else said
+
+
+def _gathered_fields(value: Any, known: frozenset[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value.keys() <= known:
+        raise _NotPlain
+    return value
+
+
+TAIL_BYTES = 65_536
+# A longer answer goes to the SDK as it comes.
+MOST_GATHERED_BYTES = 1_000_000
+
+_scope: ContextVar[CallScope | None] = ContextVar("tidegate_gemini_scope", default=None)
+
+
+class SdkExchange(httpx2.AsyncByteStream):
+    """One request, and the bytes of its response, with a bound on all.
+
+    Where it gathers, a stream's events come as one; a failure that cuts them off, a cancellation
+    too, is raised by the read after that one: until then it is `held`. The exchange is `whole` once
+    it is closed after the end of its answer: its connection is kept. It is `plain` where all of its
+    answer is one event without a field that the SDK does not know.
+    """
+
+    def __init__(self, client: SdkClient) -> None:
+        self.exchange: Exchange | None = None
+        self.tail: deque[bytes] = deque()
+        self.whole = False
+        self.held: BaseException | None = None
+        self.plain = False
+        self._client = client
+        self._gathers = False
+        self._size_bytes = 0
+        self._tail_bytes = 0
+        client.open_exchanges.add(self)
+
+    def answered(self, exchange: Exchange, *, gathers: bool) -> _SdkResponse:
+        self.exchange = exchange
+        is_ok = exchange.status == 200
+        is_events = is_ok and _header(exchange, b"content-type").startswith(_EVENTS)
+        self._gathers = gathers and is_events
+        # The SDK copies all headers for each chunk of a stream, and reads none of them.
+        shown = () if is_events else exchange.headers
+        return _SdkResponse(exchange.status, headers=shown, stream=self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        held, self.held = self.held, None
+        if held is not None:
+            raise held
+        chunk = await (self._all() if self._gathers else self._piece())
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def _all(self) -> bytes:
+        self._gathers = False
+        pieces: list[bytes] = []
+        try:
+            while piece := await self._piece():
+                pieces.append(piece)
+                if self._size_bytes > MOST_GATHERED_BYTES:
+                    return b"".join(pieces)
+        except (TidegateError, asyncio.CancelledError) as end:
+            came = whole_events(b"".join(pieces))
+            if not came:
+                raise
+            self.held = end
+            return self._as_one(came)
+        return self._as_one(b"".join(pieces))
+
+    def _as_one(self, stream: bytes) -> bytes:
+        event = gathered(stream)
+        self.plain = event is not None
+        return stream if event is None else event
+
+    async def _piece(self) -> bytes:
+        assert self.exchange is not None
+        chunk = await self.exchange.next()
+        if not chunk:
+            return chunk
+        self._size_bytes += len(chunk)
+        max_bytes = self._client.max_answer_bytes
+        if self._size_bytes > max_bytes:
+            raise UpstreamGarbled(f"the provider's answer is larger than {max_bytes} bytes")
+        tail = self.tail
+        tail.append(chunk)
+        self._tail_bytes += len(chunk)
+        while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
+            self._tail_bytes -= len(tail.popleft())
+        return chunk
+
+    async def aclose(self) -> None:
+        self.whole = self.exchange is not None and self.exchange.close()
+        self._client.open_exchanges.discard(self)
+
+
+def _header(exchange: Exchange, name: bytes) -> bytes:
+    """The value of a header, `name` and it in lower case; empty without it."""
+    size = len(name)
+    for known, value in exchange.headers:
+        if len(known) == size and known.lower() == name:
+            return value.lower()
+    return b""
+
+
+class _SdkResponse(httpx2.Response):
+    """Read straight from its exchange: httpx2 would put two generators in between."""
+
+    stream: SdkExchange
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> SdkExchange:  # type: ignore[override]
+        return self.stream
+
+
+@cache
+def tls_context() -> ssl.SSLContext:
+    """Of all clients of the process: reading the certificates takes as long as the rest of one."""
+    context = httpx2.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class SdkClient(httpx2.AsyncClient):
+    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
+
+    It does nothing that the SDK does not use (cookies, proxies, redirects, credentials, hooks),
+    which costs as much as sending a request. SSL_CERT_FILE and SSL_CERT_DIR are honoured. The first
+    request opens its connections: the client may be built outside of the event loop.
+    """
+
+    def __init__(
+        self,
+        timeouts: Timeouts,
+        max_answer_bytes: int,
+        reached: tuple[str, Access],
+        signers: Mapping[Authentication, Signer],
+    ) -> None:
+        """`reached`: the base URL that the SDK knows, and how the upstream is really reached."""
+        super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
+        self.max_answer_bytes = max_answer_bytes
+        self.open_exchanges: set[SdkExchange] = set()
+        self._timeouts = timeouts
+        self._base, self._access = reached
+        self._signers = signers
+        self._wire: RelayWire | None = None
+
+    def build_request(
+        self,
+        method: str,
+        url: httpx2.URL | str,
+        *,
+        content: Any = None,
+        headers: Any = None,
+        timeout: Any = None,
+        **other: Any,
+    ) -> httpx2.Request:
+        """`content` is bytes or None. The time is ours: `timeout` is not looked at."""
+        unknown = [name for name, value in other.items() if value]
+        if unknown:
+            raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
+        return PlainRequest(method, str(url), headers or {}, content or None)
+
+    async def send(
+        self, request: httpx2.Request, *, stream: bool = False, **_other: Any
+    ) -> httpx2.Response:
+        assert isinstance(request, PlainRequest)
+        call, scope = SdkExchange(self), _scope.get()
+        if scope is not None:
+            scope.exchanges.append(call)
+        fields = request.fields
+        if scope is not None and scope.traceparent is not None:
+            fields = [*fields, (HEADER, scope.traceparent.encode())]
+        try:
+            wire = self._wire or await self._opened()
+            place = self._place(wire, request.whole_url)
+            exchange = await wire.open(request.method, place, fields, request.body)
+        except BaseException:  # cancellation too: the exchange must not stay open
+            await call.aclose()
+            raise
+        response = call.answered(exchange, gathers=scope is not None and scope.gathers)
+        response.request = request
+        if request.is_upload:
+            # Without this header the SDK repeats an upload three times, sleeping in between.
+            response.headers.setdefault("x-goog-upload-status", "unknown")
+        if _header(exchange, b"content-encoding") not in (b"", b"identity"):
+            await uninterrupted(call.aclose())
+            raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
+        if not stream:
+            await response.aread()
+        return response
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        if self._wire is not None:
+            await self._wire.aclose()
+
+    async def _opened(self) -> RelayWire:
+        self._wire = RelayWire(self._timeouts, tls_context())
+        self._wire.signers = self._signers
+        await self._wire.start()
+        return self._wire
+
+    def _place(self, wire: RelayWire, url: str) -> RequestPlace:
+        """Nothing of the upstream's goes to another address."""
+        below = url.removeprefix(self._base)
+        if below == url or not below.startswith("/"):
+            return wire.place(url)
+        path, _, query = below.partition("?")
+        return wire.place(self._access.url(path, query), self._access)
+
+
+class CallScope:
+    """The exchanges of one call, and its total time. Leaving it closes what is still open, even
+    when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
+    gets the events of a stream as one. `traceparent` goes with all its requests; `tier` is what
+    they request.
+    """
+
+    def __init__(
+        self,
+        total_ms: int,
+        *,
+        gathers: bool = False,
+        traceparent: str | None = None,
+        tier: str = "",
+    ) -> None:
+        self.gathers = gathers
+        self._tier = tier
+        self.traceparent = traceparent
+        self.exchanges: list[SdkExchange] = []
+        self._total_ms = total_ms
+        self._total = asyncio.timeout(total_ms / 1000)
+        self._token: Token[CallScope | None] | None = None
+
+    async def __aenter__(self) -> CallScope:
+        await self._total.__aenter__()
+        self._token = _scope.set(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._token is not None:
+            _scope.reset(self._token)
+        late: BaseException | None = None
+        try:
+            # A task is dear; and what has ended well needs no closing.
+            if not all(exchange.whole for exchange in self.exchanges):
+                await uninterrupted(self._close())
+                for exchange in self.exchanges:
+                    if isinstance(exchange.held, asyncio.CancelledError):
+                        raise exchange.held  # the SDK failed on what had come before it
+        except BaseException as failed:  # noqa: BLE001 -- raised below
+            kind, error = type(failed), (late := failed)
+        try:
+            await self._total.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise out_of_time("total", self._total_ms) from None
+        if late is not None:
+            raise late
+
+    async def _close(self) -> None:
+        async with AsyncExitStack() as stack:
+            for exchange in self.exchanges:
+                stack.push_async_callback(exchange.aclose)
+
+    @property
+    def first_byte_ms(self) -> float | None:
+        """Of the last exchange: from its sending to the first bytes of its answer's body."""
+        last = self.exchanges[-1].exchange if self.exchanges else None
+        return None if last is None else last.first_byte_ms
+
+    def error_of(self, failure: Exception, secret: str) -> UpstreamError:
+        """The error for `failure`, raised by the SDK or its client in the last exchange. `secret`
+        is the API key, removed from every message.
+
+        To be raised `from None`: texts of the SDK hold whole foreign bodies, and may hold the URL
+        of an upload.
+        """
+        if isinstance(failure, UpstreamTimeout):
+            return failure
+        exchange = self.exchanges[-1].exchange if self.exchanges else None
+        if exchange is not None and exchange.status != 200:
+            error = refusals.error_of_refusal_in(self._tail())
+            headers = httpx2.Headers(exchange.headers)
+            return self._refusal(exchange.status, error, headers, secret)
+        if (error_in_answer := self.error_in_answer(secret)) is not None:
+            return error_in_answer
+        if isinstance(failure, UpstreamError):
+            return failure
+        return _without_error_body(failure, sent=bool(self.exchanges))
+
+    def error_in_answer(self, secret: str) -> UpstreamError | None:
+        """The error that the last answer reports under status 200; None where it reports none."""
+        exchange = self.exchanges[-1].exchange if self.exchanges else None
+        if exchange is None or (event := refusals.error_event_in(self._tail())) is None:
+            return None
+        headers = httpx2.Headers(exchange.headers)
+        error = refusals.error_object(event) or {}
+        status = refusals.status_of(error)
+        return self._refusal(status, error, headers, secret)
+
+    @property
+    def served_tier(self) -> str | None:
+        """The processing tier of the last answer, None for the usual one: the SDK drops it."""
+        exchange = self.exchanges[-1].exchange if self.exchanges else None
+        return None if exchange is None else tier_in(exchange.headers)
+
+    def _refusal(
+        self, status: int, error: Mapping[str, Any], headers: httpx2.Headers, secret: str
+    ) -> UpstreamError:
+        return refusals.upstream_error(status, error, headers, secret=secret, tier=self._tier)
+
+    def _tail(self) -> bytes:
+        return b"".join(self.exchanges[-1].tail)[-TAIL_BYTES:]
+
+
+def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
+    name = type(failure).__name__
+    if isinstance(failure, httpx2.ConnectTimeout):
+        return UpstreamTimeout("connecting to the provider took too long", phase="connect")
+    if isinstance(failure, httpx2.TimeoutException):
+        return UpstreamTimeout("the provider was silent for too long", phase="idle")
+    if isinstance(failure, httpx2.RemoteProtocolError):
+        # One class for two faults, which its text distinguishes.
+        if "disconnected" in str(failure) or "peer closed" in str(failure):
+            return UpstreamUnavailable("the provider closed the connection in mid-answer")
+        return UpstreamGarbled("the provider's answer is not HTTP")
+    if isinstance(failure, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
+        return UpstreamRejected(f"the request could not be sent ({name})")
+    if isinstance(failure, httpx2.ConnectError):
+        return UpstreamUnavailable("could not connect to the provider", broke="connecting")
+    if isinstance(failure, httpx2.TransportError | OSError):
+        return UpstreamUnavailable(f"the connection to the provider broke ({name})")
+    if not sent:
+        return UpstreamRejected(f"the request could not be built ({name})", status=400)
+    return UpstreamGarbled(f"the provider's answer is not what its protocol says ({name})")
+
+
+def is_plain() -> bool:
+    """Of the answer that the SDK is reading in this task."""
+    scope = _scope.get()
+    return scope is not None and bool(scope.exchanges) and scope.exchanges[-1].plain
+
+
+def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
+    raise RuntimeError("every request goes over connections of our own")
+
+
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Finish `work` even if the caller is cancelled meanwhile, then let the cancellation go on."""
+    task = asyncio.ensure_future(work)
+    interrupted: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as cancelled:
+            interrupted = cancelled
+    if interrupted is not None:
+        raise interrupted
+    task.result()
+
+
+class Settings(types.GenerateContentConfig):
+    """Made once and used for any number of calls."""
+
+    def __contains__(self, name: object) -> bool:
+        return False
+
+    @property
+    def include_all_fields(self) -> bool:
+        """Read by the SDK for each chunk, which it else prunes of fields that it does not know:
+        half of the cost of reading one, and useless where there can be none."""
+        return is_plain()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A shallow copy: the SDK requests a deep one with every call, to be safe."""
+        return super().model_copy(update=update)
+
+
+class UserTurn(types.Content):
+    def __contains__(self, name: object) -> bool:
+        return False
+
+
+class Piece(types.Part):
+    def __contains__(self, name: object) -> bool:
+        return False
+
+
+# Copied: making one by its constructor checks every field that there is, absent ones too.
+_TURN = UserTurn(role="user", parts=[])
+_PIECE = Piece(text="")
+
+
+def turn_of(content: Mapping[str, Any]) -> UserTurn:
+    """One turn of `request`. Raises ValueError where the SDK's types do not allow it."""
+    parts: Sequence[Mapping[str, Any]] = content["parts"]
+    return _TURN.model_copy(update={"parts": [_piece_of(part) for part in parts]})
+
+
+def _piece_of(part: Mapping[str, Any]) -> Piece:
+    if part.keys() != {"text"}:
+        return Piece(**part)
+    part["text"].encode()  # raises for what is no Unicode, as the constructor does
+    return _PIECE.model_copy(update=part)
