@@ -671,6 +671,8 @@ def _order(values: dict[str, Any]) -> _Order:
 async def _batches(asking: Asking) -> Response:
     query = asking.request.query_params
     limit, after = _limit(query.get("limit"), 20, 100, least=0), query.get("after")
+    if after is not None and _BATCH_ID.fullmatch(after) is None:
+        return _json(page([], limit))  # nothing comes after what is not in the list
     found = await asking.services.store.batches.listed(
         asking.tenant, after=None if after is None else _id(after, _BATCH_ID), limit=limit + 1
     )

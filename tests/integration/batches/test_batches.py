@@ -167,6 +167,9 @@ async def test_lists_go_on_where_a_page_ended(open_gateway: Opener, sdk: MakeSdk
     client = sdk(gateway)
     made = [(await begin(client, jsonl([line("a", "x")]))).id for _ in range(3)]
     assert [one.id async for one in client.batches.list(limit=2)] == made[::-1]
+    for empty in ({"limit": 0}, {"after": "batch_of_nobody"}):
+        page = await client.batches.list(**empty)
+        assert (page.data, page.has_more) == ([], False), empty
     files = [one async for one in client.files.list(limit=2)]
     assert [one.filename for one in files] == ["in.jsonl"] * 3
     upwards = [one.id async for one in client.files.list(limit=2, order="asc")]
