@@ -104,7 +104,7 @@ def measure(side: Side, wanted: Sequence[Figure], seconds: float) -> None:
         ours = [figure for figure in wanted if figure.benchmark == benchmark]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
-            command = [
+            command: list[str | Path] = [
                 *(side.benchmarks / ".venv/bin/python", "-m", f"bench.{benchmark}"),
                 *("--only", ONLY[benchmark], "--seconds", str(seconds), "--patience", "0"),
                 *("--json", file),

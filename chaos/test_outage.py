@@ -44,6 +44,7 @@ class Door:
         self.target = 0
         self.refused = 0
         self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.StreamWriter] = set()
 
     @property
     def url(self) -> str:
@@ -55,14 +56,17 @@ class Door:
     async def close(self) -> None:
         assert self._server is not None
         self._server.close()
-        self._server.close_clients()
+        for writer in self._clients:
+            writer.close()
         self._server = None
 
     async def _through(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        self._clients.add(writer)
         try:
             await asyncio.gather(_pump(reader, back), _pump(there, writer))
         finally:
+            self._clients.discard(writer)
             back.close()
             writer.close()
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -112,6 +112,9 @@ async def _renewed_again_and_again(running: product.Product) -> None:
     def renewed() -> int:
         return running.said().count('"event":"renewed"')
 
+    def more_than(before: int) -> Callable[[], bool]:
+        return lambda: renewed() > before or bool(load.failed)
+
     port = (running.data_dir / "embedded/emulator/port").read_text().strip()
     async with EmulatorControl(f"http://127.0.0.1:{port}") as upstream:
         await upstream.set_behaviour(**SLOW)
@@ -121,7 +124,7 @@ async def _renewed_again_and_again(running: product.Product) -> None:
                 await load.more(3)
                 before = renewed()
                 running.process.send_signal(signal.SIGUSR2)
-                await wait_until(lambda before=before: renewed() > before or load.failed, 120)
+                await wait_until(more_than(before), 120)
             await load.more(3)
             _told(load, began)
         await load.assert_called_once(upstream, "again")

@@ -7,7 +7,9 @@
    `--seconds`, `--requests`: when to stop sending, whichever comes first; answers still out are then
    waited for, `--drain` seconds at most. `--tail TEXT`: an answer that does not end with it (but for
    empty lines) is cut. `--ramp S`: closed loop whose connections open over so long a time. `--skip
-   S`: times of requests that began so early are left out. `--header LINE`: one more in the head. Invariant: every request sent is counted once, as completed (whatever
+   S`: times of requests that began so early are left out. `--header LINE`: one more in the head.
+   `--events 1`: counts the empty lines that end events, and takes the times between reads of one
+   answer. Invariant: every request sent is counted once, as completed (whatever
    its status), lost (its connection ended) or unfinished. */
 
 #include "wire.h"
@@ -43,6 +45,8 @@ struct conn {
     int64_t began_ns, opens_ns;
     uint32_t first_us;
     bool begun; /* some of the body has come */
+    int64_t came_ns; /* the last of it */
+    char before; /* the last byte of it */
 };
 static struct conn *conns;
 static int idle[MOST_CONNECTIONS], idles;
@@ -52,13 +56,15 @@ static double rate;
 static long most_requests = -1;
 static int64_t length_ns = 5 * SECOND_NS, drain_ns = 15 * SECOND_NS, ramp_ns, skip_ns;
 static const char *tail = "";
+static bool by_events;
 static char *request;
 static size_t request_length;
 
 static int64_t started_ns, ends_ns;
 static long sent, completed, samples, in_time, ok, cut, lost, reads, refusals, open_now, most_open;
 static int64_t last_ns;
-static uint32_t *took_us, *first_us;
+static uint32_t *took_us, *first_us, *gaps_us;
+static long gaps, events;
 static char complaint[160];
 
 static void complain(int status, const char *text, size_t length) {
@@ -110,8 +116,15 @@ static void send_on(struct conn *c, int64_t began_ns) {
     c->head_length = c->tail_length = 0;
     c->begun = false;
     sent++;
-    /* It is short, and the connection is idle: the kernel takes it whole. */
-    if (send(c->fd, request, request_length, MSG_NOSIGNAL) != (ssize_t)request_length) hang_up(c);
+    /* The kernel takes a short one at once; a long one is all that this process does meanwhile. */
+    for (size_t done = 0; done < request_length;) {
+        ssize_t taken = send(c->fd, request + done, request_length - done, MSG_NOSIGNAL);
+        if (taken <= 0) {
+            hang_up(c);
+            return;
+        }
+        done += (size_t)taken;
+    }
 }
 
 static bool may_send(int64_t now) {
@@ -154,9 +167,14 @@ static void content(void *of, const char *data, size_t length) {
     struct conn *c = of;
     if (!c->begun) {
         c->begun = true;
+        c->before = 0;
         if (++open_now > most_open) most_open = open_now;
-        c->first_us = (uint32_t)((now_ns() - c->began_ns) / 1000);
+        c->first_us = (uint32_t)((c->came_ns - c->began_ns) / 1000);
         if (c->status != 200 && c->status != 202) complain(c->status, data, length);
+    }
+    for (size_t n = 0; n < length && by_events; n++) {
+        if (data[n] == '\n' && c->before == '\n') events++;
+        c->before = data[n];
     }
     if (length >= TAIL_BYTES) {
         memcpy(c->tail, data + length - TAIL_BYTES, TAIL_BYTES);
@@ -170,6 +188,10 @@ static void content(void *of, const char *data, size_t length) {
 }
 
 static void take_body(struct conn *c, const char *data, size_t length) {
+    int64_t now = now_ns();
+    if (c->begun && by_events && gaps < MOST_SAMPLES)
+        gaps_us[gaps++] = (uint32_t)((now - c->came_ns) / 1000);
+    c->came_ns = now;
     if (c->left == -2) {
         size_t taken = decode(&c->chunks, data, length, content, c);
         if (c->chunks.state == BROKEN || (c->chunks.state == DONE && taken < length)) hang_up(c);
@@ -256,8 +278,8 @@ static int64_t send_due(int64_t now) {
     for (int n = 0; n < connections && may_send(now); n++) {
         struct conn *c = &conns[n];
         if (c->state != CLOSED) continue;
-        if (c->opens_ns > now) next = least(next, c->opens_ns);
-        else if (dial(c, now)) send_on(c, now);
+        if (c->opens_ns <= now && dial(c, now)) send_on(c, now);
+        else next = least(next, c->opens_ns);
     }
     return next;
 }
@@ -276,6 +298,7 @@ static double part_ms(const uint32_t *sorted, long count, double part) {
 static void report(void) {
     qsort(took_us, (size_t)samples, sizeof *took_us, by_size);
     qsort(first_us, (size_t)samples, sizeof *first_us, by_size);
+    qsort(gaps_us, (size_t)gaps, sizeof *gaps_us, by_size);
     struct rusage used;
     getrusage(RUSAGE_SELF, &used);
     printf("{\"sent\":%ld,\"completed\":%ld,\"in_time\":%ld,\"ok\":%ld,\"cut\":%ld,\"lost\":%ld,"
@@ -288,10 +311,12 @@ static void report(void) {
            (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
                (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6);
     printf("\"p50_ms\":%.3f,\"p99_ms\":%.3f,\"max_ms\":%.3f,\"first_p50_ms\":%.3f,"
-           "\"first_p99_ms\":%.3f,\"said\":\"%s\"}\n",
+           "\"first_p99_ms\":%.3f,\"gap_p50_ms\":%.3f,\"gap_p99_ms\":%.3f,\"events\":%ld,"
+           "\"said\":\"%s\"}\n",
            part_ms(took_us, samples, 0.5), part_ms(took_us, samples, 0.99),
            part_ms(took_us, samples, 1), part_ms(first_us, samples, 0.5),
-           part_ms(first_us, samples, 0.99), complaint);
+           part_ms(first_us, samples, 0.99),
+           part_ms(gaps_us, gaps, 0.5), part_ms(gaps_us, gaps, 0.99), events, complaint);
 }
 
 static void prepare(int count, char **words) {
@@ -308,13 +333,14 @@ static void prepare(int count, char **words) {
         else if (!strcmp(name, "--ramp")) ramp_ns = (int64_t)(atof(value) * 1e9);
         else if (!strcmp(name, "--skip")) skip_ns = (int64_t)(atof(value) * 1e9);
         else if (!strcmp(name, "--tail")) tail = value;
+        else if (!strcmp(name, "--events")) by_events = atoi(value);
         else if (!strcmp(name, "--header"))
             strcat(strncat(headers, value, sizeof headers - strlen(headers) - 3), "\r\n");
         else exit(2);
     }
     if (connections < 1 || connections > MOST_CONNECTIONS) exit(2);
     FILE *file = fopen(words[3], "rb");
-    static char body[1 << 20];
+    static char body[32 << 20];
     size_t length = file ? fread(body, 1, sizeof body, file) : 0;
     if (!length) die(words[3]);
     fclose(file);
@@ -333,6 +359,7 @@ int main(int count, char **words) {
     prepare(count, words);
     took_us = calloc(MOST_SAMPLES, sizeof *took_us);
     first_us = calloc(MOST_SAMPLES, sizeof *first_us);
+    gaps_us = calloc(MOST_SAMPLES, sizeof *gaps_us);
     conns = calloc((size_t)connections, sizeof *conns);
     poller = epoll_create1(EPOLL_CLOEXEC);
     started_ns = now_ns();

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,18 @@ def resident_bytes(pids: Sequence[int]) -> int:
     return total
 
 
+def proportional_bytes(pids: Sequence[int]) -> int:
+    """Memory of processes (PSS); what they share is divided among those that share it."""
+    total = 0
+    for pid in pids:
+        try:
+            rollup = (_PROC / str(pid) / "smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += next(int(line.split()[1]) for line in rollup.splitlines() if "Pss:" in line) * 1024
+    return total
+
+
 def words_of(pid: int) -> list[str]:
     """The command line of a process; empty where it is gone."""
     try:
@@ -80,6 +93,7 @@ class Program:
         self, command: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], log: Path
     ) -> None:
         self.log = log
+        self.began_s = time.monotonic()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [str(word) for word in command],

@@ -87,11 +87,13 @@ class Upstream:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def behave(self, *, delay_ms: float = 0, chunks: int = 50, gap_ms: float = 1) -> None:
+    def behave(
+        self, *, delay_ms: float = 0, chunks: int = 50, gap_ms: float = 1, status: int = 200
+    ) -> None:
         """From now on, and count anew: an answer takes `delay_ms`, a stream has `chunks` events
-        that are `gap_ms` apart."""
+        that are `gap_ms` apart; with another `status` than 200 every call is refused."""
         delay_us, gap_us = round(delay_ms * 1000), round(gap_ms * 1000)
-        self._ask(f"/control?delay_us={delay_us}&chunks={chunks}&gap_us={gap_us}")
+        self._ask(f"/control?delay_us={delay_us}&chunks={chunks}&gap_us={gap_us}&status={status}")
 
     def stats(self) -> dict[str, int]:
         """What came since: `requests`, `answers`, `cut`, `in_flight`, `max_in_flight`."""

@@ -6,12 +6,14 @@ another status than 200, or cut short, is told and never counted as served.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bench import machine
@@ -21,19 +23,24 @@ from bench.gateway.programs import Figures, Load, LoadFailed, Upstream
 
 CONNECTIONS = 64
 UPSTREAM_MS = 50.0
+PACE_PER_S = 1240.0
 CHUNKS = 50
 STREAMS = 8
+BIG_BYTES = 20_000_000
+BIG_CONNECTIONS = 2
+SMALL_PER_S = 200.0
 OPEN = 2000
 OPEN_CHUNKS, OPEN_GAP_MS, OPEN_RAMP_S = 12, 1000.0, 4.0
 MEMORY_WARM, MEMORY_REQUESTS = 20_000, 180_000
 # Half of what the floors can do would be more than the load generator's share of two cores.
 MOST_HALF_PER_S = 5000.0
 MOST_CONNECTIONS = 2048
+DRAIN_S = 5.0
 READY_S = 90.0
 # Until connections are open and loads run evenly.
 START_S = 0.8
-WARM_S = 2.0
-_LOOK_S = 0.25
+WARM_S = 1.5
+_LOOK_S = 0.05
 MESSAGES = [
     {"role": "system", "content": "You answer briefly, in plain English, and name your sources."},
     {"role": "user", "content": "Explain the importance of cybersecurity for a small company."},
@@ -59,21 +66,41 @@ class Stage:
     upstream: Upstream
     gateway: Gateway | None
     folder: Path
+    ready_s: float = 0.0
+    idle_bytes: int = 0
+    _found: dict[str, float] = field(default_factory=dict)
 
-    def load(self, *, stream: bool = False, direct: bool = False, **more: float) -> Load:
+    def load(
+        self,
+        *,
+        stream: bool = False,
+        direct: bool = False,
+        messages: Sequence[Mapping[str, object]] = MESSAGES,
+        **more: float,
+    ) -> Load:
         """To the gateway, or past it to the upstream."""
-        body = self.folder / f"request-{stream}.json"
-        asked = {"model": "bench", "messages": MESSAGES, **({"stream": True} if stream else {})}
-        body.write_text(json.dumps(asked))
         to = None if direct else self.gateway
+        asked = {"model": to.model if to else "bench", **({"stream": True} if stream else {})}
+        text = json.dumps({**asked, "messages": messages})
+        body = self.folder / f"request-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        if not body.exists():
+            body.write_text(text)
         return Load(
             to.port if to else self.upstream.port,
             to.path if to else "/v1/chat/completions",
             body,
             headers=to.headers if to else (),
             tail="[DONE]" if stream else "}",
-            **more,
+            **{"drain": DRAIN_S, **more},
         )
+
+    def capacity_per_s(self, setting: Setting) -> float:
+        """Of requests that the upstream answers at once; found out once."""
+        if not self._found:
+            self.upstream.behave()
+            found = self.load(connections=CONNECTIONS, seconds=setting.seconds / 2).figures()
+            self._found["per_s"] = found["in_time"] / found["seconds"]
+        return self._found["per_s"]
 
     def measure(self, load: Callable[[], Load]) -> Figures:
         """The figures of one load, with what it cost, per request. Raises NotServing."""
@@ -112,15 +139,16 @@ def standing(entry: Entry | None, upstream: Upstream, folder: Path) -> Iterator[
     if entry is None:
         yield Stage(upstream, None, folder)
         return
-    with entry.start(upstream, folder) as gateway:
-        stage = Stage(upstream, gateway, folder)
-        _await_ready(stage)
+    with entry.start([upstream], folder) as gateway:
+        ready_s = await_ready(Stage(upstream, gateway, folder))
+        stage = Stage(upstream, gateway, folder, ready_s, gateway.proportional_bytes())
         stage.load(connections=CONNECTIONS, seconds=WARM_S).figures()
         stage.load(stream=True, connections=STREAMS, seconds=WARM_S / 2).figures()
         yield stage
 
 
-def _await_ready(stage: Stage) -> None:
+def await_ready(stage: Stage) -> float:
+    """How long after its start it has answered. Raises NotServing."""
     assert stage.gateway is not None
     deadline_s = time.monotonic() + READY_S
     said = ""
@@ -134,7 +162,7 @@ def _await_ready(stage: Stage) -> None:
         else:
             said = str(figures["said"])
             if figures["ok"] == 1:
-                return
+                return time.monotonic() - stage.gateway.program.began_s
             if said.startswith("404"):
                 raise NotServing(f"it has no such path: {said}")
         time.sleep(_LOOK_S)
@@ -158,22 +186,68 @@ def delayed(stage: Stage, setting: Setting) -> Figures:
     )
 
 
+def paced(stage: Stage, setting: Setting) -> Figures:
+    """1,240 requests a second, evenly, whatever the answers do; 50 ms upstream."""
+    if stage.gateway is not None and (most := stage.capacity_per_s(setting)) < PACE_PER_S:
+        raise NotServing(f"takes {most:.0f} a second at most")
+    return _at_pace(stage, setting, PACE_PER_S)
+
+
 def half(stage: Stage, setting: Setting) -> Figures:
-    """At half of what `closed` has found to be its capacity, and at the same pace without it."""
-    stage.upstream.behave()
-    found = stage.load(connections=CONNECTIONS, seconds=setting.seconds / 2).figures()
-    rate = min(MOST_HALF_PER_S, found["in_time"] / found["seconds"] / 2)
-    stage.upstream.behave(delay_ms=UPSTREAM_MS)
-    paced = {
-        "rate": rate,
-        "connections": MOST_CONNECTIONS,
-        "seconds": setting.seconds + START_S,
-        "skip": START_S,
-    }
-    direct = stage.load(direct=True, **paced).figures()
-    figures = stage.measure(lambda: stage.load(**paced))
+    """At half of its capacity, evenly, and at the same pace without it; 50 ms upstream."""
+    rate = min(MOST_HALF_PER_S, stage.capacity_per_s(setting) / 2)
+    figures = _at_pace(stage, setting, rate)
+    direct = stage.load(direct=True, rate=rate, connections=MOST_CONNECTIONS, seconds=1.0).figures()
     added = {f"added_{part}_ms": figures[f"{part}_ms"] - direct[f"{part}_ms"] for part in PARTS}
     return {**figures, **added, "rate": rate}
+
+
+def _at_pace(stage: Stage, setting: Setting, rate: float) -> Figures:
+    stage.upstream.behave(delay_ms=UPSTREAM_MS)
+    return stage.measure(
+        lambda: stage.load(
+            rate=rate,
+            connections=MOST_CONNECTIONS,
+            seconds=setting.seconds + START_S,
+            skip=START_S,
+        )
+    )
+
+
+def big(stage: Stage, setting: Setting) -> Figures:
+    """Bodies of 20 MB, two at once, beside 200 small requests a second (a quarter of its capacity
+    where that is less); and the small ones alone."""
+    rate = min(SMALL_PER_S, stage.capacity_per_s(setting) / 4)
+    stage.upstream.behave()
+    small = partial(stage.load, rate=rate, connections=CONNECTIONS, seconds=setting.seconds)
+    alone = small().figures()
+    picture = {"url": "data:image/png;base64," + "iVBORw0KGgo=" * (BIG_BYTES // 12)}
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": picture}]
+    large = stage.load(
+        messages=[{"role": "user", "content": parts}],
+        connections=BIG_CONNECTIONS,
+        seconds=setting.seconds,
+    )
+    beside = small().figures()
+    found = large.figures()
+    if not found["ok"]:
+        raise NotServing(f"bodies of 20 MB: {found['said'] or 'none is answered'}")
+    served = beside["ok"] / max(1, beside["sent"])
+    return {
+        "alone_p50_ms": alone["p50_ms"],
+        "alone_p99_ms": alone["p99_ms"],
+        "beside_p50_ms": beside["p50_ms"],
+        "beside_p99_ms": beside["p99_ms"],
+        "beside_served": served,
+        "big_per_s": found["ok"] / found["all_seconds"],
+        "big_refused": found["sent"] - found["ok"],
+    }
+
+
+def held(stage: Stage, _setting: Setting) -> Figures:
+    """Memory of its processes once it is ready, and after all loads before this one."""
+    assert stage.gateway is not None
+    return {"idle_bytes": stage.idle_bytes, "used_bytes": stage.gateway.proportional_bytes()}
 
 
 def streams(stage: Stage, setting: Setting) -> Figures:
@@ -244,12 +318,16 @@ def memory(stage: Stage, setting: Setting) -> Figures:
 
 
 PARTS = ("p50", "p99")
-DIRECT: dict[str, Callable[[Stage, Setting], Figures]] = {"closed": closed, "delayed": delayed}
-SHARED: dict[str, Callable[[Stage, Setting], Figures]] = {
+Measured = Callable[[Stage, Setting], Figures]
+DIRECT: dict[str, Measured] = {"closed": closed, "paced": paced}
+EACH_RUN: dict[str, Measured] = {
     "closed": closed,
-    "delayed": delayed,
+    "paced": paced,
     "half": half,
     "streams": streams,
-    "opened": opened,
+    "big": big,
+    "held": held,
 }
-OURS_ONLY: dict[str, Callable[[Stage, Setting], Figures]] = {"memory": memory}
+# In one run alone, and only where they are asked for or there are nine.
+LONG: dict[str, Measured] = {"delayed": delayed, "opened": opened}
+OURS_ONLY: dict[str, Measured] = {"memory": memory}

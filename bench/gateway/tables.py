@@ -9,26 +9,44 @@ from bench.gateway.entries import BARE, ENTRIES, OURS, Entry
 from bench.grid import Grid
 
 Cell = Callable[[Results, Entry], str]
-_NOTE_CHARS = 140
+_NOTE_CHARS = 160
 
 
 def grids(results: Results) -> list[Grid]:
     """All tables for which there are results."""
-    found = [
-        _grid("Side by side", GLANCE, results),
-        _bars(results),
-        _grid("At half of each one's capacity, 50 ms upstream", HALF, results),
-        _grid("Memory and open streams", MEMORY, results),
-        _jobs(results),
-    ]
+    tables = (
+        ("Side by side", GLANCE),
+        ("In detail", DETAIL),
+        ("At half of each one's capacity, 50 ms upstream", HALF),
+        ("Bodies of 20 MB beside small ones", BIG),
+        ("In the format of GoModel's run", GOMODEL),
+        ("In the format of ai-gateway-bench", AGENTS),
+        ("Memory and open streams", MEMORY),
+    )
+    found = [_grid(title, columns, results) for title, columns in tables]
+    found[1:1] = [_bars(results)]
+    found += [_jobs(results), _missing(results)]
     return [grid for grid in found if grid.rows]
+
+
+def _missing(results: Results) -> Grid:
+    """Why figures are missing, where a scenario failed."""
+    rows = []
+    for entry in ENTRIES:
+        whys: dict[str, list[str]] = {}
+        for scenario, figures in results.by_gateway.get(entry.name, {}).items():
+            if "failed" in figures:
+                why = str(figures["failed"]).replace("|", "/")[:_NOTE_CHARS]
+                whys.setdefault(why, []).append(scenario)
+        rows += [[entry.name, ", ".join(which), why] for why, which in whys.items()]
+    return Grid("What is missing, and why", ("gateway", "scenarios", "why"), rows)
 
 
 def _grid(title: str, columns: dict[str, Cell], results: Results) -> Grid:
     rows = []
     for entry in ENTRIES:
         cells = [_cell(cell, results, entry) for cell in columns.values()]
-        if any(cell != "-" for cell in cells):
+        if any(cell not in ("-", entry.does) for cell in cells):
             rows.append([entry.name, *cells])
     return Grid(title, ("gateway", *columns), rows)
 
@@ -112,48 +130,75 @@ def _added(results: Results, entry: Entry) -> str:
     return " / ".join(f"{results.added_ms(entry, part):.1f}" for part in ("p50", "p99"))
 
 
-def _note(results: Results, entry: Entry) -> str:
-    """Why figures are missing."""
-    said = {
-        str(figures["failed"])
-        for figures in results.by_gateway[entry.name].values()
-        if "failed" in figures
-    }
-    if not said:
-        raise KeyError(entry.name)
-    return "; ".join(sorted(said)).replace("|", "/")[:_NOTE_CHARS]
-
-
 def direct_line(results: Results) -> str | None:
     """What the load generator and the upstream do with nothing between them."""
     try:
         per_s = results.of(DIRECT, "closed", "per_s")
-        p50, p99 = (results.of(DIRECT, "delayed", f"{part}_ms") for part in ("p50", "p99"))
+        p50, p99 = (results.of(DIRECT, "paced", f"{part}_ms") for part in ("p50", "p99"))
     except KeyError:
         return None
     return (
         f"with nothing between: {per_s:,.0f} requests a second, and p50 / p99 of "
-        f"{p50:.1f} / {p99:.1f} ms at a 50 ms upstream"
+        f"{p50:.1f} / {p99:.1f} ms at 1,240 a second and a 50 ms upstream"
     )
 
 
 GLANCE: dict[str, Cell] = {
+    "limits, record": lambda _results, entry: entry.does,
+    "CPU us a request, 64 connections": _figure("closed", "gateway_us"),
+    "at 1,240 a second": _figure("paced", "gateway_us"),
+    "p99 ms, 64 connections": _figure("closed", "p99_ms", "{:.1f}"),
+    "added p50 / p99 ms at half of its capacity": _pair("half", "added_p50_ms", "added_p99_ms"),
+    "CPU us a stream of 50": _figure("streams", "gateway_us"),
+    "MB (PSS), idle / after the loads": _pair("held", "idle_bytes", "used_bytes", "{:.0f}", 1e6),
+}
+DETAIL: dict[str, Cell] = {
     "what": _about,
-    "CPU us a request": _figure("closed", "gateway_us"),
+    "requests a s, 64 connections": _figure("closed", "per_s"),
+    "p50 / p99 ms": _pair("closed", "p50_ms", "p99_ms"),
     "x bare": _against_bare("closed"),
     "Valkey / PostgreSQL CPU us": _servers("closed"),
-    "requests a s": _figure("closed", "per_s"),
-    "added p50 / p99 ms, 50 ms upstream": _added,
-    "CPU us a stream of 50": _figure("streams", "gateway_us"),
-    "x bare ": _against_bare("streams"),
+    "the same at 1,240 a s": _servers("paced"),
+    "added p50 / p99 ms at 1,240 a s": _added,
+    "stream, x bare": _against_bare("streams"),
     "reads a stream": _figure("streams", "reads_each"),
-    "": _note,
 }
 HALF: dict[str, Cell] = {
     "requests a s": _figure("half", "rate"),
     "added p50 / p99 ms": _pair("half", "added_p50_ms", "added_p99_ms"),
     "CPU us a request": _figure("half", "gateway_us"),
     "Valkey / PostgreSQL CPU us": _servers("half"),
+}
+BIG: dict[str, Cell] = {
+    "20 MB bodies a s": _figure("big", "big_per_s", "{:.1f}"),
+    "small ones alone, p50 / p99 ms": _pair("big", "alone_p50_ms", "alone_p99_ms"),
+    "beside them": _pair("big", "beside_p50_ms", "beside_p99_ms"),
+    "small ones served": _figure("big", "beside_served", "{:.0%}"),
+}
+GOMODEL: dict[str, Cell] = {
+    "p50 / p99 ms": _pair("gomodel", "p50_ms", "p99_ms", "{:.2f}"),
+    "streamed": _pair("gomodel", "stream_p50_ms", "stream_p99_ms", "{:.2f}"),
+    "first event p50 ms": _figure("gomodel", "first_p50_ms", "{:.2f}"),
+    "peak requests a s": _figure("gomodel", "peak_per_s"),
+    "peak MB (RSS)": _figure("gomodel", "peak_bytes", "{:.0f}", 1e6),
+    "first 200 after s": _figure("gomodel", "ready_s", "{:.2f}"),
+}
+AGENTS: dict[str, Cell] = {
+    "large_context: added ms, 1k": _figure("large_context", "added_1k_ms", "{:.2f}"),
+    "10k": _figure("large_context", "added_10k_ms", "{:.2f}"),
+    "100k": _figure("large_context", "added_100k_ms", "{:.2f}"),
+    "concurrent_agents: p99 ms between reads, 16 / 64": _pair(
+        "concurrent_agents", "gap_p99_ms_16", "gap_p99_ms_64"
+    ),
+    "events that came, 64": _figure("concurrent_agents", "events_64", "{:.0%}"),
+    "reads of 51, 64": _figure("concurrent_agents", "reads_64"),
+    "head_of_line: first event p99 ms, alone / beside": _pair(
+        "head_of_line", "alone_first_p99_ms", "beside_first_p99_ms"
+    ),
+    "failover: p50 ms, well / failing": _pair("failover", "well_p50_ms", "p50_ms"),
+    "p99": _figure("failover", "p99_ms", "{:.1f}"),
+    "served": _figure("failover", "served", "{:.1%}"),
+    "tries at the failing one a request": _figure("failover", "asked", "{:.2f}"),
 }
 MEMORY: dict[str, Cell] = {
     "MB before, and with streams open": _pair(

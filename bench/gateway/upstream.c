@@ -2,9 +2,9 @@
 
    One thread, one epoll. Answers OpenAI's `/chat/completions` and Gemini's `:generateContent` with
    1 KB of JSON, or with a stream of server-sent events where it is asked for one, each event in a
-   write of its own. `GET /control?delay_us=&chunks=&gap_us=` sets, for all calls from then on, how
-   long an answer takes, of how many events a stream is and how far they are apart, and begins to
-   count anew; `GET /stats` tells what came. Invariant: `in_flight` counts the calls whose request is
+   write of its own. `GET /control?delay_us=&chunks=&gap_us=&status=` sets, for all calls from then on,
+   how long an answer takes, of how many events a stream is and how far they are apart, and with which
+   status calls are refused if they are, and begins to count anew; `GET /stats` tells what came. Invariant: `in_flight` counts the calls whose request is
    here in full and whose answer has not been handed to the kernel in full. */
 
 #include "answers.h"
@@ -19,7 +19,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define MOST_REQUEST_BYTES (1 << 20)
+#define MOST_REQUEST_BYTES (32 << 20)
 #define MOST_CHUNKS 1000
 
 struct conn {
@@ -39,7 +39,7 @@ static struct conn conns[MOST_FDS];
 
 static int poller, listener;
 static int64_t delay_ns, gap_ns = 1000000;
-static int stream_chunks = 50;
+static int stream_chunks = 50, refusal = 200;
 static long requests, answers, cut, refused, in_flight, max_in_flight;
 
 struct timer {
@@ -134,10 +134,11 @@ static void answer_now(struct conn *c, int status, const char *body) {
                                    "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\n"
                                    "Content-Length: %zu\r\n%s\r\n%s",
                                    status, status == 200 ? "OK" : "Error", strlen(body),
-                                   status == 200 ? "" : "Connection: close\r\n", body);
+                                   status == 400 ? "Connection: close\r\n" : "", body);
     c->out = text; /* short: the kernel takes it at once, or the connection is ended */
     c->frame = c->frames = 0;
-    if (status != 200) c->close = true, refused++;
+    if (status != 200) refused++;
+    if (status == 400) c->close = true;
     if (write_on(c, now_ns()) && c->out_left) end(c);
 }
 
@@ -151,6 +152,7 @@ static void control(struct conn *c, const char *path) {
         delay_ns = number_in(path, "delay_us=", 0) * 1000;
         gap_ns = number_in(path, "gap_us=", 1000) * 1000;
         stream_chunks = (int)number_in(path, "chunks=", 50);
+        refusal = (int)number_in(path, "status=", 200);
         if (stream_chunks < 2 || stream_chunks > MOST_CHUNKS) stream_chunks = 50;
         requests = answers = cut = refused = 0;
         max_in_flight = in_flight;
@@ -185,6 +187,10 @@ static void call(struct conn *c, const char *path, const char *body, size_t leng
         return;
     }
     requests++;
+    if (refusal != 200) {
+        answer_now(c, refusal, "{\"error\":{\"message\":\"as asked\",\"type\":\"server_error\"}}");
+        return;
+    }
     if (++in_flight > max_in_flight) max_in_flight = in_flight;
     c->answering = true;
     c->frame = 0;

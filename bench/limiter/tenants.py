@@ -60,7 +60,7 @@ async def _lateness(late_ms: list[float]) -> None:
         late_ms.append((time.perf_counter() - due_s) * 1000)
 
 
-async def _run(url: str, seconds: float, tenants: int) -> dict[str, float]:
+async def _run(url: str, seconds: float, tenants: int) -> dict[str, float | None]:
     server: Any = redis.asyncio.Redis.from_url(url)
     await server.config_set("slowlog-max-len", 100_000)
     made, up = policy(tenants), _Up()
@@ -97,7 +97,7 @@ async def _run(url: str, seconds: float, tenants: int) -> dict[str, float]:
     worked_ms: dict[str, list[float]] = {"tend": [], "sync": []}
     for entry in log:
         for name in ("tend", "sync"):
-            if entry["command"].split()[1:2] == [load(name).sha.encode()]:  # type: ignore[arg-type]
+            if entry["command"].split()[1:2] == [load(name).sha.encode()]:
                 worked_ms[name].append(entry["duration"] / 1000)
     for found in (*worked_ms.values(), late_ms):
         found.sort()
@@ -113,7 +113,7 @@ async def _run(url: str, seconds: float, tenants: int) -> dict[str, float]:
     }
 
 
-def measure(seconds: float, tenants: int = TENANTS) -> dict[str, float]:
+def measure(seconds: float, tenants: int = TENANTS) -> dict[str, float | None]:
     """The figures of so many tenants."""
     with tempfile.TemporaryDirectory() as folder:
         valkey = ValkeyServer(Path(folder))

@@ -63,7 +63,8 @@ async def measure_mix(
 
 async def _readings(control: EmulatorControl, window_s: float, windows: int) -> list[Book]:
     """The account's book, evenly over so many windows and one more."""
-    began_s, found = time.monotonic(), []
+    began_s = time.monotonic()
+    found: list[Book] = []
     for number in range((windows + 1) * _READINGS + 1):
         await asyncio.sleep(max(began_s + number * window_s / _READINGS - time.monotonic(), 0))
         found.append(await control.account())
@@ -180,7 +181,8 @@ def _mix_row(name: str, found: Figures) -> list[str]:
 
 
 def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
-    tables = []
+    tables: list[grid.Grid] = []
+    headers: Sequence[str]
     mixes = {name.removeprefix("mix "): figures for name, figures in found.items() if "mix" in name}
     if mixes:
         headers = ("rules of", "calls", "refused of the first 50", "per 1,000 after", "quota used")

@@ -41,8 +41,7 @@ def _all() -> dict[str, Any]:
         "ipm:bench": Rate(PLENTY, MINUTE_MS, unit="images"),
     }
     more = {
-        f"{unit}:bench": Rate(PLENTY, MINUTE_MS, unit=unit)  # type: ignore[arg-type]
-        for unit in ("audio_seconds", "usd")
+        f"{unit}:bench": Rate(PLENTY, MINUTE_MS, unit=unit) for unit in ("audio_seconds", "usd")
     }
     return rates | more | {"rpd:bench": Quota(PLENTY)}
 

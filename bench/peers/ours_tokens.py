@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
 
 from bench.limiter.orders import Orders
-from tidegate.admission.estimator import Estimate, Estimator
+from tidegate.admission.estimator import Estimate, Estimator, pieces_of_text
 from tidegate.call import Usage
 from tidegate.limiter import Limiter, PoolPolicy, Rate, Tokens
 
@@ -27,7 +27,9 @@ async def opened(
 
     def draw() -> tuple[Estimate, int]:
         """A prompt's estimate, and the input tokens that it will really take."""
-        estimate = estimator.estimate("model", "text", "x" * chance.randint(400, 1200))
+        estimate = estimator.of_pieces(
+            "model", "text", pieces_of_text("x" * chance.randint(400, 1200))
+        )
         guess = sum(estimate.input_pieces.values())
         return estimate, round(guess * off * chance.uniform(0.85, 1.15))
 

@@ -6,17 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bench.gateway.bars import BARS, DIRECT, Results, verdicts
+from bench.gateway.bars import BARS, DIRECT, Results, medians, verdicts
 from bench.gateway.entries import (
     BARE,
-    BARE_AIOHTTP,
     ENTRIES,
+    FERRO,
     LITELLM_LIMITED,
     LITELLM_PROXY,
     OURS,
+    OURS_TWO,
     PORTKEY_GATEWAY,
 )
-from bench.gateway.processes import cpu_ns, family, resident_bytes
+from bench.gateway.processes import cpu_ns, family, proportional_bytes, resident_bytes
 from bench.gateway.tables import direct_line, grids
 from bench.grid import Grid, write
 
@@ -26,7 +27,7 @@ JOBS = {
     "apis": 1,
     "workers": 2,
     "by_rules": 5000,
-    "per_s": 1000.0,
+    "per_s": 3000.0,
     "submits_per_s": 2000.0,
     "submit_p99_ms": 40.0,
     "most_in_flight": 9,
@@ -37,17 +38,29 @@ JOBS = {
 def found() -> Found:
     """Figures with which every bar is just met."""
     return {
-        DIRECT: {"closed": {"per_s": 100_000.0}, "delayed": {"p50_ms": 50.0, "p99_ms": 51.0}},
-        BARE.name: {"closed": {"gateway_us": 100.0}, "streams": {"gateway_us": 1000.0}},
-        BARE_AIOHTTP.name: {"closed": {"gateway_us": 100.0}, "streams": {"gateway_us": 1000.0}},
+        DIRECT: {"closed": {"per_s": 100_000.0}, "paced": {"p50_ms": 50.0, "p99_ms": 51.0}},
+        BARE.name: {
+            "closed": {"gateway_us": 100.0, "p99_ms": 10.0},
+            "streams": {"gateway_us": 1000.0},
+        },
+        FERRO.name: {"closed": {"gateway_us": 250.0}, "paced": {"gateway_us": 500.0}},
         OURS.name: {
-            "closed": {"gateway_us": 200.0, "valkey_us": 30.0, "postgres_us": 20.0, "per_s": 9.0},
-            "delayed": {"p50_ms": 53.0, "p99_ms": 66.0},
-            "streams": {"gateway_us": 1600.0},
+            "closed": {
+                "gateway_us": 200.0,
+                "valkey_us": 30.0,
+                "postgres_us": 20.0,
+                "per_s": 9.0,
+                "p99_ms": 13.0,
+            },
+            "paced": {"p50_ms": 53.0, "p99_ms": 66.0, "gateway_us": 450.0},
+            "half": {"added_p50_ms": 1.0, "added_p99_ms": 5.0},
+            "streams": {"gateway_us": 1150.0},
+            "held": {"idle_bytes": 9e7, "used_bytes": 1e8},
             "memory": {"early_bytes": 1e8, "late_bytes": 1.03e8, "requests": 200_000},
             "opened": {"most_open": 2000, "whole": 2000},
             "jobs": dict(JOBS),
         },
+        OURS_TWO.name: {"half": {"added_p50_ms": 1.0, "added_p99_ms": 5.0}},
         PORTKEY_GATEWAY.name: {"closed": {"gateway_us": 800.0}},
         LITELLM_PROXY.name: {"closed": {"gateway_us": 8000.0}},
         LITELLM_LIMITED.name: {"closed": {"gateway_us": 8000.0}},
@@ -65,12 +78,15 @@ def test_figures_at_their_bars_are_ok() -> None:
 def test_figures_beyond_their_bars_are_missed() -> None:
     worse = found()
     ours = worse[OURS.name]
-    ours["closed"]["gateway_us"] = 201.0
-    ours["delayed"]["p99_ms"] = 66.1
-    ours["streams"]["gateway_us"] = 1601.0
+    ours["closed"] |= {"gateway_us": 226.0, "p99_ms": 13.1}
+    ours["paced"]["gateway_us"] = 451.0
+    ours["half"]["added_p99_ms"] = 5.1
+    worse[OURS_TWO.name]["half"]["added_p50_ms"] = 1.1
+    ours["streams"]["gateway_us"] = 1151.0
+    ours["held"]["idle_bytes"] = 9.1e7
     ours["memory"]["late_bytes"] = 1.04e8
     ours["opened"]["whole"] = 1999
-    ours["jobs"]["per_s"] = 999.0
+    ours["jobs"]["per_s"] = 2999.0
     assert words(worse) == ["missed"] * len(BARS)
 
 
@@ -100,14 +116,18 @@ def rows_of(title: str, of: Found) -> list[dict[str, str]]:
 def test_a_row_compares_with_the_bare_relay_and_names_what_is_missing() -> None:
     given = found()
     given[LITELLM_PROXY.name]["half"] = {"failed": "NotServing: it | ended"}
-    rows = {row["gateway"]: row for row in rows_of("Side by side", given)}
-    assert list(rows) == [entry.name for entry in ENTRIES if entry.name in given]
+    rows = {row["gateway"]: row for row in rows_of("In detail", given)}
+    assert list(rows) == [entry.name for entry in ENTRIES if "closed" in given.get(entry.name, {})]
     ours = rows[OURS.name]
     assert (ours["x bare"], ours["Valkey / PostgreSQL CPU us"]) == ("2.00", "30 / 20")
-    assert ours["added p50 / p99 ms, 50 ms upstream"] == "3.0 / 15.0"
-    assert rows[PORTKEY_GATEWAY.name]["added p50 / p99 ms, 50 ms upstream"] == "-"
-    assert rows[LITELLM_PROXY.name][""] == "NotServing: it / ended"
-    assert rows_of("The job path", given)[0]["succeeded a s"] == "1000"
+    assert ours["added p50 / p99 ms at 1,240 a s"] == "3.0 / 15.0"
+    assert rows[PORTKEY_GATEWAY.name]["added p50 / p99 ms at 1,240 a s"] == "-"
+    assert rows_of("What is missing, and why", given) == [
+        {"gateway": LITELLM_PROXY.name, "scenarios": "half", "why": "NotServing: it / ended"}
+    ]
+    (glance,) = [row for row in rows_of("Side by side", given) if row["gateway"] == OURS.name]
+    assert glance["limits, record"] == "limits and record"
+    assert rows_of("The job path", given)[0]["succeeded a s"] == "3000"
 
 
 def test_what_is_between_nothing_is_told_when_it_was_measured() -> None:
@@ -115,6 +135,18 @@ def test_what_is_between_nothing_is_told_when_it_was_measured() -> None:
     assert line is not None
     assert "100,000 requests a second" in line
     assert direct_line(Results({})) is None
+
+
+def test_runs_that_failed_count_only_where_all_did() -> None:
+    failed: dict[str, Any] = {"failed": "NotServing"}
+    tries: list[dict[str, Any]] = [
+        failed,
+        {"per_s": 1.0, "said": "a"},
+        {"per_s": 5.0, "said": "b"},
+        {"per_s": 2.0},
+    ]
+    assert medians(tries) == {"per_s": 2.0, "said": "a"}
+    assert medians([failed, failed]) == failed
 
 
 def test_tables_replace_what_is_between_their_own_markers(tmp_path: Path) -> None:
@@ -134,3 +166,4 @@ def test_a_process_is_told_what_it_has_used_and_holds() -> None:
     before_ns = cpu_ns([own])
     assert 0 < before_ns <= cpu_ns([own])
     assert resident_bytes([own]) > 1_000_000
+    assert 1_000_000 < proportional_bytes([own]) <= resident_bytes([own]) * 1.01
