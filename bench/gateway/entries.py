@@ -37,7 +37,9 @@ LITELLM = "1.108.7"
 # Without the SDK installed the proxy tries to import it anew for every request.
 OPENTELEMETRY = "1.45.2"
 _MASTER_KEY = "sk-bench-5c0e0f6a8d2b4b7f"
-_FERROGW_PROVIDERS = ("openai", "groq")
+_FERROGW_MODEL = "gpt-4o"
+# Another provider that has the same model.
+_FERROGW_PROVIDERS = ("openai", "azure-openai")
 _TIDEGATE_UPSTREAM = """
 [upstreams.u{at}]
 base_url = "{url}/v1"
@@ -230,14 +232,17 @@ def _ferrogw(upstreams: Upstreams, folder: Path) -> Iterator[Gateway]:
         "RATE_LIMIT_RPS": "1000000",
         "RATE_LIMIT_BURST": "1000000",
     }
-    for name, upstream in zip(_FERROGW_PROVIDERS, upstreams, strict=False):
+    first, *rest = upstreams
+    settings |= {"OPENAI_API_KEY": "bench", "OPENAI_BASE_URL": f"{first.url}/v1"}
+    for second in rest:
         settings |= {
-            f"{name.upper()}_API_KEY": "bench",
-            f"{name.upper()}_BASE_URL": f"{upstream.url}/v1",
+            "AZURE_OPENAI_API_KEY": "bench",
+            "AZURE_OPENAI_ENDPOINT": second.url,
+            "AZURE_OPENAI_DEPLOYMENT": _FERROGW_MODEL,
         }
     command: Command = [python.with_name("ferrogw"), "serve"]
     with _running(command, folder, **settings) as started:
-        yield Gateway(port, started, started.pids, model="gpt-4o")
+        yield Gateway(port, started, started.pids, model=_FERROGW_MODEL)
 
 
 @contextmanager
@@ -439,12 +444,12 @@ PORTKEY_GATEWAY = Entry(
     "Portkey", _portkey, lambda: f"{PORTKEY}, Node {_said_by('node', '-v')}", seldom=True
 )
 LITELLM_PROXY = Entry(
-    "LiteLLM", _litellm, lambda: f"{LITELLM}, LITELLM_RUST on, no database", seldom=True
+    "LiteLLM", _litellm, lambda: f"{LITELLM}, Rust extension on, no database", seldom=True
 )
 LITELLM_LIMITED = Entry(
     "LiteLLM, limited",
     _litellm_limited,
-    lambda: f"{LITELLM}, LITELLM_RUST on, limits on a key in Redis",
+    lambda: f"{LITELLM}, Rust extension on, limits on a key in Redis",
     does="limits",
     seldom=True,
 )

@@ -195,7 +195,7 @@ def paced(stage: Stage, setting: Setting) -> Figures:
 
 def half(stage: Stage, setting: Setting) -> Figures:
     """At half of its capacity, evenly, and at the same pace without it; 50 ms upstream."""
-    rate = min(MOST_HALF_PER_S, stage.capacity_per_s(setting) / 2)
+    rate = min(MOST_HALF_PER_S, max(1.0, stage.capacity_per_s(setting) / 2))
     figures = _at_pace(stage, setting, rate)
     direct = stage.load(direct=True, rate=rate, connections=MOST_CONNECTIONS, seconds=1.0).figures()
     added = {f"added_{part}_ms": figures[f"{part}_ms"] - direct[f"{part}_ms"] for part in PARTS}
@@ -217,7 +217,7 @@ def _at_pace(stage: Stage, setting: Setting, rate: float) -> Figures:
 def big(stage: Stage, setting: Setting) -> Figures:
     """Bodies of 20 MB, two at once, beside 200 small requests a second (a quarter of its capacity
     where that is less); and the small ones alone."""
-    rate = min(SMALL_PER_S, stage.capacity_per_s(setting) / 4)
+    rate = min(SMALL_PER_S, max(1.0, stage.capacity_per_s(setting) / 4))
     stage.upstream.behave()
     small = partial(stage.load, rate=rate, connections=CONNECTIONS, seconds=setting.seconds)
     alone = small().figures()
@@ -231,7 +231,7 @@ def big(stage: Stage, setting: Setting) -> Figures:
     beside = small().figures()
     found = large.figures()
     if not found["ok"]:
-        raise NotServing(f"bodies of 20 MB: {found['said'] or 'none is answered'}")
+        raise NotServing(f"bodies of 20 MB: {found['said'] or 'the connection ended'}")
     served = beside["ok"] / max(1, beside["sent"])
     return {
         "alone_p50_ms": alone["p50_ms"],

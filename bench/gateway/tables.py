@@ -55,7 +55,7 @@ def _bars(results: Results) -> Grid:
     rows = []
     if OURS.name in results.by_gateway:
         rows = [(one.figure, one.bar, one.ours, one.verdict) for one in verdicts(results)]
-    return Grid("Our figures against their bars", ("figure", "bar", "ours", "verdict"), rows)
+    return Grid("Our relay against its bars", ("figure", "bar", "ours", "verdict"), rows)
 
 
 def _jobs(results: Results) -> Grid:
