@@ -23,10 +23,16 @@ from tidegate.dialects.answers import (
     with_tier,
 )
 from tidegate.dialects.headers import until_date_ms, used_up
-from tidegate.dialects.pages import anthropic_page
-from tidegate.dialects.references import may_name, named_values
 from tidegate.dialects.requests import request_facts
-from tidegate.dialects.resources import Act, Reference, path_of, use_in
+from tidegate.dialects.resources import (
+    Act,
+    Reference,
+    anthropic_page,
+    may_name,
+    named_values,
+    path_of,
+    use_in,
+)
 from tidegate.dialects.spec import (
     AnswerFacts,
     Dialect,

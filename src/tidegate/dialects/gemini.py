@@ -38,8 +38,6 @@ from tidegate.dialects.answers import (
     with_searches,
     with_tier,
 )
-from tidegate.dialects.pages import gemini_page
-from tidegate.dialects.references import may_name, named_values
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import (
     RESOURCE_ID,
@@ -48,6 +46,9 @@ from tidegate.dialects.resources import (
     Reference,
     ResourcePath,
     ResourceUse,
+    gemini_page,
+    may_name,
+    named_values,
     path_of,
     use_in,
 )

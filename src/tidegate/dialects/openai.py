@@ -41,9 +41,17 @@ from tidegate.dialects.answers import (
 )
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.interactions import end_of
-from tidegate.dialects.references import may_name, named_values
 from tidegate.dialects.requests import request_facts as facts_of_request
-from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, path_of, use_in
+from tidegate.dialects.resources import (
+    LONGEST_ID,
+    Act,
+    Making,
+    Reference,
+    may_name,
+    named_values,
+    path_of,
+    use_in,
+)
 from tidegate.dialects.spec import (
     NOTHING_SHORTENED,
     AnswerFacts,

@@ -14,14 +14,15 @@ from typing import Any, Literal, Protocol
 
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
 from tidegate.call import UNKNOWN_USAGE, Kind, Status, Usage, UsageDetails
-from tidegate.dialects.pages import PageQuery, openai_page
 from tidegate.dialects.resources import (
     Making,
+    PageQuery,
     Reference,
     ResourcePath,
     ResourceUse,
     nothing_made,
     nothing_referred,
+    openai_page,
 )
 from tidegate.errors import TidegateError
 

@@ -59,8 +59,7 @@ from tidegate.http.views import (
     prefix_of,
     status_view,
 )
-from tidegate.spine.bounds import check_bounded
-from tidegate.spine.detached import detached_call, endpoint_named
+from tidegate.spine.detached import check_bounded, detached_call, endpoint_named
 from tidegate.spine.models import check_body
 from tidegate.spine.prompt import files_known
 from tidegate.spine.run import Terms

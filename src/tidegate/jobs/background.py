@@ -36,11 +36,10 @@ from tidegate.errors import (
 )
 from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
-from tidegate.spine.background import GRACE_MS
 from tidegate.spine.detached import detached_call
 from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import NothingOut
-from tidegate.spine.resources import MadeBy
+from tidegate.spine.resources import GRACE_MS, MadeBy
 from tidegate.spine.routing import Target
 from tidegate.spine.run import refusal_of
 from tidegate.store.provider.background import BackgroundCall, BackgroundCalls

@@ -16,11 +16,11 @@ from uuid import UUID
 
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
-from tidegate.dialects.requests import refuse_to_go_on
+from tidegate.dialects.requests import refuse_to_go_on, skimmed
 from tidegate.dialects.spec import Endpoint, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.record import KEPT_BYTES, CallRecord
-from tidegate.spine.native import NativeCall, Relay
+from tidegate.spine.native import NativeCall, NativeExchange, Relay
 from tidegate.spine.out import NothingOut
 from tidegate.spine.run import MOST_TRIES, OnAdmitted, Terms
 from tidegate.telemetry.tracing import Trail
@@ -118,3 +118,17 @@ async def collected(
         raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
     if record.coding and not record.text:
         raise UpstreamGarbled(f"the answer is compressed ({record.coding[:20].decode('latin-1')})")
+
+
+def check_bounded(relay: Relay, call: NativeCall) -> None:
+    """Raises BudgetUnbounded where making the call could raise nothing else; NotFound where no
+    upstream serves it, InvalidRequest for a body that is none of its dialect."""
+    spine, endpoint = relay.spine, call.endpoint
+    read = skimmed(call.body)
+    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, read.body, read.whole)
+    record = CallRecord("job", call.terms.caller.tenant_id, call.received_at)
+    exchange = NativeExchange(
+        relay.wire, spine.timeouts, call, read.body, asked, NothingOut(), record
+    )
+    targets = spine.targets.of(endpoint.dialect, asked.model)
+    spine.check_bounded(exchange, targets, call.subject)

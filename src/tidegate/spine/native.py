@@ -67,7 +67,6 @@ from tidegate.policy.access import Paths
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, Lineage, coding_of
 from tidegate.spine.affinity import Home, conversation_key
-from tidegate.spine.background import BackgroundHandOver
 from tidegate.spine.bodies import FormBody, body_for, has_several_answers
 from tidegate.spine.models import (
     Models,
@@ -79,7 +78,7 @@ from tidegate.spine.models import (
     model_of_other,
 )
 from tidegate.spine.out import AttendedOut, Out
-from tidegate.spine.resources import Keeping, Resources
+from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
     CallFailed,

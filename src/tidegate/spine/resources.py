@@ -13,27 +13,40 @@ whatever an upstream answers to others.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import orjson
 
+from tidegate.admission.demand import CallDemand
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, ResourceUse
 from tidegate.dialects.spec import Dialect, OngoingWork
-from tidegate.errors import InvalidRequest, NotEnded, NotFound, UpstreamGarbled
+from tidegate.errors import (
+    InvalidRequest,
+    LimiterUnavailable,
+    NotEnded,
+    NotFound,
+    StoreUnavailable,
+    UpstreamGarbled,
+)
+from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.routing import Target, Targets
+from tidegate.spine.run import CallFailed, Lane
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
 from tidegate.store.requests import Requests
+from tidegate.store.spill import CallJournal
 from tidegate.upstream.transport import Exchange
 
 if TYPE_CHECKING:
@@ -348,14 +361,117 @@ _MOST_EVENTS = 8  # before the one that names what a stream makes
 _HEAD_BYTES = 262_144  # of a stream, whose first event names what it makes
 
 
-class HandOver(Protocol):
-    """Of a call that goes on in the background, to the workers."""
+# How long it stays counted after its longest time: until a worker has cancelled it.
+GRACE_MS = 300_000
+FIRST_LOOK_MS = 1_000
+_START_TRIES = 20
+_RETRY_S = 0.5
+
+
+class BackgroundHandOver:
+    """Of one call: from the process that makes it to the workers.
+
+        permit ──► on record, counted under a name ──► request ──► id on record ──► permit returned
+                                                          │
+                                                          └── refused: neither counted nor on record
+
+    From before its request goes out until the provider says that it has ended, a call is counted in
+    the limiter under a name of its own, which no process holds: whatever dies, it stays counted,
+    for its longest time at most. While its request is under way it counts twice, never less than
+    once. A client that leaves does not end the hand-over.
+    """
+
+    def __init__(
+        self,
+        calls: BackgroundCalls,
+        record: CallRecord,
+        journal: CallJournal,
+        kind: str,
+        longest_ms: int,
+    ) -> None:
+        """longest_ms: how long it may go on, where that is longer than any other call may."""
+        self._calls = calls
+        self._record = record
+        self._journal = journal
+        self._kind = kind
+        self._longest_ms = longest_ms
+        self._permit: Permit | None = None
+        self._held: tuple[Limiter, str] | None = None
+        self._decided = asyncio.Event()
+
+    async def admitted(self, permit: Permit | None) -> None:
+        """The permit of the try that follows."""
+        self._permit = permit
+
+    async def make(
+        self, target: Target, lane: Lane, demand: CallDemand, call: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Make the call, and see it to its hand-over if the client leaves. Raises what it raises,
+        StoreUnavailable and LimiterUnavailable."""
+        self._decided.clear()
+        try:
+            await self._begin(lane, demand)
+        except BaseException:  # cancellation too: nothing was sent
+            await asyncio.shield(self.not_taken())
+            raise
+        making = asyncio.ensure_future(call())
+        try:
+            await asyncio.shield(making)
+        except asyncio.CancelledError:
+            deciding = asyncio.ensure_future(self._decided.wait())
+            await asyncio.wait({making, deciding}, return_when=asyncio.FIRST_COMPLETED)
+            deciding.cancel()
+            if not making.done():
+                making.cancel()
+                await asyncio.wait({making})
+            raise
+        finally:
+            if self._is_not_taken(making):
+                await self.not_taken()
+
+    def _is_not_taken(self, making: asyncio.Future[None]) -> bool:
+        """Whether the provider has refused it, or never heard of it. Without an answer it may go
+        on: then it stays counted."""
+        if self._decided.is_set() or not making.done() or making.cancelled():
+            return False
+        error = making.exception()
+        refused = isinstance(error, CallFailed) and error.status > 0
+        return refused or not self._record.sent
+
+    async def _begin(self, lane: Lane, demand: CallDemand) -> None:
+        record, within_ms = self._record, max(lane.hard_ms, self._longest_ms)
+        name = f"background-{record.id}-{record.attempts}"
+        self._held = (lane.limiter, name) if demand.limits else None
+        await self._calls.begin(record, self._kind, demand.limits, name, within_ms)
+        if demand.limits:
+            await lane.limiter.hold(name, demand.limits, within_ms + GRACE_MS)
 
     async def taken(self, made: Sequence[NewResource]) -> None:
-        """The provider makes this; return when a worker has the call."""
+        """Raises StoreUnavailable where that can't be written within some seconds: the call stays
+        counted, for its longest time."""
+        for left in reversed(range(_START_TRIES)):
+            try:
+                await self._calls.start(self._record, made, FIRST_LOOK_MS)
+                break
+            except StoreUnavailable:
+                if not left:
+                    raise
+            await asyncio.sleep(_RETRY_S)
+        self._record.handed_over = True
+        self._journal.leave(self._record)
+        if self._permit is not None:
+            self._permit.hand_over()
+        self._decided.set()
 
     async def not_taken(self) -> None:
-        """Nothing goes on."""
+        """What can't be withdrawn now ends with its longest time."""
+        self._decided.set()
+        with suppress(StoreUnavailable):
+            await self._calls.drop(self._record.id)
+        if self._held is not None:
+            limiter, name = self._held
+            with suppress(LimiterUnavailable):
+                await limiter.revoke(name)
 
 
 class Keeping:
@@ -367,7 +483,7 @@ class Keeping:
         resources: Resources,
         call: NativeCall,
         making: Making | None,
-        hand_over: HandOver | None = None,
+        hand_over: BackgroundHandOver | None = None,
     ) -> None:
         self.hand_over = hand_over
         self._resources = resources
