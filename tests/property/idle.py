@@ -34,9 +34,12 @@ def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
         return True
     if model.pool.pause_of(limit) is not None:
         return False
-    if isinstance(limit.limit, Concurrency):
-        return limit.used < model.capacity.cap(limit, queue.flow.band)
     amount = read_member(queue.first()[0]).amount(position)
+    if isinstance(limit.limit, Concurrency):
+        cap = model.capacity.cap(limit, queue.flow.band)
+        if limit.by_tokens and amount > limit.limit.bound:
+            return False
+        return limit.used + (max(1, min(amount, cap)) if limit.by_tokens else 1) <= cap
     if amount == 0:
         return True
     if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):

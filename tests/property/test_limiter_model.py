@@ -197,13 +197,14 @@ class PoolMachine(Traffic):
     @rule(
         name=limits,
         who=st.sampled_from(["background-1", "background-2"]),
+        amount=st.integers(1, 20),
         for_ms=st.sampled_from([1, 2000, 60_000]),
         ends=st.booleans(),
     )
     def hold_for_a_call_without_a_process(
-        self, name: str, who: str, for_ms: int, ends: bool
+        self, name: str, who: str, amount: int, for_ms: int, ends: bool
     ) -> None:
-        self.world.hold(who, (name,), for_ms)
+        self.world.hold(who, name, amount, for_ms)
         if ends:
             self.world.revoke(who)
 

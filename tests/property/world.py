@@ -279,10 +279,10 @@ class World:
         done = self.model.charge(name, amount, run=self.run, wall=self.wall_ms)
         self._act({"verb": "charge", "limit": name, "amount": amount}, done)
 
-    def hold(self, who: str, lane: tuple[str, ...], for_ms: int) -> None:
-        done = self.model.hold(who, lane, for_ms, run=self.run, wall=self.wall_ms)
-        request = {"verb": "hold", "sid": who, "lane": " ".join(lane), "for_ms": for_ms}
-        self._act(request, done)
+    def hold(self, who: str, name: str, amount: int, for_ms: int) -> None:
+        done = self.model.hold(who, (name,), [amount], for_ms, run=self.run, wall=self.wall_ms)
+        request = {"verb": "hold", "sid": who, "lane": name, "amounts": [amount]}
+        self._act({**request, "for_ms": for_ms}, done)
 
     def revoke(self, who: str) -> None:
         done = self.model.revoke(who, run=self.run, wall=self.wall_ms)

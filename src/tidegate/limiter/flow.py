@@ -17,6 +17,7 @@ from tidegate.errors import DemandImpossible
 from tidegate.limiter.messages import Hint, format_unit
 from tidegate.limiter.policy import (
     CALL_USE,
+    TENANT_NAME,
     UNKNOWN_USE,
     CallUse,
     Concurrency,
@@ -30,6 +31,8 @@ from tidegate.limiter.policy import (
     amount_in_flight,
     amount_of,
     amount_to_reserve,
+    implicit_limit,
+    refused_tenant,
     unknown_limit,
     use_by_cost,
 )
@@ -102,37 +105,42 @@ class Flow:
         return f"<Flow {self.key} waiting={len(self.waiting)} held={self.held}>"
 
     def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
-        """Read what the policy says. Raises DemandImpossible for a limit that admits no call."""
-        found = [policy.binding(name) for name in self.limits]
-        for name, limit in zip(self.limits, found, strict=True):
+        """Read what the policy says. Raises DemandImpossible for a limit that admits no call, and
+        ConfigError for a name that a tenant can't have."""
+        if not TENANT_NAME.fullmatch(self.tenant):
+            raise refused_tenant(self.tenant)
+        rules: list[Limit] = []
+        rated: dict[str, Rate | Quota] = {}
+        self.unnamed = None
+        self.plain, self.sized, self.by_latency = policy.hand_off, False, False
+        for name in self.limits:
+            limit = policy.rules.get(name)
+            if limit is None:
+                self.unnamed = self.unnamed or name
+                limit = implicit_limit(name)
             if limit is None:
                 raise DemandImpossible(unknown_limit(name, policy, pool), limit=name)
             if limit.bound == 0:
                 raise DemandImpossible(f"limit {name!r} is 0: it admits no call", limit=name)
-        self.rules = tuple(limit for limit in found if limit is not None)
-        named = policy.limits
-        self.unnamed = next((name for name in self.limits if name not in named), None)
-        self.plain = policy.hand_off and all(
-            isinstance(limit, Concurrency) and not (limit.adaptive or limit.by_tokens)
-            for limit in self.rules
-        )
-        rated = {
-            name: limit
-            for name, limit in zip(self.limits, self.rules, strict=True)
-            if not isinstance(limit, Concurrency)
-        }
+            rules.append(limit)
+            if not isinstance(limit, Concurrency):
+                rated[name] = limit
+                self.plain, self.sized = False, True
+                continue
+            if limit.unit != "calls":
+                self.plain, self.sized = False, True
+            if limit.adaptive is not None:
+                self.plain = False
+                self.by_latency = self.by_latency or limit.adaptive.by == "latency"
+        self.rules = tuple(rules)
         self.rates = bool(rated)
-        self.sized = self.rates or any(limit.unit == "tokens_in_flight" for limit in self.rules)
         self.quotas = tuple((n, q.zone) for n, q in rated.items() if isinstance(q, Quota))
         self.firm = tuple(
             name
             for name, limit in rated.items()
             if limit.unit == "requests" and not (isinstance(limit, Rate) and limit.exact)
         )
-        self.by_latency = any(
-            isinstance(limit, Concurrency) and limit.by_latency for limit in self.rules
-        )
-        slacks = [limit.slack for limit in self.rules if isinstance(limit, Rate)]
+        slacks = [limit.slack for limit in rated.values() if isinstance(limit, Rate)]
         self.slack_ms = min(slacks, default=inf)
         self.weight = policy.weights.get(self.tenant, 1)
         self.fair_by = policy.fair_by
@@ -165,19 +173,22 @@ class Flow:
 
     def check_amounts(self, amounts: str) -> None:
         """Raises DemandImpossible where a ticket takes more than may ever be in flight."""
-        for name, limit, amount in self._taken(amounts):
+        for name, limit, amount in self.taken(amounts):
             if isinstance(limit, Concurrency):
                 _check_in_flight(name, limit, amount)
 
     def amount_under(self, name: str, amounts: str) -> int:
         """What a ticket takes of a limit."""
-        return next((amount for one, _, amount in self._taken(amounts) if one == name), 1)
+        return next((amount for one, _, amount in self.taken(amounts) if one == name), 1)
 
-    def _taken(self, amounts: str) -> Iterable[tuple[str, Limit, int]]:
-        """Asked for before its limits counted so, a ticket may say nothing of amounts: 1 of each,
-        as the server takes it."""
+    def taken(self, amounts: str) -> list[tuple[str, Limit, int]]:
+        """What a ticket takes of each limit. Asked for before its limits counted so, it may say
+        nothing of amounts, or more: 1 of each, as the server takes it."""
         said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
-        return zip(self.limits, self.rules, said, strict=True)
+        return [
+            (name, limit, 1 if isinstance(limit, Concurrency) and not limit.by_tokens else amount)
+            for name, limit, amount in zip(self.limits, self.rules, said, strict=True)
+        ]
 
     def actual(self, used: CallUse) -> str:
         """What a call really used, `-` where it is not known or is not settled: empty where
@@ -204,8 +215,8 @@ class Flow:
         """What an admission takes of the limits that are not concurrencies."""
         if not self.rates:
             return {}
-        return {name: amount for name, limit, amount in self._taken(amounts)
-                if not isinstance(limit, Concurrency)}  # fmt: skip
+        taken = self.taken(amounts)
+        return {name: each for name, limit, each in taken if not isinstance(limit, Concurrency)}
 
     @property
     def usual_use(self) -> int:

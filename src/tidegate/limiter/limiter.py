@@ -147,7 +147,7 @@ CLOSE_BODIES_S = 1.0
 # How long it tries to tell the server, so that nothing waits for its lease: at least.
 GOODBYE_S = 1.0
 # How often the pool is looked at while a new policy reaches its processes.
-_KNOWN_EVERY_S = 0.5
+_KNOWN_FIRST_S, _KNOWN_EVERY_S = 0.05, 0.5
 
 
 class Limiter:
@@ -434,11 +434,13 @@ class Limiter:
         waited for until its lease has ended; one of a version that does not report what it knows
         is not. Raises as `in_force`, and LimiterUnavailable."""
         await self.in_force()
+        wait_s = _KNOWN_FIRST_S
         while True:
             alive = [one for one in (await self.snapshot()).processes if one.left_ms > 0]
             if not any(0 < one.revision < self.policy.revision for one in alive):
                 return
-            await self._clock.sleep(_KNOWN_EVERY_S)
+            await self._clock.sleep(wait_s)
+            wait_s = min(2 * wait_s, _KNOWN_EVERY_S)
 
     # -- the pool
 
@@ -610,7 +612,7 @@ class Limiter:
         self._session.remembered.watchers.discard(told)
 
     def tell_all(self) -> None:
-        """Call what `tell_of_pauses` was given: whoever uses the limiter holds calls up itself."""
+        """Call what `tell_of_pauses` was given: the user of the limiter holds calls up itself."""
         for told in tuple(self._session.remembered.watchers):
             told()
 
@@ -628,12 +630,14 @@ class Limiter:
         limit, or while Valkey may have lost data."""
         return bool(await self._act({"verb": "charge", "limit": limit, "amount": amount}))
 
-    async def hold(self, name: str, limits: Sequence[str], for_ms: int) -> None:
-        """Count a call that outlives its process under these limits, even above them, until
-        `revoke(name)`, for `for_ms` at most. A repeat only extends that time. `name` must be no
-        session's. Raises LimiterUnavailable, also while Valkey may have lost data."""
-        lane = " ".join(sorted(set(limits)))
-        if not await self._act({"verb": "hold", "sid": name, "lane": lane, "for_ms": for_ms}):
+    async def hold(self, name: str, limits: Mapping[str, int], for_ms: int) -> None:
+        """Count a call that outlives its process under these limits, with what it takes of each,
+        even above them, until `revoke(name)`, for `for_ms` at most. A repeat only extends that
+        time. `name` must be no session's. Raises LimiterUnavailable, also while Valkey may have
+        lost data."""
+        lane = sorted(limits)
+        request = {"verb": "hold", "sid": name, "lane": " ".join(lane), "for_ms": for_ms}
+        if not await self._act({**request, "amounts": [max(1, limits[one]) for one in lane]}):
             raise LimiterUnavailable("Valkey has lost data", limit="", retry_after_ms=1000)
 
     async def revoke(self, session: str) -> int:

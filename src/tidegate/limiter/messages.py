@@ -202,8 +202,9 @@ def definition(limit: int | Limit) -> str:
         return f"c|{limit}|0|0|0|0"
     shadow = int(limit.shadow)
     if isinstance(limit, Concurrency):
-        least = limit.adaptive.minimum if limit.adaptive else 0
-        return f"c|{limit.bound}|{shadow}|{least}|{int(limit.by_tokens)}|{int(limit.by_latency)}"
+        adaptive, by_tokens = limit.adaptive, limit.unit == "tokens_in_flight"
+        least, by_latency = (adaptive.minimum, adaptive.by == "latency") if adaptive else (0, False)
+        return f"c|{limit.bound}|{shadow}|{least}|{int(by_tokens)}|{int(by_latency)}"
     if isinstance(limit, Rate):
         exact = int(limit.exact)
         said = f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
@@ -256,7 +257,7 @@ class Join:
         policy = {
             "revision": self.policy.revision,
             # Packed once more: only a server that does not have this revision reads them.
-            "limits": _flat(self.policy.limits),
+            "limits": _flat(self.policy.rules),
             "weights": pack(dict(self.policy.weights)),
             "digest": _digest(blob),
             "base": _digest(self.base.pack()) if self.base else "",
@@ -285,8 +286,8 @@ class Join:
 
 def _by_tokens(policy: PoolPolicy) -> str:
     """The limits that count tokens in flight, with a space after each."""
-    limits = policy.limits.items()
-    names = sorted(n for n, one in limits if isinstance(one, Concurrency) and one.by_tokens)
+    limits = policy.rules.items()
+    names = sorted(name for name, one in limits if one.unit == "tokens_in_flight")
     return "".join(f"{name} " for name in names)
 
 
@@ -303,10 +304,10 @@ def _flat(limits: Mapping[str, int | Limit]) -> bytes:
 def _changes(base: PoolPolicy, policy: PoolPolicy) -> bytes:
     """The limits and the weights that a policy has otherwise than another one, False if no more."""
     limits: dict[str, str | Literal[False]] = {
-        n: False for n in base.limits if n not in policy.limits
+        n: False for n in base.rules if n not in policy.rules
     }
-    for name, limit in policy.limits.items():
-        if base.limits.get(name) != limit:
+    for name, limit in policy.rules.items():
+        if base.rules.get(name) != limit:
             limits[name] = definition(limit)
     weights: dict[str, int | Literal[False]] = {
         n: False for n in base.weights if n not in policy.weights

@@ -9,7 +9,7 @@ returned.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -33,10 +33,10 @@ from tidegate.limiter.policy import (
     DEFAULT_PRIORITY,
     NOTHING,
     CallUse,
+    Concurrency,
     Demand,
     PoolPolicy,
     Tokens,
-    check_tenant,
     unknown_limit,
 )
 from tidegate.limiter.queue import LocalQueue
@@ -98,7 +98,6 @@ class PermitIssuer:
         if flow is None:
             flow = self._queue.flow(band, demand.tenant, limits)
         if flow.revision != policy.revision:
-            check_tenant(demand.tenant)
             flow.refresh(policy, self._pool)
         if flow.unnamed is not None and not demand.implicit:
             name = flow.unnamed
@@ -279,6 +278,12 @@ class Permit:
     def limits(self) -> tuple[str, ...]:
         """The limits that it counts under."""
         return self._holding.flow.limits
+
+    @property
+    def in_flight(self) -> Mapping[str, int]:
+        """What it takes of each of them that is a concurrency."""
+        taken = self._holding.flow.taken(self._holding.amounts)
+        return {name: amount for name, limit, amount in taken if isinstance(limit, Concurrency)}
 
     @property
     def adapts_by_latency(self) -> bool:

@@ -68,7 +68,7 @@ ARRIVAL_SLACK_MS = 500
 # A limit of such a scope that no policy names has no bound: it is the place of a pause.
 IMPLICIT_SCOPES = ("model:", "upstream:")
 _LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}]{1,200}")
-_TENANT = re.compile(r"[^\s|{}]{1,200}")
+TENANT_NAME = re.compile(r"[^\s|{}]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +251,16 @@ class PoolPolicy:
     reap_closed_ms: int = 0
     hand_off: bool = True
     fair_by: FairBy = "seconds"
+    # `limits` without numbers.
+    rules: Mapping[str, Limit] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, limit in self.limits.items():
+        rules = {name: as_limit(limit) for name, limit in self.limits.items()}
+        object.__setattr__(self, "rules", rules)
+        for name, limit in rules.items():
             if not _LIMIT_ID.fullmatch(name):
                 raise ConfigError("limit", name, "a limit's id is `scope:name`")
-            _check_limit(name, as_limit(limit))
+            _check_limit(name, limit)
         if not MIN_LEASE_MS <= self.lease_ms <= MAX_LEASE_MS:
             allowed = f"{MIN_LEASE_MS} to {MAX_LEASE_MS} ms"
             raise ConfigError("lease_ms", str(self.lease_ms), allowed)
@@ -274,18 +278,15 @@ class PoolPolicy:
 
     def limit(self, name: str) -> Limit | None:
         """The limit of that id, or None where there is none."""
-        found = self.limits.get(name)
-        return None if found is None else as_limit(found)
+        return self.rules.get(name)
 
     def binding(self, name: str) -> Limit | None:
         """As `limit`, but one that is implicit where the policy does not name it."""
-        return self.limit(name) or implicit_limit(name)
+        return self.rules.get(name) or implicit_limit(name)
 
     def bound(self, name: str) -> int:
         """Its bound; 0 where there is no such limit."""
-        found = self.limits.get(name)
-        if isinstance(found, int):
-            return found
+        found = self.rules.get(name)
         return 0 if found is None else found.bound
 
     def bound_in_force(self, name: str) -> int:
@@ -309,7 +310,7 @@ class PoolPolicy:
             self.when_away,
             self.on_lost,
             self.on_expiry,
-            sorted((name, _pack_limit(as_limit(limit))) for name, limit in self.limits.items()),
+            sorted((name, _pack_limit(limit)) for name, limit in self.rules.items()),
             sorted(self.weights.items()),
             [(band.name, band.min_share, band.headroom) for band in self.bands],
             self.queue_per_tenant,
@@ -357,8 +358,12 @@ _UNBOUNDED = Concurrency(MAX_BOUND)
 
 def check_tenant(tenant: str) -> None:
     """Raises ConfigError for a name that a tenant can't have."""
-    if not _TENANT.fullmatch(tenant):
-        raise ConfigError("tenant", tenant, "1 to 200 characters without spaces, | { or }")
+    if not TENANT_NAME.fullmatch(tenant):
+        raise refused_tenant(tenant)
+
+
+def refused_tenant(tenant: str) -> ConfigError:
+    return ConfigError("tenant", tenant, "1 to 200 characters without spaces, | { or }")
 
 
 def share_of(bound: int, sessions: int) -> int:

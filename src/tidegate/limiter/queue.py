@@ -29,7 +29,7 @@ from tidegate.limiter.flow import (
     Waiter,
 )
 from tidegate.limiter.messages import OUTCOMES, USAGE_LATER, Hint
-from tidegate.limiter.policy import Concurrency, PoolPolicy, Quota, Rate, share_of
+from tidegate.limiter.policy import Concurrency, Quota, Rate, share_of
 
 
 @dataclass(slots=True)
@@ -113,27 +113,23 @@ class LocalShare:
     def allows(
         self,
         waiter: Waiter,
-        policy: PoolPolicy,
         sessions: int,
         held: Callable[[str, Concurrency], int],
         at_ms: float,
     ) -> bool:
         """Whether our share of every limit has room, beside what is `held` of it; what is taken of
         rates is noted."""
-        spends = waiter.flow.spends(waiter.amounts)
-        for name in waiter.flow.limits:
-            limit = policy.binding(name)
-            if limit is None:
-                return False
+        taken = waiter.flow.taken(waiter.amounts)
+        for name, limit, amount in taken:
             if isinstance(limit, Concurrency):
-                taken = waiter.flow.amount_under(name, waiter.amounts) if limit.by_tokens else 1
-                used = held(name, limit) + taken
+                used = held(name, limit)
             else:
-                used = self._used(name, limit, at_ms) + spends.get(name, 0)
-            if used > share_of(limit.bound, sessions):
+                used = self._used(name, limit, at_ms)
+            if used + amount > share_of(limit.bound, sessions):
                 return False
-        for name, amount in spends.items():
-            self._spent.setdefault(name, deque()).append((at_ms, amount))
+        for name, limit, amount in taken:
+            if not isinstance(limit, Concurrency):
+                self._spent.setdefault(name, deque()).append((at_ms, amount))
         return True
 
     def _used(self, name: str, limit: Rate | Quota, at_ms: float) -> int:

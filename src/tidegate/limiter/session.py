@@ -520,9 +520,9 @@ class Session:
         """Use our share once Valkey is unavailable for more than a lease, if the policy says so."""
         if self.policy.when_away == "local" and self._failing and self.lease.all_lapsed():
             at = self.lease.now_ms()
-            policy, sessions, held = self.policy, self.sessions, self._queue.amount_held
+            sessions, held = self.sessions, self._queue.amount_held
             self._queue.admit_locally(
-                lambda waiter: self._local.allows(waiter, policy, sessions, held, at),
+                lambda waiter: self._local.allows(waiter, sessions, held, at),
                 self.lease.identity.epoch,
                 at,
             )
@@ -805,6 +805,7 @@ class Session:
         self.policy = newest
         self.policy_due = False
         self._forget_hints()
+        self._queue.urgent = True  # the pool learns without delay that this process knows it
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
         self._refuse_impossible()
 

@@ -24,7 +24,6 @@ from tidegate.limiter import PoolPolicy, check_tenant
 from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions, readable_file
 from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
 from tidegate.policy.live import NAME, NO_CHANGES, POLICY_KEYS, LiveChanges, Table, Tables
-from tidegate.policy.presets import filled
 from tidegate.policy.providers import (
     ABANDONED,
     ACCESS_KEYS,
@@ -34,6 +33,7 @@ from tidegate.policy.providers import (
     PROVIDERS,
     Abandoned,
     access_options_of,
+    filled,
     own_models,
     urls_of,
 )
@@ -696,10 +696,10 @@ def default_pool(config: Config) -> str:
     """The pool that a command is about which names none: Gemini's, or the first upstream's where
     there is no account of Gemini."""
     try:
-        names = [one.name for one in deployed_upstreams(config).upstreams]
-    except ConfigError:  # such as a key that only the processes have
+        names = list(stated_by(config).tables())
+    except ConfigError:
         return DEFAULT_POOL
-    return DEFAULT_POOL if DEFAULT_POOL in names else names[0]
+    return DEFAULT_POOL if DEFAULT_POOL in names or not names else names[0]
 
 
 def doubtful(config: Config) -> list[Doubt]:

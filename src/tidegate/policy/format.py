@@ -206,7 +206,7 @@ _WORDS = {int: "a whole number", bool: "true or false", str: "a text", dict: "a 
 def to_plain(policy: PoolPolicy) -> Plain:
     """The policy without its revision."""
     found: Plain = {
-        "limits": {name: plain_limit(name, policy.limits[name]) for name in sorted(policy.limits)}
+        "limits": {name: plain_limit(name, policy.rules[name]) for name in sorted(policy.rules)}
     }
     if policy.weights:
         found["weights"] = {tenant: policy.weights[tenant] for tenant in sorted(policy.weights)}

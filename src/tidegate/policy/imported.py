@@ -27,7 +27,7 @@ from tidegate.policy.format import (
     source_of,
     whom_it_binds,
 )
-from tidegate.policy.presets import filled
+from tidegate.policy.providers import filled
 
 _LONGEST_NAME = 200
 # The date of a snapshot: gpt-4o-2024-08-06, claude-haiku-4-5-20251001.

@@ -19,7 +19,7 @@ from typing import Literal
 import orjson
 
 from tidegate.errors import NotFound
-from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, as_limit
+from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate
 from tidegate.policy.format import (
     MEASURES,
     Edit,
@@ -30,7 +30,7 @@ from tidegate.policy.format import (
     source_of,
     whom_it_binds,
 )
-from tidegate.policy.presets import filled
+from tidegate.policy.providers import filled
 
 MOST_READERS = 100
 _ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
@@ -168,7 +168,7 @@ def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[Le
         bound = reading.bound if limit is None else match.bound_for(reading, name)
         if bound is None:
             continue
-        in_force = None if limit is None else as_limit(limit).bound
+        in_force = None if limit is None else limit.bound
         share = others[name].amount / bound if name in others else 0.0
         at = datetime.fromtimestamp(reading.at, UTC).isoformat(timespec="seconds")
         source = "set" if limit is None else source_of(plain_limit(name, limit))

@@ -34,7 +34,7 @@ from tidegate.policy.format import (
     to_plain,
     with_tenants,
 )
-from tidegate.policy.presets import filled
+from tidegate.policy.providers import filled
 from tidegate.settings import Config
 from tidegate.store.records import PolicyRecord
 from tidegate.store.tenants import Policies

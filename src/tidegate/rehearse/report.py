@@ -107,7 +107,7 @@ class LoadTally:
         call.began_ms = now_ms - self.since_ms
         arrival = call.arrival
         for name in call.limits:
-            use, limit = self.uses[name], as_limit(self.policy.limits[name])
+            use, limit = self.uses[name], self.policy.rules[name]
             if isinstance(limit, Concurrency):
                 self._to(use, call.began_ms)
                 use.open += _in_flight(limit, name, call)
@@ -118,7 +118,7 @@ class LoadTally:
     def ended(self, call: LoadCall, now_ms: float) -> None:
         call.ended_ms = now_ms - self.since_ms
         for name in call.limits:
-            limit = as_limit(self.policy.limits[name])
+            limit = self.policy.rules[name]
             if isinstance(limit, Concurrency):
                 use = self.uses[name]
                 self._to(use, call.ended_ms)

@@ -442,9 +442,12 @@ class BackgroundHandOver:
         record, within_ms = self._record, max(lane.hard_ms, self._longest_ms)
         name = f"background-{record.id}-{record.attempts}"
         self._held = (lane.limiter, name) if demand.limits else None
-        await self._calls.begin(record, self._kind, demand.limits, name, within_ms)
-        if demand.limits:
-            await lane.limiter.hold(name, demand.limits, within_ms + GRACE_MS)
+        limits = dict.fromkeys(demand.limits, 1)
+        if self._permit is not None:
+            limits |= self._permit.in_flight
+        await self._calls.begin(record, self._kind, limits, name, within_ms)
+        if limits:
+            await lane.limiter.hold(name, limits, within_ms + GRACE_MS)
 
     async def taken(self, made: Sequence[NewResource]) -> None:
         """Raises StoreUnavailable where that can't be written within some seconds: the call stays

@@ -25,8 +25,8 @@ from tidegate.call import DEFAULT_POOL
 from tidegate.embedded.lease import ServersLease, ServiceName, ensure
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import PoolPolicy
-from tidegate.policy.deployment import deployed, deployed_upstreams, emulates, stated_by
-from tidegate.policy.live import LiveChanges, changes_of
+from tidegate.policy.deployment import deployed, emulates, stated_by
+from tidegate.policy.live import NO_CHANGES, LiveChanges, changes_of
 from tidegate.settings import SECRETS, Config
 from tidegate.telemetry.logging import redact
 from tidegate.usual_models import EMULATORS_KEY
@@ -196,23 +196,15 @@ def with_keeper(
     from tidegate.store.database import Connections
     from tidegate.store.tenants import Policies
 
-    wrong: ConfigError | None = None
-    try:
-        wanted, provider = policy_of(config, pool), provider_of_pool(config, pool)
-    except ConfigError as unknown:  # or it was added while running
-        wrong = unknown
+    is_unknown = pool != DEFAULT_POOL and pool not in stated_by(config).tables()
     name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
 
     async def run(whole: Config) -> T:
         connections = Connections(database_url_of(whole), probe_timeout_ms=_PATIENCE_MS)
         connections.start()
         try:
-            nonlocal wanted, provider
-            if wrong is not None:
-                found = stated_by(config).pool(pool, await _live_changes(connections))
-                if found is None:
-                    raise wrong
-                wanted, provider = found
+            live = await _live_changes(connections) if is_unknown else NO_CHANGES
+            wanted, provider = pool_of(config, pool, live)
             opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)
             async with opening as keeper:
                 await keeper.limiter.ping(_ANSWER_WITHIN_MS)
@@ -234,21 +226,18 @@ async def _live_changes(connections: Connections) -> LiveChanges:
 
 def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
     """What this deployment asks for in a pool. Raises ConfigError, as for one that is unknown."""
-    if pool == DEFAULT_POOL:
-        return deployed(config)
-    others = deployed_upstreams(config).policies
-    if pool not in others:
-        names = ", ".join((DEFAULT_POOL, *others))
-        raise ConfigError("--pool", pool, f"must be one of {names}")
-    return others[pool]
+    return pool_of(config, pool)[0]
 
 
-def provider_of_pool(config: Config, pool: str) -> str | None:
-    """The provider whose preset a pool has. Raises ConfigError."""
+def pool_of(config: Config, pool: str, live: LiveChanges = NO_CHANGES) -> tuple[PoolPolicy, str]:
+    """As `policy_of`, with the provider whose preset the pool has; empty where it has none."""
     if pool == DEFAULT_POOL:  # whose preset fills in nothing
-        return None
-    upstreams = deployed_upstreams(config).upstreams
-    return next((one.provider for one in upstreams if one.pool == pool), None)
+        return deployed(config), ""
+    stated = stated_by(config)
+    if (found := stated.pool(pool, live)) is None:
+        names = ", ".join(dict.fromkeys((DEFAULT_POOL, *stated.tables())))
+        raise ConfigError("--pool", pool, f"must be one of {names}")
+    return found
 
 
 def database_url_of(config: Config) -> str:

@@ -9,6 +9,7 @@ import pytest
 from tests.integration.limiter.makers import LIMIT, Body, Maker, until_used, until_waiting
 from tests.waiting import wait_until
 from tidegate.errors import DeadlineExceeded, LeaseLost
+from tidegate.limiter import Concurrency, PoolPolicy
 from tidegate.limiter.limiter import Limiter
 
 
@@ -99,19 +100,19 @@ async def test_a_call_that_is_handed_over_counts_for_nobodys_next_one(
     async with one.acquire(LIMIT) as permit:
         waiters += [Body(one), Body(one)]
         await until_waiting(two, 2)
-        await one.hold("background-1", [LIMIT], 60_000)
+        await one.hold("background-1", {LIMIT: 1}, 60_000)
         permit.hand_over()
         await until_used(two, 1)
         assert one.permits_held == 0
     assert one.waiters == 2
-    await one.hold("background-1", [LIMIT], 60_000)
+    await one.hold("background-1", {LIMIT: 1}, 60_000)
     await until_used(two, 1)
     assert await two.revoke("background-1") == 1
     assert await two.revoke("background-1") == 0
     for waiter in waiters:
         await waiter.until_admitted()
         await waiter.end()
-    await one.hold("background-2", [LIMIT], 60_000)
+    await one.hold("background-2", {LIMIT: 1}, 60_000)
     await one.aclose()
     await until_used(two, 1)
     await two.revoke("background-2")
@@ -142,3 +143,17 @@ async def test_one_can_look_who_changed_the_policy(maker: Maker, valkey_url: str
     newest, oldest = await limiter.history()
     assert (newest.revision, newest.by, newest.policy.bound(LIMIT)) == (2, "ann", 3)
     assert (oldest.revision, oldest.by) == (1, "deployment")
+
+
+async def test_a_call_without_a_process_takes_its_tokens(maker: Maker, valkey_url: str) -> None:
+    policy = PoolPolicy({LIMIT: Concurrency(5_000, unit="tokens_in_flight")})
+    limiter = await maker(valkey_url, policy=policy)
+    async with limiter.acquire(LIMIT, tokens=4_000) as permit:
+        assert permit.in_flight == {LIMIT: 4_000}
+        await limiter.hold("background-1", permit.in_flight, 60_000)
+        permit.hand_over()
+        await until_used(limiter, 4_000)
+    await limiter.hold("background-1", {LIMIT: 1}, 60_000)  # a repeat extends its time alone
+    await until_used(limiter, 4_000)
+    await limiter.revoke("background-1")
+    await until_used(limiter, 0)

@@ -16,9 +16,9 @@ from tidegate.embedded.servers import ValkeyServer
 # together or one by one.
 REACHED = {
     "relayed call": Goal(48, 180),
-    "acquire to grant": Goal(7, 31),
+    "acquire to grant": Goal(6, 26),
     "submit to webhook": Goal(60, 300),
-    "limits set to in force": Goal(29, 220),
+    "limits set to in force": Goal(24, 185),
 }
 
 

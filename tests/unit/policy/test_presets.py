@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.limiter import Rate, Weights
 from tidegate.policy.format import of_plain, to_plain
-from tidegate.policy.presets import PRESETS, filled
+from tidegate.policy.providers import PRESETS, filled
 
 
 def rate(provider: str, limit_id: str, value: Any = 30_000) -> Rate:

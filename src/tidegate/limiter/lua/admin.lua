@@ -1,7 +1,7 @@
 -- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, hold a permit, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit lane for_ms most_ms ramp_ms tried amount said sid run
+-- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount said sid run
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
@@ -87,8 +87,9 @@ elseif q.verb == 'hold' then
   -- time is over.
   if not pool.doubtful then
     local is_new = not call('ZSCORE', T.lapsing_key, '0|' .. q.sid .. '|' .. q.lane)
-    T.hold_over('0', q.sid, { until_ms = pool.now + q.for_ms, lane = q.lane, charges = '' })
-    if is_new then T.count_lane(q.lane, '') end
+    local charges = is_new and T.charges_of_lane(q.lane, q.amounts or {}, false) or ''
+    T.hold_over('0', q.sid, { until_ms = pool.now + q.for_ms, lane = q.lane, charges = charges })
+    if is_new then T.count_lane(q.lane, charges) end
     done = 1
   end
 elseif q.verb == 'revoke' then

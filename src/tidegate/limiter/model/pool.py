@@ -92,17 +92,25 @@ class Roster:
             if sid != but:
                 self.call_up(sid)
 
-    def enter_roster(self, sid: str, session: SessionState, before: SessionState | None) -> None:
-        """One that was there joins again only to say something new."""
+    def _announce(self, sid: str) -> None:
+        if not self.pool.quiet() and len(self.pool.sessions) <= MOST_TO_ANNOUNCE:
+            self.call_up_others(sid)
+
+    def enter_roster(
+        self, sid: str, session: SessionState, before: SessionState | None, *, is_news: bool
+    ) -> None:
+        """One that was there joins again only to say something new; `is_news`: with a policy that
+        others don't know."""
         if before is not None:
             session.since = before.since
+            if is_news:
+                self._announce(sid)
             return
         self.version += 1
         session.since = self.seen[sid] = self.version
         if len(self.pool.sessions) > 1:
             self.pump.fresh[sid] = self.pool.now + self.pool.lease_ms // 2
-            if not self.pool.quiet() and len(self.pool.sessions) <= MOST_TO_ANNOUNCE:
-                self.call_up_others(sid)
+            self._announce(sid)
 
     def leave_roster(self, sid: str) -> None:
         self.version += 1
@@ -224,7 +232,7 @@ class Joins:
             return "stale"
         charges = {t: held.charges for t, held in before.held.items()} if before else {}
         self.reap(q.sid, hold=False, comes_back=True)
-        self._merge(q.join.policy)
+        is_news = self._merge(q.join.policy)
         lost = 0 < q.epoch < self.pool.epoch
         if lost:
             # A session of an earlier epoch proves that there was one.
@@ -234,7 +242,7 @@ class Joins:
         session = SessionState(self.permits.next_seq(), q.batch, expiry, q.join.name)
         session.revision = self.pool.revision
         self.pool.sessions[q.sid] = session
-        self.roster.enter_roster(q.sid, session, before)
+        self.roster.enter_roster(q.sid, session, before, is_news=is_news)
         for ticket, number, seq, hard_ms, use, amounts in q.join.held:
             key = q.flows[number - 1]
             flow, permit = read_flow(key), Lapsing(ticket, q.sid, q.flows[number - 1].split("|")[2])
@@ -294,13 +302,14 @@ class Joins:
         limit.spending.add(limit.limit, max(0, seen - known) + since, self.pool.now)
         limit.asserted = max(base, seen, 1)
 
-    def _merge(self, policy: PoolPolicy) -> None:
-        """The highest revision wins; a start-up never overwrites a newer one."""
+    def _merge(self, policy: PoolPolicy) -> bool:
+        """The highest revision wins; a start-up never overwrites a newer one. Whether it is news
+        for others."""
         before, revision = self.pool.policy, self.pool.revision
         if policy.revision == revision and before and policy.pack() != before.pack():
             self.conflict = 1
         if policy.revision <= revision:
-            return
+            return False
         self.forget_stamps()
         self.pool.forget_unnamed()
         self.pool.policy = policy
@@ -340,6 +349,7 @@ class Joins:
             if limit.is_rate:
                 self.capacity.spent(limit)
                 limit.spending.take_along(limit.limit, self.pool.now)
+        return before is not None
 
     def _restart_shares(self) -> None:
         """Shares are measured in something else from now on: nothing of before is compared with
@@ -630,13 +640,28 @@ class PoolModel:
         self._end_act(in_doubt=in_doubt)
         return done
 
-    def hold(self, who: str, lane: tuple[str, ...], for_ms: int, *, run: str, wall: int) -> int:
+    def hold(
+        self,
+        who: str,
+        lane: tuple[str, ...],
+        amounts: list[int],
+        for_ms: int,
+        *,
+        run: str,
+        wall: int,
+    ) -> int:
         """Count a call that outlives its process, under a name that is no session's."""
         in_doubt = self._begin_act(run, wall)
         if not in_doubt:
             permit = Lapsing(0, who, " ".join(lane))
             if permit not in self.permits.lapsing:
-                self.permits.count(lane, who, 0, {})
+                charges = {
+                    position: charge
+                    for position, name in enumerate(lane)
+                    if (charge := self.permits.in_flight(self.pool.limit(name), amounts[position]))
+                }
+                self.permits.count(lane, who, 0, charges)
+                self.permits.carried |= {permit: charges} if charges else {}
             self.permits.lapsing[permit] = self.pool.now + for_ms
         self._end_act(in_doubt=in_doubt)
         return int(not in_doubt)

@@ -38,8 +38,8 @@ _TIMEOUT_MS = 5_000
 @dataclass(frozen=True, slots=True)
 class BackgroundCall:
     """One call. kind, resource_id: what it makes. permit: the name under which the limiter counts
-    it, of the upstream's pool. looks: how often it was looked at. cancelled_at: since when it is to
-    end at the provider."""
+    it, of the upstream's pool. limits: with what it takes of each. looks: how often it was looked
+    at. cancelled_at: since when it is to end at the provider."""
 
     id: UUID
     state: str
@@ -49,7 +49,7 @@ class BackgroundCall:
     resource_id: str | None
     upstream: str
     pool: str
-    limits: tuple[str, ...]
+    limits: Mapping[str, int]
     permit: str
     hold_id: UUID | None
     record: CallRecord
@@ -82,7 +82,7 @@ class BackgroundCalls:
     # Of the process that makes the call
 
     async def begin(
-        self, record: CallRecord, kind: str, limits: Sequence[str], permit: str, within_ms: int
+        self, record: CallRecord, kind: str, limits: Mapping[str, int], permit: str, within_ms: int
     ) -> None:
         """Write down a call that is about to be sent. within_ms: how long it may go on."""
         await self._connections.execute(
@@ -93,7 +93,7 @@ class BackgroundCalls:
             kind,
             record.upstream,
             record.pool,
-            list(limits),
+            [name if amount == 1 else f"{name} {amount}" for name, amount in limits.items()],
             permit,
             orjson.dumps(facts_of(record)).decode(),
             zlib.compress(record.request, 1),
@@ -207,4 +207,7 @@ def _call(row: Mapping[str, Any]) -> BackgroundCall:
     record = record_from(row["id"], orjson.loads(row["facts_text"]))
     record.request = zlib.decompress(row["request"]) if row["request"] else b""
     record.lineage = lineage_from(row["lineage_text"])
-    return record_of(BackgroundCall, row, record=record, limits=tuple(row["limits"]))
+    limits = {
+        name: int(amount or 1) for name, _, amount in (x.partition(" ") for x in row["limits"])
+    }
+    return record_of(BackgroundCall, row, record=record, limits=limits)

@@ -162,13 +162,14 @@ function T.restart_shares()
   T.moves = T.moves + 1
 end
 
--- The highest revision wins; a start-up never overwrites a newer one.
+-- The highest revision wins; a start-up never overwrites a newer one. Returns whether it is news for others.
 function T.merge_policy(policy)
   if policy.revision == pool.revision and not T.is_in_force(policy.digest)
     and call('HGET', T.meta_key, 'policy') ~= policy.blob then
     T.conflict = 1
   end
-  if policy.revision <= pool.revision then return end
+  if policy.revision <= pool.revision then return false end
+  local is_first = pool.revision == 0
   T.reload_limits()
   local changed, restarts = none, pool.revision > 0 and (pool.fair_by or 'seconds') ~= policy.fair_by
   if pool.revision == 0 then
@@ -196,6 +197,7 @@ function T.merge_policy(policy)
   end
   if restarts then T.restart_shares() end
   T.note_units(policy.by_tokens)
+  return not is_first
 end
 
 -- Limits that count tokens in flight from now on, or no more, are counted again.
@@ -322,7 +324,7 @@ function T.join()
   end
   own.held, own.written, own.dirty = {}, {}, nil
   if not since and call('ZCARD', T.sessions_key) == 0 then T.recount() end
-  T.merge_policy(q.join.policy)
+  local is_news = T.merge_policy(q.join.policy)
   if not pool.indexed then T.index() end
   local lost = q.epoch > 0 and q.epoch < pool.epoch
   -- A session of an earlier epoch proves that there was one: the full quiet time is due.
@@ -336,7 +338,7 @@ function T.join()
   call('HSET', T.session_key(q.sid), 'gen', T.int(me.gen), 'batch', T.int(q.batch),
     'sent', '0', 'acked', '0', 'name', q.join.name, 'since', since or '0',
     'revision', T.int(pool.revision))
-  T.enter_roster(since)
+  T.enter_roster(since, is_news)
   for _, entry in ipairs(q.join.held) do T.assert_held(entry, charges) end
   T.free_unclaimed()
   if lost then

@@ -36,16 +36,23 @@ function T.count_fresh()
   T.put('fresh', T.int(pool.fresh))
 end
 
--- A session that was known joins again only with something new.
-function T.enter_roster(was_there)
-  if was_there then return end
+function T.announce(sessions)
+  if pool.now >= pool.recover_until and sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
+end
+
+-- A session that was known joins again only with something new; `is_news`: with a policy that others don't know.
+function T.enter_roster(was_there, is_news)
+  if was_there then
+    if is_news then T.announce(call('ZCARD', T.sessions_key)) end
+    return
+  end
   T.change_roster()
   call('ZADD', T.seen_key, T.int(pool.roster), q.sid)
   call('HSET', T.session_key(q.sid), 'since', T.int(pool.roster))
   local sessions = call('ZCARD', T.sessions_key)
   if sessions > 1 then
     call('ZADD', T.fresh_key, T.int(pool.now + math.floor(pool.lease_ms / 2)), q.sid)
-    if pool.now >= pool.recover_until and sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
+    T.announce(sessions)
   end
   T.count_fresh()
 end
