@@ -594,11 +594,10 @@ class Budgets:
         await self._connections.run(lambda connection: settle_holds(connection, due))
         for one in due:
             self._open.pop(one.hold, None)
-            left = [(at, other) for at, other in self._pending[one.request_id] if other is not one]
-            if left:
+            # Another flush may have written it meanwhile, which changes nothing.
+            pending = self._pending.pop(one.request_id, ())
+            if left := [(at, other) for at, other in pending if other is not one]:
                 self._pending[one.request_id] = left
-            else:
-                del self._pending[one.request_id]
         self.wake()
 
     def wake(self) -> None:

@@ -309,6 +309,19 @@ async def test_a_settlement_that_is_written_twice_counts_once(
     assert await seen(database_url) == {("day", ""): (400, 400, 0)}
 
 
+async def test_settlements_that_two_flushes_write_at_a_time_count_once(
+    budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, DAY)
+    request = new_id()
+    for _ in range(3):  # tries
+        hold = await budgets.reserve(budgets.binding(ACME, "m"), request, cost(100))
+        budgets.settle(hold, told(100))
+    await asyncio.gather(budgets.flush(), budgets.flush(), budgets.aclose())
+    assert await seen(database_url) == {("day", ""): (300, 0, 0)}
+    assert budgets.held == 0
+
+
 async def test_a_cancelled_reservation_holds_nothing(budgets: Budgets, database_url: str) -> None:
     await with_budgets(budgets, DAY)
     for _ in range(20):
