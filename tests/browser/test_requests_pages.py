@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Page, Route, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.browser.pictures import DRAWS, MARKS
@@ -76,6 +76,23 @@ async def picture(page: Page, name: str, folder: Path) -> None:
 async def look_again(page: Page) -> None:
     """Have a view refreshed at once, as when its tab comes to the front."""
     await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+async def look_no_more(page: Page) -> None:
+    """Have no view refreshed by itself, as while its tab is hidden."""
+    await page.evaluate(
+        "Object.defineProperty(document, 'hidden', {configurable: true, value: true})"
+    )
+
+
+async def look_from_now_on(page: Page) -> None:
+    await page.evaluate("delete document.hidden")
+
+
+async def drawn(page: Page) -> None:
+    """Return once the page has drawn twice: what it was about to do is done."""
+    twice = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    await page.evaluate(twice)
 
 
 @asynccontextmanager
@@ -258,9 +275,27 @@ async def test_a_list_that_is_looked_at_does_not_move_and_tells_of_new_ones(stag
         await expect(rows).to_have_count(2)
         await expect(rows.first).to_contain_text(second[:18])
         await page.mouse.move(5, 5)
+        fetched, overtaken = asyncio.Event(), asyncio.Event()
+
+        async def late(route: Route) -> None:
+            before_the_third = await route.fetch()
+            fetched.set()
+            await overtaken.wait()
+            await route.fulfill(response=before_the_third)
+
+        await page.route("**/admin/requests?*", late, times=1)
+        await look_again(page)
+        await fetched.wait()
         third = await stage.gateway.submit(data="Say three", type="text_only", subject=mine)
         await look_again(page)
         await expect(rows.first).to_contain_text(third[:18])
+        await look_no_more(page)
+        async with page.expect_event("requestfinished", lambda one: "/admin/requests?" in one.url):
+            overtaken.set()
+        await drawn(page)
+        await expect(rows).to_have_count(3)
+        await expect(rows.first).to_contain_text(third[:18])
+        await look_from_now_on(page)
         await expect(rows.last).to_contain_text(first[:18])
         await page.get_by_label("Id begins with").fill("not an id")
         await expect(page.get_by_text("Allowed: hexadecimal digits").first).to_be_visible()
@@ -274,6 +309,7 @@ async def test_a_list_that_is_looked_at_does_not_move_and_tells_of_new_ones(stag
         await page.route("**/admin/requests?*", lambda route: route.abort())
         await page.get_by_label("Tenant").fill("default")
         await expect(page.get_by_text("No connection")).to_be_visible()
+        await look_no_more(page)  # a refresh would find the connection, and take the button away
         await page.unroute("**/admin/requests?*")
         await page.get_by_role("button", name="Try again").click()
         await expect(rows.first).to_be_visible()

@@ -58,6 +58,7 @@ function listOf(signal) {
   let cursor = null;
   let shown = null;
   let searching = new AbortController();
+  let [begun, painted] = [0, 0]; // refreshes, by number
 
   function paint() {
     show(items, (item) => item.request_id);
@@ -163,10 +164,13 @@ function listOf(signal) {
   async function refresh() {
     const from = searching;
     if (element.getAttribute("aria-busy")) return;
+    begun += 1;
+    const number = begun;
     try {
       const limit = Math.min(MOST_REFRESHED, Math.max(PAGE, items.length));
       const page = await ask({ limit }, from);
-      if (from !== searching) return;
+      if (from !== searching || number < painted) return; // a later answer has come before
+      painted = number;
       const now = new Map(page.items.map((item) => [item.request_id, item]));
       const known = new Set(items.map((item) => item.request_id));
       items = items.map((item) => now.get(item.request_id) ?? left(item, page));
