@@ -272,13 +272,23 @@ def batch_methods(path: str) -> tuple[str, ...]:
 
 async def batches(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request to one of our paths."""
-    request = Request(scope, receive)
+    await respond(_answer, _refused, scope, receive, send)
+
+
+async def respond(
+    answer: Callable[[Request], Awaitable[Response]],
+    refused: Callable[[TidegateError], Response],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Send the answer to a request, or the refusal of it."""
     try:
-        response = await _answer(request)
+        response = await answer(Request(scope, receive))
     except ClientDisconnect:
         return
     except TidegateError as error:
-        response = _refused(error)
+        response = refused(error)
     await response(scope, receive, send)
 
 
@@ -286,13 +296,18 @@ async def _answer(request: Request) -> Response:
     path = request.scope["path"]
     found = _PATH.fullmatch(path)
     assert found is not None
-    method = request.method
-    handler = _HANDLERS.get((method, found["room"], found["id"] is not None, found["do"]))
+    place = (request.method, found["room"], found["id"] is not None, found["do"])
+    handler = _HANDLERS.get(place)
     if handler is None:
-        raise not_relayed(method, path, batch_methods(path))
-    caller = await caller_of(request, Right.READ if method == "GET" else Right.INFER)
+        raise not_relayed(request.method, path, batch_methods(path))
+    return await handler(await asking_of(request, found["id"] or ""))
+
+
+async def asking_of(request: Request, named: str) -> Asking:
+    """A request for what is `named`, and who makes it. Raises as `caller_of` does."""
+    caller = await caller_of(request, Right.READ if request.method == "GET" else Right.INFER)
     check_target(request.scope)
-    return await handler(Asking(request, services_of(request), caller, found["id"] or ""))
+    return Asking(request, services_of(request), caller, named)
 
 
 def _refused(error: TidegateError) -> Response:
@@ -305,7 +320,7 @@ def _refused(error: TidegateError) -> Response:
     return Response(body, status, kept)
 
 
-def _json(value: Any) -> Response:
+def as_json(value: Any) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
 
 
@@ -328,7 +343,7 @@ async def _upload(asking: Asking) -> Response:
     finally:
         hold.release()
         await uploaded.spool.close()
-    return _json(file_view(file))
+    return as_json(file_view(file))
 
 
 async def _kept(asking: Asking, uploaded: Uploaded) -> BatchFile:
@@ -553,11 +568,11 @@ async def _files(asking: Asking) -> Response:
         listed = orjson.loads(answer.body)
         shown, has_more = [*shown, *listed["data"]], listed["has_more"]
     body = page(shown, limit)
-    return _json({**body, "has_more": body["has_more"] or has_more})
+    return as_json({**body, "has_more": body["has_more"] or has_more})
 
 
 async def _file(asking: Asking) -> Response:
-    return _json(file_view(await _found_file(asking)))
+    return as_json(file_view(await _found_file(asking)))
 
 
 async def _content(asking: Asking) -> Response:
@@ -576,7 +591,7 @@ async def _delete(asking: Asking) -> Response:
     key = await store.batches.delete_file(_id(asking.id, _FILE_ID), asking.tenant)
     if key is not None:
         await delete_blob(asking.services, key)
-    return _json({"id": asking.id, "object": "file", "deleted": True})
+    return as_json({"id": asking.id, "object": "file", "deleted": True})
 
 
 async def _found_file(asking: Asking) -> BatchFile:
@@ -618,14 +633,14 @@ async def _create(asking: Asking) -> Response:
         batch = await batches.add(
             batch_id, asking.caller, file, order.endpoint, order.metadata, once
         )
-    return _json(batch_view(batch)) if batch.batch_id == batch_id else _replayed(batch)
+    return as_json(batch_view(batch)) if batch.batch_id == batch_id else _replayed(batch)
 
 
 def _replayed(batch: Batch) -> Response:
     """Raises IdempotencyConflict."""
     if batch.is_of_messages:
         raise IdempotencyConflict("this idempotency key was used for a different request")
-    answer = _json(batch_view(batch))
+    answer = as_json(batch_view(batch))
     answer.headers[REPLAYED_HEADER] = "true"
     return answer
 
@@ -672,15 +687,15 @@ async def _batches(asking: Asking) -> Response:
     query = asking.request.query_params
     limit, after = _limit(query.get("limit"), 20, 100, least=0), query.get("after")
     if after is not None and _BATCH_ID.fullmatch(after) is None:
-        return _json(page([], limit))  # nothing comes after what is not in the list
+        return as_json(page([], limit))  # nothing comes after what is not in the list
     found = await asking.services.store.batches.listed(
         asking.tenant, after=None if after is None else _id(after, _BATCH_ID), limit=limit + 1
     )
-    return _json(page([batch_view(one) for one in found], limit))
+    return as_json(page([batch_view(one) for one in found], limit))
 
 
 async def _batch(asking: Asking) -> Response:
-    return _json(batch_view(await _found_batch(asking)))
+    return as_json(batch_view(await _found_batch(asking)))
 
 
 async def _found_batch(asking: Asking) -> Batch:
@@ -697,7 +712,7 @@ async def _cancel(asking: Asking) -> Response:
     batch, done = await store.batches.cancel(_id(asking.id, _BATCH_ID), asking.tenant)
     if not done and not batch.status.startswith("cancel"):
         raise AlreadyEnded(f"this batch is {batch.status}: it can't be cancelled any more")
-    return _json(batch_view(batch))
+    return as_json(batch_view(batch))
 
 
 def _metadata(value: Any) -> dict[str, str] | None:

@@ -28,11 +28,10 @@ from uuid import UUID
 
 import orjson
 from anyio import to_thread
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tidegate.call import Scope as Right
 from tidegate.call import new_id
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.anthropic import error_type
@@ -46,12 +45,11 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.batches import Asking, delete_blob, relayed
+from tidegate.http.batches import Asking, as_json, asking_of, delete_blob, relayed, respond
 from tidegate.http.body import PREFIX, WITH_ITS_HEAD_BYTES, BodyBudget, Spool, count_in, incoming_of
-from tidegate.http.guards import caller_of, own_origin
+from tidegate.http.guards import own_origin
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
 from tidegate.http.problems import not_relayed, refusal, status_of_code
-from tidegate.http.services import check_target, services_of
 from tidegate.http.views import streamed
 from tidegate.spine.detached import LONGEST_BYTES, endpoint_named, wrapped_facts
 from tidegate.store.batches import INPUT, MOST_LINES, Batch, BatchFile
@@ -290,16 +288,12 @@ def message_batch_methods(path: str) -> tuple[str, ...]:
 
 async def message_batches(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request to one of our paths."""
-    request = Request(scope, receive)
-    try:
-        response = await _answer(request)
-    except ClientDisconnect:
-        return
-    except TidegateError as error:
-        status, headers, body = refusal(Dialect.ANTHROPIC, error)
-        kept = {name.decode(): value.decode() for name, value in headers}
-        response = Response(body, status, kept)
-    await response(scope, receive, send)
+    await respond(_answer, _refused, scope, receive, send)
+
+
+def _refused(error: TidegateError) -> Response:
+    status, headers, body = refusal(Dialect.ANTHROPIC, error)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
 async def _answer(request: Request) -> Response:
@@ -310,21 +304,14 @@ async def _answer(request: Request) -> Response:
     )
     if found is None or handler is None:
         raise not_relayed(method, path, message_batch_methods(path))
-    caller = await caller_of(request, Right.READ if method == "GET" else Right.INFER)
-    check_target(request.scope)
-    named = found["id"] or ""
-    asking = Asking(request, services_of(request), caller, named)
-    if named and _ID.fullmatch(named) is None:
+    asking = await asking_of(request, found["id"] or "")
+    if asking.id and _ID.fullmatch(asking.id) is None:
         return await _elsewhere(asking)
     return await handler(asking)
 
 
-def _json(value: Any) -> Response:
-    return Response(orjson.dumps(value), media_type="application/json")
-
-
 def _shown(asking: Asking, batch: Batch) -> Response:
-    return _json(view(batch, own_origin(asking.request.scope)))
+    return as_json(view(batch, own_origin(asking.request.scope)))
 
 
 async def _create(asking: Asking) -> Response:
@@ -442,7 +429,7 @@ async def _list(asking: Asking) -> Response:
     # Next to a batch that is none of ours there is none.
     shown = found[-limit:] if before and not after else found[:limit]
     origin = own_origin(asking.request.scope)
-    return _json(
+    return as_json(
         {
             "data": [view(one, origin) for one in shown],
             "has_more": len(found) > limit,
@@ -481,7 +468,7 @@ async def _delete(asking: Asking) -> Response:
         raise InvalidRequest("message_batch_id", said, allowed="a batch that has ended: cancel it")
     for key in keys:
         await delete_blob(asking.services, key)
-    return _json({"id": asking.id, "type": "message_batch_deleted"})
+    return as_json({"id": asking.id, "type": "message_batch_deleted"})
 
 
 async def _results(asking: Asking) -> Response:
@@ -580,7 +567,7 @@ async def _elsewhere(asking: Asking) -> Response:
     batch = orjson.loads(answer.body)
     if isinstance(batch, dict) and batch.get("results_url"):
         batch["results_url"] = f"{own_origin(scope)}{PATH}/{asking.id}/results"
-    return _json(batch)
+    return as_json(batch)
 
 
 _HANDLERS: dict[tuple[str, bool, str | None], Callable[[Asking], Awaitable[Response]]] = {
