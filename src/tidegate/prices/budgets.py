@@ -35,7 +35,6 @@ Dimension = Literal["tenant", "key", "subject", "conversation"]
 
 DIMENSIONS: tuple[Dimension, ...] = ("tenant", "key", "subject", "conversation")
 MOST_AMOUNT = 10**15
-_RESERVED_RETRY_MS = 1_000
 _LONGEST_WINDOW_S = 366 * 86_400
 _RESERVED_RETRY_MS = 1_000
 _SHORT_NAME = re.compile(r".+/(?P<name>budget_(?:day|month)_(?:money|tokens))")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from base64 import b64encode
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -105,6 +106,18 @@ class _Session:
     call: LoggedCall
     model: str
     talk: Talk = field(default_factory=Talk)
+
+    async def events(self) -> AsyncIterator[Json | None]:
+        """What the client sends, until either side closes; None for what is no JSON."""
+        async for message in self.socket:
+            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+                return
+            try:
+                yield orjson.loads(message.data)
+            except orjson.JSONDecodeError:
+                yield None
+            if self.socket.closed:
+                return
 
     async def closes(self, turn: EmulatedTurn) -> bool:
         """Whether the text of a turn has the connection closed, which is then done."""
@@ -204,17 +217,11 @@ class _OpenAISession:
 
     async def run(self) -> None:
         await self._send("session.created", session=self._facts)
-        async for message in self._socket:
-            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
-                break
-            try:
-                event = orjson.loads(message.data)
-            except orjson.JSONDecodeError:
+        async for event in self._session.events():
+            if event is None:
                 await self._error("We could not parse the JSON body of the event.", None)
-                continue
-            await self._hear(event)
-            if self._socket.closed:
-                break
+            else:
+                await self._hear(event)
 
     async def _hear(self, event: Json) -> None:
         talk = self._session.talk
@@ -377,17 +384,11 @@ class _GeminiSession:
 
     async def run(self) -> None:
         await self._send({"setupComplete": {}})
-        async for message in self._socket:
-            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
-                break
-            try:
-                event = orjson.loads(message.data)
-            except orjson.JSONDecodeError:
+        async for event in self._session.events():
+            if event is None:
                 await self._socket.close(code=1007, message=b"Invalid JSON payload received.")
-                break
-            await self._hear(event)
-            if self._socket.closed:
-                break
+            else:
+                await self._hear(event)
 
     async def _hear(self, event: Json) -> None:
         talk = self._session.talk
