@@ -19,7 +19,7 @@ from aiohttp import web
 
 from tidegate.emulator.account import AccountSpec
 from tidegate.emulator.batches import LineAnswer, LineWork
-from tidegate.emulator.content import Composed, ModelRequest
+from tidegate.emulator.content import Composed, ModelRequest, Moment
 from tidegate.emulator.counting import CallSize
 from tidegate.emulator.dialect import (
     BREAKS_OFF,
@@ -90,9 +90,17 @@ def whole_steps(composed: Composed, body: Json, output_tokens: int) -> list[Scri
     return [ScriptStep(b"", 0)] * waits + [ScriptStep(orjson.dumps(body), output_tokens)]
 
 
-def stream_steps(head: bytes, pieces: Iterable[ScriptStep], tail: bytes) -> list[ScriptStep]:
-    """A stream: `head` is sent with the first piece, `tail` with the last."""
-    found = list(pieces)
+def moment_steps(composed: Composed, piece: Callable[[Moment], bytes]) -> list[ScriptStep]:
+    """The pieces of a stream, each in the words of its API."""
+    return [ScriptStep(piece(moment), moment.output_tokens) for moment in composed.moments()]
+
+
+def stream_steps(
+    head: bytes, pieces: Iterable[ScriptStep], tail: bytes, output_tokens: int
+) -> list[ScriptStep]:
+    """A stream: `head` is sent with the first piece, `tail` with the last, which are one where
+    nothing was made but so many tokens."""
+    found = list(pieces) or [ScriptStep(b"", output_tokens)]
     found[0] = ScriptStep(head + found[0].data, found[0].output_tokens)
     found[-1] = ScriptStep(found[-1].data + tail, found[-1].output_tokens)
     return found
@@ -129,6 +137,15 @@ class Served:
     @property
     def behaviour(self) -> Behaviour:
         return self.state.behaviour
+
+    @property
+    def called(self) -> str:
+        """What is called: method and path."""
+        return f"{self.request.method} {self.request.path}"
+
+    def not_found(self) -> Refused:
+        """The refusal of what is called, in the words of Google and Anthropic."""
+        return Refused(404, f"Not found: {self.called}")
 
     async def json(self, complaint: str) -> Any:
         """The body; raises Refused (400) with `complaint`, where `{}` is replaced by the reason."""

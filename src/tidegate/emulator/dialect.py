@@ -220,6 +220,12 @@ class ErrorResponse:
     body: Json | list[Json]
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def listed(self) -> ErrorResponse:
+        """The same as a list of one error, without headers."""
+        body = self.body if isinstance(self.body, list) else [self.body]
+        return ErrorResponse(self.status, body)
+
 
 class Refused(Exception):
     """A request that the API would refuse. `facts` are further fields of its error object."""

@@ -47,6 +47,7 @@ from tidegate.emulator.delivery import (
     broken_object,
     json_response,
     line_work,
+    moment_steps,
     named_event,
     stream_steps,
     whole_steps,
@@ -125,9 +126,7 @@ def _throttled_on_order(fault: Fault, model: str) -> ErrorResponse | None:
         case FaultName.DAY_QUOTA:
             return throttled("requests", 250, fault.retry_after_s, "day")
         case FaultName.ERROR_LIST:
-            return ErrorResponse(
-                429, [minute.body] if isinstance(minute.body, dict) else minute.body
-            )
+            return minute.listed
     return None
 
 
@@ -348,14 +347,12 @@ class _Message:
         thoughts = self.composed.thoughts_tokens
         first = 1 if thoughts else 0
         pieces = [ScriptStep(self._thinking(), thoughts)] * first
-        pieces += [
-            ScriptStep(_piece(moment, moment.block + first), moment.output_tokens)
-            for moment in self.composed.moments()
-        ]
+        pieces += moment_steps(self.composed, lambda one: _piece(one, one.block + first))
         return stream_steps(
             named_event(start) + named_event({"type": "ping"}),
-            pieces or [ScriptStep(b"", total)],
+            pieces,
             named_event(end) + named_event({"type": "message_stop"}),
+            total,
         )
 
     @property
@@ -474,7 +471,7 @@ async def route(served: Served) -> web.StreamResponse:
             return await served.other("models", "", _list_models)
         case "GET", ["models", model]:
             return await served.other("models", model, lambda: _model(served.behaviour, model))
-    raise Refused(404, f"Not found: {request.method} {request.path}")
+    raise served.not_found()
 
 
 def _line_work(behaviour: Behaviour, params: Any) -> LineWork:
@@ -558,7 +555,7 @@ async def _files(served: Served, steps: Sequence[str]) -> web.StreamResponse:
         case "DELETE", [file_id]:
             answer = partial(_delete_file, served, file_id)
         case _:
-            raise Refused(404, f"Not found: {served.request.method} {served.request.path}")
+            raise served.not_found()
     return await served.other("files", "", answer)
 
 
@@ -623,9 +620,8 @@ LineParser = Callable[[Any], LineWork]  # the parameters of a message; raises Re
 
 async def _batches(served: Served, steps: Sequence[str], work: LineParser) -> web.StreamResponse:
     """Serve what follows `messages/batches` in the path. Raises Refused."""
-    request, label = served.request, f"{served.request.method} {served.request.path}"
     answer: Callable[[], Any]
-    match request.method, steps:
+    match served.request.method, steps:
         case "POST", []:
             answer = partial(_create_batch, served, work)
         case "GET", []:
@@ -639,8 +635,8 @@ async def _batches(served: Served, steps: Sequence[str], work: LineParser) -> we
         case "GET", [batch_id, "results"]:
             answer = partial(_results, served, batch_id)
         case _:
-            raise Refused(404, f"Not found: {request.method} {request.path}")
-    return await served.other("batches", "", answer, label=label)
+            raise served.not_found()
+    return await served.other("batches", "", answer, label=served.called)
 
 
 async def _create_batch(served: Served, work: LineParser) -> web.Response:

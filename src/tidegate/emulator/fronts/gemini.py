@@ -186,8 +186,7 @@ def throttled_on_order(fault: Fault, model: str) -> ErrorResponse | None:
         case FaultName.DAY_QUOTA:
             return _free_tier(model, "Day", 250, fault.retry_after_s)
         case FaultName.ERROR_LIST:
-            minute = _free_tier(model, "Minute", 10, fault.retry_after_s).body
-            return ErrorResponse(429, [minute] if isinstance(minute, dict) else minute)
+            return _free_tier(model, "Minute", 10, fault.retry_after_s).listed
     return None
 
 
@@ -621,7 +620,7 @@ async def route(served: Served) -> web.StreamResponse:
             return await served.other("files", "", lambda: _show_file(served, name))
         case "DELETE", ["files", name]:
             return await served.other("files", "", lambda: files.delete(f"files/{name}"))
-    raise Refused(404, f"Not found: {request.method} {request.path}")
+    raise served.not_found()
 
 
 async def _act(served: Served, model: str, action: str) -> web.StreamResponse:

@@ -52,6 +52,7 @@ from tidegate.emulator.delivery import (
     Served,
     broken_object,
     json_response,
+    moment_steps,
     stream_steps,
     whole_steps,
 )
@@ -84,7 +85,7 @@ async def interactions(served: Served, steps: Sequence[str]) -> web.StreamRespon
             )
         case "POST", [name, "cancel"]:
             return await served.other(_INTERACTIONS, "", lambda: _cancel(served, name))
-    raise Refused(404, f"Not found: {served.request.method} {served.request.path}")
+    raise served.not_found()
 
 
 def _found(served: Served, name: str) -> Json:
@@ -299,12 +300,10 @@ class _Answer:
         head = _event({"interaction": begun, "event_type": "interaction.created"})
         status = {"interaction_id": self._id, "status": "in_progress"}
         head += _event(status | {"event_type": "interaction.status_update"})
-        pieces = [
-            ScriptStep(self._piece(moment), moment.output_tokens) for moment in composed.moments()
-        ]
+        pieces = moment_steps(composed, self._piece)
         ended = {"interaction": self._ended(composed), "event_type": "interaction.completed"}
         tail = _event(ended) + b"event: done\ndata: [DONE]\n\n"
-        return stream_steps(head, pieces or [ScriptStep(b"", composed.output_tokens)], tail)
+        return stream_steps(head, pieces, tail, composed.output_tokens)
 
     def _piece(self, moment: Moment) -> bytes:
         place, call, events = {"index": moment.block}, moment.call, b""
@@ -345,7 +344,7 @@ async def caches(served: Served, steps: Sequence[str]) -> web.StreamResponse:
         case "DELETE", [name]:
             answer = partial(_delete_cache, served, f"{_CACHES}/{name}")
         case _:
-            raise Refused(404, f"Not found: {served.request.method} {served.request.path}")
+            raise served.not_found()
     return await served.other("caches", "", answer)
 
 
@@ -602,17 +601,15 @@ async def create_batch(
     served: Served, model: str, body: Any, work: LineParser
 ) -> web.StreamResponse:
     """Serve batchGenerateContent. Raises Refused."""
-    label = f"{served.request.method} {served.request.path}"
     return await served.other(
-        "batches", model, partial(_create_batch, served, model, body, work), label=label
+        "batches", model, partial(_create_batch, served, model, body, work), label=served.called
     )
 
 
 async def batches(served: Served, steps: Sequence[str]) -> web.StreamResponse:
     """Serve what follows `batches` in the path. Raises Refused."""
-    request, label = served.request, f"{served.request.method} {served.request.path}"
     answer: Callable[[], Json]
-    match request.method, steps:
+    match served.request.method, steps:
         case "GET", []:
             answer = partial(_list_batches, served)
         case "POST", [call] if call.endswith(":cancel"):
@@ -622,14 +619,13 @@ async def batches(served: Served, steps: Sequence[str]) -> web.StreamResponse:
         case "DELETE", [name]:
             answer = partial(_delete_batch, served, name)
         case _:
-            raise Refused(404, f"Not found: {request.method} {request.path}")
-    return await served.other("batches", "", answer, label=label)
+            raise served.not_found()
+    return await served.other("batches", "", answer, label=served.called)
 
 
 async def download(served: Served, name: str) -> web.StreamResponse:
     """Serve the content of a file of results. Raises Refused."""
-    label = f"{served.request.method} {served.request.path}"
-    return await served.other("files", "", partial(_download, served, name), label=label)
+    return await served.other("files", "", partial(_download, served, name), label=served.called)
 
 
 def results_file(served: Served, name: str) -> Json | None:

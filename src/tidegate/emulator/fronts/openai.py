@@ -160,7 +160,7 @@ def _refused_by_account(spec: AccountSpec, refusal: AccountRefusal, model: str) 
     if spec.provider != "gemini":
         return refused_in_openai(spec, refusal, model)
     error = GEMINI.refused_by_account(spec, refusal, model)
-    return ErrorResponse(429, [error.body] if isinstance(error.body, dict) else error.body)
+    return error.listed
 
 
 OPENAI = EmulatedApi(
@@ -560,7 +560,7 @@ class _Choices:
             for moment in self.composed.moments()
         ]
         tail += data_event(b"[DONE]")
-        return stream_steps(head, pieces or [ScriptStep(b"", self._billed())], tail)
+        return stream_steps(head, pieces, tail, self._billed())
 
     def _piece(self, moment: Moment) -> bytes:
         call = moment.call

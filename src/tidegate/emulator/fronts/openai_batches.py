@@ -47,7 +47,7 @@ Work = Callable[[str, Json], LineWork]  # an endpoint and a body; raises Refused
 
 async def route(served: Served, name: str, work: Work) -> web.StreamResponse:
     """Serve `files...` or `batches...`; `work` parses the request of a line. Raises Refused."""
-    request, label = served.request, f"{served.request.method} {served.request.path}"
+    request = served.request
     answer: Callable[[], Any]
     match request.method, name.split("/"):
         case "POST", ["files"]:
@@ -72,7 +72,7 @@ async def route(served: Served, name: str, work: Work) -> web.StreamResponse:
             answer = partial(_cancel, served, batch_id)
         case _:
             raise Refused(404, f"Invalid URL ({request.method} {request.path})")
-    return await served.other("batches", "", answer, label=label)
+    return await served.other("batches", "", answer, label=served.called)
 
 
 async def _upload(served: Served) -> web.Response:

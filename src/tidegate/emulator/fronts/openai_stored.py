@@ -40,6 +40,7 @@ from tidegate.emulator.delivery import (
     Served,
     data_event,
     json_response,
+    moment_steps,
     named_event,
     stream_steps,
     whole_steps,
@@ -114,13 +115,10 @@ class _ResponseObject:
         begun = self._response("in_progress", [], None)
         head = self._event("response.created", response=begun)
         head += self._event("response.in_progress", response=begun)
-        pieces = [
-            ScriptStep(self._piece(moment), moment.output_tokens)
-            for moment in self.composed.moments()
-        ]
+        pieces = moment_steps(self.composed, self._piece)
         ended = self._ended()
         tail = self._event(f"response.{ended['status']}", response=ended)
-        return stream_steps(head, pieces or [ScriptStep(b"", self.composed.output_tokens)], tail)
+        return stream_steps(head, pieces, tail, self.composed.output_tokens)
 
     def _piece(self, moment: Moment) -> bytes:
         events = b""
@@ -441,8 +439,7 @@ async def route(served: Served, name: str) -> web.StreamResponse:
         answer = partial(_on_conversation, things, request, parts[1:], body)
     else:
         answer = partial(_on_completion, things, request, parts[2:], body)
-    label = f"{request.method} {request.path}"
-    return await served.other("stored", "", answer, label=label)
+    return await served.other("stored", "", answer, label=served.called)
 
 
 def _on_response(
