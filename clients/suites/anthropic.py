@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from bench.environments import python_with
-from clients.suites.runs import Suite, served, sources_of
+from clients.suites.runs import PYTEST, Suite, policy_of, served, sources_of
 from tidegate.embedded.servers import free_port
 
 VERSION = "2.13.0"
 _PYTHON = (
     f"anthropic[aiohttp]=={VERSION}",
-    *("pytest==9.2.0", "pytest-asyncio==1.5.0", "pytest-xdist==3.8.0", "pytest-timeout==2.4.0"),
+    *PYTEST,
     *("respx==0.23.1", "http-snapshot[httpx]==0.1.9", "inline-snapshot>=0.28", "rich"),
     "standardwebhooks",
 )
@@ -29,15 +29,6 @@ PASSTHROUGH = (
     *("/v1/environments/*", "/v1/memory_stores/*", "/v1/vaults/*", "/v1/tunnels/*"),
     *("/v1/deployments/*", "/v1/deployment_runs/*", "/v1/dreams/*"),
 )
-_POLICY = """
-[upstreams.anthropic]
-provider = "anthropic"
-dialects = {{ anthropic = "{mock}" }}
-key = "MOCK_KEY"
-models = ["*"]
-adopt = "default"
-passthrough = [{passthrough}]
-"""
 
 
 def suite_of(sdk: Path | None, _spec: Path | None, folder: Path) -> Suite:
@@ -54,7 +45,7 @@ def suite_of(sdk: Path | None, _spec: Path | None, folder: Path) -> Suite:
         tests=("tests/api_resources",),
         url_variable="TEST_API_BASE_URL",
         mock=partial(_mock, ["env", path, str(python), "-P"], folder / "mock.log"),
-        policy=_policy,
+        policy=partial(policy_of, "anthropic", PASSTHROUGH),
         ignored=tuple(
             f"tests/api_resources/{below}{one}"
             for below in ("", "beta/")
@@ -63,10 +54,6 @@ def suite_of(sdk: Path | None, _spec: Path | None, folder: Path) -> Suite:
         least=3_500,
         environment=dict([path.split("=", 1)]),
     )
-
-
-def _policy(mock: str) -> str:
-    return _POLICY.format(mock=mock, passthrough=", ".join(f'"{one}"' for one in PASSTHROUGH))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from bench.environments import CACHE, EnvironmentMissing, node_modules_with, python_with
-from clients.suites.runs import Suite, served, sources_of
+from clients.suites.runs import PYTEST, Suite, policy_of, served, sources_of
 from tidegate.embedded.servers import free_port
 
 VERSION = "3.3.1"
@@ -29,7 +29,7 @@ _SPEC_IN_SDK = Path("api_reference/openapi.transformed.yml")
 _MOCK = {"@stdy/cli": "0.22.2"}
 _PYTHON = (
     f"openai[aiohttp]=={VERSION}",
-    *("pytest==9.2.0", "pytest-asyncio==1.5.0", "pytest-xdist==3.8.0", "pytest-timeout==2.4.0"),
+    *PYTEST,
     *("inline-snapshot>=0.28", "rich", "trio", "azure-identity", "botocore==1.42.97"),
 )
 # As the SDK's own scripts start it.
@@ -46,15 +46,6 @@ PASSTHROUGH = (
     *("/v1/content_provenance_checks", "/v1/audio/voices", "/v1/audio/voice_consents/*"),
     *("/v1/realtime/calls/*", "/v1/realtime/client_secrets", "/v1/realtime/translations/*"),
 )
-_POLICY = """
-[upstreams.openai]
-provider = "openai"
-dialects = {{ openai = "{mock}" }}
-key = "MOCK_KEY"
-models = ["*"]
-adopt = "default"
-passthrough = [{passthrough}]
-"""
 REASONS = {
     r"test_batches\.Test(Async)?Batches\.test_method_create_with_all_params": (
         "output_expires_after: what a batch gives is kept as RETENTION_DAYS says"
@@ -80,7 +71,7 @@ def suite_of(sdk: Path | None, spec: Path | None, folder: Path) -> Suite:
         tests=("tests/api_resources",),
         url_variable="TEST_API_BASE_URL",
         mock=partial(_mock, spec or _downloaded_spec(), folder / "mock.log"),
-        policy=_policy,
+        policy=partial(policy_of, "openai", PASSTHROUGH),
         below="/v1",
         environment={"PYTHONPATH": str(sources / "src"), "DEFER_PYDANTIC_BUILD": "false"},
         ignored=("tests/api_resources/admin",),
@@ -92,10 +83,6 @@ def suite_of(sdk: Path | None, spec: Path | None, folder: Path) -> Suite:
 def _version_in(sources: Path) -> str:
     found = re.search(r'__version__ = "([^"]+)"', (sources / "src/openai/_version.py").read_text())
     return "of an unknown version" if found is None else found[1]
-
-
-def _policy(mock: str) -> str:
-    return _POLICY.format(mock=mock, passthrough=", ".join(f'"{one}"' for one in PASSTHROUGH))
 
 
 def _downloaded_spec() -> Path:

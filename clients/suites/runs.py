@@ -28,10 +28,27 @@ from bench.environments import CACHE, run
 READY_WITHIN_S = 60
 LONGEST_RUN_S = 3_600
 _KEPT = ("PATH", "LANG", "HOME")
+# What both SDKs' tests run on, pinned: a report names what it was made with.
+PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0", "pytest-xdist==3.8.0", "pytest-timeout==2.4.0")
+_POLICY = """
+[upstreams.{name}]
+provider = "{name}"
+dialects = {{ {name} = "{mock}" }}
+key = "MOCK_KEY"
+models = ["*"]
+adopt = "default"
+passthrough = [{passthrough}]
+"""
 
 
 class SuiteFailed(Exception):
     """The tests could not be run; the message has the last of what was written."""
+
+
+def policy_of(name: str, passthrough: Sequence[str], mock: str) -> str:
+    """The policy of a gateway in front of a mock: what it does not know by itself, it relays."""
+    named = ", ".join(f'"{one}"' for one in passthrough)
+    return _POLICY.format(name=name, mock=mock, passthrough=named)
 
 
 @dataclass(frozen=True, slots=True)
