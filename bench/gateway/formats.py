@@ -146,7 +146,7 @@ def failover(entry: Entry, setting: Setting) -> Figures:
 def _prompt(tokens: int) -> list[dict[str, object]]:
     words = "def read(path): return open(path).read() # "
     text = words * (tokens * TOKEN_CHARS // len(words))
-    return [{"role": "user", "content": text}]
+    return [{"role": "user", "content": f"Ticket ##########\n{text}"}]
 
 
 ON_ONE_UPSTREAM: dict[str, Callable[[Stage, Setting], Figures]] = {

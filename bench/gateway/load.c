@@ -4,7 +4,8 @@
    JSON object. `--connections N`: closed loop, each sends its next request when the answer to the
    last is whole. `--rate R`: R requests a second on a schedule whatever the answers do, on N
    connections at most; what finds none free waits, and its time counts from when it was due.
-   `--seconds`, `--requests`: when to stop sending, whichever comes first; answers still out are then
+   `##########` in the body becomes the request's number, so that no two are alike. `--seconds`,
+   `--requests`: when to stop sending, whichever comes first; answers still out are then
    waited for, `--drain` seconds at most. `--tail TEXT`: an answer that does not end with it (but for
    empty lines) is cut. `--ramp S`: closed loop whose connections open over so long a time. `--skip
    S`: times of requests that began so early are left out. `--header LINE`: one more in the head.
@@ -29,6 +30,7 @@
 #define HEAD_BYTES 8192
 #define TAIL_BYTES 32
 #define RETRY_NS 20000000
+#define NUMBER_BYTES 10
 
 enum state { CLOSED, IDLE, HEAD, BODY };
 struct conn {
@@ -57,7 +59,7 @@ static long most_requests = -1;
 static int64_t length_ns = 5 * SECOND_NS, drain_ns = 15 * SECOND_NS, ramp_ns, skip_ns;
 static const char *tail = "";
 static bool by_events;
-static char *request;
+static char *request, *number; /* `number`: where each request has one of its own, or NULL */
 static size_t request_length;
 
 static int64_t started_ns, ends_ns;
@@ -116,6 +118,11 @@ static void send_on(struct conn *c, int64_t began_ns) {
     c->head_length = c->tail_length = 0;
     c->begun = false;
     sent++;
+    if (number) {
+        char digits[NUMBER_BYTES + 1];
+        snprintf(digits, sizeof digits, "%0*ld", NUMBER_BYTES, sent % 1000000000);
+        memcpy(number, digits, NUMBER_BYTES);
+    }
     /* The kernel takes a short one at once; a long one is all that this process does meanwhile. */
     for (size_t done = 0; done < request_length;) {
         ssize_t taken = send(c->fd, request + done, request_length - done, MSG_NOSIGNAL);
@@ -351,6 +358,7 @@ static void prepare(int count, char **words) {
                                       words[2], port, length, headers);
     memcpy(request + request_length, body, length);
     request_length += length;
+    number = memmem(request, request_length, "##########", NUMBER_BYTES);
 }
 
 int main(int count, char **words) {

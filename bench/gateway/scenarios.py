@@ -43,7 +43,7 @@ WARM_S = 1.5
 _LOOK_S = 0.05
 MESSAGES = [
     {"role": "system", "content": "You answer briefly, in plain English, and name your sources."},
-    {"role": "user", "content": "Explain the importance of cybersecurity for a small company."},
+    {"role": "user", "content": "Ticket ##########: the importance of cybersecurity for a firm."},
 ]
 
 
