@@ -3,8 +3,9 @@
     python -m bench.refusals [--apis 2] [--calls 1000] [--at-once 2]
 
 A rate of two requests in ten minutes is used up, and so many calls wait for it. Then calls with a
-deadline of a minute come over HTTP, on open connections: each must be refused by that limit, with
-its Retry-After. Bare sockets, since the client shares the machine with what it measures.
+later deadline than theirs, by which there is no room, come over HTTP, on open connections: each
+must be refused by that limit, with its Retry-After. Bare sockets, since the client shares the
+machine with what it measures.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ POLICY = f"""
 """
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]}).encode()
 WITHIN_MS = 20.0
+SOON_MS = 100_000
 # Between two calls of one connection, so that the client does not fill the machine.
 PAUSE_S = 0.02
 # Of the Retry-After.
@@ -58,6 +60,11 @@ class Answers:
         self.told.append((float(rest.split(b"\r\n")[0]), time.monotonic()))
 
 
+def _last_ms(waiters: int) -> int:
+    """When the last of those that wait is admitted."""
+    return waiters // BOUND * WINDOW_MS
+
+
 def _request(deadline_ms: int) -> bytes:
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -67,16 +74,18 @@ def _request(deadline_ms: int) -> bytes:
     return head.encode() + BODY
 
 
-async def _one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, into: Answers) -> None:
+async def _one(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadline_ms: int, into: Answers
+) -> None:
     started = time.perf_counter()
-    writer.write(_request(60_000))
+    writer.write(_request(deadline_ms))
     head = await reader.readuntil(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
     body = await reader.readexactly(length)
     into.note(head, body, (time.perf_counter() - started) * 1000)
 
 
-async def _refused(fleet: Fleet, calls: int, at_once: int) -> Answers:
+async def _refused(fleet: Fleet, calls: int, at_once: int, deadline_ms: int) -> Answers:
     urls = [urlsplit(url) for url in fleet.apis]
     found, left = Answers(), iter(range(calls))
 
@@ -85,7 +94,7 @@ async def _refused(fleet: Fleet, calls: int, at_once: int) -> Answers:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
         for _ in left:
             await asyncio.sleep(PAUSE_S)
-            await _one(reader, writer, found)
+            await _one(reader, writer, deadline_ms, found)
         writer.close()
 
     await asyncio.gather(*(caller(number, left) for number in range(at_once)))
@@ -99,7 +108,7 @@ async def _waiters(fleet: Fleet, count: int) -> list[asyncio.StreamWriter]:
     for number in range(count):
         url = urls[number % len(urls)]
         _, writer = await asyncio.open_connection(url.hostname, url.port)
-        writer.write(_request(86_400_000))
+        writer.write(_request(_last_ms(count) + SOON_MS))
         writers.append(writer)
     return writers
 
@@ -128,7 +137,7 @@ async def measure(apis: int, calls: int, at_once: int) -> None:
                 await wait_until(is_full, 30, "all that wait")
                 pids = [child.process.pid for child in fleet.apis.values()]
                 before_ns = sum(map(cpu_ns, pids))
-                found = await _refused(fleet, calls, at_once)
+                found = await _refused(fleet, calls, at_once, _last_ms(waiters) + 3 * SOON_MS)
                 cpu_ms = (sum(map(cpu_ns, pids)) - before_ns) / 1e6 / calls
                 print(_row(found, waiters, used_at, cpu_ms), flush=True)
                 if waiters:

@@ -157,11 +157,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=names, default=[])
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, default=[])
     parser.add_argument("--runs", type=int, default=1, help="interleaved; the medians count")
-    parser.add_argument("--seconds", type=float, default=2.0, help="measured in each load")
+    parser.add_argument("--seconds", type=float, default=1.5, help="measured in each load")
     parser.add_argument("--quick", action="store_true", help="short loads, to try it out")
     parser.add_argument("--jobs", type=int, default=5000, help="so many on the job path")
     parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds, in all, to wait for a quiet machine"
+        "--patience", type=float, default=30.0, help="seconds, in all, to wait for a quiet machine"
     )
     parser.add_argument("--json", type=Path, help="put every figure into this file")
     parser.add_argument("--write", action="store_true", help="put the tables into the document")
