@@ -13,7 +13,8 @@ changes. Pure.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Protocol
@@ -32,15 +33,23 @@ _AUDIO_SECOND_CHARS = 64_000
 _IN_CHARS, _OUT_CHARS = _AUDIO_SECOND_CHARS / 10, _AUDIO_SECOND_CHARS / 20
 _TEXT_CHARS = 4
 
+# Bytes of a second of sound: of 16-bit PCM at 24 kHz, which OpenAI takes unless the session says
+# otherwise, and of telephones. Of Gemini each piece says its rate, 16 kHz unless it does.
+_PCM_BYTES, _TELEPHONE_BYTES = 48_000, 8_000
+_TELEPHONE = re.compile(r"g711|pcm[ua]", re.IGNORECASE)
+_RATE = re.compile(r"rate\s*=\s*(\d{1,6})", re.IGNORECASE)
+_USUAL_RATE, _MOST_RATE = 16_000, 48_000
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a client's message asks for. begins_turn: the provider answers it with a turn.
-    about_tokens: of its input. message: as it goes on."""
+    about_tokens: of its input. audio_seconds: of sound in it. message: as it goes on."""
 
     message: Message
     begins_turn: bool = False
     about_tokens: float = 0.0
+    audio_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +277,12 @@ class OpenAIEvents:
         self._named = named
         self._model = model
         self._transcribes: str | None = None
+        self._second_bytes = _PCM_BYTES
 
     def asked(self, message: Message) -> Asked:
-        if self._is_audio(message):
-            return Asked(message, about_tokens=len(message) / _IN_CHARS)
+        if isinstance(message, str) and self._is_audio(message):
+            seconds = _longest(message.split('"')) * 3 / 4 / self._second_bytes
+            return Asked(message, False, len(message) / _IN_CHARS, seconds)
         event = read(message)
         kind = event.get("type")
         if type(kind) is not str:
@@ -280,15 +291,26 @@ class OpenAIEvents:
             dumped = orjson.dumps(event)
             message = dumped.decode() if isinstance(message, str) else dumped
         about = len(message) / (_IN_CHARS if kind.startswith("input_audio") else _TEXT_CHARS)
-        return Asked(message, kind == "response.create", about)
+        contents = _table(event.get("item")).get("content")
+        said = [event, *(contents if type(contents) is list else ())]
+        chars = sum(_longest([_table(one).get("audio")]) for one in said)
+        seconds = chars * 3 / 4 / self._second_bytes
+        return Asked(message, kind == "response.create", about, seconds)
 
     @staticmethod
-    def _is_audio(message: Message) -> bool:
+    def _is_audio(message: str) -> bool:
         """Whether it is nothing but audio: base64 has neither a quote nor a backslash."""
-        if isinstance(message, str):
-            plain = "\\" not in message and message.count('"') <= 16
-            return plain and _APPEND in message and message.lower().count('"type"') == 1
-        return False
+        plain = "\\" not in message and message.count('"') <= 16
+        return plain and _APPEND in message and message.lower().count('"type"') == 1
+
+    def _note_form(self, session: Facts) -> None:
+        """In which form the provider takes the client's sound, as it says itself."""
+        given = _table(_table(session.get("audio")).get("input")).get("format")
+        given = given or session.get("input_audio_format")
+        name = str(given.get("type")) if type(given) is dict else str(given)
+        rate = _count(given, "rate") or _PCM_BYTES // 2
+        is_telephone = _TELEPHONE.search(name) is not None
+        self._second_bytes = _TELEPHONE_BYTES if is_telephone else rate * 2
 
     def _check(self, event: Facts) -> bool:
         """Check the models that an event names; whether one of them was replaced in it."""
@@ -335,7 +357,9 @@ class OpenAIEvents:
             case "error":
                 return Reported(refuses=True)
             case "session.created" | "session.updated":
-                model = _table(event.get("session")).get("model")
+                session = _table(event.get("session"))
+                self._note_form(session)
+                model = session.get("model")
                 return Reported(model=model if type(model) is str else None)
         return NOTHING
 
@@ -356,6 +380,18 @@ def _models_in(event: Facts) -> Iterator[tuple[str, Facts, str]]:
                 yield where, table, value
             elif type(value) is dict and name not in ("tools", "metadata", "prompt"):
                 below.append((where, value))
+
+
+def _longest(texts: Sequence[Any]) -> int:
+    """The length of the longest text, which is base64 where there is any."""
+    return max((len(one) for one in texts if type(one) is str), default=0)
+
+
+def _gemini_seconds(chars: int, mime: str) -> float:
+    """Of 16-bit PCM in base64."""
+    stated = _RATE.search(mime)
+    rate = min(int(stated[1]), _MOST_RATE) if stated is not None else _USUAL_RATE
+    return chars * 3 / 4 / (2 * (rate or _USUAL_RATE))
 
 
 _REALTIME_INPUT = ('"realtimeInput"', '"realtime_input"')
@@ -401,8 +437,12 @@ class GeminiEvents:
     """Gemini Live's, after the setup."""
 
     def asked(self, message: Message) -> Asked:
-        if self._is_input(message):
-            return Asked(message, about_tokens=len(message) / _IN_CHARS)
+        if isinstance(message, str) and self._is_input(message):
+            parts = message.split('"')
+            mime = next((one for one in parts if one.lower().startswith("audio/")), "")
+            is_sound = mime or "audio" in parts
+            seconds = _gemini_seconds(_longest(parts), mime) if is_sound else 0.0
+            return Asked(message, False, len(message) / _IN_CHARS, seconds)
         event = read(message)
         names = [_SNAKE.get(name, name) for name in event]
         if len(names) != 1 or names[0] not in _OF_CLIENT:
@@ -415,14 +455,22 @@ class GeminiEvents:
         if names[0] == "clientContent":
             ends = value.get("turnComplete", value.get("turn_complete"))
             return Asked(message, begins_turn=ends is True, about_tokens=about)
-        return Asked(message, about_tokens=len(message) / _IN_CHARS)
+        chunks = value.get("mediaChunks", value.get("media_chunks"))
+        seconds = 0.0
+        for one in (value.get("audio"), *(chunks if type(chunks) is list else ())):
+            blob = _table(one)
+            mime = str(blob.get("mimeType", blob.get("mime_type", "")))
+            if one is value.get("audio") or mime.lower().startswith("audio/"):
+                seconds += _gemini_seconds(_longest([blob.get("data")]), mime)
+        return Asked(message, False, len(message) / _IN_CHARS, seconds)
 
     @staticmethod
-    def _is_input(message: Message) -> bool:
-        if not isinstance(message, str) or "\\" in message or message.count('"') > 20:
+    def _is_input(message: str) -> bool:
+        """Whether it is one piece of sound or of pictures, or words."""
+        if "\\" in message or message.count('"') > 16:
             return False
         has_one = sum(map(message.count, _REALTIME_INPUT)) == 1
-        return has_one and '"setup"' not in message.lower()
+        return has_one and message.count('"data"') <= 1 and '"setup"' not in message.lower()
 
     def reported(self, message: Message) -> Reported:
         has_usage = _has(message, '"usageMetadata"')

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 from uuid import uuid4
 
@@ -194,8 +194,8 @@ class RealtimeExchange:
         failed: CallFailed | None,
     ) -> int | None:
         if self.turns is not None:
-            self._record.charge = self.turns.charge
-            self._record.answer.usage = self.turns.charge.usage
+            usage = self._record.answer.usage = self.turns.usage
+            self._record.charge = replace(self.turns.charge, usage=usage)
         return None
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
@@ -307,7 +307,7 @@ class RealtimeExchange:
             self._said_at = self._loop.time()
             try:
                 asked = events.asked(message)
-                turns.sent(asked.about_tokens)
+                await turns.sent(asked)
                 await turns.may_go_on()
             except (InvalidRequest, Forbidden) as refused:
                 if self._wanted.dialect is Dialect.GEMINI:  # it has no events that tell an error

@@ -3,6 +3,8 @@
     budgets: reserved ahead of each turn ─► settled by what the provider reports of it
     rates:   a permit for each turn, asked for where the client begins one, held to its end
 
+    sound:   taken of the limits on seconds of audio some seconds ahead of what the client sends
+
 A turn that the provider begins by itself, as on a pause in the speech, takes its permit while it
 runs: nothing more of the client is passed on before the limits have it.
 
@@ -29,18 +31,21 @@ from tidegate.call import (
     Charge,
     Outcome,
     Usage,
+    UsageDetails,
     UsageState,
+    seconds_of,
     tokens_of,
 )
 from tidegate.errors import BudgetReserved, LimiterUnavailable, TidegateError
 from tidegate.limiter import Limit, Quota, Rate
 from tidegate.prices.budgets import Binding
 from tidegate.prices.rates import Rates
-from tidegate.realtime.events import Reported, Spent, add_usage
+from tidegate.realtime.events import Asked, Reported, Spent, add_usage
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Lane, Terms
 from tidegate.store.budgets import Budgets
 
+_AUDIO_STEP_S = 5
 _UNSEEN = "a turn has the whole conversation, with its audio, for its input"
 
 
@@ -82,6 +87,7 @@ class Turns:
     ) -> None:
         self.count = 0
         self.charge = NO_CHARGE
+        self._heard_s = self._taken_s = 0.0  # of the client's sound; of the limits on it
         self._terms = terms
         self._subject = subject
         self._target = target
@@ -120,8 +126,30 @@ class Turns:
             await asyncio.shield(self._late[0].admitted)
             self._late.pop(0)
 
-    def sent(self, about_tokens: float) -> None:
-        self._sent_tokens += about_tokens
+    async def sent(self, asked: Asked) -> None:
+        """The client sends more: returns once the limits have its sound. Raises as `ask`."""
+        self._sent_tokens += asked.about_tokens
+        lane, heard_s = self._lane, self._heard_s + asked.audio_seconds
+        while heard_s > self._taken_s:
+            demand = self._audio_demand()
+            if demand.limits:
+                to_admit = demand.to_admit(self._wait_ms, lane.hard_ms)
+                async with lane.limiter.acquire_for(to_admit) as permit:
+                    permit.settle(Outcome.SUCCESS, audio_seconds=demand.audio_seconds)
+                self._taken_s += demand.audio_seconds
+            else:
+                self._taken_s = heard_s + _AUDIO_STEP_S
+        self._heard_s = heard_s
+
+    @property
+    def usage(self) -> Usage:
+        """Of the session; of its sound at least what the client sent, of which a transcript may
+        report the same seconds."""
+        usage, heard_s = self.charge.usage, ceil(self._heard_s)
+        if heard_s <= (seconds_of(usage) or 0):
+            return usage
+        details = replace(usage.details or UsageDetails(), input_audio_seconds=heard_s)
+        return replace(usage, details=details)
 
     # What the provider says
 
@@ -261,6 +289,23 @@ class Turns:
         charge = charge_of(rates, spent.usage, None, whole=True)
         self.charge = _both(self.charge, charge)
         self._beside = _both(self._beside, charge)
+
+    def _audio_demand(self) -> CallDemand:
+        """The next seconds of the client's sound, on the limits that count them."""
+        lane, terms, policy = self._lane, self._terms, self._lane.limiter.policy
+        tenant, model = terms.caller.tenant_id, self._target.model
+        found = lane.demands.limits(policy, REALTIME_KIND, model, tenant, 0, _AUDIO_STEP_S)
+        bounds = {
+            one: limit.bound
+            for one in found
+            if isinstance(limit := policy.limit(one), Rate | Quota)
+            and limit.unit == "audio_seconds"
+        }
+        demand = lane.demands.of_native(
+            model, REALTIME_KIND, pieces_of(""), policy, tenant=tenant, priority=terms.priority
+        )
+        step_s = max(1, min([_AUDIO_STEP_S, *bounds.values()]))
+        return CallDemand(tuple(bounds), tenant, demand.priority, 0, audio_seconds=step_s)
 
     # What a turn may take
 

@@ -288,6 +288,33 @@ async def test_turns_are_counted_by_the_rates(open_gateway: Opener) -> None:
     assert snapshot.limits[f"tpm:{MODEL}"].used >= 1_800
 
 
+async def test_the_client_s_sound_is_taken_of_the_limits_on_seconds_and_on_record(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    limits = {"kind:realtime": 5, f"aspm:{MODEL}": 20, "rpm:total": 100}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+
+    async def used() -> int:
+        snapshot = await gateway.services.limiter.snapshot()
+        return snapshot.limits[f"aspm:{MODEL}"].used
+
+    async with talk(gateway, headers={**KEYS, "x-tidegate-deadline-ms": "300"}) as socket:
+        update = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
+        await send(socket, type="session.update", session=update)
+        await until(socket, "session.updated")
+        for _ in range(12):
+            await send(socket, type="input_audio_buffer.append", audio="A" * 64_000)
+        await turn(socket, "hello")
+        assert await used() == 15, "in steps of five seconds, ahead"
+        await send(socket, type="input_audio_buffer.append", audio="A" * 64_000 * 9)
+        assert (await closed(socket))[0] == 1013
+    await nothing_held(gateway)
+    query = "SELECT usage_details FROM audit WHERE kind = 'realtime'"
+    (row,) = await wait_until(lambda: gateway.database.fetch(query), 20, "its record")
+    assert orjson.loads(row["usage_details"])["input_audio_seconds"] == 12, "what was passed on"
+
+
 async def test_a_session_is_told_that_its_process_goes_away(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, shutdown_grace_ms=300)
     async with talk(gateway) as socket:

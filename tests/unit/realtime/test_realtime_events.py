@@ -38,6 +38,45 @@ def test_a_message_that_names_no_model_passes_as_it_is() -> None:
     assert events().asked('{"type":"response.create"}').begins_turn
 
 
+def test_seconds_of_sound_are_counted_in_the_form_that_the_provider_says() -> None:
+    second, heard = "A" * 64_000, events()  # of 16-bit PCM at 24 kHz, in base64
+    append = text({"type": "input_audio_buffer.append", "audio": second})
+    assert heard.asked(append).audio_seconds == pytest.approx(1)
+    assert heard.asked(append.encode()).audio_seconds == pytest.approx(1)
+    escaped = append.replace('"audio"', '"\\u0061udio"')
+    assert heard.asked(escaped).audio_seconds == pytest.approx(1)
+    said = {"type": "message", "content": [{"type": "input_audio", "audio": second}]}
+    created = text({"type": "conversation.item.create", "item": said})
+    assert heard.asked(created).audio_seconds == pytest.approx(1)
+    assert heard.asked('{"type":"response.create"}').audio_seconds == 0
+    for session in (
+        {"input_audio_format": "g711_ulaw"},
+        {"audio": {"input": {"format": {"type": "audio/pcma"}}}},
+    ):
+        heard.asked(text({"type": "session.update", "session": {"input_audio_format": "pcm16"}}))
+        heard.reported(text({"type": "session.updated", "session": session}))
+        assert heard.asked(append).audio_seconds == pytest.approx(6)
+    updated = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 24_000}}}}
+    heard.reported(text({"type": "session.updated", "session": updated}))
+    assert heard.asked(append).audio_seconds == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ({"audio": {"data": "A" * 64_000, "mimeType": "audio/pcm;rate=24000"}}, 1),
+        ({"audio": {"data": "A" * 64_000}}, 1.5),
+        ({"audio": {"data": "A" * 64_000, "mime_type": "Audio/PCM; Rate=900000"}}, 0.5),
+        ({"mediaChunks": [{"data": "A" * 64_000, "mimeType": "audio/pcm;rate=16000"}] * 2}, 3),
+        ({"video": {"data": "A" * 64_000, "mimeType": "image/jpeg"}}, 0),
+        ({"text": "hello"}, 0),
+    ],
+)
+def test_seconds_of_sound_for_gemini_are_counted_by_each_piece(given: Any, seconds: float) -> None:
+    for message in (text({"realtimeInput": given}), text({"realtime_input": given}).encode()):
+        assert GeminiEvents().asked(message).audio_seconds == pytest.approx(seconds), message[:80]
+
+
 def test_the_model_of_a_session_stays_as_it_is_under_the_name_of_its_upstream() -> None:
     named = {"type": "session.update", "session": {"model": "fast", "voice": "marin"}}
     asked = orjson.loads(events().asked(text(named)).message)
