@@ -44,7 +44,7 @@ Drift = Literal["new", "rose", "fell", "same"]
 class HeaderReading:
     """One rate of a model as headers report it. scope: such as `tpm`. at: in seconds since 1970.
     window_ms: as the time until the rate is unused implies it, where that is known; reset_ms: of
-    one that is known to begin again, when it does."""
+    one that is known to begin again, when it does, and window_ms then from one to the next."""
 
     model: str
     scope: str

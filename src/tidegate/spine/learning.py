@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from math import inf
 from typing import Any, NamedTuple
 
 import orjson
@@ -189,11 +190,18 @@ class ResetEvidence:
         self._last = self._first = _NO_RESET
         self._longest_s = 0.0
         self._crossed = False  # a reset lay behind, and the longest was still the longest
+        self._jump_s = inf  # the shortest time from a reset to that of a later window
         self._votes = 0  # for a bucket, or against it
 
     @property
     def begins_again(self) -> bool:
         return self._votes <= -_SURE
+
+    @property
+    def length_ms(self) -> float | None:
+        """Of a window that begins again, once two of them that follow on each other were seen."""
+        is_next = self._longest_s > self._jump_s / 2 + _LATE_S
+        return self._jump_s * 1000 if is_next else None
 
     def take(self, reset: _Reset) -> None:
         """Compare an answer with those before; one that is not newer is passed over, and one whose
@@ -209,6 +217,10 @@ class ResetEvidence:
         elif last.in_s and reset.at > last.at + last.in_s + _LATE_S:
             self._crossed = True
         self._longest_s = max(self._longest_s, in_s)
+        least_s = max(self._longest_s - _LATE_S, 2 * _LATE_S)  # a window lasts no less
+        jump_s = reset.at + reset.in_s - last.at - last.in_s
+        jumps = [each for each in (self._jump_s, jump_s) if each >= least_s]
+        self._jump_s = min(jumps, default=inf)
         self._compare(reset)
 
     def _compare(self, reset: _Reset) -> None:
@@ -282,14 +294,15 @@ class HeaderReader:
         window = one.window or _UNNAMED.get((self._provider, one.unit)) or resets.window()
         if window not in _WINDOWS:
             return None
-        scope, begins_again = _UNITS[one.unit] + _WINDOWS[window], resets.begins_again
+        scope = _UNITS[one.unit] + _WINDOWS[window]
+        begins_again = self._provider in _BEGIN_AGAIN or resets.begins_again
         return HeaderReading(
             plain_model(announced.model),
             scope,
             one.limit,
             one.remaining,
             announced.at,
-            None if begins_again else _implied_ms(one),
+            resets.length_ms if begins_again else _implied_ms(one),
             one.reset_ms if begins_again else None,
         )
 

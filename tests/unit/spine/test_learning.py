@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tidegate.emulator.account import AccountLimit, LimitReading
 from tidegate.emulator.counting import counter_of
 from tidegate.emulator.rate_limits import rate_limit_headers
+from tidegate.policy.format import of_plain
+from tidegate.policy.learned import HeaderReading, LimitMatch
 from tidegate.spine.learning import Announced, HeaderReader
 
 NOW_S = 1_800_000_000
@@ -96,17 +98,30 @@ MODES = ["fixed_window", "sliding_window", "token_bucket"]
 class Server:
     """A provider with one limit of requests, counted from a moment of its own, and one client."""
 
-    def __init__(self, family: Any, mode: Any, window_s: int, bound: int, phase_s: float) -> None:
+    def __init__(
+        self,
+        family: Any,
+        mode: Any,
+        window_s: int,
+        bound: int,
+        phase_s: float,
+        provider: str = "",
+    ) -> None:
         self.family, self.bound, self.phase_s = family, bound, phase_s
         self.limit = AccountLimit("requests", bound, window_s=float(window_s), mode=mode)
         self.counter = counter_of(mode, bound, window_s * 10**9)
         self.now_s = float(NOW_S)
         self.announced = Announced(clock=lambda: self.now_s)
-        self.reader = HeaderReader("")
+        self.reader = HeaderReader(provider)
 
     def answer(self, after_s: float, calls: int, late_s: float = 0.0) -> str | None:
-        """The scope that is read after some more calls, of the last of which the client sees the
-        answer; `late_s` on its way."""
+        """The scope that is read, see `read`."""
+        found = self.read(after_s, calls, late_s)
+        return found.scope if found else None
+
+    def read(self, after_s: float, calls: int, late_s: float = 0.0) -> HeaderReading | None:
+        """What is read after some more calls, of the last of which the client sees the answer;
+        `late_s` on its way."""
         self.now_s += after_s
         now_ns = round((self.now_s + self.phase_s) * 1e9)
         self.counter.take(min(calls, self.counter.remaining(now_ns)), now_ns)
@@ -116,8 +131,8 @@ class Server:
         headers = rate_limit_headers(self.family, [view], round(self.now_s * 1e9))
         self.now_s += late_s
         self.announced.note("m", [(name.encode(), each.encode()) for name, each in headers.items()])
-        scopes = [one.scope for one in self.reader.read(self.announced.all())]
-        return scopes[0] if scopes else None
+        found = self.reader.read(self.announced.all())
+        return found[0] if found else None
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
@@ -161,3 +176,17 @@ def test_a_window_is_known_after_a_while_whatever_it_is(
         server = Server(family, mode, window_s, 14_400, phase_s)
         read = [server.answer(after_s, 1) for after_s in (*[2.0] * 50, *[40.0] * 90)]
         assert read[-1] == SCOPES[window_s], (phase_s, read)
+
+
+@pytest.mark.parametrize("provider", ["azure", ""])
+@pytest.mark.parametrize("window_s", [10, 60])
+def test_the_bound_of_a_window_that_begins_again_is_its_own(provider: str, window_s: int) -> None:
+    limits = {"rpm:m": {"bound": 50_000, "window_ms": window_s * 1_000}}
+    match = LimitMatch(of_plain({"limits": limits}), provider)
+    server = Server("azure", "fixed_window", window_s, 100_000, 3.0, provider)
+    bounds = []
+    for second in range(300):
+        reading = server.read(1.0, 20_000 if second % window_s == 0 else 100)
+        if reading is not None and second >= 3 * window_s:
+            bounds.append(match.bound_for(reading, "rpm:m"))
+    assert {*bounds} == {100_000}
