@@ -40,14 +40,12 @@ if TYPE_CHECKING:
     from tidegate.store.budgets import BudgetRecords
     from tidegate.store.tenants import Tenants
 
-_WITHOUT_A_TERMINAL = 160
-
 
 def console() -> Console:
     """As wide as the terminal; without one wide enough for our tables."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _WITHOUT_A_TERMINAL)
+    return Console(highlight=False, width=terminal_width())
 
 
 def show_figures(table: Table, to: Console, styles: Mapping[str, str] | None = None) -> None:
@@ -243,14 +241,12 @@ def show_table(
 def show(what: RenderableType) -> None:
     """On a terminal as it fits; elsewhere without colours, and without blanks at the ends of lines,
     which programs would stumble over."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=terminal_width())
+    to = console()
     if sys.stdout.isatty():
-        console.print(what)
+        to.print(what)
         return
-    with console.capture() as captured:
-        console.print(what)
+    with to.capture() as captured:
+        to.print(what)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 

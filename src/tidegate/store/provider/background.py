@@ -178,8 +178,7 @@ class BackgroundCalls:
             await self._budgets.settle_in(connection, [call.id])
             return row is not None
 
-        if not await self._connections.run(work):
-            raise ClaimLost(f"another worker has the background call {call.id} now")
+        self._check(call, await self._connections.run(work))
         self._audit.noted([record])
 
     async def forget(self, call: BackgroundCall) -> None:
