@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 log = get_logger()
 
 # New objects before a collection, which stops the event loop for as long as it looks at them.
-_GC_THRESHOLD = 5_000
+_GC_THRESHOLD = 20_000
 _POLL_S = 0.02
 
 

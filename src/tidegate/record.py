@@ -258,7 +258,9 @@ class CallRecord:
     @property
     def response(self) -> bytes:
         """The body that is stored."""
-        return self.text or (self.body if self.pieces else b"")
+        if not self.pieces:
+            return b""
+        return (self.text if self.coding else b"") or self.body
 
     @property
     def omitted_bytes(self) -> int:

@@ -18,7 +18,6 @@ import re
 from base64 import b64decode
 from binascii import Error as NotBase64
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -369,6 +368,7 @@ _FOLDED = {name.casefold(): name for name in _READ}
 _ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
 # Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
+_GOING_ON = frozenset(_GO_ON)
 _BACKGROUNDS = ("transparent", "opaque", "auto")  # of a picture: the same word, another field
 _DEFERRED = (Dialect.OPENAI, "/chat/completions")
 _IN_BACKGROUND = {
@@ -423,6 +423,8 @@ def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     """Whether a response, an interaction or a completion of xAI's is to be made in the background,
     which a worker then sees to. Raises InvalidRequest for other work that continues after its
     answer: it would hold no permit and be charged to no tenant."""
+    if _GOING_ON.isdisjoint(body):
+        return False
     paths = _IN_BACKGROUND.get(endpoint.dialect, ())
     if body.get("background") is True and endpoint.path in paths:
         refuse_to_go_on(body, "deferred")
@@ -574,24 +576,29 @@ def opening_of(body: Mapping[str, Any]) -> bytes:
     said = body.get("input")
     if not isinstance(said, str):
         return b""
-    with suppress(orjson.JSONEncodeError):
+    try:
         return orjson.dumps([*map(body.get, _OPENINGS), said])
-    return b""
+    except orjson.JSONEncodeError:
+        return b""
 
 
 def _opening(body: Mapping[str, Any]) -> tuple[bytes, bytes] | None:
-    turns = next((body[name] for name in _TURNS if isinstance(body.get(name), list)), None)
-    if not turns:
+    turns: Any = None
+    for name in _TURNS:
+        if type(turns := body.get(name)) is list:
+            break
+    if not turns or type(turns) is not list:
         return None
     systems, first = [], turns[-1]
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "developer"):
+        if type(turn) is not dict or turn.get("role") not in ("system", "developer"):
             first = turn
             break
         systems.append(turn)
-    with suppress(orjson.JSONEncodeError):  # nested more deeply than can be written
+    try:
         return orjson.dumps([*map(body.get, _OPENINGS), systems]), orjson.dumps(first)
-    return None
+    except orjson.JSONEncodeError:  # nested more deeply than can be written
+        return None
 
 
 def _images(

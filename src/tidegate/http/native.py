@@ -98,6 +98,13 @@ _SESSIONS = {
     )
 }
 _SHOW_WAIT = SHOW_WAIT_HEADER.encode()
+# What `call_of` reads; all else goes on as it is, or is left out.
+_READ = frozenset(
+    (
+        *(b"x-tidegate-deadline-ms", b"x-tidegate-priority", b"x-tidegate-subject"),
+        *(b"x-tidegate-conversation", HEADER, _SHOW_WAIT, *_SESSIONS),
+    )
+)
 
 
 def call_of(
@@ -117,6 +124,8 @@ def call_of(
     wait_ms, priority, subject, conversation = usual_wait_ms, 0, None, None
     parent, show, has_deadline, has_session = None, False, False, False
     for name, value in headers:
+        if name not in _READ:
+            continue
         if name == b"x-tidegate-deadline-ms":
             wait_ms, has_deadline = _whole(name, value, 1, _MOST_WAIT_MS), True
         elif name == b"x-tidegate-priority":
@@ -129,7 +138,7 @@ def call_of(
             parent = parent_of(value.decode("latin-1"))
         elif name == _SHOW_WAIT:
             show = shows_wait(value.decode("latin-1"))
-        elif name in _SESSIONS:
+        else:
             has_session = True
     if has_session and conversation is None:
         conversation = _session_in(headers)
@@ -166,7 +175,7 @@ def begin_record(record: CallRecord, call: NativeCall, scope: Mapping[str, Any])
     caller = terms.caller
     record.request_id = terms.request_id
     record.tenant_id, record.key_id = caller.tenant_id, caller.key_id
-    record.endpoint, record.dialect = scope["path"], endpoint.dialect.value
+    record.endpoint, record.dialect = scope["path"], str(endpoint.dialect)
     record.operation = endpoint.name
     record.request, record.priority, record.subject = call.body, terms.priority, call.subject
     record.request_type = content_type_in(scope["headers"])
@@ -368,11 +377,16 @@ class _Front:
         uploads = endpoint.operation is Operation.UPLOAD
         form: FormBody | None = None
         try:
-            await self._identify(endpoint)
+            known = self._services.gate.known(self._scope["headers"], self._scope["query_string"])
+            self._caller = await self._identified(endpoint) if known is None else known
             if endpoint.takes_form:
                 types = [value for name, value in self._scope["headers"] if name == _TYPE]
                 form = await self._form(types, endpoint) if any(map(is_form, types)) else None
-            body = b"" if uploads or form is not None else await self._whole_body()
+            body = b""
+            if not uploads and form is None:
+                whole = None if self._direct is None else self._direct.take_body()
+                body = await self._whole_body() if whole is None else whole
+                check_size(len(body), self._services.config.max_body_bytes)
             call = call_of(
                 self._scope,
                 endpoint,
@@ -419,15 +433,10 @@ class _Front:
                 self._once.ended(self._record, content_type_in(self._headers) or "")
 
     async def _whole_body(self) -> bytes:
-        config = self._services.config
-        most_bytes = config.max_body_bytes
-        body = None if self._direct is None else self._direct.take_body()
-        if body is None:
-            check_announced(self._scope["headers"], most_bytes)
-            hold = self._services.hold(self._caller)
-            return await self._arriving(most_bytes, in_memory=True).whole(hold)
-        check_size(len(body), most_bytes)
-        return body
+        most_bytes = self._services.config.max_body_bytes
+        check_announced(self._scope["headers"], most_bytes)
+        hold = self._services.hold(self._caller)
+        return await self._arriving(most_bytes, in_memory=True).whole(hold)
 
     async def _form(self, types: list[bytes], endpoint: Endpoint) -> FormBody:
         """The form that is the body, once all of it is here."""
@@ -470,14 +479,14 @@ class _Front:
         )
         return self._incoming
 
-    async def _identify(self, endpoint: Endpoint) -> None:
-        """Find out who asks; nothing of the body is read before."""
-        gate = self._services.gate
-        headers, query = self._scope["headers"], self._scope["query_string"]
-        caller = gate.known(headers, query)
-        if caller is None and endpoint.operation is Operation.UPLOAD:
+    async def _identified(self, endpoint: Endpoint) -> Caller:
+        """Who asks, where that is not known here; nothing of the body is read before."""
+        gate, caller = self._services.gate, None
+        if endpoint.operation is Operation.UPLOAD:
             caller = await admit_upload(gate, self._scope, self._upload_secret(endpoint))
-        self._caller = await gate.identify(headers, query) if caller is None else caller
+        if caller is not None:
+            return caller
+        return await gate.identify(self._scope["headers"], self._scope["query_string"])
 
     def _upload_secret(self, endpoint: Endpoint) -> str:
         speaking = self._services.spine.targets.speaking(endpoint.dialect)
@@ -667,7 +676,7 @@ class _Front:
         """Answer with an error of ours what does not come on the record."""
         await self.refuse(error)
         record = self._record
-        record.tenant_id, record.dialect = self._caller.tenant_id, self._dialect.value
+        record.tenant_id, record.dialect = self._caller.tenant_id, str(self._dialect)
         record.operation = "unknown" if endpoint is None else endpoint.name
         record.end(REFUSED, Failure.of(error))
         self._services.store.listeners.note(record)

@@ -15,18 +15,23 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tidegate.admission.conversations import CACHE_MS
 from tidegate.call import Usage
+from tidegate.dialects.requests import opening_of
+from tidegate.record import Lineage
 from tidegate.spine.routing import Target
+from tidegate.store.provider.resources import ResourceOwner
 
 MOST_CONVERSATIONS = 4_096
 _DIGEST_BYTES = 16
+_OPENING_BYTES = 12
+_LONGEST_NAME = 200  # of a conversation
 
 
 class _Warm(NamedTuple):
@@ -95,3 +100,52 @@ def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes
         return None
     whose = f"{model}\0{tenant}\0{conversation}".encode("utf-8", "replace")
     return blake2b(whose, digest_size=_DIGEST_BYTES).digest()
+
+
+def lineage_in(
+    body: Mapping[str, Any], told: Lineage, before: ResourceOwner | None = None
+) -> Lineage:
+    """Where a call stands, by its body and by what its headers have `told`. before: of the answer
+    that it continues."""
+    digest = _digest_of(opening) if (opening := opening_of(body)) else None
+    name = told.conversation or _name_in(body) or (before and before.conversation)
+    if not name and digest is not None:
+        name = f"opening-{digest}"
+    parent_id = None if before is None else before.request_id
+    return Lineage(name or None, digest, parent_id, told.trace_id, told.parent_span)
+
+
+# Of long openings, which an agent sends with each of its calls: by their length and hash, which no
+# client can choose, as it depends on a secret of the process.
+_DIGESTS: dict[tuple[int, int], str] = {}
+_LONG_OPENING_BYTES = 2_048
+_MOST_DIGESTS = 4_096
+
+
+def _digest_of(opening: bytes) -> str:
+    if len(opening) < _LONG_OPENING_BYTES:
+        return blake2b(opening, digest_size=_OPENING_BYTES).hexdigest()
+    known = len(opening), hash(opening)
+    digest = _DIGESTS.get(known)
+    if digest is None:
+        if len(_DIGESTS) >= _MOST_DIGESTS:
+            _DIGESTS.clear()
+        digest = blake2b(opening, digest_size=_OPENING_BYTES).hexdigest()
+        _DIGESTS[known] = digest
+    return digest
+
+
+_NAMING = frozenset(("conversation", "prompt_cache_key"))
+
+
+def _name_in(body: Mapping[str, Any]) -> str | None:
+    """The name that a request's body gives to its conversation: one at the provider, or a key of
+    its prompt cache."""
+    if _NAMING.isdisjoint(body):
+        return None
+    kept = body.get("conversation")
+    named = kept.get("id") if isinstance(kept, Mapping) else kept
+    for one in (named, body.get("prompt_cache_key")):
+        if isinstance(one, str) and one and one.isprintable():
+            return one[:_LONGEST_NAME]
+    return None

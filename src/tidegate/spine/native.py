@@ -12,11 +12,10 @@ an upload URL with a key never reaches a client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from hashlib import blake2b
 from math import ceil
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -48,7 +47,6 @@ from tidegate.dialects.requests import (
     LONGEST_TIER,
     check_said_once,
     conversation_of,
-    opening_of,
     parsed,
     requested_tier,
     skimmed,
@@ -65,8 +63,8 @@ from tidegate.dialects.spec import (
 from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
 from tidegate.policy.access import Paths
 from tidegate.prices.rates import STANDARD_TIERS, Rates
-from tidegate.record import CallRecord, Lineage, coding_of
-from tidegate.spine.affinity import Home, conversation_key
+from tidegate.record import CallRecord, coding_of
+from tidegate.spine.affinity import Home, conversation_key, lineage_in
 from tidegate.spine.bodies import FormBody, body_for, has_several_answers
 from tidegate.spine.models import (
     Models,
@@ -89,7 +87,6 @@ from tidegate.spine.run import (
     masked,
     refusal_of,
 )
-from tidegate.store.provider.resources import ResourceOwner
 from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.transport import (
     Exchange,
@@ -97,9 +94,6 @@ from tidegate.upstream.transport import (
     RequestBody,
     Timeouts,
 )
-
-_OPENING_BYTES = 12
-_LONGEST_NAME = 200  # of a conversation
 
 
 @dataclass(slots=True)
@@ -174,7 +168,7 @@ class Relay:
                 check_names(caller, read.raw)
         if asked is not None:
             record.model, record.streamed = asked.model, asked.streams
-            record.kind = asked.kind.value if endpoint.is_counted else None
+            record.kind = str(asked.kind) if endpoint.is_counted else None
         if endpoint.resource is not None:
             references = DIALECTS[endpoint.dialect].references({}, call.body)
             targets = [await self.resources.target_of(caller, endpoint.dialect, endpoint.resource)]
@@ -190,20 +184,13 @@ class Relay:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
         if asked is not None and endpoint.operation is Operation.INFER:
-            record.lineage = await self._lineage(call, body, record.lineage, references)
-            home = self._home(call, asked.model, record, targets)
+            before = None
+            if references:
+                before = await self.resources.continued(endpoint.dialect, references)
+            record.lineage = lineage_in(body, record.lineage, before)
+            if len(targets) > 1:
+                home = self._home(call, asked.model, record, targets)
         await self.spine.run(exchange, record, targets, on_admitted, home)
-
-    async def _lineage(
-        self,
-        call: NativeCall,
-        body: Mapping[str, Any],
-        told: Lineage,
-        references: Sequence[Reference],
-    ) -> Lineage:
-        continued = self.resources.continued
-        before = await continued(call.endpoint.dialect, references) if references else None
-        return lineage_in(body, told, before)
 
     def _hand_over(
         self, exchange: NativeExchange, record: CallRecord, making: Making
@@ -220,7 +207,7 @@ class Relay:
         self, call: NativeCall, model: str, record: CallRecord, targets: list[Target]
     ) -> Home | None:
         """Where the call's conversation has its prompt cache, among targets that are alike."""
-        if len(targets) < 2 or not self.spine.targets.are_alike(call.endpoint.dialect, model):
+        if not self.spine.targets.are_alike(call.endpoint.dialect, model):
             return None
         key = conversation_key(model, call.terms.caller.tenant_id, record.lineage.conversation)
         return self.spine.affinity.home(key, targets)
@@ -362,10 +349,11 @@ class NativeExchange:
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked, policy = self.terms, self._asked, lane.limiter.policy
         tenant, priority = terms.caller.tenant_id, terms.priority
-        if self._call.endpoint.operation is Operation.BATCH:
+        endpoint = self._call.endpoint
+        if endpoint.operation is Operation.BATCH:
             demand = lane.demands.of_batch(policy, tenant=tenant, priority=priority)
             return lane.gate.bind(demand, target.model)
-        counted = self._call.endpoint.is_counted and asked is not None
+        counted = endpoint.is_counted and asked is not None
         demand = lane.demands.of_native(
             target.model,
             asked.kind if counted and asked else OTHER_KIND,
@@ -378,7 +366,8 @@ class NativeExchange:
             conversation=self._conversation,
             measured=asked.measured if counted and asked else None,
         )
-        return lane.gate.bind(demand, target.model, follows=self._call.endpoint.is_follow_up)
+        follows = endpoint.resource is not None and endpoint.is_follow_up
+        return lane.gate.bind(demand, target.model, follows=follows)
 
     def _conversation(self) -> ConversationKey | None:
         if self._asked is None:
@@ -450,14 +439,15 @@ class NativeExchange:
             record.charge = self._charge(target, lane.demands, demand, whole, images)
         return images
 
-    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+    def make(
+        self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool
+    ) -> Coroutine[Any, Any, None]:
+        if self.hand_over is None and target.upstream.abandoned != "wait":
+            return self._make(target, lane, demand, is_try=is_try)
         making = partial(self._make, target, lane, demand, is_try=is_try)
         if self.hand_over is not None:
-            await self.hand_over.make(target, lane, demand, making)
-        elif target.upstream.abandoned == "wait":
-            await self._see_through(making)
-        else:
-            await making()
+            return self.hand_over.make(target, lane, demand, making)
+        return self._see_through(making)
 
     async def _see_through(self, making: Callable[[], Awaitable[None]]) -> None:
         """At a server that may go on when its client leaves."""
@@ -500,7 +490,12 @@ class NativeExchange:
                     tier = self._requested_tier()
                     failed = await refusal_of(exchange, target, call.endpoint.dialect, tier)
                     raise self._with_headers(failed)
-                first = await self._first(exchange, target)
+                if call.endpoint.is_counted:
+                    first, value = await beginning_of(exchange, streams=record.streamed)
+                    if value is not None:
+                        raise self._begun_with(value, exchange, target)
+                else:  # such as a file, which may say anything
+                    first = await exchange.next()
                 if is_try or lane.gate.has_doubts:
                     await lane.gate.worked(target.model, tried=is_try)
                 await self._pass_on(exchange, first, target, lane, demand, hides)
@@ -547,22 +542,16 @@ class NativeExchange:
         else:
             await out.start(exchange.status, headers)
             await self._pieces(exchange, first, without)
-        pieces = [record.text] if record.coding else record.pieces
         if not record.streamed:
             return
+        pieces = [record.text] if record.coding else record.pieces
         if (value := refusals.error_event_in(refusals.tail_of(pieces))) is not None:
             raise CallFailed(self._stream_error(value, exchange, target), target, told=True)
 
-    async def _first(self, exchange: Exchange, target: Target) -> bytes:
-        """The first bytes of the body. Raises CallFailed where they report an error, of which the
-        client has received nothing yet."""
-        if not self._call.endpoint.is_counted:  # such as a file, which may say anything
-            return await exchange.next()
-        first, value = await beginning_of(exchange, streams=self._record.streamed)
-        if value is None:
-            return first
+    def _begun_with(self, value: dict[str, Any], exchange: Exchange, target: Target) -> CallFailed:
+        """Of an answer whose first bytes report an error: the client has nothing of it yet."""
         key = target.upstream.key
-        raise self._with_headers(
+        return self._with_headers(
             CallFailed(
                 self._stream_error(value, exchange, target),
                 target,
@@ -722,31 +711,6 @@ class NativeExchange:
             max_output_tokens=asked.max_output_tokens,
             tenant=self.terms.caller.tenant_id,
         )
-
-
-def lineage_in(
-    body: Mapping[str, Any], told: Lineage, before: ResourceOwner | None = None
-) -> Lineage:
-    """Where a call stands, by its body and by what its headers have `told`. before: of the answer
-    that it continues."""
-    opening = opening_of(body)
-    digest = blake2b(opening, digest_size=_OPENING_BYTES).hexdigest() if opening else None
-    name = told.conversation or _name_in(body) or (before and before.conversation)
-    if not name and digest is not None:
-        name = f"opening-{digest}"
-    parent_id = None if before is None else before.request_id
-    return Lineage(name or None, digest, parent_id, told.trace_id, told.parent_span)
-
-
-def _name_in(body: Mapping[str, Any]) -> str | None:
-    """The name that a request's body gives to its conversation: one at the provider, or a key of
-    its prompt cache."""
-    kept = body.get("conversation")
-    named = kept.get("id") if isinstance(kept, Mapping) else kept
-    for one in (named, body.get("prompt_cache_key")):
-        if isinstance(one, str) and one and one.isprintable():
-            return one[:_LONGEST_NAME]
-    return None
 
 
 def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:

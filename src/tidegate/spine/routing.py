@@ -325,8 +325,7 @@ class Gate:
         """The demand with what binds it now. follows: it concerns what lives at the upstream."""
         if follows and self._drained:
             demand = replace(demand, is_follow_up=True)
-        more = self.binding(model)
-        if not more:
+        if not self.limiter.has_pauses or not (more := self.binding(model)):
             return demand
         missing = tuple(name for name in more if name not in demand.limits)
         return replace(demand, limits=demand.limits + missing) if missing else demand

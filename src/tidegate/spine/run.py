@@ -60,7 +60,7 @@ from tidegate.errors import (
     UpstreamUnauthorized,
 )
 from tidegate.limiter import Limiter, Permit, PoolPolicy, Tokens
-from tidegate.policy.deployment import Upstream
+from tidegate.policy.deployment import Preempt, Upstream
 from tidegate.prices.budgets import Binding
 from tidegate.record import OF_BUDGETS, CallRecord, coding_of, decoded
 from tidegate.settings import Config
@@ -335,14 +335,14 @@ class Spine:
             self._lanes.pop(name, None)
             self.timeouts.pop(name, None)
 
-    async def run(
+    def run(
         self,
         exchange: CallExchange,
         record: CallRecord,
         targets: list[Target],
         on_admitted: OnAdmitted | None = None,
         home: Home | None = None,
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         """Make the call at one of the targets, the first that has room, and fill `record`.
 
         home: of its conversation, if it has one. `on_admitted` is called before each try, under its
@@ -351,7 +351,7 @@ class Spine:
         StoreUnavailable. Cancellation leaves neither a waiter nor an open upstream call.
         """
         self.retries.earn()
-        await _Run(self, exchange, record, on_admitted, home).until_answered(targets)
+        return _Run(self, exchange, record, on_admitted, home).until_answered(targets)
 
     def lane(self, target: Target) -> Lane:
         return self._lanes[target.upstream.name]
@@ -512,8 +512,7 @@ class _Run:
 
     def _binding(self, target: Target) -> tuple[Binding, ...]:
         """The budgets that bind the call there, nearly always none."""
-        if self._budgets is None:
-            return ()
+        assert self._budgets is not None
         terms, subject = self._terms, self._record.subject
         return self._budgets.binding(terms.caller, target.model, subject, terms.conversation)
 
@@ -553,35 +552,37 @@ class _Run:
         if len(targets) > 1:
             for place in range(len(targets)) if home is None else _home_first(home, targets):
                 target, demand = targets[place], demands[place]
+                lane = self._spine.lane(target)
                 self._trying = target
                 try:
-                    async with self._attempt(target, demand) as permit:
-                        if self._spine.lane(target).gate.binds_more(demand, target.model):
+                    async with self._attempt(lane, demand) as permit:
+                        if lane.gate.binds_more(demand, target.model):
                             if permit is not None:
                                 permit.settle_unused()
                         elif permit is not None or not demand.limits:
-                            await self._admitted(permit, target, demand)
+                            await self._admitted(permit, target, lane, demand)
                             return
                     if (
                         home is not None
                         and home.wait_ms
                         and target == home.target
-                        and await self._waited_at_home(home, target, demand)
+                        and await self._waited_at_home(home, target, lane, demand)
                     ):
                         return
                 except DemandImpossible as impossible:
                     never[place] = impossible
         while True:
-            place = 0
-            if never or self._spine.lane(targets[0]).gate.may_hold:
+            place, lane = 0, self._spine.lane(targets[0])
+            if never or lane.gate.may_hold:
                 demands = self._demands(targets)
                 place = self._to_wait_for(targets, demands, never)
+                lane = self._spine.lane(targets[place])
             target, demand = targets[place], demands[place]
             self._trying = target
-            self._record.waits_for = self._spine.lane(target).limiter.pool, demand.limits
+            self._record.waits_for = lane.limiter.pool, demand.limits
             try:
-                async with self._admission(target, demand) as permit:
-                    await self._admitted(permit, target, demand)
+                async with self._admission(target, lane, demand) as permit:
+                    await self._admitted(permit, target, lane, demand)
                     return
             except NotWorthWaiting:
                 continue  # in another queue, if there is one that is
@@ -590,20 +591,22 @@ class _Run:
                     raise
                 never[place] = early
             except DeadlineExceeded as late:
-                out = None if self._terms.waits_out else self._spine.lane(target).gate.out()
+                out = None if self._terms.waits_out else lane.gate.out()
                 raise out or late from None
 
-    async def _waited_at_home(self, home: Home, target: Target, demand: CallDemand) -> bool:
+    async def _waited_at_home(
+        self, home: Home, target: Target, lane: Lane, demand: CallDemand
+    ) -> bool:
         """Wait where the conversation's beginning is in the cache, for as long as that is worth;
         False where the call was not admitted there meanwhile, nor would be by an estimate."""
         record, began = self._record, datetime.now(UTC)
         wait_ms, home.wait_ms = home.wait_ms, 0.0  # once
-        if self._spine.lane(target).gate.late(demand, wait_ms) is not None:
+        if lane.gate.late(demand, wait_ms) is not None:
             return False
-        record.waits_for = self._spine.lane(target).limiter.pool, demand.limits
+        record.waits_for = lane.limiter.pool, demand.limits
         try:
-            async with self._admission(target, demand, within_ms=wait_ms) as permit:
-                await self._admitted(permit, target, demand)
+            async with self._admission(target, lane, demand, within_ms=wait_ms) as permit:
+                await self._admitted(permit, target, lane, demand)
                 return True
         except DeadlineExceeded:
             if not record.waits or self._terms.left_ms() <= 0:
@@ -619,7 +622,7 @@ class _Run:
     def _to_wait_for(self, targets: list[Target], demands: list[CallDemand], never: _Never) -> int:
         """The place of the first whose queue is worth waiting in. Raises DeadlineExceeded where all
         have room after the deadline only, DemandImpossible where none could ever admit it."""
-        left_ms = self._wait_ms()
+        left_ms = inf if self._terms.waits_out else max(0, self._terms.left_ms())
         late: list[TidegateError] = [x for x in never.values() if x.retry_after_ms]
         for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
             if place in never:
@@ -630,60 +633,58 @@ class _Run:
             late.append(why)
         raise min(late or never.values(), key=lambda one: one.retry_after_ms or 0)
 
-    def _wait_ms(self) -> float:
-        return inf if self._terms.waits_out else max(0, self._terms.left_ms())
-
     def _attempt(
-        self, target: Target, demand: CallDemand
+        self, lane: Lane, demand: CallDemand
     ) -> AbstractAsyncContextManager[Permit | None]:
         if not demand.limits:
             return nullcontext()
-        lane = self._spine.lane(target)
         return lane.limiter.try_acquire_for(demand.to_admit(None, lane.hard_ms, once=True))
 
     def _admission(
-        self, target: Target, demand: CallDemand, within_ms: float = inf
+        self, target: Target, lane: Lane, demand: CallDemand, within_ms: float = inf
     ) -> AbstractAsyncContextManager[Permit | None]:
         if not demand.limits:
             return nullcontext()
-        left_ms = min(self._terms.left_ms(), within_ms)
+        terms = self._terms
+        wait_ms = terms.left_ms()
+        left_ms = min(wait_ms, within_ms)
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
-        deadline_ms = None if left_ms == inf else round(left_ms)
-        lane, wait_ms = self._spine.lane(target), self._wait_ms()
         to_admit = demand.to_admit(
-            deadline_ms,
+            None if left_ms == inf else round(left_ms),
             lane.hard_ms,
-            by_estimate=self._terms.repeats,
-            has_usual_deadline=not self._terms.has_own_deadline,
+            by_estimate=terms.repeats,
+            has_usual_deadline=not terms.has_own_deadline,
         )
         return PatientAdmission(
             lane.limiter.acquire_for(to_admit),
             lane.gate,
             demand,
             target.model,
-            wait_ms,
-            self._watch(target, demand),
+            inf if terms.waits_out else wait_ms,
+            None if self._budgets is None else self._watch(self._budgets, target, lane, demand),
         )
 
-    def _watch(self, target: Target, demand: CallDemand) -> WatchBudgets | None:
+    def _watch(
+        self, budgets: Budgets, target: Target, lane: Lane, demand: CallDemand
+    ) -> WatchBudgets | None:
         """What has the call leave its queue once a budget that binds it is spent. Raises what a
         budget that is known to be spent raises."""
         bindings = self._binding(target)
-        if self._budgets is None or not bindings:
+        if not bindings:
             return None
-        cost = self._exchange.cost(target, self._spine.lane(target), demand)
-        if (error := self._budgets.refusal(bindings, cost)) is not None:
+        cost = self._exchange.cost(target, lane, demand)
+        if (error := budgets.refusal(bindings, cost)) is not None:
             raise error
-        return partial(self._budgets.watch, bindings, cost)
+        return partial(budgets.watch, bindings, cost)
 
     def _admitted(
-        self, permit: Permit | None, target: Target, demand: CallDemand
+        self, permit: Permit | None, target: Target, lane: Lane, demand: CallDemand
     ) -> Coroutine[Any, Any, None]:
         """The call under its permit, and under the budgets that bind it, if any."""
-        if (bindings := self._binding(target)) and self._budgets is not None:
-            return self._under_budgets(self._budgets, bindings, permit, target, demand)
-        return self._under(permit, target, demand)
+        if self._budgets is not None and (bindings := self._binding(target)):
+            return self._under_budgets(self._budgets, bindings, permit, target, lane, demand)
+        return self._under(permit, target, lane, demand)
 
     async def _under_budgets(
         self,
@@ -691,22 +692,25 @@ class _Run:
         bindings: tuple[Binding, ...],
         permit: Permit | None,
         target: Target,
+        lane: Lane,
         demand: CallDemand,
     ) -> None:
         if permit is not None:
             permit.settle_unused()  # if a budget refuses it
-        cost = self._exchange.cost(target, self._spine.lane(target), demand)
+        cost = self._exchange.cost(target, lane, demand)
         hold = await budgets.reserve(bindings, self._terms.request_id, cost)
         try:
-            await self._under(permit, target, demand)
+            await self._under(permit, target, lane, demand)
         finally:
             if not self._record.handed_over:
                 budgets.settle(hold, self._record.charge)
 
-    async def _under(self, permit: Permit | None, target: Target, demand: CallDemand) -> None:
+    async def _under(
+        self, permit: Permit | None, target: Target, lane: Lane, demand: CallDemand
+    ) -> None:
         """The call itself, under its permit."""
-        record, lane, trail = self._record, self._spine.lane(target), self._terms.trail
-        self._note_admission(permit, target)
+        record, trail = self._record, self._terms.trail
+        self._note_admission(permit, target, lane)
         is_try = lane.gate.is_try(demand)
         if self._on_admitted is not None:
             await self._on_admitted(permit)
@@ -718,8 +722,11 @@ class _Run:
         started = time.perf_counter()
         outcome, failure = Outcome.IGNORED, None
         try:
-            with self._giving_way(permit, target, lane, is_try):
+            if target.upstream.preempt is None:
                 await self._exchange.make(target, lane, demand, is_try=is_try)
+            else:
+                with self._giving_way(target.upstream.preempt, permit, lane, is_try):
+                    await self._exchange.make(target, lane, demand, is_try=is_try)
             outcome = Outcome.SUCCESS
         except CallFailed as failed:
             failure = failed
@@ -755,22 +762,25 @@ class _Run:
                 self._spine.affinity.note(self._home, target, record.answer.usage)
 
     def _giving_way(
-        self, permit: Permit | None, target: Target, lane: Lane, is_try: bool
+        self, rule: Preempt, permit: Permit | None, lane: Lane, is_try: bool
     ) -> AbstractContextManager[object]:
         """What has the call give way, where its upstream is set so and its terms allow it; the try
         of an upstream that was out never does."""
-        rule, times = target.upstream.preempt, self._terms.preempted
-        if rule is None or times is None or times >= rule.times or permit is None or is_try:
+        times = self._terms.preempted
+        if times is None or times >= rule.times or permit is None or is_try:
             return nullcontext()
         return self._spine.preemption.of(
             lane.limiter, rule, self._exchange, permit, self._terms.request_id
         )
 
-    def _note_admission(self, permit: Permit | None, target: Target) -> None:
-        record, upstream = self._record, target.upstream
-        pool = self._spine.lane(target).limiter.pool
+    def _note_admission(self, permit: Permit | None, target: Target, lane: Lane) -> None:
+        record, pool = self._record, lane.limiter.pool
         record.waits = False
-        record.upstream, record.pool, record.model = upstream.name, pool, target.model or None
+        record.upstream, record.pool, record.model = (
+            target.upstream.name,
+            pool,
+            target.model or None,
+        )
         now = record.admitted_at = datetime.now(UTC)
         record.fence = (0, 0) if permit is None else permit.fence
         if not record.attempts:

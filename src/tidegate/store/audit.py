@@ -248,7 +248,7 @@ _ASKED = ("prompt", "image_uri", "model")
 _BLOB_KEY = _BODY_COLUMNS.index("blob_key")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: each record makes one
 class Prepared:
     """A record as it is written: its row, and those of its bodies."""
 
@@ -308,7 +308,7 @@ class AuditLog:
         self._instance_id = instance_id
         self._when_full = when_full
         self._room = asyncio.Event()  # set when either buffer has become shorter
-        self._waiting: deque[CallRecord] = deque()
+        self._waiting: deque[tuple[CallRecord, int]] = deque()  # with its size
         self._waiting_bytes = 0
         self._more = asyncio.Event()
         self._rows_left_out = _Overflow()
@@ -378,9 +378,11 @@ class AuditLog:
             return
         if self._rows_left_out.count:
             self._rows_left_out.end()
-        self._waiting.append(record)
-        self._waiting_bytes += record.size_bytes
-        self._more.set()
+        size_bytes = record.size_bytes
+        self._waiting.append((record, size_bytes))
+        self._waiting_bytes += size_bytes
+        if not self._more.is_set():
+            self._more.set()
 
     async def _write_rows(self) -> None:
         while True:
@@ -389,14 +391,15 @@ class AuditLog:
             self._more.clear()
             while self._waiting:
                 count = min(len(self._waiting), _BATCH_ROWS)
-                batch = [self._waiting.popleft() for _ in range(count)]
+                taken = [self._waiting.popleft() for _ in range(count)]
+                batch = [record for record, _ in taken]
                 self._listeners.notify(batch)
                 try:
                     await self._write(batch)
                 except Exception:  # the top of a task: logged, and it goes on
                     log.exception(Log.INTERNAL_ERROR, component="request log")
                 finally:
-                    self._waiting_bytes -= sum(record.size_bytes for record in batch)
+                    self._waiting_bytes -= sum(size_bytes for _, size_bytes in taken)
                     self._room.set()
 
     async def prepare(self, record: CallRecord) -> Prepared:
@@ -453,25 +456,31 @@ class AuditLog:
                 await self._enqueue(_entry(one), one.record)
 
     def _audit_values(self, record: CallRecord) -> tuple[Any, ...]:
-        failure = rows.failure_row(record.failure)
-        charge, answer = record.charge, record.answer
-        usage = [rows.count_of(amount) for amount in _of_usage(charge.usage)]
+        charge, answer, lineage = record.charge, record.answer, record.lineage
+        failure, details = rows.failure_row(record.failure), charge.usage.details
+        *counts, cost_micros = rows.counts_of((*_of_usage(charge.usage), charge.cost_micros))
+        model, version, response_id, finish_reason, subject, *lineage_texts = rows.texts_of(
+            *(record.model or None, answer.model_version, answer.response_id),
+            *(answer.finish_reason, record.subject),
+            *(lineage.conversation, lineage.opening, lineage.trace_id, lineage.parent_span),
+        )
+        conversation, opening, trace_id, parent_span = lineage_texts
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
             *(record.pool, record.source, record.status, record.kind, "body", ""),
-            *(record.priority, cleaned(record.model or None), cleaned(answer.model_version)),
-            *(cleaned(answer.response_id), record.earlier_attempts + record.attempts),
+            *(record.priority, model, version),
+            *(response_id, record.earlier_attempts + record.attempts),
             *(record.lapses, self._instance_id, record.received_at),
             *(record.admitted_at, record.finished_at),
             *(record.queue_ms or 0.0, record.upstream_ms or 0.0),
-            *(*usage, cleaned(answer.finish_reason)),
+            *(*counts, finish_reason),
             None if failure is None else orjson.dumps(failure).decode(),
             *(record.endpoint, record.http_status, record.streamed, record.key_id),
-            *(cleaned(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
+            *(subject, str(charge.state), cost_micros),
             *(charge.images, answer.first_byte_ms),
-            None if charge.usage.details is None else rows.details_text(charge.usage),
+            None if details is None else rows.details_text(charge.usage),
             record.upstream,
-            *rows.lineage_values(record.lineage),
+            *(conversation, opening, lineage.parent_id, trace_id, parent_span),
         )
 
     async def _bodies(self, record: CallRecord) -> list[tuple[Any, ...]]:

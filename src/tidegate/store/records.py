@@ -9,7 +9,7 @@ spoil a batch; unknown usage is null, never zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from uuid import UUID
@@ -253,6 +253,14 @@ def clean(text: str) -> str:
     return text
 
 
+def texts_of(*texts: str | None) -> Sequence[str | None]:
+    """The same of several columns, of which nearly all are in ASCII: one look at them together."""
+    together = "".join(filter(None, texts))
+    if together.isascii() and "\x00" not in together:
+        return texts
+    return [text and clean(text) for text in texts]
+
+
 def cleaned(value: Any) -> Any:
     """The same for every string within a row."""
     if isinstance(value, str):
@@ -412,12 +420,8 @@ def charge_columns(charge: Charge) -> dict[str, Any]:
     }
 
 
-def lineage_values(lineage: Lineage) -> tuple[Any, ...]:
-    return tuple(map(cleaned, astuple(lineage)))
-
-
 def lineage_row(lineage: Lineage) -> Json:
-    return dict(zip(LINEAGE_COLUMNS, lineage_values(lineage), strict=True))
+    return {name: cleaned(getattr(lineage, name)) for name in LINEAGE_COLUMNS}
 
 
 def _lineage_at_end(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> Json:
@@ -456,6 +460,14 @@ def count_of(tokens: int | None) -> int | None:
     """A provider's nonsense is as good as no word, and must not lose the answer; nor may sums of it
     grow beyond what a column holds, which would lose those of others."""
     return tokens if tokens is not None and 0 <= tokens <= _MOST_COUNTED else None
+
+
+def counts_of(amounts: Iterable[int | None]) -> list[int | None]:
+    """The same of several."""
+    return [
+        amount if amount is not None and 0 <= amount <= _MOST_COUNTED else None
+        for amount in amounts
+    ]
 
 
 def audit_row(

@@ -61,6 +61,7 @@ class RepeatableBody:
 
 
 RequestBody = bytes | RepeatableBody | AsyncIterator[bytes] | None
+_REPEATABLE = (bytes, RepeatableBody)
 
 
 class HttpAnswer:
@@ -209,6 +210,9 @@ class Connection(asyncio.Protocol):
         try:
             if not self._in_head:
                 self._surplus_bytes += len(data)
+                self._parser.feed_data(data)
+            elif self._head_bytes + len(data) < MAX_HEAD_BYTES:
+                self._head_bytes += len(data)
                 self._parser.feed_data(data)
             else:
                 self._read_head(data)
@@ -375,9 +379,10 @@ _PROXY_ANSWER = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 _NOT_IN_LINE = re.compile(rb"[\x00-\x20\x7f-\xff]")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class UpstreamOrigin:
-    """Where connections go. network: how, where it is not the usual way."""
+    """Where connections go: one object a place, by `origin_at`. network: how, where it is not the
+    usual way."""
 
     host: str
     port: int
@@ -386,6 +391,10 @@ class UpstreamOrigin:
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
+
+
+# Compared by identity: each call asks for the connections that are kept of its own.
+origin_at = lru_cache(_URLS_KEPT)(UpstreamOrigin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -593,7 +602,7 @@ class RelayWire:
         line = b"%b HTTP/1.1\r\nhost: %b\r\n" % (target, named)
         if network is not None and network.proxy is not None and not secure:
             line += _proxy_line(network.proxy)
-        return RequestPlace(UpstreamOrigin(host, port, secure, network), line, access)
+        return RequestPlace(origin_at(host, port, secure, network), line, access)
 
     async def open(
         self,
@@ -619,12 +628,15 @@ class RelayWire:
         one; a body that can't be repeated always goes on a new one. Cancelling closes the
         connection.
         """
-        signer = self._signer_of(place.access)
+        access = place.access
+        signer = None
+        if access is not None and access.authentication is not None:
+            signer = self._signer_of(access.authentication)
         head = _head(method, place, headers, body, signer)
         if body is None and method != "GET":
             body = b""
         origin = place.origin
-        again = not once and (body is None or isinstance(body, bytes | RepeatableBody))
+        again = not once and (body is None or isinstance(body, _REPEATABLE))
         kept = self._idle_one(origin) if again else None
         connection = kept or await self._connect(origin)
         if on_sent is not None:
@@ -650,13 +662,11 @@ class RelayWire:
                     raise
             connection = await self._connect(origin)
 
-    def _signer_of(self, access: Access | None) -> Signer | None:
-        if access is None or access.authentication is None:
-            return None
-        signer = self.signers.get(access.authentication)
+    def _signer_of(self, authentication: Authentication) -> Signer:
+        signer = self.signers.get(authentication)
         if signer is None:
-            kind = access.authentication.kind
-            raise UpstreamUnauthorized(f"no credentials of {kind} are open here")
+            said = f"no credentials of {authentication.kind} are open here"
+            raise UpstreamUnauthorized(said)
         return signer
 
     # -- connections
@@ -692,7 +702,8 @@ class RelayWire:
         access, origin = place.access, place.origin
         if access is not None:
             headers = access.dressed(headers)
-            if (signer := self._signer_of(access)) is not None:
+            if access.authentication is not None:
+                signer = self._signer_of(access.authentication)
                 headers = signer.sign("GET", place, headers, None)
         async with self._connecting():
             connected = await self._socket(origin, tunnels=True)

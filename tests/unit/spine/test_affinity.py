@@ -14,8 +14,7 @@ from tidegate.call import Usage, UsageDetails
 from tidegate.policy.deployment import Upstream
 from tidegate.record import Lineage
 from tidegate.spine import affinity
-from tidegate.spine.affinity import Affinity, Home, conversation_key
-from tidegate.spine.native import lineage_in
+from tidegate.spine.affinity import Affinity, Home, conversation_key, lineage_in
 from tidegate.spine.routing import Target
 from tidegate.store.provider.resources import ResourceOwner
 
