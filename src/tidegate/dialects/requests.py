@@ -40,6 +40,7 @@ from tidegate.admission.estimator import (
 from tidegate.call import Kind
 from tidegate.dialects.spec import (
     NOTHING_SHORTENED,
+    WITHOUT_OUTPUT,
     Dialect,
     Endpoint,
     JsonObject,
@@ -622,7 +623,7 @@ def _images(
 
 
 def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
-    if operation.writes_nothing:
+    if operation in WITHOUT_OUTPUT:
         return 1
     if _BOUNDS_NAMES.isdisjoint(settings):
         return None

@@ -76,16 +76,6 @@ class Operation(StrEnum):
         return self in _COUNTED
 
     @property
-    def goes_on(self) -> bool:
-        """Whether its work goes on after the answer."""
-        return self in (Operation.VIDEO, Operation.BATCH)
-
-    @property
-    def writes_nothing(self) -> bool:
-        """Whether the answer holds no text of the model's own, and no image."""
-        return self in _WITHOUT_OUTPUT
-
-    @property
     def has_body(self) -> bool:
         """Whether a body is part of the call. Google's SDK for JavaScript deletes a file with an
         empty object, which means nothing."""
@@ -99,7 +89,10 @@ _COUNTED = frozenset(
         *(Operation.VIDEO, Operation.BATCH),
     }
 )
-_WITHOUT_OUTPUT = frozenset(
+# Whose work goes on after the answer.
+GOING_ON = frozenset({Operation.VIDEO, Operation.BATCH})
+# Whose answer holds no text of the model's own, and no image.
+WITHOUT_OUTPUT = frozenset(
     {
         *(Operation.EMBED, Operation.MODERATE, Operation.RERANK, Operation.CACHE),
         Operation.VIDEO,
@@ -142,20 +135,18 @@ class Endpoint:
     takes_form: bool = False
     resource: ResourceUse | None = None
     upstreams: tuple[str, ...] = ()
+    # In the semantic conventions of telemetry; holds no model's name.
+    name: str = field(init=False, compare=False)
     is_counted: bool = field(init=False, compare=False)  # as the operation's
     model_in_path: bool = field(init=False, compare=False)  # of an upstream too
 
     def __post_init__(self) -> None:
+        infers_at_gemini = (self.dialect, self.operation) == (Dialect.GEMINI, Operation.INFER)
+        name = "generate_content" if infers_at_gemini else _NAMES[self.operation]
+        object.__setattr__(self, "name", name)
         object.__setattr__(self, "is_counted", self.operation.is_counted)
         in_path = self.model is not None and "{model}" in self.path
         object.__setattr__(self, "model_in_path", in_path)
-
-    @property
-    def name(self) -> str:
-        """The operation in the semantic conventions of telemetry; holds no model's name."""
-        if self.dialect is Dialect.GEMINI and self.operation is Operation.INFER:
-            return "generate_content"
-        return _NAMES[self.operation]
 
     @property
     def is_follow_up(self) -> bool:

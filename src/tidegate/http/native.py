@@ -47,6 +47,7 @@ from tidegate.http.body import (
     read_form,
 )
 from tidegate.http.guards import PASS, admit_upload, own_urls, upload_upstream
+from tidegate.http.idempotency import HEADER as IDEMPOTENCY_HEADER
 from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.services import (
@@ -97,12 +98,12 @@ _SESSIONS = {
         )
     )
 }
-_SHOW_WAIT = SHOW_WAIT_HEADER.encode()
+_SHOW_WAIT, _ONCE = SHOW_WAIT_HEADER.encode(), IDEMPOTENCY_HEADER.lower().encode()
 # What `call_of` reads; all else goes on as it is, or is left out.
 _READ = frozenset(
     (
         *(b"x-tidegate-deadline-ms", b"x-tidegate-priority", b"x-tidegate-subject"),
-        *(b"x-tidegate-conversation", HEADER, _SHOW_WAIT, *_SESSIONS),
+        *(b"x-tidegate-conversation", HEADER, _SHOW_WAIT, _ONCE, *_SESSIONS),
     )
 )
 
@@ -122,7 +123,7 @@ def call_of(
     Raises InvalidRequest."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     wait_ms, priority, subject, conversation = usual_wait_ms, 0, None, None
-    parent, show, has_deadline, has_session = None, False, False, False
+    parent, show, has_deadline, has_session, has_key = None, False, False, False, False
     for name, value in headers:
         if name not in _READ:
             continue
@@ -138,26 +139,22 @@ def call_of(
             parent = parent_of(value.decode("latin-1"))
         elif name == _SHOW_WAIT:
             show = shows_wait(value.decode("latin-1"))
+        elif name == _ONCE:
+            has_key = True
         else:
             has_session = True
     if has_session and conversation is None:
         conversation = _session_in(headers)
-    trail = tracing.trail(request_id, parent)
+    is_traced = tracing.on or parent is not None
+    trail = tracing.trail(request_id, parent) if is_traced else None
     came_at: bytes = scope.get("raw_path") or b""
     query = _query(endpoint, scope["query_string"], came_at) if scope["query_string"] else ""
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
+    terms = Terms(request_id, caller, received_s, wait_ms, priority, trail)
+    terms.conversation, terms.has_own_deadline = conversation, has_deadline
     return NativeCall(
-        Terms(
-            request_id,
-            caller,
-            received_s,
-            wait_ms,
-            priority,
-            trail,
-            conversation=conversation,
-            has_own_deadline=has_deadline,
-        ),
+        terms,
         endpoint,
         scope["method"],
         query,
@@ -166,6 +163,7 @@ def call_of(
         received_at,
         subject,
         show,
+        has_key,
     )
 
 
@@ -180,7 +178,8 @@ def begin_record(record: CallRecord, call: NativeCall, scope: Mapping[str, Any])
     record.request, record.priority, record.subject = call.body, terms.priority, call.subject
     record.request_type = content_type_in(scope["headers"])
     record.trail = terms.trail
-    record.lineage = Lineage.of(terms.conversation, terms.trail)
+    if terms.conversation is not None or terms.trail is not None:
+        record.lineage = Lineage.of(terms.conversation, terms.trail)
 
 
 def _without_parent(headers: Headers) -> Headers:
@@ -386,7 +385,8 @@ class _Front:
             if not uploads and form is None:
                 whole = None if self._direct is None else self._direct.take_body()
                 body = await self._whole_body() if whole is None else whole
-                check_size(len(body), self._services.config.max_body_bytes)
+                if len(body) > (most_bytes := self._services.config.max_body_bytes):
+                    check_size(len(body), most_bytes)
             call = call_of(
                 self._scope,
                 endpoint,
@@ -505,7 +505,7 @@ class _Front:
         try:
             if call.endpoint.operation is Operation.UPLOAD:
                 await self._upload(call)
-            elif (wanted := idempotency_in(call, self._scope["headers"])) is not None:
+            elif call.has_key and (wanted := idempotency_in(call, self._scope["headers"])):
                 await self._run_once(call, wanted)
             else:
                 await self._services.relay.run(call, self, self._record)

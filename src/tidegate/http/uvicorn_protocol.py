@@ -27,9 +27,9 @@ from tidegate.http._compat import (
     ASGIReceiveCallable,
     ASGISendCallable,
     ASGISendEvent,
+    HttpToolsProtocol,
     RequestResponseCycle,
     Scope,
-    UvicornProtocol,
 )
 from tidegate.http.sse import ABORT_EXTENSION, GONE_EXTENSION
 
@@ -323,8 +323,13 @@ def bounded(*, receive_timeout_ms: int, stalled_reader_ms: int) -> type[BoundedP
     return type("BoundedProtocol", (BoundedProtocol,), timers)
 
 
-class BoundedProtocol(UvicornProtocol):
-    """Give it to uvicorn as `http=`; see `bounded` for timers from the settings."""
+class BoundedProtocol(HttpToolsProtocol):
+    """Give it to uvicorn as `http=`; see `bounded` for timers from the settings.
+
+    Its timer of an idle connection and its callback at a task's end are others than uvicorn's, as
+    each request pays for them: one timer is kept for as long as a connection lasts, and looks at
+    the clock. A task ends by `ended`.
+    """
 
     MAX_HEADERS = 100
     MAX_HEAD_BYTES = 64 * 1024
@@ -355,6 +360,7 @@ class BoundedProtocol(UvicornProtocol):
         self._when_gone: list[Callable[[], None]] = []
         self._answering: RequestResponseCycle | None = None
         self._offers_protocol = False
+        self._idle_since_s: float | None = None
 
     # The connection
 
@@ -479,6 +485,43 @@ class BoundedProtocol(UvicornProtocol):
 
     # The answer
 
+    def ended(self) -> None:
+        """The present task has made its answer, or has failed."""
+        task = asyncio.current_task()
+        if task is not None:
+            self.tasks.discard(task)
+
+    def end_keep_alive_timer(self) -> None:
+        """Stop the timer that closes an idle connection."""
+        self._idle_since_s = None
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = None
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since_s = None
+
+    def _look_later(self, after_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(after_s, self._look_whether_idle)
+
+    def _look_whether_idle(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self._idle_since_s is None:
+            return
+        left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self._look_later(left_s)
+        else:
+            self.timeout_keep_alive_handler()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        task = self.loop.create_task(cycle.run_asgi(self.answering(cycle, app)))
+        self.tasks.add(task)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Says nothing: a request that offers another protocol is answered in this one, as RFC
+        9110, section 7.8 has it, and anybody may send any number of them."""
+
     def answering(self, cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
         async def answer(
             scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -520,12 +563,21 @@ class BoundedProtocol(UvicornProtocol):
         return send_on
 
     def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
         if self._answered_early:
-            self.server_state.total_requests += 1
             self._linger()
-        else:
-            super().on_response_complete()
-            self._watch_closing()
+            return
+        if self.transport.is_closing():
+            self._watch_writes(self.CLOSING_S)
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+            return
+        self._idle_since_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_later(self.timeout_keep_alive)
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls when the parser fails; we call it for our own bounds too."""

@@ -17,7 +17,7 @@ from uuid import UUID
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
 from tidegate.dialects.requests import refuse_to_go_on, skimmed
-from tidegate.dialects.spec import Endpoint, Operation, RequestFacts
+from tidegate.dialects.spec import GOING_ON, Endpoint, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.record import KEPT_BYTES, CallRecord
 from tidegate.spine.native import NativeCall, NativeExchange, Relay
@@ -44,7 +44,7 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
         raise InvalidRequest(field, "unknown endpoint", allowed=_ALLOWED)
     if endpoint.streams:
         raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
-    if endpoint.operation.goes_on:
+    if endpoint.operation in GOING_ON:
         said = "jobs and batches do not hold work that goes on after its answer"
         raise InvalidRequest(field, said, allowed=_ALLOWED)
     if endpoint.operation is Operation.SPEAK:  # a result is kept as text

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -53,6 +53,8 @@ from tidegate.dialects.requests import (
 )
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import (
+    GOING_ON,
+    WITHOUT_OUTPUT,
     AnswerFacts,
     Dialect,
     Endpoint,
@@ -61,7 +63,7 @@ from tidegate.dialects.spec import (
     RequestFacts,
 )
 from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
-from tidegate.policy.access import Paths
+from tidegate.policy.access import Access, Paths
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key, lineage_in
@@ -92,6 +94,7 @@ from tidegate.upstream.transport import (
     Exchange,
     RelayWire,
     RequestBody,
+    RequestPlace,
     Timeouts,
 )
 
@@ -100,8 +103,8 @@ from tidegate.upstream.transport import (
 class NativeCall:
     """A request in a provider's dialect. headers: those that may go on to an upstream. query:
     without its `?` and without a key. subject: whom it is about, for erasing. shows_wait: whether
-    the client asks for comments on its place while it waits. form: the body, where that is one;
-    `body` is then empty."""
+    the client asks for comments on its place while it waits. has_key: whether it shows an
+    idempotency key. form: the body, where that is one; `body` is then empty."""
 
     terms: Terms
     endpoint: Endpoint
@@ -112,6 +115,7 @@ class NativeCall:
     received_at: datetime
     subject: str | None = None
     shows_wait: bool = False
+    has_key: bool = False
     form: FormBody | None = None
 
     @property
@@ -154,18 +158,17 @@ class Relay:
         elif endpoint.operation is Operation.OTHER:
             record.model = model_of_other(caller, endpoint, call.body) or None
         elif endpoint.is_counted or (call.body and endpoint.resource is None):
-            read = skimmed(call.body)
-            if read.raw is not call.body:  # it was large: others go first now
+            raw, body, whole = skimmed(call.body)
+            if raw is not call.body:  # it was large: others go first now
                 await asyncio.sleep(0)
-            body = read.body
             spec = DIALECTS[endpoint.dialect]
-            asked = spec.request_facts(endpoint, body, read.whole)
-            check_said_once(read.raw, body)
-            references, making = spec.references(body, read.raw), spec.made_by(endpoint.path, body)
+            asked = spec.request_facts(endpoint, body, whole)
+            check_said_once(raw, body)
+            references, making = spec.references(body, raw), spec.made_by(endpoint.path, body)
             if caller.models is not None or endpoint.model is not None:
                 check_model(caller, asked.model)
                 check_body(caller, endpoint, body)
-                check_names(caller, read.raw)
+                check_names(caller, raw)
         if asked is not None:
             record.model, record.streamed = asked.model, asked.streams
             record.kind = str(asked.kind) if endpoint.is_counted else None
@@ -184,12 +187,10 @@ class Relay:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
         if asked is not None and endpoint.operation is Operation.INFER:
-            before = None
-            if references:
-                before = await self.resources.continued(endpoint.dialect, references)
+            continued = self.resources.continued
+            before = await continued(endpoint.dialect, references) if references else None
             record.lineage = lineage_in(body, record.lineage, before)
-            if len(targets) > 1:
-                home = self._home(call, asked.model, record, targets)
+            home = self._home(call, asked.model, record, targets) if len(targets) > 1 else None
         await self.spine.run(exchange, record, targets, on_admitted, home)
 
     def _hand_over(
@@ -251,7 +252,7 @@ class Relay:
             return [Target(upstream, model_of_other(call.terms.caller, call.endpoint, call.body))]
         if asked is not None:
             found = self.spine.targets.of(dialect, asked.model)
-            return _followed(found, dialect) if call.endpoint.operation.goes_on else found
+            return _followed(found, dialect) if call.endpoint.operation in GOING_ON else found
         if call.endpoint.operation is Operation.MODELS and name is not None:
             check_model(call.terms.caller, name)
             return self.spine.targets.of(dialect, name)
@@ -387,7 +388,7 @@ class NativeExchange:
         if is_batch and asked.calls > 1:
             context_tokens = context_tokens and context_tokens * asked.calls
             most_output = most_output and most_output * asked.calls
-        if endpoint.operation.writes_nothing:
+        if endpoint.operation in WITHOUT_OUTPUT:
             most_output = 0
         elif asked.max_output_tokens is not None or has_several_answers(self._body):
             most_output = asked.max_output_tokens
@@ -628,7 +629,9 @@ class NativeExchange:
         omitted = record.omitted_bytes > 0
         dialect = DIALECTS[self._call.endpoint.dialect]
         facts = self.told or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
-        answer.usage = with_tier(facts.usage, self._served)
+        answer.usage = facts.usage
+        if self._served is not None:
+            answer.usage = with_tier(facts.usage, self._served)
         answer.finish_reason = facts.finish_reason
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
 
@@ -763,10 +766,11 @@ async def _open(
     UpstreamError."""
     dialect, trail = call.endpoint.dialect, call.terms.trail
     access = target.upstream.access(dialect)
-    path = call.endpoint.path_for(target.model)
     streams = call.endpoint.streams or streamed
-    text = access.url(path, call.query, model=target.model, streams=streams)
-    place, headers = wire.place(text, access), call.headers
+    path = call.endpoint.path
+    if call.endpoint.model is not None:
+        path = call.endpoint.path_for(target.model)
+    place, headers = _place(access, path, call.query, target.model, streams), call.headers
     if trail is not None:
         said = trail.begin(target.upstream.name, target.model, str(place.origin))
         headers = [*headers, (HEADER, said.encode())]
@@ -786,6 +790,12 @@ async def _open(
         if exchange.status not in REDIRECTS:
             break
     return exchange
+
+
+@lru_cache(2_000)
+def _place(access: Access, path: str, query: str, model: str, streams: bool) -> RequestPlace:
+    """Where a call goes: nearly all go to one of a few places."""
+    return RelayWire.place(access.url(path, query, model=model, streams=streams), access)
 
 
 _REDIRECT_BYTES = 65_536

@@ -744,8 +744,9 @@ class _Run:
             images = self._exchange.settle(target, lane, demand, whole=whole, failed=failure)
             if permit is not None and not record.handed_over:
                 told, charged = record.answer.usage, record.charge.usage
-                used = demand.used(told, charged, whole=whole)
-                first_ms = None
+                used = first_ms = None
+                if demand.estimate is not None:
+                    used = demand.used(told, charged, whole=whole)
                 if permit.adapts_by_latency and whole and record.streamed:
                     first_ms = record.answer.first_byte_ms
                     used = used or _tokens_read(told, charged)
@@ -753,11 +754,12 @@ class _Run:
                     outcome,
                     tokens=used,
                     images=images,
-                    audio_seconds=seconds_of(told),
+                    audio_seconds=None if told.details is None else seconds_of(told),
                     cost_micros=record.charge.cost_micros,
                     first_ms=first_ms,
                 )
-                lane.demands.learn(demand, told, charged, whole=whole)
+                if demand.estimate is not None:
+                    lane.demands.learn(demand, told, charged, whole=whole)
             if self._home is not None and whole:
                 self._spine.affinity.note(self._home, target, record.answer.usage)
 

@@ -460,9 +460,11 @@ class AuditLog:
         failure, details = rows.failure_row(record.failure), charge.usage.details
         *counts, cost_micros = rows.counts_of((*_of_usage(charge.usage), charge.cost_micros))
         model, version, response_id, finish_reason, subject, *lineage_texts = rows.texts_of(
-            *(record.model or None, answer.model_version, answer.response_id),
-            *(answer.finish_reason, record.subject),
-            *(lineage.conversation, lineage.opening, lineage.trace_id, lineage.parent_span),
+            (
+                *(record.model or None, answer.model_version, answer.response_id),
+                *(answer.finish_reason, record.subject),
+                *(lineage.conversation, lineage.opening, lineage.trace_id, lineage.parent_span),
+            )
         )
         conversation, opening, trace_id, parent_span = lineage_texts
         return (

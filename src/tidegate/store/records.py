@@ -253,7 +253,7 @@ def clean(text: str) -> str:
     return text
 
 
-def texts_of(*texts: str | None) -> Sequence[str | None]:
+def texts_of(texts: Sequence[str | None]) -> Sequence[str | None]:
     """The same of several columns, of which nearly all are in ASCII: one look at them together."""
     together = "".join(filter(None, texts))
     if together.isascii() and "\x00" not in together:

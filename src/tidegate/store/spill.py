@@ -228,7 +228,8 @@ class CallJournal:
             record.slot = self._free.pop()
         place = record.slot * _SLOT_BYTES
         memory[place] = _FREE
-        _SLOT.pack_into(memory, place + 1, record.id.bytes, len(facts))
+        assert record.request_id is not None
+        _SLOT.pack_into(memory, place + 1, record.request_id.bytes, len(facts))
         begin = place + 1 + _SLOT.size
         memory[begin : begin + len(facts)] = facts
         if room >= _LINEAGE.size:

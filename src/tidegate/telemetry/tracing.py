@@ -120,10 +120,7 @@ class Tracing:
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = sampler
-
-    @property
-    def on(self) -> bool:
-        return self._sampler is not None
+        self.on = sampler is not None
 
     def trail(self, request_id: UUID, parent: Parent | None) -> Trail | None:
         """Of a request; the same wherever it is asked for. None where there is nothing to pass on

@@ -808,8 +808,8 @@ def _head(
     signer: Signer | None,
 ) -> bytes:
     """The head of a request, without the empty line at its end."""
-    if place.access is not None:
-        headers = place.access.dressed(headers)
+    if (access := place.access) is not None:
+        headers = access.dressed(headers) if access.replaced else [*headers, *access.headers]
         if signer is not None:
             headers = signer.sign(method, place, headers, body)
     lines = [b"%b: %b\r\n" % pair for pair in headers]

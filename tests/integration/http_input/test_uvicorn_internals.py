@@ -6,14 +6,13 @@ import inspect
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from tidegate.http._compat import UvicornProtocol
 from tidegate.http.uvicorn_protocol import BoundedProtocol, bounded
 
 
 def test_every_method_that_we_override_is_still_there_with_its_parameters() -> None:
     ours = {
         name: method
-        for name, method in (vars(UvicornProtocol) | vars(BoundedProtocol)).items()
+        for name, method in vars(BoundedProtocol).items()
         if inspect.isfunction(method) and hasattr(HttpToolsProtocol, name) and name != "__init__"
     }
     assert set(ours) == {

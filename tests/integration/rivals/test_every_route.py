@@ -21,7 +21,7 @@ from tests.integration.rivals.routes import NATIVE, OWN, Route
 from tests.waiting import wait_until
 from tidegate import dialects
 from tidegate.dialects import gemini
-from tidegate.dialects.spec import Dialect, Operation
+from tidegate.dialects.spec import GOING_ON, Dialect, Operation
 from tidegate.policy.format import edit
 
 KINDS = ("text_only", "multi_modal", "image_generation", "other")
@@ -191,7 +191,7 @@ def test_no_native_route_is_left_out() -> None:
     known = {*dialects._POSTED, "/v1/models", "/v1beta/models"}
     assert known <= seen
     # Work that goes on after its answer keeps its permit until then: native/test_gemini_work.py.
-    ended = [do for do, operation in gemini._OPERATIONS.items() if not operation.goes_on]
+    ended = [do for do, operation in gemini._OPERATIONS.items() if operation not in GOING_ON]
     for do in (*ended, "generateContent", "streamGenerateContent"):
         assert any(path.endswith(f":{do}") for path in seen), do
     by_operation = {
@@ -201,4 +201,4 @@ def test_no_native_route_is_left_out() -> None:
         if (endpoint := dialects.endpoint_of(route.method, route.path.partition("?")[0], hint))
     }
     # What is passed through has a name only in the settings.
-    assert by_operation == {one for one in Operation if not one.goes_on} - {Operation.OTHER}
+    assert by_operation == {one for one in Operation if one not in GOING_ON} - {Operation.OTHER}
