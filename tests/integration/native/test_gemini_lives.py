@@ -221,6 +221,7 @@ async def test_stores_of_file_search_are_their_tenant_s_with_all_that_is_in_them
 ) -> None:
     mine, theirs, gateway = tenants.mine, tenants.theirs, tenants.gateway
     stores = mine.file_search_stores
+    await gateway.upstream.set_behaviour(first_byte_ms=0, between_ms=0)
     made = await stores.create(config={"display_name": "Tides"})
     other = await theirs.file_search_stores.create(config={"display_name": "Theirs"})
     begun = await stores.upload_to_file_search_store(
