@@ -425,7 +425,6 @@ async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIter
                 access=upstream.access(Dialect.GEMINI),
                 signers=relay.wire.signers,
             )
-            await processor.start()
             stack.push_async_callback(processor.aclose)
         yield _prompts_of(config, relay, store, processors)
 

@@ -79,6 +79,7 @@ class BackgroundRunner:
     def __init__(self, config: Config, store: Store, relay: Relay) -> None:
         self._config = config
         self._calls: BackgroundCalls = store.background
+        self._due = store.notifications.due
         self._relay, self._spine = relay, relay.spine
         self._in_hand: dict[UUID, asyncio.Task[None]] = {}
 
@@ -109,7 +110,7 @@ class BackgroundRunner:
                 log.debug(Log.STORE_AWAY, detail=away.message)
             except Exception:  # the top of a task: logged, and the loop starts again
                 log.exception(Log.WORKER_LOOP_FAILED)
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await self._due("background", _LOOK_EVERY_S)
 
     async def _see_to_all(self) -> None:
         while len(self._in_hand) < _AT_ONCE:

@@ -66,7 +66,7 @@ from tidegate.store.batches import (
     ambiguous_of,
 )
 from tidegate.store.blobs import Blobs, new_key
-from tidegate.store.notifications import BATCHES
+from tidegate.store.notifications import BATCHES, PULSED_MS
 from tidegate.store.records import Json
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
@@ -594,9 +594,11 @@ class BatchRunner:
         """See to the batches as wholes, one after the other."""
         while True:
             mark = self._store.notifications.work_mark(BATCHES)
+            idle_ms = PULSED_MS
             if await self._store.open_batches.ours() or self._lines.any:
                 await self._see_to_all()
-            await self._store.notifications.wait_work(round(_LOOK_EVERY_S * 1000), mark, BATCHES)
+                idle_ms = round(_LOOK_EVERY_S * 1000)
+            await self._store.notifications.wait_work(idle_ms, mark, BATCHES)
 
     async def _see_to_all(self) -> None:
         await self._store.batches.expire()

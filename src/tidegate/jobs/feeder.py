@@ -15,7 +15,7 @@ from uuid import UUID
 
 from tidegate.errors import StoreUnavailable
 from tidegate.jobs.outages import Held, Look
-from tidegate.store.notifications import Notifications
+from tidegate.store.notifications import PULSED_MS, Notifications
 from tidegate.telemetry.logging import Log, get_logger
 
 _AWAY_WAIT_S = 0.25
@@ -108,9 +108,8 @@ class Feeder(Generic[ClaimedT]):
                     took_s = time.monotonic() - began
                     rest_s = min(_REST_OF_CLAIM * took_s, _LONGEST_REST_S)
                     await self._unless_closed(asyncio.sleep(rest_s))
-                await self._unless_closed(
-                    self.notifications.wait_work(self.idle_ms, mark, self.lane)
-                )
+                idle_ms = self.idle_ms if claimed else PULSED_MS
+                await self._unless_closed(self.notifications.wait_work(idle_ms, mark, self.lane))
 
     async def _kept(
         self, claimed: list[ClaimedT], chosen: list[ClaimedT], waits_ms: Mapping[UUID, int]

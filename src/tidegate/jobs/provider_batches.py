@@ -70,6 +70,7 @@ from tidegate.spine.run import Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import until_quick
 from tidegate.store.jobs import CANCELLED
+from tidegate.store.notifications import BATCHES, PULSED_MS
 from tidegate.store.provider.provider_batches import JoiningJob, OpenLine, OpenLines, UpstreamBatch
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
@@ -204,6 +205,16 @@ class ProviderBatchRunner:
                 log.debug(Log.STORE_AWAY, detail=away.message)
             except Exception:  # the top of a task: logged, and the loop starts again
                 log.exception(Log.WORKER_LOOP_FAILED)
+            await self._rest()
+
+    async def _rest(self) -> None:
+        notifications = self._store.notifications
+        mark, is_idle = notifications.work_mark(BATCHES), False
+        with suppress(StoreUnavailable):
+            is_idle = not await self._store.open_batches.theirs()
+        if is_idle and notifications.is_sure():
+            await notifications.wait_work(PULSED_MS, mark, BATCHES)
+        else:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _prune_all(self) -> None:

@@ -64,7 +64,7 @@ from tidegate.spine.routing import Target
 from tidegate.spine.run import MOST_TRIES, Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.notifications import UNSURE
+from tidegate.store.notifications import UNSURE, Sign
 from tidegate.store.records import ClaimedJob, FailedTry
 from tidegate.store.statistics import OpenJobs
 from tidegate.store.store import Store
@@ -330,12 +330,18 @@ class Worker:
         store = self._store
         await self._store_tolerant(store.queue.heartbeat)
         each_beat = (store.queue.heartbeat, store.queue.retake_expired)
-        each_second = (store.queue.maintain, store.queue.expire_due, store.queue.cancel_returned)
+        store.notifications.pool = self._pool
+        when_due: tuple[tuple[Sign, Callable[[], Awaitable[object]]], ...] = (
+            ("ripe", store.queue.maintain),
+            ("overdue", store.queue.expire_due),
+            ("cancelled", store.queue.cancel_returned),
+        )
         for_held = (self._leave_held, self._put_off.bring_back)
         loops = [
             *(feeder.run for feeder in self._feeders),
             *(self._every(beat_s, one) for one in each_beat),
-            *(self._every(1.0, one) for one in (*each_second, *for_held)),
+            *(self._when_due(sign, one) for sign, one in when_due),
+            *(self._every(1.0, one) for one in for_held),
             self._spine.preemption.run,
         ]
         tasks = [
@@ -687,6 +693,22 @@ class Worker:
             while True:
                 await self._store_tolerant(call)
                 await asyncio.sleep(seconds)
+
+        return loop
+
+    def _when_due(
+        self, sign: Sign, call: Callable[[], Awaitable[object]]
+    ) -> Callable[[], Awaitable[None]]:
+        """`call` says by True that it has more to do."""
+
+        async def loop() -> None:
+            while True:
+                try:
+                    is_more = await call() is True
+                except StoreUnavailable as away:
+                    log.debug(Log.STORE_AWAY, detail=away.message)
+                    is_more = True
+                await (asyncio.sleep(1.0) if is_more else self._store.notifications.due(sign))
 
         return loop
 

@@ -50,7 +50,7 @@ from tidegate.telemetry.logging import Log, get_logger, recent_problems
 from tidegate.upstream.server_load import ServerLoad, ServerLoads
 
 EVERY_S = 0.25
-_GAUGES_EVERY = 4
+GAUGES_EVERY_S = 1.0
 _STATES = ("up", "away", "recovering")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4_096
 
@@ -104,14 +104,17 @@ class Watch:
     async def run(self) -> None:
         """Look, for ever."""
         self._instruments.set(Metric.STARTED, self._name, time.time())
-        loop, turn, lag_s = asyncio.get_running_loop(), 0, 0.0
+        loop, lag_s, looked_at = asyncio.get_running_loop(), 0.0, 0.0
         while True:
-            due = loop.time() + EVERY_S
-            await asyncio.sleep(EVERY_S)
+            is_idle = not any(one.permits_held or one.waiters for one in self.limiters.values())
+            every_s = GAUGES_EVERY_S if is_idle else EVERY_S
+            due = loop.time() + every_s
+            await asyncio.sleep(every_s)
             late_s = max(0.0, loop.time() - due)
             self._instruments.tally.observe(Metric.LOOP_LAG, self._name, late_s)
-            turn, lag_s = turn + 1, max(lag_s, late_s)
-            if turn % _GAUGES_EVERY == 0:
+            lag_s = max(lag_s, late_s)
+            if loop.time() - looked_at >= GAUGES_EVERY_S:
+                looked_at = loop.time()
                 self.lag_s, lag_s = lag_s, 0.0
                 self.look()
 
@@ -416,6 +419,7 @@ def _perhaps_more(queues: tuple[QueueDepth, ...]) -> int:
 
 
 TELL_EVERY_S = 1.0
+SAME_EVERY_S = 2.5  # where there is nothing new to tell
 KEEP_MS = 5_000
 FRESH_S = 0.5
 READ_WITHIN_S = 1.0
@@ -475,10 +479,15 @@ class Board:
 
     async def run(self) -> None:
         """Tell the others, for ever."""
+        told, told_at = b"", -math.inf
         while True:
             try:
-                if not self._is_away():
-                    await self._limiter.tell(packed(self.own(), self._more), KEEP_MS)
+                note, now = packed(self.own(), self._more), time.monotonic()
+                if self._is_away():
+                    told_at = -math.inf
+                elif note != told or now - told_at >= SAME_EVERY_S:
+                    await self._limiter.tell(note, KEEP_MS)
+                    told, told_at = note, now
             except LimiterUnavailable as away:
                 log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=away.message)
             except Exception:  # the top of a task: logged, and it goes on

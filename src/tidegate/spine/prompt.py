@@ -222,6 +222,7 @@ class PromptCalls:
         async def admitted(_permit: Permit | None) -> None:
             asking.set()
 
+        await self._ways.open(targets)
         try:
             await self._spine.run(question, record, targets, admitted)
             status = "succeeded"
@@ -285,6 +286,7 @@ class PromptCalls:
         """
         exchange = PromptExchange(terms, self._ways, call, record, sink)
         targets = self.targets(call.model, call.kind, files_of(call.media))
+        await self._ways.open(targets)
         try:
             await self._spine.run(exchange, record, targets, on_admitted)
         except CallFailed as failed:
@@ -298,6 +300,12 @@ class PromptWays:
     processors: Mapping[str, GeminiProcessor]
     wire: RelayWire
     timeouts: Mapping[str, Timeouts]
+
+    async def open(self, targets: Sequence[Target]) -> None:
+        """Import the SDK, where it is needed: no permit is held meanwhile."""
+        for target in targets:
+            if (processor := self.processors.get(target.upstream.name)) is not None:
+                await processor.start()
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,6 @@ class LiveUpstreams:
                 access=upstream.access(Dialect.GEMINI),
                 signers=self._signers,
             )
-            await processor.start()
         return _Opened(upstream.name, processor, timeouts)
 
     def _enter(self, upstream: Upstream, opened: _Opened) -> None:

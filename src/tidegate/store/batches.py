@@ -30,7 +30,7 @@ from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, Prepared
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
-from tidegate.store.notifications import BATCHES, Notifications
+from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications
 from tidegate.store.queue import MAX_LAPSES, Lookback
 from tidegate.store.records import Idempotency, Json
 from tidegate.telemetry.logging import Log, get_logger
@@ -548,7 +548,9 @@ class OpenBatches:
     async def _ask(self) -> None:
         async with self._asking:
             now, mark = self._clock(), self._notifications.work_mark(BATCHES)
-            if mark == self._mark and now - self._asked_at < _OPEN_EVERY_S:
+            is_idle = self._notifications.is_sure() and not (self._ours or self._theirs)
+            every_s = PULSED_MS / 1000 if is_idle else _OPEN_EVERY_S
+            if mark == self._mark and now - self._asked_at < every_s:
                 return
             self.changed()  # until it has been answered
             row = await self._connections.row("open_batches")

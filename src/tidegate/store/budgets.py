@@ -53,7 +53,9 @@ from tidegate.telemetry.logging import Log, get_logger
 MOST_BUDGETS = 10_000
 MOST_BOOKS = 1_000
 _LOOK_EVERY_S = 0.25
+_IDLE_LOOK_EVERY_S = 0.9
 _REVISION_EVERY_S = 0.7
+_PUSHED_REVISION_EVERY_S = 30.0
 _FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
 _SEEN_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0
@@ -266,6 +268,7 @@ class Budgets:
         self._static = lru_cache(10_000)(self._bound_statically)
         self._asks: GroupWriter[_Ask, Refusal | None] = GroupWriter(self._reserve_all, _size_of)
         self._open: dict[UUID, UUID] = {}  # what is held, by whose request
+        self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified of
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
         self._refusals: dict[tuple[str, str], Refusal] = {}
         self._waiters: dict[int, _Waiter] = {}
@@ -615,7 +618,8 @@ class Budgets:
         while True:
             now = self._clock()
             try:
-                if self._change.is_set() or now - looked_at >= _REVISION_EVERY_S:
+                every_s = _PUSHED_REVISION_EVERY_S if self.is_pushed() else _REVISION_EVERY_S
+                if self._change.is_set() or now - looked_at >= every_s:
                     self._change.clear()
                     looked_at = now
                     await self.refresh()
@@ -629,7 +633,8 @@ class Budgets:
             except Exception:  # the top of a task: logged, and it goes on
                 log.exception(Log.INTERNAL_ERROR, where="budgets")
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_EVERY_S):
+                is_idle = self.is_pushed() and not self._pending
+                async with asyncio.timeout(_IDLE_LOOK_EVERY_S if is_idle else _LOOK_EVERY_S):
                     await self._change.wait()
 
     async def aclose(self) -> None:

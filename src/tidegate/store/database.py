@@ -37,6 +37,8 @@ SLOW_MS = 1_000  # after this the probe looks whether the server still answers
 PROBE_TIMEOUT_MS = 1_000
 PROBE_EVERY_MS = 200
 _TRIES = 3
+_TRIM_AFTER_S = 10.0
+_CLOSE_WITHIN_S = 1.0
 # One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
 # since the statistics of a queue are always stale, no plan may come to scan it whole.
 _LOCAL = (
@@ -86,7 +88,8 @@ class _Commit:
 
 class Connections:
     """At most `size` connections, opened as needed, one after the other: who waits for one takes
-    the first that is free, so that a start or a burst opens no more than it keeps busy."""
+    the first that is free, so that a start or a burst opens no more than it keeps busy. All but one
+    of those that nothing has used for ten seconds are closed: each is a process of PostgreSQL."""
 
     def __init__(
         self, url: str, *, size: int = 10, probe_timeout_ms: int = PROBE_TIMEOUT_MS
@@ -96,7 +99,9 @@ class Connections:
         self._url = url
         self._probe_timeout_ms = probe_timeout_ms
         self._slots = asyncio.Semaphore(size)
-        self._idle: list[asyncpg.Connection] = []
+        self._idle: list[asyncpg.Connection] = []  # the one that was used last is taken next
+        self._least_idle = 0  # since the last look at them
+        self._trimming: asyncio.TimerHandle | None = None
         self._busy: set[asyncpg.Connection] = set()
         self._tasks: set[asyncio.Task[object]] = set()
         self._probe: asyncio.Task[None] | None = None
@@ -120,6 +125,8 @@ class Connections:
     async def aclose(self, timeout_ms: int = 2_000) -> None:
         """Let work under way end within `timeout_ms`, then cut it off and close everything."""
         self._closed = True
+        if self._trimming is not None:
+            self._trimming.cancel()
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
@@ -284,6 +291,7 @@ class Connections:
         while True:
             while self._idle:
                 connection = self._idle.pop()
+                self._least_idle = min(self._least_idle, len(self._idle))
                 if not connection.is_closed():
                     return connection
             is_first_coming = self._probe is not None and not self._busy
@@ -298,7 +306,29 @@ class Connections:
 
     def _free(self, connection: asyncpg.Connection) -> None:
         self._idle.append(connection)
+        if self._trimming is None and len(self._idle) > 1:
+            self._trim_later()
         self._look_again()
+
+    def _trim_later(self) -> None:
+        self._least_idle = len(self._idle)
+        self._trimming = asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
+
+    def _trim(self) -> None:
+        unused = self._idle[: max(0, self._least_idle - 1)]
+        del self._idle[: len(unused)]
+        for connection in unused:
+            task = asyncio.ensure_future(connection.close(timeout=_CLOSE_WITHIN_S))
+            self._tasks.add(task)
+            task.add_done_callback(self._closed_one)
+        self._trimming = None
+        if len(self._idle) > 1:
+            self._trim_later()
+
+    def _closed_one(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failed := task.exception()) is not None:
+            get_logger().debug(Log.STORE_AWAY, detail=str(failed))
 
     def _look_again(self) -> None:
         """Have all who wait for a connection look whether there is one, or open one."""
@@ -719,6 +749,17 @@ async def _connected(url: str) -> asyncpg.Connection:
         return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
         raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+
+
+async def row_alone(
+    connection: asyncpg.Connection, name: str, *values: object, timeout_ms: int
+) -> asyncpg.Record:
+    """The row of a statement that has one, in a transaction of a connection outside the pool."""
+    await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
+    row = await connection.fetchrow(sql(name), *values)
+    await connection.execute("COMMIT")
+    assert row is not None
+    return row
 
 
 async def revision_at(url: str) -> str | None:

@@ -1,24 +1,29 @@
 """Notifications between processes, and waits for them: LISTEN/NOTIFY with polling behind it.
 
 NOTIFY is sent coalesced and outside its transaction, because it takes an instance-wide lock at
-commit.
+commit. Once a second one statement on the connection that listens, the pulse, looks for what all
+loops of the process wait for. It shows that the connection works, so that an idle loop needs no
+statement of its own: only while there is no pulse does each of them look for itself.
 
-Invariants: a notification is a hint: a change is seen within `POLL_MS` without it; waiters are
-bounded, and one query polls for all.
+Invariants: a notification is a hint: a change is seen within `POLL_MS`, work within two seconds
+without it; waiters are bounded, and one query polls for all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Literal
 from uuid import UUID
 
 import asyncpg
 
 from tidegate.call import Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections
+from tidegate.store.database import Connections, row_alone
 from tidegate.store.records import dumps, uuid_of
 
 # What work is for, beside a kind of jobs: jobs whose kind is unsure, and batches.
@@ -33,6 +38,12 @@ BUDGETS = "tidegate_budgets"
 UPSTREAMS = "tidegate_upstreams"
 POLL_MS = 500
 WORK_POLL_MS = 1_000
+# The longest that a loop waits which the pulse would wake.
+PULSED_MS = 10_000
+_PULSE_S = 1.0
+_SURE_S = 3.0
+Sign = Literal["ripe", "overdue", "cancelled", "background"]
+_SIGNS: tuple[Sign, ...] = ("ripe", "overdue", "cancelled", "background")
 MAX_WATCHERS = 10_000
 _IDS_PER_MESSAGE = 200  # 37 bytes each; a payload holds 8,000
 _RECONNECT_MS = 500
@@ -60,6 +71,12 @@ class Notifications:
         self._listening: asyncio.Task[None] | None = None
         self.on_budgets: list[Callable[[], None]] = []
         self.on_upstreams: list[Callable[[], None]] = []
+        self.pool: str | None = None  # whose jobs this process works on
+        self._due: dict[Sign, asyncio.Event] = {}
+        self._shown: frozenset[Sign] = frozenset()  # by the last pulse
+        self._pulsed_at = -math.inf
+        self._seen_transaction: int | None = None
+        self._budgets = -1
         self._line: asyncpg.Connection | None = None
         self._poller: asyncio.Task[None] | None = None
 
@@ -156,14 +173,32 @@ class Notifications:
     async def wait_work(
         self, timeout_ms: int, since: int | None = None, lane: str | None = None
     ) -> None:
-        """Return when work may have come since the mark `since`, at the latest after `timeout_ms`
-        or one second. A lane is a kind of jobs, `UNSURE` or `BATCHES`; None stands for all."""
+        """Return when work may have come since the mark `since`, at the latest after `timeout_ms`,
+        and after one second where there is no pulse. A lane is a kind of jobs, `UNSURE` or
+        `BATCHES`; None stands for all."""
         self.listen()
         if since is not None and since != self.work_mark(lane):
             return
         event = self._idle.setdefault(lane, asyncio.Event())
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(timeout_ms, WORK_POLL_MS) / 1000):
+            most_ms = PULSED_MS if self.is_sure() else WORK_POLL_MS
+            async with asyncio.timeout(min(timeout_ms, most_ms) / 1000):
+                await event.wait()
+
+    def is_sure(self) -> bool:
+        """Whether the pulse has looked for work just now."""
+        return time.monotonic() - self._pulsed_at < _SURE_S
+
+    async def due(self, sign: Sign, pace_s: float = 1.0) -> None:
+        """Return when there may be something of this sort to do: after `pace_s` while the pulse
+        shows some, or there is no pulse; else when it shows some, at the latest after
+        `PULSED_MS`."""
+        if not self.is_sure() or sign in self._shown:
+            await asyncio.sleep(pace_s)
+            return
+        event = self._due.setdefault(sign, asyncio.Event())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PULSED_MS / 1000):
                 await event.wait()
 
     async def wait_cancels(self, timeout_ms: int) -> set[UUID]:
@@ -189,6 +224,7 @@ class Notifications:
     def wake_all(self) -> None:
         """Notifications may have been missed before this moment."""
         self._work_came(None)
+        self._wake(_SIGNS)
         self._requests_changed(list(self._watchers))
 
     async def _listen(self) -> None:
@@ -210,10 +246,41 @@ class Notifications:
                 await connection.add_listener(channel, self._on_message)
             watchdog.cancel()
             self.wake_all()
-            await closed.wait()
+            while not closed.is_set():
+                await self._pulse(connection)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PULSE_S):
+                        await closed.wait()
         finally:
             watchdog.cancel()
             connection.terminate()
+            self._pulsed_at, self._seen_transaction = -math.inf, None
+            self.wake_all()  # loops look for themselves now
+
+    async def _pulse(self, connection: asyncpg.Connection) -> None:
+        given = (self.pool, self._seen_transaction, sorted(LANES))
+        try:
+            async with asyncio.timeout(_LISTEN_TIMEOUT_MS / 1000):
+                row = await row_alone(connection, "pulse", *given, timeout_ms=_LISTEN_TIMEOUT_MS)
+        except asyncpg.PostgresError:  # of a schema without its tables, for one
+            await connection.execute("ROLLBACK")
+            return
+        self._seen_transaction, self._pulsed_at = row["seen"], time.monotonic()
+        self._shown = frozenset(sign for sign in _SIGNS if row[sign])
+        self._wake(self._shown)
+        if row["ready"]:
+            self._work_came(None)
+        elif row["batches"]:
+            self._work_came(BATCHES)
+        if row["budgets"] != self._budgets:
+            self._budgets = row["budgets"]
+            for notify in self.on_budgets:
+                notify()
+
+    def _wake(self, signs: Iterable[Sign]) -> None:
+        for sign in signs:
+            if (event := self._due.pop(sign, None)) is not None:
+                event.set()
 
     def _on_message(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
         if channel in (BUDGETS, UPSTREAMS):

@@ -319,11 +319,9 @@ class ReadyQueues:
             tenants = known.ready.tenants_after(known.last_tenant)
         return jobs
 
-    async def maintain(self) -> None:
-        """Keep up with lanes in which nothing is claimed just now, and look again at all of it.
-
-        To be called every second or so; raises StoreUnavailable.
-        """
+    async def maintain(self) -> bool:
+        """Keep up with lanes in which nothing is claimed just now, and look again at all of it;
+        whether more of it is left. Raises StoreUnavailable."""
         await self._ripen_all()
         for lane, known in list(self._lanes.items()):
             if time.monotonic() - known.read_at > _READ_EVERY_S:
@@ -335,6 +333,7 @@ class ReadyQueues:
                 known.sweep_s = 0.0
             if not known.ready.is_swept:
                 await self._sweep(lane, known, _MOST_SWEEP_S)
+        return not all(known.ready.is_swept for known in self._lanes.values())
 
     async def _read_and_take(
         self, lane: Lane, known: _Known, limit: int
@@ -615,9 +614,9 @@ class JobQueue:
             self._doubtful = True
             raise
 
-    async def maintain(self) -> None:
-        """Keep up with what became ready, every second or so."""
-        await self._queues.maintain()
+    async def maintain(self) -> bool:
+        """Keep up with what became ready; whether to go on with it within a second or so."""
+        return await self._queues.maintain()
 
     async def classified(self, job: ClaimedJob, classification: Classification) -> None:
         """Record a job's kind. Raises ClaimLost."""

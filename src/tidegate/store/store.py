@@ -107,6 +107,7 @@ class Store:
         """Begin to connect in the background: PostgreSQL may come later."""
         self.connections.start()
         self.notifications.on_budgets.append(self.budgets.changed)
+        self.budgets.is_pushed = self.notifications.is_sure
         self.journal.open()
         self.audit.start()
         self._background = asyncio.gather(make_partitions(self.connections), self.budgets.run())

@@ -563,6 +563,7 @@ class RelayWire:
         self.connections: set[Connection] = set()
         self._names: dict[tuple[str, int], tuple[float, list[Any]]] = {}
         self._sweeper: asyncio.Task[None] | None = None
+        self._used = asyncio.Event()  # since the sweeper has found nothing left to look at
         self._tls_of: dict[Network, ssl.SSLContext] = {}
         self.signers: Mapping[Authentication, Signer] = {}
 
@@ -645,6 +646,7 @@ class RelayWire:
             answer = connection.send(head, body)
             exchange = Exchange(self, origin, connection, answer, timeouts or self._timeouts)
             self.exchanges.add(exchange)
+            self._used.set()
             if opened is not None:
                 opened(exchange)
             try:
@@ -791,6 +793,9 @@ class RelayWire:
     async def _sweep(self) -> None:
         """One timer for all: a timeout of its own for each read would cost more than the read."""
         while True:
+            if not self.exchanges and not any(self._idle.values()):
+                self._used.clear()
+                await self._used.wait()
             await asyncio.sleep(_SWEEP_S)
             now = self.time()
             for exchange in list(self.exchanges):

@@ -84,10 +84,7 @@ async def test_the_worker_of_a_running_job_hears_of_it_and_no_other_does(
     other = await make_store(database_url)
     job, kept = await run_one(store), await run_one(store)
     hearing = asyncio.create_task(store.notifications.wait_cancels(20_000))
-    await wait_until(lambda: store.notifications._line is not None)
-    # The last channel that a process listens on: it listens on that of cancels by then.
-    listened = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%upstreams%'"
-    await wait_until(lambda: other.connections.run(lambda c: c.fetchval(listened)))
+    await wait_until(store.notifications.is_sure)  # it listens by then
     assert await other.jobs.cancel(job.request_id, "default") is Status.RUNNING
     assert await hearing == {job.request_id}
     assert await store.jobs.to_cancel([]) == {job.request_id}

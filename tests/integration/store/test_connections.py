@@ -15,6 +15,7 @@ from tests.waiting import wait_until
 from tidegate.call import new_id
 from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.store import database
 from tidegate.store.database import Connections, ReadTurns
 from tidegate.store.store import Store
 
@@ -201,3 +202,28 @@ async def test_a_request_is_read_in_a_turn_of_its_tenant(store: Store) -> None:
         assert not waiting.done()
     with pytest.raises(NotFound):
         await waiting
+
+
+async def test_connections_that_a_burst_has_opened_are_closed_after_it(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_TRIM_AFTER_S", 0.05)
+    opened = Connections(empty_database_url)
+    name = f"burst-{new_id()}"
+    together = asyncio.Barrier(4)
+
+    async def work(connection: asyncpg.Connection) -> None:
+        await connection.execute(f"SET application_name = '{name}'")
+        await together.wait()
+
+    counted = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"
+    try:
+        await asyncio.gather(*(opened.run(work) for _ in range(4)))
+        assert await opened.run(lambda one: one.fetchval(counted, name)) == 4
+
+        async def are_closed() -> bool:
+            return bool(await opened.run(lambda one: one.fetchval(counted, name)) == 1)
+
+        await wait_until(are_closed, 10, "one connection")
+    finally:
+        await opened.aclose()

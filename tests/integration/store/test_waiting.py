@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
+from uuid import UUID
 
+import asyncpg
 import pytest
 
 from tests.integration.store.conftest import MakeStore
@@ -179,3 +182,64 @@ async def test_waiting_for_work_never_outlasts_a_second(store: Store) -> None:
     began = time.monotonic()
     await store.notifications.wait_work(60_000)
     assert time.monotonic() - began < 2.0
+
+
+async def _execute(statement: str, request_id: UUID, connection: asyncpg.Connection) -> None:
+    await connection.execute(statement, request_id)
+
+
+async def test_the_pulse_wakes_those_who_wait_for_work_that_nobody_notified_them_of(
+    make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, worker = [await make_store(database_url) for _ in range(2)]
+    worker.notifications.pool = DEFAULT_POOL
+    await listening(worker)
+    await wait_until(worker.notifications.is_sure)
+    for notify in ("work", "changed"):
+        monkeypatch.setattr(api.notifications, notify, lambda *_: None)
+    ready = asyncio.create_task(worker.notifications.wait_work(watch.PULSED_MS))
+    ripe = asyncio.create_task(worker.notifications.due("ripe"))
+    overdue = asyncio.create_task(worker.notifications.due("overdue"))
+    await asyncio.sleep(0)
+    job = new_job()
+    await api.jobs.submit(job)
+    async with asyncio.timeout(watch.PULSED_MS / 2000):
+        await ready
+    assert not ripe.done()
+    assert not overdue.done()
+    for column, waits in (("not_before", ripe), ("deadline_at", overdue)):
+        put = f"UPDATE requests SET {column} = now() + interval '100 ms' WHERE id = $1"
+        await api.connections.run(partial(_execute, put, job.request_id))
+        async with asyncio.timeout(watch.PULSED_MS / 2000):
+            await waits
+
+
+async def test_a_lost_connection_ends_the_waits_that_relied_on_its_pulse(
+    make_store: MakeStore, database_url: str
+) -> None:
+    store = await make_store(database_url)
+    await listening(store)
+    await wait_until(store.notifications.is_sure)
+    waits = [
+        asyncio.create_task(store.notifications.due("cancelled")),
+        asyncio.create_task(store.notifications.wait_work(watch.PULSED_MS)),
+    ]
+    await asyncio.sleep(0)
+    assert store.notifications._line is not None
+    store.notifications._line.terminate()
+    async with asyncio.timeout(watch.PULSED_MS / 2000):
+        await asyncio.gather(*waits)
+
+
+async def test_a_new_budget_is_in_force_without_a_notification(
+    make_store: MakeStore, database_url: str
+) -> None:
+    store = await make_store(database_url)
+    await listening(store)
+    await wait_until(store.notifications.is_sure)
+    changed = asyncio.Event()
+    store.notifications.on_budgets.append(changed.set)
+    raised = "UPDATE budget_revision SET revision = revision + 1"
+    await store.connections.run(lambda connection: connection.execute(raised))
+    async with asyncio.timeout(5):
+        await changed.wait()

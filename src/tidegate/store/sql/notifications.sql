@@ -4,6 +4,31 @@
 -- The versions of many requests: the one query that all long polls of a process share.
 SELECT id, version FROM requests WHERE id = ANY($1::uuid[])
 
+-- name: pulse
+-- What loops wait for: changes of budgets; for a worker of pool $1 jobs since $2 in lanes $3, and what is due.
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS seen,
+    (SELECT revision FROM budget_revision) AS budgets,
+    $1::text IS NOT NULL AND EXISTS (SELECT 1 FROM requests
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+                AND ready_xid >= 0, false)
+            AND pool = $1 AND lane = ANY($3::text[]) AND ready_xid >= $2) AS ready,
+    $1::text IS NOT NULL AND EXISTS (SELECT 1 FROM requests
+        WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
+            AND not_before <= now() AND not_before > now() - interval '15 s') AS ripe,
+    $1::text IS NOT NULL AND EXISTS (SELECT 1 FROM requests
+        WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false)
+            AND deadline_at <= now() AND deadline_at > now() - interval '15 s') AS overdue,
+    $1::text IS NOT NULL AND EXISTS (SELECT 1 FROM requests
+        WHERE coalesce(status IN ('queued', 'running') AND cancel_asked_at IS NOT NULL, false)
+            AND coalesce(status = 'queued', false)) AS cancelled,
+    $1::text IS NOT NULL AND EXISTS (SELECT 1 FROM background_calls) AS background,
+    $1::text IS NOT NULL AND (EXISTS (SELECT 1 FROM batches
+            WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling'))
+        OR EXISTS (SELECT 1 FROM provider_batches WHERE state <> 'done')
+        OR EXISTS (SELECT 1 FROM requests
+            WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false))
+        ) AS batches
+
 -- name: notify
 -- Wake listeners; sent apart from the change itself, since NOTIFY takes an instance-wide lock.
 SELECT pg_notify(channel, payload)
