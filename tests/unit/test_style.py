@@ -26,6 +26,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
 BROAD = {"Exception", "BaseException"}
+LARGE = {"anthropic"}  # of thousands of modules
 SKIPS = {"skip", "skipif", "xfail", "importorskip"}
 LEFT_UNDONE = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/")
@@ -126,6 +127,17 @@ def sleeping_tests() -> Iterator[tuple[Path, str]]:
                     yield path, f"line {node.lineno} sleeps: wait for a condition"
 
 
+def large_imports_of_tests() -> Iterator[tuple[Path, str]]:
+    """A module of tests is imported by each process of a run, whichever tests it takes."""
+    for path, tree in python("tests", words=LARGE):
+        for node in tree.body:
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            if any(name.partition(".")[0] in LARGE for name in names):
+                yield path, f"line {node.lineno}: import it in the test"
+
+
 def skipped_tests() -> Iterator[tuple[Path, str]]:
     for path, _ in python("tests", "chaos", words=SKIPS):
         for node in nodes(path):
@@ -193,6 +205,7 @@ RULES: list[Callable[[], Iterator[tuple[Path, str]]]] = [
     banners,
     modules_without_a_docstring,
     sleeping_tests,
+    large_imports_of_tests,
     skipped_tests,
     left_undone,
     machine_paths,

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import openai
 import pytest
-from anthropic import AsyncAnthropic
-from anthropic.types.messages import MessageBatch
 
 from tests.gateway import KEY, Gateway, Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
 
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
+    from anthropic.types.messages import MessageBatch
+
 MODEL = "claude-x"
-MakeClaude = Callable[..., AsyncAnthropic]
+MakeClaude = Callable[..., "AsyncAnthropic"]
 
 
 @pytest.fixture
 async def claude() -> AsyncIterator[MakeClaude]:
+    from anthropic import AsyncAnthropic  # 3,000 modules
+
     made: list[AsyncAnthropic] = []
 
     def make(gateway: Gateway, headers: dict[str, str] | None = None) -> AsyncAnthropic:
@@ -73,6 +76,8 @@ def counts_of(batch: MessageBatch) -> dict[str, int]:
 async def test_a_batch_from_its_requests_to_their_results(
     open_gateway: Opener, claude: MakeClaude, sdk: MakeSdk
 ) -> None:
+    import anthropic  # 3,000 modules
+
     gateway = await open_gateway(auth="on")
     await gateway.upstream.set_behaviour(strict_models=True)
     keys = [await key_of(gateway, tenant) for tenant in ("mine", "theirs")]
@@ -134,6 +139,8 @@ async def test_a_batch_that_is_cancelled_names_each_request(
     open_gateway: Opener, claude: MakeClaude
 ) -> None:
     """Also one whose requests no worker has read yet."""
+    import anthropic  # 3,000 modules
+
     gateway = await open_gateway(worker=False)
     client = claude(gateway)
     batch = await made(client, several(3))
@@ -170,6 +177,8 @@ async def test_a_batch_that_is_cancelled_names_each_request(
 
 
 async def test_one_key_makes_one_batch(open_gateway: Opener, claude: MakeClaude) -> None:
+    import anthropic  # 3,000 modules
+
     gateway = await open_gateway(worker=False)
     client, once = claude(gateway), {"Idempotency-Key": "k-1"}
     answers = await asyncio.gather(
@@ -197,6 +206,9 @@ async def test_a_batch_of_the_provider_s_own_is_reached_through_the_gateway(
     open_gateway: Opener, claude: MakeClaude
 ) -> None:
     """But not one that the gateway made there, of jobs of whatever tenants."""
+    import anthropic  # 3,000 modules
+    from anthropic import AsyncAnthropic
+
     gateway = await open_gateway(worker=False)
     async with AsyncAnthropic(base_url=gateway.upstream.url, api_key=KEY) as direct:
         batch = await made(direct, several(1))

@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import openai
 import orjson
 import pytest
-from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
@@ -107,6 +105,9 @@ async def test_a_days_quota_of_ours_that_is_used_up_is_told_in_each_dialect(
 async def test_the_sdks_tell_the_true_time_without_a_second_call(
     open_gateway: Opener, policy: Path
 ) -> None:
+    import anthropic  # 3,000 modules
+    from anthropic import AsyncAnthropic
+
     gateway = await open_gateway(worker=False, tidegate_policy=policy)
     assert (await ask(gateway))[0] == 200
     said: Any = [{"role": "user", "content": "Say hello"}]
