@@ -15,6 +15,8 @@ import pytest
 from tests.property.crowd import Call, Crowd, Process
 from tidegate.limiter import MAX_LEASE_MS, PoolPolicy, Rate
 
+pytestmark = pytest.mark.slow
+
 WINDOW_MS = 10_000
 BOUND = 10_000
 LIMIT = "tpm:x"

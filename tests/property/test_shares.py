@@ -17,6 +17,8 @@ from tidegate.limiter import MEASURES_OF_SHARES, FairBy
 from tidegate.limiter.simulation import Paces, SyncReply, SyncRequest
 from tidegate.rehearse.simulation import START_MS
 
+pytestmark = pytest.mark.slow
+
 # Cases, and calls of all tenants together in each; `chaos/` has more of both.
 CASES = {"seconds": 100, "calls": 12, "cost": 12}
 CALLS = {"seconds": 1000, "calls": 2000, "cost": 2000}
