@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -277,6 +277,7 @@ def _session_in(headers: Headers) -> str | None:
 
 _REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()
 _TYPE = b"content-type"
+_WHOLE_EVENTS = (b"\n\n", b"\r\n\r\n")  # how a piece ends that ends with an event
 _CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
@@ -607,12 +608,11 @@ class _Front:
             head: Message = {"type": "http.response.start", "status": status, "headers": headers}
             await self._send(head)
 
-    async def body(self, piece: bytes, more: bool) -> None:
-        self._ends_whole = piece.endswith((b"\n\n", b"\r\n\r\n"))
+    def body(self, piece: bytes, more: bool) -> Awaitable[None]:
+        self._ends_whole = piece.endswith(_WHOLE_EVENTS)
         if self._direct is not None:
-            await self._direct.piece(piece, more)
-        else:
-            await self._send({"type": "http.response.body", "body": piece, "more_body": more})
+            return self._direct.piece(piece, more)
+        return self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         if self._direct is None or self._head_sent:

@@ -87,7 +87,7 @@ class Direct:
 
     async def piece(self, piece: bytes, more: bool) -> None:
         """A part of the body. Raises ValueError if it is not as long as announced."""
-        if self._must_look and await self._is_lost():
+        if (self._flow.write_paused or self._cycle.disconnected) and await self._is_lost():
             return
         if self._left_bytes is None:
             data = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""

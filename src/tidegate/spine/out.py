@@ -28,7 +28,7 @@ class Out(Protocol):
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of an answer; names are in lower case."""
 
-    async def body(self, piece: bytes, more: bool) -> None:
+    def body(self, piece: bytes, more: bool) -> Awaitable[None]:
         """Send a piece of it, the last one without `more` after it."""
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:

@@ -86,15 +86,12 @@ class HttpAnswer:
 
     @property
     def is_awaited(self) -> bool:
-        return self._waiter is not None
+        return self._waiter is not None and not self._waiter.done()
 
-    async def change(self) -> None:
-        """Wait for more. One task at a time."""
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def change(self) -> asyncio.Future[None]:
+        """Await this for more. One task at a time."""
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
 
     def changed(self) -> None:
         self.stirred = True
