@@ -255,7 +255,7 @@ class BackgroundRunner:
             try:
                 if exchange.status >= 300:
                     raise (await refusal_of(exchange, target, call.dialect)).error
-                async for row in _rows(exchange):
+                async for row in rows_of(exchange):
                     tally.add(row)
             finally:
                 exchange.close()
@@ -364,23 +364,38 @@ def _failure(seen: _Reported) -> Failure | None:
     return Failure("upstream_failed", str(said or "the provider failed to make it")[:2_000])
 
 
-async def _rows(exchange: Exchange) -> AsyncIterator[dict[str, Any]]:
-    """The objects of a file with one in each line. Raises UpstreamGarbled."""
-    rest = b""
+# As a tally reads an answer that reports no usage: then it is not known what the whole has used.
+_UNREAD: dict[str, Any] = {"response": {"unread": True}}
+
+
+async def rows_of(
+    exchange: Exchange, most_bytes: int = _MOST_ANSWER_BYTES
+) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a file with one in each line; a line that is longer or no JSON stands for an
+    answer of unknown usage: it would be the same whenever it is read."""
+    held: list[bytes] = []  # of the line that has not ended
+    size_bytes = 0
     while piece := await exchange.next():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.strip():
-                yield _row(line)
-        if len(rest) > _MOST_ANSWER_BYTES:
-            raise UpstreamGarbled("a line of the batch's answers is too long")
-    if rest.strip():
-        yield _row(rest)
+        for number, part in enumerate(piece.split(b"\n")):
+            if number:  # a line ended before it
+                row = _row(b"".join(held), size_bytes > most_bytes)
+                held, size_bytes = [], 0
+                if row is not None:
+                    yield row
+            size_bytes += len(part)
+            if size_bytes <= most_bytes:
+                held.append(part)
+    if (last := _row(b"".join(held), size_bytes > most_bytes)) is not None:
+        yield last
 
 
-def _row(line: bytes) -> dict[str, Any]:
+def _row(line: bytes, is_too_long: bool) -> dict[str, Any] | None:
+    if is_too_long:
+        return _UNREAD
+    if not line.strip():
+        return None
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
-        raise UpstreamGarbled("a line of the batch's answers is no JSON") from None
-    return row if isinstance(row, dict) else {}
+        return _UNREAD
+    return row if isinstance(row, dict) else _UNREAD
