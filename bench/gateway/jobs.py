@@ -2,7 +2,8 @@
 
 Everything is included: HTTP, the rules that decide the kind, the durable insert, the claim, the
 limits, the call to an upstream that answers at once, and the record of it. Counted from the first
-job's receipt to the last one's end, both as the database has them.
+job's receipt to the last one's end, both as the database has them. `--lines N` measures a batch of
+N lines instead, from its creation to its end, and native calls at 50 a second meanwhile.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
 from bench import machine
 from bench.gateway.processes import cpu_ns
 from bench.gateway.product import Product
 from bench.gateway.programs import Figures, Load, LoadFailed, Upstream
 
+MODEL = "gemini-2.5-flash"
 BODY = {"data": "Explain the importance of cybersecurity."}
 WARM = 500
 # Where the call is a stream: a short answer, whose events come at once.
@@ -84,6 +89,75 @@ def measure(count: int, apis: int, workers: int) -> Figures:
     }
 
 
+def measure_batch(lines: int, apis: int, workers: int) -> Figures:
+    """Lines a second, and the times of native calls meanwhile. Raises NotDone."""
+    call = {"model": MODEL, "messages": [{"role": "user", "content": BODY["data"]}]}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Upstream() as upstream,
+        Product(upstream.url, apis=apis, workers=workers) as product,
+    ):
+        body, native = Path(folder) / "body.json", Path(folder) / "native.json"
+        body.write_text(json.dumps(BODY))
+        native.write_text(json.dumps(call))
+        upstream.behave(chunks=CHUNKS, gap_ms=0)
+        await_ready(product, body)
+        of_batch(product, call, WARM)
+        before_ns, began_s = product.cpu_ns(), time.monotonic()
+        load = Load(
+            product.port, "/v1/chat/completions", native, rate=50, connections=16, seconds=5.0
+        )
+        took_s = of_batch(product, call, lines)
+        used_ns = {role: ns - before_ns[role] for role, ns in product.cpu_ns().items()}
+        meanwhile = load.figures()
+    return {
+        "lines": lines,
+        "per_s": lines / took_s,
+        "whole_s": time.monotonic() - began_s,
+        "native_p50_ms": meanwhile["p50_ms"],
+        "native_p99_ms": meanwhile["p99_ms"],
+        **{f"{role}_us": ns / lines / 1000 for role, ns in used_ns.items()},
+    }
+
+
+def of_batch(product: Product, call: Mapping[str, Any], lines: int) -> float:
+    """Seconds from the creation of a batch to its end. Raises NotDone."""
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": call}
+    file = "\n".join(json.dumps({"custom_id": f"l{n}", **line}) for n in range(lines))
+    mark = "of-the-bench"
+    form = (
+        f'--{mark}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--{mark}\r\n'
+        'Content-Disposition: form-data; name="file"; filename="in.jsonl"\r\n\r\n'
+        f"{file}\r\n--{mark}--\r\n"
+    )
+    made = _asked(product, "/v1/files", form, f"multipart/form-data; boundary={mark}")
+    wanted = {
+        "input_file_id": made["id"],
+        "endpoint": "/v1/chat/completions",
+        "completion_window": "24h",
+    }
+    began_s = time.monotonic()
+    batch = _asked(product, "/v1/batches", json.dumps(wanted))
+    while batch["status"] != "completed":
+        if time.monotonic() - began_s > GIVE_UP_S or batch["status"] == "failed":
+            raise NotDone(f"the batch is {batch['status']}: {batch}")
+        time.sleep(0.1)
+        batch = _asked(product, f"/v1/batches/{batch['id']}")
+    if batch["request_counts"]["completed"] != lines:
+        raise NotDone(f"of {lines} lines {batch['request_counts']}")
+    return time.monotonic() - began_s
+
+
+def _asked(
+    product: Product, path: str, body: str | None = None, kind: str = "application/json"
+) -> dict[str, Any]:
+    data = None if body is None else body.encode()
+    url = f"http://127.0.0.1:{product.port}{path}"
+    with urlopen(Request(url, data, {"Content-Type": kind}), timeout=GIVE_UP_S) as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
 def submit(product: Product, body: Path, count: int) -> Figures:
     """Hand in so many jobs, as fast as they are taken. Raises NotDone."""
     load = Load(
@@ -146,7 +220,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=5000)
     parser.add_argument("--apis", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--lines", type=int, help="measure a batch of so many lines")
     options = parser.parse_args()
+    if options.lines:
+        figures = measure_batch(options.lines, options.apis, options.workers)
+        print(", ".join(f"{name} {figure:,.1f}" for name, figure in figures.items()))
+        return
     print(said(measure(options.jobs, options.apis, options.workers)))
 
 
