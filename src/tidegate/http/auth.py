@@ -148,9 +148,7 @@ class Authenticator:
         self._newest_at = float("-inf")  # when what is known was the newest for certain
         self._away = False
         self._looking: asyncio.Task[None] | None = None
-        self._finds: GroupWriter[str, tuple[int, FoundKey | None]] = GroupWriter(
-            self._find, lambda _prefix: 1
-        )
+        self._finds: GroupWriter[str, tuple[int, FoundKey | None]] = GroupWriter(self._find)
 
     def __repr__(self) -> str:
         return f"<Authenticator on={self.on} known={len(self._known)} away={self._away}>"

@@ -20,7 +20,7 @@ from enum import Enum, auto
 from functools import partial
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, Call, Kind, Status, Tier
+from tidegate.call import DEFAULT_POOL, Call, Kind, Media, Status, Tier
 from tidegate.errors import (
     CallPreempted,
     ClaimLost,
@@ -212,9 +212,11 @@ class _JobRun:
     its call is on record, as one that may be made. `counted_tries`: those before the last, of other
     upstreams, that use up an attempt of the job."""
 
-    def __init__(self, worker: Worker, job: ClaimedJob, kind: Kind, record: CallRecord) -> None:
+    def __init__(
+        self, worker: Worker, job: ClaimedJob, kind: Kind, record: CallRecord, model: str
+    ) -> None:
         self._worker = worker
-        self.job, self.kind, self.record = job, kind, record
+        self.job, self.kind, self.record, self.model = job, kind, record, model
         self.turn: Turn | None = None
         self.is_marked = False
         self.counted_tries = 0
@@ -454,6 +456,8 @@ class Worker:
 
     async def _placed(self, job: ClaimedJob, kind: Kind) -> ClaimedJob | None:
         """The job in its tier; None where it went back to the queue for it."""
+        if not job.tiers_allowed and job.tier is None:
+            return job
         while True:
             try:
                 choice = await self._offers.choice(job, kind)
@@ -486,8 +490,8 @@ class Worker:
         record = record_of(
             job, self._spine.tracing.trail(job.request_id, parent_of(job.traceparent))
         )
-        record.model = job.model or self._config.model_for(kind)
-        run = _JobRun(self, job, kind, record)
+        model = record.model = job.model or self._config.model_for(kind)
+        run = _JobRun(self, job, kind, record, model)
         failure: TidegateError | None = None
         try:
             await self._run_when_recorded(job, kind, run)
@@ -510,7 +514,7 @@ class Worker:
             failure = internal()
         if isinstance(failure, CallPreempted):
             self._outages.left(run.turn)
-        elif run.turn is not None or is_of_upstream(failure):
+        elif run.turn is not None or (failure is not None and is_of_upstream(failure)):
             turn = run.turn or Turn(self._targets_of(job))
             self._outages.ended(turn, record.upstream, failure)
         if run.is_marked:
@@ -521,7 +525,10 @@ class Worker:
 
     async def _call(self, run: _JobRun, left_ms: int | None) -> None:
         """In the tier of the job; in flex only as long as that stands."""
-        until = run.job.revisit_at if run.job.tier is Tier.FLEX else None
+        if run.job.tier is not Tier.FLEX:
+            await self._make(run, left_ms)
+            return
+        until = run.job.revisit_at
         left_s = None if until is None else max(0.0, (until - datetime.now(UTC)).total_seconds())
         try:
             async with asyncio.timeout(left_s) as bound:
@@ -541,8 +548,10 @@ class Worker:
             return
         if kind is Kind.IMAGE_GENERATION and self._blobs.away:
             await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
-        media = await self._prompts.media(ask_of(job))
-        model = job.model or self._config.model_for(kind)
+        media: tuple[Media, ...] = ()
+        if job.attachments or job.image_uri is not None:
+            media = await self._prompts.media(ask_of(job))
+        model = run.model
         call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
         if job.tier is Tier.FLEX:
             call = replace(call, tier=job.tier)
@@ -590,7 +599,7 @@ class Worker:
     ) -> None:
         """Run the call; while PostgreSQL is away the permit goes back and is asked for again."""
         while True:
-            left_ms = time_left_ms(job)
+            left_ms = None if job.deadline_at is None else time_left_ms(job)
             if left_ms is not None and left_ms <= 0:
                 raise DeadlineExceeded("the deadline passed while the job waited", limit=kind.limit)
             try:
@@ -606,15 +615,18 @@ class Worker:
         self, job: ClaimedJob, record: CallRecord, error: TidegateError | None, counted: int
     ) -> None:
         """`counted`: tries before the last that use up an attempt of the job."""
-        try:
-            record.files = await kept(self._blobs, record.answer.pictures)
-        except StoreUnavailable as away:
-            error = error or away
+        if record.answer.pictures:
+            try:
+                record.files = await kept(self._blobs, record.answer.pictures)
+            except StoreUnavailable as away:
+                error = error or away
         failure = Failure.of(error) if error else None
-        wait_ms, release = uncounted_wait_ms(error), self._store.queue.release
+        wait_ms, release = None, self._store.queue.release
+        if error is not None:
+            wait_ms = uncounted_wait_ms(error)
         if (of_tier_ms := self._offers.ended(job, record, error)) is not None:
             wait_ms = of_tier_ms
-        elif is_of_upstream(error):
+        elif error is not None and is_of_upstream(error):
             release, wait_ms = self._put_off.release, self._put_off.wait_ms(job)
         is_counted = wait_ms is None
         if not record.was_admitted:

@@ -313,7 +313,7 @@ class AuditLog:
         self._more = asyncio.Event()
         self._rows_left_out = _Overflow()
         self._row_writer: asyncio.Task[None] | None = None
-        self._entry_writer: GroupWriter[Json, None] = GroupWriter(self._commit, _size_of)
+        self._entry_writer: GroupWriter[Json, None] = GroupWriter(self._commit)
         self._tasks: set[asyncio.Task[bool]] = set()
         self._pending = 0
         self._pending_bytes = 0
@@ -582,7 +582,7 @@ class AuditLog:
         entry = given if isinstance(given, dict) else await given
         while True:
             try:
-                await self._entry_writer.write(entry)
+                await self._entry_writer.write(entry, _size_of(entry))
                 return True
             except StoreUnavailable:
                 try:
@@ -628,7 +628,8 @@ class AuditLog:
 
     async def _write_again(self, entries: list[Json]) -> None:
         results = await asyncio.gather(
-            *(self._entry_writer.write(entry) for entry in entries), return_exceptions=True
+            *(self._entry_writer.write(entry, _size_of(entry)) for entry in entries),
+            return_exceptions=True,
         )
         for entry, result in zip(entries, results, strict=True):
             if isinstance(result, StoreUnavailable):
@@ -791,7 +792,7 @@ async def _write_entries(
 async def _rows(
     connection: asyncpg.Connection, name: str, entries: dict[str, Json]
 ) -> dict[str, asyncpg.Record]:
-    found = await connection.fetch(sql(name), dumps(entry["row"] for entry in entries.values()))
+    found = await connection.fetch(sql(name), dumps([entry["row"] for entry in entries.values()]))
     return {str(row["id"]): row for row in found}
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -631,10 +632,8 @@ class BatchLines:
         self._held_up_at = float("-inf")
         self._put_off: dict[UUID, float] = {}
         self._from: dict[UUID, int] = {}
-        self._begins: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 100)
-        self._ends: GroupWriter[_End, None] = GroupWriter(
-            self._end, lambda end: 200 + 2 * end.call.record.size_bytes
-        )
+        self._begins: GroupWriter[Json, None] = GroupWriter(self._begin)
+        self._ends: GroupWriter[_End, None] = GroupWriter(self._end)
 
     async def claim(self, limit: int, most_bytes: int) -> list[BatchLine]:
         """Lines that come back are found at the latest by the next search from the beginning."""
@@ -701,7 +700,7 @@ class BatchLines:
     async def begin(self, line: BatchLine, upstream: str | None, model: str | None) -> None:
         """Mark a line as calling, as `JobQueue.running` does a job. Raises ClaimLost."""
         row = {**line.key, "upstream": upstream, "model": rows.cleaned(model)}
-        await until_quick(lambda: self._begins.write(row), self._lease_ms)
+        await until_quick(partial(self._begins.write, row), self._lease_ms)
 
     async def end(
         self,
@@ -724,7 +723,7 @@ class BatchLines:
             "answer": None if answer is None else rows.clean(answer),
             "failure": rows.failure_row(failure),
         }
-        await self._ends.write(_End(row, call))
+        await self._ends.write(_End(row, call), 200 + 2 * call.record.size_bytes)
 
     async def release(
         self,

@@ -266,7 +266,7 @@ class Budgets:
         self._revision: int | None = None
         self._rules: tuple[Budget, ...] = ()
         self._static = lru_cache(10_000)(self._bound_statically)
-        self._asks: GroupWriter[_Ask, Refusal | None] = GroupWriter(self._reserve_all, _size_of)
+        self._asks: GroupWriter[_Ask, Refusal | None] = GroupWriter(self._reserve_all)
         self._open: dict[UUID, UUID] = {}  # what is held, by whose request
         self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified of
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
@@ -425,7 +425,7 @@ class Budgets:
         hold = new_id()
         self._open[hold] = request_id
         try:
-            order = self._asks.put(_Ask(hold, request_id, needs))
+            order = self._asks.put(_Ask(hold, request_id, needs), 100 + 100 * len(needs))
         except StoreUnavailable:
             del self._open[hold]
             raise
@@ -697,10 +697,6 @@ async def settle_holds(connection: asyncpg.Connection, settlements: Sequence[Set
     """Charge what was held, in a transaction of the caller's."""
     if settlements:
         await connection.execute(sql("settle_budgets"), dumps(one.row for one in settlements))
-
-
-def _size_of(ask: _Ask) -> int:
-    return 100 + 100 * len(ask.needs)
 
 
 def _budget(row: Mapping[str, Any]) -> Budget:

@@ -571,35 +571,30 @@ MAX_WAITING = 20_000
 
 
 class GroupWriter(Generic[Row, Result]):
-    """Passes batches to `commit`, which returns one result, or one exception, per row.
-
-    `size_of` gives the bytes of a row, so that a batch stays bounded.
-    """
+    """Passes batches to `commit`, which returns one result, or one exception, per row. Batches are
+    bounded in rows, and in their bytes where these are given."""
 
     def __init__(
-        self,
-        commit: Callable[[Sequence[Row]], Awaitable[Sequence[Result | Exception]]],
-        size_of: Callable[[Row], int],
+        self, commit: Callable[[Sequence[Row]], Awaitable[Sequence[Result | Exception]]]
     ) -> None:
         self._commit = commit
-        self._size_of = size_of
-        self._waiting: deque[tuple[Row, asyncio.Future[Result]]] = deque()
+        self._waiting: deque[tuple[Row, asyncio.Future[Result], int]] = deque()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
-    async def write(self, row: Row) -> Result:
+    async def write(self, row: Row, size_bytes: int = 0) -> Result:
         """Wait until `row` is committed. A cancelled caller's row may still be written."""
-        return await self.put(row)
+        return await self.put(row, size_bytes)
 
-    def put(self, row: Row) -> asyncio.Future[Result]:
+    def put(self, row: Row, size_bytes: int = 0) -> asyncio.Future[Result]:
         """Have `row` written; done once it is committed. Raises StoreUnavailable."""
         if len(self._waiting) >= MAX_WAITING:
             raise StoreUnavailable("too many writes are waiting for PostgreSQL")
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((row, future))
+        self._waiting.append((row, future, size_bytes))
         if self._task is None:
             self._task = asyncio.create_task(self._drain())
         return future
@@ -620,8 +615,9 @@ class GroupWriter(Generic[Row, Result]):
         batch: list[tuple[Row, asyncio.Future[Result]]] = []
         size_bytes = 0
         while self._waiting and len(batch) < MAX_ROWS and size_bytes < MAX_BATCH_BYTES:
-            batch.append(self._waiting.popleft())
-            size_bytes += self._size_of(batch[-1][0])
+            row, future, of_row = self._waiting.popleft()
+            batch.append((row, future))
+            size_bytes += of_row
         return batch
 
     async def _settle(self, batch: list[tuple[Row, asyncio.Future[Result]]]) -> None:

@@ -64,9 +64,7 @@ class Jobs:
         self._notifications = notifications
         self._listeners = listeners
         self._instance_id = instance_id
-        self._writer: GroupWriter[NewJob, Earlier | None] = GroupWriter(
-            self._insert, lambda job: 1_000 + len(job.prompt)
-        )
+        self._writer: GroupWriter[NewJob, Earlier | None] = GroupWriter(self._insert)
 
     async def submit(self, job: NewJob) -> Earlier | None:
         """Return when the job is committed; concurrent submits share one transaction.
@@ -78,7 +76,7 @@ class Jobs:
         """
         try:
             async with asyncio.timeout(TIMEOUT_MS / 1000 + 0.5):
-                return await self._writer.write(job)
+                return await self._writer.write(job, 1_000 + len(job.prompt))
         except TimeoutError:
             raise StoreUnavailable("PostgreSQL did not commit the job in time") from None
 
@@ -144,7 +142,7 @@ class Jobs:
         # do not wait in a circle.
         keyed = sorted((job for job in jobs if job.once is not None), key=_place)
         plain = [job for job in jobs if job.once is None]
-        requests = rows.dumps(rows.job_row(job) for job in [*plain, *keyed])
+        requests = rows.dumps([rows.job_row(job) for job in [*plain, *keyed]])
 
         async def insert(connection: asyncpg.Connection) -> _Keyed:
             await connection.execute(sql("submit_requests"), requests)
@@ -338,7 +336,7 @@ class QueueCaps:
         if writer is None:
             if len(self._writers) >= _MOST_WRITERS:
                 self._writers = {name: one for name, one in self._writers.items() if one.waiting}
-            writer = self._writers[tenant] = GroupWriter(self._admit, lambda _one: 1)
+            writer = self._writers[tenant] = GroupWriter(self._admit)
         return writer
 
     async def _admit(self, batch: Sequence[_Arrival]) -> Sequence[Exception | None]:

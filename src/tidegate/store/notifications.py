@@ -119,7 +119,9 @@ class Notifications:
     async def _send(self) -> None:
         try:
             while self._has_news():
-                messages = dumps({"channel": to, "payload": said} for to, said in self._messages())
+                messages = dumps(
+                    [{"channel": to, "payload": said} for to, said in self._messages()]
+                )
                 await self._connections.execute("notify", messages)
         except StoreUnavailable:
             self._messages()  # only hints are lost: every waiter polls as well

@@ -18,6 +18,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -383,7 +384,7 @@ class ReadyQueues:
         turns = known.ready.turns(tenants, limit)
         if not turns:
             return [], [], []
-        queues = rows.dumps(turn.row() for turn in turns)
+        queues = rows.dumps([turn.row() for turn in turns])
         found = await connection.fetch(sql("claim"), *lane, limit, self._instance_id, queues)
         taken = [row for row in found if row["id"] is not None]
         return turns, found, await with_files(connection, taken)
@@ -537,7 +538,7 @@ class JobQueue:
         self._lapses = ExpiredClaims(lease_ms)
         self._straying = Lookback()
         self._expiring = Lookback()
-        self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
+        self._runs: GroupWriter[Json, None] = GroupWriter(self._begin)
 
     @property
     def may_judge(self) -> bool:
@@ -665,7 +666,7 @@ class JobQueue:
             await self._begin_another(row, job, failed)
             return
         try:
-            await until_quick(lambda: self._runs.write(row), self._lease_ms)
+            await until_quick(partial(self._runs.write, row), self._lease_ms)
         except ClaimLost:
             self.settled(job)
             raise
@@ -876,13 +877,13 @@ class JobQueue:
             self._lost(job)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
-        by_id = {str(row["id"]): row for row in batch}
-        ordered = rows.dumps(by_id[key] for key in sorted(by_id))
+        by_id: dict[UUID, Json] = {row["id"]: row for row in batch}
+        ordered = rows.dumps([by_id[key] for key in sorted(by_id)])
         running = await self._connections.rows("begin_running", ordered, self._instance_id)
-        begun = {str(row["id"]) for row in running}
-        self._notifications.changed(UUID(key) for key in begun)
+        begun = {row["id"] for row in running}
+        self._notifications.changed(begun)
         return [
-            None if str(row["id"]) in begun else ClaimLost(f"another worker has {row['id']} now")
+            None if row["id"] in begun else ClaimLost(f"another worker has {row['id']} now")
             for row in batch
         ]
 

@@ -229,6 +229,7 @@ USAGE_COLUMNS = (
     "total_tokens",
 )
 LINEAGE_COLUMNS = tuple(one.name for one in fields(Lineage))
+_NO_LINEAGE: dict[str, Any] = dict.fromkeys(LINEAGE_COLUMNS)
 DETAILS = tuple(one.name for one in fields(UsageDetails))
 
 
@@ -428,6 +429,8 @@ def _lineage_at_end(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> Jso
     """Of a request's last call, or as far as its submission says."""
     if (found := attempt.get("lineage")) is not None:
         return {name: found.get(name) for name in LINEAGE_COLUMNS}
+    if ended["traceparent"] is ended["conversation"] is None:
+        return _NO_LINEAGE
     trail = Tracing().trail(ended["id"], parent_of(ended["traceparent"]))
     return lineage_row(Lineage.of(ended["conversation"], trail))
 

@@ -34,7 +34,7 @@ class Commits:
 
 async def test_what_arrives_during_a_commit_shares_the_next_one() -> None:
     commits = Commits()
-    group: GroupWriter[int, int] = GroupWriter(commits, lambda _row: 1)
+    group: GroupWriter[int, int] = GroupWriter(commits)
     first = asyncio.create_task(group.write(1))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -49,7 +49,7 @@ async def test_a_bad_row_fails_alone_and_an_outage_fails_all() -> None:
     commits = Commits()
     commits.gate.set()
     commits.bad = {2}
-    group: GroupWriter[int, int] = GroupWriter(commits, lambda _row: 1)
+    group: GroupWriter[int, int] = GroupWriter(commits)
     results = await asyncio.gather(*(group.write(row) for row in (1, 2, 3)), return_exceptions=True)
     assert results[0] == 10
     assert isinstance(results[1], ValueError)
@@ -64,19 +64,19 @@ async def test_batches_are_bounded_by_rows_and_by_bytes(monkeypatch: pytest.Monk
     monkeypatch.setattr(writer, "MAX_BATCH_BYTES", 100)
     commits = Commits()
     commits.gate.set()
-    small: GroupWriter[int, int] = GroupWriter(commits, lambda _row: 1)
-    await asyncio.gather(*(small.write(row) for row in range(25)))
+    small: GroupWriter[int, int] = GroupWriter(commits)
+    await asyncio.gather(*(small.write(row, 1) for row in range(25)))
     assert [len(batch) for batch in commits.batches] == [10, 10, 5]
     commits.batches.clear()
-    large: GroupWriter[int, int] = GroupWriter(commits, lambda _row: 60)
-    await asyncio.gather(*(large.write(row) for row in range(4)))
+    large: GroupWriter[int, int] = GroupWriter(commits)
+    await asyncio.gather(*(large.write(row, 60) for row in range(4)))
     assert [len(batch) for batch in commits.batches] == [2, 2]
 
 
 async def test_too_many_waiting_writes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "MAX_WAITING", 3)
     commits = Commits()
-    group: GroupWriter[int, int] = GroupWriter(commits, lambda _row: 1)
+    group: GroupWriter[int, int] = GroupWriter(commits)
     first = asyncio.create_task(group.write(0))
     await wait_until(lambda: commits.batches)
     waiting = [asyncio.create_task(group.write(row)) for row in range(1, 4)]
@@ -89,7 +89,7 @@ async def test_too_many_waiting_writes_are_refused(monkeypatch: pytest.MonkeyPat
 
 async def test_a_cancelled_write_does_not_disturb_its_neighbours() -> None:
     commits = Commits()
-    group: GroupWriter[int, int] = GroupWriter(commits, lambda _row: 1)
+    group: GroupWriter[int, int] = GroupWriter(commits)
     tasks = [asyncio.create_task(group.write(row)) for row in range(3)]
     await wait_until(lambda: commits.batches)
     tasks[1].cancel()
