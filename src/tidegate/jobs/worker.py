@@ -20,7 +20,7 @@ from enum import Enum, auto
 from functools import partial
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, Call, Kind, Media, Status, Tier
+from tidegate.call import DEFAULT_POOL, Call, Kind, Status, Tier
 from tidegate.errors import (
     CallPreempted,
     ClaimLost,
@@ -548,10 +548,7 @@ class Worker:
             return
         if kind is Kind.IMAGE_GENERATION and self._blobs.away:
             await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
-        media: tuple[Media, ...] = ()
-        if job.attachments or job.image_uri is not None:
-            media = await self._prompts.media(ask_of(job))
-        model = run.model
+        media, model = await self._prompts.media(ask_of(job)), run.model
         call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
         if job.tier is Tier.FLEX:
             call = replace(call, tier=job.tier)

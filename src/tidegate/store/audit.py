@@ -78,17 +78,17 @@ def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
     return {name: getattr(job, name) for name in _ASKED} | {"files": files}
 
 
-def body_of_answer(record: CallRecord) -> dict[str, Any]:
+def body_of_answer(record: CallRecord, attempt: Json) -> dict[str, Any]:
+    """`attempt`: the columns of its end."""
     files = [
         {
             "file_id": picture.file_id,
-            "mime_type": picture.mime_type,
+            "mime_type": cleaned(picture.mime_type),
             "size_bytes": picture.size_bytes,
         }
         for picture in record.files
     ]
-    answer = record.answer
-    return {"text": record.result, "files": files, "finish_reason": answer.finish_reason}
+    return {"text": attempt["result"], "files": files, "finish_reason": attempt["finish_reason"]}
 
 
 def inline_row(role: str, body: dict[str, Any]) -> Json:
@@ -98,8 +98,8 @@ def inline_row(role: str, body: dict[str, Any]) -> Json:
 
 
 async def row_of(role: str, body: dict[str, Any], blobs: Blobs) -> Json:
-    """The row of a body; a large one goes to the blobs first."""
-    raw = orjson.dumps(cleaned(body))
+    """The row of a body that PostgreSQL can hold; a large one goes to the blobs first."""
+    raw = orjson.dumps(body)
     if len(raw) > WORTH_A_THREAD_BYTES:
         packed = await asyncio.to_thread(_packed, raw)
     else:
@@ -685,11 +685,12 @@ class AuditLog:
 
 async def _end_of(job: ClaimedJob, record: CallRecord, blobs: Blobs, *, called: bool) -> Json:
     """Of a job that was `called`, or ended before."""
-    attempt, files = rows.result_row(record) if called else None, []
+    attempt, files = rows.result_row(record) if called else None, list[Json]()
     bodies = [await row_of("request", body_of_job(job), blobs)]
-    if called:
-        files = rows.file_rows("output", job.request_id, job.tenant_id, record.files)
-        bodies.append(await row_of("response", body_of_answer(record), blobs))
+    if attempt is not None:
+        if record.files:
+            files = rows.file_rows("output", job.request_id, job.tenant_id, record.files)
+        bodies.append(await row_of("response", body_of_answer(record, attempt), blobs))
     row = {
         **(attempt or {"finished_at": record.finished_at}),
         "id": job.request_id,
@@ -720,10 +721,10 @@ async def _retry_of(
 
 async def _stream_of(job: NewJob, record: CallRecord, blobs: Blobs) -> Json:
     attempt, files = rows.result_row(record) if record.was_admitted else None, rows.input_rows(job)
-    bodies = [await row_of("request", body_of_job(job), blobs)]
+    bodies = [await row_of("request", cleaned(body_of_job(job)), blobs)]
     if attempt is not None:
         files += rows.file_rows("output", job.request_id, job.tenant_id, record.files)
-        bodies.append(await row_of("response", body_of_answer(record), blobs))
+        bodies.append(await row_of("response", body_of_answer(record, attempt), blobs))
     return rows.entry_of("stream", rows.stream_row(job, record, attempt), attempt, files, bodies)
 
 
