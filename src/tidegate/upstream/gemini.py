@@ -99,7 +99,9 @@ class AnswerReader:
         if chunk.candidates:
             self._candidates += 1
             events += self._take_candidate(chunk.candidates[0])
-        usage = with_searches(usage_of(chunk, answer.usage), len(self._queries))
+        usage = usage_of(chunk, answer.usage)
+        if self._queries:
+            usage = with_searches(usage, len(self._queries))
         if usage != answer.usage:
             answer.usage = usage
             events.append(UsageReport(usage))
@@ -421,7 +423,8 @@ class GeminiProcessor:
                 self._finish(reading, scope)
         finally:
             answer.first_byte_ms = scope.first_byte_ms
-            answer.usage = with_tier(answer.usage, scope.served_tier)
+            if (served := scope.served_tier) is not None:
+                answer.usage = with_tier(answer.usage, served)
             if uploaded:
                 self._forget_later(sdk, uploaded)
 
