@@ -17,7 +17,7 @@ from tidegate.embedded.servers import ValkeyServer
 REACHED = {
     "relayed call": Goal(43, 148),
     "acquire to grant": Goal(6, 26),
-    "submit to webhook": Goal(60, 270),
+    "submit to webhook": Goal(59, 262),
     "limits set to in force": Goal(24, 185),
 }
 
