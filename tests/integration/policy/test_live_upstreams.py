@@ -237,6 +237,12 @@ async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_remov
         reasons = [one["reason"] for one in await response.json()]
     assert reasons == ["too soon", "", "", "", "more room"]
 
+    assert (await admin(gateway, "DELETE", "/second?force=true"))[0] == 200
+    bare = {key: value for key, value in table.items() if key != "limits"}
+    assert (await admin(gateway, "PUT", "/second", table=bare))[0] == 200
+    usual = gateway.services.limiters["second"].policy.bound("pool:total")
+    assert usual == 64, "not that of the one that was removed"
+
 
 async def test_a_call_that_waits_for_a_drained_upstream_goes_elsewhere(
     open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch

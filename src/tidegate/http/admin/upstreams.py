@@ -21,7 +21,6 @@ from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import view_of
 from tidegate.policy.live import (
-    POLICY_KEYS,
     LiveEdit,
     added,
     as_deployed,
@@ -230,8 +229,8 @@ async def add(request: Request, name: UpstreamName) -> ChangeView:
             tests = _tests(found, candidate.models, candidate.aliases)
     done = await _changed(request, f"add {name}", edit, new)
     keeper = services.keepers.get(name)
-    if not new.dry_run and keeper is not None and {*POLICY_KEYS} & new.table.keys():
-        # A pool of that name may have limits from before.
+    if not new.dry_run and keeper is not None:
+        # A pool of that name may have limits of an upstream that was removed.
         await keeper.adopt_wanted(set_by=new.by, reason=new.reason or f"add {name}")
     return ChangeView(**done, tests=tests)
 
