@@ -1,7 +1,8 @@
 /* Samples of where the main thread of a Python process is, taken by the thread itself in a signal.
 
-   `prepare(folder)` is called in the process, with the GIL. A first SIGRTMIN+8 then starts a timer,
-   `PERIOD_NS` apart; each time that it is due the thread writes down the addresses of its innermost
+   `prepare(folder)` is called in the process, with the GIL. A first SIGRTMIN+8 then starts a timer of
+   the thread's own processor time, `PERIOD_NS` apart or what the kernel's tick makes of it: what the
+   thread waits for, be it the processor, counts for nothing. Each time the thread writes down the addresses of its innermost
    C frames, up to the first that is no library's, and the code objects of its Python frames. A second
    one stops the timer and writes `folder/PID`. Nothing stops the process, and no other process reads
    it, so that a sample costs a few microseconds. Invariants: a handler allocates nothing and calls
@@ -17,7 +18,6 @@
 
 #include <dlfcn.h>
 #include <elf.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <link.h>
 #include <signal.h>
@@ -27,7 +27,7 @@
 #include <unistd.h>
 #include <unwind.h>
 
-#define PERIOD_NS 1009000 /* in step with no other clock */
+#define PERIOD_NS 1009000
 #define MOST_C 24
 #define MOST_PYTHON 64
 #define MOST_CODES 8192
@@ -47,7 +47,7 @@ static timer_t timer;
 static bool running;
 static struct code codes[MOST_CODES];
 static uint64_t words[MOST_WORDS]; /* a sample: addresses, their count, codes, their count */
-static size_t used, samples, lost, idle, own_ns;
+static size_t used, samples, lost, own_ns;
 
 static void text(char *to, PyObject *from) {
     to[0] = 0;
@@ -92,23 +92,14 @@ static _Unwind_Reason_Code step(struct _Unwind_Context *context, void *argument)
     return ended ? _URC_END_OF_STACK : _URC_NO_REASON;
 }
 
-/* Whether the thread stood in a system call that waits, which the signal ended or which begins again;
-   and the address at which it goes on. */
-static bool waited(ucontext_t *stood, uintptr_t *at) {
+static uintptr_t interrupted_at(ucontext_t *stood) {
 #if defined(__x86_64__)
-    greg_t *registers = stood->uc_mcontext.gregs;
-    *at = registers[REG_RIP];
-    static const uint8_t call[] = {0x0f, 0x05};
-    bool ended = registers[REG_RAX] == -EINTR && !memcmp((char *)*at - sizeof call, call, sizeof call);
+    return stood->uc_mcontext.gregs[REG_RIP];
 #elif defined(__aarch64__)
-    *at = stood->uc_mcontext.pc;
-    static const uint8_t call[] = {0x01, 0x00, 0x00, 0xd4};
-    bool ended = (int64_t)stood->uc_mcontext.regs[0] == -EINTR &&
-                 !memcmp((char *)*at - sizeof call, call, sizeof call);
+    return stood->uc_mcontext.pc;
 #else
 #error "registers are known of x86-64 and arm64"
 #endif
-    return ended || !memcmp((char *)*at, call, sizeof call);
 }
 
 static void sample(void *context) {
@@ -116,11 +107,7 @@ static void sample(void *context) {
         lost++;
         return;
     }
-    uintptr_t interrupted;
-    if (waited(context, &interrupted)) {
-        idle++;
-        return;
-    }
+    uintptr_t interrupted = interrupted_at(context);
     struct walk walk = {interrupted, false, words + used, 0};
     _Unwind_Backtrace(step, &walk);
     if (!walk.count) walk.out[walk.count++] = interrupted;
@@ -174,12 +161,12 @@ static void toggle(int number) {
     running = !running;
     timer_settime(timer, 0, running ? &every : &never, NULL);
     if (running) {
-        used = samples = lost = idle = own_ns = 0;
+        used = samples = lost = own_ns = 0;
         return;
     }
     int file = open(place, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (file < 0) _exit(70);
-    uint64_t head[] = {samples, lost, idle, own_ns, used, MOST_CODES, NAME_BYTES, eval_begin, eval_end};
+    uint64_t head[] = {samples, lost, own_ns, used, MOST_CODES, NAME_BYTES, eval_begin, eval_end};
     put(file, head, sizeof head);
     put(file, words, used * sizeof *words);
     put(file, codes, sizeof codes);
@@ -200,7 +187,7 @@ int prepare(const char *folder) {
     _Unwind_Backtrace(step, &walk); /* loads what it needs */
     struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGRTMIN + 9};
     event._sigev_un._tid = thread_id = syscall(SYS_gettid);
-    if (timer_create(CLOCK_MONOTONIC, &event, &timer)) return 2;
+    if (timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer)) return 2;
     struct sigaction action = {.sa_flags = SA_RESTART | SA_SIGINFO};
     sigfillset(&action.sa_mask);
     action.sa_sigaction = due;

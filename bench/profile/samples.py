@@ -27,7 +27,7 @@ STDLIB = "stdlib"
 BETWEEN = "between calls"
 # Whose frames lie under everything that runs.
 _RUNNERS = ("tidegate/supervisor", "tidegate/cli", "tidegate/__main__")
-_HEAD = struct.Struct("9Q")
+_HEAD = struct.Struct("8Q")
 _WRITTEN_S = 10.0
 _SOURCES = ROOT / "src" / "tidegate"
 _STDLIB_FOLDER = sysconfig.get_paths()["stdlib"]
@@ -92,7 +92,7 @@ def _written(file: Path) -> bytes:
     deadline_s = time.monotonic() + _WRITTEN_S
     while time.monotonic() < deadline_s:
         if file.exists() and len(raw := file.read_bytes()) >= _HEAD.size:
-            words, codes, name_bytes = _HEAD.unpack_from(raw)[4:7]
+            words, codes, name_bytes = _HEAD.unpack_from(raw)[3:6]
             if len(raw) == _HEAD.size + words * 8 + codes * (8 + 2 * name_bytes):
                 return raw
         time.sleep(0.02)
@@ -133,7 +133,7 @@ def _room(file: str) -> str:
 
 
 def _read(raw: bytes, maps: _Maps, found: Samples) -> None:
-    count, lost, _, own_ns, words, _, name_bytes, eval_begin, eval_end = _HEAD.unpack_from(raw)
+    count, lost, own_ns, words, _, name_bytes, eval_begin, eval_end = _HEAD.unpack_from(raw)
     if lost:
         raise RuntimeError(f"there was no place for {lost} samples")
     found.count += count

@@ -20,8 +20,8 @@ def _raw(stacks: list[list[int]], files: list[tuple[str, str]]) -> bytes:
         struct.pack(f"Q{_NAME_BYTES}s{_NAME_BYTES}s", index + 1, file.encode(), name.encode())
         for index, (file, name) in enumerate(files)
     )
-    head = (len(stacks), 0, 0, 7, len(words), len(files), _NAME_BYTES, 1, 2)
-    return struct.pack(f"9Q{len(words)}Q", *head, *words) + table
+    head = (len(stacks), 0, 7, len(words), len(files), _NAME_BYTES, 1, 2)
+    return struct.pack(f"8Q{len(words)}Q", *head, *words) + table
 
 
 def test_what_a_room_has_a_package_do_counts_in_both() -> None:
