@@ -178,7 +178,7 @@ def _functions(title: str, samples: Samples, one_us: float, most: int) -> grid.G
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
     parser.add_argument("--only", action="append", choices=LOADS, default=[])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each load; there are four")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of each load; there are four")
     parser.add_argument("--functions", type=int, default=0, help="so many that take most")
     arguments = parser.parse_args()
     about = machine.describe("limits and record on", ["python -m bench.profile", *sys.argv[1:]])
