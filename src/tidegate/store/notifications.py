@@ -248,6 +248,8 @@ class Notifications:
                 await connection.add_listener(channel, self._on_message)
             watchdog.cancel()
             self.wake_all()
+            for notify in (*self.on_budgets, *self.on_upstreams):
+                notify()
             while not closed.is_set():
                 await self._pulse(connection)
                 with suppress(TimeoutError):

@@ -225,10 +225,13 @@ async def test_a_lost_connection_ends_the_waits_that_relied_on_its_pulse(
         asyncio.create_task(store.notifications.wait_work(watch.PULSED_MS)),
     ]
     await asyncio.sleep(0)
+    followed = asyncio.Event()
+    store.notifications.on_upstreams.append(followed.set)
     assert store.notifications._line is not None
     store.notifications._line.terminate()
     async with asyncio.timeout(watch.PULSED_MS / 2000):
         await asyncio.gather(*waits)
+        await followed.wait()  # what was changed meanwhile is looked for
 
 
 async def test_a_new_budget_is_in_force_without_a_notification(
