@@ -13,14 +13,13 @@ import re
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
-
-import obstore
-from obstore.exceptions import BaseError, NotFoundError
-from obstore.store import LocalStore, ObjectStore, from_url
+from typing import TYPE_CHECKING, Any
 
 from tidegate.call import new_id
 from tidegate.errors import NotFound, StoreUnavailable
+
+if TYPE_CHECKING:  # a process that meets no file does without its library
+    from obstore.store import ObjectStore
 
 _READ_BYTES = 256 * 1024
 _DELETE_AT_ONCE = 500
@@ -53,8 +52,9 @@ class Blobs:
     `away`: the last write has failed; see `ping`.
     """
 
-    def __init__(self, store: ObjectStore, folder: Path | None) -> None:
-        self._store = store
+    def __init__(self, store: ObjectStore | None, folder: Path | None) -> None:
+        """`store`: None for the folder's own, which is opened with its first use."""
+        self._opened = store
         self._folder = folder  # of the local store, whose writes we sync ourselves
         self.away = False
 
@@ -62,77 +62,108 @@ class Blobs:
     def from_url(cls, blob_url: str, data_dir: Path) -> Blobs:
         """`blob_url` is s3://, gs:// or az://, or empty for the folder `blobs` in `data_dir`."""
         if blob_url:
+            from obstore.store import from_url
+
             return cls(from_url(blob_url, **_OPTIONS), None)
         folder = data_dir.resolve() / "blobs"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return cls(LocalStore(folder, mkdir=True), folder)
+        return cls(None, folder)
+
+    @property
+    def _store(self) -> ObjectStore:
+        if self._opened is None:
+            from obstore.store import LocalStore
+
+            self._opened = LocalStore(self._folder, mkdir=True)
+        return self._opened
 
     async def ping(self) -> None:
         """Raises StoreUnavailable unless the store answers and allows listing."""
-        await self.days()
+        if self._opened is None and self._folder is not None:
+            try:
+                await asyncio.to_thread(os.listdir, self._folder)
+            except OSError as failed:
+                why = f"the blob store failed: {type(failed).__name__}"
+                raise StoreUnavailable(why) from failed
+        else:
+            await self.days()
         self.away = False
 
     async def get(self, key: str) -> bytes:
+        import obstore.exceptions
+
         try:
             found = await obstore.get_async(self._store, key)
             return bytes(await found.bytes_async())
-        except (BaseError, OSError) as failed:
+        except (obstore.exceptions.BaseError, OSError) as failed:
             raise _translated(failed, key) from failed
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         """The bytes in pieces; NotFound comes before the first of them."""
+        import obstore.exceptions
+
         try:
             found = await obstore.get_async(self._store, key)
             async for piece in found.stream(min_chunk_size=_READ_BYTES):
                 yield bytes(piece)
-        except (BaseError, OSError) as failed:
+        except (obstore.exceptions.BaseError, OSError) as failed:
             raise _translated(failed, key) from failed
 
     async def delete(self, keys: Iterable[str]) -> None:
         """Delete what is there; a key that is not is no error."""
+        import obstore.exceptions
+
         wanted = list(keys)
         for start in range(0, len(wanted), _DELETE_AT_ONCE):
             try:
                 await obstore.delete_async(self._store, wanted[start : start + _DELETE_AT_ONCE])
-            except (NotFoundError, FileNotFoundError):
+            except (obstore.exceptions.NotFoundError, FileNotFoundError):
                 await self._delete_one_by_one(wanted[start : start + _DELETE_AT_ONCE])
-            except (BaseError, OSError) as failed:
+            except (obstore.exceptions.BaseError, OSError) as failed:
                 raise _translated(failed, wanted[start]) from failed
 
     async def days(self) -> list[str]:
         """The days (`YYYY-MM-DD`) that have blobs, in order."""
+        import obstore.exceptions
+
         try:
             listing = await obstore.list_with_delimiter_async(self._store)
-        except (BaseError, OSError) as failed:
+        except (obstore.exceptions.BaseError, OSError) as failed:
             raise _translated(failed, "") from failed
         return sorted(str(prefix).strip("/") for prefix in listing["common_prefixes"])
 
     async def keys_of(self, day: str) -> AsyncIterator[list[str]]:
         """The keys of one day, in batches."""
+        import obstore.exceptions
+
         try:
             async for batch in obstore.list(self._store, prefix=day, chunk_size=_DELETE_AT_ONCE):
                 yield [str(entry["path"]) for entry in batch]
-        except (BaseError, OSError) as failed:
+        except (obstore.exceptions.BaseError, OSError) as failed:
             raise _translated(failed, day) from failed
 
     async def _delete_one_by_one(self, keys: list[str]) -> None:
+        import obstore.exceptions
+
         for key in keys:
             try:
                 await obstore.delete_async(self._store, key)
-            except (NotFoundError, FileNotFoundError):
+            except (obstore.exceptions.NotFoundError, FileNotFoundError):
                 continue
-            except (BaseError, OSError) as failed:
+            except (obstore.exceptions.BaseError, OSError) as failed:
                 raise _translated(failed, key) from failed
 
     async def put(self, key: str, source: bytes | Path) -> None:
         """Returns when the bytes, or those of the file, which is read in pieces, are durable. A
         cancelled put may leave the whole blob."""
+        import obstore.exceptions
+
         folder = self._folder
         try:
             await obstore.put_async(self._store, key, source)
             if folder is not None:
                 await asyncio.to_thread(_sync, folder, key)
-        except (BaseError, OSError) as failed:
+        except (obstore.exceptions.BaseError, OSError) as failed:
             self.away = True
             raise _unavailable(failed) from failed
         self.away = False
@@ -150,13 +181,17 @@ def _sync(folder: Path, key: str) -> None:
 
 
 def _translated(failed: BaseException, key: str) -> NotFound | StoreUnavailable:
-    if isinstance(failed, NotFoundError | FileNotFoundError):
+    import obstore.exceptions
+
+    if isinstance(failed, obstore.exceptions.NotFoundError | FileNotFoundError):
         return NotFound(f"no blob {key}")
     return _unavailable(failed)
 
 
 def _unavailable(failed: BaseException) -> StoreUnavailable:
     """The error without its text, which holds addresses and the server's answer."""
+    import obstore.exceptions
+
     said = str(failed)
     status = found[1] if (found := _STATUS.search(said)) else ""
     if "169.254.169.254" in said:
@@ -168,5 +203,6 @@ def _unavailable(failed: BaseException) -> StoreUnavailable:
     elif status:
         why = f"it answered {status}"
     else:
-        why = "it does not answer" if isinstance(failed, BaseError) else type(failed).__name__
+        is_theirs = isinstance(failed, obstore.exceptions.BaseError)
+        why = "it does not answer" if is_theirs else type(failed).__name__
     return StoreUnavailable(f"the blob store failed: {why}")
