@@ -17,10 +17,10 @@ async def test_running_jobs_finish_and_waiting_ones_are_free_at_once(
 ) -> None:
     gateway = await open_gateway(rate_limits={"text_only": 1}, shutdown_grace_ms=3_000)
     await gateway.upstream.set_behaviour(first_byte_ms=500)
-    ids = [await gateway.submit(data=f"Explain {number}") for number in range(4)]
-    unsure = await gateway.submit(data="Nice!")
     await gateway.upstream.set_fault("hang", kind="classifier", count=1)
+    ids = [await gateway.submit(data=f"Explain {number}") for number in range(4)]
     await gateway.in_flight(1)
+    unsure = await gateway.submit(data="Nice!")
     stopping = asyncio.create_task(gateway.stop_worker())
 
     async def free() -> bool:
