@@ -44,8 +44,9 @@ def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
         return True
     if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):
         return False
-    spent = model.capacity.spent(limit)
-    if limit.spending.paced_at(limit.limit, limit.clamped(amount), spent, model.pool.now):
+    model.capacity.spent(limit)  # forgets what counts no more
+    taken = limit.spending.taken(limit.limit, model.pool.now)  # a ramp is by this, refilled or not
+    if limit.spending.paced_at(limit.limit, limit.clamped(amount), taken, model.pool.now):
         return False
     return _fits(model, limit, amount)
 

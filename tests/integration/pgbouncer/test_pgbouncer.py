@@ -73,14 +73,8 @@ async def test_jobs_and_streams_end_and_are_recorded(
 async def test_who_waits_is_woken_by_polling(
     opened: OpenBoth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[str] = []
-    was = notifications.Notifications._on_message
-
-    def hear(self: notifications.Notifications, *said: Any) -> None:
-        heard.append(said[2])
-        was(self, *said)
-
-    monkeypatch.setattr(notifications.Notifications, "_on_message", hear)
+    # Transaction mode loses nearly all that is said to a listener, and by chance not everything.
+    monkeypatch.setattr(notifications.Notifications, "_on_message", lambda *_: None)
     gateway = await opened(worker=False)
     request_id = await gateway.submit(data="Explain")
     first = await gateway.status(request_id)
@@ -96,7 +90,6 @@ async def test_who_waits_is_woken_by_polling(
     async with gateway.http.delete(f"{gateway.url}/requests/{cancelled}") as answer:
         assert answer.status < 300
     assert (await gateway.end_of(cancelled))["status"] == "cancelled"
-    assert heard == [], "transaction mode loses what is said to a listener"
 
 
 async def test_a_revoked_key_opens_nothing_in_another_process(opened: OpenBoth) -> None:
