@@ -1,7 +1,7 @@
 """Scenarios after two public benchmarks, by their descriptions, so that others can compare.
 
 `gomodel` follows github.com/ENTERPILOT/ai-gateway-reproducible-benchmark: chat completions, plain
-and streamed, at 10 connections with an upstream that answers at once, then the most requests a
+and streamed, at 10 connections with an upstream that answers immediately, then the most requests a
 second of a sweep. The others follow github.com/BerriAI/ai-gateway-bench, a gateway as a coding
 agent meets it: what a long prompt adds, how evenly the events of streams come, what a long prompt
 does to short turns beside it, and what the way past a failing upstream costs. `docs/benchmarks.md`

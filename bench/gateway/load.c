@@ -123,7 +123,7 @@ static void send_on(struct conn *c, int64_t began_ns) {
         snprintf(digits, sizeof digits, "%0*ld", NUMBER_BYTES, sent % 1000000000);
         memcpy(number, digits, NUMBER_BYTES);
     }
-    /* The kernel takes a short one at once; a long one is all that this process does meanwhile. */
+    /* The kernel takes a short one immediately; a long one is all that this process does meanwhile. */
     for (size_t done = 0; done < request_length;) {
         ssize_t taken = send(c->fd, request + done, request_length - done, MSG_NOSIGNAL);
         if (taken <= 0) {

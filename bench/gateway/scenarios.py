@@ -95,7 +95,7 @@ class Stage:
         )
 
     def capacity_per_s(self, setting: Setting) -> float:
-        """Of requests that the upstream answers at once; found out once."""
+        """Of requests that the upstream answers immediately; measured once."""
         if not self._found:
             self.upstream.behave()
             found = self.load(connections=CONNECTIONS, seconds=setting.seconds / 2).figures()
@@ -215,7 +215,7 @@ def _at_pace(stage: Stage, setting: Setting, rate: float) -> Figures:
 
 
 def big(stage: Stage, setting: Setting) -> Figures:
-    """Bodies of 20 MB, two at once, beside 200 small requests a second (a quarter of its capacity
+    """Bodies of 20 MB, two concurrently, beside 200 small requests a second (a quarter of its capacity
     where that is less); and the small ones alone."""
     rate = min(SMALL_PER_S, max(1.0, stage.capacity_per_s(setting) / 4))
     stage.upstream.behave()

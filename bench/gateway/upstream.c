@@ -4,7 +4,7 @@
    1 KB of JSON, or with a stream of server-sent events where it is asked for one, each event in a
    write of its own. `GET /control?delay_us=&chunks=&gap_us=&status=` sets, for all calls from then on,
    how long an answer takes, of how many events a stream is and how far they are apart, and with which
-   status calls are refused if they are, and begins to count anew; `GET /stats` tells what came. Invariant: `in_flight` counts the calls whose request is
+   status calls are refused if they are, and begins to count again; `GET /stats` tells what came. Invariant: `in_flight` counts the calls whose request is
    here in full and whose answer has not been handed to the kernel in full. */
 
 #include "answers.h"
