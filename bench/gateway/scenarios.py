@@ -215,8 +215,8 @@ def _at_pace(stage: Stage, setting: Setting, rate: float) -> Figures:
 
 
 def big(stage: Stage, setting: Setting) -> Figures:
-    """Bodies of 20 MB, two concurrently, beside 200 small requests a second (a quarter of its capacity
-    where that is less); and the small ones alone."""
+    """Bodies of 20 MB, two concurrent ones, beside 200 small requests a second (a quarter of its
+    capacity where that is less); and the small ones alone."""
     rate = min(SMALL_PER_S, max(1.0, stage.capacity_per_s(setting) / 4))
     stage.upstream.behave()
     small = partial(stage.load, rate=rate, connections=CONNECTIONS, seconds=setting.seconds)
