@@ -363,7 +363,7 @@ def tell_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
 
 
 # Packed without lists of their own: a script takes longer to unpack many small ones.
-_FLAT = ("transfers", "releases", "enqueues", "uses", "firsts")
+FLAT = ("transfers", "releases", "enqueues", "uses", "firsts")
 _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 
@@ -372,7 +372,7 @@ def pack_request(request: SyncRequest) -> bytes:
     packed: dict[str, Any] = {}
     for name in _SYNC_FIELDS:
         if value := getattr(request, name):
-            packed[name] = list(chain.from_iterable(value)) if name in _FLAT else value
+            packed[name] = list(chain.from_iterable(value)) if name in FLAT else value
     if request.join is not None:
         packed["join"] = request.join.as_fields()
     return bytes(msgpack.packb(packed, use_bin_type=False))

@@ -16,9 +16,10 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from types import TracebackType
-from typing import Any, ParamSpec, Required, Self, TypedDict, TypeVar, Unpack
+from typing import Any, NoReturn, ParamSpec, Required, Self, TypedDict, TypeVar, Unpack
 
 import msgpack
 
@@ -34,15 +35,19 @@ from tidegate.limiter.connection import (
 )
 from tidegate.limiter.estimates import WaitingLine, read_line
 from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack
-from tidegate.limiter.permit import Acquisition, PermitIssuer, TryAcquisition
+from tidegate.limiter.permit import Acquisition, PermitIssuer, TryAcquisition, misused
 from tidegate.limiter.policy import (
     DEFAULT_HARD_MS,
+    FOR_EVER_MS,
     Change,
     Demand,
+    Limit,
     OnConflict,
     PoolPolicy,
     Tokens,
     WrittenPolicy,
+    as_policy,
+    deadline_of,
     read_change,
     tokens_of,
 )
@@ -60,8 +65,6 @@ from tidegate.limiter.views import (
     read_snapshot,
 )
 
-# A pause "until further notice" ends in a hundred years.
-FOR_EVER_MS = 100 * 365 * 86_400_000
 RAMP_MS = 10_000
 
 
@@ -82,19 +85,20 @@ class AttemptOptions(TypedDict, total=False):
 class AcquireOptions(AttemptOptions, total=False):
     """The keywords of `Limiter.acquire`."""
 
+    timeout: float | timedelta | None
     deadline_ms: int | None
 
 
 class LimiterOptions(TypedDict, total=False):
     """The keywords of `Limiter.from_url`.
 
-    instance_id: only names the process for people; every start is a new session, which takes over
-        nothing of an earlier one. on_conflict: what is done where the pool has another policy in
-        force. clock: for tests.
+    policy: or a mapping of limits. instance_id: only names the process for people; every start is
+        a new session, which takes over nothing of an earlier one. on_conflict: what is done where
+        the pool has another policy in force. clock: for tests.
     """
 
-    pool: Required[str]
-    policy: Required[PoolPolicy]
+    pool: str
+    policy: Required[PoolPolicy | Mapping[str, int | Limit]]
     instance_id: str | None
     observer: Observer | None
     on_conflict: OnConflict
@@ -119,13 +123,19 @@ def limited(
 
         @functools.wraps(function)
         async def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            async with limiter.acquire(*limits, **options) as permit:
-                await permit.confirm()
+            async with limiter.acquire(*limits, **options):
                 return await function(*args, **kwargs)
 
         return call
 
+    check_names(limits)
     return decorate
+
+
+def check_names(limits: tuple[object, ...]) -> None:
+    """Raises TypeError for a decorator that was written without its limits."""
+    if not limits or callable(limits[0]):
+        raise TypeError('name the limits: @limiter.limited("openai", timeout=30)')
 
 
 logger = logging.getLogger("tidegate.limiter")
@@ -157,8 +167,8 @@ class Limiter:
         self,
         url: str,
         *,
-        pool: str,
-        policy: PoolPolicy,
+        pool: str = "default",
+        policy: PoolPolicy | Mapping[str, int | Limit],
         instance_id: str | None = None,
         observer: Observer | None = None,
         on_conflict: OnConflict = "raise",
@@ -177,7 +187,7 @@ class Limiter:
         self._exchanges = ExchangeLoop(
             self._link,
             self._keys,
-            WrittenPolicy(pool, policy, on_conflict),
+            WrittenPolicy(pool, as_policy(policy), on_conflict),
             self._queue,
             observer or Observer(),
             instance_id or "",
@@ -194,7 +204,8 @@ class Limiter:
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[LimiterOptions]) -> Self:
-        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`)."""
+        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`), or in the memory of
+        this process alone, for unit tests (`memory://`)."""
         return cls(url, **options)
 
     def __repr__(self) -> str:
@@ -221,6 +232,12 @@ class Limiter:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+    def __enter__(self) -> NoReturn:
+        misused("`async with` on a Limiter; for threads take a SyncLimiter")
+
+    def __exit__(self, *_: object) -> None:
+        """Never reached: without it Python would not call `__enter__`."""
 
     async def start(self) -> None:
         """Enter the pool. Starts in the state `away` when Valkey does not answer.
@@ -293,16 +310,17 @@ class Limiter:
         priority: str | None = None,
         tokens: int | Tokens | None = None,
         images: int = 0,
+        timeout: float | timedelta | None = None,
         deadline_ms: int | None = None,
         hard_ms: int | None = None,
     ) -> Acquisition:
-        """`async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
+        """`async with limiter.acquire("openai", timeout=30) as permit:`
 
-        Entering waits for all of `limits` together, at most `deadline_ms`; leaving gives the permit
-        back without a round trip. `tenant` is whose share it is; `priority` the name of a band;
-        `tokens` and `images` an estimate for limits that count them. `hard_ms` is the longest that
-        the call can last: with `on_expiry = "hold"` the permit of a dead process counts for that
-        long (10 minutes if not given).
+        Entering waits for all of `limits` together, at most `timeout` seconds, or `deadline_ms`,
+        and confirms the permit; leaving releases it without a round trip. `tenant` is whose share
+        it is; `priority` the name of a band; `tokens` and `images` an estimate for limits that
+        count them. `hard_ms` is the longest that the call can last: with `on_expiry = "hold"` the
+        permit of a dead process counts for that long (10 minutes if not given).
 
         Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey is away at the deadline),
         DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
@@ -313,11 +331,13 @@ class Limiter:
         cancelled then.
         """
         wanted, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
-        demand = Demand(limits, tenant, priority, wanted, images, deadline_ms, hard_ms)
-        return self.acquire_for(demand)
+        within_ms = deadline_of(timeout, deadline_ms)
+        demand = Demand(limits, tenant, priority, wanted, images, within_ms, hard_ms)
+        return Acquisition(self._issuer, demand, True)
 
     def acquire_for(self, demand: Demand) -> Acquisition:
-        """As `acquire`, for a demand that is there already."""
+        """As `acquire`, for a demand that is there already, and whose permit is confirmed by its
+        user."""
         return Acquisition(self._issuer, demand)
 
     def try_acquire(
@@ -335,14 +355,18 @@ class Limiter:
         wanted = None if tokens is None else tokens_of(tokens)
         bound_ms = hard_ms or DEFAULT_HARD_MS
         demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)
-        return self.try_acquire_for(demand)
+        return TryAcquisition(Acquisition(self._issuer, self._soon(demand), True))
 
     def try_acquire_for(self, demand: Demand) -> TryAcquisition:
-        """As `try_acquire`, for a demand that is there already: one that takes the first answer."""
-        if demand.deadline_ms is None:
-            within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
-            demand = replace(demand, deadline_ms=within_ms)
-        return TryAcquisition(self.acquire_for(demand))
+        """As `try_acquire`, for a demand that is there already: one that takes the first answer,
+        and whose permit is confirmed by its user."""
+        return TryAcquisition(self.acquire_for(self._soon(demand)))
+
+    def _soon(self, demand: Demand) -> Demand:
+        if demand.deadline_ms is not None:
+            return demand
+        within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
+        return replace(demand, deadline_ms=within_ms)
 
     def limited(
         self, *limits: str, **options: Unpack[AcquireOptions]

@@ -9,12 +9,12 @@ returned.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from math import inf
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 from tidegate.errors import (
     AdmissionError,
@@ -378,12 +378,25 @@ class Permit:
         return f"<Permit {names} fence={self.fence} lost={self.is_lost}>"
 
 
+def misused(instead: str) -> NoReturn:
+    """Raises TypeError: a permit is released where its block ends, so it needs one."""
+    raise TypeError(f"use {instead}")
+
+
+_INSTEAD = "`async with limiter.acquire(...) as permit:`"
+_TRY_INSTEAD = "`async with limiter.try_acquire(...) as permit:`"
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class Acquisition:
-    """What `Limiter.acquire` returns: enter it to wait for the permit, leave it to release."""
+    """What `Limiter.acquire` returns: enter it to wait for the permit, leave it to release.
+
+    _confirms: whether entering confirms the permit, for a call that follows immediately.
+    """
 
     _issuer: PermitIssuer
     _demand: Demand
+    _confirms: bool = False
     _permit: Permit | None = None
     _waiter: Waiter | None = None
     _task: asyncio.Task[object] | None = None
@@ -410,7 +423,25 @@ class Acquisition:
         self._hand_over(holding)
         if self._issuer.is_late(holding):
             await self._until_in_time()
+        if self._confirms:
+            await self._confirm(permit)
         return permit
+
+    async def _confirm(self, permit: Permit) -> None:
+        try:
+            await permit.confirm()
+        except BaseException as error:  # cancellation too: the permit would stay held
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+
+    def __await__(self) -> Generator[Any, None, NoReturn]:
+        misused(_INSTEAD)
+
+    def __enter__(self) -> NoReturn:
+        misused(f"{_INSTEAD}, or a SyncLimiter in threads")
+
+    def __exit__(self, *_: object) -> None:
+        """Never reached: without it Python would not call `__enter__`."""
 
     def leave(self, error: Exception) -> None:
         """Leave the queue: entering raises `error`. Nothing where it does not wait."""
@@ -501,6 +532,15 @@ class TryAcquisition:
 
     _acquisition: Acquisition
     _entered: bool = False
+
+    def __await__(self) -> Generator[Any, None, NoReturn]:
+        misused(_TRY_INSTEAD)
+
+    def __enter__(self) -> NoReturn:
+        misused(f"{_TRY_INSTEAD}, or a SyncLimiter in threads")
+
+    def __exit__(self, *_: object) -> None:
+        """Never reached: without it Python would not call `__enter__`."""
 
     async def __aenter__(self) -> Permit | None:
         try:

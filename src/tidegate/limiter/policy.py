@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from math import ceil
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, TypedDict, Unpack, cast, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgpack
@@ -54,6 +54,8 @@ MOST_WEIGHT = 1_000.0
 MIN_LEASE_MS = 200
 MAX_LEASE_MS = 600_000
 MAX_BOUND = 10_000_000_000
+# A pause "until further notice" ends in a hundred years.
+FOR_EVER_MS = 100 * 365 * 86_400_000
 # In `hold`, a permit asked for without `hard_ms` counts for this long after its process died.
 DEFAULT_HARD_MS = 600_000
 # Above so many requests in a window the exact log of admissions gives way to buckets.
@@ -67,7 +69,7 @@ LEAST_USE, MOST_USE, UNKNOWN_USE = 10, 1_000_000_000, 1_000
 ARRIVAL_SLACK_MS = 500
 # A limit of such a scope that no policy names has no bound: it is the place of a pause.
 IMPLICIT_SCOPES = ("model:", "upstream:")
-_LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}]{1,200}")
+_LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}]{1,200}|[^\s|{}:]{1,200}")
 TENANT_NAME = re.compile(r"[^\s|{}]{1,200}")
 
 
@@ -138,6 +140,21 @@ class Ramp:
     start: int
 
 
+class RateOptions(TypedDict, total=False):
+    """The keywords of `Rate` without its window."""
+
+    unit: Unit
+    slack_ms: int | None
+    shadow: bool
+    weights: Weights | None
+    reserve: Reserve
+    settles: bool
+    pace_ms: int | None
+    ramp: Ramp | None
+    source: Source
+    shape: RateShape
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """At most `bound` of `unit` in any sliding window of arrivals, or of a bucket that refills.
@@ -169,6 +186,26 @@ class Rate:
     ramp: Ramp | None = None
     source: Source = "set"
     shape: RateShape = "window"
+
+    @classmethod
+    def per_second(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
+        """At most `bound` in any second; the keywords are those of `Rate`."""
+        return cls(bound, 1_000, **options)
+
+    @classmethod
+    def per_minute(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
+        """At most `bound` in any 60 s: `Rate.per_minute(60)`, or with `unit="tokens"`."""
+        return cls(bound, 60_000, **options)
+
+    @classmethod
+    def per_hour(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
+        """At most `bound` in any 60 min."""
+        return cls(bound, 3_600_000, **options)
+
+    @classmethod
+    def per_day(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
+        """At most `bound` in any 24 h; a `Quota` begins again at midnight instead."""
+        return cls(bound, 86_400_000, **options)
 
     @property
     def slack(self) -> int:
@@ -218,8 +255,8 @@ DEFAULT_PRIORITY = "normal"
 class PoolPolicy:
     """The policy of a pool. The highest `revision` that any process brings is in force for all.
 
-    limits: id (`scope:name`) -> a limit; a number n is `Concurrency(n)`. A bound of 0 lets nobody
-        in.
+    limits: id (`name` or `scope:name`) -> a limit; a number n is `Concurrency(n)`. A bound of 0
+        admits no call.
     weights: tenant -> its share against others, 1 to 1000; 1 for those not named.
     bands: priorities, highest first.
     queue_per_tenant: waiters that one tenant may have over all processes.
@@ -258,8 +295,9 @@ class PoolPolicy:
         rules = {name: as_limit(limit) for name, limit in self.limits.items()}
         object.__setattr__(self, "rules", rules)
         for name, limit in rules.items():
-            if not _LIMIT_ID.fullmatch(name):
-                raise ConfigError("limit", name, "a limit's id is `scope:name`")
+            if not isinstance(name, str) or not _LIMIT_ID.fullmatch(name):
+                allowed = "a limit's id is `name` or `scope:name`, without spaces, | { or }"
+                raise ConfigError("limit", str(name), allowed)
             _check_limit(name, limit)
         if not MIN_LEASE_MS <= self.lease_ms <= MAX_LEASE_MS:
             allowed = f"{MIN_LEASE_MS} to {MAX_LEASE_MS} ms"
@@ -339,6 +377,26 @@ class PoolPolicy:
             hand_off=hand_off,
             fair_by=more[0] if more else "seconds",
         )
+
+
+def as_policy(policy: PoolPolicy | Mapping[str, int | Limit]) -> PoolPolicy:
+    """A mapping is a policy of these limits. Raises TypeError for anything else."""
+    if isinstance(policy, PoolPolicy):
+        return policy
+    if not isinstance(policy, Mapping):
+        raise TypeError(f"a policy is a PoolPolicy or a mapping of limits, not {policy!r}")
+    return PoolPolicy(policy)
+
+
+def deadline_of(timeout: float | timedelta | None, deadline_ms: int | None) -> int | None:
+    """The deadline of a call in ms, from seconds or a `timedelta`, or as it is given; `inf` is
+    none."""
+    if timeout is None:
+        return deadline_ms
+    if deadline_ms is not None:
+        raise TypeError("give timeout (seconds) or deadline_ms, not both")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    return None if seconds * 1000 > FOR_EVER_MS else ceil(max(seconds, 0.0) * 1000)
 
 
 def as_limit(limit: int | Limit) -> Limit:

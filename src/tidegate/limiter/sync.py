@@ -16,19 +16,19 @@ import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar, Unpack, cast
+from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar, Unpack, cast
 
 from tidegate.errors import LeaseLost, ShuttingDown, TidegateError
 from tidegate.limiter.limiter import (
-    FOR_EVER_MS,
     RAMP_MS,
     AcquireOptions,
     AttemptOptions,
     Limiter,
     LimiterOptions,
+    check_names,
 )
-from tidegate.limiter.permit import DetachedPermit, Outcome, Permit
-from tidegate.limiter.policy import Demand, Tokens
+from tidegate.limiter.permit import DetachedPermit, Outcome, Permit, misused
+from tidegate.limiter.policy import FOR_EVER_MS, Demand, Tokens
 from tidegate.limiter.views import LocalState, Snapshot
 
 Acquire = Callable[[], AbstractAsyncContextManager[Permit | None]]
@@ -166,8 +166,21 @@ class SyncAcquisition(Generic[PermitT]):
         self._permit: SyncPermit | None = None
 
     def __enter__(self) -> PermitT:
-        self._permit = self._held.enter()
-        return cast(PermitT, self._permit)
+        permit = self._held.enter()
+        if permit is not None:
+            try:
+                permit.confirm()
+            except BaseException:  # an interrupt too: the permit would stay held
+                self._held.release()
+                raise
+        self._permit = permit
+        return cast(PermitT, permit)
+
+    async def __aenter__(self) -> NoReturn:
+        misused("`with` on a SyncLimiter, in a thread; in coroutines a Limiter")
+
+    async def __aexit__(self, *_: object) -> None:
+        """Never reached: without it Python would not call `__aenter__`."""
 
     def __exit__(
         self,
@@ -229,6 +242,12 @@ class SyncLimiter:
     ) -> None:
         self.close()
 
+    async def __aenter__(self) -> NoReturn:
+        misused("`with` on a SyncLimiter; in coroutines a Limiter")
+
+    async def __aexit__(self, *_: object) -> None:
+        """Never reached: without it Python would not call `__aenter__`."""
+
     def start(self) -> None:
         """Start the thread and enter the pool. Raises ConfigError as `Limiter.start`."""
         self._thread.start()
@@ -258,7 +277,6 @@ class SyncLimiter:
         try:
             asyncio.run(self._serve())
         except BaseException as error:
-            # A failed start is raised to its caller, later faults in the thread.
             # A start that failed is raised to its caller; later faults are the thread's.
             if self._started.done():
                 raise
@@ -309,7 +327,7 @@ class SyncLimiter:
     def acquire(
         self, *limits: str, **options: Unpack[AcquireOptions]
     ) -> SyncAcquisition[SyncPermit]:
-        """`with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
+        """`with limiter.acquire("openai", timeout=30) as permit:`
 
         As `Limiter.acquire`, and raises the same. An exception in the waiting thread, such as
         KeyboardInterrupt, returns the ticket. A thread cannot be cancelled: when the session is
@@ -342,12 +360,12 @@ class SyncLimiter:
 
             @functools.wraps(function)
             def call(*args: P.args, **kwargs: P.kwargs) -> R:
-                with self.acquire(*limits, **options) as permit:
-                    permit.confirm()
+                with self.acquire(*limits, **options):
                     return function(*args, **kwargs)
 
             return call
 
+        check_names(limits)
         return decorate
 
     def hold(self, demand: Demand, close: Callable[[], object]) -> ThreadPermit:

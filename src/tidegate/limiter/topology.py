@@ -3,6 +3,7 @@
     redis://  rediss://  unix://           the server that the URL names
     redis+sentinel://a:26379,b/service/0   the master that the sentinels name, if it says so too
     redis+cluster://a:6379,b               the node that owns the pool's slot, if it says so too
+    memory://                              this process, for unit tests: `simulation.py`
 
 `rediss+...` is the same over TLS. Invariants: every connect asks again and begins with the next of
 the servers that may be asked, so that one that is wrong or hangs is not asked for ever; redis-py's
@@ -16,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import redis.asyncio.connection
@@ -40,6 +42,7 @@ MAX_KNOWN_NODES = 64
 
 _BASES = ("redis", "rediss", "unix")
 _SCHEMES = "is not redis, rediss, unix, redis+sentinel or redis+cluster"
+_MEMORY = "memory://"
 _SLOTS = ("CLUSTER", "SLOTS")
 _PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
 # Options of a connection that are ours to choose, whatever the URL says.
@@ -144,6 +147,11 @@ def _wrong(scheme: str, why: str) -> ConfigError:
     return ConfigError("url", f"{scheme}://(hidden)", why)
 
 
+def _simulation() -> Any:
+    """Imported late: it imports this, and no deployment needs it."""
+    return import_module("tidegate.limiter.simulation")
+
+
 class Server:
     """The server of one pool, found again at every connect. `key` is any key of the pool.
 
@@ -151,7 +159,8 @@ class Server:
     """
 
     def __init__(self, url: str, key: str) -> None:
-        self._target = read_url(url)
+        self._in_memory = (url, key) if url.startswith(_MEMORY) else None
+        self._target = read_url("redis://" if self._in_memory else url)
         self._slot = key_slot(key.encode())
         self._seeds = self._target.seeds
         self._turn = 0
@@ -168,6 +177,8 @@ class Server:
 
         Raises OSError, TimeoutError or RedisError. Cancelling it closes what it had opened.
         """
+        if self._in_memory is not None:
+            return cast(AbstractConnection, _simulation().MemoryConnection(*self._in_memory))
         search, answer = self._search(), None
         connection: AbstractConnection | None = None
         try:
@@ -188,6 +199,8 @@ class Server:
     def connect_blocking(self, timeout_s: float) -> ConnectionInterface:
         """The same for a thread: no question is begun after `timeout_s` or MIN_CONNECT_S; the last
         one, and each later call on the connection, may take as long again."""
+        if self._in_memory is not None:
+            return cast(ConnectionInterface, _simulation().MemoryThreadConnection(*self._in_memory))
         timeout_s = max(timeout_s, MIN_CONNECT_S)
         end_s = time.monotonic() + timeout_s
         search, answer = self._search(), None

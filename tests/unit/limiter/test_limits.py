@@ -53,7 +53,7 @@ FULL = PoolPolicy(
         ({"limits": {"kind:a": True}}, "kind:a"),
         ({"limits": {"kind:a": 1.5}}, "kind:a"),
         ({"limits": {"kind:a": "5"}}, "kind:a"),
-        ({"limits": {"text_only": 1}}, "limit"),
+        ({"limits": {"text only": 1}}, "limit"),
         ({"limits": {"kind:a|b": 1}}, "limit"),
         ({"limits": {"kind:a b": 1}}, "limit"),
         ({"limits": {"kind:{a}": 1}}, "limit"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import LimitPaused, LimitUsedUp
-from tidegate.limiter.limiter import FOR_EVER_MS
 from tidegate.limiter.messages import too_early, too_late
-from tidegate.limiter.policy import Limit, Quota, Rate
+from tidegate.limiter.policy import FOR_EVER_MS, Limit, Quota, Rate
 
 
 @pytest.mark.parametrize(

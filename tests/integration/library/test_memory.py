@@ -1,0 +1,210 @@
+"""A pool in memory does what the same pool in Valkey does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.waiting import wait_until
+from tidegate.errors import PolicyConflict, TidegateError
+from tidegate.limiter import Limit, Limiter, LimitView, PoolPolicy, Quota, Rate, SyncLimiter, Tokens
+
+LIMITS: dict[str, int | Limit] = {
+    "openai": 1,
+    "rpm:x": Rate.per_minute(2),
+    "tpm:x": Rate.per_minute(1_000, unit="tokens"),
+    "rpd:x": Quota(3),
+}
+POLICY = PoolPolicy(LIMITS, weights={"acme": 4})
+MEMORY = "memory://"
+Told = list[Any]
+Scene = Callable[[Limiter, Limiter, Told], Awaitable[None]]
+
+
+async def refusal(limiter: Limiter, *limits: str, **options: Any) -> tuple[str, str]:
+    try:
+        async with limiter.acquire(*limits, **options):
+            return "", ""
+    except TidegateError as error:
+        return type(error).__name__, getattr(error, "limit", "")
+
+
+def figures(view: LimitView) -> tuple[Any, ...]:
+    return view.sort, view.bound, view.used, view.waiting, view.reserved, view.taken, view.shadowed
+
+
+async def limits_of(limiter: Limiter) -> dict[str, tuple[Any, ...]]:
+    snapshot = await limiter.snapshot()
+    return {name: figures(view) for name, view in snapshot.limits.items()}
+
+
+async def takes_turns(one: Limiter, other: Limiter, told: Told) -> None:
+    order: list[str] = []
+
+    async def work(limiter: Limiter, name: str, **options: Any) -> None:
+        async with limiter.acquire("openai", timeout=20, **options):
+            order.append(name)
+
+    async with asyncio.TaskGroup() as tasks, one.acquire("openai"):
+        tasks.create_task(work(other, "low", priority="low"))
+        await wait_until(lambda: waits(one, 1))
+        tasks.create_task(work(one, "high", priority="high"))
+        await wait_until(lambda: waits(one, 2))
+        told.append(await limits_of(one))
+        queues = (await one.snapshot(permits=True)).queues
+        told.append(sorted((q.band, q.held_up_by, q.waiting) for q in queues))
+        async with other.try_acquire("openai") as permit:
+            told.append(permit)
+    told.append(order)
+
+
+async def waits(limiter: Limiter, number: int) -> bool:
+    return (await limiter.snapshot()).limits["openai"].waiting == number
+
+
+async def spends_rates(one: Limiter, other: Limiter, told: Told) -> None:
+    for limiter in (one, other):
+        tokens = Tokens(input=300, output=100)
+        async with limiter.acquire("rpm:x", "tpm:x", "rpd:x", tokens=tokens, timeout=5) as permit:
+            permit.settle(tokens=Tokens(input=50, output=50))
+    told.append(await refusal(one, "rpm:x", timeout=1))
+    told.append(await refusal(other, "tpm:x", tokens=5_000, timeout=1))
+    await wait_until(lambda: settled(one))
+    told.append(await limits_of(one))
+
+
+async def settled(limiter: Limiter) -> bool:
+    return (await limiter.snapshot()).limits["tpm:x"].used == 200
+
+
+async def pauses(one: Limiter, other: Limiter, told: Told) -> None:
+    told.append(await one.penalise("openai", for_ms=60_000, reason="429", by="ann"))
+    told.append(await one.penalise("openai", for_ms=5_000))
+    told.append(await refusal(other, "openai", timeout=0.2))
+    paused = (await one.snapshot()).limits["openai"]
+    told.append((paused.paused_by, 50_000 < paused.paused_ms <= 60_000))
+    told.append((await one.resume("openai"), await one.resume("openai")))
+    told.append(await refusal(other, "openai", timeout=5))
+    told.append((await one.charge("rpd:x", 3), await one.charge("nothing", 3)))
+    told.append(await refusal(other, "rpd:x", timeout=1))
+
+
+async def explains(one: Limiter, other: Limiter, told: Told) -> None:
+    async with one.acquire("openai", tenant="acme"):
+        waiting = other.acquire("openai", tenant="bravo", timeout=20)
+
+        async def wait() -> None:
+            async with waiting:
+                pass
+
+        task = asyncio.create_task(wait())
+        await wait_until(lambda: waits(one, 1))
+        assert waiting.ticket is not None
+        why = await other.why(other.session, waiting.ticket)
+        assert why is not None
+        told.append((why.place.tenant, why.place.limits, why.place.held_up_by, why.place.ahead))
+        told.append([(holder.tenant, holder.limits) for holder in why.holders])
+        tenants = (await one.snapshot()).tenants
+        told.append([(tenant.tenant, tenant.waiting) for tenant in tenants])
+    await task
+
+
+async def loses_a_session(one: Limiter, other: Limiter, told: Told) -> None:
+    held = asyncio.Event()
+    lost = ""
+
+    async def work() -> None:
+        nonlocal lost
+        try:
+            async with one.acquire("openai", timeout=5) as permit:
+                held.set()
+                await permit.lost.wait()
+        except TidegateError as error:
+            lost = type(error).__name__
+
+    task = asyncio.create_task(work())
+    await held.wait()
+    told.append(await other.revoke(one.session))
+    told.append(await refusal(other, "openai", timeout=5))
+    await task
+    told.append(lost)
+
+
+async def changes_its_policy(one: Limiter, other: Limiter, told: Told) -> None:
+    await one.set_policy(replace(POLICY, limits=LIMITS | {"openai": 9}, revision=2), by="ann")
+    await one.in_force()
+    await wait_until(lambda: other.policy.revision == 2)
+    told.append((other.policy.bound("openai"), await limits_of(other)))
+    history = await other.history()
+    told.append([(change.revision, change.by) for change in history])
+
+
+async def keeps_notes(one: Limiter, other: Limiter, told: Told) -> None:
+    await one.tell(b"\xffhello", 60_000)
+    told.append([note for note in (await other.told(10)).values() if note])
+    told.append((await one.claim("day", 60_000), await other.claim("day", 60_000)))
+
+
+SCENES: list[Scene] = [
+    takes_turns,
+    spends_rates,
+    pauses,
+    explains,
+    loses_a_session,
+    changes_its_policy,
+    keeps_notes,
+]
+
+
+async def played(scene: Scene, url: str, pool: str) -> Told:
+    told: Told = []
+    async with AsyncExitStack() as stack:
+        one, other = [
+            await stack.enter_async_context(Limiter.from_url(url, pool=pool, policy=POLICY))
+            for _ in range(2)
+        ]
+        await scene(one, other, told)
+    return told
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+async def test_memory_does_what_valkey_does(scene: Scene, valkey_url: str, pool: str) -> None:
+    real = await played(scene, valkey_url, pool)
+    assert await played(scene, MEMORY, pool) == real
+    assert real
+
+
+async def test_a_pool_in_memory_is_forgotten_with_its_last_limiter(pool: str) -> None:
+    async with AsyncExitStack() as stack:
+        for bound in (1, 2):
+            limiter = Limiter.from_url(MEMORY, pool=pool, policy={"openai": bound})
+            await stack.enter_async_context(limiter)
+        with pytest.raises(PolicyConflict):
+            await Limiter.from_url(MEMORY, pool=pool, policy={"openai": 1}).start()
+    async with Limiter.from_url(MEMORY, pool=pool, policy={"openai": 3}) as limiter:
+        assert limiter.policy.revision == 1
+        assert len(await limiter.history()) == 1
+
+
+async def test_pools_of_other_names_share_nothing(pool: str) -> None:
+    async with AsyncExitStack() as stack:
+        for url, name in ((MEMORY, pool), (MEMORY, "other"), (f"{MEMORY}other", pool)):
+            limiter = Limiter.from_url(url, pool=name, policy={"openai": 1})
+            await stack.enter_async_context(limiter)
+            await stack.enter_async_context(limiter.acquire("openai", timeout=5))
+
+
+def test_threads_share_a_pool_in_memory(pool: str) -> None:
+    with (
+        SyncLimiter.from_url(MEMORY, pool=pool, policy={"openai": 1}) as one,
+        SyncLimiter.from_url(MEMORY, pool=pool, policy={"openai": 1}) as other,
+    ):
+        with one.acquire("openai", timeout=5), other.try_acquire("openai") as permit:
+            assert permit is None
+        with other.acquire("openai", timeout=5) as permit:
+            assert permit is not None
