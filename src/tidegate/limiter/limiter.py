@@ -460,8 +460,9 @@ class Limiter:
         await self.in_force()
         wait_s = _KNOWN_FIRST_S
         while True:
-            alive = [one for one in (await self.snapshot()).processes if one.left_ms > 0]
-            if not any(0 < one.revision < self.policy.revision for one in alive):
+            sessions = InspectReply.unpack(await self._run("inspect", {"permits": False})).sessions
+            known = [revision for _, _, left_ms, *_, revision in sessions if left_ms > 0]
+            if not any(0 < revision < self.policy.revision for revision in known):
                 return
             await self._clock.sleep(wait_s)
             wait_s = min(2 * wait_s, _KNOWN_EVERY_S)

@@ -497,8 +497,8 @@ class Session:
             self._queue.forget_uses()
         self.policy, self.policy_by = policy, by
         self.policy_due = True
-        self._forget_hints()
         self._refuse_impossible()
+        self._forget_hints()
         self.refresh()
 
     def paused(self) -> None:
@@ -804,10 +804,10 @@ class Session:
             self._queue.forget_uses()
         self.policy = newest
         self.policy_due = False
+        self._refuse_impossible()
         self._forget_hints()
         self._queue.urgent = True  # the pool learns without delay that this process knows it
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
-        self._refuse_impossible()
 
     def failed(self, reason: str) -> None:
         """A call did not succeed: Valkey is unavailable."""

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
@@ -48,7 +48,7 @@ class Origin(StrEnum):
     LIVE = "live"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Revision:
     """One policy as it is on record, or is to be put there. asked: the digest of what its
     deployment asks for, where tenants were given more since; else empty."""
@@ -60,7 +60,7 @@ class Revision:
     reason: str = ""
     asked: str = ""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return digest(self.policy)
 
@@ -68,7 +68,7 @@ class Revision:
     def asked_digest(self) -> str:
         return self.asked or self.digest
 
-    @property
+    @cached_property
     def pool_policy(self) -> PoolPolicy:
         """Raises ConfigError for a record of a later version that can't be read."""
         return of_plain(self.policy, revision=self.number, strict=False)
@@ -91,7 +91,7 @@ class Decision:
     conflict: Conflict | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Found:
     """What the limiter has in force, and who put it there as far as it knows."""
 
@@ -102,7 +102,7 @@ class Found:
     def number(self) -> int:
         return self.policy.revision
 
-    @property
+    @cached_property
     def plain(self) -> Plain:
         return to_plain(self.policy)
 
@@ -160,13 +160,13 @@ def change(
     decided = watch(head, found)
     now = decided.force
     policy = to_plain(of_plain(edit(now.policy)))
-    if digest(policy) == now.digest and (origin is now.origin or origin is Origin.LIVE):
+    number = max(now.number, found.number) + 1
+    changed = Revision(number, origin, policy, set_by, reason, asked)
+    if changed.digest == now.digest and (origin is now.origin or origin is Origin.LIVE):
         return decided
     is_deployed = origin is Origin.LIVE and now.origin is Origin.DEPLOYMENT
     if is_deployed and apart_from_tenants(policy) == apart_from_tenants(now.policy):
-        origin, asked = now.origin, now.asked_digest
-    number = max(now.number, found.number) + 1
-    changed = Revision(number, origin, policy, set_by, reason, asked)
+        changed = replace(changed, origin=now.origin, asked=now.asked_digest)
     return Decision(changed, (*decided.new, changed))
 
 
@@ -192,8 +192,9 @@ def _enforced(
     now: Revision, new: tuple[Revision, ...], found: Found, conflict: Conflict | None
 ) -> Decision:
     """`now` as it is to be in force: with a higher number, where the limiter has another one."""
+    is_other = now.number == found.number and found.plain != now.policy
     # As this version reads the record: a later one may have put more into it.
-    if now.number == found.number and found.plain != to_plain(now.pool_policy):
+    if is_other and found.plain != to_plain(now.pool_policy):
         reason = f"revision {now.number} had another meaning in the limiter"
         now = replace(now, number=now.number + 1, reason=reason)
         new = (*new, now)

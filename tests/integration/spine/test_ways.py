@@ -18,7 +18,7 @@ REACHED = {
     "relayed call": Goal(44, 154),
     "acquire to grant": Goal(6, 26),
     "submit to webhook": Goal(59, 262),
-    "limits set to in force": Goal(24, 185),
+    "limits set to in force": Goal(23, 165),
 }
 
 
