@@ -208,6 +208,8 @@ def deployment_of(
     tables = live.over(base)
 
     def read(variable: str) -> str:
+        if variable in OWN_SECRETS:
+            raise ConfigError(variable, "(hidden)", _STAYS_HERE)
         return keys.get(variable) or secret(variable)
 
     made: dict[str, Upstream] = {}
@@ -220,6 +222,7 @@ def deployment_of(
         kept = _kept(name, table, live, before)
         try:
             if name != DEFAULT_POOL:
+                _check_key_file(path, table, config, secret)
                 made[name] = kept or _upstream(name, table, read)
                 policies[name] = _policy(path, table, stated, made[name].provider or "")
         except ConfigError as wrong:
@@ -407,6 +410,23 @@ def _key(
     if not (value.isascii() and value.isprintable()):  # it could not be sent
         raise ConfigError(variable, "(hidden)", "must be printable ASCII")
     return value
+
+
+OWN_SECRETS = ("DATABASE_URL", "REDIS_URL", "ADMIN_TOKEN", "WEBHOOK_SECRET")
+_STAYS_HERE = "must be another: it is a secret of this gateway's own, which goes to no provider"
+
+
+def _check_key_file(path: str, table: Table, config: Config, secret: ReadSecret) -> None:
+    """Raises ConfigError for a file of this gateway's own secrets: who may change upstreams is not
+    to read those."""
+    named = table.get("key_file")
+    if not isinstance(named, str):
+        return
+    file, data = Path(named).resolve(), config.data_dir.resolve()
+    own = [secret(f"{one}_FILE") for one in OWN_SECRETS]
+    is_own = any(file == Path(one).resolve() for one in own if one)
+    if is_own or file == data / "operator.key" or file.is_relative_to(data / "embedded"):
+        raise ConfigError(f"{path}.key_file", named[:200], _STAYS_HERE)
 
 
 def _key_in_file(path: str, table: Table) -> str:

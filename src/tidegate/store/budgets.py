@@ -324,6 +324,7 @@ class Budgets:
         new = self._kept.with_suffix(f".{self._instance_id}")
         try:
             self._kept.parent.mkdir(parents=True, exist_ok=True)
+            new.touch(mode=0o600)
             new.write_bytes(orjson.dumps(rules))
             new.replace(self._kept)
         except OSError as failed:  # only a start in an outage misses it

@@ -21,6 +21,7 @@ from tests.gateway import Gateway, Opener, open_gateway
 from tests.markdown import blocks
 from tests.waiting import promised_s, wait_until, work_for
 from tidegate.cli import app
+from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.server import Emulator, run_emulator
 
 __all__ = ["open_gateway"]
@@ -306,3 +307,30 @@ async def test_jobs_wait_for_a_drained_upstream_and_no_attempt_is_used_up(
     assert (await admin(gateway, "POST", "/second/resume"))[0] == 200
     ended = await gateway.end_of(request_id)
     assert (ended["status"], ended["attempts"]) == ("succeeded", 1)
+
+
+async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(
+    open_gateway: Opener, second: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    mounted = tmp_path / "webhook-secret"
+    mounted.write_text("mounted-secret-0001")
+    monkeypatch.setenv("WEBHOOK_SECRET_FILE", str(mounted))
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:password-0001@db/x")
+    own = table(second)
+    headers = {"x-a": "env:DATABASE_URL"}
+    files = [gateway.config.data_dir / "operator.key", mounted]
+    files[0].write_text(gateway.operator_key)
+    tried: tuple[dict[str, Any], ...] = (
+        {"key": "DATABASE_URL"},
+        *({"key_file": str(one), "key": None} for one in files),
+        {"key_file": f"{gateway.config.data_dir}/embedded/../operator.key", "key": None},
+        {"key": None, "headers": headers, "auth": "none"},
+    )
+    for more in tried:
+        asked = {name: one for name, one in (own | more).items() if one is not None}
+        status, said = await admin(gateway, "PUT", "/second", table=asked)
+        assert (status, said["code"]) == (400, "invalid_request"), (more, said)
+        assert "a secret of this gateway's own" in said["detail"]
+    async with EmulatorControl(second.url) as control:
+        assert await control.calls() == []

@@ -591,3 +591,11 @@ async def test_what_a_budget_can_not_be_names_its_field(
 )
 def test_money_is_shown_as_dollars(micros: int, shown: str) -> None:
     assert shown_amount("usd", micros) == shown
+
+
+async def test_what_is_kept_for_an_outage_is_for_its_user_alone(
+    connections: Connections, tmp_path: Path
+) -> None:
+    here = Budgets(connections, instance_id="one", folder=tmp_path)
+    await with_budgets(here, DAY)
+    assert (tmp_path / "budgets.json").stat().st_mode & 0o777 == 0o600
