@@ -6,6 +6,7 @@ Alibaba and LiteLLM, where they name things in their own way. Pure.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Set, Sized
@@ -194,7 +195,7 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
         return found
     before, conversation = body.get("previous_response_id"), body.get("conversation")
     if isinstance(conversation, Mapping):
-        conversation = conversation.get("id")
+        conversation = _id_of_conversation(raw)
     for field, kind, value in (
         ("previous_response_id", "response", before),
         ("conversation", "conversation", conversation),
@@ -206,6 +207,20 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
             raise InvalidRequest(field, said, allowed=f"the id of a {kind}")
         found.append(Reference(kind, value, field))
     return found
+
+
+def _id_of_conversation(raw: bytes) -> Any:
+    """Of the object that names it. Raises InvalidRequest for one that servers could read in two
+    ways."""
+    try:
+        named = dict(json.loads(raw, object_pairs_hook=list)).get("conversation")
+    except (ValueError, RecursionError):
+        raise InvalidRequest("body", "the body is nested too deeply") from None
+    ids = [pair for pair in named or () if pair[0].lower() == "id"]
+    if len(ids) != 1 or ids[0][0] != "id":
+        said = "conversation names its id more than once, or in another case"
+        raise InvalidRequest("conversation", said, allowed="one id")
+    return ids[0][1]
 
 
 _FILE_FIELDS = frozenset(("file_id", "file_ids"))

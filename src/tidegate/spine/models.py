@@ -55,6 +55,8 @@ _CONTENT = frozenset(
         *("functiondeclarations", "function_declarations", "labels"),
     )
 )
+# Of tools that a provider runs, where a request names none.
+_DEFAULT_MODELS = {"image_generation": "gpt-image-1"}
 _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
 _MAYBE_NAME = re.compile(rb"model|fallbacks", re.IGNORECASE)
 _ESCAPE = re.compile(rb"\\u00[46]")  # of a letter
@@ -152,6 +154,10 @@ def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if type(value) is list:
             left += [(path, one) for one in value]
         elif isinstance(value, Mapping) and not _is_of_client(path, value):
+            if _TOOLS.fullmatch(path) is not None and value.get("model") is None:
+                default = _DEFAULT_MODELS.get(str(value.get("type")))
+                if default is not None:
+                    yield f"{path}.model", default
             for name, inner in value.items():
                 folded = name.casefold()
                 if folded in _CONTENT:

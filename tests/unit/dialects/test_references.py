@@ -144,3 +144,13 @@ def test_a_page_that_can_t_be_is_refused_by_its_field(
     with pytest.raises(InvalidRequest) as refused:
         DIALECTS[dialect].page("file", query)
     assert refused.value.field == field
+
+
+def test_a_conversation_has_one_id_that_no_server_reads_otherwise() -> None:
+    own = {"conversation": {"id": "conv_own"}}
+    assert named(Dialect.OPENAI, own) == [("conversation", "conv_own")]
+    for inner in ('"id":"conv_other","id":"conv_own"', '"ID":"conv_other","id":"conv_own"'):
+        raw = f'{{"model":"m","conversation":{{{inner}}}}}'.encode()
+        with pytest.raises(InvalidRequest) as refused:
+            named(Dialect.OPENAI, raw)
+        assert refused.value.field == "conversation"

@@ -31,6 +31,8 @@ def endpoint(path: str) -> Endpoint:
             {"tools": [{"type": "image_generation", "model": DEAR}]},
             "tools.model",
         ),
+        ("/v1/responses", {"tools": [{"type": "image_generation"}]}, "tools.model"),
+        ("/v1/responses", {"tools": [{"type": "image_generation", "model": None}]}, "tools.model"),
         (
             "/v1/chat/completions",
             {"tools": [{"type": "openrouter:image_generation", "parameters": {"model": DEAR}}]},
