@@ -144,6 +144,7 @@ class Modality(StrEnum):
     TOOLS = "tools"  # its own prompt for the client's tools
     HOSTED = "hosted"  # what its own tools read for the model
     STATE = "state"  # what it keeps of earlier calls: a response, a conversation, cached content
+    KEPT = "kept"  # the same, as the record of those calls has it
 
     # An enumeration's own is a call of Python, and there are dozens of them for each request.
     __hash__ = str.__hash__
@@ -184,6 +185,15 @@ def input_pieces(
     pieces.learning = learning
     pieces.tools = tools
     return pieces
+
+
+def with_kept(pieces: InputPieces, tokens: int) -> InputPieces:
+    """Those of a request to which the provider adds so many tokens of earlier calls."""
+    kept = {Modality.KEPT: float(tokens)}
+    whole = {**pieces.whole, **kept}
+    whole.pop(Modality.STATE, None)
+    added = {name: count for name, count in whole.items() if name not in pieces}
+    return input_pieces({**pieces, **kept}, added, pieces.learning, pieces.tools)
 
 
 _TOKENS_A_LETTER = {Modality.LATIN: 0.25, Modality.LETTERS: 0.4, Modality.WIDE: 0.7}

@@ -34,7 +34,7 @@ from tidegate.admission.charges import (
 )
 from tidegate.admission.conversations import ConversationKey
 from tidegate.admission.demand import CallDemand, Demands
-from tidegate.admission.estimator import Estimate, Learning
+from tidegate.admission.estimator import Estimate, Learning, with_kept
 from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Charge
 from tidegate.dialects import DIALECTS, refusals
 from tidegate.dialects.answers import (
@@ -178,7 +178,7 @@ class Relay:
         else:
             targets = self._targets(call, asked)
         if references:
-            targets = await self.resources.among(caller, endpoint.dialect, references, targets)
+            targets = await self._where_they_live(call, asked, references, targets)
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, asked, out, record)
         if making is not None or endpoint.resource is not None:
             exchange.keeping = Keeping(self.resources, call, making)
@@ -192,6 +192,23 @@ class Relay:
             record.lineage = lineage_in(body, record.lineage, before)
             home = self._home(call, asked.model, record, targets) if len(targets) > 1 else None
         await self.spine.run(exchange, record, targets, on_admitted, home)
+
+    async def _where_they_live(
+        self,
+        call: NativeCall,
+        asked: RequestFacts | None,
+        references: Sequence[Reference],
+        targets: Sequence[Target],
+    ) -> list[Target]:
+        """The targets where all lives that the call refers to, whose tokens are part of it. Raises
+        NotFound and InvalidRequest."""
+        caller, dialect = call.terms.caller, call.endpoint.dialect
+        left = await self.resources.among(caller, dialect, references, targets)
+        if asked is not None and call.endpoint.is_counted:
+            kept = await self.resources.kept_tokens(caller, dialect, references)
+            if kept:
+                asked.pieces = with_kept(asked.pieces, kept)
+        return left
 
     def _hand_over(
         self, exchange: NativeExchange, record: CallRecord, making: Making
@@ -315,7 +332,7 @@ class NativeExchange:
     ) -> None:
         self.terms = call.terms
         self.dialect = call.endpoint.dialect
-        self.bills = call.endpoint.is_counted
+        self.bills = call.endpoint.is_counted or _may_cost(call)
         self._wire = wire
         self._timeouts = timeouts
         self._call = call
@@ -339,6 +356,8 @@ class NativeExchange:
         return self._sent is not None and self._sent.is_heard
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
+        if self._call.endpoint.operation is Operation.OTHER:
+            return []
         return targets.of(self.dialect, model)
 
     def elsewhere(self, targets: Targets) -> list[Target]:
@@ -379,7 +398,7 @@ class NativeExchange:
     def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
         asked, endpoint = self._asked, self._call.endpoint
         if asked is None or not endpoint.is_counted:
-            return CallCost(0, 0)
+            return _COST_OF_OTHER if self.bills else CallCost(0, 0)
         prices, is_batch = lane.demands.prices, endpoint.operation is Operation.BATCH
         # Chosen here, or by the client; of a batch there is no other.
         rates_of = prices.of if tier or is_batch else prices.bound
@@ -723,6 +742,17 @@ def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:
     if not found:
         raise NotFound("no upstream with Gemini's own API serves this model; Vertex has others")
     return found
+
+
+# A budget that takes estimates lets it pass while anything is left.
+_COST_OF_OTHER = CallCost(None, None, 1, 1, "what a path costs that is known by its name alone")
+
+
+def _may_cost(call: NativeCall) -> bool:
+    """Whether a call of a path that only `passthrough` names may run a model: what reads and what
+    deletes does not."""
+    is_other = call.endpoint.operation is Operation.OTHER
+    return is_other and call.method not in ("GET", "HEAD", "OPTIONS", "DELETE")
 
 
 # 20 tokens and about 15 characters are a second of speech: a page of the provider's gives both.

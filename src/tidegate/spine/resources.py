@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 _MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch", "file_search_store"))
 # What jobs of all tenants may be in, while no row says so.
 _OF_JOBS = frozenset(("file", "batch", "message_batch"))
+_READ_AGAIN = frozenset(("response", "interaction", "cached_content"))
 _CONTINUED = frozenset(("previous_response_id", "previous_interaction_id"))
 _MOST_READ = 300  # of which a filter may leave out any number
 
@@ -229,6 +230,26 @@ class Resources:
                 owners = await self._store.owners(dialect, one.kind, [one.resource_id])
                 before = owners.get(one.resource_id)
         return before
+
+    async def kept_tokens(
+        self, caller: Caller, dialect: Dialect, references: Sequence[Reference]
+    ) -> int:
+        """About how many tokens of earlier calls the provider adds to one that refers to these,
+        which `among` has let pass: 0 while that is not known."""
+        made_by, conversations = [], []
+        for one in references:
+            if one.kind == "conversation":
+                conversations.append(one.resource_id)
+            elif one.kind in _READ_AGAIN:
+                found = await self._store.owners(dialect, one.kind, [one.resource_id])
+                owner = found.get(one.resource_id)
+                if owner is not None and owner.request_id is not None:
+                    made_by.append(owner.request_id)
+        if not made_by and not conversations:
+            return 0
+        with suppress(StoreUnavailable):
+            return await self._store.tokens(caller.tenant_id, made_by, conversations)
+        return 0
 
     # Lists
 

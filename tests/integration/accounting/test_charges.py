@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,60 @@ async def test_a_usage_in_what_an_answer_repeats_is_none(
     assert row["output_tokens"] > 0
     assert row["input_tokens"] >= call.input_tokens > 0
     assert row["cost_micros"] >= row["input_tokens"] + 10 * row["output_tokens"]
+
+
+LONG = "a word of an earlier call " * 2_000  # about 13,000 tokens
+KEPT: dict[str, tuple[str, dict[str, Any], str, str, Callable[[str], dict[str, Any]]]] = {
+    "response": (
+        *("/v1/responses", {"model": "m", "input": LONG}, "id", "/v1/responses"),
+        lambda one: {"model": "m", "input": "leave", "previous_response_id": one},
+    ),
+    "interaction": (
+        *("/v1beta/interactions", {"model": "m", "input": LONG}, "id", "/v1beta/interactions"),
+        lambda one: {"model": "m", "input": "leave", "previous_interaction_id": one},
+    ),
+    "cache": (
+        "/v1beta/cachedContents",
+        {"model": "models/m", "contents": [{"role": "user", "parts": [{"text": LONG}]}]},
+        *("name", "/v1beta/models/m:streamGenerateContent?alt=sse"),
+        lambda one: {"cachedContent": one, "contents": [{"parts": [{"text": "leave"}]}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*KEPT, "conversation"])
+async def test_a_call_that_is_left_pays_for_what_the_provider_kept_of_earlier_ones(
+    open_gateway: Opener, limited: Path, kind: str
+) -> None:
+    gateway = await open_gateway(**ON, tidegate_policy=limited)
+    acme = await key_of(gateway, "acme")
+    path, before, name, again, follow = KEPT.get(kind, KEPT["response"])
+    if kind == "conversation":
+        url = f"{gateway.url}/v1/conversations"
+        async with gateway.http.post(url, json={}, headers=acme) as response:
+            talk = (await response.json())["id"]
+        before = before | {"conversation": talk}
+    async with gateway.http.post(gateway.url + path, json=before, headers=acme) as response:
+        made = await response.json()
+        assert response.status == 200, made
+    count = "SELECT count(*) FROM audit WHERE input_tokens + output_tokens > 10000"
+    if kind == "cache":
+        count = "SELECT count(*) FROM audit WHERE coalesce(total_tokens, input_tokens) > 10000"
+    await wait_until(lambda: gateway.database.fetchval(count), 20, "the first call on record")
+    body = follow(made[name])
+    if kind == "conversation":
+        body = {"model": "m", "input": "leave", "conversation": {"id": talk}}
+    await gateway.upstream.set_behaviour(chunks=2)
+    if kind == "cache":  # each event of its stream reports the input
+        await gateway.upstream.set_fault("hang", match="leave")
+        await left(gateway, again, body, acme, None)
+    else:
+        await gateway.upstream.set_fault("hang_mid_stream", match="leave", after_chunks=1)
+        await left(gateway, again, body | {"stream": True}, acme, b"data:", 1)
+    (row,) = await rows_of(gateway, 1)
+    assert row["usage_state"] == "estimated"
+    assert row["input_tokens"] > 10_000
+    assert row["cost_micros"] >= row["input_tokens"]
 
 
 @pytest.mark.parametrize("number", range(5))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+from tidegate.prices.budgets import Budget
 
 POLICY = """
 [upstreams.new]
@@ -111,3 +114,31 @@ async def test_a_model_that_servers_could_read_in_two_ways_is_refused(
         assert response.status == 400
         assert "more than once" in (await response.json())["error"]["message"]
     assert seen == []
+
+
+async def asked(gateway: Gateway, method: str = "POST") -> tuple[int, str | None]:
+    """The status of a call of such a path, and the code of a refusal."""
+    body = None if method == "GET" else b'{"model":"new-1"}'
+    url = f"{gateway.url}/v1/new-thing"
+    async with gateway.http.request(method, url, data=body) as response:
+        code = None if response.status == 200 else (await response.json())["error"]["code"]
+        return response.status, code
+
+
+async def test_what_such_a_path_costs_counts_in_budgets_and_a_strict_one_refuses_it(
+    passing: Gateway, seen: Seen
+) -> None:
+    budgets = passing.services.store.budgets
+    strict = Budget("day", "usd", 50, "day")
+    await budgets.records.set(strict, by="test")
+    await budgets.refresh()
+    assert await asked(passing) == (403, "budget_unbounded")
+    assert [method for method, _, _ in seen] == []
+    assert await asked(passing, "GET") == (200, None)  # it runs no model
+    await budgets.records.set(replace(strict, doubt="estimate"), by="test")
+    await budgets.refresh()
+    for _ in range(2):  # 40 micro-dollars each, as their answers report
+        assert await asked(passing) == (200, None)
+        await wait_until(lambda: budgets.held == 0, 20, "all is settled")
+    assert await asked(passing) == (429, "insufficient_quota")
+    assert [method for method, _, _ in seen] == ["GET", "POST", "POST"]

@@ -68,6 +68,7 @@ class ProviderResources:
         self._connections = connections
         self._keep = keep
         self._known: OrderedDict[_Place, tuple[float, ResourceOwner]] = OrderedDict()
+        self._tokens: OrderedDict[UUID, int] = OrderedDict()  # of calls that were answered
 
     async def note(self, new: Sequence[NewResource]) -> None:
         """Return when all of these are durable; one that has an owner already keeps it."""
@@ -122,6 +123,26 @@ class ProviderResources:
             timeout_ms=_TIMEOUT_MS,
         )
         return [(row["resource_id"], self._learn(dialect, kind, row)) for row in rows]
+
+    async def tokens(
+        self, tenant_id: str, requests: Sequence[UUID], conversations: Sequence[str]
+    ) -> int:
+        """Tokens of a tenant's calls, by the record: of these requests together, and of the last
+        call of each conversation. What was read once is remembered: it does not change."""
+        known = [self._tokens[one] for one in requests if one in self._tokens]
+        unknown = [one for one in requests if one not in self._tokens]
+        if not unknown and not conversations:
+            return sum(known)
+        rows = await self._connections.rows(
+            "tokens_kept", tenant_id, unknown, conversations, timeout_ms=_TIMEOUT_MS
+        )
+        for row in rows:
+            known.append(row["tokens"])
+            if row["request_id"] is not None:
+                self._tokens[uuid_of(row["request_id"])] = row["tokens"]
+        while len(self._tokens) > _MOST_KNOWN:
+            self._tokens.popitem(last=False)
+        return sum(known)
 
     async def forget(self, tenant_id: str, dialect: str, kind: str, resource_id: str) -> None:
         """A resource of a tenant is deleted at its provider."""

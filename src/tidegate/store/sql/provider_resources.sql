@@ -44,6 +44,22 @@ ORDER BY
     CASE WHEN NOT $4 THEN r.created_at END, CASE WHEN NOT $4 THEN r.resource_id END
 LIMIT $6
 
+-- name: tokens_kept
+-- Tokens of tenant $1's requests $2, and of the last call of each conversation $3.
+SELECT request_id, max(coalesce(input_tokens + output_tokens, total_tokens, input_tokens)) AS tokens
+FROM audit
+WHERE tenant_id = $1 AND request_id = ANY($2::uuid[])
+    AND coalesce(input_tokens + output_tokens, total_tokens, input_tokens) IS NOT NULL
+GROUP BY request_id
+UNION ALL
+SELECT NULL, last.tokens
+FROM unnest($3::text[]) AS named (conversation)
+CROSS JOIN LATERAL (
+    SELECT coalesce(input_tokens + output_tokens, total_tokens, input_tokens) AS tokens FROM audit
+    WHERE audit.conversation = named.conversation AND tenant_id = $1
+        AND coalesce(input_tokens + output_tokens, total_tokens, input_tokens) IS NOT NULL
+    ORDER BY submitted_at DESC LIMIT 1) AS last
+
 -- name: forget_provider_resource
 -- A thing of tenant $4 is deleted at its provider.
 DELETE FROM provider_resources
