@@ -9,6 +9,7 @@ stops in order if its supervisor is gone. SIGQUIT logs the process state.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -64,7 +66,7 @@ def serve(config: Config, fd: int | None = None) -> None:
     with listener, _standing(config) as whole:
         if not is_child():
             telemetry.get_logger().info(Log.STARTED, url=url_of(listener))
-        _run(_serve(whole, listener))
+        _run(_serve(whole, listener, shares=fd is not None))
 
 
 def work(config: Config) -> None:
@@ -98,18 +100,111 @@ def _standing(config: Config) -> Iterator[Config]:
         yield ground.config
 
 
+# Connections accepted in a round of the loop: few where other processes accept on the same socket,
+# or one of them would have most of what connects together.
+MOST_A_ROUND, MOST_OF_SHARED = 16, 4
+_NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_AGAIN_S = 1.0
+
+
+class Acceptor:
+    """Accepts what connects to `listener`, as a server of the event loop does, until `close`; many
+    in one round of the loop.
+
+    libuv accepts one connection a round. Of 64 that a client opens together the last one waits for
+    64 rounds, and a round under load takes 20 ms. asyncio's own loops accept up to their backlog.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        listener: socket.socket,
+        protocol: Callable[[], asyncio.Protocol],
+        most_a_round: int = MOST_A_ROUND,
+    ) -> None:
+        self._loop = loop
+        self._most_a_round = most_a_round
+        self._listener = listener
+        self._protocol = protocol
+        self._again: asyncio.TimerHandle | None = None
+        self._opening: set[asyncio.Task[object]] = set()
+        listener.setblocking(False)
+        self._listen()
+
+    def _listen(self) -> None:
+        self._again = None
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(self._most_a_round):
+            try:
+                connected, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as failed:
+                if failed.errno not in _NONE_LEFT:
+                    raise
+                telemetry.get_logger().error(
+                    Log.INTERNAL_ERROR, component="acceptor", error=repr(failed)
+                )
+                self._loop.remove_reader(self._listener)
+                self._again = self._loop.call_later(_AGAIN_S, self._listen)
+                return
+            connected.setblocking(False)
+            opening = self._loop.connect_accepted_socket(self._protocol, connected)
+            task: asyncio.Task[object] = self._loop.create_task(opening)
+            self._opening.add(task)
+            task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[object]) -> None:
+        self._opening.discard(task)
+        if not task.cancelled() and (failed := task.exception()) is not None:
+            telemetry.get_logger().error(
+                Log.INTERNAL_ERROR, component="acceptor", error=repr(failed)
+            )
+
+    def close(self) -> None:
+        """Accept no more; what was accepted stays."""
+        if self._again is not None:
+            self._again.cancel()
+        else:
+            self._loop.remove_reader(self._listener)
+
+    async def wait_closed(self) -> None:
+        """Nothing is left to wait for."""
+
+
 class QuietServer(uvicorn.Server):
     """Leaves the signals to us: uvicorn would raise them again at its end, and die of them. Ends by
-    `end`, which it hears of without looking ten times a second, as uvicorn does."""
+    `end`, which it hears of without looking ten times a second, as uvicorn does. Accepts more than
+    one connection in a round of the loop, which uvloop does not. `shares`: other processes accept
+    on the same socket."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, *, shares: bool = False) -> None:
         super().__init__(config)
+        self._shares = shares
         self._ended = asyncio.Event()
 
     def end(self) -> None:
         """Accept no more, finish what is open, and return from `serve`."""
         self.should_exit = True
         self._ended.set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        if sockets is None or not type(loop).__module__.startswith("uvloop"):
+            await super().startup(sockets)
+            return
+        most = MOST_OF_SHARED if self._shares else MOST_A_ROUND
+        await super().startup([])
+        made: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        protocol = partial(
+            made,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        self.servers: list[Any] = [Acceptor(loop, one, protocol, most) for one in sockets]
 
     async def main_loop(self) -> None:
         while not await self.on_tick(0):  # which renews the date of answers
@@ -144,7 +239,7 @@ def _uvicorn_config(app: Callable[..., Any], **options: Any) -> uvicorn.Config:
     )
 
 
-async def _serve(config: Config, listener: socket.socket) -> None:
+async def _serve(config: Config, listener: socket.socket, *, shares: bool) -> None:
     from tidegate.app import create_app
     from tidegate.http.uvicorn_protocol import bounded
 
@@ -160,7 +255,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
     )
-    server = NotifyingServer(settings)
+    server = NotifyingServer(settings, shares=shares)
 
     def opened() -> Services | None:
         return getattr(app.state, "services", None)
