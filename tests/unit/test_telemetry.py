@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -101,6 +102,44 @@ def test_auto_is_console_on_a_terminal_and_json_elsewhere(
     configure_logging("auto", "info", process="api-1")
     get_logger().info(Log.STARTED)
     assert capsys.readouterr().err.startswith("{") is is_json
+
+
+def test_a_terminal_gets_a_short_line_for_each_request_and_job(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    configure_logging("auto", "info", process="api-1")
+    log_request, log_job = FrequentLog(Log.REQUEST_DONE), FrequentLog(Log.JOB_DONE)
+    assert log_request.is_text
+    call = {"method": "POST", "path": "/v1/messages\x1b[2J", "status": 200, "took_ms": 1688.4}
+    log_request({**call, "tenant": "acme", "model": "gpt-5", "queue_ms": 3.2, "request_id": "01a"})
+    log_request({"method": "GET", "path": "/status/1", "status": 0, "took_ms": 0.4})
+    log_job({"type": "text_only", "queue_ms": 0.1, "upstream_ms": 52.0, "code": "timeout"})
+    shown = capsys.readouterr().err
+    assert "\x1b[2J" not in shown, "what a client sent is shown, and not obeyed"
+    lines = re.sub(r"\x1b\[\d+m", "", shown).splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert [line[9:] for line in lines] == [
+        r"200 POST /v1/messages\u001b[2J acme gpt-5 1,688 ms (queued 3 ms)  01a",
+        "left GET /status/1 0 ms",
+        "job timeout text_only 52 ms",
+    ]
+
+
+@pytest.mark.parametrize("has_page", [True, False])
+def test_the_page_says_what_a_terminal_is_spared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, has_page: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    configure_logging("auto", "info", process="api-1", has_page=has_page)
+    get_logger().info(Log.STARTED)
+    for state in ("up", "away", "up"):
+        logging.getLogger("tidegate.limiter").info(f"limiter: {state}")
+    get_logger().warning(Log.STORE_AWAY)
+    shown = capsys.readouterr().err
+    said = re.findall(r"started|limiter: up|limiter: away|store_away", shown)
+    usual = ["started", "limiter: up"]
+    assert said == [*([] if has_page else usual), "limiter: away", "limiter: up", "store_away"]
 
 
 @pytest.mark.parametrize("style", ["json", "console"])

@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Self
 
@@ -171,7 +170,7 @@ def progress_in_words(tally: RunProgress) -> str:
 
     words = f"{tally.ended} of {tally.total} done, {tally.failed} failed, {tally.per_second:.1f}/s"
     if tally.left_s is not None and tally.ended < tally.total:
-        words += f", {format_span(tally.left_s * 1000)} left"
+        words += f", about {format_span(tally.left_s * 1000)} left"
     return f"{words}; {tally.waiting}" if tally.waiting else words
 
 
@@ -442,6 +441,9 @@ _PAUSE_S = 1.0
 _TOO_SOON_S = 0.1
 _ASK_WHY_S = 1.0
 _RATE_OVER_S = 20.0
+# The time left goes by the rate over so long, once such a part is done.
+_LEFT_OVER_S = 180.0
+_SOONEST = 0.02
 _STOPPING = ("unauthenticated", "budget_exceeded")
 
 
@@ -459,6 +461,9 @@ class RunProgress:
     waiting: str = ""
     began: float = field(default_factory=time.monotonic)
     ends: deque[float] = field(default_factory=deque)
+    # When how many were done, one a second at most.
+    _marks: deque[tuple[float, int]] = field(default_factory=deque)
+    _before: tuple[float, int] | None = None
 
     @property
     def ended(self) -> int:
@@ -475,16 +480,26 @@ class RunProgress:
 
     @property
     def left_s(self) -> float | None:
-        """Until all have ended, at the present rate; None where it is unknown."""
-        rate = self.per_second
-        return None if rate <= 0 else (self.total - self.ended) / rate
+        """Until all have ended, at the mean rate of the last minutes, so that it does not jump;
+        None where it is unknown, or too early to say."""
+        now = time.monotonic()
+        if self.done < (self.total - self.earlier) * _SOONEST:
+            return None
+        while self._marks and now - self._marks[0][0] > _LEFT_OVER_S:
+            self._before = self._marks.popleft()
+        since, before = self._before or (self.began, 0)
+        done, span_s = self.done - before, now - since
+        return None if done <= 0 or span_s <= 0 else (self.total - self.ended) * span_s / done
 
     def count(self, row: dict[str, Any]) -> None:
         self.done += 1
         self.failed += row["status"] != SUCCEEDED
         self.tokens += (row["usage"] or {}).get("total_tokens") or 0
         self.cost_micros += row["cost_micros"] or 0
-        self.ends.append(time.monotonic())
+        now = time.monotonic()
+        self.ends.append(now)
+        if now - (self._marks[-1][0] if self._marks else self.began) >= 1:
+            self._marks.append((now, self.done))
 
 
 class Run:
@@ -660,6 +675,8 @@ def bar(name: str, tally: RunProgress) -> RenderableType:
 def _pace(tally: RunProgress) -> Text:
     from rich.text import Text
 
+    from tidegate.limiter import format_span
+
     parts = Text(no_wrap=True, overflow="ellipsis")
     parts.append(f"{tally.per_second:.1f} a second", style="bold")
     parts.append(f"   {tally.done - tally.failed:,} succeeded", style="green")
@@ -667,7 +684,7 @@ def _pace(tally: RunProgress) -> Text:
     if tally.earlier:
         parts.append(f"   {tally.earlier:,} before", style=_QUIET)
     if tally.left_s is not None and tally.ended < tally.total:
-        parts.append(f"   {timedelta(seconds=round(tally.left_s))} left")
+        parts.append(f"   about {format_span(tally.left_s * 1000)} left")
     return parts
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,11 +18,13 @@ from tidegate.cli.terminal import (
     chosen_pool_or,
     command_config,
     in_pool,
+    is_short_id,
     legible,
     show_json,
     show_table,
     tell,
     who,
+    whole_id,
     with_keeper,
 )
 from tidegate.errors import ConfigError, LimiterUnavailable
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from tidegate.limiter import Limiter
     from tidegate.policy.deployment import Upstream
     from tidegate.policy.imported import LimitImport
-    from tidegate.policy.inspection import Control, Overview, ShownPermit
+    from tidegate.policy.inspection import Control, Overview, ShownLimit, ShownPermit
     from tidegate.policy.learned import LearnedLimit
     from tidegate.policy.rollout import PolicyKeeper, Revision
     from tidegate.settings import Config
@@ -66,6 +70,7 @@ def show(json: Json = False) -> None:
             )
             for one in overview.limits
         ],
+        styles=[_style(one) for one in overview.limits],
     )
     _show_learned(overview)
     if overview.queues:
@@ -121,10 +126,41 @@ def _show_heading(overview: Overview) -> None:
     typer.echo()
 
 
+_TENANTS_SHOWN = 3
+
+
+def _is_full(one: ShownLimit) -> bool:
+    return one.used >= min(one.bound, one.current) > 0
+
+
+def _style(one: ShownLimit) -> str:
+    """Of a limit's row: paused, full with calls that wait, full, in use, idle."""
+    if one.paused_ms:
+        return "red"
+    if _is_full(one):
+        return "bold yellow" if one.waiting else "yellow"
+    return "" if one.used or one.waiting else "bright_black"
+
+
+def _waiting(limit: str, overview: Overview) -> str:
+    """The tenants that wait for a limit, those with the most calls first."""
+    calls: Counter[str] = Counter()
+    for queue in overview.queues:
+        if queue.held_up_by == limit:
+            calls[queue.tenant] += queue.waiting
+    named = [f"{tenant} {count}" for tenant, count in calls.most_common(_TENANTS_SHOWN)]
+    more = len(calls) - len(named)
+    return ", ".join([*named, *([f"{more} more tenants"] if more > 0 else [])])
+
+
 def _remark(one: Any, overview: Overview) -> str:
     from tidegate.limiter import format_pause
 
     remarks = [] if one.source == "set" else [one.source]
+    if _is_full(one):
+        remarks.append("full")
+    if waiting := _waiting(one.limit, overview):
+        remarks.append(f"waiting: {waiting}")
     for learned in overview.learned:
         if learned.limit == one.limit and learned.others_share:
             remarks.append(f"others on the account take {learned.others_share:.0%}")
@@ -352,7 +388,13 @@ permits_app = typer.Typer(help="Look at the permits in use.", no_args_is_help=Tr
 
 
 def why(
-    what: Annotated[str, typer.Argument(help="The id of a request, or a ticket: process/ticket.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="The id of a request, or its beginning or end among the newest; or a ticket: "
+            "process/ticket."
+        ),
+    ],
     json: Json = False,
     pool: AnyPool = None,
 ) -> None:
@@ -360,6 +402,7 @@ def why(
     from tidegate.policy.inspection import why as ask
 
     choose_pool(pool)
+    what = _whole_id(what)
     reason = in_pool(lambda control: ask(control, what))
     if json:
         show_json(reason)
@@ -368,6 +411,24 @@ def why(
     if reason.holders:
         typer.echo()
         _show_permits("In use", reason.holders)
+
+
+_NEWEST = 1_000
+
+
+def _whole_id(what: str) -> str:
+    """A part of a request's id in full, all else as it is."""
+    from uuid import UUID
+
+    from tidegate.store.statistics import newest_ids
+    from tidegate.supervisor.services import with_record
+
+    with suppress(ValueError):
+        return str(UUID(what))
+    if not is_short_id(what):
+        return what
+    ids = with_record(command_config(), lambda record: newest_ids(record, _NEWEST))
+    return whole_id(what, map(str, ids), f"the newest {_NEWEST:,}")
 
 
 @permits_app.command("list")

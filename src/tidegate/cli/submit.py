@@ -29,11 +29,13 @@ from tidegate.cli.terminal import (
     Json,
     command_config,
     given,
+    is_short_id,
     show_json,
     show_table,
     tell,
     terminal_width,
     who,
+    whole_id,
 )
 from tidegate.errors import ConfigError
 
@@ -116,7 +118,12 @@ def submit(
 
 
 def status(
-    request_id: Annotated[str, typer.Argument(help="The id that `submit` printed.")],
+    request_id: Annotated[
+        str,
+        typer.Argument(
+            help="The id that `submit` printed, or its beginning or end among the newest."
+        ),
+    ],
     follow_: Annotated[
         bool, typer.Option("--follow", help="Show each state until it has ended.")
     ] = False,
@@ -124,15 +131,12 @@ def status(
     json: Json = False,
 ) -> None:
     """Show the status of a request, and its answer. The exit code is 1 if it has failed."""
-    from uuid import UUID
-
-    with suppress(ValueError):
-        request_id = str(UUID(request_id))
 
     async def work(gateway: GatewayClient) -> int:
+        whole = await _whole_id(gateway, request_id)
         if follow_:
-            return await _to_the_end(gateway, request_id, True, output, json)
-        view = await gateway.get(f"/status/{request_id}")
+            return await _to_the_end(gateway, whole, True, output, json)
+        view = await gateway.get(f"/status/{whole}")
         if json:
             show_json(view)
         progress = Progress(silent=json)
@@ -143,6 +147,18 @@ def status(
         return _code_of(view) if json else show_answer(view)
 
     raise typer.Exit(with_gateway(work))
+
+
+async def _whole_id(gateway: GatewayClient, request_id: str) -> str:
+    """An id in full; a part of one is looked up among the newest requests."""
+    from uuid import UUID
+
+    with suppress(ValueError):
+        return str(UUID(request_id))
+    if not is_short_id(request_id):
+        return request_id
+    items, _ = await _listed({}, _PAGE, None, gateway)
+    return whole_id(request_id, (one["request_id"] for one in items), f"the newest {_PAGE}")
 
 
 async def _say_waiting(gateway: GatewayClient, view: dict[str, Any], progress: Progress) -> int:

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -89,6 +89,26 @@ def legible(text: str) -> str:
     """Control characters but new lines and tabs as `\\x1b` and the like: an answer of a model, or a
     reason somebody typed, could else set a terminal's title, clear it or write its clipboard."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
+
+
+_SHORT_ID = re.compile(r"[0-9a-fA-F-]{4,36}")
+
+
+def is_short_id(text: str) -> bool:
+    """Whether a text may be a part of an id: its beginning or its end."""
+    return _SHORT_ID.fullmatch(text) is not None
+
+
+def whole_id(text: str, known: Iterable[str], among: str) -> str:
+    """The only one of the `known` ids that begins or ends with `text`. Raises ConfigError."""
+    wanted = text.lower()
+    found = [one for one in known if one.startswith(wanted) or one.endswith(wanted)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ConfigError(text, None, f"is neither the beginning nor the end of an id of {among}")
+    some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    raise ConfigError(text, None, f"fits several requests: {some}")
 
 
 T = TypeVar("T")
@@ -222,9 +242,10 @@ def show_table(
     rows: list[tuple[str, ...]],
     *,
     whole: tuple[str, ...] = (),
+    styles: Sequence[str] = (),
 ) -> None:
     """A table on the terminal; numbers to the right, and columns that stay `whole` on one line.
-    Without a terminal it is plain text."""
+    styles: of each row. Without a terminal it is plain text."""
     from rich.table import Table
     from rich.text import Text
 
@@ -233,8 +254,9 @@ def show_table(
         figures = bool(rows) and all(row[number].replace("-", "0").isdecimal() for row in rows)
         side: Literal["left", "right"] = "right" if figures else "left"
         table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
-    for row in rows:
-        table.add_row(*(Text(legible(cell)) for cell in row))
+    for number, row in enumerate(rows):
+        style = styles[number] if styles else None
+        table.add_row(*(Text(legible(cell)) for cell in row), style=style)
     show(table)
 
 

@@ -670,6 +670,11 @@ class _Front:
             fields["trace_id"] = self._record.trail.trace
         if self._caller is not ANYBODY:
             fields |= who(self._caller)
+        if log_request.is_text:
+            fields |= {
+                "model": self._record.model,
+                "queue_ms": round(self._record.queue_ms or 0, 1),
+            }
         log_request(fields)
 
     async def refuse_unheard(self, error: TidegateError, endpoint: Endpoint | None) -> None:

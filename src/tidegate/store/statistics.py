@@ -21,6 +21,7 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from operator import add
 from typing import Any, Literal
+from uuid import UUID
 
 import asyncpg
 import orjson
@@ -621,3 +622,8 @@ def _explaining_calls(finding: ModelFinding) -> list[dict[str, Any]]:
 def _day_bounds(day: date) -> tuple[datetime, datetime]:
     begin = datetime.combine(day, time_of_day(), UTC)
     return begin, begin + timedelta(days=1)
+
+
+async def newest_ids(connections: Connections, most: int) -> list[UUID]:
+    """The ids of the last requests of all tenants, the newest first. Raises StoreUnavailable."""
+    return [row["id"] for row in await connections.rows("list_newest_ids", most)]

@@ -59,7 +59,9 @@ def serve(config: Config, fd: int | None = None) -> None:
 
     Raises ConfigError where HOST and PORT cannot be had.
     """
-    telemetry.configure_logging(config.log_format, config.log_level, process="api")
+    telemetry.configure_logging(
+        config.log_format, config.log_level, process="api", has_page=is_child()
+    )
     _survive_looks()
     # Before the servers are started: a taken port should be reported immediately.
     listener = socket.socket(fileno=fd) if fd is not None else listen(config)
@@ -71,7 +73,9 @@ def serve(config: Config, fd: int | None = None) -> None:
 
 def work(config: Config) -> None:
     """Work on jobs until a signal."""
-    telemetry.configure_logging(config.log_format, config.log_level, process="worker")
+    telemetry.configure_logging(
+        config.log_format, config.log_level, process="worker", has_page=is_child()
+    )
     _survive_looks()
     with _standing(config) as whole:
         _run(_work(whole))

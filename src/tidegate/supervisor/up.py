@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
@@ -57,6 +57,7 @@ class Page:
         self._apis = apis
         self._workers = workers
         self._console = Console(highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -66,6 +67,11 @@ class Page:
             return
         with self._console.status(f"[{_QUIET}]{what}[/]", spinner_style="cyan"):
             yield
+
+    def done(self, what: str) -> None:
+        """A step of the start that is done, and when."""
+        took_s = time.monotonic() - self._began
+        self._line((f"{_INDENT}✓ ", "green"), f"{what:<44}", (f"{took_s:5.1f} s", _QUIET))
 
     def note(self, text: str) -> None:
         """One line on why the start takes longer."""
@@ -93,6 +99,7 @@ class Page:
         self._line((f"{_INDENT}≋ Tidegate", "bold"), (f" {__version__}", _QUIET), f"   {url}")
         self._line()
         key = operator_key(self._config).get_secret_value()
+        self._try(url.removeprefix("http://"), ground)
         self._row("Dashboard", "live", f"{url}/dashboard/?code={make_code(key)}")
         self._more(f"this address works once, within {CODE_S // 60} minutes; later {url}/dashboard")
         self._more(f"asks for the operator's key: {self._key_place()}")
@@ -111,7 +118,7 @@ class Page:
                 (f"{_INDENT}Demo mode. ", "bold yellow"),
                 (f"No GEMINI_API_KEY: {whose} come from the built-in emulator.", "yellow"),
             )
-        self._try(url.removeprefix("http://"), ground)
+        self._line()
         self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))
         self._line()
 
@@ -128,7 +135,7 @@ class Page:
             + (f" (configured: {wanted[kind]})" if now[kind] != wanted[kind] else "")
             for kind in Kind
         ]
-        self._row("Concurrently", ", ".join(limits), "calls, over all processes")
+        self._row("Limits", ", ".join(limits), "concurrent calls, over all processes")
         if in_force is None:
             self._more("as configured: Valkey does not answer yet")
         elif now != wanted:
@@ -148,7 +155,7 @@ class Page:
 
     def _upstreams(self, ground: Ground) -> None:
         upstreams = deployed_upstreams(ground.config).upstreams
-        label = "Provider" if len(upstreams) == 1 else "Providers"
+        label = "Upstream" if len(upstreams) == 1 else "Upstreams"
         for one in upstreams:
             if ground.emulated and one.name == DEFAULT_POOL:
                 alone = "nothing leaves this machine" if len(upstreams) == 1 else "as gemini"
@@ -160,14 +167,25 @@ class Page:
             label = ""
 
     def _try(self, place: str, ground: Ground) -> None:
-        self._line()
-        self._line((f"{_INDENT}Try", _LABEL))
+        """An SDK's call first, then the product's own."""
         json = '-H "Content-Type: application/json"'
         key = ' -H "x-api-key: <key>"' if self._config.asks_for_keys else ""
-        if not _takes_prompts(ground.config):
+        dialects = _dialects_of_prompts(ground.config)
+        self._line((f"{_INDENT}Try", _LABEL))
+        if dialects is None:
             self._line(f"{_INDENT}{_INDENT}curl{key} {place}/v1/models")
             self._line()
             return
+        model, messages = self._config.text_model, '[{"role": "user", "content": "Say hello"}]'
+        native = {
+            "openai": ("/v1/chat/completions", ""),
+            "anthropic": ("/v1/messages", ', "max_tokens": 100'),
+        }
+        for dialect, (path, more) in native.items():
+            if dialect in dialects:
+                body = f'{{"model": "{model}", "messages": {messages}{more}}}'
+                self._line(f"{_INDENT}{_INDENT}curl {place}{path}{key} {json} -d '{body}'")
+                break
         for command in (
             f"""curl {place}/submit{key} {json} -d '{{"data": "Why is the sea salty?"}}'""",
             f'curl{key} "{place}/status/<request_id>?wait=20"',
@@ -175,6 +193,7 @@ class Page:
         ):
             self._line(f"{_INDENT}{_INDENT}{command}")
         self._line()
+        self._row("SDKs", "base_url", f"http://{place}/v1 for OpenAI's, http://{place} for others")
 
     def _row(self, label: str, value: str, remark: str) -> None:
         self._line(
@@ -189,13 +208,13 @@ class Page:
         self._console.print(Text.assemble(*parts))
 
 
-def _takes_prompts(config: Config) -> bool:
-    """Whether an upstream serves the model of prompts."""
+def _dialects_of_prompts(config: Config) -> Collection[str] | None:
+    """The dialects of the upstream that serves the model of prompts; None where none does."""
     try:
-        Targets(deployed_upstreams(config)).of_prompt(config.text_model)
+        chain = Targets(deployed_upstreams(config)).of_prompt(config.text_model)
     except InvalidRequest:
-        return False
-    return True
+        return None
+    return chain[0].upstream.base_urls.keys()
 
 
 def _count(number: int, what: str) -> str:
@@ -241,7 +260,9 @@ def up(config: Config, apis: int, workers: int) -> int:
 
     Raises ConfigError, `embedded.ServerFailed` and StoreUnavailable; nothing is left running then.
     """
-    telemetry.configure_logging(config.log_format, config.log_level, process="supervisor")
+    telemetry.configure_logging(
+        config.log_format, config.log_level, process="supervisor", has_page=True
+    )
     # Until the children run, any of the signals interrupts as Ctrl-C does, with all clean-up.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -253,7 +274,9 @@ def up(config: Config, apis: int, workers: int) -> int:
             prepared(config, busy=page.busy) as ground,
             TemporaryDirectory(prefix="tidegate-counts-") as counts,
         ):
-            migrate(ground.config, page.note)
+            page.done("Bundled PostgreSQL and Valkey" if ground.embedded else "Settings")
+            schema = migrate(ground.config, page.note)
+            page.done(f"Database schema {schema}" if schema else "Database schema is current")
             family = Family(
                 _children(listener, apis, workers),
                 environment={**os.environ, **environment_of(ground), SHARED: counts},
@@ -323,15 +346,17 @@ async def _announce(family: Family, listener: socket.socket, page: Page, ground:
     """Show the page once the product is ready; until then say, after a while, why it is not."""
     patient_until = time.monotonic() + _PATIENCE_S
     told = ""
-    while (reason := await _not_ready(listener)) is not None:
-        if time.monotonic() > patient_until and reason != told:
-            page.note(f"still waiting for the API: {reason}")
-            told = reason
-        await asyncio.sleep(_POLL_S)
+    with page.busy("starting the API and the workers"):
+        while (reason := await _not_ready(listener)) is not None:
+            if time.monotonic() > patient_until and reason != told:
+                page.note(f"still waiting for the API: {reason}")
+                told = reason
+            await asyncio.sleep(_POLL_S)
     if family.stopping:
         return
     family.settled()
     tell_ready()
+    page.done("API and workers")
     policy, redis_url = deployed(ground.config), ground.config.redis_url
     assert redis_url is not None
     in_force = await bounds_in_force(redis_url.get_secret_value(), policy)

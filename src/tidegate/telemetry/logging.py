@@ -1,9 +1,9 @@
 """Logging: names of all events, format of the lines, redaction of secrets.
 
 Invariant: this is the only file that spells an event's name. A line is one event with fields; on a
-terminal it is coloured text, elsewhere JSON. Secrets never reach a line: values of fields whose
-name says that they are secret are replaced, at any depth, and so is a key or a password inside a
-text.
+terminal it is coloured text, short for requests and jobs, elsewhere JSON. Secrets never reach a
+line: values of fields whose name says that they are secret are replaced, at any depth, and so is a
+key or a password inside a text.
 """
 
 from __future__ import annotations
@@ -251,10 +251,80 @@ _NOISY = (
 )
 
 
+# What the start-up page says in other words.
+_SAID_BY_PAGE = frozenset({Log.STARTED, Log.STOPPING, Log.STOPPED, Log.MIGRATED, Log.DEMO_MODE})
+_FIRST_CONTACT = "limiter: up"
+
+
+class _BesidePage(logging.Filter):
+    """Drops the lines of an ordinary start and end beside the start-up page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._limiter_spoke = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.msg
+        if isinstance(said, dict):
+            return said.get("event") not in _SAID_BY_PAGE
+        if record.name != "tidegate.limiter":
+            return True
+        is_first, self._limiter_spoke = not self._limiter_spoke, True
+        return not (is_first and said == _FIRST_CONTACT)
+
+
+_DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
+_RED, _YELLOW, _GREEN = "\x1b[31m", "\x1b[33m", "\x1b[32m"
+
+
+def _short_line(event: Mapping[str, Any]) -> str:
+    """The line of a request or a job for a person: `200 POST /v1/messages acme gpt-5 688 ms`."""
+    if event["event"] == Log.REQUEST_DONE:
+        status = event.get("status") or 0
+        colour = _RED if status >= 500 else _YELLOW if status >= 400 or not status else _GREEN
+        said = f"{status or 'left'} {event.get('method', '')} {event.get('path', '')}"
+        took_ms = event.get("took_ms")
+    else:
+        code = event.get("code")
+        colour, said = (_RED, f"job {code}") if code else (_GREEN, "job done")
+        said += f" {event.get('type', '')}"
+        took_ms = event.get("upstream_ms")
+    queued_ms = event.get("queue_ms") or 0
+    more = [str(event[name]) for name in ("tenant", "model", "upstream") if event.get(name)]
+    more += [] if took_ms is None else [f"{took_ms:,.0f} ms"]
+    more += [f"(queued {queued_ms:,.0f} ms)"] if queued_ms >= 1 else []
+    first, _, rest = said.partition(" ")
+    line = f"{_DIM}{event['timestamp']}{_PLAIN} {colour}{first}{_PLAIN} {_BOLD}{rest}{_PLAIN}"
+    line += "".join(f" {one}" for one in more)
+    request_id = event.get("request_id")
+    return f"{line}  {_DIM}{request_id}{_PLAIN}" if request_id else line
+
+
+class _ForPeople:
+    """Renders for a person at a terminal: requests and jobs in short, all else as structlog."""
+
+    def __init__(self) -> None:
+        self._others = structlog.dev.ConsoleRenderer(colors=True)
+
+    def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+        if event.get("event") in (Log.REQUEST_DONE, Log.JOB_DONE):
+            return _short_line(event)
+        return self._others(logger, method, event)
+
+
+def _renderers(for_people: bool, console: bool) -> list[Any]:
+    if for_people:
+        return [_plain, _ForPeople()]
+    if console:
+        return [_plain, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    return [structlog.processors.JSONRenderer(serializer=_to_json)]
+
+
 def configure_logging(
-    style: Literal["auto", "console", "json"], level: str, *, process: str
+    style: Literal["auto", "console", "json"], level: str, *, process: str, has_page: bool = False
 ) -> None:
-    """Set up structlog and the standard library's loggers to write the same lines to stderr."""
+    """Set up structlog and the standard library's loggers to write the same lines to stderr.
+    has_page: at a terminal, leave out what the start-up page says."""
 
     def add_process(
         _logger: object, _method: str, event: MutableMapping[str, Any]
@@ -263,22 +333,21 @@ def configure_logging(
         event.setdefault("process", process)
         return event
 
-    console = style == "console" or (style == "auto" and sys.stderr.isatty())
+    for_people = style == "auto" and sys.stderr.isatty()
+    console = style == "console" or for_people
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         add_process,
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.TimeStamper("%H:%M:%S", utc=False)
+        if for_people
+        else structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.ExtraAdder(),
         structlog.processors.format_exc_info,
         _redact_event,
         _remember,
     ]
-    final: list[Any] = (
-        [_plain, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
-        if console
-        else [structlog.processors.JSONRenderer(serializer=_to_json)]
-    )
+    final = _renderers(for_people, console)
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
@@ -288,6 +357,8 @@ def configure_logging(
     handler = logging.StreamHandler(sys.stderr)
     _lines = (handler, process) if wanted else None
     handler.setFormatter(formatter)
+    if for_people and has_page:
+        handler.addFilter(_BesidePage())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
@@ -314,6 +385,11 @@ class FrequentLog:
         self._event = event
         self._name = event.value
         self._ready: list[str] = []
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a line is for people, who see more of a call than machines, which look it up."""
+        return _lines is None
 
     def __call__(self, fields: dict[str, Any]) -> None:
         if _lines is None:

@@ -33,6 +33,7 @@ async def test_a_request_is_handed_in_answered_shown_and_listed(
     assert "Explain the tide" in ended.said
     assert "succeeded" in ended.complained
     shown = await run(gateway, "status", request_id, "--json")
+    assert (await run(gateway, "status", request_id[-8:], "--json")).json == shown.json
     assert shown.json["cost_micros"] == shown.json["usage"]["total_tokens"]
 
     options = ("--priority", "5", "--deadline", "1m", "--subject", "ann", "--model", "m")

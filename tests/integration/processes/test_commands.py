@@ -97,9 +97,17 @@ async def test_up_shows_its_page_survives_a_killed_child_and_leaves_nothing(
         await wait_until(lambda: "Ctrl-C stops everything" in said.read_text(), 60, "the page")
         page = said.read_text()
         assert f"Tidegate 0.1.0   {place}" in page
-        assert "text_only 5, multi_modal 3, image_generation 2 calls, over all processes\n" in page
+        assert (
+            "text_only 5, multi_modal 3, image_generation 2 concurrent calls, over all processes\n"
+            in page
+        )
         assert "No GEMINI_API_KEY: answers come from the built-in emulator" in page
-        assert len(re.findall(r"^ +curl .*localhost", page, re.MULTILINE)) == 3
+        assert len(re.findall(r"^ +curl .*localhost", page, re.MULTILINE)) == 4
+        assert page.index("/v1/chat/completions") < page.index("/submit"), "an SDK's call first"
+        marks = re.findall(r"^  ✓ (.*?) +\d+\.\d s$", page, re.MULTILINE)
+        assert marks[0] == "Bundled PostgreSQL and Valkey"
+        assert marks[1].startswith("Database schema 00")
+        assert marks[2:] == ["API and workers"]
         assert "\x1b[" not in page, "plain text where there is no terminal"
         request_id = _submit(place, "Why is the sea salty?")
         assert await wait_until(lambda: _outcome(place, request_id), 30) == "succeeded"

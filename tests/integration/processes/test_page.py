@@ -30,7 +30,7 @@ async def at_once(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     ground = Ground(config, None, embedded=False, emulated=False)
     Page(config, 1, 1).ready(ground, "http://localhost:1", policy, in_force)
-    after = capsys.readouterr().out.partition("Concurrently")[2]
+    after = capsys.readouterr().out.partition("Limits ")[2]
     return " ".join(after.partition("\n\n")[0].split())
 
 
@@ -49,16 +49,16 @@ async def test_the_page_tells_the_limits_in_force_and_which_were_set_live(
 ) -> None:
     gateway = await open_gateway(worker=False)
     assert await at_once(gateway.config, capsys) == (
-        "text_only 5, multi_modal 3, image_generation 2 calls, over all processes"
+        "text_only 5, multi_modal 3, image_generation 2 concurrent calls, over all processes"
     )
     await changed(gateway, text_only=8)
     assert await at_once(gateway.config, capsys) == (
-        "text_only 8 (configured: 5), multi_modal 3, image_generation 2 calls, over all processes "
-        "tidegate limits history says who set them, and why"
+        "text_only 8 (configured: 5), multi_modal 3, image_generation 2 concurrent calls, over all "
+        "processes tidegate limits history says who set them, and why"
     )
     dead = {"redis_url": type(gateway.config.redis_url)(f"redis://127.0.0.1:{free_port()}")}
     assert await at_once(gateway.config.model_copy(update=dead), capsys) == (
-        "text_only 5, multi_modal 3, image_generation 2 calls, over all processes "
+        "text_only 5, multi_modal 3, image_generation 2 concurrent calls, over all processes "
         "as configured: Valkey does not answer yet"
     )
 
@@ -87,9 +87,12 @@ def test_the_page_names_the_upstreams_and_tries_none_that_is_not_there(
     Page(config, 1, 1).ready(ground, "http://localhost:1", deployed(config), None)
     said = capsys.readouterr().out
     assert (
-        "Providers   openai       https://api.openai.com/v1 for gpt-*, chatgpt-*, o1*, ...\n"
+        "Upstreams   openai       https://api.openai.com/v1 for gpt-*, chatgpt-*, o1*, ...\n"
         in said
     )
     assert " anthropic    https://api.anthropic.com for claude-*\n" in said
     assert "/submit -H" in said  # prompts reach them
-    assert "Concurrently" not in said, "what bounds prompts"
+    calls = [line.strip() for line in said.splitlines() if line.strip().startswith("curl")]
+    assert calls[0].startswith("curl localhost:1/v1/chat/completions "), "an SDK's call first"
+    assert '"model": "gpt-' in calls[0]
+    assert "Limits " not in said, "what bounds prompts"

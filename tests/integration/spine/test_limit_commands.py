@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
@@ -113,6 +114,13 @@ async def test_a_paused_limit_is_explained_and_resumed(open_gateway: Opener) -> 
     why = await tidegate(gateway, "why", request_id)
     assert why.code == 0
     assert why.said.startswith(f"{request_id} waits for kind:text_only, which is paused by ")
+    shown = (await tidegate(gateway, "limits", "show")).said
+    assert re.search(r"^ kind:text_only .* waiting: default 1; paused by ", shown, re.MULTILINE)
+    for part in (request_id[:18], request_id[-6:]):
+        said = (await tidegate(gateway, "why", part)).said
+        assert said.startswith(f"{request_id} waits for kind:text_only, which is paused by ")
+    unknown = await tidegate(gateway, "why", "ffff0000")
+    assert (unknown.code, "neither the beginning" in unknown.complained) == (2, True)
     ticket = (await tidegate(gateway, "limits", "show", "--json")).json["queues"][0]
     place = f"{ticket['process']}/{ticket['first_ticket']}"
     assert "it is ill" in (await tidegate(gateway, "why", place, "--json")).json["sentence"]

@@ -181,6 +181,10 @@ WHERE id IN (
 )
 RETURNING id, pool
 
+-- name: list_newest_ids
+-- The ids of the last $1 requests of all tenants, the newest first.
+SELECT id FROM requests ORDER BY id DESC LIMIT $1
+
 -- name: get_whereabouts
 -- Where request $1 stands, whatever its tenant.
 SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model,
