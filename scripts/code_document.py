@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src/tidegate"
 HEAD = Path(__file__).with_name("code_head.md")
+_DOCSTRING = re.compile(r'(?:\s|#.*\n)*[rR]?"""(?:[^"\\]|\\.|"(?!""))*"""', re.DOTALL)
 FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin"),
     *(
@@ -58,6 +60,7 @@ def _modules(folder: str) -> Iterator[Path]:
 
 
 def first_line(path: Path) -> str:
-    """What a module holds, as its docstring begins."""
-    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    """What a module holds, as its docstring begins. Only the docstring is parsed."""
+    docstring = _DOCSTRING.match(path.read_text(encoding="utf-8"))
+    said = (ast.get_docstring(ast.parse(docstring[0])) if docstring else None) or ""
     return said.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")

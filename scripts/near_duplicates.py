@@ -11,7 +11,7 @@ import argparse
 import ast
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +20,23 @@ MOST_LINES_OF_A_SMALL_ONE = 10
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+def outline_of(function: Function) -> tuple[type, ...]:
+    """The types of its statements, two deep: equal for functions of one shape, and cheaper."""
+    body = _body_of(function)
+    inner = (getattr(statement, "body", ()) for statement in body)
+    return (*map(type, body), *map(type, itertools.chain.from_iterable(inner)))
+
+
+def _body_of(function: Function) -> list[ast.stmt]:
+    """Without its docstring."""
+    first, *others = function.body
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return others if is_docstring and others else function.body
+
+
 def shape_of(function: Function) -> str:
     """The tree without what it may differ in, as text."""
-    body = function.body
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body = body[1:] or body
+    body = _body_of(function)
     arguments = len(function.args.posonlyargs + function.args.args + function.args.kwonlyargs)
     return f"{type(function).__name__} {arguments} {_shape(body)}"
 
@@ -50,10 +62,16 @@ def _shape(part: object) -> str:
     return repr(part)
 
 
-def functions_of(folder: Path) -> Iterator[tuple[str, Function]]:
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions_of(
+    folder: Path, parse: Callable[[Path], ast.Module] = parsed
+) -> Iterator[tuple[str, Function]]:
     """Functions and methods of more than ten lines, with file, line and name."""
     for path in sorted(folder.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parse(path)
         outer: list[ast.Module | ast.ClassDef] = [tree]
         outer += [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
         for node in itertools.chain.from_iterable(holder.body for holder in outer):
@@ -63,11 +81,17 @@ def functions_of(folder: Path) -> Iterator[tuple[str, Function]]:
                     yield f"{path.relative_to(folder)}:{node.lineno} {node.name}", node
 
 
-def pairs(folder: Path = ROOT / "src/tidegate") -> list[tuple[str, str]]:
+def pairs(
+    folder: Path = ROOT / "src/tidegate", parse: Callable[[Path], ast.Module] = parsed
+) -> list[tuple[str, str]]:
     """The pairs of a folder's functions."""
+    similar: dict[tuple[type, ...], list[tuple[str, Function]]] = defaultdict(list)
+    for name, function in functions_of(folder, parse):
+        similar[outline_of(function)].append((name, function))
     alike: dict[str, list[str]] = defaultdict(list)
-    for name, function in functions_of(folder):
-        alike[shape_of(function)].append(name)
+    for functions in similar.values():
+        for name, function in functions if len(functions) > 1 else ():
+            alike[shape_of(function)].append(name)
     return [pair for names in alike.values() for pair in itertools.combinations(names, 2)]
 
 
