@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from typer.testing import CliRunner
 
-from tidegate.cli import app
+from tests.unit.invoked import invoke
 from tidegate.errors import ConfigError
 
 
@@ -36,9 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     ],
 )
 def test_a_mistake_is_found_at_once(arguments: list[str], said: str, asked: list[object]) -> None:
-    done = CliRunner().invoke(app, ["limits", *arguments])
-    assert isinstance(done.exception, ConfigError)
-    assert said in str(done.exception)
+    with pytest.raises(ConfigError) as raised:
+        invoke("limits", *arguments)
+    assert said in str(raised.value)
     assert asked == []
 
 
@@ -51,13 +50,14 @@ def test_a_mistake_is_found_at_once(arguments: list[str], said: str, asked: list
     ],
 )
 def test_a_pause_says_how_long_it_is(span: list[str], said: str, asked: list[object]) -> None:
-    done = CliRunner().invoke(app, ["limits", "pause", "kind:text_only", *span])
-    assert (done.exit_code, done.stdout) == (0, f"kind:text_only {said}\n")
+    done = invoke("limits", "pause", "kind:text_only", *span)
+    assert done == (0, f"kind:text_only {said}\n")
     assert len(asked) == 1
 
 
-def test_a_flag_has_no_type_in_the_help() -> None:
-    told = CliRunner().invoke(app, ["verify", "--help"], env={"COLUMNS": "120"}).stdout
+def test_a_flag_has_no_type_in_the_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    _, told = invoke("verify", "--help")
     assert "--json" in told
     assert "--help" in told
     assert "bool" not in told

@@ -6,9 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from tidegate.cli import app
+from tests.unit.invoked import invoke
 from tidegate.errors import ConfigError
 
 
@@ -46,9 +45,9 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_mistake_is_found_before_any_server_is_asked(arguments: list[str], said: str) -> None:
-    done = CliRunner().invoke(app, arguments)
-    assert isinstance(done.exception, ConfigError), done
-    assert said in str(done.exception)
+    with pytest.raises(ConfigError) as raised:
+        invoke(*arguments)
+    assert said in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +64,14 @@ def test_a_mistake_is_found_before_any_server_is_asked(arguments: list[str], sai
     ],
 )
 def test_what_is_sound_is_asked_of_a_server(arguments: list[str]) -> None:
-    assert isinstance(CliRunner().invoke(app, arguments).exception, Asked)
+    with pytest.raises(Asked):
+        invoke(*arguments)
 
 
 @pytest.mark.parametrize(
     "arguments", [["tenants", "set", "acme", "--weight", "0"], ["keys", "create", "--scope", "x"]]
 )
 def test_options_of_the_wrong_kind_are_refused_by_name(arguments: list[str]) -> None:
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2
-    assert arguments[-2] in done.output
+    code, said = invoke(*arguments)
+    assert code == 2
+    assert arguments[-2] in said

@@ -43,7 +43,8 @@ def suite_in(folder: Path, **options: object) -> Suite:
         url_variable="THE_URL",
         mock=lambda: giving("http://mock"),
         policy=lambda mock: f"to {mock}",
-        options=(),
+        environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # to import all takes half of the time
+        options=("-p", "xdist"),
         **options,  # type: ignore[arg-type]
     )
 
