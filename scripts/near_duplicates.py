@@ -11,7 +11,7 @@ import argparse
 import ast
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -62,18 +62,17 @@ def _shape(part: object) -> str:
     return repr(part)
 
 
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def nodes(path: Path) -> Sequence[ast.AST]:
+    """All that is in a file, outer before inner."""
+    return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 def functions_of(
-    folder: Path, parse: Callable[[Path], ast.Module] = parsed
+    folder: Path, nodes: Callable[[Path], Sequence[ast.AST]] = nodes
 ) -> Iterator[tuple[str, Function]]:
     """Functions and methods of more than ten lines, with file, line and name."""
     for path in sorted(folder.rglob("*.py")):
-        tree = parse(path)
-        outer: list[ast.Module | ast.ClassDef] = [tree]
-        outer += [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        outer = [node for node in nodes(path) if isinstance(node, ast.Module | ast.ClassDef)]
         for node in itertools.chain.from_iterable(holder.body for holder in outer):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -82,11 +81,11 @@ def functions_of(
 
 
 def pairs(
-    folder: Path = ROOT / "src/tidegate", parse: Callable[[Path], ast.Module] = parsed
+    folder: Path = ROOT / "src/tidegate", nodes: Callable[[Path], Sequence[ast.AST]] = nodes
 ) -> list[tuple[str, str]]:
     """The pairs of a folder's functions."""
     similar: dict[tuple[type, ...], list[tuple[str, Function]]] = defaultdict(list)
-    for name, function in functions_of(folder, parse):
+    for name, function in functions_of(folder, nodes):
         similar[outline_of(function)].append((name, function))
     alike: dict[str, list[str]] = defaultdict(list)
     for functions in similar.values():

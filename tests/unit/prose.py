@@ -26,8 +26,9 @@ _COMMENT = {".lua": "--", ".sql": "--"}
 def lines() -> tuple[tuple[str, int, str], ...]:
     """Each line of prose with its file and number."""
     return tuple(
-        (path.relative_to(ROOT).as_posix(), number, text)
+        (name, number, text)
         for path in _files()
+        for name in (path.relative_to(ROOT).as_posix(),)
         for number, text in _of(path)
     )
 

@@ -223,7 +223,7 @@ def test_import_contracts_count_imports_for_types() -> None:
 
 
 def test_few_functions_differ_only_in_names() -> None:
-    found_pairs = pairs(SOURCE, parsed)
+    found_pairs = pairs(SOURCE, nodes)
     assert len(found_pairs) <= MOST_NEAR_DUPLICATES, found_pairs[:20]
 
 

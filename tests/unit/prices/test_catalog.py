@@ -7,12 +7,13 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tidegate.call import Usage, UsageDetails
 from tidegate.errors import ConfigError
 from tidegate.prices.rates import (
+    AMOUNTS,
     Catalog,
     ModelPrice,
     Price,
@@ -176,9 +177,34 @@ def test_costs_without_a_price_of_tokens_grow_with_what_is_priced(
     assert 0 <= costs[0] <= (costs[1] or 0)
 
 
+def is_cheaper_when_long(price: Price) -> bool:
+    """Whether anything has a lower price in a call with a long input than in others."""
+    return price.long is not None and any(
+        (getattr(price.long, name) or 0) < (getattr(price, name) or 0) for name in AMOUNTS
+    )
+
+
+def test_long_inputs_are_cheaper_only_where_a_note_says_why() -> None:
+    cheaper = {
+        (row.models[0], tier): row.note
+        for row in ROWS
+        for tier, price in (("", row.price), *row.price.tiers.items())
+        if is_cheaper_when_long(price)
+    }
+    unpriced = {("gpt-5.5", "priority"), ("gpt-5.4", "priority")}
+    assert {*cheaper} == {*unpriced, ("grok-4.20-multi-agent*", "")}
+    assert all("long" in note for note in cheaper.values())
+
+
+OF_PRIORITY = next(
+    row for row in BY_TOKENS if is_cheaper_when_long(row.price.tiers.get("priority", row.price))
+)
+
+
 @given(
     st.sampled_from(BY_TOKENS), tokens, tokens, tokens, tokens, st.integers(0, 50), st.booleans()
 )
+@example(OF_PRIORITY, 0, 333_334, 0, 0, 0, True)
 def test_costs_are_never_negative_and_grow_with_the_usage(
     row: ModelPrice, taken: int, given_: int, cached: int, written: int, searches: int, long: bool
 ) -> None:
@@ -189,8 +215,11 @@ def test_costs_are_never_negative_and_grow_with_the_usage(
         now = cost_micros(rates, usage, None)
         assert now is not None
         assert now >= 0
+        longer = taken + 1 + long * M
+        if is_cheaper_when_long(price) and taken <= (price.above or 0) < longer:
+            longer = taken
         more = [
-            Usage(taken + 1 + long * M, given_, None, usage.cached_tokens, None, details),
+            Usage(longer, given_, None, usage.cached_tokens, None, details),
             Usage(taken, given_ + 1, None, usage.cached_tokens, None, details),
             Usage(taken, given_, None, usage.cached_tokens, None, UsageDetails(
                 details.cache_write_tokens, searches=searches + 1)),
