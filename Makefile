@@ -23,7 +23,8 @@ suite:
 
 unit: ## Run the tests that need no server and no minute (PYTEST_ARGS="-k words")
 	@scripts/bootstrap.sh dev
-	@.venv/bin/python -m pytest tests/unit tests/property -n2 --dist loadfile -m "not (valkey or postgres or browser or slow)" $(PYTEST_ARGS)
+	@scripts/setup_system.sh
+	@.venv/bin/python -m pytest tests/unit tests/property -n2 --dist worksteal -m "not (valkey or postgres or browser or slow)" $(PYTEST_ARGS)
 
 check: ## Lint, format, types and import contracts
 	@scripts/bootstrap.sh dev

@@ -1,11 +1,12 @@
 """Slow tests begin neither together nor last, where tests run beside one another; and one process
-runs all that share a deployment.
+runs all that share a deployment, or the trees of all source files.
 
 Each process begins with an equal part of all tests, in their order, and takes from the others what
 they have left. A slow test that begins last keeps one process busy while the others have nothing to
 do; slow ones that begin together take the time from one another that they wait for. What is taken
 is the end of a part: the modules that share a deployment (`tests/product.py`), whose start takes
-five seconds of a core, are at the beginning of the first.
+five seconds of a core, are at the beginning of the first; so are those that share trees
+(`tests/unit/trees.py`), which take a second.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import TypeVar
 import pytest
 
 _BEGUN_BY = 2 / 3  # of a part
-_SHARED = "product"
+_TREES = "tests.unit.trees"
+_SHARED = {"product", _TREES}
 
 T = TypeVar("T")
 
@@ -29,19 +31,23 @@ def order(items: list[pytest.Item]) -> None:
     if processes > 1:
         slow = [item for item in items if item.get_closest_marker("slow")]
         others = [item for item in items if not item.get_closest_marker("slow")]
-        others = sharing_first((item, item.path, _fixtures(item)) for item in others)
+        others = sharing_first((item, item.path, _uses(item)) for item in others)
         items[:] = [one for part in parts(slow, others, processes) for one in part]
 
 
-def _fixtures(item: pytest.Item) -> Sequence[str]:
-    return item.fixturenames if isinstance(item, pytest.Function) else ()
+def _uses(item: pytest.Item) -> Sequence[str]:
+    """The fixtures of a test, and the module that it has `nodes` from."""
+    if not isinstance(item, pytest.Function):
+        return ()
+    nodes = getattr(item.module, "nodes", None)
+    return [*item.fixturenames, getattr(nodes, "__module__", "")]
 
 
 def sharing_first(tests: Iterable[tuple[T, Path, Sequence[str]]]) -> list[T]:
-    """The tests, each given with its module and its fixtures, with those of modules that share a
-    deployment before all others."""
+    """The tests, each given with its module and what it uses, with those of modules that share a
+    deployment or trees before all others."""
     known = list(tests)
-    sharing = {module for _, module, fixtures in known if _SHARED in fixtures}
+    sharing = {module for _, module, uses in known if not _SHARED.isdisjoint(uses)}
     return [test for test, _, _ in sorted(known, key=lambda one: one[1] not in sharing)]
 
 

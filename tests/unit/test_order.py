@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.order import parts, sharing_first
+from tests.unit.trees import nodes
 
 
 @pytest.mark.parametrize(("slow", "others"), [(0, 40), (7, 400), (30, 400), (9, 0), (1, 3)])
@@ -39,3 +40,9 @@ def test_modules_that_share_a_deployment_are_whole_and_first() -> None:
         ("a2", a, ["database_url"]),
     ]
     assert sharing_first(tests) == ["b1", "b2", "c1", "a1", "a2"]
+
+
+def test_so_are_those_that_share_trees() -> None:
+    a, b = Path("a.py"), Path("b.py")
+    tests: list[tuple[str, Path, list[str]]] = [("a", a, [""]), ("b", b, [nodes.__module__])]
+    assert sharing_first(tests) == ["b", "a"]
