@@ -12,6 +12,7 @@ know it any more; it is put on record and charged once, by what the provider rep
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from uuid import UUID
 
 import orjson
 
+from tidegate.admission.estimator import with_kept
 from tidegate.call import Caller, Status
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.requests import skimmed
@@ -54,6 +56,8 @@ _LONGEST_WAIT_MS = 30_000.0
 _SHARE_OF_AGE = 0.1  # of how long it has taken, between two looks
 _TROUBLE_WAIT_MS = 10_000.0
 _GONE_AFTER_MS = 60_000.0
+LOST_AFTER_S = 60.0  # for so long a provider says that it does not know a call
+_MOST_MISSED = 10_000
 _END_TRIES = 40
 _MOST_ANSWER_BYTES = 64_000_000  # a batch may hold all of its answers
 log = get_logger()
@@ -82,6 +86,7 @@ class BackgroundRunner:
         self._due = store.notifications.due
         self._relay, self._spine = relay, relay.spine
         self._in_hand: dict[UUID, asyncio.Task[None]] = {}
+        self._missed: dict[UUID, float] = {}  # since when the provider does not know them
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; a look that has begun has the grace to end."""
@@ -159,6 +164,11 @@ class BackgroundRunner:
         target = Target(upstream, call.record.model or "")
         try:
             seen = await self._ask(call, target, "GET")
+            if seen.shown is not None:
+                self._missed.pop(call.id, None)
+            elif not (is_over or self._is_lost(call)):
+                await self._calls.put_off(call, self._wait_ms(call))
+                return
             can_cancel = bool(_work_of(call).cancel) and call.cancelled_at is None
             if is_over and seen.end is None and can_cancel:
                 seen = await self._ask(call, target, "POST")
@@ -177,6 +187,14 @@ class BackgroundRunner:
                 await self._calls.put_off(call, max(float(after_ms), self._wait_ms(call)))
             return
         await self._calls.put_off(call, self._wait_ms(call))
+
+    def _is_lost(self, call: BackgroundCall) -> bool:
+        """Whether the provider has not known it for long enough: what stands before a provider that
+        is out may answer 404 too."""
+        now = time.monotonic()
+        if len(self._missed) >= _MOST_MISSED:
+            self._missed.clear()
+        return now - self._missed.setdefault(call.id, now) >= LOST_AFTER_S
 
     def _wait_ms(self, call: BackgroundCall) -> float:
         """The longer it has taken, the longer it probably still takes."""
@@ -278,9 +296,10 @@ class BackgroundRunner:
         record.streamed = False
         if seen.body:
             record.keep(seen.body)
+        self._missed.pop(call.id, None)
         status = seen.end or Status.FAILED
         if target is not None:
-            self._charge(call, record, target, facts, whole=status is Status.SUCCEEDED)
+            await self._charge(call, record, target, facts, whole=status is Status.SUCCEEDED)
         if made:
             await self._relay.resources.note(made)
         record.end(status, _failure(seen))
@@ -315,7 +334,7 @@ class BackgroundRunner:
         by = MadeBy(caller, Dialect(call.dialect), call.id, call.record.subject)
         return self._relay.resources.made(by, target, "file", _work_of(call).files(shown))
 
-    def _charge(
+    async def _charge(
         self,
         call: BackgroundCall,
         record: CallRecord,
@@ -339,6 +358,9 @@ class BackgroundRunner:
         read = skimmed(record.request)
         spec = DIALECTS[native.endpoint.dialect]
         asked = spec.request_facts(native.endpoint, read.body, read.whole)
+        if references := spec.references(read.body, record.request):
+            kept = await self._relay.resources.kept_tokens(caller, spec.name, references)
+            asked.pieces = with_kept(asked.pieces, kept) if kept else asked.pieces
         exchange = NativeExchange(
             self._relay.wire, self._spine.timeouts, native, read.body, asked, NothingOut(), record
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
 import orjson
 import pytest
+from aiohttp import web
 from google.genai import Client
 from google.genai.types import HttpOptions
 from openai import AsyncOpenAI
@@ -17,6 +20,7 @@ from openai import AsyncOpenAI
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
+from tidegate.jobs import background
 from tidegate.prices.budgets import Budget
 
 MODEL = "gpt-5-mini"
@@ -111,6 +115,20 @@ async def test_a_cancelled_one_ends_when_the_provider_says_so(stage: Stage) -> N
     row = await wait_until(on_record, 20, "its record")
     assert row["usage_state"] == "estimated"
     await stage.counts(0)
+
+
+async def test_a_cancelled_one_pays_for_what_it_continues(stage: Stage) -> None:
+    before = await stage.sdk.responses.create(model=MODEL, input="a long word " * 5_000)
+    assert before.usage is not None
+    await stage.ended(before.id)
+    await stage.gateway.upstream.set_behaviour(first_byte_ms=60_000)
+    begun = await stage.sdk.responses.create(
+        model=MODEL, input="Go on", background=True, previous_response_id=before.id
+    )
+    await stage.sdk.responses.cancel(begun.id)
+    row = await stage.ended(begun.id)
+    assert (row["status"], row["usage_state"]) == ("cancelled", "estimated")
+    assert row["input_tokens"] >= before.usage.input_tokens > 10_000
 
 
 async def test_a_stream_may_be_left_and_is_seen_to_its_end(stage: Stage) -> None:
@@ -227,3 +245,69 @@ async def test_a_deferred_completion_is_read_once_at_the_provider(stage: Stage) 
     assert (row["status"], row["usage_state"]) == ("succeeded", "told")
     assert row["input_tokens"] == whole["usage"]["prompt_tokens"]
     assert row["response_id"] == whole["id"]
+
+
+MADE = {"id": "resp_1", "object": "response", "status": "queued", "model": MODEL, "output": []}
+DONE = MADE | {"status": "completed", "usage": {"input_tokens": 7, "output_tokens": 9}}
+FORGETFUL = """
+[upstreams.forgetful]
+base_url = "{url}/v1"
+dialect = "openai"
+models = ["gpt-*"]
+[upstreams.forgetful.limits]
+"kind:text_only" = 1
+"""
+
+
+@dataclass
+class Forgetful:
+    """A provider that answers 404 to what reads a response, until it is found again."""
+
+    url: str = ""
+    reads: int = 0
+    found_after: int = 10**6
+
+    async def answer(self, request: web.BaseRequest) -> web.Response:
+        await request.read()
+        if request.method == "POST":
+            return web.json_response(MADE)
+        self.reads += 1
+        if self.reads <= self.found_after:
+            return web.json_response({"error": {"message": "not found"}}, status=404)
+        return web.json_response(DONE)
+
+
+@pytest.fixture
+async def forgetful() -> AsyncIterator[Forgetful]:
+    provider = Forgetful()
+    runner = web.ServerRunner(web.Server(provider.answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    provider.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield provider
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+async def test_a_response_is_lost_once_its_provider_has_not_known_it_for_a_while(
+    open_gateway: Opener,
+    forgetful: Forgetful,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_found: bool,
+) -> None:
+    policy = tmp_path / "tidegate.toml"
+    policy.write_text(FORGETFUL.format(url=forgetful.url))
+    monkeypatch.setattr(background, "LOST_AFTER_S", 60.0 if is_found else 0.5)
+    forgetful.found_after = 5 if is_found else forgetful.found_after
+    gateway = await open_gateway(tidegate_policy=policy, background_poll_ms=100)
+    body = {"model": MODEL, "input": "Think", "background": True}
+    async with gateway.http.post(f"{gateway.url}/v1/responses", json=body) as response:
+        assert (response.status, (await response.json())["status"]) == (200, "queued")
+        row = await gateway.audit(response.headers["x-tidegate-request-id"])
+    assert forgetful.reads > 1
+    if is_found:
+        assert (row["status"], row["usage_state"], row["output_tokens"]) == ("succeeded", "told", 9)
+    else:
+        assert (row["status"], row["failure"]["code"]) == ("failed", "background_lost")
+        assert row["usage_state"] == "estimated"
