@@ -265,7 +265,7 @@ def _modalities(table: Facts, name: str) -> dict[str, int]:
     return found
 
 
-_APPEND = '"input_audio_buffer.append"'
+_APPEND = re.compile(r'"type"\s*:\s*"input_audio_buffer\.append"')
 _DELTA = ".delta"
 
 
@@ -301,7 +301,11 @@ class OpenAIEvents:
     def _is_audio(message: str) -> bool:
         """Whether it is nothing but audio: base64 has neither a quote nor a backslash."""
         plain = "\\" not in message and message.count('"') <= 16
-        return plain and _APPEND in message and message.lower().count('"type"') == 1
+        return (
+            plain
+            and message.lower().count('"type"') == 1  # its own, and it says so
+            and _APPEND.search(message) is not None
+        )
 
     def _note_form(self, session: Facts) -> None:
         """In which form the provider takes the client's sound, as it says itself."""
@@ -394,7 +398,14 @@ def _gemini_seconds(chars: int, mime: str) -> float:
     return chars * 3 / 4 / (2 * (rate or _USUAL_RATE))
 
 
-_REALTIME_INPUT = ('"realtimeInput"', '"realtime_input"')
+_REALTIME_INPUT = re.compile(r'\s*\{\s*"(?:realtimeInput|realtime_input)"\s*:')
+_NO_INPUT = frozenset(
+    (
+        *("clientcontent", "client_content", "toolresponse", "tool_response", "setup"),
+        *("realtimeinput", "realtime_input"),
+    )
+)
+_LONGEST_NAME = 20
 _SNAKE = {
     "client_content": "clientContent",
     "realtime_input": "realtimeInput",
@@ -467,10 +478,12 @@ class GeminiEvents:
     @staticmethod
     def _is_input(message: str) -> bool:
         """Whether it is one piece of sound or of pictures, or words."""
-        if "\\" in message or message.count('"') > 16:
+        first = _REALTIME_INPUT.match(message)
+        if first is None or "\\" in message or message.count('"') > 16:
             return False
-        has_one = sum(map(message.count, _REALTIME_INPUT)) == 1
-        return has_one and message.count('"data"') <= 1 and '"setup"' not in message.lower()
+        texts = message[first.end() :].split('"')
+        names = [one.lower() for one in texts if len(one) <= _LONGEST_NAME]
+        return names.count("data") <= 1 and _NO_INPUT.isdisjoint(names)
 
     def reported(self, message: Message) -> Reported:
         has_usage = _has(message, '"usageMetadata"')

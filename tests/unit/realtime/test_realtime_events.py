@@ -214,3 +214,20 @@ def test_a_setup_names_the_model_first_and_resumes_nobodys_session() -> None:
     for wrong in (resumed, *nameless):
         with pytest.raises(InvalidRequest):
             Setup.of(text(wrong))
+
+
+APPEND = "input_audio_buffer.append"
+
+
+def test_no_message_passes_for_sound_by_a_word_that_it_has() -> None:
+    some = events(Caller("acme", models=("gpt-realtime-*",)))
+    assert some.asked(text({"type": "response.create", "event_id": APPEND})).begins_turn
+    other = {"input_audio_transcription": {"model": "gpt-4o-transcribe"}}
+    with pytest.raises(Forbidden):
+        some.asked(text({"type": "session.update", "event_id": APPEND, "session": other}))
+    turn = {"turns": [{"parts": [{"text": "realtimeInput"}]}], "turnComplete": True}
+    assert GeminiEvents().asked(text({"clientContent": turn})).begins_turn
+    for name in ("clientContent", "toolResponse", "realtime_input"):
+        both = text({"realtimeInput": {"text": "a"}, name: {"turnComplete": True}})
+        with pytest.raises(InvalidRequest):
+            GeminiEvents().asked(both)
