@@ -286,6 +286,15 @@ def _value(name: str, content: bytes) -> Any:
     return text
 
 
+def is_prose(endpoint: Endpoint, content_type: str | None) -> bool:
+    """Whether an answer is a transcript and nothing else: its words, which may be the client's own,
+    report nothing."""
+    if endpoint.operation is not Operation.TRANSCRIBE or content_type is None:
+        return False
+    kind = content_type.partition(";")[0].lower()
+    return "json" not in kind and "event-stream" not in kind
+
+
 def with_files(
     asked: RequestFacts, form: MediaForm, endpoint: Endpoint, rules: Rules
 ) -> RequestFacts:

@@ -23,8 +23,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import orjson
 
 from tidegate.admission.charges import (
-    CacheWrite,
     Prices,
+    cache_write_in,
     call_cost,
     charge_of,
     cut_charge,
@@ -42,7 +42,14 @@ from tidegate.dialects.answers import (
     visible_output,
     with_tier,
 )
-from tidegate.dialects.headers import followed, of_answer, tier_in, to_return
+from tidegate.dialects.forms import is_prose
+from tidegate.dialects.headers import (
+    content_type_in,
+    followed,
+    of_answer,
+    tier_in,
+    to_return,
+)
 from tidegate.dialects.requests import (
     LONGEST_TIER,
     check_said_once,
@@ -54,6 +61,7 @@ from tidegate.dialects.requests import (
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import (
     GOING_ON,
+    NO_FACTS,
     WITHOUT_OUTPUT,
     AnswerFacts,
     Dialect,
@@ -425,7 +433,7 @@ class NativeExchange:
             max_output_tokens=most_output,
             images=asked.images,
             draws_alone=endpoint.operation is Operation.IMAGES,
-            writes=_cache_write(rates, self._body),
+            writes=cache_write_in(rates, self._body),
             tools=bool(asked.pieces.tools),
             unbounded=unbounded,
             measured=asked.measured,
@@ -551,6 +559,8 @@ class NativeExchange:
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         key = target.upstream.key
         headers = to_return(exchange.headers, key, same_length=without is None)
+        if self._call.endpoint.operation is Operation.TRANSCRIBE:
+            record.response_type = content_type_in(headers)
         headers += of_answer(target.upstream.name, record.queue_ms or 0.0)
         if left := lane.remaining.of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
@@ -647,7 +657,10 @@ class NativeExchange:
         record, answer = self._record, self._record.answer
         omitted = record.omitted_bytes > 0
         dialect = DIALECTS[self._call.endpoint.dialect]
-        facts = self.told or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
+        facts = self.told
+        if facts is None and is_prose(self._call.endpoint, record.response_type):
+            facts = NO_FACTS
+        facts = facts or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
         answer.usage = facts.usage
         if self._served is not None:
             answer.usage = with_tier(facts.usage, self._served)
@@ -677,7 +690,7 @@ class NativeExchange:
         estimate = self._estimate(demands, demand, asked, target.model)
         if is_unknown(usage):
             pictures = images or came.images
-            writes = _cache_write(rates, self._body)
+            writes = cache_write_in(rates, self._body)
             return estimated_charge(
                 rates,
                 estimate,
@@ -761,20 +774,6 @@ _UNSEEN = {
     Learning.FILES: "its files are not counted beforehand",
     Learning.STATE: "the provider adds what it keeps of earlier calls",
 }
-
-
-def _cache_write(rates: Rates | None, body: dict[str, Any]) -> CacheWrite | None:
-    """To which cache a request asks its input to be written, where that has a price of its own: who
-    leaves before the usage is reported has it written all the same."""
-    if rates is None or rates.cache_write == rates.cache_write_1h == rates.input:
-        return None
-    try:
-        text = orjson.dumps(body)  # in which no name is escaped
-    except orjson.JSONEncodeError:  # nested deeper than can be written
-        return "1h"
-    if b'"cache_control":' not in text:
-        return None
-    return "1h" if b'"ttl":"1h"' in text else "5m"
 
 
 def _tells_pictures(endpoint: Endpoint) -> bool:

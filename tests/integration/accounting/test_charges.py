@@ -11,8 +11,10 @@ import aiohttp
 import asyncpg
 import orjson
 import pytest
+from aiohttp import web
 
 from tests.gateway import Gateway, Opener
+from tests.integration.native.test_media_sdk import recording
 from tests.integration.native.test_totals import VERSION, fronts
 from tests.integration.security.hostile import one_try
 from tests.integration.tenants.asking import ADMIN_TOKEN, ask, key_of
@@ -328,3 +330,39 @@ async def test_who_leaves_early_has_a_cache_written_at_its_price(
     (row,) = await rows_of(gateway, 1)
     assert (row["usage_state"], row["usage_details"]) == ("estimated", None)
     assert row["cost_micros"] == rate * row["input_tokens"] + 10 * row["output_tokens"] > 0
+
+
+SPEAKING = """
+[upstreams.speaking]
+base_url = "{url}/v1"
+dialect = "openai"
+models = ["whisper-*"]
+[upstreams.speaking.prices]
+"whisper-*" = {{ audio_minute = 0.6 }}
+"""
+
+
+async def test_a_transcript_that_reads_as_a_usage_is_none(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """A recording, or the prompt beside it, may have the model write anything."""
+    said = orjson.dumps(FORGED)
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        await request.read()
+        return web.Response(body=said, content_type="text/plain")
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    policy = tmp_path / "speaking.toml"
+    policy.write_text(SPEAKING.format(url=f"http://127.0.0.1:{runner.addresses[0][1]}"))
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    form = aiohttp.FormData({"model": "whisper-1", "response_format": "text"})
+    form.add_field("file", recording(7), filename="a.wav")
+    url = f"{gateway.url}/v1/audio/transcriptions"
+    async with gateway.http.post(url, data=form) as response:
+        assert (response.status, await response.read()) == (200, said)
+        row = await gateway.audit(response.headers["x-tidegate-request-id"])
+    await runner.cleanup()
+    assert (row["usage_state"], row["cost_micros"]) == ("estimated", 70_000)
