@@ -29,6 +29,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from tests.preloaded import FORKS_AT
+
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
     *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
@@ -113,19 +115,10 @@ class _Nursery:
     """The process that has imported everything, seen from the one that asks it for others."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
-        self._socket = ours
+        self._socket = _asked(os.environ.get(FORKS_AT, "")) or _started_alone()
         self._lock = threading.Lock()
         self._ended: dict[int, int] = {}
-        atexit.register(ours.close)
+        atexit.register(self._socket.close)
 
     def bear(self, order: Mapping[str, Any], streams: Sequence[IO[bytes]]) -> int:
         with self._lock:
@@ -162,13 +155,65 @@ def _nursery() -> _Nursery:
     return _Nursery()
 
 
-def _serve(control: socket.socket) -> None:
+def _asked(place: str) -> socket.socket | None:
+    """The socket to a nursery of this process's own, forked from that of the whole run."""
+    asked = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        asked.connect(place)
+    except (FileNotFoundError, ConnectionError):
+        asked.close()
+        return None
+    return asked
+
+
+def _started_alone() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+    _started_by_us.append(process)
+    return ours
+
+
+_started_by_us: list[subprocess.Popen[bytes]] = []
+
+
+def serve_all(place: Path) -> None:
+    """Fork a nursery for each process that asks for one, until standard input ends. It imports
+    nothing before the first asks."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(place))
+        listening.listen(64)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a nursery ended
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:
+            _import_all()
+            control, _ = listening.accept()
+            if not os.fork():
+                listening.close()
+                _serve(control)
+                os._exit(0)
+            control.close()
+
+
+@cache
+def _import_all() -> None:
+    sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "src")) if path not in sys.path]
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "src")))
     gc.disable()  # while it imports
     for name in _IMPORTED:
         import_module(name)
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def _serve(control: socket.socket) -> None:
     alive: set[int] = set()
     heard, wake = socket.socketpair()
     heard.setblocking(False)
@@ -233,15 +278,21 @@ def _become(order: Mapping[str, Any], streams: Sequence[int]) -> NoReturn:
         else:
             code = ended.code or 0
     finally:
-        failed, failure, where = sys.exc_info()
-        if failed is not None and failure is not None:
-            sys.excepthook(failed, failure, where)
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as Python ends, without taking down what the kernel takes down anyway."""
+    failed, failure, where = sys.exc_info()
+    if failed is not None and failure is not None:
+        sys.excepthook(failed, failure, where)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
+    _import_all()
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -20,7 +20,7 @@ from pathlib import Path
 import execnet
 import pytest
 
-from tests import watcher
+from tests import preloaded, watcher
 
 ROOT = Path(__file__).parents[1]
 _MEMORY_BYTES = 4 << 30
@@ -50,13 +50,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = folder / "t"
 
 
-def pytest_xdist_setupnodes(specs: list[execnet.XSpec]) -> None:
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[execnet.XSpec]) -> None:
     """Start each process beside others below a watcher."""
-    if sys.platform == "linux":
-        watched = shlex.join([sys.executable, "-S", watcher.__file__, sys.executable])
-        for spec in specs:  # as they are: xdist has named and counted these very ones
-            if spec.popen and not spec.python:
-                spec.python = watched
+    if sys.platform != "linux":
+        return
+    local = [spec for spec in specs if spec.popen and not spec.python]
+    if len(local) > 1:
+        command = preloaded.preload(Path(os.environ["TMPDIR"]), config.args)
+    else:
+        command = [sys.executable, "-S", watcher.__file__, sys.executable]
+    for spec in local:  # as they are: xdist has named and counted these very ones
+        spec.python = shlex.join(command)
 
 
 def _give_memory(folder: Path) -> None:

@@ -48,6 +48,11 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def call_itself_watcher() -> None:
+    """Show this process under that name, as `ps` shows it."""
+    _prctl(_PR_SET_NAME, b"watcher")
+
+
 def descendants(of: int, spared: Collection[int] = ()) -> list[int]:
     """Every process below one, parents before children, but for the trees of `spared`."""
     below: dict[int, list[int]] = {}
@@ -206,7 +211,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
-    _prctl(_PR_SET_NAME, b"watcher")
+    call_itself_watcher()
     adopt_orphans()
     owners = given.owners or [os.pidfd_open(os.getppid())]
     child = given.child or _started(given.command)

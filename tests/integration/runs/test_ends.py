@@ -40,6 +40,10 @@ class Run:
         """The deepest process of the run whose command line holds these words."""
         return [pid for pid in self.tree if words in command_of(pid)][-1]
 
+    def adopts(self, orphan: int) -> int:
+        """The watcher that a process was given to when it lost its parent."""
+        return [pid for pid in self.tree if orphan in watcher.descendants(pid)][-1]
+
     def left(self) -> list[str]:
         return [command_of(process.pid) for process in self.processes if process.alive]
 
@@ -110,10 +114,12 @@ async def test_kill_9_of_the_watcher(begin: Runs) -> None:
     assert run.process.wait(10) == watcher.KILLED
 
 
-async def test_kill_9_of_a_process_beside_others(begin: Runs) -> None:
+@pytest.mark.parametrize(("count", "words"), [(1, "exec(eval("), (2, "preloaded.py")])
+async def test_kill_9_of_a_process_beside_others(begin: Runs, count: int, words: str) -> None:
     """The run goes on without it, and reports that its test failed."""
-    run = await begin(*PYTEST, "-n1")
-    os.kill(run.deepest("exec(eval("), signal.SIGKILL)
+    run = await begin(*PYTEST, f"-n{count}")
+    below = watcher.descendants(run.adopts(run.deepest("signal.pause")))
+    os.kill(next(pid for pid in below if words in command_of(pid)), signal.SIGKILL)
     await wait_until(lambda: not run.left(), promised_s(watcher.END_WITHIN_S), "the end of all")
     assert run.process.wait(10) == watcher.TESTS_FAILED
 
