@@ -503,6 +503,11 @@ class UpstreamUnauthorized(UpstreamError):
         super().__init__(message, status=status)
         self.of_key = of_key
 
+    def for_clients(self) -> UpstreamUnauthorized:
+        """The same without the provider's words, which a client would take for words about its own
+        key."""
+        return type(self)(self.in_short)
+
     @property
     def of_upstream(self) -> bool:
         return self.of_key or self.in_outage
@@ -519,6 +524,9 @@ class UpstreamUnpaid(UpstreamUnauthorized):
     ) -> None:
         super().__init__(message, status=status)
         self.retry_after_ms = retry_after_ms
+
+    def for_clients(self) -> UpstreamUnpaid:
+        return UpstreamUnpaid(self.in_short, retry_after_ms=self.retry_after_ms)
 
 
 class UpstreamGarbled(UpstreamError):

@@ -485,15 +485,29 @@ async def relayed(
         error = failed.error if isinstance(failed, CallFailed) else failed
         status, failure = Status.FAILED, Failure.of(error)
         told = failed.status if isinstance(failed, CallFailed) else 0
-        if not told or isinstance(error, UpstreamUnauthorized):
+        if isinstance(error, UpstreamUnauthorized) and error.of_key:
+            raise error.for_clients() from None
+        if not told:
             raise error from None
-        out.status, out.pieces = told, [getattr(failed, "body", b"")]
+        assert isinstance(failed, CallFailed)
+        out.status, out.headers, out.pieces = told, failed.headers, [failed.body]
     finally:
         record.end(status, None if status is Status.SUCCEEDED else failure)
         if on_record:
             services.store.audit.put(record)
     headers = {REQUEST_ID_HEADER: str(call.terms.request_id)}
-    return Response(b"".join(out.pieces), out.status, headers, media_type="application/json")
+    answer = Response(b"".join(out.pieces), out.status, headers, media_type="application/json")
+    known = {name for name, _ in answer.raw_headers}
+    answer.raw_headers += [pair for pair in out.headers if pair[0] not in known]
+    return answer
+
+
+def as_relayed(value: Any, answer: Response) -> Response:
+    """A relayed answer with another body."""
+    shown = as_json(value)
+    known = {name for name, _ in shown.raw_headers}
+    shown.raw_headers += [pair for pair in answer.raw_headers if pair[0] not in known]
+    return shown
 
 
 class _Whole:
@@ -503,10 +517,11 @@ class _Whole:
         self.started = False
         self._take = take
         self.status = 0
+        self.headers: Headers = []
         self.pieces: list[bytes] = []
 
     async def start(self, status: int, headers: Headers) -> None:
-        self.started, self.status = True, status
+        self.started, self.status, self.headers = True, status, headers
 
     async def body(self, piece: bytes, more: bool) -> None:
         if self._take is None:

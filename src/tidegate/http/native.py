@@ -637,7 +637,7 @@ class _Front:
             await self.tell(failed.error)
             return
         if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
-            await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
+            await self.tell(failed.error.for_clients())
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
         after_ms = failed.paused_ms or failed.error.retry_after_ms

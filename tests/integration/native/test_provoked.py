@@ -156,3 +156,25 @@ async def test_a_kept_connection_that_was_closed_costs_neither_a_try_nor_health(
     assert (await gateway.audit(request_id))["attempts"] == 1
     assert gateway.services.spine.retries.saved >= before
     assert gateway.services.spine.health["gemini"].faults == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (
+            error(401, "API key not valid: AIzaSyThisIsOnlyAnExampleOfAKey0"),
+            "UPSTREAM_UNAUTHORIZED",
+        ),
+        (error(402, "Insufficient Balance of account 4711"), "UPSTREAM_UNPAID"),
+        (error(429, "Your credit balance is too low"), "UPSTREAM_UNPAID"),
+    ],
+)
+async def test_an_account_without_money_is_no_refused_key(
+    gateway: Gateway, hostile: Hostile, answer: bytes, code: str
+) -> None:
+    hostile.answer = answer
+    status, body = await ask(gateway)
+    assert status == 502
+    assert orjson.loads(body)["error"]["details"][0]["reason"] == code
+    assert b"4711" not in body  # the provider's words concern the gateway's account
+    assert b"credit balance" not in body

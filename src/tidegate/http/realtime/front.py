@@ -310,9 +310,8 @@ class _SessionFront:
         """In the upstream's own words, as for any call."""
         if failed.told:
             return
-        own_key = isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key
-        if own_key:
-            await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
+        if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
+            await self.tell(failed.error.for_clients())
         elif self._client is not None or not failed.status:
             await self.tell(failed.error)
         else:
