@@ -298,3 +298,11 @@ async def test_azures_header_for_the_key_is_taken(emulator: Emulator) -> None:
         session.get(f"{emulator.url}/v1/models", headers={"api-key": "k"}) as answer,
     ):
         assert answer.status == 200
+
+
+async def test_a_call_names_no_model_where_openai_has_it_optional(sdk: AsyncOpenAI) -> None:
+    made = await sdk.images.generate(prompt="A cat")
+    assert made.data is not None
+    assert made.data[0].b64_json
+    saved = await sdk.responses.create(prompt={"id": "pmpt_1"}, input="Say hello")
+    assert saved.output_text

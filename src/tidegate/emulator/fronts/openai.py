@@ -291,11 +291,11 @@ _SPEAKERS: dict[str, Speaker] = {
 }
 
 
-def read_model(body: Any) -> str:
-    """The model that a body names. Raises Refused (400)."""
+def read_model(body: Any, usual: str | None = None) -> str:
+    """The model that a body names, `usual` where it names none. Raises Refused (400)."""
     if not isinstance(body, dict):
         raise Refused(400, _NOT_JSON)
-    model = body.get("model")
+    model = body.get("model", usual)
     if not isinstance(model, str) or not model:
         raise wrong("model", "You must provide a model parameter.", "missing_required_parameter")
     return model
@@ -749,7 +749,7 @@ async def route(served: Served) -> web.StreamResponse:
         return await openai_media.answer(served, media)
     if request.method == "POST" and name in _CREATED:
         body = await served.json(_NOT_JSON)
-        model = read_model(body)
+        model = read_model(body, _usual_model(name, body))
         check_model(model, served.behaviour)
         return await _create(served, name, body, model)
     if request.method == "GET" and name == "organization/projects":
@@ -770,6 +770,14 @@ async def route(served: Served) -> web.StreamResponse:
         model = name.removeprefix("models/")
         return await served.other("models", model, lambda: _checked_model(served, model))
     raise Refused(404, f"Invalid URL ({request.method} {request.path})")
+
+
+def _usual_model(name: str, body: Any) -> str | None:
+    """The model of a request that may leave it out: for images, and of a saved prompt."""
+    if name == "images/generations":
+        return "gpt-image-1"
+    saved = name == "responses" and isinstance(body, dict) and isinstance(body.get("prompt"), dict)
+    return "gpt-5" if saved else None
 
 
 async def _create(served: Served, name: str, body: Json, model: str) -> web.StreamResponse:
