@@ -25,7 +25,12 @@ _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/", "/download/")
 # Paths of clients whose base URL is one step off: with a version too many, with one of another
 # gateway's or provider's, or without any.
 _STEPS_OFF = (
+    ("/v1beta/openai/v1/", "/v1/"),
     ("/v1beta/openai/", "/v1/"),
+    ("/api/v1/", "/v1/"),
+    ("/inference/v1/", "/v1/"),
+    ("/compatible-mode/v1/", "/v1/"),
+    ("/v1/openai/", "/v1/"),
     ("/openai/v1/", "/v1/"),
     ("/anthropic/v1/", "/v1/"),
     ("/v1/v1/", "/v1/"),

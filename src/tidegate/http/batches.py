@@ -487,9 +487,8 @@ async def relayed(
         told = failed.status if isinstance(failed, CallFailed) else 0
         if isinstance(error, UpstreamUnauthorized) and error.of_key:
             raise error.for_clients() from None
-        if not told:
+        if not told or not isinstance(failed, CallFailed):
             raise error from None
-        assert isinstance(failed, CallFailed)
         out.status, out.headers, out.pieces = told, failed.headers, [failed.body]
     finally:
         record.end(status, None if status is Status.SUCCEEDED else failure)

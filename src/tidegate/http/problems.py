@@ -322,14 +322,19 @@ async def _on_validation_error(_request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
-    headers = dict(error.headers or {})
+    headers, detail = dict(error.headers or {}), str(error.detail)
+    asked = f"{request.method} {request.url.path[:200]}"
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers["Allow"] = allow(methods_in(request.app.routes, request.scope) or ("GET",))
+        methods = methods_in(request.app.routes, request.scope) or ("GET",)
+        headers["Allow"] = allow(methods)
+        detail = f"Tidegate has no {asked}, but {' and '.join(methods)}"
+    elif detail == HTTPStatus.NOT_FOUND.phrase:
+        detail = f"Tidegate has no {asked}{_ELSE}"
     body = Problem(
         type="about:blank",
         title=phrase,
         status=error.status_code,
-        detail=str(error.detail),
+        detail=detail,
         code=phrase.lower().replace(" ", "_"),
     )
     return JSONResponse(

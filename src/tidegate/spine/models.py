@@ -283,7 +283,8 @@ class Models:
             )
             try:
                 if exchange.status >= 300:
-                    raise await refusal_of(exchange, target, dialect)
+                    failed = await refusal_of(exchange, target, dialect)
+                    raise failed.named(0.0)
                 body = orjson.loads(await exchange.read(_LONGEST_BYTES))
                 models = [one for one in body[shape.key] if isinstance(one[shape.id_key], str)]
             finally:

@@ -308,7 +308,8 @@ class Relay:
             exchange = await _open(self.wire, timeouts, call, target, pieces)
             try:
                 if exchange.status >= 300:
-                    raise await refusal_of(exchange, target, call.endpoint.dialect)
+                    failed = await refusal_of(exchange, target, call.endpoint.dialect)
+                    raise failed.named(0.0)
                 record.http_status = exchange.status
                 answer = await exchange.read(_UPLOADED_BYTES)
                 await Keeping(self.resources, call, None).note(answer, target)
@@ -316,6 +317,7 @@ class Relay:
                 headers = _own(
                     theirs, lambda one: own(f"{one}&{AT_UPSTREAM}={target.upstream.name}")
                 )
+                headers += of_answer(target.upstream.name, 0.0)
                 record.keep(answer)
                 await out.start(exchange.status, headers)
                 await out.body(answer, False)
@@ -538,8 +540,7 @@ class NativeExchange:
         self._record.sent, self._sent = True, exchange
 
     def _with_headers(self, failed: CallFailed) -> CallFailed:
-        failed.headers += of_answer(failed.target.upstream.name, self._record.queue_ms or 0.0)
-        return failed
+        return failed.named(self._record.queue_ms or 0.0)
 
     async def _pass_on(
         self,

@@ -38,7 +38,7 @@ from tidegate.admission.demand import CallDemand, Demands
 from tidegate.admission.estimator import Learned
 from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome, Usage, seconds_of
 from tidegate.dialects import refusals
-from tidegate.dialects.headers import to_return
+from tidegate.dialects.headers import of_answer, to_return
 from tidegate.dialects.spec import Dialect, Headers
 from tidegate.errors import (
     BudgetExceeded,
@@ -119,6 +119,11 @@ class CallFailed(Exception):
         self.body = body
         self.paused_ms = 0
         self.told = told
+
+    def named(self, queue_ms: float) -> CallFailed:
+        """The same with the headers that name its upstream."""
+        self.headers += of_answer(self.target.upstream.name, queue_ms)
+        return self
 
 
 async def refusal_of(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from aiohttp import FormData
 from google.genai import Client
 from google.genai.types import HttpOptions
 
@@ -141,6 +142,8 @@ async def test_an_alias_serves_embeddings_counts_and_one_models_card(
         (b"/chat/completions", b"POST /v1beta/openai/chat/completions"),
         (b"/v1beta/openai/chat/completions", b"POST /v1beta/openai/chat/completions"),
         (b"/v1/v1/chat/completions/", b"POST /v1beta/openai/chat/completions"),
+        (b"/api/v1/chat/completions", b"POST /v1beta/openai/chat/completions"),
+        (b"/v1beta/openai/v1/chat/completions", b"POST /v1beta/openai/chat/completions"),
         (b"//models/gemini-x:generateContent", b"POST /v1beta/models/gemini-x:generateContent"),
     ],
 )
@@ -158,6 +161,15 @@ async def test_a_path_that_is_not_relayed_is_told_by_tidegate(gateway: Gateway) 
     assert b"Tidegate does not relay POST /v1/fine_tuning/jobs" in got
 
 
+@pytest.mark.parametrize(
+    "path", [b"/api/chat", b"/model/x/converse", b"/v1", b"/v1/", b"/v2/rerank"]
+)
+async def test_a_path_of_no_front_is_told_by_tidegate_too(gateway: Gateway, path: bytes) -> None:
+    got = await raw(gateway, post(path=path, body=ASKED))
+    assert status_of(got) == 404
+    assert b"Tidegate has no POST %b; docs/gateway.md says what it relays" % path in got
+
+
 @pytest.mark.parametrize("body", [b"{}", b"[", b'{"model":"m"}'])
 async def test_a_body_where_none_belongs_is_left_out(
     gateway: Gateway, hostile: Hostile, body: bytes
@@ -170,6 +182,46 @@ async def test_a_body_where_none_belongs_is_left_out(
     assert hostile.seen[-1].endswith(b"\r\n\r\n")
 
 
+UPLOADS = {
+    "OpenAI's form": ("/v1/files", {}),
+    "Gemini's": ("/upload/v1beta/files", {"x-goog-upload-protocol": "raw"}),
+}
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+async def test_the_answers_to_uploads_say_which_upstream_they_are_from(
+    gateway: Gateway, hostile: Hostile, name: str
+) -> None:
+    """What the provider says in headers passes on, too."""
+    path, headers = UPLOADS[name]
+    for status, line, shown in ((200, b"X-Request-Id: r-1", "r-1"), (429, b"Retry-After: 7", "7")):
+        said = b'{"id":"file-1","object":"file"}'
+        head = b"HTTP/1.1 %d So\r\ncontent-type: application/json\r\n%b\r\n" % (status, line)
+        hostile.answer = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(said), said)
+        form = FormData({"purpose": "user_data"})
+        form.add_field("file", b"text", filename="a.txt")
+        data = form if "form" in name else b"text"
+        async with gateway.http.post(gateway.url + path, data=data, headers=headers) as answer:
+            assert (answer.status, await answer.read()) == (status, said)
+            assert answer.headers["x-tidegate-upstream"] == "gemini"
+            assert answer.headers[line.split(b":")[0].decode()] == shown
+            assert answer.headers.getall("content-length") == [str(len(said))]
+
+
+async def test_a_list_of_models_that_is_refused_says_by_which_upstream(
+    open_gateway: Opener, hostile: Hostile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "key-of-the-only")
+    policy = tmp_path / "policy.toml"
+    base = f'base_url = "{hostile.url}/v1"\nkey = "SOME_KEY"\nmodels = ["a-*"]\n'
+    policy.write_text(f"[upstreams.only]\n{base}")
+    hostile.answer = b"HTTP/1.1 403 No\r\ncontent-length: 2\r\n\r\n{}"
+    gateway = await open_gateway(worker=False, tidegate_policy=policy, gemini_base_url=hostile.url)
+    async with gateway.http.get(f"{gateway.url}/v1/models") as answer:
+        assert answer.status == 403
+        assert answer.headers["x-tidegate-upstream"] in ("only", "gemini")
+
+
 METHODS = {
     b"/v1/chat/completions": ("GET, HEAD, POST, OPTIONS", b'"type":"invalid_request_error"'),
     b"/v1/messages": ("POST, OPTIONS", b'{"type":"error"'),
@@ -178,8 +230,8 @@ METHODS = {
     b"/v1/batches": ("GET, HEAD, POST, OPTIONS", b"but POST and GET"),
     b"/v1/files/file-1": ("GET, HEAD, DELETE, OPTIONS", b"but GET and DELETE"),
     b"/upload/v1beta/files": ("POST, PUT, OPTIONS", b"but POST and PUT"),
-    b"/health/ready": ("GET, HEAD, OPTIONS", b"about:blank"),
-    b"/submit": ("POST, OPTIONS", b"about:blank"),
+    b"/health/ready": ("GET, HEAD, OPTIONS", b"Tidegate has no PATCH /health/ready, but GET"),
+    b"/submit": ("POST, OPTIONS", b"Tidegate has no PATCH /submit, but POST"),
     b"/static/favicon.svg": ("GET, HEAD, OPTIONS", b""),
 }
 

@@ -45,7 +45,15 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.batches import Asking, as_json, asking_of, delete_blob, relayed, respond
+from tidegate.http.batches import (
+    Asking,
+    as_json,
+    as_relayed,
+    asking_of,
+    delete_blob,
+    relayed,
+    respond,
+)
 from tidegate.http.body import PREFIX, WITH_ITS_HEAD_BYTES, BodyBudget, Spool, count_in, incoming_of
 from tidegate.http.guards import own_origin
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
@@ -567,7 +575,7 @@ async def _elsewhere(asking: Asking) -> Response:
     batch = orjson.loads(answer.body)
     if isinstance(batch, dict) and batch.get("results_url"):
         batch["results_url"] = f"{own_origin(scope)}{PATH}/{asking.id}/results"
-    return as_json(batch)
+    return as_relayed(batch, answer)
 
 
 _HANDLERS: dict[tuple[str, bool, str | None], Callable[[Asking], Awaitable[Response]]] = {
