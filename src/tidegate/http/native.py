@@ -495,11 +495,9 @@ class _Front:
 
     def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
-        if call.terms.caller.caps.most_streams is None or not call.endpoint.is_counted:
+        if call.terms.caller.caps.most_streams is None or not _asks_for_stream(call):
             return None
-        body = parsed(call.body) if call.form is None else call.form.form.fields
-        streams = call.endpoint.streams or body.get("stream") is True
-        return self._services.openings.stream(call.terms.caller) if streams else None
+        return self._services.openings.stream(call.terms.caller)
 
     async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
         """Make the call, and tell the client how it failed if it did."""
@@ -685,6 +683,23 @@ class _Front:
         record.operation = "unknown" if endpoint is None else endpoint.name
         record.end(REFUSED, Failure.of(error))
         self._services.store.listeners.note(record)
+
+
+def _asks_for_stream(call: NativeCall) -> bool:
+    """Whether the answer is to be a stream: by the path, the body, or the query, as of what reads a
+    response that is still being made."""
+    if call.endpoint.streams:
+        return True
+    stated = [value for name, value in parse_qsl(call.query) if name == "stream"]
+    if call.form is not None:
+        stated.append(str(call.form.form.fields.get("stream", "")))
+    elif call.endpoint.is_counted or call.endpoint.operation is Operation.OTHER:
+        body: dict[str, Any] = {}
+        with suppress(InvalidRequest):  # what it says is read where it is called
+            body = parsed(call.body) if call.body else {}
+        if body.get("stream") is True or body.get("stream_format") == "sse":
+            return True
+    return any(one.lower() not in ("", "0", "false") for one in stated)
 
 
 async def _in_one_piece(body: bytes) -> AsyncIterator[bytes]:

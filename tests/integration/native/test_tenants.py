@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.commands import Done, tidegate
@@ -88,6 +89,18 @@ async def test_what_a_tenant_may_ask_and_how_much_at_once(open_gateway: Opener) 
     status, answer, _ = await ask(gateway, CHAT, acme, stream=True)
     assert (status, answer["error"]["code"]) == (429, "quota_exceeded")
     assert (await ask(gateway, CHAT, acme))[0] == 200
+    path = f"{gateway.url}/v1/responses/resp_1"
+    for reading, told in (("", 404), ("?stream=true", 429), ("?stream=false", 404)):
+        async with gateway.http.get(f"{path}{reading}", headers=acme) as response:
+            assert response.status == told
+    spoken = {"model": "gemini-tts", "voice": "a", "input": "b", "stream_format": "sse"}
+    async with gateway.http.post(f"{gateway.url}/v1/audio/speech", json=spoken, headers=acme) as it:
+        assert it.status == 429
+    form = aiohttp.FormData({"model": "gemini-x", "stream": "true"})
+    form.add_field("file", b"RIFF", filename="a.wav")
+    url = f"{gateway.url}/v1/audio/transcriptions"
+    async with gateway.http.post(url, data=form, headers=acme) as response:
+        assert response.status == 429
     holding.cancel()
     await wait_until(lambda: gateway.held == 0, 20, "the permit back")
 
