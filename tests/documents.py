@@ -42,11 +42,14 @@ _SHELL_LINES = "tests/acceptance/test_shell_lines.py"
 _LIVE_UPSTREAMS = "tests/integration/policy/test_live_upstreams.py"
 _JOBS = "tests/acceptance/test_jobs_document.py"
 _BACKUP = "tests/integration/embedded/test_backup.py"
+_CLIENT = "tests/integration/cli/test_client.py"
 _LIBRARY = "tests/integration/library/test_examples.py"
 ELSEWHERE = (
     Elsewhere("README.md", "scripts/test_requests.zsh", "tests/acceptance/test_request_script.py"),
     Elsewhere("docs/code.md", "", "tests/unit/test_code_document.py", "text"),
     Elsewhere("docs/concepts.md", "submit ──", "tests/unit/test_documents.py"),
+    Elsewhere("docs/dashboard.md", "tidegate status", _CLIENT),
+    Elsewhere("docs/dashboard.md", "tidegate limits resume", _CLIENT),
     Elsewhere("docs/library.md", "", _LIBRARY, "python"),
     Elsewhere("docs/library.md", "", _LIBRARY, "text"),
     Elsewhere("docs/tenants.md", "tidegate keys revoke", _SHELL_LINES),

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from tidegate import settings as configuration
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.dashboard.rollup import counting
+from tidegate.dashboard.rollup import Rollup, counting
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Authenticator
@@ -28,6 +28,7 @@ from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Tally
 from tidegate.metrics.process import Board, Exposition, Watch
 from tidegate.metrics.process import ProcessState as State
+from tidegate.metrics.verdict import Standing
 from tidegate.operator_key import operator_key
 from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams, stated_by
 from tidegate.policy.live import changes_of
@@ -191,12 +192,12 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
         stack.callback(asyncio.create_task(_look_at(blobs)).cancel)
-        store = await stack.enter_async_context(_open_store(config, blobs, instance_id))
+        store, rollup = await stack.enter_async_context(_open_store(config, blobs, instance_id))
         instruments = Instruments()
         tracing = await stack.enter_async_context(_tracing(store.listeners, role, instance_id))
         process = UpstreamProcess(instance_id, role)
         live = await stack.enter_async_context(
-            _open_upstreams(config, process, store, instruments.tally, tracing)
+            _open_upstreams(config, process, (store, rollup), instruments.tally, tracing)
         )
         limiters, keepers = live.pools.limiters, live.pools.keepers
         limiter, spine = limiters[DEFAULT_POOL], live.relay.spine
@@ -219,6 +220,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             exposition=Exposition(instruments, watch, keepers, store.queue_depths, live.loads),
             state=_counted(store.listeners, instruments, State(instance_id, watch)),
             board=board,
+            standing=Standing(keepers, board, store),
             store=store,
             blobs=blobs,
             limiter=limiter,
@@ -235,11 +237,15 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             upstreams=live,
         )
         _collect_rarely()
-        limits = {kind.value: limiter.policy.bound(kind.limit) for kind in Kind}
-        log.info(Log.STARTED, role=role, instance_id=instance_id, limits=limits)
+        _log_start(role, instance_id, limiter)
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
+
+
+def _log_start(role: str, instance_id: str, limiter: Limiter) -> None:
+    limits = {kind.value: limiter.policy.bound(kind.limit) for kind in Kind}
+    log.info(Log.STARTED, role=role, instance_id=instance_id, limits=limits)
 
 
 def _counted(listeners: CallListeners, instruments: Instruments, state: State) -> State:
@@ -269,13 +275,15 @@ async def _look_at(blobs: Blobs) -> None:
 
 
 @asynccontextmanager
-async def _open_store(config: Config, blobs: Blobs, instance_id: str) -> AsyncIterator[Store]:
+async def _open_store(
+    config: Config, blobs: Blobs, instance_id: str
+) -> AsyncIterator[tuple[Store, Rollup]]:
     """The store at work, and the calls of this process counted."""
     store = _store_of(config, blobs, instance_id)
     await store.start()
     try:
-        async with counting(store):
-            yield store
+        async with counting(store) as rollup:
+            yield store, rollup
     finally:
         await store.aclose()
         store.listeners.flush()
@@ -283,9 +291,14 @@ async def _open_store(config: Config, blobs: Blobs, instance_id: str) -> AsyncIt
 
 @asynccontextmanager
 async def _open_upstreams(
-    config: Config, process: UpstreamProcess, store: Store, tally: Tally, tracing: Tracing
+    config: Config,
+    process: UpstreamProcess,
+    recording: tuple[Store, Rollup],
+    tally: Tally,
+    tracing: Tracing,
 ) -> AsyncIterator[LiveUpstreams]:
     """The upstreams that are in force, with their pools, and the relay to them."""
+    store, rollup = recording
     wanted, stated = deployed(config), stated_by(config)
     start = await revision_to_start_with(store.upstreams)
     deployment = stated.deployment(changes_of(start.upstreams))
@@ -293,6 +306,7 @@ async def _open_upstreams(
         pools = await stack.enter_async_context(
             _open_pools(config, store.policies, process.instance_id, wanted, deployment, tally)
         )
+        rollup.watch(pools.limiters)
         signers = Signers()
         spine = _spine_of(config, Targets(deployment), pools.limiters, tracing, store)
         relay = await stack.enter_async_context(_open_relay(config, spine, store, signers))

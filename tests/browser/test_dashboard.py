@@ -9,16 +9,17 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import pytest_asyncio
 from playwright.async_api import async_playwright, expect
 
 from tests.browser.pictures import under_traffic
-from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Colours, Stage, opened
+from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Stage, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
 from tidegate.call import Charge, Scope, Usage
@@ -79,7 +80,7 @@ async def test_the_numbers_move_with_real_traffic(stage: Stage) -> None:
         await expect(seen.limit("used")).to_contain_text("2 / 2")
         await stage.gateway.in_flight(2)
         await expect(seen.limit("waiting").locator(".figures")).to_have_text("3")
-        await expect(seen.limit("state")).to_have_text("Full")
+        await expect(seen.limit("state").locator(".badge")).to_have_text("Full")
         meter = seen.page.get_by_role("meter", name="kind:text_only")
         assert await meter.get_attribute("aria-valuetext") == "2 of 2 used"
         await expect(seen.page.locator("[data-tenant='default']")).to_contain_text("3")
@@ -119,6 +120,109 @@ async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> Non
         ) as answer:
             assert answer.status == 200
         await expect(seen.limit("used")).to_contain_text("0 / 2")
+
+
+async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
+    stage: Stage, tmp_path: Path
+) -> None:
+    limit = "kind:image_generation"
+    async with opened(stage) as seen:
+        state = seen.page.get_by_role("region", name="State")
+        await expect(state).to_contain_text("Healthy")
+        await stage.gateway.services.limiter.penalise(limit, for_ms=600_000, by="ann: quota")
+        cause = state.locator(f"[data-cause='limit_paused'][data-subject='{limit}']")
+        await expect(state).to_contain_text("Degraded")
+        await expect(cause).to_contain_text("By ann: quota.")
+        await seen.is_accessible()
+        for width in (400, 1360):
+            await seen.page.set_viewport_size({"width": width, "height": 900})
+            assert await seen.is_within()
+            await state.screenshot(path=tmp_path / f"state-{width}.png")
+        await cause.get_by_role("button", name="Resume").click()
+        await seen.page.get_by_role("dialog").get_by_role("button", name="Resume").click()
+        await expect(state).to_contain_text("Healthy")
+        await expect(cause).to_have_count(0)
+
+
+async def test_of_many_limits_the_busy_ones_are_shown_and_all_are_found(
+    stage: Stage, tmp_path: Path
+) -> None:
+    named = [f"tenant:many-{number:02}" for number in range(40)]
+    running = stage.gateway
+    change = f"{running.url}/admin/limits"
+    body = {"set": dict.fromkeys(named, 7), "by": "ann", "reason": "a test of many"}
+    async with running.http.patch(change, json=body) as answer:
+        assert answer.status == 200, await answer.text()
+    try:
+        async with opened(stage) as seen:
+            page = seen.page
+            card = page.get_by_role("region", name="Limits")
+            rows = card.locator("[data-limit]")
+            await expect(card).to_contain_text("idle limits not shown")
+            await expect(rows.filter(has_text="many-")).to_have_count(0)
+            await expect(page.get_by_label("Changes")).to_contain_text("ann set")
+            await page.get_by_label("Search limits").fill("many-07")
+            await expect(rows).to_have_count(1)
+            await expect(rows).to_contain_text("tenant:many-07")
+            await page.get_by_label("Search limits").fill("many")
+            await expect(card).to_contain_text("1 to 25 of 40")
+            await card.get_by_role("button", name="Next").click()
+            await expect(rows.filter(has_text="many-39")).to_be_visible()
+            await page.get_by_label("Group limits").select_option("kind")
+            await expect(card.locator(".limit-group")).to_contain_text("40 limits")
+            await seen.is_accessible()
+            await card.screenshot(path=tmp_path / "many.png")
+            await page.set_viewport_size({"width": 400, "height": 900})
+            assert await seen.is_within()
+            await card.get_by_role("button", name="Busy").click()
+            await expect(card).to_contain_text("idle limits not shown")
+    finally:
+        async with running.http.patch(change, json={"remove": named}) as answer:
+            assert answer.status == 200
+
+
+async def test_a_moment_of_a_chart_leads_to_its_requests(stage: Stage) -> None:
+    await stage.gateway.end_of((await stage.submit(1))[0])
+    async with opened(stage) as seen:
+        chart = seen.page.get_by_role("img", name="Requests, newest")
+        await expect(chart).to_be_visible()
+        await chart.locator(".u-over").click()
+        await expect(seen.page.get_by_role("heading", name="Requests")).to_be_visible()
+        query = parse_qs((await seen.page.evaluate("location.hash")).partition("?")[2])
+        assert query["time"] == ["between"]
+        (since,), (until,) = query["since"], query["until"]
+        assert datetime.fromisoformat(until) - datetime.fromisoformat(since) == timedelta(minutes=1)
+
+
+async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(stage: Stage) -> None:
+    running = stage.gateway
+    url = f"{running.url}/admin/upstreams/spare"
+    table = {"provider": "vllm", "base_url": "http://127.0.0.1:9/v1", "models": ["spare-*"]}
+    body = {"table": table | {"limits": {"pool:total": 9}}, "test": False}
+    async with running.http.put(url, json=body) as answer:
+        assert answer.status == 200, await answer.text()
+    try:
+        async with opened(stage) as seen:
+            choice = seen.page.get_by_label("Upstream", exact=True)
+            total = seen.page.locator("[data-limit='pool:total']")
+            await expect(choice).to_have_value("")  # all of them
+            await expect(total).to_contain_text("9 concurrent, spare")
+            await expect(seen.page.locator(TEXT)).to_contain_text("2 concurrent, gemini")
+            await seen.is_accessible()
+            await choice.select_option("spare")
+            await expect(total).to_have_count(1)
+            await expect(seen.page.locator(TEXT)).to_have_count(0)
+            assert "pool=spare" in await seen.page.evaluate("location.hash")
+            await seen.page.get_by_role("link", name="Attention").click()
+            await seen.page.get_by_role("link", name="Overview").click()
+            await expect(choice).to_have_value("spare")
+            await choice.select_option("")
+            await expect(seen.page.locator(TEXT)).to_have_count(1)
+    finally:
+        async with running.http.post(f"{url}/drain", json={}) as answer:
+            assert answer.status == 200, await answer.text()
+        async with running.http.delete(url) as answer:
+            assert answer.status == 200, await answer.text()
 
 
 async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_path: Path) -> None:
@@ -453,7 +557,7 @@ async def test_the_overview_is_accessible_and_fits(
         for span in ("1 h", "24 h", "5 min"):
             await page.get_by_role("button", name=span, exact=True).click()
             await expect(page.locator(".faults").locator("xpath=..")).to_contain_text("last ")
-        await expect(page.locator(".chart canvas")).to_have_count(3)
+        await expect(page.locator(".chart canvas")).to_have_count(5)
         await expect(seen.limit("used")).to_contain_text("/")
         async with under_traffic(stage) if taking else nullcontext():
             await seen.is_accessible()
@@ -475,7 +579,7 @@ async def test_colours_are_chosen_and_kept_and_the_keyboard_reaches_everything(
         await page.keyboard.press("Tab")
         await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
         reached = []
-        for _ in range(14):
+        for _ in range(18):
             await page.keyboard.press("Tab")
             reached.append(
                 await page.evaluate(

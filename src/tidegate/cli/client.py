@@ -92,11 +92,17 @@ class GatewayClient:
         async with self._asked("GET", path, params=query) as answer:
             return await answer.json()
 
+    async def health(self) -> dict[str, Any]:
+        """What `/health/dependencies` says, whether all is well or not. Raises as `get`."""
+        async with self._asked("GET", "/health/dependencies", expected=(503,)) as answer:
+            found: dict[str, Any] = await answer.json()
+            return found
+
     async def send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: str
     ) -> Any:
         """The JSON of the answer to a request with JSON. Raises as `get`."""
-        given = {} if body is None else {"json": body}
+        given: dict[str, Any] = {} if body is None else {"json": body}
         async with self._asked(method, path, params=query, **given) as answer:
             return await answer.json()
 
@@ -151,7 +157,7 @@ class GatewayClient:
 
     @asynccontextmanager
     async def _asked(
-        self, method: str, path: str, **options: Any
+        self, method: str, path: str, expected: tuple[int, ...] = (), **options: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         import aiohttp
 
@@ -159,7 +165,7 @@ class GatewayClient:
             async with self._http.request(
                 method, self.url + path, allow_redirects=False, **options
             ) as answer:
-                if answer.status >= 300:
+                if answer.status >= 300 and answer.status not in expected:
                     raise await self._refusal(answer)
                 yield answer
         except aiohttp.ClientError as failed:

@@ -1,4 +1,4 @@
-"""Commands of an operator: `config check`, `doctor`, `verify`, `reconcile`, `backup`, `restore`."""
+"""Commands of an operator: `status`, `config check`, `doctor`, `verify`, `backup` and the like."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tidegate.cli.terminal import (
     FAILED,
     Json,
     command_config,
+    legible,
     show,
     show_json,
     show_table,
@@ -25,6 +26,7 @@ from tidegate.errors import ConfigError
 from tidegate.prices.rates import dollars
 
 if TYPE_CHECKING:
+    from tidegate.cli.client import GatewayClient
     from tidegate.doctor.checks import Finding
     from tidegate.jobs.reconciliation import ReconcileReport
     from tidegate.limiter import PoolPolicy
@@ -163,6 +165,57 @@ def _show_reconciled(report: ReconcileReport, *, dry_run: bool) -> None:
             typer.echo(f"  and {len(one.corrections) - _MOST_SHOWN} more: --json names all")
     if not dry_run:
         typer.echo(f"{report.corrected} charges corrected")
+
+
+_SIGNS = {"healthy": ("●", "green"), "degraded": ("▲", "yellow"), "down": ("■", "red")}
+
+
+async def show_state(gateway: GatewayClient, json: bool) -> int:
+    """The verdict on the whole deployment, each cause with the command that acts on it; the exit
+    code."""
+    found = await gateway.health()
+    verdict = found.get("verdict")
+    if json:
+        show_json(verdict or found)
+    elif verdict is None:
+        _show_stores(found)
+    else:
+        _show_verdict(verdict)
+    is_well = found["status"] == "ok" and (verdict is None or verdict["health"] == "healthy")
+    return DONE if is_well else FAILED
+
+
+def _show_stores(found: dict[str, Any]) -> None:
+    """What a stranger may know: causes are shown to operators."""
+    for name in ("valkey", "postgresql", "blobs"):
+        one = found[name]
+        typer.echo(f"{name:<11} {one['status']}{': ' + one['detail'] if one['detail'] else ''}")
+    typer.echo("The operator's key, or a key with the scope admin, shows the rest.", err=True)
+
+
+def _show_verdict(verdict: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    def sign(level: str) -> Text:
+        mark, style = _SIGNS[level]
+        return Text(mark, style=style)
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    _, style = _SIGNS[verdict["health"]]
+    table.add_row(sign(verdict["health"]), Text(verdict["sentence"], style=f"bold {style}"))
+    for one in verdict["causes"]:
+        words = Text(legible(one["words"]))
+        if one["detail"]:
+            words.append(f"\n{legible(one['detail'])}", style="bright_black")
+        if one["command"]:
+            words.append(f"\n-> {legible(one['command'])}", style="cyan")
+        table.add_row(sign(one["level"]), words)
+    if verdict["more"]:
+        table.add_row("", Text(f"and {verdict['more']} more", style="bright_black"))
+    show(table)
 
 
 app = typer.Typer(help="Look at the settings.", no_args_is_help=True)

@@ -25,6 +25,7 @@ from tidegate.cli.client import (
     with_gateway,
 )
 from tidegate.cli.limits import span_ms
+from tidegate.cli.operate import show_state
 from tidegate.cli.terminal import (
     Json,
     command_config,
@@ -119,21 +120,28 @@ def submit(
 
 def status(
     request_id: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="The id that `submit` printed, or its beginning or end among the newest."
+            help="The id that `submit` printed, or its beginning or end among the newest; the "
+            "whole deployment without one."
         ),
-    ],
+    ] = None,
     follow_: Annotated[
         bool, typer.Option("--follow", help="Show each state until it has ended.")
     ] = False,
     output: Output = None,
     json: Json = False,
 ) -> None:
-    """Show the status of a request, and its answer. The exit code is 1 if it has failed."""
+    """Show whether all is well, what waits and why; or the status of one request, and its answer.
+
+    The exit code is 1 if the request has failed, or if the deployment is degraded or down.
+    """
+    if request_id is None:
+        raise typer.Exit(with_gateway(lambda gateway: show_state(gateway, json)))
+    wanted = request_id
 
     async def work(gateway: GatewayClient) -> int:
-        whole = await _whole_id(gateway, request_id)
+        whole = await _whole_id(gateway, wanted)
         if follow_:
             return await _to_the_end(gateway, whole, True, output, json)
         view = await gateway.get(f"/status/{whole}")

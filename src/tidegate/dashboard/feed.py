@@ -26,13 +26,14 @@ from collections.abc import (
 )
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import orjson
 from fastapi import FastAPI
 
-from tidegate.dashboard.rollup import FLUSH_EVERY_S, open_s
-from tidegate.errors import LimiterUnavailable, ShuttingDown, StoreUnavailable, TooManyFollowers
+from tidegate.dashboard.rollup import FLUSH_EVERY_S, SAMPLE_EVERY_S, open_s
+from tidegate.errors import ShuttingDown, StoreUnavailable, TooManyFollowers
 from tidegate.http.services import Services
 from tidegate.limiter import (
     Concurrency,
@@ -44,13 +45,16 @@ from tidegate.limiter import (
     SessionView,
     Snapshot,
 )
-from tidegate.metrics.process import Note, UpstreamFound
-from tidegate.policy.format import in_words
-from tidegate.policy.learned import LearnedLimit, shared_limits
-from tidegate.policy.rollout import PolicyKeeper
+from tidegate.metrics.process import Note
+from tidegate.metrics.verdict import found_by, judge, waiting_by_limit
+from tidegate.policy.format import TOTAL, whom_it_binds
+from tidegate.policy.inspection import is_full, words_of
+from tidegate.policy.learned import LearnedLimit
+from tidegate.policy.rollout import differences
 from tidegate.prices.budgets import Budget, scope_values, whom, window
 from tidegate.store.budgets import BudgetBook
-from tidegate.store.statistics import CallCounts, History, Total, percentiles
+from tidegate.store.records import PolicyRecord
+from tidegate.store.statistics import OTHERS, CallCounts, History, Total, percentiles
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_LIMITS = 100
@@ -59,6 +63,11 @@ MOST_PROCESSES = 100
 MOST_FOUND = 10
 MOST_BUDGETS = 20
 MOST_LEARNED = 20
+MOST_WAITERS = 3
+LIMITS_PAGE = 25
+ALL = ""  # in the place of a pool: all of them
+NO_GROUP = "(none)"
+Grouping = Literal["none", "model", "tenant", "kind"]
 _SORTS = {"c": "concurrency", "r": "rate", "q": "quota"}
 _LIMIT_FIELDS = (
     *("limit", "bound", "current", "used", "waiting", "lapsing", "reserved", "shadowed"),
@@ -66,21 +75,24 @@ _LIMIT_FIELDS = (
 )
 
 Frame = dict[str, Any]
+Frames = Frame | list[Frame]
 
 
 async def live_frame(services: Services) -> Frame:
-    """All pools as Valkey sees them now, and the upstreams as the processes do."""
-    notes, loads, pools = await asyncio.gather(
-        services.board.notes(),
-        services.upstreams.loads.get(),
-        asyncio.gather(*(_pool(name, keeper) for name, keeper in services.keepers.items())),
-    )
+    """All pools as Valkey sees them now, the upstreams as the processes do, and the verdict."""
+    seen, loads = await asyncio.gather(services.standing.look(), services.upstreams.loads.get())
     return {
         "at": time.time(),
-        "pools": pools,
+        "verdict": judge(seen),
+        "pools": [
+            {"pool": one.pool, "problem": one.problem}
+            if one.snapshot is None
+            else pool_frame(one.pool, one.snapshot, one.policy, one.learned)
+            for one in seen.pools
+        ],
         "postgresql_away": services.store.connections.away,
         "upstreams": [
-            upstream_frame(name, notes.notes) | {"load": str(loads.get(name, ""))}
+            upstream_frame(name, seen.notes) | {"load": str(loads.get(name, ""))}
             for name in services.spine.health
         ],
     }
@@ -88,10 +100,7 @@ async def live_frame(services: Services) -> Frame:
 
 def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
     """As the process finds it that finds it worst; `found` has those that do not find it well."""
-    told = [
-        (note.process, note.upstreams[upstream]) for note in notes if upstream in note.upstreams
-    ]
-    told.sort(key=lambda one: _badness(one[1]), reverse=True)
+    told = found_by(upstream, notes)
     bad = [(process, one) for process, one in told if one.state != "ok" or one.key_refused]
     return {
         "upstream": upstream,
@@ -107,21 +116,6 @@ def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
     }
 
 
-def _badness(found: UpstreamFound) -> tuple[bool, int, int]:
-    return found.key_refused, ("ok", "trying", "out").index(found.state), found.faults
-
-
-async def _pool(name: str, keeper: PolicyKeeper) -> Frame:
-    limiter = keeper.limiter
-    try:
-        snapshot, learned = await asyncio.gather(
-            limiter.snapshot(), shared_limits(limiter, keeper.provider)
-        )
-        return pool_frame(name, snapshot, limiter.policy, learned)
-    except LimiterUnavailable as away:
-        return {"pool": name, "problem": away.message}
-
-
 def pool_frame(
     pool: str, snapshot: Snapshot, policy: PoolPolicy, learned: Sequence[LearnedLimit] = ()
 ) -> Frame:
@@ -132,6 +126,7 @@ def pool_frame(
     shown = sorted(limits[:MOST_LIMITS], key=lambda one: one.limit)
     waiting_at = _by_process(snapshot.queues)
     others = {one.limit: one.others_share for one in learned}
+    held_up = waiting_by_limit(snapshot)
     differing = [one for one in learned if one.drift != "same"]
     return {
         "pool": pool,
@@ -140,7 +135,12 @@ def pool_frame(
         "recovering_ms": snapshot.recovering_ms,
         "in_flight": sum(one.held for one in snapshot.processes),
         "waiting": sum(one.waiting for one in snapshot.tenants),
-        "limits": [_limit(one, policy, others.get(one.limit, 0.0)) for one in shown],
+        "limits": [
+            _limit(one, policy, others.get(one.limit, 0.0))
+            | {"tenants": held_up[one.limit].most_common(MOST_WAITERS) if one.waiting else []}
+            for one in shown
+        ],
+        "all_limits": len(limits),
         "learned": [_learned(one) for one in differing[:MOST_LEARNED]],
         "more_limits": len(limits) - len(shown),
         "tenants": tenants[:MOST_TENANTS],
@@ -148,6 +148,50 @@ def pool_frame(
         "processes": [_process(one, waiting_at) for one in processes[:MOST_PROCESSES]],
         "more_processes": len(processes[MOST_PROCESSES:]),
     }
+
+
+def limits_page(
+    pools: Iterable[tuple[str, Snapshot, PoolPolicy]], group: Grouping, search: str, offset: int
+) -> Frame:
+    """A page of all limits of these pools whose ids have what is searched for, by group and name;
+    and the groups, each with the figures of all its limits."""
+    words = search.lower().split()
+    found = sorted(
+        (
+            (_group_of(view.limit, group), view.limit, pool, view, policy)
+            for pool, snapshot, policy in pools
+            for view in snapshot.limits.values()
+            if all(word in view.limit.lower() for word in words)
+        ),
+        key=lambda one: one[:3],
+    )
+    groups: dict[str, Frame] = {}
+    for name, _, _, view, _ in found:
+        one = groups.setdefault(name, {"group": name, "limits": 0, "waiting": 0, "full": 0})
+        one["limits"] += 1
+        one["waiting"] += view.waiting
+        one["full"] += is_full(view)
+    page = found[offset : offset + LIMITS_PAGE]
+    return {
+        "total": len(found),
+        "limits": [
+            _limit(view, policy, 0.0) | {"pool": pool, "group": name, "tenants": []}
+            for name, _, pool, view, policy in page
+        ],
+        "groups": [groups[name] for name in dict.fromkeys(one[0] for one in page)],
+    }
+
+
+def _group_of(limit_id: str, group: Grouping) -> str:
+    """`(none)` for a limit that is on something else than what it is grouped by."""
+    whom = whom_it_binds(limit_id)
+    if group == "none" or whom is None:
+        return "" if group == "none" else NO_GROUP
+    head, _, name = whom.partition("/")
+    is_model = head not in ("kind", "tenant") and whom != TOTAL
+    if group == "model":
+        return whom if is_model else NO_GROUP
+    return name if head == group else NO_GROUP
 
 
 def _pressure(view: LimitView) -> tuple[bool, int, float]:
@@ -169,7 +213,7 @@ def _limit(view: LimitView, policy: PoolPolicy, others_share: float) -> Frame:
     found: Frame = {
         **{name: getattr(view, name) for name in _LIMIT_FIELDS},
         "sort": _SORTS.get(view.sort, view.sort),
-        "words": str(view.bound) if limit is None else in_words(limit),
+        "words": words_of(view, limit),
         "shadow": limit is not None and limit.shadow,
         "others_share": others_share,
     }
@@ -228,7 +272,8 @@ SHARES = (0.5, 0.95, 0.99)
 MOST_NAMES = 30
 NOW_S = 60
 _MOST_ADDED = 1_000  # names that are kept apart while spans and processes are added up
-_SINGLE = ("calls", "failed", "throttled", "told_429", "refused", "retried")
+_SINGLE = ("calls", "failed", "throttled", "told_429", "refused", "retried", "cost_micros")
+MOST_STACKED = 6
 
 
 class Range(NamedTuple):
@@ -279,8 +324,8 @@ class Trend:
         self._now = now
 
     def frame(self, pool: str, weights: Mapping[str, int]) -> dict[str, Any]:
-        """Lines and tables of one pool: spans that are over, rates by the second, lengths in ms.
-        The upstreams are those of all pools.
+        """Lines and tables of one pool, or of `ALL`: spans that are over, rates by the second,
+        lengths in ms. The upstreams are those of all pools.
 
         The tables have at most `MOST_NAMES` rows; `more` says how many names are left out.
         """
@@ -295,6 +340,7 @@ class Trend:
             "at": begins,
             **{name: [_rate(one, name, step_s) for one in counts] for name in _SINGLE},
             "waits": _lines([one.waits for one in counts]),
+            "queue": _queue(counts, step_s),
             "lengths": _lines([one.lengths for one in counts]),
             "totals": total.counts,
             "total_waits": percentiles(total.waits, SHARES),
@@ -322,6 +368,8 @@ class Trend:
         }
 
     def _of(self, at: int, pool: str) -> CallCounts:
+        if pool == ALL:
+            return _merged(self._pools_at(at).values())
         return self._pools_at(at).get(pool) or CallCounts()
 
     def _pools_at(self, at: int) -> Mapping[str, CallCounts]:
@@ -355,6 +403,33 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
 
+def _queue(counts: Sequence[CallCounts], step_s: int) -> list[Frame]:
+    """How many calls waited on average, by the limit that held them up: those that held up most,
+    then the others together."""
+    sampled = [one.apart.get("limit", {}) for one in counts]
+    totals: defaultdict[str, int] = defaultdict(int)
+    for span in sampled:
+        for name, row in span.items():
+            totals[name] += row[0]
+    named = sorted(totals, key=lambda name: (-totals[name], name))
+    named = [name for name in named if name != OTHERS][:MOST_STACKED]
+    lines = [{"name": name, "line": _depths(sampled, {name}, step_s)} for name in named]
+    rest = totals.keys() - set(named)
+    if rest:
+        lines.append({"name": OTHERS, "line": _depths(sampled, rest, step_s)})
+    return lines
+
+
+def _depths(
+    sampled: Sequence[Mapping[str, list[int]]], names: Set[str], step_s: int
+) -> list[float]:
+    samples = step_s / SAMPLE_EVERY_S
+    return [
+        round(sum(row[0] for name, row in span.items() if name in names) / samples, 1)
+        for span in sampled
+    ]
+
+
 def _largest_rows(total: CallCounts, dimension: str) -> list[tuple[str, list[int]]]:
     names = total.apart.get(dimension, {})
     return sorted(names.items(), key=lambda one: (-one[1][0], one[0]))[:MOST_NAMES]
@@ -369,6 +444,11 @@ def _table(total: CallCounts, dimension: str) -> list[dict[str, Any]]:
 
 
 RECORD_EVERY_S = 10.0
+EVENTS_EVERY_S = 5.0
+MOST_REVISIONS = 20
+MOST_EVENTS = 50
+MOST_CHANGES = 3
+_LONGEST_WORDS = 300
 BUDGETS_EVERY_S = 2.0
 MOST_ROWS = 30
 _NOW = "5m"  # the newest minute is in it
@@ -390,7 +470,9 @@ class Past:
         self._due_at: dict[str, float] = {}
         self._told: set[Viewing] = set()
 
-    async def due(self, wanted: Set[Viewing]) -> AsyncIterator[tuple[str, Viewing | None, Frame]]:
+    async def due(
+        self, wanted: Set[Viewing]
+    ) -> AsyncIterator[tuple[str, Viewing | None, Frame | list[Frame]]]:
         """The events that it is time for, and whose they are (None: everybody's).
 
         Raises StoreUnavailable.
@@ -411,11 +493,16 @@ class Past:
                     self._told.add(one)
                     yield "trend", one, {"range": name, **self._frame(trend, one.pool)}
             if looked and name == _NOW:
-                yield "now", None, {pool: trend.now(pool) for pool in self._services.limiters}
+                pools = (ALL, *self._services.limiters)
+                yield "now", None, {pool: trend.now(pool) for pool in pools}
         if self._is_due("budgets", BUDGETS_EVERY_S):
             frame = await self._budgets()
             self._put_off("budgets", BUDGETS_EVERY_S)
             yield "budgets", None, frame
+        if self._is_due("events", EVENTS_EVERY_S):
+            events = await self._events()
+            self._put_off("events", EVENTS_EVERY_S)
+            yield "events", None, events
         if self._is_due("record", RECORD_EVERY_S):
             frame = await self._record()
             self._put_off("record", RECORD_EVERY_S)
@@ -428,7 +515,21 @@ class Past:
         self._due_at[name] = time.monotonic() + every_s
 
     def _frame(self, trend: Trend, pool: str) -> Frame:
-        return trend.frame(pool, self._services.limiters[pool].policy.weights)
+        limiters = self._services.limiters
+        chosen = limiters.values() if pool == ALL else [limiters[pool]] if pool in limiters else ()
+        weights: dict[str, int] = {}
+        for limiter in chosen:
+            weights |= limiter.policy.weights
+        return trend.frame(pool, weights)
+
+    async def _events(self) -> list[Frame]:
+        """Changes of limits that a person or a deployment made lately, the newest first."""
+        events = [
+            event
+            for pool, keeper in list(self._services.keepers.items())
+            for event in policy_events(pool, await keeper.history(MOST_REVISIONS))
+        ]
+        return sorted(events, key=lambda one: -one["at"])[:MOST_EVENTS]
 
     async def _budgets(self) -> Frame:
         """What is spent of budgets, by book: those that are paused, then the most used."""
@@ -453,6 +554,28 @@ class Past:
             }
         dead_jobs, webhooks = await store.stuck.counts()
         return {"spent": spent, "dead_jobs": dead_jobs, "webhooks_given_up": webhooks}
+
+
+def policy_events(pool: str, records: Sequence[PolicyRecord]) -> list[Frame]:
+    """Each revision with what it changed; of the oldest one that is not known."""
+    return [
+        {
+            "at": record.created_at.timestamp(),
+            "pool": pool,
+            "kind": record.origin,
+            "words": _event_words(pool, record, before),
+        }
+        for record, before in pairwise(records)
+        if record.created_at is not None
+    ]
+
+
+def _event_words(pool: str, record: PolicyRecord, before: PolicyRecord) -> str:
+    changed = differences(before.policy, record.policy)
+    shown = "; ".join(changed[:MOST_CHANGES])[:_LONGEST_WORDS] or "nothing"
+    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
+    reason = f": {record.reason}" if record.reason else ""
+    return f"{record.set_by} set {shown}{more} in {pool}{reason}"
 
 
 def budgets_frame(budgets: Sequence[Budget], books: Sequence[BudgetBook]) -> Frame:
@@ -598,7 +721,7 @@ class Feed:
         async for event, whose, frame in past.due(wanted):
             self._tell(event, frame, whose)
 
-    def _tell(self, event: str, frame: Frame, whose: Viewing | None = None) -> None:
+    def _tell(self, event: str, frame: Frames, whose: Viewing | None = None) -> None:
         encoded = b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(frame))
         self._newest[event, whose] = encoded
         for viewer in self._viewers:

@@ -1,4 +1,4 @@
-"""Rollup of this process's finished calls by spans of time, for the record.
+"""Rollup of this process's finished calls, and of its queue, by spans of time, for the record.
 
 Invariant: counting is a few additions in memory; PostgreSQL is asked once every `FLUSH_EVERY_S`,
 and while it is away what was counted waits here, `MOST_SPANS` of it at most. An end is counted in
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import LimiterUnavailable, StoreUnavailable
+from tidegate.limiter import Limiter
 from tidegate.record import JUDGE, REFUSED, RETRIED, CallRecord
 from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, one
 from tidegate.store.store import Store
@@ -20,6 +21,7 @@ from tidegate.telemetry.logging import Log, get_logger
 
 FLUSH_EVERY_S = 5.0
 FORGET_EVERY_S = 600.0
+SAMPLE_EVERY_S = 10  # the shortest span: the queue is sampled one time in each
 MOST_SPANS = 2_000
 # How many spans are open for ends, the one under way included.
 OPEN_SPANS = {10: 30, 60: 6, 300: 2}
@@ -37,6 +39,8 @@ class Rollup:
 
     def __init__(self, history: History, clock: Callable[[], float] = time.time) -> None:
         self._history = history
+        self._limiters: Mapping[str, Limiter] = {}
+        self._sampled_at = 0
         self._clock = clock
         # By begin and pool, since the last flush.
         self._fresh: dict[tuple[int, str], CallCounts] = {}
@@ -46,6 +50,10 @@ class Rollup:
 
     def __repr__(self) -> str:
         return f"<Rollup spans={len(self._tallies)} to_write={len(self._changed)}>"
+
+    def watch(self, limiters: Mapping[str, Limiter]) -> None:
+        """Count what waits at these from now on; they may become others."""
+        self._limiters = limiters
 
     def note(self, batch: Sequence[CallRecord]) -> None:
         """Count ended calls."""
@@ -59,11 +67,32 @@ class Rollup:
                 tally = self._fresh[key] = CallCounts()
             count(tally, ended)
 
+    async def sample(self) -> None:
+        """Count what waits in this process, by the limit that holds it up, once a span. A process
+        in which nothing waits asks Valkey nothing."""
+        at = int(self._clock() // SAMPLE_EVERY_S) * SAMPLE_EVERY_S
+        if at == self._sampled_at:
+            return
+        self._sampled_at = at
+        for pool, limiter in list(self._limiters.items()):
+            if not limiter.waiters:
+                continue
+            try:
+                snapshot = await limiter.snapshot()
+            except LimiterUnavailable as away:
+                log.debug(Log.SCRAPE_INCOMPLETE, missing="queues", detail=away.message)
+                continue
+            tally = self._fresh.setdefault((at, pool), CallCounts())
+            for queue in snapshot.queues:
+                if queue.sid == limiter.session and queue.held_up_by is not None:
+                    tally.count_apart("limit", queue.held_up_by, [queue.waiting])
+
     async def run(self) -> None:
         """Write down, for ever. When cancelled, what has not been written is left to `flush`."""
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
             try:
+                await self.sample()
                 await self.flush()
                 now = self._clock()
                 if now - self._forgot_at >= FORGET_EVERY_S:
@@ -107,13 +136,13 @@ class Rollup:
 
 
 @asynccontextmanager
-async def counting(store: Store) -> AsyncIterator[None]:
+async def counting(store: Store) -> AsyncIterator[Rollup]:
     """Count this process's calls as long as the block lasts; what is left is written at its end."""
     rollup = Rollup(store.history)
     store.listeners.listen(rollup.note)
     running = asyncio.create_task(rollup.run(), name="rollup")
     try:
-        yield
+        yield rollup
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -14,7 +14,7 @@ import asyncio
 from functools import partial
 from pathlib import Path
 from secrets import token_bytes
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
@@ -25,9 +25,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.dashboard.feed import Feed, Viewing, feed_of
+from tidegate.dashboard.feed import ALL, Feed, Grouping, Viewing, feed_of, limits_page
 from tidegate.errors import (
     InvalidRequest,
+    LimiterUnavailable,
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
@@ -268,15 +269,44 @@ async def stuck(request: Request) -> StuckCounts:
 @data.get("/feed")
 async def feed(
     request: Request,
-    pool: Annotated[str | None, Query(description="Whose charts and tables")] = None,
+    pool: Annotated[str | None, Query(description="Whose charts and tables; all if absent")] = None,
     span: Annotated[Literal["5m", "1h", "24h"], Query(description="Of charts and tables")] = "5m",
 ) -> Response:
     services = services_of(request)
-    pool = services.usual_pool if pool is None else pool
+    return Watching(request, services, feed_of(request.app), Viewing(span, _scope(services, pool)))
+
+
+def _scope(services: Services, pool: str | None) -> str:
+    """The pool that is named, or `ALL`. Raises InvalidRequest."""
+    if not pool:
+        return ALL
     if pool not in services.limiters:
         allowed = f"one of {', '.join(services.limiters)}"
         raise InvalidRequest("pool", f"there is no pool {pool[:100]!a}", allowed=allowed)
-    return Watching(request, services, feed_of(request.app), Viewing(span, pool))
+    return pool
+
+
+@data.get("/limits")
+async def limits(
+    request: Request,
+    pool: Annotated[str | None, Query(description="Whose; all if absent")] = None,
+    group: Annotated[Grouping, Query()] = "none",
+    search: Annotated[str, Query(max_length=200)] = "",
+    offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
+) -> dict[str, Any]:
+    """A page of all limits, as they were half a second ago at most."""
+    services = services_of(request)
+    scope = _scope(services, pool)
+    wanted = [one for one in services.limiters.values() if scope in (ALL, one.pool)]
+    looks = await asyncio.gather(*(services.looks.of(one) for one in wanted))
+    known = [
+        (one.pool, snapshot, one.policy)
+        for one, snapshot in zip(wanted, looks, strict=True)
+        if snapshot is not None
+    ]
+    if not known:
+        raise LimiterUnavailable("Valkey does not answer", limit="")
+    return limits_page(known, group, search, offset)
 
 
 async def typed(request: Request, path: str) -> RedirectResponse:

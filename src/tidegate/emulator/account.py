@@ -20,7 +20,6 @@ from math import ceil
 from typing import Any, Literal, Self, get_args
 from zoneinfo import ZoneInfo
 
-from tidegate.emulator.checks import known_fields, number, whole
 from tidegate.emulator.counting import (
     WEIGHTS,
     CallSize,
@@ -35,6 +34,7 @@ from tidegate.emulator.counting import (
     Unit,
     counter_of,
 )
+from tidegate.emulator.gpu.spec import known_fields, number, whole
 from tidegate.errors import InvalidRequest
 
 Provider = Literal["openai", "anthropic", "gemini", "azure", "bedrock", "groq"]

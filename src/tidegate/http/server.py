@@ -64,6 +64,7 @@ from tidegate.http.services import (
     services_of_scope,
 )
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
+from tidegate.metrics.verdict import DeploymentVerdict
 from tidegate.record import Source
 
 UNFIT = "the database's schema does not fit this version, or was never seen"
@@ -109,6 +110,9 @@ class Dependencies(BaseModel):
     upstreams: dict[str, UpstreamHealth] | None = Field(
         default=None, description="Only for who shows the operator's key or an admin key"
     )
+    verdict: DeploymentVerdict | None = Field(
+        default=None, description="On the whole deployment; for whom upstreams are shown to"
+    )
 
 
 @health_router.get("/health/live", response_model=Liveness, summary="The process runs")
@@ -148,11 +152,12 @@ def readiness(reason: str | None) -> JSONResponse:
     summary="Valkey, PostgreSQL and the store of files, asked now, with a deadline",
 )
 async def dependencies(request: Request) -> JSONResponse:
-    services = services_of(request)
-    valkey, postgresql, blobs = await asyncio.gather(
+    services, is_operator = services_of(request), await is_admitted(request)
+    valkey, postgresql, blobs, verdict = await asyncio.gather(
         probe(services.limiter.ping(_DEADLINE_MS)),
         probe(services.store.connections.ping(_DEADLINE_MS)),
         probe(services.blobs.ping()),
+        _verdict(services) if is_operator else _no_verdict(),
     )
     failed = "failed" in (valkey.status, postgresql.status, blobs.status)
     body = Dependencies(
@@ -161,10 +166,24 @@ async def dependencies(request: Request) -> JSONResponse:
         postgresql=postgresql,
         blobs=blobs,
         limiter=services.limiter.state,
-        upstreams=_upstreams(services) if await is_admitted(request) else None,
+        upstreams=_upstreams(services) if is_operator else None,
+        verdict=verdict,
     )
-    shown = body.model_dump(exclude={"upstreams"} if body.upstreams is None else None)
+    shown = body.model_dump(exclude=None if is_operator else {"upstreams", "verdict"})
     return JSONResponse(shown, 503 if failed else 200)
+
+
+async def _verdict(services: Services) -> DeploymentVerdict | None:
+    """None where it takes too long: an alarm answers in time."""
+    try:
+        async with asyncio.timeout(_DEADLINE_MS / 1000):
+            return await services.standing.verdict()
+    except TimeoutError:
+        return None
+
+
+async def _no_verdict() -> None:
+    return None
 
 
 def _upstreams(services: Services) -> dict[str, UpstreamHealth]:

@@ -41,6 +41,7 @@ from tidegate.limiter import Limiter, Snapshot, WaitingLine
 from tidegate.metrics.instruments import Metric, Tally
 from tidegate.metrics.process import Board, Exposition, Recent
 from tidegate.metrics.process import ProcessState as State
+from tidegate.metrics.verdict import Standing
 from tidegate.policy.inspection import Waiting, estimate_of, waiting
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import REFUSED, CallListeners, CallRecord, Failure, Source
@@ -191,7 +192,7 @@ class Services:
     `followers` are those that stream the status of a request.
     `listeners` are notified of every call that has ended, with whatever `listeners.listen` was
     given. `board` has the streams and native calls of this process (`board.active_calls`), reports
-    them to the other processes, and theirs to this one.
+    them to the other processes, and theirs to this one. `standing` judges the whole deployment.
     `tally` counts what is answered, `exposition` answers scrapes, and `state` says what this
     process is at.
     """
@@ -202,6 +203,7 @@ class Services:
     exposition: Exposition
     state: State
     board: Board
+    standing: Standing
     store: Store
     blobs: Blobs
     limiter: Limiter

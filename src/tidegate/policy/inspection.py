@@ -213,7 +213,7 @@ class Control:
         unit, source = "calls", "set"
         if isinstance(limit, Rate | Quota):
             unit, source = limit.unit, limit.source
-        told: dict[str, Any] = {"words": _words_of(view, limit), "unit": unit, "source": source}
+        told: dict[str, Any] = {"words": words_of(view, limit), "unit": unit, "source": source}
         same = {
             one.name: getattr(view, one.name) for one in fields(ShownLimit) if one.name not in told
         }
@@ -224,7 +224,8 @@ class Control:
             raise NotFound(f"there is no limit {limit}")
 
 
-def _words_of(view: LimitView, limit: Limit | None) -> str:
+def words_of(view: LimitView, limit: Limit | None) -> str:
+    """A limit in words; one that is there to be paused, as an upstream's gate, has none."""
     if limit is not None:
         return in_words(limit)
     return f"{view.bound}" if view.bound < MAX_BOUND else "no limit of its own"

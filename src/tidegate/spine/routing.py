@@ -193,7 +193,7 @@ _MOST_STRIKES = 12
 _LATER_MS = 50  # between two looks at the clock
 # When a client or a job asks again that needs a drained upstream.
 DRAINED_MS = 10_000
-_DRAINED = "an operator has drained it"
+DRAINED = "an operator has drained it"
 # For how long a fault that a request can bring upon itself is none of its own while its upstream is
 # out. There may be nothing else left to try it with, and then it must end at some time.
 LONGEST_DOUBT_S = 86_400.0
@@ -248,7 +248,7 @@ class Gate:
 
     def closed(self) -> tuple[int, str] | None:
         """None while it is open; else for how many ms nobody may try, and why."""
-        return (DRAINED_MS, _DRAINED) if self._drained else self._shut()
+        return (DRAINED_MS, DRAINED) if self._drained else self._shut()
 
     def _shut(self) -> tuple[int, str] | None:
         """As `closed`, by faults alone."""
@@ -360,7 +360,7 @@ class Gate:
     def out(self) -> UpstreamOut | None:
         """The error of a call that cannot be made since the upstream is out; None if it is not."""
         if self._drained:
-            said = f"no upstream can be asked now: {_DRAINED}"
+            said = f"no upstream can be asked now: {DRAINED}"
             return UpstreamDrained(said, retry_after_ms=DRAINED_MS)
         found = self.closed()
         if found is None:

@@ -143,3 +143,29 @@ async def test_exit_codes_say_what_kind_of_failure_it_is(
         done = await run(gateway, *arguments, **settings)
         assert (done.code, said in done.complained) == (code, True), (arguments, done)
         assert key not in done.complained
+
+
+async def test_the_state_of_the_deployment_in_a_sentence_with_its_causes(
+    open_gateway: Opener,
+) -> None:
+    """As docs/dashboard.md shows it."""
+    gateway = await open_gateway(worker=False)
+    key = {"TIDEGATE_API_KEY": gateway.operator_key}
+    well = await run(gateway, "status", **key)
+    assert (well.code, well.said.strip()) == (0, "● Healthy: nothing waits.")
+    await gateway.services.limiter.penalise("kind:text_only", for_ms=600_000, by="ann: quota")
+
+    async def paused() -> bool:
+        verdict = (await run(gateway, "status", "--json", **key)).json
+        return bool(verdict["causes"])
+
+    await wait_until(paused, 10, "the verdict knows the pause")
+    degraded = await run(gateway, "status", **key)
+    assert degraded.code == 1
+    assert "▲ Degraded: 1 problem, nothing waits." in degraded.said
+    assert "kind:text_only is paused for" in degraded.said
+    assert "-> tidegate limits resume kind:text_only --pool gemini" in degraded.said
+    stranger = await run(gateway, "status", TIDEGATE_API_KEY="tg_nobody")
+    assert (stranger.code, "postgresql  ok" in stranger.said) == (0, True)
+    assert "causes" not in stranger.said
+    assert "The operator's key" in stranger.complained

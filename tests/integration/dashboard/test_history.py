@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tidegate.call import Charge, Usage
-from tidegate.dashboard.feed import RANGES, Trend
+from tidegate.dashboard.feed import ALL, RANGES, Trend
 from tidegate.dashboard.rollup import MOST_SPANS, Rollup
 from tidegate.errors import StoreUnavailable
+from tidegate.limiter import QueueView
 from tidegate.record import REFUSED, RETRIED, CallRecord, Failure
 from tidegate.store.database import Connections
 from tidegate.store.statistics import KEPT_S, MOST_NAMES, OTHERS, History
 
 BEGIN = 1_800_000_000.0
 POOL = "gemini"
+
+
+class FakeLimiter:
+    """A limiter at which these queues wait."""
+
+    waiters = 1
+
+    def __init__(self, session: str, queues: list[QueueView]) -> None:
+        self.session = session
+        self._queues = queues
+
+    async def snapshot(self) -> Any:
+        return SimpleNamespace(queues=self._queues)
 
 
 class Clock:
@@ -187,3 +202,25 @@ async def test_names_are_bounded_and_the_old_is_forgotten(
     assert [len(await history.read(step_s, 0)) for step_s in KEPT_S] == [0, 1, 1]
     await history.forget(BEGIN + KEPT_S[300] + 1)
     assert await history.read(300, 0) == []
+
+
+async def test_what_waited_is_told_by_the_limit_that_held_it_up_and_all_pools_are_added_up(
+    connections: Connections, clock: Clock
+) -> None:
+    rollups = [Rollup(History(connections, name), clock) for name in ("a", "b")]
+    for rollup in rollups:
+        queues = [QueueView("s", "p", 0, "acme", (), name, 6, 1) for name in ("kind:a", None)]
+        queues += [QueueView("other", "p", 0, "acme", (), "kind:a", 100, 1)]
+        limiters: Any = {pool: FakeLimiter("s", queues) for pool in (POOL, "openai")}
+        rollup.watch(limiters)
+        await rollup.sample()
+        await rollup.sample()  # once a span
+        rollup.note([ended(BEGIN), ended(BEGIN, pool="openai")])
+        await rollup.flush()
+    trend = Trend(History(connections, "reader"), RANGES["1h"])
+    await trend.look(BEGIN + 60)
+    frame = trend.frame(POOL, {})
+    # Two processes had 6 waiting in one of the six samples of a minute.
+    assert [(one["name"], one["line"][-1]) for one in frame["queue"]] == [("kind:a", 2.0)]
+    assert trend.frame(ALL, {})["queue"][0]["line"][-1] == 4.0
+    assert (frame["totals"]["calls"], trend.frame(ALL, {})["totals"]["calls"]) == (2, 4)

@@ -285,13 +285,15 @@ async def test_upstreams_are_named_to_operators_alone(
         url = f"{gateway.url}/health/dependencies"
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             async with stranger.get(url, headers=headers) as answer:
-                told = await answer.read()
+                raw = await answer.read()
                 assert answer.status == 200
-                assert "gemini" not in told.decode()
-                assert "upstreams" not in orjson.loads(told)
+                assert "gemini" not in raw.decode()
+                assert not {"upstreams", "verdict"} & orjson.loads(raw).keys()
         shown = {"Authorization": f"Bearer {gateway.operator_key}"}
         async with stranger.get(url, headers=shown) as answer:
-            assert list(orjson.loads(await answer.read())["upstreams"]) == ["gemini"]
+            told = orjson.loads(await answer.read())
+            assert list(told["upstreams"]) == ["gemini"]
+            assert told["verdict"]["sentence"] == "Healthy: nothing waits."
 
 
 async def test_who_made_a_key_is_on_record(open_gateway: Opener) -> None:

@@ -8,12 +8,16 @@ from datetime import UTC, datetime
 import orjson
 
 from tidegate.dashboard.feed import (
+    LIMITS_PAGE,
     MOST_BUDGETS,
     MOST_FOUND,
     MOST_LIMITS,
     MOST_PROCESSES,
     MOST_TENANTS,
+    NO_GROUP,
     budgets_frame,
+    limits_page,
+    policy_events,
     pool_frame,
     upstream_frame,
 )
@@ -32,6 +36,7 @@ from tidegate.limiter import (
 from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import BudgetBook
+from tidegate.store.records import PolicyRecord
 
 
 def limit(name: str, sort: str = "c", *, waiting: int = 0, paused_ms: int = 0) -> LimitView:
@@ -151,3 +156,50 @@ def test_paused_budgets_come_first_and_the_rest_is_counted() -> None:
     assert third["scope"] == ["acme", None]
     assert (len(frame["budgets"]), frame["paused"], frame["more"]) == (MOST_BUDGETS, 1, 3)
     assert budgets_frame([], []) == {"budgets": [], "paused": 0, "more": 0}
+
+
+def test_all_limits_are_found_by_pages_groups_and_words() -> None:
+    policy = PoolPolicy({})
+    views = [limit(f"tenant:t{number:03}", waiting=number % 2) for number in range(60)]
+    views += [limit("model:m"), limit("rpm:m"), limit("kind:text_only", waiting=4)]
+    pools = [("gemini", snapshot(limits={one.limit: one for one in views}), policy)]
+    first = limits_page(pools, "none", "", 0)
+    assert (first["total"], len(first["limits"])) == (63, LIMITS_PAGE)
+    seen = [
+        one["limit"]
+        for offset in range(0, 63, LIMITS_PAGE)
+        for one in limits_page(pools, "none", "", offset)["limits"]
+    ]
+    assert sorted(seen) == sorted(one.limit for one in views)
+    found = limits_page(pools, "none", "TENANT t01", 0)
+    assert [one["limit"] for one in found["limits"]] == [f"tenant:t01{n}" for n in range(10)]
+    by_model = limits_page(pools, "model", ":m", 0)
+    assert by_model["groups"] == [{"group": "m", "limits": 2, "waiting": 0, "full": 0}]
+    by_kind = limits_page(pools, "kind", "", 0)
+    assert by_kind["groups"] == [{"group": NO_GROUP, "limits": 62, "waiting": 30, "full": 0}]
+    last = limits_page(pools, "kind", "", 50)
+    assert last["groups"][-1] == {"group": "text_only", "limits": 1, "waiting": 4, "full": 0}
+
+
+def test_a_limit_names_the_tenants_that_wait_most_for_it() -> None:
+    queues = tuple(
+        QueueView("s", "p", 0, tenant, ("kind:a",), "kind:a", count, 1)
+        for tenant, count in (("a", 1), ("b", 9), ("c", 3), ("d", 2), ("b", 1))
+    )
+    views = {"kind:a": limit("kind:a", waiting=16), "kind:b": limit("kind:b")}
+    frame = pool_frame("gemini", snapshot(limits=views, queues=queues), PoolPolicy({}))
+    assert [one["tenants"] for one in frame["limits"]] == [[("b", 10), ("c", 3), ("d", 2)], []]
+    assert frame["all_limits"] == 2
+
+
+def test_a_change_of_limits_is_told_with_who_and_why() -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    records = [
+        PolicyRecord(3, "live", "c", {"limits": {"kind:a": 4}}, "ann", "too slow", at),
+        PolicyRecord(2, "deployment", "b", {"limits": {"kind:a": 2}}, "api-1", "", at),
+        PolicyRecord(1, "deployment", "a", {"limits": {"kind:a": 1}}, "api-1", "", at),
+    ]
+    assert [one["words"] for one in policy_events("gemini", records)] == [
+        "ann set limits.kind:a: 2 -> 4 in gemini: too slow",
+        "api-1 set limits.kind:a: 1 -> 2 in gemini",
+    ]

@@ -19,15 +19,17 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
  * `series`: `[label, name of the colour, filled?]` of each line; `words(value)` says a value.
  *
  * `update(at, lines)`: times in seconds, and the values of each line (null: no call in that span).
- * Its room is kept while there is nothing to draw. `signal` takes it away.
+ * `marks(events)`: `{ at, words }` of what happened meanwhile, as upright lines. Its room is kept
+ * while there is nothing to draw. `pick(at)` is called for a click on a moment. `stacked`: each line
+ * stands on those after it. `signal` takes it away.
  */
-export function chart(title, series, words, { signal, least = 0 }) {
+export function chart(title, series, words, { signal, least = 0, pick = null, stacked = false }) {
   const host = h("div", { class: "chart-canvas" });
   const figures = series.map(() => h("b", {}, NOTHING));
   const legend = series.map(([label, name], at) => {
     const swatch = h("i", { class: "swatch", "aria-hidden": "true" });
     swatch.style.background = `var(${name})`;
-    return h("li", {}, swatch, label, " ", figures[at]);
+    return h("li", { title: label }, swatch, h("span", {}, label), " ", figures[at]);
   });
   const when = h("span", { class: "quiet-text" });
   const element = h(
@@ -37,7 +39,9 @@ export function chart(title, series, words, { signal, least = 0 }) {
     h("div", { class: "card-body" }, h("ul", { class: "legend" }, legend), host),
   );
   let data = [[], ...series.map(() => [])];
+  let drawn = data;
   let plot = null;
+  let marked = [];
 
   function tell(at) {
     const place = at ?? data[0].length - 1;
@@ -45,13 +49,14 @@ export function chart(title, series, words, { signal, least = 0 }) {
       const value = data[line + 1][place];
       say(figure, value === null || value === undefined ? NOTHING : words(value));
     });
-    say(when, at === null || at === undefined ? "" : seconds.format(data[0][at] * 1_000));
+    say(when, at === null || at === undefined ? "" : momentOf(data[0], at, marked));
   }
 
   function draw() {
     plot?.destroy();
     fill(host);
-    plot = new uPlot(options(host.clientWidth || 300, series, words, least, tell), data, host);
+    const look = { series, words, least, tell, stacked, marks: () => marked };
+    plot = new uPlot(options(host.clientWidth || 300, look), drawn, host);
   }
 
   const resized = new ResizeObserver(() => {
@@ -59,6 +64,13 @@ export function chart(title, series, words, { signal, least = 0 }) {
     else if (host.clientWidth) plot.setSize({ width: host.clientWidth, height: HEIGHT });
   });
   resized.observe(host);
+  if (pick) {
+    host.classList.add("picked");
+    host.addEventListener("click", () => {
+      const at = plot?.cursor.idx;
+      if (at !== null && at !== undefined) pick(data[0][at]);
+    });
+  }
   document.addEventListener("tidegate:theme", draw, { signal });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw, { signal });
   signal.addEventListener("abort", () => {
@@ -69,13 +81,77 @@ export function chart(title, series, words, { signal, least = 0 }) {
     element,
     update(at, lines) {
       data = [at, ...lines];
-      plot?.setData(data);
+      drawn = stacked ? [at, ...stackedUp(lines)] : data;
+      plot?.setData(drawn);
       if (plot?.cursor.idx === null || plot === null) tell(null);
       const latest = series.map(([label], line) => `${label} ${figures[line].textContent}`);
       host.setAttribute("role", "img");
-      host.setAttribute("aria-label", `${title}, newest: ${latest.join(", ")}`);
+      host.setAttribute("aria-label", `${title}, newest: ${latest.join(", ") || "nothing"}`);
+    },
+    marks(events) {
+      if (JSON.stringify(events) === JSON.stringify(marked)) return;
+      marked = events;
+      plot?.redraw(false);
     },
   };
+}
+
+const STACK = ["--chart-2", "--chart-1", "--chart-3", "--chart-5", "--chart-6", "--chart-7", "--line-strong"];
+
+/** The same for areas on one another, which come and go: `update(at, [[name, values], ...])`. */
+export function stack(title, words, { signal, ...more }) {
+  const element = h("div", { class: "chart-place" });
+  let [names, inner, round] = [null, null, null];
+  let marked = [];
+
+  function made(labels) {
+    round?.abort();
+    round = new AbortController();
+    const series = labels.map((label, at) => [label, STACK[at % STACK.length], true]);
+    inner = chart(title, series, words, {
+      ...more,
+      signal: AbortSignal.any([signal, round.signal]),
+      stacked: true,
+    });
+    inner.marks(marked);
+    fill(element, inner.element);
+  }
+
+  return {
+    element,
+    update(at, named) {
+      const rows = named.length ? named : [["nothing waited", at.map(() => 0)]];
+      const labels = rows.map(([name]) => name);
+      if (JSON.stringify(labels) !== names) {
+        names = JSON.stringify(labels);
+        made(labels);
+      }
+      inner.update(at, rows.map(([, values]) => values));
+    },
+    marks(events) {
+      marked = events;
+      inner?.marks(events);
+    },
+  };
+}
+
+/** Each line with all after it added: the first is drawn first, and the others over it. */
+function stackedUp(lines) {
+  const found = [];
+  let below = null;
+  for (const line of lines.toReversed()) {
+    below = line.map((value, at) => (value ?? 0) + (below?.[at] ?? 0));
+    found.unshift(below);
+  }
+  return found;
+}
+
+/** The moment under the pointer, and what was changed in it. */
+function momentOf(times, at, marked) {
+  const [from, until] = [times[at], times[at + 1] ?? times[at] + (times[at] - (times[at - 1] ?? times[at]))];
+  const event = marked.find((one) => one.at >= from && one.at < until);
+  const moment = seconds.format(from * 1_000);
+  return event ? `${moment} · ${event.words}` : moment;
 }
 
 /** A value at an axis, in few letters: without the zeros that figures keep for their width. */
@@ -89,7 +165,7 @@ function alone(plot, line) {
   return [...values.keys()].filter((at) => isThere(at) && !isThere(at - 1) && !isThere(at + 1));
 }
 
-function options(width, series, words, least, tell) {
+function options(width, { series, words, least, tell, stacked, marks }) {
   const axis = {
     stroke: colour("--text-quiet"),
     font: AXIS_FONT,
@@ -119,11 +195,32 @@ function options(width, series, words, least, tell) {
         label,
         stroke: colour(name),
         width: 1.5,
-        fill: filled ? `${colour(name)}22` : undefined,
+        fill: filled ? `${colour(name)}${stacked ? "" : "22"}` : undefined,
         points: { show: false, filter: alone, size: 5, width: 1, fill: colour(name) },
         spanGaps: false,
       })),
     ],
-    hooks: { setCursor: [(plot) => tell(plot.cursor.idx)] },
+    hooks: {
+      setCursor: [(plot) => tell(plot.cursor.idx)],
+      draw: [(plot) => upright(plot, marks())],
+    },
   };
+}
+
+/** An upright line for each event that is within the times shown. */
+function upright(plot, events) {
+  const { ctx, bbox } = plot;
+  ctx.save();
+  ctx.strokeStyle = colour("--text-quiet");
+  ctx.lineWidth = devicePixelRatio;
+  ctx.setLineDash([4, 3]);
+  for (const { at } of events) {
+    const x = Math.round(plot.valToPos(at, "x", true));
+    if (x < bbox.left || x > bbox.left + bbox.width) continue;
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+  }
+  ctx.restore();
 }

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
-from tidegate.emulator.checks import known_fields, number, whole
 from tidegate.errors import InvalidRequest
 
 Software = Literal["llama.cpp", "vllm", "sglang", "tgi", "ollama"]
@@ -107,3 +106,25 @@ def _sound(name: str, value: Any) -> Any:
     if value is None and name in ("kv_tokens", "most_waiting"):
         return None
     return whole(field, value, _LEAST.get(name, 0), 10**9)
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a number within bounds; raises InvalidRequest naming the field."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidRequest(name, f"{name}: {value!r} is not a number from {low:g} to {high:g}")
+    return value
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int within bounds; raises InvalidRequest naming the field."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(name, f"{name}: {value!r} is not a whole number from {low} to {high}")
+    return value
+
+
+def known_fields(name: str, table: Any, allowed: tuple[str, ...]) -> None:
+    """Raises InvalidRequest unless `table` is an object with none but these fields."""
+    if not isinstance(table, Mapping):
+        raise InvalidRequest(name, f"{name}: {table!r} is not an object")
+    if unknown := set(table) - set(allowed):
+        raise InvalidRequest(name, f"{name}: {min(unknown)!r} is none of {', '.join(allowed)}")

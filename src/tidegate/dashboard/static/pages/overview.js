@@ -5,6 +5,7 @@ import { fill, h, say } from "../dom.js";
 import { follow, hide } from "../feed.js";
 import { brief } from "../format.js";
 import { note } from "../router.js";
+import * as scope from "../scope.js";
 import * as stuck from "../stuck.js";
 import { choice, failed } from "../ui.js";
 import { budgetsCard } from "./overview/budgets.js";
@@ -15,14 +16,16 @@ import { limitsCard } from "./overview/limits.js";
 import { processesCard, upstreamsCard } from "./overview/places.js";
 import { spendCard } from "./overview/spend.js";
 import { tenantsCard } from "./overview/tenants.js";
+import { verdictCard } from "./overview/verdict.js";
 
 const SPANS = { "5m": "5 min", "1h": "1 h", "24h": "24 h" };
 const WORDS = { "5m": "5 minutes", "1h": "hour", "24h": "24 hours" };
 
 export async function open(main, { query, signal }) {
   const { pools } = await get("dashboard/session", { signal });
+  scope.among(pools, query.get("pool"));
   const chosen = {
-    pool: pools.includes(query.get("pool")) ? query.get("pool") : pools[0],
+    pool: scope.chosen(),
     span: query.get("span") in SPANS ? query.get("span") : "5m",
   };
   const view = parts(chosen, signal);
@@ -31,6 +34,7 @@ export async function open(main, { query, signal }) {
 
   function choose(what) {
     Object.assign(chosen, what);
+    if (what.pool !== undefined) scope.choose(what.pool);
     note(chosen);
     round?.abort();
     round = new AbortController();
@@ -41,17 +45,21 @@ export async function open(main, { query, signal }) {
     });
   }
 
-  const tabs = choice("Pool", Object.fromEntries(pools.map((one) => [one, one])), chosen.pool, (pool) =>
-    choose({ pool }),
+  const upstreams = h(
+    "select",
+    { class: "scope", "aria-label": "Upstream", hidden: pools.length < 2 },
+    Object.entries(scope.options()).map(([value, words]) =>
+      h("option", { value, selected: value === chosen.pool }, words),
+    ),
   );
-  tabs.hidden = pools.length < 2;
-  view.tabs = tabs;
+  upstreams.addEventListener("change", () => choose({ pool: upstreams.value }));
+  view.upstreamsChoice = upstreams;
   main.append(
     h(
       "div",
       { class: "page-head" },
       h("h1", {}, "Overview"),
-      tabs,
+      upstreams,
       h("div", { class: "end" }, choice("Charts of the last", SPANS, chosen.span, (span) => choose({ span }))),
     ),
     view.element,
@@ -62,9 +70,12 @@ export async function open(main, { query, signal }) {
 
 function parts(chosen, signal) {
   const pool = () => chosen.pool;
+  const frames = { live: null, budgets: null };
   const view = {
+    frames,
+    verdict: verdictCard(() => frames),
     figures: figuresStrip(),
-    limits: limitsCard(pool),
+    limits: limitsCard(pool, signal),
     budgets: budgetsCard(),
     charts: charts(signal),
     tenants: tenantsCard(pool),
@@ -74,14 +85,15 @@ function parts(chosen, signal) {
     processes: processesCard(),
     notices: h("div", { class: "notices", role: "alert" }),
   };
-  const { figures, limits, tenants, faults, spend, upstreams, processes } = view;
+  const { verdict, figures, limits, tenants, faults, spend, upstreams, processes } = view;
   view.element = h(
     "div",
     { class: "overview", data: { state: "loading" } },
+    verdict.element,
     figures.element,
+    view.charts.element,
     limits.element,
     view.budgets.element,
-    view.charts.element,
     h("div", { class: "columns" }, tenants.element, faults.element),
     h("div", { class: "columns" }, spend.element, upstreams.element),
     processes.element,
@@ -92,30 +104,37 @@ function parts(chosen, signal) {
 function show(view, chosen, event, data) {
   if (event === "live") showLive(view, chosen, data);
   else if (event === "now" && data[chosen.pool]) view.figures.now(data[chosen.pool]);
-  else if (event === "budgets") view.budgets.update(data);
+  else if (event === "events") view.charts.events(data, chosen.pool);
+  else if (event === "budgets") {
+    view.frames.budgets = data;
+    view.budgets.update(data);
+  }
   else if (event === "record") {
     view.figures.record(data);
     view.spend.record(data);
     stuck.told(data);
   } else if (event === "trend" && data.pool === chosen.pool && data.range === chosen.span) {
     const frame = { ...data, words: WORDS[data.range] };
-    for (const part of [view.charts, view.tenants, view.faults, view.spend, view.upstreams]) {
+    for (const part of [view.charts, view.limits, view.tenants, view.faults, view.spend, view.upstreams]) {
       (part.trend ?? part.update)(frame);
     }
   }
 }
 
 function showLive(view, chosen, data) {
-  const pool = data.pools.find((one) => one.pool === chosen.pool);
-  const isThere = pool && !pool.problem;
+  view.frames.live = data;
+  view.verdict.live(data);
+  const pool = scope.within(data, chosen.pool);
+  const isThere = pool !== null;
+  const away = data.pools.find((one) => one.problem && (!isThere || chosen.pool === scope.ALL));
   const notices = [];
-  if (pool?.problem) {
-    notices.push(["bad", `Valkey does not answer, so these are the last figures known. ${pool.problem}`]);
-  } else if (pool?.recovering_ms) {
+  if (away) {
+    notices.push(["bad", "These are the last figures known: they stand still until Valkey answers."]);
+  } else if (data.pools.some((one) => one.recovering_ms && [scope.ALL, one.pool].includes(chosen.pool))) {
     notices.push(["", "Valkey has lost its data: no request is admitted until all processes have reported their permits."]);
   }
   if (data.postgresql_away) {
-    notices.push(["bad", "PostgreSQL does not answer: charts and spend stand still, new jobs are refused."]);
+    notices.push(["bad", "Charts and spend stand still until PostgreSQL answers."]);
   }
   const text = notices.map(([, words]) => words).join("\n");
   if (view.notices.dataset.said !== text) {
@@ -129,8 +148,9 @@ function showLive(view, chosen, data) {
   view.limits.update(pool);
   view.tenants.live(pool);
   view.processes.live(pool);
-  for (const tab of view.tabs.children) {
-    const waiting = data.pools.find((one) => one.pool === tab.value)?.waiting;
-    say(tab, waiting ? `${tab.value} (${brief(waiting)} waiting)` : tab.value);
+  for (const option of view.upstreamsChoice.options) {
+    if (option.value === scope.ALL) continue;
+    const waiting = data.pools.find((one) => one.pool === option.value)?.waiting;
+    say(option, waiting ? `${option.value} (${brief(waiting)} waiting)` : option.value);
   }
 }

@@ -38,10 +38,15 @@ export function budgetsCard() {
   };
 }
 
+/** `people: ann`, or the name alone of a budget that is one for all. */
+export function titleOf(one) {
+  const whose = one.scope.map((value, place) => value ?? `no ${one.each[place]}`).join(", ");
+  return whose ? `${one.name}: ${whose}` : one.name;
+}
+
 function row(first) {
   let latest = first;
-  const whose = first.scope.map((value, place) => value ?? `no ${first.each[place]}`).join(", ");
-  const title = whose ? `${first.name}: ${whose}` : first.name;
+  const title = titleOf(first);
   const spent = h("div", { class: "gauge-used" });
   const held = h("div", { class: "gauge-held" });
   const gauge = h("div", { class: "gauge", role: "meter", "aria-label": title }, spent, held);
@@ -50,7 +55,7 @@ function row(first) {
   const left = h("span", { class: "quiet-text" });
   const badges = h("span", { class: "badges" });
   const go = h("button", { class: "button small", type: "button" }, "");
-  go.addEventListener("click", () => goOn(latest, title));
+  go.addEventListener("click", () => resumeBudget(latest, title));
   const element = h(
     "li",
     { class: "limit budget", data: { budget: first.name } },
@@ -121,7 +126,7 @@ function drawState(badges, one, isPaused) {
 const minutesOf = (ms) => Math.max(60_000, Math.ceil(ms / 60_000) * 60_000);
 const atEnd = (one) => (one.fallback ? `calls go to ${one.fallback}` : "calls are refused");
 
-function goOn(one, title) {
+export function resumeBudget(one, title) {
   const isPaused = one.paused_since !== null;
   const unit = one.unit === "usd" ? "USD" : "tokens";
   const extra = field("extra", `More in this period, in ${unit}`, {

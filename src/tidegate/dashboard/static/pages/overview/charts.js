@@ -1,34 +1,86 @@
-// Throughput, queue wait and upstream latency over the chosen time.
+// What waited, ended, cost and took over the chosen time, with what operators changed meanwhile.
 
-import { chart } from "../../chart.js";
-import { h } from "../../dom.js";
-import { length, rate } from "../../format.js";
+import { chart, stack } from "../../chart.js";
+import { h, keyed, say } from "../../dom.js";
+import { brief, length, money, rate, time } from "../../format.js";
+import { link } from "../../router.js";
+import * as scope from "../../scope.js";
 
+const MICROS = 1_000_000;
+const MOST_TOLD = 4;
 const PERCENTILES = [
   ["p50", "--chart-1", true],
   ["p95", "--chart-2"],
-  ["p99", "--chart-3"],
 ];
+const perMinute = (dollars) => (dollars === 0 ? "$0.00" : money(dollars));
+const waiting = (value) => (value < 10 ? String(Math.round(value * 10) / 10) : brief(Math.round(value)));
 
 export function charts(signal) {
+  let step = 60;
+  const pick = (at) => {
+    const from = Math.floor(at / 60) * 60;
+    const until = Math.max(from + 60, at + step);
+    location.hash = link("/requests", { time: "between", since: local(from), until: local(until) });
+  };
+  const shared = { signal, pick };
+  const depth = stack("Queue depth", waiting, { ...shared, least: 1 });
   const calls = chart(
-    "Throughput",
+    "Requests",
     [
       ["ended", "--chart-1", true],
       ["failed", "--chart-4"],
       ["429s", "--chart-2"],
     ],
     rate,
-    { signal, least: 0.1 },
+    { ...shared, least: 0.1 },
   );
-  const waits = chart("Queue wait", PERCENTILES, length, { signal, least: 10 });
-  const lengths = chart("Upstream latency", PERCENTILES, length, { signal, least: 10 });
+  const cost = chart("Cost a minute", [["cost", "--chart-3", true]], perMinute, { ...shared, least: 0.01 });
+  const waits = chart("Queue wait", PERCENTILES, length, { ...shared, least: 10 });
+  const lengths = chart("Upstream latency", [...PERCENTILES, ["p99", "--chart-3"]], length, { ...shared, least: 10 });
+  const all = [depth, calls, cost, waits, lengths];
+  const told = h("ul", { class: "events quiet-text", "aria-label": "Changes", hidden: true });
+  const draw = keyed(told, eventRow);
+  let [events, begin] = [[], 0];
+  const show = () => {
+    const known = events.filter((one) => one.at >= begin);
+    for (const one of all) one.marks(known);
+    told.hidden = known.length === 0;
+    draw(known.slice(0, MOST_TOLD), (one) => `${one.at} ${one.pool}`);
+  };
   return {
-    element: h("div", { class: "charts" }, calls.element, waits.element, lengths.element),
+    element: h("div", { class: "charts" }, all.map((one) => one.element), told),
     update(trend) {
+      step = trend.step_s;
+      begin = trend.at[0];
+      depth.update(trend.at, trend.queue.map(({ name, line }) => [name || "others", line]));
       calls.update(trend.at, [trend.calls, trend.failed, trend.throttled]);
-      waits.update(trend.at, trend.waits);
+      cost.update(trend.at, [trend.cost_micros.map((value) => (value * 60) / MICROS)]);
+      waits.update(trend.at, trend.waits.slice(0, 2));
       lengths.update(trend.at, trend.lengths);
+      show();
+    },
+    /** What was changed, the newest first. */
+    events(frame, pool) {
+      events = frame.filter((one) => pool === scope.ALL || one.pool === pool);
+      show();
     },
   };
+}
+
+function eventRow() {
+  const when = h("time");
+  const words = h("span");
+  return {
+    element: h("li", {}, when, " ", words),
+    update(one) {
+      say(when, time(one.at * 1_000));
+      say(words, one.words);
+    },
+  };
+}
+
+/** As a field for a local time has it. */
+function local(seconds) {
+  const at = new Date(seconds * 1_000);
+  return new Date(at.getTime() - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);
 }

@@ -33,7 +33,7 @@ export function figuresStrip() {
       const paused = pool.limits.filter((one) => one.paused_ms > 0).length;
       put("flight", brief(pool.in_flight), `in ${count(pool.processes.length)} processes`);
       const held = paused ? `${count(paused)} paused` : `${count(pool.tenants.length)} tenants`;
-      put("waiting", brief(pool.waiting), held, paused ? "bad" : pool.waiting ? "warn" : null);
+      put("waiting", brief(pool.waiting), held, pool.waiting ? "warn" : null);
     },
     now(one) {
       put("calls", rate(one.per_second), "last minute");

@@ -1,9 +1,10 @@
 // Each limit as a gauge: how much of it is used, who waits, whether it is paused, and what to do.
 
-import { get, patch, post } from "../../api.js";
+import { get, patch, post, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
 import { brief, count, length } from "../../format.js";
-import { confirm, field, toast } from "../../ui.js";
+import * as scope from "../../scope.js";
+import { choice, confirm, field, toast } from "../../ui.js";
 
 const FOR_EVER_MS = 10 * 365 * 86_400_000;
 const UNITS = {
@@ -16,35 +17,197 @@ const UNITS = {
   tokens_in_flight: "tokens in flight",
 };
 
-/** `pool()` names the pool that is shown; `refresh()` is not needed: the feed shows the effect. */
-export function limitsCard(pool) {
+const NO_BOUND = 10_000_000_000; // of a limit that is there to be paused
+const FEW = 12; // so many are always shown, busy or not
+const BUSY_MS = 20_000; // for so long a limit that was busy stays in the list
+const ORDER_MS = 10_000; // how often rows may change places
+const ALL_EVERY_MS = 2_000;
+const TYPED_MS = 250;
+const GROUPS = { none: "No groups", kind: "By type", model: "By model", tenant: "By tenant" };
+
+const isBusy = (one) =>
+  one.waiting > 0 || one.paused_ms > 0 || one.bound === 0 || (one.used > 0 && one.used >= one.current) || (one.adaptive && one.current < one.bound);
+const keyOf = (one) => `${one.pool} ${one.limit}`;
+const waitsMore = (a, b) =>
+  b.waiting - a.waiting || b.used / Math.max(1, b.current) - a.used / Math.max(1, a.current) || (keyOf(a) < keyOf(b) ? -1 : 1);
+
+/** `pool()` is the scope. Busy limits come with the feed; all of them are asked for by pages. */
+export function limitsCard(pool, signal) {
   const list = h("ul", { class: "limits" });
-  const more = h("p", { class: "quiet-text card-body", hidden: true });
-  const draw = keyed(list, (first) => row(first.limit, pool));
+  const draw = keyed(list, (first) => (first.group === undefined ? row(first) : groupRow()));
   const learned = h("ul", { class: "learned-limits", "aria-label": "Learned limits", hidden: true });
-  const drawLearned = keyed(learned, (first) => learnedRow(first.limit, pool));
-  const revision = h("span", { class: "quiet-text" });
+  const drawLearned = keyed(learned, (first) => learnedRow(first.limit, first.pool));
+  const note = h("span", { class: "quiet-text" });
+  const state = { shown: "busy", group: "none", search: "", offset: 0 };
+  const idle = h("p", { class: "quiet-text card-body limits-idle", hidden: true });
+  const seenBusy = new Map();
+  let [order, orderedAt] = [new Map(), -ORDER_MS];
+  let frame = null;
+
+  function busy() {
+    const now = performance.now();
+    const few = frame.all_limits <= FEW;
+    for (const one of frame.limits) if (isBusy(one)) seenBusy.set(keyOf(one), now);
+    const wanted = frame.limits.filter((one) => few || now - (seenBusy.get(keyOf(one)) ?? -BUSY_MS) < BUSY_MS);
+    if (now - orderedAt > ORDER_MS || wanted.some((one) => !order.has(keyOf(one)))) {
+      orderedAt = now;
+      order = new Map(wanted.toSorted(few ? byName : waitsMore).map((one, place) => [keyOf(one), place]));
+    }
+    wanted.sort((a, b) => order.get(keyOf(a)) - order.get(keyOf(b)));
+    draw(wanted, keyOf);
+    const folded = frame.all_limits - wanted.length;
+    idle.hidden = folded === 0 && wanted.length > 0;
+    const none = wanted.length ? "" : "No limit is busy. ";
+    say(idle, `${none}${count(folded)} idle ${folded === 1 ? "limit" : "limits"} not shown: choose All to see them.`);
+  }
+
+  const pages = pagesOf(state, pool, signal, (page) => {
+    const rows = page.limits.flatMap((one, at) => {
+      const isFirst = state.group !== "none" && one.group !== page.limits[at - 1]?.group;
+      const { group: _, ...plain } = one;
+      return isFirst ? [page.groups.find((each) => each.group === one.group), plain] : [plain];
+    });
+    draw(rows, (one) => (one.group === undefined ? keyOf(one) : `group ${one.group}`));
+    idle.hidden = rows.length > 0;
+    say(idle, state.search ? `No limit has ${state.search} in its name.` : "No limits.");
+  });
+  const shownChoice = choice("Which limits", { busy: "Busy", all: "All" }, state.shown, (shown) => {
+    state.shown = shown;
+    again();
+  });
+  const search = h("input", { type: "search", class: "limits-search", placeholder: "Search limits", "aria-label": "Search limits", spellcheck: "false" });
+  const group = h(
+    "select",
+    { class: "limits-group", "aria-label": "Group limits" },
+    Object.entries(GROUPS).map(([value, words]) => h("option", { value }, words)),
+  );
+  const toAll = () => {
+    state.shown = "all";
+    for (const one of shownChoice.children) one.setAttribute("aria-pressed", String(one.value === "all"));
+    again();
+  };
+  let typing = 0;
+  search.addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => {
+      state.search = search.value.trim();
+      toAll();
+    }, TYPED_MS);
+  });
+  group.addEventListener("change", () => {
+    state.group = group.value;
+    toAll();
+  });
+  function again() {
+    state.offset = 0;
+    pages.show(state.shown === "all");
+    if (state.shown === "busy" && frame) busy();
+  }
+
   return {
     element: h(
       "section",
       { class: "card", "aria-label": "Limits" },
-      h("div", { class: "card-head" }, h("h2", {}, "Limits"), revision),
+      h(
+        "div",
+        { class: "card-head" },
+        h("h2", {}, "Limits"),
+        note,
+        h("div", { class: "end limits-tools" }, search, group, shownChoice),
+      ),
       h(
         "div",
         { class: "limit limit-heads", "aria-hidden": "true" },
         ["Limit", "", "Used", "Waiting", "State", ""].map((words) => h("div", {}, words)),
       ),
       list,
+      idle,
+      pages.foot,
       learned,
-      more,
     ),
-    update(frame) {
-      draw(frame.limits, (one) => one.limit);
-      drawLearned(frame.learned ?? [], (one) => one.limit);
-      learned.hidden = !frame.learned?.length;
-      say(revision, `revision ${frame.revision}`);
-      more.hidden = !frame.more_limits;
-      say(more, `${count(frame.more_limits)} more, less pressed: see tidegate limits`);
+    update(now) {
+      if (frame?.pool !== now.pool) again();
+      frame = now;
+      const all = shownChoice.querySelector("[value=all]");
+      say(all, `All ${count(now.all_limits)}`);
+      if (state.shown === "busy") busy();
+      drawLearned(now.learned ?? [], keyOf);
+      learned.hidden = !now.learned?.length;
+      say(note, now.revision === null ? "" : `revision ${now.revision}`);
+    },
+    trend(past) {
+      for (const one of past.queue) lines.set(one.name, one.line);
+      for (const name of lines.keys()) if (!past.queue.some((one) => one.name === name)) lines.delete(name);
+    },
+  };
+}
+
+const byName = (a, b) => (keyOf(a) < keyOf(b) ? -1 : 1);
+// How many waited for each limit lately, as the charts have it.
+const lines = new Map();
+
+/** All limits, page by page, asked again while they are looked at. */
+function pagesOf(state, pool, signal, paint) {
+  const words = h("span", { class: "quiet-text" });
+  const [back, on] = ["Previous", "Next"].map((text) =>
+    h("button", { class: "button small", type: "button" }, text),
+  );
+  const foot = h("div", { class: "card-body limits-foot", hidden: true }, words, back, on);
+  let [isOn, size] = [false, 25];
+  let round = new AbortController();
+  back.addEventListener("click", () => turn(-size));
+  on.addEventListener("click", () => turn(size));
+
+  function turn(by) {
+    state.offset = Math.max(0, state.offset + by);
+    look();
+  }
+
+  async function look() {
+    round.abort();
+    round = new AbortController();
+    const mine = round;
+    try {
+      const query = { pool: pool(), group: state.group, search: state.search, offset: state.offset };
+      const page = await get("dashboard/limits", { query, signal: AbortSignal.any([signal, mine.signal]) });
+      if (mine !== round || !isOn) return;
+      const last = state.offset + page.limits.length;
+      if (page.limits.length > size) size = page.limits.length;
+      say(words, page.total ? `${count(state.offset + 1)} to ${count(last)} of ${count(page.total)}` : "");
+      back.disabled = state.offset === 0;
+      on.disabled = last >= page.total;
+      foot.hidden = page.total <= size && state.offset === 0;
+      paint(page);
+    } catch (error) {
+      if (error.name !== "AbortError" && !(error instanceof Problem)) throw error;
+    }
+  }
+
+  const timer = setInterval(() => isOn && !document.hidden && look(), ALL_EVERY_MS);
+  signal.addEventListener("abort", () => clearInterval(timer));
+  return {
+    foot,
+    show(shown) {
+      isOn = shown;
+      foot.hidden = true;
+      if (isOn) look();
+      else round.abort();
+    },
+  };
+}
+
+/** The head of a group, with the figures of all its limits. */
+function groupRow() {
+  const name = h("b");
+  const words = h("span", { class: "quiet-text" });
+  return {
+    element: h("li", { class: "limit-group" }, name, words),
+    update(one) {
+      say(name, one.group);
+      const said = [`${count(one.limits)} ${one.limits === 1 ? "limit" : "limits"}`];
+      if (one.waiting) said.push(`${brief(one.waiting)} waiting`);
+      if (one.full) said.push(`${count(one.full)} full`);
+      say(words, said.join(", "));
     },
   };
 }
@@ -54,7 +217,7 @@ function learnedRow(limit, pool) {
   const words = h("span", { class: "quiet-text" });
   const accept = h("button", { class: "button quiet small", type: "button" }, "Accept");
   accept.setAttribute("aria-label", `Accept ${limit}`);
-  accept.addEventListener("click", () => acceptLimit(pool(), limit));
+  accept.addEventListener("click", () => acceptLimit(pool, limit));
   return {
     element: h(
       "li",
@@ -70,7 +233,7 @@ function learnedRow(limit, pool) {
   };
 }
 
-function acceptLimit(pool, limit) {
+export function acceptLimit(pool, limit) {
   const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
   return confirm({
     title: `Accept ${limit} as learned?`,
@@ -85,7 +248,8 @@ function acceptLimit(pool, limit) {
   });
 }
 
-function row(limit, pool) {
+function row(first) {
+  const { limit, pool } = first;
   let latest = null;
   const used = h("div", { class: "gauge-used" });
   const held = h("div", { class: "gauge-held" });
@@ -95,13 +259,16 @@ function row(limit, pool) {
   const figure = h("span", { class: "figures" });
   const left = h("span", { class: "quiet-text" });
   const waiting = h("span", { class: "figures" });
+  const spark = h("polyline", { fill: "none", stroke: "currentColor", "stroke-width": "1.5" });
+  const sparkline = h("svg", { class: "spark", viewBox: "0 0 60 16", "aria-hidden": "true" }, spark);
+  const tenants = h("span", { class: "quiet-text limit-tenants" });
   const badges = h("span", { class: "badges" });
   const change = h("button", { class: "button quiet small", type: "button" }, "Change");
   const pause = h("button", { class: "button quiet small", type: "button" }, "Pause");
   change.setAttribute("aria-label", `Change ${limit}`);
-  change.addEventListener("click", () => changeLimit(pool(), latest));
+  change.addEventListener("click", () => changeLimit(pool, latest));
   pause.addEventListener("click", () =>
-    latest.paused_ms > 0 ? resumeLimit(pool(), latest) : pauseLimit(pool(), latest),
+    latest.paused_ms > 0 ? resumeLimit(pool, latest) : pauseLimit(pool, latest),
   );
   const element = h(
     "li",
@@ -109,8 +276,8 @@ function row(limit, pool) {
     h("div", { class: "limit-name" }, h("b", { title: limit }, limit), words),
     h("div", { class: "limit-gauge" }, gauge),
     h("div", { class: "limit-used" }, figure, left),
-    h("div", { class: "limit-waiting" }, waiting, h("span", { class: "quiet-text limit-label" }, "waiting")),
-    h("div", { class: "limit-state" }, badges),
+    h("div", { class: "limit-waiting" }, sparkline, waiting, h("span", { class: "quiet-text limit-label" }, "waiting")),
+    h("div", { class: "limit-state" }, badges, tenants),
     h("div", { class: "limit-actions" }, change, pause),
   );
   return {
@@ -119,13 +286,19 @@ function row(limit, pool) {
       latest = one;
       const isPaused = one.paused_ms > 0;
       const isFull = one.used >= one.current;
-      say(words, one.words);
-      mark(words, "title", one.words);
-      say(figure, `${amount(one, one.used)} / ${amount(one, one.current)}`);
+      const what = scope.chosen() === scope.ALL ? `${one.words}, ${pool}` : one.words;
+      say(words, what);
+      mark(words, "title", what);
+      const isOpen = one.bound >= NO_BOUND;
+      say(figure, isOpen ? amount(one, one.used) : `${amount(one, one.used)} / ${amount(one, one.current)}`);
       mark(figure, "title", `${exact(one, one.used)} of ${exact(one, one.current)}`);
       say(left, leftOf(one));
       say(waiting, brief(one.waiting));
       mark(waiting, "data-some", one.waiting > 0);
+      mark(spark, "points", pointsOf(lines.get(limit)));
+      const who = (one.tenants ?? []).map(([name, amount]) => `${name} ${brief(amount)}`).join(", ");
+      say(tenants, who);
+      mark(tenants, "title", who ? `Waiting: ${who}` : null);
       drawGauge(one, { gauge, used, held, tick });
       mark(element, "data-full", isFull && !one.shadow);
       mark(element, "data-paused", isPaused);
@@ -134,6 +307,14 @@ function row(limit, pool) {
       mark(pause, "aria-label", `${isPaused ? "Resume" : "Pause"} ${limit}`);
     },
   };
+}
+
+/** A line of 60 by 16 that has the largest value on top; nothing where nothing has waited. */
+function pointsOf(values) {
+  if (!values?.some((value) => value > 0)) return null;
+  const most = Math.max(...values);
+  const across = 60 / Math.max(1, values.length - 1);
+  return values.map((value, at) => `${(at * across).toFixed(1)},${(15 - (value / most) * 14).toFixed(1)}`).join(" ");
 }
 
 function drawGauge(one, { gauge, used, held, tick }) {
@@ -162,6 +343,7 @@ function leftOf(one) {
   if (one.sort === "concurrency") {
     return one.lapsing ? `${count(one.lapsing)} held for the dead` : " ";
   }
+  if (one.bound >= NO_BOUND) return " ";
   const left = Math.max(0, one.current - one.used);
   const said = [`${amount(one, left)} left`];
   if (one.reserved && one.unit !== "requests") said.push(`${amount(one, one.reserved)} reserved`);
@@ -199,7 +381,7 @@ function drawBadges(badges, one, isPaused, isFull) {
 
 const secondsOf = (ms) => Math.ceil(ms / 1_000) * 1_000;
 
-function changeLimit(pool, one) {
+export function changeLimit(pool, one) {
   const unit = UNITS[one.unit] ?? one.unit ?? "concurrent calls";
   const told = one.unit === "usd" ? one.bound / MICROS : one.bound;
   const bound = field("bound", `New limit, in ${unit}`, {
@@ -260,7 +442,7 @@ function pauseLimit(pool, one) {
   });
 }
 
-function resumeLimit(pool, one) {
+export function resumeLimit(pool, one) {
   return confirm({
     title: `Resume ${one.limit}?`,
     text: one.paused_by ? `It was paused by ${one.paused_by}.` : "",

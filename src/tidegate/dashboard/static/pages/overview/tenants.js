@@ -4,6 +4,7 @@ import { put } from "../../api.js";
 import { h, keyed, mark, say } from "../../dom.js";
 import { NOTHING, brief, count, percent } from "../../format.js";
 import { link } from "../../router.js";
+import { ALL } from "../../scope.js";
 import { confirm, empty, field, toast } from "../../ui.js";
 
 // What shares are measured in: the figure of a tenant's calls, and its name in the head.
@@ -105,6 +106,7 @@ function row(tenant, pool) {
   const change = h("button", { class: "button quiet small", type: "button" }, "Weight");
   change.setAttribute("aria-label", `Change the weight of ${tenant}`);
   change.addEventListener("click", () => changeWeight(pool(), latest));
+  const measured = () => mark(change, "hidden", pool() === ALL ? "" : null);
   const element = h(
     "tr",
     { data: { tenant } },
@@ -123,13 +125,14 @@ function row(tenant, pool) {
     element,
     update(one) {
       latest = one;
+      measured(); // a weight is of one upstream
       say(waiting, brief(one.waiting));
       mark(waiting, "data-some", one.waiting > 0);
       say(heldUp, one.waiting ? one.held_up_by || "its process" : NOTHING);
       say(weight, count(one.weight));
       got.style.width = `${(one.got ?? 0) * 100}%`;
       due.style.left = `${(one.due ?? 0) * 100}%`;
-      say(said, one.got === null ? NOTHING : `${percent(one.got)}, due ${percent(one.due)}`);
+      say(said, one.got === null ? NOTHING : `${percent(one.got)}, fair ${percent(one.due)}`);
     },
   };
 }

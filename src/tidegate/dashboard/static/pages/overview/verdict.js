@@ -1,0 +1,120 @@
+// The answer on top: whether all is well, and what is not, each cause with what acts on it.
+
+import { fill, h, keyed, mark, say } from "../../dom.js";
+import { brief, count } from "../../format.js";
+import { link } from "../../router.js";
+import { toast } from "../../ui.js";
+import { resumeBudget, titleOf } from "./budgets.js";
+import { acceptLimit, changeLimit, resumeLimit } from "./limits.js";
+
+const SIGNS = { healthy: "●", degraded: "▲", down: "■" };
+const WORDS = { healthy: "Healthy", degraded: "Degraded", down: "Down" };
+
+/** `latest()` gives the newest frames: `{ live, budgets }`. */
+export function verdictCard(latest) {
+  const sign = h("span", { class: "verdict-sign", "aria-hidden": "true" });
+  const word = h("b", { class: "verdict-word" }, "Looking");
+  const words = h("span", { class: "verdict-words" });
+  const list = h("ul", { class: "causes", "aria-label": "What needs a look", hidden: true });
+  const more = h("p", { class: "quiet-text causes-more", hidden: true });
+  const draw = keyed(list, (first) => causeRow(first, latest));
+  const element = h(
+    "section",
+    { class: "card verdict", "aria-label": "State", data: { health: "unknown" } },
+    h("p", { class: "verdict-head", role: "status" }, sign, word, words),
+    list,
+    more,
+  );
+  return {
+    element,
+    live({ verdict }) {
+      mark(element, "data-health", verdict.health);
+      say(sign, SIGNS[verdict.health]);
+      say(word, WORDS[verdict.health]);
+      say(words, verdict.sentence.slice(WORDS[verdict.health].length + 2));
+      list.hidden = !verdict.causes.length;
+      draw(verdict.causes, keyOf);
+      more.hidden = !verdict.more;
+      say(more, `and ${count(verdict.more)} more: tidegate status --json names the first ones`);
+    },
+  };
+}
+
+/** Its words change from second to second, but for budgets, of which one may have several books. */
+const keyOf = ({ kind, pool, subject, words }) =>
+  [kind, pool, subject, kind.startsWith("budget_") ? words : ""].join(" ");
+
+function causeRow(first, latest) {
+  let now = first;
+  const sign = h("span", { class: "verdict-sign", "aria-hidden": "true" });
+  const words = h("b");
+  const detail = h("span", { class: "quiet-text" });
+  const acts = h("div", { class: "cause-acts" });
+  fill(acts, actsOn(first, () => now, latest));
+  return {
+    element: h(
+      "li",
+      { class: "cause", data: { cause: first.kind, subject: first.subject ?? "" } },
+      sign,
+      h("div", { class: "cause-words" }, words, detail),
+      acts,
+    ),
+    update(one) {
+      now = one;
+      mark(sign.parentElement, "data-level", one.level);
+      say(sign, SIGNS[one.level]);
+      say(words, one.words);
+      say(detail, one.detail);
+      detail.hidden = !one.detail;
+    },
+  };
+}
+
+/** The buttons and links of a cause; the command is for a terminal. */
+function actsOn(first, now, latest) {
+  const button = (text, act) =>
+    h("button", { class: "button small", type: "button", on: { click: act } }, text);
+  const { kind, pool, subject } = first;
+  const found = [];
+  if (kind === "limit_paused") {
+    found.push(button("Resume", () => resumeLimit(pool, viewOf(latest, pool, subject))));
+  } else if (kind === "bottleneck" || kind === "limit_closed") {
+    found.push(
+      h("a", { class: "button small quiet", href: link("/requests", { status: "open" }) }, "What waits"),
+      button("Change the limit", () => changeLimit(pool, viewOf(latest, pool, subject))),
+    );
+  } else if (kind === "drift") {
+    found.push(button("Accept", () => acceptLimit(pool, subject)));
+  } else if (kind.startsWith("budget_")) {
+    found.push(button("Allow more", () => resumeOf(latest, subject, now())));
+  } else if (kind === "dead_jobs" || kind === "webhooks_given_up") {
+    found.push(h("a", { class: "button small", href: link("/attention") }, "Look at them"));
+  }
+  if (first.command) found.push(copied(first.command));
+  return found;
+}
+
+function viewOf(latest, pool, limit) {
+  const frame = latest().live?.pools.find((one) => one.pool === pool);
+  return frame?.limits?.find((one) => one.limit === limit) ?? { limit, words: "", bound: 0 };
+}
+
+function resumeOf(latest, name, cause) {
+  const all = latest().budgets?.budgets.filter((one) => one.name === name) ?? [];
+  const one = all.find((each) => cause.words.includes(each.scope.join(", "))) ?? all[0];
+  if (one) resumeBudget(one, titleOf(one));
+  else toast(`${brief(0)} books of ${name} are shown: see tidegate budgets list ${name}`, "bad");
+}
+
+function copied(command) {
+  const button = h(
+    "button",
+    { class: "button small quiet", type: "button", title: command },
+    "Copy command",
+  );
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(command);
+    toast(`Copied: ${command}`);
+  });
+  return button;
+}

@@ -1,0 +1,441 @@
+"""Verdict on a deployment: healthy, degraded or down, with its causes in the order to act on.
+
+One judgement for the dashboard, `/health/dependencies` and `tidegate status`. Invariants: `judge`
+is pure; requests that wait are normal, and degrade a deployment only where their wait is long; a
+part that does not answer is a cause itself, and the others are judged without it; at most
+`MOST_CAUSES` are named, the worst first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tidegate.errors import LimiterUnavailable, StoreUnavailable
+from tidegate.limiter import (
+    Limit,
+    LimitView,
+    PoolPolicy,
+    Quota,
+    Rate,
+    Snapshot,
+    format_pause,
+    format_span,
+)
+from tidegate.metrics.process import Board, Note, Recent, UpstreamFound
+from tidegate.policy.format import in_words
+from tidegate.policy.inspection import adapted_from, admitted_per_s, is_full
+from tidegate.policy.learned import LearnedLimit, shared_limits
+from tidegate.policy.rollout import PolicyKeeper
+from tidegate.prices.budgets import Budget, scope_values
+from tidegate.spine.routing import DRAINED
+from tidegate.store.budgets import BudgetBook
+from tidegate.store.store import Store
+from tidegate.telemetry.logging import Log, get_logger
+
+Health = Literal["healthy", "degraded", "down"]
+CauseKind = Literal[
+    "valkey_away",
+    "upstreams_out",
+    "postgresql_away",
+    "recovering",
+    "key_refused",
+    "upstream_out",
+    "bottleneck",
+    "limit_paused",
+    "limit_closed",
+    "budget_paused",
+    "budget_spent",
+    "dead_jobs",
+    "webhooks_given_up",
+    "drift",
+]
+LONG_WAIT_MS = 60_000
+SHORT_PAUSE_MS = 10_000  # as a provider's 429 makes one: it ends before a person could act
+MOST_CAUSES = 12
+FRESH_S = 1.0
+RECORD_FRESH_S = 2.0
+_MOST_TENANTS = 3
+_GATE = "upstream:"  # the limit that a process pauses when its upstream is out
+_LEVELS: Mapping[Health, int] = {"down": 0, "degraded": 1, "healthy": 2}
+_ORDER: Mapping[str, int] = {kind: place for place, kind in enumerate(get_args(CauseKind))}
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """One reason for the state of a deployment. level: the state that it alone makes; a cause that
+    is healthy is worth a look. subject: the limit, upstream or budget. command: what acts on it."""
+
+    kind: CauseKind
+    level: Health
+    words: str
+    detail: str = ""
+    pool: str | None = None
+    subject: str | None = None
+    waiting: int = 0
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentVerdict:
+    """The state in a word and a sentence. more: causes beyond those that are named."""
+
+    health: Health
+    sentence: str
+    waiting: int
+    in_flight: int
+    causes: tuple[Cause, ...]
+    more: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSeen:
+    """A pool at one moment. snapshot: None while Valkey does not answer, as `problem` says."""
+
+    pool: str
+    policy: PoolPolicy
+    snapshot: Snapshot | None
+    learned: Sequence[LearnedLimit] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSeen:
+    """What the record has that an operator has to act on, of a moment ago."""
+
+    dead_jobs: int = 0
+    webhooks_given_up: int = 0
+    budgets: Sequence[Budget] = ()
+    books: Sequence[BudgetBook] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentSeen:
+    """A deployment at one moment. record: None while PostgreSQL does not answer."""
+
+    pools: Sequence[PoolSeen]
+    notes: Sequence[Note]
+    upstreams: Collection[str]
+    record: RecordSeen | None
+
+
+class Standing:
+    """State of the deployment, as this process reads it. One per process."""
+
+    def __init__(self, keepers: Mapping[str, PolicyKeeper], board: Board, store: Store) -> None:
+        self._keepers = keepers
+        self._board = board
+        self._store = store
+        self._record = Recent(RECORD_FRESH_S, self._read_record)
+        self._verdict = Recent(FRESH_S, self._judge)
+
+    async def look(self) -> DeploymentSeen:
+        """Ask Valkey for every pool, and PostgreSQL unless it was asked a moment ago."""
+        keepers = list(self._keepers.items())
+        notes, record, pools = await asyncio.gather(
+            self._board.notes(),
+            self._record.get(),
+            asyncio.gather(*(_pool(name, keeper) for name, keeper in keepers)),
+        )
+        return DeploymentSeen(pools, notes.notes, self._board.own().upstreams.keys(), record)
+
+    async def verdict(self) -> DeploymentVerdict:
+        """That of a moment ago, however many ask."""
+        return await self._verdict.get()
+
+    async def _judge(self) -> DeploymentVerdict:
+        return judge(await self.look())
+
+    async def _read_record(self) -> RecordSeen | None:
+        if self._store.connections.away:
+            return None
+        try:
+            dead_jobs, webhooks = await self._store.stuck.counts()
+            _, budgets = await self._store.budgets.records.all()
+            books = await self._store.budgets.records.books() if budgets else []
+        except StoreUnavailable as away:
+            log.debug(Log.STORE_AWAY, detail=away.message)
+            return None
+        return RecordSeen(dead_jobs, webhooks, budgets, books)
+
+
+async def _pool(name: str, keeper: PolicyKeeper) -> PoolSeen:
+    limiter = keeper.limiter
+    try:
+        snapshot, learned = await asyncio.gather(
+            limiter.snapshot(), shared_limits(limiter, keeper.provider)
+        )
+    except LimiterUnavailable as away:
+        return PoolSeen(name, limiter.policy, None, problem=away.message)
+    return PoolSeen(name, limiter.policy, snapshot, learned)
+
+
+def judge(seen: DeploymentSeen) -> DeploymentVerdict:
+    """The state of a deployment, and why."""
+    causes = sorted(
+        (*_of_stores(seen), *_of_upstreams(seen), *_of_limits(seen), *_of_record(seen.record)),
+        key=lambda one: (_LEVELS[one.level], _ORDER[one.kind], -one.waiting, one.subject or ""),
+    )
+    levels = [one.level for one in causes]
+    health: Health = min(levels, key=_LEVELS.__getitem__) if levels else "healthy"
+    snapshots = [one.snapshot for one in seen.pools if one.snapshot is not None]
+    waiting = sum(one.waiting for pool in snapshots for one in pool.tenants)
+    held = sum(one.held for pool in snapshots for one in pool.processes)
+    shown = tuple(causes[:MOST_CAUSES])
+    return DeploymentVerdict(
+        health, _sentence(health, causes, waiting), waiting, held, shown, len(causes) - len(shown)
+    )
+
+
+def _sentence(health: Health, causes: Sequence[Cause], waiting: int) -> str:
+    waits = _counted(waiting, "request") + (" waits" if waiting == 1 else " wait")
+    if health == "down":
+        return f"Down: no call is served, {waits}."
+    if health == "degraded":
+        problems = _counted(sum(one.level == "degraded" for one in causes), "problem")
+        return f"Degraded: {problems}, {waits if waiting else 'nothing waits'}."
+    return f"Healthy: {waits} for a turn." if waiting else "Healthy: nothing waits."
+
+
+def _counted(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def _of_stores(seen: DeploymentSeen) -> Iterator[Cause]:
+    away = [one for one in seen.pools if one.snapshot is None]
+    if away:
+        is_all = len(away) == len(seen.pools)
+        where = "" if is_all else f" for {', '.join(one.pool for one in away)}"
+        words = f"Valkey does not answer{where}: no call is admitted."
+        level: Health = "down" if is_all else "degraded"
+        yield Cause("valkey_away", level, words, away[0].problem, command="tidegate doctor")
+    if seen.record is None:
+        words = "PostgreSQL does not answer: jobs are refused, streams and native calls go on."
+        yield Cause("postgresql_away", "degraded", words, command="tidegate doctor")
+    for one in seen.pools:
+        if one.snapshot is not None and one.snapshot.recovering_ms > 0:
+            left = format_span(one.snapshot.recovering_ms)
+            words = f"Valkey lost the data of {one.pool}: calls are admitted again in {left}."
+            yield Cause("recovering", "degraded", words, pool=one.pool)
+
+
+def found_by(upstream: str, notes: Iterable[Note]) -> list[tuple[str, UpstreamFound]]:
+    """How each process finds an upstream, the worst first."""
+    found = [(one.process, one.upstreams[upstream]) for one in notes if upstream in one.upstreams]
+    return sorted(found, key=lambda one: _badness(one[1]), reverse=True)
+
+
+def _badness(found: UpstreamFound) -> tuple[bool, int, int]:
+    return found.key_refused, ("ok", "trying", "out").index(found.state), found.faults
+
+
+def _of_upstreams(seen: DeploymentSeen) -> Iterator[Cause]:
+    """An upstream that some processes try again is on its way back: it is no cause."""
+    causes = [
+        cause
+        for upstream in seen.upstreams
+        if (cause := _of_upstream(upstream, found_by(upstream, seen.notes), seen.pools)) is not None
+    ]
+    if causes and len(causes) == len(seen.upstreams):
+        several = len(causes) > 1
+        words = "No upstream takes calls." if several else "The only upstream takes no calls."
+        yield Cause("upstreams_out", "down", words, command="tidegate upstreams list")
+    yield from causes
+
+
+def _of_upstream(
+    upstream: str, found: Sequence[tuple[str, UpstreamFound]], pools: Sequence[PoolSeen]
+) -> Cause | None:
+    refused = [one for _, one in found if one.key_refused]
+    out = [one for _, one in found if one.state == "out"]
+    waiting, who = _waiting_at_gate(upstream, pools)
+    command = f"tidegate upstreams test {upstream}"
+    kind: CauseKind = "upstream_out"
+    level: Health = "degraded"
+    if drained := [one for one in out if one.why.endswith(DRAINED)]:
+        words, why, level = f"Upstream {upstream} is drained.", drained[0].why, "healthy"
+        command = f"tidegate upstreams resume {upstream}"
+    elif refused:
+        words, why = f"Upstream {upstream} refuses its API key.", refused[0].why
+        kind = "key_refused"
+    elif out:
+        of = f" in {len(out)} of {len(found)} processes" if len(found) > 1 else ""
+        words, why = f"Upstream {upstream} takes no calls{of}.", out[0].why
+    else:
+        return None
+    detail = f"{why[:1].upper()}{why[1:].rstrip('.')}." if why else ""
+    return Cause(
+        kind,
+        level,
+        words,
+        " ".join(part for part in (detail, who) if part),
+        subject=upstream,
+        waiting=waiting,
+        command=command,
+    )
+
+
+def _waiting_at_gate(upstream: str, pools: Sequence[PoolSeen]) -> tuple[int, str]:
+    """How many calls wait until an upstream is tried again, and whose they are."""
+    gate, waiting = f"{_GATE}{upstream}", 0
+    tenants: Counter[str] = Counter()
+    for one in pools:
+        if one.snapshot is not None and (view := one.snapshot.limits.get(gate)) is not None:
+            waiting += view.waiting
+            tenants += waiting_by_limit(one.snapshot)[gate]
+    return waiting, _who_waits(waiting, tenants)
+
+
+def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
+    for one in seen.pools:
+        if one.snapshot is None:
+            continue
+        held_up = waiting_by_limit(one.snapshot)
+        for view in one.snapshot.limits.values():
+            if view.limit.startswith(_GATE):  # told with its upstream
+                continue
+            if view.paused_ms > 0:
+                yield _paused(one.pool, view, held_up.get(view.limit, Counter()))
+            elif view.bound == 0 and view.waiting:
+                words = f"{view.limit} is closed: a limit of 0 admits no calls."
+                command = f"tidegate limits set {view.limit}=N --pool {one.pool}"
+                yield Cause(
+                    "limit_closed",
+                    "degraded",
+                    words,
+                    pool=one.pool,
+                    subject=view.limit,
+                    waiting=view.waiting,
+                    command=command,
+                )
+        narrow = [
+            each
+            for each in one.snapshot.limits.values()
+            if each.waiting
+            and each.bound
+            and not each.paused_ms
+            and not each.limit.startswith(_GATE)
+        ]
+        if narrow:
+            view = max(narrow, key=lambda each: (each.waiting, each.limit))
+            yield _bottleneck(one, view, held_up.get(view.limit, Counter()))
+        yield from _drifts(one)
+
+
+def waiting_by_limit(snapshot: Snapshot) -> defaultdict[str, Counter[str]]:
+    """The tenants whose calls each limit holds up, with how many."""
+    found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for queue in snapshot.queues:
+        if queue.held_up_by is not None:
+            found[queue.held_up_by][queue.tenant] += queue.waiting
+    return found
+
+
+def _paused(pool: str, view: LimitView, tenants: Counter[str]) -> Cause:
+    lasting = format_pause(view.paused_ms)
+    level: Health = "healthy" if view.paused_ms <= SHORT_PAUSE_MS else "degraded"
+    by = f"By {view.paused_by}." if view.paused_by else ""
+    return Cause(
+        "limit_paused",
+        level,
+        f"{view.limit} is paused {lasting}.",
+        " ".join(part for part in (by, _who_waits(view.waiting, tenants)) if part),
+        pool=pool,
+        subject=view.limit,
+        waiting=view.waiting,
+        command=f"tidegate limits resume {view.limit} --pool {pool}",
+    )
+
+
+def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str]) -> Cause:
+    """The limit that holds up the most, and how long its last waiter is likely to wait."""
+    per_s = admitted_per_s(view, seen.policy.limit(view.limit))
+    wait_ms = view.waiting * 1_000 / per_s if per_s else float(view.room_in_ms)
+    parts = [_fullness(view, seen.policy.limit(view.limit))]
+    if (wide := adapted_from(view)) is not None:
+        parts.append(f"Adapted from {wide:,} to {view.current:,} after 429s.")
+    if wait_ms >= 1_000:
+        parts.append(f"The last in line waits about {format_span(wait_ms)}.")
+    parts.append(_who_waits(view.waiting, tenants))
+    return Cause(
+        "bottleneck",
+        "degraded" if wait_ms > LONG_WAIT_MS else "healthy",
+        f"{view.limit} is the bottleneck: {view.waiting:,} waiting.",
+        " ".join(part for part in parts if part),
+        pool=seen.pool,
+        subject=view.limit,
+        waiting=view.waiting,
+        command=f"tidegate limits show --pool {seen.pool}",
+    )
+
+
+def _fullness(view: LimitView, limit: Limit | None) -> str:
+    if not is_full(view):
+        return ""
+    if isinstance(limit, Rate | Quota) and limit.unit == "usd":
+        return f"Full: all of {in_words(limit)} is used."
+    return f"Full: {view.used:,} of {view.current if view.sort == 'c' else view.bound:,} used."
+
+
+def _who_waits(waiting: int, tenants: Counter[str]) -> str:
+    """`acme 130, globex 20 and 2 more tenants wait.`"""
+    if not waiting or not tenants:
+        return ""
+    named = ", ".join(f"{name} {count:,}" for name, count in tenants.most_common(_MOST_TENANTS))
+    more = len(tenants) - _MOST_TENANTS
+    return f"Waiting: {named}{f' and {more} more tenants' if more > 0 else ''}."
+
+
+def _drifts(seen: PoolSeen) -> Iterator[Cause]:
+    for one in seen.learned:
+        if one.drift == "same":
+            continue
+        now = "none" if one.in_force is None else f"{one.in_force:,}"
+        yield Cause(
+            "drift",
+            "degraded" if one.drift == "fell" else "healthy",
+            f"{one.limit}: the provider reports {one.bound:,}, in force is {now}.",
+            pool=seen.pool,
+            subject=one.limit,
+            command=f"tidegate limits accept {one.limit} --pool {seen.pool}",
+        )
+
+
+def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
+    if record is None:
+        return
+    budgets = {one.name: one for one in record.budgets}
+    for book in record.books:
+        if (budget := budgets.get(book.budget)) is not None:
+            cause = _of_budget(budget, book)
+            if cause is not None:
+                yield cause
+    if record.dead_jobs:
+        words = f"{_counted(record.dead_jobs, 'job')} died with their workers."
+        words = words if record.dead_jobs > 1 else "1 job died with its workers."
+        detail = "Requeue them when the cause is fixed, or discard them."
+        command = "tidegate requeue --status dead --since 24h"
+        yield Cause("dead_jobs", "degraded", words, detail, command=command)
+    if record.webhooks_given_up:
+        words = f"{_counted(record.webhooks_given_up, 'webhook')} could not be delivered."
+        yield Cause("webhooks_given_up", "degraded", words, "Send them again from Attention.")
+
+
+def _of_budget(budget: Budget, book: BudgetBook) -> Cause | None:
+    whose = ", ".join(value or "none" for value in scope_values(book.scope))
+    name = f"{budget.name} ({whose})" if whose else budget.name
+    command = f"tidegate budgets resume {budget.name}"
+    if book.paused_since is not None:
+        words = f"Budget {name} is paused: its calls are refused."
+        return Cause("budget_paused", "degraded", words, subject=budget.name, command=command)
+    if book.spent < book.amount:
+        return None
+    then = f"its calls go to {budget.fallback}" if budget.fallback else "its calls are refused"
+    level: Health = "healthy" if budget.fallback else "degraded"
+    words = f"Budget {name} is spent: {then}."
+    return Cause("budget_spent", level, words, subject=budget.name, command=command)

@@ -1,0 +1,186 @@
+"""Verdict on a deployment: which state, which causes, in which order, and what acts on them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tidegate.limiter import (
+    Concurrency,
+    LimitView,
+    PoolPolicy,
+    QueueView,
+    SessionView,
+    Snapshot,
+    TenantView,
+)
+from tidegate.metrics.process import Note, UpstreamFound
+from tidegate.metrics.verdict import MOST_CAUSES, DeploymentSeen, PoolSeen, RecordSeen, judge
+from tidegate.policy.learned import LearnedLimit
+from tidegate.prices.budgets import Budget
+from tidegate.store.budgets import BudgetBook
+
+NOTHING = RecordSeen()
+POLICY = PoolPolicy({"kind:text_only": Concurrency(6), "model:m": Concurrency(12)})
+
+
+def limit(name: str, **named: Any) -> LimitView:
+    usual: dict[str, Any] = {"sort": "c", "bound": 6, "used": 6, "waiting": 0, "lapsing": 0}
+    usual |= {"current": 6, "shadowed": 0, "paused_ms": 0, "paused_by": "", "room_in_ms": 0}
+    return LimitView(name, **usual | named)
+
+
+def pool(*limits: LimitView, learned: tuple[LearnedLimit, ...] = (), **named: Any) -> PoolSeen:
+    queues = tuple(
+        QueueView("s", "api-1", 0, tenant, (one.limit,), one.limit, count, 1)
+        for one in limits
+        if one.waiting
+        for tenant, count in (("acme", one.waiting - 1), ("globex", 1))
+    )
+    waiting = sum(one.waiting for one in limits)
+    usual: dict[str, Any] = {"sessions": 1, "epoch": 1, "revision": 1, "recovering_ms": 0}
+    snapshot = Snapshot(
+        {one.limit: one for one in limits},
+        **usual | named,
+        state="up",
+        processes=(SessionView("s", "api-1", 900, 3, False),),
+        tenants=(TenantView("acme", waiting, 1),),
+        queues=queues,
+    )
+    return PoolSeen("gemini", POLICY, snapshot, learned)
+
+
+def seen(
+    *pools: PoolSeen, record: RecordSeen | None = NOTHING, **upstreams: UpstreamFound
+) -> DeploymentSeen:
+    found = upstreams or {"gemini": UpstreamFound("ok")}
+    return DeploymentSeen(pools or (pool(),), [Note("api-1", upstreams=found)], found, record)
+
+
+def kinds(found: DeploymentSeen) -> list[tuple[str, str]]:
+    return [(one.kind, one.level) for one in judge(found).causes]
+
+
+def test_all_is_well() -> None:
+    verdict = judge(seen())
+    assert (verdict.health, verdict.causes, verdict.in_flight) == ("healthy", (), 3)
+    assert verdict.sentence == "Healthy: nothing waits."
+
+
+def test_waiting_is_normal_until_it_lasts() -> None:
+    found = seen(pool(limit("kind:text_only", waiting=12, cost_ms=600)))
+    verdict = judge(found)
+    assert (verdict.health, verdict.sentence) == (
+        "healthy",
+        "Healthy: 12 requests wait for a turn.",
+    )
+    (cause,) = verdict.causes
+    assert cause.words == "kind:text_only is the bottleneck: 12 waiting."
+    assert cause.detail == (
+        "Full: 6 of 6 used. The last in line waits about 1 s. Waiting: acme 11, globex 1."
+    )
+    slow = judge(seen(pool(limit("kind:text_only", waiting=12, cost_ms=60_000))))
+    assert (slow.health, slow.sentence) == ("degraded", "Degraded: 1 problem, 12 requests wait.")
+
+
+def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
+    narrowed = limit("model:m", bound=12, current=3, used=3, waiting=2, cost_ms=100)
+    (cause,) = judge(seen(pool(narrowed))).causes
+    assert cause.detail.startswith("Full: 3 of 3 used. Adapted from 12 to 3 after 429s.")
+
+
+@pytest.mark.parametrize(
+    ("found", "health", "first"),
+    [
+        (seen(PoolSeen("gemini", POLICY, None, problem="gone")), "down", "valkey_away"),
+        (seen(gemini=UpstreamFound("out", why="503")), "down", "upstreams_out"),
+        (seen(gemini=UpstreamFound("trying")), "healthy", None),
+        (seen(a=UpstreamFound("ok"), b=UpstreamFound("out", True)), "degraded", "key_refused"),
+        (seen(a=UpstreamFound("ok"), b=UpstreamFound("out")), "degraded", "upstream_out"),
+        (
+            seen(
+                a=UpstreamFound("ok"),
+                b=UpstreamFound("out", why="for 9 s: an operator has drained it"),
+            ),
+            *("healthy", "upstream_out"),
+        ),
+        (seen(record=None), "degraded", "postgresql_away"),
+        (seen(pool(recovering_ms=2_000)), "degraded", "recovering"),
+        (seen(pool(limit("model:m", bound=0, waiting=1))), "degraded", "limit_closed"),
+        (seen(record=RecordSeen(dead_jobs=2)), "degraded", "dead_jobs"),
+        (seen(record=RecordSeen(webhooks_given_up=1)), "degraded", "webhooks_given_up"),
+    ],
+)
+def test_each_state_has_its_cause(found: DeploymentSeen, health: str, first: str | None) -> None:
+    verdict = judge(found)
+    assert verdict.health == health
+    assert next((one.kind for one in verdict.causes), None) == first
+    assert verdict.sentence.startswith(health.capitalize())
+
+
+def test_the_worst_comes_first_with_what_acts_on_it() -> None:
+    drift = LearnedLimit("rpm:m", "m", 60, 100, "fell", "openai", 0.0, "")
+    paused = limit("kind:text_only", paused_ms=90_000, paused_by="ann: quota", waiting=9)
+    short = limit("kind:b", paused_ms=2_000)
+    found = seen(
+        pool(paused, short, limit("model:m", waiting=20), learned=(drift,)),
+        record=RecordSeen(dead_jobs=1),
+        a=UpstreamFound("ok"),
+        b=UpstreamFound("out", True, why="invalid API key"),
+    )
+    assert kinds(found) == [
+        ("key_refused", "degraded"),
+        ("limit_paused", "degraded"),
+        ("dead_jobs", "degraded"),
+        ("drift", "degraded"),
+        ("bottleneck", "healthy"),
+        ("limit_paused", "healthy"),
+    ]
+    verdict = judge(found)
+    assert verdict.sentence == "Degraded: 4 problems, 29 requests wait."
+    by_kind = {one.kind: one for one in verdict.causes if one.level == "degraded"}
+    assert by_kind["key_refused"].detail == "Invalid API key."
+    resume = by_kind["limit_paused"]
+    assert resume.words == "kind:text_only is paused for 1 min 30 s more."
+    assert resume.detail == "By ann: quota. Waiting: acme 8, globex 1."
+    assert resume.command == "tidegate limits resume kind:text_only --pool gemini"
+    assert by_kind["drift"].command == "tidegate limits accept rpm:m --pool gemini"
+
+
+def test_the_calls_that_wait_for_an_upstream_are_told_with_it() -> None:
+    gate = limit("upstream:b", bound=10**10, paused_ms=90_000, waiting=3)
+    found = seen(pool(gate), a=UpstreamFound("ok"), b=UpstreamFound("out", why="503"))
+    (cause,) = judge(found).causes
+    assert (cause.subject, cause.waiting) == ("b", 3)
+    assert cause.detail == "503. Waiting: acme 2, globex 1."
+
+
+def test_budgets_that_hold_calls_up_are_causes() -> None:
+    end = datetime(2026, 1, 1, tzinfo=UTC)
+    budgets = [
+        Budget("team", "usd", 10, "month"),
+        Budget("people", "tokens", 10, "day", each=("subject",), at_end="pause"),
+        Budget("soft", "usd", 10, "day", at_end="fall_back", fallback="small"),
+    ]
+    books = [
+        BudgetBook("team", "", "usd", 10, 10, 0, 0, end, None),
+        BudgetBook("people", '["ann"]', "tokens", 10, 3, 0, 0, end, end),
+        BudgetBook("soft", "", "usd", 10, 12, 0, 0, end, None),
+        BudgetBook("team", "", "usd", 10, 9, 0, 0, end, None),
+        BudgetBook("removed", "", "usd", 10, 90, 0, 0, end, None),
+    ]
+    verdict = judge(seen(record=RecordSeen(budgets=budgets, books=books)))
+    assert [one.words for one in verdict.causes] == [
+        "Budget people (ann) is paused: its calls are refused.",
+        "Budget team is spent: its calls are refused.",
+        "Budget soft is spent: its calls go to small.",
+    ]
+
+
+def test_causes_are_bounded() -> None:
+    paused = [limit(f"kind:{number:03}", paused_ms=90_000) for number in range(100)]
+    verdict = judge(seen(pool(*paused)))
+    assert (len(verdict.causes), verdict.more) == (MOST_CAUSES, 100 - MOST_CAUSES)
+    assert verdict.sentence == "Degraded: 100 problems, nothing waits."
