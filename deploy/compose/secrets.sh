@@ -20,6 +20,7 @@ keep() {
 keep valkey_password "$(random)"
 keep postgres_password "$(random)"
 keep admin_token "$(random)"
+keep grafana_password "$(random)"
 keep redis_url "redis://:$(<"$folder/valkey_password")@valkey:6379/0"
 keep database_url "postgresql://tidegate:$(<"$folder/postgres_password")@postgres:5432/tidegate"
 for name in GEMINI_API_KEY OPENAI_API_KEY ANTHROPIC_API_KEY; do

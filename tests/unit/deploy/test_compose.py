@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.unit.deploy.deployment import DEPLOY, ROOT, as_config, output, seconds
 from tidegate.settings import Config
@@ -26,7 +27,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     before = {path: path.read_text() for path in secrets}
     output(root / "deploy/compose/secrets.sh", env=dict(os.environ))
     assert {path: path.read_text() for path in before} == before, "what is there stays"
-    assert len(before) == 7
+    assert len(before) == 8
     assert (root / "deploy/compose/secrets").stat().st_mode & 0o777 == 0o700
     command = ("docker-compose", "-f", root / "deploy/compose.yaml", "--profile", "*", "config")
     found: dict[str, Any] = json.loads(output(*command, "--format", "json"))
@@ -51,6 +52,7 @@ def _settings(service: dict[str, Any]) -> dict[str, str]:
 def test_every_service_is_closed_and_bounded(composed: dict[str, Any]) -> None:
     assert set(composed["services"]) == {
         *("balancer", "api-1", "api-2", "worker", "migrate", "prune", "valkey", "postgres"),
+        *("prometheus", "grafana"),
     }
     for name, one in composed["services"].items():
         assert one["read_only"] is True, name
@@ -66,9 +68,11 @@ def test_every_service_is_closed_and_bounded(composed: dict[str, Any]) -> None:
 
 def test_only_the_balancer_has_a_port_and_the_stores_no_way_out(composed: dict[str, Any]) -> None:
     with_ports = {name for name, one in composed["services"].items() if one.get("ports")}
-    assert with_ports == {"balancer"}
+    assert with_ports == {"balancer", "grafana"}
+    (port,) = composed["services"]["grafana"]["ports"]
+    assert port["host_ip"] == "127.0.0.1"
     assert composed["networks"]["inside"]["internal"] is True
-    for name in ("valkey", "postgres"):
+    for name in ("valkey", "postgres", "prometheus"):
         assert set(composed["services"][name]["networks"]) == {"inside"}
 
 
@@ -134,3 +138,43 @@ def test_no_balancer_ends_a_call_that_may_still_begin_its_answer(file: str, said
 def test_valkey_evicts_nothing(composed: dict[str, Any]) -> None:
     (script,) = [word for word in composed["services"]["valkey"]["command"] if "\n" in word]
     assert "maxmemory-policy noeviction" in script
+
+
+def test_monitoring_comes_by_its_profile_and_scrapes_every_process(
+    composed: dict[str, Any], tmp_path: Path
+) -> None:
+    services = composed["services"]
+    by_profile = {name for name, one in services.items() if one.get("profiles") == ["monitoring"]}
+    assert by_profile == {"prometheus", "grafana"}
+    files = {
+        config["target"]: Path(composed["configs"][config["source"]]["file"])
+        for name in by_profile
+        for config in services[name]["configs"]
+    }
+    scrapes = yaml.safe_load(files["/etc/prometheus/prometheus.yml"].read_text())
+    assert scrapes["rule_files"] == ["/etc/prometheus/alerts.yml"]
+    (job,) = scrapes["scrape_configs"]
+    assert job["job_name"] == "tidegate", "the alerts expect it"
+    (hosts,) = [one["targets"] for one in job["static_configs"]]
+    ports = {"api-1": "8000", "api-2": "8000", "worker": _worker_port(composed)}
+    assert hosts == [f"{host}:{port}" for host, port in ports.items()]
+    token = job["authorization"]["credentials_file"]
+    assert token in {f"/run/secrets/{one['source']}" for one in services["prometheus"]["secrets"]}
+    (tmp_path / "alerts.yml").write_text(files["/etc/prometheus/alerts.yml"].read_text())
+    checked = scrapes | {"rule_files": [str(tmp_path / "alerts.yml")]}
+    job["authorization"]["credentials_file"] = composed["secrets"]["admin_token"]["file"]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(checked))
+    output("promtool", "check", "config", tmp_path / "prometheus.yml")
+    (source,) = yaml.safe_load(
+        files["/etc/grafana/provisioning/datasources/tidegate.yml"].read_text()
+    )["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (board,) = yaml.safe_load(
+        files["/etc/grafana/provisioning/dashboards/tidegate.yml"].read_text()
+    )["providers"]
+    assert f"{board['options']['path']}/tidegate.json" in files
+
+
+def _worker_port(composed: dict[str, Any]) -> str:
+    port: str = composed["services"]["worker"]["environment"]["WORKER_PORT"]
+    return port
