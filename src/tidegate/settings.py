@@ -13,15 +13,16 @@ import json
 import os
 import re
 from base64 import b64decode
-from collections.abc import Iterable, Mapping
-from difflib import SequenceMatcher, get_close_matches
+from collections.abc import Mapping
 from enum import StrEnum
+from io import StringIO
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 from urllib.parse import SplitResult, urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -714,8 +715,6 @@ class Config(BaseModel):
 
 Settings = TypeVar("Settings", bound=BaseModel)
 _LONGEST_SHOWN = 200
-_NEAR = 0.82  # a letter too few or two that changed places, not another account's key
-_SAME_WORD = 0.5
 _UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
 
 
@@ -750,47 +749,6 @@ def origins(
                 place = "the environment" if key in given else str(dotenv)
                 found[name] = place if key == name else f"the file of {key}, from {place}"
     return found
-
-
-class Doubt(NamedTuple):
-    """A name that is no setting of ours and nearly one: where it stands, and the setting."""
-
-    name: str
-    place: str
-    near: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.name} is not a setting; is {self.near} meant?"
-
-
-def misspelt(
-    environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
-) -> tuple[Doubt, ...]:
-    """Names in the environment and in `.env` that are nearly a setting's."""
-    written = from_dotenv(dotenv) if dotenv.is_file() else {}
-    given = os.environ if environ is None else environ
-    names = [name.upper() for model in (Config, Client) for name in model.model_fields]
-    known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
-    found = (
-        Doubt(name, "the environment" if name in given else str(dotenv), near)
-        for name in sorted((written.keys() | given.keys()) - known.keys())
-        if (near := _nearly(name.upper(), known)) is not None
-    )
-    return tuple(found)
-
-
-def _nearly(name: str, known: Iterable[str]) -> str | None:
-    """A setting that `name` may mean, by its letters: not where a word of it is another one
-    (OPENAI_API_BASE), nor where there is a word before it (AZURE_OPENAI_API_KEY)."""
-    for near in get_close_matches(name, known, n=3, cutoff=_NEAR):
-        pairs = [*zip(name.split("_"), near.split("_"), strict=False)]
-        is_as_long = name.count("_") == near.count("_")
-        is_another = is_as_long and any(
-            SequenceMatcher(None, one, other).ratio() < _SAME_WORD for one, other in pairs
-        )
-        if not is_another and not name.endswith(f"_{near}"):
-            return near
-    return None
 
 
 def _loaded(
@@ -846,6 +804,10 @@ def _number(what: str, metadata: list[object]) -> str:
 def from_dotenv(path: Path) -> dict[str, str]:
     """What a file like `.env` says. Raises ConfigError where it can't be read."""
     try:
+        for line in parse_stream(StringIO(path.read_text(encoding="utf-8-sig"))):
+            if line.error:  # a setting that is left out would have its default
+                at = f"(line {line.original.line})"
+                raise ConfigError(str(path), at, "must be NAME=value, or begin with #")
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
     except (OSError, UnicodeDecodeError) as unreadable:
         raise ConfigError(str(path), "(file)", _unreadable(unreadable)) from None

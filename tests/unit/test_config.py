@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tidegate.errors import ConfigError
+from tidegate.policy.deployment import misspelt
 from tidegate.settings import (
     GOOGLE_URL,
     PROVIDER_KEYS,
@@ -16,7 +17,6 @@ from tidegate.settings import (
     Config,
     allowed,
     load,
-    misspelt,
 )
 from tidegate.usual_models import EMULATORS_KEY
 
@@ -373,3 +373,15 @@ def test_the_usual_models_are_of_the_account_that_there_is(
 ) -> None:
     config = load(keys, None)
     assert (config.text_model, config.image_model) == (text, image)
+
+
+@pytest.mark.parametrize("line", ["PORT 8124", "PORT: 8124", "'PORT'8124", 'PORT="8124'])
+def test_a_line_of_env_that_says_nothing_is_named(line: str, tmp_path: Path) -> None:
+    """Left out, its setting would have the default."""
+    file = tmp_path / ".env"
+    file.write_text(f"# a comment\nHOST=localhost\n\nexport AUTH=on\n{line}\n")
+    with pytest.raises(ConfigError, match=r"env=\(line 5\): must be NAME=value") as failed:
+        load({}, file)
+    assert "8124" not in str(failed.value)  # it may be a key
+    file.write_text("# a comment\nHOST=localhost\n\nexport AUTH=on\n")
+    assert load({}, file).host == "localhost"

@@ -9,14 +9,16 @@ variable of a key, never the key itself.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
@@ -38,7 +40,7 @@ from tidegate.policy.providers import (
     urls_of,
 )
 from tidegate.prices.rates import Price, price_of
-from tidegate.settings import Config, Doubt, misspelt, secret, split_url
+from tidegate.settings import SECRETS, Client, Config, from_dotenv, secret, split_url
 from tidegate.usual_models import OUR_KEY
 
 # An environment with its key makes an upstream of it.
@@ -299,7 +301,8 @@ def _of_environment(
     table: Mapping[str, Any], config: Config, others: Sequence[Upstream], secret: ReadSecret
 ) -> Upstream:
     """The account of GEMINI_API_KEY; its limits are those at the top of the file. Beside others the
-    emulator serves only what is named as models of Gemini are, and what prompts are for."""
+    emulator serves only what is named as models of Gemini are, and models of prompts that no other
+    upstream serves."""
     path = _path(DEFAULT_POOL)
     for key in table:
         if key not in _OF_GEMINI:
@@ -316,7 +319,7 @@ def _of_environment(
     if config.is_made_up and others:
         ours = (config.text_model, config.multi_modal_model, config.image_model)
         asked = dict.fromkeys((*ours, config.classifier_model))
-        more = [one for one in asked if not any(other.fit(one) > 1 for other in others)]
+        more = [one for one in asked if not any(other.fit(one) for other in others)]
         options.setdefault("models", (*_EMULATED_MODELS, *more))
     options["access_options"] = access_options_of(path, None, table, urls, secret)
     _check_preempt(path, options)
@@ -722,6 +725,51 @@ def default_pool(config: Config) -> str:
     return DEFAULT_POOL if DEFAULT_POOL in names or not names else names[0]
 
 
+_NEAR = 0.82  # a letter too few or two that changed places, not another account's key
+_SAME_WORD = 0.5
+
+
+class Doubt(NamedTuple):
+    """A name that is no setting of ours and nearly one: where it stands, and the setting."""
+
+    name: str
+    place: str
+    near: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.name} is not a setting; is {self.near} meant?"
+
+
+def misspelt(
+    environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
+) -> tuple[Doubt, ...]:
+    """Names in the environment and in `.env` that are nearly a setting's."""
+    written = from_dotenv(dotenv) if dotenv.is_file() else {}
+    given = os.environ if environ is None else environ
+    names = [name.upper() for model in (Config, Client) for name in model.model_fields]
+    known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
+    found = (
+        Doubt(name, "the environment" if name in given else str(dotenv), near)
+        for name in sorted((written.keys() | given.keys()) - known.keys())
+        if (near := _nearly(name.upper(), known)) is not None
+    )
+    return tuple(found)
+
+
+def _nearly(name: str, known: Iterable[str]) -> str | None:
+    """A setting that `name` may mean, by its letters: not where a word of it is another one
+    (OPENAI_API_BASE), nor where there is a word before it (AZURE_OPENAI_API_KEY)."""
+    for near in get_close_matches(name, known, n=3, cutoff=_NEAR):
+        pairs = [*zip(name.split("_"), near.split("_"), strict=False)]
+        is_as_long = name.count("_") == near.count("_")
+        is_another = is_as_long and any(
+            SequenceMatcher(None, one, other).ratio() < _SAME_WORD for one, other in pairs
+        )
+        if not is_another and not name.endswith(f"_{near}"):
+            return near
+    return None
+
+
 def doubtful(config: Config) -> list[Doubt]:
     """Names of variables that are nearly a setting's, unless the policy's file speaks of them: the
     key of another account is no mistake. Raises ConfigError."""
@@ -734,7 +782,8 @@ def policy_file(config: Config) -> Path | None:
     """The file that states the policy, or None."""
     if config.tidegate_policy is not None:
         return config.tidegate_policy
-    return USUAL_FILE if USUAL_FILE.is_file() else None
+    # What is no file, such as a folder that a container's mount has made, is not left out either.
+    return USUAL_FILE if USUAL_FILE.exists() else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from tidegate.errors import ConfigError
-from tidegate.policy.deployment import Deployment, Preempt, deployment_of
+from tidegate.policy.deployment import Deployment, Preempt, deployment_of, stated_by
 from tidegate.prices.rates import Price
 from tidegate.settings import Config
 from tidegate.spine.resources import account_of
@@ -229,6 +229,18 @@ def test_the_emulator_takes_only_geminis_models_beside_another_upstream() -> Non
         assert gemini.fit("mine")
     theirs = config.model_copy(update={"text_model": "gpt-5"})
     assert deployment("", theirs).upstreams[0].fit("gpt-5") == 0, "it is the other one's"
+    gemini, any_model = deployment("[upstreams.x]\nprovider = 'openai'", theirs).upstreams
+    assert (gemini.fit("gpt-5"), any_model.fit("gpt-5")) == (0, 1), "one for any model is asked"
+
+
+def test_a_policy_that_is_a_folder_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as Docker makes of a mount whose file is missing: all limits would be left out."""
+    (tmp_path / "tidegate.toml").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"tidegate.toml=\(file\): must be a readable file"):
+        stated_by(Config())
 
 
 @pytest.mark.parametrize(
