@@ -127,6 +127,6 @@ async def opened(
     try:
         await page.goto(f"{stage.gateway.url}/dashboard/#{path}")
         yield seen
-        assert seen.complaints == []
+        assert seen.complaints == [], seen.complaints
     finally:
         await profile.close()

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from csv import reader
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 from uuid import uuid4
 
+import orjson
 import pytest
 import pytest_asyncio
 from playwright.async_api import Page, Route, async_playwright, expect
@@ -466,3 +470,113 @@ async def test_the_options_of_a_try_are_in_line(stage: Stage) -> None:
         fields = seen.page.locator(".filters .field > :is(input, select)")
         places = await fields.evaluate_all(place)
         assert (len(places), places[0]) == (6, places[1])
+
+
+async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_path: Path) -> None:
+    for number in range(3):
+        await stage.gateway.end_of(await stage.gateway.submit(data=f"Export {number}"))
+    async with opened(stage, "/requests?source=job&status=succeeded") as seen:
+        page = seen.page
+        await expect(page.locator(".requests tbody tr").first).to_be_visible()
+        async with page.expect_download() as csv:
+            await page.get_by_role("button", name="Export CSV").click()
+        file = await csv.value
+        assert re.fullmatch(r"requests-\d{4}-\d\d-\d\dT\d{6}\.csv", file.suggested_filename)
+        await file.save_as(tmp_path / "found.csv")
+        rows = list(reader((tmp_path / "found.csv").open(newline="")))
+        assert rows[0][:4] == ["request_id", "submitted_at", "finished_at", "status"]
+        assert {row[3] for row in rows[1:]} == {"succeeded"}
+        await expect(page.locator(".toast")).to_contain_text(f"{len(rows) - 1} requests written")
+        async with page.expect_download() as lines:
+            await page.get_by_role("button", name="Export JSONL").click()
+        await (await lines.value).save_as(tmp_path / "found.jsonl")
+        found = [
+            orjson.loads(line) for line in (tmp_path / "found.jsonl").read_bytes().splitlines()
+        ]
+        assert [one["request_id"] for one in found] == [row[0] for row in rows[1:]]
+        written = await page.evaluate(
+            "async () => (await import(new URL('static/pages/requests_kept.js', document.baseURI)))"
+            ".csv([{ tenant: '=1+1', model: 'a \"b\",\\n', attempts: -1 }])"
+        )
+        assert written.endswith('"a ""b"",\n",,,,,,-1,,,\r\n')
+        assert ",'=1+1," in written
+
+
+async def test_the_list_stands_still_when_it_is_told_to(stage: Stage) -> None:
+    async with opened(stage, "/requests") as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Live").click()
+        paused = page.get_by_role("button", name="Paused")
+        await expect(paused).to_have_attribute("aria-pressed", "false")
+        request_id = await stage.gateway.submit(data="While it stands still")
+        await stage.gateway.end_of(request_id)
+        await look_again(page)
+        await drawn(page)
+        assert await page.get_by_role("link", name=request_id[:18]).count() == 0
+        await seen.is_accessible()
+        await paused.click()
+        await expect(page.get_by_role("link", name=request_id[:18])).to_be_visible()
+
+
+async def test_filters_are_kept_by_name_and_forgotten(stage: Stage, tmp_path: Path) -> None:
+    async with opened(stage, "/requests?status=failed") as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Save filters").click()
+        dialog = page.get_by_role("dialog", name="Keep these filters")
+        await dialog.get_by_label("Name").fill("What failed")
+        await dialog.get_by_role("button", name="Keep").click()
+        await page.get_by_label("Status").select_option("")
+        await page.reload()
+        await page.get_by_role("link", name="What failed").click()
+        await expect(page.get_by_label("Status")).to_have_value("failed")
+        await seen.is_accessible()
+        await page.set_viewport_size({"width": 400, "height": 800})
+        assert await seen.is_within()
+        await picture(page, "saved-filters", tmp_path)
+        await page.get_by_role("button", name="Forget What failed").click()
+        await expect(page.get_by_role("link", name="What failed")).to_have_count(0)
+
+
+async def test_pages_rows_and_search_are_reached_by_keys(stage: Stage) -> None:
+    for number in range(2):
+        await stage.gateway.end_of(await stage.gateway.submit(data=f"Keys {number}"))
+    async with opened(stage, expected=("400",)) as seen:  # what is typed is no id
+        page = seen.page
+        await expect(page.locator("#live")).to_have_text("Live")
+        await page.keyboard.press("g")
+        await page.keyboard.press("r")
+        rows = page.locator(".requests tbody a.mono")
+        await expect(rows.nth(1)).to_be_visible()
+        await page.get_by_role("button", name="Live").click()
+        for key, row in (("j", 0), ("j", 1), ("k", 0)):
+            await page.keyboard.press(key)
+            await expect(rows.nth(row)).to_be_focused()
+        await page.keyboard.press("/")
+        field = page.get_by_label("Id begins with")
+        await expect(field).to_be_focused()
+        await page.keyboard.type("g?j")  # typed, and no keys of the page
+        await expect(field).to_have_value("g?j")
+        await field.blur()
+        await page.keyboard.press("?")
+        dialog = page.get_by_role("dialog", name="Keys")
+        await expect(dialog).to_contain_text("g r")
+        await seen.is_accessible()
+        await page.keyboard.press("Escape")
+        await expect(dialog).to_have_count(0)
+
+
+async def test_a_request_is_copied_as_the_command_that_sends_it(stage: Stage) -> None:
+    prompt = 'It\'s "quoted", $HOME and `ls`\nin two lines'
+    request_id = await stage.gateway.submit(data=prompt, type="text_only")
+    await stage.gateway.end_of(request_id)
+    async with opened(stage, f"/requests/{request_id}") as seen:
+        page = seen.page
+        await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        await page.get_by_role("button", name="Copy as curl").click()
+        await expect(page.locator(".toast")).to_contain_text("Set TIDEGATE_API_KEY")
+        copied = await page.evaluate("navigator.clipboard.readText()")
+    # A shell takes it apart as it was meant: the URL, the headers and the body.
+    words = shlex.split(copied.replace("\\\n", " "))
+    assert words[:2] == ["curl", f"{stage.gateway.url}/submit"]
+    assert "Authorization: Bearer $TIDEGATE_API_KEY" in words
+    assert orjson.loads(words[words.index("-d") + 1]) == {"data": prompt, "type": "text_only"}

@@ -2,6 +2,7 @@
 
 import { Problem } from "./api.js";
 import { fill, h } from "./dom.js";
+import * as keyboard from "./keyboard.js";
 import { PAGES } from "./pages/table.js";
 import * as stuck from "./stuck.js";
 import { empty, failed, loading } from "./ui.js";
@@ -62,6 +63,7 @@ export function start() {
   );
   inside = new AbortController();
   stuck.follow(inside.signal);
+  keyboard.follow(inside.signal);
   window.addEventListener("hashchange", show);
   show();
 }

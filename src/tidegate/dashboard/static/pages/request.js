@@ -5,6 +5,7 @@ import { fill, h, say } from "../dom.js";
 import { length, time } from "../format.js";
 import { link } from "../router.js";
 import { confirm, field, said, toast } from "../ui.js";
+import { curlButton } from "./request_curl.js";
 import { Files } from "./request_files.js";
 import { answer, attempts, bodies, facts, prompt, webhooks } from "./request_parts.js";
 import { isOpen, linkTo, ordinal, statusBadge } from "./request_words.js";
@@ -80,6 +81,7 @@ function pageOf(id, signal) {
       h("h1", {}, "Request ", h("span", { class: "mono id" }, id)),
       badge,
       copyButton(id),
+      curlButton(() => view, signal),
       buttons,
     ),
     stale,

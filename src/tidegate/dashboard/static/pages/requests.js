@@ -8,6 +8,7 @@ import { empty, failed, loading, said } from "../ui.js";
 import { talkLink } from "./conversation.js";
 import { asked, filters } from "./request_filters.js";
 import { goesOn, kindOf, linkTo, SOURCES, statusBadge, timeOfId } from "./request_words.js";
+import { exporting, saved } from "./requests_kept.js";
 import { runningCard } from "./requests_running.js";
 
 const PAGE = 50;
@@ -23,8 +24,20 @@ export async function open(main, { query, signal }) {
     note(bar.values());
     list.search(bar);
   });
+  const live = h("button", { class: "button small", type: "button", "aria-pressed": "true" }, "● Live");
+  live.addEventListener("click", () => {
+    const isLive = list.pause();
+    live.setAttribute("aria-pressed", String(isLive));
+    say(live, isLive ? "● Live" : "‖ Paused");
+  });
   main.append(
-    h("div", { class: "page-head" }, h("h1", {}, "Requests"), h("div", { class: "end" }, list.state)),
+    h(
+      "div",
+      { class: "page-head" },
+      h("h1", {}, "Requests"),
+      saved(bar.values),
+      h("div", { class: "end" }, list.state, exporting(bar.values, signal), live),
+    ),
     bar.element,
     runningCard(signal),
     list.element,
@@ -58,6 +71,7 @@ function listOf(signal) {
   let cursor = null;
   let shown = null;
   let searching = new AbortController();
+  let isPaused = false;
   let [begun, painted] = [0, 0]; // refreshes, by number
 
   function paint() {
@@ -191,9 +205,9 @@ function listOf(signal) {
 
   function follow() {
     const timer = setInterval(() => {
-      if (!document.hidden) refresh();
+      if (!document.hidden && !isPaused) refresh();
     }, EVERY_MS);
-    const seen = () => !document.hidden && refresh();
+    const seen = () => !document.hidden && !isPaused && refresh();
     document.addEventListener("visibilitychange", seen);
     signal.addEventListener("abort", () => {
       clearInterval(timer);
@@ -201,11 +215,18 @@ function listOf(signal) {
     });
   }
 
+  /** Stand still, or go on; whether it is live now. */
+  function pause() {
+    isPaused = !isPaused;
+    if (!isPaused) refresh();
+    return !isPaused;
+  }
+
   fresh.addEventListener("click", () => {
     take();
     window.scrollTo({ top: 0 });
   });
-  return { element, state, search, follow };
+  return { element, state, search, follow, pause };
 }
 
 function noMatch(clear) {

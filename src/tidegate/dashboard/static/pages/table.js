@@ -1,7 +1,7 @@
 // Every page, in the order of the navigation.
 //
 // path: parts that begin with ":" are handed to the page as `params`. nav: the words in the
-// navigation; without them the page is reached from another one. style: a stylesheet in this folder,
+// navigation; without them the page is reached from another one. key: after a g, it opens the page. style: a stylesheet in this folder,
 // or several, worn while the page is open. load: the module, which exports
 // `open(main, { params, query, signal })`: it fills `main` and returns when the first view is there;
 // `signal` is aborted when the page is left. A Problem that it throws is shown in its place.
@@ -11,6 +11,7 @@ export const PAGES = [
     path: "/",
     title: "Overview",
     nav: "Overview",
+    key: "o",
     style: ["overview.css", "overview/limits.css"],
     load: () => import("./overview.js"),
   },
@@ -18,6 +19,7 @@ export const PAGES = [
     path: "/requests",
     title: "Requests",
     nav: "Requests",
+    key: "r",
     style: "requests.css",
     load: () => import("./requests.js"),
   },
@@ -37,12 +39,14 @@ export const PAGES = [
     path: "/attention",
     title: "Attention",
     nav: "Attention",
+    key: "a",
     load: () => import("./attention.js"),
   },
   {
     path: "/try",
     title: "Try it",
     nav: "Try it",
+    key: "t",
     style: ["requests.css", "request.css", "try.css"],
     load: () => import("./try.js"),
   },

@@ -1,0 +1,75 @@
+// Keys for what is done often. None of them counts while something is typed, or a dialog is open.
+
+import { h } from "./dom.js";
+import { PAGES } from "./pages/table.js";
+import { link } from "./router.js";
+
+const SECOND_MS = 1_200; // for so long a g waits for its second key
+const ROWS = ".requests tbody a.mono, .talk tbody a";
+const HELP = [
+  ["/", "Search on this page"],
+  ["j, k", "Next and previous row of the list"],
+  ["Enter", "Open the row"],
+  ["?", "These keys"],
+];
+
+/** Listen until `signal` is aborted. */
+export function follow(signal) {
+  let began = -SECOND_MS;
+  const pressed = (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target)) return;
+    const isSecond = performance.now() - began < SECOND_MS;
+    began = -SECOND_MS;
+    const page = isSecond && PAGES.find((one) => one.key === event.key);
+    if (page) location.hash = link(page.path);
+    else if (event.key === "g") began = performance.now();
+    else if (event.key === "/") search(event);
+    else if (event.key === "j" || event.key === "k") step(event.key === "j" ? 1 : -1);
+    else if (event.key === "?") help();
+  };
+  document.addEventListener("keydown", pressed, { signal });
+}
+
+function isTyping(target) {
+  if (document.querySelector("dialog[open]")) return true;
+  return target.closest?.("input, textarea, select, [contenteditable]") !== null;
+}
+
+function search(event) {
+  const field = [...document.querySelectorAll("main input[type=search]")].find((one) => one.checkVisibility());
+  if (!field) return;
+  event.preventDefault(); // or the field has the sign in it
+  field.focus();
+  field.select();
+}
+
+function step(by) {
+  const rows = [...document.querySelectorAll(ROWS)].filter((one) => one.checkVisibility());
+  if (rows.length === 0) return;
+  const at = rows.indexOf(document.activeElement);
+  const next = at < 0 ? (by > 0 ? 0 : rows.length - 1) : Math.min(rows.length - 1, Math.max(0, at + by));
+  rows[next].focus();
+  rows[next].scrollIntoView({ block: "nearest" });
+}
+
+function help() {
+  const pages = PAGES.filter((one) => one.key).map((one) => [`g ${one.key}`, one.title]);
+  const close = h("button", { class: "button", type: "submit" }, "Close");
+  const rows = [...HELP, ...pages].map(([key, words]) =>
+    h("div", {}, h("dt", {}, h("kbd", {}, key)), h("dd", {}, words)),
+  );
+  const dialog = h(
+    "dialog",
+    { "aria-labelledby": "keys-title" },
+    h(
+      "form",
+      { method: "dialog" },
+      h("h2", { id: "keys-title" }, "Keys"),
+      h("dl", { class: "keys" }, rows),
+      h("div", { class: "actions" }, close),
+    ),
+  );
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}

@@ -1,0 +1,51 @@
+// A request as a command to type: what was sent, to this gateway, with the caller's own key.
+
+import { ask } from "../api.js";
+import { h } from "../dom.js";
+import { toast } from "../ui.js";
+
+const MOST_BYTES = 200_000;
+
+/** Within single quotes a shell reads every sign as it is, but for the quote. */
+export const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+/** A command that sends `body` to `path` of this gateway. */
+export function command(path, body) {
+  const url = new URL(`..${path}`, document.baseURI);
+  return [
+    `curl ${quoted(url.href)}`,
+    '  -H "Authorization: Bearer $TIDEGATE_API_KEY"',
+    "  -H 'Content-Type: application/json'",
+    `  -d ${quoted(body)}`,
+  ].join(" \\\n");
+}
+
+/** `view()` is what `admin/requests/{id}` says now. */
+export function curlButton(view, signal) {
+  const button = h("button", { class: "button quiet small", type: "button" }, "Copy as curl");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(await written(view(), signal));
+      toast("Copied. Set TIDEGATE_API_KEY before you run it.");
+    } catch (error) {
+      if (!signal.aborted) toast(error.message, "bad");
+    }
+  });
+  return button;
+}
+
+async function written({ request, bodies }, signal) {
+  if (!request.endpoint) {
+    if (!request.prompt) throw new Error("The prompt is not on record, so there is nothing to send.");
+    if (request.files?.length || request.image_uri) throw new Error("It came with files, which a command can't hold: use Retry.");
+    const sent = { [request.source === "stream" ? "text" : "data"]: request.prompt, type: request.type, model: request.asked_model };
+    return command(request.source === "stream" ? "/stream" : "/submit", JSON.stringify(sent, (_, value) => value ?? undefined));
+  }
+  const body = bodies.find((one) => one.role === "request");
+  if (!body) throw new Error("Its body is not on record, so there is nothing to send.");
+  if (body.omitted_bytes || body.size_bytes > MOST_BYTES) throw new Error("Its body is too long for a command: download it below.");
+  if (!body.content_type.includes("json")) throw new Error("Its body is not JSON: download it below.");
+  const path = `admin/requests/${request.request_id}/request`;
+  const response = await ask("GET", path, { signal, headers: { Accept: "*/*" } });
+  return command(request.endpoint, await response.text());
+}

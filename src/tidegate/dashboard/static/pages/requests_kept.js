@@ -1,0 +1,117 @@
+// What is taken out of the list of requests: a file of it, and filters kept by name.
+
+import { get } from "../api.js";
+import { fill, h, say } from "../dom.js";
+import { count } from "../format.js";
+import { link } from "../router.js";
+import { confirm, field, toast } from "../ui.js";
+import { asked } from "./request_filters.js";
+
+const MOST = 10_000;
+const PAGE = 200;
+const NAME = "tidegate.filters";
+const MOST_KEPT = 20;
+const COLUMNS = [
+  ...["request_id", "submitted_at", "finished_at", "status", "tenant", "source", "type", "model", "endpoint"],
+  ...["pool", "queue_ms", "upstream_ms", "total_tokens", "attempts", "error_code", "subject", "conversation"],
+];
+
+/** Buttons that write what the filters find into a file; the newest `MOST` at most. */
+export function exporting(values, signal) {
+  const kinds = { csv: "CSV", jsonl: "JSONL" };
+  const told = h("span", { class: "quiet-text", role: "status" });
+  const buttons = Object.entries(kinds).map(([kind, words]) => {
+    const button = h("button", { class: "button small quiet", type: "button" }, `Export ${words}`);
+    button.addEventListener("click", async () => {
+      buttons.forEach((one) => (one.disabled = true));
+      try {
+        const rows = await gathered(values(), (found) => say(told, `${count(found)} read`), signal);
+        save(kind === "csv" ? csv(rows) : rows.map((row) => `${JSON.stringify(row)}\n`).join(""), kind);
+        const cut = rows.length >= MOST ? `: the newest ${count(MOST)}` : "";
+        toast(`${count(rows.length)} requests written${cut}.`);
+      } catch (error) {
+        if (!signal.aborted) toast(error.message, "bad");
+      } finally {
+        say(told, "");
+        buttons.forEach((one) => (one.disabled = false));
+      }
+    });
+    return button;
+  });
+  return [told, ...buttons];
+}
+
+async function gathered(values, tell, signal) {
+  const rows = [];
+  let cursor = "";
+  do {
+    const page = await get(`admin/requests?${asked(values, { limit: PAGE, cursor })}`, { signal });
+    rows.push(...page.items);
+    cursor = page.next_cursor;
+    tell(rows.length);
+  } while (cursor && rows.length < MOST);
+  return rows.slice(0, MOST);
+}
+
+/** A name that a tenant chose is no formula of the spreadsheet that opens the file. */
+export function csv(rows) {
+  const cell = (value) => {
+    if (value === null || value === undefined) return "";
+    const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const line = (cells) => `${cells.map(cell).join(",")}\r\n`;
+  return line(COLUMNS) + rows.map((row) => line(COLUMNS.map((name) => row[name]))).join("");
+}
+
+function save(text, kind) {
+  const type = kind === "csv" ? "text/csv" : "application/x-ndjson";
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const at = new Date().toISOString().slice(0, 19).replaceAll(":", "");
+  h("a", { href: url, download: `requests-${at}.${kind}` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+const kept = () => {
+  try {
+    return JSON.parse(localStorage.getItem(NAME)) ?? {};
+  } catch {
+    return {};
+  }
+};
+const keep = (all) => localStorage.setItem(NAME, JSON.stringify(all));
+
+/** Filters by name, kept in this browser; choosing one opens the list with it. */
+export function saved(values) {
+  const element = h("div", { class: "saved-filters", role: "group", "aria-label": "Saved filters" });
+  const given = () => Object.fromEntries(Object.entries(values()).filter(([, value]) => value !== ""));
+
+  async function add() {
+    const name = field("name", "Name", { maxlength: 40 });
+    await confirm({
+      title: "Keep these filters",
+      text: "In this browser, under a name.",
+      fields: [name],
+      action: "Keep",
+      act: ({ name: chosen }) => keep(Object.fromEntries([[chosen || "Filter", given()], ...Object.entries(kept())].slice(0, MOST_KEPT))),
+    });
+    draw();
+  }
+
+  function draw() {
+    const rows = Object.entries(kept()).map(([name, query]) => {
+      const drop = h("button", { class: "button small quiet", type: "button", "aria-label": `Forget ${name}` }, "✕");
+      drop.addEventListener("click", () => {
+        const { [name]: _, ...rest } = kept();
+        keep(rest);
+        draw();
+      });
+      return h("span", { class: "saved-filter" }, h("a", { href: link("/requests", query) }, name), drop);
+    });
+    const more = h("button", { class: "button small quiet", type: "button", on: { click: add } }, "Save filters");
+    fill(element, rows, more);
+  }
+
+  draw();
+  return element;
+}
