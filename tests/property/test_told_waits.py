@@ -12,6 +12,8 @@ import pytest
 from bench.simulated_waits import HARDER, Refusals, simulate
 from bench.waits import LOADS, Told
 
+pytestmark = pytest.mark.slow
+
 SECONDS, SEEDS = 60, 2
 RATES = [name for name in LOADS if not name.startswith("concurrency")]
 
