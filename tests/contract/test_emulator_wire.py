@@ -64,7 +64,7 @@ async def test_a_stream_comes_in_chunks_with_running_usage(sdk: Client, emulator
 async def test_chunks_arrive_one_by_one_not_all_at_the_end(sdk: Client, emulator: Emulator) -> None:
     await emulator.control.set_fault("hang_mid_stream", count=1)
     stream = await sdk.aio.models.generate_content_stream(model=MODEL, contents="Hello")
-    first = await asyncio.wait_for(anext(stream), 5)
+    first = await asyncio.wait_for(anext(stream), 20)
     assert first.text
     assert (await emulator.control.stats())["text_only"].in_flight == 1
 
