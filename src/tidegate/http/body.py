@@ -122,6 +122,14 @@ class BodyBudget:
             self._memory.add(self._tenant_id, left - self.held_bytes)
             self.held_bytes = left
 
+    def occupy(self, size_bytes: int) -> None:
+        """Occupy so much from here on, nothing if that is little. Raises QueueFull if there is no
+        room for more."""
+        if size_bytes > max(self.held_bytes, WITH_ITS_HEAD_BYTES):
+            self.reach(size_bytes)
+        else:
+            self.keep(size_bytes)
+
     def release(self) -> None:
         """Release all of it. Idempotent."""
         if self.held_bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from websockets.typing import Subprotocol
 from tidegate.dialects.spec import Headers
 from tidegate.errors import (
     InvalidRequest,
+    QueueFull,
     UpstreamError,
     UpstreamGarbled,
     UpstreamTimeout,
@@ -42,10 +43,14 @@ READ_AHEAD_MESSAGES = 4
 WRITE_AHEAD_BYTES = 64 * 1024
 PING_S = 20.0
 CLOSE_S = 5.0
-_SWITCHING = 101
+_SWITCHING, _TRY_AGAIN = 101, 1013
 # Its notes on each connection say nothing that ours do not.
 _QUIET = logging.getLogger("tidegate.websockets")
 _QUIET.setLevel(logging.ERROR)
+
+
+# Raises QueueFull where a process has no memory left for so many bytes.
+Occupy = Callable[[int], None]
 
 
 class Handshake:
@@ -93,7 +98,8 @@ def _no_handshake(why: str) -> InvalidRequest:
 
 
 class ClientSocket(ServerConnection):
-    """The client's side. `connections`: those of the server, from which it removes itself."""
+    """The client's side. `connections`: those of the server, from which it removes itself. occupy:
+    takes how many bytes of its messages are in memory."""
 
     connections: set[Any]
 
@@ -110,6 +116,8 @@ class ClientSocket(ServerConnection):
         self.connections = set()
         self.request = request
         self.response = response
+        self.occupy: Occupy | None = None
+        self._in_hand_bytes = 0  # of the message that was received last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Answer the handshake."""
@@ -118,6 +126,33 @@ class ClientSocket(ServerConnection):
         self.protocol.send_response(self.response)
         self.send_data()
         self.start_keepalive()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._count()
+
+    async def recv(self, decode: bool | None = None) -> Any:
+        self._in_hand_bytes = 0
+        self._count()
+        message = await super().recv(decode)
+        self._in_hand_bytes = len(message)
+        self._count()
+        return message
+
+    def _count(self) -> None:
+        """Occupy memory for what came and was not passed on; end where there is none left."""
+        if self.occupy is None:
+            return
+        protocol = self.protocol
+        ahead = sum(len(frame.data) for frame in self.recv_messages.frames.queue)
+        held = ahead + self._in_hand_bytes + len(protocol.reader.buffer)
+        try:
+            self.occupy(held + (getattr(protocol, "current_size", 0) or 0))  # not in every version
+        except QueueFull as full:
+            self.occupy = None
+            protocol.fail(_TRY_AGAIN, shortened(full.message))
+            self.send_data()
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)

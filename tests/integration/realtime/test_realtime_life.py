@@ -382,3 +382,33 @@ async def test_gemini_live_refuses_by_close_codes(gateway: Gateway) -> None:
         await send(socket, setup={"model": "models/another"})
         assert (await closed(socket))[0] == 1007
     await nothing_held(gateway)
+
+
+def unfinished(size_bytes: int) -> bytes:
+    """A message of a client of which the last byte is missing."""
+    head = b"\x81\xff" + (size_bytes + 1).to_bytes(8, "big") + bytes(4)
+    return head + b"a" * size_bytes
+
+
+async def test_messages_that_are_not_whole_count_in_what_a_process_holds(
+    open_gateway: Opener,
+) -> None:
+    bounds = {"max_held_bytes": 24_000_000, "max_body_bytes": 20_000_000}
+    gateway = await open_gateway(**WITH_KEYS, **bounds)
+    acme, other = await key_of(gateway, "acme"), await key_of(gateway, "other")
+    bodies = gateway.services.bodies
+    async with talk(gateway, headers=acme) as first, talk(gateway, headers=acme) as second:
+        first.transport.write(unfinished(14_000_000))
+        await wait_until(lambda: bodies.held_bytes >= 14_000_000, 10, "the first is held")
+        second.transport.write(unfinished(14_000_000))
+        with pytest.raises(ConnectionClosed) as closed:
+            await second.recv()
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, "no memory left" in closed.value.rcvd.reason) == (
+            1013,
+            True,
+        )
+        async with talk(gateway, headers=other) as third:
+            await send(third, **TEXT)
+            await until(third, "session.updated")
+    await wait_until(lambda: not bodies.held_bytes, 10, "nothing is held any more")

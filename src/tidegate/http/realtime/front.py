@@ -115,6 +115,7 @@ class _SessionFront:
         self._exchange: RealtimeExchange | None = None
         self._client: sockets.ClientSocket | None = None
         self._presence: Presence | None = None
+        self._hold = services.hold(ANYBODY)
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
@@ -128,7 +129,9 @@ class _SessionFront:
         finally:
             services.streams.discard(self._task)
             if self._client is not None:
+                self._client.occupy = None
                 sockets.cut(self._client)
+            self._hold.release()
 
     async def _answer(self) -> None:
         services, record = self._services, self._record
@@ -161,6 +164,7 @@ class _SessionFront:
         chosen = _SUBPROTOCOL if is_openai else None
         self._handshake = sockets.Handshake(self._scope["headers"], chosen)
         self._caller = await self._identified()
+        self._hold = services.hold(self._caller)
         if is_openai:
             self._record.model = self._model_of_query()
         call = call_of(
@@ -288,6 +292,7 @@ class _SessionFront:
                 await self._presence.end()
             named = [(_REQUEST_ID, str(self._request_id).encode()), *headers]
             self._client = self._handshake.socket(named)
+            self._client.occupy = self._hold.occupy
             self._scope["extensions"][UPGRADE_EXTENSION]["call"].to(self._client)
             self._record.http_status = 101
         return self._client
