@@ -26,9 +26,10 @@ _PARENT, _OWN, _ENDED = 1, slice(11, 13), slice(13, 15)
 class Costs:
     """Appends what each test cost to a file, and prints where the time went."""
 
-    def __init__(self, path: Path, *, prints: bool) -> None:
+    def __init__(self, path: Path, *, prints: bool, counts: bool) -> None:
         self._path = path
         self._prints = prints
+        self._counts = counts
         self._spent_s = 0.0
 
     @pytest.hookimpl(wrapper=True)
@@ -40,7 +41,8 @@ class Costs:
             self._note(item.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        self._note("at the end")
+        if self._counts:
+            self._note("at the end")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._prints:
@@ -103,4 +105,6 @@ def pytest_configure(config: pytest.Config) -> None:
         prints = not hasattr(config, "workerinput")
         if prints:
             path.unlink(missing_ok=True)
-        config.pluginmanager.register(Costs(path, prints=prints))
+        # Of processes beside others each counts what is below it, and the first one prints.
+        counts = not config.getoption("tx", [])
+        config.pluginmanager.register(Costs(path, prints=prints, counts=counts))

@@ -494,7 +494,9 @@ class PostgresServer:
         access = f"{_SUPERUSER}:{self._password}" if self._password else _SUPERUSER
         if self._application_password:
             access = f"{_APPLICATION}:{self._application_password}"
-        return f"postgresql://{access}@127.0.0.1:{self.port}/{database}"
+        # Without it each connection offers TLS first, which this server has none of: a fifth of
+        # what a connection costs.
+        return f"postgresql://{access}@127.0.0.1:{self.port}/{database}?sslmode=disable"
 
     @property
     def pid(self) -> int:

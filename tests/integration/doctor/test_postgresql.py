@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
@@ -73,7 +74,7 @@ async def test_old_transactions_and_scarce_connections_are_told(database_url: st
 
 
 async def test_a_database_that_takes_no_writes_is_told(database_url: str) -> None:
-    name = database_url.rpartition("/")[2]
+    name = urlsplit(database_url).path.removeprefix("/")
     await said(database_url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     assert (await found(database_url))["rights"].state is State.FAIL
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import struct
+from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -40,6 +43,24 @@ async def test_a_stale_pid_file_that_names_another_program_does_not_block_a_star
     server.start()
     assert int(pid_file.read_text().splitlines()[0]) == server.pid
     server.stop()
+
+
+async def test_a_connection_offers_no_tls_first(tmp_path: Path) -> None:
+    """The server has none: to ask it costs a round trip, and to get ready for it as much again."""
+    first: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first.put_nowait(await reader.readexactly(8))
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = PostgresServer(tmp_path / "postgres")
+    server.port = listening.sockets[0].getsockname()[1]
+    async with listening:
+        with suppress(asyncpg.PostgresError, OSError):
+            await asyncpg.connect(server.url(), timeout=5)
+        _, protocol = struct.unpack("!II", await first.get())
+    assert protocol == 3 << 16  # and not the number of a request for TLS, 80877103
 
 
 async def test_a_start_cut_short_while_the_cluster_was_made_is_made_good(
