@@ -190,11 +190,12 @@ _REFERRING = (
     *(b"inputConfig", b"input_config", b"fileSearchStoreNames", b"file_search_store_names"),
 )
 _INPUTS = frozenset(("fileName", "file_name"))  # of a batch
-_PREVIOUS = b"previous_interaction_id"
+# Google reads the names of fields in either form.
+_PREVIOUS = ("previous_interaction_id", "previousInteractionId")
 _URIS = frozenset(("fileUri", "file_uri", "uri"))
 _CACHES = frozenset(("cachedContent", "cached_content"))
 _STORES = frozenset(("fileSearchStoreNames", "file_search_store_names"))
-_REFERENCES = _URIS | _CACHES | _STORES | {"previous_interaction_id"}
+_REFERENCES = _URIS | _CACHES | _STORES | frozenset(_PREVIOUS)
 # What a model has called a client's function with, and what that has returned.
 _OF_FUNCTIONS = frozenset(("args", "arguments"))
 _OWN_FILE = re.compile(
@@ -210,7 +211,7 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
     """The files, stores of files, the cached content and the interaction that a request names, each
     where it stands. Raises InvalidRequest and NotFound."""
     imports = not body and may_name(raw, b'"fileName"', b'"file_name"')
-    if not imports and not may_name(raw, *_REFERRING, _PREVIOUS):
+    if not imports and not may_name(raw, *_REFERRING, *map(str.encode, _PREVIOUS)):
         return []
     found = []
     names = _REFERENCES | _INPUTS if imports or "batch" in body else _REFERENCES
@@ -230,7 +231,7 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
             kind = "cached_content" if is_cache else _STORE
             found.append(Reference(kind, named[1], one.field))
         else:
-            found.append(Reference("interaction", one.value, one.field))
+            found.append(Reference("interaction", one.value, _PREVIOUS[0]))
     return list(dict.fromkeys(found))
 
 

@@ -64,6 +64,7 @@ _STATE = frozenset(
     (
         *("previous_response_id", "conversation", "cachedContent", "cached_content"),
         *("context_management", "container", "previous_interaction_id", "environment"),
+        "previousInteractionId",
     )
 )
 _TELLING = TOOLS | _HOSTED | _STATE | {"prompt"}

@@ -154,3 +154,9 @@ def test_a_conversation_has_one_id_that_no_server_reads_otherwise() -> None:
         with pytest.raises(InvalidRequest) as refused:
             named(Dialect.OPENAI, raw)
         assert refused.value.field == "conversation"
+
+
+@pytest.mark.parametrize("field", ["previous_interaction_id", "previousInteractionId"])
+def test_an_interaction_is_continued_under_either_form_of_the_name(field: str) -> None:
+    body = {"model": "m", "input": "more", field: "v1_abc"}
+    assert named(Dialect.GEMINI, body) == [("interaction", "v1_abc")]
