@@ -580,3 +580,95 @@ async def test_a_request_is_copied_as_the_command_that_sends_it(stage: Stage) ->
     assert words[:2] == ["curl", f"{stage.gateway.url}/submit"]
     assert "Authorization: Bearer $TIDEGATE_API_KEY" in words
     assert orjson.loads(words[words.index("-d") + 1]) == {"data": prompt, "type": "text_only"}
+
+
+async def test_a_tenant_and_its_key_are_made_capped_and_taken_back(
+    stage: Stage, tmp_path: Path
+) -> None:
+    running = stage.gateway
+    async with opened(stage, "/tenants") as seen:
+        page = seen.page
+        await page.get_by_role("button", name="New tenant").click()
+        dialog = page.get_by_role("dialog", name="New tenant")
+        await dialog.get_by_label("Name").fill("team/blue")
+        await dialog.get_by_label("Dollars a day").fill("5")
+        await seen.is_accessible()
+        await dialog.get_by_role("button", name="Create the tenant").click()
+        row = page.locator("[data-tenant='team/blue']")
+        await expect(row).to_contain_text("$5.00")
+        await page.get_by_role("button", name="New key").click()
+        dialog = page.get_by_role("dialog", name="New key")
+        await dialog.get_by_label("Tenant").select_option("team/blue")
+        await dialog.get_by_label("What it is for").fill("the page's test")
+        await dialog.get_by_label("Expires").select_option("30")
+        await dialog.get_by_role("button", name="Create the key").click()
+        made = page.get_by_role("dialog", name="The new key")
+        key = (await made.locator(".made-key").text_content() or "").strip()
+        await seen.is_accessible()
+        await made.get_by_role("button", name="Done").click()
+        assert key not in await page.content()  # nowhere any more
+        async with running.http.get(
+            f"{running.url}/requests", headers={"x-api-key": key}
+        ) as answer:
+            assert answer.status == 200
+        await picture(page, "tenants", tmp_path)
+        await page.get_by_label("Search API keys").fill("the page's")
+        keys = page.locator("[data-key]")
+        await expect(keys).to_have_count(1)
+        await expect(keys).to_contain_text("team/blue")
+        await keys.get_by_role("button", name="Revoke").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+        await expect(keys).to_contain_text("revoked")
+        async with running.http.get(
+            f"{running.url}/requests", headers={"x-api-key": key}
+        ) as answer:
+            assert answer.status == 401
+        await row.get_by_role("button", name="Change").click()
+        dialog = page.get_by_role("dialog", name="Change team/blue")
+        await expect(dialog.get_by_label("Dollars a day")).to_have_value("5")
+        await dialog.get_by_label("Weight").fill("3")
+        await dialog.get_by_label("Dollars a day").fill("")
+        await dialog.get_by_role("button", name="Change the tenant").click()
+        await expect(row.locator("td").first).to_have_text("3")
+        await expect(row).not_to_contain_text("$")
+        await row.get_by_role("button", name="Disable").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Disable").click()
+        await expect(row).to_contain_text("disabled")
+        await page.set_viewport_size({"width": 400, "height": 900})
+        assert await seen.is_within()
+        await seen.is_accessible()
+
+
+async def test_a_change_of_a_limit_is_seen_with_its_author_and_undone(
+    stage: Stage, tmp_path: Path
+) -> None:
+    running = stage.gateway
+    limit = "kind:multi_modal"
+    before = running.services.limiter.policy.bound(limit)
+    url = f"{running.url}/admin/limits"
+    body = {"set": {limit: 9, "weights.blue": 2}, "by": "ann", "reason": "a quiet night"}
+    async with running.http.patch(url, json=body) as answer:
+        assert answer.status == 200, await answer.text()
+    async with opened(stage, "/limits/history") as seen:
+        page = seen.page
+        newest = page.locator("[data-revision]").first
+        await expect(newest).to_contain_text("ann: a quiet night")
+        await expect(newest.locator("li").first).to_have_text(f"{limit} {before} → 9")
+        await expect(newest.locator("li").last).to_have_text("weights.blue none → 2")
+        await seen.is_accessible()
+        await picture(page, "changes", tmp_path)
+        await newest.get_by_role("button", name="Undo").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Undo").click()
+        await expect(page.locator(".toast")).to_contain_text("is undone")
+        await expect(newest).to_contain_text("dashboard: undo of revision")
+        assert running.services.limiter.policy.bound(limit) == before
+        assert running.services.limiter.policy.weights == {}
+        # What was changed again since is not overwritten.
+        seen.expected = ("409",)
+        await page.locator("[data-revision]").nth(1).get_by_role("button", name="Undo").click()
+        dialog = page.get_by_role("dialog")
+        await dialog.get_by_role("button", name="Undo").click()
+        await expect(dialog.get_by_role("alert")).to_be_visible()
+        await dialog.get_by_role("button", name="Cancel").click()
+        await page.set_viewport_size({"width": 400, "height": 900})
+        assert await seen.is_within()

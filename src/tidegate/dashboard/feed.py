@@ -50,7 +50,7 @@ from tidegate.metrics.verdict import found_by, judge, waiting_by_limit
 from tidegate.policy.format import TOTAL, whom_it_binds
 from tidegate.policy.inspection import is_full, words_of
 from tidegate.policy.learned import LearnedLimit
-from tidegate.policy.rollout import differences
+from tidegate.policy.rollout import changed_keys, differences
 from tidegate.prices.budgets import Budget, scope_values, whom, window
 from tidegate.store.budgets import BudgetBook
 from tidegate.store.records import PolicyRecord
@@ -448,6 +448,7 @@ EVENTS_EVERY_S = 5.0
 MOST_REVISIONS = 20
 MOST_EVENTS = 50
 MOST_CHANGES = 3
+MOST_SHOWN_CHANGES = 100
 _LONGEST_WORDS = 300
 BUDGETS_EVERY_S = 2.0
 MOST_ROWS = 30
@@ -554,6 +555,26 @@ class Past:
             }
         dead_jobs, webhooks = await store.stuck.counts()
         return {"spent": spent, "dead_jobs": dead_jobs, "webhooks_given_up": webhooks}
+
+
+def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:
+    """Each revision with the keys that it changed; of the oldest one that is not known."""
+    found = []
+    for record, before in pairwise(records):
+        changed = changed_keys(before.policy, record.policy)
+        shown = changed[:MOST_SHOWN_CHANGES]
+        found.append(
+            {
+                "revision": record.revision,
+                "at": record.created_at,
+                "set_by": record.set_by,
+                "origin": record.origin,
+                "reason": record.reason,
+                "changes": [{"key": key, "before": old, "after": new} for key, old, new in shown],
+                "more": len(changed) - len(shown),
+            }
+        )
+    return found
 
 
 def policy_events(pool: str, records: Sequence[PolicyRecord]) -> list[Frame]:

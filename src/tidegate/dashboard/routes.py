@@ -25,7 +25,16 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.dashboard.feed import ALL, Feed, Grouping, Viewing, feed_of, limits_page
+from tidegate.dashboard.feed import (
+    ALL,
+    MOST_REVISIONS,
+    Feed,
+    Grouping,
+    Viewing,
+    feed_of,
+    limits_page,
+    revisions_page,
+)
 from tidegate.errors import (
     InvalidRequest,
     LimiterUnavailable,
@@ -307,6 +316,14 @@ async def limits(
     if not known:
         raise LimiterUnavailable("Valkey does not answer", limit="")
     return limits_page(known, group, search, offset)
+
+
+@data.get("/revisions")
+async def revisions(request: Request, pool: Annotated[str | None, Query()] = None) -> list[Any]:
+    """The last changes of a pool's limits, the newest first."""
+    services = services_of(request)
+    keeper = services.keepers[_scope(services, pool) or services.usual_pool]
+    return revisions_page(await keeper.history(MOST_REVISIONS))
 
 
 async def typed(request: Request, path: str) -> RedirectResponse:

@@ -203,12 +203,19 @@ def _enforced(
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What changes from one to the other, a line for each key: `limits.kind:text_only: 5 -> 2`."""
+    return [
+        f"{key}: {'none' if old is None else old} -> {'none' if new is None else new}"
+        for key, old, new in changed_keys(before, after)
+    ]
+
+
+def changed_keys(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[tuple[str, object, object]]:
+    """Each key that differs, with its value in both; None where it is not there."""
     old, new = _flat(before), _flat(after)
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            lines.append(f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}")
-    return lines
+    keys = sorted(old.keys() | new.keys())
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
 def _flat(plain: Mapping[str, Any]) -> dict[str, object]:

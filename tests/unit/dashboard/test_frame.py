@@ -13,12 +13,14 @@ from tidegate.dashboard.feed import (
     MOST_FOUND,
     MOST_LIMITS,
     MOST_PROCESSES,
+    MOST_SHOWN_CHANGES,
     MOST_TENANTS,
     NO_GROUP,
     budgets_frame,
     limits_page,
     policy_events,
     pool_frame,
+    revisions_page,
     upstream_frame,
 )
 from tidegate.limiter import (
@@ -203,3 +205,19 @@ def test_a_change_of_limits_is_told_with_who_and_why() -> None:
         "ann set limits.kind:a: 2 -> 4 in gemini: too slow",
         "api-1 set limits.kind:a: 1 -> 2 in gemini",
     ]
+
+
+def test_a_revision_shows_each_key_that_it_changed_as_far_as_they_are_shown() -> None:
+    many = {f"tenant:{number:03}": number + 1 for number in range(MOST_SHOWN_CHANGES + 5)}
+    records = [
+        PolicyRecord(3, "live", "c", {"limits": {"kind:a": 4}, "weights": {"t": 2}}, "ann"),
+        PolicyRecord(2, "live", "b", {"limits": {"kind:a": 2}}, "bob", "why"),
+        PolicyRecord(1, "deployment", "a", {"limits": {"kind:a": 2, **many}}, "api-1"),
+    ]
+    newest, older = revisions_page(records)
+    assert newest["changes"] == [
+        {"key": "limits.kind:a", "before": 2, "after": 4},
+        {"key": "weights.t", "before": None, "after": 2},
+    ]
+    assert (older["set_by"], older["reason"]) == ("bob", "why")
+    assert (len(older["changes"]), older["more"]) == (MOST_SHOWN_CHANGES, 5)

@@ -36,6 +36,21 @@ export const PAGES = [
     load: () => import("./request.js"),
   },
   {
+    path: "/tenants",
+    title: "Keys and tenants",
+    nav: "Keys",
+    key: "k",
+    style: "tenants.css",
+    load: () => import("./tenants.js"),
+  },
+  {
+    path: "/limits/history",
+    title: "Changes of limits",
+    key: "h",
+    style: "revisions.css",
+    load: () => import("./revisions.js"),
+  },
+  {
     path: "/attention",
     title: "Attention",
     nav: "Attention",

@@ -3,6 +3,7 @@
 import { get, patch, post, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
 import { brief, count, length } from "../../format.js";
+import { link } from "../../router.js";
 import * as scope from "../../scope.js";
 import { choice, confirm, field, toast } from "../../ui.js";
 
@@ -37,7 +38,7 @@ export function limitsCard(pool, signal) {
   const draw = keyed(list, (first) => (first.group === undefined ? row(first) : groupRow()));
   const learned = h("ul", { class: "learned-limits", "aria-label": "Learned limits", hidden: true });
   const drawLearned = keyed(learned, (first) => learnedRow(first.limit, first.pool));
-  const note = h("span", { class: "quiet-text" });
+  const note = h("a", { class: "quiet-text", href: link("/limits/history"), title: "What was changed, by whom and why" });
   const state = { shown: "busy", group: "none", search: "", offset: 0 };
   const idle = h("p", { class: "quiet-text card-body limits-idle", hidden: true });
   const seenBusy = new Map();
@@ -133,7 +134,7 @@ export function limitsCard(pool, signal) {
       if (state.shown === "busy") busy();
       drawLearned(now.learned ?? [], keyOf);
       learned.hidden = !now.learned?.length;
-      say(note, now.revision === null ? "" : `revision ${now.revision}`);
+      say(note, now.revision === null ? "changes" : `revision ${now.revision}`);
     },
     trend(past) {
       for (const one of past.queue) lines.set(one.name, one.line);

@@ -1,0 +1,85 @@
+// Changes of an upstream's limits: what, when, who and why, and each undone by a click.
+
+import { get, patch } from "../api.js";
+import { fill, h } from "../dom.js";
+import { count, time } from "../format.js";
+import { link } from "../router.js";
+import * as scope from "../scope.js";
+import { confirm, empty, field, toast } from "../ui.js";
+
+export async function open(main, { query, signal }) {
+  const { pools } = await get("dashboard/session", { signal });
+  scope.among(pools, query.get("pool"));
+  const pool = scope.chosen() || pools[0];
+  const place = h("div", { class: "revisions" });
+  const chooser = h(
+    "select",
+    { class: "scope", "aria-label": "Upstream", hidden: pools.length < 2 },
+    pools.map((one) => h("option", { value: one, selected: one === pool }, one)),
+  );
+  chooser.addEventListener("change", () => {
+    location.hash = link("/limits/history", { pool: chooser.value });
+  });
+  const again = async () => {
+    const found = await get("dashboard/revisions", { query: { pool }, signal });
+    const none = empty("Nothing was changed yet", "A change of a limit or weight, by a person or a deployment, appears here.");
+    fill(place, found.length ? found.map((one) => revision(one, pool, again)) : none);
+  };
+  await again();
+  main.append(
+    h("a", { class: "back", href: link("/") }, "← Overview"),
+    h("div", { class: "page-head" }, h("h1", {}, "Changes of limits"), chooser),
+    h("section", { class: "card", "aria-label": "Changes of limits" }, place),
+  );
+}
+
+const shown = (value) => (value === null ? "none" : typeof value === "object" ? JSON.stringify(value) : count(value));
+
+function revision(one, pool, again) {
+  const undo = h("button", { class: "button small", type: "button", "aria-label": `Undo revision ${one.revision}` }, "Undo");
+  undo.addEventListener("click", () => undone(one, pool, again));
+  const rows = one.changes.map(({ key, before, after }) =>
+    h("li", {}, h("code", {}, key.replace(/^limits\./, "")), " ", h("del", {}, shown(before)), " → ", h("ins", {}, shown(after))),
+  );
+  const canUndo = one.changes.length > 0 && !one.more && one.changes.every(({ key }) => key !== "bands");
+  return h(
+    "article",
+    { class: "revision", data: { revision: one.revision } },
+    h(
+      "div",
+      { class: "revision-head" },
+      h("h2", {}, `Revision ${one.revision}`),
+      h("span", { class: "quiet-text" }, `${time(one.at)}, ${one.set_by}${one.reason ? `: ${one.reason}` : ""}`),
+      h("span", { class: "end" }, canUndo && undo),
+    ),
+    h("ul", { class: "changes" }, rows),
+    one.more > 0 && h("p", { class: "quiet-text" }, `and ${count(one.more)} more: tidegate limits history --pool ${pool}`),
+  );
+}
+
+/** Put back what it changed; refused where one of it was changed again since. */
+async function undone(one, pool, again) {
+  const reason = field("reason", "Reason (goes on record)", { maxlength: 500, value: `undo of revision ${one.revision}` });
+  const back = one.changes.filter(({ before }) => before !== null);
+  const done = await confirm({
+    title: `Undo revision ${one.revision}?`,
+    text: "What it changed is put back as a new revision, in every process within a second, unless it was changed again since.",
+    fields: [reason],
+    action: "Undo",
+    act: (values) =>
+      patch(
+        "admin/limits",
+        {
+          set: Object.fromEntries(back.map(({ key, before }) => [key, before])),
+          remove: one.changes.filter(({ before }) => before === null).map(({ key }) => key),
+          expected: Object.fromEntries(one.changes.map(({ key, after }) => [key, after])),
+          by: "dashboard",
+          reason: values.reason,
+        },
+        { query: { pool } },
+      ),
+  });
+  if (done === null) return;
+  toast(`Revision ${one.revision} is undone.`);
+  await again();
+}

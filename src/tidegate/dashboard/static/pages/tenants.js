@@ -1,0 +1,258 @@
+// Tenants and API keys: found, made, changed, switched off and revoked.
+
+import { get, post, put, remove } from "../api.js";
+import { fill, h, say } from "../dom.js";
+import { ago, count, money, NOTHING, time } from "../format.js";
+import { link } from "../router.js";
+import { confirm, empty, field, toast } from "../ui.js";
+
+const PAGE = 25;
+const TYPED_MS = 200;
+const SCOPES = {
+  "infer,read": "Call models, read its own requests",
+  infer: "Call models",
+  read: "Read its own requests",
+  admin: "All of /admin and this dashboard",
+};
+const EXPIRES = { "": "Never", 7: "In 7 days", 30: "In 30 days", 90: "In 90 days", 365: "In a year" };
+const DAY_MS = 86_400_000;
+
+export async function open(main, { query, signal }) {
+  const state = { tenants: [], keys: [] };
+  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, () => tenantRow, {
+    none: ["No tenants yet", "A tenant is who is limited, billed and audited: a team, a service, a customer."],
+    action: ["New tenant", () => changeTenant(null, again)],
+  });
+  const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, () => keyRow, {
+    none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],
+    action: ["New key", () => makeKey(state.tenants, again)],
+    note: "the oldest 1,000",
+  });
+  const again = async () => {
+    [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { signal }), get("admin/keys", { signal })]);
+    tenants.show(state.tenants, again);
+    keys.show(state.keys.toSorted((a, b) => (a.created_at < b.created_at ? 1 : -1)), again);
+  };
+  await again();
+  tenants.search(query.get("tenant") ?? "");
+  main.append(h("div", { class: "page-head" }, h("h1", {}, "Keys and tenants")), keys.element, tenants.element);
+}
+
+const KEY_HEADS = [
+  ["Key", ""],
+  ["Tenant", ""],
+  ["May", "wide"],
+  ["Made", "wide"],
+  ["Last used", "wide"],
+  ["State", ""],
+  ["", "actions"],
+];
+const TENANT_HEADS = [
+  ["Tenant", ""],
+  ["Weight", "number"],
+  ["Keys", "number wide"],
+  ["Budget a day", "number wide"],
+  ["Budget a month", "number"],
+  ["Own limits", "number wide"],
+  ["State", ""],
+  ["", "actions"],
+];
+
+/** A card with a table that is searched and turned by pages: `show(items, again)`. */
+function listed(title, heads, textOf, rowOf, { none, action, note = "" }) {
+  const body = h("tbody");
+  const head = heads.map(([words, look]) =>
+    h("th", { scope: "col", class: look }, words || h("span", { class: "visually-hidden" }, "Do")),
+  );
+  const table = h("table", { class: "table" }, h("thead", {}, h("tr", {}, head)), body);
+  const words = h("span", { class: "quiet-text" });
+  const find = h("input", { type: "search", "aria-label": `Search ${title}`, placeholder: "Search", spellcheck: "false" });
+  const make = h("button", { class: "button main small", type: "button", on: { click: action[1] } }, action[0]);
+  const place = h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${title}, a table` }, table);
+  const nothing = h("div", { hidden: true });
+  const [back, on] = ["Previous", "Next"].map((text) => h("button", { class: "button small", type: "button" }, text));
+  const where = h("span", { class: "quiet-text" });
+  const foot = h("div", { class: "list-foot", hidden: true }, where, back, on);
+  let [items, offset, again] = [[], 0, null];
+
+  function draw() {
+    const asked = find.value.trim().toLowerCase();
+    const found = items.filter((one) => textOf(one).toLowerCase().includes(asked));
+    offset = Math.min(offset, Math.max(0, Math.ceil(found.length / PAGE) - 1) * PAGE);
+    const shown = found.slice(offset, offset + PAGE);
+    fill(body, shown.map((one) => rowOf()(one, again)));
+    place.hidden = shown.length === 0;
+    nothing.hidden = shown.length > 0;
+    if (!shown.length) fill(nothing, items.length ? empty("None has that in its name") : empty(...none));
+    say(words, [count(items.length), items.length >= 1_000 ? note : ""].filter(Boolean).join(", "));
+    say(where, `${count(offset + 1)} to ${count(offset + shown.length)} of ${count(found.length)}`);
+    foot.hidden = found.length <= PAGE;
+    back.disabled = offset === 0;
+    on.disabled = offset + PAGE >= found.length;
+  }
+
+  const turn = (by) => () => {
+    offset = Math.max(0, offset + by);
+    draw();
+  };
+  back.addEventListener("click", turn(-PAGE));
+  on.addEventListener("click", turn(PAGE));
+  let typing = 0;
+  find.addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(draw, TYPED_MS);
+  });
+  return {
+    element: h(
+      "section",
+      { class: "card", "aria-label": title },
+      h("div", { class: "card-head" }, h("h2", {}, title), words, h("div", { class: "end" }, find, make)),
+      place,
+      nothing,
+      foot,
+    ),
+    show(found, refresh) {
+      [items, again] = [found, refresh];
+      draw();
+    },
+    search(text) {
+      find.value = text;
+      draw();
+    },
+  };
+}
+
+const STATES = { works: "good", expired: "warn", revoked: "" };
+
+function keyRow(one, again) {
+  const works = one.state === "works";
+  const revoke = h("button", { class: "button quiet small", type: "button", "aria-label": `Revoke tg_${one.prefix}` }, "Revoke");
+  revoke.addEventListener("click", () => revokeKey(one, again));
+  return h(
+    "tr",
+    { data: { key: one.prefix } },
+    h("th", { scope: "row", class: "name", title: one.name }, h("b", {}, one.name || "(no name)"), " ", h("span", { class: "mono quiet-text" }, `tg_${one.prefix}…`)),
+    h("td", {}, h("a", { href: link("/requests", { tenant: one.tenant }), title: "Its requests" }, one.tenant)),
+    h("td", { class: "wide" }, one.scopes.join(", ")),
+    h("td", { class: "wide", title: one.made_by ?? "" }, time(one.created_at)),
+    h("td", { class: "wide" }, one.last_used_at ? ago(one.last_used_at) : "never"),
+    h("td", {}, h("span", { class: `badge ${STATES[one.state] ?? ""}`, title: one.expires_at ? `expires ${time(one.expires_at)}` : null }, one.state)),
+    h("td", { class: "actions" }, works && revoke),
+  );
+}
+
+const allowed = (dollars, tokens) =>
+  [dollars === null ? "" : money(dollars), tokens === null ? "" : `${count(tokens)} tokens`].filter(Boolean).join(", ") || NOTHING;
+
+function tenantRow(one, again) {
+  const change = h("button", { class: "button quiet small", type: "button", "aria-label": `Change ${one.tenant}` }, "Change");
+  const flip = h("button", { class: "button quiet small", type: "button", "aria-label": `${one.disabled ? "Enable" : "Disable"} ${one.tenant}` }, one.disabled ? "Enable" : "Disable");
+  change.addEventListener("click", () => changeTenant(one, again));
+  flip.addEventListener("click", () => disable(one, again));
+  return h(
+    "tr",
+    { data: { tenant: one.tenant } },
+    h("th", { scope: "row", class: "name" }, h("a", { href: link("/requests", { tenant: one.tenant }), title: "Its requests" }, one.tenant)),
+    h("td", { class: "number" }, count(one.weight)),
+    h("td", { class: "number wide" }, count(one.keys)),
+    h("td", { class: "number wide" }, allowed(one.budget_day_money, one.budget_day_tokens)),
+    h("td", { class: "number" }, allowed(one.budget_month_money, one.budget_month_tokens)),
+    h("td", { class: "number wide", title: Object.keys(one.limits).join(", ") }, count(Object.keys(one.limits).length)),
+    h("td", {}, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "disabled" : "open")),
+    h("td", { class: "actions" }, change, flip),
+  );
+}
+
+async function changeTenant(one, again) {
+  const amount = (value) => (value === null || value === undefined ? "" : String(value));
+  const name = field("tenant", "Name", { maxlength: 200, spellcheck: "false" });
+  const weight = field("weight", "Weight", { type: "number", value: amount(one?.weight ?? 1), hint: "Its share while callers wait: 2 gets twice what 1 does." });
+  const day = field("budget_day_money", "Dollars a day", { type: "number", value: amount(one?.budget_day_money), hint: "Empty: no budget. A call that does not fit is refused." });
+  const month = field("budget_month_money", "Dollars a month", { type: "number", value: amount(one?.budget_month_money) });
+  for (const each of [day, month]) each.input.setAttribute("inputmode", "decimal");
+  const done = await confirm({
+    title: one ? `Change ${one.tenant}` : "New tenant",
+    text: "In force in every process within two seconds.",
+    fields: one ? [weight, day, month] : [name, weight, day, month],
+    action: one ? "Change the tenant" : "Create the tenant",
+    act: async ({ tenant, ...values }) => {
+      await put(`admin/tenants/${encodeURIComponent(one?.tenant ?? tenant)}`, { ...values, by: "dashboard" });
+      return one?.tenant ?? tenant;
+    },
+  });
+  if (done === null) return;
+  toast(one ? `${done} is changed.` : `${done} is there. Its callers need a key.`);
+  await again();
+}
+
+async function disable(one, again) {
+  const done = await confirm({
+    title: one.disabled ? `Enable ${one.tenant}?` : `Disable ${one.tenant}?`,
+    text: one.disabled ? "Its keys open again what they opened before." : "Its keys open nothing from now on. Its requests stay on record, and jobs that it has submitted are done.",
+    action: one.disabled ? "Enable" : "Disable",
+    danger: !one.disabled,
+    act: () => put(`admin/tenants/${encodeURIComponent(one.tenant)}`, { disabled: !one.disabled, by: "dashboard" }),
+  });
+  if (done !== null) await again();
+}
+
+async function revokeKey(one, again) {
+  const done = await confirm({
+    title: `Revoke ${one.name || `tg_${one.prefix}`}?`,
+    text: "For good: calls that show it are refused within two seconds.",
+    action: "Revoke",
+    danger: true,
+    act: () => remove(`admin/keys/${one.prefix}`, { query: { by: "dashboard" } }),
+  });
+  if (done === null) return;
+  toast("The key is revoked.");
+  await again();
+}
+
+async function makeKey(tenants, again) {
+  const names = Object.fromEntries(["default", ...tenants.map((one) => one.tenant)].map((name) => [name, name]));
+  const made = await confirm({
+    title: "New key",
+    fields: [
+      field("tenant", "Tenant", { options: names, value: "default" }),
+      field("name", "What it is for", { maxlength: 200 }),
+      field("scopes", "What it may", { options: SCOPES, value: "infer,read" }),
+      field("days", "Expires", { options: EXPIRES, value: "" }),
+    ],
+    action: "Create the key",
+    act: ({ days, scopes, ...values }) => {
+      const expires = days ? new Date(Date.now() + Number(days) * DAY_MS).toISOString() : null;
+      return post("admin/keys", { ...values, scopes: scopes.split(","), expires_at: expires, by: "dashboard" });
+    },
+  });
+  if (made === null) return;
+  await shownOnce(made.key);
+  await again();
+}
+
+/** The key itself, which nobody can look up again. */
+function shownOnce(key) {
+  const copy = h("button", { class: "button", type: "button" }, "Copy");
+  const dialog = h(
+    "dialog",
+    { "aria-labelledby": "made-key" },
+    h(
+      "form",
+      { method: "dialog" },
+      h("h2", { id: "made-key" }, "The new key"),
+      h("p", {}, "Copy it now: it is shown this once, and only its digest is kept."),
+      h("p", { class: "made-key mono", tabindex: "0" }, key),
+      h("div", { class: "actions" }, copy, h("button", { class: "button main", type: "submit" }, "Done")),
+    ),
+  );
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(key);
+    fill(copy, "Copied");
+  });
+  document.body.append(dialog);
+  dialog.showModal();
+  copy.focus();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.remove()));
+  });
+}
