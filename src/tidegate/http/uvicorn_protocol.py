@@ -181,6 +181,23 @@ def without_offer(piece: bytes) -> bytes:
     return _OFFER.sub(rb"\1xpgrade", head) + piece[len(head) :]
 
 
+_CONNECTION = b"\r\nconnection:"
+_LONGEST_OFFER_BYTES = 256
+
+
+def before_offer(piece: bytes) -> int:
+    """How many bytes of a head may be parsed before more of it comes: those before a Connection
+    header that is not whole, since that can still become the offer of another protocol."""
+    if _HEAD_END in piece:
+        return len(piece)
+    if piece.endswith(b"\r"):
+        return len(piece) - (not piece.endswith(b"\r\n\r"))  # that may be the head's end
+    start = piece.rfind(b"\r\n")
+    line = piece[start:].lower()
+    begins = line.startswith(_CONNECTION) or _CONNECTION.startswith(line)
+    return start if start >= 0 and begins and len(line) <= _LONGEST_OFFER_BYTES else len(piece)
+
+
 class RequestLine:
     """The request line as it came, of which the parser returns only the parts."""
 
@@ -360,6 +377,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._when_gone: list[Callable[[], None]] = []
         self._answering: RequestResponseCycle | None = None
         self._offers_protocol = False
+        self._unparsed = b""  # the beginning of a Connection header
         self._idle_since_s: float | None = None
 
     # The connection
@@ -421,13 +439,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def _feed(self, piece: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(piece)
-            if b"pgrade" in piece:
+            if self._unparsed:
+                piece = self._unparsed + piece
+            end = before_offer(piece)
+            piece, self._unparsed = piece[:end], piece[end:]
+            if b"pgrade" in piece or b"PGRADE" in piece:
                 self._offers_protocol = True
                 piece = without_offer(piece)
         else:
             self._overhead_bytes += len(piece)
         self._line.take(piece)
         super().data_received(piece)
+        if self._unparsed and not self._in_head:
+            rest, self._unparsed = self._unparsed, b""  # the body's
+            self._feed(rest)
         if self._in_head and self._head_bytes:
             self._line.keep()
             self._arm_head_timer()

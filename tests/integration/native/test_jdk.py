@@ -11,6 +11,7 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.security.hostile import Hostile, hostile
+from tidegate.http.uvicorn_protocol import before_offer
 
 __all__ = ["hostile"]
 
@@ -65,6 +66,41 @@ async def test_an_offer_is_ignored_and_the_body_read(
     assert sent.endswith(BODY)
     assert b"http2-settings" not in sent.lower()
     assert b"upgrade" not in sent.removesuffix(BODY).lower()
+
+
+async def test_an_offer_is_ignored_wherever_its_head_is_split(gateway: Gateway) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    whole = WHOLE + BODY
+    start = whole.index(b"\r\nConnection")
+    places = [*range(start, whole.index(b"\r\nUpgrade") + 3), len(WHOLE) - 1, len(whole) - 1]
+    for place in places:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(whole[:place])
+        await writer.drain()
+        async with gateway.http.get(f"{gateway.url}/health/live"):
+            pass  # the gateway has read the first part by then
+        writer.write(whole[place:])
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), (whole[:place], head)
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("piece", "parsed"),
+    [
+        (b"GET / HTTP/1.1\r\nConn", b"GET / HTTP/1.1"),
+        (b"GET / HTTP/1.1\r", b"GET / HTTP/1.1"),
+        (b"a: b\r\nCONNECTION: x, upgr", b"a: b"),
+        (b"a: b\r\nconnections: x", None),
+        (b"a: b\r\n\r", None),
+        (b"a: b\r\n\r\nbody\r", None),
+        (b"a: b\r\nConnection: " + b"x" * 300, None),
+    ],
+)
+def test_only_an_unfinished_connection_header_waits_for_more(
+    piece: bytes, parsed: bytes | None
+) -> None:
+    assert piece[: before_offer(piece)] == (piece if parsed is None else parsed)
 
 
 if shutil.which("javac") is not None:  # the shapes above hold its bytes, and those of others
