@@ -1,0 +1,52 @@
+"""A test finds in its database what the migrations made, whatever the test before it did."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+from tests.databases import Databases
+from tidegate.embedded.servers import PostgresServer
+
+ROWS = [
+    "SELECT 1",
+    "INSERT INTO tenants (id) VALUES ('of-a-test')",
+    "DELETE FROM tenants",
+    "UPDATE budget_revision SET revision = revision + 5",
+]
+SHAPES = [
+    "CREATE TABLE of_a_test (id int)",
+    "ALTER TABLE requests ADD COLUMN of_a_test int",
+    "CREATE INDEX of_a_test ON requests (id)",
+    "DROP TABLE webhooks CASCADE",
+]
+
+
+async def content(url: str) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(url)
+    try:
+        return [
+            *await connection.fetch("SELECT * FROM tenants ORDER BY id"),
+            *await connection.fetch("SELECT * FROM budget_revision"),
+        ]
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("did", [*ROWS, *SHAPES])
+async def test_the_next_test_finds_what_the_migrations_made(
+    did: str, postgres_server: PostgresServer
+) -> None:
+    databases = Databases(postgres_server)
+    await databases.prepare()
+    name = await databases.take()
+    made = await content(postgres_server.url(name))
+    left_open = await asyncpg.connect(postgres_server.url(name))
+    await left_open.execute(did)
+    await databases.give_back(name)
+    found = await databases.take()
+    assert (found == name) is (did in ROWS)  # else another copy of the template
+    assert await content(postgres_server.url(found)) == made
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+        await left_open.execute("SELECT 1")
+    await databases.give_back(found)
