@@ -103,6 +103,7 @@ NOT_RUN = (
     NotRun("README.md", "pip install -r", "it does not end; the parts are tested one by one"),
     NotRun("README.md", "pip install tidegate\n", _PACKAGING),
     NotRun("docs/quickstart.md", "\nmake run\n", "it does not end; a test starts the same"),
+    NotRun("docs/quickstart.md", "✓ Bundled", "a start; tests/integration/processes has its marks"),
     NotRun("docs/quickstart.md", "uvx --from", "it does not end; tests/integration/packaging"),
     NotRun("docs/library.md", "pip install tidegate ", _PACKAGING),
     NotRun("docs/operating.md", "systemctl enable", "no systemd runs in a test"),

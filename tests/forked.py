@@ -157,6 +157,8 @@ def _nursery() -> _Nursery:
 
 def _asked(place: str) -> socket.socket | None:
     """The socket to a nursery of this process's own, forked from that of the whole run."""
+    if not place:
+        return None
     asked = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         asked.connect(place)
