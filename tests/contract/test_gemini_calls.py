@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import tenacity
 
 from tests.contract.gemini_upstream import (
     KEY,
@@ -98,6 +99,33 @@ async def test_the_request_holds_what_was_asked_and_nothing_else() -> None:
     assert [request.json for request in upstream.received] == [
         {"contents": [turn], "generationConfig": wanted} for wanted in settings.values()
     ]
+
+
+async def test_a_request_goes_through_no_loop_of_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[object] = []
+
+    async def loop(_self: object, request: Any, *values: Any, **named: Any) -> Any:
+        tries.append(request)
+        return await request(*values, **named)
+
+    monkeypatch.setattr(tenacity.AsyncRetrying, "__call__", loop)
+    async with raw_upstream(answer_well) as upstream, gemini(upstream.url) as ours:
+        answer = Answer()
+        await ours.run(call(), answer, None)
+    assert (answer.whole_text, tries) == ("Fine", [])
+
+
+def test_an_sdk_that_retries_by_itself_is_left_as_it_is() -> None:
+    from google import genai
+    from google.genai import types
+
+    from tidegate.upstream.gemini_transport import make_requests_once
+
+    tries = types.HttpRetryOptions(attempts=3)
+    client = genai.Client(api_key=KEY, http_options=types.HttpOptions(retry_options=tries))
+    before = client._api_client._async_retry
+    make_requests_once(client)
+    assert client._api_client._async_retry is before
 
 
 async def test_a_base_url_that_names_the_version_is_not_given_it_twice() -> None:

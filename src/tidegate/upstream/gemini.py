@@ -515,7 +515,12 @@ class GeminiProcessor:
         from google import genai
         from google.genai import errors, types
 
-        from tidegate.upstream.gemini_transport import SdkClient, Settings, tls_context
+        from tidegate.upstream.gemini_transport import (
+            SdkClient,
+            Settings,
+            make_requests_once,
+            tls_context,
+        )
 
         # These loggers' lines show whole URLs, and an upload's URL holds the key.
         for name in ("httpx2", "httpcore2"):
@@ -538,6 +543,7 @@ class GeminiProcessor:
                 httpx_client=httpx2.Client(transport=httpx2.MockTransport(_no_sync_calls)),
             ),
         )
+        make_requests_once(client)
         wire_faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError)
         # The SDK fails with these on answers of a wrong shape.
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
