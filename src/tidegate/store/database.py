@@ -15,13 +15,12 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
+from itertools import count
 from typing import Any, Generic, TypeVar
-from weakref import WeakValueDictionary
 
 import asyncpg
 
@@ -80,6 +79,59 @@ _UNFIT = (
 )
 
 
+_numbers = count(1)
+# A plan that was made on a schema of before, and a statement that another server has, or has not.
+_STALE = (
+    asyncpg.InvalidCachedStatementError,
+    asyncpg.InvalidSQLStatementNameError,
+    asyncpg.DuplicatePreparedStatementError,
+)
+
+
+class Session(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that prepares the statements of `PREPARED` once. Any other is parsed twice and
+    planned each time, which costs PostgreSQL more than to run it for a few rows.
+
+    Only with PostgreSQL itself at the other end: a pooler's client has another server each time.
+    """
+
+    shares_servers = False  # a pooler is there that names a server's process as its own
+    _is_direct: bool | None = None
+    _kept: Mapping[str, asyncpg.prepared_stmt.PreparedStatement] = {}
+
+    async def fetch(self, query: str, *values: Any, **more: Any) -> Any:
+        if (kept := await self._prepared(query)) is None:
+            return await super().fetch(query, *values, **more)
+        return await kept.fetch(*values, **more)
+
+    async def fetchrow(self, query: str, *values: Any, **more: Any) -> Any:
+        if (kept := await self._prepared(query)) is None:
+            return await super().fetchrow(query, *values, **more)
+        return await kept.fetchrow(*values, **more)
+
+    async def execute(self, query: str, *values: Any, **more: Any) -> Any:
+        if (kept := await self._prepared(query)) is None:
+            return await super().execute(query, *values, **more)
+        await kept.fetch(*values, **more)
+        return kept.get_statusmsg()
+
+    def forget(self) -> None:
+        """Have all statements prepared again."""
+        self._kept = {}
+
+    async def _prepared(self, query: str) -> asyncpg.prepared_stmt.PreparedStatement | None:
+        if query not in PREPARED or self._is_direct is False or Session.shares_servers:
+            return None
+        if self._is_direct is None:  # a pooler gives its clients a number of its own
+            process = await super().fetchval("SELECT pg_backend_pid()")
+            self._is_direct = process == self.get_server_pid()
+            return await self._prepared(query)
+        if (kept := self._kept.get(query)) is None:
+            kept = await self.prepare(query, name=f"{PREPARED[query]}_{next(_numbers)}")
+            self._kept = {**self._kept, query: kept}
+        return kept
+
+
 class _Commit:
     """State of one try. Once COMMIT is `sent` the transaction may be committed."""
 
@@ -99,10 +151,10 @@ class Connections:
         self._url = url
         self._probe_timeout_ms = probe_timeout_ms
         self._slots = asyncio.Semaphore(size)
-        self._idle: list[asyncpg.Connection] = []  # the one that was used last is taken next
+        self._idle: list[Session] = []  # the one that was used last is taken next
         self._least_idle = 0  # since the last look at them
         self._trimming: asyncio.TimerHandle | None = None
-        self._busy: set[asyncpg.Connection] = set()
+        self._busy: set[Session] = set()
         self._tasks: set[asyncio.Task[object]] = set()
         self._probe: asyncio.Task[None] | None = None
         self._opening = False
@@ -236,6 +288,13 @@ class Connections:
                 return await self._transaction(work, deadline, timeout_ms, commit)
             except _UNFIT as unfit:
                 raise StoreUnavailable(_unfit_words(unfit)) from unfit
+            except _STALE as stale:
+                if not isinstance(stale, asyncpg.InvalidCachedStatementError):
+                    Session.shares_servers = True
+                for session in (*self._idle, *self._busy):
+                    session.forget()
+                if tries == _TRIES:
+                    raise StoreUnavailable(f"PostgreSQL failed: {_words(stale)}") from stale
             except _TRANSIENT as failed:
                 late = asyncio.get_running_loop().time() >= deadline
                 if late or tries == _TRIES:
@@ -359,6 +418,7 @@ class Connections:
             self._url,
             timeout=timeout_s,
             statement_cache_size=0,
+            connection_class=Session,
             server_settings={"application_name": "tidegate"},
         )
 
@@ -421,31 +481,6 @@ class Connections:
             get_logger().info(Log.STORE_BACK)
             for notify in self.on_back:
                 notify()
-
-
-class ReadTurns:
-    """A tenant's reads of single requests, `most` of them at a time in this process: however many
-    of its clients poll, the other connections are for everybody else."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-
-    @asynccontextmanager
-    async def turn(self, tenant_id: str, timeout_ms: int) -> AsyncIterator[None]:
-        """Wait for a turn, no longer than that. Raises StoreUnavailable."""
-        turns = self._of.get(tenant_id)
-        if turns is None:
-            turns = self._of[tenant_id] = asyncio.Semaphore(self._most)
-        try:
-            async with asyncio.timeout(timeout_ms / 1000):
-                await turns.acquire()
-        except TimeoutError:
-            raise StoreUnavailable(f"too many reads of tenant {tenant_id} wait here") from None
-        try:
-            yield
-        finally:
-            turns.release()
 
 
 def _abandoned(task: asyncio.Task[Any]) -> None:
@@ -549,6 +584,18 @@ QUERIES = {
     name: query
     for file in (files("tidegate.store") / "sql").iterdir()
     for name, query in _load(file.read_text(encoding="utf-8")).items()
+}
+
+
+# Of what is run for calls, jobs and lines: each has one plan that is right for all values.
+PREPARED = {
+    QUERIES[name].sql: name
+    for name in (
+        *("came", "claim", "begin_running", "end_requests", "end_attempts", "add_audit"),
+        *("add_bodies", "add_usage", "get_erased", "submit_requests", "notify", "pulse"),
+        *("claim_batch_lines", "begin_batch_lines", "end_batch_lines", "count_batch_lines"),
+        *("add_batch_lines", "batches_held_up", "reserve_budgets", "settle_budgets"),
+    )
 }
 
 

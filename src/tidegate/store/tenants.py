@@ -1,4 +1,4 @@
-"""Tenants, API keys, used sign-in codes, and policies on record.
+"""Tenants, API keys, used sign-in codes, turns to read, and policies on record.
 
 A key is `tg_<prefix>_<secret>`. The prefix names it in lists and logs; the secret has 43 random
 letters and digits (256 bits), so one SHA-256 is a sufficient hash.
@@ -10,16 +10,19 @@ pool's policy are written by one transaction at a time, each decided on what is 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import secrets
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import sha256
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import asyncpg
 import orjson
@@ -497,3 +500,28 @@ class Policies:
 
 def _policy(row: asyncpg.Record) -> PolicyRecord:
     return record_of(PolicyRecord, row, policy=orjson.loads(row["policy"]))
+
+
+class ReadTurns:
+    """A tenant's reads of single requests, `most` of them at a time in this process: however many
+    of its clients poll, the other connections are for everybody else."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, tenant_id: str, timeout_ms: int) -> AsyncIterator[None]:
+        """Wait for a turn, no longer than that. Raises StoreUnavailable."""
+        turns = self._of.get(tenant_id)
+        if turns is None:
+            turns = self._of[tenant_id] = asyncio.Semaphore(self._most)
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                await turns.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(f"too many reads of tenant {tenant_id} wait here") from None
+        try:
+            yield
+        finally:
+            turns.release()

@@ -21,7 +21,7 @@ from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.servers import PostgresServer
 from tidegate.store import notifications
-from tidegate.store.database import HEAD, migrate
+from tidegate.store.database import HEAD, Connections, Session, migrate
 
 JOBS = 40
 STREAMS = 20
@@ -127,6 +127,18 @@ async def test_a_batch_gives_an_answer_to_each_line(opened: OpenBoth) -> None:
     ) as client:
         batch = await begin(client, content(30))
         await assert_all_succeeded(client, await end_of_batch(client, batch), 30)
+
+
+async def test_nothing_is_prepared_on_servers_that_clients_share(
+    bouncer: Bouncer, database_url: str
+) -> None:
+    connections = Connections(bouncer.url(database_url.rpartition("/")[2]))
+    for _ in range(10):
+        assert await connections.rows("get_erased", ["a"], []) == []
+    names = "SELECT count(*) FROM pg_prepared_statements"
+    assert await connections.run(lambda session: session.fetchval(names)) == 0
+    assert not Session.shares_servers, "it is known before it does harm"
+    await connections.aclose()
 
 
 async def test_the_schema_is_made_by_processes_that_start_at_once(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import asyncpg
+
 from tidegate.call import (
     UNKNOWN_CHARGE,
     Answer,
@@ -17,6 +19,7 @@ from tidegate.call import (
     new_id,
 )
 from tidegate.record import CallRecord, Failure, OutputFile, Source
+from tidegate.store.database import sql
 from tidegate.store.records import NewJob
 
 
@@ -87,3 +90,37 @@ def unadmitted(status: str, failure: Failure | None = None, source: Source = "jo
 
 def picture() -> OutputFile:
     return OutputFile(new_id(), "image/png", 99, f"2025-01-01/{new_id()}")
+
+
+_AS_IN_A_PROCESS = "SET LOCAL enable_seqscan = off; SET LOCAL jit = off"
+
+
+async def plan(session: asyncpg.Connection, name: str, *arguments: object, options: str) -> str:
+    """How a statement is run with these arguments; nothing of it stays."""
+    transaction = session.transaction()
+    await transaction.start()
+    lines = await session.fetch(f"EXPLAIN ({options}) {sql(name)}", *arguments)
+    await transaction.rollback()
+    return "\n".join(line[0] for line in lines)
+
+
+async def plan_for_any(
+    session: asyncpg.Connection, name: str, *arguments: object, options: str
+) -> str:
+    """The same by the plan that a session makes once, for whatever arguments come."""
+    given = ", ".join([await _literal(session, value) for value in arguments])
+    transaction = session.transaction()
+    await transaction.start()
+    await session.execute(f"{_AS_IN_A_PROCESS}; SET LOCAL plan_cache_mode = force_generic_plan")
+    await session.execute(f"PREPARE for_any AS {sql(name)}")
+    lines = await session.fetch(f"EXPLAIN ({options}) EXECUTE for_any ({given})")
+    await session.execute("DEALLOCATE for_any")
+    await transaction.rollback()
+    return "\n".join(line[0] for line in lines)
+
+
+async def _literal(session: asyncpg.Connection, value: object) -> str:
+    if isinstance(value, list):
+        value = "{" + ",".join(map(str, value)) + "}"
+    text = None if value is None else str(value)
+    return str(await session.fetchval("SELECT quote_nullable($1::text)", text))

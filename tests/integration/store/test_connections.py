@@ -11,13 +11,15 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tests.integration.store.jobs import new_job
 from tests.waiting import wait_until
 from tidegate.call import new_id
 from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store import database
-from tidegate.store.database import Connections, ReadTurns
+from tidegate.store.database import Connections, sql
 from tidegate.store.store import Store
+from tidegate.store.tenants import ReadTurns
 
 LAST_STEP = 40  # of the event loop, by which the work below has long ended
 
@@ -27,6 +29,19 @@ async def connections(empty_database_url: str) -> AsyncIterator[Connections]:
     opened = Connections(empty_database_url, size=1)
     yield opened
     await opened.aclose()
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def opened(url: str, stack: AsyncExitStack, size: int = 1) -> Connections:
+    """Connections that are closed after the test."""
+    connections = Connections(url, size=size)
+    stack.push_async_callback(connections.aclose)
+    return connections
 
 
 async def _cut_after(steps: int, connection: asyncpg.Connection) -> None:
@@ -162,6 +177,63 @@ async def test_a_free_connection_is_taken_before_another_one_is_open(
     assert await asyncio.gather(*others) == [1] * 5
     assert await holding
     await connections.aclose()
+
+
+_NAMES = "SELECT array_agg(name::text ORDER BY name) FROM pg_prepared_statements"
+
+
+async def prepared(connections: Connections) -> list[str]:
+    """The statements that the last session to be used has prepared."""
+    found = await connections.run(lambda session: session.fetchval(_NAMES))
+    return [name.rpartition("_")[0] for name in found or ()]
+
+
+async def test_what_is_run_for_calls_is_prepared_once_a_session(
+    database_url: str, stack: AsyncExitStack
+) -> None:
+    connections = await opened(database_url, stack)
+    for _ in range(3):
+        assert await connections.rows("get_erased", ["a"], []) == []
+        assert await connections.execute("add_bodies", "[]") == 0
+        assert await connections.row("get_request", new_id(), "a") is None
+    assert await prepared(connections) == ["add_bodies", "get_erased"]
+
+
+async def test_a_statement_is_prepared_again_after_a_change_of_the_schema(
+    database_url: str, stack: AsyncExitStack, store: Store
+) -> None:
+    await store.jobs.submit(new_job())
+    connections = await opened(database_url, stack, size=3)
+    go, begun = asyncio.Event(), list[int]()
+
+    async def held(session: asyncpg.Connection) -> None:
+        await session.fetch(sql("end_requests"), "[]")
+        begun.append(1)
+        await go.wait()
+
+    three = [asyncio.create_task(connections.run(held)) for _ in range(3)]
+    await wait_until(lambda: len(begun) == 3)
+    go.set()
+    await asyncio.gather(*three)
+    await connections.run(
+        lambda session: session.execute("ALTER TABLE requests ADD COLUMN of_later text")
+    )
+    rows = await asyncio.gather(*(connections.rows("end_requests", "[]") for _ in range(9)))
+    assert rows == [[]] * 9
+    assert not database.Session.shares_servers
+
+
+async def test_a_statement_that_another_server_has_ends_preparing(
+    database_url: str, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database.Session, "shares_servers", False)
+    connections = await opened(database_url, stack)
+    await connections.rows("get_erased", ["a"], [])
+    await connections.run(lambda session: session.execute("DEALLOCATE ALL"))
+    assert await connections.rows("get_erased", ["a"], []) == []
+    assert database.Session.shares_servers
+    assert await connections.rows("get_erased", ["a"], []) == []
+    assert await prepared(connections) == []
 
 
 async def test_the_reads_of_one_tenant_leave_connections_to_others(
