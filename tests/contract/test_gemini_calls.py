@@ -36,6 +36,7 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamUnavailable,
 )
+from tidegate.upstream._compat import make_requests_once
 
 PNG = Media("image/png", b"\x89PNG not really", "fox.png")
 JUDGE = "gemini-2.5-flash-lite"
@@ -118,8 +119,6 @@ async def test_a_request_goes_through_no_loop_of_tries(monkeypatch: pytest.Monke
 def test_an_sdk_that_retries_by_itself_is_left_as_it_is() -> None:
     from google import genai
     from google.genai import types
-
-    from tidegate.upstream.gemini_transport import make_requests_once
 
     tries = types.HttpRetryOptions(attempts=3)
     client = genai.Client(api_key=KEY, http_options=types.HttpOptions(retry_options=tries))

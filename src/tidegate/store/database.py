@@ -88,7 +88,7 @@ _STALE = (
 )
 
 
-class Session(asyncpg.Connection):  # type: ignore[misc]
+class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
     """A connection that prepares the statements of `PREPARED` once. Any other is parsed twice and
     planned each time, which costs PostgreSQL more than to run it for a few rows.
 
@@ -120,7 +120,7 @@ class Session(asyncpg.Connection):  # type: ignore[misc]
         self._kept = {}
 
     async def _prepared(self, query: str) -> asyncpg.prepared_stmt.PreparedStatement | None:
-        if query not in PREPARED or self._is_direct is False or Session.shares_servers:
+        if query not in PREPARED or self._is_direct is False or DatabaseSession.shares_servers:
             return None
         if self._is_direct is None:  # a pooler gives its clients a number of its own
             process = await super().fetchval("SELECT pg_backend_pid()")
@@ -151,10 +151,10 @@ class Connections:
         self._url = url
         self._probe_timeout_ms = probe_timeout_ms
         self._slots = asyncio.Semaphore(size)
-        self._idle: list[Session] = []  # the one that was used last is taken next
+        self._idle: list[DatabaseSession] = []  # the one that was used last is taken next
         self._least_idle = 0  # since the last look at them
         self._trimming: asyncio.TimerHandle | None = None
-        self._busy: set[Session] = set()
+        self._busy: set[DatabaseSession] = set()
         self._tasks: set[asyncio.Task[object]] = set()
         self._probe: asyncio.Task[None] | None = None
         self._opening = False
@@ -290,7 +290,7 @@ class Connections:
                 raise StoreUnavailable(_unfit_words(unfit)) from unfit
             except _STALE as stale:
                 if not isinstance(stale, asyncpg.InvalidCachedStatementError):
-                    Session.shares_servers = True
+                    DatabaseSession.shares_servers = True
                 for session in (*self._idle, *self._busy):
                     session.forget()
                 if tries == _TRIES:
@@ -418,7 +418,7 @@ class Connections:
             self._url,
             timeout=timeout_s,
             statement_cache_size=0,
-            connection_class=Session,
+            connection_class=DatabaseSession,
             server_settings={"application_name": "tidegate"},
         )
 

@@ -51,6 +51,7 @@ from tidegate.errors import (
 )
 from tidegate.policy.access import Access, AccessOptions, Authentication
 from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream._compat import make_requests_once
 from tidegate.upstream.transport import Signer, Timeouts
 
 if TYPE_CHECKING:
@@ -515,12 +516,7 @@ class GeminiProcessor:
         from google import genai
         from google.genai import errors, types
 
-        from tidegate.upstream.gemini_transport import (
-            SdkClient,
-            Settings,
-            make_requests_once,
-            tls_context,
-        )
+        from tidegate.upstream.gemini_transport import SdkClient, Settings, tls_context
 
         # These loggers' lines show whole URLs, and an upload's URL holds the key.
         for name in ("httpx2", "httpcore2"):

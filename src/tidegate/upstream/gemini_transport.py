@@ -18,16 +18,16 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from functools import cache, lru_cache
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx2
 import orjson
-from google.genai import Client, types
+from google.genai import types
 
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import tier_in
@@ -50,7 +50,6 @@ from tidegate.upstream.transport import (
     out_of_time,
 )
 
-T = TypeVar("T")
 _EVENTS = b"text/event-stream"
 # The connection sends these itself, the key as the upstream wants it.
 _FRAMING = (
@@ -550,20 +549,6 @@ def is_plain() -> bool:
     """Of the answer that the SDK is reading in this task."""
     scope = _scope.get()
     return scope is not None and bool(scope.exchanges) and scope.exchanges[-1].plain
-
-
-def make_requests_once(client: Client) -> None:
-    """Have the SDK make each request by a plain call. It retries nothing, since it is given no
-    options for that, by a loop of tenacity, which inspects the function that it calls each time: an
-    eighth of what a call costs. An SDK that is built otherwise stays as it is."""
-    api = client._api_client
-    loop = getattr(api, "_async_retry", None)
-    if getattr(getattr(loop, "stop", None), "max_attempt_number", None) == 1:
-        api._async_retry = _once  # type: ignore[assignment]
-
-
-async def _once(request: Callable[..., Awaitable[T]], *values: Any, **named: Any) -> T:
-    return await request(*values, **named)
 
 
 def _no_other_way(_request: httpx2.Request) -> httpx2.Response:

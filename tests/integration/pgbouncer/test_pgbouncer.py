@@ -21,7 +21,7 @@ from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.servers import PostgresServer
 from tidegate.store import notifications
-from tidegate.store.database import HEAD, Connections, Session, migrate
+from tidegate.store.database import HEAD, Connections, DatabaseSession, migrate
 
 JOBS = 40
 STREAMS = 20
@@ -137,7 +137,7 @@ async def test_nothing_is_prepared_on_servers_that_clients_share(
         assert await connections.rows("get_erased", ["a"], []) == []
     names = "SELECT count(*) FROM pg_prepared_statements"
     assert await connections.run(lambda session: session.fetchval(names)) == 0
-    assert not Session.shares_servers, "it is known before it does harm"
+    assert not DatabaseSession.shares_servers, "it is known before it does harm"
     await connections.aclose()
 
 

@@ -220,18 +220,18 @@ async def test_a_statement_is_prepared_again_after_a_change_of_the_schema(
     )
     for _ in range(6):
         assert await connections.rows("end_requests", "[]") == []
-    assert not database.Session.shares_servers
+    assert not database.DatabaseSession.shares_servers
 
 
 async def test_a_statement_that_another_server_has_ends_preparing(
     database_url: str, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database.Session, "shares_servers", False)
+    monkeypatch.setattr(database.DatabaseSession, "shares_servers", False)
     connections = await opened(database_url, stack)
     await connections.rows("get_erased", ["a"], [])
     await connections.run(lambda session: session.execute("DEALLOCATE ALL"))
     assert await connections.rows("get_erased", ["a"], []) == []
-    assert database.Session.shares_servers
+    assert database.DatabaseSession.shares_servers
     assert await connections.rows("get_erased", ["a"], []) == []
     assert await prepared(connections) == []
 
