@@ -1,4 +1,4 @@
-"""Choice of the processing tier of a job: the cheapest that makes its deadline. Pure.
+"""Processing tiers of jobs: which are offered, and the choice of the cheapest that is in time.
 
     batch ── its end comes near to the deadline ──► flex ── only live is safe ──► live
 
@@ -7,20 +7,37 @@ with all jobs of the same need before it. What is not known counts for the worst
 announces: a batch is tried without knowledge only where half of its window fits before that moment.
 
 Invariants: a tier that is not allowed, has no known price, or costs more than the usual one is
-never chosen; where no cheaper tier is safe the usual one is.
+never chosen; where no cheaper tier is safe the usual one is; a tier is offered only where every
+upstream that the job may go to states a price for it. What the usual tier takes is counted at the
+limits of the job's first upstream, with all open jobs of its kind that come before it
+(`store/statistics.py`, `OpenJobs`).
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from math import ceil, inf
+from random import uniform
 from typing import Any
 from uuid import UUID
 
-from tidegate.call import Tier
+from tidegate.call import DEFAULT_TENANT, Kind, Tier, Usage, tokens_of
+from tidegate.dialects.spec import Dialect
+from tidegate.errors import TidegateError, UpstreamRejected, UpstreamTierBusy, UpstreamTimeout
+from tidegate.jobs.calls import key_of
+from tidegate.jobs.outages import Key
+from tidegate.limiter import Concurrency, Limit, Rate
+from tidegate.record import CallRecord
+from tidegate.settings import Config
+from tidegate.spine.detached import endpoint_named
+from tidegate.spine.routing import Target
+from tidegate.spine.run import Lane
+from tidegate.store.records import ClaimedJob
+from tidegate.store.statistics import OpenJobs
 
 MARGIN = 1.5  # over what a tier usually takes
 RESERVE = 1.25  # over what the usual tier takes at our limits
@@ -243,3 +260,209 @@ class FlexCalls:
 def _bound(kept: OrderedDict[Any, Any], most: int) -> None:
     while len(kept) > most:
         kept.popitem(last=False)
+
+
+_UNKNOWN_CALL_MS = 10_000.0
+_DAY_S = 86_400
+_LEAST_BATCHES = 3
+_BATCHES_FRESH_S = 10.0
+_MOST_MODELS = 1_000
+_SMOOTHING = 0.1
+
+
+# Of an upstream's batches of a model: within how many ms nearly all have ended, and how many there
+# were; None where there was none.
+UsualBatches = Callable[[str, str], Awaitable[tuple[float, int] | None]]
+
+
+@dataclass(slots=True)
+class _Sizes:
+    """Average LLM tokens of the calls of a kind; None until there was one."""
+
+    input_tokens: float | None = None
+    output_tokens: float | None = None
+
+    def add(self, usage: Usage) -> None:
+        taken, given = tokens_of(usage)
+        self.input_tokens = _moved(self.input_tokens, taken)
+        self.output_tokens = _moved(self.output_tokens, given)
+
+    def of(self, unit: str) -> float | None:
+        """What a call counts in a unit, about; None where that is not known."""
+        taken, given = self.input_tokens, self.output_tokens
+        match unit:
+            case "requests" | "images":
+                return 1.0
+            case "input_tokens" | "uncached_input_tokens":
+                return taken
+            case "output_tokens":
+                return given
+            case "tokens" if taken is not None and given is not None:
+                return taken + given
+        return None
+
+
+def _moved(average: float | None, value: int | None) -> float | None:
+    if value is None or average is None:
+        return average if value is None else float(value)
+    return average + _SMOOTHING * (value - average)
+
+
+class TierOffers:
+    """One per worker. targets_of: where a job may go; lane_of: what this process has of one.
+    takes: whether a provider's batch can take a job."""
+
+    def __init__(
+        self,
+        config: Config,
+        ahead: OpenJobs,
+        targets_of: Callable[[ClaimedJob], Sequence[Target]],
+        lane_of: Callable[[Target], Lane],
+        takes: Callable[[ClaimedJob], bool],
+        usual_batches: UsualBatches,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ahead = ahead
+        self._targets_of = targets_of
+        self._lane_of = lane_of
+        self._takes = takes
+        self._usual_batches = usual_batches
+        self._times = TierTimes(
+            float(config.provider_batch_window_ms),
+            float(config.provider_batch_cancel_ms),
+            float(config.flex_within_ms),
+        )
+        self._live: dict[Kind, SeenTimes] = {kind: SeenTimes() for kind in Kind}
+        self._sizes: dict[Kind, _Sizes] = {kind: _Sizes() for kind in Kind}
+        self.flex = FlexCalls(clock)
+        self._clock = clock
+        self._batch_times: dict[Key, tuple[float, float | None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<TierOffers {self.flex!r}>"
+
+    async def choice(
+        self, job: ClaimedJob, kind: Kind, tried: Collection[Tier] = ()
+    ) -> TierChoice | None:
+        """The tier of a job now, None where it is allowed the usual one alone. tried: those that
+        have refused it. Raises StoreUnavailable."""
+        if not job.tiers_allowed:
+            return None
+        targets = self._targets_of(job)
+        offers = []
+        for tier in job.tiers_allowed:
+            if tier not in tried and (offer := await self._offer(job, tier, targets)) is not None:
+                offers.append(offer)
+        room = LiveRoom()
+        if offers and targets:
+            room = await self._room(kind, targets[0], job.tenant_id, job.deadline_at)
+        return choose(offers, room, now=datetime.now(UTC), due=job.deadline_at, times=self._times)
+
+    async def _offer(
+        self, job: ClaimedJob, tier: Tier, targets: Sequence[Target]
+    ) -> TierOffer | None:
+        shares = [
+            self._lane_of(target).demands.prices.share(target.model, tier) for target in targets
+        ]
+        known = [share for share in shares if share is not None]
+        if not known or len(known) < len(shares):
+            return None
+        if tier is Tier.FLEX:
+            if self.flex.is_refused(job.request_id):
+                return None
+            keys = [key_of(target) for target in targets]
+            usual = [one for one in map(self.flex.usual_ms, keys) if one is not None]
+            slowest = max(usual) if len(usual) == len(keys) else None
+            return TierOffer(tier, max(known), slowest, min(map(self.flex.busy_ms, keys)))
+        if not self._takes(job):
+            return None
+        seen = [await self._usual_batch_ms(key_of(target)) for target in targets]
+        ended = [one for one in seen if one is not None]
+        slowest = max(ended) if len(ended) == len(seen) else None
+        return TierOffer(tier, max(known), slowest, keeps_results=_keeps_results(job))
+
+    async def leaves_at(self, kind: Kind, target: Target, due: datetime) -> datetime | None:
+        """When a batch at a provider must be cancelled for those of its jobs that are due
+        then, as many as are open now; None where nothing could be called in its stead. Raises
+        StoreUnavailable."""
+        room = await self._room(kind, target, DEFAULT_TENANT, due)
+        needs_ms = room.reserve_ms + self._times.cancel_ms
+        return None if needs_ms == inf else due - timedelta(milliseconds=needs_ms)
+
+    async def _usual_batch_ms(self, key: Key) -> float | None:
+        """Within which the batches of a model end; None where too few did."""
+        now = self._clock()
+        until, usual_ms = self._batch_times.get(key, (now, None))
+        if until <= now:
+            seen = await self._usual_batches(*key)
+            usual_ms = seen[0] if seen is not None and seen[1] >= _LEAST_BATCHES else None
+            if len(self._batch_times) >= _MOST_MODELS:
+                self._batch_times.clear()
+            self._batch_times[key] = now + _BATCHES_FRESH_S, usual_ms
+        return usual_ms
+
+    async def _room(
+        self, kind: Kind, target: Target, tenant: str, due: datetime | None
+    ) -> LiveRoom:
+        lane = self._lane_of(target)
+        policy = lane.limiter.policy
+        seen = self._live[kind]
+        mean_ms = seen.mean_ms() or _UNKNOWN_CALL_MS
+        images = int(kind is Kind.IMAGE_GENERATION)
+        limits = lane.demands.limits(policy, kind, target.model, tenant, images)
+        sizes = self._sizes[kind]
+        per_second = min(
+            (admitted_per_second(policy.binding(one), mean_ms, sizes.of) for one in limits),
+            default=inf,
+        )
+        ahead = await self._ahead.of(kind, due)
+        return LiveRoom(max(0, ahead - 1), per_second, seen.usual_ms(least=1) or _UNKNOWN_CALL_MS)
+
+    def ended(self, job: ClaimedJob, record: CallRecord, error: TidegateError | None) -> int | None:
+        """A job was called in its tier. Returns for how many ms it waits where the tier, and not
+        the call, has refused it, which uses up no attempt; else None."""
+        key, kind = (record.upstream or "", record.model or ""), job.classification.kind
+        took_ms = record.upstream_ms or 0.0
+        if error is None and kind is not None:
+            self._sizes[kind].add(record.answer.usage)
+            if job.tier is Tier.FLEX:
+                self.flex.answered(key, took_ms)
+            else:
+                self._live[kind].last_ms.append(took_ms)
+        elif isinstance(error, UpstreamTierBusy):
+            if error.status is not None:  # else the job gave it up by itself
+                self.flex.was_busy(key, error.retry_after_ms)
+            return self.put_off_ms(key)
+        elif job.tier is Tier.FLEX and isinstance(error, UpstreamRejected | UpstreamTimeout):
+            self.flex.refuse(job.request_id)
+            return 0
+        return None
+
+    def put_off_ms(self, *keys: Key) -> int:
+        """For how long a job waits for capacity of flex: until it is asked again, and a little."""
+        busy_ms = min(map(self.flex.busy_ms, keys), default=0.0)
+        return round(busy_ms * uniform(1, 1.5))
+
+
+def _keeps_results(job: ClaimedJob) -> bool:
+    """Gemini gives no answers of a batch that was cancelled, and a prompt may go there."""
+    if job.endpoint is None:
+        return False
+    return endpoint_named(job.endpoint).dialect is not Dialect.GEMINI
+
+
+def admitted_per_second(
+    limit: Limit | None, call_ms: float, size_of: Callable[[str], float | None]
+) -> float:
+    """How many calls a limit admits, where nothing else holds them up; infinite where it is not
+    known what a call takes of it."""
+    if limit is None or limit.shadow:
+        return inf
+    if isinstance(limit, Concurrency):
+        size = size_of("tokens") if limit.by_tokens else 1
+        return limit.bound * 1_000 / max(1.0, call_ms) / size if size else inf
+    size = size_of(limit.unit)
+    if not size:
+        return inf
+    window_s = limit.window_ms / 1_000 if isinstance(limit, Rate) else _DAY_S
+    return limit.bound / window_s / size

@@ -52,9 +52,9 @@ from tidegate.jobs.calls import (
     uncounted_wait_ms,
 )
 from tidegate.jobs.feeder import Feeder
-from tidegate.jobs.offers import TierOffers
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.jobs.provider_batches import ProviderBatchRunner
+from tidegate.jobs.tiers import TierOffers
 from tidegate.limiter import Concurrency, Limiter, Permit, PoolPolicy
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config

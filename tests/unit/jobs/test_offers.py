@@ -17,8 +17,7 @@ from tidegate.errors import (
     UpstreamTierBusy,
     UpstreamTimeout,
 )
-from tidegate.jobs.offers import TierOffers, admitted_per_second
-from tidegate.jobs.tiers import TierChoice
+from tidegate.jobs.tiers import TierChoice, TierOffers, admitted_per_second
 from tidegate.limiter import Concurrency, Limit, Quota, Rate
 from tidegate.record import CallRecord
 from tidegate.settings import Config
