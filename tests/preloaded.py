@@ -29,8 +29,14 @@ ROOT = Path(__file__).parents[1]
 FORKS_AT = "PYTEST_FORKS_AT"  # the variable that says where `tests/forked.py` has one to fork
 _BORN = b"born"
 _STREAMS = 3
+_FOLDER_BYTES = 90
 # Named by tests as plugins of pytest, which rewrites the assertions of these as well.
 _PLUGINS = ("tests.product",)
+
+
+def can_preload(folder: Path) -> bool:
+    """Whether the path of a socket in the folder is short enough."""
+    return len(os.fsencode(folder)) <= _FOLDER_BYTES
 
 
 def preload(folder: Path, paths: Sequence[str]) -> list[str]:

@@ -55,8 +55,9 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[execnet.XSpec]) -
     if sys.platform != "linux":
         return
     local = [spec for spec in specs if spec.popen and not spec.python]
-    if len(local) > 1:
-        command = preloaded.preload(Path(os.environ["TMPDIR"]), config.args)
+    folder = Path(os.environ["TMPDIR"])
+    if len(local) > 1 and preloaded.can_preload(folder):
+        command = preloaded.preload(folder, config.args)
     else:
         command = [sys.executable, "-S", watcher.__file__, sys.executable]
     for spec in local:  # as they are: xdist has named and counted these very ones

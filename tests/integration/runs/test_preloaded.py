@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[3]
 RUNS = "tests/data/runs"
 
 
-def beside_others(*arguments: str) -> subprocess.CompletedProcess[str]:
+def beside_others(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-n2", *arguments]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= variables
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=100
     )
@@ -30,3 +31,11 @@ def test_a_module_that_fails_is_reported_and_not_taken_half() -> None:
     assert done.returncode != 0
     assert "RuntimeError: can't be imported" in done.stdout
     assert "passed" not in done.stdout
+
+
+def test_where_no_socket_fits_each_process_imports_the_tests(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    done = beside_others(f"{RUNS}/imported.py", TMPDIR=str(folder))
+    assert "1 failed" in done.stdout
+    assert "assert os.getpid() != IMPORTED_BY" in done.stdout
