@@ -139,6 +139,31 @@ async def test_an_error_behind_what_has_no_output_goes_to_the_next_upstream(
     assert row["model_version"]
 
 
+@pytest.mark.parametrize("name", FAILING)
+async def test_an_error_that_comes_later_than_what_has_no_output_goes_there_too(
+    gateway: Gateway, hostile: Hostile, name: str
+) -> None:
+    called, pieces = FAILING[name]
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE + chunked(*pieces[:1]))
+        await writer.drain()
+        begun.set()
+        await go_on.wait()
+        writer.write(chunked(*pieces[1:], b""))
+
+    hostile.answer = answer
+    asked = asyncio.create_task(read(gateway, called))
+    await begun.wait()
+    for _ in range(2):  # the gateway has read the first piece by then
+        async with gateway.http.get(f"{gateway.url}/health/live"):
+            pass
+    go_on.set()
+    status, headers, _ = await asked
+    assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+
+
 async def test_it_is_held_back_only_for_a_while(gateway: Gateway, hostile: Hostile) -> None:
     """A model may think in silence for a minute; what came first is passed on as it came."""
     go_on = asyncio.Event()
