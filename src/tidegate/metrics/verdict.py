@@ -299,7 +299,7 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
         for view in one.snapshot.limits.values():
             if view.limit.startswith(_GATE):  # told with its upstream
                 continue
-            if view.paused_ms > 0:
+            if view.paused_ms > SHORT_PAUSE_MS:
                 yield _paused(one.pool, view, held_up.get(view.limit, Counter()))
             elif view.bound == 0 and view.waiting:
                 words = f"{view.limit} is closed: a limit of 0 admits no calls."
@@ -338,11 +338,10 @@ def waiting_by_limit(snapshot: Snapshot) -> defaultdict[str, Counter[str]]:
 
 def _paused(pool: str, view: LimitView, tenants: Counter[str]) -> Cause:
     lasting = format_pause(view.paused_ms)
-    level: Health = "healthy" if view.paused_ms <= SHORT_PAUSE_MS else "degraded"
-    by = f"By {view.paused_by}." if view.paused_by else ""
+    by = f"By {view.paused_by.rstrip('.')}." if view.paused_by else ""
     return Cause(
         "limit_paused",
-        level,
+        "degraded",
         f"{view.limit} is paused {lasting}.",
         " ".join(part for part in (by, _who_waits(view.waiting, tenants)) if part),
         pool=pool,
