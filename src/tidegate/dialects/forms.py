@@ -286,10 +286,10 @@ def _value(name: str, content: bytes) -> Any:
     return text
 
 
-def is_prose(endpoint: Endpoint, content_type: str | None) -> bool:
-    """Whether an answer is a transcript and nothing else: its words, which may be the client's own,
-    report nothing."""
-    if endpoint.operation is not Operation.TRANSCRIBE or content_type is None:
+def is_prose(content_type: str | None) -> bool:
+    """Whether a transcript is its words and nothing else: they may be the client's own, and report
+    nothing."""
+    if content_type is None:
         return False
     kind = content_type.partition(";")[0].lower()
     return "json" not in kind and "event-stream" not in kind

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -262,15 +263,36 @@ def server_account() -> Account | None:
 
 def free_port() -> int:
     """A TCP port on loopback that was free a moment ago, and that no outgoing connection is given:
-    a server finds it free again after a restart."""
+    a server finds it free again after a restart. No other process that asks meanwhile is given it,
+    where the system has abstract sockets (Linux)."""
     for _ in range(100):
         port = _random.choice(_PORTS)
-        if is_free(port):
+        if is_free(port) and _claim(port):
             return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         given: int = probe.getsockname()[1]
         return given
+
+
+# The names of the ports given last, held until their servers listen: they end with this process.
+_claims: deque[socket.socket] = deque()
+_MOST_CLAIMS = 16
+
+
+def _claim(port: int) -> bool:
+    if sys.platform != "linux":
+        return True
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        name.bind(f"\0tidegate-port-{port}")
+    except OSError:
+        name.close()
+        return False
+    _claims.append(name)
+    if len(_claims) > _MOST_CLAIMS:
+        _claims.popleft().close()
+    return True
 
 
 def is_free(port: int) -> bool:

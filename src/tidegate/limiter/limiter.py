@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
+from math import ceil
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Required, Self, TypedDict, TypeVar, Unpack
 
@@ -47,7 +48,6 @@ from tidegate.limiter.policy import (
     Tokens,
     WrittenPolicy,
     as_policy,
-    deadline_of,
     read_change,
     tokens_of,
 )
@@ -139,6 +139,17 @@ def check_names(limits: tuple[object, ...]) -> None:
 
 
 logger = logging.getLogger("tidegate.limiter")
+
+
+def deadline_of(timeout: float | timedelta | None, deadline_ms: int | None) -> int | None:
+    """The deadline of a call in ms, from seconds or a `timedelta`, or as it is given; `inf` is
+    none."""
+    if timeout is None:
+        return deadline_ms
+    if deadline_ms is not None:
+        raise TypeError("give timeout (seconds) or deadline_ms, not both")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    return None if seconds * 1000 > FOR_EVER_MS else ceil(max(seconds, 0.0) * 1000)
 
 
 @contextmanager

@@ -54,7 +54,8 @@ _RETRY_MS = 1000
 class PermitIssuer:
     """Turns demands into waiters of the local queue, and waits into permits or errors.
 
-    closing: every demand is refused; `idle` is set when nothing is held then.
+    closing: every demand is refused; `idle` is set when nothing is held then. check_lapse: acts on
+    a lease that has lapsed.
     """
 
     _queue: LocalQueue
@@ -69,15 +70,15 @@ class PermitIssuer:
     wait_ewma_ms: dict[str, float] = field(default_factory=dict)
     _bands_of: PoolPolicy | None = None
     _bands: dict[str | None, int] = field(default_factory=dict)
+    check_lapse: Callable[[], bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.check_lapse = self._session.check_lapse
 
     def is_late(self, holding: Holding) -> bool:
         """True for a call that would arrive too late after its admission for its rates."""
         slack_ms = holding.flow.slack_ms
         return slack_ms != inf and self._clock.now_ms() - holding.admitted_ms > slack_ms
-
-    def check_lapse(self) -> None:
-        """Act on a lease that has lapsed."""
-        self._session.check_lapse()
 
     def flow_of(self, demand: Demand) -> Flow:
         """Raises DemandImpossible, ConfigError for a priority or tenant that cannot be."""
@@ -421,16 +422,19 @@ class Acquisition:
         permit = Permit(holding, self._issuer, self._ask_again)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         self._hand_over(holding)
+        if self._confirms:
+            self._issuer.check_lapse()
         if self._issuer.is_late(holding):
             await self._until_in_time()
-        if self._confirms:
-            await self._confirm(permit)
+        if self._confirms and permit.is_lost:
+            await self._end_lost()
         return permit
 
-    async def _confirm(self, permit: Permit) -> None:
+    async def _end_lost(self) -> None:
+        """Take the cancellation of a permit that was lost before its block began."""
         try:
-            await permit.confirm()
-        except BaseException as error:  # cancellation too: the permit would stay held
+            await asyncio.sleep(0)
+        except BaseException as error:  # the permit would stay held
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
 

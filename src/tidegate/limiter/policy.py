@@ -388,17 +388,6 @@ def as_policy(policy: PoolPolicy | Mapping[str, int | Limit]) -> PoolPolicy:
     return PoolPolicy(policy)
 
 
-def deadline_of(timeout: float | timedelta | None, deadline_ms: int | None) -> int | None:
-    """The deadline of a call in ms, from seconds or a `timedelta`, or as it is given; `inf` is
-    none."""
-    if timeout is None:
-        return deadline_ms
-    if deadline_ms is not None:
-        raise TypeError("give timeout (seconds) or deadline_ms, not both")
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    return None if seconds * 1000 > FOR_EVER_MS else ceil(max(seconds, 0.0) * 1000)
-
-
 def as_limit(limit: int | Limit) -> Limit:
     """A number is a concurrency."""
     return Concurrency(limit) if isinstance(limit, int) else limit

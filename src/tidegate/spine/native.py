@@ -659,7 +659,8 @@ class NativeExchange:
         omitted = record.omitted_bytes > 0
         dialect = DIALECTS[self._call.endpoint.dialect]
         facts = self.told
-        if facts is None and is_prose(self._call.endpoint, record.response_type):
+        is_transcript = self._call.endpoint.operation is Operation.TRANSCRIBE
+        if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
         facts = facts or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
         answer.usage = facts.usage

@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import Literal
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import asyncpg
 
@@ -334,3 +335,28 @@ class Notifications:
                 )
         finally:
             self._poller = None
+
+
+class ReadTurns:
+    """A tenant's reads of single requests, `most` of them at a time in this process: however many
+    of its clients poll, the other connections are for everybody else."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, tenant_id: str, timeout_ms: int) -> AsyncIterator[None]:
+        """Wait for a turn, no longer than that. Raises StoreUnavailable."""
+        turns = self._of.get(tenant_id)
+        if turns is None:
+            turns = self._of[tenant_id] = asyncio.Semaphore(self._most)
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                await turns.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(f"too many reads of tenant {tenant_id} wait here") from None
+        try:
+            yield
+        finally:
+            turns.release()

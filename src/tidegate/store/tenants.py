@@ -10,19 +10,16 @@ pool's policy are written by one transaction at a time, each decided on what is 
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import re
 import secrets
 import string
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import sha256
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 import asyncpg
 import orjson
@@ -500,28 +497,3 @@ class Policies:
 
 def _policy(row: asyncpg.Record) -> PolicyRecord:
     return record_of(PolicyRecord, row, policy=orjson.loads(row["policy"]))
-
-
-class ReadTurns:
-    """A tenant's reads of single requests, `most` of them at a time in this process: however many
-    of its clients poll, the other connections are for everybody else."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-
-    @asynccontextmanager
-    async def turn(self, tenant_id: str, timeout_ms: int) -> AsyncIterator[None]:
-        """Wait for a turn, no longer than that. Raises StoreUnavailable."""
-        turns = self._of.get(tenant_id)
-        if turns is None:
-            turns = self._of[tenant_id] = asyncio.Semaphore(self._most)
-        try:
-            async with asyncio.timeout(timeout_ms / 1000):
-                await turns.acquire()
-        except TimeoutError:
-            raise StoreUnavailable(f"too many reads of tenant {tenant_id} wait here") from None
-        try:
-            yield
-        finally:
-            turns.release()

@@ -9,7 +9,6 @@ stops in order if its supervisor is gone. SIGQUIT logs the process state.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from tidegate.http.uvicorn_protocol import MOST_A_ROUND, MOST_OF_SHARED, Acceptor
 from tidegate.metrics.instruments import share_by_name
 from tidegate.settings import Config
 from tidegate.supervisor.services import LIFELINE, is_child, migrate, prepared
@@ -102,80 +102,6 @@ def _standing(config: Config) -> Iterator[Config]:
         if config.migrate_at_start or ground.embedded:
             migrate(ground.config, lambda why: sys.stderr.write(f"tidegate: {why}\n"))
         yield ground.config
-
-
-# Connections accepted in a round of the loop: few where other processes accept on the same socket,
-# or one of them would have most of what connects together.
-MOST_A_ROUND, MOST_OF_SHARED = 16, 4
-_NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_AGAIN_S = 1.0
-
-
-class Acceptor:
-    """Accepts what connects to `listener`, as a server of the event loop does, until `close`; many
-    in one round of the loop.
-
-    libuv accepts one connection a round. Of 64 that a client opens together the last one waits for
-    64 rounds, and a round under load takes 20 ms. asyncio's own loops accept up to their backlog.
-    """
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        listener: socket.socket,
-        protocol: Callable[[], asyncio.Protocol],
-        most_a_round: int = MOST_A_ROUND,
-    ) -> None:
-        self._loop = loop
-        self._most_a_round = most_a_round
-        self._listener = listener
-        self._protocol = protocol
-        self._again: asyncio.TimerHandle | None = None
-        self._opening: set[asyncio.Task[object]] = set()
-        listener.setblocking(False)
-        self._listen()
-
-    def _listen(self) -> None:
-        self._again = None
-        self._loop.add_reader(self._listener, self._accept)
-
-    def _accept(self) -> None:
-        for _ in range(self._most_a_round):
-            try:
-                connected, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as failed:
-                if failed.errno not in _NONE_LEFT:
-                    raise
-                telemetry.get_logger().error(
-                    Log.INTERNAL_ERROR, component="acceptor", error=repr(failed)
-                )
-                self._loop.remove_reader(self._listener)
-                self._again = self._loop.call_later(_AGAIN_S, self._listen)
-                return
-            connected.setblocking(False)
-            opening = self._loop.connect_accepted_socket(self._protocol, connected)
-            task: asyncio.Task[object] = self._loop.create_task(opening)
-            self._opening.add(task)
-            task.add_done_callback(self._opened)
-
-    def _opened(self, task: asyncio.Task[object]) -> None:
-        self._opening.discard(task)
-        if not task.cancelled() and (failed := task.exception()) is not None:
-            telemetry.get_logger().error(
-                Log.INTERNAL_ERROR, component="acceptor", error=repr(failed)
-            )
-
-    def close(self) -> None:
-        """Accept no more; what was accepted stays."""
-        if self._again is not None:
-            self._again.cancel()
-        else:
-            self._loop.remove_reader(self._listener)
-
-    async def wait_closed(self) -> None:
-        """Nothing is left to wait for."""
 
 
 class QuietServer(uvicorn.Server):

@@ -5,13 +5,11 @@ google-genai >= 3.6, < 4. Guarded by `tests/contract/test_gemini_calls.py`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from operator import call
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from google.genai import Client
-
-T = TypeVar("T")
 
 
 def make_requests_once(client: Client) -> None:
@@ -21,8 +19,4 @@ def make_requests_once(client: Client) -> None:
     api = client._api_client
     loop = getattr(api, "_async_retry", None)
     if getattr(getattr(loop, "stop", None), "max_attempt_number", None) == 1:
-        api._async_retry = _once  # type: ignore[assignment]
-
-
-async def _once(request: Callable[..., Awaitable[T]], *values: Any, **named: Any) -> T:
-    return await request(*values, **named)
+        api._async_retry = call  # type: ignore[assignment]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from tests.clusters import copied
 from tests.integration.embedded.traces import Traces
+from tidegate.embedded import servers
 from tidegate.embedded.lease import ensure
 from tidegate.embedded.servers import PostgresServer, ServerFailed
 from tidegate.store.database import migrate
@@ -130,3 +133,22 @@ async def test_the_record_of_an_earlier_version_becomes_the_applications(
         await connection.close()
         assert await migrate(later.url()) is None
         later.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs abstract sockets")
+def test_a_port_is_given_to_one_process_while_its_server_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = (
+        "from tidegate.embedded.servers import free_port; print(free_port(), flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        taken = int(other.stdout.readline())
+        monkeypatch.setattr(servers, "_PORTS", [taken])
+        assert servers.is_free(taken), "nothing listens yet"
+        assert servers.free_port() != taken
+        other.communicate("")
+    assert servers.free_port() == taken, "its process has ended"

@@ -14,7 +14,8 @@ import uvicorn
 import uvloop
 
 from tests.waiting import wait_until
-from tidegate.supervisor.roles import Acceptor, QuietServer
+from tidegate.http.uvicorn_protocol import Acceptor
+from tidegate.supervisor.roles import QuietServer
 
 CLIENTS = 64
 
@@ -94,7 +95,7 @@ def test_a_closed_acceptor_takes_no_more_and_keeps_what_it_has(counted: type[Cou
 def test_a_process_without_descriptors_accepts_again_later(
     counted: type[Counted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidegate.supervisor.roles._AGAIN_S", 0.2)
+    monkeypatch.setattr("tidegate.http.uvicorn_protocol._AGAIN_S", 0.2)
     tries, lacks = 0, True
 
     class Failing(socket.socket):

@@ -18,8 +18,8 @@ from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store import database
 from tidegate.store.database import Connections, sql
+from tidegate.store.notifications import ReadTurns
 from tidegate.store.store import Store
-from tidegate.store.tenants import ReadTurns
 
 LAST_STEP = 40  # of the event loop, by which the work below has long ended
 

@@ -12,8 +12,8 @@ import pytest
 
 from tidegate.errors import ConfigError, DeadlineExceeded, DemandImpossible, LeaseLost
 from tidegate.limiter import Concurrency, Limiter, PoolPolicy, Rate, SyncLimiter
+from tidegate.limiter.limiter import deadline_of
 from tidegate.limiter.permit import Acquisition
-from tidegate.limiter.policy import deadline_of
 from tidegate.limiter.session import Clock, now_ms
 
 POLICY = {"openai": 1}
