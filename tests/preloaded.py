@@ -128,6 +128,8 @@ def _import_tests(paths: Sequence[str]) -> None:
     from _pytest.pathlib import ImportMode, import_path
 
     gc.disable()
+    # As in each fork: what modules promise is wider beside other tests (`promised_s`).
+    os.environ["PYTEST_XDIST_WORKER"] = "gw0"
     config = _prepareconfig(["-n0", *paths])  # from here on their assertions are rewritten
     config.pluginmanager.rewrite_hook.mark_rewrite(*_PLUGINS)
     for path in paths:

@@ -13,10 +13,10 @@ from tests.batching import ENDPOINT, MODEL, assert_all_succeeded, begin, content
 from tests.gateway import Gateway, Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
-from tests.waiting import wait_until
+from tests.waiting import promised_s, wait_until
 
 LIMIT, LINES = 4, 6
-SLOW_MS = 3_000
+SLOW_MS = max(3_000, round(1_000 * promised_s(1.2)))  # twice that beside other tests
 AFTER_MS = 200
 PREEMPTED = "SELECT coalesce(sum(preemptions), 0) FROM batch_lines"
 
@@ -27,6 +27,7 @@ async def opened(open_gateway: Opener, folder: Path, preempt: str, **settings: A
     policy.write_text(f"[upstreams.gemini]\npreempt = {preempt}\n")
     limit = settings.pop("limit", LIMIT)
     limits = {"text_only": limit}
+    settings |= {"first_byte_timeout_ms": 4 * SLOW_MS}
     gateway = await open_gateway(tidegate_policy=policy, rate_limits=limits, **settings)
     await gateway.upstream.set_behaviour(concurrency=limits)
     return gateway

@@ -135,7 +135,6 @@ async def test_the_record_of_an_earlier_version_becomes_the_applications(
         later.stop()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs abstract sockets")
 def test_a_port_is_given_to_one_process_while_its_server_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

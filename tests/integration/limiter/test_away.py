@@ -124,9 +124,9 @@ async def test_local_uses_a_share_after_the_lease_and_tells_of_it_afterwards(
 
 
 async def test_with_cancel_the_bodies_end_before_the_lease_is_over(
-    maker: Maker, own_valkey: ValkeyServer
+    hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:
-    limiter = await maker(own_valkey.url, on_lost="cancel")
+    limiter = await maker(own_valkey.url, on_lost="cancel", clock=hands)
     body = await Body(limiter).until_admitted()
     own_valkey.stop()
     with pytest.raises(LeaseLost):

@@ -25,13 +25,13 @@ MAKES = {
 # Chosen long before a server listens there: no other test process, and none here, may choose it.
 _TAKEN: set[int] = set()
 _LANES = 16
-_LANE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _LANES
 _PLAIN = ("bind 127.0.0.1", 'save ""', "appendonly no")
 
 
 def fresh_port() -> int:
     """A port that nobody else will be given."""
-    while (port := free_port()) in _TAKEN or port % _LANES != _LANE:
+    lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _LANES
+    while (port := free_port()) in _TAKEN or port % _LANES != lane:
         continue
     _TAKEN.add(port)
     return port
