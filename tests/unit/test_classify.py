@@ -193,6 +193,7 @@ def steps(prompt: str) -> int:
         count += 1
         return trace
 
+    by_keywords(prompt, ["image/png"])  # the first one of a process reads the vocabularies too
     _entries.cache_clear()  # or the second of two prompts would look cheaper
     before = sys.gettrace()
     sys.settrace(trace)
