@@ -60,6 +60,7 @@ def test_a_secret_inside_a_text_is_replaced(text: str, expected: str) -> None:
         "listening on http://localhost:8000, ask me@example.org",
         "http://host:80/?from=me@example.org",
         "the keyword monkey=banana",
+        "send it as Authorization: Bearer tg_..., x-api-key: tg_... or ?key=tg_...; create one",
     ],
 )
 def test_a_text_without_a_secret_stays_as_it_is(text: str) -> None:

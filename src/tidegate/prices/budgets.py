@@ -252,7 +252,9 @@ def refused_by(refusal: Refusal, need: int) -> QuotaExceeded:
             retry_after_ms=_RESERVED_RETRY_MS,
         )
     reset_at, after_ms, when = refusal.reset_at, None, "no time frees as much as it needs"
-    if reset_at is not None:
+    if need > budget.amount:
+        when = "no period has room for as much"
+    elif reset_at is not None:
         left_s = (reset_at - datetime.now(UTC)).total_seconds()
         after_ms = max(1_000, math.ceil(left_s * 1000))
         local = reset_at.astimezone(ZoneInfo(budget.zone))

@@ -148,7 +148,8 @@ _SECRET_IN_TEXT = re.compile(
     r"|[?&](?:key|api_?key|upload_id|access_token|tidegate_key)="
     r"|(?:x-(?:goog-)?api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
     r")"
-    r"(?(password)[^\s'\"]*(?=@)|[^&\s'\"]+)"
+    # `tg_...` stands for any key in our own texts.
+    r"(?(password)[^\s'\"]*(?=@)|(?!(?:(?:bearer|basic)\s+)?tg_\.)[^&\s'\"]+)"
     r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}|\btgop_[\w-]{20,}",
     re.IGNORECASE,
 )

@@ -1,0 +1,29 @@
+"""What a caller is told when a budget has no room for its call."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tidegate.prices.budgets import Binding, Budget, Refusal, refused_by
+
+DAY = Budget("day", "tokens", 100, "day")
+MIDNIGHT = datetime.now(UTC) + timedelta(hours=5)
+
+
+@pytest.mark.parametrize(
+    ("need", "amount", "when"),
+    [
+        (60, 100, f"it resets at {MIDNIGHT:%Y-%m-%d %H:%M} UTC"),
+        (188, 100, "no period has room for as much"),
+        (188, 150, "no period has room for as much"),  # a person allowed 50 more of this one
+    ],
+)
+def test_a_time_is_only_named_where_the_next_period_has_room_for_the_call(
+    need: int, amount: int, when: str
+) -> None:
+    book = Refusal(Binding(DAY, ""), "spent", amount, 50, 0, MIDNIGHT, 0.0)
+    refusal = refused_by(book, need)
+    assert refusal.message.endswith(f"up to {need} tokens needed; {when}")
+    assert (refusal.retry_after_ms is None) == (need > DAY.amount)
