@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tidegate.policy.deployment import Upstream
     from tidegate.policy.imported import LimitImport
     from tidegate.policy.inspection import Control, Overview, ShownLimit, ShownPermit
+    from tidegate.policy.inspection import Reason as InspectedReason
     from tidegate.policy.learned import LearnedLimit
     from tidegate.policy.rollout import PolicyKeeper, Revision
     from tidegate.settings import Config
@@ -399,11 +401,9 @@ def why(
     pool: AnyPool = None,
 ) -> None:
     """Show which limit a request is waiting for, who holds it and who paused it."""
-    from tidegate.policy.inspection import why as ask
-
     choose_pool(pool)
     what = _whole_id(what)
-    reason = in_pool(lambda control: ask(control, what))
+    reason = _why(what, is_of_any_pool=pool is None)
     if json:
         show_json(reason)
         return
@@ -411,6 +411,25 @@ def why(
     if reason.holders:
         typer.echo()
         _show_permits("In use", reason.holders)
+
+
+def _why(what: str, *, is_of_any_pool: bool) -> InspectedReason:
+    """Of a request in the pool by whose limits it is called, of a ticket in the chosen one."""
+    from tidegate.policy.inspection import is_put_back, request_id_of
+    from tidegate.policy.inspection import why as ask
+    from tidegate.supervisor.services import places_of, with_record
+
+    request_id = request_id_of(what)
+    if request_id is None or not is_of_any_pool:
+        return in_pool(lambda control: ask(control, what))
+    config = command_config()
+    reasons = []
+    for place in with_record(config, lambda record: places_of(config, record, request_id)):
+        choose_pool(place.pool)
+        reasons.append(in_pool(partial(ask, what=what, found=place)))
+        if reasons[-1].is_of_the_pool is not is_put_back(place):
+            return reasons[-1]
+    return reasons[0]
 
 
 _NEWEST = 1_000

@@ -42,7 +42,7 @@ from tidegate.metrics.instruments import Metric, Tally
 from tidegate.metrics.process import Board, Exposition, Recent
 from tidegate.metrics.process import ProcessState as State
 from tidegate.metrics.verdict import Standing
-from tidegate.policy.inspection import Waiting, estimate_of, waiting
+from tidegate.policy.inspection import Waiting, estimate_of, is_put_back, waiting
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import REFUSED, CallListeners, CallRecord, Failure, Source
 from tidegate.settings import Config
@@ -234,9 +234,23 @@ class Services:
 
     async def waiting_of(self, found: Whereabouts, now: datetime) -> Waiting:
         """What a request waits for, and for how long about. Raises StoreUnavailable."""
+        if found.status is not Status.QUEUED:
+            return waiting(found, None, now)
+        reasons = []
+        for place in self.places_of(found):
+            reasons.append(await self._waiting_at(place, now))
+            if (reasons[-1].limit is None) is is_put_back(place):
+                return reasons[-1]
+        return reasons[0]
+
+    def places_of(self, found: Whereabouts) -> list[Whereabouts]:
+        """A job with each pool that it may be called by. See `Targets.places_of`."""
+        places = self.spine.targets.places_of(found, self.config)
+        return [one for one in places if one.pool in self.limiters] or [found]
+
+    async def _waiting_at(self, found: Whereabouts, now: datetime) -> Waiting:
         limiter = self.limiters.get(found.pool)
-        is_waiting = found.status is Status.QUEUED and limiter is not None
-        if not is_waiting or limiter is None:
+        if limiter is None:
             return waiting(found, None, now)
         snapshot, told = await self.looks.of(limiter), None
         if snapshot is not None and not snapshot.recovering_ms:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from tidegate.call import CLASSIFIER_LIMIT, Status
+from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Status
 from tidegate.errors import InvalidRequest, NotFound, StoreUnavailable
 from tidegate.limiter import (
     DEFAULT_BANDS,
@@ -38,7 +38,16 @@ from tidegate.limiter import (
     format_pause,
     format_span,
 )
-from tidegate.policy.format import MEASURES, TOTAL, in_words, plain_model, to_plain, whom_it_binds
+from tidegate.policy.format import (
+    MEASURES,
+    TOTAL,
+    in_words,
+    is_in_group,
+    is_pattern,
+    plain_model,
+    to_plain,
+    whom_it_binds,
+)
 from tidegate.policy.learned import LearnedLimit, acceptance, shared_limits
 from tidegate.policy.rollout import PolicyKeeper, Revision
 from tidegate.store.requests import ActiveRequests, JobsAhead, RunningCall, Whereabouts
@@ -269,6 +278,17 @@ def binding_limit(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
     return max(held, key=lambda one: (one.paused_ms, one.room_in_ms, one.waiting), default=None)
 
 
+def is_put_back(found: Whereabouts) -> bool:
+    """Whether a job waits for a time: of several pools it then waits for none that is open."""
+    return found.not_before is not None and _left_ms(found.not_before) > 0
+
+
+def _shut_gate(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
+    """The pause of its upstream, by a person or by how it answers; None where it is open."""
+    view = snapshot.limits.get(f"upstream:{found.pool}")
+    return view if view is not None and view.paused_ms else None
+
+
 def is_full(view: LimitView) -> bool:
     return view.used >= (view.current if view.sort == "c" else view.bound)
 
@@ -296,29 +316,36 @@ def _kind_limit(found: Whereabouts) -> str:
 
 
 def alike(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
-    """What waits of the same type, and of no other model as far as that is known."""
+    """What waits of the same type, where the pool has limits on types, and of no other model as far
+    as that is known."""
     kind_limit = _kind_limit(found)
     for queue in snapshot.queues:
-        models = {model for one in queue.limits if (model := _model_of(one)) is not None}
-        other = found.model is not None and models and plain_model(found.model) not in models
-        if kind_limit in queue.limits and not other:
+        kinds = [one for one in queue.limits if one.startswith("kind:")]
+        models = [whom for one in queue.limits if (whom := _models_of(one)) is not None]
+        is_same = found.model is None or all(_is_one_of(found.model, whom) for whom in models)
+        if (not kinds or kind_limit in kinds) and is_same:
             yield queue
 
 
 def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> bool:
     """Whether a job falls under a limit. `any_model`: of a job whose model is not known yet, also
     where it is one on a model."""
-    model = _model_of(limit_id)
-    if model is not None:
-        return any_model if found.model is None else model == plain_model(found.model)
+    whom = _models_of(limit_id)
+    if whom is not None:
+        return any_model if found.model is None else _is_one_of(found.model, whom)
     if limit_id == f"upstream:{found.pool}":
         return True
     kind = _kind_limit(found).partition(":")[2]
     return whom_it_binds(limit_id) in (f"kind/{kind}", f"tenant/{found.tenant_id}", TOTAL)
 
 
-def _model_of(limit_id: str) -> str | None:
-    """The model that a limit is on; None of others."""
+def _is_one_of(model: str, whom: str) -> bool:
+    model = plain_model(model)
+    return model == whom or (is_pattern(whom) and is_in_group(model, whom))
+
+
+def _models_of(limit_id: str) -> str | None:
+    """The model, or the models by a pattern, that a limit is on; None of others."""
     scope, _, name = limit_id.partition(":")
     is_other = name == TOTAL or name.startswith(("kind/", "tenant/"))
     if scope == "model" or (scope in MEASURES and not is_other):
@@ -335,7 +362,8 @@ async def estimate_of(
     """How long a queued job still waits, also where no worker has it yet; None where it seems to
     wait for no limit, or where counting the jobs before it took too long.
 
-    A job that no worker has comes after all that its tenant has waiting for the same limit.
+    A job that no worker has comes after all that its tenant has waiting for the same limit. Of the
+    jobs that a worker has, some may wait for other limits.
     """
     view = binding_limit(found, snapshot)
     if view is None or ahead is None:
@@ -345,7 +373,7 @@ async def estimate_of(
     usual = 1 + len(DEFAULT_BANDS) // 2
     band = max(own, key=lambda one: one.waiting).band if own else usual
     line = await lines(view.limit, band, found.tenant_id)
-    before = ahead.claimed
+    before = min(ahead.claimed, max(0, line.waiting - 1))
     if found.claimed_by is None:
         before = ahead.unclaimed + max(line.waiting, ahead.claimed)
     return line.estimate(before, view.cost_ms)
@@ -390,17 +418,32 @@ class Reason:
     is_certain: bool = False
     next_action: str | None = None
 
+    @property
+    def is_of_the_pool(self) -> bool:
+        """Whether the pool that was looked at knows of it."""
+        return self.held_up_by is not None or bool(self.holders)
 
-async def why(control: Control, what: str) -> Reason:
-    """Of a request by its id, or of a ticket as `process/ticket`.
+
+def request_id_of(what: str) -> UUID | None:
+    """The id of a request; None of a ticket."""
+    try:
+        return UUID(what)
+    except ValueError:
+        return None
+
+
+async def why(control: Control, what: str, found: Whereabouts | None = None) -> Reason:
+    """Of a request by its id, or of a ticket as `process/ticket`. `found`: a request's whereabouts,
+    with the pool and the model by whose limits it is called.
 
     Raises NotFound, InvalidRequest for what is neither, LimiterUnavailable, StoreUnavailable.
     """
-    try:
-        request_id = UUID(what)
-    except ValueError:
-        return await _why_ticket(control, what)
-    found = await control.running.whereabouts(request_id)
+    if found is None:
+        request_id = request_id_of(what)
+        if request_id is None:
+            return await _why_ticket(control, what)
+        found = await control.running.whereabouts(request_id)
+        found = replace(found, pool=control.limiter.pool)
     if found.status is Status.RUNNING:
         return await _why_running(control, found)
     if found.status is not Status.QUEUED:
@@ -418,7 +461,7 @@ async def _why_ticket(control: Control, what: str) -> Reason:
         raise NotFound(f"no ticket {number} of process {process} is waiting")
     place = found.place
     holders = shown_permits(found.holders, await control.calls())
-    action = _next_action(place.held_up_by, found.limit)
+    action = _next_action(place.held_up_by, found.limit, control.limiter.pool)
     return Reason(
         what,
         f"{_sentence_of_place(place, found.limit, holders)}. {action}",
@@ -466,6 +509,11 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
             return Reason(what, said, status, next_action=action)
         if found.is_for_batch:
             return Reason(what, _GATHERED, status)
+        if (gate := _shut_gate(found, await control.limiter.snapshot())) is not None:
+            action = _next_action(gate.limit, gate, found.pool)
+            said = f"{_sentence(gate.limit, gate)}; it is tried again in {format_span(left)}"
+            said = f"{said}. {action}"
+            return Reason(what, said, status, held_up_by=gate.limit, limit=gate, next_action=action)
         sentence = f"waits {format_span(left)} more before it is tried again"
         if found.failure_code:
             sentence += f", after {found.failure_code}"
@@ -487,7 +535,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     told = await _estimate(control, found, snapshot)
     before = queue.waiting - 1
     others = f"up to {before} before it there" if before else "next in line there"
-    action = _next_action(queue.held_up_by, view)
+    action = _next_action(queue.held_up_by, view, found.pool)
     sentence = f"{_sentence(queue.held_up_by, view)}{_held_by(about['holders'])}, in "
     sentence += f"{found.claimed_by}, {others}{_how_long(told)}. {action}"
     return Reason(
@@ -538,7 +586,7 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
         sentence += "" if rate is None else f", at {rate:.2g}/s"
         sentence += f", admission in {'' if told.is_certain else 'about '}"
         sentence += format_span(told.wait_ms)
-    action = _next_action(view.limit, view)
+    action = _next_action(view.limit, view, found.pool)
     return Reason(
         what,
         f"{sentence}. {action}",
@@ -561,12 +609,13 @@ def _held_by(holders: Sequence[ShownPermit]) -> str:
     return f", held by {' and '.join([', '.join(named[:-1]), named[-1]] if named[1:] else named)}"
 
 
-def _next_action(held_up_by: str | None, view: LimitView | None) -> str:
+def _next_action(held_up_by: str | None, view: LimitView | None, pool: str) -> str:
     """What an operator can do about the wait."""
+    of_pool = "" if pool == DEFAULT_POOL else f" --pool {pool}"
     if held_up_by is None:
         return "`tidegate limits show` lists the processes: resume or restart that one"
     if view is not None and view.paused_ms:
-        return f"`tidegate limits resume {held_up_by}` ends the pause"
+        return f"`tidegate limits resume {held_up_by}{of_pool}` ends the pause"
     priority = "give the request a higher priority"
     if held_up_by.startswith("upstream:") or (view is not None and view.bound >= MAX_BOUND):
         return "It goes on as calls of that upstream end"
@@ -575,7 +624,7 @@ def _next_action(held_up_by: str | None, view: LimitView | None) -> str:
             "The provider refused calls, so that the limit adapted: it rises again as calls "
             f"succeed; or {priority}"
         )
-    change = f"`tidegate limits set {held_up_by}=N`"
+    change = f"`tidegate limits set {held_up_by}=N{of_pool}`"
     return (
         f"To shorten the wait, raise the limit if the provider allows more ({change}) or {priority}"
     )
@@ -704,6 +753,9 @@ def waiting(
             return Waiting(said, retry_in_ms=left_ms)
         if found.is_for_batch:
             return Waiting(_GATHERED)
+        if snapshot is not None and (gate := _shut_gate(found, snapshot)) is not None:
+            of_it = _for(gate, None)
+            return replace(of_it, sentence=f"{of_it.sentence}; {said}", retry_in_ms=left_ms)
         return Waiting(
             f"{said}, after {found.failure_code}" if found.failure_code else said,
             retry_in_ms=left_ms,
@@ -731,7 +783,7 @@ def _for(view: LimitView, told: WaitEstimate | None) -> Waiting:
         f"waits for {state}{_how_long(told)}",
         view.limit,
         view.used,
-        bound,
+        bound if bound < MAX_BOUND else None,
         view.paused_ms or None,
         ahead=None if told is None else told.ahead,
         wait_ms=None if told is None else told.wait_ms,

@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
-from tidegate.call import Kind
+from tidegate.call import Kind, Status
 from tidegate.dialects import is_known
 from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.spec import Dialect, Endpoint, Operation
@@ -55,7 +55,10 @@ from tidegate.errors import (
 )
 from tidegate.limiter import MAX_BOUND, Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
+from tidegate.policy.format import plain_model
+from tidegate.settings import Config
 from tidegate.spine.learning import Announced
+from tidegate.store.requests import Whereabouts
 from tidegate.telemetry.logging import Log, get_logger
 
 _REMAINING_FRESH_S = 1.0
@@ -722,6 +725,17 @@ class Targets:
                 found |= {target.upstream.pool} if target.model == model else set()
         found |= {one.pool for one in self.upstreams.values() if model in one.aliases.values()}
         return [one.pool for one in self.upstreams.values() if one.pool in found]
+
+    def places_of(self, job: Whereabouts, config: Config) -> list[Whereabouts]:
+        """A job with each pool and model by whose limits it is called, or was last: jobs of all
+        models are in the queue of one pool."""
+        if job.status is Status.RUNNING and job.upstream is not None:
+            return [replace(job, pool=job.upstream)]
+        model = job.model or config.model_for(job.kind or "")
+        model = plain_model(config.classifier_model if job.kind is None else model)
+        targets = self._routed(model)
+        found = self._any(model) if targets is None else self._undrained(targets)
+        return [replace(job, pool=one.upstream.pool, model=one.model) for one in found] or [job]
 
     def _routed(self, model: str) -> list[Target] | None:
         for route in self._routes:

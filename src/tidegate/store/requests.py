@@ -667,8 +667,8 @@ async def _unpacked(packed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """A request. `claimed_by` is the process that has it, None while none has. batch: which one of
-    its provider it is in, and why that stands still."""
+    """A request. pool: whose queue it is in; `claimed_by`: a process that has it. batch: which one
+    of its provider it is in, and why that stands still. upstream: of its last call."""
 
     request_id: UUID
     tenant_id: str
@@ -686,6 +686,7 @@ class Whereabouts:
     failure_message: str | None = None
     tier: str | None = None
     batch: str | None = None
+    upstream: str | None = None
 
     @property
     def is_for_batch(self) -> bool:

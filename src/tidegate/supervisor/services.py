@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from pydantic import SecretStr
 
@@ -34,6 +34,7 @@ from tidegate.usual_models import EMULATORS_KEY
 if TYPE_CHECKING:
     from tidegate.policy.rollout import PolicyKeeper
     from tidegate.store.database import Connections
+    from tidegate.store.requests import Whereabouts
 
 LIFELINE = "TIDEGATE_LIFELINE_FD"
 EMULATED = "EMULATED_PROVIDER"
@@ -222,6 +223,22 @@ async def _live_changes(connections: Connections) -> LiveChanges:
     from tidegate.store.provider.upstreams import UpstreamRevisions
 
     return changes_of((await UpstreamRevisions(connections).newest()).upstreams)
+
+
+async def places_of(
+    config: Config, connections: Connections, request_id: UUID
+) -> list[Whereabouts]:
+    """A job with each pool that it may be called by. Raises NotFound and StoreUnavailable."""
+    from tidegate.policy.deployment import deployed_upstreams
+    from tidegate.spine.routing import Targets
+    from tidegate.store.requests import ActiveRequests
+
+    found = await ActiveRequests(connections).whereabouts(request_id)
+    try:
+        targets = Targets(deployed_upstreams(config, await _live_changes(connections)))
+    except ConfigError:  # such as a key that only the processes have
+        return [found]
+    return targets.places_of(found, config)
 
 
 def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from tests.gateway import Gateway, Opener, payload_of
+from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.settings import GOOGLE_URL
 
@@ -63,6 +64,40 @@ async def test_a_gateway_without_an_account_of_gemini(
     status, said = await post(gateway, "/v1/chat/completions", **CHAT | {"model": "claude-x"})
     assert (status, said["error"]["param"]) == (404, "model")
     assert [call.model for call in await openai.control.calls()] == ["gpt-5-mini"] * 2
+
+
+@pytest.fixture
+def one_at_a_time(policy: Path) -> Path:
+    policy.write_text(f'{policy.read_text()}\nlimits = {{ "model:gpt-*" = 1 }}')
+    return policy
+
+
+async def test_a_job_names_the_limit_of_the_upstream_that_serves_its_model(
+    open_gateway: Opener, one_at_a_time: Path, openai: Emulator
+) -> None:
+    gateway = await open_gateway(tidegate_policy=one_at_a_time)
+    await openai.control.set_fault("hang")
+    wanted = {"data": "Say hello", "type": "text_only", "model": "gpt-5-mini"}
+    running = await gateway.submit(**wanted)
+
+    async def is_called() -> bool:
+        _, reason = await gateway.get(f"/admin/why/{running}")
+        return [one["request_id"] for one in reason["holders"]] == [running]
+
+    await wait_until(is_called, 20, "its permit in the pool of its upstream")
+    job = await gateway.submit(**wanted)
+
+    async def names_it() -> Any:
+        _, reason = await gateway.get(f"/admin/why/{job}")
+        return reason if reason.get("held_up_by") else None
+
+    reason = await wait_until(names_it, 20, "the limit that a job waits for")
+    assert reason["held_up_by"] == "model:gpt-*"
+    assert "model:gpt-*: 1 of 1 are in use, held by default (1)" in reason["sentence"]
+    assert (await gateway.get(f"/requests/{job}/why"))[1]["limit"] == "model:gpt-*"
+    assert (await gateway.get(f"/status/{job}"))[1]["waits_for"] == "model:gpt-*"
+    _, seen = await gateway.get(f"/admin/requests/{job}")
+    assert seen["waiting"]["held_up_by"] == "model:gpt-*"
 
 
 async def test_the_usual_models_are_those_of_the_account_that_there_is(

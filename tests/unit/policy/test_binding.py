@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from tests.unit.limiter.test_estimated_waits import CALLS
 from tests.unit.policy.test_waiting import IDLE, KIND, QUEUED, RATED, pool
-from tidegate.limiter import Concurrency, Limit, LimitView, QueueView, Quota, Rate
-from tidegate.policy.inspection import adapted_from, admitted_per_s, binding_limit
-from tidegate.store.requests import Whereabouts
+from tidegate.limiter import Concurrency, Limit, LimitView, QueueView, Quota, Rate, WaitingLine
+from tidegate.policy.inspection import adapted_from, admitted_per_s, binding_limit, estimate_of
+from tidegate.store.requests import JobsAhead, Whereabouts
 
 FLASH = LimitView("model:flash", "c", 12, 6, 164, 0, 6, 0, 0, "", 0, cost_ms=2_000)
 PRO = replace(FLASH, limit="model:pro")
@@ -25,6 +26,8 @@ def queue(tenant: str, *limits: str, at: str, waiting: int = 5) -> QueueView:
 OWN = queue("acme", KIND.limit, FLASH.limit, at=FLASH.limit)
 OTHERS = replace(OWN, tenant="other")
 OWN_PRO = queue("acme", KIND.limit, PRO.limit, at=PRO.limit, waiting=50)
+OWN_OF_A_GROUP = queue("acme", "model:fl*,pro", at="model:fl*,pro")  # of a pool without types
+OF_A_GROUP = replace(FLASH, limit="model:fl*,pro")
 BY_ITS_TENANT = queue("other", KIND.limit, "tenant:other", at="tenant:other")
 
 
@@ -39,12 +42,15 @@ BY_ITS_TENANT = queue("other", KIND.limit, "tenant:other", at="tenant:other")
         (UNCLAIMED, (BY_ITS_TENANT,), None),
         (replace(UNCLAIMED, model="lite"), (OWN, OTHERS), None),
         (QUEUED, (OTHERS,), None),  # a worker has it: it stands in no queue yet
+        (OF_FLASH, (OWN_OF_A_GROUP,), OF_A_GROUP.limit),
+        (replace(OF_FLASH, claimed_by="worker-1"), (OWN_OF_A_GROUP,), OF_A_GROUP.limit),
+        (replace(UNCLAIMED, model="lite"), (OWN_OF_A_GROUP,), None),
     ],
 )
 def test_a_job_that_no_worker_has_waits_for_what_those_before_it_wait_for(
     found: Whereabouts, queues: tuple[QueueView, ...], limit: str | None
 ) -> None:
-    view = binding_limit(found, pool(IDLE, FLASH, PRO, DAILY, queues=queues))
+    view = binding_limit(found, pool(IDLE, FLASH, PRO, DAILY, OF_A_GROUP, queues=queues))
     assert (None if view is None else view.limit) == limit
 
 
@@ -53,6 +59,25 @@ def test_what_is_paused_comes_before_what_is_full() -> None:
     view = binding_limit(OF_FLASH, pool(paused, FLASH, DAILY))
     assert view is not None
     assert view.limit == KIND.limit
+
+
+@pytest.mark.parametrize(
+    ("found", "ahead"),
+    [
+        (replace(OF_FLASH, claimed_by="worker-1"), 39),
+        (OF_FLASH, 300 + 120),
+    ],
+)
+async def test_jobs_that_a_worker_has_for_other_limits_are_not_ahead(
+    found: Whereabouts, ahead: int
+) -> None:
+    async def line(*_: object) -> WaitingLine:
+        return CALLS
+
+    looked = pool(IDLE, FLASH, queues=(OWN,))
+    told = await estimate_of(line, found, looked, JobsAhead(300, 120))
+    assert told is not None
+    assert told.ahead == ahead
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ def pool(*limits: LimitView, queues: tuple[QueueView, ...] = (), quiet_ms: int =
             None,
         ),
         (
+            replace(QUEUED, not_before=NOW + timedelta(seconds=5)),
+            pool(KIND, replace(PAUSED, limit="upstream:gemini")),
+            "waits for upstream:gemini, which is paused for 47 s more; is tried again in 5 s",
+            "upstream:gemini",
+        ),
+        (
             replace(
                 QUEUED,
                 not_before=NOW + timedelta(seconds=5),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 
-from tidegate.call import Kind
+from tests.unit.policy.test_waiting import QUEUED
+from tidegate.call import Kind, Status
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
+from tidegate.settings import Config
 from tidegate.spine.routing import Targets
 
 GEMINI = Upstream("gemini", {"gemini": "http://g", "openai": "http://g/openai"}, "k")
@@ -151,6 +154,26 @@ def test_a_prompt_for_a_model_that_nobody_serves_is_told_what_there_is() -> None
 def test_a_limit_on_a_model_belongs_to_the_pools_that_call_it(model: str, pools: list[str]) -> None:
     found = targets(Route("smart", (("openai", "pro"), ("twin", "gpt-routed"))))
     assert found.pools_for(model) == pools
+
+
+@pytest.mark.parametrize(
+    ("changes", "places"),
+    [
+        ({"model": "fast"}, [("openai", "gpt-mini")]),
+        ({"model": "models/gemini-x"}, [("gemini", "gemini-x")]),
+        ({"model": "smart"}, [("twin", "gpt-x"), ("gemini", "smart")]),
+        ({"model": "smart", "kind": None}, [("openai", "gpt-mini")]),  # for the classifier
+        ({"model": None}, [("gemini", "gemini-text")]),
+        ({"model": "gpt-x", "status": Status.RUNNING, "upstream": "twin"}, [("twin", "gpt-x")]),
+    ],
+)
+def test_a_job_of_one_queue_waits_for_limits_of_the_pools_that_its_model_is_called_in(
+    changes: dict[str, Any], places: list[tuple[str, str]]
+) -> None:
+    config = Config(text_model="gemini-text", classifier_model="fast")
+    found = targets(Route("smart", (("twin", "gpt-x"), ("gemini", None))))
+    seen = found.places_of(replace(QUEUED, **changes), config)
+    assert [(one.pool, one.model) for one in seen] == places
 
 
 def passing(*patterns: str) -> Targets:

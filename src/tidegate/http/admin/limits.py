@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
+from uuid import UUID
 
 import orjson
 from fastapi import Depends, Path, Query, Request
@@ -21,7 +22,15 @@ from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.policy.format import Edit, edit
-from tidegate.policy.inspection import Control, Overview, Reason, ShownPermit, why
+from tidegate.policy.inspection import (
+    Control,
+    Overview,
+    Reason,
+    ShownPermit,
+    is_put_back,
+    request_id_of,
+    why,
+)
 from tidegate.policy.rollout import Revision
 from tidegate.store.records import PolicyRecord
 
@@ -194,6 +203,17 @@ def control_in(services: Services, pool: str) -> Control:
     return Control(services.keepers[pool], store.running_calls, store.tenants)
 
 
+async def why_of(services: Services, request_id: UUID) -> Reason:
+    """Why a request waits, in the pool by whose limits it is called. Raises as `why`."""
+    found = await services.store.running_calls.whereabouts(request_id)
+    reasons = []
+    for place in services.places_of(found):
+        reasons.append(await why(control_in(services, place.pool), str(request_id), place))
+        if reasons[-1].is_of_the_pool is not is_put_back(place):
+            return reasons[-1]
+    return reasons[0]
+
+
 @router.get("/limits", summary="All limits, their waiters, and the policy in force")
 async def limits(request: Request) -> Overview:
     return await control_of(request).overview()
@@ -307,7 +327,10 @@ async def why_it_waits(
     request: Request,
     what: Annotated[str, Path(description="The id of a request, or process/ticket")],
 ) -> Reason:
-    return await why(control_of(request), what)
+    request_id = request_id_of(what)
+    if request_id is None:
+        return await why(control_of(request), what)
+    return await why_of(services_of(request), request_id)
 
 
 @router.get("/estimates", summary="How good the estimates of tokens of this process are")

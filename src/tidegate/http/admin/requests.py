@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import ClassifiedBy, Kind, Status
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
-from tidegate.http.admin.limits import Done, Signed, control_in, described, read_json
+from tidegate.http.admin.limits import Done, Signed, described, read_json, why_of
 from tidegate.http.guards import admin_router
 from tidegate.http.own_requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.problems import advice, problem_responses
@@ -44,7 +44,7 @@ from tidegate.http.views import (
     usage_view,
     view_of,
 )
-from tidegate.policy.inspection import Reason, why
+from tidegate.policy.inspection import Reason
 from tidegate.record import Failure
 from tidegate.store.jobs import copy_of
 from tidegate.store.records import details_of
@@ -656,10 +656,10 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
 async def _waiting(services: Services, detail: RequestDetail) -> Reason | None:
     """Of a job, what `tidegate why` says of it."""
     record = detail.record
-    if record.status.is_end or record.source != "job" or detail.pool not in services.limiters:
+    if record.status.is_end or record.source != "job":
         return None
     try:
-        return await why(control_in(services, detail.pool), str(record.request_id))
+        return await why_of(services, record.request_id)
     except (LimiterUnavailable, NotFound) as missing:
         log.debug(Log.STORE_AWAY, detail=missing.message)
         return None

@@ -189,7 +189,7 @@ SELECT id FROM requests ORDER BY id DESC LIMIT $1
 -- Where request $1 stands, whatever its tenant.
 SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model,
     claimed_by, attempts, created_at, not_before, admitted_at, finished_at,
-    failure ->> 'code' AS failure_code, failure ->> 'message' AS failure_message, tier, (
+    failure ->> 'code' AS failure_code, failure ->> 'message' AS failure_message, tier, upstream, (
         SELECT concat_ws(': ', b.upstream || ', ' || coalesce(b.provider_id, 'not created yet'),
             b.problem)
         FROM provider_batch_lines l JOIN provider_batches b ON b.id = l.batch_id
@@ -219,10 +219,10 @@ SELECT (
 FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: running_calls
--- The jobs of pool $1 that hold a permit: whose it is, by process and sequence of its fence.
+-- The jobs that hold a permit of pool $1: whose it is, by process and sequence of its fence.
 SELECT r.id AS request_id, a.instance_id, a.fence_sequence, r.admitted_at
 FROM requests r JOIN attempts a ON a.id = r.attempt_id AND a.created_at = r.attempt_at
-WHERE r.claimed_by IS NOT NULL AND r.status = 'running' AND r.pool = $1
+WHERE r.claimed_by IS NOT NULL AND r.status = 'running' AND coalesce(r.upstream, r.pool) = $1
 LIMIT 5000
 
 -- name: search_requests
