@@ -386,7 +386,9 @@ class Window:
 
 MOST_OFF = 1_000.0
 MOST_TOOL_SETS = 64
-QUANTILE = 0.95
+# At most 5 % of calls may use more than is reserved. Calls that follow are not quite as those that
+# are remembered, so that one percent is kept for what changes.
+QUANTILE = 0.96
 # Before anything is known a guess may well be off by 2, and what a provider adds by 3: the upper
 # estimate of a text is about 3 times its guess.
 _CONSTANTS = frozenset((Modality.CALL, Modality.TOOLS, Modality.HOSTED, Modality.STATE))
@@ -542,7 +544,7 @@ class Track:
         return middle, doubt / (middle * middle)
 
     def _error(self, middle: float) -> float:
-        """The 95th percentile of the errors of calls of this size."""
+        """The quantile of the errors of calls of this size."""
         own = self._errors_by_size.get(_size(middle))
         if own is not None and len(own) >= _ENOUGH:
             return own.upper(QUANTILE)

@@ -40,6 +40,8 @@ from tidegate.dialects.answers import (
     with_searches,
     with_tier,
 )
+from tidegate.dialects.anthropic import rules_of as rules_of_claude
+from tidegate.dialects.gemini import rules_of as rules_of_gemini
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.interactions import end_of
 from tidegate.dialects.requests import request_facts as facts_of_request
@@ -303,14 +305,28 @@ _RULES_OF_MODELS = (
     ("gpt-5-mini", replace(_RULES, picture=_patches(1.62))),
     ("gpt-4.1-nano", replace(_RULES, picture=_patches(2.46))),
     ("gpt-5-nano", replace(_RULES, picture=_patches(2.46))),
+    # Of models with public weights, the words that their own templates put around each call and
+    # around its tools: github.com/openai/harmony; llama.com/docs, page "llama3_1"; on
+    # huggingface.co those of DeepSeek-V3.2, Qwen3 and GLM-4.6.
+    ("gpt-oss", replace(_RULES, call=65, tools=50)),
+    ("llama", replace(_RULES, call=36)),
+    ("deepseek", replace(_RULES, tools=300)),
+    ("qwen", replace(_RULES, tools=120)),
+    ("glm", replace(_RULES, tools=120)),
 )
+# Models that count as in the dialect of their own provider, at any host.
+_OTHER_PROVIDERS = (("claude", rules_of_claude), ("gemini", rules_of_gemini))
 
 
 @lru_cache(maxsize=512)
 def rules_of(model: str) -> Rules:
-    """Token counts of a model's files; platform.openai.com/docs/guides, pages "images-vision" and
-    "audio"."""
-    return next((rules for name, rules in _RULES_OF_MODELS if name in model), _RULES)
+    """Token counts of a model's files and of what is put around its calls;
+    platform.openai.com/docs/guides, pages "images-vision" and "audio"."""
+    name = model.lower()
+    for other, rules_of_other in _OTHER_PROVIDERS:
+        if other in name:
+            return rules_of_other(name)
+    return next((rules for part, rules in _RULES_OF_MODELS if part in name), _RULES)
 
 
 def _may_draw(tools: Any) -> bool:

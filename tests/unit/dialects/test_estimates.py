@@ -198,3 +198,45 @@ def test_calls_of_each_track_are_shown_by_themselves() -> None:
     assert {one.part for one in demands.estimator.error()} == {
         *("input", "input:hosted", "input:state", "output:text_only"),
     }
+
+
+@pytest.mark.parametrize(
+    ("model", "with_tools", "at_least"),
+    [
+        ("openai/gpt-oss-20b", False, 65),
+        ("meta-llama/Llama-3.3-70B-Instruct", False, 36),
+        ("deepseek-chat", True, 300),
+        ("anthropic/claude-sonnet-4.6", True, 500),
+    ],
+)
+def test_what_a_model_s_template_adds_is_expected_of_the_first_call(
+    model: str, with_tools: bool, at_least: int
+) -> None:
+    """Models that other providers serve in OpenAI's dialect are not OpenAI's."""
+    endpoint = endpoint_of("POST", "/v1/chat/completions", Dialect.OPENAI)
+    assert endpoint is not None
+    said: Body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+    if with_tools:
+        said["tools"] = [{"type": "function", "function": {"name": "weather"}}]
+    expected = []
+    for body in (said, {**said, "model": "gpt-4o"}):
+        asked = DIALECTS[Dialect.OPENAI].request_facts(endpoint, body)
+        one = Demands().of_native(model, "text_only", asked.pieces, POLICY, tenant="a", priority=0)
+        assert one.estimate is not None
+        assert guess(one) < 20
+        expected.append(one.estimate.expected_input_tokens)
+    assert expected[0] >= at_least > expected[1]
+
+
+def test_of_the_calls_of_a_model_five_in_a_hundred_at_most_use_more_than_is_reserved() -> None:
+    """Also where calls follow that are unlike those that are remembered."""
+    demands, rng = Demands(), Random(4)
+    body: Body = {"messages": [{"role": "user", "content": "word " * 100}]}
+    short = 0
+    for number in range(3_000):
+        one = demand(demands, body)
+        spread = 0.2 + 0.1 * (number // 50 % 2)
+        actual = round(guess(one) * rng.lognormvariate(0.5, spread))
+        short += actual > input_of(one)
+        demands.learn(one, Usage(actual, 10), whole=True)
+    assert short / 3_000 <= 0.05
