@@ -106,6 +106,9 @@ def test_a_problem_names_the_field_and_what_is_allowed() -> None:
 PAUSED = errors.BudgetPaused(
     "a person must resume it", limit="session", allowed="5 USD", retry_after_ms=None
 )
+TOO_SMALL = errors.BudgetExceeded(
+    "no period has room for as much", limit="day", allowed="5 USD", retry_after_ms=None
+)
 FAR_MS = 7_200_000
 FAR = errors.QuotaExceeded("full", limit="m", allowed="2", retry_after_ms=FAR_MS)
 NEAR = errors.QuotaExceeded("full", limit="m", allowed="2", retry_after_ms=2_500)
@@ -118,12 +121,20 @@ def _refused(dialect: Dialect, error: errors.TidegateError) -> tuple[int, dict[s
 
 
 @pytest.mark.parametrize(
-    ("dialect", "status"), [(Dialect.OPENAI, 403), (Dialect.GEMINI, 403), (Dialect.ANTHROPIC, 429)]
+    ("refused", "dialect", "status"),
+    [
+        (PAUSED, Dialect.OPENAI, 403),
+        (PAUSED, Dialect.GEMINI, 403),
+        (PAUSED, Dialect.ANTHROPIC, 429),
+        *((TOO_SMALL, dialect, 429) for dialect in Dialect),
+    ],
 )
-def test_a_paused_budget_names_no_time(dialect: Dialect, status: int) -> None:
-    told, headers, error = _refused(dialect, PAUSED)
+def test_a_budget_that_no_time_helps_names_none(
+    refused: errors.BudgetExceeded, dialect: Dialect, status: int
+) -> None:
+    told, headers, error = _refused(dialect, refused)
     assert (told, "retry-after" in headers) == (status, False)
-    assert PAUSED.message in error["message"]
+    assert refused.message in error["message"]
     assert b"retryDelay" not in orjson.dumps(error)
     assert (headers.get("x-should-retry") == "false") == (dialect is not Dialect.GEMINI)
 

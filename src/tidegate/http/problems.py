@@ -486,6 +486,8 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
     status, after_ms = native_status_of(error), error.retry_after_ms
     if isinstance(error, errors.BudgetPaused):
         status = spec.paused_status  # for how long is not known
+    elif isinstance(error, errors.BudgetExceeded):
+        pass  # without a time none helps
     elif after_ms is None and status in (429, 503, 504):
         after_ms = _USUAL_RETRY_MS
     headers: Headers = [(b"content-type", b"application/json")]

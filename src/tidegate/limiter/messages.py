@@ -105,6 +105,7 @@ def _fullness(limit: Limit, used: int, amount: int) -> str:
     most, spent = format_amount(limit, bound), _figure(limit, used)
     if used < bound:
         more = format_amount(limit, amount)
+        more = more.removesuffix("s") if amount == 1 else more
         return f"has no room for {more} more ({spent} of {_figure(limit, bound)} are used)"
     window = f" {format_window(limit)}" if isinstance(limit, Rate) else ""
     return f"is used up ({spent} of {most}{window})"

@@ -492,9 +492,9 @@ def _check_bands(bands: tuple[Band, ...]) -> None:
     if not 1 <= len(names) <= 8 or len(set(names)) != len(names):
         raise ConfigError("bands", ", ".join(names), "1 to 8 bands of different names")
     for band in bands:
-        if not 0 <= band.min_share <= 0.9 or not 0 <= band.headroom <= 0.9:
-            allowed = "min_share and headroom are from 0 to 0.9"
-            raise ConfigError(f"bands.{band.name}", repr(band), allowed)
+        for name, share in (("min_share", band.min_share), ("headroom", band.headroom)):
+            if not 0 <= share <= 0.9:
+                raise ConfigError(f"bands.{band.name}.{name}", str(share), "a number from 0 to 0.9")
     if sum(band.min_share for band in bands) > 0.9 or sum(band.headroom for band in bands) > 0.9:
         raise ConfigError("bands", ", ".join(names), "all shares together at most 0.9")
 

@@ -322,12 +322,12 @@ def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limi
     sort = value.get("type", _sort_of(limit_id))
     if sort not in _SORTS:
         raise ConfigError(f"{path}.type", _shown(sort), f"must be one of {', '.join(_SORTS)}")
+    if strict:
+        check_keys(path, value, ("type", *_KEYS[sort]))
     if "bound" not in value:
         raise ConfigError(f"{path}.bound", "(not set)", "must be a whole number")
     if sort != "concurrency" and value.get("unit", _unit_of(limit_id)) == "usd":
         value = {**value, "bound": _micros(f"{path}.bound", value["bound"])}
-    if strict:
-        check_keys(path, value, ("type", *_KEYS[sort]))
     given = {
         key: _typed(f"{path}.{key}", value[key], kind)
         for key, kind in _KEYS[sort].items()

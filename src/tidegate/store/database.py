@@ -21,6 +21,7 @@ from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
 from itertools import count
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -791,7 +792,9 @@ async def _connected(url: str) -> asyncpg.Connection:
     try:
         return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
-        raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+        host = urlsplit(url).hostname
+        at = f" at {host}" if host else ""
+        raise StoreUnavailable(f"PostgreSQL{at} does not answer: {failed}") from failed
 
 
 async def row_alone(

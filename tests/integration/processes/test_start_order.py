@@ -10,6 +10,8 @@ from tests.load import submit
 from tests.waiting import wait_until
 from tidegate.store.database import migrate
 
+_WAITS = "waiting for PostgreSQL: PostgreSQL at 127.0.0.1 does not answer"
+
 
 class _Backwards(Fleet):
     """API and worker first, on an empty database that nobody but us migrates."""
@@ -51,6 +53,6 @@ async def test_a_process_of_its_own_waits_for_postgres_and_migrates(tmp_path: Pa
         await asyncio.to_thread(fleet.postgres.stop)
         url = fleet.start_api()
         log = fleet.apis[url].log
-        await wait_until(lambda: "waiting for PostgreSQL" in log.read_text(), 30)
+        await wait_until(lambda: _WAITS in log.read_text(), 30)
         await asyncio.to_thread(fleet.postgres.start)
         await fleet.ready(url)

@@ -71,7 +71,7 @@ FULL = PoolPolicy(
         ({"limits": {}, "fair_by": "luck"}, "fair_by"),
         ({"limits": {}, "bands": ()}, "bands"),
         ({"limits": {}, "bands": (Band("a"), Band("a"))}, "bands"),
-        ({"limits": {}, "bands": (Band("a", min_share=0.95),)}, "bands.a"),
+        ({"limits": {}, "bands": (Band("a", min_share=0.95),)}, "bands.a.min_share"),
         ({"limits": {}, "bands": (Band("a", headroom=0.5), Band("b", headroom=0.5))}, "bands"),
     ],
 )

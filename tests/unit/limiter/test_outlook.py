@@ -44,6 +44,12 @@ def test_a_refusal_says_what_is_used_and_when_there_is_room(
     assert (error.message, error.limit, error.retry_after_ms) == (said, "rpd:x", 24_639_397)
 
 
+def test_one_request_is_no_plural() -> None:
+    error = too_early("rpd:x", Quota(2), 60_000, 1, 1, ahead=1)
+    said = "Daily limit rpd:x has no room for 1 request more (1 of 2 are used), and 1 call comes "
+    assert error.message.startswith(said)
+
+
 def test_a_pause_says_for_how_long() -> None:
     error = too_early("model:x", None, 185_000, -1)
     assert isinstance(error, LimitPaused)
