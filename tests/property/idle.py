@@ -37,9 +37,11 @@ def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
     amount = read_member(queue.first()[0]).amount(position)
     if isinstance(limit.limit, Concurrency):
         cap = model.capacity.cap(limit, queue.flow.band)
-        if limit.by_tokens and amount > limit.limit.bound:
+        if not limit.by_tokens:
+            return limit.used < cap
+        if amount > limit.limit.bound or _too_great_before(limit, queue):
             return False
-        return limit.used + (max(1, min(amount, cap)) if limit.by_tokens else 1) <= cap
+        return limit.used + max(1, min(amount, cap)) <= cap
     if amount == 0:
         return True
     if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):
@@ -66,12 +68,26 @@ def _kept_for_higher(model: PoolModel, limit: LimitState, queue: SessionQueue) -
     return any(max(band.held_at, band.used_at) > since for band in higher)
 
 
+def _too_great_before(limit: LimitState, queue: SessionQueue) -> bool:
+    """The head of the line at a limit on tokens in flight needs more than is free: smaller calls
+    behind it wait for it, or it would never fit."""
+    most = limit.limit.bound - limit.used
+    return any(
+        read_member(other.first()[0]).amount(other.flow.lane.index(limit.name)) > most
+        for other in _in_line(limit)
+        if other is not queue
+    )
+
+
 def _others_before(limit: LimitState, queue: SessionQueue) -> bool:
     """A great demand at the head of a rate's line is waited for, or it would never fit."""
-    here = [
-        other
+    return any(other is not queue for other in _in_line(limit))
+
+
+def _in_line(limit: LimitState) -> list[SessionQueue]:
+    return [
+        queue
         for band in limit.bands.values()
         for line in band.lines.values()
-        for other in line.values()
+        for queue in line.values()
     ]
-    return any(other is not queue for other in here)
