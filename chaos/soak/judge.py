@@ -122,7 +122,8 @@ async def _unlike(fleet: Fleet, clients: Clients, served: Served) -> list[str]:
     connection = await asyncpg.connect(fleet.postgres.url())
     try:
         rows = await connection.fetch(
-            "SELECT request_id, status, usage_state, input_tokens, output_tokens FROM audit"
+            "SELECT request_id, status, failure, usage_state, input_tokens, output_tokens "
+            "FROM audit"
         )
     finally:
         await connection.close()
@@ -135,14 +136,15 @@ async def _unlike(fleet: Fleet, clients: Clients, served: Served) -> list[str]:
             continue
         mine = record[UUID(call.request_id)]
         finished = [one for one in served.calls[call.mark].values() if one.outcome == "finished"]
-        if not mine and _was_killed(call):
+        if _was_killed(call) and (not mine or "process_died" in (mine[0]["failure"] or "")):
             continue  # what was told in a process's last moment may be lost with it
         if len(mine) != 1:
             found.append(f"{call.way} {call.mark}: {len(mine)} records")
         elif mine[0]["status"] == "succeeded" and not _is_billed(mine[0], finished):
             found.append(f"{call.way} {call.mark}: {dict(mine[0])} for {finished}")
         elif mine[0]["status"] != "succeeded" and call.way != "job":
-            found.append(f"{call.way} {call.mark}: whole, and recorded as {mine[0]['status']}")
+            how = f"{mine[0]['status']} ({mine[0]['failure']})"
+            found.append(f"{call.way} {call.mark}: whole, and recorded as {how}")
     return found
 
 

@@ -47,6 +47,7 @@ from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
     InvalidRequest,
+    LeaseLost,
     LimitPaused,
     LimitUsedUp,
     NotFound,
@@ -422,6 +423,7 @@ class _Run:
         self._on_admitted = on_admitted
         self._budgets = spine.budgets if exchange.bills and spine.budgets.any else None
         self._trying: Target | None = None
+        self._is_answered = False  # the whole answer has gone to who asked for it
         self._refusals: dict[tuple[str, str] | None, QuotaExceeded] = {}
 
     async def until_answered(self, targets: list[Target]) -> None:
@@ -434,6 +436,10 @@ class _Run:
             try:
                 await self._by_one_of(left)
                 return
+            except LeaseLost:
+                if not self._is_answered:
+                    raise
+                return  # nothing is done under the permit any more: the call has succeeded
             except DemandImpossible:
                 # A limit was taken away while it waited: it requests what binds it now.
                 now = self._policies(left)
@@ -733,6 +739,7 @@ class _Run:
                 with self._giving_way(target.upstream.preempt, permit, lane, is_try):
                     await self._exchange.make(target, lane, demand, is_try=is_try)
             outcome = Outcome.SUCCESS
+            self._is_answered = self._exchange.started
         except CallFailed as failed:
             failure = failed
             is_dropped = failed.error.retryable and not isinstance(failed.error, UpstreamTierBusy)

@@ -14,6 +14,7 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.integration.native.conftest import MODEL
 from tests.waiting import wait_until
+from tidegate.spine.native import NativeExchange
 
 Ask = Callable[..., Awaitable[tuple[int, Any]]]
 BODY = {"contents": [{"parts": [{"text": "Say hello"}]}]}
@@ -103,6 +104,30 @@ async def test_a_wait_that_is_too_long_is_told_with_a_time(open_gateway: Opener)
     assert any(one["@type"].endswith("RetryInfo") for one in body["error"]["details"])
     assert (await gateway.audit(request_id))["status"] == "expired"
     holding.cancel()
+
+
+@pytest.mark.parametrize("do", ["generateContent", "streamGenerateContent?alt=sse"])
+async def test_a_call_whose_lease_is_found_lost_after_its_whole_answer_has_succeeded(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, do: str
+) -> None:
+    """As in a process that stood still while the last bytes went out."""
+    settle, lost = NativeExchange.settle, asyncio.Event()
+    lease = gateway.services.limiter._session.lease
+
+    def lose(exchange: NativeExchange, *args: Any, **named: Any) -> Any:
+        lease._confirmed_ms = float("-inf")
+        lost.set()
+        return settle(exchange, *args, **named)
+
+    monkeypatch.setattr(NativeExchange, "settle", lose)
+    async with gateway.http.post(url_of(gateway, do), json=BODY) as response:
+        assert response.status == 200
+        await response.read()
+        request_id = response.headers["x-tidegate-request-id"]
+    row = await gateway.audit(request_id)
+    assert lost.is_set()
+    assert (row["status"], row["failure"]) == ("succeeded", None)
+    assert row["output_tokens"]
 
 
 @pytest.mark.parametrize("do", ["generateContent", "streamGenerateContent?alt=sse"])
