@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tidegate.verify.plan import Report, Verdict
-from tidegate.verify.promises import Repeats, repeats
+from tidegate.verify.promises import AT_ONCE, Repeats, in_a_call, repeats
 
 
 def test_calls_of_a_killed_worker_are_repeated_whether_they_had_ended_or_not() -> None:
@@ -58,3 +60,19 @@ def test_a_complaint_that_only_the_first_run_had_is_gone() -> None:
     first = report("0.5 s", True)
     first.kept("and all of them are used again", "<= 5 s", "not all", False)
     assert first.repeated(report("0.4 s", True)).is_sound
+
+
+@pytest.mark.parametrize(
+    ("held", "finished", "in_flight", "calling"),
+    [
+        ([("a", 7), ("b", 3)], 2 * AT_ONCE, AT_ONCE, ["a", "b"]),
+        ([("b", 7)], 2 * AT_ONCE, 1, ["b"]),  # a busy machine: the other one has not begun
+        ([("b", 7)], AT_ONCE, AT_ONCE, []),
+        ([("b", 7)], 2 * AT_ONCE, 0, []),
+        ([("other", 7)], 2 * AT_ONCE, 1, []),
+    ],
+)
+def test_any_worker_that_calls_is_one_to_kill(
+    held: list[tuple[str, int]], finished: int, in_flight: int, calling: list[str]
+) -> None:
+    assert in_a_call(("a", "b"), held, finished, in_flight) == calling
