@@ -401,7 +401,7 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
     field twice."""
     # To look at each key is dear: nearly all bodies are done with some counts.
     for key in body:
-        if (needle := _WRITTEN.get(key)) is not None and raw.count(needle) > 1:
+        if (needle := _WRITTEN.get(key)) is not None and count_in(raw, needle) > 1:
             break
     else:
         if b"\\u00" not in raw or _ESCAPED.search(raw) is None:
@@ -472,9 +472,21 @@ _BOUNDS_NAMES = frozenset(_OUTPUT_BOUNDS)
 _ANSWERS = ("n", "best_of", "candidateCount", "candidate_count")
 
 
+def count_in(body: bytes, *needles: bytes) -> int:
+    """How often these are in a body. A large one is searched in parts, since no other thread of
+    Python runs during a search."""
+    if len(body) <= LARGE_BYTES:
+        return sum(map(body.count, needles))
+    return sum(
+        body.count(needle, place, place + LARGE_BYTES + len(needle) - 1)
+        for place in range(0, len(body), LARGE_BYTES)
+        for needle in needles
+    )
+
+
 def has_too_many_parts(body: bytes) -> bool:
     """Whether JSON holds more than `MOST_PARTS` commas, lists and objects, outside of its texts."""
-    if len(body) <= MOST_PARTS or sum(map(body.count, (b",", b"[", b"{"))) <= MOST_PARTS:
+    if len(body) <= MOST_PARTS or count_in(body, b",", b"[", b"{") <= MOST_PARTS:
         return False
     return _TOO_MANY_PARTS.match(body) is not None
 
@@ -684,7 +696,7 @@ def skimmed(raw: bytes) -> Skimmed:
     if len(raw) > LARGE_BYTES and (found := _without_files(raw)) is not None:
         short, files = found
         # Twice as many are walked, since the first of each list and object has no comma.
-        if 2 * sum(map(short.count, (b",", b"[", b"{"))) <= MOST_WALKED:
+        if 2 * count_in(short, b",", b"[", b"{") <= MOST_WALKED:
             return Skimmed(short, parsed(short), files)
     return Skimmed(raw, parsed(raw))
 

@@ -46,6 +46,8 @@ from tidegate.errors import (
 from tidegate.settings import Config
 
 WITH_ITS_HEAD_BYTES = 65_536
+_FREED_AT_ONCE = 16
+_COPIED_AT_ONCE_BYTES = 1_048_576  # from there on Python copies without its lock
 _RETRY_AFTER_MS = 1_000
 
 
@@ -231,9 +233,9 @@ class Incoming:
             pieces.append(more)
             size_bytes += len(more)
             count_in(hold, size_bytes, free_bytes)
-        whole = b"".join(pieces)
-        await asyncio.sleep(0)  # a copy of many MB takes its time: others go first now
-        return whole
+        if size_bytes <= _COPIED_AT_ONCE_BYTES:
+            return b"".join(pieces)
+        return await to_thread.run_sync(_joined, pieces)  # which runs beside the event loop
 
     def release(self) -> None:
         """Release what is counted in the budget, at the end of the call. Idempotent."""
@@ -262,6 +264,14 @@ class Incoming:
     def _too_slow(self) -> None:
         self.is_slow = True
         self._task.cancel()
+
+
+def _joined(pieces: list[bytes]) -> bytes:
+    """All pieces in one. Frees them, some at a time: other threads wait for each of these steps."""
+    whole = b"".join(pieces)
+    while pieces:
+        del pieces[-_FREED_AT_ONCE:]
+    return whole
 
 
 def incoming_of(

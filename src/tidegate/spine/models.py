@@ -9,10 +9,10 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -22,6 +22,7 @@ from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
 from tidegate.dialects.requests import check_said_once, check_spelling, skimmed
+from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import (
     Dialect,
     Endpoint,
@@ -178,6 +179,31 @@ def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:
     """Whether this is a tool that the client runs. Elsewhere, such as beside `model` itself, a
     `type` says nothing of the sort."""
     return value.get("type") in _OF_CLIENTS and _TOOLS.fullmatch(path) is not None
+
+
+class ReadBody(NamedTuple):
+    """What a counted call's body holds: its fields, what admission has to know of it, what it
+    refers to, and what the provider is to keep of it."""
+
+    body: dict[str, Any]
+    asked: RequestFacts
+    references: Sequence[Reference]
+    making: Making | None
+
+
+def read_body(caller: Caller, endpoint: Endpoint, given: bytes) -> ReadBody:
+    """Reads a body; takes a tenth of a second for 20 MB of text. Raises InvalidRequest,
+    PayloadTooLarge and Forbidden."""
+    raw, body, whole = skimmed(given)
+    spec = DIALECTS[endpoint.dialect]
+    asked = spec.request_facts(endpoint, body, whole)
+    check_said_once(raw, body)
+    references, making = spec.references(body, raw), spec.made_by(endpoint.path, body)
+    if caller.models is not None or endpoint.model is not None:
+        check_model(caller, asked.model)
+        check_body(caller, endpoint, body)
+        check_names(caller, raw)
+    return ReadBody(body, asked, references, making)
 
 
 def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import orjson
@@ -51,12 +51,11 @@ from tidegate.dialects.headers import (
     to_return,
 )
 from tidegate.dialects.requests import (
+    LARGE_BYTES,
     LONGEST_TIER,
-    check_said_once,
     conversation_of,
     parsed,
     requested_tier,
-    skimmed,
 )
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import (
@@ -78,12 +77,11 @@ from tidegate.spine.affinity import Home, conversation_key, lineage_in
 from tidegate.spine.bodies import FormBody, body_for, has_several_answers
 from tidegate.spine.models import (
     Models,
-    check_body,
     check_model,
-    check_names,
     facts_of_form,
     is_plain,
     model_of_other,
+    read_body,
 )
 from tidegate.spine.out import AttendedOut, Out
 from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources
@@ -140,6 +138,7 @@ class Relay:
         self.wire = wire
         self.resources = resources
         self._models = Models(wire)
+        self._turn = asyncio.Lock()  # to read a large body
 
     async def run(
         self,
@@ -164,19 +163,11 @@ class Relay:
             body = dict(call.form.form.fields)
             asked = facts_of_form(call.form.form, endpoint, caller)
         elif endpoint.operation is Operation.OTHER:
-            record.model = model_of_other(caller, endpoint, call.body) or None
+            read = partial(model_of_other, caller, endpoint, call.body)
+            record.model = await self._aside(call, read) or None
         elif endpoint.is_counted or (call.body and endpoint.resource is None):
-            raw, body, whole = skimmed(call.body)
-            if raw is not call.body:  # it was large: others go first now
-                await asyncio.sleep(0)
-            spec = DIALECTS[endpoint.dialect]
-            asked = spec.request_facts(endpoint, body, whole)
-            check_said_once(raw, body)
-            references, making = spec.references(body, raw), spec.made_by(endpoint.path, body)
-            if caller.models is not None or endpoint.model is not None:
-                check_model(caller, asked.model)
-                check_body(caller, endpoint, body)
-                check_names(caller, raw)
+            reading = partial(read_body, caller, endpoint, call.body)
+            body, asked, references, making = await self._aside(call, reading)
         if asked is not None:
             record.model, record.streamed = asked.model, asked.streams
             record.kind = str(asked.kind) if endpoint.is_counted else None
@@ -197,9 +188,17 @@ class Relay:
         if asked is not None and endpoint.operation is Operation.INFER:
             continued = self.resources.continued
             before = await continued(endpoint.dialect, references) if references else None
-            record.lineage = lineage_in(body, record.lineage, before)
+            told = record.lineage
+            record.lineage = await self._aside(call, lambda: lineage_in(body, told, before))
             home = self._home(call, asked.model, record, targets) if len(targets) > 1 else None
         await self.spine.run(exchange, record, targets, on_admitted, home)
+
+    async def _aside(self, call: NativeCall, work: Callable[[], _Read]) -> _Read:
+        """The result of `work` on the call's body: on a large one in a thread, one at a time."""
+        if len(call.body) <= LARGE_BYTES:
+            return work()
+        async with self._turn:
+            return await asyncio.to_thread(work)
 
     async def _where_they_live(
         self,
@@ -760,6 +759,7 @@ def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:
 
 
 # A budget that takes estimates lets it pass while anything is left.
+_Read = TypeVar("_Read")
 _COST_OF_OTHER = CallCost(None, None, 1, 1, "what a path costs that is known by its name alone")
 
 

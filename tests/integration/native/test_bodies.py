@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import zlib
 from base64 import b64encode
 from typing import Any
@@ -15,6 +16,7 @@ from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
 from tidegate import record as call
 from tidegate.call import Scope
+from tidegate.dialects import requests
 from tidegate.store import requests as recorded
 
 MODEL = "gemini-2.5-flash"
@@ -71,6 +73,23 @@ async def test_a_body_is_given_back_as_it_travelled(gateway: Gateway, text: str)
     assert (headers["content-type"], headers["content-length"]) == (content_type, str(len(answer)))
     in_blobs = await gateway.database.fetchval("SELECT count(blob_key) FROM bodies")
     assert in_blobs >= (text in (LARGE, FILE)), "the large one is a blob"
+
+
+async def test_other_calls_go_on_while_a_large_body_is_read(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To parse and search 20 MB takes a tenth of a second."""
+    parsed, threads = requests.parsed, []
+
+    def noted(raw: bytes) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return parsed(raw)
+
+    monkeypatch.setattr(requests, "parsed", noted)
+    for text in ("Say small", LARGE):
+        _, answer, _ = await said(gateway, asking(text))
+        assert b"choices" in answer
+    assert threads == [True, False]
 
 
 @pytest.mark.parametrize("wants_usage", [True, False])

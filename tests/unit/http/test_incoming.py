@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from anyio import to_thread
 from starlette.types import Message
 
 from tidegate.errors import QueueFull, RequestTimeout
@@ -101,3 +104,27 @@ async def test_a_native_body_that_trickles_is_ended() -> None:
     assert sent < 50
     incoming.release()
     assert bodies.held_bytes == 0
+
+
+@pytest.mark.parametrize(("pieces", "copies"), [(1, 0), (3, 1)])
+async def test_a_large_body_is_copied_beside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, pieces: int, copies: int
+) -> None:
+    left, copied = pieces, 0
+
+    async def receive() -> Message:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": b"x" * (MB // 2), "more_body": left > 0}
+
+    async def run_sync(work: Callable[..., Any], *given: Any) -> Any:
+        nonlocal copied
+        copied += 1
+        return work(*given)
+
+    monkeypatch.setattr(to_thread, "run_sync", run_sync)
+    task = asyncio.current_task()
+    assert task is not None
+    incoming = Incoming(receive, task, Pace(silence_ms=5_000), max_bytes=10 * MB, in_memory=True)
+    assert await incoming.whole() == b"x" * (pieces * MB // 2)
+    assert copied == copies
