@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from tidegate.embedded.servers import ProcessIdentity, ServerFailed, write_private
+from tidegate.errors import ConfigError
 
 ServiceName = Literal["valkey", "postgres", "emulator"]
 PasswordName = Literal["password", "password.application", "password.valkey"]
@@ -274,7 +275,8 @@ def ensure(
     """Have these servers running in `data_dir`, started by this process or by another one.
 
     Blocks until all are ready. Any number of processes may call this concurrently. Raises
-    ServerFailed after `timeout_s` seconds, or as soon as a server has failed to start three times.
+    ServerFailed after `timeout_s` seconds, or as soon as a server has failed to start three times,
+    and ConfigError for a folder that cannot be used.
     """
     folder = Folder(data_dir)
     deadline = time.monotonic() + timeout_s
@@ -282,7 +284,8 @@ def ensure(
         folder.create()
         descriptor = folder.open_lock("users")
     except OSError as refused:
-        raise ServerFailed(f"cannot use {folder.data_dir}: {refused.strerror}") from refused
+        why = f"cannot be used: {refused.strerror}"
+        raise ConfigError("DATA_DIR", str(folder.data_dir), why) from refused
     try:
         if not lock_until(descriptor, fcntl.LOCK_SH, deadline):
             raise ServerFailed(f"the servers in {folder.path} are being stopped, without an end")

@@ -26,6 +26,7 @@ from tidegate.embedded import servers as process
 from tidegate.embedded.keeper import Keeper
 from tidegate.embedded.lease import Folder, ServersLease, ensure
 from tidegate.embedded.servers import ProcessIdentity, ServerFailed
+from tidegate.errors import ConfigError
 
 
 def _ensure(data_dir: Path, *services: str) -> ServersLease:
@@ -290,7 +291,7 @@ async def test_a_port_that_somebody_else_takes_first_is_given_up(
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ServerFailed, match=str(tmp_path / "file")):
+    with pytest.raises(ConfigError, match=f"DATA_DIR={tmp_path / 'file'}: cannot be used: "):
         _ensure(tmp_path / "file", "valkey")
 
 
