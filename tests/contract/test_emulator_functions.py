@@ -239,7 +239,7 @@ async def test_completions_are_answered_whole_and_streamed(
     usage = {"include_usage": True}
     stream = await create(
         model=MODEL, prompt=[1, 2, 3], max_tokens=50, stream=True, stream_options=usage
-    )  # type: ignore[call-overload]
+    )
     chunks = [chunk async for chunk in stream]
     assert "1 2 3" in "".join(choice.text for chunk in chunks for choice in chunk.choices)
     assert (chunks[-2].choices[0].finish_reason, chunks[-1].choices) == ("stop", [])

@@ -277,7 +277,7 @@ async def test_the_lines_count_for_the_caps_on_the_queue(
     await begin(client, jsonl([line(f"id-{n}", "x") for n in range(4)]))
     with pytest.raises(openai.RateLimitError) as full:
         await begin(client, jsonl([line(f"id-{n}", "x") for n in range(2)]))
-    assert full.value.body["limit"] == "most_queued_jobs"  # type: ignore[index]
+    assert full.value.body["limit"] == "most_queued_jobs"
     await begin(client, jsonl([line("last", "x")]))
     database, count = gateway.database, sql("queued_of_batches")
     whole = await database.fetchrow(count, "acme")

@@ -33,7 +33,7 @@ async def made(client: AsyncOpenAI) -> str:
     batch = await client.batches.create(
         input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
     )
-    return batch.id
+    return str(batch.id)
 
 
 async def test_a_tenants_batches_go_with_it_and_nobody_elses(

@@ -20,7 +20,8 @@ REPLAYED = "idempotency-replayed"
 
 
 async def uploaded(client: AsyncOpenAI) -> str:
-    return (await client.files.create(file=("in.jsonl", content(2)), purpose="batch")).id
+    file = await client.files.create(file=("in.jsonl", content(2)), purpose="batch")
+    return str(file.id)
 
 
 async def made(

@@ -19,7 +19,8 @@ ROOM = {"max_batch_files_bytes": 3 * LEAST}
 
 
 async def upload(client: AsyncOpenAI, given: bytes = content(1)) -> str:
-    return (await client.files.create(file=("in.jsonl", given), purpose="batch")).id
+    file = await client.files.create(file=("in.jsonl", given), purpose="batch")
+    return str(file.id)
 
 
 async def is_full(client: AsyncOpenAI, given: bytes = content(1)) -> bool:

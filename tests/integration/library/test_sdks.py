@@ -7,6 +7,7 @@ import gc
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx2
 import pytest
@@ -118,7 +119,7 @@ async def test_openais_sdk_never_has_more_in_flight_than_the_limit(
     http = httpx2.AsyncClient(transport=AsyncLimitedTransport(limiter, ONE))
     async with AsyncOpenAI(api_key="k", base_url=f"{upstream.url}/v1", http_client=http) as sdk:
 
-        async def call(number: int) -> str | None:
+        async def call(number: int) -> Any:
             answer = await sdk.chat.completions.create(
                 model="gpt", messages=[{"role": "user", "content": f"call {number}"}]
             )
@@ -147,7 +148,7 @@ async def test_a_refusal_leaves_openais_sdk_as_it_is_and_is_not_repeated(
 async def test_openais_sync_sdk(make_sync: MakeSync, upstream: Upstream) -> None:
     limiter = make_sync()
 
-    def call() -> str | None:
+    def call() -> Any:
         http = httpx2.Client(transport=LimitedTransport(limiter, ONE))
         with OpenAI(api_key="k", base_url=f"{upstream.url}/v1", http_client=http) as sdk:
             answer = sdk.chat.completions.create(

@@ -54,10 +54,10 @@ async def test_files_of_all_purposes_are_their_owner_s_and_used_where_they_live(
     cited = {"type": "file_citation", "file_id": "file-of-a-store", "index": 0, "filename": "f"}
     said = {"type": "output_text", "text": "so", "annotations": [cited]}
     history = [*naming(made.id), {"role": "assistant", "content": [said]}]
-    assert await acme.responses.create(model=MODEL, input=history)  # type: ignore[arg-type]
+    assert await acme.responses.create(model=MODEL, input=history)
     for call in (
         other.responses.create(**asked),
-        other.conversations.create(items=naming(made.id)),  # type: ignore[arg-type]
+        other.conversations.create(items=naming(made.id)),
         other.chat.completions.create(
             model=MODEL,
             messages=[

@@ -179,7 +179,7 @@ async def test_errors_are_those_that_the_sdk_knows(open_gateway: Opener, sdk: Ma
     with pytest.raises(openai.RateLimitError) as full:
         await hurried.chat.completions.create(model=MODEL, messages=says("x"))
     assert int(full.value.response.headers["retry-after"]) >= 1
-    assert full.value.body["limit"] == "kind:text_only"  # type: ignore[index]
+    assert full.value.body["limit"] == "kind:text_only"
     holding.cancel()
 
 

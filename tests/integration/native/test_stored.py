@@ -92,7 +92,7 @@ async def test_what_is_stored_is_its_tenants_own_and_called_where_it_lives(stage
     assert "Say 0" in items.data[0].model_dump_json()
     stream = await acme.responses.create(model=MODEL, input="Say it", stream=True)
     (begun, *_) = [event async for event in stream]
-    assert (await acme.responses.retrieve(begun.response.id)).status == "completed"  # type: ignore[union-attr]
+    assert (await acme.responses.retrieve(begun.response.id)).status == "completed"
 
     conversation = await acme.conversations.create(metadata={"topic": "tides"})
     await acme.conversations.items.create(
@@ -140,7 +140,7 @@ async def test_what_is_stored_is_its_tenants_own_and_called_where_it_lives(stage
         assert "not found" in refused.value.message
     with pytest.raises(openai.NotFoundError) as unknown:
         await other.responses.retrieve("resp_of_nobody")
-    assert unknown.value.body["message"] == "Response with id 'resp_of_nobody' not found."  # type: ignore[index]
+    assert unknown.value.body["message"] == "Response with id 'resp_of_nobody' not found."
     after = {name: await one.control.stats() for name, one in stage.accounts.items()}
     assert {n: s.last_id for n, s in before.items()} == {n: s.last_id for n, s in after.items()}
 
@@ -228,7 +228,7 @@ async def test_what_was_made_elsewhere_is_the_adopting_tenant_s(stage: Stage) ->
         ]
         onward = await stage.heir.responses.with_raw_response.create(
             model=MODEL,
-            input=[{"role": "user", "content": said}],  # type: ignore[list-item,misc]
+            input=[{"role": "user", "content": said}],
             previous_response_id=response,
         )
         assert onward.headers["x-tidegate-upstream"] == "second"

@@ -64,7 +64,7 @@ async def _begun(fleet: Fleet, url: str, number: object) -> str:
     async with _sdk(fleet, url) as sdk:
         begun = await sdk.responses.create(model=MODEL, input=f"Think {number}", background=True)
         assert begun.status == "queued"
-        return begun.id
+        return str(begun.id)
 
 
 async def _filmed(fleet: Fleet, url: str) -> str:
