@@ -37,6 +37,7 @@ chaos: ## Kill, pause and cut off parts at full size, and count what really arri
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m chaos.limiter --seconds 60
 	@TIDEGATE_MODEL_STEPS=200000 TIDEGATE_MODEL_SEED=$$(date +%s) .venv/bin/python -m pytest tests/property -n0 -s
+	@.venv/bin/python -m pytest tests/unit tests/contract -n0 -m hypothesis --hypothesis-profile=deep --timeout 1800
 	@TIDEGATE_SCHEMA_EXAMPLES=300 .venv/bin/python -m pytest tests/integration/described -n0 -s --timeout 1800
 	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
 	@.venv/bin/python -m chaos.soak --minutes 5

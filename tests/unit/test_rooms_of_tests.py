@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+from hypothesis import settings
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
 # Only lead to what they start.
@@ -37,3 +40,18 @@ def test_every_folder_of_tests_is_named_and_every_name_is_there() -> None:
     missing = {f for f in folders if not any(f == n or f.startswith(f"{n}/") for n in named)}
     assert missing == set()
     assert [name for name in sorted(named) if not (ROOT / "tests" / name).exists()] == []
+
+
+@pytest.mark.parametrize("room", ["unit", "contract"])
+def test_few_examples_of_a_property_are_tried_because_many_are_elsewhere(room: str) -> None:
+    own = [
+        path.name
+        for path in (ROOT / "tests" / room).rglob("test_*.py")
+        if re.search(r"\bmax_examples=", path.read_text(encoding="utf-8"))
+    ]
+    assert own == [], "as many as the profile says, so that `make chaos` can try more"
+    few, many = (settings.get_profile(name).max_examples for name in ("suite", "deep"))
+    assert few * 30 <= many
+    (deep,) = re.findall(r"pytest (.*) --hypothesis-profile=deep", (ROOT / "Makefile").read_text())
+    assert f"tests/{room}" in deep.split()
+    assert "-m hypothesis" in deep

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.admission.pictures import png
@@ -238,7 +238,6 @@ def test_of_calls_that_used_more_than_was_reserved_it_knows_the_last_ones() -> N
     assert track(estimator).short == 0.0
 
 
-@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(st.text(max_size=50), st.integers(-1, 10**9), st.integers(-1, 10**9)),

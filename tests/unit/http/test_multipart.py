@@ -117,9 +117,7 @@ PARTS = st.one_of(
 )
 
 
-@examples(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(PARTS, max_size=4), cuts=st.lists(st.integers(1, 60), min_size=1), end=st.data()
 )

@@ -11,7 +11,7 @@ from math import inf
 from uuid import uuid4
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.call import Tier
@@ -286,7 +286,6 @@ DUES_S = [60.0, 600.0, HOUR_S, 4 * HOUR_S, 23 * HOUR_S, DAY_S]
     per_second=st.sampled_from([0.01, 0.05, 0.2, 10.0]),
     tiers=st.sets(st.sampled_from([Tier.FLEX, Tier.BATCH])),
 )
-@settings(max_examples=80, deadline=None)
 def test_no_job_is_late_or_dearer_than_in_the_usual_tier(
     seed: int, dues_s: list[float], per_second: float, tiers: set[Tier]
 ) -> None:

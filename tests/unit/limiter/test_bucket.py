@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.limiter import Rate
@@ -137,7 +137,6 @@ def test_a_return_is_room_while_its_call_is_in_the_level() -> None:
     assert gateway.ask(800, 0)
 
 
-@settings(max_examples=60)
 @given(STEPS, st.integers(1, 1_000))
 def test_room_comes_when_it_was_foretold_and_no_sooner(
     steps: list[tuple[str, int, int]], amount: int

@@ -314,5 +314,5 @@ class Histories(RuleBasedStateMachine):
         assert self.pool.found.revision == head.number
 
 
-Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Histories.TestCase.settings = settings(stateful_step_count=30)
 TestHistories = Histories.TestCase

@@ -135,7 +135,7 @@ class Server:
         return found[0] if found else None
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     family=st.sampled_from(UNNAMED),
     mode=st.sampled_from(MODES),
