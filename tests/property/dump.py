@@ -50,6 +50,7 @@ ONE = {
 }
 MANY = {
     "queue:": "queues",
+    "stalled:": "stalled",
     "owed:": "owed",
     "park:": "park",
     "line:": "line",

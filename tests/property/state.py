@@ -10,6 +10,7 @@ from typing import Any
 
 from tidegate.limiter.simulation import (
     BEHIND,
+    BLOCKED,
     BandState,
     DueOrder,
     LimitState,
@@ -108,6 +109,11 @@ def of_model(model: PoolModel) -> State:
         "seen": model.roster.seen,
         "fresh": model.pump.fresh,
         "expected": model.roster.expected,
+        "stalled": {
+            sid: stalled
+            for sid, session in sessions.items()
+            if (stalled := {q.id: 0 for q in session.queues.values() if q.at == BLOCKED})
+        },
         "queues": {queue.id: dict(queue.tickets) for queue in queues},
         "park": {
             where: {tenant: band.tags[tenant] for tenant in band.lines}

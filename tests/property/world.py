@@ -66,7 +66,9 @@ def script_source(name: ScriptName, pace: Paces) -> bytes:
     if name in ("renew", "position"):
         return source
     for usual, ours in (
-        (b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % pace.at_once),
+        (b"\nT.AT_ONCE = %d" % USUAL.at_once, b"\nT.AT_ONCE = %d" % pace.at_once),
+        (b"T.DUE_AT_ONCE = 15", b"T.DUE_AT_ONCE = %d" % pace.due_at_once),
+        (b"T.UNBLOCKED_AT_ONCE = 10", b"T.UNBLOCKED_AT_ONCE = %d" % pace.unblocked_at_once),
         (b"T.STARVES = 8", b"T.STARVES = %d" % pace.starves),
         (b"T.LATENCY_CALLS = 8", b"T.LATENCY_CALLS = %d" % pace.latency_calls),
         (b"T.LATENCY_ROUNDS = 20", b"T.LATENCY_ROUNDS = %d" % pace.latency_rounds),
@@ -74,11 +76,12 @@ def script_source(name: ScriptName, pace: Paces) -> bytes:
         (b"T.MOST_TOLD = %d" % USUAL.on_page, b"T.MOST_TOLD = %d" % pace.on_page),
         (b"T.MOST_ON_PAGE = %d" % USUAL.on_page, b"T.MOST_ON_PAGE = %d" % pace.on_page),
         (b"T.LOOKED_AT = 50", b"T.LOOKED_AT = %d" % pace.looked_at),
+        (b"T.ENDED_AT_ONCE = 20", b"T.ENDED_AT_ONCE = %d" % pace.ended_at_once),
         (b"T.MOST_OWED = 2000", b"T.MOST_OWED = %d" % pace.most_owed),
         (b"T.DUE_AFTER = 600000", b"T.DUE_AFTER = %d" % pace.due_after_ms),
     ):
-        whole = usual.startswith((b"T.MOST", b"T.LOOKED"))
-        assert source.count(usual) == (name == "tend" or not whole)
+        whole, ends = usual.startswith((b"T.MOST", b"T.LOOKED")), usual.startswith(b"T.ENDED")
+        assert source.count(usual) == (name == "tend" or not (whole or (ends and name == "sync")))
         source = source.replace(usual, ours)
     return source
 

@@ -10,7 +10,7 @@ import asyncio
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,10 +25,10 @@ from tidegate.errors import LimiterUnavailable
 from tidegate.limiter._compat import close_now
 from tidegate.limiter.connection import Link, LinkDown
 from tidegate.limiter.flow import flow_of
-from tidegate.limiter.messages import SHAPES, InspectReply, Keyspace, load, pack
+from tidegate.limiter.messages import SHAPES, Keyspace, load, pack
 from tidegate.limiter.policy import PoolPolicy
 from tidegate.limiter.topology import Server
-from tidegate.limiter.views import Snapshot, read_snapshot
+from tidegate.limiter.views import Snapshot, read_pool
 
 _ANSWER_S = 2.0
 _PINGS = 21
@@ -99,11 +99,9 @@ async def look_until(
     LimiterUnavailable where it could not be read at all, and ConfigError as `examine`."""
     keys, until = Keyspace(pool), time.monotonic() + within_s
     link, found = Link(url, keys.meta), None
-    question = pack({"permits": False})
     try:
         while (left_s := until - time.monotonic()) > 0:
-            raw = await link.run(load("inspect"), (keys.meta, keys.layout), question, left_s)
-            found = read_snapshot(InspectReply.unpack(raw), "up")
+            found = await read_pool(_inspecting(link, keys, left_s), "up")
             if seen(found):
                 break
             await asyncio.sleep(min(_LOOK_AGAIN_S, left_s))
@@ -115,6 +113,15 @@ async def look_until(
     if found is None:
         raise LimiterUnavailable("no time was left to query Valkey", limit="")
     return found
+
+
+def _inspecting(link: Link, keys: Keyspace, within_s: float) -> Callable[[bytes], Awaitable[bytes]]:
+    """Runs `inspect` at a link."""
+
+    async def run(request: bytes) -> bytes:
+        return await link.run(load("inspect"), (keys.meta, keys.layout), request, within_s)
+
+    return run
 
 
 def _facts(info: bytes) -> dict[str, str]:
@@ -146,12 +153,9 @@ async def _scripts(link: Link, keys: Keyspace) -> tuple[tuple[str, ...], str, Sn
         return (), str(refused), None
     denied = tuple(msgpack.unpackb(answer))
     try:
-        raw = await link.run(
-            load("inspect"), (keys.meta, keys.layout), pack({"permits": False}), _ANSWER_S
-        )
+        return denied, "", await read_pool(_inspecting(link, keys, _ANSWER_S), "up")
     except LinkDown as refused:
         return denied, str(refused), None
-    return denied, "", read_snapshot(InspectReply.unpack(raw), "up")
 
 
 async def _pushes(url: str, link: Link, keys: Keyspace) -> str:
@@ -205,7 +209,7 @@ def _names(keys: Keyspace, policy: PoolPolicy, sids: list[str], tenants: list[st
         "progress:": of_band,
         "line:": [f"{one}|{tenant}" for one, tenant in product(of_band, tenants)],
         **dict.fromkeys(("log:", "rate:", "quota:"), policy.limits),
-        **dict.fromkeys(("session:", "owed:", "note:"), sids),
+        **dict.fromkeys(("session:", "owed:", "note:", "stalled:"), sids),
         "queue:": [f"{sid}|{flow}" for sid, flow in product(sids, flows)],
     }
     found = {keys.layout}

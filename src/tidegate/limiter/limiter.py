@@ -35,7 +35,7 @@ from tidegate.limiter.connection import (
     tell_loop,
 )
 from tidegate.limiter.estimates import WaitingLine, read_line
-from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack
+from tidegate.limiter.messages import Keyspace, ScriptName, load, pack
 from tidegate.limiter.permit import Acquisition, PermitIssuer, TryAcquisition, misused
 from tidegate.limiter.policy import (
     DEFAULT_HARD_MS,
@@ -62,7 +62,7 @@ from tidegate.limiter.views import (
     Snapshot,
     Why,
     read_place,
-    read_snapshot,
+    read_pool,
 )
 
 RAMP_MS = 10_000
@@ -471,8 +471,8 @@ class Limiter:
         await self.in_force()
         wait_s = _KNOWN_FIRST_S
         while True:
-            sessions = InspectReply.unpack(await self._run("inspect", {"permits": False})).sessions
-            known = [revision for _, _, left_ms, *_, revision in sessions if left_ms > 0]
+            read = await read_pool(self._inspect, self._session.state, sessions=True)
+            known = [one.revision for one in read.processes if one.left_ms > 0]
             if not any(0 < revision < self.policy.revision for revision in known):
                 return
             await self._clock.sleep(wait_s)
@@ -480,17 +480,20 @@ class Limiter:
 
     # -- the pool
 
-    async def _run(self, name: ScriptName, request: dict[str, Any], tries: int = 2) -> bytes:
+    async def _run(
+        self, name: ScriptName, request: dict[str, Any] | bytes, tries: int = 2
+    ) -> bytes:
         """Twice, since the connection may have been closed while it was not used: all that is
         asked here may be asked again."""
         keys = (self._keys.meta, self._keys.layout)
         deadline_s = self._session.lease.deadline_s()
         script = load(name, clock=self._clock.server_time)
+        packed = request if isinstance(request, bytes) else pack(request)
         with _unavailable():
             for _ in range(tries - 1):
                 with suppress(LinkDown):
-                    return await self._link.run(script, keys, pack(request), deadline_s)
-            return await self._link.run(script, keys, pack(request), deadline_s)
+                    return await self._link.run(script, keys, packed, deadline_s)
+            return await self._link.run(script, keys, packed, deadline_s)
 
     async def _act(self, request: dict[str, Any]) -> int:
         """Carries the run that we know of: on another server, whose past may be lost, nobody is let
@@ -499,10 +502,17 @@ class Limiter:
         request = {**request, "run": server.run if server else ""}
         return int(msgpack.unpackb(await self._run("admin", request))[0])
 
-    async def snapshot(self, *, permits: bool = False) -> Snapshot:
-        """The pool as Valkey sees it; with each permit in use if asked for."""
-        raw = await self._run("inspect", {"permits": permits})
-        return read_snapshot(InspectReply.unpack(raw), self._session.state)
+    async def snapshot(
+        self, *, permits: bool = False, limits: Sequence[str] | None = None
+    ) -> Snapshot:
+        """The pool as Valkey sees it; with each permit in use if asked for. With `limits` nothing
+        but what is used of these, which takes no work at the others. A large pool is read in parts,
+        each of its own moment."""
+        state = self._session.state
+        return await read_pool(self._inspect, state, permits=permits, limits=limits)
+
+    async def _inspect(self, request: bytes) -> bytes:
+        return await self._run("inspect", request)
 
     async def permits(self) -> tuple[PermitView, ...]:
         """Every permit in use, by process."""

@@ -467,7 +467,8 @@ class Push(NamedTuple):
 
 
 class InspectReply(NamedTuple):
-    """Reply of `inspect`: see its header for the rows of the lists."""
+    """Reply of `inspect`, a part of the pool: see its header for the rows of the lists. `place` is
+    where the next part begins, None after the last one."""
 
     now_ms: int
     epoch: int
@@ -480,11 +481,14 @@ class InspectReply(NamedTuple):
     tenants: list[Any]
     permits: list[Any]
     queues: list[Any]
+    counts: list[Any]
+    place: tuple[int, str, str] | None
 
     @classmethod
     def unpack(cls, raw: bytes) -> InspectReply:
         values = msgpack.unpackb(raw)
-        return cls._make([*values[:6], *(list(value or ()) for value in values[6:11])])
+        lists = (list(value or ()) for value in values[6:12])
+        return cls._make([*values[:6], *lists, tuple(values[12]) if values[12] else None])
 
 
 LAYOUT = 2
@@ -553,6 +557,8 @@ SHAPES = (
     KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since revision; "
              "full: ms|rate at which its waiters keep their turn until it acknowledges; at:flow -> "
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|use|charges|flow",
+             SESSION_KEEP, True),
+    KeyShape("stalled:", "zset", "per session: its session|flow whose session accepts no grants",
              SESSION_KEEP, True),
     KeyShape("progress:", "list", "per limit|band: ms|virtual time|cost_ms while calls wait",
              "1 min and two leases", True),

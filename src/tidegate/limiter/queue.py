@@ -55,8 +55,10 @@ class Traffic:
 
 
 MAX_ENTRIES = 500
-# Each flow costs the server a look at all of its limits.
+# Each flow costs the server a look at all of its limits. Of one call, whether it says of them that
+# calls ended, that others wait, or both.
 MAX_FLOWS = 15
+MAX_FLOWS_IN_ALL = 20
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
 SPARE_MS = 5.0
 # Fences of one permit that is passed on inside a process; the server's are this far apart.
@@ -64,17 +66,19 @@ CHAIN = 1000
 _FLOWS_KEPT = 10_000
 
 
-E = TypeVar("E", Waiter, Release)
+E = TypeVar("E", Waiter, Release, Transfer)
 
 
-def _some(entries: Iterable[E]) -> list[E]:
-    """As many as one request may carry, in their order."""
+def _some(entries: Iterable[E], flow_of: Callable[[E], Flow], flows: set[Flow]) -> list[E]:
+    """As many as one request may carry, in their order; `flows` are those of the request."""
     taken: list[E] = []
-    flows: set[Flow] = set()
+    own: set[Flow] = set()
     for entry in islice(entries, MAX_ENTRIES):
-        flows.add(entry.flow)
-        if len(flows) > MAX_FLOWS:
+        flow = flow_of(entry)
+        own.add(flow)
+        if len(own) > MAX_FLOWS or (flow not in flows and len(flows) >= MAX_FLOWS_IN_ALL):
             break
+        flows.add(flow)
         taken.append(entry)
     return taken
 
@@ -524,20 +528,23 @@ class LocalQueue:
         has been spare for less than `SPARE_MS` is kept back: many that call again in the same
         moment would each find nothing else."""
         kept = self._fresh(now_ms) if self._spare else frozenset[int]()
-        enqueues = _some(self._enqueues.values())
+        flows: set[Flow] = set()
+        transfers = _some(self._transfers, lambda one: one.heir.flow, flows)
+        enqueues = _some(self._enqueues.values(), lambda one: one.flow, flows)
         for waiter in enqueues:
             waiter.sent = True
             del self._enqueues[waiter.ticket]
         self.hurried = self.hurried and len(self._enqueues) > 0
         batch = MessageBatch(
-            transfers=self._transfers[:MAX_ENTRIES],
+            transfers=transfers,
             cancels=self._cancels[:MAX_ENTRIES],
             enqueues=enqueues,
         )
-        del self._transfers[:MAX_ENTRIES]
+        del self._transfers[: len(transfers)]
         # A permit may only be released once the server has heard how it came to its holder.
         if self._releases and not self._transfers:
-            batch.releases = _some(one for one in self._releases.values() if one.ticket not in kept)
+            ended = (one for one in self._releases.values() if one.ticket not in kept)
+            batch.releases = _some(ended, lambda one: one.flow, flows)
         for release in batch.releases:
             release.sent = True
             del self._releases[release.ticket]

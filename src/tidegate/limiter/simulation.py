@@ -75,6 +75,7 @@ from tidegate.limiter.views import read_place
 
 __all__ = [
     "BEHIND",
+    "BLOCKED",
     "DAY_MS",
     "DUE_APART_MS",
     "LEAST_USE",
@@ -290,6 +291,7 @@ class _MemoryPool:
                 ]
                 for one in queues
             ],
+            *([], False),
         ]
 
     def _limits(self) -> list[list[Any]]:

@@ -7,12 +7,12 @@ must not block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tidegate.limiter.estimates import read_line
-from tidegate.limiter.messages import InspectReply, lane_of
+from tidegate.limiter.messages import InspectReply, lane_of, pack
 from tidegate.limiter.session import State
 
 
@@ -178,24 +178,74 @@ class LocalState:
     waiters: int
 
 
-def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
-    """The answer of `inspect` as a snapshot."""
-    names = {row[0]: row[1] for row in reply.sessions}
-    return Snapshot(
-        limits={row[0]: LimitView(*row[:14]) for row in sorted(reply.limits)},
-        sessions=sum(row[2] > 0 for row in reply.sessions),
-        epoch=reply.epoch,
-        revision=reply.revision,
-        recovering_ms=reply.recovering_ms,
-        state=state,
-        processes=tuple(
-            SessionView(sid, name, left_ms, held, bool(blocked), revision)
-            for sid, name, left_ms, held, blocked, revision in reply.sessions
-        ),
-        tenants=tuple(TenantView(*row[:3]) for row in sorted(reply.tenants)),
-        queues=tuple(_queue(row, names) for row in reply.queues),
-        permits=tuple(_permit(row, names) for row in sorted(reply.permits)),
-    )
+async def read_pool(
+    run: Callable[[bytes], Awaitable[bytes]],
+    state: State,
+    *,
+    permits: bool = False,
+    limits: Sequence[str] | None = None,
+    sessions: bool = False,
+) -> Snapshot:
+    """The pool by as many runs of `inspect` as it takes; only its `sessions`, or only these
+    `limits`, if so asked."""
+    of = "all" if limits is None else "limits"
+    request = {"permits": permits, "of": "sessions" if sessions else of}
+    if limits is not None:
+        request["limits"] = list(limits)
+    found = SnapshotParts()
+    found.add(InspectReply.unpack(await run(pack(request))))
+    while (place := found.last.place) is not None:
+        found.add(InspectReply.unpack(await run(pack({**request, "place": place}))))
+    return found.snapshot(state)
+
+
+class SnapshotParts:
+    """What the parts of a pool show together. What a part repeats counts once."""
+
+    last: InspectReply
+
+    def __init__(self) -> None:
+        self._limits: dict[str, LimitView] = {}
+        self._counts: dict[str, list[int]] = {}
+        self._sessions: dict[str, list[Any]] = {}
+        self._tenants: dict[str, TenantView] = {}
+        self._queues: dict[tuple[str, str], list[Any]] = {}
+        self._permits: dict[tuple[str, int], list[Any]] = {}
+
+    def add(self, reply: InspectReply) -> None:
+        self.last = reply
+        for row in reply.sessions:
+            before = self._sessions.setdefault(row[0], row)
+            before[3] += row[3] if before is not row else 0
+        for name, *numbers in reply.counts:
+            known = self._counts.get(name, (0, 0, 0))
+            self._counts[name] = [a + b for a, b in zip(known, numbers, strict=True)]
+        for row in reply.limits:
+            # All that is counted has been read before.
+            waiting, lapsing, reserved = self._counts.get(row[0], row[4:6] + row[11:12])
+            figures = [*row[:4], waiting, lapsing, *row[6:11], reserved, *row[12:14]]
+            self._limits[row[0]] = LimitView(*figures)
+        self._tenants |= {row[0]: TenantView(*row[:3]) for row in reply.tenants}
+        self._queues |= {(row[0], row[1]): row for row in reply.queues}
+        self._permits |= {(row[0], row[1]): row for row in reply.permits}
+
+    def snapshot(self, state: State) -> Snapshot:
+        names = {sid: row[1] for sid, row in self._sessions.items()}
+        return Snapshot(
+            limits={name: self._limits[name] for name in sorted(self._limits)},
+            sessions=sum(row[2] > 0 for row in self._sessions.values()),
+            epoch=self.last.epoch,
+            revision=self.last.revision,
+            recovering_ms=self.last.recovering_ms,
+            state=state,
+            processes=tuple(
+                SessionView(sid, name, left_ms, held, bool(blocked), revision)
+                for sid, name, left_ms, held, blocked, revision in self._sessions.values()
+            ),
+            tenants=tuple(self._tenants[name] for name in sorted(self._tenants)),
+            queues=tuple(_queue(row, names) for row in self._queues.values()),
+            permits=tuple(_permit(row, names) for _, row in sorted(self._permits.items())),
+        )
 
 
 def _flow(flow: str) -> tuple[int, str, tuple[str, ...]]:

@@ -64,12 +64,18 @@ from tidegate.telemetry.logging import Log, get_logger
 _REMAINING_FRESH_S = 1.0
 
 
+# Of so many limits that calls have come under lately.
+_MOST_REMEMBERED, _REMEMBERED_S = 500, 60.0
+
+
 class RemainingCapacity:
-    """Remaining capacity of one pool's limits, a second old at most, as a header names it."""
+    """Remaining capacity of one pool's limits, a second old at most, as a header names it. Read of
+    the limits that calls came under in the last minute, however many the pool has."""
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
         self._left: dict[str, int] = {}
+        self._asked: dict[str, float] = {}  # the last one at the end
         self._texts: dict[tuple[str, ...], bytes] = {}
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
@@ -77,6 +83,9 @@ class RemainingCapacity:
     def of(self, limits: tuple[str, ...]) -> bytes:
         """`kind:text_only=3, rpm:m=57`, as far as is known; empty while nothing is."""
         now = time.monotonic()
+        for name in limits:
+            self._asked.pop(name, None)
+            self._asked[name] = now
         if now - self._read_at > _REMAINING_FRESH_S and self._reading is None:
             self._read_at = now
             self._reading = asyncio.create_task(self._read())
@@ -87,8 +96,11 @@ class RemainingCapacity:
         return text
 
     async def _read(self) -> None:
+        since = time.monotonic() - _REMEMBERED_S
+        lately = [name for name, at in self._asked.items() if at >= since][-_MOST_REMEMBERED:]
+        self._asked = {name: self._asked[name] for name in lately}
         try:
-            snapshot = await self._limiter.snapshot()
+            snapshot = await self._limiter.snapshot(limits=lately)
         except TidegateError as failed:
             log.debug(Log.STORE_AWAY, detail=failed.message)
             self._left = {}

@@ -18,6 +18,7 @@ from tidegate.limiter.messages import Keyspace, load
 from tidegate.limiter.policy import PoolPolicy
 from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Lease, Observer, Session
+from tidegate.limiter.views import Snapshot, read_pool
 
 CLOCK = """
 function T.wall_clock_ms() return tonumber(redis.call('GET', T.prefix .. 'testclock')) end
@@ -49,7 +50,7 @@ class Pool:
         self.now_ms = 1_700_000_000_000
         self.loop = asyncio.new_event_loop()
         self.scripts = {}
-        for name in ("sync", "tend"):
+        for name in ("sync", "tend", "inspect"):
             source = load(name, clock=CLOCK).source
             assert source.count(b"local call = redis.call\n") == 1
             source = source.replace(b"local call = redis.call\n", COUNTED)
@@ -74,6 +75,28 @@ class Pool:
     def close(self) -> None:
         self.wipe()
         self.loop.close()
+
+    def run_counted(self, name: str, packed: bytes) -> tuple[bytes, dict[str, int]]:
+        """The answer of a script, and its work."""
+        where = f"{self.keys.meta}:testwork"
+        self.server.delete(where)
+        raw = self.server.evalsha(self.scripts[name], 2, self.keys.meta, self.keys.layout, packed)
+        counted = self.server.hgetall(where)
+        return raw, {key.decode(): int(count) for key, count in counted.items()}
+
+    def inspect(
+        self, *, permits: bool = False, limits: list[str] | None = None
+    ) -> tuple[Snapshot, list[dict[str, int]]]:
+        """The pool as it is shown, and the work of each part."""
+        parts = []
+
+        async def run(packed: bytes) -> bytes:
+            raw, work = self.run_counted("inspect", packed)
+            parts.append(work)
+            return raw
+
+        reading = read_pool(run, "up", permits=permits, limits=limits)
+        return self.loop.run_until_complete(reading), parts
 
     def field(self, name: str) -> str:
         return (self.server.hget(self.keys.meta, name) or b"").decode()
@@ -116,15 +139,12 @@ class Process:
         pool, session = self.pool, self.session
         batch, request = session.prepare(pool.run, 10_000_000)
         name = "sync" if session.is_ordinary(request) else "tend"
-        pool.server.delete(f"{pool.keys.meta}:testwork")
-        keys = (pool.keys.meta, pool.keys.layout)
-        raw = pool.server.evalsha(pool.scripts[name], 2, *keys, pack_request(request))
+        raw, work = pool.run_counted(name, pack_request(request))
         if lost:
             session.unanswered(batch)
         else:
             session.answered(batch, request, unpack_reply(raw), float(pool.now_ms))
-        counted = pool.server.hgetall(f"{pool.keys.meta}:testwork")
-        return {key.decode(): int(count) for key, count in counted.items()}
+        return work
 
     def ask(self, tenant: str, *limits: str, hard_ms: int = 600_000) -> Waiter:
         flow = self.queue.flow(1, tenant, tuple(sorted(limits)))

@@ -14,7 +14,7 @@ from tests.integration.limiter.slices import Pool, Process, stray_fields
 from tidegate.limiter.messages import Join
 from tidegate.limiter.model.state import Paces
 from tidegate.limiter.policy import Limit, PoolPolicy, Rate
-from tidegate.limiter.queue import MAX_FLOWS
+from tidegate.limiter.queue import MAX_FLOWS, MAX_FLOWS_IN_ALL
 from tidegate.limiter.session import LOOKS_BESIDE, MAX_ASKS, MAX_LOOKS
 
 LEASE_MS = 30_000
@@ -326,3 +326,107 @@ def test_a_record_of_before_tells_what_is_spent_and_paused_in_it(made: Made) -> 
     at_ms = float(pool.now_ms)
     assert other.session.remembered.spent({}, at_ms) == [("rpm:1", 1, 0)]
     assert [name for name, *_ in other.session.remembered.paused(at_ms)] == ["rpm:2"]
+
+
+def test_of_many_timers_that_are_due_a_call_handles_some(made: Made) -> None:
+    rates = {f"rpm:{number}": Rate(1, 60_000) for number in range(200)}
+    pool = made(PoolPolicy(rates, lease_ms=LEASE_MS))
+    process, other = settled(pool, 2)
+    for number in range(200):
+        for _ in range(2):
+            process.ask(str(number), f"rpm:{number}")
+    process.say()
+    assert (len(process.queue.held), len(process.queue.waiting)) == (200, 200)
+    for _ in range(7):
+        pool.pass_time(LEASE_MS // 3)
+        work = process.compare() + other.compare()
+    assert max(each["commands"] for each in work) < 500, "several of the 200 in one call"
+    assert len(process.queue.held) == 400
+
+
+def test_a_limit_that_is_raised_admits_some_in_a_call(made: Made) -> None:
+    pool = made(PoolPolicy({"kind:text_only": 1}, lease_ms=LEASE_MS))
+    process, operator = settled(pool, 2)
+    for number in range(300):
+        process.ask(f"t{number}", "kind:text_only")
+    process.say()
+    raised = PoolPolicy({"kind:text_only": 300}, lease_ms=LEASE_MS, revision=2)
+    operator.session.set_policy(raised, "operator")
+    work = operator.say()
+    # No push reaches a process of this test: it takes grants in its own calls alone.
+    assert pool.server.hget(f"{pool.keys.prefix}session:{process.session.sid}", "blocked")
+    assert pool.server.zcard(f"{pool.keys.prefix}stalled:{process.session.sid}") > 200
+    work += process.compare()
+    assert len(process.queue.held) == 300
+    assert max(each["commands"] for each in work) < 700
+    assert not pool.server.exists(f"{pool.keys.prefix}stalled:{process.session.sid}")
+
+
+def test_a_pool_is_shown_in_parts_of_a_bounded_work(made: Made) -> None:
+    most = {}
+    for tenants in (100, 1000):
+        pool = made(many(tenants))
+        process, other = settled(pool, 2)
+        for number in range(tenants):
+            for _ in range(2):
+                process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
+        process.say()
+        shown, parts = pool.inspect(permits=True)
+        most[tenants] = max(each["commands"] for each in parts), len(parts)
+        assert set(shown.limits) == set(many(tenants).limits)
+        assert (len(shown.permits), len(shown.queues)) == (tenants, tenants)
+        assert {one.sid for one in shown.processes} == {process.session.sid, other.session.sid}
+        assert sum(one.held for one in shown.processes) == tenants
+        assert shown.limits["tenant:7"].used == shown.limits["rpm:7"].used == 1
+        assert shown.limits["tenant:7"].waiting == 1
+        pool.wipe()
+    assert most[1000][0] < 1.5 * most[100][0] < 800, most
+    assert most[1000][1] > 20
+
+
+def test_of_named_limits_it_is_shown_without_work_at_the_others(made: Made) -> None:
+    pool = made(many(1000))
+    [process] = settled(pool, 1)
+    process.ask("7", "tenant:7", "rpm:7")
+    process.say()
+    shown, [work] = pool.inspect(limits=["tenant:7", "rpm:7", "tenant:8", "tenant:unheard-of"])
+    used = {name: one.used for name, one in shown.limits.items()}
+    assert used == {"tenant:7": 1, "rpm:7": 1, "tenant:8": 0}
+    assert work["commands"] < 15
+
+
+def test_a_call_says_of_some_flows_what_ended_and_what_begins(made: Made) -> None:
+    pool = made(many(100))
+    [process] = settled(pool, 1)
+    for number in range(40):
+        process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
+    process.say()
+    for ticket in list(process.queue.held):
+        process.queue.release(ticket, outcome="success", actual="", now_ms=float(pool.now_ms))
+    for number in range(40, 80):
+        process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
+    batch = process.queue.take()
+    process.queue.restore(batch)
+    flows = {one.flow for one in batch.enqueues} | {one.flow for one in batch.releases}
+    assert len(flows) == MAX_FLOWS_IN_ALL
+    work = process.say()
+    assert len(process.queue.held) == 40
+    assert max(each["commands"] for each in work) < 15 * MAX_FLOWS_IN_ALL
+
+
+def test_processes_that_die_together_end_one_after_the_other(made: Made) -> None:
+    pool = made(many(200))
+    *dying, survivor = settled(pool, 6)
+    for place, process in enumerate(dying):
+        for number in range(40 * place, 40 * place + 40):
+            for _ in range(2):
+                process.ask(str(number), f"tenant:{number}")
+        process.say()
+    pool.pass_time(LEASE_MS + 1)
+    survivor.session.lease.renewed(float(pool.now_ms), LEASE_MS)
+    pool.server.zadd(f"{pool.keys.prefix}sessions", {survivor.session.sid: pool.now_ms + LEASE_MS})
+    pool.server.hset(pool.keys.meta, "clock", pool.now_ms - 100)
+    work = survivor.compare()
+    assert pool.fields("u") == pool.fields("n") == set(), "nothing of them is left"
+    assert len(work) >= len(dying), "one session at least of each call"
+    assert max(each["commands"] for each in work) < 1500, "of 40 permits and 40 queues"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from tidegate.dialects.spec import Dialect
 from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
 from tidegate.settings import Config
-from tidegate.spine.routing import Targets
+from tidegate.spine.routing import RemainingCapacity, Targets
 
 GEMINI = Upstream("gemini", {"gemini": "http://g", "openai": "http://g/openai"}, "k")
 OPENAI = Upstream("openai", {"openai": "http://o"}, "k", ("gpt-*",), {"fast": "gpt-mini"})
@@ -251,3 +253,19 @@ def test_upstreams_that_can_not_be_leave_those_that_there_were() -> None:
     with pytest.raises(ConfigError, match="passthrough"):
         found.replace(Deployment((wrong,)))
     assert "twin" in found.upstreams
+
+
+async def test_what_remains_is_read_of_the_limits_that_calls_come_under() -> None:
+    asked = []
+
+    async def snapshot(*, limits: list[str]) -> Any:
+        asked.append(list(limits))
+        view = SimpleNamespace(bound=5, current=5, used=2)
+        return SimpleNamespace(limits=dict.fromkeys(limits, view))
+
+    limiter: Any = SimpleNamespace(snapshot=snapshot)
+    remaining = RemainingCapacity(limiter)
+    assert remaining.of(("tenant:a", "rpm:a")) == b""
+    await asyncio.sleep(0)
+    assert asked == [["tenant:a", "rpm:a"]], "and not the whole pool"
+    assert remaining.of(("tenant:a", "rpm:a")) == b"tenant:a=3, rpm:a=3"

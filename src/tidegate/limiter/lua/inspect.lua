@@ -1,92 +1,184 @@
--- does: shows a pool without changing it
+-- does: shows a pool without changing it: so much in one run, whatever its size
 -- keys: meta layout
 -- args: request
--- request: permits
--- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
--- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms, taken), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket)
+-- request: permits of limits place
+-- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues counts place
+-- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, 0, 0, current, shadowed, paused_ms, pause said, room_in_ms, 0, cost_ms, taken), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket), counts are (limit, waiting, lapsing, reserved)
 -- uses: core clock pool limits
--- later: rates pacing bucket pauses
+-- later: rates pacing bucket pauses blocked
+-- `of`: all, sessions (without what they hold), or limits, which are those of the list. `place` is where the next
+-- run continues, false at the end: (part, session, cursor). A small pool is one run; of a larger one each part is of
+-- its own moment. `held` and `counts` are of what this run has read: a reader adds them up. What is there
+-- for as long as it is read comes once at least.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
-local lapsing = {}
-for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
-  for _, name in ipairs(T.names_in(string.match(member, '^[^|]*|[^|]*|(.*)$'))) do
-    lapsing[name] = (lapsing[name] or 0) + 1
+-- About as many commands; a page that has been read is always shown.
+T.READ_AT_ONCE, T.SCANNED = 120, 40
+local sessions, permits, queues, counts, by_name, list, tenants = {}, {}, {}, {}, {}, {}, {}
+local left = T.READ_AT_ONCE
+local part, from_sid, cursor = unpack(q.place or { q.of == 'limits' and 3 or 1, '', '0' })
+
+local function count(name, at, amount)
+  local row = by_name[name]
+  if not row then
+    row = { name, 0, 0, 0 }
+    by_name[name] = row
+    counts[#counts + 1] = row
   end
+  row[at] = row[at] + amount
 end
-local sessions, permits, queues, waiting, reserved = {}, {}, {}, {}, {}
-local alive = call('ZRANGE', T.sessions_key, 0, -1, 'WITHSCORES')
-for i = 1, #alive, 2 do
-  local sid, name, blocked, held, revision = alive[i], '', 0, 0, 0
-  local raw = call('HGETALL', T.session_key(sid))
-  for k = 1, #raw, 2 do
-    local ticket = string.match(raw[k], '^h:(.*)$')
-    if ticket then
-      held = held + 1
-      local seq, until_ms, charges, flow =
-        string.match(raw[k + 1], '^([^|]*)|([^|]*)|[^|]*|([^|]*)|(.*)$')
-      if charges ~= '' then
-        local names = T.names_in(string.match(flow, '^[^|]*|[^|]*|(.*)$'))
-        for place, amount in string.gmatch(charges, '(%d+)=(%d+)@') do
-          local charged = names[tonumber(place)]
-          reserved[charged] = (reserved[charged] or 0) + tonumber(amount)
-        end
-      end
-      if q.permits then
-        permits[#permits + 1] = { sid, tonumber(ticket), tonumber(seq),
-          tonumber(until_ms) - pool.now, flow }
-      end
-    elseif string.match(raw[k], '^at:') then
-      local flow, at = string.match(raw[k], '^at:(.*)$'), string.match(raw[k + 1], '^([^|]*)|')
-      local key = T.prefix .. 'queue:' .. sid .. '|' .. flow
-      local count, first = call('ZCARD', key), call('ZRANGE', key, 0, 0, 'WITHSCORES')
-      waiting[at] = (waiting[at] or 0) + count
-      local last = call('ZRANGE', key, -1, -1)
-      queues[#queues + 1] =
-        { sid, flow, at, count, tonumber(first[2] or 0), first[1] or '', last[1] or '' }
-    elseif raw[k] == 'name' then
-      name = raw[k + 1]
-    elseif raw[k] == 'blocked' then
-      blocked = 1
-    elseif raw[k] == 'revision' then
-      revision = tonumber(raw[k + 1])
+
+local function show_permit(sid, ticket, value)
+  local seq, until_ms, charges, flow = string.match(value, '^([^|]*)|([^|]*)|[^|]*|([^|]*)|(.*)$')
+  if charges ~= '' then
+    local names = T.names_in(string.match(flow, '^[^|]*|[^|]*|(.*)$'))
+    for place, amount in string.gmatch(charges, '(%d+)=(%d+)@') do
+      count(names[tonumber(place)], 4, tonumber(amount))
     end
   end
-  sessions[#sessions + 1] = { sid, name, tonumber(alive[i + 1]) - pool.now, held, blocked,
-    revision }
-end
-local list, record = {}, call('HGETALL', T.meta_key)
-local fields = {}
-for i = 1, #record, 2 do fields[record[i]] = record[i + 1] end
-local seen = {}
-for field in pairs(fields) do
-  local letter, name = string.match(field, '^([dupw]):(.*)$')
-  if letter == 'd' or letter and not fields['d:' .. name] and T.is_implicit(name) then
-    seen[name] = true
+  if q.permits then
+    permits[#permits + 1] = { sid, tonumber(ticket), tonumber(seq), tonumber(until_ms) - pool.now, flow }
   end
 end
-for name in pairs(seen) do
+
+local function show_queue(sid, flow, place)
+  local at, key = string.match(place, '^([^|]*)|'), T.prefix .. 'queue:' .. sid .. '|' .. flow
+  local waits, first = call('ZCARD', key), call('ZRANGE', key, 0, 0, 'WITHSCORES')
+  local last = call('ZRANGE', key, -1, -1)
+  count(at, 2, waits)
+  queues[#queues + 1] = { sid, flow, at, waits, tonumber(first[2] or 0), first[1] or '', last[1] or '' }
+  left = left - 4
+end
+
+-- A page of a session, in its row; true if there is more of it.
+local function show_session(sid, expiry)
+  local key, held = T.session_key(sid), 0
+  local f = call('HMGET', key, 'name', 'blocked', 'revision')
+  left = left - 2
+  if q.of ~= 'sessions' then
+    local page = call('HSCAN', key, cursor, 'COUNT', T.SCANNED)
+    cursor = page[1]
+    for i = 1, #page[2], 2 do
+      local letter, name = string.match(page[2][i], '^(%a+):(.*)$')
+      if letter == 'h' then
+        held, left = held + 1, left - 1
+        show_permit(sid, name, page[2][i + 1])
+      elseif letter == 'at' then
+        show_queue(sid, name, page[2][i + 1])
+      end
+    end
+  end
+  sessions[#sessions + 1] = { sid, f[1] or '', expiry - pool.now, held, f[2] and 1 or 0, tonumber(f[3] or 0) }
+  return cursor ~= '0'
+end
+
+local function show_sessions()
+  local alive, expiries, order = call('ZRANGE', T.sessions_key, 0, -1, 'WITHSCORES'), {}, {}
+  for i = 1, #alive, 2 do
+    if alive[i] >= from_sid then
+      order[#order + 1] = alive[i]
+      expiries[alive[i]] = tonumber(alive[i + 1])
+    end
+  end
+  table.sort(order)
+  if order[1] ~= from_sid then cursor = '0' end
+  for _, sid in ipairs(order) do
+    from_sid = sid
+    repeat
+      if left <= 0 then return end
+    until not show_session(sid, expiries[sid])
+  end
+  part, from_sid, cursor = 2, '', '0'
+end
+
+local function show_lapsing()
+  repeat
+    local page = call('ZSCAN', T.lapsing_key, cursor, 'COUNT', T.SCANNED)
+    cursor, left = page[1], left - #page[2] / 2
+    for i = 1, #page[2], 2 do
+      for _, name in ipairs(T.names_in(string.match(page[2][i], '^[^|]*|[^|]*|(.*)$'))) do count(name, 3, 1) end
+    end
+  until cursor == '0' or left <= 0
+  if cursor == '0' then part = 3 end
+end
+
+local function show_limit(name, spent, shadowed)
   local limit = T.limit_of(name)
-  if not limit.implicit or limit.pause or limit.used > 0 or waiting[name] then
-    local used = limit.sort == 'c' and limit.used or T.rates().spent(limit)
-    local taken = limit.sort == 'c' and 0 or T.rates().taken(limit)
-    local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0,
-      limit.pause.until_ms - pool.now) or 0
-    local at = tonumber(call('ZSCORE', T.timed_key, name) or 0)
-    if limit.sort ~= 'c' and not limit.shadow then at = math.max(at, T.rates().free_at(limit, 1)) end
-    list[#list + 1] = { name, limit.sort, limit.bound, used, waiting[name] or 0, lapsing[name] or 0,
-      limit.current and math.floor(limit.current / 1000) or limit.bound,
-      tonumber(fields['x:' .. name] or 0), paused_ms, limit.pause and limit.pause.said or '',
-      math.max(0, at - pool.now), reserved[name] or 0, limit.cost_ms, taken }
+  if not limit.defined and not limit.implicit then return end
+  if limit.implicit and not limit.pause and limit.used == 0 and T.parked_at(limit) == 0 then return end
+  local used, taken, at = limit.used, 0, tonumber(call('ZSCORE', T.timed_key, name) or 0)
+  if limit.sort ~= 'c' then
+    used = 0
+    -- Of a rate that was never used there is nothing to read.
+    if spent or limit.pacing or not pool.indexed then
+      used, taken, left = T.rates().spent(limit), T.rates().taken(limit), left - 4
+      if not limit.shadow then at = math.max(at, T.rates().free_at(limit, 1)) end
+    end
   end
+  local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
+  list[#list + 1] = { name, limit.sort, limit.bound, used, 0, 0,
+    limit.current and math.floor(limit.current / 1000) or limit.bound, tonumber(shadowed or 0), paused_ms,
+    limit.pause and limit.pause.said or '', math.max(0, at - pool.now), 0, limit.cost_ms, taken }
 end
-local tenants = {}
-for field, value in pairs(fields) do
-  local name = string.match(field, '^n:(.*)$')
-  if name then
-    tenants[#tenants + 1] = { name, tonumber(string.match(value, '^%d+')),
-      tonumber(fields['t:' .. name] or 1) }
+
+-- The limits of a page, whose fields are read together.
+local LETTERS = { 'd:', 'u:', 'w:', 'p:', 'a:', 'e:', 's:', 'x:' }
+local function show_limits(names)
+  if #names == 0 then return end
+  local fields = {}
+  T.first = {}
+  for _, name in ipairs(names) do
+    T.first['l:' .. name] = #fields + 1
+    for _, letter in ipairs(LETTERS) do fields[#fields + 1] = letter .. name end
   end
+  T.found = T.read(T.meta_key, fields)
+  for i, name in ipairs(names) do show_limit(name, T.found[8 * i - 1], T.found[8 * i]) end
+  left = left - #names
+end
+
+local function show_record()
+  repeat
+    local names, seen, waiting, weights = {}, {}, {}, {}
+    local page = call('HSCAN', T.meta_key, cursor, 'COUNT', T.SCANNED)
+    cursor, left = page[1], left - 2
+    for i = 1, #page[2], 2 do
+      local letter, name = string.match(page[2][i], '^(%a):(.*)$')
+      if letter == 'n' then
+        waiting[#waiting + 1] = { name, tonumber(string.match(page[2][i + 1], '^%d+')), 1 }
+        weights[#waiting] = 't:' .. name
+      elseif (letter == 'd' or (letter == 'u' or letter == 'p' or letter == 'w') and T.is_implicit(name))
+        and not seen[name] then
+        seen[name] = true
+        names[#names + 1] = name
+      end
+    end
+    show_limits(names)
+    for i, weight in ipairs(#weights > 0 and T.read(T.meta_key, weights) or none) do
+      waiting[i][3] = tonumber(weight or 1)
+      tenants[#tenants + 1] = waiting[i]
+    end
+  until cursor == '0' or left <= 0
+  if cursor == '0' then part = 4 end
+end
+
+local function show_named()
+  local names, first = {}, tonumber(cursor)
+  for i = first + 1, math.min(#q.limits, first + T.SCANNED) do names[#names + 1] = q.limits[i] end
+  show_limits(names)
+  cursor = T.int(first + T.SCANNED)
+  if first + T.SCANNED >= #q.limits then part = 4 end
+end
+
+if part == 1 then
+  show_sessions()
+  if part == 2 and q.of == 'sessions' then part = 4 end
+end
+if part == 2 and left > 0 then show_lapsing() end
+if part == 3 and q.of == 'limits' then
+  show_named()
+elseif part == 3 and left > 0 then
+  show_record()
 end
 return cmsgpack.pack({ pool.now, pool.epoch, math.max(0, pool.recover_until - pool.now),
-  pool.revision, pool.parked, pool.seq, sessions, list, tenants, permits, queues })
+  pool.revision, pool.parked, pool.seq, sessions, list, tenants, permits, queues, counts,
+  part < 4 and { part, from_sid, cursor } })

@@ -434,14 +434,15 @@ class Reports:
 
     def _spent_since(self, q: SyncRequest) -> tuple[list[tuple[str, int]], int, Place | None]:
         """What is spent of the rates that changed after `told`, as of then; with the first page, of
-        those that did not for the longest time as of now."""
+        those that did not for the longest time as of now, unless this call has more to do."""
         order = sorted((number, name) for name, (number, _) in self.joining.spending.items())
         most = self.pool.paces.on_page
         news = [(number, name) for number, name in order if number > q.told][:most]
         behind = len(news) == most
         told = news[-1][0] if behind else self.joining.changes
         found = {name: self.joining.spending[name][1] for _, name in news}
-        for _, name in order[: 0 if "spent" in q.pages else self.pool.paces.looked_at]:
+        looks = not ("spent" in q.pages or self.joining.pump.more)
+        for _, name in order[: self.pool.paces.looked_at if looks else 0]:
             limit = self.pool.limit(name)
             found[name] = self.capacity.spent(limit) if limit.is_rate else 0
             if not found[name]:
@@ -525,7 +526,7 @@ class PoolModel:
         """The same, and all that is out of the ordinary."""
         self._begin(q)
         self._recover(q, wall)
-        self._reap_expired()
+        self._reap_expired(q.sid)
         self._reap_closed(q.sid)
         status = self.joining.join(q) if q.join else self._check(q)
         session = self.pool.sessions.get(q.sid)
@@ -814,12 +815,24 @@ class PoolModel:
         lapsing = self.permits.lapsing
         self.permits.lapsing = {permit: until - by_ms for permit, until in lapsing.items()}
 
-    def _reap_expired(self) -> None:
-        for sid in [sid for sid, s in self.pool.sessions.items() if s.expiry <= self.pool.now]:
+    def _reap_expired(self, own: str) -> None:
+        """Sessions and permits held over end some in a call; each session whole, and the one that
+        calls first."""
+        now, most, ended = self.pool.now, self.pool.paces.ended_at_once, 0
+        dead = [(sid != own, s.expiry, sid) for sid, s in self.pool.sessions.items()]
+        for is_other, _, sid in sorted(one for one in dead if one[1] <= now):
+            if is_other and ended >= most:
+                self.pump.more = 1
+                break
+            session = self.pool.sessions[sid]
+            ended += 1 + len(session.held) + len(session.queues)
             self.joining.reap(sid, hold=self.joining.hold)
-        for permit, until in list(self.permits.lapsing.items()):
-            if until <= self.pool.now:
-                self.permits.free_lapsing(permit)
+        lapsing = self.permits.lapsing.items()
+        over = sorted((at, "|".join(map(str, one)), one) for one, at in lapsing if at <= now)
+        if len(over) >= most:
+            self.pump.more = 1
+        for _, _, permit in over[:most]:
+            self.permits.free_lapsing(permit)
 
     def _reap_closed(self, but: str) -> None:
         """Where the policy says so, a process whose connection was closed is taken for dead when

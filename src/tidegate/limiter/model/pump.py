@@ -280,22 +280,31 @@ class Pump:
     def pump(self) -> None:
         if self.pool.quiet():
             return
-        for name in [name for name, at in self.timed.items() if at <= self.pool.now]:
+        self._touch_due()
+        self.serve_starving()
+        while self.pool.touched and self.budget > 0 and self.pool.parked:
+            for name in sorted(self.pool.touched):
+                if self.budget > 0:
+                    self.pool.touched.discard(name)
+                    self._pump_limit(self.pool.limit(name))
+        if not self.pool.parked:
+            self.pool.touched.clear()
+        elif self.budget <= 0:
+            self.more = 1
+            for name in self.pool.touched:
+                self.look_again(name, self.pool.now)
+        self._set_timers()
+
+    def _touch_due(self) -> None:
+        """Of many timers that are due one call handles some; the next one continues."""
+        most = self.pool.paces.due_at_once
+        due = sorted((at, name) for name, at in self.timed.items() if at <= self.pool.now)[:most]
+        if len(due) == most:
+            self.more = 1
+        for _, name in due:
             del self.timed[name]
             self.pool.touched.add(name)
             self._end_implicit(self.pool.limit(name))
-        self.serve_starving()
-        while self.pool.touched and self.budget > 0:
-            for name in sorted(self.pool.touched):
-                self.pool.touched.discard(name)
-                self._pump_limit(self.pool.limit(name))
-                if self.budget <= 0:
-                    self.pool.touched.add(name)
-        if self.budget <= 0:
-            self.more = 1
-            for name in self.pool.touched:
-                self.pool.limit(name).retry_at = self.pool.now
-        self._set_timers()
 
     def _end_implicit(self, limit: LimitState) -> None:
         """Of a pause that has passed nothing is kept where no policy names the limit."""
@@ -309,10 +318,15 @@ class Pump:
             self.look_again(limit.name, pause.until if self.pool.now < pause.until else over_at)
 
     def _pump_limit(self, limit: LimitState) -> None:
+        if not limit.waits:
+            return
+        self.budget -= 1
         going = True
         while going and self.budget > 0:
             number, bands = self._turn(limit)
             going = number > 0 and self._step(limit, number, bands)
+        if self.budget <= 0:
+            self.pool.touched.add(limit.name)
 
     def _turn(self, limit: LimitState) -> tuple[int, list[int]]:
         """The band whose turn it is, 0 for none, and all that could go. Strictly the highest, but
@@ -361,15 +375,18 @@ class Pump:
                 self.look_again(limit.name, limit.retry_at)
 
     def unblock(self, session: SessionState) -> None:
-        """It takes grants again: its queues stand where they stood, by the age of their tickets."""
-        session.blocked = False
-        for queue in sorted(session.queues.values(), key=lambda queue: queue.id):
-            if queue.at == BLOCKED:
-                text, stamp = queue.first()
-                found, _ = self.queues.blocker(queue, read_member(text), stamp)
-                limit = found or self.pool.limit(queue.flow.lane[0])
-                self.queues.park(queue, limit)
-                self.pool.touched.add(limit.name)
+        """It takes grants again: its queues stand where they stood, by the age of their tickets;
+        some in one call."""
+        most = self.pool.paces.unblocked_at_once
+        stalled = [queue for queue in session.queues.values() if queue.at == BLOCKED]
+        for queue in sorted(stalled, key=lambda queue: queue.id)[:most]:
+            text, stamp = queue.first()
+            found, _ = self.queues.blocker(queue, read_member(text), stamp)
+            limit = found or self.pool.limit(queue.flow.lane[0])
+            self.queues.park(queue, limit)
+            self.pool.touched.add(limit.name)
+        session.blocked = len(stalled) >= most
+        self.more |= session.blocked
 
     def _may_pass_on(self, queue: SessionQueue) -> bool:
         """Where nobody else waits for the same limits, and none has to hear how each call went."""

@@ -467,16 +467,18 @@ class DueOrder:
 class Paces:
     """Figures of the scripts that tests set lower, since all seldom come to pass as they are.
 
-    at_once: steps of one call. starves: a ticket that was sent from limit to limit so often gets
-    what it needs kept free. longest: virtual time begins again before it. on_page: what one call
-    reports of each list, and looked_at of how many rates it sees what is spent now. most_owed: of
-    how many calls of a session usage is still expected. ahead_ms: only waiters whose turn comes so
-    soon anyway are admitted by a permit passed on in their process. due_after_ms: a call without a
-    deadline is due so long after it came. latency_calls, latency_rounds: a round of a limit by
-    latency has so many calls at least, and a window of shortest times so many rounds.
+    at_once: steps of one call. due_at_once, unblocked_at_once: timers that are due, and queues of a
+    session that takes grants again, of one call. ended_at_once: permits and queues of sessions that
+    end in one call. starves: a ticket that was sent from limit to limit so often gets what it needs
+    kept free. longest: virtual time begins again before it. on_page: what one call reports of each
+    list, and looked_at of how many rates it sees what is spent now. most_owed: of how many calls of
+    a session usage is still expected. ahead_ms: only waiters whose turn comes so soon anyway are
+    admitted by a permit passed on in their process. due_after_ms: a call without a deadline is due
+    so long after it came. latency_calls, latency_rounds: a round of a limit by latency has so many
+    calls at least, and a window of shortest times so many rounds.
     """
 
-    at_once: int = 500
+    at_once: int = 30
     starves: int = 8
     # A double counts whole numbers up to 2^53.
     longest: int = 1 << 51
@@ -487,6 +489,9 @@ class Paces:
     due_after_ms: int = 600_000
     latency_calls: int = 8
     latency_rounds: int = 20
+    due_at_once: int = 15
+    unblocked_at_once: int = 10
+    ended_at_once: int = 20
 
 
 @dataclass(eq=False, repr=False)

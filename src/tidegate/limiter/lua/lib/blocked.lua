@@ -1,7 +1,7 @@
 -- does: parks a queue at the limit that blocks it, and removes it again
--- keys: session queue park line past starving
+-- keys: session queue park line past starving stalled
 -- args: none
--- returns: park(), unpark(), vacate(), leave_line(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock()
+-- returns: park(), unpark(), vacate(), block(), leave_line(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock(), return_to_line()
 -- units: virtual time as in places
 function T.save_place(queue)
   local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
@@ -75,10 +75,22 @@ function T.forget_starving(queue)
 end
 
 function T.vacate(queue)
-  if queue.at ~= '!' then T.unpark(queue) end
+  if queue.at ~= '!' then
+    T.unpark(queue)
+  else
+    call('ZREM', T.stalled_key(queue.sid), queue.id)
+  end
   T.forget_starving(queue)
   queue.at = nil
   T.save_place(queue)
+end
+
+-- Its session accepts no grants.
+function T.block(queue)
+  queue.at = '!'
+  T.save_place(queue)
+  call('ZADD', T.stalled_key(queue.sid), 0, queue.id)
+  call('PEXPIRE', T.stalled_key(queue.sid), T.SESSION_KEEP_MS)
 end
 
 -- A queue whose new head needs nothing of the rate at which it is parked moves to a limit that it needs:
@@ -135,18 +147,30 @@ function T.blocker_of_new(queue, list)
   end
 end
 
--- The session accepts grants again: its queues return to their places, by the age of their tickets.
+function T.return_to_line(queue)
+  local member, stamp = T.first_of(queue)
+  local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+  local limit = T.blocker(queue, list, stamp, nil) or T.limit_of(T.names_in(queue.lane)[1])
+  T.park(queue, limit, stamp)
+  T.touch(limit)
+end
+
+-- The session accepts grants again: its queues return to their places, by the age of their tickets, and
+-- some in one run.
+T.UNBLOCKED_AT_ONCE = 10
 function T.unblock()
-  call('HDEL', T.session_key(q.sid), 'blocked')
-  local list = T.places_of(q.sid)
-  table.sort(list, function(one, other) return one.id < other.id end)
-  for _, queue in ipairs(list) do
-    if queue.at == '!' then
-      local member, stamp = T.first_of(queue)
-      local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
-      local limit = T.blocker(queue, list, stamp, nil) or T.limit_of(T.names_in(queue.lane)[1])
-      T.park(queue, limit, stamp)
-      T.touch(limit)
-    end
+  local key = T.stalled_key(q.sid)
+  local list = call('ZRANGE', key, 0, T.UNBLOCKED_AT_ONCE - 1)
+  if #list > 0 then call('ZREM', key, unpack(list)) end
+  for _, id in ipairs(list) do
+    local queue = T.queue_of(id)
+    T.load_place(queue)
+    if queue.at == '!' then T.return_to_line(queue) end
+  end
+  if #list == T.UNBLOCKED_AT_ONCE then
+    T.more = 1
+  else
+    call('HDEL', T.session_key(q.sid), 'blocked')
+    own.blocked = false
   end
 end

@@ -78,7 +78,8 @@ end
 
 -- Usage of the rates, in case the server loses it: for those that changed after `told`, as of that change, which
 -- is no less than the usage now. The first page also has the few that have not changed for the longest time (in a
--- small pool all of them), as of now; those without usage are deleted here. Returns the number of the last change that
+-- small pool all of them), as of now, unless this run has admitted as many waiters as it may; those without
+-- usage are deleted here. Returns the number of the last change that
 -- the session then knows, and the cursor of the rest.
 function T.spent_since_told()
   local list, fields, at, told = {}, {}, {}, pool.changes
@@ -92,7 +93,7 @@ function T.spent_since_told()
     list[i] = { name, tonumber(amount or 0) }
     at[name] = i
   end
-  local eldest = not q.pages.spent and call('ZRANGE', T.spending_key, 0, T.LOOKED_AT - 1)
+  local eldest = not q.pages.spent and T.more == 0 and call('ZRANGE', T.spending_key, 0, T.LOOKED_AT - 1)
   for _, name in ipairs(eldest or none) do
     local limit, amount = T.limit_of(name), 0
     if limit.sort ~= 'c' then amount = T.rates().spent(limit) end

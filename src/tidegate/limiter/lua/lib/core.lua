@@ -47,6 +47,7 @@ T.POOL_KEEP_MS = 3600000
 T.SESSION_KEEP_MS = 7200000
 
 function T.session_key(sid) return T.prefix .. 'session:' .. sid end
+function T.stalled_key(sid) return T.prefix .. 'stalled:' .. sid end
 function T.owed_key(sid) return T.prefix .. 'owed:' .. sid end
 function T.channel(sid) return T.prefix .. 'grants:' .. sid end
 

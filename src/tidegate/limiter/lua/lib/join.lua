@@ -243,7 +243,7 @@ function T.forget_leftover()
     call('UNLINK', T.queue_key(queue))
     queue.at, queue.bounces, queue.bounced = nil, 0, 0
   end
-  call('UNLINK', T.session_key(q.sid))
+  call('UNLINK', T.session_key(q.sid), T.stalled_key(q.sid))
 end
 
 -- The process has re-registered its permits: all others held over for it are released, such as grants
@@ -354,6 +354,8 @@ end
 function T.touch_own()
   for _, number in ipairs(q.looks) do
     local at = own.queues[number].at
+    -- A version without `stalled` may have left it there.
+    if at == '!' and not own.blocked then T.return_to_line(own.queues[number]) end
     if at and at ~= '!' then
       T.touch(T.limit_of(at))
       T.note_progress(T.limit_of(at), own.queues[number].band)

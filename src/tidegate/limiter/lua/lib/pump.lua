@@ -4,7 +4,8 @@
 -- returns: pump(), publish(), admit(), let_in()
 -- units: ms
 T.ACK_WINDOW = 8
-T.AT_ONCE = 500
+-- One run takes so many steps, each a look at a limit with waiters or at the first of them; the next run continues.
+T.AT_ONCE = 30
 T.peers, T.budget = {}, T.AT_ONCE
 
 -- A killed process must not swallow grants: its channel has no subscriber. A paused one looks
@@ -164,8 +165,7 @@ function T.step(limit, number, list)
     T.load_place(queue)
     T.unpark(queue)
     T.forget_starving(queue)
-    queue.at = '!'
-    T.save_place(queue)
+    T.block(queue)
     return true
   end
   local member, stamp, next_stamp, next_member = T.first_of(queue)
@@ -187,7 +187,7 @@ end
 
 -- A limit that only time frees has a timer for the next check.
 function T.set_timers()
-  local due = pool.timed_at > 0 and pool.now >= pool.timed_at
+  local due = T.timers_changed or pool.timed_at > 0 and pool.now >= pool.timed_at
   for name, limit in pairs(T.limits) do
     if limit.retry_at and T.parked_at(limit) > 0 then
       -- The last check may have been for a larger demand.
@@ -202,28 +202,36 @@ function T.pump()
   if pool.now < pool.recover_until then return end
   if pool.timed_at > 0 and pool.now >= pool.timed_at then T.touch_due() end
   if pool.starving > 0 then T.serve_starving() end
-  local name = next(T.touched)
-  while name and T.budget > 0 do
+  while next(T.touched) and T.budget > 0 and pool.parked > 0 do
     local list = {}
     for each in pairs(T.touched) do list[#list + 1] = each end
-    table.sort(list)
+    if #list > 1 then table.sort(list) end
     for _, each in ipairs(list) do
+      if T.budget <= 0 then break end
       T.touched[each] = nil
-      local limit, going = T.limit_of(each), true
-      while going and T.budget > 0 and pool.parked > 0 do
-        local number, list = T.turn_of(limit)
-        going = number ~= nil and T.step(limit, number, list)
-      end
-      if T.budget <= 0 then T.touched[each] = true end
+      T.pump_limit(T.limit_of(each))
     end
-    name = next(T.touched)
   end
-  if T.budget <= 0 then
+  if pool.parked == 0 then
+    T.touched = {}
+  elseif T.budget <= 0 then
     -- The next run continues.
     T.more = 1
-    for each in pairs(T.touched) do T.limit_of(each).retry_at = pool.now end
+    if next(T.touched) then T.look_again_at_all(T.touched) end
   end
   T.set_timers()
+end
+
+-- Admits the waiters of one limit, as far as the budget reaches.
+function T.pump_limit(limit)
+  if T.parked_at(limit) == 0 then return end
+  T.budget = T.budget - 1
+  local going = true
+  while going and T.budget > 0 do
+    local number, list = T.turn_of(limit)
+    going = number ~= nil and T.step(limit, number, list)
+  end
+  if T.budget <= 0 then T.touched[limit.name] = true end
 end
 
 function T.publish()

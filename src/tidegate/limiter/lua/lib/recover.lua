@@ -3,7 +3,10 @@
 -- args: epoch run uptime_ms lease_ms
 -- returns: reap(sid, hold), recount(), count_again(), recover(), reap_expired(), reap_closed(), note_sessions()
 -- units: ms
+-- Sessions that expired together, and permits held over whose time is over, end some in a run: about as many
+-- permits and queues; one session ends whole, so that its process finds all or nothing of it.
 T.REAP_AT_ONCE = 64
+T.ENDED_AT_ONCE = 20
 
 function T.hold_over(ticket, sid, held)
   local member = ticket .. '|' .. sid .. '|' .. held.lane
@@ -35,12 +38,13 @@ function T.places_of(sid, raw)
 end
 
 -- Ends a session. With `hold` its permits stay counted until the hard deadline of their calls; with
--- `comes_back` the calls whose usage it has still to report stay known.
+-- `comes_back` the calls whose usage it has still to report stay known. Returns the number of permits and queues.
 function T.reap(sid, hold, comes_back)
-  local raw = call('HGETALL', T.session_key(sid))
+  local raw, ended = call('HGETALL', T.session_key(sid)), 0
   for i = 1, #raw, 2 do
     local ticket = string.match(raw[i], '^h:(.*)$')
     if ticket then
+      ended = ended + 1
       local held = T.read_held(raw[i + 1])
       if hold and held.until_ms > pool.now then
         T.hold_over(ticket, sid, held)
@@ -50,17 +54,19 @@ function T.reap(sid, hold, comes_back)
     end
   end
   for _, queue in ipairs(T.places_of(sid, raw)) do
+    ended = ended + 1
     local tenant = T.tenant_of(queue.tenant)
     tenant.waiting = tenant.waiting - call('ZCARD', T.queue_key(queue))
     tenant.changed = true
     T.vacate(queue)
     call('UNLINK', T.queue_key(queue))
   end
-  call('UNLINK', T.session_key(sid))
+  call('UNLINK', T.session_key(sid), T.stalled_key(sid))
   call('ZREM', T.sessions_key, sid)
-  if comes_back then return end
+  if comes_back then return ended end
   call('UNLINK', T.owed_key(sid))
   T.leave_roster(sid)
+  return ended
 end
 
 function T.lapsing_lane(member) return string.match(member, '^[^|]*|[^|]*|(.*)$') end
@@ -201,8 +207,20 @@ end
 
 function T.reap_expired()
   local dead = call('ZRANGEBYSCORE', T.sessions_key, '-inf', pool.now, 'LIMIT', 0, T.REAP_AT_ONCE)
-  for _, sid in ipairs(dead) do T.reap(sid, pool.hold) end
-  local over = call('ZRANGEBYSCORE', T.lapsing_key, '-inf', pool.now, 'LIMIT', 0, T.REAP_AT_ONCE)
+  local ended, own_expiry = 0, dead[1] and tonumber(call('ZSCORE', T.sessions_key, q.sid) or nil)
+  -- The session that sends is gone for certain.
+  if own_expiry and own_expiry <= pool.now then ended = 1 + T.reap(q.sid, pool.hold) end
+  for _, sid in ipairs(dead) do
+    if sid ~= q.sid then
+      if ended >= T.ENDED_AT_ONCE then
+        T.more = 1
+        break
+      end
+      ended = ended + 1 + T.reap(sid, pool.hold)
+    end
+  end
+  local over = call('ZRANGEBYSCORE', T.lapsing_key, '-inf', pool.now, 'LIMIT', 0, T.ENDED_AT_ONCE)
+  if #over == T.ENDED_AT_ONCE then T.more = 1 end
   for _, member in ipairs(over) do T.free_lapsing(member) end
 end
 

@@ -1,7 +1,7 @@
 -- does: schedules the next check of a limit that only time frees
 -- keys: timed
 -- args: none
--- returns: room_again(), touch_due(), end_implicit(), look_again(), note_timers()
+-- returns: room_again(), touch_due(), end_implicit(), look_again(), look_again_at_all(), note_timers()
 -- units: ms
 -- Room again at `at`, unless something is released before; of several timers, the first counts.
 function T.room_again(limit, at)
@@ -9,11 +9,16 @@ function T.room_again(limit, at)
   return false
 end
 
+-- Of many timers that are due a run handles some; the next run continues.
+T.DUE_AT_ONCE = 15
 function T.touch_due()
-  for _, name in ipairs(call('ZRANGEBYSCORE', T.timed_key, '-inf', T.int(pool.now))) do
-    call('ZREM', T.timed_key, name)
+  local due = call('ZRANGEBYSCORE', T.timed_key, '-inf', T.int(pool.now), 'LIMIT', 0, T.DUE_AT_ONCE)
+  if #due == 0 then return end
+  if #due == T.DUE_AT_ONCE then T.more = 1 end
+  call('ZREM', T.timed_key, unpack(due))
+  for _, name in ipairs(due) do
     T.touched[name] = true
-    T.end_implicit(T.limit_of(name))
+    if T.is_implicit(name) then T.end_implicit(T.limit_of(name)) end
   end
 end
 
@@ -32,6 +37,19 @@ end
 function T.look_again(name, at)
   call('ZADD', T.timed_key, 'LT', T.int(at), name)
   call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
+end
+
+function T.look_again_at_all(names)
+  local list, now = {}, T.int(pool.now)
+  for name in pairs(names) do
+    list[#list + 1] = now
+    list[#list + 1] = name
+  end
+  for i = 1, #list, 1000 do
+    call('ZADD', T.timed_key, 'LT', unpack(list, i, math.min(i + 999, #list)))
+  end
+  call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
+  T.timers_changed = true
 end
 
 function T.note_timers()
