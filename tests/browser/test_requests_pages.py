@@ -46,7 +46,7 @@ async def stage(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Stage]:
     """One gateway with a worker and one permit for text, and one browser, for all tests."""
-    name = await databases.take()
+    name = await asyncio.to_thread(databases.take)
     redis_url = f"{valkey_server.url.rpartition('/')[0]}/15"
     async with Redis.from_url(redis_url) as client:
         await client.flushdb()
@@ -67,7 +67,7 @@ async def stage(
         chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield Stage(running, valkey_server, databases.server, chromium, made.text)
         await chromium.close()
-    await databases.give_back(name)
+    await asyncio.to_thread(databases.give_back, name)
 
 
 async def picture(page: Page, name: str, folder: Path) -> None:

@@ -37,6 +37,7 @@ SLOW_MS = 1_000  # after this the probe looks whether the server still answers
 PROBE_TIMEOUT_MS = 1_000
 PROBE_EVERY_MS = 200
 _TRIES = 3
+_OPEN_AFTER_S = 0.05  # most transactions end sooner, and a new process of PostgreSQL costs more
 _TRIM_AFTER_S = 10.0
 _CLOSE_WITHIN_S = 1.0
 # One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
@@ -140,9 +141,10 @@ class _Commit:
 
 
 class Connections:
-    """At most `size` connections, opened as needed, one after the other: who waits for one takes
-    the first that is free, so that a start or a burst opens no more than it keeps busy. All but one
-    of those that nothing has used for ten seconds are closed: each is a process of PostgreSQL."""
+    """At most `size` connections, one more opened at a time, and only for a caller that no busy one
+    came free for within `_OPEN_AFTER_S`: who waits takes the first that is free, so that a start or
+    a burst opens no more than it keeps busy. All but one of those that nothing has used for ten
+    seconds are closed: each is a process of PostgreSQL."""
 
     def __init__(
         self, url: str, *, size: int = 10, probe_timeout_ms: int = PROBE_TIMEOUT_MS
@@ -348,6 +350,8 @@ class Connections:
             self._slots.release()
 
     async def _take(self, deadline: float) -> asyncpg.Connection:
+        loop = asyncio.get_running_loop()
+        opens_at: float | None = None
         while True:
             while self._idle:
                 connection = self._idle.pop()
@@ -355,12 +359,21 @@ class Connections:
                 if not connection.is_closed():
                     return connection
             is_first_coming = self._probe is not None and not self._busy
-            if not (self._opening or is_first_coming):
-                return await self._opened(deadline)
-            waits = asyncio.get_running_loop().create_future()
+            may_open = not (self._opening or is_first_coming)
+            waits = loop.create_future()
+            opening: asyncio.TimerHandle | None = None
+            if may_open:
+                opens_at = opens_at or loop.time() + (_OPEN_AFTER_S if self._busy else 0.0)
+                if loop.time() >= opens_at:
+                    return await self._opened(deadline)
+                opening = loop.call_at(opens_at, _wake, waits)
             self._waiting.append(waits)
-            async with asyncio.timeout_at(deadline):
-                await waits
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await waits
+            finally:
+                if opening is not None:
+                    opening.cancel()
             if self._away is not None:
                 raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
 
@@ -393,8 +406,7 @@ class Connections:
     def _look_again(self) -> None:
         """Have all who wait for a connection look whether there is one, or open one."""
         for waits in self._waiting:
-            if not waits.done():
-                waits.set_result(None)
+            _wake(waits)
         self._waiting.clear()
 
     async def _opened(self, deadline: float) -> asyncpg.Connection:
@@ -482,6 +494,11 @@ class Connections:
             get_logger().info(Log.STORE_BACK)
             for notify in self.on_back:
                 notify()
+
+
+def _wake(waits: asyncio.Future[None]) -> None:
+    if not waits.done():
+        waits.set_result(None)
 
 
 def _abandoned(task: asyncio.Task[Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from asyncio import to_thread
+
 import asyncpg
 import pytest
 
@@ -13,6 +15,9 @@ ROWS = [
     "INSERT INTO tenants (id) VALUES ('of-a-test')",
     "DELETE FROM tenants",
     "UPDATE budget_revision SET revision = revision + 5",
+    # The connection by which the database is looked through, too.
+    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid <> pg_backend_pid()",
 ]
 SHAPES = [
     "CREATE TABLE of_a_test (id int)",
@@ -37,16 +42,18 @@ async def content(url: str) -> list[asyncpg.Record]:
 async def test_the_next_test_finds_what_the_migrations_made(
     did: str, postgres_server: PostgresServer
 ) -> None:
-    databases = Databases(postgres_server)
-    await databases.prepare()
-    name = await databases.take()
+    databases = await to_thread(Databases, postgres_server)
+    name = await to_thread(databases.take)
+    await to_thread(databases.give_back, name)
+    assert await to_thread(databases.take) == name
     made = await content(postgres_server.url(name))
     left_open = await asyncpg.connect(postgres_server.url(name))
     await left_open.execute(did)
-    await databases.give_back(name)
-    found = await databases.take()
+    await to_thread(databases.give_back, name)
+    found = await to_thread(databases.take)
     assert (found == name) is (did in ROWS)  # else another copy of the template
     assert await content(postgres_server.url(found)) == made
     with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
         await left_open.execute("SELECT 1")
-    await databases.give_back(found)
+    await to_thread(databases.give_back, found)
+    await to_thread(databases.close)

@@ -276,6 +276,20 @@ async def test_a_request_is_read_in_a_turn_of_its_tenant(store: Store) -> None:
         await waiting
 
 
+async def test_a_burst_of_short_work_opens_no_connection_while_one_comes_free_soon(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_OPEN_AFTER_S", 10.0)
+    opened = Connections(database_url)
+    try:
+        served_by = await asyncio.gather(
+            *(opened.run(lambda one: one.fetchval("SELECT pg_backend_pid()")) for _ in range(5))
+        )
+    finally:
+        await opened.aclose()
+    assert len(set(served_by)) == 1
+
+
 async def test_connections_that_a_burst_has_opened_are_closed_after_it(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,14 +298,17 @@ async def test_connections_that_a_burst_has_opened_are_closed_after_it(
     name = f"burst-{new_id()}"
     together = asyncio.Barrier(4)
 
-    async def work(connection: asyncpg.Connection) -> None:
+    counted = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"
+
+    async def work(connection: asyncpg.Connection) -> object:
         await connection.execute(f"SET application_name = '{name}'")
         await together.wait()
+        found = await connection.fetchval(counted, name)
+        await together.wait()
+        return found
 
-    counted = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"
     try:
-        await asyncio.gather(*(opened.run(work) for _ in range(4)))
-        assert await opened.run(lambda one: one.fetchval(counted, name)) == 4
+        assert await asyncio.gather(*(opened.run(work) for _ in range(4))) == [4] * 4
 
         async def are_closed() -> bool:
             return bool(await opened.run(lambda one: one.fetchval(counted, name)) == 1)
