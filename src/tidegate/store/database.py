@@ -37,7 +37,7 @@ SLOW_MS = 1_000  # after this the probe looks whether the server still answers
 PROBE_TIMEOUT_MS = 1_000
 PROBE_EVERY_MS = 200
 _TRIES = 3
-_OPEN_AFTER_S = 0.05  # most transactions end sooner, and a new process of PostgreSQL costs more
+_OPEN_AFTER_S = 0.01  # most transactions end sooner, and a new process of PostgreSQL costs more
 _TRIM_AFTER_S = 10.0
 _CLOSE_WITHIN_S = 1.0
 # One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
