@@ -35,7 +35,7 @@ from tidegate.limiter.connection import (
     tell_loop,
 )
 from tidegate.limiter.estimates import WaitingLine, read_line
-from tidegate.limiter.messages import Keyspace, ScriptName, load, pack
+from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack
 from tidegate.limiter.permit import Acquisition, PermitIssuer, TryAcquisition, misused
 from tidegate.limiter.policy import (
     DEFAULT_HARD_MS,
@@ -471,12 +471,21 @@ class Limiter:
         await self.in_force()
         wait_s = _KNOWN_FIRST_S
         while True:
-            read = await read_pool(self._inspect, self._session.state, sessions=True)
-            known = [one.revision for one in read.processes if one.left_ms > 0]
+            known = await self._known_revisions()
             if not any(0 < revision < self.policy.revision for revision in known):
                 return
             await self._clock.sleep(wait_s)
             wait_s = min(2 * wait_s, _KNOWN_EVERY_S)
+
+    async def _known_revisions(self) -> list[int]:
+        """The revision of the policy that each living process knows."""
+        request, known = {"permits": False, "of": "sessions"}, []
+        while True:
+            reply = InspectReply.unpack(await self._run("inspect", request))
+            known += [revision for _, _, left_ms, *_, revision in reply.sessions if left_ms > 0]
+            if reply.place is None:
+                return known
+            request = {**request, "place": reply.place}
 
     # -- the pool
 

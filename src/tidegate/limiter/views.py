@@ -184,12 +184,9 @@ async def read_pool(
     *,
     permits: bool = False,
     limits: Sequence[str] | None = None,
-    sessions: bool = False,
 ) -> Snapshot:
-    """The pool by as many runs of `inspect` as it takes; only its `sessions`, or only these
-    `limits`, if so asked."""
-    of = "all" if limits is None else "limits"
-    request = {"permits": permits, "of": "sessions" if sessions else of}
+    """The pool by as many runs of `inspect` as it takes; only these `limits`, if so asked."""
+    request: dict[str, Any] = {"permits": permits, "of": "all" if limits is None else "limits"}
     if limits is not None:
         request["limits"] = list(limits)
     found = SnapshotParts()

@@ -550,7 +550,7 @@ class _Run:
         if pause_s * 1000 >= left_ms:
             return False
         await asyncio.sleep(pause_s)
-        return True
+        return self._terms.left_ms() > 0  # it may have slept for longer
 
     async def _by_one_of(self, targets: list[Target]) -> None:
         """By the first that has room immediately; where none has, by the first in order that is not

@@ -15,7 +15,7 @@ from tidegate.doctor.checks import Finding, State
 from tidegate.doctor.stores import judge_absence
 from tidegate.doctor.stores import judge_valkey as judge
 from tidegate.errors import ConfigError, LimiterUnavailable
-from tidegate.limiter import commands, examine
+from tidegate.limiter import Limiter, commands, examine
 
 LEASE_MS = 3_000
 PASSWORD = "sesame"
@@ -73,6 +73,19 @@ async def test_a_sound_server_is_well_and_left_as_it_was(server: Daemon) -> None
     assert len(all_found) == 9
     assert server.say("DBSIZE") == before == 0
     assert all_found["valkey.version"].found.startswith(("Valkey", "Redis"))
+
+
+async def test_a_user_who_may_not_read_by_pages_reads_a_pool_in_one_piece(server: Daemon) -> None:
+    server.say("ACL", "SETUSER", "tidegate", "-hscan")
+    assert "may not run hscan" in (await found(server))["valkey.acl"].found
+    url = f"redis://tidegate:{PASSWORD}@127.0.0.1:{server.port}"
+    policy = {f"l-{number}": 5 for number in range(100)}
+    made = Limiter.from_url(url, pool=f"t{uuid4().hex[:12]}", policy=policy)
+    async with made as limiter, limiter.acquire("l-7", "l-80"):
+        seen = (await limiter.snapshot()).limits
+    server.say("FLUSHALL")
+    assert len(seen) == 100
+    assert {name for name, limit in seen.items() if limit.used} == {"l-7", "l-80"}
 
 
 async def test_rights_that_are_missing_are_named(server: Daemon) -> None:

@@ -9,7 +9,7 @@
 -- `of`: all, sessions (without what they hold), or limits, which are those of the list. `place` is where the next
 -- run continues, false at the end: (part, session, cursor). A small pool is one run; of a larger one each part is of
 -- its own moment. `held` and `counts` are of what this run has read: a reader adds them up. What is there
--- for as long as it is read comes once at least.
+-- for as long as it is read comes once at least, but for what lapses: a part may pass over some when others end.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 -- About as many commands; a page that has been read is always shown.
@@ -50,21 +50,28 @@ local function show_queue(sid, flow, place)
   left = left - 4
 end
 
+-- The next page of a hash. Where the user's rights are of a version that did not read by pages, all of it is one.
+local function page_of(key)
+  local page = redis.pcall('HSCAN', key, cursor, 'COUNT', T.SCANNED)
+  if page.err then page = { '0', call('HGETALL', key) } end
+  cursor = page[1]
+  return page[2]
+end
+
 -- A page of a session, in its row; true if there is more of it.
 local function show_session(sid, expiry)
   local key, held = T.session_key(sid), 0
   local f = call('HMGET', key, 'name', 'blocked', 'revision')
   left = left - 2
   if q.of ~= 'sessions' then
-    local page = call('HSCAN', key, cursor, 'COUNT', T.SCANNED)
-    cursor = page[1]
-    for i = 1, #page[2], 2 do
-      local letter, name = string.match(page[2][i], '^(%a+):(.*)$')
+    local page = page_of(key)
+    for i = 1, #page, 2 do
+      local letter, name = string.match(page[i], '^(%a+):(.*)$')
       if letter == 'h' then
         held, left = held + 1, left - 1
-        show_permit(sid, name, page[2][i + 1])
+        show_permit(sid, name, page[i + 1])
       elseif letter == 'at' then
-        show_queue(sid, name, page[2][i + 1])
+        show_queue(sid, name, page[i + 1])
       end
     end
   end
@@ -92,28 +99,30 @@ local function show_sessions()
 end
 
 local function show_lapsing()
+  local first = tonumber(cursor)
   repeat
-    local page = call('ZSCAN', T.lapsing_key, cursor, 'COUNT', T.SCANNED)
-    cursor, left = page[1], left - #page[2] / 2
-    for i = 1, #page[2], 2 do
-      for _, name in ipairs(T.names_in(string.match(page[2][i], '^[^|]*|[^|]*|(.*)$'))) do count(name, 3, 1) end
+    local page = call('ZRANGE', T.lapsing_key, first, first + T.SCANNED - 1)
+    first, left = first + #page, left - #page
+    for _, member in ipairs(page) do
+      for _, name in ipairs(T.names_in(string.match(member, '^[^|]*|[^|]*|(.*)$'))) do count(name, 3, 1) end
     end
-  until cursor == '0' or left <= 0
-  if cursor == '0' then part = 3 end
+    if #page < T.SCANNED then
+      part, cursor = 3, '0'
+      return
+    end
+  until left <= 0
+  cursor = T.int(first)
 end
 
-local function show_limit(name, spent, shadowed)
+local function show_limit(name, shadowed)
   local limit = T.limit_of(name)
   if not limit.defined and not limit.implicit then return end
   if limit.implicit and not limit.pause and limit.used == 0 and T.parked_at(limit) == 0 then return end
   local used, taken, at = limit.used, 0, tonumber(call('ZSCORE', T.timed_key, name) or 0)
   if limit.sort ~= 'c' then
     used = 0
-    -- Of a rate that was never used there is nothing to read.
-    if spent or limit.pacing or not pool.indexed then
-      used, taken, left = T.rates().spent(limit), T.rates().taken(limit), left - 4
-      if not limit.shadow then at = math.max(at, T.rates().free_at(limit, 1)) end
-    end
+    used, taken, left = T.rates().spent(limit), T.rates().taken(limit), left - 4
+    if not limit.shadow then at = math.max(at, T.rates().free_at(limit, 1)) end
   end
   local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
   list[#list + 1] = { name, limit.sort, limit.bound, used, 0, 0,
@@ -132,19 +141,19 @@ local function show_limits(names)
     for _, letter in ipairs(LETTERS) do fields[#fields + 1] = letter .. name end
   end
   T.found = T.read(T.meta_key, fields)
-  for i, name in ipairs(names) do show_limit(name, T.found[8 * i - 1], T.found[8 * i]) end
+  for i, name in ipairs(names) do show_limit(name, T.found[8 * i]) end
   left = left - #names
 end
 
 local function show_record()
   repeat
     local names, seen, waiting, weights = {}, {}, {}, {}
-    local page = call('HSCAN', T.meta_key, cursor, 'COUNT', T.SCANNED)
-    cursor, left = page[1], left - 2
-    for i = 1, #page[2], 2 do
-      local letter, name = string.match(page[2][i], '^(%a):(.*)$')
+    local page = page_of(T.meta_key)
+    left = left - 2
+    for i = 1, #page, 2 do
+      local letter, name = string.match(page[i], '^(%a):(.*)$')
       if letter == 'n' then
-        waiting[#waiting + 1] = { name, tonumber(string.match(page[2][i + 1], '^%d+')), 1 }
+        waiting[#waiting + 1] = { name, tonumber(string.match(page[i + 1], '^%d+')), 1 }
         weights[#waiting] = 't:' .. name
       elseif (letter == 'd' or (letter == 'u' or letter == 'p' or letter == 'w') and T.is_implicit(name))
         and not seen[name] then
