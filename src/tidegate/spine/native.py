@@ -758,8 +758,8 @@ def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:
     return found
 
 
-# A budget that takes estimates lets it pass while anything is left.
 _Read = TypeVar("_Read")
+# A budget that takes estimates lets it pass while anything is left.
 _COST_OF_OTHER = CallCost(None, None, 1, 1, "what a path costs that is known by its name alone")
 
 
