@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 
+from tests.waiting import wait_until
 from tidegate.call import (
     UNKNOWN_CHARGE,
     Answer,
@@ -18,9 +19,25 @@ from tidegate.call import (
     Usage,
     new_id,
 )
+from tidegate.errors import StoreUnavailable
 from tidegate.record import CallRecord, Failure, OutputFile, Source
 from tidegate.store.database import sql
 from tidegate.store.records import NewJob
+from tidegate.store.store import Store
+
+
+async def beat(store: Store) -> None:
+    """A heartbeat has arrived: with a short lease it waits for 100 ms at most, and a busy machine
+    may take longer to open a connection."""
+
+    async def arrived() -> bool:
+        try:
+            await store.queue.heartbeat()
+        except StoreUnavailable:
+            return False
+        return True
+
+    await wait_until(arrived, 10, "a heartbeat")
 
 
 def now() -> datetime:

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from tests.integration.store.conftest import MakeStore
-from tests.integration.store.jobs import new_job, now, plan, plan_for_any, result
+from tests.integration.store.jobs import beat, new_job, now, plan, plan_for_any, result
 from tests.waiting import wait_until, work_for
 from tidegate.call import DEFAULT_POOL, Kind, Status
 from tidegate.errors import ClaimLost, NotFound, StoreUnavailable
@@ -178,7 +178,7 @@ async def test_a_worker_that_has_just_started_judges_nobody(
     (claimed,) = await claim(silent, 1)
     await peek.execute("UPDATE workers SET seen_at = now() - interval '1 hour'")
     fresh = await make_store(database_url, claim_lease_ms=LEASE_MS)
-    await fresh.queue.heartbeat()
+    await beat(fresh)
     assert await fresh.queue.retake_expired() == []
     await silent.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
 

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from tests.integration.store.conftest import MakeStore
-from tests.integration.store.jobs import new_job, now, result
+from tests.integration.store.jobs import beat, new_job, now, result
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Caller, Charge, Kind, Status, Usage, UsageState, new_id
 from tidegate.errors import NotFound, StoreUnavailable
@@ -192,7 +192,7 @@ async def test_a_line_of_a_batch_whose_worker_died_is_doubtful_at_that_upstream(
     await judge.batches.begin(batch, 1)
     for number in range(1, lapses + 1):
         victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
-        await victim.queue.heartbeat()
+        await beat(victim)
         await begun_line(victim, "oai")
         await victim.aclose()
 
