@@ -95,7 +95,11 @@ async def test_a_job_names_the_limit_of_the_upstream_that_serves_its_model(
     assert reason["held_up_by"] == "model:gpt-*"
     assert "model:gpt-*: 1 of 1 are in use, held by default (1)" in reason["sentence"]
     assert (await gateway.get(f"/requests/{job}/why"))[1]["limit"] == "model:gpt-*"
-    assert (await gateway.get(f"/status/{job}"))[1]["waits_for"] == "model:gpt-*"
+
+    async def status_names_it() -> bool:  # by a snapshot that it keeps for a moment
+        return (await gateway.get(f"/status/{job}"))[1].get("waits_for") == "model:gpt-*"
+
+    await wait_until(status_names_it, 20, "the limit in its status")
     _, seen = await gateway.get(f"/admin/requests/{job}")
     assert seen["waiting"]["held_up_by"] == "model:gpt-*"
 
