@@ -22,7 +22,7 @@ it is cancelled then.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -140,7 +140,32 @@ class Scope(StrEnum):
 
     INFER = "infer"  # call models: live, streamed, or as jobs
     READ = "read"  # see its tenant's own requests, answers and files
+    VIEWER = "viewer"  # /admin, the page and metrics by the role of that name, of all tenants
+    OPERATOR = "operator"  # likewise
     ADMIN = "admin"  # all of /admin, whatever tenant the key is of
+
+
+class OperatorRole(StrEnum):
+    """What a person who operates may do; each role includes those before it.
+
+    viewer: read. operator: change limits, pause, requeue, cancel, drain. admin: keys, tenants,
+    upstreams and their credentials, erasure, roles.
+    """
+
+    VIEWER = "viewer"
+    OPERATOR = "operator"
+    ADMIN = "admin"
+
+    def includes(self, other: OperatorRole) -> bool:
+        return _RANKS.index(self) >= _RANKS.index(other)
+
+    @staticmethod
+    def of(scopes: Collection[str]) -> OperatorRole | None:
+        """The highest of a key's roles, which are scopes of the same names; None without one."""
+        return next((role for role in reversed(_RANKS) if role in scopes), None)
+
+
+_RANKS = tuple(OperatorRole)
 
 
 @dataclass(frozen=True, slots=True)

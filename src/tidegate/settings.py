@@ -245,9 +245,12 @@ class Config(BaseModel):
     admin_token: SecretStr | None = setting(
         None,
         "The operator's key, which opens `/admin`, the dashboard and `/metrics`, as "
-        "Authorization: Bearer; an API key of the scope admin does as well. Not set: the one in "
+        "Authorization: Bearer; an API key with a role does as well. Not set: the one in "
         "`operator.key` in DATA_DIR, which the first process makes. Set it where processes run "
         "with a DATA_DIR each.",
+    )
+    viewers_read_bodies: bool = setting(
+        False, "Whether the role viewer reads prompts, answers and files: see docs/access.md."
     )
     allowed_hosts: tuple[str, ...] = setting(
         (),

@@ -101,6 +101,11 @@ def test_keys_are_made_listed_and_revoked(product: Product) -> None:
     assert "operator" in said
 
 
+def test_keys_are_made_with_a_role(product: Product) -> None:
+    said = shell(block_with("access.md", "--role viewer"), product)
+    assert len(re.findall(r"^tg_\w+_\w+$", said, re.MULTILINE)) == 2
+
+
 def test_a_tenant_is_made_changed_and_removed(product: Product) -> None:
     said = shell(block_with("tenants.md", "--priority-cap"), product)
     assert "rpm:tenant/acme" in said

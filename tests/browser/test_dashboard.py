@@ -460,6 +460,7 @@ async def test_nothing_is_shown_without_a_key_and_a_revoked_one_is_asked_for_aga
     tenants = stage.gateway.services.store.tenants
     key, made = await tenants.create_key("default", scopes=[Scope.ADMIN])
     _, weak = await tenants.create_key("default")
+    _, viewer = await tenants.create_key("default", scopes=[Scope.VIEWER])
     refused = ("401", "403")
     async with opened(stage, signed_in=False, expected=refused) as seen:
         page = seen.page
@@ -470,15 +471,25 @@ async def test_nothing_is_shown_without_a_key_and_a_revoked_one_is_asked_for_aga
             ("", "Enter a key"),
             ("two words", "no spaces"),
             ("tg_nonsense", "not an API key of this gateway"),
-            (weak.text, "lacks the scope admin"),
+            (weak.text, "has no role of viewer, operator, admin"),
         ):
             await field.fill(wrong)
             await page.keyboard.press("Enter")
             await expect(page.locator(".wrong")).to_contain_text(why)
         assert await page.evaluate("sessionStorage.length") == 0
+        await field.fill(viewer.text)
+        await page.keyboard.press("Enter")
+        pause = page.get_by_role("button", name="Pause kind:text_only")
+        await expect(pause).to_be_disabled()
+        await expect(pause).to_have_attribute(
+            "title", "This needs the role operator. Yours is viewer."
+        )
+        await expect(page.locator("#who")).to_have_text("viewer")
+        await page.get_by_role("button", name="Sign out").click()
         await field.fill(made.text)
         await page.keyboard.press("Enter")
         await expect(seen.limit("used")).to_contain_text("/ 2")
+        await expect(pause).to_be_enabled()
         assert await page.evaluate("[document.cookie, localStorage.getItem('tidegate.key')]") == [
             *("", None),
         ]

@@ -32,6 +32,7 @@ WRONG = {
     "HOST": (["a b", "http://localhost", "-x", "1.2.3.4:80"], "IP address"),
     "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),
     "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
+    "VIEWERS_READ_BODIES": (["perhaps", "2"], "1 or 0"),
     "ADMIN_TOKEN": (["fifteen-letters", "sixteen letters and spaces"], "16 characters"),
     "CORS_ORIGINS": (
         ["chat.example", "https://a.example/", "*", "ftp://a.example", "https://u@a.example"],

@@ -190,7 +190,7 @@ def _show_stores(found: dict[str, Any]) -> None:
     for name in ("valkey", "postgresql", "blobs"):
         one = found[name]
         typer.echo(f"{name:<11} {one['status']}{': ' + one['detail'] if one['detail'] else ''}")
-    typer.echo("The operator's key, or a key with the scope admin, shows the rest.", err=True)
+    typer.echo("The operator's key, or a key with a role, shows the rest.", err=True)
 
 
 def _show_verdict(verdict: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.call import DEFAULT_TENANT, Scope, Tier
+from tidegate.call import DEFAULT_TENANT, OperatorRole, Scope, Tier
 from tidegate.cli.limits import in_force, parsed, span_ms
 from tidegate.cli.terminal import (
     Json,
@@ -305,7 +305,14 @@ def create(
     name: Annotated[str, typer.Option(help="What it is for.")] = "",
     scope: Annotated[
         list[Scope] | None,
-        typer.Option(help="What it opens; infer and read if not given. admin opens all of /admin."),
+        typer.Option(help="What it opens; infer and read if neither this nor --role is given."),
+    ] = None,
+    role: Annotated[
+        OperatorRole | None,
+        typer.Option(
+            help="Opens /admin, the dashboard and /metrics: a viewer reads, an operator also "
+            "changes limits, pauses, requeues and drains, an admin does everything."
+        ),
     ] = None,
     expires: Annotated[
         str | None, typer.Option(help="When it stops working: in 30d, 12h. Without it never.")
@@ -314,7 +321,7 @@ def create(
 ) -> None:
     """Make a key. It goes to standard output, this once: only its digest is kept."""
     from tidegate.policy.tenants import check_name, plain_key
-    from tidegate.store.tenants import USUAL_SCOPES
+    from tidegate.store.tenants import scopes_of
 
     expires_at = None
     if expires is not None:
@@ -327,7 +334,7 @@ def create(
         lambda tenants: tenants.create_key(
             tenant,
             name=name,
-            scopes=scope or USUAL_SCOPES,
+            scopes=scopes_of(scope or (), role),
             expires_at=expires_at,
             made_by=who(),
         )

@@ -1,6 +1,6 @@
 """Routes of `/dashboard`: the page, its files, its live feed and its sessions.
 
-Every route except the files and the two that start and end a session requires an admin. A person
+Every route except the files and those that start and end a session requires an operator. A person
 signs in with an API key, which the page keeps in the tab's storage, or with the one-time code
 that `tidegate up` prints, which becomes a cookie (HttpOnly, SameSite=Strict; see `http.browsers`).
 
@@ -25,6 +25,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import __version__
+from tidegate.call import OperatorRole
 from tidegate.dashboard.feed import (
     ALL,
     MOST_REVISIONS,
@@ -44,7 +45,7 @@ from tidegate.errors import (
     TooManyFollowers,
 )
 from tidegate.http.browsers import checked, cookie_name, make_session
-from tidegate.http.guards import SIGNED_IN, admit_admin, admitted_as
+from tidegate.http.guards import SIGNED_IN, admit_admin, operator_of, reads_bodies
 from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
@@ -190,11 +191,15 @@ class PageSession(BaseModel):
     """What the page needs to know before it shows anything.
 
     asks_for: `keys` where every caller shows an API key, `operator_key` where only operators show
-    one. cookie: whether the browser signed in with a one-time code, and holds no key.
+    one. cookie: whether the browser signed in with a one-time code, and holds no key. operator: who
+    signed in, in words.
     """
 
     version: str
     cookie: bool
+    operator: str
+    role: OperatorRole
+    reads_bodies: bool
     asks_for: AsksFor
     pools: list[str]
 
@@ -258,11 +263,14 @@ def _cookie(request: Request) -> Cookie:
 
 @data.get("/session")
 async def session(request: Request) -> PageSession:
-    services = services_of(request)
+    services, operator = services_of(request), await operator_of(request)
     return PageSession(
         version=__version__,
         asks_for="keys" if services.gate.on else "operator_key",
-        cookie=await admitted_as(request) == SIGNED_IN,
+        cookie=operator.name == SIGNED_IN,
+        operator=operator.name,
+        role=operator.role,
+        reads_bodies=reads_bodies(request, operator),
         # That of jobs comes last where there is no upstream of its name.
         pools=sorted(
             services.limiters, key=lambda one: one not in services.spine.targets.upstreams

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes
 
-from tidegate.call import ANYBODY, Caller, Scope
+from tidegate.call import ANYBODY, Caller, OperatorRole, Scope
 from tidegate.errors import (
     ConfigError,
     Forbidden,
@@ -185,8 +185,37 @@ class Authenticator:
         """
         scope = Scope(scope)
         shown = shown_in(headers, query)
-        if not self.on and scope is not Scope.ADMIN:
+        if not self.on:
             return self._unasked(shown)
+        one = await self._shown(shown)
+        if scope not in one.scopes:
+            raise Forbidden(
+                f"the key tg_{one.caller.key_id} lacks the scope {scope}",
+                allowed=", ".join(sorted(one.scopes)),
+            )
+        self._check_tenant(one, shown)
+        self._note_use(one, self._clock())
+        return one.caller
+
+    async def operator(self, headers: Headers, query: bytes) -> tuple[Caller, OperatorRole]:
+        """The caller and the role of a key of who operates, also where callers show none.
+
+        Raises Unauthenticated, Forbidden and StoreUnavailable.
+        """
+        shown = shown_in(headers, query)
+        one = await self._shown(shown)
+        role = OperatorRole.of(one.scopes)
+        if role is None:
+            raise Forbidden(
+                f"the key tg_{one.caller.key_id} has no role of {', '.join(OperatorRole)}",
+                allowed=", ".join(sorted(one.scopes)),
+            )
+        if self.on:
+            self._check_tenant(one, shown)
+        self._note_use(one, self._clock())
+        return one.caller, role
+
+    async def _shown(self, shown: Shown) -> _KnownKey:
         if shown.several:
             raise Unauthenticated("the request has several API keys: send one")
         if shown.key is None:
@@ -194,17 +223,13 @@ class Authenticator:
         one = await self._of_key(shown.key)
         if one.disabled:
             raise Forbidden(f"the tenant {one.caller.tenant_id} is disabled")
-        if scope not in one.scopes:
-            raise Forbidden(
-                f"the key tg_{one.caller.key_id} lacks the scope {scope}",
-                allowed=", ".join(sorted(one.scopes)),
-            )
-        if self.on and shown.tenant not in (None, one.tenant):
+        return one
+
+    def _check_tenant(self, one: _KnownKey, shown: Shown) -> None:
+        if shown.tenant not in (None, one.tenant):
             raise Forbidden(
                 "the key is of another tenant", field=TENANT_HEADER, allowed=one.caller.tenant_id
             )
-        self._note_use(one, self._clock())
-        return one.caller
 
     def unasked(self, headers: Headers) -> Caller:
         """The caller where nobody is asked for an API key. Raises InvalidRequest for a tenant's

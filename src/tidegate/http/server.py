@@ -108,7 +108,7 @@ class Dependencies(BaseModel):
     blobs: Dependency
     limiter: str
     upstreams: dict[str, UpstreamHealth] | None = Field(
-        default=None, description="Only for who shows the operator's key or an admin key"
+        default=None, description="Only for who shows the operator's key or a key of any role"
     )
     verdict: DeploymentVerdict | None = Field(
         default=None, description="On the whole deployment; for whom upstreams are shown to"
@@ -225,7 +225,7 @@ async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Depen
 )
 async def metrics(request: Request) -> Response:
     """What this process and its siblings under one supervisor have seen, and the state of all
-    limits and queues. Opens as `/admin` does: show ADMIN_TOKEN or a key of the scope `admin`."""
+    limits and queues. Opens as `/admin` does: show ADMIN_TOKEN or a key of any role."""
     exposition = services_of(request).exposition
     body, media_type = await exposition.text(request.headers.get("accept", ""))
     return Response(body, media_type=media_type)

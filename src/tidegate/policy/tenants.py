@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
+from tidegate.call import OperatorRole
 from tidegate.errors import ConfigError, NotFound
 from tidegate.limiter import check_tenant
 from tidegate.policy.format import Plain, share_edit, share_of, to_plain, without
@@ -119,4 +120,5 @@ def plain_tenant(shown: ShownTenant) -> dict[str, Any]:
 def plain_key(key: Key) -> dict[str, Any]:
     """A key likewise, never the key itself."""
     values = asdict(key)
-    return {"tenant": values.pop("tenant_id"), **values, "state": key.state}
+    role = OperatorRole.of(key.scopes)
+    return {"tenant": values.pop("tenant_id"), **values, "role": role, "state": key.state}

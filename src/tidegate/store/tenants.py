@@ -24,7 +24,7 @@ from typing import Any, cast
 import asyncpg
 import orjson
 
-from tidegate.call import DEFAULT_TENANT, Caller, Caps, Scope, Tier
+from tidegate.call import DEFAULT_TENANT, Caller, Caps, OperatorRole, Scope, Tier
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.prices.budgets import tenants_budget
 from tidegate.store.budgets import drop_books, set_budget
@@ -89,6 +89,12 @@ _LOOK_TIMEOUT_MS = 500
 USUAL_SCOPES = (Scope.INFER, Scope.READ)
 
 log = get_logger()
+
+
+def scopes_of(given: Iterable[Scope], role: OperatorRole | None) -> list[Scope]:
+    """The scopes of a new key: those that are given, or the usual ones without a role."""
+    scopes = [*given, *([] if role is None else [Scope(role.value)])]
+    return scopes or list(USUAL_SCOPES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.call import ANYBODY, Caller, Caps, Scope
+from tidegate.call import ANYBODY, Caller, Caps, OperatorRole, Scope
 from tidegate.errors import Forbidden, InvalidRequest, StoreUnavailable, Unauthenticated
 from tidegate.http import auth
 from tidegate.http.auth import FRESH_S, REFUSED_FOR_S, Authenticator
@@ -233,8 +233,15 @@ async def test_scopes_tenants_and_their_mistakes(record: Record, gate: Authentic
         await gate.identify(headers_of(reader), b"")
     assert await gate.identify(headers_of(reader), b"", Scope.READ)
     assert gate.known(headers_of(reader), b"") is None
-    with pytest.raises(Forbidden, match="lacks the scope admin"):
-        await gate.identify(headers_of(made), b"", Scope.ADMIN)
+    with pytest.raises(Forbidden, match="no role of viewer, operator, admin"):
+        await gate.operator(headers_of(made), b"")
+    for given, role in (
+        ((Scope.VIEWER,), OperatorRole.VIEWER),
+        ((Scope.ADMIN, Scope.VIEWER), OperatorRole.ADMIN),
+        ((Scope.OPERATOR, Scope.INFER), OperatorRole.OPERATOR),
+    ):
+        operates = record.add(scopes=frozenset(given))
+        assert (await gate.operator(headers_of(operates), b""))[1] is role
     for _ in range(2):
         with pytest.raises(Forbidden, match="acme is disabled"):
             await gate.identify(headers_of(disabled), b"")
@@ -263,7 +270,7 @@ async def test_nobody_is_asked_where_keys_are_not_wanted(record: Record) -> None
             await gate.identify([(b"x-tidegate-tenant", bad)], b"")
         assert wrong.value.field == "x-tidegate-tenant"
     with pytest.raises(Unauthenticated):  # but for /admin
-        await gate.identify(headers_of("whatever"), b"", Scope.ADMIN)
+        await gate.operator(headers_of("whatever"), b"")
     await gate.run()
     assert record.finds == 0
 

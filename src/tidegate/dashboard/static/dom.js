@@ -1,11 +1,14 @@
 // Building the page from elements and text, never from HTML: what a tenant wrote stays text.
 
+import * as session from "./session.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g", "polyline", "title"]);
 
 /**
- * An element. In `props`: `class`, `data` (an object), `on` (event -> listener), properties such as
- * `value`, and attributes. Null and false are left out; `children` may be nested lists.
+ * An element. In `props`: `class`, `data` (an object), `on` (event -> listener), `needs` (the role
+ * without which a button is off, and says so), properties such as `value`, and attributes. Null and
+ * false are left out; `children` may be nested lists.
  */
 export function h(tag, props = {}, ...children) {
   const element = SVG_TAGS.has(tag)
@@ -15,7 +18,9 @@ export function h(tag, props = {}, ...children) {
     if (value === null || value === undefined || value === false) continue;
     if (name === "class") element.setAttribute("class", value);
     else if (name === "data") Object.assign(element.dataset, value);
-    else if (name === "on") {
+    else if (name === "needs") {
+      if (!session.may(value)) Object.assign(element, { disabled: true, title: session.whyNot(value) });
+    } else if (name === "on") {
       for (const [event, listener] of Object.entries(value)) {
         element.addEventListener(event, listener);
       }

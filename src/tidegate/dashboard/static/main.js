@@ -12,6 +12,7 @@ const THEMES = {
   dark: ["☾", "Dark colours"],
 };
 const main = document.getElementById("main");
+const who = document.getElementById("who");
 const signOut = document.getElementById("sign-out");
 // Why the address of the start-up page did not sign in; told once.
 const CODES = {
@@ -24,9 +25,11 @@ let inside = false;
 async function enter() {
   if (!inside) fill(main, loading());
   try {
-    await get("dashboard/session", { keepSession: true });
+    const { operator, role } = await get("dashboard/session", { keepSession: true });
     inside = true;
+    session.actAs(role);
     signOut.hidden = false;
+    fill(who, h("span", { class: "badge", title: `Signed in by ${operator}, with the role ${role}` }, role));
     router.start();
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
@@ -39,10 +42,11 @@ async function enter() {
 function askForKey(refused, asked) {
   inside = false;
   signOut.hidden = true;
+  fill(who);
   session.forget();
   const key = field("key", "Key", {
     type: "password",
-    hint: "The operator's key: ADMIN_TOKEN, else the file operator.key in DATA_DIR. Or an API key with the scope admin. It stays in this tab.",
+    hint: "The operator's key: ADMIN_TOKEN, else the file operator.key in DATA_DIR. Or an API key with a role. It stays in this tab.",
     autocomplete: "current-password",
     spellcheck: "false",
   });

@@ -1,7 +1,14 @@
 // The key that a person entered: kept for this tab alone, shown in a header, gone with the tab.
 
 const NAME = "tidegate.key";
+const ROLES = ["viewer", "operator", "admin"];
 const listeners = new Set();
+let role = ROLES[0];
+
+/** The role of the person who signed in, as the gateway says it: it checks every request itself. */
+export const actAs = (given) => (role = given);
+export const may = (needed) => ROLES.indexOf(role) >= ROLES.indexOf(needed);
+export const whyNot = (needed) => `This needs the role ${needed}. Yours is ${role}.`;
 
 export const key = () => sessionStorage.getItem(NAME);
 

@@ -24,10 +24,10 @@ from fastapi import Query as FromQuery
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import ClassifiedBy, Kind, Status
+from tidegate.call import ClassifiedBy, Kind, OperatorRole, Status
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
 from tidegate.http.admin.limits import Done, Signed, described, read_json, why_of
-from tidegate.http.guards import admin_router
+from tidegate.http.guards import admin_router, operator_of, reads_bodies
 from tidegate.http.own_requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.problems import advice, problem_responses
 from tidegate.http.services import Services, services_of
@@ -577,7 +577,8 @@ async def one(request: Request, request_id: UUID) -> RequestView:
     services = services_of(request)
     detail = await services.store.requests.detail(request_id)
     waiting = await _waiting(services, detail)
-    return request_view(detail, waiting, datetime.now(UTC), prefix_of(request))
+    view = request_view(detail, waiting, datetime.now(UTC), prefix_of(request))
+    return view if reads_bodies(request, await operator_of(request)) else _without_text(view)
 
 
 @router.get(
@@ -651,6 +652,15 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
     await services.store.jobs.submit(job)
     _log(Log.REQUEST_RETRIED, request_id, signed, retried_as=str(job.request_id))
     return accepted(job, prefix_of(request))
+
+
+def _without_text(view: RequestView) -> RequestView:
+    """As a viewer sees it, who may not read what was asked and answered."""
+    request = view.request.model_copy(
+        update={"prompt": None, "text": None, "answer": None, "image_uri": None}
+        | {"images": [], "files": []}
+    )
+    return view.model_copy(update={"request": request, "bodies": []})
 
 
 async def _waiting(services: Services, detail: RequestDetail) -> Reason | None:
@@ -770,6 +780,7 @@ async def requeue_failed(request: Request) -> RequeueReport:
     stuck = services_of(request).store.stuck
     if asked.dry_run:
         return await stuck.preview(asked.order())
+    (await operator_of(request)).check(OperatorRole.OPERATOR)
     report = await stuck.requeue_all(asked.order())
     log.warning(
         Log.JOBS_REQUEUED,

@@ -1,7 +1,7 @@
 """Routes `/admin/tenants`, `/admin/keys` and `/admin/subjects`.
 
-Invariants: every route requires an admin; an answer has a key once, when the key is created; a
-change is in force in this process when it is answered, in all others within a second.
+Invariants: every change requires the role admin; an answer has a key once, when the key is
+created; a change is in force in this process when it is answered, in all others within a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Query, Request, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
-from tidegate.call import DEFAULT_TENANT, Scope, Tier
+from tidegate.call import DEFAULT_TENANT, OperatorRole, Scope, Tier
 from tidegate.errors import InvalidRequest
 from tidegate.http.admin.limits import (
     By,
@@ -23,14 +23,14 @@ from tidegate.http.admin.limits import (
     in_pool,
     read_json,
 )
-from tidegate.http.guards import admin_router, admitted_as
+from tidegate.http.guards import admin_router, operator_of
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
 from tidegate.http.submission import MAX_TAG_CHARS
 from tidegate.policy import tenants
 from tidegate.policy.tenants import ShownTenant, TenantChange
 from tidegate.store.retention import EraseReport, Whose
-from tidegate.store.tenants import SETTABLE, prefix_in
+from tidegate.store.tenants import SETTABLE, prefix_in, scopes_of
 
 router = admin_router(400, 408, 413, 415, 503, tag="tenants", depends=[Depends(in_pool)])
 subjects_router = admin_router(400, 404, 503)
@@ -113,8 +113,8 @@ class AdminTenant(BaseModel):
     keys: int = Field(description="Those that work")
     webhook_secret: str | None = Field(
         default=None,
-        description="Signs this tenant's webhooks. Only where one tenant is shown; null while "
-        "WEBHOOK_SECRET is not set",
+        description="Signs this tenant's webhooks. Only where one tenant is shown, to the role "
+        "admin; null while WEBHOOK_SECRET is not set",
     )
 
 
@@ -123,12 +123,14 @@ class NewKey(Signed):
 
     tenant: str = Field(default=DEFAULT_TENANT, min_length=1, max_length=200)
     name: str = Field(default="", max_length=200, description="What it is for")
-    scopes: list[Literal["infer", "read", "admin"]] = Field(
-        default=["infer", "read"],
+    scopes: list[Literal["infer", "read", "viewer", "operator", "admin"]] | None = Field(
+        default=None,
         min_length=1,
         max_length=10,
-        description="What it opens: calls of models, its tenant's own requests, all of /admin",
+        description="What it opens: calls of models, its tenant's own requests, or /admin and the "
+        "dashboard as a role. null: infer and read, or with `role` nothing else",
     )
+    role: OperatorRole | None = Field(default=None, description="The same as the scope of its name")
     expires_at: AwareDatetime | None = Field(default=None, description="null: it never expires")
 
 
@@ -139,6 +141,9 @@ class KeyView(BaseModel):
     tenant: str
     name: str
     scopes: list[Scope]
+    role: OperatorRole | None = Field(
+        description="Of who operates with it: the highest of its scopes"
+    )
     state: str = Field(description="works, revoked or expired")
     created_at: datetime
     expires_at: datetime | None = None
@@ -167,7 +172,8 @@ async def list_tenants(request: Request) -> list[AdminTenant]:
 async def show_tenant(request: Request, response: Response, tenant_id: TenantId) -> AdminTenant:
     with config_errors_refused():
         view = _view(await tenants.show_tenant(control_of(request), tenant_id))
-    if (secret := services_of(request).config.webhook_secret) is not None:
+    is_admin = (await operator_of(request)).role is OperatorRole.ADMIN
+    if is_admin and (secret := services_of(request).config.webhook_secret) is not None:
         view.webhook_secret = tenants.webhook_secret_of(secret.get_secret_value(), tenant_id)
         response.headers["Cache-Control"] = "no-store"
     return view
@@ -240,9 +246,9 @@ async def make_key(request: Request, response: Response) -> MadeKey:
     key, made = await services.store.tenants.create_key(
         new.tenant,
         name=new.name,
-        scopes=map(Scope, new.scopes),
+        scopes=scopes_of(map(Scope, new.scopes or ()), new.role),
         expires_at=new.expires_at,
-        made_by=await admitted_as(request),
+        made_by=(await operator_of(request)).name,
     )
     await services.gate.refresh()
     response.headers["Cache-Control"] = "no-store"

@@ -79,7 +79,7 @@ const request = (id) =>
 const when = (at) => h("td", { title: time(at) }, ago(at));
 
 function button(words, label, act, danger = false) {
-  const made = h("button", { class: `button small ${danger ? "danger" : ""}`, type: "button" }, words);
+  const made = h("button", { class: `button small ${danger ? "danger" : ""}`, type: "button", needs: "operator" }, words);
   made.setAttribute("aria-label", label);
   made.addEventListener("click", act);
   return made;

@@ -144,7 +144,7 @@ function pageOf(id, signal) {
       view.actions.map((name) => {
         const { words, danger } = ACTIONS[name];
         const look = danger ? "button danger" : "button";
-        return h("button", { class: look, type: "button", on: { click: () => act(name) } }, words);
+        return h("button", { class: look, type: "button", needs: "operator", on: { click: () => act(name) } }, words);
       }),
     );
   }

@@ -181,7 +181,7 @@ export function webhooks(list, redeliver) {
       h("td", { class: "number" }, one.tries),
       h("td", { class: "quiet-text wrap roomy" }, [one.answer_status, one.problem].filter(Boolean).join(" · ")),
       h("td", { class: "number" }, time(one.next_try_at ?? one.ended_at)),
-      h("td", {}, h("button", { class: "button small", type: "button", on: { click: () => redeliver(one) } }, "Redeliver")),
+      h("td", {}, h("button", { class: "button small", type: "button", needs: "operator", on: { click: () => redeliver(one) } }, "Redeliver")),
     );
   const heads = ["State", "To", "Tries", "Answer", "Next, or ended", "Action"];
   return tableOf("Webhooks", heads, new Set(["Tries", "Next, or ended"]), list.map(row));

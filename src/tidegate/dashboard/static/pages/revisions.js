@@ -36,7 +36,7 @@ export async function open(main, { query, signal }) {
 const shown = (value) => (value === null ? "none" : typeof value === "object" ? JSON.stringify(value) : count(value));
 
 function revision(one, pool, again) {
-  const undo = h("button", { class: "button small", type: "button", "aria-label": `Undo revision ${one.revision}` }, "Undo");
+  const undo = h("button", { class: "button small", type: "button", needs: "operator", "aria-label": `Undo revision ${one.revision}` }, "Undo");
   undo.addEventListener("click", () => undone(one, pool, again));
   const rows = one.changes.map(({ key, before, after }) =>
     h("li", {}, h("code", {}, key.replace(/^limits\./, "")), " ", h("del", {}, shown(before)), " → ", h("ins", {}, shown(after))),

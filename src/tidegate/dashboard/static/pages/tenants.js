@@ -12,7 +12,9 @@ const SCOPES = {
   "infer,read": "Call models, read its own requests",
   infer: "Call models",
   read: "Read its own requests",
-  admin: "All of /admin and this dashboard",
+  viewer: "Read this dashboard and /admin",
+  operator: "Operate: change limits, pause, requeue",
+  admin: "Administer: keys, tenants, upstreams too",
 };
 const EXPIRES = { "": "Never", 7: "In 7 days", 30: "In 30 days", 90: "In 90 days", 365: "In a year" };
 const DAY_MS = 86_400_000;
@@ -67,7 +69,7 @@ function listed(title, heads, textOf, rowOf, { none, action, note = "" }) {
   const table = h("table", { class: "table" }, h("thead", {}, h("tr", {}, head)), body);
   const words = h("span", { class: "quiet-text" });
   const find = h("input", { type: "search", "aria-label": `Search ${title}`, placeholder: "Search", spellcheck: "false" });
-  const make = h("button", { class: "button main small", type: "button", on: { click: action[1] } }, action[0]);
+  const make = h("button", { class: "button main small", type: "button", needs: "admin", on: { click: action[1] } }, action[0]);
   const place = h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${title}, a table` }, table);
   const nothing = h("div", { hidden: true });
   const [back, on] = ["Previous", "Next"].map((text) => h("button", { class: "button small", type: "button" }, text));
@@ -126,7 +128,7 @@ const STATES = { works: "good", expired: "warn", revoked: "" };
 
 function keyRow(one, again) {
   const works = one.state === "works";
-  const revoke = h("button", { class: "button quiet small", type: "button", "aria-label": `Revoke tg_${one.prefix}` }, "Revoke");
+  const revoke = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `Revoke tg_${one.prefix}` }, "Revoke");
   revoke.addEventListener("click", () => revokeKey(one, again));
   return h(
     "tr",
@@ -145,8 +147,8 @@ const allowed = (dollars, tokens) =>
   [dollars === null ? "" : money(dollars), tokens === null ? "" : `${count(tokens)} tokens`].filter(Boolean).join(", ") || NOTHING;
 
 function tenantRow(one, again) {
-  const change = h("button", { class: "button quiet small", type: "button", "aria-label": `Change ${one.tenant}` }, "Change");
-  const flip = h("button", { class: "button quiet small", type: "button", "aria-label": `${one.disabled ? "Enable" : "Disable"} ${one.tenant}` }, one.disabled ? "Enable" : "Disable");
+  const change = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `Change ${one.tenant}` }, "Change");
+  const flip = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `${one.disabled ? "Enable" : "Disable"} ${one.tenant}` }, one.disabled ? "Enable" : "Disable");
   change.addEventListener("click", () => changeTenant(one, again));
   flip.addEventListener("click", () => disable(one, again));
   return h(

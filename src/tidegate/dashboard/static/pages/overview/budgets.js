@@ -54,7 +54,7 @@ function row(first) {
   const figure = h("span", { class: "figures" });
   const left = h("span", { class: "quiet-text" });
   const badges = h("span", { class: "badges" });
-  const go = h("button", { class: "button small", type: "button" }, "");
+  const go = h("button", { class: "button small", type: "button", needs: "operator" }, "");
   go.addEventListener("click", () => resumeBudget(latest, title));
   const element = h(
     "li",

@@ -216,7 +216,7 @@ function groupRow() {
 /** A limit that the headers of answers report, and that is not in force so. */
 function learnedRow(limit, pool) {
   const words = h("span", { class: "quiet-text" });
-  const accept = h("button", { class: "button quiet small", type: "button" }, "Accept");
+  const accept = h("button", { class: "button quiet small", type: "button", needs: "operator" }, "Accept");
   accept.setAttribute("aria-label", `Accept ${limit}`);
   accept.addEventListener("click", () => acceptLimit(pool, limit));
   return {
@@ -264,8 +264,8 @@ function row(first) {
   const sparkline = h("svg", { class: "spark", viewBox: "0 0 60 16", "aria-hidden": "true" }, spark);
   const tenants = h("span", { class: "quiet-text limit-tenants" });
   const badges = h("span", { class: "badges" });
-  const change = h("button", { class: "button quiet small", type: "button" }, "Change");
-  const pause = h("button", { class: "button quiet small", type: "button" }, "Pause");
+  const change = h("button", { class: "button quiet small", type: "button", needs: "operator" }, "Change");
+  const pause = h("button", { class: "button quiet small", type: "button", needs: "operator" }, "Pause");
   change.setAttribute("aria-label", `Change ${limit}`);
   change.addEventListener("click", () => changeLimit(pool, latest));
   pause.addEventListener("click", () =>

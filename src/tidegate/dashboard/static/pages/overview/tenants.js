@@ -103,7 +103,7 @@ function row(tenant, pool) {
   const got = h("div", { class: "share-got" });
   const due = h("div", { class: "share-due" });
   const said = h("span", { class: "figures" });
-  const change = h("button", { class: "button quiet small", type: "button" }, "Weight");
+  const change = h("button", { class: "button quiet small", type: "button", needs: "admin" }, "Weight");
   change.setAttribute("aria-label", `Change the weight of ${tenant}`);
   change.addEventListener("click", () => changeWeight(pool(), latest));
   const measured = () => mark(change, "hidden", pool() === ALL ? "" : null);

@@ -73,7 +73,7 @@ function causeRow(first, latest) {
 /** The buttons and links of a cause; the command is for a terminal. */
 function actsOn(first, now, latest) {
   const button = (text, act) =>
-    h("button", { class: "button small", type: "button", on: { click: act } }, text);
+    h("button", { class: "button small", type: "button", needs: "operator", on: { click: act } }, text);
   const { kind, pool, subject } = first;
   const found = [];
   if (kind === "limit_paused") {
