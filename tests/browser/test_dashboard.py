@@ -433,27 +433,6 @@ async def test_a_dead_job_is_requeued_and_another_discarded(stage: Stage) -> Non
         assert (await stage.gateway.status(second))["status"] == "cancelled"
 
 
-async def test_the_books_of_a_day_show_the_difference_and_the_calls_that_explain_it(
-    stage: Stage,
-) -> None:
-    call = "01a21fb4-8949-7c6a-bfeb-1b235ad8b060"
-    await stage.gateway.database.execute(
-        "INSERT INTO reconciliations (upstream, day, model, provider, ours_micros, theirs_micros,"
-        " verdict, reason, calls) VALUES ('openai', $1, 'gpt-5', 'openai', 790000, 1234567890,"
-        " 'explained', 'calls whose usage was not reported whole: 1 partial', $2)",
-        datetime.now(UTC).date(),
-        f'[{{"request_id": "{call}", "state": "partial", "charged_micros": 1, "cost_micros": 2}}]',
-    )
-    try:
-        async with opened(stage, "/attention") as seen:
-            row = seen.page.locator("[aria-label='Books'] tr[data-verdict='explained']")
-            for text in ("gpt-5", "$0.79", "$1,234.57", "$1,233.78", "1 partial", call[-12:]):
-                await expect(row).to_contain_text(text)
-            await seen.is_accessible()
-    finally:
-        await stage.gateway.database.execute("DELETE FROM reconciliations")
-
-
 async def test_nothing_is_shown_without_a_key_and_a_revoked_one_is_asked_for_again(
     stage: Stage,
 ) -> None:

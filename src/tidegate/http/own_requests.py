@@ -411,12 +411,18 @@ def _held_up_by(process: str, call: ActiveCall, look: Snapshot) -> str | None:
     return None
 
 
-_APART = ("tenant", "model", "day")
+_APART = ("tenant", "model", "day", "key", "upstream")
+_LOGGED = frozenset(("key", "upstream"))
+_MOST_LOGGED_DAYS = 31
 
 usage_router = APIRouter(tags=["usage"])
 By = Annotated[
     str,
-    Query(max_length=100, description="What to tell apart, with commas: tenant, model, day"),
+    Query(
+        max_length=100,
+        description="What to tell apart, with commas: tenant, model, day; key, upstream: at most "
+        f"{_MOST_LOGGED_DAYS} days, from the request log, as far back as it is kept",
+    ),
 ]
 Since = Annotated[date | None, Query(description="The first day, of UTC; else the month's first")]
 Until = Annotated[date | None, Query(description="The last day, of UTC; else today")]
@@ -454,6 +460,8 @@ class UsageRow(Amounts):
     tenant: str | None = None
     model: str | None = Field(default=None, description="Empty: no upstream was chosen for it")
     day: date | None = None
+    key: str | None = Field(default=None, description="How the API key begins; empty: none shown")
+    upstream: str | None = Field(default=None, description="Where it was called")
 
 
 class TotalsView(BaseModel):
@@ -565,6 +573,9 @@ async def _view(
         if name not in _APART:
             raise InvalidRequest("by", f"by: {name[:50]!a} is not known", allowed=allowed)
     first, last = _span(since, until)
+    if _LOGGED.intersection(apart) and (last - first).days >= _MOST_LOGGED_DAYS:
+        allowed = f"a day from {last - timedelta(days=_MOST_LOGGED_DAYS - 1)} on"
+        raise InvalidRequest("since", "by key or upstream is of too many days", allowed=allowed)
     if tenant is not None and "\0" in tenant:
         raise InvalidRequest("tenant", "tenant has a NUL character")
     totals = await services_of(request).store.usage.totals(apart, first, last, tenant)

@@ -416,9 +416,13 @@ class Total:
     output_video_tokens: int
     searches: int
     provider_cost_micros: int
+    key: str | None = None
+    upstream: str | None = None
 
 
-COUNTS = tuple(one.name for one in fields(Total) if one.name not in ("tenant", "model", "day"))
+_TOTALLED, _LOGGED = ("tenant", "model", "day"), ("key", "upstream")
+COUNTS = tuple(one.name for one in fields(Total) if one.name not in (*_TOTALLED, *_LOGGED))
+_LOGGED_TIMEOUT_MS = 30_000
 
 
 class UsageTotals:
@@ -431,12 +435,18 @@ class UsageTotals:
         self, by: Iterable[str], since: date, until: date, tenant_id: str | None = None
     ) -> list[Total]:
         """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day;
-        the first `MOST_TOTALS` in their order."""
+        the first `MOST_TOTALS` in their order. Apart by key or upstream too they are those of the
+        request log, as far back as it is kept."""
         apart = set(by)
-        wanted = [name in apart for name in ("tenant", "model", "day")]
-        sums = await self._connections.rows(
-            "get_usage", *wanted, since, until, tenant_id, MOST_TOTALS
-        )
+        wanted = [name in apart for name in _TOTALLED]
+        given = (*wanted, since, until, tenant_id, MOST_TOTALS)
+        logged = [name in apart for name in _LOGGED]
+        if any(logged):
+            sums = await self._connections.rows(
+                "get_logged_usage", *given, *logged, timeout_ms=_LOGGED_TIMEOUT_MS
+            )
+        else:
+            sums = await self._connections.rows("get_usage", *given)
         return [record_of(Total, row) for row in sums]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,11 @@ async def test_jobs_and_streams_cost_too(open_gateway: Opener, priced: Path) -> 
     )
     assert tuple(sums.values()) == (billed.input_tokens, billed.output_tokens)
     await is_added_up(gateway)
+    usage, day = gateway.services.store.usage, datetime.now(UTC).date()
+    by, span = ["tenant", "model", "day"], (day - timedelta(days=1), day)
+    logged = await usage.totals([*by, "upstream"], *span)
+    assert {one.upstream for one in logged} == {"gemini"}
+    assert [replace(one, upstream=None) for one in logged] == await usage.totals(by, *span)
 
 
 async def test_totals_are_shown_to_their_tenant_and_to_the_operator(
@@ -132,7 +139,16 @@ async def test_totals_are_shown_to_their_tenant_and_to_the_operator(
     ]
     _, one = await ask(gateway, "GET", "/admin/usage?by=day&tenant=other", AS_ADMIN)
     assert one["total"]["requests"] == 1
-    for path in ("/usage?by=colour", "/usage?since=2026-02-01&until=2026-01-01", "/usage?since=x"):
+    _, keys = await ask(gateway, "GET", "/usage?by=key,upstream", acme)
+    prefix = acme["Authorization"].removeprefix("Bearer tg_").partition("_")[0]
+    assert [(row["key"], row["upstream"], row["requests"]) for row in keys["rows"]] == [
+        (prefix, "gemini", 2)
+    ]
+    assert keys["total"] == own["total"]
+    for path in (
+        *("/usage?by=colour", "/usage?since=2026-02-01&until=2026-01-01", "/usage?since=x"),
+        "/usage?since=2026-02-01&until=2026-03-04&by=key",
+    ):
         status, problem = await ask(gateway, "GET", path, acme)
         assert (status, problem["field"]) == (400, path.partition("?")[2].partition("=")[0])
     assert (await ask(gateway, "GET", "/admin/usage", acme))[0] == 403

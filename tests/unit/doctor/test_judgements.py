@@ -346,7 +346,7 @@ def test_the_limit_of_a_server_of_ones_own_is_compared_with_what_it_says(
 
 
 def used(model: str, *, requests: int = 5, unpriced: int = 0) -> Total:
-    counts = dict.fromkeys(COUNTS, 0) | {"requests": requests, "unpriced": unpriced}
+    counts: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"requests": requests, "unpriced": unpriced}
     return Total(tenant=None, model=model, day=None, **counts)
 
 

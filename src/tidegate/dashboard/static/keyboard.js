@@ -5,7 +5,7 @@ import { PAGES } from "./pages/table.js";
 import { link } from "./router.js";
 
 const SECOND_MS = 1_200; // for so long a g waits for its second key
-const ROWS = ".requests tbody a.mono, .talk tbody a";
+const ROWS = ".requests tbody a.mono, .talk tbody a, .listed tbody th a";
 const HELP = [
   ["/", "Search on this page"],
   ["j, k", "Next and previous row of the list"],

@@ -1,4 +1,4 @@
--- Totals of ended requests by tenant, day and model.
+-- Totals of ended requests by tenant, day and model, and the same sums of the request log.
 
 -- name: add_usage
 -- Add to the totals what was just recorded; in one order everywhere, so that no two wait in a circle.
@@ -63,3 +63,36 @@ SELECT CASE WHEN $1::boolean THEN tenant_id END AS tenant, CASE WHEN $2::boolean
 FROM usage_days
 WHERE day BETWEEN $4 AND $5 AND ($6::text IS NULL OR tenant_id = $6)
 GROUP BY 1, 2, 3 ORDER BY 3, 1, 2 LIMIT $7
+
+-- name: get_logged_usage
+-- The same of the request log, apart by key and upstream too as $8 and $9 say.
+SELECT CASE WHEN $1::boolean THEN tenant_id END AS tenant,
+    CASE WHEN $2::boolean THEN coalesce(model, '') END AS model,
+    CASE WHEN $3::boolean THEN (finished_at AT TIME ZONE 'UTC')::date END AS day,
+    CASE WHEN $8::boolean THEN coalesce(key_id, '') END AS key,
+    CASE WHEN $9::boolean THEN coalesce(upstream, pool) END AS upstream, count(*) AS requests,
+    coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
+    coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
+    coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
+    coalesce(sum(thoughts_tokens), 0)::bigint AS thoughts_tokens,
+    coalesce(sum(images), 0)::bigint AS images, coalesce(sum(cost_micros), 0)::bigint AS cost_micros,
+    count(*) FILTER (WHERE cost_micros IS NULL AND usage_state IS DISTINCT FROM 'unknown') AS unpriced,
+    count(*) FILTER (WHERE usage_state = 'partial') AS partial,
+    count(*) FILTER (WHERE usage_state = 'estimated') AS estimated,
+    count(*) FILTER (WHERE usage_state = 'unknown') AS unknown,
+    coalesce(sum((usage_details ->> 'cache_write_tokens')::bigint), 0)::bigint AS cache_write_tokens,
+    coalesce(sum((usage_details ->> 'input_audio_tokens')::bigint), 0)::bigint AS input_audio_tokens,
+    coalesce(sum((usage_details ->> 'input_image_tokens')::bigint), 0)::bigint AS input_image_tokens,
+    coalesce(sum((usage_details ->> 'input_video_tokens')::bigint), 0)::bigint AS input_video_tokens,
+    coalesce(sum((usage_details ->> 'output_audio_tokens')::bigint), 0)::bigint AS output_audio_tokens,
+    coalesce(sum((usage_details ->> 'output_image_tokens')::bigint), 0)::bigint AS output_image_tokens,
+    coalesce(sum((usage_details ->> 'output_video_tokens')::bigint), 0)::bigint AS output_video_tokens,
+    coalesce(sum((usage_details ->> 'searches')::bigint), 0)::bigint AS searches,
+    coalesce(sum((usage_details ->> 'provider_cost_micros')::bigint), 0)::bigint AS provider_cost_micros
+FROM audit
+WHERE created_at >= $4::date::timestamp AT TIME ZONE 'UTC' - interval '31 days'
+    AND created_at < ($5::date + 1)::timestamp AT TIME ZONE 'UTC'
+    AND finished_at >= $4::date::timestamp AT TIME ZONE 'UTC'
+    AND finished_at < ($5::date + 1)::timestamp AT TIME ZONE 'UTC'
+    AND ($6::text IS NULL OR tenant_id = $6)
+GROUP BY 1, 2, 3, 4, 5 ORDER BY 3, 1, 2, 4, 5 LIMIT $7

@@ -1,8 +1,9 @@
-// Items that need an operator: failed jobs, dead jobs, and failed webhooks.
+// Items that need an operator: failed jobs, dead jobs, failed webhooks, and costs that nothing explains.
 
 import { get, post } from "../api.js";
+import { BOOK_HEADS, bookRow } from "../books.js";
 import { fill, h } from "../dom.js";
-import { ago, count, money, time } from "../format.js";
+import { ago, count, time } from "../format.js";
 import { link } from "../router.js";
 import { settled } from "../stuck.js";
 import { confirm, empty, failed, loading, toast } from "../ui.js";
@@ -17,7 +18,11 @@ export async function open(main, { signal }) {
     card("Failed jobs", "Of the last 24 hours, by error.", failures),
     card("Dead jobs", "Their workers died under them three times: they are not tried again.", jobs),
     card("Failed webhooks", "All deliveries failed.", webhooks),
-    card("Books", "This month's charges against the providers' own costs, by day of UTC.", books),
+    card(
+      "Unexplained costs",
+      ["Of this month, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "month" }) }, "All books")],
+      books,
+    ),
   );
   const again = () => {
     settled();
@@ -28,14 +33,13 @@ export async function open(main, { signal }) {
       failedJobs(failures, signal, again),
       list(jobs, "admin/dead", jobRow, JOB_HEADS, "No dead jobs", signal, again),
       list(webhooks, "admin/webhooks", hookRow, HOOK_HEADS, "None", signal, again),
-      list(books, "admin/reconciliations", bookRow, BOOK_HEADS, NO_BOOKS, signal, again),
+      list(books, "admin/reconciliations", bookRow, BOOK_HEADS.map(([words]) => words), "None", signal, again, isUnexplained),
     ]);
   await show();
 }
 
 const JOB_HEADS = ["Job", "Tenant", "Type", "Attempts", "Died", "Why", ""];
-const BOOK_HEADS = ["Day", "Upstream", "Model", "Ours", "Theirs", "Difference", "Verdict", "Why"];
-const NO_BOOKS = "No day of this month was compared: tidegate reconcile, or RECONCILE, does that";
+const isUnexplained = (one) => one.verdict === "unexplained";
 const HOOK_HEADS = ["Webhook of", "Tenant", "Event", "Tries", "Given up", "Last answer", ""];
 
 const card = (title, words, body) =>
@@ -46,10 +50,10 @@ const card = (title, words, body) =>
     body,
   );
 
-async function list(place, path, row, heads, none, signal, again) {
+async function list(place, path, row, heads, none, signal, again, isShown = () => true) {
   try {
     const answer = await get(path, { signal });
-    const found = answer.items ?? answer;
+    const found = (answer.items ?? answer).filter(isShown);
     if (!found.length) {
       fill(place, empty(none));
       return;
@@ -147,24 +151,6 @@ function failureRow(code, jobs, since, again) {
     h("td", {}, code || "none"),
     h("td", {}, count(jobs)),
     h("td", { class: "actions" }, button("Requeue", `Requeue jobs with ${code}`, requeue)),
-  );
-}
-
-const micros = (value) => h("td", {}, money(value / 1e6));
-
-function bookRow(one) {
-  const named = one.calls.map((call) => request(call.request_id));
-  return h(
-    "tr",
-    { data: { verdict: one.verdict } },
-    h("td", {}, one.day),
-    h("td", {}, one.upstream),
-    h("td", {}, one.model || "none"),
-    micros(one.ours_micros),
-    micros(one.theirs_micros),
-    micros(one.difference_micros),
-    h("td", {}, one.verdict),
-    h("td", {}, one.reason, named.slice(0, 5).flatMap((link) => [" ", link])),
   );
 }
 

@@ -2,6 +2,7 @@
 
 import { get } from "../api.js";
 import { fill, h, say } from "../dom.js";
+import { csv, jsonLines, save } from "../export.js";
 import { count } from "../format.js";
 import { link } from "../router.js";
 import { confirm, field, toast } from "../ui.js";
@@ -26,7 +27,7 @@ export function exporting(values, signal) {
       buttons.forEach((one) => (one.disabled = true));
       try {
         const rows = await gathered(values(), (found) => say(told, `${count(found)} read`), signal);
-        save(kind === "csv" ? csv(rows) : rows.map((row) => `${JSON.stringify(row)}\n`).join(""), kind);
+        save("requests", kind, kind === "csv" ? csv(COLUMNS, rows) : jsonLines(rows));
         const cut = rows.length >= MOST ? `: the newest ${count(MOST)}` : "";
         toast(`${count(rows.length)} requests written${cut}.`);
       } catch (error) {
@@ -51,25 +52,6 @@ async function gathered(values, tell, signal) {
     tell(rows.length);
   } while (cursor && rows.length < MOST);
   return rows.slice(0, MOST);
-}
-
-/** A name that a tenant chose is no formula of the spreadsheet that opens the file. */
-export function csv(rows) {
-  const cell = (value) => {
-    if (value === null || value === undefined) return "";
-    const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
-    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-  };
-  const line = (cells) => `${cells.map(cell).join(",")}\r\n`;
-  return line(COLUMNS) + rows.map((row) => line(COLUMNS.map((name) => row[name]))).join("");
-}
-
-function save(text, kind) {
-  const type = kind === "csv" ? "text/csv" : "application/x-ndjson";
-  const url = URL.createObjectURL(new Blob([text], { type }));
-  const at = new Date().toISOString().slice(0, 19).replaceAll(":", "");
-  h("a", { href: url, download: `requests-${at}.${kind}` }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
 const kept = () => {

@@ -36,11 +36,19 @@ export const PAGES = [
     load: () => import("./request.js"),
   },
   {
+    path: "/usage",
+    title: "Usage",
+    nav: "Usage",
+    key: "u",
+    style: ["overview.css", "listed.css", "usage.css"],
+    load: () => import("./usage.js"),
+  },
+  {
     path: "/tenants",
     title: "Keys and tenants",
     nav: "Keys",
     key: "k",
-    style: "tenants.css",
+    style: ["listed.css", "tenants.css"],
     load: () => import("./tenants.js"),
   },
   {

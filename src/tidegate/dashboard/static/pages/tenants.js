@@ -1,13 +1,12 @@
 // Tenants and API keys: found, made, changed, switched off and revoked.
 
 import { get, post, put, remove } from "../api.js";
-import { fill, h, say } from "../dom.js";
+import { fill, h } from "../dom.js";
 import { ago, count, money, NOTHING, time } from "../format.js";
+import { listed } from "../listed.js";
 import { link } from "../router.js";
-import { confirm, empty, field, toast } from "../ui.js";
+import { confirm, field, toast } from "../ui.js";
 
-const PAGE = 25;
-const TYPED_MS = 200;
 const SCOPES = {
   "infer,read": "Call models, read its own requests",
   infer: "Call models",
@@ -21,24 +20,27 @@ const DAY_MS = 86_400_000;
 
 export async function open(main, { query, signal }) {
   const state = { tenants: [], keys: [] };
-  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, () => tenantRow, {
+  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, again), {
     none: ["No tenants yet", "A tenant is who is limited, billed and audited: a team, a service, a customer."],
-    action: ["New tenant", () => changeTenant(null, again)],
+    acts: [action("New tenant", () => changeTenant(null, again))],
   });
-  const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, () => keyRow, {
+  const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, (one) => keyRow(one, again), {
     none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],
-    action: ["New key", () => makeKey(state.tenants, again)],
+    acts: [action("New key", () => makeKey(state.tenants, again))],
     note: "the oldest 1,000",
   });
   const again = async () => {
     [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { signal }), get("admin/keys", { signal })]);
-    tenants.show(state.tenants, again);
-    keys.show(state.keys.toSorted((a, b) => (a.created_at < b.created_at ? 1 : -1)), again);
+    tenants.show(state.tenants);
+    keys.show(state.keys.toSorted((a, b) => (a.created_at < b.created_at ? 1 : -1)));
   };
   await again();
   tenants.search(query.get("tenant") ?? "");
   main.append(h("div", { class: "page-head" }, h("h1", {}, "Keys and tenants")), keys.element, tenants.element);
 }
+
+const action = (words, act) =>
+  h("button", { class: "button main small", type: "button", needs: "admin", on: { click: act } }, words);
 
 const KEY_HEADS = [
   ["Key", ""],
@@ -59,70 +61,6 @@ const TENANT_HEADS = [
   ["State", ""],
   ["", "actions"],
 ];
-
-/** A card with a table that is searched and turned by pages: `show(items, again)`. */
-function listed(title, heads, textOf, rowOf, { none, action, note = "" }) {
-  const body = h("tbody");
-  const head = heads.map(([words, look]) =>
-    h("th", { scope: "col", class: look }, words || h("span", { class: "visually-hidden" }, "Do")),
-  );
-  const table = h("table", { class: "table" }, h("thead", {}, h("tr", {}, head)), body);
-  const words = h("span", { class: "quiet-text" });
-  const find = h("input", { type: "search", "aria-label": `Search ${title}`, placeholder: "Search", spellcheck: "false" });
-  const make = h("button", { class: "button main small", type: "button", needs: "admin", on: { click: action[1] } }, action[0]);
-  const place = h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${title}, a table` }, table);
-  const nothing = h("div", { hidden: true });
-  const [back, on] = ["Previous", "Next"].map((text) => h("button", { class: "button small", type: "button" }, text));
-  const where = h("span", { class: "quiet-text" });
-  const foot = h("div", { class: "list-foot", hidden: true }, where, back, on);
-  let [items, offset, again] = [[], 0, null];
-
-  function draw() {
-    const asked = find.value.trim().toLowerCase();
-    const found = items.filter((one) => textOf(one).toLowerCase().includes(asked));
-    offset = Math.min(offset, Math.max(0, Math.ceil(found.length / PAGE) - 1) * PAGE);
-    const shown = found.slice(offset, offset + PAGE);
-    fill(body, shown.map((one) => rowOf()(one, again)));
-    place.hidden = shown.length === 0;
-    nothing.hidden = shown.length > 0;
-    if (!shown.length) fill(nothing, items.length ? empty("None has that in its name") : empty(...none));
-    say(words, [count(items.length), items.length >= 1_000 ? note : ""].filter(Boolean).join(", "));
-    say(where, `${count(offset + 1)} to ${count(offset + shown.length)} of ${count(found.length)}`);
-    foot.hidden = found.length <= PAGE;
-    back.disabled = offset === 0;
-    on.disabled = offset + PAGE >= found.length;
-  }
-
-  const turn = (by) => () => {
-    offset = Math.max(0, offset + by);
-    draw();
-  };
-  back.addEventListener("click", turn(-PAGE));
-  on.addEventListener("click", turn(PAGE));
-  let typing = 0;
-  find.addEventListener("input", () => {
-    clearTimeout(typing);
-    typing = setTimeout(draw, TYPED_MS);
-  });
-  return {
-    element: h(
-      "section",
-      { class: "card", "aria-label": title },
-      h("div", { class: "card-head" }, h("h2", {}, title), words, h("div", { class: "end" }, find, make)),
-      place,
-      nothing,
-      foot,
-    ),
-    show(found, refresh) {
-      [items, again] = [found, refresh];
-      draw();
-    },
-    search(text) {
-      find.value = text;
-      draw();
-    },
-  };
-}
 
 const STATES = { works: "good", expired: "warn", revoked: "" };
 

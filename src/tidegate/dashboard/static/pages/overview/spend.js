@@ -2,6 +2,7 @@
 
 import { fill, h, say } from "../../dom.js";
 import { brief, count, money } from "../../format.js";
+import { link } from "../../router.js";
 import { choice, empty } from "../../ui.js";
 
 const SPANS = { day: "Today", month: "This month" };
@@ -37,6 +38,7 @@ export function spendCard() {
         h(
           "div",
           { class: "end" },
+          h("a", { class: "quiet-text", href: link("/usage") }, "More"),
           choice("Of which time", SPANS, span, (chosen) => {
             span = chosen;
             show();

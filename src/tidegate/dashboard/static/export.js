@@ -1,0 +1,25 @@
+// Files of what a page shows, written in the browser.
+
+import { h } from "./dom.js";
+
+/** A name that a tenant chose is no formula of the spreadsheet that opens the file. */
+export function csv(columns, rows) {
+  const cell = (value) => {
+    if (value === null || value === undefined) return "";
+    const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const line = (cells) => `${cells.map(cell).join(",")}\r\n`;
+  return line(columns) + rows.map((row) => line(columns.map((name) => row[name]))).join("");
+}
+
+export const jsonLines = (rows) => rows.map((row) => `${JSON.stringify(row)}\n`).join("");
+
+/** Have the browser keep a text as a file. */
+export function save(name, kind, text) {
+  const type = kind === "csv" ? "text/csv" : "application/x-ndjson";
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const at = new Date().toISOString().slice(0, 19).replaceAll(":", "");
+  h("a", { href: url, download: `${name}-${at}.${kind}` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}

@@ -1,0 +1,277 @@
+// What was used and what it cost: by day, and by tenant, key, model or upstream; the providers' books.
+
+import { get, Problem } from "../api.js";
+import { BOOK_HEADS, bookRow, bookText } from "../books.js";
+import { dayColumns, dayWords, MOST_PARTS } from "../days.js";
+import { fill, h, mark, say } from "../dom.js";
+import { csv, save } from "../export.js";
+import { brief, count, money, percent } from "../format.js";
+import { listed } from "../listed.js";
+import { link, note } from "../router.js";
+import { choice, failed, toast } from "../ui.js";
+
+const RANGES = { 7: "Last 7 days", 30: "Last 30 days", month: "This month", last: "Last month", 90: "Last 90 days", own: "Other days" };
+const GROUPS = { tenant: "Tenant", key: "Key", model: "Model", upstream: "Upstream", day: "Day" };
+const MEASURES = { cost: "Cost", tokens: "Tokens", requests: "Requests" };
+const DAY_MS = 86_400_000;
+const MOST_DAYS = 400; // columns
+const NONE = { tenant: "(none)", key: "No key", model: "(none)", upstream: "(none)", day: "" };
+const COLUMNS = [
+  ...["requests", "input_tokens", "cached_tokens", "output_tokens", "thoughts_tokens", "images", "searches"],
+  ...["cost_usd", "unpriced", "partial", "estimated", "unknown"],
+];
+
+const dollars = (micros) => money(micros / 1e6);
+const AMOUNTS = {
+  cost: [(one) => one.cost_micros, dollars],
+  tokens: [(one) => one.input_tokens + outputOf(one), brief],
+  requests: [(one) => one.requests, brief],
+};
+
+export async function open(main, { query, signal }) {
+  const view = viewOf(query);
+  const place = h("div", { class: "card-place" });
+  const total = h("p", { class: "usage-total", role: "status" });
+  const columns = dayColumns((day) => change({ range: "own", since: day, until: day }));
+  const books = listed("Books", BOOK_HEADS, bookText, bookRow, {
+    none: [
+      "No day of these was compared",
+      "tidegate reconcile openai --day 2026-11-24 compares a day with the provider's own costs, by model; RECONCILE=openai,anthropic has the workers do it each night.",
+    ],
+  });
+  const body = h("div", { class: "usage overview" }, columns.element, place, books.element);
+  const controls = controlsOf(view, change);
+  let round = new AbortController();
+
+  function change(values) {
+    Object.assign(view, values);
+    note({ ...view });
+    controls.show();
+    return again();
+  }
+
+  async function again() {
+    round.abort();
+    round = new AbortController();
+    const within = AbortSignal.any([signal, round.signal]);
+    mark(body, "aria-busy", "true");
+    try {
+      const span = spanOf(view);
+      const [found, compared] = await Promise.all([read(view, span, within), get("admin/reconciliations", { query: span, signal: within })]);
+      draw(found, span);
+      books.show(compared.items);
+      mark(body, "aria-busy", null);
+    } catch (problem) {
+      if (within.aborted) return;
+      if (!(problem instanceof Problem)) throw problem;
+      fill(place, h("section", { class: "card" }, failed(problem, again)));
+      mark(body, "aria-busy", null);
+    }
+  }
+
+  function draw(found, span) {
+    drawTotal(total, found.total);
+    columns.update(columnsOf(found, view, span));
+    const table = listed(`By ${GROUPS[view.by].toLowerCase()}`, headsOf(view), (one) => one.name, (one) => row(one, view, change), {
+      none: ["Nothing was used in these days", "Requests count on the day on which they ended, once they are on record. Days are those of UTC."],
+      acts: [csvButton(found, view, span)],
+    });
+    const [amount] = AMOUNTS[view.measure];
+    const most = Math.max(1, ...found.groups.map(amount));
+    table.show(found.groups.map((one) => ({ ...one, share: amount(one) / most })).toSorted(orderOf(view)));
+    fill(place, table.element);
+  }
+
+  main.append(h("div", { class: "page-head" }, h("h1", {}, "Usage"), controls.element), total, body);
+  await again();
+}
+
+function viewOf(query) {
+  const among = (name, options, usual) => (Object.hasOwn(options, query.get(name)) ? query.get(name) : usual);
+  return {
+    by: among("by", GROUPS, "tenant"),
+    range: among("range", RANGES, "30"),
+    measure: among("measure", MEASURES, "cost"),
+    tenant: query.get("tenant") ?? "",
+    since: query.get("since") ?? "",
+    until: query.get("until") ?? "",
+  };
+}
+
+const today = () => new Date().toISOString().slice(0, 10);
+const later = (day, by) => new Date(Date.parse(`${day}T00:00:00Z`) + by * DAY_MS).toISOString().slice(0, 10);
+
+/** The first and the last day of UTC. */
+function spanOf({ range, since, until }) {
+  const now = today();
+  const first = `${now.slice(0, 7)}-01`;
+  if (range === "own") return { since: since || until || now, until: until || now };
+  if (range === "month") return { since: first, until: now };
+  if (range === "last") return { since: `${later(first, -1).slice(0, 7)}-01`, until: later(first, -1) };
+  return { since: later(now, 1 - Number(range)), until: now };
+}
+
+function controlsOf(view, change) {
+  const range = h("select", { "aria-label": "Days" }, Object.entries(RANGES).map(([value, words]) => h("option", { value }, words)));
+  const [since, until] = [["since", "From"], ["until", "To"]].map(([name, label]) => {
+    const input = h("input", { type: "date", "aria-label": label, max: today() });
+    input.addEventListener("change", () => input.value && change({ [name]: input.value }));
+    return input;
+  });
+  const drop = h("button", { class: "button small", type: "button" });
+  const by = h("div", {});
+  const measure = h("div", {});
+  range.addEventListener("change", () => change({ range: range.value, ...(range.value === "own" ? spanOf(view) : { since: "", until: "" }) }));
+  drop.addEventListener("click", () => change({ tenant: "" }));
+  function show() {
+    range.value = view.range;
+    for (const [input, value] of [[since, view.since], [until, view.until]]) {
+      input.hidden = view.range !== "own";
+      if (input.value !== value) input.value = value;
+    }
+    drop.hidden = !view.tenant;
+    say(drop, `${view.tenant} ✕`);
+    mark(drop, "aria-label", `Not only the tenant ${view.tenant}`);
+    for (const [group, chosen] of [[by, view.by], [measure, view.measure]]) {
+      for (const button of group.querySelectorAll("button")) mark(button, "aria-pressed", String(button.value === chosen));
+    }
+  }
+  fill(by, choice("Group by", GROUPS, view.by, (chosen) => change({ by: chosen })));
+  fill(measure, choice("Measure", MEASURES, view.measure, (chosen) => change({ measure: chosen })));
+  show();
+  return { element: h("div", { class: "usage-span end" }, drop, since, until, range, by, measure), show };
+}
+
+/** The sums by group, and by day and group; where there are too many of those, by day alone. */
+async function read(view, span, signal) {
+  const of = (by) => get("admin/usage", { query: { by, ...span, tenant: view.tenant }, signal });
+  const names = view.by === "key" ? await keyNames(signal) : null;
+  const nameOf = (one) => (names ? (names.get(one.key) ?? one.key) : one[view.by]) || NONE[view.by];
+  const named = (rows) => rows.map((one) => ({ ...one, name: nameOf(one) }));
+  if (view.by === "day") {
+    const { rows, total, cut } = await of("day");
+    return { groups: named(rows), days: rows.map((one) => ({ ...one, name: "All" })), total, cut };
+  }
+  const found = await of(`${view.by},day`);
+  if (!found.cut) return { groups: summed(named(found.rows), view.by), days: named(found.rows), total: found.total, cut: false };
+  const [groups, days] = await Promise.all([of(view.by), of("day")]);
+  return { groups: named(groups.rows), days: days.rows.map((one) => ({ ...one, name: "All" })), total: days.total, cut: true };
+}
+
+async function keyNames(signal) {
+  const keys = await get("admin/keys", { signal });
+  return new Map(keys.map((one) => [one.prefix, one.name ? `${one.name} (tg_${one.prefix})` : `tg_${one.prefix}`]));
+}
+
+function summed(rows, by) {
+  const found = new Map();
+  for (const row of rows) {
+    const sum = found.get(row[by]) ?? { [by]: row[by], name: row.name };
+    for (const [name, value] of Object.entries(row)) if (typeof value === "number") sum[name] = (sum[name] ?? 0) + value;
+    found.set(row[by], sum);
+  }
+  return [...found.values()];
+}
+
+function columnsOf(found, view, span) {
+  const [amount, format] = AMOUNTS[view.measure];
+  const days = [];
+  for (let day = span.since; day <= span.until && days.length < 10 * MOST_DAYS; day = later(day, 1)) days.push(day);
+  const shown = days.slice(-MOST_DAYS);
+  const places = new Map(shown.map((day, at) => [day, at]));
+  const parts = new Map();
+  for (const one of found.days) {
+    if (!places.has(one.day)) continue;
+    if (!parts.has(one.name)) parts.set(one.name, { name: one.name, values: shown.map(() => 0) });
+    parts.get(one.name).values[places.get(one.day)] += amount(one);
+  }
+  const title = `${MEASURES[view.measure]} by day${shown.length < days.length ? `, the last ${count(MOST_DAYS)}` : ""}`;
+  return { title, days: shown, parts: fewest([...parts.values()]), format };
+}
+
+/** The largest parts, and all others as one. */
+function fewest(parts) {
+  const size = (one) => one.values.reduce((sum, value) => sum + value, 0);
+  const sorted = parts.filter(size).toSorted((a, b) => size(b) - size(a));
+  if (sorted.length <= MOST_PARTS) return sorted;
+  const rest = sorted.slice(MOST_PARTS);
+  const values = rest[0].values.map((_, at) => rest.reduce((sum, one) => sum + one.values[at], 0));
+  return [...sorted.slice(0, MOST_PARTS), { name: `${count(rest.length)} others`, values }];
+}
+
+function drawTotal(place, total) {
+  const doubts = [
+    [total.unpriced, "without a price", "They add nothing to the cost: give their models a price"],
+    [total.estimated, "estimated", "Calls that were cut, charged for what came"],
+    [total.partial, "partly known", "Calls that were cut, charged as far as the provider told"],
+    [total.unknown, "unknown", "Calls of which nothing is known; they add nothing"],
+  ];
+  fill(
+    place,
+    h("strong", {}, dollars(total.cost_micros)),
+    h("span", {}, `${count(total.requests)} requests, ${brief(total.input_tokens)} tokens in, ${brief(outputOf(total))} out`),
+    doubts.filter(([amount]) => amount).map(([amount, words, title]) => h("span", { class: "badge warn", title }, `${count(amount)} ${words}`)),
+  );
+}
+
+function outputOf(one) {
+  return one.output_tokens + one.thoughts_tokens;
+}
+
+const headsOf = (view) => [
+  [GROUPS[view.by], ""],
+  ["Requests", "number wide"],
+  ["Tokens in", "number wide"],
+  ["Cached", "number wide"],
+  ["Tokens out", "number wide"],
+  ["Cost", "number"],
+  [`Share of ${MEASURES[view.measure].toLowerCase()}`, "wide"],
+];
+
+function orderOf(view) {
+  const [amount] = AMOUNTS[view.measure];
+  if (view.by === "day") return (a, b) => (a.day < b.day ? 1 : -1);
+  return (a, b) => amount(b) - amount(a) || (a.name < b.name ? -1 : 1);
+}
+
+function row(one, view, change) {
+  const bar = h("i", {});
+  const priced = one.unpriced && !one.cost_micros ? "no price" : dollars(one.cost_micros);
+  bar.style.width = `${100 * one.share}%`;
+  return h(
+    "tr",
+    { data: { group: one[view.by] } },
+    h("th", { scope: "row", class: "name", title: one.name }, nameIn(one, view, change)),
+    h("td", { class: "number wide" }, count(one.requests)),
+    h("td", { class: "number wide", title: `${count(one.input_tokens)} tokens` }, brief(one.input_tokens)),
+    h("td", { class: "number wide" }, one.input_tokens ? percent(one.cached_tokens / one.input_tokens) : ""),
+    h("td", { class: "number wide", title: `${count(outputOf(one))} tokens` }, brief(outputOf(one))),
+    h("td", { class: "number", title: one.unpriced ? `${count(one.unpriced)} requests without a price` : null }, priced),
+    h("td", { class: "usage-share wide" }, bar),
+  );
+}
+
+/** What leads further: a tenant to its models, a day to itself, a model to its requests. */
+function nameIn(one, view, change) {
+  if (view.by === "model" && one.model) return h("a", { href: link("/requests", { model: one.model }), title: "Its requests" }, one.name);
+  const next = { tenant: { tenant: one.tenant, by: "model" }, day: { range: "own", since: one.day, until: one.day, by: "tenant" } }[view.by];
+  if (!next) return one.name;
+  const to = h("a", { href: link("/usage", { ...view, ...next }) }, view.by === "day" ? `${dayWords(one.day)}` : one.name);
+  to.addEventListener("click", (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    change(next);
+  });
+  return to;
+}
+
+function csvButton(found, view, span) {
+  const button = h("button", { class: "button small", type: "button" }, "CSV");
+  const columns = [...new Set(["day", view.by]), ...COLUMNS];
+  button.addEventListener("click", () => {
+    const rows = (found.cut ? found.groups : found.days).map((one) => ({ ...one, cost_usd: (one.cost_micros / 1e6).toFixed(6) }));
+    save(`usage-${view.by}-${span.since}-${span.until}`, "csv", csv(columns, rows));
+    toast(`${count(rows.length)} rows written${found.cut ? ", of all days together: there are too many to tell days apart" : ""}.`);
+  });
+  return button;
+}

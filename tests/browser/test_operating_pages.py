@@ -1,0 +1,172 @@
+"""The dashboard's pages of what operators look after in a real browser: usage.
+
+With TIDEGATE_SCREENSHOTS set, their pictures of docs/dashboard.md are taken anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from csv import DictReader
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import async_playwright, expect
+from redis.asyncio import Redis
+
+from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Seen, Stage, opened
+from tests.databases import Databases
+from tests.gateway import gateway
+from tests.waiting import wait_until
+from tidegate.call import Scope
+from tidegate.embedded.servers import ValkeyServer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+WINDOWS = ((1440, "light"), (1440, "dark"), (400, "light"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(
+    valkey_server: ValkeyServer,
+    databases: Databases,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Stage]:
+    """One gateway with a worker, prices and keys, and one browser, for all tests."""
+    name = await asyncio.to_thread(databases.take)
+    redis_url = f"{valkey_server.url.rpartition('/')[0]}/14"
+    async with Redis.from_url(redis_url) as client:
+        await client.flushdb()
+    folder = tmp_path_factory.mktemp("operating")
+    (folder / "tidegate.toml").write_text(POLICY)
+    settings: dict[str, Any] = {
+        "redis_url": redis_url,
+        "database_url": databases.server.url(name),
+        "auth": "on",
+        "tidegate_policy": folder / "tidegate.toml",
+    }
+    async with gateway(folder / "data", **settings) as running, async_playwright() as playwright:
+        tenants = running.services.store.tenants
+        _, made = await tenants.create_key("default", scopes=list(Scope), name="operators")
+        running.http.headers["x-api-key"] = made.text
+        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield Stage(running, valkey_server, databases.server, chromium, made.text)
+        await chromium.close()
+    await asyncio.to_thread(databases.give_back, name)
+
+
+async def pictured(stage: Stage, path: str, ready: str, name: str, folder: Path) -> None:
+    """A page in light and dark and in a narrow window: within it, accessible, and as a picture."""
+    for width, colours in WINDOWS:
+        async with opened(stage, path, width=width, colours=colours) as seen:  # type: ignore[arg-type]
+            await expect(seen.page.locator(ready).first).to_be_visible()
+            await seen.is_accessible()
+            assert await seen.is_within(), (name, width)
+            taking = os.environ.get("TIDEGATE_SCREENSHOTS") and (width, colours) == WINDOWS[0]
+            file = f"{name}.png" if taking else f"{name}-{width}-{colours}.png"
+            await seen.page.screenshot(path=(IMAGES if taking else folder) / file, full_page=True)
+
+
+async def used(stage: Stage, day: date, tenant: str, model: str, micros: int) -> None:
+    """Have the totals say what a tenant used on a day."""
+    await stage.gateway.database.execute(
+        "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
+        " cached_tokens, output_tokens, cost_micros, unpriced)"
+        " VALUES ($1, $2, $3, 'gemini', 40, 900000, 300000, 12000, $4, $5)",
+        *(tenant, day, model, micros, 0 if micros else 40),
+    )
+
+
+async def downloaded(seen: Seen, button: str) -> list[dict[str, str]]:
+    async with seen.page.expect_download() as coming:
+        await seen.page.get_by_role("button", name=button).click()
+    file = await (await coming.value).path()
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(DictReader(lines))
+
+
+async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_books(
+    stage: Stage, tmp_path: Path
+) -> None:
+    database, today = stage.gateway.database, datetime.now(UTC).date()
+    async with opened(stage, "/usage") as seen:
+        await expect(seen.page.get_by_text("Nothing was used in these days")).to_be_visible()
+        await expect(seen.page.get_by_text("RECONCILE=openai,anthropic")).to_be_visible()
+    for back in range(28):
+        day = today - timedelta(days=back)
+        for place, tenant in enumerate(("acme", "globex", "=initech", "umbrella")):
+            spent = 4_000_000 // (place + 1) * (1 + back % 7)
+            await used(stage, day, tenant, "gpt-5-mini", spent)
+    await used(stage, today, "acme", "local-1", 0)
+    assert await stage.native("Why is the sea salty?") == 200
+    await wait_until(lambda: database.fetchval("SELECT count(*) = 1 FROM audit"), 20)
+    call = "01a21fb4-8949-7c6a-bfeb-1b235ad8b060"
+    await database.execute(
+        "INSERT INTO reconciliations (upstream, day, model, provider, ours_micros, theirs_micros,"
+        " verdict, reason, calls) VALUES ('openai', $1, 'gpt-5', 'openai', 790000, 1234567890,"
+        " 'explained', 'calls whose usage was not reported whole: 1 partial', $2),"
+        " ('openai', $1, 'gpt-5-mini', 'openai', 790000, 990000, 'unexplained', 'other', '[]')",
+        today,
+        f'[{{"request_id": "{call}", "state": "partial", "charged_micros": 1, "cost_micros": 2}}]',
+    )
+    async with opened(stage, "/") as seen:
+        page = seen.page
+        await expect(page.locator("#live")).to_have_text("Live")
+        await page.keyboard.press("g")
+        await page.keyboard.press("u")
+        total = page.get_by_role("status").filter(has_text="requests")
+        await expect(total).to_contain_text("$933.33")
+        await expect(total).to_contain_text("40 without a price")
+        rows = page.get_by_role("region", name="By tenant").locator("tbody tr")
+        await expect(rows).to_have_count(5)
+        await expect(rows.first).to_contain_text("acme")
+        await expect(rows.first).to_contain_text("$448.00")
+        picture = page.get_by_role("img", name="Cost by day: acme $448.00, globex $224.00")
+        await expect(picture.locator(".day")).to_have_count(30)
+        written = await downloaded(seen, "CSV")
+        assert len(written) == 28 * 4 + 1
+        named = [row for row in written if row["tenant"] == "'=initech"]  # no formula
+        assert (named[-1]["day"], named[-1]["cost_usd"]) == (str(today), "1.333333")
+        books = page.get_by_role("region", name="Books")
+        row = books.locator("tr[data-verdict='explained']")
+        for text in ("gpt-5", "$0.79", "$1,234.57", "$1,233.78", "1 partial", call[-12:]):
+            await expect(row).to_contain_text(text)
+        # Of one tenant, by model, of one day.
+        await rows.first.get_by_role("link", name="acme").click()
+        models = page.get_by_role("region", name="By model").locator("tbody tr")
+        await expect(models).to_have_count(2)
+        await expect(models.nth(1)).to_contain_text("no price")
+        await page.get_by_role("button", name="Day", exact=True).click()
+        await page.get_by_role("link", name=f"{today.day} {today:%b}").click()
+        await expect(
+            page.get_by_role("region", name="By tenant").locator("tbody tr")
+        ).to_have_count(1)
+        await expect(total).to_contain_text("$4.00")
+        assert await page.get_by_label("From").input_value() == str(today)
+        await page.get_by_role("button", name="Not only the tenant acme").click()
+        await page.get_by_role("button", name="Key", exact=True).click()
+        keys = page.get_by_role("region", name="By key").locator("tbody tr")
+        await expect(keys).to_contain_text("operators (tg_")
+        seen.expected = ("400",)
+        await page.get_by_label("Days").select_option("90")
+        await expect(page.get_by_role("alert")).to_contain_text("of too many days")
+        await page.get_by_role("button", name="Upstream", exact=True).click()
+        await page.get_by_label("Days").select_option("7")
+        await expect(page.get_by_role("region", name="By upstream")).to_contain_text("gemini")
+        await page.get_by_role("button", name="Tokens", exact=True).click()
+        await expect(page.get_by_role("region", name="Tokens by day")).to_be_visible()
+        await page.reload()  # the address has it all
+        await expect(page.get_by_role("region", name="Tokens by day")).to_be_visible()
+        await expect(page.get_by_role("region", name="By upstream")).to_contain_text("gemini")
+        await page.get_by_role("link", name="Attention").click()
+        unexplained = page.get_by_role("region", name="Unexplained costs").locator(
+            "tr[data-verdict]"
+        )
+        await expect(unexplained).to_have_count(1)
+        await expect(unexplained).to_contain_text("$0.20")
+    await pictured(stage, "/usage", "[aria-label='By tenant']", "usage", tmp_path)
