@@ -35,7 +35,7 @@ class Server:
         self._heard: list[tuple[str, bytes]] = []
         self._ask("HELLO", 3)
         self._ask("SELECT", DATABASE)
-        self._dump = self.load(DUMP)
+        self._ask("FUNCTION", "LOAD", "REPLACE", DUMP)
 
     def load(self, source: bytes) -> bytes:
         """The name of a script, which the server knows from now on."""
@@ -46,7 +46,7 @@ class Server:
     def run(self, script: bytes, *arguments: Word) -> tuple[bytes, bytes]:
         """Run a script on two keys: its reply, and a dump of what is there after it."""
         self._send("EVALSHA", script, 2, *arguments)
-        self._send("EVALSHA", self._dump, 0)
+        self._send("FCALL", "dump", 0)
         reply, dump = self._answers(2)
         return reply, dump
 
@@ -62,6 +62,7 @@ class Server:
 
     def wipe(self) -> None:
         self._ask("FLUSHDB")
+        self._ask("FCALL", "dump", 0)
 
     def subscribe(self, channel: str) -> None:
         """Before the next command."""

@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
 from typing import Any, Literal
@@ -46,10 +46,27 @@ from tidegate.limiter.simulation import (
 
 CLOCK = """
 function T.wall_clock_ms() return tonumber(ARGV[2]) end
+T.OURS = cmsgpack.unpack(ARGV[3])
 """
 START_MS = 1_700_000_000_000
 USUAL = Paces()
 Fate = Literal["ok", "reply lost", "request lost", "twice"]
+# Figures of the scripts that a run chooses, by their names in Lua and in `Paces`.
+CHOSEN = (
+    (b"\nT.AT_ONCE", "at_once"),
+    (b"T.DUE_AT_ONCE", "due_at_once"),
+    (b"T.UNBLOCKED_AT_ONCE", "unblocked_at_once"),
+    (b"T.STARVES", "starves"),
+    (b"T.LATENCY_CALLS", "latency_calls"),
+    (b"T.LATENCY_ROUNDS", "latency_rounds"),
+    (b"T.LONGEST", "longest"),
+    (b"T.MOST_TOLD", "on_page"),
+    (b"T.MOST_ON_PAGE", "on_page"),
+    (b"T.LOOKED_AT", "looked_at"),
+    (b"T.ENDED_AT_ONCE", "ended_at_once"),
+    (b"T.MOST_OWED", "most_owed"),
+    (b"T.DUE_AFTER", "due_after_ms"),
+)
 
 
 @cache
@@ -60,29 +77,17 @@ def lua_figure(part: str, name: str) -> int:
 
 
 @cache
-def script_source(name: ScriptName, pace: Paces) -> bytes:
-    """A script that is told the time and goes at our pace."""
+def script_source(name: ScriptName) -> bytes:
+    """A script that is told the time and its pace: the same one in all runs, for each script that
+    a server knows makes every other slower."""
     source = load(name, clock=CLOCK).source
     if name in ("renew", "position"):
         return source
-    for usual, ours in (
-        (b"\nT.AT_ONCE = %d" % USUAL.at_once, b"\nT.AT_ONCE = %d" % pace.at_once),
-        (b"T.DUE_AT_ONCE = 15", b"T.DUE_AT_ONCE = %d" % pace.due_at_once),
-        (b"T.UNBLOCKED_AT_ONCE = 10", b"T.UNBLOCKED_AT_ONCE = %d" % pace.unblocked_at_once),
-        (b"T.STARVES = 8", b"T.STARVES = %d" % pace.starves),
-        (b"T.LATENCY_CALLS = 8", b"T.LATENCY_CALLS = %d" % pace.latency_calls),
-        (b"T.LATENCY_ROUNDS = 20", b"T.LATENCY_ROUNDS = %d" % pace.latency_rounds),
-        (b"T.LONGEST = %d" % USUAL.longest, b"T.LONGEST = %d" % pace.longest),
-        (b"T.MOST_TOLD = %d" % USUAL.on_page, b"T.MOST_TOLD = %d" % pace.on_page),
-        (b"T.MOST_ON_PAGE = %d" % USUAL.on_page, b"T.MOST_ON_PAGE = %d" % pace.on_page),
-        (b"T.LOOKED_AT = 50", b"T.LOOKED_AT = %d" % pace.looked_at),
-        (b"T.ENDED_AT_ONCE = 20", b"T.ENDED_AT_ONCE = %d" % pace.ended_at_once),
-        (b"T.MOST_OWED = 2000", b"T.MOST_OWED = %d" % pace.most_owed),
-        (b"T.DUE_AFTER = 600000", b"T.DUE_AFTER = %d" % pace.due_after_ms),
-    ):
+    for figure, place in CHOSEN:
+        usual = b"%s = %d\n" % (figure, getattr(USUAL, place))
         whole, ends = usual.startswith((b"T.MOST", b"T.LOOKED")), usual.startswith(b"T.ENDED")
         assert source.count(usual) == (name == "tend" or not (whole or (ends and name == "sync")))
-        source = source.replace(usual, ours)
+        source = source.replace(usual, b"%s = T.OURS.%s\n" % (figure, place.encode()))
     return source
 
 
@@ -111,7 +116,7 @@ class World:
         self.policy = policy
         self.keys = Keyspace("walk")
         self._reading = Reading(self.keys)
-        self.pace = pace
+        self._pace = pack(asdict(pace))
         self.model = PoolModel(replace(pace, ahead_ms=lua_figure("hints", "AHEAD_MS")))
         self.loop = asyncio.new_event_loop()
         self.clients: list[Client] = []
@@ -235,7 +240,7 @@ class World:
 
     def renew(self, clients: Sequence[Client]) -> None:
         """The heartbeats of these clients, one after the other."""
-        script = self.server.load(script_source("renew", self.pace))
+        script = self.server.load(script_source("renew"))
         requests = [
             Renewal(client.sid, identity.gen, identity.epoch, self.run)
             for client in clients
@@ -304,11 +309,11 @@ class World:
 
     def _run(self, name: ScriptName, packed: bytes) -> tuple[bytes, bytes]:
         """The reply, and what is in Valkey after it."""
-        script = self.server.load(script_source(name, self.pace))
+        script = self.server.load(script_source(name))
         return self.server.run(script, *self._words(packed))
 
     def _words(self, packed: bytes) -> Words:
-        return self.keys.meta, self.keys.layout, packed, self.wall_ms
+        return self.keys.meta, self.keys.layout, packed, self.wall_ms, self._pace
 
     def _collect_pushes(self) -> list[tuple[str, Push]]:
         """All that was pushed: in the order of the model, for it means nothing between sessions."""
