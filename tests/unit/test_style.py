@@ -39,6 +39,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "long_files": {},
     "skipped_tests": {
         "tests/integration/spine/test_ways.py": "Python 3.11 has no sys.monitoring to trace with",
+        "tests/integration/native/test_event_loop.py": "Python 3.11 has no sys.monitoring",
     },
     "sleeping_tests": {
         "tests/waiting.py": "the one place that polls: everybody else waits by it",

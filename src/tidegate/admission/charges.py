@@ -7,14 +7,12 @@ was cut, or reported no usage, is charged for its input and for what came of it 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from functools import lru_cache
 from math import ceil
-from typing import Any, Literal
-
-import orjson
+from typing import Literal
 
 from tidegate.admission.estimator import PICTURE_TOKENS, Estimate, pieces_of_text
 from tidegate.call import (
@@ -136,20 +134,6 @@ def provider_of_upstream(upstream: Upstream) -> str | None:
     """The one that it names, else that of its hosts; None for a server of one's own."""
     urls = upstream.base_urls.values()
     return upstream.provider or next(filter(None, map(provider_of, urls)), None)
-
-
-def cache_write_in(rates: Rates | None, body: Mapping[str, Any]) -> CacheWrite | None:
-    """To which cache a request asks its input to be written, where that has a price of its own: who
-    leaves before the usage is reported has it written all the same."""
-    if rates is None or rates.cache_write == rates.cache_write_1h == rates.input:
-        return None
-    try:
-        text = orjson.dumps(body)  # in which no name is escaped
-    except orjson.JSONEncodeError:  # nested deeper than can be written
-        return "1h"
-    if b'"cache_control":' not in text:
-        return None
-    return "1h" if b'"ttl":"1h"' in text else "5m"
 
 
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:

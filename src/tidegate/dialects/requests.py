@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from tidegate.admission.charges import CacheWrite
 from tidegate.admission.estimator import (
     InputPieces,
     Learning,
@@ -566,6 +567,20 @@ def _characters(body: Mapping[str, Any]) -> int:
     """How many letters a request wants spoken."""
     text = body.get("input")
     return len(text) if type(text) is str else 0
+
+
+def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
+    """To which cache a request, which was parsed to `body`, asks its input to be written: who
+    leaves before the usage is reported has it written all the same."""
+    if not count_in(raw, b"cache_control", b"\\u00"):
+        return None
+    try:
+        text = orjson.dumps(body)  # in which no name is escaped
+    except orjson.JSONEncodeError:  # nested deeper than can be written
+        return "1h"
+    if b'"cache_control":' not in text:
+        return None
+    return "1h" if b'"ttl":"1h"' in text else "5m"
 
 
 _OPENINGS = ("tools", "system", "instructions", "systemInstruction", "system_instruction")

@@ -12,6 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 
+from tidegate.admission.charges import CacheWrite
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
 from tidegate.call import UNKNOWN_USAGE, Kind, Status, Usage, UsageDetails
 from tidegate.dialects.resources import (
@@ -192,7 +193,7 @@ class RequestFacts:
     characters: of a text that is to be spoken. video_seconds: of all videos that it makes together.
     goes_on: the provider makes it in the background. calls: how many of the model it holds, 0 where
     nobody knows. tier: the processing tier that is requested elsewhere than in a field of that
-    name."""
+    name. cache_write: to which cache its input is to be written."""
 
     model: str
     kind: Kind
@@ -207,6 +208,7 @@ class RequestFacts:
     goes_on: bool = False
     calls: int = 1
     tier: str = ""
+    cache_write: CacheWrite | None = None
 
     @property
     def measured(self) -> UsageDetails | None:

@@ -11,6 +11,7 @@ encoding of their bodies.
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import sha256
 from typing import Any
 from urllib.parse import parse_qsl
@@ -19,12 +20,12 @@ from uuid import UUID
 import orjson
 from starlette.requests import Request
 
-from tidegate.dialects import DIALECTS
 from tidegate.dialects.answers import WithoutUsageEvent
-from tidegate.dialects.requests import parsed
 from tidegate.errors import IdempotencyConflict, InvalidRequest
 from tidegate.http.submission import Submission
 from tidegate.record import KEPT_BYTES, CallRecord
+from tidegate.spine.bodies import aside
+from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeCall
 from tidegate.spine.out import Out
 from tidegate.store.idempotency import KeyState, NativeKeys, Owner, Taken
@@ -101,14 +102,18 @@ def has_key(headers: list[tuple[bytes, bytes]]) -> bool:
     return any(name == _NAME for name, _ in headers)
 
 
-def idempotency_in(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempotency | None:
+async def idempotency_in(
+    call: NativeCall, headers: list[tuple[bytes, bytes]]
+) -> Idempotency | None:
     """The key of a request with the digest of what it asks for; None without one. Raises
     InvalidRequest."""
     key = _key_in(headers) if call.endpoint.is_counted else None
     if key is None:
         return None
     body = call.body if call.form is None else call.form.form.digest
-    return Idempotency(key, sha256(b"%b\0%b" % (_target_of(call).encode(), body)).hexdigest())
+    digest = sha256(b"%b\0" % _target_of(call).encode())
+    await aside(len(body), partial(digest.update, body))
+    return Idempotency(key, digest.hexdigest())
 
 
 def _target_of(call: NativeCall) -> str:
@@ -170,9 +175,9 @@ class Once:
         """Answer as was answered before."""
         assert given.answer is not None
         answer = given.answer
-        endpoint = self._call.endpoint
-        body = parsed(self._call.body)
-        asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
+        raw = self._call.body
+        reading = partial(unchecked_facts, self._call.endpoint, raw)
+        _, asked = await aside(len(raw), reading)
         if asked.wants_usage and given.content_type.startswith("text/event-stream"):
             without = WithoutUsageEvent()
             answer = without.take(answer) + without.rest()

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -59,6 +60,7 @@ from tidegate.http.views import (
     prefix_of,
     status_view,
 )
+from tidegate.spine.bodies import aside
 from tidegate.spine.detached import check_bounded, detached_call, endpoint_named
 from tidegate.spine.models import check_body
 from tidegate.spine.prompt import files_known
@@ -332,7 +334,8 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
     try:
         check_models(caller, job.model, job.classification, services.config)
         if caller.models is not None and job.endpoint is not None:
-            check_body(caller, endpoint_named(job.endpoint), orjson.loads(job.prompt))
+            body = await aside(len(job.prompt), partial(orjson.loads, job.prompt))
+            check_body(caller, endpoint_named(job.endpoint), body)
         earlier = await services.store.jobs.earlier(job)
         if earlier is None:
             if job.endpoint is None:
@@ -342,7 +345,7 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             budgets, model = services.budgets, job.model or ""
             await budgets.check(caller, model, job.subject, job.conversation)
             if budgets.any:
-                _check_bounded(job, services, caller)
+                await _check_bounded(job, services, caller)
             async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
                 job = await body_apart(job, services.blobs)
                 earlier = await services.store.jobs.submit(job)
@@ -355,20 +358,20 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
     return earlier
 
 
-def _check_bounded(job: NewJob, services: Services, caller: Caller) -> None:
+async def _check_bounded(job: NewJob, services: Services, caller: Caller) -> None:
     """Raises BudgetUnbounded where a budget would refuse the job's call, as far as that is known:
     not of a prompt with files, nor before its kind is settled. Such a job waits for a person."""
     if job.endpoint is not None:
         wrapped = detached_call(
             request_id=job.request_id,
             path=job.endpoint,
-            body=job.prompt.encode(),
+            body=await aside(len(job.prompt), job.prompt.encode),
             caller=caller,
             priority=job.priority,
             deadline_ms=None,
         )
         wrapped.subject, wrapped.terms.conversation = job.subject, job.conversation
-        check_bounded(services.relay, wrapped)
+        await check_bounded(services.relay, wrapped)
         return
     kind = job.classification.kind
     if kind is None or job.attachments or job.image_uri is not None:
@@ -388,7 +391,9 @@ async def _forget(job: NewJob, services: Services) -> None:
 def _size_of(job: NewJob) -> int:
     """What a job adds to the bytes of a tenant's queue, as the store counts them."""
     files = sum(attachment.size_bytes for attachment in job.attachments)
-    return len(job.prompt.encode("utf-8", "replace")) + files
+    prompt = job.prompt
+    chars = len(prompt) if prompt.isascii() else len(prompt.encode("utf-8", "replace"))
+    return chars + files
 
 
 def _new_job(

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from uuid import UUID
@@ -24,7 +25,7 @@ from tidegate.call import ANYBODY, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, endpoint_in, methods_at
 from tidegate.dialects.forms import is_form
 from tidegate.dialects.headers import content_type_in, to_send
-from tidegate.dialects.requests import parsed
+from tidegate.dialects.requests import LARGE_BYTES, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
     DeadlineExceeded,
@@ -64,7 +65,7 @@ from tidegate.http.services import (
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
 from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure, Lineage
-from tidegate.spine.bodies import FormBody
+from tidegate.spine.bodies import FormBody, aside
 from tidegate.spine.native import AT_UPSTREAM, MAX_BYTES, NativeCall
 from tidegate.spine.out import client_left
 from tidegate.spine.run import CallFailed, Terms
@@ -80,6 +81,7 @@ _KEYS_IN_QUERY = frozenset(
 _AZURE, _CLAUDE_AT_VERTEX = b"/openai/", b"/publishers/anthropic/"
 # Vertex's own, `vertex-2023-10-16`, is none of the dated ones.
 _BODY_VERSION = re.compile(rb'"anthropic_version"\s*:\s*"(\d{4}-\d\d-\d\d)"')
+_END_BYTES = 4_096
 _MAYBE_KEY = re.compile(r"key|token|tidegate|%", re.IGNORECASE)
 # What Google takes for the form of its answer: one without a usage, or that is no JSON.
 _FORMS = ("fields", "callback", "alt")
@@ -201,7 +203,11 @@ def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
     """The headers that go on. A client of Claude at Vertex has the version in the body."""
     sent = to_send(headers)
     if _CLAUDE_AT_VERTEX in came_at and all(name != b"anthropic-version" for name, _ in sent):
-        dated = _BODY_VERSION.search(body)
+        # Of a large body its ends: no client has the version behind a file.
+        ends = body
+        if len(body) > LARGE_BYTES:
+            ends = body[:_END_BYTES] + body[-_END_BYTES:]
+        dated = _BODY_VERSION.search(ends)
         usual = DIALECTS[Dialect.ANTHROPIC].headers
         sent += usual if dated is None else [(b"anthropic-version", dated[1])]
     return sent
@@ -401,7 +407,7 @@ class _Front:
             call.form, call.terms.left = form, self.has_left
             if self._services.store.audit.is_full:
                 await self._services.store.audit.room(call.terms.left_ms())
-            opening = self._opening(call)
+            opening = await self._opening(call)
         except TidegateError as error:
             await self.refuse_unheard(error, endpoint)
             return
@@ -493,9 +499,11 @@ class _Front:
         speaking = self._services.spine.targets.speaking(endpoint.dialect)
         return speaking[0].key if speaking else ""
 
-    def _opening(self, call: NativeCall) -> Opening | None:
+    async def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
-        if call.terms.caller.caps.most_streams is None or not _asks_for_stream(call):
+        if call.terms.caller.caps.most_streams is None:
+            return None
+        if not await aside(len(call.body), partial(_asks_for_stream, call)):
             return None
         return self._services.openings.stream(call.terms.caller)
 
@@ -504,7 +512,7 @@ class _Front:
         try:
             if call.endpoint.operation is Operation.UPLOAD:
                 await self._upload(call)
-            elif call.has_key and (wanted := idempotency_in(call, self._scope["headers"])):
+            elif call.has_key and (wanted := await idempotency_in(call, self._scope["headers"])):
                 await self._run_once(call, wanted)
             else:
                 await self._services.relay.run(call, self, self._record)
@@ -696,7 +704,7 @@ def _asks_for_stream(call: NativeCall) -> bool:
     elif call.endpoint.is_counted or call.endpoint.operation is Operation.OTHER:
         body: dict[str, Any] = {}
         with suppress(InvalidRequest):  # what it says is read where it is called
-            body = parsed(call.body) if call.body else {}
+            body = skimmed(call.body).body if call.body else {}
         if body.get("stream") is True or body.get("stream_format") == "sse":
             return True
     return any(one.lower() not in ("", "0", "false") for one in stated)

@@ -40,6 +40,7 @@ from tidegate.http.body import (
 )
 from tidegate.http.file_types import TypeCheck, safe_name
 from tidegate.settings import Config
+from tidegate.spine.bodies import aside
 from tidegate.spine.detached import LONGEST_BYTES, endpoint_named, wrapped_facts
 from tidegate.spine.prompt import Ask
 from tidegate.store.blobs import Blobs, new_key
@@ -710,7 +711,7 @@ async def body_apart(job: NewJob, blobs: Blobs) -> NewJob:
     if job.endpoint is None or len(job.prompt) <= MOST_IN_ROW_BYTES:
         return job
     now = datetime.now(UTC)
-    data = job.prompt.encode()
+    data = await aside(len(job.prompt), job.prompt.encode)
     kept = Attachment(new_id(), "body.json", "application/json", len(data), new_key(now))
     await blobs.put(kept.blob_key, data)
     # What a person is shown. It must be no JSON: a worker of a version that knows of no such files

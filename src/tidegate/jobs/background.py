@@ -27,7 +27,6 @@ import orjson
 from tidegate.admission.estimator import with_kept
 from tidegate.call import Caller, Status
 from tidegate.dialects import DIALECTS
-from tidegate.dialects.requests import skimmed
 from tidegate.dialects.spec import AnswerFacts, Dialect, Endpoint, OngoingWork
 from tidegate.errors import (
     ClaimLost,
@@ -38,7 +37,9 @@ from tidegate.errors import (
 )
 from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
+from tidegate.spine.bodies import aside
 from tidegate.spine.detached import detached_call
+from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import NothingOut
 from tidegate.spine.resources import GRACE_MS, MadeBy
@@ -355,14 +356,13 @@ class BackgroundRunner:
             priority=record.priority,
             deadline_ms=None,
         )
-        read = skimmed(record.request)
-        spec = DIALECTS[native.endpoint.dialect]
-        asked = spec.request_facts(native.endpoint, read.body, read.whole)
-        if references := spec.references(read.body, record.request):
+        raw, spec = record.request, DIALECTS[native.endpoint.dialect]
+        body, asked = await aside(len(raw), partial(unchecked_facts, native.endpoint, raw))
+        if references := await aside(len(raw), partial(spec.references, body, raw)):
             kept = await self._relay.resources.kept_tokens(caller, spec.name, references)
             asked.pieces = with_kept(asked.pieces, kept) if kept else asked.pieces
         exchange = NativeExchange(
-            self._relay.wire, self._spine.timeouts, native, read.body, asked, NothingOut(), record
+            self._relay.wire, self._spine.timeouts, native, body, asked, NothingOut(), record
         )
         exchange.told = facts
         whole = whole or facts is not None

@@ -3,35 +3,57 @@
 Invariants: all bytes go out as they came but for the model's name, where a route or an alias gives
 another, what Vertex has in its place, and the request for a stream's usage; a form can be sent as
 often as it has to be, and its announced length is the length that is sent; of one on disk memory
-holds a piece at a time.
+holds a piece at a time; a body of more than `LARGE_BYTES` is read and copied beside the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
 from tidegate.dialects.answers import asking_for_usage
 from tidegate.dialects.forms import MediaForm
-from tidegate.dialects.requests import NAMES_MODEL
+from tidegate.dialects.requests import LARGE_BYTES, NAMES_MODEL
 from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import InvalidRequest, StoreUnavailable
 from tidegate.policy.access import Paths
 from tidegate.spine.routing import Target
 from tidegate.upstream.transport import RepeatableBody
 
+_Result = TypeVar("_Result")
+# One thread, so one body at a time: its values take several times its size in memory.
+_READER = ThreadPoolExecutor(1, "large-bodies")
+
+
+async def aside(size_bytes: int, work: Callable[[], _Result]) -> _Result:
+    """The result of `work` on a body of that size: of a large one in a thread, in turn. Work that
+    has begun goes on when the caller is cancelled."""
+    if size_bytes <= LARGE_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_READER, work)
+
+
+_END_BYTES = 65_536
 _TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
 # Below other objects there may be more models, such as a tool's parameter of that name.
 _MOST_MODELS = 8
 # Whose bodies name the model of the path again, which must be the same.
 _NAMES_IT_AGAIN = (Operation.EMBED, Operation.COUNT, Operation.BATCH)
+
+
+def identity_of(raw: bytes) -> int:
+    """The same for the same request sent again; of a large body by its length and its ends."""
+    if len(raw) > LARGE_BYTES:
+        return hash((len(raw), raw[:_END_BYTES], raw[-_END_BYTES:]))
+    return hash(raw)
 
 
 def body_for(

@@ -11,15 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
-from tidegate.dialects.requests import refuse_to_go_on, skimmed
+from tidegate.dialects.requests import refuse_to_go_on
 from tidegate.dialects.spec import GOING_ON, Endpoint, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.record import KEPT_BYTES, CallRecord
+from tidegate.spine.bodies import aside
+from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeCall, NativeExchange, Relay
 from tidegate.spine.out import NothingOut
 from tidegate.spine.run import MOST_TRIES, OnAdmitted, Terms
@@ -120,15 +123,12 @@ async def collected(
         raise UpstreamGarbled(f"the answer is compressed ({record.coding[:20].decode('latin-1')})")
 
 
-def check_bounded(relay: Relay, call: NativeCall) -> None:
+async def check_bounded(relay: Relay, call: NativeCall) -> None:
     """Raises BudgetUnbounded where making the call could raise nothing else; NotFound where no
     upstream serves it, InvalidRequest for a body that is none of its dialect."""
     spine, endpoint = relay.spine, call.endpoint
-    read = skimmed(call.body)
-    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, read.body, read.whole)
+    body, asked = await aside(len(call.body), partial(unchecked_facts, endpoint, call.body))
     record = CallRecord("job", call.terms.caller.tenant_id, call.received_at)
-    exchange = NativeExchange(
-        relay.wire, spine.timeouts, call, read.body, asked, NothingOut(), record
-    )
+    exchange = NativeExchange(relay.wire, spine.timeouts, call, body, asked, NothingOut(), record)
     targets = spine.targets.of(endpoint.dialect, asked.model)
     spine.check_bounded(exchange, targets, call.subject)

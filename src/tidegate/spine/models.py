@@ -21,7 +21,12 @@ from tidegate.dialects import DIALECTS
 from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
-from tidegate.dialects.requests import check_said_once, check_spelling, skimmed
+from tidegate.dialects.requests import (
+    cache_write_of,
+    check_said_once,
+    check_spelling,
+    skimmed,
+)
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import (
     Dialect,
@@ -197,6 +202,7 @@ def read_body(caller: Caller, endpoint: Endpoint, given: bytes) -> ReadBody:
     raw, body, whole = skimmed(given)
     spec = DIALECTS[endpoint.dialect]
     asked = spec.request_facts(endpoint, body, whole)
+    asked.cache_write = cache_write_of(raw, body)
     check_said_once(raw, body)
     references, making = spec.references(body, raw), spec.made_by(endpoint.path, body)
     if caller.models is not None or endpoint.model is not None:
@@ -204,6 +210,14 @@ def read_body(caller: Caller, endpoint: Endpoint, given: bytes) -> ReadBody:
         check_body(caller, endpoint, body)
         check_names(caller, raw)
     return ReadBody(body, asked, references, making)
+
+
+def unchecked_facts(endpoint: Endpoint, given: bytes) -> tuple[dict[str, Any], RequestFacts]:
+    """The fields and facts of a body that was checked before. Raises as `read_body`."""
+    raw, body, whole = skimmed(given)
+    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body, whole)
+    asked.cache_write = cache_write_of(raw, body)
+    return body, asked
 
 
 def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:

@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from math import ceil
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import orjson
 
 from tidegate.admission.charges import (
     Prices,
-    cache_write_in,
     call_cost,
     charge_of,
     cut_charge,
@@ -51,7 +50,6 @@ from tidegate.dialects.headers import (
     to_return,
 )
 from tidegate.dialects.requests import (
-    LARGE_BYTES,
     LONGEST_TIER,
     conversation_of,
     parsed,
@@ -74,7 +72,13 @@ from tidegate.policy.access import Access, Paths
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key, lineage_in
-from tidegate.spine.bodies import FormBody, body_for, has_several_answers
+from tidegate.spine.bodies import (
+    FormBody,
+    aside,
+    body_for,
+    has_several_answers,
+    identity_of,
+)
 from tidegate.spine.models import (
     Models,
     check_model,
@@ -138,7 +142,6 @@ class Relay:
         self.wire = wire
         self.resources = resources
         self._models = Models(wire)
-        self._turn = asyncio.Lock()  # to read a large body
 
     async def run(
         self,
@@ -152,7 +155,7 @@ class Relay:
         Raises InvalidRequest, Forbidden, NotFound and what `Spine.run` raises; after `out.started`
         a client can only learn that it failed. Cancellation leaves no waiter and no open call.
         """
-        endpoint, caller = call.endpoint, call.terms.caller
+        endpoint, caller, raw = call.endpoint, call.terms.caller, call.body
         if not endpoint.is_counted and await self._answered_here(call, out, record):
             return
         body: dict[str, Any] = {}
@@ -163,22 +166,24 @@ class Relay:
             body = dict(call.form.form.fields)
             asked = facts_of_form(call.form.form, endpoint, caller)
         elif endpoint.operation is Operation.OTHER:
-            read = partial(model_of_other, caller, endpoint, call.body)
-            record.model = await self._aside(call, read) or None
-        elif endpoint.is_counted or (call.body and endpoint.resource is None):
-            reading = partial(read_body, caller, endpoint, call.body)
-            body, asked, references, making = await self._aside(call, reading)
+            read = partial(model_of_other, caller, endpoint, raw)
+            record.model = await aside(len(raw), read) or None
+        elif endpoint.is_counted or (raw and endpoint.resource is None):
+            reading = partial(read_body, caller, endpoint, raw)
+            body, asked, references, making = await aside(len(raw), reading)
         if asked is not None:
             record.model, record.streamed = asked.model, asked.streams
             record.kind = str(asked.kind) if endpoint.is_counted else None
         if endpoint.resource is not None:
-            references = DIALECTS[endpoint.dialect].references({}, call.body)
+            finding = partial(DIALECTS[endpoint.dialect].references, {}, raw)
+            references = await aside(len(raw), finding)
             targets = [await self.resources.target_of(caller, endpoint.dialect, endpoint.resource)]
         else:
-            targets = self._targets(call, asked)
+            targets = self._targets(call, asked, record.model or "")
         if references:
             targets = await self._where_they_live(call, asked, references, targets)
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, asked, out, record)
+        exchange.refers = bool(references)
         if making is not None or endpoint.resource is not None:
             exchange.keeping = Keeping(self.resources, call, making)
             await exchange.keeping.check()
@@ -189,16 +194,9 @@ class Relay:
             continued = self.resources.continued
             before = await continued(endpoint.dialect, references) if references else None
             told = record.lineage
-            record.lineage = await self._aside(call, lambda: lineage_in(body, told, before))
+            record.lineage = await aside(len(raw), lambda: lineage_in(body, told, before))
             home = self._home(call, asked.model, record, targets) if len(targets) > 1 else None
         await self.spine.run(exchange, record, targets, on_admitted, home)
-
-    async def _aside(self, call: NativeCall, work: Callable[[], _Read]) -> _Read:
-        """The result of `work` on the call's body: on a large one in a thread, one at a time."""
-        if len(call.body) <= LARGE_BYTES:
-            return work()
-        async with self._turn:
-            return await asyncio.to_thread(work)
 
     async def _where_they_live(
         self,
@@ -269,11 +267,12 @@ class Relay:
         await out.body(body, False)
         return True
 
-    def _targets(self, call: NativeCall, asked: RequestFacts | None) -> list[Target]:
+    def _targets(self, call: NativeCall, asked: RequestFacts | None, other: str) -> list[Target]:
+        """`other`: the model of a path that is known by its name alone."""
         dialect, name = call.endpoint.dialect, call.endpoint.model
         if call.endpoint.upstreams:
             upstream = self.spine.targets.passing(call.endpoint, call.terms.caller.tenant_id)
-            return [Target(upstream, model_of_other(call.terms.caller, call.endpoint, call.body))]
+            return [Target(upstream, other)]
         if asked is not None:
             found = self.spine.targets.of(dialect, asked.model)
             return _followed(found, dialect) if call.endpoint.operation in GOING_ON else found
@@ -355,6 +354,7 @@ class NativeExchange:
         self.keeping: Keeping | None = None  # of what lives on at the provider
         self.hand_over: BackgroundHandOver | None = None  # of what goes on there
         self.told: AnswerFacts | None = None  # where they are not in the answer alone
+        self.refers = False  # to what lives at one upstream
 
     @property
     def started(self) -> bool:
@@ -370,10 +370,8 @@ class NativeExchange:
         return targets.of(self.dialect, model)
 
     def elsewhere(self, targets: Targets) -> list[Target]:
-        asked, spec = self._asked, DIALECTS[self.dialect]
-        if asked is None or spec.references(self._body, self._call.body):
-            return []
-        return targets.of(self.dialect, asked.model)
+        asked = self._asked
+        return [] if asked is None or self.refers else targets.of(self.dialect, asked.model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked, policy = self.terms, self._asked, lane.limiter.policy
@@ -434,7 +432,7 @@ class NativeExchange:
             max_output_tokens=most_output,
             images=asked.images,
             draws_alone=endpoint.operation is Operation.IMAGES,
-            writes=cache_write_in(rates, self._body),
+            writes=asked.cache_write,
             tools=bool(asked.pieces.tools),
             unbounded=unbounded,
             measured=asked.measured,
@@ -443,7 +441,7 @@ class NativeExchange:
     def suspect(self) -> Suspect:
         endpoint, caller = self._call.endpoint, self.terms.caller
         call = self._call
-        body = call.body if call.form is None else call.form.identity
+        body = identity_of(call.body) if call.form is None else call.form.identity
         request = hash((endpoint.path, endpoint.model, call.query, body))
         return Suspect(None if caller.key_id is None else caller.tenant_id, request)
 
@@ -498,7 +496,9 @@ class NativeExchange:
             if call.endpoint.operation is Operation.OTHER:
                 body: RequestBody = call.body or None
             elif call.form is None:
-                body = body_for(call.body, call.endpoint, self._body, target, ask_usage=hides)
+                given = call.body, call.endpoint, self._body, target
+                making = partial(body_for, *given, ask_usage=hides)
+                body = await aside(len(call.body), making)
             else:
                 body = call.form.for_model(target.model)
             timeouts = self._timeouts[target.upstream.name]
@@ -691,14 +691,13 @@ class NativeExchange:
         estimate = self._estimate(demands, demand, asked, target.model)
         if is_unknown(usage):
             pictures = images or came.images
-            writes = cache_write_in(rates, self._body)
             return estimated_charge(
                 rates,
                 estimate,
                 came.tokens,
                 pictures,
                 usage.details,
-                writes,
+                asked.cache_write,
                 measured=asked.measured,
             )
         return cut_charge(rates, usage, estimate, came.tokens, images)
@@ -758,7 +757,6 @@ def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:
     return found
 
 
-_Read = TypeVar("_Read")
 # A budget that takes estimates lets it pass while anything is left.
 _COST_OF_OTHER = CallCost(None, None, 1, 1, "what a path costs that is known by its name alone")
 

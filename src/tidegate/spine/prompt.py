@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from typing import Any
 from uuid import UUID
@@ -51,7 +52,7 @@ from tidegate.dialects.prompts import (
     prompt_call,
     question_call,
 )
-from tidegate.dialects.requests import skimmed
+from tidegate.dialects.requests import LARGE_BYTES
 from tidegate.dialects.spec import Dialect, Headers, RequestFacts
 from tidegate.errors import (
     DeadlineExceeded,
@@ -65,10 +66,12 @@ from tidegate.errors import (
 from tidegate.limiter import Permit
 from tidegate.record import JUDGE, CallListeners, CallRecord, Failure
 from tidegate.settings import ClassifierMode, Config
+from tidegate.spine.bodies import aside
+from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeCall, NativeExchange, Relay
 from tidegate.spine.out import AttendedOut, NothingOut, Out
 from tidegate.spine.routing import Suspect, Target, Targets
-from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Terms
+from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Spine, Terms
 from tidegate.store.blobs import Blobs
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail, address_of
@@ -287,6 +290,7 @@ class PromptCalls:
         exchange = PromptExchange(terms, self._ways, call, record, sink)
         targets = self.targets(call.model, call.kind, files_of(call.media))
         await self._ways.open(targets)
+        await exchange.plan(targets, self._spine)
         try:
             await self._spine.run(exchange, record, targets, on_admitted)
         except CallFailed as failed:
@@ -355,6 +359,14 @@ class PromptExchange:
     def is_heard(self) -> bool:
         """Of what an SDK has received so far nothing is known here."""
         return self._native is None or self._native[0].is_heard
+
+    async def plan(self, targets: Sequence[Target], spine: Spine) -> None:
+        """Make the calls of these targets beside the event loop where files are large, since their
+        demands are asked for in one step. Raises InvalidRequest."""
+        size_bytes = sum(len(one.data) for one in self._call.media)
+        if size_bytes > LARGE_BYTES:
+            for target in targets:
+                await aside(size_bytes, partial(self._plan, target, spine.lane(target)))
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
         return targets.of_prompt(model, self._call.kind, files_of(self._call.media))
@@ -575,11 +587,10 @@ def _planned(made: PromptCall, terms: Terms, call: Call) -> _Plan:
     native = NativeCall(terms, made.endpoint, "POST", "", headers, made.body, datetime.now(UTC))
     if made.asked is not None:
         return _Plan(native, {"model": made.asked.model}, made.asked)
-    read = skimmed(made.body)
-    asked = spec.request_facts(made.endpoint, read.body, read.whole)
+    body, asked = unchecked_facts(made.endpoint, made.body)
     # Files of text are files too, though the body has them as text.
     asked.kind, asked.images = call.kind, int(call.kind is Kind.IMAGE_GENERATION)
-    return _Plan(native, read.body, asked)
+    return _Plan(native, body, asked)
 
 
 class _ReadingOut:

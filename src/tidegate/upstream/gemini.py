@@ -462,7 +462,7 @@ class GeminiProcessor:
         parts = []
         for index, media in enumerate(call.media):
             if index not in large:
-                parts.append(inline(media))
+                parts.append(inline(scope.stand_in(media)))
                 continue
             with self._translated(sdk, scope):
                 parts.append(await upload(sdk.client, media, uploaded))

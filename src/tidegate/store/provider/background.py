@@ -12,10 +12,12 @@ written with its end, in one transaction.
 
 from __future__ import annotations
 
+import asyncio
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -24,7 +26,7 @@ import orjson
 
 from tidegate.errors import ClaimLost
 from tidegate.record import CallRecord
-from tidegate.store.audit import AuditLog
+from tidegate.store.audit import WORTH_A_THREAD_BYTES, AuditLog
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
 from tidegate.store.provider.resources import NewResource, add_resources
@@ -85,6 +87,7 @@ class BackgroundCalls:
         self, record: CallRecord, kind: str, limits: Mapping[str, int], permit: str, within_ms: int
     ) -> None:
         """Write down a call that is about to be sent. within_ms: how long it may go on."""
+        packed = await _aside(record.request, partial(zlib.compress, level=1))
         await self._connections.execute(
             "add_background_call",
             record.id,
@@ -96,7 +99,7 @@ class BackgroundCalls:
             [name if amount == 1 else f"{name} {amount}" for name, amount in limits.items()],
             permit,
             orjson.dumps(facts_of(record)).decode(),
-            zlib.compress(record.request, 1),
+            packed,
             float(within_ms),
             lineage_text(record.lineage),
             timeout_ms=_TIMEOUT_MS,
@@ -152,7 +155,10 @@ class BackgroundCalls:
             self._queue.may_judge,
             self._lease_ms,
         )
-        return None if row is None else _call(row)
+        if row is None:
+            return None
+        packed = row["request"]
+        return _call(row, await _aside(packed, zlib.decompress) if packed else b"")
 
     async def put_off(
         self, call: BackgroundCall, after_ms: float, *, is_cancelled: bool = False
@@ -202,9 +208,15 @@ class BackgroundCalls:
             raise ClaimLost(f"another worker has the background call {call.id} now")
 
 
-def _call(row: Mapping[str, Any]) -> BackgroundCall:
+async def _aside(body: bytes, work: Callable[[bytes], bytes]) -> bytes:
+    """What becomes of a body: of a large one in a thread, which then runs beside all others."""
+    large = len(body) > WORTH_A_THREAD_BYTES
+    return await asyncio.to_thread(work, body) if large else work(body)
+
+
+def _call(row: Mapping[str, Any], request: bytes) -> BackgroundCall:
     record = record_from(row["id"], orjson.loads(row["facts_text"]))
-    record.request = zlib.decompress(row["request"]) if row["request"] else b""
+    record.request = request
     record.lineage = lineage_from(row["lineage_text"])
     limits = {
         name: int(amount or 1) for name, _, amount in (x.partition(" ") for x in row["limits"])

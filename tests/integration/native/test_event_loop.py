@@ -1,0 +1,196 @@
+"""Large bodies beside small calls: no step of the event loop works on one.
+
+What is counted are the calls, from this package, of functions in C with a large value, in the
+thread of the loop; how long one takes is another machine's affair.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+import tidegate
+from tests.gateway import PNG, Gateway, Opener
+from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
+from tests.waiting import wait_until
+
+SOURCE = str(Path(tidegate.__file__).parent)
+EMULATOR = f"{SOURCE}/emulator"
+MODEL = "gemini-2.5-flash"
+CHAT = "/v1/chat/completions"
+LARGE_BYTES = 262_144  # from there on a body is read beside the event loop
+TEXT = "".join(random.Random(1).choices("abcdefghijklmnop ", k=600_000))
+PICTURE = PNG + random.Random(1).randbytes(600_000)
+IN_BASE64 = b64encode(PICTURE).decode()
+# The same for a value of any size: what they look at is its kind, its length or its first bytes.
+QUICK = frozenset(
+    (
+        *("len", "isinstance", "type", "id", "next", "dict", "str.isascii", "bytes.startswith"),
+        *("dict.get", "dict.pop", "dict.keys", "dict.values", "dict.items"),
+        *("list.append", "list.pop", "frozenset.isdisjoint"),
+    )
+)
+
+
+def size_of(value: Any, depth: int = 3) -> int:
+    """The bytes and letters in a value, and in what it holds."""
+    if isinstance(value, bytes | bytearray | str):
+        return len(value)
+    if depth and isinstance(value, dict):
+        value = [*value.values()]
+    if depth and isinstance(value, list | tuple):
+        return sum(size_of(one, depth - 1) for one in value)
+    return 0
+
+
+class LoopWatch:
+    """What was called with a large value in the thread of the event loop, and by which code."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str]] = set()
+        self._thread = threading.get_ident()
+        self._monitoring: Any = vars(sys)["monitoring"]
+
+    def note(self, code: CodeType, _place: int, called: object, value: object) -> object:
+        file = code.co_filename
+        if not file.startswith(SOURCE) or file.startswith(EMULATOR):
+            return self._monitoring.DISABLE
+        name = getattr(called, "__qualname__", "")
+        if hasattr(called, "__code__") or name in QUICK or threading.get_ident() != self._thread:
+            return None
+        if isinstance(called, type) and called not in (bytes, bytearray, str, list):
+            return None
+        if size_of(value) > LARGE_BYTES:
+            self.seen.add((f"{Path(file).name}:{code.co_name}", name))
+        return None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        monitoring = self._monitoring
+        tool, calls = monitoring.PROFILER_ID, monitoring.events.CALL
+        monitoring.use_tool_id(tool, "loop watch")
+        monitoring.register_callback(tool, calls, self.note)
+        monitoring.set_events(tool, calls)
+        try:
+            yield
+        finally:
+            monitoring.set_events(tool, 0)
+            monitoring.register_callback(tool, calls, None)
+            monitoring.free_tool_id(tool)
+
+
+@pytest.fixture
+def watch() -> Iterator[LoopWatch]:
+    watching = LoopWatch()
+    with watching.on():
+        yield watching
+
+
+def said(text: Any = TEXT, **more: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
+
+
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": (CHAT, said()),
+    "stream": (CHAT, said(stream=True)),
+    "stream with options": (CHAT, said(stream=True, stream_options={"include_usage": False})),
+    "another name for the model": (CHAT, said() | {"model": "quick"}),
+    "picture": (
+        CHAT,
+        said([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{IN_BASE64}"}}]),
+    ),
+    "messages": (
+        CHAT,
+        {"model": MODEL, "messages": [{"role": "user", "content": TEXT[:2_000]}] * 300},
+    ),
+    "gemini": (
+        f"/v1beta/models/{MODEL}:generateContent",
+        {
+            "contents": [
+                {"parts": [{"inlineData": {"mimeType": "image/png", "data": IN_BASE64}}]},
+                {"parts": [{"text": TEXT}]},
+            ]
+        },
+    ),
+    "anthropic": ("/v1/messages", said(max_tokens=50)),
+    "anthropic, cached": (
+        "/v1/messages",
+        said(
+            [{"type": "text", "text": TEXT, "cache_control": {"type": "ephemeral"}}], max_tokens=50
+        ),
+    ),
+    "anthropic, refused": ("/v1/messages", said(max_tokens=50) | {"messages": [], "system": TEXT}),
+    "responses": ("/v1/responses", {"model": MODEL, "input": TEXT}),
+    "background": ("/v1/responses", {"model": MODEL, "input": TEXT, "background": True}),
+    "job": ("/submit", {"endpoint": CHAT, "body": said()}),
+    "passed through": ("/v1/new-thing", {"model": MODEL, "query": "x", "documents": [TEXT]}),
+}
+POLICY = """
+[upstreams.gemini]
+models = ["*"]
+aliases = { quick = "gemini-2.5-flash" }
+passthrough = ["/v1/new-thing"]
+"""
+
+
+async def posted(
+    gateway: Gateway, path: str, headers: dict[str, str], body: Any
+) -> tuple[int, bytes]:
+    given = {"data": orjson.dumps(body)} if isinstance(body, dict) else {"data": body}
+    kind = {"Content-Type": "application/json", "anthropic-version": "2023-06-01"}
+    async with gateway.http.post(gateway.url + path, headers=kind | headers, **given) as answer:
+        return answer.status, await answer.read()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="traces with sys.monitoring")
+async def test_no_step_of_the_event_loop_works_on_a_large_body(
+    open_gateway: Opener, watch: LoopWatch, tmp_path: Path
+) -> None:
+    """By a tenant with a budget, a cap on streams and some models only, which are all looked up in
+    a body; the second time under a key, and answered from the record."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(POLICY)
+    gateway = await open_gateway(auth="on", admin_token=ADMIN_TOKEN, policy_file=policy)
+    bounds: dict[str, Any] = {
+        "budget_day_tokens": 10**9,
+        "most_streams": 5,
+        "models": (MODEL, "quick"),
+    }
+    acme = await key_of(gateway, "acme", **bounds)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for name, (path, body) in BODIES.items():
+        once = {"Idempotency-Key": f"key {name}"} if path == CHAT else {}
+        for _ in range(1 + len(once)):
+            status, answer = await posted(gateway, path, acme | once, body)
+            expected = {"anthropic, refused": 400, "job": 202, "passed through": 404}.get(name, 200)
+            assert status == expected, (name, answer[:500])
+        found[name] = watch.seen
+        watch.seen = set()
+    form = aiohttp.FormData()
+    form.add_field("data", "Describe the picture")
+    form.add_field("file", PICTURE, filename="a.png", content_type="image/png")
+    async with gateway.http.post(gateway.url + "/stream", headers=acme, data=form) as response:
+        assert response.status == 200, await response.read()
+        assert b"event: done" in await response.read()
+    assert (await gateway.calls())[-1]
+    found["form"] = watch.seen
+
+    async def all_ended() -> bool:
+        left = "SELECT count(*) FROM requests WHERE status IN ('queued', 'running')"
+        calls = "SELECT count(*) FROM background_calls WHERE state = 'running'"
+        return not (await gateway.database.fetchval(left) or await gateway.database.fetchval(calls))
+
+    await wait_until(all_ended, 30, "jobs and work in the background")
+    found["workers"] = watch.seen
+    assert {name: seen for name, seen in found.items() if seen} == {}
