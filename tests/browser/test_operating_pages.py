@@ -1,4 +1,4 @@
-"""The dashboard's pages of what operators look after in a real browser: usage.
+"""The dashboard's pages of what operators look after in a real browser: usage, upstreams.
 
 With TIDEGATE_SCREENSHOTS set, their pictures of docs/dashboard.md are taken anew.
 """
@@ -170,3 +170,75 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         await expect(unexplained).to_have_count(1)
         await expect(unexplained).to_contain_text("$0.20")
     await pictured(stage, "/usage", "[aria-label='By tenant']", "usage", tmp_path)
+
+
+async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
+    stage: Stage, tmp_path: Path
+) -> None:
+    running = stage.gateway
+    async with opened(stage, "/") as seen:
+        page = seen.page
+        await expect(page.locator("#live")).to_have_text("Live")
+        await page.keyboard.press("g")
+        await page.keyboard.press("p")
+        gemini = page.locator("[data-upstream='gemini']")
+        await expect(gemini.locator(".badge")).to_have_text("Healthy")
+        await gemini.get_by_role("button", name="Test gemini").click()
+        await expect(gemini.locator(".tests")).to_contain_text("models: ")
+        # What is wrong with a new one is said where it is put right.
+        await page.get_by_role("button", name="Add an upstream").click()
+        dialog = page.get_by_role("dialog", name="Add an upstream")
+        await dialog.get_by_label("Provider").select_option("azure")
+        await expect(dialog.get_by_label("Resource")).to_be_visible()
+        await dialog.get_by_label("Provider").select_option("groq")
+        await expect(dialog.get_by_label("Resource")).to_be_hidden()
+        await seen.is_accessible()
+        await page.screenshot(path=tmp_path / "upstream-add.png")
+        seen.expected = ("400", "409")
+        await dialog.get_by_role("button", name="Add", exact=True).click()
+        await expect(dialog.locator(".wrong, .notice")).to_contain_text(["GROQ_API_KEY"])
+        await dialog.get_by_label("Provider").select_option("vllm")
+        await dialog.get_by_label("Name").fill("gpu-1")
+        await dialog.get_by_label("Address").fill("http://127.0.0.1:9")
+        await dialog.get_by_label("Models", exact=True).fill("spare-*, llama-*")
+        await dialog.get_by_label("Concurrent calls").fill("7")
+        await dialog.get_by_role("button", name="Add", exact=True).click()
+        await expect(dialog.get_by_role("alert")).to_contain_text("127.0.0.1:9")
+        await dialog.get_by_label("Before it takes calls").select_option("")
+        await dialog.get_by_role("button", name="Add", exact=True).click()
+        await expect(dialog).to_be_hidden()
+        spare = page.locator("[data-upstream='gpu-1']")
+        await expect(spare).to_contain_text("spare-*, llama-*")
+        await expect(spare).to_contain_text("openai: http://127.0.0.1:9/v1")
+        assert running.services.limiters["gpu-1"].policy.bound("pool:total") == 7
+        await spare.get_by_role("button", name="Test gpu-1").click()
+        await expect(spare.locator(".tests .bad").first).to_contain_text("no answer")
+        await spare.get_by_role("button", name="Change gpu-1").click()
+        dialog = page.get_by_role("dialog", name="Change gpu-1")
+        await dialog.get_by_label("Weight").fill("3")
+        await dialog.get_by_role("button", name="Change", exact=True).click()
+        changes = page.get_by_role("region", name="Changes")
+        await expect(changes).to_contain_text("gpu-1.weight: not set live -> 3")
+        assert running.services.spine.targets.upstreams["gpu-1"].weight == 3
+        await running.upstream.set_fault("unauthorized", count=1)
+        assert await stage.native("Hi", 500) == 502
+        await expect(gemini.locator(".badge")).to_have_text("Refuses our key")
+        await expect(gemini.locator(".notice")).to_contain_text("GEMINI_API_KEY")
+        await seen.is_accessible()
+        await pictured(stage, "/upstreams", "[data-upstream='gpu-1']", "upstreams", tmp_path)
+        await gemini.get_by_role("button", name="Read the key of gemini again").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Read again").click()
+        await expect(page.locator(".toast").last).to_contain_text("was read again")
+        await gemini.get_by_role("button", name="Try gemini now").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Try it now").click()
+        await expect(gemini.locator(".badge")).to_have_text("Healthy")
+        await spare.get_by_role("button", name="Drain gpu-1").click()
+        dialog = page.get_by_role("dialog", name="Drain gpu-1?")
+        await dialog.get_by_label("Reason").fill("it is sold")
+        await dialog.get_by_role("button", name="Drain").click()
+        await expect(spare.locator(".badge")).to_have_text("Drained")
+        await expect(changes).to_contain_text("dashboard: it is sold")
+        await spare.get_by_role("button", name="Remove gpu-1").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Remove").click()
+        await expect(spare).to_have_count(0)
+        assert "gpu-1" not in running.services.spine.targets.upstreams

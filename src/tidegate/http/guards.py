@@ -149,6 +149,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/webhooks/{webhook_id}/redeliver": {"POST": _O},
     "/admin/upstreams": {"GET": _V},
     "/admin/upstreams/history": {"GET": _V},
+    "/admin/upstreams/providers": {"GET": _V},
     "/admin/upstreams/rollback": {"POST": _A},
     "/admin/upstreams/{name}": {"PUT": _A, "PATCH": _A, "DELETE": _A},
     "/admin/upstreams/{name}/test": {"POST": _O},

@@ -42,6 +42,7 @@ PATHS = {
     "/admin/conversations": "get",
     "/admin/upstreams": "get",
     "/admin/upstreams/history": "get",
+    "/admin/upstreams/providers": "get",
     "/admin/upstreams/rollback": "post",
     "/admin/upstreams/{name}": "put",
     "/admin/upstreams/{name}/test": "post",

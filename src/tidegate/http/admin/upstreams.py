@@ -20,6 +20,8 @@ from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import view_of
+from tidegate.metrics.process import Note
+from tidegate.metrics.verdict import found_by
 from tidegate.policy.live import (
     LiveEdit,
     added,
@@ -32,6 +34,7 @@ from tidegate.policy.live import (
     shown,
     with_keys,
 )
+from tidegate.policy.providers import PROVIDERS
 from tidegate.spine.upstreams import UpstreamChange, check_tested
 from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.upstream.fetch import UpstreamTest
@@ -121,6 +124,33 @@ class UpstreamView(BaseModel):
     waiting: int | None
     problems: dict[str, str] = Field(description="Processes that can't make it, and why")
     load: str = Field(description="What a server of one's own reports of itself, such as its slots")
+    provider: str = Field(description="Its preset; empty: none")
+    models: list[str] = Field(description="Patterns of what it serves")
+    key: str = Field(description="Where its key is from: a variable, a file, or how it signs in")
+    limits: int | None = Field(description="How many it has; null while it can't be made")
+    health: UpstreamHealthView
+
+
+class UpstreamHealthView(BaseModel):
+    """As the process finds it that finds it worst."""
+
+    state: Literal["ok", "out", "trying"] | None = Field(description="null: no process has it")
+    key_refused: bool
+    detail: str = Field(description="The last fault")
+    out_in: int = Field(description="Processes that do not find it well")
+    processes: int
+
+
+class ProviderView(BaseModel):
+    """What is known of a provider, so that a table of it needs little."""
+
+    name: str
+    dialects: list[str]
+    base_url: str = Field(description="Of its first dialect; {names} are options")
+    key: str | None = Field(description="The variable of its key where a table names no other")
+    models: list[str]
+    options: dict[str, str | None] = Field(description="What must be named; null: no default")
+    is_own: bool = Field(description="A server of one's own, which needs no key")
 
 
 class UpstreamsView(BaseModel):
@@ -154,6 +184,7 @@ class RevisionView(BaseModel):
 
 
 ChangeView.model_rebuild()
+UpstreamView.model_rebuild()
 UpstreamsView.model_rebuild()
 DrainView.model_rebuild()
 
@@ -165,18 +196,36 @@ async def list_upstreams(request: Request) -> UpstreamsView:
     processes = await live.record.processes()
     deployment = live.deployment
     names = [*(one.name for one in deployment.upstreams), *deployment.missing]
-    loads, uses = await asyncio.gather(
-        live.loads.get(), asyncio.gather(*(_in_use(services, name) for name in names))
+    loads, noted, uses = await asyncio.gather(
+        live.loads.get(),
+        services.board.notes(),
+        asyncio.gather(*(_in_use(services, name) for name in names)),
     )
     return UpstreamsView(
         revision=max(0, live.revision),
         processes=[view_of(ProcessView, one) for one in processes],
         upstreams=[
-            _view(services, name, use, base, processes, str(loads.get(name, "")))
+            _view(services, name, use, base, processes, noted.notes, str(loads.get(name, "")))
             for name, use in zip(names, uses, strict=True)
         ],
         differing=deployment.live.differing(base),
     )
+
+
+@router.get("/upstreams/providers", summary="The providers that are known by name")
+async def providers() -> list[ProviderView]:
+    return [
+        ProviderView(
+            name=name,
+            dialects=list(one.urls),
+            base_url=next(iter(one.urls.values())),
+            key=one.key,
+            models=list(one.models),
+            options=dict(one.options),
+            is_own=one.is_own,
+        )
+        for name, one in PROVIDERS.items()
+    ]
 
 
 @router.get("/upstreams/history", summary="What was changed when, and who changed it")
@@ -400,6 +449,7 @@ def _view(
     use: tuple[int, int] | None,
     base: Any,
     processes: list[UpstreamProcess],
+    notes: list[Note],
     load: str,
 ) -> UpstreamView:
     deployment = services.upstreams.deployment
@@ -414,14 +464,40 @@ def _view(
     problems = {one.instance_id: one.problems[name] for one in processes if name in one.problems}
     if (wrong := deployment.missing.get(name)) is not None:
         problems.setdefault(services.board.process, f"{wrong.variable} {wrong.allowed}")
+    table, limiter = deployment.tables[name], services.limiters.get(name)
+    provider = (upstream.provider if upstream else table.get("provider")) or ""
     return UpstreamView(
         name=name,
         state=state,
         source=deployment.live.source(name, base),
-        table=shown(deployment.tables[name]),
+        table=shown(table),
         base_urls={} if upstream is None else dict(upstream.base_urls),
         in_progress=None if use is None else use[0],
         waiting=None if use is None else use[1],
         problems=problems,
         load=load,
+        provider=provider,
+        models=list(upstream.models if upstream else table.get("models", ())),
+        key=_key_words(name, table, provider),
+        limits=None if limiter is None else len(limiter.policy.limits),
+        health=_health(name, notes),
+    )
+
+
+def _key_words(name: str, table: Any, provider: str) -> str:
+    stated = table.get("key") or table.get("key_file") or table.get("auth")
+    preset = PROVIDERS.get(provider)
+    usual = "GEMINI_API_KEY" if name == "gemini" else (preset.key if preset else None)
+    return str(stated or usual or "")
+
+
+def _health(name: str, notes: list[Note]) -> UpstreamHealthView:
+    found = found_by(name, notes)
+    worst = found[0][1] if found else None
+    return UpstreamHealthView(
+        state=worst.state if worst else None,
+        key_refused=any(one.key_refused for _, one in found),
+        detail=worst.why if worst else "",
+        out_in=sum(one.state != "ok" or one.key_refused for _, one in found),
+        processes=len(found),
     )

@@ -44,6 +44,14 @@ export const PAGES = [
     load: () => import("./usage.js"),
   },
   {
+    path: "/upstreams",
+    title: "Upstreams",
+    nav: "Upstreams",
+    key: "p",
+    style: "upstreams.css",
+    load: () => import("./upstreams.js"),
+  },
+  {
     path: "/tenants",
     title: "Keys and tenants",
     nav: "Keys",

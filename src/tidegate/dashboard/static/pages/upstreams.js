@@ -1,0 +1,372 @@
+// Upstreams: each with its health, and what adds, tests, changes, drains and removes it.
+
+import { get, patch, post, Problem, put, remove } from "../api.js";
+import { fill, h, keyed, mark, say } from "../dom.js";
+import { count, length, time } from "../format.js";
+import { repeat } from "../poll.js";
+import { link } from "../router.js";
+import { confirm, empty, field, said, toast } from "../ui.js";
+
+const EVERY_MS = 3_000;
+const MOST_CHANGES = 10;
+const OTHER = ""; // no preset
+const MOST_MODELS = 8;
+const OPTIONS = ["resource", "project", "location", "region"];
+
+export async function open(main, { signal }) {
+  const list = h("div", { class: "upstream-list" });
+  const none = h("div", { hidden: true }, empty(
+    "No upstream takes calls yet",
+    "An upstream is an account at a provider, or a server of your own. Put its key into a variable of every process, or into a file that all of them can read, and add it here.",
+  ));
+  const away = h("p", { class: "notice bad", role: "alert", hidden: true });
+  const changes = h("ul", { class: "changes-list" });
+  const revision = h("span", { class: "quiet-text" });
+  const differing = h("p", { class: "notice", hidden: true });
+  const draw = keyed(list, (first) => card(first, again));
+
+  async function look() {
+    try {
+      const [found, history] = await Promise.all([get("admin/upstreams", { signal }), get("admin/upstreams/history", { query: { most: MOST_CHANGES }, signal })]);
+      away.hidden = true;
+      draw(found.upstreams, (one) => one.name);
+      none.hidden = found.upstreams.length > 0;
+      say(revision, words(found));
+      differing.hidden = !found.differing.length;
+      say(differing, `The file differs from what was set here: ${found.differing.join("; ")}`);
+      showChanges(changes, history, found.revision, again);
+    } catch (problem) {
+      if (signal.aborted) return;
+      if (!(problem instanceof Problem)) throw problem;
+      away.hidden = false;
+      say(away, said(problem));
+    }
+  }
+
+  async function again() {
+    await look();
+  }
+
+  const add = h("button", { class: "button main", type: "button", needs: "admin", on: { click: () => addUpstream(again, signal) } }, "Add an upstream");
+  await look();
+  repeat(EVERY_MS, look, signal);
+  main.append(
+    h("div", { class: "page-head" }, h("h1", {}, "Upstreams"), revision, h("div", { class: "end" }, add)),
+    away,
+    differing,
+    h("section", { class: "card", "aria-label": "Upstreams" }, none, list),
+    h(
+      "section",
+      { class: "card", "aria-label": "Changes" },
+      h("div", { class: "card-head" }, h("h2", {}, "Changes"), h("span", { class: "quiet-text" }, "made while it runs, the newest first")),
+      changes,
+    ),
+  );
+}
+
+function words({ revision, processes }) {
+  const behind = processes.filter((one) => one.revision !== revision).length;
+  const where = `${count(processes.length)} process${processes.length === 1 ? "" : "es"}`;
+  const late = behind ? `, ${count(behind)} without the newest change yet` : "";
+  return `${revision ? `revision ${revision}` : "as the file says"}, ${where}${late}`;
+}
+
+/** What is said of an upstream: the look and the words of its badge. */
+function stateOf({ state, health }) {
+  if (state === "drained") return ["", "Drained"];
+  if (state === "draining") return ["warn", "Draining"];
+  if (health.key_refused) return ["bad", "Refuses our key"];
+  if (state === "missing") return ["bad", "Can't be made"];
+  if (health.state === "out" || state === "out") return ["bad", "Out of service"];
+  if (health.state === "trying") return ["warn", "On trial"];
+  return ["good", "Healthy"];
+}
+
+/** What is wrong, in the words of the process that found it, and what puts it right. */
+function wrongOf(one) {
+  const { state, health, problems, key } = one;
+  const found = Object.entries(problems).map(([process, why]) => `${process}: ${why}`);
+  if (found.length) return [found.join("; "), "Put it right there, and start that process again. A file is read again by itself."];
+  if (state === "drained" || state === "draining") return ["", "It takes no new calls. Resume it, or remove it for good."];
+  const where = health.out_in && health.processes > 1 ? ` In ${count(health.out_in)} of ${count(health.processes)} processes.` : "";
+  if (health.key_refused) {
+    const from = key ? `Its key is from ${key}: put a sound one there.` : "Give it another key.";
+    return [`${sentence(health.detail)}${where}`, `${from} A file is read again by the button; a variable needs a restart.`];
+  }
+  if (health.state === "out" || state === "out") return [`${sentence(health.detail)}${where}`, "It is tried again by itself, after seconds."];
+  return ["", ""];
+}
+
+const sentence = (text) => `${text.slice(0, 1).toUpperCase()}${text.slice(1).replace(/\.*$/, "")}.`;
+
+function card(first, again) {
+  let latest = first;
+  const badge = h("span", { class: "badge" });
+  const source = h("span", { class: "quiet-text" });
+  const wrong = h("p", { class: "notice", hidden: true });
+  const what = h("b");
+  const remedy = h("span", {});
+  const readAgain = act("Read the key again", `Read the key of ${first.name} again`, "admin", () => readKey(latest, again));
+  const tryNow = act("Try it now", `Try ${first.name} now`, "operator", () => triedNow(latest, again));
+  wrong.append(what, remedy, tryNow, readAgain);
+  const tests = h("ul", { class: "tests quiet-text" });
+  const drain = act("", "", "operator", () => (isOut(latest) ? resume(latest, again) : drainIt(latest, again)));
+  const drop = act("Remove", `Remove ${first.name}`, "admin", () => removeIt(latest, again), "danger");
+  const test = act("Test", `Test ${first.name}`, "operator", () => tested(latest, tests, test));
+  const change = act("Change", `Change ${first.name}`, "admin", () => changeIt(latest, again));
+  const facts = Object.fromEntries(["Models", "Address", "Key", "Limits", "In progress", "Waiting", "Load"].map((name) => [name, h("dd", {})]));
+  const rows = Object.entries(facts).map(([name, dd]) => h("div", { class: ["Models", "Address"].includes(name) ? "long" : null }, h("dt", {}, name), dd));
+  fill(facts.Limits, h("a", { href: link("/", { pool: first.name }) }));
+  return {
+    element: h(
+      "article",
+      { class: "upstream", data: { upstream: first.name } },
+      h("div", { class: "upstream-head" }, h("h2", {}, first.name), badge, source, h("div", { class: "upstream-acts" }, test, change, drain, drop)),
+      wrong,
+      h("dl", { class: "upstream-facts" }, rows),
+      h("div", { role: "status" }, tests),
+    ),
+    update(one) {
+      latest = one;
+      const [look, state] = stateOf(one);
+      mark(badge, "class", `badge ${look}`);
+      say(badge, state);
+      say(source, [one.provider, SOURCES[one.source] ?? one.source].filter(Boolean).join(", "));
+      const [why, how] = wrongOf(one);
+      wrong.hidden = !how;
+      mark(wrong, "class", `notice ${look === "bad" ? "bad" : ""}`);
+      say(what, why);
+      what.hidden = !why;
+      say(remedy, how);
+      tryNow.hidden = look !== "bad" || one.state === "missing";
+      readAgain.hidden = !one.health.key_refused || isOut(one);
+      say(drain, isOut(one) ? "Resume" : "Drain");
+      mark(drain, "aria-label", `${isOut(one) ? "Resume" : "Drain"} ${one.name}`);
+      drop.hidden = !isOut(one) && one.state !== "missing";
+      say(facts.Models, modelsOf(one));
+      mark(facts.Models, "title", one.models.length > MOST_MODELS ? one.models.join(", ") : null);
+      say(facts.Address, Object.entries(one.base_urls).map(([dialect, url]) => `${dialect}: ${url}`).join("\n") || "none");
+      say(facts.Key, one.key || "none");
+      say(facts.Limits.firstChild, one.limits === null ? "none" : count(one.limits));
+      say(facts["In progress"], count(one.in_progress));
+      say(facts.Waiting, count(one.waiting));
+      say(facts.Load, one.load);
+      facts.Load.parentElement.hidden = !one.load;
+    },
+  };
+}
+
+const SOURCES = { deployment: "from the file or the environment", live: "added while it runs" };
+const isOut = (one) => one.state === "drained" || one.state === "draining";
+
+function modelsOf({ models, table }) {
+  const aliases = Object.entries(table.aliases ?? {}).map(([name, model]) => `${name} → ${model}`);
+  const all = [...models, ...aliases];
+  const more = all.length > MOST_MODELS ? `, and ${count(all.length - MOST_MODELS)} more` : "";
+  return all.length ? `${all.slice(0, MOST_MODELS).join(", ")}${more}` : "all";
+}
+
+function act(words, label, needs, run, look = "") {
+  const button = h("button", { class: `button small ${look}`, type: "button", needs, "aria-label": label }, words);
+  button.addEventListener("click", run);
+  return button;
+}
+
+const path = (name, verb = "") => `admin/upstreams/${encodeURIComponent(name)}${verb}`;
+
+/** What a change has done, told; with the processes that do not have it yet. */
+async function told(done, text, again) {
+  if (done === null) return;
+  toast(text);
+  if (done.unreached?.length) toast(`Not yet in force in ${done.unreached.join(", ")}.`, "bad");
+  await again();
+}
+
+async function tested({ name }, place, button) {
+  button.disabled = true;
+  fill(place, h("li", {}, "Asked for its models ..."));
+  try {
+    const found = await post(path(name, "/test"));
+    fill(place, found.map((one) => h("li", { class: one.problem ? "bad" : null }, testWords(one))));
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    fill(place, h("li", { class: "bad" }, said(problem)));
+  } finally {
+    button.disabled = false;
+  }
+}
+
+function testWords(one) {
+  const status = one.status === null ? "no answer" : `status ${one.status}`;
+  const line = `${one.dialect} at ${one.url}: ${status} in ${length(one.took_ms)}`;
+  const unlisted = one.unlisted.length ? `; not in its list: ${one.unlisted.join(", ")}` : "";
+  if (one.problem) return `${line}: ${one.problem}`;
+  if (!one.model_count) return one.status === 200 ? line : `${line}, which has no list of models: its key is not tested`;
+  return `${line}, ${count(one.model_count)} models: ${one.models.slice(0, 5).join(", ")}${one.model_count > 5 ? " ..." : ""}${unlisted}`;
+}
+
+const reasonField = () => field("reason", "Reason (goes on record)", { maxlength: 500 });
+
+async function drainIt({ name }, again) {
+  const done = await confirm({
+    title: `Drain ${name}?`,
+    text: "It takes no new calls. Calls that wait for it go to other upstreams that serve their model; where there is none they are refused. Calls in progress end.",
+    fields: [reasonField()],
+    action: "Drain",
+    act: (values) => post(path(name, "/drain"), { ...values, by: "dashboard" }),
+  });
+  await told(done, `${name} takes no new calls.`, again);
+}
+
+async function resume({ name }, again) {
+  const done = await confirm({
+    title: `Resume ${name}?`,
+    text: "It takes calls again, in every process within a second.",
+    fields: [reasonField()],
+    action: "Resume",
+    act: (values) => post(path(name, "/resume"), { ...values, by: "dashboard" }),
+  });
+  await told(done, `${name} takes calls again.`, again);
+}
+
+async function removeIt({ name }, again) {
+  const force = field("force", "While something needs it", { options: { "": "Refuse, and say what", true: "Remove it nevertheless" } });
+  const done = await confirm({
+    title: `Remove ${name}?`,
+    text: "For good, in every process. Files, stored responses and batches that live there can't be reached through here any more.",
+    fields: [force, reasonField()],
+    action: "Remove",
+    danger: true,
+    act: ({ force: isForced, reason }) => remove(path(name), { query: { force: isForced, reason, by: "dashboard" } }),
+  });
+  await told(done, `${name} is removed.`, again);
+}
+
+/** Let calls come to it again before its pause is over: the next one shows whether it works. */
+async function triedNow({ name }, again) {
+  const done = await confirm({
+    title: `Try ${name} now?`,
+    text: "Calls are sent to it again. Where it still fails, it is out of service again after the first ones.",
+    fields: [reasonField()],
+    action: "Try it now",
+    act: (values) => post(`admin/limits/${encodeURIComponent(`upstream:${name}`)}/resume`, { ...values, by: "dashboard" }, { query: { pool: name } }),
+  });
+  await told(done, `Calls are sent to ${name} again.`, again);
+}
+
+async function readKey({ name, key }, again) {
+  const done = await confirm({
+    title: `Read the key of ${name} again?`,
+    text: `Every process reads ${key || "its secrets and files"} again and asks the upstream with it.`,
+    action: "Read again",
+    act: () => patch(path(name), { read_again: true, by: "dashboard" }),
+  });
+  await told(done, `The key of ${name} was read again.`, again);
+}
+
+const listOf = (text) => text.split(",").map((one) => one.trim()).filter(Boolean);
+
+async function changeIt(one, again) {
+  const { name, table } = one;
+  const models = field("models", "Models", { value: one.models.join(", "), spellcheck: "false", hint: "Patterns, with commas; * stands for anything." });
+  const weight = field("weight", "Weight", { type: "number", value: String(table.weight ?? 1), hint: "Its share of calls among upstreams that serve the same model." });
+  const key = field("key", "Variable of its key", { value: table.key ?? "", placeholder: one.key, spellcheck: "false", hint: "The name of the variable, never the key. Every process must have it." });
+  const done = await confirm({
+    title: `Change ${name}`,
+    text: "In every process, and for good. Calls in progress go on as they began.",
+    fields: [models, weight, key, reasonField()],
+    action: "Change",
+    act: ({ reason, ...values }) => {
+      const set = {};
+      if (values.models !== one.models.join(", ")) set.models = listOf(values.models);
+      if (values.weight !== (table.weight ?? 1)) set.weight = values.weight;
+      if (values.key && values.key !== table.key) set.key = values.key;
+      return patch(path(name), { set, reason, by: "dashboard" });
+    },
+  });
+  await told(done, `${name} is changed.`, again);
+}
+
+async function addUpstream(again, signal) {
+  const providers = await get("admin/upstreams/providers", { signal });
+  const known = new Map(providers.map((one) => [one.name, one]));
+  const choices = { ...Object.fromEntries(providers.map((one) => [one.name, one.name])), [OTHER]: "Another: its address" };
+  const provider = field("provider", "Provider", { options: choices, value: "openai" });
+  const name = field("name", "Name", { maxlength: 100, spellcheck: "false", hint: "As calls, limits and charts name it." });
+  const address = field("base_url", "Address", { spellcheck: "false" });
+  const options = OPTIONS.map((each) => field(each, `${each[0].toUpperCase()}${each.slice(1)}`, { spellcheck: "false" }));
+  const key = field("key", "Variable of its key", { spellcheck: "false", hint: "The name of the variable, never the key. Every process must have it." });
+  const keyFile = field("key_file", "Or the file of its key", { spellcheck: "false", hint: "A path that every process can read: no restart is needed for a new one." });
+  const models = field("models", "Models", { spellcheck: "false", hint: "Patterns, with commas, such as llama-*. Empty: as usual for it." });
+  const most = field("most", "Concurrent calls", { type: "number", hint: "Its limit pool:total. Empty: 64. Others are set on the overview." });
+  const test = field("test", "Before it takes calls", { options: { true: "Ask it for its models", "": "Ask nothing" }, value: "true" });
+
+  function fit() {
+    const one = known.get(provider.value());
+    name.input.placeholder = one?.name ?? "gpu-1";
+    key.input.placeholder = one ? (one.key ?? (one.is_own ? "none needed" : "")) : "EXAMPLE_API_KEY";
+    address.input.placeholder = one?.base_url ?? "https://api.example.com/v1";
+    address.element.hidden = Boolean(one) && !one.is_own;
+    for (const each of options) {
+      each.element.hidden = !one || !Object.hasOwn(one.options, each.name);
+      each.input.placeholder = one?.options[each.name] ?? "";
+    }
+    models.input.placeholder = one ? one.models.join(", ") : "*";
+  }
+  provider.input.addEventListener("change", fit);
+  fit();
+  const done = await confirm({
+    title: "Add an upstream",
+    text: "In every process, and for good; no restart.",
+    fields: [provider, name, address, ...options, key, keyFile, models, most, test],
+    action: "Add",
+    act: (values) => {
+      const table = {};
+      const chosen = known.get(values.provider);
+      if (chosen) table.provider = chosen.name;
+      for (const each of [address, ...options, key, keyFile]) if (!each.element.hidden && values[each.name]) table[each.name] = values[each.name];
+      if (values.models) table.models = listOf(values.models);
+      if (values.most !== null) table.limits = { "pool:total": values.most };
+      const called = values.name || chosen?.name;
+      if (!called) throw new Problem({ detail: "Give it a name.", field: "name" });
+      return put(path(called), { table, test: Boolean(values.test), by: "dashboard" }).then((answer) => ({ ...answer, name: called }));
+    },
+  });
+  await told(done, `${done?.name} takes calls.`, again);
+}
+
+function showChanges(place, history, current, again) {
+  const text = JSON.stringify([history, current]);
+  if (place.dataset.shown === text) return;
+  place.dataset.shown = text;
+  if (!history.length) {
+    fill(place, h("li", { class: "quiet-text" }, "Nothing was changed while it runs: all is as tidegate.toml and the environment say."));
+    return;
+  }
+  fill(
+    place,
+    history.map((one, at) => {
+      const back = h("button", { class: "button small quiet", type: "button", needs: "admin", "aria-label": `Go back to revision ${one.revision}` }, "Go back to it");
+      back.addEventListener("click", () => rollBack(one, again));
+      return h(
+        "li",
+        { data: { revision: one.revision } },
+        h("b", {}, `Revision ${one.revision}`),
+        h("span", { class: "quiet-text" }, `${time(one.created_at)}, ${one.set_by}${one.reason ? `: ${one.reason}` : ""}`),
+        h("span", {}, one.changes.join("; ") || "no change"),
+        at > 0 && back,
+      );
+    }),
+  );
+}
+
+async function rollBack({ revision }, again) {
+  const done = await confirm({
+    title: `Go back to revision ${revision}?`,
+    text: "Its upstreams are put in force as a new revision, in every process.",
+    fields: [reasonField()],
+    action: "Go back",
+    act: (values) => post("admin/upstreams/rollback", { revision, ...values, by: "dashboard" }),
+  });
+  await told(done, `The upstreams of revision ${revision} are in force.`, again);
+}
