@@ -98,7 +98,21 @@ def config_errors_refused() -> Iterator[None]:
 def described(model: type[BaseModel]) -> dict[str, Any]:
     """What the API's description says of the body."""
     schema = model.model_json_schema()
-    return {"requestBody": {"required": False, "content": {_JSON: {"schema": schema}}}}
+    whole = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": False, "content": {_JSON: {"schema": whole}}}}
+
+
+def _inlined(value: Any, named: dict[str, Any]) -> Any:
+    """A schema with each definition in the place of its reference, which leads nowhere in the
+    document of the whole API."""
+    if isinstance(value, list):
+        return [_inlined(one, named) for one in value]
+    if not isinstance(value, dict):
+        return value
+    rest = {key: _inlined(one, named) for key, one in value.items() if key != "$ref"}
+    if isinstance(reference := value.get("$ref"), str):
+        return _inlined(named[reference.rpartition("/")[2]], named) | rest
+    return rest
 
 
 _LONGEST_PAUSE_MS = 366 * 86_400_000
