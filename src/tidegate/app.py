@@ -18,7 +18,7 @@ from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.dashboard.rollup import Rollup, counting
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import StoreUnavailable
-from tidegate.http.auth import Authenticator
+from tidegate.http.auth import Authenticator, TokenTrust
 from tidegate.http.browsers import Origins
 from tidegate.http.services import Services
 from tidegate.jobs.reconciliation import NightlyReconciliation
@@ -49,6 +49,7 @@ from tidegate.telemetry.tracing import Tracing
 from tidegate.upstream.credentials import Signers, open_wire
 from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import GeminiProcessor
+from tidegate.upstream.issuer import Issuer
 from tidegate.upstream.transport import Timeouts
 
 if TYPE_CHECKING:
@@ -208,9 +209,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         stack.callback(asyncio.create_task(board.run()).cancel)
         await live.open(board.share)
         await stack.enter_async_context(following(live, store.notifications))
-        gate = Authenticator(
-            store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms
-        )
+        gate = _gate_of(config, store)
         if role == "api":
             await stack.enter_async_context(gate.at_work())
         services = Services(
@@ -241,6 +240,16 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
+
+
+def _gate_of(config: Config, store: Store) -> Authenticator:
+    """Of API keys, and of tokens where their issuer is named."""
+    tokens = None
+    if config.jwt_issuer:
+        issuer = Issuer(config.jwt_issuer)
+        tokens = TokenTrust(issuer, config.jwt_audience, config.jwt_tenant_claim)
+    outage_ms = config.auth_outage_ms
+    return Authenticator(store.tenants, on=config.asks_for_keys, outage_ms=outage_ms, tokens=tokens)
 
 
 def _log_start(role: str, instance_id: str, limiter: Limiter) -> None:

@@ -52,6 +52,7 @@ TidegateError
 │   ├── PromptBlocked           the provider's safety filter refused the prompt
 │   └── EmptyAnswer             an answer without content; carries the finish reason
 ├── StoreUnavailable            PostgreSQL is unavailable
+├── IssuerUnavailable           the issuer of tokens or sign-ins is, and its keys are not known
 ├── ClaimLost                   another worker has the job now; our result may not be stored
 ├── GatewayRefused              a Tidegate that a command called said no; has its status and code
 ├── GatewayUnreachable          a Tidegate that a command called does not answer
@@ -558,6 +559,11 @@ class EmptyAnswer(UpstreamError):
 
 class StoreUnavailable(TidegateError):
     code = "store_unavailable"
+    retryable = True
+
+
+class IssuerUnavailable(TidegateError):
+    code = "issuer_unavailable"
     retryable = True
 
 

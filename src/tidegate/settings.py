@@ -57,6 +57,7 @@ ALLOWED = {
     "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
     "host": "an IP address or a host name",
     "allowed_hosts": "host names or addresses without ports, with commas between",
+    "jwt_issuer": "an https:// URL without a user or a query; http:// at a loopback address",
     "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
     "reconcile": "openai, anthropic, or both with a comma between",
     "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
@@ -114,6 +115,12 @@ def _is_plain_url(text: str) -> bool:
 
 def is_key(text: str) -> bool:
     return text.isascii() and text.isprintable() and " " not in text
+
+
+def _issuer(value: str) -> str:
+    url, is_local = split_url(value), split_url(value).hostname in ("localhost", "127.0.0.1", "::1")
+    is_sound = _is_plain_url(value) and not url.fragment and (url.scheme == "https" or is_local)
+    return _checked("jwt_issuer", value, is_sound or not value)
 
 
 def _url(value: str | None) -> str | None:
@@ -269,6 +276,11 @@ class Config(BaseModel):
         "Whether callers must send an API key: see docs/tenants.md. auto requires one on any HOST "
         "but a loopback address; off never requires one.",
     )
+    jwt_issuer: Annotated[str, AfterValidator(_issuer)] = setting(
+        "", "An issuer whose tokens (JWTs of services) count as API keys: see docs/access.md."
+    )
+    jwt_audience: str = setting("", "The audience that those tokens must name.")
+    jwt_tenant_claim: str = setting("tenant", "The claim of those tokens that names the tenant.")
     auth_outage_ms: Milliseconds = setting(
         600_000,
         "How long API keys that were seen before remain valid while PostgreSQL is unavailable; "
@@ -663,6 +675,8 @@ class Config(BaseModel):
             if not self.database_url:
                 missing, given = given, missing
             raise ConfigError(missing, "(not set)", f"{given} is set, so this must be set as well")
+        if self.jwt_issuer and not self.jwt_audience:
+            raise ConfigError("JWT_AUDIENCE", "(not set)", "must be set where JWT_ISSUER is")
         if self.gemini_base_url != GOOGLE_URL and self.gemini_api_key is None:
             raise ConfigError(
                 "GEMINI_API_KEY", "(not set)", "GEMINI_BASE_URL is set, so this must be set as well"

@@ -34,6 +34,10 @@ WRONG = {
     "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
     "VIEWERS_READ_BODIES": (["perhaps", "2"], "1 or 0"),
     "ADMIN_TOKEN": (["fifteen-letters", "sixteen letters and spaces"], "16 characters"),
+    "JWT_ISSUER": (
+        ["issuer.example", "http://issuer.example", "https://u@issuer.example", "https://a/?b=c"],
+        "https:// URL",
+    ),
     "CORS_ORIGINS": (
         ["chat.example", "https://a.example/", "*", "ftp://a.example", "https://u@a.example"],
         "https://host",
@@ -109,6 +113,7 @@ WRONG = {
 }
 ANY_TEXT_WILL_DO = {
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
+    *("JWT_AUDIENCE", "JWT_TENANT_CLAIM"),
     *("TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL"),
 }
 

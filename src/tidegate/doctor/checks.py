@@ -258,6 +258,8 @@ def judge_access(
                 f"AUTH=off: every client that reaches {config.host} may call",
                 "take AUTH away, unless something in front asks for you",
             )
+    elif config.jwt_issuer and not any_key:
+        yield ok("access.keys", f"asked for, or tokens of {config.jwt_issuer}")
     elif any_key is None:
         yield skipped("access.keys", "asked for; PostgreSQL has not told whether there are any")
     elif not any_key:

@@ -34,7 +34,7 @@ from tidegate.emulator.counting import (
     Unit,
     counter_of,
 )
-from tidegate.emulator.gpu.spec import known_fields, number, whole
+from tidegate.emulator.gpu import known_fields, number, whole
 from tidegate.errors import InvalidRequest
 
 Provider = Literal["openai", "anthropic", "gemini", "azure", "bedrock", "groq"]

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Literal, Self
 
 from tidegate.emulator.account import DAY_S, AccountSpec
-from tidegate.emulator.gpu.spec import GpuSpec, known_fields, number, whole
+from tidegate.emulator.gpu import GpuSpec, known_fields, number, whole
 from tidegate.errors import InvalidRequest
 
 KINDS = ("text_only", "multi_modal", "image_generation", "classifier", "other", "realtime")

@@ -1,8 +1,11 @@
-"""Authentication: from the API key of a request to its tenant and permissions.
+"""Authentication: from the API key or token of a request to its tenant and permissions.
 
 The hot path asks `known`, without I/O. For unknown keys `identify` asks PostgreSQL and caches the
 result. The version number of all tenants and keys is read every 0.4 s; a new number invalidates
 the cache.
+
+A token (a JWT of the issuer that a deployment trusts) is verified once in ten minutes at most, and
+its tenant read as that of a key is; `known` finds both by digest.
 
 Invariants: a cached result counts only if it was current within the last 0.9 s, or, while
 PostgreSQL does not answer, within AUTH_OUTAGE_MS; so a revoked key is refused everywhere within a
@@ -13,11 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from tidegate.call import ANYBODY, Caller, OperatorRole, Scope
@@ -30,8 +33,17 @@ from tidegate.errors import (
 )
 from tidegate.limiter import check_tenant
 from tidegate.store.database import GroupWriter
-from tidegate.store.tenants import FoundKey, Tenants, digest_of, is_same, prefix_of
+from tidegate.store.tenants import (
+    USUAL_SCOPES,
+    FoundKey,
+    FoundTenant,
+    Tenants,
+    digest_of,
+    is_same,
+    prefix_of,
+)
 from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream.issuer import LEEWAY_S, Issuer, looks_like_token
 
 TENANT_HEADER = "x-tidegate-tenant"
 _TENANT = TENANT_HEADER.encode()
@@ -87,10 +99,14 @@ def _in_authorization(value: bytes) -> bytes:
 
 
 def _better(key: bytes | None, found: bytes, several: bool) -> tuple[bytes | None, bool]:
+    """A key of ours goes before a token, a token before what neither is; of two of one sort the
+    last counts, but for ours, of which the first does."""
     if not found or found == key:
         return key, several
     if key is None or not key.startswith(_OURS):
-        return found, several
+        is_token = key is not None and looks_like_token(key)
+        keeps = is_token and not (found.startswith(_OURS) or looks_like_token(found))
+        return (key if keeps else found), several
     return key, several or found.startswith(_OURS)
 
 
@@ -100,6 +116,8 @@ REFUSED_FOR_S = 5.0
 MOST_KNOWN = 10_000
 MOST_REFUSED = 10_000
 MOST_NAMED = 1_000
+MOST_VERIFIED = 10_000
+VERIFIED_FOR_S = 600.0
 _READ_AT_ONCE = 500
 _USE_NOTED_EVERY_S = 60.0
 _FIND_TRIES = 3
@@ -111,6 +129,7 @@ _HOW = (
 log = get_logger()
 
 Headers = Iterable[tuple[bytes, bytes]]
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +142,30 @@ class _KnownKey:
     ends_at: float
     version: int
     disabled: bool
+    is_token: bool = False
+
+    @property
+    def name(self) -> str:
+        """In words, for a refusal."""
+        key_id = self.caller.key_id
+        return f"the token {key_id}" if self.is_token else f"the key tg_{key_id}"
+
+
+class TokenTrust(NamedTuple):
+    """Whose tokens count as keys: those of one issuer for one audience. `tenant_claim` names the
+    tenant."""
+
+    issuer: Issuer
+    audience: str
+    tenant_claim: str
+
+
+class _Verified(NamedTuple):
+    """A token whose signature and claims are sound, until `ends_at` on our clock."""
+
+    tenant: str
+    subject: str
+    ends_at: float
 
 
 class Authenticator:
@@ -134,9 +177,12 @@ class Authenticator:
         *,
         on: bool,
         outage_ms: int,
+        tokens: TokenTrust | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on = on
+        self._tokens = tokens
+        self._verified: dict[bytes, _Verified] = {}
         self._tenants = tenants
         self._outage_s = outage_ms / 1000
         self._clock = clock
@@ -149,6 +195,9 @@ class Authenticator:
         self._away = False
         self._looking: asyncio.Task[None] | None = None
         self._finds: GroupWriter[str, tuple[int, FoundKey | None]] = GroupWriter(self._find)
+        self._tenant_finds: GroupWriter[str, tuple[int, FoundTenant | None]] = GroupWriter(
+            self._find_tenants
+        )
 
     def __repr__(self) -> str:
         return f"<Authenticator on={self.on} known={len(self._known)} away={self._away}>"
@@ -190,7 +239,7 @@ class Authenticator:
         one = await self._shown(shown)
         if scope not in one.scopes:
             raise Forbidden(
-                f"the key tg_{one.caller.key_id} lacks the scope {scope}",
+                f"{one.name} lacks the scope {scope}",
                 allowed=", ".join(sorted(one.scopes)),
             )
         self._check_tenant(one, shown)
@@ -207,7 +256,7 @@ class Authenticator:
         role = OperatorRole.of(one.scopes)
         if role is None:
             raise Forbidden(
-                f"the key tg_{one.caller.key_id} has no role of {', '.join(OperatorRole)}",
+                f"{one.name} has no role of {', '.join(OperatorRole)}",
                 allowed=", ".join(sorted(one.scopes)),
             )
         if self.on:
@@ -270,11 +319,14 @@ class Authenticator:
         if one is not None and self._may_trust(now):
             if now < one.ends_at:
                 return one
-            self._refuse(digest, f"the key tg_{one.caller.key_id} has expired")
+            if not one.is_token:  # which is verified again, and then says itself what is wrong
+                self._refuse(digest, f"{one.name} has expired")
         refused = self._refused.get(digest)
         if refused is not None and now < refused[0]:
             raise Unauthenticated(refused[1])
         prefix = prefix_of(key)
+        if prefix is None and self._tokens is not None and looks_like_token(key):
+            return await self._of_token(digest, key, self._tokens)
         if prefix is None:
             raise Unauthenticated(f"not an API key of this gateway: {_HOW}")
         for _ in range(_FIND_TRIES):
@@ -283,6 +335,48 @@ class Authenticator:
             if version >= self._version:  # else the newest has come in while we asked
                 return self._admitted(digest, found, asked_at, version)
         raise StoreUnavailable("API keys are being changed; try again")
+
+    async def _of_token(self, digest: bytes, token: bytes, trust: TokenTrust) -> _KnownKey:
+        verified = self._verified.get(digest)
+        if verified is None or self._clock() >= verified.ends_at:
+            try:
+                claims = await trust.issuer.claims(token, trust.audience)
+            except Unauthenticated as wrong:
+                self._refuse(digest, wrong.message)
+            verified = self._checked(digest, claims, trust)
+            _remember(self._verified, MOST_VERIFIED, digest, verified)
+        for _ in range(_FIND_TRIES):
+            version, found = await self._tenant_finds.write(verified.tenant)
+            if version < self._version:
+                continue  # the newest has come in while we asked
+            if found is None:
+                self._refuse(digest, f"the token's claim {trust.tenant_claim} names no tenant here")
+            one = _KnownKey(
+                caller=replace(found.caller, key_id=f"jwt:{verified.subject}"),
+                scopes=frozenset(USUAL_SCOPES),
+                tenant=verified.tenant.encode(),
+                ends_at=verified.ends_at,
+                version=version,
+                disabled=found.disabled,
+                is_token=True,
+            )
+            _remember(self._known, MOST_KNOWN, digest, one)
+            return one
+        raise StoreUnavailable("tenants are being changed; try again")
+
+    def _checked(self, digest: bytes, claims: Mapping[str, Any], trust: TokenTrust) -> _Verified:
+        """Raises Unauthenticated where the token names no subject or no tenant."""
+        subject, tenant = claims["sub"], claims.get(trust.tenant_claim)
+        if not isinstance(subject, str) or not 0 < len(subject) <= 255 or not subject.isprintable():
+            self._refuse(digest, "the token's claim sub is no printable text of 255 characters")
+        if not isinstance(tenant, str):
+            self._refuse(digest, f"the token lacks the claim {trust.tenant_claim}")
+        try:
+            tenant = tenant_named(tenant.encode("utf-8", "replace"))
+        except InvalidRequest:
+            self._refuse(digest, f"the token's claim {trust.tenant_claim} names no tenant here")
+        lasts_s = min(VERIFIED_FOR_S, claims["exp"] + LEEWAY_S - time.time())
+        return _Verified(tenant, subject, self._clock() + lasts_s)
 
     # What is remembered
 
@@ -293,9 +387,7 @@ class Authenticator:
         if found is None or wrong is not None:
             self._refuse(digest, wrong or "")
         one = _known_of(found, asked_at, version)
-        if len(self._known) >= MOST_KNOWN:
-            self._known.pop(next(iter(self._known)))
-        self._known[digest] = one
+        _remember(self._known, MOST_KNOWN, digest, one)
         return one
 
     def _refuse(self, digest: bytes, why: str) -> NoReturn:
@@ -310,12 +402,16 @@ class Authenticator:
         return age_s < FRESH_S or (self._away and age_s < self._outage_s)
 
     def _note_use(self, one: _KnownKey, now: float) -> None:
-        if one.caller.key_id is not None:
+        if one.caller.key_id is not None and not one.is_token:
             self._used[one.caller.key_id] = now
 
     async def _find(self, prefixes: Sequence[str]) -> list[tuple[int, FoundKey | None]]:
         version, found = await self._tenants.find(sorted(set(prefixes)))
         return [(version, found.get(prefix)) for prefix in prefixes]
+
+    async def _find_tenants(self, names: Sequence[str]) -> list[tuple[int, FoundTenant | None]]:
+        version, found = await self._tenants.find_tenants(sorted(set(names)))
+        return [(version, found.get(name)) for name in names]
 
     # What keeps it the newest
 
@@ -389,7 +485,12 @@ class Authenticator:
 
     async def _read_anew(self, version: int) -> None:
         """Replace all that is known by what it is at `version` or later."""
-        old = [(digest, one) for digest, one in self._known.items() if one.version < version]
+        # Tokens are left out: their tenants are read again with the next request of each.
+        old = [
+            (digest, one)
+            for digest, one in self._known.items()
+            if one.version < version and not one.is_token
+        ]
         for start in range(0, len(old), _READ_AT_ONCE):
             batch = old[start : start + _READ_AT_ONCE]
             asked_at = self._clock()
@@ -406,9 +507,16 @@ class Authenticator:
         self._version = version
 
     async def _tell_if_there_is_no_key(self) -> None:
-        if not await self._tenants.any_key():
+        if self._tokens is None and not await self._tenants.any_key():
             hint = "every request is refused until there is one: tidegate keys create"
             log.warning(Log.NO_API_KEY, hint=hint)
+
+
+def _remember(known: dict[bytes, Kept], most: int, digest: bytes, value: Kept) -> None:
+    """Keep it in the place of the oldest, where there are too many."""
+    if len(known) >= most and digest not in known:
+        known.pop(next(iter(known)))
+    known[digest] = value
 
 
 def tenant_named(raw: bytes) -> str:

@@ -152,6 +152,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.UpstreamRejected: 422,
     errors.PromptBlocked: 422,
     errors.StoreUnavailable: 503,
+    errors.IssuerUnavailable: 503,
     errors.ShuttingDown: 503,
 }
 # Where a provider would use another one, so that its SDK does what it does with the provider.
@@ -419,6 +420,7 @@ ADVICE: dict[str, str] = {
     "empty_answer": "The provider answered without content: the finish reason says why. Allow "
     "more output tokens, or word it differently.",
     "store_unavailable": "PostgreSQL or the blob store was unavailable: see /health/dependencies.",
+    "issuer_unavailable": "The issuer of the token could not be asked for its keys: try again.",
     "claim_lost": "Another worker took over; its result is used.",
     "shutting_down": f"The process that had it was stopping. {_RETRY_IT}",
     "worker_died": "The workers that ran it died each time: examine the request and the "

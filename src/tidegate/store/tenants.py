@@ -160,6 +160,14 @@ class FoundKey:
     expires_in_s: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class FoundTenant:
+    """A tenant as the front knows it without a key of it."""
+
+    caller: Caller
+    disabled: bool
+
+
 SETTABLE = tuple(
     one.name
     for one in fields(Tenant)
@@ -189,6 +197,17 @@ class Tenants:
 
         version, rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
         return version, {row["prefix"]: _found(row) for row in rows}
+
+    async def find_tenants(self, tenants: Sequence[str]) -> tuple[int, dict[str, FoundTenant]]:
+        """The tenants of these names, at the version that is returned or at a later one."""
+
+        async def read(connection: asyncpg.Connection) -> tuple[int, list[asyncpg.Record]]:
+            version = await _version(connection)
+            return version, await connection.fetch(sql("find_tenants"), list(tenants))
+
+        version, rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        found = {row["tenant_id"]: FoundTenant(_caller(row), row["disabled"]) for row in rows}
+        return version, found
 
     async def any_key(self) -> bool:
         (row,) = await self._connections.rows("any_key", timeout_ms=_TIMEOUT_MS)
@@ -405,19 +424,21 @@ async def _version(connection: asyncpg.Connection) -> int:
     return version
 
 
-def _found(row: asyncpg.Record) -> FoundKey:
-    caps = record_of(Caps, row)
-    caller = Caller(
+def _caller(row: asyncpg.Record, key_id: str | None = None) -> Caller:
+    return Caller(
         tenant_id=row["tenant_id"],
-        key_id=row["prefix"],
+        key_id=key_id,
         models=None if row["models"] is None else tuple(row["models"]),
         most_priority=row["most_priority"],
-        caps=caps,
+        caps=record_of(Caps, row),
         tiers=tuple(tier for tier in _tiers_of(row) or () if tier is not Tier.LIVE),
     )
+
+
+def _found(row: asyncpg.Record) -> FoundKey:
     return FoundKey(
         digest=bytes(row["digest"]),
-        caller=caller,
+        caller=_caller(row, row["prefix"]),
         # A scope that this version does not know permits nothing here.
         scopes=frozenset(Scope(one) for one in row["scopes"] if one in set(Scope)),
         revoked=row["revoked"],

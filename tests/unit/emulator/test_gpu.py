@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tidegate.emulator.gpu import GpuSpec
 from tidegate.emulator.gpu.schedule import ContextExceeded, Schedule, ServerBusy, Work
-from tidegate.emulator.gpu.spec import GpuSpec
 from tidegate.errors import InvalidRequest
 
 

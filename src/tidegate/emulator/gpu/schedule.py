@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tidegate.emulator.gpu.spec import GpuSpec
+from tidegate.emulator.gpu import GpuSpec
 
 CHARS_PER_TOKEN = 4
 

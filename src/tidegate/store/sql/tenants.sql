@@ -21,6 +21,13 @@ SELECT k.prefix, k.digest, k.tenant_id, k.scopes, k.revoked_at IS NOT NULL AS re
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.prefix = ANY($1::text[])
 
+-- name: find_tenants
+-- What the tenants $1 may do.
+SELECT t.id AS tenant_id, t.disabled_at IS NOT NULL AS disabled, t.models, t.most_priority,
+    t.most_queued_jobs, t.most_queued_bytes, t.most_streams, t.most_long_polls,
+    t.tiers_allowed AS tiers
+FROM tenants t WHERE t.id = ANY($1::text[])
+
 -- name: any_key
 -- Whether there is a key that works.
 SELECT EXISTS (

@@ -101,7 +101,7 @@ export function facts(request) {
     ["Provider's own cost", dollars(usage.provider_cost_micros)],
     ["Pool", request.pool],
     ["Process", request.process],
-    ["API key", request.key && h("code", {}, `tg_${request.key}_…`)],
+    ["API key", request.key && h("code", {}, request.key.startsWith("jwt:") ? request.key : `tg_${request.key}_…`)],
     ["Conversation", request.conversation && talk(request)],
     ["Trace", request.trace_id && trace(request)],
     ["Subject", request.subject],

@@ -1,0 +1,301 @@
+"""Issuer of OpenID Connect: its metadata, its public keys, and what it signs.
+
+Keys are read when the first token asks for one, again every 10 minutes beside the tokens that need
+them, and when a token names a key that is not known: at most once in 10 s, whatever tokens name. An
+outage of the issuer leaves the keys valid for a day.
+
+Invariants: a token counts only by a signature of an algorithm in `ALGORITHMS`, all asymmetric, by
+a key of the issuer's that is of the algorithm's kind; issuer, audience and expiry are always
+checked; nothing is sent but to the issuer's own addresses; no redirect is followed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from tidegate.errors import IssuerUnavailable, Unauthenticated
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream.fetch import guarded_session, why_not_sent
+
+# Algorithm of a signature -> the kind of key that it needs, and of EC the curve.
+ALGORITHMS: Mapping[str, tuple[str, str | None]] = {
+    **dict.fromkeys(("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"), ("RSA", None)),
+    "ES256": ("EC", "P-256"),
+    "ES384": ("EC", "P-384"),
+    "ES512": ("EC", "P-521"),
+    "EdDSA": ("OKP", "Ed25519"),
+}
+LEEWAY_S = 30
+KEYS_READ_EVERY_S = 600.0
+KEYS_USABLE_S = 86_400.0
+KEYS_ASKED_EVERY_S = 10.0
+METADATA_USABLE_S = 3_600.0
+MOST_TOKEN_BYTES = 16_384
+_MOST_ANSWER_BYTES = 262_144
+_MOST_KEYS = 100
+_TIMEOUT_S = 5.0
+_NEEDED = ("exp", "iss", "aud", "sub")
+_HEADERS = {"User-Agent": "tidegate", "Accept": "application/json", "Accept-Encoding": "identity"}
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class IssuerMetadata:
+    """What is needed of an issuer's discovery document. `posts_secret`: the client's secret goes
+    into the form, because the issuer does not take it in a header."""
+
+    authorization_endpoint: str
+    token_endpoint: str
+    jwks_uri: str
+    posts_secret: bool
+
+
+def looks_like_token(key: bytes) -> bool:
+    """Whether it has the shape of a signed JWT: three parts, the first a JSON object."""
+    return key.startswith(b"eyJ") and key.count(b".") == 2
+
+
+class Issuer:
+    """One issuer, by its URL; shared by all that trust it in a process."""
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.url = url
+        self._clock = clock
+        self._metadata: IssuerMetadata | None = None
+        self._metadata_at = float("-inf")
+        self._keys: dict[str | None, dict[str, Any]] = {}
+        self._keys_at = float("-inf")  # when they were read
+        self._asked_at = float("-inf")  # when they were asked for, with an answer or without
+        self._asking: asyncio.Task[None] | None = None
+        self._is_away = False
+
+    def __repr__(self) -> str:
+        return f"<Issuer {self.url} keys={len(self._keys)} away={self._is_away}>"
+
+    async def claims(self, token: bytes, audience: str) -> dict[str, Any]:
+        """What a token says, once it is proven to be the issuer's, for `audience`, and in force.
+
+        Raises Unauthenticated, which says what is wrong and repeats nothing of the token, and
+        IssuerUnavailable.
+        """
+        import jwt
+
+        if len(token) > MOST_TOKEN_BYTES:
+            raise Unauthenticated(f"the token is longer than {MOST_TOKEN_BYTES} bytes")
+        try:
+            head = jwt.get_unverified_header(token)
+        except (jwt.PyJWTError, ValueError, RecursionError):
+            raise Unauthenticated("the token is no JWT") from None
+        algorithm, key_id = head.get("alg"), head.get("kid")
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS or "crit" in head:
+            raise Unauthenticated(f"the token is not signed by one of {', '.join(ALGORITHMS)}")
+        key = await self._key(key_id if isinstance(key_id, str) else None, algorithm)
+        try:
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                jwt.PyJWK(key, algorithm),
+                algorithms=[algorithm],
+                audience=audience,
+                leeway=LEEWAY_S,
+                options={"require": list(_NEEDED), "enforce_minimum_key_length": True},
+            )
+        except jwt.InvalidTokenError as wrong:
+            raise Unauthenticated(_why(wrong)) from None
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
+            raise Unauthenticated("the token cannot be verified") from None
+        if not _is_same_url(claims["iss"], self.url):
+            raise Unauthenticated("the token is of another issuer")
+        return claims
+
+    async def metadata(self) -> IssuerMetadata:
+        """From the discovery document. Raises IssuerUnavailable."""
+        now = self._clock()
+        if self._metadata is None or now - self._metadata_at >= METADATA_USABLE_S:
+            try:
+                self._metadata = await self._discovered()
+                self._metadata_at = now
+            except IssuerUnavailable:
+                if self._metadata is None:
+                    raise
+        return self._metadata
+
+    async def redeem(
+        self, form: Mapping[str, str], client_id: str, secret: str | None
+    ) -> dict[str, Any]:
+        """What the token endpoint answers to a code.
+
+        Raises Unauthenticated where the code does not count, and IssuerUnavailable.
+        """
+        import aiohttp
+
+        metadata = await self.metadata()
+        fields, authentication = {**form, "client_id": client_id}, None
+        if secret is not None and metadata.posts_secret:
+            fields["client_secret"] = secret
+        elif secret is not None:
+            authentication = aiohttp.BasicAuth(client_id, secret)
+        status, answer = await self._exchange(
+            metadata.token_endpoint, fields=fields, authentication=authentication
+        )
+        if 400 <= status < 500:
+            code = str(answer.get("error", status))
+            raise Unauthenticated(f"the issuer refuses the sign-in: {code[:40]!a}")
+        if status != 200:
+            raise self._away(f"answers {status}")
+        return answer
+
+    async def _key(self, key_id: str | None, algorithm: str) -> dict[str, Any]:
+        """The public key that a token names. Raises Unauthenticated and IssuerUnavailable."""
+        key, now = self._keys.get(key_id), self._clock()
+        if key is None or now - self._keys_at >= KEYS_USABLE_S:
+            await self._ask_for_keys()
+            key = self._keys.get(key_id)
+            if self._clock() - self._keys_at >= KEYS_USABLE_S:
+                raise IssuerUnavailable(f"the keys of {self.url} could not be read")
+        elif now - self._keys_at >= KEYS_READ_EVERY_S and self._may_ask():
+            self._begin_asking()  # beside it: the old keys count meanwhile
+        if key is None and key_id is None and len(self._keys) == 1:
+            key = next(iter(self._keys.values()))
+        if key is None and self._is_away:
+            raise IssuerUnavailable(f"the keys of {self.url} could not be read")
+        if key is None:
+            raise Unauthenticated("the token is signed by a key that its issuer does not list")
+        kind, curve = ALGORITHMS[algorithm]
+        if key["kty"] != kind or curve not in (None, key.get("crv")):
+            raise Unauthenticated("the token's algorithm is not that of its key")
+        if key.get("alg", algorithm) != algorithm:
+            raise Unauthenticated("the token's algorithm is not that of its key")
+        return key
+
+    def _may_ask(self) -> bool:
+        return self._asking is None and self._clock() - self._asked_at >= KEYS_ASKED_EVERY_S
+
+    def _begin_asking(self) -> None:
+        self._asked_at = self._clock()
+        self._asking = asyncio.create_task(self._read_keys())
+        self._asking.add_done_callback(self._asked)
+
+    def _asked(self, _task: asyncio.Task[None]) -> None:
+        self._asking = None
+
+    async def _ask_for_keys(self) -> None:
+        """Read the keys, unless that was tried a moment ago; concurrent callers share one."""
+        if self._may_ask():
+            self._begin_asking()
+        if self._asking is not None:
+            await asyncio.shield(self._asking)
+
+    async def _read_keys(self) -> None:
+        try:
+            metadata = await self.metadata()
+            status, answer = await self._exchange(metadata.jwks_uri)
+            if status != 200:
+                raise self._away(f"answers {status} to a request for its keys")
+        except IssuerUnavailable as away:
+            if not self._is_away:
+                log.warning(Log.ISSUER_AWAY, issuer=self.url, detail=away.message)
+            self._is_away = True
+            return
+        listed = answer.get("keys")
+        self._keys = _usable_keys(listed if isinstance(listed, list) else [])
+        self._keys_at = self._clock()
+        if self._is_away:
+            log.info(Log.ISSUER_BACK, issuer=self.url)
+        self._is_away = False
+
+    async def _discovered(self) -> IssuerMetadata:
+        place = f"{self.url.rstrip('/')}/.well-known/openid-configuration"
+        status, found = await self._exchange(place)
+        if status != 200:
+            raise self._away(f"answers {status} to a request for its discovery document")
+        if not _is_same_url(found.get("issuer"), self.url):
+            raise self._away("calls itself by another URL in its discovery document")
+        methods = found.get("token_endpoint_auth_methods_supported") or ["client_secret_basic"]
+        return IssuerMetadata(
+            authorization_endpoint=self._endpoint(found, "authorization_endpoint"),
+            token_endpoint=self._endpoint(found, "token_endpoint"),
+            jwks_uri=self._endpoint(found, "jwks_uri"),
+            posts_secret="client_secret_basic" not in methods,
+        )
+
+    def _endpoint(self, found: Mapping[str, Any], name: str) -> str:
+        url = str(found.get(name, ""))
+        if urlsplit(url).scheme not in {"https", urlsplit(self.url).scheme}:
+            raise self._away(f"names no usable {name}")
+        return url
+
+    async def _exchange(
+        self, url: str, *, fields: Mapping[str, str] | None = None, authentication: Any = None
+    ) -> tuple[int, dict[str, Any]]:
+        """The status of an answer and its JSON object. Raises IssuerUnavailable."""
+        import aiohttp
+
+        method = "GET" if fields is None else "POST"
+        try:
+            async with (
+                asyncio.timeout(_TIMEOUT_S),
+                # The operator's own choice, as an upstream is: it may be at a private address.
+                guarded_session(lambda _: True, None, _HEADERS) as session,
+                session.request(
+                    method, url, data=fields, auth=authentication, allow_redirects=False
+                ) as answer,
+            ):
+                raw = bytearray()
+                async for piece in answer.content.iter_any():
+                    raw += piece
+                    if len(raw) > _MOST_ANSWER_BYTES:
+                        raise self._away("answers with too much")
+                status = answer.status
+        except TimeoutError:
+            raise self._away(f"does not answer within {_TIMEOUT_S:.0f} s") from None
+        except (aiohttp.ClientError, ValueError) as failed:
+            why = why_not_sent(failed) if isinstance(failed, aiohttp.ClientError) else "is no URL"
+            raise self._away(why) from None
+        try:
+            found = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            found = {}
+        return status, found if isinstance(found, dict) else {}
+
+    def _away(self, why: str) -> IssuerUnavailable:
+        return IssuerUnavailable(f"the issuer {self.url} {why}")
+
+
+def _usable_keys(listed: list[Any]) -> dict[str | None, dict[str, Any]]:
+    """Public keys for signatures by their ids, without symmetric ones and those for encryption."""
+    kinds = {kind for kind, _ in ALGORITHMS.values()}
+    found: dict[str | None, dict[str, Any]] = {}
+    for key in listed[:_MOST_KEYS]:
+        if not isinstance(key, dict) or key.get("kty") not in kinds:
+            continue
+        if key.get("use", "sig") == "sig":
+            key_id = key.get("kid")
+            found[key_id if isinstance(key_id, str) else None] = key
+    return found
+
+
+def _is_same_url(said: object, url: str) -> bool:
+    """Whether an issuer is the one of the setting, which may have lost a slash at its end."""
+    return isinstance(said, str) and said.rstrip("/") == url.rstrip("/")
+
+
+def _why(wrong: Exception) -> str:
+    import jwt
+
+    if isinstance(wrong, jwt.ExpiredSignatureError):
+        return "the token has expired"
+    if isinstance(wrong, jwt.ImmatureSignatureError):
+        return "the token is not valid yet"
+    if isinstance(wrong, jwt.InvalidAudienceError):
+        return "the token is for another audience"
+    if isinstance(wrong, jwt.MissingRequiredClaimError):
+        return f"the token lacks the claim {wrong.claim}"
+    return "the token's signature is not its issuer's"
