@@ -23,7 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -53,19 +54,25 @@ def started(
     stdout: IO[bytes],
     stderr: IO[bytes],
     stdin: IO[bytes] | None = None,
+    held_back: Collection[int] = (),
 ) -> Forked | subprocess.Popen[bytes]:
     """A process that runs a module with arguments, as `python -m` would; without `stdin` it has
-    nothing to read."""
+    nothing to read. Signals of `held_back` wait until it lets them through."""
     if _FORKS:
-        return Forked(arguments, cwd=cwd, env=env, stdout=stdout, stderr=stderr, stdin=stdin)
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=cwd,
-        env=dict(env),
-        stdin=stdin or subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-    )
+        streams = (stdout, stderr, stdin)
+        return Forked(arguments, cwd, env, *streams, held_back=held_back)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=cwd,
+            env=dict(env),
+            stdin=stdin or subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Forked:
@@ -74,16 +81,18 @@ class Forked:
     def __init__(
         self,
         arguments: Sequence[str],
-        *,
         cwd: Path,
         env: Mapping[str, str],
         stdout: IO[bytes],
         stderr: IO[bytes],
         stdin: IO[bytes] | None = None,
+        *,
+        held_back: Collection[int] = (),
     ) -> None:
         self._nursery = _nursery()
         self.returncode: int | None = None
-        order = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env)}
+        order: dict[str, Any] = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env)}
+        order["held_back"] = [int(one) for one in held_back]
         with open(os.devnull, "rb") as nothing:
             self.pid = self._nursery.bear(order, [stdin or nothing, stdout, stderr])
 
@@ -105,7 +114,8 @@ class Forked:
 
     def send_signal(self, how: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, how)
+            with suppress(ProcessLookupError):  # it has ended a moment ago
+                os.kill(self.pid, how)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -134,8 +144,8 @@ class _Nursery:
     def ended(self, pid: int, within_s: float) -> int | None:
         """Its exit status, as soon as it has ended, within a time."""
         with self._lock:
-            if pid not in self._ended:
-                self._read(within_s)
+            while pid not in self._ended and self._read(within_s):
+                pass  # of another
             return self._ended.pop(pid, None)
 
     def _read(self, within_s: float) -> dict[str, Any] | None:
@@ -234,11 +244,14 @@ def _serve(control: socket.socket) -> None:
             data, streams, _, _ = socket.recv_fds(control, _LARGEST_ORDER, 3)
             if not data:
                 break
+            order = json.loads(data)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, order["held_back"])
             pid = os.fork()
             if not pid:
                 for mine in (control, heard, wake):
                     mine.close()
-                _become(json.loads(data), streams)
+                _become(order, streams)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for stream in streams:
                 os.close(stream)
             alive.add(pid)

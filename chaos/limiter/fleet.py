@@ -8,44 +8,63 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 from chaos.limiter.worker import Orders
+from tests.forked import Forked, started
 
 ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src"
 END_S = 10.0
+# Asked to end before it knows how, a worker does so once it knows.
+HELD_BACK = {signal.SIGTERM}
 
 
 class Fleet:
     """Worker processes by name. Leave it to end them all. What they write goes to a file each in
-    `logs`, or to where this process writes."""
+    `logs`, or to where this process writes. With `forks` they are forked from a process that has
+    imported all (`tests/forked.py`), where nothing runs them and they are of this source."""
 
-    def __init__(self, logs: Path | None = None) -> None:
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+    def __init__(self, logs: Path | None = None, *, forks: bool = False) -> None:
+        self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
         self._logs = logs
+        self._forks = forks
 
-    def start(
-        self, orders: Orders, prefix: Sequence[str] = (), *, source: Path = ROOT / "src"
-    ) -> None:
+    def start(self, orders: Orders, prefix: Sequence[str] = (), *, source: Path = SOURCE) -> None:
         """`prefix` is a command that runs the worker's: one that enters a namespace. `source` is
         where the worker has the product from."""
-        python = [sys.executable, "-m", "chaos.limiter.worker", json.dumps(asdict(orders))]
-        paths = os.pathsep.join([str(ROOT), str(source)])
-        environment = {**os.environ, "PYTHONPATH": paths}
-        command = [*prefix, *python]
-        # Asked to end before it knows how, it does so once it knows: the mask is inherited.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
+        module = ["chaos.limiter.worker", json.dumps(asdict(orders))]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(source)])}
+        with self._streams(orders.name) as (out, log):
+            if self._forks and not prefix and source == SOURCE:
+                self.processes[orders.name] = started(
+                    module, cwd=ROOT, env=environment, stdout=out, stderr=log, held_back=HELD_BACK
+                )
+                return
+            command = [*prefix, sys.executable, "-m", *module]
+            # The mask is inherited.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+            try:
+                self.processes[orders.name] = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=out, stderr=log
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @contextmanager
+    def _streams(self, name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+        """Where a worker writes, and where it logs."""
+        with open(os.dup(1), "wb") as out:
             if self._logs is None:
-                process = subprocess.Popen(command, cwd=ROOT, env=environment)
+                with open(os.dup(2), "wb") as log:
+                    yield out, log
             else:
-                with self.log_of(orders.name).open("ab") as log:
-                    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.processes[orders.name] = process
+                with self.log_of(name).open("ab") as log:
+                    yield out, log
 
     def log_of(self, name: str) -> Path:
         assert self._logs is not None

@@ -14,9 +14,16 @@ from tidegate.checker import first_of_new_epoch_s
 
 
 async def play(
-    name: str, size: Size, seconds: float, chance: random.Random, *, rounds: int | None = None
+    name: str,
+    size: Size,
+    seconds: float,
+    chance: random.Random,
+    *,
+    rounds: int | None = None,
+    forks: bool = False,
 ) -> Outcome:
-    """Do the fault for `seconds`, and at least for its `rounds`, or those given."""
+    """Do the fault for `seconds`, and at least for its `rounds`, or those given; `forks` as of
+    `Fleet`."""
     fault = FAULTS[name]
     size = replace(size, **fault.size)
     outcome = Outcome(name, fault.what, fault.promise, size.limit, left_out=fault.missing())
@@ -29,6 +36,7 @@ async def play(
         chance,
         append_only=fault.append_only,
         own_clock=fault.own_clock,
+        forks=forks,
     ) as scene:
         try:
             await _rounds(scene, fault, seconds, rounds or fault.rounds, outcome)

@@ -219,6 +219,7 @@ async def open_scene(
     *,
     append_only: bool = False,
     own_clock: bool = False,
+    forks: bool = False,
 ) -> AsyncIterator[Scene]:
     """Everything started and at full use inside the block."""
     async with contextlib.AsyncExitStack() as stack:
@@ -239,7 +240,7 @@ async def open_scene(
             clock=clock,
         )
         await _start(server, stack)
-        fleet = await stack.enter_async_context(Fleet(folder))
+        fleet = await stack.enter_async_context(Fleet(folder, forks=forks))
         scene = Scene(folder, size, orders, chance, truth, fleet, server)
         scene.cables, scene.clock = cables, clock
         if way == "replica":

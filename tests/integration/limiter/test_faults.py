@@ -29,7 +29,7 @@ PARTITION = [
 
 
 async def kept(name: str) -> None:
-    outcome = await play(name, SMALL, 0.0, random.Random(name), rounds=1)
+    outcome = await play(name, SMALL, 0.0, random.Random(name), rounds=1, forks=True)
     assert outcome.problems == []
     assert outcome.peak == SMALL.limit
     assert len(outcome.rounds) == 1

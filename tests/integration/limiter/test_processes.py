@@ -25,7 +25,7 @@ LEASE_MS = 600
 
 @pytest.fixture
 async def fleet() -> AsyncIterator[Fleet]:
-    async with Fleet() as fleet:
+    async with Fleet(forks=True) as fleet:
         yield fleet
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -186,7 +187,7 @@ class Rollout:
         """As a rolling deployment does: the next one is there before the last one goes."""
         successor = await self.start(new=new)
         process = self._fleet.processes.pop(name)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 10) == 0
         return successor
 
@@ -202,7 +203,7 @@ class Rollout:
 async def rollout(
     valkey_url: str, pool: str, truth: Truth, next_version: Path
 ) -> AsyncIterator[Rollout]:
-    async with Fleet() as fleet:
+    async with Fleet(forks=True) as fleet:
         yield Rollout(valkey_url, pool, truth, fleet, next_version)
         assert set((await fleet.end()).values()) <= {0}
 

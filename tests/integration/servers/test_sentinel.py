@@ -66,7 +66,7 @@ async def test_never_over_through_the_failover_of_a_master_that(
     fault: str, deployment: Sentinels, truth: Truth, pool: str
 ) -> None:
     old = deployment.servers[0]
-    async with Fleet() as fleet:
+    async with Fleet(forks=True) as fleet:
         for name in ("one", "two", "three"):
             orders = Orders(deployment.url, pool, truth.port, name, limit=LIMIT, lease_ms=1500)
             fleet.start(orders)

@@ -36,7 +36,7 @@ def orders(server: Daemon, pool: str, truth: Truth, name: str) -> Orders:
 async def split(old: Daemon, new: Daemon, truth: Truth, pool: str, *, old_stops: bool) -> None:
     """Cut the replica off, promote it, and let each side have a process of its own."""
     await wait_until(lambda: new.say("ROLE")[3] == "connected", what="a replica in step")
-    async with Fleet() as fleet:
+    async with Fleet(forks=True) as fleet:
         fleet.start(orders(old, pool, truth, "old"))
         await wait_until(lambda: truth.total > 50, 20, "calls at the old master")
         new.pause()
