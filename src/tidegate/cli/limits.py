@@ -32,6 +32,7 @@ from tidegate.errors import ConfigError, LimiterUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from uuid import UUID
 
     from tidegate.limiter import Limiter
     from tidegate.policy.deployment import Upstream
@@ -393,14 +394,14 @@ def why(
     what: Annotated[
         str,
         typer.Argument(
-            help="The id of a request, or its beginning or end among the newest; or a ticket: "
-            "process/ticket."
+            help="The id of a request, or its beginning or end among the newest; the id of a "
+            "batch; or a ticket: process/ticket."
         ),
     ],
     json: Json = False,
     pool: AnyPool = None,
 ) -> None:
-    """Show which limit a request is waiting for, who holds it and who paused it."""
+    """Show which limit a request or a batch is waiting for, who holds it and who paused it."""
     choose_pool(pool)
     what = _whole_id(what)
     reason = _why(what, is_of_any_pool=pool is None)
@@ -415,10 +416,12 @@ def why(
 
 def _why(what: str, *, is_of_any_pool: bool) -> InspectedReason:
     """Of a request in the pool by whose limits it is called, of a ticket in the chosen one."""
-    from tidegate.policy.inspection import is_put_back, request_id_of
+    from tidegate.policy.inspection import batch_id_of, is_put_back, request_id_of
     from tidegate.policy.inspection import why as ask
     from tidegate.supervisor.services import places_of, with_record
 
+    if (batch_id := batch_id_of(what)) is not None:
+        return _why_batch(what, batch_id)
     request_id = request_id_of(what)
     if request_id is None or not is_of_any_pool:
         return in_pool(lambda control: ask(control, what))
@@ -430,6 +433,22 @@ def _why(what: str, *, is_of_any_pool: bool) -> InspectedReason:
         if reasons[-1].is_of_the_pool is not is_put_back(place):
             return reasons[-1]
     return reasons[0]
+
+
+def _why_batch(what: str, batch_id: UUID) -> InspectedReason:
+    """What the lines of a batch wait for, in the pool by whose limits they are called."""
+    from tidegate.policy.inspection import is_put_back, of_batch, why_batch
+    from tidegate.supervisor.services import batch_of, with_record
+
+    config = command_config()
+    stand, places = with_record(config, lambda record: batch_of(config, record, batch_id))
+    reasons = []
+    for place in places:
+        choose_pool(place.pool)
+        reasons.append(in_pool(partial(why_batch, what=what, stand=stand, line=place)))
+        if reasons[-1].is_of_the_pool is not is_put_back(place):
+            return reasons[-1]
+    return reasons[0] if reasons else of_batch(what, stand)
 
 
 _NEWEST = 1_000

@@ -10,6 +10,7 @@ changes nothing; every action logs who did it and why.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -50,6 +51,7 @@ from tidegate.policy.format import (
 )
 from tidegate.policy.learned import LearnedLimit, acceptance, shared_limits
 from tidegate.policy.rollout import PolicyKeeper, Revision
+from tidegate.store.batches import BatchStand
 from tidegate.store.requests import ActiveRequests, JobsAhead, RunningCall, Whereabouts
 from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log, get_logger
@@ -432,6 +434,39 @@ def request_id_of(what: str) -> UUID | None:
         return None
 
 
+_BATCH = re.compile(r"(?:msg)?batch_([0-9a-f]{32})")
+
+
+def batch_id_of(what: str) -> UUID | None:
+    """The id of a batch as its clients have it; None of anything else."""
+    found = _BATCH.fullmatch(what)
+    return None if found is None else UUID(found[1])
+
+
+def of_batch(what: str, stand: BatchStand) -> Reason:
+    """Of a batch of which no line waits for a limit."""
+    if stand.finished_at is not None:
+        said = f"waits for nothing: {stand.status}, {_ago(stand.finished_at)} ago"
+    elif stand.status == "validating":
+        said = f"waits for a worker that checks its {_lines(stand.total)}"
+    elif stand.status == "in_progress" and stand.calling:
+        said = f"has no line that waits: its last {stand.calling} are being called"
+    else:
+        said = "waits for a worker that puts its results together"
+    return Reason(what, said, stand.status)
+
+
+async def why_batch(control: Control, what: str, stand: BatchStand, line: Whereabouts) -> Reason:
+    """What the lines of a batch wait for, by the one that is called next. Raises as `why`."""
+    reason = await _why_queued(control, line)
+    left = f"has {stand.waiting} of {_lines(stand.total)} left to call; the next"
+    return replace(reason, what=what, sentence=f"{left} {reason.sentence}", status=stand.status)
+
+
+def _lines(count: int) -> str:
+    return "1 line" if count == 1 else f"{count} lines"
+
+
 async def why(control: Control, what: str, found: Whereabouts | None = None) -> Reason:
     """Of a request by its id, or of a ticket as `process/ticket`. `found`: a request's whereabouts,
     with the pool and the model by whose limits it is called.
@@ -454,8 +489,8 @@ async def why(control: Control, what: str, found: Whereabouts | None = None) -> 
 async def _why_ticket(control: Control, what: str) -> Reason:
     process, slash, number = what.rpartition("/")
     if not slash or not number.isdecimal():
-        allowed = "the full id of a request, or process/ticket"
-        raise InvalidRequest("what", f"no request or ticket {what!r}", allowed=allowed)
+        allowed = "the full id of a request or a batch, or process/ticket"
+        raise InvalidRequest("what", f"no request, batch or ticket {what!r}", allowed=allowed)
     found = await control.limiter.why(process, int(number))
     if found is None:
         raise NotFound(f"no ticket {number} of process {process} is waiting")
@@ -510,7 +545,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
         if found.is_for_batch:
             return Reason(what, _GATHERED, status)
         if (gate := _shut_gate(found, await control.limiter.snapshot())) is not None:
-            action = _next_action(gate.limit, gate, found.pool)
+            action = _next_action(gate.limit, gate, found.pool, found.is_line)
             said = f"{_sentence(gate.limit, gate)}; it is tried again in {format_span(left)}"
             said = f"{said}. {action}"
             return Reason(what, said, status, held_up_by=gate.limit, limit=gate, next_action=action)
@@ -535,7 +570,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     told = await _estimate(control, found, snapshot)
     before = queue.waiting - 1
     others = f"up to {before} before it there" if before else "next in line there"
-    action = _next_action(queue.held_up_by, view, found.pool)
+    action = _next_action(queue.held_up_by, view, found.pool, found.is_line)
     sentence = f"{_sentence(queue.held_up_by, view)}{_held_by(about['holders'])}, in "
     sentence += f"{found.claimed_by}, {others}{_how_long(told)}. {action}"
     return Reason(
@@ -586,7 +621,7 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
         sentence += "" if rate is None else f", at {rate:.2g}/s"
         sentence += f", admission in {'' if told.is_certain else 'about '}"
         sentence += format_span(told.wait_ms)
-    action = _next_action(view.limit, view, found.pool)
+    action = _next_action(view.limit, view, found.pool, found.is_line)
     return Reason(
         what,
         f"{sentence}. {action}",
@@ -609,7 +644,9 @@ def _held_by(holders: Sequence[ShownPermit]) -> str:
     return f", held by {' and '.join([', '.join(named[:-1]), named[-1]] if named[1:] else named)}"
 
 
-def _next_action(held_up_by: str | None, view: LimitView | None, pool: str) -> str:
+def _next_action(
+    held_up_by: str | None, view: LimitView | None, pool: str, of_batch: bool = False
+) -> str:
     """What an operator can do about the wait."""
     of_pool = "" if pool == DEFAULT_POOL else f" --pool {pool}"
     if held_up_by is None:
@@ -617,6 +654,8 @@ def _next_action(held_up_by: str | None, view: LimitView | None, pool: str) -> s
     if view is not None and view.paused_ms:
         return f"`tidegate limits resume {held_up_by}{of_pool}` ends the pause"
     priority = "give the request a higher priority"
+    if of_batch:  # whose lines all have the lowest
+        priority = "send what is urgent as calls of its own"
     if held_up_by.startswith("upstream:") or (view is not None and view.bound >= MAX_BOUND):
         return "It goes on as calls of that upstream end"
     if view is not None and adapted_from(view) is not None:

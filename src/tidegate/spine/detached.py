@@ -15,7 +15,9 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from tidegate.call import Caller
+import orjson
+
+from tidegate.call import DEFAULT_POOL, Caller, Status
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
 from tidegate.dialects.requests import refuse_to_go_on
 from tidegate.dialects.spec import GOING_ON, Endpoint, Operation, RequestFacts
@@ -26,6 +28,8 @@ from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeCall, NativeExchange, Relay
 from tidegate.spine.out import NothingOut
 from tidegate.spine.run import MOST_TRIES, OnAdmitted, Terms
+from tidegate.store.batches import BatchStand
+from tidegate.store.requests import Whereabouts
 from tidegate.telemetry.tracing import Trail
 
 # Of the JSON that holds one: a line of a batch, or what is submitted as a job.
@@ -108,6 +112,30 @@ def detached_call(
     sent = dict((_JSON, *DIALECTS[endpoint.dialect].headers))
     sent |= {name.encode(): value.encode() for name, value in (headers or {}).items()}
     return NativeCall(terms, endpoint, "POST", "", [*sent.items()], body, datetime.now(UTC))
+
+
+def next_line(stand: BatchStand) -> Whereabouts | None:
+    """The line of a batch that is called next, as a job that waits; None where none waits."""
+    if stand.body is None or stand.status != "in_progress":
+        return None
+    asked = wrapped_facts(endpoint_named(stand.endpoint), orjson.loads(stand.body))
+    return Whereabouts(
+        request_id=stand.batch_id,
+        tenant_id=stand.tenant_id,
+        pool=DEFAULT_POOL,
+        status=Status.QUEUED,
+        kind=str(asked.kind),
+        model=asked.model or None,
+        claimed_by=stand.claimed_by,
+        attempts=stand.attempts,
+        created_at=stand.created_at,
+        not_before=stand.not_before,
+        admitted_at=None,
+        finished_at=None,
+        failure_code=stand.failure_code,
+        failure_message=stand.failure_message,
+        is_line=True,
+    )
 
 
 async def collected(

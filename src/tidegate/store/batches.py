@@ -148,6 +148,36 @@ class Batch:
         return self.call_headers is not None
 
 
+@dataclass(frozen=True, slots=True)
+class BatchStand:
+    """Where a batch stands. waiting: its lines that have not been called. body and what follows: of
+    the line that is called next; None where none waits."""
+
+    batch_id: UUID
+    tenant_id: str
+    status: str
+    endpoint: str
+    total: int
+    created_at: datetime
+    finished_at: datetime | None
+    waiting: int
+    calling: int
+    body: str | None
+    claimed_by: str | None
+    attempts: int
+    not_before: datetime | None
+    failure_code: str | None
+    failure_message: str | None
+
+
+async def batch_stand(connections: Connections, batch_id: UUID) -> BatchStand:
+    """Of a batch of any tenant. Raises NotFound and StoreUnavailable."""
+    row = await connections.row("get_batch_stand", batch_id)
+    if row is None:
+        raise NotFound(f"there is no batch batch_{batch_id.hex}")
+    return rows.record_of(BatchStand, row)
+
+
 class Batches:
     """Every method raises StoreUnavailable."""
 
@@ -320,6 +350,10 @@ class Batches:
         if row is None:
             raise NotFound(f"there is no batch batch_{batch_id.hex}")
         return _batch(row)
+
+    async def stand(self, batch_id: UUID) -> BatchStand:
+        """Of a batch of any tenant. Raises NotFound."""
+        return await batch_stand(self._connections, batch_id)
 
     async def listed(self, tenant_id: str, *, after: UUID | None, limit: int) -> list[Batch]:
         return [

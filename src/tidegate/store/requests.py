@@ -667,8 +667,8 @@ async def _unpacked(packed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """A request. pool: whose queue it is in; `claimed_by`: a process that has it. batch: which one
-    of its provider it is in, and why that stands still. upstream: of its last call."""
+    """A request, or the next line of a batch (`is_line`). pool: whose queue it is in. batch: which
+    one of its provider it is in, and why that stands still. upstream: of its last call."""
 
     request_id: UUID
     tenant_id: str
@@ -687,6 +687,7 @@ class Whereabouts:
     tier: str | None = None
     batch: str | None = None
     upstream: str | None = None
+    is_line: bool = False
 
     @property
     def is_for_batch(self) -> bool:

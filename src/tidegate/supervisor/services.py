@@ -33,6 +33,7 @@ from tidegate.usual_models import EMULATORS_KEY
 
 if TYPE_CHECKING:
     from tidegate.policy.rollout import PolicyKeeper
+    from tidegate.store.batches import BatchStand
     from tidegate.store.database import Connections
     from tidegate.store.requests import Whereabouts
 
@@ -229,11 +230,31 @@ async def places_of(
     config: Config, connections: Connections, request_id: UUID
 ) -> list[Whereabouts]:
     """A job with each pool that it may be called by. Raises NotFound and StoreUnavailable."""
-    from tidegate.policy.deployment import deployed_upstreams
-    from tidegate.spine.routing import Targets
     from tidegate.store.requests import ActiveRequests
 
     found = await ActiveRequests(connections).whereabouts(request_id)
+    return await _places_of(config, connections, found)
+
+
+async def batch_of(
+    config: Config, connections: Connections, batch_id: UUID
+) -> tuple[BatchStand, list[Whereabouts]]:
+    """A batch, and its next line with each pool that it may be called by; none where none waits.
+    Raises NotFound and StoreUnavailable."""
+    from tidegate.spine.detached import next_line
+    from tidegate.store.batches import batch_stand
+
+    stand = await batch_stand(connections, batch_id)
+    line = next_line(stand)
+    return stand, [] if line is None else await _places_of(config, connections, line)
+
+
+async def _places_of(
+    config: Config, connections: Connections, found: Whereabouts
+) -> list[Whereabouts]:
+    from tidegate.policy.deployment import deployed_upstreams
+    from tidegate.spine.routing import Targets
+
     try:
         targets = Targets(deployed_upstreams(config, await _live_changes(connections)))
     except ConfigError:  # such as a key that only the processes have

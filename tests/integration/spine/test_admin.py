@@ -171,7 +171,7 @@ async def test_many_changes_are_one_revision_or_none(open_gateway: Opener) -> No
         ("POST", "/limits/rpm:x/resume", {}, 404, "no limit rpm:x"),
         ("POST", "/limits/kind:text_only/pause", {"for_ms": 0}, 400, "for_ms"),
         ("DELETE", "/permits/nobody", None, 404, "nobody"),
-        ("GET", "/why/nobody", None, 400, "no request or ticket"),
+        ("GET", "/why/nobody", None, 400, "no request, batch or ticket"),
         ("GET", "/why/nobody/17", None, 404, "no ticket 17"),
         ("GET", "/why/01a20eee-3651-7845-959b-24c31459d2c4", None, 404, "on record"),
         ("GET", "/limits/history?most=0", None, 400, "most"),

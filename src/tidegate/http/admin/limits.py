@@ -27,11 +27,15 @@ from tidegate.policy.inspection import (
     Overview,
     Reason,
     ShownPermit,
+    batch_id_of,
     is_put_back,
+    of_batch,
     request_id_of,
     why,
+    why_batch,
 )
 from tidegate.policy.rollout import Revision
+from tidegate.spine.detached import next_line
 from tidegate.store.records import PolicyRecord
 
 MOST_BYTES = 1_000_000
@@ -217,6 +221,20 @@ def control_in(services: Services, pool: str) -> Control:
     return Control(services.keepers[pool], store.running_calls, store.tenants)
 
 
+async def why_of_batch(services: Services, what: str, batch_id: UUID) -> Reason:
+    """What the lines of a batch wait for, in the pool by whose limits they are called. Raises as
+    `why`."""
+    stand = await services.store.batches.stand(batch_id)
+    if (line := next_line(stand)) is None:
+        return of_batch(what, stand)
+    reasons = []
+    for place in services.places_of(line):
+        reasons.append(await why_batch(control_in(services, place.pool), what, stand, place))
+        if reasons[-1].is_of_the_pool is not is_put_back(place):
+            return reasons[-1]
+    return reasons[0]
+
+
 async def why_of(services: Services, request_id: UUID) -> Reason:
     """Why a request waits, in the pool by whose limits it is called. Raises as `why`."""
     found = await services.store.running_calls.whereabouts(request_id)
@@ -335,12 +353,14 @@ async def revoke(
 @router.get(
     "/why/{what:path}",
     responses=problem_responses(404),
-    summary="Why a request or a ticket waits",
+    summary="Why a request, a batch or a ticket waits",
 )
 async def why_it_waits(
     request: Request,
-    what: Annotated[str, Path(description="The id of a request, or process/ticket")],
+    what: Annotated[str, Path(description="The id of a request or a batch, or process/ticket")],
 ) -> Reason:
+    if (batch_id := batch_id_of(what)) is not None:
+        return await why_of_batch(services_of(request), what, batch_id)
     request_id = request_id_of(what)
     if request_id is None:
         return await why(control_of(request), what)

@@ -63,6 +63,21 @@ ON CONFLICT (id) DO NOTHING
 -- One batch of a tenant.
 SELECT * FROM batches WHERE id = $1 AND tenant_id = $2
 
+-- name: get_batch_stand
+-- Where batch $1 stands, whatever its tenant, with the line that is called next: first one that a worker has.
+SELECT b.id AS batch_id, b.tenant_id, b.status, b.endpoint, b.total, b.created_at,
+    coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) AS finished_at,
+    (SELECT count(*) FROM batch_lines l
+        WHERE l.batch_id = b.id AND l.state IN ('queued', 'claimed')) AS waiting,
+    (SELECT count(*) FROM batch_lines l WHERE l.batch_id = b.id AND l.state = 'calling') AS calling,
+    n.body, n.claimed_by, coalesce(n.attempts, 0) AS attempts, n.not_before,
+    n.failure ->> 'code' AS failure_code, n.failure ->> 'message' AS failure_message
+FROM batches b LEFT JOIN LATERAL (
+    SELECT * FROM batch_lines l WHERE l.batch_id = b.id AND l.state IN ('queued', 'claimed')
+    ORDER BY l.state, l.not_before NULLS FIRST, l.line LIMIT 1
+) n ON true
+WHERE b.id = $1
+
 -- name: list_batches
 -- Batches of tenant $1 that come after $2, newest first, but for message batches.
 SELECT * FROM batches WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2)
