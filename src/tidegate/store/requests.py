@@ -747,8 +747,7 @@ class ActiveRequests:
 
 MOST_REQUEUED = 10_000
 REQUEUED_FROM = (Status.FAILED, Status.DEAD)
-_STEP = 500
-_WITHIN_S = 20.0
+_STEP, _WITHIN_S = 500, 20.0
 
 
 @dataclass(frozen=True, slots=True)
