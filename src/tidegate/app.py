@@ -9,7 +9,6 @@ import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -45,7 +44,7 @@ from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.store import Store
 from tidegate.store.tenants import Policies
 from tidegate.telemetry.logging import Log, get_logger
-from tidegate.telemetry.tracing import Tracing
+from tidegate.telemetry.tracing import Tracing, collector_variables, names_collector
 from tidegate.upstream.credentials import Signers, open_wire
 from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import GeminiProcessor
@@ -375,34 +374,12 @@ async def _open_relay(
         yield Relay(spine, wire, resources)
 
 
-_COLLECTOR = (
-    "OTEL_EXPORTER_OTLP_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
-)
-
-
-def _export_otel(dotenv: Path = Path(".env")) -> None:
-    """Put OpenTelemetry's variables of `.env` into the environment, where its SDK reads them; what
-    is in the environment stays. Raises ConfigError."""
-    written = configuration.from_dotenv(dotenv) if dotenv.is_file() else {}
-    for name, value in written.items():
-        if name.startswith("OTEL_"):
-            os.environ.setdefault(name, value)
-
-
-def _names_a_collector() -> bool:
-    """Whether OpenTelemetry's own variables say where spans and metrics are to go."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    return any(os.environ.get(name, "").strip() for name in _COLLECTOR)
-
-
 @asynccontextmanager
 async def _tracing(listeners: CallListeners, role: str, instance_id: str) -> AsyncIterator[Tracing]:
     """Spans and metrics to a collector, where the environment or `.env` names one."""
-    _export_otel()
-    if not _names_a_collector():
+    given = collector_variables()
+    os.environ.update(given)  # where the SDK reads them
+    if not names_collector(given):
         yield Tracing()
         return
     try:

@@ -35,6 +35,15 @@ def test_a_wrong_setting_is_told_in_one_line(command: tuple[str, ...], tmp_path:
     assert done.stderr == "tidegate: PORT=abc: must be a whole number from 0 to 65535\n"
 
 
+def test_a_collector_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("OTEL_EXPORTER_OTLP_ENDPOINT=nonsense\n")
+    for command in (("config", "check"), ("up",)):
+        done = _run(tmp_path, *command)
+        assert (done.returncode, done.stdout) == (2, "")
+        said = "must be http:// or https:// and a host"
+        assert done.stderr == f"tidegate: OTEL_EXPORTER_OTLP_ENDPOINT=nonsense: {said}\n"
+
+
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("worker",), ("config", "check")])
 def test_a_mistake_in_the_policy_file_is_told_in_one_line(
     command: tuple[str, ...], tmp_path: Path

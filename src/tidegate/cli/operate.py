@@ -230,8 +230,10 @@ def load_sound() -> Config:
     """The settings, where all that `config check` checks is sound. Raises ConfigError."""
     from tidegate.policy.deployment import deployed, deployed_upstreams
     from tidegate.settings import load
+    from tidegate.telemetry.tracing import check_collector, collector_variables
 
     config = load()
+    check_collector(collector_variables())
     deployed(config)
     deployed_upstreams(config)
     return config

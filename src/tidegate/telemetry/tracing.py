@@ -1,4 +1,5 @@
-"""Trace context of a call: its parent, and the span ids of its attempts upstream. Pure.
+"""Trace context of a call: its parent, and the span ids of its attempts upstream; the collector's
+settings, which are OpenTelemetry's own variables.
 
 W3C Trace Context, https://www.w3.org/TR/trace-context/. A `Trail` collects while the call runs;
 `tidegate.metrics.otel` makes the spans after its end.
@@ -9,15 +10,18 @@ upstream as it came, and where a client gives none, nothing does.
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import urandom
-from urllib.parse import urlsplit
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
-from tidegate.errors import UpstreamError
+from tidegate.errors import ConfigError, UpstreamError
+from tidegate.settings import from_dotenv
 
 HEADER = b"traceparent"
 _SHAPE = re.compile(
@@ -141,3 +145,131 @@ def address_of(url: str) -> str:
 
 def _new_span_id() -> int:
     return int.from_bytes(urandom(8), "big") or 1
+
+
+_OTEL = "OTEL_"
+_EXPORTERS = ("OTEL_EXPORTER_OTLP", "OTEL_EXPORTER_OTLP_TRACES", "OTEL_EXPORTER_OTLP_METRICS")
+_OFF = "OTEL_SDK_DISABLED"
+_COUNTS = (
+    *("OTEL_BSP_SCHEDULE_DELAY", "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"),
+    *("OTEL_BSP_EXPORT_TIMEOUT", "OTEL_METRIC_EXPORT_INTERVAL", "OTEL_METRIC_EXPORT_TIMEOUT"),
+)
+_LIMITS = (
+    *("OTEL_ATTRIBUTE_COUNT_LIMIT", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"),
+    *("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT"),
+    *("OTEL_SPAN_EVENT_COUNT_LIMIT", "OTEL_SPAN_LINK_COUNT_LIMIT"),
+    *("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", "OTEL_LINK_ATTRIBUTE_COUNT_LIMIT"),
+)
+_SAMPLER = "OTEL_TRACES_SAMPLER"
+_SAMPLERS = ("always_on", "always_off", "traceidratio")
+_CHOICES = {
+    _OFF: ("true", "false"),
+    _SAMPLER: (*_SAMPLERS, *(f"parentbased_{one}" for one in _SAMPLERS)),
+    "OTEL_METRICS_EXEMPLAR_FILTER": ("always_on", "always_off", "trace_based"),
+    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": ("cumulative", "delta", "lowmemory"),
+}
+_MOST_QUEUED, _MOST_SENT = 2_048, 512  # the usual sizes of the queue and of one export
+_LONGEST_SHOWN = 200
+
+
+def collector_variables(dotenv: Path = Path(".env")) -> dict[str, str]:
+    """OpenTelemetry's variables: of the environment, and of `.env` where they are not there. Raises
+    ConfigError."""
+    written = from_dotenv(dotenv) if dotenv.is_file() else {}
+    return {
+        name: value for name, value in {**written, **os.environ}.items() if name.startswith(_OTEL)
+    }
+
+
+def names_collector(given: Mapping[str, str]) -> bool:
+    """Whether these variables say where spans and metrics are to go."""
+    if given.get(_OFF, "").strip().lower() == "true":
+        return False
+    return any(given.get(f"{one}_ENDPOINT", "").strip() for one in _EXPORTERS)
+
+
+def check_collector(given: Mapping[str, str]) -> None:
+    """Raises ConfigError for a value that the SDK fails at, or leaves out without a word; checks
+    nothing where no collector is named."""
+    said = {name: value.strip() for name, value in given.items() if value.strip()}
+    _check_one_of(said, _OFF)
+    if not names_collector(said):
+        return
+    for exporter in _EXPORTERS:
+        _check_exporter(said, exporter)
+    for name in _CHOICES:
+        _check_one_of(said, name)
+    for name in _COUNTS:
+        _check_number(said, name, 1)
+    for name in _LIMITS:
+        if said.get(name, "").lower() != "none":
+            _check_number(said, name, 0)
+    queue, sent = "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
+    most = int(said.get(queue, _MOST_QUEUED))
+    if int(said.get(sent, _MOST_SENT)) > most:
+        name = sent if sent in said else queue
+        raise ConfigError(name, said[name], f"{sent} must be at most {queue}, which is {most}")
+    if said.get(_SAMPLER, "").lower().endswith("traceidratio"):
+        _check_share(said, "OTEL_TRACES_SAMPLER_ARG")
+    _check_pairs(said, "OTEL_RESOURCE_ATTRIBUTES", hidden=False)
+
+
+def _check_exporter(said: Mapping[str, str], exporter: str) -> None:
+    endpoint, timeout = f"{exporter}_ENDPOINT", f"{exporter}_TIMEOUT"
+    if (url := said.get(endpoint)) is not None and not _is_http(url):
+        shown = url.rpartition("@")[2][:_LONGEST_SHOWN]  # without a password
+        raise ConfigError(endpoint, shown, "must be http:// or https:// and a host")
+    if timeout in said and not _number(said[timeout]) > 0:
+        raise ConfigError(timeout, said[timeout][:_LONGEST_SHOWN], "must be a number of seconds")
+    _check_one_of(said, f"{exporter}_PROTOCOL", ("http/protobuf",))
+    _check_one_of(said, f"{exporter}_COMPRESSION", ("none", "gzip", "deflate"))
+    _check_pairs(said, f"{exporter}_HEADERS", hidden=True)
+    for name in (f"{exporter}_CERTIFICATE", f"{exporter}_CLIENT_CERTIFICATE"):
+        _check_file(said, name)
+    _check_file(said, f"{exporter}_CLIENT_KEY")
+
+
+def _check_one_of(said: Mapping[str, str], name: str, allowed: tuple[str, ...] = ()) -> None:
+    allowed = allowed or _CHOICES[name]
+    if name in said and said[name].lower() not in allowed:
+        raise ConfigError(name, said[name][:_LONGEST_SHOWN], f"must be {' or '.join(allowed)}")
+
+
+def _check_number(said: Mapping[str, str], name: str, least: int) -> None:
+    text = said.get(name)
+    if text is not None and not (text.isdecimal() and text.isascii() and int(text) >= least):
+        raise ConfigError(name, text[:_LONGEST_SHOWN], f"must be a whole number from {least}")
+
+
+def _check_share(said: Mapping[str, str], name: str) -> None:
+    if name in said and not 0 <= _number(said[name]) <= 1:
+        raise ConfigError(name, said[name][:_LONGEST_SHOWN], "must be a number from 0 to 1")
+
+
+def _check_pairs(said: Mapping[str, str], name: str, *, hidden: bool) -> None:
+    for pair in filter(str.strip, said.get(name, "").split(",")):
+        key, equals, _ = unquote(pair).partition("=")
+        if not key.strip() or not equals:
+            shown = "(hidden)" if hidden else said[name][:_LONGEST_SHOWN]
+            raise ConfigError(name, shown, "must be name=value, with a comma between two")
+
+
+def _check_file(said: Mapping[str, str], name: str) -> None:
+    if name in said and not Path(said[name]).is_file():
+        raise ConfigError(name, said[name][:_LONGEST_SHOWN], "must be a file that is there")
+
+
+def _number(text: str) -> float:
+    """Not a number where it is none: all comparisons fail."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _is_http(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+    except ValueError:
+        return False
