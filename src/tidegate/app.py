@@ -18,7 +18,7 @@ from tidegate.dashboard.rollup import Rollup, counting
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Authenticator, TokenTrust
-from tidegate.http.browsers import Origins
+from tidegate.http.browsers import Origins, SignIn
 from tidegate.http.services import Services
 from tidegate.jobs.reconciliation import NightlyReconciliation
 from tidegate.jobs.webhooks import AlertSender, WebhookSender
@@ -231,6 +231,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             gate=gate,
             operator_key=operator_key(config),
             origins=Origins(config),
+            sign_in=_sign_in(config),
             budgets=store.budgets,
             upstreams=live,
         )
@@ -239,6 +240,13 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
+
+
+def _sign_in(config: Config) -> SignIn | None:
+    """How people sign in by an issuer, where one is named."""
+    if not config.oidc_issuer:
+        return None
+    return SignIn(config, operator_key(config).get_secret_value())
 
 
 def _gate_of(config: Config, store: Store) -> Authenticator:

@@ -21,12 +21,14 @@ it is cancelled then.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from os import urandom
+from typing import Any
 from uuid import UUID
 
 DEFAULT_TENANT = "default"
@@ -166,6 +168,44 @@ class OperatorRole(StrEnum):
 
 
 _RANKS = tuple(OperatorRole)
+RoleRules = Mapping[str, OperatorRole]
+
+
+def role_rules(value: object) -> object:
+    """Rules such as `{"groups=oncall": "operator"}`, from JSON too: a claim, and a pattern that one
+    of its values fits, to a role. Raises ValueError, which says what is allowed."""
+    allowed = 'must be a JSON object such as {"groups=oncall": "operator"}, of roles '
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, dict) or not all("=" in rule.strip("=") for rule in value):
+        raise ValueError(allowed + ", ".join(OperatorRole))
+    if any(role not in _RANKS for role in value.values()):
+        raise ValueError(allowed + ", ".join(OperatorRole))
+    return {rule: OperatorRole(role) for rule, role in value.items()}
+
+
+def role_by(rules: RoleRules, claims: Mapping[str, Any]) -> OperatorRole | None:
+    """The highest role that the claims of a person give; None without one. An address of e-mail
+    counts only where its issuer has verified it."""
+    fitting = {role for rule, role in rules.items() if _fits(rule, claims)}
+    return OperatorRole.of(fitting)
+
+
+def _fits(rule: str, claims: Mapping[str, Any]) -> bool:
+    name, _, pattern = rule.partition("=")
+    value: Any = claims.get(name)
+    if value is None:  # a path, such as Keycloak's realm_access.roles
+        value = claims
+        for step in name.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+    if name == "email":
+        is_verified = claims.get("email_verified") in (True, "true")
+        return is_verified and fnmatchcase(str(value).lower(), pattern.lower())
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(one, str) and fnmatchcase(one, pattern) for one in values)
 
 
 @dataclass(frozen=True, slots=True)

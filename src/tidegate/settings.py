@@ -26,6 +26,7 @@ from dotenv.parser import parse_stream
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -34,6 +35,7 @@ from pydantic import (
     model_validator,
 )
 
+from tidegate.call import RoleRules, role_rules
 from tidegate.errors import ConfigError
 from tidegate.usual_models import EMULATORS_KEY, GEMINI, usual_models
 
@@ -57,6 +59,8 @@ ALLOWED = {
     "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
     "host": "an IP address or a host name",
     "allowed_hosts": "host names or addresses without ports, with commas between",
+    "oidc_roles": 'a JSON object such as {"groups=oncall": "operator"}',
+    "oidc_issuer": "an https:// URL without a user or a query; http:// at a loopback address",
     "jwt_issuer": "an https:// URL without a user or a query; http:// at a loopback address",
     "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
     "reconcile": "openai, anthropic, or both with a comma between",
@@ -187,7 +191,7 @@ PROVIDER_KEYS = ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 SECRETS = (
     *NEEDED_IN_THE_OPEN,
     *PROVIDER_KEYS,
-    *("ADMIN_TOKEN", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
+    *("ADMIN_TOKEN", "OIDC_CLIENT_SECRET", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
 )
 
 # The headings of the documentation, each above the field that it stands before.
@@ -258,6 +262,14 @@ class Config(BaseModel):
     )
     viewers_read_bodies: bool = setting(
         False, "Whether the role viewer reads prompts, answers and files: see docs/access.md."
+    )
+    oidc_issuer: Annotated[str, AfterValidator(_issuer)] = setting(
+        "", "An OpenID Connect issuer by which people sign in to the dashboard: docs/access.md."
+    )
+    oidc_client_id: str = setting("", "The name of this gateway at that issuer.")
+    oidc_client_secret: SecretStr | None = setting(None, "Its secret there, if it has one.")
+    oidc_roles: Annotated[RoleRules, BeforeValidator(role_rules)] = setting(
+        {}, 'Who has which role, by claim, such as {"groups=oncall": "operator"}.'
     )
     allowed_hosts: tuple[str, ...] = setting(
         (),
@@ -677,6 +689,9 @@ class Config(BaseModel):
             raise ConfigError(missing, "(not set)", f"{given} is set, so this must be set as well")
         if self.jwt_issuer and not self.jwt_audience:
             raise ConfigError("JWT_AUDIENCE", "(not set)", "must be set where JWT_ISSUER is")
+        if self.oidc_issuer and not (self.oidc_client_id and self.oidc_roles):
+            missing = "OIDC_ROLES" if self.oidc_client_id else "OIDC_CLIENT_ID"
+            raise ConfigError(missing, "(not set)", "must be set where OIDC_ISSUER is")
         if self.gemini_base_url != GOOGLE_URL and self.gemini_api_key is None:
             raise ConfigError(
                 "GEMINI_API_KEY", "(not set)", "GEMINI_BASE_URL is set, so this must be set as well"

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING
 from playwright.async_api import async_playwright, expect
 
 from tests.browser.stage import ARGUMENTS, CHROMIUM, PATIENCE_MS, TEXT
+from tests.gateway import open_gateway
+from tests.issuer import CLIENT, issuer_server
 from tests.waiting import wait_until
 from tidegate.http.browsers import make_code
 
 if TYPE_CHECKING:
+    from tests.gateway import Opener
     from tests.product import Product
+
+__all__ = ["open_gateway"]
 
 pytest_plugins = ["tests.product"]
 
@@ -47,5 +52,38 @@ async def test_the_address_of_the_start_up_page_signs_in_once_and_is_signed_out(
             await page.get_by_label("Key").fill(key)
             await page.keyboard.press("Enter")
             await expect(page.locator("#live")).to_have_text("Live")
+        finally:
+            await browser.close()
+
+
+async def test_a_person_signs_in_by_an_issuer_and_sees_what_their_role_may(
+    open_gateway: Opener,
+) -> None:
+    """The issuer is another site (127.0.0.1 beside localhost), as it is in life."""
+    claims = {"sub": "u-1", "email": "ann@example.com", "email_verified": True}
+    async with issuer_server(user=claims, secret=None) as issuer, async_playwright() as playwright:
+        gateway = await open_gateway(
+            worker=False,
+            oidc_issuer=issuer.url,
+            oidc_client_id=CLIENT,
+            oidc_roles={"email=*@example.com": "viewer"},
+        )
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        try:
+            page = await browser.new_page()
+            page.set_default_timeout(PATIENCE_MS)
+            expect.set_options(timeout=PATIENCE_MS)
+            await page.goto(f"{gateway.url.replace('127.0.0.1', 'localhost')}/dashboard/#/tenants")
+            await page.get_by_role("link", name="Sign in with single sign-on").click()
+            await expect(page.get_by_role("heading", name="Keys and tenants")).to_be_visible()
+            assert page.url.endswith("/dashboard/#/tenants")
+            await expect(page.locator("#who")).to_have_text("viewer")
+            new_key = page.get_by_role("button", name="New key")
+            await expect(new_key).to_be_disabled()
+            assert await page.evaluate("document.cookie") == ""
+            await page.get_by_role("button", name="Sign out").click()
+            issuer.user = {"sub": "u-2"}
+            await page.get_by_role("link", name="Sign in with single sign-on").click()
+            await expect(page.get_by_text("Your account has no role here")).to_be_visible()
         finally:
             await browser.close()

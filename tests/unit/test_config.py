@@ -34,6 +34,8 @@ WRONG = {
     "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
     "VIEWERS_READ_BODIES": (["perhaps", "2"], "1 or 0"),
     "ADMIN_TOKEN": (["fifteen-letters", "sixteen letters and spaces"], "16 characters"),
+    "OIDC_ISSUER": (["issuer.example", "http://issuer.example", "ftp://issuer"], "https:// URL"),
+    "OIDC_ROLES": (["[]", "{", '{"groups=x": "root"}'], "JSON object"),
     "JWT_ISSUER": (
         ["issuer.example", "http://issuer.example", "https://u@issuer.example", "https://a/?b=c"],
         "https:// URL",
@@ -113,7 +115,7 @@ WRONG = {
 }
 ANY_TEXT_WILL_DO = {
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
-    *("JWT_AUDIENCE", "JWT_TENANT_CLAIM"),
+    *("JWT_AUDIENCE", "JWT_TENANT_CLAIM", "OIDC_CLIENT_ID", "OIDC_CLIENT_SECRET"),
     *("TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL"),
 }
 
@@ -259,6 +261,7 @@ def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
         "REDIS_URL": "redis://valkey",
         **dict.fromkeys(PROVIDER_KEYS, "k"),
         "ADMIN_TOKEN": "a-token-of-some-length",
+        "OIDC_CLIENT_SECRET": "s",
         "WEBHOOK_SECRET": "whsec_" + "A" * 32,
         "TIDEGATE_API_KEY": "tg_a_b",
     }

@@ -1,8 +1,9 @@
 """Routes of `/dashboard`: the page, its files, its live feed and its sessions.
 
 Every route except the files and those that start and end a session requires an operator. A person
-signs in with an API key, which the page keeps in the tab's storage, or with the one-time code
-that `tidegate up` prints, which becomes a cookie (HttpOnly, SameSite=Strict; see `http.browsers`).
+signs in with an API key, which the page keeps in the tab's storage, by an OpenID Connect issuer, or
+with the one-time code that `tidegate up` prints; the last two become a cookie (HttpOnly,
+SameSite=Strict; see `http.browsers`).
 
 Invariants: the content security policy allows no script but these files; the files hold no secret
 and no figure; a revoked key ends its feed; a client that does not read is disconnected.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from hmac import compare_digest
 from pathlib import Path
 from secrets import token_bytes
 from typing import Annotated, Any, Literal, TypedDict
@@ -39,13 +41,24 @@ from tidegate.dashboard.feed import (
 from tidegate.errors import (
     InvalidRequest,
     LimiterUnavailable,
+    NotFound,
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
     TooManyFollowers,
 )
-from tidegate.http.browsers import checked, cookie_name, make_session
-from tidegate.http.guards import SIGNED_IN, admit_admin, operator_of, reads_bodies
+from tidegate.http.browsers import (
+    CODE_S,
+    PERSON_S,
+    SignIn,
+    SignInRefused,
+    checked,
+    cookie_name,
+    make_session,
+    make_state,
+    state_cookie_name,
+)
+from tidegate.http.guards import SIGNED_IN, admit_admin, operator_of, own_origin, reads_bodies
 from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
@@ -176,6 +189,7 @@ data = APIRouter(prefix="/dashboard", include_in_schema=False, dependencies=[Dep
 
 AsksFor = Literal["keys", "operator_key"]
 Refused = Literal["used", "unavailable"]
+_NO_STORE = {**HEADERS, "Cache-Control": "no-store"}
 
 
 class Cookie(TypedDict):
@@ -184,7 +198,7 @@ class Cookie(TypedDict):
     path: str
     secure: bool
     httponly: bool
-    samesite: Literal["strict"]
+    samesite: Literal["strict", "lax"]
 
 
 class PageSession(BaseModel):
@@ -226,6 +240,85 @@ async def page(
         key = services.operator_key.get_secret_value()
         answer.set_cookie(cookie_name(key), make_session(key), **_cookie(request))
     return answer
+
+
+class WaysIn(BaseModel):
+    """How a person may sign in, beside a key."""
+
+    single_sign_on: bool
+
+
+@router.get("/ways-in")
+async def ways_in(request: Request) -> WaysIn:
+    """For everybody, since it is asked before anybody has signed in."""
+    return WaysIn(single_sign_on=services_of(request).sign_in is not None)
+
+
+@router.get("/sign-in")
+async def sign_in(request: Request) -> Response:
+    """Send the browser to the issuer, with a state that only it can bring back."""
+    services, by_issuer = services_of(request), _by_issuer(request)
+    key = services.operator_key.get_secret_value()
+    state = make_state(key)
+    try:
+        place = await by_issuer.begin(state, _redirect_uri(request))
+    except SignInRefused as refused:
+        return RedirectResponse(f"./?sign-in={refused.why}", 303, _NO_STORE)
+    answer = RedirectResponse(place, 303, _NO_STORE)
+    marks = _cookie(request)
+    marks["samesite"] = "lax"  # the issuer's page leads back here, and it is to be sent then
+    answer.set_cookie(state_cookie_name(key), state, max_age=CODE_S, **marks)
+    return answer
+
+
+@router.get("/signed-in")
+async def signed_in(
+    request: Request,
+    state: Annotated[str, Query(max_length=200)] = "",
+    code: Annotated[str, Query(max_length=4_000)] = "",
+    iss: Annotated[str | None, Query(max_length=2_000)] = None,
+) -> Response:
+    """Where the issuer sends the browser back to; never on to any address but the page's."""
+    services, by_issuer = services_of(request), _by_issuer(request)
+    key = services.operator_key.get_secret_value()
+    name = state_cookie_name(key)
+    try:
+        await _spend_state(services, state, request.cookies.get(name, ""))
+        if not code:
+            raise SignInRefused("refused")
+        person = await by_issuer.finish(state, code, iss, _redirect_uri(request))
+    except StoreUnavailable:
+        answer = RedirectResponse("./?sign-in=unavailable", 303, _NO_STORE)
+    except SignInRefused as refused:
+        answer = RedirectResponse(f"./?sign-in={refused.why}", 303, _NO_STORE)
+    else:
+        answer = RedirectResponse("./", 303, _NO_STORE)
+        value = by_issuer.cookie(person)
+        answer.set_cookie(cookie_name(key), value, max_age=PERSON_S, **_cookie(request))
+    answer.delete_cookie(name, **_cookie(request))
+    return answer
+
+
+def _by_issuer(request: Request) -> SignIn:
+    found = services_of(request).sign_in
+    if found is None:
+        raise NotFound("nobody signs in by an issuer here: OIDC_ISSUER is not set")
+    return found
+
+
+def _redirect_uri(request: Request) -> str:
+    return f"{own_origin(request.scope)}{request.scope.get('root_path', '')}/dashboard/signed-in"
+
+
+async def _spend_state(services: Services, state: str, kept: str) -> None:
+    """Check that this browser began the sign-in, which counts once. Raises SignInRefused and
+    StoreUnavailable."""
+    sound = checked("state", services.operator_key.get_secret_value(), state)
+    if sound is None or not compare_digest(state.encode(), kept.encode()):
+        raise SignInRefused("state")
+    tenants = services.store.tenants
+    if not await tenants.spend_code(sound.nonce, sound.ends_at, token_bytes(16)):
+        raise SignInRefused("state")
 
 
 @router.post("/sign-out", status_code=204)

@@ -11,9 +11,16 @@ a browser. The code becomes a cookie:
     code      nonce . end . HMAC(key, "code", nonce, end)     ten minutes, spent once
     cookie    nonce . end . HMAC(key, "session", nonce, end)  twelve hours
 
-Both are derived from the key, so every process of a deployment can check them and none stores a
+A person who signs in by an OpenID Connect issuer has a cookie too, for an hour: the role that the
+issuer's claims gave is in it, so that one that was taken away ends within that time.
+
+    state     as a code; the nonce and the PKCE verifier of the sign-in are derived from it
+    cookie    JSON . HMAC(key, "person", rules, JSON)
+
+All are derived from the key, so every process of a deployment can check them and none stores a
 session. That a code is spent is on record in PostgreSQL, which all processes share. A new key ends
-every code and session. Invariant: neither tells anything of the key.
+every code and session, and changed OIDC settings every person's. Invariants: none tells anything of
+the key; a sign-in ends in the browser that began it, and leads to no address but ours.
 """
 
 from __future__ import annotations
@@ -22,14 +29,21 @@ import hmac
 import secrets
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from ipaddress import ip_address
-from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlencode, urlsplit
 
-from tidegate.errors import Forbidden
+import orjson
+
+from tidegate.call import OperatorRole, role_by
+from tidegate.errors import Forbidden, IssuerUnavailable, Unauthenticated
 from tidegate.settings import Config
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream.issuer import Issuer
+
+log = get_logger()
 
 Headers = Collection[tuple[bytes, bytes]]
 
@@ -174,7 +188,10 @@ _END_BYTES = 6
 _MAC_BYTES = 32
 _LENGTH = _NONCE_BYTES + _END_BYTES + _MAC_BYTES
 
-Use = Literal["code", "session"]
+PERSON_S = 3600
+_MOST_COOKIE_CHARS = 3_000
+
+Use = Literal["code", "session", "state"]
 
 
 class Pass(NamedTuple):
@@ -209,6 +226,142 @@ def checked(use: Use, key: str, text: str, now: float | None = None) -> Pass | N
     if ends_at <= (time.time() if now is None else now):
         return None
     return Pass(told[:_NONCE_BYTES], ends_at)
+
+
+def make_state(key: str, now: float | None = None) -> str:
+    """Of a sign-in that begins: it is sent to the issuer, and kept in a cookie."""
+    return _made("state", key, CODE_S, now)
+
+
+class Person(NamedTuple):
+    """Who signed in by an issuer. `name` is for people, `subject` the issuer's own."""
+
+    name: str
+    subject: str
+    role: OperatorRole
+
+
+class SignInRefused(Exception):
+    """A sign-in by the issuer that does not count; `why` is for the page."""
+
+    def __init__(self, why: Literal["issuer", "refused", "role", "state"]) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class SignIn:
+    """Sign-in by an OpenID Connect issuer: authorization code with PKCE (RFC 7636)."""
+
+    def __init__(self, config: Config, key: str) -> None:
+        self._issuer = Issuer(config.oidc_issuer)
+        self._client_id = config.oidc_client_id
+        self._secret = config.oidc_client_secret
+        self._rules = config.oidc_roles
+        self._key = key
+        told = orjson.dumps([config.oidc_issuer, self._client_id, dict(self._rules)])
+        self._trust = sha256(told).digest()
+
+    async def begin(self, state: str, redirect_uri: str) -> str:
+        """The issuer's address to which the browser goes. Raises SignInRefused."""
+        try:
+            metadata = await self._issuer.metadata()
+        except IssuerUnavailable as away:
+            log.warning(Log.ISSUER_AWAY, detail=away.message)
+            raise SignInRefused("issuer") from None
+        challenge = sha256(self._derived("verifier", state).encode()).digest()
+        query = {
+            "response_type": "code",
+            "client_id": self._client_id,
+            "redirect_uri": redirect_uri,
+            "scope": "openid profile email",
+            "state": state,
+            "nonce": self._derived("nonce", state),
+            "code_challenge": urlsafe_b64encode(challenge).rstrip(b"=").decode(),
+            "code_challenge_method": "S256",
+        }
+        mark = "&" if "?" in metadata.authorization_endpoint else "?"
+        return f"{metadata.authorization_endpoint}{mark}{urlencode(query)}"
+
+    async def finish(self, state: str, code: str, issuer: str | None, redirect_uri: str) -> Person:
+        """Who has signed in. The state must have been checked. Raises SignInRefused."""
+        if issuer is not None and issuer.rstrip("/") != self._issuer.url.rstrip("/"):
+            raise SignInRefused("state")  # an answer of another issuer (RFC 9207)
+        form = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": redirect_uri,
+            "code_verifier": self._derived("verifier", state),
+        }
+        secret = None if self._secret is None else self._secret.get_secret_value()
+        try:
+            answer = await self._issuer.redeem(form, self._client_id, secret)
+            token = str(answer.get("id_token", "")).encode()
+            claims = await self._issuer.claims(token, self._client_id)
+        except IssuerUnavailable as away:
+            log.warning(Log.ISSUER_AWAY, detail=away.message)
+            raise SignInRefused("issuer") from None
+        except Unauthenticated as wrong:
+            log.warning(Log.SIGN_IN_REFUSED, detail=wrong.message)
+            raise SignInRefused("refused") from None
+        return self._person(state, claims)
+
+    def _person(self, state: str, claims: Mapping[str, Any]) -> Person:
+        is_ours = claims.get("azp", self._client_id) == self._client_id
+        nonce = str(claims.get("nonce", ""))
+        if not is_ours or not hmac.compare_digest(nonce.encode(), self._nonce(state)):
+            log.warning(Log.SIGN_IN_REFUSED, detail="the ID token is of another sign-in")
+            raise SignInRefused("refused")
+        role = role_by(self._rules, claims)
+        subject = _plain(claims["sub"])
+        named = (claims.get(name) for name in ("email", "preferred_username", "name", "sub"))
+        name = next((text for one in named if (text := _plain(one))), "")
+        if role is None or not subject:
+            log.warning(Log.SIGN_IN_REFUSED, by=name, detail="no rule of OIDC_ROLES fits")
+            raise SignInRefused("role")
+        log.warning(Log.SIGNED_IN, by=name, role=role.value)
+        return Person(name, subject, role)
+
+    def cookie(self, person: Person, now: float | None = None) -> str:
+        """The value of a person's cookie."""
+        ends_at = int((time.time() if now is None else now) + PERSON_S)
+        told = orjson.dumps([ends_at, secrets.token_hex(8), *person])
+        return f"{urlsafe_b64encode(told).decode()}.{self._mac(told).hex()}"
+
+    def person(self, cookie: str, now: float | None = None) -> Person | None:
+        """Who a sound cookie is of; None where it is not, or is over."""
+        coded, _, mac = cookie.partition(".")
+        if len(cookie) > _MOST_COOKIE_CHARS:
+            return None
+        try:
+            told = urlsafe_b64decode(coded.encode("ascii"))
+        except ValueError:
+            return None
+        if not hmac.compare_digest(mac.encode("ascii", "replace"), self._mac(told).hex().encode()):
+            return None
+        ends_at, _, name, subject, role = orjson.loads(told)
+        if ends_at <= (time.time() if now is None else now):
+            return None
+        return Person(name, subject, OperatorRole(role))
+
+    def _derived(self, use: str, state: str) -> str:
+        told = f"tidegate sign-in {use} 1:{state}".encode()
+        return urlsafe_b64encode(hmac.digest(self._key.encode(), told, sha256)).decode().rstrip("=")
+
+    def _nonce(self, state: str) -> bytes:
+        return self._derived("nonce", state).encode()
+
+    def _mac(self, told: bytes) -> bytes:
+        message = b"tidegate sign-in person 1:" + self._trust + told
+        return hmac.digest(self._key.encode(), message, sha256)
+
+
+def _plain(value: object) -> str:
+    """A claim as text that may be shown and logged; empty where it is none."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 255 else ""
+
+
+def state_cookie_name(key: str) -> str:
+    return f"{cookie_name(key)}_state"
 
 
 def cookie_name(key: str) -> str:

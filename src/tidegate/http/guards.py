@@ -216,8 +216,8 @@ async def operator_of(request: Request) -> Operator:
     shown = in_headers(request.scope["headers"])
     if _shows_operator_key(services, shown):
         return Operator(OPERATOR, OperatorRole.ADMIN)
-    if not shown and _is_signed_in(request, services):
-        return Operator(SIGNED_IN, OperatorRole.ADMIN)
+    if not shown and (signed_in := _signed_in(request, services)) is not None:
+        return signed_in
     if not shown and not services.gate.on:
         raise Unauthenticated(_HOW)
     try:
@@ -269,15 +269,22 @@ def _shows_operator_key(services: Services, shown: list[bytes]) -> bool:
     return any(hmac.compare_digest(one, key) for one in shown)
 
 
-def _is_signed_in(request: Request, services: Services) -> bool:
+def _signed_in(request: Request, services: Services) -> Operator | None:
+    """Who the cookie of a browser is of. Raises Forbidden where another site's page sends it."""
     key = services.operator_key.get_secret_value()
     value = request.cookies.get(cookie_name(key), "")
-    if not value or checked("session", key, value) is None:
-        return False
-    refused = services.origins.page_refusal(request.scope["headers"], request.method)
-    if refused is not None:
-        raise refused
-    return True
+    if not value:
+        return None
+    operator = None
+    if checked("session", key, value) is not None:
+        operator = Operator(SIGNED_IN, OperatorRole.ADMIN)
+    elif services.sign_in is not None and (person := services.sign_in.person(value)) is not None:
+        operator = Operator(person.name, person.role)
+    if operator is not None:
+        refused = services.origins.page_refusal(request.scope["headers"], request.method)
+        if refused is not None:
+            raise refused
+    return operator
 
 
 PASS = "tidegate_key"

@@ -86,6 +86,7 @@ class Log(StrEnum):
     ISSUER_AWAY = "issuer_away"
     ISSUER_BACK = "issuer_back"
     SIGNED_IN = "signed_in"
+    SIGN_IN_REFUSED = "sign_in_refused"
     TENANT_CHANGED = "tenant_changed"
     BUDGET_CHANGED = "budget_changed"
     BUDGET_ESTIMATED = "budget_estimated"

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote_plus, urlsplit
 
 import orjson
 
@@ -134,17 +135,14 @@ class Issuer:
 
         Raises Unauthenticated where the code does not count, and IssuerUnavailable.
         """
-        import aiohttp
-
         metadata = await self.metadata()
-        fields, authentication = {**form, "client_id": client_id}, None
+        fields, headers = {**form, "client_id": client_id}, dict[str, str]()
         if secret is not None and metadata.posts_secret:
             fields["client_secret"] = secret
-        elif secret is not None:
-            authentication = aiohttp.BasicAuth(client_id, secret)
-        status, answer = await self._exchange(
-            metadata.token_endpoint, fields=fields, authentication=authentication
-        )
+        elif secret is not None:  # as RFC 6749, section 2.3.1 has it
+            pair = f"{quote_plus(client_id)}:{quote_plus(secret)}"
+            headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
+        status, answer = await self._exchange(metadata.token_endpoint, fields, headers)
         if 400 <= status < 500:
             code = str(answer.get("error", status))
             raise Unauthenticated(f"the issuer refuses the sign-in: {code[:40]!a}")
@@ -233,7 +231,10 @@ class Issuer:
         return url
 
     async def _exchange(
-        self, url: str, *, fields: Mapping[str, str] | None = None, authentication: Any = None
+        self,
+        url: str,
+        fields: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """The status of an answer and its JSON object. Raises IssuerUnavailable."""
         import aiohttp
@@ -245,7 +246,7 @@ class Issuer:
                 # The operator's own choice, as an upstream is: it may be at a private address.
                 guarded_session(lambda _: True, None, _HEADERS) as session,
                 session.request(
-                    method, url, data=fields, auth=authentication, allow_redirects=False
+                    method, url, data=fields, headers=headers, allow_redirects=False
                 ) as answer,
             ):
                 raw = bytearray()

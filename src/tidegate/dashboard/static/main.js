@@ -11,12 +11,17 @@ const THEMES = {
   light: ["☀", "Light colours"],
   dark: ["☾", "Dark colours"],
 };
+const PLACE = "tidegate.place";
 const main = document.getElementById("main");
 const who = document.getElementById("who");
 const signOut = document.getElementById("sign-out");
 // Why the address of the start-up page did not sign in; told once.
 const CODES = {
   used: "That address works once, within ten minutes. Start again, or enter the key.",
+  issuer: "The issuer does not answer, so nobody can sign in by it now. A key works.",
+  refused: "The issuer did not sign you in. Try again.",
+  role: "Your account has no role here: ask the person who runs this gateway.",
+  state: "That sign-in was not begun in this browser, was used, or took more than ten minutes. Try again.",
   unavailable: "PostgreSQL does not answer, so that address cannot be used now. Enter the key.",
 };
 const why = CODES[new URLSearchParams(location.search).get("sign-in")] ?? "";
@@ -27,6 +32,7 @@ async function enter() {
   try {
     const { operator, role } = await get("dashboard/session", { keepSession: true });
     inside = true;
+    comeBack();
     session.actAs(role);
     signOut.hidden = false;
     fill(who, h("span", { class: "badge", title: `Signed in by ${operator}, with the role ${role}` }, role));
@@ -59,10 +65,32 @@ function askForKey(refused, asked) {
     !refused && why && h("p", {}, why),
     key.element,
     h("button", { class: "button main", type: "submit" }, "Sign in"),
+    singleSignOn(),
   );
   fill(main, h("section", { class: "card sign-in" }, form));
   document.title = "Sign in · Tidegate";
   key.input.focus();
+}
+
+/** A link to the issuer's page, where people sign in by one. The view that is open comes back. */
+function singleSignOn() {
+  const place = h("p", { hidden: true });
+  get("dashboard/ways-in", { keepSession: true })
+    .then((ways) => {
+      if (!ways.single_sign_on) return;
+      const keep = () => sessionStorage.setItem(PLACE, location.hash);
+      fill(place, h("a", { class: "button", href: "sign-in", on: { click: keep } }, "Sign in with single sign-on"));
+      place.hidden = false;
+    })
+    .catch(() => {}); // the form itself says what is away
+  return place;
+}
+
+/** The view from which a person went to the issuer's page. */
+function comeBack() {
+  const hash = sessionStorage.getItem(PLACE);
+  sessionStorage.removeItem(PLACE);
+  if (hash?.startsWith("#/")) location.hash = hash;
 }
 
 function shown(event, key) {

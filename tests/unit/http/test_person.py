@@ -1,0 +1,90 @@
+"""A person's cookie: for how long it counts, and what ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tidegate.call import OperatorRole, role_by, role_rules
+from tidegate.errors import ConfigError
+from tidegate.http.browsers import PERSON_S, Person, SignIn, make_session
+from tidegate.settings import load
+
+KEY = "tgop_" + "k" * 43
+ANN = Person("ann@example.com", "u-1", OperatorRole.OPERATOR)
+
+
+def signing(**changes: str) -> SignIn:
+    settings = {
+        "OIDC_ISSUER": "https://issuer.example",
+        "OIDC_CLIENT_ID": "tidegate",
+        "OIDC_ROLES": '{"groups=oncall": "operator"}',
+    }
+    return SignIn(load(settings | changes, dotenv=None), KEY)
+
+
+def test_a_role_that_was_taken_away_ends_within_the_hour() -> None:
+    cookie = signing().cookie(ANN, now=1_000)
+    assert signing().person(cookie, now=1_000 + PERSON_S - 1) == ANN
+    assert signing().person(cookie, now=1_000 + PERSON_S) is None
+
+
+def test_changed_rules_and_another_key_end_every_session() -> None:
+    cookie = signing().cookie(ANN)
+    assert signing().person(cookie) == ANN
+    for change in (
+        {"OIDC_ROLES": '{"groups=oncall": "viewer"}'},
+        {"OIDC_ISSUER": "https://other.example"},
+        {"OIDC_CLIENT_ID": "another"},
+    ):
+        assert signing(**change).person(cookie) is None
+    config = load(
+        {
+            "OIDC_ISSUER": "https://issuer.example",
+            "OIDC_CLIENT_ID": "tidegate",
+            "OIDC_ROLES": '{"groups=oncall": "operator"}',
+        },
+        dotenv=None,
+    )
+    assert SignIn(config, "tgop_" + "x" * 43).person(cookie) is None
+
+
+def test_whatever_is_changed_makes_it_worthless() -> None:
+    cookie = signing().cookie(ANN)
+    admin = signing().cookie(ANN._replace(role=OperatorRole.ADMIN))
+    coded, _, mac = cookie.partition(".")
+    for bad in (
+        *(admin.partition(".")[0] + "." + mac, coded, f"{coded}.", f".{mac}", "", "."),
+        *(f"{coded}.\xff", f"\xff.{mac}", f"{coded}.{mac}0", "A" * 10_000, make_session(KEY)),
+    ):
+        assert signing().person(bad) is None, bad
+    for at in range(0, len(cookie), 7):
+        flipped = "A" if cookie[at] != "A" else "B"
+        assert signing().person(f"{cookie[:at]}{flipped}{cookie[at + 1 :]}") is None
+
+
+@pytest.mark.parametrize(
+    "wrong", ["[]", "{", '{"groups": "admin"}', '{"groups=x": "root"}', '{"=x": "admin"}', "5"]
+)
+def test_rules_that_cannot_be_are_refused(wrong: str) -> None:
+    settings = {"OIDC_ROLES": wrong}
+    with pytest.raises(ConfigError, match="must be a JSON object"):
+        load(settings, dotenv=None)
+
+
+def test_an_issuer_needs_a_client_and_roles() -> None:
+    with pytest.raises(ConfigError, match="OIDC_CLIENT_ID"):
+        load({"OIDC_ISSUER": "https://issuer.example"}, dotenv=None)
+    with pytest.raises(ConfigError, match="OIDC_ROLES"):
+        load({"OIDC_ISSUER": "https://issuer.example", "OIDC_CLIENT_ID": "x"}, dotenv=None)
+
+
+def test_the_highest_role_that_fits_counts() -> None:
+    rules: Any = role_rules(
+        {"groups=a*": "viewer", "groups=admins": "admin", "hd=x.org": "operator"}
+    )
+    assert role_by(rules, {"groups": ["all", "admins"]}) is OperatorRole.ADMIN
+    assert role_by(rules, {"groups": ["all"], "hd": "x.org"}) is OperatorRole.OPERATOR
+    assert role_by(rules, {"groups": [], "hd": "x.org.evil"}) is None
+    assert role_by(rules, {}) is None
