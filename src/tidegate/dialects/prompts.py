@@ -22,7 +22,12 @@ import orjson
 
 from tidegate.admission.estimator import Learning, input_pieces, pieces_of
 from tidegate.call import Answer, Call, Delta, Event, Kind, Media, Picture, Tier
-from tidegate.classify import question
+from tidegate.classify import (
+    MAX_ANSWER_TOKENS,
+    judge_instruction,
+    judge_kinds,
+    judge_texts,
+)
 from tidegate.dialects.answers import object_of, objects_in
 from tidegate.dialects.spec import Dialect, Endpoint, Operation, RequestFacts
 from tidegate.errors import (
@@ -42,7 +47,7 @@ MOST_ANSWER_BYTES = 64_000_000
 # that is served gives out.
 USUAL_OUTPUT_TOKENS = 16_000
 # A model that thinks does so within this bound too.
-_JUDGE_OUTPUT_TOKENS = 4 * question.MAX_ANSWER_TOKENS
+_JUDGE_OUTPUT_TOKENS = 4 * MAX_ANSWER_TOKENS
 
 _PNG, _JPEG, _WEBP, _GIF = "image/png", "image/jpeg", "image/webp", "image/gif"
 _PICTURES = frozenset((_PNG, _JPEG, _WEBP, _GIF))
@@ -194,18 +199,18 @@ def question_call(
     dialect: Dialect, call: Call, mime_types: Sequence[str], form: CallForm
 ) -> PromptCall:
     """The classifier's question about a prompt, answered by its schema."""
-    texts = question.data_of(call.prompt, mime_types)
+    texts = judge_texts(call.prompt, mime_types)
     content = [{"type": "text", "text": text} for text in texts]
     schema = {
         "type": "object",
         "properties": {
-            "kind": {"type": "string", "enum": question.kinds_allowed(mime_types)},
+            "kind": {"type": "string", "enum": judge_kinds(mime_types)},
             "reason": {"type": "string"},
         },
         "required": ["kind", "reason"],
         "additionalProperties": False,
     }
-    instruction = question.instruction(mime_types)
+    instruction = judge_instruction(mime_types)
     if dialect is Dialect.ANTHROPIC:
         body = _message(call.model, content, form, _JUDGE_OUTPUT_TOKENS)
         body["system"] = instruction

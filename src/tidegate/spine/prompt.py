@@ -39,7 +39,13 @@ from tidegate.call import (
     Picture,
     Sink,
 )
-from tidegate.classify import by_keywords, by_rules, question
+from tidegate.classify import (
+    MAX_ANSWER_TOKENS,
+    MAX_ASKED_CHARS,
+    by_keywords,
+    by_rules,
+    judgement,
+)
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.prompts import (
     ANY_IMAGE,
@@ -381,11 +387,11 @@ class PromptExchange:
                 return native.demand(target, lane)
             return lane.gate.bind(lane.demands.of(call, policy), target.model)
         asked = lane.demands.of_question(
-            call.prompt[: question.MAX_CHARS],
+            call.prompt[:MAX_ASKED_CHARS],
             target.model,
             policy,
             tenant=call.tenant_id,
-            max_output_tokens=question.MAX_ANSWER_TOKENS,
+            max_output_tokens=MAX_ANSWER_TOKENS,
         )
         return lane.gate.bind(asked, target.model)
 
@@ -403,7 +409,7 @@ class PromptExchange:
             input_bytes=len(call.prompt.encode("utf-8", "replace")) + _JUDGE_BYTES * is_question,
             context_tokens=context_tokens,
             unseen="its files are not counted beforehand" if call.media else "",
-            max_output_tokens=question.MAX_ANSWER_TOKENS if is_question else most_output,
+            max_output_tokens=MAX_ANSWER_TOKENS if is_question else most_output,
             images=demand.images,
         )
 
@@ -487,7 +493,7 @@ class PromptExchange:
             await self._pass_on(reading.take(of_call.text))
         await self._pass_on(reading.finish())
         if self._types is not None:
-            self.judgement = question.judgement(answer.whole_text, self._types)
+            self.judgement = judgement(answer.whole_text, self._types)
 
     async def _pass_on(self, events: Sequence[Event]) -> None:
         if self._sink is not None:

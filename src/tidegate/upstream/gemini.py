@@ -37,7 +37,13 @@ from tidegate.call import (
     Usage,
     UsageReport,
 )
-from tidegate.classify import question
+from tidegate.classify import (
+    MAX_ANSWER_TOKENS,
+    judge_instruction,
+    judge_kinds,
+    judge_texts,
+    judgement,
+)
 from tidegate.dialects.answers import with_searches, with_tier
 from tidegate.dialects.gemini import modality_details
 from tidegate.errors import (
@@ -245,7 +251,7 @@ def too_large_for_inline(media: Sequence[Media], inline_max_bytes: int) -> set[i
 
 def judge_question(prompt: str, mime_types: Sequence[str]) -> list[dict[str, Any]]:
     """The question as one user turn."""
-    parts = [{"text": text} for text in question.data_of(prompt, mime_types)]
+    parts = [{"text": text} for text in judge_texts(prompt, mime_types)]
     return [{"role": "user", "parts": parts}]
 
 
@@ -253,14 +259,14 @@ def judge_settings(mime_types: Sequence[str]) -> dict[str, Any]:
     """Structured output that can only name a kind which the attachments allow."""
     return {
         **ONE_ATTEMPT,
-        "system_instruction": question.instruction(mime_types),
+        "system_instruction": judge_instruction(mime_types),
         "temperature": 0.0,
-        "max_output_tokens": question.MAX_ANSWER_TOKENS,
+        "max_output_tokens": MAX_ANSWER_TOKENS,
         "response_mime_type": "application/json",
         "response_schema": {
             "type": "OBJECT",
             "properties": {
-                "kind": {"type": "STRING", "enum": question.kinds_allowed(mime_types)},
+                "kind": {"type": "STRING", "enum": judge_kinds(mime_types)},
                 "reason": {"type": "STRING"},
             },
             "required": ["kind", "reason"],
@@ -451,7 +457,7 @@ class GeminiProcessor:
             if not answer.text:
                 self._finish(reading, scope)
                 raise EmptyAnswer("the judge said nothing", finish_reason=answer.finish_reason)
-            return question.judgement(answer.whole_text, mime_types)
+            return judgement(answer.whole_text, mime_types)
 
     async def _parts(
         self, sdk: _Sdk, scope: CallScope, call: Call, uploaded: list[str]
