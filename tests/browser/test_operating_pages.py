@@ -1,4 +1,5 @@
-"""The dashboard's pages of what operators look after in a real browser: usage, upstreams.
+"""The dashboard's pages of what operators look after in a real browser: usage, upstreams,
+batches.
 
 With TIDEGATE_SCREENSHOTS set, their pictures of docs/dashboard.md are taken anew.
 """
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from openai import AsyncOpenAI
 from playwright.async_api import async_playwright, expect
 from redis.asyncio import Redis
 
+from tests.batching import begin, completed, content
 from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Seen, Stage, opened
 from tests.databases import Databases
 from tests.gateway import gateway
@@ -29,6 +32,24 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 WINDOWS = ((1440, "light"), (1440, "dark"), (400, "light"))
+
+# What is said to be left of 1,000 lines at one a second, looked at every other second, with bursts.
+TIME_LEFT = """async () => {
+    const { about, paceOf } = await import(new URL("static/pages/batches.js", document.baseURI));
+    let now = Date.UTC(2026, 0, 1);
+    const pace = paceOf(() => now);
+    const began = new Date(now).toISOString();
+    const said = [];
+    for (let second = 2; second <= 600; second += 2) {
+        now += 2_000;
+        const ended = Math.max(0, second + (second % 20) - 10);
+        const ms = pace({ total: 1_000, completed: ended, failed: 0, in_progress_at: began });
+        const words = ms === null ? "unknown" : about(ms);
+        if (said.at(-1) !== words) said.push(words);
+    }
+    return said;
+}"""
+TIMES_LEFT = ["unknown", "about 20 min", "about 15 min", "about 10 min"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -242,3 +263,57 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         await page.get_by_role("dialog").get_by_role("button", name="Remove").click()
         await expect(spare).to_have_count(0)
         assert "gpu-1" not in running.services.spine.targets.upstreams
+
+
+async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
+    stage: Stage, tmp_path: Path
+) -> None:
+    running = stage.gateway
+    async with opened(stage, "/batches") as seen:
+        await expect(seen.page.get_by_text("No batches yet")).to_be_visible()
+    client = AsyncOpenAI(base_url=f"{running.url}/v1", api_key=stage.key, max_retries=0)
+    await stage.slow(300)
+    batch = await begin(client, content(40), metadata={"run": "<b>nightly</b>"})
+    async with opened(stage, "/") as seen:
+        page = seen.page
+        await expect(page.locator("#live")).to_have_text("Live")
+        await page.keyboard.press("g")
+        await page.keyboard.press("b")
+        row = page.locator(f"[data-batch='{batch.id}']")
+        await expect(row.locator(".badge")).to_have_text("In progress")
+        await expect(row).to_contain_text("run: <b>nightly</b>")
+        await expect(row).to_contain_text("kind:text_only")  # what the next line waits for
+        await row.get_by_role("button", name="Pause").click()
+        dialog = page.get_by_role("dialog")
+        await dialog.get_by_label("Reason").fill("not at noon")
+        await seen.is_accessible()
+        await dialog.get_by_role("button", name="Pause").click()
+        await expect(row.locator(".badge")).to_have_text("Paused")
+        await expect(row).to_contain_text("Paused by dashboard: not at noon")
+        await expect(row).not_to_contain_text("being called")
+        done = await completed(client, batch)
+        assert 0 < done < 40
+        meter = row.get_by_role("meter")
+        assert await meter.get_attribute("aria-valuetext") == f"{done} of 40"
+        await stage.slow(1_500)
+        other = await begin(client, content(40))
+        await pictured(stage, "/batches", f"[data-batch='{other.id}']", "batches", tmp_path)
+        second = page.locator(f"[data-batch='{other.id}']")
+        await second.get_by_role("button", name="Cancel").click()
+        await dialog.get_by_role("button", name="Cancel the batch").click()
+        await expect(second.locator(".badge")).to_have_text("Cancelled")
+        await expect(second.get_by_role("button", name="Errors")).to_be_visible()
+        await stage.slow(0)
+        await row.get_by_role("button", name="Resume").click()
+        await dialog.get_by_role("button", name="Resume").click()
+        await expect(row.locator(".badge")).to_have_text("Completed")
+        await expect(row).to_contain_text("40 of 40 done")
+        async with page.expect_download() as coming:
+            await row.get_by_role("button", name="Results").click()
+        file = await coming.value
+        assert file.suggested_filename == f"{batch.id}-output.jsonl"
+        assert len((await file.path()).read_bytes().splitlines()) == 40
+        assert await page.evaluate(TIME_LEFT) == TIMES_LEFT
+        await page.get_by_role("button", name="Open", exact=True).click()
+        await expect(page.get_by_text("No such batch")).to_be_visible()
+    await client.close()

@@ -147,6 +147,11 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/dead/{request_id}/discard": {"POST": _O},
     "/admin/webhooks": {"GET": _V},
     "/admin/webhooks/{webhook_id}/redeliver": {"POST": _O},
+    "/admin/batches": {"GET": _V},
+    "/admin/batches/{batch_id}/pause": {"POST": _O},
+    "/admin/batches/{batch_id}/resume": {"POST": _O},
+    "/admin/batches/{batch_id}/cancel": {"POST": _O},
+    "/admin/batches/{batch_id}/results/{which}": {"GET": _V},
     "/admin/upstreams": {"GET": _V},
     "/admin/upstreams/history": {"GET": _V},
     "/admin/upstreams/providers": {"GET": _V},
@@ -169,6 +174,7 @@ BODY_ROUTES = frozenset(
         "/admin/requests/{request_id}/request",
         "/admin/requests/{request_id}/response",
         "/admin/requests/{request_id}/files/{file_id}",
+        "/admin/batches/{batch_id}/results/{which}",
     )
 )
 

@@ -35,6 +35,7 @@ from tidegate import __version__
 from tidegate.dialects import dialect_of, methods_at, native_path
 from tidegate.errors import Forbidden, TidegateError
 from tidegate.http import jobs, own_requests, problems, stream
+from tidegate.http.admin import all_batches
 from tidegate.http.admin import budgets as admin_budgets
 from tidegate.http.admin import conversations as admin_conversations
 from tidegate.http.admin import limits as admin_limits
@@ -459,7 +460,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         *(process_router, admin_limits.router, admin_requests.router),
         admin_conversations.router,
         *(admin_tenants.router, admin_tenants.subjects_router, admin_budgets.router),
-        admin_upstreams.router,
+        *(admin_upstreams.router, all_batches.router),
     ):
         app.router.routes.extend(router.routes)
     problems.install(app)

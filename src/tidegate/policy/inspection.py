@@ -447,6 +447,9 @@ def of_batch(what: str, stand: BatchStand) -> Reason:
     """Of a batch of which no line waits for a limit."""
     if stand.finished_at is not None:
         said = f"waits for nothing: {stand.status}, {_ago(stand.finished_at)} ago"
+    elif stand.paused_by is not None and stand.status in ("validating", "in_progress"):
+        why = f": {stand.pause_reason}" if stand.pause_reason else ""
+        said = f"is paused by {stand.paused_by}{why}; {stand.waiting} of {_lines(stand.total)} left"
     elif stand.status == "validating":
         said = f"waits for a worker that checks its {_lines(stand.total)}"
     elif stand.status == "in_progress" and stand.calling:

@@ -141,11 +141,26 @@ class Batch:
     times: dict[str, datetime]
     claim: int
     call_headers: dict[str, str] | None
+    key_id: str | None = None
+    paused_at: datetime | None = None
+    paused_by: str | None = None
+    pause_reason: str | None = None
 
     @property
     def is_of_messages(self) -> bool:
         """Whether it is in Anthropic's form."""
         return self.call_headers is not None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInList:
+    """A batch as operators see it. claimed: its lines that a worker has and that wait for their
+    turn; calling: those that are called."""
+
+    batch: Batch
+    is_disabled: bool
+    claimed: int
+    calling: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +183,8 @@ class BatchStand:
     not_before: datetime | None
     failure_code: str | None
     failure_message: str | None
+    paused_by: str | None
+    pause_reason: str | None
 
 
 async def batch_stand(connections: Connections, batch_id: UUID) -> BatchStand:
@@ -397,6 +414,32 @@ class Batches:
         """The batch, and whether it could be cancelled now. Raises NotFound."""
         row = await self._connections.row("cancel_batch", batch_id, tenant_id)
         return await self.get(batch_id, tenant_id), row is not None
+
+    # The operators' side
+
+    async def of_all(
+        self, *, after: UUID | None, tenant_id: str | None, is_open: bool, limit: int
+    ) -> list[BatchInList]:
+        """Batches of all tenants, or of one, the newest first."""
+        found = await self._connections.rows("list_all_batches", after, tenant_id, is_open, limit)
+        return [rows.record_of(BatchInList, row, batch=_batch(row)) for row in found]
+
+    async def any(self, batch_id: UUID) -> BatchInList:
+        """Whose ever it is, without what is under way of it. Raises NotFound."""
+        row = await self._connections.row("any_batch", batch_id)
+        if row is None:
+            raise NotFound("there is no such batch")
+        return rows.record_of(BatchInList, row, batch=_batch(row))
+
+    async def pause(self, batch_id: UUID, *, by: str, reason: str) -> bool:
+        """Let no more lines begin until it is resumed: in all processes within two seconds. False
+        where it has ended, or is about to. Those that are called end; its time goes on."""
+        given = (rows.clean(by), rows.clean(reason))
+        return await self._connections.row("pause_batch", batch_id, *given) is not None
+
+    async def resume(self, batch_id: UUID) -> bool:
+        """Whether it was paused."""
+        return await self._connections.row("resume_batch", batch_id) is not None
 
     # The worker's side
 
@@ -699,8 +742,9 @@ class BatchLines:
         return lines
 
     async def held_up(self) -> frozenset[UUID]:
-        """Batches in progress of which no line is to be claimed or begun for now: their tenants are
-        disabled or gone, looked for once a second at most, or a budget is spent."""
+        """Batches in progress of which no line is to be claimed or begun for now: paused, or
+        their tenants are disabled or gone, looked for once a second at most; or a budget is spent.
+        """
         now = time.monotonic()
         if now - self._held_up_at >= _HELD_UP_EVERY_S:
             found = await self._connections.rows("batches_held_up")

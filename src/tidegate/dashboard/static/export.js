@@ -18,8 +18,12 @@ export const jsonLines = (rows) => rows.map((row) => `${JSON.stringify(row)}\n`)
 /** Have the browser keep a text as a file. */
 export function save(name, kind, text) {
   const type = kind === "csv" ? "text/csv" : "application/x-ndjson";
-  const url = URL.createObjectURL(new Blob([text], { type }));
   const at = new Date().toISOString().slice(0, 19).replaceAll(":", "");
-  h("a", { href: url, download: `${name}-${at}.${kind}` }).click();
+  saveBlob(`${name}-${at}.${kind}`, new Blob([text], { type }));
+}
+
+export function saveBlob(file, blob) {
+  const url = URL.createObjectURL(blob);
+  h("a", { href: url, download: file }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }

@@ -71,7 +71,8 @@ SELECT b.id AS batch_id, b.tenant_id, b.status, b.endpoint, b.total, b.created_a
         WHERE l.batch_id = b.id AND l.state IN ('queued', 'claimed')) AS waiting,
     (SELECT count(*) FROM batch_lines l WHERE l.batch_id = b.id AND l.state = 'calling') AS calling,
     n.body, n.claimed_by, coalesce(n.attempts, 0) AS attempts, n.not_before,
-    n.failure ->> 'code' AS failure_code, n.failure ->> 'message' AS failure_message
+    n.failure ->> 'code' AS failure_code, n.failure ->> 'message' AS failure_message,
+    b.paused_by, b.pause_reason
 FROM batches b LEFT JOIN LATERAL (
     SELECT * FROM batch_lines l WHERE l.batch_id = b.id AND l.state IN ('queued', 'claimed')
     ORDER BY l.state, l.not_before NULLS FIRST, l.line LIMIT 1
@@ -108,6 +109,37 @@ RETURNING output_file_id, error_file_id
 UPDATE batches SET status = 'cancelling', ends_as = 'cancelled', cancelling_at = now()
 WHERE id = $1 AND tenant_id = $2 AND status IN ('validating', 'in_progress')
 RETURNING id
+
+-- name: pause_batch
+-- Let no line of a batch begin until it is resumed; by $2, for the reason $3.
+UPDATE batches SET paused_at = coalesce(paused_at, now()), paused_by = $2, pause_reason = $3
+WHERE id = $1 AND status IN ('validating', 'in_progress')
+RETURNING id
+
+-- name: resume_batch
+-- Let lines of a paused batch begin.
+UPDATE batches SET paused_at = NULL, paused_by = NULL, pause_reason = NULL
+WHERE id = $1 AND paused_at IS NOT NULL
+RETURNING id
+
+-- name: any_batch
+-- One batch, whose ever it is, as in the list.
+SELECT b.*, t.disabled_at IS NOT NULL AS is_disabled, 0 AS claimed, 0 AS calling
+FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id WHERE b.id = $1
+
+-- name: list_all_batches
+-- Batches of all tenants, or of tenant $2, that come after $1, newest first, only open ones if $3, at most $4.
+WITH held AS (
+    SELECT batch_id, count(*) FILTER (WHERE state = 'claimed') AS claimed,
+        count(*) FILTER (WHERE state = 'calling') AS calling
+    FROM batch_lines WHERE state IN ('claimed', 'calling') GROUP BY batch_id
+)
+SELECT b.*, t.disabled_at IS NOT NULL AS is_disabled, coalesce(held.claimed, 0) AS claimed,
+    coalesce(held.calling, 0) AS calling
+FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id LEFT JOIN held ON held.batch_id = b.id
+WHERE ($1::uuid IS NULL OR b.id < $1) AND ($2::text IS NULL OR b.tenant_id = $2)
+    AND (NOT $3::boolean OR b.status IN ('validating', 'in_progress', 'finalizing', 'cancelling'))
+ORDER BY b.id DESC LIMIT $4
 
 -- name: expire_batches
 -- Let no more lines begin of batches whose time is up.
@@ -198,7 +230,7 @@ WITH ready AS MATERIALIZED (
             AND line >= coalesce(($4::jsonb ->> b.id::text)::integer, 0)
         ORDER BY line LIMIT 4 * $2
     ) AS head
-    WHERE b.status = 'in_progress' AND b.id <> ALL($5::uuid[])
+    WHERE b.status = 'in_progress' AND b.paused_at IS NULL AND b.id <> ALL($5::uuid[])
 ), picked AS MATERIALIZED (
     SELECT l.batch_id, l.line, ready.turn, ready.endpoint, ready.models, ready.key_id,
         ready.expires_at, ready.metadata
@@ -217,20 +249,21 @@ RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires
     fitting.metadata
 
 -- name: batches_held_up
--- Batches of keys whose tenants are disabled or gone.
+-- Batches that are paused, and those of keys whose tenants are disabled or gone.
 SELECT b.id FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id
-WHERE b.status = 'in_progress' AND b.key_id IS NOT NULL
-    AND (t.id IS NULL OR t.disabled_at IS NOT NULL)
+WHERE b.status = 'in_progress' AND (b.paused_at IS NOT NULL
+    OR b.key_id IS NOT NULL AND (t.id IS NULL OR t.disabled_at IS NOT NULL))
 
 -- name: begin_batch_lines
--- Mark lines as calling, before their upstream calls; unless another worker has them, or the batch ends.
+-- Mark lines as calling, before their upstream calls; unless another worker has them, or the batch ends or is paused.
 UPDATE batch_lines l SET state = 'calling', attempts = l.attempts + (l.state = 'claimed')::integer,
     upstream = row.upstream, model = row.model
 FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint, upstream text,
     model text)
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND (l.state = 'calling' OR l.state = 'claimed' AND EXISTS (
-        SELECT 1 FROM batches b WHERE b.id = l.batch_id AND b.status = 'in_progress'))
+        SELECT 1 FROM batches b WHERE b.id = l.batch_id AND b.status = 'in_progress'
+            AND b.paused_at IS NULL))
 RETURNING l.batch_id, l.line
 
 -- name: end_batch_lines

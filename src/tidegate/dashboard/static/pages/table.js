@@ -36,6 +36,14 @@ export const PAGES = [
     load: () => import("./request.js"),
   },
   {
+    path: "/batches",
+    title: "Batches",
+    nav: "Batches",
+    key: "b",
+    style: "batches.css",
+    load: () => import("./batches.js"),
+  },
+  {
     path: "/usage",
     title: "Usage",
     nav: "Usage",
