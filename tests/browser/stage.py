@@ -17,8 +17,8 @@ from tidegate.embedded.servers import PostgresServer, ValkeyServer
 # The same engine without windows, which takes a third less of a core's time, where it is there.
 CHROMIUM = shutil.which("chromium-headless-shell") or "/usr/bin/chromium"
 ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
+    *("--no-sandbox", "--disable-gpu", "--in-process-gpu", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 PATIENCE_MS = 20_000
 TEXT = "[data-limit='kind:text_only']"

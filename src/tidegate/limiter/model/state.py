@@ -417,7 +417,6 @@ class LimitState:
             self.current, self.dropped_at = min(most, less), now
 
 
-@lru_cache(maxsize=100)
 def read_bands(bands: tuple[Band, ...]) -> list[tuple[int, int]]:
     """Per band, in thousandths: its least share, and what is kept free for the bands above."""
     found, above = [], 0
@@ -524,6 +523,9 @@ class PoolState:
     subscribed: set[str] = field(default_factory=set)
     pushed: list[tuple[str, Push]] = field(default_factory=list)
     noted_sessions: int = 0
+    # As of the policy that was read last.
+    _ruled_by: PoolPolicy | None = None
+    _rules: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
 
     def limit(self, name: str) -> LimitState:
         limit = self.limits.get(name)
@@ -577,8 +579,10 @@ class PoolState:
 
     def band_rule(self, band: int) -> tuple[int, int]:
         """Least share and what is kept free above, in thousandths."""
-        rules = read_bands(self.policy.bands) if self.policy else [(0, 0)]
-        return rules[min(band, len(rules)) - 1]
+        if self._ruled_by is not self.policy:
+            self._ruled_by = self.policy
+            self._rules = read_bands(self.policy.bands) if self.policy else [(0, 0)]
+        return self._rules[min(band, len(self._rules)) - 1]
 
     def quiet(self) -> bool:
         """The past was lost a moment ago: first all sessions are to report what they hold."""
