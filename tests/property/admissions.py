@@ -28,7 +28,8 @@ Grant = tuple[int, int]
 
 @dataclass(slots=True)
 class Admission:
-    """One call let in: what counts of it under each rate, and for how long."""
+    """One call let in: what counts of it under each rate, and for how long: the shortest window of
+    the rate since then, since what left that is forgotten."""
 
     at: int
     amounts: dict[str, int]
@@ -57,6 +58,7 @@ class Admissions:
     _tried: dict[str, tuple[PauseGate, int, tuple[str, int] | None]] = field(default_factory=dict)
     _refused: dict[str, list[Refusal]] = field(default_factory=dict)
     refusals: int = 0
+    _revision: int = 0
     _holders: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
 
     def clock_was_set_back(self) -> None:
@@ -128,7 +130,10 @@ class Admissions:
             assert amount < one.amount, f"another was refused under {name}, and could have gone"
 
     def check(self, granted: list[tuple[str, int, Grant]], reply: SyncReply | None) -> None:
-        """Admissions of this moment, over all sessions."""
+        """Admissions of this moment, over all sessions; after every call of a script."""
+        if self._revision != self.model.pool.revision:
+            self._revision = self.model.pool.revision
+            self._note_windows()
         if not granted:
             return
         now = self.model.pool.now
@@ -156,6 +161,13 @@ class Admissions:
                 self._check_refusals(name, now, amount)
         for name, admitted in names.items():
             self._check_limit(name, now, admitted)
+
+    def _note_windows(self) -> None:
+        for admission in self._admitted.values():
+            for name, window_ms in admission.windows.items():
+                limit = self.model.pool.limit(name).limit
+                if isinstance(limit, Rate):
+                    admission.windows[name] = min(window_ms, limit.window_ms)
 
     def _check_limit(self, name: str, now: int, admitted: int) -> None:
         state = self.model.pool.limit(name)

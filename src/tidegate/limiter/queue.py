@@ -61,6 +61,9 @@ MAX_FLOWS = 15
 MAX_FLOWS_IN_ALL = 20
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
 SPARE_MS = 5.0
+# A hint is followed for no longer: callers of a higher band, or of other tenants, may have come
+# since. As far ahead the server looks (`T.AHEAD_MS` in Lua).
+HINT_MS = 150.0
 # Fences of one permit that is passed on inside a process; the server's are this far apart.
 CHAIN = 1000
 _FLOWS_KEPT = 10_000
@@ -177,6 +180,7 @@ class LocalQueue:
         self._local_tags: Counter[str] = Counter()
         # Those that the last request asked hints for, and those that have one.
         self._wanting, self._hinted = list[Flow](), list[Flow]()
+        self._hinted_until_ms = 0.0
         # Pending messages.
         self._enqueues: dict[int, Waiter] = {}
         self._cancels: list[tuple[int, Flow | None, str]] = []
@@ -369,7 +373,7 @@ class LocalQueue:
         if release.seq % CHAIN < CHAIN - 1:  # else its fence would be the next permit's
             if self.recycling:
                 heir = self._next_anyhow(flow)
-            elif flow.plain:
+            elif flow.plain and now_ms <= self._hinted_until_ms:
                 heir = self._next_by_hint(flow.lane)
         if heir is None:
             return False
@@ -573,7 +577,7 @@ class LocalQueue:
         The server forgets what it had of this session, so cancels and transfers have no object
         any more; releases still have: the permit may be held over.
         """
-        self.take_hints({})
+        self.forget_hints()
         self.parting.difference_update(ticket for ticket, _, _ in self._cancels)
         self.parting.difference_update(t.source for t in self._transfers)
         self._cancels.clear()
@@ -611,9 +615,14 @@ class LocalQueue:
         self._wanting = list(islice((flow for lane in lanes for flow in lane.values()), most))
         return self._wanting
 
-    def take_hints(self, hints: Mapping[str, Hint]) -> None:
+    def forget_hints(self) -> None:
+        """Pass on nothing until the server allows it again."""
+        self.take_hints({}, 0.0)
+
+    def take_hints(self, hints: Mapping[str, Hint], asked_ms: float) -> None:
         """What the server lets us pass on from now on, of what `flows_to_hint` named last, by the
-        key of the flow; nothing else."""
+        key of the flow; nothing else. The server was asked no earlier than `asked_ms`."""
+        self._hinted_until_ms = asked_ms + HINT_MS
         for flow in self._hinted:
             flow.hint = None
         self._hinted = [flow for flow in self._wanting if flow.key in hints and flow.waiting]

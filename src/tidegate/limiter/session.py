@@ -514,7 +514,7 @@ class Session:
 
     def _forget_hints(self) -> None:
         self._queue.note_idle(False)
-        self._queue.take_hints({})
+        self._queue.forget_hints()
 
     def admit_locally(self) -> None:
         """Use our share once Valkey is unavailable for more than a lease, if the policy says so."""
@@ -674,7 +674,7 @@ class Session:
         if reply.whole is not None:
             self._compare(reply, reply.whole, sent_ms, at)
         queue.note_idle(not (reply.parked or reply.timed_ms or recovering))
-        queue.take_hints({request.flows[h.flow - 1]: h for h in reply.hints})
+        queue.take_hints({request.flows[h.flow - 1]: h for h in reply.hints}, sent_ms)
         # Come back when the quiet time after a loss ends, or at a limit that only time frees.
         if recovering:
             self._alarm("recovered", reply.recovering_ms)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.integration.limiter.makers import Maker
+from tests.integration.limiter.makers import LIMIT, Body, Maker, quiet, until_waiting
 from tests.waiting import wait_until, work_for
 from tidegate.errors import DeadlineExceeded, DemandImpossible, QueueFull
 from tidegate.limiter.limiter import Limiter
@@ -193,6 +193,26 @@ async def test_a_low_priority_gets_its_least_share_and_no_more(
     limiters = [await open_limiter(maker, valkey_url, policy) for _ in range(2)]
     count = await shares(limiters, {"a": "high", "b": "normal"}, 400)
     assert 0.1 < count["b"] / sum(count.values()) < 0.3, count
+
+
+async def test_a_process_passes_no_permit_on_where_a_higher_band_has_come_since(
+    maker: Maker, valkey_url: str
+) -> None:
+    """It was told that it may before that: nobody tells it that somebody came."""
+    bands = (Band("high"), Band("normal"))
+    policy = policy_of({LIMIT: 1}, bands=bands)
+    low, high = [await open_limiter(maker, valkey_url, policy) for _ in range(2)]
+    await quiet(low, high)
+    running = await Body(low, priority="normal").until_admitted()
+    waiting = Body(low, priority="normal")
+    await wait_until(lambda: bool(low._queue._hinted), what="leave to pass the permit on")
+    higher = Body(high, priority="high")
+    await until_waiting(high, 2)
+    await wait_until(lambda: now_ms() > low._queue._hinted_until_ms, what="an old hint")
+    await running.end()
+    await (await higher.until_admitted()).end()
+    assert low._queue.counts.handed_on == 0
+    await (await waiting.until_admitted()).end()
 
 
 async def test_headroom_keeps_permits_free_for_the_band_above(

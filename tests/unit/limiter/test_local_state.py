@@ -84,8 +84,8 @@ async def test_an_answer_without_hints_looks_at_no_flow_that_has_none(limiter: L
     flow = queue.waiting[waiting].flow
     flow.plain = True
     assert queue.flows_to_hint(16) == [flow]
-    queue.take_hints({flow.key: Hint(1, 5, 0, 1, 100)})
+    queue.take_hints({flow.key: Hint(1, 5, 0, 1, 100)}, 0.0)
     hints = [flow.hint]
     queue._lanes = Watched(queue._lanes)  # type: ignore[assignment,arg-type]
-    queue.take_hints({})
+    queue.forget_hints()
     assert hints != [flow.hint] == [None]

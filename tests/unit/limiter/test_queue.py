@@ -65,8 +65,15 @@ def held(queue: LocalQueue, *limits: str) -> Waiter:
     return waiter
 
 
-def release(queue: LocalQueue, waiter: Waiter, actual: str = "", *, later: bool = False) -> None:
-    queue.release(waiter.ticket, outcome="success", actual=actual, now_ms=20.0, usage_later=later)
+def release(
+    queue: LocalQueue,
+    waiter: Waiter,
+    actual: str = "",
+    *,
+    later: bool = False,
+    now_ms: float = 20.0,
+) -> None:
+    queue.release(waiter.ticket, outcome="success", actual=actual, now_ms=now_ms, usage_later=later)
 
 
 def stamp(waiters: Iterable[Waiter], stamps: Iterable[int]) -> None:
@@ -75,9 +82,9 @@ def stamp(waiters: Iterable[Waiter], stamps: Iterable[int]) -> None:
         waiter.stamp = one
 
 
-def hint(queue: LocalQueue, waiter: Waiter, horizon: int) -> None:
+def hint(queue: LocalQueue, waiter: Waiter, horizon: int, asked_ms: float = 0.0) -> None:
     queue.flows_to_hint(16)
-    queue.take_hints({waiter.flow.key: Hint(1, horizon, 0, 1, 100)})
+    queue.take_hints({waiter.flow.key: Hint(1, horizon, 0, 1, 100)}, asked_ms)
 
 
 # -- waiting
@@ -174,6 +181,18 @@ async def test_without_a_hint_everything_goes_back(queue: LocalQueue) -> None:
     release(queue, first)
     assert not waiter.future.done()
     assert queue.urgent
+
+
+@pytest.mark.parametrize(("late_ms", "passed_on"), [(0.0, True), (0.1, False)])
+async def test_a_hint_is_not_followed_once_others_may_have_come(
+    queue: LocalQueue, late_ms: float, *, passed_on: bool
+) -> None:
+    first, waiter = held(queue), ask(queue)
+    stamp([waiter], [1])
+    hint(queue, waiter, horizon=5, asked_ms=1000.0)
+    release(queue, first, now_ms=1000.0 + queues.HINT_MS + late_ms)
+    assert waiter.future.done() is passed_on
+    assert (queue.take().releases == []) is passed_on
 
 
 async def test_a_limit_that_must_hear_of_every_call_is_never_passed_on(queue: LocalQueue) -> None:
