@@ -313,6 +313,40 @@ def decoded(data: bytes, coding: bytes) -> bytes:
     return b""
 
 
+_MOST_OF_PIECE_BYTES = 1_000_000
+
+
+class PieceDecoder:
+    """Decoder of an answer as it comes, for its beginning. `reads` is false for another coding than
+    gzip and deflate, and from what can't be read on, or takes too much room."""
+
+    __slots__ = ("_read", "_reader", "_windows", "reads")
+
+    def __init__(self, coding: bytes) -> None:
+        self._windows = list(_WINDOWS.get(coding, ()))
+        self.reads = bool(self._windows)
+        self._reader = zlib.decompressobj(self._windows.pop(0)) if self.reads else None
+        self._read = b""  # while it may be read in another way
+
+    def take(self, piece: bytes) -> bytes:
+        """What a piece holds; empty where nothing is read."""
+        if self._reader is None or not self.reads:
+            return b""
+        try:
+            text = self._reader.decompress(piece, _MOST_OF_PIECE_BYTES)
+        except zlib.error:
+            if not self._windows:
+                self.reads = False
+                return b""
+            self._reader = zlib.decompressobj(self._windows.pop(0))
+            return self.take(self._read + piece)
+        self._read += piece if self._windows else b""
+        if text:
+            self._windows, self._read = [], b""
+        self.reads = not self._reader.unconsumed_tail
+        return text
+
+
 @dataclass(frozen=True, slots=True)
 class ActiveCall:
     """The state of a call in progress, as processes report it to one another. admitted_at: None

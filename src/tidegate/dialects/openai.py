@@ -663,6 +663,8 @@ _NO_CREDITS = re.compile(
     r"your team [\w -]{0,80}\b(?:has|have) (?:either )?used all available credits",
     re.IGNORECASE,
 )
+# DeepSeek's code is `invalid_request_error`: within a stream nothing says 402.
+_NOTHING_ELSE = re.compile(r"\s*insufficient (?:credits|balance)[\s.!]*", re.IGNORECASE)
 _DEAD_KEY = re.compile(
     r"(?:incorrect|invalid) api key|access denied due to invalid subscription key", re.IGNORECASE
 )
@@ -684,14 +686,15 @@ _NO_FLEX = 498  # Groq's "flex tier capacity exceeded"; OpenAI's is a 429 "Resou
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """None where it is worded in no way of this dialect's own."""
     no_credits = answer.status in (402, 403, 429) and _NO_CREDITS.match(answer.message)
+    no_credits = no_credits or _NOTHING_ELSE.fullmatch(answer.message)
     if no_credits or answer.words & _UNPAID:
         return RefusalFacts("unpaid")
     if answer.status in (400, 401, 403) and (
         "invalid_api_key" in answer.words or _DEAD_KEY.match(answer.message)
     ):
         return RefusalFacts("key")
-    if answer.status == _NO_FLEX and answer.tier == "flex":
-        return RefusalFacts("tier_busy")
+    if answer.status == _NO_FLEX:  # also of calls that leave the tier to Groq
+        return RefusalFacts("tier_busy" if answer.tier == "flex" else "busy")
     if answer.status != 429:
         return None
     if _is_too_large(answer.message):

@@ -216,7 +216,8 @@ def clean(message: str, secret: str) -> str:
 # The first that is no comment: an error, in an event, in a list or alone.
 _BEGINS = re.compile(
     rb"(?:\s+|:[^\n]*\n|(?:event|id|retry):[^\n]*\n)*(?:data:)?\s*\[?\s*\{\s*"
-    rb'(?:"error"\s*:\s*[{"]|"type"\s*:\s*"error"|"type"\s*:\s*"response\.failed")'
+    rb'(?:"(?:code|status)"\s*:\s*(?:"[^"\\]*"|\d+|null)\s*,\s*)*'  # of xAI's, before its text
+    rb'(?:"error"\s*:\s*[{"]|"(?:type|object)"\s*:\s*"error"|"type"\s*:\s*"response\.failed")'
 )
 # A first piece that is shorter may be half of a line that reports one.
 SHORTEST_BYTES = 64
@@ -227,7 +228,8 @@ _ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
 # The start of an event with content, and a mark of all that report an error.
 _EVENT = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])")
 _MAY_REPORT = re.compile(
-    rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"'
+    rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"|'
+    rb'"object"\s*:\s*"error"'
 )
 _BETWEEN_EVENTS = re.compile(rb"\r?\n\r?\n")
 _IN_LIST = re.compile(rb'[\[,]\s*(?=\{\s*"error"\s*:\s*\{)')
@@ -302,7 +304,8 @@ def error_object(value: JsonObject) -> JsonObject | None:
         return {"message": error}
     if isinstance(error, dict):
         return error
-    return value if value.get("type") == "error" else None
+    # Flat, of Mistral and vLLM, by its `object`.
+    return value if "error" in (value.get("type"), value.get("object")) else None
 
 
 def error_body(event: JsonObject) -> JsonObject:
@@ -331,7 +334,7 @@ def stream_error(
 
 def own_headers(headers: Headers) -> Headers:
     """Those of the answer that an error of its own may bear."""
-    framing = (b"content-type", b"content-length", b"cache-control")
+    framing = (b"content-type", b"content-length", b"content-encoding", b"cache-control")
     kept = [pair for pair in headers if pair[0] not in framing]
     return [(b"content-type", b"application/json"), *kept]
 

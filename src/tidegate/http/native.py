@@ -35,6 +35,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
     UnsupportedMedia,
+    UpstreamRejected,
     UpstreamUnauthorized,
 )
 from tidegate.http.body import (
@@ -649,6 +650,8 @@ class _Front:
         after_ms = failed.paused_ms or failed.error.retry_after_ms
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
+        if failed.status == 429 and isinstance(failed.error, UpstreamRejected):
+            headers += DIALECTS[self._dialect].no_retry  # it is too large for any time
         self._record.keep(failed.body)
         await self.whole(failed.status, headers, failed.body)
 

@@ -96,6 +96,7 @@ from tidegate.spine.run import (
     OnAdmitted,
     Spine,
     Terms,
+    beginning_of,
     masked,
     refusal_of,
 )
@@ -838,41 +839,6 @@ def _is_events(exchange: Exchange) -> bool:
         name.lower() == b"content-type" and value.startswith(b"text/event-stream")
         for name, value in exchange.headers
     )
-
-
-HELD_S = 2.0
-HELD_BYTES = 65_536
-
-
-async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dict[str, Any] | None]:
-    """The first bytes of an answer, up to its first output where it `streams`, and the object that
-    tells an error where there was one before that. Raises UpstreamError. Cancelling leaves the
-    exchange open."""
-    first = await exchange.next()
-    if streams:
-        prelude = refusals.Prelude()
-        until = asyncio.get_running_loop().time() + HELD_S
-        holds = prelude.holds(first, at_end=exchange.at_end)
-        while holds and not exchange.at_end and len(first) < HELD_BYTES:
-            try:
-                async with asyncio.timeout_at(until):
-                    piece = await exchange.next()
-            except TimeoutError:
-                break
-            first += piece
-            holds = prelude.holds(piece, at_end=exchange.at_end)
-        if prelude.is_events:
-            return first, prelude.error
-    # Half a line is of no use to anybody.
-    while streams and refusals.is_too_short(first) and not exchange.at_end:
-        first += await exchange.next()
-    if not refusals.may_begin_with_error(first):
-        return first, None
-    while (value := refusals.error_event_in(first)) is None:
-        if exchange.at_end or len(first) > refusals.LONGEST_BYTES:
-            return first, None
-        first += await exchange.next()
-    return first, value
 
 
 _JSON = (b"content-type", b"application/json")

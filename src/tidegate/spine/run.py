@@ -63,7 +63,7 @@ from tidegate.errors import (
 from tidegate.limiter import Limiter, Permit, PoolPolicy, Tokens
 from tidegate.policy.deployment import Preempt, Upstream
 from tidegate.prices.budgets import Binding
-from tidegate.record import OF_BUDGETS, CallRecord, coding_of, decoded
+from tidegate.record import OF_BUDGETS, CallRecord, PieceDecoder, coding_of, decoded
 from tidegate.settings import Config
 from tidegate.spine.affinity import Affinity, Home
 from tidegate.spine.preemption import Preemption
@@ -162,6 +162,55 @@ async def refusal_of(
         headers=to_return(headers, secret, same_length=False),
         body=masked(body, target),
     )
+
+
+HELD_S = 2.0
+HELD_BYTES = 65_536
+
+
+async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dict[str, Any] | None]:
+    """The first bytes of an answer, up to its first output where it `streams`, and the object that
+    tells an error where there was one before that; what is compressed is read decoded. Raises
+    UpstreamError. Cancelling leaves the exchange open."""
+    coding = coding_of(exchange.headers)
+    reader = PieceDecoder(coding) if coding else None
+    first = await exchange.next()
+    text = first if reader is None else reader.take(first)
+    if streams and (reader is None or reader.reads):
+        prelude = refusals.Prelude()
+        until = asyncio.get_running_loop().time() + HELD_S
+        holds = prelude.holds(text, at_end=exchange.at_end)
+        while holds and not exchange.at_end and len(first) < HELD_BYTES:
+            try:
+                async with asyncio.timeout_at(until):
+                    piece = await exchange.next()
+            except TimeoutError:
+                break
+            first += piece
+            plain = piece if reader is None else reader.take(piece)
+            if reader is not None and not reader.reads:
+                break
+            text += plain
+            holds = prelude.holds(plain, at_end=exchange.at_end)
+        if prelude.is_events:
+            return first, prelude.error
+    # Half a line is of no use to anybody, nor is the head of what is compressed.
+    while not exchange.at_end and (
+        (streams and refusals.is_too_short(text))
+        or (reader is not None and reader.reads and not text)
+    ):
+        piece = await exchange.next()
+        first += piece
+        text += piece if reader is None else reader.take(piece)
+    if not refusals.may_begin_with_error(text):
+        return first, None
+    while (value := refusals.error_event_in(text)) is None:
+        if exchange.at_end or len(text) > refusals.LONGEST_BYTES:
+            return first, None
+        piece = await exchange.next()
+        first += piece
+        text += piece if reader is None else reader.take(piece)
+    return first, value
 
 
 def masked(body: bytes, target: Target) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import promised_s
 from tidegate.emulator.server import Emulator, run_emulator
-from tidegate.spine.native import HELD_S
+from tidegate.spine.run import HELD_S
 
 __all__ = ["hostile", "one_try"]
 
@@ -74,6 +76,14 @@ FAILING: dict[str, tuple[Called, tuple[bytes, ...]]] = {
             event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
             event("error", error={"type": "overloaded_error", "message": "Overloaded"}),
         ),
+    ),
+    "a flat error": (
+        CHAT,
+        (b'data: {"object":"error","message":"busy","type":"ServiceUnavailable","code":503}\n\n',),
+    ),
+    "a balance": (
+        CHAT,
+        (ROLE, event(error={"message": "Insufficient Balance", "code": "invalid_request_error"})),
     ),
     "a chunk": (
         CHAT,
@@ -238,3 +248,34 @@ async def test_a_refusal_says_which_upstream_it_is_from(
     ours, headers, _ = await read(gateway, ("/v1/nothing", {}))
     assert ours == 404
     assert "x-tidegate-upstream" not in headers
+
+
+async def test_a_refusal_that_no_time_helps_asks_for_no_retry(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    """SDKs repeat a 429, though no pause makes the request small enough."""
+    said = b'{"error":{"message":"Request too large: Limit 300, Requested 315.","type":"tokens"}}'
+    head = b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: %d\r\n\r\n"
+    hostile.answer = head % len(said) + said
+    status, headers, body = await read(gateway, CHAT)
+    assert (status, body) == (429, said)
+    assert headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+async def test_a_compressed_error_goes_to_the_next_upstream_too(
+    gateway: Gateway, hostile: Hostile, coding: str, streamed: bool
+) -> None:
+    kind = b"text/event-stream" if streamed else b"application/json"
+    plain = event(error=BUSY) if streamed else orjson.dumps({"error": BUSY})
+    packed = gzip.compress(plain) if coding == "gzip" else zlib.compress(plain)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-encoding: %b\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
+    pieces = packed[:4], packed[4:-9], packed[-9:]  # of the first nothing can be read
+    hostile.answer = head % (kind, coding.encode()) + chunked(*pieces, b"")
+    path, body = CHAT
+    status, headers, answer = await read(gateway, (path, {**body, "stream": streamed}))
+    assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+    assert b"choices" in answer
+    assert len(hostile.seen) == 1

@@ -34,6 +34,9 @@ ERRORS = {
     "that a response failed": b"event: response.failed\ndata: " + RESPONSES + b"\n\n",
     "of OpenAI": b'data: {"error":{"message":"no","type":"server_error","code":null}}\n\n',
     "in a word": b'data: {"error":"no"}\n\n',
+    "in a word, behind its code": b'{"code": "Some \xc3\xa4 code", "error": "no credits"}',
+    "flat": b'data: {"object":"error","message":"busy","type":"ServiceUnavailable","code":503}\n\n',
+    "flat, alone": b'{"object": "error", "message": "busy", "code": "1300"}',
 }
 NO_ERRORS = {
     "a chunk": b'data: {"choices":[{"delta":{"content":"{\\"error\\": {}}"}}],"error":null}\n\n',
@@ -42,6 +45,8 @@ NO_ERRORS = {
     "text in a list": b'[{"a":"[{\\"error\\": {\\"code\\": 503}}"}]',
     "the end": b"data:[DONE]\n\n",
     "a tool's argument": b'data: {"choices":[{"args":{"error":{"code":503}}}]}\n\n',
+    "an object in an argument": b'data: {"choices":[{"args":{"object":"error"}}]}\n\n',
+    "a code and a choice": b'{"code":"x","choices":[{"args":{"error":"no"}}]}',
     "nothing": b"",
 }
 
@@ -50,7 +55,7 @@ NO_ERRORS = {
 def test_an_error_is_seen_at_the_start_and_at_the_end(name: str) -> None:
     assert refusals.may_begin_with_error(ERRORS[name])
     assert refusals.error_event_in(ERRORS[name]) is not None
-    if name not in ("a list of one", "alone"):
+    if ERRORS[name].lstrip()[:1] not in (b"[", b"{"):
         before = b'data: {"choices":[]}\n\n' * 1_000
         assert refusals.error_event_in(before + ERRORS[name]) is not None
         assert refusals.error_event_in(before + ERRORS[name] + b"data: [DONE]\n\n") is not None
@@ -82,6 +87,7 @@ def test_nothing_else_is_taken_for_one(name: str) -> None:
         ({"error": {"code": 429}}, 429, UpstreamThrottled),
         ({"error": {"code": 200}}, 500, UpstreamUnavailable),
         ({"error": "no"}, 500, UpstreamUnavailable),
+        ({"object": "error", "message": "busy", "code": 503}, 503, UpstreamUnavailable),
     ],
 )
 def test_what_the_error_would_have_been_as_a_status(

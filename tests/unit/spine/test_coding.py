@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from tidegate.record import MOST_DECODED_BYTES, coding_of, decoded
+from tidegate.record import MOST_DECODED_BYTES, PieceDecoder, coding_of, decoded
 
 TEXT = b'{"usage": {"prompt_tokens": 5}}' * 100
 
@@ -53,3 +53,33 @@ def test_which_coding_it_is_in() -> None:
     assert coding_of([(b"Content-Encoding", b" GZIP ")]) == b"gzip"
     assert coding_of([(b"content-encoding", b"identity")]) == b""
     assert coding_of([(b"content-type", b"gzip")]) == b""
+
+
+@pytest.mark.parametrize("size_bytes", [1, 7, 10_000])
+@pytest.mark.parametrize(
+    ("coding", "data"),
+    [
+        (b"gzip", gzip.compress(TEXT, mtime=0)),
+        (b"deflate", zlib.compress(TEXT)),
+        (b"deflate", raw(TEXT)),
+    ],
+    ids=["gzip", "deflate", "deflate without a head"],
+)
+def test_a_beginning_is_read_piece_by_piece(coding: bytes, data: bytes, size_bytes: int) -> None:
+    reader = PieceDecoder(coding)
+    pieces = [data[at : at + size_bytes] for at in range(0, len(data), size_bytes)]
+    assert b"".join(map(reader.take, pieces)) == TEXT
+    assert reader.reads
+
+
+def test_a_beginning_that_cannot_be_read_is_given_up() -> None:
+    for coding, data in (
+        (b"br", TEXT),
+        (b"gzip", TEXT),
+        (b"deflate", TEXT),
+        (b"gzip", gzip.compress(bytes(5_000_000), mtime=0)),
+    ):
+        reader = PieceDecoder(coding)
+        reader.take(data)
+        assert not reader.reads
+        assert reader.take(b"more") == b""
