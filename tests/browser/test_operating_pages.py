@@ -1,5 +1,5 @@
 """The dashboard's pages of what operators look after in a real browser: usage, upstreams,
-batches.
+batches, alerts, settings.
 
 With TIDEGATE_SCREENSHOTS set, their pictures of docs/dashboard.md are taken anew.
 """
@@ -27,10 +27,12 @@ from tests.gateway import gateway
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.embedded.servers import ValkeyServer
+from tidegate.prices.budgets import Budget
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
+DOCUMENTED = ("usage", "upstreams", "batches", "alerts")
 WINDOWS = ((1440, "light"), (1440, "dark"), (400, "light"))
 
 # What is said to be left of 1,000 lines at one a second, looked at every other second, with bursts.
@@ -70,6 +72,8 @@ async def stage(
         "database_url": databases.server.url(name),
         "auth": "on",
         "tidegate_policy": folder / "tidegate.toml",
+        "alert_webhook_url": "http://127.0.0.1:9/of-a-secret",
+        "alert_format": "slack",
     }
     async with gateway(folder / "data", **settings) as running, async_playwright() as playwright:
         tenants = running.services.store.tenants
@@ -89,6 +93,7 @@ async def pictured(stage: Stage, path: str, ready: str, name: str, folder: Path)
             await seen.is_accessible()
             assert await seen.is_within(), (name, width)
             taking = os.environ.get("TIDEGATE_SCREENSHOTS") and (width, colours) == WINDOWS[0]
+            taking = taking and name in DOCUMENTED
             file = f"{name}.png" if taking else f"{name}-{width}-{colours}.png"
             await seen.page.screenshot(path=(IMAGES if taking else folder) / file, full_page=True)
 
@@ -317,3 +322,54 @@ async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
         await page.get_by_role("button", name="Open", exact=True).click()
         await expect(page.get_by_text("No such batch")).to_be_visible()
     await client.close()
+
+
+async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
+    stage: Stage, tmp_path: Path
+) -> None:
+    running = stage.gateway
+    await running.services.limiter.penalise("kind:multi_modal", for_ms=600_000, by="ann: quota")
+    await running.database.execute("DELETE FROM alerts")
+    budget = Budget("all", "usd", 3_000_000_000, "month", doubt="estimate", alerts=(80, 100))
+    async with opened(stage, "/") as seen:
+        page = seen.page
+        await expect(page.locator("#live")).to_have_text("Live")
+        await page.keyboard.press("g")
+        await page.keyboard.press("l")
+        now = page.get_by_role("region", name="Now")
+        await expect(now.locator("[data-cause='limit_paused']")).to_contain_text("ann: quota")
+        await expect(page.get_by_text("There are no budgets")).to_be_visible()
+        channel = page.get_by_role("region", name="Channel")
+        await expect(channel).to_contain_text("To http://127.0.0.1, as a text for Slack")
+        await expect(channel).not_to_contain_text("of-a-secret")
+        await running.services.budgets.records.set(budget, by="test")
+        await running.database.execute(
+            "INSERT INTO alerts (kind, data, state, tries, problem) VALUES ('budget_share', $1,"
+            " 'given_up', 8, 'answered with status 500')",
+            '{"budget": "all", "scope": "", "share": 80, "spent": 2400000000,'
+            ' "amount": 3000000000}',
+        )
+        rules = page.get_by_role("region", name="Budgets that raise alerts")
+        await expect(rules.locator("[data-rule='all']")).to_contain_text("at 80 %, 100 %")
+        row = page.get_by_role("region", name="Posted").locator("tr[data-alert]")
+        await expect(row).to_contain_text("$2,400.00 of $3,000.00 spent")
+        await expect(row).to_contain_text("answered with status 500; 8 tries")
+        await pictured(stage, "/alerts", "tr[data-alert]", "alerts", tmp_path)
+        await row.get_by_role("button", name="Post").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Post again").click()
+        await expect(row.locator(".badge")).to_have_text("Pending")
+        await channel.get_by_role("button", name="Send a test").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Send it").click()
+        await expect(row.filter(has_text="A test alert, requested by dashboard")).to_be_visible()
+        await page.keyboard.press("g")
+        await page.keyboard.press("s")
+        names = page.locator(".setting dt")
+        await expect(page.get_by_role("heading", name="Settings")).to_be_visible()
+        every = await names.count()
+        assert every == len(type(running.config).model_fields)  # none is of the environment
+        await page.get_by_label("Search settings").fill("alert_")
+        await expect(names).to_have_count(2)
+        await expect(page.locator(".settings-place")).not_to_contain_text("of-a-secret")
+    await running.services.limiter.resume("kind:multi_modal", by="test")
+    await running.services.budgets.records.remove("all", by="test")
+    await pictured(stage, "/settings?shown=all", ".setting", "settings", tmp_path)

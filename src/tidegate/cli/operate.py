@@ -281,18 +281,23 @@ def check(
     json: Json = False,
 ) -> None:
     """Say whether the settings are sound, what they come to, and where each comes from."""
-    from tidegate.policy.deployment import deployed, deployed_upstreams, doubtful, policy_file
+    from tidegate.policy.deployment import (
+        deployed,
+        deployed_upstreams,
+        doubtful,
+        policy_file,
+        stated_settings,
+    )
 
     config = load_sound()
     policy, deployment = deployed(config), deployed_upstreams(config)
-    rows = [row for row in _settings(config) if defaults or row[2] != _DEFAULT]
+    stated = [one for one in stated_settings(config) if defaults or one.origin is not None]
     file = policy_file(config)
     if json:
         show_json(
             {
                 "settings": {
-                    name: {"value": None if value == _NOT_SET else value, "from": place}
-                    for name, value, place in rows
+                    one.name: {"value": one.value, "from": one.origin or _DEFAULT} for one in stated
                 },
                 "policy_file": None if file is None else str(file),
                 "doubtful": {one.name: one.near for one in doubtful(config)},
@@ -304,8 +309,12 @@ def check(
     _say_what_they_come_to(config)
     typer.echo(f"  limits              {file or 'RATE_LIMITS and the defaults; no tidegate.toml'}")
     _say_upstreams(config, deployment, policy)
-    if rows:
+    if stated:
         typer.echo()
+        rows: list[tuple[str, ...]] = [
+            (one.name, _NOT_SET if one.value is None else one.value, one.origin or _DEFAULT)
+            for one in stated
+        ]
         show_table("", ("setting", "value", "from"), rows)
     say_doubtful(config)
 
@@ -317,28 +326,6 @@ _MODELS = {
     "CLASSIFIER_MODEL": Kind.TEXT_ONLY,
 }
 _DEFAULT, _NOT_SET = "the default", "not set"
-
-
-def _settings(config: Config) -> list[tuple[str, ...]]:
-    """Name, value as it may be shown, and origin."""
-    import json
-
-    from tidegate.settings import SECRETS, origins, shown
-
-    given = origins()
-    rows: list[tuple[str, ...]] = []
-    for field, value in config:
-        name = field.upper()
-        text = json.dumps(value) if isinstance(value, dict) else _as_text(value)
-        is_secret = name in SECRETS and value is not None
-        rows.append((name, shown(name, text) if is_secret else text, given.get(name, _DEFAULT)))
-    return rows
-
-
-def _as_text(value: object) -> str:
-    if value is None:
-        return _NOT_SET
-    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _say_what_they_come_to(config: Config) -> None:

@@ -22,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
@@ -66,7 +67,10 @@ from tidegate.http.services import (
 )
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
 from tidegate.metrics.verdict import DeploymentVerdict
+from tidegate.policy.deployment import StatedSetting, doubtful, policy_file, stated_settings
 from tidegate.record import Source
+from tidegate.settings import SECTIONS, Config, shown
+from tidegate.telemetry.logging import redact
 
 UNFIT = "the database's schema does not fit this version, or was never seen"
 _DEADLINE_MS = 2_000
@@ -238,6 +242,56 @@ async def process(request: Request) -> dict[str, Any]:
     neither Valkey nor PostgreSQL. SIGQUIT puts the same into the log of a process."""
     services = services_of(request)
     return {"draining": services.draining.is_set(), **services.state.shown()}
+
+
+class SettingView(BaseModel):
+    """A setting, as `tidegate config check --defaults` shows it."""
+
+    name: str
+    value: str | None = Field(description="(hidden) where it is a secret; null: not set")
+    origin: str | None = Field(description="Where it comes from; null: it is the default")
+    section: str
+    text: str = Field(description="What it is for")
+
+
+class SettingsView(BaseModel):
+    """What the process that answers runs with, and what may be a mistake in it."""
+
+    process: str
+    policy_file: str | None
+    settings: list[SettingView]
+    doubts: list[str]
+
+
+@process_router.get("/settings", summary="The settings of the process that answers")
+async def settings(request: Request) -> SettingsView:
+    """As of its start. No secret is shown."""
+    services = services_of(request)
+    stated, file, doubts = await to_thread.run_sync(_stated, services.config)
+    section, views = "", list[SettingView]()
+    for one in stated:
+        field = one.name.lower()
+        section = SECTIONS.get(field, section)
+        text = Config.model_fields[field].description or ""
+        value = None if one.value is None else redact(shown(one.name, one.value))
+        views.append(
+            SettingView(name=one.name, value=value, origin=one.origin, section=section, text=text)
+        )
+    return SettingsView(
+        process=services.board.process,
+        policy_file=None if file is None else str(file),
+        settings=views,
+        doubts=doubts,
+    )
+
+
+def _stated(config: Config) -> tuple[list[StatedSetting], Path | None, list[str]]:
+    stated, file = stated_settings(config), policy_file(config)
+    try:
+        doubts = [str(one) for one in doubtful(config)]
+    except OSError as unreadable:
+        doubts = [f"{file} can't be read any more: {unreadable.strerror}"]
+    return stated, file, doubts
 
 
 _SCHEMES: dict[str, Any] = {

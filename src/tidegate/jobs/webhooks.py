@@ -21,7 +21,7 @@ import orjson
 
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.policy.tenants import webhook_secret_of
-from tidegate.prices.budgets import scope_values, shown_amount
+from tidegate.prices.budgets import budget_alert
 from tidegate.settings import Config
 from tidegate.store.outbox import AlertDelivery, Delivery
 from tidegate.store.records import RequestRecord, usage_columns
@@ -273,23 +273,8 @@ def alert_payload(delivery: AlertDelivery, form: Literal["standard", "slack"]) -
     """The body of an alert."""
     data = orjson.loads(delivery.data)
     if "budget" in data:
-        data["scope"] = scope_values(data["scope"])
-        data |= {"unit": delivery.unit or "usd"}
-        data["text"] = _budget_text(delivery.kind, data)
+        data = budget_alert(delivery.kind, data, delivery.unit or "usd")
     if form == "slack":
         return orjson.dumps({"text": data["text"]})
     event = {"type": delivery.kind, "timestamp": delivery.created_at, "data": data}
     return orjson.dumps(event, option=orjson.OPT_UTC_Z)
-
-
-def _budget_text(kind: str, data: dict[str, Any]) -> str:
-    whose = f" of {', '.join(map(str, data['scope']))}" if data["scope"] else ""
-    spent, amount = (shown_amount(data["unit"], data[name]) for name in ("spent", "amount"))
-    said = f"Budget {data['budget']}{whose}: {spent} of {amount} spent"
-    if kind == "budget_share":
-        return f"{said}, which is {data['share']} % or more."
-    if kind == "budget_paused":
-        return f"{said}; it is paused until a person resumes it: tidegate budgets resume."
-    reset_at = data.get("reset_at")
-    when = f" It resets at {reset_at}." if reset_at else ""
-    return f"{said}; a call was refused, since there is no room for it.{when}"

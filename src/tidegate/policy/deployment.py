@@ -9,6 +9,7 @@ variable of a key, never the key itself.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -19,6 +20,8 @@ from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+from pydantic import SecretStr
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
@@ -40,7 +43,15 @@ from tidegate.policy.providers import (
     urls_of,
 )
 from tidegate.prices.rates import Price, price_of
-from tidegate.settings import SECRETS, Client, Config, from_dotenv, secret, split_url
+from tidegate.settings import (
+    SECRETS,
+    Client,
+    Config,
+    from_dotenv,
+    origins,
+    secret,
+    split_url,
+)
 from tidegate.usual_models import OUR_KEY
 
 # An environment with its key makes an upstream of it.
@@ -776,6 +787,33 @@ def doubtful(config: Config) -> list[Doubt]:
     path = policy_file(config)
     spoken_of = "" if path is None else path.read_text(errors="replace")
     return [one for one in misspelt() if one.name not in spoken_of]
+
+
+HIDDEN = "(hidden)"
+
+
+@dataclass(frozen=True, slots=True)
+class StatedSetting:
+    """A setting as it may be shown: never a secret. value: None where it is not set. origin: where
+    it comes from, in words; None: it is the default."""
+
+    name: str
+    value: str | None
+    origin: str | None
+
+
+def stated_settings(config: Config) -> list[StatedSetting]:
+    """All settings, in the order of the documentation."""
+    given, found = origins(), list[StatedSetting]()
+    for field_name, value in config:
+        name, text = field_name.upper(), None
+        if value is not None:
+            plain = int(value) if isinstance(value, bool) else value
+            text = json.dumps(value) if isinstance(value, dict) else str(plain)
+            is_secret = name in SECRETS or isinstance(value, SecretStr)
+            text = HIDDEN if is_secret else text
+        found.append(StatedSetting(name, text, given.get(name)))
+    return found
 
 
 def policy_file(config: Config) -> Path | None:

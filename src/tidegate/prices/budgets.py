@@ -292,3 +292,22 @@ def _span(seconds: int) -> str:
         if seconds and seconds % size == 0:
             return f"{seconds // size} {unit}"
     return f"{seconds} s"
+
+
+def budget_alert(kind: str, data: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
+    """What an alert of a budget says, with its text; `data` as it is kept."""
+    found = {**data, "scope": scope_values(data["scope"]), "unit": unit}
+    return found | {"text": _alert_text(kind, found)}
+
+
+def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
+    whose = f" of {', '.join(map(str, data['scope']))}" if data["scope"] else ""
+    spent, amount = (shown_amount(data["unit"], data[name]) for name in ("spent", "amount"))
+    said = f"Budget {data['budget']}{whose}: {spent} of {amount} spent"
+    if kind == "budget_share":
+        return f"{said}, which is {data['share']} % or more."
+    if kind == "budget_paused":
+        return f"{said}; it is paused until a person resumes it: tidegate budgets resume."
+    reset_at = data.get("reset_at")
+    when = f" It resets at {reset_at}." if reset_at else ""
+    return f"{said}; a call was refused, since there is no room for it.{when}"

@@ -84,6 +84,21 @@ class AlertDelivery:
     unit: Literal["usd", "tokens"] | None
 
 
+@dataclass(frozen=True, slots=True)
+class AlertRecord:
+    """An alert, and what has become of it; `due_at` is of the next try of one that is pending."""
+
+    alert_id: UUID
+    kind: str
+    data: str
+    created_at: datetime
+    state: Literal["pending", "delivered", "given_up"]
+    tries: int
+    due_at: datetime
+    problem: str | None
+    unit: Literal["usd", "tokens"] | None
+
+
 class AlertOutbox:
     """Alerts for operators. Every method raises StoreUnavailable."""
 
@@ -98,6 +113,15 @@ class AlertOutbox:
         """At most `limit` due alerts; one that is not settled within the lease is due again."""
         rows = await self._connections.rows("claim_alerts", limit, float(lease_ms))
         return [record_of(AlertDelivery, row) for row in rows]
+
+    async def newest(self, limit: int) -> list[AlertRecord]:
+        """The last alerts, the newest first."""
+        found = await self._connections.rows("list_alerts", limit)
+        return [record_of(AlertRecord, row) for row in found]
+
+    async def redeliver(self, alert_id: UUID) -> bool:
+        """Have an alert posted again; False where there is none, or it is to be posted anyway."""
+        return await self._connections.row("redeliver_alert", alert_id) is not None
 
     async def settle(
         self,

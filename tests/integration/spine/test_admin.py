@@ -340,3 +340,35 @@ async def test_while_valkey_is_away_admin_says_so(open_gateway: Opener, tmp_path
         assert (status, problem["code"]) == (503, "limiter_unavailable")
     finally:
         server.stop()
+
+
+async def test_settings_are_shown_with_their_origin_and_without_a_secret(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_ATEMPTS", "7")
+    monkeypatch.setenv("TEXT_MODEL", "gemini-2.5-flash")
+    secrets = {
+        "admin_token": "the-operators-own-token-of-this-test",
+        "alert_webhook_url": "http://127.0.0.1:9/of-a-secret",
+        "webhook_secret": "whsec_" + "c2VjcmV0LW9mLXRoZS10ZXN0LW9mLXNldHRpbmdz",
+    }
+    gateway = await open_gateway(worker=False, auth="on", **secrets)
+    headers = {"Authorization": f"Bearer {secrets['admin_token']}"}
+    async with gateway.http.get(f"{gateway.url}/admin/settings", headers=headers) as answer:
+        assert answer.status == 200
+        raw = await answer.text()
+    assert gateway.config.database_url is not None
+    database_url = gateway.config.database_url.get_secret_value()
+    for secret in ("-of-this-test", "of-a-secret", "c2VjcmV0", database_url):
+        assert secret not in raw
+    found = orjson.loads(raw)
+    named = {one["name"]: one for one in found["settings"]}
+    assert set(named) == {name.upper() for name in type(gateway.config).model_fields}
+    assert named["ADMIN_TOKEN"]["value"] == "(hidden)"
+    assert named["WEBHOOK_SECRET"]["value"] == "(hidden)"
+    assert named["TEXT_MODEL"]["origin"] == "the environment"
+    assert (named["MAX_ATTEMPTS"]["origin"], named["MAX_ATTEMPTS"]["section"]) == (
+        *(None, "Jobs and the record"),
+    )
+    assert named["MAX_ATTEMPTS"]["text"]
+    assert [one for one in found["doubts"] if "MAX_ATEMPTS" in one]

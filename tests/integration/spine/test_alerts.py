@@ -7,11 +7,13 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.spine.receiver import SECRET, Receiver, receiving
+from tests.integration.tenants.asking import ask
 from tests.waiting import wait_until
 from tidegate.jobs import webhooks
 from tidegate.prices.budgets import Budget
@@ -84,3 +86,45 @@ async def test_slack_gets_a_text_without_a_secret(open_gateway: Opener, receiver
     (told,) = receiver.received
     assert told.event == {"text": "The key of oai is refused."}
     assert "webhook-signature" not in told.headers
+
+
+async def test_operators_see_what_was_posted_send_a_test_and_post_again(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    receiver.answers = [410]  # given up immediately
+    gateway = await open_gateway(
+        alert_webhook_url=f"{receiver.url}/of-a-secret", alert_format="slack", auth="on"
+    )
+    as_operator = {"Authorization": f"Bearer {gateway.operator_key}"}
+
+    async def asked(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        return await ask(gateway, method, f"/admin/alerts{path}", as_operator, body)
+
+    status, found = await asked("GET", "")
+    assert (status, found["items"], found["health"]) == (200, [], "healthy")
+    assert found["channel"] == {"place": "http://127.0.0.1", "format": "slack", "is_signed": False}
+    assert (await asked("POST", "/test", {"by": "ada"}))[0] == 202
+
+    async def newest() -> dict[str, Any]:
+        return dict((await asked("GET", ""))[1]["items"][0])
+
+    async def is_(state: str) -> bool:
+        return bool((await newest())["state"] == state)
+
+    await wait_until(lambda: is_("given_up"), 20, "a refused alert")
+    alert = await newest()
+    assert (alert["kind"], alert["tries"], alert["due_at"]) == ("test", 1, None)
+    assert alert["text"] == "A test alert, requested by ada."
+    assert alert["problem"] == "answered with status 410"
+    assert (await asked("POST", f"/{alert['id']}/redeliver", {}))[0] == 202
+    await wait_until(lambda: is_("delivered"), 20, "an alert that was posted again")
+    assert receiver.received[-1].body == b'{"text":"A test alert, requested by ada."}'
+    assert (await asked("POST", f"/{uuid4()}/redeliver", {}))[0] == 404
+
+
+async def test_no_test_is_sent_where_alerts_go_nowhere(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    as_operator = {"Authorization": f"Bearer {gateway.operator_key}"}
+    status, problem = await ask(gateway, "POST", "/admin/alerts/test", as_operator, {})
+    assert (status, problem["field"]) == (400, "alert_webhook_url")
+    assert (await ask(gateway, "GET", "/admin/alerts", as_operator))[1]["channel"]["place"] is None

@@ -110,8 +110,10 @@ async function show() {
 function markNavigation(path) {
   const head = `#/${path.split("/")[1]}`;
   for (const one of document.querySelectorAll("#nav a")) {
-    if (one.getAttribute("href") === head) one.setAttribute("aria-current", "page");
-    else one.removeAttribute("aria-current");
+    if (one.getAttribute("href") === head) {
+      one.setAttribute("aria-current", "page");
+      one.scrollIntoView({ block: "nearest", inline: "nearest" });
+    } else one.removeAttribute("aria-current");
   }
 }
 

@@ -1,4 +1,5 @@
-"""Routes `/admin/budgets`: what may be spent, by whom, and what was spent of it.
+"""Routes `/admin/budgets` and `/admin/alerts`: what may be spent, by whom, and what operators were
+notified of.
 
 Invariants: every route requires an admin; a change is in force in this process when it is answered,
 in all others within a second. Amounts of money are in USD, decimal in requests and micro-dollars
@@ -11,12 +12,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+from uuid import UUID
 
+import orjson
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.convertors import Convertor, register_url_convertor
 
-from tidegate.http.admin.limits import By, config_errors_refused, described, read_json
+from tidegate.errors import InvalidRequest, NotFound
+from tidegate.http.admin.limits import By, Signed, config_errors_refused, described, read_json
 from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
@@ -24,12 +29,15 @@ from tidegate.prices.budgets import (
     MOST_AMOUNT,
     Budget,
     Dimension,
+    budget_alert,
     budget_of,
     plain_budget,
     scope_text,
     scope_values,
 )
+from tidegate.settings import Config
 from tidegate.store.budgets import BudgetBook, plain_book
+from tidegate.store.outbox import AlertRecord
 
 router = admin_router(400, 408, 413, 415, 503, tag="budgets")
 
@@ -232,3 +240,115 @@ def _view(budget: Budget, most_used: BudgetBook | None) -> BudgetView:
 
 def _book(book: BudgetBook) -> BookView:
     return BookView.model_validate(plain_book(book))
+
+
+_MOST_ALERTS = 100
+
+
+class AlertChannel(BaseModel):
+    """Where alerts are posted."""
+
+    place: str | None = Field(description="The scheme and host of ALERT_WEBHOOK_URL; null: not set")
+    format: Literal["standard", "slack"]
+    is_signed: bool
+
+
+class AlertCause(BaseModel):
+    """Something that an operator has to look at now, as in `tidegate status`."""
+
+    kind: str
+    level: Literal["healthy", "degraded", "down"]
+    words: str
+    detail: str
+    command: str
+
+
+class AlertView(BaseModel):
+    """An alert that was raised, and what has become of it."""
+
+    id: UUID
+    kind: str
+    text: str
+    created_at: datetime
+    state: Literal["pending", "delivered", "given_up"]
+    tries: int
+    due_at: datetime | None = Field(description="Of the next try; null: there is none")
+    problem: str | None = Field(description="How the last try failed")
+
+
+class AlertsView(BaseModel):
+    channel: AlertChannel
+    health: Literal["healthy", "degraded", "down"]
+    causes: list[AlertCause] = Field(description="What holds now, the worst first")
+    items: list[AlertView] = Field(description="The last 100, of 30 days at most")
+
+
+@router.get("/alerts", summary="What an operator has to look at, and the alerts that were raised")
+async def alerts(request: Request) -> AlertsView:
+    services = services_of(request)
+    verdict = await services.standing.verdict()
+    found = await services.store.alerts.newest(_MOST_ALERTS)
+    return AlertsView(
+        channel=_channel(services.config),
+        health=verdict.health,
+        causes=[AlertCause.model_validate(one, from_attributes=True) for one in verdict.causes],
+        items=[_alert_view(one) for one in found],
+    )
+
+
+@router.post(
+    "/alerts/test",
+    status_code=202,
+    openapi_extra=described(Signed),
+    summary="Have a test alert posted",
+)
+async def test_alert(request: Request) -> AlertChannel:
+    """By a worker, as every alert."""
+    signed, services = await read_json(request, Signed), services_of(request)
+    channel = _channel(services.config)
+    if channel.place is None:
+        said = "no alert can be posted: ALERT_WEBHOOK_URL is not set"
+        raise InvalidRequest("alert_webhook_url", said, allowed="a URL in ALERT_WEBHOOK_URL")
+    await services.store.alerts.add("test", {"text": f"A test alert, requested by {signed.by}."})
+    return channel
+
+
+@router.post(
+    "/alerts/{alert_id}/redeliver",
+    status_code=202,
+    responses=problem_responses(404),
+    openapi_extra=described(Signed),
+    summary="Post an alert again",
+)
+async def redeliver_alert(request: Request, alert_id: UUID) -> AlertChannel:
+    await read_json(request, Signed)
+    services = services_of(request)
+    if not await services.store.alerts.redeliver(alert_id):
+        raise NotFound(f"there is no alert {alert_id} that was posted or given up")
+    return _channel(services.config)
+
+
+def _channel(config: Config) -> AlertChannel:
+    url = config.alert_webhook_url
+    place = None if url is None else urlsplit(url.get_secret_value())
+    return AlertChannel(
+        place=None if place is None else f"{place.scheme}://{place.hostname}",
+        format=config.alert_format,
+        is_signed=config.webhook_secret is not None,
+    )
+
+
+def _alert_view(one: AlertRecord) -> AlertView:
+    data = orjson.loads(one.data)
+    if "budget" in data:
+        data = budget_alert(one.kind, data, one.unit or "usd")
+    return AlertView(
+        id=one.alert_id,
+        kind=one.kind,
+        text=str(data.get("text", "")),
+        created_at=one.created_at,
+        state=one.state,
+        tries=one.tries,
+        due_at=one.due_at if one.state == "pending" else None,
+        problem=one.problem,
+    )

@@ -53,3 +53,15 @@ RETURNING a.id AS alert_id, a.kind, a.data::text AS data, a.created_at, a.tries,
 -- Record how try $2 of alert $1 went; the next one is due in $5 milliseconds.
 UPDATE alerts SET state = $3, problem = $4, due_at = now() + $5 * interval '1 millisecond'
 WHERE id = $1 AND tries = $2 AND state = 'pending'
+
+-- name: list_alerts
+-- The last $1 alerts, the newest first.
+SELECT a.id AS alert_id, a.kind, a.data::text AS data, a.created_at, a.state, a.tries, a.due_at,
+    a.problem, (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget') AS unit
+FROM alerts a ORDER BY a.created_at DESC, a.id LIMIT $1
+
+-- name: redeliver_alert
+-- Have an alert that is settled posted again.
+UPDATE alerts SET state = 'pending', tries = 0, due_at = now(), problem = NULL
+WHERE id = $1 AND state <> 'pending'
+RETURNING id

@@ -82,6 +82,22 @@ export const PAGES = [
     load: () => import("./attention.js"),
   },
   {
+    path: "/alerts",
+    title: "Alerts",
+    nav: "Alerts",
+    key: "l",
+    style: ["listed.css", "alerts.css"],
+    load: () => import("./alerts.js"),
+  },
+  {
+    path: "/settings",
+    title: "Settings",
+    nav: "Settings",
+    key: "s",
+    style: "settings.css",
+    load: () => import("./settings.js"),
+  },
+  {
     path: "/try",
     title: "Try it",
     nav: "Try it",
