@@ -17,6 +17,7 @@ revision are equal; while PostgreSQL is unavailable the policy in force stays.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -204,9 +205,23 @@ def _enforced(
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What changes from one to the other, a line for each key: `limits.kind:text_only: 5 -> 2`."""
     return [
-        f"{key}: {'none' if old is None else old} -> {'none' if new is None else new}"
+        f"{key}: {_written(old)} -> {_written(new)}"
         for key, old, new in changed_keys(before, after)
     ]
+
+
+def _written(value: object, *, inner: bool = False) -> str:
+    """A value as a command takes it: tables and lists as TOML's."""
+    if isinstance(value, Mapping):
+        pairs = [f"{name}={_written(one, inner=True)}" for name, one in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_written(one, inner=True) for one in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and inner:
+        return json.dumps(value)
+    return "none" if value is None else str(value)
 
 
 def changed_keys(

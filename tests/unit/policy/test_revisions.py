@@ -316,3 +316,13 @@ class Histories(RuleBasedStateMachine):
 
 Histories.TestCase.settings = settings(stateful_step_count=30)
 TestHistories = Histories.TestCase
+
+
+def test_a_difference_is_written_as_a_command_takes_it() -> None:
+    before = {"limits": {"rpm:total": 60}, "pool": {"fair_by": "calls"}}
+    limit = {"bound": 100, "shape": "bucket", "adaptive": True, "models": ["a", "b"]}
+    after = {"limits": {"rpm:total": limit}, "pool": {"fair_by": "cost"}}
+    assert differences(before, after) == [
+        'limits.rpm:total: 60 -> {bound=100, shape="bucket", adaptive=true, models=["a", "b"]}',
+        "pool.fair_by: calls -> cost",
+    ]
