@@ -118,11 +118,11 @@ class CallRecord:
     then on, others from their request of a permit to the limiter; `queue_ms` ends with admission.
     `fence` is the permit's (epoch, sequence).
 
-    Tries: `attempts` counts those made upstream, of which `throttled` were answered with 429 and
-    `faults` failed by the upstream's own fault; `failed` is the error of the last that failed;
-    `earlier_attempts` were made before this record began, for the same line of a batch, and under
-    `lapses` of them their process died.
-    `sent`: its request began to go out. `upstream_ms` is the length of the last.
+    Tries: `attempts` counts those made upstream, of which `throttled` were answered with 429
+    (`throttled_by`: by upstream and pool, of which the last may be another), and `faults` failed by
+    the upstream's own fault; `failed` is the error of the last that failed; `earlier_attempts` were
+    made before this record began, for the same line of a batch, and under `lapses` of them their
+    process died. `sent`: its request began to go out. `upstream_ms` is the length of the last.
 
     Answer: `http_status` is what the client received, 0 while nothing. `pieces` are the bytes of a
     native answer as they came, up to `KEPT_BYTES` and the end of what is longer; `answer_bytes`
@@ -171,7 +171,7 @@ class CallRecord:
     attempts: int = 0
     earlier_attempts: int = 0
     lapses: int = 0
-    throttled: int = 0
+    throttled_by: dict[tuple[str, str], int] | None = None
     faults: int = 0
     failed: UpstreamError | None = None
     sent: bool = False
@@ -227,6 +227,16 @@ class CallRecord:
         else:  # only the end, where the usage is reported
             self.pieces[-1] = (self.pieces[-1] + piece)[-TAIL_BYTES:]
         self.answer_bytes += len(piece)
+
+    @property
+    def throttled(self) -> int:
+        """How many of its tries were answered with 429."""
+        return 0 if self.throttled_by is None else sum(self.throttled_by.values())
+
+    def note_throttled(self, upstream: str, pool: str) -> None:
+        """Count a try that an upstream answered with 429."""
+        found = self.throttled_by = self.throttled_by or {}
+        found[upstream, pool] = found.get((upstream, pool), 0) + 1
 
     @property
     def body(self) -> bytes:

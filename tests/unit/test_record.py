@@ -54,7 +54,8 @@ def test_a_compressed_answer_is_read_decoded_and_one_that_cannot_be_is_stored_as
 def test_another_try_forgets_the_answer_and_keeps_what_was_counted() -> None:
     call = record()
     call.waits, call.sent, call.coding = False, True, b"gzip"
-    call.attempts, call.throttled, call.faults = 2, 1, 1
+    call.attempts, call.faults = 2, 1
+    call.note_throttled("openai", "pool")
     call.failed = UpstreamUnavailable("gone")
     call.keep(b"half")
     answer = call.answer

@@ -87,3 +87,13 @@ def test_a_call_that_gave_way_is_counted_and_is_no_failure() -> None:
     assert counts[Metric.PREEMPTED] == (("batch", "gpu"), 1)
     assert counts[Metric.RETRIES] == (("batch", "gpu"), 1)
     assert Metric.FAILURES not in counts
+
+
+def test_a_429_counts_in_the_pool_of_the_upstream_that_gave_it() -> None:
+    tally = Tally()
+    record = CallRecord("relay", "acme", datetime.now(UTC), pool="b", upstream="second", attempts=2)
+    record.note_throttled("first", "a")
+    record.end("succeeded", None)
+    Calls(tally).take([record])
+    counted = {labels: n for spec, labels, n in tally.take_counts() if spec is Metric.THROTTLED}
+    assert {labels: n for labels, n in counted.items() if n} == {("relay", "a"): 1}

@@ -160,9 +160,10 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
     """Add one end.
 
     `counts`: calls that ended; of them succeeded and failed; refused before they were anything;
-    retried attempts; throttled, calls that the provider answered with 429; told_429, answers of
-    429 to clients; tokens and cost. `apart`: by tenant, model and upstream (calls, failed,
-    throttled, tokens, cost in millionths, ms upstream), and by the code of a failure.
+    retried attempts; throttled, calls that a provider answered with 429; told_429, answers of 429
+    to clients; tokens and cost. `apart`: by tenant, model and upstream (calls, failed, throttled,
+    tokens, cost in millionths, ms upstream), and by the code of a failure. A 429 counts for the
+    upstream that gave it, all else for the last.
     Questions of the classifier are `judged`: they count where tokens, money and 429s do, and by
     model and upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros
     are their part of the tokens and the money.
@@ -209,10 +210,12 @@ def _tokens_of(ended: CallRecord) -> int:
 
 def _count_apart(tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dimension]) -> None:
     failed = ended.status in ("failed", "dead")
-    amounts = (
-        *(int(ended.status != RETRIED), int(failed), ended.throttled, _tokens_of(ended)),
-        *(ended.charge.cost_micros or 0, round(ended.upstream_ms or 0)),
-    )
+    ends = int(ended.status != RETRIED), int(failed)
+    spent = _tokens_of(ended), ended.charge.cost_micros or 0, round(ended.upstream_ms or 0)
+    throttled = ended.throttled
+    if throttled and "upstream" in dimensions:
+        for (upstream, _), count in (ended.throttled_by or {}).items():
+            tally.count_apart("upstream", upstream, (0, 0, count, 0, 0, 0))
     for dimension in dimensions:
         name: str | None
         if dimension == "tenant":
@@ -222,7 +225,8 @@ def _count_apart(tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dime
         else:
             name = ended.upstream
         if name is not None:
-            tally.count_apart(dimension, name, amounts)
+            told = 0 if dimension == "upstream" else throttled
+            tally.count_apart(dimension, name, (*ends, told, *spent))
 
 
 assert set(OPEN_SPANS) == set(KEPT_S)

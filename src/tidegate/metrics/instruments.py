@@ -518,8 +518,8 @@ class Calls:
         again = one.attempts - 1 + (one.status == RETRIED)
         if again:
             self._tally.add(Metric.RETRIES, where, again)
-        if one.throttled:
-            self._tally.add(Metric.THROTTLED, where, one.throttled)
+        for (_, pool), count in (one.throttled_by or {}).items():
+            self._tally.add(Metric.THROTTLED, (one.source, pool), count)
         if one.queue_ms is not None:
             cells.queue.add(one.queue_ms / 1000)
             cells.tenant_queue.amount += one.queue_ms / 1000

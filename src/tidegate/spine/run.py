@@ -861,7 +861,7 @@ class _Run:
         record, error, model = self._record, failed.error, failed.target.model
         record.failed = error
         if isinstance(error, UpstreamThrottled):
-            record.throttled += 1
+            record.note_throttled(failed.target.upstream.name, failed.target.upstream.pool)
             failed.paused_ms = await lane.gate.throttled(error, model, demand)
         suspect = self._exchange.suspect()
         await lane.gate.failed(error, model, suspect=suspect, tried=is_try)

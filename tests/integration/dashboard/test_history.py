@@ -63,9 +63,12 @@ def ended(at: float, status: str = "succeeded", **named: Any) -> CallRecord:
     code = named.pop("code", None)
     usage = Usage(named.pop("input_tokens", None), named.pop("output_tokens", None))
     charge = Charge(usage=usage, cost_micros=named.pop("cost_micros", None))
+    throttled = named.pop("throttled", 0)
     moment = datetime.fromtimestamp(at, UTC)
     values: dict[str, Any] = {"received_at": moment, "finished_at": moment, "charge": charge}
     record = CallRecord("relay", **values | usual | named)
+    for _ in range(throttled):
+        record.note_throttled("gemini", POOL)
     record.end(status, None if code is None else Failure(code, ""))
     return record
 
