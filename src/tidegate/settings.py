@@ -487,6 +487,9 @@ class Config(BaseModel):
     retention_days: Positive = setting(
         30, "How long requests and answers are kept (tidegate prune)."
     )
+    operator_log_days: Annotated[int, Field(ge=30, le=36_500)] = setting(
+        365, "How long it is kept what operators did: see docs/access.md."
+    )
     reconcile: tuple[str, ...] = setting(
         (),
         "Providers whose usage and cost of the day before are compared with the record each night, "

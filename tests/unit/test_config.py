@@ -36,6 +36,7 @@ WRONG = {
     "ADMIN_TOKEN": (["fifteen-letters", "sixteen letters and spaces"], "16 characters"),
     "OIDC_ISSUER": (["issuer.example", "http://issuer.example", "ftp://issuer"], "https:// URL"),
     "OIDC_ROLES": (["[]", "{", '{"groups=x": "root"}'], "JSON object"),
+    "OPERATOR_LOG_DAYS": (["29", "a year"], "from 30 to 36500"),
     "JWT_ISSUER": (
         ["issuer.example", "http://issuer.example", "https://u@issuer.example", "https://a/?b=c"],
         "https:// URL",

@@ -183,6 +183,7 @@ app.command(rich_help_panel=_OPERATE)(operate.backup)
 app.command(rich_help_panel=_OPERATE)(operate.restore)
 app.command(rich_help_panel=_OPERATE)(prune)
 app.command(rich_help_panel=_OPERATE)(tenants.erase)
+app.command(rich_help_panel=_OPERATE)(tenants.actions)
 for _of_a_pool in (limits.app, limits.permits_app, tenants.app):
     _of_a_pool.callback()(choose_pool)
     for _registered in _of_a_pool.registered_commands:

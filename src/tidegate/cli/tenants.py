@@ -26,6 +26,7 @@ from tidegate.errors import ConfigError
 if TYPE_CHECKING:
     from tidegate.policy.inspection import Control
     from tidegate.policy.tenants import ShownTenant
+    from tidegate.store.operator_actions import OperatorAction
 
 app = typer.Typer(help="See and change tenants of the running deployment.", no_args_is_help=True)
 
@@ -429,6 +430,55 @@ def _prefix(text: str) -> str:
 
 def _minute(at: datetime | None) -> str:
     return "" if at is None else f"{at:%Y-%m-%d %H:%M}"
+
+
+def actions(
+    operator: Annotated[
+        str | None, typer.Option(help="Only of this operator, as the list names them.")
+    ] = None,
+    what: Annotated[str | None, typer.Option(help="Only this, such as key.create.")] = None,
+    target: Annotated[str | None, typer.Option(help="Only what was done to this.")] = None,
+    most: Annotated[int, typer.Option(min=1, max=1_000, help="How many at most.")] = 50,
+    json: Json = False,
+) -> None:
+    """Show what operators did: who, what, on what, from where, the newest first."""
+    from dataclasses import asdict
+
+    found = with_tenants(
+        lambda tenants: tenants.actions.page(
+            operator=operator, what=what, target=target, limit=most
+        )
+    )
+    if json:
+        show_json([asdict(one) for one in found])
+    elif not found:
+        typer.echo("no such action is on record")
+    else:
+        show_table(
+            "",
+            ("at (UTC)", "operator", "role", "what", "on", "change", "from"),
+            [
+                (
+                    f"{one.at:%Y-%m-%d %H:%M:%S}",
+                    *(one.operator, one.role, one.what, one.target),
+                    _change_of(one),
+                    one.address,
+                )
+                for one in found
+            ],
+        )
+
+
+def _change_of(one: OperatorAction) -> str:
+    """What it was before and after, in short; where a history has it, its revision."""
+    if one.revision is not None:
+        return f"revision {one.revision}"
+    before, after = one.before or {}, one.after or {}
+    return ", ".join(
+        f"{name}: {before[name]} -> {value}" if name in before else f"{name}: {value}"
+        for name, value in after.items()
+        if value is not None and (name not in before or before[name] != value)
+    )
 
 
 def erase(

@@ -165,10 +165,13 @@ def chosen_pool_or(usual: T) -> str | T:
 def command_config(process: str = "command", level: str = "error") -> Config:
     """The settings; logs of `level` and above go to standard error."""
     from tidegate.settings import load
+    from tidegate.store.operator_actions import ACTING, Acting
     from tidegate.telemetry import logging as telemetry
 
     config = load()
     telemetry.configure_logging(config.log_format, level, process=process)
+    # For the whole command: what it changes is recorded as done by who typed it.
+    ACTING.set(Acting(who(), "admin", "a terminal"))
     return config
 
 

@@ -58,11 +58,20 @@ from tidegate.http.browsers import (
     make_state,
     state_cookie_name,
 )
-from tidegate.http.guards import SIGNED_IN, admit_admin, operator_of, own_origin, reads_bodies
+from tidegate.http.guards import (
+    SIGNED_IN,
+    address_of,
+    admit_admin,
+    checked_operator,
+    operator_of,
+    own_origin,
+    reads_bodies,
+)
 from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.metrics.process import Recent
+from tidegate.store.operator_actions import acting
 from tidegate.telemetry.logging import Log, get_logger
 
 FOLDER = Path(__file__).parent / "static"
@@ -146,7 +155,7 @@ class Watching(Response):
     async def _may_go_on(self) -> bool:
         """Whether what was shown still opens it; a page that is not told why asks again."""
         try:
-            await admit_admin(self._request)
+            await checked_operator(self._request)
         except TidegateError:
             return False
         return True
@@ -287,6 +296,8 @@ async def signed_in(
         if not code:
             raise SignInRefused("refused")
         person = await by_issuer.finish(state, code, iss, _redirect_uri(request))
+        with acting(person.name, person.role, address_of(request)):
+            await services.store.tenants.actions.write("sign_in", person.subject)
     except StoreUnavailable:
         answer = RedirectResponse("./?sign-in=unavailable", 303, _NO_STORE)
     except SignInRefused as refused:

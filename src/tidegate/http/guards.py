@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, Any
@@ -34,6 +34,7 @@ from tidegate.settings import Config
 from tidegate.spine.models import check_model
 from tidegate.spine.native import AT_UPSTREAM
 from tidegate.spine.routing import Targets
+from tidegate.store.operator_actions import acting
 from tidegate.store.tenants import digest_of, prefix_of
 
 
@@ -122,6 +123,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/alerts": {"GET": _V},
     "/admin/alerts/test": {"POST": _O},
     "/admin/alerts/{alert_id}/redeliver": {"POST": _O},
+    "/admin/actions": {"GET": _A},  # has addresses of people
     "/admin/estimates": {"GET": _V},
     "/admin/why/{what:path}": {"GET": _V},
     "/admin/conversations": {"GET": _V},
@@ -200,17 +202,34 @@ class Operator:
             )
 
 
-async def admit_admin(request: Request) -> None:
-    """A dependency of all routes of operators: admits those whose role the route asks for.
+async def admit_admin(request: Request) -> AsyncIterator[None]:
+    """A dependency of all routes of operators: admits those whose role the route asks for, and has
+    what they change recorded as theirs. Raises as `checked_operator`."""
+    operator = await checked_operator(request)
+    if request.method == "GET":
+        yield
+        return
+    with acting(operator.name, operator.role, address_of(request)):
+        yield
 
-    Raises Unauthenticated, Forbidden, StoreUnavailable.
-    """
+
+def address_of(request: Request) -> str:
+    """Whence a request comes: the address that is connected, and what a proxy says of it."""
+    peer = "" if request.client is None else request.client.host
+    told = request.headers.get("x-forwarded-for", "")[:200]
+    return f"{peer}, which says for {told}" if told.isprintable() and told else peer
+
+
+async def checked_operator(request: Request) -> Operator:
+    """Who operates, with a role that the route asks for. Raises Unauthenticated, Forbidden,
+    StoreUnavailable."""
     operator = await operator_of(request)
     path = getattr(request.scope.get("route"), "path", "")
     needed = ROLES.get(path, {}).get(request.method, OperatorRole.ADMIN)
     operator.check(needed)
     if path in BODY_ROUTES and not reads_bodies(request, operator):
         operator.check(OperatorRole.OPERATOR, ", unless VIEWERS_READ_BODIES is set")
+    return operator
 
 
 def reads_bodies(request: Request, operator: Operator) -> bool:
@@ -263,7 +282,7 @@ async def _reader_of_record(request: Request) -> Caller:
     services = services_of(request)
     if services.gate.on:
         return await caller_of(request, Scope.READ)
-    await admit_admin(request)
+    await checked_operator(request)
     caller = services.gate.unasked(request.scope["headers"])
     request.scope[CALLER_IN_SCOPE] = caller
     return caller

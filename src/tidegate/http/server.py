@@ -513,7 +513,8 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         own_requests.admin_running,  # before the route of `/admin/requests/{request_id}`
         *(process_router, admin_limits.router, admin_requests.router),
         admin_conversations.router,
-        *(admin_tenants.router, admin_tenants.subjects_router, admin_budgets.router),
+        *(admin_tenants.router, admin_tenants.subjects_router, admin_tenants.actions_router),
+        admin_budgets.router,
         *(admin_upstreams.router, all_batches.router),
     ):
         app.router.routes.extend(router.routes)

@@ -41,8 +41,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.jobs.calls import is_of_upstream, retry_wait_ms, targets_of
-from tidegate.jobs.feeder import Feeder
+from tidegate.jobs.calls import Feeder, is_of_upstream, retry_wait_ms, targets_of
 from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure

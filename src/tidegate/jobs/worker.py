@@ -36,6 +36,7 @@ from tidegate.jobs.background import BackgroundRunner
 from tidegate.jobs.batches import BatchRunner
 from tidegate.jobs.calls import (
     NOT_THE_JOBS_FAULT,
+    Feeder,
     ask_of,
     caller_of,
     internal,
@@ -51,7 +52,6 @@ from tidegate.jobs.calls import (
     time_left_ms,
     uncounted_wait_ms,
 )
-from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.jobs.provider_batches import ProviderBatchRunner
 from tidegate.jobs.tiers import TierOffers

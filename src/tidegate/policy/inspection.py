@@ -185,6 +185,8 @@ class Control:
         pause that lasts longer stays. Raises NotFound."""
         self._check_there(limit)
         length = {} if for_ms is None else {"for_ms": for_ms}
+        after = {"for_ms": for_ms, "reason": reason, "pool": self.limiter.pool}
+        await self.tenants.actions.note("limit.pause", limit, after=after)
         paused = await self.limiter.penalise(limit, reason=reason, by=by, **length)
         if paused:
             log.warning(Log.LIMIT_PAUSED, limit=limit, for_ms=for_ms, by=by, reason=reason)
@@ -193,6 +195,8 @@ class Control:
     async def resume(self, limit: str, *, by: str) -> bool:
         """End a pause; False if there was none. Raises NotFound."""
         self._check_there(limit)
+        pool = {"pool": self.limiter.pool}
+        await self.tenants.actions.note("limit.resume", limit, after=pool)
         resumed = await self.limiter.resume(limit, by=by)
         if resumed:
             log.warning(Log.LIMIT_RESUMED, limit=limit, by=by)
@@ -200,6 +204,8 @@ class Control:
 
     async def revoke(self, process: str, *, by: str) -> int:
         """Release all permits of a process whose death is certain. Raises NotFound."""
+        pool = {"pool": self.limiter.pool}
+        await self.tenants.actions.note("permits.revoke", process, after=pool)
         ended = await self.limiter.revoke(process)
         if not ended:
             raise NotFound(f"no process {process} is in the pool")

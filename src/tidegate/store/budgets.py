@@ -47,6 +47,7 @@ from tidegate.prices.budgets import (
     scope_values,
 )
 from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
+from tidegate.store.operator_actions import record_action
 from tidegate.store.records import Json, dumps, record_of, uuid_of
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -133,7 +134,13 @@ class BudgetRecords:
         check_budget(budget)
 
         async def write(connection: asyncpg.Connection) -> bool:
-            return await set_budget(connection, budget)
+            was = await connection.fetchrow(sql("get_budget"), budget.name)
+            is_new = await set_budget(connection, budget)
+            before = None if was is None else asdict(_budget(was))
+            await record_action(
+                connection, "budget.set", budget.name, before=before, after=asdict(budget)
+            )
+            return is_new
 
         is_new = await self._connections.run(write, timeout_ms=_SEED_TIMEOUT_MS)
         log.warning(Log.BUDGET_CHANGED, budget=budget.name, by=by, amount=budget.amount)
@@ -145,6 +152,8 @@ class BudgetRecords:
         async def write(connection: asyncpg.Connection) -> bool:
             gone = await connection.fetch(sql("drop_budget"), name)
             await drop_books(connection, gone)
+            if gone:
+                await record_action(connection, "budget.remove", name)
             return bool(gone)
 
         if not await self._connections.run(write):
@@ -166,6 +175,8 @@ class BudgetRecords:
                 more = await connection.fetch(sql("extend_budget"), name, scope, extra)
                 done += [row["scope"] for row in more if row["scope"] not in done]
             await connection.execute(sql("count_budget_change"))
+            after = {"scope": scope, "extra": extra}
+            await record_action(connection, "budget.resume", name, after=after)
             return done
 
         done = await self._connections.run(write)

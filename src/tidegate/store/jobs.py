@@ -37,6 +37,7 @@ from tidegate.store.audit import audit_unanswered, of_row
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import UNSURE, Notifications
+from tidegate.store.operator_actions import record_action
 from tidegate.store.records import Earlier, FileRecord, NewJob
 from tidegate.store.requests import RequestDetail
 
@@ -112,6 +113,7 @@ class Jobs:
                 await audit_unanswered(connection, ended, CANCELLED_FAILURE, self._instance_id)
             elif row["status"] == Status.RUNNING:
                 await connection.execute(sql("request_cancel"), request_id)
+            await record_action(connection, "job.cancel", str(request_id))
             return row
 
         row = await self._connections.run(cancel, timeout_ms=TIMEOUT_MS)

@@ -19,6 +19,7 @@ import orjson
 from tidegate.call import new_id
 from tidegate.errors import NotFound
 from tidegate.store.database import Connections, sql
+from tidegate.store.operator_actions import recorded
 from tidegate.store.records import WebhookRecord, record_of
 
 WAITING = WebhookRecord("waiting")
@@ -67,7 +68,10 @@ class WebhookOutbox:
 
     async def redeliver(self, webhook_id: UUID) -> None:
         """Have a webhook delivered again, whatever became of it; raises NotFound."""
-        if await self._connections.row("redeliver_webhook", webhook_id) is None:
+        work = recorded(
+            "redeliver_webhook", webhook_id, what="webhook.redeliver", target=webhook_id
+        )
+        if await self._connections.run(work) is None:
             raise NotFound(f"no webhook {webhook_id}")
 
 

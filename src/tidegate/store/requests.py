@@ -13,7 +13,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
@@ -27,6 +27,7 @@ from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import Notifications, ReadTurns
+from tidegate.store.operator_actions import OperatorActions, recorded
 from tidegate.store.outbox import webhook_of
 from tidegate.store.records import FileRecord, RequestRecord, details_of, record_of
 
@@ -812,10 +813,8 @@ class GivenUpWebhook:
 
 
 class StuckWork:
-    """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up.
-
-    Every method raises StoreUnavailable.
-    """
+    """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up. Every
+    method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections, notifications: Notifications) -> None:
         self._connections = connections
@@ -847,16 +846,16 @@ class StuckWork:
         ]
 
     async def discard(self, request_id: UUID) -> None:
-        """End a dead job for good, as cancelled. Raises NotFound where there is no such dead
-        job."""
-        if await self._connections.row("discard_dead", request_id) is None:
+        """Cancel a dead job for good. Raises NotFound where there is no such dead job."""
+        work = recorded("discard_dead", request_id, what="job.discard", target=request_id)
+        if await self._connections.run(work) is None:
             raise NotFound(f"no dead job {request_id}")
         self._notifications.changed([request_id])
 
     async def requeue(self, request_id: UUID) -> None:
         """Queue a dead job again. Raises NotFound where there is no such dead job."""
-        row = await self._connections.row("requeue_dead", request_id)
-        if row is None:
+        work = recorded("requeue_dead", request_id, what="job.requeue", target=request_id)
+        if (row := await self._connections.run(work)) is None:
             raise NotFound(f"no dead job {request_id}")
         self._notifications.changed([request_id])
         self._notifications.work([row["pool"]])
@@ -876,6 +875,7 @@ class StuckWork:
         """Queue the jobs again, step by step, for at most about 20 s. After StoreUnavailable a
         part may be queued again: repeat the order."""
         before = await self.preview(order)
+        await OperatorActions(self._connections).write("jobs.requeue", "", after=asdict(order))
         loop = asyncio.get_running_loop()
         until = loop.time() + _WITHIN_S
         requeued = 0

@@ -25,6 +25,7 @@ from tidegate.store import database as partitions
 from tidegate.store.audit import digest_of
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, Work, count_in, sql
+from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.records import Json
 from tidegate.store.spill import scrub
 from tidegate.telemetry.logging import Log, get_logger
@@ -112,6 +113,12 @@ class Whose:
                 raise ConfigError(name, ascii(value), "must be printable")
 
 
+def _named(whose: Whose) -> str:
+    """Who is erased, as it stays on record: of a subject a digest."""
+    digest = "" if whose.subject is None else f"subject {digest_of(whose.subject).hex()[:16]}"
+    return " of ".join(one for one in (digest, whose.tenant_id) if one)
+
+
 async def mark_erased(
     connection: asyncpg.Connection, tenant_id: str | None, subject: str | None
 ) -> None:
@@ -148,9 +155,9 @@ class Retention:
         self._blobs = blobs
         self._spill_dir = spill_dir
 
-    async def prune(self, retention_days: int) -> PruneReport:
-        """Delete what ended more than `retention_days` ago, or its tenant's own days, in small
-        steps; safe to interrupt."""
+    async def prune(self, retention_days: int, actions_days: int = 365) -> PruneReport:
+        """Delete what ended more than `retention_days` ago, or its tenant's own days, and what
+        operators did more than `actions_days` ago, in small steps; safe to interrupt."""
         cutoffs = await self._cutoffs(retention_days, datetime.now(UTC).date())
         requests = blobs = 0
         for before, tenants, theirs in cutoffs.scopes:
@@ -161,6 +168,8 @@ class Retention:
         await self._connections.execute(
             "forget_workers", _start_of(cutoffs.day), timeout_ms=_TIMEOUT_MS
         )
+        oldest = datetime.now(UTC) - timedelta(days=actions_days)
+        await self._connections.execute("prune_actions", oldest, timeout_ms=_TIMEOUT_MS)
         await self._connections.execute("forget_native_keys", timeout_ms=_TIMEOUT_MS)
         await self._connections.execute("forget_expired_resources", timeout_ms=_TIMEOUT_MS)
         dropped, skipped, bodies = await self._prune_partitions(cutoffs)
@@ -175,6 +184,8 @@ class Retention:
     ) -> EraseReport:
         """Erase all of a subject or tenant, or with `dry_run` only count. After `within_s` it stops
         between two steps; the report then says that it is not done."""
+        if not dry_run:
+            await OperatorActions(self._connections).write("subject.erase", _named(whose))
         return await _Erasure(self, whose, dry_run=dry_run).run(self._spill_dir, within_s)
 
     async def rows(self, name: str, *values: object) -> list[asyncpg.Record]:

@@ -29,6 +29,7 @@ from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.prices.budgets import tenants_budget
 from tidegate.store.budgets import drop_books, set_budget
 from tidegate.store.database import Connections, sql
+from tidegate.store.operator_actions import OperatorActions, What, record_action, recorded
 from tidegate.store.records import PolicyRecord, clean, dumps, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -183,6 +184,7 @@ class Tenants:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
+        self.actions = OperatorActions(connections)
 
     async def version(self) -> int:
         """Answers or raises within half a second."""
@@ -231,8 +233,9 @@ class Tenants:
         they may make keys. Raises NotFound."""
         made, given = make_key(), sorted({scope.value for scope in scopes})
         columns = (made.prefix, tenant_id, made.digest, clean(name), given, expires_at, made_by)
+        after = {"tenant": tenant_id, "name": name, "scopes": given, "expires_at": expires_at}
         try:
-            row = await self._change("add_key", *columns)
+            row = await self._change("add_key", *columns, what="key.create", after=after)
         except asyncpg.ForeignKeyViolationError:
             raise NotFound(f"there is no tenant {tenant_id}") from None
         if row is None:  # once in many lifetimes
@@ -243,7 +246,7 @@ class Tenants:
     async def revoke_key(self, prefix: str, *, by: str) -> Key:
         """End a key; safe to repeat. Raises NotFound."""
 
-        row = await self._change("revoke_key", prefix)
+        row = await self._change("revoke_key", prefix, what="key.revoke")
         if row is None:
             raise NotFound(f"there is no key with the prefix {prefix}")
         log.warning(Log.KEY_REVOKED, key_id=prefix, tenant=row["tenant_id"], by=by)
@@ -251,7 +254,10 @@ class Tenants:
 
     async def keep_key(self, prefix: str, *, by: str) -> Key:
         """Record who vouches for a key whose maker is unknown. Raises NotFound."""
-        row = await self._connections.row("keep_key", prefix, by, timeout_ms=_TIMEOUT_MS)
+        row = await self._connections.run(
+            recorded("keep_key", prefix, by, what="key.keep", target=prefix),
+            timeout_ms=_TIMEOUT_MS,
+        )
         if row is None:
             raise NotFound(f"there is no key with the prefix {prefix}")
         return _key(row)
@@ -306,6 +312,11 @@ class Tenants:
                     await _set_budget(connection, tenant_id, name, changes[name])
             await connection.execute(sql("forget_queued"), tenant_id)
             await connection.execute(sql("count_change"))
+            was = {name: now[name] for name in changes if name in _COLUMNS}
+            is_now = dict(changes)
+            if disabled is not None:
+                was["disabled"], is_now["disabled"] = now["disabled_at"] is not None, disabled
+            await record_action(connection, "tenant.set", tenant_id, before=was, after=is_now)
 
         await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes=dict(changes))
@@ -322,6 +333,7 @@ class Tenants:
                 await drop_books(
                     connection, await connection.fetch(sql("drop_tenant_budgets"), tenant_id)
                 )
+                await record_action(connection, "tenant.remove", tenant_id)
             await connection.execute(sql("count_change"))
             return row is not None
 
@@ -340,12 +352,18 @@ class Tenants:
 
         return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
 
-    async def _change(self, name: str, *values: object) -> asyncpg.Record | None:
-        """Run a statement and raise the version; the row that the statement returns."""
+    async def _change(
+        self, name: str, *values: object, what: What, after: Mapping[str, Any] | None = None
+    ) -> asyncpg.Record | None:
+        """Run a statement on the key whose prefix comes first, and raise the version; the row that
+        it returns."""
 
         async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
             row = await connection.fetchrow(sql(name), *values)
             await connection.execute(sql("count_change"))
+            if row is not None:
+                target = f"{row['prefix']} of {row['tenant_id']}"
+                await record_action(connection, what, target, after=after)
             return row
 
         return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
@@ -518,6 +536,7 @@ class Policies:
                 )
                 oldest = record.revision - _LIVE_KEPT
                 await connection.execute(sql("prune_policies"), pool, oldest)
+                await record_action(connection, "limits.change", pool, revision=record.revision)
 
         await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
 

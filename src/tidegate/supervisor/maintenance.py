@@ -44,7 +44,8 @@ def prune(config: Config, days: int | None) -> PruneReport:
 
     async def work(connections: Connections) -> PruneReport:
         await asyncio.to_thread(remove_leftovers, config.data_dir / "tmp")
-        return await _retention(config, connections).prune(days or config.retention_days)
+        retention = _retention(config, connections)
+        return await retention.prune(days or config.retention_days, config.operator_log_days)
 
     return with_record(config, work)
 

@@ -86,6 +86,7 @@ class Log(StrEnum):
     UPSTREAM_MISSING = "upstream_missing"
     LIVE_UPSTREAMS_KEPT = "live_upstreams_kept"
     NO_API_KEY = "no_api_key"
+    ACTION_UNRECORDED = "action_unrecorded"
     ISSUER_AWAY = "issuer_away"
     ISSUER_BACK = "issuer_back"
     SIGNED_IN = "signed_in"

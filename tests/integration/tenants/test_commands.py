@@ -55,6 +55,16 @@ async def test_a_tenant_and_a_key_from_the_terminal(open_gateway: Opener) -> Non
 
     await wait_until(is_refused, 20, "the end of the key")
     assert "revoked" in (await tidegate(gateway, "keys", "list", "--tenant", "acme")).said
+    done, table = await asyncio.gather(
+        tidegate(gateway, "actions", "--json"), tidegate(gateway, "actions", "--what", "tenant.set")
+    )
+    assert [one["what"] for one in done.json] == [
+        *("key.revoke", "key.create", "tenant.set", "limits.change"),
+    ]
+    assert {one["address"] for one in done.json} == {"a terminal"}
+    assert all("@" in one["operator"] for one in done.json)
+    assert "most_priority: 100 -> 0" in table.said
+    assert key not in done.said + table.said
 
 
 async def test_bounds_are_taken_away_and_tenants_removed(open_gateway: Opener) -> None:

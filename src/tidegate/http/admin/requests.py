@@ -649,6 +649,9 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
     signed = await read_json(request, Signed)
     services = services_of(request)
     job = await copy_of(await services.store.requests.detail(request_id), services.blobs)
+    after = {"retried_as": str(job.request_id), "reason": signed.reason}
+    actions = services.store.tenants.actions
+    await actions.write("job.retry", str(request_id), after=after)
     await services.store.jobs.submit(job)
     _log(Log.REQUEST_RETRIED, request_id, signed, retried_as=str(job.request_id))
     return accepted(job, prefix_of(request))

@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Path, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, Field
+from fastapi import Query as FromQuery
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from tidegate.call import DEFAULT_TENANT, OperatorRole, Scope, Tier
 from tidegate.errors import InvalidRequest
@@ -24,9 +25,11 @@ from tidegate.http.admin.limits import (
     read_json,
 )
 from tidegate.http.guards import admin_router, operator_of
+from tidegate.http.own_requests import in_utc
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
 from tidegate.http.submission import MAX_TAG_CHARS
+from tidegate.http.views import view_of
 from tidegate.policy import tenants
 from tidegate.policy.tenants import ShownTenant, TenantChange
 from tidegate.store.retention import EraseReport, Whose
@@ -34,6 +37,7 @@ from tidegate.store.tenants import SETTABLE, prefix_in, scopes_of
 
 router = admin_router(400, 408, 413, 415, 503, tag="tenants", depends=[Depends(in_pool)])
 subjects_router = admin_router(400, 404, 503)
+actions_router = admin_router(400, 503)
 TenantId = Annotated[str, Path(description="A tenant's name", min_length=1, max_length=200)]
 _LAST = datetime(9999, 1, 1, tzinfo=UTC)  # which is that year in any zone
 _COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
@@ -43,6 +47,20 @@ _BUDGET: Any = Field(
     description="In USD or tokens; stands for the budget TENANT/FIELD of /admin/budgets, null "
     "removes that",
 )
+
+
+class ActionQuery(BaseModel):
+    """Which actions to list; what is left out means all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    operator: str | None = Field(default=None, min_length=1, max_length=300)
+    what: str | None = Field(default=None, min_length=1, max_length=100, examples=["key.create"])
+    target: str | None = Field(default=None, min_length=1, max_length=500)
+    since: datetime | None = Field(default=None, description="Without a zone it is in UTC")
+    until: datetime | None = None
+    limit: int = Field(default=100, ge=1, le=500)
+    cursor: int | None = Field(default=None, ge=0, le=2**62)
 
 
 class NewTenant(Signed):
@@ -277,6 +295,47 @@ async def revoke_key(
 def _view(shown: ShownTenant) -> AdminTenant:
     disabled = shown.tenant.disabled_at is not None
     return AdminTenant(**tenants.plain_tenant(shown), disabled=disabled)
+
+
+class ActionView(BaseModel):
+    """What an operator did."""
+
+    number: int = Field(description="Grows with time")
+    at: datetime
+    operator: str = Field(description="By what they were admitted: a key, a person, a command")
+    role: str
+    address: str = Field(description="From where; what a proxy says of it is not proven")
+    what: str
+    target: str = Field(description="On what; of a person who was erased a digest")
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+    revision: int | None = Field(
+        default=None, description="Of the history of limits or upstreams that has the change"
+    )
+
+
+class ActionPage(BaseModel):
+    """`next_cursor` is that of the page behind it, where there is one."""
+
+    items: list[ActionView]
+    next_cursor: int | None = None
+
+
+@actions_router.get("/actions", response_model_exclude_none=True, summary="What operators did")
+async def list_actions(request: Request, query: Annotated[ActionQuery, FromQuery()]) -> ActionPage:
+    """The newest first. Kept for `OPERATOR_LOG_DAYS`."""
+    found = await services_of(request).store.tenants.actions.page(
+        operator=query.operator,
+        what=query.what,
+        target=query.target,
+        since=in_utc("since", query.since),
+        until=in_utc("until", query.until),
+        before=query.cursor,
+        limit=query.limit + 1,
+    )
+    items = [view_of(ActionView, one) for one in found[: query.limit]]
+    more = len(found) > query.limit
+    return ActionPage(items=items, next_cursor=items[-1].number if more else None)
 
 
 _WITHIN_S = 20.0

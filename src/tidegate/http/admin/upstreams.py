@@ -311,6 +311,7 @@ async def test(request: Request, name: UpstreamName) -> list[UpstreamTestView]:
     upstream = live.deployment.upstream(name)
     if upstream is None:
         raise NotFound(f"there is no upstream {name}", field="name")
+    await services_of(request).store.tenants.actions.note("upstream.test", name)
     return _tests(await live.test(upstream), upstream.models, upstream.aliases)
 
 

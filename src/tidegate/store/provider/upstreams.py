@@ -22,6 +22,7 @@ import orjson
 
 from tidegate.errors import UpstreamsChanged
 from tidegate.store.database import Connections, sql
+from tidegate.store.operator_actions import record_action
 from tidegate.store.records import clean, record_of
 
 SEEN_EVERY_MS = 2_000
@@ -161,6 +162,10 @@ class UpstreamRevisions:
             )
             await connection.execute(sql("prune_upstream_revisions"), MOST_REVISIONS)
             row = await connection.fetchrow(sql("get_upstream_revision"), number)
+            after = {"action": action, "reason": reason}
+            await record_action(
+                connection, "upstreams.change", action, after=after, revision=number
+            )
             found[:] = [_revision(row)]
 
         await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
