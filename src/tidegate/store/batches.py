@@ -32,6 +32,7 @@ from tidegate.store.audit import AuditLog, Prepared
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
 from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications
+from tidegate.store.operator_actions import recorded
 from tidegate.store.queue import MAX_LAPSES, Lookback
 from tidegate.store.records import Idempotency, Json
 from tidegate.telemetry.logging import Log, get_logger
@@ -363,8 +364,7 @@ class Batches:
 
     async def get(self, batch_id: UUID, tenant_id: str) -> Batch:
         """Raises NotFound."""
-        row = await self._connections.row("get_batch", batch_id, tenant_id)
-        if row is None:
+        if (row := await self._connections.row("get_batch", batch_id, tenant_id)) is None:
             raise NotFound(f"there is no batch batch_{batch_id.hex}")
         return _batch(row)
 
@@ -412,8 +412,9 @@ class Batches:
 
     async def cancel(self, batch_id: UUID, tenant_id: str) -> tuple[Batch, bool]:
         """The batch, and whether it could be cancelled now. Raises NotFound."""
-        row = await self._connections.row("cancel_batch", batch_id, tenant_id)
-        return await self.get(batch_id, tenant_id), row is not None
+        work = recorded("cancel_batch", batch_id, tenant_id, what="batch.cancel", target=batch_id)
+        is_done = await self._connections.run(work) is not None
+        return await self.get(batch_id, tenant_id), is_done
 
     # The operators' side
 
@@ -426,20 +427,21 @@ class Batches:
 
     async def any(self, batch_id: UUID) -> BatchInList:
         """Whose ever it is, without what is under way of it. Raises NotFound."""
-        row = await self._connections.row("any_batch", batch_id)
-        if row is None:
+        if (row := await self._connections.row("any_batch", batch_id)) is None:
             raise NotFound("there is no such batch")
         return rows.record_of(BatchInList, row, batch=_batch(row))
 
     async def pause(self, batch_id: UUID, *, by: str, reason: str) -> bool:
         """Let no more lines begin until it is resumed: in all processes within two seconds. False
         where it has ended, or is about to. Those that are called end; its time goes on."""
-        given = (rows.clean(by), rows.clean(reason))
-        return await self._connections.row("pause_batch", batch_id, *given) is not None
+        by, reason = rows.clean(by), rows.clean(reason)
+        work = recorded("pause_batch", batch_id, by, reason, what="batch.pause", target=batch_id)
+        return await self._connections.run(work) is not None
 
     async def resume(self, batch_id: UUID) -> bool:
         """Whether it was paused."""
-        return await self._connections.row("resume_batch", batch_id) is not None
+        work = recorded("resume_batch", batch_id, what="batch.resume", target=batch_id)
+        return await self._connections.run(work) is not None
 
     # The worker's side
 
@@ -456,7 +458,6 @@ class Batches:
 
     async def add_lines(self, batch: Batch, lines: Sequence[Json]) -> None:
         """Lines have `line`, `id`, `custom_id` and `body`, the last as JSON."""
-
         await self._connections.execute(
             "add_batch_lines",
             batch.batch_id,

@@ -30,6 +30,9 @@ from tidegate.store.records import clean, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
 What = Literal[
+    "batch.cancel",
+    "batch.pause",
+    "batch.resume",
     "budget.remove",
     "budget.resume",
     "budget.set",

@@ -38,6 +38,13 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
         " 'given_up') RETURNING id",
         ended,
     )
+    batch = await database.fetchval(
+        "INSERT INTO batches (id, tenant_id, endpoint, input_file_id, input_blob, input_bytes,"
+        " completion_window, total, expires_at) VALUES (gen_random_uuid(), 'default',"
+        " '/v1/chat/completions', gen_random_uuid(), 'a', 0, '24h', 1, now() + interval '1 day')"
+        " RETURNING id"
+    )
+    batches = f"/admin/batches/batch_{batch.hex}"
     limit = "kind:text_only"
     session = (await open_gateway(worker=False)).services.store.instance_id
     steps: list[tuple[str, str, dict[str, Any] | None, str]] = [
@@ -64,6 +71,9 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
             {"since": "2020-01-01T00:00:00Z", "dry_run": False},
             "jobs.requeue",
         ),
+        ("POST", f"{batches}/pause", {}, "batch.pause"),
+        ("POST", f"{batches}/resume", {}, "batch.resume"),
+        ("POST", f"{batches}/cancel", {}, "batch.cancel"),
         ("POST", f"/admin/webhooks/{hook}/redeliver", {}, "webhook.redeliver"),
         ("POST", "/admin/upstreams/gemini/test", {}, "upstream.test"),
         ("POST", "/admin/upstreams/gemini/drain", {}, "upstreams.change"),

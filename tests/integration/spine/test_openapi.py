@@ -83,6 +83,7 @@ PATHS = {
     "/admin/dead/{request_id}/requeue": "post",
     "/admin/dead/{request_id}/discard": "post",
     "/admin/subjects/{subject}": "delete",
+    "/admin/actions": "get",
 }
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
