@@ -30,6 +30,8 @@ from tidegate.store.records import clean, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
 What = Literal[
+    "alert.redeliver",
+    "alert.test",
     "batch.cancel",
     "batch.pause",
     "batch.resume",

@@ -125,7 +125,8 @@ class AlertOutbox:
 
     async def redeliver(self, alert_id: UUID) -> bool:
         """Have an alert posted again; False where there is none, or it is to be posted anyway."""
-        return await self._connections.row("redeliver_alert", alert_id) is not None
+        work = recorded("redeliver_alert", alert_id, what="alert.redeliver", target=alert_id)
+        return await self._connections.run(work) is not None
 
     async def settle(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ask, submitted
@@ -23,7 +24,10 @@ async def actions_of(gateway: Gateway) -> list[dict[str, Any]]:
 
 
 async def test_every_route_that_changes_something_leaves_one_action(open_gateway: Opener) -> None:
-    gateway = await open_gateway(worker=False, webhook_secret="whsec_" + "A" * 32)
+    alerts = SecretStr("https://alerts.example/of-ours")
+    gateway = await open_gateway(
+        worker=False, webhook_secret="whsec_" + "A" * 32, alert_webhook_url=alerts
+    )
     tenants = gateway.services.store.tenants
     _, made = await tenants.create_key("default", scopes=[Scope.ADMIN])
     admin = {"Authorization": f"Bearer {made.text}", "X-Forwarded-For": "203.0.113.9"}
@@ -43,6 +47,10 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
         " completion_window, total, expires_at) VALUES (gen_random_uuid(), 'default',"
         " '/v1/chat/completions', gen_random_uuid(), 'a', 0, '24h', 1, now() + interval '1 day')"
         " RETURNING id"
+    )
+    alert = await database.fetchval(
+        "INSERT INTO alerts (id, kind, data, state) VALUES"
+        " (gen_random_uuid(), 'test', '{}', 'delivered') RETURNING id"
     )
     batches = f"/admin/batches/batch_{batch.hex}"
     limit = "kind:text_only"
@@ -71,6 +79,8 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
             {"since": "2020-01-01T00:00:00Z", "dry_run": False},
             "jobs.requeue",
         ),
+        ("POST", "/admin/alerts/test", {}, "alert.test"),
+        ("POST", f"/admin/alerts/{alert}/redeliver", {}, "alert.redeliver"),
         ("POST", f"{batches}/pause", {}, "batch.pause"),
         ("POST", f"{batches}/resume", {}, "batch.resume"),
         ("POST", f"{batches}/cancel", {}, "batch.cancel"),

@@ -309,6 +309,7 @@ async def test_alert(request: Request) -> AlertChannel:
     if channel.place is None:
         said = "no alert can be posted: ALERT_WEBHOOK_URL is not set"
         raise InvalidRequest("alert_webhook_url", said, allowed="a URL in ALERT_WEBHOOK_URL")
+    await services.store.tenants.actions.write("alert.test", channel.place)
     await services.store.alerts.add("test", {"text": f"A test alert, requested by {signed.by}."})
     return channel
 
