@@ -1,4 +1,5 @@
-"""Command `tidegate batch run`: a file of prompts as jobs, with a bar and a file of results.
+"""Commands `tidegate batch`: a file of prompts as jobs, with a bar and a file of results, and the
+batches of all tenants.
 
 Input is JSON lines, plain lines or CSV. Each line is one job with an idempotency key derived from
 the file's content and the line's number, so a second run of the same file submits nothing twice.
@@ -26,20 +27,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Self
+from urllib.parse import quote
 
 import typer
 
 from tidegate.call import Kind
 from tidegate.cli.client import ENDS, GatewayClient, is_passing, with_gateway
 from tidegate.cli.limits import span_ms
-from tidegate.cli.terminal import DONE, FAILED, Json, given, show_json
+from tidegate.cli.terminal import (
+    DONE,
+    FAILED,
+    Json,
+    Reason,
+    given,
+    show_json,
+    show_table,
+    tell,
+    who,
+    whole_id,
+)
 from tidegate.errors import ConfigError, GatewayRefused, GatewayUnreachable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-app = typer.Typer(help="Work through a file of prompts.", no_args_is_help=True)
+app = typer.Typer(
+    help="Work through a file of prompts; see, pause, resume and cancel batches of all tenants.",
+    no_args_is_help=True,
+)
 
 _REDRAW_S = 0.2
 _LOOK_S = 1.0
@@ -114,6 +130,82 @@ def run(
         return FAILED if batch.tally.failed + batch.failed_earlier else DONE
 
     raise typer.Exit(with_gateway(work))
+
+
+_MOST_LISTED = "200"
+BatchId = Annotated[
+    str, typer.Argument(metavar="ID", help="The id of a batch, or its beginning or end.")
+]
+
+
+@app.command("list")
+def list_(
+    is_all: Annotated[bool, typer.Option("--all", help="Those that have ended, too.")] = False,
+    tenant: Annotated[str | None, typer.Option(help="Only those of a tenant.")] = None,
+    json: Json = False,
+) -> None:
+    """List the batches of all tenants that go on, the newest first; an operator may."""
+    query = "" if is_all else "&open=true"
+    query += "" if tenant is None else f"&tenant={quote(tenant, safe='')}"
+
+    async def work(gateway: GatewayClient) -> Any:
+        return await gateway.send("GET", f"/admin/batches?limit={_MOST_LISTED}{query}")
+
+    found = with_gateway(work)
+    if json:
+        show_json(found)
+        return
+    heads = ("batch", "tenant", "state", "done", "failed", "left", "called now", "paused by")
+    show_table("", heads, [_listed(one) for one in found["items"]])
+    if found["next_after"] is not None:
+        typer.echo(f"only the newest {_MOST_LISTED} are shown")
+
+
+def _listed(one: dict[str, Any]) -> tuple[str, ...]:
+    pause = one["pause"]
+    by = "" if pause is None else ": ".join(filter(None, (pause["by"], pause["reason"])))
+    left = one["total"] - one["completed"] - one["failed"]
+    counts = (one["completed"], one["failed"], left, one["calling"])
+    state = "paused" if pause else one["status"].replace("_", " ")
+    return (one["id"], one["tenant"], state, *(f"{count:,}" for count in counts), by)
+
+
+@app.command()
+def pause(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
+    """Let no more lines of a batch begin; those that are called end, and its 24 hours go on."""
+    done = _act(batch, "pause", reason)
+    tell(json, done, f"{done['id']} is paused: `tidegate batch resume` ends that")
+
+
+@app.command()
+def resume(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
+    """Let the lines of a paused batch begin again."""
+    done = _act(batch, "resume", reason)
+    tell(json, done, f"{done['id']} goes on")
+
+
+@app.command()
+def cancel(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
+    """End a batch for good; the lines that have ended are in its files."""
+    done = _act(batch, "cancel", reason)
+    tell(json, done, f"{done['id']} is cancelled")
+
+
+def _act(batch: str, verb: str, reason: str) -> dict[str, Any]:
+    async def work(gateway: GatewayClient) -> Any:
+        listed = await gateway.send("GET", "/admin/batches", limit=_MOST_LISTED)
+        known = [one["id"] for one in listed["items"]]
+        named = (
+            batch if _WHOLE_ID.fullmatch(batch) else whole_id(batch, known, "the newest batches")
+        )
+        body = {"by": who(), "reason": reason}
+        return await gateway.send("POST", f"/admin/batches/{named}/{verb}", body)
+
+    done: dict[str, Any] = with_gateway(work)
+    return done
+
+
+_WHOLE_ID = re.compile(r"(?:msg)?batch_[0-9a-f]{32}")
 
 
 async def _shown(name: str, batch: Run) -> None:

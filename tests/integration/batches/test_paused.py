@@ -5,6 +5,7 @@ from __future__ import annotations
 import orjson
 
 from tests.batching import assert_all_succeeded, begin, completed, content, end_of
+from tests.commands import Done, tidegate
 from tests.gateway import Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
@@ -94,3 +95,41 @@ async def test_an_operator_cancels_a_batch_of_a_tenant_while_it_is_paused(
     assert (status, found.get("pause", found)) == (200, None)
     assert (await end_of(client, batch)).status == "cancelled"
     assert await gateway.calls() == []
+
+
+async def test_the_commands_list_pause_resume_and_cancel_by_the_end_of_an_id(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 1})
+    client = sdk(gateway)
+
+    async def command(*words: str) -> Done:
+        given = {"TIDEGATE_URL": gateway.url, "ADMIN_TOKEN": gateway.operator_key}
+        return await tidegate(gateway, *words, **given)
+
+    await gateway.upstream.set_fault("hang", match="hold it")
+    held, other = [await begin(client, content(3, says="hold it {}")) for _ in range(2)]
+    await gateway.in_flight(1)
+    end = held.id[-12:]
+    done = await command("batch", "pause", end, "--reason", "not at noon")
+    assert (done.code, done.complained) == (0, "")
+    assert done.said == f"{held.id} is paused: `tidegate batch resume` ends that\n"
+    done = await command("batch", "list")
+    row = next(line for line in done.said.splitlines() if held.id in line)
+    assert "paused" in row
+    assert row.rstrip().endswith(": not at noon")
+    assert other.id in done.said
+    done = await command("batch", "resume", held.id, "--json")
+    assert orjson.loads(done.said)["pause"] is None
+    for one in (held, other):
+        assert (await command("batch", "cancel", one.id)).code == 0
+    await gateway.upstream.clear_faults()
+    for one in (held, other):
+        assert (await end_of(client, one)).status == "cancelled"
+    done = await command("batch", "list", "--json")
+    assert orjson.loads(done.said)["items"] == []
+    done = await command("batch", "pause", end)
+    assert (done.code, done.said) == (2, "")
+    assert "this batch is cancelled: it can't be paused any more" in done.complained
+    done = await command("batch", "pause", "nothing")
+    assert "is neither the beginning nor the end of an id of the newest batches" in done.complained
