@@ -2,6 +2,7 @@
 
 import { h, keyed, mark, say } from "../../dom.js";
 import { NOTHING, brief, count, length } from "../../format.js";
+import { link } from "../../router.js";
 
 /** `api-host-4711-1a2b3c4d` as its role, and the rest. */
 function parted(process) {
@@ -107,7 +108,7 @@ export function upstreamsCard() {
     element: h(
       "section",
       { class: "card", "aria-label": "Upstreams" },
-      h("div", { class: "card-head" }, h("h2", {}, "Upstreams"), span),
+      h("div", { class: "card-head" }, h("h2", {}, "Upstreams"), span, h("div", { class: "end" }, h("a", { class: "quiet-text", href: link("/upstreams") }, "More"))),
       list,
       h("p", { class: "quiet-text card-body" }, "The worst state that any process reports."),
     ),

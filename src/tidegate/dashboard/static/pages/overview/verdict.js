@@ -87,6 +87,8 @@ function actsOn(first, now, latest) {
     found.push(button("Accept", () => acceptLimit(pool, subject)));
   } else if (kind.startsWith("budget_")) {
     found.push(button("Allow more", () => resumeOf(latest, subject, now())));
+  } else if (kind === "key_refused" || kind === "upstream_out" || kind === "upstreams_out") {
+    found.push(h("a", { class: "button small", href: link("/upstreams") }, "Look at it"));
   } else if (kind === "dead_jobs" || kind === "webhooks_given_up") {
     found.push(h("a", { class: "button small", href: link("/attention") }, "Look at them"));
   }
