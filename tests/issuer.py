@@ -43,6 +43,7 @@ class IssuerServer:
     secret: str | None = SECRET
     redirect_uri: str | None = None  # None: any
     is_down: bool = False
+    reuses_codes: bool = False
     nonce: str | None = None  # put into ID tokens instead of the one that was sent
     issued: dict[str, dict[str, str]] = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
@@ -113,7 +114,8 @@ class IssuerServer:
         raise web.HTTPFound(f"{query['redirect_uri']}?{told}")
 
     def _redeemed(self, form: dict[str, str], authorization: str) -> web.Response:
-        asked = self.issued.pop(form.get("code", ""), None)
+        code = form.get("code", "")
+        asked = self.issued.get(code) if self.reuses_codes else self.issued.pop(code, None)
         basic = base64.b64encode(f"{CLIENT}:{self.secret}".encode()).decode()
         if self.secret is not None and authorization != f"Basic {basic}":
             return web.json_response({"error": "invalid_client"}, status=401)

@@ -50,6 +50,7 @@ from tidegate.errors import (
 from tidegate.http.browsers import (
     CODE_S,
     PERSON_S,
+    Pass,
     SignIn,
     SignInRefused,
     checked,
@@ -292,10 +293,14 @@ async def signed_in(
     key = services.operator_key.get_secret_value()
     name = state_cookie_name(key)
     try:
-        await _spend_state(services, state, request.cookies.get(name, ""))
+        sound = _state_of(services, state, request.cookies.get(name, ""))
         if not code:
             raise SignInRefused("refused")
         person = await by_issuer.finish(state, code, iss, _redirect_uri(request))
+        # Only now, so that nobody fills the record who can't sign in.
+        tenants = services.store.tenants
+        if not await tenants.spend_code(sound.nonce, sound.ends_at, token_bytes(16)):
+            raise SignInRefused("state")
         with acting(person.name, person.role, address_of(request)):
             await services.store.tenants.actions.write("sign_in", person.subject)
     except StoreUnavailable:
@@ -321,15 +326,12 @@ def _redirect_uri(request: Request) -> str:
     return f"{own_origin(request.scope)}{request.scope.get('root_path', '')}/dashboard/signed-in"
 
 
-async def _spend_state(services: Services, state: str, kept: str) -> None:
-    """Check that this browser began the sign-in, which counts once. Raises SignInRefused and
-    StoreUnavailable."""
+def _state_of(services: Services, state: str, kept: str) -> Pass:
+    """The state of a sign-in that this browser began. Raises SignInRefused."""
     sound = checked("state", services.operator_key.get_secret_value(), state)
     if sound is None or not compare_digest(state.encode(), kept.encode()):
         raise SignInRefused("state")
-    tenants = services.store.tenants
-    if not await tenants.spend_code(sound.nonce, sound.ends_at, token_bytes(16)):
-        raise SignInRefused("state")
+    return sound
 
 
 @router.post("/sign-out", status_code=204)

@@ -38,6 +38,7 @@ KEYS_READ_EVERY_S = 600.0
 KEYS_USABLE_S = 86_400.0
 KEYS_ASKED_EVERY_S = 10.0
 METADATA_USABLE_S = 3_600.0
+METADATA_TRIED_EVERY_S = 1.0
 MOST_TOKEN_BYTES = 16_384
 _MOST_ANSWER_BYTES = 262_144
 _MOST_KEYS = 100
@@ -71,7 +72,9 @@ class Issuer:
         self.url = url
         self._clock = clock
         self._metadata: IssuerMetadata | None = None
-        self._metadata_at = float("-inf")
+        self._metadata_at = self._metadata_tried_at = float("-inf")
+        self._why_no_metadata = ""
+        self._discovering = asyncio.Lock()
         self._keys: dict[str | None, dict[str, Any]] = {}
         self._keys_at = float("-inf")  # when they were read
         self._asked_at = float("-inf")  # when they were asked for, with an answer or without
@@ -118,15 +121,25 @@ class Issuer:
 
     async def metadata(self) -> IssuerMetadata:
         """From the discovery document. Raises IssuerUnavailable."""
-        now = self._clock()
-        if self._metadata is None or now - self._metadata_at >= METADATA_USABLE_S:
-            try:
-                self._metadata = await self._discovered()
-                self._metadata_at = now
-            except IssuerUnavailable:
-                if self._metadata is None:
-                    raise
+        age_s = self._clock() - self._metadata_at
+        if self._metadata is None or age_s >= METADATA_USABLE_S:
+            await self._ask_for_metadata()
+        if self._metadata is None:
+            raise self._away(self._why_no_metadata)
         return self._metadata
+
+    async def _ask_for_metadata(self) -> None:
+        """Read the discovery document, once in a second at most while that fails; concurrent
+        callers share one reading."""
+        async with self._discovering:
+            now = self._clock()
+            if min(now - self._metadata_at, now - self._metadata_tried_at) < METADATA_TRIED_EVERY_S:
+                return
+            self._metadata_tried_at = now
+            try:
+                self._metadata, self._metadata_at = await self._discovered(), now
+            except IssuerUnavailable as away:
+                self._why_no_metadata = away.message.removeprefix(self._named)
 
     async def redeem(
         self, form: Mapping[str, str], client_id: str, secret: str | None
@@ -267,7 +280,11 @@ class Issuer:
         return status, found if isinstance(found, dict) else {}
 
     def _away(self, why: str) -> IssuerUnavailable:
-        return IssuerUnavailable(f"the issuer {self.url} {why}")
+        return IssuerUnavailable(f"{self._named}{why}")
+
+    @property
+    def _named(self) -> str:
+        return f"the issuer {self.url} "
 
 
 def _usable_keys(listed: list[Any]) -> dict[str | None, dict[str, Any]]:

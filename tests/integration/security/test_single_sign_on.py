@@ -15,6 +15,7 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.issuer import CLIENT, SECRET, IssuerServer, issuer_server
+from tests.waiting import wait_until
 from tidegate.http.browsers import PERSON_S, cookie_name, make_code, state_cookie_name
 
 RULES = {
@@ -135,6 +136,20 @@ async def test_who_has_no_role_or_no_verified_address_gets_none(place: Place) ->
             assert (status, session.get("role")) == ((200, role) if role else (401, None))
 
 
+async def replayed(place: Place, why: str) -> None:
+    """The same address again, with all that the browser had, does not count."""
+    async with place.browser() as browser:
+        begun = await place.begun(browser)
+        cookies = {one.key: one.value for one in browser.cookie_jar}
+        assert await place.ended(browser, begun) == "./"
+    header = "; ".join(f"{name}={value}" for name, value in cookies.items())
+    async with (
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as thief,
+        thief.get(begun, allow_redirects=False, headers={"Cookie": header}) as got,
+    ):
+        assert got.headers["Location"] == f"./?sign-in={why}"
+
+
 async def test_attacks_on_the_way_back_sign_nobody_in(place: Place) -> None:
     issuer, operator_key = place.issuer, place.gateway.operator_key
 
@@ -148,17 +163,12 @@ async def test_attacks_on_the_way_back_sign_nobody_in(place: Place) -> None:
         assert await place.ended(browser, begun) == "./"  # and is still good in its own
         await place.begun(victim)
         await refused(victim, begun, "state")
-    async with place.browser() as browser:
-        begun = await place.begun(browser)
-        cookies = {one.key: one.value for one in browser.cookie_jar}
-        assert await place.ended(browser, begun) == "./"
-        # The same address again, with all that the browser had: a code is good once.
-        header = "; ".join(f"{name}={value}" for name, value in cookies.items())
-        async with (
-            aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as thief,
-            thief.get(begun, allow_redirects=False, headers={"Cookie": header}) as got,
-        ):
-            assert got.headers["Location"] == "./?sign-in=state"
+    for reuses, why in ((False, "refused"), (True, "state")):
+        issuer.reuses_codes = reuses  # which none should, and which is not relied on
+        await replayed(place, why)
+    issuer.reuses_codes = False
+    spent = "SELECT count(*) FROM spent_codes"
+    before = await place.gateway.database.fetchval(spent)
     for part, put, why in (
         ("state", make_code(operator_key), "state"),
         ("state", "", "state"),
@@ -180,6 +190,8 @@ async def test_attacks_on_the_way_back_sign_nobody_in(place: Place) -> None:
         issuer.change = lambda told, claims=claims: told.update(claims)  # type: ignore[misc]
         async with place.browser() as browser:
             await refused(browser, await place.begun(browser), "refused")
+    after = await place.gateway.database.fetchval(spent)
+    assert after == before, "who can't sign in writes nothing"
 
 
 async def test_it_leads_nowhere_but_to_the_page(place: Place) -> None:
@@ -208,7 +220,19 @@ async def test_while_the_issuer_is_away_signing_in_says_so_and_the_key_goes_on(
         url = f"{place.gateway.url}/dashboard/sign-in"
         async with browser.get(url, allow_redirects=False) as answer:
             assert answer.headers["Location"] == "./?sign-in=issuer"
+        asked = place.issuer.asked["/.well-known/openid-configuration"]
+        for _ in range(20):
+            async with browser.get(url, allow_redirects=False) as answer:
+                assert answer.headers["Location"] == "./?sign-in=issuer"
+        hammered = place.issuer.asked["/.well-known/openid-configuration"] - asked
+        assert hammered <= 5, "at most once in a second"
         place.issuer.is_down = False
+
+        async def leads_to_the_issuer() -> bool:
+            async with browser.get(url, allow_redirects=False) as answer:
+                return answer.headers["Location"].startswith(place.issuer.url)
+
+        await wait_until(leads_to_the_issuer, 20, "the issuer's return")
         begun = await place.begun(browser)
         place.issuer.is_down = True
         assert await place.ended(browser, begun) == "./?sign-in=issuer"
