@@ -400,6 +400,8 @@ def _has_no_output(event: dict[str, Any]) -> bool:
         return _object(event.get("item")).get("type") in ("message", "reasoning")
     if type(kind) is str:
         return kind in _BEGUN
+    if "usageMetadata" in event:  # Gemini's tokens of the prompt, before there is a candidate
+        return not event.get("candidates") and not event.get("promptFeedback")
     choices = event.get("choices")
     if type(choices) is not list or event.get("usage") is not None:
         return False

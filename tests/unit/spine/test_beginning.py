@@ -19,6 +19,7 @@ WITHOUT_OUTPUT: list[dict[str, object]] = [
     {"choices": [], "prompt_filter_results": [{"prompt_index": 0}]},
     {"choices": [{"delta": {"role": "assistant", "content": "", "refusal": None}}], "usage": None},
     {"choices": [{"text": "", "finish_reason": None}]},
+    {"usageMetadata": {"promptTokenCount": 7}, "modelVersion": "m"},
 ]
 WITH_OUTPUT: list[dict[str, object]] = [
     {"type": "response.output_text.delta", "delta": ""},
@@ -30,6 +31,8 @@ WITH_OUTPUT: list[dict[str, object]] = [
     {"choices": [{"delta": {}, "finish_reason": "stop"}]},
     {"choices": [], "usage": {"total_tokens": 3}},
     {"candidates": [{"content": {"parts": [{"text": "Hi"}]}}]},
+    {"candidates": [{"finishReason": "STOP"}], "usageMetadata": {"totalTokenCount": 9}},
+    {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 7}},
     {"choices": ["odd"]},
     {"anything": "else"},
 ]
