@@ -375,6 +375,22 @@ async def test_a_tenants_weight_is_changed_where_its_queue_is_seen(stage: Stage)
         await dialog.get_by_role("button", name="Change the weight").click()
         await expect(seen.page.locator("[data-tenant='default'] td").nth(2)).to_have_text("7")
         assert stage.gateway.services.limiter.policy.weights == {"default": 7}
+        # What was done is on record, and what was written in it stays text.
+        hostile = "<img src=x onerror=alert(1)>"
+        made = f"{stage.gateway.url}/admin/keys"
+        async with stage.gateway.http.post(made, json={"name": hostile}) as answer:
+            assert answer.status == 201
+        await seen.page.goto(f"{stage.gateway.url}/dashboard/#/tenants")
+        await seen.page.get_by_role("link", name="What operators did").click()
+        rows = seen.page.locator("[aria-label='Actions'] tbody tr")
+        await expect(rows.nth(0)).to_contain_text(hostile)
+        await expect(rows.filter(has_text="tenant.set").first).to_contain_text("default")
+        await seen.page.get_by_label("Search Actions").fill("limits.change")
+        await expect(rows.first).to_contain_text("revision")
+        for width in (1280, 400):
+            await seen.page.set_viewport_size({"width": width, "height": 800})
+            assert await seen.is_within()
+        await seen.is_accessible()
         await stage.slow(0)
         for request_id in ids:
             await stage.gateway.end_of(request_id)

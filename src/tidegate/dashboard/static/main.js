@@ -74,16 +74,12 @@ function askForKey(refused, asked) {
 
 /** A link to the issuer's page, where people sign in by one. The view that is open comes back. */
 function singleSignOn() {
-  const place = h("p", { hidden: true });
+  const keep = () => sessionStorage.setItem(PLACE, location.hash);
+  const go = h("a", { class: "button", href: "sign-in", hidden: true, on: { click: keep } }, "Sign in with single sign-on");
   get("dashboard/ways-in", { keepSession: true })
-    .then((ways) => {
-      if (!ways.single_sign_on) return;
-      const keep = () => sessionStorage.setItem(PLACE, location.hash);
-      fill(place, h("a", { class: "button", href: "sign-in", on: { click: keep } }, "Sign in with single sign-on"));
-      place.hidden = false;
-    })
+    .then((ways) => (go.hidden = !ways.single_sign_on))
     .catch(() => {}); // the form itself says what is away
-  return place;
+  return go;
 }
 
 /** The view from which a person went to the issuer's page. */

@@ -68,6 +68,13 @@ export const PAGES = [
     load: () => import("./tenants.js"),
   },
   {
+    path: "/actions",
+    title: "What operators did",
+    key: "w",
+    style: "listed.css",
+    load: () => import("./actions.js"),
+  },
+  {
     path: "/limits/history",
     title: "Changes of limits",
     key: "h",

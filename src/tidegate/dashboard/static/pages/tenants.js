@@ -5,6 +5,7 @@ import { fill, h } from "../dom.js";
 import { ago, count, money, NOTHING, time } from "../format.js";
 import { listed } from "../listed.js";
 import { link } from "../router.js";
+import { may } from "../session.js";
 import { confirm, field, toast } from "../ui.js";
 
 const SCOPES = {
@@ -36,7 +37,8 @@ export async function open(main, { query, signal }) {
   };
   await again();
   tenants.search(query.get("tenant") ?? "");
-  main.append(h("div", { class: "page-head" }, h("h1", {}, "Keys and tenants")), keys.element, tenants.element);
+  const did = may("admin") && h("a", { href: link("/actions") }, "What operators did");
+  main.append(h("div", { class: "page-head" }, h("h1", {}, "Keys and tenants"), h("span", { class: "end" }, did)), keys.element, tenants.element);
 }
 
 const action = (words, act) =>

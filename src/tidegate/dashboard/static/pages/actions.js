@@ -1,0 +1,62 @@
+// What operators did: who, what, on what, what it was before and after, from where.
+
+import { get } from "../api.js";
+import { h } from "../dom.js";
+import { ago, time } from "../format.js";
+import { listed } from "../listed.js";
+import { link } from "../router.js";
+
+const MOST = 500;
+const HEADS = [
+  ["When", ""],
+  ["Who", ""],
+  ["Did", ""],
+  ["On", ""],
+  ["Change", "wrap wide"],
+  ["From", "wide"],
+];
+
+export async function open(main, { query, signal }) {
+  const list = listed("Actions", HEADS, textOf, row, {
+    none: ["Nobody has changed anything yet", "Every change by a person is listed here: by a key, an account, the dashboard or a command."],
+  });
+  const { items } = await get("admin/actions", { query: { limit: MOST }, signal });
+  list.show(items);
+  list.search(query.get("search") ?? "");
+  main.append(
+    h("a", { class: "back", href: link("/tenants") }, "← Keys and tenants"),
+    h(
+      "div",
+      { class: "page-head" },
+      h("h1", {}, "What operators did"),
+      items.length === MOST && h("span", { class: "quiet-text" }, `the newest ${MOST}: tidegate actions has all`),
+    ),
+    list.element,
+  );
+}
+
+const textOf = (one) => `${one.operator} ${one.what} ${one.target} ${changeOf(one)} ${one.address}`;
+
+function row(one) {
+  return h(
+    "tr",
+    { data: { action: one.number } },
+    h("td", { title: time(one.at) }, ago(one.at)),
+    h("th", { scope: "row", class: "name", title: `As ${one.role}` }, one.operator),
+    h("td", { class: "mono" }, one.what),
+    h("td", { title: one.target }, one.target),
+    h("td", { class: "wrap wide" }, changeOf(one)),
+    h("td", { class: "wide" }, one.address),
+  );
+}
+
+const shown = (value) => (value === null || typeof value === "object" ? JSON.stringify(value) : String(value));
+
+/** `weight: 1 → 3`, of what differs; a revision where a history has the change. */
+function changeOf({ before = {}, after = {}, revision }) {
+  if (revision !== undefined) return `revision ${revision}`;
+  return Object.entries(after)
+    .filter(([name, value]) => value !== null && shown(before[name] ?? null) !== shown(value))
+    .map(([name, value]) => (name in before ? `${name}: ${shown(before[name])} → ${shown(value)}` : `${name}: ${shown(value)}`))
+    .join(", ");
+}
