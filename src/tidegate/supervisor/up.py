@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tidegate import __version__
-from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.call import DEFAULT_POOL, DEFAULT_TENANT, Kind
 from tidegate.errors import ConfigError, InvalidRequest, LimiterUnavailable
 from tidegate.http.browsers import CODE_S, make_code
 from tidegate.limiter import PoolPolicy, Snapshot, look_until
@@ -30,7 +30,9 @@ from tidegate.operator_key import key_file, operator_key
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
 from tidegate.settings import Config, load
 from tidegate.spine.routing import Targets
-from tidegate.supervisor.services import Ground, environment_of, migrate, prepared
+from tidegate.store.database import Connections
+from tidegate.store.tenants import Tenants
+from tidegate.supervisor.services import Ground, environment_of, migrate, prepared, with_record
 from tidegate.supervisor.supervisor import (
     RENEW_SIGNAL,
     Child,
@@ -58,6 +60,7 @@ class Page:
         self._workers = workers
         self._console = Console(highlight=False, soft_wrap=True)
         self._began = time.monotonic()
+        self.demo_key: str | None = None  # that was made at this start
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -108,7 +111,10 @@ class Page:
         self._where(ground)
         if ground.config.gemini_api_key is not None:  # or it binds nobody
             self._at_once(policy, in_force)
-        if self._config.asks_for_keys:
+        if self.demo_key is not None:
+            self._row("Callers", "show a key", f"{self.demo_key} was made for this demonstration")
+            self._more("and is shown this once; tidegate keys create makes others")
+        elif self._config.asks_for_keys:
             self._row("Callers", "show a key", "tidegate keys create makes one; see AUTH")
         if ground.emulated:
             is_alone = len(deployed_upstreams(ground.config).upstreams) == 1
@@ -169,7 +175,8 @@ class Page:
     def _try(self, place: str, ground: Ground) -> None:
         """An SDK's call first, then the product's own."""
         json = '-H "Content-Type: application/json"'
-        key = ' -H "x-api-key: <key>"' if self._config.asks_for_keys else ""
+        shown = self.demo_key or "<key>"
+        key = f' -H "x-api-key: {shown}"' if self._config.asks_for_keys else ""
         dialects = _dialects_of_prompts(ground.config)
         self._line((f"{_INDENT}Try", _LABEL))
         if dialects is None:
@@ -277,6 +284,7 @@ def up(config: Config, apis: int, workers: int) -> int:
             page.done("Bundled PostgreSQL and Valkey" if ground.embedded else "Settings")
             schema = migrate(ground.config, page.note)
             page.done(f"Database schema {schema}" if schema else "Database schema is current")
+            page.demo_key = make_demo_key(ground.config)
             family = Family(
                 _children(listener, apis, workers),
                 environment={**os.environ, **environment_of(ground), SHARED: counts},
@@ -293,6 +301,24 @@ def up(config: Config, apis: int, workers: int) -> int:
             return 1
         page.stopped()
         return 0
+
+
+def make_demo_key(config: Config) -> str | None:
+    """A new API key for a demonstration whose callers show one, if nobody has made any; so that a
+    container is tried without a second command. Raises StoreUnavailable."""
+    if not (config.tidegate_demo and config.asks_for_keys):
+        return None
+
+    async def made(record: Connections) -> str | None:
+        tenants = Tenants(record)
+        if await tenants.any_key():
+            return None
+        _, key = await tenants.create_key(
+            DEFAULT_TENANT, name="demonstration", made_by="tidegate up"
+        )
+        return key.text
+
+    return with_record(config, made)
 
 
 def _reread(ground: Ground) -> dict[str, str]:

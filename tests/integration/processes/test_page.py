@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tidegate.policy.deployment import deployed
 from tidegate.policy.format import edit
 from tidegate.settings import Config
 from tidegate.supervisor.services import Ground
-from tidegate.supervisor.up import Page, bounds_in_force
+from tidegate.supervisor.up import Page, bounds_in_force, make_demo_key
 
 __all__ = ["open_gateway"]
 
@@ -96,3 +97,25 @@ def test_the_page_names_the_upstreams_and_tries_none_that_is_not_there(
     assert calls[0].startswith("curl localhost:1/v1/chat/completions "), "an SDK's call first"
     assert '"model": "gpt-' in calls[0]
     assert "Limits " not in said, "what bounds prompts"
+
+
+async def test_a_demonstration_whose_callers_show_a_key_prints_one_at_its_first_start(
+    open_gateway: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container, which listens on all addresses."""
+    gateway = await open_gateway(worker=False, auth="on")
+    assert await asyncio.to_thread(make_demo_key, gateway.config) is None, "no demonstration"
+    config = gateway.config.model_copy(update={"tidegate_demo": True})
+    page = Page(config, 1, 1)
+    page.demo_key = await asyncio.to_thread(make_demo_key, config)
+    ground = Ground(config, None, embedded=False, emulated=True)
+    page.ready(ground, gateway.url, deployed(config), None)
+    keys = set(re.findall(r'-H "x-api-key: (\S+)"', capsys.readouterr().out))
+    assert keys == {page.demo_key}
+    statuses = []
+    for key in (page.demo_key, "tg_wrong"):
+        shown = {"x-api-key": str(key)}
+        async with gateway.http.get(f"{gateway.url}/v1/models", headers=shown) as answer:
+            statuses.append(answer.status)
+    assert statuses == [200, 401]
+    assert await asyncio.to_thread(make_demo_key, config) is None, "there is one"

@@ -39,11 +39,21 @@ def test_everything_that_is_copied_is_there_and_is_sent_to_the_builder() -> None
 
 
 def test_the_image_has_no_servers_of_its_own_and_no_tools() -> None:
-    (sync,) = [rest for rest in _all("RUN") if "/opt/tidegate uv sync" in rest.replace("  ", " ")]
-    ours = sync.split("&&")[0]
+    syncs = [rest for rest in _all("RUN") if "/opt/tidegate uv sync" in rest.replace("  ", " ")]
+    ours, demo = (sync.split("&&")[0] for sync in syncs)
     assert re.findall(r"--extra (\S+)", ours) == ["gateway", "otel"]
-    assert "--no-default-groups" in ours
-    assert "--frozen" in ours
+    for sync in (ours, demo):
+        assert "--no-default-groups" in sync
+        assert "--frozen" in sync
+
+
+def test_the_servers_are_in_the_image_of_the_demonstration_alone() -> None:
+    stages = re.split(r"^FROM ", _FILE.read_text(), flags=re.MULTILINE)[1:]
+    named = {stage.partition("\n")[0].partition(" AS ")[2]: stage for stage in stages}
+    assert [name for name, stage in named.items() if "--extra embedded" in stage] == ["build-demo"]
+    assert [name for name, stage in named.items() if "build-demo " in stage] == ["demo"]
+    assert "TIDEGATE_DEMO=1" in named["demo"]
+    assert stages[-1].split() == ["service"], "which is built without a target"
 
 
 def test_uv_is_the_one_that_bootstrap_uses_and_comes_by_hash() -> None:
