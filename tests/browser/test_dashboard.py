@@ -19,7 +19,7 @@ import pytest_asyncio
 from playwright.async_api import async_playwright, expect
 
 from tests.browser.pictures import under_traffic
-from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Stage, opened
+from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Seen, Stage, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
 from tidegate.call import Charge, Scope, Usage
@@ -552,28 +552,37 @@ async def test_a_lost_connection_is_told_and_made_again(stage: Stage) -> None:
         await expect(seen.page.locator("main")).to_have_css("opacity", "1")
 
 
-@pytest.mark.parametrize(("colours", "width"), [("light", 1360), ("dark", 1360), ("light", 400)])
-async def test_the_overview_is_accessible_and_fits(
-    stage: Stage, colours: Colours, width: int, tmp_path: Path
+async def test_the_overview_is_accessible_and_fits_in_both_colours(
+    stage: Stage, tmp_path: Path
 ) -> None:
+    each: list[tuple[int, list[Colours]]] = [(1360, ["light", "dark"]), (400, ["light"])]
+    for width, all_colours in each:
+        async with opened(stage, width=width) as seen:
+            page = seen.page
+            await expect(page.locator("#live")).to_have_text("Live")
+            for span in ("1 h", "24 h", "5 min"):
+                await page.get_by_role("button", name=span, exact=True).click()
+                await expect(page.locator(".faults").locator("xpath=..")).to_contain_text("last ")
+            for colours in all_colours:
+                await looked_at(stage, seen, colours, width, tmp_path)
+
+
+async def looked_at(stage: Stage, seen: Seen, colours: Colours, width: int, folder: Path) -> None:
+    """As the system's colours change, too."""
+    page = seen.page
+    await page.emulate_media(color_scheme=colours)
+    ground = {"light": "rgb(246, 247, 248)", "dark": "rgb(14, 22, 27)"}[colours]
+    await expect(page.locator("body")).to_have_css("background-color", ground)
+    await expect(page.locator(".chart canvas")).to_have_count(5)
+    await expect(seen.limit("used")).to_contain_text("/")
     taking = bool(os.environ.get("TIDEGATE_SCREENSHOTS"))
-    async with opened(stage, colours=colours, width=width) as seen:
-        page = seen.page
-        await expect(page.locator("#live")).to_have_text("Live")
-        for span in ("1 h", "24 h", "5 min"):
-            await page.get_by_role("button", name=span, exact=True).click()
-            await expect(page.locator(".faults").locator("xpath=..")).to_contain_text("last ")
-        await expect(page.locator(".chart canvas")).to_have_count(5)
-        await expect(seen.limit("used")).to_contain_text("/")
-        async with under_traffic(stage) if taking else nullcontext():
-            await seen.is_accessible()
-            assert await seen.is_within()
-            name = f"dashboard-{'narrow' if width == 400 else colours}.png"
-            path = (IMAGES if taking else tmp_path) / name
-            await page.screenshot(path=path, full_page=True)
-            assert path.stat().st_size > 20_000
-        ground = await page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert ground == {"light": "rgb(246, 247, 248)", "dark": "rgb(14, 22, 27)"}[colours]
+    async with under_traffic(stage) if taking else nullcontext():
+        await seen.is_accessible()
+        assert await seen.is_within()
+        name = f"dashboard-{'narrow' if width == 400 else colours}.png"
+        path = (IMAGES if taking else folder) / name
+        await page.screenshot(path=path, full_page=True)
+        assert path.stat().st_size > 20_000
 
 
 async def test_colours_are_chosen_and_kept_and_the_keyboard_reaches_everything(
