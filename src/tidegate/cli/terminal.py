@@ -165,7 +165,7 @@ def chosen_pool_or(usual: T) -> str | T:
 def command_config(process: str = "command", level: str = "error") -> Config:
     """The settings; logs of `level` and above go to standard error."""
     from tidegate.settings import load
-    from tidegate.store.operator_actions import ACTING, Acting
+    from tidegate.store.records import ACTING, Acting
     from tidegate.telemetry import logging as telemetry
 
     config = load()

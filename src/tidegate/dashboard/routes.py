@@ -72,7 +72,7 @@ from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.metrics.process import Recent
-from tidegate.store.operator_actions import acting
+from tidegate.store.records import acting
 from tidegate.telemetry.logging import Log, get_logger
 
 FOLDER = Path(__file__).parent / "static"

@@ -34,7 +34,7 @@ from tidegate.settings import Config
 from tidegate.spine.models import check_model
 from tidegate.spine.native import AT_UPSTREAM
 from tidegate.spine.routing import Targets
-from tidegate.store.operator_actions import acting
+from tidegate.store.records import acting
 from tidegate.store.tenants import digest_of, prefix_of
 
 

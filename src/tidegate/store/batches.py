@@ -32,9 +32,8 @@ from tidegate.store.audit import AuditLog, Prepared
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
 from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications
-from tidegate.store.operator_actions import recorded
 from tidegate.store.queue import MAX_LAPSES, Lookback
-from tidegate.store.records import Idempotency, Json
+from tidegate.store.records import Idempotency, Json, recorded
 from tidegate.telemetry.logging import Log, get_logger
 
 AMBIGUOUS = "ambiguous"

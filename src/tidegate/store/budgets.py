@@ -47,8 +47,7 @@ from tidegate.prices.budgets import (
     scope_values,
 )
 from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
-from tidegate.store.operator_actions import record_action
-from tidegate.store.records import Json, dumps, record_of, uuid_of
+from tidegate.store.records import Json, dumps, record_action, record_of, uuid_of
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_BUDGETS = 10_000

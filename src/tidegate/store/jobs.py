@@ -37,8 +37,7 @@ from tidegate.store.audit import audit_unanswered, of_row
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import UNSURE, Notifications
-from tidegate.store.operator_actions import record_action
-from tidegate.store.records import Earlier, FileRecord, NewJob
+from tidegate.store.records import Earlier, FileRecord, NewJob, record_action
 from tidegate.store.requests import RequestDetail
 
 TIMEOUT_MS = 2_000

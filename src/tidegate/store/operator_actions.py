@@ -2,6 +2,9 @@
 
     the guard of a route, or a command ── acting() ──► a change ── record_action() ──► one row
 
+Both are in `records`, for all who write; here are the rows that are read, and those written for
+what is not in PostgreSQL.
+
 A change in PostgreSQL is recorded in its own transaction, any other before it takes effect. What a
 process does by itself, such as putting its deployment's limits in force, is nobody's action.
 Changes of limits and upstreams have a history: the row has its revision and no copy of it.
@@ -12,122 +15,23 @@ by a trigger; no secret is in a row; work that outlives its request is not the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
-from uuid import UUID
+from typing import Any
 
 import asyncpg
 import orjson
 
-from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, Work, sql
-from tidegate.store.records import clean, record_of
+from tidegate.store.database import Connections
+from tidegate.store.records import ACTING, What, record_action, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
-What = Literal[
-    "alert.redeliver",
-    "alert.test",
-    "batch.cancel",
-    "batch.pause",
-    "batch.resume",
-    "budget.remove",
-    "budget.resume",
-    "budget.set",
-    "job.cancel",
-    "job.discard",
-    "job.requeue",
-    "job.retry",
-    "jobs.requeue",
-    "key.create",
-    "key.keep",
-    "key.revoke",
-    "limit.pause",
-    "limit.resume",
-    "limits.change",
-    "permits.revoke",
-    "sign_in",
-    "subject.erase",
-    "tenant.remove",
-    "tenant.set",
-    "upstream.test",
-    "upstreams.change",
-    "webhook.redeliver",
-]
 MOST_SHOWN = 1_000
 _TIMEOUT_MS = 2_000
-_LONGEST_TARGET = 500
 
 log = get_logger()
-
-
-@dataclass(slots=True)
-class Acting:
-    """The operator on whose behalf a request or a command runs."""
-
-    operator: str
-    role: str
-    address: str
-    action_id: UUID = field(default_factory=new_id)
-    is_over: bool = False
-
-
-ACTING: ContextVar[Acting | None] = ContextVar("acting", default=None)
-
-
-@contextmanager
-def acting(operator: str, role: str, address: str) -> Iterator[None]:
-    """Have what is changed within the block recorded as this operator's."""
-    now = Acting(operator, role, address)
-    ACTING.set(now)
-    try:
-        yield
-    finally:
-        now.is_over = True  # also for tasks that were started within, which have a copy of it
-
-
-async def record_action(
-    connection: asyncpg.Connection,
-    what: What,
-    target: str,
-    *,
-    before: Mapping[str, Any] | None = None,
-    after: Mapping[str, Any] | None = None,
-    revision: int | None = None,
-) -> None:
-    """Put a change on record in its own transaction, where it is an operator's. A repeat of the
-    transaction finds it there."""
-    now = ACTING.get()
-    if now is None or now.is_over:
-        return
-    await connection.execute(
-        sql("add_action"),
-        now.action_id,
-        clean(now.operator),
-        now.role,
-        clean(now.address),
-        what,
-        clean(target)[:_LONGEST_TARGET],
-        _json(before),
-        _json(after),
-        revision,
-    )
-
-
-def recorded(name: str, *values: Any, what: What, target: object) -> Work[asyncpg.Record | None]:
-    """The work of one statement; where it returns a row, it has changed something."""
-
-    async def work(connection: asyncpg.Connection) -> asyncpg.Record | None:
-        row = await connection.fetchrow(sql(name), *values)
-        if row is not None:
-            await record_action(connection, what, str(target))
-        return row
-
-    return work
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +106,6 @@ class OperatorActions:
 def _action(row: asyncpg.Record) -> OperatorAction:
     was, is_now = _of_json(row["was"]), _of_json(row["is_now"])
     return record_of(OperatorAction, row, before=was, after=is_now)
-
-
-def _json(value: Mapping[str, Any] | None) -> str | None:
-    return None if value is None else orjson.dumps(dict(value), default=str).decode()
 
 
 def _of_json(text: str | None) -> Mapping[str, Any] | None:

@@ -19,8 +19,7 @@ import orjson
 from tidegate.call import new_id
 from tidegate.errors import NotFound
 from tidegate.store.database import Connections, sql
-from tidegate.store.operator_actions import recorded
-from tidegate.store.records import WebhookRecord, record_of
+from tidegate.store.records import WebhookRecord, record_of, recorded
 
 WAITING = WebhookRecord("waiting")
 

@@ -1,4 +1,5 @@
-"""Records of the store and their rows. No I/O.
+"""Records of the store and their rows, and the record of what operators do. No I/O but on a
+connection that is given.
 
 Times are aware datetimes in UTC, durations milliseconds.
 
@@ -8,12 +9,15 @@ spoil a batch; unknown usage is null, never zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import asyncpg
 import orjson
 
 from tidegate.call import (
@@ -34,6 +38,7 @@ from tidegate.call import (
 )
 from tidegate.errors import CallPreempted
 from tidegate.record import NO_LINEAGE, CallRecord, Failure, Lineage, OutputFile
+from tidegate.store.database import Work, sql
 from tidegate.telemetry.tracing import Tracing, Trail, parent_of
 
 
@@ -601,3 +606,104 @@ def file_record(row: Mapping[str, Any]) -> FileRecord:
 def failure_of(raw: str | None) -> Failure | None:
     """From its column."""
     return None if raw is None else Failure(**orjson.loads(raw))
+
+
+What = Literal[
+    "alert.redeliver",
+    "alert.test",
+    "batch.cancel",
+    "batch.pause",
+    "batch.resume",
+    "budget.remove",
+    "budget.resume",
+    "budget.set",
+    "job.cancel",
+    "job.discard",
+    "job.requeue",
+    "job.retry",
+    "jobs.requeue",
+    "key.create",
+    "key.keep",
+    "key.revoke",
+    "limit.pause",
+    "limit.resume",
+    "limits.change",
+    "permits.revoke",
+    "sign_in",
+    "subject.erase",
+    "tenant.remove",
+    "tenant.set",
+    "upstream.test",
+    "upstreams.change",
+    "webhook.redeliver",
+]
+_LONGEST_TARGET = 500
+
+
+@dataclass(slots=True)
+class Acting:
+    """The operator on whose behalf a request or a command runs."""
+
+    operator: str
+    role: str
+    address: str
+    action_id: UUID = field(default_factory=uuid4)
+    is_over: bool = False
+
+
+ACTING: ContextVar[Acting | None] = ContextVar("acting", default=None)
+
+
+@contextmanager
+def acting(operator: str, role: str, address: str) -> Iterator[None]:
+    """Have what is changed within the block recorded as this operator's."""
+    now = Acting(operator, role, address)
+    ACTING.set(now)
+    try:
+        yield
+    finally:
+        now.is_over = True  # also for tasks that were started within, which have a copy of it
+
+
+async def record_action(
+    connection: asyncpg.Connection,
+    what: What,
+    target: str,
+    *,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    revision: int | None = None,
+) -> None:
+    """Put a change on record in its own transaction, where it is an operator's. A repeat of the
+    transaction finds it there."""
+    now = ACTING.get()
+    if now is None or now.is_over:
+        return
+    await connection.execute(
+        sql("add_action"),
+        now.action_id,
+        clean(now.operator),
+        now.role,
+        clean(now.address),
+        what,
+        clean(target)[:_LONGEST_TARGET],
+        _action_json(before),
+        _action_json(after),
+        revision,
+    )
+
+
+def recorded(name: str, *values: Any, what: What, target: object) -> Work[asyncpg.Record | None]:
+    """The work of one statement; where it returns a row, it has changed something."""
+
+    async def work(connection: asyncpg.Connection) -> asyncpg.Record | None:
+        row = await connection.fetchrow(sql(name), *values)
+        if row is not None:
+            await record_action(connection, what, str(target))
+        return row
+
+    return work
+
+
+def _action_json(value: Mapping[str, Any] | None) -> str | None:
+    return None if value is None else orjson.dumps(dict(value), default=str).decode()

@@ -27,9 +27,9 @@ from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import Notifications, ReadTurns
-from tidegate.store.operator_actions import OperatorActions, recorded
+from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.outbox import webhook_of
-from tidegate.store.records import FileRecord, RequestRecord, details_of, record_of
+from tidegate.store.records import FileRecord, RequestRecord, details_of, record_of, recorded
 
 MOST_LOOKED_AT = 20_000
 _READ_TIMEOUT_MS = 2_000

@@ -29,8 +29,16 @@ from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.prices.budgets import tenants_budget
 from tidegate.store.budgets import drop_books, set_budget
 from tidegate.store.database import Connections, sql
-from tidegate.store.operator_actions import OperatorActions, What, record_action, recorded
-from tidegate.store.records import PolicyRecord, clean, dumps, record_of
+from tidegate.store.operator_actions import OperatorActions
+from tidegate.store.records import (
+    PolicyRecord,
+    What,
+    clean,
+    dumps,
+    record_action,
+    record_of,
+    recorded,
+)
 from tidegate.telemetry.logging import Log, get_logger
 
 _PREFIX_LETTERS = string.ascii_lowercase + string.digits

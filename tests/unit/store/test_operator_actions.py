@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tidegate.store.operator_actions import acting, record_action
+from tidegate.store.records import acting, record_action
 
 
 class Connection:

@@ -22,8 +22,7 @@ import orjson
 
 from tidegate.errors import UpstreamsChanged
 from tidegate.store.database import Connections, sql
-from tidegate.store.operator_actions import record_action
-from tidegate.store.records import clean, record_of
+from tidegate.store.records import clean, record_action, record_of
 
 SEEN_EVERY_MS = 2_000
 GONE_AFTER_MS = 7_000
