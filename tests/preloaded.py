@@ -144,9 +144,23 @@ def _import_tests(paths: Sequence[str]) -> None:
                 for name in set(sys.modules) - known:
                     del sys.modules[name]
     config._ensure_unconfigure()
+    _look_for_constants()
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def _look_for_constants() -> None:
+    """Have Hypothesis look for the constants of all files of ours, which it draws now and then, and
+    else looks for in each process."""
+    from hypothesis import given, settings, strategies
+
+    @settings(max_examples=100, database=None, derandomize=True, deadline=None)
+    @given(strategies.lists(strategies.integers(), min_size=5))
+    def draw(_: list[int]) -> None:
+        """Until a constant is drawn."""
+
+    draw()
 
 
 def _become_watcher(asking: socket.socket, streams: Sequence[int]) -> NoReturn:
