@@ -39,6 +39,7 @@ from tidegate.admission.estimator import (
     unseen_file,
 )
 from tidegate.call import Kind
+from tidegate.dialects.resources import has_escaped_key
 from tidegate.dialects.spec import (
     NOTHING_SHORTENED,
     WITHOUT_OUTPUT,
@@ -367,8 +368,6 @@ _READ = frozenset(
 _WRITTEN = {name: b'"%b"' % name.encode() for name in _READ}
 # Go's parser folds letters beyond ASCII too: a long s is an s to it.
 _FOLDED = {name.casefold(): name for name in _READ}
-# The end of a key with an escaped character of ASCII, which needs no escape.
-_ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
 # Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
 _GOING_ON = frozenset(_GO_ON)
@@ -405,7 +404,7 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
         if (needle := _WRITTEN.get(key)) is not None and count_in(raw, needle) > 1:
             break
     else:
-        if b"\\u00" not in raw or _ESCAPED.search(raw) is None:
+        if not has_escaped_key(raw):
             return
     outermost: list[str] = []
 

@@ -180,15 +180,33 @@ def _below(value: Any) -> Iterator[NamedValue]:
             yield from _below(one)
 
 
-# The end of a key with an escaped character of ASCII, which needs no escape.
-_ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
+# An escaped character of ASCII, which needs no escape; the next text that has one, with all that
+# is before it, and whether it is a key. Tried at one place alone, it is linear.
+_ESCAPED = re.compile(rb"\\u00[4-7][0-9A-Fa-f]")
+_PLAIN = rb'"(?:[^"\\]++|\\(?!u00[4-7][0-9A-Fa-f]).)*+'
+_ESCAPED_TEXT = re.compile(
+    rb'(?:[^"]++|%b")*+%b\\u00[4-7][0-9A-Fa-f](?:[^"\\]++|\\.)*+"\s*+(:)?' % (_PLAIN, _PLAIN),
+    re.DOTALL,
+)
+
+
+def has_escaped_key(raw: bytes) -> bool:
+    """Whether a field's name in a body is written with an escape that it does not need."""
+    if b"\\u00" not in raw or _ESCAPED.search(raw) is None:
+        return False
+    place = 0
+    while (found := _ESCAPED_TEXT.match(raw, place)) is not None:
+        if found[1] is not None:
+            return True
+        place = found.end()
+    return False
 
 
 def may_name(raw: bytes, *names: bytes) -> bool:
     """Whether a body may have one of these fields: a cheap check, since nearly all have none."""
     if any(name in raw for name in names):
         return True
-    return b"\\u00" in raw and _ESCAPED.search(raw) is not None
+    return has_escaped_key(raw)
 
 
 # Pages of lists
