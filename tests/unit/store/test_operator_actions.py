@@ -5,6 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+from structlog.testing import capture_logs
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store.database import Connections, T, Work
+from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.records import acting, record_action
 
 
@@ -45,3 +51,26 @@ async def test_work_that_outlives_its_request_is_not_the_operators() -> None:
     later.set()
     await asyncio.gather(*tasks)
     assert len(connection.operators) == 4
+
+
+class Away(Connections):
+    """PostgreSQL does not answer."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def run(self, work: Work[T], **options: Any) -> T:
+        raise StoreUnavailable("PostgreSQL is away")
+
+
+async def test_a_pause_does_not_wait_for_the_record_and_the_log_has_it() -> None:
+    actions = OperatorActions(Away())
+    with capture_logs() as lines, acting("ann", "operator", "127.0.0.1"):
+        await actions.note("limit.pause", "rpm:total", after={"for_ms": 5})
+        with pytest.raises(StoreUnavailable):
+            await actions.write("job.retry", "1")
+    (line,) = lines
+    assert (line["event"], line["what"], line["target"], line["by"]) == (
+        *("action_unrecorded", "limit.pause"),
+        *("rpm:total", "ann"),
+    )
