@@ -362,6 +362,23 @@ def test_a_limit_that_is_raised_admits_some_in_a_call(made: Made) -> None:
     assert not pool.server.exists(f"{pool.keys.prefix}stalled:{process.session.sid}")
 
 
+def test_a_process_that_takes_no_grants_yet_does_not_ask_again_at_once(made: Made) -> None:
+    """Of a process that nobody has told of yet, since one of those who should has died."""
+    pool = made(PoolPolicy({"kind:text_only": 300}, lease_ms=LEASE_MS))
+    settled(pool, 1)  # which says nothing from now on
+    process = Process(pool)
+    process.say()
+    for number in range(40):
+        process.ask(f"t{number}", "kind:text_only")
+    assert len(process.say()) < 10, "calls, of which none admits"
+    assert not process.queue.held
+    assert len(process.compare()) < 10
+    for _ in range(6):
+        pool.pass_time(LEASE_MS // 3)
+        process.compare()
+    assert len(process.queue.held) == 40
+
+
 def test_a_pool_is_shown_in_parts_of_a_bounded_work(made: Made) -> None:
     most = {}
     for tenants in (100, 1000):

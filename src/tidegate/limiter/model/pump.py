@@ -386,7 +386,8 @@ class Pump:
             self.queues.park(queue, limit)
             self.pool.touched.add(limit.name)
         session.blocked = len(stalled) >= most
-        self.more |= session.blocked
+        # Of a fresh session they are blocked again: it comes back in its own time.
+        self.more |= session.blocked and self.own not in self.fresh
 
     def _may_pass_on(self, queue: SessionQueue) -> bool:
         """Where nobody else waits for the same limits, and none has to hear how each call went."""

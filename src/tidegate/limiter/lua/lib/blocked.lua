@@ -168,7 +168,8 @@ function T.unblock()
     if queue.at == '!' then T.return_to_line(queue) end
   end
   if #list == T.UNBLOCKED_AT_ONCE then
-    T.more = 1
+    -- Of a fresh session they are blocked again: it comes back in its own time.
+    if not T.is_fresh(q.sid) then T.more = 1 end
   else
     call('HDEL', T.session_key(q.sid), 'blocked')
     own.blocked = false
