@@ -456,11 +456,11 @@ def refuse_to_go_on(body: Mapping[str, Any], *names: str) -> None:
 # Of objects, lists and what stands in them: each costs many times its bytes once it is parsed, and
 # the event loop stands still for it. A body of 80 MB could hold so many as to take 2 GB.
 MOST_PARTS = 2_000_000
-_TEXT = rb'"(?:[^"\\]++|\\.)*+"'
 # Everything is taken for good: nothing is tried twice, nor remembered.
-_TOO_MANY_PARTS = re.compile(
-    rb'(?:[^",\[{]*+(?:%b[^",\[{]*+)*+[,\[{]){%d}+' % (_TEXT, MOST_PARTS + 1), re.DOTALL
-)
+_INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_WHOLE = re.compile(rb'(?:[^"]++|%b)*+' % _TEXT.pattern, re.DOTALL)
+_QUOTE, _BACKSLASH = b'"\\'
 # `"model":`, in whatever case and however escaped.
 NAMES_MODEL = re.compile(
     rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
@@ -488,7 +488,29 @@ def has_too_many_parts(body: bytes) -> bool:
     """Whether JSON holds more than `MOST_PARTS` commas, lists and objects, outside of its texts."""
     if len(body) <= MOST_PARTS or count_in(body, b",", b"[", b"{") <= MOST_PARTS:
         return False
-    return _TOO_MANY_PARTS.match(body) is not None
+    parts = place = 0
+    # In steps, as no other thread of Python runs during a search.
+    while place < len(body) and parts <= MOST_PARTS:
+        end = min(len(body), place + LARGE_BYTES)
+        whole = _WHOLE.match(body, place, end)  # up to a text that goes on behind the step
+        stop = end if whole is None else whole.end()
+        outside = _TEXT.sub(b"", body[place:stop])
+        parts += sum(map(outside.count, (b",", b"[", b"{")))
+        place = end if stop == end else _behind_text(body, stop + 1)
+    return parts > MOST_PARTS
+
+
+def _behind_text(body: bytes, place: int) -> int:
+    """The place behind the text that `place` is in."""
+    while place < len(body):
+        inside = _INSIDE.match(body, place, place + LARGE_BYTES)
+        place = place if inside is None else inside.end()
+        found = body[place] if place < len(body) else _QUOTE
+        if found == _QUOTE:
+            return place + 1
+        if found == _BACKSLASH:  # what it escapes is behind the step
+            place += 2
+    return place
 
 
 def check_parts(body: bytes) -> None:
