@@ -75,13 +75,6 @@ def started(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def prepare() -> None:
-    """Start now, and not in a test that looks at what it has started, what others are forked
-    from."""
-    if _FORKS:
-        _nursery()
-
-
 class Forked:
     """What it offers is of `subprocess.Popen`."""
 

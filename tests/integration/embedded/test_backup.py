@@ -13,20 +13,13 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.forked import prepare
 from tests.integration.embedded.traces import Traces
 from tests.markdown import blocks
 from tests.product import environment
-from tests.typed import commands
 from tidegate.embedded.lease import ensure
 from tidegate.store.database import HEAD, migrate
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forks() -> None:
-    prepare()
 
 
 def _lines(words: str) -> str:
@@ -34,15 +27,14 @@ def _lines(words: str) -> str:
     return text
 
 
-async def _typed(folder: Path, lines: str, *, forked: bool = True) -> tuple[int, str]:
-    """In `folder`, whose `data` is the product's. What is forked has not the shell's umask."""
+async def _typed(folder: Path, lines: str) -> tuple[int, str]:
+    """In `folder`, whose `data` is the product's."""
     here = environment(folder / "data", 1)
-    programs = commands() if forked else Path(sys.executable).parent
     done = await asyncio.to_thread(
         subprocess.run,
         ["bash", "-euo", "pipefail", "-c", lines],
         cwd=folder,
-        env=here | {"PATH": f"{programs}:{here['PATH']}"},
+        env=here | {"PATH": f"{Path(sys.executable).parent}:{here['PATH']}"},
         capture_output=True,
         text=True,
         check=False,
@@ -64,7 +56,7 @@ async def test_the_record_and_its_files_are_taken_along(
     (data_dir / "blobs" / "a").write_text("a file")
     backup = _lines("tidegate backup tidegate-")
     partial = f"{backup.split()[2]}.partial"  # as a run that was cut short could leave one
-    code, said = await _typed(tmp_path, f"umask 0\ntouch {partial}\n{backup}", forked=False)
+    code, said = await _typed(tmp_path, f"umask 0\ntouch {partial}\n{backup}")
     assert (code, said.startswith("wrote 0.")) == (0, True), said
     restore = _lines("tidegate restore tidegate-")
     code, said = await _typed(tmp_path, restore)
