@@ -16,6 +16,7 @@ names a variable, or a file.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -288,7 +289,9 @@ def _public(value: Any) -> Any:
 def _text(key: str, value: Any) -> str:
     if value is None:
         return "none"
-    return str(shown({key: value})[key])[:_LONGEST_SHOWN]
+    told = shown({key: value})[key]
+    text = told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+    return text[:_LONGEST_SHOWN]
 
 
 def changed_lines(before: LiveChanges, after: LiveChanges) -> list[str]:
@@ -304,7 +307,9 @@ def changed_lines(before: LiveChanges, after: LiveChanges) -> list[str]:
             was, now = (
                 _text(key, one.set[key]) if key in one.set else "not set live" for one in (old, new)
             )
-            if was != now:
+            if was != now and new.is_added and not old.is_added:
+                lines.append(f"{name}.{key}: {now}")
+            elif was != now:
                 lines.append(f"{name}.{key}: {was} -> {now}")
         if new.reads != old.reads:
             lines.append(f"{name}: secrets read again")

@@ -115,7 +115,7 @@ async def test_an_upstream_comes_and_goes_under_load_without_a_failed_call(
         status, done = await admin(other, "PATCH", "/second", set={"weight": 50, "aliases.q": "x"})
         assert (status, done["changes"]) == (
             200,
-            ["second.aliases: not set live -> {'q': 'x'}", "second.weight: not set live -> 50"],
+            ['second.aliases: not set live -> {"q": "x"}', "second.weight: not set live -> 50"],
         )
         took.append(done["in_force_ms"])
         assert first.services.spine.targets.upstreams["second"].weight == 50

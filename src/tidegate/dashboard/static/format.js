@@ -107,5 +107,6 @@ export function time(value) {
 export function ago(value, now = Date.now()) {
   if (!given(value)) return NOTHING;
   const ms = now - date(value).getTime();
-  return ms < 1_000 ? "now" : `${length(Math.floor(ms / 1_000) * 1_000)} ago`;
+  if (ms < 1_000) return "now";
+  return ms < 60_000 ? `${Math.floor(ms / 1_000)} s ago` : `${length(ms)} ago`;
 }
