@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -133,6 +134,11 @@ class Keeper:
 
     def _end(self, unused: bool) -> None:
         self._stopping.set()
+        # Who comes now waits for the next keeper: until it has ended, a server refuses its clients.
+        with self._changing() as state:
+            state.services = {
+                name: replace(service, ready=False) for name, service in state.services.items()
+            }
         self._wake()
         for thread in self._threads.values():
             thread.join()
@@ -160,7 +166,7 @@ class Keeper:
                 if not ready:
                     server.await_ready()
                     ready = True
-                    self._note(name, server, ready=True)
+                    self._note(name, server, ready=not self._stopping.is_set())
                 failures = 0
             except (ServerFailed, OSError) as failed:
                 traceback.print_exc()

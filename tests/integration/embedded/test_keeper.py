@@ -151,6 +151,22 @@ async def test_a_killed_keeper_is_replaced_by_one_that_adopts_the_servers(
     assert not traces.pids("postgres -D"), "adopted servers end with the last user as well"
 
 
+async def test_who_comes_while_a_keeper_ends_the_servers_gets_those_of_the_next(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _ensure(data_dir, "postgres") as lease:
+        await _remember(lease.database_url, "kept")
+        os.kill(_keeper(data_dir).pid, signal.SIGTERM)  # as systemd does to all of a service
+
+        async def refuses() -> bool:
+            return await _recall(lease.database_url) is None
+
+        await wait_until(refuses, 20, "the server's end")
+        newcomer = await asyncio.to_thread(_ensure, data_dir, "postgres")
+        with newcomer:
+            assert await _recall(newcomer.database_url) == ["kept"]
+
+
 async def test_servers_end_with_the_last_user_even_if_their_keeper_was_killed(
     data_dir: Path, traces: Traces
 ) -> None:
