@@ -41,7 +41,7 @@ from tidegate.cli.terminal import (
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tidegate.store.requests import RequeueReport
+    from tidegate.store.jobs import RequeueReport
 
 Output = Annotated[
     Path | None,
@@ -291,6 +291,7 @@ def requests(
     model: Annotated[str | None, typer.Option(help="Only by this model.")] = None,
     source: Annotated[Source | None, typer.Option(help="Only that came this way.")] = None,
     conversation: Annotated[str | None, typer.Option(help="Only of this conversation.")] = None,
+    upstream: Annotated[str | None, typer.Option(help="Only by this upstream.")] = None,
     since: Annotated[
         str | None,
         typer.Option(help="From this time on: 2026-01-31T12:00, or 2h for the last two hours."),
@@ -318,6 +319,7 @@ def requests(
         model=model,
         source=source,
         conversation=conversation,
+        upstream=upstream,
         since=None if since is None else time_of("--since", since).isoformat(),
         until=None if until is None else time_of("--until", until).isoformat(),
     )
@@ -417,7 +419,7 @@ def requeue(
     They get all their attempts and as long a deadline as they had. A repeat changes nothing for
     jobs that are queued already.
     """
-    from tidegate.store.requests import Requeue
+    from tidegate.store.jobs import Requeue
     from tidegate.supervisor.maintenance import requeue as run
 
     now = datetime.now(UTC)

@@ -59,6 +59,9 @@ class ListQuery(BaseModel):
     conversation: str | None = Field(
         default=None, min_length=1, max_length=200, description="Only its calls"
     )
+    upstream: str | None = Field(
+        default=None, min_length=1, max_length=128, description="Of the last call"
+    )
     since: datetime | None = Field(
         default=None, description="The earliest time of submission; without a zone it is in UTC"
     )
@@ -77,6 +80,7 @@ class ListQuery(BaseModel):
             model=self.model,
             source=self.source,
             conversation=self.conversation,
+            upstream=self.upstream,
             since=in_utc("since", self.since),
             until=in_utc("until", self.until),
         )

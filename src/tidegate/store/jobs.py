@@ -1,8 +1,9 @@
-"""Jobs: submission in group commits, cancellation, copies, and caps on queued jobs.
+"""Jobs: submission in group commits, cancellation, copies, caps, and what is stuck.
 
 Invariants: an idempotency key names one request of its tenant; after `cancel` returns no new
 upstream call is made for the job; a copy shares nothing with its original; a cap is kept over all
-processes, and may refuse a job until the next count notices a free place.
+processes, and may refuse a job until the next count notices a free place; requeued jobs are failed
+or dead ones, at most as many as requested, under their own ids.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -37,7 +38,15 @@ from tidegate.store.audit import audit_unanswered, of_row
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import UNSURE, Notifications
-from tidegate.store.records import Earlier, FileRecord, NewJob, record_action
+from tidegate.store.operator_actions import OperatorActions
+from tidegate.store.records import (
+    Earlier,
+    FileRecord,
+    NewJob,
+    record_action,
+    record_of,
+    recorded,
+)
 from tidegate.store.requests import RequestDetail
 
 TIMEOUT_MS = 2_000
@@ -407,3 +416,156 @@ def _refused(one: _Arrival, limit: str, allowed: str) -> QuotaExceeded:
         allowed=f"at most {allowed} at a time",
         retry_after_ms=_RETRY_AFTER_MS,
     )
+
+
+MOST_REQUEUED = 10_000
+REQUEUED_FROM = (Status.FAILED, Status.DEAD)
+_STEP, _WITHIN_S, _STUCK_TIMEOUT_MS = 500, 20.0, 3_000
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """Which jobs: those that ended in [since, until), of one tenant and error code where given."""
+
+    since: datetime
+    until: datetime
+    statuses: tuple[Status, ...] = (Status.FAILED,)
+    tenant_id: str | None = None
+    error_code: str | None = None
+    limit: int = 1_000
+
+    def __post_init__(self) -> None:
+        assert set(self.statuses) <= set(REQUEUED_FROM)
+        assert 1 <= self.limit <= MOST_REQUEUED
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueReport:
+    """`matching`: jobs that an order means, by error code, those beyond its limit left out.
+    `requeued`: how many of them are queued again. `has_more`: the same order would find more."""
+
+    matching: int
+    requeued: int = 0
+    has_more: bool = False
+    by_code: Mapping[str, int] = field(default_factory=dict)
+
+
+MOST_STUCK = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class DeadJob:
+    """A job whose workers died under it so often that it is not tried again."""
+
+    request_id: UUID
+    tenant: str
+    pool: str
+    type: Kind | None
+    model: str | None
+    attempts: int
+    lapses: int
+    submitted_at: datetime
+    died_at: datetime
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUpWebhook:
+    """A webhook that no try has delivered. `answer_status` and `problem` are of the last try."""
+
+    webhook_id: UUID
+    request_id: UUID
+    tenant: str
+    event: str
+    url: str
+    tries: int
+    answer_status: int | None
+    problem: str | None
+    given_up_at: datetime
+
+
+class StuckWork:
+    """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up. Every
+    method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections, notifications: Notifications) -> None:
+        self._connections = connections
+        self._notifications = notifications
+
+    async def counts(self) -> tuple[int, int]:
+        """Dead jobs and webhooks given up, as far as `MOST_STUCK` of each."""
+        (row,) = await self._connections.rows(
+            "count_stuck", MOST_STUCK, timeout_ms=_STUCK_TIMEOUT_MS
+        )
+        return row["jobs"], row["webhooks"]
+
+    async def dead(self, most: int) -> list[DeadJob]:
+        """The jobs that died last, the newest first."""
+        return [
+            record_of(DeadJob, row, type=None if row["type"] is None else Kind(row["type"]))
+            for row in await self._connections.rows("list_dead", most, timeout_ms=_STUCK_TIMEOUT_MS)
+        ]
+
+    async def given_up(self, most: int) -> list[GivenUpWebhook]:
+        """The webhooks that were given up last, the newest first."""
+        return [
+            record_of(GivenUpWebhook, row)
+            for row in await self._connections.rows(
+                "list_given_up", most, timeout_ms=_STUCK_TIMEOUT_MS
+            )
+        ]
+
+    async def discard(self, request_id: UUID) -> None:
+        """Cancel a dead job for good. Raises NotFound where there is no such dead job."""
+        work = recorded("discard_dead", request_id, what="job.discard", target=request_id)
+        if await self._connections.run(work) is None:
+            raise NotFound(f"no dead job {request_id}")
+        self._notifications.changed([request_id])
+
+    async def requeue(self, request_id: UUID) -> None:
+        """Queue a dead job again. Raises NotFound where there is no such dead job."""
+        work = recorded("requeue_dead", request_id, what="job.requeue", target=request_id)
+        if (row := await self._connections.run(work)) is None:
+            raise NotFound(f"no dead job {request_id}")
+        self._notifications.changed([request_id])
+        self._notifications.work([row["pool"]])
+
+    async def preview(self, order: Requeue) -> RequeueReport:
+        """What `requeue_all` would do."""
+        found = await self._connections.rows(
+            "count_requeues", *_requeued_by(order), order.limit + 1
+        )
+        by_code = Counter({row["code"]: row["jobs"] for row in found})
+        matching = by_code.total()
+        return RequeueReport(
+            matching=min(matching, order.limit),
+            has_more=matching > order.limit,
+            by_code=dict(by_code),
+        )
+
+    async def requeue_all(self, order: Requeue) -> RequeueReport:
+        """Queue the jobs again, step by step, for at most about 20 s. After StoreUnavailable a
+        part may be queued again: repeat the order."""
+        before = await self.preview(order)
+        await OperatorActions(self._connections).write("jobs.requeue", "", after=asdict(order))
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _WITHIN_S
+        requeued = 0
+        while requeued < order.limit and loop.time() < until:
+            step = min(_STEP, order.limit - requeued)
+            # A repeat would take other jobs, beyond the limit.
+            found = await self._connections.rows(
+                "requeue_ended", *_requeued_by(order), step, repeatable=False
+            )
+            requeued += len(found)
+            self._notifications.changed(rows.uuid_of(row["id"]) for row in found)
+            self._notifications.work({row["pool"] for row in found})
+            if len(found) < step:
+                break
+        left = before.matching - requeued
+        return RequeueReport(before.matching, requeued, before.has_more or left > 0, before.by_code)
+
+
+def _requeued_by(order: Requeue) -> tuple[list[str], datetime, datetime, str | None, str | None]:
+    statuses = [status.value for status in order.statuses]
+    return statuses, order.since, order.until, order.tenant_id, order.error_code

@@ -1,9 +1,8 @@
-"""Requests on record: lists, search, details, bodies, state, bulk requeue.
+"""Requests on record: lists, search, details, bodies, state.
 
 Invariants: a page reads at most `MOST_LOOKED_AT` rows, so it may hold fewer entries than
 requested while there are more; paging never shows a request twice; bodies are decompressed piece
-by piece; requeued jobs are failed or dead ones, at most as many as requested, under their own
-ids.
+by piece.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
@@ -27,9 +25,8 @@ from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import Notifications, ReadTurns
-from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.outbox import webhook_of
-from tidegate.store.records import FileRecord, RequestRecord, details_of, record_of, recorded
+from tidegate.store.records import FileRecord, RequestRecord, details_of, record_of
 
 MOST_LOOKED_AT = 20_000
 _READ_TIMEOUT_MS = 2_000
@@ -59,13 +56,14 @@ class Filter:
     model: str | None = None
     source: str | None = None
     conversation: str | None = None
+    upstream: str | None = None
     since: datetime | None = None
     until: datetime | None = None
 
     @property
     def is_narrow(self) -> bool:
         """Whether it may pass over requests within its time."""
-        of = (self.status, self.kind, self.model, self.source, self.conversation)
+        of = (self.status, self.kind, self.model, self.source, self.conversation, self.upstream)
         return any(value is not None for value in of)
 
 
@@ -122,6 +120,7 @@ class SearchFilter:
     failure_code: str | None = None
     subject: str | None = None
     conversation: str | None = None
+    upstream: str | None = None
     prefix: str = ""
     since: datetime | None = None
     until: datetime | None = None
@@ -148,6 +147,7 @@ class FoundRequest:
     subject: str | None
     endpoint: str | None
     conversation: str | None
+    upstream: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,7 +418,7 @@ class Requests:
             *(place.created_at, place.request_id),
         )
         filters = (wanted.status, wanted.kind, rows.cleaned(wanted.model), wanted.source)
-        looks = (limit + 1, most, rows.cleaned(wanted.conversation))
+        looks = (limit + 1, most, rows.cleaned(wanted.conversation), rows.cleaned(wanted.upstream))
 
         async def read(
             connection: asyncpg.Connection,
@@ -451,6 +451,7 @@ class Requests:
             rows.cleaned(wanted.conversation),
             wanted.since or _FIRST,
             wanted.until or _LAST,
+            rows.cleaned(wanted.upstream),
         )
 
         async def read(
@@ -744,156 +745,3 @@ class ActiveRequests:
             (row["instance_id"], row["fence_sequence"]): record_of(RunningCall, row)
             for row in found
         }
-
-
-MOST_REQUEUED = 10_000
-REQUEUED_FROM = (Status.FAILED, Status.DEAD)
-_STEP, _WITHIN_S = 500, 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class Requeue:
-    """Which jobs: those that ended in [since, until), of one tenant and error code where given."""
-
-    since: datetime
-    until: datetime
-    statuses: tuple[Status, ...] = (Status.FAILED,)
-    tenant_id: str | None = None
-    error_code: str | None = None
-    limit: int = 1_000
-
-    def __post_init__(self) -> None:
-        assert set(self.statuses) <= set(REQUEUED_FROM)
-        assert 1 <= self.limit <= MOST_REQUEUED
-
-
-@dataclass(frozen=True, slots=True)
-class RequeueReport:
-    """`matching`: jobs that an order means, by error code, those beyond its limit left out.
-    `requeued`: how many of them are queued again. `has_more`: the same order would find more."""
-
-    matching: int
-    requeued: int = 0
-    has_more: bool = False
-    by_code: Mapping[str, int] = field(default_factory=dict)
-
-
-MOST_COUNTED = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class DeadJob:
-    """A job whose workers died under it so often that it is not tried again."""
-
-    request_id: UUID
-    tenant: str
-    pool: str
-    type: Kind | None
-    model: str | None
-    attempts: int
-    lapses: int
-    submitted_at: datetime
-    died_at: datetime
-    problem: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class GivenUpWebhook:
-    """A webhook that no try has delivered. `answer_status` and `problem` are of the last try."""
-
-    webhook_id: UUID
-    request_id: UUID
-    tenant: str
-    event: str
-    url: str
-    tries: int
-    answer_status: int | None
-    problem: str | None
-    given_up_at: datetime
-
-
-class StuckWork:
-    """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up. Every
-    method raises StoreUnavailable."""
-
-    def __init__(self, connections: Connections, notifications: Notifications) -> None:
-        self._connections = connections
-        self._notifications = notifications
-
-    async def counts(self) -> tuple[int, int]:
-        """Dead jobs and webhooks given up, as far as `MOST_COUNTED` of each."""
-        (row,) = await self._connections.rows(
-            "count_stuck", MOST_COUNTED, timeout_ms=_DETAIL_TIMEOUT_MS
-        )
-        return row["jobs"], row["webhooks"]
-
-    async def dead(self, most: int) -> list[DeadJob]:
-        """The jobs that died last, the newest first."""
-        return [
-            record_of(DeadJob, row, type=None if row["type"] is None else Kind(row["type"]))
-            for row in await self._connections.rows(
-                "list_dead", most, timeout_ms=_DETAIL_TIMEOUT_MS
-            )
-        ]
-
-    async def given_up(self, most: int) -> list[GivenUpWebhook]:
-        """The webhooks that were given up last, the newest first."""
-        return [
-            record_of(GivenUpWebhook, row)
-            for row in await self._connections.rows(
-                "list_given_up", most, timeout_ms=_DETAIL_TIMEOUT_MS
-            )
-        ]
-
-    async def discard(self, request_id: UUID) -> None:
-        """Cancel a dead job for good. Raises NotFound where there is no such dead job."""
-        work = recorded("discard_dead", request_id, what="job.discard", target=request_id)
-        if await self._connections.run(work) is None:
-            raise NotFound(f"no dead job {request_id}")
-        self._notifications.changed([request_id])
-
-    async def requeue(self, request_id: UUID) -> None:
-        """Queue a dead job again. Raises NotFound where there is no such dead job."""
-        work = recorded("requeue_dead", request_id, what="job.requeue", target=request_id)
-        if (row := await self._connections.run(work)) is None:
-            raise NotFound(f"no dead job {request_id}")
-        self._notifications.changed([request_id])
-        self._notifications.work([row["pool"]])
-
-    async def preview(self, order: Requeue) -> RequeueReport:
-        """What `requeue_all` would do."""
-        found = await self._connections.rows("count_requeues", *_filters(order), order.limit + 1)
-        by_code = Counter({row["code"]: row["jobs"] for row in found})
-        matching = by_code.total()
-        return RequeueReport(
-            matching=min(matching, order.limit),
-            has_more=matching > order.limit,
-            by_code=dict(by_code),
-        )
-
-    async def requeue_all(self, order: Requeue) -> RequeueReport:
-        """Queue the jobs again, step by step, for at most about 20 s. After StoreUnavailable a
-        part may be queued again: repeat the order."""
-        before = await self.preview(order)
-        await OperatorActions(self._connections).write("jobs.requeue", "", after=asdict(order))
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _WITHIN_S
-        requeued = 0
-        while requeued < order.limit and loop.time() < until:
-            step = min(_STEP, order.limit - requeued)
-            # A repeat would take other jobs, beyond the limit.
-            found = await self._connections.rows(
-                "requeue_ended", *_filters(order), step, repeatable=False
-            )
-            requeued += len(found)
-            self._notifications.changed(rows.uuid_of(row["id"]) for row in found)
-            self._notifications.work({row["pool"] for row in found})
-            if len(found) < step:
-                break
-        left = before.matching - requeued
-        return RequeueReport(before.matching, requeued, before.has_more or left > 0, before.by_code)
-
-
-def _filters(order: Requeue) -> tuple[list[str], datetime, datetime, str | None, str | None]:
-    statuses = [status.value for status in order.statuses]
-    return statuses, order.since, order.until, order.tenant_id, order.error_code

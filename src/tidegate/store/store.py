@@ -18,7 +18,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import HEAD, Connections, revision_of
 from tidegate.store.idempotency import NativeKeys
-from tidegate.store.jobs import Jobs, QueueCaps
+from tidegate.store.jobs import Jobs, QueueCaps, StuckWork
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import AlertOutbox, WebhookOutbox
 from tidegate.store.provider.background import BackgroundCalls
@@ -26,7 +26,7 @@ from tidegate.store.provider.provider_batches import ProviderBatches
 from tidegate.store.provider.resources import ProviderResources
 from tidegate.store.provider.upstreams import UpstreamRevisions
 from tidegate.store.queue import JobQueue
-from tidegate.store.requests import ActiveRequests, Requests, StuckWork
+from tidegate.store.requests import ActiveRequests, Requests
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import History, QueueDepths, Reconciliations, UsageTotals

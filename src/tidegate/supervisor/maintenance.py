@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tidegate.jobs.reconciliation import ReconcileReport
     from tidegate.store.database import Connections
-    from tidegate.store.requests import Requeue, RequeueReport
+    from tidegate.store.jobs import Requeue, RequeueReport
     from tidegate.store.retention import EraseReport, PruneReport, Retention, Whose
 
 # How pg_restore complains of the file and not of the server.
@@ -97,8 +97,8 @@ def _retention(config: Config, connections: Connections) -> Retention:
 
 def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
     """Queue failed jobs again, for an operator; without `by` only count them."""
+    from tidegate.store.jobs import StuckWork
     from tidegate.store.notifications import Notifications
-    from tidegate.store.requests import StuckWork
 
     async def work(connections: Connections) -> RequeueReport:
         notifications = Notifications(connections)

@@ -76,7 +76,9 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
         await store.jobs.submit(job)
     await store.jobs.cancel(late.request_id, "default")
     stream = new_job(created_at=start + timedelta(seconds=3))
-    await store.audit.record_stream(stream, unadmitted(Status.SUCCEEDED, source="stream"))
+    record = unadmitted(Status.SUCCEEDED, source="stream")
+    record.fence, record.admitted_at, record.upstream = (1, 1), now(), "spare"
+    await store.audit.record_stream(stream, record)
     await wait_until(lambda: not store.audit._tasks, 20, "the record of the streams")
     assert await peek.fetchval("SELECT count(*) FROM requests") == 4
     one, two = start + timedelta(seconds=1), start + timedelta(seconds=2)
@@ -86,6 +88,7 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
         Filter(model="gemini-a"): [text],
         Filter(model="a\0b"): [],
         Filter(source="stream"): [stream],
+        Filter(upstream="spare"): [stream],
         Filter(since=one): [stream, late, unsure],
         Filter(until=two): [unsure, text],
         Filter(since=one, until=two): [unsure],

@@ -120,6 +120,7 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
     text = new_job(**at(0), tenant_id="a", model="gemini-a", subject="ann")
     other = new_job(**at(1), tenant_id="b")
     native = call("a", request_id=at(2)["request_id"], received_at=at(2)["created_at"], model="m")
+    native.upstream = "spare"
     for job in (text, other):
         await store.jobs.submit(job)
     await put(store, peek, native)
@@ -134,6 +135,8 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
         SearchFilter(source="relay"): [native],
         SearchFilter(failure_code="cancelled"): [other],
         SearchFilter(subject="ann"): [text],
+        SearchFilter(upstream="spare"): [native],
+        SearchFilter(upstream="spare\0"): [],
         SearchFilter(since=start + timedelta(seconds=1)): [native, other],
         SearchFilter(until=start + timedelta(seconds=1)): [text],
         SearchFilter(since=datetime.max.replace(tzinfo=UTC)): [],
@@ -187,8 +190,8 @@ async def test_a_page_reads_no_more_than_it_looks_at(peek: asyncpg.Connection) -
     await peek.execute(FILL, 5_000)
     await peek.execute("ANALYZE requests, audit")
     whole = (UUID(int=0), END)
-    nothing = [None] * 8
-    times = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+    nothing: list[object] = [None] * 8
+    times = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC), None]
     rare = [["queued"], *nothing[1:]]
     looks: dict[str, tuple[str, list[object], int]] = {
         "the first page": ("search_requests", [*whole, 51, 4_000, *nothing, *times], 400),

@@ -46,19 +46,21 @@ from tidegate.http.views import (
 )
 from tidegate.policy.inspection import Reason
 from tidegate.record import Failure
-from tidegate.store.jobs import copy_of
+from tidegate.store.jobs import (
+    MOST_REQUEUED,
+    DeadJob,
+    GivenUpWebhook,
+    Requeue,
+    RequeueReport,
+    copy_of,
+)
 from tidegate.store.records import details_of
 from tidegate.store.requests import (
     END,
-    MOST_REQUEUED,
     AttemptRecord,
-    DeadJob,
     DeliveryRecord,
     FoundRequest,
-    GivenUpWebhook,
     RequestDetail,
-    Requeue,
-    RequeueReport,
     Role,
     SearchFilter,
 )
@@ -288,6 +290,7 @@ class AdminItem(BaseModel):
         description="See `/admin/conversations`; of calls without a name made of "
         "what they begin with",
     )
+    upstream: str | None = Field(default=None, description="Of the last call, once it has begun")
     priority: int
     attempts: int
     submitted_at: datetime
@@ -416,6 +419,7 @@ def admin_item(found: FoundRequest) -> AdminItem:
         endpoint=found.endpoint,
         subject=found.subject,
         conversation=found.conversation,
+        upstream=found.upstream,
         submitted_at=listed.created_at,
         error_code=listed.failure_code,
     )
@@ -520,6 +524,9 @@ class SearchQuery(BaseModel):
     error_code: str | None = Field(default=None, min_length=1, max_length=100)
     subject: str | None = _TEXT
     conversation: str | None = _TEXT
+    upstream: str | None = Field(
+        default=None, min_length=1, max_length=128, description="Of the last call"
+    )
     id: str | None = Field(
         default=None, max_length=36, description="How its id begins, with dashes or without"
     )
@@ -542,6 +549,7 @@ class SearchQuery(BaseModel):
             failure_code=self.error_code,
             subject=self.subject,
             conversation=self.conversation,
+            upstream=self.upstream,
             prefix=_prefix_in(self.id or ""),
             since=in_utc("since", self.since),
             until=in_utc("until", self.until),

@@ -144,12 +144,12 @@ INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, 
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms,
-    conversation, traceparent)
+    conversation, traceparent, upstream)
 SELECT id, tenant_id, pool, 'stream', status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms,
-    conversation, traceparent
+    conversation, traceparent, upstream
 FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, status text,
     kind text, classified_by text, classified_reason text, prompt text, image_uri text, model text,
     used_model text, priority integer, created_at timestamptz, deadline_at timestamptz,
@@ -157,7 +157,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, sta
     upstream_ms double precision, result text, input_tokens bigint, output_tokens bigint,
     thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
     failure jsonb, subject text, first_byte_ms double precision,
-    conversation text, traceparent text)
+    conversation text, traceparent text, upstream text)
 ON CONFLICT (id) DO NOTHING
 RETURNING *
 

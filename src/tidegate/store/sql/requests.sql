@@ -95,7 +95,7 @@ SELECT * FROM files WHERE id = $1 AND request_id = $2
 SELECT * FROM (
     (SELECT id, source, status, kind, coalesce(used_model, model) AS model, priority, attempts,
         created_at, admitted_at, finished_at, queue_ms, upstream_ms, total_tokens,
-        failure ->> 'code' AS failure_code, conversation
+        failure ->> 'code' AS failure_code, conversation, upstream
     FROM requests
     WHERE tenant_id = $1 AND created_at >= $2 AND created_at < $3
         AND (created_at, id) < ($4, $5::uuid)
@@ -104,7 +104,7 @@ SELECT * FROM (
     UNION ALL
     (SELECT id, source, status, kind, model, priority, attempts,
         created_at, admitted_at, finished_at, queue_ms, upstream_ms, total_tokens,
-        failure ->> 'code' AS failure_code, conversation
+        failure ->> 'code' AS failure_code, conversation, upstream
     FROM audit
     WHERE source = 'relay' AND tenant_id = $1 AND created_at >= $2 AND created_at < $3
         AND (created_at, id) < ($4, $5::uuid)
@@ -115,7 +115,7 @@ SELECT * FROM (
 ) AS looked_at
 WHERE ($6::text IS NULL OR status = $6) AND ($7::text IS NULL OR kind = $7)
     AND ($8::text IS NULL OR model = $8) AND ($9::text IS NULL OR source = $9)
-    AND ($12::text IS NULL OR conversation = $12)
+    AND ($12::text IS NULL OR conversation = $12) AND ($13::text IS NULL OR upstream = $13)
 ORDER BY created_at DESC, id DESC
 LIMIT $10
 
@@ -230,11 +230,11 @@ LIMIT 5000
 -- Requests with ids in [$1, $2), newest first: $3 that match the rest of $4 looked at.
 SELECT id, tenant_id, pool, source, status, kind, model, priority, attempts, created_at,
     admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint,
-    conversation
+    conversation, upstream
 FROM (
     (SELECT id, tenant_id, pool, source, status, kind, coalesce(used_model, model) AS model,
         priority, attempts, created_at, admitted_at, finished_at, queue_ms, upstream_ms,
-        total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation
+        total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream
     FROM requests
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -246,7 +246,7 @@ FROM (
             ('x0000' || translate(left(id::text, 13), '-', ''))::bit(64)::bigint / 1000.0)
             ELSE submitted_at END,
         admitted_at, finished_at, queue_ms, upstream_ms,
-        total_tokens, failure ->> 'code', subject, endpoint, conversation
+        total_tokens, failure ->> 'code', subject, endpoint, conversation, upstream
     FROM audit
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -256,7 +256,7 @@ FROM (
         CASE l.state WHEN 'calling' THEN 'running' ELSE 'queued' END, NULL, NULL, -100,
         l.attempts, to_timestamp(
             ('x0000' || translate(left(l.id::text, 13), '-', ''))::bit(64)::bigint / 1000.0),
-        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint, NULL
+        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint, NULL, l.upstream
     FROM batch_lines l JOIN batches b ON b.id = l.batch_id
     WHERE l.state IN ('claimed', 'calling') AND l.id >= $1 AND l.id < $2
     ORDER BY l.id DESC
@@ -269,7 +269,7 @@ WHERE source IS NOT NULL
     AND ($7::text IS NULL OR model = $7) AND ($8::text IS NULL OR kind = $8)
     AND ($9::text IS NULL OR source = $9) AND ($10::text IS NULL OR failure_code = $10)
     AND ($11::text IS NULL OR subject = $11) AND ($12::text IS NULL OR conversation = $12)
-    AND created_at >= $13 AND created_at < $14
+    AND created_at >= $13 AND created_at < $14 AND ($15::text IS NULL OR upstream = $15)
 ORDER BY id DESC
 LIMIT $3
 

@@ -35,6 +35,7 @@ const between = () => [
 const more = () => [
   field("type", "Kind", { options: { "": "Any", ...KINDS } }),
   field("model", "Model", { type: "search", spellcheck: "false" }),
+  field("upstream", "Upstream", { type: "search", spellcheck: "false" }),
   field("error", "Error code", {
     type: "search",
     spellcheck: "false",
@@ -124,7 +125,9 @@ export function asked(values, more = {}) {
   for (const one of values.status === "open" ? ["queued", "running"] : [values.status]) {
     give("status", one);
   }
-  for (const name of ["id", "tenant", "source", "type", "model", "subject", "conversation"]) give(name, values[name]);
+  for (const name of ["id", "tenant", "source", "type", "model", "upstream", "subject", "conversation"]) {
+    give(name, values[name]);
+  }
   give("error_code", values.error);
   if (SPANS_MS[values.time]) give("since", new Date(Date.now() - SPANS_MS[values.time]).toISOString());
   for (const name of ["since", "until"]) if (values[name]) give(name, inUtc(values[name]));

@@ -300,7 +300,7 @@ function rowOf(first) {
   function update(item) {
     if (item.status !== status) fill(badge, statusBadge(item.status));
     status = item.status;
-    const of = [SOURCES[item.source], kindOf(item), item.model, item.endpoint];
+    const of = [SOURCES[item.source], kindOf(item), item.model, item.upstream, item.endpoint];
     const words = of.filter(Boolean).join(" · ");
     say(what, words);
     mark(what, "title", words);
