@@ -102,6 +102,7 @@ class Lineage:
 
 
 NO_LINEAGE = Lineage()
+PROMPT_HEAD_CHARS = 500  # of a prompt, by which it is found
 
 
 # Compared by identity: it is one call, not a value.
@@ -152,6 +153,7 @@ class CallRecord:
     trail: Trail | None = None
     lineage: Lineage = NO_LINEAGE
     request_omitted_bytes: int = 0  # of a form that is kept in part
+    prompt_head: str = ""  # how the text begins that its user said last
     request_type: str | None = None  # content types, as they were sent
     response_type: str | None = None
 

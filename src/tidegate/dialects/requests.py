@@ -51,6 +51,7 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 from tidegate.prices.rates import STANDARD_TIERS
+from tidegate.record import PROMPT_HEAD_CHARS
 
 TOOLS = frozenset(("tools", "functions"))
 # A page that a tool finds has about 2,500 tokens (platform.claude.com/docs/en/agents-and-tools/
@@ -581,7 +582,44 @@ def request_facts(
         wants_usage=streams and hides_usage,
         audio_seconds=content.audio_seconds,
         characters=_characters(body) if endpoint.operation is Operation.SPEAK else 0,
+        prompt_head=prompt_head(body),
     )
+
+
+_MOST_TURNS = 20
+_PROMPTS = ("messages", "input", "contents", "prompt", "query")
+
+
+def prompt_head(body: Mapping[str, Any]) -> str:
+    """How the last text of its user begins, in any dialect: all calls of a conversation have those
+    before it. Empty where the last messages have none, as where tools have answered."""
+    for name in _PROMPTS:
+        said = body.get(name)
+        if type(said) is str:
+            return said[:PROMPT_HEAD_CHARS]
+        if type(said) is list:
+            for turn in said[: -_MOST_TURNS - 1 : -1]:
+                if head := _head_of(turn):
+                    return head
+            return ""
+    return ""
+
+
+def _head_of(turn: Any) -> str:
+    """Of a message, where it is the user's."""
+    if type(turn) is str:
+        return turn[:PROMPT_HEAD_CHARS]
+    if type(turn) is not dict or turn.get("role", "user") != "user":
+        return ""
+    content = turn.get("content", turn.get("parts"))
+    if type(content) is str:
+        return content[:PROMPT_HEAD_CHARS]
+    if type(content) is not list:
+        return ""
+    texts = (part.get("text") for part in content[:_MOST_TURNS] if type(part) is dict)
+    return "\n".join(text[:PROMPT_HEAD_CHARS] for text in texts if type(text) is str)[
+        :PROMPT_HEAD_CHARS
+    ]
 
 
 def _characters(body: Mapping[str, Any]) -> int:

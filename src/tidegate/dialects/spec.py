@@ -193,7 +193,8 @@ class RequestFacts:
     characters: of a text that is to be spoken. video_seconds: of all videos that it makes together.
     goes_on: the provider makes it in the background. calls: how many of the model it holds, 0 where
     nobody knows. tier: the processing tier that is requested elsewhere than in a field of that
-    name. cache_write: to which cache its input is to be written."""
+    name. cache_write: to which cache its input is to be written. prompt_head: how the text begins
+    that its user said last."""
 
     model: str
     kind: Kind
@@ -209,6 +210,7 @@ class RequestFacts:
     calls: int = 1
     tier: str = ""
     cache_write: CacheWrite | None = None
+    prompt_head: str = ""
 
     @property
     def measured(self) -> UsageDetails | None:

@@ -174,6 +174,7 @@ class Relay:
             body, asked, references, making = await aside(len(raw), reading)
         if asked is not None:
             record.model, record.streamed = asked.model, asked.streams
+            record.prompt_head = asked.prompt_head
             record.kind = str(asked.kind) if endpoint.is_counted else None
         if endpoint.resource is not None:
             finding = partial(DIALECTS[endpoint.dialect].references, {}, raw)

@@ -235,7 +235,7 @@ _AUDIT_COLUMNS = (
     *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
     *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details", "upstream"),
-    *rows.LINEAGE_COLUMNS,
+    *(*rows.LINEAGE_COLUMNS, "prompt_head"),
 )
 _read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
 _BODY_COLUMNS = (
@@ -464,9 +464,10 @@ class AuditLog:
                 *(record.model or None, answer.model_version, answer.response_id),
                 *(answer.finish_reason, record.subject),
                 *(lineage.conversation, lineage.opening, lineage.trace_id, lineage.parent_span),
+                record.prompt_head or None,
             )
         )
-        conversation, opening, trace_id, parent_span = lineage_texts
+        conversation, opening, trace_id, parent_span, prompt_head = lineage_texts
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
             *(record.pool, record.source, record.status, record.kind, "body", ""),
@@ -482,7 +483,7 @@ class AuditLog:
             *(charge.images, answer.first_byte_ms),
             None if details is None else rows.details_text(charge.usage),
             record.upstream,
-            *(conversation, opening, lineage.parent_id, trace_id, parent_span),
+            *(conversation, opening, lineage.parent_id, trace_id, parent_span, prompt_head),
         )
 
     async def _bodies(self, record: CallRecord) -> list[tuple[Any, ...]]:

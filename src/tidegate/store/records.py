@@ -37,7 +37,7 @@ from tidegate.call import (
     new_id,
 )
 from tidegate.errors import CallPreempted
-from tidegate.record import NO_LINEAGE, CallRecord, Failure, Lineage, OutputFile
+from tidegate.record import NO_LINEAGE, PROMPT_HEAD_CHARS, CallRecord, Failure, Lineage, OutputFile
 from tidegate.store.database import Work, sql
 from tidegate.telemetry.tracing import Tracing, Trail, parent_of
 
@@ -411,6 +411,8 @@ def result_row(record: CallRecord) -> Json:
         row["usage_details"] = details
     if record.lineage is not NO_LINEAGE:
         row["lineage"] = lineage_row(record.lineage)
+    if record.prompt_head:
+        row["prompt_head"] = record.prompt_head
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -428,6 +430,14 @@ def charge_columns(charge: Charge) -> dict[str, Any]:
 
 def lineage_row(lineage: Lineage) -> Json:
     return {name: cleaned(getattr(lineage, name)) for name in LINEAGE_COLUMNS}
+
+
+def _prompt_head(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> str | None:
+    """Of a wrapped call, whose prompt is its body, as its last call has read it."""
+    if ended["endpoint"] is None:
+        return ended["prompt"][:PROMPT_HEAD_CHARS] or None
+    head: str | None = attempt.get("prompt_head")
+    return head
 
 
 def _lineage_at_end(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> Json:
@@ -505,6 +515,7 @@ def audit_row(
         "images": attempt.get("images"),
         "usage_details": attempt.get("usage_details"),
         "upstream": attempt.get("upstream") or ended["upstream"],
+        "prompt_head": _prompt_head(ended, attempt),
         **{column: ended[column] for column in columns},
         **_lineage_at_end(ended, attempt),
         **{column: charged[column] for column in USAGE_COLUMNS},

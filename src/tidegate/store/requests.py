@@ -8,10 +8,11 @@ by piece.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
@@ -19,8 +20,9 @@ from uuid import UUID
 import asyncpg
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Status, Tier, Usage, UsageDetails
-from tidegate.errors import NotFound
+from tidegate.errors import InvalidRequest, NotFound
 from tidegate.record import Failure, Lineage
+from tidegate.store import database as partitions
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, sql
@@ -32,6 +34,8 @@ MOST_LOOKED_AT = 20_000
 _READ_TIMEOUT_MS = 2_000
 _DETAIL_TIMEOUT_MS = 3_000
 _READS_AT_ONCE = 4
+_RECENT = 2_000  # are looked at for a text before its index is asked
+_BEGINS_AN_ID = re.compile(r"[0-9a-f]{6,32}")
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
 _LAST = datetime(9999, 12, 31, tzinfo=UTC)
 
@@ -109,7 +113,9 @@ class SearchFilter:
     """Which requests; None, or nothing, means all.
 
     prefix: how their ids begin, as hexadecimal digits without dashes. since: the earliest time of
-    receipt; until: past the last.
+    receipt; until: past the last. text: how words of their subject, key or, with `in_prompts`, of
+    their `prompt_head` begin, or their id; but for that only those that have ended are found, those
+    that ended last first, and none that was on record before revision 0028.
     """
 
     statuses: frozenset[Status] = frozenset()
@@ -124,6 +130,8 @@ class SearchFilter:
     prefix: str = ""
     since: datetime | None = None
     until: datetime | None = None
+    text: str = ""
+    in_prompts: bool = False
 
     def ids(self, before: UUID = END) -> tuple[UUID, UUID]:
         """Within which ids they are, from the first to past the last, and before `before`."""
@@ -436,29 +444,24 @@ class Requests:
         return ListPage(items, end)
 
     async def search(self, wanted: SearchFilter, limit: int, before: UUID = END) -> FoundPage:
-        """At most `limit` requests of any tenant whose ids come before `before`."""
+        """At most `limit` requests of any tenant before `before`: an id, or where the page before
+        said so. Raises InvalidRequest for a text that too many have."""
+        if wanted.text:
+            of_id = replace(wanted, text="", prefix=wanted.text.replace("-", "").lower())
+            if _BEGINS_AN_ID.fullmatch(of_id.prefix):
+                page = await self.search(of_id, limit, before)
+                if page.items:
+                    return page
+            return await self._search_words(wanted, limit, before)
         first, past = wanted.ids(before)
         if first >= past:
             return FoundPage((), None)
-        filters = (
-            [status.value for status in wanted.statuses] or None,
-            rows.cleaned(wanted.tenant_id),
-            rows.cleaned(wanted.model),
-            wanted.kind,
-            wanted.source,
-            rows.cleaned(wanted.failure_code),
-            rows.cleaned(wanted.subject),
-            rows.cleaned(wanted.conversation),
-            wanted.since or _FIRST,
-            wanted.until or _LAST,
-            rows.cleaned(wanted.upstream),
-        )
 
         async def read(
             connection: asyncpg.Connection,
         ) -> tuple[list[asyncpg.Record], UUID | None]:
             look = (first, past, limit + 1, MOST_LOOKED_AT)
-            found = await connection.fetch(sql("search_requests"), *look, *filters)
+            found = await connection.fetch(sql("search_requests"), *look, *_filters_of(wanted))
             if len(found) > limit:
                 return found, None
             reach = await connection.fetchval(sql("search_reach"), first, past, MOST_LOOKED_AT)
@@ -469,6 +472,34 @@ class Requests:
         if len(found) > limit:
             return FoundPage(items, items[-1].listed.request_id)
         return FoundPage(items, None if reach is None else rows.uuid_of(reach))
+
+    async def _search_words(self, wanted: SearchFilter, limit: int, before: UUID) -> FoundPage:
+        """Common words are found among what ended last, rare ones by their index, which would have
+        to sort all that have a common one."""
+        query = _query_of(wanted)
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            stamp = await connection.fetchval(sql("search_words_from"))
+            day = partitions.day_of(f"_{stamp}")
+            if day is None or not query:
+                return []
+            start = datetime.combine(day, datetime.min.time(), UTC)
+            look = (before, max(start, wanted.since or start), query, _RECENT, limit + 1)
+            found: list[asyncpg.Record] = []
+            for among in ("recently_ended", "ended_with_words"):
+                text = sql("search_words").format(among=sql(among))
+                found = await connection.fetch(text, *look, *_filters_of(wanted))
+                if len(found) > limit:
+                    break
+            return found
+
+        try:
+            found = await self._connections.run(read, timeout_ms=_DETAIL_TIMEOUT_MS)
+        except asyncpg.QueryCanceledError:
+            allowed = "rarer words, or a shorter time"
+            raise InvalidRequest("text", "too many have it", allowed=allowed) from None
+        items = tuple(record_of(FoundRequest, row, listed=_listed(row)) for row in found[:limit])
+        return FoundPage(items, rows.uuid_of(found[limit - 1]["place"]) if found[limit:] else None)
 
     async def conversation(
         self, tenant_id: str, name: str, *, is_trace: bool = False
@@ -597,6 +628,30 @@ class Requests:
             request=first,
             ended=last,
         )
+
+
+def _filters_of(wanted: SearchFilter) -> tuple[object, ...]:
+    return (
+        [status.value for status in wanted.statuses] or None,
+        rows.cleaned(wanted.tenant_id),
+        rows.cleaned(wanted.model),
+        wanted.kind,
+        wanted.source,
+        rows.cleaned(wanted.failure_code),
+        rows.cleaned(wanted.subject),
+        rows.cleaned(wanted.conversation),
+        wanted.since or _FIRST,
+        wanted.until or _LAST,
+        rows.cleaned(wanted.upstream),
+    )
+
+
+def _query_of(wanted: SearchFilter) -> str:
+    """A text as PostgreSQL's query for all its words, each by its beginning; A are the words of
+    subjects and keys."""
+    where = ":*" if wanted.in_prompts else ":*A"
+    words = (re.sub(r"[\\'\0]", " ", word).strip() for word in wanted.text.split())
+    return " & ".join(f"'{rows.cleaned(word)}'{where}" for word in words if word)
 
 
 def _listed(row: asyncpg.Record) -> Listed:

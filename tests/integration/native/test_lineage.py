@@ -71,6 +71,9 @@ async def test_calls_are_together_by_name_by_opening_by_answer_and_by_trace(
     assert sums["input_tokens"] == sum(one["input_tokens"] for one in of_calls) > 0
     assert sums["output_tokens"] == sum(one["output_tokens"] for one in of_calls) > 0
     assert (sums["failed"], talk["complete"]) == (0, True)
+    for words, called in (("high+water", main[0]), ("low", main[1]), ("tide+table", None)):
+        page = (await ask(gateway, "GET", f"/admin/requests?text={words}", AS_ADMIN))[1]
+        assert [one["request_id"] for one in page["items"]] == [called] * (called is not None)
 
     alone = [await chat(FIRST), await chat(SECOND)]
     unnamed = f"opening-{talk['threads'][0]['opening']}"

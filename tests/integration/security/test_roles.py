@@ -96,6 +96,9 @@ async def test_a_viewer_sees_no_prompt_and_no_secret_unless_a_setting_says_so(
         assert (secret in str(found)) is opened
         assert ("text" in found["request"]) is opened
         assert secret in str((await ask(gateway, "GET", path, operator))[1])
+        for who, finds in ((viewer, opened), (operator, True)):
+            status, page = await ask(gateway, "GET", "/admin/requests?text=oostende", who)
+            assert (status, bool(page["items"])) == (200, finds)
         for role in ("request", "response"):
             status, answer = await ask(gateway, "GET", f"{path}/{role}", viewer)
             assert status == (200 if opened else 403)

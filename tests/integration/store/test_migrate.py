@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
@@ -11,7 +12,7 @@ import pytest
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store import database as partitions
-from tidegate.store.database import HEAD, migrate
+from tidegate.store.database import HEAD, migrate, upgrade
 
 
 async def test_a_migration_reports_its_revision_and_the_next_has_nothing_to_do(
@@ -49,3 +50,31 @@ async def test_processes_that_migrate_at_once_are_safe(empty_database_url: str) 
 async def test_migrating_without_a_server_says_that_the_store_is_away() -> None:
     with pytest.raises(StoreUnavailable):
         await migrate("postgresql://nobody@127.0.0.1:1/nothing")
+
+
+async def test_the_index_of_words_reads_no_partition_of_before(empty_database_url: str) -> None:
+    connection = await asyncpg.connect(empty_database_url)
+    await upgrade(connection, "0027")
+    today = datetime.now(UTC).date()
+    async with connection.transaction():
+        await partitions.make_ahead(connection, today - timedelta(days=9))
+        await partitions.make_ahead(connection, today)
+    indexed = (
+        "SELECT x.indrelid::regclass::text FROM pg_inherits i "
+        "JOIN pg_index x ON x.indexrelid = i.inhrelid WHERE i.inhparent = 'audit_words'::regclass"
+    )
+    files = (
+        "SELECT relfilenode FROM pg_class WHERE relname LIKE 'audit%' AND relkind = 'r' ORDER BY 1"
+    )
+    before = await connection.fetch(files)
+    await upgrade(connection)
+    assert await connection.fetch(files) == before, "no table is written anew"
+    async with connection.transaction():
+        made = await partitions.make_ahead(connection, today + timedelta(days=1))
+    names = {row[0] for row in await connection.fetch(indexed)}
+    first = await connection.fetchval(partitions.sql("search_words_from"))
+    await connection.close()
+    ahead = [partitions.name_of("audit", today + timedelta(days=days)) for days in range(9)]
+    assert ahead[-1] in made
+    assert names == {"audit_default", *ahead}
+    assert first == f"{today:%Y%m%d}"

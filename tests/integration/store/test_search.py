@@ -16,6 +16,7 @@ from tidegate.record import CallRecord, Failure
 from tidegate.store import requests as search
 from tidegate.store.database import sql
 from tidegate.store.requests import END, SearchFilter
+from tidegate.store.retention import Whose
 from tidegate.store.store import Store
 
 ALL = SearchFilter()
@@ -211,3 +212,90 @@ async def test_a_page_reads_no_more_than_it_looks_at(peek: asyncpg.Connection) -
         assert read <= most_rows, f"{what}:\n{plan}"
         took_ms = float(plan.rpartition("Execution Time: ")[2].split()[0])
         assert took_ms < 200, f"{what}:\n{plan}"
+
+
+async def said(store: Store, text: str, **changes: Any) -> list[UUID]:
+    return await ids(store, SearchFilter(text=text, in_prompts=True, **changes), 2)
+
+
+async def test_words_of_prompts_subjects_and_keys_are_found(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    begun = now()
+    later = [begun + timedelta(seconds=seconds) for seconds in (1, 2, 3)]
+    firsts = [UUID(int=round(at.timestamp() * 1000) << 80) for at in later]
+    first = call("a", prompt_head="Which tides are highest at Saint-Malo?", subject="ann@acme.org")
+    second = call("b", prompt_head="WHICH ferry 'runs' \\ today?", key_id="tg_Qx3")
+    third = call("a", prompt_head=None, subject="which")
+    for record, request_id in zip((first, second, third), firsts, strict=True):
+        record.request_id = request_id
+    await put(store, peek, first, second, third)
+    job = new_job(tenant_id="a", prompt="Which " + "x " * 250 + "beyond")
+    await store.jobs.submit(job)
+    assert await said(store, "which") == [one.request_id for one in (third, second, first)]
+    await store.jobs.cancel(job.request_id, "a")
+    ended = [one.request_id for one in (third, second, first, job)]
+    assert await said(store, "which") == ended
+    assert await said(store, "WHI") == ended, "by its beginning, in any case"
+    expected: dict[str, list[Any]] = {
+        "highest saint-malo": [first],
+        "highest ferry": [],
+        "ferry 'runs' \\ !": [second],
+        "ann@acme.org": [first],
+        "ann": [first],
+        "tg_Qx3": [second],
+        "beyond": [],
+        "'\\\0": [],
+        "& | <-> ((": [],
+        str(second.request_id): [second],
+        second.id.hex[:20]: [second],
+    }
+    for text, found in expected.items():
+        assert await said(store, text) == [one.request_id for one in found], text
+    assert await said(store, "which", tenant_id="b") == [second.request_id]
+    assert await said(store, "which", source="job") == [job.request_id]
+    without = SearchFilter(text="which")
+    assert await ids(store, without) == [third.request_id], "of subjects and keys alone"
+
+
+async def test_a_text_is_not_found_once_it_is_erased(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    mine = call("a", prompt_head="which of us", subject="ann")
+    other = call("a", prompt_head="which of them", subject="bob")
+    await put(store, peek, mine, other)
+    await store.retention.erase(Whose("a", "ann"))
+    assert await said(store, "which") == [other.request_id]
+
+
+async def test_a_rare_word_is_found_by_its_index_and_a_common_one_among_the_latest(
+    store: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_RECENT", 50)
+    await peek.execute(FILL, 5_000)
+    await peek.execute(
+        "UPDATE audit SET created_at = now(), "
+        "prompt_head = 'the tide ' || CASE WHEN n % 2500 = 0 THEN 'rare' "
+        "ELSE 'usual' END FROM (SELECT id AS one, row_number() OVER (ORDER BY id) AS n FROM audit) "
+        "AS made WHERE one = id"
+    )
+    await peek.execute("ANALYZE audit")
+    newest = await peek.fetch("SELECT request_id FROM audit ORDER BY id DESC LIMIT 3")
+    page = await store.requests.search(SearchFilter(text="tide", in_prompts=True), 3)
+    assert [one.listed.request_id for one in page.items] == [row[0] for row in newest]
+    assert len(await said(store, "rare")) == 4
+    times = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC), None]
+    start = now() - timedelta(days=1)
+    for among, most_rows in (("recently_ended", 200), ("ended_with_words", 100)):
+        text = sql("search_words").format(among=sql(among))
+        async with peek.transaction():
+            await peek.execute("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
+            lines = await peek.fetch(
+                f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {text}",
+                *(END, start, "'rare':*", 50, 4, *[None] * 8, *times),
+            )
+        plan = "\n".join(line[0] for line in lines)
+        assert "Seq Scan" not in plan, plan
+        scans = [line[0] for line in lines if "Scan" in line[0] and "(actual rows=" in line[0]]
+        read = sum(float(line.split("(actual rows=")[1].split()[0]) for line in scans)
+        assert read <= most_rows, f"{among}:\n{plan}"

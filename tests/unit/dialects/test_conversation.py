@@ -1,4 +1,4 @@
-"""Calls of one conversation are known by how it began, in every dialect."""
+"""Calls of one conversation are known by how it began, and found by what was asked last."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.dialects.requests import conversation_of
+from tidegate.dialects.requests import conversation_of, prompt_head
 
 Body = dict[str, Any]
 
@@ -65,3 +65,38 @@ def test_a_body_without_messages_is_no_conversation(body: Body) -> None:
 
 def test_what_is_no_message_is_taken_as_it_is() -> None:
     assert conversation_of({"input": ["a", 5]}) == conversation_of({"input": ["a", 6]})
+
+
+@pytest.mark.parametrize("make", DIALECTS)
+def test_a_call_is_found_by_what_its_user_said_last(make: Callable[..., Body]) -> None:
+    body = make("be brief", "hello", "hi", "which tide?")
+    assert prompt_head(body) == "which tide?"
+    long = make("be brief", "a" * 501)
+    assert prompt_head(long) == "a" * 500
+
+
+def test_results_of_tools_are_no_prompt() -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which tide?"}]},
+        {"role": "assistant", "content": "let me look"},
+        {"role": "user", "content": [{"type": "tool_result", "content": "high"}]},
+    ]
+    assert prompt_head({"messages": turns}) == "which tide?"
+    assert prompt_head({"messages": [{"role": "tool", "content": "high"}]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [
+        ({"input": "a"}, "a"),
+        ({"prompt": "a picture"}, "a picture"),
+        ({"input": ["a", "b"]}, "b"),
+        ({}, ""),
+        ({"messages": {"role": "user"}}, ""),
+        ({"messages": [7, None, {"role": 7, "content": 7}, {"content": [7, {"text": 7}]}]}, ""),
+    ],
+)
+def test_whatever_a_body_has_in_the_place_of_a_prompt_is_taken_as_it_is(
+    body: Body, head: str
+) -> None:
+    assert prompt_head(body) == head

@@ -530,6 +530,14 @@ class SearchQuery(BaseModel):
     id: str | None = Field(
         default=None, max_length=36, description="How its id begins, with dashes or without"
     )
+    text: str | None = Field(
+        default=None,
+        min_length=2,
+        max_length=200,
+        description="How the words begin of the subject, the key and the first 500 characters of "
+        "what the user asked last, of requests that have ended; or the id. Viewers who read no "
+        "prompts search none",
+    )
     since: datetime | None = Field(
         default=None, description="The earliest time of submission; without a zone it is in UTC"
     )
@@ -539,7 +547,7 @@ class SearchQuery(BaseModel):
     limit: int = Field(default=50, ge=1, le=200)
     cursor: UUID | None = Field(default=None, description="`next_cursor` of the page before")
 
-    def wanted(self) -> SearchFilter:
+    def wanted(self, *, in_prompts: bool) -> SearchFilter:
         return SearchFilter(
             statuses=frozenset(self.status),
             tenant_id=self.tenant,
@@ -551,6 +559,8 @@ class SearchQuery(BaseModel):
             conversation=self.conversation,
             upstream=self.upstream,
             prefix=_prefix_in(self.id or ""),
+            text=self.text or "",
+            in_prompts=in_prompts,
             since=in_utc("since", self.since),
             until=in_utc("until", self.until),
         )
@@ -566,7 +576,9 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
     that have ended. Go on with `cursor` until there is no `next_cursor`: each page looks at 20,000
     requests at most, so it may hold fewer than `limit`, even none, while there are more."""
     requests = services_of(request).store.requests
-    page = await requests.search(query.wanted(), query.limit, query.cursor or END)
+    in_prompts = reads_bodies(request, await operator_of(request))
+    wanted = query.wanted(in_prompts=in_prompts)
+    page = await requests.search(wanted, query.limit, query.cursor or END)
     return AdminPage(
         items=[admin_item(item) for item in page.items],
         next_cursor=None if page.before is None else str(page.before),

@@ -106,13 +106,13 @@ INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, 
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
     streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details,
-    upstream, conversation, opening, parent_id, trace_id, parent_span)
+    upstream, conversation, opening, parent_id, trace_id, parent_span, prompt_head)
 SELECT id, created_at, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
     streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details,
-    upstream, conversation, opening, parent_id, trace_id, parent_span
+    upstream, conversation, opening, parent_id, trace_id, parent_span, prompt_head
 FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
     tenant_id text, pool text, source text, status text, kind text, classified_by text,
     classified_reason text, priority integer, model text, model_version text,
@@ -123,7 +123,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, reques
     failure jsonb, endpoint text, http_status integer, streamed boolean, key_id text, subject text,
     usage_state text, cost_micros bigint, images integer, first_byte_ms double precision,
     usage_details jsonb, upstream text, conversation text, opening text, parent_id uuid,
-    trace_id text, parent_span text)
+    trace_id text, parent_span text, prompt_head text)
 ON CONFLICT (id, created_at) DO NOTHING
 RETURNING id
 
@@ -168,13 +168,13 @@ INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classi
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
     cost_micros, images, first_byte_ms, usage_details,
-    upstream, conversation, opening, parent_id, trace_id, parent_span)
+    upstream, conversation, opening, parent_id, trace_id, parent_span, prompt_head)
 SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
     cost_micros, images, first_byte_ms, usage_details,
-    upstream, conversation, opening, parent_id, trace_id, parent_span
+    upstream, conversation, opening, parent_id, trace_id, parent_span, prompt_head
 FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
     source text, status text, kind text, classified_by text, classified_reason text,
     priority integer, model text, model_version text, response_id text, attempts integer,
@@ -183,4 +183,4 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
     total_tokens bigint, finish_reason text, failure jsonb, subject text, usage_state text,
     cost_micros bigint, images integer, first_byte_ms double precision, usage_details jsonb, upstream text,
-    conversation text, opening text, parent_id uuid, trace_id text, parent_span text)
+    conversation text, opening text, parent_id uuid, trace_id text, parent_span text, prompt_head text)

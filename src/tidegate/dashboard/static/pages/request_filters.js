@@ -11,6 +11,7 @@ const wordsOf = (choices) =>
 
 /** In the order in which they are shown; the first ones are always there. */
 const always = () => [
+  field("text", "Search", { type: "search", spellcheck: "false", placeholder: "Prompt, subject, key, id" }),
   field("id", "Id begins with", { type: "search", spellcheck: "false" }),
   field("status", "Status", {
     options: { "": "Any", open: "Waiting or running", ...wordsOf(STATUSES) },
@@ -125,7 +126,7 @@ export function asked(values, more = {}) {
   for (const one of values.status === "open" ? ["queued", "running"] : [values.status]) {
     give("status", one);
   }
-  for (const name of ["id", "tenant", "source", "type", "model", "upstream", "subject", "conversation"]) {
+  for (const name of ["text", "id", "tenant", "source", "type", "model", "upstream", "subject", "conversation"]) {
     give(name, values[name]);
   }
   give("error_code", values.error);
