@@ -119,7 +119,7 @@ async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Sta
         waiter = await stage.gateway.submit(data="Explain the tide", type="text_only")
         await expect(page.get_by_role("link", name=waiter[:18])).to_be_visible()
         await page.get_by_label("Status").select_option("queued")
-        await page.get_by_role("link", name=waiter[:18]).click()
+        await page.get_by_role("link", name=waiter[:18]).press("Enter")
         now = page.locator(".now")
         await expect(now).to_contain_text("Waits for kind:text_only: 1 of 1 are in use")
         await expect(now).to_contain_text("It is 1st in its queue.")
@@ -537,6 +537,50 @@ async def test_filters_are_kept_by_name_and_forgotten(stage: Stage, tmp_path: Pa
         await picture(page, "saved-filters", tmp_path)
         await page.get_by_role("button", name="Forget What failed").click()
         await expect(page.get_by_role("link", name="What failed")).to_have_count(0)
+
+
+async def test_a_request_is_found_by_its_words_and_read_beside_the_list(
+    stage: Stage, tmp_path: Path
+) -> None:
+    jobs = [await stage.gateway.submit(data=f"{SCRIPT} Kattegat {n}") for n in range(2)]
+    for job in jobs:
+        await stage.gateway.end_of(job)
+    async with opened(stage, "/requests") as seen:
+        page = seen.page
+        rows = page.locator(".list-card tbody a.mono")
+        await page.get_by_label("Search", exact=True).fill("katte")
+        await expect(rows).to_have_count(2)
+        shown = [str(await row.get_attribute("href")).split("/")[-1] for row in await rows.all()]
+        assert set(shown) == set(jobs)
+        beside = page.get_by_role("complementary", name="Request")
+        heading = beside.get_by_role("heading", level=2).first
+        await rows.first.click()
+        await expect(heading).to_contain_text(shown[0])
+        await expect(beside).to_contain_text(f"{SCRIPT} Kattegat")
+        assert f"open={shown[0]}" in page.url
+        assert "text=katte" in page.url
+        await page.keyboard.press("j")
+        await expect(heading).to_contain_text(shown[1])
+        await expect(rows.nth(1)).to_have_attribute("aria-current", "true")
+        await page.reload()
+        await expect(heading).to_contain_text(shown[1])
+        await expect(rows).to_have_count(2)
+        await expect(rows.nth(1)).to_have_attribute("aria-current", "true")
+        await seen.is_accessible()
+        assert await seen.is_within()
+        await picture(page, "request-beside", tmp_path)
+        await page.keyboard.press("k")
+        await expect(heading).to_contain_text(shown[0])
+        await page.keyboard.press("Escape")
+        await expect(beside).to_be_hidden()
+        await expect(rows.first).to_be_focused()
+        assert "open=" not in page.url
+        await page.keyboard.press("Enter")
+        await expect(page.locator("h1")).to_contain_text(shown[0])
+        await page.go_back()
+        await page.set_viewport_size({"width": 700, "height": 800})
+        await rows.nth(1).click()
+        await expect(page.locator("h1")).to_contain_text(shown[1])
 
 
 async def test_pages_rows_and_search_are_reached_by_keys(stage: Stage) -> None:

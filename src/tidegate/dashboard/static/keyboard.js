@@ -10,6 +10,7 @@ const HELP = [
   ["/", "Search on this page"],
   ["j, k", "Next and previous row of the list"],
   ["Enter", "Open the row"],
+  ["Esc", "Close the request beside the list"],
   ["?", "These keys"],
 ];
 
@@ -46,7 +47,8 @@ function search(event) {
 function step(by) {
   const rows = [...document.querySelectorAll(ROWS)].filter((one) => one.checkVisibility());
   if (rows.length === 0) return;
-  const at = rows.indexOf(document.activeElement);
+  const focused = rows.indexOf(document.activeElement);
+  const at = focused < 0 ? rows.findIndex((one) => one.hasAttribute("aria-current")) : focused;
   const next = at < 0 ? (by > 0 ? 0 : rows.length - 1) : Math.min(rows.length - 1, Math.max(0, at + by));
   rows[next].focus();
   rows[next].scrollIntoView({ block: "nearest" });

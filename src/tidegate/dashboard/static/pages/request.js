@@ -53,7 +53,8 @@ export async function open(main, { params, signal }) {
   page.follow();
 }
 
-function pageOf(id, signal) {
+/** `isBeside` another page, which has the window's title and the way back. */
+export function pageOf(id, signal, { isBeside = false } = {}) {
   const badge = h("span");
   const buttons = h("div", { class: "end" });
   const stale = h("p", { class: "notice", role: "status", hidden: true });
@@ -74,11 +75,11 @@ function pageOf(id, signal) {
   const element = h(
     "div",
     { class: "request" },
-    h("a", { class: "back", href: link("/requests") }, "← Requests"),
+    isBeside ? null : h("a", { class: "back", href: link("/requests") }, "← Requests"),
     h(
       "div",
       { class: "page-head" },
-      h("h1", {}, "Request ", h("span", { class: "mono id" }, id)),
+      h(isBeside ? "h2" : "h1", {}, "Request ", h("span", { class: "mono id" }, id)),
       badge,
       copyButton(id),
       curlButton(() => view, signal),
@@ -121,7 +122,7 @@ function pageOf(id, signal) {
     if (badge.firstChild?.textContent !== statusBadge(request.status).textContent) {
       fill(badge, statusBadge(request.status));
     }
-    document.title = `${statusBadge(request.status).textContent} request · Tidegate`;
+    if (!isBeside) document.title = `${statusBadge(request.status).textContent} request · Tidegate`;
     paintActions();
     paintNow();
     const ticks = isOpen(request) ? view.now : null;

@@ -7,6 +7,7 @@ import { note } from "../router.js";
 import { empty, failed, loading, said } from "../ui.js";
 import { talkLink } from "./conversation.js";
 import { asked, filters } from "./request_filters.js";
+import { panel } from "./request_panel.js";
 import { goesOn, kindOf, linkTo, SOURCES, statusBadge, timeOfId } from "./request_words.js";
 import { exporting, saved } from "./requests_kept.js";
 import { runningCard } from "./requests_running.js";
@@ -19,9 +20,11 @@ const LOOKS = 60; // of 20,000 requests each, before the person is asked whether
 const NEAR_TOP_PX = 120;
 
 export async function open(main, { query, signal }) {
-  const list = listOf(signal);
+  const list = listOf(signal, () => beside.mark());
+  const keep = () => note({ ...bar.values(), open: beside.shown() });
+  const beside = panel(list.element, signal, keep);
   const bar = filters(query, () => {
-    note(bar.values());
+    keep();
     list.search(bar);
   });
   const live = h("button", { class: "button small", type: "button", "aria-pressed": "true" }, "● Live");
@@ -40,14 +43,15 @@ export async function open(main, { query, signal }) {
     ),
     bar.element,
     runningCard(signal),
-    list.element,
+    h("div", { class: "list-and-panel" }, list.element, beside.element),
   );
+  beside.open(query.get("open") ?? "");
   await list.search(bar);
   list.follow();
 }
 
-/** The list with what stands above and below it. */
-function listOf(signal) {
+/** The list with what stands above and below it; `painted` is called when its rows are. */
+function listOf(signal, painted) {
   const body = h("tbody");
   const table = tableOf(body);
   const state = h("span", { class: "quiet-text", role: "status" });
@@ -72,10 +76,11 @@ function listOf(signal) {
   let shown = null;
   let searching = new AbortController();
   let isPaused = false;
-  let [begun, painted] = [0, 0]; // refreshes, by number
+  let [begun, answered] = [0, 0]; // refreshes, by number
 
   function paint() {
     show(items, (item) => item.request_id);
+    painted();
     table.hidden = items.length === 0;
     fresh.hidden = newer.length === 0;
     say(fresh, `Show ${count(newer.length)}${gap ? " or more" : ""} new`);
@@ -183,8 +188,8 @@ function listOf(signal) {
     try {
       const limit = Math.min(MOST_REFRESHED, Math.max(PAGE, items.length));
       const page = await ask({ limit }, from);
-      if (from !== searching || number < painted) return; // a later answer has come before
-      painted = number;
+      if (from !== searching || number < answered) return; // a later answer has come before
+      answered = number;
       const now = new Map(page.items.map((item) => [item.request_id, item]));
       const known = new Set(items.map((item) => item.request_id));
       items = items.map((item) => now.get(item.request_id) ?? left(item, page));

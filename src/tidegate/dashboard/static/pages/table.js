@@ -20,7 +20,7 @@ export const PAGES = [
     title: "Requests",
     nav: "Requests",
     key: "r",
-    style: "requests.css",
+    style: ["requests.css", "request.css", "timeline.css"],
     load: () => import("./requests.js"),
   },
   {
