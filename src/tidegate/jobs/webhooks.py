@@ -79,8 +79,10 @@ class WebhookSender:
         half of what the others leave: no receiver that never answers holds up another tenant's."""
         while (free := MOST_AT_ONCE - len(self._tasks)) > 0:
             own = Counter(self._tasks.values())
-            full = [tenant for tenant, count in own.items() if count >= (free + count + 1) // 2]
-            most = (free + 1) // 2
+            left = {tenant: (free + count + 1) // 2 - count for tenant, count in own.items()}
+            full = [tenant for tenant, room in left.items() if room <= 0]
+            # As much as each may have: one claim may be all of one tenant's.
+            most = min([(free + 1) // 2, *(room for room in left.values() if room > 0)])
             due = await self._store.outbox.claim(most, self._lease_ms, but_of=full)
             for delivery in due:
                 task = asyncio.create_task(self._deliver(delivery))
