@@ -115,6 +115,7 @@ class PoolMachine(Traffic):
             world.new_client()
             if what == "killed and revoked":
                 world.revoke(client.sid)
+            self.newcomers_come_second()
         elif what == "paused":
             # With "reuse", who stood still is over until he learns of it; nor can the server hold
             # what it has lost and was not told again.
@@ -144,6 +145,19 @@ class PoolMachine(Traffic):
             self.world.flush()
         if what != "server emptied":
             self.world.restart()
+        self.newcomers_come_second()
+
+    def newcomers_come_second(self) -> None:
+        """A process that is new to a pool that was emptied can't know of the others: it must not
+        be over only where one of those has come before it (docs/guarantees.md)."""
+        known = [c for c in self.world.clients if c.session.lease.identity.epoch and not c.paused]
+        if (
+            self.strict
+            and not self.world.model.pool.epoch
+            and 0 < len(known) < len(self.world.clients)
+        ):
+            known[0].session.refresh()
+            self.world.exchange(known[0], "ok")
 
     # -- what people do
 

@@ -405,7 +405,7 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
         if (needle := _WRITTEN.get(key)) is not None and count_in(raw, needle) > 1:
             break
     else:
-        if not has_escaped_key(raw):
+        if b"\\u00" not in raw or not has_escaped_key(raw):
             return
     outermost: list[str] = []
 

@@ -50,6 +50,7 @@ from tidegate.dialects.headers import (
     to_return,
 )
 from tidegate.dialects.requests import (
+    LARGE_BYTES,
     LONGEST_TIER,
     conversation_of,
     parsed,
@@ -157,6 +158,7 @@ class Relay:
         a client can only learn that it failed. Cancellation leaves no waiter and no open call.
         """
         endpoint, caller, raw = call.endpoint, call.terms.caller, call.body
+        is_large = len(raw) > LARGE_BYTES
         if not endpoint.is_counted and await self._answered_here(call, out, record):
             return
         body: dict[str, Any] = {}
@@ -171,7 +173,8 @@ class Relay:
             record.model = await aside(len(raw), read) or None
         elif endpoint.is_counted or (raw and endpoint.resource is None):
             reading = partial(read_body, caller, endpoint, raw)
-            body, asked, references, making = await aside(len(raw), reading)
+            read_all = await aside(len(raw), reading) if is_large else reading()
+            body, asked, references, making = read_all
         if asked is not None:
             record.model, record.streamed = asked.model, asked.streams
             record.prompt_head = asked.prompt_head
@@ -196,7 +199,8 @@ class Relay:
             continued = self.resources.continued
             before = await continued(endpoint.dialect, references) if references else None
             told = record.lineage
-            record.lineage = await aside(len(raw), lambda: lineage_in(body, told, before))
+            tracing = partial(lineage_in, body, told, before)
+            record.lineage = await aside(len(raw), tracing) if is_large else tracing()
             home = self._home(call, asked.model, record, targets) if len(targets) > 1 else None
         await self.spine.run(exchange, record, targets, on_admitted, home)
 
@@ -500,7 +504,8 @@ class NativeExchange:
             elif call.form is None:
                 given = call.body, call.endpoint, self._body, target
                 making = partial(body_for, *given, ask_usage=hides)
-                body = await aside(len(call.body), making)
+                is_large = len(call.body) > LARGE_BYTES
+                body = await aside(len(call.body), making) if is_large else making()
             else:
                 body = call.form.for_model(target.model)
             timeouts = self._timeouts[target.upstream.name]

@@ -15,7 +15,7 @@ from fastapi import Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from tidegate.errors import AlreadyEnded, NotFound
+from tidegate.errors import AlreadyEnded, InvalidRequest, NotFound
 from tidegate.http.admin.limits import Signed, described, read_json
 from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
@@ -84,7 +84,7 @@ async def list_all(
 ) -> BatchPage:
     """The newest first."""
     found = await services_of(request).store.batches.of_all(
-        after=None if after is None else _id(after),
+        after=None if after is None else _after(after),
         tenant_id=None if tenant is None else tenant.replace("\0", ""),
         is_open=is_open,
         limit=limit + 1,
@@ -172,6 +172,15 @@ def _id(text: str) -> UUID:
     found = _ID.fullmatch(text)
     if found is None:
         raise NotFound(f"there is no batch {text[:64]!a}")
+    return UUID(hex=found["hex"])
+
+
+def _after(text: str) -> UUID:
+    """Raises InvalidRequest."""
+    found = _ID.fullmatch(text)
+    if found is None:
+        allowed = "batch_ or msgbatch_ and 32 digits, as in the list"
+        raise InvalidRequest("after", f"after: {text[:64]!a} is no batch's id", allowed=allowed)
     return UUID(hex=found["hex"])
 
 
