@@ -34,6 +34,7 @@ MOST_LOOKED_AT = 20_000
 _READ_TIMEOUT_MS = 2_000
 _DETAIL_TIMEOUT_MS = 3_000
 _READS_AT_ONCE = 4
+_WORDS_TIMEOUT_MS = 1_200
 _RECENT = 2_000  # are looked at for a text before its index is asked
 _BEGINS_AN_ID = re.compile(r"[0-9a-f]{6,32}")
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
@@ -478,7 +479,7 @@ class Requests:
         to sort all that have a common one."""
         query = _query_of(wanted)
 
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
             stamp = await connection.fetchval(sql("search_words_from"))
             day = partitions.day_of(f"_{stamp}")
             if day is None or not query:
@@ -486,18 +487,21 @@ class Requests:
             start = datetime.combine(day, datetime.min.time(), UTC)
             look = (before, max(start, wanted.since or start), query, _RECENT, limit + 1)
             found: list[asyncpg.Record] = []
+            await connection.execute(f"SET LOCAL statement_timeout = {_WORDS_TIMEOUT_MS}")
             for among in ("recently_ended", "ended_with_words"):
                 text = sql("search_words").format(among=sql(among))
-                found = await connection.fetch(text, *look, *_filters_of(wanted))
+                try:
+                    found = await connection.fetch(text, *look, *_filters_of(wanted))
+                except asyncpg.QueryCanceledError:
+                    return None
                 if len(found) > limit:
                     break
             return found
 
-        try:
-            found = await self._connections.run(read, timeout_ms=_DETAIL_TIMEOUT_MS)
-        except asyncpg.QueryCanceledError:
+        found = await self._connections.run(read, timeout_ms=_DETAIL_TIMEOUT_MS)
+        if found is None:
             allowed = "rarer words, or a shorter time"
-            raise InvalidRequest("text", "too many have it", allowed=allowed) from None
+            raise InvalidRequest("text", "too many have it", allowed=allowed)
         items = tuple(record_of(FoundRequest, row, listed=_listed(row)) for row in found[:limit])
         return FoundPage(items, rows.uuid_of(found[limit - 1]["place"]) if found[limit:] else None)
 

@@ -276,7 +276,7 @@ async def test_no_hot_statement_scans_the_queue(
         "cancel_queued": [some["id"], "{}"],
         "cancelled_of_worker": ["w", [some["id"]]],
         "cancel_returned": ["{}"],
-        "list_requests": [*LISTED, None, None, None, None, 51, 51, None],
+        "list_requests": [*LISTED, None, None, None, None, 51, 51, None, None],
         "list_reach": [*LISTED, 20_000],
         "depth_of_queues": [200, 10_000],
         "depth_of_jobs": [10_000],

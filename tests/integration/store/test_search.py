@@ -12,6 +12,7 @@ import pytest
 from tests.integration.store.jobs import new_job, now, unadmitted, upload
 from tests.waiting import wait_until
 from tidegate.call import Kind, Status, new_id
+from tidegate.errors import InvalidRequest
 from tidegate.record import CallRecord, Failure
 from tidegate.store import requests as search
 from tidegate.store.database import sql
@@ -299,3 +300,15 @@ async def test_a_rare_word_is_found_by_its_index_and_a_common_one_among_the_late
         scans = [line[0] for line in lines if "Scan" in line[0] and "(actual rows=" in line[0]]
         read = sum(float(line.split("(actual rows=")[1].split()[0]) for line in scans)
         assert read <= most_rows, f"{among}:\n{plan}"
+
+
+async def test_a_search_that_takes_too_long_is_refused_and_the_store_is_not_away(
+    store: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_WORDS_TIMEOUT_MS", 100)
+    async with peek.transaction():
+        await peek.execute("LOCK TABLE audit IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(InvalidRequest, match="too many have it"):
+            await said(store, "tide")
+    assert not store.connections.away
+    assert await said(store, "tide") == []

@@ -345,12 +345,16 @@ JOIN pg_index x ON x.indexrelid = i.inhrelid JOIN pg_class c ON c.oid = x.indrel
 WHERE i.inhparent = 'audit_words'::regclass
 
 -- name: recently_ended
--- The last $4 that ended before row $1 of the audit, from the time $2 on, whatever words $3 they have.
-SELECT * FROM audit WHERE id < $1 AND created_at >= $2 AND $3::text IS NOT NULL
-ORDER BY id DESC LIMIT $4
+-- Those with the words $3 of the last $4 that ended before row $1 of the audit, from the time $2 on.
+SELECT * FROM (
+    SELECT * FROM audit WHERE id < $1 AND created_at >= $2 ORDER BY id DESC LIMIT $4
+) AS latest
+WHERE (setweight(to_tsvector('simple'::regconfig,
+        coalesce(subject, '') || ' ' || coalesce(key_id, '')), 'A')
+    || to_tsvector('simple'::regconfig, coalesce(prompt_head, ''))) @@ to_tsquery('simple', $3::text)
 
 -- name: ended_with_words
--- All that ended before row $1 of the audit, from the time $2 on, with the words $3; at least $4.
+-- All with the words $3 that ended before row $1 of the audit, from the time $2 on, not only $4.
 SELECT * FROM audit
 WHERE id < $1 AND created_at >= $2 AND $4::bigint >= 0
     AND (setweight(to_tsvector('simple'::regconfig,
@@ -363,14 +367,11 @@ OFFSET 0
 SELECT id AS place, request_id AS id, tenant_id, pool, source, status, kind, model, priority,
     attempts, submitted_at AS created_at, admitted_at, finished_at, queue_ms, upstream_ms,
     total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream
-FROM ({among}) AS looked_at
-WHERE (setweight(to_tsvector('simple'::regconfig,
-        coalesce(subject, '') || ' ' || coalesce(key_id, '')), 'A')
-    || to_tsvector('simple'::regconfig, coalesce(prompt_head, ''))) @@ to_tsquery('simple', $3::text)
-    AND ($6::text[] IS NULL OR status = ANY($6)) AND ($7::text IS NULL OR tenant_id = $7)
+FROM ({among}) AS found
+WHERE ($6::text[] IS NULL OR status = ANY($6)) AND ($7::text IS NULL OR tenant_id = $7)
     AND ($8::text IS NULL OR model = $8) AND ($9::text IS NULL OR kind = $9)
     AND ($10::text IS NULL OR source = $10)
     AND ($11::text IS NULL OR failure ->> 'code' = $11)
     AND ($12::text IS NULL OR subject = $12) AND ($13::text IS NULL OR conversation = $13)
     AND submitted_at >= $14 AND submitted_at < $15 AND ($16::text IS NULL OR upstream = $16)
-ORDER BY looked_at.id DESC LIMIT $5
+ORDER BY found.id DESC LIMIT $5
