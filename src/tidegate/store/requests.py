@@ -35,7 +35,7 @@ _READ_TIMEOUT_MS = 2_000
 _DETAIL_TIMEOUT_MS = 3_000
 _READS_AT_ONCE = 4
 _WORDS_TIMEOUT_MS = 1_200
-_RECENT = 2_000  # are looked at for a text before its index is asked
+_RECENT = 500  # are looked at for a text before its index is asked
 _BEGINS_AN_ID = re.compile(r"[0-9a-f]{6,32}")
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
 _LAST = datetime(9999, 12, 31, tzinfo=UTC)
