@@ -98,7 +98,7 @@ async def valkey_away_closed(fleet: Fleet, *, submits: int, away_s: float) -> No
     status, health = await _get(fleet, fleet.url, "/health/dependencies")
     assert (status, health["valkey"]["status"]) == (503, "failed")
     assert (await _get(fleet, fleet.url, "/health/ready"))[0] == 200
-    body = {"data": "Hello [refused]", "deadline_ms": "300"}
+    body = {"data": "Hello [refused]", "deadline_ms": "1500"}
     refused = await stream(fleet, fleet.url, body)
     assert refused.status == 503, refused
     assert refused.events[0][1]["code"] == "limiter_unavailable"
