@@ -39,6 +39,8 @@ async def url_0_1_0(empty_database_url: str) -> str:
     """A database as version 0.1.0 left it."""
     connection = await asyncpg.connect(empty_database_url)
     await connection.execute(FIXTURE.read_text(encoding="utf-8"))
+    # A key counts for a day.
+    await connection.execute("UPDATE native_keys SET created_at = now(), ended_at = now()")
     await connection.close()
     return empty_database_url
 
