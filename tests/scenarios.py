@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.fleet import LEASE_S, LIMITS, Fleet
 from tests.load import Load, form_for, stream, submit
-from tests.waiting import wait_until, work_for
+from tests.waiting import promised_s, wait_until, work_for
 
 SLOW = {"first_byte_ms": {"*": {"uniform": [60, 180]}, "classifier": 20}, "between_ms": 10}
 
@@ -240,7 +240,7 @@ async def paused_worker(fleet: Fleet, *, submits: int, paused_s: float, over: bo
     stopped = time.monotonic()
     await wait_until(lambda: time.monotonic() - stopped > paused_s, paused_s + 5)
     # A call that it was about to send when it was frozen is cut in the moment of its return.
-    resumed_at_ns = time.time_ns() + 100_000_000
+    resumed_at_ns = time.time_ns() + round(promised_s(0.1) * 1e9)
     fleet.workers[0].signal(signal.SIGCONT)
     await load.assert_all_succeeded()
     if not over:

@@ -499,6 +499,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         description=_DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,
+        openapi_url=None,  # see `_serve_docs`
         redoc_url=None,
     )
     # Their routes as they are: to include a router builds each of them again.
@@ -562,6 +563,14 @@ def _headers_of(page: bytes) -> dict[str, str]:
 def _serve_docs(app: FastAPI) -> None:
     """Swagger UI from our own files: no CDN, so that it works in a closed network."""
     bundle = "/static/vendor/swagger-ui"
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def description(request: Request) -> JSONResponse:
+        """Made at the first request, which takes long enough for a probe to fail on the loop."""
+        described_all = await to_thread.run_sync(app.openapi)
+        if root := request.scope.get("root_path", "").rstrip("/"):
+            described_all = described_all | {"servers": [{"url": root}]}
+        return JSONResponse(described_all)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
