@@ -66,8 +66,10 @@ def changes_limits(run: list[Block]) -> bool:
 
 
 # What a document takes for granted. Where a story before has taken limits of acme's away, a call of
-# acme's is refused until the API process has heard of it.
+# acme's is refused until the API process has heard of it; for good under a budget that one has set.
 _CALL_OF_ACME = """\
+curl -X DELETE localhost:8000/admin/budgets/acme-day \\
+    -H "Authorization: Bearer $(cat data/operator.key)" || :
 until curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -H 'x-tidegate-tenant: acme' \\
     -d '{"model": "m", "messages": [{"role": "user", "content": "Say hello"}]}'; do :; done
