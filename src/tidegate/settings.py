@@ -377,7 +377,9 @@ class Config(BaseModel):
         "when the rules are unsure, keywords never.",
     )
     classifier_timeout_ms: Milliseconds = setting(
-        2_000, "How long the model may take to decide, before keywords do."
+        2_000,
+        "How long the model may take to decide, before keywords do; at most half of the time that "
+        "the request has left.",
     )
     classifier_limit: Annotated[int, Field(ge=1, le=10_000)] = setting(
         2, "How many such questions may run concurrently, outside RATE_LIMITS."

@@ -168,8 +168,9 @@ class PromptCalls:
     async def decide(self, ask: Ask, *, within_ms: float | None = None) -> Classification:
         """The kind for certain: by the first look, else by the LLM, else by keywords.
 
-        Takes at most `classifier_timeout_ms`, or `within_ms` where that is less. Raises none of our
-        errors; cancellation closes the LLM's call.
+        Takes at most `classifier_timeout_ms`, or half of `within_ms` where that is less: the other
+        half is the request's own, to wait for its permit. Raises none of our errors; cancellation
+        closes the LLM's call.
         """
         first = self.first_look(ask)
         if first.kind is not None:
@@ -177,7 +178,7 @@ class PromptCalls:
         key = self._judgement_key(ask)
         patience_ms = float(self._config.classifier_timeout_ms)
         if within_ms is not None:
-            patience_ms = max(0.0, min(patience_ms, within_ms))
+            patience_ms = max(0.0, min(patience_ms, within_ms / 2))
         asking = asyncio.Event()
         try:
             async with asyncio.timeout(patience_ms / 1000) as patience:

@@ -117,6 +117,16 @@ async def test_keywords_decide_when_the_llm_is_over_its_limit(open_gateway: Open
     assert sum(why.endswith("(the LLM gave no answer in time)") for why in ends) >= 1
 
 
+async def test_the_question_leaves_a_request_half_of_its_time(open_gateway: Opener) -> None:
+    """It would have had all of it: the request's deadline passed before it asked for a permit."""
+    gateway = await open_gateway(classifier_timeout_ms=30_000)
+    await gateway.upstream.set_fault("hang", kind="classifier")
+    streamed = await gateway.stream(text=UNSURE, deadline_ms=3_000)
+    assert "(the LLM gave no answer in time)" in await _why(gateway, streamed)
+    job = await gateway.end_of(await gateway.submit(data=UNSURE, deadline_ms=4_000))
+    assert (job["status"], job["classified_by"]) == ("succeeded", "keywords")
+
+
 async def _why(gateway: Gateway, streamed: Streamed) -> str:
     assert streamed.events[-1][1]["classified_by"] == "keywords"
     return str((await gateway.recorded(streamed.request_id))["classified_why"])
@@ -125,7 +135,7 @@ async def _why(gateway: Gateway, streamed: Streamed) -> str:
 async def test_the_same_prompt_is_asked_about_once_however_many_come_at_once(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway()
+    gateway = await open_gateway(classifier_timeout_ms=15_000)  # a busy machine's answer counts
     await gateway.upstream.set_behaviour(first_byte_ms={"classifier": 100})
     ids = [await gateway.submit(data=UNSURE) for _ in range(12)]
     for request_id in ids:
