@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from tidegate.policy.rollout import PolicyKeeper, Revision
     from tidegate.settings import Config
     from tidegate.store.records import PolicyRecord
-    from tidegate.upstream.limits_api import ReportedLimits
-    from tidegate.upstream.usage_api import UsageAccount, UsageProvider
+    from tidegate.upstream.usage_api import ReportedLimits, UsageAccount, UsageProvider
 
 app = typer.Typer(help="See and change the limits of the running deployment.", no_args_is_help=True)
 
@@ -656,9 +655,8 @@ def _imported(
 async def _account_limits(
     account: UsageAccount, project: str | None, workspace: str | None
 ) -> ReportedLimits:
-    from tidegate.upstream.limits_api import reported_limits
     from tidegate.upstream.transport import RelayWire
-    from tidegate.upstream.usage_api import USAGE_TIMEOUTS
+    from tidegate.upstream.usage_api import USAGE_TIMEOUTS, reported_limits
 
     wire = RelayWire(USAGE_TIMEOUTS)
     await wire.start()

@@ -19,8 +19,7 @@ from heapq import heappop, heappush
 from itertools import count, cycle
 from random import Random
 
-from tidegate.admission.conversations import ExpectedInput
-from tidegate.admission.demand import CallDemand, Demands
+from tidegate.admission.demand import CallDemand, Demands, ExpectedInput
 from tidegate.admission.estimator import Modality
 from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible

@@ -21,7 +21,7 @@ from hashlib import blake2b
 from math import log
 from typing import Any, NamedTuple
 
-from tidegate.admission.conversations import CACHE_MS
+from tidegate.admission.demand import CACHE_MS
 from tidegate.call import Usage
 from tidegate.dialects.requests import opening_of
 from tidegate.record import Lineage

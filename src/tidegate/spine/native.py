@@ -31,8 +31,7 @@ from tidegate.admission.charges import (
     is_measured,
     is_unknown,
 )
-from tidegate.admission.conversations import ConversationKey
-from tidegate.admission.demand import CallDemand, Demands
+from tidegate.admission.demand import CallDemand, ConversationKey, Demands
 from tidegate.admission.estimator import Estimate, Learning, with_kept
 from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Charge
 from tidegate.dialects import DIALECTS, refusals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidegate.admission.conversations import (
+from tidegate.admission.demand import (
     CACHE_MS,
     MOST_CALLS,
     MOST_OF_A_TENANT,

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from tidegate.admission.conversations import CACHE_MS
+from tidegate.admission.demand import CACHE_MS
 from tidegate.call import Usage, UsageDetails
 from tidegate.policy.deployment import Upstream
 from tidegate.record import Lineage
