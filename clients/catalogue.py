@@ -54,6 +54,7 @@ class Client:
 CLIENTS = (
     Client("openai", "openai_sdk.py", ("openai==3.57.0",)),
     Client("anthropic", "anthropic_sdk.py", ("anthropic==2.14.0",)),
+    Client("bedrock", "bedrock_sdk.py", ("boto3==1.44.8", "anthropic==2.14.0")),
     Client("google-genai", "google_sdk.py", ("google-genai==3.6.1",)),
     Client("litellm", "litellm_sdk.py", ("litellm==1.110.2",)),
     Client(

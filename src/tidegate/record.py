@@ -9,19 +9,26 @@ changes once `CallListeners` have it.
 Invariants: a listener can neither fail nor delay a call, because ends are delivered in batches,
 by a timer or by what writes the record behind; an error of a listener is logged and goes no
 further. An answer that an upstream compressed unasked is read in a decoded copy of at most
-`MOST_DECODED_BYTES`.
+`MOST_DECODED_BYTES`; so is a stream in AWS's framing, whose messages are binary, each with two
+checksums: a message whose checksum is wrong is not read, and what follows it is found again.
+
+    https://smithy.io/2.0/aws/amazon-eventstream.html
 """
 
 from __future__ import annotations
 
 import asyncio
+import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Literal
 from uuid import UUID
+
+import orjson
 
 from tidegate.call import NO_CHARGE, Answer, Charge
 from tidegate.errors import TidegateError, UpstreamError
@@ -302,19 +309,25 @@ _WINDOWS = {b"gzip": (_GZIP,), b"x-gzip": (_GZIP,), b"deflate": (_ZLIB, _RAW)}
 
 
 def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The Content-Encoding of an answer; empty where it is sent as it is."""
-    for name, value in headers:
-        if name.lower() == b"content-encoding":
+    """The Content-Encoding of an answer, or `FRAMED`; empty where it is sent as it is."""
+    framing = b""
+    for raw_name, value in headers:
+        name = raw_name.lower()
+        if name == b"content-encoding":
             coding = value.strip().lower()
             return b"" if coding == b"identity" else coding
-    return b""
+        if name == b"content-type" and value.startswith(EVENT_STREAM):
+            framing = FRAMED
+    return framing
 
 
 def decoded(data: bytes, coding: bytes) -> bytes:
     """The content of an answer, as far as it goes where it was cut; empty for another coding than
-    gzip and deflate, and for what is too long."""
+    gzip and deflate, and for what is too long. Of AWS's framing its events, as text."""
     if len(data) > _MOST_CODED_BYTES:
         return b""
+    if coding == FRAMED:
+        return b"".join(_event(*message) for message in framed_in(data))
     for window in _WINDOWS.get(coding, ()):
         reader = zlib.decompressobj(window)
         try:
@@ -330,18 +343,25 @@ _MOST_OF_PIECE_BYTES = 1_000_000
 
 class PieceDecoder:
     """Decoder of an answer as it comes, for its beginning. `reads` is false for another coding than
-    gzip and deflate, and from what can't be read on, or takes too much room."""
+    gzip, deflate and AWS's framing, and from what can't be read on, or takes too much room."""
 
-    __slots__ = ("_read", "_reader", "_windows", "reads")
+    __slots__ = ("_framed", "_read", "_reader", "_windows", "reads")
 
     def __init__(self, coding: bytes) -> None:
         self._windows = list(_WINDOWS.get(coding, ()))
-        self.reads = bool(self._windows)
-        self._reader = zlib.decompressobj(self._windows.pop(0)) if self.reads else None
-        self._read = b""  # while it may be read in another way
+        self._reader = zlib.decompressobj(self._windows.pop(0)) if self._windows else None
+        self._framed = coding == FRAMED
+        self.reads = self._reader is not None or self._framed
+        self._read = b""  # while it may be read in another way, or a message is not whole
 
     def take(self, piece: bytes) -> bytes:
         """What a piece holds; empty where nothing is read."""
+        if self._framed:
+            data = self._read + piece
+            end = whole_frames(data)
+            self._read = data[end:]
+            self.reads = len(self._read) < _PRELUDE.size or _frame_at(self._read, 0)[0] > 0
+            return decoded(data[:end], FRAMED)
         if self._reader is None or not self.reads:
             return b""
         try:
@@ -357,6 +377,108 @@ class PieceDecoder:
             self._windows, self._read = [], b""
         self.reads = not self._reader.unconsumed_tail
         return text
+
+
+# A message: its length and that of its headers, a checksum; headers; payload; a checksum of all.
+EVENT_STREAM, FRAMED = b"application/vnd.amazon.eventstream", b"aws-event-stream"
+_PRELUDE, _LENGTHS = struct.Struct(">III"), struct.Struct(">II")
+_WORD, _SHORT = struct.Struct(">I"), struct.Struct(">H")
+_LEAST_FRAME_BYTES, _MOST_FRAME_BYTES = 16, 16 * 1024 * 1024
+_TEXT = 7
+# What else a header holds, by its type: so many bytes.
+_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+_MOST_SOUGHT = 100_000  # bytes that are none of a message, before it is given up
+
+
+def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
+    """A message in AWS's framing, whose headers are short texts."""
+    named = b""
+    for name, value in headers.items():
+        key, text = name.encode(), value.encode()
+        named += b"%c%b%c%b%b" % (len(key), key, _TEXT, _SHORT.pack(len(text)), text)
+    lengths = _LENGTHS.pack(_LEAST_FRAME_BYTES + len(named) + len(payload), len(named))
+    message = lengths + _WORD.pack(zlib.crc32(lengths)) + named + payload
+    return message + _WORD.pack(zlib.crc32(message))
+
+
+def _frame_at(data: bytes, place: int) -> tuple[int, int]:
+    """The length of the message that begins there, and of its headers; 0 where none does."""
+    if len(data) - place < _PRELUDE.size:
+        return 0, 0
+    size_bytes, named_bytes, checksum = _PRELUDE.unpack_from(data, place)
+    if not _LEAST_FRAME_BYTES + named_bytes <= size_bytes <= _MOST_FRAME_BYTES:
+        return 0, 0
+    is_right = zlib.crc32(data[place : place + _LENGTHS.size]) == checksum
+    return (size_bytes, named_bytes) if is_right else (0, 0)
+
+
+def whole_frames(data: bytes) -> int:
+    """Up to where there are whole messages, one after the other."""
+    place = 0
+    while size_bytes := _frame_at(data, place)[0]:
+        if place + size_bytes > len(data):
+            break
+        place += size_bytes
+    return place
+
+
+def framed_in(data: bytes) -> Iterator[tuple[dict[str, str], bytes]]:
+    """Headers and payload of each whole message, in order; what is broken is left out."""
+    place = sought = 0
+    while place < len(data) and sought < _MOST_SOUGHT:
+        size_bytes, named_bytes = _frame_at(data, place)
+        if not size_bytes:
+            place, sought = place + 1, sought + 1
+            continue
+        start, end = place + _PRELUDE.size, place + size_bytes
+        if end > len(data):
+            return
+        if zlib.crc32(data[place : end - 4]) == _WORD.unpack_from(data, end - 4)[0]:
+            yield (
+                _headers_in(data[start : start + named_bytes]),
+                data[start + named_bytes : end - 4],
+            )
+        place = end
+
+
+def _headers_in(data: bytes) -> dict[str, str]:
+    """The texts among them, as far as they have a known form."""
+    found: dict[str, str] = {}
+    place = 0
+    try:
+        while place < len(data):
+            name_end = place + 1 + data[place]
+            name, sort = data[place + 1 : name_end].decode("utf-8", "replace"), data[name_end]
+            place = name_end + 1
+            if (size_bytes := _SIZES.get(sort)) is None:
+                (size_bytes,) = _SHORT.unpack_from(data, place)
+                place += _SHORT.size
+            if sort == _TEXT:
+                found[name] = data[place : place + size_bytes].decode("utf-8", "replace")
+            place += size_bytes
+    except (IndexError, struct.error):
+        return found
+    return found
+
+
+def _event(headers: Mapping[str, str], payload: bytes) -> bytes:
+    """A message as an event of text: under its name; a model's own event, which a `chunk` holds, as
+    it is; an exception as the body of the refusal that it would have been before the stream."""
+    kind = headers.get(":event-type", "")
+    try:
+        value = orjson.loads(payload or b"{}")
+        if headers.get(":message-type", "event") != "event":
+            name = headers.get(":exception-type") or headers.get(":error-code") or "Failure"
+            text = value.get("message") or headers.get(":error-message", "")
+            name = name[:1].upper() + name[1:]
+            value = {"object": "error", "code": name, "__type": name, "message": text}
+        elif kind == "chunk":
+            value = orjson.loads(b64decode(value["bytes"]))
+        else:
+            value = {kind: value}
+        return b"data: %b\n\n" % orjson.dumps(value)
+    except (ValueError, KeyError, TypeError, AttributeError):  # of no known form
+        return b""
 
 
 @dataclass(frozen=True, slots=True)

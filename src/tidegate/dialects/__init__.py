@@ -12,12 +12,15 @@ import re
 from collections.abc import Iterable, Set
 
 from tidegate.dialects.anthropic import ANTHROPIC
+from tidegate.dialects.bedrock import BEDROCK
 from tidegate.dialects.gemini import GEMINI
 from tidegate.dialects.openai import OPENAI
 from tidegate.dialects.spec import Dialect, DialectSpec, Endpoint
 
 # In the order in which a path is tried; OpenAI's is spoken where no other is.
-DIALECTS: dict[str, DialectSpec] = {spec.name: spec for spec in (GEMINI, ANTHROPIC, OPENAI)}
+DIALECTS: dict[str, DialectSpec] = {
+    spec.name: spec for spec in (BEDROCK, GEMINI, ANTHROPIC, OPENAI)
+}
 _POSTED = {path: call for spec in DIALECTS.values() for path, call in spec.calls.items()}
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _SLASHES = re.compile(r"/{2,}")
@@ -49,6 +52,7 @@ _GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,
 # Paths of Azure's and Vertex's clients.
 _CLOUDS = ("/openai/", "/v1/projects/", "/v1beta1/", "/v1/publishers/")
 _DEPLOYMENTS = "/openai/deployments/"
+_OF_BEDROCK = "/model/"
 _VERTEX = re.compile(
     r"/(?P<version>v1(?:beta1)?)(?P<project>/projects/[^/]+/locations/[^/]+)?"
     r"/(?:publishers/google(?P<models>/models(?:/.+)?)|endpoints/openapi(?P<openai>/.+)"
@@ -85,6 +89,8 @@ def native_path(path: str) -> str | None:
         return meant
     if plain.startswith(_ROOTS):
         return plain
+    if plain.startswith(_OF_BEDROCK):
+        return plain.rstrip("/")
     bare = plain.rstrip("/")
     if _GEMINI_WITHOUT_VERSION.fullmatch(bare):
         return f"/v1beta{bare}"

@@ -36,6 +36,9 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         *(b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"),
         *(b"openai-organization", b"openai-project", b"x-goog-user-project"),
         b"anthropic-workspace-id",
+        # Of a request that its client has signed for AWS.
+        *(b"x-amz-date", b"x-amz-security-token", b"x-amz-content-sha256", b"x-amz-user-agent"),
+        *(b"amz-sdk-invocation-id", b"amz-sdk-request"),
         *(b"forwarded", b"via", b"x-real-ip", b"origin", b"referer"),
         # Some servers take these for the method or the path that is really meant.
         *(b"x-http-method-override", b"x-http-method", b"x-method-override"),

@@ -40,7 +40,7 @@ from tidegate.telemetry.logging import redact
 TRANSIENT_CODES = (408, 425, 499)
 # HTTP statuses of errors by their type, code or status.
 _STATUSES = {word: status for spec in DIALECTS.values() for word, status in spec.statuses.items()}
-_IN_ORDER = tuple(DIALECTS[name] for name in ("gemini", "openai", "anthropic"))
+_IN_ORDER = tuple(DIALECTS[name] for name in ("gemini", "openai", "anthropic", "bedrock"))
 # A server of one's own that has all hands full: vLLM, SGLang, TGI, Ollama, llama.cpp.
 _BUSY = re.compile(
     r"server (?:is )?busy|no slots? available|loading model|maximum pending requests|"
@@ -96,6 +96,8 @@ def upstream_error(
             )
         case "tier_busy":
             return UpstreamTierBusy(message, status=status, retry_after_ms=wait_ms)
+        case "fault":
+            return UpstreamUnavailable(message, status=status, retry_after_ms=wait_ms)
         case "unpaid":
             return UpstreamUnpaid(message, status=status, retry_after_ms=wait_ms)
         case "key":
@@ -178,6 +180,8 @@ def error_of_refusal_in(body: bytes) -> JsonObject:
         return {}
     if "message" not in value and isinstance(value.get("detail"), str):
         return {"message": value["detail"]}
+    if isinstance(value.get("Message"), str):  # of AWS, before it comes to a service
+        return {**value, "message": value["Message"]}
     return value if isinstance(value.get("message"), str) else {}
 
 
@@ -390,6 +394,8 @@ class Prelude:
 
 
 def _has_no_output(event: dict[str, Any]) -> bool:
+    if "messageStart" in event:  # Bedrock's
+        return True
     if "event_type" in event:
         return interactions.has_no_output(event)
     kind = event.get("type")

@@ -631,13 +631,13 @@ def _characters(body: Mapping[str, Any]) -> int:
 def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
     """To which cache a request, which was parsed to `body`, asks its input to be written: who
     leaves before the usage is reported has it written all the same."""
-    if not count_in(raw, b"cache_control", b"\\u00"):
+    if not count_in(raw, b"cache_control", b"cachePoint", b"\\u00"):
         return None
     try:
         text = orjson.dumps(body)  # in which no name is escaped
     except orjson.JSONEncodeError:  # nested deeper than can be written
         return "1h"
-    if b'"cache_control":' not in text:
+    if b'"cache_control":' not in text and b'"cachePoint":' not in text:
         return None
     return "1h" if b'"ttl":"1h"' in text else "5m"
 
@@ -735,7 +735,7 @@ LARGE_BYTES = 262_144
 _KEPT_BYTES = 2 * HEAD_CHARS
 _LONGEST_TYPE_BYTES = 1_000
 _BYTES_A_TEXT = 4_096  # of a body with more texts than that, the first ones alone are looked at
-_FIELDS = frozenset((b'"url"', b'"image_url"', b'"data"', b'"file_data"'))
+_FIELDS = frozenset((b'"url"', b'"image_url"', b'"data"', b'"file_data"', b'"bytes"'))
 # Nothing that JSON forbids in a text, as far as one look finds it.
 _FORBIDDEN = (b"\\", b"\0", b"\t", b"\n", b"\r")
 _MARK = token_hex(16)  # of this process: no client can write what stands for a file
@@ -854,5 +854,7 @@ def names_tier(body: Mapping[str, Any]) -> bool:
 def in_tier(body: bytes, dialect: Dialect, tier: str) -> bytes:
     """The body of a call, requesting a processing tier."""
     kept = {name: value for name, value in orjson.loads(body).items() if name not in _TIERS}
+    if dialect is Dialect.BEDROCK:
+        return orjson.dumps({**kept, "serviceTier": {"type": tier}})
     name = "serviceTier" if dialect is Dialect.GEMINI else "service_tier"
     return orjson.dumps({**kept, name: tier})

@@ -38,6 +38,7 @@ class Dialect(StrEnum):
     OPENAI = "openai"
     GEMINI = "gemini"
     ANTHROPIC = "anthropic"
+    BEDROCK = "bedrock"
 
     # An enumeration's own is a call of Python, and each request looks up several tables.
     __hash__ = str.__hash__
@@ -289,8 +290,11 @@ class OutputEvents:
 # throttled: too much for now. unpaid: the account has no money left. key: the key is dead.
 # busy: a self-hosted server has no room at the moment, which is no fault. never: the same request
 # would be refused again. of_thing: about a resource that the request names. tier_busy: the
-# requested processing tier has no capacity at the moment, which others have.
-RefusalReason = Literal["throttled", "unpaid", "key", "busy", "never", "of_thing", "tier_busy"]
+# requested processing tier has no capacity at the moment, which others have. fault: the model has
+# failed, whatever the status says.
+RefusalReason = Literal[
+    "throttled", "unpaid", "key", "busy", "never", "of_thing", "tier_busy", "fault"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +351,10 @@ class ModelList:
     prefix: str = ""
 
 
+def _ends_with_event(piece: bytes) -> bool:
+    return not piece or piece.endswith((b"\n\n", b"\r\n\r\n"))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DialectSpec:
     """Functions and constants of one dialect.
@@ -372,9 +380,12 @@ class DialectSpec:
     Errors: `statuses` are HTTP statuses of error objects by their type, code or status; `refusal`
     classifies an upstream's error, None for one that is not in this dialect's words;
     `problem(error, status, retry_after_ms)` is the body of one of ours, `error_event` begins the
-    event in which a stream reports it. `no_retry` are headers that stop the retries of its SDKs.
+    event in which a stream reports it; or `error_frame(body)` is it. `no_retry` are headers that
+    stop the retries of its SDKs.
     paused_status: of a call whose budget is paused until a person resumes it.
-    `keep_alive` is what a stream sends while it waits.
+    `keep_alive` is what a stream of `stream_type` sends while it waits; `ends_whole(piece)` says
+    whether an event can follow what was sent last. `usage_in(headers)` is what those of an answer
+    report.
     """
 
     name: Dialect
@@ -401,3 +412,7 @@ class DialectSpec:
     page: Callable[[str, str], PageQuery] = openai_page
     works: Mapping[str, OngoingWork] = field(default_factory=dict)
     keep_alive: bytes = b": waiting for admission\n\n"
+    stream_type: bytes = b"text/event-stream"
+    ends_whole: Callable[[bytes], bool] = _ends_with_event
+    error_frame: Callable[[JsonObject], bytes] | None = None
+    usage_in: Callable[[Headers], Usage] | None = None

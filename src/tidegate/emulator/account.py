@@ -59,7 +59,7 @@ DIALECTS: Mapping[Provider, tuple[str, ...]] = {
     "anthropic": ("anthropic",),
     "gemini": ("gemini", "openai"),
     "azure": ("openai",),
-    "bedrock": ("openai", "anthropic"),
+    "bedrock": ("bedrock", "openai", "anthropic"),
     "groq": ("openai",),
 }
 # Fields of a limit by provider and unit, `*` for all units; a limit's own fields come before them.

@@ -273,6 +273,12 @@ def refused_in_anthropic(spec: AccountSpec, refusal: AccountRefusal, model: str)
     return ErrorResponse(429, {"type": "error", "error": inner, "request_id": "req_emulated"})
 
 
+def refused_in_bedrock(_: AccountSpec, refusal: AccountRefusal, __: str) -> ErrorResponse:
+    """The refusal of an account that speaks Bedrock's own dialect."""
+    headers = {"x-amzn-errortype": "ThrottlingException:http://aws"}
+    return ErrorResponse(429, {"message": _of_bedrock(refusal)}, headers)
+
+
 def retry_headers(spec: AccountSpec, refusal: AccountRefusal) -> dict[str, str]:
     """When to try again, of the providers that say it in a header."""
     if spec.provider in ("bedrock", "gemini") or refusal.reason == "too_large":

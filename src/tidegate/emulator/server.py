@@ -24,8 +24,9 @@ from tidegate.emulator.account import AccountLimitReached, AccountSpec
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.delivery import Served, failed, json_response
 from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
-from tidegate.emulator.fronts import anthropic, gemini, openai, realtime
+from tidegate.emulator.fronts import anthropic, bedrock, gemini, openai, realtime
 from tidegate.emulator.fronts.anthropic import ANTHROPIC
+from tidegate.emulator.fronts.bedrock import BEDROCK
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai import OPENAI
 from tidegate.emulator.gpu import gpu_server
@@ -117,7 +118,7 @@ async def _object(request: web.BaseRequest) -> dict[str, Any]:
     return value
 
 
-_FRONTS = ((ANTHROPIC, anthropic), (OPENAI, openai))  # all else is for Gemini's
+_FRONTS = ((BEDROCK, bedrock), (ANTHROPIC, anthropic), (OPENAI, openai))  # all else is for Gemini's
 
 
 async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamResponse:

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from tidegate.dialects.answers import WithoutUsageEvent
 from tidegate.errors import IdempotencyConflict, InvalidRequest
 from tidegate.http.submission import Submission
-from tidegate.record import KEPT_BYTES, CallRecord
+from tidegate.record import FRAMED, KEPT_BYTES, CallRecord
 from tidegate.spine.bodies import aside
 from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeCall
@@ -194,7 +194,8 @@ class Once:
         if record.answer_bytes > KEPT_BYTES or (record.coding and not record.text):
             self.failed()  # only parts of it are there
         else:
-            self._keys.end(self._owner, record.http_status, content_type, record.text)
+            answer = record.body if record.coding == FRAMED else record.text
+            self._keys.end(self._owner, record.http_status, content_type, answer)
 
     def failed(self) -> None:
         """Let the next caller be answered."""

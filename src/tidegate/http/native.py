@@ -284,7 +284,6 @@ def _session_in(headers: Headers) -> str | None:
 
 _REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()
 _TYPE = b"content-type"
-_WHOLE_EVENTS = (b"\n\n", b"\r\n\r\n")  # how a piece ends that ends with an event
 _CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
@@ -327,7 +326,7 @@ class _Front:
             "_request_id",
             "_received",
         ),
-        *("_received_at", "_record", "_ends_whole", "_task", "_head_sent", "_id_text"),
+        *("_received_at", "_record", "_last", "_task", "_head_sent", "_id_text"),
         *("_is_replay", "_headers", "_caller", "_direct", "_hold", "_incoming", "_once", "_spool"),
         "_presence",
     )
@@ -346,7 +345,7 @@ class _Front:
         self._received = time.monotonic()
         self._received_at = datetime.now(UTC)
         self._record = CallRecord("relay", ANYBODY.tenant_id, self._received_at)
-        self._ends_whole = True  # what went out ends with whole events, as far as we know
+        self._last = b""  # what went out last
         self._head_sent = False
         self._caller = ANYBODY
         self._is_replay = False  # of the answer to an earlier request, which is on record
@@ -579,13 +578,14 @@ class _Front:
             if self._is_answering():
                 return
             piece = DIALECTS[self._dialect].keep_alive
-            if shows and self._record.waits:
+            if shows and self._record.waits and self._dialect is not Dialect.BEDROCK:
                 waited_ms = (time.monotonic() - self._received) * 1000
                 piece = await self._services.wait_comment(self._record, waited_ms)
                 if self._is_answering():
                     return
             if not self._head_sent:
-                headers = [(_TYPE, b"text/event-stream"), (b"cache-control", b"no-store")]
+                stream_type = DIALECTS[self._dialect].stream_type
+                headers = [(_TYPE, stream_type), (b"cache-control", b"no-store")]
                 await self._send_head(200, headers)
             await self.body(piece, True)
 
@@ -616,7 +616,7 @@ class _Front:
             await self._send(head)
 
     def body(self, piece: bytes, more: bool) -> Awaitable[None]:
-        self._ends_whole = piece.endswith(_WHOLE_EVENTS)
+        self._last = piece
         if self._direct is not None:
             return self._direct.piece(piece, more)
         return self._send({"type": "http.response.body", "body": piece, "more_body": more})
@@ -660,7 +660,7 @@ class _Front:
         short."""
         if not self._head_sent:
             await self.refuse(error)
-        elif self._record.streamed and self._ends_whole:
+        elif self._record.streamed and DIALECTS[self._dialect].ends_whole(self._last):
             await self.body(error_event(self._dialect, error), False)
         else:
             abort(self._scope)

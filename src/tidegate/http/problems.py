@@ -513,6 +513,8 @@ def error_event(dialect: Dialect, error: errors.TidegateError) -> bytes:
     """The last event of a stream that failed after it began."""
     spec = DIALECTS[dialect]
     body = spec.problem(error, native_status_of(error), error.retry_after_ms)
+    if spec.error_frame is not None:
+        return spec.error_frame(body)
     return b"%bdata: %b\n\n" % (spec.error_event, orjson.dumps(body))
 
 

@@ -93,6 +93,7 @@ KEY_HEADERS: Mapping[str, tuple[bytes, bytes]] = {
     "openai": (b"authorization", b"Bearer "),
     "gemini": (b"x-goog-api-key", b""),
     "anthropic": (b"x-api-key", b""),
+    "bedrock": (b"authorization", b"Bearer "),
 }
 # What no request of a client has any more once it comes here.
 CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"))

@@ -325,7 +325,7 @@ def _of_environment(
     key = config.gemini_api_key.get_secret_value() if config.gemini_api_key else ""
     urls = {"gemini": base, "openai": f"{base}/v1beta/openai"}
     if config.emulated or not config.gemini_base_url.startswith(_GOOGLE):
-        urls["anthropic"] = base  # the emulator speaks it too
+        urls |= {"anthropic": base, "bedrock": base}  # the emulator speaks them too
     options = _options(path, table)
     if config.is_made_up and others:
         ours = (config.text_model, config.multi_modal_model, config.image_model)

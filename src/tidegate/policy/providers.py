@@ -32,7 +32,7 @@ from tidegate.policy.format import MEASURES, table_at
 
 Abandoned = Literal["release", "wait"]
 ABANDONED = ("release", "wait")
-DIALECTS = ("openai", "gemini", "anthropic")
+DIALECTS = ("openai", "gemini", "anthropic", "bedrock")
 ALL_MODELS = ("*",)
 
 
@@ -112,6 +112,7 @@ PROVIDERS: Mapping[str, Provider] = {
         {
             "openai": "https://bedrock-runtime.{region}.amazonaws.com/openai/v1",
             "anthropic": "https://bedrock-mantle.{region}.api.aws/anthropic",
+            "bedrock": "https://bedrock-runtime.{region}.amazonaws.com",
         },
         "AWS_BEARER_TOKEN_BEDROCK",
         auth="bearer",
@@ -171,7 +172,7 @@ _CREDENTIAL_OPTIONS = {
 }
 _ENTRA_SCOPE = "https://cognitiveservices.azure.com/.default"
 # By the dialect that an endpoint of Bedrock speaks: which service a signature names.
-_AWS_SERVICES = {"openai": "bedrock", "anthropic": "bedrock-mantle"}
+_AWS_SERVICES = {"openai": "bedrock", "anthropic": "bedrock-mantle", "bedrock": "bedrock"}
 # The last general version of Azure's paths by deployment.
 _API_VERSION = "2024-10-21"
 

@@ -33,7 +33,7 @@ from tidegate.admission.charges import (
 )
 from tidegate.admission.demand import CallDemand, ConversationKey, Demands
 from tidegate.admission.estimator import Estimate, Learning, with_kept
-from tidegate.call import NO_CHARGE, OTHER_KIND, CallCost, Charge
+from tidegate.call import NO_CHARGE, OTHER_KIND, UNKNOWN_USAGE, CallCost, Charge
 from tidegate.dialects import DIALECTS, refusals
 from tidegate.dialects.answers import (
     WithoutUsageEvent,
@@ -354,6 +354,7 @@ class NativeExchange:
         self._out = out
         self._record = record
         self._served: str | None = None
+        self._told_usage = UNKNOWN_USAGE  # by headers, where the answer itself tells none
         self._sent: Exchange | None = None
         self.ended_alone = False
         self.keeping: Keeping | None = None  # of what lives on at the provider
@@ -561,6 +562,8 @@ class NativeExchange:
         record.coding = coding_of(exchange.headers)
         if self.dialect is Dialect.GEMINI:
             self._served = tier_in(exchange.headers)
+        if (reading := DIALECTS[self.dialect].usage_in) is not None:
+            self._told_usage = reading(exchange.headers)
         hides_usage = hides_usage and not record.coding
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         key = target.upstream.key
@@ -668,7 +671,7 @@ class NativeExchange:
         if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
         facts = facts or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
-        answer.usage = facts.usage
+        answer.usage = self._told_usage if is_unknown(facts.usage) else facts.usage
         if self._served is not None:
             answer.usage = with_tier(facts.usage, self._served)
         answer.finish_reason = facts.finish_reason

@@ -30,7 +30,7 @@ import orjson
 
 from tidegate.dialects import DIALECTS, refusals
 from tidegate.dialects.spec import Dialect, Endpoint, Headers
-from tidegate.errors import UpstreamError, UpstreamGarbled, UpstreamThrottled
+from tidegate.errors import UpstreamError, UpstreamGarbled, UpstreamRejected, UpstreamThrottled
 from tidegate.policy.deployment import Upstream
 from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
 
@@ -59,6 +59,8 @@ def takes(endpoint: Endpoint) -> bool:
             return endpoint.path == "/v1/messages"
         case Dialect.GEMINI:
             return _GENERATE.fullmatch(endpoint.path) is not None
+        case Dialect.BEDROCK:  # whose batches are files in S3
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ def batch_api(wire: RelayWire, upstream: Upstream, dialect: Dialect) -> BatchApi
             return AnthropicBatches(account)
         case Dialect.GEMINI:
             return GeminiBatches(account)
+        case Dialect.BEDROCK:
+            raise UpstreamRejected("Bedrock's batches are files in S3, which are not made here")
 
 
 def custom_id(batch: UUID, line: int) -> str:

@@ -135,6 +135,9 @@ class Clouds:
             if "api-version" not in request.query:
                 raise Refuses(404, "Resource not found")
             return f"/v1{named[2]}", {"Authorization": "Bearer k"}, body
+        if path.startswith("/model/"):
+            self._check_signature(request, body)
+            return request.raw_path, {"Authorization": "Bearer k"}, body
         if path.startswith("/openai/v1/"):
             if request.headers.get("Authorization", "").startswith("AWS4"):
                 self._check_signature(request, body)

@@ -106,6 +106,11 @@ async def test_openais_sdks_reach_azure_and_bedrock(gateway: Gateway, clouds: Cl
         )
         row = await gateway.audit(named.headers["x-tidegate-request-id"])
         assert (row["model"], row["upstream"]) == ("gpt-dep", "azure"), "the path's, not the body's"
+    body = {"messages": [{"role": "user", "content": [{"text": "Say hello"}]}]}
+    url = f"{gateway.url}/model/openai.gpt-oss:0/converse"
+    async with gateway.http.post(url, json=body, headers={"x-amz-security-token": "t"}) as answer:
+        assert (answer.status, answer.headers["x-tidegate-upstream"]) == (200, "bedrock")
+    assert clouds.seen.pop()[0] == "/model/openai.gpt-oss:0/converse", "signed again"
     asked = [(path, body["model"]) for path, body in clouds.seen]
     deployment = "/openai/deployments/gpt-dep/chat/completions?api-version=2024-10-21"
     assert asked == [

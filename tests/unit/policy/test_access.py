@@ -91,6 +91,11 @@ CHAT = "/chat/completions"
         ),
         (
             'provider = "bedrock"\nregion = "us-east-1"',
+            *("bedrock", "/model/m/converse", "https://bedrock-runtime.us-east-1.amazonaws.com"),
+            "bearer",
+        ),
+        (
+            'provider = "bedrock"\nregion = "us-east-1"',
             *("anthropic", "/v1/messages", "https://bedrock-mantle.us-east-1.api.aws/anthropic"),
             "bearer",
         ),
