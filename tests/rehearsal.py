@@ -12,9 +12,12 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+import asyncpg
 
 from tests.fleet import Fleet
 from tests.tenancy import keys_of
@@ -276,3 +279,23 @@ def shown(rows: Sequence[Compared]) -> str:
         for one in rows
     ]
     return "\n".join(lines)
+
+
+_RECORDED = """
+    INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, kind, model,
+        classified_by, classified_reason, priority, attempts, lapses, instance_id, submitted_at,
+        admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens)
+    SELECT id, at, id, tenant, 'gemini', 'relay', 'succeeded', 'text_only', 'gemini-2.5-flash',
+        'body', '', 0, 1, 0, 'i', at, at + interval '3 seconds', at + interval '5 seconds', 3000,
+        2000, 800, 200
+    FROM generate_series(0, $2::int - 1) AS n,
+        LATERAL (SELECT gen_random_uuid() AS id,
+            $1::timestamptz + n / 40 * interval '1 minute' + n % 40 * interval '50 ms' AS at,
+            CASE WHEN n % 4 = 3 THEN 'globex' WHEN n % 8 = 1 THEN 'initech' ELSE 'acme' END
+                AS tenant) AS drawn
+"""
+
+
+async def put_on_record(database: asyncpg.Pool, begins_at: datetime, calls: int) -> None:
+    """Calls of 2 s from a moment on, 40 within 2 s each minute, each of which waited 3 s."""
+    await database.execute(_RECORDED, begins_at, calls)

@@ -1,5 +1,5 @@
 """The dashboard's pages of what operators look after in a real browser: usage, upstreams,
-batches, alerts, settings.
+batches, alerts, settings, rehearsals.
 
 With TIDEGATE_SCREENSHOTS set, their pictures of docs/dashboard.md are taken anew.
 """
@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from csv import DictReader
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ from tests.batching import begin, completed, content
 from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Colours, Seen, Stage, opened
 from tests.databases import Databases
 from tests.gateway import gateway
+from tests.rehearsal import put_on_record
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.embedded.servers import ValkeyServer
+from tidegate.policy.format import edit
 from tidegate.prices.budgets import Budget
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-DOCUMENTED = ("usage", "upstreams", "batches", "alerts")
+DOCUMENTED = ("usage", "upstreams", "batches", "alerts", "what-if")
 WINDOWS: tuple[tuple[int, Colours], ...] = ((1440, "light"), (1440, "dark"), (400, "light"))
 
 # What is said to be left of 1,000 lines at one a second, looked at every other second, with bursts.
@@ -92,6 +94,7 @@ async def pictured(seen: Seen, ready: str, name: str, folder: Path) -> None:
     for width, colours in WINDOWS:
         await page.set_viewport_size({"width": width, "height": 900})
         await page.emulate_media(color_scheme=colours)
+        await page.evaluate("scrollTo(0, 0)")
         if (width, colours) != WINDOWS[0]:  # the narrow one has the same colours
             await seen.is_accessible()
         assert await seen.is_within(), (name, width)
@@ -382,3 +385,80 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         await pictured(seen, ".setting", "settings", tmp_path)
     await running.services.limiter.resume("kind:multi_modal", by="test")
     await running.services.budgets.records.remove("all", by="test")
+
+
+async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
+    stage: Stage, tmp_path: Path
+) -> None:
+    running, day = stage.gateway, datetime.now(UTC).date() - timedelta(days=1)
+    await put_on_record(running.database, datetime.combine(day, time(9), UTC), 1_200)
+    await used(stage, day, "rehearsed", "gemini-2.5-flash", 1_000)
+    async with opened(stage, "/") as seen:
+        page = seen.page
+        await expect(page.locator("#live")).to_have_text("Live")
+        await page.route("**/admin/usage?*", lambda route: route.fulfill(json={"rows": []}))
+        await page.keyboard.press("g")
+        await page.keyboard.press("i")
+        await expect(page.get_by_text("No calls on record yet")).to_be_visible()
+        await page.unroute("**/admin/usage?*")
+        await page.get_by_role("link", name="Overview").click()
+        await page.get_by_role("link", name="What if").click()
+        days = page.get_by_role("group", name="Days with requests")
+        await days.get_by_role("button", name=f"{day.day} {day:%b}").click()
+        assert await page.get_by_label("Day (UTC)").input_value() == str(day)
+        go = page.get_by_role("button", name="Rehearse")
+        row = page.locator("[data-limit='kind:text_only']")
+        await expect(row).to_contain_text("now 2 concurrent")
+        new = page.get_by_label("New value of kind:text_only")
+        form, result = page.locator(".what-if-form"), page.locator(".what-if-result")
+        for typed, told in (("", "at least one limit"), ("few", "must be a whole number")):
+            await new.fill(typed)
+            await go.click()
+            await expect(form.locator(".what-if-change .wrong")).to_contain_text(told)
+            await expect(page.locator(":focus")).to_have_attribute("placeholder", "unchanged")
+        await new.fill("20")
+        await page.get_by_label("From").select_option("17")
+        await page.get_by_label("Until").select_option("9")
+        await go.click()
+        await expect(form).to_contain_text("It must be later than From")
+        await page.get_by_label("Until").select_option("18")
+        await new.press("Enter")
+        await expect(result).to_contain_text("No call of gemini is on record then")
+        await page.get_by_label("From").select_option("9")
+        # One that is cancelled shows nothing.
+        await page.route("**/admin/limits/rehearse?*", lambda _: None)
+        await go.click()
+        await page.get_by_role("button", name="Cancel").click()
+        await expect(form.get_by_role("status")).to_have_text("Cancelled.")
+        await page.unroute("**/admin/limits/rehearse?*")
+        await go.click()
+        await expect(result).to_contain_text("With kind:text_only=20")
+        await expect(result).to_contain_text("of 1,200 calls would have waited")
+        await expect(result.locator(".chart canvas")).to_have_count(4)
+        for name in ("Waiting, limits in force", "Waiting, with the change"):
+            await expect(result.get_by_role("img", name=name)).to_be_visible()
+        await expect(result.locator("[data-tenant='globex'] td").nth(4)).to_have_text("3.00 s")
+        before, after = [
+            await result.locator("[data-tenant=''] td").nth(at).inner_text() for at in (5, 6)
+        ]
+        assert (before[:2], after[:2]) == ("36", "1."), (before, after)
+        await page.reload()  # the address has it all
+        await expect(new).to_have_value("20")
+        assert await page.get_by_label("From").input_value() == "9"
+        await go.click()
+        await pictured(seen, ".what-if-charts canvas", "what-if", tmp_path)
+        await page.set_viewport_size({"width": 2560, "height": 1200})
+        assert await seen.is_within()
+        await page.screenshot(path=tmp_path / "what-if-2560.png")
+        await page.get_by_role("button", name="Apply").click()
+        dialog = page.get_by_role("dialog", name="Apply the new kind:text_only?")
+        await expect(dialog.get_by_role("list", name="Changes")).to_have_text(
+            "kind:text_only 2 → 20"
+        )
+        await seen.is_accessible()
+        await dialog.get_by_role("button", name="Apply").click()
+        await expect(row).to_contain_text("now 20 concurrent")
+        assert running.services.limiter.policy.bound("kind:text_only") == 20
+        [newest, *_] = await running.services.keeper.history(1)
+        assert (newest.set_by, newest.reason) == ("dashboard", "rehearsed")
+    await running.services.keeper.change(edit({"kind:text_only": 2}), set_by="test", reason="")

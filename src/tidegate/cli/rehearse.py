@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
     from tidegate.settings import Config
     from tidegate.store.database import Connections
 
-_AS_IT_IS = "as it is"
 _LONGEST_BYTES = 500_000_000
 
 FromRecord = Annotated[
     str | None,
     typer.Option(
         help="Instead of a file the calls on record of the last 30m, 1h, 1d, or of a day (UTC), "
-        "such as 2026-11-24.",
+        "such as 2026-11-24, or of hours of it: 2026-11-24T09-17.",
         metavar="SPAN|DAY",
     ),
 ]
@@ -99,23 +98,23 @@ def rehearse(
 
     Touches nothing: what is simulated is the limiter's executable specification.
     """
+    from tidegate.rehearse import variants
     from tidegate.rehearse.budgets import priced
     from tidegate.rehearse.load import TokenPace, Usual, write_trace
     from tidegate.rehearse.simulation import Setting, compare
     from tidegate.settings import load as load_config
 
     choose_pool(pool)
-    config = load_config()
-    pool = chosen_pool(config)
-    models = {kind: config.model_for(kind) for kind in config.rate_limits}
-    usual = Usual(models, TokenPace(first_token_ms, tokens_per_second))
+    pool = chosen_pool(config := load_config())
+    pace = TokenPace(first_token_ms, tokens_per_second)
+    usual = Usual({kind: config.model_for(kind) for kind in config.rate_limits}, pace)
     cost = _cost_in(config, pool)
     drawn, budgets, starts_at = _arrivals(config, load, from_record, usual, seed, pool)
     if in_force:
         budgets = _budgets_in_force(config)
     arrivals = priced(_sooner(drawn, times), cost)
     kept = _policy(config, policy, in_force=in_force, pool=pool)
-    policies, bound = _variants(kept, budgets, set_ or [])
+    policies, bound = variants(kept, budgets, _changes(set_))
     setting = Setting(
         processes=processes,
         round_trip_ms=round_trip_ms,
@@ -170,60 +169,28 @@ def _budgets_in_force(config: Config) -> tuple[Budget, ...]:
 
 
 def _cost_in(config: Config, pool: str) -> Cost:
-    """What calls cost at the upstream of a pool: as the trace has it, or by its prices."""
-    from tidegate.admission.charges import Prices
-    from tidegate.call import Usage
+    """What calls cost at the upstream of a pool."""
     from tidegate.policy.deployment import deployed_upstreams
-    from tidegate.prices.rates import cost_micros
+    from tidegate.rehearse import cost_at
 
     try:
         upstreams = deployed_upstreams(config).upstreams
     except ConfigError:  # a rehearsal needs no upstream: without one no price is known
         upstreams = ()
-    prices = Prices(next((one for one in upstreams if one.pool == pool), None))
-
-    def cost(arrival: Arrival, model: str) -> int | None:
-        if arrival.cost_usd and model == arrival.model:
-            return arrival.use.cost_micros
-        usage = Usage(arrival.input_tokens, arrival.output_tokens)
-        usage = replace(usage, cached_tokens=arrival.cached_tokens)
-        return cost_micros(prices.of(model), usage, arrival.images)
-
-    return cost
+    return cost_at(next((one for one in upstreams if one.pool == pool), None))
 
 
 def _from_record(
     config: Config, said: str, span: tuple[datetime, datetime], usual: Usual, pool: str
 ) -> tuple[list[Arrival], datetime]:
     """The calls, and when the first of them was submitted."""
-    from tidegate.rehearse.load import from_zero
-    from tidegate.store.statistics import past_calls
+    from tidegate.rehearse import recorded_load
     from tidegate.supervisor.services import with_record
 
-    calls = with_record(config, lambda connections: past_calls(connections, pool, *span))
-    if not calls:
+    load = with_record(config, lambda connections: recorded_load(connections, pool, span, usual))
+    if load is None:
         raise ConfigError("--from-record", said, f"no call of pool {pool} is on record then")
-    since = calls[0].submitted_at
-    rows: list[dict[str, Any]] = [
-        {
-            "time_ms": (call.submitted_at - since).total_seconds() * 1000,
-            "tenant": call.tenant_id,
-            "kind": call.kind,
-            "model": call.model,
-            "duration_ms": call.upstream_ms,
-            "input_tokens": call.input_tokens,
-            "output_tokens": call.output_tokens,
-            "images": call.images,
-            "priority": call.priority,
-            "cached_tokens": call.cached_tokens,
-            "cache_write_tokens": call.cache_write_tokens,
-            "cost_usd": call.cost_micros / 1_000_000,
-            "key": call.key_id,
-            "subject": call.subject,
-        }
-        for call in calls
-    ]
-    return from_zero(usual.arrival("the record", row) for row in rows), since
+    return load.arrivals, load.since
 
 
 def _sooner(arrivals: list[Arrival], times: float) -> list[Arrival]:
@@ -249,31 +216,25 @@ def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> 
     return in_pool(look)
 
 
-def _variants(
-    policy: PoolPolicy, budgets: tuple[Budget, ...], sets: Sequence[str]
-) -> tuple[Mapping[str, PoolPolicy], Mapping[str, tuple[Budget, ...]]]:
-    """The policy and the budgets as they are, then with each set of changes."""
+def _changes(sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Each set of changes by its name."""
     from tidegate.cli.limits import parsed
-    from tidegate.policy.format import edit, of_plain, to_plain
-    from tidegate.rehearse.budgets import PREFIX, changed
 
-    found, bound = {_AS_IT_IS: policy}, {_AS_IT_IS: budgets}
-    for changes in sets:
+    found = {}
+    for changes in sets or ():
         each = [change.strip() for change in changes.split(";") if change.strip()]
-        wanted = dict(parsed(change, "--set") for change in each)
-        of_budgets = {key: wanted.pop(key) for key in list(wanted) if key.startswith(PREFIX)}
-        found["; ".join(each)] = of_plain(edit(wanted)(to_plain(policy)))
-        bound["; ".join(each)] = changed(budgets, of_budgets) if of_budgets else budgets
-    return found, bound
+        found["; ".join(each)] = dict(parsed(change, "--set") for change in each)
+    return found
 
 
 def _tell(found: list[Findings], svg: Path | None, html: Path | None, *, json: bool) -> None:
     from tidegate.cli.terminal import console, show_chart, show_figures
     from tidegate.rehearse.charts import chart_of, drawing_of, page_of, svg_of
-    from tidegate.rehearse.report import sentence_of, tables_of, title_of
+    from tidegate.rehearse.report import difference_of, sentence_of, tables_of, title_of
 
     drawings, tables = [drawing_of(one) for one in found], tables_of(found)
-    sentence = sentence_of(found[0])
+    said = [sentence_of(found[0]), *(difference_of(found[0], one) for one in found[1:])]
+    sentence = " ".join(said)
     if svg is not None or html is not None:
         picture = svg_of(title_of(found[0]), drawings)
         if svg is not None:
@@ -284,7 +245,8 @@ def _tell(found: list[Findings], svg: Path | None, html: Path | None, *, json: b
         show_json(found if len(found) > 1 else found[0])
         return
     shown = console()
-    shown.print(sentence, soft_wrap=False)
+    for one in said:
+        shown.print(one, soft_wrap=False)
     for table in tables:
         shown.print()
         show_figures(table, shown, {"binds": "bold yellow"})

@@ -130,6 +130,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/limits": {"GET": _V, "PATCH": _O},
     "/admin/limits/history": {"GET": _V},
     "/admin/limits/accept": {"POST": _O},
+    "/admin/limits/rehearse": {"POST": _V},  # changes nothing
     "/admin/limits/{limit_id:path}": {"PUT": _O, "DELETE": _O},
     "/admin/limits/{limit_id:path}/pause": {"POST": _O},
     "/admin/limits/{limit_id:path}/resume": {"POST": _O},

@@ -45,6 +45,7 @@ from tidegate.metrics.verdict import Standing
 from tidegate.policy.inspection import Waiting, estimate_of, is_put_back, waiting
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import REFUSED, CallListeners, CallRecord, Failure, Source
+from tidegate.rehearse import Rehearsals
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
@@ -223,6 +224,7 @@ class Services:
     bodies: BodyMemory = field(default_factory=BodyMemory)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     looks: Looks = field(default_factory=Looks)
+    rehearsals: Rehearsals = field(default_factory=Rehearsals)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
     followers: set[asyncio.Task[Any]] = field(default_factory=set)

@@ -1,1 +1,331 @@
-"""Rehearsal: a load under a policy, simulated in virtual time."""
+"""Rehearsal: a load under a policy, simulated in virtual time.
+
+The command and the route of operators read the record, vary the policy and compare by the same
+functions. A gateway rehearses in a child process, because a simulation takes seconds of a core.
+
+Invariants: one rehearsal runs at a time in a gateway's process; its child does not outlive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from tidegate.errors import ConfigError, QuotaExceeded, StoreUnavailable
+
+if TYPE_CHECKING:
+    from tidegate.limiter import PoolPolicy
+    from tidegate.policy.deployment import Upstream
+    from tidegate.prices.budgets import Budget
+    from tidegate.rehearse.load import Arrival, Usual
+    from tidegate.store.database import Connections
+
+AS_IT_IS = "as it is"
+# Of a gateway's process; the command takes as many as the record gives.
+MOST_RECORDED_CALLS = 50_000
+_RETRY_AFTER_MS = 2_000
+_PROGRAM = "from tidegate.rehearse import answer; answer()"
+
+
+@dataclass(frozen=True, slots=True)
+class ChartCurve:
+    """Values at the moments of a drawing."""
+
+    name: str
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class RehearsedCase:
+    """One policy for a page: its figures, and its curves at `at_ms` from the first arrival.
+    `waiting` has calls by tenant, `used` parts of limits, as a Drawing. `refused`: reason -> how
+    many."""
+
+    name: str
+    queued: int
+    refused: dict[str, int]
+    p50_ms: float | None
+    p99_ms: float | None
+    binding: list[str]
+    at_ms: list[float]
+    waiting: list[ChartCurve]
+    used: list[ChartCurve]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantCase:
+    """The calls of one tenant under one policy."""
+
+    queued: int
+    refused: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedTenant:
+    """One tenant, or all, whose name is empty: the waits on record, then those of each policy."""
+
+    tenant: str
+    calls: int
+    recorded_p50_ms: float | None
+    recorded_p99_ms: float | None
+    cases: list[TenantCase]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Calls on record under a policy as it is and with changes, for a page.
+
+    sentence: what the change would have done. since: when the first call was submitted. end_ms:
+    when the last one had ended in any case. tenants: all together, then those that wait longest;
+    more_tenants: the others. `cases` is empty where no call is on record.
+    """
+
+    calls: int
+    since: datetime
+    end_ms: float
+    sentence: str
+    cases: list[RehearsedCase]
+    tenants: list[ComparedTenant]
+    more_tenants: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedLoad:
+    """Calls on record as arrivals, when the first was submitted, and how long each waited then."""
+
+    arrivals: list[Arrival]
+    since: datetime
+    waits_ms: list[tuple[str, float]]
+
+
+async def recorded_load(
+    connections: Connections,
+    pool: str,
+    span: tuple[datetime, datetime],
+    usual: Usual,
+    most: int | None = None,
+) -> RecordedLoad | None:
+    """The calls of a pool that were submitted in a span; None where there is none.
+
+    Raises StoreUnavailable, and ConfigError naming `record` where there are more than `most`.
+    """
+    from tidegate.rehearse.load import from_zero
+    from tidegate.store.statistics import MOST_CALLS, past_calls
+
+    calls = await past_calls(
+        connections, pool, *span, most=MOST_CALLS if most is None else most + 1
+    )
+    if not calls:
+        return None
+    if most is not None and len(calls) > most:
+        allowed = f"must have at most {most:,} calls: choose fewer hours, or run the command"
+        raise ConfigError("record", f"(more than {most:,} calls)", allowed)
+    since = calls[0].submitted_at
+    rows: list[dict[str, Any]] = [
+        {
+            "time_ms": (call.submitted_at - since).total_seconds() * 1000,
+            "tenant": call.tenant_id,
+            "kind": call.kind,
+            "model": call.model,
+            "duration_ms": call.upstream_ms,
+            "input_tokens": call.input_tokens,
+            "output_tokens": call.output_tokens,
+            "images": call.images,
+            "priority": call.priority,
+            "cached_tokens": call.cached_tokens,
+            "cache_write_tokens": call.cache_write_tokens,
+            "cost_usd": call.cost_micros / 1_000_000,
+            "key": call.key_id,
+            "subject": call.subject,
+        }
+        for call in calls
+    ]
+    arrivals = from_zero(usual.arrival("the record", row) for row in rows)
+    return RecordedLoad(arrivals, since, [(call.tenant_id, call.waited_ms) for call in calls])
+
+
+def cost_at(upstream: Upstream | None) -> Callable[[Arrival, str], int | None]:
+    """What calls cost at an upstream: as the trace has it, or by its prices."""
+    from tidegate.admission.charges import Prices
+    from tidegate.call import Usage
+    from tidegate.prices.rates import cost_micros
+
+    prices = Prices(upstream)
+
+    def cost(arrival: Arrival, model: str) -> int | None:
+        if arrival.cost_usd and model == arrival.model:
+            return arrival.use.cost_micros
+        usage = Usage(arrival.input_tokens, arrival.output_tokens)
+        usage = replace(usage, cached_tokens=arrival.cached_tokens)
+        return cost_micros(prices.of(model), usage, arrival.images)
+
+    return cost
+
+
+def name_of(changes: Mapping[str, Any]) -> str:
+    """Changes as `limits set` writes them: `kind:text_only=8; weights.acme=4`."""
+    return "; ".join(f"{key}={_shown(value)}" for key, value in changes.items())
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping) and "bound" in value:
+        value = value["bound"]
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def variants(
+    policy: PoolPolicy, budgets: tuple[Budget, ...], changes: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, PoolPolicy], dict[str, tuple[Budget, ...]]]:
+    """The policy and the budgets as they are, then with each set of changes, by its name. Raises
+    ConfigError, naming the key."""
+    from tidegate.policy.format import edit, of_plain, to_plain
+    from tidegate.rehearse.budgets import PREFIX, changed
+
+    policies, bound = {AS_IT_IS: policy}, {AS_IT_IS: budgets}
+    for name, given in changes.items():
+        of_budgets = {key: value for key, value in given.items() if key.startswith(PREFIX)}
+        wanted = _without_budgets(given)
+        policies[name] = of_plain(edit(wanted)(to_plain(policy)))
+        bound[name] = changed(budgets, of_budgets) if of_budgets else budgets
+    return policies, bound
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRehearsal:
+    """What a process of its own rehearses: the calls of `record`, a span or a day as
+    `--from-record` takes it, under a pool's `policy` as it is and with `changes`.
+
+    models: of calls whose model is not on record, by kind. upstream: for its prices, without key.
+    """
+
+    database_url: str
+    pool: str
+    record: str
+    policy: Mapping[str, Any]
+    changes: Mapping[str, Any]
+    models: Mapping[str, str]
+    upstream: Upstream | None
+    kinds_optional: bool
+    most: int = MOST_RECORDED_CALLS
+
+    async def run(self, now: datetime) -> Comparison:
+        """Raises ConfigError, naming the field, and StoreUnavailable."""
+        from tidegate.policy.format import of_plain
+        from tidegate.rehearse.budgets import priced
+        from tidegate.rehearse.charts import comparison_of
+        from tidegate.rehearse.load import TokenPace, Usual, record_span
+        from tidegate.rehearse.simulation import Setting, compare
+        from tidegate.store.budgets import BudgetRecords
+        from tidegate.store.database import Connections
+
+        span = record_span("record", self.record, now)
+        policy = of_plain(self.policy, strict=False)
+        sets = {name_of(self.changes): self.changes} if self.changes else {}
+        variants(policy, (), {name: _without_budgets(one) for name, one in sets.items()})
+        usual = Usual(self.models, TokenPace())
+        connections = Connections(self.database_url, size=1)
+        connections.start()
+        try:
+            load = await recorded_load(connections, self.pool, span, usual, self.most)
+            _, budgets = await BudgetRecords(connections).all()
+        finally:
+            await connections.aclose()
+        policies, bound = variants(policy, tuple(budgets), sets)
+        if load is None:
+            return comparison_of([], (), span[0])
+        cost = cost_at(self.upstream)
+        setting = Setting(kinds_optional=self.kinds_optional, starts_at=load.since, cost=cost)
+        found = compare(priced(load.arrivals, cost), policies, setting, budgets=bound)
+        return comparison_of(found, load.waits_ms, load.since)
+
+
+def _without_budgets(changes: Mapping[str, Any]) -> dict[str, Any]:
+    from tidegate.rehearse.budgets import PREFIX
+
+    return {key: value for key, value in changes.items() if not key.startswith(PREFIX)}
+
+
+class Rehearsals:
+    """Rehearsals of one process of a gateway: one runs, one more waits for it."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._there = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for the one that runs."""
+        return max(0, self._there - 1)
+
+    async def run(self, wanted: RecordRehearsal) -> bytes:
+        """A Comparison as JSON. Cancelled, it ends the process that simulates.
+
+        Raises QuotaExceeded where one waits already, ConfigError and StoreUnavailable.
+        """
+        if self._there > 1:
+            raise QuotaExceeded(
+                "a rehearsal runs in this process, and another one waits for it",
+                limit="rehearsals",
+                allowed="one rehearsal at a time in each process, and one that waits",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+        self._there += 1
+        try:
+            async with self._turn:
+                return await _answered(wanted)
+        finally:
+            self._there -= 1
+
+
+async def _answered(wanted: RecordRehearsal) -> bytes:
+    # -P: the working directory is not searched for modules.
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",
+        "-c",
+        _PROGRAM,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        answer, _ = await child.communicate(pickle.dumps(wanted))
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    if child.returncode:
+        raise RuntimeError(f"the process of a rehearsal ended with {child.returncode}")
+    first, _, rest = answer.partition(b"\n")
+    if first == b"config":
+        raise ConfigError(*orjson.loads(rest))
+    if first == b"away":
+        raise StoreUnavailable(rest.decode())
+    return rest
+
+
+def answer() -> None:
+    """Entry point of the child: a RecordRehearsal from its parent to a line that says how it ended,
+    and what it found. Its parent ends it, not the terminal."""
+    import os
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(10)  # after the calls of the gateway
+    wanted: RecordRehearsal = pickle.loads(sys.stdin.buffer.read())
+    try:
+        said = b"found\n" + orjson.dumps(asyncio.run(wanted.run(datetime.now(UTC))))
+    except ConfigError as wrong:
+        said = b"config\n" + orjson.dumps((wrong.variable, wrong.value, wrong.allowed))
+    except StoreUnavailable as away:
+        said = b"away\n" + away.message.encode()
+    sys.stdout.buffer.write(said)

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from html import escape
 from math import ceil, log10
 
-from tidegate.rehearse.report import Findings, LimitUse, Sample, Table
+from tidegate.rehearse import (
+    ChartCurve,
+    ComparedTenant,
+    Comparison,
+    RehearsedCase,
+    TenantCase,
+)
+from tidegate.rehearse.report import (
+    Findings,
+    Group,
+    LimitUse,
+    Sample,
+    Table,
+    difference_of,
+    sentence_of,
+    waits_of,
+)
 
 OTHERS = "all others"
 MOST_CURVES = 5
+# Of a page: moments of a curve, and tenants.
+_MOST_MOMENTS = 240
+_MOST_COMPARED = 50
 _STEPS = (1.0, 2.0, 5.0, 10.0)
 _TIME_STEPS_MS = tuple(
     seconds * 1000
@@ -20,14 +40,6 @@ _TIME_STEPS_MS = tuple(
         *(7200, 10800, 21600, 43200, 86400, 172800, 604800),
     )
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ChartCurve:
-    """Values at the moments of a drawing."""
-
-    name: str
-    values: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,76 @@ def _used(found: Findings, samples: Sequence[Sample]) -> list[ChartCurve]:
 
 def _curve(name: str, samples: Sequence[Sample], value: Callable[[Sample], float]) -> ChartCurve:
     return ChartCurve(name, [value(sample) for sample in samples])
+
+
+def comparison_of(
+    found: Sequence[Findings], recorded: Sequence[tuple[str, float]], since: datetime
+) -> Comparison:
+    """`recorded`: the tenant and the wait in ms of each call on record."""
+    if not found:
+        return Comparison(0, since, 0.0, "No call is on record then.", [], [], 0)
+    sentence = sentence_of(found[0]) if len(found) == 1 else difference_of(found[0], found[1])
+    waits_ms: dict[str, list[float]] = {}
+    for tenant, wait_ms in recorded:
+        waits_ms.setdefault(tenant, []).append(wait_ms)
+    groups = [{group.name: group for group in one.tenants} for one in found]
+    tenants = [_compared(name, waits_ms.get(name, ()), groups) for name in groups[0]]
+    tenants.sort(key=lambda one: (-max(case.p99_ms or 0 for case in one.cases), one.tenant))
+    wholes = [
+        {"": Group("", one.calls, one.admitted, one.queued, one.refused, one.waits)}
+        for one in found
+    ]
+    everybody = _compared("", [wait_ms for _, wait_ms in recorded], wholes)
+    return Comparison(
+        calls=found[0].calls,
+        since=since,
+        end_ms=max(one.end_ms for one in found),
+        sentence=sentence,
+        cases=[_case(one) for one in found],
+        tenants=[everybody, *tenants[:_MOST_COMPARED]],
+        more_tenants=max(0, len(tenants) - _MOST_COMPARED),
+    )
+
+
+def _compared(
+    name: str, recorded_ms: Iterable[float], groups: Sequence[Mapping[str, Group]]
+) -> ComparedTenant:
+    waits = waits_of(recorded_ms)
+    each = [group[name] for group in groups]
+    return ComparedTenant(
+        name,
+        each[0].calls,
+        waits.p50_ms,
+        waits.p99_ms,
+        [
+            TenantCase(one.queued, sum(one.refused.values()), one.waits.p50_ms, one.waits.p99_ms)
+            for one in each
+        ],
+    )
+
+
+def _case(found: Findings) -> RehearsedCase:
+    """With the most of so many neighbouring moments, so that no peak is lost."""
+    drawing = drawing_of(found)
+    together = -(-len(drawing.moments) // _MOST_MOMENTS)
+
+    def peaks(values: Sequence[float]) -> list[float]:
+        return [max(values[at : at + together]) for at in range(0, len(values), together)]
+
+    def thinned(curves: Sequence[ChartCurve]) -> list[ChartCurve]:
+        return [ChartCurve(one.name, peaks(one.values)) for one in curves]
+
+    return RehearsedCase(
+        name=found.name,
+        queued=found.queued,
+        refused=found.refused,
+        p50_ms=found.waits.p50_ms,
+        p99_ms=found.waits.p99_ms,
+        binding=found.binding,
+        at_ms=[*drawing.moments[::together]],
+        waiting=thinned(drawing.waiting),
+        used=thinned(drawing.used),
+    )
 
 
 def round_up(value: float) -> float:

@@ -388,18 +388,25 @@ def span_ms(path: str, text: object) -> float:
     return found_ms
 
 
-_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_DAY = re.compile(r"(\d{4}-\d{2}-\d{2})(?:T(\d{1,2})(?:-(\d{1,2}))?)?", re.ASCII)
 
 
 def record_span(path: str, text: str, now: datetime) -> tuple[datetime, datetime]:
-    """`1h`: from an hour before `now` on; `2026-11-24`: that day, UTC. Raises ConfigError."""
-    if not _DAY.fullmatch(text):
+    """`1h`: from an hour before `now` on; `2026-11-24`: that day, UTC; `2026-11-24T09` an hour of
+    it, `2026-11-24T09-17` from nine to five. Raises ConfigError."""
+    found = _DAY.fullmatch(text)
+    if found is None:
         return now - timedelta(milliseconds=span_ms(path, text)), now
+    written, first, last = found.groups()
     try:
-        day = datetime.combine(date.fromisoformat(text), time(), UTC)
+        day = datetime.combine(date.fromisoformat(written), time(), UTC)
     except ValueError:
         raise ConfigError(path, text, "must be a day that there is, such as 2026-11-24") from None
-    return day, day + timedelta(days=1)
+    begin = int(first or 0)
+    end = int(last) if last else begin + 1 if first else 24
+    if not 0 <= begin < end <= 24:
+        raise ConfigError(path, text, "must be hours from 0 to 24, such as 2026-11-24T09-17")
+    return day + timedelta(hours=begin), day + timedelta(hours=end)
 
 
 def table_in(path: str, table: object) -> Mapping[str, Any]:

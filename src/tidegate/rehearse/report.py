@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tidegate.admission.demand import CallDemand
 from tidegate.checker import Event, What, shares
@@ -19,6 +20,8 @@ from tidegate.prices.budgets import Unit, shown_amount
 from tidegate.prices.rates import dollars
 from tidegate.rehearse.budgets import BudgetOutcome
 from tidegate.rehearse.load import Arrival
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -155,6 +158,8 @@ BINDS = 0.05
 # Shares are reported of at least so much time in which all tenants wait.
 _TOGETHER_S = 1.0
 _MOST_TENANTS = 40
+# A longer wait of one tenant counts from this difference on.
+_NOTICED_MS = 100
 _REASONS = {
     "deadline_exceeded": "deadline",
     "limit_used_up": "used up",
@@ -466,6 +471,46 @@ def sentence_of(found: Findings) -> str:
     if late_ms > 0.2 * found.span_ms and found.queued:
         said.append(f"the queue is empty {format_span(late_ms)} after the last arrival")
     return "; ".join(said) + "."
+
+
+def difference_of(now: Findings, changed: Findings) -> str:
+    """What a change would have done, in a sentence or two."""
+    calls = f"{changed.queued:,} of {changed.calls:,} calls would have waited"
+    said = [
+        f"With {changed.name}, {calls}{_before(changed.queued, now.queued, '{:,}'.format)}",
+        f"the 99th percentile of the wait would be {milliseconds(changed.waits.p99_ms)}"
+        f"{_before(changed.waits.p99_ms, now.waits.p99_ms, milliseconds)}",
+    ]
+    refused, before = (sum(one.refused.values()) for one in (changed, now))
+    if refused or before:
+        told = _before(refused, before, "{:,}".format)
+        said.append(f"{refused:,} would have been refused{told}")
+    binding, bound = (", ".join(one.binding) or "none" for one in (changed, now))
+    said.append(f"the bottleneck would be {binding}{_before(binding, bound, str)}")
+    if (worse := _worse_off(now, changed)) is not None:
+        said.append(worse)
+    return "; ".join(said) + "."
+
+
+def _before(value: T, before: T, told: Callable[[T], str]) -> str:
+    return ", as it is now" if told(value) == told(before) else f" instead of {told(before)}"
+
+
+def _worse_off(now: Findings, changed: Findings) -> str | None:
+    """The tenant that loses most by a change, where one waits noticeably longer for it."""
+    before = {one.name: one.waits.p99_ms or 0 for one in now.tenants}
+    longer = [
+        ((one.waits.p99_ms or 0) - before[one.name], one.name, one.waits.p99_ms or 0)
+        for one in changed.tenants
+        if one.name in before
+    ]
+    more_ms, tenant, p99_ms = max(longer, default=(0.0, "", 0.0))
+    if more_ms < max(_NOTICED_MS, before.get(tenant, 0) / 10):
+        return None
+    return (
+        f"but {tenant} would wait longer: {milliseconds(p99_ms)} at its 99th percentile "
+        f"instead of {milliseconds(before[tenant])}"
+    )
 
 
 def title_of(found: Findings) -> str:

@@ -363,15 +363,21 @@ class PastCall:
     cost_micros: int
     key_id: str | None
     subject: str | None
+    waited_ms: float
 
 
 async def past_calls(
-    connections: Connections, pool: str, since: datetime, until: datetime
+    connections: Connections,
+    pool: str,
+    since: datetime,
+    until: datetime,
+    *,
+    most: int = MOST_CALLS,
 ) -> list[PastCall]:
     """What was submitted from `since` on and before `until`, in order of time; the newest
-    `MOST_CALLS` where there was more. Raises StoreUnavailable."""
+    `most` where there was more. Raises StoreUnavailable."""
     rows = await connections.rows(
-        "past_calls", pool, since, until, MOST_CALLS, timeout_ms=_PAST_CALLS_TIMEOUT_MS
+        "past_calls", pool, since, until, most, timeout_ms=_PAST_CALLS_TIMEOUT_MS
     )
     return [PastCall(**row) for row in reversed(rows)]
 

@@ -148,9 +148,15 @@ def test_a_part_of_the_record_is_a_span_before_now_or_a_day() -> None:
     assert record_span("x", "90m", NOW) == (NOW - timedelta(minutes=90), NOW)
     day = datetime(2026, 11, 24, tzinfo=UTC)
     assert record_span("x", "2026-11-24", NOW) == (day, day + timedelta(days=1))
+    nine, ten, five = (day + timedelta(hours=one) for one in (9, 10, 17))
+    assert record_span("x", "2026-11-24T09", NOW) == (nine, ten)
+    assert record_span("x", "2026-11-24T9-17", NOW) == (nine, five)
 
 
-@pytest.mark.parametrize("text", ["2026-02-30", "24.11.2026", "Tuesday", "2026-11"])
+@pytest.mark.parametrize(
+    "text",
+    ["2026-02-30", "24.11.2026", "Tuesday", "2026-11", "2026-11-24T24", "2026-11-24T9-9"],
+)
 def test_what_is_no_part_of_the_record_is_named(text: str) -> None:
     with pytest.raises(ConfigError) as wrong:
         record_span("--from-record", text, NOW)

@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 
+from tidegate.call import DEFAULT_TENANT
 from tidegate.limiter import Band, PoolPolicy, Quota, Rate
 from tidegate.rehearse.load import Arrival, TokenPace, Usual, load_of
-from tidegate.rehearse.report import Findings, sentence_of, tables_of
+from tidegate.rehearse.report import (
+    Findings,
+    difference_of,
+    milliseconds,
+    sentence_of,
+    tables_of,
+)
 from tidegate.rehearse.simulation import Setting, compare, rehearse
 
 pytestmark = pytest.mark.slow
@@ -167,6 +174,22 @@ def test_policies_are_told_side_by_side() -> None:
     assert int(rows["refused"][0]) > 30
     assert rows["refused"][1] == "0"
     assert rows["binds"] == (TEXT, "nothing")
+
+
+def test_a_change_is_told_in_words() -> None:
+    stream = {"per_second": 8, "duration_ms": 1000, "deadline_ms": 4000}
+    arrivals = load_of({"lasts": "30s", "arrivals": [stream]}).draw(USUAL, 1)
+    policies = {"now": PoolPolicy({TEXT: 5}), "more": PoolPolicy({TEXT: 40})}
+    now, more = compare(arrivals, policies, AT_ONCE)
+    refused = sum(now.refused.values())
+    assert difference_of(now, more) == (
+        f"With more, 0 of {now.calls} calls would have waited instead of {now.queued}; "
+        f"the 99th percentile of the wait would be 0 instead of {milliseconds(now.waits.p99_ms)}; "
+        f"0 would have been refused instead of {refused}; "
+        f"the bottleneck would be none instead of {TEXT}."
+    )
+    assert f"but {DEFAULT_TENANT} would wait longer: " in difference_of(more, now)
+    assert "would have waited, as it is now;" in difference_of(now, now)
 
 
 def test_several_plays_tell_how_far_apart_they_are() -> None:

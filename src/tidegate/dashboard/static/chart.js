@@ -21,9 +21,10 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
  * `update(at, lines)`: times in seconds, and the values of each line (null: no call in that span).
  * `marks(events)`: `{ at, words }` of what happened meanwhile, as upright lines. Its room is kept
  * while there is nothing to draw. `pick(at)` is called for a click on a moment. `stacked`: each line
- * stands on those after it. `signal` takes it away.
+ * stands on those after it. `peaks`: beside the names stand the largest values, not the newest.
+ * `signal` takes it away.
  */
-export function chart(title, series, words, { signal, least = 0, pick = null, stacked = false }) {
+export function chart(title, series, words, { signal, least = 0, pick = null, stacked = false, peaks = false }) {
   const host = h("div", { class: "chart-canvas" });
   const figures = series.map(() => h("b", {}, NOTHING));
   const legend = series.map(([label, name], at) => {
@@ -44,9 +45,10 @@ export function chart(title, series, words, { signal, least = 0, pick = null, st
   let marked = [];
 
   function tell(at) {
-    const place = at ?? data[0].length - 1;
-    figures.forEach((figure, line) => {
-      const value = data[line + 1][place];
+    const still = (line) => (peaks ? Math.max(...line) : line.at(-1));
+    figures.forEach((figure, number) => {
+      const line = data[number + 1];
+      const value = at === null || at === undefined ? still(line) : line[at];
       say(figure, value === null || value === undefined ? NOTHING : words(value));
     });
     say(when, at === null || at === undefined ? "" : momentOf(data[0], at, marked));
@@ -86,7 +88,7 @@ export function chart(title, series, words, { signal, least = 0, pick = null, st
       if (plot?.cursor.idx === null || plot === null) tell(null);
       const latest = series.map(([label], line) => `${label} ${figures[line].textContent}`);
       host.setAttribute("role", "img");
-      host.setAttribute("aria-label", `${title}, newest: ${latest.join(", ") || "nothing"}`);
+      host.setAttribute("aria-label", `${title}, ${peaks ? "at most" : "newest"}: ${latest.join(", ") || "nothing"}`);
     },
     marks(events) {
       if (JSON.stringify(events) === JSON.stringify(marked)) return;

@@ -6,22 +6,26 @@ only after its sender is authorised, and at most `MOST_BYTES` of it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import orjson
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tidegate.admission.estimator import Learned
-from tidegate.errors import ConfigError, InvalidRequest, UnsupportedMedia
+from tidegate.call import DEFAULT_POOL
+from tidegate.errors import ConfigError, InvalidRequest, ShuttingDown, UnsupportedMedia
 from tidegate.http.body import incoming_of
 from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
-from tidegate.policy.format import Edit, edit
+from tidegate.http.sse import disconnected
+from tidegate.policy.format import Edit, edit, to_plain
 from tidegate.policy.inspection import (
     Control,
     Overview,
@@ -35,6 +39,7 @@ from tidegate.policy.inspection import (
     why_batch,
 )
 from tidegate.policy.rollout import Revision
+from tidegate.rehearse import Comparison, RecordRehearsal
 from tidegate.spine.detached import next_line
 from tidegate.store.records import PolicyRecord
 
@@ -192,6 +197,23 @@ class AcceptedLimits(BaseModel):
     reason: str = Field(default="", max_length=500)
 
 
+class WantedRehearsal(BaseModel):
+    """Which calls on record, and what would have been different."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    record: str = Field(
+        max_length=100,
+        description="Which calls: a day (UTC), hours of one, or the last so long, as `30m`",
+        examples=["2026-11-24", "2026-11-24T09-17", "1h"],
+    )
+    set: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Changes, by the keys of `PATCH /admin/limits`, and `budgets.<name>.usd`",
+        examples=[{"kind:text_only": 20}],
+    )
+
+
 class InForceNow(BaseModel):
     """The revision that is in force now."""
 
@@ -280,6 +302,53 @@ async def accept_learned(request: Request) -> InForceNow:
     with config_errors_refused():
         now = await control_of(request).accept(chosen.limits, by=chosen.by, reason=chosen.reason)
     return _shown(now)
+
+
+@router.post(
+    "/limits/rehearse",
+    responses=problem_responses(429),
+    response_model=Comparison,
+    openapi_extra=described(WantedRehearsal),
+    summary="Rehearse changes of limits on calls on record; changes nothing",
+)
+async def rehearse(request: Request) -> Response:
+    """One runs at a time in a process, and ends when its client leaves. `cases` has the limits as
+    they are, then with the changes; it is empty where no call is on record."""
+    wanted = await read_json(request, WantedRehearsal)
+    services, pool = services_of(request), request.state.pool
+    assert services.config.database_url is not None
+    upstream = services.spine.targets.upstreams.get(pool)
+    rehearsal = RecordRehearsal(
+        database_url=services.config.database_url.get_secret_value(),
+        pool=pool,
+        record=wanted.record,
+        policy=to_plain(services.limiters[pool].policy),
+        changes=wanted.set,
+        models={kind: services.config.model_for(kind) for kind in services.config.rate_limits},
+        upstream=None if upstream is None else replace(upstream, key=""),
+        kinds_optional=pool != DEFAULT_POOL,
+    )
+    with config_errors_refused():
+        return Response(await _while_present(request, rehearsal), media_type=_JSON)
+
+
+async def _while_present(request: Request, rehearsal: RecordRehearsal) -> bytes:
+    """What is found, unless the client leaves or this process drains: then ShuttingDown."""
+    services = services_of(request)
+    running = asyncio.create_task(services.rehearsals.run(rehearsal))
+    ends = [
+        asyncio.create_task(services.draining.wait()),
+        asyncio.create_task(disconnected(request.receive)),
+    ]
+    try:
+        await asyncio.wait([running, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            raise ShuttingDown("this process stops; ask another one", retry_after_ms=1_000)
+        return running.result()
+    finally:
+        for one in (running, *ends):
+            one.cancel()
+        await asyncio.wait([running])
 
 
 @router.put(

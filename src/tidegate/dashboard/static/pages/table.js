@@ -82,6 +82,14 @@ export const PAGES = [
     load: () => import("./revisions.js"),
   },
   {
+    path: "/what-if",
+    title: "What if",
+    nav: "What if",
+    key: "i",
+    style: ["overview.css", "listed.css", "what_if.css"],
+    load: () => import("./what_if.js"),
+  },
+  {
     path: "/attention",
     title: "Attention",
     nav: "Attention",

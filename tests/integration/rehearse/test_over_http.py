@@ -1,0 +1,120 @@
+"""What operators rehearse over HTTP: the same as the command, beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+from tests.commands import tidegate
+from tests.gateway import Gateway, Opener
+from tests.rehearsal import put_on_record
+from tests.waiting import wait_until
+from tidegate.rehearse import MOST_RECORDED_CALLS
+
+DAY = datetime.now(UTC).date() - timedelta(days=1)
+NINE = datetime.combine(DAY, time(9), UTC)
+
+
+async def asked(gateway: Gateway, body: dict[str, Any], query: str = "") -> tuple[int, Any]:
+    url = f"{gateway.url}/admin/limits/rehearse{query}"
+    headers = {"Authorization": f"Bearer {gateway.operator_key}"}
+    async with gateway.http.post(url, json=body, headers=headers) as answer:
+        return answer.status, await answer.json()
+
+
+def simulating() -> list[int]:
+    """The processes that rehearse for this one."""
+    found = []
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, children.read_text().split()):
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except FileNotFoundError:
+                continue  # it has just ended
+            if b"tidegate.rehearse" in command:
+                found.append(pid)
+    return found
+
+
+async def test_a_recorded_day_is_rehearsed_as_the_command_does(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    status, found = await asked(gateway, {"record": f"{DAY}", "set": {"kind:text_only": 20}})
+    assert (status, found["calls"], found["cases"]) == (200, 0, [])
+    await put_on_record(gateway.database, NINE, 400)
+    await put_on_record(gateway.database, NINE + timedelta(hours=8), 40)
+    hours = f"{DAY}T09-17"
+    status, found = await asked(gateway, {"record": hours, "set": {"kind:text_only": 20}})
+    assert (status, found["calls"]) == (200, 400)
+    now, changed = found["cases"]
+    assert (now["name"], changed["name"]) == ("as it is", "kind:text_only=20")
+    assert now["queued"] > changed["queued"] > 0
+    assert now["binding"] == ["kind:text_only"]
+    assert [one["name"] for one in now["used"]] == ["kind:text_only"]
+    assert {one["name"] for one in now["waiting"]} == {"acme", "globex", "initech"}
+    assert max(now["used"][0]["values"]) == 1.0
+    everybody, *tenants = found["tenants"]
+    assert (everybody["tenant"], everybody["recorded_p99_ms"]) == ("", 3000)
+    assert {one["tenant"]: one["calls"] for one in tenants} == {
+        "acme": 250,
+        "globex": 100,
+        "initech": 50,
+    }
+    wanted = ("rehearse", "--from-record", hours, "--set", "kind:text_only=20")
+    command = await tidegate(gateway, *wanted, "--json")
+    assert command.code == 0, command.complained
+    for case, told in zip(found["cases"], command.json, strict=True):
+        assert (case["queued"], case["refused"]) == (told["queued"], told["refused"])
+        waits = told["waits"]
+        assert (case["p50_ms"], case["p99_ms"]) == (waits["p50_ms"], waits["p99_ms"])
+    spoken = await tidegate(gateway, *wanted)
+    assert found["sentence"] in " ".join(spoken.said.split())
+
+
+async def test_what_cannot_be_rehearsed_is_named(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    for body, field in (
+        ({"record": "Tuesday"}, "record"),
+        ({"record": f"{DAY}T17-09"}, "record"),
+        ({"record": f"{DAY}", "set": {"kind:text_only": -1}}, "limits.kind:text_only"),
+        ({"record": f"{DAY}", "set": {"nothing": 1}}, "nothing"),
+        ({"record": f"{DAY}", "set": {"budgets.acme.usd": "much"}}, "budgets.acme.usd"),
+        ({}, "record"),
+    ):
+        status, problem = await asked(gateway, body)
+        assert (status, problem["field"]) == (400, field), problem
+    status, problem = await asked(gateway, {"record": "1h"}, "?pool=none")
+    assert (status, problem["field"]) == (400, "pool")
+    midnight = datetime.combine(DAY, time(), UTC)
+    await put_on_record(gateway.database, midnight, MOST_RECORDED_CALLS + 1)
+    status, problem = await asked(gateway, {"record": f"{DAY}"})
+    assert (status, problem["field"]) == (400, "record")
+    assert "fewer hours" in problem["detail"]
+
+
+async def test_one_runs_at_a_time_and_ends_with_its_client(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    await put_on_record(gateway.database, NINE, 40_000)
+    body = {"record": f"{DAY}", "set": {"kind:text_only": 6}}
+    first = asyncio.create_task(asked(gateway, body))
+    await wait_until(lambda: len(simulating()) == 1, 20, "the first to run")
+    [running] = simulating()
+    second = asyncio.create_task(asked(gateway, {"record": "2024-02-29"}))
+    await wait_until(lambda: gateway.services.rehearsals.waiting == 1, 20, "the second to wait")
+    assert simulating() == [running]
+    async with gateway.http.get(f"{gateway.url}/health/live") as answer:
+        assert answer.status == 200  # the event loop is free
+    status, problem = await asked(gateway, {"record": "1h"})
+    assert (status, problem["code"]) == (429, "quota_exceeded")
+    first.cancel()
+    await wait_until(lambda: running not in simulating(), 20, "the process to end")
+    status, found = await second
+    assert (status, found["calls"]) == (200, 0)
+    third = asyncio.create_task(asked(gateway, body))
+    await wait_until(lambda: len(simulating()) == 1, 20, "the third to run")
+    gateway.services.draining.set()
+    status, problem = await third
+    assert (status, problem["code"]) == (503, "shutting_down")
+    assert simulating() == []
+    assert isinstance(await asyncio.gather(first, return_exceptions=True), list)
