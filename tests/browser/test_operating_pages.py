@@ -162,7 +162,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         picture = page.get_by_role("img", name="Cost by day: acme $448.00, globex $224.00")
         named = ("acme", "globex", "'=initech", "umbrella")  # the third is no formula
         await expect(picture.locator(".day")).to_have_count(30)
-        written = await downloaded(seen, "CSV")
+        written = await downloaded(seen, "CSV by day")
         assert len([row for row in written if row["tenant"] in named]) == 28 * 4
         third = [row for row in written if row["tenant"] == named[2]][-1]
         assert (third["day"], third["cost_usd"]) == (str(today), "1.333333")

@@ -117,6 +117,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/dashboard/limits": {"GET": _V},
     "/dashboard/revisions": {"GET": _V},
     "/admin/usage": {"GET": _V},
+    "/admin/latency": {"GET": _V},
     "/admin/reconciliations": {"GET": _V},
     "/admin/process": {"GET": _V},
     "/admin/settings": {"GET": _V},

@@ -1,4 +1,5 @@
-"""Routes `/requests` and `/usage`: a tenant's own requests, their bodies, state and cost.
+"""Routes `/requests` and `/usage`: a tenant's own requests, their bodies, state and cost; for
+operators the cost and latency of all.
 
 Invariants: a caller sees and cancels its own requests only; bodies are sent as data, so that no
 browser renders one as a page; amounts are whole micro-dollars.
@@ -36,7 +37,7 @@ from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.record import OF_BUDGETS, ActiveCall
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
-from tidegate.store.statistics import COUNTS, MOST_TOTALS, Total
+from tidegate.store.statistics import COUNTS, MOST_PARTS, MOST_TOTALS, Total, latency_by_hour
 
 _CONFIRMED_WITHIN_S = 2.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -510,6 +511,101 @@ async def usage(
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
 ) -> TotalsView:
     return await _view(request, by, since, until, tenant)
+
+
+_MOST_LATENCY = timedelta(hours=49)  # a day in every zone, that of the long night included
+
+
+class Percentiles(BaseModel):
+    """Half of the requests, and 95 % of them, took no longer."""
+
+    p50: float
+    p95: float
+
+
+class LatencyPartView(BaseModel):
+    """What some requests of an hour have in common, and what they spent there in all."""
+
+    of: Literal["tenant", "model", "upstream", "type", "error"]
+    name: str
+    requests: int
+    waited_sum_ms: float
+    called_sum_ms: float
+
+
+class LatencyHour(BaseModel):
+    """The requests that were submitted in an hour and have ended. Lines of batches are left out."""
+
+    at: datetime = Field(description="When the hour begins")
+    requests: int
+    failed: int = Field(description="Of them: failed, expired or dead")
+    waited_ms: Percentiles = Field(description="For admission; what was never admitted, to its end")
+    called_ms: Percentiles = Field(description="At upstreams")
+    took_ms: Percentiles = Field(description="From their submission to their end")
+    waited_sum_ms: float
+    called_sum_ms: float
+    between_sum_ms: float = Field(description="Neither waiting nor called: before retries")
+    parts: list[LatencyPartView] = Field(
+        description=f"Of each sort, the {MOST_PARTS} that took longest"
+    )
+
+
+class LatencyView(BaseModel):
+    """Latency by the hour. Hours without requests are left out."""
+
+    since: datetime
+    until: datetime
+    hours: list[LatencyHour]
+
+
+@usage_router.get(
+    "/admin/latency",
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 503),
+    summary="How long requests waited and took, by the hour, and where",
+)
+async def latency(
+    request: Request,
+    since: Annotated[
+        datetime | None,
+        Query(description="When the first hour begins, else 24 hours ago; without a zone in UTC"),
+    ] = None,
+    until: Annotated[
+        datetime | None, Query(description="When the last hour ends, else a day after `since`")
+    ] = None,
+    tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+) -> LatencyView:
+    """From the request log, as far back as it is kept; of 49 hours at most."""
+    now = datetime.now(UTC)
+    first = in_utc("since", since) or now - timedelta(days=1)
+    try:
+        last, most = in_utc("until", until) or first + timedelta(days=1), first + _MOST_LATENCY
+    except OverflowError:
+        raise InvalidRequest("since", "since is out of range", allowed="a day on record") from None
+    if not first < last <= most:
+        allowed = "a time after since, by 49 hours at most"
+        raise InvalidRequest("until", "until does not fit since", allowed=allowed)
+    if tenant is not None and "\0" in tenant:
+        raise InvalidRequest("tenant", "tenant has a NUL character")
+    found = await latency_by_hour(services_of(request).store.connections, first, last, tenant)
+    hours = [
+        view_of(
+            LatencyHour,
+            one,
+            waited_ms=_percentiles(one.waited_ms),
+            called_ms=_percentiles(one.called_ms),
+            took_ms=_percentiles(one.took_ms),
+            parts=[
+                LatencyPartView.model_validate(part, from_attributes=True) for part in one.parts
+            ],
+        )
+        for one in found
+    ]
+    return LatencyView(since=first, until=last, hours=hours)
+
+
+def _percentiles(pair: Sequence[float]) -> Percentiles:
+    return Percentiles(p50=pair[0], p95=pair[1])
 
 
 class ExplainingCall(BaseModel):

@@ -382,6 +382,56 @@ async def past_calls(
     return [PastCall(**row) for row in reversed(rows)]
 
 
+MOST_PARTS = 5
+_LATENCY_TIMEOUT_MS = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyPart:
+    """What requests of an hour have in common: `of` is tenant, model, upstream, type or error."""
+
+    of: str
+    name: str
+    requests: int
+    waited_sum_ms: float
+    called_sum_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyOfHour:
+    """How long the requests took that were submitted in the hour from `at` on. waited_ms,
+    called_ms, took_ms: half and 95 % of them took no longer. between_sum_ms: neither waiting nor
+    called, as before a retry. parts: the `MOST_PARTS` that took longest of each."""
+
+    at: datetime
+    requests: int
+    failed: int
+    waited_ms: Sequence[float]
+    called_ms: Sequence[float]
+    took_ms: Sequence[float]
+    waited_sum_ms: float
+    called_sum_ms: float
+    between_sum_ms: float
+    parts: Sequence[LatencyPart]
+
+
+async def latency_by_hour(
+    connections: Connections, since: datetime, until: datetime, tenant_id: str | None
+) -> list[LatencyOfHour]:
+    """Of what was submitted from `since` on and before `until` and has ended, without lines of
+    batches; hours without any are left out. Raises StoreUnavailable."""
+    given = (since, until, tenant_id)
+    hours = await connections.rows("latency_of_hours", *given, timeout_ms=_LATENCY_TIMEOUT_MS)
+    rows = await connections.rows(
+        "latency_parts", *given, MOST_PARTS, timeout_ms=_LATENCY_TIMEOUT_MS
+    )
+    parts: defaultdict[datetime, list[LatencyPart]] = defaultdict(list)
+    for row in rows:
+        values = dict(row)
+        parts[values.pop("at")].append(LatencyPart(**values))
+    return [LatencyOfHour(**row, parts=parts[row["at"]]) for row in hours]
+
+
 MOST_TOTALS = 10_000
 _SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", "images")
 _UNKNOWN = UsageState.UNKNOWN.value

@@ -152,3 +152,15 @@ async def test_totals_are_shown_to_their_tenant_and_to_the_operator(
         status, problem = await ask(gateway, "GET", path, acme)
         assert (status, problem["field"]) == (400, path.partition("?")[2].partition("=")[0])
     assert (await ask(gateway, "GET", "/admin/usage", acme))[0] == 403
+    _, slow = await ask(gateway, "GET", "/admin/latency?tenant=acme", AS_ADMIN)
+    assert sum(hour["requests"] for hour in slow["hours"]) == 2
+    names = {(one["of"], one["name"]) for hour in slow["hours"] for one in hour["parts"]}
+    assert {("tenant", "acme"), ("model", "m"), ("upstream", "gemini")} <= names
+    assert all(hour["took_ms"]["p95"] >= hour["called_ms"]["p95"] > 0 for hour in slow["hours"])
+    for query, field in (
+        ("until=2026-01-04&since=2026-01-01", "until"),
+        ("until=2026-01-01&since=2026-01-01", "until"),
+        ("since=9999-12-31T23:00:00", "since"),
+    ):
+        status, problem = await ask(gateway, "GET", f"/admin/latency?{query}", AS_ADMIN)
+        assert (status, problem["field"]) == (400, field), problem

@@ -43,6 +43,7 @@ TARGETS = [
     ("GET", "/admin/keys?tenant={}", "tenant"),
     ("GET", "/admin/keys?prefix={}", "prefix"),
     ("GET", "/admin/usage?tenant={}", "tenant"),
+    ("GET", "/admin/latency?tenant={}", "tenant"),
     ("GET", "/admin/tenants/{}", "path"),
     ("DELETE", "/admin/tenants/{}", "path"),
     ("DELETE", "/admin/tenants/acme?by={}", "by"),

@@ -1,4 +1,4 @@
-// Amounts by day as columns, each a stack of its parts, with a legend of their sums.
+// Amounts by day, or by hour, as columns, each a stack of its parts, with a legend of their sums.
 
 import { fill, h, say } from "./dom.js";
 
@@ -12,9 +12,10 @@ const REST = "--line-strong";
  *
  * `days`: texts such as `2026-11-28`. `parts`: `{ name, values }` of each, a value for each day; those
  * after `MOST_PARTS` have one colour. The legend has the sums, or the values of the day under the
- * pointer. `pick(day)` is called for a click on a day.
+ * pointer. `pick(day)` is called for a click on a day. `wordsOf(day)` names one; `sum` is of the values
+ * that the legend has while none is pointed at.
  */
-export function dayColumns(pick) {
+export function dayColumns(pick, wordsOf = dayWords, sum = sumOf) {
   const title = h("h2", {});
   const when = h("span", { class: "quiet-text" });
   const legend = h("ul", { class: "legend" });
@@ -28,8 +29,8 @@ export function dayColumns(pick) {
 
   function tell(at) {
     const { days, parts, format } = shown;
-    const values = parts.map((one) => (at === null ? sumOf(one.values) : one.values[at]));
-    say(when, at === null ? "" : dayWords(days[at]));
+    const values = parts.map((one) => (at === null ? sum(one.values) : one.values[at]));
+    say(when, at === null ? "" : wordsOf(days[at]));
     [...legend.children].forEach((row, place) => say(row.lastChild, format(values[place])));
   }
 
@@ -53,9 +54,9 @@ export function dayColumns(pick) {
       const most = upTo(Math.max(0, ...sums));
       fill(marks, [1, 0.5].map((share) => h("span", {}, most ? (format.short ?? format)(most * share) : "")));
       fill(columns, days.map((_, at) => column(parts.map((one) => one.values[at]), most)));
-      fill(ends, days.length ? [h("span", {}, dayWords(days[0])), h("span", {}, dayWords(days.at(-1)))] : "");
+      fill(ends, days.length ? [h("span", {}, wordsOf(days[0])), h("span", {}, wordsOf(days.at(-1)))] : "");
       fill(legend, parts.map((one, at) => entry(one.name, at)));
-      const said = parts.map((one) => `${one.name} ${format(sumOf(one.values))}`).join(", ");
+      const said = parts.map((one) => `${one.name} ${format(sum(one.values))}`).join(", ");
       picture.setAttribute("aria-label", `${found.title}: ${said || "nothing"}`);
       tell(null);
     },

@@ -35,6 +35,49 @@ WHERE pool = $1 AND created_at >= $2 AND submitted_at >= $2 AND submitted_at < $
     AND admitted_at IS NOT NULL
 ORDER BY submitted_at DESC LIMIT $4
 
+-- name: latency_of_hours
+-- How long requests of tenant $3, or of all, waited, were called and took, by the hour from $1 to $2.
+-- Lines of batches, which may take a day, are left out.
+WITH calls AS (
+    SELECT date_bin('1 hour', submitted_at, $1) AS at, status, coalesce(upstream_ms, 0) AS called_ms,
+        CASE WHEN admitted_at IS NULL THEN 1000 * extract(epoch FROM finished_at - submitted_at)
+            ELSE coalesce(queue_ms, 0) END::float8 AS waited_ms,
+        (1000 * extract(epoch FROM finished_at - submitted_at))::float8 AS took_ms
+    FROM audit
+    WHERE created_at >= $1 AND submitted_at >= $1 AND submitted_at < $2 AND source <> 'batch'
+        AND ($3::text IS NULL OR tenant_id = $3)
+)
+SELECT at, count(*) AS requests, count(*) FILTER (WHERE status IN ('failed', 'dead', 'expired')) AS failed,
+    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY waited_ms) AS waited_ms,
+    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY called_ms) AS called_ms,
+    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY took_ms) AS took_ms,
+    sum(waited_ms) AS waited_sum_ms, sum(called_ms) AS called_sum_ms,
+    sum(greatest(0, took_ms - waited_ms - called_ms)) AS between_sum_ms
+FROM calls GROUP BY at ORDER BY at
+
+-- name: latency_parts
+-- The same sums by tenant, model, upstream, type and error: the $4 names of each that took longest.
+WITH calls AS (
+    SELECT date_bin('1 hour', submitted_at, $1) AS at, tenant_id, model, upstream, pool, kind, failure,
+        CASE WHEN admitted_at IS NULL THEN 1000 * extract(epoch FROM finished_at - submitted_at)
+            ELSE coalesce(queue_ms, 0) END::float8 AS waited_ms, coalesce(upstream_ms, 0) AS called_ms
+    FROM audit
+    WHERE created_at >= $1 AND submitted_at >= $1 AND submitted_at < $2 AND source <> 'batch'
+        AND ($3::text IS NULL OR tenant_id = $3)
+), sums AS (
+    SELECT at, part.of, part.name, count(*) AS requests, sum(waited_ms) AS waited_sum_ms,
+        sum(called_ms) AS called_sum_ms
+    FROM calls CROSS JOIN LATERAL (VALUES ('tenant', tenant_id), ('model', model),
+        ('upstream', coalesce(nullif(upstream, ''), nullif(pool, ''))), ('type', kind),
+        ('error', failure ->> 'code')) AS part (of, name)
+    WHERE part.name IS NOT NULL GROUP BY at, part.of, part.name
+), ranked AS (
+    SELECT *, row_number() OVER (PARTITION BY at, of ORDER BY waited_sum_ms + called_sum_ms DESC, name) AS place
+    FROM sums
+)
+SELECT at, of, name, requests, waited_sum_ms, called_sum_ms FROM ranked WHERE place <= $4
+ORDER BY at, of, place
+
 -- name: depth_of_queues
 -- The jobs that are ready in up to $1 queues, up to $2 of each, and when the oldest was submitted.
 WITH RECURSIVE queues AS (

@@ -4,7 +4,7 @@ import { get } from "../api.js";
 import { fill, h, say } from "../dom.js";
 import { follow, hide } from "../feed.js";
 import { brief } from "../format.js";
-import { note } from "../router.js";
+import { link, note } from "../router.js";
 import * as scope from "../scope.js";
 import * as stuck from "../stuck.js";
 import { choice, failed } from "../ui.js";
@@ -60,7 +60,12 @@ export async function open(main, { query, signal }) {
       { class: "page-head" },
       h("h1", {}, "Overview"),
       upstreams,
-      h("div", { class: "end" }, choice("Charts of the last", SPANS, chosen.span, (span) => choose({ span }))),
+      h(
+        "div",
+        { class: "end" },
+        choice("Charts of the last", SPANS, chosen.span, (span) => choose({ span })),
+        h("a", { class: "button small", href: link("/latency"), title: "When and where a day was slow" }, "Earlier days"),
+      ),
     ),
     view.element,
     view.notices,
@@ -78,7 +83,7 @@ function parts(chosen, signal) {
     limits: limitsCard(pool, signal),
     budgets: budgetsCard(),
     charts: charts(signal),
-    tenants: tenantsCard(pool),
+    tenants: tenantsCard(pool, (limit) => view.limits.find(limit)),
     faults: faultsCard(),
     spend: spendCard(),
     upstreams: upstreamsCard(),

@@ -1,6 +1,6 @@
 // The filters above the list of requests, kept in the address: what they say, and what is asked.
 
-import { h } from "../dom.js";
+import { h, mark } from "../dom.js";
 import { field } from "../ui.js";
 import { KINDS, SOURCES, STATUSES } from "./request_words.js";
 
@@ -8,6 +8,12 @@ const TYPED_MS = 350;
 const SPANS_MS = { "15m": 900_000, "1h": 3_600_000, "24h": 86_400_000, "7d": 604_800_000 };
 const wordsOf = (choices) =>
   Object.fromEntries(Object.entries(choices).map(([key, [words]]) => [key, words]));
+// Words, filter and value of the buttons above the filters.
+const QUICK = [
+  ["Failed", "status", "failed"],
+  ["Waiting or running", "status", "open"],
+  ["Yesterday", "time", "yesterday"],
+];
 
 /** In the order in which they are shown; the first ones are always there. */
 const always = () => [
@@ -22,6 +28,7 @@ const always = () => [
       "15m": "In the last 15 minutes",
       "1h": "In the last hour",
       "24h": "In the last 24 hours",
+      yesterday: "Yesterday",
       "7d": "In the last 7 days",
       between: "Between two times",
     },
@@ -54,6 +61,7 @@ export function filters(query, changed) {
   const [first, times, rest] = [always(), between(), more()];
   const fields = [...first, ...times, ...rest];
   const set = (one) => one.input.value !== "";
+  const named = (name) => fields.find((one) => one.name === name);
   for (const one of fields) one.input.value = query.get(one.name) ?? "";
   const timed = h("div", { class: "filters" }, times.map((one) => one.element));
   const folded = h(
@@ -62,16 +70,26 @@ export function filters(query, changed) {
     h("summary", {}, "More filters"),
     h("div", { class: "filters" }, rest.map((one) => one.element)),
   );
+  const quick = QUICK.map(([words, name, value]) => {
+    const on = () => named(name).input.value === value;
+    const button = h("button", { class: "button small", type: "button" }, words);
+    button.addEventListener("click", () => {
+      named(name).input.value = on() ? "" : value;
+      tell();
+    });
+    return { button, fit: () => mark(button, "aria-pressed", String(on())) };
+  });
   const element = h(
     "form",
     { class: "card card-body filter-card", role: "search", "aria-label": "Requests" },
+    h("div", { class: "quick-filters", role: "group", "aria-label": "Often wanted" }, quick.map((one) => one.button)),
     h("div", { class: "filters" }, first.map((one) => one.element)),
     timed,
     folded,
   );
-  const time = fields.find((one) => one.name === "time");
   const fit = () => {
-    timed.hidden = time.value() !== "between";
+    timed.hidden = named("time").value() !== "between";
+    for (const one of quick) one.fit();
   };
   fit();
   const values = () => {
@@ -130,10 +148,20 @@ export function asked(values, more = {}) {
     give(name, values[name]);
   }
   give("error_code", values.error);
+  if (values.time === "yesterday") {
+    give("since", midnight(-1));
+    give("until", midnight(0));
+  }
   if (SPANS_MS[values.time]) give("since", new Date(Date.now() - SPANS_MS[values.time]).toISOString());
   for (const name of ["since", "until"]) if (values[name]) give(name, inUtc(values[name]));
   for (const [name, value] of Object.entries(more)) give(name, value);
   return query.toString();
+}
+
+/** The beginning of a day in the person's own zone: 0 is today. */
+function midnight(days) {
+  const at = new Date();
+  return new Date(at.getFullYear(), at.getMonth(), at.getDate() + days).toISOString();
 }
 
 /** What is entered is in the person's own zone. */

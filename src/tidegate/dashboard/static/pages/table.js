@@ -16,6 +16,13 @@ export const PAGES = [
     load: () => import("./overview.js"),
   },
   {
+    path: "/latency",
+    title: "Latency",
+    key: "d",
+    style: ["overview.css", "listed.css", "usage.css"],
+    load: () => import("./latency.js"),
+  },
+  {
     path: "/requests",
     title: "Requests",
     nav: "Requests",
@@ -62,7 +69,7 @@ export const PAGES = [
   {
     path: "/tenants",
     title: "Keys and tenants",
-    nav: "Keys",
+    nav: "Keys and tenants",
     key: "k",
     style: ["listed.css", "tenants.css"],
     load: () => import("./tenants.js"),

@@ -1,6 +1,6 @@
 // Tenants and API keys: found, made, changed, switched off and revoked.
 
-import { get, post, put, remove } from "../api.js";
+import { get, post, Problem, put, remove } from "../api.js";
 import { fill, h } from "../dom.js";
 import { ago, count, money, NOTHING, time } from "../format.js";
 import { listed } from "../listed.js";
@@ -16,6 +16,7 @@ const SCOPES = {
   operator: "Operate: change limits, pause, requeue",
   admin: "Administer: keys, tenants, upstreams too",
 };
+const PEOPLE = ["viewer", "operator", "admin"];
 const EXPIRES = { "": "Never", 7: "In 7 days", 30: "In 30 days", 90: "In 90 days", 365: "In a year" };
 const DAY_MS = 86_400_000;
 
@@ -27,7 +28,7 @@ export async function open(main, { query, signal }) {
   });
   const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, (one) => keyRow(one, again), {
     none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],
-    acts: [action("New key", () => makeKey(state.tenants, again))],
+    acts: [action("Let a colleague in", () => letIn(again), ""), action("New key", () => makeKey(state.tenants, again))],
     note: "the oldest 1,000",
   });
   const again = async () => {
@@ -41,8 +42,8 @@ export async function open(main, { query, signal }) {
   main.append(h("div", { class: "page-head" }, h("h1", {}, "Keys and tenants"), h("span", { class: "end" }, did)), keys.element, tenants.element);
 }
 
-const action = (words, act) =>
-  h("button", { class: "button main small", type: "button", needs: "admin", on: { click: act } }, words);
+const action = (words, act, look = "main") =>
+  h("button", { class: `button ${look} small`, type: "button", needs: "admin", on: { click: act } }, words);
 
 const KEY_HEADS = [
   ["Key", ""],
@@ -163,8 +164,7 @@ async function makeKey(tenants, again) {
     ],
     action: "Create the key",
     act: ({ days, scopes, ...values }) => {
-      const expires = days ? new Date(Date.now() + Number(days) * DAY_MS).toISOString() : null;
-      return post("admin/keys", { ...values, scopes: scopes.split(","), expires_at: expires, by: "dashboard" });
+      return post("admin/keys", { ...values, scopes: scopes.split(","), expires_at: expiry(days), by: "dashboard" });
     },
   });
   if (made === null) return;
@@ -172,8 +172,31 @@ async function makeKey(tenants, again) {
   await again();
 }
 
+/** A key that opens this dashboard for a person, and calls no model. */
+async function letIn(again) {
+  const made = await confirm({
+    title: "Let a colleague in",
+    text: "A key of their own for this dashboard: it calls no model, and what they change is on record under it. Where your people have accounts at an issuer, OIDC_ISSUER lets them sign in without a key.",
+    fields: [
+      field("name", "Who", { maxlength: 200, placeholder: "ann" }),
+      field("scopes", "What they may", { options: Object.fromEntries(PEOPLE.map((role) => [role, SCOPES[role]])), value: "viewer" }),
+      field("days", "Expires", { options: EXPIRES, value: "90" }),
+    ],
+    action: "Create the key",
+    act: ({ days, scopes, name }) => {
+      if (!name) throw new Problem({ detail: "Say who it is for.", field: "name" });
+      return post("admin/keys", { name, scopes: [scopes], expires_at: expiry(days), by: "dashboard" });
+    },
+  });
+  if (made === null) return;
+  await shownOnce(made.key, `They enter it at ${new URL(".", document.baseURI).href}`);
+  await again();
+}
+
+const expiry = (days) => (days ? new Date(Date.now() + Number(days) * DAY_MS).toISOString() : null);
+
 /** The key itself, which nobody can look up again. */
-function shownOnce(key) {
+function shownOnce(key, words = "") {
   const copy = h("button", { class: "button", type: "button" }, "Copy");
   const dialog = h(
     "dialog",
@@ -182,7 +205,7 @@ function shownOnce(key) {
       "form",
       { method: "dialog" },
       h("h2", { id: "made-key" }, "The new key"),
-      h("p", {}, "Copy it now: it is shown this once, and only its digest is kept."),
+      h("p", {}, "Copy it now: it is shown this once, and only its digest is kept.", words && ` ${words}`),
       h("p", { class: "made-key mono", tabindex: "0" }, key),
       h("div", { class: "actions" }, copy, h("button", { class: "button main", type: "submit" }, "Done")),
     ),

@@ -114,6 +114,7 @@ function card(first, again) {
   const drop = act("Remove", `Remove ${first.name}`, "admin", () => removeIt(latest, again), "danger");
   const test = act("Test", `Test ${first.name}`, "operator", () => tested(latest, tests, test));
   const change = act("Change", `Change ${first.name}`, "admin", () => changeIt(latest, again));
+  const rotate = act("Rotate key", `Rotate the key of ${first.name}`, "admin", () => rotateKey(latest, again));
   const facts = Object.fromEntries(["Models", "Address", "Key", "Limits", "In progress", "Waiting", "Load"].map((name) => [name, h("dd", {})]));
   const rows = Object.entries(facts).map(([name, dd]) => h("div", { class: ["Models", "Address"].includes(name) ? "long" : null }, h("dt", {}, name), dd));
   fill(facts.Limits, h("a", { href: link("/", { pool: first.name }) }));
@@ -121,7 +122,7 @@ function card(first, again) {
     element: h(
       "article",
       { class: "upstream", data: { upstream: first.name } },
-      h("div", { class: "upstream-head" }, h("h2", {}, first.name), badge, source, h("div", { class: "upstream-acts" }, test, change, drain, drop)),
+      h("div", { class: "upstream-head" }, h("h2", {}, first.name), badge, source, h("div", { class: "upstream-acts" }, test, change, rotate, drain, drop)),
       wrong,
       h("dl", { class: "upstream-facts" }, rows),
       h("div", { role: "status" }, tests),
@@ -139,6 +140,7 @@ function card(first, again) {
       what.hidden = !why;
       say(remedy, how);
       tryNow.hidden = look !== "bad" || one.state === "missing";
+      rotate.hidden = !one.key;
       readAgain.hidden = !one.health.key_refused || isOut(one);
       say(drain, isOut(one) ? "Resume" : "Drain");
       mark(drain, "aria-label", `${isOut(one) ? "Resume" : "Drain"} ${one.name}`);
@@ -262,6 +264,27 @@ async function readKey({ name, key }, again) {
     act: () => patch(path(name), { read_again: true, by: "dashboard" }),
   });
   await told(done, `The key of ${name} was read again.`, again);
+}
+
+/** The new key comes from the place of the old one, or from another one; the page never has it. */
+async function rotateKey({ name, key, table }, again) {
+  const fields = [
+    field("key", "Variable of its key", { value: table.key ?? "", placeholder: table.key_file ? "" : key, spellcheck: "false", hint: "The name, never the key. Every process must have it; a new value of the same variable needs a restart." }),
+    field("key_file", "Or the file of its key", { value: table.key_file ?? "", spellcheck: "false", hint: "A path that every process can read. A new key in the same file needs no restart." }),
+  ];
+  const done = await confirm({
+    title: `Rotate the key of ${name}`,
+    text: `It comes from ${key} now. Put the new key there, or name another place. Every process reads it; calls in progress end with the old one, which you then end at the provider.`,
+    fields: [...fields, reasonField()],
+    action: "Read the new key",
+    act: ({ reason, ...values }) => {
+      const set = Object.fromEntries(Object.entries(values).filter(([each, value]) => value && value !== table[each]));
+      const gone = Object.keys(values).filter((each) => table[each] && (!values[each] || (Object.keys(set).length > 0 && !set[each])));
+      const change = Object.keys(set).length || gone.length ? { set, remove: gone, reason } : { read_again: true, reason };
+      return patch(path(name), { ...change, by: "dashboard" });
+    },
+  });
+  await told(done, `The key of ${name} was read. Test it.`, again);
 }
 
 const listOf = (text) => text.split(",").map((one) => one.trim()).filter(Boolean);

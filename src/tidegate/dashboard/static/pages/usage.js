@@ -74,7 +74,7 @@ export async function open(main, { query, signal }) {
     columns.update(columnsOf(found, view, span));
     const table = listed(`By ${GROUPS[view.by].toLowerCase()}`, headsOf(view), (one) => one.name, (one) => row(one, view, change), {
       none: ["Nothing was used in these days", "Requests count on the day on which they ended, once they are on record. Days are those of UTC."],
-      acts: [csvButton(found, view, span)],
+      acts: [csvButton(found, view, span, false), view.by !== "day" && !found.cut && csvButton(found, view, span, true)].filter(Boolean),
     });
     const [amount] = AMOUNTS[view.measure];
     const most = Math.max(1, ...found.groups.map(amount));
@@ -265,13 +265,14 @@ function nameIn(one, view, change) {
   return to;
 }
 
-function csvButton(found, view, span) {
-  const button = h("button", { class: "button small", type: "button" }, "CSV");
-  const columns = [...new Set(["day", view.by]), ...COLUMNS];
+/** The rows of the table as a file, or the same apart by day. */
+function csvButton(found, view, span, isDaily) {
+  const button = h("button", { class: "button small", type: "button" }, isDaily ? "CSV by day" : "CSV");
+  const columns = [...new Set(isDaily ? ["day", view.by] : [view.by]), ...COLUMNS];
   button.addEventListener("click", () => {
-    const rows = (found.cut ? found.groups : found.days).map((one) => ({ ...one, cost_usd: (one.cost_micros / 1e6).toFixed(6) }));
-    save(`usage-${view.by}-${span.since}-${span.until}`, "csv", csv(columns, rows));
-    toast(`${count(rows.length)} rows written${found.cut ? ", of all days together: there are too many to tell days apart" : ""}.`);
+    const rows = (isDaily ? found.days : found.groups).map((one) => ({ ...one, cost_usd: (one.cost_micros / 1e6).toFixed(6) }));
+    save(`usage-${view.by}${isDaily ? "-by-day" : ""}-${span.since}-${span.until}`, "csv", csv(columns, rows));
+    toast(`${count(rows.length)} rows written.`);
   });
   return button;
 }

@@ -2,6 +2,7 @@
 
 import { h, mark, say } from "../../dom.js";
 import { NOTHING, brief, count, length, money, rate } from "../../format.js";
+import { link } from "../../router.js";
 
 const FIGURES = {
   flight: "In flight",
@@ -14,13 +15,20 @@ const FIGURES = {
   spent: "Spent today",
 };
 
+// Where a figure leads to.
+const LEADS = {
+  waiting: ["/requests", { status: "open" }],
+  failed: ["/requests", { status: "failed" }],
+  spent: ["/usage", {}],
+};
+
 export function figuresStrip() {
   const shown = {};
   const tiles = Object.entries(FIGURES).map(([name, label]) => {
     const figure = h("dd", { class: "tile-figure" }, NOTHING);
     const note = h("dd", { class: "tile-note" }, " ");
     shown[name] = { figure, note };
-    return h("div", { class: "tile", data: { figure: name } }, h("dt", {}, label), figure, note);
+    return h("div", { class: "tile", data: { figure: name } }, h("dt", {}, LEADS[name] ? h("a", { href: link(...LEADS[name]) }, label) : label), figure, note);
   });
   const put = (name, figure, note, kind = null) => {
     say(shown[name].figure, figure);

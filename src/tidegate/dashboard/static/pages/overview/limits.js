@@ -126,6 +126,13 @@ export function limitsCard(pool, signal) {
       pages.foot,
       learned,
     ),
+    /** Show the limits that have this in their names, at the top of the window. */
+    find(text) {
+      [search.value, state.search] = [text, text];
+      toAll();
+      search.focus({ preventScroll: true });
+      search.closest("section").scrollIntoView({ block: "start" });
+    },
     update(now) {
       if (frame?.pool !== now.pool) again();
       frame = now;

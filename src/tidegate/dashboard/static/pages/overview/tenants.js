@@ -14,9 +14,10 @@ const MEASURES = {
   cost: ["cost_micros", "Share of cost"],
 };
 
-export function tenantsCard(pool) {
+/** `find(limit)` shows a limit. */
+export function tenantsCard(pool, find) {
   const body = h("tbody");
-  const draw = keyed(body, (first) => row(first.tenant, pool));
+  const draw = keyed(body, (first) => row(first.tenant, pool, find));
   const nobody = empty("No traffic yet", "Tenants appear with their first request.");
   const heads = [
     ["Tenant", ""],
@@ -95,10 +96,13 @@ function merged(live, past) {
   return all.sort((a, b) => b.waiting - a.waiting || b.used - a.used || (a.tenant < b.tenant ? -1 : 1));
 }
 
-function row(tenant, pool) {
+function row(tenant, pool, find) {
   let latest = null;
   const waiting = h("td", { class: "number" });
-  const heldUp = h("td", { class: "wide quiet-text" });
+  const limit = h("button", { class: "as-link", type: "button", title: "Show this limit" });
+  limit.addEventListener("click", () => find(latest.held_up_by));
+  const itself = h("span", { class: "quiet-text" });
+  const heldUp = h("td", { class: "wide" }, limit, itself);
   const weight = h("td", { class: "number" });
   const got = h("div", { class: "share-got" });
   const due = h("div", { class: "share-due" });
@@ -128,7 +132,10 @@ function row(tenant, pool) {
       measured(); // a weight is of one upstream
       say(waiting, brief(one.waiting));
       mark(waiting, "data-some", one.waiting > 0);
-      say(heldUp, one.waiting ? one.held_up_by || "its process" : NOTHING);
+      say(limit, (one.waiting && one.held_up_by) || "");
+      mark(limit, "aria-label", one.held_up_by ? `Show the limit ${one.held_up_by}, which ${tenant} waits for` : null);
+      limit.hidden = !limit.textContent;
+      say(itself, one.waiting ? (one.held_up_by ? "" : "its process") : NOTHING);
       say(weight, count(one.weight));
       got.style.width = `${(one.got ?? 0) * 100}%`;
       due.style.left = `${(one.due ?? 0) * 100}%`;

@@ -1,0 +1,241 @@
+// A day by the hour: how long requests waited and took, when it was slow, and where the time went.
+
+import { get, Problem } from "../api.js";
+import { dayColumns } from "../days.js";
+import { fill, h, mark } from "../dom.js";
+import { count, length, percent, time } from "../format.js";
+import { link, note } from "../router.js";
+import { may } from "../session.js";
+import { choice, empty, failed, loading } from "../ui.js";
+
+const HOUR_MS = 3_600_000;
+const DAYS = 8; // so that there is always one of a week ago
+const MOST_ACTIONS = 20;
+const SLOW_TIMES = 2; // of what is usual
+const SLOW_BY_MS = 500;
+const MOST_SHARE = 0.5; // from which on a tenant or an upstream is named as the one
+const OF = { tenant: "Tenant", upstream: "Upstream", model: "Model", type: "Type", error: "Error" };
+const SPENT = {
+  waited: ["Waiting for admission", "Requests waited for a limit, or for their turn at it"],
+  called: ["At the upstream", "The upstream itself was slow"],
+  between: ["Before retries", "Calls failed and were tried again"],
+};
+
+export async function open(main, { query, signal }) {
+  const view = { day: /^\d{4}-\d\d-\d\d$/.test(query.get("day")) ? query.get("day") : localDay(-1) };
+  const body = h("div", { class: "usage overview" });
+  const other = h("input", { type: "date", "aria-label": "Another day", max: localDay(0) });
+  const buttons = Object.fromEntries(Array.from({ length: DAYS }, (_, at) => localDay(at + 1 - DAYS)).map((day) => [day, weekday(day)]));
+  const days = choice("Day", buttons, view.day, (day) => change(day));
+  let round = new AbortController();
+
+  other.addEventListener("change", () => other.value && change(other.value));
+  function change(day) {
+    view.day = day;
+    note(view);
+    return again();
+  }
+
+  async function again() {
+    round.abort();
+    round = new AbortController();
+    const within = AbortSignal.any([signal, round.signal]);
+    other.value = view.day;
+    for (const one of days.children) mark(one, "aria-pressed", String(one.value === view.day));
+    mark(body, "aria-busy", "true");
+    try {
+      const span = spanOf(view.day);
+      const [found, before, actions] = await Promise.all([
+        get("admin/latency", { query: span, signal: within }),
+        get("admin/latency", { query: spanOf(shifted(view.day, -1)), signal: within }),
+        may("admin") ? get("admin/actions", { query: { ...span, limit: MOST_ACTIONS }, signal: within }) : { items: [] },
+      ]);
+      draw(body, view.day, found.hours, usualOf(found.hours, before.hours), actions.items);
+    } catch (problem) {
+      if (within.aborted) return;
+      if (!(problem instanceof Problem)) throw problem;
+      fill(body, h("section", { class: "card" }, failed(problem, again)));
+    }
+    mark(body, "aria-busy", null);
+  }
+
+  fill(body, loading());
+  main.append(
+    h("a", { class: "back", href: link("/") }, "← Overview"),
+    h("div", { class: "page-head" }, h("h1", {}, "Latency"), h("div", { class: "usage-span end" }, days, other)),
+    body,
+  );
+  await again();
+}
+
+const pad = (number) => String(number).padStart(2, "0");
+const dateOf = (at) => `${at.getFullYear()}-${pad(at.getMonth() + 1)}-${pad(at.getDate())}`;
+const midnight = (day) => new Date(`${day}T00:00:00`);
+
+function shifted(day, by) {
+  const at = midnight(day);
+  at.setDate(at.getDate() + by);
+  return dateOf(at);
+}
+
+const localDay = (by) => shifted(dateOf(new Date()), by);
+const weekday = (day) => midnight(day).toLocaleDateString("en-GB", { weekday: "short", day: "numeric" });
+const spanOf = (day) => ({ since: midnight(day).toISOString(), until: midnight(shifted(day, 1)).toISOString() });
+const clock = (ms) => `${pad(new Date(ms).getHours())}:${pad(new Date(ms).getMinutes())}`;
+const startOf = (hour) => new Date(hour.at).getTime();
+
+/** Requests that were submitted between two times. */
+function requestsIn(since, until) {
+  const local = (ms) => `${dateOf(new Date(ms))}T${clock(ms)}:00`;
+  return link("/requests", { time: "between", since: local(since), until: local(until) });
+}
+
+/** What 95 % of the requests of an hour usually take: the lower median of this day and the one before. */
+function usualOf(...days) {
+  const medians = days.filter((hours) => hours.length).map((hours) => hours.map((one) => one.took_ms.p95).toSorted((a, b) => a - b)[(hours.length - 1) >> 1]);
+  return Math.min(...medians);
+}
+
+function draw(body, day, hours, usual, actions) {
+  if (!hours.length) {
+    fill(body, h("section", { class: "card" }, empty("Nothing of this day is on record", "Requests count in the hour in which they were submitted, once they have ended.")));
+    return;
+  }
+  const isSlow = (one) => one.took_ms.p95 >= SLOW_TIMES * usual && one.took_ms.p95 - usual >= SLOW_BY_MS;
+  const slow = hours.filter(isSlow);
+  const columns = dayColumns((ms) => (location.hash = requestsIn(ms, ms + HOUR_MS)), clock, mean(hours, midnight(day).getTime()));
+  columns.update(columnsOf(day, hours));
+  fill(body, verdict(hours, slow), columns.element, h("div", { class: "columns" }, hoursCard(hours, isSlow), whereCard(slow.length ? slow : hours, slow.length > 0)), actionsCard(actions));
+}
+
+const MEANS = [["waited", "waited_sum_ms"], ["called", "called_sum_ms"], ["between", "between_sum_ms"]];
+const total = (hours, name) => hours.reduce((sum, one) => sum + one[name], 0);
+const meanOf = (hours, name) => (hours.length ? total(hours, name) / Math.max(1, total(hours, "requests")) : 0);
+
+function columnsOf(day, hours) {
+  const [first, last] = [midnight(day).getTime(), midnight(shifted(day, 1)).getTime()];
+  const starts = Array.from({ length: Math.ceil((last - first) / HOUR_MS) }, (_, at) => first + at * HOUR_MS);
+  const known = new Map(hours.map((one) => [startOf(one), one]));
+  const parts = MEANS.map(([name, sum]) => ({
+    name: SPENT[name][0],
+    values: starts.map((at) => (known.has(at) ? meanOf([known.get(at)], sum) : 0)),
+  }));
+  return { title: "Where the time of a request went, by the hour", days: starts, parts, format: length };
+}
+
+/** The mean of the day, for the legend: of the requests, not of the hours. */
+function mean(hours, first) {
+  const requests = new Map(hours.map((one) => [(startOf(one) - first) / HOUR_MS, one.requests]));
+  return (values) => values.reduce((sum, value, at) => sum + value * (requests.get(at) ?? 0), 0) / Math.max(1, total(hours, "requests"));
+}
+
+/** When it was slow, and why, in sentences. */
+function verdict(hours, slow) {
+  const head = (health, sign, word, words) =>
+    h("p", { class: "verdict-head", role: "status" }, h("span", { class: "verdict-sign", "aria-hidden": "true" }, sign), h("b", { class: "verdict-word" }, word), h("span", { class: "verdict-words" }, words));
+  const worst = hours.reduce((a, b) => (b.took_ms.p95 > a.took_ms.p95 ? b : a));
+  if (!slow.length) {
+    const words = `no hour stands out. 95 % of the requests took ${length(worst.took_ms.p95)} at most, from ${clock(startOf(worst))} on.`;
+    return h("section", { class: "card verdict", "aria-label": "Why", data: { health: "healthy" } }, head("healthy", "●", "As usual:", words));
+  }
+  const others = hours.filter((one) => !slow.includes(one));
+  const grown = MEANS.map(([name, sum]) => [name, meanOf(slow, sum), meanOf(others, sum)]);
+  const [most] = grown.toSorted(([, a, b], [, c, d]) => c - d - (a - b));
+  const [since, until] = [startOf(slow[0]), startOf(slow.at(-1)) + HOUR_MS];
+  const isWhole = (until - since) / HOUR_MS === slow.length;
+  const when = isWhole ? `from ${clock(since)} to ${clock(until)}.` : `in ${count(slow.length)} hours between ${clock(since)} and ${clock(until)}.`;
+  const lines = [
+    `${SPENT[most[0]][1]}. Means of a request: ${grown.filter(([, ms, usual]) => Math.max(ms, usual) >= 1).map((one) => spent(one, others)).join("; ")}.`,
+    sharesOf(slow, most[0]),
+    failuresOf(slow),
+  ];
+  return h(
+    "section",
+    { class: "card verdict", "aria-label": "Why", data: { health: "degraded" } },
+    head("degraded", "▲", "Slow", when),
+    h("ul", { class: "causes" }, lines.filter(Boolean).map((words) => h("li", { class: "cause", data: { level: "degraded" } }, h("span", { class: "verdict-sign", "aria-hidden": "true" }, "▲"), h("div", { class: "cause-words" }, h("span", {}, words)), h("div", { class: "cause-acts" })))),
+    h("p", { class: "card-body" }, h("a", { class: "button small", href: requestsIn(since, until) }, "Requests of that time")),
+  );
+}
+
+const spent = ([name, ms, usual], others) => `${SPENT[name][0].toLowerCase()} ${length(ms)}${others.length ? `, at other hours ${length(usual)}` : ""}`;
+
+/** Whose most of it was: `Of the waiting: tenant acme 92 %, upstream gemini 100 %.` */
+function sharesOf(slow, name) {
+  const sum = name === "called" ? "called_sum_ms" : "waited_sum_ms";
+  const whole = total(slow, sum);
+  const found = whole ? partsOf(slow).filter((one) => one.of !== "error" && one[sum] / whole >= MOST_SHARE) : [];
+  const words = found.map((one) => `${OF[one.of].toLowerCase()} ${one.name} ${percent(Math.min(1, one[sum] / whole))}`);
+  return words.length ? `${name === "called" ? "Of the time at upstreams" : "Of the waiting"}: ${words.join(", ")}.` : "";
+}
+
+function failuresOf(slow) {
+  const lost = total(slow, "failed");
+  const codes = partsOf(slow).filter((one) => one.of === "error").map((one) => `${one.name} ${count(one.requests)}`);
+  return lost ? `${count(lost)} of ${count(total(slow, "requests"))} requests failed: ${codes.join(", ")}.` : "";
+}
+
+/** The parts of some hours, added up, those that took longest first. */
+function partsOf(hours) {
+  const found = new Map();
+  for (const part of hours.flatMap((one) => one.parts)) {
+    const key = `${part.of} ${part.name}`;
+    const sum = found.get(key) ?? { of: part.of, name: part.name, requests: 0, waited_sum_ms: 0, called_sum_ms: 0 };
+    for (const name of ["requests", "waited_sum_ms", "called_sum_ms"]) sum[name] += part[name];
+    found.set(key, sum);
+  }
+  const order = Object.keys(OF);
+  const size = (one) => one.waited_sum_ms + one.called_sum_ms;
+  return [...found.values()].sort((a, b) => order.indexOf(a.of) - order.indexOf(b.of) || size(b) - size(a));
+}
+
+function tableCard(title, words, heads, rows) {
+  const cells = heads.map(([text, look]) => h("th", { scope: "col", class: look }, text));
+  return h(
+    "section",
+    { class: "card listed", "aria-label": title },
+    h("div", { class: "card-head" }, h("h2", {}, title), h("span", { class: "quiet-text" }, words)),
+    h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${title}, a table` }, h("table", { class: "table" }, h("thead", {}, h("tr", {}, cells)), h("tbody", {}, rows))),
+  );
+}
+
+const number = (text, look = "", title = null) => h("td", { class: `number ${look}`, title }, text);
+const pair = ({ p50, p95 }, look = "") => number(length(p95), look, `half of them: ${length(p50)}`);
+
+function hoursCard(hours, isSlow) {
+  const heads = [["Hour", ""], ["Requests", "number wide"], ["Failed", "number wide"], ["Waited", "number"], ["Upstream", "number"], ["Took", "number"]];
+  const row = (one) =>
+    h(
+      "tr",
+      { data: { hour: clock(startOf(one)) } },
+      h("th", { scope: "row", class: "name" }, h("a", { href: requestsIn(startOf(one), startOf(one) + HOUR_MS), title: "Its requests" }, clock(startOf(one))), " ", isSlow(one) && h("span", { class: "badge warn" }, "slow")),
+      number(count(one.requests), "wide"),
+      number(count(one.failed), "wide"),
+      pair(one.waited_ms),
+      pair(one.called_ms),
+      pair(one.took_ms),
+    );
+  return tableCard("Hours", "95 % took no longer", heads, hours.map(row));
+}
+
+function whereCard(hours, isSlow) {
+  const heads = [["Of", ""], ["Name", ""], ["Requests", "number wide"], ["Waited", "number"], ["Upstream", "number"]];
+  const row = (one) =>
+    h(
+      "tr",
+      { data: { of: one.of } },
+      h("td", {}, OF[one.of]),
+      h("th", { scope: "row", class: "name", title: one.name }, h("a", { href: link("/requests", { [one.of]: one.name }), title: "Requests" }, one.name)),
+      number(count(one.requests), "wide"),
+      number(length(one.waited_sum_ms / one.requests)),
+      number(length(one.called_sum_ms / one.requests)),
+    );
+  return tableCard("Where", isSlow ? "of the slow hours; a request's mean" : "of the day; a request's mean", heads, partsOf(hours).map(row));
+}
+
+function actionsCard(items) {
+  if (!may("admin")) return h("p", { class: "quiet-text" }, h("a", { href: link("/limits/history") }, "Changes of limits"));
+  const heads = [["When", ""], ["Who", "wide"], ["Did", ""], ["On", ""]];
+  const row = (one) => h("tr", {}, h("td", {}, time(one.at)), h("td", { class: "wide" }, one.operator), h("td", { class: "mono" }, one.what), h("th", { scope: "row", class: "name", title: one.target }, one.target));
+  return tableCard("What operators did", items.length ? "on that day" : "nothing on that day", heads, items.map(row));
+}
