@@ -9,7 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from csv import DictReader
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +25,7 @@ from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Stage, opened
 from tests.browser.walks import Walk, as_of, midnight, slow_monday
 from tests.databases import Databases
 from tests.gateway import ENDS, gateway
+from tests.rehearsal import put_on_record
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.embedded.servers import ValkeyServer
@@ -110,6 +111,7 @@ async def test_an_operator_does_each_of_ten_tasks_in_five_clicks_from_the_overvi
         await replay_a_failed_call(stage, walk, acme)
         await drain_an_upstream(stage, await walk("drain"))
         await export_a_month(stage, walk)
+        await see_what_a_limit_would_have_done(stage, walk)
         await stop_a_batch(stage, walk)
         key = await let_a_colleague_in(await walk("colleague"))
         await find_why_monday_was_slow(stage, walk)
@@ -243,6 +245,34 @@ async def export_a_month(stage: Stage, begin_walk: Callable[[str], Awaitable[Wal
     with (await (await coming.value).path()).open(encoding="utf-8", newline="") as lines:
         costs = {row["tenant"]: row["cost_usd"] for row in DictReader(lines)}
     assert costs == {"acme": "30.000000", "globex": "15.000000", "initech": "10.000000"}
+
+
+async def see_what_a_limit_would_have_done(
+    stage: Stage, begin_walk: Callable[[str], Awaitable[Walk]]
+) -> None:
+    database, day = stage.gateway.database, datetime.now(UTC).date() - timedelta(days=1)
+    while day.weekday() != 1:
+        day -= timedelta(days=1)
+    await put_on_record(database, datetime.combine(day, time(9), UTC), 1_200)
+    await database.execute(
+        "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
+        " cached_tokens, output_tokens, cost_micros, unpriced)"
+        " VALUES ('globex', $1, 'gemini-2.5-flash', 'gemini', 1200, 900000, 0, 12000, 1000, 0)",
+        day,
+    )
+    walk = await begin_walk("what-if")
+    page = walk.page
+    await walk.click(page.get_by_role("link", name="What if", exact=True))
+    days = page.get_by_role("group", name="Days with requests")
+    await walk.click(days.get_by_role("button", name=f"Tue {day.day} {day:%b}"))
+    new = page.get_by_label("New value of kind:text_only")
+    await walk.click(new)
+    await walk.type(new, "20")
+    await walk.click(page.get_by_role("button", name="Rehearse"))
+    result = page.locator(".what-if-result")
+    await expect(result).to_contain_text("of 1,200 calls would have waited")
+    await expect(result.locator(".chart canvas").first).to_be_visible()
+    await walk.end(result.locator(".what-if-said"), result)
 
 
 async def stop_a_batch(stage: Stage, begin_walk: Callable[[str], Awaitable[Walk]]) -> None:
