@@ -211,6 +211,8 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         gate = _gate_of(config, store)
         if role == "api":
             await stack.enter_async_context(gate.at_work())
+        prompts = _prompts_of(config, live.relay, store, live.processors)
+        stack.push_async_callback(prompts.aclose)
         services = Services(
             config=config,
             listeners=store.listeners,
@@ -223,7 +225,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             blobs=blobs,
             limiter=limiter,
             spine=spine,
-            prompts=_prompts_of(config, live.relay, store, live.processors),
+            prompts=prompts,
             keeper=keepers[DEFAULT_POOL],
             relay=live.relay,
             keepers=keepers,
@@ -434,7 +436,9 @@ async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIter
                 signers=relay.wire.signers,
             )
             stack.push_async_callback(processor.aclose)
-        yield _prompts_of(config, relay, store, processors)
+        prompts = _prompts_of(config, relay, store, processors)
+        stack.push_async_callback(prompts.aclose)
+        yield prompts
 
 
 def _prompts_of(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -148,6 +148,13 @@ class PromptCalls:
         self._listeners = listeners
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+        self._questions: set[asyncio.Task[None]] = set()
+
+    async def aclose(self) -> None:
+        """Close the questions that nobody waits for any more."""
+        for question in self._questions:
+            question.cancel()
+        await asyncio.gather(*self._questions, return_exceptions=True)
 
     def targets(self, model: str, kind: Kind | None = None, files: Files = ()) -> list[Target]:
         """The upstreams for a prompt. Raises InvalidRequest where none can take it."""
@@ -208,7 +215,8 @@ class PromptCalls:
         """Ask the LLM under its own limit; `asking` is set once it is admitted.
 
         `until` is the loop's time at which the caller gives up. The question is counted, and
-        charged to nobody.
+        charged to nobody. Cancellation closes it; at a server that would go on (`abandoned =
+        "wait"`) it is read to its end, under its permit, while the caller goes on.
         """
         model = self._config.classifier_model
         targets = self.targets(model)
@@ -227,12 +235,56 @@ class PromptCalls:
         )
         call = Call(_NO_REQUEST, ask.prompt, Kind.TEXT_ONLY, model, tenant_id=ask.tenant_id)
         question = PromptExchange(terms, self._ways, call, record, types=types)
-        status, error = "failed", None
 
         async def admitted(_permit: Permit | None) -> None:
             asking.set()
 
         await self._ways.open(targets)
+        await self._attended(self._asked(question, record, targets, admitted), terms)
+        kind, reason = question.judgement
+        if types and kind is Kind.TEXT_ONLY:
+            kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
+        if not types and kind is Kind.MULTI_MODAL:
+            kind = Kind.TEXT_ONLY
+        return Classification(kind, ClassifiedBy.LLM, reason)
+
+    async def _attended(self, asking: Coroutine[Any, Any, None], terms: Terms) -> None:
+        """Wait for a question, in a task of its own; cancelled, until it is closed or goes on
+        alone."""
+        is_given_up, goes_on = False, asyncio.Event()
+
+        def left() -> bool:
+            if is_given_up:
+                goes_on.set()  # it is asked where a call goes on because its client has left
+            return is_given_up
+
+        terms.left = left
+        question = asyncio.create_task(asking)
+        self._questions.add(question)
+        question.add_done_callback(self._has_ended)
+        try:
+            await asyncio.shield(question)
+        except asyncio.CancelledError:
+            is_given_up = True
+            question.cancel()
+            going_on = asyncio.create_task(goes_on.wait())
+            await asyncio.wait({question, going_on}, return_when=asyncio.FIRST_COMPLETED)
+            going_on.cancel()
+            raise
+
+    def _has_ended(self, question: asyncio.Task[None]) -> None:
+        self._questions.discard(question)
+        if not question.cancelled():
+            question.exception()  # whoever still waits for it has it too
+
+    async def _asked(
+        self,
+        question: PromptExchange,
+        record: CallRecord,
+        targets: list[Target],
+        admitted: OnAdmitted,
+    ) -> None:
+        status, error = "failed", None
         try:
             await self._spine.run(question, record, targets, admitted)
             status = "succeeded"
@@ -246,12 +298,6 @@ class PromptCalls:
             if record.attempts:
                 record.end(status, None if error is None else Failure.of(error))
                 self._listeners.note(record)
-        kind, reason = question.judgement
-        if types and kind is Kind.TEXT_ONLY:
-            kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
-        if not types and kind is Kind.MULTI_MODAL:
-            kind = Kind.TEXT_ONLY
-        return Classification(kind, ClassifiedBy.LLM, reason)
 
     def _judgement_key(self, ask: Ask) -> bytes:
         parts = (self._config.classifier_model, *ask.mime_types, str(bool(ask.image_uri)))

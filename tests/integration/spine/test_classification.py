@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from tests.gateway import Gateway, Opener, Streamed
 from tests.outages import all_is_well
+from tests.waiting import wait_until
 from tidegate.classify import by_keywords, by_rules
 
 UNSURE = "Nice!"
@@ -115,6 +117,34 @@ async def test_keywords_decide_when_the_llm_is_over_its_limit(open_gateway: Open
     assert (await gateway.upstream.stats())["classifier"].max_in_flight == 1
     assert sum(why.endswith("(the LLM is over its limit)") for why in ends) >= 1
     assert sum(why.endswith("(the LLM gave no answer in time)") for why in ends) >= 1
+
+
+async def test_a_question_given_up_holds_its_permit_until_its_server_is_done(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """It was closed, and the next one let in, while such a server still computed."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[upstreams.gemini]\nabandoned = "wait"\n')
+    gateway = await open_gateway(
+        tidegate_policy=policy,
+        classifier_timeout_ms=1_500,
+        classifier_limit=1,
+        first_byte_timeout_ms=30_000,
+        worker=False,
+    )
+    await gateway.upstream.set_behaviour(first_byte_ms={"classifier": 3_000})
+    given_up = await _why(gateway, await gateway.stream(text="Nice 1!"))
+    assert given_up.endswith("(the LLM gave no answer in time)")
+    await gateway.in_flight(0)
+    await wait_until(lambda: gateway.held == 0, 20)
+    assert (await gateway.upstream.stats())["classifier"].client_gone == 0
+    await gateway.upstream.set_fault("hang", kind="classifier")
+    reasons = [await _why(gateway, await gateway.stream(text=f"Nice {n}!")) for n in (2, 3)]
+    assert [why.rpartition("(")[2] for why in reasons] == [
+        *("the LLM gave no answer in time)", "the LLM is over its limit)"),
+    ]
+    assert (await gateway.upstream.stats())["classifier"].in_flight == gateway.held == 1
+    # And the stop of this process, which comes now, closes what goes on.
 
 
 async def test_the_question_leaves_a_request_half_of_its_time(open_gateway: Opener) -> None:
