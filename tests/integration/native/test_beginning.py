@@ -15,6 +15,8 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import promised_s
+from tidegate.dialects import refusals
+from tidegate.dialects.spec import Operation
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.spine.run import HELD_S
 
@@ -147,6 +149,58 @@ async def test_an_error_behind_what_has_no_output_goes_to_the_next_upstream(
     assert (row["status"], row["attempts"]) == ("succeeded", 2)
     assert row["finish_reason"] == ENDS[called[0]]
     assert row["model_version"]
+
+
+PAGE = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
+JSON, EVENTS, HTML = b"application/json", b"text/event-stream", b"text/html; charset=utf-8"
+
+
+async def test_a_200_without_an_answer_goes_to_the_next_upstream(
+    gateway: Gateway, hostile: Hostile, one_try: None
+) -> None:
+    """As of a proxy that asks to sign in. It was passed on, and counted as a success."""
+    for stream, answer in (
+        (False, HEAD % (JSON, 0)),
+        (False, HEAD % (JSON, 2) + b"\n\n"),
+        (False, HEAD % (HTML, len(PAGE)) + PAGE),
+        (True, HEAD % (HTML, len(PAGE)) + PAGE),
+        (True, HEAD % (EVENTS, 0)),
+    ):
+        hostile.answer, hostile.seen = answer, []
+        await gateway.services.spine.health["first"].worked("m", tried=True)
+        status, headers, _ = await read(gateway, (CHAT[0], {**CHAT[1], "stream": stream}))
+        assert (status, headers["x-tidegate-upstream"]) == (200, "second"), answer
+        assert len(hostile.seen) == 1
+        row = await gateway.audit(headers["x-tidegate-request-id"])
+        assert (row["status"], row["attempts"], row["upstream"]) == ("succeeded", 2, "second")
+    gateway.services.spine.health["second"].drain(True)
+    hostile.answer = HEAD % (HTML, len(PAGE)) + PAGE
+    status, headers, body = await read(gateway, CHAT, **{"x-tidegate-deadline-ms": "20000"})
+    assert (status, b"Sign in" in body) == (502, False)
+    row = await gateway.audit(headers["x-tidegate-request-id"])
+    assert row["failure"]["code"] == "upstream_garbled"
+    assert "a page of HTML" in row["failure"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "content_type", "body", "passes"),
+    [
+        (Operation.RESOURCE, HTML, b"<html>", True),  # such as the content of a file
+        (Operation.RESOURCE, JSON, b"", True),  # of what has been deleted
+        (Operation.OTHER, HTML, b"", True),
+        (Operation.TRANSCRIBE, b"text/plain", b"\n", True),  # of silence
+        (Operation.TRANSCRIBE, HTML, PAGE, False),
+        (Operation.SPEAK, b"audio/mpeg", b"\xff\xfb", True),
+        (Operation.COUNT, JSON, b"", False),
+        (Operation.EMBED, HTML, PAGE, False),
+    ],
+)
+def test_what_may_be_empty_or_a_page(
+    operation: Operation, content_type: bytes, body: bytes, passes: bool
+) -> None:
+    headers = [(b"Content-Type", content_type)]
+    assert (refusals.no_answer(operation, headers, body, at_end=True) == "") is passes
 
 
 @pytest.mark.parametrize("name", FAILING)

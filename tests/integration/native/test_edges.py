@@ -162,7 +162,7 @@ async def test_a_path_that_is_not_relayed_is_told_by_tidegate(gateway: Gateway) 
 
 
 @pytest.mark.parametrize(
-    "path", [b"/api/chat", b"/model/x/converse", b"/v1", b"/v1/", b"/v2/rerank"]
+    "path", [b"/api/chat", b"/models/x/converse", b"/v1", b"/v1/", b"/v2/rerank"]
 )
 async def test_a_path_of_no_front_is_told_by_tidegate_too(gateway: Gateway, path: bytes) -> None:
     got = await raw(gateway, post(path=path, body=ASKED))
