@@ -11,9 +11,12 @@ import struct
 from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
+from itertools import islice
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi import Query as FromQuery
 from fastapi.responses import Response, StreamingResponse
@@ -37,7 +40,7 @@ from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.record import OF_BUDGETS, ActiveCall
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
-from tidegate.store.statistics import COUNTS, MOST_PARTS, MOST_TOTALS, Total, latency_by_hour
+from tidegate.store.statistics import COUNTS, MOST_PARTS, MOST_TOTALS, latency_by_hour
 
 _CONFIRMED_WITHIN_S = 2.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -481,7 +484,7 @@ class TotalsView(BaseModel):
 
 @usage_router.get(
     "/usage",
-    response_model_exclude_none=True,
+    response_model=TotalsView,
     responses=problem_responses(400, 401, 403, 503),
     summary="What you used, and what it cost",
 )
@@ -491,7 +494,7 @@ async def own_usage(
     by: By = "model,day",
     since: Since = None,
     until: Until = None,
-) -> TotalsView:
+) -> Response:
     """Requests count on the day of UTC on which they ended, once they are on record."""
     return await _view(request, by, since, until, caller.tenant_id)
 
@@ -499,7 +502,7 @@ async def own_usage(
 @usage_router.get(
     "/admin/usage",
     dependencies=[Depends(admit_admin)],
-    response_model_exclude_none=True,
+    response_model=TotalsView,
     responses=problem_responses(400, 401, 403, 503),
     summary="What all tenants used, and what it cost",
 )
@@ -509,7 +512,7 @@ async def usage(
     since: Since = None,
     until: Until = None,
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
-) -> TotalsView:
+) -> Response:
     return await _view(request, by, since, until, tenant)
 
 
@@ -666,7 +669,8 @@ def _span(since: date | None, until: date | None) -> tuple[date, date]:
 
 async def _view(
     request: Request, by: str, since: date | None, until: date | None, tenant: str | None
-) -> TotalsView:
+) -> Response:
+    """A `TotalsView`, written without its model: that takes 300 ms for 10,000 rows."""
     apart = [name.strip() for name in by.split(",") if name.strip()]
     allowed = ", ".join(_APART)
     for name in apart:
@@ -679,10 +683,14 @@ async def _view(
     if tenant is not None and "\0" in tenant:
         raise InvalidRequest("tenant", "tenant has a NUL character")
     totals = await services_of(request).store.usage.totals(apart, first, last, tenant)
-    rows = [UsageRow.model_validate(one, from_attributes=True) for one in totals]
-    cut = len(rows) == MOST_TOTALS
-    return TotalsView(since=first, until=last, rows=rows, total=_sum(totals), cut=cut)
-
-
-def _sum(totals: Sequence[Total]) -> Amounts:
-    return Amounts(**{name: sum(getattr(one, name) for one in totals) for name in COUNTS})
+    names = (*COUNTS, *dict.fromkeys(apart))
+    values = [attrgetter(*names)(one) for one in totals]
+    sums = [sum(column) for column in islice(zip(*values, strict=True), len(COUNTS))]
+    view = {
+        "since": first,
+        "until": last,
+        "rows": [dict(zip(names, row, strict=True)) for row in values],
+        "total": dict(zip(COUNTS, sums or [0] * len(COUNTS), strict=True)),
+        "cut": len(values) == MOST_TOTALS,
+    }
+    return Response(orjson.dumps(view), media_type="application/json")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -654,6 +655,19 @@ def share_of(plain: Mapping[str, Any], tenant: str) -> Share:
     limits = plain.get("limits", {})
     own = {name: value for name, value in limits.items() if is_of(name, tenant)}
     return Share(plain.get("weights", {}).get(tenant, 1), own)
+
+
+def shares_of(plain: Mapping[str, Any]) -> Callable[[str], Share]:
+    """`share_of` this policy for many tenants, by one walk over its limits."""
+    own: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for limit_id, value in plain.get("limits", {}).items():
+        scope, _, name = limit_id.partition(":")
+        if scope == "tenant":
+            own[name][limit_id] = value
+        elif scope in MEASURES and name.startswith("tenant/"):
+            own[name.removeprefix("tenant/")][limit_id] = value
+    weights = plain.get("weights", {})
+    return lambda tenant: Share(weights.get(tenant, 1), own.get(tenant, {}))
 
 
 def is_of(limit_id: str, tenant: str) -> bool:

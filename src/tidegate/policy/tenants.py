@@ -16,7 +16,7 @@ from typing import Any
 from tidegate.call import OperatorRole
 from tidegate.errors import ConfigError, NotFound
 from tidegate.limiter import check_tenant
-from tidegate.policy.format import Plain, share_edit, share_of, to_plain, without
+from tidegate.policy.format import Plain, share_edit, share_of, shares_of, to_plain, without
 from tidegate.policy.inspection import Control
 from tidegate.store.tenants import Key, Tenant, check_changes
 
@@ -47,8 +47,13 @@ class TenantChange:
 
 async def list_tenants(control: Control) -> list[ShownTenant]:
     """Raises StoreUnavailable."""
-    plain = to_plain(control.limiter.policy)
-    return [_shown(one, plain) for one in await control.tenants.list_tenants()]
+    share = shares_of(to_plain(control.limiter.policy))
+    found = await control.tenants.list_tenants()
+    shares = [share(one.tenant_id) for one in found]
+    return [
+        ShownTenant(tenant, own.weight, own.limits)
+        for tenant, own in zip(found, shares, strict=True)
+    ]
 
 
 async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:

@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -35,6 +35,7 @@ _READ_TIMEOUT_MS = 2_000
 _DETAIL_TIMEOUT_MS = 3_000
 _READS_AT_ONCE = 4
 _WORDS_TIMEOUT_MS = 1_200
+_SEARCHED_FIRST = (timedelta(days=1), timedelta(days=7))
 _RECENT = 500  # are looked at for a text before its index is asked
 _BEGINS_AN_ID = re.compile(r"[0-9a-f]{6,32}")
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
@@ -475,8 +476,8 @@ class Requests:
         return FoundPage(items, None if reach is None else rows.uuid_of(reach))
 
     async def _search_words(self, wanted: SearchFilter, limit: int, before: UUID) -> FoundPage:
-        """Common words are found among what ended last, rare ones by their index, which would have
-        to sort all that have a common one."""
+        """Common words are found among what ended last, others by their index: of a day, of a week
+        and of all, since it has to sort all that have a word."""
         query = _query_of(wanted)
 
         async def read(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
@@ -485,13 +486,14 @@ class Requests:
             if day is None or not query:
                 return []
             start = datetime.combine(day, datetime.min.time(), UTC)
-            look = (before, max(start, wanted.since or start), query, _RECENT, limit + 1)
+            start = max(start, wanted.since or start)
             found: list[asyncpg.Record] = []
             await connection.execute(f"SET LOCAL statement_timeout = {_WORDS_TIMEOUT_MS}")
-            for among in ("recently_ended", "ended_with_words"):
+            for among, since, first in _scans_of(start, before):
                 text = sql("search_words").format(among=sql(among))
+                look = (before, since, query, _RECENT, limit + 1)
                 try:
-                    found = await connection.fetch(text, *look, *_filters_of(wanted))
+                    found = await connection.fetch(text, *look, *_filters_of(wanted), first)
                 except asyncpg.QueryCanceledError:
                     return None
                 if len(found) > limit:
@@ -632,6 +634,20 @@ class Requests:
             request=first,
             ended=last,
         )
+
+
+def _scans_of(start: datetime, before: UUID) -> Iterator[tuple[str, datetime, UUID]]:
+    """What to search for words, one after the other until a page is full: the statement, from which
+    time, and from which id on; of these on it finds all, whenever their calls were received."""
+    nowhere = UUID(int=0)
+    yield "recently_ended", start, nowhere
+    last = (
+        _EPOCH + min(before.int >> 80, (datetime.now(UTC) - _EPOCH) // _MILLISECOND) * _MILLISECOND
+    )
+    for length in _SEARCHED_FIRST:
+        if (since := last - length) > start:
+            yield "ended_with_words", since, _id_at(since, _ID_AFTER)
+    yield "ended_with_words", start, nowhere
 
 
 def _filters_of(wanted: SearchFilter) -> tuple[object, ...]:

@@ -263,6 +263,8 @@ class Retention:
                 drop = partial(partitions.drop, table=table, name=name)
                 if await self.run(drop):
                     dropped += 1
+                    if table == "audit":
+                        await self.rows("forget_logged_sums", day)
                 else:
                     skipped += 1
         for table in partitions.TABLES:

@@ -11,11 +11,13 @@ costs the database at most a fiftieth of one connection's time.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import struct
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
@@ -27,6 +29,7 @@ import asyncpg
 import orjson
 
 from tidegate.call import UsageState
+from tidegate.errors import StoreUnavailable
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, ModelFinding, UsageSum
 from tidegate.store.budgets import correct_holds
 from tidegate.store.database import Connections, sql
@@ -479,6 +482,18 @@ class Total:
 _TOTALLED, _LOGGED = ("tenant", "model", "day"), ("key", "upstream")
 COUNTS = tuple(one.name for one in fields(Total) if one.name not in (*_TOTALLED, *_LOGGED))
 _LOGGED_TIMEOUT_MS = 30_000
+# What each level of `usage_sums` tells apart, beside the day.
+_LEVELS = {"model": {"model"}, "tenant": {"tenant"}}
+_LEVELS_OF_LOG = {
+    "key": {"tenant", "key"},
+    "upstream": {"upstream"},
+    "tenant_upstream": {"tenant", "upstream"},
+}
+_SUM_A_DAY = (
+    *("take_changes", "forget_sums", "sum_usage_day", "sum_logged_day", "note_summed_day"),
+)
+_SUM_EVERY_S = 300
+_SUM_TIMEOUT_MS = 300_000
 
 
 class UsageTotals:
@@ -492,18 +507,53 @@ class UsageTotals:
     ) -> list[Total]:
         """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day;
         the first `MOST_TOTALS` in their order. Apart by key or upstream too they are those of the
-        request log, as far back as it is kept."""
+        request log, as far back as it is kept. Days that are summed up are read by their sums,
+        where these tell apart what is wanted."""
         apart = set(by)
         wanted = [name in apart for name in _TOTALLED]
         given = (*wanted, since, until, tenant_id, MOST_TOTALS)
         logged = [name in apart for name in _LOGGED]
+        told = apart | ({"tenant"} if tenant_id is not None else set())
         if any(logged):
+            values = (*given, *logged, _level_of(told, _LEVELS_OF_LOG))
             sums = await self._connections.rows(
-                "get_logged_usage", *given, *logged, timeout_ms=_LOGGED_TIMEOUT_MS
+                "get_logged_usage", *values, timeout_ms=_LOGGED_TIMEOUT_MS
             )
         else:
-            sums = await self._connections.rows("get_usage", *given)
-        return [record_of(Total, row) for row in sums]
+            level = _level_of(told, _LEVELS)
+            sums = await self._connections.rows("get_usage", *given, level)
+        return [Total(**row) for row in sums]
+
+    async def sum_days(self) -> int:
+        """Sum up each day that is over and is not summed up as it now stands; how many days. A day
+        that another process sums up is left to it."""
+        days = [row["day"] for row in await self._connections.rows("days_to_sum")]
+        return sum([await self._sum_day(day) for day in days])
+
+    async def _sum_day(self, day: date) -> bool:
+        """In one transaction. What comes later than its first statement marks the day as changed
+        again."""
+
+        async def work(connection: asyncpg.Connection) -> bool:
+            if not await connection.fetchval(sql("lock_summed_day"), day):
+                return False
+            for statement in _SUM_A_DAY:
+                await connection.execute(sql(statement), day)
+            return True
+
+        return await self._connections.run(work, timeout_ms=_SUM_TIMEOUT_MS)
+
+    async def run(self) -> None:
+        """Sum up for ever. Cancellation leaves the day under way as it was."""
+        while True:
+            with suppress(StoreUnavailable):
+                await self.sum_days()
+            await asyncio.sleep(_SUM_EVERY_S)
+
+
+def _level_of(apart: set[str], levels: Mapping[str, set[str]]) -> str | None:
+    """Which sums tell these apart; None where only what they sum up does."""
+    return next((level for level, told in levels.items() if apart <= told | {"day"}), None)
 
 
 async def add_usage(connection: asyncpg.Connection, audit: Iterable[Mapping[str, Any]]) -> None:

@@ -40,7 +40,7 @@ class Store:
     """One per process: `start()` it, `aclose()` it at the end. `instance_id` must be new with every
     start of a process: claims depend on it."""
 
-    _background: asyncio.Future[tuple[None, None]] | None = None
+    _background: asyncio.Future[tuple[None, None, None]] | None = None
     _schema_fitted = False
 
     def __init__(
@@ -110,7 +110,9 @@ class Store:
         self.budgets.is_pushed = self.notifications.is_sure
         self.journal.open()
         self.audit.start()
-        self._background = asyncio.gather(make_partitions(self.connections), self.budgets.run())
+        self._background = asyncio.gather(
+            make_partitions(self.connections), self.budgets.run(), self.usage.run()
+        )
 
     async def aclose(self) -> None:
         """Write what is pending, or leave it on the disk, within about 10 s; then disconnect."""

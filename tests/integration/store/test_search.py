@@ -293,13 +293,35 @@ async def test_a_rare_word_is_found_by_its_index_and_a_common_one_among_the_late
             await peek.execute("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
             lines = await peek.fetch(
                 f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {text}",
-                *(END, start, "'rare':*", 50, 4, *[None] * 8, *times),
+                *(END, start, "'rare':*", 50, 4, *[None] * 8, *times, UUID(int=0)),
             )
         plan = "\n".join(line[0] for line in lines)
         assert "Seq Scan" not in plan, plan
         scans = [line[0] for line in lines if "Scan" in line[0] and "(actual rows=" in line[0]]
         read = sum(float(line.split("(actual rows=")[1].split()[0]) for line in scans)
         assert read <= most_rows, f"{among}:\n{plan}"
+
+
+async def test_pages_of_a_common_word_go_on_over_what_is_searched_first(
+    store: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left out or found twice where a page ends within a day or a week, here minutes;
+    nor is a call that was received before them, and got its id within them."""
+    monkeypatch.setattr(search, "_RECENT", 3)
+    monkeypatch.setattr(search, "_SEARCHED_FIRST", (timedelta(minutes=1), timedelta(minutes=10)))
+    monkeypatch.setattr(search, "_ID_AFTER", timedelta(seconds=55))
+    await peek.execute(FILL, 180)
+    await peek.execute(
+        "UPDATE audit SET prompt_head = 'the tide', created_at = created_at"
+        " - CASE WHEN n % 2 = 0 THEN interval '50 seconds' ELSE interval '0 seconds' END"
+        " FROM (SELECT id AS one, row_number() OVER (ORDER BY id DESC) AS n FROM audit) AS made"
+        " WHERE one = id"
+    )
+    found = await peek.fetch(
+        "SELECT id FROM audit WHERE created_at >= date_trunc('day', now(), 'UTC') ORDER BY id DESC"
+    )
+    every = [row[0] for row in found]
+    assert await ids(store, SearchFilter(text="tide", in_prompts=True), 4) == every
 
 
 async def test_a_search_that_takes_too_long_is_refused_and_the_store_is_not_away(

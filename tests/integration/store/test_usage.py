@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from random import Random
@@ -25,8 +26,10 @@ from tidegate.call import (
     new_id,
 )
 from tidegate.record import CallRecord
+from tidegate.store import database as partitions
 from tidegate.store.audit import _entry
 from tidegate.store.records import details_of
+from tidegate.store.retention import Whose
 from tidegate.store.store import Store
 
 SUMMED = (
@@ -151,6 +154,111 @@ async def test_totals_are_exact_though_connections_are_cut_in_the_middle(
     wanted = 2 * 60 * 11
     await wait_until(lambda: peek.fetchval(f"SELECT count(*) = {wanted} FROM audit"), 20)
     assert await totals_are_the_sums(peek) == wanted
+
+
+PER_DAY = """
+    SELECT tenant_id AS tenant, (finished_at AT TIME ZONE 'UTC')::date AS day,
+        coalesce(key_id, '') AS key, coalesce(upstream, pool) AS upstream,
+        coalesce(model, '') AS model, count(*) AS requests,
+        coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
+        coalesce(sum(cost_micros), 0)::bigint AS cost_micros,
+        count(*) FILTER (WHERE usage_state = 'estimated') AS estimated,
+        coalesce(sum((usage_details->>'searches')::bigint), 0)::bigint AS searches
+    FROM audit GROUP BY 1, 2, 3, 4, 5
+"""
+TOTALS = "SELECT *, tenant_id AS tenant FROM usage_days"
+OF_LOG = ("key", "upstream", "tenant,upstream,day", "key,day", "upstream,day", "key,model")
+OF_TOTALS = ("day", "tenant", "model,day", "tenant,model")
+COUNTED = ("requests", "input_tokens", "cost_micros", "estimated", "searches")
+
+
+async def test_sums_by_key_and_upstream_are_those_of_the_log_whatever_changes_it(
+    database_url: str, store: Store, peek: asyncpg.Connection
+) -> None:
+    """Days that are over are read from their sums, which the log goes before as soon as a call of
+    such a day came, was corrected, or was erased."""
+    today = now().date()
+    async with peek.transaction():
+        for back in range(1, 4):
+            await partitions._make(peek, "audit", today - timedelta(days=back))
+
+    def old(number: int, **overrides: Any) -> CallRecord:
+        at = now() - timedelta(days=number % 4, minutes=number)
+        values = {
+            "received_at": at,
+            "finished_at": min(now(), at + timedelta(hours=number % 3 * 12)),
+            "key_id": f"key{number % 5}" if number % 7 else None,
+            "upstream": f"up{number % 2}" if number % 5 else None,
+            "subject": f"user{number % 4}",
+        }
+        return record(number, **{**values, **overrides})
+
+    async def written(count: int) -> None:
+        await wait_until(lambda: peek.fetchval(f"SELECT count(*) = {count} FROM audit"), 20)
+
+    async def sums_of(by: str, tenant: str | None) -> dict[tuple[Any, ...], list[int]]:
+        found = await store.usage.totals(by.split(","), today - timedelta(days=9), today, tenant)
+        return summed([asdict(one) for one in found], by, None)
+
+    def summed(
+        rows: Iterable[Mapping[str, Any]], by: str, tenant: str | None
+    ) -> dict[tuple[Any, ...], list[int]]:
+        sums: dict[tuple[Any, ...], list[int]] = {}
+        for row in rows:
+            if tenant in (None, row["tenant"]):
+                one = sums.setdefault(
+                    tuple(row[name] for name in by.split(",")), [0] * len(COUNTED)
+                )
+                one[:] = [a + row[name] for a, name in zip(one, COUNTED, strict=True)]
+        return sums
+
+    async def are_those_of_the_log() -> None:
+        log, totals = await peek.fetch(PER_DAY), await peek.fetch(TOTALS)
+        for rows, groups in ((log, OF_LOG), (totals, OF_TOTALS)):
+            for by in groups:
+                for tenant in (None, "t1"):
+                    assert await sums_of(by, tenant) == summed(rows, by, tenant), (by, tenant)
+
+    for number in range(80):
+        store.audit.put(old(number))
+    await written(80)
+    await are_those_of_the_log()
+    assert await store.usage.sum_days() == 3
+    await are_those_of_the_log()
+    assert await store.usage.sum_days() == 0
+    # Read from the sums: a figure that only they have is in the answer.
+    await peek.execute("UPDATE usage_sums SET images = images + 1000")
+    for by in ("upstream", "key", "tenant", "day"):
+        (first, *_) = await store.usage.totals([by], today - timedelta(days=9), today)
+        assert first.images > 1000, by
+    await peek.execute("UPDATE usage_sums SET images = images - 1000")
+
+    # A transaction that is open while its day is summed up.
+    other = await asyncpg.connect(database_url)
+    late = await store.audit.prepare(old(81))
+    async with other.transaction():
+        await store.audit.add(other, [late])
+        await peek.execute("DELETE FROM summed_days")
+        assert await store.usage.sum_days() == 3
+    await other.close()
+    await are_those_of_the_log()
+    assert await store.usage.sum_days() == 1
+    await are_those_of_the_log()
+
+    changes = {
+        "a correction": peek.execute(
+            "UPDATE audit SET cost_micros = coalesce(cost_micros, 0) + 7 WHERE request_id = $1",
+            late.record.request_id,
+        ),
+        "an erasure": store.retention.erase(Whose("t1", "user1")),
+        "a retention of a tenant": peek.execute("DELETE FROM audit WHERE tenant_id = 't2'"),
+    }
+    for change, work in changes.items():
+        await work
+        await are_those_of_the_log()
+        assert await store.usage.sum_days() >= 1, change
+        await are_those_of_the_log()
+    assert await peek.fetchval("SELECT count(*) FROM changed_days") == 0
 
 
 async def test_jobs_count_when_they_end_and_once(store: Store, peek: asyncpg.Connection) -> None:

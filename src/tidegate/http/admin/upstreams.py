@@ -199,7 +199,7 @@ async def list_upstreams(request: Request) -> UpstreamsView:
     loads, noted, uses = await asyncio.gather(
         live.loads.get(),
         services.board.notes(),
-        asyncio.gather(*(_in_use(services, name) for name in names)),
+        asyncio.gather(*(_lately_in_use(services, name) for name in names)),
     )
     return UpstreamsView(
         revision=max(0, live.revision),
@@ -442,6 +442,17 @@ async def _in_use(services: Services, name: str) -> tuple[int, int] | None:
     except (LimiterUnavailable, TimeoutError):
         return None
     return len(snapshot.permits), sum(one.waiting for one in snapshot.tenants)
+
+
+async def _lately_in_use(services: Services, name: str) -> tuple[int, int] | None:
+    """The same half a second ago at most, by the look that all share: each permit of a large pool
+    takes a second to read."""
+    limiter = services.limiters.get(name)
+    if limiter is None:
+        return 0, 0
+    if (look := await services.looks.of(limiter)) is None:
+        return None
+    return sum(one.held for one in look.processes), sum(one.waiting for one in look.tenants)
 
 
 def _view(

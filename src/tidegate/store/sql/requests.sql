@@ -363,7 +363,7 @@ WHERE id < $1 AND created_at >= $2 AND $4::bigint >= 0
 OFFSET 0
 
 -- name: search_words
--- Of those {among}, the $5 that ended last and match the rest.
+-- Of those {among}, the $5 that ended last and match the rest; from row $17 on.
 SELECT id AS place, request_id AS id, tenant_id, pool, source, status, kind, model, priority,
     attempts, submitted_at AS created_at, admitted_at, finished_at, queue_ms, upstream_ms,
     total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream
@@ -374,4 +374,5 @@ WHERE ($6::text[] IS NULL OR status = ANY($6)) AND ($7::text IS NULL OR tenant_i
     AND ($11::text IS NULL OR failure ->> 'code' = $11)
     AND ($12::text IS NULL OR subject = $12) AND ($13::text IS NULL OR conversation = $13)
     AND submitted_at >= $14 AND submitted_at < $15 AND ($16::text IS NULL OR upstream = $16)
+    AND found.id >= $17::uuid
 ORDER BY found.id DESC LIMIT $5
