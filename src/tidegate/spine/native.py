@@ -674,7 +674,8 @@ class NativeExchange:
         if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
         facts = facts or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
-        answer.usage = self._told_usage if is_unknown(facts.usage) else facts.usage
+        by_headers = is_unknown(facts.usage) and not is_unknown(self._told_usage)
+        answer.usage = self._told_usage if by_headers else facts.usage
         if self._served is not None:
             answer.usage = with_tier(facts.usage, self._served)
         answer.finish_reason = facts.finish_reason
