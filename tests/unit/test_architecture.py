@@ -195,6 +195,25 @@ def test_a_worker_imports_no_web_framework() -> None:
     assert (done.stdout.strip(), done.stderr) == ("False", "")
 
 
+def test_what_only_libraries_would_import_is_not_imported_but_can_be() -> None:
+    """structlog imports rich, and redis-py OpenTelemetry's metrics, wherever they are installed."""
+    script = (
+        "import sys\n"
+        "from tidegate import cli\n"
+        "def stop():\n"
+        "    print('structlog' in sys.modules, 'redis' in sys.modules,\n"
+        "          [name for name in ('rich', 'opentelemetry.sdk') if name in sys.modules])\n"
+        "    import rich, opentelemetry.sdk.metrics\n"
+        "    sys.exit()\n"
+        "cli.load_to_run = stop\n"
+        "cli.worker()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.stderr) == ("True True []", "")
+
+
 def test_every_module_is_imported_from_somewhere() -> None:
     used = set(ENTRIES)
     outside = [ROOT / "run_app.py", ROOT / "run_worker.py"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -73,6 +75,24 @@ def _leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
+# What libraries import wherever it is installed, for what our processes do not use: redis-py for
+# metrics of its own, structlog for coloured tracebacks.
+_OF_REDIS, _OF_STRUCTLOG = "opentelemetry.sdk.metrics", "rich"
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Import as if these modules were not installed, but for those that are imported already; after
+    the block they can be imported. They take a seventh of the start, and 6 MB of each process."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"tidegate {__version__}")
@@ -95,7 +115,8 @@ def up(
     workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that do jobs.")] = 1,
 ) -> None:
     """Start everything; Ctrl-C stops it."""
-    from tidegate.supervisor.up import up as run
+    with _without(_OF_REDIS):
+        from tidegate.supervisor.up import up as run
 
     raise typer.Exit(run(load_to_run(), api, workers))
 
@@ -105,7 +126,8 @@ def serve(
     fd: Annotated[int | None, typer.Option(help="A listening socket that was inherited.")] = None,
 ) -> None:
     """Serve HTTP in this process alone."""
-    from tidegate.supervisor.roles import serve as run
+    with _without(_OF_REDIS, _OF_STRUCTLOG):
+        from tidegate.supervisor.roles import serve as run
 
     run(load_to_run(), fd)
 
@@ -113,7 +135,8 @@ def serve(
 @app.command(rich_help_panel=_RUN)
 def worker() -> None:
     """Process jobs in this process alone."""
-    from tidegate.supervisor.roles import work
+    with _without(_OF_REDIS, _OF_STRUCTLOG):
+        from tidegate.supervisor.roles import work
 
     work(load_to_run())
 
