@@ -183,10 +183,8 @@ async def _send_webhooks(config: Config, store: Store) -> None:
 
 @asynccontextmanager
 async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
-    """Open everything in order of dependence; close it in the opposite order.
-
-    Starts even when Valkey or PostgreSQL is away: they are reconnected to.
-    """
+    """Open everything in order of dependence; close it in the opposite order. Starts even when
+    Valkey or PostgreSQL is away: they are reconnected to."""
     deployed_upstreams(config)  # what is wrong in the file is an error, whatever was changed
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:

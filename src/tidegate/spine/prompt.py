@@ -275,7 +275,7 @@ class PromptCalls:
     def _has_ended(self, question: asyncio.Task[None]) -> None:
         self._questions.discard(question)
         if not question.cancelled():
-            question.exception()  # whoever still waits for it has it too
+            question.exception()  # who still waits for it has it too
 
     async def _asked(
         self,
