@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import shlex
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from csv import reader
@@ -27,7 +28,7 @@ from redis.asyncio import Redis
 from tests.browser.pictures import DRAWS, MARKS
 from tests.browser.stage import ARGUMENTS, CHROMIUM, Colours, Stage, opened
 from tests.databases import Databases
-from tests.gateway import PNG, gateway
+from tests.gateway import KEY, PNG, gateway
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.embedded.servers import ValkeyServer
@@ -345,16 +346,168 @@ async def test_try_it_streams_text_takes_files_and_shows_pictures(
         await expect(answer).to_contain_text("1 file: image/png")
         await page.get_by_role("button", name="Remove dropped.png").click()
 
-        await page.get_by_role("button", name="Run as background job").click()
+        await page.get_by_label("API", exact=True).select_option("job")
         await page.get_by_label("Prompt").fill("Generate an image of a lighthouse")
         await page.get_by_role("button", name="Send").click()
         await expect(state).to_have_text("Done")
         assert await _drawn(page) > 1
         await page.mouse.move(5, 5)
-        await picture(page, "try", tmp_path)
         await page.get_by_role("link", name="View details").click()
         await expect(page.locator(".page-head .badge")).to_have_text("Succeeded")
         assert await _drawn(page) > 1
+
+
+PAGES = ("Playground", "Requests")
+SYNTAX = "code => void new (async () => {}).constructor(code.replaceAll(/^import .*$/gm, ''))"
+
+
+@asynccontextmanager
+async def more_dialects(stage: Stage) -> AsyncIterator[None]:
+    """Upstreams for OpenAI's, Anthropic's and Bedrock's APIs, until the end of the block."""
+    running, headers = stage.gateway, {"x-api-key": stage.key}
+    tables: dict[str, dict[str, Any]] = {
+        "gpt": {"dialect": "openai", "base_url": f"{running.upstream.url}/v1"},
+        "claude": {"dialect": "anthropic", "base_url": running.upstream.url},
+        "nova": {"dialects": {"bedrock": running.upstream.url}},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMULATED_KEY", KEY)
+        for name, table in tables.items():
+            table |= {"key": "EMULATED_KEY", "models": [f"{name}-5", f"{name}-6"]}
+            table |= {"prices": {"*": {"input": 1, "output": 5}}}
+            url, body = f"{running.url}/admin/upstreams/{name}", {"table": table, "test": False}
+            async with running.http.put(url, json=body, headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+        yield
+        for name in tables:
+            url = f"{running.url}/admin/upstreams/{name}?force=true"
+            async with running.http.delete(url, headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+
+
+async def output_of(*command: str, folder: Path, key: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=folder,
+        env={**os.environ, "TIDEGATE_API_KEY": key},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
+async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
+    """The code that the page shows does what the page did; none of it has a key in it."""
+    code = page.get_by_role("region", name="Code")
+    for language, begin in (("curl", ("bash", "-c")), ("Python", (sys.executable, "-c"))):
+        await page.get_by_role("button", name=language, exact=True).click()
+        text = await code.inner_text()
+        assert stage.key not in text
+        assert "TIDEGATE_API_KEY" in text
+        out = await output_of(*begin, text, folder=folder, key=stage.key)
+        if language == "curl":  # which prints what comes: JSON, and of a job its id
+            said_there = orjson.dumps(said)[1:-1].decode() in out
+            assert said_there or '"status_url":' in out, (text, out)
+        else:
+            assert said in out, (text, out)
+    await page.get_by_role("button", name="TypeScript").click()
+    assert stage.key not in await code.inner_text()
+    blank = await page.context.new_page()
+    await blank.evaluate(SYNTAX, await code.inner_text())
+    await blank.close()
+
+
+async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
+    stage: Stage, tmp_path: Path
+) -> None:
+    (tmp_path / "dropped.png").write_bytes(PNG)
+    async with more_dialects(stage), opened(stage, "/try", width=1440) as seen:
+        page = seen.page
+        answer = page.get_by_role("region", name="Answer", exact=True)
+        state = page.locator(".try-state").first
+        await expect(page.get_by_text("The answer appears here")).to_be_visible()
+        await page.get_by_text("Code", exact=True).click()
+        await expect(page.get_by_role("region", name="Code")).to_contain_text("/stream")
+        for api, model, with_file in (
+            ("prompt", "", True),
+            ("job", "", False),
+            ("generate", "gemini-2.5-flash", True),
+            ("messages", "claude-5", True),
+            ("converse", "nova-5", True),
+            ("responses", "gpt-5", True),
+            ("chat", "gpt-5", True),
+        ):
+            await page.get_by_label("API", exact=True).select_option(api)
+            await page.get_by_label("Model", exact=True).fill(model)
+            if await page.get_by_role("button", name="New conversation").is_visible():
+                await page.get_by_role("button", name="New conversation").click()
+            if with_file and not await page.get_by_text("dropped.png").count():
+                await page.locator(".drop").evaluate(DROP, list(PNG))
+            if not with_file and await page.get_by_role("button", name="Remove").count():
+                await page.get_by_role("button", name="Remove dropped.png").click()
+            prompts = ["Explain the tide's “5 $ 'gate'”"]
+            prompts += [] if api in ("prompt", "job") else ["And at \\ night?"]
+            for prompt in prompts:
+                await page.get_by_label("Prompt").fill(prompt)
+                await page.keyboard.press("Control+Enter")
+                await expect(answer).to_contain_text(f"You asked: “{prompt}”")
+                await expect(state).to_contain_text("Done")
+                await expect(page.get_by_role("button", name="Send")).to_be_enabled()
+            if len(prompts) > 1:
+                await expect(page.locator(".try-turns li")).to_have_count(2)
+            await code_runs(stage, page, f"You asked: “{prompts[-1]}”", tmp_path)
+        # Two models side by side, each with its own turns.
+        await page.get_by_role("button", name="New conversation").click()
+        await page.get_by_label("Prompt").fill("What is a tidal gate for?")
+        await page.keyboard.press("Control+Enter")
+        await expect(answer).to_contain_text("You asked: “What is a tidal gate for?”")
+        await expect(page.get_by_role("button", name="Send")).to_be_enabled()
+        await page.get_by_label("Compare with").fill("gpt-6")
+        await page.get_by_label("Prompt").fill("Which of you is faster?")
+        await page.keyboard.press("Control+Enter")
+        for side, turns in ((0, 2), (1, 0)):
+            panel = page.locator(".try-answer").nth(side)
+            await expect(panel.locator(".try-state")).to_contain_text("Done")
+            await expect(panel.locator("pre")).to_contain_text("You asked: “Which of you")
+            await expect(panel.locator(".try-turns li")).to_have_count(turns)
+            figures = panel.locator(".try-figures dd")
+            await expect(figures.nth(4)).to_contain_text("$0.0")
+            for at, shown in ((0, "s"), (1, "s"), (2, "s"), (3, ", ")):
+                await expect(figures.nth(at)).to_contain_text(shown)
+        await page.get_by_role("button", name="Python", exact=True).click()
+        await page.set_viewport_size({"width": 1440, "height": 1180})
+        await page.evaluate("scrollTo(0, 0)")
+        await page.mouse.move(5, 5)
+        await picture(page, "try", tmp_path)
+        windows: tuple[tuple[int, Colours], ...] = (
+            (2560, "dark"),
+            (1280, "dark"),
+            (400, "light"),
+        )
+        for width, colours in windows:
+            await page.set_viewport_size({"width": width, "height": 900})
+            await page.emulate_media(color_scheme=colours)
+            assert await seen.is_within(), width
+            await seen.is_accessible()
+            await page.screenshot(path=tmp_path / f"try-{width}.png", full_page=True)
+        # What is wrong is said where it is put right.
+        await page.get_by_label("Model", exact=True).fill("")
+        await page.get_by_label("Prompt").fill("Hello?")
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.get_by_text("Name a model")).to_be_visible()
+        seen.expected = ("400",)
+        await page.get_by_label("Model", exact=True).fill("gpt-5")
+        await page.get_by_text("Options", exact=True).click()
+        await page.get_by_label("Priority").fill("high")
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.get_by_text("Must be a whole number")).to_be_visible()
+        await page.get_by_label("Priority").fill("1000")
+        await page.get_by_role("button", name="Send").click()
+        await expect(state).to_have_attribute("data-look", "bad")
+        await expect(page.get_by_label("Priority")).to_have_attribute("aria-invalid", "true")
+        await expect(page.get_by_label("Prompt")).to_have_value("Hello?")  # to be sent again
 
 
 async def test_a_key_that_opens_the_page_alone_needs_another_one_to_try_with(
@@ -450,9 +603,7 @@ async def test_the_systems_own_colours_show_which_page_is_open(stage: Stage) -> 
     async with opened(stage, "/try") as seen:
         await seen.page.emulate_media(forced_colors="active")
         edge = "link => getComputedStyle(link).borderBottomColor"
-        here, elsewhere = (
-            seen.page.get_by_role("link", name=name, exact=True) for name in ("Try it", "Requests")
-        )
+        here, elsewhere = (seen.page.get_by_role("link", name=name, exact=True) for name in PAGES)
         ground = await seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert await elsewhere.evaluate(edge) == ground != await here.evaluate(edge)
 
@@ -470,8 +621,8 @@ async def test_the_options_of_a_try_are_in_line(stage: Stage) -> None:
         await seen.page.get_by_text("Options", exact=True).click()
         place = "all => all.map((one) => one.getBoundingClientRect()).map((r) => [r.y, r.height])"
         fields = seen.page.locator(".filters .field > :is(input, select)")
-        places = await fields.evaluate_all(place)
-        assert (len(places), places[0]) == (6, places[1])
+        places = [one for one in await fields.evaluate_all(place) if one[1]]
+        assert (len(places), places[0]) == (5, places[1])
 
 
 async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_path: Path) -> None:

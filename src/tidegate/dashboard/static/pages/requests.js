@@ -240,7 +240,7 @@ function noMatch(clear) {
 }
 
 function noneYet() {
-  const tryIt = h("a", { class: "button", href: "#/try" }, "Try it");
+  const tryIt = h("a", { class: "button", href: "#/try" }, "Playground");
   const hint =
     "Jobs appear when they are submitted, streams and native calls once they have ended: until then they are above.";
   return empty("No requests yet", hint, tryIt);

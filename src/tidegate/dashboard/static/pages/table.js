@@ -121,8 +121,8 @@ export const PAGES = [
   },
   {
     path: "/try",
-    title: "Try it",
-    nav: "Try it",
+    title: "Playground",
+    nav: "Playground",
     key: "t",
     style: ["requests.css", "request.css", "try.css"],
     load: () => import("./try.js"),

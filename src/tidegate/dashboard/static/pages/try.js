@@ -1,45 +1,90 @@
-// Try it: submit a text, files or a wish for an image, and see the answer come.
+// The playground: a prompt or a conversation, by any API that the gateway serves, with one model or two.
 
 import { get } from "../api.js";
-import { fill, h } from "../dom.js";
+import { fill, h, mark } from "../dom.js";
 import { bytes } from "../format.js";
-import { choice, field, said } from "../ui.js";
+import { field, said } from "../ui.js";
 import { KINDS } from "./request_words.js";
-import { answering } from "./try_answer.js";
+import { answering, callOf } from "./try_answer.js";
+import { codeCard } from "./try_code.js";
+import { APIS, readFile } from "./try_dialects.js";
 
 const MOST_FILES = 10;
-const WAYS = { stream: "Stream the answer", job: "Run as background job" };
+const LOOKED_BACK_DAYS = 30;
+const DAY_MS = 86_400_000;
 const EXAMPLES = [
   "Explain in three sentences what a tidal gate is for.",
   "Generate an image of a lighthouse at dusk.",
 ];
 
 export async function open(main, { signal }) {
-  const { asks_for: asksFor } = await get("dashboard/session", { signal });
+  const [{ asks_for: asksFor }, upstreams, used] = await Promise.all([
+    get("dashboard/session", { signal }),
+    get("admin/upstreams", { signal }),
+    usedModels(signal),
+  ]);
   const files = filesPicker();
   const text = textField();
   const more = options(asksFor);
-  let way = "stream";
+  const target = targetOf(upstreams.upstreams, used, apiChosen);
   const go = h("button", { class: "button main", type: "submit" }, "Send");
   const stop = h("button", { class: "button", type: "button", hidden: true }, "Stop");
+  const again = h("button", { class: "button", type: "button", hidden: true }, "New conversation");
   const wrong = h("p", { class: "notice bad", role: "alert", hidden: true });
-  const shown = answering(signal);
+  const sides = [answering("Answer", signal), answering("Second answer", signal)];
+  const code = codeCard(() => sides[0].sent() ?? callOf(asked(), target.models()[0] ?? "", []));
+  const place = h("div", { class: "try-sides" }, sides[0].element);
+
+  function asked(read = []) {
+    return { api: target.api(), text: text.value(), files: read, options: more.values() };
+  }
+
+  function apiChosen() {
+    more.show(APIS[target.api()].dialect);
+    code.draw();
+  }
 
   async function send() {
     wrong.hidden = true;
-    [text, ...more.fields].forEach((one) => one.complain(""));
+    [text, ...target.fields, ...more.fields].forEach((one) => one.complain(""));
     if (!text.value() && files.list.length === 0) {
       text.complain("Write something, or add a file.");
       text.input.focus();
       return;
     }
+    const wrongNumber = more.fields.find((one) => Number.isNaN(one.value()));
+    if (wrongNumber) {
+      wrongNumber.complain("Must be a whole number.");
+      wrongNumber.input.focus();
+      return;
+    }
+    if (!target.isSound()) return;
+    const models = target.models();
     [go.disabled, stop.hidden] = [true, false];
-    const asked = { text: text.value(), files: files.list, ...more.values() };
-    const problem = await shown.run(way, asked);
+    if (models.length > 1) place.append(sides[1].element);
+    else sides[1].element.remove();
+    const isChat = APIS[target.api()].dialect !== null;
+    const read = await Promise.all(files.list.map(async (file) => ({ ...(await readFile(file)), file })));
+    const sent = asked(read);
+    const running = models.map((model, at) => sides[at].run(sent, model));
+    code.draw();
+    const problems = (await Promise.all(running)).filter((one) => one !== null);
+    if (signal.aborted) return;
     [go.disabled, stop.hidden] = [false, true];
-    if (problem === null) return;
+    again.hidden = !sides.some((one) => one.turns().length);
+    if (isChat && problems.length < models.length) {
+      text.input.value = "";
+      files.clear();
+      text.input.focus();
+    }
+    if (problems.length) complain(problems[0]);
+  }
+
+  function complain(problem) {
     const names = { data: text, text, files: text, file: text };
-    const at = names[problem.field] ?? more.fields.find((one) => one.name === problem.field);
+    // Of a native call an option is a header: `X-Tidegate-Deadline-Ms`.
+    const name = problem.field?.toLowerCase().replace(/^x-tidegate-/, "").replaceAll("-", "_");
+    const at = names[name] ?? [...target.fields, ...more.fields].find((one) => one.name === name);
     if (at) at.complain(said(problem));
     else {
       wrong.hidden = false;
@@ -47,19 +92,23 @@ export async function open(main, { signal }) {
     }
   }
 
-  stop.addEventListener("click", () => shown.stop());
+  stop.addEventListener("click", () => sides.forEach((one) => one.stop()));
+  again.addEventListener("click", () => {
+    sides.forEach((one) => one.clear());
+    again.hidden = true;
+    text.input.focus();
+    code.draw();
+  });
   const form = h(
     "form",
     { class: "card card-body try-form", novalidate: true, "aria-label": "What to ask" },
+    target.element,
     text.element,
     h("div", { class: "examples" }, EXAMPLES.map((one) => example(one, text))),
     files.element,
-    choice("How it is sent", WAYS, way, (chosen) => {
-      way = chosen;
-    }),
     more.element,
     wrong,
-    h("div", { class: "try-actions" }, go, stop, h("span", { class: "quiet-text" }, "Ctrl + Enter sends")),
+    h("div", { class: "try-actions" }, go, stop, again, h("span", { class: "quiet-text" }, "Ctrl + Enter sends")),
   );
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -68,15 +117,73 @@ export async function open(main, { signal }) {
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !go.disabled) form.requestSubmit();
   });
+  form.addEventListener("change", () => code.draw());
+  apiChosen();
   main.append(
-    h("div", { class: "page-head" }, h("h1", {}, "Try it")),
-    h("div", { class: "try" }, form, shown.element),
+    h("div", { class: "page-head" }, h("h1", {}, "Playground")),
+    h("div", { class: "try" }, form, place),
+    code.element,
   );
 }
 
+/** The models that were called lately, those with the most requests first. */
+async function usedModels(signal) {
+  const day = (at) => new Date(at).toISOString().slice(0, 10);
+  const span = { since: day(Date.now() - LOOKED_BACK_DAYS * DAY_MS), until: day(Date.now()) };
+  const { rows } = await get("admin/usage", { query: { by: "model", ...span }, signal });
+  return rows.filter((one) => one.model).toSorted((a, b) => b.requests - a.requests).map((one) => one.model);
+}
+
+/** By which API, and which one or two models: `fields`, `api()`, `models()`. */
+function targetOf(upstreams, used, changed) {
+  const servedBy = (dialect) => upstreams.filter((one) => Object.hasOwn(one.base_urls, dialect));
+  const apis = Object.entries(APIS).filter(([, { dialect }]) => dialect === null || servedBy(dialect).length > 0);
+  const api = field("api", "API", { options: Object.fromEntries(apis.map(([name, { words }]) => [name, words])) });
+  const list = h("datalist", { id: "try-models" });
+  const model = field("model", "Model", { list: "try-models", spellcheck: "false" });
+  const second = field("second", "Compare with", { list: "try-models", spellcheck: "false", placeholder: "a second model" });
+  const dialect = () => APIS[api.value()].dialect;
+
+  function show() {
+    const among = dialect() === null ? upstreams : servedBy(dialect());
+    const patterns = among.flatMap((one) => one.models);
+    const named = patterns.filter((one) => !one.includes("*"));
+    const fits = (name) => patterns.some((one) => new RegExp(`^${one.split("*").map(RegExp.escape ?? escaped).join(".*")}$`).test(name));
+    const known = [...new Set([...named, ...used.filter(fits)])];
+    fill(list, known.map((value) => h("option", { value })));
+    mark(model.input, "placeholder", dialect() === null ? "the one set for the kind" : (known[0] ?? "required"));
+    if (dialect() !== null && !model.value() && known.length) model.input.value = known[0];
+    model.complain("");
+    const own = { prompt: "Each prompt is asked alone.", job: "Each prompt is asked alone." }[api.value()] ?? "Remembers the turns.";
+    api.complain("");
+    fill(says, `${own} Upstreams: ${among.map((one) => one.name).join(", ")}.`);
+  }
+
+  const says = h("p", { class: "quiet-text try-served" });
+  api.input.addEventListener("change", () => {
+    show();
+    changed();
+  });
+  show();
+  return {
+    fields: [api, model, second],
+    element: h("div", { class: "try-target" }, api.element, model.element, second.element, list, says),
+    api: () => api.value(),
+    models: () => [model.value(), second.value()].filter((one, at) => at === 0 || one),
+    isSound() {
+      if (dialect() === null || model.value()) return true;
+      model.complain("Name a model: this API has no usual one.");
+      model.input.focus();
+      return false;
+    },
+  };
+}
+
+const escaped = (text) => text.replaceAll(/[.+?^${}()|[\]\\]/g, "\\$&");
+
 function textField() {
   const id = "try-text";
-  const input = h("textarea", { id, name: "data", rows: "7", "aria-describedby": `${id}-says` });
+  const input = h("textarea", { id, name: "data", rows: "6", "aria-describedby": `${id}-says` });
   const says = h("span", { id: `${id}-says`, class: "hint" });
   return {
     input,
@@ -147,21 +254,34 @@ function filesPicker() {
     over(false)(event);
     add(event.dataTransfer.files);
   });
-  return { element: zone, list };
+  return {
+    element: zone,
+    list,
+    clear() {
+      list.length = 0;
+      paint();
+    },
+  };
 }
 
-/** What may be left as it is. */
+/** What may be left as it is. `show(dialect)`: those that an API has; null is Tidegate's own. */
 function options(asksFor) {
-  const fields = [
+  const own = [
     field("type", "Kind", { options: { "": "Automatic", ...KINDS }, hint: "Automatic: by the prompt." }),
-    field("model", "Model", { hint: "Empty: the one set for the kind." }),
     field("image_uri", "Picture's address", { type: "url", hint: "Fetched by the gateway." }),
+  ];
+  const natives = [
+    field("system", "Instructions", { hint: "What holds for the whole conversation." }),
+    field("most", "Most output tokens", { type: "number", hint: "Empty: the model's own bound." }),
+  ];
+  const always = [
     field("priority", "Priority", { type: "number", hint: "From −100 to 100." }),
     field("deadline_ms", "Deadline (ms)", { type: "number", hint: "Until it is admitted." }),
     asksFor === "keys"
       ? field("key", "API key", { type: "password", hint: "With the scope infer. Empty: the key of this tab." })
       : field("tenant", "Tenant", { hint: "Empty: default." }),
   ];
+  const fields = [...own, ...natives, ...always];
   const element = h(
     "details",
     { class: "more-filters" },
@@ -171,6 +291,10 @@ function options(asksFor) {
   return {
     element,
     fields,
+    show(dialect) {
+      for (const one of own) one.element.hidden = dialect !== null;
+      for (const one of natives) one.element.hidden = dialect === null;
+    },
     values: () => Object.fromEntries(fields.map((one) => [one.name, one.value()])),
   };
 }

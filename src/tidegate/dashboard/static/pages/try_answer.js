@@ -1,28 +1,56 @@
-// Sending a request, and showing what becomes of it: waiting, the answer as it comes, its end.
+// One side of the playground: a conversation with a model, its answer as it comes, and its figures.
 
 import { address, events, get, Problem } from "../api.js";
 import { fill, h, mark, say } from "../dom.js";
-import { count, length } from "../format.js";
+import { count, length, money, NOTHING } from "../format.js";
 import * as session from "../session.js";
 import { empty, said } from "../ui.js";
 import { Files, shownFile } from "./request_files.js";
 import { isOpen, KINDS, linkTo, ordinal } from "./request_words.js";
+import { APIS } from "./try_dialects.js";
 
 const LOOK_MS = 700;
+const LOOKS = 20; // for what a call has cost, which is on record soon after its end
 const FIELDS = ["type", "model", "image_uri", "priority", "deadline_ms"];
+const FIGURES = { first: "First token", duration: "Duration", waited: "Waited", tokens: "Tokens in, out", cost: "Cost" };
 
-/** `{ element, run(way, asked), stop() }`; `run` resolves with a Problem, or null. */
-export function answering(signal) {
+/** What is sent: `{ api, model, body, headers, files }`, headers beside the key. `turns` came before. */
+export function callOf(asked, model, turns) {
+  const { api, options, files } = asked;
+  const headers = options.tenant ? { "X-Tidegate-Tenant": options.tenant } : {};
+  if (APIS[api].dialect === null) {
+    const values = { ...options, model };
+    const given = FIELDS.filter((name) => values[name] !== "" && values[name] !== null && values[name] !== undefined);
+    const data = asked.text || !files.length ? { data: asked.text } : {};
+    return { api, model, headers, files, body: { ...data, ...Object.fromEntries(given.map((name) => [name, values[name]])) } };
+  }
+  if (options.priority !== null) headers["X-Tidegate-Priority"] = String(options.priority);
+  if (options.deadline_ms !== null) headers["X-Tidegate-Deadline-Ms"] = String(options.deadline_ms);
+  const body = APIS[api].body(model, [...turns, { role: "user", text: asked.text, files }], options);
+  const all = [...turns.flatMap((one) => one.files ?? []), ...files];
+  return { api, model, headers, files: all.filter((one) => one.text === undefined), body };
+}
+
+/**
+ * `{ element, run(asked, model), stop(), clear(), sent() }`; `run` resolves with a Problem, or null.
+ * `sent()` is the call that was made last, or null.
+ */
+export function answering(label, signal) {
+  const who = h("h2", {});
   const state = h("p", { class: "try-state", role: "status" });
-  const text = h("pre", { class: "text", tabindex: "0", role: "region", "aria-label": "Answer" });
+  const log = h("ol", { class: "try-turns", tabindex: "0", "aria-label": `${label}: earlier turns` });
+  const question = h("p", { class: "try-asked" });
+  const text = h("pre", { class: "text", tabindex: "0", role: "region", "aria-label": label });
   const pictures = h("ul", { class: "gallery" });
-  const figures = h("p", { class: "quiet-text" });
-  const whole = h("p", {});
-  const before = empty("The answer appears here", "Where it has to wait, it says for what.");
-  const content = h("div", { class: "try-content", hidden: true }, state, text, pictures, figures, whole);
-  const element = h("section", { class: "card card-body try-answer", "aria-label": "The answer" }, before, content);
+  const values = Object.fromEntries(Object.keys(FIGURES).map((name) => [name, h("dd", {}, NOTHING)]));
+  const figures = h("dl", { class: "try-figures" }, Object.entries(FIGURES).map(([name, words]) => h("div", {}, h("dt", {}, words), values[name])));
+  const whole = h("p", { class: "try-whole" });
+  const before = empty("The answer appears here", "Where it has to wait, it says for what. Enter a second model to compare two side by side.");
+  const content = h("div", { class: "try-content", hidden: true }, who, log, question, state, text, pictures, figures, whole);
+  const element = h("section", { class: "card card-body try-answer", "aria-label": `${label} and its figures` }, before, content);
   const files = new Files(signal);
   let running = new AbortController();
+  let [turns, asking, made] = [[], "", null];
 
   const show = {
     say: (words, look = "") => {
@@ -32,25 +60,37 @@ export function answering(signal) {
     write: (piece) => text.append(piece),
     replace: (words) => say(text, words),
     picture: (file) => pictures.append(h("li", {}, shownFile(file, files))),
-    figures: (words) => say(figures, words),
+    drawn: ({ mimeType, data }) => pictures.append(h("li", {}, h("img", { src: `data:${mimeType};base64,${data}`, alt: "Picture" }))),
+    figure: (name, words) => say(values[name], words),
     link: (id) => fill(whole, linkTo(id, "View details")),
   };
 
-  function clear() {
+  function begin(asked, model) {
+    const isChat = APIS[asked.api].dialect !== null;
+    if (!isChat) turns = [];
+    fill(log, turns.map((one) => h("li", { data: { role: one.role } }, one.text)));
     before.hidden = true;
     content.hidden = false;
+    log.scrollTop = log.scrollHeight;
     [text, pictures, whole].forEach((one) => fill(one));
-    show.figures("");
+    asking = [asked.text, ...asked.files.map((one) => one.name)].filter(Boolean).join(" · ");
+    say(question, turns.length ? asking : "");
+    say(who, model || "The usual model");
+    for (const name of Object.keys(FIGURES)) show.figure(name, NOTHING);
     show.say("Sending …");
   }
 
-  async function run(way, asked) {
+  async function run(asked, model) {
     running = new AbortController();
     const both = AbortSignal.any([signal, running.signal]);
-    clear();
+    begin(asked, model);
+    made = callOf(asked, model, turns);
     mark(element, "aria-busy", "true");
     try {
-      await (way === "job" ? handedIn : streamed)(asked, show, both);
+      await WAYS[asked.api](asked, made, show, both);
+      if (APIS[asked.api].dialect !== null) {
+        turns.push({ role: "user", text: asked.text, files: asked.files }, { role: "assistant", text: text.textContent });
+      }
       return null;
     } catch (error) {
       if (error.name === "AbortError" || both.aborted) {
@@ -65,102 +105,153 @@ export function answering(signal) {
     }
   }
 
-  return { element, run, stop: () => running.abort() };
+  return {
+    element,
+    run,
+    stop: () => running.abort(),
+    sent: () => made,
+    turns: () => turns,
+    clear() {
+      running.abort();
+      [turns, made] = [[], null];
+      before.hidden = false;
+      content.hidden = true;
+    },
+  };
 }
 
-/** The body and headers of what is asked; a form where there are files. */
-function sent(asked, accept) {
-  const headers = { Accept: accept };
-  const key = asked.key || session.key();
-  if (key) headers.Authorization = `Bearer ${key}`;
-  if (asked.tenant) headers["X-Tidegate-Tenant"] = asked.tenant;
-  const given = FIELDS.filter((name) => asked[name] !== "" && asked[name] !== null);
-  if (asked.files.length === 0) {
-    const values = Object.fromEntries(given.map((name) => [name, asked[name]]));
+const WAYS = {
+  prompt: (asked, call, show, signal) => streamed(asked, call, show, signal),
+  job: (asked, call, show, signal) => handedIn(asked, call, show, signal),
+};
+for (const [name, { dialect }] of Object.entries(APIS)) if (dialect !== null) WAYS[name] = (...given) => native(...given);
+
+/** A form where a prompt has files, else JSON. */
+function payload(asked, { api, body, files }, headers) {
+  if (APIS[api].dialect !== null || files.length === 0) {
     headers["Content-Type"] = "application/json";
-    return { headers, body: JSON.stringify({ data: asked.text, ...values }) };
+    return JSON.stringify(body);
   }
   const form = new FormData();
-  if (asked.text) form.append("data", asked.text);
-  for (const name of given) form.append(name, asked[name]);
-  for (const file of asked.files) form.append("files", file, file.name);
-  return { headers, body: form };
+  for (const [name, value] of Object.entries(body)) form.append(name, value);
+  for (const { file, name } of asked.files) form.append("files", file, name);
+  return form;
 }
 
 /** As `ask` of the API's client does, with a key of its own; a refusal signs nobody out. */
-async function asking(path, asked, accept, signal) {
+async function asking(asked, call, accept, signal) {
+  const headers = { Accept: accept, ...APIS[call.api].headers, ...call.headers };
+  const key = asked.options.key || session.key();
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const body = payload(asked, call, headers);
   let response;
   try {
-    response = await fetch(address(path), {
-      method: "POST",
-      ...sent(asked, accept),
-      signal,
-      cache: "no-store",
-      credentials: "same-origin",
-    });
+    response = await fetch(address(APIS[call.api].path(call.model)), { method: "POST", headers, body, signal, cache: "no-store", credentials: "same-origin" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({ detail: "The gateway does not answer.", code: "away" });
   }
   if (response.ok) return response;
-  const problem = await response.json().catch(() => ({ detail: `The answer was ${response.status}.` }));
-  throw new Problem({ status: response.status, ...problem });
+  const told = await response.json().catch(() => ({}));
+  const inner = told.error ?? (Array.isArray(told) ? told[0]?.error : null) ?? {};
+  const detail = told.detail ?? inner.message ?? told.message ?? `The answer was ${response.status}.`;
+  throw new Problem({ ...told, status: response.status, detail, code: told.code ?? inner.code, field: told.field ?? inner.param ?? null });
 }
 
-async function streamed(asked, show, signal) {
+/** The response, while whose call waits it is said for what. */
+async function admitted(asked, call, accept, show, signal) {
   const watching = new AbortController();
-  const stopped = AbortSignal.any([signal, watching.signal]);
   const began = performance.now();
-  watchQueue(asked, show, began, stopped);
-  let response;
+  watchQueue(asked.options, show, began, AbortSignal.any([signal, watching.signal]));
   try {
-    response = await asking("stream", asked, "text/event-stream", signal);
+    const response = await asking(asked, call, accept, signal);
+    const waited = Number(response.headers.get("x-tidegate-queue-ms"));
+    show.figure("waited", length(waited));
+    show.say(`Started after ${length(waited)}.`, "live");
+    return { response, began, id: response.headers.get("x-tidegate-request-id") };
   } finally {
     watching.abort();
   }
-  const id = response.headers.get("x-tidegate-request-id");
-  const waited = Number(response.headers.get("x-tidegate-queue-ms"));
-  const kind = KINDS[response.headers.get("x-tidegate-type")] ?? "";
-  show.say(`Started after ${length(waited)}.`, "live");
-  let usage = {};
+}
+
+async function native(asked, call, show, signal) {
+  const { isWhole, read } = APIS[call.api];
+  const { response, began, id } = await admitted(asked, call, isWhole ? "application/json" : "text/event-stream", show, signal);
+  show.link(id);
+  const since = () => performance.now() - began;
+  const usage = {};
+  let first = null;
+  const take = (data) => {
+    const { text, pictures = [], problem, ...counts } = read(data);
+    if (problem) throw new Problem({ detail: problem });
+    if ((text || pictures.length) && first === null) {
+      first = since();
+      show.figure("first", length(first));
+    }
+    if (text) show.write(text);
+    pictures.forEach(show.drawn);
+    Object.assign(usage, counts);
+  };
+  if (isWhole) take(await response.json());
+  else for await (const { data } of events(response)) if (data !== "[DONE]") take(JSON.parse(data));
+  show.figure("duration", length(since()));
+  show.figure("tokens", `${count(usage.input)}, ${count(usage.output)}`);
+  show.say("Done", "good");
+  recorded(id, show, signal);
+}
+
+async function streamed(asked, call, show, signal) {
+  const { response, began, id } = await admitted(asked, call, "text/event-stream", show, signal);
   let first = null;
   const pictures = [];
   for await (const { event, data } of events(response)) {
-    first ??= performance.now() - began;
     const told = JSON.parse(data);
-    if (event === "delta") show.write(told.text);
-    else if (event === "image") {
+    if (event === "delta") {
+      first ??= performance.now() - began;
+      show.figure("first", length(first));
+      show.write(told.text);
+    } else if (event === "image") {
       pictures.push(told);
       show.say(`${count(pictures.length)} of its pictures made; shown once all is on record.`, "live");
-    }
-    else if (event === "usage") usage = told;
+    } else if (event === "usage") show.figure("tokens", tokensOf(told));
     else if (event === "error") {
       show.link(told.request_id);
       throw new Problem(told);
     } else if (event === "done") {
       show.say(`Done${told.finish_reason ? ` (${told.finish_reason})` : ""}`, "good");
-      const parts = [
-        kind,
-        `waited ${length(told.queue_ms)}`,
-        `first word after ${length(first)}`,
-        `call ${length(told.upstream_ms)}`,
-        tokensOf(usage),
-      ];
-      show.figures(parts.filter(Boolean).join(" · "));
+      show.figure("waited", length(told.queue_ms));
+      show.figure("duration", length(performance.now() - began));
       show.link(told.request_id);
-      for (const one of pictures) show.picture({ ...one, url: recorded(id, one) });
+      for (const one of pictures) show.picture({ ...one, url: fileOf(id, one) });
+      recorded(id, show, signal);
     }
   }
 }
 
 /** Where an operator finds a picture of a request, whatever its owner. */
-const recorded = (id, picture) =>
-  `admin/requests/${id}/files/${picture.url.split("/").pop()}`;
+const fileOf = (id, picture) => `admin/requests/${id}/files/${picture.url.split("/").pop()}`;
 
 const tokensOf = (usage) =>
-  usage?.total_tokens === undefined || usage.total_tokens === null
-    ? ""
-    : `${count(usage.input_tokens)} tokens in, ${count(usage.output_tokens)} out`;
+  usage?.input_tokens === undefined || usage.input_tokens === null ? NOTHING : `${count(usage.input_tokens)}, ${count(usage.output_tokens)}`;
+
+/** What it has cost, once the record has it. */
+async function recorded(id, show, signal) {
+  try {
+    for (let look = 0; look < LOOKS; look += 1) {
+      const { items } = await get("admin/requests", { query: { id }, signal });
+      if (items.length && !isOpen(items[0])) return told((await get(`admin/requests/${id}`, { signal })).request, show);
+      await pause(LOOK_MS, signal);
+    }
+  } catch (error) {
+    if (!(error instanceof Problem) && error.name !== "AbortError") throw error;
+  }
+  return null;
+}
+
+function told(request, show) {
+  if (Number.isInteger(request.cost_micros)) show.figure("cost", money(request.cost_micros / 1e6));
+  else show.figure("cost", request.usage_state === "told" ? "no price" : NOTHING);
+}
 
 const pause = (ms, signal) =>
   new Promise((resolve, reject) => {
@@ -172,14 +263,14 @@ const pause = (ms, signal) =>
   });
 
 /** Until the stream is admitted: how the limit stands that holds its tenant up. */
-async function watchQueue(asked, show, began, signal) {
-  const tenant = asked.tenant || null; // whose key it is, where one is shown, is not known here
+async function watchQueue(options, show, began, signal) {
+  const tenant = options.tenant || null; // whose key it is, where one is shown, is not known here
   try {
     for (;;) {
       await pause(LOOK_MS, signal);
       const pool = await get("admin/limits", { signal });
       const waited = `${length(performance.now() - began)} so far`;
-      const queue = fullest(pool.queues.filter((one) => isOf(one, tenant) && fits(one, asked)));
+      const queue = fullest(pool.queues.filter((one) => isOf(one, tenant) && fits(one, options)));
       if (!queue) show.say(`On its way, ${waited}`);
       else show.say(`Waiting for ${queue.held_up_by}: ${inWords(queue, pool)}, ${waited}`, "waiting");
     }
@@ -198,7 +289,7 @@ function fullest(queues) {
   return found && { held_up_by: found[0], waiting: found[1] };
 }
 
-const fits = (queue, asked) => !asked.type || queue.limits.includes(`kind:${asked.type}`);
+const fits = (queue, options) => !options.type || queue.limits.includes(`kind:${options.type}`);
 
 function inWords(queue, pool) {
   const limit = pool.limits.find((one) => one.limit === queue.held_up_by);
@@ -207,8 +298,9 @@ function inWords(queue, pool) {
   return `${used}${count(queue.waiting)} in line`;
 }
 
-async function handedIn(asked, show, signal) {
-  const response = await asking("submit", asked, "application/json", signal);
+async function handedIn(asked, call, show, signal) {
+  const began = performance.now();
+  const response = await asking(asked, call, "application/json", signal);
   const { request_id: id } = await response.json();
   show.link(id);
   const seen = new Set();
@@ -224,8 +316,10 @@ async function handedIn(asked, show, signal) {
       if (request.error) throw new Problem({ detail: request.error.message, code: request.error.code });
       show.replace(request.text ?? "");
       show.say("Done", "good");
-      const parts = [`waited ${length(request.queue_ms)}`, `call ${length(request.upstream_ms)}`, tokensOf(request.usage)];
-      show.figures(parts.filter(Boolean).join(" · "));
+      show.figure("waited", length(request.queue_ms));
+      show.figure("duration", length(performance.now() - began));
+      show.figure("tokens", tokensOf(request.usage));
+      told(request, show);
       return;
     }
     show.say(jobState(view), request.status === "running" ? "live" : "waiting");
@@ -234,7 +328,7 @@ async function handedIn(asked, show, signal) {
 }
 
 function jobState({ request, waiting }) {
-  if (request.status === "running") return "Running";
+  if (request.status === "running") return `Running${KINDS[request.type] ? `: ${KINDS[request.type].toLowerCase()}` : ""}`;
   const place = request.place ? `${ordinal(request.place)} in its queue` : "";
   if (waiting?.held_up_by) return [`Waiting for ${waiting.held_up_by}`, place].filter(Boolean).join(", ");
   return [`It ${waiting?.sentence ?? "waits"}`, place].filter(Boolean).join(", ");

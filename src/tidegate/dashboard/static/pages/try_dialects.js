@@ -1,0 +1,179 @@
+// The APIs that the playground speaks: the body of a conversation in each, and what an answer says.
+
+const MOST_TOKENS = 1_024; // where a dialect requires a bound and none is given
+
+/** The content of a file within a body: it is sent as base64, and code reads it from the file. */
+export class FileData {
+  constructor(file, prefix = "") {
+    this.name = file.name;
+    this.prefix = prefix;
+    this.base64 = file.base64;
+  }
+
+  toJSON() {
+    return this.prefix + this.base64;
+  }
+}
+
+const isText = ({ type }) => type.startsWith("text/") || type === "application/json";
+const isPicture = ({ type }) => type.startsWith("image/");
+
+/** What was chosen as `{ name, type, base64, text }`; `text` of a file that is one. */
+export async function readFile(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  let binary = "";
+  for (let at = 0; at < bytes.length; at += 32_768) binary += String.fromCharCode(...bytes.subarray(at, at + 32_768));
+  const read = { name: file.name, type: file.type || "application/octet-stream", size: file.size, base64: btoa(binary) };
+  return isText(read) ? { ...read, text: new TextDecoder().decode(bytes) } : read;
+}
+
+/** A turn as parts of a dialect: its files, each by `ofFile`, then its words by `ofText`. */
+function parts({ text, files = [] }, ofText, ofFile) {
+  const shown = files.map((one) => (isText(one) ? ofText(`${one.name}:\n${one.text}`) : ofFile(one)));
+  return text ? [...shown, ofText(text)] : shown;
+}
+
+const dataUrl = (file) => new FileData(file, `data:${file.type};base64,`);
+
+function chatContent(turn) {
+  if (!turn.files?.length) return turn.text;
+  const ofFile = (one) =>
+    isPicture(one)
+      ? { type: "image_url", image_url: { url: dataUrl(one) } }
+      : { type: "file", file: { filename: one.name, file_data: dataUrl(one) } };
+  return parts(turn, (text) => ({ type: "text", text }), ofFile);
+}
+
+function responsesContent(turn) {
+  if (!turn.files?.length) return turn.text;
+  const ofFile = (one) =>
+    isPicture(one)
+      ? { type: "input_image", image_url: dataUrl(one) }
+      : { type: "input_file", filename: one.name, file_data: dataUrl(one) };
+  return parts(turn, (text) => ({ type: "input_text", text }), ofFile);
+}
+
+function messagesContent(turn) {
+  if (!turn.files?.length) return turn.text;
+  const ofFile = (one) => ({
+    type: isPicture(one) ? "image" : "document",
+    source: { type: "base64", media_type: one.type, data: new FileData(one) },
+  });
+  return parts(turn, (text) => ({ type: "text", text }), ofFile);
+}
+
+const geminiParts = (turn) =>
+  parts(turn, (text) => ({ text }), (one) => ({ inlineData: { mimeType: one.type, data: new FileData(one) } }));
+
+function converseContent(turn) {
+  const formatOf = (one) => one.type.split("/")[1];
+  const ofFile = (one) =>
+    isPicture(one)
+      ? { image: { format: formatOf(one), source: { bytes: new FileData(one) } } }
+      : { document: { format: formatOf(one), name: one.name.replaceAll(/[^\w ()[\]-]/g, "-"), source: { bytes: new FileData(one) } } };
+  return parts(turn, (text) => ({ text }), ofFile);
+}
+
+const usageOf = (input, output) => (input === undefined ? {} : { input, output });
+
+/**
+ * Each API: `words`, its `dialect` (null: Tidegate's own), `path(model)`, `body(model, turns, more)`
+ * and `read(data)`: of an event or of the whole answer `{ text, pictures, input, output, problem }`.
+ * `turns` are `{ role, text, files }`. headers: those that an SDK adds itself. isWhole: its answer is one JSON object.
+ */
+export const APIS = {
+  prompt: { words: "Prompt, streamed", dialect: null, path: () => "/stream" },
+  job: { words: "Prompt, as a background job", dialect: null, path: () => "/submit" },
+  chat: {
+    words: "OpenAI Chat Completions",
+    dialect: "openai",
+    path: () => "/v1/chat/completions",
+    body: (model, turns, { system, most }) => ({
+      model,
+      messages: [
+        ...(system ? [{ role: "system", content: system }] : []),
+        ...turns.map((one) => ({ role: one.role, content: chatContent(one) })),
+      ],
+      ...(most ? { max_completion_tokens: most } : {}),
+      stream: true,
+      stream_options: { include_usage: true },
+    }),
+    read: ({ choices, usage, error }) => ({
+      text: choices?.[0]?.delta?.content,
+      ...usageOf(usage?.prompt_tokens, usage?.completion_tokens),
+      problem: error?.message,
+    }),
+  },
+  responses: {
+    words: "OpenAI Responses",
+    dialect: "openai",
+    path: () => "/v1/responses",
+    body: (model, turns, { system, most }) => ({
+      model,
+      ...(system ? { instructions: system } : {}),
+      input: turns.map((one) => ({ role: one.role, content: responsesContent(one) })),
+      ...(most ? { max_output_tokens: most } : {}),
+      stream: true,
+    }),
+    read: ({ type, delta, response, message, error }) => ({
+      text: type === "response.output_text.delta" ? delta : "",
+      ...usageOf(response?.usage?.input_tokens, response?.usage?.output_tokens),
+      problem: error?.message ?? response?.error?.message ?? (type === "error" ? message : undefined),
+    }),
+  },
+  messages: {
+    words: "Anthropic Messages",
+    dialect: "anthropic",
+    headers: { "anthropic-version": "2023-06-01" },
+    path: () => "/v1/messages",
+    body: (model, turns, { system, most }) => ({
+      model,
+      max_tokens: most || MOST_TOKENS,
+      ...(system ? { system } : {}),
+      messages: turns.map((one) => ({ role: one.role, content: messagesContent(one) })),
+      stream: true,
+    }),
+    read: ({ delta, message, usage, error }) => ({
+      text: delta?.text,
+      ...(message?.usage ? { input: message.usage.input_tokens } : {}),
+      ...(usage ? { output: usage.output_tokens } : {}),
+      problem: error?.message,
+    }),
+  },
+  generate: {
+    words: "Gemini generateContent",
+    dialect: "gemini",
+    path: (model) => `/v1beta/models/${encodeURIComponent(model)}:streamGenerateContent?alt=sse`,
+    body: (_model, turns, { system, most }) => ({
+      contents: turns.map((one) => ({ role: one.role === "user" ? "user" : "model", parts: geminiParts(one) })),
+      ...(system ? { systemInstruction: { parts: [{ text: system }] } } : {}),
+      ...(most ? { generationConfig: { maxOutputTokens: most } } : {}),
+    }),
+    read({ candidates, usageMetadata: usage, error }) {
+      const found = candidates?.[0]?.content?.parts ?? [];
+      const output = (usage?.candidatesTokenCount ?? 0) + (usage?.thoughtsTokenCount ?? 0);
+      return {
+        text: found.filter((one) => !one.thought).map((one) => one.text ?? "").join(""),
+        pictures: found.map((one) => one.inlineData).filter(Boolean),
+        ...usageOf(usage?.promptTokenCount, output),
+        problem: error?.message,
+      };
+    },
+  },
+  converse: {
+    words: "Bedrock Converse",
+    dialect: "bedrock",
+    isWhole: true,
+    path: (model) => `/model/${encodeURIComponent(model)}/converse`,
+    body: (_model, turns, { system, most }) => ({
+      messages: turns.map((one) => ({ role: one.role, content: converseContent(one) })),
+      ...(system ? { system: [{ text: system }] } : {}),
+      ...(most ? { inferenceConfig: { maxTokens: most } } : {}),
+    }),
+    read: ({ output, usage, message }) => ({
+      text: output?.message?.content?.map((one) => one.text ?? "").join(""),
+      ...usageOf(usage?.inputTokens, usage?.outputTokens),
+      problem: message,
+    }),
+  },
+};
