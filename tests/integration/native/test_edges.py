@@ -161,9 +161,7 @@ async def test_a_path_that_is_not_relayed_is_told_by_tidegate(gateway: Gateway) 
     assert b"Tidegate does not relay POST /v1/fine_tuning/jobs" in got
 
 
-@pytest.mark.parametrize(
-    "path", [b"/api/chat", b"/models/x/converse", b"/v1", b"/v1/", b"/v2/rerank"]
-)
+@pytest.mark.parametrize("path", [b"/api/chat", b"/tensor/x/infer", b"/v1", b"/v1/", b"/v2/rerank"])
 async def test_a_path_of_no_front_is_told_by_tidegate_too(gateway: Gateway, path: bytes) -> None:
     got = await raw(gateway, post(path=path, body=ASKED))
     assert status_of(got) == 404
