@@ -23,11 +23,11 @@ from typing import Any
 
 import orjson
 
-from tidegate.admission.charges import came_tokens
+from tidegate.admission.charges import came_tokens, is_unknown
 from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputEvents
 from tidegate.prices.rates import STANDARD_TIERS
-from tidegate.record import TAIL_BYTES
+from tidegate.record import TAIL_BYTES, CallRecord
 
 MOST_TOKENS = 10**12  # more is no count of one call, and no column could hold the sums
 HEAD_BYTES = 4_096
@@ -339,6 +339,31 @@ def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> Vi
     images = output.unnamed_images + len(output.images)
     scale = answer_bytes / max(1, read_bytes)
     return VisibleOutput(came_tokens(texts, scale=scale, images=images), images)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAnswer:
+    """What an answer says. images, came: None where they were not looked for."""
+
+    facts: AnswerFacts
+    images: int | None
+    came: VisibleOutput | None
+
+
+def read_answer(
+    dialect: DialectSpec, record: CallRecord, *, whole: bool, counted: bool, images: bool
+) -> ReadAnswer:
+    """All that accounting looks for in the answer of a record, in one go: of a large one in a
+    thread of its own. `whole`: it came to its end; `counted`: a model has made it; `images`: some
+    were requested."""
+    text = record.text
+    facts = dialect.answer_facts(text, omitted=record.omitted_bytes > 0, cut=not whole)
+    has_visible = counted and (not whole or is_unknown(facts.usage))
+    return ReadAnswer(
+        facts,
+        dialect.image_count(text) if images else None,
+        visible_output(dialect, text, record.text_bytes) if has_visible else None,
+    )
 
 
 def _parts(stream: bytes) -> Iterator[bytes]:

@@ -41,6 +41,21 @@ async def aside(size_bytes: int, work: Callable[[], _Result]) -> _Result:
     return await asyncio.get_running_loop().run_in_executor(_READER, work)
 
 
+async def read_to_its_end(size_bytes: int, work: Callable[[], _Result]) -> _Result:
+    """As `aside`, of an answer that has gone out or that is given up: a cancellation meanwhile, as
+    of a client that has all it wanted, ends nothing any more, and is forgotten."""
+    if size_bytes <= LARGE_BYTES:
+        return work()
+    reading = asyncio.get_running_loop().run_in_executor(_READER, work)
+    while not reading.done():
+        try:
+            await asyncio.wait({reading})
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+    return reading.result()
+
+
 _END_BYTES = 65_536
 _TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
 # Below other objects there may be more models, such as a tool's parameter of that name.

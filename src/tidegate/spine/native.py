@@ -34,12 +34,7 @@ from tidegate.admission.charges import (
 from tidegate.admission.demand import CallDemand, ConversationKey, Demands
 from tidegate.admission.estimator import Estimate, Learning, with_kept
 from tidegate.call import NO_CHARGE, OTHER_KIND, UNKNOWN_USAGE, CallCost, Charge
-from tidegate.dialects import DIALECTS, refusals
-from tidegate.dialects.answers import (
-    WithoutUsageEvent,
-    visible_output,
-    with_tier,
-)
+from tidegate.dialects import DIALECTS, answers, refusals
 from tidegate.dialects.forms import is_prose
 from tidegate.dialects.headers import (
     content_type_in,
@@ -78,6 +73,7 @@ from tidegate.spine.bodies import (
     body_for,
     has_several_answers,
     identity_of,
+    read_to_its_end,
 )
 from tidegate.spine.models import (
     Models,
@@ -360,6 +356,9 @@ class NativeExchange:
         self.keeping: Keeping | None = None  # of what lives on at the provider
         self.hand_over: BackgroundHandOver | None = None  # of what goes on there
         self.told: AnswerFacts | None = None  # where they are not in the answer alone
+        self._read: answers.ReadAnswer | None = (
+            None  # of a large answer, read beside the event loop
+        )
         self.refers = False  # to what lives at one upstream
 
     @property
@@ -460,14 +459,14 @@ class NativeExchange:
         whole: bool,
         failed: CallFailed | None,
     ) -> int | None:
-        record, dialect = self._record, DIALECTS[self._call.endpoint.dialect]
+        record = self._record
         if record.handed_over:
             return None
         if record.pieces:
             self._read_answer(whole)
         images = None
         if demand.images and whole and not record.streamed:
-            images = dialect.image_count(record.text)
+            images = self._images()
         if failed is None or failed.status < 400:
             record.charge = self._charge(target, lane.demands, demand, whole, images)
         return images
@@ -493,7 +492,7 @@ class NativeExchange:
             self.ended_alone = out.ended_alone
 
     async def _make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
-        call, record, self._sent = self._call, self._record, None
+        call, record, self._sent, self._read = self._call, self._record, None, None
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
             if self.keeping is not None and self.keeping.is_list:
@@ -538,6 +537,10 @@ class NativeExchange:
                 if is_try or lane.gate.has_doubts:
                     await lane.gate.worked(target.model, tried=is_try)
                 await self._pass_on(exchange, first, target, lane, demand, hides)
+                await self._read_aside(whole=True)
+            except BaseException:  # cancellation too: what has come is charged
+                await self._read_aside(whole=False)
+                raise
             finally:
                 record.answer.first_byte_ms = exchange.first_byte_ms
                 if not exchange.close():  # it is closed in the loop's next round
@@ -568,7 +571,7 @@ class NativeExchange:
         if (reading := DIALECTS[self.dialect].usage_in) is not None:
             self._told_usage = reading(exchange.headers)
         hides_usage = hides_usage and not record.coding
-        without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
+        without = answers.WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         key = target.upstream.key
         headers = to_return(exchange.headers, key, same_length=without is None)
         if self._call.endpoint.operation is Operation.TRANSCRIBE:
@@ -645,7 +648,7 @@ class NativeExchange:
         )
 
     async def _pieces(
-        self, exchange: Exchange, piece: bytes, without: WithoutUsageEvent | None
+        self, exchange: Exchange, piece: bytes, without: answers.WithoutUsageEvent | None
     ) -> None:
         record, out = self._record, self._out
         if without is None:
@@ -667,9 +670,8 @@ class NativeExchange:
     def _read_answer(self, whole: bool) -> None:
         """Find in the answer what it says of itself. `whole`: it came to its end."""
         record, answer = self._record, self._record.answer
-        omitted = record.omitted_bytes > 0
-        dialect = DIALECTS[self._call.endpoint.dialect]
-        facts = self.told
+        omitted, dialect = record.omitted_bytes > 0, DIALECTS[self.dialect]
+        facts = self.told or (self._read.facts if self._read is not None else None)
         is_transcript = self._call.endpoint.operation is Operation.TRANSCRIBE
         if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
@@ -677,9 +679,28 @@ class NativeExchange:
         by_headers = is_unknown(facts.usage) and not is_unknown(self._told_usage)
         answer.usage = self._told_usage if by_headers else facts.usage
         if self._served is not None:
-            answer.usage = with_tier(facts.usage, self._served)
+            answer.usage = answers.with_tier(facts.usage, self._served)
         answer.finish_reason = facts.finish_reason
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
+
+    async def _read_aside(self, *, whole: bool) -> None:
+        """Read a large answer before it is settled, which is one step of the event loop."""
+        if (record := self._record).answer_bytes > LARGE_BYTES:
+            asked, dialect = self._asked, DIALECTS[self.dialect]
+            counted, images = self._call.endpoint.is_counted, bool(asked and asked.images)
+            how = {"whole": whole, "counted": counted, "images": images}
+            reading = partial(answers.read_answer, dialect, record, **how)
+            self._read = await read_to_its_end(record.answer_bytes, reading)
+
+    def _images(self) -> int:
+        images = None if self._read is None else self._read.images
+        return DIALECTS[self.dialect].image_count(self._record.text) if images is None else images
+
+    def _came(self) -> answers.VisibleOutput:
+        record, came = self._record, None if self._read is None else self._read.came
+        return came or answers.visible_output(
+            DIALECTS[self.dialect], record.text, record.text_bytes
+        )
 
     def _charge(
         self, target: Target, demands: Demands, demand: CallDemand, whole: bool, images: int | None
@@ -692,13 +713,13 @@ class NativeExchange:
             return charge_of(rates, record.answer.usage, images, whole=whole)
         if asked is None or not record.sent or not endpoint.is_counted:
             return NO_CHARGE
-        usage, dialect = record.answer.usage, DIALECTS[endpoint.dialect]
+        usage = record.answer.usage
         rates = self._rates(demands.prices, target.model, whole)
         if images is None and asked.images and record.streamed and _tells_pictures(endpoint):
-            images = dialect.image_count(record.text)
+            images = self._images()
         if whole and (images or is_measured(usage) or not is_unknown(usage)):
             return charge_of(rates, usage, images, whole=True)
-        came = visible_output(dialect, record.text, record.text_bytes)
+        came = self._came()
         if asked.characters:  # audio, which shows none of its tokens
             came.tokens = ceil(asked.characters * _SPOKEN_TOKENS_A_CHARACTER)
         estimate = self._estimate(demands, demand, asked, target.model)

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -41,6 +42,7 @@ from tidegate.errors import (
 from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
+from tidegate.spine.bodies import aside
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, Lane
 from tidegate.store.provider.background import BackgroundCalls
@@ -610,7 +612,7 @@ class Keeping:
             seen = decoded(first, coding) if coding else first
             is_whole = exchange.at_end or len(first) > most
             if is_whole or record.streamed:
-                found = made_in(seen, self.making)
+                found = await aside(len(seen), partial(made_in, seen, self.making))
                 if is_whole or found is not None or _names_nothing(seen, self.making):
                     return first, found
             first += await exchange.next()

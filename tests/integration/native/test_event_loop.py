@@ -6,12 +6,14 @@ thread of the loop; how long one takes is another machine's affair.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sys
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -22,8 +24,11 @@ import pytest
 
 import tidegate
 from tests.gateway import PNG, Gateway, Opener
+from tests.integration.security.hostile import Hostile, hostile
 from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
 from tests.waiting import wait_until
+
+__all__ = ["hostile"]
 
 SOURCE = str(Path(tidegate.__file__).parent)
 EMULATOR = f"{SOURCE}/emulator"
@@ -198,4 +203,86 @@ async def test_no_step_of_the_event_loop_works_on_a_large_body(
 
     await wait_until(all_ended, 30, "jobs and work in the background")
     found["workers"] = watch.seen
+    assert {name: seen for name, seen in found.items() if seen} == {}
+
+
+WORDS = TEXT[:300_000]
+DRAWN = b64encode(random.Random(1).randbytes(300_000)).decode()
+CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": WORDS}}
+USED = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+DELTA = {"choices": [{"index": 0, "delta": {"content": WORDS[:1_000]}}]}
+PARTS = [{"text": "so"}, {"inlineData": {"mimeType": "image/png", "data": DRAWN}}]
+GENERATED = {"candidates": [{"content": {"role": "model", "parts": PARTS}}]}
+MESSAGE = {"id": "m", "type": "message", "content": [{"type": "text", "text": WORDS}]}
+GENERATE = f"/v1beta/models/{MODEL}:generateContent"
+STREAMED = b"".join(b"data: %b\n\n" % orjson.dumps(DELTA) for _ in range(320))
+# What is asked for, and what is answered.
+ANSWERS: dict[str, tuple[str, dict[str, Any], bytes]] = {
+    "text": (CHAT, said("x"), orjson.dumps({"choices": [CHOICE], "usage": USED})),
+    "text without usage": (CHAT, said("x"), orjson.dumps({"choices": [CHOICE]})),
+    "stream": (CHAT, said("x", stream=True), STREAMED + b"data: [DONE]\n\n"),
+    "pictures": (
+        "/v1/images/generations",
+        {"model": MODEL, "prompt": "x"},
+        orjson.dumps({"created": 1, "data": [{"b64_json": DRAWN}]}),
+    ),
+    "gemini": (GENERATE, {"contents": [{"parts": [{"text": "x"}]}]}, orjson.dumps(GENERATED)),
+    "anthropic": ("/v1/messages", said("x", max_tokens=50), orjson.dumps(MESSAGE)),
+    "vectors": (
+        "/v1/embeddings",
+        {"model": MODEL, "input": "x"},
+        orjson.dumps({"data": [{"embedding": [0.123456789] * 40_000}], "usage": USED}),
+    ),
+    "response that is kept": (
+        "/v1/responses",
+        {"model": MODEL, "input": "x"},
+        orjson.dumps({"id": "resp_1", "output": [{"content": [{"text": WORDS}]}], "usage": USED}),
+    ),
+    "cut off": (CHAT, said("x"), orjson.dumps({"choices": [CHOICE], "usage": USED})[:-1_000]),
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="traces with sys.monitoring")
+async def test_no_step_of_the_event_loop_works_on_a_large_answer(
+    open_gateway: Opener, watch: LoopWatch, hostile: Hostile, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    urls = f'openai = "{hostile.url}/v1", gemini = "{hostile.url}", anthropic = "{hostile.url}"'
+    others = '[upstreams.gemini]\nmodels = ["none"]\n'
+    policy.write_text(f"{others}[upstreams.away]\ndialects = {{ {urls} }}\n")
+    gateway = await open_gateway(tidegate_policy=policy, worker=False)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for name, (path, body, answer) in ANSWERS.items():
+        is_stream = answer.startswith(b"data:")
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
+        kind = b"text/event-stream" if is_stream else b"application/json"
+        whole_bytes = len(answer) + 1_000 * (name == "cut off")
+
+        async def answers(
+            writer: asyncio.StreamWriter, data: bytes = head % (kind, whole_bytes) + answer
+        ) -> None:
+            writer.write(data)
+            await writer.drain()
+
+        hostile.answer = answers
+        asked = orjson.dumps(body)
+        try:
+            async with gateway.http.post(
+                gateway.url + path,
+                data=asked,
+                headers={"Content-Type": "application/json", "anthropic-version": "x"},
+            ) as response:
+                got = await response.read()
+                assert (response.status, len(got)) == (200, len(answer)), (
+                    name,
+                    got[:300],
+                    response.headers,
+                )
+        except aiohttp.ClientPayloadError:
+            assert name == "cut off"
+        request_id = response.headers["x-tidegate-request-id"]
+        query = "SELECT 1 FROM audit WHERE request_id = $1::uuid"
+        await wait_until(partial(gateway.database.fetchval, query, request_id), 20)
+        found[name] = watch.seen
+        watch.seen = set()
     assert {name: seen for name, seen in found.items() if seen} == {}
