@@ -128,7 +128,8 @@ class CallRecord:
 
     Tries: `attempts` counts those made upstream, of which `throttled` were answered with 429
     (`throttled_by`: by upstream and pool, of which the last may be another), and `faults` failed by
-    the upstream's own fault; `failed` is the error of the last that failed; `earlier_attempts` were
+    the upstream's own fault; `tries_elsewhere` counts, by pool, those made before it came to the
+    pool of the last; `failed` is the error of the last that failed; `earlier_attempts` were
     made before this record began, for the same line of a batch, and under `lapses` of them their
     process died. `sent`: its request began to go out. `upstream_ms` is the length of the last.
 
@@ -181,6 +182,7 @@ class CallRecord:
     earlier_attempts: int = 0
     lapses: int = 0
     throttled_by: dict[tuple[str, str], int] | None = None
+    tries_elsewhere: dict[str, int] | None = None
     faults: int = 0
     failed: UpstreamError | None = None
     sent: bool = False
@@ -241,6 +243,13 @@ class CallRecord:
     def throttled(self) -> int:
         """How many of its tries were answered with 429."""
         return 0 if self.throttled_by is None else sum(self.throttled_by.values())
+
+    def note_pool(self, pool: str) -> None:
+        """The next try is made in `pool`."""
+        if self.attempts and pool != self.pool:
+            found = self.tries_elsewhere = self.tries_elsewhere or {}
+            found[self.pool] = found.get(self.pool, 0) + self.attempts - sum(found.values())
+        self.pool = pool
 
     def note_throttled(self, upstream: str, pool: str) -> None:
         """Count a try that an upstream answered with 429."""

@@ -97,3 +97,16 @@ def test_a_429_counts_in_the_pool_of_the_upstream_that_gave_it() -> None:
     Calls(tally).take([record])
     counted = {labels: n for spec, labels, n in tally.take_counts() if spec is Metric.THROTTLED}
     assert {labels: n for labels, n in counted.items() if n} == {("relay", "a"): 1}
+
+
+def test_each_try_counts_in_its_own_pool() -> None:
+    """All of them counted in the pool of the last."""
+    tally = Tally()
+    record = CallRecord("relay", "acme", datetime.now(UTC))
+    for pool in ("a", "a", "b", "a", "c"):
+        record.note_pool(pool)
+        record.attempts += 1
+    record.end("succeeded", None)
+    Calls(tally).take([record])
+    counted = {labels: n for spec, labels, n in tally.take_counts() if spec is Metric.ATTEMPTS}
+    assert counted == {("relay", "a"): 3, ("relay", "b"): 1, ("relay", "c"): 1}

@@ -514,7 +514,10 @@ class Calls:
 
     def _count_attempts(self, one: CallRecord, cells: _Cells, failed: str) -> None:
         where = (one.source, one.pool)
-        cells.attempts.amount += one.attempts
+        elsewhere = one.tries_elsewhere or {}
+        for pool, count in elsewhere.items():
+            self._tally.add(Metric.ATTEMPTS, (one.source, pool), count)
+        cells.attempts.amount += one.attempts - sum(elsewhere.values())
         again = one.attempts - 1 + (one.status == RETRIED)
         if again:
             self._tally.add(Metric.RETRIES, where, again)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, partial
@@ -39,7 +39,7 @@ from tidegate.policy.providers import filled
 from tidegate.settings import Config
 from tidegate.store.records import PolicyRecord
 from tidegate.store.tenants import Policies
-from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.logging import Log, get_logger, lines_with
 
 
 class Origin(StrEnum):
@@ -287,7 +287,9 @@ async def open_pool(
         observer=observer,
         on_conflict="keep",  # the keeper decides, by what is on record
     )
-    async with limiter:
+    async with AsyncExitStack() as stack:
+        with lines_with(pool=pool):
+            await stack.enter_async_context(limiter)
         yield PolicyKeeper(
             limiter, policies, wanted=wanted, set_by=instance_id, provider=provider or ""
         )

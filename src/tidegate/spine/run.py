@@ -839,11 +839,8 @@ class _Run:
     def _note_admission(self, permit: Permit | None, target: Target, lane: Lane) -> None:
         record, pool = self._record, lane.limiter.pool
         record.waits = False
-        record.upstream, record.pool, record.model = (
-            target.upstream.name,
-            pool,
-            target.model or None,
-        )
+        record.note_pool(pool)
+        record.upstream, record.model = target.upstream.name, target.model or None
         now = record.admitted_at = datetime.now(UTC)
         record.fence = (0, 0) if permit is None else permit.fence
         if not record.attempts:

@@ -14,6 +14,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
@@ -327,6 +328,12 @@ def _renderers(for_people: bool, console: bool) -> list[Any]:
     if console:
         return [_plain, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     return [structlog.processors.JSONRenderer(serializer=_to_json)]
+
+
+def lines_with(**fields: str) -> AbstractContextManager[None]:
+    """Adds fields to all lines of this task within the block, and of the tasks that are made there,
+    other libraries' too."""
+    return structlog.contextvars.bound_contextvars(**fields)
 
 
 def configure_logging(
