@@ -87,7 +87,7 @@ setup-system: ## Install what the tests need from the system's packages, or say 
 lock: ## Write uv.lock and requirements.txt anew after a change of pyproject.toml
 	@scripts/bootstrap.sh dev
 	@.venv/bin/uv lock --quiet
-	@.venv/bin/uv export --quiet --frozen --all-extras --no-dev --no-hashes --no-header --output-file requirements.txt
+	@.venv/bin/uv export --quiet --frozen --all-extras --no-extra export --no-dev --no-hashes --no-header --output-file requirements.txt
 
 clean: ## Remove the environment and all caches; your data stays
 	@rm -rf .venv .canary .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -85,7 +85,7 @@ fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION" ||
     fail "pip could not install uv $UV_VERSION: is the package index reachable?"
 
-groups=(--no-dev)
+groups=(--no-dev --no-extra export) # pyarrow is large, and for one command
 [[ $want == dev ]] && groups=(--group dev)
 # --inexact: uv and pip live in .venv as well and are in no lock file.
 .venv/bin/uv sync --quiet --frozen --inexact --compile-bytecode --all-extras "${groups[@]}" ||

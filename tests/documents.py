@@ -81,6 +81,7 @@ ELSEWHERE = (
     Elsewhere("docs/observability.md", "job_name: tidegate", "tests/unit/test_alerts.py"),
     Elsewhere("docs/servers.md", "ACL SETUSER", "tests/integration/servers/acl.py"),
     Elsewhere("docs/operating.md", "apiVersion", "tests/unit/deploy/test_kubernetes.py"),
+    Elsewhere("docs/operating.md", "tidegate export record", _SHELL_LINES),
     Elsewhere("docs/operating.md", "tidegate backup tidegate-", _BACKUP),
     Elsewhere("docs/operating.md", "tidegate restore tidegate-", _BACKUP),
     Elsewhere(
@@ -107,6 +108,7 @@ NOT_RUN = (
     NotRun("docs/quickstart.md", "✓ Bundled", "a start; tests/integration/processes has its marks"),
     NotRun("docs/quickstart.md", "uvx --from", "it does not end; tests/integration/packaging"),
     NotRun("docs/library.md", "pip install tidegate ", _PACKAGING),
+    NotRun("docs/operating.md", "read_parquet", "no DuckDB in a test; its file is read by pyarrow"),
     NotRun("docs/operating.md", "systemctl enable", "no systemd runs in a test"),
     NotRun("docs/operating.md", "docker compose -f", "no engine in a test"),
     NotRun("docs/operating.md", "docker build -f", "no engine in a test"),

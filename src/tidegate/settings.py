@@ -486,9 +486,7 @@ class Config(BaseModel):
         "Body of an alert: standard is signed by WEBHOOK_SECRET, as webhooks are; slack is a text "
         "as Slack and compatible services take it, signed too where there is a secret.",
     )
-    retention_days: Positive = setting(
-        30, "How long requests and answers are kept (tidegate prune)."
-    )
+    retention_days: Positive = setting(30, "How long requests and answers stay (tidegate prune).")
     operator_log_days: Annotated[int, Field(ge=30, le=36_500)] = setting(
         365, "How long it is kept what operators did: see docs/access.md."
     )
@@ -497,6 +495,9 @@ class Config(BaseModel):
         "Providers whose usage and cost of the day before are compared with the record each night, "
         "with commas: openai, anthropic. Needs OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY: see "
         "docs/money.md.",
+    )
+    record_export: Literal["off", "jsonl", "parquet"] = setting(
+        "off", "Format in which `tidegate up` exports the record each day: see docs/operating.md."
     )
     spill_max_bytes: Annotated[int, Field(ge=0)] = setting(
         256_000_000, "How much may be kept on disk of what PostgreSQL could not take."

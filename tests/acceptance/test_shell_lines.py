@@ -90,6 +90,12 @@ def test_what_is_about_a_subject_is_erased(product: Product) -> None:
     assert '"status":"queued"' in said.replace(" ", "")
 
 
+def test_the_record_is_exported(product: Product) -> None:
+    said = shell(block_with("operating.md", "tidegate export record"), product)
+    for day in (1, 28):
+        assert f"exports/record/day=2026-11-{day:02}/calls.jsonl.gz" in said
+
+
 def test_the_operators_key_opens_admin(product: Product) -> None:
     assert '"kind:text_only"' in shell(block_with("limits.md", "operator.key"), product)
 

@@ -102,6 +102,7 @@ WRONG = {
     "FLEX_WITHIN_MS": (("0", "x"), "a whole number of milliseconds"),
     "SPILL_MAX_BYTES": (["-1", "1GB"], "bytes"),
     "AUDIT_FULL": (["lose"], "block, drop"),
+    "RECORD_EXPORT": (["csv"], "off, jsonl, parquet"),
     "LEAVE_MS": (["-1", "soon"], "milliseconds"),
     "SHUTDOWN_GRACE_MS": (["0", "soon"], "milliseconds"),
     "MIGRATE_AT_START": (["perhaps"], "1 or 0"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +35,14 @@ if TYPE_CHECKING:
     from tidegate.policy.deployment import Deployment
     from tidegate.settings import Config
     from tidegate.verify.plan import Report
+
+
+class FileFormat(StrEnum):
+    """Of exported files."""
+
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+
 
 File = Annotated[Path, typer.Argument(help="A dump in PostgreSQL's custom format.")]
 
@@ -88,16 +98,16 @@ def reconcile(
         sys.exit(FAILED)
 
 
-def _day(text: str) -> date:
+def _day(text: str, option: str = "--day") -> date:
     today = datetime.now(UTC).date()
     if text == "yesterday":
         return today - timedelta(days=1)
     try:
         day = date.fromisoformat(text)
     except ValueError:
-        raise ConfigError("--day", text, "must be a day, such as 2026-11-24") from None
+        raise ConfigError(option, text, "must be a day, such as 2026-11-24") from None
     if day >= today:
-        raise ConfigError("--day", text, "must be a day of UTC that is over")
+        raise ConfigError(option, text, "must be a day of UTC that is over")
     return day
 
 
@@ -165,6 +175,58 @@ def _show_reconciled(report: ReconcileReport, *, dry_run: bool) -> None:
             typer.echo(f"  and {len(one.corrections) - _MOST_SHOWN} more: --json names all")
     if not dry_run:
         typer.echo(f"{report.corrected} charges corrected")
+
+
+export_app = typer.Typer(help="Write files for a warehouse.", no_args_is_help=True)
+
+
+@export_app.callback()
+def _export() -> None:
+    pass
+
+
+@export_app.command("record")
+def export_record(
+    first: Annotated[
+        str | None, typer.Option("--from", help="The first day of UTC, such as 2026-11-01.")
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option("--to", help="The last day of UTC; else yesterday.")
+    ] = None,
+    file_format: Annotated[
+        FileFormat, typer.Option("--format", help="jsonl (with gzip), or parquet.")
+    ] = FileFormat.JSONL,
+    bodies: Annotated[
+        bool, typer.Option("--bodies", help="With what was asked and answered, as it is kept.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Export the request record into the blob store, a file a day.
+
+    Without --from each day that is over and has no file of this format, or changed after it was
+    written. Files are exports/record/day=YYYY-MM-DD/calls.jsonl.gz or calls.parquet.
+    """
+    from tidegate.supervisor.maintenance import export_record as run
+
+    if first is None and last is not None:
+        raise ConfigError("--to", last, "needs --from")
+    days = None
+    if first is not None:
+        days = _day(first, "--from"), _day(last or "yesterday", "--to")
+        if days[0] > days[1]:
+            raise ConfigError("--from", first, f"must be a day up to {days[1]}")
+    config = command_config("export", "warning")
+    files = run(config, days, file_format.value, with_bodies=bodies)
+    if json:
+        show_json([asdict(one) for one in files])
+        return
+    rows: list[tuple[str, ...]] = [
+        (f"{one.day}", f"{one.calls}", f"{one.size_bytes / 1e6:.1f}", one.key) for one in files
+    ]
+    if rows:
+        show_table("", ("day", "calls", "MB", "file"), rows)
+    else:
+        typer.echo("no day is to be exported")
 
 
 _SIGNS = {"healthy": ("●", "green"), "degraded": ("▲", "yellow"), "down": ("■", "red")}

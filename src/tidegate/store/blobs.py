@@ -2,7 +2,8 @@
 
 Invariant: a blob is whole or absent: written beside its place and renamed. In the local folder it
 and its directory entry are on the disk before `put` returns, since a 202 relies on it; an object
-store's own promise serves elsewhere. Keys are `YYYY-MM-DD/<uuid>`, so that age can be read off.
+store's own promise serves elsewhere. Keys are `YYYY-MM-DD/<uuid>`, so that age can be read off;
+those of exports begin with `exports/`, and are nobody's but the operator's to delete.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _OPTIONS: dict[str, Any] = {
         },
     },
 }
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -130,7 +132,20 @@ class Blobs:
             listing = await obstore.list_with_delimiter_async(self._store)
         except (obstore.exceptions.BaseError, OSError) as failed:
             raise _translated(failed, "") from failed
-        return sorted(str(prefix).strip("/") for prefix in listing["common_prefixes"])
+        names = (str(prefix).strip("/") for prefix in listing["common_prefixes"])
+        return sorted(name for name in names if _DAY.fullmatch(name))
+
+    async def written(self, folder: str) -> dict[str, datetime]:
+        """When each blob below a folder was written, by its key."""
+        import obstore.exceptions
+
+        found: dict[str, datetime] = {}
+        try:
+            async for batch in obstore.list(self._store, prefix=folder):
+                found |= {str(entry["path"]): entry["last_modified"] for entry in batch}
+        except (obstore.exceptions.BaseError, OSError) as failed:
+            raise _translated(failed, folder) from failed
+        return found
 
     async def keys_of(self, day: str) -> AsyncIterator[list[str]]:
         """The keys of one day, in batches."""
@@ -172,7 +187,8 @@ class Blobs:
 def _sync(folder: Path, key: str) -> None:
     """obstore renames a finished file into place but does not wait for the disk."""
     path = folder / key
-    for target in (path, path.parent, folder):
+    above = [parent for parent in path.parents if parent.is_relative_to(folder)]
+    for target in (path, *above):
         descriptor = os.open(target, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Retention and erasure: partitions, expired rows and blobs, subjects and tenants.
+"""Retention, erasure and export: partitions, expired rows and blobs, subjects, tenants, days.
 
 Invariants: unfinished requests are never touched; rows are kept for exactly their tenant's days;
 blobs are deleted before the rows that name them, so an interrupted run can be repeated; an erased
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import asyncpg
+import orjson
 
 from tidegate.call import new_id
-from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.store import database as partitions
-from tidegate.store.audit import digest_of
+from tidegate.store.audit import digest_of, unpack
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, Work, count_in, sql
 from tidegate.store.operator_actions import OperatorActions
@@ -438,3 +439,75 @@ class _Erasure:
             return False
         is_tenants = whose.tenant_id in (None, row["tenant_id"])
         return is_tenants and whose.subject in (None, row.get("subject"))
+
+
+_EXPORT_TIMEOUT_MS = 60_000
+_PAGE, _PAGE_WITH_BODIES = 5_000, 20  # calls that are read together
+
+
+@dataclass(frozen=True, slots=True)
+class RecordDay:
+    """A day that is over: when it was last summed up, and whether it has changed since."""
+
+    day: date
+    summed_at: datetime | None
+    has_changed: bool
+
+
+class RecordByDay:
+    """The record by the day of UTC that calls came on record for. Raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections, blobs: Blobs) -> None:
+        self._connections, self._blobs = connections, blobs
+
+    async def days(self) -> list[RecordDay]:
+        """Days that are over and on record, the oldest first."""
+        rows = await self._connections.rows("days_on_record", timeout_ms=_EXPORT_TIMEOUT_MS)
+        return [RecordDay(**row) for row in rows]
+
+    async def state(self, day: date) -> tuple[Any, ...]:
+        """What differs once a call of the day has come, was corrected or is gone."""
+        row = await self._connections.row("state_of_day", day, timeout_ms=_EXPORT_TIMEOUT_MS)
+        assert row is not None
+        return tuple(row)
+
+    async def calls(
+        self, day: date, *, with_bodies: bool = False
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """The calls of a day, some at a time: their columns, details of usage and, if requested,
+        bodies."""
+        within = (_start_of(day), _start_of(day + timedelta(days=1)))
+        most = _PAGE_WITH_BODIES if with_bodies else _PAGE
+        last = _START
+        while rows := await self._connections.rows(
+            "export_calls", *within, last, most, timeout_ms=_EXPORT_TIMEOUT_MS
+        ):
+            last = rows[-1]["id"]
+            page = [_exported(row) for row in rows]
+            if with_bodies:
+                bodies = await self._bodies([row["id"] for row in rows], within)
+                page = [one | bodies.get(one["id"], {}) for one in page]
+            yield page
+
+    async def _bodies(
+        self, ids: Sequence[UUID], within: tuple[datetime, datetime]
+    ) -> dict[UUID, dict[str, str]]:
+        kept = await self._connections.rows(
+            "export_bodies", ids, *within, timeout_ms=_EXPORT_TIMEOUT_MS
+        )
+        bodies: dict[UUID, dict[str, str]] = {}
+        for one in kept:
+            try:
+                packed = one["data"] or await self._blobs.get(one["blob_key"])
+            except NotFound:  # erased or pruned meanwhile
+                continue
+            body = unpack(one["encoding"], packed)
+            text = body if isinstance(body, str) else orjson.dumps(body).decode()
+            bodies.setdefault(one["id"], {})[f"{one['role']}_body"] = text
+        return bodies
+
+
+def _exported(row: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(row)
+    details: dict[str, Any] = orjson.loads(values["usage_details"] or "{}")
+    return values | details | {"request_id": str(values["request_id"])}

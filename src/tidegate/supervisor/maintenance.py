@@ -1,4 +1,4 @@
-"""Maintenance of the record by commands: prune, erase, requeue, reconcile, backup and restore.
+"""Maintenance of the record by commands: prune, erase, requeue, reconcile, export, backup, restore.
 
 Backup and restore are those of PostgreSQL's own `pg_dump` and `pg_restore`.
 
@@ -13,22 +13,32 @@ import asyncio
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from gzip import GzipFile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+import orjson
+
+from tidegate.call import new_id
 from tidegate.embedded import servers as place
 from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.http.body import PREFIX
 from tidegate.policy.deployment import deployed_upstreams
 from tidegate.settings import Config, secret
 from tidegate.store.database import revision_at, settle_restored
+from tidegate.store.retention import RecordByDay, RecordDay
 from tidegate.supervisor.services import database_url_of, prepared, with_record
 from tidegate.telemetry.logging import Log, get_logger
 
 if TYPE_CHECKING:
-    from datetime import date
-
     from tidegate.jobs.reconciliation import ReconcileReport
+    from tidegate.store.blobs import Blobs
     from tidegate.store.database import Connections
     from tidegate.store.jobs import Requeue, RequeueReport
     from tidegate.store.retention import EraseReport, PruneReport, Retention, Whose
@@ -190,3 +200,308 @@ def _run(program: str, url: str, *options: str) -> None:
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip()[-500:]
         raise StoreUnavailable(f"{Path(program).name} failed: {said}")
+
+
+_EXPORTS = "exports/record"
+_GROUP_ROWS, _GROUP_BYTES = 100_000, 32_000_000  # of a row group of Parquet, which is in memory
+_MOST_TRIES = 5
+DAILY_AT = time(3, 0)  # of UTC
+_LOOK_EVERY_S = 60.0
+
+ExportFormat = Literal["jsonl", "parquet"]
+_FILES: dict[ExportFormat, str] = {"jsonl": "calls.jsonl.gz", "parquet": "calls.parquet"}
+# Columns of an exported call, in their order: type, and what it is. Times are UTC.
+EXPORTED: Mapping[str, tuple[str, str]] = {
+    "request_id": ("text", "Id of the request: a UUID"),
+    "tenant": ("text", "Tenant"),
+    "key": ("text", "Beginning of the API key; null: none was shown"),
+    "subject": ("text", "User of the tenant, as the caller named it; null once there is none"),
+    "source": (
+        "text",
+        "job, stream, relay (a native call), batch (a line), judge (the classifier)",
+    ),
+    "status": ("text", "succeeded, failed, cancelled, expired, dead, refused, retried"),
+    "kind": ("text", "text_only, multi_modal, image_generation; null where it was not classified"),
+    "model": ("text", "Model that was called"),
+    "model_version": ("text", "Model that answered, as the provider named it"),
+    "upstream": ("text", "Account that was called last"),
+    "endpoint": ("text", "Path of a native call"),
+    "http_status": ("int", "Status of the answer of a native call"),
+    "streamed": ("bool", "Whether the answer was a stream"),
+    "priority": ("int", "Priority, -100 to 100"),
+    "attempts": ("int", "Calls that were made for it"),
+    "submitted_at": ("time", "Received"),
+    "admitted_at": ("time", "Admitted by the limits"),
+    "finished_at": ("time", "Ended"),
+    "queue_ms": ("float", "Wait for the limits, in ms"),
+    "upstream_ms": ("float", "Call of the provider, in ms"),
+    "first_byte_ms": ("float", "Until the first byte of the answer's body, in ms"),
+    "input_tokens": ("int", "Tokens, the cached ones included; null: not known"),
+    "output_tokens": ("int", "Tokens, without thoughts"),
+    "thoughts_tokens": ("int", "Tokens"),
+    "cached_tokens": ("int", "Tokens of the input that came from the provider's cache"),
+    "total_tokens": ("int", "Tokens, as the provider counted them"),
+    "cache_write_tokens": ("int", "Tokens of the input that were written to the cache"),
+    "input_audio_tokens": ("int", "Tokens"),
+    "input_image_tokens": ("int", "Tokens"),
+    "input_video_tokens": ("int", "Tokens"),
+    "output_audio_tokens": ("int", "Tokens"),
+    "output_image_tokens": ("int", "Tokens"),
+    "output_video_tokens": ("int", "Tokens"),
+    "searches": ("int", "Searches of the web by the provider"),
+    "images": ("int", "Images made"),
+    "cost_micros": ("int", "Cost in millionths of a US dollar; null: no price is known"),
+    "provider_cost_micros": ("int", "What the provider itself charged, in the same unit"),
+    "usage_state": ("text", "told, partial, estimated, unknown, none: docs/accounting.md"),
+    "finish_reason": ("text", "Why the answer ended, in the provider's words"),
+    "error_code": ("text", "Code of the failure: docs/errors.md"),
+    "error_message": ("text", "Message of the failure"),
+    "conversation": ("text", "Conversation of the call"),
+    "trace_id": ("text", "W3C trace, 32 hexadecimal digits"),
+    "response_id": ("text", "Id that the provider gave its answer"),
+}
+EXPORTED_BODIES: Mapping[str, tuple[str, str]] = {
+    "request_body": ("text", "Body of the request as it is kept; null: none is"),
+    "response_body": ("text", "Body of the answer as it is kept; null: none is"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedDay:
+    """A file that was written, by its key in the blob store."""
+
+    day: date
+    key: str
+    calls: int
+    size_bytes: int
+
+
+def export_record(
+    config: Config,
+    days: tuple[date, date] | None,
+    file_format: ExportFormat,
+    *,
+    with_bodies: bool = False,
+) -> list[ExportedDay]:
+    """Write the record of each of these days into a file of the blob store; without `days` of each
+    that is over and has no file yet, or was written before the day's record last changed.
+
+    Raises ConfigError where the format needs a package that is not installed, and StoreUnavailable;
+    files of days before are written then. A day has its whole file or none, and a repeat replaces
+    it.
+    """
+    from tidegate.store.blobs import Blobs
+
+    if file_format == "parquet":
+        _pyarrow()
+    blobs = Blobs.from_url(config.blob_url, config.data_dir)
+    folder = config.data_dir / "tmp"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    async def work(connections: Connections) -> list[ExportedDay]:
+        export = RecordExport(connections, blobs, folder, file_format, with_bodies=with_bodies)
+        wanted = await export.due() if days is None else _days_of(*days)
+        return [await export.write(day) for day in wanted]
+
+    return with_record(config, work)
+
+
+def _days_of(first: date, last: date) -> list[date]:
+    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        allowed = "needs pyarrow: pip install 'tidegate[export]', or use jsonl"
+        raise ConfigError("format", "parquet", allowed) from None
+    return pyarrow
+
+
+class RecordExport:
+    """Files of the record by day. A day's file has the calls that came on record for that day of
+    UTC: native calls and streams by their receipt, jobs by their end.
+
+    A call that comes, is corrected or is erased while its day is written has the day written again.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        blobs: Blobs,
+        folder: Path,
+        file_format: ExportFormat,
+        *,
+        with_bodies: bool = False,
+    ) -> None:
+        """folder: of the file while it grows."""
+        self._record, self._blobs = RecordByDay(connections, blobs), blobs
+        self._folder, self._format = folder, file_format
+        self._columns = {**EXPORTED, **(EXPORTED_BODIES if with_bodies else {})}
+        self._with_bodies = with_bodies
+
+    def key_of(self, day: date) -> str:
+        """Where the file of a day is in the blob store."""
+        return f"{_EXPORTS}/day={day}/{_FILES[self._format]}"
+
+    async def due(self) -> list[date]:
+        """Days that are over and have no file, or one from before their record last changed."""
+        written = await self._blobs.written(_EXPORTS)
+        return [one.day for one in await self._record.days() if self._is_due(one, written)]
+
+    def _is_due(self, one: RecordDay, written: Mapping[str, datetime]) -> bool:
+        at = written.get(self.key_of(one.day))
+        if at is None or one.has_changed:
+            return True
+        return one.summed_at is not None and at < one.summed_at
+
+    async def write(self, day: date) -> ExportedDay:
+        """Write a day's file. Raises StoreUnavailable; what was there before is there then.
+        Cancellation leaves that too, or the whole new file."""
+        path = self._folder / f"{PREFIX}export-{new_id()}"
+        key = self.key_of(day)
+        for _ in range(_MOST_TRIES):
+            state = await self._record.state(day)
+            try:
+                calls = await self._fill(path, day)
+                size_bytes = path.stat().st_size
+                await self._blobs.put(key, path)
+            finally:
+                path.unlink(missing_ok=True)
+            if await self._record.state(day) == state:
+                get_logger().info(Log.RECORD_EXPORTED, day=f"{day}", key=key, calls=calls)
+                return ExportedDay(day, key, calls, size_bytes)
+        raise StoreUnavailable(f"the record of {day} changed {_MOST_TRIES} times while it was read")
+
+    async def _fill(self, path: Path, day: date) -> int:
+        calls = 0
+        with _file_of(self._format, path, self._columns) as add:
+            async for page in self._record.calls(day, with_bodies=self._with_bodies):
+                calls += len(page)
+                rows = [{name: one.get(name) for name in self._columns} for one in page]
+                await asyncio.to_thread(add, rows)
+        return calls
+
+
+@contextmanager
+def _file_of(
+    file_format: ExportFormat, path: Path, columns: Mapping[str, tuple[str, str]]
+) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A new file, and what adds rows to it; whole when the block ends."""
+    if file_format == "parquet":
+        file = _ParquetFile(path, columns)
+        yield file.add
+        file.close()
+        return
+    # Without a name and a time in it: the same rows are the same bytes.
+    with path.open("wb") as raw, GzipFile("", "wb", 6, raw, mtime=0) as lines:
+        yield lambda rows: lines.writelines(
+            orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows
+        )
+
+
+class _ParquetFile:
+    """A Parquet file that is written by row groups: what is not written yet is at most one."""
+
+    def __init__(self, path: Path, columns: Mapping[str, tuple[str, str]]) -> None:
+        self._arrow = arrow = _pyarrow()
+        types = {
+            "text": arrow.string(),
+            "int": arrow.int64(),
+            "float": arrow.float64(),
+            "bool": arrow.bool_(),
+            "time": arrow.timestamp("us", tz="UTC"),
+        }
+        self._schema = arrow.schema(
+            [
+                arrow.field(name, types[kind], metadata={"description": text})
+                for name, (kind, text) in columns.items()
+            ]
+        )
+        self._writer = arrow.parquet.ParquetWriter(path, self._schema, compression="zstd")
+        self._waiting: list[Any] = []
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self._waiting.append(self._arrow.RecordBatch.from_pylist(rows, schema=self._schema))
+        size_bytes = sum(one.nbytes for one in self._waiting)
+        if size_bytes >= _GROUP_BYTES or sum(map(len, self._waiting)) >= _GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            table = self._arrow.Table.from_batches(self._waiting, schema=self._schema)
+            self._writer.write_table(table, row_group_size=len(table))
+            self._waiting = []
+
+
+class DailyWork:
+    """The commands that `tidegate up` runs once a day beside its processes: prune, and the export
+    of the record where it is set. (Reconciliation is the workers'.)"""
+
+    def __init__(
+        self,
+        commands: Sequence[tuple[str, ...]],
+        run: Callable[[tuple[str, ...]], Awaitable[int]],
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """run: runs a command; its exit status."""
+        self._commands, self._run, self._now = commands, run, now
+        self._done: dict[tuple[str, ...], date] = {}
+
+    async def look(self) -> None:
+        """Run what is due: from 3:00 UTC on, each command that has not succeeded on this day."""
+        now = self._now()
+        if now.time() < DAILY_AT:
+            return
+        for command in self._commands:
+            if self._done.get(command) == now.date():
+                continue
+            status = await self._run(command)
+            if status == 0:
+                self._done[command] = now.date()
+            else:
+                get_logger().warning(
+                    Log.DAILY_WORK_FAILED, command=" ".join(command), status=status
+                )
+
+    async def run(self) -> None:
+        """Look each minute, for ever. A command that is under way is ended when this is
+        cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await self.look()
+
+
+def daily_commands(config: Config) -> list[tuple[str, ...]]:
+    """What `tidegate up` runs once a day, as arguments of `tidegate`."""
+    commands: list[tuple[str, ...]] = [("prune",)]
+    if config.record_export != "off":
+        commands.append(("export", "record", "--format", config.record_export))
+    return commands
+
+
+async def run_command(command: tuple[str, ...], environment: Mapping[str, str]) -> int:
+    """Run a command of `tidegate` as a process of its own; its exit status. Cancellation ends
+    it."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tidegate",
+        *command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()

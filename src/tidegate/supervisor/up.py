@@ -32,6 +32,7 @@ from tidegate.settings import Config, load
 from tidegate.spine.routing import Targets
 from tidegate.store.database import Connections
 from tidegate.store.tenants import Tenants
+from tidegate.supervisor.maintenance import DailyWork, daily_commands, run_command
 from tidegate.supervisor.services import Ground, environment_of, migrate, prepared, with_record
 from tidegate.supervisor.supervisor import (
     RENEW_SIGNAL,
@@ -362,10 +363,17 @@ def _children(listener: socket.socket, apis: int, workers: int) -> list[Child]:
 
 async def _run(family: Family, listener: socket.socket, page: Page, ground: Ground) -> None:
     announcing = asyncio.create_task(_announce(family, listener, page, ground))
+    environment = {**os.environ, **environment_of(ground)}
+    daily = DailyWork(
+        daily_commands(ground.config), lambda command: run_command(command, environment)
+    )
+    working = asyncio.create_task(daily.run(), name="daily work")
     try:
         await family.run()
     finally:
         announcing.cancel()
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
 
 
 async def _announce(family: Family, listener: socket.socket, page: Page, ground: Ground) -> None:

@@ -71,6 +71,8 @@ class Log(StrEnum):
     AUDIT_DROPPED = "audit_dropped"
     MIGRATED = "migrated"
     PRUNED = "pruned"
+    RECORD_EXPORTED = "record_exported"
+    DAILY_WORK_FAILED = "daily_work_failed"
     ERASED = "erased"
     CHILD_STARTED = "child_started"
     CHILD_DIED = "child_died"

@@ -67,13 +67,13 @@ def test_the_service_is_an_extra_and_all_is_all_of_them() -> None:
     extras = project["optional-dependencies"]
     (whole,) = extras["all"]
     named = whole.removeprefix("tidegate[").removesuffix("]").split(",")
-    assert sorted(named) == sorted(set(extras) - {"all"})
+    assert sorted(named) == sorted(set(extras) - {"all", "export"})
 
 
 def test_requirements_txt_holds_all_that_the_lock_names_for_the_whole_product() -> None:
     exported = done(
         *(Path(sys.executable).with_name("uv"), "export", "--quiet", "--frozen"),
-        *("--all-extras", "--no-dev", "--no-hashes", "--no-header"),
+        *("--all-extras", "--no-extra", "export", "--no-dev", "--no-hashes", "--no-header"),
     )
     assert (ROOT / "requirements.txt").read_text() == exported
 

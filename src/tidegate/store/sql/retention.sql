@@ -133,3 +133,36 @@ SELECT id, retention_days FROM tenants WHERE retention_days <> $1
 SELECT id FROM requests WHERE tenant_id = $3 AND created_at < $1
     AND status NOT IN ('queued', 'running') AND finished_at < $1
 ORDER BY created_at LIMIT $2
+
+-- name: days_on_record
+-- Days that are over, of whose calls there is a partition: when each was last summed up, and whether it has changed since.
+SELECT kept.day, s.summed_at, EXISTS (SELECT FROM changed_days c WHERE c.day = kept.day) AS has_changed
+FROM (
+    SELECT to_date(substring(c.relname FROM '[0-9]{8}$'), 'YYYYMMDD') AS day FROM pg_inherits i
+    JOIN pg_class c ON c.oid = i.inhrelid
+    WHERE i.inhparent = 'audit'::regclass AND c.relname ~ '_[0-9]{8}$'
+) AS kept LEFT JOIN summed_days s ON s.day = kept.day
+WHERE kept.day < (now() AT TIME ZONE 'UTC')::date
+ORDER BY kept.day
+
+-- name: state_of_day
+-- What differs once the record of the day $1 has changed.
+SELECT (SELECT max(xid::text::bigint) FROM changed_days WHERE day = $1) AS changed,
+    (SELECT summed_at FROM summed_days WHERE day = $1) AS summed_at
+
+-- name: export_calls
+-- The next $4 calls after row $3 that came on record for the times from $1 until $2.
+SELECT id, created_at, request_id, tenant_id AS tenant, key_id AS key, subject, source, status, kind,
+    model, model_version, coalesce(upstream, pool) AS upstream, endpoint, http_status, streamed,
+    priority, attempts, submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, first_byte_ms,
+    input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens, images, cost_micros,
+    usage_state, usage_details, finish_reason, failure ->> 'code' AS error_code,
+    failure ->> 'message' AS error_message, conversation, trace_id, response_id
+FROM audit
+WHERE created_at >= $1 AND created_at < $2 AND id > $3
+ORDER BY id LIMIT $4
+
+-- name: export_bodies
+-- The bodies of the audit rows $1 that came on record for the times from $2 until $3.
+SELECT id, role, encoding, data, blob_key FROM bodies
+WHERE id = ANY($1::uuid[]) AND created_at >= $2 AND created_at < $3
