@@ -1,6 +1,6 @@
 """A gateway as a newcomer starts it: `tidegate up` in an empty folder, without a key.
 
-Models whose names have `spent` in them have a budget of one token, which their first call pauses.
+Models whose names have `spent` in them have a budget of nothing, which their first call pauses.
 
 Invariant: leaving it ends all that it started.
 """
@@ -65,7 +65,7 @@ def keyless_gateway(folder: Path, settings: Mapping[str, str] | None = None) -> 
 
 
 def _pause_budget(folder: Path, environment: dict[str, str]) -> None:
-    arguments = ("--tokens", "1", "--model", SPENT, "--pause", "--doubt", "estimate")
+    arguments = ("--tokens", "0", "--model", SPENT, "--pause", "--doubt", "estimate")
     done = subprocess.run(
         [sys.executable, "-m", "tidegate", "budgets", "set", "spent", *arguments],
         cwd=folder,

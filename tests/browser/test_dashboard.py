@@ -306,6 +306,10 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
             " budget_period(period, zone, now()), 790000 FROM budgets WHERE name = 'team/acme'"
             " ON CONFLICT (budget, scope, period) DO UPDATE SET spent = excluded.spent"
         )
+        await stage.gateway.database.execute(
+            "INSERT INTO budget_books (budget, scope, period, spent) SELECT name, '[null]',"
+            " budget_period(period, zone, now()), 40 FROM budgets WHERE name = 'people'"
+        )
         assert await stage.native("Why is the sea salty?") == 403
         team = card.locator("[data-budget='team/acme']")
         await expect(team).to_contain_text("$0.79 of $5.00")

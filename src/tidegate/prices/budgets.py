@@ -134,6 +134,12 @@ def shown_amount(unit: Unit, amount: int) -> str:
     return dollars(amount) if unit == "usd" else f"{amount} tokens"
 
 
+def is_used_up(spent: int, amount: int) -> bool:
+    """Whether a budget that pauses does so for all: a hundredth of it is left, or less. A call that
+    needs more than what is left before then is refused alone. As `reserve_budgets` has it."""
+    return spent * 100 >= amount * 99
+
+
 def check_budget(budget: Budget) -> None:
     """Raises ConfigError for a value that a budget can't have, by the name of its field."""
     if not _NAME.fullmatch(budget.name):

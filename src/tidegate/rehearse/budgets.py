@@ -16,7 +16,15 @@ from zoneinfo import ZoneInfo
 
 from tidegate.errors import ConfigError
 from tidegate.policy.format import ms_of
-from tidegate.prices.budgets import DIMENSIONS, Budget, budget_of, scope_of, whom, window
+from tidegate.prices.budgets import (
+    DIMENSIONS,
+    Budget,
+    budget_of,
+    is_used_up,
+    scope_of,
+    whom,
+    window,
+)
 from tidegate.rehearse.load import Arrival
 
 Cost = Callable[[Arrival, str], int | None]
@@ -197,9 +205,10 @@ class RehearsedBudgets:
         use.refused += 1
         if need is None:
             return BudgetRefusal(budget.name, "budget_unbounded")
-        if budget.at_end != "pause":
+        is_paused = (budget.name, book.scope) in self._paused
+        if budget.at_end != "pause" or not (is_paused or is_used_up(book.spent, budget.amount)):
             return BudgetRefusal(budget.name, "budget_exceeded")
-        if (budget.name, book.scope) not in self._paused:
+        if not is_paused:
             self._paused.add((budget.name, book.scope))
             use.paused += 1
             use.paused_ms = at_ms if use.paused_ms is None else use.paused_ms

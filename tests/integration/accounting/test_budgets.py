@@ -49,6 +49,16 @@ async def with_budgets(gateway: Gateway, *budgets: Budget) -> None:
     await store.budgets.refresh()
 
 
+async def spend(gateway: Gateway, name: str, scope: str, amount: int) -> None:
+    """Have so much of a budget spent in its present period."""
+    await gateway.database.execute(
+        "INSERT INTO budget_books (budget, scope, period, spent)"
+        " SELECT name, $2, budget_period(period, zone, now()), $3 FROM budgets WHERE name = $1"
+        " ON CONFLICT (budget, scope, period) DO UPDATE SET spent = excluded.spent",
+        *(name, scope, amount),
+    )
+
+
 async def test_a_spent_budget_is_told_in_the_words_of_each_dialect(open_gateway: Opener) -> None:
     gateway = await open_gateway(**ON)
     await gateway.database.execute(
@@ -372,7 +382,11 @@ async def test_a_budget_whose_name_has_a_line_break_is_refused_by_its_field(
 
 async def test_a_paused_budget_goes_on_once_it_is_resumed(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
-    await with_budgets(gateway, Budget("p", "tokens", 50, "day", at_end="pause"))
+    await with_budgets(gateway, Budget("p", "tokens", 2_000, "day", at_end="pause"))
+    status, said, _ = await called(gateway, 0, {}, max_tokens=5_000)
+    assert (status, "has no room for this call" in said["error"]["message"]) == (429, True)
+    assert (await called(gateway, 0, {}))[0] == 200, "one that needs too much stops no other"
+    await spend(gateway, "p", "", 2_000)
     for number, expected in ((0, 403), (4, 429)):
         status, said, headers = await called(gateway, number, {})
         assert (status, "retry-after" in headers) == (expected, False), "nobody knows for how long"
@@ -423,6 +437,7 @@ async def test_the_use_of_budgets_is_in_the_metrics(open_gateway: Opener) -> Non
         Budget("day", "tokens", 1_000, "day"),
         Budget("people", "tokens", 10, "day", each=("subject",), at_end="pause", tenant="acme"),
     )
+    await spend(gateway, "people", '["ann"]', 10)
     assert (await called(gateway, 0, {}))[0] == 200
     acme = {"x-tidegate-tenant": "acme", "x-tidegate-subject": "ann"}
     assert (await called(gateway, 0, acme))[0] == 403

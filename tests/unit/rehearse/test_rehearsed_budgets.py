@@ -67,6 +67,15 @@ def test_a_paused_budget_stays_paused_beyond_its_period() -> None:
     assert found.refused == {"budget paused": 11}
 
 
+def test_one_call_that_needs_too_much_pauses_no_budget_for_others() -> None:
+    pausing = replace(DAY, at_end="pause")
+    dear = replace(hourly(1)[0], time_ms=HOUR_MS / 2, cost_usd=0.9)
+    in_order = sorted([*hourly(3), dear], key=lambda one: one.time_ms)
+    (use,) = (found := played(in_order, pausing)).budgets
+    assert (use.refused, use.paused, found.admitted) == (1, 0, 3)
+    assert found.refused == {"budget spent": 1}
+
+
 def test_a_rolling_budget_frees_what_has_left_its_window() -> None:
     rolling = Budget("r", "usd", 500_000, "rolling", window_s=3 * 3_600)
     found = played(hourly(9), rolling)
