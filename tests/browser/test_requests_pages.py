@@ -398,6 +398,20 @@ async def output_of(*command: str, folder: Path, key: str) -> str:
     return out.decode()
 
 
+# Python and TypeScript of a call with all options, in each API: as a tenant, and with a bound.
+OPTIONS = """async () => {
+    const at = (file) => import(new URL(`static/pages/${file}`, document.baseURI));
+    const { APIS } = await at("try_dialects.js");
+    const [{ callOf }, { codeOf }] = [await at("try_answer.js"), await at("try_code.js")];
+    const [system, priority, deadline_ms] = ["Be \\"brief\\"", 5, 900];
+    const options = { tenant: "acme", system, most: 100, priority, deadline_ms };
+    return Object.keys(APIS).map((api) => {
+        const call = callOf({ api, text: "Hi", files: [], options }, "m-1", []);
+        return [api, codeOf("curl", call), codeOf("python", call), codeOf("typescript", call)];
+    });
+}"""
+
+
 async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
     """The code that the page shows does what the page did; none of it has a key in it."""
     code = page.get_by_role("region", name="Code")
@@ -428,6 +442,15 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
         answer = page.get_by_role("region", name="Answer", exact=True)
         state = page.locator(".try-state").first
         await expect(page.get_by_text("The answer appears here")).to_be_visible()
+        for api, curl, python, _ in (written := await page.evaluate(OPTIONS)):
+            compile(python, api, "exec")
+            for text in (curl, python):
+                assert "acme" in text, (api, text)
+                assert api in ("prompt", "job") or ("brief" in text and "100" in text), text
+        blank = await page.context.new_page()
+        for *_, typescript in written:
+            await blank.evaluate(SYNTAX, typescript)
+        await blank.close()
         await page.get_by_text("Code", exact=True).click()
         await expect(page.get_by_role("region", name="Code")).to_contain_text("/stream")
         for api, model, with_file in (

@@ -11,15 +11,18 @@ from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
 from tests.rehearsal import put_on_record
 from tests.waiting import wait_until
+from tidegate.call import Scope
 from tidegate.rehearse import MOST_RECORDED_CALLS
 
 DAY = datetime.now(UTC).date() - timedelta(days=1)
 NINE = datetime.combine(DAY, time(9), UTC)
 
 
-async def asked(gateway: Gateway, body: dict[str, Any], query: str = "") -> tuple[int, Any]:
+async def asked(
+    gateway: Gateway, body: dict[str, Any], query: str = "", key: str | None = None
+) -> tuple[int, Any]:
     url = f"{gateway.url}/admin/limits/rehearse{query}"
-    headers = {"Authorization": f"Bearer {gateway.operator_key}"}
+    headers = {"Authorization": f"Bearer {key or gateway.operator_key}"}
     async with gateway.http.post(url, json=body, headers=headers) as answer:
         return answer.status, await answer.json()
 
@@ -40,7 +43,9 @@ def simulating() -> list[int]:
 
 async def test_a_recorded_day_is_rehearsed_as_the_command_does(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
-    status, found = await asked(gateway, {"record": f"{DAY}", "set": {"kind:text_only": 20}})
+    _, viewer = await gateway.services.store.tenants.create_key("default", scopes=[Scope.VIEWER])
+    body = {"record": f"{DAY}", "set": {"kind:text_only": 20}}
+    status, found = await asked(gateway, body, key=viewer.text)
     assert (status, found["calls"], found["cases"]) == (200, 0, [])
     await put_on_record(gateway.database, NINE, 400)
     await put_on_record(gateway.database, NINE + timedelta(hours=8), 40)

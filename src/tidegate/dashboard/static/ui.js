@@ -54,11 +54,11 @@ export function toast(text, kind = "good") {
 /**
  * Ask before something is done, and do it.
  *
- * `more` stands below the text. `fields` are from `field()`; `act(values)` is called with their values by name. While it runs the
+ * `more` stands below the text, `below` below the fields. `fields` are from `field()`; `act(values)` is called with their values by name. While it runs the
  * dialog stays; a Problem of it is shown in the dialog, at its field where it names one. Resolves
  * with what `act` returned, or null when the person thought better of it.
  */
-export function confirm({ title, text = "", more = [], fields = [], action, danger = false, act }) {
+export function confirm({ title, text = "", more = [], fields = [], below = null, action, danger = false, act }) {
   const id = `dialog-${++dialogs}`;
   const wrong = h("p", { class: "notice bad", role: "alert", hidden: true });
   const cancel = h("button", { class: "button", type: "button" }, "Cancel");
@@ -70,6 +70,7 @@ export function confirm({ title, text = "", more = [], fields = [], action, dang
     text && h("p", {}, text),
     more,
     fields.map((one) => one.element),
+    below,
     wrong,
     h("div", { class: "actions" }, cancel, go),
   );

@@ -398,10 +398,16 @@ export function changeLimit(pool, one) {
     hint: `Now ${one.words}. 0 admits no calls. Lowering it drains: no call is cut off.`,
   });
   const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
+  const rehearsed = h("a", { href: link("/what-if", { pool }) }, "See what it would have done on a recorded day");
+  rehearsed.addEventListener("click", () => {
+    rehearsed.href = link("/what-if", { pool, set: `${one.limit}=${bound.input.value}` });
+    rehearsed.closest("dialog").close();
+  });
   return confirm({
     title: `Change ${one.limit}`,
     text: "In force in every process within a second.",
     fields: [bound, reason],
+    below: rehearsed,
     action: "Change the limit",
     act: async (values) => {
       const { policy } = await get("admin/limits", { query: { pool } });
