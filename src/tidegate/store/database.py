@@ -605,7 +605,7 @@ QUERIES = {
 }
 
 
-# Of what is run for calls, jobs and lines: each has one plan that is right for all values.
+# Of what is run for calls, jobs and lines, or by each process all the time: each has one plan that is right for all values.
 PREPARED = {
     QUERIES[name].sql: name
     for name in (
@@ -613,6 +613,7 @@ PREPARED = {
         *("add_bodies", "add_usage", "get_erased", "submit_requests", "notify", "pulse"),
         *("claim_batch_lines", "begin_batch_lines", "end_batch_lines", "count_batch_lines"),
         *("add_batch_lines", "batches_held_up", "reserve_budgets", "settle_budgets"),
+        "see_upstreams",
     )
 }
 
