@@ -92,10 +92,8 @@ _STALE = (
 
 class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
     """A connection that prepares the statements of `PREPARED` once. Any other is parsed twice and
-    planned each time, which costs PostgreSQL more than to run it for a few rows.
-
-    Only with PostgreSQL itself at the other end: a pooler's client has another server each time.
-    """
+    planned each time, which costs PostgreSQL more than to run it for a few rows. Only with
+    PostgreSQL itself at the other end: a pooler's client has another server each time."""
 
     shares_servers = False  # a pooler is there that names a server's process as its own
     _is_direct: bool | None = None
@@ -605,7 +603,7 @@ QUERIES = {
 }
 
 
-# Of what is run for calls, jobs and lines, or by each process all the time: each has one plan that is right for all values.
+# Run for calls, jobs and lines, or all the time: each has one plan that is right for all values.
 PREPARED = {
     QUERIES[name].sql: name
     for name in (
@@ -613,7 +611,7 @@ PREPARED = {
         *("add_bodies", "add_usage", "get_erased", "submit_requests", "notify", "pulse"),
         *("claim_batch_lines", "begin_batch_lines", "end_batch_lines", "count_batch_lines"),
         *("add_batch_lines", "batches_held_up", "reserve_budgets", "settle_budgets"),
-        "see_upstreams",
+        *("see_upstreams",),
     )
 }
 
