@@ -117,7 +117,8 @@ NEAR = errors.QuotaExceeded("full", limit="m", allowed="2", retry_after_ms=2_500
 def _refused(dialect: Dialect, error: errors.TidegateError) -> tuple[int, dict[str, str], Any]:
     status, headers, body = refusal(dialect, error)
     named = {name.decode(): value.decode() for name, value in headers}
-    return status, named, orjson.loads(body)["error"]
+    told = orjson.loads(body)
+    return status, named, told.get("error", told)  # Bedrock has none about it
 
 
 @pytest.mark.parametrize(

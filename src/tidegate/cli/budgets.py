@@ -87,7 +87,8 @@ def set_(
         str | None, typer.Option(help="Binds one conversation, or each.")
     ] = None,
     pause: Annotated[
-        bool, typer.Option("--pause", help="Pause it at its end until a person resumes it.")
+        bool,
+        typer.Option("--pause", help="Pause it once it is used up, until a person resumes it."),
     ] = False,
     fallback: Annotated[
         str | None, typer.Option(help="A cheaper model that is called at its end.", metavar="MODEL")

@@ -406,7 +406,6 @@ BEDROCK = DialectSpec(
     statuses=_STATUSES,
     refusal=refusal,
     problem=problem,
-    no_retry=(),
     stream_type=EVENT_STREAM,
     ends_whole=_ends_whole,
     usage_in=usage_in,

@@ -87,8 +87,8 @@ class NewBudget(BaseModel):
     )
     at_end: Literal["refuse", "pause", "fall_back"] = Field(
         default="refuse",
-        description="What happens to a call that does not fit: it is refused, all are until "
-        "a person resumes the budget, or the model `fallback` is called",
+        description="What happens to a call that does not fit: it is refused; with `pause` all "
+        "are, once the budget is used up, until a person resumes it; or `fallback` is called",
     )
     fallback: str | None = Field(default=None, max_length=200, examples=["claude-haiku-4-5"])
     doubt: Literal["bound", "estimate"] = Field(
