@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from csv import DictReader
 from datetime import UTC, datetime, time, timedelta
@@ -205,10 +206,14 @@ async def replay_a_failed_call(
     rows = page.locator(".requests tbody tr")
     await expect(rows).to_have_count(3)
     await walk.click(rows.first.get_by_role("link").first)
-    await walk.click(page.get_by_role("button", name="Retry"))
+    await walk.click(page.get_by_role("button", name="Replay"))
     dialog = page.get_by_role("dialog")
-    await walk.click(dialog.get_by_role("button", name="Retry"), dialog)
+    await expect(dialog.get_by_label("Upstream").locator("option")).to_have_text(
+        ["gemini", "reserve"]
+    )
+    await walk.click(dialog.get_by_role("button", name="Replay"), dialog)
     await walk.end(page.locator(".badge", has_text="Succeeded"))
+    await expect(page.locator(".facts").get_by_role("link", name=re.compile("^01"))).to_be_visible()
 
 
 async def drain_an_upstream(stage: Stage, walk: Walk) -> None:

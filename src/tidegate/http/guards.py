@@ -150,6 +150,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/requests/{request_id}/files/{file_id}": {"GET": _V},
     "/admin/requests/{request_id}/cancel": {"POST": _O},
     "/admin/requests/{request_id}/retry": {"POST": _O},
+    "/admin/requests/{request_id}/replay": {"POST": _O},
     "/admin/dead": {"GET": _V},
     "/admin/dead/{request_id}/requeue": {"POST": _O},
     "/admin/dead/{request_id}/discard": {"POST": _O},

@@ -40,6 +40,7 @@ from tidegate.errors import (
 from tidegate.jobs.outages import Held, Key, Look
 from tidegate.record import CallRecord, Failure, Lineage, OutputFile
 from tidegate.spine.detached import collected, detached_call, endpoint_named
+from tidegate.spine.models import targets_for
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import Ask
 from tidegate.spine.routing import Target
@@ -120,11 +121,13 @@ def time_left_ms(job: ClaimedJob) -> int | None:
     return round((job.deadline_at - datetime.now(UTC)).total_seconds() * 1000)
 
 
-def places_of(relay: Relay, path: str, model: str) -> list[Target]:
-    """Where a call can go; nowhere where another version took it in."""
+def places_of(relay: Relay, path: str, model: str, bound: str | None = None) -> list[Target]:
+    """Where a call can go, or the one upstream that it is bound to; nowhere where another version
+    took it in."""
     try:
         endpoint = endpoint_named(path)
-        return relay.spine.targets.of(endpoint.dialect, endpoint.model or model)
+        targets, model = relay.spine.targets, endpoint.model or model
+        return targets_for(targets, bound, endpoint.dialect, model)
     except (InvalidRequest, NotFound):
         return []
 
@@ -177,6 +180,7 @@ async def run_wrapped(
         has_own_deadline=left_ms is not None,
     )
     call.terms.conversation, call.terms.left = job.conversation, left
+    call.terms.upstream = job.bound_upstream
     if job.tier is Tier.FLEX:
         call.body = in_tier(body, call.endpoint.dialect, job.tier)
     record.dialect, record.operation = call.endpoint.dialect.value, call.endpoint.name

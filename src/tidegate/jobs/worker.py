@@ -316,13 +316,14 @@ class Worker:
 
     def _places_of(self, job: ClaimedJob) -> list[Target]:
         if job.endpoint is not None:
-            return places_of(self._relay, job.endpoint, job.model or "")
+            return places_of(self._relay, job.endpoint, job.model or "", job.bound_upstream)
         kind = job.classification.kind
         try:
             if kind is None:
                 return self._prompts.targets(self._config.classifier_model)
             files = files_known(job.attachments, job.image_uri)
-            return self._prompts.targets(job.model or self._config.model_for(kind), kind, files)
+            model = job.model or self._config.model_for(kind)
+            return self._prompts.targets(model, kind, files, job.bound_upstream)
         except InvalidRequest:
             return []
 
@@ -565,6 +566,7 @@ class Worker:
             conversation=job.conversation,
             has_own_deadline=left_ms is not None,
             left=left,
+            upstream=job.bound_upstream,
         )
         await self._prompts.run(call, terms, record, None, run.admitted)
 

@@ -59,6 +59,11 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     return endpoint
 
 
+def plain_path(path: str) -> str:
+    """The path of a native call whose answer comes in one piece, where it was a stream."""
+    return path.replace(":streamGenerateContent", ":generateContent")
+
+
 def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
     """What a body asks for. Raises InvalidRequest, for a stream too, and for a model that can't be
     put on record."""

@@ -9,18 +9,19 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
 
-from tidegate.call import Caller
+from tidegate.call import Caller, Kind
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
+from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.requests import (
     cache_write_of,
     check_said_once,
@@ -36,10 +37,17 @@ from tidegate.dialects.spec import (
     Operation,
     RequestFacts,
 )
-from tidegate.errors import Forbidden, InvalidRequest, UpstreamError, UpstreamGarbled
+from tidegate.errors import (
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    UpstreamError,
+    UpstreamGarbled,
+)
 from tidegate.policy.access import Access
 from tidegate.policy.deployment import Upstream
-from tidegate.spine.routing import Target
+from tidegate.policy.format import plain_model
+from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
 from tidegate.upstream.transport import RelayWire
 
@@ -67,6 +75,66 @@ _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
 _MAYBE_NAME = re.compile(rb"model|fallbacks", re.IGNORECASE)
 _ESCAPE = re.compile(rb"\\u00[46]")  # of a letter
 _TOOLS = re.compile(r"(?:.*\.)?tools")
+
+
+def targets_for(targets: Targets, bound: str | None, dialect: Dialect, model: str) -> list[Target]:
+    """Where a call in a dialect can go: the upstreams of the model, or the one that it is `bound`
+    to. Raises NotFound where none serves it, and InvalidRequest where that one does not."""
+    if bound is None:
+        return targets.of(dialect, model)
+    upstream = _bound_upstream(targets, bound)
+    if dialect not in upstream.base_urls:
+        said = f"the upstream {bound!r} does not speak the {dialect} dialect"
+        raise InvalidRequest("upstream", said, allowed=_names(targets.speaking(dialect)))
+    with suppress(NotFound):
+        found = [one for one in targets.of(dialect, model) if one.upstream.name == bound]
+        if found:
+            return found
+    return [_bound_target(targets, upstream, model)]
+
+
+def targets_for_prompt(
+    targets: Targets,
+    bound: str | None,
+    model: str,
+    kind: Kind | None = None,
+    files: Files = (),
+) -> list[Target]:
+    """The same for a prompt, which is of no dialect. Raises InvalidRequest where none serves it."""
+    if bound is None:
+        return targets.of_prompt(model, kind, files)
+    upstream = _bound_upstream(targets, bound)
+    if Dialect.GEMINI not in upstream.base_urls:
+        _, why = dialect_for(upstream.base_urls, kind, files)
+        if why is not None:
+            said = f"the upstream {bound!r} {why.reason}"
+            raise InvalidRequest("upstream", said, allowed=why.allowed)
+    with suppress(InvalidRequest):
+        found = [one for one in targets.of_prompt(model, kind, files) if one.upstream is upstream]
+        if found:
+            return found
+    return [_bound_target(targets, upstream, model)]
+
+
+def _bound_upstream(targets: Targets, bound: str) -> Upstream:
+    upstream = targets.upstreams.get(bound)
+    if upstream is None:
+        allowed = _names(targets.upstreams.values())
+        raise InvalidRequest("upstream", f"there is no upstream {bound!r}", allowed=allowed)
+    return upstream
+
+
+def _bound_target(targets: Targets, upstream: Upstream, model: str) -> Target:
+    plain = plain_model(model)
+    if upstream.fit(plain):
+        return Target(upstream, upstream.aliases.get(plain, plain))
+    serving = [one for one in targets.upstreams.values() if one.fit(plain)]
+    said = f"the upstream {upstream.name!r} does not serve the model {plain!r}"
+    raise InvalidRequest("upstream", said, allowed=_names(serving))
+
+
+def _names(upstreams: Iterable[Upstream]) -> str:
+    return ", ".join(one.name for one in upstreams) or "none"
 
 
 def check_model(caller: Caller, model: str, field: str = "model") -> None:

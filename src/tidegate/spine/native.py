@@ -82,6 +82,7 @@ from tidegate.spine.models import (
     is_plain,
     model_of_other,
     read_body,
+    targets_for,
 )
 from tidegate.spine.out import AttendedOut, Out
 from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources
@@ -275,6 +276,8 @@ class Relay:
             upstream = self.spine.targets.passing(call.endpoint, call.terms.caller.tenant_id)
             return [Target(upstream, other)]
         if asked is not None:
+            if (bound := call.terms.upstream) is not None:
+                return targets_for(self.spine.targets, bound, dialect, asked.model)
             found = self.spine.targets.of(dialect, asked.model)
             return _followed(found, dialect) if call.endpoint.operation in GOING_ON else found
         if call.endpoint.operation is Operation.MODELS and name is not None:

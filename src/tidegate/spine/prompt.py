@@ -73,7 +73,7 @@ from tidegate.limiter import Permit
 from tidegate.record import JUDGE, CallListeners, CallRecord, Failure
 from tidegate.settings import ClassifierMode, Config
 from tidegate.spine.bodies import aside
-from tidegate.spine.models import unchecked_facts
+from tidegate.spine.models import targets_for_prompt, unchecked_facts
 from tidegate.spine.native import NativeCall, NativeExchange, Relay
 from tidegate.spine.out import AttendedOut, NothingOut, Out
 from tidegate.spine.routing import Suspect, Target, Targets
@@ -156,9 +156,12 @@ class PromptCalls:
             question.cancel()
         await asyncio.gather(*self._questions, return_exceptions=True)
 
-    def targets(self, model: str, kind: Kind | None = None, files: Files = ()) -> list[Target]:
-        """The upstreams for a prompt. Raises InvalidRequest where none can take it."""
-        return self._spine.targets.of_prompt(model, kind, files)
+    def targets(
+        self, model: str, kind: Kind | None = None, files: Files = (), bound: str | None = None
+    ) -> list[Target]:
+        """The upstreams for a prompt, or the one that it is bound to. Raises InvalidRequest where
+        none can take it."""
+        return targets_for_prompt(self._spine.targets, bound, model, kind, files)
 
     def first_look(self, ask: Ask) -> Classification:
         """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
@@ -341,7 +344,7 @@ class PromptCalls:
         Cancellation leaves neither a waiter nor an open upstream call.
         """
         exchange = PromptExchange(terms, self._ways, call, record, sink)
-        targets = self.targets(call.model, call.kind, files_of(call.media))
+        targets = self.targets(call.model, call.kind, files_of(call.media), terms.upstream)
         await self._ways.open(targets)
         await exchange.plan(targets, self._spine)
         try:

@@ -237,7 +237,7 @@ class Terms:
     refuse the call before its deadline; where not, a queue does that. most_tries: of all upstreams
     together. waits_out: whether a pause that outlasts the deadline is waited for, since it may be
     ended. preempted: how often the call has given way to one of a higher band; None where it never
-    does.
+    does. upstream: the only one that it may be made at, where it is bound to one.
     """
 
     request_id: UUID
@@ -253,6 +253,7 @@ class Terms:
     preempted: int | None = None
     has_own_deadline: bool = False
     left: Callable[[], bool] = _is_there
+    upstream: str | None = None
 
     def left_ms(self) -> float:
         """Until its deadline for admission; negative when it has passed, infinite without one."""
@@ -533,7 +534,8 @@ class _Run:
         """Where a call goes whose upstream was drained while it waited."""
         found: list[Target] = []
         with suppress(NotFound, InvalidRequest):
-            found = self._exchange.elsewhere(self._spine.targets)
+            if self._terms.upstream is None:
+                found = self._exchange.elsewhere(self._spine.targets)
         return [
             one
             for one in self._spine.usable(found)
@@ -563,7 +565,7 @@ class _Run:
         models = (one.fallback for one in refusals if isinstance(one, BudgetExceeded))
         for model in filter(None, models):
             found: list[Target] = []
-            if self._terms.caller.may_ask(model):
+            if self._terms.upstream is None and self._terms.caller.may_ask(model):
                 with suppress(NotFound, InvalidRequest):
                     found = self._exchange.serving(self._spine.targets, model)
             if found := [one for one in found if _place(one) not in self._refusals]:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -237,6 +237,47 @@ async def copy_of(dossier: RequestDetail, blobs: Blobs) -> NewJob:
         conversation=row["conversation"],
         key_id=row["key_id"],
         endpoint=record.endpoint,
+    )
+
+
+async def replay_of(
+    dossier: RequestDetail,
+    blobs: Blobs,
+    upstream: str,
+    *,
+    endpoint: str | None = None,
+    body: str | None = None,
+    model: str | None = None,
+) -> NewJob:
+    """A job that makes what a request of any source asked for again, at one upstream; not submitted
+    yet. endpoint, body and model: of what was a native call, and no job.
+
+    Raises as `copy_of`, and InvalidRequest for a prompt that is not on record.
+    """
+    record, row = dossier.record, dossier.request
+    if record.source == "job":
+        copy = await copy_of(dossier, blobs)
+        return replace(copy, repeats=record.request_id, bound_upstream=upstream, webhook_url=None)
+    if not record.status.is_end:
+        raise NotEnded(f"the request has not ended yet: {record.status}")
+    if body is None and (not row.get("prompt") or record.files):
+        allowed = "a request whose prompt is on record, and that had no files"
+        raise InvalidRequest("request_id", "there is nothing on record to send", allowed=allowed)
+    return NewJob(
+        request_id=new_id(),
+        created_at=datetime.now(UTC),
+        prompt=row["prompt"] if body is None else body,
+        classification=record.classification,
+        image_uri=None if body is not None else row.get("image_uri"),
+        model=row.get("model") if body is None else model,
+        priority=record.priority,
+        tenant_id=record.tenant_id,
+        subject=dossier.of("subject"),
+        conversation=dossier.of("conversation"),
+        key_id=dossier.of("key_id"),
+        endpoint=endpoint,
+        repeats=record.request_id,
+        bound_upstream=upstream,
     )
 
 

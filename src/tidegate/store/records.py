@@ -57,7 +57,8 @@ class NewJob:
     endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON, or where
     there is an attachment, which is the body, the head of it.
     traceparent: of the caller, for the worker that will run it. trail: of a stream, which is
-    not on record. tiers_allowed: those that it may be put into beside the usual one.
+    not on record. tiers_allowed: those that it may be put into beside the usual one. repeats: the
+    request that it replays; bound_upstream: the only one that it may be called at.
     """
 
     request_id: UUID
@@ -80,6 +81,8 @@ class NewJob:
     traceparent: str | None = None
     trail: Trail | None = None
     tiers_allowed: tuple[Tier, ...] = ()
+    repeats: UUID | None = None
+    bound_upstream: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ class ClaimedJob:
     tier_why: str | None = None
     revisit_at: datetime | None = None
     preemptions: int = 0
+    bound_upstream: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +301,7 @@ def job_row(job: NewJob) -> Json:
     if job.once is not None:
         row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
     names = ("endpoint", "webhook_url", "subject", "conversation", "key_id", "traceparent")
-    for name in names:
+    for name in (*names, "repeats", "bound_upstream"):
         if (value := getattr(job, name)) is not None:
             row[name] = value
     if job.tiers_allowed:

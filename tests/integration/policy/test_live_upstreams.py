@@ -334,3 +334,73 @@ async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(
         assert "a secret of this gateway's own" in said["detail"]
     async with EmulatorControl(second.url) as control:
         assert await control.calls() == []
+
+
+async def test_a_request_is_replayed_at_the_upstream_that_an_operator_names(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway()
+    monkeypatch.setenv("SECOND_KEY", KEY)
+
+    async def replay(request_id: str, upstream: str, role: str = "") -> tuple[int, dict[str, Any]]:
+        url = f"{gateway.url}/admin/requests/{request_id}/replay"
+        headers = {"Authorization": f"Bearer {role}"} if role else {}
+        body = {"upstream": upstream, "by": "ada", "reason": "to compare"}
+        async with gateway.http.post(url, json=body, headers=headers) as response:
+            return response.status, orjson.loads(await response.read())
+
+    await gateway.upstream.set_fault("safety", match="salty")
+    failed = await gateway.submit(data="Why is the sea salty?", type="text_only", subject="ann")
+    assert (await gateway.end_of(failed))["status"] == "failed"
+    url = f"{gateway.url}/v1/chat/completions"
+    async with gateway.http.post(url, json=BODY | {"stream": True}) as response:
+        await response.read()
+        native = response.headers["x-tidegate-request-id"]
+    path = "/v1beta/models/gemini-2.5-flash:streamGenerateContent?alt=sse"
+    contents = {"contents": [{"role": "user", "parts": [{"text": "Say goodbye"}]}]}
+    async with gateway.http.post(f"{gateway.url}{path}", json=contents) as response:
+        await response.read()
+        googles = response.headers["x-tidegate-request-id"]
+    streamed = (await gateway.stream(text="Explain the tide")).request_id
+    for tables in (
+        ("second", table(second)),
+        ("llamas", table(second, models=["llama-*"])),
+        ("chats", table(second, dialects={"openai": f"{second.url}/v1beta/openai"})),
+    ):
+        assert (await admin(gateway, "PUT", f"/{tables[0]}", table=tables[1], test=False))[0] == 200
+    for request_id, words in (
+        *((failed, "salty"), (native, "Say hello"), (googles, "Say goodbye")),
+        (streamed, "Explain the tide"),
+    ):
+        await gateway.audit(request_id)
+        for place, asked in ((second.control, "second"), (gateway.upstream, "gemini")):
+            before = len(await place.calls(contains=words))
+            await gateway.upstream.clear_faults()
+            status, taken = await replay(request_id, asked)
+            assert status == 202, taken
+            ended = await gateway.end_of(taken["request_id"])
+            assert ended["status"] == "succeeded", ended
+            assert len(await place.calls(contains=words)) == before + 1
+            _, found = await gateway.get(f"/admin/requests/{taken['request_id']}")
+            seen = found["request"]
+            assert (seen["repeats"], seen["bound_upstream"]) == (request_id, asked)
+            assert seen["tenant"] == "default"
+            assert seen.get("subject") == ("ann" if request_id == failed else None)
+    for request_id, asked, told, allowed in (
+        (failed, "none", "there is no upstream", "second"),
+        (failed, "llamas", "does not serve the model", "second"),
+        (native, "llamas", "does not serve the model", "second"),
+        (googles, "chats", "does not speak the gemini dialect", "second"),
+    ):
+        status, problem = await replay(request_id, asked)
+        assert (status, problem["field"]) == (400, "upstream"), problem
+        assert told in problem["detail"]
+        assert allowed in problem["allowed"]
+    assert (await admin(gateway, "POST", "/second/drain"))[0] == 200
+    status, problem = await replay(failed, "second")
+    assert (status, problem["field"]) == (400, "upstream")
+    assert "drained" in problem["detail"]
+    url = f"{gateway.url}/admin/keys"
+    async with gateway.http.post(url, json={"name": "eve", "scopes": ["viewer"]}) as response:
+        viewer = (await response.json())["key"]
+    assert (await replay(failed, "gemini", viewer))[0] == 403

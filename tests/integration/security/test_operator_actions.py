@@ -71,6 +71,7 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
         ("DELETE", "/admin/budgets/b", None, "budget.remove"),
         ("POST", f"/admin/requests/{ended}/cancel", {}, "job.cancel"),
         ("POST", f"/admin/requests/{ended}/retry", {"reason": "again"}, "job.retry"),
+        ("POST", f"/admin/requests/{ended}/replay", {"upstream": "gemini"}, "job.retry"),
         ("POST", f"/admin/dead/{dead}/requeue", {}, "job.requeue"),
         ("POST", f"/admin/dead/{discarded}/discard", {}, "job.discard"),
         (

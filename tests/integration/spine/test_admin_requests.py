@@ -73,7 +73,7 @@ async def test_a_tenants_key_opens_nothing_here_and_admins_see_all_tenants(
         for headers in (acme, other):
             assert (await ask(gateway, method, f"/admin/requests{path}", headers))[0] == 403, path
     view = await life(gateway, native["request_id"])
-    assert view["actions"] == []
+    assert view["actions"] == ["replay"]
     assert view["request"]["key"] == other["Authorization"].removeprefix("Bearer tg_")[:10]
     assert [body["role"] for body in view["bodies"]] == ["request", "response"]
     status, raw = await ask(
@@ -191,7 +191,8 @@ async def test_what_can_not_be_tried_anew_says_why(
         request_id = (await gateway.stream(text="Explain", type="text_only")).request_id
     found, problem = await ask(gateway, "POST", f"/admin/requests/{request_id}/retry", AS_ADMIN, {})
     assert (found, problem["code"]) == (status, code)
-    assert (await life(gateway, request_id))["actions"] == (["cancel"] if source == "job" else [])
+    wanted = ["cancel"] if source == "job" else ["replay"]
+    assert (await life(gateway, request_id))["actions"] == wanted
 
 
 async def test_a_dead_job_is_requeued_and_answers(open_gateway: Opener) -> None:
@@ -203,7 +204,7 @@ async def test_a_dead_job_is_requeued_and_answers(open_gateway: Opener) -> None:
         *(job, orjson.dumps({"code": "worker_died", "message": "its workers died"}).decode()),
     )
     view = await life(gateway, job)
-    assert view["actions"] == ["requeue", "discard", "retry"]
+    assert view["actions"] == ["requeue", "discard", "retry", "replay"]
     assert "workers' logs" in view["advice"]
     assert [one["request_id"] for one in await listed(gateway, "?error_code=worker_died")] == [job]
     status, _ = await ask(gateway, "POST", f"/admin/dead/{job}/requeue", AS_ADMIN, {})

@@ -74,6 +74,7 @@ PATHS = {
     "/admin/requests/{request_id}/files/{file_id}": "get",
     "/admin/requests/{request_id}/cancel": "post",
     "/admin/requests/{request_id}/retry": "post",
+    "/admin/requests/{request_id}/replay": "post",
     "/admin/requests/requeue": "post",
     "/admin/tenants": "get",
     "/admin/tenants/{tenant_id}": "get",

@@ -72,6 +72,7 @@ def test_every_route_below_admin_is_guarded() -> None:
 def test_a_viewer_reads_and_changes_nothing() -> None:
     others = {
         ("POST", "/admin/requests/requeue"),  # counts, and asks for operator to do what it counts
+        ("POST", "/admin/limits/rehearse"),  # simulates, and changes nothing
         ("GET", "/admin/actions"),  # has addresses of people
     }
     for (method, path), role in classified().items():

@@ -19,18 +19,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 from uuid import UUID
 
+import orjson
 from fastapi import Query, Request
 from fastapi import Query as FromQuery
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import ClassifiedBy, Kind, OperatorRole, Status
+from tidegate.dialects.spec import Endpoint
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
 from tidegate.http.admin.limits import Done, Signed, described, read_json, why_of
 from tidegate.http.guards import admin_router, operator_of, reads_bodies
 from tidegate.http.own_requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.problems import advice, problem_responses
 from tidegate.http.services import Services, services_of
+from tidegate.http.submission import body_apart
 from tidegate.http.views import (
     Accepted,
     ErrorView,
@@ -46,6 +49,8 @@ from tidegate.http.views import (
 )
 from tidegate.policy.inspection import Reason
 from tidegate.record import Failure
+from tidegate.spine.detached import endpoint_named, plain_path, wrapped_facts
+from tidegate.spine.models import targets_for, targets_for_prompt
 from tidegate.store.jobs import (
     MOST_REQUEUED,
     DeadJob,
@@ -53,11 +58,13 @@ from tidegate.store.jobs import (
     Requeue,
     RequeueReport,
     copy_of,
+    replay_of,
 )
 from tidegate.store.records import details_of
 from tidegate.store.requests import (
     END,
     AttemptRecord,
+    Body,
     DeliveryRecord,
     FoundRequest,
     RequestDetail,
@@ -270,7 +277,7 @@ def _delivery_step(one: DeliveryRecord) -> StepView:
 
 MOST_CHARS = 200_000
 Source = Literal["job", "stream", "relay", "batch"]
-Action = Literal["cancel", "retry", "requeue", "discard"]
+Action = Literal["cancel", "retry", "replay", "requeue", "discard"]
 
 
 class AdminItem(BaseModel):
@@ -375,6 +382,8 @@ class AdminStatus(StatusView):
     conversation: str | None = None
     trace_id: str | None = Field(default=None, description="Of the trace that it is part of")
     lapses: int = Field(default=0, description="How often its workers died over it")
+    repeats: str | None = Field(default=None, description="The request that it replays")
+    bound_upstream: str | None = Field(default=None, description="Where alone it may be called")
     asked_model: str | None = Field(default=None, description="The model that its caller named")
     model_version: str | None = Field(
         default=None, description="The model that answered, as the provider names it"
@@ -444,14 +453,15 @@ def request_view(
 
 
 def actions_of(detail: RequestDetail) -> list[Action]:
-    """What an operator may do with it now: of jobs alone, since what else there is has a caller
-    who waits for it, or a batch."""
+    """What an operator may do with it now: but for its replay of jobs alone, since what else there
+    is has a caller who waits for it, or a batch."""
     status = detail.record.status
     if detail.record.source != "job":
-        return []
+        return ["replay"] if status.is_end else []
     if not status.is_end:
         return ["cancel"]
-    return ["requeue", "discard", "retry"] if status is Status.DEAD else ["retry"]
+    found: list[Action] = ["retry", "replay"]
+    return ["requeue", "discard", *found] if status is Status.DEAD else found
 
 
 def _status(detail: RequestDetail, prefix: str) -> AdminStatus:
@@ -472,6 +482,8 @@ def _status(detail: RequestDetail, prefix: str) -> AdminStatus:
         conversation=detail.of("conversation"),
         trace_id=detail.of("trace_id") or _trace_id(detail.request.get("traceparent")),
         lapses=detail.of("lapses") or 0,
+        repeats=str(repeats) if (repeats := detail.request.get("repeats")) else None,
+        bound_upstream=detail.request.get("bound_upstream"),
         asked_model=detail.request.get("model"),
         model_version=detail.of("model_version"),
         prompt=None if prompt is None else prompt[:MOST_CHARS],
@@ -677,6 +689,72 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
     return accepted(job, prefix_of(request))
 
 
+class NewReplay(BaseModel):
+    """Where to make the request again; who does it, and why, goes on record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    upstream: str = Field(min_length=1, max_length=128, description="Its name")
+    by: str = Field(default="admin", min_length=1, max_length=100)
+    reason: str = Field(default="", max_length=500)
+
+
+@router.post(
+    "/requests/{request_id}/replay",
+    status_code=202,
+    responses=problem_responses(404, 408, 409, 413, 415),
+    openapi_extra=described(NewReplay),
+    summary="Make what a request that has ended asked for again, at an upstream of one's choice",
+)
+async def replay(request: Request, request_id: UUID) -> Accepted:
+    """A new job of the same tenant, called there alone, whatever its source was; streams become
+    whole answers. Caps and budgets count it as for `retry`; no webhook is sent."""
+    signed = await read_json(request, NewReplay)
+    services, bound = services_of(request), signed.upstream
+    detail = await services.store.requests.detail(request_id)
+    record, row, targets = detail.record, detail.request, services.spine.targets
+    if bound in targets.drained:
+        rest = ", ".join(one for one in targets.upstreams if one not in targets.drained)
+        said = f"the upstream {bound!r} is drained: it takes no new calls"
+        raise InvalidRequest("upstream", said, allowed=rest or "none")
+    path, kind, wrapped = detail.of("endpoint"), record.classification.kind, {}
+    if path is None:
+        files = [(one.mime_type, one.size_bytes) for one in record.files if one.role == "input"]
+        model = row.get("model") or services.config.model_for(kind or "")
+        targets_for_prompt(targets, bound, model, kind, files)
+    else:
+        endpoint, model = endpoint_named(plain_path(path), "request_id"), row.get("model") or ""
+        if record.source != "job":
+            body = await services.store.requests.body_of_any(request_id, "request")
+            wrapped = await _wrapped(endpoint, plain_path(path), body)
+            model = wrapped["model"] or ""
+        targets_for(targets, bound, endpoint.dialect, endpoint.model or model)
+    job = await replay_of(detail, services.blobs, bound, **wrapped)
+    after = {"retried_as": str(job.request_id), "upstream": bound, "reason": signed.reason}
+    await services.store.tenants.actions.write("job.retry", str(request_id), after=after)
+    if record.source != "job":
+        job = await body_apart(job, services.blobs)
+    await services.store.jobs.submit(job)
+    _log(Log.REQUEST_RETRIED, request_id, signed, retried_as=str(job.request_id))
+    return accepted(job, prefix_of(request))
+
+
+async def _wrapped(endpoint: Endpoint, path: str, body: Body) -> dict[str, str | None]:
+    """A recorded body of a native call as that of a job. Raises InvalidRequest."""
+    data = b"".join([piece async for piece in body.pieces])
+    try:
+        found = None if body.omitted_bytes else orjson.loads(data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        said, allowed = "its body is not on record whole, or no JSON", "a call with a JSON body"
+        raise InvalidRequest("request_id", said, allowed=allowed)
+    for name in ("stream", "stream_options"):
+        found.pop(name, None)
+    model = wrapped_facts(endpoint, found).model
+    return {"endpoint": path, "body": orjson.dumps(found).decode(), "model": model or None}
+
+
 def _without_text(view: RequestView) -> RequestView:
     """As a viewer sees it, who may not read what was asked and answered."""
     request = view.request.model_copy(
@@ -710,7 +788,7 @@ def _prefix_in(shown: str) -> str:
     return digits.lower()
 
 
-def _log(event: Log, request_id: UUID, signed: Signed, **more: str) -> None:
+def _log(event: Log, request_id: UUID, signed: Signed | NewReplay, **more: str) -> None:
     log.warning(event, request_id=str(request_id), by=signed.by, reason=signed.reason, **more)
 
 

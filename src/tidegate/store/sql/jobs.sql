@@ -99,16 +99,16 @@ WHERE tenant_id = $1 AND pool = $2
 INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, priority, created_at, deadline_at, idempotency_key,
     idempotency_digest, webhook_url, subject, conversation, key_id, endpoint, traceparent,
-    tiers_allowed)
+    tiers_allowed, repeats, bound_upstream)
 SELECT id, tenant_id, pool, 'job', 'queued', kind, classified_by, classified_reason,
     prompt, image_uri, model, priority, created_at, deadline_at, idempotency_key,
     decode(idempotency_digest, 'hex'), webhook_url, subject, conversation, key_id, endpoint,
-    traceparent, tiers_allowed
+    traceparent, tiers_allowed, repeats, bound_upstream
 FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, kind text,
     classified_by text, classified_reason text, prompt text, image_uri text, model text,
     priority integer, created_at timestamptz, deadline_at timestamptz, idempotency_key text,
     idempotency_digest text, webhook_url text, subject text, conversation text, key_id text,
-    endpoint text, traceparent text, tiers_allowed text[])
+    endpoint text, traceparent text, tiers_allowed text[], repeats uuid, bound_upstream text)
 ON CONFLICT DO NOTHING
 
 -- name: get_keyed

@@ -28,6 +28,12 @@ const ACTIONS = {
     text: "The same prompt and files become a job of their own, for the same tenant. It costs what it costs again.",
     done: "Submitted again",
   },
+  replay: {
+    words: "Replay",
+    title: "Make this request again at an upstream?",
+    text: "What it asked for becomes a job of its own, for the same tenant, called at that upstream alone. It costs what it costs there.",
+    done: "Submitted again",
+  },
   discard: {
     words: "Discard",
     title: "Leave this dead job at that?",
@@ -161,18 +167,19 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   async function act(name) {
     const { title, text, words, danger, done, path } = ACTIONS[name];
     const reason = field("reason", "Reason", { hint: "Goes to the log. May be left empty.", maxlength: 500 });
+    const places = name === "replay" ? [await upstreamField(signal)] : [];
     const signed = (values) => (path ? undefined : { by: "dashboard", ...values });
     const result = await confirm({
       title,
       text,
       danger,
-      fields: path ? [] : [reason],
+      fields: path ? [] : [...places, reason],
       action: words,
       act: (values) => post(`${path ?? "admin/requests"}/${id}/${name}`, signed(values), { signal }),
     });
     if (result === null || signal.aborted) return;
     toast(done);
-    if (name === "retry") location.hash = link(`/requests/${result.request_id}`);
+    if (name === "retry" || name === "replay") location.hash = link(`/requests/${result.request_id}`);
     else await refresh();
   }
 
@@ -217,6 +224,13 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   }
 
   return { element, load, follow };
+}
+
+/** The upstreams that take calls. */
+async function upstreamField(signal) {
+  const { upstreams } = await get("admin/upstreams", { signal });
+  const names = upstreams.filter((one) => !["drained", "draining", "missing"].includes(one.state)).map((one) => one.name);
+  return field("upstream", "Upstream", { options: Object.fromEntries(names.map((one) => [one, one])), hint: "It must serve the model in the same dialect." });
 }
 
 function waits({ request, waiting }) {

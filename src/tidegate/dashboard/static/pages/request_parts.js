@@ -6,7 +6,7 @@ import { bytes, count, length, money, time } from "../format.js";
 import { said, toast } from "../ui.js";
 import { nameOf, talkLink, traceLink } from "./conversation.js";
 import { gallery, save } from "./request_files.js";
-import { isOpen, kindOf, SOURCES } from "./request_words.js";
+import { isOpen, kindOf, linkTo, SOURCES } from "./request_words.js";
 
 const LONG_CHARS = 1_200;
 const MOST_SHOWN_BYTES = 256 * 1024;
@@ -105,6 +105,8 @@ export function facts(request) {
     ["Conversation", request.conversation && talk(request)],
     ["Trace", request.trace_id && trace(request)],
     ["Subject", request.subject],
+    ["Replay of", request.repeats && linkTo(request.repeats, undefined, { class: "mono" })],
+    ["Only at", request.bound_upstream],
   ];
   const given = rows.filter(([, value]) => value !== null && value !== undefined && value !== false && value !== "");
   return h("dl", { class: "facts" }, given.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
