@@ -25,7 +25,7 @@ async def test_budgets_over_http(open_gateway: Opener) -> None:
     assert made["most_used"]["spent"] == 0
     assert made["most_used"]["reset_at"] is not None
     each: dict[str, Any] = {
-        "tokens": 5,
+        "tokens": 0,
         "each": ["subject"],
         "at_end": "pause",
         "period": "rolling",
