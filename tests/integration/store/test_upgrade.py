@@ -16,15 +16,18 @@ import orjson
 import pytest
 
 from tests.commands import ran
+from tests.gateway import Gateway, Opener, open_gateway
 from tests.integration.store.conftest import MakeStore
 from tests.waiting import wait_until
 from tidegate.call import Kind
 from tidegate.embedded.servers import binaries_of
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.store.database import HEAD, migrate
+from tidegate.store.database import HEAD, _load, migrate
 from tidegate.store.requests import END, START, Filter, Role, SearchFilter
 from tidegate.store.statistics import past_calls
 
+__all__ = ["open_gateway"]
+STATEMENTS = Path(__file__).parents[2] / "data/statements_0_1_0.sql"
 FIXTURE = Path(__file__).parents[2] / "data/version_0_1_0.sql"
 MADE_ON = date(2026, 11, 28)
 _TABLES = """
@@ -162,6 +165,63 @@ async def test_a_job_that_a_worker_of_0_1_0_had_claimed_goes_to_another(
     (request_id,) = await wait_until(retaken)
     (job,) = await store.queue.claim("gemini", Kind.TEXT_ONLY, 10)
     assert (job.request_id, job.prompt) == (request_id, "Explain why the queue waits.")
+
+
+async def test_a_gateway_does_the_work_that_0_1_0_left(
+    url_0_1_0: str, open_gateway: Opener
+) -> None:
+    """Its queued job and its batch, whose lines a worker had that is gone, end; the keys, limits
+    and budgets that it kept are in force."""
+    connection = await asyncpg.connect(url_0_1_0)
+    await connection.execute(
+        "UPDATE batches SET expires_at = now() + interval '1 hour' WHERE status = 'in_progress';"
+        "UPDATE tenants SET budget_day_money = 5 WHERE id = 'acme'"
+    )
+    await connection.close()
+    await migrate(url_0_1_0)
+    gateway = await open_gateway(database_url=url_0_1_0)
+    ended = await wait_until(lambda: _ended(gateway), 30, "the job and the batch of 0.1.0")
+    assert ended == ("succeeded", ("completed", 2, 2, 0))
+    _, limits = await gateway.get("/admin/limits")
+    assert limits["policy"]["limits"]["kind:text_only"] == 7  # set live
+    _, acme = await gateway.get("/admin/tenants/acme")
+    assert (acme["weight"], acme["most_priority"], acme["budget_day_money"]) == (4, 10, 5)
+    budgets: Any = (await gateway.get("/admin/budgets"))[1]
+    assert [(one["name"], one["tenant"]) for one in budgets] == [("acme/budget_day_money", "acme")]
+    keys: Any = (await gateway.get("/admin/keys"))[1]
+    assert {one["name"]: one["state"] for one in keys} == {
+        "ci": "works",
+        "revoked": "revoked",
+        "acme": "works",
+    }
+
+
+async def test_a_rolled_back_0_1_0_finds_all_that_its_statements_name(database_url: str) -> None:
+    """PostgreSQL plans each of them for the newest schema: tables, columns, conflicts and types."""
+    connection = await asyncpg.connect(database_url)
+    statements = _load(STATEMENTS.read_text(encoding="utf-8"))
+    refused = {}
+    for one in statements.values():
+        if one.sql.split(maxsplit=1)[0] not in ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH"):
+            continue
+        try:
+            await connection.execute(f"EXPLAIN (GENERIC_PLAN) {one.sql}")
+        except asyncpg.PostgresError as failed:
+            refused[one.name] = str(failed)
+    await connection.close()
+    assert len(statements) == 169
+    assert refused == {}
+
+
+async def _ended(gateway: Gateway) -> tuple[str, tuple[Any, ...]] | None:
+    job = await gateway.database.fetchval(
+        "SELECT status FROM requests WHERE prompt = 'Explain why the queue waits.'"
+    )
+    batch = await gateway.database.fetchrow(
+        "SELECT status, total, completed, failed FROM batches ORDER BY id DESC LIMIT 1"
+    )
+    is_over = job == "succeeded" and batch["status"] == "completed"
+    return (job, tuple(batch)) if is_over else None
 
 
 @pytest.mark.parametrize("revision", ["0001", "0011"])
