@@ -6,7 +6,7 @@ import asyncio
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 import pytest
@@ -20,6 +20,7 @@ from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections
 from tidegate.store.retention import Retention, Whose
+from tidegate.supervisor.maintenance import ExportFormat, RecordExport
 
 _URL = f"s3://{BUCKET}"
 
@@ -78,6 +79,27 @@ async def test_a_path_in_the_bucket_is_all_that_is_seen(tmp_path: Path, s3: S3Se
     assert [keys async for keys in inside.keys_of(key.partition("/")[0])] == [[key]]
     await inside.delete([key])
     assert set(s3.sizes()) == {other}
+
+
+async def test_exports_are_in_the_bucket_and_no_days_of_blobs(
+    database_url: str, tmp_path: Path, s3: S3Server
+) -> None:
+    blobs, connections = Blobs.from_url(_URL, tmp_path), Connections(database_url)
+    connections.start()
+    now = datetime.now(UTC)
+    await blobs.put(new_key(now), b"x")
+    files = {}
+    for file_format in get_args(ExportFormat):
+        export = RecordExport(connections, blobs, tmp_path, file_format)
+        one = await export.write(now.date() - timedelta(days=1))
+        files[one.key] = one.size_bytes
+    await connections.aclose()
+    assert len(files) == 2
+    assert files.items() <= s3.sizes().items()
+    written = await blobs.written("exports/record")
+    assert written.keys() == files.keys()
+    assert all(abs(at - now) < timedelta(minutes=10) for at in written.values())
+    assert await blobs.days() == [f"{now:%Y-%m-%d}"]
 
 
 async def test_prune_and_erase_delete_there(
