@@ -424,9 +424,9 @@ async def latency_by_hour(
     """Of what was submitted from `since` on and before `until` and has ended, without lines of
     batches; hours without any are left out. Raises StoreUnavailable."""
     given = (since, until, tenant_id)
-    hours = await connections.rows("latency_of_hours", *given, timeout_ms=_LATENCY_TIMEOUT_MS)
-    rows = await connections.rows(
-        "latency_parts", *given, MOST_PARTS, timeout_ms=_LATENCY_TIMEOUT_MS
+    hours, rows = await asyncio.gather(
+        connections.rows("latency_of_hours", *given, timeout_ms=_LATENCY_TIMEOUT_MS),
+        connections.rows("latency_parts", *given, MOST_PARTS, timeout_ms=_LATENCY_TIMEOUT_MS),
     )
     parts: defaultdict[datetime, list[LatencyPart]] = defaultdict(list)
     for row in rows:

@@ -58,18 +58,21 @@ FROM calls GROUP BY at ORDER BY at
 -- name: latency_parts
 -- The same sums by tenant, model, upstream, type and error: the $4 names of each that took longest.
 WITH calls AS (
-    SELECT date_bin('1 hour', submitted_at, $1) AS at, tenant_id, model, upstream, pool, kind, failure,
-        CASE WHEN admitted_at IS NULL THEN 1000 * extract(epoch FROM finished_at - submitted_at)
-            ELSE coalesce(queue_ms, 0) END::float8 AS waited_ms, coalesce(upstream_ms, 0) AS called_ms
+    SELECT date_bin('1 hour', submitted_at, $1) AS at, tenant_id, model,
+        coalesce(nullif(upstream, ''), nullif(pool, '')) AS upstream, kind, failure ->> 'code' AS code,
+        count(*) AS requests, sum(CASE WHEN admitted_at IS NULL
+            THEN 1000 * extract(epoch FROM finished_at - submitted_at)
+            ELSE coalesce(queue_ms, 0) END::float8) AS waited_ms,
+        sum(coalesce(upstream_ms, 0)) AS called_ms
     FROM audit
     WHERE created_at >= $1 AND submitted_at >= $1 AND submitted_at < $2 AND source <> 'batch'
         AND ($3::text IS NULL OR tenant_id = $3)
+    GROUP BY 1, 2, 3, 4, 5, 6
 ), sums AS (
-    SELECT at, part.of, part.name, count(*) AS requests, sum(waited_ms) AS waited_sum_ms,
+    SELECT at, part.of, part.name, sum(requests)::bigint AS requests, sum(waited_ms) AS waited_sum_ms,
         sum(called_ms) AS called_sum_ms
     FROM calls CROSS JOIN LATERAL (VALUES ('tenant', tenant_id), ('model', model),
-        ('upstream', coalesce(nullif(upstream, ''), nullif(pool, ''))), ('type', kind),
-        ('error', failure ->> 'code')) AS part (of, name)
+        ('upstream', upstream), ('type', kind), ('error', code)) AS part (of, name)
     WHERE part.name IS NOT NULL GROUP BY at, part.of, part.name
 ), ranked AS (
     SELECT *, row_number() OVER (PARTITION BY at, of ORDER BY waited_sum_ms + called_sum_ms DESC, name) AS place
