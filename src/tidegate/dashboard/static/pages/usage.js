@@ -146,20 +146,22 @@ function controlsOf(view, change) {
 /** The sums by group, and by day and group; where there are too many of those, by day alone. */
 async function read(view, span, signal) {
   const of = (by) => get("admin/usage", { query: { by, ...span, tenant: view.tenant }, signal });
-  const names = view.by === "key" ? await keyNames(signal) : null;
+  const [names, groups, all] = await Promise.all([
+    view.by === "key" ? keyNames(signal) : null,
+    view.by === "day" ? null : of(view.by),
+    of("day"),
+  ]);
   const nameOf = (one) => (names ? (names.get(one.key) ?? one.key) : one[view.by]) || NONE[view.by];
   const named = (rows) => rows.map((one) => ({ ...one, name: nameOf(one) }));
   if (view.by === "day") {
-    const { rows, total, cut } = await of("day");
+    const { rows, total, cut } = all;
     return { groups: named(rows), days: rows.map((one) => ({ ...one, name: "All" })), total, cut };
   }
-  const groups = await of(view.by);
   const days = Math.round((Date.parse(span.until) - Date.parse(span.since)) / 86_400_000) + 1;
   if (!groups.cut && groups.rows.length * days <= MOST_ROWS) {
     const found = await of(`${view.by},day`);
     return { groups: named(groups.rows), days: named(found.rows), total: groups.total, cut: false };
   }
-  const all = await of("day");
   return { groups: named(groups.rows), days: all.rows.map((one) => ({ ...one, name: "All" })), total: all.total, cut: true };
 }
 
