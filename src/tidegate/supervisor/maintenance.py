@@ -466,6 +466,7 @@ class DailyWork:
             status = await self._run(command)
             if status == 0:
                 self._done[command] = now.date()
+                get_logger().info(Log.DAILY_WORK_DONE, command=" ".join(command))
             else:
                 get_logger().warning(
                     Log.DAILY_WORK_FAILED, command=" ".join(command), status=status

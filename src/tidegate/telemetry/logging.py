@@ -72,6 +72,7 @@ class Log(StrEnum):
     MIGRATED = "migrated"
     PRUNED = "pruned"
     RECORD_EXPORTED = "record_exported"
+    DAILY_WORK_DONE = "daily_work_done"
     DAILY_WORK_FAILED = "daily_work_failed"
     ERASED = "erased"
     CHILD_STARTED = "child_started"
