@@ -244,12 +244,10 @@ class CallRecord:
         """How many of its tries were answered with 429."""
         return 0 if self.throttled_by is None else sum(self.throttled_by.values())
 
-    def note_pool(self, pool: str) -> None:
-        """The next try is made in `pool`."""
-        if self.attempts and pool != self.pool:
-            found = self.tries_elsewhere = self.tries_elsewhere or {}
-            found[self.pool] = found.get(self.pool, 0) + self.attempts - sum(found.values())
-        self.pool = pool
+    def note_moving(self) -> None:
+        """The next try is made in another pool than the last."""
+        found = self.tries_elsewhere = self.tries_elsewhere or {}
+        found[self.pool] = found.get(self.pool, 0) + self.attempts - sum(found.values())
 
     def note_throttled(self, upstream: str, pool: str) -> None:
         """Count a try that an upstream answered with 429."""

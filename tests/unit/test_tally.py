@@ -104,7 +104,9 @@ def test_each_try_counts_in_its_own_pool() -> None:
     tally = Tally()
     record = CallRecord("relay", "acme", datetime.now(UTC))
     for pool in ("a", "a", "b", "a", "c"):
-        record.note_pool(pool)
+        if record.attempts and record.pool != pool:
+            record.note_moving()
+        record.pool = pool
         record.attempts += 1
     record.end("succeeded", None)
     Calls(tally).take([record])

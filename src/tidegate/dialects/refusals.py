@@ -343,17 +343,12 @@ def stream_error(
     )
 
 
-# Whose answer is JSON, events or a recording, and no page. Of a thing that lives at a provider, and
-# of a path that is known by its name alone, an answer may be anything.
-_NEVER_PAGES = frozenset(one for one in Operation if one.is_counted) | {Operation.COUNT}
 _MAYBE_EMPTY = frozenset((Operation.TRANSCRIBE,))  # a text of a recording without a word
 
 
 def no_answer(operation: Operation, headers: Headers, first: bytes, *, at_end: bool) -> str:
-    """Why a success is none: nothing in it, or a web page, such as of a proxy between; else empty.
-    `first` are its first bytes, and all of it `at_end`."""
-    if operation not in _NEVER_PAGES:
-        return ""
+    """Why a success of a call of a model is none: nothing in it, or a web page, such as of a proxy
+    between; else empty. `first` are its first bytes, and all of it `at_end`."""
     if at_end and not first.strip() and operation not in _MAYBE_EMPTY:
         return "an empty body"
     for name, value in headers:

@@ -62,7 +62,7 @@ from tidegate.dialects.spec import (
     Operation,
     RequestFacts,
 )
-from tidegate.errors import NotFound, UpstreamError, UpstreamGarbled, UpstreamRejected
+from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
 from tidegate.policy.access import Access, Paths
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, coding_of
@@ -529,14 +529,12 @@ class NativeExchange:
                     failed = await refusal_of(exchange, target, call.endpoint.dialect, tier)
                     raise self._with_headers(failed)
                 if call.endpoint.is_counted:
-                    first, value = await beginning_of(exchange, streams=record.streamed)
+                    operation = call.endpoint.operation
+                    first, value = await beginning_of(exchange, operation, streams=record.streamed)
                     if value is not None:
                         raise self._begun_with(value, exchange, target)
                 else:  # such as a file, which may say anything
                     first = await exchange.next()
-                operation, at_end = call.endpoint.operation, exchange.at_end
-                if why := refusals.no_answer(operation, exchange.headers, first, at_end=at_end):
-                    raise UpstreamGarbled(f"the provider answered {status} with {why}")
                 if is_try or lane.gate.has_doubts:
                     await lane.gate.worked(target.model, tried=is_try)
                 await self._pass_on(exchange, first, target, lane, demand, hides)

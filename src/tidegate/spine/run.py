@@ -39,7 +39,7 @@ from tidegate.admission.estimator import Learned
 from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome, Usage, seconds_of
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import of_answer, to_return
-from tidegate.dialects.spec import Dialect, Headers
+from tidegate.dialects.spec import Dialect, Headers, Operation
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
@@ -168,7 +168,9 @@ HELD_S = 2.0
 HELD_BYTES = 65_536
 
 
-async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dict[str, Any] | None]:
+async def beginning_of(
+    exchange: Exchange, operation: Operation, *, streams: bool
+) -> tuple[bytes, dict[str, Any] | None]:
     """The first bytes of an answer, up to its first output where it `streams`, and the object that
     tells an error where there was one before that; what is compressed is read decoded. Raises
     UpstreamError. Cancelling leaves the exchange open."""
@@ -176,6 +178,8 @@ async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dic
     reader = PieceDecoder(coding) if coding else None
     first = await exchange.next()
     text = first if reader is None else reader.take(first)
+    if why := refusals.no_answer(operation, exchange.headers, first, at_end=exchange.at_end):
+        raise UpstreamGarbled(f"the provider answered {exchange.status} with {why}")
     if streams and (reader is None or reader.reads):
         prelude = refusals.Prelude()
         until = asyncio.get_running_loop().time() + HELD_S
@@ -841,8 +845,10 @@ class _Run:
     def _note_admission(self, permit: Permit | None, target: Target, lane: Lane) -> None:
         record, pool = self._record, lane.limiter.pool
         record.waits = False
-        record.note_pool(pool)
-        record.upstream, record.model = target.upstream.name, target.model or None
+        if record.attempts and record.pool != pool:
+            record.note_moving()
+        record.upstream, record.pool = target.upstream.name, pool
+        record.model = target.model or None
         now = record.admitted_at = datetime.now(UTC)
         record.fence = (0, 0) if permit is None else permit.fence
         if not record.attempts:

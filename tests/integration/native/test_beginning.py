@@ -186,13 +186,9 @@ async def test_a_200_without_an_answer_goes_to_the_next_upstream(
 @pytest.mark.parametrize(
     ("operation", "content_type", "body", "passes"),
     [
-        (Operation.RESOURCE, HTML, b"<html>", True),  # such as the content of a file
-        (Operation.RESOURCE, JSON, b"", True),  # of what has been deleted
-        (Operation.OTHER, HTML, b"", True),
         (Operation.TRANSCRIBE, b"text/plain", b"\n", True),  # of silence
         (Operation.TRANSCRIBE, HTML, PAGE, False),
         (Operation.SPEAK, b"audio/mpeg", b"\xff\xfb", True),
-        (Operation.COUNT, JSON, b"", False),
         (Operation.EMBED, HTML, PAGE, False),
     ],
 )
