@@ -538,7 +538,8 @@ class NativeExchange:
                 if is_try or lane.gate.has_doubts:
                     await lane.gate.worked(target.model, tried=is_try)
                 await self._pass_on(exchange, first, target, lane, demand, hides)
-                await self._read_aside(whole=True)
+                if record.answer_bytes > LARGE_BYTES:
+                    await self._read_aside(whole=True)
             except BaseException:  # cancellation too: what has come is charged
                 await self._read_aside(whole=False)
                 raise

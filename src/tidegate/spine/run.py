@@ -199,10 +199,10 @@ async def beginning_of(
         if prelude.is_events:
             return first, prelude.error
     # Half a line is of no use to anybody, nor is the head of what is compressed.
-    while not exchange.at_end and (
+    while (
         (streams and refusals.is_too_short(text))
         or (reader is not None and reader.reads and not text)
-    ):
+    ) and not exchange.at_end:
         piece = await exchange.next()
         first += piece
         text += piece if reader is None else reader.take(piece)
