@@ -309,6 +309,7 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         await stage.gateway.database.execute(
             "INSERT INTO budget_books (budget, scope, period, spent) SELECT name, '[null]',"
             " budget_period(period, zone, now()), 40 FROM budgets WHERE name = 'people'"
+            " ON CONFLICT (budget, scope, period) DO UPDATE SET spent = excluded.spent"
         )
         assert await stage.native("Why is the sea salty?") == 403
         team = card.locator("[data-budget='team/acme']")

@@ -717,7 +717,8 @@ async def test_a_request_is_found_by_its_words_and_read_beside_the_list(
     stage: Stage, tmp_path: Path
 ) -> None:
     jobs = [await stage.gateway.submit(data=f"{SCRIPT} Kattegat {n}") for n in range(2)]
-    for job in jobs:
+    other = await stage.gateway.submit(data="Skagerrak")  # two rows are what was searched
+    for job in (*jobs, other):
         await stage.gateway.end_of(job)
     async with opened(stage, "/requests") as seen:
         page = seen.page
