@@ -5,7 +5,7 @@ record of past days on which there is something to find.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from secrets import randbits
 from time import perf_counter
@@ -140,8 +140,13 @@ async def slow_monday(database: asyncpg.Pool) -> datetime:
 
 
 async def as_of(database: asyncpg.Pool, request_id: str, at: datetime) -> str:
-    """A copy of a job that has ended, with its audit row, as if it were submitted then."""
-    made = id_at(at)
+    """A copy of a job that has ended, with its audit row, as if it were submitted then; in a
+    partition of the day, as it would be: the audit's others are not searched for words."""
+    made, day = id_at(at), at.astimezone(UTC).date()
+    await database.execute(
+        f"CREATE TABLE IF NOT EXISTS audit_{day:%Y%m%d} PARTITION OF audit FOR VALUES"
+        f" FROM ('{day} 00:00Z') TO ('{day + timedelta(days=1)} 00:00Z')"
+    )
     times = {"created_at": at.isoformat(), "finished_at": (at + timedelta(seconds=2)).isoformat()}
     change = {"id": str(made), "request_id": str(made), "submitted_at": at.isoformat(), **times}
     for table, key in (("requests", "id"), ("audit", "request_id")):

@@ -243,6 +243,7 @@ async def test_words_of_prompts_subjects_and_keys_are_found(
         "highest ferry": [],
         "ferry 'runs' \\ !": [second],
         "ann@acme.org": [first],
+        "highest ANN@acme": [first],
         "ann": [first],
         "tg_Qx3": [second],
         "beyond": [],

@@ -346,12 +346,14 @@ WHERE i.inhparent = 'audit_words'::regclass
 
 -- name: recently_ended
 -- Those with the words $3 of the last $4 that ended before row $1 of the audit, from the time $2 on.
+-- As they are, too: half an address, such as ann@example, would be taken apart, and the whole is not.
 SELECT * FROM (
     SELECT * FROM audit WHERE id < $1 AND created_at >= $2 ORDER BY id DESC LIMIT $4
 ) AS latest
 WHERE (setweight(to_tsvector('simple'::regconfig,
         coalesce(subject, '') || ' ' || coalesce(key_id, '')), 'A')
-    || to_tsvector('simple'::regconfig, coalesce(prompt_head, ''))) @@ to_tsquery('simple', $3::text)
+    || to_tsvector('simple'::regconfig, coalesce(prompt_head, '')))
+    @@ (to_tsquery('simple', $3::text) || lower($3::text)::tsquery)
 
 -- name: ended_with_words
 -- All with the words $3 that ended before row $1 of the audit, from the time $2 on, not only $4.
@@ -359,7 +361,8 @@ SELECT * FROM audit
 WHERE id < $1 AND created_at >= $2 AND $4::bigint >= 0
     AND (setweight(to_tsvector('simple'::regconfig,
         coalesce(subject, '') || ' ' || coalesce(key_id, '')), 'A')
-    || to_tsvector('simple'::regconfig, coalesce(prompt_head, ''))) @@ to_tsquery('simple', $3::text)
+    || to_tsvector('simple'::regconfig, coalesce(prompt_head, '')))
+    @@ (to_tsquery('simple', $3::text) || lower($3::text)::tsquery)
 OFFSET 0
 
 -- name: search_words
