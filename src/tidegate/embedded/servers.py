@@ -307,8 +307,6 @@ def is_free(port: int) -> bool:
 
 
 _ROOTS_PLACE = Path("/var/lib/tidegate")
-
-
 _MOVED = "moved-to"
 _BELONGS = "belongs-to"
 _SOCKET = "valkey.sock"
@@ -449,15 +447,17 @@ def _owner(cluster: Path) -> Account | None:
     return Account(status.st_uid, status.st_gid) if status.st_uid else None
 
 
-def _sweep() -> None:
-    """Remove clusters that belonged to temporary folders which are gone, such as a test's."""
+def _sweep(most: int = 4) -> None:
+    """Remove clusters that belonged to temporary folders which are gone, such as a test's. No more
+    than `most`, since a start waits for it; the next start goes on."""
     for belongs in _ROOTS_PLACE.glob(f"data-*/{_BELONGS}"):
-        try:
+        with suppress(FileNotFoundError):  # another process swept it in this moment
             folder = Path(belongs.read_text(encoding="utf-8").strip())
-        except FileNotFoundError:  # another process swept it in this moment
-            continue
-        if folder.is_relative_to(Path(tempfile.gettempdir()).resolve()) and not folder.exists():
-            shutil.rmtree(belongs.parent, ignore_errors=True)
+            if folder.is_relative_to(Path(tempfile.gettempdir()).resolve()) and not folder.exists():
+                shutil.rmtree(belongs.parent, ignore_errors=True)
+                most -= 1
+        if not most:
+            return
 
 
 _SUPERUSER = "tidegate"

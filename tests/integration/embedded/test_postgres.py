@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -151,3 +152,24 @@ def test_a_port_is_given_to_one_process_while_its_server_starts(
         assert servers.free_port() != taken
         other.communicate("")
     assert servers.free_port() == taken, "its process has ended"
+
+
+def test_a_start_removes_a_few_clusters_whose_folders_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removed all, however many: 80 took longer than PostgreSQL may take to start."""
+    monkeypatch.setattr(servers, "_ROOTS_PLACE", tmp_path / "place")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    kept = tmp_path / "temporary" / "kept"
+    kept.mkdir(parents=True)
+    owners = [*(tmp_path / "temporary" / f"gone-{n}" for n in range(6)), kept, tmp_path / "else"]
+    for number, owner in enumerate(owners):
+        cluster = tmp_path / "place" / f"data-{number}" / "cluster"
+        cluster.mkdir(parents=True)
+        (cluster.parent / "belongs-to").write_text(str(owner), encoding="utf-8")
+    left = []
+    for _ in range(3):
+        servers._sweep()
+        left.append(len(list((tmp_path / "place").iterdir())))
+    assert left == [4, 2, 2]
+    assert [(tmp_path / "place" / f"data-{number}").exists() for number in (6, 7)] == [True, True]
