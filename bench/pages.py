@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from random import Random
 
@@ -163,6 +163,8 @@ def pages(since: str, until: str, request: str) -> dict[str, str]:
         "Search, beginning of an id": f"{listed}&text={request[:13]}",
         "One request": f"/admin/requests/{request}",
         "Conversation": "/admin/conversations?tenant=t1&conversation=talk-40",
+        "Latency of a day": f"/admin/latency?since={date.fromisoformat(until) - timedelta(days=1)}"
+        f"&until={date.fromisoformat(until) + timedelta(days=1)}",
         "Usage by day": f"/admin/usage?by=day&{month}",
         "Usage by tenant": f"/admin/usage?by=tenant&{month}",
         "Usage by tenant and day": f"/admin/usage?by=tenant,day&{month}",

@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from csv import DictReader
 from datetime import UTC, datetime, time, timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
-from playwright.async_api import async_playwright, expect
+from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.batching import begin, content
@@ -30,6 +31,8 @@ from tests.rehearsal import put_on_record
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.embedded.servers import ValkeyServer
+from tidegate.http import own_requests
+from tidegate.store.statistics import latency_by_hour
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -92,7 +95,7 @@ async def ended(stage: Stage, request_id: str) -> str:
 
 
 async def test_an_operator_does_each_of_ten_tasks_in_five_clicks_from_the_overview(
-    stage: Stage, tmp_path: Path
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path
     if os.environ.get("TIDEGATE_SCREENSHOTS"):
@@ -116,6 +119,7 @@ async def test_an_operator_does_each_of_ten_tasks_in_five_clicks_from_the_overvi
         await stop_a_batch(stage, walk)
         key = await let_a_colleague_in(await walk("colleague"))
         await find_why_monday_was_slow(stage, walk)
+        await see_a_sample_of_monday(page, monkeypatch)
         for width, colours in (1280, "dark"), (400, "light"):
             await page.set_viewport_size({"width": width, "height": 900})
             await page.emulate_media(color_scheme=colours)  # type: ignore[arg-type]
@@ -332,3 +336,13 @@ async def find_why_monday_was_slow(
     await expect(hours).to_have_count(24)
     await expect(hours.nth(9)).to_contain_text("slow")
     await expect(page.get_by_role("link", name="Requests of that time")).to_be_visible()
+
+
+async def see_a_sample_of_monday(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of which few requests were read is not judged, and counts are marked as estimates."""
+    monkeypatch.setattr(own_requests, "latency_by_hour", partial(latency_by_hour, most_pages=4))
+    await page.reload()
+    await expect(page.get_by_text(re.compile(r"^From \d+ of about \d+ requests"))).to_be_visible()
+    await expect(page.get_by_role("region", name="Why")).to_contain_text("As usual")
+    first = page.get_by_role("region", name="Hours").locator("tbody tr").first
+    await expect(first.get_by_role("cell").first).to_contain_text(re.compile(r"^about \d+$"))

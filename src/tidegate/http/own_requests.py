@@ -537,9 +537,11 @@ class LatencyPartView(BaseModel):
 
 
 class LatencyHour(BaseModel):
-    """The requests that were submitted in an hour and have ended. Lines of batches are left out."""
+    """The requests that were submitted in an hour and have ended. Lines of batches are left out.
+    Counts and sums of a sample are estimates of the whole."""
 
     at: datetime = Field(description="When the hour begins")
+    sampled: int = Field(description="Requests that were read; all of them where `one_in` is 1")
     requests: int
     failed: int = Field(description="Of them: failed, expired or dead")
     waited_ms: Percentiles = Field(description="For admission; what was never admitted, to its end")
@@ -558,6 +560,9 @@ class LatencyView(BaseModel):
 
     since: datetime
     until: datetime
+    one_in: int = Field(
+        description="1: of all requests; more: of a sample, one page of the request log in so many"
+    )
     hours: list[LatencyHour]
 
 
@@ -578,7 +583,9 @@ async def latency(
     ] = None,
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
 ) -> LatencyView:
-    """From the request log, as far back as it is kept; of 49 hours at most."""
+    """From the request log, as far back as it is kept; of 49 hours at most. What ended more than a
+    day after `until` is not counted. Of some ten thousand requests a sample is read, evenly spread
+    over the time."""
     now = datetime.now(UTC)
     first = in_utc("since", since) or now - timedelta(days=1)
     try:
@@ -604,7 +611,8 @@ async def latency(
         )
         for one in found
     ]
-    return LatencyView(since=first, until=last, hours=hours)
+    one_in = max((one.one_in for one in found), default=1)
+    return LatencyView(since=first, until=last, one_in=one_in, hours=hours)
 
 
 def _percentiles(pair: Sequence[float]) -> Percentiles:

@@ -37,49 +37,63 @@ ORDER BY submitted_at DESC LIMIT $4
 
 -- name: latency_of_hours
 -- How long requests of tenant $3, or of all, waited, were called and took, by the hour from $1 to $2.
--- Lines of batches, which may take a day, are left out.
-WITH calls AS (
-    SELECT date_bin('1 hour', submitted_at, $1) AS at, status, coalesce(upstream_ms, 0) AS called_ms,
-        CASE WHEN admitted_at IS NULL THEN 1000 * extract(epoch FROM finished_at - submitted_at)
-            ELSE coalesce(queue_ms, 0) END::float8 AS waited_ms,
-        (1000 * extract(epoch FROM finished_at - submitted_at))::float8 AS took_ms
-    FROM audit
-    WHERE created_at >= $1 AND submitted_at >= $1 AND submitted_at < $2 AND source <> 'batch'
-        AND ($3::text IS NULL OR tenant_id = $3)
-)
-SELECT at, count(*) AS requests, count(*) FILTER (WHERE status IN ('failed', 'dead', 'expired')) AS failed,
-    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY waited_ms) AS waited_ms,
-    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY called_ms) AS called_ms,
-    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY took_ms) AS took_ms,
-    sum(waited_ms) AS waited_sum_ms, sum(called_ms) AS called_sum_ms,
-    sum(greatest(0, took_ms - waited_ms - called_ms)) AS between_sum_ms
-FROM calls GROUP BY at ORDER BY at
-
--- name: latency_parts
--- The same sums by tenant, model, upstream, type and error: the $4 names of each that took longest.
-WITH calls AS (
-    SELECT date_bin('1 hour', submitted_at, $1) AS at, tenant_id, model,
-        coalesce(nullif(upstream, ''), nullif(pool, '')) AS upstream, kind, failure ->> 'code' AS code,
-        count(*) AS requests, sum(CASE WHEN admitted_at IS NULL
-            THEN 1000 * extract(epoch FROM finished_at - submitted_at)
-            ELSE coalesce(queue_ms, 0) END::float8) AS waited_ms,
-        sum(coalesce(upstream_ms, 0)) AS called_ms
-    FROM audit
-    WHERE created_at >= $1 AND submitted_at >= $1 AND submitted_at < $2 AND source <> 'batch'
-        AND ($3::text IS NULL OR tenant_id = $3)
-    GROUP BY 1, 2, 3, 4, 5, 6
+-- With the $4 names of tenants, models, upstreams, types and errors that took longest in each hour.
+-- Lines of batches, which may take a day, are left out, and what ended later than a day after $2.
+-- Where the log has more than $5 pages of these days, one page in `one_in` is read, evenly spread, so
+-- that each hour is there by its share. Counts and sums are multiplied by that.
+WITH size AS (
+    SELECT greatest(1, ceil(sum(pages) / $5::float8))::bigint AS one_in, max(pages) AS most FROM (
+        SELECT pg_relation_size(relid) / current_setting('block_size')::bigint AS pages
+        FROM pg_partition_tree('audit')
+        WHERE isleaf AND (relid::text !~ '_[0-9]{8}$' OR right(relid::text, 8)
+            BETWEEN to_char($1::timestamptz AT TIME ZONE 'UTC', 'YYYYMMDD')
+            AND to_char(($2::timestamptz + interval '1 day') AT TIME ZONE 'UTC', 'YYYYMMDD'))
+    ) AS partitions
+), calls AS MATERIALIZED (
+    SELECT date_bin('1 hour', submitted_at, $1) AS at, one_in, tenant_id, model, upstream, kind, code,
+        has_failed, called_ms, took_ms,
+        CASE WHEN admitted_at IS NULL THEN took_ms ELSE coalesce(queue_ms, 0) END AS waited_ms
+    FROM size CROSS JOIN LATERAL generate_series(0, most, one_in) AS page CROSS JOIN LATERAL (
+        SELECT submitted_at, admitted_at, queue_ms, tenant_id, model, kind, failure ->> 'code' AS code,
+            coalesce(nullif(upstream, ''), nullif(pool, '')) AS upstream,
+            status IN ('failed', 'dead', 'expired') AS has_failed,
+            coalesce(upstream_ms, 0) AS called_ms,
+            1000 * date_part('epoch', finished_at - submitted_at) AS took_ms
+        FROM audit
+        WHERE ctid >= format('(%s,0)', page)::tid AND ctid < format('(%s,0)', page + 1)::tid
+            AND created_at >= $1 AND created_at < $2 + interval '1 day'
+            AND submitted_at >= $1 AND submitted_at < $2 AND source <> 'batch'
+            AND ($3::text IS NULL OR tenant_id = $3)
+        OFFSET 0
+    ) AS logged
+), hours AS (
+    SELECT at, min(one_in) AS one_in, count(*) AS sampled, min(one_in) * count(*) AS requests,
+        min(one_in) * count(*) FILTER (WHERE has_failed) AS failed,
+        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY waited_ms) AS waited_ms,
+        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY called_ms) AS called_ms,
+        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY took_ms) AS took_ms,
+        min(one_in) * sum(waited_ms) AS waited_sum_ms, min(one_in) * sum(called_ms) AS called_sum_ms,
+        min(one_in) * sum(greatest(0, took_ms - waited_ms - called_ms)) AS between_sum_ms
+    FROM calls GROUP BY at
 ), sums AS (
-    SELECT at, part.of, part.name, sum(requests)::bigint AS requests, sum(waited_ms) AS waited_sum_ms,
-        sum(called_ms) AS called_sum_ms
-    FROM calls CROSS JOIN LATERAL (VALUES ('tenant', tenant_id), ('model', model),
-        ('upstream', upstream), ('type', kind), ('error', code)) AS part (of, name)
-    WHERE part.name IS NOT NULL GROUP BY at, part.of, part.name
+    SELECT at, CASE WHEN grouping(tenant_id) = 0 THEN 'tenant' WHEN grouping(model) = 0 THEN 'model'
+            WHEN grouping(upstream) = 0 THEN 'upstream' WHEN grouping(kind) = 0 THEN 'type'
+            ELSE 'error' END AS of,
+        coalesce(tenant_id, model, upstream, kind, code) AS name,
+        min(one_in) * count(*) AS requests, min(one_in) * sum(waited_ms) AS waited_sum_ms,
+        min(one_in) * sum(called_ms) AS called_sum_ms
+    FROM calls
+    GROUP BY GROUPING SETS ((at, tenant_id), (at, model), (at, upstream), (at, kind), (at, code))
+    HAVING coalesce(tenant_id, model, upstream, kind, code) IS NOT NULL
 ), ranked AS (
     SELECT *, row_number() OVER (PARTITION BY at, of ORDER BY waited_sum_ms + called_sum_ms DESC, name) AS place
     FROM sums
+), parts AS (
+    SELECT at, json_agg(json_build_object('of', of, 'name', name, 'requests', requests, 'waited_sum_ms',
+        waited_sum_ms, 'called_sum_ms', called_sum_ms) ORDER BY of, place) AS parts
+    FROM ranked WHERE place <= $4 GROUP BY at
 )
-SELECT at, of, name, requests, waited_sum_ms, called_sum_ms FROM ranked WHERE place <= $4
-ORDER BY at, of, place
+SELECT hours.*, coalesce(parts.parts, '[]') AS parts FROM hours LEFT JOIN parts USING (at) ORDER BY at
 
 -- name: depth_of_queues
 -- The jobs that are ready in up to $1 queues, up to $2 of each, and when the oldest was submitted.

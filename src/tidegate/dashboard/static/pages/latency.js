@@ -13,6 +13,7 @@ const DAYS = 8; // so that there is always one of a week ago
 const MOST_ACTIONS = 20;
 const SLOW_TIMES = 2; // of what is usual
 const SLOW_BY_MS = 500;
+const LEAST_SAMPLED = 50; // requests of a sample by which an hour is judged
 const MOST_SHARE = 0.5; // from which on a tenant or an upstream is named as the one
 const OF = { tenant: "Tenant", upstream: "Upstream", model: "Model", type: "Type", error: "Error" };
 const SPENT = {
@@ -44,13 +45,12 @@ export async function open(main, { query, signal }) {
     for (const one of days.children) mark(one, "aria-pressed", String(one.value === view.day));
     mark(body, "aria-busy", "true");
     try {
-      const span = spanOf(view.day);
-      const [found, before, actions] = await Promise.all([
-        get("admin/latency", { query: span, signal: within }),
-        get("admin/latency", { query: spanOf(shifted(view.day, -1)), signal: within }),
-        may("admin") ? get("admin/actions", { query: { ...span, limit: MOST_ACTIONS }, signal: within }) : { items: [] },
+      const { since, until } = spanOf(view.day);
+      const [found, actions] = await Promise.all([
+        get("admin/latency", { query: { since: spanOf(shifted(view.day, -1)).since, until }, signal: within }),
+        may("admin") ? get("admin/actions", { query: { since, until, limit: MOST_ACTIONS }, signal: within }) : { items: [] },
       ]);
-      draw(body, view.day, found.hours, usualOf(found.hours, before.hours), actions.items);
+      draw(body, view.day, found, actions.items);
     } catch (problem) {
       if (within.aborted) return;
       if (!(problem instanceof Problem)) throw problem;
@@ -96,16 +96,21 @@ function usualOf(...days) {
   return Math.min(...medians);
 }
 
-function draw(body, day, hours, usual, actions) {
+function draw(body, day, found, actions) {
+  const begin = midnight(day).getTime();
+  const [before, hours] = [found.hours.filter((one) => startOf(one) < begin), found.hours.filter((one) => startOf(one) >= begin)];
   if (!hours.length) {
     fill(body, h("section", { class: "card" }, empty("Nothing of this day is on record", "Requests count in the hour in which they were submitted, once they have ended.")));
     return;
   }
-  const isSlow = (one) => one.took_ms.p95 >= SLOW_TIMES * usual && one.took_ms.p95 - usual >= SLOW_BY_MS;
+  const usual = usualOf(hours, before);
+  const about = found.one_in > 1 ? (amount) => `about ${count(amount)}` : count;
+  const isJudged = (one) => found.one_in === 1 || one.sampled >= LEAST_SAMPLED;
+  const isSlow = (one) => isJudged(one) && one.took_ms.p95 >= SLOW_TIMES * usual && one.took_ms.p95 - usual >= SLOW_BY_MS;
   const slow = hours.filter(isSlow);
-  const columns = dayColumns((ms) => (location.hash = requestsIn(ms, ms + HOUR_MS)), clock, mean(hours, midnight(day).getTime()));
+  const columns = dayColumns((ms) => (location.hash = requestsIn(ms, ms + HOUR_MS)), clock, mean(hours, begin));
   columns.update(columnsOf(day, hours));
-  fill(body, verdict(hours, slow), columns.element, h("div", { class: "columns" }, hoursCard(hours, isSlow), whereCard(slow.length ? slow : hours, slow.length > 0)), actionsCard(actions));
+  fill(body, verdict(hours, slow, about), sampleNote(found.one_in, hours, about), columns.element, h("div", { class: "columns" }, hoursCard(hours, isSlow, about), whereCard(about, slow.length ? slow : hours, slow.length > 0)), actionsCard(actions));
 }
 
 const MEANS = [["waited", "waited_sum_ms"], ["called", "called_sum_ms"], ["between", "between_sum_ms"]];
@@ -129,8 +134,15 @@ function mean(hours, first) {
   return (values) => values.reduce((sum, value, at) => sum + value * (requests.get(at) ?? 0), 0) / Math.max(1, total(hours, "requests"));
 }
 
+/** That the figures are those of a sample, if they are. */
+function sampleNote(oneIn, hours, about) {
+  if (oneIn === 1) return null;
+  const words = `From ${count(total(hours, "sampled"))} of ${about(total(hours, "requests"))} requests, evenly spread over the time. Counts are estimates; a failure that is rare may be missing. An hour of which fewer than ${LEAST_SAMPLED} were read is not judged.`;
+  return h("p", { class: "quiet-text", data: { sample: oneIn } }, words);
+}
+
 /** When it was slow, and why, in sentences. */
-function verdict(hours, slow) {
+function verdict(hours, slow, about) {
   const head = (health, sign, word, words) =>
     h("p", { class: "verdict-head", role: "status" }, h("span", { class: "verdict-sign", "aria-hidden": "true" }, sign), h("b", { class: "verdict-word" }, word), h("span", { class: "verdict-words" }, words));
   const worst = hours.reduce((a, b) => (b.took_ms.p95 > a.took_ms.p95 ? b : a));
@@ -147,7 +159,7 @@ function verdict(hours, slow) {
   const lines = [
     `${SPENT[most[0]][1]}. Means of a request: ${grown.filter(([, ms, usual]) => Math.max(ms, usual) >= 1).map((one) => spent(one, others)).join("; ")}.`,
     sharesOf(slow, most[0]),
-    failuresOf(slow),
+    failuresOf(slow, about),
   ];
   return h(
     "section",
@@ -169,10 +181,10 @@ function sharesOf(slow, name) {
   return words.length ? `${name === "called" ? "Of the time at upstreams" : "Of the waiting"}: ${words.join(", ")}.` : "";
 }
 
-function failuresOf(slow) {
+function failuresOf(slow, about) {
   const lost = total(slow, "failed");
-  const codes = partsOf(slow).filter((one) => one.of === "error").map((one) => `${one.name} ${count(one.requests)}`);
-  return lost ? `${count(lost)} of ${count(total(slow, "requests"))} requests failed: ${codes.join(", ")}.` : "";
+  const codes = partsOf(slow).filter((one) => one.of === "error").map((one) => `${one.name} ${about(one.requests)}`);
+  return lost ? `${about(lost)} of ${about(total(slow, "requests"))} requests failed: ${codes.join(", ")}.` : "";
 }
 
 /** The parts of some hours, added up, those that took longest first. */
@@ -202,15 +214,15 @@ function tableCard(title, words, heads, rows) {
 const number = (text, look = "", title = null) => h("td", { class: `number ${look}`, title }, text);
 const pair = ({ p50, p95 }, look = "") => number(length(p95), look, `half of them: ${length(p50)}`);
 
-function hoursCard(hours, isSlow) {
+function hoursCard(hours, isSlow, about) {
   const heads = [["Hour", ""], ["Requests", "number wide"], ["Failed", "number wide"], ["Waited", "number"], ["Upstream", "number"], ["Took", "number"]];
   const row = (one) =>
     h(
       "tr",
       { data: { hour: clock(startOf(one)) } },
       h("th", { scope: "row", class: "name" }, h("a", { href: requestsIn(startOf(one), startOf(one) + HOUR_MS), title: "Its requests" }, clock(startOf(one))), " ", isSlow(one) && h("span", { class: "badge warn" }, "slow")),
-      number(count(one.requests), "wide"),
-      number(count(one.failed), "wide"),
+      number(about(one.requests), "wide"),
+      number(about(one.failed), "wide"),
       pair(one.waited_ms),
       pair(one.called_ms),
       pair(one.took_ms),
@@ -218,7 +230,7 @@ function hoursCard(hours, isSlow) {
   return tableCard("Hours", "95 % took no longer", heads, hours.map(row));
 }
 
-function whereCard(hours, isSlow) {
+function whereCard(about, hours, isSlow) {
   const heads = [["Of", ""], ["Name", ""], ["Requests", "number wide"], ["Waited", "number"], ["Upstream", "number"]];
   const row = (one) =>
     h(
@@ -226,7 +238,7 @@ function whereCard(hours, isSlow) {
       { data: { of: one.of } },
       h("td", {}, OF[one.of]),
       h("th", { scope: "row", class: "name", title: one.name }, h("a", { href: link("/requests", { [one.of]: one.name }), title: "Requests" }, one.name)),
-      number(count(one.requests), "wide"),
+      number(about(one.requests), "wide"),
       number(length(one.waited_sum_ms / one.requests)),
       number(length(one.called_sum_ms / one.requests)),
     );
