@@ -497,7 +497,7 @@ class Config(BaseModel):
         "docs/money.md.",
     )
     record_export: Literal["off", "jsonl", "parquet"] = setting(
-        "off", "Format in which `tidegate up` exports the record each day: see docs/operating.md."
+        "off", "Format in which `tidegate up`, or a timer, exports the record: docs/operating.md."
     )
     spill_max_bytes: Annotated[int, Field(ge=0)] = setting(
         256_000_000, "How much may be kept on disk of what PostgreSQL could not take."

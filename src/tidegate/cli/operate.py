@@ -194,8 +194,11 @@ def export_record(
         str | None, typer.Option("--to", help="The last day of UTC; else yesterday.")
     ] = None,
     file_format: Annotated[
-        FileFormat, typer.Option("--format", help="jsonl (with gzip), or parquet.")
-    ] = FileFormat.JSONL,
+        FileFormat | None,
+        typer.Option(
+            "--format", help="jsonl (with gzip), or parquet; else RECORD_EXPORT, else jsonl."
+        ),
+    ] = None,
     bodies: Annotated[
         bool, typer.Option("--bodies", help="With what was asked and answered, as it is kept.")
     ] = False,
@@ -216,7 +219,8 @@ def export_record(
         if days[0] > days[1]:
             raise ConfigError("--from", first, f"must be a day up to {days[1]}")
     config = command_config("export", "warning")
-    files = run(config, days, file_format.value, with_bodies=bodies)
+    usual = FileFormat.JSONL if config.record_export == "off" else FileFormat(config.record_export)
+    files = run(config, days, (file_format or usual).value, with_bodies=bodies)
     if json:
         show_json([asdict(one) for one in files])
         return

@@ -584,7 +584,7 @@ async def latency(
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
 ) -> LatencyView:
     """From the request log, as far back as it is kept; of 49 hours at most. What ended more than a
-    day after `until` is not counted. Of some ten thousand requests a sample is read, evenly spread
+    day after `until` is not counted. Of more than some ten thousand a sample is read, evenly spread
     over the time."""
     now = datetime.now(UTC)
     first = in_utc("since", since) or now - timedelta(days=1)

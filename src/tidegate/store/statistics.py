@@ -386,7 +386,7 @@ async def past_calls(
 
 
 MOST_PARTS = 5
-MOST_PAGES = 1_500  # of the request log, 8 kB each: about 20,000 requests
+MOST_PAGES = 1_000  # of the request log, 8 kB each: about 14,000 requests
 _TIMES_FOR_ONE = 10  # as many for one tenant, who has few of the requests on them
 _LATENCY_TIMEOUT_MS = 30_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import os
 import re
@@ -182,6 +183,46 @@ async def test_a_change_while_a_day_is_written_has_it_written_again(
     assert len(puts) == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "options", "file"),
+    [
+        ("off", (), "calls.jsonl.gz"),
+        ("parquet", (), "calls.parquet"),
+        ("parquet", ("--format", "jsonl"), "calls.jsonl.gz"),
+    ],
+)
+async def test_the_format_of_the_command_is_that_of_the_setting(
+    store: Store,
+    day: date,
+    database_url: str,
+    tmp_path: Path,
+    setting: str,
+    options: tuple[str, ...],
+    file: str,
+) -> None:
+    environment = environment_of(database_url, tmp_path) | {"RECORD_EXPORT": setting}
+    command = ("export", "record", "--from", f"{day}", "--to", f"{day}", "--json", *options)
+    exporting = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tidegate", *command), env=environment, stdout=subprocess.PIPE
+    )
+    said, _ = await exporting.communicate()
+    assert exporting.returncode == 0
+    (made,) = orjson.loads(said)
+    assert Path(made["key"]).name == file
+    assert await Blobs.from_url("", tmp_path).written("exports") != {}
+
+
+def environment_of(database_url: str, data_dir: Path) -> dict[str, str]:
+    return {
+        **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        "DATABASE_URL": database_url,
+        "DATA_DIR": str(data_dir),
+        "GEMINI_API_KEY": "test",
+        "REDIS_URL": "redis://127.0.0.1:1",
+        "PYTHONPATH": "src",
+    }
+
+
 async def test_an_export_that_is_killed_leaves_the_file_of_before(
     store: Store,
     day: date,
@@ -191,14 +232,7 @@ async def test_an_export_that_is_killed_leaves_the_file_of_before(
 ) -> None:
     data_dir = tmp_path / "data"
     data_dir.mkdir()
-    environment = {
-        **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
-        "DATABASE_URL": database_url,
-        "DATA_DIR": str(data_dir),
-        "GEMINI_API_KEY": "test",
-        "REDIS_URL": "redis://127.0.0.1:1",
-        "PYTHONPATH": "src",
-    }
+    environment = environment_of(database_url, data_dir)
     command = ("export", "record", "--from", f"{day}", "--to", f"{day}", "--bodies")
     blobs = Blobs.from_url("", data_dir)
     key = export(store, tmp_path, "jsonl").key_of(day)

@@ -55,19 +55,28 @@ def test_the_chart_and_kustomize_make_the_same(monitored: bool, tmp_path: Any) -
     components = "../kubernetes/components"
     overlay = {
         "resources": ["../kubernetes"],
-        "components": [f"{components}/monitoring", f"{components}/scale-on-work"],
+        "components": [
+            f"{components}/{name}" for name in ("monitoring", "scale-on-work", "export")
+        ],
     }
     (tmp_path / "overlay/kustomization.yaml").write_text(yaml.safe_dump(overlay))
     folder = tmp_path / "overlay" if monitored else _KUSTOMIZE
     wanted = same([*yaml.safe_load_all(output("kustomize", "build", folder))])
-    made = same(rendered(monitoring=monitored, scaleOnWork={"adapter": monitored}))
+    scaling, export = {"adapter": monitored}, {"enabled": monitored}
+    made = same(rendered(monitoring=monitored, scaleOnWork=scaling, export=export))
     assert made.keys() == wanted.keys()
     for name, one in wanted.items():
         assert made[name] == one, name
 
 
 @pytest.mark.parametrize("version", _VERSIONS)
-@pytest.mark.parametrize("over", [{}, {"scaleOnWork": {"adapter": True}}, {"monitoring": True}])
+@pytest.mark.parametrize(
+    "over",
+    [
+        *({}, {"scaleOnWork": {"adapter": True}}, {"monitoring": True}),
+        {"export": {"enabled": True}},
+    ],
+)
 def test_every_object_is_sound(version: str, over: dict[str, Any]) -> None:
     for one in rendered(**over):
         if one["kind"] not in _OF_OPERATORS:

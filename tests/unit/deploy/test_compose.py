@@ -51,8 +51,8 @@ def _settings(service: dict[str, Any]) -> dict[str, str]:
 
 def test_every_service_is_closed_and_bounded(composed: dict[str, Any]) -> None:
     assert set(composed["services"]) == {
-        *("balancer", "api-1", "api-2", "worker", "migrate", "prune", "valkey", "postgres"),
-        *("prometheus", "grafana"),
+        *("balancer", "api-1", "api-2", "worker", "migrate", "prune", "export", "valkey"),
+        *("postgres", "prometheus", "grafana"),
     }
     for name, one in composed["services"].items():
         assert one["read_only"] is True, name

@@ -129,13 +129,14 @@ def test_scaling_is_by_processor_and_never_by_what_waits() -> None:
 
 
 def test_the_overlay_of_the_document_fits_on_top(tmp_path: Path) -> None:
-    """With both components: an image, another policy, another bucket."""
+    """With all components: an image, another policy, another bucket."""
     (text,) = [block.text for block in blocks("docs/operating.md") if block.language == "yaml"]
     overlay = yaml.safe_load(text)
     (base,) = overlay["resources"]
     (tmp_path / "tidegate/deploy").mkdir(parents=True)
     (tmp_path / base.removeprefix("../")).symlink_to(_FOLDER)
-    overlay["components"].append(f"{base}/components/scale-on-work")
+    more = ("scale-on-work", "export")
+    overlay["components"] += [f"{base}/components/{name}" for name in more]
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay/tidegate.toml").write_text('[limits]\n"kind:text_only" = 50\n')
     (tmp_path / "overlay/kustomization.yaml").write_text(yaml.safe_dump(overlay))
@@ -147,6 +148,15 @@ def test_the_overlay_of_the_document_fits_on_top(tmp_path: Path) -> None:
         if one["kind"] == "Deployment":
             (container,) = one["spec"]["template"]["spec"]["containers"]
             assert container["image"] == "registry.example/tidegate:0.1.0"
+    jobs = {one["metadata"]["name"]: one for one in made if one["kind"] == "CronJob"}
+    assert set(jobs) == {"tidegate-prune", "tidegate-export"}
+    specs = [jobs[name]["spec"]["jobTemplate"]["spec"]["template"] for name in sorted(jobs)]
+    export, prune = (one["spec"]["containers"][0] for one in specs)
+    assert export["args"] == ["export", "record"]
+    # The names of the maps with their digests, the overlay's image, and the network policy's label.
+    assert {**export, "name": "prune", "args": ["prune"]} == prune
+    assert specs[0]["metadata"]["labels"].keys() == specs[1]["metadata"]["labels"].keys()
+    assert specs[0]["metadata"]["labels"]["app.kubernetes.io/name"] == "tidegate"
     (pods,) = [one for one in made if one["kind"] == "PodMonitor"]
     worker = _pods()["tidegate-worker"]
     assert pods["spec"]["selector"]["matchLabels"].items() <= worker["metadata"]["labels"].items()

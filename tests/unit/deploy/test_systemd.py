@@ -11,12 +11,15 @@ import pytest
 
 from tests.unit.deploy.deployment import DEPLOY, ROOT, as_config, output, seconds
 from tidegate.limiter import STALLED_S
+from tidegate.settings import Config
+from tidegate.supervisor.maintenance import daily_commands
 
 _FOLDER = DEPLOY / "systemd"
 _PROCESSES = (
     *("tidegate-api@1.service", "tidegate-worker@1.service"),
-    *("tidegate-migrate.service", "tidegate-prune.service"),
+    *("tidegate-migrate.service", "tidegate-prune.service", "tidegate-export.service"),
 )
+_TIMERS = ("tidegate-prune.timer", "tidegate-export.timer")
 _MOST_EXPOSED = 1.3  # of 10, as `systemd-analyze security` counts
 
 
@@ -53,7 +56,7 @@ def _environment(unit: str) -> dict[str, str]:
 
 
 def test_systemd_finds_nothing_wrong(units: Path) -> None:
-    others = ("tidegate.socket", "tidegate.target", "tidegate-prune.timer")
+    others = ("tidegate.socket", "tidegate.target", *_TIMERS)
     paths = [str(units / name) for name in (*_PROCESSES, *others)]
     for template in ("api", "worker"):
         shutil.copy(
@@ -91,6 +94,20 @@ def test_a_process_is_drained_before_it_is_killed(unit: str, tmp_path: Path) -> 
 def test_a_loop_that_stands_still_is_ended_after_its_lease(unit: str) -> None:
     watchdog_s = seconds(dict(_lines(_FOLDER / unit.replace("@1", "@")))["WatchdogSec"])
     assert watchdog_s >= 2 * STALLED_S, "its permits and jobs are others' already"
+
+
+def test_every_command_of_a_day_has_its_timer() -> None:
+    commands = {
+        dict(_lines(_FOLDER / name.replace("timer", "service")))["ExecStart"].partition(" ")[2]
+        for name in _TIMERS
+    }
+    # Those of `tidegate up`, whose format of an export is a setting here too.
+    config = Config(record_export="jsonl")
+    daily = {" ".join(command).partition(" --format")[0] for command in daily_commands(config)}
+    assert commands == daily == {"prune", "export record"}
+    for name in _TIMERS:
+        timer = dict(_lines(_FOLDER / name))
+        assert (timer["Persistent"], timer["WantedBy"]) == ("true", "timers.target"), name
 
 
 def test_the_api_gets_the_socket_that_stays_open() -> None:
