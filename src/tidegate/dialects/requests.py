@@ -454,9 +454,11 @@ def refuse_to_go_on(body: Mapping[str, Any], *names: str) -> None:
             )
 
 
-# Of objects, lists and what stands in them: each costs many times its bytes once it is parsed, and
-# the event loop stands still for it. A body of 80 MB could hold so many as to take 2 GB.
-MOST_PARTS = 2_000_000
+# Of objects, lists, keys and what stands in them: each costs many times its bytes once it is parsed,
+# and no other thread of Python runs meanwhile. A provider takes fewer: the largest of its requests
+# that are not text, embeddings of tokens, hold 300,000.
+MOST_PARTS = 500_000
+_PARTS = (b",", b"[", b"{", b":")
 # Everything is taken for good: nothing is tried twice, nor remembered.
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
@@ -486,8 +488,9 @@ def count_in(body: bytes, *needles: bytes) -> int:
 
 
 def has_too_many_parts(body: bytes) -> bool:
-    """Whether JSON holds more than `MOST_PARTS` commas, lists and objects, outside of its texts."""
-    if len(body) <= MOST_PARTS or count_in(body, b",", b"[", b"{") <= MOST_PARTS:
+    """Whether JSON holds more than `MOST_PARTS` commas, lists, objects and keys, outside of its
+    texts."""
+    if len(body) <= MOST_PARTS or count_in(body, *_PARTS) <= MOST_PARTS:
         return False
     parts = place = 0
     # In steps, as no other thread of Python runs during a search.
@@ -496,7 +499,7 @@ def has_too_many_parts(body: bytes) -> bool:
         whole = _WHOLE.match(body, place, end)  # up to a text that goes on behind the step
         stop = end if whole is None else whole.end()
         outside = _TEXT.sub(b"", body[place:stop])
-        parts += sum(map(outside.count, (b",", b"[", b"{")))
+        parts += sum(map(outside.count, _PARTS))
         place = end if stop == end else _behind_text(body, stop + 1)
     return parts > MOST_PARTS
 
