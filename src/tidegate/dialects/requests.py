@@ -454,9 +454,9 @@ def refuse_to_go_on(body: Mapping[str, Any], *names: str) -> None:
             )
 
 
-# Of objects, lists, keys and what stands in them: each costs many times its bytes once it is parsed,
-# and no other thread of Python runs meanwhile. A provider takes fewer: the largest of its requests
-# that are not text, embeddings of tokens, hold 300,000.
+# Of objects, lists, keys and what stands in them: each costs many times its bytes once parsed, and
+# no other thread of Python runs meanwhile. Providers take fewer: the largest request that is not of
+# text, embeddings of tokens, holds 300,000.
 MOST_PARTS = 500_000
 _PARTS = (b",", b"[", b"{", b":")
 # Everything is taken for good: nothing is tried twice, nor remembered.
