@@ -186,6 +186,7 @@ def test_starting_a_process_does_not_import_the_sdk() -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+@pytest.mark.slow
 def test_a_worker_imports_no_web_framework() -> None:
     """FastAPI, its routes and the page take a quarter of a second of a core."""
     script = "import sys, tidegate.app; print('fastapi' in sys.modules)"
@@ -195,6 +196,7 @@ def test_a_worker_imports_no_web_framework() -> None:
     assert (done.stdout.strip(), done.stderr) == ("False", "")
 
 
+@pytest.mark.slow
 def test_what_only_libraries_would_import_is_not_imported_but_can_be() -> None:
     """structlog imports rich, and redis-py OpenTelemetry's metrics, wherever they are installed."""
     script = (

@@ -12,6 +12,8 @@ import yaml
 from tests.unit.deploy.chart import CHART, rendered, values
 from tests.unit.deploy.deployment import DEPLOY, as_config, output
 
+pytestmark = pytest.mark.slow
+
 _KUSTOMIZE = DEPLOY / "kubernetes"
 _VERSIONS = ("1.30.0", "1.37.0")
 _DIGEST = re.compile(r"(tidegate-(?:policy|settings))-[a-z0-9]{10}")
