@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Set, Sized
+from functools import partial
 from typing import Any
 
 import orjson
@@ -378,11 +379,12 @@ def error_frame(body: JsonObject) -> bytes:
     return frame(headers, orjson.dumps({"message": body["message"]}))
 
 
-# An event that no SDK knows, and passes over.
-_WAITING = frame(
-    {":event-type": "waiting", ":content-type": "application/json", ":message-type": "event"},
-    b"{}",
-)
+# Of an event that no SDK knows, and passes over.
+_WAITING = {
+    ":event-type": "waiting",
+    ":content-type": "application/json",
+    ":message-type": "event",
+}
 
 
 def _ends_whole(piece: bytes) -> bool:
@@ -410,5 +412,6 @@ BEDROCK = DialectSpec(
     ends_whole=_ends_whole,
     usage_in=usage_in,
     error_frame=error_frame,
-    keep_alive=_WAITING,
+    keep_alive=frame(_WAITING, b"{}"),
+    wait_event=partial(frame, _WAITING),
 )

@@ -351,6 +351,11 @@ class ModelList:
     prefix: str = ""
 
 
+def wait_comment(shown: bytes) -> bytes:
+    """The comment in server-sent events that shows the place of a call."""
+    return b": wait %b\n\n" % shown
+
+
 def _ends_with_event(piece: bytes) -> bool:
     return not piece or piece.endswith((b"\n\n", b"\r\n\r\n"))
 
@@ -383,7 +388,8 @@ class DialectSpec:
     event in which a stream reports it; or `error_frame(body)` is it. `no_retry` are headers that
     stop the retries of its SDKs.
     paused_status: of a call whose budget is paused until a person resumes it.
-    `keep_alive` is what a stream of `stream_type` sends while it waits; `ends_whole(piece)` says
+    `keep_alive` is what a stream of `stream_type` sends while it waits, `wait_event(shown)` with
+    its place, which is JSON: what SDKs pass over. `ends_whole(piece)` says
     whether an event can follow what was sent last. `usage_in(headers)` is what those of an answer
     report.
     """
@@ -412,6 +418,7 @@ class DialectSpec:
     page: Callable[[str, str], PageQuery] = openai_page
     works: Mapping[str, OngoingWork] = field(default_factory=dict)
     keep_alive: bytes = b": waiting for admission\n\n"
+    wait_event: Callable[[bytes], bytes] = wait_comment
     stream_type: bytes = b"text/event-stream"
     ends_whole: Callable[[bytes], bool] = _ends_with_event
     error_frame: Callable[[JsonObject], bytes] | None = None

@@ -578,9 +578,10 @@ class _Front:
             if self._is_answering():
                 return
             piece = DIALECTS[self._dialect].keep_alive
-            if shows and self._record.waits and self._dialect is not Dialect.BEDROCK:
+            if shows and self._record.waits:
                 waited_ms = (time.monotonic() - self._received) * 1000
-                piece = await self._services.wait_comment(self._record, waited_ms)
+                shown = await self._services.place_shown(self._record, waited_ms)
+                piece = DIALECTS[self._dialect].wait_event(shown)
                 if self._is_answering():
                     return
             if not self._head_sent:

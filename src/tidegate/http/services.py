@@ -265,9 +265,9 @@ class Services:
                 told = None
         return waiting(found, snapshot, now, told)
 
-    async def wait_comment(self, record: CallRecord, waited_ms: float) -> bytes:
-        """A comment in a stream on the place of a call that waits: `: wait` and JSON. `waited_ms`:
-        since its request was received."""
+    async def place_shown(self, record: CallRecord, waited_ms: float) -> bytes:
+        """JSON of the place of a call that waits, for its stream. `waited_ms`: since its request
+        was received."""
         pool, limits = record.waits_for
         limiter, place = self.limiters.get(pool), None
         if limiter is not None and limits:
@@ -279,7 +279,7 @@ class Services:
         if place is not None:
             shown |= {"ahead": place.ahead_of_all, "wait_ms": place.wait_ms}
             shown |= {"is_certain": place.is_certain}
-        return b": wait %b\n\n" % orjson.dumps(shown)
+        return orjson.dumps(shown)
 
     def turn_waiters_away(self) -> None:
         """Answer calls that wait for a permit now, with 503, so that their clients ask another

@@ -32,6 +32,7 @@ from tidegate.call import (
     UsageReport,
     new_id,
 )
+from tidegate.dialects.spec import wait_comment
 from tidegate.errors import (
     DeadlineExceeded,
     Forbidden,
@@ -251,7 +252,7 @@ class StreamedAnswer(Response):
             while True:
                 await asyncio.sleep(SHOW_WAIT_EVERY_S)
                 waited_ms = (time.monotonic() - self._received) * 1000
-                comment = await self._services.wait_comment(self._record, waited_ms)
+                comment = wait_comment(await self._services.place_shown(self._record, waited_ms))
                 if not self._record.waits or self._is_admitted:
                     return
                 if not writer.started:

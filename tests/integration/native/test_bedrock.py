@@ -70,6 +70,54 @@ def all_of(method: Any, field: str, **asked: Any) -> tuple[str, list[dict[str, A
     return request_id, list(answer[field])
 
 
+async def test_a_stream_that_waits_shows_its_place_and_sdks_pass_over_it(
+    open_gateway: Opener,
+) -> None:
+    from anthropic import AsyncAnthropicBedrock
+
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_fault("hang", match="hold it", count=1)
+    held = {"contents": [{"parts": [{"text": "hold it"}]}]}
+    url = f"{gateway.url}/v1beta/models/gemini-2.5-flash:generateContent"
+    holding = asyncio.create_task(gateway.http.post(url, json=held))
+    await gateway.in_flight(1)
+    asking = {"x-tidegate-show-wait": "1"}
+    client = runtime(gateway)
+    add = "before-send.bedrock-runtime"
+    client.meta.events.register(add, lambda request, **_: request.headers.update(asking))
+    # The head of each comes before it is admitted, with the first message of its place.
+    raw = f"{gateway.url}/model/{MODEL}/converse-stream"
+    asked: Any = {"modelId": MODEL, "messages": SAY}
+    message: Any = {"model": MODEL, "max_tokens": 500, "messages": INVOKED["messages"]}
+    sdk = AsyncAnthropicBedrock(
+        base_url=gateway.url,
+        aws_region="us-east-1",
+        aws_access_key=AWS_ID,
+        aws_secret_key=AWS_SECRET,
+        default_headers=asking,
+    )
+    async with (
+        gateway.http.post(raw, json={"messages": SAY}, headers=asking) as response,
+        sdk.messages.stream(**message) as stream,
+    ):
+        answer = await asyncio.to_thread(client.converse_stream, **asked)
+        assert response.status == 200
+        assert response.content_type == "application/vnd.amazon.eventstream"
+        headers, payload = next(framed_in(await response.content.readany()))
+        assert headers[":event-type"] == "waiting"
+        shown = orjson.loads(payload)
+        assert (shown["limit"], shown["wait_ms"] > 0) == ("kind:text_only", True)
+        assert 0 <= shown["ahead"] <= 2
+        holding.cancel()
+        named = [one[":event-type"] for one, _ in framed_in(await response.read())]
+        assert named[-1] == "metadata"
+        events = await asyncio.to_thread(list, answer["stream"])
+        names = [name for one in events for name in one]
+        assert (names[0], names[-1]) == ("messageStart", "metadata")
+        assert (await stream.get_final_message()).stop_reason == "end_turn"
+    await sdk.close()
+
+
 async def test_converse_whole_and_streamed_and_their_record(gateway: Gateway) -> None:
     client = runtime(gateway)
     picture = {"image": {"format": "png", "source": {"bytes": PNG}}}
