@@ -37,6 +37,18 @@ def _rounded(line: str) -> tuple[str, float]:
     return name, round(float(value), 6)
 
 
+def test_a_gauge_that_was_forgotten_is_shown_again_as_it_was() -> None:
+    made, labels = Instruments(), ("gemini", "api-1")
+    shown = f'{Metric.HELD.name}{{pool="gemini",process="api-1"}} '
+    for value in (0, 3, 3, 0):
+        made.set(Metric.HELD, labels, value)
+        assert f"{shown}{value:.1f}" in _lines(made.registry)
+    made.set(Metric.HELD, labels, 3)
+    made.forget("pool", "gemini")
+    made.set(Metric.HELD, labels, 3)
+    assert f"{shown}3.0" in _lines(made.registry)
+
+
 def test_a_count_is_there_from_the_start_and_taken_once() -> None:
     tally = Tally()
     tally.add(Metric.FENCED, ("gemini",), 0)

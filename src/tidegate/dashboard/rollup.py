@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter
 from tidegate.record import JUDGE, REFUSED, RETRIED, CallRecord
+from tidegate.store.notifications import next_beat_s
 from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, one
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
@@ -90,7 +91,7 @@ class Rollup:
     async def run(self) -> None:
         """Write down, for ever. When cancelled, what has not been written is left to `flush`."""
         while True:
-            await asyncio.sleep(FLUSH_EVERY_S)
+            await asyncio.sleep(next_beat_s(FLUSH_EVERY_S))
             try:
                 await self.sample()
                 await self.flush()

@@ -64,7 +64,7 @@ from tidegate.spine.routing import Target
 from tidegate.spine.run import MOST_TRIES, Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.notifications import UNSURE, Sign
+from tidegate.store.notifications import UNSURE, Sign, next_beat_s
 from tidegate.store.records import ClaimedJob, FailedTry
 from tidegate.store.statistics import OpenJobs
 from tidegate.store.store import Store
@@ -191,7 +191,7 @@ _UNSURE_WINDOW, _LARGEST_WINDOW = 16, 256
 _IN_USE_S = 60.0
 _STORE_POLL_S = 0.25
 _LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
-_CANCELS_EVERY_MS = 1_000
+_CANCELS_EVERY_S = 1.0
 
 _GIVEN_UP = "given up in the flex tier: only the usual tier still makes the job's deadline"
 
@@ -406,7 +406,8 @@ class Worker:
     async def _watch_cancels(self) -> None:
         """Give up, at the latest after a second, what its owners do not want any more."""
         while True:
-            notified = await self._store.notifications.wait_cancels(_CANCELS_EVERY_MS)
+            timeout_ms = next_beat_s(_CANCELS_EVERY_S) * 1000
+            notified = await self._store.notifications.wait_cancels(timeout_ms)
             mine = {job.request_id for job in self._tasks().values()}
             if mine:
                 await self._store_tolerant(partial(self._end_cancelled, notified & mine))
@@ -703,7 +704,7 @@ class Worker:
         async def loop() -> None:
             while True:
                 await self._store_tolerant(call)
-                await asyncio.sleep(seconds)
+                await asyncio.sleep(next_beat_s(seconds))
 
         return loop
 

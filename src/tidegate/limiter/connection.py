@@ -170,7 +170,8 @@ class Listener:
     """Keeps one connection subscribed to `channel` until its task is cancelled.
 
     `spoken_to` says which server the link is connected to, None when to none. `compare` has the
-    session compare all with the server: pushes may be lost, or the server itself.
+    session compare all with the server: pushes may be lost, or the server itself. While this
+    process is idle, no push is missed: a silent connection is tested once a lease then.
     """
 
     url: InitVar[str]
@@ -180,6 +181,7 @@ class Listener:
     _compare: Callable[[], None]
     _spoken_to: Callable[[], ServerFacts | None]
     _clock: Clock
+    _is_idle: Callable[[], bool] = lambda: False
     run_id: str = ""
     subscribed: bool = False
     _server: Server = field(init=False)
@@ -234,7 +236,10 @@ class Listener:
                 self._check_place()
                 if reading is None:
                     reading = asyncio.ensure_future(connection.read_response())
-                done, _ = await asyncio.wait({reading}, timeout=self._lease.deadline_s())
+                silence_s = self._lease.deadline_s()
+                if self._is_idle() and not pinged:
+                    silence_s = self._lease.lease_ms / 1000
+                done, _ = await asyncio.wait({reading}, timeout=silence_s)
                 if not done:
                     if pinged:
                         raise TimeoutError("no answer to a ping")
@@ -252,6 +257,10 @@ class Listener:
 
 
 STALLED_S = 30.0
+# The event loop compares once in a third of a lease, which renews it too. A little later the thread
+# renews instead; and one time in some although it need not, so that its connection works.
+_OVERDUE_SHARE = 1.1
+_MOST_LEFT_OUT = 4
 
 
 class Heartbeat:
@@ -283,6 +292,7 @@ class Heartbeat:
         self._connection: ConnectionInterface | None = None
         self._server: ServerFacts | None = None
         self._thread = threading.Thread(target=self._run, name="tidegate-heartbeat", daemon=True)
+        self._left_out = 0  # renewals, one after the other
         self.renewals = 0
 
     def start(self) -> None:
@@ -301,11 +311,11 @@ class Heartbeat:
 
     def _run(self) -> None:
         woke_ms = self._clock.now_ms()
-        while not self._clock.wait(self._stop, self._lease.deadline_s()):
+        while not self._clock.wait(self._stop, self._wait_s()):
             before_ms, woke_ms = woke_ms, self._clock.now_ms()
             if woke_ms - before_ms > self._lease.lease_ms and self._lease.lapsed():
                 self._tell_paused()
-            if woke_ms - self._loop_seen_ms > self._stalled_ms:
+            if woke_ms - self._loop_seen_ms > self._stalled_ms or self._is_renewed():
                 continue
             try:
                 self._renew()
@@ -313,6 +323,19 @@ class Heartbeat:
                 logger.debug("limiter: heartbeat failed: %s", error)
                 self._disconnect()
         self._disconnect()
+
+    def _wait_s(self) -> float:
+        """Until a renewal is overdue; of one that failed, the usual time for the next try."""
+        left_s = _OVERDUE_SHARE * self._lease.deadline_s() - self._lease.silent_ms() / 1000
+        return left_s if left_s > 0 else self._lease.deadline_s()
+
+    def _is_renewed(self) -> bool:
+        """Whether the event loop has renewed the lease since the thread began to wait."""
+        is_renewed = self._lease.silent_ms() < _OVERDUE_SHARE * self._lease.deadline_s() * 1000
+        self._left_out = self._left_out + 1 if is_renewed else 0
+        if self._left_out > _MOST_LEFT_OUT:
+            self._left_out = 0
+        return self._left_out > 0
 
     def _renew(self) -> None:
         identity = self._lease.identity

@@ -285,7 +285,7 @@ class Remembered:
 
 
 FENCE_SHARE = 0.8
-# More than FENCE_SHARE and the third of a lease from one renewal to the next.
+# More than FENCE_SHARE and what may lie between two renewals, 1.1 thirds of a lease.
 ALL_LAPSED_SHARE = 1.25
 
 # CLOCK_BOOTTIME goes on while the machine is suspended; elsewhere the platform's best.

@@ -638,6 +638,7 @@ class Instruments:
             metric: _made(metric, self._own) for metric in ALL if not metric.everywhere
         }
         self._children: dict[tuple[Spec, Labels], Counter | Gauge | Histogram] = {}
+        self._last: dict[tuple[Spec, Labels], float] = {}  # that gauges were set to
         self.registry = self._own
         if SHARED in os.environ:
             self.registry = CollectorRegistry()
@@ -645,7 +646,9 @@ class Instruments:
 
     def set(self, metric: Spec, labels: Labels, value: float) -> None:
         """A gauge."""
-        cast(Gauge, self._child(metric, labels)).set(value)
+        if metric.merge == "livemostrecent" or self._last.get((metric, labels)) != value:
+            self._last[metric, labels] = value
+            cast(Gauge, self._child(metric, labels)).set(value)
 
     def forget(self, label: str, value: str) -> None:
         """Drop the gauges of what is no more; beside other processes, whose files can't be changed,
@@ -657,6 +660,7 @@ class Instruments:
                 and dict(zip(metric.labels, labels, strict=True)).get(label) == value
             ):
                 cast(Gauge, self._children.pop((metric, labels))).set(0)
+                self._last.pop((metric, labels), None)
                 if SHARED not in os.environ:
                     made.remove(*labels)
 

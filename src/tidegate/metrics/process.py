@@ -44,6 +44,7 @@ from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import ActiveCall, ActiveCalls, CallRecord
 from tidegate.spine.learning import Announcement
 from tidegate.spine.routing import Gate, State
+from tidegate.store.notifications import next_beat_s
 from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, QueueDepths
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger, recent_problems
@@ -107,13 +108,13 @@ class Watch:
         loop, lag_s, looked_at = asyncio.get_running_loop(), 0.0, 0.0
         while True:
             is_idle = not any(one.permits_held or one.waiters for one in self.limiters.values())
-            every_s = GAUGES_EVERY_S if is_idle else EVERY_S
+            every_s = next_beat_s(GAUGES_EVERY_S) if is_idle else EVERY_S
             due = loop.time() + every_s
             await asyncio.sleep(every_s)
             late_s = max(0.0, loop.time() - due)
             self._instruments.tally.observe(Metric.LOOP_LAG, self._name, late_s)
             lag_s = max(lag_s, late_s)
-            if loop.time() - looked_at >= GAUGES_EVERY_S:
+            if is_idle or loop.time() - looked_at >= GAUGES_EVERY_S:
                 looked_at = loop.time()
                 self.lag_s, lag_s = lag_s, 0.0
                 self.look()
@@ -492,7 +493,7 @@ class Board:
                 log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=away.message)
             except Exception:  # the top of a task: logged, and it goes on
                 log.exception(Log.INTERNAL_ERROR, component="board")
-            await asyncio.sleep(TELL_EVERY_S)
+            await asyncio.sleep(next_beat_s(TELL_EVERY_S))
 
     def _is_away(self) -> bool:
         return self._limiter.state == "away"

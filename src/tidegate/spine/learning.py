@@ -49,6 +49,7 @@ from tidegate.policy.learned import (
     unpacked_note,
 )
 from tidegate.policy.rollout import PolicyKeeper
+from tidegate.store.notifications import next_beat_s
 from tidegate.telemetry.logging import Log, get_logger
 
 EVERY_S = 1.0
@@ -343,7 +344,7 @@ class LimitLearner:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await asyncio.sleep(EVERY_S)
+            await asyncio.sleep(next_beat_s(EVERY_S))
             try:
                 await self.look()
             except (LimiterUnavailable, StoreUnavailable) as away:

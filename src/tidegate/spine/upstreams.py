@@ -34,7 +34,7 @@ from tidegate.spine.learning import LimitLearner
 from tidegate.spine.native import Relay
 from tidegate.spine.routing import check_passthrough
 from tidegate.spine.run import timeouts_of
-from tidegate.store.notifications import Notifications
+from tidegate.store.notifications import Notifications, next_beat_s
 from tidegate.store.provider.upstreams import (
     SEEN_EVERY_MS,
     UpstreamProcess,
@@ -279,7 +279,7 @@ class LiveUpstreams:
             except Exception:  # the top of a task: logged, and it goes on
                 log.exception(Log.INTERNAL_ERROR, component="upstreams")
             with suppress(TimeoutError):
-                async with asyncio.timeout(SEEN_EVERY_MS / 1000):
+                async with asyncio.timeout(next_beat_s(SEEN_EVERY_MS / 1000)):
                     await self._woken.wait()
 
     async def look(self) -> None:

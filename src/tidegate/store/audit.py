@@ -34,7 +34,7 @@ from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KEY_OPS, settle_keys
-from tidegate.store.notifications import Notifications
+from tidegate.store.notifications import Notifications, next_beat_s
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.provider.resources import NOTED, add_noted
 from tidegate.store.records import (
@@ -600,7 +600,7 @@ class AuditLog:
     async def _replay(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(_REPLAY_EVERY_MS / 1000):
+                async with asyncio.timeout(next_beat_s(_REPLAY_EVERY_MS / 1000)):
                     await self._replay_soon.wait()
             except TimeoutError:
                 pass  # another process may have died and left its file

@@ -47,13 +47,13 @@ from tidegate.prices.budgets import (
     scope_values,
 )
 from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
+from tidegate.store.notifications import next_beat_s
 from tidegate.store.records import Json, dumps, record_action, record_of, uuid_of
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_BUDGETS = 10_000
 MOST_BOOKS = 1_000
 _LOOK_EVERY_S = 0.25
-_IDLE_LOOK_EVERY_S = 0.9
 _REVISION_EVERY_S = 0.7
 _PUSHED_REVISION_EVERY_S = 30.0
 _FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
@@ -645,7 +645,7 @@ class Budgets:
                 log.exception(Log.INTERNAL_ERROR, where="budgets")
             with suppress(TimeoutError):
                 is_idle = self.is_pushed() and not self._pending
-                async with asyncio.timeout(_IDLE_LOOK_EVERY_S if is_idle else _LOOK_EVERY_S):
+                async with asyncio.timeout(next_beat_s(1.0) if is_idle else _LOOK_EVERY_S):
                     await self._change.wait()
 
     async def aclose(self) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
 from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -30,6 +30,7 @@ from tidegate.telemetry.logging import Log, get_logger
 
 T = TypeVar("T")
 Work = Callable[[asyncpg.Connection], Awaitable[T]]
+Begin = Literal["always", "if needed", "never"]
 
 CONNECT_TIMEOUT_MS = 1_500
 COMMAND_TIMEOUT_MS = 5_000
@@ -48,6 +49,8 @@ _LOCAL = (
     "SET LOCAL idle_in_transaction_session_timeout = 10000"
 )
 _BEGIN = f"BEGIN; {_LOCAL}"
+# The same, of a session whose statements are each a transaction by themselves.
+_SESSION = _LOCAL.replace("SET LOCAL", "SET").format(timeout_ms=COMMAND_TIMEOUT_MS)
 
 # Worth another try on another connection: the work itself was not at fault.
 _TRANSIENT = (
@@ -97,6 +100,7 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
 
     shares_servers = False  # a pooler is there that names a server's process as its own
     _is_direct: bool | None = None
+    _is_set = False  # for statements outside a transaction
     _kept: Mapping[str, asyncpg.prepared_stmt.PreparedStatement] = {}
 
     async def fetch(self, query: str, *values: Any, **more: Any) -> Any:
@@ -119,13 +123,23 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
         """Have all statements prepared again."""
         self._kept = {}
 
-    async def _prepared(self, query: str) -> asyncpg.prepared_stmt.PreparedStatement | None:
-        if query not in PREPARED or self._is_direct is False or DatabaseSession.shares_servers:
-            return None
+    async def runs_alone(self) -> bool:
+        """Whether one statement may run without BEGIN and COMMIT, which are two more round trips:
+        only where the session is ours, which then has the settings of a transaction for good."""
+        if await self._has_server() and not self._is_set:
+            await super().execute(_SESSION)
+            self._is_set = True
+        return await self._has_server()
+
+    async def _has_server(self) -> bool:
         if self._is_direct is None:  # a pooler gives its clients a number of its own
             process = await super().fetchval("SELECT pg_backend_pid()")
             self._is_direct = process == self.get_server_pid()
-            return await self._prepared(query)
+        return self._is_direct and not DatabaseSession.shares_servers
+
+    async def _prepared(self, query: str) -> asyncpg.prepared_stmt.PreparedStatement | None:
+        if query not in PREPARED or not await self._has_server():
+            return None
         if (kept := self._kept.get(query)) is None:
             kept = await self.prepare(query, name=f"{PREPARED[query]}_{next(_numbers)}")
             self._kept = {**self._kept, query: kept}
@@ -196,16 +210,17 @@ class Connections:
         *,
         timeout_ms: int = COMMAND_TIMEOUT_MS,
         repeatable: bool = True,
-        begins: bool = True,
+        begin: Begin = "always",
     ) -> T:
         """Run `work` in a transaction and commit; repeats it when the connection was at fault.
 
         `repeatable`: whether a repeat is right where the first transaction was committed and the
         reply was lost. Where it is not, such as for a claim that takes whatever is ready, the work
-        is repeated only as long as no COMMIT was sent. begins: not where the work is a transaction
-        by itself. Raises StoreUnavailable, immediately while
-        PostgreSQL is known to be unavailable; unrepeatable work may be committed then. A cancelled
-        caller returns immediately; the transaction ends by itself within its deadline, either way.
+        is repeated only as long as no COMMIT was sent. begin: "never" where the work is a
+        transaction by itself, "if needed" where it is one statement, which PostgreSQL makes one.
+        Raises StoreUnavailable, immediately while PostgreSQL is known to be unavailable;
+        unrepeatable work may be committed then. A cancelled caller returns immediately; the
+        transaction ends by itself within its deadline, either way.
         """
         if self._closed or self._away is not None:
             await asyncio.sleep(0)  # a caller that tries in a loop must not starve the others
@@ -213,7 +228,7 @@ class Connections:
             raise StoreUnavailable("the store is closed")
         if self._away is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
-        task = asyncio.create_task(self._run(work, timeout_ms, repeatable, begins))
+        task = asyncio.create_task(self._run(work, timeout_ms, repeatable, begin))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -234,6 +249,7 @@ class Connections:
             lambda connection: connection.fetch(sql(name), *values),
             timeout_ms=timeout_ms,
             repeatable=repeatable,
+            begin="if needed" if repeatable else "always",
         )
 
     async def row(
@@ -241,13 +257,17 @@ class Connections:
     ) -> asyncpg.Record | None:
         """The first row of the statement `name`, in a transaction of its own."""
         return await self.run(
-            lambda connection: connection.fetchrow(sql(name), *values), timeout_ms=timeout_ms
+            lambda connection: connection.fetchrow(sql(name), *values),
+            timeout_ms=timeout_ms,
+            begin="if needed",
         )
 
     async def execute(self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS) -> int:
         """Run the statement `name` in a transaction of its own; how many rows it affected."""
         done: str = await self.run(
-            lambda connection: connection.execute(sql(name), *values), timeout_ms=timeout_ms
+            lambda connection: connection.execute(sql(name), *values),
+            timeout_ms=timeout_ms,
+            begin="if needed",
         )
         return count_in(done)
 
@@ -257,7 +277,7 @@ class Connections:
         repeated, and raises as `run` does."""
         message = f"{_LOCAL.format(timeout_ms=timeout_ms)}; {statement}"
         done: str = await self.run(
-            lambda connection: connection.execute(message), timeout_ms=timeout_ms, begins=False
+            lambda connection: connection.execute(message), timeout_ms=timeout_ms, begin="never"
         )
         return count_in(done)
 
@@ -269,7 +289,7 @@ class Connections:
             raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
         connection.terminate()
 
-    async def dedicated(self) -> asyncpg.Connection:
+    async def dedicated(self) -> DatabaseSession:
         """A connection outside the pool, for LISTEN; the caller terminates it."""
         if self._away is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
@@ -278,15 +298,14 @@ class Connections:
         except (*_TRANSIENT, *_UNFIT) as failed:
             raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
 
-    async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool, begins: bool) -> T:
+    async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool, begin: Begin) -> T:
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
         tries = 0
         while True:
             tries += 1
             commit = _Commit()
-            commit.sent = not begins
             try:
-                return await self._transaction(work, deadline, timeout_ms, commit)
+                return await self._transaction(work, deadline, timeout_ms, commit, begin)
             except _UNFIT as unfit:
                 raise StoreUnavailable(_unfit_words(unfit)) from unfit
             except _STALE as stale:
@@ -307,7 +326,7 @@ class Connections:
                     raise StoreUnavailable(said) from failed
 
     async def _transaction(
-        self, work: Work[T], deadline: float, timeout_ms: int, commit: _Commit
+        self, work: Work[T], deadline: float, timeout_ms: int, commit: _Commit, begin: Begin
     ) -> T:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout_at(deadline):
@@ -320,7 +339,9 @@ class Connections:
             doubt = loop.call_later(SLOW_MS / 1000, self._suspect)
             self._busy.add(connection)
             try:
-                if commit.sent:
+                is_one = begin == "if needed" and timeout_ms <= COMMAND_TIMEOUT_MS
+                if begin == "never" or (is_one and await connection.runs_alone()):
+                    commit.sent = True
                     result = await work(connection)
                 else:
                     await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
@@ -347,7 +368,7 @@ class Connections:
         finally:
             self._slots.release()
 
-    async def _take(self, deadline: float) -> asyncpg.Connection:
+    async def _take(self, deadline: float) -> DatabaseSession:
         loop = asyncio.get_running_loop()
         opens_at: float | None = None
         while True:
@@ -407,7 +428,7 @@ class Connections:
             _wake(waits)
         self._waiting.clear()
 
-    async def _opened(self, deadline: float) -> asyncpg.Connection:
+    async def _opened(self, deadline: float) -> DatabaseSession:
         left = deadline - asyncio.get_running_loop().time()
         self._opening = True
         try:
@@ -424,16 +445,17 @@ class Connections:
             self._opening = False
             self._look_again()
 
-    async def _connect(self, timeout_s: float) -> asyncpg.Connection:
-        return await asyncpg.connect(
+    async def _connect(self, timeout_s: float) -> DatabaseSession:
+        session: DatabaseSession = await asyncpg.connect(
             self._url,
             timeout=timeout_s,
             statement_cache_size=0,
             connection_class=DatabaseSession,
             server_settings={"application_name": "tidegate"},
         )
+        return session
 
-    async def _answered(self, timeout_s: float) -> asyncpg.Connection:
+    async def _answered(self, timeout_s: float) -> DatabaseSession:
         """A new connection on which the server has answered, within `timeout_s` all in all.
 
         Raises what asyncpg raises, and TimeoutError. PgBouncer accepts its clients by itself
@@ -611,7 +633,7 @@ PREPARED = {
         *("add_bodies", "add_usage", "get_erased", "submit_requests", "notify", "pulse"),
         *("claim_batch_lines", "begin_batch_lines", "end_batch_lines", "count_batch_lines"),
         *("add_batch_lines", "batches_held_up", "reserve_budgets", "settle_budgets"),
-        *("see_upstreams",),
+        *("see_upstreams", "beat", "release_strays", "get_policies", "silent_workers"),
     )
 }
 
@@ -709,7 +731,7 @@ TABLES = ("attempts", "audit", "bodies")
 DAYS_AHEAD = 7
 # An attempt's row grows once, when it ends: where its page has room for that, no index is touched.
 _SETTINGS = {"attempts": "WITH (fillfactor = 40)"}
-_PARTITIONS_LOCK = 7_423_001  # advisory lock of everyone who makes or drops partitions
+PARTITIONS_LOCK = 7_423_001  # advisory lock of everyone who makes or drops partitions
 
 
 def name_of(table: str, day: date) -> str:
@@ -729,7 +751,7 @@ async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
 
     Returns the names of those made.
     """
-    await connection.execute(sql("lock_partitions"), _PARTITIONS_LOCK)
+    await connection.execute(sql("lock_partitions"), PARTITIONS_LOCK)
     days = [today + timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
     names = [name_of(table, day) for table in TABLES for day in days]
     missing = await connection.fetch(sql("missing_partitions"), names)
@@ -750,34 +772,6 @@ async def _make(connection: asyncpg.Connection, table: str, day: date) -> None:
     await connection.execute(sql("fill_partition").format(**place), start, end)
     bounds = {"start": start.isoformat(), "end": end.isoformat()}
     await connection.execute(sql("attach_partition").format(**place, **bounds))
-
-
-async def older_than(connection: asyncpg.Connection, day: date) -> list[tuple[str, str]]:
-    """(table, partition) of every partition whose whole day is before `day`, oldest first."""
-    rows = await connection.fetch(sql("list_partitions"), list(TABLES))
-    found = [
-        (when, row["parent"], row["child"])
-        for row in rows
-        if (when := day_of(row["child"])) is not None and when < day
-    ]
-    return [(parent, child) for _, parent, child in sorted(found)]
-
-
-async def drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
-    """Drop one partition in this transaction; False when others use it and it must wait.
-
-    Waiting long for the lock would hold up every insert that queues behind it.
-    """
-    await connection.execute(sql("lock_partitions"), _PARTITIONS_LOCK)
-    await connection.execute("SET LOCAL lock_timeout = '500ms'")
-    await connection.execute("SAVEPOINT before_drop")
-    try:
-        for statement in ("detach_partition", "drop_partition"):
-            await connection.execute(sql(statement).format(table=table, partition=name))
-    except asyncpg.LockNotAvailableError:
-        await connection.execute("ROLLBACK TO SAVEPOINT before_drop")
-        return False
-    return True
 
 
 HEAD = "0032"  # the revision that this code needs; a test compares it with the migrations
@@ -814,12 +808,15 @@ async def _connected(url: str) -> asyncpg.Connection:
 
 
 async def row_alone(
-    connection: asyncpg.Connection, name: str, *values: object, timeout_ms: int
+    connection: DatabaseSession, name: str, *values: object, timeout_ms: int
 ) -> asyncpg.Record:
     """The row of a statement that has one, in a transaction of a connection outside the pool."""
-    await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
-    row = await connection.fetchrow(sql(name), *values)
-    await connection.execute("COMMIT")
+    if await connection.runs_alone():
+        row = await connection.fetchrow(sql(name), *values)
+    else:
+        await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
+        row = await connection.fetchrow(sql(name), *values)
+        await connection.execute("COMMIT")
     assert row is not None
     return row
 

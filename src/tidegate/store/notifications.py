@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -24,7 +25,7 @@ import asyncpg
 
 from tidegate.call import Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, row_alone
+from tidegate.store.database import Connections, DatabaseSession, row_alone
 from tidegate.store.records import dumps, uuid_of
 
 # What work is for, beside a kind of jobs: jobs whose kind is unsure, and batches.
@@ -47,8 +48,16 @@ Sign = Literal["ripe", "overdue", "cancelled", "background"]
 _SIGNS: tuple[Sign, ...] = ("ripe", "overdue", "cancelled", "background")
 MAX_WATCHERS = 10_000
 _IDS_PER_MESSAGE = 200  # 37 bytes each; a payload holds 8,000
+_PHASE_S = random.random()  # so that the processes of a machine do not all wake together
 _RECONNECT_MS = 500
 _LISTEN_TIMEOUT_MS = 2_000
+
+
+def next_beat_s(every_s: float) -> float:
+    """How long until this process's next beat of `every_s`, at most a tenth longer than that. Loops
+    that have little to do wait for beats: ten of them wake an idle process once, not ten times."""
+    left_s = every_s - (time.monotonic() - _PHASE_S) % every_s
+    return left_s if left_s > every_s / 10 else left_s + every_s
 
 
 class Notifications:
@@ -204,7 +213,7 @@ class Notifications:
             async with asyncio.timeout(PULSED_MS / 1000):
                 await event.wait()
 
-    async def wait_cancels(self, timeout_ms: int) -> set[UUID]:
+    async def wait_cancels(self, timeout_ms: float) -> set[UUID]:
         """Return when a cancellation is notified, or after the time: the jobs notified of.
 
         Only a hint, of all workers' jobs; `Jobs.to_cancel` knows.
@@ -254,7 +263,7 @@ class Notifications:
             while not closed.is_set():
                 await self._pulse(connection)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_PULSE_S):
+                    async with asyncio.timeout(next_beat_s(_PULSE_S)):
                         await closed.wait()
         finally:
             watchdog.cancel()
@@ -262,7 +271,7 @@ class Notifications:
             self._pulsed_at, self._seen_transaction = -math.inf, None
             self.wake_all()  # loops look for themselves now
 
-    async def _pulse(self, connection: asyncpg.Connection) -> None:
+    async def _pulse(self, connection: DatabaseSession) -> None:
         given = (self.pool, self._seen_transaction, sorted(LANES))
         try:
             async with asyncio.timeout(_LISTEN_TIMEOUT_MS / 1000):

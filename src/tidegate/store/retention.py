@@ -250,7 +250,7 @@ class Retention:
     async def _prune_partitions(self, cutoffs: Cutoffs) -> tuple[int, int, int]:
         dropped = skipped = blobs = 0
         for table, name in await self.run(
-            lambda connection: partitions.older_than(connection, cutoffs.last_due)
+            lambda connection: _older_than(connection, cutoffs.last_due)
         ):
             day = partitions.day_of(name)
             assert day is not None
@@ -261,7 +261,7 @@ class Retention:
             elif expired:
                 if table == "bodies":
                     blobs += await self._delete_body_blobs("blobs_of_partition", name)
-                drop = partial(partitions.drop, table=table, name=name)
+                drop = partial(_drop, table=table, name=name)
                 if await self.run(drop):
                     dropped += 1
                     if table == "audit":
@@ -511,3 +511,31 @@ def _exported(row: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(row)
     details: dict[str, Any] = orjson.loads(values["usage_details"] or "{}")
     return values | details | {"request_id": str(values["request_id"])}
+
+
+async def _older_than(connection: asyncpg.Connection, day: date) -> list[tuple[str, str]]:
+    """(table, partition) of every partition whose whole day is before `day`, oldest first."""
+    rows = await connection.fetch(sql("list_partitions"), list(partitions.TABLES))
+    found = [
+        (when, row["parent"], row["child"])
+        for row in rows
+        if (when := partitions.day_of(row["child"])) is not None and when < day
+    ]
+    return [(parent, child) for _, parent, child in sorted(found)]
+
+
+async def _drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
+    """Drop one partition in this transaction; False when others use it and it must wait.
+
+    Waiting long for the lock would hold up every insert that queues behind it.
+    """
+    await connection.execute(sql("lock_partitions"), partitions.PARTITIONS_LOCK)
+    await connection.execute("SET LOCAL lock_timeout = '500ms'")
+    await connection.execute("SAVEPOINT before_drop")
+    try:
+        for statement in ("detach_partition", "drop_partition"):
+            await connection.execute(sql(statement).format(table=table, partition=name))
+    except asyncpg.LockNotAvailableError:
+        await connection.execute("ROLLBACK TO SAVEPOINT before_drop")
+        return False
+    return True

@@ -26,6 +26,7 @@ import uvicorn
 from tidegate.http.uvicorn_protocol import MOST_A_ROUND, MOST_OF_SHARED, Acceptor
 from tidegate.metrics.instruments import share_by_name
 from tidegate.settings import Config
+from tidegate.store.notifications import next_beat_s
 from tidegate.supervisor.services import LIFELINE, is_child, migrate, prepared
 from tidegate.supervisor.supervisor import (
     LEAVE_SIGNAL,
@@ -139,7 +140,7 @@ class QuietServer(uvicorn.Server):
     async def main_loop(self) -> None:
         while not await self.on_tick(0):  # which renews the date of answers
             with suppress(TimeoutError):
-                async with asyncio.timeout(_TICK_S):
+                async with asyncio.timeout(next_beat_s(_TICK_S)):
                     await self._ended.wait()
 
     @contextmanager

@@ -137,6 +137,13 @@ async def test_nothing_is_prepared_on_servers_that_clients_share(
         assert await connections.rows("get_erased", ["a"], []) == []
     names = "SELECT count(*) FROM pg_prepared_statements"
     assert await connections.run(lambda session: session.fetchval(names)) == 0
+    # The servers are shared: a setting of a session would be one of other clients.
+    other = await asyncpg.connect(
+        bouncer.url(database_url.rpartition("/")[2]), statement_cache_size=0
+    )
+    for _ in range(SERVERS):
+        assert await other.fetchval("SHOW enable_seqscan") == "on"
+    await other.close()
     assert not DatabaseSession.shares_servers, "it is known before it does harm"
     await connections.aclose()
 

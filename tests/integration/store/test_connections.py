@@ -179,6 +179,35 @@ async def test_a_free_connection_is_taken_before_another_one_is_open(
     await connections.aclose()
 
 
+async def test_one_statement_takes_one_message_in_a_session_with_the_settings_of_a_transaction(
+    database_url: str, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections, said = await opened(database_url, stack), list[str]()
+    execute = asyncpg.Connection.execute
+
+    async def noted(session: asyncpg.Connection, query: str, *values: Any, **more: Any) -> Any:
+        said.append(query)
+        return await execute(session, query, *values, **more)
+
+    monkeypatch.setattr(asyncpg.Connection, "execute", noted)
+    await connections.rows("get_erased", ["a"], [])
+    said.clear()
+    assert await connections.rows("get_erased", ["a"], []) == []
+    assert await connections.row("get_erased", ["a"], []) is None
+    assert await connections.execute("get_erased", ["a"], []) == 0
+    assert said == []
+    (session,) = connections._idle
+    shown = [
+        await session.fetchval(f"SHOW {name}")
+        for name in ("jit", "enable_seqscan", "statement_timeout")
+    ]
+    assert shown == ["off", "off", "5s"]
+    # What may not be repeated after its COMMIT, and what may take longer than the session allows.
+    await connections.rows("get_erased", ["a"], [], repeatable=False)
+    await connections.rows("get_erased", ["a"], [], timeout_ms=database.COMMAND_TIMEOUT_MS + 1)
+    assert [one.partition(";")[0] for one in said] == ["BEGIN", "COMMIT"] * 2
+
+
 _NAMES = "SELECT array_agg(name::text ORDER BY name) FROM pg_prepared_statements"
 
 

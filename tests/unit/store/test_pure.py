@@ -7,10 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
+import pytest
 
 from tidegate.call import Answer, Usage
 from tidegate.record import CallRecord, Failure
 from tidegate.store import database as queries
+from tidegate.store import notifications
 from tidegate.store import records as rows
 from tidegate.store.audit import inline_row, unpack
 from tidegate.store.database import Steadiness
@@ -91,6 +93,17 @@ def test_only_a_whole_lease_of_heartbeats_without_a_gap_lets_a_process_judge() -
     assert not judged([2.0, 1.0, 0.0])  # not yet a whole lease
     assert not judged([9.0, 2.5, 1.5, 0.5])  # a gap starts the clock anew
     assert not judged([6.5, 5.5, 4.5, 3.5])  # was steady, and has been silent since
+
+
+def test_loops_that_wait_for_beats_wake_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notifications, "_PHASE_S", 0.25)
+    for started_s in (100.0, 100.03, 100.4, 100.77, 100.999):
+        monkeypatch.setattr("time.monotonic", lambda at=started_s: at)
+        for every_s in (1.0, 2.0, 5.0):
+            wait_s = notifications.next_beat_s(every_s)
+            beats = (started_s + wait_s - 0.25) / every_s
+            assert beats == pytest.approx(round(beats), abs=1e-6)
+            assert every_s / 10 < wait_s <= every_s * 1.1
 
 
 def test_a_missed_heartbeat_starts_the_clock_anew() -> None:
