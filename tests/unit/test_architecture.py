@@ -196,6 +196,39 @@ def test_a_worker_imports_no_web_framework() -> None:
     assert (done.stdout.strip(), done.stderr) == ("False", "")
 
 
+def test_a_supervisor_imports_nothing_of_what_it_supervises() -> None:
+    """It only waits, for as long as a deployment lives: 20 MB instead of 57."""
+    script = (
+        "import sys\n"
+        "from tidegate import __main__\n"
+        "import os\n"
+        "hears, says = os.pipe()\n"
+        "os.close(says)\n"
+        "os.environ['TIDEGATE_SUPERVISION_FD'] = str(hears)\n"
+        "try: __main__.main()\n"
+        "except ValueError: pass  # it was told nothing\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & set(sys.argv[1:])),\n"
+        "      sorted(name for name in sys.modules if name.startswith('tidegate.')))"
+    )
+    libraries = (
+        *("pydantic", "pydantic_settings", "redis", "asyncpg", "typer", "rich", "fastapi"),
+        *("prometheus_client", "uvicorn", "uvloop", "aiohttp", "msgpack", "google"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *libraries],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    ours = [
+        *("tidegate.__main__", "tidegate.embedded", "tidegate.embedded.lease"),
+        *("tidegate.embedded.servers", "tidegate.errors", "tidegate.supervisor"),
+        *("tidegate.supervisor.supervisor", "tidegate.telemetry", "tidegate.telemetry.logging"),
+    ]
+    assert (done.stdout.strip(), done.stderr) == (f"[] {ours}", "")
+
+
 @pytest.mark.slow
 def test_what_only_libraries_would_import_is_not_imported_but_can_be() -> None:
     """structlog imports rich, and redis-py OpenTelemetry's metrics, wherever they are installed."""

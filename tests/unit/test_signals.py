@@ -9,8 +9,7 @@ import pytest
 
 from tests.waiting import wait_until
 from tidegate.supervisor.roles import _on_signals
-from tidegate.supervisor.services import LIFELINE
-from tidegate.supervisor.supervisor import LEAVE_SIGNAL
+from tidegate.supervisor.supervisor import LEAVE_SIGNAL, LIFELINE
 
 
 class Done:

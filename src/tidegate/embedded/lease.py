@@ -191,7 +191,7 @@ class ServersLease:
 
     def __init__(self, folder: Folder, descriptor: int, urls: Mapping[str, str], idle_s: float):
         self._folder = folder
-        self._idle_s = idle_s
+        self.idle_s = idle_s
         self._descriptor = descriptor
         self._urls = urls
         self._closed = threading.Event()
@@ -242,8 +242,13 @@ class ServersLease:
                 self._folder.hurry.unlink(missing_ok=True)
             elif not keeper.alive:
                 # It was killed and left servers behind, which another keeper must end.
-                _summon(self._folder, self._idle_s, deadline)
+                _summon(self._folder, self.idle_s, deadline)
             time.sleep(_POLL_S)
+
+    def leave_watch(self) -> None:
+        """Watch the keeper no more, for a program that takes this process over with the lease."""
+        self._closed.set()
+        self._watcher.join()
 
     def _watch(self) -> None:
         from tidegate.telemetry import logging as telemetry
@@ -258,7 +263,7 @@ class ServersLease:
                 logger.error(Log.EMBEDDED_STARTED, problem="DATA_DIR was removed")
                 return
             try:
-                _summon(self._folder, self._idle_s, time.monotonic() + 10.0)
+                _summon(self._folder, self.idle_s, time.monotonic() + 10.0)
             except (ServerFailed, OSError) as failed:
                 logger.error(Log.EMBEDDED_STARTED, problem=str(failed))
             else:

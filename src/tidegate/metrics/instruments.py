@@ -31,9 +31,7 @@ from tidegate.errors import CallPreempted
 from tidegate.limiter import Observer, State
 from tidegate.metrics._compat import add_counts
 from tidegate.record import JUDGE, RETRIED, CallRecord
-
-SHARED = "PROMETHEUS_MULTIPROC_DIR"  # as prometheus-client reads it
-NAMED = "TIDEGATE_CHILD"  # the name of a process among those of its supervisor
+from tidegate.telemetry.logging import NAMED, SHARED
 
 Sort = Literal["counter", "gauge", "histogram"]
 # How the values of several processes on one machine come to one: where `sum`, `max` or

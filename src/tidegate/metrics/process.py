@@ -52,6 +52,7 @@ from tidegate.upstream.server_load import ServerLoad, ServerLoads
 
 EVERY_S = 0.25
 GAUGES_EVERY_S = 1.0
+_IDLE_USE_EVERY_S = 4.5
 _STATES = ("up", "away", "recovering")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4_096
 
@@ -105,7 +106,7 @@ class Watch:
     async def run(self) -> None:
         """Look, for ever."""
         self._instruments.set(Metric.STARTED, self._name, time.time())
-        loop, lag_s, looked_at = asyncio.get_running_loop(), 0.0, 0.0
+        loop, lag_s, looked_at, measured_at = asyncio.get_running_loop(), 0.0, 0.0, 0.0
         while True:
             is_idle = not any(one.permits_held or one.waiters for one in self.limiters.values())
             every_s = next_beat_s(GAUGES_EVERY_S) if is_idle else EVERY_S
@@ -117,10 +118,13 @@ class Watch:
             if is_idle or loop.time() - looked_at >= GAUGES_EVERY_S:
                 looked_at = loop.time()
                 self.lag_s, lag_s = lag_s, 0.0
-                self.look()
+                is_due = not is_idle or looked_at - measured_at > _IDLE_USE_EVERY_S
+                measured_at = looked_at if is_due else measured_at
+                self.look(measures=is_due)
 
-    def look(self) -> None:
-        """Set all gauges, and hand on what was counted."""
+    def look(self, *, measures: bool = True) -> None:
+        """Set all gauges, and hand on what was counted. measures: also memory and processor time,
+        which take longer than all others."""
         made, name = self._instruments, self._name
         there = {("pool", one) for one in self.limiters} | {
             ("upstream", one) for one in self.health
@@ -145,10 +149,11 @@ class Watch:
         if dropped > self._dropped:
             made.tally.add(Metric.DROPPED, (), dropped - self._dropped)
             self._dropped = dropped
-        made.set(Metric.MEMORY, name, resident_bytes())
-        cpu_s = time.process_time()
-        made.tally.add(Metric.CPU, name, cpu_s - self._cpu_s)
-        self._cpu_s = cpu_s
+        if measures:
+            made.set(Metric.MEMORY, name, resident_bytes())
+            cpu_s = time.process_time()
+            made.tally.add(Metric.CPU, name, cpu_s - self._cpu_s)
+            self._cpu_s = cpu_s
         made.flush()
 
     def _announce(self, upstream: str, one: Announcement) -> None:

@@ -13,11 +13,10 @@ import asyncio
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import date, datetime, timedelta
 from gzip import GzipFile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -205,8 +204,6 @@ def _run(program: str, url: str, *options: str) -> None:
 _EXPORTS = "exports/record"
 _GROUP_ROWS, _GROUP_BYTES = 100_000, 32_000_000  # of a row group of Parquet, which is in memory
 _MOST_TRIES = 5
-DAILY_AT = time(3, 0)  # of UTC
-_LOOK_EVERY_S = 60.0
 
 ExportFormat = Literal["jsonl", "parquet"]
 _FILES: dict[ExportFormat, str] = {"jsonl": "calls.jsonl.gz", "parquet": "calls.parquet"}
@@ -440,69 +437,9 @@ class _ParquetFile:
             self._waiting = []
 
 
-class DailyWork:
-    """The commands that `tidegate up` runs once a day beside its processes: prune, and the export
-    of the record where it is set. (Reconciliation is the workers'.)"""
-
-    def __init__(
-        self,
-        commands: Sequence[tuple[str, ...]],
-        run: Callable[[tuple[str, ...]], Awaitable[int]],
-        *,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
-        """run: runs a command; its exit status."""
-        self._commands, self._run, self._now = commands, run, now
-        self._done: dict[tuple[str, ...], date] = {}
-
-    async def look(self) -> None:
-        """Run what is due: from 3:00 UTC on, each command that has not succeeded on this day."""
-        now = self._now()
-        if now.time() < DAILY_AT:
-            return
-        for command in self._commands:
-            if self._done.get(command) == now.date():
-                continue
-            status = await self._run(command)
-            if status == 0:
-                self._done[command] = now.date()
-                get_logger().info(Log.DAILY_WORK_DONE, command=" ".join(command))
-            else:
-                get_logger().warning(
-                    Log.DAILY_WORK_FAILED, command=" ".join(command), status=status
-                )
-
-    async def run(self) -> None:
-        """Look each minute, for ever. A command that is under way is ended when this is
-        cancelled."""
-        while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            await self.look()
-
-
 def daily_commands(config: Config) -> list[tuple[str, ...]]:
     """What `tidegate up` runs once a day, as arguments of `tidegate`."""
     commands: list[tuple[str, ...]] = [("prune",)]
     if config.record_export != "off":
         commands.append(("export", "record", "--format", config.record_export))
     return commands
-
-
-async def run_command(command: tuple[str, ...], environment: Mapping[str, str]) -> int:
-    """Run a command of `tidegate` as a process of its own; its exit status. Cancellation ends
-    it."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tidegate",
-        *command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        return await process.wait()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()

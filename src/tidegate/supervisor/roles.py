@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from email.utils import formatdate
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ from tidegate.http.uvicorn_protocol import MOST_A_ROUND, MOST_OF_SHARED, Accepto
 from tidegate.metrics.instruments import share_by_name
 from tidegate.settings import Config
 from tidegate.store.notifications import next_beat_s
-from tidegate.supervisor.services import LIFELINE, is_child, migrate, prepared
+from tidegate.supervisor.services import is_child, migrate, prepared
 from tidegate.supervisor.supervisor import (
     LEAVE_SIGNAL,
+    LIFELINE,
     LOOK_SIGNAL,
     listen,
     living,
@@ -115,6 +117,7 @@ class QuietServer(uvicorn.Server):
         super().__init__(config)
         self._shares = shares
         self._ended = asyncio.Event()
+        self._dates_at_accept = False
 
     def end(self) -> None:
         """Accept no more, finish what is open, and return from `serve`."""
@@ -135,10 +138,22 @@ class QuietServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
-        self.servers: list[Any] = [Acceptor(loop, one, protocol, most) for one in sockets]
+
+        def accepted() -> asyncio.Protocol:
+            if not self.server_state.connections:
+                date = formatdate(usegmt=True).encode()
+                self.server_state.default_headers = [(b"date", date), *self.config.encoded_headers]
+            return protocol()
+
+        self._dates_at_accept = True
+        self.servers: list[Any] = [Acceptor(loop, one, accepted, most) for one in sockets]
+
+    def _is_silent(self) -> bool:
+        """Whether there is nobody to answer, and the first who comes has the date renewed."""
+        return self._dates_at_accept and not self.server_state.connections
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):  # which renews the date of answers
+        while not await self.on_tick(1 if self._is_silent() else 0):  # 0 renews the date of answers
             with suppress(TimeoutError):
                 async with asyncio.timeout(next_beat_s(_TICK_S)):
                     await self._ended.wait()

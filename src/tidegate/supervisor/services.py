@@ -28,6 +28,7 @@ from tidegate.limiter import PoolPolicy
 from tidegate.policy.deployment import deployed, emulates, stated_by
 from tidegate.policy.live import NO_CHANGES, LiveChanges, changes_of
 from tidegate.settings import SECRETS, Config
+from tidegate.supervisor.supervisor import LIFELINE
 from tidegate.telemetry.logging import redact
 from tidegate.usual_models import EMULATORS_KEY
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from tidegate.store.database import Connections
     from tidegate.store.requests import Whereabouts
 
-LIFELINE = "TIDEGATE_LIFELINE_FD"
 EMULATED = "EMULATED_PROVIDER"
 _MIGRATE_WITHIN_S = 60.0
 _RETRY_S = 1.0

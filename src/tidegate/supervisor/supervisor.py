@@ -1,6 +1,8 @@
 """Supervisor of several processes: started, restarted, replaced, stopped.
 
 Listeners of a child's readiness are the supervisor (a pipe) and systemd (`Type=notify`).
+`tidegate up` prepares all, then becomes `supervise` by an exec: what the preparation imported, some
+40 MB, does not stay with a process that only waits. So this module imports little.
 
 Invariants: when `run` returns no child is left; a child that outlives a killed supervisor learns
 of it by the end of its lifeline; during a replacement never fewer processes run than before.
@@ -10,21 +12,34 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from datetime import time as time_of_day
 from itertools import chain, count
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from tidegate.embedded.lease import Folder, ServersLease
+from tidegate.embedded.servers import ServerFailed
 from tidegate.errors import ConfigError
-from tidegate.metrics.instruments import NAMED
-from tidegate.settings import Config
-from tidegate.supervisor.services import LIFELINE
-from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry import logging as telemetry
+from tidegate.telemetry.logging import NAMED, SHARED, Log, get_logger
 
+if TYPE_CHECKING:
+    from tidegate.settings import Config
+
+LIFELINE = "TIDEGATE_LIFELINE_FD"
 _READY_WITHIN_S = 60.0
 
 Process = asyncio.subprocess.Process
@@ -104,6 +119,7 @@ LOOK_SIGNAL = signal.SIGQUIT  # to any: say what you are at; passed on to all ch
 LEAVE_SIGNAL = signal.SIGUSR1  # to a child: another has your place, go softly
 RENEW_SIGNAL = signal.SIGUSR2  # to the supervisor: replace all children, one by one
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_BLOCKED = (*_SIGNALS, LOOK_SIGNAL)
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _SETTLED_S = 10.0
 _MARGIN_S = 5.0
@@ -132,7 +148,7 @@ class Family:
         leave_s: float = 0.0,
         on_stopping: Callable[[], None] = lambda: None,
         on_ended: Callable[[str], None] = lambda _name: None,
-        reread: Callable[[], Mapping[str, str]] | None = None,
+        reread: Callable[[], Mapping[str, str] | Awaitable[Mapping[str, str]]] | None = None,
     ) -> None:
         """`reread`: what replaced children are to have as their environment; may raise
         ConfigError, and then nothing is replaced. `on_ended` hears the name of each process that
@@ -191,6 +207,7 @@ class Family:
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(RENEW_SIGNAL, self.renew)
         loop.add_signal_handler(LOOK_SIGNAL, self._look)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)  # since before the exec, if there was
         self._lifeline, holds = os.pipe()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -223,7 +240,7 @@ class Family:
             self._renew_again = False
             before = self._environment
             try:
-                self._environment = self._reread() if self._reread is not None else before
+                self._environment = await self._read_again()
             except ConfigError as wrong:
                 get_logger().error(Log.RENEWAL_STOPPED, reason=str(wrong))
                 return
@@ -233,6 +250,12 @@ class Family:
                     self._environment = before
                     return
             get_logger().info(Log.RENEWED)
+
+    async def _read_again(self) -> Mapping[str, str]:
+        if self._reread is None:
+            return self._environment
+        found = self._reread()
+        return await found if isinstance(found, Awaitable) else found
 
     async def _renew(self, child: Child) -> bool:
         """Whether a new process has taken the place of the child's old one."""
@@ -386,6 +409,243 @@ async def _not_ready(process: Process, pipe: int) -> str | None:
     if os.read(pipe, 1):
         return None
     return f"ended with exit code {await process.wait()} at its start"
+
+
+_SUPERVISION = "TIDEGATE_SUPERVISION_FD"
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What a supervisor needs to know, as JSON of the descriptor that an exec passes on.
+
+    environment: of the children, with secrets. lease: of the bundled servers, its descriptor and
+    its `idle_s`. announcer: the process that shows the page, and the pipe by which it reports that
+    all is ready. base: what a later reading of the settings may not change, and is filled in.
+    stopping, stopped: lines for the page.
+    """
+
+    children: list[tuple[str, list[str]]]
+    environment: dict[str, str]
+    listener: int
+    data_dir: str
+    lease: tuple[int, float] | None
+    counts: str
+    announcer: tuple[int, int]
+    base: dict[str, Any]
+    daily: list[list[str]]
+    grace_s: float
+    leave_s: float
+    log_format: Any
+    log_level: Any
+    stopping: str
+    stopped: str
+
+    def begin(self) -> NoReturn:
+        """Become the supervisor: the same process, its descriptors and its command line, without
+        what it has imported. Raises OSError where that is not possible."""
+        kept = [self.listener, self.announcer[1], *([self.lease[0]] if self.lease else [])]
+        # A file without a name: an environment or an argument would show the secrets.
+        with _nameless() as written:
+            written.write(json.dumps(asdict(self)).encode())
+            written.flush()
+            written.seek(0)
+            for one in (*kept, written.fileno()):
+                os.set_inheritable(one, True)
+            environment = {**os.environ, _SUPERVISION: str(written.fileno())}
+            arguments = [sys.executable, "-m", "tidegate", *sys.argv[1:]]
+            signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)  # until there are handlers again
+            try:
+                os.execve(sys.executable, arguments, environment)
+            finally:  # it has failed
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
+
+
+def _nameless() -> IO[bytes]:
+    in_memory = getattr(os, "memfd_create", None)  # Linux has it
+    return os.fdopen(in_memory("supervision"), "w+b") if in_memory else TemporaryFile()
+
+
+def supervise() -> int:
+    """Supervise the processes of a `Supervision` until a signal; the exit code."""
+    with os.fdopen(int(os.environ.pop(_SUPERVISION)), "rb") as written:
+        order = Supervision(**json.load(written))
+    telemetry.configure_logging(
+        order.log_format, order.log_level, process="supervisor", has_page=True
+    )
+    lease = None
+    if order.lease is not None:
+        descriptor, idle_s = order.lease
+        lease = ServersLease(Folder(Path(order.data_dir)), descriptor, {}, idle_s)
+    failure = ""
+    try:
+        failure = asyncio.run(_supervise(order))
+    finally:
+        shutil.rmtree(order.counts, ignore_errors=True)
+        try:
+            if lease is not None:
+                with _busy("stopping the bundled servers"):
+                    lease.close()
+        except ServerFailed as failed:
+            failure = failure or str(failed)
+    if failure:
+        sys.stderr.write(f"tidegate: {failure}\n")
+        return 1
+    _show(order.stopped)
+    return 0
+
+
+async def _supervise(order: Supervision) -> str:
+    """Why it failed; empty where it did not."""
+    pid, hears = order.announcer
+    loop = asyncio.get_running_loop()
+
+    is_announcing = True
+
+    def stopping() -> None:
+        tell_stopping()
+        if is_announcing:
+            os.kill(pid, signal.SIGINT)
+        _show(order.stopping)
+
+    family = Family(
+        [Child(name, tuple(argv)) for name, argv in order.children],
+        environment=order.environment,
+        pass_fds=[order.listener, *([order.lease[0]] if order.lease else [])],
+        grace_s=order.grace_s,
+        leave_s=order.leave_s,
+        on_stopping=stopping,
+        on_ended=lambda name: _forget(name, order.counts),
+        reread=lambda: _reread(order),
+    )
+
+    def heard() -> None:
+        if os.read(hears, 1):
+            family.settled()
+            tell_ready()
+            return
+        nonlocal is_announcing
+        is_announcing = False
+        loop.remove_reader(hears)
+        os.waitpid(pid, 0)  # it has ended
+
+    loop.add_reader(hears, heard)
+    environment = {name: value for name, value in order.environment.items() if name != SHARED}
+    daily = DailyWork(
+        [tuple(command) for command in order.daily],
+        lambda command: run_command(command, environment),
+    )
+    working = asyncio.create_task(daily.run(), name="daily work")
+    try:
+        await family.run()
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+    if family.failure is None:
+        return ""
+    return f"{family.failure}; its log above says why"
+
+
+def _forget(name: str, counts: str) -> None:
+    from tidegate.metrics.instruments import forget  # seldom, and it takes 4 MB
+
+    forget(name, counts)
+
+
+async def _reread(order: Supervision) -> dict[str, str]:
+    """The environment of new children, as a process reads it from the settings that there are now.
+    Raises ConfigError."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "from tidegate.supervisor.up import read_again; read_again()",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    found, _ = await process.communicate(json.dumps(order.base).encode())
+    if process.returncode:
+        raise ConfigError("the settings", None, "could not be read, as the log above says")
+    answer = json.loads(found)
+    if "wrong" in answer:
+        raise ConfigError(*answer["wrong"])
+    return {**answer["environment"], SHARED: order.counts}
+
+
+def _show(line: str) -> None:
+    with suppress(BrokenPipeError):
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+def _busy(what: str) -> AbstractContextManager[object]:
+    if not sys.stdout.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console().status(f"[bright_black]{what}[/]", spinner_style="cyan")
+
+
+DAILY_AT = time_of_day(3, 0)  # of UTC
+_LOOK_EVERY_S = 60.0
+
+
+class DailyWork:
+    """The commands that `tidegate up` runs once a day beside its processes: prune, and the export
+    of the record where it is set. (Reconciliation is the workers'.)"""
+
+    def __init__(
+        self,
+        commands: Sequence[tuple[str, ...]],
+        run: Callable[[tuple[str, ...]], Awaitable[int]],
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """run: runs a command; its exit status."""
+        self._commands, self._run, self._now = commands, run, now
+        self._done: dict[tuple[str, ...], date] = {}
+
+    async def look(self) -> None:
+        """Run what is due: from 3:00 UTC on, each command that has not succeeded on this day."""
+        now = self._now()
+        if now.time() < DAILY_AT:
+            return
+        for command in self._commands:
+            if self._done.get(command) == now.date():
+                continue
+            status = await self._run(command)
+            if status == 0:
+                self._done[command] = now.date()
+                get_logger().info(Log.DAILY_WORK_DONE, command=" ".join(command))
+            else:
+                get_logger().warning(
+                    Log.DAILY_WORK_FAILED, command=" ".join(command), status=status
+                )
+
+    async def run(self) -> None:
+        """Look each minute, for ever. A command that is under way is ended when this is
+        cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await self.look()
+
+
+async def run_command(command: tuple[str, ...], environment: Mapping[str, str]) -> int:
+    """Run a command of `tidegate` as a process of its own; its exit status. Cancellation ends
+    it."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tidegate",
+        *command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
 
 
 _BACKLOG = 2048

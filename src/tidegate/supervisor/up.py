@@ -6,16 +6,17 @@ The page goes to standard output, logs to standard error. It shows the limits in
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 from types import FrameType
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -25,25 +26,23 @@ from tidegate.call import DEFAULT_POOL, DEFAULT_TENANT, Kind
 from tidegate.errors import ConfigError, InvalidRequest, LimiterUnavailable
 from tidegate.http.browsers import CODE_S, make_code
 from tidegate.limiter import PoolPolicy, Snapshot, look_until
-from tidegate.metrics.instruments import SHARED, forget
 from tidegate.operator_key import key_file, operator_key
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
 from tidegate.settings import Config, load
 from tidegate.spine.routing import Targets
 from tidegate.store.database import Connections
 from tidegate.store.tenants import Tenants
-from tidegate.supervisor.maintenance import DailyWork, daily_commands, run_command
+from tidegate.supervisor.maintenance import daily_commands
 from tidegate.supervisor.services import Ground, environment_of, migrate, prepared, with_record
 from tidegate.supervisor.supervisor import (
     RENEW_SIGNAL,
     Child,
-    Family,
+    Supervision,
     listen,
-    tell_ready,
-    tell_stopping,
     url_of,
 )
 from tidegate.telemetry import logging as telemetry
+from tidegate.telemetry.logging import SHARED
 
 _LABEL = "bold cyan"
 _QUIET = "bright_black"
@@ -81,18 +80,21 @@ class Page:
         """One line on why the start takes longer."""
         self._line((f"{_INDENT}{text}", "yellow"))
 
-    def stopping(self) -> None:
-        """Report that the end has begun, to systemd too."""
-        tell_stopping()
+    def stopping(self) -> str:
+        """The lines that report that the end has begun."""
         grace_s = self._config.shutdown_grace_ms / 1000
-        self._line()
-        self._line(
-            (f"{_INDENT}Stopping. ", "bold"),
-            (f"Running calls may finish within {grace_s:g} s; Ctrl-C again ends them.", _QUIET),
-        )
+        with self._console.capture() as lines:
+            self._line()
+            self._line(
+                (f"{_INDENT}Stopping. ", "bold"),
+                (f"Running calls may finish within {grace_s:g} s; Ctrl-C again ends them.", _QUIET),
+            )
+        return lines.get()
 
-    def stopped(self) -> None:
-        self._line((f"{_INDENT}Stopped. Nothing is left running.", _QUIET))
+    def stopped(self) -> str:
+        with self._console.capture() as lines:
+            self._line((f"{_INDENT}Stopped. Nothing is left running.", _QUIET))
+        return lines.get()
 
     def ready(
         self, ground: Ground, url: str, policy: PoolPolicy, in_force: Mapping[Kind, int] | None
@@ -263,10 +265,11 @@ _POLL_S = 0.05
 _PATIENCE_S = 5.0
 
 
-def up(config: Config, apis: int, workers: int) -> int:
-    """Start everything, keep it running until a signal, stop it. Returns the exit code.
+def up(config: Config, apis: int, workers: int) -> NoReturn:
+    """Start everything, then become its supervisor (`supervise`), which ends by a signal.
 
-    Raises ConfigError, `embedded.ServerFailed` and StoreUnavailable; nothing is left running then.
+    Raises ConfigError, `embedded.ServerFailed`, StoreUnavailable, and OSError where the exec fails;
+    nothing is left running then.
     """
     telemetry.configure_logging(
         config.log_format, config.log_level, process="supervisor", has_page=True
@@ -286,22 +289,52 @@ def up(config: Config, apis: int, workers: int) -> int:
             schema = migrate(ground.config, page.note)
             page.done(f"Database schema {schema}" if schema else "Database schema is current")
             page.demo_key = make_demo_key(ground.config)
-            family = Family(
-                _children(listener, apis, workers),
-                environment={**os.environ, **environment_of(ground), SHARED: counts},
-                pass_fds=[listener.fileno(), *([ground.lease.descriptor] if ground.lease else [])],
-                grace_s=config.shutdown_grace_ms / 1000,
-                leave_s=config.leave_ms / 1000,
-                on_stopping=page.stopping,
-                on_ended=lambda name: forget(name, counts),
-                reread=lambda: {**_reread(ground), SHARED: counts},
-            )
-            asyncio.run(_run(family, listener, page, ground))
-        if family.failure is not None:
-            sys.stderr.write(f"tidegate: {family.failure}; its log above says why\n")
-            return 1
-        page.stopped()
-        return 0
+            if ground.lease is not None:
+                ground.lease.leave_watch()
+            announcer = _announcer(listener, page, ground)
+            try:
+                _supervision(ground, page, listener, counts, announcer, apis, workers).begin()
+            finally:  # it has failed
+                os.kill(announcer[0], signal.SIGKILL)
+
+
+def _supervision(
+    ground: Ground,
+    page: Page,
+    listener: socket.socket,
+    counts: str,
+    announcer: tuple[int, int],
+    apis: int,
+    workers: int,
+) -> Supervision:
+    config, lease = ground.config, ground.lease
+    filled_in = [
+        *(("database_url", "redis_url") if ground.embedded else ()),
+        *(("gemini_base_url", "gemini_api_key") if ground.emulated else ()),
+    ]
+    variables = environment_of(ground)
+    return Supervision(
+        children=[(one.name, list(one.argv)) for one in _children(listener, apis, workers)],
+        environment={**os.environ, **variables, SHARED: counts},
+        listener=listener.fileno(),
+        data_dir=str(config.data_dir),
+        lease=None if lease is None else (lease.descriptor, lease.idle_s),
+        counts=counts,
+        announcer=announcer,
+        base={
+            "same": {name: variables[name.upper()] for name in _SAME},
+            "embedded": ground.embedded,
+            "emulated": ground.emulated,
+            "kept": {name: variables[name.upper()] for name in filled_in},
+        },
+        daily=[list(command) for command in daily_commands(config)],
+        grace_s=config.shutdown_grace_ms / 1000,
+        leave_s=config.leave_ms / 1000,
+        log_format=config.log_format,
+        log_level=config.log_level,
+        stopping=page.stopping(),
+        stopped=page.stopped(),
+    )
 
 
 def make_demo_key(config: Config) -> str | None:
@@ -322,30 +355,41 @@ def make_demo_key(config: Config) -> str | None:
     return with_record(config, made)
 
 
-def _reread(ground: Ground) -> dict[str, str]:
-    """The environment of new children: the settings as they are written down now.
+# What this process itself stands on.
+_SAME = ("host", "port", "data_dir")
 
-    Raises ConfigError where one is wrong, or is of those that this process itself stands on.
-    """
+
+def read_again() -> None:
+    """Write the environment of new children to standard output: the settings as they are now, on
+    the `Supervision.base` of standard input. Or what is wrong with them, also where they change
+    what the supervisor itself stands on."""
+    base = json.load(sys.stdin)
+    try:
+        answer: dict[str, object] = {"environment": _reread(base)}
+    except ConfigError as wrong:
+        answer = {"wrong": (wrong.variable, wrong.value, wrong.allowed)}
+    sys.stdout.write(json.dumps(answer))
+
+
+def _reread(base: Mapping[str, Any]) -> dict[str, str]:
     wanted = load()
     deployed(wanted)
     deployed_upstreams(wanted)
-    of_ours = {name: getattr(ground.config, name) for name in ("host", "port", "data_dir")}
-    changed = [name for name, value in of_ours.items() if getattr(wanted, name) != value]
-    if wanted.embedded != ground.embedded:
+    is_emulated = emulates(wanted)
+    variables = environment_of(Ground(wanted, None, wanted.embedded, is_emulated))
+    changed = [name for name in _SAME if variables[name.upper()] != base["same"][name]]
+    if wanted.embedded != base["embedded"]:
         changed.append("database_url")
-    if emulates(wanted) != ground.emulated:
+    if is_emulated != base["emulated"]:
         changed.append("gemini_api_key")
     if changed:
         why = "was changed, for which `tidegate up` must be stopped and started again"
         raise ConfigError(changed[0].upper(), "(another)", why)
-    filled_in = [
-        *(("database_url", "redis_url") if ground.embedded else ()),
-        *(("gemini_base_url", "gemini_api_key") if ground.emulated else ()),
-    ]
-    kept = {name: getattr(ground.config, name) for name in filled_in}
-    whole = replace(ground, config=wanted.model_copy(update=kept))
-    return {**os.environ, **environment_of(whole)}
+    return {
+        **os.environ,
+        **variables,
+        **{name.upper(): value for name, value in base["kept"].items()},
+    }
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -361,41 +405,48 @@ def _children(listener: socket.socket, apis: int, workers: int) -> list[Child]:
     ]
 
 
-async def _run(family: Family, listener: socket.socket, page: Page, ground: Ground) -> None:
-    announcing = asyncio.create_task(_announce(family, listener, page, ground))
-    environment = {**os.environ, **environment_of(ground)}
-    daily = DailyWork(
-        daily_commands(ground.config), lambda command: run_command(command, environment)
-    )
-    working = asyncio.create_task(daily.run(), name="daily work")
+def _announcer(listener: socket.socket, page: Page, ground: Ground) -> tuple[int, int]:
+    """A process that shows the page once all is ready, and the pipe by which it reports that. It
+    has what was imported here, and ends with it."""
+    hears, says = os.pipe()
+    sys.stdout.flush()
+    supervisor = os.getpid()
+    if pid := os.fork():
+        os.close(says)
+        return pid, hears
     try:
-        await family.run()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.close(hears)
+        with suppress(KeyboardInterrupt):  # the supervisor stops
+            asyncio.run(_announce(supervisor, says, listener, page, ground))
+        sys.stdout.flush()
+    except Exception:  # noqa: BLE001 -- the top of a process: logged
+        telemetry.get_logger().exception(telemetry.Log.INTERNAL_ERROR, component="page")
     finally:
-        announcing.cancel()
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
+        os._exit(0)
 
 
-async def _announce(family: Family, listener: socket.socket, page: Page, ground: Ground) -> None:
+async def _announce(
+    supervisor: int, says: int, listener: socket.socket, page: Page, ground: Ground
+) -> None:
     """Show the page once the product is ready; until then say, after a while, why it is not."""
     patient_until = time.monotonic() + _PATIENCE_S
     told = ""
     with page.busy("starting the API and the workers"):
         while (reason := await _not_ready(listener)) is not None:
+            if os.getppid() != supervisor:
+                return
             if time.monotonic() > patient_until and reason != told:
                 page.note(f"still waiting for the API: {reason}")
                 told = reason
             await asyncio.sleep(_POLL_S)
-    if family.stopping:
-        return
-    family.settled()
-    tell_ready()
+    os.write(says, b"1")
     page.done("API and workers")
     policy, redis_url = deployed(ground.config), ground.config.redis_url
     assert redis_url is not None
     in_force = await bounds_in_force(redis_url.get_secret_value(), policy)
-    if not family.stopping:
-        page.ready(ground, url_of(listener), policy, in_force)
+    page.ready(ground, url_of(listener), policy, in_force)
 
 
 async def _not_ready(listener: socket.socket) -> str | None:

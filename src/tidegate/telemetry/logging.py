@@ -23,6 +23,11 @@ from typing import Any, Literal
 import orjson
 import structlog
 
+# Variables by which a supervisor names a process among its children, and the folder of what they
+# count, as prometheus-client reads it.
+NAMED = "TIDEGATE_CHILD"
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+
 
 class Log(StrEnum):
     """Event names. One line per request at most: `REQUEST_DONE` or `JOB_DONE`."""

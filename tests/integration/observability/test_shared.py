@@ -16,7 +16,8 @@ from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import Values, chat, of, values_in
 from tests.waiting import wait_until
 from tidegate.embedded.servers import free_port
-from tidegate.metrics.instruments import NAMED, SHARED, forget
+from tidegate.metrics.instruments import forget
+from tidegate.telemetry.logging import NAMED, SHARED
 
 OWN = {"CLASSIFIER": "keywords", "LOG_FORMAT": "json", "SHUTDOWN_GRACE_MS": "1000"}
 

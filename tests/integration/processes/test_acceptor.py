@@ -7,7 +7,9 @@ import errno
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
-from typing import cast
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, cast
 
 import pytest
 import uvicorn
@@ -135,6 +137,32 @@ def test_the_server_accepts_by_it() -> None:
             connections = server.server_state.connections
             rounds = await rounds_until(lambda: len(connections) == CLIENTS, 10 * CLIENTS)
             assert rounds < CLIENTS / 2
+            server.end()
+            await serving
+
+    on_uvloop(main)
+
+
+def test_the_first_client_after_a_silence_gets_the_date_of_now() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def main() -> None:
+        with listening() as listener:
+            server = QuietServer(uvicorn.Config(app, lifespan="off", log_config=None))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            await wait_until(lambda: server.started)
+            server.server_state.default_headers = [(b"date", b"of long ago")]
+            assert await server.on_tick(1 if server._is_silent() else 0) is False
+            assert (b"date", b"of long ago") in server.server_state.default_headers
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            date = parsedate_to_datetime(head.partition("date: ")[2].partition("\r\n")[0])
+            assert abs((datetime.now(UTC) - date).total_seconds()) < 60
+            assert not server._is_silent()
+            writer.close()
             server.end()
             await serving
 

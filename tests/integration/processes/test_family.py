@@ -49,7 +49,7 @@ asyncio.run(Family([child], environment=os.environ).run())
 """
 _FOLLOWER = """
 import os, pathlib, signal, sys
-from tidegate.supervisor.services import LIFELINE
+from tidegate.supervisor.supervisor import LIFELINE
 from tidegate.supervisor.roles import follow_lifeline
 folder = pathlib.Path(sys.argv[1])
 def finish(*_):

@@ -34,11 +34,10 @@ from tidegate.supervisor import maintenance
 from tidegate.supervisor.maintenance import (
     EXPORTED,
     EXPORTED_BODIES,
-    DailyWork,
     ExportFormat,
     RecordExport,
-    run_command,
 )
+from tidegate.supervisor.supervisor import DailyWork, run_command
 
 ROOT = Path(__file__).parents[3]
 NOON = time(12, tzinfo=UTC)
