@@ -2,7 +2,8 @@
 
 `python -m bench.footprint` speaks the limiter's own wire to a Valkey of its own, in place of a
 thousand processes: how long the scripts work that each process calls again and again whether it
-has anything to say or not, how much memory a waiter takes, and how many bytes a grant by push has.
+has anything to say or not, how much memory a waiter, a process and a tenant's limits take, and how
+many bytes a grant by push has.
 
 `python -m bench.footprint --idle 60` starts `tidegate up` with one API and one worker, and leaves
 it alone for a minute: memory (PSS), CPU and wake-ups of each process, statements and commands that
@@ -32,6 +33,7 @@ from typing import Any
 import asyncpg
 import redis
 
+from bench.limiter.tenants import policy as tenants_policy
 from tidegate.embedded.lease import Folder
 from tidegate.embedded.servers import ValkeyServer, command_of, for_cluster, free_port
 from tidegate.limiter import PoolPolicy
@@ -56,6 +58,10 @@ LEASE_MS = 10_000
 UPTIME_MS = 1_000_000
 HARD_MS = 600_000
 EXPECTED_MS = 200
+# Of fewer processes the memory is lost in that of Valkey's own buffers.
+_ENOUGH = 500
+# Of so many flows a process speaks in one call.
+_FLOWS = 15
 
 
 class Peer:
@@ -173,6 +179,10 @@ def server_us(client: redis.Redis) -> float:
     return (float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])) * 1_000_000
 
 
+def used_bytes(client: redis.Redis) -> int:
+    return int(client.info("memory")["used_memory"])
+
+
 def longest_ms(client: redis.Redis) -> float:
     """The longest that a script has held the server, those left out that were compiled first;
     1 ms if none took longer."""
@@ -191,13 +201,25 @@ def cost_of(client: redis.Redis, peers: list[Peer], verb: str, rounds: int) -> s
     return f"{script / calls:.0f} us in the script, {server / calls:.0f} us of Valkey's CPU"
 
 
+def load_scripts(client: redis.Redis) -> None:
+    """So that what they take is no part of what is measured after them."""
+    [peer] = Pool(client, "scripts").enter(1)
+    peer.compare()
+    peer.renew()
+    peer.turn()
+    client.flushall()
+
+
 def heartbeats(client: redis.Redis, sessions: int) -> None:
     pool = Pool(client, f"beats{sessions}")
     peers = [Peer(pool, number) for number in range(sessions)]
     print(f"{sessions} processes")
+    before = used_bytes(client)
     print(f"  join: {cost_of(client, peers, 'join', 1)}")
     print(f"  first tend: {cost_of(client, peers, 'compare', 1)}")
     pool.settle(peers)
+    if sessions >= _ENOUGH:
+        print(f"  memory: {(used_bytes(client) - before) / sessions:.0f} bytes each")
     print(f"  longest of all so far: {longest_ms(client):.1f} ms")
     print(f"  tend: {cost_of(client, peers, 'compare', 2)}")
     print(f"  renew: {cost_of(client, peers, 'renew', 2)}")
@@ -209,19 +231,40 @@ def memory(client: redis.Redis, sessions: int, tenants: int, waiters: int) -> No
     peers = pool.enter(sessions)
     pool.settle(peers)
     flows = max(1, tenants * 10 // sessions) if sessions > 1 else tenants
-    before = int(client.info("memory")["used_memory"])
+    before = used_bytes(client)
     each = waiters // sessions
     for number, peer in enumerate(peers):
         own = [f"tenant{(number + k) % tenants}" for k in range(flows)]
         for first in range(0, each, 1000):
             some = range(first, min(first + 1000, each))
             pool.enqueue(peer, [own[k % len(own)] for k in some])
-    used = int(client.info("memory")["used_memory"]) - before
+    used = used_bytes(client) - before
     queues = list(client.scan_iter(match=f"{pool.keys.prefix}queue:*", count=10_000))
     waiting = sum(int(client.zcard(queue)) for queue in queues)
     print(
         f"{waiting} waiters of {tenants} tenants in {sessions} processes, {len(queues)} queues: "
         f"{used / 1_000_000:.1f} MB, {used / waiting:.0f} bytes each"
+    )
+
+
+def limits(client: redis.Redis, tenants: int) -> None:
+    """Each tenant has a concurrency and a rate of its own; then a call of each is in flight."""
+    pool = Pool(client, f"limits{tenants}")
+    pool.policy = tenants_policy(tenants)
+    empty = used_bytes(client)
+    [peer] = pool.enter(1)
+    known = used_bytes(client)
+    lanes = [(f"tenant:{number}", f"rpm:{number}") for number in range(tenants)]
+    flows = [flow_of(2, f"tenant{number}", lane) for number, lane in enumerate(lanes)]
+    for first in range(0, tenants, _FLOWS):
+        some = flows[first : first + _FLOWS]
+        members = [f"{first + at}|{HARD_MS}|{EXPECTED_MS}|" for at in range(1, len(some) + 1)]
+        peer.say("sync", flows=some, enqueues=[*enumerate(members, 1)])
+        peer.renew()
+    used = used_bytes(client) - known
+    print(
+        f"{tenants} tenants with two limits each: {(known - empty) / tenants:.0f} bytes a tenant, "
+        f"{used / tenants:.0f} more with a call of each in flight"
     )
 
 
@@ -343,6 +386,21 @@ async def log_statements(url: str, how: str) -> None:
         await connection.close()
 
 
+async def connections(url: str) -> int:
+    """Of clients to PostgreSQL, without the one that asks."""
+    connection = await asyncpg.connect(url)
+    try:
+        count = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+        return int(await connection.fetchval(count)) - 1
+    finally:
+        await connection.close()
+
+
+def valkeys(client: redis.Redis) -> int:
+    """Connections to Valkey, without the one that asks."""
+    return len(client.client_list()) - 1
+
+
 def commands_of(client: redis.Redis) -> Counter[str]:
     stats = client.info("commandstats")
     return Counter(
@@ -391,6 +449,9 @@ def cost_of_idling(data_dir: Path, pid: int, seconds: float) -> None:
     asyncio.run(log_statements(url, "all"))
     time.sleep(1.0)
     began, size = commands_of(client), log.stat().st_size
+    print(
+        f"  connections: {asyncio.run(connections(url))} of PostgreSQL, {valkeys(client)} of Valkey"
+    )
     cpu_before, wakes_before = {p: cpu_s(p) for p in roles}, {p: wakes(p) for p in roles}
     time.sleep(seconds)
     per_minute = 60 / seconds
@@ -434,6 +495,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1000)
     parser.add_argument("--tenants", type=int, default=1000)
     parser.add_argument("--waiters", type=int, default=100_000)
+    parser.add_argument("--limits", type=int, default=10_000, help="tenants with limits")
     parser.add_argument("--idle", type=float, metavar="SECONDS", help="cost of an idle deployment")
     size = parser.parse_args()
     if size.idle is not None:
@@ -446,12 +508,15 @@ def main() -> None:
         client.config_set("slowlog-log-slower-than", 1000)
         client.config_set("slowlog-max-len", 1000)
         try:
+            load_scripts(client)
             for sessions in (min(100, size.processes), size.processes):
                 heartbeats(client, sessions)
                 client.flushall()
             memory(client, 1, 1, size.waiters)
             client.flushall()
             memory(client, size.processes, size.tenants, size.waiters)
+            client.flushall()
+            limits(client, size.limits)
             client.flushall()
             pushes(client)
         finally:

@@ -69,7 +69,7 @@ class Refusals:
         )
 
 
-class _Admission(asyncio.Future[Holding]):
+class Admission(asyncio.Future[Holding]):
     """Calls back when a call has its permit: no task waits for it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[Holding], None]) -> None:
@@ -163,7 +163,7 @@ class SimulatedLoad(Playback):
             process._kick()
             self._ask(process, tenant, band)
 
-        process.queue._new_future = lambda: _Admission(self.loop, admitted)
+        process.queue._new_future = lambda: Admission(self.loop, admitted)
         waiter = process.queue.ask(
             flow,
             amounts=flow.amounts(demand),
