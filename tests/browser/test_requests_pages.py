@@ -9,7 +9,6 @@ import asyncio
 import os
 import re
 import shlex
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from csv import reader
@@ -26,12 +25,22 @@ from playwright.async_api import Page, Route, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.browser.pictures import DRAWS, MARKS
+from tests.browser.playground import (
+    FRAMED,
+    OPTIONS,
+    SYNTAX,
+    an_upstream_is_named,
+    code_runs,
+    more_dialects,
+)
 from tests.browser.stage import ARGUMENTS, CHROMIUM, Colours, Stage, opened
 from tests.databases import Databases
-from tests.gateway import KEY, PNG, gateway
+from tests.gateway import PNG, gateway
 from tests.waiting import wait_until
 from tidegate.call import Scope
+from tidegate.dialects.bedrock import BEDROCK
 from tidegate.embedded.servers import ValkeyServer
+from tidegate.record import frame
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -358,79 +367,27 @@ async def test_try_it_streams_text_takes_files_and_shows_pictures(
 
 
 PAGES = ("Playground", "Requests")
-SYNTAX = "code => void new (async () => {}).constructor(code.replaceAll(/^import .*$/gm, ''))"
 
 
-@asynccontextmanager
-async def more_dialects(stage: Stage) -> AsyncIterator[None]:
-    """Upstreams for OpenAI's, Anthropic's and Bedrock's APIs, until the end of the block."""
-    running, headers = stage.gateway, {"x-api-key": stage.key}
-    tables: dict[str, dict[str, Any]] = {
-        "gpt": {"dialect": "openai", "base_url": f"{running.upstream.url}/v1"},
-        "claude": {"dialect": "anthropic", "base_url": running.upstream.url},
-        "nova": {"dialects": {"bedrock": running.upstream.url}},
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMULATED_KEY", KEY)
-        for name, table in tables.items():
-            table |= {"key": "EMULATED_KEY", "models": [f"{name}-5", f"{name}-6"]}
-            table |= {"prices": {"*": {"input": 1, "output": 5}}}
-            url, body = f"{running.url}/admin/upstreams/{name}", {"table": table, "test": False}
-            async with running.http.put(url, json=body, headers=headers) as answer:
-                assert answer.status == 200, await answer.text()
-        yield
-        for name in tables:
-            url = f"{running.url}/admin/upstreams/{name}?force=true"
-            async with running.http.delete(url, headers=headers) as answer:
-                assert answer.status == 200, await answer.text()
-
-
-async def output_of(*command: str, folder: Path, key: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        cwd=folder,
-        env={**os.environ, "TIDEGATE_API_KEY": key},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    return out.decode()
-
-
-# Python and TypeScript of a call with all options, in each API: as a tenant, and with a bound.
-OPTIONS = """async () => {
-    const at = (file) => import(new URL(`static/pages/${file}`, document.baseURI));
-    const { APIS } = await at("try_dialects.js");
-    const [{ callOf }, { codeOf }] = [await at("try_answer.js"), await at("try_code.js")];
-    const [system, priority, deadline_ms] = ["Be \\"brief\\"", 5, 900];
-    const options = { tenant: "acme", system, most: 100, priority, deadline_ms };
-    return Object.keys(APIS).map((api) => {
-        const call = callOf({ api, text: "Hi", files: [], options }, "m-1", []);
-        return [api, codeOf("curl", call), codeOf("python", call), codeOf("typescript", call)];
-    });
-}"""
-
-
-async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
-    """The code that the page shows does what the page did; none of it has a key in it."""
-    code = page.get_by_role("region", name="Code")
-    for language, begin in (("curl", ("bash", "-c")), ("Python", (sys.executable, "-c"))):
-        await page.get_by_role("button", name=language, exact=True).click()
-        text = await code.inner_text()
-        assert stage.key not in text
-        assert "TIDEGATE_API_KEY" in text
-        out = await output_of(*begin, text, folder=folder, key=stage.key)
-        if language == "curl":  # which prints what comes: JSON, and of a job its id
-            said_there = orjson.dumps(said)[1:-1].decode() in out
-            assert said_there or '"status_url":' in out, (text, out)
-        else:
-            assert said in out, (text, out)
-    await page.get_by_role("button", name="TypeScript").click()
-    assert stage.key not in await code.inner_text()
-    blank = await page.context.new_page()
-    await blank.evaluate(SYNTAX, await code.inner_text())
-    await blank.close()
+async def test_messages_in_awss_framing_are_read_in_whatever_pieces_they_come(
+    stage: Stage,
+) -> None:
+    delta = {"delta": {"text": "“Ebbe” und Flut"}}
+    kind = {":content-type": "application/json", ":message-type": "event"}
+    assert BEDROCK.error_frame is not None
+    stream = [
+        BEDROCK.keep_alive,
+        frame({**kind, ":event-type": "contentBlockDelta"}, orjson.dumps(delta)),
+        BEDROCK.error_frame({"__type": "ThrottlingException", "message": "too many"}),
+    ]
+    async with opened(stage, "/try") as seen:
+        for size in (1, 7, 100_000):
+            read = await seen.page.evaluate(FRAMED, [list(b"".join(stream)), size])
+            assert read == [
+                ["waiting", None, {}],
+                ["contentBlockDelta", None, delta],
+                ["throttlingException", "too many", {"message": "too many"}],
+            ], size
 
 
 async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
@@ -481,6 +438,9 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
             if len(prompts) > 1:
                 await expect(page.locator(".try-turns li")).to_have_count(2)
             await code_runs(stage, page, f"You asked: “{prompts[-1]}”", tmp_path)
+            await expect(page.locator(".try-figures dd").nth(5)).to_have_text(
+                {"claude-5": "claude", "nova-5": "nova", "gpt-5": "gpt"}.get(model, "gemini")
+            )
         # Two models side by side, each with its own turns.
         await page.get_by_role("button", name="New conversation").click()
         await page.get_by_label("Prompt").fill("What is a tidal gate for?")
@@ -515,6 +475,7 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
             assert await seen.is_within(), width
             await seen.is_accessible()
             await page.screenshot(path=tmp_path / f"try-{width}.png", full_page=True)
+        await an_upstream_is_named(page)
         # What is wrong is said where it is put right.
         await page.get_by_label("Model", exact=True).fill("")
         await page.get_by_label("Prompt").fill("Hello?")

@@ -125,3 +125,49 @@ function parsed(block) {
   }
   return found.data === null ? null : found;
 }
+
+const PRELUDE = 12; // lengths of the message and of its headers, and a checksum: 4 bytes each
+const TEXT = 7; // the type of a header's value that is a text; no other is sent in a stream of a model
+
+/** The messages of a response in AWS's framing, `{ type, problem, data }`; `data` is their JSON. What TLS and TCP check is not checked again. */
+export async function* framed(response) {
+  const reader = response.body.getReader();
+  let rest = new Uint8Array();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const bytes = new Uint8Array(rest.length + value.length);
+      bytes.set(rest);
+      bytes.set(value, rest.length);
+      let at = 0;
+      const view = new DataView(bytes.buffer);
+      while (bytes.length - at >= PRELUDE && bytes.length - at >= view.getUint32(at)) {
+        const [size, named] = [view.getUint32(at), view.getUint32(at + 4)];
+        const data = bytes.subarray(at + PRELUDE + named, at + size - 4);
+        yield messageOf(headersIn(bytes.subarray(at + PRELUDE, at + PRELUDE + named)), JSON.parse(new TextDecoder().decode(data)));
+        at += size;
+      }
+      rest = bytes.subarray(at);
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+function headersIn(bytes) {
+  const text = (from, size) => new TextDecoder().decode(bytes.subarray(from, from + size));
+  const found = {};
+  for (let at = 0; at < bytes.length && bytes[at + 1 + bytes[at]] === TEXT; ) {
+    const value = at + 2 + bytes[at]; // its length, in two bytes
+    const size = bytes[value] * 256 + bytes[value + 1];
+    found[text(at + 1, bytes[at])] = text(value + 2, size);
+    at = value + 2 + size;
+  }
+  return found;
+}
+
+function messageOf(headers, data) {
+  if (headers[":message-type"] === "event") return { type: headers[":event-type"], data };
+  return { type: headers[":exception-type"], problem: data.message ?? headers[":exception-type"] ?? "The stream ended in an error.", data };
+}

@@ -12,6 +12,9 @@ import { APIS, readFile } from "./try_dialects.js";
 const MOST_FILES = 10;
 const LOOKED_BACK_DAYS = 30;
 const DAY_MS = 86_400_000;
+const ANY = "Chosen by Tidegate";
+const OF_PROMPTS = ["gemini", "openai", "anthropic"]; // dialects that a prompt can be sent in
+const CLOSED = ["drained", "draining", "missing"]; // states of upstreams that take no new calls
 const EXAMPLES = [
   "Explain in three sentences what a tidal gate is for.",
   "Generate an image of a lighthouse at dusk.",
@@ -26,7 +29,7 @@ export async function open(main, { signal }) {
   const files = filesPicker();
   const text = textField();
   const more = options(asksFor);
-  const target = targetOf(upstreams.upstreams, used, apiChosen);
+  const target = targetOf(upstreams.upstreams.filter((one) => !CLOSED.includes(one.state)), used, apiChosen);
   const go = h("button", { class: "button main", type: "submit" }, "Send");
   const stop = h("button", { class: "button", type: "button", hidden: true }, "Stop");
   const again = h("button", { class: "button", type: "button", hidden: true }, "New conversation");
@@ -134,29 +137,49 @@ async function usedModels(signal) {
   return rows.filter((one) => one.model).toSorted((a, b) => b.requests - a.requests).map((one) => one.model);
 }
 
-/** By which API, and which one or two models: `fields`, `api()`, `models()`. */
+/** By which API, which upstream, and which one or two models: `fields`, `api()`, `models()`. */
 function targetOf(upstreams, used, changed) {
   const servedBy = (dialect) => upstreams.filter((one) => Object.hasOwn(one.base_urls, dialect));
   const apis = Object.entries(APIS).filter(([, { dialect }]) => dialect === null || servedBy(dialect).length > 0);
   const api = field("api", "API", { options: Object.fromEntries(apis.map(([name, { words }]) => [name, words])) });
+  const upstream = field("upstream", "Upstream", { options: { "": ANY } });
   const list = h("datalist", { id: "try-models" });
   const model = field("model", "Model", { list: "try-models", spellcheck: "false" });
   const second = field("second", "Compare with", { list: "try-models", spellcheck: "false", placeholder: "a second model" });
   const dialect = () => APIS[api.value()].dialect;
 
+  const ofPrompts = upstreams.filter((one) => OF_PROMPTS.some((dialect) => Object.hasOwn(one.base_urls, dialect)));
+  const among = () => (dialect() === null ? ofPrompts : servedBy(dialect()));
+
+  /** The upstreams that a model can go to: those that name it, else those that take any. */
+  function serving(name) {
+    const naming = among().filter((one) => one.models.some((pattern) => pattern !== "*" && isLike(pattern, name)));
+    return (naming.length ? naming : among().filter((one) => one.models.includes("*"))).map((one) => one.name);
+  }
+
+  /** Whether a call of the model can go where it is to go: an upstream is called for sure where no other serves the model. */
+  const isFor = (chosen) => (name) => {
+    const names = serving(name);
+    return names.length > 0 && (chosen === "" || (names.length === 1 && names[0] === chosen));
+  };
+
   function show() {
-    const among = dialect() === null ? upstreams : servedBy(dialect());
-    const patterns = among.flatMap((one) => one.models);
-    const named = patterns.filter((one) => !one.includes("*"));
-    const fits = (name) => patterns.some((one) => new RegExp(`^${one.split("*").map(RegExp.escape ?? escaped).join(".*")}$`).test(name));
-    const known = [...new Set([...named, ...used.filter(fits)])];
+    const names = among().map((one) => one.name);
+    const chosen = names.includes(upstream.value()) ? upstream.value() : "";
+    const choices = { "": ANY, ...Object.fromEntries(names.map((name) => [name, name])) };
+    fill(upstream.input, Object.entries(choices).map(([value, words]) => h("option", { value, selected: value === chosen }, words)));
+    const named = among().flatMap((one) => one.models).filter((one) => !one.includes("*"));
+    const known = [...new Set([...named, ...used])].filter(isFor(chosen));
     fill(list, known.map((value) => h("option", { value })));
-    mark(model.input, "placeholder", dialect() === null ? "the one set for the kind" : (known[0] ?? "required"));
-    if (dialect() !== null && !model.value() && known.length) model.input.value = known[0];
+    const isNeeded = dialect() !== null || chosen !== "";
+    mark(model.input, "placeholder", isNeeded ? (known[0] ?? "required") : "the one set for the kind");
+    if (chosen !== "" && !isFor(chosen)(model.value())) model.input.value = "";
+    if (isNeeded && !model.value() && known.length) model.input.value = known[0];
     model.complain("");
+    second.complain("");
     const own = { prompt: "Each prompt is asked alone.", job: "Each prompt is asked alone." }[api.value()] ?? "Remembers the turns.";
     api.complain("");
-    fill(says, `${own} Upstreams: ${among.map((one) => one.name).join(", ")}.`);
+    fill(says, chosen === "" ? `${own} Upstreams: ${names.join(", ")}.` : `${own} Offered are the models that ${chosen} alone serves: their calls go there.`);
   }
 
   const says = h("p", { class: "quiet-text try-served" });
@@ -164,21 +187,38 @@ function targetOf(upstreams, used, changed) {
     show();
     changed();
   });
+  upstream.input.addEventListener("change", show);
   show();
   return {
-    fields: [api, model, second],
-    element: h("div", { class: "try-target" }, api.element, model.element, second.element, list, says),
+    fields: [api, upstream, model, second],
+    element: h("div", { class: "try-target" }, api.element, upstream.element, model.element, second.element, list, says),
     api: () => api.value(),
     models: () => [model.value(), second.value()].filter((one, at) => at === 0 || one),
     isSound() {
-      if (dialect() === null || model.value()) return true;
-      model.complain("Name a model: this API has no usual one.");
-      model.input.focus();
-      return false;
+      const chosen = upstream.value();
+      for (const one of [model, second].filter((field, at) => at === 0 || field.value())) {
+        const wrong = wrongModel(one.value(), chosen, dialect() === null, serving);
+        if (!wrong) continue;
+        one.complain(wrong);
+        one.input.focus();
+        return false;
+      }
+      return true;
     },
   };
 }
 
+/** Why a call of the model can't be sent where it is to go; empty: it can. */
+function wrongModel(name, chosen, hasUsual, serving) {
+  if (!name && chosen === "") return hasUsual ? "" : "Name a model: this API has no usual one.";
+  if (!name) return `Name a model that ${chosen} alone serves.`;
+  if (chosen === "") return "";
+  const others = serving(name).filter((one) => one !== chosen);
+  if (others.length) return `${others.join(", ")} ${others.length > 1 ? "serve" : "serves"} it too: the call could go there.`;
+  return serving(name).length ? "" : `${chosen} does not serve it.`;
+}
+
+const isLike = (pattern, name) => new RegExp(`^${pattern.split("*").map(RegExp.escape ?? escaped).join(".*")}$`).test(name);
 const escaped = (text) => text.replaceAll(/[.+?^${}()|[\]\\]/g, "\\$&");
 
 function textField() {

@@ -1,6 +1,6 @@
 // One side of the playground: a conversation with a model, its answer as it comes, and its figures.
 
-import { address, events, get, Problem } from "../api.js";
+import { address, events, framed, get, Problem } from "../api.js";
 import { fill, h, mark, say } from "../dom.js";
 import { count, length, money, NOTHING } from "../format.js";
 import * as session from "../session.js";
@@ -12,7 +12,7 @@ import { APIS } from "./try_dialects.js";
 const LOOK_MS = 700;
 const LOOKS = 20; // for what a call has cost, which is on record soon after its end
 const FIELDS = ["type", "model", "image_uri", "priority", "deadline_ms"];
-const FIGURES = { first: "First token", duration: "Duration", waited: "Waited", tokens: "Tokens in, out", cost: "Cost" };
+const FIGURES = { first: "First token", duration: "Duration", waited: "Waited", tokens: "Tokens in, out", cost: "Cost", upstream: "Upstream" };
 
 /** What is sent: `{ api, model, body, headers, files }`, headers beside the key. `turns` came before. */
 export function callOf(asked, model, turns) {
@@ -144,9 +144,10 @@ async function asking(asked, call, accept, signal) {
   const key = asked.options.key || session.key();
   if (key) headers.Authorization = `Bearer ${key}`;
   const body = payload(asked, call, headers);
+  const pathOf = APIS[call.api].streamed ?? APIS[call.api].path;
   let response;
   try {
-    response = await fetch(address(APIS[call.api].path(call.model)), { method: "POST", headers, body, signal, cache: "no-store", credentials: "same-origin" });
+    response = await fetch(address(pathOf(call.model)), { method: "POST", headers, body, signal, cache: "no-store", credentials: "same-origin" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({ detail: "The gateway does not answer.", code: "away" });
@@ -167,6 +168,7 @@ async function admitted(asked, call, accept, show, signal) {
     const response = await asking(asked, call, accept, signal);
     const waited = Number(response.headers.get("x-tidegate-queue-ms"));
     show.figure("waited", length(waited));
+    show.figure("upstream", response.headers.get("x-tidegate-upstream") ?? NOTHING);
     show.say(`Started after ${length(waited)}.`, "live");
     return { response, began, id: response.headers.get("x-tidegate-request-id") };
   } finally {
@@ -175,8 +177,9 @@ async function admitted(asked, call, accept, show, signal) {
 }
 
 async function native(asked, call, show, signal) {
-  const { isWhole, read } = APIS[call.api];
-  const { response, began, id } = await admitted(asked, call, isWhole ? "application/json" : "text/event-stream", show, signal);
+  const { streamed: isFramed, read } = APIS[call.api];
+  const accept = isFramed ? "application/vnd.amazon.eventstream" : "text/event-stream";
+  const { response, began, id } = await admitted(asked, call, accept, show, signal);
   show.link(id);
   const since = () => performance.now() - began;
   const usage = {};
@@ -192,7 +195,7 @@ async function native(asked, call, show, signal) {
     pictures.forEach(show.drawn);
     Object.assign(usage, counts);
   };
-  if (isWhole) take(await response.json());
+  if (isFramed) for await (const { type, problem, data } of framed(response)) take({ [type]: data, problem });
   else for await (const { data } of events(response)) if (data !== "[DONE]") take(JSON.parse(data));
   show.figure("duration", length(since()));
   show.figure("tokens", `${count(usage.input)}, ${count(usage.output)}`);
@@ -234,12 +237,14 @@ const fileOf = (id, picture) => `admin/requests/${id}/files/${picture.url.split(
 const tokensOf = (usage) =>
   usage?.input_tokens === undefined || usage.input_tokens === null ? NOTHING : `${count(usage.input_tokens)}, ${count(usage.output_tokens)}`;
 
-/** What it has cost, once the record has it. */
+/** Which upstream was called and what it has cost, once the record has it. */
 async function recorded(id, show, signal) {
   try {
     for (let look = 0; look < LOOKS; look += 1) {
       const { items } = await get("admin/requests", { query: { id }, signal });
-      if (items.length && !isOpen(items[0])) return told((await get(`admin/requests/${id}`, { signal })).request, show);
+      const isRecorded = items.length && !isOpen(items[0]);
+      if (isRecorded) show.figure("upstream", items[0].upstream ?? NOTHING);
+      if (isRecorded) return told((await get(`admin/requests/${id}`, { signal })).request, show);
       await pause(LOOK_MS, signal);
     }
   } catch (error) {
@@ -319,7 +324,7 @@ async function handedIn(asked, call, show, signal) {
       show.figure("waited", length(request.queue_ms));
       show.figure("duration", length(performance.now() - began));
       show.figure("tokens", tokensOf(request.usage));
-      told(request, show);
+      recorded(id, show, signal);
       return;
     }
     show.say(jobState(view), request.status === "running" ? "live" : "waiting");

@@ -78,8 +78,8 @@ const usageOf = (input, output) => (input === undefined ? {} : { input, output }
 
 /**
  * Each API: `words`, its `dialect` (null: Tidegate's own), `path(model)`, `body(model, turns, more)`
- * and `read(data)`: of an event or of the whole answer `{ text, pictures, input, output, problem }`.
- * `turns` are `{ role, text, files }`. headers: those that an SDK adds itself. isWhole: its answer is one JSON object.
+ * and `read(data)`: of an event `{ text, pictures, input, output, problem }`. `turns` are `{ role, text, files }`.
+ * headers: those that an SDK adds itself. streamed(model): the path of its stream, where that is another one, in AWS's framing.
  */
 export const APIS = {
   prompt: { words: "Prompt, streamed", dialect: null, path: () => "/stream" },
@@ -163,17 +163,17 @@ export const APIS = {
   converse: {
     words: "Bedrock Converse",
     dialect: "bedrock",
-    isWhole: true,
     path: (model) => `/model/${encodeURIComponent(model)}/converse`,
+    streamed: (model) => `/model/${encodeURIComponent(model)}/converse-stream`,
     body: (_model, turns, { system, most }) => ({
       messages: turns.map((one) => ({ role: one.role, content: converseContent(one) })),
       ...(system ? { system: [{ text: system }] } : {}),
       ...(most ? { inferenceConfig: { maxTokens: most } } : {}),
     }),
-    read: ({ output, usage, message }) => ({
-      text: output?.message?.content?.map((one) => one.text ?? "").join(""),
-      ...usageOf(usage?.inputTokens, usage?.outputTokens),
-      problem: message,
+    read: ({ contentBlockDelta, metadata, problem }) => ({
+      text: contentBlockDelta?.delta?.text,
+      ...usageOf(metadata?.usage?.inputTokens, metadata?.usage?.outputTokens),
+      problem,
     }),
   },
 };

@@ -1,0 +1,127 @@
+"""Helpers of the playground's tests: upstreams, scripts for the page, and the code it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.browser.stage import Stage
+from tests.gateway import KEY
+
+SYNTAX = "code => void new (async () => {}).constructor(code.replaceAll(/^import .*$/gm, ''))"
+# Python and TypeScript of a call with all options, in each API: as a tenant, and with a bound.
+OPTIONS = """async () => {
+    const at = (file) => import(new URL(`static/pages/${file}`, document.baseURI));
+    const { APIS } = await at("try_dialects.js");
+    const [{ callOf }, { codeOf }] = [await at("try_answer.js"), await at("try_code.js")];
+    const [system, priority, deadline_ms] = ["Be \\"brief\\"", 5, 900];
+    const options = { tenant: "acme", system, most: 100, priority, deadline_ms };
+    return Object.keys(APIS).map((api) => {
+        const call = callOf({ api, text: "Hi", files: [], options }, "m-1", []);
+        return [api, codeOf("curl", call), codeOf("python", call), codeOf("typescript", call)];
+    });
+}"""
+
+# Messages of bytes that come in pieces of a size, as the page reads them.
+FRAMED = """async ([bytes, size]) => {
+    const { framed } = await import(new URL("static/api.js", document.baseURI));
+    const cut = (at) => Uint8Array.from(bytes.slice(at, at + size));
+    let at = 0;
+    const pull = (way) => (at < bytes.length ? way.enqueue(cut((at += size) - size)) : way.close());
+    const read = [];
+    for await (const { type, problem, data } of framed(new Response(new ReadableStream({ pull }))))
+        read.push([type, problem ?? null, data]);
+    return read;
+}"""
+
+
+@asynccontextmanager
+async def more_dialects(stage: Stage) -> AsyncIterator[None]:
+    """Upstreams for OpenAI's, Anthropic's and Bedrock's APIs, until the end of the block."""
+    running, headers = stage.gateway, {"x-api-key": stage.key}
+    tables: dict[str, dict[str, Any]] = {
+        "gpt": {"dialect": "openai", "base_url": f"{running.upstream.url}/v1"},
+        "claude": {"dialect": "anthropic", "base_url": running.upstream.url},
+        "nova": {"dialects": {"bedrock": running.upstream.url}},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMULATED_KEY", KEY)
+        for name, table in tables.items():
+            table |= {"key": "EMULATED_KEY", "models": [f"{name}-5", f"{name}-6"]}
+            table |= {"prices": {"*": {"input": 1, "output": 5}}}
+            url, body = f"{running.url}/admin/upstreams/{name}", {"table": table, "test": False}
+            async with running.http.put(url, json=body, headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+        yield
+        for name in tables:
+            url = f"{running.url}/admin/upstreams/{name}?force=true"
+            async with running.http.delete(url, headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+
+
+async def output_of(*command: str, folder: Path, key: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=folder,
+        env={**os.environ, "TIDEGATE_API_KEY": key},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
+async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
+    """The code that the page shows does what the page did; none of it has a key in it."""
+    code = page.get_by_role("region", name="Code")
+    for language, begin in (("curl", ("bash", "-c")), ("Python", (sys.executable, "-c"))):
+        await page.get_by_role("button", name=language, exact=True).click()
+        text = await code.inner_text()
+        assert stage.key not in text
+        assert "TIDEGATE_API_KEY" in text
+        out = await output_of(*begin, text, folder=folder, key=stage.key)
+        if language == "curl":  # which prints what comes: JSON, and of a job its id
+            said_there = orjson.dumps(said)[1:-1].decode() in out
+            assert said_there or '"status_url":' in out, (text, out)
+        else:
+            assert said in out, (text, out)
+    await page.get_by_role("button", name="TypeScript").click()
+    assert stage.key not in await code.inner_text()
+    blank = await page.context.new_page()
+    await blank.evaluate(SYNTAX, await code.inner_text())
+    await blank.close()
+
+
+async def an_upstream_is_named(page: Page) -> None:
+    """Only models are offered, and sent, that no other upstream serves."""
+    upstream, model = page.get_by_label("Upstream"), page.get_by_label("Model", exact=True)
+    await page.get_by_label("Compare with").fill("")
+    choices = await upstream.locator("option").all_inner_texts()
+    assert choices == ["Chosen by Tidegate", "gemini", "gpt"]
+    await page.get_by_label("API", exact=True).select_option("prompt")
+    await expect(upstream.locator("option")).to_have_count(4)
+    await upstream.select_option("claude")
+    await expect(model).to_have_value("claude-5")
+    offered = page.locator("#try-models option")
+    names = await offered.evaluate_all("all => all.map((one) => one.value)")
+    assert sorted(names) == ["claude-5", "claude-6"]
+    await model.fill("gpt-5")
+    await page.get_by_label("Prompt").fill("Explain where the tide goes")
+    await page.get_by_role("button", name="Send").click()
+    await expect(page.get_by_text("gpt serves it too")).to_be_visible()
+    await model.fill("claude-6")
+    await page.get_by_role("button", name="Send").click()
+    await expect(page.locator(".try-state").first).to_contain_text("Done")
+    await expect(page.locator(".try-figures dd").nth(5)).to_have_text("claude")
+    await page.get_by_label("API", exact=True).select_option("chat")
+    await expect(upstream).to_have_value("")
