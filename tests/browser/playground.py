@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import orjson
@@ -96,10 +98,15 @@ async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
         else:
             assert said in out, (text, out)
     await page.get_by_role("button", name="TypeScript").click()
-    assert stage.key not in await code.inner_text()
+    text = await code.inner_text()
+    assert stage.key not in text
     blank = await page.context.new_page()
-    await blank.evaluate(SYNTAX, await code.inner_text())
+    await blank.evaluate(SYNTAX, text)
     await blank.close()
+    node, needs = which("node"), re.findall(r'^import .* from "(.+)";$', text, re.MULTILINE)
+    if node and all(one.startswith("node:") for one in needs):  # no SDK, which npm would install
+        command = (node, "--input-type=module", "--eval", text)
+        assert said in await output_of(*command, folder=folder, key=stage.key), text
 
 
 async def an_upstream_is_named(page: Page) -> None:
