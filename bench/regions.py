@@ -335,14 +335,16 @@ class Region(Playback):
             self._request()
             return
         lasts_ms = self._terms.region_lease_ms - self._terms.counts_ms - IN_FORCE_MS
-        self._stops_at_ms = asked_ms + lasts_ms
-        self.after(max(0.0, self._stops_at_ms - self.now_ms), self._stop_in_time)
-        if self.now_ms < self._stops_at_ms:
+        stops_at_ms = self._stops_at_ms = asked_ms + lasts_ms
+        if self.now_ms < stops_at_ms:
             self._admit_by(answer.share)
+        in_ms = max(0.0, stops_at_ms - self.now_ms)
+        self.after(in_ms, lambda: self._stop_in_time(stops_at_ms))
 
-    def _stop_in_time(self) -> None:
-        if self.now_ms >= self._stops_at_ms:
-            self._admit_by(min(self.share, self._terms.safe))
+    def _stop_in_time(self, stops_at_ms: float) -> None:
+        """Unless there is a later lease."""
+        if stops_at_ms == self._stops_at_ms:
+            self._admit_by(self._terms.safe)
 
     def _admit_by(self, share: int) -> None:
         if share == self.share:

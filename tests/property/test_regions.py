@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bench.regions import (
@@ -30,6 +30,7 @@ MORE_THAN_ENOUGH = dict.fromkeys(NAMES, 8)
 FAULTS_END_MS = 70_000.0
 STEADY = [(0.0, MORE_THAN_ENOUGH)]
 LONG_MS = 8_000
+SLOW = (0.999,) * 4
 # A region with nearly all of the limit is cut off before the others want it.
 CUT_OFF = Course(
     [(0.0, {"a": 8}), (10_500.0, {"b": 8, "c": 8})], [Cut("a", 10_000, 100_000)], call_ms=LONG_MS
@@ -75,6 +76,7 @@ def running(
 
 # A thousand examples take half a minute of a core.
 @pytest.mark.timeout(600)
+@example(CALLS, Course(STEADY, [Cut("a", 5_693, 25_713, "to the coordinator")], clocks=SLOW), 0)
 @given(st.sampled_from([*TERMS.values()]), courses, st.integers(0, 99))
 def test_the_account_is_never_over_its_limit(terms: LeaseTerms, course: Course, seed: int) -> None:
     with running(terms, course, seed) as world:
