@@ -340,7 +340,7 @@ async def find_why_monday_was_slow(
 
 async def see_a_sample_of_monday(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour of which few requests were read is not judged, and counts are marked as estimates."""
-    monkeypatch.setattr(own_requests, "latency_by_hour", partial(latency_by_hour, most_pages=4))
+    monkeypatch.setattr(own_requests, "latency_by_hour", partial(latency_by_hour, most_pages=30))
     await page.reload()
     await expect(page.get_by_text(re.compile(r"^From \d+ of about \d+ requests"))).to_be_visible()
     await expect(page.get_by_role("region", name="Why")).to_contain_text("As usual")
