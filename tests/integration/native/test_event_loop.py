@@ -43,7 +43,7 @@ QUICK = frozenset(
     (
         *("len", "isinstance", "type", "id", "next", "dict", "str.isascii", "bytes.startswith"),
         *("dict.get", "dict.pop", "dict.keys", "dict.values", "dict.items"),
-        *("list.append", "list.pop", "frozenset.isdisjoint"),
+        *("list.append", "list.pop", "list.clear", "frozenset.isdisjoint"),
     )
 )
 

@@ -57,13 +57,14 @@ BODIES: dict[str, tuple[Callable[[], bytes], int]] = {
     "a larger one": (lambda: chat(b'"max_tokens":%d' % 10**30), 200),
     "a negative one": (lambda: chat(b'"max_tokens":-5,"n":-5'), 200),
     "a small exponent": (lambda: chat(b'"temperature":1e-400,"max_tokens":1e308'), 200),
-    "a million names": (
-        lambda: chat(b'"a":{' + b",".join(b'"k%d":1' % n for n in range(1_000_000)) + b"}"),
+    "240,000 names": (
+        lambda: chat(b'"a":{' + b",".join(b'"k%d":1' % n for n in range(240_000)) + b"}"),
         200,
     ),
-    "a million texts": (lambda: chat(b'"messages":[' + b'"x",' * 1_000_000 + b'"y"]'), 200),
-    "a million models": (
-        lambda: chat(b'"messages":[' + b'{"model":"x"},' * 300_000 + b'"y"]'),
+    "490,000 texts": (lambda: chat(b'"messages":[' + b'"x",' * 490_000 + b'"y"]'), 200),
+    "a million texts": (lambda: chat(b'"messages":[' + b'"x",' * 1_000_000 + b'"y"]'), 413),
+    "160,000 models": (
+        lambda: chat(b'"messages":[' + b'{"model":"x"},' * 160_000 + b'"y"]'),
         200,
     ),
     "20 MB of one text": (lambda: chat(b'"messages":["' + b"x" * 20_000_000 + b'"]'), 200),
@@ -87,11 +88,11 @@ BODIES: dict[str, tuple[Callable[[], bytes], int]] = {
         200,
     ),
     "more than is allowed": (lambda: chat(b'"a":"' + b"x" * 31_000_000 + b'"'), 413),
-    "100,000 files": (
+    "70,000 files": (
         lambda: post(
             path=GEMINI,
             body=b'{"contents":[{"parts":['
-            + b'{"fileData":{"fileUri":"gs://x","mimeType":"video/mp4"}},' * 100_000
+            + b'{"fileData":{"fileUri":"gs://x","mimeType":"video/mp4"}},' * 70_000
             + b'{"text":"x"}]}]}',
         ),
         200,

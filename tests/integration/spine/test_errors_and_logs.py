@@ -52,6 +52,7 @@ async def test_an_error_that_nobody_foresaw_is_a_plain_500_and_one_line(
         assert (body["code"], body["status"]) == ("internal", 500)
         assert "sensitive" not in str(body)
         assert "Traceback" not in str(body)
+    await wait_until(lambda: _named(lines(), "request_done"), 20)
     found = _named(lines(), "internal_error")
     assert len(found) == 1, found
     assert "ZeroDivisionError: sensitive words" in found[0]["exception"]

@@ -738,7 +738,7 @@ async def _upload(served: Served) -> web.StreamResponse:
 
 async def _upload_start(served: Served, key: str) -> web.Response:
     request = served.request
-    body = await served.json(_BAD_BODY) if request.can_read_body else {}
+    body = await served.json(_BAD_BODY) if await request.read() else {}
     if (into := request.path.rpartition("/")[2]).endswith(":uploadToFileSearchStore"):
         gemini_stored.find_store(served, into.partition(":")[0])
         body = {"file": body}
