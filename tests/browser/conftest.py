@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from tests.clusters import FAST, copied
+from tests.on_uvloop import pytest_asyncio_loop_factories
 from tidegate.embedded.servers import ValkeyServer
+
+__all__ = ["pytest_asyncio_loop_factories", "stores"]
 
 
 @pytest.fixture(scope="module")

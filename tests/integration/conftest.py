@@ -1,12 +1,5 @@
-"""The event loop that the product runs on."""
+"""These tests run on the event loop of production."""
 
-from __future__ import annotations
+from tests.on_uvloop import pytest_asyncio_loop_factories
 
-import asyncio
-from collections.abc import Callable, Mapping
-
-import uvloop
-
-
-def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return {"uvloop": uvloop.new_event_loop}
+__all__ = ["pytest_asyncio_loop_factories"]

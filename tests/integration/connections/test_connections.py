@@ -1,6 +1,6 @@
 """Our connections to upstreams: reused, ended, and never one answer taken for another's.
 
-On both event loops: the product runs on uvloop, most tests do not.
+On both event loops: the product runs on uvloop, and on the one of asyncio where that is not there.
 """
 
 from __future__ import annotations
