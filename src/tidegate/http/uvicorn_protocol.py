@@ -17,6 +17,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
 
@@ -386,6 +387,9 @@ class BoundedProtocol(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if not self.server_state.connections:  # nobody was there for whom the date was renewed
+            date = formatdate(usegmt=True).encode()
+            self.server_state.default_headers = [(b"date", date), *self.config.encoded_headers]
         super().connection_made(transport)
         self._extensions: dict[str, dict[object, object]] = {
             ABORT_EXTENSION: {"call": self._abort},

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from email.utils import formatdate
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +116,6 @@ class QuietServer(uvicorn.Server):
         super().__init__(config)
         self._shares = shares
         self._ended = asyncio.Event()
-        self._dates_at_accept = False
 
     def end(self) -> None:
         """Accept no more, finish what is open, and return from `serve`."""
@@ -139,21 +137,11 @@ class QuietServer(uvicorn.Server):
             app_state=self.lifespan.state,
         )
 
-        def accepted() -> asyncio.Protocol:
-            if not self.server_state.connections:
-                date = formatdate(usegmt=True).encode()
-                self.server_state.default_headers = [(b"date", date), *self.config.encoded_headers]
-            return protocol()
-
-        self._dates_at_accept = True
-        self.servers: list[Any] = [Acceptor(loop, one, accepted, most) for one in sockets]
-
-    def _is_silent(self) -> bool:
-        """Whether there is nobody to answer, and the first who comes has the date renewed."""
-        return self._dates_at_accept and not self.server_state.connections
+        self.servers: list[Any] = [Acceptor(loop, one, protocol, most) for one in sockets]
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(1 if self._is_silent() else 0):  # 0 renews the date of answers
+        # A tick 0 renews the date of answers. Where nobody is connected, the first who comes does.
+        while not await self.on_tick(0 if self.server_state.connections else 1):
             with suppress(TimeoutError):
                 async with asyncio.timeout(next_beat_s(_TICK_S)):
                     await self._ended.wait()

@@ -121,5 +121,5 @@ async def test_one_runs_at_a_time_and_ends_with_its_client(open_gateway: Opener)
     gateway.services.draining.set()
     status, problem = await third
     assert (status, problem["code"]) == (503, "shutting_down")
-    assert simulating() == []
+    await wait_until(lambda: simulating() == [], 20, "its process to end")
     assert isinstance(await asyncio.gather(first, return_exceptions=True), list)

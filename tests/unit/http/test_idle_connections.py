@@ -68,6 +68,7 @@ def _connection() -> tuple[Loop, Transport, BoundedProtocol]:
     async def app(*_: Any) -> None: ...
 
     config = SimpleNamespace(
+        encoded_headers=[],
         loaded=True,
         loaded_app=app,
         ws_protocol_class=None,
