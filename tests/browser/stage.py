@@ -21,6 +21,7 @@ ARGUMENTS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 PATIENCE_MS = 20_000
+REHEARSAL_MS = 60_000  # in a process that gives way to all others
 TEXT = "[data-limit='kind:text_only']"
 POLICY = """
 [limits]

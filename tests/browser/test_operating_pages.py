@@ -21,7 +21,16 @@ from playwright.async_api import async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.batching import begin, completed, content
-from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Colours, Seen, Stage, opened
+from tests.browser.stage import (
+    ARGUMENTS,
+    CHROMIUM,
+    POLICY,
+    REHEARSAL_MS,
+    Colours,
+    Seen,
+    Stage,
+    opened,
+)
 from tests.databases import Databases
 from tests.gateway import gateway
 from tests.rehearsal import put_on_record
@@ -435,7 +444,7 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
         await expect(form.get_by_role("status")).to_have_text("Cancelled.")
         await page.unroute("**/admin/limits/rehearse?*")
         await go.click()
-        await expect(result).to_contain_text("With kind:text_only=20")
+        await expect(result).to_contain_text("With kind:text_only=20", timeout=REHEARSAL_MS)
         await expect(result).to_contain_text("of 1,200 calls would have waited")
         await expect(result.locator(".chart canvas")).to_have_count(4)
         for name in ("Waiting, limits in force", "Waiting, with the change"):

@@ -23,7 +23,7 @@ from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.batching import begin, content
-from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Stage, opened
+from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, REHEARSAL_MS, Stage, opened
 from tests.browser.walks import Walk, as_of, midnight, slow_monday
 from tests.databases import Databases
 from tests.gateway import ENDS, gateway
@@ -279,7 +279,7 @@ async def see_what_a_limit_would_have_done(
     await walk.type(new, "20")
     await walk.click(page.get_by_role("button", name="Rehearse"))
     result = page.locator(".what-if-result")
-    await expect(result).to_contain_text("of 1,200 calls would have waited")
+    await expect(result).to_contain_text("of 1,200 calls would have waited", timeout=REHEARSAL_MS)
     await expect(result.locator(".chart canvas").first).to_be_visible()
     await walk.end(result.locator(".what-if-said"), result)
 
