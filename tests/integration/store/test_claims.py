@@ -22,7 +22,7 @@ from tidegate.store.queue import MAX_LAPSES
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
 
-LEASE_MS = 300
+LEASE_MS = 900
 FILL = """
     INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by,
         classified_reason, prompt, created_at, priority, deadline_at)
