@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import openai
 import orjson
@@ -19,9 +21,16 @@ from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 
 LIMIT = f"rpd:{MODEL}"
-SAID = (
-    f"Daily limit {LIMIT} is used up (1 of 1 requests). It resets at 00:00 America/Los_Angeles, in "
-)
+
+
+def zone_at(now: datetime) -> str:
+    """Where it is not midnight soon: a call that waits for an hour would be admitted then."""
+    usual = "America/Los_Angeles"
+    return usual if now.astimezone(ZoneInfo(usual)).hour < 22 else "Asia/Tokyo"
+
+
+ZONE = zone_at(datetime.now(UTC))
+SAID = f"Daily limit {LIMIT} is used up (1 of 1 requests). It resets at 00:00 {ZONE}, in "
 GEMINI: tuple[str, dict[str, Any]] = (
     f"/v1beta/models/{MODEL}:generateContent",
     {"contents": [{"parts": [{"text": "Say hello"}]}]},
@@ -30,7 +39,11 @@ OPENAI: tuple[str, dict[str, Any]] = (
     "/v1/chat/completions",
     {"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]},
 )
-ONE_A_DAY = f'[limits]\n"kind:text_only" = 5\n"{LIMIT}" = 1\n'
+ONE_A_DAY = f'''
+[limits]
+"kind:text_only" = 5
+"{LIMIT}" = {{ bound = 1, zone = "{ZONE}" }}
+'''
 CHAIN = """
 [upstreams.second]
 dialects = {{ gemini = "{url}" }}
@@ -38,7 +51,7 @@ key = "SECOND_KEY"
 
 [upstreams.second.limits]
 "pool:total" = 1
-"rpd:{model}" = {day}
+"rpd:{model}" = {{ bound = {day}, zone = "{zone}" }}
 
 [[routes]]
 model = "*"
@@ -63,7 +76,7 @@ async def second() -> AsyncIterator[Emulator]:
 @pytest.fixture
 def chain(policy: Path, second: Emulator, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SECOND_KEY", "key-of-the-second")
-    policy.write_text(ONE_A_DAY + CHAIN.format(url=second.url, model=MODEL, day=2))
+    policy.write_text(ONE_A_DAY + CHAIN.format(url=second.url, model=MODEL, day=2, zone=ZONE))
     return policy
 
 
