@@ -114,12 +114,12 @@ async def test_any_of_a_family_tells_of_all_and_what_died_is_still_counted(
             async def both_up() -> Values | None:
                 values = await scraped(gateway, urls[0])
                 up = of(values, "tidegate_limiter_processes", pool="gemini", state="up")
-                return values if up == 2 else None
+                queued = of(values, "tidegate_queue_seconds_count", source="relay")
+                return values if (up, queued) == (2, 5) else None
 
-            values = await wait_until(both_up, 20, "the limiter knows of both")
+            values = await wait_until(both_up, 20, "the limiter knows of both, and all is told")
             assert of(values, "tidegate_permits_held", process="api-1") == 0
             assert of(values, "tidegate_process_resident_memory_bytes", process="api-1") > 1e7
-            assert of(values, "tidegate_queue_seconds_count", source="relay") == 5
             log = tmp_path / "log"
             doomed.send_signal(signal.SIGQUIT)
             await wait_until(lambda: '"event":"process_state"' in log.read_text(), 20, "its state")
