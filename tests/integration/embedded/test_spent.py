@@ -10,6 +10,7 @@ import redis
 
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
+from tests.zones import ZONE
 from tidegate.embedded import servers as place
 from tidegate.embedded import servers as process
 from tidegate.embedded.lease import Folder, ServersLease, ensure
@@ -19,7 +20,7 @@ from tidegate.limiter import Limit, Limiter, PoolPolicy, Quota, Rate
 DAY, TOKENS, CALLS, MODEL = "rpd:flash", "tph:flash", "rph:flash", "model:flash"
 HOUR_MS = 3_600_000
 LIMITS: dict[str, int | Limit] = {
-    DAY: Quota(3),
+    DAY: Quota(3, zone=ZONE),
     TOKENS: Rate(50, HOUR_MS, "tokens"),
     CALLS: Rate(9, HOUR_MS),
     MODEL: 9,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.waiting import wait_until
+from tests.zones import ZONE
 from tidegate.errors import PolicyConflict, TidegateError
 from tidegate.limiter import Limit, Limiter, LimitView, PoolPolicy, Quota, Rate, SyncLimiter, Tokens
 
@@ -18,7 +19,7 @@ LIMITS: dict[str, int | Limit] = {
     "openai": 1,
     "rpm:x": Rate.per_minute(2),
     "tpm:x": Rate.per_minute(1_000, unit="tokens"),
-    "rpd:x": Quota(3),
+    "rpd:x": Quota(3, zone=ZONE),
 }
 POLICY = PoolPolicy(LIMITS, weights={"acme": 4})
 MEMORY = "memory://"

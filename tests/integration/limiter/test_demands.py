@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.limiter.makers import LIMIT, Body, Maker, quiet, until_waiting
 from tests.waiting import wait_until, work_for
+from tests.zones import ZONE
 from tidegate.errors import DeadlineExceeded, DemandImpossible, QueueFull
 from tidegate.limiter.limiter import Limiter
 from tidegate.limiter.policy import Adaptive, Band, Concurrency, PoolPolicy, Quota, Rate, Tokens
@@ -79,7 +80,7 @@ async def test_tokens_are_reserved_before_and_settled_after(maker: Maker, valkey
     limits = {
         "tpm:x": Rate(1000, window_ms=60_000, unit="tokens"),
         "itpm:x": Rate(5000, window_ms=60_000, unit="input_tokens"),
-        "tpd:x": Quota(2000, unit="tokens"),
+        "tpd:x": Quota(2000, unit="tokens", zone=ZONE),
     }
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     names = tuple(limits)
@@ -299,7 +300,7 @@ async def test_a_limit_that_finds_its_own_way_has_hardly_a_call_refused(
 
 
 async def test_a_day_quota_waits_for_midnight_in_its_zone(maker: Maker, valkey_url: str) -> None:
-    quota = Quota(2, zone="Europe/Berlin")
+    quota = Quota(2, zone=ZONE)
     limiter = await open_limiter(maker, valkey_url, policy_of({"rpd:x": quota}))
     for _ in range(2):
         async with limiter.acquire("rpd:x"):

@@ -10,6 +10,7 @@ from tests.integration.limiter.hands import Hands
 from tests.integration.limiter.makers import Maker
 from tests.integration.limiter.test_demands import open_limiter, policy_of, used
 from tests.waiting import wait_until, work_for
+from tests.zones import ZONE
 from tidegate.errors import AdmissionError, DeadlineExceeded, LimitPaused, LimitUsedUp
 from tidegate.limiter.limiter import Limiter
 from tidegate.limiter.policy import Demand, Limit, PoolPolicy, Quota, Rate
@@ -38,7 +39,7 @@ async def refusal(
 async def test_a_day_quota_that_is_used_up_refuses_now_and_names_itself(
     maker: Maker, valkey_url: str
 ) -> None:
-    limits = {TEXT: 5, "rpd:x": Quota(2), TOTAL: 5}
+    limits = {TEXT: 5, "rpd:x": Quota(2, zone=ZONE), TOTAL: 5}
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     for _ in range(2):
         await take(limiter, *limits)
@@ -50,7 +51,7 @@ async def test_a_day_quota_that_is_used_up_refuses_now_and_names_itself(
     room_ms = (await limiter.snapshot()).limits["rpd:x"].room_in_ms
     assert 0 <= (error.retry_after_ms or 0) - room_ms < 60_000
     said = "Daily limit rpd:x is used up (2 of 2 requests), and 1 call comes before this one. "
-    assert error.message.startswith(f"{said}It resets at 00:00 America/Los_Angeles, in ")
+    assert error.message.startswith(f"{said}It resets at 00:00 {ZONE}, in ")
     assert limiter.waiters == 1
     waits.cancel()
 
@@ -58,7 +59,7 @@ async def test_a_day_quota_that_is_used_up_refuses_now_and_names_itself(
 async def test_a_calls_that_run_give_no_request_of_a_day_back(
     maker: Maker, valkey_url: str
 ) -> None:
-    limits = {"rpd:x": Quota(1), TOTAL: 5}
+    limits = {"rpd:x": Quota(1, zone=ZONE), TOTAL: 5}
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     async with limiter.acquire(*limits):
         assert (await refusal(limiter, *limits)).limit == "rpd:x"
@@ -80,7 +81,7 @@ async def test_a_window_that_ends_before_the_deadline_is_waited_for(
 async def test_what_a_call_that_runs_may_give_back_is_waited_for(
     maker: Maker, valkey_url: str
 ) -> None:
-    limits = {"tpd:x": Quota(1000, unit="tokens"), TOTAL: 5}
+    limits = {"tpd:x": Quota(1000, unit="tokens", zone=ZONE), TOTAL: 5}
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     async with limiter.acquire(*limits, tokens=900) as permit:
         waits = asyncio.create_task(
@@ -102,7 +103,7 @@ async def test_what_a_call_that_runs_may_give_back_is_waited_for(
 async def test_usage_that_is_still_to_be_told_may_give_back_too(
     maker: Maker, valkey_url: str
 ) -> None:
-    limits = {"tpd:x": Quota(1000, unit="tokens")}
+    limits = {"tpd:x": Quota(1000, unit="tokens", zone=ZONE)}
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     async with limiter.acquire(*limits, tokens=900) as late:
         late.usage_follows()
@@ -117,7 +118,7 @@ async def test_usage_that_is_still_to_be_told_may_give_back_too(
 async def test_who_waits_for_another_limit_hears_when_a_quota_is_used_up(
     maker: Maker, valkey_url: str
 ) -> None:
-    limits = {TEXT: 1, "rpd:x": Quota(1)}
+    limits = {TEXT: 1, "rpd:x": Quota(1, zone=ZONE)}
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     async with limiter.acquire(TEXT):
         waits = asyncio.create_task(refusal(limiter, *limits))
@@ -129,7 +130,7 @@ async def test_who_waits_for_another_limit_hears_when_a_quota_is_used_up(
 async def test_who_comes_behind_others_hears_that_they_use_a_quota_up(
     maker: Maker, valkey_url: str
 ) -> None:
-    limits = {TEXT: 1, "rpd:x": Quota(2)}
+    limits = {TEXT: 1, "rpd:x": Quota(2, zone=ZONE)}
     limiter = await open_limiter(maker, valkey_url, policy_of(limits))
     async with limiter.acquire(TEXT):
         first = [asyncio.create_task(take(limiter, *limits, deadline_ms=30_000)) for _ in range(2)]

@@ -103,9 +103,11 @@ async def test_a_stream_that_waits_shows_its_place_and_sdks_pass_over_it(
         answer = await asyncio.to_thread(client.converse_stream, **asked)
         assert response.status == 200
         assert response.content_type == "application/vnd.amazon.eventstream"
-        headers, payload = next(framed_in(await response.content.readany()))
-        assert headers[":event-type"] == "waiting"
-        shown = orjson.loads(payload)
+        shown: dict[str, Any] = {"limit": None}  # as it is until the call is in its queue
+        while shown["limit"] is None:
+            headers, payload = next(framed_in(await response.content.readany()))
+            assert headers[":event-type"] == "waiting"
+            shown = orjson.loads(payload)
         assert (shown["limit"], shown["wait_ms"] > 0) == ("kind:text_only", True)
         assert 0 <= shown["ahead"] <= 2
         holding.cancel()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import openai
 import orjson
@@ -18,18 +16,10 @@ from openai import AsyncOpenAI
 from tests.gateway import Gateway, Opener
 from tests.integration.native.conftest import MODEL
 from tests.waiting import wait_until
+from tests.zones import ZONE
 from tidegate.emulator.server import Emulator, run_emulator
 
 LIMIT = f"rpd:{MODEL}"
-
-
-def zone_at(now: datetime) -> str:
-    """Where it is not midnight soon: a call that waits for an hour would be admitted then."""
-    usual = "America/Los_Angeles"
-    return usual if now.astimezone(ZoneInfo(usual)).hour < 22 else "Asia/Tokyo"
-
-
-ZONE = zone_at(datetime.now(UTC))
 SAID = f"Daily limit {LIMIT} is used up (1 of 1 requests). It resets at 00:00 {ZONE}, in "
 GEMINI: tuple[str, dict[str, Any]] = (
     f"/v1beta/models/{MODEL}:generateContent",
