@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.garbage import pytest_collection
+from tests.garbage import pytest_collection, pytest_unconfigure
 from tests.needs import mark
 from tests.order import order
 from tests.watched import pytest_configure, pytest_xdist_setupnodes
 
-__all__ = ["pytest_collection", "pytest_configure", "pytest_xdist_setupnodes"]
+__all__ = [
+    "pytest_collection",
+    "pytest_configure",
+    "pytest_unconfigure",
+    "pytest_xdist_setupnodes",
+]
 
 # A machine that others use stands still for a second now and then: that says nothing of a test.
 # The examples of each property were a quarter of the unit tests' time: `make chaos` gives it 1,000.

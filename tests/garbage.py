@@ -24,3 +24,9 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    gc.collect()  # so that what was never awaited or closed is reported
+    gc.freeze()

@@ -13,6 +13,8 @@ end of stdin ends either in order.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import gc
 import json
 import os
 import signal
@@ -279,6 +281,7 @@ async def run_worker(pool: str, name: str, policy: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # to look for garbage at the end takes half as long as the start
     if sys.argv[1] == "probe":
         asyncio.run(run_probe(ProbeOrders(**read_orders())))
     else:
