@@ -519,6 +519,7 @@ def error_event(dialect: Dialect, error: errors.TidegateError) -> bytes:
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entry of problem JSON for each status."""
+    """The OpenAPI entry of problem JSON for each status, by a reference: FastAPI would check the
+    model itself for each status of each route, a tenth of the time that a start imports."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"model": Problem, "content": content} for status in statuses}
+    return {status: {"content": content} for status in statuses}

@@ -50,6 +50,7 @@ from tidegate.http.native import native
 from tidegate.http.problems import (
     MEDIA_TYPE,
     Handler,
+    Problem,
     answer_options,
     methods_in,
     problem_response,
@@ -314,8 +315,11 @@ def described(schema: dict[str, Any]) -> dict[str, Any]:
                     content.pop("application/json", None)
                 elif "HTTPValidationError" in str(content):
                     del responses[status]
+    schemas = schema["components"]["schemas"]
     for name in _FOREIGN:
-        schema["components"]["schemas"].pop(name, None)
+        schemas.pop(name, None)
+    schemas[Problem.__name__] = Problem.model_json_schema(mode="serialization")
+    schema["components"]["schemas"] = dict(sorted(schemas.items()))
     schema["components"]["securitySchemes"] = _SCHEMES
     # Where AUTH asks for keys; an empty entry says that it may not.
     schema["security"] = [*({name: []} for name in _SCHEMES), {}]
