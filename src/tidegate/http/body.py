@@ -295,14 +295,21 @@ def incoming_of(
 _NUMBER = re.compile(rb"[0-9]{1,18}")
 
 
-def check_announced(headers: Iterable[tuple[bytes, bytes]], max_bytes: int) -> None:
-    """Check what the head announces, before anything is read. Raises PayloadTooLarge, and
-    InvalidRequest for a length that is no number."""
+def announced_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """The body's length as the head announces it; None where it does not. Raises InvalidRequest for
+    a length that is no number."""
     for name, value in headers:
         if name == b"content-length":
             if not _NUMBER.fullmatch(value):
                 raise InvalidRequest("Content-Length", "Content-Length is not a number of bytes")
-            check_size(int(value), max_bytes)
+            return int(value)
+    return None
+
+
+def check_announced(headers: Iterable[tuple[bytes, bytes]], max_bytes: int) -> None:
+    """Check what the head announces, before anything is read. Raises PayloadTooLarge, and
+    InvalidRequest for a length that is no number."""
+    check_size(announced_bytes(headers) or 0, max_bytes)
 
 
 def check_size(size_bytes: int, max_bytes: int) -> None:

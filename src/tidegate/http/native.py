@@ -44,6 +44,7 @@ from tidegate.http.body import (
     Incoming,
     Pace,
     Spool,
+    announced_bytes,
     check_announced,
     check_size,
     read_form,
@@ -74,6 +75,7 @@ from tidegate.store.idempotency import KeyState
 from tidegate.store.records import Idempotency
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import HEADER, Tracing, parent_of
+from tidegate.upstream.transport import SizedBody
 
 # Credentials of clients; `%` since a name can be written in other ways.
 _KEYS_IN_QUERY = frozenset(
@@ -556,8 +558,10 @@ class _Front:
         endpoint = call.endpoint
         own = own_urls(self._scope, endpoint.path, self._upload_secret(endpoint))
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
+        size_bytes = announced_bytes(self._scope["headers"])  # to be announced to the provider too
+        body = pieces if size_bytes is None else SizedBody(size_bytes, pieces)
         at = upload_upstream(self._scope["query_string"])
-        await self._services.relay.upload(call, pieces, own, self, self._record, at)
+        await self._services.relay.upload(call, body, own, self, self._record, at)
 
     def _comforting(self, endpoint: Endpoint, *, shows: bool) -> asyncio.Task[None] | None:
         """What keeps the connection of a stream alive while it waits, or shows its place, where

@@ -12,7 +12,7 @@ an upload URL with a key never reaches a client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
@@ -288,7 +288,7 @@ class Relay:
     async def upload(
         self,
         call: NativeCall,
-        pieces: AsyncIterator[bytes],
+        body: RequestBody,
         own: Callable[[str], str],
         out: Out,
         record: CallRecord,
@@ -307,7 +307,7 @@ class Relay:
         record.attempts = 1
         try:
             timeouts = self.spine.timeouts[target.upstream.name]
-            exchange = await _open(self.wire, timeouts, call, target, pieces)
+            exchange = await _open(self.wire, timeouts, call, target, body)
             try:
                 if exchange.status >= 300:
                     failed = await refusal_of(exchange, target, call.endpoint.dialect)

@@ -60,7 +60,15 @@ class RepeatableBody:
     pieces: Callable[[], AsyncIterator[bytes]]
 
 
-RequestBody = bytes | RepeatableBody | AsyncIterator[bytes] | None
+@dataclass(frozen=True, slots=True)
+class SizedBody:
+    """A body in pieces of a known length that comes once, as its client sends it."""
+
+    size_bytes: int
+    pieces: AsyncIterator[bytes]
+
+
+RequestBody = bytes | RepeatableBody | SizedBody | AsyncIterator[bytes] | None
 _REPEATABLE = (bytes, RepeatableBody)
 
 
@@ -140,6 +148,9 @@ class Connection(asyncio.Protocol):
             if isinstance(body, RepeatableBody):
                 self._transport.write(b"%bcontent-length: %d\r\n\r\n" % (head, body.size_bytes))
                 sending = self._send_sized(body.pieces())
+            elif isinstance(body, SizedBody):
+                self._transport.write(b"%bcontent-length: %d\r\n\r\n" % (head, body.size_bytes))
+                sending = self._send_sized(body.pieces)
             else:
                 self._transport.write(head + b"transfer-encoding: chunked\r\n\r\n")
                 sending = self._send_pieces(body)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import orjson
 import pytest
@@ -22,6 +24,7 @@ from tests.integration.security.hostile import (
     raw,
     status_of,
 )
+from tests.waiting import wait_until
 
 __all__ = ["hostile", "one_try"]
 
@@ -204,6 +207,46 @@ async def test_the_answers_to_uploads_say_which_upstream_they_are_from(
             assert answer.headers["x-tidegate-upstream"] == "gemini"
             assert answer.headers[line.split(b":")[0].decode()] == shown
             assert answer.headers.getall("content-length") == [str(len(said))]
+
+
+async def test_an_upload_announces_its_length_where_its_client_does(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    """Servers that take no chunks answer 411 else."""
+    url, data = f"{gateway.url}/upload/v1beta/files", b"0123456789" * 30_000
+    headers = {"x-goog-upload-protocol": "raw", "content-type": "text/plain"}
+    async with gateway.http.post(url, data=data, headers=headers) as answer:
+        assert answer.status == 200
+    head, _, body = hostile.seen[-1].partition(b"\r\n\r\n")
+    assert b"content-length: 300000" in head.lower()
+    assert b"transfer-encoding" not in head.lower()
+    assert body == data
+    async with gateway.http.post(url, headers=headers) as answer:
+        assert answer.status == 200
+    assert hostile.seen[-1].lower().count(b"content-length: 0\r\n") == 1
+
+    async def in_pieces() -> AsyncIterator[bytes]:
+        yield b"0123456789"
+
+    async with gateway.http.post(url, data=in_pieces(), headers=headers) as answer:
+        assert answer.status == 200
+    assert b"transfer-encoding: chunked" in hostile.seen[2].lower()
+    assert b"content-length" not in hostile.seen[2].lower()
+
+
+async def test_an_upload_that_breaks_off_ends_the_request_to_the_provider(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    head = b"POST /upload/v1beta/files HTTP/1.1\r\nhost: localhost\r\n"
+    head += b"x-goog-upload-protocol: raw\r\ncontent-length: 300000\r\n\r\n"
+    parts = urlsplit(gateway.url)
+    _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(head + b"0123456789" * 10_000)
+    await writer.drain()
+    await wait_until(lambda: hostile.begun == 1, what="the beginning at the provider")
+    writer.transport.abort()
+    await wait_until(lambda: hostile.closed == 1, what="the end of its connection")
+    assert hostile.seen == []
 
 
 async def test_a_list_of_models_that_is_refused_says_by_which_upstream(

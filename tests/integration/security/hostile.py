@@ -22,17 +22,19 @@ Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 @dataclass
 class Hostile:
     """An upstream on a raw socket. `answer` writes what it likes; `seen` are the requests, whole
-    heads and bodies by their Content-Length."""
+    heads and bodies by their Content-Length; `begun` counts the heads."""
 
     url: str = ""
     answer: Answer | bytes = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
     seen: list[bytes] = field(default_factory=list)
+    begun: int = 0
     closed: int = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                self.begun += 1
                 length = head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]
                 body = await reader.readexactly(int(length)) if length else b""
                 self.seen.append(head + body)
