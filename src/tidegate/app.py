@@ -18,7 +18,7 @@ from tidegate.dashboard.rollup import Rollup, counting
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Authenticator, TokenTrust
-from tidegate.http.browsers import Origins, SignIn
+from tidegate.http.browsers import Origins, Sessions, SignIn
 from tidegate.http.services import Services
 from tidegate.jobs.reconciliation import NightlyReconciliation
 from tidegate.jobs.webhooks import AlertSender, WebhookSender
@@ -232,6 +232,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             operator_key=operator_key(config),
             origins=Origins(config),
             sign_in=_sign_in(config),
+            sessions=Sessions(store.tenants),
             budgets=store.budgets,
             upstreams=live,
         )

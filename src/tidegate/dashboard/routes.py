@@ -67,6 +67,7 @@ from tidegate.http.guards import (
     operator_of,
     own_origin,
     reads_bodies,
+    who_signed_in,
 )
 from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
@@ -336,13 +337,19 @@ def _state_of(services: Services, state: str, kept: str) -> Pass:
 
 @router.post("/sign-out", status_code=204)
 async def sign_out(request: Request) -> Response:
-    """Have the browser forget its session."""
+    """Have the browser forget its session, and end it for all copies of it."""
     services = services_of(request)
     refused = services.origins.page_refusal(request.scope["headers"], request.method)
     if refused is not None:
         raise refused
-    answer = Response(status_code=204)
     name = cookie_name(services.operator_key.get_secret_value())
+    operator = await who_signed_in(request, services)
+    if operator is not None:
+        try:
+            await services.sessions.end(request.cookies[name])
+        except StoreUnavailable as away:
+            log.warning(Log.SIGN_OUT_UNRECORDED, by=operator.name, detail=away.message)
+    answer = Response(status_code=204)
     answer.delete_cookie(name, **_cookie(request))
     return answer
 

@@ -18,18 +18,21 @@ issuer's claims gave is in it, so that one that was taken away ends within that 
     cookie    JSON . HMAC(key, "person", rules, JSON)
 
 All are derived from the key, so every process of a deployment can check them and none stores a
-session. That a code is spent is on record in PostgreSQL, which all processes share. A new key ends
-every code and session, and changed OIDC settings every person's. Invariants: none tells anything of
+session. That a code is spent or a session was signed out is on record in PostgreSQL, which all
+processes share. A new key ends every code and session, and changed OIDC settings every person's.
+Invariants: none tells anything of
 the key; a sign-in ends in the browser that began it, and leads to no address but ours.
 """
 
 from __future__ import annotations
 
 import hmac
+import math
 import secrets
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from ipaddress import ip_address
 from typing import Any, Literal, NamedTuple
@@ -38,8 +41,9 @@ from urllib.parse import urlencode, urlsplit
 import orjson
 
 from tidegate.call import OperatorRole, role_by
-from tidegate.errors import Forbidden, IssuerUnavailable, Unauthenticated
+from tidegate.errors import Forbidden, IssuerUnavailable, StoreUnavailable, Unauthenticated
 from tidegate.settings import Config
+from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.upstream.issuer import Issuer
 
@@ -189,6 +193,7 @@ _MAC_BYTES = 32
 _LENGTH = _NONCE_BYTES + _END_BYTES + _MAC_BYTES
 
 PERSON_S = 3600
+READ_AGAIN_S = 2.0
 _MOST_COOKIE_CHARS = 3_000
 
 Use = Literal["code", "session", "state"]
@@ -226,6 +231,43 @@ def checked(use: Use, key: str, text: str, now: float | None = None) -> Pass | N
     if ends_at <= (time.time() if now is None else now):
         return None
     return Pass(told[:_NONCE_BYTES], ends_at)
+
+
+class Sessions:
+    """Which sessions were signed out before their end, in all processes. One per process."""
+
+    def __init__(self, tenants: Tenants, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tenants = tenants
+        self._clock = clock
+        self._read: dict[bytes, tuple[float, bool]] = {}  # when, and whether it had ended
+
+    async def have_ended(self, cookie: str) -> bool:
+        """Whether a session has, as it was within the last `READ_AGAIN_S`; while PostgreSQL is
+        away, as it was when it was last read."""
+        session, now = _id_of(cookie), self._clock()
+        read_at, ended = self._read.get(session, (-math.inf, False))
+        if ended or now - read_at < READ_AGAIN_S:
+            return ended
+        with suppress(StoreUnavailable):  # the keys that are known go on then, too
+            ended = await self._tenants.is_spent(session)
+        self._remember(session, now, ended)
+        return ended
+
+    async def end(self, cookie: str) -> None:
+        """End a sound session, here immediately and elsewhere within `READ_AGAIN_S`. Raises
+        StoreUnavailable: then it has ended here alone."""
+        session = _id_of(cookie)
+        self._remember(session, self._clock(), True)
+        await self._tenants.spend_code(session, int(time.time()) + SESSION_S, session)
+
+    def _remember(self, session: bytes, now: float, ended: bool) -> None:
+        if len(self._read) >= _MOST_REMEMBERED and session not in self._read:
+            del self._read[next(iter(self._read))]
+        self._read[session] = (now, ended)
+
+
+def _id_of(cookie: str) -> bytes:
+    return sha256(b"tidegate session 1:" + cookie.encode()).digest()[:_NONCE_BYTES]
 
 
 def make_state(key: str, now: float | None = None) -> str:

@@ -248,7 +248,7 @@ async def operator_of(request: Request) -> Operator:
     shown = in_headers(request.scope["headers"])
     if _shows_operator_key(services, shown):
         return Operator(OPERATOR, OperatorRole.ADMIN)
-    if not shown and (signed_in := _signed_in(request, services)) is not None:
+    if not shown and (signed_in := await who_signed_in(request, services)) is not None:
         return signed_in
     if not shown and not services.gate.on:
         raise Unauthenticated(_HOW)
@@ -301,8 +301,9 @@ def _shows_operator_key(services: Services, shown: list[bytes]) -> bool:
     return any(hmac.compare_digest(one, key) for one in shown)
 
 
-def _signed_in(request: Request, services: Services) -> Operator | None:
-    """Who the cookie of a browser is of. Raises Forbidden where another site's page sends it."""
+async def who_signed_in(request: Request, services: Services) -> Operator | None:
+    """Who the cookie of a browser is of; None without a session that still counts. Raises Forbidden
+    where another site's page sends it."""
     key = services.operator_key.get_secret_value()
     value = request.cookies.get(cookie_name(key), "")
     if not value:
@@ -316,6 +317,8 @@ def _signed_in(request: Request, services: Services) -> Operator | None:
         refused = services.origins.page_refusal(request.scope["headers"], request.method)
         if refused is not None:
             raise refused
+        if await services.sessions.have_ended(value):
+            return None
     return operator
 
 

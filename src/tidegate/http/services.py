@@ -34,7 +34,7 @@ from tidegate.errors import (
 )
 from tidegate.http.auth import Authenticator
 from tidegate.http.body import BodyBudget, BodyMemory, MemoryBound
-from tidegate.http.browsers import Origins, SignIn
+from tidegate.http.browsers import Origins, Sessions, SignIn
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_of
 from tidegate.http.sse import abort, disconnected
 from tidegate.limiter import Limiter, Snapshot, WaitingLine
@@ -218,6 +218,7 @@ class Services:
     operator_key: SecretStr
     origins: Origins
     sign_in: SignIn | None
+    sessions: Sessions
     budgets: Budgets
     upstreams: LiveUpstreams
     openings: Openings = field(default_factory=Openings)

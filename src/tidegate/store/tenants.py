@@ -360,6 +360,11 @@ class Tenants:
 
         return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
 
+    async def is_spent(self, nonce: bytes) -> bool:
+        """Whether `spend_code` was called for this. Answers or raises within half a second."""
+        (row,) = await self._connections.rows("is_spent", nonce, timeout_ms=_LOOK_TIMEOUT_MS)
+        return bool(row[0])
+
     async def _change(
         self, name: str, *values: object, what: What, after: Mapping[str, Any] | None = None
     ) -> asyncpg.Record | None:

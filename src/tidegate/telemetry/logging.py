@@ -100,6 +100,7 @@ class Log(StrEnum):
     ISSUER_BACK = "issuer_back"
     SIGNED_IN = "signed_in"
     SIGN_IN_REFUSED = "sign_in_refused"
+    SIGN_OUT_UNRECORDED = "sign_out_unrecorded"
     TENANT_CHANGED = "tenant_changed"
     BUDGET_CHANGED = "budget_changed"
     BUDGET_ESTIMATED = "budget_estimated"

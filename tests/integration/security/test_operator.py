@@ -11,7 +11,8 @@ import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tidegate.http.browsers import cookie_name, make_code, make_session
+from tests.waiting import wait_until
+from tidegate.http.browsers import READ_AGAIN_S, cookie_name, make_code, make_session
 
 CHAT = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Say hello"}]}
 NO_ID = "00000000-0000-7000-8000-000000000000"
@@ -221,6 +222,35 @@ async def test_signing_out_takes_the_cookie_back(
         assert cookie_name(gateway.operator_key) in answer.headers["Set-Cookie"]
         assert "Max-Age=0" in answer.headers["Set-Cookie"]
     assert await status_of(stranger, url, "POST", headers={"Origin": "http://evil.example"}) == 403
+
+
+async def test_signing_out_ends_every_copy_of_the_session_in_all_processes(
+    open_gateway: Opener, stranger: aiohttp.ClientSession
+) -> None:
+    here, other = await open_gateway(worker=False), await open_gateway(worker=False)
+    key = here.operator_key
+    ended, kept = ({"Cookie": f"{cookie_name(key)}={make_session(key)}"} for _ in range(2))
+    for gateway in (here, other):
+        assert await status_of(stranger, f"{gateway.url}/admin/limits", headers=ended) == 200
+    sign_out = f"{here.url}/dashboard/sign-out"
+    foreign = ended | {"Origin": "http://evil.example"}
+    assert await status_of(stranger, sign_out, "POST", headers=foreign) == 403
+    assert await status_of(stranger, f"{here.url}/admin/limits", headers=ended) == 200
+    assert await status_of(stranger, sign_out, "POST", headers=ended) == 204
+    assert await status_of(stranger, f"{here.url}/admin/limits", headers=ended) == 401
+
+    async def has_ended_there() -> bool:
+        status = await status_of(stranger, f"{other.url}/admin/limits", headers=ended)
+        assert status in (200, 401)
+        return status == 401
+
+    await wait_until(has_ended_there, READ_AGAIN_S + 5, "the end in the other process")
+    for gateway in (here, other):
+        assert await status_of(stranger, f"{gateway.url}/admin/limits", headers=kept) == 200
+    nobody = {"Cookie": f"{cookie_name(key)}=made-up"}
+    assert await status_of(stranger, sign_out, "POST", headers=nobody) == 204
+    count = "SELECT count(*) FROM spent_codes"
+    assert await here.database.fetchval(count) == 1, "only a sound session is put on record"
 
 
 async def test_a_page_of_somebody_else_gets_no_answer_from_any_route(

@@ -78,6 +78,10 @@ ON CONFLICT (nonce) DO UPDATE SET ends_at = excluded.ends_at
     WHERE spent_codes.spender = excluded.spender
 RETURNING true
 
+-- name: is_spent
+-- Whether $1, a code or a session, is spent.
+SELECT EXISTS (SELECT 1 FROM spent_codes WHERE nonce = $1)
+
 -- name: forget_codes
 -- Forget codes that can not be used any more, whatever the clocks of the processes say.
 DELETE FROM spent_codes WHERE ends_at < now() - interval '1 day'
