@@ -222,6 +222,7 @@ def test_import_contracts_count_imports_for_types() -> None:
     assert all(not contract.get("ignore_imports") for contract in linter["contracts"])
 
 
+@pytest.mark.slow
 def test_few_functions_differ_only_in_names() -> None:
     found_pairs = pairs(SOURCE, nodes)
     assert len(found_pairs) <= MOST_NEAR_DUPLICATES, found_pairs[:20]
