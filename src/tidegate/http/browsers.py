@@ -20,8 +20,8 @@ issuer's claims gave is in it, so that one that was taken away ends within that 
 All are derived from the key, so every process of a deployment can check them and none stores a
 session. That a code is spent or a session was signed out is on record in PostgreSQL, which all
 processes share. A new key ends every code and session, and changed OIDC settings every person's.
-Invariants: none tells anything of
-the key; a sign-in ends in the browser that began it, and leads to no address but ours.
+Invariants: none tells anything of the key; a sign-in ends in the browser that began it, and leads
+to no address but ours.
 """
 
 from __future__ import annotations
@@ -250,6 +250,7 @@ class Sessions:
             return ended
         with suppress(StoreUnavailable):  # the keys that are known go on then, too
             ended = await self._tenants.is_spent(session)
+        ended = ended or self._read.get(session, (now, False))[1]  # it ended here in the meantime
         self._remember(session, now, ended)
         return ended
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
 
+from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
 from tidegate.http.browsers import READ_AGAIN_S, SESSION_S, Sessions
 
@@ -17,11 +19,15 @@ class Record:
         self.spent: dict[bytes, int] = {}
         self.reads = 0
         self.away = False
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def is_spent(self, nonce: bytes) -> bool:
         self.reads += 1
+        is_there = nonce in self.spent
+        await self.may_answer.wait()
         self._check()
-        return nonce in self.spent
+        return is_there
 
     async def spend_code(self, nonce: bytes, ends_at: int, spender: bytes) -> bool:
         self._check()
@@ -78,6 +84,16 @@ async def test_while_the_record_is_away_what_was_read_last_stands(scene: Scene) 
     with pytest.raises(StoreUnavailable):
         await scene.here.end("three")
     assert await scene.here.have_ended("three"), "here at least"
+
+
+async def test_an_end_during_a_read_stands(scene: Scene) -> None:
+    scene.record.may_answer.clear()
+    asking = asyncio.create_task(scene.here.have_ended("one"))
+    await wait_until(lambda: scene.record.reads == 1)
+    await scene.here.end("one")
+    scene.record.may_answer.set()
+    assert await asking
+    assert await scene.here.have_ended("one")
 
 
 async def test_what_is_remembered_is_bounded_and_on_record_as_long_as_a_session_lasts(
