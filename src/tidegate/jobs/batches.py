@@ -41,7 +41,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.jobs.calls import Feeder, is_of_upstream, retry_wait_ms, targets_of
+from tidegate.jobs.calls import Feeder, LastTries, is_of_upstream, retry_wait_ms, targets_of
 from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure
@@ -107,6 +107,10 @@ class _ActiveLine:
         return self.line.id
 
     @property
+    def lapses(self) -> int:
+        return self.line.lapses
+
+    @property
     def waits(self) -> bool:
         return self.record.waits and not self.is_over
 
@@ -118,7 +122,9 @@ class _ActiveLine:
 class LineCaller:
     """One process's share of all lines."""
 
-    def __init__(self, config: Config, store: Store, relay: Relay, held: Held) -> None:
+    def __init__(
+        self, config: Config, store: Store, relay: Relay, held: Held, last_tries: LastTries
+    ) -> None:
         self._held = held
         self._outages = held.outages
         self._config = config
@@ -131,6 +137,7 @@ class LineCaller:
             BATCHES,
             held,
             look,
+            last_tries,
             lambda: WINDOW,
             claim=self._claim,
             waits_ms=lambda claimed: self._waits_ms(claimed, look.put_off),
@@ -560,12 +567,18 @@ class BatchRunner:
     """One process's share of all batches."""
 
     def __init__(
-        self, config: Config, store: Store, blobs: Blobs, relay: Relay, held: Held
+        self,
+        config: Config,
+        store: Store,
+        blobs: Blobs,
+        relay: Relay,
+        held: Held,
+        last_tries: LastTries,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._folder = config.data_dir / "tmp"
-        self._lines = LineCaller(config, store, relay, held)
+        self._lines = LineCaller(config, store, relay, held, last_tries)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what is called within the grace."""

@@ -48,6 +48,7 @@ from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import PULSED_MS, Notifications
+from tidegate.store.queue import MAX_LAPSES
 from tidegate.store.records import ClaimedJob
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 from tidegate.telemetry.tracing import Trail
@@ -263,16 +264,47 @@ _OUT_WAIT_S = 0.25
 # A claim costs PostgreSQL the same for one as for a hundred, and planning it the most: where they
 # come one upon another, it is made for more of them, and takes at most a quarter of the time.
 _REST_OF_CLAIM, _LONGEST_REST_S = 3, 0.02
+_LAST_TRY_WAITS_MS = 1_000, 10_000
 
 
 class Claimed(Protocol):
-    """A job or a line of a batch that this process has claimed."""
+    """A job or a line of a batch that this process has claimed. lapses: workers that died while
+    they called it."""
 
     @property
     def request_id(self) -> UUID: ...
 
+    @property
+    def lapses(self) -> int: ...
+
 
 ClaimedT = TypeVar("ClaimedT", bound=Claimed)
+
+
+class LastTries:
+    """One per process. Of the claims that are given up if one more worker dies, this process calls
+    one at a time: those that were only under way beside a deadly one must not die with it again."""
+
+    def __init__(self) -> None:
+        self._under_way: UUID | None = None
+
+    def take(self, claimed: Iterable[Claimed]) -> dict[UUID, int]:
+        """Give the turn to the first of them if nothing has it; returns after how many milliseconds
+        the others are to be claimed again. The turn ends by `over`."""
+        waits_ms = {}
+        for one in claimed:
+            if one.lapses < MAX_LAPSES - 1:
+                continue
+            if self._under_way is None:
+                self._under_way = one.request_id
+            else:
+                waits_ms[one.request_id] = random.randint(*_LAST_TRY_WAITS_MS)
+        return waits_ms
+
+    def over(self, one: Claimed) -> None:
+        """This process does not work on it any more, or will not."""
+        if self._under_way == one.request_id:
+            self._under_way = None
 
 
 @dataclass(eq=False, repr=False)
@@ -288,6 +320,7 @@ class Feeder(Generic[ClaimedT]):
     lane: str
     held: Held
     look: Look
+    last_tries: LastTries
     window: Callable[[], int]
     claim: Callable[[int], Awaitable[list[ClaimedT]]]
     waits_ms: Callable[[Sequence[ClaimedT]], Mapping[UUID, int]]
@@ -351,13 +384,22 @@ class Feeder(Generic[ClaimedT]):
     async def _kept(
         self, claimed: list[ClaimedT], chosen: list[ClaimedT], waits_ms: Mapping[UUID, int]
     ) -> list[ClaimedT]:
-        """Return to the queue what is held, and what a wide look has brought beyond the window."""
-        if len(chosen) < len(claimed):
-            ids = {one.request_id for one in chosen}
-            try:
-                await self.release([one for one in claimed if one.request_id not in ids], waits_ms)
-            except StoreUnavailable:
-                return claimed  # none is lost: their tasks wait until PostgreSQL is there
+        """Return to the queue what is held, what a wide look has brought beyond the window, and
+        last tries beside another one."""
+        apart_ms = self.last_tries.take(chosen)
+        chosen = [one for one in chosen if one.request_id not in apart_ms]
+        if len(chosen) == len(claimed):
+            return chosen
+        ids = {one.request_id for one in chosen}
+        returned = [one for one in claimed if one.request_id not in ids]
+        try:
+            await self.release(returned, {**waits_ms, **apart_ms})
+        except StoreUnavailable:
+            return claimed  # none is lost: their tasks wait until PostgreSQL is there
+        except BaseException:  # cancelled or unforeseen: none was started, and it is raised again
+            for one in chosen:
+                self.last_tries.over(one)
+            raise
         return chosen
 
     async def _unless_closed(
@@ -376,7 +418,7 @@ class Feeder(Generic[ClaimedT]):
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self.tasks.pop(task)
+        self.last_tries.over(self.tasks.pop(task))
         self._slot_freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error(Log.INTERNAL_ERROR, exc_info=error)

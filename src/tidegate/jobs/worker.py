@@ -37,6 +37,7 @@ from tidegate.jobs.batches import BatchRunner
 from tidegate.jobs.calls import (
     NOT_THE_JOBS_FAULT,
     Feeder,
+    LastTries,
     ask_of,
     caller_of,
     internal,
@@ -270,7 +271,8 @@ class Worker:
         )
         self._outages = outages = Outages(self._spine.health)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
-        batches = BatchRunner(config, store, blobs, relay, self._put_off.held)
+        last_tries = LastTries()
+        batches = BatchRunner(config, store, blobs, relay, self._put_off.held, last_tries)
         background = BackgroundRunner(config, store, relay)
         beside = (batches.run, self._provider_batches.run, background.run)
         self._beside = beside if pool == DEFAULT_POOL else ()
@@ -288,6 +290,7 @@ class Worker:
                 kind or UNSURE,
                 self._put_off.held,
                 Look(),
+                last_tries,
                 partial(self._window, kind),
                 claim=partial(store.queue.claim, pool, kind),
                 waits_ms=self._put_off.waits_ms,

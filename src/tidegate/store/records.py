@@ -99,8 +99,8 @@ class ClaimedJob:
     """A job that this worker has claimed; every write to it is fenced by `claim`.
 
     `attempts` counts the upstream attempts begun before this claim, `preemptions` the calls that
-    gave way to others; `was_called` covers those too that do not count. tier: that it was put into
-    last, None where none was chosen.
+    gave way to others, `lapses` those whose worker died; `was_called` covers those too that do not
+    count. tier: that it was put into last, None where none was chosen.
     """
 
     request_id: UUID
@@ -127,6 +127,7 @@ class ClaimedJob:
     tier_why: str | None = None
     revisit_at: datetime | None = None
     preemptions: int = 0
+    lapses: int = 0
     bound_upstream: str | None = None
 
 

@@ -74,6 +74,35 @@ async def test_a_line_whose_workers_died_thrice_fails_alone(
     assert [one["custom_id"] for one in said] == ["id-0", "id-2"]
 
 
+async def test_a_worker_makes_one_last_try_of_a_line_at_a_time(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway(claim_lease_ms=600)
+    client = sdk(gateway)
+    for number in range(3):
+        await gateway.upstream.set_fault("hang", match=f"word{number}.")
+    batch = await batching.begin(client, batching.content(8))
+
+    async def put_off() -> bool:
+        count = "SELECT count(*) FROM batch_lines WHERE lapses = 2 AND not_before IS NOT NULL"
+        return bool(await gateway.database.fetchval(count) == 2)
+
+    async def others() -> bool:
+        return await batching.completed(client, batch) == 5
+
+    await wait_until(others, 20, "the other lines")
+    await gateway.in_flight(3)
+    # As a second dead worker left those that hang: all come back in one moment.
+    changed = await gateway.database.execute(
+        "UPDATE batch_lines SET lapses = 1, claim = claim + 1, claimed_by = 'gone' "
+        "WHERE state = 'calling'"
+    )
+    assert changed == "UPDATE 3"
+    await wait_until(put_off, 20, "two that wait for the last try of a third")
+    called = [call for number in range(3) for call in await gateway.calls(f"word{number}.")]
+    assert len(called) == 4
+
+
 async def test_batches_and_their_files_are_kept_for_their_tenants_days(
     open_gateway: Opener, sdk: MakeSdk
 ) -> None:

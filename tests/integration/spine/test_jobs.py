@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.waiting import wait_until
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.spine.prompt import PromptCalls
 from tidegate.store.blobs import Blobs
-from tidegate.store.queue import JobQueue
+from tidegate.store.queue import MAX_LAPSES, JobQueue
 
 
 async def _outcomes(gateway: Gateway, request_id: str) -> list[tuple[int, str]]:
@@ -64,6 +65,42 @@ async def test_a_fault_in_passing_is_tried_again(open_gateway: Opener) -> None:
             (1, "failed"),
             (2, "succeeded"),
         ]
+
+
+async def test_a_worker_makes_one_last_try_of_a_job_at_a_time(open_gateway: Opener) -> None:
+    gateway = await open_gateway()
+    await gateway.stop_worker()
+    doubtful = [await gateway.submit(data=f"Explain tide {number}") for number in range(3)]
+    sound = [await gateway.submit(data="Explain the moon") for _ in range(3)]
+    await gateway.database.execute(
+        "UPDATE requests SET lapses = $1 WHERE id = ANY($2::uuid[])", MAX_LAPSES - 1, doubtful
+    )
+    await gateway.upstream.set_fault("hang", count=1, match="Explain tide")
+    gateway.start_worker()
+    for request_id in sound:
+        assert (await gateway.end_of(request_id))["status"] == "succeeded"
+    later = "WHERE status = 'queued' AND not_before IS NOT NULL"
+
+    waiting = f"SELECT id FROM requests {later}"
+
+    async def put_off() -> bool:
+        return len(await gateway.database.fetch(waiting)) == 2
+
+    await wait_until(put_off, 20, "two that wait for the last try of a third")
+    assert len(await gateway.calls("Explain tide")) == 1
+    (hangs,) = set(doubtful) - {str(row["id"]) for row in await gateway.database.fetch(waiting)}
+    async with gateway.http.delete(f"{gateway.url}/requests/{hangs}") as response:
+        assert response.status < 300
+    assert (await gateway.end_of(hangs))["status"] == "cancelled"
+
+    async def succeeded() -> bool:
+        await gateway.database.execute(f"UPDATE requests SET not_before = now() {later}")
+        ended = "SELECT count(*) FROM requests WHERE status = 'succeeded' AND id = ANY($1::uuid[])"
+        return bool(await gateway.database.fetchval(ended, doubtful) == 2)
+
+    await wait_until(succeeded, 20, "the two others")
+    times = sorted((call.started_ns, call.ended_ns) for call in await gateway.calls("Explain tide"))
+    assert all(ended is not None and ended <= begun for (_, ended), (begun, _) in pairwise(times))
 
 
 async def test_a_fault_that_stays_fails_the_job_after_the_last_attempt(

@@ -9,6 +9,7 @@ from typing import Any, cast
 from tests.waiting import wait_until
 from tidegate.errors import UpstreamThrottled
 from tidegate.jobs.batches import LineCaller
+from tidegate.jobs.calls import LastTries
 from tidegate.jobs.outages import Held, Outages, Turn
 
 
@@ -50,7 +51,7 @@ async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> Non
     store = SimpleNamespace(
         batch_lines=lines, notifications=notifications, open_batches=open_batches
     )
-    caller = LineCaller(*cast(Any, (None, store, None, Held(outages, {}))))
+    caller = LineCaller(*cast(Any, (None, store, None, Held(outages, {}), LastTries())))
     feeding = asyncio.create_task(caller.feed())
     try:
         await wait_until(lambda: waits.is_set() or lines.claims > 50, 20, "it waits for work")

@@ -229,6 +229,7 @@ OUT_FROM_S = 5.0
 class Job:
     request_id: UUID
     claim: int
+    lapses: int = 0
 
 
 class Queue:

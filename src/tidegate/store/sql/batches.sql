@@ -303,7 +303,6 @@ WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
 
 -- name: retake_batch_lines
 -- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed.
--- Those that lapsed together twice come apart for the last time: only one of them may be the deadly one.
 WITH gone AS MATERIALIZED (
     SELECT claimant.claimed_by FROM (
         SELECT claimed_by FROM batch_lines WHERE state IN ('claimed', 'calling')
@@ -317,9 +316,7 @@ WITH gone AS MATERIALIZED (
 UPDATE batch_lines l SET claim = l.claim + 1, claimed_by = NULL,
     lapses = l.lapses + (l.state = 'calling')::integer,
     state = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN 'failed' ELSE 'queued' END,
-    failure = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN $3::jsonb END,
-    not_before = CASE WHEN l.state = 'calling' AND l.lapses > 0
-        THEN now() + random() * interval '30 seconds' END
+    failure = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN $3::jsonb END
 FROM gone
 WHERE l.claimed_by = gone.claimed_by AND l.state IN ('claimed', 'calling')
 RETURNING l.batch_id, l.state, l.id, l.tenant_id, l.attempts, l.lapses, l.upstream, l.model,

@@ -227,7 +227,6 @@ FOR UPDATE OF requests SKIP LOCKED
 
 -- name: retake
 -- Return locked, lapsed jobs to the queue; a running one lapses, and at $2 lapses it is dead.
--- Those that lapsed together twice come apart for the last time: one of them may be deadly to all.
 UPDATE requests r SET
     claim = r.claim + 1,
     claimed_by = NULL,
@@ -236,8 +235,6 @@ UPDATE requests r SET
     finished_at = CASE WHEN r.status = 'running' AND r.lapses + 1 >= $2 THEN now() END,
     failure = CASE WHEN r.status = 'running' AND r.lapses + 1 >= $2 THEN $3::jsonb
         ELSE r.failure END,
-    not_before = CASE WHEN r.status = 'running' AND r.lapses = $2 - 2
-        THEN now() + random() * interval '30 seconds' ELSE r.not_before END,
     version = r.version + (r.status = 'running')::integer
 FROM requests old
 WHERE r.id = ANY($1::uuid[]) AND old.id = r.id
