@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Annotated
 
 import typer
+from typer.main import get_command_name
+from typer.models import CommandInfo
 
 from tidegate import __version__
 from tidegate.cli import (
@@ -55,7 +58,7 @@ _USE, _RUN, _OPERATE = "Use it", "Run it", "Operate it"
 def main() -> None:
     """Run the command line. Its exit codes are `EXITS`."""
     try:
-        app()
+        command_line(sys.argv[1:])()
     except TidegateError as failed:
         _leave(str(failed), code_of(failed))
     except ServerFailed as failed:
@@ -68,6 +71,24 @@ def main() -> None:
         _leave(f"output or files cannot be written: {failed.strerror}", FAILED)
 
 
+def command_line(arguments: Sequence[str]) -> typer.Typer:
+    """The command line for these arguments: with the one command that comes first in them, where it
+    is one. To build them all takes a tenth of a start, and longer than most commands."""
+    named = arguments[0] if arguments else ""
+    commands = [one for one in app.registered_commands if _name_of(one) == named]
+    groups = [one for one in app.registered_groups if one.name == named]
+    if not commands and not groups:
+        return app
+    alone = copy(app)
+    alone.registered_commands, alone.registered_groups = commands, groups
+    return alone
+
+
+def _name_of(command: CommandInfo) -> str:
+    assert command.callback is not None
+    return command.name or get_command_name(command.callback.__name__)
+
+
 def _leave(message: str, code: int) -> None:
     from tidegate.telemetry.logging import redact
 
@@ -76,8 +97,8 @@ def _leave(message: str, code: int) -> None:
 
 
 # What libraries import wherever it is installed, for what our processes do not use: redis-py for
-# metrics of its own, structlog for coloured tracebacks.
-_OF_REDIS, _OF_STRUCTLOG = "opentelemetry.sdk.metrics", "rich"
+# metrics of its own, structlog for coloured tracebacks, FastAPI for models of an older kind.
+_OF_REDIS, _OF_STRUCTLOG, _OF_FASTAPI = "opentelemetry.sdk.metrics", "rich", "pydantic.v1"
 
 
 @contextmanager
@@ -129,7 +150,8 @@ def serve(
     with _without(_OF_REDIS, _OF_STRUCTLOG):
         from tidegate.supervisor.roles import serve as run
 
-    run(load_to_run(), fd)
+    with _without(_OF_FASTAPI):
+        run(load_to_run(), fd)
 
 
 @app.command(rich_help_panel=_RUN)
@@ -138,7 +160,8 @@ def worker() -> None:
     with _without(_OF_REDIS, _OF_STRUCTLOG):
         from tidegate.supervisor.roles import work
 
-    work(load_to_run())
+    with _without(_OF_FASTAPI):
+        work(load_to_run())
 
 
 @app.command(
