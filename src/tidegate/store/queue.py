@@ -470,17 +470,18 @@ async def with_files(
 
 
 class ExpiredClaims:
-    """Claims of silent workers. `lock` in the transaction, `end` after its commit."""
+    """Claims of silent workers: `holders` before the transaction that returns them, `end` after."""
 
-    def __init__(self, lease_ms: int) -> None:
+    def __init__(self, connections: Connections, lease_ms: int) -> None:
+        self._connections = connections
         self._lease_ms = lease_ms
         self.lookback = Lookback()
         self._seen: dict[str, datetime] = {}  # silent ones, with their last heartbeat
         self._silent: dict[str, datetime] = {}
 
-    async def lock(self, connection: asyncpg.Connection, look: Scan) -> list[UUID]:
-        """Lock up to 500 jobs whose claims have expired; returns their ids."""
-        found = await connection.fetch(sql("silent_workers"), self._lease_ms)
+    async def holders(self, look: Scan) -> list[str]:
+        """Those whose claims are to be looked for. Raises StoreUnavailable."""
+        found = await self._connections.rows("silent_workers", self._lease_ms)
         self._silent = {row["instance_id"]: row["seen_at"] for row in found}
         names = [
             name
@@ -488,13 +489,9 @@ class ExpiredClaims:
             if look.is_whole or self._seen.get(name) != seen_at
         ]
         if look.is_whole:
-            unknown = await connection.fetch(sql("unknown_holders"), self._lease_ms)
+            unknown = await self._connections.rows("unknown_holders", self._lease_ms)
             names += [row["claimed_by"] for row in unknown]
-        if not names:
-            return []
-        return [
-            row["id"] for row in await connection.fetch(sql("lock_lapsed"), names, self._lease_ms)
-        ]
+        return names
 
     def end(self, look: Scan, retaken: int) -> None:
         if retaken < AT_ONCE:
@@ -535,7 +532,7 @@ class JobQueue:
         self._held: dict[UUID, int] = {}
         self._doubtful = False
         self._queues = ReadyQueues(connections, notifications, instance_id=instance_id)
-        self._lapses = ExpiredClaims(lease_ms)
+        self._lapses = ExpiredClaims(connections, lease_ms)
         self._straying = Lookback()
         self._expiring = Lookback()
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin)
@@ -762,11 +759,13 @@ class JobQueue:
             return []
         failure = asdict(_WORKER_DIED)
         look = self._lapses.lookback.begin()
+        holders = await self._lapses.holders(look)
 
         async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            locked = await self._lapses.lock(connection, look)
-            if not locked:
+            lapsed = await connection.fetch(sql("lock_lapsed"), holders, self._lease_ms)
+            if not lapsed:
                 return []
+            locked = [row["id"] for row in lapsed]
             retaken: list[asyncpg.Record] = await connection.fetch(
                 sql("retake"), locked, MAX_LAPSES, orjson.dumps(failure).decode()
             )
@@ -775,7 +774,7 @@ class JobQueue:
             await audit_unanswered(connection, dead, failure, self._instance_id)
             return retaken
 
-        retaken = await self._connections.run(retake)
+        retaken = await self._connections.run(retake) if holders else []
         self._lapses.end(look, len(retaken))
         ids = [rows.uuid_of(row["id"]) for row in retaken]
         if retaken:
