@@ -38,6 +38,7 @@ TidegateError
 │   └── LimiterUnavailable      Valkey is unavailable and the policy is `closed`
 ├── LeaseLost                   the session that held the permit is gone; results may not be stored
 ├── CallPreempted               the call gave way to one of a higher band, and is made again later
+├── LastTryWaits                another call that may be deadly to its worker is under way
 ├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is
 │   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
 │   ├── UpstreamTierBusy        the requested processing tier has no capacity at the moment
@@ -356,6 +357,14 @@ class CallPreempted(TidegateError):
     uses up no attempt: its job or line is queued again. Never raised to a client."""
 
     code = "preempted"
+    retryable = True
+
+
+class LastTryWaits(TidegateError):
+    """A job or line under which all workers but one may die have died is called alone among such
+    ones, and another is under way. It uses up no attempt. Never raised to a client."""
+
+    code = "last_try_waits"
     retryable = True
 
 

@@ -64,7 +64,8 @@ def test_each_error_has_its_status(error: errors.TidegateError, status: int) -> 
 def test_no_error_that_can_reach_a_client_falls_back_to_500() -> None:
     internal = {errors.ConfigError, errors.PolicyConflict, errors.ClaimLost, errors.AdmissionError}
     internal |= {errors.GatewayRefused, errors.GatewayUnreachable}  # those of a client
-    internal |= {errors.CallPreempted}  # of jobs and batch lines alone, which are made again
+    # Of jobs and batch lines alone, which are made again.
+    internal |= {errors.CallPreempted, errors.LastTryWaits}
     for kind in set(_leaves(errors.TidegateError)) - internal:
         found = next(each for each in kind.__mro__ if each in _statuses())
         assert found is not errors.TidegateError, kind

@@ -33,6 +33,7 @@ from tidegate.errors import (
     ClaimLost,
     DeadlineExceeded,
     InvalidRequest,
+    LastTryWaits,
     LeaseLost,
     LimiterUnavailable,
     NotFound,
@@ -125,7 +126,7 @@ class LineCaller:
     def __init__(
         self, config: Config, store: Store, relay: Relay, held: Held, last_tries: LastTries
     ) -> None:
-        self._held = held
+        self._held, self._last_tries = held, last_tries
         self._outages = held.outages
         self._config = config
         self._store = store
@@ -137,7 +138,6 @@ class LineCaller:
             BATCHES,
             held,
             look,
-            last_tries,
             lambda: WINDOW,
             claim=self._claim,
             waits_ms=lambda claimed: self._waits_ms(claimed, look.put_off),
@@ -235,6 +235,8 @@ class LineCaller:
             log.exception(Log.INTERNAL_ERROR, request_id=str(one.line.id))
             error = TidegateError("an internal error; it has been logged")
             await self._finish(one.line, _record_of(one.line, None), error, None)
+        finally:
+            self._last_tries.over(one)
 
     async def _call(self, one: _ActiveLine) -> None:
         line, record = one.line, one.record
@@ -276,6 +278,7 @@ class LineCaller:
         line = one.line
 
         async def admitted(_permit: Permit | None) -> None:
+            self._last_tries.begin(one)
             if one.turn is None and self._outages.is_any:
                 one.turn = self._outages.enter(self._targets_of(line))
             record = one.record
@@ -308,6 +311,8 @@ class LineCaller:
             return min(_SPENT_MS, error.retry_after_ms or _SPENT_MS)
         if isinstance(error, CallPreempted):
             return 0
+        if isinstance(error, LastTryWaits):
+            return error.retry_after_ms
         if isinstance(error, _LATER):
             return _AGAIN_MS
         if is_of_upstream(error):

@@ -26,6 +26,7 @@ from tidegate.errors import (
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
+    LastTryWaits,
     LeaseLost,
     LimiterUnavailable,
     LimitPaused,
@@ -202,9 +203,11 @@ def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = N
     immediately, or that a budget refuses: when the next period begins, and every minute or so
     before, since a budget can be raised; soon where calls in progress hold what is left. One whose
     cost has no known bound is looked at each minute too: a person can name a price, have the budget
-    take estimates, or cancel it. None for other errors."""
+    take estimates, or cancel it. A last try waits for another one. None for other errors."""
     if isinstance(error, CallPreempted):
         return 0
+    if isinstance(error, LastTryWaits):
+        return error.retry_after_ms
     if isinstance(error, BudgetReserved):
         return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
     if not isinstance(error, BudgetExceeded | BudgetUnbounded):
@@ -282,27 +285,24 @@ ClaimedT = TypeVar("ClaimedT", bound=Claimed)
 
 
 class LastTries:
-    """One per process. Of the claims that are given up if one more worker dies, this process calls
-    one at a time: those that were only under way beside a deadly one must not die with it again."""
+    """One per process. Of jobs and lines that are given up if one more worker dies, one is called
+    at a time: those that were only under way beside a deadly one must not die with it again."""
 
     def __init__(self) -> None:
         self._under_way: UUID | None = None
 
-    def take(self, claimed: Iterable[Claimed]) -> dict[UUID, int]:
-        """Give the turn to the first of them if nothing has it; returns after how many milliseconds
-        the others are to be claimed again. The turn ends by `over`."""
-        waits_ms = {}
-        for one in claimed:
-            if one.lapses < MAX_LAPSES - 1:
-                continue
-            if self._under_way is None:
-                self._under_way = one.request_id
-            else:
-                waits_ms[one.request_id] = random.randint(*_LAST_TRY_WAITS_MS)
-        return waits_ms
+    def begin(self, one: Claimed) -> None:
+        """Call it before a call is on record as one that may be made; ended by `over`. Raises
+        LastTryWaits."""
+        if one.lapses < MAX_LAPSES - 1 or self._under_way == one.request_id:
+            return
+        if self._under_way is not None:
+            said = "another call that may be deadly to its worker is under way"
+            raise LastTryWaits(said, retry_after_ms=random.randint(*_LAST_TRY_WAITS_MS))
+        self._under_way = one.request_id
 
     def over(self, one: Claimed) -> None:
-        """This process does not work on it any more, or will not."""
+        """How its call ended is on record, or it was not made."""
         if self._under_way == one.request_id:
             self._under_way = None
 
@@ -320,7 +320,6 @@ class Feeder(Generic[ClaimedT]):
     lane: str
     held: Held
     look: Look
-    last_tries: LastTries
     window: Callable[[], int]
     claim: Callable[[int], Awaitable[list[ClaimedT]]]
     waits_ms: Callable[[Sequence[ClaimedT]], Mapping[UUID, int]]
@@ -384,22 +383,13 @@ class Feeder(Generic[ClaimedT]):
     async def _kept(
         self, claimed: list[ClaimedT], chosen: list[ClaimedT], waits_ms: Mapping[UUID, int]
     ) -> list[ClaimedT]:
-        """Return to the queue what is held, what a wide look has brought beyond the window, and
-        last tries beside another one."""
-        apart_ms = self.last_tries.take(chosen)
-        chosen = [one for one in chosen if one.request_id not in apart_ms]
-        if len(chosen) == len(claimed):
-            return chosen
-        ids = {one.request_id for one in chosen}
-        returned = [one for one in claimed if one.request_id not in ids]
-        try:
-            await self.release(returned, {**waits_ms, **apart_ms})
-        except StoreUnavailable:
-            return claimed  # none is lost: their tasks wait until PostgreSQL is there
-        except BaseException:  # cancelled or unforeseen: none was started, and it is raised again
-            for one in chosen:
-                self.last_tries.over(one)
-            raise
+        """Return to the queue what is held, and what a wide look has brought beyond the window."""
+        if len(chosen) < len(claimed):
+            ids = {one.request_id for one in chosen}
+            try:
+                await self.release([one for one in claimed if one.request_id not in ids], waits_ms)
+            except StoreUnavailable:
+                return claimed  # none is lost: their tasks wait until PostgreSQL is there
         return chosen
 
     async def _unless_closed(
@@ -418,7 +408,7 @@ class Feeder(Generic[ClaimedT]):
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self.last_tries.over(self.tasks.pop(task))
+        self.tasks.pop(task)
         self._slot_freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error(Log.INTERNAL_ERROR, exc_info=error)

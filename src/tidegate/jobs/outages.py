@@ -33,7 +33,6 @@ from tidegate.errors import (
 )
 from tidegate.record import Failure
 from tidegate.spine.routing import Gate
-from tidegate.store.queue import MAX_LAPSES
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
 
@@ -423,13 +422,10 @@ class PutOff:
         waits_ms: Mapping[UUID, int] | None = None,
         failure: Failure | None = None,
     ) -> None:
-        """As `JobQueue.release`; those in `waits_ms` are put off, and a last try that nothing holds
-        comes back by its time alone."""
+        """As `JobQueue.release`; those in `waits_ms` are put off."""
         await self._store.queue.release(jobs, waits_ms, failure)
         for job in jobs:
-            if (wait_ms := (waits_ms or {}).get(job.request_id)) is None:
-                continue
-            if job.lapses < MAX_LAPSES - 1 or self.held.ms(self._targets_of(job)):
+            if (wait_ms := (waits_ms or {}).get(job.request_id)) is not None:
                 self.note(job, wait_ms)
 
     def note(self, job: ClaimedJob, wait_ms: int) -> None:

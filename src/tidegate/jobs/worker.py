@@ -223,9 +223,10 @@ class _JobRun:
         self.counted_tries = 0
 
     async def admitted(self, permit: Permit | None) -> None:
-        """Mark the call before it is made. Raises ClaimLost, StoreUnavailable, and
+        """Mark the call before it is made. Raises ClaimLost, StoreUnavailable, LastTryWaits, and
         UpstreamUnavailable where another call tries whether the upstream is back."""
         record = self.record
+        self._worker.last_tries.begin(self.job)
         if self.turn is None:
             self.turn = self._worker.turn_of(self.job)
         failed = None
@@ -271,8 +272,8 @@ class Worker:
         )
         self._outages = outages = Outages(self._spine.health)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
-        last_tries = LastTries()
-        batches = BatchRunner(config, store, blobs, relay, self._put_off.held, last_tries)
+        self.last_tries = LastTries()
+        batches = BatchRunner(config, store, blobs, relay, self._put_off.held, self.last_tries)
         background = BackgroundRunner(config, store, relay)
         beside = (batches.run, self._provider_batches.run, background.run)
         self._beside = beside if pool == DEFAULT_POOL else ()
@@ -290,7 +291,6 @@ class Worker:
                 kind or UNSURE,
                 self._put_off.held,
                 Look(),
-                last_tries,
                 partial(self._window, kind),
                 claim=partial(store.queue.claim, pool, kind),
                 waits_ms=self._put_off.waits_ms,
@@ -458,6 +458,7 @@ class Worker:
             await self._end_unadmitted(job, record_of(job), internal())
         finally:
             self._stages.leave(job)
+            self.last_tries.over(job)
 
     async def _placed(self, job: ClaimedJob, kind: Kind) -> ClaimedJob | None:
         """The job in its tier; None where it went back to the queue for it."""

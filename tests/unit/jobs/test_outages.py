@@ -229,7 +229,6 @@ OUT_FROM_S = 5.0
 class Job:
     request_id: UUID
     claim: int
-    lapses: int = 0
 
 
 class Queue:
