@@ -1,6 +1,6 @@
 """What stays in the prompt cache of agents' conversations over several accounts, and at what wait.
 
-    python -m bench.stickiness [--turns 60] [--agents 6]
+    python -m bench.stickiness [--turns 60] [--agents 6] [--first 0]
 
 Agents hold conversations through two API processes, one call at a time each: over one account that
 has room for all, over three that share it, and over three with a new name of the conversation for
@@ -106,14 +106,17 @@ async def measure(
 ) -> Conversations:
     controls = [EmulatorControl(url) for url in urls]
     try:
-        for control in controls:
-            await control.reset()
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # either API process
         async with aiohttp.ClientSession(connector=connector) as session:
+            # On a Valkey that has just begun, unknown processes could hold permits for a lease.
+            first = (converse(session, gateway, -agent, 1, by_lot=True) for agent in range(1, 13))
+            await asyncio.gather(*first)
+            for control in controls:
+                await control.reset()
             held = await asyncio.gather(
                 *(
                     converse(session, gateway, agent, options.turns, by_lot=by_lot)
-                    for agent in range(options.agents)
+                    for agent in range(options.first, options.first + options.agents)
                 )
             )
         books = [await control.account() for control in controls]
@@ -154,6 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stickiness", description=__doc__)
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--agents", type=int, default=6)
+    parser.add_argument("--first", type=int, default=0, help="number of the first agent: its name")
     options = parser.parse_args()
     about = describe("emulated accounts", ["python -m bench.stickiness", *sys.argv[1:]])
     found = run(options)

@@ -5,7 +5,11 @@ cache belongs to one account. A conversation is known by its name, by
 `prompt_cache_key`, or else by its tools, its system prompt and its first message. Its first call
 goes by weighted rendezvous hashing (Thaler and Ravishankar, 1998; weights as -w / ln h), on which
 all processes agree without a message; later calls go where this process last saw its answers, and
-wait there for as long as the tokens that answers read from the cache are worth.
+wait there for as long as the tokens that answers read from the cache are worth. That is how long
+all of them wait together, times a share that is drawn for each stay: a conversation moves once it
+has waited for about what the move costs, and of several that wait for one another one moves first
+(randomized ski rental; Karlin, Manasse, McGeoch, Owicki, "Competitive Randomized Algorithms for
+Nonuniform Problems", 1994). A move is notified to the other processes.
 
 Invariants: an upstream that is out or paused is not waited for; a conversation of one tenant moves
 no call of another's; the memory is bounded; a route's order stands.
@@ -15,20 +19,24 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import log
+from math import e, log
+from random import random
 from typing import Any, NamedTuple
 
 from tidegate.admission.demand import CACHE_MS
 from tidegate.call import Usage
 from tidegate.dialects.requests import opening_of
+from tidegate.limiter import SPARE_MS
 from tidegate.record import Lineage
 from tidegate.spine.routing import Target
 from tidegate.store.provider.resources import ResourceOwner
 
 MOST_CONVERSATIONS = 4_096
+# A permit that another process's call has left is here within it: it is kept there for a next call.
+HANDOVER_MS = 4 * SPARE_MS
 _DIGEST_BYTES = 16
 _OPENING_BYTES = 12
 _LONGEST_NAME = 200  # of a conversation
@@ -36,22 +44,35 @@ _LONGEST_NAME = 200  # of a conversation
 
 class _Warm(NamedTuple):
     """Where a conversation was answered last. cached_tokens: read from the cache, or written to
-    it."""
+    it. waited_ms: what its calls have waited there since it moved there; patience: the share of
+    what its cache is worth that they wait."""
 
     upstream: str
     cached_tokens: int
     at_ms: float
+    waited_ms: float
+    patience: float
 
 
 @dataclass(slots=True)
 class Home:
     """The upstream of one conversation. is_known: it has answered there lately. wait_ms: how long
-    its cache is worth waiting for."""
+    its cache is worth waiting for; waited_ms: how long its calls have waited for that."""
 
     key: bytes
     target: Target
     is_known: bool = False
     wait_ms: float = 0.0
+    waited_ms: float = 0.0
+    patience: float | None = None
+
+    def places(self, targets: Sequence[Target]) -> Iterator[int]:
+        """The places of targets: its own first, then in the order in which it moves."""
+        own = next((at for at, one in enumerate(targets) if one == self.target), None)
+        if own is not None:
+            yield own
+        others = (at for at in range(len(targets)) if at != own)
+        yield from sorted(others, key=lambda at: _rank(self.key, targets[at]), reverse=True)
 
 
 class Affinity:
@@ -61,10 +82,14 @@ class Affinity:
         self,
         wait_us_per_token: float,
         now_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
+        draw: Callable[[], float] = random,
     ) -> None:
+        self._draw = draw
         self._wait_ms_per_token = wait_us_per_token / 1000
         self._now_ms = now_ms
         self._warm: OrderedDict[bytes, _Warm] = OrderedDict()
+        # Called with a conversation's key, its new upstream and the tokens that are cached there.
+        self.on_move: Callable[[bytes, str, int], None] | None = None
 
     def home(self, key: bytes | None, targets: Sequence[Target]) -> Home | None:
         """Where a conversation goes first, of two targets or more; None for a call of none."""
@@ -74,16 +99,37 @@ class Affinity:
         if warm is not None and self._now_ms() - warm.at_ms <= CACHE_MS:
             for target in targets:
                 if target.upstream.name == warm.upstream:
-                    wait_ms = warm.cached_tokens * self._wait_ms_per_token
-                    return Home(key, target, is_known=True, wait_ms=wait_ms)
-        return Home(key, max(targets, key=lambda one: _rank(key, one)))
+                    worth_ms = warm.cached_tokens * self._wait_ms_per_token
+                    wait_ms = max(0.0, worth_ms * warm.patience - warm.waited_ms)
+                    return Home(key, target, True, wait_ms, warm.waited_ms, warm.patience)
+        first = max(targets, key=lambda one: _rank(key, one))
+        return Home(key, first, wait_ms=HANDOVER_MS if self._wait_ms_per_token else 0.0)
 
     def note(self, home: Home, target: Target, usage: Usage) -> None:
         """Remember where a call of the conversation was answered, and what its cache has."""
         read, details = usage.cached_tokens or 0, usage.details
         written = 0 if details is None else details.cache_write_tokens or 0
-        self._warm[home.key] = _Warm(target.upstream.name, read + written, self._now_ms())
-        self._warm.move_to_end(home.key)
+        name, tokens, warm = target.upstream.name, read + written, self._warm.get(home.key)
+        # A move may have been notified since the call began.
+        has_moved = name != (home.target.upstream.name if warm is None else warm.upstream)
+        waited_ms, patience = (0.0, None) if has_moved else (home.waited_ms, home.patience)
+        self._keep(home.key, name, tokens, waited_ms, patience)
+        if has_moved and tokens and self.on_move is not None:
+            self.on_move(home.key, name, tokens)
+
+    def moved(self, key: bytes, upstream: str, cached_tokens: int) -> None:
+        """A process has notified a move: of all that learn of two, the later one counts."""
+        warm = self._warm.get(key)
+        if warm is None or warm.upstream != upstream:
+            self._keep(key, upstream, cached_tokens, 0.0, None)
+
+    def _keep(
+        self, key: bytes, upstream: str, tokens: int, waited_ms: float, patience: float | None
+    ) -> None:
+        if patience is None:
+            patience = log(1 + self._draw() * (e - 1))
+        self._warm[key] = _Warm(upstream, tokens, self._now_ms(), waited_ms, patience)
+        self._warm.move_to_end(key)
         if len(self._warm) > MOST_CONVERSATIONS:
             self._warm.popitem(last=False)
 

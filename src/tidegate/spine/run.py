@@ -612,11 +612,11 @@ class _Run:
         paused for longer than the call may wait. A conversation's own is the first."""
         home = self._home
         if home is not None and home.is_known:
-            targets = [targets[place] for place in _home_first(home, targets)]
+            targets = [targets[place] for place in home.places(targets)]
         demands = self._demands(targets)
         never: _Never = {}
         if len(targets) > 1:
-            for place in range(len(targets)) if home is None else _home_first(home, targets):
+            for place in range(len(targets)) if home is None else home.places(targets):
                 target, demand = targets[place], demands[place]
                 lane = self._spine.lane(target)
                 self._trying = target
@@ -632,7 +632,7 @@ class _Run:
                         home is not None
                         and home.wait_ms
                         and target == home.target
-                        and await self._waited_at_home(home, target, lane, demand)
+                        and await self._waited_at_home(home)
                     ):
                         return
                 except DemandImpossible as impossible:
@@ -660,21 +660,23 @@ class _Run:
                 out = None if self._terms.waits_out else lane.gate.out()
                 raise out or late from None
 
-    async def _waited_at_home(
-        self, home: Home, target: Target, lane: Lane, demand: CallDemand
-    ) -> bool:
+    async def _waited_at_home(self, home: Home) -> bool:
         """Wait where the conversation's beginning is in the cache, for as long as that is worth;
         False where the call was not admitted there meanwhile, nor would be by an estimate."""
-        record, began = self._record, datetime.now(UTC)
+        record, began, target = self._record, datetime.now(UTC), home.target
+        lane = self._spine.lane(target)
+        demand, self._trying = self._exchange.demand(target, lane), target
         wait_ms, home.wait_ms = home.wait_ms, 0.0  # once
         if lane.gate.late(demand, wait_ms) is not None:
             return False
         record.waits_for = lane.limiter.pool, demand.limits
         try:
             async with self._admission(target, lane, demand, within_ms=wait_ms) as permit:
+                home.waited_ms += 0.0 if permit is None else permit.waited_ms
                 await self._admitted(permit, target, lane, demand)
                 return True
         except DeadlineExceeded:
+            home.waited_ms += wait_ms
             if not record.waits or self._terms.left_ms() <= 0:
                 raise
         except NotWorthWaiting:
@@ -877,11 +879,6 @@ def _tokens_read(told: Usage, charged: Usage) -> Tokens:
     """What a provider read of a call, where no limit counts tokens."""
     read = told.input_tokens or charged.input_tokens or 0
     return Tokens(read, 0, min(told.cached_tokens or 0, read))
-
-
-def _home_first(home: Home, targets: list[Target]) -> list[int]:
-    """The places of targets, that of a conversation's own first."""
-    return sorted(range(len(targets)), key=lambda place: targets[place] != home.target)
 
 
 def _place(target: Target | None) -> tuple[str, str] | None:

@@ -586,9 +586,12 @@ async def _close(opened: _Opened) -> None:
 
 @asynccontextmanager
 async def following(upstreams: LiveUpstreams, notifications: Notifications) -> AsyncIterator[None]:
-    """The upstreams at work: they follow the record inside of the block."""
-    wakers = notifications.on_upstreams
+    """The upstreams at work: inside of the block they follow the record, and conversations follow
+    their moves in other processes."""
+    wakers, affinity = notifications.on_upstreams, upstreams.relay.spine.affinity
     wakers.append(upstreams.wake)
+    affinity.on_move = notifications.moved
+    notifications.on_moved.append(affinity.moved)
     notifications.listen()
     task = asyncio.create_task(upstreams.run())
     try:

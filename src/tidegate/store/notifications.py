@@ -38,6 +38,7 @@ CHANGED = "tidegate_changed"
 CANCEL = "tidegate_cancel"
 BUDGETS = "tidegate_budgets"
 UPSTREAMS = "tidegate_upstreams"
+MOVED = "tidegate_moved"
 POLL_MS = 500
 WORK_POLL_MS = 1_000
 # The longest that a loop waits which the pulse would wake.
@@ -48,6 +49,7 @@ Sign = Literal["ripe", "overdue", "cancelled", "background"]
 _SIGNS: tuple[Sign, ...] = ("ripe", "overdue", "cancelled", "background")
 MAX_WATCHERS = 10_000
 _IDS_PER_MESSAGE = 200  # 37 bytes each; a payload holds 8,000
+_MOVES_PER_MESSAGE, _MOST_MOVES = 50, 1_000  # of at most 130 bytes
 _PHASE_S = random.random()  # so that the processes of a machine do not all wake together
 _RECONNECT_MS = 500
 _LISTEN_TIMEOUT_MS = 2_000
@@ -69,6 +71,7 @@ class Notifications:
         self._work: set[str] = set()
         self._changed: set[UUID] = set()
         self._cancelled: set[UUID] = set()
+        self._moved: dict[str, str] = {}
         self._sending: asyncio.Task[None] | None = None
         # Waiting: events by request, with the version that its watcher has seen; by lane, with how
         # often it was notified; and the cancellations received, once a worker waits for them.
@@ -81,6 +84,7 @@ class Notifications:
         self._listening: asyncio.Task[None] | None = None
         self.on_budgets: list[Callable[[], None]] = []
         self.on_upstreams: list[Callable[[], None]] = []
+        self.on_moved: list[Callable[[bytes, str, int], None]] = []
         self.pool: str | None = None  # whose jobs this process works on
         self._due: dict[Sign, asyncio.Event] = {}
         self._shown: frozenset[Sign] = frozenset()  # by the last pulse
@@ -122,6 +126,12 @@ class Notifications:
         self._cancelled.update(ids)
         self._send_soon()
 
+    def moved(self, key: bytes, upstream: str, cached_tokens: int) -> None:
+        """Notify that a conversation was answered elsewhere than other processes expect."""
+        if len(self._moved) < _MOST_MOVES:
+            self._moved[key.hex()] = f"{key.hex()} {cached_tokens} {upstream}"
+            self._send_soon()
+
     def _send_soon(self) -> None:
         if self._sending is None and self._has_news():
             self._sending = asyncio.create_task(self._send())
@@ -139,7 +149,7 @@ class Notifications:
             self._sending = None
 
     def _has_news(self) -> bool:
-        return bool(self._work or self._changed or self._cancelled)
+        return bool(self._work or self._changed or self._cancelled or self._moved)
 
     def _messages(self) -> list[tuple[str, str]]:
         messages = [(WORK, where) for where in sorted(self._work)]
@@ -149,6 +159,10 @@ class Notifications:
             news.clear()
             for start in range(0, len(ids), _IDS_PER_MESSAGE):
                 messages.append((channel, ",".join(ids[start : start + _IDS_PER_MESSAGE])))
+        moves = list(self._moved.values())
+        self._moved.clear()
+        for start in range(0, len(moves), _MOVES_PER_MESSAGE):
+            messages.append((MOVED, "\n".join(moves[start : start + _MOVES_PER_MESSAGE])))
         return messages
 
     # Waiting
@@ -254,7 +268,7 @@ class Notifications:
         watchdog = loop.call_later(_LISTEN_TIMEOUT_MS / 1000, connection.terminate)
         try:
             connection.add_termination_listener(lambda _connection: closed.set())
-            for channel in (WORK, CHANGED, CANCEL, BUDGETS, UPSTREAMS):
+            for channel in (WORK, CHANGED, CANCEL, BUDGETS, UPSTREAMS, MOVED):
                 await connection.add_listener(channel, self._on_message)
             watchdog.cancel()
             self.wake_all()
@@ -300,6 +314,11 @@ class Notifications:
         if channel in (BUDGETS, UPSTREAMS):
             for notify in self.on_budgets if channel == BUDGETS else self.on_upstreams:
                 notify()
+            return
+        if channel == MOVED:
+            for key, tokens, upstream in map(str.split, str(payload).splitlines()):
+                for note in self.on_moved:
+                    note(bytes.fromhex(key), upstream, int(tokens))
             return
         if channel == WORK:
             lane = str(payload).partition(" ")[2]

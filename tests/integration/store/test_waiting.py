@@ -63,6 +63,22 @@ async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
     assert len(api.notifications) == 0
 
 
+async def test_moves_of_conversations_are_notified_to_all_processes_in_one_order(
+    make_store: MakeStore, database_url: str
+) -> None:
+    stores = [await make_store(database_url) for _ in range(2)]
+    heard: list[list[tuple[bytes, str, int]]] = [[], []]
+    for store, moves in zip(stores, heard, strict=True):
+        store.notifications.on_moved.append(lambda *move, moves=moves: moves.append(move))
+        await listening(store)
+    sent = [(bytes([number]) * 16, f"account-{number % 3}", number) for number in range(120)]
+    for number, move in enumerate(sent):
+        stores[number % 2].notifications.moved(*move)
+    await wait_until(lambda: [len(moves) for moves in heard] == [len(sent)] * 2)
+    assert heard[0] == heard[1]
+    assert sorted(heard[0]) == sent
+
+
 async def test_a_long_poll_ends_by_polling_when_notifications_are_lost(
     make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

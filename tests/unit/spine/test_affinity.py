@@ -14,7 +14,7 @@ from tidegate.call import Usage, UsageDetails
 from tidegate.policy.deployment import Upstream
 from tidegate.record import Lineage
 from tidegate.spine import affinity
-from tidegate.spine.affinity import Affinity, Home, conversation_key, lineage_in
+from tidegate.spine.affinity import HANDOVER_MS, Affinity, Home, conversation_key, lineage_in
 from tidegate.spine.routing import Target
 from tidegate.store.provider.resources import ResourceOwner
 
@@ -37,8 +37,8 @@ def named(found: Home | None) -> str:
     return placed(found).target.upstream.name
 
 
-def affinity_at(now_ms: Callable[[], float]) -> Affinity:
-    return Affinity(200, now_ms)
+def affinity_at(now_ms: Callable[[], float], drawn: float = 1.0) -> Affinity:
+    return Affinity(200, now_ms, lambda: drawn)
 
 
 def test_all_processes_choose_alike_by_weight() -> None:
@@ -65,7 +65,7 @@ def test_a_conversation_stays_where_it_was_answered_while_its_cache_lasts() -> N
     known = affinity_at(lambda: now[0])
     first = placed(known.home(b"talk", two))
     other = next(one for one in two if one != first.target)
-    assert (first.is_known, first.wait_ms) == (False, 0)
+    assert (first.is_known, first.wait_ms) == (False, HANDOVER_MS)
     details = UsageDetails(cache_write_tokens=1_000)
     known.note(first, other, Usage(input_tokens=9_000, cached_tokens=4_000, details=details))
     now[0] = CACHE_MS
@@ -78,6 +78,97 @@ def test_a_conversation_stays_where_it_was_answered_while_its_cache_lasts() -> N
 
 def test_a_call_of_no_conversation_has_no_home() -> None:
     assert affinity_at(float).home(None, targets(a=1, b=1)) is None
+
+
+def test_nothing_is_waited_for_where_tokens_are_worth_nothing() -> None:
+    two = targets(a=1, b=1)
+    known = Affinity(0, float)
+    for _ in range(2):
+        found = placed(known.home(b"talk", two))
+        assert found.wait_ms == 0
+        known.note(found, found.target, Usage(cached_tokens=4_000))
+
+
+@pytest.mark.parametrize(("drawn", "share"), [(1.0, 1.0), (0.5, 0.62), (0.0, 0.0)])
+def test_a_stay_is_worth_a_share_of_what_its_cache_saves(drawn: float, share: float) -> None:
+    two, known = targets(a=1, b=1), affinity_at(float, drawn)
+    first = placed(known.home(b"talk", two))
+    known.note(first, first.target, Usage(cached_tokens=5_000))
+    assert placed(known.home(b"talk", two)).wait_ms == pytest.approx(1_000 * share, abs=1)
+
+
+def test_all_calls_of_a_stay_wait_together_for_as_long_as_it_is_worth() -> None:
+    two, known, usage = targets(a=1, b=1), affinity_at(float), Usage(cached_tokens=5_000)
+    first = placed(known.home(b"talk", two))
+    known.note(first, first.target, usage)
+    left = []
+    for _ in range(4):
+        found = placed(known.home(b"talk", two))
+        left.append(found.wait_ms)
+        found.waited_ms += 400
+        known.note(found, found.target, usage)
+    assert left == [1_000, 600, 200, 0]
+    moved = placed(known.home(b"talk", two))
+    known.note(moved, next(one for one in two if one != moved.target), usage)
+    assert placed(known.home(b"talk", two)).wait_ms == 1_000
+
+
+def test_all_processes_have_a_conversation_move_in_one_order() -> None:
+    four = targets(a=1, b=1, c=1, d=1)
+    orders = set()
+    for at, process in enumerate((affinity_at(float), affinity_at(float))):
+        shown = four[at:] + four[:at]
+        found = placed(process.home(b"talk", shown))
+        order = [shown[place] for place in found.places(shown)]
+        assert order[0] == found.target
+        orders.add(tuple(one.upstream.name for one in order))
+    assert len(orders) == 1
+    assert sorted(*orders) == ["a", "b", "c", "d"]
+    known = affinity_at(float)
+    assert len({tuple(placed(known.home(key, four)).places(four)) for key in KEYS}) == 24
+
+
+def talking(count: int) -> list[Affinity]:
+    """Processes that notify one another of moves, themselves too, as PostgreSQL does it."""
+    processes = [affinity_at(float) for _ in range(count)]
+
+    def tell(key: bytes, upstream: str, tokens: int) -> None:
+        for process in processes:
+            process.moved(key, upstream, tokens)
+
+    for process in processes:
+        process.on_move = tell
+    return processes
+
+
+def test_a_move_is_known_to_other_processes() -> None:
+    two, usage = targets(a=1, b=1), Usage(cached_tokens=5_000)
+    one, other = talking(2)
+    first = placed(one.home(b"talk", two))
+    elsewhere = next(target for target in two if target != first.target)
+    one.note(first, elsewhere, usage)
+    for process in (one, other):
+        found = placed(process.home(b"talk", two))
+        assert (found.target, found.is_known, found.wait_ms) == (elsewhere, True, 1_000)
+
+
+def test_processes_agree_on_a_move_during_a_call_of_another() -> None:
+    two, usage = targets(a=1, b=1), Usage(cached_tokens=5_000)
+    one, other = talking(2)
+    first = placed(one.home(b"talk", two))
+    elsewhere = next(target for target in two if target != first.target)
+    begun = placed(other.home(b"talk", two))
+    one.note(first, elsewhere, usage)
+    other.note(begun, begun.target, usage)
+    assert [placed(each.home(b"talk", two)).target for each in (one, other)] == [first.target] * 2
+
+
+def test_a_move_of_a_conversation_without_a_cache_is_notified_to_nobody() -> None:
+    two = targets(a=1, b=1)
+    one, other = talking(2)
+    first = placed(one.home(b"talk", two))
+    one.note(first, next(target for target in two if target != first.target), Usage())
+    assert not placed(other.home(b"talk", two)).is_known
 
 
 def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
