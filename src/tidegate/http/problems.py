@@ -356,6 +356,7 @@ ADVICE: dict[str, str] = {
     "internal": "This is a fault of the gateway: its log has the details under the request's id.",
     "config": "A setting is wrong: the log of the process names it.",
     "preempted": "It gave way to a call of a higher priority: it is queued again by itself.",
+    "last_try_waits": "It is queued again by itself, and tried when the other one has ended.",
     "invalid_request": "The request is invalid: fix it before you send it again.",
     "too_large": "It is larger than what is allowed: send less, or raise the limit on its size.",
     "files_full": "Its tenant has reached its limit on batch files: delete some.",

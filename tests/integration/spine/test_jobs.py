@@ -60,11 +60,10 @@ async def test_a_fault_in_passing_is_tried_again(open_gateway: Opener) -> None:
         assert record["attempts"] == 1 or (record["attempts"] == 2 and fault != "unavailable")
         assert record["text"].count("You asked") == 1, "nothing is left of the first attempt"
         assert len(await gateway.calls(f"[{fault}]")) == 2
-        attempts = await gateway.attempts(request_id)
-        assert [(row["number"], row["outcome"]) for row in attempts] == [
-            (1, "failed"),
-            (2, "succeeded"),
-        ]
+        outcomes = await _outcomes(gateway, request_id)
+        # On a kept connection, which servers close when they like, it is sent again in one attempt.
+        is_one_attempt = fault == "cut" and outcomes == [(1, "succeeded")]
+        assert is_one_attempt or outcomes == [(1, "failed"), (2, "succeeded")], fault
 
 
 async def test_a_worker_makes_one_last_try_of_a_job_at_a_time(open_gateway: Opener) -> None:
