@@ -419,8 +419,8 @@ class Config(BaseModel):
     )
     cache_wait_us_per_token: Annotated[int, Field(ge=0, le=60_000)] = setting(
         200,
-        "How long a call of a conversation waits for the upstream whose prompt cache has its "
-        "beginning, in microseconds for each cached token, until another takes it. 0: not at all.",
+        "How long a conversation's calls wait together for the upstream whose prompt cache has its "
+        "beginning, at most, in microseconds for each cached token. 0: not at all.",
     )
     keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
         0,

@@ -297,7 +297,7 @@ class LastTries:
         if one.lapses < MAX_LAPSES - 1 or self._under_way == one.request_id:
             return
         if self._under_way is not None:
-            said = "another call that may be deadly to its worker is under way"
+            said = "a call whose workers died is tried alone, and another such call is under way"
             raise LastTryWaits(said, retry_after_ms=random.randint(*_LAST_TRY_WAITS_MS))
         self._under_way = one.request_id
 

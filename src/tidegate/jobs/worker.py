@@ -611,6 +611,7 @@ class Worker:
                 return
             except StoreUnavailable:
                 self._stages.leave(job)
+                self.last_tries.over(job)
                 run.record.begin_again()
                 run.record.admitted_at = None
                 await self._until_store_is_back()
