@@ -1,10 +1,10 @@
 """`make suite`: all tests, beside one another; then each test that failed, once more and alone.
 
-The tests start real servers, kill them and wait for what follows, six at a time on two cores: on a
-busy machine a test may fail that has nothing wrong with it. A test that failed beside others has to
-hold alone (`-n0`), where every promise of time is held to the letter (`promised_s`). Each rerun is
-written to `.pytest_cache/reruns` and printed at the end: a test that was run again in two runs has
-a defect, and so has whatever makes more than `MOST_AGAIN` tests fail.
+The tests start real servers, kill them and wait for what follows, seven at a time on two cores: on
+a busy machine a test may fail that has nothing wrong with it. A test that failed beside others has
+to hold alone (`-n0`), where every promise of time is held to the letter (`promised_s`). Each rerun
+is written to `.pytest_cache/reruns` and printed at the end: a test that was run again in two runs
+has a defect, and so has whatever makes more than `MOST_AGAIN` tests fail.
 
 Exit status: that of pytest; 0 where all tests that failed beside others held alone.
 """
@@ -27,8 +27,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RERUNS = ROOT / ".pytest_cache/reruns"
-PROCESSES = 6
-LONGEST = "tests/property/test_limiter_model.py"
+PROCESSES = 7
 MOST_AGAIN = 5
 MOST_SAID = 2000
 SOME_FAILED = 1
@@ -58,11 +57,6 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--failures")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Notes(path))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest test, at the end of which all but one process would idle."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def tests(failures: Path, *arguments: str) -> tuple[int, Failures]:

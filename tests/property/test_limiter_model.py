@@ -332,6 +332,7 @@ class PoolMachine(Traffic):
         return all(limit.limit.bound > 0 for limit in found)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(600, STEPS // 20))
 @pytest.mark.parametrize("walk", range(WALKS))
 def test_lua_does_what_the_model_says_through_all_faults(server: Server, walk: int) -> None:

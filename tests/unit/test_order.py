@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tests.order import parts, sharing_first
+from tests.order import mixed, parts, sharing_first
 from tests.unit.trees import nodes
 
 
@@ -28,6 +29,17 @@ def test_slow_tests_begin_neither_together_nor_last(slow: int, others: int) -> N
     )
     first = [mine[0] for mine in places if mine]
     assert len(set(first)) == len(first)
+
+
+def test_modules_are_whole_and_not_beside_those_of_their_folder() -> None:
+    modules = [f"{folder}/test_{n}.py" for folder in ("fast", "slow") for n in range(20)]
+    found = mixed((f"{module}::{n}", module) for n in range(3) for module in modules)
+    assert sorted(found) == sorted(f"{module}::{n}" for n in range(3) for module in modules)
+    order = [name.partition("::")[0] for name in found]
+    assert order == [module for module in dict.fromkeys(order) for _ in range(3)]
+    assert [name[-1] for name in found] == ["0", "1", "2"] * 40, "in their own order"
+    folders = [module.partition("/")[0] for module in order[::3]]
+    assert sum(a != b for a, b in pairwise(folders)) > 10
 
 
 def test_modules_that_share_a_deployment_are_whole_and_first() -> None:

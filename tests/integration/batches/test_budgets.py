@@ -64,6 +64,7 @@ async def test_a_batch_is_not_made_where_the_budget_is_spent(
     assert (await client.batches.list()).data == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["budget_day_tokens", "budget_month_money"])
 async def test_a_batch_waits_while_a_budget_is_spent_and_then_goes_on(
     open_gateway: Opener, sdk: MakeSdk, tmp_path: Any, budget: str

@@ -208,6 +208,7 @@ async def rollout(
         assert set((await fleet.end()).values()) <= {0}
 
 
+@pytest.mark.slow
 async def test_upgrade_and_rollback_under_load_are_never_over_the_limit(
     rollout: Rollout, truth: Truth
 ) -> None:

@@ -28,6 +28,7 @@ async def state_of(gateway: Gateway) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.slow
 async def test_with_both_stores_gone_a_process_still_tells_what_it_is_at(
     open_gateway: Opener, own_valkey: ValkeyServer, own_postgres: PostgresServer, lines: Lines
 ) -> None:

@@ -105,6 +105,7 @@ async def test_a_learned_limit_is_shown_and_accepted(open_gateway: Opener, tmp_p
             assert answer.status == 404
 
 
+@pytest.mark.slow
 async def test_what_nobody_set_is_in_force_by_itself_where_it_may_be(
     open_gateway: Opener, tmp_path: Path
 ) -> None:

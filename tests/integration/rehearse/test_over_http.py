@@ -7,6 +7,8 @@ from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
 from tests.rehearsal import put_on_record
@@ -77,6 +79,7 @@ async def test_a_recorded_day_is_rehearsed_as_the_command_does(open_gateway: Ope
     assert found["sentence"] in " ".join(spoken.said.split())
 
 
+@pytest.mark.slow
 async def test_what_cannot_be_rehearsed_is_named(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     for body, field in (

@@ -16,6 +16,8 @@ from tests import watcher
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.servers import ProcessIdentity, command_of, identify
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 ENDLESS = "tests/data/runs/endless.py"
 PYTEST = (sys.executable, "-m", "pytest", "-q", ENDLESS)

@@ -60,6 +60,7 @@ async def test_a_sentinel_that_hangs_or_is_gone_keeps_nobody_from_the_master(
         await unknown.connect(2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("fault", ["killed", "stands still and comes back"])
 async def test_never_over_through_the_failover_of_a_master_that(

@@ -92,6 +92,7 @@ async def test_a_request_is_one_line_with_its_id(open_gateway: Opener, lines: Li
     assert (job["request_id"], job["type"]) == (request_id, "text_only")
 
 
+@pytest.mark.slow
 async def test_no_secret_is_logged_or_shown_when_a_call_fails(
     open_gateway: Opener, lines: Lines
 ) -> None:

@@ -73,6 +73,7 @@ async def test_jobs_and_lines_outlast_an_outage(
     await assert_all_succeeded(sdk[0], await end_of(sdk[0], batch, 60), LINES)
 
 
+@pytest.mark.slow
 async def test_faults_that_others_meet_too_use_up_no_attempts(
     open_gateway: Opener, sdk: list[AsyncOpenAI]
 ) -> None:

@@ -22,6 +22,7 @@ REACHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="traces with sys.monitoring")
 @pytest.mark.timeout(300)
 def test_a_call_enters_no_more_files_and_changes_between_them_no_more_often(

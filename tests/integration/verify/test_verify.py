@@ -70,6 +70,7 @@ def processes(database_url: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_every_promise_is_kept_and_nothing_is_left(
     valkey_url: str, database_url: str, tmp_path: Path
