@@ -6,6 +6,8 @@ import asyncio
 from typing import Any
 from uuid import uuid4
 
+import pytest
+
 from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import Values, chat, of, scraped
 from tests.integration.security.hostile import Hostile, hostile, one_try
