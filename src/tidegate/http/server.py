@@ -126,6 +126,12 @@ async def live() -> Liveness:
     return Liveness()
 
 
+@health_router.get("/api/hello", include_in_schema=False)
+async def hello() -> dict[str, str]:
+    """What Claude Code's SDK asks of its server before the first call, without a key."""
+    return {"message": "hello"}
+
+
 @health_router.get(
     "/health/ready",
     response_model=Readiness,

@@ -55,6 +55,7 @@ KEPT = {
     "no path": (first(b"POST", b"/v1/none", ASKED), 404),
     "a HEAD": (first(b"HEAD", b"/v1/models", b""), 200),
     "a HEAD of ours": (first(b"HEAD", b"/health/live", b""), 200),
+    "a HEAD before an agent's first call": (first(b"HEAD", b"/api/hello", b""), 200),
     "a HEAD of none": (first(b"HEAD", b"/v1/none", b""), 404),
     "a HEAD of a POST": (first(b"HEAD", b"/v1/embeddings", b""), 405),
     "an OPTIONS": (first(b"OPTIONS", CHAT, b""), 204),

@@ -20,7 +20,7 @@ __all__ = ["lines"]
 
 IN_FORCE_WITHIN_S = promised_s(1.0)
 # Answered before anybody is asked who he is.
-OPEN = ("/health/live", "/health/ready", "/health/dependencies")
+OPEN = ("/health/live", "/health/ready", "/health/dependencies", "/api/hello")
 
 
 async def code_of(gateway: Gateway, headers: dict[str, str]) -> int:
