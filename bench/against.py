@@ -1,9 +1,9 @@
 """`python -m bench.against COMMIT`: the figures of this checkout beside another commit's.
 
 A clone of the commit is installed below `.bench`. Each run measures one, then the other, each with
-the benchmarks that it has; with `--same-benchmarks` both limiters by those of this checkout. The
-medians of all runs are compared, so that a machine whose speed drifts does not decide. Exit status
-1 where a bar is missed, 2 where a figure is missing.
+the benchmarks that it has; with `--same-benchmarks` both by those of this checkout. The medians of
+all runs are compared, so that a machine whose speed drifts does not decide. Exit status 1 where a
+bar is missed, 2 where a figure is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import grid, machine
-from bench.peers.catalogue import OURS_PYTHON
+from bench.environments import OURS_PYTHON
 
 ROOT = Path(__file__).parents[1]
 # Medians of work done may be so much more than the other commit's, tails so much.
@@ -133,16 +133,11 @@ def main() -> None:
     parser.add_argument(
         "--same-benchmarks",
         action="store_true",
-        help="measure the limiters alone, both with the benchmarks of this checkout",
+        help="measure both with the benchmarks of this checkout",
     )
     arguments = parser.parse_args()
     scenarios = arguments.scenario or SCENARIOS
-    wanted = [
-        figure
-        for figure in (*FIGURES, *UNITS)
-        if figure.scenario in scenarios
-        and (figure.benchmark == "limiter" or not arguments.same_benchmarks)
-    ]
+    wanted = [figure for figure in (*FIGURES, *UNITS) if figure.scenario in scenarios]
     resolved = ["git", "rev-parse", "--short=12", arguments.commit]
     commit = subprocess.check_output(resolved, cwd=ROOT, text=True).strip()
     other = checkout(commit)

@@ -15,6 +15,15 @@ ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".bench"
 
 
+# The Python whose `tidegate` is measured as ours, if not the one that runs the benchmark.
+OURS_PYTHON = "BENCH_OURS_PYTHON"
+
+
+def ours_python() -> Path:
+    """The interpreter of the checkout that is measured, in its `.venv/bin`."""
+    return Path(os.environ.get(OURS_PYTHON, sys.executable))
+
+
 class EnvironmentMissing(Exception):
     """What is to be measured cannot be had on this machine; the message says why."""
 

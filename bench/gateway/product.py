@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Any, Self
 
 import asyncpg
 
-from bench.environments import ROOT
+from bench.environments import ours_python
 from bench.gateway.processes import Program, cpu_ns, family
 from tidegate.embedded.servers import PostgresServer, ValkeyServer, free_port
 
@@ -97,7 +96,7 @@ class Product:
         account = {"GEMINI_API_KEY": "bench", "GEMINI_BASE_URL": self._upstream_url}
         return {
             **kept,
-            "PYTHONPATH": str(ROOT / "src"),
+            "PYTHONPATH": str(ours_python().parents[2] / "src"),
             "PORT": str(self.port),
             "REDIS_URL": self.valkey.url,
             "DATABASE_URL": self.postgres.url(),
@@ -132,7 +131,7 @@ class Product:
 
 
 def _command(apis: int, workers: int) -> Sequence[str | Path]:
-    program = (sys.executable, "-m", "tidegate")
+    program = (ours_python(), "-m", "tidegate")
     if (apis, workers) == (1, 0):
         return (*program, "serve")
     return (*program, "up", "--api", str(apis), "--workers", str(workers))

@@ -6,13 +6,12 @@ redis-py's peers get hiredis, and everybody gets uvloop, so that nobody is slow 
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.environments import python_with
+from bench.environments import ours_python, python_with
 
 EVENT_LOOP = "uvloop==0.23.0"
 REDIS = ("redis==8.1.0", "hiredis==3.5.0")
@@ -79,14 +78,10 @@ RATE_PEERS = (
 ENTRIES = (OURS, *PEERS, LOCAL, LOCAL_THREADS, EVALSHA, *RATE_PEERS)
 
 
-# The Python whose `tidegate` is measured as ours, if not the one that runs the benchmark.
-OURS_PYTHON = "BENCH_OURS_PYTHON"
-
-
 def interpreter(entry: Entry) -> Path:
     """The Python that has this limiter installed. Raises EnvironmentMissing."""
     if entry.ours:
-        return Path(os.environ.get(OURS_PYTHON, sys.executable))
+        return ours_python()
     if entry.floor:
         return Path(sys.executable)
     wanted = [f"{entry.name}=={entry.version}", EVENT_LOOP, *entry.requirements]
