@@ -31,6 +31,8 @@ BLOCKED = "!"
 # What a limit is that no policy names: nobody gets in.
 NO_LIMIT = Concurrency(0)
 
+_RATES = (Rate, Quota)
+
 ADAPT_PAUSE_MS = 1000
 # One more in so many calls, at the most.
 ADAPT_CALLS = 25
@@ -360,7 +362,7 @@ class LimitState:
 
     @property
     def is_rate(self) -> bool:
-        return isinstance(self.limit, Rate | Quota)
+        return isinstance(self.limit, _RATES)
 
     @property
     def settles(self) -> bool:
@@ -375,7 +377,10 @@ class LimitState:
         return 0
 
     def band(self, number: int) -> BandState:
-        return self.bands.setdefault(number, BandState())
+        band = self.bands.get(number)
+        if band is None:
+            band = self.bands[number] = BandState()
+        return band
 
     def parked(self, number: int) -> int:
         return self.bands[number].waits if number in self.bands else 0
