@@ -1,9 +1,12 @@
 """Work conservation: whether somebody waits while all that his call needs is free.
 
-Judged apart from the model's own rules of turns, from what is used and what is spent.
+Judged apart from the model's own rules of turns, from what is used and what is spent. Changes
+nothing in the model, whose state is compared with the server's.
 """
 
 from __future__ import annotations
+
+from copy import deepcopy
 
 from tidegate.limiter import Concurrency, Rate
 from tidegate.limiter.simulation import LimitState, PoolModel, SessionQueue, read_member, span_of
@@ -46,15 +49,11 @@ def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
         return True
     if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):
         return False
-    model.capacity.spent(limit)  # forgets what counts no more
-    taken = limit.spending.taken(limit.limit, model.pool.now)  # a ramp is by this, refilled or not
-    if limit.spending.paced_at(limit.limit, limit.clamped(amount), taken, model.pool.now):
+    spending = deepcopy(limit.spending)  # which forgets what counts no more, when it is looked at
+    spent = spending.look(limit.limit, model.pool.now, model.pool.resets.get(limit.name, 0))
+    taken = spending.taken(limit.limit, model.pool.now)  # a ramp is by this, refilled or not
+    if spending.paced_at(limit.limit, limit.clamped(amount), taken, model.pool.now):
         return False
-    return _fits(model, limit, amount)
-
-
-def _fits(model: PoolModel, limit: LimitState, amount: int) -> bool:
-    spent = limit.spending.look(limit.limit, model.pool.now, 0)
     bound = limit.limit.bound
     return bound > 0 and spent + min(amount, bound) <= bound
 
