@@ -40,11 +40,11 @@ async def test_any_process_shows_the_calls_and_the_upstreams_of_all(
         async def seen() -> bool:
             nonlocal page
             page = (await gateway.get("/admin/requests/running"))[1]
-            return bool(page["items"])
+            return [one["status"] for one in page["items"]] == ["running"]
 
         await wait_until(seen, 20, "the call of the other process")
         (call,) = page["items"]
-        assert (call["status"], call["endpoint"]) == ("running", "/v1/chat/completions")
+        assert call["endpoint"] == "/v1/chat/completions"
         assert call["process"] != gateway.services.board.process
         holding.cancel()
         await asyncio.gather(holding, return_exceptions=True)

@@ -13,7 +13,7 @@ from tidegate.embedded.servers import ValkeyServer
 # What the ways have come to. It may only shrink, down to the goals, which are in scripts/ways.py:
 # `python scripts/ways.py --order` prints which files a call enters, and where it goes back and
 # forth. The changes vary from run to run, most on a busy machine, as messages to Valkey are sent
-# together or one by one: the fewest of up to twenty runs count.
+# together or one by one: the fewest of up to forty runs count.
 REACHED = {
     "relayed call": Goal(44, 154),
     "acquire to grant": Goal(6, 26),
