@@ -238,7 +238,7 @@ USAGE_COLUMNS = (
     "cached_tokens",
     "total_tokens",
 )
-LINEAGE_COLUMNS = tuple(one.name for one in fields(Lineage))
+LINEAGE_COLUMNS = Lineage._fields
 _NO_LINEAGE: dict[str, Any] = dict.fromkeys(LINEAGE_COLUMNS)
 DETAILS = tuple(one.name for one in fields(UsageDetails))
 

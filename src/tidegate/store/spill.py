@@ -17,7 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -221,7 +221,7 @@ class CallJournal:
         room = _SLOT_BYTES - _SLOT.size - 1 - len(facts)
         if room < 0:
             return
-        lineage = orjson.dumps(_lineage_of(record.lineage))
+        lineage = orjson.dumps([*record.lineage])
         if len(lineage) + _LINEAGE.size > room:
             lineage = b""
         if record.slot is None:
@@ -272,8 +272,6 @@ _FACTS = (
 
 
 _facts_of = attrgetter(*_FACTS)
-_LINEAGE_FIELDS = tuple(one.name for one in fields(Lineage))
-_lineage_of = attrgetter(*_LINEAGE_FIELDS)
 
 
 def facts_of(record: CallRecord) -> list[Any]:
@@ -291,14 +289,14 @@ def record_from(request_id: UUID, given: Sequence[Any]) -> CallRecord:
 
 def lineage_text(lineage: Lineage) -> str | None:
     """What is written down of it; None of none."""
-    return None if lineage == NO_LINEAGE else orjson.dumps(_lineage_of(lineage)).decode()
+    return None if lineage == NO_LINEAGE else orjson.dumps([*lineage]).decode()
 
 
 def lineage_from(text: str | bytes | None) -> Lineage:
     """From what was written down, as far as this version knows it."""
     if not text:
         return NO_LINEAGE
-    values = dict(zip(_LINEAGE_FIELDS, orjson.loads(text), strict=False))
+    values = dict(zip(Lineage._fields, orjson.loads(text), strict=False))
     parent_id = values.get("parent_id")
     return Lineage(**values | {"parent_id": UUID(parent_id) if parent_id else None})
 

@@ -225,6 +225,14 @@ def _as_plain_json(line: str) -> str:
     return line if line.isascii() and "\x7f" not in line else _OBEYED.sub(_escaped, line)
 
 
+def _as_plain_lines(lines: list[str]) -> str:
+    """The same of several, each with its end: one look at them together where they are in ASCII."""
+    together = "\n".join(lines) + "\n"
+    if together.isascii() and "\x7f" not in together:
+        return together
+    return "".join([_as_plain_json(line) + "\n" for line in lines])
+
+
 def _plain(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
@@ -435,7 +443,7 @@ class FrequentLog:
         if _lines is None:
             return
         try:
-            _lines[0].stream.write("".join([_as_plain_json(line) + "\n" for line in lines]))
+            _lines[0].stream.write(_as_plain_lines(lines))
             _lines[0].flush()
         except (OSError, ValueError):  # a stream that is closed is no reason to fail a request
             return
