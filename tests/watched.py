@@ -188,4 +188,5 @@ def _remove_old_folders() -> None:
             continue
         if checkout == str(ROOT) and not Path(f"/proc/{pid}").exists():
             watcher.remove_memory(run.parent)
+            watcher.remove_clusters(run.parent)
             shutil.rmtree(run.parent, ignore_errors=True)

@@ -27,6 +27,8 @@ from pathlib import Path
 
 END_WITHIN_S = 10.0
 MEMORY = "memory"  # in the temporary folder of a run, a link to a folder in memory
+# Where PostgreSQL's clusters lie whose folders its user may not enter (`embedded/servers.py`).
+CLUSTERS = Path("/var/lib/tidegate")
 KILLED = 128 + signal.SIGKILL
 TESTS_FAILED = 1
 _LEAVES_ALONE_S = 2.0
@@ -128,6 +130,7 @@ def finish(status: int, folder: Path | None) -> None:
     if folder is not None:
         remove_memory(folder)
     if folder is not None and status != TESTS_FAILED:
+        remove_clusters(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -136,6 +139,17 @@ def remove_memory(folder: Path) -> None:
     memory = folder / MEMORY
     if memory.is_symlink():
         shutil.rmtree(memory.resolve(), ignore_errors=True)
+
+
+def remove_clusters(folder: Path) -> None:
+    """Remove the clusters that lie elsewhere and belong to the temporary folder of a run."""
+    for belongs in CLUSTERS.glob("data-*/belongs-to"):
+        try:
+            owner = Path(belongs.read_text(encoding="utf-8").strip())
+        except (FileNotFoundError, PermissionError):  # another run removed it in this moment
+            continue
+        if owner.is_relative_to(folder):
+            shutil.rmtree(belongs.parent, ignore_errors=True)
 
 
 def _prctl(what: int, value: int | bytes) -> None:

@@ -60,6 +60,7 @@ class Product:
         folder = self.folder = Path(
             self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=place))
         )
+        folder.chmod(0o755)  # the user that root's PostgreSQL runs as has its cluster here too
         try:
             self.valkey = ValkeyServer(folder / "valkey")
             self.postgres = PostgresServer(folder / "postgres")

@@ -390,11 +390,8 @@ def _is_private(folder: Path) -> bool:
         status = folder.lstat()
     except FileNotFoundError:
         return False
-    return (
-        stat.S_ISDIR(status.st_mode)
-        and status.st_uid == os.geteuid()
-        and not status.st_mode & 0o077
-    )
+    is_ours = status.st_uid == os.geteuid()
+    return is_ours and stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
 
 
 def give(path: Path, account: Account | None) -> None:
@@ -453,7 +450,8 @@ def _sweep(most: int = 4) -> None:
     for belongs in _ROOTS_PLACE.glob(f"data-*/{_BELONGS}"):
         with suppress(FileNotFoundError):  # another process swept it in this moment
             folder = Path(belongs.read_text(encoding="utf-8").strip())
-            if folder.is_relative_to(Path(tempfile.gettempdir()).resolve()) and not folder.exists():
+            places = Path(tempfile.gettempdir()).resolve(), Path("/var/tmp")
+            if any(map(folder.is_relative_to, places)) and not folder.exists():
                 shutil.rmtree(belongs.parent, ignore_errors=True)
                 most -= 1
         if not most:

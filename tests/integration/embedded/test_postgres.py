@@ -162,7 +162,8 @@ def test_a_start_removes_a_few_clusters_whose_folders_are_gone(
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     kept = tmp_path / "temporary" / "kept"
     kept.mkdir(parents=True)
-    owners = [*(tmp_path / "temporary" / f"gone-{n}" for n in range(6)), kept, tmp_path / "else"]
+    gone = [tmp_path / "temporary" / f"gone-{n}" for n in range(5)]
+    owners = [*gone, Path("/var/tmp/gone-of-tidegate"), kept, tmp_path / "else"]
     for number, owner in enumerate(owners):
         cluster = tmp_path / "place" / f"data-{number}" / "cluster"
         cluster.mkdir(parents=True)

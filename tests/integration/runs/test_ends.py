@@ -23,6 +23,20 @@ ENDLESS = "tests/data/runs/endless.py"
 PYTEST = (sys.executable, "-m", "pytest", "-q", ENDLESS)
 
 
+def test_clusters_that_lie_elsewhere_go_with_the_folder_of_their_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root a run left 10 GB in /var/lib/tidegate."""
+    monkeypatch.setattr(watcher, "CLUSTERS", tmp_path / "clusters")
+    run, other = tmp_path / "tests-1", tmp_path / "tests-10"
+    for name, owner in (("data-a", run / "t" / "own0"), ("data-b", other / "t"), ("data-c", run)):
+        cluster = tmp_path / "clusters" / name / "cluster"
+        cluster.mkdir(parents=True)
+        (cluster.parent / "belongs-to").write_text(str(owner), encoding="utf-8")
+    watcher.remove_clusters(run)
+    assert [one.name for one in (tmp_path / "clusters").iterdir()] == ["data-b"]
+
+
 @dataclass(slots=True)
 class Run:
     """A run of pytest, in a session of its own. `folder` is its temporary one, `memory` that in
