@@ -55,9 +55,16 @@ async def _was_tried(gateway: Gateway, written: StringIO, request_id: str) -> bo
     waits = "SELECT not_before IS NOT NULL FROM requests WHERE id = $1::uuid"
     if await gateway.database.fetchval(waits, request_id):
         return True
-    # An earlier one may have come back and found the key refused, for a minute.
-    await gateway.services.spine.health["gemini"].open()
+    # An earlier one may have come back and found the key refused, for a minute, or been throttled.
+    await _end_pauses(gateway)
     return False
+
+
+async def _end_pauses(gateway: Gateway) -> None:
+    """End what holds calls up: the upstream's gate, and pauses of limits."""
+    await gateway.services.spine.health["gemini"].open()
+    for limit in ("kind:text_only", *gateway.services.limiter.pauses()):
+        await gateway.services.limiter.resume(limit)
 
 
 async def ask(gateway: Gateway, route: Route, shown: dict[str, Any]) -> None:
@@ -105,8 +112,7 @@ async def test_no_key_is_in_any_line_whatever_fails(
             await gateway.upstream.set_fault(fault, kind="other")
         for route in routes[number % 2 :: 2]:
             await ask(gateway, route, ways[number % len(ways)])
-            await gateway.services.spine.health["gemini"].open()
-            await gateway.services.limiter.resume("kind:text_only")
+            await _end_pauses(gateway)
         async with gateway.http.post(
             f"{gateway.url}/submit?key={key}", json={"data": PROMPT, "type": "text_only"}
         ) as response:
