@@ -1,9 +1,10 @@
 """`Idempotency-Key`: one effect of a request, however often it is sent.
 
-On native paths a repeat (same path, query and body) gets the same answer, and waits if the first
-is still in progress. Failures and answers that are too long to keep are not kept: a repeat is a
-new call. If the process of the first call was lost before the answer was stored, the provider may
-have been called; the header `idempotency-lost` of the new answer names that call.
+On native paths a repeat (same path, query and body) gets the same answer, and waits if the first is
+still in progress. Failures and answers that are too long to keep are not kept: a repeat is a new
+call. What goes on in the background when its client has left is no failure. If the process of the
+first call was lost before the answer was stored, the provider may have been called; the header
+`idempotency-lost` of the new answer names that call.
 
 Invariant: two requests have the same digest exactly if they ask for the same, whatever the
 encoding of their bodies.

@@ -551,7 +551,11 @@ class _Front:
         try:
             await self._services.relay.run(call, self, self._record)
         except BaseException:  # cancellation too: calls that wait for this one must not wait on
-            once.failed()
+            record = self._record
+            if record.handed_over and not record.streamed:  # it goes on, and its answer is whole
+                once.ended(record, content_type_in(self._headers) or "")
+            else:
+                once.failed()
             raise
 
     async def _upload(self, call: NativeCall) -> None:

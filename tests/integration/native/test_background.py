@@ -167,6 +167,29 @@ async def test_a_client_that_leaves_does_not_end_the_hand_over(stage: Stage) -> 
     await stage.counts(0)
 
 
+async def test_a_repeat_under_a_key_whose_client_left_is_the_same_response(stage: Stage) -> None:
+    """A client that lost its connection sends the request again: the first one is being made."""
+    gateway = stage.gateway
+    await gateway.upstream.set_behaviour(**SLOW)
+    await gateway.upstream.set_fault("slow_first_token", match="Think", delay_ms=700)
+
+    def ask() -> Any:
+        key = {"Idempotency-Key": "left"}
+        return stage.sdk.responses.create(
+            model=MODEL, input="Think", background=True, extra_headers=key
+        )
+
+    asking = asyncio.create_task(ask())
+    await gateway.in_flight(1)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    again = await ask()
+    row = await stage.ended(again.id)
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    assert len(await gateway.calls("Think")) == 1
+    assert (await ask()).id == again.id
+
+
 async def test_what_is_refused_is_neither_counted_nor_kept(stage: Stage) -> None:
     await stage.gateway.upstream.set_behaviour(strict_models=True)
     with pytest.raises(openai.NotFoundError):
