@@ -9,13 +9,15 @@ of the three to end ends the session: both sides are closed with a code and a re
 is released after the provider's side is closed.
 
 Invariants: the permit is held from before the provider is connected until its connection is closed;
-whatever ends the session, both connections end within `CLOSE_S`.
+whatever ends the session, both connections end within `CLOSE_S`; a client that is lost while its
+turn waits for the limits begins none.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 from uuid import uuid4
@@ -307,8 +309,11 @@ class RealtimeExchange:
             self._said_at = self._loop.time()
             try:
                 asked = events.asked(message)
-                await turns.sent(asked)
-                await turns.may_go_on()
+                with _unless_lost(client):
+                    await turns.sent(asked)
+                    await turns.may_go_on()
+            except _ClientLost:
+                return _lost(client)
             except (InvalidRequest, Forbidden) as refused:
                 if self._wanted.dialect is Dialect.GEMINI:  # it has no events that tell an error
                     return _ended_by(refused)
@@ -318,7 +323,10 @@ class RealtimeExchange:
                 return _ended_by(error)
             if asked.begins_turn:
                 try:
-                    await turns.ask()
+                    with _unless_lost(client):
+                        await turns.ask()
+                except _ClientLost:
+                    return _lost(client)
                 except TidegateError as error:
                     over = not isinstance(error, AdmissionError)  # such as a budget that is spent
                     if over or self._wanted.dialect is Dialect.GEMINI:
@@ -410,6 +418,39 @@ class RealtimeExchange:
                 sockets.close(upstream, 1000, ""),
                 sockets.close(client, end.code, end.reason),
             )
+
+
+class _ClientLost(Exception):
+    """The client's connection was lost while something of it waited for the limits."""
+
+
+@contextmanager
+def _unless_lost(client: Connection) -> Iterator[None]:
+    """Ends a wait for the limits by `_ClientLost` when the client's connection is lost: nothing is
+    received meanwhile that would report it."""
+    lost, task, waits = client.connection_lost_waiter, asyncio.current_task(), True
+    assert task is not None
+
+    def end(_: object) -> None:
+        if waits:
+            task.cancel()
+
+    lost.add_done_callback(end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not lost.done():
+            raise
+        task.uncancel()
+        raise _ClientLost from None
+    finally:
+        waits = False
+        lost.remove_done_callback(end)
+
+
+def _lost(client: Connection) -> End:
+    reason = client.close_reason or "the connection was lost"
+    return End("client", client.close_code or 1006, reason)
 
 
 def _ended_by(error: TidegateError, code: int | None = None) -> End:

@@ -288,6 +288,23 @@ async def test_turns_are_counted_by_the_rates(open_gateway: Opener) -> None:
     assert snapshot.limits[f"tpm:{MODEL}"].used >= 1_800
 
 
+async def test_a_client_that_leaves_while_its_turn_waits_begins_none(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    limits = {"kind:realtime": 5, f"tpm:{MODEL}": 1_000}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    patient = {**KEYS, "x-tidegate-deadline-ms": "100000"}  # its window has room by then
+    async with talk(gateway, headers=patient) as socket:
+        await turn(socket, "[tokens 900]")
+        await send(socket, type="response.create")
+        await wait_until(lambda: gateway.waiting == 1, 5, "a turn that waits")
+        socket.transport.abort()
+        await nothing_held(gateway)
+    assert gateway.waiting == 0
+    (row,) = await rows(gateway, 1)
+    code = orjson.loads(row["failure"] or "{}").get("code")
+    assert (row["status"], code) == ("cancelled", "client_left")
+
+
 async def test_the_client_s_sound_is_taken_of_the_limits_on_seconds_and_on_record(
     open_gateway: Opener,
 ) -> None:
