@@ -175,13 +175,14 @@ class Once:
     async def replay(self, given: KeyState, out: Out) -> None:
         """Answer as was answered before."""
         assert given.answer is not None
-        answer = given.answer
-        raw = self._call.body
-        reading = partial(unchecked_facts, self._call.endpoint, raw)
-        _, asked = await aside(len(raw), reading)
-        if asked.wants_usage and given.content_type.startswith("text/event-stream"):
-            without = WithoutUsageEvent()
-            answer = without.take(answer) + without.rest()
+        answer, raw = given.answer, self._call.body
+        # A form has no JSON to read, and no field that asks for the usage of a stream.
+        if raw and given.content_type.startswith("text/event-stream"):
+            reading = partial(unchecked_facts, self._call.endpoint, raw)
+            _, asked = await aside(len(raw), reading)
+            if asked.wants_usage:
+                without = WithoutUsageEvent()
+                answer = without.take(answer) + without.rest()
         headers = [
             (b"content-type", given.content_type.encode("latin-1")),
             (b"content-length", str(len(answer)).encode()),

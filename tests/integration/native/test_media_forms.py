@@ -114,6 +114,21 @@ async def test_a_form_goes_to_the_next_upstream_as_it_came_but_for_the_models_na
     assert routed.held == 0
 
 
+async def test_a_form_again_under_its_key_is_the_same_answer(
+    routed: Gateway, takers: tuple[Taker, Taker]
+) -> None:
+    raw = FILE_HEAD + b"sound" + REST
+    url = f"{routed.url}/v1/audio/transcriptions"
+    headers = {"Content-Type": TYPE, "Idempotency-Key": "one"}
+    seen = []
+    for body in (raw, raw, raw.replace(b"sound", b"other")):
+        async with routed.http.post(url, data=body, headers=headers) as response:
+            seen.append((response.status, await response.read()))
+    assert [status for status, _ in seen] == [200, 200, 409]
+    assert seen[0] == seen[1]
+    assert len(takers[1].bodies) == 1
+
+
 async def test_a_client_that_leaves_in_mid_upload_leaves_nothing_behind(
     routed: Gateway, takers: tuple[Taker, Taker]
 ) -> None:
