@@ -245,6 +245,8 @@ class Turns:
         if charge is not None:
             self.count += 1
             self.charge = _both(self.charge, charge)
+        elif self._ahead is None:  # its reservation is the next one's, with what came beside it
+            self._ahead, turn.hold = turn.hold, None
         if turn.hold is not None:
             whole = charge
             if charge is not None and self._beside is not NO_CHARGE:

@@ -246,6 +246,31 @@ async def test_transcripts_are_part_of_what_a_session_costs(
     assert (book.spent, book.held) == (row["cost_micros"], 0)
 
 
+async def test_a_transcript_behind_a_refused_turn_is_charged_to_budgets_too(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(_PRICES)
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    limits = {"kind:realtime": 5, f"tpm:{MODEL}": 1_000}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    store = gateway.services.store
+    await store.budgets.records.set(Budget("all", "usd", 10**9, "day", doubt="estimate"), by="test")
+    await store.budgets.refresh()
+    audio = {"input": {"transcription": {"model": "whisper-x"}, "turn_detection": None}}
+    async with talk(gateway, headers={**KEYS, "x-tidegate-deadline-ms": "300"}) as socket:
+        await send(socket, type="session.update", session={"type": "realtime", "audio": audio})
+        await turn(socket, "[tokens 900]")
+        await turn(socket, "hello", "error")  # the window has no room for it
+        await send(socket, type="input_audio_buffer.append", audio="A" * 64_000)
+        await send(socket, type="input_audio_buffer.commit")
+        await until(socket, "conversation.item.input_audio_transcription.completed")
+    (row,) = await rows(gateway, 1)
+    await store.budgets.flush()
+    (book,) = await store.budgets.records.books("all")
+    assert (book.spent, book.held) == (row["cost_micros"], 0)
+
+
 async def test_keys_and_models_hold_for_the_whole_session(open_gateway: Opener) -> None:
     gateway = await open_gateway(**WITH_KEYS)
     acme = await key_of(gateway, "acme", models=["gemini-2.5-*"])
