@@ -168,17 +168,19 @@ class Resources:
     def _upstream(
         self, owner: ResourceOwner, dialect: str, kind: str, resource_id: str, field: str | None
     ) -> Upstream:
+        if (found := self._home_of(owner, dialect)) is not None:
+            return found
+        said = f"{missing(kind, resource_id)} The upstream {owner.upstream!r}, where it lives, "
+        raise NotFound(f"{said}is not configured any more.", field=field)
+
+    def _home_of(self, owner: ResourceOwner, dialect: str) -> Upstream | None:
         """The account itself, whatever its name is by now; else the upstream of that name, whose
-        key may have been renewed."""
+        key may have been renewed; None where both are gone."""
         speaking = self._targets.speaking(Dialect(dialect))
         for one in speaking:
             if account_of(one, dialect) == owner.account:
                 return one
-        for one in speaking:
-            if one.name == owner.upstream:
-                return one
-        said = f"{missing(kind, resource_id)}: the upstream {owner.upstream!r}, where it lives, "
-        raise NotFound(f"{said}is not configured any more", field=field)
+        return next((one for one in speaking if one.name == owner.upstream), None)
 
     async def forget(self, caller: Caller, dialect: str, kind: str, resource_id: str) -> None:
         """The caller has deleted a resource of its own."""
@@ -259,7 +261,8 @@ class Resources:
         self, caller: Caller, dialect: Dialect, use: ResourceUse, query: str, read: Read
     ) -> bytes:
         """A page of the caller's own, in the dialect's form, by the rows that say so: each is read
-        where it lives, and shown as it is there. Raises InvalidRequest."""
+        where it lives, and shown as it is there, but for what lived at an upstream that is not
+        configured any more. Raises InvalidRequest."""
         asked = DIALECTS[dialect].page(use.kind, query)
         if asked.only is not None:
             chosen = await self._chosen(caller, dialect, use, asked.only, read)
@@ -278,8 +281,8 @@ class Resources:
             has_more = len(rows) > asked.limit
             for resource_id, owner in rows:
                 after, seen = resource_id, seen + 1
-                upstream = self._upstream(owner, dialect, use.kind, resource_id, None)
-                one = await read(Target(upstream, ""), resource_id)
+                home = self._home_of(owner, dialect)
+                one = None if home is None else await read(Target(home, ""), resource_id)
                 if one is not None and asked.shows(one):
                     found.append((resource_id, one))
                 if len(found) > asked.limit:
@@ -291,15 +294,16 @@ class Resources:
     async def _chosen(
         self, caller: Caller, dialect: Dialect, use: ResourceUse, ids: Sequence[str], read: Read
     ) -> list[tuple[str, dict[str, Any]]]:
-        """Those of the ids that are the caller's own."""
+        """Those of the ids that are the caller's own, with the same exception."""
         owners = await self._store.owners(dialect, use.kind, ids)
         found = []
         for one in ids:
             owner = owners.get(one)
-            if owner is not None and owner.tenant_id == caller.tenant_id:
-                upstream = self._upstream(owner, dialect, use.kind, one, None)
-                if (shown := await read(Target(upstream, ""), one)) is not None:
-                    found.append((one, shown))
+            if owner is None or owner.tenant_id != caller.tenant_id:
+                continue
+            home = self._home_of(owner, dialect)
+            if home is not None and (shown := await read(Target(home, ""), one)) is not None:
+                found.append((one, shown))
         return found
 
 

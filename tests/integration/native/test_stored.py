@@ -185,6 +185,20 @@ async def test_a_list_shows_the_callers_own_from_all_accounts(stage: Stage) -> N
         await acme.chat.completions.list(limit=101)
 
 
+async def test_a_list_leaves_out_what_lived_at_an_upstream_that_is_gone(stage: Stage) -> None:
+    """One such, of an upstream that was removed by force, made all lists of its tenant 404."""
+    own = []
+    for number in range(3):
+        messages: Any = [{"role": "user", "content": f"Keep {number}"}]
+        made = await stage.acme.chat.completions.create(model=MODEL, messages=messages, store=True)
+        own.append(made.id)
+    gone = "UPDATE provider_resources SET upstream = 'third', account = '3' WHERE resource_id = $1"
+    assert await stage.gateway.database.execute(gone, own[1]) == "UPDATE 1"
+    assert [one.id async for one in stage.acme.chat.completions.list(limit=2)] == [own[0], own[2]]
+    with pytest.raises(openai.NotFoundError, match="'third', where it lives, is not configured"):
+        await stage.acme.chat.completions.retrieve(own[1])
+
+
 async def test_what_lives_elsewhere_is_called_nowhere_else(stage: Stage) -> None:
     """The account where it lives is out: the call fails, and the other account is not asked."""
     made = await stage.acme.responses.create(model=MODEL, input="Say hello")
