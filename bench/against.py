@@ -4,6 +4,10 @@ A clone of the commit is installed below `.bench`. Each run measures one, then t
 the benchmarks that it has; with `--same-benchmarks` both by those of this checkout. The medians of
 all runs are compared, so that a machine whose speed drifts does not decide. Exit status 1 where a
 bar is missed, 2 where a figure is missing.
+
+`--turns N` measures the processor time of a relayed call and of a stream more closely: gateways of
+both run beside one another, and take N short loads in turns. The two loads of a turn meet the same
+machine, so that the ratios of the turns, of which the median counts, vary less than the figures.
 """
 
 from __future__ import annotations
@@ -17,11 +21,15 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import grid, machine
 from bench.environments import OURS_PYTHON
+from bench.gateway.product import Product
+from bench.gateway.programs import Upstream
+from bench.profile.__main__ import LOADS, Stage
 
 ROOT = Path(__file__).parents[1]
 # Medians of work done may be so much more than the other commit's, tails so much.
@@ -124,6 +132,54 @@ def measure(side: Side, wanted: Sequence[Figure], seconds: float) -> None:
                 side.found[figure].append(float(value))
 
 
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Processor time of the gateways, us a request, of both in each turn."""
+
+    said: str
+    here: Sequence[float]
+    there: Sequence[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [one / other for one, other in zip(self.here, self.there, strict=True)]
+
+    def row(self) -> list[str]:
+        """The medians, the median ratio, and the standard error of the ratios' mean."""
+        here, there, ratio = map(statistics.median, (self.here, self.there, self.ratios))
+        error = statistics.stdev(self.ratios) / len(self.ratios) ** 0.5
+        return [
+            *(self.said, f"{there:.0f}", f"{here:.0f}", f"{ratio:.3f}", f"{error:.3f}"),
+            *(f"<= {MEDIAN_BAR:g}", "met" if ratio <= MEDIAN_BAR else "missed"),
+        ]
+
+
+def in_turns(other: Path, turns: int, seconds: float) -> list[Turns]:
+    """A relayed call and a stream at gateways of this checkout and the other, with limits and
+    record on; each has its own Valkey and PostgreSQL."""
+    found = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        upstream = stack.enter_context(Upstream())
+        stages = []
+        for root in (ROOT, other):
+            os.environ[OURS_PYTHON] = str(root / ".venv/bin/python")
+            product = stack.enter_context(Product(upstream.url, apis=1, workers=1))
+            stages.append(Stage(product, upstream, folder, seconds))
+        for name in ("call", "stream"):
+            said, load, _ = LOADS[name]
+            us: tuple[list[float], list[float]] = ([], [])
+            for turn in range(-1, turns):  # the first only warms up
+                for place in (0, 1) if turn % 2 else (1, 0):
+                    before = stages[place].product.cpu_ns()["serve"]
+                    done = load(stages[place])
+                    if turn >= 0:
+                        took_ns = stages[place].product.cpu_ns()["serve"] - before
+                        us[place].append(took_ns / done / 1000)
+            found.append(Turns(said, *us))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.against", description=__doc__)
     parser.add_argument("commit", help="what to measure beside this checkout")
@@ -135,12 +191,21 @@ def main() -> None:
         action="store_true",
         help="measure both with the benchmarks of this checkout",
     )
+    parser.add_argument("--turns", type=int, default=0, help="gateways in turns, so many loads")
     arguments = parser.parse_args()
     scenarios = arguments.scenario or SCENARIOS
     wanted = [figure for figure in (*FIGURES, *UNITS) if figure.scenario in scenarios]
     resolved = ["git", "rev-parse", "--short=12", arguments.commit]
     commit = subprocess.check_output(resolved, cwd=ROOT, text=True).strip()
     other = checkout(commit)
+    command = ["python -m bench.against", *sys.argv[1:]]
+    if arguments.turns:
+        compared = in_turns(other, arguments.turns, arguments.seconds)
+        heads = ["us a request", commit, "here", "median ratio", "its error", "bar", "verdict"]
+        title = f"This checkout against {commit}, in turns"
+        grid.show([grid.Grid(title, heads, [one.row() for one in compared])])
+        print("\n".join(machine.describe(f"{arguments.turns} turns", command)))
+        sys.exit(any(statistics.median(one.ratios) > MEDIAN_BAR for one in compared))
     ours: Found = defaultdict(list)
     theirs: Found = defaultdict(list)
     benchmarks = ROOT if arguments.same_benchmarks else other
@@ -172,7 +237,6 @@ def main() -> None:
         )
     columns = ["figure", commit, "here", "ratio of medians", "bar", "verdict"]
     grid.show([grid.Grid(f"This checkout against {commit}", columns, rows)])
-    command = ["python -m bench.against", *sys.argv[1:]]
     print("\n".join(machine.describe(f"{arguments.runs} runs of each", command)))
     sys.exit(2 if missing else bool(missed))
 

@@ -1,0 +1,13 @@
+"""Two checkouts that are measured in turns."""
+
+from __future__ import annotations
+
+from bench.against import Turns
+
+
+def test_the_two_loads_of_a_turn_are_compared_with_one_another() -> None:
+    """A machine that is half as fast in one turn changes no ratio."""
+    turns = Turns("a call", here=[100, 200, 110], there=[100, 200, 100])
+    assert turns.row() == ["a call", "100", "110", "1.000", "0.033", "<= 1.05", "met"]
+    slower = Turns("a call", here=[107, 212, 106], there=[100, 200, 100])
+    assert slower.row()[3:] == ["1.060", "0.003", "<= 1.05", "missed"]
