@@ -222,7 +222,7 @@ def checked(use: Use, key: str, text: str, now: float | None = None) -> Pass | N
         raw = urlsafe_b64decode(text.encode("ascii"))
     except ValueError:
         return None
-    if len(raw) != _LENGTH:
+    if len(raw) != _LENGTH or not _is_whole(text, raw):
         return None
     told, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
     if not hmac.compare_digest(mac, _mac(use, key, told)):
@@ -231,6 +231,12 @@ def checked(use: Use, key: str, text: str, now: float | None = None) -> Pass | N
     if ends_at <= (time.time() if now is None else now):
         return None
     return Pass(told[:_NONCE_BYTES], ends_at)
+
+
+def _is_whole(text: str, raw: bytes) -> bool:
+    """Whether `text` is the one spelling of `raw`: decoding skips what is no letter of base64, and
+    a session ends by its text."""
+    return urlsafe_b64encode(raw).decode() == text
 
 
 class Sessions:
@@ -380,6 +386,8 @@ class SignIn:
         except ValueError:
             return None
         if not hmac.compare_digest(mac.encode("ascii", "replace"), self._mac(told).hex().encode()):
+            return None
+        if not _is_whole(coded, told):
             return None
         ends_at, _, name, subject, role = orjson.loads(told)
         if ends_at <= (time.time() if now is None else now):

@@ -238,6 +238,8 @@ async def test_signing_out_ends_every_copy_of_the_session_in_all_processes(
     assert await status_of(stranger, f"{here.url}/admin/limits", headers=ended) == 200
     assert await status_of(stranger, sign_out, "POST", headers=ended) == 204
     assert await status_of(stranger, f"{here.url}/admin/limits", headers=ended) == 401
+    respelled = {"Cookie": f"{ended['Cookie']}~"}
+    assert await status_of(stranger, f"{here.url}/admin/limits", headers=respelled) == 401
 
     async def has_ended_there() -> bool:
         status = await status_of(stranger, f"{other.url}/admin/limits", headers=ended)

@@ -39,6 +39,13 @@ def test_whatever_is_changed_makes_it_worthless() -> None:
         assert checked("session", KEY, junk, NOW) is None
 
 
+def test_a_session_has_one_spelling() -> None:
+    """Signing out ends it by its text, so that no other text may mean the same session."""
+    session = make_session(KEY, NOW)
+    for other in (f"~{session}", f"{session[:9]}!{session[9:]}", f"{session}.", f"{session}===="):
+        assert checked("session", KEY, other, NOW) is None, other
+
+
 def test_neither_tells_the_key_and_two_deployments_on_one_host_keep_apart() -> None:
     assert KEY not in make_code(KEY) + make_session(KEY) + cookie_name(KEY)
     assert cookie_name(KEY) != cookie_name(OTHER)
