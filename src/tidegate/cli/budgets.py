@@ -168,17 +168,12 @@ def resume(
     json: Json = False,
 ) -> None:
     """Resume a paused budget, or allow more in its current period."""
-    from decimal import Decimal, InvalidOperation
+    from tidegate.prices.budgets import extra_of, scope_text, scope_values
 
-    from tidegate.prices.budgets import scope_text, scope_values
-
-    try:
-        extra = int(Decimal(extra_usd) * 10**6) or extra_tokens
-    except InvalidOperation:
-        raise ConfigError("--extra-usd", extra_usd, "an amount in USD") from None
-    if extra < 0:
-        raise ConfigError("--extra-usd", extra_usd, "an amount in USD")
+    extra, unit = extra_of(extra_usd, extra_tokens)
     scope = None if of is None else scope_text(of)
-    scopes = with_budgets(lambda records: records.resume(name, scope=scope, extra=extra, by=who()))
+    scopes = with_budgets(
+        lambda records: records.resume(name, scope=scope, extra=extra, unit=unit, by=who())
+    )
     values = [scope_values(one) for one in scopes]
     tell(json, {"budget": name, "scopes": values}, f"{name} is resumed for {len(scopes)}")

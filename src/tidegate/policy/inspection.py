@@ -731,8 +731,8 @@ def _usage(view: LimitView) -> str:
 
 
 _BUDGET_ACTIONS = {
-    "budget_exceeded": "`tidegate budgets resume BUDGET --extra-usd N` allows more in this period, "
-    "a larger amount more in each",
+    "budget_exceeded": "`tidegate budgets resume BUDGET --extra-usd N`, or `--extra-tokens N`, "
+    "allows more in this period, a larger amount more in each",
     "budget_paused": "`tidegate budgets resume BUDGET` ends the pause",
     "budget_reserved": "It goes on as calls in progress end",
     "budget_unbounded": "Give its model a price, or have the budget take estimates "

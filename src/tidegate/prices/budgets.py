@@ -186,6 +186,27 @@ def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
     return budget
 
 
+def extra_of(usd: Decimal | str, tokens: int) -> tuple[int, Unit | None]:
+    """How much more a person allows, and of what; None for nothing. Raises ConfigError."""
+    try:
+        micros = int(Decimal(usd) * 10**6)
+    except (ArithmeticError, ValueError):
+        raise ConfigError("extra_usd", str(usd), "an amount in USD") from None
+    if not 0 <= micros <= MOST_AMOUNT:
+        raise ConfigError("extra_usd", str(usd), f"an amount in USD up to {MOST_AMOUNT // 10**6}")
+    if not 0 <= tokens <= MOST_AMOUNT or (micros and tokens):
+        allowed = f"up to {MOST_AMOUNT}, and not with extra_usd"
+        raise ConfigError("extra_tokens", str(tokens), allowed)
+    return micros or tokens, "usd" if micros else "tokens" if tokens else None
+
+
+def check_extra(budget: str, unit: Unit, extra: Unit | None) -> None:
+    """Raises ConfigError where what is allowed more is of another unit than the budget."""
+    if extra not in (None, unit):
+        why = f"does not fit the budget {budget}, which is in {unit}: use extra_{unit}"
+        raise ConfigError(f"extra_{extra}", None, why)
+
+
 def plain_budget(budget: Budget) -> Json:
     """A budget as JSON shows it."""
     return asdict(budget) | {"each": list(budget.each), "alerts": list(budget.alerts)}

@@ -40,6 +40,7 @@ from tidegate.prices.budgets import (
     Refusal,
     Unit,
     check_budget,
+    check_extra,
     check_same,
     needs_of,
     refused_by,
@@ -159,14 +160,18 @@ class BudgetRecords:
             raise NotFound(f"there is no budget {name}")
         log.warning(Log.BUDGET_CHANGED, budget=name, by=by, amount=None)
 
-    async def resume(self, name: str, *, scope: str | None, extra: int, by: str) -> list[str]:
+    async def resume(
+        self, name: str, *, scope: str | None, extra: int, unit: Unit | None = None, by: str
+    ) -> list[str]:
         """End the pauses of a budget, and allow `extra` more in the current period. Returns the
-        scopes that were paused or extended. Raises NotFound."""
+        scopes that were paused or extended. Raises NotFound, and ConfigError for an `extra` of
+        another unit than the budget's."""
 
         async def write(connection: asyncpg.Connection) -> list[str] | None:
-            known = await connection.fetchval("SELECT 1 FROM budgets WHERE name = $1", name)
+            known = await connection.fetchval("SELECT unit FROM budgets WHERE name = $1", name)
             if known is None:
                 return None
+            check_extra(name, known, unit)
             done = [
                 row["scope"] for row in await connection.fetch(sql("resume_budget"), name, scope)
             ]

@@ -47,6 +47,16 @@ async def test_budgets_over_http(open_gateway: Opener) -> None:
         assert (await refused.json())["error"]["limit"] == "people"
     status, books = await ask(gateway, "GET", "/admin/budgets/books?budget=people", AS_ADMIN)
     assert [(one["scope"], one["paused_since"] is None) for one in books] == [(["ann"], False)]
+    for field, extra in (
+        ("extra_usd", {"extra_usd": 1}),  # not a million tokens
+        ("extra_tokens", {"extra_usd": 1, "extra_tokens": 1}),
+    ):
+        status, problem = await ask(
+            gateway, "POST", "/admin/budgets/people/resume", AS_ADMIN, extra
+        )
+        assert (status, problem.get("field")) == (400, field)
+    status, books = await ask(gateway, "GET", "/admin/budgets/books?budget=people", AS_ADMIN)
+    assert [(one["amount"], one["paused_since"] is None) for one in books] == [(0, False)]
     more = {"scope": ["ann"], "extra_tokens": 2_000}
     status, done = await ask(gateway, "POST", "/admin/budgets/people/resume", AS_ADMIN, more)
     assert (status, done) == (200, {"scopes": [["ann"]]})
@@ -82,6 +92,15 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     assert (one["amount"], one["at_end"], one["books"][0]["spent"]) == (790_000, "pause", 0)
     resumed = await tidegate(gateway, "budgets", "resume", "day", "--extra-usd", "1")
     assert (resumed.code, resumed.said) == (0, "day is resumed for 0\n")
+    for name, *more in (
+        ("day", "--extra-tokens", "1000"),
+        ("acme/budget_month_tokens", "--extra-usd", "1"),
+        *(("day", "--extra-usd", text) for text in ("nan", "inf", "-1", "1e30", "much")),
+    ):
+        refused = await tidegate(gateway, "budgets", "resume", name, *more)
+        assert (refused.code, refused.said) == (2, ""), more
+        assert refused.complained.startswith(f"tidegate: {more[0][2:].replace('-', '_')}"), more
+        assert refused.complained.count("\n") == 1, more
     for wrong in (("x", "--usd", "much"), ("x",), ("day", "--usd", "1", "--tenant", "acme")):
         assert (await tidegate(gateway, "budgets", "set", *wrong)).code == 2
     none = await tidegate(gateway, "budgets", "list", "nothing")

@@ -31,6 +31,7 @@ from tidegate.prices.budgets import (
     Dimension,
     budget_alert,
     budget_of,
+    extra_of,
     plain_budget,
     scope_text,
     scope_values,
@@ -205,9 +206,10 @@ async def set_budget(request: Request, name: BudgetName) -> BudgetView:
 async def resume_budget(request: Request, name: BudgetName) -> Resumed:
     """Without `scope` all its books go on."""
     new, budgets = await read_json(request, ResumeBudget), services_of(request).budgets
-    extra = int(new.extra_usd * 10**6) or new.extra_tokens
     scope = None if new.scope is None else scope_text(new.scope)
-    scopes = await budgets.records.resume(name, scope=scope, extra=extra, by=new.by)
+    with config_errors_refused():
+        extra, unit = extra_of(new.extra_usd, new.extra_tokens)
+        scopes = await budgets.records.resume(name, scope=scope, extra=extra, unit=unit, by=new.by)
     await budgets.refresh()
     return Resumed(scopes=[scope_values(one) for one in scopes])
 
