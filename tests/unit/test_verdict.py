@@ -148,6 +148,17 @@ def test_the_worst_comes_first_with_what_acts_on_it() -> None:
     assert by_kind["drift"].command == "tidegate limits accept rpm:m --pool gemini"
 
 
+def test_a_command_is_one_command_whatever_is_in_a_name() -> None:
+    drift = LearnedLimit("rpm:$(reboot)", "$(reboot)", 60, 100, "fell", "openai", 0.0, "")
+    paused = limit("rpm:gpt-5*", paused_ms=90_000)
+    closed = limit("tenant:a;b", bound=0, waiting=2)
+    assert [one.command for one in judge(seen(pool(paused, closed, learned=(drift,)))).causes] == [
+        "tidegate limits resume 'rpm:gpt-5*' --pool gemini",
+        "tidegate limits set 'tenant:a;b=N' --pool gemini",
+        "tidegate limits accept 'rpm:$(reboot)' --pool gemini",
+    ]
+
+
 def test_the_calls_that_wait_for_an_upstream_are_told_with_it() -> None:
     gate = limit("upstream:b", bound=10**10, paused_ms=90_000, waiting=3)
     found = seen(pool(gate), a=UpstreamFound("ok"), b=UpstreamFound("out", why="503"))

@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -345,19 +346,20 @@ def _policy(
     if not changes:
         return ok(check, f"revision {newest.revision} is in force, as the settings say{beside}")
     shown = "; ".join(changes[:_SHOWN]) + (" ..." if len(changes) > _SHOWN else "")
+    deployed = f"tidegate limits set --deployed --pool {pool}"
     is_live = newest.origin == Origin.LIVE
     if is_live and any(one.digest == digest(to_plain(wanted)) for one in records):
         return ok(
             check,
             f"revision {newest.revision}, set live by {newest.set_by}, is in force and stays, also "
-            f"after restarts (tidegate limits set --deployed returns to the settings: {shown})",
+            f"after restarts ({deployed} returns to the settings: {shown})",
         )
     since = ", and the settings were changed since" if is_live else ", and the settings differ"
     return warn(
         check,
         f"revision {newest.revision} ({newest.origin}, by {newest.set_by}) is in force{since}: "
         f"{shown}",
-        "tidegate limits set --deployed puts the settings in force; or write into them what is",
+        f"{deployed} puts the settings in force; or write into them what is",
     )
 
 
@@ -406,7 +408,7 @@ def _paused(pool: str, snapshot: Snapshot) -> Finding:
         f"pool.{pool}.limits",
         f"{first.limit} is paused{by}, {format_pause(first.paused_ms)}"
         + (f"; {len(paused) - 1} more" if len(paused) > 1 else ""),
-        f"tidegate limits resume {first.limit}, if it should not be",
+        f"tidegate limits resume {quote(first.limit)} --pool {pool}, if it should not be",
     )
 
 

@@ -12,6 +12,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Literal, get_args
 
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
@@ -303,7 +304,7 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
                 yield _paused(one.pool, view, held_up.get(view.limit, Counter()))
             elif view.bound == 0 and view.waiting:
                 words = f"{view.limit} is closed: a limit of 0 admits no calls."
-                command = f"tidegate limits set {view.limit}=N --pool {one.pool}"
+                command = f"tidegate limits set {quote(f'{view.limit}=N')} --pool {one.pool}"
                 yield Cause(
                     "limit_closed",
                     "degraded",
@@ -347,7 +348,7 @@ def _paused(pool: str, view: LimitView, tenants: Counter[str]) -> Cause:
         pool=pool,
         subject=view.limit,
         waiting=view.waiting,
-        command=f"tidegate limits resume {view.limit} --pool {pool}",
+        command=f"tidegate limits resume {quote(view.limit)} --pool {pool}",
     )
 
 
@@ -401,7 +402,7 @@ def _drifts(seen: PoolSeen) -> Iterator[Cause]:
             f"{one.limit}: the provider reports {one.bound:,}, in force is {now}.",
             pool=seen.pool,
             subject=one.limit,
-            command=f"tidegate limits accept {one.limit} --pool {seen.pool}",
+            command=f"tidegate limits accept {quote(one.limit)} --pool {seen.pool}",
         )
 
 

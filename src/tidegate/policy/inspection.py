@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from shlex import quote
 from typing import Any
 from uuid import UUID
 
@@ -661,7 +662,7 @@ def _next_action(
     if held_up_by is None:
         return "`tidegate limits show` lists the processes: resume or restart that one"
     if view is not None and view.paused_ms:
-        return f"`tidegate limits resume {held_up_by}{of_pool}` ends the pause"
+        return f"`tidegate limits resume {quote(held_up_by)}{of_pool}` ends the pause"
     priority = "give the request a higher priority"
     if of_batch:  # whose lines all have the lowest
         priority = "send what is urgent as calls of its own"
@@ -672,7 +673,7 @@ def _next_action(
             "The provider refused calls, so that the limit adapted: it rises again as calls "
             f"succeed; or {priority}"
         )
-    change = f"`tidegate limits set {held_up_by}=N{of_pool}`"
+    change = f"`tidegate limits set {quote(f'{held_up_by}=N')}{of_pool}`"
     return (
         f"To shorten the wait, raise the limit if the provider allows more ({change}) or {priority}"
     )

@@ -105,6 +105,25 @@ async def test_a_learned_limit_is_shown_and_accepted(open_gateway: Opener, tmp_p
             assert answer.status == 404
 
 
+async def test_the_command_to_copy_is_one_command_whatever_model_a_caller_named(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    async with run_emulator() as provider:
+        limits = [{"models": "gpt-*", "unit": "requests", "bound": 600}]
+        await provider.control.set_account(provider="openai", limits=limits)
+        path = policy_file(tmp_path, provider.url)
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+        assert await call(gateway, "gpt-$(reboot)") == 200
+
+        async def commands() -> list[str]:
+            async with gateway.http.get(gateway.url + "/health/dependencies") as answer:
+                causes = (await answer.json())["verdict"]["causes"]
+            return [one["command"] for one in causes if one["kind"] == "drift"]
+
+        found = await wait_until(commands, 10, "what the headers said")
+        assert found == ["tidegate limits accept 'rpm:gpt-$(reboot)' --pool oai"]
+
+
 @pytest.mark.slow
 async def test_what_nobody_set_is_in_force_by_itself_where_it_may_be(
     open_gateway: Opener, tmp_path: Path

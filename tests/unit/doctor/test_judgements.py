@@ -16,7 +16,15 @@ from tidegate.doctor import checks as machine
 from tidegate.doctor import stores as postgresql
 from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State
-from tidegate.limiter import Adaptive, Concurrency, PoolPolicy, ServerReport, SessionView, Snapshot
+from tidegate.limiter import (
+    Adaptive,
+    Concurrency,
+    LimitView,
+    PoolPolicy,
+    ServerReport,
+    SessionView,
+    Snapshot,
+)
 from tidegate.operator_key import key_file, operator_key
 from tidegate.policy.deployment import Preempt, Upstream
 from tidegate.policy.format import digest, to_plain
@@ -98,6 +106,14 @@ def test_servers_of_the_limiter(check: str, change: dict[str, Any], state: State
     assert state_of(found, f"valkey.{check}") is state
 
 
+def test_the_way_out_of_a_pause_names_its_pool() -> None:
+    view = LimitView("rpm:gpt-5*", "r", 6, 0, 0, 0, 6, 0, 90_000, "ann", 0)
+    found = deployment.judge_pool("openai", POLICY, replace(SOUND, limits={view.limit: view}), [])
+    (paused,) = [one for one in found if one.check == "pool.openai.limits"]
+    command = "tidegate limits resume 'rpm:gpt-5*' --pool openai"
+    assert paused.mend == f"{command}, if it should not be"
+
+
 @pytest.mark.parametrize(
     ("check", "change", "state"),
     [
@@ -173,13 +189,14 @@ def test_what_was_set_live_is_no_fault_until_the_settings_change() -> None:
     intended = found(("live", 9), ("deployment", 5))
     assert intended.state is State.OK
     assert "set live by ann" in intended.found
-    assert "limits set --deployed returns to the settings: limits.kind:text_only: 9 -> 5" in (
-        intended.found
+    assert (
+        "limits set --deployed --pool gemini returns to the settings: limits.kind:text_only: 9 -> 5"
+        in intended.found
     )
     ignored = found(("live", 9), ("deployment", 4))
     assert ignored.state is State.WARN
     assert "the settings were changed since" in ignored.found
-    assert "limits set --deployed puts the settings in force" in ignored.mend
+    assert "limits set --deployed --pool gemini puts the settings in force" in ignored.mend
     assert found(("deployment", 9), ("deployment", 5)).state is State.WARN
 
 
