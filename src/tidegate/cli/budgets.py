@@ -163,7 +163,10 @@ def resume(
         list[str] | None,
         typer.Option(help="Of whom: the values of `each`, in their order; all if not given."),
     ] = None,
-    extra_usd: Annotated[str, typer.Option(help="Allow so much more in this period.")] = "0",
+    extra_usd: Annotated[
+        str,
+        typer.Option(help="Allow so much more in this period, or for the length of a rolling one."),
+    ] = "0",
     extra_tokens: Annotated[int, typer.Option(min=0, help="The same in tokens.")] = 0,
     json: Json = False,
 ) -> None:

@@ -56,6 +56,7 @@ MOST_BUDGETS = 10_000
 MOST_BOOKS = 1_000
 _LOOK_EVERY_S = 0.25
 _REVISION_EVERY_S = 0.7
+_EXTRAS_EVERY_S = 30.0
 _PUSHED_REVISION_EVERY_S = 30.0
 _FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
 _SEEN_EVERY_S = 5.0
@@ -163,7 +164,8 @@ class BudgetRecords:
     async def resume(
         self, name: str, *, scope: str | None, extra: int, unit: Unit | None = None, by: str
     ) -> list[str]:
-        """End the pauses of a budget, and allow `extra` more in the current period. Returns the
+        """End the pauses of a budget, and allow `extra` more in the current period, or for the
+        length of a rolling one. Returns the
         scopes that were paused or extended. Raises NotFound, and ConfigError for an `extra` of
         another unit than the budget's."""
 
@@ -630,7 +632,7 @@ class Budgets:
 
     async def run(self) -> None:
         """Look for changes, settle what is left over, and charge what dead processes hold."""
-        looked_at = beaten_at = -math.inf
+        looked_at = beaten_at = ended_at = -math.inf
         while True:
             now = self._clock()
             try:
@@ -643,6 +645,10 @@ class Budgets:
                 if self._rules and now - beaten_at >= _SEEN_EVERY_S:
                     beaten_at = now
                     await self._look_after_holds()
+                is_rolling = any(one.window_s for one in self._rules)
+                if is_rolling and now - ended_at >= _EXTRAS_EVERY_S:
+                    ended_at = now
+                    await self.end_extras()
             except StoreUnavailable as away:  # what is held stays held
                 self._steadiness.missed()
                 log.debug(Log.STORE_AWAY, detail=away.message)
@@ -652,6 +658,16 @@ class Budgets:
                 is_idle = self.is_pushed() and not self._pending
                 async with asyncio.timeout(next_beat_s(1.0) if is_idle else _LOOK_EVERY_S):
                     await self._change.wait()
+
+    async def end_extras(self) -> None:
+        """Take back what rolling budgets were allowed more once a window has passed since. Raises
+        StoreUnavailable."""
+
+        async def write(connection: asyncpg.Connection) -> None:
+            if await connection.fetch(sql("lock_ended_extras")):
+                await connection.execute(sql("end_extras"))  # as it is after the lock
+
+        await self._connections.run(write)
 
     async def aclose(self) -> None:
         """Settle what is pending; what can't be written stays charged."""

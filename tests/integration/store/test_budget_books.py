@@ -12,6 +12,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from tests.waiting import wait_until
 from tidegate.call import CallCost, Caller, Charge, Usage, UsageState, new_id
 from tidegate.errors import (
     BudgetExceeded,
@@ -370,6 +371,39 @@ async def test_a_budget_that_pauses_goes_on_when_a_person_says_so(
     kinds = await connection.fetch("SELECT kind, data->>'scope' AS scope FROM alerts")
     await connection.close()
     assert [(row["kind"], row["scope"]) for row in kinds] == [("budget_paused", '["acme"]')]
+
+
+async def test_what_a_rolling_budget_is_allowed_more_ends_with_its_window(
+    budgets: Budgets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = Budget("short", "usd", 100, "rolling", window_s=1)
+    long = Budget("long", "usd", 100, "rolling", window_s=3_600)
+    await with_budgets(budgets, short, long)
+    budgets.settle(await held_by(budgets, ACME, 1), told(1))
+    await budgets.flush()
+
+    async def amounts() -> list[int]:
+        books = [await budgets.records.books(one.name) for one in (short, long)]
+        return [book.amount for (book,) in books]
+
+    for one in (short, long):
+        more = await budgets.records.resume(one.name, scope=None, extra=20, by="test")
+        assert more == [""]
+    assert await amounts() == [120, 120]
+
+    async def is_over() -> bool:
+        return (await amounts())[0] == 100
+
+    monkeypatch.setattr(module, "_EXTRAS_EVERY_S", 0.0)
+    running = asyncio.create_task(budgets.run())
+    try:
+        await wait_until(is_over, 10, "the end of the window")
+    finally:
+        running.cancel()
+    assert await amounts() == [100, 120]
+    await budgets.records.resume(long.name, scope=None, extra=5, by="test")
+    await budgets.end_extras()
+    assert await amounts() == [100, 125]
 
 
 async def test_shares_are_told_once_each(budgets: Budgets, database_url: str) -> None:

@@ -143,11 +143,38 @@ ORDER BY coalesce(k.spent, 0)::double precision / greatest(b.amount, 1) DESC, 1,
 DELETE FROM budget_pauses WHERE budget = $1 AND ($2::text IS NULL OR scope = $2) RETURNING scope
 
 -- name: extend_budget
--- Add $3 to what budget $1 allows in the current period, in the books of scope $2 where given.
-UPDATE budget_books k SET extra = k.extra + $3, alerted = 0
-FROM budgets b WHERE b.name = $1 AND k.budget = b.name AND ($2::text IS NULL OR k.scope = $2)
-    AND k.period = budget_period(b.period, b.zone, now())
-RETURNING k.scope
+-- Add $3 to what budget $1 allows in the current period, or window, in the books of scope $2 where given.
+WITH more AS (
+    UPDATE budget_books k SET extra = k.extra + $3, alerted = 0
+    FROM budgets b WHERE b.name = $1 AND k.budget = b.name AND ($2::text IS NULL OR k.scope = $2)
+        AND k.period = budget_period(b.period, b.zone, now())
+    RETURNING k.budget, k.scope, b.window_s
+), spans AS (
+    INSERT INTO budget_books AS s (budget, scope, period, extra)
+    SELECT budget, scope, budget_span(window_s, now()), $3 FROM more WHERE window_s IS NOT NULL
+    ON CONFLICT (budget, scope, period) DO UPDATE SET extra = s.extra + excluded.extra
+)
+SELECT scope FROM more
+
+-- name: lock_ended_extras
+-- Lock the books of rolling budgets that were allowed more longer than a window ago.
+SELECT 1 FROM budgets b JOIN budget_books k ON k.budget = b.name AND k.period = '-infinity'
+WHERE b.window_s IS NOT NULL AND k.extra > (
+    SELECT coalesce(sum(r.extra), 0) FROM budget_books r WHERE r.budget = k.budget
+        AND r.scope = k.scope AND r.period > '-infinity'
+        AND r.period >= budget_oldest_span(b.window_s, now()))
+ORDER BY k.budget, k.scope FOR NO KEY UPDATE OF k
+
+-- name: end_extras
+-- Have books of rolling budgets allow what they were allowed more within the window.
+UPDATE budget_books k SET extra = u.extra
+FROM budgets b JOIN budget_books w ON w.budget = b.name AND w.period = '-infinity' AND w.extra > 0
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(r.extra), 0) AS extra FROM budget_books r WHERE r.budget = w.budget
+        AND r.scope = w.scope AND r.period > '-infinity'
+        AND r.period >= budget_oldest_span(b.window_s, now())) AS u
+WHERE b.window_s IS NOT NULL AND k.budget = w.budget AND k.scope = w.scope AND k.period = w.period
+    AND k.extra = w.extra AND k.extra > u.extra
 
 -- name: estimated_holds_of
 -- What budgets were charged as estimates for the requests $1.
