@@ -231,6 +231,8 @@ async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_remov
         assert "not configured any more" in await response.text()
     assert (await chat(gateway, ONLY))[0] == 404
 
+    status, done = await admin(gateway, "POST", "/rollback", revision=10**30)
+    assert (status, done["field"]) == (400, "revision")
     done = (await admin(gateway, "POST", "/rollback", revision=1, reason="too soon"))[1]
     assert "second: added" in done["changes"]
     assert (await chat(gateway, ONLY))[0] == 200

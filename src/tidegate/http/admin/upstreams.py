@@ -41,7 +41,10 @@ from tidegate.upstream.fetch import UpstreamTest
 
 router = admin_router(400, 408, 413, 415, 503, tag="upstreams")
 UpstreamName = Annotated[str, Path(description="An upstream's name", max_length=100)]
-Expected = Annotated[int | None, Query(description="The revision that must be in force", ge=0)]
+MOST_REVISION = 2**62  # as PostgreSQL counts them
+Expected = Annotated[
+    int | None, Query(description="The revision that must be in force", ge=0, le=MOST_REVISION)
+]
 _READ_WITHIN_S = 2.0
 _MOST_MODELS = 20
 
@@ -82,7 +85,9 @@ class UpstreamKeys(SignedChange):
 
 
 class RollBack(SignedChange):
-    revision: int = Field(ge=0, description="Whose upstreams are to be in force; 0: the file's")
+    revision: int = Field(
+        ge=0, le=MOST_REVISION, description="Whose upstreams are to be in force; 0: the file's"
+    )
 
 
 class ChangeView(BaseModel):
