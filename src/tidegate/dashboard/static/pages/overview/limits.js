@@ -450,7 +450,7 @@ function pauseLimit(pool, one) {
     act: async (values) => {
       const body = { by: "dashboard", reason: values.reason };
       if (values.for_ms) body.for_ms = Number(values.for_ms);
-      const { done } = await post(`admin/limits/${one.limit}/pause`, body, { query: { pool } });
+      const { done } = await post(`admin/limits/${encodeURIComponent(one.limit)}/pause`, body, { query: { pool } });
       toast(done ? `${one.limit} is paused.` : `A longer pause of ${one.limit} stays.`);
     },
   });
@@ -462,7 +462,7 @@ export function resumeLimit(pool, one) {
     text: one.paused_by ? `It was paused by ${one.paused_by}.` : "",
     action: "Resume",
     act: async () => {
-      await post(`admin/limits/${one.limit}/resume`, { by: "dashboard" }, { query: { pool } });
+      await post(`admin/limits/${encodeURIComponent(one.limit)}/resume`, { by: "dashboard" }, { query: { pool } });
       toast(`${one.limit} admits calls again, one by one.`);
     },
   });
