@@ -165,9 +165,8 @@ class BudgetRecords:
         self, name: str, *, scope: str | None, extra: int, unit: Unit | None = None, by: str
     ) -> list[str]:
         """End the pauses of a budget, and allow `extra` more in the current period, or for the
-        length of a rolling one. Returns the
-        scopes that were paused or extended. Raises NotFound, and ConfigError for an `extra` of
-        another unit than the budget's."""
+        length of a rolling one. Returns the scopes that were paused or extended. Raises NotFound,
+        and ConfigError for an `extra` of another unit than the budget's."""
 
         async def write(connection: asyncpg.Connection) -> list[str] | None:
             known = await connection.fetchval("SELECT unit FROM budgets WHERE name = $1", name)

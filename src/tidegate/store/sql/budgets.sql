@@ -159,7 +159,7 @@ SELECT scope FROM more
 -- name: lock_ended_extras
 -- Lock the books of rolling budgets that were allowed more longer than a window ago.
 SELECT 1 FROM budgets b JOIN budget_books k ON k.budget = b.name AND k.period = '-infinity'
-WHERE b.window_s IS NOT NULL AND k.extra > (
+WHERE b.window_s IS NOT NULL AND k.extra > 0 AND k.extra > (
     SELECT coalesce(sum(r.extra), 0) FROM budget_books r WHERE r.budget = k.budget
         AND r.scope = k.scope AND r.period > '-infinity'
         AND r.period >= budget_oldest_span(b.window_s, now()))
