@@ -10,8 +10,9 @@ micro-dollar; a charge is corrected only where the difference is explained.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 from uuid import UUID
@@ -24,6 +25,9 @@ Verdict = Literal["equal", "explained", "unexplained"]
 _PRICE = "the tokens are equal and the cost is not: the price in force is not the provider's"
 _FEWER = "the provider counts fewer {} than whole answers had"
 _OTHERS = "{} of the provider's count are of no call on record: other consumers of the account"
+_NAMELESS = "the provider has no call of this name, and by others some that are not on record"
+# What a dated version has after the name of its model, such as -2025-08-07, -20250929 and -0125.
+_DATE = re.compile(r"[-@](?:20\d\d-\d\d-\d\d|20\d{6}|\d{4})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +144,29 @@ def compared(
     named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
     for model, day in ours.items():
         named[_name_there(model, theirs)] = named[_name_there(model, theirs)].plus(day)
+    has_others = any(_has_others(named[model], found) for model, found in theirs.items())
     return [
-        _finding(model, named[model], theirs.get(model, NOTHING), rates.get(model))
+        ModelFinding(model, named[model], NOTHING, "unexplained", _NAMELESS)
+        if has_others and model not in theirs and named[model].doubtful
+        else _finding(model, named[model], theirs.get(model, NOTHING), rates.get(model))
         for model in sorted({*named, *theirs})
     ]
 
 
-def _name_there(model: str, theirs: Iterable[str]) -> str:
+def _has_others(ours: ModelDay, theirs: UsageSum) -> bool:
+    """Whether the provider counts what no call on record by that name can account for."""
+    left = theirs.minus(ours.told)
+    more = not ours.doubtful and any(getattr(left, name) > 0 for name in _COUNTED)
+    return more or (left.requests or 0) > len(ours.doubtful)
+
+
+def _name_there(model: str, theirs: Mapping[str, UsageSum]) -> str:
     """The provider's name of a model: a call without an answer is on record by the alias that was
     requested, of which the provider counts the dated version."""
-    found = [name for name in theirs if name == model]
-    dated = found or [name for name in theirs if name.startswith((f"{model}-", f"{model}@"))]
+    if model in theirs:
+        return model
+    cut = len(model)
+    dated = [one for one in theirs if one.startswith(model) and _DATE.fullmatch(one, cut)]
     return dated[0] if len(dated) == 1 else model
 
 

@@ -104,6 +104,46 @@ def test_a_call_without_an_answer_is_counted_with_the_dated_version_of_its_model
     assert (finding.model, finding.verdict) == ("gpt-2026-01-01", "explained")
 
 
+@pytest.mark.parametrize(
+    ("model", "dated", "other"),
+    [
+        ("gpt-5", "gpt-5-2025-08-07", "gpt-5-mini-2025-08-07"),
+        ("claude-sonnet-4", "claude-sonnet-4-20250514", "claude-sonnet-4-5-20250929"),
+        ("gpt-3.5-turbo", "gpt-3.5-turbo-0125", "gpt-3.5-turbo-16k"),
+    ],
+)
+def test_a_model_whose_name_goes_on_is_no_version_of_another(
+    model: str, dated: str, other: str
+) -> None:
+    cut = DoubtfulCall(ID, "estimated", 100, 0, 100)
+    ours = {model: ModelDay(doubtful=(cut,)), dated: ModelDay(TOLD), other: ModelDay(TOLD)}
+    theirs = {dated: TOLD.plus(UsageSum(1, 100, 0, 0, 2, 0, 120)), other: TOLD}
+    first, second = compared(ours, theirs, {dated: RATES, other: RATES})
+    assert (first.model, first.verdict, second.verdict) == (dated, "explained", "equal")
+    assert [each.cost_micros for each in first.corrections] == [120]
+
+
+@pytest.mark.parametrize("requests", [1, None])
+def test_what_the_provider_may_count_by_another_name_is_not_corrected_to_nothing(
+    requests: int | None,
+) -> None:
+    """An alias that has two dated versions, or another name than they have."""
+    cut = DoubtfulCall(ID, "estimated", 100, 0, 100)
+    more = UsageSum(requests, 100, 0, 0, 2, 0, 120)
+    for theirs in (
+        {"gpt-2026-01-01": TOLD.plus(more), "gpt-2026-02-01": TOLD},
+        {"terra": TOLD, "luna": more},
+    ):
+        ours = {"gpt": ModelDay(doubtful=(cut,)), **dict.fromkeys(theirs, ModelDay(TOLD))}
+        first, *_ = compared(ours | {"luna": ModelDay()}, theirs, {})
+        assert (first.model, first.verdict, first.corrections) == ("gpt", "unexplained", ())
+    # Where all that the provider counts is of calls on record, it has never counted this one.
+    ours = {"gpt": ModelDay(doubtful=(cut,)), "x": ModelDay(TOLD)}
+    first, second = compared(ours, {"x": TOLD}, {})
+    assert [each.cost_micros for each in first.corrections] == [0]
+    assert second.verdict == "equal"
+
+
 def test_both_sides_models_are_compared() -> None:
     findings = compared({"a": ModelDay(TOLD)}, {"b": TOLD}, {})
     assert [(each.model, each.verdict) for each in findings] == [
