@@ -164,11 +164,11 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
     start = answer[:HEAD_BYTES].lstrip()[:1]
     begun = _first_event(answer, form.identity)
     if start == b"{":
-        raw = {} if cut else _outermost_usage(form, answer[-TAIL_BYTES:])
+        raw = {} if cut else part_of(_outermost(form.usage, b"{", answer[-TAIL_BYTES:]), form.usage)
     elif start == b"[":
         tail = answer[-TAIL_BYTES:].rstrip()
         ended = tail.endswith(b"]") and not cut
-        raw = _outermost_usage(form, tail[:-1]) if ended else {}
+        raw = part_of(_outermost(form.usage, b"{", tail[:-1]), form.usage) if ended else {}
         if not raw and not omitted:
             raw = _list_usage(form, answer)
     else:
@@ -179,29 +179,39 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
         if form.begins_with_usage:
             later = {name: value for name, value in raw.items() if value is not None}
             raw = part_of(begun, form.usage) | later
+    usage = form.usage_of(raw) if raw else UNKNOWN_USAGE
+    if raw and start == b"{" and b'"service_tier"' in answer:
+        usage = with_tier(usage, _tier_beside(answer))
     return AnswerFacts(
-        form.usage_of(raw) if raw else UNKNOWN_USAGE,
+        usage,
         last_match(value_pattern(form.finish), answer),
         short_text(begun.get(form.identity)) or _scanned(value_pattern(form.identity), answer),
         short_text(begun.get(form.version)) or _scanned(value_pattern(form.version), answer),
     )
 
 
-def _outermost_usage(form: AnswerForm, tail: bytes) -> JsonObject:
-    """The usage of an object that has come to its end, of which these are the last bytes.
+def _tier_beside(answer: bytes) -> str | None:
+    """The tier that a long object reports, which has come to its end: of one that is too long to be
+    parsed, in its last bytes."""
+    if len(answer) > LONGEST_READ_BYTES:
+        return tier_of(_outermost("service_tier", b'"', answer[-TAIL_BYTES:]))
+    with suppress(orjson.JSONDecodeError):
+        return tier_of(object_of(orjson.loads(answer)))
+    return None
+
+
+def _outermost(name: str, opening: bytes, tail: bytes) -> JsonObject:
+    """What begins with member `name` of an object that has come to its end, of which these are the
+    last bytes. opening: of its value.
 
     What follows a key closes as many objects and lists as the key is in. So only of a key of the
     outermost object the rest is an object once more when a brace is put before it.
     """
-    pattern = rb'"%b"\s*:\s*\{' % form.usage.encode()
+    pattern = rb'"%b"\s*:\s*%b' % (name.encode(), re.escape(opening))
     places = [found.start() for found in re.finditer(pattern, tail)]
     for place in reversed(places[-_MOST_CANDIDATES:]):
-        try:
-            found = orjson.loads(b"{" + tail[place:])[form.usage]
-        except orjson.JSONDecodeError:
-            continue
-        if type(found) is dict:
-            return found
+        with suppress(orjson.JSONDecodeError):
+            return object_of(orjson.loads(b"{" + tail[place:]))
     return {}
 
 

@@ -236,6 +236,24 @@ def test_the_tier_that_served_a_call_is_read(
         assert details_of(details_text(usage)) == usage.details
 
 
+@pytest.mark.parametrize("length", [300_000, 2_100_000])
+def test_the_tier_of_an_answer_that_is_too_long_to_be_parsed_for_all_facts_is_read(
+    length: int,
+) -> None:
+    """Such as one with the probabilities of its tokens: who has asked for `priority` pays it."""
+    echo = {"service_tier": "flex"}  # of the client
+    chat = {"id": "c", "choices": [{"message": {"content": "a" * length}, "logprobs": echo}]}
+    for answer, tier in (
+        (chat | {"usage": CHAT, "service_tier": "priority"}, "priority"),
+        (chat | {"service_tier": "priority", "usage": CHAT, "metadata": echo}, "priority"),
+        (chat | {"usage": CHAT, "metadata": echo}, None),
+        (chat | {"service_tier": "default", "usage": CHAT}, None),
+    ):
+        usage = DIALECTS[OPENAI].answer_facts(json.dumps(answer).encode()).usage
+        assert usage.output_tokens == 90
+        assert (None if usage.details is None else usage.details.tier) == tier
+
+
 def test_the_tier_of_a_stream_is_beside_its_usage() -> None:
     chunk = {"service_tier": "default", "choices": [{"delta": {"content": "a"}}]}
     last = {"service_tier": "flex", "choices": [], "usage": CHAT}
