@@ -32,7 +32,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import CallCost, Caller, Charge, UsageState, new_id
+from tidegate.call import UNKNOWN_CHARGE, CallCost, Caller, Charge, UsageState, new_id
 from tidegate.errors import ConfigError, NotFound, QuotaExceeded, StoreUnavailable
 from tidegate.prices.budgets import (
     Binding,
@@ -90,7 +90,7 @@ class BudgetBook:
 
 
 class Settlement(NamedTuple):
-    """The charge of what was held. micros: None where it is not known."""
+    """The charge of what was held. micros, tokens: None where they are not known."""
 
     hold: UUID
     request_id: UUID | None
@@ -588,7 +588,8 @@ class Budgets:
             one = Settlement(hold, request_id, 0, 0, False)
         else:
             doubt = charge.state in _DOUBTFUL
-            one = Settlement(hold, request_id, charge.cost_micros, charge.tokens, doubt)
+            tokens = None if charge == UNKNOWN_CHARGE else charge.tokens
+            one = Settlement(hold, request_id, charge.cost_micros, tokens, doubt)
         self._pending.setdefault(request_id, []).append((self._clock(), one))
 
     async def settle_in(
@@ -700,7 +701,7 @@ class Budgets:
         """Charge what dead processes hold, as estimates; how much was found. Raises
         StoreUnavailable."""
         rows = await self._connections.rows("orphaned_budget_holds", DEAD_AFTER_S, _MOST_ORPHANS)
-        orphans = [Settlement(row["id"], None, None, 0, True) for row in rows]
+        orphans = [Settlement(row["id"], None, None, None, True) for row in rows]
         if orphans:
             await self._connections.run(lambda connection: settle_holds(connection, orphans))
             log.warning(Log.BUDGET_ESTIMATED, holds=len(orphans))

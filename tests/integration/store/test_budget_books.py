@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.call import CallCost, Caller, Charge, Usage, UsageState, new_id
+from tidegate.call import UNKNOWN_CHARGE, CallCost, Caller, Charge, Usage, UsageState, new_id
 from tidegate.errors import (
     BudgetExceeded,
     BudgetPaused,
@@ -24,7 +24,7 @@ from tidegate.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
-from tidegate.prices.budgets import Binding, Budget, shown_amount
+from tidegate.prices.budgets import Binding, Budget, shown_amount, tenants_budget
 from tidegate.store import budgets as module
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections
@@ -259,6 +259,25 @@ async def test_what_a_dead_process_holds_stays_charged_until_it_is_corrected(
     dead.settle(hold, told(30))
     await dead.flush()
     assert await seen(database_url) == {("day", ""): (30, 0, 0)}
+
+
+async def test_of_a_budget_that_takes_estimates_what_is_unknown_stays_charged_in_either_unit(
+    budgets: Budgets, connections: Connections, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dead process, and of an answer that could not be read: as what was expected of it."""
+    taken = [tenants_budget("acme", f"budget_day_{one}", 900) for one in ("money", "tokens")]
+    await with_budgets(budgets, *taken)
+    dead = Budgets(connections, instance_id="dead")
+    await dead.refresh()
+    await dead.reserve(dead.binding(ACME, "m"), new_id(), cost(400, 300))
+    monkeypatch.setattr(module, "DEAD_AFTER_S", -1.0)
+    assert await budgets.charge_orphans() == 1
+    money, tokens = ("acme/budget_day_money", ""), ("acme/budget_day_tokens", "")
+    assert await seen(database_url) == {money: (400, 400, 0), tokens: (300, 300, 0)}
+    hold = await budgets.reserve(budgets.binding(ACME, "m"), new_id(), cost(40, 30))
+    budgets.settle(hold, UNKNOWN_CHARGE)
+    await budgets.flush()
+    assert await seen(database_url) == {money: (440, 440, 0), tokens: (330, 330, 0)}
 
 
 async def test_an_estimate_is_corrected_by_what_a_request_has_cost(
