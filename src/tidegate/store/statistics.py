@@ -30,7 +30,13 @@ import orjson
 
 from tidegate.call import UsageState
 from tidegate.errors import StoreUnavailable
-from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, ModelFinding, UsageSum
+from tidegate.prices.reconciliation import (
+    Correction,
+    DoubtfulCall,
+    ModelDay,
+    ModelFinding,
+    UsageSum,
+)
 from tidegate.store.budgets import correct_holds
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import Json, dumps, record_of
@@ -722,8 +728,12 @@ class Reconciliations:
 async def _correct_charges(connection: asyncpg.Connection, day: date, finding: ModelFinding) -> int:
     begin, end = _day_bounds(day)
     corrected = 0
-    for one in finding.corrections:
+    right = finding.ours.doubtful if finding.verdict == "equal" else ()
+    for one in finding.corrections or [Correction(call, call.charged_micros) for call in right]:
         if not one.delta_micros:
+            # Right on record, where budgets may still be charged the bound.
+            if one.call.cost_micros is not None:
+                await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
             continue
         charged = one.call.charged_micros
         # A call that was made again is charged for its last attempt already.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from random import Random
 from uuid import UUID
@@ -25,6 +26,7 @@ from tidegate.errors import (
     StoreUnavailable,
 )
 from tidegate.prices.budgets import Binding, Budget, shown_amount, tenants_budget
+from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.store import budgets as module
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections
@@ -293,6 +295,31 @@ async def test_an_estimate_is_corrected_by_what_a_request_has_cost(
     assert await budgets.records.correct(request, micros=17, tokens=9) == 4
     assert await seen(database_url) == {("day", ""): (17, 0, 0), ("t", ""): (9, 0, 0)}
     assert await budgets.records.correct(request, micros=17, tokens=9) == 0
+
+
+@pytest.mark.parametrize("theirs", [5, 8])
+async def test_a_cut_call_whose_charge_the_provider_confirms_is_no_longer_charged_its_bound(
+    store: Store, budgets: Budgets, database_url: str, theirs: int
+) -> None:
+    """Alone, where all is equal, and beside another whose charge is corrected."""
+    await with_budgets(budgets, DAY)
+    calls = []
+    for charged in (5, 0)[: 1 if theirs == 5 else 2]:
+        request = new_id()
+        hold = await budgets.reserve(budgets.binding(ACME, "m"), request, cost(100))
+        budgets.settle(hold, cut(charged))
+        calls.append(DoubtfulCall(request, "partial", 9, 1, charged, weight=5 if charged else 3))
+    await budgets.flush()
+    held = 100 * len(calls)
+    assert await seen(database_url) == {("day", ""): (held, held, 0)}
+    ours = {"m": ModelDay(doubtful=tuple(calls))}
+    found = compared(ours, {"m": UsageSum(len(calls), 9, 0, 0, 1, 0, theirs)}, {})
+    assert found[0].verdict == ("equal" if theirs == 5 else "explained")
+    for _ in range(2):
+        await store.reconciliations.keep("oai", "openai", date(2026, 11, 24), found)
+        # A charge that is not on record can't be corrected, and its reservation stays.
+        left = 100 * (len(calls) - 1)
+        assert await seen(database_url) == {("day", ""): (5 + left, left, 0)}
 
 
 async def test_an_erased_person_has_no_book(
