@@ -84,7 +84,7 @@ class Prices:
         they are the dearer ones, since the client has chosen it. dearest: in the dearest hour."""
         usual = self._on(model, "", self._hour, dearest=dearest)
         asked = self._on(model, tier, self._hour, dearest=dearest) if tier else None
-        if usual is None or asked is None or (asked.output or 0) < (usual.output or 0):
+        if usual is None or asked is None or _dearness(asked) < _dearness(usual):
             return usual
         return asked
 
@@ -124,6 +124,13 @@ class Prices:
             return None
         price = self._public.find(self._provider, model, _day_of(hour), tier)
         return None if price is None else Rates.of(price.in_hour(at), is_public=True)
+
+
+def _dearness(rates: Rates) -> tuple[int, ...]:
+    """To compare tiers by the first rate that differs: not all models are charged by output."""
+    one = rates
+    others = (one.image, one.video_second, one.audio_second, one.character)
+    return tuple(rate or 0 for rate in (one.output, one.input, *others))
 
 
 def _day_of(hour: int) -> date:

@@ -179,6 +179,8 @@ def test_a_requested_tier_counts_only_where_it_is_the_dearer_one() -> None:
     assert prices.bound("gpt-5", "no such tier") is None
     assert prices.bound("gpt-5", "") == prices.bound("gpt-5", "default") == usual
     assert prices.bound("gpt-5", "flex") == usual
+    for model in ("text-embedding-3-small", "text-embedding-3-large"):  # without output
+        assert prices.bound(model, "batch") == prices.at_least(model, "batch") == prices.of(model)
     assert prices.bound("gpt-5", "priority") == prices.of("gpt-5", "priority")
     own = of_openai(m=Price(input=2.0, output=2.0, tiers={"fast": Price(input=4.0, output=4.0)}))
     assert own.bound("m", "no such tier") == own.of("m")
