@@ -111,6 +111,13 @@ class Prices:
         return (None, None) if row is None else (row.context_tokens, row.most_output_tokens)
 
     @property
+    def unasked_write(self) -> CacheWrite | None:
+        """To which cache the provider writes the input of any call: OpenAI's models since GPT-5.6,
+        which have a price for it (learn.microsoft.com/azure/foundry/openai/how-to/prompt-caching).
+        """
+        return "5m" if self._provider in ("openai", "azure") else None
+
+    @property
     def _hour(self) -> int:
         return int(self._now() // _HOUR_S)
 

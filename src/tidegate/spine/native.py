@@ -440,7 +440,7 @@ class NativeExchange:
             max_output_tokens=most_output,
             images=asked.images,
             draws_alone=endpoint.operation is Operation.IMAGES,
-            writes=asked.cache_write,
+            writes=asked.cache_write or prices.unasked_write,
             tools=bool(asked.pieces.tools),
             unbounded=unbounded,
             measured=asked.measured,
@@ -733,7 +733,7 @@ class NativeExchange:
                 came.tokens,
                 pictures,
                 usage.details,
-                asked.cache_write,
+                asked.cache_write or demands.prices.unasked_write,
                 measured=asked.measured,
             )
         return cut_charge(rates, usage, estimate, came.tokens, images)

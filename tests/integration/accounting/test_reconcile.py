@@ -24,6 +24,7 @@ from tidegate.jobs.reconciliation import (
     upstream_of,
 )
 from tidegate.policy.deployment import Deployment, Upstream, deployed_upstreams
+from tidegate.prices.budgets import Budget
 from tidegate.store.database import Connections
 from tidegate.store.statistics import Reconciliations
 from tidegate.upstream.transport import RelayWire
@@ -173,6 +174,32 @@ async def test_a_call_that_is_bound_to_a_region_costs_more_and_a_cut_one_as_its_
     assert bound["cost_micros"] == (110 * (bound["i"] + 5 * bound["o"]) + 50) // 100
     assert flex["cost_micros"] == (125 * flex["i"] + 1_000 * flex["o"] + 50) // 100
     assert priority["cost_micros"] == (250 * priority["i"] + 2_000 * priority["o"] + 50) // 100
+
+
+async def test_a_model_that_writes_its_cache_unasked_is_bounded_and_charged_by_that_price(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    await provider.control.set_behaviour(answer="word " * 400, chunks=20)
+    await provider.control.set_fault("hang_mid_stream", match="leave", after_chunks=10)
+    day = Budget("day", "usd", 10**9, "day")
+    await gateway.services.budgets.records.set(day, by="test")
+    await gateway.services.budgets.refresh()
+    messages = [{"role": "user", "content": "leave" * 400}]
+    body = {"model": "gpt-6-sol", "messages": messages, "stream": True, "max_tokens": 1_000}
+    await left(gateway, "/v1/chat/completions", body)
+    await recorded(gateway, 1)
+    query = "SELECT usage_state, input_tokens AS i, output_tokens AS o, cost_micros AS c FROM audit"
+    (row,) = await gateway.database.fetch(query)
+    assert row["usage_state"] == "estimated"
+    assert row["c"] == (25 * row["i"] + 100 * row["o"] + 5) // 10
+
+    async def charged() -> bool:
+        return bool(await gateway.database.fetchval("SELECT estimated FROM budget_books"))
+
+    await wait_until(charged, 10, "the bound of the cut call")
+    bound = await gateway.database.fetchval("SELECT estimated FROM budget_books")
+    assert bound >= 25 * len("leave" * 400) // 10 + 10 * 1_000
 
 
 async def test_another_consumer_of_the_account_is_not_explained(
