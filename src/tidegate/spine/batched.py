@@ -31,7 +31,7 @@ from tidegate.call import (
 )
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.prompts import Files, PromptAnswer, endpoint_for, prompt_call
-from tidegate.dialects.requests import check_said_once, skimmed
+from tidegate.dialects.requests import cache_write_of, check_said_once, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
 from tidegate.prices.rates import Rates
@@ -108,6 +108,7 @@ class BatchedCalls:
         read = skimmed(call.body)
         spec = DIALECTS[call.endpoint.dialect]
         asked = spec.request_facts(call.endpoint, read.body, read.whole)
+        asked.cache_write = cache_write_of(read.raw, read.body)
         check_said_once(read.raw, read.body)
         if references := spec.references(read.body, read.raw):
             said = f"{references[0].field} names what only a call of its own may reach"

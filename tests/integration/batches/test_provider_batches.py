@@ -305,6 +305,23 @@ async def test_a_cancelled_job_among_others_is_charged_and_not_answered(
     assert (await gateway.audit(one))["cost_micros"] > 0
 
 
+async def test_a_line_that_has_a_cache_written_is_held_at_the_price_of_that(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    records = gateway.services.store.budgets.records
+    await records.set(budget_of("day", {"usd": "1", "period": "day"}), by="test")
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS})
+    kept = {"type": "ephemeral", "ttl": "1h"}
+    system = [{"type": "text", "text": "!" * 2_000, "cache_control": kept}]
+    await submitted(gateway, wrapped("anthropic", "Say hello", system=system))
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    (book,) = await records.books("day")
+    # 3 USD a million tokens, of which none has less than a byte; the usual input costs half of it.
+    assert book.held >= 2_000 * 3
+
+
 async def test_budgets_are_held_for_lines_and_charged_their_batch_price(
     open_gateway: Opener, settings: dict[str, Any], provider: Emulator
 ) -> None:
