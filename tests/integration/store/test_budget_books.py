@@ -452,6 +452,21 @@ async def test_what_a_rolling_budget_is_allowed_more_ends_with_its_window(
     assert await amounts() == [100, 125]
 
 
+@pytest.mark.parametrize("scope", ["", '["acme"]'])
+async def test_what_a_person_allows_before_the_first_call_of_a_period_is_there_for_it(
+    budgets: Budgets, scope: str
+) -> None:
+    each = Budget("day", "usd", 100, "day", each=("tenant",) if scope else ())
+    await with_budgets(budgets, each)
+    for given in (scope or None, scope, '["acme", "ann"]'):  # the last is of no book of it
+        found = await budgets.records.resume("day", scope=given, extra=50, by="test")
+        assert found == ([scope] if given != '["acme", "ann"]' else [])
+    await budgets.refresh()
+    await held_by(budgets, ACME, 200)
+    with pytest.raises(BudgetReserved):
+        await held_by(budgets, ACME, 1)
+
+
 async def test_shares_are_told_once_each(budgets: Budgets, database_url: str) -> None:
     await with_budgets(budgets, Budget("s", "usd", 1_000, "day", alerts=(50, 80, 100)))
     for micros in (400, 150, 10, 300, 140):

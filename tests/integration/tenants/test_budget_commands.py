@@ -91,7 +91,7 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     (one,) = shown.json
     assert (one["amount"], one["at_end"], one["books"][0]["spent"]) == (790_000, "pause", 0)
     resumed = await tidegate(gateway, "budgets", "resume", "day", "--extra-usd", "1")
-    assert (resumed.code, resumed.said) == (0, "day is resumed for 0\n")
+    assert (resumed.code, resumed.said) == (0, "day is resumed for 1\n")
     for name, *more in (
         ("day", "--extra-tokens", "1000"),
         ("acme/budget_month_tokens", "--extra-usd", "1"),

@@ -143,15 +143,21 @@ ORDER BY coalesce(k.spent, 0)::double precision / greatest(b.amount, 1) DESC, 1,
 DELETE FROM budget_pauses WHERE budget = $1 AND ($2::text IS NULL OR scope = $2) RETURNING scope
 
 -- name: extend_budget
--- Add $3 to what budget $1 allows in the current period, or window, in the books of scope $2 where given.
+-- Add $3 to what budget $1 allows in the current period, or window, in the books of scope $2 where given; also before its first call.
 WITH more AS (
-    UPDATE budget_books k SET extra = k.extra + $3, alerted = 0
-    FROM budgets b WHERE b.name = $1 AND k.budget = b.name AND ($2::text IS NULL OR k.scope = $2)
-        AND k.period = budget_period(b.period, b.zone, now())
-    RETURNING k.budget, k.scope, b.window_s
+    INSERT INTO budget_books AS k (budget, scope, period, extra)
+    SELECT b.name, s.scope, budget_period(b.period, b.zone, now()), $3 FROM budgets b CROSS JOIN LATERAL (
+        SELECT o.scope FROM budget_books o WHERE o.budget = b.name AND ($2::text IS NULL OR o.scope = $2)
+            AND o.period = budget_period(b.period, b.zone, now())
+        UNION SELECT coalesce($2, '') WHERE cardinality(b.each) = CASE WHEN coalesce($2, '') = '' THEN 0
+            ELSE json_array_length($2::json) END
+    ) AS s WHERE b.name = $1
+    ON CONFLICT (budget, scope, period) DO UPDATE SET extra = k.extra + excluded.extra, alerted = 0
+    RETURNING k.scope
 ), spans AS (
     INSERT INTO budget_books AS s (budget, scope, period, extra)
-    SELECT budget, scope, budget_span(window_s, now()), $3 FROM more WHERE window_s IS NOT NULL
+    SELECT b.name, m.scope, budget_span(b.window_s, now()), $3 FROM more m CROSS JOIN budgets b
+    WHERE b.name = $1 AND b.window_s IS NOT NULL
     ON CONFLICT (budget, scope, period) DO UPDATE SET extra = s.extra + excluded.extra
 )
 SELECT scope FROM more
