@@ -57,6 +57,7 @@ MOST_BOOKS = 1_000
 _LOOK_EVERY_S = 0.25
 _REVISION_EVERY_S = 0.7
 _EXTRAS_EVERY_S = 30.0
+_FORGET_EVERY_S = 600.0
 _PUSHED_REVISION_EVERY_S = 30.0
 _FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
 _SEEN_EVERY_S = 5.0
@@ -632,7 +633,7 @@ class Budgets:
 
     async def run(self) -> None:
         """Look for changes, settle what is left over, and charge what dead processes hold."""
-        looked_at = beaten_at = ended_at = -math.inf
+        looked_at = beaten_at = ended_at = forgot_at = -math.inf
         while True:
             now = self._clock()
             try:
@@ -649,6 +650,9 @@ class Budgets:
                 if is_rolling and now - ended_at >= _EXTRAS_EVERY_S:
                     ended_at = now
                     await self.end_extras()
+                if self._rules and now - forgot_at >= _FORGET_EVERY_S:
+                    forgot_at = now
+                    await self.forget_books()
             except StoreUnavailable as away:  # what is held stays held
                 self._steadiness.missed()
                 log.debug(Log.STORE_AWAY, detail=away.message)
@@ -668,6 +672,10 @@ class Budgets:
                 await connection.execute(sql("end_extras"))  # as it is after the lock
 
         await self._connections.run(write)
+
+    async def forget_books(self) -> None:
+        """Delete books of periods that are long over. Raises StoreUnavailable."""
+        await self._connections.execute("forget_budget_books")
 
     async def aclose(self) -> None:
         """Settle what is pending; what can't be written stays charged."""

@@ -117,6 +117,15 @@ DELETE FROM budget_instances i WHERE seen_at < now() - interval '1 hour'
     AND NOT EXISTS (SELECT 1 FROM budget_holds h WHERE h.instance = i.instance
         AND h.estimated_at IS NULL)
 
+-- name: forget_budget_books
+-- Delete books of periods that began over 100 days ago, and spans that a rolling window has left for as long again.
+DELETE FROM budget_books WHERE ctid = ANY(ARRAY(
+    SELECT k.ctid FROM budget_books k JOIN budgets b ON b.name = k.budget
+    WHERE k.held = 0 AND k.period > '-infinity' AND k.period < CASE WHEN b.window_s IS NULL
+        THEN now() - interval '100 days'
+        ELSE budget_oldest_span(b.window_s, now() - b.window_s * interval '1 second') END
+    LIMIT 10000 FOR UPDATE OF k SKIP LOCKED))
+
 -- name: stray_budget_holds
 -- Reservations of process $1 that are older than $3 seconds and not among $2.
 SELECT DISTINCT id FROM budget_holds
