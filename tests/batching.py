@@ -26,6 +26,14 @@ def jsonl(lines: Iterable[Any]) -> bytes:
     return b"".join(json.dumps(one).encode() + b"\n" for one in lines)
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """An object in an object, and so on."""
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 def content(count: int, *, model: str = MODEL, says: str = "Say word{}.") -> bytes:
     """An input file: line n has the custom_id `id-n` and asks what `says` says of n."""
     return jsonl(line(f"id-{n}", says.format(n), model=model) for n in range(count))

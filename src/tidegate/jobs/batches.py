@@ -457,7 +457,11 @@ class Check:
             param = wrong.field if wrong.field.startswith("body") else f"body.{wrong.field}"
             self._wrong("invalid_body", number, wrong.message, param)
             return None
-        return Sound(number, custom_id, orjson.dumps(body).decode())
+        try:
+            return Sound(number, custom_id, orjson.dumps(body).decode())
+        except orjson.JSONEncodeError:
+            self._wrong("invalid_body", number, "body is nested too deeply", "body")
+            return None
 
     def _wrong(self, code: str, line: int | None, message: str, param: str | None) -> None:
         self.errors.append({"code": code, "line": line, "message": message, "param": param})
@@ -623,7 +627,8 @@ class BatchRunner:
         await self._lines.leave_held_up()
         await self._lines.leave_held()
         await self._store.batch_lines.retake()
-        while (batch := await self._store.batches.take()) is not None:
+        failed: list[UUID] = []
+        while (batch := await self._store.batches.take(failed)) is not None:
             try:
                 await (
                     self._validate(batch) if batch.status == "validating" else self._assemble(batch)
@@ -631,6 +636,11 @@ class BatchRunner:
                 await self._forget_input(batch)
             except ClaimLost:
                 continue
+            except StoreUnavailable:
+                raise
+            except Exception:  # logged, and tried again after the others
+                log.exception(Log.WORKER_LOOP_FAILED, batch=str(batch.batch_id))
+                failed.append(batch.batch_id)
             finally:
                 await self._store.batches.free(batch)
 

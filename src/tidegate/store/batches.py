@@ -444,9 +444,9 @@ class Batches:
 
     # The worker's side
 
-    async def take(self) -> Batch | None:
-        """One batch that is to be validated or assembled, if there is any."""
-        row = await self._connections.row("take_batch", self._instance_id)
+    async def take(self, but: Sequence[UUID] = ()) -> Batch | None:
+        """One batch that is to be validated or assembled, if there is any `but` these."""
+        row = await self._connections.row("take_batch", self._instance_id, list(but))
         return None if row is None else _batch(row)
 
     async def free(self, batch: Batch) -> None:

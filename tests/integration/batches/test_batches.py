@@ -9,11 +9,22 @@ import openai
 import pytest
 
 from tests.batching import ENDPOINT as PATH
-from tests.batching import MODEL, begin, end_of, jsonl, line, lines_of
+from tests.batching import (
+    MODEL,
+    assert_all_succeeded,
+    begin,
+    content,
+    end_of,
+    jsonl,
+    line,
+    lines_of,
+    nested,
+)
 from tests.gateway import Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Scope
+from tidegate.jobs.batches import Check, Sound
 from tidegate.store.database import sql
 
 
@@ -72,6 +83,7 @@ async def test_what_is_wrong_with_a_file_is_told_by_line(
         line("f\x00", "x"),
         line("g", "x", body={"model": "m\x00"}),
         line("h\ud800", "x"),
+        line("i", "x", body={"model": MODEL, "messages": [], "metadata": nested(300)}),
     ]
     batch = await begin(client, jsonl(lines) + b"{nothing\n")
     done = await end_of(client, batch)
@@ -89,12 +101,34 @@ async def test_what_is_wrong_with_a_file_is_told_by_line(
         (9, "invalid_custom_id"),
         (10, "invalid_body"),
         (11, "invalid_json_line"),
-        (12, "invalid_json_line"),
+        (12, "invalid_body"),
+        (13, "invalid_json_line"),
     ]
     empty = await end_of(client, await begin(client, b"\n"))
     assert empty.errors is not None
     assert [one.code for one in empty.errors.data or []] == ["empty_file"]
     assert await gateway.calls() == []
+
+
+async def test_a_batch_that_cannot_be_read_holds_up_no_other(
+    open_gateway: Opener, sdk: MakeSdk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, tried = Check.take, list[int]()
+
+    def failing(check: Check, number: int, raw: bytes) -> Sound | None:
+        if b"of-another" in raw:
+            tried.append(number)
+            raise RuntimeError("an error that nobody foresaw")
+        return take(check, number, raw)
+
+    monkeypatch.setattr(Check, "take", failing)
+    gateway = await open_gateway()
+    other, client = sdk(gateway, "other"), sdk(gateway)
+    stuck = await begin(other, jsonl([line("of-another", "x")]))
+    await wait_until(lambda: tried)
+    done = await end_of(client, await begin(client, content(2)))
+    await assert_all_succeeded(client, done, 2)
+    assert (await other.batches.retrieve(stuck.id)).status == "validating"
 
 
 async def test_a_file_may_be_written_as_other_systems_write_it(

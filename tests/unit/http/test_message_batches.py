@@ -60,6 +60,14 @@ def test_a_body_on_disk_is_parted_in_the_same_way(tmp_path: Path) -> None:
     assert lines_of(tmp_path / "body") == lines_of(body)
 
 
+def test_a_request_that_is_nested_too_deeply_is_refused_by_name() -> None:
+    body = orjson.dumps({"requests": [asking("a", "x", metadata="deep")]})
+    deep = b'{"a":' * 300 + b"1" + b"}" * 300
+    with pytest.raises(InvalidRequest) as refused:
+        lines_of(body.replace(b'"deep"', deep))
+    assert refused.value.field == "requests.0.params"
+
+
 GOOD = orjson.dumps(asking("a", "x")).decode()
 
 

@@ -207,7 +207,11 @@ class RequestLines:
             raise InvalidRequest(place, f"{place} is not JSON: {broken}") from None
         custom_id, params = self._checked(place, value)
         line = {"custom_id": custom_id, "method": "POST", "url": _MESSAGES, "body": params}
-        return orjson.dumps(line) + b"\n"
+        try:
+            return orjson.dumps(line) + b"\n"
+        except orjson.JSONEncodeError:
+            said = f"{place}.params is nested too deeply"
+            raise InvalidRequest(f"{place}.params", said) from None
 
     def _checked(self, place: str, value: Any) -> tuple[str, dict[str, Any]]:
         if not isinstance(value, dict):

@@ -160,11 +160,12 @@ SELECT
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)) AS theirs
 
 -- name: take_batch
--- Take a batch to validate or assemble, for worker $1; one it has already is one it forgot.
+-- Take a batch to validate or assemble, for worker $1, none of $2; one it has already is one it forgot.
 UPDATE batches SET claim = claim + 1, claimed_by = $1
 WHERE id = (
     SELECT b.id FROM batches b
-    WHERE (b.claimed_by IS NULL OR b.claimed_by = $1) AND (b.status = 'validating' OR (
+    WHERE (b.claimed_by IS NULL OR b.claimed_by = $1) AND b.id <> ALL($2::uuid[])
+        AND (b.status = 'validating' OR (
         b.status IN ('finalizing', 'cancelling') AND NOT EXISTS (
             SELECT 1 FROM batch_lines l
             WHERE l.batch_id = b.id AND l.state IN ('claimed', 'calling'))))
