@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -250,11 +250,28 @@ class ProviderBatchRunner:
     async def _gather(self, jobs: Sequence[ClaimedJob]) -> None:
         if self._store.budgets.any:
             await self._store.budgets.known()
-        groups: defaultdict[_GroupKey, list[_Ready]] = defaultdict(list)
+        there, fetched = list[_Ready](), [job for job in jobs if job.image_uri is not None]
         for job in jobs:
-            if (ready := await self._ready(job)) is not None:
-                groups[ready.key].append(ready)
+            if job.image_uri is None and (ready := await self._ready(job)) is not None:
+                there.append(ready)
             await asyncio.sleep(0)  # thousands together would keep the event loop busy for long
+        await self._begin_all(there)
+        # A server of a caller's choice may be slow: no other job waits for its pictures.
+        came = await asyncio.gather(*map(self._ready, fetched))
+        await self._begin_all([one for one in came if one is not None])
+
+    async def _begin_all(self, jobs: Iterable[_Ready]) -> None:
+        """Those of one key in one batch, or in several where they have become larger than claimed:
+        pictures that were fetched, files in base64."""
+        groups: defaultdict[_GroupKey, list[_Ready]] = defaultdict(list)
+        sizes: Counter[_GroupKey] = Counter()
+        for one in jobs:
+            size_bytes = len(one.call.body)
+            if groups[one.key] and sizes[one.key] + size_bytes > MOST_BYTES:
+                await self._begin(groups.pop(one.key))
+                sizes[one.key] = 0
+            groups[one.key].append(one)
+            sizes[one.key] += size_bytes
         for group in groups.values():
             await self._begin(group)
 
@@ -325,7 +342,8 @@ class ProviderBatchRunner:
         self._making.add(batch.id)  # this task goes on with it
         try:
             begun = await self._batches.begin(batch, joining)
-            if begun.batch is not None:
+            # What is beyond that is taken when it is due, and its bodies are read again.
+            if begun.batch is not None and len(self._in_hand) < 2 * _AT_ONCE:
                 bodies = {line: one.call.body for line, one in enumerate(group)}
                 self._go_on(begun.batch, bodies)
         finally:

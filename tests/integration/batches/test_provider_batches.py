@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -21,8 +23,13 @@ from tests.integration.batches.provider import (
     wrapped,
 )
 from tests.waiting import wait_until
+from tidegate.call import Media
 from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.jobs import provider_batches
+from tidegate.jobs.provider_batches import MOST_BYTES
 from tidegate.prices.budgets import budget_of
+from tidegate.upstream.batch_api import BatchedCall, BatchOutline, OpenAIBatches
+from tidegate.upstream.fetch import ImageFetcher
 
 HOUR_MS = 3_600_000
 
@@ -366,6 +373,79 @@ async def test_prompts_with_files_and_pictures_go_into_a_batch(
     async with gateway.http.get(gateway.url + image["url"]) as response:
         assert (response.status, (await response.read())[:4]) == (200, b"\x89PNG")
     assert {tier for _, tier in await asked(provider.control)} == {"batch"}
+
+
+def pictured(text: str, uri: str) -> dict[str, Any]:
+    """The fields of a job whose picture is fetched when it becomes a line."""
+    return {"data": text, "type": "multi_modal", "image_uri": f"https://example.com/{uri}"}
+
+
+async def test_pictures_that_are_fetched_make_no_batch_larger(
+    open_gateway: Opener, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Media("image/png", PNG + bytes(3_000_000), "large.png")
+
+    async def fetch(_fetcher: ImageFetcher, _uri: str) -> Media:
+        return picture
+
+    monkeypatch.setattr(ImageFetcher, "fetch", fetch)
+    gateway = await opened(open_gateway, settings)
+    ids = await submitted(gateway, *(pictured(f"Picture {n}", f"{n}.png") for n in range(6)))
+    gateway.start_worker()
+    assert {(await gateway.end_of(one))["status"] for one in ids} == {"succeeded"}
+    made = await batches(gateway)
+    assert max(one["size_bytes"] for one in made) <= MOST_BYTES
+    assert sum(one["lines"] for one in made) == len(ids)
+
+
+async def test_a_picture_that_does_not_come_holds_up_no_other_tenant(
+    open_gateway: Opener, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came, fetching = asyncio.Event(), set[str]()
+
+    async def fetch(_fetcher: ImageFetcher, uri: str) -> Media:
+        fetching.add(uri)
+        await came.wait()
+        return Media("image/png", PNG)
+
+    monkeypatch.setattr(ImageFetcher, "fetch", fetch)
+    gateway = await opened(open_gateway, settings)
+    slow = await submitted(gateway, *(pictured(f"Picture {n}", f"{n}.png") for n in range(5)))
+    (other,) = await submitted(gateway, wrapped("openai", "Say hello"))
+    gateway.start_worker()
+    assert (await gateway.end_of(other))["status"] == "succeeded"
+    # All together: they take as long as the slowest of them.
+    await wait_until(lambda: len(fetching) == len(slow))
+    came.set()
+    assert {(await gateway.end_of(one))["status"] for one in slow} == {"succeeded"}
+
+
+async def test_the_lines_of_a_few_batches_are_in_memory_however_many_begin(
+    open_gateway: Opener, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_upload, uploading = asyncio.Event(), list[UUID]()
+    upload = OpenAIBatches.upload
+
+    async def slow(
+        api: OpenAIBatches, batch: BatchOutline, calls: Sequence[BatchedCall]
+    ) -> str | None:
+        uploading.append(batch.id)
+        await may_upload.wait()
+        return await upload(api, batch, calls)
+
+    monkeypatch.setattr(OpenAIBatches, "upload", slow)
+    monkeypatch.setattr(provider_batches, "MOST_LINES", 1)
+    gateway = await opened(open_gateway, settings)
+    ids = await submitted(gateway, *(wrapped("openai", f"Say word {n}") for n in range(30)))
+    gateway.start_worker()
+
+    async def all_begun() -> bool:
+        return len(await batches(gateway)) == len(ids)
+
+    await wait_until(all_begun)
+    assert len(uploading) <= 8
+    may_upload.set()
+    assert {(await gateway.end_of(one))["status"] for one in ids} == {"succeeded"}
 
 
 async def test_waiting_jobs_count_for_the_queue_of_their_tenant(

@@ -122,7 +122,8 @@ RETURNING r.id
 
 -- name: claim_batched
 -- Claim jobs of the tier `batch` in pool $1 for worker $2, at most $3 and $4 bytes, tenants in turn.
--- None as long as fewer wait, and none of them for $5 milliseconds.
+-- None as long as fewer wait, and none of them for $5 milliseconds. A picture that is yet to be
+-- fetched counts as a million bytes.
 WITH RECURSIVE tenants AS (
     (SELECT tenant_id FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
@@ -137,7 +138,8 @@ WITH RECURSIVE tenants AS (
 ), waiting AS MATERIALIZED (
     SELECT head.* FROM tenants CROSS JOIN LATERAL (
         SELECT id, created_at, row_number() OVER (ORDER BY created_at, id) AS turn,
-            coalesce(batch_after, created_at) AS since, octet_length(prompt) + coalesce((
+            coalesce(batch_after, created_at) AS since, octet_length(prompt)
+            + CASE WHEN image_uri IS NULL THEN 0 ELSE 1000000 END + coalesce((
                 SELECT sum(f.size_bytes) FROM files f
                 WHERE f.request_id = requests.id AND f.role = 'input'), 0) AS size_bytes
         FROM requests
