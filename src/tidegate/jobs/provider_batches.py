@@ -438,12 +438,12 @@ class ProviderBatchRunner:
         self, api: BatchApi, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None
     ) -> None:
         lines = await self._leaving_aside(batch, await self._all_lines(batch))
-        if not lines:
+        calls = await self._made(batch, lines, bodies)
+        if not calls:
             await self._batches.end(batch)
             return
-        calls = [BatchedCall(one.line, await self._body(batch, one, bodies)) for one in lines]
-        if len(lines) != batch.lines:
-            batch = replace(batch, file_id=None, lines=len(lines))
+        if len(calls) != batch.lines:
+            batch = replace(batch, file_id=None, lines=len(calls))
         outline = _outline(batch)
         if batch.file_id is None:
             file_id = await api.upload(outline, calls)
@@ -460,7 +460,7 @@ class ProviderBatchRunner:
         except UpstreamError as error:
             await self._not_created(marked, error, is_sent)
             return
-        log.info(Log.PROVIDER_BATCH_CREATED, **_about(batch), lines=len(lines))
+        log.info(Log.PROVIDER_BATCH_CREATED, **_about(batch), lines=len(calls))
         await self._batches.save(_known(batch, progress), self._poll_ms)
 
     async def _marked(self, batch: UpstreamBatch) -> UpstreamBatch:
@@ -490,6 +490,26 @@ class ProviderBatchRunner:
             else:
                 stay.append(one)
         return stay
+
+    async def _made(
+        self,
+        batch: UpstreamBatch,
+        lines: Sequence[OpenLine],
+        bodies: Mapping[int, bytes] | None,
+    ) -> list[BatchedCall]:
+        """The lines as they are sent. One that can't be made any more, since its picture or file is
+        gone, leaves the batch: the usual tier says why."""
+        calls = []
+        for one in lines:
+            try:
+                calls.append(BatchedCall(one.line, await self._body(batch, one, bodies)))
+            except StoreUnavailable:
+                raise
+            except TidegateError as wrong:
+                job = str(one.job.request_id)
+                log.info(Log.PROVIDER_BATCH_LEFT, request_id=job, reason=wrong.message)
+                await self._without_answer(batch, one, "left", NO_CHARGE, is_refused=True)
+        return calls
 
     async def _body(
         self, batch: UpstreamBatch, line: OpenLine, bodies: Mapping[int, bytes] | None

@@ -29,7 +29,7 @@ from tidegate.jobs import provider_batches
 from tidegate.jobs.provider_batches import MOST_BYTES
 from tidegate.prices.budgets import budget_of
 from tidegate.upstream.batch_api import BatchedCall, BatchOutline, OpenAIBatches
-from tidegate.upstream.fetch import ImageFetcher
+from tidegate.upstream.fetch import ImageFetcher, refused
 
 HOUR_MS = 3_600_000
 
@@ -51,6 +51,11 @@ def settings(provider: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 async def opened(open_gateway: Opener, settings: dict[str, Any]) -> Gateway:
     return await open_gateway(worker=False, **settings)
+
+
+async def is_held(gateway: Gateway) -> bool:
+    """Whether a batch stands still."""
+    return any(one["problem"] for one in await batches(gateway))
 
 
 async def submitted(gateway: Gateway, *jobs: dict[str, Any]) -> list[str]:
@@ -221,11 +226,7 @@ async def test_a_full_queue_at_the_provider_holds_a_batch(
     await provider.control.set_behaviour(batches={bound: 0})
     (job,) = await submitted(gateway, wrapped(dialect, "Say hello"))
     gateway.start_worker()
-
-    async def is_held() -> bool:
-        return any(one["problem"] for one in await batches(gateway))
-
-    await wait_until(is_held)
+    await wait_until(partial(is_held, gateway))
     assert (await gateway.status(job))["status"] == "running"
     await provider.control.set_behaviour(batches={})
     assert (await gateway.end_of(job))["status"] == "succeeded"
@@ -446,6 +447,34 @@ async def test_the_lines_of_a_few_batches_are_in_memory_however_many_begin(
     assert len(uploading) <= 8
     may_upload.set()
     assert {(await gateway.end_of(one))["status"] for one in ids} == {"succeeded"}
+
+
+async def test_a_line_that_cannot_be_made_again_leaves_its_batch_to_the_others(
+    open_gateway: Opener,
+    settings: dict[str, Any],
+    provider: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetched = list[str]()
+
+    async def fetch(_fetcher: ImageFetcher, uri: str) -> Media:
+        fetched.append(uri)
+        if "gone" in uri and fetched.count(uri) > 1:
+            raise refused("was answered with status 404")
+        return Media("image/png", PNG)
+
+    monkeypatch.setattr(ImageFetcher, "fetch", fetch)
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"open_batches": 0})
+    gone, other = await submitted(
+        gateway, pictured("Whose is it?", "gone.png"), pictured("What is it?", "other.png")
+    )
+    gateway.start_worker()
+    await wait_until(partial(is_held, gateway))
+    await provider.control.set_behaviour(batches={})
+    assert (await gateway.end_of(other))["status"] == "succeeded"
+    record = await gateway.end_of(gone)
+    assert (record["status"], record["error"]["code"]) == ("failed", "fetch_refused")
 
 
 async def test_waiting_jobs_count_for_the_queue_of_their_tenant(
