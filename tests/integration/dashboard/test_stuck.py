@@ -51,6 +51,23 @@ async def test_dead_jobs_are_listed_requeued_and_discarded(open_gateway: Opener)
             assert await decided(gateway, f"/dead/{unknown}/{verb}") == 404
 
 
+async def test_a_dead_job_is_queued_again_with_all_its_attempts_and_its_whole_time(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, max_attempts=2, webhook_secret=SECRET)
+    job = await died(gateway, "Explain the tide")
+    await gateway.database.execute(
+        "UPDATE requests SET attempts = 2, created_at = now() - interval '2 minutes',"
+        " deadline_at = now() - interval '1 minute' WHERE id = $1::uuid",
+        job,
+    )
+    assert await decided(gateway, f"/dead/{job}/requeue") == 200
+    await gateway.upstream.set_fault("internal", count=1)
+    gateway.start_worker()
+    record = await gateway.end_of(job)
+    assert (record["status"], record["attempts"]) == ("succeeded", 2)
+
+
 async def test_webhooks_given_up_are_listed_and_redelivered(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     request_id = await gateway.submit(data="Explain")

@@ -129,6 +129,38 @@ async def test_only_what_matches_is_queued_again(open_gateway: Opener) -> None:
     assert 0 < left_s <= 60, "as long as it had when it was new"
 
 
+@pytest.mark.parametrize("status", ["failed", "dead"])
+async def test_what_its_earlier_end_has_used_is_not_counted_again(
+    open_gateway: Opener, status: str
+) -> None:
+    gateway = await open_gateway(worker=False)
+    job = await gateway.submit(data="Explain")
+    await gateway.database.execute(
+        "UPDATE requests SET status = $2, finished_at = now(), result = 'The tide', upstream = 'x',"
+        " used_model = 'y', input_tokens = 7, output_tokens = 2, total_tokens = 9,"
+        " finish_reason = 'STOP' WHERE id = $1::uuid",
+        *(job, status),
+    )
+    path = PATH if status == "failed" else f"/admin/dead/{job}/requeue"
+    since = (datetime.now(UTC) - HOUR).isoformat()
+    again = {"since": since, "dry_run": False} if status == "failed" else None
+    async with gateway.http.post(gateway.url + path, json=again) as answer:
+        assert answer.status == 200
+    async with gateway.http.delete(f"{gateway.url}/requests/{job}") as answer:
+        assert answer.status == 200
+    end = await gateway.status(job)
+    told = {name: end.get(name) for name in ("status", "text", "finish_reason", "usage", "model")}
+    assert told == {
+        "status": "cancelled",
+        "text": None,
+        "finish_reason": None,
+        "usage": None,
+        "model": None,
+    }
+    row = await gateway.audit(job)
+    assert [row[name] for name in ("input_tokens", "output_tokens", "upstream")] == [None] * 3
+
+
 async def test_it_is_an_operators_and_its_fields_are_checked(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, auth="on", admin_token=ADMIN_TOKEN)
     key = await key_of(gateway, "acme")

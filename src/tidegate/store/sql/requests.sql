@@ -40,10 +40,12 @@ SELECT * FROM files WHERE request_id = $1 ORDER BY role, position
 SELECT * FROM files WHERE id = $1 AND tenant_id = $2
 
 -- name: requeue_dead
--- A person's decision: a dead job gets a fresh start.
-UPDATE requests SET status = 'queued', lapses = 0, claim = claim + 1, claimed_by = NULL,
-    failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
-    version = version + 1
+-- A person's decision: a dead job gets a fresh start, with its whole time.
+UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
+    claimed_by = NULL, failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
+    used_model = NULL, upstream = NULL, result = NULL, finish_reason = NULL, input_tokens = NULL,
+    output_tokens = NULL, thoughts_tokens = NULL, cached_tokens = NULL, total_tokens = NULL,
+    deadline_at = now() + (deadline_at - created_at), version = version + 1
 WHERE id = $1 AND status = 'dead'
 RETURNING pool
 
@@ -171,6 +173,8 @@ SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
 UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
     claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
     cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
+    used_model = NULL, upstream = NULL, result = NULL, finish_reason = NULL, input_tokens = NULL,
+    output_tokens = NULL, thoughts_tokens = NULL, cached_tokens = NULL, total_tokens = NULL,
     deadline_at = now() + (deadline_at - created_at), version = version + 1
 WHERE id IN (
     SELECT id FROM requests
