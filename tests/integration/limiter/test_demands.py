@@ -273,6 +273,36 @@ async def test_a_limit_that_finds_its_own_way_falls_at_a_dropped_call(
     await wait_until(fallen, 20, "70 % of the limit")
 
 
+async def test_what_a_limit_has_found_gives_way_to_its_new_minimum_and_to_0(
+    maker: Maker, valkey_url: str
+) -> None:
+    adaptive = Concurrency(10, adaptive=Adaptive(minimum=1))
+    policy = policy_of({"model:x": adaptive})
+    limiter = await open_limiter(maker, valkey_url, policy)
+
+    async def found() -> int:
+        return (await limiter.snapshot()).limits["model:x"].current
+
+    async def fallen() -> bool:
+        return await found() == 7
+
+    async def change(revision: int, limit: Concurrency) -> None:
+        limits = {"model:x": limit}
+        await limiter.set_policy(replace(policy, limits=limits, revision=revision))
+        await limiter.in_force()
+
+    async with limiter.acquire("model:x") as permit:
+        permit.settle("dropped")
+    await wait_until(fallen, 20, "70 % of the limit")
+    await change(3, replace(adaptive, adaptive=Adaptive(minimum=9)))
+    assert await found() == 9
+    await change(4, replace(adaptive, bound=0))
+    await change(5, adaptive)
+    assert await found() == 10
+    async with limiter.acquire("model:x", deadline_ms=20_000):
+        pass
+
+
 async def test_a_limit_that_finds_its_own_way_has_hardly_a_call_refused(
     maker: Maker, valkey_url: str
 ) -> None:

@@ -337,7 +337,8 @@ class Joins:
             if not limit.minimum:
                 limit.current, limit.dropped_at = None, 0
             elif limit.current is not None:
-                limit.current = min(limit.current, limit.limit.bound * 1000)
+                least, most = limit.minimum * 1000, limit.limit.bound * 1000
+                limit.current = min(max(limit.current, least), most)
         self.pool.forget_unnamed()
         if before and before.fair_by != policy.fair_by:
             self._restart_shares()

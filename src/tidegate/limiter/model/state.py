@@ -372,7 +372,7 @@ class LimitState:
     @property
     def minimum(self) -> int:
         """The least that an adaptive limit goes down to; 0 where it does not adapt."""
-        if isinstance(self.limit, Concurrency) and self.limit.adaptive:
+        if isinstance(self.limit, Concurrency) and self.limit.adaptive and self.limit.bound:
             return self.limit.adaptive.minimum
         return 0
 
@@ -391,7 +391,7 @@ class LimitState:
     @property
     def by_latency(self) -> bool:
         """Whether times to first tokens tell how many calls it admits."""
-        return isinstance(self.limit, Concurrency) and self.limit.by_latency
+        return self.minimum > 0 and isinstance(self.limit, Concurrency) and self.limit.by_latency
 
     def adapted(self) -> int:
         if self.current is not None:

@@ -43,11 +43,11 @@ function T.clear_policy(policy)
   for _, field in ipairs(T.fields_concerned(policy)) do
     local letter, name = string.match(field, '^(%a):(.*)$')
     local there = letter and policy.limits[name]
-    local bound = letter == 'a' and string.match(there or '', '^c|(%d+)|%d|[1-9]')
+    local bound, least = string.match(letter == 'a' and there or '', '^c|([1-9]%d*)|%d|([1-9]%d*)')
     if bound then
-      -- The current bound of an adaptive limit stays, within its new bound.
+      -- The current bound of an adaptive limit stays, within its new ones. A limit of 0 has learned nothing.
       local current, dropped_at, latency = string.match(call('HGET', T.meta_key, field), '^(%d+)|(%d+)(.*)$')
-      current = math.min(tonumber(current), bound * 1000)
+      current = math.min(math.max(tonumber(current), least * 1000), bound * 1000)
       if not string.match(there, '|1$') then latency = '' end
       call('HSET', T.meta_key, field, T.int(current) .. '|' .. dropped_at .. latency)
     elseif letter == 'a' or letter == 'd' and not there or letter == 't' and not policy.weights[name] then

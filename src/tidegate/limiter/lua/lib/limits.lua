@@ -81,7 +81,7 @@ function T.limit_of(name)
       limit.pause_over = true
     end
   end
-  if limit.least and limit.least > 0 then
+  if limit.least and limit.least > 0 and limit.bound > 0 then
     local current, dropped_at, latency = string.match(f[at + 4] or '', '^(%d+)|(%d+)|?(.*)$')
     local first = limit.by_latency and math.min(limit.bound, math.max(limit.least, T.LATENCY_FIRST)) or limit.bound
     limit.current = tonumber(current or first * 1000)
