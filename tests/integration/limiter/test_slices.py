@@ -239,6 +239,27 @@ def test_of_limits_that_are_taken_away_nothing_stays_in_the_record(made: Made) -
     assert sizes[2:] == sizes[:2]
 
 
+def test_usage_is_kept_for_as_long_as_a_window_that_a_policy_makes_longer(made: Made) -> None:
+    def policy(window_ms: int, revision: int) -> PoolPolicy:
+        rates = {
+            "rpm:x": Rate(5, window_ms),
+            "tpm:x": Rate(100, window_ms, "tokens"),
+            "tpm:y": Rate(100, window_ms, "tokens", shape="bucket"),
+        }
+        return PoolPolicy(rates, lease_ms=LEASE_MS, revision=revision)
+
+    pool = made(policy(1000, 1))
+    [process] = settled(pool, 1)
+    waiter = process.ask("t", "rpm:x", "tpm:x", "tpm:y")
+    process.say()
+    assert waiter.future.done()
+    process.session.set_policy(policy(3_600_000, 2), "somebody")
+    process.say()
+    # By the server's own clock, which is not the test's.
+    for key in ("log:rpm:x", "rate:tpm:x", "rate:tpm:y"):
+        assert pool.server.pttl(pool.keys.prefix + key) > 3_600_000 - 60_000
+
+
 def test_a_change_of_one_limit_costs_no_work_at_the_others(made: Made) -> None:
     pool = made(many(1000))
     [process] = settled(pool, 1)
