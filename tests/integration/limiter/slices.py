@@ -48,6 +48,7 @@ class Pool:
         self.policy = policy
         self.run = "run-0"
         self.now_ms = 1_700_000_000_000
+        self.behind_ms = 0
         self.loop = asyncio.new_event_loop()
         self.scripts = {}
         for name in ("sync", "tend", "inspect"):
@@ -59,7 +60,12 @@ class Pool:
 
     def pass_time(self, by_ms: int) -> None:
         self.now_ms += by_ms
-        self.server.set(f"{self.keys.prefix}testclock", self.now_ms)
+        self.server.set(f"{self.keys.prefix}testclock", self.now_ms - self.behind_ms)
+
+    def set_back(self, by_ms: int) -> None:
+        """The server's clock is set back; those of the processes measure durations."""
+        self.behind_ms += by_ms
+        self.pass_time(0)
 
     def lose_everything(self) -> None:
         """The server restarts empty."""
@@ -146,8 +152,8 @@ class Process:
             session.answered(batch, request, unpack_reply(raw), float(pool.now_ms))
         return work
 
-    def ask(self, tenant: str, *limits: str, hard_ms: int = 600_000) -> Waiter:
-        flow = self.queue.flow(1, tenant, tuple(sorted(limits)))
+    def ask(self, tenant: str, *limits: str, hard_ms: int = 600_000, band: int = 1) -> Waiter:
+        flow = self.queue.flow(band, tenant, tuple(sorted(limits)))
         flow.refresh(self.session.policy)
         return self.queue.ask(
             flow,

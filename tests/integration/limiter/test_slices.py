@@ -260,6 +260,25 @@ def test_usage_is_kept_for_as_long_as_a_window_that_a_policy_makes_longer(made: 
         assert pool.server.pttl(pool.keys.prefix + key) > 3_600_000 - 60_000
 
 
+def test_a_clock_that_is_set_back_keeps_no_lower_band_waiting(made: Made) -> None:
+    pool = made(PoolPolicy({"rpm:x": Rate(10, 60_000)}, lease_ms=LEASE_MS))
+    [process] = settled(pool, 1)
+    urgent = [process.ask("t", "rpm:x") for _ in range(11)]  # the last finds no room
+    process.say()
+    process.compare()
+    for waiter in urgent:
+        process.queue.abandon(waiter.ticket, float(pool.now_ms))
+    process.say()
+    pool.set_back(3_600_000)
+    for _ in range(10):  # far longer than a lease and a window
+        process.compare()
+        pool.pass_time(LEASE_MS // 3)
+    process.compare()
+    waiter = process.ask("t", "rpm:x", band=2)
+    process.say()
+    assert waiter.future.done()
+
+
 def test_a_change_of_one_limit_costs_no_work_at_the_others(made: Made) -> None:
     pool = made(many(1000))
     [process] = settled(pool, 1)

@@ -806,8 +806,11 @@ class PoolModel:
 
     def _rewind(self, by_ms: int) -> None:
         """The clock was set back: what is remembered by its time is as old as before."""
+        named = self.pool.policy.limits if self.pool.policy else ()
         for limit in self.pool.limits.values():
             pause = self.pool.pause_of(limit)
+            if limit.name in named:
+                limit.rewind(by_ms)
             if isinstance(limit.limit, Rate):
                 limit.spending.rewind(by_ms)
             if pause is not None:

@@ -399,6 +399,14 @@ class LimitState:
         bound = self.limit.bound
         return 1000 * (min(bound, max(self.minimum, LATENCY_FIRST)) if self.by_latency else bound)
 
+    def rewind(self, by_ms: int) -> None:
+        """The clock was set back."""
+        self.dropped_at = max(0, self.dropped_at - by_ms)
+        for band in self.bands.values():
+            band.held_at, band.used_at = max(0, band.held_at - by_ms), max(0, band.used_at - by_ms)
+            band.from_us = max(0, band.from_us - by_ms * 1000)
+            band.passed_us = max(0, band.passed_us - by_ms * 1000)
+
     def adapt_by_latency(self, took_ms: int, first_ms: int, tokens: int, paces: Paces) -> None:
         """A call ended whose time to the first token is known."""
         seen = self.latency = self.latency or LatencySeen()

@@ -163,10 +163,23 @@ function T.somebody_ran_out(wall)
     or pool.sessions > 0 and call('EXISTS', T.sessions_key) == 0
 end
 
+-- The times of a limit's bands, which are microseconds in part, and of its last decrease.
+function T.rewind_limit(limit, by_ms)
+  limit.changed = true
+  for _, band in ipairs(limit.bands) do
+    band.held, band.used = math.max(0, band.held - by_ms), math.max(0, band.used - by_ms)
+    band.from, band.passed = math.max(0, band.from - by_ms * 1000), math.max(0, band.passed - by_ms * 1000)
+  end
+  if limit.current and limit.dropped_at > 0 then
+    limit.dropped_at, limit.adapted = math.max(0, limit.dropped_at - by_ms), true
+  end
+end
+
 -- The clock was set back: stored times keep their distance from now.
 function T.rewind(by_ms)
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     local letter, name = string.match(field, '^(%a):(.*)$')
+    if letter == 'd' then T.rewind_limit(T.limit_of(name), by_ms) end
     if letter == 'd' and T.limit_of(name).sort == 'r' then T.rates().rewind(T.limit_of(name), by_ms) end
     if letter == 'p' and T.limit_of(name).pause then
       local limit = T.limit_of(name)
