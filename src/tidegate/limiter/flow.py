@@ -410,6 +410,11 @@ class MessageBatch:
         dues = [max(1, ceil(w.deadline_ms - at_ms)) if w.due else 0 for w in self.enqueues]
         return dues if any(dues) else []
 
+    def stamps(self) -> list[float]:
+        """By enqueue, the place that it had before the session joined again, 0 for none."""
+        stamps = [w.stamp for w in self.enqueues]
+        return stamps if any(stamps) else []
+
     def lefts(self, at_ms: float, *, pauses: bool) -> list[int]:
         """By enqueue, for how long it may wait, where time alone may keep it from its turn, or an
         estimate may refuse it, which is not to where it is negative; nothing where all are 0."""

@@ -344,7 +344,8 @@ class SyncRequest:
     before. firm: limits of which nothing is returned. uses: ticket, micro-dollars, of ended calls
     where shares are in cost and theirs is known. dues: ms to the deadline that puts each enqueue
     before others of its tenant, 0 for none. firsts: ticket, ms to the first token, tokens that had
-    to be read for it, of ended calls under a limit that adapts by latency.
+    to be read for it, of ended calls under a limit that adapts by latency. stamps: that each
+    enqueue had before its session joined again, 0 for a new one.
 
     `use` is in what shares are measured in: ms, micro-dollars, or CALL_USE."""
 
@@ -378,6 +379,7 @@ class SyncRequest:
     uses: list[tuple[int, int]] = field(default_factory=list)
     dues: list[int] = field(default_factory=list)
     firsts: list[tuple[int, int, int]] = field(default_factory=list)
+    stamps: list[float] = field(default_factory=list)
 
 
 class Whole(NamedTuple):

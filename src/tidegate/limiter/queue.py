@@ -571,6 +571,11 @@ class LocalQueue:
         }
         return frozenset(ticket for spare in self._spare.values() for ticket in spare)
 
+    def forget_stamps(self) -> None:
+        """The server knows no order of our waiters any more."""
+        for waiter in self.waiting.values():
+            waiter.stamp = 0
+
     def take_join(self) -> MessageBatch:
         """The batch of a session that joins: all that we hold and wait for.
 

@@ -561,6 +561,8 @@ class Session:
         joining = self._must_join or self.policy_due
         at = self.lease.now_ms()
         queue, remembered, self._batch = self._queue, self.remembered, self._batch + 1
+        if self._must_join:
+            queue.forget_stamps()
         batch = queue.take_join() if joining else queue.take(inf if self._leaving else at)
         self.traffic.syncs += 1
         full = self._full or self._tend or joining
@@ -603,6 +605,7 @@ class Session:
             join=join,
             uses=batch.uses() if self.policy.fair_by == "cost" else [],
             firsts=batch.firsts() if batch.releases else [],
+            stamps=batch.stamps(),
             **fields,
         )
         self._full = self._tend = False
@@ -767,6 +770,7 @@ class Session:
         self.refresh()
         self.traffic.joins += 1
         if reply.epoch != old.epoch:
+            self._queue.forget_stamps()
             self.remembered.forget_version()
             self.observer.recovered(reply.epoch)
 

@@ -251,6 +251,28 @@ async def test_a_tenant_may_have_so_many_waiters_over_all_processes(
     assert ends[8] == "deadline_exceeded"
 
 
+async def test_calls_keep_their_places_when_their_process_changes_the_policy(
+    maker: Maker, valkey_url: str
+) -> None:
+    policy = policy_of({LIMIT: 1}, hand_off=False)
+    one, other = [await open_limiter(maker, valkey_url, policy) for _ in range(2)]
+    running = await Body(other).until_admitted()
+    waiting = []
+    for limiter, deadline_ms in ((one, None), (other, None), (one, None), (one, 300_000)):
+        waiting.append(Body(limiter, deadline_ms=deadline_ms))
+        await until_waiting(other, len(waiting))
+    await one.set_policy(replace(policy, revision=3, fair_by="calls"))
+    await one.in_force()
+    waiting.append(Body(one))
+    await until_waiting(other, len(waiting))
+    await running.end()
+    for number in (3, 0, 1, 2, 4):  # the only deadline first
+        await waiting[number].until_admitted()
+        assert [body.admitted.is_set() for body in waiting].count(True) == 1
+        await waiting[number].end()
+        waiting[number].admitted.clear()
+
+
 async def test_shadow_counts_what_it_would_have_held_up(maker: Maker, valkey_url: str) -> None:
     shadow = Concurrency(1, shadow=True)
     limiter = await open_limiter(maker, valkey_url, policy_of({TEXT: 5, "model:x": shadow}))

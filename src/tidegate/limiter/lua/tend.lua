@@ -1,7 +1,7 @@
 -- does: applies all messages of a process: also joins, leaves, recovers, reaps and compares
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm uses dues firsts
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm uses dues firsts stamps
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole barred outlook
 -- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step), barred (ticket, limit, room_in_ms, used, ahead, estimate), outlook (flow, limit, room_in_ms, used, firm)

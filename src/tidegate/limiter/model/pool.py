@@ -13,6 +13,7 @@ never less than the true one.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,13 +174,13 @@ class Joins:
     def hold(self) -> bool:
         return self.pool.policy is not None and self.pool.policy.on_expiry == "hold"
 
-    def forget_stamps(self) -> None:
-        """When a tenant's queues are empty its stamps may begin again."""
-        for tenant in self.pool.left:
+    def forget_stamps(self, returning: Set[str] = frozenset()) -> None:
+        """When a tenant's queues are empty its stamps may begin again; not of those `returning`."""
+        for tenant in self.pool.left - returning:
             if not self.pool.queues_of[tenant]:
                 self.pool.stamps.pop(tenant, None)
                 self.pool.orders.pop(tenant, None)
-        self.pool.left.clear()
+        self.pool.left &= returning
 
     def note_spenders(self) -> None:
         """Each change of what is spent has a number."""
@@ -231,8 +232,9 @@ class Joins:
         if before is not None and q.batch <= before.batch:
             return "stale"
         charges = {t: held.charges for t, held in before.held.items()} if before else {}
+        returning = {one.flow.tenant for one in before.queues.values()} if before else set[str]()
         self.reap(q.sid, hold=False, comes_back=True)
-        is_news = self._merge(q.join.policy)
+        is_news = self._merge(q.join.policy, returning)
         lost = 0 < q.epoch < self.pool.epoch
         if lost:
             # A session of an earlier epoch proves that there was one.
@@ -302,7 +304,7 @@ class Joins:
         limit.spending.add(limit.limit, max(0, seen - known) + since, self.pool.now)
         limit.asserted = max(base, seen, 1)
 
-    def _merge(self, policy: PoolPolicy) -> bool:
+    def _merge(self, policy: PoolPolicy, returning: Set[str]) -> bool:
         """The highest revision wins; a start-up never overwrites a newer one. Whether it is news
         for others."""
         before, revision = self.pool.policy, self.pool.revision
@@ -310,7 +312,7 @@ class Joins:
             self.conflict = 1
         if policy.revision <= revision:
             return False
-        self.forget_stamps()
+        self.forget_stamps(returning)
         self.pool.forget_unnamed()
         self.pool.policy = policy
         changed = [

@@ -128,7 +128,8 @@ class Pump:
             elif not (q.full and ticket in session.held):
                 left_ms = q.lefts[place] if q.lefts else 0
                 due_ms = q.dues[place] if q.dues else 0
-                stamp = self._ask_one(session, q.sid, key, member, left_ms, due_ms)
+                former = q.stamps[place] if q.stamps and q.epoch == self.pool.epoch else 0
+                stamp = self._ask_one(session, q.sid, key, member, left_ms, due_ms, former)
                 if stamp < 0:
                     refused.append(ticket)
                 elif stamp > 0:
@@ -137,10 +138,17 @@ class Pump:
         return stamps, refused
 
     def _ask_one(
-        self, session: SessionState, sid: str, key: str, member: str, left_ms: int, due_ms: int
+        self,
+        session: SessionState,
+        sid: str,
+        key: str,
+        member: str,
+        left_ms: int,
+        due_ms: int,
+        former: float,
     ) -> float:
-        """The stamp of a new ticket; 0 if it went straight in or its deadline comes too early, -1
-        if it is refused."""
+        """The stamp of a new ticket, or its `former` one; 0 if it went straight in or its deadline
+        comes too early, -1 if it is refused."""
         flow, queue = read_flow(key), session.queues.get(key)
         limit: LimitState | None = self.pool.limit(flow.lane[0])
         if queue is None and not self.pool.quiet() and sid not in self.fresh:
@@ -150,7 +158,7 @@ class Pump:
             return 0
         place = limit if queue is None else self._at(queue)
         bar = self.outlooks.bar
-        between = self._between(flow, due_ms)
+        between = former or self._between(flow, due_ms)
         last = self.pool.stamps.get(flow.tenant, 0) + 1
         place_of = last if between is None else between
         if left_ms and place and bar(flow, queue, read_member(member), left_ms, place, place_of):
@@ -158,8 +166,11 @@ class Pump:
         most = self.pool.policy.queue_per_tenant if self.pool.policy else 0
         if self.pool.waiting(flow.tenant) >= most:
             return -1
+        stamps = self.pool.stamps
+        if former:
+            stamps[flow.tenant] = max(stamps.get(flow.tenant, 0), int(former))
         stamp = self._stamp(flow, due_ms, between)
-        if queue is not None and stamp % 1:
+        if queue is not None and between is not None:
             self.permits.inserted(queue)
         if queue is None:
             queue = session.queues[key] = SessionQueue(sid, key, flow)

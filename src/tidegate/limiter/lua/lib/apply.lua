@@ -7,6 +7,8 @@ T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
   {}, {}, {}, 0, {}, false, {}
 -- `waited`: by the number of its flow, each queue whose blocking limit may be requested.
 T.barred, T.waited, T.seen_ahead = {}, {}, {}
+-- Tenants of a session that joins again.
+T.returning = {}
 
 -- A new session is not admitted before all others know of it; see roster.
 function T.is_fresh(sid)
@@ -36,7 +38,7 @@ function T.let_in_or_wait(queue, member)
 end
 
 -- A ticket that fits and has no waiter before it is admitted directly; the others are queued. `entries`:
--- flow, member (ticket|hard_ms|use|amounts), and so on.
+-- flow, member (ticket|hard_ms|use|amounts), and so on. One of a session that joined again keeps its stamp.
 function T.ask(entries)
   local adding, fresh = {}, {}
   for i = 1, #entries / 2 do
@@ -46,8 +48,9 @@ function T.ask(entries)
     if not (q.full and T.is_there(i, queue, member)) then
       -- Behind others of its own queue it changes nothing.
       local limit = not queue.at and T.let_in_or_wait(queue, member)
-      local due = q.dues[i] or 0
-      local between = (due > 0 or tenant.last) and limit ~= nil and T.place_between(queue, tenant, due) or nil
+      local due, former = q.dues[i] or 0, q.epoch == pool.epoch and q.stamps[i] or 0
+      local between = limit ~= nil and (former > 0 and former
+        or (due > 0 or tenant.last) and T.place_between(queue, tenant, due)) or nil
       local place = (q.lefts[i] or 0) ~= 0 and (limit or queue.at and queue.at ~= '!' and T.limit_of(queue.at))
       if limit == nil then
         T.stamps[i] = 0
@@ -57,7 +60,8 @@ function T.ask(entries)
         T.refused[#T.refused + 1] = tonumber(string.match(member, '^%d+'))
       else
         local stamp
-        if due == 0 and not tenant.last then
+        tenant.stamp = math.max(tenant.stamp, math.floor(former))
+        if due == 0 and not tenant.last and not between then
           stamp = tenant.stamp + 1
           tenant.stamp = stamp
         else
@@ -110,6 +114,10 @@ function T.say_all()
   if pool.starving > 0 then T.serve_starving() end
   T.ask(q.enqueues)
   T.rehead_filled()
+  for name in pairs(T.returning) do
+    local tenant = T.tenant_of(name)
+    tenant.returns, tenant.changed = nil, true
+  end
 end
 
 -- Admits the waiters that fit, under the limits that have changed.

@@ -31,7 +31,7 @@ local q = setmetatable(cmsgpack.unpack(ARGV[1]), { __index = {
   gen = 0, epoch = 0, uptime_ms = 0, revision = 0, ack = 0, roster = 0, flows = none, wants = none,
   transfers = none, releases = none, cancels = none, enqueues = none, settles = none,
   resets = none, looks = none, told = 0, pages = none, asks = none, lefts = none,
-  firm = none, uses = none, dues = none, firsts = none,
+  firm = none, uses = none, dues = none, firsts = none, stamps = none,
 } })
 local T = { meta_key = KEYS[1], prefix = string.sub(KEYS[1], 1, -5) }
 T.sessions_key = T.prefix .. 'sessions'

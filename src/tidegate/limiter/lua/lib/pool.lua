@@ -119,13 +119,13 @@ function T.save_pool()
   for name, tenant in pairs(T.tenants) do
     if tenant.changed then
       -- When a tenant's queues are empty, its stamps may start again.
-      local last = ''
-      if tenant.last and tenant.waiting > 0 then
+      local last, stays = '', tenant.waiting > 0 or tenant.returns or false
+      if tenant.last and stays then
         for band, due in pairs(tenant.last) do last = last .. '|' .. band .. '=' .. T.int(due) end
       elseif tenant.last then
         T.forget_order(name, tenant)
       end
-      changed['n:' .. name] = tenant.waiting > 0
+      changed['n:' .. name] = stays
         and T.int(tenant.waiting) .. '|' .. T.int(tenant.stamp) .. last
       tenant.changed = nil
     end

@@ -38,7 +38,7 @@ function T.places_of(sid, raw)
 end
 
 -- Ends a session. With `hold` its permits stay counted until the hard deadline of their calls; with
--- `comes_back` the calls whose usage it has still to report stay known. Returns the number of permits and queues.
+-- `comes_back` the calls whose usage it has still to report stay known, and the order of its tickets. Returns the number of permits and queues.
 function T.reap(sid, hold, comes_back)
   local raw, ended = call('HGETALL', T.session_key(sid)), 0
   for i = 1, #raw, 2 do
@@ -57,7 +57,8 @@ function T.reap(sid, hold, comes_back)
     ended = ended + 1
     local tenant = T.tenant_of(queue.tenant)
     tenant.waiting = tenant.waiting - call('ZCARD', T.queue_key(queue))
-    tenant.changed = true
+    tenant.changed, tenant.returns = true, comes_back
+    if comes_back then T.returning[queue.tenant] = true end
     T.vacate(queue)
     call('UNLINK', T.queue_key(queue))
   end
