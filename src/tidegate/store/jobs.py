@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -297,6 +297,8 @@ def _deadline(row: Mapping[str, Any], now: datetime) -> datetime | None:
     if row["deadline_at"] is None:
         return None
     within = row["deadline_at"] - row["created_at"]
+    if (given_ms := row["given_ms"]) is not None:  # before it was requeued
+        within = timedelta(milliseconds=given_ms)
     return now + within if within.total_seconds() > 0 else None
 
 

@@ -129,6 +129,26 @@ async def test_only_what_matches_is_queued_again(open_gateway: Opener) -> None:
     assert 0 < left_s <= 60, "as long as it had when it was new"
 
 
+async def test_a_job_that_is_queued_again_and_again_has_the_same_time(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    job = await gateway.submit(data="Explain", deadline_ms=60_000)
+    await gateway.database.execute(
+        "UPDATE requests SET created_at = created_at - interval '10 h',"
+        " deadline_at = deadline_at - interval '10 h' WHERE id = $1::uuid",
+        job,
+    )
+    for status in ("failed", "dead", "failed"):
+        ended = "UPDATE requests SET status = $2, finished_at = now() WHERE id = $1::uuid"
+        await gateway.database.execute(ended, job, status)
+        since = (datetime.now(UTC) - HOUR).isoformat()
+        again = {"since": since, "dry_run": False} if status == "failed" else None
+        path = PATH if status == "failed" else f"/admin/dead/{job}/requeue"
+        async with gateway.http.post(gateway.url + path, json=again) as answer:
+            assert answer.status == 200
+        left_s = "SELECT extract(epoch FROM deadline_at - now()) FROM requests WHERE id = $1::uuid"
+        assert 0 < await gateway.database.fetchval(left_s, job) <= 60
+
+
 @pytest.mark.parametrize("status", ["failed", "dead"])
 async def test_what_its_earlier_end_has_used_is_not_counted_again(
     open_gateway: Opener, status: str

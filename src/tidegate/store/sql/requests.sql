@@ -45,7 +45,9 @@ UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0
     claimed_by = NULL, failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
     used_model = NULL, upstream = NULL, result = NULL, finish_reason = NULL, input_tokens = NULL,
     output_tokens = NULL, thoughts_tokens = NULL, cached_tokens = NULL, total_tokens = NULL,
-    deadline_at = now() + (deadline_at - created_at), version = version + 1
+    given_ms = coalesce(given_ms, (extract(epoch FROM deadline_at - created_at) * 1000)::bigint),
+    deadline_at = now() + coalesce(given_ms * interval '1 millisecond', deadline_at - created_at),
+    version = version + 1
 WHERE id = $1 AND status = 'dead'
 RETURNING pool
 
@@ -175,7 +177,9 @@ UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0
     cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
     used_model = NULL, upstream = NULL, result = NULL, finish_reason = NULL, input_tokens = NULL,
     output_tokens = NULL, thoughts_tokens = NULL, cached_tokens = NULL, total_tokens = NULL,
-    deadline_at = now() + (deadline_at - created_at), version = version + 1
+    given_ms = coalesce(given_ms, (extract(epoch FROM deadline_at - created_at) * 1000)::bigint),
+    deadline_at = now() + coalesce(given_ms * interval '1 millisecond', deadline_at - created_at),
+    version = version + 1
 WHERE id IN (
     SELECT id FROM requests
     WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
