@@ -859,9 +859,11 @@ async def audit_unanswered(
     connection: asyncpg.Connection, ended: list[asyncpg.Record], failure: Json, instance_id: str
 ) -> None:
     """The same for requests that ended here in the database, without a worker's answer."""
-    asked = [
-        inline_row("request", {name: row[name] for name in _ASKED} | {"files": []}) for row in ended
-    ]
+    files: dict[object, list[asyncpg.Record]] = {row["id"]: [] for row in ended}
+    for file in await connection.fetch(sql("get_input_files"), list(files)):
+        files[file["request_id"]].append(file)
+    jobs = [rows.claimed_job(row, files[row["id"]]) for row in ended]
+    asked = [inline_row("request", body_of_job(job)) for job in jobs]
     await add_audit(
         connection,
         [(row, {}, failure, [body]) for row, body in zip(ended, asked, strict=True)],

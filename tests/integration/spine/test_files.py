@@ -105,3 +105,20 @@ async def test_a_file_that_cannot_be_read_now_is_a_503(
     response, _ = await _fetch(gateway, url)
     assert (response.status, response.content_type) == (503, "application/problem+json")
     assert "retry-after" in response.headers
+
+
+async def test_a_job_that_ends_in_the_queue_is_on_record_with_its_file(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    form = aiohttp.FormData({"data": "Describe this"})
+    form.add_field("file", b"name,height", filename="tides.csv", content_type="text/csv")
+    async with gateway.http.post(f"{gateway.url}/submit", data=form) as answer:
+        job = (await answer.json())["request_id"]
+    async with gateway.http.delete(f"{gateway.url}/requests/{job}") as answer:
+        assert answer.status == 200
+    async with gateway.http.get(f"{gateway.url}/requests/{job}/request") as answer:
+        asked = await answer.json(content_type=None)
+    (file,) = asked.pop("files")
+    assert (file["name"], file["mime_type"], file["size_bytes"]) == ("tides.csv", "text/csv", 11)
+    assert (asked["prompt"], asked["image_uri"]) == ("Describe this", None)
