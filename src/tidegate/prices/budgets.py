@@ -286,6 +286,8 @@ def refused_by(refusal: Refusal, need: int) -> QuotaExceeded:
         after_ms = max(1_000, math.ceil(left_s * 1000))
         local = reset_at.astimezone(ZoneInfo(budget.zone))
         when = f"it resets at {local:%Y-%m-%d %H:%M} {budget.zone}"
+    elif budget.period == "rolling":
+        when = "there is room again as its window goes on"
     return BudgetExceeded(
         f"the budget {budget.name}{whose} has no room for this call: {used}, "
         f"up to {budget.shown(need)} needed; {when}",
