@@ -24,7 +24,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from tidegate.call import Attachment, Caller, Kind, Tier, new_id
-from tidegate.dialects.requests import check_parts, names_tier
+from tidegate.dialects.requests import check_parts, names_tier, parsed
 from tidegate.errors import InvalidRequest, PayloadTooLarge, StoreUnavailable, UnsupportedMedia
 from tidegate.http.body import (
     WITH_ITS_HEAD_BYTES,
@@ -695,10 +695,12 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
             why = "'tiers' does not go together with a processing tier in 'body'"
             raise InvalidRequest("tiers", why, allowed="'tiers', or service_tier in 'body'")
         submission = replace(submission, tiers=())
+    # Only ASCII: whatever a text holds, PostgreSQL can hold it.
+    prompt = json.dumps(body, separators=(",", ":"))
+    parsed(prompt.encode())  # as its worker will: Python reads more than JSON allows
     return replace(
         submission,
-        # Only ASCII: whatever a text holds, PostgreSQL can hold it.
-        prompt=json.dumps(body, separators=(",", ":")),
+        prompt=prompt,
         kind=asked.kind,
         model=asked.model,
         endpoint=path,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from json import dumps
 from typing import Any
 
 import pytest
 
 from tests.gateway import Gateway, Opener, payload_of
+from tests.integration.tenants.asking import key_of
 
 MODEL = "gemini-2.5-flash"
 
@@ -86,3 +88,20 @@ async def test_what_cannot_be_a_job_is_refused_by_name(
     status, problem = await refused(gateway, body)
     assert (status, problem["field"]) == (400, field)
     assert problem["allowed"]
+
+
+@pytest.mark.parametrize(
+    "value", ["1e999", '"a\\ud800b"', "[" * 1_100 + "]" * 1_100], ids=["number", "half", "deep"]
+)
+async def test_a_body_that_could_not_be_relayed_is_no_job(open_gateway: Opener, value: str) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    keys = [await key_of(gateway, "acme", models=[MODEL]), await key_of(gateway, "other")]
+    call = dumps(chat("Say hello"))[:-1] + f', "user": {value}}}'
+    wrapped = f'{{"endpoint": "/v1/chat/completions", "body": {call}}}'
+    for path, body in (("/v1/chat/completions", call), ("/submit", wrapped)):
+        for headers in keys:
+            given = headers | {"Content-Type": "application/json"}
+            url = gateway.url + path
+            async with gateway.http.post(url, data=body, headers=given) as response:
+                assert response.status == 400, await response.text()
+    assert await gateway.database.fetchval("SELECT count(*) FROM requests") == 0
