@@ -676,9 +676,7 @@ class AuditLog:
 
     async def _discard(self, entries: Sequence[Json]) -> None:
         """Delete the blobs that were made for entries that will not be written."""
-        own = [body for entry in entries for body in entry["bodies"]]
-        own += [file for entry in entries for file in entry["files"] if file["role"] == "output"]
-        keys = [one["blob_key"] for one in own if one["blob_key"] is not None]
+        keys = [key for entry in entries for key in rows.blobs_of(entry)]
         if keys:
             with suppress(StoreUnavailable):  # then they go with the other orphans
                 await self._blobs.delete(keys)

@@ -344,6 +344,12 @@ def entry_of(
     return {"op": op, "row": row, "attempt": attempt, "files": [*files], "bodies": [*bodies]}
 
 
+def blobs_of(entry: Json) -> list[str]:
+    """The blobs that go with an entry that is not written: nothing else names them."""
+    named = (one["blob_key"] for one in (*entry["files"], *entry["bodies"]))
+    return [key for key in named if key is not None]
+
+
 def stream_row(job: NewJob, record: CallRecord, attempt: Json | None) -> Json:
     """The columns of a stream that has ended."""
     return {

@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, date, datetime
 from os import urandom
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
@@ -265,3 +266,23 @@ async def test_a_subject_is_the_same_in_a_header_and_in_a_wrapped_call(
 def test_what_can_be_nobodys_name_is_refused(tenant: str | None, subject: str | None) -> None:
     with pytest.raises(ConfigError):
         Whose(tenant, subject)
+
+
+async def test_a_running_stream_is_erased_with_the_files_that_were_sent(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_behaviour(first_byte_ms=1_500)
+    sent: dict[str, Any] = {"data": "Describe it", "type": "multi_modal", "subject": SUBJECT}
+    call = asyncio.create_task(gateway.stream(**sent, file=PNG + SECRET.encode()))
+    await gateway.in_flight(1)
+    assert await traces(gateway, SECRET) == {"disk"}
+    _, report = await ask(gateway, "DELETE", f"/admin/subjects/{SUBJECT}", {})
+    assert report["done"]
+    assert (await call).names[-1] == "done"
+    assert await gateway.database.fetchval("SELECT count(*) FROM requests") == 0
+
+    async def is_gone() -> bool:
+        return await traces(gateway, SECRET) == set()
+
+    await wait_until(is_gone, 10, "nothing of it is left")
