@@ -27,7 +27,7 @@ from tidegate.store.audit import digest_of, unpack
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, Work, count_in, sql
 from tidegate.store.operator_actions import OperatorActions
-from tidegate.store.records import Json
+from tidegate.store.records import Json, blobs_of
 from tidegate.store.spill import scrub
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -153,7 +153,7 @@ class Retention:
 
     def __init__(self, connections: Connections, blobs: Blobs, spill_dir: Path) -> None:
         self._connections = connections
-        self._blobs = blobs
+        self.blobs = blobs
         self._spill_dir = spill_dir
 
     async def prune(self, retention_days: int, actions_days: int = 365) -> PruneReport:
@@ -207,14 +207,14 @@ class Retention:
         """Delete the blobs that the statement `name` finds; returns how many."""
         keys = [row["blob_key"] for row in await self.rows(name, ids)]
         if not dry_run:
-            await self._blobs.delete(keys)
+            await self.blobs.delete(keys)
         return len(keys)
 
     async def delete_files(self, name: str, *values: object) -> int:
         """Delete all files of batches that the statement `name` finds; returns how many."""
         files = 0
         while found := await self.rows(name, *values):
-            await self._blobs.delete([row["blob_key"] for row in found])
+            await self.blobs.delete([row["blob_key"] for row in found])
             await self.delete(("delete_batch_files", [row["id"] for row in found]))
             files += len(found)
         return files
@@ -295,7 +295,7 @@ class Retention:
 
     async def _delete_body_blobs(self, statement: str, name: str, *values: object) -> int:
         keys = [row["blob_key"] for row in await self._in_partition(statement, name, *values)]
-        await self._blobs.delete(keys)
+        await self.blobs.delete(keys)
         return len(keys)
 
     async def _in_partition(
@@ -308,13 +308,13 @@ class Retention:
         """Delete old blobs that nothing refers to: uploads whose submit was refused or cut
         short."""
         count = 0
-        for day in await self._blobs.days():
+        for day in await self.blobs.days():
             if day >= cutoff.isoformat():
                 break
-            async for keys in self._blobs.keys_of(day):
+            async for keys in self.blobs.keys_of(day):
                 used = {row["blob_key"] for row in await self.rows("blobs_in_use", keys)}
                 orphans = [key for key in keys if key not in used]
-                await self._blobs.delete(orphans)
+                await self.blobs.delete(orphans)
                 count += len(orphans)
         return count
 
@@ -355,9 +355,7 @@ class _Erasure:
                     return report
                 self._gone |= {str(one) for one in requests}
                 await erase(ids, requests)
-        report.spilled, report.held = await asyncio.to_thread(
-            scrub, spill_dir, self._matches, dry_run=self._dry_run
-        )
+        await self._spilled(spill_dir)
         report.done = not self._dry_run
         if report.done:
             get_logger().warning(
@@ -428,6 +426,23 @@ class _Erasure:
 
     async def _delete_blobs(self, name: str, ids: list[UUID]) -> None:
         self._report.blobs += await self._retention.delete_blobs(name, ids, dry_run=self._dry_run)
+
+    async def _spilled(self, spill_dir: Path) -> None:
+        """Entries on this host's disk; first their blobs, which only they name."""
+        report, keys = self._report, set[str]()
+
+        def matches(entry: Json) -> bool:
+            is_meant = self._matches(entry)
+            keys.update(blobs_of(entry) if is_meant else ())
+            return is_meant
+
+        for dry_run in (True,) if self._dry_run else (True, False):
+            report.spilled, report.held = await asyncio.to_thread(
+                scrub, spill_dir, matches, dry_run=dry_run
+            )
+            if not self._dry_run:
+                await self._retention.blobs.delete(keys)
+        report.blobs += len(keys)
 
     def _matches(self, entry: Json) -> bool:
         """Whether an entry that waits on the disk is meant. A job's end does not say whose it is,

@@ -20,7 +20,8 @@ from tests.integration.tenants.asking import ask
 from tests.waiting import wait_until
 from tidegate.call import new_id
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.store.blobs import Blobs
+from tidegate.store.audit import ENCODING
+from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections
 from tidegate.store.records import Json
 from tidegate.store.retention import EraseReport, Retention, Whose
@@ -175,17 +176,23 @@ async def erase(url: str, folder: Path, whose: Whose) -> EraseReport:
         await connections.aclose()
 
 
-async def spilled(gateway: Gateway, folder: Path) -> None:
-    """What a process of another host left on its disk, of a call about the subject and another."""
+async def spilled(gateway: Gateway, folder: Path) -> dict[str, str]:
+    """What a process of another host left on its disk, of a call about the subject and another.
+    The key of each one's body, which is a blob there."""
     await called_chat(gateway, SECRET, **{"x-tidegate-subject": SUBJECT})
     row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 20)
-    spill = Spill(folder, 1_000_000)
-    for subject in (SUBJECT, "another"):
+    spill, blobs = Spill(folder, 1_000_000), Blobs.from_url("", folder.parent)
+    keys = {subject: new_key(datetime.now(UTC)) for subject in (SUBJECT, "another")}
+    for subject, key in keys.items():
+        await blobs.put(key, zlib.compress(subject.encode()))
         new = {**row, "id": new_id(), "request_id": new_id(), "subject": subject, "failure": None}
         new = {name: str(one) if isinstance(one, UUID) else one for name, one in new.items()}
-        entry: Json = {"op": "relay", "row": new, "attempt": None, "files": [], "bodies": []}
+        body = {name: new[name] for name in ("id", "created_at", "tenant_id", "pool")}
+        body |= {"role": "request", "encoding": ENCODING, "size_bytes": 9, "blob_key": key}
+        entry: Json = {"op": "relay", "row": new, "attempt": None, "files": [], "bodies": [body]}
         await spill.keep(entry)
     spill.close()
+    return keys
 
 
 @pytest.mark.parametrize("reached", [True, False])
@@ -194,10 +201,11 @@ async def test_what_waits_on_a_disk_is_erased_or_dropped_when_it_is_written(
 ) -> None:
     gateway = await open_gateway(worker=False)
     folder = tmp_path / "there"
-    await spilled(gateway, folder / "spill")
+    keys = await spilled(gateway, folder / "spill")
     whose = Whose(None, SUBJECT)
     report = await erase(database_url, folder if reached else tmp_path / "here", whose)
     assert report.spilled == (1 if reached else 0)
+    assert not (reached and (folder / "blobs" / keys[SUBJECT]).exists())
     store = Store(
         database_url,
         instance_id="later",
@@ -212,6 +220,8 @@ async def test_what_waits_on_a_disk_is_erased_or_dropped_when_it_is_written(
     try:
         await wait_until(lambda: not list((folder / "spill").glob("*.spill")), 20, "the replay")
         assert await gateway.database.fetchval(left) == ["another"]
+        kept = {key for key in keys.values() if (folder / "blobs" / key).exists()}
+        assert kept == {keys["another"]}
     finally:
         await store.aclose()
 
