@@ -398,8 +398,8 @@ class Config(BaseModel):
     max_held_bytes: Positive = setting(
         250_000_000,
         "How much of the bodies of requests one process holds in memory, those of up to "
-        "64 KB aside: native calls and prompts of /stream until they end, all others while they "
-        "arrive; more are refused with 429. A process takes about twice as much memory for them. "
+        "64 KB aside: native calls, prompts and files of /stream until they end, all others while "
+        "they arrive; more are refused with 429. A process takes about twice as much memory. "
         "MAX_BODY_BYTES where that is more. A tenant with keys may have half of what the others "
         "leave of it. Jobs count until they are stored (503 where there is no room); of large "
         "wrapped calls a worker holds a third of it for each type of job, and the others wait.",

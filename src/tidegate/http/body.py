@@ -55,9 +55,9 @@ _RETRY_AFTER_MS = 1_000
 class BodyMemory:
     """Bytes of requests' bodies in the memory of this process, in all and by tenant.
 
-    Bodies of native calls and prompts of streams count from their arrival to the end of their
-    calls, since they wait in memory; jobs and uploads until they are stored. A body of 64 KB or so
-    that comes with its head does not count.
+    Bodies of native calls, prompts and files of streams count from their arrival (files: from their
+    loading) to the end of their calls, since they wait in memory; jobs and uploads until they are
+    stored. A body of 64 KB or so that comes with its head does not count.
 
     `turn` is taken to parse a large body of a job: the values take several times its size.
     """

@@ -347,9 +347,13 @@ class StreamedAnswer(Response):
         return round(wait_ms - (time.monotonic() - self._received) * 1000)
 
     async def _media(self, kind: Kind) -> tuple[Media, ...]:
+        prompt_bytes = len(self._submission.prompt)
+        self._hold.occupy(prompt_bytes + sum(one.size_bytes for one in self._ask.attachments))
         try:
             async with asyncio.timeout(self._left_ms() / 1000):
-                return await self._services.prompts.media(self._ask)
+                media = await self._services.prompts.media(self._ask)
+            self._hold.occupy(prompt_bytes + sum(len(one.data) for one in media))
+            return media
         except TimeoutError:
             raise DeadlineExceeded(
                 "the deadline passed before the files were stored", limit=kind.limit

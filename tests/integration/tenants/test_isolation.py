@@ -6,9 +6,10 @@ import asyncio
 from functools import partial
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 
-from tests.gateway import PNG, Opener
+from tests.gateway import PNG, Opener, payload_of
 from tests.integration.tenants.asking import ask, key_of, submitted
 from tests.waiting import wait_until
 from tidegate.policy.format import edit
@@ -177,4 +178,25 @@ async def test_a_streams_prompt_counts_until_its_end(open_gateway: Opener) -> No
     held = gateway.services.bodies.of_tenants
     assert 150_000 <= held["alice"] < 151_000
     response.close()
+    await wait_until(lambda: "alice" not in held, 20, "what it held is free")
+
+
+async def test_a_streams_files_count_while_it_waits_and_is_called(open_gateway: Opener) -> None:
+    bounds = {"max_body_bytes": 550_000, "max_held_bytes": 550_000}
+    gateway = await open_gateway(worker=False, auth="on", **bounds)
+    alice = await key_of(gateway, "alice")
+    await gateway.upstream.set_fault("hang")
+    form = {"text": "Explain", "type": "multi_modal", "file": PNG + bytes(300_000)}
+
+    async def streamed() -> aiohttp.ClientResponse:
+        url = f"{gateway.url}/stream"
+        return await gateway.http.post(url, headers=alice, **payload_of(form))
+
+    first = await streamed()
+    await gateway.in_flight(1)
+    held = gateway.services.bodies.of_tenants
+    assert 300_000 <= held["alice"] < 301_000
+    second = await streamed()
+    assert (second.status, (await second.json(content_type=None))["code"]) == (503, "queue_full")
+    first.close()
     await wait_until(lambda: "alice" not in held, 20, "what it held is free")
