@@ -115,6 +115,11 @@ def read(message: Message) -> Facts:
         raise InvalidRequest("message", "a message is not JSON", allowed=_FORMS) from None
     if type(found) is not dict:
         raise InvalidRequest("message", "a message is not an object", allowed=_FORMS)
+    try:
+        orjson.dumps(found)  # as it, or an error that quotes it, may have to be written again
+    except orjson.JSONEncodeError as wrong:
+        said = f"a message is not JSON that every server reads: {wrong}"
+        raise InvalidRequest("message", said, allowed=_FORMS) from None
     return found
 
 

@@ -426,6 +426,27 @@ async def test_gemini_live_refuses_by_close_codes(gateway: Gateway) -> None:
     await nothing_held(gateway)
 
 
+async def test_half_a_character_is_refused_and_its_session_stays_on_record(
+    gateway: Gateway,
+) -> None:
+    half = '{"type":"session.update","session":{"model":"\\ud83d"}}'
+    async with talk(gateway) as socket:
+        await turn(socket, "hello")
+        await socket.send(half)
+        assert (await until(socket, "error"))["error"]["type"] == "invalid_request_error"
+    async with talk(gateway, LIVE) as socket:
+        await send(socket, setup={"model": f"models/{MODEL}"})
+        assert "setupComplete" in orjson.loads(await socket.recv())
+        await socket.send('{"\\ud83d": 1}')
+        assert (await closed(socket))[0] == 1007
+    async with talk(gateway, LIVE) as socket:
+        await socket.send('{"setup":{"model":"models/m","a":"\\ud83d"}}')
+        assert (await closed(socket))[0] == 1007
+    listed = await rows(gateway, 3)
+    assert [row["status"] for row in listed] == ["succeeded", "failed", "failed"]
+    await nothing_held(gateway)
+
+
 def unfinished(size_bytes: int) -> bytes:
     """A message of a client of which the last byte is missing."""
     head = b"\x81\xff" + (size_bytes + 1).to_bytes(8, "big") + bytes(4)

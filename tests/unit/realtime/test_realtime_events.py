@@ -125,6 +125,9 @@ def test_names_of_tools_and_their_arguments_choose_no_model() -> None:
         "{" * 100_000,
         "not JSON",
         '{"type": NaN}',
+        '{"type":"session.update","session":{"instructions":"half of it: \\ud83d"}}',
+        '{"type":"a","seed":18446744073709551616}',
+        '{"type":"a","b":' + '{"c":' * 300 + "1" + "}" * 301,
     ],
 )
 def test_what_two_servers_could_read_differently_is_refused(raw: str) -> None:
