@@ -5,7 +5,8 @@ The client's takes over a connection that was HTTP's. Both are connections of th
 neither side is compressed.
 
 Invariants: no redirect is followed, since it would carry the key elsewhere; a side that answers no
-ping for `PING_S` twice is gone; of a message over the bound no more than that is read (1009).
+ping for `PING_S` is gone, but for the time in which nothing is read of it here, or a client reads
+nothing; of a message over the bound no more than that is read (1009).
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _no_handshake(why: str) -> InvalidRequest:
 
 class ClientSocket(ServerConnection):
     """The client's side. `connections`: those of the server, from which it removes itself. occupy:
-    takes how many bytes of its messages are in memory."""
+    takes how many bytes of its messages are in memory. pieces: how often bytes of it came.
+    is_blocked: no pong of it can be read now."""
 
     connections: set[Any]
 
@@ -108,7 +110,6 @@ class ClientSocket(ServerConnection):
             protocol,
             cast(Server, None),  # asked of nothing but the handshake, which is done here
             ping_interval=PING_S,
-            ping_timeout=PING_S,
             close_timeout=CLOSE_S,
             max_queue=READ_AHEAD_MESSAGES,
             write_limit=WRITE_AHEAD_BYTES,
@@ -117,6 +118,7 @@ class ClientSocket(ServerConnection):
         self.request = request
         self.response = response
         self.occupy: Occupy | None = None
+        self.pieces = 0
         self._in_hand_bytes = 0  # of the message that was received last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -128,8 +130,16 @@ class ClientSocket(ServerConnection):
         self.start_keepalive()
 
     def data_received(self, data: bytes) -> None:
+        self.pieces += 1
         super().data_received(data)
         self._count()
+
+    @property
+    def is_blocked(self) -> bool:
+        return self.recv_messages.paused or self.paused  # which has a bound of its own
+
+    async def keepalive(self) -> None:
+        await _keep_alive(self)
 
     async def recv(self, decode: bool | None = None) -> Any:
         self._in_hand_bytes = 0
@@ -162,6 +172,39 @@ class ClientSocket(ServerConnection):
         """What the server calls when it stops: the session goes on until its grace is over."""
 
 
+class UpstreamSocket(ClientConnection):
+    """The provider's side; as the client's, `pieces` and `is_blocked`."""
+
+    pieces = 0
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces += 1
+        super().data_received(data)
+
+    @property
+    def is_blocked(self) -> bool:
+        return self.recv_messages.paused
+
+    async def keepalive(self) -> None:
+        await _keep_alive(self)
+
+
+async def _keep_alive(socket: ClientSocket | UpstreamSocket) -> None:
+    """Ping a side, and cut it where for `PING_S` neither its pong nor anything else came; a pong
+    comes behind all that the side has sent before, which may wait until it is read."""
+    with suppress(ConnectionClosed):
+        while True:
+            await asyncio.sleep(PING_S)
+            pong = asyncio.ensure_future(await socket.ping())
+            while not pong.done():
+                pieces, was_blocked = socket.pieces, socket.is_blocked
+                await asyncio.wait({pong}, timeout=PING_S)
+                is_heard = pong.done() or socket.pieces != pieces
+                if not (is_heard or was_blocked or socket.is_blocked):
+                    cut(socket)
+                    return
+
+
 class _Connect(connect):
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
@@ -176,6 +219,7 @@ async def open_upstream(
     secured: dict[str, Any] = {} if bare.tls is None else {"ssl": bare.tls}
     connecting = _Connect(
         url,
+        create_connection=UpstreamSocket,
         additional_headers=[(n.decode("latin-1"), v.decode("latin-1")) for n, v in bare.headers],
         user_agent_header=None,
         subprotocols=None if subprotocol is None else [Subprotocol(subprotocol)],
@@ -183,7 +227,6 @@ async def open_upstream(
         proxy=None,
         open_timeout=connect_ms / 1000,
         ping_interval=PING_S,
-        ping_timeout=PING_S,
         close_timeout=CLOSE_S,
         max_size=MAX_MESSAGE_BYTES,
         max_queue=READ_AHEAD_MESSAGES,

@@ -22,6 +22,7 @@ from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.waiting import wait_until
 from tidegate.policy.format import edit
 from tidegate.prices.budgets import Budget
+from tidegate.realtime import sockets
 
 MODEL = "gemini-2.5-flash"
 TEXT = {"type": "session.update", "session": {"type": "realtime", "output_modalities": ["text"]}}
@@ -176,6 +177,37 @@ async def test_a_client_that_reads_nothing_is_cut(open_gateway: Opener) -> None:
         assert orjson.loads(row["failure"])["code"] == "client_stalled"
         assert row["output_tokens"] > 100
         socket.transport.resume_reading()
+
+
+async def test_a_side_that_is_not_read_of_misses_no_ping(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "PING_S", 0.2)
+    gateway = await open_gateway(worker=False)
+    await gateway.services.keeper.change(edit({"kind:realtime": 1}), set_by="test")
+    small = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
+    small.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+    async with talk(gateway, sock=small) as socket:
+        socket.transport.pause_reading()  # so that nothing more is read of the provider either
+        content = [{"type": "input_text", "text": "[tokens 100000]"}]
+        item = {"type": "message", "role": "user", "content": content}
+        await send(socket, type="conversation.item.create", item=item)
+        await send(socket, type="response.create", response={"output_modalities": ["audio"]})
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + 8 * sockets.PING_S
+        await wait_until(lambda: loop.time() >= until_s, 10, "the time of several pings")
+        assert gateway.held == 1
+        socket.transport.resume_reading()
+        await until(socket, "response.done")
+    (row,) = await rows(gateway, 1)
+    assert row["status"] == "succeeded"
+    async with talk(gateway) as socket:  # there is nothing to read, and no pong comes
+        socket.transport.pause_reading()
+        row = (await rows(gateway, 2))[1]
+        code = orjson.loads(row["failure"] or "{}").get("code")
+        assert (row["status"], code) == ("cancelled", "client_left")
+        socket.transport.abort()
+    await nothing_held(gateway)
 
 
 async def test_what_the_provider_says_of_the_end_reaches_the_client(gateway: Gateway) -> None:
