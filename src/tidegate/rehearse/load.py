@@ -211,8 +211,12 @@ def write_trace(arrivals: Iterable[Arrival]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for arrival in arrivals:
-        values = (getattr(arrival, name) for name in names)
-        writer.writerow(f"{value:.3f}" if isinstance(value, float) else value for value in values)
+        values = [getattr(arrival, name) for name in names]
+        places = (9 if name == "cost_usd" else 3 for name in names)  # a call costs part of a cent
+        writer.writerow(
+            f"{value:.{digits}f}" if isinstance(value, float) else value
+            for value, digits in zip(values, places, strict=True)
+        )
     return text.getvalue()
 
 

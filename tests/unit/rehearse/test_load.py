@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from random import Random
@@ -171,3 +172,5 @@ def test_a_trace_tells_cached_input_the_bound_of_an_answer_and_the_cost() -> Non
     assert one.use.tokens == Tokens(1000, 50, 900, 60)
     assert (one.max_output_tokens, one.use.cost_micros) == (4096, 790_000)
     assert read_trace("t", write_trace([one]), USUAL) == [one]
+    cheap = replace(one, cost_usd=0.000_412)
+    assert read_trace("t", write_trace([cheap]), USUAL) == [cheap]
