@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 from uuid import uuid4
@@ -404,20 +404,25 @@ class RealtimeExchange:
         await self._passed(client, orjson.dumps(event).decode())
 
     async def _close(self, client: Connection, upstream: Connection, end: End) -> None:
-        """The provider first: its work is what the permit is for."""
-        tells = end.error is not None and self._wanted.dialect is Dialect.OPENAI
-        stalled = isinstance(end.error, RealtimeStalled)
-        if stalled:
+        """The provider is not kept open for a client that reads slowly: its work is what the permit
+        is for."""
+        code = end.code if end.by == "client" else 1000
+        closing = [sockets.close(upstream, code, "")]
+        if end.by != "client":
+            closing.append(self._close_client(client, end))
+        await asyncio.gather(*closing)
+
+    async def _close_client(self, client: Connection, end: End) -> None:
+        """Tell it why, where its dialect has an event for that, and close its side."""
+        if isinstance(end.error, RealtimeStalled):
             sockets.cut(client)
-        elif tells and end.error is not None:
-            await self._tell(client, end.error)
-        if end.by == "client":
-            await sockets.close(upstream, end.code, "")
-        else:
-            await asyncio.gather(
-                sockets.close(upstream, 1000, ""),
-                sockets.close(client, end.code, end.reason),
-            )
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(sockets.CLOSE_S):
+                if end.error is not None and self._wanted.dialect is Dialect.OPENAI:
+                    await self._tell(client, end.error)
+                await sockets.close(client, end.code, end.reason)
+        sockets.cut(client)
 
 
 class _ClientLost(Exception):

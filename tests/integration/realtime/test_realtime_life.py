@@ -210,6 +210,26 @@ async def test_a_side_that_is_not_read_of_misses_no_ping(
     await nothing_held(gateway)
 
 
+async def test_a_client_that_reads_nothing_keeps_no_session_open_that_has_to_end(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "CLOSE_S", 0.5)
+    gateway = await open_gateway(worker=False, total_timeout_ms=1_000)
+    await gateway.services.keeper.change(edit({"kind:realtime": 1}), set_by="test")
+    small = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
+    small.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+    async with talk(gateway, sock=small) as socket:
+        socket.transport.pause_reading()
+        content = [{"type": "input_text", "text": "[tokens 100000]"}]
+        item = {"type": "message", "role": "user", "content": content}
+        await send(socket, type="conversation.item.create", item=item)
+        await send(socket, type="response.create", response={"output_modalities": ["audio"]})
+        await nothing_held(gateway)  # long before a client is cut that has stopped reading
+        socket.transport.abort()
+    (row,) = await rows(gateway, 1)
+    assert orjson.loads(row["failure"])["code"] == "upstream_timeout"
+
+
 async def test_what_the_provider_says_of_the_end_reaches_the_client(gateway: Gateway) -> None:
     async with talk(gateway) as socket:
         await turn(socket, "[close 4001 enough is said]", "response.created")
