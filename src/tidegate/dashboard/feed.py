@@ -481,6 +481,7 @@ class Past:
         ranges = {one.range for one in wanted} | {_NOW}
         for name in [name for name in self._trends if name not in ranges]:
             del self._trends[name]
+            self._due_at.pop(name, None)  # else it would be shown as empty until it is due
             self._told = {one for one in self._told if one.range != name}
         self._told &= wanted
         for name in sorted(ranges, key=list(RANGES).index):

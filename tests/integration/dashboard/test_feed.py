@@ -129,6 +129,22 @@ async def test_a_call_that_has_ended_is_in_the_trend_and_in_the_record(
         assert total["output_tokens"] == totals["output_tokens"] > 0
 
 
+async def test_a_span_that_is_chosen_again_is_read_again(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RANGES, "5m", Range(10, 30, 0.0))
+    gateway = await open_gateway(worker=False)
+    feed = feed_of(gateway)
+    async with watching(gateway) as other:
+        async with watching(gateway, "?span=1h") as page:
+            await page.next("trend")
+        await wait_until(lambda: "viewers=1" in repr(feed))
+        await other.next("now", 3)  # nobody looks at the hour meanwhile
+        feed._newest.clear()
+        async with watching(gateway, "?span=1h") as page:
+            assert (await page.next("trend"))["at"][-1] > time.time() - 200
+
+
 async def test_a_viewer_that_does_not_read_misses_frames_and_is_cut(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, stalled_reader_ms=300)
     connector = aiohttp.TCPConnector(socket_factory=small_receive_buffer)
