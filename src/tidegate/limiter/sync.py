@@ -250,6 +250,7 @@ class SyncLimiter:
 
     def start(self) -> None:
         """Start the thread and enter the pool. Raises ConfigError as `Limiter.start`."""
+        self._check_ours()
         self._thread.start()
         try:
             self._started.result()
@@ -305,10 +306,13 @@ class SyncLimiter:
         """False in a process that was forked from the one that made this."""
         return os.getpid() == self._pid
 
-    def submit(self, make: Callable[[], Coroutine[Any, Any, R]]) -> concurrent.futures.Future[R]:
-        """Run a coroutine on the limiter's loop. Raises ShuttingDown when that has ended."""
+    def _check_ours(self) -> None:
         if not self.ours():
             raise RuntimeError("this SyncLimiter belongs to the process that was forked: make one")
+
+    def submit(self, make: Callable[[], Coroutine[Any, Any, R]]) -> concurrent.futures.Future[R]:
+        """Run a coroutine on the limiter's loop. Raises ShuttingDown when that has ended."""
+        self._check_ours()
         with self._gate:
             if self._loop is None or self._ended.is_set():
                 raise ShuttingDown("the limiter has not been started, or is closed")
