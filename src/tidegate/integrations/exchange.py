@@ -74,7 +74,7 @@ def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:
         return None
     try:
         at = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if at.tzinfo is None:
         return None
@@ -141,16 +141,16 @@ class Review:
         """
         if self._size_bytes == 0 or self._size_bytes > MAX_KEPT_BYTES:
             return None
-        body = self._decode(b"".join(self._chunks))
+        came = b"".join(self._chunks)
         self._chunks.clear()
-        if self._due_in_body:
-            self.pause_ms = retry_info_ms(body)
-        if self._usage is None:
-            return None
         try:
-            return self._usage(body)
+            body = self._decode(came)
+            if self._due_in_body:
+                self.pause_ms = retry_info_ms(body)
+            return None if self._usage is None else self._usage(body)
         except Exception:
-            # The answer is good, and paid for: a wrong reader of its usage must not lose it.
+            # The answer is good, and paid for: neither a wrong reader of its usage nor a broken
+            # coding, which nobody else may have to undo, must lose it.
             logger.exception("reading the usage of an answer failed: its reservation is kept")
             return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
         ({"retry-after": "Tue, 24 Nov 2026 12:00:20 GMT"}, 20_000),
         ({"retry-after": "Tue, 24 Nov 2026 11:00:00 GMT"}, None),
         ({"retry-after": "Tue, 24 Nov 2026 12:00:20"}, None),
+        ({"retry-after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}, None),
         ({"retry-after-ms": "250", "retry-after": "30"}, 250),
     ],
 )
@@ -165,3 +167,14 @@ def test_what_a_429_pauses_may_depend_on_the_demand() -> None:
     assert penalised_by(None, one) is None
     assert penalised_by("rpm:x", one) == "rpm:x"
     assert penalised_by(lambda demand: demand.limits[-1], one) == "rpm:b"
+
+
+def test_an_answer_in_a_broken_coding_costs_nobody_the_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Who reads the raw bytes never undoes their coding."""
+    seen = review(200, usage=total_tokens, decode=gzip.decompress)
+    seen.take(b"no gzip")
+    with caplog.at_level(logging.ERROR, "tidegate.integrations"):
+        assert seen.end() is None
+    assert "its reservation is kept" in caplog.text
