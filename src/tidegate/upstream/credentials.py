@@ -282,7 +282,7 @@ class AwsSource:
 
     def read(self) -> SigningKey:
         """Raises CredentialsUnavailable."""
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import BotoCoreError, ClientError
         from botocore.session import Session
 
         try:
@@ -290,7 +290,7 @@ class AwsSource:
                 self._session = Session(profile=self._profile)
             found = self._session.get_credentials()
             frozen = None if found is None else found.get_frozen_credentials()
-        except (BotoCoreError, OSError, ValueError, RuntimeError) as failed:
+        except (BotoCoreError, ClientError, OSError, ValueError, RuntimeError) as failed:
             raise CredentialsUnavailable(f"{type(failed).__name__}: {failed}") from None
         if frozen is None:
             raise CredentialsUnavailable("botocore finds no credentials of AWS here")

@@ -88,6 +88,8 @@ class Clouds:
                 return await self._google_token(request)
             if request.path == "/msi":
                 return self._identity_token(request)
+            if request.path == "/sts":
+                return self._role_session()
             body = await request.read()
             target, headers, passed = self._understood(request, body)
         except Refuses as refused:
@@ -124,6 +126,21 @@ class Clouds:
             "token_type": "Bearer",
         }
         return web.json_response(answer)
+
+    def _role_session(self) -> web.Response:
+        if self.token_error:
+            refused = "<Error><Code>AccessDenied</Code><Message>not your role</Message></Error>"
+            body = f"<ErrorResponse>{refused}</ErrorResponse>"
+            return web.Response(text=body, status=self.token_error, content_type="text/xml")
+        ends = datetime.now(UTC) + timedelta(seconds=self.lifetime_s)
+        body = (
+            "<R><AssumeRoleWithWebIdentityResult><Credentials>"
+            f"<AccessKeyId>{AWS_ID}</AccessKeyId><SecretAccessKey>{AWS_SECRET}</SecretAccessKey>"
+            f"<SessionToken>{AWS_TOKEN}</SessionToken>"
+            f"<Expiration>{ends:%Y-%m-%dT%H:%M:%SZ}</Expiration>"
+            "</Credentials></AssumeRoleWithWebIdentityResult></R>"
+        )
+        return web.Response(text=body, content_type="text/xml")
 
     def _understood(
         self, request: web.BaseRequest, body: bytes

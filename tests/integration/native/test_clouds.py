@@ -23,10 +23,12 @@ from tests.integration.native.clouds import (
 from tests.waiting import wait_until
 from tidegate.call import Answer
 from tidegate.emulator.server import run_emulator
+from tidegate.errors import UpstreamUnauthorized
 from tidegate.policy.deployment import Upstream, deployed_upstreams
 from tidegate.settings import Config
-from tidegate.upstream.credentials import Signers
+from tidegate.upstream.credentials import Signers, open_wire
 from tidegate.upstream.gemini import GeminiProcessor
+from tidegate.upstream.transport import RelayWire
 
 FILE = """
 [upstreams.azure]
@@ -242,6 +244,37 @@ async def test_prompts_reach_vertex_and_a_lost_token_is_a_dead_key(
         return bool(clouds.issued)
 
     await wait_until(is_back, 10, "the token is renewed")
+
+
+async def test_a_role_that_aws_refuses_is_requested_until_it_is_given(
+    policy: Path, clouds: Clouds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (identity := tmp_path / "identity").write_text("of-the-pod")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/gateway")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(identity))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"{clouds.url}/sts")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    clouds.token_error = 403
+    config = Config.model_validate({"tidegate_policy": policy})
+    bedrock = deployed_upstreams(config).upstream("bedrock")
+    assert bedrock is not None
+    authentication = bedrock.access("openai").authentication
+    assert authentication is not None
+    place = RelayWire.place(f"{clouds.url}/openai/v1/chat/completions")
+    async with open_wire(PATIENT, [bedrock]) as wire:
+        signer = wire.signers[authentication]
+        with pytest.raises(UpstreamUnauthorized):
+            signer.sign("POST", place, [], b"{}")
+        clouds.token_error = 0
+
+        def is_signed() -> bool:
+            try:
+                return dict(signer.sign("POST", place, [], b"{}"))[b"authorization"] != b""
+            except UpstreamUnauthorized:
+                return False
+
+        await wait_until(is_signed, 10, "the role is given")
 
 
 async def prompt(upstream: Upstream, signers: Any, answer: Answer, sink: Collected) -> None:
