@@ -127,7 +127,7 @@ class Pools:
 class _Opened:
     """What a process has of one upstream beside its pool."""
 
-    name: str
+    upstream: Upstream
     processor: GeminiProcessor | None
     timeouts: Timeouts
 
@@ -233,7 +233,7 @@ class LiveUpstreams:
                 access=upstream.access(Dialect.GEMINI),
                 signers=self._signers,
             )
-        return _Opened(upstream.name, processor, timeouts)
+        return _Opened(upstream, processor, timeouts)
 
     def _enter(self, upstream: Upstream, opened: _Opened) -> None:
         """Have calls use it from now on."""
@@ -347,9 +347,17 @@ class LiveUpstreams:
         for name, opened in prepared.opened.items():
             if self.deployment.upstream(name) is None:
                 self.pools.leave(name)
-                await self.pools.close(name)
+                ending = {one.opened.upstream.name for one in self._left if one.is_removed}
+                if name not in ending:  # else it is closed after the last of its calls
+                    await self.pools.close(name)
             await _close(opened)
-        self._signers.keep(self.deployment.upstreams)
+        self._keep_credentials()
+
+    def _keep_credentials(self) -> None:
+        """Renew those of what is in force, prepared, or left with calls that go on."""
+        prepared = () if self._prepared is None else self._prepared.deployment.upstreams
+        left = (one.opened.upstream for one in self._left)
+        self._signers.keep((*self.deployment.upstreams, *prepared, *left))
 
     async def _take_up(self, number: int) -> None:
         """Put a revision in force here."""
@@ -403,7 +411,7 @@ class LiveUpstreams:
         """Close what no call can use any more."""
         due = [one for one in self._left if self._clock() - one.since >= _CLOSE_AFTER_S]
         for one in due:
-            name, processor = one.opened.name, one.opened.processor
+            name, processor = one.opened.upstream.name, one.opened.processor
             is_back = name in self._opened
             if (processor is not None and processor.open_calls) or (
                 one.is_removed and not is_back and not self.pools.is_idle(name)
@@ -415,7 +423,7 @@ class LiveUpstreams:
                 await self.pools.close(name)
             await _close(one.opened)
         if due:
-            self._signers.keep(self.deployment.upstreams)
+            self._keep_credentials()
 
     def _tell_problems(self) -> None:
         for name, problem in _problems(self.deployment).items():

@@ -18,11 +18,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.gateway import Gateway, Opener, open_gateway
+from tests.integration.native.clouds import PROJECT, Clouds, run_clouds
 from tests.markdown import blocks
 from tests.waiting import promised_s, wait_until, work_for
 from tidegate.cli import app
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.store.provider.upstreams import UpstreamProcess
 
 __all__ = ["open_gateway"]
 
@@ -265,6 +267,63 @@ async def test_a_call_that_waits_for_a_drained_upstream_goes_elsewhere(
     begun = [one for one in await second.control.calls() if one.model == ONLY]
     assert len(begun) == 1, "only what was in progress"
     assert len(await gateway.calls()) == 2, "the account that takes any model has the others"
+
+
+async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
+    open_gateway: Opener, second: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidegate.spine.upstreams._CLOSE_AFTER_S", 0.0)
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    assert (await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY])))[0] == 200
+    await second.control.set_behaviour(first_byte_ms=60_000)
+    lasting = asyncio.create_task(chat(gateway, ONLY))
+    limiter = gateway.services.limiters["second"]
+    await wait_until(lambda: limiter.permits_held == 1, 20, "a call that goes on")
+    assert (await admin(gateway, "DELETE", "/second?force=true"))[0] == 200
+    await second.control.set_behaviour(first_byte_ms=0)
+    async with run_clouds(second.url) as clouds:
+        new = vertex(clouds, clouds.service_account(tmp_path))
+        status, done = await admin(gateway, "PUT", "/vertex", table=new, test=False)
+        assert status == 200, done
+        body = BODY | {"model": "claude-x", "max_tokens": 50}
+        async with gateway.http.post(f"{gateway.url}/v1/messages", json=body) as response:
+            assert response.status == 200, await response.text()
+    lasting.cancel()
+
+
+def vertex(clouds: Clouds, account: Path) -> dict[str, Any]:
+    return {
+        "provider": "vertex",
+        "base_url": clouds.url,
+        "project": PROJECT,
+        "credentials_file": str(account),
+        "models": ["claude-*"],
+    }
+
+
+async def test_calls_of_a_removed_upstream_go_on_where_it_can_not_be_added_again(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    new = table(second, models=[ONLY])
+    assert (await admin(gateway, "PUT", "/second", table=new))[0] == 200
+    await second.control.set_behaviour(first_byte_ms=60_000)
+    lasting = asyncio.create_task(chat(gateway, ONLY))
+    limiter = gateway.services.limiters["second"]
+    await wait_until(lambda: limiter.permits_held == 1, 20, "a call that goes on")
+    assert (await admin(gateway, "DELETE", "/second?force=true"))[0] == 200
+    lacks = UpstreamProcess("other", "api", 2, 3, proposed_problems={"second": "no SECOND_KEY"})
+    record = gateway.services.upstreams.record
+    await record.see(lacks)
+    status, done = await admin(gateway, "PUT", "/second", table=new, test=False)
+    assert (status, done["code"]) == (409, "upstream_unfit"), done
+    await record.leave("other")
+    assert (await admin(gateway, "PUT", "/second", table=new, test=False))[0] == 200
+    assert gateway.services.limiters["second"] is limiter
+    assert (limiter.permits_held, lasting.done()) == (1, False), "and is counted"
+    lasting.cancel()
 
 
 async def test_an_upload_goes_on_where_it_has_begun(
