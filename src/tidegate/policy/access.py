@@ -10,8 +10,9 @@ import re
 import ssl
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,14 @@ class Network:
 class Authentication:
     """How requests authenticate. kind: `none`, `key` (in the dialect's header), `bearer`, `header`,
     or by credentials that are renewed: `google`, `entra`, `aws`. header: its name, for `header`.
-    options: of the credentials, such as a file or a region."""
+    options: of the credentials, such as a file or a region. content: of that file, as a digest.
+    network: by which they are requested."""
 
     kind: str = "key"
     header: str = ""
     options: tuple[tuple[str, str], ...] = ()
+    content: str = ""
+    network: Network | None = None
 
     @property
     def is_renewed(self) -> bool:
@@ -185,13 +189,14 @@ class AccessOptions:
         if key and (header := _key_header(authentication, dialect)) is not None:
             own[header[0]] = header[1] + key.encode()
         replaced = frozenset(own) - CREDENTIALS
-        renewed = authentication if authentication.is_renewed else None
+        network = self.networks.get(dialect)
+        renewed = replace(authentication, network=network) if authentication.is_renewed else None
         return Access(
             base,
             tuple(own.items()),
             replaced,
             self.query,
-            self.networks.get(dialect),
+            network,
             renewed,
             self.paths.get(dialect, Paths.PLAIN),
             self.prefix,
@@ -238,7 +243,11 @@ def authentication_of(path: str, text: object, options: Mapping[str, str]) -> Au
         return Authentication("header", name)
     if text not in KINDS:
         raise ConfigError(path, text[:100], allowed)
-    return Authentication(kind, options=tuple(options.items()) if kind in RENEWED else ())
+    if kind not in RENEWED:
+        return Authentication(kind)
+    file = options.get("credentials_file")
+    content = sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return Authentication(kind, options=tuple(options.items()), content=content)
 
 
 def value_of(path: str, value: object, secret: ReadSecret) -> tuple[str, bool]:

@@ -246,6 +246,41 @@ async def test_prompts_reach_vertex_and_a_lost_token_is_a_dead_key(
     await wait_until(is_back, 10, "the token is renewed")
 
 
+@pytest.fixture
+def proxied_first(policy: Path) -> Path:
+    """With another upstream by the same account, by a proxy that is away."""
+    file = policy.read_text()
+    begins = file.index("[upstreams.vertex]")
+    proxied = file[begins : file.index("[upstreams.bedrock]")].replace("vertex]", "proxied]", 1)
+    policy.write_text(f'{proxied}proxy = "http://127.0.0.1:1"\n{file}')
+    return policy
+
+
+async def test_tokens_are_requested_by_the_proxy_of_each_upstream(
+    proxied_first: Path, clouds: Clouds
+) -> None:
+    config = Config.model_validate({"tidegate_policy": proxied_first})
+    found = deployed_upstreams(config).upstreams
+    place = RelayWire.place(f"{clouds.url}/v1/x")
+    async with open_wire(PATIENT, [one for one in found if one.provider == "vertex"]) as wire:
+
+        def has_token(name: str) -> bool:
+            (authentication,) = {
+                one.access("gemini").authentication for one in found if one.name == name
+            }
+            assert authentication is not None
+            try:
+                wire.signers[authentication].sign("POST", place, [], b"{}")
+            except UpstreamUnauthorized:
+                return False
+            return True
+
+        assert {name: has_token(name) for name in ("proxied", "vertex")} == {
+            "proxied": False,
+            "vertex": True,
+        }
+
+
 async def test_a_role_that_aws_refuses_is_requested_until_it_is_given(
     policy: Path, clouds: Clouds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,6 +292,28 @@ async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
     lasting.cancel()
 
 
+async def test_a_replaced_file_of_credentials_counts_once_it_is_read_again(
+    open_gateway: Opener, second: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False)
+    body = BODY | {"model": "claude-x", "max_tokens": 50}
+
+    async def ask() -> tuple[int, str]:
+        async with gateway.http.post(f"{gateway.url}/v1/messages", json=body) as response:
+            return response.status, await response.text()
+
+    async with run_clouds(second.url) as clouds:
+        new = vertex(clouds, clouds.service_account(tmp_path))
+        assert (await admin(gateway, "PUT", "/vertex", table=new, test=False))[0] == 200
+        assert (await ask())[0] == 200
+        clouds.service_account(tmp_path)  # another key under the old name
+        clouds.issued.clear()  # and the old one is revoked
+        status, done = await admin(gateway, "PATCH", "/vertex", read_again=True)
+        assert (status, done["changes"]) == (200, ["vertex: secrets read again"]), done
+        status, text = await ask()
+        assert status == 200, text
+
+
 def vertex(clouds: Clouds, account: Path) -> dict[str, Any]:
     return {
         "provider": "vertex",
