@@ -552,8 +552,8 @@ def _quota_ids(details: list[JsonObject]) -> list[str]:
     return [
         str(violation["quotaId"]).lower()
         for detail in details
-        for violation in (detail.get("violations") or ())
-        if isinstance(violation, dict) and "quotaId" in violation
+        for violation in objects_in(detail.get("violations"))
+        if "quotaId" in violation
     ]
 
 

@@ -224,7 +224,7 @@ def _add_part(part: JsonObject, output: OutputEvents) -> None:
             output.texts.append(as_text(value))
 
 
-_BEGUN = frozenset(("interaction.created", "interaction.start", "interaction.status_update"))
+_BEGUN = ("interaction.created", "interaction.start", "interaction.status_update")
 
 
 def has_no_output(event: JsonObject) -> bool:

@@ -508,7 +508,7 @@ _FORM = AnswerForm(
 )
 _LAST_RESPONSES = 2
 _SEARCH_CALL = b'_search_call"'
-_ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
+_ENDED = ("completed", "incomplete", "failed", "cancelled")
 _RESPONSE_STATUS = re.compile(rb'"status"\s*:\s*"(completed|incomplete|failed|cancelled)"')
 
 

@@ -119,7 +119,7 @@ _FEW_WORDS_CHARS = 200  # a file's type, its name, how closely to look
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
 _INLINE_MIME = ("mimeType", "mime_type", "media_type")
 _URI = ("fileUri", "file_uri", "file_id", "image_url", "url", "uri")
-_LINKED = frozenset(("image", "audio", "video", "document"))  # contents of an interaction
+_LINKED = ("image", "audio", "video", "document")  # contents of an interaction
 _OF_FILES = frozenset(("data", *_URI))
 # Where a file is given as a data URL; elsewhere what looks like one is a text.
 _OF_URLS = frozenset(

@@ -52,6 +52,14 @@ def test_a_response_tells_why_it_ended(
         assert said(Dialect.OPENAI, stream(begun, ended)[:-20], cut=True)[0] is None
 
 
+@pytest.mark.parametrize("status", [{"of": "an object"}, ["a list"], 7, None])
+def test_a_status_that_is_no_text_hides_no_usage(status: object) -> None:
+    odd = response("completed") | {"status": status}
+    for data in (json.dumps(odd).encode(), stream({"type": "response.completed", "response": odd})):
+        facts = DIALECTS[Dialect.OPENAI].answer_facts(data)
+        assert (facts.usage.input_tokens, facts.finish_reason) == (3, None)
+
+
 @pytest.mark.parametrize("padding", [0, 400_000])
 def test_a_chat_completion(padding: int) -> None:
     end = {"choices": [{"index": 0, "finish_reason": "stop"}], "padding": "x" * padding}

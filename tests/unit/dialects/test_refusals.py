@@ -206,6 +206,12 @@ def test_gemini_names_a_model_s_quota_or_the_project_s(
     assert (found.unit, found.day_quota, found.of_account) == (unit, day, account)
 
 
+@pytest.mark.parametrize("odd", [5, "text", {"quotaId": "x"}, [5]])
+def test_quotas_in_another_form_leave_a_429_one(odd: object) -> None:
+    found = classified("gemini", 429, {"message": "Quota", "details": [{"violations": odd}]})
+    assert isinstance(found, UpstreamThrottled)
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [

@@ -353,6 +353,15 @@ def test_depth_and_unknown_fields_are_no_fault() -> None:
     assert found.kind is Kind.TEXT_ONLY
 
 
+@pytest.mark.parametrize("kind", [None, [None], {"type": "image"}, 7])
+def test_a_type_that_is_no_text_is_no_fault(kind: object) -> None:
+    linked = {"type": kind, "image_url": {"url": "https://host/a.png"}}
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}, linked]}
+    assert chat(messages=[message]).model == "m"
+    part = {"text": "a", "uri": "https://host/a.png", "type": kind}
+    assert gemini(contents=[{"parts": [part]}]).model == "g"
+
+
 def test_parts_are_counted_outside_of_texts_alone() -> None:
     most = b"[" + b"0," * (MOST_PARTS - 1)
     assert not has_too_many_parts(most)

@@ -35,6 +35,7 @@ WITH_OUTPUT: list[dict[str, object]] = [
     {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 7}},
     {"choices": ["odd"]},
     {"anything": "else"},
+    {"event_type": ["odd"]},
 ]
 BEFORE = b": hello\r\nretry: 3000\n\nevent: some\nid: 7\n"
 
