@@ -55,3 +55,14 @@ async def test_a_second_signal_ends_its_patience() -> None:
     done = Done(60_000)
     assert await done.after(signal.SIGTERM, 1) == ["leave"]
     assert await done.after(signal.SIGINT, 3) == ["leave", "hurry", "stop"]
+
+
+async def test_the_end_of_leaving_is_no_signal_and_calls_survive_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(LIFELINE, "7")  # replaced, and then its supervisor stops
+    done = Done(1)
+    assert await done.after(LEAVE_SIGNAL, 2) == ["leave", "stop"]
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "it would die of the next one"
+    assert await done.after(signal.SIGTERM, 4) == ["leave", "stop", "hurry", "stop"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a third one ends it"

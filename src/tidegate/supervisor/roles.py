@@ -302,11 +302,10 @@ def _on_signals(
         tell_stopping()
         if not softly:
             hurry()
-        if not softly or not leave_ms:
             stop_now()
             return
         leave()
-        leaving.append(loop.call_later(leave_ms / 1000, stop_now))
+        leaving.append(loop.call_later(leave_ms / 1000, stop))  # no signal: the next is the second
 
     soft = LEAVE_SIGNAL if is_child() else signal.SIGTERM
     for number in _SIGNALS:

@@ -187,6 +187,8 @@ class Family:
             self._hasten.set()
             return
         self._stop.set()
+        if self._renewing is not None:
+            self._renewing.cancel()  # or the processes that it makes would be left
         self._on_stopping()
 
     @property
@@ -215,7 +217,8 @@ class Family:
                     tasks.create_task(self._keep(child))
         finally:
             if self._renewing is not None:
-                self._renewing.cancel()
+                if not self.stopping:
+                    self._renewing.cancel()
                 await asyncio.gather(self._renewing, return_exceptions=True)
             os.close(self._lifeline)
             os.close(holds)
@@ -262,13 +265,14 @@ class Family:
         process, pipe = await self._born(child)
         try:
             why = await _not_ready(process, pipe)
+            if why is not None:
+                await self._end(process)
         except BaseException:  # cancellation too: the new process must not outlive its renewal
             await self._end(process)
             raise
         finally:
             os.close(pipe)
         if why is not None:
-            await self._end(process)
             get_logger().error(Log.RENEWAL_STOPPED, child=child.name, reason=why)
             return False
         old = self._running.get(child.name)

@@ -47,7 +47,7 @@ def _notes(folder: Path) -> list[str]:
 
 
 @asynccontextmanager
-async def _family(folder: Path, *names: str) -> AsyncIterator[Family]:
+async def _family(folder: Path, *names: str, program: str = _NOTING) -> AsyncIterator[Family]:
     """A running family, each of whose environments has the next number."""
     generation = iter("123456789")
 
@@ -56,7 +56,7 @@ async def _family(folder: Path, *names: str) -> AsyncIterator[Family]:
             raise ConfigError("PORT", "x", "must be a number")
         return {**os.environ, "GENERATION": next(generation)}
 
-    argv = (sys.executable, "-c", _NOTING, str(folder))
+    argv = (sys.executable, "-c", program, str(folder))
     children = [Child(name, (*argv, name)) for name in names]
     family = Family(children, environment={**os.environ, "GENERATION": "0"}, reread=reread)
     running = asyncio.create_task(family.run())
@@ -102,4 +102,47 @@ async def test_stop_during_a_renewal_leaves_none(tmp_path: Path, traces: Traces)
         (tmp_path / "stuck").touch()
         family.renew()
         await wait_until(lambda: _notes(tmp_path)[-1] == "a 1 stuck", 20)
+    await traces.none_left()
+
+
+# Once stopped, the first ends when there is a file `end`; the next is ready when there is `go`.
+_SLOW = """
+import os, pathlib, signal, sys, time
+from tidegate.supervisor.supervisor import tell_ready
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+def note(stage):
+    with (folder / "notes").open("a") as notes:
+        notes.write(f"{name} {os.environ.get('GENERATION', '')} {stage}\\n")
+def until(file):
+    while not (folder / file).exists():
+        time.sleep(0.01)
+is_first = os.environ["GENERATION"] == "0"
+def finish(*_):
+    note("stops")
+    if is_first:
+        until("end")
+    os._exit(0)
+signal.signal(signal.SIGTERM, finish)
+note("started")
+if not is_first:
+    until("go")
+tell_ready()
+while True:
+    signal.pause()
+"""
+
+
+async def test_stop_ends_a_renewal_while_old_processes_still_finish(
+    tmp_path: Path, traces: Traces
+) -> None:
+    async with _family(tmp_path, "a", "b", program=_SLOW) as family:
+        family.renew()
+        await wait_until(lambda: _notes(tmp_path)[-1] == "a 1 started", 20)
+        family.stop()
+        await wait_until(lambda: {"a 0 stops", "b 0 stops"} <= set(_notes(tmp_path)), 20)
+        (tmp_path / "go").touch()
+        await wait_until(lambda: not family.renewing, 20)
+        (tmp_path / "end").touch()
+    assert not [note for note in _notes(tmp_path) if note.startswith("b 1")]
+    assert "a 1 stops" in _notes(tmp_path), "none is left to its lifeline"
     await traces.none_left()
