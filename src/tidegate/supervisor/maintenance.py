@@ -435,11 +435,3 @@ class _ParquetFile:
             table = self._arrow.Table.from_batches(self._waiting, schema=self._schema)
             self._writer.write_table(table, row_group_size=len(table))
             self._waiting = []
-
-
-def daily_commands(config: Config) -> list[tuple[str, ...]]:
-    """What `tidegate up` runs once a day, as arguments of `tidegate`."""
-    commands: list[tuple[str, ...]] = [("prune",)]
-    if config.record_export != "off":
-        commands.append(("export", "record", "--format", config.record_export))
-    return commands

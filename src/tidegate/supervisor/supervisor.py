@@ -145,23 +145,23 @@ class Family:
         environment: Mapping[str, str],
         pass_fds: Sequence[int] = (),
         grace_s: float = 20.0,
-        leave_s: float = 0.0,
         on_stopping: Callable[[], None] = lambda: None,
         on_ended: Callable[[str], None] = lambda _name: None,
         reread: Callable[[], Mapping[str, str] | Awaitable[Mapping[str, str]]] | None = None,
     ) -> None:
-        """`reread`: what replaced children are to have as their environment; may raise
-        ConfigError, and then nothing is replaced. `on_ended` hears the name of each process that
-        is gone: the child's, or where an old one was still there, that with a number after it."""
+        """`grace_s`: of those whose environment has no SHUTDOWN_GRACE_MS. `reread`: what replaced
+        children are to have as their environment; may raise ConfigError, and then nothing is
+        replaced. `on_ended` hears the name of each process that is gone: the child's, or where an
+        old one was still there, that with a number after it."""
         self._children = children
         self._environment = environment
         self._pass_fds = pass_fds
         self._grace_s = grace_s
-        self._leave_s = leave_s
         self._on_stopping = on_stopping
         self._reread = reread
         self._on_ended = on_ended
         self._names: set[str] = set()  # of the processes that are there
+        self._spans_s: dict[Process, tuple[float, float]] = {}  # theirs to leave, and to finish
         self._waiting: set[asyncio.Task[None]] = set()
         self._renewing: asyncio.Task[None] | None = None
         self._renew_again = False
@@ -176,6 +176,11 @@ class Family:
     def pids(self) -> dict[str, int]:
         """The processes that run now, by their children's names."""
         return {name: process.pid for name, process in self._running.items()}
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """That of the next process: of the last renewal, where there was one."""
+        return self._environment
 
     def settled(self) -> None:
         """All is well: from now on a child that dies is started again without end."""
@@ -325,12 +330,12 @@ class Family:
     async def _spawn(
         self, child: Child, environment: Mapping[str, str], pass_fds: Sequence[int]
     ) -> Process:
-        name = self._free_name(child)
+        name, settings = self._free_name(child), self._environment
         process = await asyncio.create_subprocess_exec(
             *child.argv,
             stdin=asyncio.subprocess.DEVNULL,
             env={
-                **self._environment,
+                **settings,
                 LIFELINE: str(self._lifeline),
                 NAMED: name,
                 **environment,
@@ -341,6 +346,8 @@ class Family:
         )
         get_logger().debug(Log.CHILD_STARTED, child=child.name, pid=process.pid)
         self._names.add(name)
+        grace_s = int(settings.get("SHUTDOWN_GRACE_MS") or self._grace_s * 1000) / 1000
+        self._spans_s[process] = int(settings.get("LEAVE_MS") or 0) / 1000, grace_s
         task = asyncio.create_task(self._until_gone(process, name))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
@@ -354,6 +361,7 @@ class Family:
     async def _until_gone(self, process: Process, name: str) -> None:
         await process.wait()
         self._names.discard(name)
+        del self._spans_s[process]
         self._on_ended(name)
 
     def _look(self) -> None:
@@ -376,13 +384,14 @@ class Family:
         """Have it end in order, or after its time by force; `told`: it leaves already."""
         if process.returncode is not None:
             return
+        leave_s, grace_s = self._spans_s[process]
         if not told:
             process.terminate()
         ended = asyncio.create_task(process.wait())
         hasten = asyncio.create_task(self._hasten.wait())
         await asyncio.wait(
             {ended, hasten},
-            timeout=(self._leave_s if told else 0.0) + self._grace_s + _MARGIN_S,
+            timeout=(leave_s if told else 0.0) + grace_s + _MARGIN_S,
             return_when=asyncio.FIRST_COMPLETED,
         )
         hasten.cancel()
@@ -436,9 +445,6 @@ class Supervision:
     counts: str
     announcer: tuple[int, int]
     base: dict[str, Any]
-    daily: list[list[str]]
-    grace_s: float
-    leave_s: float
     log_format: Any
     log_level: Any
     stopping: str
@@ -515,8 +521,6 @@ async def _supervise(order: Supervision) -> str:
         [Child(name, tuple(argv)) for name, argv in order.children],
         environment=order.environment,
         pass_fds=[order.listener, *([order.lease[0]] if order.lease else [])],
-        grace_s=order.grace_s,
-        leave_s=order.leave_s,
         on_stopping=stopping,
         on_ended=lambda name: _forget(name, order.counts),
         reread=lambda: _reread(order),
@@ -533,12 +537,7 @@ async def _supervise(order: Supervision) -> str:
         os.waitpid(pid, 0)  # it has ended
 
     loop.add_reader(hears, heard)
-    environment = {name: value for name, value in order.environment.items() if name != SHARED}
-    daily = DailyWork(
-        [tuple(command) for command in order.daily],
-        lambda command: run_command(command, environment),
-    )
-    working = asyncio.create_task(daily.run(), name="daily work")
+    working = asyncio.create_task(daily_work(family).run(), name="daily work")
     try:
         await family.run()
     finally:
@@ -598,7 +597,7 @@ class DailyWork:
 
     def __init__(
         self,
-        commands: Sequence[tuple[str, ...]],
+        commands: Callable[[], Sequence[tuple[str, ...]]],
         run: Callable[[tuple[str, ...]], Awaitable[int]],
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -612,7 +611,7 @@ class DailyWork:
         now = self._now()
         if now.time() < DAILY_AT:
             return
-        for command in self._commands:
+        for command in self._commands():
             if self._done.get(command) == now.date():
                 continue
             status = await self._run(command)
@@ -630,6 +629,14 @@ class DailyWork:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             await self.look()
+
+
+def daily_commands(settings: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """What `tidegate up` runs once a day, as arguments of `tidegate`."""
+    commands: list[tuple[str, ...]] = [("prune",)]
+    if (record_export := settings.get("RECORD_EXPORT") or "off") != "off":
+        commands.append(("export", "record", "--format", record_export))
+    return commands
 
 
 async def run_command(command: tuple[str, ...], environment: Mapping[str, str]) -> int:
@@ -650,6 +657,22 @@ async def run_command(command: tuple[str, ...], environment: Mapping[str, str]) 
         if process.returncode is None:
             process.terminate()
             await process.wait()
+
+
+def daily_work(
+    family: Family,
+    run: Callable[[tuple[str, ...], Mapping[str, str]], Awaitable[int]] = run_command,
+    *,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> DailyWork:
+    """That of a family, by the settings that its processes have at the time."""
+
+    def settings() -> dict[str, str]:
+        return {name: value for name, value in family.environment.items() if name != SHARED}
+
+    return DailyWork(
+        lambda: daily_commands(settings()), lambda command: run(command, settings()), now=now
+    )
 
 
 _BACKLOG = 2048

@@ -32,7 +32,6 @@ from tidegate.settings import Config, load
 from tidegate.spine.routing import Targets
 from tidegate.store.database import Connections
 from tidegate.store.tenants import Tenants
-from tidegate.supervisor.maintenance import daily_commands
 from tidegate.supervisor.services import Ground, environment_of, migrate, prepared, with_record
 from tidegate.supervisor.supervisor import (
     RENEW_SIGNAL,
@@ -327,9 +326,6 @@ def _supervision(
             "emulated": ground.emulated,
             "kept": {name: variables[name.upper()] for name in filled_in},
         },
-        daily=[list(command) for command in daily_commands(config)],
-        grace_s=config.shutdown_grace_ms / 1000,
-        leave_s=config.leave_ms / 1000,
         log_format=config.log_format,
         log_level=config.log_level,
         stopping=page.stopping(),

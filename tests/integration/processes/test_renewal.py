@@ -8,12 +8,17 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
+
+import pytest
 
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
 from tidegate.errors import ConfigError
-from tidegate.supervisor.supervisor import RENEW_SIGNAL, Child, Family
+from tidegate.supervisor import supervisor
+from tidegate.supervisor.supervisor import RENEW_SIGNAL, Child, Family, daily_work
 
 # Notes each stage of its life, in one file for all. A file `broken` keeps it from becoming ready.
 _NOTING = """
@@ -47,18 +52,25 @@ def _notes(folder: Path) -> list[str]:
 
 
 @asynccontextmanager
-async def _family(folder: Path, *names: str, program: str = _NOTING) -> AsyncIterator[Family]:
-    """A running family, each of whose environments has the next number."""
+async def _family(
+    folder: Path,
+    *names: str,
+    program: str = _NOTING,
+    changed: Mapping[str, str] = MappingProxyType({}),
+    grace_s: float = 20.0,
+) -> AsyncIterator[Family]:
+    """A running family, whose environments have the next number each, and later ones `changed`."""
     generation = iter("123456789")
 
     def reread() -> Mapping[str, str]:
         if (folder / "wrong").exists():
             raise ConfigError("PORT", "x", "must be a number")
-        return {**os.environ, "GENERATION": next(generation)}
+        return {**os.environ, **changed, "GENERATION": next(generation)}
 
     argv = (sys.executable, "-c", program, str(folder))
     children = [Child(name, (*argv, name)) for name in names]
-    family = Family(children, environment={**os.environ, "GENERATION": "0"}, reread=reread)
+    first = {**os.environ, "GENERATION": "0"}
+    family = Family(children, environment=first, reread=reread, grace_s=grace_s)
     running = asyncio.create_task(family.run())
     await wait_until(lambda: len(_notes(folder)) == len(names), 20)
     yield family
@@ -75,6 +87,47 @@ async def test_each_is_replaced_after_the_next_is_ready(tmp_path: Path, traces: 
         assert _notes(tmp_path)[2:] == ["a 1 ready", "a 0 left", "b 1 ready", "b 0 left"]
         os.kill(family.pids["a"], signal.SIGKILL)  # the new settings are those of the next as well
         await wait_until(lambda: _notes(tmp_path)[-1] == "a 1 ready" and "a" in family.pids, 20)
+    await traces.none_left()
+
+
+async def test_the_daily_work_has_the_settings_of_the_last_renewal(
+    tmp_path: Path, traces: Traces
+) -> None:
+    ran: list[tuple[str, str]] = []
+    now = datetime(2026, 11, 29, 4, tzinfo=UTC)
+
+    async def run(command: tuple[str, ...], environment: Mapping[str, str]) -> int:
+        ran.append((" ".join(command), environment["GENERATION"]))
+        return 0
+
+    async with _family(tmp_path, "a", changed={"RECORD_EXPORT": "jsonl"}) as family:
+        daily = daily_work(family, run, now=lambda: now)
+        await daily.look()
+        assert ran == [("prune", "0")]
+        family.renew()
+        await wait_until(lambda: not family.renewing, 20)
+        now += timedelta(days=1)
+        await daily.look()
+        assert ran[1:] == [("prune", "1"), ("export record --format jsonl", "1")]
+        (tmp_path / "broken").touch()
+        family.renew()
+        await wait_until(lambda: not family.renewing, 20)
+        now += timedelta(days=1)
+        await daily.look()
+        assert ran[3:] == [("prune", "1"), ("export record --format jsonl", "1")]
+    await traces.none_left()
+
+
+async def test_a_process_has_as_long_to_finish_as_its_own_settings_say(
+    tmp_path: Path, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_MARGIN_S", 0.0)
+    changed = {"SHUTDOWN_GRACE_MS": "60000"}
+    async with _family(tmp_path, "a", program=_SLOW, changed=changed, grace_s=0.01) as family:
+        (tmp_path / "go").touch()
+        family.renew()
+        await wait_until(lambda: not family.renewing, 20)
+    assert _notes(tmp_path)[-1] == "a 1 ends"
     await traces.none_left()
 
 
@@ -119,8 +172,8 @@ def until(file):
 is_first = os.environ["GENERATION"] == "0"
 def finish(*_):
     note("stops")
-    if is_first:
-        until("end")
+    until("end") if is_first else time.sleep(0.2)
+    note("ends")
     os._exit(0)
 signal.signal(signal.SIGTERM, finish)
 note("started")

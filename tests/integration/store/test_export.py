@@ -298,7 +298,7 @@ async def test_daily_work_prunes_once_a_day_and_tries_again_what_failed(
         ran.append(command)
         return await run_command(command, environment)
 
-    daily = DailyWork([("prune",)], run, now=lambda: now)
+    daily = DailyWork(lambda: [("prune",)], run, now=lambda: now)
     await daily.look()
     assert ran == []
     now += timedelta(minutes=1)

@@ -11,8 +11,7 @@ import pytest
 
 from tests.unit.deploy.deployment import DEPLOY, ROOT, as_config, output, seconds
 from tidegate.limiter import STALLED_S
-from tidegate.settings import Config
-from tidegate.supervisor.maintenance import daily_commands
+from tidegate.supervisor.supervisor import daily_commands
 
 _FOLDER = DEPLOY / "systemd"
 _PROCESSES = (
@@ -102,8 +101,8 @@ def test_every_command_of_a_day_has_its_timer() -> None:
         for name in _TIMERS
     }
     # Those of `tidegate up`, whose format of an export is a setting here too.
-    config = Config(record_export="jsonl")
-    daily = {" ".join(command).partition(" --format")[0] for command in daily_commands(config)}
+    found = daily_commands({"RECORD_EXPORT": "jsonl"})
+    daily = {" ".join(command).partition(" --format")[0] for command in found}
     assert commands == daily == {"prune", "export record"}
     for name in _TIMERS:
         timer = dict(_lines(_FOLDER / name))
