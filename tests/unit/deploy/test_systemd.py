@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -116,3 +117,18 @@ def test_the_api_gets_the_socket_that_stays_open() -> None:
     assert api["ExecStart"].endswith("serve --fd 3"), "the first that systemd hands on"
     assert _environment("tidegate-api@1.service")["PORT"] == socket["ListenStream"]
     assert api["Type"] == dict(_lines(_FOLDER / "tidegate-worker@.service"))["Type"] == "notify"
+
+
+def test_what_is_enabled_as_documented_starts_with_the_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "etc/systemd/system"
+    shutil.copytree(_FOLDER, folder)
+    document = (ROOT / "docs/operating.md").read_text()
+    found = re.findall(r"systemctl enable --now ([^`#\n]+)", document)
+    units = list(dict.fromkeys(" ".join(found).split()))
+    assert "tidegate-worker@1" in units
+    output("systemctl", f"--root={tmp_path}", "--quiet", "enable", *units)
+    begun, names = set(), ["multi-user.target", "sockets.target", "timers.target"]
+    for name in names:  # which grows
+        begun.add(name)
+        names += [one.name for one in folder.glob(f"{name}.wants/*") if one.name not in begun]
+    assert {unit if "." in unit else f"{unit}.service" for unit in units} <= begun
