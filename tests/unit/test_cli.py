@@ -35,6 +35,24 @@ def test_a_wrong_setting_is_told_in_one_line(command: tuple[str, ...], tmp_path:
     assert done.stderr == "tidegate: PORT=abc: must be a whole number from 0 to 65535\n"
 
 
+@pytest.mark.parametrize(
+    "command", [("up",), ("serve",), ("worker",), ("prune",), ("export", "record")], ids=" ".join
+)
+@pytest.mark.parametrize("blobs", ["", "s3://bucket"], ids=["a folder", "a bucket"])
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(
+    command: tuple[str, ...], blobs: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    away = {"DATABASE_URL": "postgresql://127.0.0.1:1/x", "REDIS_URL": "redis://127.0.0.1:1"}
+    keys = {"ADMIN_TOKEN": "t" * 32, "GEMINI_API_KEY": "k", "AWS_REGION": "r", "PORT": "0"}
+    done = _run(tmp_path, *command, **away, **keys, BLOB_URL=blobs, DATA_DIR="file/data")
+    assert done.stderr == (
+        "tidegate: DATA_DIR=file/data: cannot be used: Not a directory; "
+        "it must be a folder that this user may write to\n"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_a_collector_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("OTEL_EXPORTER_OTLP_ENDPOINT=nonsense\n")
     for command in (("config", "check"), ("up",)):

@@ -32,7 +32,7 @@ from tidegate.policy.deployment import deployed_upstreams
 from tidegate.settings import Config, secret
 from tidegate.store.database import revision_at, settle_restored
 from tidegate.store.retention import RecordByDay, RecordDay
-from tidegate.supervisor.services import database_url_of, prepared, with_record
+from tidegate.supervisor.services import database_url_of, make_folders, prepared, with_record
 from tidegate.telemetry.logging import Log, get_logger
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def prune(config: Config, days: int | None) -> PruneReport:
     processes left on this machine when they were killed."""
     from tidegate.http.body import remove_leftovers
 
+    make_folders(config)
+
     async def work(connections: Connections) -> PruneReport:
         await asyncio.to_thread(remove_leftovers, config.data_dir / "tmp")
         retention = _retention(config, connections)
@@ -61,6 +63,7 @@ def prune(config: Config, days: int | None) -> PruneReport:
 
 def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
     """Erase all of a subject or tenant, or only count it."""
+    make_folders(config)
 
     async def work(connections: Connections) -> EraseReport:
         return await _retention(config, connections).erase(whose, dry_run=dry_run)
@@ -291,9 +294,9 @@ def export_record(
 
     if file_format == "parquet":
         _pyarrow()
+    make_folders(config, "tmp")
     blobs = Blobs.from_url(config.blob_url, config.data_dir)
     folder = config.data_dir / "tmp"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def work(connections: Connections) -> list[ExportedDay]:
         export = RecordExport(connections, blobs, folder, file_format, with_bodies=with_bodies)

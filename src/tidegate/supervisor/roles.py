@@ -25,9 +25,10 @@ import uvicorn
 
 from tidegate.http.uvicorn_protocol import MOST_A_ROUND, MOST_OF_SHARED, Acceptor
 from tidegate.metrics.instruments import share_by_name
+from tidegate.operator_key import operator_key
 from tidegate.settings import Config
 from tidegate.store.notifications import next_beat_s
-from tidegate.supervisor.services import is_child, migrate, prepared
+from tidegate.supervisor.services import is_child, make_folders, migrate, prepared
 from tidegate.supervisor.supervisor import (
     LEAVE_SIGNAL,
     LIFELINE,
@@ -93,6 +94,8 @@ def _survive_looks() -> None:
 def _standing(config: Config) -> Iterator[Config]:
     """A whole configuration on a migrated database: of the supervisor's making, or of our own."""
     share_by_name()
+    make_folders(config)  # as one line, before anything is started
+    operator_key(config)
     if is_child():
         follow_lifeline(int(os.environ[LIFELINE]), config.shutdown_grace_ms / 1000)
         yield config

@@ -7,6 +7,7 @@ first process of a family, and passed to its children as environment variables, 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -103,6 +104,20 @@ def _filled(config: Config, lease: ServersLease | None) -> Config:
         found["gemini_base_url"] = lease.emulator_url
         found["gemini_api_key"] = SecretStr(EMULATORS_KEY)
     return config.model_copy(update=found)
+
+
+def make_folders(config: Config, *others: str) -> None:
+    """Make the folders of DATA_DIR that a process writes to, and `others`. Raises ConfigError where
+    this user may not."""
+    names = (*(() if config.blob_url else ("blobs",)), *others, "spill")
+    try:
+        for name in names:
+            (config.data_dir / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(config.data_dir / "spill", os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as refused:
+        why = f"cannot be used: {refused.strerror}; it must be a folder that this user may write to"
+        raise ConfigError("DATA_DIR", str(config.data_dir), why) from None
 
 
 def migrate(config: Config, say: Callable[[str], object]) -> str | None:

@@ -32,7 +32,14 @@ from tidegate.settings import Config, load
 from tidegate.spine.routing import Targets
 from tidegate.store.database import Connections
 from tidegate.store.tenants import Tenants
-from tidegate.supervisor.services import Ground, environment_of, migrate, prepared, with_record
+from tidegate.supervisor.services import (
+    Ground,
+    environment_of,
+    make_folders,
+    migrate,
+    prepared,
+    with_record,
+)
 from tidegate.supervisor.supervisor import (
     RENEW_SIGNAL,
     Child,
@@ -279,6 +286,7 @@ def up(config: Config, apis: int, workers: int) -> NoReturn:
     signal.signal(RENEW_SIGNAL, signal.SIG_IGN)  # there is nothing to renew yet
     page = Page(config, apis, workers)
     with listen(config) as listener:
+        make_folders(config)
         operator_key(config)  # made before children start, so that one line tells what is wrong
         with (
             prepared(config, busy=page.busy) as ground,
