@@ -162,7 +162,9 @@ def with_keys(name: str, values: Mapping[str, Any], remove: Sequence[str] = ()) 
             new[stem] = {one: kept for one, kept in inner.items() if kept is not None}
         _check(name, new)
         known = base.get(name, {})
-        over = {**_said(known, new), **live.over}
+        again = {key.partition(".")[0] for key in (*values, *remove)}  # over what it says by now
+        before = {key: one for key, one in live.over.items() if key not in again}
+        over = {**_said(known, new), **before}
         # What says the same as the file, or takes away what is not there, is the file's.
         new = {key: one for key, one in new.items() if key not in known or one != known[key]}
         new = {key: one for key, one in new.items() if one is not None or key in known}

@@ -49,6 +49,10 @@ def test_a_key_that_was_set_live_stays_and_the_others_are_the_files() -> None:
     assert changes.differing(later) == ["openai.weight: the file says 3, 5 is kept"]
     assert changes.source("openai", later) == "deployment; live: weight"
     assert made(set_keys("openai", {"weight": 5}), as_deployed("openai")) == NO_CHANGES
+    again = set_keys("openai", {"weight": 7})(changes, later)
+    assert again.differing(later) == [], "it was set over what the file says by now"
+    other = set_keys("openai", {"models": ["gpt-5"]})(changes, later)
+    assert other.differing(later) == ["openai.weight: the file says 3, 5 is kept"]
 
 
 def test_what_says_the_same_as_the_file_is_no_change() -> None:
