@@ -41,6 +41,7 @@ def _logging_as_before() -> Iterator[None]:
         ("GET /v1beta/models?key=abc&alt=sse", "GET /v1beta/models?key=***&alt=sse"),
         ("GET /x?alt=sse&api_key=abc", "GET /x?alt=sse&api_key=***"),
         ("https://h/upload?upload_id=abc", "https://h/upload?upload_id=***"),
+        ("postgresql://db/x?user=u&password=abc", "postgresql://db/x?user=u&password=***"),
         ("x-goog-api-key: abc", "x-goog-api-key: ***"),
         ("{'X-Goog-Api-Key': 'abc', 'a': 'b'}", "{'X-Goog-Api-Key': '***', 'a': 'b'}"),
         ("[(b'x-goog-api-key', b'abc')]", "[(b'x-goog-api-key', b'***')]"),

@@ -20,7 +20,7 @@ from datetime import date, datetime, timedelta
 from gzip import GzipFile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 import orjson
 
@@ -188,14 +188,29 @@ def _program(name: str, config: Config) -> str:
     return found
 
 
-def _run(program: str, url: str, *options: str) -> None:
-    parts = urlsplit(url)
-    environment = dict(os.environ)
+def without_password(url: str) -> tuple[str, str | None]:
+    """A URL of PostgreSQL's without its password, and that, wherever it stands."""
+    parts, password = urlsplit(url), None
     if parts.password:
-        environment["PGPASSWORD"] = unquote(parts.password)
+        password = unquote(parts.password)
         user, _, place_of = parts.netloc.rpartition("@")
         parts = parts._replace(netloc=f"{user.partition(':')[0]}@{place_of}")
-    command = [program, *options[:-1], f"--dbname={urlunsplit(parts)}", options[-1]]
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    for name, value in query:
+        password = value if name == "password" else password
+    if kept := [pair for pair in query if pair[0] != "password"]:
+        parts = parts._replace(query=urlencode(kept, quote_via=quote))
+    else:
+        parts = parts._replace(query="")
+    return urlunsplit(parts), password
+
+
+def _run(program: str, url: str, *options: str) -> None:
+    url, password = without_password(url)
+    environment = dict(os.environ)
+    if password is not None:
+        environment["PGPASSWORD"] = password
+    command = [program, *options[:-1], f"--dbname={url}", options[-1]]
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False
     )

@@ -163,7 +163,7 @@ _SECRET_FIELD = re.compile(
 _SECRET_IN_TEXT = re.compile(
     r"(?P<before>"
     r"(?P<password>://[^/\s:@'\"]*:(?!\d+(?:[/?#\s'\",]|$)))"
-    r"|[?&](?:key|api_?key|upload_id|access_token|tidegate_key)="
+    r"|[?&](?:key|api_?key|upload_id|access_token|tidegate_key|password)="
     r"|(?:x-(?:goog-)?api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
     r")"
     # `tg_...` stands for any key in our own texts.
