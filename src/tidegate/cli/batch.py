@@ -536,7 +536,7 @@ _RATE_OVER_S = 20.0
 # The time left goes by the rate over so long, once such a part is done.
 _LEFT_OVER_S = 180.0
 _SOONEST = 0.02
-_STOPPING = ("unauthenticated", "budget_exceeded")
+_STOPPING = ("unauthenticated", "budget_exceeded", "budget_paused")
 
 
 @dataclass

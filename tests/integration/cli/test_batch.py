@@ -18,6 +18,7 @@ from tests.waiting import wait_until
 from tidegate.cli import batch
 from tidegate.embedded.servers import free_port
 from tidegate.errors import GatewayUnreachable
+from tidegate.prices.budgets import Budget
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -147,6 +148,27 @@ async def test_a_run_is_alone_with_its_results_and_survives_the_loss_of_a_reques
     )
     assert (lost["error"]["code"], lost["request_id"]) == ("not_found", queued[0])
     assert found["request_id"] == queued[1]
+
+
+async def test_a_run_stops_at_a_paused_budget_and_goes_on_once_it_is_resumed(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    gateway = await open_gateway()
+    budgets = gateway.services.store.budgets
+    budget = Budget("all", "tokens", 10**6, "day", at_end="pause", doubt="estimate")
+    await budgets.records.set(budget, by="test")
+    await budgets.refresh()
+    await gateway.database.execute("INSERT INTO budget_pauses (budget, scope) VALUES ('all', '')")
+    prompts = tmp_path / "three.jsonl"
+    prompts.write_text("Say marker-1\nSay marker-2\nSay marker-3\n")
+    stopped = await run(gateway, "batch", "run", str(prompts), "--window", "1")
+    assert "stopped with 0 of 3 done" in stopped.complained
+    assert "a person must resume it" in stopped.complained
+    assert rows_of(tmp_path / "three.results.jsonl") == [], "no line is written down as refused"
+    await budgets.records.resume("all", scope=None, extra=0, by="test")
+    await budgets.refresh()
+    done = await run(gateway, "batch", "run", str(prompts), "--json")
+    assert (done.code, done.json["succeeded"]) == (0, 3), done.complained
 
 
 async def test_a_run_waits_for_a_gateway_that_is_away(open_gateway: Opener, tmp_path: Path) -> None:
