@@ -167,6 +167,19 @@ def test_the_calls_that_wait_for_an_upstream_are_told_with_it() -> None:
     assert cause.detail == "503. Waiting: acme 2, globex 1."
 
 
+def test_an_upstream_that_is_paused_and_not_out_is_a_paused_limit() -> None:
+    throttled = limit(
+        "upstream:b", bound=10**10, paused_ms=3_600_000, paused_by="b: 429", waiting=3
+    )
+    verdict = judge(seen(pool(throttled), a=UpstreamFound("ok"), b=UpstreamFound("ok")))
+    assert verdict.sentence == "Degraded: 1 problem, 3 requests wait."
+    (cause,) = verdict.causes
+    assert (cause.kind, cause.subject, cause.waiting) == ("limit_paused", "upstream:b", 3)
+    assert cause.command == "tidegate limits resume upstream:b --pool gemini"
+    tried = judge(seen(pool(throttled), a=UpstreamFound("ok"), b=UpstreamFound("trying")))
+    assert tried.causes == (), "it is on its way back"
+
+
 def test_budgets_that_hold_calls_up_are_causes() -> None:
     end = datetime(2026, 1, 1, tzinfo=UTC)
     budgets = [

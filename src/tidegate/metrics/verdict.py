@@ -298,7 +298,7 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
             continue
         held_up = waiting_by_limit(one.snapshot)
         for view in one.snapshot.limits.values():
-            if view.limit.startswith(_GATE):  # told with its upstream
+            if _is_gate(view.limit, seen):  # told with its upstream
                 continue
             if view.paused_ms > SHORT_PAUSE_MS:
                 yield _paused(one.pool, view, held_up.get(view.limit, Counter()))
@@ -326,6 +326,14 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
             view = max(narrow, key=lambda each: (each.waiting, each.limit))
             yield _bottleneck(one, view, held_up.get(view.limit, Counter()))
         yield from _drifts(one)
+
+
+def _is_gate(limit: str, seen: DeploymentSeen) -> bool:
+    """Whether a pause of it is an upstream's that is out or removed: not by a person or a 429."""
+    upstream = limit.removeprefix(_GATE)
+    if upstream == limit or upstream not in seen.upstreams:
+        return upstream != limit
+    return any(one.state != "ok" for _, one in found_by(upstream, seen.notes))
 
 
 def waiting_by_limit(snapshot: Snapshot) -> defaultdict[str, Counter[str]]:
