@@ -85,6 +85,17 @@ def test_waiting_is_normal_until_it_lasts() -> None:
     assert (slow.health, slow.sentence) == ("degraded", "Degraded: 1 problem, 12 requests wait.")
 
 
+def test_a_long_wait_counts_where_more_calls_wait_for_another_limit() -> None:
+    busy = limit("kind:text_only", waiting=50, cost_ms=600)
+    spent = limit("rpd:m", sort="q", bound=100, used=100, waiting=40, room_in_ms=7_200_000)
+    verdict = judge(seen(pool(busy, spent)))
+    assert verdict.sentence == "Degraded: 1 problem, 90 requests wait."
+    assert [(one.subject, one.level) for one in verdict.causes] == [
+        ("rpd:m", "degraded"),
+        ("kind:text_only", "healthy"),
+    ]
+
+
 def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
     narrowed = limit("model:m", bound=12, current=3, used=3, waiting=2, cost_ms=100)
     (cause,) = judge(seen(pool(narrowed))).causes

@@ -322,9 +322,11 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
             and not each.paused_ms
             and not each.limit.startswith(_GATE)
         ]
-        if narrow:
-            view = max(narrow, key=lambda each: (each.waiting, each.limit))
-            yield _bottleneck(one, view, held_up.get(view.limit, Counter()))
+        most = max(narrow, key=lambda each: (each.waiting, each.limit), default=None)
+        for view in narrow:
+            cause = _bottleneck(one, view, held_up.get(view.limit, Counter()), view is most)
+            if view is most or cause.level == "degraded":
+                yield cause
         yield from _drifts(one)
 
 
@@ -360,8 +362,8 @@ def _paused(pool: str, view: LimitView, tenants: Counter[str]) -> Cause:
     )
 
 
-def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str]) -> Cause:
-    """The limit that holds up the most, and how long its last waiter is likely to wait."""
+def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str], is_most: bool) -> Cause:
+    """A limit that holds calls up, and how long its last waiter is likely to wait."""
     per_s = admitted_per_s(view, seen.policy.limit(view.limit))
     wait_ms = view.waiting * 1_000 / per_s if per_s else float(view.room_in_ms)
     parts = [_fullness(view, seen.policy.limit(view.limit))]
@@ -373,7 +375,7 @@ def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str]) -> Cause
     return Cause(
         "bottleneck",
         "degraded" if wait_ms > LONG_WAIT_MS else "healthy",
-        f"{view.limit} is the bottleneck: {view.waiting:,} waiting.",
+        f"{view.limit} is {'the' if is_most else 'a'} bottleneck: {view.waiting:,} waiting.",
         " ".join(part for part in parts if part),
         pool=seen.pool,
         subject=view.limit,
