@@ -9,6 +9,7 @@ never the request.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import time
@@ -133,8 +134,8 @@ class GatewayClient:
             half.unlink(missing_ok=True)
 
     async def events(self, path: str, last_id: str = "") -> AsyncIterator[ServerEvent]:
-        """Server-sent events from after `last_id` until the server ends. Raises as `get`, and
-        GatewayUnreachable where the connection is lost."""
+        """Server-sent events from after `last_id` until the server ends, after one named `open`
+        for the connection. Raises as `get`, and GatewayUnreachable where that is lost."""
         import aiohttp
 
         headers = {"Accept": "text/event-stream"}
@@ -142,6 +143,7 @@ class GatewayClient:
             headers["Last-Event-ID"] = last_id
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S, sock_read=SILENT_S)
         async with self._asked("GET", path, headers=headers, timeout=timeout) as answer:
+            yield ServerEvent("open", None, "")
             fields: dict[str, str] = {}
             # Not by its own lines: one may be longer than their bound, as a whole text in an event.
             async for raw in _lines(answer.content):
@@ -362,13 +364,13 @@ async def follow(
 async def _follow(
     gateway: GatewayClient, request_id: str, progress: Progress, as_json: bool
 ) -> dict[str, Any]:
-    last_id, heard_at, lost = "", time.monotonic(), False
+    last_id, lost_at = "", math.inf
     view: dict[str, Any] = {}
     while True:
         failure: GatewayRefused | GatewayUnreachable | None = None
         try:
             async for event in gateway.events(f"/status/{request_id}", last_id):
-                last_id, heard_at, lost = event.event_id or last_id, time.monotonic(), False
+                last_id, lost_at = event.event_id or last_id, math.inf
                 if event.name == "status":
                     view = event.data
                     progress.state(view)
@@ -380,11 +382,11 @@ async def _follow(
             failure = away
         if failure is not None and not is_passing(failure):
             raise failure
-        if failure is not None and time.monotonic() - heard_at > AWAY_S:
+        if failure is not None and time.monotonic() - lost_at > AWAY_S:
             raise failure
-        if not lost and failure is not None:
+        if failure is not None and lost_at == math.inf:
             progress.note(f"lost the connection ({failure.message}); coming back")
-            lost = True
+            lost_at = time.monotonic()
         await asyncio.sleep(_COME_BACK_S)
 
 

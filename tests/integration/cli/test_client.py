@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from tests.gateway import PNG, Opener
 from tests.integration.cli.calling import forwarding, run, under_way
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
+from tidegate.cli import client
+from tidegate.settings import load_client
 
 PRICES = '[upstreams.gemini.prices]\n"*" = { input = 1.0, output = 1.0, image = 0.5 }\n'
 
@@ -113,6 +119,27 @@ async def test_a_lost_connection_is_taken_up_where_it_was(
     assert states[0] == "queued"
     assert states[-1] == "succeeded"
     assert len(set(states)) == len(states), "nothing is told twice"
+
+
+async def test_a_connection_that_had_nothing_to_tell_for_long_is_taken_up_too(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    request_id = await gateway.submit(data="Explain the tide")
+    now, states = [0.0], list[str]()
+    monkeypatch.setattr(client, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(client.Progress, "state", lambda _, view: states.append(view["status"]))
+    async with forwarding(gateway) as (url, cut):
+        monkeypatch.setenv("TIDEGATE_URL", url)
+        async with client.GatewayClient(load_client()) as far:
+            progress = client.Progress(silent=True)
+            work = client.follow(far, request_id, progress, as_json=False)
+            following = asyncio.create_task(work)
+            await wait_until(lambda: states == ["queued"], 20, "its first state")
+            now[0] += 2 * client.AWAY_S
+            cut()
+            gateway.start_worker()
+            assert (await following)["status"] == "succeeded"
 
 
 async def test_exit_codes_say_what_kind_of_failure_it_is(
