@@ -247,6 +247,8 @@ async def show_state(gateway: GatewayClient, json: bool) -> int:
         _show_stores(found)
     else:
         _show_verdict(verdict)
+    if verdict is not None and found["blobs"]["status"] != "ok":  # of which it does not judge
+        typer.echo(f"The blob store does not answer: {found['blobs']['detail']}", err=True)
     is_well = found["status"] == "ok" and (verdict is None or verdict["health"] == "healthy")
     return DONE if is_well else FAILED
 

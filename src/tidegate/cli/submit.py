@@ -134,7 +134,8 @@ def status(
 ) -> None:
     """Show whether all is well, what waits and why; or the status of one request, and its answer.
 
-    The exit code is 1 if the request has failed, or if the deployment is degraded or down.
+    The exit code is 1 if the request has failed, or if the deployment is degraded or
+    down, or its blob store does not answer.
     """
     if request_id is None:
         raise typer.Exit(with_gateway(lambda gateway: show_state(gateway, json)))

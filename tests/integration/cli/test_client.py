@@ -173,13 +173,18 @@ async def test_exit_codes_say_what_kind_of_failure_it_is(
 
 
 async def test_the_state_of_the_deployment_in_a_sentence_with_its_causes(
-    open_gateway: Opener,
+    open_gateway: Opener, tmp_path: Path
 ) -> None:
     """As docs/dashboard.md shows it."""
     gateway = await open_gateway(worker=False)
     key = {"TIDEGATE_API_KEY": gateway.operator_key}
     well = await run(gateway, "status", **key)
     assert (well.code, well.said.strip()) == (0, "● Healthy: nothing waits.")
+    files, aside = gateway.services.config.data_dir / "blobs", tmp_path / "aside"
+    files.rename(aside)
+    lacking = await run(gateway, "status", **key)
+    assert (lacking.code, "The blob store does not answer: " in lacking.complained) == (1, True)
+    aside.rename(files)
     await gateway.services.limiter.penalise("kind:text_only", for_ms=600_000, by="ann: quota")
 
     async def paused() -> bool:
