@@ -53,6 +53,8 @@ _MOVES_PER_MESSAGE, _MOST_MOVES = 50, 1_000  # of at most 130 bytes
 _PHASE_S = random.random()  # so that the processes of a machine do not all wake together
 _RECONNECT_MS = 500
 _LISTEN_TIMEOUT_MS = 2_000
+# The second is asyncpg's word for an end that was announced between two statements.
+_CUT = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 def next_beat_s(every_s: float) -> float:
@@ -256,7 +258,7 @@ class Notifications:
     async def _listen(self) -> None:
         while True:
             # The pool reports an outage; this only reconnects when it has ended.
-            with suppress(StoreUnavailable, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            with suppress(StoreUnavailable, OSError, asyncpg.PostgresError, *_CUT):
                 await self._listen_until_closed()
             await asyncio.sleep(_RECONNECT_MS / 1000)
 
@@ -279,6 +281,10 @@ class Notifications:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(next_beat_s(_PULSE_S)):
                         await closed.wait()
+        except AttributeError as failed:
+            if connection.is_closed():  # between two steps of one statement
+                raise asyncpg.InterfaceError("the connection was cut off") from failed
+            raise
         finally:
             watchdog.cancel()
             connection.terminate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -16,9 +17,12 @@ from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, Status, new_id
 from tidegate.errors import NotFound
 from tidegate.store import notifications as watch
+from tidegate.store.database import DatabaseSession, row_alone
 from tidegate.store.notifications import LANES, Notifications
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
+
+LAST_STEP = 40  # of the event loop, by which a pulse has ended
 
 
 async def claim_one(store: Store) -> ClaimedJob:
@@ -248,6 +252,33 @@ async def test_a_lost_connection_ends_the_waits_that_relied_on_its_pulse(
     async with asyncio.timeout(watch.PULSED_MS / 2000):
         await asyncio.gather(*waits)
         await followed.wait()  # what was changed meanwhile is looked for
+
+
+async def test_a_listener_that_is_cut_off_between_any_two_steps_listens_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, cuts = list[DatabaseSession](), list[asyncio.Task[None]]()
+
+    async def cut_after(steps: int, line: DatabaseSession) -> None:
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        line.terminate()
+
+    async def pulse(line: DatabaseSession, *given: Any, **more: Any) -> asyncpg.Record:
+        if line not in lines:
+            lines.append(line)
+            if len(lines) == 1:
+                raise asyncpg.InternalClientError  # for an end announced between two statements
+            if len(lines) < LAST_STEP:
+                cuts.append(asyncio.create_task(cut_after(len(lines), line)))
+        return await row_alone(line, *given, **more)
+
+    monkeypatch.setattr(watch, "row_alone", pulse)
+    monkeypatch.setattr(watch, "_RECONNECT_MS", 1)
+    await wait_until(lambda: not store.connections.away)
+    store.notifications.listen()
+    await wait_until(lambda: len(lines) == LAST_STEP and store.notifications.is_sure())
+    await asyncio.gather(*cuts)
 
 
 async def test_a_new_budget_is_in_force_without_a_notification(
