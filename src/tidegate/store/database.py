@@ -238,11 +238,7 @@ class Connections:
             raise
 
     async def rows(
-        self,
-        name: str,
-        *values: Any,
-        timeout_ms: int = COMMAND_TIMEOUT_MS,
-        repeatable: bool = True,
+        self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS, repeatable: bool = True
     ) -> list[asyncpg.Record]:
         """All rows of the statement `name`, in a transaction of its own; raises as `run` does."""
         return await self.run(
@@ -257,17 +253,13 @@ class Connections:
     ) -> asyncpg.Record | None:
         """The first row of the statement `name`, in a transaction of its own."""
         return await self.run(
-            lambda connection: connection.fetchrow(sql(name), *values),
-            timeout_ms=timeout_ms,
-            begin="if needed",
+            lambda one: one.fetchrow(sql(name), *values), timeout_ms=timeout_ms, begin="if needed"
         )
 
     async def execute(self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS) -> int:
         """Run the statement `name` in a transaction of its own; how many rows it affected."""
         done: str = await self.run(
-            lambda connection: connection.execute(sql(name), *values),
-            timeout_ms=timeout_ms,
-            begin="if needed",
+            lambda one: one.execute(sql(name), *values), timeout_ms=timeout_ms, begin="if needed"
         )
         return count_in(done)
 
@@ -384,7 +376,10 @@ class Connections:
             if may_open:
                 opens_at = opens_at or loop.time() + (_OPEN_AFTER_S if self._busy else 0.0)
                 if loop.time() >= opens_at:
-                    return await self._opened(deadline)
+                    if (opened := await self._opened(deadline)) is not None:
+                        return opened
+                    opens_at = loop.time() + PROBE_EVERY_MS / 1000
+                    continue
                 opening = loop.call_at(opens_at, _wake, waits)
             self._waiting.append(waits)
             try:
@@ -428,18 +423,19 @@ class Connections:
             _wake(waits)
         self._waiting.clear()
 
-    async def _opened(self, deadline: float) -> DatabaseSession:
+    async def _opened(self, deadline: float) -> DatabaseSession | None:
+        """None where the server has no room for it: those that we have go on working."""
         left = deadline - asyncio.get_running_loop().time()
         self._opening = True
         try:
             return await self._connect(min(CONNECT_TIMEOUT_MS / 1000, max(left, 0.001)))
-        except asyncpg.TooManyConnectionsError:
-            raise  # it answers, and those that we have go on working
-        except _CUT:
-            self._suspect()
-            raise
         except (*_TRANSIENT, *_UNFIT) as failed:
-            self._gone(_words(failed))
+            if _is_full(failed) and (self._busy or self._idle):
+                return None
+            if isinstance(failed, _CUT):
+                self._suspect()
+            elif not _is_full(failed):
+                self._gone(_words(failed))
             raise
         finally:
             self._opening = False
@@ -499,9 +495,9 @@ class Connections:
                 try:
                     self._free(await self._answered(self._probe_timeout_ms / 1000))
                     break
-                except asyncpg.TooManyConnectionsError:
-                    break
                 except (*_TRANSIENT, *_UNFIT) as failed:
+                    if _is_full(failed):
+                        break
                     cuts_left -= isinstance(failed, _CUT)
                     if cuts_left < 0 or not isinstance(failed, _CUT):
                         self._gone(_words(failed))
@@ -514,6 +510,12 @@ class Connections:
             get_logger().info(Log.STORE_BACK)
             for notify in self.on_back:
                 notify()
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether PostgreSQL, or PgBouncer, answers and has no room for one more connection."""
+    at_bouncer = isinstance(error, asyncpg.ProtocolViolationError) and "connections" in str(error)
+    return at_bouncer or isinstance(error, asyncpg.TooManyConnectionsError)
 
 
 def _wake(waits: asyncio.Future[None]) -> None:

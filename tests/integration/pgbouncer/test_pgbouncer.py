@@ -18,6 +18,7 @@ from tests.batching import end_of as end_of_batch
 from tests.clusters import FAST, copied
 from tests.gateway import Gateway, Opener, read_stream
 from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
+from tests.integration.store.test_connections import all_wait_for_the_one
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.servers import PostgresServer
 from tidegate.store import notifications
@@ -170,6 +171,17 @@ async def test_the_schema_is_made_by_processes_that_start_at_once(
     connection = await asyncpg.connect(empty_database_url)
     assert await connection.fetchval("SELECT count(*) FROM alembic_version") == 1
     await connection.close()
+
+
+async def test_a_pooler_that_takes_no_more_connections_is_not_taken_for_an_outage(
+    postgres_server: PostgresServer, empty_database_url: str, tmp_path: Path
+) -> None:
+    with Bouncer(tmp_path / "pgbouncer", postgres_server, "max_client_conn = 1") as bouncer:
+        connections = Connections(bouncer.url(empty_database_url.rpartition("/")[2]), size=2)
+        try:
+            await all_wait_for_the_one(connections)
+        finally:
+            await connections.aclose()
 
 
 async def test_a_server_that_went_away_behind_the_pooler_is_noticed(

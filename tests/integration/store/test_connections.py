@@ -7,6 +7,7 @@ import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -317,6 +318,43 @@ async def test_a_burst_of_short_work_opens_no_connection_while_one_comes_free_so
     finally:
         await opened.aclose()
     assert len(set(served_by)) == 1
+
+
+async def test_a_caller_waits_for_a_connection_where_the_server_takes_no_more(
+    empty_database_url: str, stack: AsyncExitStack
+) -> None:
+    few = f"few_{new_id().hex}"
+    owner = await asyncpg.connect(empty_database_url)
+    stack.push_async_callback(owner.close)
+    await owner.execute(f"CREATE ROLE {few} LOGIN CONNECTION LIMIT 1")
+    stack.push_async_callback(owner.execute, f"DROP ROLE {few}")
+    url = urlsplit(empty_database_url)
+    host = url.netloc.rpartition("@")[2]
+    connections = await opened(url._replace(netloc=f"{few}@{host}").geturl(), stack, size=2)
+    await all_wait_for_the_one(connections)
+
+
+async def all_wait_for_the_one(connections: Connections) -> None:
+    """Have two callers use the one connection that there is room for, which the first keeps until
+    the second has been refused another one more often than a transaction is tried."""
+    refusals = 0
+    connect = connections._connect
+
+    async def counted(timeout_s: float) -> database.DatabaseSession:
+        nonlocal refusals
+        try:
+            return await connect(timeout_s)
+        except asyncpg.PostgresError:
+            refusals += 1
+            raise
+
+    async def work(connection: asyncpg.Connection) -> int:
+        await wait_until(lambda: refusals >= 5)
+        return int(await connection.fetchval("SELECT 1"))
+
+    connections._connect = counted  # type: ignore[method-assign]
+    assert await asyncio.gather(*(connections.run(work) for _ in range(2))) == [1, 1]
+    assert not connections.away
 
 
 async def test_connections_that_a_burst_has_opened_are_closed_after_it(
