@@ -17,6 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from operator import attrgetter
@@ -50,7 +51,8 @@ class _File:
 
 
 class Spill:
-    """At most `max_bytes` in `folder`, other processes' files included as found at the start."""
+    """At most `max_bytes` in `folder`, other processes' files included, and one write of each. What
+    they have is measured at each write and each replay."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
@@ -58,21 +60,22 @@ class Spill:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._active: _File | None = None
         self._sealed: list[_File] = []
-        self._used_bytes = sum(path.stat().st_size for path in self._folder.glob(f"*{_SUFFIX}"))
+        self._on_disk_bytes = self._measured()
+        self._pending_bytes = 0  # of what is queued
         self._queue: list[tuple[bytes, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._replaying = asyncio.Lock()
 
     @property
     def used_bytes(self) -> int:
-        return self._used_bytes
+        return self._on_disk_bytes + self._pending_bytes
 
     async def keep(self, entry: Json) -> None:
         """Return when `entry` is on the disk; raises StoreUnavailable when there is no room."""
         line = _line_of(entry)
-        if self._used_bytes + len(line) > self._max_bytes:
+        if self.used_bytes + len(line) > self._max_bytes:
             raise StoreUnavailable("PostgreSQL is away and the spill is full")
-        self._used_bytes += len(line)
+        self._pending_bytes += len(line)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((line, future))
         if self._writing is None:
@@ -89,16 +92,16 @@ class Spill:
                 self._sealed.append(self._active)
                 self._active = None
             self._sealed += await asyncio.to_thread(self._adopt)
+            self._on_disk_bytes = self._measured()
             count = 0
             while self._sealed:
                 file = self._sealed[0]
-                size_bytes = file.path.stat().st_size
                 for chunk in _chunks(file.path):
                     await write(chunk)
                     count += len(chunk)
                 self._sealed.pop(0)
                 file.drop()
-                self._used_bytes = max(0, self._used_bytes - size_bytes)
+                self._on_disk_bytes = self._measured()
             if count:
                 get_logger().info(Log.SPILL_REPLAYED, entries=count)
             return count
@@ -121,12 +124,12 @@ class Spill:
                 batch, self._queue = self._queue, []
                 failure: OSError | None = None
                 try:
-                    await asyncio.to_thread(self._append, b"".join(line for line, _ in batch))
+                    data = b"".join(line for line, _ in batch)
+                    self._on_disk_bytes = await asyncio.to_thread(self._append, data)
                 except OSError as failed:
                     failure = failed
-                for line, future in batch:
-                    if failure is not None:
-                        self._used_bytes -= len(line)
+                self._pending_bytes -= sum(len(line) for line, _ in batch)
+                for _, future in batch:
                     if future.done():
                         continue
                     if failure is None:
@@ -136,7 +139,8 @@ class Spill:
         finally:
             self._writing = None
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes) -> int:
+        """Returns how many bytes are in the folder now."""
         if self._active is None:
             self._active = self._create()
             get_logger().warning(Log.SPILLED, path=str(self._active.path))
@@ -149,6 +153,14 @@ class Spill:
         except OSError:
             os.ftruncate(self._active.descriptor, whole)
             raise
+        return self._measured()
+
+    def _measured(self) -> int:
+        sizes = 0
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            with suppress(FileNotFoundError):  # another process has replayed it just now
+                sizes += path.stat().st_size
+        return sizes
 
     def _create(self) -> _File:
         # Locked before it has its name: another process would take an unlocked file for a dead

@@ -24,6 +24,10 @@ async def replayed(spill: Spill) -> list[Json]:
     return entries
 
 
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 async def test_entries_come_back_in_order_and_once(tmp_path: Path) -> None:
     spill = Spill(tmp_path, 1_000_000)
     for number in range(450):
@@ -56,6 +60,31 @@ async def test_what_does_not_fit_is_refused_and_what_fits_is_kept(tmp_path: Path
         await spill.keep({"n": "x" * 100})
     await spill.keep({"n": 2})
     assert await replayed(spill) == [{"n": 1}, {"n": 2}]
+
+
+async def test_what_another_process_has_replayed_is_room_again(tmp_path: Path) -> None:
+    owner = Spill(tmp_path, 100)
+    await owner.keep({"n": "x" * 60})
+    other = Spill(tmp_path, 100)
+    with pytest.raises(StoreUnavailable):
+        await other.keep({"n": "y" * 60})
+    await replayed(owner)
+    assert await replayed(other) == []
+    assert other.used_bytes == 0
+    await other.keep({"n": "y" * 60})
+    assert other.used_bytes == size_of(tmp_path)
+
+
+async def test_the_processes_of_a_folder_have_its_room_together(tmp_path: Path) -> None:
+    spills = [Spill(tmp_path, 1_000) for _ in range(3)]
+    full = 0
+    while full < len(spills):
+        for spill in spills:
+            try:
+                await spill.keep({"n": "x" * 50})
+            except StoreUnavailable:
+                full += 1
+    assert size_of(tmp_path) < 1_000 + len(spills) * 100
 
 
 async def test_a_disk_that_fails_is_said_so_and_leaves_no_half_line(
