@@ -92,6 +92,7 @@ class Notifications:
         self._shown: frozenset[Sign] = frozenset()  # by the last pulse
         self._pulsed_at = -math.inf
         self._seen_transaction: int | None = None
+        self._under_way: list[int] = []  # then, of those before it
         self._budgets = -1
         self._line: asyncpg.Connection | None = None
         self._poller: asyncio.Task[None] | None = None
@@ -292,7 +293,7 @@ class Notifications:
             self.wake_all()  # loops look for themselves now
 
     async def _pulse(self, connection: DatabaseSession) -> None:
-        given = (self.pool, self._seen_transaction, sorted(LANES))
+        given = (self.pool, self._seen_transaction, sorted(LANES), self._under_way)
         try:
             async with asyncio.timeout(_LISTEN_TIMEOUT_MS / 1000):
                 row = await row_alone(connection, "pulse", *given, timeout_ms=_LISTEN_TIMEOUT_MS)
@@ -300,6 +301,7 @@ class Notifications:
             await connection.execute("ROLLBACK")
             return
         self._seen_transaction, self._pulsed_at = row["seen"], time.monotonic()
+        self._under_way = row["under_way"]
         self._shown = frozenset(sign for sign in _SIGNS if row[sign])
         self._wake(self._shown)
         if row["ready"]:

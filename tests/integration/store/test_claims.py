@@ -261,7 +261,7 @@ async def test_no_hot_statement_scans_the_queue(
         "lock_lapsed": [["w", "w-2"], 1000.0],
         "retake": [[some["id"]], 3, "{}"],
         "expire_due": ["{}", 1e9],
-        "pulse": [DEFAULT_POOL, 2**40, [*Kind]],
+        "pulse": [DEFAULT_POOL, 2**40, [*Kind], [1, 2]],
         "requeue_dead": [some["id"]],
         "count_stuck": [1_000],
         "list_dead": [100],

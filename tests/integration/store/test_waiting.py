@@ -234,6 +234,28 @@ async def test_the_pulse_wakes_those_who_wait_for_work_that_nobody_notified_them
             await waits
 
 
+async def test_the_pulse_finds_work_whose_transaction_ends_after_a_later_one(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    job = new_job()
+    await store.jobs.submit(job)
+    put_off = "UPDATE requests SET not_before = now() + interval '1 hour' WHERE id = $1"
+    await peek.execute(put_off, job.request_id)
+    store.notifications.pool = DEFAULT_POOL
+    await listening(store)
+    async with peek.transaction():
+        await peek.execute("UPDATE requests SET not_before = NULL WHERE id = $1", job.request_id)
+        later = "SELECT pg_current_xact_id()::text::bigint"
+        under_way = await peek.fetchval(later)
+        await store.connections.run(lambda connection: connection.execute(later))
+        await wait_until(lambda: (store.notifications._seen_transaction or 0) > under_way)
+        ready = asyncio.create_task(store.notifications.wait_work(watch.PULSED_MS))
+        await asyncio.sleep(0)
+        assert not ready.done()
+    async with asyncio.timeout(watch.PULSED_MS / 2000):
+        await ready
+
+
 async def test_a_lost_connection_ends_the_waits_that_relied_on_its_pulse(
     make_store: MakeStore, database_url: str
 ) -> None:
