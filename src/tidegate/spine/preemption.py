@@ -189,7 +189,7 @@ class Preemption:
     """All such calls of one process."""
 
     def __init__(self) -> None:
-        self._watches: dict[str, PoolWatch] = {}
+        self._watches: dict[tuple[Limiter, Preempt], PoolWatch] = {}
         self._entered = asyncio.Event()
 
     def of(
@@ -197,9 +197,11 @@ class Preemption:
     ) -> PreemptibleCall:
         """A call of the current task, under `permit`. While `run` does not run it keeps its
         permit."""
-        watch = self._watches.get(limiter.pool)
-        if watch is None:
-            watch = self._watches[limiter.pool] = PoolWatch(limiter, rule)
+        watch = self._watches.get((limiter, rule))
+        if watch is None:  # both may have been changed live; calls keep the rule they began with
+            watch = PoolWatch(limiter, rule)
+            used = {key: one for key, one in self._watches.items() if one.calls}
+            self._watches = {**used, (limiter, rule): watch}
         self._entered.set()
         return PreemptibleCall(watch, exchange, permit, request_id)
 

@@ -11,11 +11,12 @@ from uuid import UUID
 
 import pytest
 
+from tests.waiting import wait_until
 from tidegate.errors import CallPreempted
 from tidegate.limiter import Band, LimitView, Permit, PoolPolicy, QueueView, Snapshot
 from tidegate.limiter.simulation import Flow, Holding
 from tidegate.policy.deployment import Preempt
-from tidegate.spine.preemption import HigherWaits, PoolWatch, PreemptibleCall
+from tidegate.spine.preemption import HigherWaits, PoolWatch, PreemptibleCall, Preemption
 
 KIND, MODEL = "kind:text_only", "calls:m"
 FULL = LimitView(KIND, "c", 2, 2, 1, 0, 2, 0, 0, "", 0)
@@ -72,7 +73,7 @@ def test_the_highest_band_comes_first() -> None:
     assert first_tickets(waits, 1_000, *queues) == [7, 5]
 
 
-@dataclass
+@dataclass(eq=False)
 class ScriptedPool:
     """A pool whose snapshots the test sets, and whose claims it counts."""
 
@@ -275,3 +276,30 @@ async def test_the_task_goes_on_uncancelled(calls: Calls) -> None:
     one.give_way(KIND, 1)
     assert await calls.tasks[0] == "gave way"
     assert calls.tasks[0].cancelling() == 0
+
+
+@pytest.mark.parametrize("is_entered_again", [False, True])
+async def test_a_call_gives_way_by_the_rule_and_in_the_pool_of_its_own_upstream(
+    is_entered_again: bool,
+) -> None:
+    """As after a live change of `preempt`, or where an upstream was removed and added again."""
+    left = ScriptedPool()
+    now = ScriptedPool() if is_entered_again else left
+    before, rule = Preempt(1 if is_entered_again else 3_600_000), Preempt(1)
+    now.seen, preemption = a_pool(LIVE), Preemption()
+
+    async def call(limiter: ScriptedPool, by: Preempt) -> None:
+        permit = Permit(
+            Holding(1, Flow(3, "t", (KIND,)), 1, 1, 1, 0, 0, 1e9, 0),
+            cast(Any, None),
+            cast(Any, None),
+        )
+        with preemption.of(cast(Any, limiter), by, Heard(), permit, AN_ID):
+            if by is rule:
+                await asyncio.get_running_loop().create_future()
+
+    await call(left, before)
+    running, called = (asyncio.create_task(one) for one in (preemption.run(), call(now, rule)))
+    await wait_until(called.done, what="a call that gave way")
+    running.cancel()
+    assert isinstance(called.exception(), CallPreempted)
