@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import count, islice
@@ -168,6 +168,7 @@ class LocalQueue:
         self.spent_since: Counter[str] = Counter()
         self.counts = Counts()
         self.recycling = False
+        self.is_paused: Callable[[Sequence[str]], bool] = lambda _: False  # the session knows
         self.idle = False
         self.urgent = False
         self.hurried = False
@@ -402,7 +403,7 @@ class LocalQueue:
 
     def _next_anyhow(self, flow: Flow) -> Waiter | None:
         """Without a server to ask: the fair order among our own waiters for the same limits."""
-        if flow.sized:
+        if flow.sized or self.is_paused(flow.limits):
             return None
         found = [
             (other.band, self._local_tags[other.tenant], waiter.asked_ms, waiter.ticket, waiter)
@@ -455,6 +456,8 @@ class LocalQueue:
         """Valkey is unavailable for longer than the lease: admit the waiters that `allows`."""
         flows = [flow for lane in self._lanes.values() for flow in lane.values()]
         for flow in sorted(flows, key=lambda flow: flow.band):
+            if self.is_paused(flow.limits):
+                continue
             while (waiter := flow.first_due()) is not None and allows(waiter):
                 self._hold(waiter, epoch, 0, now_ms)
                 self.counts.local += 1

@@ -5,7 +5,8 @@
      └──── no answer ────┴──────────────────────┘
 
 Invariants: each request has a higher batch number, so an overtaken one does nothing; no grant is
-accepted after the lease has lapsed; the lease is measured from before the request was sent, by a
+accepted after the lease has lapsed; no permit is passed on, nor one of a local share taken, under a
+limit that is known to be paused; the lease is measured from before the request was sent, by a
 clock that counts suspended time; a lapse without a failed call means that this process was
 suspended, and ends what runs here; while Valkey is unavailable the local shares of all known
 sessions never exceed the limits.
@@ -453,6 +454,10 @@ class Session:
         self._lapse_seen = True
         self._sent_seen = self._acked = 0
         self._local = LocalShare()
+        queue.is_paused = self._is_paused
+
+    def _is_paused(self, limits: Sequence[str]) -> bool:
+        return self.remembered.paused_ms(limits, self.lease.now_ms()) > 0
 
     def refresh(self) -> None:
         """Compare all with the server, soon."""

@@ -11,7 +11,16 @@ import pytest
 import uvloop
 
 from tests.integration.limiter.hands import Hands
-from tests.integration.limiter.makers import LEASE_MS, LIMIT, Body, Maker, command, until_used, used
+from tests.integration.limiter.makers import (
+    LEASE_MS,
+    LIMIT,
+    Body,
+    Maker,
+    command,
+    until_used,
+    until_waiting,
+    used,
+)
 from tests.waiting import wait_until
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import DeadlineExceeded, LeaseLost, LimiterUnavailable
@@ -77,6 +86,44 @@ async def test_permits_are_passed_on_in_order_while_valkey_is_away_within_the_le
         await body.end()
     await until_used(limiter, 0)
     assert limiter._queue.counts.recycled == 3
+
+
+async def test_no_permit_is_passed_on_under_a_pause_while_valkey_is_away(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, 1, lease_ms=3000)
+    holder, waiter = await Body(limiter).until_admitted(), Body(limiter)
+    await until_waiting(limiter, 1)
+    await limiter.penalise(LIMIT, by="ann")
+    own_valkey.pause()
+    await until_state(limiter, "away")
+    await holder.end()
+    assert limiter.local_state().held[LIMIT] == 0
+    own_valkey.resume()
+    await until_state(limiter, "up")
+    await until_used(limiter, 0)
+    await limiter.resume(LIMIT)
+    await (await waiter.until_admitted()).end()
+    assert limiter._queue.counts.recycled == 0
+
+
+async def test_local_admits_no_call_under_a_pause(
+    hands: Hands, maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, 2, when_away="local", clock=hands)
+    await limiter.penalise(LIMIT, by="ann")
+    own_valkey.stop()
+    await until_lapsed(limiter)
+    waiter = Body(limiter)
+    silent_ms = limiter.local_state().silent_ms
+    await wait_until(
+        lambda: limiter.local_state().silent_ms > silent_ms + 2 * LEASE_MS, what="two more leases"
+    )
+    assert limiter._queue.counts.local == 0
+    own_valkey.start()
+    await until_state(limiter, "up")
+    await limiter.resume(LIMIT)
+    await (await waiter.until_admitted()).end()
 
 
 async def test_closed_lets_nobody_in_after_the_lease_and_says_when_to_come_again(
@@ -222,6 +269,24 @@ async def test_after_an_empty_restart_nobody_comes_in_for_a_lease_while_one_is_m
     for limiter in limiters:
         await until_state(limiter, "up")
     assert sum(limiter._queue.counts.recycled for limiter in limiters) == 2
+    await end_all([], waiters)
+
+
+async def test_no_permit_is_passed_on_under_a_pause_after_an_empty_restart(
+    hands: Hands, maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiters, running, waiters = await restarted_empty(
+        hands, maker, own_valkey, one_is_missing=True
+    )
+    for number, limiter in enumerate(limiters, 1):  # a later end each, so that each knows of it
+        await limiter.penalise(LIMIT, for_ms=number * 600_000, by="ann")
+    for body in running:
+        await body.end()
+    for limiter in limiters:
+        await until_state(limiter, "up")
+    assert not any(waiter.admitted.is_set() for waiter in waiters)
+    assert sum(limiter._queue.counts.recycled for limiter in limiters) == 0
+    await limiters[0].resume(LIMIT)
     await end_all([], waiters)
 
 
