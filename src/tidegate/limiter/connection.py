@@ -45,6 +45,8 @@ from tidegate.limiter.queue import SPARE_MS, LocalQueue
 from tidegate.limiter.session import Clock, Lease, Observer, Session, Timer
 from tidegate.limiter.topology import MIN_CONNECT_S, Server
 
+logger = logging.getLogger("tidegate.limiter")
+
 # What a connection raises that is lost. uvloop answers a write to a transport that was reset while
 # nobody looked with a plain RuntimeError, "unable to perform operation on <TCPTransport ...>".
 LOST = (OSError, TimeoutError, RedisError, RuntimeError)
@@ -81,10 +83,13 @@ class Link:
         self._servers = Server(url, key)
         self._connection: AbstractConnection | None = None
         self._lock = asyncio.Lock()
+        self._unfit: str | None = None  # why not to use the server; None before one has served us
         self.server: ServerFacts | None = None
 
     async def connect(self, deadline_s: float) -> ServerFacts:
-        """Connect if we are not, and return who the server is. Raises LinkDown, ConfigError."""
+        """Connect if we are not, and return who the server is. Raises LinkDown, and ConfigError for
+        a server that may evict our keys: LinkDown where one that does not has served us before,
+        since an operator can fix it while we run."""
         async with self._lock:
             return await self._connect(deadline_s)
 
@@ -96,7 +101,18 @@ class Link:
         except LOST as error:
             raise LinkDown(str(error) or type(error).__name__) from error
         info = await self._exchange(("INFO", "server", "memory"), max(deadline_s, MIN_CONNECT_S))
-        self.server = read_facts(info)
+        try:
+            self.server = read_facts(info)
+        except ConfigError as error:
+            assert self._connection is not None
+            self._drop(self._connection)
+            if self._unfit is None:
+                raise
+            if error.message != self._unfit:  # not at each try
+                logger.error("limiter: %s", error.message)
+            self._unfit = error.message
+            raise LinkDown(error.message) from error
+        self._unfit = ""
         return self.server
 
     async def run(
@@ -160,9 +176,6 @@ class Link:
         async with self._lock:
             if self._connection is not None:
                 self._drop(self._connection)
-
-
-logger = logging.getLogger("tidegate.limiter")
 
 
 @dataclass(slots=True, eq=False, repr=False)

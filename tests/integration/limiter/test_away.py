@@ -344,6 +344,25 @@ async def test_a_lost_command_connection_costs_no_permit(maker: Maker, valkey_ur
     assert limiter._queue.counts.fenced == 0
 
 
+async def test_a_server_that_may_evict_permits_is_unavailable_until_its_policy_is_fixed(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, 1)
+    body = await Body(limiter).until_admitted()
+    await command(own_valkey.url, "CONFIG", "SET", "maxmemory", "100mb")
+    await command(own_valkey.url, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    await command(own_valkey.url, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    await wait_until(lambda: "noeviction" in limiter.last_error, what="the reason")
+    assert limiter.state == "away"
+    with pytest.raises(LimiterUnavailable, match="noeviction"):
+        await limiter.snapshot()
+    waiter = Body(limiter)
+    await command(own_valkey.url, "CONFIG", "SET", "maxmemory-policy", "noeviction")
+    await until_state(limiter, "up")
+    await body.end()
+    await (await waiter.until_admitted()).end()
+
+
 class Heard(logging.Handler):
     """What the limiter's own logger says, whatever other tests have done to the root logger."""
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import redis.asyncio
 
 from tests.clusters import FAST, copied
 from tests.gateway import Opener
@@ -51,6 +52,28 @@ async def test_a_database_that_was_never_migrated_is_not_ready(
     status, body = await gateway.get("/health/ready")
     assert (status, body["status"]) == (503, "not_ready")
     assert "schema" in body["reason"]
+
+
+async def test_a_valkey_that_may_evict_is_unavailable_until_an_operator_has_fixed_it(
+    open_gateway: Opener, own_valkey: ValkeyServer
+) -> None:
+    gateway = await open_gateway(redis_url=own_valkey.url)
+    client = redis.asyncio.Redis.from_url(own_valkey.url)
+    await client.config_set("maxmemory", "100mb")
+    await client.config_set("maxmemory-policy", "allkeys-lru")
+    await client.client_kill_filter(_type="normal", skipme=True)
+
+    async def is_noticed() -> bool:
+        body = (await gateway.get("/health/dependencies"))[1]
+        return "noeviction" in str(body["valkey"].get("detail"))
+
+    await wait_until(is_noticed, what="the policy is noticed")
+    refused = await gateway.stream(text="Explain the tide", deadline_ms=1_200)
+    assert (refused.status, refused.problem["code"]) == (503, "limiter_unavailable")
+    job = await gateway.submit(data="Say hi.", type="text_only")
+    await client.config_set("maxmemory-policy", "noeviction")
+    await client.aclose()
+    assert (await gateway.end_of(job))["status"] == "succeeded"
 
 
 @pytest.mark.parametrize("how", ["paused", "stopped"])
