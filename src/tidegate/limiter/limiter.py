@@ -19,6 +19,7 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from math import ceil
+from secrets import token_hex
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Required, Self, TypedDict, TypeVar, Unpack
 
@@ -66,6 +67,8 @@ from tidegate.limiter.views import (
 )
 
 RAMP_MS = 10_000
+# For how long the server knows a request of an operator again: longer than its repeat may take.
+KEEP_ONCE_MS = 1_000
 
 
 P = ParamSpec("P")
@@ -499,7 +502,7 @@ class Limiter:
         self, name: ScriptName, request: dict[str, Any] | bytes, tries: int = 2
     ) -> bytes:
         """Twice, since the connection may have been closed while it was not used: all that is
-        asked here may be asked again."""
+        asked here may be asked again, also where the first reply alone was lost."""
         keys = (self._keys.meta, self._keys.layout)
         deadline_s = self._session.lease.deadline_s()
         script = load(name, clock=self._clock.server_time)
@@ -514,7 +517,8 @@ class Limiter:
         """Carries the run that we know of: on another server, whose past may be lost, nobody is let
         in by this."""
         server = self._link.server
-        request = {**request, "run": server.run if server else ""}
+        request = {**request, "run": server.run if server else "", "once": token_hex(8)}
+        request["keep_ms"] = 2 * self._session.lease.lease_ms + KEEP_ONCE_MS
         return int(msgpack.unpackb(await self._run("admin", request))[0])
 
     async def snapshot(

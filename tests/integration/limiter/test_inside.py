@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from tests.integration.limiter.makers import LIMIT, Body, Maker, until_used, until_waiting
 from tests.waiting import wait_until
 from tidegate.errors import DeadlineExceeded, LeaseLost
-from tidegate.limiter import Concurrency, PoolPolicy
+from tidegate.limiter import Concurrency, PoolPolicy, Quota
+from tidegate.limiter.connection import LinkDown
 from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import Script, load
 
 
 async def test_a_waiting_ticket_knows_its_place_and_what_holds_it_up(
@@ -157,3 +160,31 @@ async def test_a_call_without_a_process_takes_its_tokens(maker: Maker, valkey_ur
     await until_used(limiter, 4_000)
     await limiter.revoke("background-1")
     await until_used(limiter, 0)
+
+
+@pytest.mark.parametrize("tried", [False, True])
+async def test_what_is_repeated_after_a_lost_reply_is_done_once(
+    tried: bool, maker: Maker, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limiter = await maker(valkey_url, policy=PoolPolicy({"rpd:x": Quota(100)}))
+    run, replies = limiter._link.run, list[bytes]()
+
+    async def without_the_first_reply(script: Script, *rest: Any) -> bytes:
+        reply = await run(script, *rest)
+        if script == load("admin"):
+            replies.append(reply)
+            if len(replies) % 2:
+                raise LinkDown("the reply was lost")
+        return reply
+
+    monkeypatch.setattr(limiter._link, "run", without_the_first_reply)
+    if tried:
+        gate: dict[str, Any] = {"for_ms": 1_000, "most_ms": 60_000}
+        assert await limiter.close_gate("upstream:x", **gate, tried=False)
+        assert await limiter.close_gate("upstream:x", **gate, tried=True)
+        assert (await limiter.snapshot()).limits["upstream:x"].paused_ms <= 2_000
+        assert await limiter.open_gate("upstream:x")
+        return
+    assert await limiter.charge("rpd:x", 7)
+    assert (await limiter.snapshot()).limits["rpd:x"].used == 7
+    assert len(replies) == 2

@@ -1,11 +1,15 @@
 -- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, hold a permit, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount said sid run
+-- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount said sid run once keep_ms; once names the request
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
 -- later: releases capacity blocked pump deadlines rates pacing bucket timers pauses latency starving
+-- A repeat after a lost reply does nothing more, and has the same answer.
+local once_key = q.once and T.prefix .. 'claim:' .. q.once
+local before = once_key and call('GET', once_key)
+if before then return cmsgpack.pack({ tonumber(before) }) end
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
 -- If data may be lost, no call is admitted and nothing is written: `tend` must detect the loss.
@@ -117,4 +121,5 @@ else
   T.settle_down()
 end
 T.save_pool()
+if once_key then call('SET', once_key, T.int(done), 'PX', q.keep_ms) end
 return cmsgpack.pack({ done })
