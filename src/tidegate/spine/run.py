@@ -510,6 +510,8 @@ class _Run:
                 self._record.waits_for = pool, (f"{OF_BUDGETS}{reserved.limit}",)
                 room_ms = min(terms.left_ms(), _ROOM_WITHIN_MS)
                 await spine.budgets.room(room_ms / 1000)
+                if terms.left_ms() <= 0:
+                    raise
             except (BudgetExceeded, BudgetUnbounded) as spent:
                 self._refusals[_place(self._trying)] = spent
                 left = self._affordable(left)

@@ -237,6 +237,23 @@ async def test_each_person_has_a_budget_and_calls_without_one_share(open_gateway
     assert (await called(gateway, 0, {"x-tidegate-conversation": "c-2"}))[0] == 200
 
 
+async def test_a_call_that_waits_for_what_is_reserved_is_told_so_at_its_deadline(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await with_budgets(gateway, Budget("day", "tokens", 1_200, "day", doubt="estimate"))
+    await gateway.upstream.set_fault("hang", count=1)
+    first = asyncio.create_task(called(gateway, 0, {}, max_tokens=700))
+    await gateway.in_flight(1)
+    status, said, headers = await called(
+        gateway, 0, {"x-tidegate-deadline-ms": "100"}, max_tokens=700
+    )
+    assert (status, said["error"]["code"]) == (429, "budget_reserved")
+    assert (said["error"]["limit"], headers["retry-after"]) == ("day", "1")
+    assert len(await gateway.calls()) == 1
+    first.cancel()
+
+
 async def test_a_spent_budget_falls_back_to_its_cheaper_model(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
