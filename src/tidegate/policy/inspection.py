@@ -457,6 +457,9 @@ def of_batch(what: str, stand: BatchStand) -> Reason:
     elif stand.paused_by is not None and stand.status in ("validating", "in_progress"):
         why = f": {stand.pause_reason}" if stand.pause_reason else ""
         said = f"is paused by {stand.paused_by}{why}; {stand.waiting} of {_lines(stand.total)} left"
+    elif stand.lacks_tenant and stand.status == "in_progress" and stand.waiting:
+        said = f"is paused while its tenant {stand.tenant_id} is disabled or removed; "
+        said += f"{stand.waiting} of {_lines(stand.total)} left"
     elif stand.status == "validating":
         said = f"waits for a worker that checks its {_lines(stand.total)}"
     elif stand.status == "in_progress" and stand.calling:

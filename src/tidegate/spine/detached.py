@@ -122,7 +122,9 @@ def detached_call(
 def next_line(stand: BatchStand) -> Whereabouts | None:
     """The line of a batch that is called next, as a job that waits; None where none waits, or it is
     paused."""
-    if stand.body is None or stand.status != "in_progress" or stand.paused_by is not None:
+    if stand.body is None or stand.status != "in_progress":
+        return None
+    if stand.paused_by is not None or stand.lacks_tenant:
         return None
     asked = wrapped_facts(endpoint_named(stand.endpoint), orjson.loads(stand.body))
     return Whereabouts(

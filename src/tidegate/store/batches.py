@@ -185,6 +185,7 @@ class BatchStand:
     failure_message: str | None
     paused_by: str | None
     pause_reason: str | None
+    lacks_tenant: bool  # it is disabled or gone
 
 
 async def batch_stand(connections: Connections, batch_id: UUID) -> BatchStand:

@@ -13,7 +13,7 @@ from openai.types import Batch
 from tests.batching import assert_all_succeeded, begin, completed, content, end_of, lines_of
 from tests.gateway import Gateway, Opener
 from tests.integration.batches.conftest import MakeSdk
-from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
+from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.waiting import wait_until
 
 LINES = 60
@@ -108,6 +108,8 @@ async def test_a_batch_of_a_disabled_tenant_stands_still(
         return bool(busy == 0)
 
     await wait_until(held, 20, "a batch that stands still")
+    _, why = await ask(gateway, "GET", f"/admin/why/{batch.id}", AS_ADMIN)
+    assert why["sentence"].startswith("is paused while its tenant acme is disabled or removed; ")
     await gateway.database.execute("UPDATE batches SET expires_at = now()")
     await tenants.set("acme", {}, by="test", disabled=False)
     await gateway.services.gate.refresh()
