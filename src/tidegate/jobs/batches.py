@@ -38,6 +38,7 @@ from tidegate.errors import (
     LimiterUnavailable,
     NotFound,
     QueueFull,
+    QuotaExceeded,
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
@@ -263,9 +264,10 @@ class LineCaller:
             if isinstance(error, BudgetExceeded):
                 self._store.batch_lines.hold_up(line.batch_id, wait_ms)
             waits_ms, counted = {line.id: wait_ms}, record.attempts - record.faults - gave_way
+            spent = Failure.of(error) if isinstance(error, QuotaExceeded) else None
             await self._until_done(
                 lambda: self._store.batch_lines.release(
-                    [line], waits_ms=waits_ms, counted=counted, gave_way=gave_way
+                    [line], waits_ms=waits_ms, counted=counted, gave_way=gave_way, failure=spent
                 )
             )
             if record.attempts:
@@ -476,7 +478,8 @@ _UNTOUCHED = {
 def output_line(row: Any, ends_as: str) -> tuple[bool, bytes]:
     """Whether a line succeeded, and what the batch says of it."""
     response = error = None
-    failure = None if row["failure"] is None else orjson.loads(row["failure"])
+    # Of a line that waits it says what for.
+    failure = orjson.loads(row["failure"]) if row["failure"] and row["state"] == "failed" else None
     request_id = UUID(int=row["id"].int).hex
     if row["answer"] is not None:
         response = {

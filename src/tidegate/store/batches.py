@@ -811,18 +811,16 @@ class BatchLines:
         waits_ms: Mapping[UUID, float] | Mapping[UUID, int] | None = None,
         counted: int = 1,
         gave_way: bool = False,
+        failure: Failure | None = None,
     ) -> None:
         """Release claims on lines, of those in `waits_ms` for so long. counted: how many attempts
-        the calls have used up that were begun under this claim; gave_way: they did, to others."""
-        waits_ms, uncounted = waits_ms or {}, 1 - counted
+        the calls have used up that were begun under this claim; gave_way: they did, to others;
+        failure: what they wait for."""
+        waits_ms = waits_ms or {}
+        said = {"failure": rows.failure_row(failure), "gave_way": int(gave_way)}
+        said["uncounted"] = 1 - counted
         given = rows.dumps(
-            {
-                **line.key,
-                "after_ms": waits_ms.get(line.id),
-                "uncounted": uncounted,
-                "gave_way": int(gave_way),
-            }
-            for line in lines
+            {**line.key, **said, "after_ms": waits_ms.get(line.id)} for line in lines
         )
         await self._connections.execute("return_batch_lines", given)
 

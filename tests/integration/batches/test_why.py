@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.batching import begin, end_of, jsonl, line
+from tests.batching import begin, end_of, jsonl, line, lines_of
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener, operators_headers
+from tests.integration.accounting.test_budgets import with_budgets
 from tests.integration.batches.conftest import MakeSdk
 from tests.waiting import wait_until
+from tidegate.prices.budgets import Budget
 
 
 async def why(gateway: Gateway, what: str) -> dict[str, Any]:
@@ -60,3 +62,28 @@ async def test_a_batch_names_the_limit_that_its_lines_wait_for(
     missing = await tidegate(gateway, "why", f"batch_{'0' * 32}")
     assert missing.code != 0
     assert "there is no batch" in missing.complained
+
+
+async def test_a_batch_names_the_budget_that_its_lines_wait_for(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway(worker=False)
+    client = sdk(gateway)
+    batch = await begin(client, jsonl(line(f"id-{n}", f"say {n}") for n in range(3)))
+    await with_budgets(gateway, Budget("small", "tokens", 100, "day", doubt="estimate"))
+    gateway.start_worker()
+
+    async def refused() -> dict[str, Any] | None:
+        reason = await why(gateway, batch.id)
+        return reason if "waits for a budget" in reason["sentence"] else None
+
+    reason = await wait_until(refused, 20, "the budget that the lines wait for")
+    assert reason["sentence"].startswith(
+        "has 3 of 3 lines left to call; the next waits for a budget: the budget small has no room"
+    )
+    assert "`tidegate budgets resume BUDGET --extra-usd N`" in reason["next_action"]
+    await client.batches.cancel(batch.id)
+    ended = await end_of(client, batch)
+    said = await lines_of(client, ended.error_file_id)
+    assert {one["error"]["code"] for one in said} == {"batch_cancelled"}
+    assert await gateway.calls() == []

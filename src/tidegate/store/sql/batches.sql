@@ -64,7 +64,7 @@ ON CONFLICT (id) DO NOTHING
 SELECT * FROM batches WHERE id = $1 AND tenant_id = $2
 
 -- name: get_batch_stand
--- Where batch $1 stands, whatever its tenant, with the line that is called next: first one that a worker has.
+-- Where batch $1 stands, with the line that is called next: first one that a worker has, then one that a budget refused.
 SELECT b.id AS batch_id, b.tenant_id, b.status, b.endpoint, b.total, b.created_at,
     coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) AS finished_at,
     (SELECT count(*) FROM batch_lines l
@@ -76,7 +76,8 @@ SELECT b.id AS batch_id, b.tenant_id, b.status, b.endpoint, b.total, b.created_a
     b.key_id IS NOT NULL AND (t.id IS NULL OR t.disabled_at IS NOT NULL) AS lacks_tenant
 FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id LEFT JOIN LATERAL (
     SELECT * FROM batch_lines l WHERE l.batch_id = b.id AND l.state IN ('queued', 'claimed')
-    ORDER BY l.state, l.not_before NULLS FIRST, l.line LIMIT 1
+    ORDER BY l.state, (l.failure IS NOT NULL AND l.not_before > now()) DESC,
+        l.not_before NULLS FIRST, l.line LIMIT 1
 ) n ON true
 WHERE b.id = $1
 
@@ -296,10 +297,10 @@ WHERE claimed_by = $1 AND state IN ('claimed', 'calling') AND NOT (id = ANY($2::
 -- Release claims on lines, for another try after a given time where there is one.
 UPDATE batch_lines l SET state = 'queued', claim = l.claim + 1, claimed_by = NULL,
     attempts = l.attempts - CASE WHEN l.state = 'calling' THEN coalesce(row.uncounted, 0) ELSE 0 END,
-    preemptions = l.preemptions + coalesce(row.gave_way, 0),
+    preemptions = l.preemptions + coalesce(row.gave_way, 0), failure = row.failure,
     not_before = now() + row.after_ms * interval '1 millisecond'
 FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint,
-    after_ms double precision, uncounted integer, gave_way integer)
+    after_ms double precision, uncounted integer, gave_way integer, failure jsonb)
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
 
