@@ -412,7 +412,8 @@ class Budgets:
         conversation: str | None = None,
     ) -> None:
         """Refuse early what is submitted while a budget that binds it has nothing left, or is
-        paused. Raises BudgetExceeded, BudgetPaused and StoreUnavailable."""
+        paused. One that is to be paused is so by the first call that it refuses, not here. Raises
+        BudgetExceeded, BudgetPaused and StoreUnavailable."""
         if not self.any:
             return
         await self.known()
@@ -423,7 +424,8 @@ class Budgets:
                 continue
             for book in await self.records.books(binding.budget.name, binding.scope):
                 why = "paused" if book.paused_since else "spent"
-                if book.paused_since is None and book.spent < book.amount:
+                is_out = book.spent >= book.amount and binding.budget.at_end != "pause"
+                if book.paused_since is None and not is_out:
                     continue
                 reset_at = book.reset_at
                 known = Refusal(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)

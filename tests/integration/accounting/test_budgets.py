@@ -423,6 +423,28 @@ async def test_a_paused_budget_goes_on_once_it_is_resumed(open_gateway: Opener) 
     assert (await called(gateway, 0, {}))[0] == 200
 
 
+async def test_a_budget_that_jobs_have_spent_is_paused_until_a_person_resumes_it(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway()
+    budget = Budget("p", "tokens", 2_000, "day", doubt="estimate", at_end="pause")
+    await with_budgets(gateway, budget)
+    await gateway.submit(data="Explain the tide", type="text_only")
+    books = "SELECT spent FROM budget_books WHERE spent > 0"
+    await wait_until(lambda: gateway.database.fetch(books), 20, "a charge")
+    await spend(gateway, "p", "", 2_030)
+    waits = await gateway.submit(data="Explain the moon", type="text_only")
+
+    async def paused() -> bool:
+        error = (await gateway.status(waits)).get("error") or {}
+        return bool(error.get("code") == "budget_paused")
+
+    await wait_until(paused, 20, "a pause of the budget")
+    asked = {"data": "Explain the sun", "type": "text_only"}
+    async with gateway.http.post(f"{gateway.url}/submit", json=asked) as refused:
+        assert (refused.status, (await refused.json())["code"]) == (429, "budget_paused")
+
+
 async def test_a_budget_binds_calls_while_postgresql_is_away_and_others_go_on(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
