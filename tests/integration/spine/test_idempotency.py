@@ -52,6 +52,8 @@ async def test_another_request_under_the_key_is_refused(open_gateway: Opener) ->
         {"deadline_ms": 60_001},
         {"model": "gemini-2.5-pro"},
         {"type": "text_only"},
+        {"subject": "ann"},
+        {"conversation": "c-1"},
     ):
         status, headers, problem = await _submit(target, "order-17", ASKED | change)
         assert (status, problem["code"]) == (409, "idempotency_conflict"), change
