@@ -216,6 +216,29 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         await pictured(seen, "[aria-label='By tenant']", "usage", tmp_path)
 
 
+async def test_an_amount_that_is_no_number_is_refused_and_changes_nothing(stage: Stage) -> None:
+    running = stage.gateway
+    url = f"{running.url}/admin/tenants/team%2Fgreen"
+    async with running.http.put(url, json={"budget_day_money": 50}) as made:
+        assert made.status == 200, await made.text()
+    async with opened(stage, "/tenants?tenant=team/green") as seen:
+        await seen.page.get_by_role("button", name="Change team/green").click()
+        dialog = seen.page.get_by_role("dialog", name="Change team/green")
+        amount, change = dialog.get_by_label("Dollars a day"), dialog.get_by_text("Change the")
+        for typed in ("$75", "7,50", "none", "Infinity"):
+            await amount.fill(typed)
+            await change.click()
+            await expect(amount).to_have_attribute("aria-invalid", "true")
+            await expect(dialog).to_contain_text("Enter a number")
+        async with running.http.get(url) as kept:
+            assert (await kept.json())["budget_day_money"] == 50
+        await amount.fill("1,250.50")
+        await change.click()
+        await expect(seen.page.locator("[data-tenant='team/green']")).to_contain_text("$1,250.50")
+    async with running.http.delete(url) as gone:
+        assert gone.status == 200
+
+
 async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
     stage: Stage, tmp_path: Path
 ) -> None:

@@ -104,7 +104,13 @@ export function confirm({ title, text = "", more = [], fields = [], below = null
   });
 }
 
-const valuesOf = (fields) => Object.fromEntries(fields.map((one) => [one.name, one.value()]));
+function valuesOf(fields) {
+  const values = Object.fromEntries(fields.map((one) => [one.name, one.value()]));
+  // JSON has null for what is no number, and null takes a bound away.
+  const wrong = fields.find(({ name }) => typeof values[name] === "number" && !Number.isFinite(values[name]));
+  if (wrong) throw new Problem({ detail: "Enter a number, such as 1,250.50.", field: wrong.name });
+  return values;
+}
 
 function complain(problem, fields, wrong) {
   const at = fields.find((one) => problem.field && problem.field.endsWith(one.name));
@@ -115,9 +121,12 @@ function complain(problem, fields, wrong) {
   }
 }
 
+/** A number with commas between its thousands; NaN for any other text, such as `$5` or `7,50`. */
+export const numberOf = (text) => Number(text.replaceAll(/,(?=\d{3}(\D|$))/g, ""));
+
 /**
  * A labelled input. `options` (value -> words) makes it a choice. `value()` gives a number for
- * type "number", null for an empty one.
+ * type "number", null for an empty one, NaN for another text.
  */
 export function field(name, label, { type = "text", value = "", hint = "", options, ...more } = {}) {
   const id = `field-${++dialogs}-${name}`;
@@ -140,7 +149,7 @@ export function field(name, label, { type = "text", value = "", hint = "", optio
     value: () => {
       const text = input.value.trim();
       if (type !== "number") return text;
-      return text === "" ? null : Number(text.replaceAll(",", ""));
+      return text === "" ? null : numberOf(text);
     },
     complain: (text) => {
       input.setAttribute("aria-invalid", text ? "true" : "false");

@@ -3,7 +3,7 @@
 import { get } from "../api.js";
 import { fill, h, mark, say } from "../dom.js";
 import { count } from "../format.js";
-import { said } from "../ui.js";
+import { numberOf, said } from "../ui.js";
 
 const TYPED_MS = 200;
 
@@ -139,5 +139,3 @@ export function limitsToChange(pool, wanted, changed, signal) {
     },
   };
 }
-
-const numberOf = (text) => Number(text.replaceAll(",", ""));
