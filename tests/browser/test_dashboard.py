@@ -27,7 +27,7 @@ from tidegate.dashboard import feed
 from tidegate.dashboard.rollup import count
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
 from tidegate.policy.inspection import Control
-from tidegate.prices.budgets import Budget
+from tidegate.prices.budgets import Budget, scope_text
 from tidegate.record import CallRecord
 from tidegate.spine.routing import FAULTS
 from tidegate.store.statistics import CallCounts, TimeSpan
@@ -347,6 +347,33 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         await seen.page.screenshot(path=tmp_path / "budgets-narrow.png", full_page=True)
     for one in rules:
         await budgets.records.remove(one.name, by="test")
+    await budgets.refresh()
+
+
+async def test_a_spent_budget_is_raised_for_whom_its_cause_names(stage: Stage) -> None:
+    budgets, names = stage.gateway.services.budgets, ("a", "ann")
+    rule = Budget("teams", "tokens", 40, "day", tenant="crew", each=("subject",), doubt="estimate")
+    await budgets.records.set(rule, by="test")
+    await budgets.refresh()
+    for name, spent in zip(names, (80, 40), strict=True):
+        await stage.gateway.database.execute(
+            "INSERT INTO budget_books (budget, scope, period, spent) SELECT name, $1,"
+            " budget_period(period, zone, now()), $2 FROM budgets WHERE name = 'teams'",
+            *(scope_text([name]), spent),
+        )
+    async with opened(stage) as seen:
+        await expect(seen.page.locator("[data-budget='teams']")).to_have_count(2)
+        for name in names:
+            cause = seen.page.locator("[data-subject='teams']").filter(has_text=f"({name})")
+            command = cause.get_by_role("button", name="Copy command")
+            await expect(command).to_have_attribute(
+                "title", f"tidegate budgets resume teams --of {name}"
+            )
+            await cause.get_by_role("button", name="Allow more").click()
+            dialog = seen.page.get_by_role("dialog")
+            await expect(dialog.get_by_role("heading")).to_have_text(f"Allow more of teams: {name}")
+            await dialog.get_by_role("button", name="Cancel").click()
+    await budgets.records.remove("teams", by="test")
     await budgets.refresh()
 
 

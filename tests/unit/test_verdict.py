@@ -211,6 +211,9 @@ def test_budgets_that_hold_calls_up_are_causes() -> None:
         "Budget team is spent: its calls are refused.",
         "Budget soft is spent: its calls go to small.",
     ]
+    assert [one.command.removeprefix("tidegate budgets resume ") for one in verdict.causes] == [
+        *("people --of ann", "team", "soft")
+    ]
 
 
 def test_causes_are_bounded() -> None:

@@ -161,7 +161,9 @@ def resume(
     name: BudgetName,
     of: Annotated[
         list[str] | None,
-        typer.Option(help="Of whom: the values of `each`, in their order; all if not given."),
+        typer.Option(
+            help="Of whom: the values of `each`, in their order, '' for none; all if not given."
+        ),
     ] = None,
     extra_usd: Annotated[
         str,
@@ -174,7 +176,7 @@ def resume(
     from tidegate.prices.budgets import extra_of, scope_text, scope_values
 
     extra, unit = extra_of(extra_usd, extra_tokens)
-    scope = None if of is None else scope_text(of)
+    scope = None if of is None else scope_text([one or None for one in of])
     scopes = with_budgets(
         lambda records: records.resume(name, scope=scope, extra=extra, unit=unit, by=who())
     )

@@ -437,9 +437,11 @@ def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
 
 
 def _of_budget(budget: Budget, book: BudgetBook) -> Cause | None:
-    whose = ", ".join(value or "none" for value in scope_values(book.scope))
+    scope = scope_values(book.scope)
+    whose = ", ".join(value or "none" for value in scope)
     name = f"{budget.name} ({whose})" if whose else budget.name
-    command = f"tidegate budgets resume {budget.name}"
+    of = "".join(f" --of {quote(value or '')}" for value in scope)
+    command = f"tidegate budgets resume {quote(budget.name)}{of}"
     if book.paused_since is not None:
         words = f"Budget {name} is paused: its calls are refused."
         return Cause("budget_paused", "degraded", words, subject=budget.name, command=command)

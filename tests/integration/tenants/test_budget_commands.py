@@ -103,6 +103,18 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
         assert refused.complained.count("\n") == 1, more
     for wrong in (("x", "--usd", "much"), ("x",), ("day", "--usd", "1", "--tenant", "acme")):
         assert (await tidegate(gateway, "budgets", "set", *wrong)).code == 2
+    own = ("people", "--usd", "2", "--period", "day", "--subject", "each")
+    assert (await tidegate(gateway, "budgets", "set", *own)).code == 0
+    await gateway.database.execute(
+        "INSERT INTO budget_books (budget, scope, period, spent) SELECT name, scope,"
+        " budget_period(period, zone, now()), 1 FROM budgets, unnest($1::text[]) AS scope"
+        " WHERE name = 'people'",
+        ["[null]", '["ann"]'],
+    )
+    for of, scope in (("", None), ("ann", "ann")):
+        whom = ("--of", of, "--extra-usd", "1", "--json")
+        resumed = await tidegate(gateway, "budgets", "resume", "people", *whom)
+        assert resumed.json == {"budget": "people", "scopes": [[scope]]}
     none = await tidegate(gateway, "budgets", "list", "nothing")
     assert none.code == 2
     removed = await tidegate(gateway, "budgets", "remove", "day", "--yes")

@@ -1,7 +1,7 @@
 // The answer on top: whether all is well, and what is not, each cause with what acts on it.
 
 import { fill, h, keyed, mark, say } from "../../dom.js";
-import { brief, count } from "../../format.js";
+import { count } from "../../format.js";
 import { link } from "../../router.js";
 import { toast } from "../../ui.js";
 import { resumeBudget, titleOf } from "./budgets.js";
@@ -102,10 +102,11 @@ function viewOf(latest, pool, limit) {
 }
 
 function resumeOf(latest, name, cause) {
-  const all = latest().budgets?.budgets.filter((one) => one.name === name) ?? [];
-  const one = all.find((each) => cause.words.includes(each.scope.join(", "))) ?? all[0];
+  const whose = ({ scope }) => (scope.length ? ` (${scope.map((value) => value || "none").join(", ")})` : "");
+  const isOf = (one) => one.name === name && cause.words.startsWith(`Budget ${name}${whose(one)} is `);
+  const one = latest().budgets?.budgets.find(isOf);
   if (one) resumeBudget(one, titleOf(one));
-  else toast(`${brief(0)} books of ${name} are shown: see tidegate budgets list ${name}`, "bad");
+  else toast(`Below, the budgets that are used most are shown, and not this one: ${cause.command}`, "bad");
 }
 
 function copied(command) {
