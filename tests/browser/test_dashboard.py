@@ -377,6 +377,23 @@ async def test_a_spent_budget_is_raised_for_whom_its_cause_names(stage: Stage) -
     await budgets.refresh()
 
 
+async def test_tokens_spent_today_are_those_of_the_usage_page(stage: Stage) -> None:
+    await stage.gateway.database.execute(
+        "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
+        " output_tokens, thoughts_tokens, cost_micros) VALUES ('thinkers',"
+        " (now() AT TIME ZONE 'UTC')::date, 'thinker', 'gemini', 1, 1000000, 2000000, 40000000, 1)"
+    )
+    async with opened(stage) as seen:
+        spend = seen.page.get_by_role("group", name="Spend by Tenant, a table")
+        await expect(spend.locator("tr", has_text="thinkers")).to_contain_text("43m")
+        await expect(seen.page.locator("[data-figure='spent']")).to_contain_text("43m tokens")
+        await seen.page.goto(f"{stage.gateway.url}/dashboard/#/usage?measure=tokens&range=7")
+        row = seen.page.locator("[data-group='thinkers']")
+        await expect(row).to_contain_text("1m")
+        await expect(row).to_contain_text("42m")
+    await stage.gateway.database.execute("DELETE FROM usage_days WHERE tenant_id = 'thinkers'")
+
+
 async def test_a_pause_by_keyboard_holds_calls_up_until_it_is_resumed(stage: Stage) -> None:
     async with opened(stage) as seen:
         page = seen.page

@@ -632,7 +632,8 @@ def _largest_span(totals: list[Total], name: str) -> list[Frame]:
 
 
 def _sum(totals: list[Total]) -> Frame:
-    names = ("requests", "input_tokens", "output_tokens", "images", "cost_micros", "unpriced")
+    tokens = ("input_tokens", "output_tokens", "thoughts_tokens")
+    names = ("requests", *tokens, "images", "cost_micros", "unpriced")
     return {name: sum(getattr(one, name) for one in totals) for name in names}
 
 

@@ -53,7 +53,7 @@ export function figuresStrip() {
     },
     record(frame) {
       const { total } = frame.spent.day;
-      const tokens = total.input_tokens + total.output_tokens;
+      const tokens = total.input_tokens + total.output_tokens + total.thoughts_tokens;
       const isPriced = total.cost_micros > 0 || total.unpriced < total.requests;
       const spent = isPriced || !total.requests ? money(total.cost_micros / 1e6) : "no prices";
       put("spent", spent, `${brief(tokens)} tokens`);

@@ -69,7 +69,7 @@ function table(label, rows, total) {
   const shown = rows.slice(0, SHOWN);
   const isPriced = total.cost_micros > 0;
   const body = shown.map((one) => {
-    const tokens = one.input_tokens + one.output_tokens;
+    const tokens = one.input_tokens + one.output_tokens + one.thoughts_tokens;
     const cost = one.unpriced && !one.cost_micros ? "no price" : money(one.cost_micros / 1e6);
     return h(
       "tr",
