@@ -239,6 +239,41 @@ async def test_an_amount_that_is_no_number_is_refused_and_changes_nothing(stage:
         assert gone.status == 200
 
 
+async def test_a_tenants_dialog_sets_what_was_changed_in_it_and_nothing_else(stage: Stage) -> None:
+    running = stage.gateway
+    url = f"{running.url}/admin/tenants/team%2Fred"
+
+    async def put(**values: Any) -> None:
+        async with running.http.put(url, json=values) as made:
+            assert made.status == 200, await made.text()
+
+    async def known() -> tuple[int, float | None, float | None]:
+        async with running.http.get(url) as answer:
+            found = await answer.json()
+        return found["weight"], found["budget_day_money"], found["budget_month_money"]
+
+    await put(weight=2, budget_month_money=100)
+    async with opened(stage, "/tenants?tenant=team/red") as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Change team/red").click()
+        dialog = page.get_by_role("dialog", name="Change team/red")
+        await expect(dialog.get_by_label("Dollars a month")).to_have_value("100")
+        await put(weight=5, budget_month_money=900)  # another operator, meanwhile
+        await dialog.get_by_label("Dollars a day").fill("30")
+        await dialog.get_by_role("button", name="Change the tenant").click()
+        await expect(page.locator("[data-tenant='team/red']")).to_contain_text("$30.00")
+        assert await known() == (5, 30, 900)
+        # A new tenant is none that is there.
+        await page.get_by_role("button", name="New tenant").click()
+        dialog = page.get_by_role("dialog", name="New tenant")
+        await dialog.get_by_label("Name").fill("team/red")
+        await dialog.get_by_role("button", name="Create the tenant").click()
+        await expect(dialog).to_contain_text("There is a tenant team/red")
+        assert await known() == (5, 30, 900)
+    async with running.http.delete(url) as gone:
+        assert gone.status == 200
+
+
 async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
     stage: Stage, tmp_path: Path
 ) -> None:

@@ -119,7 +119,11 @@ async function changeTenant(one, again) {
     fields: one ? [weight, day, month] : [name, weight, day, month],
     action: one ? "Change the tenant" : "Create the tenant",
     act: async ({ tenant, ...values }) => {
-      await put(`admin/tenants/${encodeURIComponent(one?.tenant ?? tenant)}`, { ...values, by: "dashboard" });
+      const known = one ?? { tenant };
+      if (!one && (await get("admin/tenants")).some((each) => each.tenant === tenant)) throw new Problem({ detail: `There is a tenant ${tenant}: change it in the list.`, field: "tenant" });
+      // What is as it was is not sent: another operator may have changed it meanwhile.
+      const changed = Object.fromEntries(Object.entries(values).filter(([each, value]) => value !== (known[each] ?? null)));
+      await put(`admin/tenants/${encodeURIComponent(known.tenant)}`, { ...changed, by: "dashboard" });
       return one?.tenant ?? tenant;
     },
   });
