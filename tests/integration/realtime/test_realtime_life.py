@@ -54,6 +54,21 @@ async def send(socket: ClientConnection, **event: Any) -> None:
     await socket.send(orjson.dumps(event).decode())
 
 
+@asynccontextmanager
+async def unread(gateway: Gateway) -> AsyncIterator[ClientConnection]:
+    """A session with a long answer under way, of which its client reads nothing: so that soon
+    nothing more is read of the provider either."""
+    small = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
+    small.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+    async with talk(gateway, sock=small) as socket:
+        socket.transport.pause_reading()
+        content = [{"type": "input_text", "text": "[tokens 100000]"}]
+        item = {"type": "message", "role": "user", "content": content}
+        await send(socket, type="conversation.item.create", item=item)
+        await send(socket, type="response.create", response={"output_modalities": ["audio"]})
+        yield socket
+
+
 async def until(socket: ClientConnection, kind: str) -> dict[str, Any]:
     """The next event of a type."""
     async with asyncio.timeout(10):
@@ -163,14 +178,7 @@ async def test_hostile_messages_harm_nobody(gateway: Gateway) -> None:
 async def test_a_client_that_reads_nothing_is_cut(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, stalled_reader_ms=300)
     await gateway.services.keeper.change(edit({"kind:realtime": 1}), set_by="test")
-    small = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
-    small.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
-    async with talk(gateway, sock=small) as socket:
-        socket.transport.pause_reading()
-        content = [{"type": "input_text", "text": "[tokens 100000]"}]
-        item = {"type": "message", "role": "user", "content": content}
-        await send(socket, type="conversation.item.create", item=item)
-        await send(socket, type="response.create", response={"output_modalities": ["audio"]})
+    async with unread(gateway) as socket:
         await nothing_held(gateway)
         (row,) = await rows(gateway, 1)
         assert (row["status"], row["usage_state"]) == ("cancelled", "estimated")
@@ -185,14 +193,7 @@ async def test_a_side_that_is_not_read_of_misses_no_ping(
     monkeypatch.setattr(sockets, "PING_S", 0.2)
     gateway = await open_gateway(worker=False)
     await gateway.services.keeper.change(edit({"kind:realtime": 1}), set_by="test")
-    small = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
-    small.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
-    async with talk(gateway, sock=small) as socket:
-        socket.transport.pause_reading()  # so that nothing more is read of the provider either
-        content = [{"type": "input_text", "text": "[tokens 100000]"}]
-        item = {"type": "message", "role": "user", "content": content}
-        await send(socket, type="conversation.item.create", item=item)
-        await send(socket, type="response.create", response={"output_modalities": ["audio"]})
+    async with unread(gateway) as socket:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + 8 * sockets.PING_S
         await wait_until(lambda: loop.time() >= until_s, 10, "the time of several pings")
@@ -216,14 +217,7 @@ async def test_a_client_that_reads_nothing_keeps_no_session_open_that_has_to_end
     monkeypatch.setattr(sockets, "CLOSE_S", 0.5)
     gateway = await open_gateway(worker=False, total_timeout_ms=1_000)
     await gateway.services.keeper.change(edit({"kind:realtime": 1}), set_by="test")
-    small = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
-    small.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
-    async with talk(gateway, sock=small) as socket:
-        socket.transport.pause_reading()
-        content = [{"type": "input_text", "text": "[tokens 100000]"}]
-        item = {"type": "message", "role": "user", "content": content}
-        await send(socket, type="conversation.item.create", item=item)
-        await send(socket, type="response.create", response={"output_modalities": ["audio"]})
+    async with unread(gateway) as socket:
         await nothing_held(gateway)  # long before a client is cut that has stopped reading
         socket.transport.abort()
     (row,) = await rows(gateway, 1)
