@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import orjson
+from websockets.asyncio.client import connect
+
 from tests.gateway import Gateway
 from tests.integration.native.conftest import MODEL
 from tests.waiting import wait_until
 from tidegate.embedded.servers import free_port
+from tidegate.policy.format import edit
 
 FILE = Path(__file__).parents[3] / "deploy/nginx/tidegate.conf"
 MAIN = """
@@ -44,18 +48,21 @@ def nginx(folder: Path, upstream: str) -> Iterator[str]:
         process.wait(10)
 
 
+async def listening(gateway: Gateway, url: str) -> None:
+    async def ready() -> bool:
+        try:
+            async with gateway.http.get(f"{url}/health/ready") as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    await wait_until(ready, 20, "nginx")
+
+
 async def test_large_bodies_and_streams_pass_as_they_come(gateway: Gateway, tmp_path: Path) -> None:
     path = f"/v1beta/models/{MODEL}"
     with nginx(tmp_path, gateway.url.removeprefix("http://")) as url:
-
-        async def ready() -> bool:
-            try:
-                async with gateway.http.get(f"{url}/health/ready") as answer:
-                    return answer.status == 200
-            except OSError:
-                return False
-
-        await wait_until(ready, 20, "nginx")
+        await listening(gateway, url)
         large = {"contents": [{"parts": [{"text": "x" * 3_000_000}]}]}
         for _ in range(4):  # each second one meets the process that is not there
             async with gateway.http.post(f"{url}{path}:generateContent", json=large) as answer:
@@ -68,3 +75,13 @@ async def test_large_bodies_and_streams_pass_as_they_come(gateway: Gateway, tmp_
             # The provider never sends more than the first event: it came without the rest.
             first = await asyncio.wait_for(answer.content.readuntil(b"\r\n\r\n"), 30)
             assert first.startswith(b"data: ")
+
+
+async def test_realtime_sessions_pass(gateway: Gateway, tmp_path: Path) -> None:
+    await gateway.services.keeper.change(edit({"kind:realtime": 2}), set_by="test")
+    with nginx(tmp_path, gateway.url.removeprefix("http://")) as url:
+        await listening(gateway, url)
+        path = f"{url.replace('http', 'ws', 1)}/v1/realtime?model={MODEL}"
+        for _ in range(2):  # one of them meets the process that is not there
+            async with connect(path) as session:
+                assert orjson.loads(await session.recv())["type"] == "session.created"
