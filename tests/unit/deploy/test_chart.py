@@ -102,6 +102,19 @@ def test_a_release_of_another_name_stands_beside_the_first() -> None:
     assert left == {"tidegate", "tidegate-blobs"}, "a label, the program and a bucket"
 
 
+@pytest.mark.parametrize("release", ["tidegate", "llm"])
+def test_every_pod_is_scraped_by_the_job_that_the_alerts_expect(release: str) -> None:
+    made = by_name(rendered(release, monitoring=True))
+    worker = made["Deployment", f"{release}-worker"]["spec"]["template"]["metadata"]["labels"]
+    service = made["Service", release]["metadata"]["labels"]
+    # Prometheus' operator reads the name of the job from this label of the pod or the service.
+    of_worker = made["PodMonitor", f"{release}-worker"]["spec"].get("jobLabel")
+    of_api = made["ServiceMonitor", release]["spec"].get("jobLabel")
+    assert (worker.get(of_worker), service.get(of_api)) == ("tidegate", "tidegate")
+    alerts = (DEPLOY / "prometheus/alerts.yml").read_text()
+    assert set(re.findall(r'up\{job="(.*?)"\}', alerts)) == {"tidegate"}
+
+
 def test_keda_takes_the_place_of_the_autoscalers() -> None:
     kinds = [one["kind"] for one in rendered(scaleOnWork={"keda": True})]
     assert "HorizontalPodAutoscaler" not in kinds

@@ -168,6 +168,11 @@ def test_the_overlay_of_the_document_fits_on_top(tmp_path: Path) -> None:
     assert wanted.items() <= service["metadata"]["labels"].items()
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] == service["spec"]["ports"][0]["name"]
+    found = (worker["metadata"]["labels"], service["metadata"]["labels"])
+    jobs_scraped = [
+        labels[one["spec"]["jobLabel"]] for one, labels in zip((pods, monitor), found, strict=True)
+    ]
+    assert jobs_scraped == ["tidegate"] * 2, "the alerts expect that job"
     (settings,) = [
         one["data"] for one in made if one["metadata"]["name"].startswith("tidegate-settings")
     ]
