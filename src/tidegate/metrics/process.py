@@ -138,7 +138,8 @@ class Watch:
             for one in _STATES:
                 made.set(Metric.STATE, (pool, one), float(limiter.state == one))
         for upstream, health in self.health.items():
-            made.set(Metric.UPSTREAM_OUT, (upstream,), float(health.state != "ok"))
+            is_out = health.state != "ok" and not health.drained
+            made.set(Metric.UPSTREAM_OUT, (upstream,), float(is_out))
             made.set(Metric.KEY_REFUSED, (upstream,), float(health.key_dead))
             for said in health.announced.all():
                 self._announce(upstream, said)

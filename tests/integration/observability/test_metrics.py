@@ -119,6 +119,38 @@ async def test_a_scrape_tells_of_calls_of_the_process_and_of_all(
     assert await asyncio.to_thread(complaints_of_promtool, text) == []
 
 
+async def test_an_upstream_is_out_by_its_faults_and_not_by_an_operator(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    gate = gateway.services.spine.health["gemini"]
+
+    async def call() -> int:
+        url = f"{gateway.url}/v1/chat/completions"
+        async with gateway.http.post(url, json=chat("Say hello")) as response:
+            return response.status
+
+    async def told() -> Values | None:
+        """A scrape after the last call was counted, and so with the gauges of that time."""
+        values = await scraped(gateway)
+        ended = of(values, "tidegate_calls_total", source="relay")
+        return values if ended == calls else None
+
+    calls = 1
+    gate.drain(True)
+    assert await call() == 503
+    values: Values = await wait_until(told, 20, "a scrape of the drained upstream")
+    assert of(values, "tidegate_upstream_out", upstream="gemini") == 0
+    gate.drain(False)
+    await gateway.upstream.set_fault("unauthorized")
+    calls = 2
+    assert await call() == 502
+    values = await wait_until(told, 20, "a scrape of the upstream that is out")
+    assert of(values, "tidegate_upstream_out", upstream="gemini") == 1
+    # The alerts on limits leave these out: TidegateUpstreamOut and TidegateKeyRefused tell of them.
+    assert of(values, "tidegate_limit_paused_seconds", limit="upstream:gemini") > 0
+
+
 async def test_a_scrape_needs_what_admin_needs(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, admin_token="of-the-operator-alone")
     for token, status in ((None, 401), ("another", 401), ("of-the-operator-alone", 200)):
