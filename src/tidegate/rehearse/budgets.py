@@ -164,10 +164,11 @@ class RehearsedBudgets:
             for one in budgets
         }
 
-    def decide(self, arrival: Arrival, at_ms: float, *, spends: bool) -> BudgetRefusal | None:
-        """Whether a call is refused, at its arrival or, where it `spends`, at its admission."""
+    def decide(self, arrival: Arrival, at_ms: float, *, spends: bool) -> BudgetRefusal | str:
+        """With which model a call is made, or its refusal: at its arrival or, where it `spends`, at
+        its admission."""
         if not self._budgets:
-            return None
+            return arrival.model
         model, tried = arrival.model, set[str]()
         while True:
             tried.add(model)
@@ -192,7 +193,13 @@ class RehearsedBudgets:
         if spends:
             for budget, book, need in bound:
                 self._spend(budget, book, need or 0, at_ms)
-        return None
+        return model
+
+    def as_made(self, arrival: Arrival, model: str) -> Arrival:
+        """The call with another model than it asks for, at the cost of that."""
+        if model == arrival.model:
+            return arrival
+        return replace(arrival, model=model, cost_usd=(self._cost(arrival, model) or 0) / 10**6)
 
     def _refused(
         self,

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from tidegate.admission.demand import CallDemand
 from tidegate.checker import Event, What, shares
@@ -26,8 +26,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class LoadCall:
-    """One call. `refused` is the code of the refusal, `at` the limit that blocked it then."""
+    """One call. `refused` is the code of the refusal, `at` the limit that blocked it then.
+    `arrival` has the model that it is made with, `wanted` the one that it asked for."""
 
+    wanted: Arrival
     arrival: Arrival
     asked_ms: float
     limits: tuple[str, ...]
@@ -243,7 +245,8 @@ class Findings:
     queued: calls that found no room and were admitted later, each an avoided 429.
     shares_of: the concurrency limit whose shares are reported, the one that blocks most; None
         where the tenants hardly ever waited together.
-    cost_micros: of the calls that were made, as the trace has it. budgets: what became of each.
+    cost_micros: of the calls that were made, as the trace has it, and of those that a budget sent
+        to a cheaper model with that. budgets: what became of each.
     samples: used and waiting over time. plays: how often it was played; spreads: over all plays,
         of all calls and then of each tenant's, where there was more than one.
     """
@@ -654,17 +657,19 @@ def _side_by_side(found: Sequence[Findings]) -> Table:
         rows.append(("cost", *(dollars(one.cost_micros) for one in found)))
     for name in dict.fromkeys(use.budget for one in found for use in one.budgets):
         budgets = [{use.budget: use for use in one.budgets}.get(name) for one in found]
-        rows.append((f"refused by budget {name}", *map(_refused_by, budgets)))
+        rows.append((f"refused by budget {name}", *(_first(use, "refused") for use in budgets)))
+        if any(use and use.fell_back for use in budgets):
+            cells = (_first(use, "fell_back") for use in budgets)
+            rows.append((f"to a cheaper model by budget {name}", *cells))
     rows.append(("binds", *("\n".join(one.binding) or "nothing" for one in found)))
     return Table(title_of(found[0]), ("", *(one.name for one in found)), rows, right_from=1)
 
 
-def _refused_by(use: BudgetOutcome | None) -> str:
+def _first(use: BudgetOutcome | None, what: Literal["refused", "fell_back"]) -> str:
     if use is None:
         return "-"
-    if use.first_ms is None:
-        return "0"
-    return f"{use.refused + use.fell_back:,}, from {format_span(use.first_ms)} on"
+    many: int = getattr(use, what)
+    return f"{many:,}, from {format_span(use.first_ms or 0)} on" if many else "0"
 
 
 def _range(one: PlayRange | None) -> str:

@@ -41,7 +41,12 @@ from tidegate.limiter.simulation import (
     SyncRequest,
 )
 from tidegate.prices.budgets import Budget
-from tidegate.rehearse.budgets import Cost, RehearsedBudgets, cost_in_trace
+from tidegate.rehearse.budgets import (
+    BudgetRefusal,
+    Cost,
+    RehearsedBudgets,
+    cost_in_trace,
+)
 from tidegate.rehearse.load import Arrival
 from tidegate.rehearse.report import (
     Findings,
@@ -105,10 +110,15 @@ class Process:
 
     def ask(self, arrival: Arrival) -> None:
         """A call arrives."""
-        demand = self._demand_of(arrival)
-        call = LoadCall(arrival, self.stage.now_ms, demand.limits)
+        decided = self.stage.decide(arrival, spends=False)
+        made = arrival
+        if not isinstance(decided, BudgetRefusal):
+            made = self.stage.budgets.as_made(arrival, decided)
+        demand = self._demand_of(made)
+        call = LoadCall(arrival, made, self.stage.now_ms, demand.limits)
         self.stage.tally.asked(call)
-        if self.stage.is_refused(call, spends=False):
+        if isinstance(decided, BudgetRefusal):
+            self.stage.refuse(call, decided)
             return
         if not demand.limits:  # nothing binds it
             self._begin(call, None, demand)
@@ -171,7 +181,9 @@ class Process:
         return demand
 
     def _begin(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
-        if self.stage.is_refused(call, spends=True):
+        decided = self.stage.decide(call.wanted, spends=True)
+        if isinstance(decided, BudgetRefusal):
+            self.stage.refuse(call, decided)
             if holding is not None:
                 self.queue.release(
                     holding.ticket,
@@ -181,6 +193,8 @@ class Process:
                 )
                 self._kick()
             return
+        # What it waited for stays as it is: the permits of the model that it asked at its arrival.
+        call.arrival = self.stage.budgets.as_made(call.wanted, decided)
         self.stage.tally.began(call, self.stage.now_ms)
         took_ms = call.arrival.duration_ms
         if holding is not None:
@@ -361,15 +375,15 @@ class Playback:
         self.tally.budgets = [*self.budgets.uses.values()]
         return self.tally
 
-    def is_refused(self, call: LoadCall, *, spends: bool) -> bool:
-        """Whether a budget refuses a call, which ends it."""
+    def decide(self, arrival: Arrival, *, spends: bool) -> BudgetRefusal | str:
+        """With which model the budgets have a call made now, or their refusal."""
         at_ms = self.now_ms - self.tally.since_ms
-        refused = self.budgets.decide(call.arrival, at_ms, spends=spends)
-        if refused is None:
-            return False
-        self.tally.refused(call, self.now_ms, refused.code, refused.budget)
+        return self.budgets.decide(arrival, at_ms, spends=spends)
+
+    def refuse(self, call: LoadCall, refusal: BudgetRefusal) -> None:
+        """End a call that a budget refuses."""
+        self.tally.refused(call, self.now_ms, refusal.code, refusal.budget)
         self.over(call)
-        return True
 
     def over(self, call: LoadCall) -> None:
         """A call has ended or was refused."""

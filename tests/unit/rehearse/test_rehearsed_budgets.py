@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.limiter import PoolPolicy
+from tidegate.limiter import Concurrency, PoolPolicy, Rate
 from tidegate.prices.budgets import Budget
 from tidegate.rehearse.budgets import RehearsedBudgets, budget_in, changed
 from tidegate.rehearse.load import Arrival
@@ -97,6 +97,31 @@ def test_a_spent_budget_sends_calls_to_its_cheaper_model() -> None:
     assert played(hourly(9), whole, cost=cost).budgets[0].refused == 5
 
 
+def test_a_call_that_went_to_the_cheaper_model_is_one_of_that() -> None:
+    prices = {"dear": 250_000, "cheap": 10_000}
+    falling = replace(DAY, at_end="fall_back", fallback="cheap", model="dear")
+    policy = PoolPolicy(
+        {
+            "kind:text_only": Concurrency(2),
+            "rpd:dear": Rate(100, unit="requests", window_ms=86_400_000),
+            "rpd:cheap": Rate(100, unit="requests", window_ms=86_400_000),
+        }
+    )
+    setting = Setting(starts_at=NOON, cost=lambda _arrival, model: prices.get(model))
+    sets = {"now": (), "then": (falling,)}
+    found = compare(hourly(9), dict.fromkeys(sets, policy), setting, budgets=sets)
+    # Four of the dear model, and five of the cheap one: at its price, under its limits.
+    assert found[1].cost_micros == 4 * 250_000 + 5 * 10_000
+    used = {one.limit: one.used for one in found[1].limits}
+    # Used counts up to the last arrival, which is admitted a round trip later.
+    assert (used["rpd:dear"], used["rpd:cheap"]) == (0.04, 0.04)
+    rows = {row[0]: row[1:] for row in tables_of(found)[0].rows}
+    assert rows["cost"] == ("$2.25", "$1.05")
+    assert rows["refused"] == ("0", "0")
+    assert rows["refused by budget acme"] == ("-", "0")
+    assert rows["to a cheaper model by budget acme"] == ("-", "5, from 4 h on")
+
+
 def test_a_call_of_unknown_cost_is_refused_unless_estimates_are_taken() -> None:
     unknown = {"cost": lambda _arrival, _model: None}
     assert played(hourly(3), DAY, **unknown).refused == {"cost unknown": 3}
@@ -167,5 +192,5 @@ def test_a_change_that_is_none_names_its_key(key: str, value: object) -> None:
 
 def test_a_call_that_no_budget_binds_is_decided_without_a_book() -> None:
     budgets = RehearsedBudgets((), NOON, lambda _arrival, _model: None)
-    assert budgets.decide(Arrival(0.0), 0.0, spends=True) is None
+    assert budgets.decide(Arrival(0.0), 0.0, spends=True) == ""
     assert budgets.uses == {}
