@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,7 +99,7 @@ def rehearse(
     """
     from tidegate.rehearse import variants
     from tidegate.rehearse.budgets import priced
-    from tidegate.rehearse.load import TokenPace, Usual, write_trace
+    from tidegate.rehearse.load import TokenPace, Usual, multiplied, write_trace
     from tidegate.rehearse.simulation import Setting, compare
     from tidegate.settings import load as load_config
 
@@ -112,7 +111,7 @@ def rehearse(
     drawn, budgets, starts_at = _arrivals(config, load, from_record, usual, seed, pool)
     if in_force:
         budgets = _budgets_in_force(config)
-    arrivals = priced(_sooner(drawn, times), cost)
+    arrivals = priced(multiplied(drawn, times, seed), cost)
     kept = _policy(config, policy, in_force=in_force, pool=pool)
     policies, bound = variants(kept, budgets, _changes(set_))
     setting = Setting(
@@ -191,12 +190,6 @@ def _from_record(
     if load is None:
         raise ConfigError("--from-record", said, f"no call of pool {pool} is on record then")
     return load.arrivals, load.since
-
-
-def _sooner(arrivals: list[Arrival], times: float) -> list[Arrival]:
-    if times == 1.0:
-        return arrivals
-    return [replace(one, time_ms=one.time_ms / times) for one in arrivals]
 
 
 def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> PoolPolicy:

@@ -38,11 +38,11 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, date, datetime, time, timedelta
 from io import StringIO
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random
 from typing import Any, Literal
 
@@ -202,6 +202,29 @@ def from_zero(arrivals: Iterable[Arrival]) -> list[Arrival]:
     found = sorted(arrivals, key=lambda arrival: arrival.time_ms)
     first_ms = found[0].time_ms if found else 0.0
     return [replace(arrival, time_ms=arrival.time_ms - first_ms) for arrival in found]
+
+
+def multiplied(arrivals: Sequence[Arrival], times: float, seed: int) -> list[Arrival]:
+    """So many times as many calls in the same time, each copy of a call on the way to its tenant's
+    next one; of a part of a call by a chance that `seed` decides. Raises ConfigError where that is
+    more than MOST_CALLS."""
+    if times == 1.0:
+        return list(arrivals)
+    if len(arrivals) * times > MOST_CALLS:
+        raise ConfigError("times", f"{times:g}", f"must come to at most {MOST_CALLS} calls")
+    chance, found = Random(f"{seed} times"), list[Arrival]()
+    by_tenant: dict[str, list[Arrival]] = {}
+    for one in arrivals:
+        by_tenant.setdefault(one.tenant, []).append(one)
+    for calls in by_tenant.values():
+        gaps_ms = [after.time_ms - one.time_ms for one, after in pairwise(calls)]
+        for one, gap_ms in zip(calls, [*gaps_ms, *(gaps_ms[-1:] or [0.0])], strict=True):
+            copies = math.floor(times) + (chance.random() < times % 1)
+            found += (
+                replace(one, time_ms=one.time_ms + gap_ms * number / copies)
+                for number in range(copies)
+            )
+    return sorted(found or arrivals[:1], key=lambda one: one.time_ms)
 
 
 def write_trace(arrivals: Iterable[Arrival]) -> str:

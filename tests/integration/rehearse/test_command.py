@@ -49,6 +49,34 @@ async def test_tables_a_picture_a_page_and_the_trace_that_was_played(tmp_path: P
     assert again.said.splitlines()[0] == done.said.splitlines()[0]
 
 
+async def test_twice_as_many_calls_use_twice_as_much_of_a_days_quota_and_budget(
+    tmp_path: Path,
+) -> None:
+    text = """
+lasts = "20h"
+[[arrivals]]
+tenant = "acme"
+model = "m"
+pattern = "constant"
+per_hour = 3
+duration_ms = 500
+deadline_ms = 1000
+cost_usd = 0.01
+[budgets.acme]
+usd = 0.90
+period = "day"
+"""
+    policy = '[limits]\n"kind:text_only" = 5\n"rpd:m" = 100\n'
+    (tmp_path / "policy.toml").write_text(policy)
+    arguments = ("load.toml", "--policy", "policy.toml", "--times", "2", "--json")
+    done = await rehearse(tmp_path, *arguments, text=text)
+    assert done.code == 0, done.complained
+    # Of twice 59 calls a hundred have room in the quota, and some others none in the budget.
+    assert (done.json["calls"], done.json["admitted"]) == (118, 100)
+    assert done.json["refused"] == {"budget spent": 6, "used up": 12}
+    assert done.json["span_ms"] > 19 * 3_600_000
+
+
 async def test_changes_are_compared_side_by_side(tmp_path: Path) -> None:
     changes = ("--set", "kind:text_only=8", "--set", "kind:text_only=8; weights.globex=4")
     done = await rehearse(tmp_path, "load.toml", "--json", *changes)

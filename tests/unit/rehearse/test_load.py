@@ -19,6 +19,7 @@ from tidegate.rehearse.load import (
     Usual,
     amount_of,
     load_of,
+    multiplied,
     read_trace,
     record_span,
     write_trace,
@@ -47,6 +48,25 @@ def test_constant_arrivals_and_bursts() -> None:
     )
     bursts = drawn(**{"pattern": "bursts", "burst": 3, "every": "20m", "from": "10m"})
     assert [one.time_ms for one in bursts] == [0] * 3 + [1_200_000] * 3 + [2_400_000] * 3
+
+
+def test_more_calls_come_in_the_same_time() -> None:
+    calls = drawn(per_minute=60) + drawn(per_minute=6, tenant="b")
+    calls.sort(key=lambda one: one.time_ms)
+    for times in (0.5, 2, 2.5):
+        many = multiplied(calls, times, 1)
+        assert many == sorted(many, key=lambda one: one.time_ms) == multiplied(calls, times, 1)
+        assert many[-1].time_ms == pytest.approx(calls[-1].time_ms, rel=0.01)
+        for tenant in ("default", "b"):
+            before, after = (sum(one.tenant == tenant for one in some) for some in (calls, many))
+            assert after == pytest.approx(before * times, rel=0.1)
+    steady = multiplied(drawn(per_hour=60, pattern="constant"), 2, 1)
+    gaps = [b.time_ms - a.time_ms for a, b in pairwise(steady)]
+    assert gaps == pytest.approx([30_000] * len(gaps))
+    assert multiplied(calls, 1, 1) == calls
+    assert len(multiplied(calls[:1], 0.001, 1)) == 1
+    with pytest.raises(ConfigError, match="500000"):
+        multiplied(calls, 500_000, 1)
 
 
 def test_the_same_seed_draws_the_same_and_streams_do_not_touch_each_other() -> None:
