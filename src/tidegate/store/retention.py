@@ -334,8 +334,11 @@ class _Erasure:
         self._report = EraseReport()
 
     async def _forget_books(self, connection: asyncpg.Connection) -> None:
-        whose = self._whose
-        await connection.execute(sql("forget_budget_subject"), whose.tenant_id, whose.subject)
+        """Those that name a person, of a tenant of all its people; what a running call holds of one
+        is gone too, so that its end does not write the book again."""
+        whose = self._whose.tenant_id, self._whose.subject
+        for name in ("lock_books_of_erased", "forget_books_of_erased"):
+            await connection.execute(sql(name), *whose)
 
     async def run(self, spill_dir: Path, within_s: float) -> EraseReport:
         until = time.monotonic() + within_s
@@ -344,8 +347,7 @@ class _Erasure:
             await self._retention.run(
                 lambda connection: mark_erased(connection, whose.tenant_id, whose.subject)
             )
-            if whose.subject is not None:
-                await self._retention.run(self._forget_books)
+            await self._retention.run(self._forget_books)
         await self._resources()
         if whose.tenant_id is not None and whose.subject is None:
             await self._batches(whose.tenant_id)

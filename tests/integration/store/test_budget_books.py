@@ -341,6 +341,57 @@ async def test_an_erased_person_has_no_book(
     ]
 
 
+async def named(url: str) -> set[tuple[str, str, str]]:
+    """What there is of each person: books, what is held of them, pauses and alerts."""
+    connection = await asyncpg.connect(url)
+    try:
+        rows = await connection.fetch(
+            "SELECT 'book', budget, scope FROM budget_books"
+            " UNION SELECT 'hold', budget, scope FROM budget_holds"
+            " UNION SELECT 'pause', budget, scope FROM budget_pauses"
+            " UNION SELECT 'alert', data->>'budget', data->>'scope' FROM alerts"
+        )
+    finally:
+        await connection.close()
+    return {tuple(row) for row in rows if row[2]}
+
+
+@pytest.mark.parametrize(
+    ("whose", "left"),
+    [
+        (Whose("acme", "ann"), {'["bob"]', '["acme", "bob"]', '["other", "ann"]'}),
+        (Whose(None, "ann"), {'["bob"]', '["acme", "bob"]'}),
+        (Whose("acme"), {'["other", "ann"]'}),
+    ],
+)
+async def test_nothing_of_a_budget_names_a_person_who_was_erased(
+    store: Store, budgets: Budgets, database_url: str, whose: Whose, left: set[str]
+) -> None:
+    people = Budget(
+        "p", "usd", 100, "day", tenant="acme", each=("subject",), at_end="pause", alerts=(50,)
+    )
+    everybody = Budget("all", "usd", 9_000, "day", alerts=(1,))
+    each = Budget("e", "usd", 900, "rolling", window_s=3_600, each=("tenant", "subject"))
+    await with_budgets(budgets, people, everybody, each)
+    running = []
+    for caller, subject in ((ACME, "ann"), (ACME, "bob"), (OTHER, "ann")):
+        bindings = budgets.binding(caller, "m", subject)
+        running.append(await budgets.reserve(bindings, new_id(), cost(1)))
+        budgets.settle(await budgets.reserve(bindings, new_id(), cost(99)), cut(99))
+        await budgets.flush()
+        if caller == ACME:
+            with pytest.raises(BudgetPaused):
+                await budgets.reserve(bindings, new_id(), cost(50))
+    of_ann = {what for what, _, scope in await named(database_url) if "ann" in scope}
+    assert of_ann == {"book", "hold", "pause", "alert"}
+    await store.retention.erase(whose, dry_run=False, within_s=20)
+    for hold in running:  # a running call that ends has no book to write
+        budgets.settle(hold, cut(1))
+    await budgets.flush()
+    assert {scope for _, _, scope in await named(database_url)} == left
+    assert (await seen(database_url))["all", ""] == (300, 300, 0)
+
+
 async def test_a_settlement_that_is_written_twice_counts_once(
     budgets: Budgets, connections: Connections, database_url: str
 ) -> None:

@@ -196,13 +196,41 @@ WHERE b.window_s IS NOT NULL AND k.budget = w.budget AND k.scope = w.scope AND k
 SELECT id, request_id, budget, scope, amount FROM budget_holds
 WHERE estimated_at IS NOT NULL AND request_id = ANY($1::uuid[])
 
--- name: forget_budget_subject
--- Forget the books of the person $2, of tenant $1 where given: of budgets with a book for each subject.
-DELETE FROM budget_books k USING budgets b
-WHERE b.name = k.budget AND 'subject' = ANY(b.each) AND k.held = 0
-    AND k.scope::json->>(array_position(b.each, 'subject') - 1) = $2
-    AND ($1::text IS NULL OR b.tenant = $1 OR b.tenant IS NULL AND coalesce(
-        k.scope::json->>(array_position(b.each, 'tenant') - 1), $1) = $1)
+-- name: lock_books_of_erased
+-- Lock the books of the person $2, of tenant $1 where given; without a person those of $1 whose names have people or conversations.
+SELECT 1 FROM budget_books k JOIN budgets b ON b.name = k.budget
+CROSS JOIN LATERAL (SELECT nullif(k.scope, '')::json AS scope) AS n
+WHERE CASE WHEN $2::text IS NULL THEN coalesce(n.scope->>(array_position(b.each, 'subject') - 1),
+        n.scope->>(array_position(b.each, 'conversation') - 1)) IS NOT NULL
+        ELSE n.scope->>(array_position(b.each, 'subject') - 1) = $2 END
+    AND ($1::text IS NULL OR b.tenant = $1 OR b.tenant IS NULL AND coalesce(n.scope->>(
+        array_position(b.each, 'tenant') - 1), CASE WHEN $2 IS NULL THEN '' ELSE $1 END) = $1)
+ORDER BY k.budget, k.scope, k.period FOR UPDATE OF k
+
+-- name: forget_books_of_erased
+-- Forget these books with what is held of them, their pauses and alerts; alerts of budgets that are gone by the name alone.
+WITH named AS (
+    SELECT budget, scope FROM budget_books UNION SELECT budget, scope FROM budget_pauses UNION
+    SELECT budget, scope FROM budget_holds UNION SELECT data->>'budget', data->>'scope' FROM alerts
+), whose AS (
+    SELECT k.budget, k.scope FROM named k LEFT JOIN budgets b ON b.name = k.budget
+    CROSS JOIN LATERAL (SELECT nullif(k.scope, '')::json AS scope) AS n
+    WHERE CASE WHEN b.name IS NULL THEN n.scope::jsonb ? coalesce($2, $1)
+            WHEN $2::text IS NULL THEN coalesce(n.scope->>(array_position(b.each, 'subject') - 1),
+                n.scope->>(array_position(b.each, 'conversation') - 1)) IS NOT NULL
+            ELSE n.scope->>(array_position(b.each, 'subject') - 1) = $2 END
+        AND ($1::text IS NULL OR b.name IS NULL OR b.tenant = $1 OR b.tenant IS NULL AND coalesce(
+            n.scope->>(array_position(b.each, 'tenant') - 1),
+            CASE WHEN $2 IS NULL THEN '' ELSE $1 END) = $1)
+), holds AS (
+    DELETE FROM budget_holds h USING whose w WHERE h.budget = w.budget AND h.scope = w.scope
+), pauses AS (
+    DELETE FROM budget_pauses p USING whose w WHERE p.budget = w.budget AND p.scope = w.scope
+), told AS (
+    DELETE FROM alerts a USING whose w
+    WHERE a.data->>'budget' = w.budget AND a.data->>'scope' = w.scope
+)
+DELETE FROM budget_books k USING whose w WHERE k.budget = w.budget AND k.scope = w.scope
 
 -- name: use_of_budgets
 -- What is used of up to $1 budgets: the share of one book, and how many of all are paused.
