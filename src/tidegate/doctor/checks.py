@@ -24,7 +24,7 @@ from tidegate.operator_key import existing_operator_key, key_file
 from tidegate.policy.deployment import Deployment, Upstream, doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
 from tidegate.policy.live import NO_CHANGES, Tables, changed_lines
-from tidegate.policy.rollout import Origin, differences
+from tidegate.policy.rollout import Origin, asked_before, differences
 from tidegate.prices.rates import ModelPrice, catalog
 from tidegate.settings import SECRETS, Config, origins
 from tidegate.store.provider.upstreams import UpstreamProcess
@@ -341,7 +341,10 @@ def _policy(
         )
     plain, beside = to_plain(wanted), ""
     if newest.digest != digest(newest.policy):  # tenants were given more than was deployed
-        plain, beside = with_tenants(plain, newest.policy), ", beside what tenants were given since"
+        plain, beside = (
+            with_tenants(plain, newest.policy, asked_before(records)),
+            ", beside what tenants were given since",
+        )
     changes = differences(newest.policy, plain)
     if not changes:
         return ok(check, f"revision {newest.revision} is in force, as the settings say{beside}")

@@ -692,13 +692,19 @@ def apart_from_tenants(plain: Plain) -> Plain:
     return {**{key: one for key, one in plain.items() if key != "weights"}, "limits": limits}
 
 
-def with_tenants(wanted: Plain, now: Plain) -> Plain:
-    """`wanted`, and what it does not name of what tenants have now, was imported or learned."""
+def with_tenants(wanted: Plain, now: Plain, before: Plain | None = None) -> Plain:
+    """`wanted`, and what it does not name of what tenants have now, was imported or learned.
+    before: what the deployment in force asks for; what is as it says was given by nobody else."""
+    known = (before or {}).get("limits", {})
     own = {
-        name: one for name, one in now.get("limits", {}).items() if _is_beside_deployment(name, one)
+        name: one
+        for name, one in now.get("limits", {}).items()
+        if _is_beside_deployment(name, one) and known.get(name) != one
     }
     both = {**wanted, "limits": own | wanted.get("limits", {})}
-    if weights := now.get("weights", {}) | wanted.get("weights", {}):
+    known = (before or {}).get("weights", {})
+    given = {name: one for name, one in now.get("weights", {}).items() if known.get(name) != one}
+    if weights := given | wanted.get("weights", {}):
         both["weights"] = weights
     return both
 

@@ -108,10 +108,18 @@ class Found:
         return to_plain(self.policy)
 
 
-def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by: str) -> Decision:
+def start(
+    head: Revision | None,
+    seen: bool,
+    found: Found,
+    wanted: Plain,
+    set_by: str,
+    before: Plain | None = None,
+) -> Decision:
     """What a process that starts with the policy `wanted` does.
 
-    `head`: the newest on record. `seen`: whether `wanted` was a deployment's at any time.
+    `head`: the newest on record. `seen`: whether `wanted` was a deployment's at any time. `before`:
+    what the deployment of `head` asks for, where that is on record.
     """
     ours = Revision(found.number, Origin.DEPLOYMENT, wanted, set_by)
     if head is None and found.plain == wanted:
@@ -120,10 +128,11 @@ def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by
     now = adopted or head
     assert now is not None
     new = (adopted,) if adopted else ()
+    both = wanted
     if now.asked_digest != now.digest:
-        both = with_tenants(wanted, now.policy)
-        ours = Revision(found.number, Origin.DEPLOYMENT, both, set_by, asked=digest(wanted))
-    if now.digest == ours.digest:
+        both = with_tenants(wanted, now.policy, before)
+    is_known = now.asked_digest == ours.digest or now.origin is Origin.LIVE or seen
+    if now.digest == digest(both) and is_known:
         conflict = None
     elif now.origin is Origin.LIVE:
         conflict = Conflict.KEPT if seen else Conflict.LIVE
@@ -131,9 +140,19 @@ def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by
         conflict = Conflict.OLDER
     else:
         conflict = None
-        now = replace(ours, number=max(now.number, found.number) + 1)
-        new = (*new, now)
+        added = _with_given(replace(ours, number=max(now.number, found.number) + 1), both)
+        now, new = added[-1], (*new, *added)
     return _enforced(now, new, found, conflict)
+
+
+def _with_given(deployed: Revision, policy: Plain) -> tuple[Revision, ...]:
+    """What a deployment asks for, and after it the policy with what was given live beside it: by
+    the first the next deployment tells what this one said from what was given."""
+    if policy == deployed.policy:
+        return (deployed,)
+    number, asked = deployed.number + 1, deployed.digest
+    both = replace(deployed, number=number, policy=policy, reason=_KEPT, asked=asked)
+    return deployed, both
 
 
 def watch(head: Revision | None, found: Found) -> Decision:
@@ -152,9 +171,10 @@ def change(
     set_by: str,
     reason: str,
     origin: Origin = Origin.LIVE,
-    asked: str = "",
+    deployed: Plain | None = None,
 ) -> Decision:
-    """What a person's change does; nothing where it changes nothing. `asked`: see `Revision`.
+    """What a person's change does; nothing where it changes nothing. `deployed`: what a deployment
+    asks for, where the change puts that in force.
 
     Raises what `edit` raises, and ConfigError for a policy that is not sound.
     """
@@ -162,13 +182,24 @@ def change(
     now = decided.force
     policy = to_plain(of_plain(edit(now.policy)))
     number = max(now.number, found.number) + 1
-    changed = Revision(number, origin, policy, set_by, reason, asked)
-    if changed.digest == now.digest and (origin is now.origin or origin is Origin.LIVE):
+    changed = Revision(number, origin, policy, set_by, reason)
+    is_same = changed.digest == now.digest and (origin is now.origin or origin is Origin.LIVE)
+    if is_same and (deployed is None or digest(deployed) == now.asked_digest):
         return decided
     is_deployed = origin is Origin.LIVE and now.origin is Origin.DEPLOYMENT
     if is_deployed and apart_from_tenants(policy) == apart_from_tenants(now.policy):
         changed = replace(changed, origin=now.origin, asked=now.asked_digest)
-    return Decision(changed, (*decided.new, changed))
+    if deployed is None:
+        return Decision(changed, (*decided.new, changed))
+    added = _with_given(replace(changed, policy=deployed), policy)
+    return Decision(added[-1], (*decided.new, *added))
+
+
+def asked_before(records: Sequence[PolicyRecord]) -> Plain | None:
+    """What the deployment of the newest of these records asks for, where they have it."""
+    asked = records[0].digest if records else ""
+    found = (one.policy for one in reversed(records) if one.digest == asked)
+    return next((policy for policy in found if digest(policy) == asked), None)
 
 
 def adopt(head: Revision | None, found: Found) -> Revision | None:
@@ -246,6 +277,7 @@ def _flat(plain: Mapping[str, Any]) -> dict[str, object]:
 _WATCH_S = 10.0
 _RETRY_S = 1.0
 _DIFFERENCES_SHOWN = 20
+_KEPT = "what was given live is kept"
 
 log = get_logger()
 
@@ -345,7 +377,7 @@ class PolicyKeeper:
         set_by: str,
         reason: str = "",
         origin: Origin = Origin.LIVE,
-        asked: str = "",
+        deployed: Plain | None = None,
     ) -> Revision:
         """Put what `edit` makes of the policy on record and in force; returns what is in force.
 
@@ -364,8 +396,8 @@ class PolicyKeeper:
 
         return await self._decided(
             "",
-            lambda head, _: change(
-                head, found, whole, set_by=set_by, reason=reason, origin=origin, asked=asked
+            lambda head, *_: change(
+                head, found, whole, set_by=set_by, reason=reason, origin=origin, deployed=deployed
             ),
         )
 
@@ -378,7 +410,7 @@ class PolicyKeeper:
             set_by=set_by,
             reason=reason,
             origin=Origin.DEPLOYMENT,
-            asked=digest(wanted),
+            deployed=wanted,
         )
 
     async def history(self, most: int) -> list[PolicyRecord]:
@@ -389,14 +421,14 @@ class PolicyKeeper:
         found, wanted = await self._found(), to_plain(self.wanted)
         await self._decided(
             digest(wanted),
-            lambda head, seen: start(head, seen, found, wanted, self._set_by),
+            lambda head, seen, before: start(head, seen, found, wanted, self._set_by, before),
         )
 
     async def _watch(self) -> None:
         newest = await self._policies.newest(self.limiter.pool)
         if newest is None or newest.revision != self.limiter.policy.revision:
             found = await self._found()
-            await self._decided("", lambda head, _: watch(head, found))
+            await self._decided("", lambda head, *_: watch(head, found))
 
     async def _found(self) -> Found:
         """What the limiter has in force, with who put it there where Valkey can say so."""
@@ -409,12 +441,13 @@ class PolicyKeeper:
         return Found(policy, by)
 
     async def _decided(
-        self, seen_digest: str, decide: Callable[[Revision | None, bool], Decision]
+        self, seen_digest: str, decide: Callable[[Revision | None, bool, Plain | None], Decision]
     ) -> Revision:
         decided: list[Decision] = []
 
-        def under_lock(newest: PolicyRecord | None, seen: bool) -> Sequence[PolicyRecord]:
-            decided[:] = [decide(None if newest is None else revision_of(newest), seen)]
+        def under_lock(records: Sequence[PolicyRecord], seen: bool) -> Sequence[PolicyRecord]:
+            head = revision_of(records[0]) if records else None
+            decided[:] = [decide(head, seen, asked_before(records))]
             return [record_of(revision) for revision in decided[0].new]
 
         await self._policies.decide(self.limiter.pool, seen_digest, under_lock)

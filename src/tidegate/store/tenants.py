@@ -504,7 +504,7 @@ def _tenant(row: asyncpg.Record) -> Tenant:
 MOST_SHOWN = 1_000
 _LIVE_KEPT = 1_000
 
-Decide = Callable[[PolicyRecord | None, bool], Sequence[PolicyRecord]]
+Decide = Callable[[Sequence[PolicyRecord], bool], Sequence[PolicyRecord]]
 
 
 class Policies:
@@ -528,15 +528,18 @@ class Policies:
     async def decide(self, pool: str, digest: str, decide: Decide) -> None:
         """Put on record what `decide` returns, while no other process can do so.
 
-        `decide` gets the newest revision and whether a policy of `digest` was a deployment's at
-        any time; it may be called again, when the reply of a commit was lost, and must be pure.
+        `decide` gets the newest revision, followed by the first of its deployment, and whether a
+        policy of `digest` was a deployment's at any time; it may be called again, when the reply of
+        a commit was lost, and must be pure.
         """
 
         async def work(connection: asyncpg.Connection) -> None:
             await connection.execute(sql("lock_policies"), pool)
-            newest = await connection.fetchrow(sql("get_policies"), pool, 1)
+            rows = await connection.fetch(sql("get_policies"), pool, 1)
+            if rows:
+                rows += await connection.fetch(sql("first_of_deployment"), pool, rows[0]["digest"])
             seen = await connection.fetch(sql("deployed_before"), pool, [digest])
-            for record in decide(None if newest is None else _policy(newest), bool(seen)):
+            for record in decide([_policy(row) for row in rows], bool(seen)):
                 await connection.execute(
                     sql("add_policy"),
                     pool,

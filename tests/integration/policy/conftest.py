@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from uuid import uuid4
@@ -46,13 +46,18 @@ async def start(valkey_url: str, database_url: str) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
 
         async def one(
-            limit: int, *, url: str = valkey_url, database: str = database_url, name: str = "api-1"
+            limit: int,
+            *,
+            url: str = valkey_url,
+            database: str = database_url,
+            name: str = "api-1",
+            more: Mapping[str, int] | None = None,
         ) -> Member:
             connections = Connections(database)
             connections.start()
             stack.push_async_callback(connections.aclose)
             policies = Policies(connections)
-            wanted = PoolPolicy({"kind:text_only": limit}, lease_ms=800)
+            wanted = PoolPolicy({"kind:text_only": limit, **(more or {})}, lease_ms=800)
             first = await policy_to_start_with(policies, pool, wanted)
             limiter = Limiter.from_url(
                 url, pool=pool, policy=first, instance_id=name, on_conflict="keep"

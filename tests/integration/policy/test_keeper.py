@@ -110,9 +110,24 @@ async def test_what_tenants_were_given_goes_on_through_deployments(
     for member in (one, other):
         assert member.limiter.policy.weights == {"acme": 4}
         assert member.limiter.policy.bound("tenant:acme") == 4
-    # Of each deployment what it came to last, so that it is known to be older; the rest is pruned.
+    # Of each deployment what it asks for, and what it came to last; the rest is pruned.
     kept = [(number, limit) for number, _, limit in await one.record()]
-    assert kept == [(4, 5), (6, 3), (7, 7)]
+    assert kept == [(1, 5), (4, 5), (5, 7), (8, 7), (9, 7)]
+
+
+async def test_a_file_takes_away_what_it_gave_a_tenant_beside_what_others_were_given(
+    start: Start,
+) -> None:
+    one = await start(5, more={"tenant:acme": 3})
+    await recorded(one, (1, "deployment", 5))
+    edit = share_edit("other", weight=7)
+    assert edit is not None
+    await one.keeper.change(edit, set_by="ann")
+    other = await start(6)
+    await in_force(6, one, other)
+    for member in (one, other):
+        assert "tenant:acme" not in member.limiter.policy.limits
+        assert member.limiter.policy.weights == {"other": 7}
 
 
 async def test_of_many_that_start_at_once_with_one_new_policy_one_puts_it_on_record(

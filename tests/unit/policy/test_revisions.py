@@ -50,7 +50,9 @@ class Pool:
         wanted = {"limits": {**plain(limit)["limits"], **more.pop("limits", {})}, **more}
         deployed = {r.asked_digest for r in self.record if r.origin is Origin.DEPLOYMENT}
         seen = digest(wanted) in deployed
-        return self.take(revisions.start(self.head, seen, Found(self.found), wanted, "api-1"))
+        before = revisions.asked_before([revisions.record_of(one) for one in reversed(self.record)])
+        found = Found(self.found)
+        return self.take(revisions.start(self.head, seen, found, wanted, "api-1", before))
 
     def set(self, limit: int) -> Decision:
         return self.take(
@@ -67,9 +69,9 @@ class Pool:
             revisions.change(self.head, Found(self.found), edit, set_by="ann", reason="")
         )
 
-    def deploy_again(self, limit: int) -> Decision:
-        """As `tidegate limits set --deployed` does."""
-        wanted = plain(limit)
+    def deploy_again(self, limit: int, **more: Any) -> Decision:
+        """As `tidegate limits set --deployed` does. `more` as of `start`."""
+        wanted = {"limits": plain(limit)["limits"] | more}
         return self.take(
             revisions.change(
                 self.head,
@@ -78,7 +80,7 @@ class Pool:
                 set_by="ann",
                 reason="",
                 origin=Origin.DEPLOYMENT,
-                asked=digest(wanted),
+                deployed=wanted,
             )
         )
 
@@ -161,6 +163,37 @@ def test_where_no_tenant_was_given_anything_a_file_takes_away_what_it_gave() -> 
     pool.start(5, limits={"tenant:acme": 3}, weights={"acme": 2})
     pool.start(5, weights={"other": 3})
     assert ("tenant:acme" in pool.found.limits, pool.found.weights) == (False, {"other": 3})
+
+
+def test_a_file_takes_away_what_it_gave_whatever_others_were_given_live() -> None:
+    pool = new_pool(5)
+    pool.start(5, limits={"tenant:acme": 3, "rpm:tenant/acme": 60}, weights={"acme": 2, "b": 2})
+    pool.give("other", weight=7, limits={"tenant:other": 4})
+    for limit in (6, 8):  # also by a deployment that has come in beside what was given
+        pool.start(limit, limits={"tenant:acme": 3, "rpm:tenant/acme": 60}, weights={"acme": 2})
+        assert pool.found.weights == {"acme": 2, "other": 7}
+    pool.give("acme", limits={"rpm:tenant/acme": 30})
+    pool.start(8, limits={})
+    assert pool.found.weights == {"other": 7}
+    assert set(pool.found.limits) == {"kind:text_only", "tenant:other", "rpm:tenant/acme"}
+    assert pool.found.bound("rpm:tenant/acme") == 30, "given live"
+    assert pool.start(8).conflict is None
+
+
+def test_a_file_takes_away_what_was_written_into_it_after_it_was_given_live() -> None:
+    pool = new_pool(5)
+    pool.start(5)
+    pool.give("acme", limits={"tenant:acme": 3})
+    pool.start(5, limits={"tenant:acme": 3})
+    assert pool.start(5, limits={"tenant:acme": 3}).new == ()
+    pool.give("other", weight=7)
+    pool.start(6)
+    assert "tenant:acme" not in pool.found.limits
+    pool.set(3)
+    pool.give("other", weight=7)
+    pool.deploy_again(6, **{"tenant:acme": 2})
+    pool.start(7)
+    assert ("tenant:acme" in pool.found.limits, pool.found.weights) == (False, {"other": 7})
 
 
 def test_to_go_back_to_the_deployments_policy_takes_nothing_from_tenants() -> None:

@@ -9,6 +9,11 @@ SELECT pg_advisory_xact_lock(7423001, hashtext($1))
 SELECT revision, origin, digest, policy, set_by, reason, created_at
 FROM policies WHERE pool = $1 ORDER BY revision DESC LIMIT $2
 
+-- name: first_of_deployment
+-- The first revision of the policy of pool $1 of the deployment that asks for $2.
+SELECT revision, origin, digest, policy, set_by, reason, created_at
+FROM policies WHERE pool = $1 AND origin = 'deployment' AND digest = $2 ORDER BY revision LIMIT 1
+
 -- name: deployed_before
 -- Which of the digests $2 were a deployment's policy of pool $1 at any time.
 SELECT DISTINCT digest FROM policies
@@ -21,11 +26,10 @@ VALUES ($1, $2, $3, $4, $5::jsonb, $6, $7)
 ON CONFLICT (pool, revision) DO NOTHING
 
 -- name: prune_policies
--- Forget revisions of pool $1 up to $2, but of each deployment, which tells old from new, the last.
+-- Forget revisions of pool $1 up to $2, but of each deployment, which tells old from new, the first, which has what it asks for, and the last.
 DELETE FROM policies AS old
 WHERE pool = $1 AND revision <= $2
-    AND (origin = 'live' OR EXISTS (
-        SELECT FROM policies AS later
-        WHERE later.pool = old.pool AND later.origin = old.origin AND later.digest = old.digest
-            AND later.revision > old.revision
+    AND (origin = 'live' OR (
+        SELECT min(revision) < old.revision AND max(revision) > old.revision FROM policies AS same
+        WHERE same.pool = old.pool AND same.origin = old.origin AND same.digest = old.digest
     ))
