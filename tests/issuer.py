@@ -43,6 +43,7 @@ class IssuerServer:
     secret: str | None = SECRET
     redirect_uri: str | None = None  # None: any
     is_down: bool = False
+    keys_answer: bytes | None = None  # what it answers with 200 in place of its keys
     reuses_codes: bool = False
     nonce: str | None = None  # put into ID tokens instead of the one that was sent
     issued: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -91,6 +92,8 @@ class IssuerServer:
             raise web.HTTPServiceUnavailable
         if request.path == "/.well-known/openid-configuration":
             return web.json_response(self._metadata())
+        if request.path == "/keys" and self.keys_answer is not None:
+            return web.Response(body=self.keys_answer)
         if request.path == "/keys":
             return web.json_response({"keys": self._listed()})
         if request.path == "/authorize":

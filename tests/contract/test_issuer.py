@@ -186,6 +186,39 @@ async def test_an_outage_of_the_issuer_is_survived_while_its_keys_are_fresh(
         await claims_of(issuer, server.token())
 
 
+async def test_a_key_that_was_withdrawn_in_a_quiet_time_does_not_count(
+    server: IssuerServer,
+) -> None:
+    clock = Clock()
+    issuer = Issuer(server.url, clock=clock)
+    stolen = server.token()
+    assert await claims_of(issuer, stolen)
+    clock.now += 6 * 3_600  # no token comes
+    server.rotate("k2")
+    with pytest.raises(Unauthenticated, match="does not list"):
+        await claims_of(issuer, stolen)
+    assert await claims_of(issuer, server.token())
+
+
+@pytest.mark.parametrize("answer", [b"<html>Back soon</html>", b"{}", b'{"keys": null}', b"[]"])
+async def test_an_issuer_that_answers_with_no_list_of_keys_is_away(
+    server: IssuerServer, answer: bytes
+) -> None:
+    clock = Clock()
+    issuer = Issuer(server.url, clock=clock)
+    assert await claims_of(issuer, server.token())
+    clock.now += module.KEYS_READ_EVERY_S
+    server.keys_answer = answer
+    for _ in range(3):
+        assert await claims_of(issuer, server.token())
+        clock.now += module.KEYS_ASKED_EVERY_S
+    with pytest.raises(IssuerUnavailable, match="could not be read"):
+        await claims_of(Issuer(server.url), server.token())
+    server.keys_answer = None
+    server.rotate("k2")
+    assert await claims_of(issuer, server.token())
+
+
 async def test_what_an_issuer_answers_is_bounded_and_checked(
     server: IssuerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

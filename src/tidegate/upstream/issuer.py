@@ -1,8 +1,9 @@
 """Issuer of OpenID Connect: its metadata, its public keys, and what it signs.
 
-Keys are read when the first token asks for one, again every 10 minutes beside the tokens that need
-them, and when a token names a key that is not known: at most once in 10 s, whatever tokens name. An
-outage of the issuer leaves the keys valid for a day.
+Keys are read when the first token asks for one, again for the first token after 10 minutes, so that
+one that was withdrawn does not count however seldom tokens come, and when a token names a key that
+is not known: at most once in 10 s, whatever tokens name. An outage of the issuer leaves the keys
+valid for a day; no token waits for one that is known to be away.
 
 Invariants: a token counts only by a signature of an algorithm in `ALGORITHMS`, all asymmetric, by
 a key of the issuer's that is of the algorithm's kind; issuer, audience and expiry are always
@@ -171,6 +172,9 @@ class Issuer:
             key = self._keys.get(key_id)
             if self._clock() - self._keys_at >= KEYS_USABLE_S:
                 raise IssuerUnavailable(f"the keys of {self.url} could not be read")
+        elif now - self._keys_at >= KEYS_READ_EVERY_S and not self._is_away:
+            await self._ask_for_keys()
+            key = self._keys.get(key_id)
         elif now - self._keys_at >= KEYS_READ_EVERY_S and self._may_ask():
             self._begin_asking()  # beside it: the old keys count meanwhile
         if key is None and key_id is None and len(self._keys) == 1:
@@ -210,13 +214,14 @@ class Issuer:
             status, answer = await self._exchange(metadata.jwks_uri)
             if status != 200:
                 raise self._away(f"answers {status} to a request for its keys")
+            if not isinstance(listed := answer.get("keys"), list):
+                raise self._away("answers a request for its keys with none")
         except IssuerUnavailable as away:
             if not self._is_away:
                 log.warning(Log.ISSUER_AWAY, issuer=self.url, detail=away.message)
             self._is_away = True
             return
-        listed = answer.get("keys")
-        self._keys = _usable_keys(listed if isinstance(listed, list) else [])
+        self._keys = _usable_keys(listed)
         self._keys_at = self._clock()
         if self._is_away:
             log.info(Log.ISSUER_BACK, issuer=self.url)
