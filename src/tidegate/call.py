@@ -25,6 +25,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from os import urandom
@@ -419,6 +420,11 @@ def new_id() -> UUID:
     ms = time.time_ns() // 1_000_000
     value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(urandom(10), "big") & _RANDOM | _V7
     return UUID(int=value)
+
+
+def made_at(one: UUID) -> datetime:
+    """When `new_id` made it."""
+    return datetime.fromtimestamp((one.int >> 80) / 1000, UTC)
 
 
 def tokens_of(usage: Usage) -> tuple[int | None, int | None]:

@@ -429,6 +429,12 @@ class AuditLog:
         await self._budgets.settle_in(connection, (one.record.id for one in given))
         return gone
 
+    async def forget_bodies(self, given: Iterable[Prepared]) -> None:
+        """Delete the large bodies of records that `add` has left out."""
+        keys = [body[_BLOB_KEY] for one in given for body in one.bodies]
+        with suppress(StoreUnavailable):
+            await self._blobs.delete(filter(None, keys))
+
     def noted(self, records: Iterable[CallRecord]) -> None:
         """Notify listeners of records that `add` has written, and calls that wait for a budget."""
         written = list(records)
@@ -447,9 +453,7 @@ class AuditLog:
             for record in batch:
                 self._journal.leave(record)
             if gone:
-                bodies = [body for place in gone for body in given[place].bodies]
-                with suppress(StoreUnavailable):
-                    await self._blobs.delete(filter(None, (body[_BLOB_KEY] for body in bodies)))
+                await self.forget_bodies(given[place] for place in gone)
         except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
             log.debug(Log.STORE_AWAY, detail=repr(no))
             for one in given:

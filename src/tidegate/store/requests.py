@@ -19,7 +19,16 @@ from uuid import UUID
 
 import asyncpg
 
-from tidegate.call import Classification, ClassifiedBy, Kind, Status, Tier, Usage, UsageDetails
+from tidegate.call import (
+    Classification,
+    ClassifiedBy,
+    Kind,
+    Status,
+    Tier,
+    Usage,
+    UsageDetails,
+    made_at,
+)
 from tidegate.errors import InvalidRequest, NotFound
 from tidegate.record import Failure, Lineage
 from tidegate.store import database as partitions
@@ -717,7 +726,7 @@ def _of_line(row: asyncpg.Record) -> RequestDetail:
         classification=Classification(None, ClassifiedBy.BODY, row["endpoint"]),
         priority=-100,
         attempts=row["attempts"],
-        created_at=datetime.fromtimestamp((row["id"].int >> 80) / 1000, UTC),
+        created_at=made_at(row["id"]),
         deadline_at=row["expires_at"],
     )
     request = {"prompt": row["body"], "lapses": row["lapses"], "endpoint": row["endpoint"]}

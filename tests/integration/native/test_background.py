@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
+from os import urandom
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
 from tidegate.jobs import background
 from tidegate.prices.budgets import Budget
+from tidegate.store.retention import Whose
 
 MODEL = "gpt-5-mini"
 SLOW = {"first_byte_ms": 1_500}
@@ -188,6 +191,44 @@ async def test_a_repeat_under_a_key_whose_client_left_is_the_same_response(stage
     assert (row["status"], row["usage_state"]) == ("succeeded", "told")
     assert len(await gateway.calls("Think")) == 1
     assert (await ask()).id == again.id
+
+
+async def test_of_an_erased_subject_neither_answer_nor_response_is_kept(stage: Stage) -> None:
+    gateway, text = stage.gateway, urandom(20_000).hex()  # too long for a row
+    erase = partial(gateway.services.store.retention.erase, Whose(None, "patient-1"))
+    create = partial(
+        stage.sdk.responses.create,
+        model=MODEL,
+        input=text,
+        extra_headers={"x-tidegate-subject": "patient-1"},
+    )
+    await gateway.upstream.set_behaviour(first_byte_ms=600)
+    running = asyncio.create_task(create())
+    await gateway.in_flight(1)
+    await erase()
+    with pytest.raises(openai.NotFoundError):
+        await stage.sdk.responses.retrieve((await running).id)
+    begun = await create(background=True)
+    await erase()
+
+    async def is_over() -> bool:
+        left = await gateway.database.fetch("SELECT state FROM background_calls")
+        return all(row["state"] == "ended" for row in left)
+
+    await wait_until(is_over, 20, "the end of the call")
+    with pytest.raises(openai.NotFoundError):
+        await stage.sdk.responses.retrieve(begun.id)
+    for kept_there in (
+        *("audit WHERE subject IS NOT NULL", "provider_resources"),
+        "bodies WHERE blob_key IS NOT NULL OR size_bytes > 10000",
+    ):
+        assert await gateway.database.fetchval(f"SELECT count(*) FROM {kept_there}") == 0
+    blobs = gateway.services.store.retention.blobs
+    kept = [key for day in await blobs.days() async for keys in blobs.keys_of(day) for key in keys]
+    assert kept == []
+    await gateway.upstream.set_behaviour(first_byte_ms=0)
+    since = await create()
+    assert (await stage.sdk.responses.retrieve(since.id)).id == since.id
 
 
 async def test_what_is_refused_is_neither_counted_nor_kept(stage: Stage) -> None:

@@ -26,7 +26,7 @@ import orjson
 
 from tidegate.errors import ClaimLost
 from tidegate.record import CallRecord
-from tidegate.store.audit import WORTH_A_THREAD_BYTES, AuditLog
+from tidegate.store.audit import WORTH_A_THREAD_BYTES, AuditLog, Mark, erased_among
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
 from tidegate.store.provider.resources import NewResource, add_resources
@@ -123,7 +123,9 @@ class BackgroundCalls:
             )
             if hold is not None:
                 await connection.execute(sql("hand_over_budget_hold"), hold)
-            await add_resources(connection, made)
+            of_call = Mark(record.tenant_id, record.subject, record.received_at)
+            if not await erased_among(connection, [of_call]):
+                await add_resources(connection, made)
             return row is not None
 
         await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
@@ -175,16 +177,20 @@ class BackgroundCalls:
             self._budgets.settle(call.hold_id, record.charge, call.id)
         prepared = await self._audit.prepare(record)
 
-        async def work(connection: asyncpg.Connection) -> bool:
+        async def work(connection: asyncpg.Connection) -> tuple[bool, bool]:
+            is_erased = False
             row = await connection.fetchrow(
                 sql("end_background_call"), call.id, call.claim, look_after_ms
             )
             if row is not None and not await connection.fetchval(sql("is_on_record"), call.id):
-                await self._audit.add(connection, [prepared])
+                is_erased = bool(await self._audit.add(connection, [prepared]))
             await self._budgets.settle_in(connection, [call.id])
-            return row is not None
+            return row is not None, is_erased
 
-        self._check(call, await self._connections.run(work))
+        done, is_erased = await self._connections.run(work)
+        self._check(call, done)
+        if is_erased:
+            await self._audit.forget_bodies([prepared])
         self._audit.noted([record])
 
     async def forget(self, call: BackgroundCall) -> None:

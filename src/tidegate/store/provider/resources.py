@@ -20,6 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
+from tidegate.call import made_at, new_id
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import Json, cleaned, dumps, entry_of, uuid_of
 
@@ -184,7 +185,8 @@ def _entry(new: Sequence[NewResource]) -> Json:
             "id": first.owner.request_id,
             "tenant_id": first.owner.tenant_id,
             "subject": first.subject,
-            "submitted_at": datetime.now(UTC),
+            # Of the call that made them: what it makes after an erasure is of before, too.
+            "submitted_at": made_at(first.owner.request_id or new_id()),
             "resources": [_row(one) for one in new],
         },
     )
