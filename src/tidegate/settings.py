@@ -46,6 +46,7 @@ KINDS = tuple(DEFAULT_LIMITS)
 MOST_AT_ONCE = 100_000
 Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 Positive = Annotated[int, Field(ge=1)]
+Days = Annotated[int, Field(ge=1, le=100_000)]
 Value = TypeVar("Value")
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.(?!-)[A-Za-z0-9-]{1,63})*\.?")
 
@@ -446,10 +447,8 @@ class Config(BaseModel):
         60_000, "How often a provider is asked how far a batch is; with many of them less often."
     )
     background_poll_ms: Milliseconds = setting(2_000, "Least wait between looks in the background.")
-    job_deadline_ms: Annotated[int | None, Field(ge=1)] = setting(
-        None,
-        "How long a job may wait for its turn before it expires, where the request gives no "
-        "deadline_ms. Not set: as long as needed.",
+    job_deadline_ms: Annotated[int | None, Field(ge=1, le=31_536_000_000)] = setting(
+        None, "How long a job waits before it expires, without a deadline_ms. Not set: for ever."
     )
     flex_within_ms: Milliseconds = setting(
         900_000,
@@ -486,7 +485,7 @@ class Config(BaseModel):
         "Body of an alert: standard is signed by WEBHOOK_SECRET, as webhooks are; slack is a text "
         "as Slack and compatible services take it, signed too where there is a secret.",
     )
-    retention_days: Positive = setting(30, "How long requests and answers stay (tidegate prune).")
+    retention_days: Days = setting(30, "How long requests and answers stay (tidegate prune).")
     operator_log_days: Annotated[int, Field(ge=30, le=36_500)] = setting(
         365, "How long it is kept what operators did: see docs/access.md."
     )

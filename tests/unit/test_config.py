@@ -79,8 +79,9 @@ WRONG = {
     "STALLED_READER_MS": (["0", "soon"], "milliseconds"),
     "MAX_ATTEMPTS": (["0", "101"], "from 1 to 100"),
     "CLAIM_LEASE_MS": (["0", "soon"], "milliseconds"),
-    "JOB_DEADLINE_MS": (["0", "none"], "from 1 up"),
-    "RETENTION_DAYS": (["0", "forever"], "days"),
+    # Moments that no calendar and no column has.
+    "JOB_DEADLINE_MS": (["0", "none", "1000000000000000"], "from 1 to 31536000000"),
+    "RETENTION_DAYS": (["0", "forever", "3000000000"], "days from 1 to 100000"),
     "WEBHOOK_SECRET": (
         (
             "whsec_QUFB",

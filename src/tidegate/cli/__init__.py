@@ -191,7 +191,9 @@ def migrate(json: Json = False) -> None:
 
 
 def prune(
-    days: Annotated[int | None, typer.Option(min=1, help="Instead of RETENTION_DAYS.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Instead of RETENTION_DAYS.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Delete requests, answers and files that ended too long ago."""

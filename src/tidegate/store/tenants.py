@@ -183,6 +183,7 @@ SETTABLE = tuple(
     if one.name not in ("tenant_id", "created_at", "disabled_at", "keys")
 )
 
+_MOST_OF = {"retention_days": 100_000, "most_streams": 10**6, "most_long_polls": 10**6}
 BUDGETS = ("budget_day_money", "budget_month_money", "budget_day_tokens", "budget_month_tokens")
 _COLUMNS = tuple(name for name in SETTABLE if name not in BUDGETS)
 
@@ -413,7 +414,8 @@ def check_changes(changes: Mapping[str, Any]) -> None:
         elif name == "most_priority":
             _check_number(name, value, -100, 100)
         elif value is not None:
-            _check_number(name, value, 1 if name == "retention_days" else 0, 10**12)
+            least = 1 if name == "retention_days" else 0
+            _check_number(name, value, least, _MOST_OF.get(name, 10**12))
 
 
 def _check_number(name: str, value: object, least: int, most: int) -> None:

@@ -10,12 +10,14 @@ import orjson
 import pytest
 
 from tidegate.call import Answer, Usage
+from tidegate.errors import ConfigError
 from tidegate.record import CallRecord, Failure
 from tidegate.store import database as queries
 from tidegate.store import notifications
 from tidegate.store import records as rows
 from tidegate.store.audit import inline_row, unpack
 from tidegate.store.database import Steadiness
+from tidegate.store.tenants import check_changes
 
 FOLDER = Path(queries.__file__).parent
 
@@ -120,3 +122,10 @@ def test_a_missed_heartbeat_starts_the_clock_anew() -> None:
 
 def state_of(steadiness: Steadiness) -> tuple[bool, bool]:
     return steadiness.fresh, steadiness.may_judge
+
+
+@pytest.mark.parametrize("name", ["retention_days", "most_streams", "most_long_polls"])
+def test_no_number_of_a_tenant_is_larger_than_its_column_holds(name: str) -> None:
+    check_changes({name: 100_000})
+    with pytest.raises(ConfigError, match=f"{name}=3000000000: must be a whole number from"):
+        check_changes({name: 3_000_000_000})
