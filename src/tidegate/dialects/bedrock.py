@@ -183,7 +183,7 @@ _READ = ("cacheReadInputTokens", "cacheReadInputTokenCount", "cache_read_input_t
 _WRITTEN = ("cacheWriteInputTokens", "cacheWriteInputTokenCount", "cache_creation_input_tokens")
 _COUNTS = {
     *(*_INPUT, *_OUTPUT, *_READ, *_WRITTEN),
-    *("cacheDetails", "prompt_tokens_details"),
+    *("cacheDetails", "cache_creation", "prompt_tokens_details"),
 }
 # Of an answer of InvokeModel, of whatever form.
 _HEADERS = {
@@ -206,11 +206,14 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
         taken = None if fresh is None else fresh + written + (cached or 0)
     total = None if taken is None or made is None else taken + made
     details = UsageDetails(written) if written else None
-    split = {
-        one.get("ttl"): count_of(one, "inputTokens") for one in objects_in(raw.get("cacheDetails"))
-    }
-    if details is not None and split:
-        details = UsageDetails(written, split.get("5m"), split.get("1h"))
+    # Claude's own form in InvokeModel, and Converse's.
+    own = part_of(raw, "cache_creation")
+    split = {ttl: count_of(own, f"ephemeral_{ttl}_input_tokens") for ttl in ("5m", "1h")}
+    for one in objects_in(raw.get("cacheDetails")):
+        if (ttl := short_text(one.get("ttl"))) in split:
+            split[ttl] = count_of(one, "inputTokens")
+    if details is not None:
+        details = UsageDetails(written, split["5m"] or None, split["1h"] or None)
     return Usage(taken, made, None, cached, total, details)
 
 

@@ -167,6 +167,49 @@ def test_usage_is_read_in_the_form_of_each_maker(
     assert facts.finish_reason == finish
 
 
+CLAUDES_USAGE = {
+    "input_tokens": 5,
+    "cache_creation_input_tokens": 1_000,
+    "cache_read_input_tokens": 0,
+    "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 1_000},
+    "output_tokens": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        [{"type": "message", "usage": CLAUDES_USAGE}],
+        [
+            {"type": "message_start", "message": {"usage": CLAUDES_USAGE}},
+            {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 2}},
+            {
+                "type": "message_stop",
+                "amazon-bedrock-invocationMetrics": {
+                    "inputTokenCount": 5,
+                    "outputTokenCount": 2,
+                    "cacheWriteInputTokenCount": 1_000,
+                },
+            },
+        ],
+    ],
+    ids=["whole", "stream"],
+)
+def test_what_claude_writes_to_a_cache_for_an_hour_is_read_of_invoke_model(objects: Any) -> None:
+    answer = b"".join(b"data: %s\n\n" % orjson.dumps(one) for one in objects)
+    answer = orjson.dumps(objects[0]) if len(objects) == 1 else answer
+    details = BEDROCK.answer_facts(answer).usage.details
+    assert details is not None
+    assert (details.cache_write_tokens, details.cache_write_1h_tokens) == (1_000, 1_000)
+
+
+def test_a_time_to_live_that_is_no_text_is_no_fault() -> None:
+    usage = {"inputTokens": 5, "cacheWriteInputTokens": 9, "cacheDetails": [{"ttl": [None]}]}
+    used = BEDROCK.answer_facts(orjson.dumps({"usage": usage})).usage
+    assert used.details is not None
+    assert used.details.cache_write_tokens == 9
+
+
 def test_the_headers_of_an_answer_count_where_it_tells_nothing() -> None:
     assert BEDROCK.usage_in is not None
     told = [
