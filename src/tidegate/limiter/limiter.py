@@ -602,10 +602,12 @@ class Limiter:
     ) -> bool:
         """Admit no call under `limit` for a time, in all processes.
 
-        Afterwards calls come back over `ramp_ms`. A pause that would end later stays: False then.
+        Afterwards calls come back over `ramp_ms`, all together with 0. A pause that would end later
+        stays: False then.
         """
         said = f"{by}: {reason}" if reason else by
-        request = {"verb": "pause", "ramp_ms": max(1, ramp_ms)}
+        ramp_ms = max(1, ramp_ms)  # a pause without a ramp is a gate
+        request = {"verb": "pause", "ramp_ms": ramp_ms}
         return await self._pause(limit, for_ms, ramp_ms, said, request)
 
     async def _pause(
@@ -632,7 +634,8 @@ class Limiter:
 
     async def open_gate(self, limit: str, *, ramp_ms: int = RAMP_MS) -> bool:
         """End what `close_gate` began; calls come back over `ramp_ms`. False if it was open."""
-        request = {"verb": "open", "limit": limit, "ramp_ms": max(1, ramp_ms)}
+        ramp_ms = max(1, ramp_ms)
+        request = {"verb": "open", "limit": limit, "ramp_ms": ramp_ms}
         done = bool(await self._act(request))
         self._session.remembered.opened(limit, self._session.lease.now_ms(), ramp_ms)
         self._session.refresh()

@@ -107,6 +107,22 @@ async def test_no_permit_is_passed_on_under_a_pause_while_valkey_is_away(
     assert limiter._queue.counts.recycled == 0
 
 
+async def test_a_pause_without_a_ramp_is_no_gate_and_is_over_after_an_empty_restart(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, 1)
+    await limiter.penalise(LIMIT, for_ms=1, by="ann", ramp_ms=0)
+    assert limiter.gate(LIMIT) is None, "nothing that a person would have to open"
+    await wait_until(lambda: not limiter.paused_of([LIMIT]), what="the pause is over")
+    await limiter.close_gate(LIMIT, for_ms=1, most_ms=1, tried=False)
+    await limiter.open_gate(LIMIT, ramp_ms=0)
+    assert limiter.gate(LIMIT) is None
+    await limiter.penalise(LIMIT, for_ms=1, by="ann", ramp_ms=0)
+    own_valkey.stop()
+    own_valkey.start()
+    await (await Body(limiter).until_admitted()).end()
+
+
 async def test_local_admits_no_call_under_a_pause(
     hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:
