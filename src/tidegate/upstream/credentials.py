@@ -98,7 +98,7 @@ class RenewedCredentials:
         self, method: str, place: RequestPlace, headers: RawHeaders, body: object
     ) -> RawHeaders:
         valid = self._valid
-        if valid is None or self._clock() >= valid.expires_at:
+        if valid is None or self.has_ended:
             raise UpstreamUnauthorized("this gateway has no valid credentials for the provider")
         own = valid.prove(method, place, headers, body)
         names = {name for name, _ in own}
@@ -106,6 +106,11 @@ class RenewedCredentials:
 
     def refused(self) -> None:
         self._wanted.set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there are no valid ones."""
+        return self._valid is None or self._clock() >= self._valid.expires_at
 
     async def run(self) -> None:
         """Renew them until it is cancelled."""
@@ -311,7 +316,8 @@ def source_of(authentication: Authentication, network: Network | None) -> Creden
 
 
 class Signers(Mapping[Authentication, Signer]):
-    """The credentials of upstreams, kept valid until `aclose`."""
+    """The credentials of upstreams, kept valid until `close`. Those of an upstream that was
+    replaced sign until their end, for calls that have begun with it and wait."""
 
     def __init__(self) -> None:
         self._signers: dict[Authentication, RenewedCredentials] = {}
@@ -331,7 +337,7 @@ class Signers(Mapping[Authentication, Signer]):
         can't be read: their calls fail, and it is logged."""
         new: dict[Authentication, RenewedCredentials] = {}
         for authentication, network in _renewed(upstreams).items():
-            if authentication not in self._signers:
+            if authentication not in self._tasks:
                 source = await asyncio.to_thread(source_of, authentication, network)
                 new[authentication] = RenewedCredentials(source, authentication.kind)
         if new:
@@ -340,20 +346,23 @@ class Signers(Mapping[Authentication, Signer]):
                 async with asyncio.timeout(FIRST_WITHIN_S):
                     await first
         for authentication, one in new.items():
-            if authentication not in self._signers:
+            if authentication not in self._tasks:
                 self._signers[authentication] = one
                 self._tasks[authentication] = asyncio.create_task(one.run())
 
     def keep(self, upstreams: Iterable[Upstream]) -> None:
         """Renew those of `upstreams` alone from now on."""
         needed = _renewed(upstreams)
-        for authentication in [one for one in self._signers if one not in needed]:
+        for authentication in [one for one in self._tasks if one not in needed]:
             self._tasks.pop(authentication).cancel()
-            del self._signers[authentication]
+        for authentication, one in list(self._signers.items()):
+            if authentication not in self._tasks and one.has_ended:
+                del self._signers[authentication]
 
     def close(self) -> None:
-        """Renew none any more."""
+        """Renew none any more, and have none left."""
         self.keep(())
+        self._signers.clear()
 
 
 def _renewed(upstreams: Iterable[Upstream]) -> dict[Authentication, Network | None]:

@@ -314,6 +314,34 @@ async def test_a_replaced_file_of_credentials_counts_once_it_is_read_again(
         assert status == 200, text
 
 
+async def test_a_call_that_waits_for_long_keeps_the_credentials_it_began_with(
+    open_gateway: Opener, second: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidegate.spine.upstreams._CLOSE_AFTER_S", 0.0)
+    gateway = await open_gateway(worker=False)
+    body = BODY | {"model": "claude-x", "max_tokens": 50}
+
+    async def ask() -> tuple[int, str]:
+        async with gateway.http.post(f"{gateway.url}/v1/messages", json=body) as response:
+            return response.status, await response.text()
+
+    async with run_clouds(second.url) as clouds:
+        new = vertex(clouds, clouds.service_account(tmp_path))
+        assert (await admin(gateway, "PUT", "/vertex", table=new, test=False))[0] == 200
+        limiter = gateway.services.limiters["vertex"]
+        await limiter.penalise(total := next(iter(limiter.policy.limits)), for_ms=5_000)
+        waiting = asyncio.create_task(ask())
+        await wait_until(lambda: limiter.waiters == 1, 20, "a call that waits")
+        clouds.service_account(tmp_path)
+        assert (await admin(gateway, "PATCH", "/vertex", read_again=True))[0] == 200
+        upstreams = gateway.services.upstreams
+        await upstreams.look()
+        assert not upstreams._left, "nothing is kept of the upstream that was replaced"
+        await limiter.resume(total)
+        status, text = await waiting
+        assert status == 200, text
+
+
 def vertex(clouds: Clouds, account: Path) -> dict[str, Any]:
     return {
         "provider": "vertex",
