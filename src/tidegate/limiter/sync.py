@@ -111,11 +111,8 @@ class ThreadPermit:
         if self._hold is not None:
             raise RuntimeError("an acquisition can be entered once")
         hold = self._hold = DetachedPermit(self._acquire, self._stop, hard_ms=self._hard_ms)
-        taking = self._limiter.submit(hold.take)
         try:
-            permit = taking.result()
-        except concurrent.futures.CancelledError:
-            raise ShuttingDown("the limiter is closing") from None
+            permit = self._limiter.ask(hold.take)
         except BaseException:  # an interrupt too: the ticket is returned
             self._limiter.tell(hold.abandon)
             raise
@@ -126,8 +123,8 @@ class ThreadPermit:
         if self._hold is None or not self._limiter.ours():
             return
         try:
-            self._limiter.submit(self._hold.finish).result()
-        except (ShuttingDown, concurrent.futures.CancelledError):
+            self._limiter.ask(self._hold.finish)
+        except ShuttingDown:
             raise LeaseLost("the limiter was closed while the permit was held") from None
 
     def release(self) -> None:
@@ -144,7 +141,7 @@ class ThreadPermit:
 
     def _confirm(self) -> None:
         assert self._hold is not None
-        self._limiter.submit(self._hold.confirm).result()
+        self._limiter.ask(self._hold.confirm)
 
     async def _stop(self) -> None:
         """On the limiter's loop: tell the thread, and wait until it has let go."""
@@ -318,6 +315,15 @@ class SyncLimiter:
                 raise ShuttingDown("the limiter has not been started, or is closed")
             return asyncio.run_coroutine_threadsafe(make(), self._loop)
 
+    def ask(self, make: Callable[[], Coroutine[Any, Any, R]]) -> R:
+        """Run a coroutine on the limiter's loop and wait for its result. Raises ShuttingDown when
+        the loop has ended, or ends meanwhile."""
+        asked = self.submit(make)
+        try:
+            return asked.result()
+        except concurrent.futures.CancelledError:
+            raise ShuttingDown("the limiter is closing") from None
+
     def tell(self, call: Callable[[], object]) -> None:
         """Call on the limiter's loop; one that has ended needs no news."""
         if not self.ours():
@@ -388,7 +394,7 @@ class SyncLimiter:
 
         Do not acquire by it: a permit belongs to the task that asked for it.
         """
-        return self.submit(lambda: ask(self._limiter)).result()
+        return self.ask(lambda: ask(self._limiter))
 
     def local_state(self) -> LocalState:
         """This process's part, without asking Valkey."""
@@ -396,7 +402,7 @@ class SyncLimiter:
         async def look() -> LocalState:
             return self._limiter.local_state()
 
-        return self.submit(look).result()
+        return self.ask(look)
 
     def snapshot(self) -> Snapshot:
         """The pool as Valkey sees it. Raises LimiterUnavailable when it does not answer."""

@@ -24,7 +24,7 @@ from tidegate.errors import (
     ShuttingDown,
     TidegateError,
 )
-from tidegate.limiter import SyncLimiter
+from tidegate.limiter import Limiter, SyncLimiter
 
 PATIENT_MS = 20_000
 
@@ -168,6 +168,22 @@ async def test_closing_tells_waiters_and_holders_and_joins_the_thread(
     with pytest.raises(ShuttingDown), limiter.acquire(LIMIT):
         pass
     limiter.close()
+
+
+async def test_a_question_that_a_closing_limiter_leaves_unanswered_is_no_cancellation(
+    make_sync: MakeSync,
+) -> None:
+    limiter, asked = make_sync(), threading.Event()
+
+    async def hang(_inner: Limiter) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    asking = asyncio.create_task(asyncio.to_thread(limiter.run, hang))
+    await asyncio.to_thread(asked.wait, 10)
+    await asyncio.to_thread(limiter.close)
+    with pytest.raises(ShuttingDown):
+        await asking
 
 
 def test_a_holder_that_leaves_within_the_grace_has_lost_nothing(make_sync: MakeSync) -> None:
