@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from math import inf
 from uuid import UUID
 
 from tidegate.call import (
@@ -431,8 +432,21 @@ class ProviderBatchRunner:
         if since is not None and datetime.now(UTC) - since > _LOST_AFTER:
             await self._give_back_all(batch, "lost", charge=UNKNOWN_CHARGE)
             return
-        held = replace(batch, problem=problem)
-        await self._batches.save(held, max(self._poll_ms, wait_ms or 0))
+        held, held_ms = replace(batch, problem=problem), max(self._poll_ms, wait_ms or 0)
+        if batch.state != "made":  # else they leave before it is created
+            held_ms = min(held_ms, await self._without_the_late(batch))
+        await self._batches.save(held, held_ms)
+
+    async def _without_the_late(self, batch: UpstreamBatch) -> float:
+        """Return the lines to the queue that have to be in a faster tier by now, though their batch
+        can't be cancelled: the provider may charge them too. Until the next one has to, in ms."""
+        leave_at, now = (await self._batches.open_lines(batch)).leave_at, datetime.now(UTC)
+        if leave_at is not None and leave_at <= now:
+            for one in await self._all_lines(batch):
+                if one.leave_at is not None and one.leave_at <= now:
+                    await self._without_answer(batch, one, "no answer", UNKNOWN_CHARGE)
+            leave_at = (await self._batches.open_lines(batch)).leave_at
+        return inf if leave_at is None else max(0.0, (leave_at - now).total_seconds() * 1000)
 
     async def _create(
         self, api: BatchApi, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None

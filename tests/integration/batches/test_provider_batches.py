@@ -249,6 +249,29 @@ async def test_a_job_leaves_a_batch_in_time_for_its_deadline(
     assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
 
 
+async def test_a_job_leaves_a_batch_in_time_though_the_batch_api_does_not_answer(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS})
+    late, other = await submitted(
+        gateway, wrapped("openai", "Say hello"), wrapped("openai", "Say goodbye")
+    )
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    for path in ("GET /v1/batches", "POST /v1/batches"):
+        await provider.control.set_fault("unavailable", kind="other", match=path, count=100_000)
+    await wait_until(partial(is_held, gateway))
+    await gateway.database.execute(
+        "WITH due AS (UPDATE requests SET deadline_at = now() + interval '1 minute' WHERE id = $1)"
+        " UPDATE provider_batch_lines SET leave_at = now() WHERE request_id = $1",
+        late,
+    )
+    record = await gateway.end_of(late)
+    assert (record["status"], record["attempts"], record["tier"]) == ("succeeded", 1, "live")
+    assert (await gateway.status(other))["status"] == "running", "has all the time"
+
+
 async def test_a_job_leaves_a_batch_sooner_once_more_jobs_come_before_it(
     open_gateway: Opener, settings: dict[str, Any], provider: Emulator
 ) -> None:
