@@ -95,6 +95,8 @@ class WebhookSender:
         # Whatever goes wrong here, the webhook is due again when its claim is over.
         try:
             record = await self._store.requests.get(delivery.request_id, delivery.tenant_id)
+            if record.status != delivery.status:
+                record = await self._store.outbox.end_of(delivery, record)
             body = payload(delivery, record)
             answer = await self._poster.post(delivery.url, body, self._headers(delivery, body))
             await self._settle(delivery, answer)
@@ -145,7 +147,7 @@ def signature(key: bytes, webhook_id: str, sent_at: int, body: bytes) -> str:
 
 
 def payload(delivery: Delivery, record: RequestRecord) -> bytes:
-    """The body: what happened, and the request as it stands, without pictures and long texts."""
+    """The body: what happened, and the request as it ended, without pictures and long texts."""
     failure = record.failure
     data: dict[str, Any] = {
         "request_id": record.request_id,

@@ -8,7 +8,7 @@ delivered at least once, or given up; a receiver knows repeats by the webhook's 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -16,17 +16,25 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import new_id
+from tidegate.call import UNKNOWN_USAGE, Status, new_id
 from tidegate.errors import NotFound
 from tidegate.store.database import Connections, sql
-from tidegate.store.records import WebhookRecord, record_of, recorded
+from tidegate.store.records import (
+    RequestRecord,
+    WebhookRecord,
+    failure_of,
+    record_of,
+    recorded,
+    usage_of,
+)
 
 WAITING = WebhookRecord("waiting")
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One try, under way. `tries` counts it, and fences what is recorded of it."""
+    """One try, under way. `tries` counts it, and fences what is recorded of it. created_at: when
+    the end was recorded that it is about."""
 
     webhook_id: UUID
     request_id: UUID
@@ -34,6 +42,12 @@ class Delivery:
     event: str
     url: str
     tries: int
+    created_at: datetime
+
+    @property
+    def status(self) -> str:
+        """With which the request ended."""
+        return self.event.partition(".")[2]
 
 
 class WebhookOutbox:
@@ -49,6 +63,27 @@ class WebhookOutbox:
         within the lease is due again."""
         rows = await self._connections.rows("claim_webhooks", limit, float(lease_ms), list(but_of))
         return [record_of(Delivery, row) for row in rows]
+
+    async def end_of(self, delivery: Delivery, now: RequestRecord) -> RequestRecord:
+        """A request that was queued again since, as it ended then; of an end that is on record no
+        more its status alone."""
+        row = await self._connections.row(
+            "get_webhook_end", delivery.request_id, delivery.status, delivery.created_at
+        )
+        end = replace(
+            now, status=Status(delivery.status), text=None, failure=None, finished_at=None
+        )
+        if row is None:
+            return replace(end, usage=UNKNOWN_USAGE, finish_reason=None)
+        return replace(
+            end,
+            attempts=row["attempts"],
+            finished_at=row["finished_at"],
+            model=row["model"],
+            finish_reason=row["finish_reason"],
+            failure=failure_of(row["failure"]),
+            usage=usage_of(row),
+        )
 
     async def settle(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -68,6 +69,31 @@ async def test_the_end_of_a_wrapped_call_is_told_with_its_answer(
     answer = (await gateway.status(request_id))["answer"]
     assert told.event["data"]["answer"] == answer
     assert "Grüße, 海" in answer["choices"][0]["message"]["content"]
+
+
+async def test_a_webhook_that_waits_tells_of_its_end_though_the_job_is_queued_again(
+    open_gateway: Opener, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook, "webhook_wait_ms", lambda tries: 600_000)
+    gateway = await open_gateway(max_attempts=1, **SETTINGS)
+    receiver.answers = [503]
+    await gateway.upstream.set_fault("internal")
+    request_id = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
+    await wait_until(lambda: receiver.received, 20, "the first try")
+    await _settled(gateway, request_id, "pending")
+    await gateway.upstream.clear_faults()
+    requeue = f"{gateway.url}/admin/requests/requeue"
+    since = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+    async with gateway.http.post(requeue, json={"since": since, "dry_run": False}) as response:
+        assert response.status == 200, await response.text()
+    await wait_until(lambda: len(receiver.received) == 2, 20, "the webhook of the second end")
+    await gateway.database.execute("UPDATE webhooks SET due_at = now() WHERE state = 'pending'")
+    await wait_until(lambda: len(receiver.received) == 3, 20, "the second try")
+    first, second, again = (one.event for one in receiver.received)
+    assert second["type"] == "request.succeeded"
+    assert first["data"].pop("text") == "", "what came before it failed, which is not repeated"
+    assert again == first
+    assert (first["data"]["status"], "error" in first["data"]) == ("failed", True)
 
 
 async def test_the_end_of_a_job_is_told_once_and_signed(

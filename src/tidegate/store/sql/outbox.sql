@@ -16,7 +16,14 @@ WHERE id IN (
     WHERE state = 'pending' AND due_at <= now() AND tenant_id <> ALL ($3::text[])
     ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
 )
-RETURNING id AS webhook_id, request_id, tenant_id, event, url, tries
+RETURNING id AS webhook_id, request_id, tenant_id, event, url, tries, created_at
+
+-- name: get_webhook_end
+-- The last end of request $1 with status $2 that is on record up to $3.
+SELECT status, attempts, finished_at, model, finish_reason, failure, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens
+FROM audit WHERE request_id = $1 AND status = $2 AND created_at <= $3
+ORDER BY created_at DESC LIMIT 1
 
 -- name: settle_webhook
 -- Record how try $2 of webhook $1 went; the next one is due in $6 milliseconds.
