@@ -65,7 +65,7 @@ DEAD_AFTER_S = 30.0
 _STRAYS_AFTER_S = 60.0
 _ROOM_EVERY_S = 0.25
 _REMEMBERED_S = 60.0
-_ROLLING_REMEMBERED_S = 1.0
+_BRIEFLY_REMEMBERED_S = 1.0
 _SEED_TIMEOUT_MS = 60_000
 _READ_TIMEOUT_MS = 2_000
 _MOST_ORPHANS = 500
@@ -487,12 +487,14 @@ class Budgets:
                 binds.append([place, need])
             calls.append({"id": str(ask.hold), "request": str(ask.request_id), "binds": binds})
         asked = orjson.dumps({"books": list(books), "calls": calls})
+        revision = self._revision
         rows = await self._written(asked)
+        is_newest = revision == self._revision  # else a change that is known here may allow it
         results: list[Refusal | Exception | None] = [None] * len(asks)
         for row in rows:
             refused = self._refused(bindings[row["book"]], row)
             results[row["call"]] = refused
-            if refused.why != "held":
+            if refused.why != "held" and is_newest:
                 self._refusals[refused.binding.budget.name, refused.binding.scope] = refused
         self._refuses = bool(rows)
         if rows:
@@ -525,8 +527,10 @@ class Budgets:
         return rows
 
     def _refused(self, binding: Binding, row: asyncpg.Record) -> Refusal:
-        now = self._clock()
-        for_s = _ROLLING_REMEMBERED_S if binding.budget.period == "rolling" else _REMEMBERED_S
+        now, budget = self._clock(), binding.budget
+        # A budget with a pause begins it as it refuses a call that others have left no room.
+        is_brief = budget.period == "rolling" or (row["why"], budget.at_end) == ("spent", "pause")
+        for_s = _BRIEFLY_REMEMBERED_S if is_brief else _REMEMBERED_S
         if row["reset_at"] is not None:
             for_s = min(for_s, (row["reset_at"] - datetime.now(UTC)).total_seconds())
         return Refusal(

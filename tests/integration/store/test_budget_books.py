@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from random import Random
@@ -433,6 +433,41 @@ async def test_a_cancelled_reservation_holds_nothing(budgets: Budgets, database_
     await budgets.flush()
     assert await seen(database_url) == {}
     assert budgets.held == 0
+
+
+async def test_a_refusal_that_is_remembered_holds_up_no_pause(connections: Connections) -> None:
+    now = 0.0
+    one = Budgets(connections, instance_id="one", clock=lambda: now)
+    other = Budgets(connections, instance_id="other")
+    await with_budgets(one, Budget("p", "usd", 100, "day", at_end="pause"))
+    await other.refresh()
+    one.settle(await held_by(one, ACME, 60), told(60))
+    await one.flush()
+    with pytest.raises(BudgetExceeded):
+        await held_by(one, ACME, 50)
+    other.settle(await held_by(other, ACME, 40), told(40))
+    await other.flush()
+    now = 1.0
+    with pytest.raises(BudgetPaused):
+        await held_by(one, ACME, 50)
+
+
+async def test_a_refusal_from_before_a_change_is_not_remembered_after_it(
+    budgets: Budgets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await with_budgets(budgets, DAY)
+    written = budgets._written
+
+    async def changed_meanwhile(asked: bytes) -> list[asyncpg.Record]:
+        rows = await written(asked)
+        await with_budgets(budgets, replace(DAY, amount=5_000))
+        return rows
+
+    monkeypatch.setattr(budgets, "_written", changed_meanwhile)
+    with pytest.raises(BudgetExceeded):
+        await held_by(budgets, ACME, 1_001)
+    monkeypatch.undo()
+    assert await held_by(budgets, ACME, 1_001)
 
 
 async def test_a_budget_that_pauses_goes_on_when_a_person_says_so(
