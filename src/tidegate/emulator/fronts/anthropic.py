@@ -231,6 +231,8 @@ def _blocks(content: Any, place: str) -> Iterator[tuple[str | None, Attached | N
 
 def _read_block(block: Json, place: str) -> Iterator[tuple[str | None, Attached | None]]:
     kind = block.get("type")
+    if not isinstance(kind, str):
+        raise Refused(400, f"{place}.type: Input should be a valid string")
     if kind == "text":
         if not isinstance(block.get("text"), str):
             raise Refused(400, f"{place}.text: Input should be a valid string")

@@ -97,7 +97,7 @@ async def route(served: Served) -> web.StreamResponse:
     if not request.headers.get("Authorization", "").startswith(("Bearer ", "AWS4-HMAC-SHA256 ")):
         raise Refused(403, "Missing Authentication Token")
     model, _, do = request.path.removeprefix("/model/").rpartition("/")
-    body = await served.json("Malformed input request, please reformat your input and try again.")
+    body = await served.json(_MALFORMED)
     if request.method != "POST" or not model or not isinstance(body, dict):
         raise served.not_found()
     streamed = do.endswith("-stream")
@@ -108,7 +108,7 @@ async def route(served: Served) -> web.StreamResponse:
             _check_invoked(body)
             form = _invoked
         case "count-tokens":
-            asked = read_messages({**_of_converse(body["input"]["converse"]), "model": model})
+            asked = read_messages({**_of_converse(body, "input", "converse"), "model": model})
             return await served.other("count", model, lambda: {"inputTokens": asked.input_tokens})
         case _:
             raise served.not_found()
@@ -129,7 +129,20 @@ def _check_invoked(body: Json) -> None:
 # -- Converse's body as one of messages
 
 
-def _of_converse(body: Json) -> Json:
+_MALFORMED = "Malformed input request, please reformat your input and try again."
+
+
+def _of_converse(body: Any, *within: str) -> Json:
+    """Raises Refused for one that has another shape."""
+    try:
+        for name in within:
+            body = body[name]
+        return _as_messages(body)
+    except (AttributeError, KeyError, TypeError, StopIteration) as misshapen:
+        raise Refused(400, _MALFORMED) from misshapen
+
+
+def _as_messages(body: Json) -> Json:
     settings, tools = body.get("inferenceConfig") or {}, body.get("toolConfig") or {}
     named = next(iter(tools.get("toolChoice") or {"auto": {}}))
     choice = {"type": named, **(tools.get("toolChoice") or {}).get(named, {})}

@@ -276,13 +276,18 @@ def _add_content(conversation: Conversation, content: Any, lookup: FileLookup) -
         conversation.add(speaker, *_part(part, lookup))
 
 
+def _declared(item: Any) -> list[Any]:
+    found = get(item, "functionDeclarations") if isinstance(item, dict) else None
+    return found if isinstance(found, list) else []
+
+
 def _functions(body: Json) -> tuple[list[Tool], Choice]:
     """The functions on offer, and whether one must be called."""
     given = get(body, "tools") or []
     tools = [
         _function(declared)
         for item in (given if isinstance(given, list) else [given])
-        for declared in (isinstance(item, dict) and get(item, "functionDeclarations")) or ()
+        for declared in _declared(item)
     ]
     config = get(body, "toolConfig")
     config = get(config, "functionCallingConfig") if isinstance(config, dict) else None
@@ -671,7 +676,8 @@ def _line_work(served: Served, model: str, body: Any) -> LineWork:
 def _embedding_work(model: str, body: Any) -> LineWork:
     """The work of a line of a batch that embeds. Raises Refused."""
     answer = _embedding(body)
-    texts = "".join(str(one.get("text", "")) for one in body["content"]["parts"])
+    parts = [one for one in body["content"]["parts"] if isinstance(one, dict)]
+    texts = "".join(str(one.get("text", "")) for one in parts)
     tokens = max(1, len(texts) // 4)
 
     def answered() -> LineAnswer:
@@ -684,7 +690,9 @@ def _drawn(body: Any) -> Json:
     """Pictures of Imagen. Raises Refused."""
     if not isinstance(body, dict) or not isinstance(body.get("instances"), list):
         raise Refused(400, "Invalid JSON payload received. `instances` must be set.")
-    count = (body.get("parameters") or {}).get("sampleCount", 4)
+    count = gemini_stored.parameters_of(body).get("sampleCount", 4)
+    if not isinstance(count, int):
+        raise Refused(400, "Invalid JSON payload received. `sampleCount` must be a number.")
     picture = b64encode(draw(str(body["instances"]), 64)).decode()
     one = {"mimeType": "image/png", "bytesBase64Encoded": picture}
     return {"predictions": [one] * count}

@@ -147,10 +147,10 @@ def _read(served: Served, body: Json) -> ModelRequest:
             _add(served, conversation, one)
     else:
         raise Refused(400, "input must be set.")
-    named = body.get("tools") or []
+    named = body.get("tools")
     tools = [
         Tool(str(one.get("name")), one.get("parameters") or {})
-        for one in named
+        for one in (named if isinstance(named, list) else [])
         if isinstance(one, dict) and one.get("type") == "function"
     ]
     settings = body.get("generation_config") or {}
@@ -494,8 +494,10 @@ async def begin_video(served: Served, model: str, body: Any) -> web.Response:
     """Serve predictLongRunning: answer immediately; the operation goes on, and counts, for as long
     as a picture takes. Raises Refused."""
     prompt = _video_prompt(body)
-    settings = body.get("parameters") or {}
+    settings = parameters_of(body)
     count = settings.get("sampleCount", settings.get("numberOfVideos", 1))
+    if not isinstance(count, int):
+        raise Refused(400, "Invalid JSON payload received. `sampleCount` must be a number.")
     made: Json = {"name": f"models/{model}/{_OPERATIONS}/{_letters(12)}"}
     asked = ModelRequest("image_generation", model, prompt, prompt, (), {}, choices=0)
     _, work = served.in_background(
@@ -504,6 +506,14 @@ async def begin_video(served: Served, model: str, body: Any) -> web.Response:
     served.state.stored[_WORK][made["name"]] = {"task": work}
     served.state.stored[_OPERATIONS][made["name"]] = made
     return json_response(200, dict(made))
+
+
+def parameters_of(body: Any) -> Json:
+    """Of a request for pictures or videos. Raises Refused."""
+    found = body.get("parameters") or {}
+    if not isinstance(found, dict):
+        raise Refused(400, "Invalid JSON payload received. `parameters` must be an object.")
+    return found
 
 
 def _video_prompt(body: Any) -> str:

@@ -209,7 +209,7 @@ def read_content(content: Any, param: str) -> Iterator[tuple[str | None, Attache
 
 def _read_part(part: Json, place: str) -> tuple[str | None, Attached | None]:
     kind = part.get("type")
-    if kind in _TEXT:
+    if isinstance(kind, str) and kind in _TEXT:
         text = part.get(_TEXT[kind])
         if not isinstance(text, str):
             raise wrong(f"{place}.text", f"Invalid type for '{place}.text': expected a string.")

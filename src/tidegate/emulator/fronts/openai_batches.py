@@ -97,6 +97,8 @@ async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response
     uploads = served.state.stored["uploads"]
     if not steps:
         asked = await served.json(_NOT_JSON)
+        if not isinstance(asked, dict):
+            raise Refused(400, _NOT_JSON)
         upload_id = f"upload_{token_hex(12)}"
         begun = {"id": upload_id, "object": "upload", "status": "pending", "expires_at": 2**31}
         named = {name: asked.get(name) for name in ("bytes", "filename", "purpose")}

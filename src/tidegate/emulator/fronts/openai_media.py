@@ -230,7 +230,7 @@ def _judged(asked: MediaRequest) -> Json:
     if not given:
         raise missing("input")
     inputs = given if isinstance(given, list) else [given]
-    if isinstance(inputs[0], dict):  # parts of one input
+    if all(isinstance(one, dict) for one in inputs):  # parts of one input
         inputs = [" ".join(str(part.get("text") or "") for part in inputs)]
     results = []
     for one in inputs:
@@ -247,12 +247,15 @@ async def _rank(served: Served, asked: MediaRequest) -> web.StreamResponse:
     if not isinstance(documents, list) or not documents:
         raise missing("documents")
     words = set(query.lower().split())
-    texts = [one if isinstance(one, str) else str(one.get("text")) for one in documents]
+    texts = [str(one.get("text")) if isinstance(one, dict) else str(one) for one in documents]
+    most = asked.body.get("top_n") or len(texts)
+    if not isinstance(most, int):
+        raise Refused(400, "Invalid type for 'top_n': expected an integer.", param="top_n")
     scores = [len(words & set(text.lower().split())) / len(words) for text in texts]
     order = sorted(range(len(texts)), key=lambda index: -scores[index])
     results = [
         {"index": index, "relevance_score": scores[index], "document": {"text": texts[index]}}
-        for index in order[: asked.body.get("top_n") or len(texts)]
+        for index in order[:most]
     ]
     tokens = math.ceil((len(query) * len(texts) + sum(map(len, texts))) / 4)
     found: Json = {"id": f"rerank-{new_response_id()}", "results": results}

@@ -272,7 +272,7 @@ def check_named(served: Served, body: Json) -> None:
     """Raises Refused for a response or a conversation that is not there."""
     things = things_of(served.state)
     before = body.get("previous_response_id")
-    if before is not None and before not in things.responses:
+    if before is not None and str(before) not in things.responses:
         raise Refused(
             400,
             f"Previous response with id '{before}' not found.",
@@ -330,6 +330,8 @@ def _items_of(given: Any, prefix: str) -> list[Json]:
         content = [{"type": "input_text", "text": given}]
         given = [{"type": "message", "role": "user", "content": content}]
     items = given if isinstance(given, list) else []
+    if not all(isinstance(one, dict) for one in items):
+        raise Refused(400, "Invalid type for 'items': expected objects.", param="items")
     return [
         {"id": f"{prefix}_{token_hex(16)}", "status": "completed", "type": "message", **one}
         for one in items
@@ -424,6 +426,8 @@ async def route(served: Served, name: str) -> web.StreamResponse:
     body = (
         await served.json(_NOT_JSON) if request.method == "POST" and request.can_read_body else {}
     )
+    if not isinstance(body, dict):
+        raise Refused(400, _NOT_JSON)
     things, parts = things_of(served.state), name.split("/")
     if parts[:2] == ["chat", "deferred-completion"]:
         return await served.other("deferred", "", partial(_undeferred, served, parts[2]))

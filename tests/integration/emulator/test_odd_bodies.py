@@ -1,0 +1,77 @@
+"""JSON of another shape than an API's: refused or ignored, and never a fault of the emulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+
+from tidegate.emulator.server import Emulator
+
+OPENAI = {"Authorization": "Bearer k"}
+ANTHROPIC = {"x-api-key": "k", "anthropic-version": "2023-06-01"}
+GEMINI = {"x-goog-api-key": "k"}
+ODD: Any = {"type": [None]}
+SAY = [{"parts": [{"text": "hi"}]}]
+CONVERSE, COUNT = "/model/anthropic.claude-x/converse", "/model/anthropic.claude-x/count-tokens"
+USER: Any = [{"role": "user", "content": [{"text": "hi"}]}]
+
+
+def turn(content: Any) -> Any:
+    return [{"role": "user", "content": content}]
+
+
+CASES: list[tuple[str, dict[str, str], Any]] = [
+    ("/v1/chat/completions", OPENAI, {"model": "gpt-5", "messages": turn([ODD])}),
+    ("/v1/responses", OPENAI, {"model": "gpt-5", "input": turn([ODD])}),
+    ("/v1/responses", OPENAI, {"model": "gpt-5", "input": "x", "previous_response_id": [None]}),
+    ("/v1/conversations", OPENAI, []),
+    ("/v1/conversations", OPENAI, {"items": [None]}),
+    ("/v1/uploads", OPENAI, []),
+    ("/v1/rerank", OPENAI, {"model": "m", "query": "q", "documents": ["a"], "top_n": "x"}),
+    ("/v1/messages", ANTHROPIC, {"model": "m", "max_tokens": 5, "messages": turn([ODD])}),
+    (CONVERSE, OPENAI, {"messages": USER, "toolConfig": 5}),
+    (CONVERSE, OPENAI, {"messages": USER, "toolConfig": {"toolChoice": 5}}),
+    (CONVERSE, OPENAI, {"messages": USER, "toolConfig": {"tools": [{"toolSpec": ODD}]}}),
+    (CONVERSE, OPENAI, {"messages": USER, "inferenceConfig": 5}),
+    (CONVERSE, OPENAI, {"messages": USER, "system": None}),
+    (CONVERSE, OPENAI, {"messages": "x"}),
+    (CONVERSE, OPENAI, {"messages": turn([{"image": None}])}),
+    (CONVERSE, OPENAI, {"messages": turn([{"toolResult": {"content": ["x"]}}])}),
+    (COUNT, OPENAI, ODD),
+    (COUNT, OPENAI, {"input": {"converse": None}}),
+    ("/v1beta/models/imagen:predict", GEMINI, {"instances": [], "parameters": 5}),
+    (
+        "/v1beta/models/imagen:predict",
+        GEMINI,
+        {"instances": [], "parameters": {"sampleCount": None}},
+    ),
+    (
+        "/v1beta/models/veo:predictLongRunning",
+        GEMINI,
+        {"instances": [{"prompt": "x"}], "parameters": 5},
+    ),
+]
+IGNORED: list[tuple[str, dict[str, str], Any]] = [
+    ("/v1/moderations", OPENAI, {"model": "m", "input": [{"type": "text", "text": "x"}, None]}),
+    ("/v1/rerank", OPENAI, {"model": "m", "query": "q", "documents": [None]}),
+    (
+        "/v1beta/models/gemini-2.5-flash:generateContent",
+        GEMINI,
+        {"contents": SAY, "tools": [{"functionDeclarations": 5}]},
+    ),
+    ("/v1beta/interactions", GEMINI, {"model": "gemini-2.5-flash", "input": "hi", "tools": 5}),
+]
+
+
+@pytest.mark.parametrize(("cases", "expected"), [(CASES, 400), (IGNORED, 200)])
+async def test_json_of_another_shape_is_no_fault_of_the_emulator(
+    emulator: Emulator, cases: list[tuple[str, dict[str, str], Any]], expected: int
+) -> None:
+    async with httpx2.AsyncClient(base_url=emulator.url) as client:
+        answers = [
+            (path, body, (await client.post(path, headers=headers, json=body)).status_code)
+            for path, headers, body in cases
+        ]
+    assert [one for one in answers if one[2] != expected] == []
