@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tidegate.errors import LimiterUnavailable, TidegateError, UpstreamTimeout
+from tidegate.errors import LimiterUnavailable, ShuttingDown, TidegateError, UpstreamTimeout
 from tidegate.limiter import (
     Demand,
     DetachedPermit,
@@ -401,7 +401,7 @@ class SyncExchange:
             return
         try:
             self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
-        except LimiterUnavailable as away:
+        except (LimiterUnavailable, ShuttingDown) as away:
             # Nothing of the answer is lost by it: the next 429 tries again.
             logger.warning("a 429 could not pause %s: %s", self.penalised, away)
 

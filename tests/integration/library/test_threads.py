@@ -24,7 +24,8 @@ from tidegate.errors import (
     ShuttingDown,
     TidegateError,
 )
-from tidegate.limiter import Limiter, SyncLimiter
+from tidegate.integrations.exchange import SyncExchange
+from tidegate.limiter import Demand, Limiter, SyncLimiter
 
 PATIENT_MS = 20_000
 
@@ -184,6 +185,15 @@ async def test_a_question_that_a_closing_limiter_leaves_unanswered_is_no_cancell
     await asyncio.to_thread(limiter.close)
     with pytest.raises(ShuttingDown):
         await asking
+
+
+def test_a_429_that_comes_while_the_limiter_closes_is_answered_all_the_same(
+    make_sync: MakeSync,
+) -> None:
+    limiter = make_sync()
+    exchange = SyncExchange(limiter, Demand((LIMIT,)), LIMIT, ())
+    limiter.close()
+    exchange.pause(1_000)
 
 
 def test_a_holder_that_leaves_within_the_grace_has_lost_nothing(make_sync: MakeSync) -> None:
