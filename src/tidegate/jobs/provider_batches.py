@@ -598,11 +598,17 @@ class ProviderBatchRunner:
         if (leaves or sums.cancelled == sums.open) and state != "cancelling":
             await api.cancel(batch.provider_id)
             state = "cancelling"
+        elif leave_at is not None and leave_at + self._cancelled_within <= now:
+            await self._without_the_late(batch)
         wait_ms = await self._pace_ms(batch)
         if leave_at is not None and not leaves:
             wait_ms = min(wait_ms, (leave_at - now).total_seconds() * 1000)
         seen = replace(batch, state=state, provider_state=progress.word, problem=None)
         await self._batches.save(seen, wait_ms)
+
+    @property
+    def _cancelled_within(self) -> timedelta:
+        return timedelta(milliseconds=self._config.provider_batch_cancel_ms)
 
     async def _to_leave_at(self, batch: UpstreamBatch, sums: OpenLines) -> datetime | None:
         """When the first line is to leave a batch: sooner than it was to where more jobs have come

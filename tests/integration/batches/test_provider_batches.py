@@ -233,13 +233,15 @@ async def test_a_full_queue_at_the_provider_holds_a_batch(
     assert await asked(provider.control, "Say hello") == {("Say hello", "batch"): 1}
 
 
+@pytest.mark.parametrize("cancelling_ms", [100, HOUR_MS])
 async def test_a_job_leaves_a_batch_in_time_for_its_deadline(
-    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator, cancelling_ms: int
 ) -> None:
     """17.5 s before it is due a call of unknown length has to begin in the usual tier."""
     quick = {"provider_batch_window_ms": 1_000, "provider_batch_cancel_ms": 100}
     gateway = await opened(open_gateway, settings | quick)
-    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS, "cancelling_ms": 100})
+    batch = {"delay_ms": HOUR_MS, "cancelling_ms": cancelling_ms}
+    await provider.control.set_behaviour(batches=batch)
     gateway.start_worker()
     due: dict[str, Any] = {"tiers": ["batch"], "deadline_ms": 22_000}
     job = await gateway.submit(**wrapped("openai", "Say hello"), **due)
