@@ -33,7 +33,7 @@ from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
 from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications
 from tidegate.store.queue import MAX_LAPSES, Lookback
-from tidegate.store.records import Idempotency, Json, recorded
+from tidegate.store.records import Idempotency, Json, done_once, recorded
 from tidegate.telemetry.logging import Log, get_logger
 
 AMBIGUOUS = "ambiguous"
@@ -255,14 +255,14 @@ class Batches:
         """Forget a file; its blob's key, or None while a batch has yet to read it. Raises
         NotFound."""
 
-        async def delete(connection: asyncpg.Connection) -> tuple[str | None, bool]:
+        async def delete(connection: asyncpg.Connection) -> tuple[str, bool] | None:
             key = await connection.fetchval(sql("delete_batch_file"), file_id, tenant_id)
-            return key, bool(await connection.fetchval(sql("uses_batch_blob"), key))
+            used = await connection.fetchval(sql("uses_batch_blob"), key)
+            return None if key is None else (key, bool(used))
 
-        key, used = await self._connections.run(delete)
-        if key is None:
+        if (deleted := await self._connections.run(done_once(delete))) is None:
             raise NotFound(f"there is no file file-{file_id.hex}")
-        return None if used else key
+        return None if deleted[1] else deleted[0]
 
     async def needs_blob(self, key: str) -> bool:
         """Whether a file is kept in the blob, or a batch has yet to read it."""

@@ -49,7 +49,7 @@ from tidegate.prices.budgets import (
 )
 from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
 from tidegate.store.notifications import next_beat_s
-from tidegate.store.records import Json, dumps, record_action, record_of, uuid_of
+from tidegate.store.records import Json, done_once, dumps, record_action, record_of, uuid_of
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_BUDGETS = 10_000
@@ -151,14 +151,14 @@ class BudgetRecords:
     async def remove(self, name: str, *, by: str) -> None:
         """Remove a budget with its books. Raises NotFound."""
 
-        async def write(connection: asyncpg.Connection) -> bool:
+        async def write(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
             gone = await connection.fetch(sql("drop_budget"), name)
             await drop_books(connection, gone)
             if gone:
                 await record_action(connection, "budget.remove", name)
-            return bool(gone)
+            return gone or None
 
-        if not await self._connections.run(write):
+        if await self._connections.run(done_once(write)) is None:
             raise NotFound(f"there is no budget {name}")
         log.warning(Log.BUDGET_CHANGED, budget=name, by=by, amount=None)
 

@@ -229,6 +229,7 @@ class _HasFields(Protocol):
 
 
 Record = TypeVar("Record", bound=_HasFields)
+T = TypeVar("T")
 
 
 USAGE_COLUMNS = (
@@ -724,7 +725,21 @@ def recorded(name: str, *values: Any, what: What, target: object) -> Work[asyncp
             await record_action(connection, what, str(target))
         return row
 
-    return work
+    return done_once(work)
+
+
+def done_once(work: Work[T | None]) -> Work[T | None]:
+    """`work` that finds nothing to do once it is done, and may be repeated: a repeat after the
+    reply to the COMMIT was lost returns what the try before did, not that nothing was found."""
+    done: T | None = None
+
+    async def found(connection: asyncpg.Connection) -> T | None:
+        nonlocal done
+        now = await work(connection)
+        done = done if now is None else now
+        return done
+
+    return found
 
 
 def _action_json(value: Mapping[str, Any] | None) -> str | None:

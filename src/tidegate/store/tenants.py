@@ -34,6 +34,7 @@ from tidegate.store.records import (
     PolicyRecord,
     What,
     clean,
+    done_once,
     dumps,
     record_action,
     record_of,
@@ -336,7 +337,7 @@ class Tenants:
         if tenant_id == DEFAULT_TENANT:
             raise ConfigError("tenant", tenant_id, "is always there; disable it instead")
 
-        async def write(connection: asyncpg.Connection) -> bool:
+        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
             row = await connection.fetchrow(sql("remove_tenant"), tenant_id)
             if row is not None:
                 await drop_books(
@@ -344,9 +345,9 @@ class Tenants:
                 )
                 await record_action(connection, "tenant.remove", tenant_id)
             await connection.execute(sql("count_change"))
-            return row is not None
+            return row
 
-        if not await self._connections.run(write, timeout_ms=_TIMEOUT_MS):
+        if await self._connections.run(done_once(write), timeout_ms=_TIMEOUT_MS) is None:
             raise NotFound(f"there is no tenant {tenant_id}")
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes="removed")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import asyncpg
 import pytest
 
@@ -10,7 +12,8 @@ from tests.integration.store.jobs import new_job, result
 from tests.integration.store.lossy import lossy
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.prices.budgets import Budget
 from tidegate.store.database import sql
 from tidegate.store.store import Store
 
@@ -72,3 +75,32 @@ async def test_an_end_whose_commit_reply_was_lost_is_recorded_once(
         assert proxy.lost == 1
     assert await peek.fetchval("SELECT count(*) FROM audit") == 1
     assert await peek.fetchval("SELECT status FROM requests") == "succeeded"
+
+
+async def remove_a_tenant(store: Store) -> None:
+    await store.tenants.remove("acme", by="ann")
+
+
+async def remove_a_budget(store: Store) -> None:
+    await store.budgets.records.remove("all", by="ann")
+
+
+REMOVALS = {"remove_tenant": remove_a_tenant, "drop_budget": remove_a_budget}
+
+
+@pytest.mark.parametrize(("statement", "remove"), REMOVALS.items(), ids=REMOVALS)
+async def test_a_removal_whose_commit_reply_was_lost_is_no_404(
+    make_store: MakeStore,
+    database_url: str,
+    statement: str,
+    remove: Callable[[Store], Awaitable[None]],
+) -> None:
+    async with lossy(database_url) as proxy:
+        store = await make_store(proxy.url)
+        await store.tenants.set("acme", {}, by="ann")
+        await store.budgets.records.set(Budget("all", "tokens", 10, "day"), by="ann")
+        proxy.lose_commit_of(sql(statement))
+        await remove(store)
+        assert proxy.lost == 1
+        with pytest.raises(NotFound):
+            await remove(store)
