@@ -21,6 +21,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Asked
 
     monkeypatch.setattr("tidegate.cli.tenants.in_pool", ask)
+    monkeypatch.setattr("tidegate.cli.tenants.in_all_pools", ask)
     monkeypatch.setattr("tidegate.cli.tenants.with_tenants", ask)
 
 

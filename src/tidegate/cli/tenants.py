@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from tidegate.cli.terminal import (
     Json,
     Reason,
     command_config,
+    in_all_pools,
     in_pool,
     show_json,
     show_table,
@@ -25,8 +27,10 @@ from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
     from tidegate.policy.inspection import Control
+    from tidegate.policy.rollout import PolicyKeeper
     from tidegate.policy.tenants import ShownTenant
     from tidegate.store.operator_actions import OperatorAction
+    from tidegate.store.tenants import Tenants
 
 app = typer.Typer(help="See and change tenants of the running deployment.", no_args_is_help=True)
 
@@ -181,17 +185,18 @@ def remove(
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Remove a tenant, its keys, its weight and its limits; its requests stay on record."""
+    """Remove a tenant, its keys, and its limits in all pools; its requests stay on record."""
     from tidegate.policy.tenants import remove_tenant
 
     if not yes:
         typer.confirm(f"Do all keys of {tenant} stop working now?", abort=True)
 
-    async def work(control: Control) -> None:
-        await remove_tenant(control, tenant, by=who(), reason=reason)
-        await in_force(control.limiter)
+    async def work(keepers: Sequence[PolicyKeeper], tenants: Tenants) -> None:
+        await remove_tenant(tenants, keepers, tenant, by=who(), reason=reason)
+        for keeper in keepers:
+            await in_force(keeper.limiter)
 
-    in_pool(work)
+    in_all_pools(work)
     tell(json, {"tenant": tenant, "removed": True}, f"{tenant} is removed")
 
 

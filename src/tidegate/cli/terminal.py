@@ -198,6 +198,14 @@ def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
     )
 
 
+def in_all_pools(work: Callable[[Sequence[PolicyKeeper], Tenants], Awaitable[T]]) -> T:
+    """Run `work` on the policies of all pools and the record of tenants."""
+    from tidegate.store.tenants import Tenants
+    from tidegate.supervisor.services import with_keepers
+
+    return with_keepers(command_config(), lambda keepers, record: work(keepers, Tenants(record)))
+
+
 def with_tenants(work: Callable[[Tenants], Awaitable[T]]) -> T:
     """Run `work` on the record of tenants and keys, which needs no Valkey."""
     from tidegate.store.tenants import Tenants

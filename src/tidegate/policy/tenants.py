@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -18,7 +18,8 @@ from tidegate.errors import ConfigError, NotFound
 from tidegate.limiter import check_tenant
 from tidegate.policy.format import Plain, share_edit, share_of, shares_of, to_plain, without
 from tidegate.policy.inspection import Control
-from tidegate.store.tenants import Key, Tenant, check_changes
+from tidegate.policy.rollout import PolicyKeeper
+from tidegate.store.tenants import Key, Tenant, Tenants, check_changes
 
 _WEBHOOK_PREFIX = "whsec_"
 
@@ -75,24 +76,34 @@ async def set_tenant(
     return _shown(tenant, to_plain(control.limiter.policy))
 
 
-async def remove_tenant(control: Control, tenant_id: str, *, by: str, reason: str = "") -> None:
-    """Take a tenant, its keys, its weight and its limits away; its requests stay on record.
+async def remove_tenant(
+    tenants: Tenants,
+    keepers: Iterable[PolicyKeeper],
+    tenant_id: str,
+    *,
+    by: str,
+    reason: str = "",
+) -> None:
+    """Take a tenant, its keys, and its weight and its limits in all pools away; its requests stay
+    on record. `keepers`: of all pools.
 
     Raises ConfigError for a name that can't be, NotFound where there was none of it, and
     StoreUnavailable.
     """
     check_name(tenant_id)
-    plain = to_plain(control.limiter.policy)
-    share = share_of(plain, tenant_id)
-    is_named = bool(share.limits) or tenant_id in plain.get("weights", {})
+    naming = [one for one in keepers if _is_named(tenant_id, to_plain(one.limiter.policy))]
     try:
-        await control.tenants.remove(tenant_id, by=by)
+        await tenants.remove(tenant_id, by=by)
     except NotFound:
-        if not is_named:
+        if not naming:
             raise
-    if is_named:
-        reason = reason or f"tenant {tenant_id} removed"
-        await control.keeper.change(without(tenant_id), set_by=by, reason=reason)
+    reason = reason or f"tenant {tenant_id} removed"
+    for keeper in naming:
+        await keeper.change(without(tenant_id), set_by=by, reason=reason)
+
+
+def _is_named(tenant_id: str, plain: Plain) -> bool:
+    return bool(share_of(plain, tenant_id).limits) or tenant_id in plain.get("weights", {})
 
 
 def check_name(tenant_id: str) -> None:

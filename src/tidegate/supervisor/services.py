@@ -12,8 +12,23 @@ import json
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -209,24 +224,63 @@ def with_keeper(
 
     Raises ConfigError, LimiterUnavailable if Valkey does not answer, and what `work` raises.
     """
+    is_unknown = pool != DEFAULT_POOL and pool not in stated_by(config).tables()
+
+    async def run(whole: Config, connections: Connections) -> T:
+        live = await _live_changes(connections) if is_unknown else NO_CHANGES
+        async with _open_keepers(config, whole, connections, [pool], live) as (keeper,):
+            return await work(keeper, connections)
+
+    return _with_servers(config, run)
+
+
+def with_keepers(
+    config: Config, work: Callable[[Sequence[PolicyKeeper], Connections], Awaitable[T]]
+) -> T:
+    """As `with_keeper`, with the policies of all pools."""
+
+    async def run(whole: Config, connections: Connections) -> T:
+        live = await _live_changes(connections)
+        pools = dict.fromkeys((DEFAULT_POOL, *live.over(stated_by(config).tables())))
+        async with _open_keepers(config, whole, connections, pools, live) as keepers:
+            return await work(keepers, connections)
+
+    return _with_servers(config, run)
+
+
+@asynccontextmanager
+async def _open_keepers(
+    config: Config,
+    whole: Config,
+    connections: Connections,
+    pools: Iterable[str],
+    live: LiveChanges,
+) -> AsyncIterator[list[PolicyKeeper]]:
     from tidegate.policy.rollout import open_pool
-    from tidegate.store.database import Connections
     from tidegate.store.tenants import Policies
 
-    is_unknown = pool != DEFAULT_POOL and pool not in stated_by(config).tables()
     name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+    keepers = []
+    async with AsyncExitStack() as stack:
+        for pool in pools:
+            wanted, provider = pool_of(config, pool, live)
+            opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)
+            keeper = await stack.enter_async_context(opening)
+            await keeper.limiter.ping(_ANSWER_WITHIN_MS)
+            await keeper.limiter.joined()
+            keepers.append(keeper)
+        yield keepers
+
+
+def _with_servers(config: Config, work: Callable[[Config, Connections], Awaitable[T]]) -> T:
+    """Run `work` with the whole configuration and the record, while the servers are there."""
+    from tidegate.store.database import Connections
 
     async def run(whole: Config) -> T:
         connections = Connections(database_url_of(whole), probe_timeout_ms=_PATIENCE_MS)
         connections.start()
         try:
-            live = await _live_changes(connections) if is_unknown else NO_CHANGES
-            wanted, provider = pool_of(config, pool, live)
-            opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)
-            async with opening as keeper:
-                await keeper.limiter.ping(_ANSWER_WITHIN_MS)
-                await keeper.limiter.joined()
-                return await work(keeper, connections)
+            return await work(whole, connections)
         finally:
             await connections.aclose()
 

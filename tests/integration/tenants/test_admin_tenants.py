@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 
+from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
 from tests.loglines import Lines, lines
 from tests.waiting import wait_until
@@ -65,6 +68,41 @@ async def test_a_tenant_is_made_changed_shown_and_removed(open_gateway: Opener) 
     assert dict(policy.weights) == {}
     assert "rpm:tenant/acme" not in policy.limits
     assert (await admin(gateway, "DELETE", "/tenants/acme"))[0] == 404
+
+
+async def test_a_removed_tenant_has_no_limits_in_any_pool(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-0123456789")
+    path = tmp_path / "tidegate.toml"
+    path.write_text('[upstreams.oai]\nprovider = "openai"\nbase_url = "http://127.0.0.1:9/v1"\n')
+    gateway = await open_gateway(worker=False, tidegate_policy=path)
+    keepers = gateway.services.keepers
+    assert {"gemini", "oai"} <= keepers.keys()
+
+    async def give() -> None:
+        change = {"weight": 4, "limits": {"tenant:acme": 5}}
+        for pool in ("gemini", "oai"):
+            assert (await admin(gateway, "PUT", f"/tenants/acme?pool={pool}", change))[0] == 200
+
+    def pools_that_name_it() -> set[str]:
+        policies = {pool: keeper.limiter.policy for pool, keeper in keepers.items()}
+        return {
+            pool
+            for pool, one in policies.items()
+            if "acme" in one.weights or "tenant:acme" in one.limits
+        }
+
+    await give()
+    assert pools_that_name_it() == {"gemini", "oai"}
+    assert (await admin(gateway, "DELETE", "/tenants/acme"))[0] == 200
+    assert pools_that_name_it() == set()
+    await give()
+    removed = await tidegate(
+        *(gateway, "tenants", "remove", "acme", "--yes"), TIDEGATE_POLICY=str(path)
+    )
+    assert (removed.code, removed.complained) == (0, "")
+    await wait_until(lambda: not pools_that_name_it(), 20, "the end of its limits")
 
 
 async def test_a_key_is_shown_once_and_listed_by_its_prefix(open_gateway: Opener) -> None:

@@ -223,13 +223,15 @@ async def set_tenant(request: Request, tenant_id: TenantId) -> AdminTenant:
 @router.delete(
     "/tenants/{tenant_id:path}",
     responses=problem_responses(404),
-    summary="Remove a tenant, its keys and its limits; its requests stay on record",
+    summary="Remove a tenant, its keys and its limits in all pools; its requests stay on record",
 )
 async def remove_tenant(request: Request, tenant_id: TenantId, by: By = "admin") -> Removed:
+    services = services_of(request)
     with config_errors_refused():
-        await tenants.remove_tenant(control_of(request), tenant_id, by=by)
-    await services_of(request).gate.refresh()
-    await services_of(request).budgets.refresh()
+        keepers = services.keepers.values()
+        await tenants.remove_tenant(services.store.tenants, keepers, tenant_id, by=by)
+    await services.gate.refresh()
+    await services.budgets.refresh()
     return Removed()
 
 
