@@ -193,6 +193,7 @@ SECRETS = (
     *NEEDED_IN_THE_OPEN,
     *PROVIDER_KEYS,
     *("ADMIN_TOKEN", "OIDC_CLIENT_SECRET", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
+    "ALERT_WEBHOOK_URL",  # whose path may let anybody post there
 )
 
 # The headings of the documentation, each above the field that it stands before.

@@ -189,7 +189,7 @@ def test_a_wrong_value_gives_one_line_with_variable_value_and_what_is_allowed(
     assert word in line.partition(": ")[2]
     assert "\n" not in line
     if name in SECRETS:
-        assert value not in line
+        assert value not in line.partition(": ")[0]
     elif ":" not in value:
         assert line.startswith(f"{name}={value}: ")
 
@@ -238,6 +238,7 @@ SECRET = "s3cr3t-w0rd"
         {"GEMINI_BASE_URL": f"https://me:{SECRET}@upstream"},
         {"GEMINI_BASE_URL": f"https://upstream?key={SECRET}"},
         {"BLOB_URL": f"s3://id:{SECRET}@bucket"},
+        {"ALERT_WEBHOOK_URL": f"https//hooks.example/services/{SECRET}"},
     ],
 )
 def test_no_secret_is_in_a_refusal_or_in_what_led_to_it(environ: dict[str, str]) -> None:
@@ -267,6 +268,7 @@ def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
         "OIDC_CLIENT_SECRET": "s",
         "WEBHOOK_SECRET": "whsec_" + "A" * 32,
         "TIDEGATE_API_KEY": "tg_a_b",
+        "ALERT_WEBHOOK_URL": "https://hooks.example/services/T0",
     }
     path = tmp_path / "secret"
     path.write_text(f"{values.pop(name)}\n")

@@ -21,8 +21,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import SecretStr
-
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, check_tenant
@@ -810,8 +808,7 @@ def stated_settings(config: Config) -> list[StatedSetting]:
         if value is not None:
             plain = int(value) if isinstance(value, bool) else value
             text = json.dumps(value) if isinstance(value, dict) else str(plain)
-            is_secret = name in SECRETS or isinstance(value, SecretStr)
-            text = HIDDEN if is_secret else text
+            text = HIDDEN if name in SECRETS else text
         found.append(StatedSetting(name, text, given.get(name)))
     return found
 
