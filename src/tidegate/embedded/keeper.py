@@ -39,6 +39,7 @@ from tidegate.embedded.servers import (
     PostgresServer,
     RunningProcess,
     ServerFailed,
+    StillRecovering,
     ValkeyServer,
     for_socket,
     free_port,
@@ -168,6 +169,9 @@ class Keeper:
                     ready = True
                     self._note(name, server, ready=not self._stopping.is_set())
                 failures = 0
+            except StillRecovering as slow:
+                sys.stderr.write(f"{slow}\n")
+                continue
             except (ServerFailed, OSError) as failed:
                 traceback.print_exc()
                 self._note_failure(name, str(failed))

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from tidegate.embedded.servers import ProcessIdentity, ServerFailed, write_private
+from tidegate.embedded.servers import ProcessIdentity, ServerFailed, recovers, write_private
 from tidegate.errors import ConfigError
 
 ServiceName = Literal["valkey", "postgres", "emulator"]
@@ -180,6 +180,7 @@ def opened(descriptor: int) -> Iterator[int]:
 
 _POLL_S = 0.02
 _WATCH_S = 1.0
+_LOOK_S = 5.0  # between two looks at a server that recovers
 _TRIES = 3
 _VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # TIDEGATE_TEST_: a test finds the processes that it has caused by such a mark.
@@ -280,8 +281,8 @@ def ensure(
     """Have these servers running in `data_dir`, started by this process or by another one.
 
     Blocks until all are ready. Any number of processes may call this concurrently. Raises
-    ServerFailed after `timeout_s` seconds, or as soon as a server has failed to start three times,
-    and ConfigError for a folder that cannot be used.
+    ServerFailed after `timeout_s` seconds, unless PostgreSQL recovers then, or as soon as a server
+    has failed to start three times, and ConfigError for a folder that cannot be used.
     """
     folder = Folder(data_dir)
     deadline = time.monotonic() + timeout_s
@@ -322,9 +323,18 @@ def _await_ready(
             if count - failed_before.get(name, 0) >= _TRIES:
                 raise ServerFailed(why)
         if time.monotonic() > deadline:
-            late = ", ".join(sorted(set(urls) - set(ready)))
-            raise ServerFailed(f"not ready in time: {late} (see {folder.keeper_log})")
+            if not _recovers(state, services):
+                late = ", ".join(sorted(set(urls) - set(ready)))
+                raise ServerFailed(f"not ready in time: {late} (see {folder.keeper_log})")
+            deadline = time.monotonic() + _LOOK_S
         time.sleep(_POLL_S)
+
+
+def _recovers(state: KeeperState, services: Collection[ServiceName]) -> bool:
+    """Whether PostgreSQL replays its log, which takes as long as it takes."""
+    found = state.services.get("postgres")
+    is_there = "postgres" in services and found is not None and found.identity.alive
+    return is_there and recovers(state.ports["postgres"])
 
 
 def _url_when_ready(state: KeeperState, name: ServiceName) -> str | None:

@@ -38,14 +38,17 @@ _POLL_S = 0.01
 _LOG_MAX_BYTES = 5_000_000
 _HAS_PROC = Path("/proc/self/stat").exists()
 # Below every system's range of ephemeral ports: a connection of another process could take such a
-# port before the server does, and a client that keeps knocking at a server which is being restarted
-# would sooner or later be given that very port as its own, and connect to itself.
+# port first, and a client that retries would be given it as its own, and connect to itself.
 _PORTS = range(20_000, 30_000)
 _random = random.SystemRandom()  # not a sequence that a test, or two processes, have in common
 
 
 class ServerFailed(RuntimeError):
     """A bundled server did not start or stop in time; the message holds the end of its log."""
+
+
+class StillRecovering(ServerFailed):
+    """A server replays its log, and runs on: killed, it would have to replay it all again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +86,7 @@ class RunningProcess:
 
     @property
     def alive(self) -> bool:
-        if self._child is not None:
-            return self._child.poll() is None
-        return self.identity.alive
+        return self.identity.alive if self._child is None else self._child.poll() is None
 
     def send(self, how: signal.Signals) -> None:
         """Send `how`, unless the process has ended."""
@@ -113,8 +114,8 @@ class RunningProcess:
 class ServerProcess:
     """The process of a server: started or adopted, awaited, signalled, stopped.
 
-    `accepts` tells whether the server answers; `account` is the user that it runs as, and whose
-    programs `run` starts.
+    `accepts` tells whether the server answers, `recovers` whether it says that it will; `account`
+    is the user that it runs as, and whose programs `run` starts.
     """
 
     def __init__(
@@ -123,14 +124,15 @@ class ServerProcess:
         log_path: Path,
         accepts: Callable[[], bool],
         account: Account | None = None,
+        recovers: Callable[[], bool] = bool,
     ) -> None:
         self.name = name
         self.running: RunningProcess | None = None  # alive or dead; None when never started
         self.log_path = log_path
-        self._accepts = accepts
-        self._user: dict[str, Any] = {}
+        self._accepts, self._recovers = accepts, recovers
+        self._options: dict[str, Any] = {"cwd": log_path.parent}
         if account is not None:
-            self._user = {"user": account.uid, "group": account.gid, "extra_groups": []}
+            self._options |= {"user": account.uid, "group": account.gid, "extra_groups": []}
 
     @property
     def pid(self) -> int:
@@ -153,9 +155,8 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=path.parent,
                 start_new_session=True,
-                **self._user,
+                **self._options,
             )
         # A child that ended already is a zombie of ours, which `identify` takes for ended.
         identity = identify(child.pid) or ProcessIdentity(child.pid, "")
@@ -164,12 +165,7 @@ class ServerProcess:
     def run(self, command: Sequence[str], given: bytes = b"") -> str:
         """Run a program to its end; returns the end of its standard error. Raises ServerFailed."""
         done = subprocess.run(
-            command,
-            input=given,
-            cwd=self.log_path.parent,
-            capture_output=True,
-            check=False,
-            **self._user,
+            command, input=given, capture_output=True, check=False, **self._options
         )
         said: str = done.stderr.decode(errors="replace")[-800:].strip()
         if done.returncode != 0:
@@ -179,7 +175,7 @@ class ServerProcess:
     def await_ready(self, timeout_s: float) -> None:
         """Return when the server answers; raise ServerFailed when it ends or time runs out.
 
-        A process that is not ready in time is killed.
+        A process that is not ready in time is killed, unless it recovers: then StillRecovering.
         """
         server, path = self._started, self.log_path
         deadline = time.monotonic() + timeout_s
@@ -188,6 +184,8 @@ class ServerProcess:
             if alive and time.monotonic() <= deadline:
                 time.sleep(_POLL_S)
                 continue
+            if alive and self._recovers():
+                raise StillRecovering(f"{self.name} replays its log (log: {path})")
             server.stop(signal.SIGKILL)
             why = f"was not ready within {timeout_s:g} s" if alive else "ended while starting"
             tail = path.read_text(errors="replace")[-800:].strip() if path.exists() else ""
@@ -271,8 +269,7 @@ def free_port() -> int:
             return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        given: int = probe.getsockname()[1]
-        return given
+        return int(probe.getsockname()[1])
 
 
 # The names of the ports given last, held until their servers listen: they end with this process.
@@ -508,7 +505,9 @@ class PostgresServer:
         self._password = password
         self._application_password = application_password
         log_path = self.folder / "postgres.log"
-        self.process = ServerProcess("PostgreSQL", log_path, self._accepts, self._account)
+        self.process = ServerProcess(
+            "PostgreSQL", log_path, self._accepts, self._account, lambda: recovers(self.port)
+        )
 
     def url(self, database: str = "tidegate") -> str:
         access = f"{_SUPERUSER}:{self._password}" if self._password else _SUPERUSER
@@ -543,11 +542,8 @@ class PostgresServer:
             RunningProcess(other.identity).stop(signal.SIGINT)
         self._create_application(binaries)
         options = [f"--{name}={value}" for name, value in self._settings.items()]
-        command = [
-            *(str(binaries / "postgres"), "-D", str(self._cluster), "-p", str(self.port)),
-            *options,
-        ]
-        self.process.spawn(command)
+        command = [str(binaries / "postgres"), "-D", str(self._cluster), "-p", str(self.port)]
+        self.process.spawn([*command, *options])
 
     def await_ready(self, timeout_s: float = 30.0) -> None:
         """Wait until the launched or adopted server accepts connections. Raises ServerFailed."""
@@ -658,16 +654,22 @@ class PostgresServer:
         write_private(created, "", self._account)
 
     def _accepts(self) -> bool:
-        """True once the server sends a startup reply other than "starting up"."""
-        body = (
-            b"\x00\x03\x00\x00user\x00" + _SUPERUSER.encode() + b"\x00database\x00tidegate\x00\x00"
-        )
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
-                probe.sendall((len(body) + 4).to_bytes(4, "big") + body)
-                return probe.recv(1) == b"R"
-        except OSError:
-            return False
+        return _startup_reply(self.port).startswith(b"R")
+
+
+def recovers(port: int) -> bool:
+    """Whether the PostgreSQL there says that it will accept connections, but not yet."""
+    return b"C57P03\0" in _startup_reply(port)  # cannot_connect_now
+
+
+def _startup_reply(port: int) -> bytes:
+    body = b"\0\3\0\0user\0" + _SUPERUSER.encode() + b"\0database\0tidegate\0\0"
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:
+            probe.sendall((len(body) + 4).to_bytes(4, "big") + body)
+            return probe.recv(1_000)
+    except OSError:
+        return b""
 
 
 # A snapshot and no append-only file: a call costs Valkey no more than without it. A full disk stops

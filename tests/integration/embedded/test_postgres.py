@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -14,11 +15,18 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.clusters import copied
+from tests.clusters import FAST, copied
 from tests.integration.embedded.traces import Traces
+from tests.waiting import wait_until
 from tidegate.embedded import servers
-from tidegate.embedded.lease import ensure
-from tidegate.embedded.servers import PostgresServer, ServerFailed
+from tidegate.embedded.lease import ServiceName, ensure
+from tidegate.embedded.servers import (
+    PostgresServer,
+    Postmaster,
+    ServerFailed,
+    StillRecovering,
+    recovers,
+)
 from tidegate.store.database import migrate
 
 
@@ -33,6 +41,56 @@ async def test_a_second_start_on_a_cluster_stops_the_server_that_runs_there(
     assert not first.process.running.alive
     assert traces.pids("postgres -D") == [second.pid]
     second.stop()
+
+
+def _hold_in_recovery(server: PostgresServer) -> None:
+    """Have the next start of a stopped server replay its log until `_promote`, as after a crash
+    with much of it."""
+    cluster = server.folder / "cluster"
+    (cluster / "standby.signal").touch()
+    with (cluster / "postgresql.auto.conf").open("a") as settings:
+        settings.write("hot_standby = off\n")
+
+
+def _promote(cluster: Path, pid: int) -> None:
+    (cluster / "promote").touch()
+    os.kill(pid, signal.SIGUSR1)
+
+
+async def test_a_server_that_replays_its_log_is_not_killed(tmp_path: Path, traces: Traces) -> None:
+    server = copied(tmp_path / "postgres", FAST)
+    _hold_in_recovery(server)
+    server.launch()
+    await wait_until(lambda: recovers(server.port), 20, "its recovery")
+    with pytest.raises(StillRecovering):
+        server.await_ready(0)
+    assert traces.pids("postgres -D") == [server.pid]
+    _promote(server.folder / "cluster", server.pid)
+    server.await_ready()
+    server.stop()
+
+
+async def test_a_user_waits_as_long_as_the_server_replays_its_log(
+    tmp_path: Path, traces: Traces
+) -> None:
+    ensure(tmp_path, ["postgres"], idle_s=0.3).close()
+    server = PostgresServer(tmp_path / "embedded" / "postgres")
+    _hold_in_recovery(server)
+    postgres: list[ServiceName] = ["postgres"]
+    first = asyncio.create_task(asyncio.to_thread(ensure, tmp_path, postgres, idle_s=0.3))
+
+    def recovering() -> Postmaster | None:
+        found = server.postmaster()
+        return found if found is not None and recovers(found.port) else None
+
+    await wait_until(lambda: recovering() is not None, 20, "its recovery")
+    late = asyncio.create_task(asyncio.to_thread(ensure, tmp_path, postgres, timeout_s=0))
+    found = recovering()
+    assert found is not None
+    assert not late.done()
+    _promote(server.folder / "cluster", found.identity.pid)
+    for lease in await asyncio.gather(first, late):
+        lease.close()
 
 
 async def test_a_stale_pid_file_that_names_another_program_does_not_block_a_start(
