@@ -325,7 +325,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """A whole file. `digest` is of what is asked in it, with the options of the run."""
+    """A whole file. `digest` is of what is asked in which line, with the options of the run."""
 
     lines: tuple[Line, ...]
     digest: str
@@ -354,7 +354,10 @@ def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
     found = _of_table(path, text, column, options) if is_table else _of_lines(path, text, options)
     lines = tuple(found)
     _check(path, lines)
-    asked = json.dumps([line.fields for line in lines], sort_keys=True).encode()
+    # With numbers and ids: a blank line more, or other ids, would give a line another's result.
+    asked = json.dumps(
+        [(line.number, line.prompt_id, line.fields) for line in lines], sort_keys=True
+    ).encode()
     return Prompts(lines, hashlib.sha256(asked).hexdigest()[:32])
 
 
@@ -372,8 +375,24 @@ def _check(path: Path, lines: tuple[Line, ...]) -> None:
 def _of_lines(path: Path, text: str, options: dict[str, Any]) -> Iterator[Line]:
     for number, raw in enumerate(text.split("\n"), start=1):
         line = raw.strip()
-        if line:
-            yield _line(path, number, _value(path, number, line), options)
+        if not line:
+            continue
+        made = _line(path, number, _value(path, number, line), options)
+        if _SURROGATE.search(line) and _is_broken(made):
+            raise _wrong(path, number, "has half a surrogate pair (\\ud800 to \\udfff) in it")
+        yield made
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _is_broken(line: Line) -> bool:
+    """Whether a text in it is none of Unicode, and could not be written into the results."""
+    try:
+        json.dumps((line.prompt_id, line.fields), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _value(path: Path, number: int, line: str) -> Any:

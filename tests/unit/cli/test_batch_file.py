@@ -36,6 +36,7 @@ def prompts_of(
         ("42", "1", {"data": "42"}),
         ('{"prompt": "p"}', "1", {"data": "p"}),
         ('{"data": "p", "id": 7}', "7", {"data": "p"}),
+        ('{"data": "p \\ud83d\\ude00", "id": "\\ud83d\\ude00"}', "😀", {"data": "p 😀"}),
         ('{"text": "p", "custom_id": "x", "model": "m"}', "x", {"data": "p", "model": "m"}),
         (
             '{"custom_id": "x", "method": "POST", "url": "/v1/u", "body": {"a": 1}}',
@@ -59,6 +60,8 @@ def test_lines_of_every_shape(
         ('{"question": "p"}', "must have a text as one of prompt, data, text"),
         ('{"prompt": "p", "modle": "m"}', "has 'modle'"),
         ('{"prompt": "p", "id": 1}\n{"prompt": "q", "id": 1}', "has the id '1' of line 1"),
+        ('ok\n{"prompt": "p", "id": "a\\ud83d"}', "line 2: has half a surrogate pair"),
+        ('"a \\uDE00"', "line 1: has half a surrogate pair"),
     ],
 )
 def test_a_mistake_is_told_with_its_line(text: str, said: str, tmp_path: Path) -> None:
@@ -108,8 +111,11 @@ def test_keys_differ_by_line_content_options_and_retries(tmp_path: Path) -> None
     same = prompts_of(tmp_path, "a\r\nb")
     changed = prompts_of(tmp_path, "a\nc\n")
     other = prompts_of(tmp_path, "a\nb\n", options={"model": "m"})
-    keys = [one.key(one.lines[0], 0) for one in (first, same, changed, other)]
+    moved = prompts_of(tmp_path, "\na\nb\n")
+    named = prompts_of(tmp_path, '{"id": "x", "data": "a"}\nb\n')
+    every = (first, same, changed, other, moved, named)
+    keys = [one.key(one.lines[0], 0) for one in every]
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
+    assert len({one.digest for one in every}) == 5
     assert len({first.key(line, tries) for line in first.lines for tries in (0, 1)}) == 4
     assert all(key.isascii() and len(key) <= 255 for key in keys)
