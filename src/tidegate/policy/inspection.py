@@ -59,6 +59,7 @@ from tidegate.telemetry.logging import Log, get_logger
 
 log = get_logger()
 
+_ANSWER_WITHIN_MS = 2_000
 _MOST_NAMED = 3  # tenants that hold a limit, in a sentence
 
 
@@ -184,7 +185,7 @@ class Control:
     async def pause(self, limit: str, for_ms: int | None, *, by: str, reason: str = "") -> bool:
         """Pause a limit, which then admits no call, for a time or until it is resumed. False if a
         pause that lasts longer stays. Raises NotFound."""
-        self._check_there(limit)
+        await self._check_there(limit)
         length = {} if for_ms is None else {"for_ms": for_ms}
         after = {"for_ms": for_ms, "reason": reason, "pool": self.limiter.pool}
         await self.tenants.actions.note("limit.pause", limit, after=after)
@@ -195,7 +196,7 @@ class Control:
 
     async def resume(self, limit: str, *, by: str) -> bool:
         """End a pause; False if there was none. Raises NotFound."""
-        self._check_there(limit)
+        await self._check_there(limit)
         pool = {"pool": self.limiter.pool}
         await self.tenants.actions.note("limit.resume", limit, after=pool)
         resumed = await self.limiter.resume(limit, by=by)
@@ -205,11 +206,16 @@ class Control:
 
     async def revoke(self, process: str, *, by: str) -> int:
         """Release all permits of a process whose death is certain. Raises NotFound."""
+        sessions = (await self.limiter.snapshot()).processes
+        is_there = any(process in (one.sid, one.name) for one in sessions)
         pool = {"pool": self.limiter.pool}
-        await self.tenants.actions.note("permits.revoke", process, after=pool)
+        if is_there:
+            await self.tenants.actions.note("permits.revoke", process, after=pool)
         ended = await self.limiter.revoke(process)
         if not ended:
             raise NotFound(f"no process {process} is in the pool")
+        if not is_there:  # a session that has ended, which no snapshot shows, may have had permits
+            await self.tenants.actions.note("permits.revoke", process, after=pool)
         log.warning(Log.SESSION_REVOKED, session=process, by=by)
         return ended
 
@@ -237,9 +243,11 @@ class Control:
         }
         return ShownLimit(**told, **same)
 
-    def _check_there(self, limit: str) -> None:
+    async def _check_there(self, limit: str) -> None:
+        """Raise what the change would raise, before it is put on record as done."""
         if self.limiter.policy.binding(limit) is None:
             raise NotFound(f"there is no limit {limit}")
+        await self.limiter.ping(_ANSWER_WITHIN_MS)
 
 
 def words_of(view: LimitView, limit: Limit | None) -> str:

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ask, submitted
 from tidegate.call import Scope
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.http.guards import ROLES
 
 
@@ -151,6 +152,7 @@ async def test_what_fails_or_is_refused_leaves_none(open_gateway: Opener) -> Non
         ("DELETE", "/admin/keys/aaaaaaaaaa", operator, None),
         ("DELETE", "/admin/tenants/nobody", operator, None),
         ("POST", "/admin/limits/no:limit/pause", operator, {}),
+        ("DELETE", "/admin/permits/nobody", operator, None),
         ("PATCH", "/admin/limits", operator, {"set": {"limits.kind:text_only": -1}}),
         ("POST", "/admin/keys", weak, {}),
         ("PUT", "/admin/limits/kind:text_only", weak, {"limit": 3}),
@@ -159,6 +161,22 @@ async def test_what_fails_or_is_refused_leaves_none(open_gateway: Opener) -> Non
         assert status in (400, 403, 404), (method, path, status)
     assert await actions_of(gateway) == []
     assert (await ask(gateway, "GET", "/admin/actions", weak))[0] == 403
+
+
+async def test_what_valkey_did_not_do_leaves_none(
+    open_gateway: Opener, own_valkey: ValkeyServer
+) -> None:
+    gateway = await open_gateway(worker=False, redis_url=own_valkey.url)
+    operator = {"Authorization": f"Bearer {gateway.operator_key}"}
+    own_valkey.kill()
+    for method, path in (
+        ("POST", "/admin/limits/kind:text_only/pause"),
+        ("POST", "/admin/limits/kind:text_only/resume"),
+        ("DELETE", f"/admin/permits/{gateway.services.store.instance_id}"),
+    ):
+        status, _ = await ask(gateway, method, path, operator, {} if method == "POST" else None)
+        assert status == 503, (method, path, status)
+    assert await actions_of(gateway) == []
 
 
 async def test_actions_are_paged_filtered_and_only_ever_added(open_gateway: Opener) -> None:
