@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,8 +22,9 @@ from tidegate.metrics.verdict import MOST_CAUSES, DeploymentSeen, PoolSeen, Reco
 from tidegate.policy.learned import LearnedLimit
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import BudgetBook
+from tidegate.store.jobs import StuckCounts
 
-NOTHING = RecordSeen()
+NOTHING = RecordSeen(StuckCounts(0, None, 0, 0, 1))
 POLICY = PoolPolicy({"kind:text_only": Concurrency(6), "model:m": Concurrency(12)})
 
 
@@ -57,6 +59,10 @@ def seen(
 ) -> DeploymentSeen:
     found = upstreams or {"gemini": UpstreamFound("ok")}
     return DeploymentSeen(pools or (pool(),), [Note("api-1", upstreams=found)], found, record)
+
+
+def stuck(**named: Any) -> RecordSeen:
+    return replace(NOTHING, stuck=replace(NOTHING.stuck, **named))
 
 
 def kinds(found: DeploymentSeen) -> list[tuple[str, str]]:
@@ -120,8 +126,10 @@ def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
         (seen(record=None), "degraded", "postgresql_away"),
         (seen(pool(recovering_ms=2_000)), "degraded", "recovering"),
         (seen(pool(limit("model:m", bound=0, waiting=1))), "degraded", "limit_closed"),
-        (seen(record=RecordSeen(dead_jobs=2)), "degraded", "dead_jobs"),
-        (seen(record=RecordSeen(webhooks_given_up=1)), "degraded", "webhooks_given_up"),
+        (seen(record=stuck(jobs=2)), "degraded", "dead_jobs"),
+        (seen(record=stuck(ready=2, workers=0)), "degraded", "no_workers"),
+        (seen(record=stuck(workers=0)), "healthy", None),
+        (seen(record=stuck(webhooks=1)), "degraded", "webhooks_given_up"),
     ],
 )
 def test_each_state_has_its_cause(found: DeploymentSeen, health: str, first: str | None) -> None:
@@ -137,7 +145,7 @@ def test_the_worst_comes_first_with_what_acts_on_it() -> None:
     short = limit("kind:b", paused_ms=2_000)  # it ends before a person could act
     found = seen(
         pool(paused, short, limit("model:m", waiting=20), learned=(drift,)),
-        record=RecordSeen(dead_jobs=1),
+        record=stuck(jobs=1),
         a=UpstreamFound("ok"),
         b=UpstreamFound("out", True, why="invalid API key"),
     )
@@ -205,7 +213,7 @@ def test_budgets_that_hold_calls_up_are_causes() -> None:
         BudgetBook("team", "", "usd", 10, 9, 0, 0, end, None),
         BudgetBook("removed", "", "usd", 10, 90, 0, 0, end, None),
     ]
-    verdict = judge(seen(record=RecordSeen(budgets=budgets, books=books)))
+    verdict = judge(seen(record=replace(NOTHING, budgets=budgets, books=books)))
     assert [one.words for one in verdict.causes] == [
         "Budget people (ann) is paused: its calls are refused.",
         "Budget team is spent: its calls are refused.",
@@ -214,6 +222,31 @@ def test_budgets_that_hold_calls_up_are_causes() -> None:
     assert [one.command.removeprefix("tidegate budgets resume ") for one in verdict.causes] == [
         *("people --of ann", "team", "soft")
     ]
+
+
+@pytest.mark.parametrize(
+    ("other", "health", "kinds"),
+    [
+        (UpstreamFound("ok"), "degraded", ["upstream_out"]),
+        (UpstreamFound("trying"), "degraded", ["upstream_out"]),
+        (UpstreamFound("out"), "down", ["upstreams_out", "upstream_out"]),
+    ],
+)
+def test_what_one_process_alone_finds_out_is_not_down(
+    other: UpstreamFound, health: str, kinds: list[str]
+) -> None:
+    notes = [
+        Note("api-1", upstreams={"gemini": UpstreamFound("out", why="503")}),
+        Note("api-2", upstreams={"gemini": other}),
+    ]
+    verdict = judge(DeploymentSeen((pool(),), notes, {"gemini"}, NOTHING))
+    assert (verdict.health, [one.kind for one in verdict.causes]) == (health, kinds)
+
+
+def test_the_command_reaches_every_dead_job() -> None:
+    since = datetime(2026, 1, 1, 10, 30, 59, tzinfo=UTC)
+    (cause,) = judge(seen(record=stuck(jobs=1, dead_since=since))).causes
+    assert cause.command == "tidegate requeue --status dead --since 2026-01-01T10:30"
 
 
 def test_causes_are_bounded() -> None:

@@ -554,8 +554,8 @@ class Past:
                 "models": _largest_span(models, "model"),
                 "total": _sum(tenants),
             }
-        dead_jobs, webhooks = await store.stuck.counts()
-        return {"spent": spent, "dead_jobs": dead_jobs, "webhooks_given_up": webhooks}
+        stuck = await store.stuck.counts()
+        return {"spent": spent, "dead_jobs": stuck.jobs, "webhooks_given_up": stuck.webhooks}
 
 
 def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:

@@ -168,25 +168,25 @@ FRESH_S = 1.0
 log = get_logger()
 
 
-class StuckCounts(BaseModel):
+class StuckFrame(BaseModel):
     """Both are None while PostgreSQL is away."""
 
     dead_jobs: int | None = None
     webhooks_given_up: int | None = None
 
 
-async def _waiting(services: Services) -> StuckCounts:
+async def _waiting(services: Services) -> StuckFrame:
     try:
-        jobs, webhooks = await services.store.stuck.counts()
+        stuck = await services.store.stuck.counts()
     except StoreUnavailable as away:
         log.debug(Log.STORE_AWAY, detail=away.message)
-        return StuckCounts()
-    return StuckCounts(dead_jobs=jobs, webhooks_given_up=webhooks)
+        return StuckFrame()
+    return StuckFrame(dead_jobs=stuck.jobs, webhooks_given_up=stuck.webhooks)
 
 
-def _waiting_of(app: FastAPI) -> Recent[StuckCounts]:
+def _waiting_of(app: FastAPI) -> Recent[StuckFrame]:
     """That of a running application; made when it is first asked."""
-    recent: Recent[StuckCounts] | None = getattr(app.state, "dashboard_waiting", None)
+    recent: Recent[StuckFrame] | None = getattr(app.state, "dashboard_waiting", None)
     if recent is None:
         recent = app.state.dashboard_waiting = Recent(
             FRESH_S, partial(_waiting, app.state.services)
@@ -392,7 +392,7 @@ async def session(request: Request) -> PageSession:
 
 
 @data.get("/stuck")
-async def stuck(request: Request) -> StuckCounts:
+async def stuck(request: Request) -> StuckFrame:
     return await _waiting_of(request.app).get()
 
 

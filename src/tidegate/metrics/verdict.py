@@ -34,6 +34,7 @@ from tidegate.policy.rollout import PolicyKeeper
 from tidegate.prices.budgets import Budget, scope_values
 from tidegate.spine.routing import DRAINED
 from tidegate.store.budgets import BudgetBook
+from tidegate.store.jobs import StuckCounts
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -50,6 +51,7 @@ CauseKind = Literal[
     "limit_closed",
     "budget_paused",
     "budget_spent",
+    "no_workers",
     "dead_jobs",
     "webhooks_given_up",
     "drift",
@@ -109,8 +111,7 @@ class PoolSeen:
 class RecordSeen:
     """What the record has that an operator has to act on, of a moment ago."""
 
-    dead_jobs: int = 0
-    webhooks_given_up: int = 0
+    stuck: StuckCounts
     budgets: Sequence[Budget] = ()
     books: Sequence[BudgetBook] = ()
 
@@ -156,13 +157,13 @@ class Standing:
         if self._store.connections.away:
             return None
         try:
-            dead_jobs, webhooks = await self._store.stuck.counts()
+            stuck = await self._store.stuck.counts()
             _, budgets = await self._store.budgets.records.all()
             books = await self._store.budgets.records.books() if budgets else []
         except StoreUnavailable as away:
             log.debug(Log.STORE_AWAY, detail=away.message)
             return None
-        return RecordSeen(dead_jobs, webhooks, budgets, books)
+        return RecordSeen(stuck, budgets, books)
 
 
 async def _pool(name: str, keeper: PolicyKeeper) -> PoolSeen:
@@ -242,11 +243,16 @@ def _of_upstreams(seen: DeploymentSeen) -> Iterator[Cause]:
         for upstream in seen.upstreams
         if (cause := _of_upstream(upstream, found_by(upstream, seen.notes), seen.pools)) is not None
     ]
-    if causes and len(causes) == len(seen.upstreams):
+    if causes and all(_is_out_everywhere(one, seen.notes) for one in seen.upstreams):
         several = len(causes) > 1
         words = "No upstream takes calls." if several else "The only upstream takes no calls."
         yield Cause("upstreams_out", "down", words, command="tidegate upstreams list")
     yield from causes
+
+
+def _is_out_everywhere(upstream: str, notes: Iterable[Note]) -> bool:
+    found = [one for _, one in found_by(upstream, notes)]
+    return bool(found) and all(one.state == "out" or one.key_refused for one in found)
 
 
 def _of_upstream(
@@ -425,14 +431,20 @@ def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
             cause = _of_budget(budget, book)
             if cause is not None:
                 yield cause
-    if record.dead_jobs:
-        words = f"{_counted(record.dead_jobs, 'job')} died with their workers."
-        words = words if record.dead_jobs > 1 else "1 job died with its workers."
+    stuck = record.stuck
+    if stuck.ready and not stuck.workers:
+        words = f"No worker is alive: {_counted(stuck.ready, 'job')} cannot begin."
+        detail = "No worker was alive within the last minute."
+        yield Cause("no_workers", "degraded", words, detail, command="tidegate worker")
+    if stuck.jobs:
+        words = f"{_counted(stuck.jobs, 'job')} died with their workers."
+        words = words if stuck.jobs > 1 else "1 job died with its workers."
         detail = "Requeue them when the cause is fixed, or discard them."
-        command = "tidegate requeue --status dead --since 24h"
+        since = "24h" if stuck.dead_since is None else f"{stuck.dead_since:%Y-%m-%dT%H:%M}"
+        command = f"tidegate requeue --status dead --since {since}"
         yield Cause("dead_jobs", "degraded", words, detail, command=command)
-    if record.webhooks_given_up:
-        words = f"{_counted(record.webhooks_given_up, 'webhook')} could not be delivered."
+    if stuck.webhooks:
+        words = f"{_counted(stuck.webhooks, 'webhook')} could not be delivered."
         yield Cause("webhooks_given_up", "degraded", words, "Send them again from Attention.")
 
 

@@ -497,6 +497,18 @@ MOST_STUCK = 1_000
 
 
 @dataclass(frozen=True, slots=True)
+class StuckCounts:
+    """Dead jobs, with the time when the first of them died, and webhooks given up. ready: jobs that
+    a worker could claim now. workers: those that were alive within the last minute."""
+
+    jobs: int
+    dead_since: datetime | None
+    webhooks: int
+    ready: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeadJob:
     """A job whose workers died under it so often that it is not tried again."""
 
@@ -535,12 +547,12 @@ class StuckWork:
         self._connections = connections
         self._notifications = notifications
 
-    async def counts(self) -> tuple[int, int]:
-        """Dead jobs and webhooks given up, as far as `MOST_STUCK` of each."""
+    async def counts(self) -> StuckCounts:
+        """Of each as far as `MOST_STUCK`."""
         (row,) = await self._connections.rows(
             "count_stuck", MOST_STUCK, timeout_ms=_STUCK_TIMEOUT_MS
         )
-        return row["jobs"], row["webhooks"]
+        return record_of(StuckCounts, row)
 
     async def dead(self, most: int) -> list[DeadJob]:
         """The jobs that died last, the newest first."""

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 from tests.gateway import Gateway, Opener
 from tests.integration.spine.receiver import SECRET
+from tidegate.store.jobs import StuckCounts
 
 
 async def listed(gateway: Gateway, path: str) -> list[dict[str, Any]]:
@@ -80,7 +81,8 @@ async def test_webhooks_given_up_are_listed_and_redelivered(open_gateway: Opener
     (hook,) = await listed(gateway, "/webhooks")
     assert (hook["request_id"], hook["event"]) == (request_id, "request.succeeded")
     assert (hook["problem"], hook["tenant"]) == ("no such host", "default")
-    assert await gateway.services.store.stuck.counts() == (0, 1)
+    counts = await gateway.services.store.stuck.counts()
+    assert counts == StuckCounts(jobs=0, dead_since=None, webhooks=1, ready=1, workers=0)
     told = {"dead_jobs": 0, "webhooks_given_up": 1}
     assert await gateway.get("/dashboard/stuck") == (200, told)
     assert await decided(gateway, f"/webhooks/{hook['webhook_id']}/redeliver") == 200

@@ -296,8 +296,15 @@ ORDER BY id DESC
 OFFSET $3 - 1 LIMIT 1
 
 -- name: count_stuck
--- How many dead jobs and how many webhooks that were given up there are, up to $1 of each.
+-- How many dead jobs and how many webhooks that were given up there are, up to $1 of each; when the
+-- first of these jobs died; how many jobs are ready, up to $1, and how many workers lived lately.
 SELECT
+    (SELECT finished_at FROM requests
+        WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT 1) AS dead_since,
+    (SELECT count(*) FROM (SELECT FROM requests
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+        ORDER BY (pool || '/' || lane || '/' || tenant_id) LIMIT $1) AS one) AS ready,
+    (SELECT count(*) FROM workers WHERE seen_at > now() - interval '1 minute') AS workers,
     (SELECT count(*) FROM (SELECT FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT $1) AS one) AS jobs,
     (SELECT count(*) FROM (SELECT FROM webhooks
