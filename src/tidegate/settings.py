@@ -13,7 +13,7 @@ import json
 import os
 import re
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from io import StringIO
 from ipaddress import ip_address
@@ -48,12 +48,17 @@ Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 Positive = Annotated[int, Field(ge=1)]
 Days = Annotated[int, Field(ge=1, le=100_000)]
 Value = TypeVar("Value")
+_DATABASE_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:\[\]]*)(:\d{1,5})?")
+_CHOICES = (  # in any letters
+    *("auth", "when_valkey_away", "on_lost", "on_expiry"),
+    *("classifier", "audit_full", "log_level", "log_format"),
+)
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.(?!-)[A-Za-z0-9-]{1,63})*\.?")
 
 
 # What is allowed, where the type alone does not say it in a user's words.
 ALLOWED = {
-    "database_url": "a URL that starts with postgresql://",
+    "database_url": "a URL that starts with postgresql://, its ports numbers",
     "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
     "redis+cluster://",
     "data_dir": "the path of a folder, or of one to be made",
@@ -87,6 +92,14 @@ def _checked(field: str, value: Value, is_sound: bool) -> Value:
     if not is_sound:
         raise ValueError(f"must be {ALLOWED[field]}")
     return value
+
+
+def _path(field: str, value: Path, is_sound: Callable[[Path], bool]) -> Path:
+    try:
+        path = value.expanduser()
+        return _checked(field, path, is_sound(path))
+    except (OSError, RuntimeError):  # too long, not to be looked into; or ~ of no user
+        return _checked(field, value, False)
 
 
 def split_url(text: str) -> SplitResult:
@@ -542,12 +555,7 @@ class Config(BaseModel):
     @field_validator("data_dir")
     @classmethod
     def _folder(cls, value: Path) -> Path:
-        folder = value.expanduser()
-        try:
-            sound = folder.is_dir() or not folder.exists()
-        except PermissionError:  # in a folder that this user may not look into
-            sound = False
-        return _checked("data_dir", folder, sound)
+        return _path("data_dir", value, lambda folder: folder.is_dir() or not folder.exists())
 
     @field_validator("admin_token")
     @classmethod
@@ -604,9 +612,7 @@ class Config(BaseModel):
 
     @field_validator("alert_webhook_url")
     @classmethod
-    def _is_alert_url(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is None:
-            return None
+    def _is_alert_url(cls, value: SecretStr) -> SecretStr:
         url = split_url(value.get_secret_value())
         plain = bool(url.hostname) and not (url.username or url.password)
         return _checked("alert_webhook_url", value, plain and url.scheme in ("http", "https"))
@@ -614,9 +620,13 @@ class Config(BaseModel):
     @field_validator("database_url")
     @classmethod
     def _postgres(cls, value: SecretStr) -> SecretStr:
-        # Not taken apart: several hosts with a port each are allowed here.
-        scheme = value.get_secret_value().partition("://")[0]
-        return _checked("database_url", value, scheme in ("postgresql", "postgres"))
+        try:
+            url = urlsplit(value.get_secret_value())
+        except ValueError:  # brackets that are none of an address
+            return _checked("database_url", value, False)
+        is_sound = all(map(_DATABASE_HOST.fullmatch, url.netloc.rpartition("@")[2].split(",")))
+        is_sound &= url.scheme in ("postgresql", "postgres")
+        return _checked("database_url", value, is_sound)
 
     @field_validator("redis_url")
     @classmethod
@@ -648,17 +658,7 @@ class Config(BaseModel):
                 raise ValueError(f"{kind} must be a whole number from 0 to {MOST_AT_ONCE}")
         return DEFAULT_LIMITS | value
 
-    @field_validator(
-        "auth",
-        "when_valkey_away",
-        "on_lost",
-        "on_expiry",
-        "classifier",
-        "audit_full",
-        "log_level",
-        "log_format",
-        mode="before",
-    )
+    @field_validator(*_CHOICES, mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
@@ -677,8 +677,7 @@ class Config(BaseModel):
     @field_validator("tidegate_policy")
     @classmethod
     def _policy(cls, value: Path) -> Path:
-        path = value.expanduser()
-        return _checked("tidegate_policy", path, path.is_file())
+        return _path("tidegate_policy", value, Path.is_file)
 
     @model_validator(mode="before")
     @classmethod

@@ -53,6 +53,13 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_line(
     assert (done.returncode, done.stdout) == (2, "")
 
 
+def test_a_socket_that_was_not_inherited_is_told_in_one_line(tmp_path: Path) -> None:
+    done = _run(tmp_path, "serve", "--fd", "99", PORT="0")
+    said = "must be a listening socket that was inherited: Bad file descriptor"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"tidegate: --fd=99: {said}\n"
+
+
 def test_a_collector_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("OTEL_EXPORTER_OTLP_ENDPOINT=nonsense\n")
     for command in (("config", "check"), ("up",)):

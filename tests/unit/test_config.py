@@ -22,12 +22,18 @@ from tidegate.usual_models import EMULATORS_KEY
 
 # Each setting that has wrong values, with some of them and a word of what the line must say.
 WRONG = {
-    "DATABASE_URL": (["mysql://db/x", "db:5432", "postgresql+asyncpg://db/x"], "postgresql://"),
+    "DATABASE_URL": (
+        [
+            *("mysql://db/x", "db:5432", "postgresql+asyncpg://db/x", "postgresql://[bad/x"),
+            *("postgresql://u:p@db:port/x", "postgresql://u:p@a:5432,b:port/x"),
+        ],
+        "postgresql://",
+    ),
     "REDIS_URL": (
         ["http://valkey", "valkey:6379", "redis://valkey:port/0", "redis+x://h"],
         "redis://",
     ),
-    "DATA_DIR": ([__file__], "folder"),
+    "DATA_DIR": ([__file__, "~nosuchuser/x"], "folder"),
     "BLOB_URL": (["ftp://bucket", "bucket", "s3://key:word@bucket"], "s3://"),
     "HOST": (["a b", "http://localhost", "-x", "1.2.3.4:80"], "IP address"),
     "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),
@@ -58,7 +64,7 @@ WRONG = {
     "TOTAL_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "FETCH_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "RATE_LIMITS": (["5", "[]", "{text_only: 5}", '"{}"', "nan"], "text_only"),
-    "TIDEGATE_POLICY": (["nowhere.toml", "."], "a file that is there"),
+    "TIDEGATE_POLICY": (["nowhere.toml", ".", "~nosuchuser/x"], "a file that is there"),
     "SEMAPHORE_TIMEOUT": (["0", "0.1", "nan", "inf", "3s", "3601"], "from 0.2 to 3600"),
     "WHEN_VALKEY_AWAY": (["open"], "closed, local"),
     "ON_LOST": (["ignore"], "finish, cancel"),
@@ -216,6 +222,24 @@ def test_a_wrong_limit_is_named_by_its_type(limits: dict[str, object], said: str
     line = str(refusal(RATE_LIMITS=raw))
     assert line.startswith(f"RATE_LIMITS={raw}: ")
     assert said in line
+
+
+@pytest.mark.parametrize("name", ["DATA_DIR", "TIDEGATE_POLICY"])
+def test_a_name_that_is_too_long_for_the_system_is_refused(name: str) -> None:
+    assert str(refusal(**{name: "x" * 300})).startswith(f"{name}=xxx")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("postgresql:///x?host=/run/postgresql", "postgres://%2Frun%2Fpostgresql/x"),
+        *("postgresql://u:p:w@[::1]:5432/x", "postgresql://u@a:1,b:2,c/x?sslmode=require"),
+    ],
+)
+def test_urls_that_postgresql_takes_are_taken(url: str) -> None:
+    config = given(DATABASE_URL=url, REDIS_URL="redis://valkey")
+    assert config.database_url is not None
+    assert config.database_url.get_secret_value() == url
 
 
 def test_a_value_of_several_lines_is_shown_as_one_and_not_at_length() -> None:

@@ -144,7 +144,9 @@ def up(
 
 @app.command(rich_help_panel=_RUN)
 def serve(
-    fd: Annotated[int | None, typer.Option(help="A listening socket that was inherited.")] = None,
+    fd: Annotated[
+        int | None, typer.Option(min=0, help="A listening socket that was inherited.")
+    ] = None,
 ) -> None:
     """Serve HTTP in this process alone."""
     with _without(_OF_REDIS, _OF_STRUCTLOG):

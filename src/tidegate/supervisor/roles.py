@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from tidegate.errors import ConfigError
 from tidegate.http.uvicorn_protocol import MOST_A_ROUND, MOST_OF_SHARED, Acceptor
 from tidegate.metrics.instruments import share_by_name
 from tidegate.operator_key import operator_key
@@ -60,18 +61,26 @@ _LAST_S = 1.0
 def serve(config: Config, fd: int | None = None) -> None:
     """Serve HTTP until a signal; on the listening socket `fd`, or on one of our own.
 
-    Raises ConfigError where HOST and PORT cannot be had.
+    Raises ConfigError where HOST and PORT cannot be had, or `fd` is no socket.
     """
     telemetry.configure_logging(
         config.log_format, config.log_level, process="api", has_page=is_child()
     )
     _survive_looks()
     # Before the servers are started: a taken port should be reported immediately.
-    listener = socket.socket(fileno=fd) if fd is not None else listen(config)
+    listener = _inherited(fd) if fd is not None else listen(config)
     with listener, _standing(config) as whole:
         if not is_child():
             telemetry.get_logger().info(Log.STARTED, url=url_of(listener))
         _run(_serve(whole, listener, shares=fd is not None))
+
+
+def _inherited(fd: int) -> socket.socket:
+    try:
+        return socket.socket(fileno=fd)
+    except OSError as refused:
+        allowed = f"must be a listening socket that was inherited: {refused.strerror}"
+        raise ConfigError("--fd", f"{fd}", allowed) from None
 
 
 def work(config: Config) -> None:
