@@ -10,6 +10,7 @@ nothing of it. Passwords reach the programs by their environment, never by their
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ import orjson
 
 from tidegate.call import new_id
 from tidegate.embedded import servers as place
+from tidegate.embedded.lease import opened, try_lock
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.http.body import PREFIX
 from tidegate.policy.deployment import deployed_upstreams
@@ -136,18 +138,29 @@ def back_up(config: Config, file: Path) -> int:
         raise ConfigError(str(file), None, "exists already; nothing is overwritten")
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise ConfigError(str(file), None, "must be in an existing, writable folder")
-    partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)  # of a run that was cut short
-    try:
-        # Made here, since pg_dump would make it as the umask says: it is all prompts and answers.
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    except OSError as failed:
-        raise ConfigError(str(partial), None, f"can't be created: {failed.strerror}") from None
-    with prepared(config, only={"postgres"}) as ground:
+    with _partial_of(file) as partial, prepared(config, only={"postgres"}) as ground:
         url = database_url_of(ground.config)
         _run(_program("pg_dump", config), url, "--format=custom", f"--file={partial.resolve()}")
-    partial.rename(file)
+        partial.rename(file)
     return file.stat().st_size
+
+
+@contextmanager
+def _partial_of(file: Path) -> Iterator[Path]:
+    """The file that a backup grows in, of this process alone; one that a run left is used again."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        # Made here, since pg_dump would make it as the umask says: it is all prompts and answers.
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as failed:
+        raise ConfigError(str(partial), None, f"can't be created: {failed.strerror}") from None
+    with opened(descriptor):
+        if not try_lock(descriptor, fcntl.LOCK_EX) or file.exists():
+            raise ConfigError(str(file), None, "is written by another backup now")
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise ConfigError(str(partial), None, "belongs to another user; remove it")
+        os.fchmod(descriptor, 0o600)
+        yield partial
 
 
 def restore(config: Config, file: Path) -> None:

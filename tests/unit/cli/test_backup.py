@@ -1,0 +1,25 @@
+"""A backup has its file to itself, before it starts a server."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from tidegate.errors import ConfigError
+from tidegate.settings import load
+from tidegate.supervisor.maintenance import back_up
+
+
+def test_a_second_backup_of_one_name_is_refused_while_the_first_writes(tmp_path: Path) -> None:
+    away = {"DATABASE_URL": "postgresql://127.0.0.1:1/x", "REDIS_URL": "redis://127.0.0.1:1"}
+    config = load({**away, "GEMINI_API_KEY": "k"}, None)
+    partial = tmp_path / "record.partial"
+    with partial.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b"half of it")
+        file.flush()
+        with pytest.raises(ConfigError, match="is written by another backup now"):
+            back_up(config, tmp_path / "record")
+    assert partial.read_bytes() == b"half of it"
