@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
@@ -539,6 +540,10 @@ def verify(
     from tidegate.verify.run import verify as run
 
     config = command_config("verify")
+    if markdown is not None:
+        place = markdown if markdown.exists() else markdown.parent
+        if markdown.is_dir() or not os.access(place, os.W_OK):
+            raise ConfigError("--markdown", str(markdown), "must be a file that can be written")
     wishes = Wishes(quick, provider_limit, restart_command)
     report = run(config, wishes, lambda what: typer.echo(f"tidegate: {what}", err=True))
     if markdown is not None:

@@ -177,8 +177,9 @@ class Report:
         return [one for one in self.broken if not one.lasting]
 
     def repeated(self, again: Report) -> Report:
-        """The report after a second run: of what was in doubt the second result, of everything
-        else the first one, unless the second run broke it in a way that no load explains."""
+        """The report after a second run: of what was in doubt, or not reached in the first run, the
+        second result, of everything else the first one, unless the second run broke it in a way
+        that no load explains."""
         doubtful = {one.promise for one in self.in_doubt}
         second = {one.promise: one for one in again.results}
         lasting = {one.promise for one in again.broken if one.lasting}
@@ -191,7 +192,7 @@ class Report:
                 note = f"at the second try; at the first {one.measured}"
                 results.append(replace(new, why=f"{new.why}, {note}" if new.why else note))
         known = {one.promise for one in self.results}
-        results += [one for one in again.broken if one.promise not in known]
+        results += [one for one in again.results if one.promise not in known]
         return Report({**again.about}, results, [*self.left, *again.left])
 
     @property

@@ -151,7 +151,8 @@ def sentence_of(report: Report) -> str:
     counts = dict.fromkeys(Verdict, 0)
     for one in report.results:
         counts[one.verdict] += 1
-    said = [f"{counts[Verdict.KEPT]} promises kept"]
+    kept = counts[Verdict.KEPT]
+    said = [f"{kept} promise{'' if kept == 1 else 's'} kept"]
     if counts[Verdict.BROKEN]:
         said.append(f"{counts[Verdict.BROKEN]} BROKEN")
     if counts[Verdict.SKIPPED]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 from typer import Typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from tests.unit.invoked import invoke
 from tidegate.cli import app, command_line
+from tidegate.errors import ConfigError
 
 
 def commands_of(line: Typer) -> dict[str, Any]:
@@ -29,3 +33,15 @@ def test_a_command_is_built_alone_and_as_in_the_whole_command_line() -> None:
 def test_what_names_no_command_gets_the_whole_command_line() -> None:
     for arguments in ([], ["--help"], ["--version"], ["serv"], ["Usage"]):
         assert command_line(arguments) is app
+
+
+@pytest.mark.parametrize("place", ["missing/report.md", "."])
+def test_a_report_that_cannot_be_written_is_refused_before_the_verification(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def verify(*_: object) -> None:
+        raise AssertionError("it was begun")
+
+    monkeypatch.setattr("tidegate.verify.run.verify", verify)
+    with pytest.raises(ConfigError, match="must be a file that can be written"):
+        invoke("verify", "--markdown", str(tmp_path / place))

@@ -62,6 +62,16 @@ def test_a_complaint_that_only_the_first_run_had_is_gone() -> None:
     assert first.repeated(report("0.4 s", True)).is_sound
 
 
+def test_what_the_first_run_did_not_reach_is_of_the_second() -> None:
+    first = Report()
+    first.kept("it runs to its end", "", "Valkey was away", False)
+    whole = first.repeated(report("0.5 s", True))
+    assert [(one.promise, one.verdict) for one in whole.results] == [
+        ("always", Verdict.KEPT),
+        ("soon", Verdict.KEPT),
+    ]
+
+
 @pytest.mark.parametrize(
     ("held", "finished", "in_flight", "calling"),
     [
