@@ -204,6 +204,10 @@ async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_remov
     assert "refuses the credentials with 401" in done["detail"]
     table = new | {"key": "SECOND_KEY"}
     assert (await admin(gateway, "PUT", "/second", table=table, expected=3))[0] == 409
+    several = {"set": {"weight": 3}, "read_again": True}
+    status, done = await admin(gateway, "PATCH", "/gemini", **several)
+    assert (status, done["field"]) == (400, "read_again")
+    assert (await admin(gateway, "PATCH", "/gemini", deployed=True, remove=["weight"]))[0] == 400
     status, done = await admin(gateway, "PUT", "/second", table=table, reason="more room")
     assert (status, done["revision"]) == (200, 1)
     assert gateway.services.limiters["second"].policy.bound("pool:total") == 7

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.errors import LimiterUnavailable, NotFound, UpstreamInUse
+from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound, UpstreamInUse
 from tidegate.http.admin.limits import By, config_errors_refused, described, read_json
 from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
@@ -80,8 +80,8 @@ class UpstreamKeys(SignedChange):
 
     set: dict[str, Any] = Field(default_factory=dict, examples=[{"weight": 3}])
     remove: list[str] = Field(default_factory=list, max_length=100)
-    deployed: bool = Field(default=False, description="Put it back to what the file says")
-    read_again: bool = Field(default=False, description="Read its secrets and files again")
+    deployed: bool = Field(default=False, description="Alone: put it back to what the file says")
+    read_again: bool = Field(default=False, description="Alone: read its secrets and files again")
 
 
 class RollBack(SignedChange):
@@ -299,9 +299,13 @@ async def set_keys(request: Request, name: UpstreamName) -> ChangeView:
     """Calls in progress go on as they began."""
     keys = await read_json(request, UpstreamKeys)
     edit = with_keys(name, keys.set, keys.remove)
+    named = [one for one in ("deployed", "read_again") if getattr(keys, one)]
+    if named and (keys.set or keys.remove or len(named) > 1):
+        said = f"{named[0]} is given together with another change"
+        raise InvalidRequest(named[0], said, allowed="alone, without set and remove")
     if keys.deployed:
         edit = as_deployed(name)
-    elif keys.read_again and not (keys.set or keys.remove):
+    elif keys.read_again:
         edit = read_again(name)
     return ChangeView(**await _changed(request, f"set {name}", edit, keys))
 
