@@ -25,7 +25,7 @@ import orjson
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store.database import Connections
-from tidegate.store.records import ACTING, What, record_action, record_of
+from tidegate.store.records import ACTING, LONGEST_TARGET, What, clean, record_action, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_SHOWN = 1_000
@@ -91,9 +91,9 @@ class OperatorActions:
         """The newest first, those below the number `before`."""
         rows = await self._connections.rows(
             "list_actions",
-            operator,
-            what,
-            target,
+            operator and clean(operator),
+            what and clean(what),
+            target and clean(target)[:LONGEST_TARGET],
             since,
             until,
             before,

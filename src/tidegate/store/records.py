@@ -660,7 +660,7 @@ What = Literal[
     "upstreams.change",
     "webhook.redeliver",
 ]
-_LONGEST_TARGET = 500
+LONGEST_TARGET = 500
 
 
 @dataclass(slots=True)
@@ -709,7 +709,7 @@ async def record_action(
         now.role,
         clean(now.address),
         what,
-        clean(target)[:_LONGEST_TARGET],
+        clean(target)[:LONGEST_TARGET],
         _action_json(before),
         _action_json(after),
         revision,

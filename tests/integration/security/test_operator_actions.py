@@ -201,6 +201,8 @@ async def test_actions_are_paged_filtered_and_only_ever_added(open_gateway: Open
     _, page = await ask(gateway, "GET", "/admin/actions?until=2020-01-01T00:00:00Z", operator)
     assert page["items"] == []
     assert (await ask(gateway, "GET", "/admin/actions?nothing=1", operator))[0] == 400
+    # As a terminal may send bytes that are not UTF-8, and as it would be on record.
+    assert await gateway.services.store.tenants.actions.page(operator="\x00\udcff") == []
     for statement in ("UPDATE operator_actions SET operator = 'x'", "DELETE FROM operator_actions"):
         with pytest.raises(asyncpg.RaiseError, match="never changed"):
             await gateway.database.execute(statement)
