@@ -252,7 +252,8 @@ def scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
     return scope_text([values[one] for one in budget.each]) if budget.each else ""
 
 
-def refused_by(refusal: Refusal, need: int) -> QuotaExceeded:
+def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
+    """need: what the call takes at most; None before it is known, where nothing is left."""
     budget, scope = refusal.binding
     named = zip(budget.each, scope_values(scope), strict=False)
     whose = ", ".join(f"no {name}" if value is None else value for name, value in named)
@@ -269,6 +270,10 @@ def refused_by(refusal: Refusal, need: int) -> QuotaExceeded:
             allowed=allowed,
             retry_after_ms=None,
         )
+    if need is None:
+        need, lacks = 1, f"has nothing left: {used}"
+    else:
+        lacks = f"has no room for this call: {used}, up to {budget.shown(need)} needed"
     if refusal.why == "held":
         return BudgetReserved(
             f"the budget {budget.name}{whose} has no room for this call yet: {used}, "
@@ -289,8 +294,7 @@ def refused_by(refusal: Refusal, need: int) -> QuotaExceeded:
     elif budget.period == "rolling":
         when = "there is room again as its window goes on"
     return BudgetExceeded(
-        f"the budget {budget.name}{whose} has no room for this call: {used}, "
-        f"up to {budget.shown(need)} needed; {when}",
+        f"the budget {budget.name}{whose} {lacks}; {when}",
         limit=budget.limit,
         allowed=allowed,
         retry_after_ms=after_ms,

@@ -429,7 +429,7 @@ class Budgets:
                     continue
                 reset_at = book.reset_at
                 known = Refusal(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)
-                raise refused_by(known, 1)
+                raise refused_by(known, None)
 
     async def reserve(self, bindings: Sequence[Binding], request_id: UUID, cost: CallCost) -> UUID:
         """Hold what a call may cost of all budgets that bind it, durably; `settle` must follow with

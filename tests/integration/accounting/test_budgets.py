@@ -119,6 +119,7 @@ async def test_what_is_known_under_a_key_is_told_to_who_has_spent_all(
         assert (status, said["error"]["code"]) == (429, "insufficient_quota")
         status, problem = await ask(gateway, "POST", "/submit", new, job)
         assert (status, problem["code"]) == (429, "budget_exceeded")
+        assert "has nothing left: " in problem["detail"], "what it takes is not known yet"
 
     async def keys() -> list[str]:
         """Of the last refusal the key may be freed only after its answer."""

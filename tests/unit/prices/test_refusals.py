@@ -27,3 +27,12 @@ def test_a_time_is_only_named_where_the_next_period_has_room_for_the_call(
     refusal = refused_by(book, need)
     assert refusal.message.endswith(f"up to {need} tokens needed; {when}")
     assert (refusal.retry_after_ms is None) == (need > DAY.amount)
+
+
+def test_before_it_is_known_what_a_call_takes_the_budget_has_nothing_left() -> None:
+    book = Refusal(Binding(DAY, ""), "spent", 100, 104, 0, MIDNIGHT, 0.0)
+    refusal = refused_by(book, None)
+    at = f"{MIDNIGHT:%Y-%m-%d %H:%M} UTC"
+    said = f"the budget day has nothing left: 104 tokens of 100 tokens spent; it resets at {at}"
+    assert refusal.message == said
+    assert refusal.retry_after_ms is not None
