@@ -328,6 +328,8 @@ def count_in(hold: BodyBudget | None, held_bytes: int, free_bytes: int) -> None:
 SLICE_BYTES = 64 * 1024
 MAX_PART_HEADERS = 8
 MAX_PART_HEADER_BYTES = 4096
+# A line ends at a lone LF to some servers, which would read a further header behind it.
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 # It warns of each malformed body, with the caller's bytes; our own error says it already.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -424,6 +426,11 @@ class Multipart:
         if name in self._headers:
             wrong = f"malformed multipart body: a part has the header {name[:64]!a} twice"
             raise InvalidRequest("body", wrong, allowed="each header once")
+        if _CONTROL.search(self._value):
+            wrong = f"malformed multipart body: the header {name[:64]!a} has a control character"
+            raise InvalidRequest(
+                "body", wrong, allowed="headers of one line each, of printable text"
+            )
         self._headers[name] = bytes(self._value)
         self._name.clear()
         self._value.clear()
@@ -590,12 +597,13 @@ async def read_form(
 
 
 class _Delimiters:
-    """Counts where a boundary begins a line, as servers may see it that do not ask for CRLF.
+    """Counts where a boundary begins a line, also behind a lone LF or CR, as some servers see it.
     `are_ends`: whether the body begins with one, and has nothing behind the last."""
 
     def __init__(self, boundary: bytes) -> None:
         self.count = 0
         self._sought = b"\n--" + boundary
+        self._behind_cr = b"\r--" + boundary
         self._before = b"\n"  # the first one begins the body
         self._first = b""
         self._last = b""
@@ -604,7 +612,7 @@ class _Delimiters:
         if len(self._first) < 2:
             self._first = (self._first + data)[:2]
         seen = self._before + data
-        self.count += seen.count(self._sought)
+        self.count += seen.count(self._sought) + seen.count(self._behind_cr)
         self._before = seen[-(len(self._sought) - 1) :]
         self._last = (self._last + data)[-len(self._sought) - 8 :]
 

@@ -173,6 +173,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         body(MODEL, part("x", b'\n--line\nContent-Disposition: form-data; name="model"\n\ny')),
         "within a part",
     ),
+    "a carriage return": (
+        body(MODEL, part("x", b"\r" + part("model", "y"))),
+        "within a part",
+    ),
+    "a header behind a line feed": (
+        body(MODEL, part("x", "y", "", 'X-A: b\nContent-Disposition: form-data; name="model"')),
+        "control character",
+    ),
+    "a line feed in a file's name": (
+        body(MODEL, part("x", "y", '; filename="a\nContent-Type: text/html; b="')),
+        "control character",
+    ),
     "a longer boundary": (body(MODEL, part("x", b"\r\n--liner\r\n\r\n")), "within a part"),
     "many headers": (body(MODEL, part("x", "y", "", *(f"X-{n}: 1" for n in range(9)))), "header"),
     "a long header": (body(MODEL, part("x", "y", "", "X: " + "a" * 5_000)), "header"),
