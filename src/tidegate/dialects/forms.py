@@ -55,7 +55,6 @@ _ESCAPING = re.compile(_OPTION % rb'"((?:[^"\\]|\\.)*)"', re.DOTALL | re.ASCII)
 _LITERAL = re.compile(_OPTION % rb'"([^"]*)"', re.DOTALL | re.ASCII)
 _CHARSET = re.compile(rb"charset\s*=\s*\"?([\w.:-]+)", re.IGNORECASE)
 _UTF_8 = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
-_AS_IT_IS = frozenset((b"7bit", b"8bit", b"binary"))
 _ALLOWED_DISPOSITION = 'form-data; name="...", and for a file filename="..."'
 _BOOLEANS = {"true": True, "false": False}
 
@@ -138,11 +137,6 @@ class MediaFormReader:
         disposition = headers.get("content-disposition", b"")
         self._name, self._is_file = _named(disposition)
         self._mime = headers.get("content-type", b"").strip().lower()
-        coding = headers.get("content-transfer-encoding", b"binary").strip().lower()
-        if coding not in _AS_IT_IS:
-            wrong = f"the part {self._name[:64]!a} is encoded, which servers read differently"
-            allowed = "no Content-Transfer-Encoding, or binary"
-            raise InvalidRequest("Content-Transfer-Encoding", wrong, allowed=allowed)
         if is_form(self._mime):
             wrong = f"the part {self._name[:64]!a} is a multipart body of its own"
             raise InvalidRequest("body", wrong, allowed="one field or file in each part")

@@ -176,7 +176,7 @@ async def read_upload(
 ) -> None:
     """Fill `uploaded`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
     kin, QueueFull and StoreUnavailable."""
-    if not content_type.startswith("multipart/form-data"):
+    if not content_type.lower().startswith("multipart/form-data"):
         raise InvalidRequest(
             "file", "the file must be sent as a form", allowed="multipart/form-data"
         )

@@ -328,6 +328,7 @@ def count_in(hold: BodyBudget | None, held_bytes: int, free_bytes: int) -> None:
 SLICE_BYTES = 64 * 1024
 MAX_PART_HEADERS = 8
 MAX_PART_HEADER_BYTES = 4096
+_AS_IT_IS = frozenset((b"7bit", b"8bit", b"binary"))
 # A line ends at a lone LF to some servers, which would read a further header behind it.
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -436,6 +437,11 @@ class Multipart:
         self._value.clear()
 
     def _on_headers_finished(self) -> None:
+        coding = self._headers.get("content-transfer-encoding", b"binary").strip().lower()
+        if coding not in _AS_IT_IS:
+            wrong = "a part of the form is encoded, which servers read differently"
+            allowed = "no Content-Transfer-Encoding, or binary"
+            raise InvalidRequest("Content-Transfer-Encoding", wrong, allowed=allowed)
         self._parts.append(PartHead(self._headers))
         self._headers = {}
         self.starts.append(-1)

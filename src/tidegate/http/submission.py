@@ -329,9 +329,6 @@ class FormReader:
         kind, options = head.disposition()
         if kind != b"form-data" or not options.get(b"name"):
             raise InvalidRequest("body", "a part of the multipart body has no name")
-        encoding = head.headers.get("content-transfer-encoding", b"binary").strip().lower()
-        if encoding not in (b"7bit", b"8bit", b"binary"):
-            raise InvalidRequest("body", "parts with a Content-Transfer-Encoding are not supported")
         name = options[b"name"].decode("utf-8", "replace")
         if name in FILE_FIELDS and b"filename" in options:
             declared = head.headers.get("content-type", b"").decode("latin-1")
