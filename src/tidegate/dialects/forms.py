@@ -213,13 +213,14 @@ class MediaFormReader:
             self._fields[name] = value
 
     def form(self, starts: list[int], size_bytes: int) -> MediaForm:
-        """The form, all of which has been read: where the content of each part begins in it."""
+        """The form, all of which has been read: where the content of each part begins in it, less
+        than 0 for a part without content."""
         model = None
         if self._model is not None:
             place, length = self._model
             model = starts[place], starts[place] + length
         files = [
-            replace(file, start=starts[place], end=starts[place] + file.size_bytes)
+            replace(file, start=(start := max(0, starts[place])), end=start + file.size_bytes)
             for place, file in self._files
         ]
         digest = b"" if self._whole is None else self._whole.digest()

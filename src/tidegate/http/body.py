@@ -362,7 +362,7 @@ class Multipart:
         self._ended = False
         self._slice = b""
         self._read_bytes = 0  # before this slice
-        self.starts: list[int] = []  # where the content of each part begins
+        self.starts: list[int] = []  # where each part's content begins; -1: it has none
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         if not boundary:
             raise InvalidRequest(

@@ -289,3 +289,20 @@ async def test_the_seconds_of_recordings_are_of_the_call(tmp_path: Path) -> None
     asked: Any = facts(form)
     assert asked.audio_seconds == 4
     assert asked.pieces["audio"] == 40  # by OpenAI's rule of 10 tokens a second
+
+
+@pytest.mark.parametrize("other_bytes", [0, 5_000])  # in memory, and in a file
+async def test_an_empty_recording_goes_to_the_provider_which_refuses_it(
+    tmp_path: Path, other_bytes: int
+) -> None:
+    empty, other = (
+        part("file", b"x" * size, '; filename="a.wav"', "Content-Type: audio/wav")
+        for size in (0, other_bytes)
+    )
+    raw = body(empty, MODEL, other)
+    form, whole = await read(raw, tmp_path)
+    assert [(one.size_bytes, one.seconds) for one in form.files] == [
+        (0, 1),
+        (other_bytes, max(1, -(-other_bytes // 4_000))),
+    ]
+    assert await sent(whole, "") == raw
