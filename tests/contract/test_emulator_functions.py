@@ -78,7 +78,12 @@ async def test_gemini_s_mode_decides_which_function_is_called(
 
 @pytest.mark.parametrize(
     "options",
-    [mode("SOMETIMES"), mode("ANY", "unknown"), {"tools": [{"functionDeclarations": [{}]}]}],
+    [
+        mode("SOMETIMES"),
+        mode("ANY", "unknown"),
+        {"tools": [{"functionDeclarations": [{}]}]},
+        {"tools": [{"functionDeclarations": 5}]},
+    ],
 )
 async def test_functions_that_gemini_would_refuse_are_refused(
     session: aiohttp.ClientSession, emulator: Emulator, options: dict[str, Any]

@@ -271,6 +271,9 @@ BAD_BODIES: list[tuple[str, dict[str, Any], str]] = [
     (EMBED, {"input": "x", "dimensions": -1}, "dimensions"),
     (DRAW, {}, "prompt"),
     (DRAW, {"prompt": "x", "n": 0}, "n"),
+    ("rerank", {"query": " ", "documents": ["a"]}, "query"),
+    ("rerank", {"query": "a", "documents": [5]}, "documents"),
+    ("rerank", {"query": "a", "documents": ["a"], "top_n": "x"}, "top_n"),
 ]
 
 
@@ -284,6 +287,43 @@ async def test_a_body_that_makes_no_sense_is_refused_by_its_field(emulator: Emul
         status, answer = await post(emulator, "/v1/chat/completions", unread)
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), unread
     assert (await emulator.control.stats())["text_only"].arrived == 0
+
+
+async def test_parts_of_an_upload_that_are_not_there_are_refused(emulator: Emulator) -> None:
+    asked = {"purpose": "user_data", "filename": "a.txt", "bytes": 5, "mime_type": "text/plain"}
+    assert (await post(emulator, "/v1/uploads", []))[0] == 400
+    _, upload = await post(emulator, "/v1/uploads", asked)
+    bodies: list[Any] = [{"part_ids": ["none"]}, {"part_ids": [[]]}, {}, []]
+    for body in bodies:
+        status, answer = await post(emulator, f"/v1/uploads/{upload['id']}/complete", body)
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), body
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b'name="image"\r\n\r\n\x89PNG',  # a picture that is sent as a text
+        b'name="image"; filename=""\r\n\r\n\x89PNG',
+        b'name="image"; filename="a\x01.png"\r\n\r\n\x89PNG',
+        b'name="prompt"\r\nContent-Type: text/plain; charset=unknown\r\n\r\nDraw',
+        b'name="n"\r\n\r\ntwo',
+    ],
+)
+@pytest.mark.parametrize("path", ["images/edits", "files"])
+async def test_a_form_that_makes_no_sense_is_refused(
+    emulator: Emulator, part: bytes, path: str
+) -> None:
+    head = b"--line\r\nContent-Disposition: form-data; "
+    prompt = head + b'name="prompt"\r\n\r\nDraw\r\n'
+    headers = {"Authorization": "Bearer k", "Content-Type": "multipart/form-data; boundary=line"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(
+            f"{emulator.url}/v1/{path}", data=prompt + head + part + b"\r\n--line--\r\n"
+        ) as answer,
+    ):
+        assert answer.status == 400, await answer.text()
+        assert (await answer.json())["error"]["type"] == "invalid_request_error"
 
 
 async def test_an_unknown_path_is_a_404_in_openais_words(emulator: Emulator) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 
 import orjson
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from tidegate.emulator.account import AccountSpec
 from tidegate.emulator.batches import LineAnswer, LineWork
@@ -153,6 +154,14 @@ class Served:
             return orjson.loads(await self.request.read())
         except orjson.JSONDecodeError as broken:
             raise Refused(400, complaint.format(broken)) from None
+
+    async def form(self) -> Mapping[str, Any]:
+        """The fields and files of a form; raises Refused (400) for one that is malformed, or has a
+        text that cannot be decoded."""
+        try:
+            return await self.request.post()
+        except (ValueError, LookupError, HttpProcessingError) as broken:
+            raise Refused(400, f"We could not parse the form of your request. ({broken})") from None
 
     def cached(self, asked: ModelRequest) -> ModelRequest:
         """The request with the part of its input that the account's prompt cache has.

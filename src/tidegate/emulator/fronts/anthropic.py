@@ -570,7 +570,7 @@ def _find_file(state: EmulatorState, file_id: str) -> Json:
 
 
 async def _upload_file(served: Served) -> web.Response:
-    form = await served.request.post()
+    form = await served.form()
     file = form.get("file")
     if not isinstance(file, web.FileField):
         raise Refused(400, "file: Field required")

@@ -276,19 +276,14 @@ def _add_content(conversation: Conversation, content: Any, lookup: FileLookup) -
         conversation.add(speaker, *_part(part, lookup))
 
 
-def _declared(item: Any) -> list[Any]:
-    found = get(item, "functionDeclarations") if isinstance(item, dict) else None
-    return found if isinstance(found, list) else []
-
-
 def _functions(body: Json) -> tuple[list[Tool], Choice]:
     """The functions on offer, and whether one must be called."""
     given = get(body, "tools") or []
-    tools = [
-        _function(declared)
-        for item in (given if isinstance(given, list) else [given])
-        for declared in _declared(item)
-    ]
+    items = [item for item in (given if isinstance(given, list) else [given]) if type(item) is dict]
+    declarations = [get(item, "functionDeclarations") or [] for item in items]
+    if not all(isinstance(declared, list) for declared in declarations):
+        raise Refused(400, "Invalid value at 'tools[0].function_declarations'")
+    tools = [_function(one) for declared in declarations for one in declared]
     config = get(body, "toolConfig")
     config = get(config, "functionCallingConfig") if isinstance(config, dict) else None
     config = config if isinstance(config, dict) else {}

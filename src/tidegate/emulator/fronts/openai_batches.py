@@ -76,7 +76,7 @@ async def route(served: Served, name: str, work: Work) -> web.StreamResponse:
 
 
 async def _upload(served: Served) -> web.Response:
-    form = await served.request.post()
+    form = await served.form()
     purpose, file = form.get("purpose"), form.get("file")
     if purpose not in _PURPOSES:
         raise Refused(400, f"Invalid 'purpose': {str(purpose)[:40]}.", param="purpose")
@@ -96,9 +96,7 @@ async def _upload(served: Served) -> web.Response:
 async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response:
     uploads = served.state.stored["uploads"]
     if not steps:
-        asked = await served.json(_NOT_JSON)
-        if not isinstance(asked, dict):
-            raise Refused(400, _NOT_JSON)
+        asked = await _object(served)
         upload_id = f"upload_{token_hex(12)}"
         begun = {"id": upload_id, "object": "upload", "status": "pending", "expires_at": 2**31}
         named = {name: asked.get(name) for name in ("bytes", "filename", "purpose")}
@@ -110,7 +108,7 @@ async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response
     upload, parts = uploads[steps[0]], served.state.stored["parts"][steps[0]]
     match steps[1:]:
         case ["parts"]:
-            data = (await served.request.post()).get("data")
+            data = (await served.form()).get("data")
             if not isinstance(data, web.FileField):
                 raise Refused(400, "Missing required parameter: 'data'.", param="data")
             part_id = f"part_{token_hex(8)}"
@@ -118,7 +116,9 @@ async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response
             part = {"id": part_id, "object": "upload.part", "created_at": 0}
             return json_response(200, part | {"upload_id": steps[0]})
         case ["complete"]:
-            ids = (await served.json(_NOT_JSON)).get("part_ids")
+            ids = (await _object(served)).get("part_ids")
+            if not isinstance(ids, list) or not all(str(one) in parts for one in ids):
+                raise Refused(400, "Invalid 'part_ids'.", param="part_ids", code="invalid_value")
             whole = b"".join(parts[one] for one in ids)
             made = JsonLinesFile(
                 f"file-{token_hex(11)}",
@@ -132,6 +132,14 @@ async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response
         case ["cancel"]:
             upload["status"] = "cancelled"
     return json_response(200, upload)
+
+
+async def _object(served: Served) -> Json:
+    """The body, which must be an object. Raises Refused (400)."""
+    asked = await served.json(_NOT_JSON)
+    if not isinstance(asked, dict):
+        raise Refused(400, "The body of your request is not an object.")
+    return asked
 
 
 def _file(file: JsonLinesFile) -> Json:

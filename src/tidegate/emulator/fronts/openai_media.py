@@ -88,13 +88,13 @@ async def read(served: Served, path: str) -> MediaRequest:
     request = served.request
     files: tuple[web.FileField, ...] = ()
     if request.content_type == "multipart/form-data":
-        form = await request.post()
+        form = await served.form()
         fields: dict[str, Any] = {name: form[name] for name in form}
         files = tuple(one for one in form.values() if isinstance(one, web.FileField))
         if fields.get("stream") is not None:
             fields["stream"] = fields["stream"] == "true"
-        if isinstance(fields.get("n"), str):
-            fields["n"] = int(fields["n"])
+        if isinstance(count := fields.get("n"), str) and count.isdecimal():
+            fields["n"] = int(count[:9])
     else:
         fields = await served.json("We could not parse the JSON body of your request. ({})")
         if not isinstance(fields, dict):
@@ -156,7 +156,7 @@ def seconds_of(file: web.FileField) -> int:
     try:
         with wave.open(BytesIO(data)) as sound:
             seconds = sound.getnframes() / sound.getframerate()
-    except (wave.Error, EOFError):
+    except (wave.Error, EOFError, ZeroDivisionError):
         seconds = len(data) / _BYTES_A_SECOND
     return max(1, math.ceil(float(seconds)))
 
@@ -246,16 +246,20 @@ async def _rank(served: Served, asked: MediaRequest) -> web.StreamResponse:
     query, documents = asked.text("query"), asked.body.get("documents")
     if not isinstance(documents, list) or not documents:
         raise missing("documents")
-    words = set(query.lower().split())
-    texts = [str(one.get("text")) if isinstance(one, dict) else str(one) for one in documents]
-    most = asked.body.get("top_n") or len(texts)
-    if not isinstance(most, int):
-        raise Refused(400, "Invalid type for 'top_n': expected an integer.", param="top_n")
+    most, words = asked.body.get("top_n"), set(query.lower().split())
+    for param, is_wrong in (
+        ("query", not words),
+        ("documents", not all(isinstance(one, str | dict) for one in documents)),
+        ("top_n", most is not None and (type(most) is not int or most < 1)),
+    ):
+        if is_wrong:
+            raise Refused(400, f"Invalid '{param}'.", param=param, code="invalid_value")
+    texts = [one if isinstance(one, str) else str(one.get("text")) for one in documents]
     scores = [len(words & set(text.lower().split())) / len(words) for text in texts]
     order = sorted(range(len(texts)), key=lambda index: -scores[index])
     results = [
         {"index": index, "relevance_score": scores[index], "document": {"text": texts[index]}}
-        for index in order[:most]
+        for index in order[: most or len(texts)]
     ]
     tokens = math.ceil((len(query) * len(texts) + sum(map(len, texts))) / 4)
     found: Json = {"id": f"rerank-{new_response_id()}", "results": results}
