@@ -111,7 +111,8 @@ INSIDE |= {errors.GatewayRefused, errors.GatewayUnreachable}
 # Nobody raises them: only what is below them in the tree.
 ROOTS = {errors.AdmissionError, errors.UpstreamError}
 # What waited in vain may find room later; no job is tried again for it.
-LATER = {errors.DeadlineExceeded, errors.LimitUsedUp, errors.QueueFull, errors.RequestTimeout}
+LATER = {errors.DeadlineExceeded, errors.LimitPaused, errors.LimitUsedUp, errors.QueueFull}
+LATER |= {errors.RequestTimeout}
 _LEAF = re.compile(r"^[│ ]*[├└]── (\w+) +(.+)$", re.MULTILINE)
 
 
