@@ -77,10 +77,9 @@ def gemini(*model):
     chosen = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
     settings.write_text(json.dumps(chosen))
     ask(
-        *("gemini", "-p", QUESTION, *model),
+        *("gemini", "--skip-trust", "-p", QUESTION, *model),
         GOOGLE_GEMINI_BASE_URL=URL,
         GEMINI_API_KEY=KEY,
-        GEMINI_CLI_TRUST_WORKSPACE="true",
     )
 
 

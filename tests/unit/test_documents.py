@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import tomllib
@@ -225,6 +226,22 @@ NOT_OURS = {
     *("TIDEGATE_PORT", "TIDEGATE_IMAGE", "TIDEGATE_MODEL_STEPS", "TIDEGATE_MODEL_SEED"),
 }
 OF_OTHERS = ("AWS_", "AZURE_", "GOOGLE_", "HTTPS_", "OLLAMA_", "OTEL_", "SSL_")
+
+
+_PAGE_OF = {"continue_cli": "continue", "claude": "claude-code", "gemini": "gemini-cli"}
+_OF_THE_TRIAL_ALONE = {"--data-dir"}  # keeps its state out of the home folder
+
+
+@pytest.mark.parametrize(
+    "agent", ["claude", "codex", "gemini", "opencode", "continue_cli", "cline"]
+)
+def test_the_page_of_an_agent_has_the_options_that_its_trial_needs(agent: str) -> None:
+    tree = ast.parse((ROOT / "clients" / "programs" / "coding_agent.py").read_text("utf-8"))
+    (tried,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == agent)
+    words = {one.value for one in ast.walk(tried) if isinstance(one, ast.Constant)}
+    options = {word for word in words if isinstance(word, str) and word.startswith("--")}
+    page = text_of(f"docs/agents/{_PAGE_OF.get(agent, agent)}.md")
+    assert {one for one in options - _OF_THE_TRIAL_ALONE if f"{one} " not in page} == set()
 
 
 def test_the_index_leads_to_every_document() -> None:
