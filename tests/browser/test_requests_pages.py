@@ -104,6 +104,14 @@ async def look_from_now_on(page: Page) -> None:
     await page.evaluate("delete document.hidden")
 
 
+# What the page says of a prompt.
+PROMPT_OF = """async (request) => {
+    const at = new URL("static/pages/request_parts.js", document.baseURI);
+    const { fill, h } = await import(new URL("static/dom.js", document.baseURI));
+    return fill(h("div"), (await import(at)).prompt(request, null)).textContent;
+}"""
+
+
 async def drawn(page: Page) -> None:
     """Return once the page has drawn twice: what it was about to do is done."""
     twice = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
@@ -762,6 +770,20 @@ async def test_a_request_is_copied_as_the_command_that_sends_it(stage: Stage) ->
     assert words[:2] == ["curl", f"{stage.gateway.url}/submit"]
     assert "Authorization: Bearer $TIDEGATE_API_KEY" in words
     assert orjson.loads(words[words.index("-d") + 1]) == {"data": prompt, "type": "text_only"}
+
+
+async def test_what_is_too_long_for_a_command_is_not_copied_as_one(stage: Stage) -> None:
+    request_id = await stage.gateway.submit(data="x" * 131_072, type="text_only")
+    await stage.gateway.end_of(request_id)
+    async with opened(stage, f"/requests/{request_id}") as seen:
+        page = seen.page
+        await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        await page.get_by_role("button", name="Copy as curl").click()
+        await expect(page.locator(".toast")).to_contain_text("too long for a command")
+        assert await page.evaluate("navigator.clipboard.readText()") == ""
+        # Characters are counted as the gateway does, to which a wave is one.
+        told = await page.evaluate(PROMPT_OF, {"prompt": "🌊🌊", "prompt_chars": 3, "files": []})
+        assert "The first 2 of 3 characters." in told
 
 
 async def test_a_tenant_and_its_key_are_made_capped_and_taken_back(

@@ -3,8 +3,9 @@
 import { ask } from "../api.js";
 import { h } from "../dom.js";
 import { toast } from "../ui.js";
+import { isCut } from "./request_words.js";
 
-const MOST_BYTES = 200_000;
+const MOST_BYTES = 131_071; // of one argument of a command, by Linux
 
 /** Within single quotes a shell reads every sign as it is, but for the quote. */
 export const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
@@ -34,12 +35,16 @@ export function curlButton(view, signal) {
   return button;
 }
 
+const sizeOf = (text) => new TextEncoder().encode(text).length;
+
 async function written({ request, bodies }, signal) {
   if (!request.endpoint) {
     if (!request.prompt) throw new Error("The prompt is not on record, so there is nothing to send.");
     if (request.files?.length || request.image_uri) throw new Error("It came with files, which a command can't hold: use Retry.");
     const sent = { [request.source === "stream" ? "text" : "data"]: request.prompt, type: request.type, model: request.asked_model };
-    return command(request.source === "stream" ? "/stream" : "/submit", JSON.stringify(sent, (_, value) => value ?? undefined));
+    const body = JSON.stringify(sent, (_, value) => value ?? undefined);
+    if (isCut(request) || sizeOf(body) > MOST_BYTES) throw new Error("Its prompt is too long for a command: use Replay.");
+    return command(request.source === "stream" ? "/stream" : "/submit", body);
   }
   const body = bodies.find((one) => one.role === "request");
   if (!body) throw new Error("Its body is not on record, so there is nothing to send.");

@@ -6,7 +6,7 @@ import { bytes, count, length, money, time } from "../format.js";
 import { said, toast } from "../ui.js";
 import { nameOf, talkLink, traceLink } from "./conversation.js";
 import { gallery, save } from "./request_files.js";
-import { isOpen, kindOf, linkTo, SOURCES } from "./request_words.js";
+import { charsOf, isCut, isOpen, kindOf, linkTo, SOURCES } from "./request_words.js";
 
 const LONG_CHARS = 1_200;
 const MOST_SHOWN_BYTES = 256 * 1024;
@@ -29,10 +29,9 @@ export function text(words, label, isCode = false) {
 
 export function prompt(request, files) {
   const asked = request.prompt ?? "";
-  const cut = request.prompt_chars > asked.length;
   return [
     asked ? text(asIs(asked, request.endpoint), "Prompt", Boolean(request.endpoint)) : words("No text is on record here: see the bodies below."),
-    cut && words(`The first ${count(asked.length)} of ${count(request.prompt_chars)} characters.`),
+    isCut(request) && words(`The first ${count(charsOf(asked))} of ${count(request.prompt_chars)} characters.`),
     request.image_uri && h("p", { class: "wrap" }, "Picture fetched from ", h("code", {}, request.image_uri)),
     gallery(request.files, files),
   ];

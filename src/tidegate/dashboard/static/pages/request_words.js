@@ -43,6 +43,12 @@ export const timeOfId = (id) => new Date(parseInt(id.replaceAll("-", "").slice(0
 
 export const isOpen = (request) => request.status === "queued" || request.status === "running";
 
+/** Characters as the gateway counts them: an emoji is one. */
+export const charsOf = (text) => [...text].length;
+
+/** Whether only the beginning of the prompt is here. */
+export const isCut = ({ prompt, prompt_chars: whole }) => whole > charsOf(prompt ?? "");
+
 /** A length; of what goes on since a time, how long it has lasted so far. */
 export function goesOn(element, ms, since) {
   const soFar = since ? Math.max(0, Date.now() - new Date(since).getTime()) : null;
