@@ -144,6 +144,15 @@ async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Sta
         await expect(now.get_by_role("link", name=holder[:18])).to_be_visible()
         await expect(page.locator("[data-what=waiting] .lasted")).to_contain_text("so far")
 
+        async def passed_on(route: Route) -> None:
+            view = await (response := await route.fetch()).json()
+            view["waiting"]["holders"][0]["request_id"] = waiter
+            await route.fulfill(response=response, json=view)
+
+        await page.route(f"**/admin/requests/{waiter}", passed_on)
+        await expect(now.get_by_role("link", name=waiter[:18])).to_be_visible()
+        await page.unroute(f"**/admin/requests/{waiter}", passed_on)
+
         await page.get_by_role("button", name="Cancel").click()
         dialog = page.get_by_role("dialog")
         await page.keyboard.press("Escape")

@@ -158,7 +158,9 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
 
   /** What it waits for now, or what was wrong and what can be done about it. */
   function paintNow() {
-    const key = JSON.stringify([view.waiting?.sentence, view.request.place, view.request.error, view.request.status]);
+    const { waiting, request, advice } = view;
+    const held = holdersOf(waiting).map((one) => one.request_id);
+    const key = JSON.stringify([waiting?.sentence, held, request.place, request.error, request.status, advice]);
     if (now.dataset.shown === key) return;
     now.dataset.shown = key;
     fill(now, isOpen(view.request) ? waits(view) : fault(view));
@@ -262,9 +264,11 @@ function parted(sentence, limit) {
   return [whole.slice(0, at), whole.slice(at)];
 }
 
+const holdersOf = (waiting) => (waiting?.holders ?? []).filter((one) => one.request_id);
+
 /** Who has the limit that it waits for. */
 function holders(waiting) {
-  const held = (waiting?.holders ?? []).filter((one) => one.request_id);
+  const held = holdersOf(waiting);
   if (held.length === 0) return null;
   const shown = held.slice(0, 5).map((one) => [" ", linkTo(one.request_id, undefined, { class: "mono" })]);
   return h("span", { class: "quiet-text" }, "In use by", shown, held.length > 5 && ` and ${held.length - 5} more`);
