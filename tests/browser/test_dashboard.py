@@ -197,7 +197,9 @@ async def test_a_moment_of_a_chart_leads_to_its_requests(stage: Stage) -> None:
         assert datetime.fromisoformat(until) - datetime.fromisoformat(since) == timedelta(minutes=1)
 
 
-async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(stage: Stage) -> None:
+async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = stage.gateway
     url = f"{running.url}/admin/upstreams/spare"
     table = {"provider": "vllm", "base_url": "http://127.0.0.1:9/v1", "models": ["spare-*"]}
@@ -212,10 +214,18 @@ async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(stage: St
             await expect(total).to_contain_text("9 concurrent, spare")
             await expect(seen.page.locator(TEXT)).to_contain_text("2 concurrent, gemini")
             await seen.is_accessible()
+            # What is not shown is counted: a process once, though it has a session in each pool.
+            monkeypatch.setattr(feed, "MOST_PROCESSES", 1)
+            processes = seen.page.get_by_role("region", name="Processes")
+            in_flight = seen.page.locator("[data-figure='flight']")
+            await expect(processes).to_contain_text("2 sessions, 1 not shown")
+            await expect(in_flight).to_contain_text("in 2 processes")
             await choice.select_option("spare")
             await expect(total).to_have_count(1)
             await expect(seen.page.locator(TEXT)).to_have_count(0)
             assert "pool=spare" in await seen.page.evaluate("location.hash")
+            await expect(processes).to_contain_text("2 sessions, 1 not shown")
+            await expect(in_flight).to_contain_text("in 2 processes")
             await seen.page.get_by_role("link", name="Attention").click()
             await seen.page.get_by_role("link", name="Overview").click()
             await expect(choice).to_have_value("spare")

@@ -81,8 +81,11 @@ Frames = Frame | list[Frame]
 async def live_frame(services: Services) -> Frame:
     """All pools as Valkey sees them now, the upstreams as the processes do, and the verdict."""
     seen, loads = await asyncio.gather(services.standing.look(), services.upstreams.loads.get())
+    known = [one.snapshot for one in seen.pools if one.snapshot is not None]
     return {
         "at": time.time(),
+        "all_tenants": len({one.tenant for snapshot in known for one in snapshot.tenants}),
+        "all_processes": len({one.name for snapshot in known for one in snapshot.processes}),
         "verdict": judge(seen),
         "pools": [
             {"pool": one.pool, "problem": one.problem}
@@ -141,6 +144,7 @@ def pool_frame(
             for one in shown
         ],
         "all_limits": len(limits),
+        "paused_limits": sum(one.paused_ms > 0 for one in limits),
         "learned": [_learned(one) for one in differing[:MOST_LEARNED]],
         "more_limits": len(limits) - len(shown),
         "tenants": tenants[:MOST_TENANTS],

@@ -93,6 +93,7 @@ def test_of_a_crowd_the_most_pressed_are_shown_and_the_rest_counted() -> None:
     frame = pool_frame("p", whole, PoolPolicy({}))
     assert len(frame["limits"]) == MOST_LIMITS
     assert frame["more_limits"] == many + 2 - MOST_LIMITS
+    assert frame["paused_limits"] == 1
     assert {"z:paused", "z:crowded"} <= {one["limit"] for one in frame["limits"]}
     assert (len(frame["tenants"]), frame["more_tenants"]) == (MOST_TENANTS, many - MOST_TENANTS)
     assert (frame["tenants"][0]["waiting"], frame["tenants"][0]["held_up_by"]) == (many - 1, "a:b")

@@ -38,11 +38,14 @@ export function within(live, pool) {
     learned: one.learned.map((limit) => ({ ...limit, pool: one.pool })),
   }));
   if (labelled.length < 2) return labelled[0] ?? null;
-  return merged(labelled);
+  return merged(labelled, live);
 }
 
-function merged(frames) {
+/** A tenant or a process is in several pools: how many there are is said by the live frame itself. */
+function merged(frames, live) {
   const sum = (name) => frames.reduce((total, one) => total + one[name], 0);
+  const tenants = together(frames.flatMap((one) => one.tenants), "tenant", tenantsOf);
+  const processes = together(frames.flatMap((one) => one.processes), "process", processesOf);
   return {
     pool: ALL,
     revision: null,
@@ -53,10 +56,11 @@ function merged(frames) {
     learned: frames.flatMap((one) => one.learned),
     more_limits: sum("more_limits"),
     all_limits: sum("all_limits"),
-    tenants: together(frames.flatMap((one) => one.tenants), "tenant", tenantsOf),
-    more_tenants: sum("more_tenants"),
-    processes: together(frames.flatMap((one) => one.processes), "process", processesOf),
-    more_processes: Math.max(...frames.map((one) => one.more_processes)),
+    paused_limits: sum("paused_limits"),
+    tenants,
+    more_tenants: live.all_tenants - tenants.length,
+    processes,
+    more_processes: live.all_processes - processes.length,
   };
 }
 

@@ -38,9 +38,9 @@ export function figuresStrip() {
   return {
     element: h("dl", { class: "tiles", "aria-label": "Now" }, tiles),
     live(pool) {
-      const paused = pool.limits.filter((one) => one.paused_ms > 0).length;
-      put("flight", brief(pool.in_flight), `in ${count(pool.processes.length)} processes`);
-      const held = paused ? `${count(paused)} paused` : `${count(pool.tenants.length)} tenants`;
+      const paused = pool.paused_limits;
+      put("flight", brief(pool.in_flight), `in ${count(pool.processes.length + pool.more_processes)} processes`);
+      const held = paused ? `${count(paused)} paused` : `${count(pool.tenants.length + pool.more_tenants)} tenants`;
       put("waiting", brief(pool.waiting), held, pool.waiting ? "warn" : null);
     },
     now(one) {

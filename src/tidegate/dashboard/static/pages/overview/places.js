@@ -53,7 +53,7 @@ export function processesCard() {
     ),
     live(frame) {
       const more = frame.more_processes ? `, ${count(frame.more_processes)} not shown` : "";
-      say(note, `${count(frame.processes.length)} sessions${more}`);
+      say(note, `${count(frame.processes.length + frame.more_processes)} sessions${more}`);
       const named = (one) => `${one.process} ${one.session}`;
       draw(
         frame.processes.toSorted((a, b) => (named(a) < named(b) ? -1 : 1)),

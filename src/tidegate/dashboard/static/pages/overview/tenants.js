@@ -36,6 +36,7 @@ export function tenantsCard(pool, find) {
     body,
   );
   const span = h("span", { class: "quiet-text" });
+  const more = h("span", { class: "quiet-text" });
   let live = null;
   let past = null;
   let order = new Map();
@@ -56,12 +57,13 @@ export function tenantsCard(pool, find) {
     element: h(
       "section",
       { class: "card", "aria-label": "Tenants" },
-      h("div", { class: "card-head" }, h("h2", {}, "Tenants"), span),
+      h("div", { class: "card-head" }, h("h2", {}, "Tenants"), span, more),
       nobody,
       h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Tenants, a table" }, table),
     ),
     live(frame) {
       live = frame;
+      say(more, live.more_tenants ? `${count(live.more_tenants)} more wait` : "");
       say(table.querySelector("th.shares"), measure(live)[1]);
       show();
     },
