@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
@@ -34,6 +35,7 @@ from tidegate.store.statistics import CallCounts, TimeSpan
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+ANY = re.compile(".+")
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
@@ -206,6 +208,9 @@ async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(
     body = {"table": table | {"limits": {"pool:total": 9}}, "test": False}
     async with running.http.put(url, json=body) as answer:
         assert answer.status == 200, await answer.text()
+    counts = CallCounts(apart={"limit": {"pool:total": [600], "kind:text_only": [600]}})
+    lately = TimeSpan(10, int(datetime.now(UTC).timestamp()) // 10 * 10 - 20, "gemini")
+    await running.services.store.history.write([(lately, counts)])
     try:
         async with opened(stage) as seen:
             choice = seen.page.get_by_label("Upstream", exact=True)
@@ -214,6 +219,9 @@ async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(
             await expect(total).to_contain_text("9 concurrent, spare")
             await expect(seen.page.locator(TEXT)).to_contain_text("2 concurrent, gemini")
             await seen.is_accessible()
+            # Another upstream's limit of the same id has another curve.
+            await expect(seen.page.locator(f"{TEXT} polyline")).to_have_attribute("points", ANY)
+            assert await total.locator("polyline").get_attribute("points") is None
             # What is not shown is counted: a process once, though it has a session in each pool.
             monkeypatch.setattr(feed, "MOST_PROCESSES", 1)
             processes = seen.page.get_by_role("region", name="Processes")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -278,6 +278,7 @@ NOW_S = 60
 _MOST_ADDED = 1_000  # names that are kept apart while spans and processes are added up
 _SINGLE = ("calls", "failed", "throttled", "told_429", "refused", "retried", "cost_micros")
 MOST_STACKED = 6
+_PoolLimit = tuple[str, str]  # limits of two pools may have the same id
 
 
 class Range(NamedTuple):
@@ -344,7 +345,7 @@ class Trend:
             "at": begins,
             **{name: [_rate(one, name, step_s) for one in counts] for name in _SINGLE},
             "waits": _lines([one.waits for one in counts]),
-            "queue": _queue(counts, step_s),
+            "queue": _queue([self._queued_at(at, pool) for at in begins], step_s),
             "lengths": _lines([one.lengths for one in counts]),
             "totals": total.counts,
             "total_waits": percentiles(total.waits, SHARES),
@@ -379,6 +380,15 @@ class Trend:
     def _pools_at(self, at: int) -> Mapping[str, CallCounts]:
         return self._open.get(at) or self._settled.get(at) or {}
 
+    def _queued_at(self, at: int, pool: str) -> dict[_PoolLimit, int]:
+        """Waiting calls of all samples, by the pool and the limit that held them up."""
+        return {
+            (one, name): row[0]
+            for one, counts in self._pools_at(at).items()
+            if pool in (ALL, one)
+            for name, row in counts.apart.get("limit", {}).items()
+        }
+
     def _upstreams_at(self, begins: Sequence[int]) -> CallCounts:
         """What each upstream was called in these spans, whichever pool its calls were in."""
         counts = [one for at in begins for one in self._pools_at(at).values()]
@@ -407,29 +417,30 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
 
-def _queue(counts: Sequence[CallCounts], step_s: int) -> list[Frame]:
+def _queue(sampled: Sequence[Mapping[_PoolLimit, int]], step_s: int) -> list[Frame]:
     """How many calls waited on average, by the limit that held them up: those that held up most,
     then the others together."""
-    sampled = [one.apart.get("limit", {}) for one in counts]
-    totals: defaultdict[str, int] = defaultdict(int)
+    totals: Counter[_PoolLimit] = Counter()
     for span in sampled:
-        for name, row in span.items():
-            totals[name] += row[0]
-    named = sorted(totals, key=lambda name: (-totals[name], name))
-    named = [name for name in named if name != OTHERS][:MOST_STACKED]
-    lines = [{"name": name, "line": _depths(sampled, {name}, step_s)} for name in named]
+        totals.update(span)
+    named = sorted(totals, key=lambda one: (-totals[one], one))
+    named = [one for one in named if one[1] != OTHERS][:MOST_STACKED]
+    lines = [
+        {"pool": pool, "name": name, "line": _depths(sampled, {(pool, name)}, step_s)}
+        for pool, name in named
+    ]
     rest = totals.keys() - set(named)
     if rest:
-        lines.append({"name": OTHERS, "line": _depths(sampled, rest, step_s)})
+        lines.append({"pool": ALL, "name": OTHERS, "line": _depths(sampled, rest, step_s)})
     return lines
 
 
 def _depths(
-    sampled: Sequence[Mapping[str, list[int]]], names: Set[str], step_s: int
+    sampled: Sequence[Mapping[_PoolLimit, int]], limits: Set[_PoolLimit], step_s: int
 ) -> list[float]:
     samples = step_s / SAMPLE_EVERY_S
     return [
-        round(sum(row[0] for name, row in span.items() if name in names) / samples, 1)
+        round(sum(waiting for one, waiting in span.items() if one in limits) / samples, 1)
         for span in sampled
     ]
 

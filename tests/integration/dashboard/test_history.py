@@ -225,5 +225,7 @@ async def test_what_waited_is_told_by_the_limit_that_held_it_up_and_all_pools_ar
     frame = trend.frame(POOL, {})
     # Two processes had 6 waiting in one of the six samples of a minute.
     assert [(one["name"], one["line"][-1]) for one in frame["queue"]] == [("kind:a", 2.0)]
-    assert trend.frame(ALL, {})["queue"][0]["line"][-1] == 4.0
+    # A limit of the same id in another pool is another limit.
+    queued = [(one["pool"], one["name"], one["line"][-1]) for one in trend.frame(ALL, {})["queue"]]
+    assert queued == [(POOL, "kind:a", 2.0), ("openai", "kind:a", 2.0)]
     assert (frame["totals"]["calls"], trend.frame(ALL, {})["totals"]["calls"]) == (2, 4)

@@ -144,14 +144,14 @@ export function limitsCard(pool, signal) {
       say(note, now.revision === null ? "changes" : `revision ${now.revision}`);
     },
     trend(past) {
-      for (const one of past.queue) lines.set(one.name, one.line);
-      for (const name of lines.keys()) if (!past.queue.some((one) => one.name === name)) lines.delete(name);
+      lines.clear();
+      for (const one of past.queue) lines.set(keyOf({ pool: one.pool, limit: one.name }), one.line);
     },
   };
 }
 
 const byName = (a, b) => (keyOf(a) < keyOf(b) ? -1 : 1);
-// How many waited for each limit lately, as the charts have it.
+// How many waited for each limit of each pool lately, as the charts have it.
 const lines = new Map();
 
 /** All limits, page by page, asked again while they are looked at. */
@@ -303,7 +303,7 @@ function row(first) {
       say(left, leftOf(one));
       say(waiting, brief(one.waiting));
       mark(waiting, "data-some", one.waiting > 0);
-      mark(spark, "points", pointsOf(lines.get(limit)));
+      mark(spark, "points", pointsOf(lines.get(keyOf(first))));
       const who = (one.tenants ?? []).map(([name, amount]) => `${name} ${brief(amount)}`).join(", ");
       say(tenants, who);
       mark(tenants, "title", who ? `Waiting: ${who}` : null);
