@@ -432,6 +432,15 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         row = page.get_by_role("region", name="Posted").locator("tr[data-alert]")
         await expect(row).to_contain_text("$2,400.00 of $3,000.00 spent")
         await expect(row).to_contain_text("answered with status 500; 8 tries")
+        # Its age goes on, and its row stays the same, with the focus.
+        await row.get_by_role("button", name="Post").focus()
+        await page.evaluate(
+            "const now = Date.now; Date.now = () => now() + 7_200_000;"
+            " document.dispatchEvent(new Event('visibilitychange'))"
+        )
+        await expect(row.locator("time")).to_have_text("2 h ago")
+        await expect(row.get_by_role("button", name="Post")).to_be_focused()
+        await page.evaluate("Date.now = () => new Date().getTime()")
         await pictured(seen, "tr[data-alert]", "alerts", tmp_path)
         await row.get_by_role("button", name="Post").click()
         await page.get_by_role("dialog").get_by_role("button", name="Post again").click()

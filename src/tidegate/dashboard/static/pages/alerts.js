@@ -53,6 +53,7 @@ export async function open(main, { signal }) {
       whenNew("channel", found.channel, (given) => fill(channel, channelWords(given)));
       test.hidden = found.channel.place === null;
       whenNew("items", found.items, sent.show);
+      for (const one of sent.element.querySelectorAll("time")) say(one, ago(one.dateTime));
       whenNew("rules", budgets.items ?? budgets, rules.show);
     } catch (problem) {
       if (signal.aborted) return;
@@ -110,7 +111,7 @@ function row(one, again) {
   return h(
     "tr",
     { data: { alert: one.id, state: one.state } },
-    h("td", { title: time(one.created_at) }, ago(one.created_at)),
+    h("td", {}, h("time", { datetime: one.created_at, title: time(one.created_at) }, ago(one.created_at))),
     h("td", { class: "wide" }, KINDS[one.kind] ?? one.kind),
     h("td", { class: "wrap" }, one.text, problem && h("span", { class: "quiet-text" }, ` ${problem}${next}`)),
     h("td", {}, h("span", { class: `badge ${look}` }, words)),
