@@ -198,9 +198,14 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         seen.expected = ("400",)
         await page.get_by_label("Days").select_option("90")
         await expect(page.get_by_role("alert")).to_contain_text("of too many days")
+        await expect(page.locator(".usage-total")).to_have_text("")  # nor any other old figure
+        await expect(page.get_by_role("region", name="Cost by day")).to_be_hidden()
+        await expect(books).to_be_hidden()
         await page.get_by_role("button", name="Upstream", exact=True).click()
         await page.get_by_label("Days").select_option("7")
         await expect(page.get_by_role("region", name="By upstream")).to_contain_text("gemini")
+        await expect(total).to_be_visible()
+        await expect(books).to_be_visible()
         await page.get_by_role("button", name="Tokens", exact=True).click()
         await expect(page.get_by_role("region", name="Tokens by day")).to_be_visible()
         await page.reload()  # the address has it all

@@ -59,12 +59,16 @@ export async function open(main, { query, signal }) {
     try {
       const span = spanOf(view);
       const [found, compared] = await Promise.all([read(view, span, within), get("admin/reconciliations", { query: span, signal: within })]);
+      [columns.element.hidden, books.element.hidden] = [false, false];
       draw(found, span);
       books.show(compared.items);
       mark(body, "aria-busy", null);
     } catch (problem) {
       if (within.aborted) return;
       if (!(problem instanceof Problem)) throw problem;
+      // Sums of what was chosen before would be taken for those of what is chosen now.
+      fill(total);
+      [columns.element.hidden, books.element.hidden] = [true, true];
       fill(place, h("section", { class: "card" }, failed(problem, again)));
       mark(body, "aria-busy", null);
     }
