@@ -336,6 +336,10 @@ async def find_why_monday_was_slow(
     await expect(hours).to_have_count(24)
     await expect(hours.nth(9)).to_contain_text("slow")
     await expect(page.get_by_role("link", name="Requests of that time")).to_be_visible()
+    whose = page.get_by_role("region", name="Where").get_by_role("link", name="acme", exact=True)
+    href = str(await whose.get_attribute("href"))
+    for part in ("tenant=acme", f"since={monday:%Y-%m-%d}T09", f"until={monday:%Y-%m-%d}T11"):
+        assert part in href
 
 
 async def see_a_sample_of_monday(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:

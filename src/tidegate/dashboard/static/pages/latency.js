@@ -84,10 +84,10 @@ const spanOf = (day) => ({ since: midnight(day).toISOString(), until: midnight(s
 const clock = (ms) => `${pad(new Date(ms).getHours())}:${pad(new Date(ms).getMinutes())}`;
 const startOf = (hour) => new Date(hour.at).getTime();
 
-/** Requests that were submitted between two times. */
-function requestsIn(since, until) {
+/** Requests that were submitted between two times, of which more is asked. */
+function requestsIn(since, until, more = {}) {
   const local = (ms) => `${dateOf(new Date(ms))}T${clock(ms)}:00`;
-  return link("/requests", { time: "between", since: local(since), until: local(until) });
+  return link("/requests", { time: "between", since: local(since), until: local(until), ...more });
 }
 
 /** What 95 % of the requests of an hour usually take: the lower median of this day and the one before. */
@@ -232,12 +232,13 @@ function hoursCard(hours, isSlow, about) {
 
 function whereCard(about, hours, isSlow) {
   const heads = [["Of", ""], ["Name", ""], ["Requests", "number wide"], ["Waited", "number"], ["Upstream", "number"]];
+  const [since, until] = [startOf(hours[0]), startOf(hours.at(-1)) + HOUR_MS];
   const row = (one) =>
     h(
       "tr",
       { data: { of: one.of } },
       h("td", {}, OF[one.of]),
-      h("th", { scope: "row", class: "name", title: one.name }, h("a", { href: link("/requests", { [one.of]: one.name }), title: "Requests" }, one.name)),
+      h("th", { scope: "row", class: "name", title: one.name }, h("a", { href: requestsIn(since, until, { [one.of]: one.name }), title: "Requests of that time" }, one.name)),
       number(about(one.requests), "wide"),
       number(length(one.waited_sum_ms / one.requests)),
       number(length(one.called_sum_ms / one.requests)),
