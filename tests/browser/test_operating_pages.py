@@ -474,6 +474,8 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
     running, day = stage.gateway, datetime.now(UTC).date() - timedelta(days=1)
     await put_on_record(running.database, datetime.combine(day, time(9), UTC), 1_200)
     await used(stage, day, "rehearsed", "gemini-2.5-flash", 1_000)
+    odd = "tenant:a=b;c%3D"
+    await running.services.keeper.change(edit({odd: 5}), set_by="test", reason="")
     async with opened(stage, "/") as seen:
         page = seen.page
         await expect(page.locator("#live")).to_have_text("Live")
@@ -526,8 +528,12 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
             await result.locator("[data-tenant=''] td").nth(at).inner_text() for at in (5, 6)
         ]
         assert (before[:2], after[:2]) == ("36", "1."), (before, after)
+        other = page.get_by_label(f"New value of {odd}")
+        await other.fill("3")
         await page.reload()  # the address has it all
         await expect(new).to_have_value("20")
+        await expect(other).to_have_value("3")
+        await other.fill("")
         assert await page.get_by_label("From").input_value() == "9"
         await go.click()
         await pictured(seen, ".what-if-charts canvas", "what-if", tmp_path)
@@ -545,4 +551,5 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
         assert running.services.limiter.policy.bound("kind:text_only") == 20
         [newest, *_] = await running.services.keeper.history(1)
         assert (newest.set_by, newest.reason) == ("dashboard", "rehearsed")
-    await running.services.keeper.change(edit({"kind:text_only": 2}), set_by="test", reason="")
+    back = edit({"kind:text_only": 2}, remove=[odd])
+    await running.services.keeper.change(back, set_by="test", reason="")

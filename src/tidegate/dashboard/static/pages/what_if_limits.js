@@ -7,10 +7,14 @@ import { numberOf, said } from "../ui.js";
 
 const TYPED_MS = 200;
 
-/** `kind:text_only=20;rpm:total=60` as a map. */
+/** `kind:text_only=20;rpm:total=60`, of pairs; the signs of a name that part them are escaped. */
+export const textOf = (pairs) => pairs.map((pair) => pair.map((one) => one.replaceAll(/[%=;]/g, encodeURIComponent)).join("=")).join(";");
+
+/** The same text as a map. */
 export function written(text) {
   const pairs = text.split(";").map((one) => one.split("="));
-  return new Map(pairs.filter((one) => one.length === 2).map(([limit, value]) => [limit, value]));
+  const plain = (one) => one.replaceAll(/%(?:25|3B|3D)/g, decodeURIComponent);
+  return new Map(pairs.filter((one) => one.length === 2).map((pair) => pair.map(plain)));
 }
 
 /**
@@ -103,7 +107,7 @@ export function limitsToChange(pool, wanted, changed, signal) {
       words,
     ),
     again,
-    text: () => [...wanted].map(([limit, value]) => `${limit}=${value}`).join(";"),
+    text: () => textOf([...wanted]),
     isSound() {
       if (wanted.size === 0) {
         say(words, "Enter a new value for at least one limit.");

@@ -6,6 +6,7 @@ import { brief, count, length } from "../../format.js";
 import { link } from "../../router.js";
 import * as scope from "../../scope.js";
 import { choice, confirm, field, toast } from "../../ui.js";
+import { textOf } from "../what_if_limits.js";
 
 const FOR_EVER_MS = 10 * 365 * 86_400_000;
 const UNITS = {
@@ -400,7 +401,7 @@ export function changeLimit(pool, one) {
   const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
   const rehearsed = h("a", { href: link("/what-if", { pool }) }, "See what it would have done on a recorded day");
   rehearsed.addEventListener("click", () => {
-    rehearsed.href = link("/what-if", { pool, set: `${one.limit}=${bound.input.value}` });
+    rehearsed.href = link("/what-if", { pool, set: textOf([[one.limit, bound.input.value]]) });
     rehearsed.closest("dialog").close();
   });
   return confirm({
