@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
+from uuid import UUID
 
 import pytest
 import pytest_asyncio
@@ -494,7 +495,7 @@ async def test_an_upstream_that_is_out_is_told_with_the_processes_that_found_it(
 async def test_a_dead_job_is_requeued_and_another_discarded(stage: Stage) -> None:
     await stage.gateway.services.limiter.penalise("kind:text_only", by="test")
     try:
-        first, second = await stage.submit(2)
+        first, second, *others = await stage.submit(102)
         await stage.gateway.database.execute(
             "UPDATE requests SET status = 'dead', claim = claim + 1, claimed_by = NULL,"
             " finished_at = now(), failure = $1 WHERE status IN ('queued', 'running')",
@@ -504,10 +505,22 @@ async def test_a_dead_job_is_requeued_and_another_discarded(stage: Stage) -> Non
         await stage.gateway.services.limiter.resume("kind:text_only", by="test")
     async with opened(stage, "/requests") as seen:
         page = seen.page
-        await page.get_by_role("link", name="Attention (2)").click()
+        await page.get_by_role("link", name="Attention (102)").click()
         row = page.locator(f"[data-request='{first}']")
+        dead = page.get_by_role("region", name="Dead jobs")
+        await expect(dead).to_contain_text("1 to 25 of 102")
+        await page.get_by_label("Search Dead jobs").fill(first)
+        await expect(dead.locator("tbody tr")).to_have_count(1)
         await expect(row).to_contain_text("its workers died")
+        await page.set_viewport_size({"width": 400, "height": 800})
+        assert await seen.is_within()
+        await page.set_viewport_size({"width": 1360, "height": 900})
         await seen.is_accessible()
+        await stage.gateway.database.execute(
+            "UPDATE requests SET status = 'cancelled', claim = claim + 1 WHERE id = ANY($1)",
+            [UUID(one) for one in others],
+        )
+        await page.reload()
         await row.get_by_role("button", name="Requeue").click()
         await page.get_by_role("dialog").get_by_role("button", name="Requeue").click()
         await expect(row).to_have_count(0)
@@ -515,6 +528,10 @@ async def test_a_dead_job_is_requeued_and_another_discarded(stage: Stage) -> Non
         await page.locator(f"[data-request='{second}']").get_by_text("Discard").click()
         await page.get_by_role("dialog").get_by_role("button", name="Discard").click()
         await expect(page.get_by_text("No dead jobs")).to_be_visible()
+        counts = {"dead_jobs": 1_000, "webhooks_given_up": 2}  # each is counted up to 1,000
+        module = "import(new URL('static/stuck.js', document.baseURI))"
+        await page.evaluate(f"async (counts) => (await {module}).told(counts)", counts)
+        await expect(page.get_by_role("link", name="Attention (1,002+)")).to_be_visible()
         assert (await stage.gateway.end_of(first))["status"] == "succeeded"
         assert (await stage.gateway.status(second))["status"] == "cancelled"
 

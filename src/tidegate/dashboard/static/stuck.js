@@ -7,6 +7,7 @@ import { brief } from "./format.js";
 
 const EVERY_MS = 10_000;
 const SETTLED_MS = 1_500; // after an act, until the feed has it
+const MOST_COUNTED = 1_000; // of either
 const TOLD_MS = 15_000; // the feed tells every 10 s
 let toldAt = -TOLD_MS;
 
@@ -40,7 +41,8 @@ function show({ dead_jobs, webhooks_given_up }) {
   const link = document.querySelector('#nav a[href="#/attention"]');
   if (!link || dead_jobs === null) return;
   const amount = dead_jobs + webhooks_given_up;
-  say(link, amount ? `Attention (${brief(amount)})` : "Attention");
+  const more = Math.max(dead_jobs, webhooks_given_up) >= MOST_COUNTED ? "+" : "";
+  say(link, amount ? `Attention (${brief(amount)}${more})` : "Attention");
 }
 
 async function ask(signal) {

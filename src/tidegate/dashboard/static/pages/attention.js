@@ -1,46 +1,59 @@
 // Items that need an operator: failed jobs, dead jobs, failed webhooks, and costs that nothing explains.
 
 import { get, post } from "../api.js";
-import { BOOK_HEADS, bookRow } from "../books.js";
+import { BOOK_HEADS, bookRow, bookText } from "../books.js";
 import { fill, h } from "../dom.js";
 import { ago, count, time } from "../format.js";
+import { listed } from "../listed.js";
 import { link } from "../router.js";
 import { settled } from "../stuck.js";
 import { confirm, empty, failed, loading, toast } from "../ui.js";
 
+const MOST = 1_000; // dead jobs, and webhooks
+const NEWEST = "the newest 1,000";
+
 export async function open(main, { signal }) {
   const failures = h("div", {}, loading(2));
-  const jobs = h("div", {}, loading(2));
-  const webhooks = h("div", {}, loading(2));
-  const books = h("div", {}, loading(2));
-  main.append(
-    h("div", { class: "page-head" }, h("h1", {}, "Attention")),
-    card("Failed jobs", "Of the last 24 hours, by error.", failures),
-    card("Dead jobs", "Their workers died under them three times: they are not tried again.", jobs),
-    card("Failed webhooks", "All deliveries failed.", webhooks),
-    card(
-      "Unexplained costs",
-      ["Of this month, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "month" }) }, "All books")],
-      books,
-    ),
-  );
   const again = () => {
     settled();
     return show();
   };
-  const show = () =>
-    Promise.all([
-      failedJobs(failures, signal, again),
-      list(jobs, "admin/dead", jobRow, JOB_HEADS, "No dead jobs", signal, again),
-      list(webhooks, "admin/webhooks", hookRow, HOOK_HEADS, "None", signal, again),
-      list(books, "admin/reconciliations", bookRow, BOOK_HEADS.map(([words]) => words), "None", signal, again, isUnexplained),
-    ]);
+  const jobs = list("Dead jobs", "Their workers died under them three times: they are not tried again.", `admin/dead?most=${MOST}`, signal, again, {
+    note: NEWEST,
+    heads: JOB_HEADS,
+    textOf: (one) => `${one.request_id} ${one.tenant} ${one.type} ${one.problem}`,
+    row: jobRow,
+    none: "No dead jobs",
+  });
+  const webhooks = list("Failed webhooks", "All deliveries failed.", `admin/webhooks?most=${MOST}`, signal, again, {
+    note: NEWEST,
+    heads: HOOK_HEADS,
+    textOf: (one) => `${one.request_id} ${one.tenant} ${one.event} ${one.url} ${one.problem}`,
+    row: hookRow,
+    none: "None",
+  });
+  const unexplained = list(
+    "Unexplained costs",
+    ["Of this month, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "month" }) }, "All books")],
+    "admin/reconciliations",
+    signal,
+    again,
+    { heads: BOOK_HEADS, textOf: bookText, row: bookRow, none: "None", isShown: (one) => one.verdict === "unexplained" },
+  );
+  main.append(
+    h("div", { class: "page-head" }, h("h1", {}, "Attention")),
+    card("Failed jobs", "Of the last 24 hours, by error.", failures),
+    jobs.element,
+    webhooks.element,
+    unexplained.element,
+  );
+  const show = () => Promise.all([failedJobs(failures, signal, again), jobs.look(), webhooks.look(), unexplained.look()]);
   await show();
 }
 
-const JOB_HEADS = ["Job", "Tenant", "Type", "Attempts", "Died", "Why", ""];
-const isUnexplained = (one) => one.verdict === "unexplained";
-const HOOK_HEADS = ["Webhook of", "Tenant", "Event", "Tries", "Given up", "Last answer", ""];
+const headsOf = (...words) => [...words.map((one) => [one, ""]), ["", "actions"]];
+const JOB_HEADS = headsOf("Job", "Tenant", "Type", "Attempts", "Died", "Why");
+const HOOK_HEADS = headsOf("Webhook of", "Tenant", "Event", "Tries", "Given up", "Last answer");
 
 const card = (title, words, body) =>
   h(
@@ -50,31 +63,28 @@ const card = (title, words, body) =>
     body,
   );
 
-async function list(place, path, row, heads, none, signal, again, isShown = () => true) {
-  try {
-    const answer = await get(path, { signal });
-    const found = (answer.items ?? answer).filter(isShown);
-    if (!found.length) {
-      fill(place, empty(none));
-      return;
-    }
-    const cells = heads.map((words) =>
-      h("th", { scope: "col" }, words || h("span", { class: "visually-hidden" }, "Do")),
-    );
-    const rows = found.map((one) => row(one, again));
-    fill(
-      place,
-      h(
-        "div",
-        { class: "scroll", tabindex: "0", role: "group", "aria-label": `${heads[0]}, a table` },
-        h("table", { class: "table" }, h("thead", {}, h("tr", {}, cells)), h("tbody", {}, rows)),
-      ),
-    );
-  } catch (problem) {
-    if (problem.name === "AbortError") return;
-    if (problem.status === undefined) throw problem;
-    fill(place, failed(problem, again));
-  }
+/** A table that is searched and turned by pages; `look()` reads it again. */
+function list(title, words, path, signal, again, { heads, textOf, row, none, note = "", isShown = () => true }) {
+  const table = listed(title, heads, textOf, (one) => row(one, again), {
+    none: [none],
+    note,
+    above: h("p", { class: "quiet-text card-body" }, words),
+  });
+  const place = h("div", {}, card(title, words, loading(2)));
+  return {
+    element: place,
+    async look() {
+      try {
+        const answer = await get(path, { signal });
+        table.show((answer.items ?? answer).filter(isShown));
+        if (!place.contains(table.element)) fill(place, table.element);
+      } catch (problem) {
+        if (problem.name === "AbortError") return;
+        if (problem.status === undefined) throw problem;
+        fill(place, card(title, words, failed(problem, again)));
+      }
+    },
+  };
 }
 
 const request = (id) =>
@@ -101,6 +111,7 @@ async function failedJobs(place, signal, again) {
       fill(place, empty("No job has failed"));
       return;
     }
+    const more = found.has_more && h("p", { class: "quiet-text card-body" }, `The ${count(found.matching)} that ended first: there are more, which come once these are queued again.`);
     const rows = codes.map(([code, jobs]) => failureRow(code, jobs, since, again));
     fill(
       place,
@@ -124,6 +135,7 @@ async function failedJobs(place, signal, again) {
           h("tbody", {}, rows),
         ),
       ),
+      more,
     );
   } catch (problem) {
     if (problem.name === "AbortError") return;
@@ -182,7 +194,7 @@ function jobRow(job, again) {
   return h(
     "tr",
     { data: { request: job.request_id } },
-    h("td", {}, request(job.request_id)),
+    h("th", { scope: "row", class: "name" }, request(job.request_id)),
     h("td", {}, job.tenant),
     h("td", {}, job.type ?? "unsure"),
     h("td", {}, count(job.attempts)),
@@ -213,7 +225,7 @@ function hookRow(hook, again) {
   return h(
     "tr",
     { data: { webhook: hook.webhook_id } },
-    h("td", {}, request(hook.request_id)),
+    h("th", { scope: "row", class: "name" }, request(hook.request_id)),
     h("td", {}, hook.tenant),
     h("td", {}, hook.event),
     h("td", {}, count(hook.tries)),

@@ -101,6 +101,7 @@ export const PAGES = [
     title: "Attention",
     nav: "Attention",
     key: "a",
+    style: "listed.css",
     load: () => import("./attention.js"),
   },
   {
