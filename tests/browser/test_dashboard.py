@@ -238,6 +238,8 @@ async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(
             await seen.page.get_by_role("link", name="Attention").click()
             await seen.page.get_by_role("link", name="Overview").click()
             await expect(choice).to_have_value("spare")
+            await a_weight_is_of_one_upstream(stage, seen)
+            await seen.page.get_by_role("link", name="Overview").click()
             await choice.select_option("")
             await expect(seen.page.locator(TEXT)).to_have_count(1)
     finally:
@@ -245,6 +247,30 @@ async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(
             assert answer.status == 200, await answer.text()
         async with running.http.delete(url) as answer:
             assert answer.status == 200, await answer.text()
+
+
+async def a_weight_is_of_one_upstream(stage: Stage, seen: Seen) -> None:
+    """Of the one that was chosen on the overview, until another is."""
+    running, page = stage.gateway, seen.page
+    url = f"{running.url}/admin/tenants/default"
+    for pool, weight in (("gemini", 1), ("spare", 4)):
+        async with running.http.put(f"{url}?pool={pool}", json={"weight": weight}) as answer:
+            assert answer.status == 200, await answer.text()
+    await page.get_by_role("link", name="Keys and tenants").click()
+    choice, row = page.get_by_label("Upstream", exact=True), page.locator("[data-tenant='default']")
+    await expect(choice).to_have_value("spare")
+    await expect(row.locator("td").first).to_have_text("4")
+    await row.get_by_role("button", name="Change").click()
+    dialog = page.get_by_role("dialog", name="Change default")
+    await dialog.get_by_label("Weight").fill("6")
+    await dialog.get_by_role("button", name="Change the tenant").click()
+    await expect(row.locator("td").first).to_have_text("6")
+    weights = {name: one.policy.weights for name, one in running.services.limiters.items()}
+    assert (weights["gemini"].get("default", 1), weights["spare"]["default"]) == (1, 6)
+    await choice.select_option("gemini")
+    await expect(row.locator("td").first).to_have_text("1")
+    assert await seen.is_within()
+    await choice.select_option("spare")
 
 
 async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import { get, post, Problem, put, remove } from "../api.js";
 import { fill, h } from "../dom.js";
 import { ago, count, money, NOTHING, time } from "../format.js";
 import { listed } from "../listed.js";
-import { link } from "../router.js";
+import { link, note } from "../router.js";
+import * as scope from "../scope.js";
 import { may } from "../session.js";
 import { confirm, field, toast } from "../ui.js";
 
@@ -21,10 +22,24 @@ const EXPIRES = { "": "Never", 7: "In 7 days", 30: "In 30 days", 90: "In 90 days
 const DAY_MS = 86_400_000;
 
 export async function open(main, { query, signal }) {
+  const { pools } = await get("dashboard/session", { signal });
+  scope.among(pools, query.get("pool"));
+  let pool = scope.chosen() || pools[0]; // weights and limits are of one upstream
   const state = { tenants: [], keys: [] };
-  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, again), {
+  const upstream = h(
+    "select",
+    { class: "scope", "aria-label": "Upstream", title: "Whose weights and limits are shown", hidden: pools.length < 2 },
+    pools.map((one) => h("option", { value: one, selected: one === pool }, one)),
+  );
+  upstream.addEventListener("change", () => {
+    pool = upstream.value;
+    scope.choose(pool);
+    note({ tenant: query.get("tenant"), pool });
+    return again();
+  });
+  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again), {
     none: ["No tenants yet", "A tenant is who is limited, billed and audited: a team, a service, a customer."],
-    acts: [action("New tenant", () => changeTenant(null, again))],
+    acts: [upstream, action("New tenant", () => changeTenant(null, pool, again))],
   });
   const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, (one) => keyRow(one, again), {
     none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],
@@ -32,7 +47,7 @@ export async function open(main, { query, signal }) {
     note: "the oldest 1,000",
   });
   const again = async () => {
-    [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { signal }), get("admin/keys", { signal })]);
+    [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { query: { pool }, signal }), get("admin/keys", { signal })]);
     tenants.show(state.tenants);
     keys.show(state.keys.toSorted((a, b) => (a.created_at < b.created_at ? 1 : -1)));
   };
@@ -87,10 +102,10 @@ function keyRow(one, again) {
 const allowed = (dollars, tokens) =>
   [dollars === null ? "" : money(dollars), tokens === null ? "" : `${count(tokens)} tokens`].filter(Boolean).join(", ") || NOTHING;
 
-function tenantRow(one, again) {
+function tenantRow(one, pool, again) {
   const change = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `Change ${one.tenant}` }, "Change");
   const flip = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `${one.disabled ? "Enable" : "Disable"} ${one.tenant}` }, one.disabled ? "Enable" : "Disable");
-  change.addEventListener("click", () => changeTenant(one, again));
+  change.addEventListener("click", () => changeTenant(one, pool, again));
   flip.addEventListener("click", () => disable(one, again));
   return h(
     "tr",
@@ -106,7 +121,7 @@ function tenantRow(one, again) {
   );
 }
 
-async function changeTenant(one, again) {
+async function changeTenant(one, pool, again) {
   const amount = (value) => (value === null || value === undefined ? "" : String(value));
   const name = field("tenant", "Name", { maxlength: 200, spellcheck: "false" });
   const weight = field("weight", "Weight", { type: "number", value: amount(one?.weight ?? 1), hint: "Its share while callers wait: 2 gets twice what 1 does." });
@@ -123,7 +138,7 @@ async function changeTenant(one, again) {
       if (!one && (await get("admin/tenants")).some((each) => each.tenant === tenant)) throw new Problem({ detail: `There is a tenant ${tenant}: change it in the list.`, field: "tenant" });
       // What is as it was is not sent: another operator may have changed it meanwhile.
       const changed = Object.fromEntries(Object.entries(values).filter(([each, value]) => value !== (known[each] ?? null)));
-      await put(`admin/tenants/${encodeURIComponent(known.tenant)}`, { ...changed, by: "dashboard" });
+      await put(`admin/tenants/${encodeURIComponent(known.tenant)}`, { ...changed, by: "dashboard" }, { query: { pool } });
       return one?.tenant ?? tenant;
     },
   });
