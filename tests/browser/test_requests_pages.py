@@ -134,9 +134,14 @@ async def held(stage: Stage) -> AsyncIterator[str]:
 async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Stage) -> None:
     async with held(stage) as holder, opened(stage, "/requests") as seen:
         page = seen.page
+        oldest = await stage.gateway.submit(data="Explain the ebb", type="text_only")
         waiter = await stage.gateway.submit(data="Explain the tide", type="text_only")
         await expect(page.get_by_role("link", name=waiter[:18])).to_be_visible()
         await page.get_by_label("Status").select_option("queued")
+        await expect(page.get_by_role("link", name=oldest[:18])).to_be_visible()
+        await stage.gateway.http.delete(f"{stage.gateway.url}/requests/{oldest}")
+        await look_again(page)
+        await expect(page.get_by_role("link", name=oldest[:18])).to_have_count(0)
         await page.get_by_role("link", name=waiter[:18]).press("Enter")
         now = page.locator(".now")
         await expect(now).to_contain_text("Waits for kind:text_only: 1 of 1 are in use")

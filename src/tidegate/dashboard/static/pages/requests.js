@@ -192,7 +192,7 @@ function listOf(signal, painted) {
       answered = number;
       const now = new Map(page.items.map((item) => [item.request_id, item]));
       const known = new Set(items.map((item) => item.request_id));
-      items = items.map((item) => now.get(item.request_id) ?? left(item, page));
+      items = items.map((item) => now.get(item.request_id) ?? left(item, page, Boolean(searched.text)));
       if (mayMove()) items = items.filter((item) => !item.left);
       newer = page.items.filter((item) => !known.has(item.request_id) && isNewer(item, items));
       // More came than a page holds: what is between is found by going on from the new ones.
@@ -246,10 +246,11 @@ function noneYet() {
   return empty("No requests yet", hint, tryIt);
 }
 
-/** What is not in the newest page though it should be does not match any more. */
-function left(item, page) {
-  const last = page.items.at(-1)?.request_id ?? (page.next_cursor || "");
-  return item.request_id >= last ? { ...item, left: true } : item;
+/** What is not in the newest page though it should be does not match any more. The page ends at its
+ * cursor; where words are searched, whose cursor is no id, at its last row. */
+function left(item, page, isByWords) {
+  const end = isByWords && page.next_cursor ? page.items.at(-1).request_id : (page.next_cursor ?? "");
+  return item.request_id >= end ? { ...item, left: true } : item;
 }
 
 const isNewer = (item, items) => items.length === 0 || item.request_id > items[0].request_id;
