@@ -109,6 +109,28 @@ async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
         assert said in await output_of(*command, folder=folder, key=stage.key), text
 
 
+async def what_is_written_meanwhile_is_kept(stage: Stage, page: Page) -> None:
+    """While an answer comes, and where it is stopped."""
+    prompt, state = page.get_by_label("Prompt"), page.locator(".try-state").first
+    send, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Send", "Stop"))
+    limiter = stage.gateway.services.limiters["gpt"]
+    await limiter.penalise("pool:total", for_ms=30_000, by="ann")
+    await prompt.fill("The first")
+    await send.click()
+    await expect(state).to_contain_text("so far")
+    await prompt.fill("The second")
+    await limiter.resume("pool:total", by="ann")
+    await expect(state).to_contain_text("Done")
+    await expect(send).to_be_enabled()
+    await expect(prompt).to_have_value("The second")
+    await limiter.penalise("pool:total", for_ms=30_000, by="ann")
+    await send.click()
+    await stop.click()
+    await expect(send).to_be_enabled()
+    await expect(prompt).to_have_value("The second")
+    await limiter.resume("pool:total", by="ann")
+
+
 async def an_upstream_is_named(page: Page) -> None:
     """Only models are offered, and sent, that no other upstream serves."""
     upstream, model = page.get_by_label("Upstream"), page.get_by_label("Model", exact=True)

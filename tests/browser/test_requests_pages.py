@@ -32,6 +32,7 @@ from tests.browser.playground import (
     an_upstream_is_named,
     code_runs,
     more_dialects,
+    what_is_written_meanwhile_is_kept,
 )
 from tests.browser.stage import ARGUMENTS, CHROMIUM, Colours, Stage, opened
 from tests.databases import Databases
@@ -497,6 +498,9 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
             assert await seen.is_within(), width
             await seen.is_accessible()
             await page.screenshot(path=tmp_path / f"try-{width}.png", full_page=True)
+        await page.get_by_label("Compare with").fill("")
+        await page.get_by_role("button", name="New conversation").click()
+        await what_is_written_meanwhile_is_kept(stage, page)
         await an_upstream_is_named(page)
         # What is wrong is said where it is put right.
         await page.get_by_label("Model", exact=True).fill("")

@@ -5,7 +5,7 @@ import { fill, h, mark } from "../dom.js";
 import { bytes } from "../format.js";
 import { field, said } from "../ui.js";
 import { KINDS } from "./request_words.js";
-import { answering, callOf } from "./try_answer.js";
+import { answering, callOf, STOPPED } from "./try_answer.js";
 import { codeCard } from "./try_code.js";
 import { APIS, readFile } from "./try_dialects.js";
 
@@ -71,13 +71,15 @@ export async function open(main, { signal }) {
     const sent = asked(read);
     const running = models.map((model, at) => sides[at].run(sent, model));
     code.draw();
-    const problems = (await Promise.all(running)).filter((one) => one !== null);
+    const unanswered = (await Promise.all(running)).filter((one) => one !== null);
+    const problems = unanswered.filter((one) => one !== STOPPED);
     if (signal.aborted) return;
     [go.disabled, stop.hidden] = [false, true];
     again.hidden = !sides.some((one) => one.turns().length);
-    if (isChat && problems.length < models.length) {
-      text.input.value = "";
-      files.clear();
+    if (isChat && unanswered.length < models.length) {
+      // What was written or added meanwhile is the next turn.
+      if (text.value() === sent.text) text.input.value = "";
+      files.drop(sent.files.map((one) => one.file));
       text.input.focus();
     }
     if (problems.length) complain(problems[0]);
@@ -297,8 +299,8 @@ function filesPicker() {
   return {
     element: zone,
     list,
-    clear() {
-      list.length = 0;
+    drop(sent) {
+      list.splice(0, list.length, ...list.filter((one) => !sent.includes(one)));
       paint();
     },
   };

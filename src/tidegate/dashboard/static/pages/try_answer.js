@@ -10,6 +10,7 @@ import { isOpen, KINDS, linkTo, ordinal } from "./request_words.js";
 import { APIS } from "./try_dialects.js";
 
 const LOOK_MS = 700;
+export const STOPPED = "stopped";
 const LOOKS = 20; // for what a call has cost, which is on record soon after its end
 const FIELDS = ["type", "model", "image_uri", "priority", "deadline_ms"];
 const FIGURES = { first: "First token", duration: "Duration", waited: "Waited", tokens: "Tokens in, out", cost: "Cost", upstream: "Upstream" };
@@ -32,7 +33,8 @@ export function callOf(asked, model, turns) {
 }
 
 /**
- * `{ element, run(asked, model), stop(), clear(), sent() }`; `run` resolves with a Problem, or null.
+ * `{ element, run(asked, model), stop(), clear(), sent() }`; `run` resolves with a Problem, with
+ * `STOPPED`, or once it was answered with null.
  * `sent()` is the call that was made last, or null.
  */
 export function answering(label, signal) {
@@ -95,7 +97,7 @@ export function answering(label, signal) {
     } catch (error) {
       if (error.name === "AbortError" || both.aborted) {
         show.say("Stopped. What runs is cancelled by the gateway, where it was a stream.");
-        return null;
+        return STOPPED;
       }
       if (!(error instanceof Problem)) throw error;
       show.say(said(error), "bad");
