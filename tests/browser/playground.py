@@ -110,14 +110,14 @@ async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
 
 
 async def what_is_written_meanwhile_is_kept(stage: Stage, page: Page) -> None:
-    """While an answer comes, and where it is stopped."""
+    """While an answer comes, and where it is stopped. A call waits for its own upstream's limit."""
     prompt, state = page.get_by_label("Prompt"), page.locator(".try-state").first
     send, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Send", "Stop"))
     limiter = stage.gateway.services.limiters["gpt"]
     await limiter.penalise("pool:total", for_ms=30_000, by="ann")
     await prompt.fill("The first")
     await send.click()
-    await expect(state).to_contain_text("so far")
+    await expect(state).to_contain_text("Waiting for pool:total: paused by ann")
     await prompt.fill("The second")
     await limiter.resume("pool:total", by="ann")
     await expect(state).to_contain_text("Done")

@@ -39,7 +39,7 @@ export async function open(main, { signal }) {
   const place = h("div", { class: "try-sides" }, sides[0].element);
 
   function asked(read = []) {
-    return { api: target.api(), text: text.value(), files: read, options: more.values() };
+    return { api: target.api(), text: text.value(), files: read, options: more.values(), pools: target.pools };
   }
 
   function apiChosen() {
@@ -195,6 +195,11 @@ function targetOf(upstreams, used, changed) {
     fields: [api, upstream, model, second],
     element: h("div", { class: "try-target" }, api.element, upstream.element, model.element, second.element, list, says),
     api: () => api.value(),
+    /** The upstreams to one of which a call of the model goes. */
+    pools(name) {
+      const known = serving(name);
+      return among().filter((one) => one.limits !== null && (!known.length || known.includes(one.name))).map((one) => one.name);
+    },
     models: () => [model.value(), second.value()].filter((one, at) => at === 0 || one),
     isSound() {
       const chosen = upstream.value();

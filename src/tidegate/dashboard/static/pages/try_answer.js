@@ -165,7 +165,7 @@ async function asking(asked, call, accept, signal) {
 async function admitted(asked, call, accept, show, signal) {
   const watching = new AbortController();
   const began = performance.now();
-  watchQueue(asked.options, show, began, AbortSignal.any([signal, watching.signal]));
+  watchQueue(asked, asked.pools(call.model), show, began, AbortSignal.any([signal, watching.signal]));
   try {
     const response = await asking(asked, call, accept, signal);
     const waited = Number(response.headers.get("x-tidegate-queue-ms"));
@@ -269,17 +269,18 @@ const pause = (ms, signal) =>
     });
   });
 
-/** Until the stream is admitted: how the limit stands that holds its tenant up. */
-async function watchQueue(options, show, began, signal) {
+/** Until the stream is admitted: how the limit stands, of those upstreams, that holds its tenant up. */
+async function watchQueue({ options }, pools, show, began, signal) {
   const tenant = options.tenant || null; // whose key it is, where one is shown, is not known here
   try {
     for (;;) {
       await pause(LOOK_MS, signal);
-      const pool = await get("admin/limits", { signal });
+      const found = await Promise.all(pools.map((pool) => get("admin/limits", { query: { pool }, signal })));
       const waited = `${length(performance.now() - began)} so far`;
-      const queue = fullest(pool.queues.filter((one) => isOf(one, tenant) && fits(one, options)));
-      if (!queue) show.say(`On its way, ${waited}`);
-      else show.say(`Waiting for ${queue.held_up_by}: ${inWords(queue, pool)}, ${waited}`, "waiting");
+      const queues = found.map((pool) => ({ pool, queue: fullest(pool.queues.filter((one) => isOf(one, tenant) && fits(one, options))) }));
+      const [longest] = queues.filter((one) => one.queue).toSorted((a, b) => b.queue.waiting - a.queue.waiting);
+      if (!longest) show.say(`On its way, ${waited}`);
+      else show.say(`Waiting for ${longest.queue.held_up_by}: ${inWords(longest.queue, longest.pool)}, ${waited}`, "waiting");
     }
   } catch (error) {
     if (!(error instanceof Problem) && error.name !== "AbortError") throw error;
