@@ -9,6 +9,13 @@ from contextlib import asynccontextmanager
 from tests.browser.stage import Stage
 from tests.waiting import work_for
 
+# What the page says of a prompt.
+PROMPT_OF = """async (request) => {
+    const at = new URL("static/pages/request_parts.js", document.baseURI);
+    const { fill, h } = await import(new URL("static/dom.js", document.baseURI));
+    return fill(h("div"), (await import(at)).prompt(request, null)).textContent;
+}"""
+
 # Whether a chart of these values, some of them none, has anything in its colour.
 DRAWS = """async (values) => {
     const { chart } = await import(new URL("static/chart.js", document.baseURI));

@@ -52,6 +52,20 @@ export function toast(text, kind = "good") {
 }
 
 /**
+ * Copy a text, and return whether it was: a page over plain HTTP may not. `place` is where the text
+ * stands, and is selected then.
+ */
+export async function copied(text, place = null) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    if (place) getSelection().selectAllChildren(place);
+    return false;
+  }
+}
+
+/**
  * Ask before something is done, and do it.
  *
  * `more` stands below the text, `below` below the fields. `fields` are from `field()`; `act(values)` is called with their values by name. While it runs the

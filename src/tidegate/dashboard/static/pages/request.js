@@ -4,7 +4,7 @@ import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
 import { length, time } from "../format.js";
 import { link } from "../router.js";
-import { confirm, field, said, toast } from "../ui.js";
+import { confirm, copied, field, said, toast } from "../ui.js";
 import { curlButton } from "./request_curl.js";
 import { Files } from "./request_files.js";
 import { answer, attempts, bodies, facts, prompt, webhooks } from "./request_parts.js";
@@ -291,12 +291,8 @@ function fault({ request, advice }) {
 function copyButton(id) {
   const button = h("button", { class: "button quiet small", type: "button" }, "Copy id");
   button.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(id);
-      toast(`Copied at ${time(new Date())}`);
-    } catch {
-      toast("The browser does not let this page copy: select the id instead.", "bad");
-    }
+    if (await copied(id)) toast(`Copied at ${time(new Date())}`);
+    else toast("The browser does not let this page copy: select the id instead.", "bad");
   });
   return button;
 }

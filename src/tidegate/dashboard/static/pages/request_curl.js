@@ -2,7 +2,7 @@
 
 import { ask } from "../api.js";
 import { h } from "../dom.js";
-import { toast } from "../ui.js";
+import { copied, toast } from "../ui.js";
 import { isCut } from "./request_words.js";
 
 const MOST_BYTES = 131_071; // of one argument of a command, by Linux
@@ -26,8 +26,8 @@ export function curlButton(view, signal) {
   const button = h("button", { class: "button quiet small", type: "button" }, "Copy as curl");
   button.addEventListener("click", async () => {
     try {
-      await navigator.clipboard.writeText(await written(view(), signal));
-      toast("Copied. Set TIDEGATE_API_KEY before you run it.");
+      if (await copied(await written(view(), signal))) toast("Copied. Set TIDEGATE_API_KEY before you run it.");
+      else toast("The browser does not let this page copy.", "bad");
     } catch (error) {
       if (!signal.aborted) toast(error.message, "bad");
     }

@@ -7,7 +7,7 @@ import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import * as scope from "../scope.js";
 import { may } from "../session.js";
-import { confirm, field, toast } from "../ui.js";
+import { confirm, copied, field, toast } from "../ui.js";
 
 const SCOPES = {
   "infer,read": "Call models, read its own requests",
@@ -217,6 +217,7 @@ const expiry = (days) => (days ? new Date(Date.now() + Number(days) * DAY_MS).to
 /** The key itself, which nobody can look up again. */
 function shownOnce(key, words = "") {
   const copy = h("button", { class: "button", type: "button" }, "Copy");
+  const shown = h("p", { class: "made-key mono", tabindex: "0" }, key);
   const dialog = h(
     "dialog",
     { "aria-labelledby": "made-key" },
@@ -225,13 +226,12 @@ function shownOnce(key, words = "") {
       { method: "dialog" },
       h("h2", { id: "made-key" }, "The new key"),
       h("p", {}, "Copy it now: it is shown this once, and only its digest is kept.", words && ` ${words}`),
-      h("p", { class: "made-key mono", tabindex: "0" }, key),
+      shown,
       h("div", { class: "actions" }, copy, h("button", { class: "button main", type: "submit" }, "Done")),
     ),
   );
   copy.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(key);
-    fill(copy, "Copied");
+    fill(copy, (await copied(key, shown)) ? "Copied" : "Selected: press Ctrl + C");
   });
   document.body.append(dialog);
   dialog.showModal();

@@ -1,7 +1,7 @@
 // A call of the playground as code: curl, Python and TypeScript. The key is a variable in each.
 
 import { fill, h } from "../dom.js";
-import { choice, toast } from "../ui.js";
+import { choice, copied, toast } from "../ui.js";
 import { quoted } from "./request_curl.js";
 import { APIS, FileData } from "./try_dialects.js";
 
@@ -201,12 +201,8 @@ export function codeCard(call) {
   const hint = h("p", { class: "quiet-text" });
   const copy = h("button", { class: "button small", type: "button" }, "Copy");
   copy.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(shown.textContent);
-      toast("Copied. Set TIDEGATE_API_KEY before you run it.");
-    } catch {
-      toast("The browser does not let this page copy. Select the code instead.", "bad");
-    }
+    if (await copied(shown.textContent, shown)) toast("Copied. Set TIDEGATE_API_KEY before you run it.");
+    else toast("The browser does not let this page copy. The code is selected: press Ctrl + C.", "bad");
   });
   const element = h(
     "details",

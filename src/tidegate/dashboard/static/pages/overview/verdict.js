@@ -3,7 +3,7 @@
 import { fill, h, keyed, mark, say } from "../../dom.js";
 import { count } from "../../format.js";
 import { link } from "../../router.js";
-import { toast } from "../../ui.js";
+import { copied, toast } from "../../ui.js";
 import { resumeBudget, titleOf } from "./budgets.js";
 import { acceptLimit, changeLimit, resumeLimit } from "./limits.js";
 
@@ -92,7 +92,7 @@ function actsOn(first, now, latest) {
   } else if (kind === "dead_jobs" || kind === "webhooks_given_up") {
     found.push(h("a", { class: "button small", href: link("/attention") }, "Look at them"));
   }
-  if (first.command) found.push(copied(first.command));
+  if (first.command) found.push(copyButton(first.command));
   return found;
 }
 
@@ -109,15 +109,15 @@ function resumeOf(latest, name, cause) {
   else toast(`Below, the budgets that are used most are shown, and not this one: ${cause.command}`, "bad");
 }
 
-function copied(command) {
+function copyButton(command) {
   const button = h(
     "button",
     { class: "button small quiet", type: "button", title: command },
     "Copy command",
   );
   button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(command);
-    toast(`Copied: ${command}`);
+    const isCopied = await copied(command);
+    toast(isCopied ? `Copied: ${command}` : `The browser does not let this page copy: ${command}`, isCopied ? "good" : "bad");
   });
   return button;
 }
