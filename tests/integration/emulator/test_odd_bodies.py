@@ -52,15 +52,15 @@ CASES: list[tuple[str, dict[str, str], Any]] = [
         GEMINI,
         {"instances": [{"prompt": "x"}], "parameters": 5},
     ),
-]
-IGNORED: list[tuple[str, dict[str, str], Any]] = [
-    ("/v1/moderations", OPENAI, {"model": "m", "input": [{"type": "text", "text": "x"}, None]}),
     ("/v1/rerank", OPENAI, {"model": "m", "query": "q", "documents": [None]}),
     (
         "/v1beta/models/gemini-2.5-flash:generateContent",
         GEMINI,
         {"contents": SAY, "tools": [{"functionDeclarations": 5}]},
     ),
+]
+IGNORED: list[tuple[str, dict[str, str], Any]] = [
+    ("/v1/moderations", OPENAI, {"model": "m", "input": [{"type": "text", "text": "x"}, None]}),
     ("/v1beta/interactions", GEMINI, {"model": "gemini-2.5-flash", "input": "hi", "tools": 5}),
 ]
 
