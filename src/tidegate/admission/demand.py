@@ -62,7 +62,9 @@ from tidegate.limiter import (
 from tidegate.policy.format import (
     MEASURES,
     TOTAL,
+    binds_model,
     is_in_group,
+    is_of_models,
     is_pattern,
     plain_model,
     whom_it_binds,
@@ -122,7 +124,7 @@ class Reach:
         found = [first] if required or first in self.policy.limits else []
         name = plain_model(model)
         models = [one for one in self._patterns if is_in_group(name, one)]
-        if name not in models:  # a client may call its model as a pattern is
+        if name not in models and is_of_models(name):  # a client may call its model as a pattern is
             models.insert(0, name)
         for whom in (f"kind/{kind}", *models, f"tenant/{tenant}", TOTAL):
             if whom in self._bound:
@@ -497,8 +499,7 @@ def _blamed(
 
 def _is_of_model(limit_id: str, model: str) -> bool:
     """Whether a limit binds the model by its name, or as one of a group."""
-    whom = whom_it_binds(limit_id)
-    return whom == model or (whom is not None and is_pattern(whom) and is_in_group(model, whom))
+    return binds_model(whom_it_binds(limit_id), model)
 
 
 def model_limit(model: str) -> str:

@@ -114,9 +114,22 @@ def whom_it_binds(limit_id: str) -> str | None:
     return f"{scope}/{name}" if scope in AT_ONCE else None
 
 
+def is_of_models(whom: str) -> bool:
+    """Whether `whom` is a model or several: not all calls, those of a type or those of a tenant.
+    A client may call its model as one of these is."""
+    return whom != TOTAL and not whom.startswith(("kind/", "tenant/"))
+
+
 def is_pattern(whom: str) -> bool:
     """Whether a limit binds a group of models together: those that match `whom`."""
-    return ("*" in whom or "," in whom) and not whom.startswith(("kind/", "tenant/"))
+    return ("*" in whom or "," in whom) and is_of_models(whom)
+
+
+def binds_model(whom: str | None, model: str) -> bool:
+    """Whether a limit that binds `whom` binds a model, by its name or as one of a group."""
+    if whom is None or not is_of_models(whom):
+        return False
+    return whom == model or (is_pattern(whom) and is_in_group(model, whom))
 
 
 def is_in_group(model: str, whom: str) -> bool:

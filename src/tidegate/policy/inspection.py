@@ -43,9 +43,9 @@ from tidegate.limiter import (
 from tidegate.policy.format import (
     MEASURES,
     TOTAL,
+    binds_model,
     in_words,
-    is_in_group,
-    is_pattern,
+    is_of_models,
     plain_model,
     to_plain,
     whom_it_binds,
@@ -357,17 +357,14 @@ def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> boo
 
 
 def _is_one_of(model: str, whom: str) -> bool:
-    model = plain_model(model)
-    return model == whom or (is_pattern(whom) and is_in_group(model, whom))
+    return binds_model(whom, plain_model(model))
 
 
 def _models_of(limit_id: str) -> str | None:
     """The model, or the models by a pattern, that a limit is on; None of others."""
-    scope, _, name = limit_id.partition(":")
-    is_other = name == TOTAL or name.startswith(("kind/", "tenant/"))
-    if scope == "model" or (scope in MEASURES and not is_other):
-        return plain_model(name)
-    return None
+    scope, whom = limit_id.partition(":")[0], whom_it_binds(limit_id)
+    is_one = whom is not None and (scope == "model" or scope in MEASURES) and is_of_models(whom)
+    return whom if is_one else None
 
 
 Lines = Callable[[str, int, str], Awaitable[WaitingLine]]

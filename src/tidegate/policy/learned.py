@@ -24,8 +24,7 @@ from tidegate.policy.format import (
     MEASURES,
     Edit,
     Plain,
-    is_in_group,
-    is_pattern,
+    binds_model,
     plain_limit,
     source_of,
     whom_it_binds,
@@ -122,9 +121,7 @@ class LimitMatch:
                 continue
             alike = _ALIKE.get(limit.unit, limit.unit) == _ALIKE.get(measure.unit, measure.unit)
             same_day = (own.window_ms is None) == (measure.window_ms is None)
-            whom = whom_it_binds(name) or ""
-            binds = is_in_group(model, whom) if is_pattern(whom) else model == whom
-            if alike and same_day and binds:
+            if alike and same_day and binds_model(whom_it_binds(name), model):
                 found.append((limit.bound, name))
         return min(found)[1] if found else None
 

@@ -28,9 +28,9 @@ import orjson
 
 from tidegate.dialects.headers import RateStatus, rate_statuses
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
-from tidegate.limiter import LimitView, Quota, Rate, Snapshot, next_midnight_ms
+from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, Snapshot, next_midnight_ms
 from tidegate.policy.deployment import Learn
-from tidegate.policy.format import plain_model
+from tidegate.policy.format import is_of_models, is_pattern, plain_model
 from tidegate.policy.learned import (
     LEAST_WINDOW_S,
     MOST_READERS,
@@ -77,6 +77,8 @@ _ZONES = ("UTC", "America/Los_Angeles")
 _LATE_S = 1.5
 # How many pairs of answers show whether a limit is a bucket, and how many are remembered.
 _SURE, _MOST_VOTES = 2, 6
+# Of a header; a limit has six times as much where its window is six times as long, as at Azure.
+_MOST_BOUND = MAX_BOUND // 6
 # Providers whose limits are windows that begin again; others are buckets.
 _BEGIN_AGAIN = ("azure",)
 
@@ -270,9 +272,13 @@ class HeaderReader:
         self._resets: dict[tuple[str, str], ResetEvidence] = {}
 
     def read(self, announcements: Iterable[Announcement]) -> list[HeaderReading]:
-        """The latest of each model; without those of a window that is not known yet."""
+        """The latest of each model; without those of a window that is not known yet, and of what a
+        client calls a model but no limit of one can name."""
         known, self._resets, found = self._resets, {}, []
         for announced in announcements:
+            model = plain_model(announced.model)
+            if is_pattern(model) or not is_of_models(model):
+                continue
             units = {one.unit for one in announced.limits}
             for one in announced.limits:
                 # Anthropic's `tokens` are those of input and output together.
@@ -287,7 +293,7 @@ class HeaderReader:
     def _reading(
         self, announced: Announcement, one: RateStatus, resets: ResetEvidence
     ) -> HeaderReading | None:
-        if not one.limit:
+        if not one.limit or one.limit > _MOST_BOUND:  # such as "no limit", as some spell it
             return None
         reset_ms = one.reset_ms or 0
         cut_s = 0.001 if reset_ms % 1000 else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from uuid import uuid4
 
 import pytest
@@ -160,3 +161,11 @@ def test_a_pool_whose_kinds_are_optional_needs_no_limit_on_them() -> None:
     assert native(optional, PoolPolicy({"pool:total": 5})).limits == ("pool:total",)
     assert native(optional, PoolPolicy({})).limits == ()
     assert native(Demands(), PoolPolicy({})).limits == ("kind:text_only",)
+
+
+@pytest.mark.parametrize("model", ["tenant/acme", "kind/image_generation", "total"])
+def test_a_model_that_is_called_as_a_tenant_is_takes_no_limit_of_that_tenant(model: str) -> None:
+    limits = {"kind:text_only": 5, "tenant:acme": 2, "rpm:tenant/acme": 60, "rpm:total": 100}
+    policy = of_plain({"limits": limits | {"rpm:kind/image_generation": 9}})
+    asked = Demands().of(replace(call(tenant_id="other"), model=model), policy)
+    assert asked.limits == ("kind:text_only", "rpm:total")

@@ -12,7 +12,13 @@ from tidegate.emulator.account import AccountLimit, LimitReading
 from tidegate.emulator.counting import counter_of
 from tidegate.emulator.rate_limits import rate_limit_headers
 from tidegate.policy.format import of_plain
-from tidegate.policy.learned import HeaderReading, LimitMatch
+from tidegate.policy.learned import (
+    HeaderReading,
+    LearnedNote,
+    LimitMatch,
+    acceptance,
+    learned_limits,
+)
 from tidegate.spine.learning import Announced, HeaderReader
 
 NOW_S = 1_800_000_000
@@ -190,3 +196,22 @@ def test_the_bound_of_a_window_that_begins_again_is_its_own(provider: str, windo
         if reading is not None and second >= 3 * window_s:
             bounds.append(match.bound_for(reading, "rpm:m"))
     assert {*bounds} == {100_000}
+
+
+@pytest.mark.parametrize("model", ["*", "a,b", "total", "tenant/acme", "kind/text_only"])
+def test_a_model_that_is_called_as_others_are_teaches_no_limit_of_them(model: str) -> None:
+    announced = Announced(clock=lambda: float(NOW_S))
+    announced.note(model, [(b"x-ratelimit-limit-requests", b"5")])
+    announced.note("models/m", [(b"x-ratelimit-limit-requests", b"6")])
+    (reading,) = HeaderReader("openai").read(announced.all())
+    assert (reading.model, reading.bound) == ("m", 6)
+
+
+def test_a_bound_that_no_limit_can_have_hides_no_other_of_the_same_answer() -> None:
+    announced = Announced(clock=lambda: float(NOW_S))
+    headers = {"x-ratelimit-limit-requests": "500", "x-ratelimit-limit-tokens": "999999999999999"}
+    announced.note("m", [(name.encode(), value.encode()) for name, value in headers.items()])
+    readings = HeaderReader("openai").read(announced.all())
+    note, nothing = LearnedNote(tuple(readings)), of_plain({"limits": {}})
+    change = acceptance(learned_limits([note], LimitMatch(nothing, "openai")), [], "openai")
+    assert list(of_plain(change({"limits": {}})).limits) == ["rpm:m"]
