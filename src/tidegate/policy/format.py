@@ -108,7 +108,7 @@ def whom_it_binds(limit_id: str) -> str | None:
     """A model, `kind/<kind>`, `tenant/<tenant>` or `total`; None for what no call falls under."""
     scope, _, name = limit_id.partition(":")
     if scope in MEASURES or scope == "model":
-        return plain_model(name)
+        return ",".join(map(plain_model, name.split(",")))
     if scope == "pool":
         return TOTAL if name == TOTAL else None
     return f"{scope}/{name}" if scope in AT_ONCE else None

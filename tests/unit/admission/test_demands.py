@@ -169,3 +169,11 @@ def test_a_model_that_is_called_as_a_tenant_is_takes_no_limit_of_that_tenant(mod
     policy = of_plain({"limits": limits | {"rpm:kind/image_generation": 9}})
     asked = Demands().of(replace(call(tenant_id="other"), model=model), policy)
     assert asked.limits == ("kind:text_only", "rpm:total")
+
+
+def test_each_model_of_a_list_is_bound_with_the_folder_or_without() -> None:
+    limits = {"kind:text_only": 5, "rpm:models/a,models/b": 9}
+    policy = of_plain({"limits": limits})
+    for model in ("a", "b", "models/b"):
+        asked = Demands().of(replace(call(), model=model), policy)
+        assert asked.limits == tuple(limits), model
