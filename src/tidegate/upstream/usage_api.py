@@ -26,7 +26,6 @@ from typing import Any, Literal, get_args
 from urllib.parse import quote, urlencode
 
 from tidegate.errors import ConfigError, UpstreamGarbled, UpstreamRejected, UpstreamUnauthorized
-from tidegate.limiter import Unit
 from tidegate.policy.access import Access, Network
 from tidegate.policy.imported import ModelClass
 from tidegate.prices.reconciliation import UsageSum
@@ -152,12 +151,14 @@ class _Reader:
         for _ in range(MOST_PAGES):
             asked = query if page is None else {**query, "page": page}
             answer = await read_admin_page(self._wire, self._account, f"{path}?{urlencode(asked)}")
-            for bucket in json_objects(answer.get("data")):
+            for bucket in _entries(answer, "usage API"):
                 for row in json_objects(bucket.get("results")):
                     yield row
             page = answer.get("next_page")
-            if not answer.get("has_more") or not isinstance(page, str):
+            if not answer.get("has_more"):
                 return
+            if not isinstance(page, str):
+                raise UpstreamGarbled("the usage API has more pages and does not name the next")
         raise UpstreamGarbled(f"the usage API has more than {MOST_PAGES} pages")
 
 
@@ -201,6 +202,13 @@ def json_objects(value: object) -> Iterable[Json]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
+def _entries(answer: Json, api: str) -> Iterable[Json]:
+    """Those of a page, which is none without its list: what the list has no more is removed."""
+    if not isinstance(answer.get("data"), list):
+        raise UpstreamGarbled(f"the {api} did not answer with a list")
+    return json_objects(answer["data"])
+
+
 def _part(row: Json, name: str) -> Json:
     value = row.get(name)
     return value if isinstance(value, dict) else {}
@@ -235,12 +243,13 @@ _OF_OPENAI: Mapping[str, str] = {
     "max_images_per_1_minute": "ipm",
     "max_requests_per_1_day": "rpd",
 }
-# A unit where it is another than that of the scope by the preset.
-_OF_ANTHROPIC: Mapping[str, tuple[str, Unit | None]] = {
-    "requests_per_minute": ("rpm", None),
-    "input_tokens_per_minute": ("itpm", "input_tokens"),
-    "input_tokens_per_minute_cache_aware": ("itpm", None),
-    "output_tokens_per_minute": ("otpm", None),
+_ALL_INPUT = "input_tokens_per_minute"
+_UNCACHED_INPUT = "input_tokens_per_minute_cache_aware"
+_OF_ANTHROPIC: Mapping[str, str] = {
+    "requests_per_minute": "rpm",
+    _ALL_INPUT: "itpm",
+    _UNCACHED_INPUT: "itpm",
+    "output_tokens_per_minute": "otpm",
 }
 
 
@@ -266,14 +275,14 @@ async def reported_limits(
     """
     if account.provider == "openai":
         return await _of_project(wire, account, project or await _only_project(wire, account))
-    found, skipped = await _of_organization(wire, account, "/v1/organizations/rate_limits")
+    groups, skipped = await _of_organization(wire, account, "/v1/organizations/rate_limits")
     if workspace is not None:
         path = f"/v1/organizations/workspaces/{quote(workspace, safe='')}/rate_limits"
         with_name = ("--workspace", workspace)
         overrides, _ = await _of_organization(wire, account, path, with_name)
-        by_models = {one.models: one for one in overrides}
-        found = [_overridden(one, by_models.get(one.models)) for one in found]
-    return ReportedLimits(tuple(found), skipped)
+        groups = [_overridden(one, overrides) for one in groups]
+    classes = [_class_of(models, bounds) for models, bounds in groups]
+    return ReportedLimits(tuple(one for one in classes if one.bounds), skipped)
 
 
 async def _of_project(wire: RelayWire, account: UsageAccount, project: str) -> ReportedLimits:
@@ -310,34 +319,50 @@ async def _only_project(wire: RelayWire, account: UsageAccount) -> str:
     raise ConfigError("--project", "(not set)", f"must be a project: {known}")
 
 
+_Group = tuple[tuple[str, ...], dict[str, int]]
+
+
 async def _of_organization(
     wire: RelayWire, account: UsageAccount, path: str, named: tuple[str, str] | None = None
-) -> tuple[list[ModelClass], tuple[str, ...]]:
-    found: list[ModelClass] = []
+) -> tuple[list[_Group], tuple[str, ...]]:
+    """Groups of models with their bounds by type, and what is skipped."""
+    found: list[_Group] = []
     skipped: dict[str, None] = {}
     async for row in _rows(wire, account, path, {"limit": _PAGE}, named):
         if row.get("group_type", "model_group") != "model_group":
             skipped[str(row["group_type"])] = None
             continue
         bounds: dict[str, int] = {}
-        units: dict[str, Unit] = {}
         for limit in json_objects(row.get("limits")):
             kind = _text(limit, "type")
             if kind not in _OF_ANTHROPIC:
                 skipped[kind] = None
-                continue
-            scope, unit = _OF_ANTHROPIC[kind]
-            bounds[scope] = _bound(limit, "value")
-            if unit is not None:
-                units[scope] = unit
-        models = tuple(str(one) for one in row.get("models") or ())
-        if models and bounds:
-            found.append(ModelClass(models, bounds, units))
+            elif limit.get("value") is not None:
+                bounds[kind] = _bound(limit, "value")
+        found.append((tuple(str(one) for one in row.get("models") or ()), bounds))
     return found, tuple(skipped)
 
 
-def _overridden(one: ModelClass, by: ModelClass | None) -> ModelClass:
-    return one if by is None else replace(one, bounds={**one.bounds, **by.bounds})
+def _overridden(group: _Group, overrides: Iterable[_Group]) -> _Group:
+    """With the lower bounds of a workspace: a higher one is stored there and not enforced."""
+    models, bounds = group
+    lower = dict(bounds)
+    for others, stated in overrides:
+        if not set(models).isdisjoint(others):
+            lower |= {kind: min(bound, lower.get(kind, bound)) for kind, bound in stated.items()}
+    return models, lower
+
+
+def _class_of(models: tuple[str, ...], bounds: Mapping[str, int]) -> ModelClass:
+    """`itpm` is of input that was not cached by Anthropic's preset, and of all input where only
+    that has a bound; where both have one, `uitpm` is the first."""
+    known = {kind: bound for kind, bound in bounds.items() if bound and models}
+    found = {_OF_ANTHROPIC[kind]: bound for kind, bound in known.items()}
+    if _ALL_INPUT not in known:
+        return ModelClass(models, found)
+    if _UNCACHED_INPUT in known:
+        found |= {"itpm": known[_ALL_INPUT], "uitpm": known[_UNCACHED_INPUT]}
+    return ModelClass(models, found, {"itpm": "input_tokens"})
 
 
 async def _rows(
@@ -358,15 +383,17 @@ async def _rows(
             if rejected.status == 404 and named is not None:
                 raise ConfigError(*named, "is not known to the provider") from None
             raise
-        for row in json_objects(answer.get("data")):
+        for row in _entries(answer, _API):
             yield row
         # Anthropic's cursor, and OpenAI's.
         if answer.get("next_page"):
             more = {"page": answer["next_page"]}
-        elif answer.get("has_more") and answer.get("last_id"):
+        elif not answer.get("has_more"):
+            return
+        elif answer.get("last_id"):
             more = {"after": answer["last_id"]}
         else:
-            return
+            raise UpstreamGarbled(f"the {_API} has more pages and does not name the next")
     raise UpstreamGarbled(f"the {_API} has more than {MOST_LIMIT_PAGES} pages")
 
 

@@ -1,0 +1,87 @@
+"""The rate-limit APIs of providers: our reader against answers as documented, and odd ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.contract.test_usage_api import of_anthropic, of_openai, server, wire
+from tidegate.errors import UpstreamGarbled
+from tidegate.policy.imported import ModelClass, limits_of
+from tidegate.upstream.transport import RelayWire
+from tidegate.upstream.usage_api import reported_limits
+
+__all__ = ["wire"]
+
+MODELS = ("claude-opus-5", "claude-opus-5-1")
+
+
+def group(models: tuple[str, ...], **bounds: int | None) -> dict[str, Any]:
+    limits = [{"type": name, "value": value} for name, value in bounds.items()]
+    return {"type": "rate_limit", "group_type": "model_group", "models": models, "limits": limits}
+
+
+async def classes(
+    wire: RelayWire, own: dict[str, Any], of_workspace: dict[str, Any] | None = None
+) -> tuple[ModelClass, ...]:
+    async def handle(request: web.Request) -> web.Response:
+        found = of_workspace if "workspaces" in request.path else own
+        return web.json_response({"data": [found], "next_page": None})
+
+    workspace = None if of_workspace is None else "wrkspc_1"
+    async with server(handle) as base:
+        return (await reported_limits(wire, of_anthropic(base), workspace=workspace)).classes
+
+
+@pytest.mark.parametrize(
+    ("overridden", "bound"),
+    [
+        (group(MODELS, requests_per_minute=20), 20),
+        # A higher one is stored, and the organization's is enforced.
+        (group(MODELS, requests_per_minute=90), 50),
+        # Names in another order, and an alias that the organization's entry does not have.
+        (group((*MODELS[::-1], "claude-opus-latest"), requests_per_minute=20), 20),
+        (group(MODELS, requests_per_minute=None), 50),
+        (group(("claude-haiku-5",), requests_per_minute=20), 50),
+        (group(MODELS), 50),
+    ],
+)
+async def test_of_a_workspace_the_lower_bound_counts(
+    wire: RelayWire, overridden: dict[str, Any], bound: int
+) -> None:
+    own = group(MODELS, requests_per_minute=50)
+    assert await classes(wire, own, overridden) == (ModelClass(MODELS, {"rpm": bound}),)
+
+
+async def test_a_bound_of_nothing_is_no_limit_of_that_unit(wire: RelayWire) -> None:
+    own = group(MODELS, requests_per_minute=50, output_tokens_per_minute=0)
+    assert await classes(wire, own) == (ModelClass(MODELS, {"rpm": 50}),)
+    assert await classes(wire, group(MODELS, output_tokens_per_minute=0)) == ()
+
+
+async def test_input_with_cache_reads_and_without_are_two_limits(wire: RelayWire) -> None:
+    own = group(MODELS, input_tokens_per_minute=900_000, input_tokens_per_minute_cache_aware=40_000)
+    limits = limits_of(await classes(wire, own), "anthropic")
+    found = {name: (value["bound"], value.get("unit")) for name, value in limits.items()}
+    whom = "claude-opus-5*"
+    assert found == {f"itpm:{whom}": (900_000, "input_tokens"), f"uitpm:{whom}": (40_000, None)}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"data": None},
+        {"object": "error", "message": "try later"},
+        {"data": [{"id": "rl-m", "model": "m", "max_requests_per_1_minute": 5}], "has_more": True},
+    ],
+)
+async def test_a_list_that_is_not_whole_takes_no_limit_away(wire: RelayWire, body: Any) -> None:
+    async def handle(_: web.Request) -> web.Response:
+        return web.json_response(body)
+
+    async with server(handle) as base:
+        with pytest.raises(UpstreamGarbled, match="rate-limit API"):
+            await reported_limits(wire, of_openai(base), project="proj_1")
