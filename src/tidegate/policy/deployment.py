@@ -25,7 +25,14 @@ from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, check_tenant
 from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions, readable_file
-from tidegate.policy.format import SECTIONS, check_keys, of_plain, table_at, unknown
+from tidegate.policy.format import (
+    SECTIONS,
+    check_keys,
+    check_tenants,
+    of_plain,
+    table_at,
+    unknown,
+)
 from tidegate.policy.live import NAME, NO_CHANGES, POLICY_KEYS, LiveChanges, Table, Tables
 from tidegate.policy.providers import (
     ABANDONED,
@@ -585,6 +592,7 @@ def _policy(
         if key in stated:
             plain.setdefault(key, stated[key])
     try:
+        check_tenants(plain["limits"])
         return of_plain(plain)
     except ConfigError as wrong:
         raise ConfigError(f"{path}.{wrong.variable}", wrong.value, wrong.allowed) from None
@@ -656,6 +664,7 @@ def from_file(path: Path, config: Config) -> PoolPolicy:
     try:
         check_keys("", read, (*SECTIONS, *_NOT_OF_THE_POOL))
         of_plain(stated)  # on its own first: what is wrong is then the file's
+        check_tenants(stated.get("limits", {}))
         return of_plain(_filled(stated, config))
     except ConfigError as wrong:
         raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None

@@ -169,6 +169,22 @@ def _check_rate_name(limit_id: str, name: str) -> None:
         _check_kind(limit_id, which)
 
 
+def check_tenants(limits: Iterable[str]) -> None:
+    """Raises ConfigError for a limit of a file or a person's change that names several tenants,
+    which would bind one that is called so. What such a tenant has by itself is no mistake."""
+    for limit_id in limits:
+        scope, _, name = limit_id.partition(":")
+        tenant = name if scope == "tenant" else name.removeprefix("tenant/")
+        is_of_one = scope == "tenant" or (scope in MEASURES and tenant != name)
+        if is_of_one and ("*" in tenant or "," in tenant):
+            allowed = (
+                "must name one tenant, since each has a limit of its own (tenant:acme, "
+                "rpm:tenant/acme); [weights] share what all use, and a budget with `each` bounds "
+                f"every tenant's cost. One that is called {tenant}: tidegate tenants set"
+            )
+            raise ConfigError(f"limits.{limit_id}", None, allowed)
+
+
 def _check_kind(limit_id: str, name: str) -> None:
     if name not in KIND_NAMES:
         allowed = f"has an unknown type {name!r}; known: {', '.join(KIND_NAMES)}"
@@ -573,6 +589,8 @@ def edit(
                 changed["bands"] = value
                 continue
             section, name = _place(key)
+            if section == "limits" and name not in plain.get(section, {}):
+                check_tenants([name])
             changed.setdefault(section, {})[name] = value
         return changed
 

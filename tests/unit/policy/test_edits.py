@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
-from tidegate.policy.format import edit
+from tidegate.policy.format import edit, share_edit
 
 BEFORE: dict[str, Any] = {
     "limits": {"kind:text_only": 5, "rpm:m": 60},
@@ -70,3 +70,12 @@ def test_a_change_of_what_is_not_in_force_any_more_is_refused() -> None:
         assert refused.value.field in (key, f"limits.{key}")
     expected = {"kind:text_only": 7, "rpm:total": {"bound": 60}, "weights.acme": None}
     assert edit({"kind:text_only": 8}, expected=expected)(now)["limits"]["kind:text_only"] == 8
+
+
+def test_a_limit_of_several_tenants_is_refused_unless_one_that_is_called_so_has_it() -> None:
+    for key in ("tenant:*", "limits.tpm:tenant/team-*", "rpm:tenant/acme,other"):
+        with pytest.raises(ConfigError, match="tidegate tenants set"):
+            edit({key: 5})(BEFORE)
+    changed = share_edit("team-*", limits={"tenant:team-*": 5})
+    assert changed is not None
+    assert edit({"tenant:team-*": 6})(changed(BEFORE))["limits"]["tenant:team-*"] == 6

@@ -81,6 +81,8 @@ def test_a_file_that_is_named_must_be_there(folder: Path) -> None:
         (b"#" * 1_000_001, "at most 1000000 bytes"),
         (b'[limits]\n"kind:text_only" = "5"', "limits.kind:text_only=5: must be a whole number"),
         (b"limits = 5", "limits=5: must be a table"),
+        (b'[limits]\n"tenant:*" = 5', "limits.tenant:* must name one tenant"),
+        (b'[limits]\n"rpm:tenant/a,b" = 5', "limits.rpm:tenant/a,b must name one tenant"),
         (b"pool = 5", "pool=5: must be a table"),
         (b'[pool]\nwhen_away = "open"', "pool.when_away=open: must be one of closed, local"),
     ],
