@@ -254,7 +254,7 @@ def _read(name: str) -> str:
         data = sys.stdin.buffer.read(_LONGEST_BYTES + 1) if name == "-" else Path(name).read_bytes()
         if len(data) > _LONGEST_BYTES:
             raise ConfigError(name, f"({len(data)} bytes)", f"at most {_LONGEST_BYTES} bytes")
-        return data.decode()
+        return data.decode("utf-8-sig")
     except OSError as unreadable:
         raise ConfigError(name, "(file)", f"must be readable: {unreadable.strerror}") from None
     except UnicodeDecodeError:

@@ -836,7 +836,7 @@ def _read(path: Path) -> dict[str, Any]:
         if len(data) > _LONGEST_BYTES:
             allowed = f"must be a file of at most {_LONGEST_BYTES} bytes"
             raise ConfigError(str(path), f"({len(data)} bytes)", allowed)
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # some editors of Windows write a mark first
     except OSError as unreadable:
         allowed = f"must be a readable file: {unreadable.strerror}"
         raise ConfigError(str(path), "(file)", allowed) from None

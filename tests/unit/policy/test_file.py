@@ -59,6 +59,11 @@ def test_a_file_comes_before_the_environment_which_fills_in_the_rest(folder: Pat
     )
 
 
+def test_a_file_is_read_that_an_editor_has_marked_as_utf_8(folder: Path) -> None:
+    (folder / "tidegate.toml").write_bytes(b'\xef\xbb\xbf[limits]\n"kind:text_only" = 9\n')
+    assert deployed(given()).limits["kind:text_only"] == 9
+
+
 def test_the_setting_names_another_file(folder: Path) -> None:
     (folder / "tidegate.toml").write_text('[limits]\n"kind:text_only" = 9\n')
     other = folder / "other.toml"
