@@ -2,7 +2,7 @@
 
 Known rate limits are OpenAI's with those of compatible providers (Azure, Groq, Mistral, Cerebras,
 Together, OpenRouter) and Anthropic's; Google sends none. A value that is no number is skipped,
-never an error.
+never an error. Moments are read by the clock of the server that names them.
 
 Invariants: headers of one connection, of the client's browser, of its address and of its key never
 pass; unknown headers do. A wait is within 0 to `MAX_RETRY_AFTER_MS`.
@@ -156,6 +156,8 @@ def of_answer(upstream: str, queue_ms: float) -> Headers:
 
 
 MAX_RETRY_AFTER_MS = 86_400_000
+# Of two clocks; Date is in whole seconds.
+_APART_S = 2.0
 _NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 _DURATION = re.compile(r"^\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*$")
 # A span of time as Go writes it, and with it OpenAI: 17ms, 1.5s, 6m0s, 1h2m3s.
@@ -194,6 +196,18 @@ def retry_after_ms(answer: ErrorAnswer) -> int | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return bounded_ms(left.total_seconds() * 1000)
+
+
+def answered_at(date: str, now: datetime) -> datetime:
+    """When an answer was made by the clock of its server, which the moments in it are of: by its
+    header Date where that is not nearly `now`."""
+    try:
+        at = parsedate_to_datetime(date)
+        at = at.replace(tzinfo=at.tzinfo or UTC)
+        is_apart = abs((at - now).total_seconds()) > _APART_S
+    except (ValueError, TypeError, OverflowError):
+        return now
+    return at if is_apart else now
 
 
 def until_date_ms(message: str, now: datetime) -> int | None:

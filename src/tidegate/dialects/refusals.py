@@ -22,7 +22,7 @@ from typing import Any, assert_never
 import orjson
 
 from tidegate.dialects import DIALECTS, interactions
-from tidegate.dialects.headers import retry_after_ms
+from tidegate.dialects.headers import answered_at, retry_after_ms
 from tidegate.dialects.spec import (
     Dialect,
     ErrorAnswer,
@@ -82,7 +82,8 @@ def upstream_error(
     in lower case; `secret` is the API key, removed from the message; `tier` was requested;
     `is_own`: of a server of one's own."""
     message = f"the provider answered {status}: {_reason(error, secret)}"
-    answer = ErrorAnswer(status, error, headers, datetime.now(UTC), tier.lower())
+    at = answered_at(headers.get("date", ""), datetime.now(UTC))
+    answer = ErrorAnswer(status, error, headers, at, tier.lower())
     wait_ms = retry_after_ms(answer)
     refusal = _by_words(dialect, answer)
     if is_own:

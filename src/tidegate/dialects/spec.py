@@ -313,8 +313,9 @@ class RefusalFacts:
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """A provider's error as it came: the error object of the body, headers in lower case. tier:
-    the processing tier that was requested of it in the answering dialect, if any."""
+    """A provider's error as it came: the error object of the body, headers in lower case. now: by
+    the provider's clock. tier: the processing tier that was requested of it in the answering
+    dialect, if any."""
 
     status: int
     error: Mapping[str, Any]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from tidegate.dialects.headers import RateStatus, rate_statuses
+from tidegate.dialects.headers import RateStatus, answered_at, rate_statuses
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, Snapshot, next_midnight_ms
 from tidegate.policy.deployment import Learn
@@ -145,7 +145,9 @@ def _limits_in(headers: Iterable[tuple[bytes, bytes]], at: float) -> tuple[RateS
         for name, value in [pair for pair in named if b"ratelimit" in pair[0]][:_MOST_HEADERS]
     }
     found: dict[tuple[str, str | None], RateStatus] = {}
-    for one in rate_statuses(said, datetime.fromtimestamp(at, UTC)) if said else ():
+    date = next((value.decode("latin-1") for name, value in named if name == b"date"), "")
+    answered = answered_at(date, datetime.fromtimestamp(at, UTC))
+    for one in rate_statuses(said, answered) if said else ():
         other = found.get((one.unit, one.window))
         if other is None or _left(one) < _left(other):
             found[one.unit, one.window] = one

@@ -204,6 +204,16 @@ def test_a_retry_after_header_may_be_a_date() -> None:
     assert mapped(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}).retry_after_ms == 0
 
 
+def test_a_date_is_read_by_the_clock_of_the_server_that_names_it() -> None:
+    named = {
+        "date": "Wed, 21 Oct 2015 07:28:00 GMT",
+        "retry-after": "Wed, 21 Oct 2015 07:28:30 GMT",
+    }
+    assert mapped(503, named).retry_after_ms == 30_000
+    wrong = ("", "yesterday", "Wed, 99 Oct 2015 07:28:00 GMT")
+    assert all(mapped(503, named | {"date": each}).retry_after_ms == 0 for each in wrong)
+
+
 @pytest.mark.parametrize(
     ("quota_id", "day", "unit"),
     [

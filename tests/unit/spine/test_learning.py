@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -196,6 +198,26 @@ def test_the_bound_of_a_window_that_begins_again_is_its_own(provider: str, windo
         if reading is not None and second >= 3 * window_s:
             bounds.append(match.bound_for(reading, "rpm:m"))
     assert {*bounds} == {100_000}
+
+
+@pytest.mark.parametrize("ahead_s", [-3_600, -5, 0, 5, 120, 4_000])
+def test_moments_are_read_by_the_providers_clock(ahead_s: int) -> None:
+    now_s = float(NOW_S)
+    announced, reader = Announced(clock=lambda: now_s), HeaderReader("anthropic")
+    for remaining in (20, 49, 1, 30):
+        now_s += 7.0
+        there = datetime.fromtimestamp(now_s + ahead_s, UTC)
+        resets = there + timedelta(seconds=(50 - remaining) * 60 / 50)
+        headers = {
+            "Date": format_datetime(there, usegmt=True),
+            "anthropic-ratelimit-requests-limit": "50",
+            "anthropic-ratelimit-requests-remaining": str(remaining),
+            "anthropic-ratelimit-requests-reset": resets.isoformat(),
+        }
+        announced.note("m", [(name.encode(), each.encode()) for name, each in headers.items()])
+        (reading,) = reader.read(announced.all())
+        assert reading.scope == "rpm"
+        assert reading.window_ms == pytest.approx(60_000)
 
 
 @pytest.mark.parametrize("model", ["*", "a,b", "total", "tenant/acme", "kind/text_only"])
