@@ -156,7 +156,7 @@ async def recorded_load(
 def cost_at(upstream: Upstream | None) -> Callable[[Arrival, str], int | None]:
     """What calls cost at an upstream: as the trace has it, or by its prices."""
     from tidegate.admission.charges import Prices
-    from tidegate.call import Usage
+    from tidegate.call import Usage, UsageDetails
     from tidegate.prices.rates import cost_micros
 
     prices = Prices(upstream)
@@ -166,6 +166,9 @@ def cost_at(upstream: Upstream | None) -> Callable[[Arrival, str], int | None]:
             return arrival.use.cost_micros
         usage = Usage(arrival.input_tokens, arrival.output_tokens)
         usage = replace(usage, cached_tokens=arrival.cached_tokens)
+        if arrival.cache_write_tokens:
+            details = UsageDetails(cache_write_tokens=arrival.cache_write_tokens)
+            usage = replace(usage, details=details)
         return cost_micros(prices.of(model), usage, arrival.images)
 
     return cost

@@ -10,7 +10,10 @@ import pytest
 
 from tidegate.errors import ConfigError
 from tidegate.limiter import Concurrency, PoolPolicy, Rate
+from tidegate.policy.deployment import Upstream
 from tidegate.prices.budgets import Budget
+from tidegate.prices.rates import price_of
+from tidegate.rehearse import cost_at
 from tidegate.rehearse.budgets import RehearsedBudgets, budget_in, changed
 from tidegate.rehearse.load import Arrival
 from tidegate.rehearse.report import Findings, sentence_of, tables_of
@@ -147,6 +150,16 @@ def test_several_sets_of_budgets_stand_side_by_side() -> None:
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["cost"] == ("$1.00", "$2.00")
     assert rows["refused by budget acme"] == ("5, from 4 h on", "1, from 8 h on")
+
+
+def test_what_is_written_to_a_cache_costs_its_own_price() -> None:
+    price = price_of("p", {"input": 1.0, "output": 5.0, "cache_write": 1.25, "cached": 0.1})
+    cost = cost_at(Upstream("x", {}, "", prices={"m": price}))
+    one = Arrival(0.0, model="m", input_tokens=1_000_000)
+    assert cost(one, "m") == 1_000_000
+    assert cost(replace(one, cache_write_tokens=1_000_000), "m") == 1_250_000
+    part = replace(one, cache_write_tokens=400_000, cached_tokens=500_000)
+    assert cost(part, "m") == 500_000 + 50_000 + 100_000
 
 
 def test_changes_make_change_and_remove_budgets() -> None:
