@@ -168,14 +168,12 @@ def _budgets_in_force(config: Config) -> tuple[Budget, ...]:
 
 
 def _cost_in(config: Config, pool: str) -> Cost:
-    """What calls cost at the upstream of a pool."""
-    from tidegate.policy.deployment import deployed_upstreams
+    """What calls cost at the upstream of a pool; without one no price is known. Raises ConfigError
+    for a file that states no sound upstreams."""
+    from tidegate.policy.deployment import stated_by
     from tidegate.rehearse import cost_at
 
-    try:
-        upstreams = deployed_upstreams(config).upstreams
-    except ConfigError:  # a rehearsal needs no upstream: without one no price is known
-        upstreams = ()
+    upstreams = stated_by(config).upstreams_without_access()
     return cost_at(next((one for one in upstreams if one.pool == pool), None))
 
 

@@ -85,6 +85,11 @@ _LONGEST_KEY_BYTES = 8_192
 _MOST_TIMES = 100
 
 _IS_FROM_IT = "has its key from it"
+# How an upstream is reached: what its calls cost does not depend on it.
+_OF_ACCESS = {
+    *("key", "key_file", "credentials_file", "aws_profile", "aws_service", "scope"),
+    *(*HEADER_KEYS, *NETWORK_KEYS),
+}
 
 ReadSecret = Callable[[str], str]
 
@@ -266,12 +271,14 @@ def deployment_of(
     return Deployment(tuple(found), routes, policies, drained, missing, tables, live)
 
 
+def _stated_tables(stated: Mapping[str, Any]) -> dict[str, Table]:
+    found = table_at("upstreams", stated.get("upstreams", {}))
+    return {name: table_at(f"upstreams.{name}", value) for name, value in found.items()}
+
+
 def base_tables(stated: Mapping[str, Any], config: Config) -> dict[str, Table]:
     """The tables of upstreams by the file and the environment. Raises ConfigError."""
-    tables: dict[str, Table] = {
-        name: table_at(f"upstreams.{name}", value)
-        for name, value in table_at("upstreams", stated.get("upstreams", {})).items()
-    }
+    tables = _stated_tables(stated)
     own = tables.pop(DEFAULT_POOL, None)
     keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
     tables |= {name: {} for name in _of_keys(tables, keys)}
@@ -684,6 +691,21 @@ class Stated:
         """As `deployment_of`."""
         with self._named():
             return deployment_of(self.contents, self.config, secret, live, before)
+
+    def upstreams_without_access(self) -> tuple[Upstream, ...]:
+        """Those of the file and the environment, for their prices: no key and no file that they are
+        reached with has to be here. Raises ConfigError."""
+        with self._named():
+            tables = {
+                name: {key: value for key, value in table.items() if key not in _OF_ACCESS}
+                | ({} if name == DEFAULT_POOL else {"auth": "none"})
+                for name, table in _stated_tables(self.contents).items()
+            }
+            config = self.config
+            if DEFAULT_POOL in tables and config.gemini_api_key is None:
+                config = config.model_copy(update={"gemini_api_key": SecretStr("-")})
+            contents = {**self.contents, "upstreams": tables}
+            return deployment_of(contents, config, secret).upstreams
 
     def pool(self, name: str, live: LiveChanges) -> tuple[PoolPolicy, str] | None:
         """The policy of the pool of a live upstream, and its provider or nothing, whether or not

@@ -121,3 +121,30 @@ async def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
         assert done.complained.startswith("tidegate: ")
         assert what in done.complained
         assert done.complained.count("\n") == 1
+
+
+UPSTREAM = """
+[upstreams.x]
+dialect = "openai"
+base_url = "http://127.0.0.1:1/v1"
+key_file = "/run/secrets/not-on-this-machine"
+proxy = "env:PROXY"
+[upstreams.x.headers]
+X-Team = "env:TEAM"
+[upstreams.x.prices.m]
+input = 1.0
+output = 2.0
+"""
+
+
+async def test_prices_need_no_keys_and_a_wrong_upstream_is_named(tmp_path: Path) -> None:
+    text = 'lasts = "4s"\n[[arrivals]]\nmodel = "m"\npattern = "constant"\nper_second = 1\n'
+    text += "duration_ms = 500\ninput_tokens = 1000000\n"
+    (tmp_path / "tidegate.toml").write_text(UPSTREAM)
+    done = await rehearse(tmp_path, "load.toml", "--pool", "x", "--json", text=text)
+    assert done.code == 0, done.complained
+    assert done.json["cost_micros"] == done.json["calls"] * 1_000_000 > 0
+    (tmp_path / "tidegate.toml").write_text(UPSTREAM.replace("[upstreams.x]", "[upstreams.x]\nw=1"))
+    done = await rehearse(tmp_path, "load.toml", text=text)
+    assert done.code == 2
+    assert done.complained.startswith("tidegate: tidegate.toml: upstreams.x.w")
