@@ -8,7 +8,7 @@ begins with nothing spent.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ PREFIX = "budgets."
 _TEXTS = ("period", "zone", "at_end", "fallback", "doubt", "model", *DIMENSIONS)
 _LISTS = ("each", "alerts")
 _FIELDS = ("usd", "tokens", *_TEXTS, *_LISTS, "window_s")
+_OPTIONAL = ("fallback", "window_s", "model", *DIMENSIONS, *_LISTS)
 _CHOICES = {
     "at_end": ("refuse", "pause", "fall_back"),
     "doubt": ("bound", "estimate"),
@@ -84,26 +85,47 @@ def budget_in(name: str, table: Mapping[str, Any]) -> Budget:
 
 def changed(budgets: Sequence[Budget], changes: Mapping[str, Any]) -> tuple[Budget, ...]:
     """With changes such as `budgets.acme.usd`, or `budgets.acme` for a whole table, or for "none",
-    which takes it away. Raises ConfigError."""
+    which takes away a budget, or an optional field of one. Raises ConfigError."""
     tables = {one.name: _table_of(one) for one in budgets}
     for key, value in changes.items():
         path = key.removeprefix(PREFIX)
         if isinstance(value, Mapping):
             tables[path] = dict(value)
             continue
-        if value == "none":
+        name, dot, part = path.rpartition(".")
+        if value == "none" and (path in tables or name not in tables or part not in _OPTIONAL):
             if tables.pop(path, None) is None:
                 raise ConfigError(key, "none", "must name a budget that there is")
             continue
-        name, dot, part = path.rpartition(".")
         if not dot or part not in _FIELDS:
             allowed = f'must be a table, "none", or of {PREFIX}NAME. and {", ".join(_FIELDS)}'
             raise ConfigError(key, str(value), allowed)
-        table = tables.setdefault(name, {})
-        if part in ("usd", "tokens"):
-            table.pop("usd" if part == "tokens" else "tokens", None)
-        table[part] = value
+        stated = {one for one in _FIELDS if f"{PREFIX}{name}.{one}" in changes}
+        _change(tables.setdefault(name, {}), part, value, stated)
     return tuple(budget_in(name, table) for name, table in tables.items())
+
+
+def _change(table: dict[str, Any], part: str, value: Any, stated: Container[str]) -> None:
+    """Sets one field, "none" for without, and those that depend on it where no change states them,
+    as `budgets set` does."""
+    is_none = value == "none" and part in _OPTIONAL
+    implied: dict[str, Any] = {}
+    if part in ("usd", "tokens"):
+        implied = {"tokens" if part == "usd" else "usd": None}
+    elif part == "period" and value != "rolling":
+        implied = {"window_s": None}
+    elif part == "at_end" and value != "fall_back":
+        implied = {"fallback": None}
+    elif part == "fallback":
+        implied = {"at_end": None if is_none else "fall_back"}
+    table[part] = value
+    unset = [part] if is_none else []
+    for key, one in implied.items():
+        if key not in stated:
+            table[key] = one
+            unset += [key] if one is None else []
+    for key in unset:
+        del table[key]
 
 
 def _table_of(budget: Budget) -> dict[str, Any]:

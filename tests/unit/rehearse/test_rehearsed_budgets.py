@@ -175,6 +175,37 @@ def test_changes_make_change_and_remove_budgets() -> None:
     )  # fmt: skip
 
 
+def test_a_change_of_one_field_changes_those_that_depend_on_it() -> None:
+    rolling = Budget("a", "usd", 1_000_000, "rolling", window_s=18_000, tenant="acme")
+    assert changed((rolling,), {"budgets.a.period": "day"}) == (
+        replace(rolling, period="day", window_s=None),
+    )
+    same = {"budgets.a.window_s": 60, "budgets.a.period": "rolling"}
+    assert changed((rolling,), same) == (replace(rolling, window_s=60),)
+    (falling,) = changed((rolling,), {"budgets.a.fallback": "m"})
+    assert falling == replace(rolling, at_end="fall_back", fallback="m")
+    assert changed((falling,), {"budgets.a.fallback": "none"}) == (rolling,)
+    assert changed((falling,), {"budgets.a.at_end": "refuse"}) == (rolling,)
+    assert changed((rolling,), {"budgets.a.tenant": "none"}) == (replace(rolling, tenant=None),)
+    named = replace(rolling, name="a.fallback")
+    assert changed((rolling, named), {"budgets.a.fallback": "none"}) == (rolling,)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"fallback": "m", "at_end": "pause"},
+        {"at_end": "pause", "fallback": "m"},
+        {"usd": 1, "tokens": 2},
+        {"period": "day", "window_s": 60},
+        {"usd": "none"},
+    ],
+)
+def test_changes_that_contradict_each_other_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        changed((DAY,), {f"budgets.acme.{key}": value for key, value in fields.items()})
+
+
 @pytest.mark.parametrize(
     ("table", "field"),
     [
