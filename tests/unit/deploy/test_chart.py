@@ -142,6 +142,15 @@ def test_a_change_of_settings_or_policy_rolls_the_pods() -> None:
     assert sums(policy="[limits]\n")["checksum/policy"] != before["checksum/policy"]
 
 
+def test_the_ports_of_pods_are_those_of_the_settings() -> None:
+    made = by_name(rendered(settings={"PORT": "9000", "WORKER_PORT": "9001"}))
+    for part, port in (("api", 9000), ("worker", 9001)):
+        (container,) = made["Deployment", f"tidegate-{part}"]["spec"]["template"]["spec"][
+            "containers"
+        ]
+        assert [one["containerPort"] for one in container["ports"]] == [port]
+
+
 def test_every_value_is_used_and_has_a_comment_or_speaks_for_itself() -> None:
     templates = "".join(one.read_text() for one in (CHART / "templates").glob("*.yaml"))
 
@@ -158,7 +167,11 @@ def test_every_value_is_used_and_has_a_comment_or_speaks_for_itself() -> None:
 
     unused = [one for one in leaves(values(), ".Values") if one not in templates]
     assert unused == []
-    named = set(re.findall(r"\.Values[.\w]+", templates))
+    # Ports of pods are settings too.
+    named = {
+        ".Values.settings" if one.startswith(".Values.settings.") else one
+        for one in re.findall(r"\.Values[.\w]+", templates)
+    }
     assert named == set(leaves(values(), ".Values"))
 
 
