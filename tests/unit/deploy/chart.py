@@ -35,7 +35,8 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """As Helm lays the values of a user over those of a chart."""
     found = deepcopy(dict(base))
     for name, value in over.items():
-        assert name in found or name.isupper(), f"{name} is no value of the chart"
+        is_free = name.isupper() or "/" in name  # a setting, or a label or annotation
+        assert name in found or is_free, f"{name} is no value of the chart"
         old = found.get(name)
         found[name] = merged(old, value) if isinstance(old, dict) else value
     return found

@@ -17,7 +17,24 @@ pytestmark = pytest.mark.slow
 _KUSTOMIZE = DEPLOY / "kubernetes"
 _VERSIONS = ("1.30.0", "1.37.0")
 _DIGEST = re.compile(r"(tidegate-(?:policy|settings))-[a-z0-9]{10}")
+_FREE = ("settings", "resources", "annotations", "podLabels")  # whose keys are the user's
 _OF_OPERATORS = ("ServiceMonitor", "PodMonitor", "ScaledObject")
+
+_ROLE = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/tidegate"}
+_EGRESS: list[dict[str, Any]] = [
+    {"ports": [{"port": 8000, "protocol": "TCP"}]},
+    {
+        "to": [{"ipBlock": {"cidr": "169.254.170.23/32"}}],
+        "ports": [{"port": 80, "protocol": "TCP"}],
+    },
+]
+_OF_A_CLOUD: dict[str, Any] = {
+    "serviceAccount": {"annotations": _ROLE},
+    "podLabels": {"azure.workload.identity/use": "true"},
+    "environmentSecretName": "bucket",
+    "networkPolicy": {"egress": _EGRESS},
+    "export": {"enabled": True},
+}
 
 
 def by_name(objects: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -77,6 +94,7 @@ def test_the_chart_and_kustomize_make_the_same(monitored: bool, tmp_path: Any) -
     [
         *({}, {"scaleOnWork": {"adapter": True}}, {"monitoring": True}),
         {"export": {"enabled": True}},
+        _OF_A_CLOUD,
     ],
 )
 def test_every_object_is_sound(version: str, over: dict[str, Any]) -> None:
@@ -142,6 +160,25 @@ def test_a_change_of_settings_or_policy_rolls_the_pods() -> None:
     assert sums(policy="[limits]\n")["checksum/policy"] != before["checksum/policy"]
 
 
+def test_pods_get_a_role_of_their_cloud_and_keys_from_a_secret() -> None:
+    made = rendered(**_OF_A_CLOUD)
+    (account,) = [one for one in made if one["kind"] == "ServiceAccount"]
+    assert account["metadata"]["annotations"] == _ROLE
+    specs = [one["spec"] for one in made if one["kind"] in ("Deployment", "Job", "CronJob")]
+    pods = [one.get("jobTemplate", {"spec": one})["spec"]["template"] for one in specs]
+    assert len(pods) == 5
+    for pod in pods:
+        assert pod["metadata"]["labels"]["azure.workload.identity/use"] == "true"
+        (container,) = pod["spec"]["containers"]
+        assert {"secretRef": {"name": "bucket"}} in container["envFrom"]
+
+
+def test_rules_of_ones_own_open_more_ports() -> None:
+    (usual,) = [one for one in rendered() if one["kind"] == "NetworkPolicy"]
+    (wider,) = [one for one in rendered(**_OF_A_CLOUD) if one["kind"] == "NetworkPolicy"]
+    assert wider["spec"]["egress"] == [*usual["spec"]["egress"], *_EGRESS]
+
+
 def test_the_ports_of_pods_are_those_of_the_settings() -> None:
     made = by_name(rendered(settings={"PORT": "9000", "WORKER_PORT": "9001"}))
     for part, port in (("api", 9000), ("worker", 9001)):
@@ -160,7 +197,7 @@ def test_every_value_is_used_and_has_a_comment_or_speaks_for_itself() -> None:
             for name, value in at.items()
             for one in (
                 leaves(value, f"{path}.{name}")
-                if isinstance(value, dict) and name not in ("settings", "resources")
+                if isinstance(value, dict) and name not in _FREE
                 else [f"{path}.{name}"]
             )
         ]

@@ -142,6 +142,11 @@ def test_the_overlay_of_the_document_fits_on_top(tmp_path: Path) -> None:
     (tmp_path / "overlay/kustomization.yaml").write_text(yaml.safe_dump(overlay))
     made = _made(tmp_path / "overlay")
     for one in made:
+        if one["kind"] == "NetworkPolicy":
+            kubernetes_validate.validate(one, _VERSIONS[0], strict=True)
+            assert one["spec"]["egress"][-1] == {"ports": [{"port": 8000, "protocol": "TCP"}]}
+        if one["kind"] == "ServiceAccount":
+            assert list(one["metadata"]["annotations"]) == ["eks.amazonaws.com/role-arn"]
         if one["kind"] == "HorizontalPodAutoscaler":
             kubernetes_validate.validate(one, _VERSIONS[0], strict=True)
             assert [metric["type"] for metric in one["spec"]["metrics"]] == ["Resource", "Pods"]
