@@ -20,13 +20,14 @@ from tidegate.call import new_id
 from tidegate.errors import NotFound, StoreUnavailable
 
 if TYPE_CHECKING:  # a process that meets no file does without its library
+    from obstore import GetOptions
     from obstore.store import ObjectStore
 
 _READ_BYTES = 256 * 1024
 _DELETE_AT_ONCE = 500
 _OPTIONS: dict[str, Any] = {
-    # Of one request; a large file is sent in pieces of some megabytes each. An endpoint without TLS
-    # is used only where its URL names one.
+    # Of one request; a large file is sent in pieces of some megabytes each, and `stream` reads on
+    # with another one. An endpoint without TLS is used only where its URL names one.
     "client_options": {"connect_timeout": "2s", "timeout": "30s", "allow_http": True},
     # Without bounds of ours an outage would hold a submit for three minutes.
     "retry_config": {
@@ -92,24 +93,27 @@ class Blobs:
         self.away = False
 
     async def get(self, key: str) -> bytes:
-        import obstore.exceptions
-
-        try:
-            found = await obstore.get_async(self._store, key)
-            return bytes(await found.bytes_async())
-        except (obstore.exceptions.BaseError, OSError) as failed:
-            raise _translated(failed, key) from failed
+        return b"".join([piece async for piece in self.stream(key)])
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
-        """The bytes in pieces; NotFound comes before the first of them."""
+        """The bytes in pieces; NotFound comes before the first of them. A slow reader, and an
+        answer that breaks, have it read on from there, as long as each request brings some."""
         import obstore.exceptions
 
-        try:
-            found = await obstore.get_async(self._store, key)
-            async for piece in found.stream(min_chunk_size=_READ_BYTES):
-                yield bytes(piece)
-        except (obstore.exceptions.BaseError, OSError) as failed:
-            raise _translated(failed, key) from failed
+        read_bytes, size_bytes = 0, -1
+        while read_bytes != size_bytes:
+            options: GetOptions = {"range": {"offset": read_bytes}} if read_bytes else {}
+            begun_bytes = read_bytes
+            try:
+                found = await obstore.get_async(self._store, key, options=options)
+                size_bytes = found.meta["size"]
+                async for piece in found.stream(min_chunk_size=_READ_BYTES):
+                    read_bytes += len(piece)
+                    yield bytes(piece)
+                return
+            except (obstore.exceptions.BaseError, OSError) as failed:
+                if read_bytes == begun_bytes:
+                    raise _translated(failed, key) from failed
 
     async def delete(self, keys: Iterable[str]) -> None:
         """Delete what is there; a key that is not is no error."""

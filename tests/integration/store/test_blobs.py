@@ -1,8 +1,12 @@
-"""Blobs in the local folder: whole, durable, by age."""
+"""Blobs in the local folder: whole, durable, by age; and read on where a bucket's answer breaks."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -80,3 +84,56 @@ async def test_a_store_that_cannot_write_is_unavailable(tmp_path: Path) -> None:
 def test_the_folder_is_closed_to_others(tmp_path: Path) -> None:
     Blobs.from_url("", tmp_path)
     assert (tmp_path / "blobs").stat().st_mode & 0o077 == 0
+
+
+_OBJECT = os.urandom(1_000_000)
+
+
+@asynccontextmanager
+async def breaking_bucket(
+    monkeypatch: pytest.MonkeyPatch, most_bytes: int, ends_at: int = len(_OBJECT)
+) -> AsyncIterator[list[int]]:
+    """A bucket that closes each connection after `most_bytes` of its one object, and sends none
+    from `ends_at` on; with where it was read from."""
+    starts: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        ranged = re.search(rb"(?i)range: bytes=(\d+)-", head)
+        start = int(ranged[1]) if ranged else 0
+        starts.append(start)
+        last = len(_OBJECT) - 1
+        writer.write(b"HTTP/1.1 206 Partial Content\r\n" if ranged else b"HTTP/1.1 200 OK\r\n")
+        writer.write(b"Content-Range: bytes %d-%d/%d\r\n" % (start, last, len(_OBJECT)))
+        writer.write(b'Last-Modified: Sun, 09 Mar 2025 20:00:00 GMT\r\nETag: "e"\r\n')
+        writer.write(b"Content-Length: %d\r\n\r\n" % (len(_OBJECT) - start))
+        writer.write(_OBJECT[start : min(start + most_bytes, ends_at)])
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for name, value in (("ENDPOINT_URL", f"http://127.0.0.1:{port}"), ("REGION", "eu")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(f"AWS_{name}", "k")
+        yield starts
+
+
+async def test_an_answer_that_breaks_is_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does after 30 s, whose reader is slower than that."""
+    async with breaking_bucket(monkeypatch, 180_000) as starts:
+        blobs = Blobs.from_url("s3://bucket", tmp_path)
+        assert await blobs.get(new_key(NOW)) == _OBJECT
+    assert len(starts) > 3, "more requests than the library makes by itself"
+
+
+async def test_an_answer_that_brings_nothing_more_is_an_outage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with breaking_bucket(monkeypatch, 300_000, ends_at=500_000) as starts:
+        with pytest.raises(StoreUnavailable):
+            await Blobs.from_url("s3://bucket", tmp_path).get(new_key(NOW))
+    assert max(starts) == 500_000
