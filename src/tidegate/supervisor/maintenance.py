@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from gzip import GzipFile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -312,7 +312,8 @@ def export_record(
     with_bodies: bool = False,
 ) -> list[ExportedDay]:
     """Write the record of each of these days into a file of the blob store; without `days` of each
-    that is over and has no file yet, or was written before the day's record last changed.
+    that is over and has no file yet, or was written before the day's record last changed. Days that
+    have left the record, or were before it, are left out: they keep the file that they have.
 
     Raises ConfigError where the format needs a package that is not installed, and StoreUnavailable;
     files of days before are written then. A day has its whole file or none, and a repeat replaces
@@ -328,14 +329,10 @@ def export_record(
 
     async def work(connections: Connections) -> list[ExportedDay]:
         export = RecordExport(connections, blobs, folder, file_format, with_bodies=with_bodies)
-        wanted = await export.due() if days is None else _days_of(*days)
+        wanted = await (export.due() if days is None else export.on_record(*days))
         return [await export.write(day) for day in wanted]
 
     return with_record(config, work)
-
-
-def _days_of(first: date, last: date) -> list[date]:
-    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
 
 
 def _pyarrow() -> Any:
@@ -378,6 +375,10 @@ class RecordExport:
         """Days that are over and have no file, or one from before their record last changed."""
         written = await self._blobs.written(_EXPORTS)
         return [one.day for one in await self._record.days() if self._is_due(one, written)]
+
+    async def on_record(self, first: date, last: date) -> list[date]:
+        """Days from the first to the last that are over and on record."""
+        return [one.day for one in await self._record.days() if first <= one.day <= last]
 
     def _is_due(self, one: RecordDay, written: Mapping[str, datetime]) -> bool:
         at = written.get(self.key_of(one.day))

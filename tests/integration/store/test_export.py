@@ -26,6 +26,7 @@ from tests.waiting import wait_until
 from tidegate.call import Answer, Charge, Usage, UsageDetails, UsageState, new_id
 from tidegate.errors import ConfigError
 from tidegate.record import CallRecord, Failure
+from tidegate.settings import load
 from tidegate.store import database as partitions
 from tidegate.store.blobs import Blobs
 from tidegate.store.retention import Whose
@@ -209,6 +210,19 @@ async def test_the_format_of_the_command_is_that_of_the_setting(
     (made,) = orjson.loads(said)
     assert Path(made["key"]).name == file
     assert await Blobs.from_url("", tmp_path).written("exports") != {}
+
+
+async def test_days_that_have_left_the_record_keep_their_files(
+    store: Store, day: date, database_url: str, tmp_path: Path
+) -> None:
+    blobs = Blobs.from_url("", tmp_path)
+    gone = day - timedelta(days=40)
+    key = export(store, tmp_path, "jsonl").key_of(gone)
+    await blobs.put(key, b"the file of before")
+    config = load(environment_of(database_url, tmp_path), dotenv=None)
+    made = await asyncio.to_thread(maintenance.export_record, config, (gone, day), "jsonl")
+    assert [one.day for one in made] == [day]
+    assert await blobs.get(key) == b"the file of before"
 
 
 def environment_of(database_url: str, data_dir: Path) -> dict[str, str]:
