@@ -93,7 +93,15 @@ class Blobs:
         self.away = False
 
     async def get(self, key: str) -> bytes:
-        return b"".join([piece async for piece in self.stream(key)])
+        import obstore.exceptions
+
+        if self._folder is None:
+            return b"".join([piece async for piece in self.stream(key)])
+        try:
+            found = await obstore.get_async(self._store, key)
+            return bytes(await found.bytes_async())
+        except (obstore.exceptions.BaseError, OSError) as failed:
+            raise _translated(failed, key) from failed
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         """The bytes in pieces; NotFound comes before the first of them. A slow reader, and an
