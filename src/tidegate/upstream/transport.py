@@ -15,6 +15,7 @@ import asyncio
 import re
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ from tidegate.errors import (
     UpstreamUnavailable,
 )
 from tidegate.policy.access import Access, Authentication, Network, Proxy
+
+if sys.platform == "linux":
+    from fcntl import ioctl
+    from termios import TIOCOUTQ
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -130,6 +135,7 @@ class Connection(asyncio.Protocol):
         self._begin_head()
         self._may_stay = False
         self._until_close = False
+        self._is_long = False
         self._reads = True
         self._hinted: HttpAnswer | None = None  # something came before it, such as early hints
         self._sending: asyncio.Task[None] | None = None
@@ -142,6 +148,9 @@ class Connection(asyncio.Protocol):
         the body comes in pieces."""
         answer = self._answer = HttpAnswer(self._loop)
         self._may_stay = self._until_close = False
+        self._is_long = body is not None and not (
+            isinstance(body, bytes) and len(body) <= _COPIED_BYTES
+        )
         if body is None:
             self._transport.write(head + b"\r\n")
         elif not isinstance(body, bytes):
@@ -186,12 +195,26 @@ class Connection(asyncio.Protocol):
 
     def done(self) -> bool:
         """The answer has been read; True if the connection can take the next request."""
-        sending, self._sending = self._sending, None
-        if self.lost or not self._may_stay or (sending is not None and not sending.done()):
+        sending = self._sending
+        if (
+            self.lost
+            or not self._may_stay
+            or (sending is not None and not sending.done())
+            or (self._is_long and self._unsent_bytes())
+        ):
             self.drop()
             return False
-        self._answer = None
+        self._answer = self._sending = None
         return not self._transport.is_closing()
+
+    def _unsent_bytes(self) -> int:
+        """What the upstream has yet to take of the request: an answer may come before that, and the
+        next request would wait behind it. Under TLS only the kernel knows."""
+        ours = self._transport.get_write_buffer_size()
+        sock = self._transport.get_extra_info("socket")
+        if ours or sys.platform != "linux" or sock is None or sock.fileno() < 0:
+            return ours
+        return int.from_bytes(ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
 
     def drop(self) -> None:
         """End it in the event loop's next round."""

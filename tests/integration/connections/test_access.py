@@ -116,6 +116,23 @@ async def test_a_tunnel_with_tls_both_ways_is_made_once_and_kept(
     assert upstream.connections == 2, "a kept connection is of its own network"
 
 
+async def test_a_body_that_was_not_taken_whole_holds_up_no_other_request_under_tls(
+    wire: RelayWire, upstream: Upstream, authority: Authority, secure: str
+) -> None:
+    async def answers_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(GOOD)
+        await asyncio.get_running_loop().create_future()
+
+    upstream.script = answers_early
+    access = Access(secure, network=network(authority))
+    place = wire.place(access.url("/v1/x"), access)
+    exchange = await wire.open("POST", place, [], b"x" * 20_000_000)
+    assert (await exchange.next(), exchange.close()) == (b"{}", True)
+    assert await ask(wire, access) == b"{}"
+    assert upstream.connections == 2
+
+
 async def test_what_an_admin_key_reads_goes_by_the_upstream_s_proxy_without_its_key(
     wire: RelayWire, upstream: Upstream, proxy: ConnectProxy, authority: Authority, secure: str
 ) -> None:

@@ -225,6 +225,41 @@ async def test_a_body_in_pieces_waits_for_the_upstream_and_its_own_fault_is_told
         await wire.open("POST", place, [], too_large())
 
 
+async def answers_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An upstream that answers once it has the head, and reads nothing behind it."""
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(GOOD)
+    await asyncio.get_running_loop().create_future()
+
+
+async def test_a_body_that_was_not_taken_whole_holds_up_no_other_request(
+    wire: RelayWire, upstream: Upstream
+) -> None:
+    upstream.script = answers_early
+    exchange = await ask(wire, upstream.url, b"x" * 20_000_000)
+    assert (await exchange.next(), exchange.close()) == (b"{}", True)
+    assert await answer_of(wire, upstream.url) == b"{}"
+    assert upstream.connections == 2
+
+
+async def test_a_body_in_pieces_is_read_no_further_once_its_answer_was_read(
+    wire: RelayWire, upstream: Upstream
+) -> None:
+    ended = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            yield b"x"
+            await asyncio.get_running_loop().create_future()  # a client that sends no more
+        finally:
+            ended.set()
+
+    upstream.script = answers_early
+    exchange = await wire.open("POST", wire.place(f"{upstream.url}/upload"), [], pieces())
+    assert (await exchange.next(), exchange.close()) == (b"{}", True)
+    await asyncio.wait_for(ended.wait(), 5)
+
+
 async def test_what_would_be_another_request_is_not_sent(
     wire: RelayWire, upstream: Upstream
 ) -> None:
