@@ -286,6 +286,8 @@ def _session_in(headers: Headers) -> str | None:
 
 _REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()
 _TYPE = b"content-type"
+# Its answer repeats the request, with the upstream's key in it.
+_ECHO = "TRACE"
 _CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
@@ -296,8 +298,10 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
     endpoint, dialect = endpoint_in(method, path, headers, scope["query_string"])
-    if endpoint is None and (found := services.spine.targets.passthrough(path)) is not None:
-        endpoint, dialect = found, found.dialect
+    if endpoint is None and method != _ECHO:
+        found = services.spine.targets.passthrough(path)
+        if found is not None:
+            endpoint, dialect = found, found.dialect
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:

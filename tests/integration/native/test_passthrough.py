@@ -90,6 +90,15 @@ async def test_a_named_path_is_relayed_by_any_method_with_what_its_answer_tells(
     ]
 
 
+async def test_a_method_whose_answer_repeats_the_key_is_not_relayed(
+    passing: Gateway, seen: Seen
+) -> None:
+    async with passing.http.request("TRACE", f"{passing.url}/v1/evals/e-1") as response:
+        assert response.status == 404
+        assert "TRACE /v1/evals/e-1" in await response.text()
+    assert not seen
+
+
 @pytest.mark.parametrize(
     "path",
     ["/v1/other", "/v1/new-thing/below", "/v1/evalsx", "/v1/evals/../organization/costs"],
