@@ -137,6 +137,14 @@ def content_type_in(headers: Headers) -> str | None:
     return None
 
 
+_CONDITIONS = (b"if-none-match", b"if-modified-since")
+
+
+def is_unchanged(status: int, sent: Headers) -> bool:
+    """Whether an answer without a body is one: the client has what it would be."""
+    return status == 304 and any(name in _CONDITIONS for name, _ in sent)
+
+
 def tier_in(headers: Headers) -> str | None:
     """The processing tier by which Gemini has served a call, None for the usual one."""
     for name, value in headers:

@@ -39,6 +39,7 @@ from tidegate.dialects.forms import is_prose
 from tidegate.dialects.headers import (
     content_type_in,
     followed,
+    is_unchanged,
     of_answer,
     tier_in,
     to_return,
@@ -524,7 +525,7 @@ class NativeExchange:
                 status = exchange.status
                 if call.endpoint.is_counted and (status < 300 or status == 429):
                     lane.gate.announced.note(target.model, exchange.headers)
-                if status >= 300:
+                if status >= 300 and not is_unchanged(status, call.headers):
                     tier = self._requested_tier()
                     failed = await refusal_of(exchange, target, call.endpoint.dialect, tier)
                     raise self._with_headers(failed)

@@ -303,6 +303,23 @@ async def test_an_id_with_slashes_can_be_retrieved(gateway: Gateway, hostile: Ho
     assert hostile.seen[-1].startswith(b"GET /v1beta/openai/models/meta-llama%2FLlama-3-8B HTTP")
 
 
+@pytest.mark.usefixtures("one_try")
+async def test_a_client_that_has_the_answer_already_is_told_so(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    """Browsers ask so by themselves for what came with an ETag."""
+    hostile.answer = b'HTTP/1.1 304 Not Modified\r\netag: "a"\r\n\r\n'
+    url, condition = f"{gateway.url}/v1/models/m-1", {"if-none-match": '"a"'}
+    async with gateway.http.get(url, headers=condition) as answer:
+        assert (answer.status, await answer.read()) == (304, b"")
+        assert answer.headers["etag"] == '"a"'
+        assert "content-length" not in answer.headers
+        assert "transfer-encoding" not in answer.headers
+    assert b'\r\nif-none-match: "a"\r\n' in hostile.seen[-1]
+    async with gateway.http.get(url) as answer:
+        assert answer.status == 502, "nobody has asked for that"
+
+
 async def test_the_model_that_the_provider_took_by_itself_is_on_record(
     gateway: Gateway, hostile: Hostile
 ) -> None:
