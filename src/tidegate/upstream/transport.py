@@ -140,6 +140,7 @@ class Connection(asyncio.Protocol):
         self._hinted: HttpAnswer | None = None  # something came before it, such as early hints
         self._sending: asyncio.Task[None] | None = None
         self._room: asyncio.Future[None] | None = None  # set while the upstream takes no more
+        self._taken = False  # the upstream has made room since the last check
 
     # -- one exchange
 
@@ -185,6 +186,13 @@ class Connection(asyncio.Protocol):
             self._transport.write(piece)
             if self._room is not None:
                 await self._room
+
+    def goes_out(self) -> bool:
+        """Whether a body in pieces is still being sent, and the upstream has taken some of it since
+        the last check, or takes what comes."""
+        taken, self._taken = self._taken, False
+        sending = self._sending
+        return sending is not None and not sending.done() and (taken or self._room is None)
 
     def read_on(self) -> None:
         """There is room for more of the answer."""
@@ -287,6 +295,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         room, self._room = self._room, None
+        self._taken = True
         if room is not None and not room.done():
             room.set_result(None)
 
@@ -378,8 +387,9 @@ def _sent(answer: HttpAnswer, sending: asyncio.Task[None]) -> None:
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Bounds of one upstream call. connect: until the request is sent (TLS included); first_byte:
-    from sending to the first byte of the answer's body; idle: between two pieces of it; total: all
-    of it, and the only one that counts time spent waiting for a slow sink.
+    from sending, of a body in pieces its last one that the upstream took, to the first byte of the
+    answer's body; idle: between two pieces of it; total: all of it, and the only one that counts
+    time spent waiting for a slow sink.
     """
 
     connect_ms: int
@@ -569,6 +579,8 @@ class Exchange:
         if (now - self._sent_at) * 1000 > self._timeouts.total_ms:
             return "total"
         if not (self._began or answer.pieces or answer.ended):
+            if self._connection.goes_out():
+                self._wait_until = now + self._timeouts.first_byte_ms / 1000
             return "first_byte" if now > self._wait_until else None
         if answer.stirred or not answer.is_awaited:
             answer.stirred = False

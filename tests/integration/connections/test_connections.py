@@ -28,7 +28,7 @@ from tidegate.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from tidegate.upstream.transport import RelayWire
+from tidegate.upstream.transport import RelayWire, Timeouts
 
 
 def first(answer: bytes, then: asyncio.Event, late: bytes) -> Script:
@@ -258,6 +258,41 @@ async def test_a_body_in_pieces_is_read_no_further_once_its_answer_was_read(
     exchange = await wire.open("POST", wire.place(f"{upstream.url}/upload"), [], pieces())
     assert (await exchange.next(), exchange.close()) == (b"{}", True)
     await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_a_client_that_takes_long_for_its_body_is_no_silence_of_the_upstream(
+    upstream: Upstream,
+) -> None:
+    read_on, asked, floods = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def takes_some(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await read_on.wait()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x"
+        await floods.wait()
+        for _ in range(1_000):
+            yield b"x" * 100_000
+
+    upstream.script = takes_some
+    found = RelayWire(Timeouts(connect_ms=500, first_byte_ms=500, idle_ms=500, total_ms=60_000))
+    asking = asyncio.create_task(
+        found.open("POST", found.place(f"{upstream.url}/upload"), [], pieces())
+    )
+    await asked.wait()
+    (exchange,), (connection,) = found.exchanges, found.connections
+    now = found.time()
+    assert [exchange.overdue(now + later_s) for later_s in (1, 2, 3)] == [None] * 3
+    floods.set()  # the client is there, and the upstream takes no more
+    await wait_until(lambda: not connection.goes_out(), 20, "full buffers")
+    assert exchange.overdue(now + 3.1) is None
+    assert exchange.overdue(now + 4) == "first_byte"
+    asking.cancel()
+    read_on.set()
+    await asyncio.wait([asking])
+    await found.aclose()
 
 
 async def test_what_would_be_another_request_is_not_sent(
