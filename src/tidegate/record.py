@@ -335,28 +335,56 @@ def decoded(data: bytes, coding: bytes) -> bytes:
     if coding == FRAMED:
         return b"".join(_event(*message) for message in framed_in(data))
     for window in _WINDOWS.get(coding, ()):
-        reader = zlib.decompressobj(window)
         try:
-            text = reader.decompress(data, MOST_DECODED_BYTES)
+            return _unpacked(data, window)
         except zlib.error:
             continue
-        return b"" if reader.unconsumed_tail else text
     return b""
 
 
+# Of gzip several members may follow one another (RFC 1952); what is none ends them.
+_MOST_MEMBERS = 10_000
+_STEP_BYTES = 16_384  # what follows a member is copied
+
+
+def _unpacked(data: bytes, window: int) -> bytes:
+    """Empty for what is too long. Raises zlib.error."""
+    reader, text, members = zlib.decompressobj(window), bytearray(), 1
+    for start in range(0, len(data), _STEP_BYTES):
+        piece = data[start : start + _STEP_BYTES]
+        while piece:
+            try:
+                text += reader.decompress(piece, MOST_DECODED_BYTES + 1 - len(text))
+            except zlib.error:
+                if members == 1:
+                    raise
+                return bytes(text)
+            if len(text) > MOST_DECODED_BYTES or members > _MOST_MEMBERS:
+                return b""
+            if not reader.eof:
+                break
+            if window != _GZIP:
+                return bytes(text)
+            piece, reader = reader.unused_data, zlib.decompressobj(window)
+            members += 1
+    return bytes(text)
+
+
 _MOST_OF_PIECE_BYTES = 1_000_000
+_MOST_MEMBERS_OF_PIECE = 100
 
 
 class PieceDecoder:
     """Decoder of an answer as it comes, for its beginning. `reads` is false for another coding than
     gzip, deflate and AWS's framing, and from what can't be read on, or takes too much room."""
 
-    __slots__ = ("_framed", "_read", "_reader", "_windows", "reads")
+    __slots__ = ("_framed", "_is_gzip", "_read", "_reader", "_windows", "reads")
 
     def __init__(self, coding: bytes) -> None:
         self._windows = list(_WINDOWS.get(coding, ()))
         self._reader = zlib.decompressobj(self._windows.pop(0)) if self._windows else None
         self._framed = coding == FRAMED
+        self._is_gzip = _GZIP in _WINDOWS.get(coding, ())
         self.reads = self._reader is not None or self._framed
         self._read = b""  # while it may be read in another way, or a message is not whole
 
@@ -368,6 +396,16 @@ class PieceDecoder:
             self._read = data[end:]
             self.reads = len(self._read) < _PRELUDE.size or _frame_at(self._read, 0)[0] > 0
             return decoded(data[:end], FRAMED)
+        text, members = self._unpack(piece), 1
+        while self._is_gzip and self._reader is not None and self._reader.eof and self.reads:
+            rest, self._reader = self._reader.unused_data, zlib.decompressobj(_GZIP)
+            text, members = text + self._unpack(rest), members + 1
+            if len(text) > _MOST_OF_PIECE_BYTES or members > _MOST_MEMBERS_OF_PIECE:
+                self.reads = False
+        return text
+
+    def _unpack(self, piece: bytes) -> bytes:
+        """What a piece holds of the present member."""
         if self._reader is None or not self.reads:
             return b""
         try:
@@ -377,7 +415,7 @@ class PieceDecoder:
                 self.reads = False
                 return b""
             self._reader = zlib.decompressobj(self._windows.pop(0))
-            return self.take(self._read + piece)
+            return self._unpack(self._read + piece)
         self._read += piece if self._windows else b""
         if text:
             self._windows, self._read = [], b""

@@ -24,10 +24,11 @@ def raw(data: bytes) -> bytes:
         (b"x-gzip", gzip.compress(TEXT)),
         (b"deflate", zlib.compress(TEXT)),
         (b"deflate", raw(TEXT)),
+        (b"gzip", b"".join(gzip.compress(TEXT[at : at + 310]) for at in range(0, 3_100, 310))),
     ],
     # What gzip writes has the time in it: test processes that collect it in different seconds
     # would not have the same tests.
-    ids=["gzip", "x-gzip", "deflate", "deflate without a head"],
+    ids=["gzip", "x-gzip", "deflate", "deflate without a head", "gzip in ten members"],
 )
 def test_it_is_read_and_so_is_as_much_as_came_of_it(coding: bytes, data: bytes) -> None:
     assert decoded(data, coding) == TEXT
@@ -42,11 +43,17 @@ def test_it_is_read_and_so_is_as_much_as_came_of_it(coding: bytes, data: bytes) 
         (b"gzip", b""),
         (b"gzip", gzip.compress(bytes(MOST_DECODED_BYTES + 1))),
         (b"gzip", bytes(5_000_000)),
+        (b"gzip", gzip.compress(bytes(MOST_DECODED_BYTES // 2 + 1)) * 2),
+        (b"gzip", gzip.compress(b"") * 20_000),
     ],
-    ids=["another coding", "no gzip", "nothing", "too much", "zeros"],
+    ids=["another coding", "no gzip", "nothing", "too much", "zeros", "too much in two", "no end"],
 )
 def test_what_cannot_be_read_is_nothing(coding: bytes, data: bytes) -> None:
     assert decoded(data, coding) == b""
+
+
+def test_what_follows_the_last_member_hides_nothing() -> None:
+    assert decoded(gzip.compress(TEXT) + bytes(512), b"gzip") == TEXT
 
 
 def test_which_coding_it_is_in() -> None:
@@ -62,8 +69,9 @@ def test_which_coding_it_is_in() -> None:
         (b"gzip", gzip.compress(TEXT, mtime=0)),
         (b"deflate", zlib.compress(TEXT)),
         (b"deflate", raw(TEXT)),
+        (b"gzip", gzip.compress(b"", mtime=0) + gzip.compress(TEXT, mtime=0)),
     ],
-    ids=["gzip", "deflate", "deflate without a head"],
+    ids=["gzip", "deflate", "deflate without a head", "gzip behind an empty member"],
 )
 def test_a_beginning_is_read_piece_by_piece(coding: bytes, data: bytes, size_bytes: int) -> None:
     reader = PieceDecoder(coding)
@@ -78,6 +86,8 @@ def test_a_beginning_that_cannot_be_read_is_given_up() -> None:
         (b"gzip", TEXT),
         (b"deflate", TEXT),
         (b"gzip", gzip.compress(bytes(5_000_000), mtime=0)),
+        (b"gzip", gzip.compress(bytes(900_000), mtime=0) * 2),
+        (b"gzip", gzip.compress(b"", mtime=0) * 200),
     ):
         reader = PieceDecoder(coding)
         reader.take(data)
