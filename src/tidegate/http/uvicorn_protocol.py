@@ -492,6 +492,9 @@ class BoundedProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         expected = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version.encode())
         self._refusal = refusal_of_head(version, self.headers, self._line.is_as(expected))
+        if self._refusal is None and self.parser.should_upgrade():
+            # The parser takes no body behind it, and what comes there for another request.
+            self._refusal = (400, _BAD, "this offer of another protocol, or CONNECT, is not taken")
         if self._refusal is not None:
             raise ValueError(self._refusal[2])
         super().on_headers_complete()

@@ -287,6 +287,21 @@ def test_an_offer_of_another_protocol_writes_no_line(
     assert [line for line in caplog.messages if "pgrade" in line or "WebSocket" in line] == []
 
 
+@pytest.mark.parametrize("before", [b"", GET], ids=["alone", "behind another"])
+def test_a_body_behind_an_offer_is_never_another_request(before: bytes, plain: Running) -> None:
+    """The parser takes no body behind an offer: one that is not taken out must be refused."""
+    named = b"Connection: %bupgrade\r\nUpgrade: h2c\r\n" % (b"" if before else b"a" * 230 + b", ")
+    inner = GET.replace(b"GET / ", b"GET /inner ")
+    head = b"POST / HTTP/1.1\r\nHost: a\r\n%bContent-Length: %d\r\n\r\n" % (named, len(inner))
+    with plain.connect() as client:
+        client.send(before + head)
+        client.send(inner)
+        client.read_to_the_end()
+        assert b"/inner" not in client.received
+        assert client.received.count(b"HTTP/1.1 ") <= 1
+        assert before or client.status == 400
+
+
 def test_trailers_do_not_pass_for_headers(tmp_path: Path) -> None:
     with serving(tmp_path) as running, running.connect() as client:
         client.send(CHUNKED + b"2\r\nhi\r\n0\r\nAuthorization: me\r\n\r\n")
