@@ -279,6 +279,12 @@ def alert_payload(delivery: AlertDelivery, form: Literal["standard", "slack"]) -
     if "budget" in data:
         data = budget_alert(delivery.kind, data, delivery.unit or "usd")
     if form == "slack":
-        return orjson.dumps({"text": data["text"]})
+        return orjson.dumps({"text": _slack_text(data["text"])})
     event = {"type": delivery.kind, "timestamp": delivery.created_at, "data": data}
     return orjson.dumps(event, option=orjson.OPT_UTC_Z)
+
+
+def _slack_text(text: str) -> str:
+    """As Slack shows it literally: names that a caller chose, such as a subject, are in it, and in
+    `<...>` they would be links and mentions (docs.slack.dev, "Formatting message text")."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -81,10 +81,12 @@ async def test_alerts_of_budgets_are_signed_and_posted_once(
 
 async def test_slack_gets_a_text_without_a_secret(open_gateway: Opener, receiver: Receiver) -> None:
     gateway = await open_gateway(alert_webhook_url=receiver.url, alert_format="slack")
-    await gateway.services.store.alerts.add("key_dead", {"text": "The key of oai is refused."})
+    text = "Budget a&b of <!channel>, <https://x.example|ann>: $4 of $5 spent."  # a caller's names
+    await gateway.services.store.alerts.add("budget_share", {"text": text})
     await wait_until(lambda: receiver.received, 20, "the alert")
     (told,) = receiver.received
-    assert told.event == {"text": "The key of oai is refused."}
+    shown = "Budget a&amp;b of &lt;!channel&gt;, &lt;https://x.example|ann&gt;: $4 of $5 spent."
+    assert told.event == {"text": shown}
     assert "webhook-signature" not in told.headers
 
 
