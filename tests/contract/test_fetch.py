@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import Any
 
 import aiohttp
 import pytest
@@ -17,7 +19,7 @@ from aiohttp.abc import ResolveResult
 from tests.contract.names import Names
 from tests.waiting import wait_until
 from tidegate.errors import FetchRefused
-from tidegate.upstream.fetch import Address, ImageFetcher, is_public
+from tidegate.upstream.fetch import Address, GuardedPoster, ImageFetcher, is_public
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(200))
 MAX_BYTES = 100_000
@@ -216,6 +218,37 @@ async def test_a_name_that_is_not_resolved_in_time_is_refused() -> None:
 
     fetcher = ImageFetcher(max_bytes=MAX_BYTES, timeout_ms=100, resolver=Slow())
     assert "did not arrive within 100 ms" in await refusal(fetcher, "http://slow.example/")
+
+
+async def test_names_that_are_not_answered_hold_up_no_other_look_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a caller's own name server is silent: a look-up can't be cancelled."""
+    ended, looking, usual = threading.Event(), threading.Semaphore(0), socket.getaddrinfo
+
+    def look(host: Any, *more: Any, **named: Any) -> Any:
+        if str(host).endswith("slow.example"):
+            looking.release()
+            ended.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return usual(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
+    fetcher = ImageFetcher(max_bytes=MAX_BYTES, timeout_ms=20_000)
+    poster = GuardedPoster(timeout_ms=20_000)
+    names = [f"http://{number}.slow.example/" for number in range(20)]
+    given = [asyncio.create_task(fetcher.fetch(name)) for name in names]
+    posted = [asyncio.create_task(poster.post(name, b"", {})) for name in names]
+    try:
+        await wait_until(lambda: looking.acquire(blocking=False), 10, "a look-up")
+        async with asyncio.timeout(5):
+            loop = asyncio.get_running_loop()
+            await loop.getaddrinfo("127.0.0.1", 80)
+            await asyncio.to_thread(bytes)
+    finally:
+        ended.set()
+        ends = await asyncio.gather(*given, *posted, return_exceptions=True)
+    assert all("cannot be found" in str(end) for end in ends)
 
 
 @pytest.mark.parametrize(

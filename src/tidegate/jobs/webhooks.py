@@ -221,7 +221,9 @@ class AlertSender:
         self._outbox = store.alerts
         self._lease_ms = _LEASE_FACTOR * config.webhook_timeout_ms
         # The operator names the address, which may be private.
-        self._poster = GuardedPoster(config.webhook_timeout_ms, is_allowed=lambda _address: True)
+        self._poster = GuardedPoster(
+            config.webhook_timeout_ms, is_allowed=lambda _address: True, operators=True
+        )
 
     async def run(self) -> None:
         """Post until cancelled."""

@@ -3,7 +3,7 @@
 Invariants: a socket is opened only to an allowed address, checked on the address that is
 connected to, for every hop; nothing of ours is sent (no cookies, credentials, referrer or proxy);
 at most `max_bytes` are kept; a webhook follows no redirect; an image type is named only by a
-unique signature.
+unique signature; look-ups of names that callers chose take no thread that other work needs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING
 
@@ -154,12 +156,47 @@ class AddressRefused(OSError):
     """The name led to an address that may not be connected to."""
 
 
+# A look-up can't be cancelled, and takes half a minute where a name server does not answer. The
+# event loop's few threads (4 of uvloop) look up the providers' names, and stay free for that.
+_CALLERS_NAMES = ThreadPoolExecutor(64, "callers-names")
+
+
+def callers_resolver() -> AbstractResolver:
+    """Looks up names that callers chose, in threads of their own."""
+    from aiohttp.abc import AbstractResolver, ResolveResult
+
+    class CallersResolver(AbstractResolver):
+        async def resolve(
+            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        ) -> list[ResolveResult]:
+            look = partial(socket.getaddrinfo, flags=socket.AI_ADDRCONFIG)
+            work = partial(look, host, port, family, socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(_CALLERS_NAMES, work)
+            return [
+                ResolveResult(
+                    hostname=host,
+                    host=str(where[0]),
+                    port=int(where[1]),
+                    family=kind,
+                    proto=protocol,
+                    flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+                )
+                for kind, _, protocol, _, where in found
+            ]
+
+        async def close(self) -> None:
+            """Nothing is open."""
+
+    return CallersResolver()
+
+
 def guarded_session(
     is_allowed: Callable[[Address], bool],
     resolver: AbstractResolver | None,
     headers: Mapping[str, str],
 ) -> aiohttp.ClientSession:
-    """For one exchange: nothing is shared with another. The caller bounds the time."""
+    """For one exchange: nothing is shared with another. The caller bounds the time. `resolver`: the
+    event loop's where there is none, which is for names that an operator chose."""
     import aiohttp
     from aiohttp.resolver import ThreadedResolver
 
@@ -256,8 +293,8 @@ _UNSAID = ("application/octet-stream", "binary/octet-stream")
 class ImageFetcher:
     """Fetches images of at most `max_bytes` within `timeout_ms` in all, name look-up included.
 
-    `is_allowed` judges each address; `resolver` looks names up (the system's resolver in a
-    thread by default). Both are for tests: production uses the defaults.
+    `is_allowed` judges each address; `resolver` looks names up (the system's resolver by default).
+    Both are for tests: production uses the defaults.
     """
 
     max_bytes: int
@@ -271,7 +308,8 @@ class ImageFetcher:
 
         try:
             async with asyncio.timeout(self.timeout_ms / 1000), AsyncExitStack() as stack:
-                session = guarded_session(self.is_allowed, self.resolver, _HEADERS)
+                resolver = self.resolver or callers_resolver()
+                session = guarded_session(self.is_allowed, resolver, _HEADERS)
                 await stack.enter_async_context(session)
                 return await self._follow(session, check_uri(uri, self.is_allowed))
         except TimeoutError:
@@ -332,11 +370,12 @@ class Posted:
 
 @dataclass(frozen=True, slots=True)
 class GuardedPoster:
-    """Posts within `timeout_ms` in all; `is_allowed` judges each address."""
+    """Posts within `timeout_ms` in all; `is_allowed` judges each address. operators: an operator
+    chose the address, not a caller."""
 
     timeout_ms: int
     is_allowed: Callable[[Address], bool] = is_public
-    resolver: AbstractResolver | None = None
+    operators: bool = False
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Posted:
         """Cancelling closes the connection."""
@@ -344,9 +383,10 @@ class GuardedPoster:
 
         try:
             target = check_uri(url, self.is_allowed, field="webhook_url")
+            resolver = None if self.operators else callers_resolver()
             async with (
                 asyncio.timeout(self.timeout_ms / 1000),
-                guarded_session(self.is_allowed, self.resolver, _POST_HEADERS) as session,
+                guarded_session(self.is_allowed, resolver, _POST_HEADERS) as session,
                 session.post(target, data=body, headers=headers, allow_redirects=False) as answer,
             ):
                 return Posted(answer.status)
