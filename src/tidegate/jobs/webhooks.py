@@ -95,7 +95,8 @@ class WebhookSender:
         # Whatever goes wrong here, the webhook is due again when its claim is over.
         try:
             record = await self._store.requests.get(delivery.request_id, delivery.tenant_id)
-            if record.status != delivery.status:
+            last = None if record.webhook is None else record.webhook.webhook_id
+            if record.status != delivery.status or last != delivery.webhook_id:
                 record = await self._store.outbox.end_of(delivery, record)
             body = payload(delivery, record)
             answer = await self._poster.post(delivery.url, body, self._headers(delivery, body))

@@ -71,8 +71,9 @@ async def test_the_end_of_a_wrapped_call_is_told_with_its_answer(
     assert "Grüße, 海" in answer["choices"][0]["message"]["content"]
 
 
+@pytest.mark.parametrize("fault", [None, "safety"])
 async def test_a_webhook_that_waits_tells_of_its_end_though_the_job_is_queued_again(
-    open_gateway: Opener, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    fault: str | None, open_gateway: Opener, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhook, "webhook_wait_ms", lambda tries: 600_000)
     gateway = await open_gateway(max_attempts=1, **SETTINGS)
@@ -82,6 +83,8 @@ async def test_a_webhook_that_waits_tells_of_its_end_though_the_job_is_queued_ag
     await wait_until(lambda: receiver.received, 20, "the first try")
     await _settled(gateway, request_id, "pending")
     await gateway.upstream.clear_faults()
+    if fault is not None:  # it fails again, otherwise
+        await gateway.upstream.set_fault(fault)
     requeue = f"{gateway.url}/admin/requests/requeue"
     since = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     async with gateway.http.post(requeue, json={"since": since, "dry_run": False}) as response:
@@ -90,7 +93,7 @@ async def test_a_webhook_that_waits_tells_of_its_end_though_the_job_is_queued_ag
     await gateway.database.execute("UPDATE webhooks SET due_at = now() WHERE state = 'pending'")
     await wait_until(lambda: len(receiver.received) == 3, 20, "the second try")
     first, second, again = (one.event for one in receiver.received)
-    assert second["type"] == "request.succeeded"
+    assert second["type"] == ("request.failed" if fault else "request.succeeded")
     assert first["data"].pop("text") == "", "what came before it failed, which is not repeated"
     assert again == first
     assert (first["data"]["status"], "error" in first["data"]) == ("failed", True)
