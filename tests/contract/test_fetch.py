@@ -409,3 +409,12 @@ def test_aiohttp_still_takes_the_hook_that_the_guard_hangs_on() -> None:
     """Without it every address would be open: this must fail loudly after an upgrade."""
     assert "socket_factory" in aiohttp.TCPConnector.__init__.__code__.co_varnames
     assert is_public(ip_address("8.8.8.8"))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/hook", f"http://127.0.0.1:1/{'a' * 3000}"])
+async def test_an_operators_url_is_bounded_in_nothing(url: str) -> None:
+    callers = GuardedPoster(timeout_ms=5_000, is_allowed=lambda _: True)
+    assert "could not be connected to" not in str((await callers.post(url, b"", {})).problem)
+    operators = GuardedPoster(timeout_ms=5_000, is_allowed=lambda _: True, operators=True)
+    assert (await operators.post(url, b"", {})).problem == "webhook_url could not be connected to"
+    assert "is not a URL" in str((await operators.post("http://[", b"", {})).problem)

@@ -371,7 +371,7 @@ class Posted:
 @dataclass(frozen=True, slots=True)
 class GuardedPoster:
     """Posts within `timeout_ms` in all; `is_allowed` judges each address. operators: an operator
-    chose the address, not a caller."""
+    chose the URL, not a caller: any port and any form of a URL will do."""
 
     timeout_ms: int
     is_allowed: Callable[[Address], bool] = is_public
@@ -382,7 +382,7 @@ class GuardedPoster:
         import aiohttp
 
         try:
-            target = check_uri(url, self.is_allowed, field="webhook_url")
+            target = self._target(url)
             resolver = None if self.operators else callers_resolver()
             async with (
                 asyncio.timeout(self.timeout_ms / 1000),
@@ -396,6 +396,14 @@ class GuardedPoster:
             return Posted(problem=f"webhook_url did not answer within {self.timeout_ms} ms")
         except aiohttp.ClientError as failed:
             return Posted(problem=f"webhook_url {why_not_sent(failed)}")
+
+    def _target(self, url: str) -> URL:
+        if not self.operators:
+            return check_uri(url, self.is_allowed, field="webhook_url")
+        try:
+            return URL(url)
+        except ValueError:
+            raise refused("is not a URL", "webhook_url") from None
 
 
 @dataclass(frozen=True, slots=True)
