@@ -10,6 +10,7 @@ its end is no answer; what a dialect can't take is refused before it is sent, by
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -323,6 +324,7 @@ _BLOCKED = frozenset(("content_filter", "refusal"))
 # Codes of refusals that are about the prompt: OpenAI's images, and Azure's filter.
 _BLOCKED_CODES = frozenset(("moderation_blocked", "content_filter", "content_policy_violation"))
 _REFUSED_STATUS = 400
+_PICTURE_TYPE = re.compile(r"image/[a-z0-9][a-z0-9.+-]{0,62}")
 _MAGIC = ((b"\x89PNG", _PNG), (b"\xff\xd8\xff", _JPEG), (b"GIF8", _GIF))
 
 
@@ -502,6 +504,13 @@ def _pictures(data: list[Any]) -> Iterator[Media]:
             with suppress(NotBase64, ValueError):  # no picture: the answer is empty
                 raw = b64decode(text, validate=True)
                 yield Media(_type_of(raw), raw)
+
+
+def picture_type_of(said: str, picture: bytes) -> str:
+    """The type of an answer's picture as its provider states it, without parameters; by its first
+    bytes where what is stated can't be the type of a file that is downloaded."""
+    kind = said.partition(";")[0].strip().lower()
+    return kind if _PICTURE_TYPE.fullmatch(kind) else _type_of(picture)
 
 
 def _type_of(picture: bytes) -> str:

@@ -30,7 +30,13 @@ from tidegate.call import (
     UsageDetails,
 )
 from tidegate.dialects import DIALECTS
-from tidegate.dialects.prompts import Files, PromptAnswer, endpoint_for, prompt_call
+from tidegate.dialects.prompts import (
+    Files,
+    PromptAnswer,
+    endpoint_for,
+    picture_type_of,
+    prompt_call,
+)
 from tidegate.dialects.requests import cache_write_of, check_said_once, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
@@ -255,6 +261,7 @@ def _picture(blob: Any) -> Media | None:
     if not isinstance(kind, str) or not isinstance(data, str) or not kind.startswith("image/"):
         return None
     try:
-        return Media(kind, b64decode(data, validate=True))
+        raw = b64decode(data, validate=True)
     except (NotBase64, ValueError):
         return None
+    return Media(picture_type_of(kind, raw), raw)

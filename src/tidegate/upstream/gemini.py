@@ -46,6 +46,7 @@ from tidegate.classify import (
 )
 from tidegate.dialects.answers import with_searches, with_tier
 from tidegate.dialects.gemini import modality_details
+from tidegate.dialects.prompts import picture_type_of
 from tidegate.errors import (
     EmptyAnswer,
     PromptBlocked,
@@ -163,7 +164,7 @@ def _event_of(part: Part) -> Delta | Picture | None:
         return Delta(part.text)
     blob = part.inline_data
     if blob is not None and blob.data and (blob.mime_type or "").startswith("image/"):
-        return Picture(Media(mime_type=str(blob.mime_type), data=blob.data))
+        return Picture(Media(picture_type_of(str(blob.mime_type), blob.data), blob.data))
     return None
 
 

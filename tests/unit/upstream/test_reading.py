@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+from datetime import UTC, datetime
 from typing import Any
 
+import orjson
 import pytest
 from google.genai.types import GenerateContentResponse
 
 from tidegate.call import Answer, Delta, Kind, Media, Picture, Usage, UsageReport
 from tidegate.errors import EmptyAnswer, PromptBlocked, UpstreamGarbled, UpstreamUnavailable
+from tidegate.record import CallRecord
+from tidegate.spine import batched
 from tidegate.upstream.gemini import AnswerReader
 
 
@@ -44,6 +48,32 @@ def test_what_is_no_text_or_picture_is_passed_over() -> None:
         {"function_call": {"name": "f", "args": {}}},
     )
     assert AnswerReader(Kind.TEXT_ONLY, Answer()).take(response(*parts)) == []
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("image/webp", "image/webp"),
+        ("image/JPEG; q=1", "image/jpeg"),
+        ("image/svg+xml", "image/svg+xml"),
+        ("image/png\r\nset-cookie: a=b", "image/png"),
+        ("image/\u65e5\u672c", "image/png"),
+        (f"image/{'x' * 5000}", "image/png"),
+    ],
+)
+def test_the_type_of_a_picture_can_be_that_of_a_download(said: str, kind: str) -> None:
+    """An upstream states it, and it becomes a header of ours."""
+    answer = Answer()
+    AnswerReader(Kind.IMAGE_GENERATION, answer).take(response(picture(PNG, said)))
+    assert answer.pictures == [Media(kind, PNG)]
+    part = {"inlineData": {"mimeType": said, "data": base64.b64encode(PNG).decode()}}
+    raw = orjson.dumps({"candidates": [{"content": {"parts": [part]}, "finishReason": "STOP"}]})
+    record = CallRecord("job", "default", datetime.now(UTC))
+    batched._read_prompt(record, raw, Kind.IMAGE_GENERATION)
+    assert record.answer.pictures == answer.pictures
 
 
 def test_usage_is_reported_when_it_changes_and_unknown_stays_unknown() -> None:
