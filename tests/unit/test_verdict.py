@@ -130,6 +130,7 @@ def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
         (seen(record=stuck(ready=2, workers=0)), "degraded", "no_workers"),
         (seen(record=stuck(workers=0)), "healthy", None),
         (seen(record=stuck(webhooks=1)), "degraded", "webhooks_given_up"),
+        (seen(record=stuck(alerts=1)), "degraded", "alerts_given_up"),
     ],
 )
 def test_each_state_has_its_cause(found: DeploymentSeen, health: str, first: str | None) -> None:

@@ -54,6 +54,7 @@ CauseKind = Literal[
     "no_workers",
     "dead_jobs",
     "webhooks_given_up",
+    "alerts_given_up",
     "drift",
 ]
 LONG_WAIT_MS = 60_000
@@ -446,6 +447,10 @@ def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
     if stuck.webhooks:
         words = f"{_counted(stuck.webhooks, 'webhook')} could not be delivered."
         yield Cause("webhooks_given_up", "degraded", words, "Send them again from Attention.")
+    if stuck.alerts:
+        words = f"{_counted(stuck.alerts, 'alert')} could not be posted, and none since."
+        detail = "ALERT_WEBHOOK_URL does not take them. Send a test or post them again from Alerts."
+        yield Cause("alerts_given_up", "degraded", words, detail)
 
 
 def _of_budget(budget: Budget, book: BudgetBook) -> Cause | None:

@@ -499,13 +499,15 @@ MOST_STUCK = 1_000
 @dataclass(frozen=True, slots=True)
 class StuckCounts:
     """Dead jobs, with the time when the first of them died, and webhooks given up. ready: jobs that
-    a worker could claim now. workers: those that were alive within the last minute."""
+    a worker could claim now. workers: those that were alive within the last minute. alerts: given
+    up within a day, and raised since the last that was posted."""
 
     jobs: int
     dead_since: datetime | None
     webhooks: int
     ready: int
     workers: int
+    alerts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

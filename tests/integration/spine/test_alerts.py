@@ -118,8 +118,23 @@ async def test_operators_see_what_was_posted_send_a_test_and_post_again(
     assert (alert["kind"], alert["tries"], alert["due_at"]) == ("test", 1, None)
     assert alert["text"] == "A test alert, requested by ada."
     assert alert["problem"] == "answered with status 410"
+
+    async def causes() -> list[str]:
+        found = (await asked("GET", ""))[1]
+        assert (found["health"] == "degraded") is bool(found["causes"])
+        return [cause["kind"] for cause in found["causes"]]
+
+    async def is_shown() -> bool:
+        return await causes() == ["alerts_given_up"]
+
+    await wait_until(is_shown, 20, "a deployment whose alerts go nowhere")
     assert (await asked("POST", f"/{alert['id']}/redeliver", {}))[0] == 202
     await wait_until(lambda: is_("delivered"), 20, "an alert that was posted again")
+
+    async def is_over() -> bool:
+        return not await causes()
+
+    await wait_until(is_over, 20, "a deployment whose alerts are posted")
     assert receiver.received[-1].body == b'{"text":"A test alert, requested by ada."}'
     assert (await asked("POST", f"/{uuid4()}/redeliver", {}))[0] == 404
 

@@ -296,8 +296,9 @@ ORDER BY id DESC
 OFFSET $3 - 1 LIMIT 1
 
 -- name: count_stuck
--- How many dead jobs and how many webhooks that were given up there are, up to $1 of each; when the
--- first of these jobs died; how many jobs are ready, up to $1, and how many workers lived lately.
+-- How many dead jobs and how many webhooks that were given up there are, up to $1 of each, and how
+-- many alerts given up within a day that are newer than all that were posted; when the first of
+-- these jobs died; how many jobs are ready, up to $1, and how many workers lived lately.
 SELECT
     (SELECT finished_at FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT 1) AS dead_since,
@@ -308,7 +309,11 @@ SELECT
     (SELECT count(*) FROM (SELECT FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT $1) AS one) AS jobs,
     (SELECT count(*) FROM (SELECT FROM webhooks
-        WHERE coalesce(state = 'given_up', false) ORDER BY ended_at LIMIT $1) AS one) AS webhooks
+        WHERE coalesce(state = 'given_up', false) ORDER BY ended_at LIMIT $1) AS one) AS webhooks,
+    (SELECT count(*) FROM (SELECT FROM alerts
+        WHERE state = 'given_up' AND due_at > now() - interval '1 day' AND created_at > coalesce(
+            (SELECT max(created_at) FROM alerts WHERE state = 'delivered'), '-infinity')
+        LIMIT $1) AS one) AS alerts
 
 -- name: list_dead
 -- The $1 jobs that died last.

@@ -91,6 +91,8 @@ function actsOn(first, now, latest) {
     found.push(h("a", { class: "button small", href: link("/upstreams") }, "Look at it"));
   } else if (kind === "dead_jobs" || kind === "webhooks_given_up") {
     found.push(h("a", { class: "button small", href: link("/attention") }, "Look at them"));
+  } else if (kind === "alerts_given_up") {
+    found.push(h("a", { class: "button small", href: link("/alerts") }, "Look at them"));
   }
   if (first.command) found.push(copyButton(first.command));
   return found;
