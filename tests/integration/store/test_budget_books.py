@@ -29,11 +29,15 @@ from tidegate.prices.budgets import Binding, Budget, shown_amount, tenants_budge
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.store import budgets as module
 from tidegate.store.budgets import Budgets
-from tidegate.store.database import Connections
+from tidegate.store.database import Connections, sql
 from tidegate.store.retention import Whose
 from tidegate.store.store import Store
 
 ACME, OTHER = Caller("acme", "k1"), Caller("other", "k2")
+_WAITING = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
 DAY = Budget("day", "usd", 1_000, "day", tenant="acme")
 
 
@@ -339,6 +343,39 @@ async def test_an_erased_person_has_no_book(
         '["other", "bob"]',
         '["other", null]',
     ]
+
+
+async def test_reservations_that_wait_for_an_erasure_are_bound_by_the_budget(
+    budgets: Budgets, connections: Connections, database_url: str
+) -> None:
+    other = Budgets(connections, instance_id="two")
+    await with_budgets(budgets, Budget("s", "usd", 10, "day", each=("subject",)))
+    await other.refresh()
+    bindings = budgets.binding(ACME, "m", "ann")
+    budgets.settle(await budgets.reserve(bindings, new_id(), cost(1)), told(1))
+    await budgets.flush()
+    eraser = await asyncpg.connect(database_url)
+
+    async def both_wait() -> bool:
+        return bool(await connections.run(lambda one: one.fetchval(_WAITING)) == 2)
+
+    erasure = eraser.transaction()
+    await erasure.start()
+    try:
+        for name in ("lock_books_of_erased", "forget_books_of_erased"):
+            await eraser.execute(sql(name), None, "ann")
+        waiting = asyncio.gather(
+            budgets.reserve(bindings, new_id(), cost(9)),
+            other.reserve(bindings, new_id(), cost(9)),
+            return_exceptions=True,
+        )
+        await wait_until(both_wait)
+        await erasure.commit()
+        results = await waiting
+    finally:
+        await eraser.close()
+    assert sorted(type(one).__name__ for one in results) == ["BudgetReserved", "UUID"]
+    assert await seen(database_url) == {("s", '["ann"]'): (0, 0, 9)}
 
 
 async def named(url: str) -> set[tuple[str, str, str]]:
