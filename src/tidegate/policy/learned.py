@@ -390,12 +390,19 @@ def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None
     return reading.remaining + (reading.bound if reset_ms - age_ms < left_ms else 0)
 
 
-def is_stable(
-    seen: dict[str, tuple[int, float]], one: LearnedLimit, now: float, for_s: float
-) -> bool:
-    """Whether a limit has been reported with the same bound for `for_s`; `seen` keeps it."""
-    bound, since = seen.get(one.limit, (-1, now))
-    if bound != one.bound:
-        seen[one.limit] = one.bound, now
-        return False
-    return now - since >= for_s
+class Confirmations:
+    """Since when each limit is reported with one bound, beside one bound in force."""
+
+    def __init__(self, for_s: float) -> None:
+        self._for_s = for_s
+        self._seen: dict[str, tuple[int, int | None, float]] = {}
+
+    def take(self, one: LearnedLimit, now: float) -> bool:
+        """Whether an answer of `for_s` or more after a bound was first seen still reports it. What
+        answers of before a change of the limit in force report is no reason to change it back."""
+        at = datetime.fromisoformat(one.at).timestamp()
+        bound, in_force, since = self._seen.get(one.limit, (0, None, now))
+        if (bound, in_force) != (one.bound, one.in_force):
+            self._seen[one.limit] = one.bound, one.in_force, max(now, at)
+            return False
+        return at - since >= self._for_s

@@ -36,6 +36,7 @@ from tidegate.policy.learned import (
     MOST_READERS,
     NEAR,
     AccountUse,
+    Confirmations,
     DayUse,
     HeaderReading,
     LearnedLimit,
@@ -43,7 +44,6 @@ from tidegate.policy.learned import (
     LimitMatch,
     OthersUse,
     acceptance,
-    is_stable,
     learned_limits,
     newest,
     unpacked_note,
@@ -347,7 +347,7 @@ class LimitLearner:
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
         self._days: dict[str, DayUse] = {}
-        self._stable: dict[str, tuple[int, float]] = {}
+        self._confirmations = Confirmations(STABLE_S)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -459,9 +459,9 @@ class LimitLearner:
         return OthersUse(name, use.kept, use.kept) if use.kept else None
 
     async def _apply(self, found: list[LearnedLimit]) -> None:
-        """Put in force what has been reported for some seconds and no person has set."""
+        """Put in force what answers have confirmed after some seconds and no person has set."""
         now = self._clock()
-        sure = [one for one in found if is_stable(self._stable, one, now, STABLE_S)]
+        sure = [one for one in found if self._confirmations.take(one, now)]
         names = [
             one.limit
             for one in sure

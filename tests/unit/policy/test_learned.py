@@ -15,6 +15,7 @@ from tidegate.metrics.process import Note, packed, unpacked
 from tidegate.policy.format import of_plain, to_plain
 from tidegate.policy.learned import (
     AccountUse,
+    Confirmations,
     DayUse,
     HeaderReading,
     LearnedLimit,
@@ -22,7 +23,6 @@ from tidegate.policy.learned import (
     LimitMatch,
     OthersUse,
     acceptance,
-    is_stable,
     learned_limits,
     unpacked_note,
 )
@@ -112,11 +112,30 @@ def test_nothing_is_accepted_that_is_not_learned_or_does_not_differ() -> None:
         acceptance([replace(new, drift="same")], [], "")
 
 
-def test_a_limit_is_stable_after_a_while_with_one_bound() -> None:
-    (new,) = learned(policy(), READ).values()
-    seen: dict[str, tuple[int, float]] = {}
-    assert [is_stable(seen, new, at, 5) for at in (0, 4, 5)] == [False, False, True]
-    assert not is_stable(seen, replace(new, bound=1), 6, 5)
+def test_a_bound_is_confirmed_by_an_answer_that_reports_it_some_seconds_later() -> None:
+    confirmations = Confirmations(5)
+
+    def confirms(at: float, now: float, bound: int = 500, in_force: int = 400) -> bool:
+        current = policy(tpm__gpt_5=in_force)
+        (found,) = learned(current, replace(READ, model="gpt_5", bound=bound, at=at)).values()
+        return confirmations.take(found, now)
+
+    assert not confirms(0, 0)
+    assert not confirms(0, 3_600), "no other answer"
+    assert not confirms(3_604, 3_604, bound=600), "another bound"
+    assert not confirms(3_608, 3_608, bound=600)
+    assert confirms(3_609, 3_609, bound=600)
+    # An import changes the limit; the last answer is of an hour before it.
+    assert not confirms(3_609, 7_200, bound=600, in_force=5_000)
+    assert not confirms(3_609, 7_206, bound=600, in_force=5_000)
+    assert not confirms(7_204, 7_206, bound=600, in_force=5_000)
+    assert confirms(7_205, 7_206, bound=600, in_force=5_000)
+
+
+def test_answers_of_before_a_change_confirm_nothing_to_a_process_that_leads_since() -> None:
+    (found,) = learned(policy(tpm__gpt_5=5_000), replace(READ, model="gpt_5", at=0)).values()
+    confirmations = Confirmations(5)
+    assert [confirmations.take(found, now) for now in (60, 65, 3_600)] == [False] * 3
 
 
 class Account:
