@@ -25,6 +25,7 @@ from tidegate.policy.format import (
     Edit,
     Plain,
     binds_model,
+    is_in_group,
     plain_limit,
     source_of,
     whom_it_binds,
@@ -106,23 +107,27 @@ class LimitMatch:
         self._found: dict[tuple[str, str], str | None] = {}
 
     def of(self, reading: HeaderReading) -> str | None:
-        """The limit in force that a reading is about: of several the lowest; None where none is."""
+        """The limit in force that a reading is about; None where none is. Of several it is one
+        that the provider reported, which a person's own cap beside it is not; then the one that
+        names the model most narrowly, then one of the same window, then the lowest."""
         key = reading.model, reading.scope
         if key not in self._found:
-            self._found[key] = self._lowest(*key)
+            self._found[key] = self._nearest(*key)
         return self._found[key]
 
-    def _lowest(self, model: str, scope: str) -> str | None:
+    def _nearest(self, model: str, scope: str) -> str | None:
         measure, found = MEASURES[scope], []
         for name in self.policy.limits:
-            own = MEASURES.get(name.partition(":")[0])
+            own, whom = MEASURES.get(name.partition(":")[0]), whom_it_binds(name)
             limit = self.policy.limit(name)
             if own is None or not isinstance(limit, Rate | Quota) or limit.shadow:
                 continue
             alike = _ALIKE.get(limit.unit, limit.unit) == _ALIKE.get(measure.unit, measure.unit)
             same_day = (own.window_ms is None) == (measure.window_ms is None)
-            if alike and same_day and binds_model(whom_it_binds(name), model):
-                found.append((limit.bound, name))
+            if alike and same_day and whom is not None and binds_model(whom, model):
+                other_window = own.window_ms != measure.window_ms
+                rank = limit.source == "set", _width(whom, model), other_window, limit.bound
+                found.append((rank, name))
         return min(found)[1] if found else None
 
     def bound_for(self, reading: HeaderReading, name: str) -> int | None:
@@ -140,6 +145,15 @@ class LimitMatch:
         if max(own, 1 / own) <= max(usual, 1 / usual):
             return reading.bound
         return max(1, round(reading.bound * limit.window_ms / usual_ms))
+
+
+def _width(whom: str, model: str) -> tuple[int, int]:
+    """How widely a limit that binds a model names it: alone, in a list of names, or by a pattern,
+    of which the longest is the narrowest."""
+    names = whom.split(",")
+    if model in names:
+        return int(len(names) > 1), len(names)
+    return 2, -max(len(one) for one in names if is_in_group(model, one))
 
 
 def newest(notes: Iterable[LearnedNote], match: LimitMatch) -> dict[str, HeaderReading]:

@@ -27,6 +27,7 @@ from tidegate.policy.learned import (
     unpacked_note,
 )
 
+IMPORTED = {"bound": 80_000, "source": "imported"}
 READ = HeaderReading("gpt-5", "tpm", 60_000, 60_000, 100.0)
 
 
@@ -47,8 +48,14 @@ def learned(in_force: PoolPolicy, *readings: HeaderReading, provider: str = "") 
         ({"tpm:gpt-5": 30_000}, "tpm:gpt-5", 30_000, "rose"),
         ({"tpm:gpt-*": 90_000}, "tpm:gpt-*", 90_000, "fell"),
         ({"tpm:gpt-4,gpt-5": 90_000}, "tpm:gpt-4,gpt-5", 90_000, "fell"),
-        # Of several the lowest; other units and models are no match.
+        # Of several the narrowest: its header is of the model alone. Other units are no match.
         ({"tpm:gpt-*": 90_000, "tpm:gpt-5": 80_000}, "tpm:gpt-5", 80_000, "fell"),
+        ({"tpm:gpt-*": 50_000, "tpm:gpt-5": 80_000}, "tpm:gpt-5", 80_000, "fell"),
+        ({"tpm:gpt-*": 50_000, "tpm:gpt-4,gpt-5": 80_000}, "tpm:gpt-4,gpt-5", 80_000, "fell"),
+        ({"tpm:g*": 50_000, "tpm:o3,gpt-*": 80_000}, "tpm:o3,gpt-*", 80_000, "fell"),
+        ({"tps:gpt-5": 1_000, "tpm:gpt-5": 80_000}, "tpm:gpt-5", 80_000, "fell"),
+        # A person's own cap is not what the provider reports where an import knows that.
+        ({"tpm:gpt-*": IMPORTED, "tpm:gpt-5": 10_000}, "tpm:gpt-*", 80_000, "fell"),
         ({"tpm:gpt-5-mini": 1, "itpm:gpt-5": 1, "tpd:gpt-5": 1}, "tpm:gpt-5", None, "new"),
     ],
 )
