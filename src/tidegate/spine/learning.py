@@ -418,6 +418,8 @@ class LimitLearner:
     ) -> OthersUse | None:
         """Charge a limit in force with what others take of it; None where they take nothing."""
         limit, view = match.policy.limit(name), snapshot.limits.get(name)
+        if limit is None or limit.shadow:
+            return None
         if isinstance(limit, Quota):
             return None if view is None else await self._of_day(limit, reading, view, before)
         bound = match.bound_for(reading, name) if isinstance(limit, Rate) else None

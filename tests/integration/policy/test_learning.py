@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from time import time
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -12,9 +15,13 @@ from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
-from tidegate.limiter import next_midnight_ms
+from tidegate.limiter import Limiter, PoolPolicy, Rate, next_midnight_ms
 from tidegate.policy.inspection import Control
 from tidegate.policy.learned import LearnedLimit
+from tidegate.policy.rollout import PolicyKeeper
+from tidegate.spine.learning import Announced, LimitLearner
+from tidegate.store.database import Connections
+from tidegate.store.tenants import Policies
 
 __all__ = ["open_gateway"]
 
@@ -246,3 +253,28 @@ async def test_a_wrong_value_of_learn_is_refused(open_gateway: Opener, tmp_path:
     assert (
         "upstreams.oai.learn=always: must be one of propose, apply" in done.said + done.complained
     )
+
+
+@asynccontextmanager
+async def learner(url: str, limit: Rate) -> AsyncIterator[tuple[Limiter, LimitLearner]]:
+    """A process with `limit`, whose last answer reported a bound of 30,000 tokens."""
+    policy = PoolPolicy({"tpm:gpt-5": limit}, lease_ms=600)
+    announced = Announced()
+    told = {b"x-ratelimit-limit-tokens": b"30000", b"x-ratelimit-remaining-tokens": b"30000"}
+    announced.note("gpt-5", list(told.items()))
+    async with Limiter.from_url(url, pool=f"p{uuid4().hex[:12]}", policy=policy) as limiter:
+        record = Policies(Connections("postgresql://127.0.0.1:1/none"))
+        keeper = PolicyKeeper(limiter, record, wanted=policy, set_by="test")
+        await limiter.joined()
+        yield limiter, LimitLearner(keeper, announced, "propose")
+
+
+async def used(limiter: Limiter) -> int:
+    return (await limiter.snapshot()).limits["tpm:gpt-5"].used
+
+
+async def test_a_limit_in_shadow_keeps_no_room_free(valkey_url: str) -> None:
+    async with learner(valkey_url, Rate(60_000, 60_000, "tokens", shadow=True)) as made:
+        limiter, learning = made
+        await learning.look()
+        assert await used(limiter) == 0
