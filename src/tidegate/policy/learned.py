@@ -307,6 +307,10 @@ class AccountUse:
         if kept > 0:
             self._kept.append((now, kept))
 
+    def forget_kept(self) -> None:
+        """What was charged is counted no more."""
+        self._kept.clear()
+
     def due(self, now: float, counted: int, in_force: int, bound: int) -> int:
         """How much to charge now so that room is left for others, and for a bound that fell.
 

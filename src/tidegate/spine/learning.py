@@ -347,6 +347,7 @@ class LimitLearner:
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
         self._days: dict[str, DayUse] = {}
+        self._epoch = 0  # of the pool, in which the charges were made
         self._confirmations = Confirmations(STABLE_S)
 
     async def run(self) -> None:
@@ -399,6 +400,11 @@ class LimitLearner:
         readings = newest(notes.values(), match)
         before = {each.limit: each for one in others.values() for each in one}
         snapshot = await self._limiter.snapshot()
+        if snapshot.epoch != self._epoch:
+            self._epoch = snapshot.epoch
+            self._forget_charges()
+        if snapshot.recovering_ms:  # not all processes have reported what they have used
+            return
         found = []
         for name, reading in readings.items():
             use = await self._make_room(name, reading, match, snapshot, before)
@@ -407,6 +413,13 @@ class LimitLearner:
         self._others = tuple(found)
         if self._learn == "apply":
             await self._apply(learned_limits(list(notes.values()), match))
+
+    def _forget_charges(self) -> None:
+        """They are lost with the data of Valkey, as a new epoch shows."""
+        self._others = ()
+        self._days.clear()
+        for use in self._uses.values():
+            use.forget_kept()
 
     async def _make_room(
         self,

@@ -10,10 +10,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import redis.asyncio
 
 from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
 from tidegate.limiter import Limiter, PoolPolicy, Rate, next_midnight_ms
 from tidegate.policy.inspection import Control
@@ -265,7 +267,7 @@ async def learner(url: str, limit: Rate) -> AsyncIterator[tuple[Limiter, LimitLe
     async with Limiter.from_url(url, pool=f"p{uuid4().hex[:12]}", policy=policy) as limiter:
         record = Policies(Connections("postgresql://127.0.0.1:1/none"))
         keeper = PolicyKeeper(limiter, record, wanted=policy, set_by="test")
-        await limiter.joined()
+        await wait_until(lambda: limiter.state == "up", 20, "the first lease")
         yield limiter, LimitLearner(keeper, announced, "propose")
 
 
@@ -278,3 +280,24 @@ async def test_a_limit_in_shadow_keeps_no_room_free(valkey_url: str) -> None:
         limiter, learning = made
         await learning.look()
         assert await used(limiter) == 0
+
+
+async def test_room_is_kept_free_again_after_valkey_has_lost_its_data(
+    own_valkey: ValkeyServer,
+) -> None:
+    async with learner(own_valkey.url, Rate(60_000, 60_000, "tokens")) as made:
+        limiter, learning = made
+        await learning.look()
+        assert await used(limiter) == 30_000
+        epoch = (await limiter.snapshot()).epoch
+        client: Any = redis.asyncio.Redis.from_url(own_valkey.url)
+        await client.flushall()
+        await client.aclose()
+
+        async def has_recovered() -> bool:
+            snapshot = await limiter.snapshot()
+            return snapshot.epoch > epoch and not snapshot.recovering_ms
+
+        await wait_until(has_recovered, 20, "another epoch")
+        await learning.look()
+        assert await used(limiter) == 30_000
