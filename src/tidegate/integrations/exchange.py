@@ -61,6 +61,7 @@ def outcome_of_error(error: BaseException, overload: tuple[type[Exception], ...]
 def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:
     """How long a 429 says to stay away: `retry-after-ms`, or `retry-after` in seconds or as a date.
 
+    A date is by the clock of the server, as its header Date has it; `now` where that is missing.
     None where it does not say.
     """
     exact = _number(headers.get("retry-after-ms"))
@@ -70,15 +71,11 @@ def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:
     seconds = _number(value)
     if seconds is not None:
         return _bounded(seconds * 1000)
-    if value is None:
+    at = _date(value)
+    if at is None:
         return None
-    try:
-        at = parsedate_to_datetime(value)
-    except (ValueError, OverflowError):
-        return None
-    if at.tzinfo is None:
-        return None
-    return _bounded((at - now).total_seconds() * 1000)
+    answered = _date(headers.get("date")) or now
+    return _bounded((at - answered).total_seconds() * 1000)
 
 
 def retry_info_ms(body: bytes) -> int | None:
@@ -91,6 +88,15 @@ def _number(text: str | None) -> float | None:
     if text is None or not re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", text):
         return None
     return float(text)
+
+
+def _date(text: str | None) -> datetime | None:
+    """None where it is no date, or one without a zone."""
+    try:
+        at = parsedate_to_datetime(text or "")
+    except (ValueError, OverflowError):
+        return None
+    return None if at.tzinfo is None else at
 
 
 def _bounded(pause_ms: float) -> int | None:

@@ -24,6 +24,7 @@ from tidegate.integrations.exchange import (
 from tidegate.limiter import Demand
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
+IN_20_S = "Tue, 24 Nov 2026 12:00:20 GMT"
 
 
 @pytest.mark.parametrize(
@@ -39,10 +40,13 @@ NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
         ({"retry-after": "nan"}, None),
         ({"retry-after": "999999999"}, 86_400_000),
         ({"retry-after": "9" * 400}, None),
-        ({"retry-after": "Tue, 24 Nov 2026 12:00:20 GMT"}, 20_000),
+        ({"retry-after": IN_20_S}, 20_000),
         ({"retry-after": "Tue, 24 Nov 2026 11:00:00 GMT"}, None),
         ({"retry-after": "Tue, 24 Nov 2026 12:00:20"}, None),
         ({"retry-after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}, None),
+        ({"retry-after": IN_20_S, "date": "Tue, 24 Nov 2026 11:50:20 GMT"}, 600_000),
+        ({"retry-after": IN_20_S, "date": "Tue, 24 Nov 2026 12:10:00 GMT"}, None),
+        ({"retry-after": IN_20_S, "date": "yesterday"}, 20_000),
         ({"retry-after-ms": "250", "retry-after": "30"}, 250),
     ],
 )
