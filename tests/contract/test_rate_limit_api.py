@@ -9,7 +9,7 @@ from aiohttp import web
 
 from tests.contract.test_usage_api import of_anthropic, of_openai, server, wire
 from tidegate.errors import UpstreamGarbled
-from tidegate.policy.imported import ModelClass, limits_of
+from tidegate.policy.imported import ModelClass, limits_of, one_class_each
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import reported_limits
 
@@ -58,7 +58,29 @@ async def test_of_a_workspace_the_lower_bound_counts(
 async def test_a_bound_of_nothing_is_no_limit_of_that_unit(wire: RelayWire) -> None:
     own = group(MODELS, requests_per_minute=50, output_tokens_per_minute=0)
     assert await classes(wire, own) == (ModelClass(MODELS, {"rpm": 50}),)
-    assert await classes(wire, group(MODELS, output_tokens_per_minute=0)) == ()
+    assert await classes(wire, group(MODELS, output_tokens_per_minute=0)) == (
+        ModelClass(MODELS, {}),
+    )
+
+
+async def test_no_pattern_matches_a_model_that_the_account_does_not_limit(wire: RelayWire) -> None:
+    fast = ("claude-opus-5-fast",)
+    groups = [group(MODELS, requests_per_minute=50), group(fast, requests_per_minute=0)]
+    models = {"gpt-5": 500, "gpt-5-2026-08-07": 500, "gpt-5-mini": 0}
+    rows = [{"model": model, "max_requests_per_1_minute": rpm} for model, rpm in models.items()]
+
+    async def handle(request: web.Request) -> web.Response:
+        if "projects" in request.path:
+            return web.json_response({"data": rows, "has_more": False})
+        return web.json_response({"data": groups, "next_page": None})
+
+    async with server(handle) as base:
+        anthropic = await reported_limits(wire, of_anthropic(base))
+        openai = await reported_limits(wire, of_openai(base), project="proj_1")
+    named = limits_of(one_class_each(anthropic.classes, ()), "anthropic")
+    assert list(named) == ["rpm:claude-opus-5,claude-opus-5-1"]
+    named = limits_of(one_class_each(openai.classes, ()), "openai")
+    assert list(named) == ["rpm:gpt-5,gpt-5-2*"]
 
 
 async def test_input_with_cache_reads_and_without_are_two_limits(wire: RelayWire) -> None:

@@ -107,11 +107,12 @@ def _joined(one: ModelClass, other: ModelClass) -> ModelClass:
 
 
 def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
-    """Limits by id as the provider counts them. Raises ConfigError for a class with more names
-    than an id can have."""
+    """Limits by id as the provider counts them; none of a class without bounds, whose models no
+    pattern of another class matches. Raises ConfigError for a class with more names than an id can
+    have."""
     everything = {model for one in classes for model in one.models}
     found: dict[str, Any] = {}
-    for one in classes:
+    for one in (each for each in classes if each.bounds):
         name = one.pattern or class_name(one.models, everything.difference(one.models))
         for scope, bound in one.bounds.items():
             limit_id = f"{scope}:{name}"

@@ -255,7 +255,8 @@ _OF_ANTHROPIC: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ReportedLimits:
-    """The limits of an account. skipped: names of those that no limit of a policy can be."""
+    """The limits of an account; classes without bounds are of models that it does not limit.
+    skipped: names of those that no limit of a policy can be."""
 
     classes: tuple[ModelClass, ...]
     skipped: tuple[str, ...]
@@ -281,8 +282,8 @@ async def reported_limits(
         with_name = ("--workspace", workspace)
         overrides, _ = await _of_organization(wire, account, path, with_name)
         groups = [_overridden(one, overrides) for one in groups]
-    classes = [_class_of(models, bounds) for models, bounds in groups]
-    return ReportedLimits(tuple(one for one in classes if one.bounds), skipped)
+    classes = [_class_of(models, bounds) for models, bounds in groups if models]
+    return ReportedLimits(tuple(classes), skipped)
 
 
 async def _of_project(wire: RelayWire, account: UsageAccount, project: str) -> ReportedLimits:
@@ -302,7 +303,7 @@ async def _of_project(wire: RelayWire, account: UsageAccount, project: str) -> R
         other = classes.get(of_id)
         models = (model,) if other is None else (*other.models, model)
         classes[of_id] = ModelClass(models, known)
-    return ReportedLimits(tuple(one for one in classes.values() if one.bounds), tuple(skipped))
+    return ReportedLimits(tuple(classes.values()), tuple(skipped))
 
 
 async def _only_project(wire: RelayWire, account: UsageAccount) -> str:
@@ -356,7 +357,7 @@ def _overridden(group: _Group, overrides: Iterable[_Group]) -> _Group:
 def _class_of(models: tuple[str, ...], bounds: Mapping[str, int]) -> ModelClass:
     """`itpm` is of input that was not cached by Anthropic's preset, and of all input where only
     that has a bound; where both have one, `uitpm` is the first."""
-    known = {kind: bound for kind, bound in bounds.items() if bound and models}
+    known = {kind: bound for kind, bound in bounds.items() if bound}
     found = {_OF_ANTHROPIC[kind]: bound for kind, bound in known.items()}
     if _ALL_INPUT not in known:
         return ModelClass(models, found)
