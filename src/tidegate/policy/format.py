@@ -158,11 +158,15 @@ def check_id(limit_id: str) -> None:
         _check_kind(limit_id, name)
     elif not name:
         raise ConfigError(f"limits.{limit_id}", None, f"must have a name after {scope}:")
+    elif scope == "model" and not is_of_models(plain_model(name)):
+        allowed = f"must name a model; others are pool:{TOTAL}, kind:<kind> and tenant:<tenant>"
+        raise ConfigError(f"limits.{limit_id}", None, allowed)
 
 
 def _check_rate_name(limit_id: str, name: str) -> None:
     what, slash, which = name.partition("/")
-    if not name or (slash and what in ("kind", "tenant") and not which):
+    is_folder_of_none = name.startswith("models/") and not is_of_models(plain_model(name))
+    if not name or is_folder_of_none or (slash and what in ("kind", "tenant") and not which):
         allowed = f"must name a model, {TOTAL}, kind/<kind> or tenant/<tenant>"
         raise ConfigError(f"limits.{limit_id}", None, allowed)
     if slash and what == "kind":

@@ -172,6 +172,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "limits.model:x.adaptive.by",
         "refusals, latency",
     ),
+    ({"limits": {"model:total": 5}}, "limits.model:total", "pool:total"),
+    ({"limits": {"model:kind/image": 5}}, "limits.model:kind/image", "kind:<kind>"),
+    ({"limits": {"model:tenant/x": 5}}, "limits.model:tenant/x", "tenant:<tenant>"),
+    ({"limits": {"rpm:models/tenant/x": 5}}, "limits.rpm:models/tenant/x", "must name a model"),
+    ({"limits": {"rpm:models/total": 5}}, "limits.rpm:models/total", "must name a model"),
     (
         {"limits": {"tif:x": {"bound": 5, "unit": "tokens"}}},
         "limits.tif:x.unit",
