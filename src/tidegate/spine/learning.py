@@ -347,6 +347,7 @@ class LimitLearner:
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
         self._days: dict[str, DayUse] = {}
+        self._changed_at: dict[str, float] = {}  # the bounds of limits, as seen here
         self._epoch = 0  # of the pool, in which the charges were made
         self._confirmations = Confirmations(STABLE_S)
 
@@ -390,10 +391,15 @@ class LimitLearner:
         await self._limiter.tell(orjson.dumps(note), KEEP_NOTE_MS)
 
     def _matched(self) -> LimitMatch:
-        policy = self._limiter.policy
-        if self._match is None or self._match.policy is not policy:
-            self._match = LimitMatch(policy, self._keeper.provider)
-        return self._match
+        policy, match = self._limiter.policy, self._match
+        if match is None or match.policy is not policy:
+            if match is not None:
+                before, now = match.policy.rules, self._clock()
+                for name, limit in policy.rules.items():
+                    if name not in before or before[name].bound != limit.bound:
+                        self._changed_at[name] = now
+            match = self._match = LimitMatch(policy, self._keeper.provider)
+        return match
 
     async def _lead(self, notes: Mapping[str, LearnedNote], match: LimitMatch) -> None:
         others = {sid: one.others for sid, one in notes.items() if sid != self._limiter.session}
@@ -429,9 +435,10 @@ class LimitLearner:
         snapshot: Snapshot,
         before: Mapping[str, OthersUse],
     ) -> OthersUse | None:
-        """Charge a limit in force with what others take of it; None where they take nothing."""
+        """Charge a limit in force with what others take of it; None where they take nothing, and
+        after a change of its bound until there is a newer answer: the account may have more."""
         limit, view = match.policy.limit(name), snapshot.limits.get(name)
-        if limit is None or limit.shadow:
+        if limit is None or limit.shadow or reading.at < self._changed_at.get(name, 0.0):
             return None
         if isinstance(limit, Quota):
             return None if view is None else await self._of_day(limit, reading, view, before)

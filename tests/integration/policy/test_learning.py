@@ -17,7 +17,7 @@ from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
-from tidegate.limiter import Limiter, PoolPolicy, Rate, next_midnight_ms
+from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, next_midnight_ms
 from tidegate.policy.inspection import Control
 from tidegate.policy.learned import LearnedLimit
 from tidegate.policy.rollout import PolicyKeeper
@@ -258,21 +258,28 @@ async def test_a_wrong_value_of_learn_is_refused(open_gateway: Opener, tmp_path:
 
 
 @asynccontextmanager
-async def learner(url: str, limit: Rate) -> AsyncIterator[tuple[Limiter, LimitLearner]]:
-    """A process with `limit`, whose last answer reported a bound of 30,000 tokens."""
-    policy = PoolPolicy({"tpm:gpt-5": limit}, lease_ms=600)
-    announced = Announced()
-    told = {b"x-ratelimit-limit-tokens": b"30000", b"x-ratelimit-remaining-tokens": b"30000"}
-    announced.note("gpt-5", list(told.items()))
+async def learner(
+    url: str, limit: Rate | Quota, bound: int = 30_000, remaining: int = 30_000
+) -> AsyncIterator[tuple[Limiter, LimitLearner]]:
+    """A process with `limit`, whose last answer reported such a bound."""
+    is_day = isinstance(limit, Quota)
+    policy = PoolPolicy({"rpd:gpt-5" if is_day else "tpm:gpt-5": limit}, lease_ms=600)
+    announced, unit = Announced(), b"requests" if is_day else b"tokens"
+    told = {b"limit": bound, b"remaining": remaining}
+    announced.note(
+        "gpt-5", [(b"x-ratelimit-%s-%s" % (key, unit), b"%d" % told[key]) for key in told]
+    )
     async with Limiter.from_url(url, pool=f"p{uuid4().hex[:12]}", policy=policy) as limiter:
         record = Policies(Connections("postgresql://127.0.0.1:1/none"))
-        keeper = PolicyKeeper(limiter, record, wanted=policy, set_by="test")
+        provider = "groq" if is_day else ""  # whose requests are of a day
+        keeper = PolicyKeeper(limiter, record, wanted=policy, set_by="test", provider=provider)
         await wait_until(lambda: limiter.state == "up", 20, "the first lease")
         yield limiter, LimitLearner(keeper, announced, "propose")
 
 
 async def used(limiter: Limiter) -> int:
-    return (await limiter.snapshot()).limits["tpm:gpt-5"].used
+    (limit,) = (await limiter.snapshot()).limits.values()
+    return limit.used
 
 
 async def test_a_limit_in_shadow_keeps_no_room_free(valkey_url: str) -> None:
@@ -301,3 +308,23 @@ async def test_room_is_kept_free_again_after_valkey_has_lost_its_data(
         await wait_until(has_recovered, 20, "another epoch")
         await learning.look()
         assert await used(limiter) == 30_000
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "raised"),
+    [
+        ("tpm:gpt-5", Rate(30_000, 60_000, "tokens"), Rate(600_000, 60_000, "tokens")),
+        ("rpd:gpt-5", Quota(30_000), Quota(600_000)),
+    ],
+)
+async def test_an_answer_of_before_a_limit_was_raised_keeps_no_room_free_in_it(
+    valkey_url: str, name: str, limit: Rate | Quota, raised: Rate | Quota
+) -> None:
+    async with learner(valkey_url, limit, remaining=0) as made:
+        limiter, learning = made
+        await learning.look()
+        before = await used(limiter)
+        await limiter.set_policy(PoolPolicy({name: raised}, lease_ms=600, revision=2))
+        await wait_until(lambda: limiter.policy.bound(name) == 600_000, 20, "the higher bound")
+        await learning.look()
+        assert await used(limiter) == before
