@@ -133,13 +133,9 @@ def from_form(pairs: Mapping[str, str]) -> dict[str, Any]:
     for name, text in pairs.items():
         if name in PROMPT_FIELDS:
             values[name] = text
-        elif text.strip():
-            is_number = name in ("priority", "deadline_ms") and _INTEGER.fullmatch(text.strip())
-            values[name] = int(text) if is_number else text.strip()
-            if name == "tiers":
-                values[name] = [one.strip() for one in text.split(",")]
-        else:
-            check_known(name)
+        elif given := text.strip():
+            is_number = name in ("priority", "deadline_ms") and _INTEGER.fullmatch(given)
+            values[name] = int(given) if is_number else given
     return values
 
 

@@ -147,6 +147,15 @@ async def outcome(pieces: list[bytes], config: Config, blobs: Blobs) -> object:
     return got.prompt, got.kind, got.priority, files
 
 
+@pytest.mark.parametrize("space", ["\x1f", "\xa0", "\u2003"])
+async def test_a_number_may_have_any_space_around_it(
+    space: str, config: Config, blobs: Blobs
+) -> None:
+    body = multipart(text("data", "x"), text("priority", f"{space}7{space}"))
+    got = await read_submission(request(body, MULTIPART), config, blobs)
+    assert got.priority == 7
+
+
 async def test_multipart_without_a_boundary_is_refused(config: Config, blobs: Blobs) -> None:
     with pytest.raises(InvalidRequest, match="without a boundary") as refusal:
         await read_submission(request(b"x", "multipart/form-data"), config, blobs)

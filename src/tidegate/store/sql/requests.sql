@@ -296,9 +296,7 @@ ORDER BY id DESC
 OFFSET $3 - 1 LIMIT 1
 
 -- name: count_stuck
--- How many dead jobs and how many webhooks that were given up there are, up to $1 of each, and how
--- many alerts given up within a day that are newer than all that were posted; when the first of
--- these jobs died; how many jobs are ready, up to $1, and how many workers lived lately.
+-- What waits for a person, up to $1 of each: dead jobs, webhooks and alerts given up; the first death, ready jobs and live workers.
 SELECT
     (SELECT finished_at FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT 1) AS dead_since,
