@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.cli.limits import span_ms
-from tidegate.cli.terminal import Json, show_json, show_table, tell, who, with_budgets
+from tidegate.cli.terminal import Json, confirm, show_json, show_table, tell, who, with_budgets
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def remove(
 ) -> None:
     """Remove a budget with its books."""
     if not yes:
-        typer.confirm(f"Remove the budget {name} and what it has counted?", abort=True)
+        confirm(f"Remove the budget {name} and what it has counted?")
     with_budgets(lambda records: records.remove(name, by=who()))
     tell(json, {"budget": name, "removed": True}, f"{name} is removed")
 

@@ -18,6 +18,7 @@ from tidegate.cli.terminal import (
     chosen_pool,
     chosen_pool_or,
     command_config,
+    confirm,
     in_pool,
     is_short_id,
     legible,
@@ -492,7 +493,7 @@ def revoke(
     calls than allowed.
     """
     if not yes:
-        typer.confirm(f"Is {process} certainly dead?", abort=True)
+        confirm(f"Is {process} certainly dead?")
     ended = in_pool(lambda control: control.revoke(process, by=who()))
     text = f"{ended} session{'' if ended == 1 else 's'} of {process} ended"
     tell(json, {"process": process, "sessions": ended}, text)

@@ -29,6 +29,7 @@ from tidegate.cli.operate import show_state
 from tidegate.cli.terminal import (
     Json,
     command_config,
+    confirm,
     given,
     is_short_id,
     show_json,
@@ -443,7 +444,7 @@ def requeue(
             return
         counts = ", ".join(f"{jobs} {code or '(none)'}" for code, jobs in report.by_code.items())
         more = f", the first {limit} of more" if report.has_more else ""
-        typer.confirm(f"Queue {report.matching} jobs again ({counts}{more})?", abort=True)
+        confirm(f"Queue {report.matching} jobs again ({counts}{more})?")
     _show_requeued(run(config, order, by=who()), json)
 
 

@@ -15,6 +15,7 @@ from tidegate.cli.terminal import (
     Json,
     Reason,
     command_config,
+    confirm,
     in_all_pools,
     in_pool,
     show_json,
@@ -189,7 +190,7 @@ def remove(
     from tidegate.policy.tenants import remove_tenant
 
     if not yes:
-        typer.confirm(f"Do all keys of {tenant} stop working now?", abort=True)
+        confirm(f"Do all keys of {tenant} stop working now?")
 
     async def work(keepers: Sequence[PolicyKeeper], tenants: Tenants) -> None:
         await remove_tenant(tenants, keepers, tenant, by=who(), reason=reason)
@@ -506,7 +507,7 @@ def erase(
         [f"subject {subject}"] * (subject is not None) + [f"tenant {tenant}"] * (tenant is not None)
     )
     if not (yes or dry_run):
-        typer.confirm(f"Erase all that is on record of {named}, for good?", abort=True)
+        confirm(f"Erase all that is on record of {named}, for good?")
     report = run(command_config("erase"), whose, dry_run=dry_run)
     text = (
         f"{'would erase' if dry_run else 'erased'} {report.requests} requests, "

@@ -236,6 +236,22 @@ def who() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
+def confirm(question: str) -> None:
+    """Ask a person on standard error, since standard output has the data alone. Raises typer.Abort
+    unless the answer is yes; Ctrl-C ends the command as anywhere else."""
+    while True:
+        typer.echo(f"{question} [y/N]: ", nl=False, err=True)
+        answer = sys.stdin.readline()
+        if not answer:
+            typer.echo(err=True)
+        match answer.strip().lower():
+            case "y" | "yes":
+                return
+            case "" | "n" | "no":
+                raise typer.Abort
+        typer.echo("Answer y or n.", err=True)
+
+
 def show_json(value: object) -> None:
     import orjson
 
