@@ -210,13 +210,17 @@ def drain(
         bool, typer.Option("--wait", help="Return when no call is left there.")
     ] = False,
     for_: Annotated[
-        str | None, typer.Option("--for", help="How long --wait lasts at most: 30s, 10m, 2h.")
+        str | None,
+        typer.Option("--for", help="How long --wait lasts at most: 30s, 10m, 2h; not without it."),
     ] = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
     """Have an upstream take no new calls; those in progress end, and what lives there can be
     reached."""
+    if for_ is not None and not wait:
+        why = "needs --wait, whose length it is: an upstream stays drained until it is resumed"
+        raise ConfigError("--for", for_, why)
     until = time.monotonic() + (span_ms("--for", for_) / 1000 if for_ else float("inf"))
     path, body = f"/{_quoted(name)}/drain", {"by": who(), "reason": reason}
 

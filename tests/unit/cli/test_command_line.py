@@ -45,3 +45,10 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_verification(
     monkeypatch.setattr("tidegate.verify.run.verify", verify)
     with pytest.raises(ConfigError, match="must be a file that can be written"):
         invoke("verify", "--markdown", str(tmp_path / place))
+
+
+def test_a_drain_has_no_end_so_that_its_time_needs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_URL", "http://localhost:1")
+    with pytest.raises(ConfigError, match="--for=10m: needs --wait") as refused:
+        invoke("upstreams", "drain", "groq", "--for", "10m")
+    assert "stays drained until it is resumed" in str(refused.value)
