@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -40,7 +41,7 @@ from tidegate.cli.terminal import (
     with_pool_option,
 )
 from tidegate.embedded.servers import ServerFailed
-from tidegate.errors import TidegateError
+from tidegate.errors import ConfigError, TidegateError
 
 app = typer.Typer(
     name="tidegate",
@@ -57,7 +58,12 @@ _USE, _RUN, _OPERATE = "Use it", "Run it", "Operate it"
 
 def main() -> None:
     """Run the command line. Its exit codes are `EXITS`."""
+    for output in (sys.stdout, sys.stderr):
+        # What an output of another encoding than UTF-8 cannot show, it shows as escapes.
+        if isinstance(output, TextIOWrapper) and output.errors == "strict":
+            output.reconfigure(errors="backslashreplace")
     try:
+        _check_text(sys.argv[1:])
         command_line(sys.argv[1:])()
     except TidegateError as failed:
         _leave(str(failed), code_of(failed))
@@ -69,6 +75,16 @@ def main() -> None:
         if failed.errno not in _NO_ROOM:
             raise
         _leave(f"output or files cannot be written: {failed.strerror}", FAILED)
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for an argument that is not text, unless it is the name of a file."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            if not os.path.lexists(argument):
+                raise ConfigError("argument", ascii(argument), "must be text in UTF-8") from None
 
 
 def command_line(arguments: Sequence[str]) -> typer.Typer:

@@ -93,7 +93,10 @@ def submit(
 ) -> None:
     """Submit a request. Prints its id, or with --wait or --follow its answer."""
     if text == "-":
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise ConfigError("TEXT", text, "must be text in UTF-8") from None
     fields = given(
         data=text or None,
         image_uri=image_uri,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from tests.unit.invoked import invoke
-from tidegate.cli import app, command_line
+from tidegate.cli import app, command_line, main
 from tidegate.errors import ConfigError
 
 
@@ -52,3 +53,53 @@ def test_a_drain_has_no_end_so_that_its_time_needs_wait(monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="--for=10m: needs --wait") as refused:
         invoke("upstreams", "drain", "groq", "--for", "10m")
     assert "stays drained until it is resumed" in str(refused.value)
+
+
+def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr("sys.argv", ["tidegate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_an_output_that_cannot_show_a_character_gets_its_escape(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEXT_MODEL", "模型")
+    written = BytesIO()
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(written, encoding="latin-1"))
+    assert run_main(["config", "check"], monkeypatch) == 0
+    assert rb"\u6a21\u578b" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["keys create --name n\udcff", "requeue --since 1h --tenant \udcff", "budgets resume \udcff"],
+)
+def test_an_argument_that_is_not_text_is_refused_in_one_line(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://localhost:1/none")
+    monkeypatch.setenv("REDIS_URL", "redis://localhost:1")
+    assert run_main(arguments.split(), monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert r"\udcff': must be text in UTF-8" in shown.err
+
+
+def test_a_file_may_have_a_name_that_is_not_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name = tmp_path / "n\udcff.jsonl"
+    name.touch()
+    assert run_main(["batch", "run", str(name)], monkeypatch) == 2
+    assert "at least one prompt" in capsys.readouterr().err
+
+
+def test_a_prompt_from_standard_input_that_is_not_text_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert run_main(["submit", "-"], monkeypatch) == 2
+    assert capsys.readouterr().err == "tidegate: TEXT=-: must be text in UTF-8\n"
