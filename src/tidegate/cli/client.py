@@ -453,8 +453,14 @@ async def save_pictures(
             progress.note(f"picture {number}: {gateway.url}{picture['url']} (--output saves it)")
             continue
         target = _target(output, view["request_id"], number, len(pictures), picture["mime_type"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        await gateway.download(picture["url"], target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            await gateway.download(picture["url"], target)
+        except OSError as failed:
+            if failed.filename is None:
+                raise
+            why = f"cannot be written: {failed.strerror}"
+            raise ConfigError("--output", str(target), why) from failed
         saved.append(str(target))
         progress.note(f"picture {number} is saved as {target}")
     return saved

@@ -48,6 +48,15 @@ Output = Annotated[
     Path | None,
     typer.Option(help="Save pictures here: a folder, or the name of one picture."),
 ]
+Files = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A file that goes with it; as often as needed.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+    ),
+]
 Conversation = Annotated[str | None, typer.Option(help="Of which it is part, for its budgets.")]
 OnceKey = Annotated[
     str | None, typer.Option(help="Submitting again under the same key changes nothing.")
@@ -62,10 +71,7 @@ def submit(
     text: Annotated[
         str, typer.Argument(help="The prompt; - reads it from standard input.", show_default=False)
     ] = "",
-    file: Annotated[
-        list[Path] | None,
-        typer.Option(help="A file that goes with it; as often as needed.", exists=True),
-    ] = None,
+    file: Files = None,
     image_uri: Annotated[
         str | None, typer.Option(help="A public picture that Tidegate fetches.")
     ] = None,
@@ -92,11 +98,7 @@ def submit(
     json: Json = False,
 ) -> None:
     """Submit a request. Prints its id, or with --wait or --follow its answer."""
-    if text == "-":
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError:
-            raise ConfigError("TEXT", text, "must be text in UTF-8") from None
+    text = _prompt_of_input() if text == "-" else text
     fields = given(
         data=text or None,
         image_uri=image_uri,
@@ -120,6 +122,13 @@ def submit(
         return await _to_the_end(gateway, accepted["request_id"], follow_, output, json)
 
     raise typer.Exit(with_gateway(work))
+
+
+def _prompt_of_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ConfigError("TEXT", "-", "must be text in UTF-8") from None
 
 
 def status(

@@ -75,6 +75,13 @@ async def test_files_go_along_and_pictures_come_back(open_gateway: Opener, tmp_p
     (picture,) = folder.iterdir()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in drawn.complained
+    within_a_file = str(tmp_path / "cat.png" / "pictures")
+    lost = await run(gateway, "status", picture.stem, "--output", within_a_file)
+    assert (lost.code, lost.said) == (2, "")
+    assert f"tidegate: --output={within_a_file}" in lost.complained
+    assert "cannot be written: Not a directory" in lost.complained
+    asked = await run(gateway, "submit", "What is this?", "--file", str(folder))
+    assert (asked.code, "Traceback" in asked.complained) == (2, False)
 
 
 async def test_who_leaves_leaves_the_request_to_its_end(

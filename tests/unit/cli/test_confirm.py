@@ -11,10 +11,10 @@ from tidegate.cli import main
 from tidegate.cli.terminal import confirm
 
 
-class Interrupted(StringIO):
+class Interrupted:
     """A terminal on which a person presses Ctrl-C."""
 
-    def readline(self, *_: object) -> str:
+    def readline(self) -> str:
         raise KeyboardInterrupt
 
 
@@ -43,7 +43,7 @@ def test_nothing_but_yes_goes_on(typed: str, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_ctrl_c_at_a_question_ends_as_it_does_anywhere(
     command: str,
-    terminal: StringIO,
+    terminal: object,
     code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
