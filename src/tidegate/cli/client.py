@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import socket
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -263,8 +265,12 @@ def _form(fields: Mapping[str, Any], files: tuple[Path, ...]) -> aiohttp.FormDat
 
 
 def _words(error: BaseException) -> str:
-    """Of an error of the system its own words: asyncio's list every address that was tried."""
+    """Of an error of the system its own words: asyncio's list every address that was tried. TLS
+    and the resolver have numbers of their own."""
     number = getattr(error, "errno", None)
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, (ssl.SSLError, socket.gaierror)):
+        return f"{'TLS: ' if isinstance(cause, ssl.SSLError) else ''}{cause.strerror or cause}"
     if number is not None and number > 0:
         return os.strerror(number)
     return str(error) or type(error).__name__

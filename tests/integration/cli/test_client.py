@@ -169,6 +169,7 @@ async def test_exit_codes_say_what_kind_of_failure_it_is(
         (("submit", "a forbidden word", "--type", "text_only", "--wait"), with_key, 1, "blocked"),
         (("submit", "Hello"), {"TIDEGATE_URL": "http://127.0.0.1:1"}, 4, "Connection refused"),
         (("submit", "Hello"), {"TIDEGATE_URL": emulator}, 4, "is not a Tidegate gateway"),
+        (("submit", "Hello"), {"TIDEGATE_URL": f"https{gateway.url[4:]}"}, 4, "TLS: [SSL"),
         (("submit", "Hello"), {"TIDEGATE_URL": "nowhere"}, 2, "http:// or https:// URL"),
         (("submit", "Hello", "--wait"), with_key, 0, ""),
         (("requests", "--since", "soon"), with_key, 2, "such as 2h"),
