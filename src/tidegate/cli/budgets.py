@@ -181,4 +181,7 @@ def resume(
         lambda records: records.resume(name, scope=scope, extra=extra, unit=unit, by=who())
     )
     values = [scope_values(one) for one in scopes]
-    tell(json, {"budget": name, "scopes": values}, f"{name} is resumed for {len(scopes)}")
+    text = f"{name} is resumed for {len(scopes)}" if scopes else f"{name} was not paused"
+    if extra and not scopes:
+        text += ", and has no book in this period that could be allowed more"
+    tell(json, {"budget": name, "scopes": values}, text)

@@ -167,7 +167,7 @@ class BudgetRecords:
     ) -> list[str]:
         """End the pauses of a budget, and allow `extra` more in the current period, or for the
         length of a rolling one. Returns the scopes that were paused or extended. Raises NotFound,
-        and ConfigError for an `extra` of another unit than the budget's."""
+        also for a scope without a book, and ConfigError for an `extra` of another unit."""
 
         async def write(connection: asyncpg.Connection) -> list[str] | None:
             known = await connection.fetchval("SELECT unit FROM budgets WHERE name = $1", name)
@@ -180,6 +180,10 @@ class BudgetRecords:
             if extra:
                 more = await connection.fetch(sql("extend_budget"), name, scope, extra)
                 done += [row["scope"] for row in more if row["scope"] not in done]
+            if scope is not None and not done:
+                of_it = "SELECT 1 FROM budget_books WHERE budget = $1 AND scope = $2 LIMIT 1"
+                if await connection.fetchval(of_it, name, scope) is None:
+                    raise NotFound(f"the budget {name} has no book of {scope or '(all)'}")
             await connection.execute(sql("count_budget_change"))
             after = {"scope": scope, "extra": extra}
             await record_action(connection, "budget.resume", name, after=after)

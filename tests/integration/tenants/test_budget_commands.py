@@ -115,6 +115,12 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
         whom = ("--of", of, "--extra-usd", "1", "--json")
         resumed = await tidegate(gateway, "budgets", "resume", "people", *whom)
         assert resumed.json == {"budget": "people", "scopes": [[scope]]}
+    for budget, nobody, *extra in (("people", "anm"), ("day", "acme", "--extra-usd", "1")):
+        missed = await tidegate(gateway, "budgets", "resume", budget, "--of", nobody, *extra)
+        assert (missed.code, missed.said) == (1, ""), budget
+        assert missed.complained == f'tidegate: the budget {budget} has no book of ["{nobody}"]\n'
+    idle = await tidegate(gateway, "budgets", "resume", "people", "--of", "ann")
+    assert (idle.code, idle.said) == (0, "people was not paused\n")
     none = await tidegate(gateway, "budgets", "list", "nothing")
     assert none.code == 2
     removed = await tidegate(gateway, "budgets", "remove", "day", "--yes")
