@@ -751,26 +751,26 @@ def day_of(name: str) -> date | None:
 async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
     """Make what is missing of today's and the next days' partitions; runs in a transaction.
 
-    Returns the names of those made.
+    Returns the names of those made. Raises LockNotAvailableError where a table is in use for long.
     """
     await connection.execute(sql("lock_partitions"), PARTITIONS_LOCK)
     days = [today + timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
-    names = [name_of(table, day) for table in TABLES for day in days]
-    missing = await connection.fetch(sql("missing_partitions"), names)
-    absent = {row["name"] for row in missing}
-    for table in TABLES:
-        for day in days:
-            if name_of(table, day) in absent:
-                await _make(connection, table, day)
-    return sorted(absent)
+    wanted = {name_of(table, day): (table, day) for table in TABLES for day in days}
+    missing = [row["name"] for row in await connection.fetch(sql("missing_partitions"), [*wanted])]
+    await connection.execute(sql("wait_briefly"))
+    for name in missing:
+        await _make(connection, *wanted[name])
+    return sorted(missing)
 
 
 async def _make(connection: asyncpg.Connection, table: str, day: date) -> None:
     start = datetime.combine(day, datetime.min.time(), UTC)
     end = start + timedelta(days=1)
     place = {"table": table, "partition": name_of(table, day)}
-    settings = _SETTINGS.get(table, "")
-    await connection.execute(sql("create_partition").format(**place, settings=settings))
+    await connection.execute(sql("lock_writers").format(**place))
+    await connection.execute(
+        sql("create_partition").format(**place, settings=_SETTINGS.get(table, ""))
+    )
     await connection.execute(sql("fill_partition").format(**place), start, end)
     bounds = {"start": start.isoformat(), "end": end.isoformat()}
     await connection.execute(sql("attach_partition").format(**place, **bounds))
@@ -840,14 +840,6 @@ async def settle_restored(url: str) -> None:
         await connection.execute("ANALYZE")
     finally:
         await connection.close()
-
-
-# The name is Alembic's, which ran the steps at first.
-_NEW_RECORD = """
-    CREATE TABLE IF NOT EXISTS alembic_version (
-        version_num varchar(32) NOT NULL CONSTRAINT alembic_version_pkc PRIMARY KEY
-    )
-"""
 
 
 def steps() -> Iterator[tuple[str, str]]:

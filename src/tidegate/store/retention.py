@@ -38,7 +38,7 @@ _WALKED_AT_ONCE = 20_000
 _BATCH = 500
 _START = UUID(int=0)
 _HOUSE_EVERY_S = 3_600
-_HOUSE_RETRY_S = 5
+_HOUSE_RETRY_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ async def make_partitions(connections: Connections) -> None:
                 timeout_ms=_TIMEOUT_MS,
             )
             pause_s = _HOUSE_EVERY_S
-        except StoreUnavailable:
+        except (StoreUnavailable, asyncpg.LockNotAvailableError):
             pause_s = _HOUSE_RETRY_S
         await asyncio.sleep(pause_s)
 

@@ -6,6 +6,7 @@ import asyncio
 from datetime import UTC, date, datetime, timedelta
 
 import asyncpg
+import pytest
 
 from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until
@@ -123,6 +124,49 @@ async def test_rows_that_fell_into_the_default_partition_move_to_their_day(
             await partitions.make_ahead(peek, day)
     assert await peek.fetchval("SELECT count(*) FROM bodies_default") == 0
     assert await peek.fetchval("SELECT count(*) FROM bodies_20310517") == 1
+
+
+async def test_rows_that_come_while_their_partition_is_made_are_in_it(
+    peek: asyncpg.Connection, database_url: str
+) -> None:
+    insert = (
+        "INSERT INTO bodies (id, created_at, role, pool, encoding, size_bytes, data) "
+        "VALUES ($1, '2031-05-17 12:00Z', 'request', 'gemini', 'zlib', 1, 'x')"
+    )
+    maker, before, after = [await asyncpg.connect(database_url) for _ in range(3)]
+
+    async def waits(one: asyncpg.Connection) -> bool:
+        query = "SELECT cardinality(pg_blocking_pids($1)) > 0"
+        return bool(await peek.fetchval(query, one.get_server_pid()))
+
+    async def make() -> list[str]:
+        async with maker.transaction():
+            return await partitions.make_ahead(maker, date(2031, 5, 17))
+
+    async with before.transaction():
+        await before.execute(insert, new_id())
+        making = asyncio.create_task(make())
+        await wait_until(lambda: waits(maker))
+        writing = asyncio.create_task(after.execute(insert, new_id()))
+        await wait_until(lambda: waits(after))
+    assert "bodies_20310517" in await making
+    await writing
+    assert await peek.fetchval("SELECT count(*) FROM bodies_20310517") == 2
+    for one in (maker, before, after):
+        await one.close()
+
+
+async def test_no_partition_is_waited_for_while_a_backup_has_the_table(
+    peek: asyncpg.Connection, database_url: str
+) -> None:
+    reader = await asyncpg.connect(database_url)
+    async with reader.transaction():
+        await reader.execute("LOCK TABLE attempts_default IN ACCESS SHARE MODE")
+        async with asyncio.timeout(5):
+            with pytest.raises(asyncpg.LockNotAvailableError):
+                async with peek.transaction():
+                    await partitions.make_ahead(peek, date(2031, 5, 17))
+    await reader.close()
 
 
 async def test_a_running_store_makes_the_partitions_of_the_coming_days(

@@ -1,8 +1,18 @@
--- Partitions, and a restored database. {table} and {partition} are names of ours, never text of a caller.
+-- The revision, partitions, and a restored database. {table} and {partition} are names of ours, never text of a caller.
+
+-- name: create_revision
+-- The table of the revision; its name is Alembic's, which ran the steps at first.
+CREATE TABLE IF NOT EXISTS alembic_version (
+    version_num varchar(32) NOT NULL CONSTRAINT alembic_version_pkc PRIMARY KEY
+)
 
 -- name: lock_partitions
 -- Wait for others who make or drop partitions.
 SELECT pg_advisory_xact_lock($1)
+
+-- name: wait_briefly
+-- Give up a lock that others, such as a backup, keep for long: all who come later wait behind us.
+SET LOCAL lock_timeout = '500ms'
 
 -- name: missing_partitions
 -- Which of these tables there are not.
@@ -11,6 +21,10 @@ SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass(name) IS NULL
 -- name: create_partition
 -- A table for one day, not attached yet.
 CREATE TABLE {partition} (LIKE {table} INCLUDING ALL) {settings}
+
+-- name: lock_writers
+-- Wait for writers, and keep others out: their rows would come into the default partition, which takes them no more.
+LOCK TABLE ONLY {table} IN SHARE ROW EXCLUSIVE MODE
 
 -- name: fill_partition
 -- Move the rows of [$1, $2) out of the default partition.
