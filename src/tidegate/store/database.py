@@ -854,8 +854,9 @@ async def upgrade(connection: asyncpg.Connection, until: str = HEAD) -> None:
     """Run the missing steps up to a revision, all or none. Other processes wait for the end."""
     async with connection.transaction():
         await connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        await connection.execute(sql("wait_briefly"))
         before = await revision_of(connection)
-        await connection.execute(_NEW_RECORD)
+        await connection.execute(sql("create_revision"))
         for revision, step in steps():
             if (before or "") < revision <= until:
                 await connection.execute(step)
@@ -867,8 +868,8 @@ async def migrate(url: str) -> str | None:
     """Run the missing steps and make partitions ahead.
 
     Returns the new revision, or None where there was nothing to do. Raises StoreUnavailable when
-    PostgreSQL can't be reached, and ConfigError for a database from before the first release.
-    A step that fails, or is cancelled, leaves the database as it was.
+    PostgreSQL can't be reached or others keep a table, and ConfigError for a database from before
+    the first release and for a user without the rights. A step that fails leaves all as it was.
     """
     connection = await _connected(url)
     try:
@@ -881,6 +882,13 @@ async def migrate(url: str) -> str | None:
         async with connection.transaction():
             after = await revision_of(connection)
             await make_ahead(connection, datetime.now(UTC).date())
+    except asyncpg.InsufficientPrivilegeError as refused:
+        names = f"names a user that may not change the schema: {refused}; migrate as its owner"
+        raise ConfigError("DATABASE_URL", None, names) from refused
+    except (asyncpg.LockNotAvailableError, *_TRANSIENT) as failed:
+        is_kept = isinstance(failed, asyncpg.LockNotAvailableError)
+        why = "a table is in use, perhaps by a backup" if is_kept else _words(failed)
+        raise StoreUnavailable(f"the schema can't be changed now: {why}") from failed
     finally:
         await connection.close(timeout=_CONNECT_TIMEOUT_S)
     if after == before:

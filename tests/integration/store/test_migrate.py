@@ -6,13 +6,16 @@ import asyncio
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
-from tidegate.errors import StoreUnavailable
+from tests.waiting import wait_until
+from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store import database as partitions
-from tidegate.store.database import HEAD, migrate, upgrade
+from tidegate.store.database import HEAD, migrate, revision_of, upgrade
 
 
 async def test_a_migration_reports_its_revision_and_the_next_has_nothing_to_do(
@@ -50,6 +53,49 @@ async def test_processes_that_migrate_at_once_are_safe(empty_database_url: str) 
 async def test_migrating_without_a_server_says_that_the_store_is_away() -> None:
     with pytest.raises(StoreUnavailable):
         await migrate("postgresql://nobody@127.0.0.1:1/nothing")
+
+
+async def test_a_migration_gives_up_while_a_backup_has_a_table(empty_database_url: str) -> None:
+    reader = await asyncpg.connect(empty_database_url)
+    await upgrade(reader, "0012")
+    async with reader.transaction():
+        await reader.execute("LOCK TABLE audit IN ACCESS SHARE MODE")
+        async with asyncio.timeout(5):
+            with pytest.raises(StoreUnavailable, match="in use, perhaps by a backup"):
+                await migrate(empty_database_url)
+    assert await revision_of(reader) == "0012"
+    await reader.close()
+    assert await migrate(empty_database_url) == HEAD
+
+
+async def test_a_migration_that_is_cut_off_says_that_the_store_is_away(
+    empty_database_url: str,
+) -> None:
+    reader = await asyncpg.connect(empty_database_url)
+    await upgrade(reader, "0012")
+    cut = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+    )
+    async with reader.transaction():
+        await reader.execute("SELECT pg_advisory_xact_lock(7423000)")
+        migrating = asyncio.create_task(migrate(empty_database_url))
+        await wait_until(lambda: reader.fetchval(cut))
+        with pytest.raises(StoreUnavailable):
+            await migrating
+    await reader.close()
+
+
+async def test_a_user_that_may_not_migrate_is_a_wrong_setting(empty_database_url: str) -> None:
+    owner = await asyncpg.connect(empty_database_url)
+    user = f"guest_{uuid4().hex}"
+    await owner.execute(f"CREATE ROLE {user} LOGIN PASSWORD 'x'")
+    url = urlsplit(empty_database_url)
+    address = url.netloc.rpartition("@")[2]
+    with pytest.raises(ConfigError, match="may not change the schema"):
+        await migrate(url._replace(netloc=f"{user}:x@{address}").geturl())
+    await owner.execute(f"DROP ROLE {user}")
+    await owner.close()
 
 
 async def test_the_index_of_words_reads_no_partition_of_before(empty_database_url: str) -> None:
