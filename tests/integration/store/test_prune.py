@@ -189,6 +189,24 @@ async def test_processes_that_make_partitions_at_once_do_not_collide(
     await asyncio.gather(make(), make(), make())
 
 
+async def test_a_request_is_read_in_no_partition_of_before_its_receipt(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    old = partitions.name_of("audit", datetime.now(UTC).date() - timedelta(days=45))
+    async with peek.transaction():
+        await partitions.make_ahead(peek, datetime.now(UTC).date() - timedelta(days=45))
+    async with peek.transaction():
+        await peek.execute(f"LOCK TABLE {old} IN ACCESS EXCLUSIVE MODE")
+        for read in (
+            store.requests.get(new_id(), "default"),
+            store.requests.detail(new_id()),
+            store.requests.body(new_id(), "default", "request"),
+            store.requests.body_of_any(new_id(), "request"),
+        ):
+            with pytest.raises(NotFound):
+                await read
+
+
 async def test_an_old_upload_whose_submit_never_came_is_swept(
     store: Store, peek: asyncpg.Connection
 ) -> None:

@@ -56,8 +56,8 @@ RETURNING pool
 SELECT * FROM requests WHERE id = $1
 
 -- name: detail_audit
--- How request $1 ended, the last time; of a native call or a line of a batch all that there is.
-SELECT * FROM audit WHERE request_id = $1 ORDER BY created_at DESC LIMIT 1
+-- How request $1 ended, from $2 on, the last time; of a native call or a line of a batch all that there is.
+SELECT * FROM audit WHERE request_id = $1 AND created_at >= $2 ORDER BY created_at DESC LIMIT 1
 
 -- name: detail_line
 -- Line $1 of a batch, while a worker has it.
@@ -83,11 +83,12 @@ FROM bodies
 WHERE id = $1 AND created_at = $2
 
 -- name: detail_body
--- The body in the role $2 of request $1, as it ended the last time.
+-- The body in the role $2 of request $1, as it ended the last time, from $3 on.
 SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key,
     coalesce(bodies.content_type, 'application/json') AS content_type, bodies.omitted_bytes
 FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
 WHERE audit.request_id = $1 AND bodies.role = $2
+    AND audit.created_at >= $3 AND bodies.created_at >= $3
 ORDER BY audit.created_at DESC LIMIT 1
 
 -- name: detail_file
@@ -142,12 +143,13 @@ ORDER BY created_at DESC, id DESC
 OFFSET $6 - 1 LIMIT 1
 
 -- name: get_body
--- The body in the role $3 of a request of tenant $2 that has ended.
+-- The body in the role $3 of a request of tenant $2 that has ended, from $4 on.
 SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key,
     coalesce(bodies.content_type, 'application/json') AS content_type, bodies.omitted_bytes
 FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
 WHERE audit.request_id = $1 AND audit.tenant_id = $2 AND audit.source <> 'batch'
     AND bodies.tenant_id = $2 AND bodies.role = $3
+    AND audit.created_at >= $4 AND bodies.created_at >= $4
 ORDER BY audit.created_at DESC LIMIT 1
 
 -- name: get_charged
@@ -157,8 +159,9 @@ WHERE request_id = $1 AND tenant_id = $2 AND created_at >= $3 AND created_at < $
 ORDER BY created_at DESC LIMIT 1
 
 -- name: get_relayed
--- The record of one native call of a tenant.
-SELECT * FROM audit WHERE request_id = $1 AND tenant_id = $2 AND source = 'relay' LIMIT 1
+-- The record of one native call of a tenant, from $3 on.
+SELECT * FROM audit
+WHERE request_id = $1 AND tenant_id = $2 AND source = 'relay' AND created_at >= $3 LIMIT 1
 
 -- name: count_requeues
 -- By error code: jobs of the states $1 that ended in [$2, $3), of tenant $4 and code $5 where given; up to $6.
