@@ -232,11 +232,13 @@ class Retention:
         query = "prune_candidates_of" if theirs else "prune_candidates"
         whose = tenants[0] if theirs else tenants
         requests = files = 0
-        while found := await self.rows(query, before, _BATCH, whose):
+        since = () if theirs else (_start_of(date.min),)  # what others keep is passed once
+        while found := await self.rows(query, before, _BATCH, whose, *since):
             ids = [row["id"] for row in found]
             files += await self.delete_blobs("blobs_of_requests", ids)
             await self.delete(("delete_requests", ids))
             requests += len(ids)
+            since = () if theirs else (found[-1]["finished_at"],)
         return requests, files
 
     async def _prune_batches(self, before: datetime, tenants: list[str], *, theirs: bool) -> int:

@@ -97,3 +97,32 @@ async def test_ended_requests_go_by_their_tenants_days(
         *(("brief", 1), ("usual", 1), ("usual", 10)),
         *(("long", 1), ("long", 10), ("long", 40)),
     }
+
+
+async def test_requests_that_a_tenant_keeps_longer_are_passed_once(
+    store: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.tenants.set("long", {"retention_days": 90}, by="test")
+    insert = (
+        "INSERT INTO requests (id, tenant_id, pool, source, status, classified_by,"
+        " classified_reason, prompt, priority, attempts, created_at, finished_at)"
+        " SELECT gen_random_uuid(), $1, 'gemini', 'job', 'succeeded', 'rules', '', '', 0, 1, at, at"
+        " FROM generate_series(1, $2) AS n, LATERAL"
+        " (SELECT now() - $3 * interval '1 day' + n * interval '1 s' AS at) AS times"
+    )
+    await peek.execute(insert, "long", 300, 60)
+    await peek.execute(insert, "default", 1_200, 50)
+    await peek.execute(
+        "SET enable_seqscan = off; SET enable_sort = off; SET enable_bitmapscan = off"
+    )
+    rows, passed = store.retention.rows, []
+
+    async def explained(name: str, *values: object) -> list[asyncpg.Record]:
+        if name == "prune_candidates":
+            plan = await peek.fetch("EXPLAIN (ANALYZE) " + partitions.sql(name), *values)
+            passed.append(any("Rows Removed by Filter: 300" in row[0] for row in plan))
+        return await rows(name, *values)
+
+    monkeypatch.setattr(store.retention, "rows", explained)
+    assert (await store.retention.prune(30)).requests == 1_200
+    assert passed == [True, False, False, False]

@@ -1,9 +1,9 @@
 -- What has expired or is to be erased. {partition} is the name of a partition, never text of a caller.
 
 -- name: prune_candidates
--- Ended requests older than $1, oldest first, at most $2, of all tenants but $3.
-SELECT id FROM requests WHERE status NOT IN ('queued', 'running') AND finished_at < $1
-    AND NOT (tenant_id = ANY($3::text[]))
+-- Ended requests older than $1, from $4 on, oldest first, at most $2, of all tenants but $3.
+SELECT id, finished_at FROM requests WHERE status NOT IN ('queued', 'running') AND finished_at < $1
+    AND finished_at >= $4 AND NOT (tenant_id = ANY($3::text[]))
 ORDER BY finished_at LIMIT $2
 
 -- name: blobs_of_requests
