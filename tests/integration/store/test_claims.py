@@ -273,7 +273,8 @@ async def test_no_hot_statement_scans_the_queue(
         "list_reach": [*LISTED, 20_000],
         "depth_of_queues": [200, 10_000],
         "depth_of_jobs": [10_000],
-        "prune_candidates": [now() - timedelta(days=30), 500, ["kept-longer"]],
+        "prune_candidates": [now() - timedelta(days=30), 500, ["kept-longer"], LISTED[1]],
+        "running_calls": ["gemini"],
     }
     for name, arguments in hot.items():
         if name == "pulse":  # as in every transaction of a process

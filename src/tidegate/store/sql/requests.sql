@@ -233,8 +233,12 @@ FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 -- The jobs that hold a permit of pool $1: whose it is, by process and sequence of its fence.
 -- Calls of the account `gemini` have permits of the pool that the jobs are queued in.
 SELECT r.id AS request_id, a.instance_id, a.fence_sequence, r.admitted_at
-FROM requests r JOIN attempts a ON a.id = r.attempt_id AND a.created_at = r.attempt_at
-WHERE r.claimed_by IS NOT NULL AND r.status = 'running' AND coalesce(nullif(r.upstream, 'gemini'), r.pool) = $1
+FROM requests r JOIN LATERAL (
+    SELECT instance_id, fence_sequence FROM attempts
+    WHERE id = r.attempt_id AND created_at = r.attempt_at OFFSET 0
+) AS a ON true
+WHERE coalesce(r.status IN ('queued', 'running') AND r.claimed_by IS NOT NULL, false)
+    AND coalesce(r.status = 'running', false) AND coalesce(nullif(r.upstream, 'gemini'), r.pool) = $1
 LIMIT 5000
 
 -- name: search_requests
