@@ -128,6 +128,18 @@ async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> Non
         await expect(seen.limit("used")).to_contain_text("0 / 2")
 
 
+A_CAUSE = """async (subject) => {
+  const { verdictCard } = await import(new URL("static/pages/overview/verdict.js", document.baseURI));
+  const cause = { pool: "gemini", subject, level: "degraded", words: "", detail: "" };
+  const card = verdictCard(() => ({ live: { pools: [{ pool: "gemini", limits: [] }] } }));
+  const show = (kind, command) =>
+    card.live({ verdict: { health: "degraded", sentence: "", more: 0, causes: [{ ...cause, kind, command }] } });
+  show("bottleneck", "tidegate limits show");
+  document.body.append(card.element);
+  card.element.querySelector("button").click();
+}"""
+
+
 async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
     stage: Stage, tmp_path: Path
 ) -> None:
@@ -148,6 +160,10 @@ async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
         await seen.page.get_by_role("dialog").get_by_role("button", name="Resume").click()
         await expect(state).to_contain_text("Healthy")
         await expect(cause).to_have_count(0)
+        # A limit beyond those that a frame holds opens with its own figures.
+        await seen.page.evaluate(A_CAUSE, TEXT.split("'")[1])
+        dialog = seen.page.get_by_role("dialog", name="Change kind:text_only")
+        await expect(dialog.get_by_label("New limit")).to_have_value("2")
 
 
 async def test_of_many_limits_the_busy_ones_are_shown_and_all_are_found(

@@ -1,9 +1,10 @@
 // The answer on top: whether all is well, and what is not, each cause with what acts on it.
 
+import { get, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
 import { count } from "../../format.js";
 import { link } from "../../router.js";
-import { copied, toast } from "../../ui.js";
+import { copied, said, toast } from "../../ui.js";
 import { resumeBudget, titleOf } from "./budgets.js";
 import { acceptLimit, changeLimit, resumeLimit } from "./limits.js";
 
@@ -77,11 +78,11 @@ function actsOn(first, now, latest) {
   const { kind, pool, subject } = first;
   const found = [];
   if (kind === "limit_paused") {
-    found.push(button("Resume", () => resumeLimit(pool, viewOf(latest, pool, subject))));
+    found.push(button("Resume", () => withView(latest, pool, subject, resumeLimit)));
   } else if (kind === "bottleneck" || kind === "limit_closed") {
     found.push(
       h("a", { class: "button small quiet", href: link("/requests", { status: "open" }) }, "What waits"),
-      button("Change the limit", () => changeLimit(pool, viewOf(latest, pool, subject))),
+      button("Change the limit", () => withView(latest, pool, subject, changeLimit)),
     );
   } else if (kind === "drift") {
     found.push(button("Accept", () => acceptLimit(pool, subject)));
@@ -98,9 +99,29 @@ function actsOn(first, now, latest) {
   return found;
 }
 
-function viewOf(latest, pool, limit) {
+/** Call `act(pool, limit)` with a limit as it is now. */
+async function withView(latest, pool, limit, act) {
+  try {
+    await act(pool, await viewOf(latest, pool, limit));
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    toast(said(problem), "bad");
+  }
+}
+
+/** From the newest frame, which holds the busiest limits of a pool, or else from the pages of all. */
+async function viewOf(latest, pool, limit) {
+  const isIt = (one) => one.limit === limit;
   const frame = latest().live?.pools.find((one) => one.pool === pool);
-  return frame?.limits?.find((one) => one.limit === limit) ?? { limit, words: "", bound: 0 };
+  const shown = frame?.limits?.find(isIt);
+  if (shown) return shown;
+  for (let offset = 0; ; ) {
+    const page = await get("dashboard/limits", { query: { pool, search: limit, offset } });
+    const found = page.limits.find(isIt);
+    if (found) return found;
+    offset += page.limits.length;
+    if (offset >= page.total || !page.limits.length) throw new Problem({ detail: `There is no limit ${limit} any more.` });
+  }
 }
 
 function resumeOf(latest, name, cause) {
