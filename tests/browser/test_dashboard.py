@@ -137,6 +137,9 @@ A_CAUSE = """async (subject) => {
   show("bottleneck", "tidegate limits show");
   document.body.append(card.element);
   card.element.querySelector("button").click();
+  show("upstream_out", "tidegate upstreams test gemini");
+  show("upstream_out", "tidegate upstreams resume gemini");
+  return [...card.element.querySelectorAll("button")].map((one) => one.title);
 }"""
 
 
@@ -161,7 +164,8 @@ async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
         await expect(state).to_contain_text("Healthy")
         await expect(cause).to_have_count(0)
         # A limit beyond those that a frame holds opens with its own figures.
-        await seen.page.evaluate(A_CAUSE, TEXT.split("'")[1])
+        commands = await seen.page.evaluate(A_CAUSE, TEXT.split("'")[1])
+        assert commands == ["tidegate upstreams resume gemini"]  # it was drained meanwhile
         dialog = seen.page.get_by_role("dialog", name="Change kind:text_only")
         await expect(dialog.get_by_label("New limit")).to_have_value("2")
 

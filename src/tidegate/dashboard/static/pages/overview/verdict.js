@@ -41,9 +41,8 @@ export function verdictCard(latest) {
   };
 }
 
-/** Its words change from second to second, but for budgets, of which one may have several books. */
-const keyOf = ({ kind, pool, subject, words }) =>
-  [kind, pool, subject, kind.startsWith("budget_") ? words : ""].join(" ");
+/** Its words change from second to second; its command, which names a budget's book, does not. */
+const keyOf = ({ kind, pool, subject, command }) => [kind, pool, subject, command].join(" ");
 
 function causeRow(first, latest) {
   let now = first;
