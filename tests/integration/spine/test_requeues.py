@@ -123,6 +123,9 @@ async def test_only_what_matches_is_queued_again(open_gateway: Opener) -> None:
     assert done["requeued"] == 1
     statuses = [(await gateway.status(request_id))["status"] for request_id in ids]
     assert statuses == ["queued", "failed", "failed", "dead"]
+    await gateway.database.execute(ended, ids[2], "failed", "{}", now - 0.1 * HOUR)
+    assert (await order(gateway))["by_code"] == {"": 1}
+    assert (await order(gateway, error_code="", dry_run=False))["requeued"] == 1
     left_s = await gateway.database.fetchval(
         "SELECT extract(epoch FROM deadline_at - now()) FROM requests WHERE id = $1::uuid", ids[0]
     )

@@ -845,7 +845,9 @@ class NewRequeue(Signed):
     since: datetime = Field(description="The earliest end; a time without a zone is in UTC")
     until: datetime | None = Field(default=None, description="The first end that is too late")
     status: list[Literal["failed", "dead"]] = Field(default=["failed"], min_length=1, max_length=2)
-    error_code: str | None = Field(default=None, min_length=1, max_length=100)
+    error_code: str | None = Field(
+        default=None, max_length=100, description="One of `by_code`; empty: jobs without a code"
+    )
     tenant: str | None = _TEXT
     limit: int = Field(default=1_000, ge=1, le=MOST_REQUEUED)
     dry_run: bool = Field(default=True, description="Only count")

@@ -169,7 +169,7 @@ SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
     SELECT failure ->> 'code' AS code FROM requests
     WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
         AND finished_at >= $2 AND finished_at < $3 AND ($4::text IS NULL OR tenant_id = $4)
-        AND ($5::text IS NULL OR failure ->> 'code' = $5)
+        AND ($5::text IS NULL OR coalesce(failure ->> 'code', '') = $5)
     ORDER BY finished_at LIMIT $6
 ) AS matching GROUP BY 1 ORDER BY 2 DESC, 1
 
@@ -187,7 +187,7 @@ WHERE id IN (
     SELECT id FROM requests
     WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
         AND finished_at >= $2 AND finished_at < $3 AND ($4::text IS NULL OR tenant_id = $4)
-        AND ($5::text IS NULL OR failure ->> 'code' = $5)
+        AND ($5::text IS NULL OR coalesce(failure ->> 'code', '') = $5)
     ORDER BY finished_at LIMIT $6 FOR UPDATE SKIP LOCKED
 )
 RETURNING id, pool

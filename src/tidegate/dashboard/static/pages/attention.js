@@ -148,7 +148,7 @@ function failureRow(code, jobs, since, again) {
   const requeue = () =>
     confirm({
       title: `Requeue ${count(jobs)} failed jobs?`,
-      text: `Those of the last 24 hours with the error ${code}, under their own ids. Their webhooks are sent again.`,
+      text: `Those of the last 24 hours with ${code ? `the error ${code}` : "no error code"}, under their own ids. Their webhooks are sent again.`,
       action: "Requeue",
       act: async () => {
         const order = { since, error_code: code, limit: 10_000, dry_run: false, by: "dashboard" };
@@ -162,7 +162,7 @@ function failureRow(code, jobs, since, again) {
     { data: { code } },
     h("td", {}, code || "none"),
     h("td", {}, count(jobs)),
-    h("td", { class: "actions" }, button("Requeue", `Requeue jobs with ${code}`, requeue)),
+    h("td", { class: "actions" }, button("Requeue", `Requeue jobs with ${code || "no code"}`, requeue)),
   );
 }
 
