@@ -292,6 +292,12 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         await expect(gemini.locator(".badge")).to_have_text("Healthy")
         await gemini.get_by_role("button", name="Test gemini").click()
         await expect(gemini.locator(".tests")).to_contain_text("models: ")
+        # What a dialog needs and can't read is said too.
+        seen.expected = ("503",)
+        away = {"detail": "Not now."}
+        await page.route("**/providers", lambda one: one.fulfill(status=503, json=away), times=1)
+        await page.get_by_role("button", name="Add an upstream").click()
+        await expect(page.locator(".toast")).to_contain_text("Not now.")
         # What is wrong with a new one is said where it is put right.
         await page.get_by_role("button", name="Add an upstream").click()
         dialog = page.get_by_role("dialog", name="Add an upstream")

@@ -4,7 +4,7 @@ import { ask, get, Problem } from "./api.js";
 import { fill, h } from "./dom.js";
 import * as router from "./router.js";
 import * as session from "./session.js";
-import { failed, field, loading, said } from "./ui.js";
+import { failed, field, loading, said, toast } from "./ui.js";
 
 const THEMES = {
   auto: ["◐", "Colours follow the system"],
@@ -108,6 +108,12 @@ session.onSignOut((problem) => {
   if (!inside) return;
   router.stop();
   askForKey(problem, null);
+});
+// A problem of an action that shows it nowhere itself, such as of what its dialog needs.
+window.addEventListener("unhandledrejection", (event) => {
+  if (!(event.reason instanceof Problem)) return;
+  event.preventDefault();
+  if (event.reason.status !== 401) toast(said(event.reason), "bad"); // that one signs out, and is said there
 });
 signOut.addEventListener("click", async () => {
   await ask("POST", "dashboard/sign-out", { keepSession: true }).catch(() => {});

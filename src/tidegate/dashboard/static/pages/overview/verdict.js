@@ -4,7 +4,7 @@ import { get, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
 import { count } from "../../format.js";
 import { link } from "../../router.js";
-import { copied, said, toast } from "../../ui.js";
+import { copied, toast } from "../../ui.js";
 import { resumeBudget, titleOf } from "./budgets.js";
 import { acceptLimit, changeLimit, resumeLimit } from "./limits.js";
 
@@ -77,11 +77,11 @@ function actsOn(first, now, latest) {
   const { kind, pool, subject } = first;
   const found = [];
   if (kind === "limit_paused") {
-    found.push(button("Resume", () => withView(latest, pool, subject, resumeLimit)));
+    found.push(button("Resume", async () => resumeLimit(pool, await viewOf(latest, pool, subject))));
   } else if (kind === "bottleneck" || kind === "limit_closed") {
     found.push(
       h("a", { class: "button small quiet", href: link("/requests", { status: "open" }) }, "What waits"),
-      button("Change the limit", () => withView(latest, pool, subject, changeLimit)),
+      button("Change the limit", async () => changeLimit(pool, await viewOf(latest, pool, subject))),
     );
   } else if (kind === "drift") {
     found.push(button("Accept", () => acceptLimit(pool, subject)));
@@ -96,16 +96,6 @@ function actsOn(first, now, latest) {
   }
   if (first.command) found.push(copyButton(first.command));
   return found;
-}
-
-/** Call `act(pool, limit)` with a limit as it is now. */
-async function withView(latest, pool, limit, act) {
-  try {
-    await act(pool, await viewOf(latest, pool, limit));
-  } catch (problem) {
-    if (!(problem instanceof Problem)) throw problem;
-    toast(said(problem), "bad");
-  }
 }
 
 /** From the newest frame, which holds the busiest limits of a pool, or else from the pages of all. */
