@@ -329,10 +329,17 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         await spare.get_by_role("button", name="Change gpu-1").click()
         dialog = page.get_by_role("dialog", name="Change gpu-1")
         await dialog.get_by_label("Weight").fill("3")
+        await dialog.get_by_label("Variable of its key").fill("HOME")
         await dialog.get_by_role("button", name="Change", exact=True).click()
         changes = page.get_by_role("region", name="Changes")
         await expect(changes).to_contain_text("gpu-1.weight: not set live -> 3")
         assert running.services.spine.targets.upstreams["gpu-1"].weight == 3
+        await expect(spare).to_contain_text("HOME")
+        await spare.get_by_role("button", name="Change gpu-1").click()
+        await dialog.get_by_label("Variable of its key").fill("")
+        await dialog.get_by_role("button", name="Change", exact=True).click()
+        await expect(dialog).to_be_hidden()
+        await expect(spare).not_to_contain_text("HOME")
         await running.upstream.set_fault("unauthorized", count=1)
         assert await stage.native("Hi", 500) == 502
         await expect(gemini.locator(".badge")).to_have_text("Refuses our key")

@@ -304,7 +304,8 @@ async function changeIt(one, again) {
       if (values.models !== one.models.join(", ")) set.models = listOf(values.models);
       if (values.weight !== (table.weight ?? 1)) set.weight = values.weight;
       if (values.key && values.key !== table.key) set.key = values.key;
-      return patch(path(name), { set, reason, by: "dashboard" });
+      const gone = table.key && !values.key ? ["key"] : [];
+      return patch(path(name), { set, remove: gone, reason, by: "dashboard" });
     },
   });
   await told(done, `${name} is changed.`, again);
