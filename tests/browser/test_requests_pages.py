@@ -34,7 +34,17 @@ from tests.browser.playground import (
     more_dialects,
     what_is_written_meanwhile_is_kept,
 )
-from tests.browser.stage import ARGUMENTS, CHROMIUM, Colours, Stage, opened
+from tests.browser.stage import (
+    ARGUMENTS,
+    CHROMIUM,
+    Colours,
+    Stage,
+    cancelled_beyond_a_page,
+    drawn,
+    look_from_now_on,
+    look_no_more,
+    opened,
+)
 from tests.databases import Databases
 from tests.gateway import PNG, gateway
 from tests.waiting import wait_until
@@ -94,23 +104,6 @@ async def look_again(page: Page) -> None:
     await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
 
-async def look_no_more(page: Page) -> None:
-    """Have no view refreshed by itself, as while its tab is hidden."""
-    await page.evaluate(
-        "Object.defineProperty(document, 'hidden', {configurable: true, value: true})"
-    )
-
-
-async def look_from_now_on(page: Page) -> None:
-    await page.evaluate("delete document.hidden")
-
-
-async def drawn(page: Page) -> None:
-    """Return once the page has drawn twice: what it was about to do is done."""
-    twice = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-    await page.evaluate(twice)
-
-
 @asynccontextmanager
 async def held(stage: Stage) -> AsyncIterator[str]:
     """The one permit is in use by this job, until the end of the block."""
@@ -128,8 +121,10 @@ async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Sta
     async with held(stage) as holder, opened(stage, "/requests") as seen:
         page = seen.page
         oldest = await stage.gateway.submit(data="Explain the ebb", type="text_only")
+        spare = await stage.gateway.submit(data="Explain the moon", type="text_only")
         waiter = await stage.gateway.submit(data="Explain the tide", type="text_only")
         await expect(page.get_by_role("link", name=waiter[:18])).to_be_visible()
+        await cancelled_beyond_a_page(stage, page, spare)
         await page.get_by_label("Status").select_option("queued")
         await expect(page.get_by_role("link", name=oldest[:18])).to_be_visible()
         await stage.gateway.http.delete(f"{stage.gateway.url}/requests/{oldest}")

@@ -8,12 +8,13 @@ import { empty, failed, loading, said } from "../ui.js";
 import { talkLink } from "./conversation.js";
 import { asked, filters } from "./request_filters.js";
 import { panel } from "./request_panel.js";
-import { goesOn, kindOf, linkTo, SOURCES, statusBadge, timeOfId } from "./request_words.js";
+import { goesOn, isOpen, kindOf, linkTo, SOURCES, statusBadge, timeOfId } from "./request_words.js";
 import { exporting, saved } from "./requests_kept.js";
 import { runningCard } from "./requests_running.js";
 
 const PAGE = 50;
-const MOST_REFRESHED = 200;
+const MOST_REFRESHED = 200; // in a page
+const MOST_PAGES = 5; // of a refresh
 const EVERY_MS = 3_000;
 const MOST_KEPT = 500; // in a list that is left open; older ones are asked for again
 const LOOKS = 60; // of 20,000 requests each, before the person is asked whether to go on
@@ -180,14 +181,27 @@ function listOf(signal, painted) {
     nothing();
   }
 
+  /** The newest rows, back to the first of the list that has not ended. */
+  async function newest(from) {
+    const oldest = items.findLast(isOpen)?.request_id;
+    let [found, cursor] = [[], ""];
+    for (let look = 0; look < MOST_PAGES; look += 1) {
+      const limit = Math.min(MOST_REFRESHED, Math.max(PAGE, items.length - found.length));
+      const page = await ask({ limit, cursor }, from);
+      found = [...found, ...page.items];
+      cursor = page.next_cursor;
+      if (!cursor || !oldest || cursor <= oldest) break;
+    }
+    return { items: found, next_cursor: cursor };
+  }
+
   async function refresh() {
     const from = searching;
     if (element.getAttribute("aria-busy")) return;
     begun += 1;
     const number = begun;
     try {
-      const limit = Math.min(MOST_REFRESHED, Math.max(PAGE, items.length));
-      const page = await ask({ limit }, from);
+      const page = await newest(from);
       if (from !== searching || number < answered) return; // a later answer has come before
       answered = number;
       const now = new Map(page.items.map((item) => [item.request_id, item]));
