@@ -129,11 +129,13 @@ async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> Non
 
 
 A_CAUSE = """async (subject) => {
-  const { verdictCard } = await import(new URL("static/pages/overview/verdict.js", document.baseURI));
+  const module = new URL("static/pages/overview/verdict.js", document.baseURI);
+  const { verdictCard } = await import(module);
   const cause = { pool: "gemini", subject, level: "degraded", words: "", detail: "" };
   const card = verdictCard(() => ({ live: { pools: [{ pool: "gemini", limits: [] }] } }));
+  const verdict = { health: "degraded", sentence: "", more: 0 };
   const show = (kind, command) =>
-    card.live({ verdict: { health: "degraded", sentence: "", more: 0, causes: [{ ...cause, kind, command }] } });
+    card.live({ verdict: { ...verdict, causes: [{ ...cause, kind, command }] } });
   show("bottleneck", "tidegate limits show");
   document.body.append(card.element);
   card.element.querySelector("button").click();

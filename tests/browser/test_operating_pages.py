@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
-from playwright.async_api import async_playwright, expect
+from playwright.async_api import Route, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.batching import begin, completed, content
@@ -29,6 +29,8 @@ from tests.browser.stage import (
     Colours,
     Seen,
     Stage,
+    drawn,
+    look_no_more,
     opened,
 )
 from tests.databases import Databases
@@ -415,8 +417,23 @@ async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
         assert file.suggested_filename == f"{batch.id}-output.jsonl"
         assert len((await file.path()).read_bytes().splitlines()) == 40
         assert await page.evaluate(TIME_LEFT) == TIMES_LEFT
+        begun, overtaken = asyncio.Event(), asyncio.Event()
+
+        async def late(route: Route) -> None:
+            of_all = await route.fetch()
+            begun.set()
+            await overtaken.wait()
+            await route.fulfill(response=of_all)
+
+        await page.route("**/admin/batches?*", late, times=1)
+        await begun.wait()
         await page.get_by_role("button", name="Open", exact=True).click()
         await expect(page.get_by_text("No such batch")).to_be_visible()
+        await look_no_more(page)
+        async with page.expect_event("requestfinished", lambda one: "/batches?" in one.url):
+            overtaken.set()
+        await drawn(page)
+        await expect(page.get_by_text("No such batch")).to_be_visible(timeout=1)
     await client.close()
 
 

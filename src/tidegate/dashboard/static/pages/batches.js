@@ -34,11 +34,15 @@ export async function open(main, { query, signal }) {
   const tenant = h("input", { type: "search", "aria-label": "Tenant", placeholder: "Tenant", value: view.tenant, spellcheck: "false" });
   const draw = keyed(list, (first) => row(first, look));
   let pages = 1;
+  let looks = 0;
 
   async function look() {
+    looks += 1;
+    const number = looks;
     try {
       const { items, next } = await read(view, pages, signal);
       const whys = await reasons(items, signal);
+      if (number !== looks) return; // a later one draws, perhaps of another tenant
       away.hidden = true;
       draw(items.map((one) => ({ ...one, why: whys.get(one.id) ?? "" })), (one) => one.id);
       more.hidden = next === null;
@@ -47,6 +51,7 @@ export async function open(main, { query, signal }) {
     } catch (problem) {
       if (signal.aborted) return;
       if (!(problem instanceof Problem)) throw problem;
+      if (number !== looks) return;
       away.hidden = false;
       say(away, said(problem));
     }
