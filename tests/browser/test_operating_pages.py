@@ -13,6 +13,7 @@ from csv import DictReader
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import pytest_asyncio
@@ -186,6 +187,11 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         models = page.get_by_role("region", name="By model").locator("tbody tr")
         await expect(models).to_have_count(2)
         await expect(models.nth(1)).to_contain_text("no price")
+        href = str(await models.first.get_by_role("link").get_attribute("href"))
+        query = parse_qs(href.partition("?")[2])
+        assert (query["model"], query["tenant"]) == (["gpt-5-mini"], ["acme"])
+        began, ended = (datetime.fromisoformat(query[one][0]) for one in ("since", "until"))
+        assert round((ended - began) / timedelta(days=1)) == 30
         await page.get_by_role("button", name="Day", exact=True).click()
         await page.get_by_role("link", name=f"{today.day} {today:%b}").click()
         await expect(

@@ -7,6 +7,7 @@ import { count, length, percent, time } from "../format.js";
 import { link, note } from "../router.js";
 import { may } from "../session.js";
 import { choice, empty, failed, loading } from "../ui.js";
+import { requestsIn } from "./request_filters.js";
 
 const HOUR_MS = 3_600_000;
 const DAYS = 8; // so that there is always one of a week ago
@@ -83,12 +84,6 @@ const weekday = (day) => midnight(day).toLocaleDateString("en-GB", { weekday: "s
 const spanOf = (day) => ({ since: midnight(day).toISOString(), until: midnight(shifted(day, 1)).toISOString() });
 const clock = (ms) => `${pad(new Date(ms).getHours())}:${pad(new Date(ms).getMinutes())}`;
 const startOf = (hour) => new Date(hour.at).getTime();
-
-/** Requests that were submitted between two times, of which more is asked. */
-function requestsIn(since, until, more = {}) {
-  const local = (ms) => `${dateOf(new Date(ms))}T${clock(ms)}:00`;
-  return link("/requests", { time: "between", since: local(since), until: local(until), ...more });
-}
 
 /** What 95 % of the requests of an hour usually take: the lower median of this day and the one before. */
 function usualOf(...days) {

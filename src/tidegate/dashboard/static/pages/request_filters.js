@@ -1,6 +1,7 @@
 // The filters above the list of requests, kept in the address: what they say, and what is asked.
 
 import { h, mark } from "../dom.js";
+import { link } from "../router.js";
 import { field } from "../ui.js";
 import { KINDS, SOURCES, STATUSES } from "./request_words.js";
 
@@ -166,3 +167,13 @@ function midnight(days) {
 
 /** What is entered is in the person's own zone. */
 const inUtc = (local) => new Date(local).toISOString();
+
+/** The list of requests that were submitted between two times, of which more is asked. */
+export const requestsIn = (sinceMs, untilMs, more = {}) =>
+  link("/requests", { time: "between", since: local(sinceMs), until: local(untilMs), ...more });
+
+/** As a field for a local time has it. */
+function local(ms) {
+  const at = new Date(ms);
+  return new Date(at.getTime() - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);
+}

@@ -9,6 +9,7 @@ import { brief, count, money, percent } from "../format.js";
 import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import { choice, failed, toast } from "../ui.js";
+import { requestsIn } from "./request_filters.js";
 
 const RANGES = { 7: "Last 7 days", 30: "Last 30 days", month: "This month", last: "Last month", 90: "Last 90 days", own: "Other days" };
 const GROUPS = { tenant: "Tenant", key: "Key", model: "Model", upstream: "Upstream", day: "Day" };
@@ -104,7 +105,8 @@ function viewOf(query) {
 }
 
 const today = () => new Date().toISOString().slice(0, 10);
-const later = (day, by) => new Date(Date.parse(`${day}T00:00:00Z`) + by * DAY_MS).toISOString().slice(0, 10);
+const startOf = (day) => Date.parse(`${day}T00:00:00Z`);
+const later = (day, by) => new Date(startOf(day) + by * DAY_MS).toISOString().slice(0, 10);
 
 /** The first and the last day of UTC. */
 function spanOf({ range, since, until }) {
@@ -252,9 +254,13 @@ function row(one, view, change) {
   );
 }
 
-/** What leads further: a tenant to its models, a day to itself, a model to its requests. */
+/** What leads further: a tenant to its models, a day to itself, a model to its requests of these days. */
 function nameIn(one, view, change) {
-  if (view.by === "model" && one.model) return h("a", { href: link("/requests", { model: one.model }), title: "Its requests" }, one.name);
+  if (view.by === "model" && one.model) {
+    const { since, until } = spanOf(view);
+    const href = requestsIn(startOf(since), startOf(later(until, 1)), { model: one.model, tenant: view.tenant });
+    return h("a", { href, title: "Its requests" }, one.name);
+  }
   const next = { tenant: { tenant: one.tenant, by: "model" }, day: { range: "own", since: one.day, until: one.day, by: "tenant" } }[view.by];
   if (!next) return one.name;
   const to = h("a", { href: link("/usage", { ...view, ...next }) }, view.by === "day" ? `${dayWords(one.day)}` : one.name);

@@ -3,8 +3,8 @@
 import { chart, stack } from "../../chart.js";
 import { h, keyed, say } from "../../dom.js";
 import { brief, length, money, rate, time } from "../../format.js";
-import { link } from "../../router.js";
 import * as scope from "../../scope.js";
+import { requestsIn } from "../request_filters.js";
 
 const MICROS = 1_000_000;
 const MOST_TOLD = 4;
@@ -20,7 +20,7 @@ export function charts(signal) {
   const pick = (at) => {
     const from = Math.floor(at / 60) * 60;
     const until = Math.max(from + 60, at + step);
-    location.hash = link("/requests", { time: "between", since: local(from), until: local(until) });
+    location.hash = requestsIn(from * 1_000, until * 1_000);
   };
   const shared = { signal, pick };
   const depth = stack("Queue depth", waiting, { ...shared, least: 1 });
@@ -80,10 +80,4 @@ function eventRow() {
       say(words, one.words);
     },
   };
-}
-
-/** As a field for a local time has it. */
-function local(seconds) {
-  const at = new Date(seconds * 1_000);
-  return new Date(at.getTime() - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);
 }
