@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Browser, Page, Route, expect
+from playwright.async_api import Browser, Page, expect
 
 from tests.gateway import Gateway
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
@@ -119,19 +118,6 @@ async def drawn(page: Page) -> None:
     """Return once the page has drawn twice: what it was about to do is done."""
     twice = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
     await page.evaluate(twice)
-
-
-async def cancelled_beyond_a_page(stage: Stage, page: Page, job: str) -> None:
-    """A list shows that a job has ended though pages of requests hold one row, of a newer one."""
-
-    async def a_row_a_page(route: Route) -> None:
-        await route.continue_(url=re.sub(r"limit=\d+", "limit=1", route.request.url))
-
-    await page.route("**/admin/requests?*", a_row_a_page)
-    await stage.gateway.http.delete(f"{stage.gateway.url}/requests/{job}")
-    row = page.locator("tr", has=page.get_by_role("link", name=job[:18]))
-    await expect(row.locator(".c-status")).to_have_text("Cancelled")
-    await page.unroute("**/admin/requests?*", a_row_a_page)
 
 
 @asynccontextmanager

@@ -24,6 +24,10 @@ import pytest_asyncio
 from playwright.async_api import Page, Route, async_playwright, expect
 from redis.asyncio import Redis
 
+from tests.browser.lists import (
+    cancelled_beyond_a_page,
+    ten_thousand_rows_are_all,
+)
 from tests.browser.pictures import DRAWS, MARKS, PROMPT_OF
 from tests.browser.playground import (
     FRAMED,
@@ -39,7 +43,6 @@ from tests.browser.stage import (
     CHROMIUM,
     Colours,
     Stage,
-    cancelled_beyond_a_page,
     drawn,
     look_from_now_on,
     look_no_more,
@@ -644,6 +647,7 @@ async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_pa
             orjson.loads(line) for line in (tmp_path / "found.jsonl").read_bytes().splitlines()
         ]
         assert [one["request_id"] for one in found] == [row[0] for row in rows[1:]]
+        await ten_thousand_rows_are_all(page)
         written = await page.evaluate(
             "async () => (await import(new URL('static/export.js', document.baseURI)))"
             ".csv(['tenant', 'type', 'model', 'attempts'],"

@@ -26,9 +26,10 @@ export function exporting(values, signal) {
     button.addEventListener("click", async () => {
       buttons.forEach((one) => (one.disabled = true));
       try {
-        const rows = await gathered(values(), (found) => say(told, `${count(found)} read`), signal);
+        const found = await gathered(values(), (read) => say(told, `${count(read)} read`), signal);
+        const rows = found.slice(0, MOST);
         save("requests", kind, kind === "csv" ? csv(COLUMNS, rows) : jsonLines(rows));
-        const cut = rows.length >= MOST ? `: the newest ${count(MOST)}` : "";
+        const cut = found.length > MOST ? `: the newest ${count(MOST)}` : "";
         toast(`${count(rows.length)} requests written${cut}.`);
       } catch (error) {
         if (!signal.aborted) toast(error.message, "bad");
@@ -42,6 +43,7 @@ export function exporting(values, signal) {
   return [told, ...buttons];
 }
 
+/** Up to a page beyond `MOST`, which shows that there are more. */
 async function gathered(values, tell, signal) {
   const rows = [];
   let cursor = "";
@@ -50,8 +52,8 @@ async function gathered(values, tell, signal) {
     rows.push(...page.items);
     cursor = page.next_cursor;
     tell(rows.length);
-  } while (cursor && rows.length < MOST);
-  return rows.slice(0, MOST);
+  } while (cursor && rows.length <= MOST);
+  return rows;
 }
 
 const kept = () => {
