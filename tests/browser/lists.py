@@ -9,6 +9,9 @@ from playwright.async_api import Page, Route, expect
 
 from tests.browser.stage import Stage
 
+FILTERS = """() => localStorage.setItem("tidegate.filters", JSON.stringify(
+    Object.fromEntries(Array.from({ length: 20 }, (_, at) => [`Number ${at}`, {}]))))"""
+
 
 async def cancelled_beyond_a_page(stage: Stage, page: Page, job: str) -> None:
     """A list shows that a job has ended though pages of requests hold one row, of a newer one."""
@@ -21,6 +24,18 @@ async def cancelled_beyond_a_page(stage: Stage, page: Page, job: str) -> None:
     row = page.locator("tr", has=page.get_by_role("link", name=job[:18]))
     await expect(row.locator(".c-status")).to_have_text("Cancelled")
     await page.unroute("**/admin/requests?*", a_row_a_page)
+
+
+async def twenty_filters_are_kept(page: Page) -> None:
+    """One more is refused, instead of the oldest being dropped."""
+    await page.evaluate(FILTERS)
+    await page.get_by_role("button", name="Save filters").click()
+    dialog = page.get_by_role("dialog", name="Keep these filters")
+    await dialog.get_by_label("Name").fill("One more")
+    await dialog.get_by_role("button", name="Keep").click()
+    await expect(dialog.get_by_role("alert")).to_contain_text("forget one")
+    await page.keyboard.press("Escape")
+    assert await page.evaluate("localStorage.getItem('tidegate.filters').includes('Number 19')")
 
 
 async def ten_thousand_rows_are_all(page: Page) -> None:

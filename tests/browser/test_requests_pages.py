@@ -27,6 +27,7 @@ from redis.asyncio import Redis
 from tests.browser.lists import (
     cancelled_beyond_a_page,
     ten_thousand_rows_are_all,
+    twenty_filters_are_kept,
 )
 from tests.browser.pictures import DRAWS, MARKS, PROMPT_OF
 from tests.browser.playground import (
@@ -689,6 +690,7 @@ async def test_filters_are_kept_by_name_and_forgotten(stage: Stage, tmp_path: Pa
         await picture(page, "saved-filters", tmp_path)
         await page.get_by_role("button", name="Forget What failed").click()
         await expect(page.get_by_role("link", name="What failed")).to_have_count(0)
+        await twenty_filters_are_kept(page)
 
 
 async def test_a_request_is_found_by_its_words_and_read_beside_the_list(

@@ -1,6 +1,6 @@
 // What is taken out of the list of requests: a file of it, and filters kept by name.
 
-import { get } from "../api.js";
+import { get, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
 import { csv, jsonLines, save } from "../export.js";
 import { count } from "../format.js";
@@ -77,7 +77,11 @@ export function saved(values) {
       text: "In this browser, under a name.",
       fields: [name],
       action: "Keep",
-      act: ({ name: chosen }) => keep(Object.fromEntries([[chosen || "Filter", given()], ...Object.entries(kept())].slice(0, MOST_KEPT))),
+      act: ({ name: chosen }) => {
+        const { [chosen || "Filter"]: _, ...others } = kept();
+        if (Object.keys(others).length >= MOST_KEPT) throw new Problem({ detail: `${MOST_KEPT} are kept at most: forget one first.` });
+        keep({ [chosen || "Filter"]: given(), ...others });
+      },
     });
     draw();
   }
