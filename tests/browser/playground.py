@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from tests.browser.stage import Stage
 from tests.gateway import KEY
@@ -110,14 +110,23 @@ async def code_runs(stage: Stage, page: Page, said: str, folder: Path) -> None:
 
 
 async def what_is_written_meanwhile_is_kept(stage: Stage, page: Page) -> None:
-    """While an answer comes, and where it is stopped. A call waits for its own upstream's limit."""
+    """While an answer comes, and where it is stopped. A call waits for its own tenant's limit."""
     prompt, state = page.get_by_label("Prompt"), page.locator(".try-state").first
     send, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Send", "Stop"))
     limiter = stage.gateway.services.limiters["gpt"]
+
+    async def beside_another(route: Route) -> None:
+        found = await (response := await route.fetch()).json()
+        others = {"tenant": "other", "held_up_by": "tenant:other", "waiting": 9}
+        found["queues"] += [one | others for one in found["queues"]]
+        await route.fulfill(response=response, json=found)
+
+    await page.route("**/admin/limits?pool=gpt", beside_another)
     await limiter.penalise("pool:total", for_ms=30_000, by="ann")
     await prompt.fill("The first")
     await send.click()
     await expect(state).to_contain_text("Waiting for pool:total: paused by ann")
+    await page.unroute("**/admin/limits?pool=gpt", beside_another)
     await prompt.fill("The second")
     await limiter.resume("pool:total", by="ann")
     await expect(state).to_contain_text("Done")

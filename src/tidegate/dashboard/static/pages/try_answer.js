@@ -10,6 +10,7 @@ import { isOpen, KINDS, linkTo, ordinal } from "./request_words.js";
 import { APIS } from "./try_dialects.js";
 
 const LOOK_MS = 700;
+const KEY = /^tg_([a-z0-9]{10})_/;
 export const STOPPED = "stopped";
 const LOOKS = 20; // for what a call has cost, which is on record soon after its end
 const FIELDS = ["type", "model", "image_uri", "priority", "deadline_ms"];
@@ -269,10 +270,18 @@ const pause = (ms, signal) =>
     });
   });
 
+/** Who calls: the tenant that is named, or whose key is shown; null where neither is known. */
+async function tenantOf({ tenant, key }, signal) {
+  const [, prefix] = KEY.exec(key || session.key() || "") ?? [];
+  if (tenant || !prefix) return tenant || null;
+  const keys = await get("admin/keys", { signal });
+  return keys.find((one) => one.prefix === prefix)?.tenant ?? null;
+}
+
 /** Until the stream is admitted: how the limit stands, of those upstreams, that holds its tenant up. */
 async function watchQueue({ options }, pools, show, began, signal) {
-  const tenant = options.tenant || null; // whose key it is, where one is shown, is not known here
   try {
+    const tenant = await tenantOf(options, signal);
     for (;;) {
       await pause(LOOK_MS, signal);
       const found = await Promise.all(pools.map((pool) => get("admin/limits", { query: { pool }, signal })));
