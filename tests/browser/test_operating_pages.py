@@ -450,6 +450,7 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
     await running.services.limiter.penalise("kind:multi_modal", for_ms=600_000, by="ann: quota")
     await running.database.execute("DELETE FROM alerts")
     budget = Budget("all", "usd", 3_000_000_000, "month", doubt="estimate", alerts=(80, 100))
+    hours = Budget("hours", "usd", 2_000_000, "rolling", window_s=18_000, model="other-*")
     async with opened(stage, "/") as seen:
         page = seen.page
         await expect(page.locator("#live")).to_have_text("Live")
@@ -461,7 +462,8 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         channel = page.get_by_role("region", name="Channel")
         await expect(channel).to_contain_text("To http://127.0.0.1, as a text for Slack")
         await expect(channel).not_to_contain_text("of-a-secret")
-        await running.services.budgets.records.set(budget, by="test")
+        for one in (budget, hours):
+            await running.services.budgets.records.set(one, by="test")
         await running.database.execute(
             "INSERT INTO alerts (kind, data, state, tries, problem) VALUES ('budget_share', $1,"
             " 'given_up', 8, 'answered with status 500')",
@@ -470,6 +472,7 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         )
         rules = page.get_by_role("region", name="Budgets that raise alerts")
         await expect(rules.locator("[data-rule='all']")).to_contain_text("at 80 %, 100 %")
+        await expect(rules.locator("[data-rule='hours']")).to_contain_text("$2.00 in 5 h")
         row = page.get_by_role("region", name="Posted").locator("tr[data-alert]")
         await expect(row).to_contain_text("$2,400.00 of $3,000.00 spent")
         await expect(row).to_contain_text("answered with status 500; 8 tries")
@@ -501,7 +504,8 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         await page.get_by_label("Search settings").fill("")
         await pictured(seen, ".setting", "settings", tmp_path)
     await running.services.limiter.resume("kind:multi_modal", by="test")
-    await running.services.budgets.records.remove("all", by="test")
+    for one in (budget, hours):
+        await running.services.budgets.records.remove(one.name, by="test")
 
 
 async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(

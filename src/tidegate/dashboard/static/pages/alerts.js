@@ -2,7 +2,7 @@
 
 import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
-import { ago, count, money, time } from "../format.js";
+import { ago, count, length, money, time } from "../format.js";
 import { listed } from "../listed.js";
 import { repeat } from "../poll.js";
 import { link } from "../router.js";
@@ -121,12 +121,13 @@ function row(one, again) {
 
 function rule(one) {
   const amount = one.unit === "usd" ? money(one.amount / 1e6) : `${count(one.amount)} tokens`;
+  const period = one.period === "rolling" ? `in ${length(one.window_s * 1_000)}` : `a ${one.period}`;
   const shares = one.alerts.length ? `at ${one.alerts.map((share) => `${share} %`).join(", ")}, ` : "";
   return h(
     "tr",
     { data: { rule: one.name } },
     h("th", { scope: "row", class: "name", title: one.name }, one.name),
-    h("td", { class: "number" }, `${amount} a ${one.period}`),
+    h("td", { class: "number" }, `${amount} ${period}`),
     h("td", {}, `${shares}when it refuses its first call${one.at_end === "pause" ? ", when it is paused" : ""}`),
   );
 }
