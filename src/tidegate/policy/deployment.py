@@ -21,6 +21,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from pydantic import SecretStr
+
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, check_tenant

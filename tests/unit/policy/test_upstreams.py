@@ -300,3 +300,12 @@ def test_the_value_of_a_header_tells_accounts_apart() -> None:
     """
     one, two = deployment(text, with_keys(), ONE="a", TWO="b").upstreams
     assert account_of(one, "openai") != account_of(two, "openai")
+
+
+def test_the_prices_of_the_first_account_are_read_without_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text('[upstreams.gemini.prices]\n"m" = { input = 3, output = 5 }\n')
+    config = with_keys(tidegate_policy=str(path))
+    assert config.gemini_api_key is None
+    (found,) = stated_by(config).upstreams_without_access()
+    assert found.price("m") == Price(input=3, output=5)
