@@ -215,8 +215,6 @@ MAX_PENDING_STREAMS = 2_000
 MAX_PENDING_BYTES = 64_000_000
 _RETRY_MS = 200
 _REPLAY_EVERY_MS = 5_000
-
-
 SOURCE: Source = "relay"
 MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 64_000_000
@@ -242,13 +240,11 @@ _BODY_COLUMNS = (
     *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
     *("blob_key", "content_type", "omitted_bytes"),
 )
-
-
 _ASKED = ("prompt", "image_uri", "model")
 _BLOB_KEY = _BODY_COLUMNS.index("blob_key")
 
 
-@dataclass(slots=True)  # not frozen: each record makes one
+@dataclass(slots=True, eq=False)  # not frozen: each record makes one
 class Prepared:
     """A record as it is written: its row, and those of its bodies."""
 
@@ -406,12 +402,11 @@ class AuditLog:
         """The record as `add` takes it; a large body is in the blob store from now on."""
         return Prepared(record, self._audit_values(record), await self._bodies(record))
 
-    async def add(self, connection: asyncpg.Connection, given: Sequence[Prepared]) -> set[int]:
-        """Write records in a transaction of the caller's. Returns the places of those that are left
-        out, since their tenant or subject was erased."""
-        marks = [
-            Mark(one.record.tenant_id, one.record.subject, one.record.received_at) for one in given
-        ]
+    async def add(self, connection: asyncpg.Connection, given: list[Prepared]) -> list[Prepared]:
+        """Write records in a transaction of the caller's. Returns those that are left out, since
+        their tenant or subject was erased; `forget_bodies` is the caller's to call."""
+        calls = [one.record for one in given]
+        marks = [Mark(one.tenant_id, one.subject, one.received_at) for one in calls]
         gone = await erased_among(connection, marks)
         kept = [one for place, one in enumerate(given) if place not in gone]
         await connection.copy_records_to_table(
@@ -426,14 +421,14 @@ class AuditLog:
         await add_usage(
             connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
         )
-        await self._budgets.settle_in(connection, (one.record.id for one in given))
-        return gone
+        await self._budgets.settle_in(connection, (one.id for one in calls))
+        return [given[place] for place in gone]
 
     async def forget_bodies(self, given: Iterable[Prepared]) -> None:
-        """Delete the large bodies of records that `add` has left out."""
-        keys = [body[_BLOB_KEY] for one in given for body in one.bodies]
+        """Delete the large bodies of records that are left out."""
+        keys = [key for one in given for body in one.bodies if (key := body[_BLOB_KEY])]
         with suppress(StoreUnavailable):
-            await self._blobs.delete(filter(None, keys))
+            await self._blobs.delete(keys)
 
     def noted(self, records: Iterable[CallRecord]) -> None:
         """Notify listeners of records that `add` has written, and calls that wait for a budget."""
@@ -452,8 +447,7 @@ class AuditLog:
             self._budgets.wake()
             for record in batch:
                 self._journal.leave(record)
-            if gone:
-                await self.forget_bodies(given[place] for place in gone)
+            await self.forget_bodies(gone)
         except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
             log.debug(Log.STORE_AWAY, detail=repr(no))
             for one in given:

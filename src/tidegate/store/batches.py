@@ -43,6 +43,14 @@ _MESSAGE = (
     "and what it used, is not known"
 )
 _CALLED = "it was called, without success, before its batch {}"
+_DIED = Failure(
+    code="worker_lost",
+    message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
+)
+_OPEN_EVERY_S = 1.0
+_HELD_UP_EVERY_S = 1.0
+
+log = get_logger()
 
 
 def ambiguous_of(row: Mapping[str, Any], ended: str) -> Failure:
@@ -489,22 +497,25 @@ class Batches:
         ids = [None if one is None else one.file_id for one in (output, error)]
         calls = [await self._audit.prepare(one) for one in await self._unanswered(batch)]
 
-        async def end(connection: asyncpg.Connection) -> bool:
+        async def end(connection: asyncpg.Connection) -> tuple[bool, list[Prepared]]:
             ended = await connection.fetchval(sql("end_batch"), batch.batch_id, batch.claim, *ids)
             if ended is None:
                 row = await connection.fetchrow(sql("get_batch"), batch.batch_id, batch.tenant_id)
+                if row is None:
+                    return False, calls  # it was erased
                 ours = [row["output_file_id"], row["error_file_id"]]
-                return ours == ids and row["status"] == batch.ends_as  # a reply that was lost
+                return ours == ids and row["status"] == batch.ends_as, []  # a reply that was lost
             for file in (output, error):
                 if file is not None:
                     await _add_file(connection, file)
-            if calls:
-                await self._audit.add(connection, calls)
+            gone = await self._audit.add(connection, calls) if calls else []
             await connection.execute(sql("delete_batch_lines"), batch.batch_id)
-            return True
+            return True, gone
 
-        if not await self._connections.run(end, timeout_ms=_BULK_TIMEOUT_MS):
-            raise ClaimLost(f"another worker has batch_{batch.batch_id.hex} now")
+        is_ours, gone = await self._connections.run(end, timeout_ms=_BULK_TIMEOUT_MS)
+        await self._audit.forget_bodies(gone)
+        if not is_ours:
+            raise ClaimLost(f"another worker has batch_{batch.batch_id.hex} now, or it was erased")
         self._audit.noted(call.record for call in calls)
 
     async def _unanswered(self, batch: Batch) -> list[CallRecord]:
@@ -585,9 +596,6 @@ def _models(row: asyncpg.Record) -> tuple[str, ...] | None:
     return None if row["models"] is None else tuple(row["models"])
 
 
-_OPEN_EVERY_S = 1.0
-
-
 class OpenBatches:
     """Whether there are batches that are not over: asked once a second at most, however many loops
     want to know. Where there are none, the loops have nothing else to look for.
@@ -636,16 +644,6 @@ class OpenBatches:
             assert row is not None
             self._ours, self._theirs = row["ours"], row["theirs"]
             self._mark, self._asked_at = mark, now
-
-
-_HELD_UP_EVERY_S = 1.0
-
-log = get_logger()
-
-_DIED = Failure(
-    code="worker_lost",
-    message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -831,21 +829,19 @@ class BatchLines:
         look = self._lapses.begin()
         if not look.is_whole:
             return
-        failure = orjson.dumps(asdict(_DIED)).decode()
+        died = (MAX_LAPSES, orjson.dumps(asdict(_DIED)).decode())
 
-        async def retake(connection: asyncpg.Connection) -> list[Prepared]:
-            taken = await connection.fetch(
-                sql("retake_batch_lines"), self._lease_ms, MAX_LAPSES, failure
-            )
+        async def retake(connection: asyncpg.Connection) -> tuple[list[Prepared], list[Prepared]]:
+            taken = await connection.fetch(sql("retake_batch_lines"), self._lease_ms, *died)
             failed = [row for row in taken if row["state"] == "failed"]
             await _count(connection, failed)
             records = [record_of(row, status=Status.FAILED, failure=_DIED) for row in failed]
             calls = [await self._audit.prepare(record) for record in records]
-            if calls:
-                await self._audit.add(connection, calls)
-            return calls
+            return calls, await self._audit.add(connection, calls) if calls else []
 
-        self._audit.noted(call.record for call in await self._connections.run(retake))
+        calls, gone = await self._connections.run(retake)
+        await self._audit.forget_bodies(gone)
+        self._audit.noted(call.record for call in calls)
         self._lapses.end(look, complete=True)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
@@ -861,16 +857,22 @@ class BatchLines:
     async def _end(self, batch: Sequence[_End]) -> list[None]:
         lines = _ordered([end.row for end in batch])
 
-        async def end(connection: asyncpg.Connection) -> None:
+        async def end(connection: asyncpg.Connection) -> list[Prepared]:
             ended = await connection.fetch(sql("end_batch_lines"), lines)
             await _count(connection, ended)
             keys = {(row["batch_id"].int, row["line"]) for row in ended}
-            if is_recorded:
-                await self._audit.add(connection, [one.call for one in batch if one.key in keys])
+            if not is_recorded:
+                return []
+            gone = await self._audit.add(connection, [one.call for one in batch if one.key in keys])
+            if len(keys) < len(batch):
+                ids = [one.row["batch_id"] for one in batch], [one.call.record.id for one in batch]
+                erased = await connection.fetch(sql("erased_batch_calls"), *ids)
+                gone += [batch[row["place"] - 1].call for row in erased]
+            return gone
 
         is_recorded = True
         try:
-            await self._connections.run(end)
+            await self._audit.forget_bodies(await self._connections.run(end))
             self._audit.noted(one.call.record for one in batch)
         except (asyncpg.PostgresError, ValueError) as refused:
             if len(batch) > 1:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
+from os import urandom
 from pathlib import Path
 
 import asyncpg
@@ -15,12 +17,13 @@ from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import beat, new_job, now, result
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Caller, Charge, Kind, Status, Usage, UsageState, new_id
-from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.errors import ClaimLost, NotFound, StoreUnavailable
 from tidegate.prices.reconciliation import DoubtfulCall, UsageSum, compared
 from tidegate.record import CallRecord
 from tidegate.store.batches import INPUT, BatchFile, BatchLine
 from tidegate.store.queue import MAX_LAPSES
-from tidegate.store.records import ClaimedJob
+from tidegate.store.records import ClaimedJob, Json
+from tidegate.store.retention import Whose, mark_erased
 from tidegate.store.spill import CallJournal
 from tidegate.store.store import Store
 
@@ -183,19 +186,28 @@ async def begun_line(store: Store, upstream: str) -> BatchLine:
     return line
 
 
+async def with_lines(store: Store, count: int, tenant_id: str = "default") -> list[Json]:
+    """Lines of a batch that has begun."""
+    file = BatchFile(new_id(), tenant_id, INPUT, "in.jsonl", 100, count, "key")
+    await store.batches.add(new_id(), Caller(tenant_id), file, "/v1/chat/completions", None)
+    batch = await store.batches.take()
+    assert batch is not None
+    body = '{"model": "an-alias", "messages": []}'
+    lines = [
+        {"line": number, "id": new_id(), "custom_id": f"a-{number}", "body": body}
+        for number in range(1, count + 1)
+    ]
+    await store.batches.add_lines(batch, lines)
+    await store.batches.begin(batch, count)
+    return lines
+
+
 @pytest.mark.parametrize("lapses", [1, MAX_LAPSES])
 async def test_a_line_of_a_batch_whose_worker_died_is_doubtful_at_that_upstream(
     make_store: MakeStore, database_url: str, peek: asyncpg.Connection, lapses: int
 ) -> None:
     judge = await make_store(database_url, claim_lease_ms=LEASE_MS)
-    file = BatchFile(new_id(), "default", INPUT, "in.jsonl", 100, 1, "key")
-    await judge.batches.add(new_id(), Caller("default"), file, "/v1/chat/completions", None)
-    batch = await judge.batches.take()
-    assert batch is not None
-    body = '{"model": "an-alias", "messages": []}'
-    line = {"line": 1, "id": new_id(), "custom_id": "a", "body": body}
-    await judge.batches.add_lines(batch, [line])
-    await judge.batches.begin(batch, 1)
+    (line,) = await with_lines(judge, 1)
     for number in range(1, lapses + 1):
         victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
         await beat(victim)
@@ -229,3 +241,42 @@ async def test_a_line_of_a_batch_whose_worker_died_is_doubtful_at_that_upstream(
     (lost,) = days["m-dated"].doubtful
     assert lost.request_id == line["id"]
     assert lost.state == ("unknown" if lapses == MAX_LAPSES else "repeated")
+
+
+async def test_lines_and_a_batch_whose_tenant_is_erased_meanwhile_leave_no_body(
+    store: Store, peek: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Neither where the tenant is marked as erased, nor where its batches are gone too."""
+
+    def blobs() -> list[Path]:
+        return [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
+
+    await beat(store)
+    await with_lines(store, 2, "acme")
+    lines = [await begun_line(store, "oai") for _ in range(2)]
+    calls = []
+    for line in lines:
+        record = result(source="batch", request_id=line.id, tenant_id="acme")
+        record.request = urandom(30_000)
+        calls.append(await store.audit.prepare(record))
+    assert len(blobs()) == 2
+    await store.connections.run(lambda connection: mark_erased(connection, "acme", None))
+    end = partial(store.batch_lines.end, status_code=200, answer="{}", failure=None)
+    await end(lines[0], calls[0])
+    assert len(blobs()) == 1
+    assert (await store.retention.erase(Whose("acme"), dry_run=False, within_s=20)).done
+    await end(lines[1], calls[1])
+    assert blobs() == []
+    assert await peek.fetchval("SELECT count(*) FROM audit") == 0
+
+
+async def test_a_batch_that_is_erased_before_it_ends_is_lost(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    await with_lines(store, 1)
+    await peek.execute("UPDATE batches SET status = 'finalizing'")
+    batch = await store.batches.take()
+    assert batch is not None
+    await peek.execute("DELETE FROM batches")
+    with pytest.raises(ClaimLost, match="erased"):
+        await store.batches.end(batch, None, None)

@@ -304,6 +304,12 @@ FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigi
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
 
+-- name: erased_batch_calls
+-- Of calls $2 for lines of batches $1 the places of those that were erased: neither is there any more.
+SELECT place FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS call (batch, id, place)
+WHERE NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = call.batch)
+    AND NOT EXISTS (SELECT 1 FROM audit a WHERE a.id = call.id)
+
 -- name: retake_batch_lines
 -- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed.
 WITH gone AS MATERIALIZED (
