@@ -298,6 +298,24 @@ async def policy_to_start_with(policies: Policies, pool: str, wanted: PoolPolicy
     return wanted
 
 
+async def edit_record(
+    policies: Policies, pool: str, edit: Callable[[Plain], Plain], *, set_by: str, reason: str
+) -> None:
+    """Change the policy on record of a pool that has no upstream: in force if one comes back.
+    Raises StoreUnavailable."""
+
+    def edited(records: Sequence[PolicyRecord], _seen: bool) -> Sequence[PolicyRecord]:
+        head = revision_of(records[0])
+        policy = edit(head.policy)
+        if policy == head.policy:
+            return ()
+        asked = head.asked_digest if head.origin is Origin.DEPLOYMENT else ""
+        after = Revision(head.number + 1, head.origin, policy, set_by, reason, asked)
+        return (record_of(after),)
+
+    await policies.decide(pool, "", edited)
+
+
 @asynccontextmanager
 async def open_pool(
     config: Config,

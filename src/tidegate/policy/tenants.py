@@ -18,7 +18,7 @@ from tidegate.errors import ConfigError, NotFound
 from tidegate.limiter import check_tenant
 from tidegate.policy.format import Plain, share_edit, share_of, shares_of, to_plain, without
 from tidegate.policy.inspection import Control
-from tidegate.policy.rollout import PolicyKeeper
+from tidegate.policy.rollout import PolicyKeeper, edit_record
 from tidegate.store.tenants import Key, Tenant, Tenants, check_changes
 
 _WEBHOOK_PREFIX = "whsec_"
@@ -84,22 +84,28 @@ async def remove_tenant(
     by: str,
     reason: str = "",
 ) -> None:
-    """Take a tenant, its keys, and its weight and its limits in all pools away; its requests stay
-    on record. `keepers`: of all pools.
+    """Take a tenant, its keys, and its weight and its limits in all pools away, also in those whose
+    upstream was removed; its requests stay on record. `keepers`: of all pools that have one.
 
     Raises ConfigError for a name that can't be, NotFound where there was none of it, and
     StoreUnavailable.
     """
     check_name(tenant_id)
-    naming = [one for one in keepers if _is_named(tenant_id, to_plain(one.limiter.policy))]
+    kept = list(keepers)
+    naming = [one for one in kept if _is_named(tenant_id, to_plain(one.limiter.policy))]
+    on_record = await tenants.policies.in_force()
+    others = on_record.keys() - {one.limiter.pool for one in kept}
+    left = sorted(pool for pool in others if _is_named(tenant_id, on_record[pool]))
     try:
         await tenants.remove(tenant_id, by=by)
     except NotFound:
-        if not naming:
+        if not naming and not left:
             raise
     reason = reason or f"tenant {tenant_id} removed"
     for keeper in naming:
         await keeper.change(without(tenant_id), set_by=by, reason=reason)
+    for pool in left:
+        await edit_record(tenants.policies, pool, without(tenant_id), set_by=by, reason=reason)
 
 
 def _is_named(tenant_id: str, plain: Plain) -> bool:

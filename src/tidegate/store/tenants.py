@@ -195,6 +195,7 @@ class Tenants:
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self.actions = OperatorActions(connections)
+        self.policies = Policies(connections)
 
     async def version(self) -> int:
         """Answers or raises within half a second."""
@@ -527,6 +528,11 @@ class Policies:
             "get_policies", pool, min(most, MOST_SHOWN), timeout_ms=_TIMEOUT_MS
         )
         return [_policy(row) for row in rows]
+
+    async def in_force(self) -> dict[str, dict[str, Any]]:
+        """The policy in force as far as is on record, of every pool that ever was there."""
+        rows = await self._connections.rows("policies_in_force", timeout_ms=_TIMEOUT_MS)
+        return {row["pool"]: orjson.loads(row["policy"]) for row in rows}
 
     async def decide(self, pool: str, digest: str, decide: Decide) -> None:
         """Put on record what `decide` returns, while no other process can do so.

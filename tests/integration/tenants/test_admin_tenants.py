@@ -105,6 +105,30 @@ async def test_a_removed_tenant_has_no_limits_in_any_pool(
     await wait_until(lambda: not pools_that_name_it(), 20, "the end of its limits")
 
 
+async def test_a_removed_tenant_has_no_limits_where_a_removed_upstream_comes_back(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOX_KEY", "sk-test-0123456789")
+    monkeypatch.setattr("tidegate.spine.upstreams._CLOSE_AFTER_S", 0.0)
+    gateway = await open_gateway(worker=False)
+    keepers, store = gateway.services.keepers, gateway.services.store
+    table = {"dialects": {"openai": "http://127.0.0.1:9/v1"}, "key": "BOX_KEY", "models": ["x"]}
+    server = {"table": table, "test": False}
+    assert (await admin(gateway, "PUT", "/upstreams/box", server))[0] == 200
+    await wait_until(lambda: "box" in keepers, 20, "the new upstream")
+    change = {"weight": 4, "limits": {"tenant:acme": 5}}
+    assert (await admin(gateway, "PUT", "/tenants/acme?pool=box", change))[0] == 200
+    assert (await admin(gateway, "DELETE", "/upstreams/box?force=true"))[0] == 200
+    await wait_until(lambda: "box" not in keepers, 20, "the end of the upstream")
+    assert (await store.policies.in_force())["box"]["weights"] == {"acme": 4}
+    assert (await admin(gateway, "DELETE", "/tenants/acme"))[0] == 200
+    assert (await admin(gateway, "PUT", "/upstreams/box", server))[0] == 200
+    await wait_until(lambda: "box" in keepers, 20, "the upstream again")
+    await keepers["box"].settled.wait()
+    policy = keepers["box"].limiter.policy
+    assert (dict(policy.weights), "tenant:acme" in policy.limits) == ({}, False)
+
+
 async def test_a_key_is_shown_once_and_listed_by_its_prefix(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     new = {"name": "ci", "scopes": ["infer"], "expires_at": "2999-01-01T00:00:00Z"}

@@ -9,6 +9,10 @@ SELECT pg_advisory_xact_lock(7423001, hashtext($1))
 SELECT revision, origin, digest, policy, set_by, reason, created_at
 FROM policies WHERE pool = $1 ORDER BY revision DESC LIMIT $2
 
+-- name: policies_in_force
+-- The newest revision of every pool.
+SELECT DISTINCT ON (pool) pool, policy FROM policies ORDER BY pool, revision DESC
+
 -- name: first_of_deployment
 -- The first revision of the policy of pool $1 of the deployment that asks for $2.
 SELECT revision, origin, digest, policy, set_by, reason, created_at
