@@ -317,13 +317,20 @@ def source_of(authentication: Authentication, network: Network | None) -> Creden
 
 class Signers(Mapping[Authentication, Signer]):
     """The credentials of upstreams, kept valid until `close`. Those of an upstream that was
-    replaced sign until their end, for calls that have begun with it and wait."""
+    replaced sign until their end, for calls that have begun with it and wait; after it those sign
+    that are read by the same options, as from the same file once it was replaced."""
 
     def __init__(self) -> None:
         self._signers: dict[Authentication, RenewedCredentials] = {}
         self._tasks: dict[Authentication, asyncio.Task[None]] = {}
 
     def __getitem__(self, authentication: Authentication) -> Signer:
+        own = self._signers.get(authentication)
+        if authentication not in self._tasks and (own is None or own.has_ended):
+            identity = authentication.kind, authentication.options
+            for renewed in self._tasks:
+                if (renewed.kind, renewed.options) == identity:
+                    return self._signers[renewed]
         return self._signers[authentication]
 
     def __iter__(self) -> Iterator[Authentication]:

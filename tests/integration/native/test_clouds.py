@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,36 @@ async def test_prompts_reach_vertex_and_a_lost_token_is_a_dead_key(
         return bool(clouds.issued)
 
     await wait_until(is_back, 10, "the token is renewed")
+
+
+async def test_a_call_that_waits_beyond_its_credentials_is_signed_by_those_that_replaced_them(
+    policy: Path, clouds: Clouds, tmp_path: Path
+) -> None:
+    def read() -> Upstream:
+        config = Config.model_validate({"tidegate_policy": policy})
+        return next(one for one in deployed_upstreams(config).upstreams if one.name == "vertex")
+
+    old = read()
+    authentication, place = old.access("gemini").authentication, RelayWire.place(f"{clouds.url}/x")
+    assert authentication is not None
+    async with open_wire(PATIENT, [old]) as wire:
+        first = wire.signers[authentication].sign("POST", place, [], b"{}")
+        clouds.service_account(tmp_path)
+        new = read()
+        assert new.access("gemini").authentication != authentication
+        signers = wire.signers
+        assert isinstance(signers, Signers)
+        await signers.open([new])
+        signers.keep([new])
+        assert signers[authentication].sign("POST", place, [], b"{}") == first
+        signers._signers[authentication]._clock = lambda: time.time() + 3_600  # their end
+        second = signers[authentication].sign("POST", place, [], b"{}")
+        assert second != first
+        signers.keep([new])  # those that have ended are forgotten
+        assert signers[authentication].sign("POST", place, [], b"{}") == second
+        signers.keep([])
+        with pytest.raises(KeyError):
+            signers[authentication]
 
 
 @pytest.fixture
