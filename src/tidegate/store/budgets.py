@@ -20,7 +20,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -289,6 +289,7 @@ class Budgets:
         self._static = lru_cache(10_000)(self._bound_statically)
         self._asks: GroupWriter[_Ask, Refusal | None] = GroupWriter(self._reserve_all)
         self._open: dict[UUID, UUID] = {}  # what is held, by whose request
+        self._overdue: set[UUID] = set()  # of it what may have been charged as a dead process's
         self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified of
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
         self._refusals: dict[tuple[str, str], Refusal] = {}
@@ -492,6 +493,7 @@ class Budgets:
             calls.append({"id": str(ask.hold), "request": str(ask.request_id), "binds": binds})
         asked = orjson.dumps({"books": list(books), "calls": calls})
         revision = self._revision
+        self._look_back(but={ask.hold for ask in asks})
         rows = await self._written(asked)
         is_newest = revision == self._revision  # else a change that is known here may allow it
         results: list[Refusal | Exception | None] = [None] * len(asks)
@@ -588,12 +590,14 @@ class Budgets:
     def give_away(self, hold: UUID) -> None:
         """It is held for no process from now on: what is settled of it here changes nothing."""
         self._open.pop(hold, None)
+        self._overdue.discard(hold)
 
     # After it
 
     def settle(self, hold: UUID, charge: Charge | None, request_id: UUID | None = None) -> None:
         """A call that holds something has ended and is charged so; with None it was not made. It is
         written with the call's audit row, or else within a second. request_id: of another's."""
+        self._look_back()
         request_id = request_id or self._open.get(hold)
         if charge is None:
             one = Settlement(hold, request_id, 0, 0, False)
@@ -623,7 +627,15 @@ class Budgets:
         due = [one for found in self._pending.values() for at, one in found if now - at >= after_s]
         if not due:
             return
-        await self._connections.run(lambda connection: settle_holds(connection, due))
+        overdue = self._overdue.intersection(one.hold for one in due)
+
+        async def write(connection: asyncpg.Connection) -> None:
+            await settle_holds(connection, due)
+            if overdue:  # what others know to be spent may be room again
+                await connection.execute(sql("count_budget_change"))
+
+        await self._connections.run(write)
+        self._overdue -= overdue
         for one in due:
             self._open.pop(one.hold, None)
             # Another flush may have written it meanwhile, which changes nothing.
@@ -631,6 +643,12 @@ class Budgets:
             if left := [(at, other) for at, other in pending if other is not one]:
                 self._pending[one.request_id] = left
         self.wake()
+
+    def _look_back(self, but: Collection[UUID] = ()) -> None:
+        """Note what is held, but for some, where others have heard nothing of this process for so
+        long that it counts as dead."""
+        if self._clock() - self._seen_at > DEAD_AFTER_S and self._open:
+            self._overdue.update(self._open.keys() - but)
 
     def wake(self) -> None:
         """Have calls that wait for room in a budget look again: something was settled."""
@@ -694,6 +712,7 @@ class Budgets:
 
     async def _look_after_holds(self) -> None:
         sent_at = Steadiness.clock()
+        self._look_back()
         if self._open:
             await self._connections.execute("see_budget_instance", self._instance_id)
             self._seen_at = self._clock()

@@ -265,6 +265,13 @@ async def test_what_a_dead_process_holds_stays_charged_until_it_is_corrected(
     dead.settle(hold, told(30))
     await dead.flush()
     assert await seen(database_url) == {("day", ""): (30, 0, 0)}
+    await budgets.refresh()
+    await held_by(budgets, ACME, 601)  # the refusal is not remembered
+    monkeypatch.undo()
+    before = await dead.records.revision()
+    dead.settle(await held_by(dead, ACME, 1), told(1))
+    await dead.flush()
+    assert await dead.records.revision() == before, "no change of which others have to know"
 
 
 async def test_of_a_budget_that_takes_estimates_what_is_unknown_stays_charged_in_either_unit(
