@@ -875,7 +875,7 @@ def _first(invalid: ValidationError, values: Mapping[str, str]) -> ConfigError:
     problem = invalid.errors(include_url=False, include_input=False)[0]
     field = str(problem["loc"][0])
     name = field.upper()
-    value = "(hidden)" if name in SECRETS else _one_line(values[field])
+    value = "(hidden)" if name in SECRETS else _one_line(values[field], name)
     own_words = problem["type"] == "value_error"
     said = str(problem["msg"]).removeprefix("Value error, ")
     return ConfigError(name, value, said if own_words else f"must be {allowed(field)}")
@@ -883,15 +883,16 @@ def _first(invalid: ValidationError, values: Mapping[str, str]) -> ConfigError:
 
 def shown(name: str, value: object) -> str:
     """A setting's value on one line, for people: never a secret, nor what a URL hides."""
-    return "(hidden)" if name in SECRETS else _one_line(str(value))
+    return "(hidden)" if name in SECRETS else _one_line(str(value), name)
 
 
-def _one_line(value: str) -> str:
-    """`value` without line breaks and, where it is a URL, without a user, password or query."""
-    scheme, is_url, rest = value.partition("://")
-    if is_url:
+def _one_line(value: str, name: str = "") -> str:
+    """`value` without line breaks and, where it is a URL or is to be one, without a user, password
+    or query."""
+    scheme, divides, rest = value.partition("://") if "://" in value else ("", "", value)
+    if divides or name.endswith("_URL"):
         before, asks, _ = rest.partition("?")
         _, at, place = before.rpartition("@")
-        value = f"{scheme}://{'***@' if at else ''}{place}{'?***' if asks else ''}"
+        value = f"{scheme}{divides}{'***@' if at else ''}{place}{'?***' if asks else ''}"
     printable = "".join(letter if letter.isprintable() else " " for letter in value)
     return printable if len(printable) <= _LONGEST_SHOWN else f"{printable[:_LONGEST_SHOWN]}..."

@@ -262,6 +262,8 @@ SECRET = "s3cr3t-w0rd"
         {"GEMINI_BASE_URL": f"https://me:{SECRET}@upstream"},
         {"GEMINI_BASE_URL": f"https://upstream?key={SECRET}"},
         {"BLOB_URL": f"s3://id:{SECRET}@bucket"},
+        {"BLOB_URL": f"id:{SECRET}@bucket"},
+        {"BLOB_URL": f"bucket?secret={SECRET}"},
         {"ALERT_WEBHOOK_URL": f"https//hooks.example/services/{SECRET}"},
     ],
 )

@@ -803,6 +803,8 @@ async def _revision_alone(connection: asyncpg.Connection) -> str | None:
 async def _connected(url: str) -> asyncpg.Connection:
     try:
         return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
+    except asyncpg.ClientConfigurationError as wrong:  # it is no outage, and does not pass
+        raise ConfigError("DATABASE_URL", None, f"can't be used: {wrong.args[0]}") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
         host = urlsplit(url).hostname
         at = f" at {host}" if host else ""
@@ -868,8 +870,8 @@ async def migrate(url: str) -> str | None:
     """Run the missing steps and make partitions ahead.
 
     Returns the new revision, or None where there was nothing to do. Raises StoreUnavailable when
-    PostgreSQL can't be reached or others keep a table, and ConfigError for a database from before
-    the first release and for a user without the rights. A step that fails leaves all as it was.
+    PostgreSQL can't be reached or others keep a table, ConfigError for a wrong URL, a database from
+    before the first release, or a user without the rights. What fails leaves all as it was.
     """
     connection = await _connected(url)
     try:

@@ -98,6 +98,20 @@ async def test_a_user_that_may_not_migrate_is_a_wrong_setting(empty_database_url
     await owner.close()
 
 
+@pytest.mark.parametrize(
+    "query", ["sslmode=nonsense", "target_session_attrs=any-one", "sslmode=verify-ca"]
+)
+async def test_what_no_server_can_accept_is_refused_as_a_setting(
+    query: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not as an outage, whose end would be waited for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="DATABASE_URL can't be used: ") as refused:
+        await migrate(f"postgresql://nobody:word@127.0.0.1:1/nothing?{query}")
+    assert "\n" not in str(refused.value)
+    assert "word" not in str(refused.value)
+
+
 async def test_the_index_of_words_reads_no_partition_of_before(empty_database_url: str) -> None:
     connection = await asyncpg.connect(empty_database_url)
     await upgrade(connection, "0027")
