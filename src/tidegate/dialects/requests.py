@@ -526,13 +526,22 @@ def check_parts(body: bytes) -> None:
         raise PayloadTooLarge("body", "the body holds too many values", allowed=allowed)
 
 
+_JSON_OR_FORM = "JSON; on paths of files multipart/form-data; boundary=... with a form"
+
+
 def parsed(body: bytes) -> JsonObject:
     """The body as a JSON object; raises InvalidRequest and PayloadTooLarge."""
     check_parts(body)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as broken:
-        raise InvalidRequest("body", f"the body is not JSON: {broken}") from None
+        if body.lstrip()[:2] == b"--":  # as the boundary of a form does
+            begins = (
+                "the body is not JSON: it begins as a form, for which its Content-Type is wrong"
+            )
+            raise InvalidRequest("Content-Type", begins, allowed=_JSON_OR_FORM) from None
+        why = "it is not UTF-8" if "UTF-8" in str(broken) else broken
+        raise InvalidRequest("body", f"the body is not JSON: {why}") from None
     if not isinstance(value, dict):
         raise InvalidRequest("body", "the body is not a JSON object", allowed="a JSON object")
     return value

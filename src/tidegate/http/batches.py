@@ -60,7 +60,7 @@ from tidegate.http.body import (
 )
 from tidegate.http.guards import caller_of
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
-from tidegate.http.native import begin_record, call_of
+from tidegate.http.native import begin_record, call_of, check_coding
 from tidegate.http.problems import REQUEST_ID_HEADER, not_relayed, refusal
 from tidegate.http.services import Services, check_target, services_of
 from tidegate.http.views import streamed
@@ -172,10 +172,14 @@ class Uploaded:
 
 
 async def read_upload(
-    body: Incoming, content_type: str, uploaded: Uploaded, hold: BodyBudget
+    body: Incoming, content_types: list[str], uploaded: Uploaded, hold: BodyBudget
 ) -> None:
     """Fill `uploaded`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
     kin, QueueFull and StoreUnavailable."""
+    if len(content_types) > 1:
+        said = "there is more than one Content-Type"
+        raise InvalidRequest("Content-Type", said, allowed="one Content-Type")
+    content_type = content_types[0] if content_types else ""
     if not content_type.lower().startswith("multipart/form-data"):
         raise InvalidRequest(
             "file", "the file must be sent as a form", allowed="multipart/form-data"
@@ -304,9 +308,11 @@ async def _answer(request: Request) -> Response:
 
 
 async def asking_of(request: Request, named: str) -> Asking:
-    """A request for what is `named`, and who makes it. Raises as `caller_of` does."""
+    """A request for what is `named`, and who makes it. Raises as `caller_of` does, and
+    UnsupportedMedia for a compressed body."""
     caller = await caller_of(request, Right.READ if request.method == "GET" else Right.INFER)
     check_target(request.scope)
+    check_coding(request.scope["headers"])
     return Asking(request, services_of(request), caller, named)
 
 
@@ -333,7 +339,7 @@ async def _upload(asking: Asking) -> Response:
     try:
         body = incoming_of(asking.request, config, max_bytes=FORM_BYTES)
         await _check_room(asking)
-        await read_upload(body, asking.request.headers.get("content-type", ""), uploaded, hold)
+        await read_upload(body, asking.request.headers.getlist("content-type"), uploaded, hold)
         if uploaded.values.get("purpose") != INPUT:
             return await _send_on(asking, uploaded)
         if given := [name for name in _EXPIRY if name in uploaded.values]:

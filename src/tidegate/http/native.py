@@ -192,14 +192,13 @@ def _without_parent(headers: Headers) -> Headers:
     return [pair for pair in headers if pair[0] != HEADER]
 
 
-def is_coded(headers: Headers) -> bool:
-    """Whether the body is compressed, or coded in another way."""
+def check_coding(headers: Headers) -> None:
+    """Raises UnsupportedMedia for a body that is compressed, or coded in another way."""
     for name, value in headers:
         if name == b"content-encoding":
             for one in value.lower().split(b","):
                 if one.strip() not in (b"", b"identity"):
-                    return True
-    return False
+                    raise UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
 
 
 def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
@@ -306,9 +305,6 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     try:
         if endpoint is None:
             await front.refuse_unheard(not_relayed(method, path, methods_at(path, dialect)), None)
-        elif is_coded(headers) and endpoint.operation is not Operation.UPLOAD:
-            coded = UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
-            await front.refuse_unheard(coded, endpoint)
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged here, and nowhere else
@@ -389,17 +385,17 @@ class _Front:
         uploads = endpoint.operation is Operation.UPLOAD
         form: FormBody | None = None
         try:
+            if not uploads:
+                check_coding(self._scope["headers"])
             known = self._services.gate.known(self._scope["headers"], self._scope["query_string"])
             self._caller = await self._identified(endpoint) if known is None else known
             if endpoint.takes_form:
-                types = [value for name, value in self._scope["headers"] if name == _TYPE]
-                form = await self._form(types, endpoint) if any(map(is_form, types)) else None
+                form = await self._form(endpoint)
             body = b""
             if not uploads and form is None:
                 whole = None if self._direct is None else self._direct.take_body()
                 body = await self._whole_body() if whole is None else whole
-                if len(body) > (most_bytes := self._services.config.max_body_bytes):
-                    check_size(len(body), most_bytes)
+                check_size(len(body), self._services.config.max_body_bytes)
             call = call_of(
                 self._scope,
                 endpoint,
@@ -451,9 +447,12 @@ class _Front:
         hold = self._services.hold(self._caller)
         return await self._arriving(most_bytes, in_memory=True).whole(hold)
 
-    async def _form(self, types: list[bytes], endpoint: Endpoint) -> FormBody:
-        """The form that is the body, once all of it is here."""
+    async def _form(self, endpoint: Endpoint) -> FormBody | None:
+        """The form that is the body, once all of it is here; None where it is not one."""
         config, headers = self._services.config, self._scope["headers"]
+        types = [value for name, value in headers if name == _TYPE]
+        if not any(map(is_form, types)):
+            return None
         self._spool = Spool(config.data_dir / "tmp", memory_bytes=WITH_ITS_HEAD_BYTES)
         self._hold = self._services.hold(self._caller)
         body = None if self._direct is None else self._direct.take_body()

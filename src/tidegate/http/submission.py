@@ -330,6 +330,10 @@ class FormReader:
             declared = head.headers.get("content-type", b"").decode("latin-1")
             self._begin_file(name, options[b"filename"].decode("utf-8", "replace"), declared)
             return
+        if name in FILE_FIELDS and b"filename*" in head.headers["content-disposition"].lower():
+            raise InvalidRequest(
+                name, f"{name!r} has its file name in filename* alone", allowed="also filename"
+            )
         check_known(name)
         if b"filename" in options:
             raise InvalidRequest(

@@ -63,6 +63,8 @@ KEPT = {
     "a GET": (first(b"GET", b"/v1/embeddings", b""), 405),
     "no model": (first(b"POST", MESSAGES, b"{}"), 400),
     "compressed": (first(b"POST", CHAT, gzip.compress(ASKED), b"content-encoding: gzip"), 415),
+    "a compressed file": (first(b"POST", b"/v1/files", b"x", b"content-encoding: gzip"), 415),
+    "a compressed batch": (first(b"POST", b"/v1/batches", b"x", b"content-encoding: gzip"), 415),
 }
 
 

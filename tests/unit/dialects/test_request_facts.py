@@ -400,6 +400,17 @@ def test_the_model_is_optional_where_the_provider_has_it_so(
         asked(path, body)
 
 
+def test_a_form_where_json_is_expected_is_refused_by_its_content_type() -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n\xff\xd8\r\n--b--\r\n'
+    for body, field, said in (
+        (form, "Content-Type", "begins as a form"),
+        (b"\xff", "body", "UTF-8"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"not JSON: it .*{said}") as refused:
+            parsed(body)
+        assert refused.value.field == field
+
+
 def test_what_answers_with_a_judgement_or_an_order_writes_next_to_nothing() -> None:
     ranked = asked("/v1/rerank", {"model": "m", "query": "q" * 400, "documents": ["d" * 4_000]})
     judged = asked("/v1/moderations", {"model": "m", "input": "a" * 400})

@@ -15,12 +15,12 @@ LINES = b'{"custom_id": "one"}\n{"custom_id": "two"}\n'
 FORM = multipart(text("purpose", "batch"), ("file", LINES, "lines.jsonl", "text/plain"))
 
 
-async def read(raw: bytes, content_type: str, folder: Path) -> Uploaded:
+async def read(raw: bytes, content_type: str, folder: Path, *more: str) -> Uploaded:
     uploaded = Uploaded(Spool(folder))
     hold = BodyBudget(BodyMemory(), MemoryBound(10**9, 10**9, shared=False), "t")
     try:
         incoming = incoming_of(request(raw, content_type), settings(folder))
-        await read_upload(incoming, content_type, uploaded, hold)
+        await read_upload(incoming, [content_type, *more], uploaded, hold)
         return uploaded
     finally:
         hold.release()
@@ -36,3 +36,8 @@ async def test_a_file_in_base64_is_refused_and_not_kept_as_that(tmp_path: Path) 
     encoded = FORM.replace(b"text/plain", b"text/plain\r\nContent-Transfer-Encoding: base64")
     with pytest.raises(InvalidRequest, match="encoded"):
         await read(encoded, MULTIPART, tmp_path)
+
+
+async def test_a_second_content_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="more than one Content-Type"):
+        await read(FORM, MULTIPART, tmp_path, MULTIPART)
