@@ -38,6 +38,7 @@ from tests.markdown import (
 from tests.shapes import differences, lines_that_differ, streamed
 from tidegate import call
 from tidegate.cli import app
+from tidegate.http import native
 from tidegate.policy.deployment import deployed, deployed_upstreams
 from tidegate.policy.providers import PROVIDERS
 from tidegate.rehearse.load import TokenPace, Usual, load_of
@@ -93,6 +94,23 @@ def test_every_link_leads_somewhere(document: str) -> None:
         if not target.exists() or (anchor and anchor not in anchors(named)):
             lost.append(link)
     assert lost == []
+
+
+def test_every_header_of_ours_is_in_the_tables_of_headers() -> None:
+    """Those of requests and answers by their names in the code, and all that native calls read."""
+    page = text_of("docs/http-api.md")
+    tables = re.findall(r"\| header of an? \w+ \|.*\n(?:\|.*\n)+", page)
+    assert len(tables) == 2
+    requests, answers = (set(re.findall(r"`([\w-]+)[^`]*`", table.lower())) for table in tables)
+    assert {name.decode() for name in native._READ} - requests == set()
+    named = set()
+    for file in sorted((ROOT / "src" / "tidegate").rglob("*.py")):
+        if "emulator" not in file.parts:
+            named |= set(
+                re.findall(r'"(x-tidegate-[a-z-]+[a-z])"', file.read_text("utf-8").lower())
+            )
+    assert len(named) > 10
+    assert named - requests - answers == set()
 
 
 OF_A_LOAD = "[[arrivals]]"
