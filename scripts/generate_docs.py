@@ -112,7 +112,7 @@ INSIDE |= {errors.GatewayRefused, errors.GatewayUnreachable}
 ROOTS = {errors.AdmissionError, errors.UpstreamError}
 # What waited in vain may find room later; no job is tried again for it.
 LATER = {errors.DeadlineExceeded, errors.LimitPaused, errors.LimitUsedUp, errors.QueueFull}
-LATER |= {errors.RequestTimeout}
+LATER |= {errors.RequestTimeout, errors.NotEnded}
 _LEAF = re.compile(r"^[│ ]*[├└]── (\w+) +(.+)$", re.MULTILINE)
 
 

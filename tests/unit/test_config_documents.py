@@ -43,6 +43,8 @@ def test_an_error_that_comes_with_a_time_may_succeed_later(generator: ModuleType
     )
     assert len(rows) > 10
     assert [code for code, again in rows if again == "no"] == []
+    too_early = re.findall(r"^\|.*\| too early .*\| (\w+) \|$", generator.errors_reference(), re.M)
+    assert too_early == ["yes"]
 
 
 def test_the_check_names_a_document_that_was_changed_by_hand(
