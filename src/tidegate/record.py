@@ -117,7 +117,7 @@ class CallRecord:
     """One call, from its receipt to its end; with several tries upstream, of the last one.
 
     What is None is not known, or was not reached. Identity: `source` is what made the call (`judge`
-    is the classifier, whose question is no request of the tenant's and charged to nobody);
+    is the classifier, whose question is no request of the tenant's: of its budgets alone);
     `endpoint` is the path that was requested; `operation` never has a name in it.
 
     Admission: `waits` while no try is under way; `waits_for` is the pool and the limits of the

@@ -217,9 +217,10 @@ class PromptCalls:
     async def _judge(self, ask: Ask, asking: asyncio.Event, until: float) -> Classification:
         """Ask the LLM under its own limit; `asking` is set once it is admitted.
 
-        `until` is the loop's time at which the caller gives up. The question is counted, and
-        charged to nobody. Cancellation closes it; at a server that would go on (`abandoned =
-        "wait"`) it is read to its end, under its permit, while the caller goes on.
+        `until` is the loop's time at which the caller gives up. The question is counted, and is
+        charged to budgets of its tenant, or of all. Cancellation closes it; at a server that would
+        go on (`abandoned = "wait"`) it is read to its end, under its permit, while the caller goes
+        on.
         """
         model = self._config.classifier_model
         targets = self.targets(model)

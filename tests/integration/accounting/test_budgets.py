@@ -501,3 +501,32 @@ async def test_the_use_of_budgets_is_in_the_metrics(open_gateway: Opener) -> Non
         return 0 < used < 1 and paused == "1.0" and len(values) == 3
 
     await wait_until(shown, 20, "the metrics of budgets")
+
+
+async def test_a_question_of_the_classifier_is_charged_to_the_budgets_of_its_tenant_alone(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(**ON, classifier="llm", classifier_timeout_ms=10_000)
+    acme = await key_of(gateway, "acme")
+    prefix = await gateway.database.fetchval("SELECT prefix FROM keys")
+    await with_budgets(
+        gateway,
+        Budget("tenant", "tokens", 10**9, "day", tenant="acme", doubt="estimate"),
+        Budget("key", "tokens", 10**9, "day", key=prefix, doubt="estimate"),
+    )
+    prompt = {"data": "A lighthouse at dusk, oil on canvas"}
+    async with gateway.http.post(f"{gateway.url}/stream", json=prompt, headers=acme) as response:
+        assert response.status == 200
+        await response.read()
+    kinds = [one.kind for one in await gateway.upstream.calls()]
+    assert len(kinds) == 2
+    assert kinds[0] == "classifier"
+    await wait_until(lambda: gateway.services.budgets.held == 0, 10, "all is settled")
+    books = await gateway.services.store.budgets.records.books()
+    spent = {one.budget: one.spent for one in books}
+    calls = await gateway.database.fetch(
+        "SELECT source, input_tokens + output_tokens + coalesce(thoughts_tokens, 0) AS tokens"
+        " FROM audit"
+    )
+    assert [(row["source"], row["tokens"]) for row in calls] == [("stream", spent["key"])]
+    assert spent["tenant"] > spent["key"] > 0
