@@ -32,6 +32,7 @@ from tidegate.telemetry.logging import Log, get_logger
 LONGEST_LEASE_MS = 10_000
 MOST_PENDING_BYTES = 64_000_000
 ANSWER, FREE = KEY_OPS = "answer", "free"  # of the entries that the recorder writes
+_LARGE_BYTES = 100_000
 _TIMEOUT_MS = 2_000
 _LOOK_S = 0.1
 _RETRY_S = 0.2
@@ -164,7 +165,7 @@ class NativeKeys:
         answered = {
             "http_status": http_status,
             "content_type": content_type,
-            "answer": b64encode(answer).decode(),
+            "answer": answer,
         }
         self._settle(owner, ANSWER, owner.row() | answered, len(answer))
 
@@ -280,9 +281,20 @@ async def end_key(
 
 async def settle_keys(connection: asyncpg.Connection, entries: Sequence[Json]) -> None:
     """Write the entries of `NativeKeys`. Harmless to repeat: a key that another request has taken
-    meanwhile stays that one's."""
-    for op, name in ((ANSWER, "end_native_keys"), (FREE, "free_native_keys")):
-        found = [entry["row"] for entry in entries if entry["op"] == op]
+    meanwhile stays that one's. An answer is in base64 where it was on the disk."""
+    ended: list[Json] = []
+    for row in (entry["row"] for entry in entries if entry["op"] == ANSWER):
+        answer = row["answer"]
+        if isinstance(answer, bytes) and len(answer) > _LARGE_BYTES:
+            # By itself: base64 and JSON of it would block the event loop for 80 ms.
+            how = row["http_status"], row["content_type"], answer
+            owner = row["tenant_id"], row["idempotency_key"], row["id"]
+            await connection.execute(sql("end_native_key"), *owner, *how)
+            continue
+        is_raw = isinstance(answer, bytes)
+        ended.append(row | {"answer": b64encode(answer).decode()} if is_raw else row)
+    freed = [entry["row"] for entry in entries if entry["op"] == FREE]
+    for name, found in (("end_native_keys", ended), ("free_native_keys", freed)):
         if found:
             await connection.execute(sql(name), dumps(found))
 

@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 import zlib
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Spill:
 
     async def reject(self, entry: Json, reason: str) -> None:
         """Put aside, for an operator, what PostgreSQL will never accept."""
-        line = orjson.dumps({"reason": reason, "entry": entry}) + b"\n"
+        line = orjson.dumps({"reason": reason, "entry": entry}, default=_in_base64) + b"\n"
         await asyncio.to_thread(_append_to, self._folder / REJECTED, line)
 
     def close(self) -> None:
@@ -422,8 +423,14 @@ def _adopted(folder: Path, mine: set[Path], suffix: str = _SUFFIX) -> tuple[list
 
 
 def _line_of(entry: Json) -> bytes:
-    body = orjson.dumps(entry)
+    body = orjson.dumps(entry, default=_in_base64)
     return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def _in_base64(value: object) -> str:
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
+    raise TypeError(f"{type(value).__name__} can't be spilled")
 
 
 def _append_to(path: Path, line: bytes) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from base64 import b64encode
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
@@ -122,6 +123,29 @@ async def test_an_answer_that_comes_late_does_not_replace_the_next_ones(
     await wait_until(lambda: is_answered(store), 20, "the answer is kept")
     slow.native_keys.free(second)
     assert await is_answered(store)
+
+
+async def test_a_large_answer_is_neither_base64_nor_json_on_its_way(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bytes] = []
+
+    def seen(data: bytes) -> bytes:
+        made.append(data)
+        return b64encode(data)
+
+    monkeypatch.setattr("tidegate.store.idempotency.b64encode", seen)
+    for key, answer in (("small", b"said"), ("large", bytes(range(256)) * 1_000)):
+        owner = owner_of(key)
+        await store.native_keys.take(owner, Idempotency(key, WANTED.digest))
+        store.native_keys.end(owner, 200, "audio/wav", answer)
+
+        async def is_kept(key: str = key, answer: bytes = answer) -> bool:
+            given = await store.native_keys.known("default", key)
+            return given is not None and given.answer == answer
+
+        await wait_until(is_kept, 20, "the answer")
+    assert made == [b"said"]
 
 
 async def test_an_answer_of_what_was_erased_meanwhile_is_not_kept(store: Store) -> None:

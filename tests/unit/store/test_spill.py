@@ -40,6 +40,12 @@ async def test_entries_come_back_in_order_and_once(tmp_path: Path) -> None:
     assert await replayed(spill) == [{"n": "after"}]
 
 
+async def test_bytes_come_back_in_base64(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 1_000_000)
+    await spill.keep({"row": {"answer": b"\xff\x00"}})
+    assert await replayed(spill) == [{"row": {"answer": "/wA="}}]
+
+
 async def test_a_replay_that_is_cut_short_starts_again(tmp_path: Path) -> None:
     spill = Spill(tmp_path, 1_000_000)
     await spill.keep({"n": 1})

@@ -30,7 +30,7 @@ WHERE tenant_id = $1 AND idempotency_key = $2 AND created_at >= now() - interval
 -- name: end_native_key
 -- Keep the answer that request $3 gave under its key.
 UPDATE native_keys SET ended_at = now(), http_status = $4, content_type = $5, answer = $6
-WHERE tenant_id = $1 AND idempotency_key = $2 AND request_id = $3
+WHERE tenant_id = $1 AND idempotency_key = $2 AND request_id = $3 AND ended_at IS NULL
 
 -- name: end_native_keys
 -- The same for many, from JSON.
