@@ -539,7 +539,7 @@ class AuditLog:
 
         A cancelled caller that was still waiting for room has recorded nothing.
         """
-        size_bytes = _size_of(entry)
+        size_bytes = rows.size_of(entry)
         while self._pending and (
             self._pending >= MAX_PENDING_STREAMS
             or self._pending_bytes + size_bytes > MAX_PENDING_BYTES
@@ -581,7 +581,7 @@ class AuditLog:
         entry = given if isinstance(given, dict) else await given
         while True:
             try:
-                await self._entry_writer.write(entry, _size_of(entry))
+                await self._entry_writer.write(entry, rows.size_of(entry))
                 return True
             except StoreUnavailable:
                 try:
@@ -627,7 +627,7 @@ class AuditLog:
 
     async def _write_again(self, entries: list[Json]) -> None:
         results = await asyncio.gather(
-            *(self._entry_writer.write(entry, _size_of(entry)) for entry in entries),
+            *(self._entry_writer.write(entry, rows.size_of(entry)) for entry in entries),
             return_exceptions=True,
         )
         for entry, result in zip(entries, results, strict=True):
@@ -685,6 +685,7 @@ async def _end_of(job: ClaimedJob, record: CallRecord, blobs: Blobs, *, called: 
     attempt, files = rows.result_row(record) if called else None, list[Json]()
     bodies = [await row_of("request", body_of_job(job), blobs)]
     if attempt is not None:
+        await rows.make_json(attempt)
         if record.files:
             files = rows.file_rows("output", job.request_id, job.tenant_id, record.files)
         bodies.append(await row_of("response", body_of_answer(record, attempt), blobs))
@@ -720,6 +721,7 @@ async def _stream_of(job: NewJob, record: CallRecord, blobs: Blobs) -> Json:
     attempt, files = rows.result_row(record) if record.was_admitted else None, rows.input_rows(job)
     bodies = [await row_of("request", cleaned(body_of_job(job)), blobs)]
     if attempt is not None:
+        await rows.make_json(attempt)
         files += rows.file_rows("output", job.request_id, job.tenant_id, record.files)
         bodies.append(await row_of("response", body_of_answer(record, attempt), blobs))
     return rows.entry_of("stream", rows.stream_row(job, record, attempt), attempt, files, bodies)
@@ -730,11 +732,6 @@ async def _end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
-
-
-def _size_of(entry: Json) -> int:
-    text = sum(len(entry["row"].get(name) or "") for name in ("result", "prompt", "answer"))
-    return 1_000 + text + sum(len(body.get("data") or "") for body in entry["bodies"])
 
 
 async def _write_entries(
@@ -790,7 +787,9 @@ async def _write_entries(
 async def _rows(
     connection: asyncpg.Connection, name: str, entries: dict[str, Json]
 ) -> dict[str, asyncpg.Record]:
-    found = await connection.fetch(sql(name), dumps([entry["row"] for entry in entries.values()]))
+    given = dumps([entry["row"] for entry in entries.values()])
+    await asyncio.sleep(0)  # sending a large one takes as long again
+    found = await connection.fetch(sql(name), given)
     return {str(row["id"]): row for row in found}
 
 
@@ -812,7 +811,8 @@ async def _end_attempts(
         attempt = entry["attempt"]
         if attempt is None:
             continue
-        common = {**attempt, "outcome": rows.outcome_of(entry), "failure": entry["row"]["failure"]}
+        how = {"outcome": rows.outcome_of(entry), "failure": entry["row"]["failure"]}
+        common = {**attempt, **how, "result": None}  # the request's row alone has it
         if row["attempt_id"] is not None:
             ended.append({**common, "id": row["attempt_id"], "created_at": row["attempt_at"]})
         else:

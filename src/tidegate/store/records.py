@@ -9,6 +9,7 @@ spoil a batch; unknown usage is null, never zero.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -232,6 +233,7 @@ Record = TypeVar("Record", bound=_HasFields)
 T = TypeVar("T")
 
 
+_PIECE_CHARS = 1_000_000
 USAGE_COLUMNS = (
     "input_tokens",
     "output_tokens",
@@ -426,6 +428,30 @@ def result_row(record: CallRecord) -> Json:
     if record.prompt_head:
         row["prompt_head"] = record.prompt_head
     return {key: cleaned(value) for key, value in row.items()}
+
+
+async def make_json(attempt: Json) -> None:
+    """Make JSON of a large result, once for all that has it, in pieces: for 20 MB the event loop
+    would stand still. `text_bytes` is its length then."""
+    text = attempt["result"]
+    if text is None or len(text) <= _PIECE_CHARS:
+        return
+    pieces = [b'"']
+    for at in range(0, len(text), _PIECE_CHARS):
+        pieces.append(orjson.dumps(text[at : at + _PIECE_CHARS])[1:-1])
+        await asyncio.sleep(0)
+    attempt["result"] = orjson.Fragment(b"".join((*pieces, b'"')))
+    attempt["text_bytes"] = len(text)
+    await asyncio.sleep(0)
+
+
+def size_of(entry: Json) -> int:
+    """About how many bytes an entry takes in memory."""
+    row = entry["row"]
+    texts = (row.get(name) for name in ("result", "prompt", "answer"))
+    size_bytes = sum(len(one) for one in texts if isinstance(one, str | bytes))
+    size_bytes += sum(len(body.get("data") or "") for body in entry["bodies"])
+    return 1_000 + size_bytes + int(row.get("text_bytes", 0))
 
 
 def usage_columns(usage: Usage) -> dict[str, int | None]:

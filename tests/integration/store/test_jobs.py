@@ -134,6 +134,16 @@ async def test_a_large_body_goes_to_the_blobs(store: Store, peek: asyncpg.Connec
     assert orjson.loads(zlib.decompress(packed))["prompt"] == prompt
 
 
+async def test_a_large_result_is_stored_whole(store: Store, peek: asyncpg.Connection) -> None:
+    claimed = await run_one(store)
+    text = 'say "é"\n' * 150_000
+    await store.audit.end_job(claimed, result(text))
+    assert (await store.requests.get(claimed.request_id, "default")).text == text
+    row = await peek.fetchrow("SELECT data, blob_key FROM bodies WHERE role = 'response'")
+    packed = row["data"] or await store.blobs.get(row["blob_key"])
+    assert orjson.loads(zlib.decompress(packed))["text"] == text
+
+
 async def test_a_retry_waits_for_its_time_and_counts_its_attempts(
     store: Store, peek: asyncpg.Connection
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,22 @@ def test_text_is_made_such_that_postgresql_can_hold_it() -> None:
     assert rows.clean("\ud83d half") == "? half"
     nested = {"a": ["\x00", {"b": "\ud800"}], "n": 3, "none": None}
     assert rows.cleaned(nested) == {"a": ["\ufffd", {"b": "?"}], "n": 3, "none": None}
+
+
+async def test_json_of_a_large_result_is_made_in_pieces() -> None:
+    """Between which the event loop does other work."""
+    text = 'say "é\n\U0001f30a" ' * 200_000
+    attempt, turns = {"result": text, "model": "m"}, 0
+    making = asyncio.create_task(rows.make_json(attempt))
+    while not making.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > len(text) / 1_000_000
+    assert orjson.loads(orjson.dumps(attempt))["result"] == text
+    assert rows.size_of(rows.entry_of("end", attempt)) >= len(text)
+    small = {"result": "x"}
+    await rows.make_json(small)
+    assert small == {"result": "x"}
 
 
 def test_unknown_and_absurd_usage_stays_null_and_never_becomes_zero() -> None:
