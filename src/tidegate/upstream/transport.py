@@ -319,6 +319,8 @@ class Connection(asyncio.Protocol):
         headers = self._headers
         if len(headers) >= MAX_HEADERS:
             raise _Unusable(f"the provider's answer has more than {MAX_HEADERS} headers")
+        # Spaces behind a value are none of it (RFC 9110, section 5.5), but the parser leaves them.
+        value = value.rstrip(b" ")
         headers.append((name, value))
         size = len(name)
         if size == 14 and name.lower() == _LENGTH:

@@ -115,6 +115,22 @@ async def test_hints_that_announce_a_body_are_no_answer(
     assert await answer_of(wire, upstream.url) == b"{}"
 
 
+async def test_spaces_behind_a_value_are_none_of_it(wire: RelayWire, upstream: Upstream) -> None:
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: Chunked \r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    empty = b"HTTP/1.1 204 No Content\r\ncontent-length: 0 \r\nx:  y  \r\n\r\n"
+    for answer, text in ((chunked, b"{}"), (empty, b""), (GOOD.replace(b": 2", b": 2 "), b"{}")):
+        upstream.script = always(answer)
+        exchange = await ask(wire, upstream.url)
+        assert not any(value.endswith(b" ") for _, value in exchange.headers)
+        assert await exchange.read(1_000) == text
+        assert exchange.close(), "its end was found"
+        await wire.aclose()
+    # With a tab the parser finds no chunks.
+    upstream.script = always(chunked.replace(b"Chunked ", b"chunked\t"))
+    with pytest.raises(UpstreamGarbled, match="unknown transfer coding"):
+        await answer_of(wire, upstream.url)
+
+
 async def test_chunks_trailers_and_their_extensions_are_bounded(
     wire: RelayWire, upstream: Upstream
 ) -> None:
