@@ -22,7 +22,7 @@ from tests.contract.gemini_upstream import (
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Answer, Delta, Event
 from tidegate.emulator.server import Emulator, run_emulator
-from tidegate.errors import UpstreamTimeout, UpstreamUnavailable
+from tidegate.errors import UpstreamThrottled, UpstreamTimeout, UpstreamUnavailable
 from tidegate.upstream.transport import Timeouts
 
 
@@ -67,6 +67,16 @@ async def test_headers_without_a_body_run_into_the_first_byte_timeout() -> None:
     with pytest.raises(UpstreamTimeout) as raised:
         await run_against(script, timeouts=Timeouts(5_000, SHORT, 5_000, 9_000))
     assert raised.value.phase == "first_byte"
+
+
+async def test_a_refusal_whose_body_never_comes_is_that_refusal() -> None:
+    async def script(_: Received, to: Connection) -> None:
+        await to.send(b"HTTP/1.1 429 Slow\r\nretry-after: 9\r\ncontent-length: 9\r\n\r\n")
+        await to.hang()
+
+    with pytest.raises(UpstreamThrottled) as raised:
+        await run_against(script, timeouts=Timeouts(5_000, SHORT, 5_000, 9_000))
+    assert raised.value.retry_after_ms == 9_000
 
 
 async def test_a_handshake_that_never_ends_runs_into_the_connect_timeout() -> None:

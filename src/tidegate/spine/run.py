@@ -130,16 +130,16 @@ class CallFailed(Exception):
 async def refusal_of(
     exchange: Exchange, target: Target, dialect: str, tier: str = ""
 ) -> CallFailed:
-    """An answer that is not a success, read to its end; `tier` was requested. Raises UpstreamError
-    where that fails."""
-    body = await exchange.read(_REFUSAL_BYTES)
+    """An answer that is not a success, as far as it came; `tier` was requested. Raises
+    UpstreamGarbled for one that is no refusal either."""
+    body = await exchange.read_refusal(_REFUSAL_BYTES)
     status = exchange.status
     if status < 400:
         raise UpstreamGarbled(f"the provider answered {status}, which is not followed")
     headers = exchange.headers
     coding = coding_of(headers)
     text = decoded(body, coding) if coding else body
-    if coding and masked(text, target) != text:  # goes on decoded, and without the key
+    if coding and (not exchange.at_end or masked(text, target) != text):  # goes on decoded
         body, headers = text, [pair for pair in headers if pair[0].lower() != b"content-encoding"]
     said = refusals.error_of_refusal_in(text)
     named = {

@@ -204,7 +204,7 @@ class _Account:
         if exchange.status < 300:
             return exchange
         try:
-            text = await exchange.read(_REFUSAL_BYTES)
+            text = await exchange.read_refusal(_REFUSAL_BYTES)
         finally:
             exchange.close()
         raise self.error(exchange.status, refusals.error_of_refusal_in(text), exchange.headers)

@@ -520,13 +520,13 @@ class CallScope:
         To be raised `from None`: texts of the SDK hold whole foreign bodies, and may hold the URL
         of an upload.
         """
-        if isinstance(failure, UpstreamTimeout):
-            return failure
         exchange = self.exchanges[-1].exchange if self.exchanges else None
         if exchange is not None and exchange.status != 200:
             error = refusals.error_of_refusal_in(self._tail())
             headers = httpx2.Headers(exchange.headers)
             return self._refusal(exchange.status, error, headers, secret)
+        if isinstance(failure, UpstreamTimeout):
+            return failure
         if (error_in_answer := self.error_in_answer(secret)) is not None:
             return error_in_answer
         if isinstance(failure, UpstreamError):

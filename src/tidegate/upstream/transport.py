@@ -17,7 +17,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from time import perf_counter
@@ -29,6 +29,7 @@ from yarl import URL
 
 from tidegate.errors import (
     TidegateError,
+    UpstreamError,
     UpstreamGarbled,
     UpstreamRejected,
     UpstreamTimeout,
@@ -508,6 +509,8 @@ class Exchange:
         """Wait for the head of the answer. Raises UpstreamError."""
         answer = self._answer
         while True:
+            if answer.status >= 400:
+                break  # a refusal, however much of it came
             if answer.failure is not None and not answer.pieces:
                 raise answer.failure
             if answer.status:
@@ -555,6 +558,15 @@ class Exchange:
         while len(whole) < max_bytes and (piece := await self.next()):
             whole += piece
         return bytes(whole[:max_bytes])
+
+    async def read_refusal(self, max_bytes: int) -> bytes:
+        """As much as comes of the body of a refusal: that it breaks off makes it no other one.
+        Raises what the request's own body raised."""
+        found = bytearray()
+        with suppress(UpstreamError):
+            while len(found) < max_bytes and (piece := await self.next()):
+                found += piece
+        return bytes(found[:max_bytes])
 
     def has_crossed(self, failed: BaseException) -> bool:
         """Whether the request met the end of a connection that the upstream had closed before it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,32 @@ async def test_what_falls_under_no_limit_waits_as_long_as_it_was_told_too(
     headers = {"x-tidegate-deadline-ms": "900"}
     assert (await ask(gateway, do="countTokens", **headers))[0] == 429
     assert len(hostile.seen) == 1
+
+
+async def test_a_refusal_that_breaks_off_is_the_refusal_that_it_was(
+    open_gateway: Opener, hostile: Hostile
+) -> None:
+    """Its status and headers have come: they say what it is and how long to wait."""
+    gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
+    head = b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 9\r\ntransfer-encoding: chunked\r\n"
+    text = b'{"error": "' + b"0123456789" * 20
+    packed = gzip.compress(text)[:-8]
+    for more, came in (
+        (b"\r\n", b""),
+        (b"\r\nff\r\n" + text, text),
+        (b"content-encoding: gzip\r\n\r\nff\r\n" + packed, text),
+        (b"content-encoding: br\r\n\r\nff\r\n" + packed, b""),
+    ):
+        hostile.answer, hostile.seen = head + more, []
+        status, headers, body = await ask(
+            gateway, do="countTokens", **{"x-tidegate-deadline-ms": "900"}
+        )
+        assert (status, headers.get("retry-after"), body) == (429, "9", came)
+        assert len(hostile.seen) == 1
+        limit = f"model:{MODEL}"
+        assert gateway.services.limiter.paused_ms([limit]) > 5_000, "others wait as long"
+        await gateway.services.limiter.resume(limit)
+        await wait_until(lambda: not gateway.services.limiter.has_pauses, 20, "its end")
 
 
 async def test_a_days_quota_parks_the_model_and_nobody_waits_in_vain(
