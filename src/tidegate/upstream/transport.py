@@ -320,8 +320,7 @@ class Connection(asyncio.Protocol):
         headers = self._headers
         if len(headers) >= MAX_HEADERS:
             raise _Unusable(f"the provider's answer has more than {MAX_HEADERS} headers")
-        # Spaces behind a value are none of it (RFC 9110, section 5.5), but the parser leaves them.
-        value = value.rstrip(b" ")
+        value = value.rstrip(b" ")  # the parser leaves what is none of it: RFC 9110, section 5.5
         headers.append((name, value))
         size = len(name)
         if size == 14 and name.lower() == _LENGTH:
@@ -509,9 +508,7 @@ class Exchange:
         """Wait for the head of the answer. Raises UpstreamError."""
         answer = self._answer
         while True:
-            if answer.status >= 400:
-                break  # a refusal, however much of it came
-            if answer.failure is not None and not answer.pieces:
+            if answer.failure is not None and not answer.pieces and answer.status < 400:
                 raise answer.failure
             if answer.status:
                 break
@@ -744,7 +741,7 @@ class RelayWire:
         return None
 
     async def _connect(self, origin: UpstreamOrigin) -> Connection:
-        async with self._connecting():
+        async with self._connecting(origin):
             connected = await self._socket(origin, tunnels=origin.secure)
             _, connection = await self._loop.create_connection(
                 lambda: Connection(self._loop, self.connections.discard),
@@ -764,32 +761,32 @@ class RelayWire:
             if access.authentication is not None:
                 signer = self._signer_of(access.authentication)
                 headers = signer.sign("GET", place, headers, None)
-        async with self._connecting():
+        async with self._connecting(origin):
             connected = await self._socket(origin, tunnels=True)
         return BareConnection(
             connected, self._tls_for(origin.network) if origin.secure else None, headers
         )
 
     @asynccontextmanager
-    async def _connecting(self) -> AsyncIterator[None]:
+    async def _connecting(self, origin: UpstreamOrigin) -> AsyncIterator[None]:
         """Bounds the time, and says in our words why there is no connection."""
         try:
             async with asyncio.timeout(self._timeouts.connect_ms / 1000):
                 yield
-        except TimeoutError:
-            raise self._timeouts.ran_out("connect") from None
-        except ssl.SSLError as wrong:
-            why = wrong.reason or type(wrong).__name__
-            message = f"no secure connection to the provider ({why})"
-            raise UpstreamUnavailable(message, broke="connecting") from None
-        except (OSError, UnicodeError):
+        except (OSError, UnicodeError) as failed:
+            self._names.pop(_server_of(origin), None)  # it may have moved
+            if isinstance(failed, TimeoutError):
+                raise self._timeouts.ran_out("connect") from None
             message = "could not connect to the provider"
+            if isinstance(failed, ssl.SSLError):
+                why = failed.reason or type(failed).__name__
+                message = f"no secure connection to the provider ({why})"
             raise UpstreamUnavailable(message, broke="connecting") from None
 
     async def _socket(self, origin: UpstreamOrigin, *, tunnels: bool) -> socket.socket:
         proxy = None if origin.network is None else origin.network.proxy
         connected = await aiohappyeyeballs.start_connection(
-            await self._addresses(origin, proxy),
+            await self._addresses(origin),
             happy_eyeballs_delay=_NEXT_ADDRESS_S,
             interleave=1,
             loop=self._loop,
@@ -829,15 +826,14 @@ class RelayWire:
             context = self._tls_of[network] = network.tls_context()
         return context
 
-    async def _addresses(self, origin: UpstreamOrigin, proxy: Proxy | None) -> list[Any]:
-        host, port = (origin.host, origin.port) if proxy is None else (proxy.host, proxy.port)
-        now = self.time()
-        until, found = self._names.get((host, port), (0.0, []))
+    async def _addresses(self, origin: UpstreamOrigin) -> list[Any]:
+        now, name = self.time(), _server_of(origin)
+        until, found = self._names.get(name, (0.0, []))
         if now > until:
             found = await self._loop.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+                *name, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
             )
-            self._names[host, port] = (now + _NAMES_S, found)
+            self._names[name] = (now + _NAMES_S, found)
         return found
 
     @staticmethod
@@ -860,6 +856,11 @@ class RelayWire:
                     exchange.cut(phase)
             for origin, kept in self._idle.items():
                 self._idle[origin] = [one for one in kept if not _retired(one, now)]
+
+
+def _server_of(origin: UpstreamOrigin) -> tuple[str, int]:
+    proxy = None if origin.network is None else origin.network.proxy
+    return (origin.host, origin.port) if proxy is None else (proxy.host, proxy.port)
 
 
 def _head(

@@ -6,6 +6,7 @@ On both event loops: the product runs on uvloop, and on the one of asyncio where
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator
 
@@ -334,6 +335,20 @@ async def test_who_cannot_be_reached_is_told_apart(wire: RelayWire, upstream: Up
         await ask(wire, "http://127.0.0.1:1")
     with pytest.raises(UpstreamUnavailable, match="no secure connection"):
         await ask(wire, upstream.url.replace("http:", "https:"))
+
+
+async def test_a_host_that_has_moved_is_found_by_the_next_call(
+    wire: RelayWire, upstream: Upstream
+) -> None:
+    upstream.script = always(GOOD)
+    origin = wire.place(upstream.url).origin
+    with socket.socket() as left:  # where the host was: nothing listens there any more
+        left.bind(("127.0.0.1", 0))
+        was = [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", left.getsockname())]
+        wire._names[origin.host, origin.port] = (wire.time() + 1_000, was)
+        with pytest.raises(UpstreamUnavailable, match="could not connect"):
+            await ask(wire, upstream.url)
+        assert await answer_of(wire, upstream.url) == b"{}"
 
 
 def test_certificates_are_checked() -> None:
