@@ -15,7 +15,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, unquote_plus
 from uuid import UUID
 
 from starlette.requests import ClientDisconnect
@@ -81,6 +81,8 @@ from tidegate.upstream.transport import SizedBody
 _KEYS_IN_QUERY = frozenset(
     ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS, AT_UPSTREAM)
 )
+# Azure's version of its paths; an upstream there has its own.
+_VERSION_IN_QUERY = frozenset(("api-version",))
 _AZURE, _CLAUDE_AT_VERTEX = b"/openai/", b"/publishers/anthropic/"
 # Vertex's own, `vertex-2023-10-16`, is none of the dated ones.
 _BODY_VERSION = re.compile(rb'"anthropic_version"\s*:\s*"(\d{4}-\d\d-\d\d)"')
@@ -215,28 +217,24 @@ def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
     return sent
 
 
-def _without_version(query: str) -> str:
-    """Azure's version of its paths; an upstream there has its own."""
-    pairs = parse_qsl(query, keep_blank_values=True)
-    return urlencode([pair for pair in pairs if pair[0] != "api-version"])
-
-
 def _query(endpoint: Endpoint, given: bytes, came_at: bytes) -> str:
     """What goes on of a query. Raises InvalidRequest."""
-    query = _without_key(given.decode("latin-1"))
+    query = given.decode("latin-1")
+    if _MAYBE_KEY.search(query) is not None:
+        query = _without(_KEYS_IN_QUERY, query)
     if came_at.startswith(_AZURE):
-        query = _without_version(query)
+        query = _without(_VERSION_IN_QUERY, query)
     if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
         _check_form(query)
     return query
 
 
-def _without_key(query: str) -> str:
-    if _MAYBE_KEY.search(query) is None:
-        return query
-    pairs = parse_qsl(query, keep_blank_values=True)
-    kept = [pair for pair in pairs if pair[0].lower() not in _KEYS_IN_QUERY]
-    return query if len(kept) == len(pairs) else urlencode(kept)
+def _without(names: frozenset[str], query: str) -> str:
+    """A query without its fields of these names; the rest as it came, byte for byte."""
+    fields = query.split("&")
+    return "&".join(
+        [one for one in fields if unquote_plus(one.partition("=")[0]).lower() not in names]
+    )
 
 
 def _check_form(query: str) -> None:

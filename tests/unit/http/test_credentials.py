@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tidegate.dialects import endpoint_of
+from tidegate.dialects.spec import Dialect
 from tidegate.http.auth import Shown, shown_in
+from tidegate.http.native import _query
 
 KEY = b"tg_abcdefghij_" + b"a" * 43
 OTHER = b"tg_abcdefghij_" + b"b" * 43
@@ -53,6 +56,25 @@ def test_two_keys_that_differ_are_one_too_many() -> None:
     assert shown_in([(b"x-api-key", KEY), (b"x-goog-api-key", OTHER)], b"").several
     assert shown_in([(b"x-api-key", KEY), (b"x-api-key", OTHER)], b"").several
     assert shown_in([(b"authorization", b"Bearer " + KEY)], b"key=" + OTHER).several
+
+
+@pytest.mark.parametrize(
+    ("query", "goes_on"),
+    [
+        (b"a=1;2&key=k&b=%ff+%20&&c", b"a=1;2&b=%ff+%20&&c"),
+        (b"%6Bey=k", b""),
+        (b"a=x%26key=k&KEY=k&$key=k", b"a=x%26key=k"),
+        (b"monkey=%2f&a=key", b"monkey=%2f&a=key"),
+    ],
+)
+@pytest.mark.parametrize("came_at", [b"/v1/", b"/openai/deployments/x/"])
+def test_a_key_is_cut_out_of_a_query_whose_rest_goes_on_as_it_came(
+    query: bytes, goes_on: bytes, came_at: bytes
+) -> None:
+    endpoint = endpoint_of("GET", "/v1/files", Dialect.OPENAI)
+    assert endpoint is not None
+    version = b"&api-version=1&api%2Dversion" if b"openai" in came_at else b""
+    assert _query(endpoint, query + version, came_at) == goes_on.decode()
 
 
 def test_a_tenant_is_named_once() -> None:
