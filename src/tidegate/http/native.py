@@ -35,6 +35,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
     UnsupportedMedia,
+    UpstreamGarbled,
     UpstreamRejected,
     UpstreamUnauthorized,
 )
@@ -66,7 +67,16 @@ from tidegate.http.services import (
 )
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
-from tidegate.record import KEPT_BYTES, REFUSED, TAIL_BYTES, CallRecord, Failure, Lineage
+from tidegate.record import (
+    KEPT_BYTES,
+    REFUSED,
+    TAIL_BYTES,
+    CallRecord,
+    Failure,
+    Lineage,
+    PieceDecoder,
+    coding_of,
+)
 from tidegate.spine.bodies import FormBody, aside
 from tidegate.spine.native import AT_UPSTREAM, MAX_BYTES, NativeCall
 from tidegate.spine.out import client_left
@@ -329,6 +339,7 @@ class _Front:
         *("_received_at", "_record", "_last", "_task", "_head_sent", "_id_text"),
         *("_is_replay", "_headers", "_caller", "_direct", "_hold", "_incoming", "_once", "_spool"),
         "_presence",
+        "_unpacking",
     )
 
     def __init__(
@@ -347,6 +358,7 @@ class _Front:
         self._record = CallRecord("relay", ANYBODY.tenant_id, self._received_at)
         self._last = b""  # what went out last
         self._head_sent = False
+        self._unpacking: PieceDecoder | None = None
         self._caller = ANYBODY
         self._is_replay = False  # of the answer to an earlier request, which is on record
         self._headers: Headers = []  # of the answer
@@ -614,6 +626,8 @@ class _Front:
         self.started, self._headers = True, headers
         if not self._head_sent:
             await self._send_head(status, headers)
+        elif is_coded(headers):  # the head that has gone out doesn't say so
+            self._unpacking = PieceDecoder(coding_of(headers))
 
     async def _send_head(self, status: int, headers: Headers) -> None:
         self._head_sent = True
@@ -626,6 +640,10 @@ class _Front:
             await self._send(head)
 
     def body(self, piece: bytes, more: bool) -> Awaitable[None]:
+        if (unpacking := self._unpacking) is not None:
+            piece = unpacking.take(piece)
+            if not unpacking.reads:
+                raise UpstreamGarbled("the provider's answer is packed in a way that is not read")
         self._last = piece
         if self._direct is not None:
             return self._direct.piece(piece, more)
@@ -671,6 +689,7 @@ class _Front:
         if not self._head_sent:
             await self.refuse(error)
         elif self._record.streamed and DIALECTS[self._dialect].ends_whole(self._last):
+            self._unpacking = None
             await self.body(error_event(self._dialect, error), False)
         else:
             abort(self._scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,8 +14,11 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.native.conftest import MODEL
+from tests.integration.security.hostile import Hostile, hostile
 from tests.waiting import wait_until
 from tidegate.spine.native import NativeExchange
+
+__all__ = ["hostile"]
 
 Ask = Callable[..., Awaitable[tuple[int, Any]]]
 BODY = {"contents": [{"parts": [{"text": "Say hello"}]}]}
@@ -263,6 +267,35 @@ async def test_comments_keep_a_waiting_stream_alive(open_gateway: Opener) -> Non
         rest = await response.read()
     assert rest.count(b"data: {") > 4
     assert b"error" not in rest
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br"])
+async def test_what_is_packed_unasked_after_a_comment_is_unpacked_or_said(
+    open_gateway: Opener, hostile: Hostile, coding: str
+) -> None:
+    gateway = await open_gateway(worker=False, gemini_base_url=hostile.url, keep_alive_after_ms=20)
+    event = b'data: {"candidates": [{"content": {"parts": [{"text": "Hi"}]}}]}\n\n'
+    packed, may_answer = gzip.compress(event * 3), asyncio.Event()
+
+    async def late(writer: asyncio.StreamWriter) -> None:
+        await may_answer.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+        writer.write(b"content-encoding: %b\r\n\r\n" % coding.encode())
+        writer.write(packed[:30])
+        await writer.drain()
+        writer.write(packed[30:])
+
+    hostile.answer = late
+    stream = url_of(gateway, "streamGenerateContent?alt=sse")
+    async with gateway.http.post(stream, json=BODY) as response:
+        assert await response.content.readline() == b"\n"
+        may_answer.set()
+        events = [line for line in (await response.read()).splitlines() if line.startswith(b"data")]
+    if coding == "gzip":
+        assert events == [event.strip()] * 3
+    else:
+        assert json.loads(events[0].removeprefix(b"data: "))["error"]["code"] == 502
+        assert len(events) == len(hostile.seen) == 1, "it is not paid for again"
 
 
 async def test_a_refusal_after_a_comment_is_an_event(open_gateway: Opener) -> None:
