@@ -1,8 +1,8 @@
 """Renders the chart in deploy/helm as Helm does, as far as its templates go.
 
-Knows of Go's templates: values, `not`, `if` to `end` on lines of their own, and the functions
-`quote`, `toYaml`, `nindent` and `sha256sum`. Anything else is an error, so that a template can't go
-beyond what is checked here.
+Knows of Go's templates: values, `not`, `if` to `end` on lines of their own, `range` over one line
+that has each value as text, and the functions `quote`, `toYaml`, `nindent` and `sha256sum`.
+Anything else is an error, so that a template can't go beyond what is checked here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ from tests.unit.deploy.deployment import DEPLOY
 CHART = DEPLOY / "helm/tidegate"
 _ACTION = re.compile(r"(\s*)\{\{(-?) (.*?) (-?)\}\}")
 _BLOCK = re.compile(r"^\s*\{\{- (if (not )?(\S+)|end) \}\}$")
+
+_EACH = re.compile(
+    r"^ *\{\{- range \$name, \$value := (\S+) \}\}\n"
+    r"( *)\{\{ \$name \}\}: "
+    r'\{\{ ternary \$value \(toJson \$value\) \(kindIs "string" \$value\) \| quote \}\}'
+    r"\n *\{\{- end \}\}$",
+    re.MULTILINE,
+)
 
 
 def values() -> dict[str, Any]:
@@ -56,7 +64,8 @@ def rendered(release: str = "tidegate", **over: Any) -> list[dict[str, Any]]:
 
 def _text(template: Path, scope: Mapping[str, Any]) -> str:
     lines, shown = [], [True]
-    for line in template.read_text().splitlines():
+    text = _EACH.sub(lambda found: _each(found, scope), template.read_text())
+    for line in text.splitlines():
         block = _BLOCK.match(line)
         if block is None:
             if shown[-1]:
@@ -66,6 +75,14 @@ def _text(template: Path, scope: Mapping[str, Any]) -> str:
         else:
             shown.append(shown[-1] and bool(_value(block[3], scope)) is not bool(block[2]))
     assert shown == [True], f"{template.name}: if without end"
+    return "\n".join(lines)
+
+
+def _each(found: re.Match[str], scope: Mapping[str, Any]) -> str:
+    lines = []
+    for name, value in sorted(_value(found[1], scope).items()):
+        text = value if isinstance(value, str) else json.dumps(value)
+        lines.append(f"{found[2]}{name}: {json.dumps(text)}")
     return "\n".join(lines)
 
 

@@ -109,6 +109,21 @@ def test_the_settings_are_ours_and_the_policy_is_sound(tmp_path: Any) -> None:
     assert config.asks_for_keys
 
 
+def test_a_setting_that_is_given_as_a_number_is_text_to_kubernetes() -> None:
+    """As `--set settings.LEAVE_MS=3000` gives it."""
+    given = {"LEAVE_MS": 3_000_000, "RELAY_BODIES": True, "PORT": 8000, "LOG_LEVEL": 'a"b: \\'}
+    made = by_name(rendered(settings=given))
+    settings = made["ConfigMap", "tidegate-settings"]
+    kubernetes_validate.validate(settings, _VERSIONS[0], strict=True)
+    said = {name: settings["data"][name] for name in given}
+    assert said == {
+        "LEAVE_MS": "3000000",
+        "RELAY_BODIES": "true",
+        "PORT": "8000",
+        "LOG_LEVEL": 'a"b: \\',
+    }
+
+
 def test_a_release_of_another_name_stands_beside_the_first() -> None:
     first, second = by_name(rendered()), by_name(rendered("llm"))
     assert not first.keys() & second.keys()
