@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +26,35 @@ if TYPE_CHECKING:  # a process that meets no file does without its library
 
 _READ_BYTES = 256 * 1024
 _DELETE_AT_ONCE = 500
-_OPTIONS: dict[str, Any] = {
-    # Of one request; a large file is sent in pieces of some megabytes each, and `stream` reads on
-    # with another one. An endpoint without TLS is used only where its URL names one.
-    "client_options": {"connect_timeout": "2s", "timeout": "30s", "allow_http": True},
-    # Without bounds of ours an outage would hold a submit for three minutes.
-    "retry_config": {
-        "max_retries": 2,
-        "retry_timeout": timedelta(seconds=5),
-        "backoff": {
-            "init_backoff": timedelta(milliseconds=100),
-            "max_backoff": timedelta(seconds=1),
-            "base": 2,
-        },
-    },
-}
+# Of one request with all of its body, but for `stream`, which reads on with another one.
+_TIMEOUT_MS = 30_000
+# A larger file is sent in parts of this, so many together. They share the way to the bucket: each
+# has as many times as long, so that a slow one carries a large file as it carries a small one.
+_PART_BYTES = 5_242_880
+_PARTS = 4
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _STATUS = re.compile(r"status code: (\d{3})")
+
+
+def _options(timeout_ms: int) -> dict[str, Any]:
+    return {
+        # An endpoint without TLS is used only where its URL names one.
+        "client_options": {
+            "connect_timeout": "2s",
+            "timeout": f"{timeout_ms}ms",
+            "allow_http": True,
+        },
+        # Without bounds of ours an outage would hold a submit for three minutes.
+        "retry_config": {
+            "max_retries": 2,
+            "retry_timeout": timedelta(seconds=5),
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=100),
+                "max_backoff": timedelta(seconds=1),
+                "base": 2,
+            },
+        },
+    }
 
 
 def new_key(now: datetime) -> str:
@@ -55,9 +68,17 @@ class Blobs:
     `away`: the last write has failed; see `ping`.
     """
 
-    def __init__(self, store: ObjectStore | None, folder: Path | None) -> None:
-        """`store`: None for the folder's own, which is opened with its first use."""
+    def __init__(
+        self,
+        store: ObjectStore | None,
+        folder: Path | None,
+        in_parts: Callable[[], ObjectStore] | None = None,
+    ) -> None:
+        """`store`: None for the folder's own, which is opened with its first use. in_parts: opens
+        the one for files that are sent in parts."""
         self._opened = store
+        self._open_in_parts = in_parts
+        self._in_parts: ObjectStore | None = None
         self._folder = folder  # of the local store, whose writes we sync ourselves
         self.away = False
 
@@ -67,7 +88,8 @@ class Blobs:
         if blob_url:
             from obstore.store import from_url
 
-            return cls(from_url(blob_url, **_OPTIONS), None)
+            in_parts = partial(from_url, blob_url, **_options(_PARTS * _TIMEOUT_MS))
+            return cls(from_url(blob_url, **_options(_TIMEOUT_MS)), None, in_parts)
         folder = data_dir.resolve() / "blobs"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(None, folder)
@@ -79,6 +101,19 @@ class Blobs:
 
             self._opened = LocalStore(self._folder, mkdir=True)
         return self._opened
+
+    async def _store_for(self, source: bytes | Path) -> ObjectStore:
+        if self._open_in_parts is None:
+            return self._store
+        if isinstance(source, bytes):
+            size_bytes = len(source)
+        else:
+            size_bytes = (await asyncio.to_thread(source.stat)).st_size
+        if size_bytes <= _PART_BYTES:
+            return self._store
+        if self._in_parts is None:
+            self._in_parts = self._open_in_parts()
+        return self._in_parts
 
     async def ping(self) -> None:
         """Raises StoreUnavailable unless the store answers and allows listing."""
@@ -187,7 +222,13 @@ class Blobs:
 
         folder = self._folder
         try:
-            await obstore.put_async(self._store, key, source)
+            await obstore.put_async(
+                await self._store_for(source),
+                key,
+                source,
+                chunk_size=_PART_BYTES,
+                max_concurrency=_PARTS,
+            )
             if folder is not None:
                 await asyncio.to_thread(_sync, folder, key)
         except (obstore.exceptions.BaseError, OSError) as failed:

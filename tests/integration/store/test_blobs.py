@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import work_for
 from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.store import blobs as blobs_module
 from tidegate.store.blobs import Blobs, new_key
 
 NOW = datetime(2025, 3, 9, 23, 59, tzinfo=UTC)
@@ -90,6 +92,20 @@ _OBJECT = os.urandom(1_000_000)
 
 
 @asynccontextmanager
+async def at_bucket(
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[None]:
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for name, value in (("ENDPOINT_URL", f"http://127.0.0.1:{port}"), ("REGION", "eu")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(f"AWS_{name}", "k")
+        yield
+
+
+@asynccontextmanager
 async def breaking_bucket(
     monkeypatch: pytest.MonkeyPatch, most_bytes: int, ends_at: int = len(_OBJECT)
 ) -> AsyncIterator[list[int]]:
@@ -111,12 +127,7 @@ async def breaking_bucket(
         await writer.drain()
         writer.close()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        for name, value in (("ENDPOINT_URL", f"http://127.0.0.1:{port}"), ("REGION", "eu")):
-            monkeypatch.setenv(f"AWS_{name}", value)
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(f"AWS_{name}", "k")
+    async with at_bucket(monkeypatch, answer):
         yield starts
 
 
@@ -137,3 +148,53 @@ async def test_an_answer_that_brings_nothing_more_is_an_outage(
         with pytest.raises(StoreUnavailable):
             await Blobs.from_url("s3://bucket", tmp_path).get(new_key(NOW))
     assert max(starts) == 500_000
+
+
+@asynccontextmanager
+async def slow_bucket(
+    monkeypatch: pytest.MonkeyPatch, part_ms: int
+) -> AsyncIterator[dict[str, int]]:
+    """A bucket behind a line that carries one part after the other, each in `part_ms`; with the
+    objects that are whole, by their number of parts."""
+    line, parts, objects = asyncio.Lock(), set[bytes](), dict[str, int]()
+    created = (
+        b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>"
+    )
+    ended = b'<CompleteMultipartUploadResult><ETag>"e"</ETag></CompleteMultipartUploadResult>'
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                await reader.readexactly(int(length[1]) if length else 0)
+                method, target, _ = head.split(b" ", 2)
+                body = created if b"uploads" in target else ended
+                if method == b"PUT":
+                    body = b""
+                    async with line:
+                        await work_for(part_ms / 1000)
+                    parts.add(target)
+                elif body is ended:
+                    objects[target.partition(b"?")[0].decode()] = len(parts)
+                writer.write(
+                    b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: %d\r\n\r\n' % len(body)
+                )
+                writer.write(body)
+        writer.close()
+
+    async with at_bucket(monkeypatch, answer):
+        yield objects
+
+
+async def test_a_large_file_goes_over_a_line_that_takes_long_for_each_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of 1 MB a second, where a part of 5 MB takes 5 s and twelve together would take 60 s."""
+    monkeypatch.setattr(blobs_module, "_PART_BYTES", 50_000)
+    monkeypatch.setattr(blobs_module, "_TIMEOUT_MS", 300)
+    large = tmp_path / "large"
+    large.write_bytes(_OBJECT[: 12 * 50_000])
+    async with slow_bucket(monkeypatch, 50) as objects:
+        await Blobs.from_url("s3://bucket", tmp_path).put("2025-03-09/k", large)
+    assert objects == {"/bucket/2025-03-09/k": 12}
