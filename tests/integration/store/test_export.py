@@ -166,6 +166,21 @@ async def test_who_is_erased_leaves_the_file_with_the_next_export(
     assert [row["subject"] for row in rows_in(await store.blobs.get(one.key), "jsonl")] == ["bob"]
 
 
+async def test_a_day_without_a_partition_of_its_own_has_a_file_too(
+    store: Store, day: date, peek: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Its calls are in the default partition, as where no process could make one in time."""
+    first, between, before = (day - timedelta(days=days) for days in (4, 2, 6))
+    async with peek.transaction():
+        await partitions._make(peek, "audit", first)
+    for at in (between, before):  # of the earlier one the partition was deleted
+        store.audit.put(call(datetime.combine(at, NOON), "late"))
+    await wait_until(lambda: peek.fetchval("SELECT count(*) >= 2 FROM audit_default"), 20)
+    files = export(store, tmp_path, "jsonl")
+    assert await files.due() == [first, between, day]
+    assert (await files.write(between)).calls == 1
+
+
 async def test_a_change_while_a_day_is_written_has_it_written_again(
     store: Store, day: date, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

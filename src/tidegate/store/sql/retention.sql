@@ -135,12 +135,16 @@ SELECT id FROM requests WHERE tenant_id = $3 AND created_at < $1
 ORDER BY created_at LIMIT $2
 
 -- name: days_on_record
--- Days that are over, of whose calls there is a partition: when each was last summed up, and whether it has changed since.
-SELECT kept.day, s.summed_at, EXISTS (SELECT FROM changed_days c WHERE c.day = kept.day) AS has_changed
-FROM (
+-- Days that are over and have a partition, or calls in the default one that came after the first partition's day: when each was last summed up, and whether it has changed since. Of an earlier day the rest is gone: it keeps its file.
+WITH parted AS (
     SELECT to_date(substring(c.relname FROM '[0-9]{8}$'), 'YYYYMMDD') AS day FROM pg_inherits i
     JOIN pg_class c ON c.oid = i.inhrelid
     WHERE i.inhparent = 'audit'::regclass AND c.relname ~ '_[0-9]{8}$'
+)
+SELECT kept.day, s.summed_at, EXISTS (SELECT FROM changed_days c WHERE c.day = kept.day) AS has_changed
+FROM (
+    SELECT day FROM parted UNION SELECT (created_at AT TIME ZONE 'UTC')::date FROM audit_default
+    WHERE (created_at AT TIME ZONE 'UTC')::date > (SELECT min(day) FROM parted)
 ) AS kept LEFT JOIN summed_days s ON s.day = kept.day
 WHERE kept.day < (now() AT TIME ZONE 'UTC')::date
 ORDER BY kept.day
