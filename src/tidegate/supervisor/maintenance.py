@@ -14,10 +14,10 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from gzip import GzipFile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -233,6 +233,9 @@ def _run(program: str, url: str, *options: str) -> None:
 
 
 _EXPORTS = "exports/record"
+# Of each file an empty blob whose name has when its day had been summed up: the bucket's clock is
+# another one than the database's.
+_STATES = "exports/states"
 _GROUP_ROWS, _GROUP_BYTES = 100_000, 32_000_000  # of a row group of Parquet, which is in memory
 _MOST_TRIES = 5
 
@@ -374,17 +377,34 @@ class RecordExport:
     async def due(self) -> list[date]:
         """Days that are over and have no file, or one from before their record last changed."""
         written = await self._blobs.written(_EXPORTS)
-        return [one.day for one in await self._record.days() if self._is_due(one, written)]
+        states = await self._blobs.written(_STATES)
+        return [one.day for one in await self._record.days() if self._is_due(one, written, states)]
 
     async def on_record(self, first: date, last: date) -> list[date]:
         """Days from the first to the last that are over and on record."""
         return [one.day for one in await self._record.days() if first <= one.day <= last]
 
-    def _is_due(self, one: RecordDay, written: Mapping[str, datetime]) -> bool:
+    def _is_due(
+        self, one: RecordDay, written: Mapping[str, datetime], states: Collection[str]
+    ) -> bool:
         at = written.get(self.key_of(one.day))
         if at is None or one.has_changed:
             return True
+        folder = self._states_of(one.day)
+        if _state_key(folder, one.summed_at) in states:
+            return False
+        if any(state.startswith(folder) for state in states):
+            return True
         return one.summed_at is not None and at < one.summed_at
+
+    def _states_of(self, day: date) -> str:
+        return f"{_STATES}/day={day}/{_FILES[self._format]}/"
+
+    async def _note_state(self, day: date, summed_at: datetime | None) -> None:
+        folder = self._states_of(day)
+        key = _state_key(folder, summed_at)
+        await self._blobs.put(key, b"")
+        await self._blobs.delete((await self._blobs.written(folder.rstrip("/"))).keys() - {key})
 
     async def write(self, day: date) -> ExportedDay:
         """Write a day's file. Raises StoreUnavailable; what was there before is there then.
@@ -400,6 +420,7 @@ class RecordExport:
             finally:
                 path.unlink(missing_ok=True)
             if await self._record.state(day) == state:
+                await self._note_state(day, state[1])
                 get_logger().info(Log.RECORD_EXPORTED, day=f"{day}", key=key, calls=calls)
                 return ExportedDay(day, key, calls, size_bytes)
         raise StoreUnavailable(f"the record of {day} changed {_MOST_TRIES} times while it was read")
@@ -412,6 +433,12 @@ class RecordExport:
                 rows = [{name: one.get(name) for name in self._columns} for one in page]
                 await asyncio.to_thread(add, rows)
         return calls
+
+
+def _state_key(folder: str, summed_at: datetime | None) -> str:
+    return folder + (
+        "new" if summed_at is None else f"{summed_at.astimezone(UTC):%Y%m%dT%H%M%S.%f}"
+    )
 
 
 @contextmanager
