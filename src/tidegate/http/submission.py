@@ -136,6 +136,10 @@ def from_form(pairs: Mapping[str, str]) -> dict[str, Any]:
         elif given := text.strip():
             is_number = name in ("priority", "deadline_ms") and _INTEGER.fullmatch(given)
             values[name] = int(given) if is_number else given
+            if name == "tiers":
+                values[name] = [one.strip() for one in text.split(",")]
+        else:
+            check_known(name)
     return values
 
 
