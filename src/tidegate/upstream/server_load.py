@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -42,6 +43,10 @@ _WAITING = (
 _KV_USED = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage")
 _KV_TOKENS = "sglang:max_total_num_tokens"
 _KV_BLOCKS = "vllm:cache_config_info"
+_NAMES = (*_RUNNING, *_WAITING, *_KV_USED, _KV_TOKENS, _KV_BLOCKS)
+# A count that is larger, negative or not finite says nothing of the server.
+_MOST_COUNTED = 10**12
+_MOST_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,8 @@ def load_in(metrics: str) -> ServerLoad:
     together, and of the KV cache the fullest."""
     found: dict[str, list[Sample]] = {}
     for sample in _samples(metrics):
-        found.setdefault(sample.name, []).append(sample)
+        if 0 <= sample.value <= _MOST_COUNTED:  # not so: NaN
+            found.setdefault(sample.name, []).append(sample)
     used = [sample.value for name in _KV_USED for sample in found.get(name, ())]
     return ServerLoad(
         running=_sum_of_one(found, _RUNNING),
@@ -147,12 +153,13 @@ def load_in(metrics: str) -> ServerLoad:
 
 
 def _samples(metrics: str) -> Iterator[Sample]:
-    """As far as they can be read."""
-    try:
-        for family in text_string_to_metric_families(metrics):
-            yield from family.samples
-    except (ValueError, KeyError, IndexError):  # no page of metrics, or another format
-        return
+    """Of the metrics that are read here: pages are long, and a line that cannot be read hides no
+    other."""
+    for line in metrics.splitlines():
+        if line.startswith(_NAMES):
+            with suppress(ValueError, KeyError, IndexError):  # no sample, or in another format
+                for family in text_string_to_metric_families(line + "\n"):
+                    yield from family.samples
 
 
 def _sum_of_one(found: Mapping[str, list[Sample]], names: tuple[str, ...]) -> int | None:
@@ -168,9 +175,9 @@ def _kv_tokens(found: Mapping[str, list[Sample]]) -> int | None:
     tokens = 0
     for sample in found.get(_KV_BLOCKS, ()):
         blocks, size = sample.labels.get("num_gpu_blocks", ""), sample.labels.get("block_size", "")
-        if blocks.isdecimal() and size.isdecimal():
+        if all(one.isdecimal() and len(one) <= _MOST_DIGITS for one in (blocks, size)):
             tokens += int(blocks) * int(size)
-    return tokens or None
+    return tokens if 0 < tokens <= _MOST_COUNTED else None
 
 
 def _slots_in(props: bytes) -> int | None:
@@ -179,4 +186,4 @@ def _slots_in(props: bytes) -> int | None:
     except orjson.JSONDecodeError:
         return None
     slots = value.get("total_slots") if isinstance(value, dict) else None
-    return slots if type(slots) is int and slots > 0 else None
+    return slots if type(slots) is int and 0 < slots <= _MOST_COUNTED else None

@@ -32,6 +32,21 @@ def test_what_is_no_page_of_metrics_says_nothing(page: str) -> None:
     assert not load_in(page).is_known
 
 
+@pytest.mark.parametrize("odd", ["NaN", "-nan", "+Inf", "-1", "1e300", "soon", "", '3 4 5 # {a="'])
+def test_an_odd_value_neither_raises_nor_hides_the_others(odd: str) -> None:
+    names = ("running", "waiting")
+    page = "".join(f'vllm:num_requests_{name}{{engine="1"}} {odd}\n' for name in names)
+    page += f"vllm:kv_cache_usage_perc {odd}\nsglang:max_total_num_tokens {odd}\n"
+    assert not load_in(page).is_known
+    assert load_in(page + VLLM) == load_in(VLLM)
+
+
+@pytest.mark.parametrize("blocks", ["None", "9" * 5_000, "9" * 12, "-3", "\N{SUPERSCRIPT TWO}"])
+def test_a_kv_cache_of_no_possible_size_is_not_known(blocks: str) -> None:
+    page = f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{blocks}"}} 1.0\n'
+    assert load_in(page).kv_tokens is None
+
+
 def test_sglang_and_tgi_have_names_of_their_own() -> None:
     sglang = (
         'sglang:num_running_reqs{model_name="m"} 8\nsglang:num_queue_reqs{model_name="m"} 4\n'
