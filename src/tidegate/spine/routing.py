@@ -653,8 +653,9 @@ class Targets:
             if not known[0]:
                 what = f"serves the model {model!r}" if model else "takes a call without a model"
                 raise NotFound(f"no upstream {what} in the {dialect} dialect", field="model")
-            if len(self._known) < _MODELS_KEPT:
-                self._known[dialect, model] = known
+            if len(self._known) >= _MODELS_KEPT:  # clients think of names without end
+                del self._known[next(iter(self._known))]
+            self._known[dialect, model] = known
         found, by_lot = known
         return self._drawn(found) if by_lot else list(found)
 

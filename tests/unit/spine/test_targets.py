@@ -50,6 +50,16 @@ def test_equals_are_drawn_by_weight_and_all_stand_in() -> None:
     assert len(names(found, "gpt-x")) == 2
 
 
+def test_models_that_clients_think_of_leave_others_their_equals() -> None:
+    twins = tuple(Upstream(name, {"openai": "http://o"}, "k") for name in ("one", "two"))
+    found = Targets(Deployment(twins), Random(1))
+    for number in range(1_500):
+        names(found, f"made-up-{number}")
+    names(found, "gpt-x")
+    assert found.are_alike(Dialect.OPENAI, "gpt-x"), "its conversations stay where they are"
+    assert len(found._known) <= 1_000
+
+
 def test_a_route_is_a_chain_in_its_order() -> None:
     route = Route("smart*", (("openai", "gpt-x"), ("gemini", "gemini-pro"), ("twin", None)))
     found = targets(route)
