@@ -375,12 +375,14 @@ OF_THE_SERVER = (502, 503, 529)
 
 class UpstreamError(TidegateError):
     """The provider failed us. `status` is its HTTP status where there was one. `in_outage` is set
-    once it is known that other requests fail at that upstream as well."""
+    once it is known that other requests fail at that upstream as well; `is_busy` where a server of
+    one's own has no room yet, or loads its model."""
 
     code = "upstream"
     # Whether the upstream works, and this is its answer to this one request.
     is_answer: ClassVar[bool] = False
     in_outage = False
+    is_busy = False
 
     def __init__(
         self, message: str, *, status: int | None = None, retry_after_ms: int | None = None

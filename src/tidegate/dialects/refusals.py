@@ -93,7 +93,7 @@ def upstream_error(
     wait_ms = wait_ms if refusal.wait_ms is None else max(wait_ms or 0, refusal.wait_ms)
     match refusal.reason:
         case "throttled" | "busy":
-            return UpstreamThrottled(
+            throttled = UpstreamThrottled(
                 message,
                 status=status,
                 retry_after_ms=wait_ms,
@@ -102,6 +102,8 @@ def upstream_error(
                 unit=refusal.unit,
                 of_account=refusal.of_account,
             )
+            throttled.is_busy = is_own and refusal.reason == "busy"
+            return throttled
         case "tier_busy":
             return UpstreamTierBusy(message, status=status, retry_after_ms=wait_ms)
         case "fault":

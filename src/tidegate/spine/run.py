@@ -525,9 +525,8 @@ class _Run:
                     raise
                 left = [one for one in left if one is not failed.target]
                 if not left:
-                    if not terms.repeats or not failed.error.retryable:
-                        raise
-                    if not await self._pause(failed):
+                    again = terms.repeats and failed.error.retryable
+                    if not (again and await self._pause(failed)):
                         raise
                     left = [
                         one for one in spine.usable(targets) if _place(one) not in self._refusals
@@ -588,10 +587,13 @@ class _Run:
         return [self._spine.lane(target).limiter.policy for target in targets]
 
     def _worth_another(self, failed: CallFailed) -> bool:
-        if self._exchange.started or self._record.attempts >= self._terms.most_tries:
+        if self._exchange.started or self._terms.left_ms() <= 0:
             return False
+        if failed.error.is_busy and failed.paused_ms:
+            return True  # until its deadline: the pauses spare the server
         again = failed.error.retryable or isinstance(failed.error, UpstreamUnauthorized)
-        return again and self._terms.left_ms() > 0 and self._spine.retries.spend()
+        again = again and self._record.attempts < self._terms.most_tries
+        return again and self._spine.retries.spend()
 
     async def _pause(self, failed: CallFailed) -> bool:
         """Before the same upstream is called again; False where the deadline would come first.

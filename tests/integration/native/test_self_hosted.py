@@ -14,6 +14,7 @@ from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings
+from tidegate.spine.run import MOST_TRIES
 
 FILE = """
 [upstreams.local]
@@ -243,6 +244,18 @@ async def test_a_server_that_loads_its_model_is_waited_for(opened: Open, server:
     assert gateway.services.spine.health["local"].faults == 0
     row = await row_of(gateway, "first")
     assert row["attempts"] >= 2
+
+
+async def test_a_server_that_loads_its_model_for_long_is_waited_for_until_the_deadline(
+    opened: Open, server: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidegate.spine.routing.FIRST_PAUSE_MS", 10)
+    gateway = await opened()
+    gateway.services.spine.retries.saved = 0.0  # others have used them up
+    await server.control.set_behaviour(gpu=SLOTS | {"loading_ms": 600})
+    assert await ask(gateway, "first", 2) == 200
+    row = await row_of(gateway, "first")
+    assert row["attempts"] > MOST_TRIES
 
 
 async def test_the_test_of_an_upstream_shows_what_the_server_reports(
