@@ -243,6 +243,7 @@ class Gate:
         self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts
         self._opening: asyncio.Task[bool] | None = None
         self._drained = False
+        self._successor: Gate | None = None
 
     def has_same_key(self, other: Gate) -> bool:
         """Whether what closed one binds the other."""
@@ -251,7 +252,15 @@ class Gate:
     @property
     def drained(self) -> bool:
         """Whether it takes no new call."""
-        return self._drained
+        return self._drained or (self._successor is not None and self._successor.drained)
+
+    def renewed(self, successor: Gate) -> Gate:
+        """The gate from now on: this one where the key is the same. Calls that wait at one with an
+        earlier key are drained with the new one."""
+        if self.has_same_key(successor):
+            return self
+        self._successor, successor.announced = successor, self.announced
+        return successor
 
     def drain(self, drained: bool) -> None:
         """Take no new call from now on, or take calls again. Waiting calls learn of it."""
@@ -263,7 +272,7 @@ class Gate:
 
     def closed(self) -> tuple[int, str] | None:
         """None while it is open; else for how many ms nobody may try, and why."""
-        return (DRAINED_MS, DRAINED) if self._drained else self._shut()
+        return (DRAINED_MS, DRAINED) if self.drained else self._shut()
 
     def _shut(self) -> tuple[int, str] | None:
         """As `closed`, by faults alone."""
@@ -308,7 +317,7 @@ class Gate:
     @property
     def may_hold(self) -> bool:
         """Whether a call may be held up, or refused, beside the limits of the policy."""
-        return self._drained or self.limiter.has_pauses
+        return self.drained or self.limiter.has_pauses
 
     @property
     def has_doubts(self) -> bool:
@@ -338,7 +347,7 @@ class Gate:
 
     def bind(self, demand: CallDemand, model: str, *, follows: bool = False) -> CallDemand:
         """The demand with what binds it now. follows: it concerns what lives at the upstream."""
-        if follows and self._drained:
+        if follows and self.drained:
             demand = replace(demand, is_follow_up=True)
         if not self.limiter.has_pauses or not (more := self.binding(model)):
             return demand
@@ -347,7 +356,7 @@ class Gate:
 
     def binds_more(self, demand: CallDemand, model: str) -> bool:
         """Whether something was paused since the demand was made: it must be asked for again."""
-        if self._drained and not demand.is_follow_up:
+        if self.drained and not demand.is_follow_up:
             return True
         return self.limiter.has_pauses and self.bind(demand, model) is not demand
 
@@ -357,7 +366,7 @@ class Gate:
 
     def late(self, demand: CallDemand, left_ms: float) -> DeadlineExceeded | UpstreamOut | None:
         """Why a call that may wait for `left_ms` is not to wait at all; None where it is."""
-        if self._drained and not demand.is_follow_up:
+        if self.drained and not demand.is_follow_up:
             return self.out()
         paused_ms = self.limiter.paused_ms(demand.limits)
         if paused_ms <= left_ms:
@@ -374,7 +383,7 @@ class Gate:
 
     def out(self) -> UpstreamOut | None:
         """The error of a call that cannot be made since the upstream is out; None if it is not."""
-        if self._drained:
+        if self.drained:
             said = f"no upstream can be asked now: {DRAINED}"
             return UpstreamDrained(said, retry_after_ms=DRAINED_MS)
         found = self.closed()

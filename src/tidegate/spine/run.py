@@ -367,8 +367,7 @@ class Spine:
             before = None
         gate = Gate(name, limiter, upstream.identity())
         if before is not None:
-            gate = before.gate if before.gate.has_same_key(gate) else gate
-            gate.announced = before.gate.announced
+            gate = before.gate.renewed(gate)
         self.timeouts[name] = timeouts = timeouts_of(self._config, upstream)
         self._lanes[name] = Lane(
             gate,

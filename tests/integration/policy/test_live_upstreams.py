@@ -273,6 +273,27 @@ async def test_a_call_that_waits_for_a_drained_upstream_goes_elsewhere(
     assert len(await gateway.calls()) == 2, "the account that takes any model has the others"
 
 
+async def test_a_call_that_waits_with_an_earlier_key_learns_of_a_drain_too(
+    open_gateway: Opener, second: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False)
+    (file := tmp_path / "second.key").write_text(KEY)
+    new = {**table(second, models=[ONLY]), "key_file": str(file)}
+    del new["key"]
+    assert (await admin(gateway, "PUT", "/second", table=new))[0] == 200
+    limiter = gateway.services.limiters["second"]
+    await limiter.penalise("pool:total", for_ms=5_000)
+    waiting = asyncio.create_task(chat(gateway, ONLY))
+    await wait_until(lambda: limiter.waiters == 1, 20, "a call that waits")
+    for number in range(2):
+        file.write_text(f"{KEY}-{number}")
+        assert (await admin(gateway, "PATCH", "/second", read_again=True))[0] == 200
+    assert (await admin(gateway, "POST", "/second/drain"))[0] == 200
+    await wait_until(lambda: limiter.waiters == 0, 2, "the call has left")
+    assert (await waiting)[0] == 200
+    assert not [one for one in await second.control.calls() if one.model == ONLY]
+
+
 async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
     open_gateway: Opener, second: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
