@@ -279,8 +279,7 @@ class Relay:
         if asked is not None:
             if (bound := call.terms.upstream) is not None:
                 return targets_for(self.spine.targets, bound, dialect, asked.model)
-            found = self.spine.targets.of(dialect, asked.model)
-            return _followed(found, dialect) if call.endpoint.operation in GOING_ON else found
+            return _serving(self.spine.targets, call.endpoint, asked.model)
         if call.endpoint.operation is Operation.MODELS and name is not None:
             check_model(call.terms.caller, name)
             return self.spine.targets.of(dialect, name)
@@ -374,13 +373,12 @@ class NativeExchange:
         return self._sent is not None and self._sent.is_heard
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
-        if self._call.endpoint.operation is Operation.OTHER:
-            return []
-        return targets.of(self.dialect, model)
+        endpoint = self._call.endpoint
+        return [] if endpoint.operation is Operation.OTHER else _serving(targets, endpoint, model)
 
     def elsewhere(self, targets: Targets) -> list[Target]:
         asked = self._asked
-        return [] if asked is None or self.refers else targets.of(self.dialect, asked.model)
+        return [] if asked is None or self.refers else self.serving(targets, asked.model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked, policy = self.terms, self._asked, lane.limiter.policy
@@ -785,10 +783,12 @@ class NativeExchange:
         )
 
 
-def _followed(targets: list[Target], dialect: Dialect) -> list[Target]:
-    """Those whose work can be read again by its id: at Vertex by no path of Gemini's own API.
-    Raises NotFound."""
-    found = [one for one in targets if one.upstream.access(dialect).paths is not Paths.VERTEX]
+def _serving(targets: Targets, endpoint: Endpoint, model: str) -> list[Target]:
+    """Those that serve a model, of work that goes on those where it can be read again by its id: at
+    Vertex by no path of Gemini's own API. Raises NotFound."""
+    found, dialect = targets.of(endpoint.dialect, model), endpoint.dialect
+    if endpoint.operation in GOING_ON:
+        found = [one for one in found if one.upstream.access(dialect).paths is not Paths.VERTEX]
     if not found:
         raise NotFound("no upstream with Gemini's own API serves this model; Vertex has others")
     return found
