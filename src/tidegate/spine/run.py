@@ -515,7 +515,7 @@ class _Run:
                 self._refusals[_place(self._trying)] = spent
                 left = self._affordable(left)
                 if not left:
-                    targets = self._instead(spent)
+                    targets, self._home = self._instead(spent), None  # that of another model
                     left = spine.usable(targets)
                 if not left:
                     raise next(iter(self._refusals.values())) from None

@@ -314,6 +314,29 @@ async def test_the_cheaper_upstream_is_called_where_a_budget_refuses_the_dear_on
     assert (await settled_book(gateway, "b"))["spent"] < 1_000
 
 
+async def test_a_conversation_leaves_the_order_of_its_cheaper_models_route_as_it_is(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk")
+    policy = tmp_path / "two.toml"
+    async with run_emulator() as provider:
+        lines = ['[[routes]]\nmodel = "cheap"\ntry = ["one/m", "two/m"]']
+        for name in ("one", "two"):
+            lines += [f"[upstreams.{name}]", f'base_url = "{provider.url}"', 'key = "SOME_KEY"']
+            lines += ['provider = "anthropic"', 'models = ["dear", "m"]']
+            lines += [f"[upstreams.{name}.prices]", "dear = { input = 1000, output = 1000 }"]
+            lines += ["m = { input = 1, output = 1 }"]
+        policy.write_text("\n".join(lines))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        budget = Budget("b", "usd", 100_000, "day", at_end="fall_back", fallback="cheap")
+        await with_budgets(gateway, budget)
+        for number in range(6):
+            talk = {"x-tidegate-conversation": f"c-{number}"}
+            status, said, headers = await called(gateway, 4, talk, model="dear")
+            assert (status, headers["x-tidegate-upstream"]) == (200, "one"), said
+    assert not gateway.services.spine.affinity._warm, "nothing is known of the dear one's cache"
+
+
 async def test_streams_and_jobs_are_bound_by_the_budget_of_their_conversation(
     open_gateway: Opener,
 ) -> None:
