@@ -7,16 +7,57 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.cli.limits import span_ms
-from tidegate.cli.terminal import Json, confirm, show_json, show_table, tell, who, with_budgets
+from tidegate.cli.terminal import (
+    Json,
+    confirm,
+    given,
+    show_json,
+    show_table,
+    tell,
+    who,
+    with_budgets,
+)
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tidegate.prices.budgets import Budget
     from tidegate.store.budgets import BudgetBook, BudgetRecords
 
 app = typer.Typer(help="See and change what may be spent.", no_args_is_help=True)
 BudgetName = Annotated[str, typer.Argument(help="The name of a budget.", metavar="BUDGET")]
+Period = Annotated[
+    str | None,
+    typer.Option(
+        help="day, week, month, or a rolling time such as 5h; month for a new one.",
+        metavar="PERIOD",
+    ),
+]
+Fallback = Annotated[
+    str | None,
+    typer.Option(
+        help="A cheaper model that is called at its end; none removes it.",
+        metavar="MODEL|none",
+    ),
+]
+Doubt = Annotated[
+    str | None,
+    typer.Option(
+        help="bound: refuse calls of unknown price or bound, charge cut calls their bound. "
+        "estimate: charge both what is estimated. bound for a new one.",
+        metavar="bound|estimate",
+    ),
+]
+Alerts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A share in percent at which to alert, instead of those before; none for no alerts.",
+        metavar="SHARE|none",
+    ),
+]
 _SHOWN = 20
+_NONE = "none"
 
 
 @app.command("list")
@@ -75,10 +116,10 @@ def set_(
     name: BudgetName,
     usd: Annotated[str | None, typer.Option(help="The amount in USD, such as 250.")] = None,
     tokens: Annotated[int | None, typer.Option(min=0, help="The amount in tokens.")] = None,
-    period: Annotated[
-        str, typer.Option(help="day, week, month, or a rolling time such as 5h.", metavar="PERIOD")
-    ] = "month",
-    zone: Annotated[str, typer.Option(help="Time zone of the calendar.")] = "UTC",
+    period: Period = None,
+    zone: Annotated[
+        str | None, typer.Option(help="Time zone of the calendar; UTC for a new one.")
+    ] = None,
     tenant: Annotated[str | None, typer.Option(help="Binds one tenant, or each.")] = None,
     key: Annotated[str | None, typer.Option(help="Binds one API key, or each: a prefix.")] = None,
     model: Annotated[str | None, typer.Option(help="Binds models by a pattern.")] = None,
@@ -87,60 +128,82 @@ def set_(
         str | None, typer.Option(help="Binds one conversation, or each.")
     ] = None,
     pause: Annotated[
-        bool,
-        typer.Option("--pause", help="Pause it once it is used up, until a person resumes it."),
-    ] = False,
-    fallback: Annotated[
-        str | None, typer.Option(help="A cheaper model that is called at its end.", metavar="MODEL")
-    ] = None,
-    doubt: Annotated[
-        str,
+        bool | None,
         typer.Option(
-            help="bound: refuse calls of unknown price or bound, charge cut calls their bound. "
-            "estimate: charge both what is estimated.",
-            metavar="bound|estimate",
+            "--pause/--no-pause", help="Pause it once it is used up, until a person resumes it."
         ),
-    ] = "bound",
-    alert: Annotated[
-        list[int] | None,
-        typer.Option(help="A share in percent at which to alert.", metavar="SHARE"),
     ] = None,
+    fallback: Fallback = None,
+    doubt: Doubt = None,
+    alert: Alerts = None,
     json: Json = False,
 ) -> None:
     """Create a budget, or change its amount, end, doubt and alerts.
 
-    `each` as a value gives every tenant, key, user or conversation the whole amount for itself. A
-    new budget begins with what its period has on record. In force everywhere within a second.
+    Of a budget that is there all stays as it is that no option names. `each` as a value gives every
+    tenant, key, user or conversation the whole amount for itself. A new budget begins with what its
+    period has on record. In force everywhere within a second.
     """
-    from tidegate.prices.budgets import budget_of, plain_budget, whom, window
+    from tidegate.prices.budgets import plain_budget, whom, window, with_changes
 
     if pause and fallback is not None:
         raise ConfigError("--pause", "(set)", "not with --fallback")
-    if doubt not in ("bound", "estimate"):
+    if doubt not in (None, "bound", "estimate"):
         raise ConfigError("--doubt", doubt, "bound or estimate")
-    values: dict[str, Any] = {"usd": usd, "tokens": tokens, "model": model, "doubt": doubt}
-    values |= {"alerts": alert or [], "fallback": fallback}
-    values["at_end"] = "pause" if pause else "fall_back" if fallback else "refuse"
-    values |= _binding(tenant=tenant, key=key, subject=subject, conversation=conversation)
-    budget = budget_of(name, values | _period(period, zone))
-    is_new = with_budgets(lambda records: records.set(budget, by=who()))
+    values = given(usd=usd, tokens=tokens, model=model, doubt=doubt, zone=zone)
+    values |= {} if period is None else _period(period)
+    values |= {} if alert is None else {"alerts": _alerts(alert)}
+    dimensions = given(tenant=tenant, key=key, subject=subject, conversation=conversation)
+
+    def edit(before: Budget | None) -> Budget:
+        bound = _binding(dimensions, () if before is None else before.each)
+        return with_changes(before, name, values | bound | _end(pause, fallback, before))
+
+    budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
     binds = ", ".join(whom(budget)) or "all calls"
     verb = "is set" if is_new else "is changed"
     text = f"{name} {verb}: {budget.shown(budget.amount)} {window(budget)} for {binds}"
     tell(json, plain_budget(budget), text)
 
 
-def _binding(**given: str | None) -> dict[str, Any]:
+def _binding(dimensions: dict[str, str], before: Sequence[str]) -> dict[str, Any]:
     """The dimensions that a budget binds, and those of which each value has its own."""
-    each = [dimension for dimension, value in given.items() if value == "each"]
-    named = {dimension: value for dimension, value in given.items() if value != "each"}
-    return {**named, "each": each}
+    each = [one for one, value in dimensions.items() if value == "each" and one not in before]
+    named = {one: value for one, value in dimensions.items() if value != "each"}
+    return {**named, "each": [*(one for one in before if one not in named), *each]}
 
 
-def _period(period: str, zone: str) -> dict[str, Any]:
+def _end(pause: bool | None, fallback: str | None, before: Budget | None) -> dict[str, Any]:
+    """What happens at the end, where an option names it."""
+    if pause:
+        return {"at_end": "pause"}
+    if fallback not in (None, _NONE):
+        return {"at_end": "fall_back", "fallback": fallback}
+    now = "refuse" if before is None else before.at_end
+    removed = {"pause": pause is False, "fall_back": fallback == _NONE, "refuse": False}
+    return {"at_end": "refuse"} if removed[now] else {}
+
+
+def _alerts(texts: list[str]) -> list[int]:
+    if [one.strip().lower() for one in texts] == [_NONE]:
+        return []
+    try:
+        return [int(one) for one in texts]
+    except ValueError:
+        allowed = f"shares from 1 to 100 percent, or {_NONE} alone"
+        raise ConfigError("--alert", ", ".join(texts), allowed) from None
+
+
+def _period(period: str) -> dict[str, Any]:
+    from tidegate.prices.budgets import LONGEST_WINDOW_S
+
     if period in ("day", "week", "month"):
-        return {"period": period, "zone": zone}
-    return {"period": "rolling", "window_s": span_ms("--period", period) // 1000}
+        return {"period": period}
+    window_s, rest_ms = divmod(span_ms("--period", period), 1000)
+    if rest_ms or not 1 <= window_s <= LONGEST_WINDOW_S:
+        allowed = f"day, week, month, or whole seconds up to {LONGEST_WINDOW_S // 86_400}d"
+        raise ConfigError("--period", period, allowed)
+    return {"period": "rolling", "window_s": window_s}
 
 
 @app.command()

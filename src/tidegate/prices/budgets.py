@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
@@ -35,7 +35,7 @@ Dimension = Literal["tenant", "key", "subject", "conversation"]
 
 DIMENSIONS: tuple[Dimension, ...] = ("tenant", "key", "subject", "conversation")
 MOST_AMOUNT = 10**15
-_LONGEST_WINDOW_S = 366 * 86_400
+LONGEST_WINDOW_S = 366 * 86_400
 _RESERVED_RETRY_MS = 1_000
 _SHORT_NAME = re.compile(r".+/(?P<name>budget_(?:day|month)_(?:money|tokens))")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]{0,199}")
@@ -149,7 +149,7 @@ def check_budget(budget: Budget) -> None:
     if budget.zone not in available_timezones():
         raise ConfigError("zone", budget.zone, "a time zone such as Europe/Berlin")
     rolling = budget.period == "rolling"
-    if rolling and not (budget.window_s and 1 <= budget.window_s <= _LONGEST_WINDOW_S):
+    if rolling and not (budget.window_s and 1 <= budget.window_s <= LONGEST_WINDOW_S):
         raise ConfigError("window_s", str(budget.window_s), "1 second to 366 days, for rolling")
     if not rolling and budget.window_s is not None:
         raise ConfigError("window_s", str(budget.window_s), "none for a period of the calendar")
@@ -184,6 +184,32 @@ def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
     budget = Budget(name=name, **fields)
     check_budget(budget)
     return budget
+
+
+_CHANGEABLE = ("at_end", "fallback", "doubt", "alerts")
+
+
+def with_changes(before: Budget | None, name: str, values: Mapping[str, Any]) -> Budget:
+    """The budget that a person states as in `budget_of`; of one that is there what `values` does
+    not name stays as it is. Raises ConfigError."""
+    if before is None:
+        return budget_of(name, values)
+    kept = plain_budget(before)
+    amount = kept.pop("amount")
+    for derived in ("name", "created_at", "unit"):
+        del kept[derived]
+    if "period" in values:
+        kept["window_s"] = None
+    if "at_end" in values:
+        kept["fallback"] = None
+    if not {"usd", "tokens"} & set(values):
+        kept |= {"usd": Decimal(amount) / 10**6} if before.unit == "usd" else {"tokens": amount}
+    return budget_of(name, {**kept, **values})
+
+
+def with_end_of(before: Budget, budget: Budget) -> Budget:
+    """`budget` with the end, doubt and alerts of the one that is there."""
+    return replace(budget, **{name: getattr(before, name) for name in _CHANGEABLE})
 
 
 def extra_of(usd: Decimal | str, tokens: int) -> tuple[int, Unit | None]:

@@ -46,6 +46,7 @@ from tidegate.prices.budgets import (
     refused_by,
     scope_of,
     scope_values,
+    with_end_of,
 )
 from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
 from tidegate.store.notifications import next_beat_s
@@ -134,19 +135,27 @@ class BudgetRecords:
         binds and counts stays as it is. A new one begins with what its period has on record.
         Returns whether it is new. Raises ConfigError."""
         check_budget(budget)
+        _, is_new = await self.change(budget.name, lambda _: budget, by=by)
+        return is_new
 
-        async def write(connection: asyncpg.Connection) -> bool:
-            was = await connection.fetchrow(sql("get_budget"), budget.name)
+    async def change(
+        self, name: str, edit: Callable[[Budget | None], Budget], *, by: str
+    ) -> tuple[Budget, bool]:
+        """As `set`, with what `edit` makes of the one of that name, None if there is none: nothing
+        changes between the two. Returns what is in force, and whether it is new. Raises what `edit`
+        raises, and ConfigError."""
+
+        async def write(connection: asyncpg.Connection) -> tuple[Budget, bool]:
+            was = await connection.fetchrow(sql("get_budget"), name)
+            budget = edit(None if was is None else _budget(was))
             is_new = await set_budget(connection, budget)
             before = None if was is None else asdict(_budget(was))
-            await record_action(
-                connection, "budget.set", budget.name, before=before, after=asdict(budget)
-            )
-            return is_new
+            await record_action(connection, "budget.set", name, before=before, after=asdict(budget))
+            return budget, is_new
 
-        is_new = await self._connections.run(write, timeout_ms=_SEED_TIMEOUT_MS)
-        log.warning(Log.BUDGET_CHANGED, budget=budget.name, by=by, amount=budget.amount)
-        return is_new
+        budget, is_new = await self._connections.run(write, timeout_ms=_SEED_TIMEOUT_MS)
+        log.warning(Log.BUDGET_CHANGED, budget=name, by=by, amount=budget.amount)
+        return budget, is_new
 
     async def remove(self, name: str, *, by: str) -> None:
         """Remove a budget with its books. Raises NotFound."""
@@ -209,11 +218,15 @@ class BudgetRecords:
         return [record_of(BudgetBook, row) for row in found]
 
 
-async def set_budget(connection: asyncpg.Connection, budget: Budget) -> bool:
-    """Write a budget in a transaction of the caller's; whether it is new. Raises ConfigError."""
+async def set_budget(
+    connection: asyncpg.Connection, budget: Budget, *, keeps_end: bool = False
+) -> bool:
+    """Write a budget in a transaction of the caller's; whether it is new. keeps_end: end, doubt and
+    alerts of one that is there stay as they are. Raises ConfigError."""
     before = await connection.fetchrow(sql("get_budget"), budget.name)
     if before is not None:
         check_same(_budget(before), budget)
+        budget = with_end_of(_budget(before), budget) if keeps_end else budget
     elif await connection.fetchval("SELECT count(*) FROM budgets") >= MOST_BUDGETS:
         allowed = f"one of up to {MOST_BUDGETS:,} budgets: remove one, or have one with `each`"
         raise ConfigError("name", budget.name, allowed)

@@ -401,7 +401,7 @@ async def _set_budget(
         )
         return
     amount = round(Decimal(str(value)) * 1_000_000) if setting.endswith("_money") else int(value)
-    await set_budget(connection, tenants_budget(tenant_id, setting, amount))
+    await set_budget(connection, tenants_budget(tenant_id, setting, amount), keeps_end=True)
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:

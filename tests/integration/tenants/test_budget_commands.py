@@ -125,3 +125,37 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     assert none.code == 2
     removed = await tidegate(gateway, "budgets", "remove", "day", "--yes")
     assert (removed.code, removed.said) == (0, "day is removed\n")
+
+
+async def test_what_no_option_names_stays_as_it_is(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+
+    async def put(*options: str) -> tuple[Any, ...]:
+        done = await tidegate(gateway, "budgets", "set", *options, "--json")
+        assert (done.code, done.complained) == (0, ""), options
+        one = done.json
+        end = (one["at_end"], one["fallback"], one["doubt"], one["alerts"])
+        return (one["amount"], *end, one["period"], one["window_s"], one["each"], one["tenant"])
+
+    whom = ("--period", "5h", "--tenant", "acme", "--subject", "each")
+    bound = ("rolling", 18_000, ["subject"], "acme")
+    end = ("--pause", "--doubt", "estimate", "--alert", "80", "--alert", "100")
+    ended = ("pause", None, "estimate", [80, 100])
+    assert await put("b", "--usd", "20", *whom, *end) == (20_000_000, *ended, *bound)
+    assert await put("b", "--usd", "10") == (10_000_000, *ended, *bound)
+    assert await put("b", "--no-pause", "--alert", "none") == (
+        *(10_000_000, "refuse", None, "estimate", []),
+        *bound,
+    )
+    cheaper: tuple[Any, ...] = (10_000_000, "fall_back", "m", "bound", [], *bound)
+    assert await put("b", "--fallback", "m", "--doubt", "bound") == cheaper
+    assert await put("b", "--no-pause", "--period", "5h", "--subject", "each") == cheaper
+    assert (await put("b", "--pause"))[1:3] == ("pause", None)
+    assert (await put("b", "--fallback", "none"))[1:3] == ("pause", None)
+    for wrong in (("--period", "day"), ("--tokens", "5"), ("--tenant", "each"), ("--model", "x")):
+        assert (await tidegate(gateway, "budgets", "set", "b", *wrong)).code == 2, wrong
+    own = ("acme/budget_day_money", "--period", "day", "--tenant", "acme")
+    await put(*own, "--usd", "50", "--pause", "--alert", "80")
+    again = await tidegate(gateway, "tenants", "set", "acme", "--day-money", "60")
+    assert again.code == 0
+    assert (await put(own[0]))[:5] == (60_000_000, "pause", None, "bound", [80])
