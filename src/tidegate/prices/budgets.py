@@ -145,7 +145,7 @@ def check_budget(budget: Budget) -> None:
     if not _NAME.fullmatch(budget.name):
         raise ConfigError("name", budget.name, "1 to 200 letters, digits and _ . : / @ + -")
     if not 0 <= budget.amount <= MOST_AMOUNT:
-        raise ConfigError("amount", str(budget.amount), "a number from 0")
+        raise ConfigError("amount", str(budget.amount), f"a number from 0 to {MOST_AMOUNT}")
     if budget.zone not in available_timezones():
         raise ConfigError("zone", budget.zone, "a time zone such as Europe/Berlin")
     rolling = budget.period == "rolling"
@@ -172,18 +172,28 @@ def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
     if usd is None:
         fields |= {"unit": "tokens", "amount": tokens}
     else:
-        try:
-            micros = Decimal(usd) * 10**6
-        except InvalidOperation:
-            raise ConfigError("usd", str(usd), "an amount in USD, such as 250 or 0.79") from None
-        if not micros.is_finite() or micros != int(micros):
-            raise ConfigError("usd", str(usd), "whole micro-dollars")
-        fields |= {"unit": "usd", "amount": int(micros)}
+        fields |= {"unit": "usd", "amount": _micros_of("usd", usd)}
     for several in ("each", "alerts"):
         fields[several] = tuple(fields.get(several) or ())
     budget = Budget(name=name, **fields)
     check_budget(budget)
     return budget
+
+
+def _micros_of(field: str, usd: Decimal | str) -> int:
+    """An amount of USD in micro-dollars. Raises ConfigError, naming the field."""
+    most = MOST_AMOUNT // 10**6
+    try:
+        amount = Decimal(usd)
+    except InvalidOperation:
+        raise ConfigError(field, str(usd), "an amount in USD, such as 250 or 0.79") from None
+    # Before it is an integer: of 1e999999999 that takes all memory.
+    if not amount.is_finite() or not 0 <= amount <= most:
+        raise ConfigError(field, str(usd), f"an amount in USD from 0 to {most}")
+    micros = amount * 10**6
+    if micros != int(micros):
+        raise ConfigError(field, str(usd), "whole micro-dollars, such as 0.000001")
+    return int(micros)
 
 
 _CHANGEABLE = ("at_end", "fallback", "doubt", "alerts")
@@ -214,12 +224,7 @@ def with_end_of(before: Budget, budget: Budget) -> Budget:
 
 def extra_of(usd: Decimal | str, tokens: int) -> tuple[int, Unit | None]:
     """How much more a person allows, and of what; None for nothing. Raises ConfigError."""
-    try:
-        micros = int(Decimal(usd) * 10**6)
-    except (ArithmeticError, ValueError):
-        raise ConfigError("extra_usd", str(usd), "an amount in USD") from None
-    if not 0 <= micros <= MOST_AMOUNT:
-        raise ConfigError("extra_usd", str(usd), f"an amount in USD up to {MOST_AMOUNT // 10**6}")
+    micros = _micros_of("extra_usd", usd)
     if not 0 <= tokens <= MOST_AMOUNT or (micros and tokens):
         allowed = f"up to {MOST_AMOUNT}, and not with extra_usd"
         raise ConfigError("extra_tokens", str(tokens), allowed)

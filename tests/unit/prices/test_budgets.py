@@ -1,0 +1,35 @@
+"""Budgets as people state them: amounts, and what may be allowed more."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.errors import ConfigError
+from tidegate.prices.budgets import budget_of, extra_of
+
+DAY = {"period": "day"}
+
+
+@pytest.mark.parametrize("usd", ["1e14", "1e999", "1e99999999", "-1", "nan", "inf", "1000000001"])
+def test_an_amount_out_of_range_is_refused_with_the_range(usd: str) -> None:
+    for made in (lambda: budget_of("a", {"usd": usd, **DAY}), lambda: extra_of(usd, 0)):
+        with pytest.raises(ConfigError) as refused:
+            made()
+        assert refused.value.value == usd
+        assert refused.value.allowed == "an amount in USD from 0 to 1000000000"
+
+
+def test_less_than_a_micro_dollar_is_refused_and_not_rounded_to_nothing() -> None:
+    for made in (
+        lambda: budget_of("a", {"usd": "0.0000001", **DAY}),
+        lambda: extra_of("0.0000001", 0),
+    ):
+        with pytest.raises(ConfigError, match="whole micro-dollars"):
+            made()
+    assert extra_of("0.000001", 0) == (1, "usd")
+    assert budget_of("a", {"usd": "1e9", **DAY}).amount == 10**15
+
+
+def test_too_many_tokens_are_refused_with_the_range() -> None:
+    with pytest.raises(ConfigError, match="a number from 0 to 1000000000000000"):
+        budget_of("a", {"tokens": 10**15 + 1, **DAY})
