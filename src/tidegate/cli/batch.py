@@ -758,7 +758,7 @@ _QUIET = "bright_black"
 
 
 def bar(name: str, tally: RunProgress) -> RenderableType:
-    """Three lines: how much, how fast, and what holds it up."""
+    """How much, how fast, and what holds it up: three lines, or more where that takes more."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -803,6 +803,6 @@ def _waiting(tally: RunProgress) -> Text:
     from rich.text import Text
 
     words = f"{tally.submitted} submitted"
-    if tally.waiting:  # first, since a narrow terminal shows the beginning
+    if tally.waiting:
         words = f"{tally.waiting}; {words}"
-    return Text(words, style=_QUIET, no_wrap=True, overflow="ellipsis")
+    return Text(words, style=_QUIET)  # over as many lines as it takes: a way out is at its end

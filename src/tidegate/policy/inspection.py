@@ -744,9 +744,11 @@ _BUDGET_ACTIONS = {
     "allows more in this period, a larger amount more in each",
     "budget_paused": "`tidegate budgets resume BUDGET` ends the pause",
     "budget_reserved": "It goes on as calls in progress end",
-    "budget_unbounded": "Give its model a price, or have the budget take estimates "
-    "(--doubt estimate); or cancel it, and submit it with max_tokens",
+    "budget_unbounded": "Give its model a price, or have the budget take estimates: `tidegate "
+    "budgets set BUDGET --doubt estimate`; or cancel it, and submit it with max_tokens",
 }
+
+_UNTIL_A_PERSON_ACTS = ("budget_paused", "budget_unbounded")
 
 
 def _spent_budget(found: Whereabouts) -> str | None:
@@ -807,6 +809,8 @@ def waiting(
         said = f"is tried again in {format_span(left_ms)}"
         if (spent := _spent_budget(found)) is not None:
             said = f"{spent}; it is looked at again in {format_span(left_ms)}"
+            if found.failure_code in _UNTIL_A_PERSON_ACTS:
+                said = f"{said}. {_BUDGET_ACTIONS[found.failure_code]}"
             return Waiting(said, retry_in_ms=left_ms)
         if found.is_for_batch:
             return Waiting(_GATHERED)

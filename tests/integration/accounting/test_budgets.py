@@ -407,7 +407,11 @@ async def test_a_job_of_unknown_cost_is_refused_or_waits_for_a_person(
     async def told() -> bool:
         _, why = await ask(gateway, "GET", f"/requests/{request_id}/why", {})
         sentence: str = why["sentence"]
-        return sentence.startswith("waits for a budget: the budget hard binds this call")
+        way_out = "`tidegate budgets set BUDGET --doubt estimate`"
+        return (
+            sentence.startswith("waits for a budget: the budget hard binds this call")
+            and way_out in sentence
+        )
 
     await wait_until(told, 20, "why it waits")
     await with_budgets(gateway, replace(hard, doubt="estimate"))

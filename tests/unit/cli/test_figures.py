@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import io
 
-from tidegate.cli.batch import RunProgress
+import pytest
+from rich.console import Console
+
+from tidegate.cli.batch import RunProgress, bar
 from tidegate.cli.terminal import is_short_id, whole_id
 from tidegate.errors import ConfigError
 
@@ -68,3 +71,10 @@ def test_a_part_that_fits_several_or_none_is_refused(part: str, why: str) -> Non
 @pytest.mark.parametrize("text", ["aaa", "worker-1/17", "xyzw", "01a21a73 "])
 def test_other_texts_are_no_ids(text: str) -> None:
     assert not is_short_id(text)
+
+
+def test_a_narrow_terminal_shows_the_whole_reason_with_its_way_out() -> None:
+    tally = RunProgress(10, submitted=3, waiting="waiting for a budget: " + "x " * 60 + "WAY OUT")
+    written = io.StringIO()
+    Console(width=40, file=written).print(bar("a.jsonl", tally))
+    assert "WAY OUT; 3 submitted" in " ".join(written.getvalue().split())
