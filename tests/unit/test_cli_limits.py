@@ -29,6 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["set", "--deployed", "--remove", "rpm:x"], "needs either changes, such as"),
         (["set", "kind:text_only"], "must be KEY=VALUE"),
         (["set", "=5"], "must be KEY=VALUE"),
+        (["set", "kind:x=5", " kind:x=7"], "must name kind:x once"),
         (["pause", "kind:text_only", "--for", "soon"], "such as 10m"),
         (["pause", "kind:text_only", "--for", "0s"], "such as 10m"),
         (["pause", "kind:text_only", "--for", "10"], "such as 10m"),

@@ -234,7 +234,7 @@ def set_(
     from tidegate.policy.format import Plain, edit, to_plain
     from tidegate.policy.rollout import differences
 
-    wanted = dict(parsed(change) for change in changes or [])
+    wanted = parsed(changes or [])
     if deployed == bool(wanted or remove):
         raise ConfigError(
             "limits set",
@@ -364,7 +364,18 @@ async def in_force(limiter: Limiter) -> None:
         raise LimiterUnavailable(message, limit="") from None
 
 
-def parsed(change: str, command: str = "limits set") -> tuple[str, Any]:
+def parsed(changes: Iterable[str], command: str = "limits set") -> dict[str, Any]:
+    """The values of `KEY=VALUE` by key, each key once. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        key, value = _parsed(change, command)
+        if key in found:
+            raise ConfigError(command, change, f"must name {key} once")
+        found[key] = value
+    return found
+
+
+def _parsed(change: str, command: str) -> tuple[str, Any]:
     """`KEY=VALUE`, the value as TOML; what is no TOML is a text."""
     import tomllib
 

@@ -214,7 +214,7 @@ def _changes(sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     found = {}
     for changes in sets or ():
         each = [change.strip() for change in changes.split(";") if change.strip()]
-        found["; ".join(each)] = dict(parsed(change, "--set") for change in each)
+        found["; ".join(each)] = parsed(each, "--set")
     return found
 
 

@@ -211,7 +211,7 @@ def _set(
 ) -> ShownTenant:
     from tidegate.policy.tenants import TenantChange, set_tenant
 
-    given = dict(parsed(one, "--limit") for one in limits)
+    given = parsed(limits, "--limit")
     wanted = TenantChange(
         changes=changes,
         weight=weight,

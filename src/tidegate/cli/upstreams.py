@@ -126,7 +126,7 @@ def add(
 
     Every process must have its key: else nothing is changed, and the process is named.
     """
-    table = dict(parsed(one, "upstreams add") for one in keys or [])
+    table = parsed(keys or [], "upstreams add")
     table |= given(
         provider=provider,
         base_url=base_url,
@@ -136,7 +136,7 @@ def add(
         weight=weight,
     )
     if limit:
-        table["limits"] = dict(parsed(one, "--limit") for one in limit)
+        table["limits"] = parsed(limit, "--limit")
     body = {"table": table, "test": not no_test}
     _change("PUT", name, body, dry_run=dry_run, expect=expect, reason=reason, json=json)
 
@@ -161,7 +161,7 @@ def set_(
     json: Json = False,
 ) -> None:
     """Change an upstream, in all processes and for good. Calls in progress go on as they began."""
-    values = dict(parsed(one, "upstreams set") for one in keys or [])
+    values = parsed(keys or [], "upstreams set")
     if bool(values or remove) + deployed + read_again != 1:
         wrong = "needs changes such as weight=3, or --remove, or --deployed, or --read-again"
         raise ConfigError("upstreams set", None, wrong)
