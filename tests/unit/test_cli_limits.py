@@ -33,6 +33,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["pause", "kind:text_only", "--for", "soon"], "such as 10m"),
         (["pause", "kind:text_only", "--for", "0s"], "such as 10m"),
         (["pause", "kind:text_only", "--for", "10"], "such as 10m"),
+        (["pause", "kind:text_only", "--for", "367d"], "--for=367d: must be up to 366d"),
+        (["pause", "kind:text_only", "--for", "9" * 400 + "d"], "--for is too long a time"),
     ],
 )
 def test_a_mistake_is_found_at_once(arguments: list[str], said: str, asked: list[object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -301,7 +302,12 @@ def pause(
     json: Json = False,
 ) -> None:
     """Pause a limit: it admits no call; running calls go on."""
+    from tidegate.policy.inspection import LONGEST_PAUSE_MS
+
     for_ms = None if for_ is None else span_ms("--for", for_)
+    if for_ms is not None and for_ms > LONGEST_PAUSE_MS:
+        allowed = f"must be up to {LONGEST_PAUSE_MS // 86_400_000}d; without it until it is resumed"
+        raise ConfigError("--for", for_, allowed)
     paused = in_pool(lambda control: control.pause(limit, for_ms, by=who(), reason=reason))
     text = f"{limit} is paused already, and for longer"
     if paused:
@@ -395,6 +401,8 @@ def span_ms(option: str, text: str) -> int:
     found = ms_of(text)
     if not found:
         raise ConfigError(option, text, "must be a number and ms, s, m, h or d, such as 10m")
+    if math.isinf(found):
+        raise ConfigError(option, None, "is too long a time")
     return max(1, round(found))
 
 

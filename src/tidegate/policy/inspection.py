@@ -60,6 +60,7 @@ from tidegate.telemetry.logging import Log, get_logger
 log = get_logger()
 
 _ANSWER_WITHIN_MS = 2_000
+LONGEST_PAUSE_MS = 366 * 86_400_000
 _MOST_NAMED = 3  # tenants that hold a limit, in a sentence
 
 

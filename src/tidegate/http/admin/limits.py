@@ -27,6 +27,7 @@ from tidegate.http.services import Services, services_of
 from tidegate.http.sse import disconnected
 from tidegate.policy.format import Edit, edit, to_plain
 from tidegate.policy.inspection import (
+    LONGEST_PAUSE_MS,
     Control,
     Overview,
     Reason,
@@ -124,9 +125,6 @@ def _inlined(value: Any, named: dict[str, Any]) -> Any:
     return rest
 
 
-_LONGEST_PAUSE_MS = 366 * 86_400_000
-
-
 async def in_pool(
     request: Request,
     pool: Annotated[
@@ -181,7 +179,7 @@ class Changes(Signed):
 
 class NewPause(Signed):
     for_ms: int | None = Field(
-        default=None, ge=1, le=_LONGEST_PAUSE_MS, description="Without it: until it is resumed"
+        default=None, ge=1, le=LONGEST_PAUSE_MS, description="Without it: until it is resumed"
     )
 
 
