@@ -329,9 +329,10 @@ def history(
     json: Json = False,
 ) -> None:
     """Show which policies were in force since when, who set them, and why."""
-    records = with_keeper(lambda keeper: keeper.history(most))
+    # One more, against which the oldest that is shown has its changes.
+    records = with_keeper(lambda keeper: keeper.history(most + 1))
     if json:
-        show_json(records)
+        show_json(records[:most])
         return
     show_table(
         "",
@@ -345,7 +346,7 @@ def history(
                 _changes(record, records[place + 1] if place + 1 < len(records) else None),
                 record.reason,
             )
-            for place, record in enumerate(records)
+            for place, record in enumerate(records[:most])
         ],
     )
 
