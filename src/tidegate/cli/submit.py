@@ -327,6 +327,7 @@ def requests(
     json: Json = False,
 ) -> None:
     """List your requests, the newest first."""
+    first, last = _between(since, until)
     filters = given(
         status=status,
         type=type_,
@@ -334,8 +335,8 @@ def requests(
         source=source,
         conversation=conversation,
         upstream=upstream,
-        since=None if since is None else time_of("--since", since).isoformat(),
-        until=None if until is None else time_of("--until", until).isoformat(),
+        since=first and first.isoformat(),
+        until=last and last.isoformat(),
     )
     query = {name: str(value) for name, value in filters.items()}
     if running:
@@ -372,7 +373,9 @@ def time_of(option: str, text: str) -> datetime:
     """A time of ISO 8601, without a zone in UTC, or one so long ago. Raises ConfigError."""
     try:
         at = datetime.fromisoformat(text)
-        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+        return at.astimezone(UTC) if at.tzinfo is not None else at.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ConfigError(option, text, "must be in the years 1 to 9999 of UTC") from None
     except ValueError:
         pass  # then it must be a span
     try:
@@ -380,6 +383,15 @@ def time_of(option: str, text: str) -> datetime:
     except (ConfigError, OverflowError):
         allowed = "must be a time such as 2026-01-31T12:00, or a span such as 2h"
         raise ConfigError(option, text, allowed) from None
+
+
+def _between(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
+    """Both times, the one before the other. Raises ConfigError."""
+    first = None if since is None else time_of("--since", since)
+    last = None if until is None else time_of("--until", until)
+    if first is not None and last is not None and first >= last:
+        raise ConfigError("--until", until, f"must be later than --since {since}")
+    return first, last
 
 
 def _row(item: dict[str, Any]) -> dict[str, str]:
@@ -436,10 +448,13 @@ def requeue(
     from tidegate.store.jobs import Requeue
     from tidegate.supervisor.maintenance import requeue as run
 
+    first, last = _between(since, until)
     now = datetime.now(UTC)
+    if first is None or first > now:
+        raise ConfigError("--since", since, "must be in the past")
     order = Requeue(
-        since=time_of("--since", since),
-        until=now if until is None else min(now, time_of("--until", until)),
+        since=first,
+        until=now if last is None else min(now, last),
         statuses=tuple(Status(one.value) for one in status or [Ended.FAILED]),
         tenant_id=tenant,
         error_code=error_code,
