@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
 from tests.unit.invoked import invoke
-from tidegate.cli.submit import time_of
+from tidegate.cli.client import GatewayClient
+from tidegate.cli.submit import _whole_id, time_of
 from tidegate.errors import ConfigError
 
 
@@ -41,3 +44,15 @@ def test_times_that_leave_nothing_between_them_are_refused(
 def test_jobs_that_will_have_ended_can_not_be_queued_again() -> None:
     with pytest.raises(ConfigError, match="--since=9999-01-01: must be in the past"):
         invoke("requeue", "--since", "9999-01-01", "--yes")
+
+
+@pytest.mark.parametrize("option", [("--output", "x"), ("--follow",)])
+def test_an_option_that_needs_a_request_is_not_passed_over(option: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=f"{option[0]} needs the id of a request"):
+        invoke("status", *option)
+
+
+@pytest.mark.parametrize("text", ["", "ab", "xyzw"])
+async def test_a_text_that_is_no_part_of_an_id_is_refused_with_what_is(text: str) -> None:
+    with pytest.raises(ConfigError, match="its beginning or end of 4 characters or more"):
+        await _whole_id(cast("GatewayClient", None), text)

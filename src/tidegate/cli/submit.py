@@ -151,6 +151,9 @@ def status(
     down, or its blob store does not answer.
     """
     if request_id is None:
+        if follow_ or output is not None:
+            option = "--follow" if follow_ else "--output"
+            raise ConfigError(option, None, "needs the id of a request")
         raise typer.Exit(with_gateway(lambda gateway: show_state(gateway, json)))
     wanted = request_id
 
@@ -178,7 +181,8 @@ async def _whole_id(gateway: GatewayClient, request_id: str) -> str:
     with suppress(ValueError):
         return str(UUID(request_id))
     if not is_short_id(request_id):
-        return request_id
+        allowed = "must be an id, or its beginning or end of 4 characters or more"
+        raise ConfigError("REQUEST_ID", request_id, allowed)
     items, _ = await _listed({}, _PAGE, None, gateway)
     return whole_id(request_id, (one["request_id"] for one in items), f"the newest {_PAGE}")
 

@@ -108,7 +108,7 @@ def whole_id(text: str, known: Iterable[str], among: str) -> str:
     if not found:
         raise ConfigError(text, None, f"is neither the beginning nor the end of an id of {among}")
     some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-    raise ConfigError(text, None, f"fits several requests: {some}")
+    raise ConfigError(text, None, f"fits several of {among}: {some}")
 
 
 T = TypeVar("T")

@@ -61,7 +61,10 @@ def test_a_part_of_an_id_is_enough(part: str) -> None:
 
 @pytest.mark.parametrize(
     ("part", "why"),
-    [("01a21a73", f"fits several requests: {IDS[0]}, {IDS[1]}"), ("ffff", "neither the beginning")],
+    [
+        ("01a21a73", f"fits several of the newest 2: {IDS[0]}, {IDS[1]}"),
+        ("ffff", "neither the beginning"),
+    ],
 )
 def test_a_part_that_fits_several_or_none_is_refused(part: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
