@@ -12,7 +12,7 @@ import typer
 from tidegate.cli.client import with_gateway
 from tidegate.cli.limits import parsed, span_ms
 from tidegate.cli.terminal import FAILED, Json, Reason, given, legible, show_json, show_table, who
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, UpstreamsChanged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -222,13 +222,17 @@ def drain(
         why = "needs --wait, whose length it is: an upstream stays drained until it is resumed"
         raise ConfigError("--for", for_, why)
     until = time.monotonic() + (span_ms("--for", for_) / 1000 if for_ else float("inf"))
-    path, body = f"/{_quoted(name)}/drain", {"by": who(), "reason": reason}
+    path = f"/{_quoted(name)}/drain"
+    body: dict[str, Any] = {"by": who(), "reason": reason, "dry_run": False}
 
     async def work(gateway: GatewayClient) -> dict[str, Any]:
         while True:
             done: dict[str, Any] = await gateway.send("POST", f"/admin/upstreams{path}", body)
+            if body["dry_run"] and done["changes"]:  # it would have to be drained again
+                raise UpstreamsChanged(f"{name} was resumed meanwhile: it is not drained")
             if not wait or _is_empty(done) or time.monotonic() > until:
                 return done
+            body["dry_run"] = not done["unreached"]
             await asyncio.sleep(_LOOK_S)
 
     done = with_gateway(work)

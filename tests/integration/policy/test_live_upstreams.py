@@ -190,6 +190,37 @@ async def test_the_commands_of_upstreams_md_do_what_it_says(
     assert KEY not in said
 
 
+async def test_a_drain_that_waits_does_not_drain_again_what_another_operator_resumed(
+    open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    new = {"base_url": f"{second.url}/v1", "models": [ONLY], "key": "SECOND_KEY"}
+    assert (await admin(gateway, "PUT", "/second", table=new))[0] == 200
+    await second.control.set_behaviour(first_byte_ms=60_000)
+    call = asyncio.create_task(chat(gateway, ONLY))
+
+    async def state() -> str:
+        _, listed = await admin(gateway, "GET")
+        return str({one["name"]: one["state"] for one in listed["upstreams"]}["second"])
+
+    async def is_called() -> bool:
+        return bool(await second.control.calls())
+
+    await wait_until(is_called, 20, "its call")
+    env = {"TIDEGATE_URL": gateway.url, "ADMIN_TOKEN": gateway.operator_key}
+    words = ["upstreams", "drain", "second", "--wait", "--for", "10s"]
+    waiting = asyncio.create_task(
+        asyncio.to_thread(lambda: CliRunner().invoke(app, words, env=env))
+    )
+    await wait_until(lambda: _is(state, "draining"), 20, "it is drained")
+    assert (await admin(gateway, "POST", "/second/resume"))[0] == 200
+    done = await waiting
+    assert str(done.exception) == "second was resumed meanwhile: it is not drained"
+    assert await state() == "in service"
+    call.cancel()
+
+
 async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_removed(
     open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
