@@ -188,7 +188,7 @@ class GatewayClient:
             return GatewayUnreachable(
                 f"{self._named} answers {answer.status} and is not a Tidegate gateway"
             )
-        if "allowed" in problem:
+        if "allowed" in problem and not said.endswith(str(problem["allowed"])):
             said += f" (allowed: {problem['allowed']})"
         if answer.status in (401, 403) and not self._has_key:
             said += "; set TIDEGATE_API_KEY"

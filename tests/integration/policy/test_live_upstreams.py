@@ -219,6 +219,10 @@ async def test_a_drain_that_waits_does_not_drain_again_what_another_operator_res
     assert str(done.exception) == "second was resumed meanwhile: it is not drained"
     assert await state() == "in service"
     call.cancel()
+    words[2] = "nope"
+    unknown = await asyncio.to_thread(lambda: CliRunner().invoke(app, words, env=env))
+    known = "name must be an upstream; known: gemini, second"
+    assert str(unknown.exception) == known, "and not once more as what is allowed"
 
 
 async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_removed(
