@@ -20,6 +20,7 @@ from tidegate.cli.terminal import (
     chosen_pool_or,
     command_config,
     confirm,
+    counted,
     in_pool,
     is_short_id,
     legible,
@@ -122,7 +123,9 @@ def _show_heading(overview: Overview) -> None:
     if now.reason:
         line += f": {now.reason}"
     typer.echo(line)
-    typer.echo(f"{len(overview.processes)} processes in the pool {overview.pool}")
+    typer.echo(
+        f"{counted(len(overview.processes), 'process', 'processes')} in the pool {overview.pool}"
+    )
     if (fair_by := overview.policy.get("pool", {}).get("fair_by")) is not None:
         typer.echo(f"Tenants share by {fair_by}")
     if overview.recovering_ms:

@@ -30,6 +30,7 @@ from tidegate.cli.terminal import (
     Json,
     command_config,
     confirm,
+    counted,
     given,
     is_short_id,
     show_json,
@@ -475,12 +476,12 @@ def requeue(
             return
         counts = ", ".join(f"{jobs} {code or '(none)'}" for code, jobs in report.by_code.items())
         more = f", the first {limit} of more" if report.has_more else ""
-        confirm(f"Queue {report.matching} jobs again ({counts}{more})?")
+        confirm(f"Queue {counted(report.matching, 'job', 'jobs')} again ({counts}{more})?")
     _show_requeued(run(config, order, by=who()), json)
 
 
 def _show_requeued(report: RequeueReport, json: bool) -> None:
     codes = "".join(f"{jobs:>8}  {code or '(none)'}\n" for code, jobs in report.by_code.items())
     more = "; there are more, repeat it" if report.has_more else ""
-    text = f"{report.requeued} of {report.matching} jobs queued again{more}"
+    text = f"{report.requeued} of {counted(report.matching, 'job', 'jobs')} queued again{more}"
     tell(json, report, f"{codes}{text}")

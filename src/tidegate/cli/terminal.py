@@ -227,6 +227,11 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def counted(count: int, one: str, several: str) -> str:
+    """`1 process`, `2 processes`."""
+    return f"{count} {one if count == 1 else several}"
+
+
 def who() -> str:
     """The person at the terminal, as it goes on record."""
     try:

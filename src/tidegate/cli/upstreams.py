@@ -11,7 +11,17 @@ import typer
 
 from tidegate.cli.client import with_gateway
 from tidegate.cli.limits import parsed, span_ms
-from tidegate.cli.terminal import FAILED, Json, Reason, given, legible, show_json, show_table, who
+from tidegate.cli.terminal import (
+    FAILED,
+    Json,
+    Reason,
+    counted,
+    given,
+    legible,
+    show_json,
+    show_table,
+    who,
+)
 from tidegate.errors import ConfigError, UpstreamsChanged
 
 if TYPE_CHECKING:
@@ -50,7 +60,8 @@ def list_(json: Json = False) -> None:
         show_json(found)
         return
     changed = f"revision {found['revision']}" if found["revision"] else "as the file says"
-    typer.echo(f"Upstreams, {changed}; {len(found['processes'])} processes\n")
+    processes = counted(len(found["processes"]), "process", "processes")
+    typer.echo(f"Upstreams, {changed}; {processes}\n")
     show_table(
         "",
         (
@@ -239,12 +250,12 @@ def drain(
     if json:
         show_json(done)
     else:
-        left = f"{_count(done['in_progress'])} calls in progress"
-        for count, what in (
-            (done["background"], "in the background"),
-            (done["batches"], "batches"),
-        ):
-            left += f", {count} {what}" if count else ""
+        calls = "call" if done["in_progress"] == 1 else "calls"
+        left = f"{_count(done['in_progress'])} {calls} in progress"
+        if done["background"]:
+            left += f", {done['background']} in the background"
+        if done["batches"]:
+            left += f", {counted(done['batches'], 'batch', 'batches')}"
         state = "is drained" if _is_empty(done) else f"takes no new calls; left: {left}"
         typer.echo(f"{name} {state}")
         _show_unreached(done)
@@ -347,7 +358,8 @@ def _report(done: dict[str, Any], *, json: bool) -> None:
                 legible(f"nothing is changed yet; revision {done['revision']} is in force{lines}")
             )
         else:
-            where = f"in {done['processes']} processes after {done['in_force_ms']:.0f} ms"
+            processes = counted(done["processes"], "process", "processes")
+            where = f"in {processes} after {done['in_force_ms']:.0f} ms"
             typer.echo(legible(f"revision {done['revision']} is in force {where}{lines}"))
         _show_unreached(done)
     if done["unreached"]:

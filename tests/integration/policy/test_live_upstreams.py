@@ -182,7 +182,7 @@ async def test_the_commands_of_upstreams_md_do_what_it_says(
         done = await asyncio.to_thread(invoke)
         assert done.exit_code == 0, (line, done.output)
         said += done.output
-    assert "revision 1 is in force in 1 processes" in said
+    assert "revision 1 is in force in 1 process after" in said
     assert "gpu-2.weight: not set live -> 3" in said
     assert "gpu-2 is drained" in said
     assert "it is the larger one" in said

@@ -36,7 +36,7 @@ async def test_limits_are_set_shown_and_told_apart_in_the_history(open_gateway: 
     assert shown.code == 0
     assert "Revision 2, live, set by " in shown.said
     assert ": more quota" in shown.said
-    assert "1 processes in the pool gemini" in shown.said
+    assert "1 process in the pool gemini" in shown.said
     assert "rpm:total" in shown.said
     assert "600 requests a minute" in shown.said
     assert "\x1b[" not in shown.said, "plain text where there is no terminal"

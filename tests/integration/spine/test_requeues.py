@@ -99,7 +99,7 @@ async def test_the_command_counts_first_and_queues_again_when_told(open_gateway:
     }
     assert (await gateway.status(request_id))["status"] == "failed"
     done = await tidegate(gateway, "requeue", "--since", "1h", "--yes")
-    assert (done.code, "1 of 1 jobs queued again" in done.said) == (0, True), done
+    assert (done.code, "1 of 1 job queued again" in done.said) == (0, True), done
     assert (await gateway.end_of(request_id))["status"] == "succeeded"
 
 
