@@ -147,7 +147,8 @@ def back_up(config: Config, file: Path) -> int:
 
 @contextmanager
 def _partial_of(file: Path) -> Iterator[Path]:
-    """The file that a backup grows in, of this process alone; one that a run left is used again."""
+    """The file that a backup grows in, of this process alone; one that a killed run left is used
+    again. A backup that fails or is interrupted leaves none."""
     partial = file.with_name(f"{file.name}.partial")
     try:
         # Made here, since pg_dump would make it as the umask says: it is all prompts and answers.
@@ -155,12 +156,25 @@ def _partial_of(file: Path) -> Iterator[Path]:
     except OSError as failed:
         raise ConfigError(str(partial), None, f"can't be created: {failed.strerror}") from None
     with opened(descriptor):
-        if not try_lock(descriptor, fcntl.LOCK_EX) or file.exists():
+        is_ours = try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, partial)
+        if not is_ours or file.exists():
             raise ConfigError(str(file), None, "is written by another backup now")
         if os.fstat(descriptor).st_uid != os.geteuid():
             raise ConfigError(str(partial), None, "belongs to another user; remove it")
         os.fchmod(descriptor, 0o600)
-        yield partial
+        try:
+            yield partial
+        except BaseException:  # Ctrl-C too: it is half of all prompts and answers
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that a path names, which another may have removed."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def restore(config: Config, file: Path) -> None:
