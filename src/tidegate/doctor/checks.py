@@ -586,7 +586,14 @@ def port(config: Config) -> Finding:
             )
         if _is_ours(config):
             return ok("machine.port", f"{place}: a Tidegate serves there")
-        who = _owner_of(config.port)
+        pid, command = _owner_of(config.port)
+        if _TIDEGATE.search(command):
+            return fail(
+                "machine.port",
+                f"{place}: a Tidegate listens there and does not answer (pid {pid})",
+                "see its log, and restart it",
+            )
+        who = f" ({Path(command.split(' ')[0]).name}, pid {pid})" if command else ""
         return fail(
             "machine.port",
             f"{place} {refused.allowed.partition(';')[0]}{who}",
@@ -604,8 +611,12 @@ def _is_ours(config: Config) -> bool:
         return False
 
 
-def _owner_of(number: int) -> str:
-    """The program that listens on a port, where the system shows it: ` (nginx, pid 12)`."""
+_TIDEGATE = re.compile(r"(?:^|[ /])(?:tidegate|run_app\.py)(?: |$)")
+
+
+def _owner_of(number: int) -> tuple[int, str]:
+    """The program that listens on a port, by its number and its command; (0, '') where the system
+    does not show it."""
     inodes = {inode for inode, listens_on in _listening() if listens_on == number}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -613,9 +624,8 @@ def _owner_of(number: int) -> str:
         except OSError:  # ended, or another user's
             continue
         if links & {f"socket:[{inode}]" for inode in inodes}:
-            command = command_of(int(process.name)).split(" ")[0]
-            return f" ({Path(command).name}, pid {process.name})"
-    return ""
+            return int(process.name), command_of(int(process.name))
+    return 0, ""
 
 
 def _listening() -> Iterator[tuple[str, int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -399,3 +401,27 @@ def test_models_without_a_price_and_prices_read_long_ago_are_named() -> None:
     )
     many = judged(*(used(f"gpt-{n}", unpriced=1) for n in range(100, 112)))
     assert "and 2 more" in many["prices.models"].found
+
+
+def test_a_tidegate_that_does_not_answer_is_no_other_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "_ANSWER_S", 0.01)
+    code = (
+        "import socket, sys; taken = socket.create_server(('127.0.0.1', 0)); "
+        "print(taken.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    for words, said, mend in (
+        (("tidegate", "up"), "a Tidegate listens there and does not answer", "restart it"),
+        (("nginx",), "is in use by another program", "stop that program, or set PORT"),
+    ):
+        command = [sys.executable, "-c", code, *words]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            config = load({"PORT": other.stdout.readline().decode().strip()}, None)
+            found = machine.port(config)
+            other.kill()
+        assert found.state == "fail"
+        assert said in found.found
+        assert f"pid {other.pid}" in found.found
+        assert mend in found.mend
