@@ -46,6 +46,7 @@ class _Seen:
     called: list[Total] | None = None
     live: UpstreamRevision | None = None
     processes: list[UpstreamProcess] = field(default_factory=list)
+    ready: int | None = None  # jobs that a worker could begin
 
 
 async def examine(*, online: bool = True) -> list[Finding]:
@@ -78,6 +79,8 @@ async def examine(*, online: bool = True) -> list[Finding]:
         others = stated.deployment(live)
         policies |= others.policies
         found += deployment.judge_live(seen.live.revision, others, stated.tables(), seen.processes)
+        if seen.ready is not None:
+            found.append(deployment.judge_workers(seen.processes, seen.ready))
     found += deployment.judge_preempt(others.upstreams, made_up)
     if seen.called is not None:
         today = datetime.now(UTC).date()
@@ -153,6 +156,7 @@ async def _read_record(
 ) -> None:
     """Read policies and keys; a part that can't be read has a finding of its own."""
     from tidegate.store.database import Connections
+    from tidegate.store.jobs import stuck_counts
     from tidegate.store.provider.upstreams import UpstreamRevisions
     from tidegate.store.statistics import UsageTotals
     from tidegate.store.tenants import Policies, Tenants
@@ -172,6 +176,7 @@ async def _read_record(
         if revision >= "0023":
             upstreams = UpstreamRevisions(connections)
             seen.live, seen.processes = await upstreams.newest(), await upstreams.processes()
+            seen.ready = (await stuck_counts(connections)).ready
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which has a finding of its own
     finally:

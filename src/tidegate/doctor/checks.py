@@ -185,6 +185,18 @@ def judge_live(
             yield fail("upstreams.live", f"{process.instance_id} can't have {name}: {why}", mend)
 
 
+def judge_workers(processes: Sequence[UpstreamProcess], ready: int) -> Finding:
+    """Whether workers run for the jobs that are `ready` to begin."""
+    workers = sum(one.role == "worker" for one in processes)
+    if workers:
+        return ok("jobs.workers", "1 runs" if workers == 1 else f"{workers} run")
+    if not ready:
+        return ok("jobs.workers", "none runs, and no job is ready to begin")
+    jobs = "1 job" if ready == 1 else f"{ready} jobs"
+    mend = "start one (`tidegate worker`), or see the log of the one that should run"
+    return fail("jobs.workers", f"no worker runs or answers: {jobs} can't begin", mend)
+
+
 def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:
     return any(upstream.fit(called.model or "") for upstream in upstreams)
 

@@ -541,6 +541,12 @@ class GivenUpWebhook:
     given_up_at: datetime
 
 
+async def stuck_counts(connections: Connections) -> StuckCounts:
+    """Of each as far as `MOST_STUCK`. Raises StoreUnavailable."""
+    (row,) = await connections.rows("count_stuck", MOST_STUCK, timeout_ms=_STUCK_TIMEOUT_MS)
+    return record_of(StuckCounts, row)
+
+
 class StuckWork:
     """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up. Every
     method raises StoreUnavailable."""
@@ -550,11 +556,7 @@ class StuckWork:
         self._notifications = notifications
 
     async def counts(self) -> StuckCounts:
-        """Of each as far as `MOST_STUCK`."""
-        (row,) = await self._connections.rows(
-            "count_stuck", MOST_STUCK, timeout_ms=_STUCK_TIMEOUT_MS
-        )
-        return record_of(StuckCounts, row)
+        return await stuck_counts(self._connections)
 
     async def dead(self, most: int) -> list[DeadJob]:
         """The jobs that died last, the newest first."""

@@ -47,6 +47,9 @@ async def test_what_is_wrong_around_it_is_found_at_once(
     await wait_until(gateway.services.keeper.settled.is_set, 20, "the policy on record")
     await gateway.services.keeper.change(edit({"kind:text_only": 9}), set_by="ann", reason="more")
     await gateway.services.limiter.penalise("kind:multi_modal", for_ms=60_000, by="bob")
+    job = {"data": "Hello", "type": "text_only"}
+    async with gateway.http.post(f"{gateway.url}/submit", json=job) as response:
+        assert response.status == 202
     secret = tmp_path / "secret"
     secret.write_text("a-token-of-some-length\n")
     secret.chmod(0o644)
@@ -61,6 +64,7 @@ async def test_what_is_wrong_around_it_is_found_at_once(
     assert done.code == 1
     states = {name: found[name]["state"] for name in found}
     assert (states["machine.port"], "pid " in found["machine.port"]["found"]) == ("fail", True)
+    assert found["jobs.workers"]["found"] == "no worker runs or answers: 1 job can't begin"
     assert states["provider.gemini"] == "fail"
     assert "refuses the key" in found["provider.gemini"]["found"]
     assert "invalid-key" not in done.said

@@ -33,6 +33,7 @@ from tidegate.policy.format import digest, to_plain
 from tidegate.prices.rates import Price
 from tidegate.settings import load
 from tidegate.store.diagnostics import DatabaseReport
+from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import COUNTS, Total
 from tidegate.store.tenants import Key
@@ -401,6 +402,15 @@ def test_models_without_a_price_and_prices_read_long_ago_are_named() -> None:
     )
     many = judged(*(used(f"gpt-{n}", unpriced=1) for n in range(100, 112)))
     assert "and 2 more" in many["prices.models"].found
+
+
+def test_jobs_that_no_worker_begins_are_a_failure() -> None:
+    api, worker = UpstreamProcess("api-1", "api"), UpstreamProcess("worker-1", "worker")
+    idle = deployment.judge_workers([api], 0)
+    assert (idle.state, idle.found) == ("ok", "none runs, and no job is ready to begin")
+    assert deployment.judge_workers([api, worker], 7).found == "1 runs"
+    stuck = deployment.judge_workers([api], 3)
+    assert (stuck.state, stuck.found) == ("fail", "no worker runs or answers: 3 jobs can't begin")
 
 
 def test_a_tidegate_that_does_not_answer_is_no_other_program(
