@@ -206,11 +206,13 @@ def _without_parent(headers: Headers) -> Headers:
 
 def check_coding(headers: Headers) -> None:
     """Raises UnsupportedMedia for a body that is compressed, or coded in another way."""
-    for name, value in headers:
-        if name == b"content-encoding":
-            for one in value.lower().split(b","):
-                if one.strip() not in (b"", b"identity"):
-                    raise UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
+    if _is_coded(headers):
+        raise UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
+
+
+def _is_coded(headers: Headers) -> bool:
+    codings = [value.lower().split(b",") for name, value in headers if name == b"content-encoding"]
+    return any(one.strip() not in (b"", b"identity") for given in codings for one in given)
 
 
 def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
@@ -626,7 +628,7 @@ class _Front:
         self.started, self._headers = True, headers
         if not self._head_sent:
             await self._send_head(status, headers)
-        elif is_coded(headers):  # the head that has gone out doesn't say so
+        elif _is_coded(headers):  # the head that has gone out doesn't say so
             self._unpacking = PieceDecoder(coding_of(headers))
 
     async def _send_head(self, status: int, headers: Headers) -> None:
