@@ -212,6 +212,7 @@ def may_name(raw: bytes, *names: bytes) -> bool:
 # Pages of lists
 
 _LONGEST_CURSOR = 400
+_LONGEST_NUMBER = 9
 _MOST_IDS = 100
 JsonObject = dict[str, Any]
 Listed = Sequence[tuple[str, JsonObject]]
@@ -270,7 +271,8 @@ def openai_page(kind: str, query: str) -> PageQuery:
 
     # OpenAI answers 0 with an empty page, but for files, of which it refuses none at all.
     usual, most = (_FILES_A_PAGE, 10_000) if of_files else (20, 100)
-    limit = min(_limit(named, "limit", usual, most, least=int(of_files)), _FILES_A_PAGE)
+    limit = page_limit(named.get("limit"), "limit", usual, most, least=int(of_files))
+    limit = min(limit, _FILES_A_PAGE)
     return PageQuery(limit, _cursor(named, "after"), order == "desc", whole, shows)
 
 
@@ -298,7 +300,7 @@ def anthropic_page(_kind: str, query: str) -> PageQuery:
             "next_page": f"page_{last}" if has_more and last else None,
         }
 
-    limit = _limit(named, "limit", 20, 1_000)
+    limit = page_limit(named.get("limit"), "limit", 20, 1_000)
     return PageQuery(limit, after, True, whole, only=tuple(dict.fromkeys(ids)) or None)
 
 
@@ -322,7 +324,8 @@ def gemini_page(kind: str, query: str) -> PageQuery:
         body: JsonObject = {field: found} if shown else {}
         return body | ({"nextPageToken": shown[-1][0]} if has_more and shown else {})
 
-    limit = _limit(named, "pageSize", usual, most, least=0) or usual  # 0 means none is named
+    limit = page_limit(named.get("pageSize"), "pageSize", usual, most, least=0)
+    limit = limit or usual  # 0 means none is named
     return PageQuery(limit, _cursor(named, "pageToken"), False, whole)
 
 
@@ -341,9 +344,12 @@ def _named(query: str) -> dict[str, str]:
     return {name: values[-1] for name, values in parse_qs(query).items()}
 
 
-def _limit(named: dict[str, str], name: str, usual: int, most: int, least: int = 1) -> int:
-    text = named.get(name, str(usual))
-    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:9]) <= most:
+def page_limit(text: str | None, name: str, usual: int, most: int, *, least: int = 1) -> int:
+    """How many entries a page may have, from the parameter `name`. Raises InvalidRequest."""
+    if text is None:
+        return usual
+    is_number = text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER
+    if not is_number or not least <= int(text) <= most:
         allowed = f"a whole number from {least} to {most}"
         raise InvalidRequest(name, f"{name} must be {allowed}", allowed=allowed)
     return int(text)

@@ -35,6 +35,7 @@ from tidegate.call import Caller, Status, new_id
 from tidegate.call import Scope as Right
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
 from tidegate.dialects.requests import parsed
+from tidegate.dialects.resources import page_limit
 from tidegate.dialects.spec import Dialect, Endpoint, Headers
 from tidegate.errors import (
     AlreadyEnded,
@@ -560,7 +561,7 @@ async def delete_blob(services: Services, key: str) -> None:
 async def _files(asking: Asking) -> Response:
     """First those of batches, which are our own, then those at a provider."""
     query = asking.request.query_params
-    limit, purpose = _limit(query.get("limit"), 1_000, 10_000), query.get("purpose")
+    limit, purpose = page_limit(query.get("limit"), "limit", 1_000, 10_000), query.get("purpose")
     order, after = query.get("order", "desc"), query.get("after")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order", "order is asc or desc", allowed="asc, desc")
@@ -705,7 +706,7 @@ def _order(values: dict[str, Any]) -> _Order:
 
 async def _batches(asking: Asking) -> Response:
     query = asking.request.query_params
-    limit, after = _limit(query.get("limit"), 20, 100, least=0), query.get("after")
+    limit, after = page_limit(query.get("limit"), "limit", 20, 100, least=0), query.get("after")
     if after is not None and _BATCH_ID.fullmatch(after) is None:
         return as_json(page([], limit))  # nothing comes after what is not in the list
     found = await asking.services.store.batches.listed(
@@ -762,15 +763,6 @@ def _id(text: str, shape: re.Pattern[str]) -> UUID:
     if found is None:
         raise NotFound(f"there is no {text[:64]!a}")
     return UUID(hex=found["hex"])
-
-
-def _limit(text: str | None, usual: int, most: int, *, least: int = 1) -> int:
-    if text is None:
-        return usual
-    if not text.isascii() or not text.isdecimal() or not least <= int(text[:9]) <= most:
-        allowed = f"a whole number from {least} to {most}"
-        raise InvalidRequest("limit", f"limit must be {allowed}", allowed=allowed)
-    return int(text)
 
 
 _HANDLERS: dict[tuple[str, str, bool, str | None], Callable[[Asking], Awaitable[Response]]] = {

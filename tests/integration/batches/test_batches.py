@@ -205,6 +205,10 @@ async def test_lists_go_on_where_a_page_ended(open_gateway: Opener, sdk: MakeSdk
     for empty in ({"limit": 0}, {"after": "batch_of_nobody"}):
         page = await client.batches.list(**empty)
         assert (page.data, page.has_more) == ([], False), empty
+    for path in ("batches", "files", "messages/batches"):
+        for number in ("0" * 9 + "101", "0" * 8 + "1" + "9" * 30):
+            status, _ = await gateway.get(f"/v1/{path}?limit={number}")
+            assert status == 400, (path, number)
     files = [one async for one in client.files.list(limit=2)]
     assert [one.filename for one in files] == ["in.jsonl"] * 3
     upwards = [one.id async for one in client.files.list(limit=2, order="asc")]

@@ -36,6 +36,7 @@ from tidegate.call import new_id
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.anthropic import error_type
 from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
+from tidegate.dialects.resources import page_limit
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     IdempotencyConflict,
@@ -427,7 +428,7 @@ async def _kept(
 
 async def _list(asking: Asking) -> Response:
     query = asking.request.query_params
-    limit = _limit(query.get("limit"))
+    limit = page_limit(query.get("limit"), "limit", 20, 1_000)
     named = [query.get(name) or None for name in ("after_id", "before_id")]
     after, before = [_ID.fullmatch(one) if one else None for one in named]
     found: list[Batch] = []
@@ -556,15 +557,6 @@ def _id(text: str) -> UUID:
     if (found := _ID.fullmatch(text)) is None:
         raise _missing(text)
     return UUID(hex=found["hex"])
-
-
-def _limit(text: str | None) -> int:
-    if text is None:
-        return 20
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 1_000:
-        allowed = "a whole number from 1 to 1000"
-        raise InvalidRequest("limit", f"limit must be {allowed}", allowed=allowed)
-    return int(text)
 
 
 async def _elsewhere(asking: Asking) -> Response:
