@@ -61,6 +61,7 @@ MAX_TAG_CHARS = 200
 T = TypeVar("T")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_LISTS = ("tiers",)  # in a form with commas between their values
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,18 +129,19 @@ def _optional(given: Mapping[str, Any], name: str, check: Callable[[Any], T]) ->
 
 
 def from_form(pairs: Mapping[str, str]) -> dict[str, Any]:
-    """A form's texts as the values that JSON would have: numbers read, empty ones left out."""
+    """A form's texts as the values that JSON would have: numbers and lists read, empty ones left
+    out."""
     values: dict[str, Any] = {}
     for name, text in pairs.items():
         if name in PROMPT_FIELDS:
             values[name] = text
-        elif given := text.strip():
+        elif not (given := text.strip()):
+            check_known(name)
+        elif name in _LISTS:
+            values[name] = [one.strip() for one in given.split(",")]
+        else:
             is_number = name in ("priority", "deadline_ms") and _INTEGER.fullmatch(given)
             values[name] = int(given) if is_number else given
-            if name == "tiers":
-                values[name] = [one.strip() for one in text.split(",")]
-        else:
-            check_known(name)
     return values
 
 

@@ -78,6 +78,14 @@ async def test_a_job_names_its_tiers_in_json_or_a_form(
     assert got.tiers == beside_live
 
 
+async def test_an_unknown_field_of_a_form_is_refused_though_it_is_empty(
+    config: Config, blobs: Blobs
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        await read_submission(request(b"data=x&webhook=", FORM), config, blobs)
+    assert refusal.value.field == "webhook"
+
+
 async def test_only_a_job_has_tiers(config: Config, blobs: Blobs) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         await read_json({"data": "x", "tiers": ["flex"]}, config, blobs)
