@@ -237,6 +237,7 @@ async def copy_of(dossier: RequestDetail, blobs: Blobs) -> NewJob:
         conversation=row["conversation"],
         key_id=row["key_id"],
         endpoint=record.endpoint,
+        tiers_allowed=rows.tiers_of(row),
     )
 
 
@@ -257,7 +258,9 @@ async def replay_of(
     record, row = dossier.record, dossier.request
     if record.source == "job":
         copy = await copy_of(dossier, blobs)
-        return replace(copy, repeats=record.request_id, bound_upstream=upstream, webhook_url=None)
+        # The answer is for the person who makes it again: now, and for nobody's webhook.
+        copy = replace(copy, webhook_url=None, tiers_allowed=())
+        return replace(copy, repeats=record.request_id, bound_upstream=upstream)
     if not record.status.is_end:
         raise NotEnded(f"the request has not ended yet: {record.status}")
     if body is None and (not row.get("prompt") or record.files):

@@ -616,8 +616,13 @@ def claimed_job(row: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> C
         ),
         was_called=row["attempt_at"] is not None,
         tier=tier_of(row["tier"]),
-        tiers_allowed=tuple(filter(None, map(tier_of, row["tiers_allowed"] or ()))),
+        tiers_allowed=tiers_of(row),
     )
+
+
+def tiers_of(row: Mapping[str, Any]) -> tuple[Tier, ...]:
+    """Those that a job may be put into beside the usual one."""
+    return tuple(filter(None, map(tier_of, row["tiers_allowed"] or ())))
 
 
 def tier_of(name: str | None) -> Tier | None:

@@ -77,8 +77,13 @@ async def test_a_wrapped_call_and_a_prompt_cost_half_in_flex(
     )
     assert abs(2 * prompt["cost_micros"] - plain["cost_micros"]) <= 1
     assert [call.tier for call in await gateway.calls()] == ["", "flex"]
-    _, detail = await gateway.get(f"/admin/requests/{record['request_id']}")
+    path = f"/admin/requests/{record['request_id']}"
+    _, detail = await gateway.get(path)
     assert detail["request"]["tier"] == "flex"
+    async with gateway.http.post(f"{gateway.url}{path}/retry", json={}) as answer:
+        again = await gateway.end_of((await answer.json())["request_id"])
+    assert again["tier"] == "flex", "what is submitted again costs what it was to cost"
+    assert again["cost_micros"] == record["cost_micros"]
 
 
 async def test_flex_without_capacity_pauses_nothing_and_costs_no_attempt(
