@@ -59,10 +59,14 @@ async def test_a_dead_job_is_queued_again_with_all_its_attempts_and_its_whole_ti
     job = await died(gateway, "Explain the tide")
     await gateway.database.execute(
         "UPDATE requests SET attempts = 2, created_at = now() - interval '2 minutes',"
-        " deadline_at = now() - interval '1 minute' WHERE id = $1::uuid",
+        " deadline_at = now() - interval '1 minute', admitted_at = now(), queue_ms = 1,"
+        " upstream_ms = 2, first_byte_ms = 3 WHERE id = $1::uuid",
         job,
     )
     assert await decided(gateway, f"/dead/{job}/requeue") == 200
+    queued = await gateway.status(job)
+    calls = queued.keys() & {"admitted_at", "queue_ms", "upstream_ms", "first_byte_ms"}
+    assert (queued["status"], calls) == ("queued", set()), "nothing of the call that it died over"
     await gateway.upstream.set_fault("internal", count=1)
     gateway.start_worker()
     record = await gateway.end_of(job)

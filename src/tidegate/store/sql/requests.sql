@@ -42,7 +42,8 @@ SELECT * FROM files WHERE id = $1 AND tenant_id = $2
 -- name: requeue_dead
 -- A person's decision: a dead job gets a fresh start, with its whole time.
 UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
-    claimed_by = NULL, failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
+    claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
+    cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
     used_model = NULL, upstream = NULL, result = NULL, finish_reason = NULL, input_tokens = NULL,
     output_tokens = NULL, thoughts_tokens = NULL, cached_tokens = NULL, total_tokens = NULL,
     given_ms = coalesce(given_ms, (extract(epoch FROM deadline_at - created_at) * 1000)::bigint),
