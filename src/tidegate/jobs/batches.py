@@ -695,8 +695,8 @@ class BatchRunner:
         return check
 
     async def _assemble(self, batch: Batch) -> None:
-        if batch.is_of_messages and "in_progress_at" not in batch.times:
-            await self._read(batch)  # cut short before: its results name each request all the same
+        if "in_progress_at" not in batch.times:
+            await self._read(batch)  # cut short before: its results name each line all the same
         with OutputWriter(self._folder) as output, OutputWriter(self._folder) as errors:
             last = 0
             while rows := await self._store.batches.lines_after(batch, last, _CHUNK_LINES):

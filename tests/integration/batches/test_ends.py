@@ -46,6 +46,26 @@ async def test_a_batch_ends_while_none_of_its_lines_may_go(
     assert len({call.prompt for call in called}) == len(called) == len(said)
 
 
+@pytest.mark.parametrize("how", ["expired", "cancelled"])
+async def test_a_batch_that_no_worker_has_read_names_each_line_as_well(
+    open_gateway: Opener, sdk: MakeSdk, how: str
+) -> None:
+    gateway = await open_gateway(worker=False)
+    client = sdk(gateway)
+    batch = await batching.begin(client, batching.content(3))
+    if how == "expired":
+        await gateway.database.execute(_EXPIRE)
+    else:
+        await client.batches.cancel(batch.id)
+    gateway.start_worker()
+    done = await batching.end_of(client, batch, 10)
+    assert (done.status, done.output_file_id) == (how, None)
+    errors = await batching.lines_of(client, done.error_file_id)
+    assert [one["custom_id"] for one in errors] == ["id-0", "id-1", "id-2"]
+    assert {one["error"]["code"] for one in errors} == {f"batch_{how}"}
+    assert await gateway.calls() == []
+
+
 async def test_a_line_whose_workers_died_thrice_fails_alone(
     open_gateway: Opener, sdk: MakeSdk
 ) -> None:
