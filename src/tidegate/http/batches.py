@@ -231,9 +231,10 @@ class _UploadReader:
 
 BATCH_PATHS = ("/v1/files", "/v1/batches")  # how those of ours begin
 _PATH = re.compile(r"/v1/(?P<room>files|batches)(?:/(?P<id>[\w-]{1,80})(?:/(?P<do>\w+))?)?/?")
-_FILE_ID = re.compile(r"file-(?P<hex>[0-9a-f]{32})")
-# Ours are UUIDv7; those of OpenAI are hexadecimal too, with an 8 in the place of their version.
-_BATCH_ID = re.compile(r"batch_(?P<hex>[0-9a-f]{12}7[0-9a-f]{19})")
+# Ours are UUIDv7. Azure's files are UUIDs too, of version 4; the batches of OpenAI are hexadecimal,
+# with an 8 in the place of their version.
+_OUR_ID = "(?P<hex>[0-9a-f]{12}7[0-9a-f]{19})"
+_FILE_ID, _BATCH_ID = re.compile(f"file-{_OUR_ID}"), re.compile(f"batch_{_OUR_ID}")
 _WINDOW = "24h"
 _CREATE_FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata")
 _CREATE_BYTES = 65_536

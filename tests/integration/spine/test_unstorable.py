@@ -12,7 +12,7 @@ from tests.waiting import wait_until
 
 NUL, HALF = "a\x00b", "a\ud800b"
 CHAT = "/v1/chat/completions"
-BATCH = {"input_file_id": "file-" + "0" * 32, "endpoint": CHAT, "completion_window": "24h"}
+BATCH = {"input_file_id": "file-" + "7" * 32, "endpoint": CHAT, "completion_window": "24h"}
 
 
 async def asked(

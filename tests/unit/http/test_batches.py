@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.http.asgi import MULTIPART, multipart, request, settings, text
+from tidegate.call import new_id
 from tidegate.errors import InvalidRequest
-from tidegate.http.batches import Uploaded, read_upload
+from tidegate.http.batches import Uploaded, file_view, is_batch_path, read_upload
 from tidegate.http.body import BodyBudget, BodyMemory, MemoryBound, Spool, incoming_of
+from tidegate.store.batches import INPUT, BatchFile
 
 LINES = b'{"custom_id": "one"}\n{"custom_id": "two"}\n'
 FORM = multipart(text("purpose", "batch"), ("file", LINES, "lines.jsonl", "text/plain"))
@@ -41,3 +43,14 @@ async def test_a_file_in_base64_is_refused_and_not_kept_as_that(tmp_path: Path) 
 async def test_a_second_content_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="more than one Content-Type"):
         await read(FORM, MULTIPART, tmp_path, MULTIPART)
+
+
+def test_a_file_of_ours_is_known_by_its_id_and_one_of_azure_is_not_taken_for_it() -> None:
+    ours = file_view(BatchFile(new_id(), "acme", INPUT, "in.jsonl", 2, 1, "key"))["id"]
+    azure = "file-655111ec9cfc44489d9af078f08116ef"  # of a UUID too, of version 4
+
+    def is_ours(file_id: str) -> bool:
+        path = f"/v1/files/{file_id}/content"
+        return is_batch_path({"path": path, "headers": [], "query_string": b""})
+
+    assert (is_ours(ours), is_ours(azure)) == (True, False)
