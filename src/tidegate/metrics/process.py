@@ -598,14 +598,16 @@ class Exposition:
         self._making = asyncio.Lock()
 
     async def text(self, accept: str) -> tuple[bytes, str]:
-        """The metrics and their media type: as OpenMetrics where `accept` asks for it."""
-        sort = "openmetrics" if "openmetrics" in accept else "plain"
+        """The metrics and their media type: as OpenMetrics where `accept` asks for it, else as text
+        of Prometheus; in one version of each, since an answer is shared and the library fails at a
+        version that is no number."""
+        sort = "application/openmetrics-text" if "openmetrics" in accept else "text/plain"
         async with self._making:
             made_at, body, media_type = self._answers.get(sort, (float("-inf"), b"", ""))
             if time.monotonic() - made_at > EXPOSITION_FRESH_S:
                 self._watch.look()
                 given = await read(self._keepers, self._depths, self._servers)
-                encode, media_type = choose_encoder(accept)
+                encode, media_type = choose_encoder(sort)
                 body = await asyncio.to_thread(encode, self._instruments.also(given))
                 self._answers[sort] = (time.monotonic(), body, media_type)
         return body, media_type
