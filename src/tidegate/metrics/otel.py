@@ -11,6 +11,7 @@ for it is bounded.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,6 +157,13 @@ class Collector:
 
     def close(self) -> None:
         """Send what is waiting, for a few seconds at most. Blocks: give it a thread."""
+        # The SDK keeps to no timeout: each export under way may take that of its requests. What
+        # has not been sent in time ends with the process, whose end waits for no daemon.
+        closing = threading.Thread(target=self._close, name="collector", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_WITHIN_MS / 1000)
+
+    def _close(self) -> None:
         self._processor.force_flush(_CLOSE_WITHIN_MS)
         self._meters.shutdown(_CLOSE_WITHIN_MS)
         self._processor.shutdown()  # type: ignore[no-untyped-call]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -14,8 +17,10 @@ from tests.integration.observability.test_metrics import MODEL, chat
 from tests.waiting import wait_until
 from tidegate.call import Answer, Charge, Usage, UsageDetails
 from tidegate.embedded.servers import free_port
-from tidegate.metrics.otel import _answered
+from tidegate.metrics import otel
+from tidegate.metrics.otel import Collector, _answered
 from tidegate.record import CallRecord
+from tidegate.telemetry.tracing import Tracing
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
@@ -149,3 +154,21 @@ async def test_a_collector_that_is_away_costs_nothing_and_is_told_of_once(
     said += "".join(capsys.readouterr())
     assert said.count("collector_away") == 1
     assert "Traceback" not in said
+
+
+def test_a_collector_that_hangs_holds_up_the_end_of_a_process_for_a_moment_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(otel, "_CLOSE_WITHIN_MS", 100)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, answers nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+        collector = Collector("tidegate-api", "api-1")
+        request_id = uuid4()
+        trail = Tracing(collector.samples).trail(request_id, None)
+        ended = CallRecord("relay", "acme", datetime.now(UTC), request_id, trail=trail)
+        ended.end("succeeded")
+        collector.take([ended])
+        began = time.monotonic()
+        collector.close()
+        assert time.monotonic() - began < 5
