@@ -26,7 +26,7 @@ from tidegate.limiter import (
     format_pause,
     format_span,
 )
-from tidegate.metrics.process import Board, Note, Recent, UpstreamFound
+from tidegate.metrics.process import READ_WITHIN_S, Board, Note, Recent, UpstreamFound
 from tidegate.policy.format import in_words
 from tidegate.policy.inspection import adapted_from, admitted_per_s, is_full
 from tidegate.policy.learned import LearnedLimit, shared_limits
@@ -170,11 +170,15 @@ class Standing:
 async def _pool(name: str, keeper: PolicyKeeper) -> PoolSeen:
     limiter = keeper.limiter
     try:
-        snapshot, learned = await asyncio.gather(
-            limiter.snapshot(), shared_limits(limiter, keeper.provider)
-        )
+        async with asyncio.timeout(READ_WITHIN_S):
+            snapshot, learned = await asyncio.gather(
+                limiter.snapshot(), shared_limits(limiter, keeper.provider)
+            )
     except LimiterUnavailable as away:
         return PoolSeen(name, limiter.policy, None, problem=away.message)
+    except TimeoutError:
+        problem = f"no answer within {READ_WITHIN_S * 1000:.0f} ms"
+        return PoolSeen(name, limiter.policy, None, problem=problem)
     return PoolSeen(name, limiter.policy, snapshot, learned)
 
 

@@ -92,6 +92,8 @@ async def test_without_valkey_it_stays_ready_and_says_what_is_wrong_in_time(
         *(503, "failed", "ok"),
     )
     assert body["valkey"]["detail"]
+    assert body["verdict"]["health"] == "down"
+    assert [one["kind"] for one in body["verdict"]["causes"]] == ["valkey_away"]
     assert (await gateway.get("/health/ready"))[0] == 200
     refused = await gateway.stream(text="Explain the tide", deadline_ms=1_200)
     assert (refused.status, refused.problem["code"]) == (503, "limiter_unavailable")
