@@ -32,7 +32,7 @@ from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import History, QueueDepths, Reconciliations, UsageTotals
 from tidegate.store.tenants import Policies, Tenants
 
-READ_TIMEOUT_MS = 2_000
+_SCHEMA_TIMEOUT_MS = 1_000  # less than the probes of deploy/ wait for
 _CLOSE_TIMEOUT_MS = 6_000
 
 
@@ -133,7 +133,7 @@ class Store:
         While PostgreSQL is unavailable the last answer counts: an outage changes no schema.
         """
         try:
-            revision = await self.connections.run(revision_of, timeout_ms=READ_TIMEOUT_MS)
+            revision = await self.connections.run(revision_of, timeout_ms=_SCHEMA_TIMEOUT_MS)
         except StoreUnavailable:
             return self._schema_fitted
         self._schema_fitted = revision is not None and revision >= HEAD

@@ -352,6 +352,26 @@ asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
     await wait_until(lambda: not list((tmp_path / "spill").glob("*.spill")))
 
 
+async def test_whether_the_schema_fits_is_told_in_time_while_all_connections_are_busy(
+    store: Store,
+) -> None:
+    assert await store.schema_fits()
+    answered = asyncio.Event()
+
+    async def slow(_connection: asyncpg.Connection) -> None:
+        await answered.wait()
+
+    busy = [asyncio.create_task(store.connections.run(slow)) for _ in range(10)]
+    await asyncio.sleep(0)  # they have all slots now
+    began = time.monotonic()
+    assert await store.schema_fits()
+    took_s = time.monotonic() - began
+    answered.set()
+    await asyncio.gather(*busy)
+    assert took_s < promised_s(1.8), "before a probe gives up, which has 2 s in deploy/"
+    assert not store.connections.away
+
+
 async def test_a_single_frozen_connection_costs_one_deadline_and_no_more(
     own_url: str, make_store: MakeStore
 ) -> None:
