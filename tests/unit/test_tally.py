@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from tidegate.errors import CallPreempted
 from tidegate.metrics.instruments import MOST_TENANTS, Calls, Instruments, Known, Metric, Tally
+from tidegate.metrics.process import Given, _tell_loads
 from tidegate.record import RETRIED, CallRecord, Failure
+from tidegate.upstream.server_load import ServerLoad
 
 
 @given(st.lists(st.lists(st.floats(0, 2_000), max_size=20), max_size=5))
@@ -47,6 +49,15 @@ def test_a_gauge_that_was_forgotten_is_shown_again_as_it_was() -> None:
     made.forget("pool", "gemini")
     made.set(Metric.HELD, labels, 3)
     assert f"{shown}3.0" in _lines(made.registry)
+
+
+def test_a_scrape_has_each_metric_once() -> None:
+    given = Given()
+    _tell_loads(given, {"gpu": ServerLoad(1, 2, 4, 100, 0.5)})
+    told = generate_latest(Instruments().also(given)).decode().splitlines()
+    types = [line.split()[2] for line in told if line.startswith("# TYPE ")]
+    assert sorted(types) == sorted(set(types)), "a second TYPE line makes parsers refuse all"
+    assert 'tidegate_server_running{upstream="gpu"} 1.0' in told
 
 
 def test_a_count_is_there_from_the_start_and_taken_once() -> None:

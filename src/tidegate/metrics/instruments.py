@@ -211,21 +211,6 @@ class Metric:
     KEY_REFUSED = _own(
         "tidegate_upstream_key_refused", "Processes whose key an upstream has refused", "upstream"
     )
-    SERVER_RUNNING = _own(
-        "tidegate_server_running", "Requests that a server of one's own works on", "upstream"
-    )
-    SERVER_WAITING = _own("tidegate_server_waiting", "Requests in a server's own queue", "upstream")
-    SERVER_SLOTS = _own(
-        "tidegate_server_slots", "Requests that a server can work on at a time", "upstream"
-    )
-    SERVER_KV_USED = _own(
-        "tidegate_server_kv_cache_used_ratio", "Share of a server's KV cache in use", "upstream"
-    )
-    SERVER_KV_TOKENS = _own(
-        "tidegate_server_kv_cache_tokens",
-        "Tokens that a server's KV cache has room for",
-        "upstream",
-    )
     ANNOUNCED_BOUND = _own(
         "tidegate_upstream_announced_limit",
         "What an upstream's last answer said that its own rate limit is",
@@ -342,6 +327,23 @@ class Metric:
     )
     BUDGET_PAUSED = _of_all(
         "tidegate_budget_paused", "Books of a budget that wait for a person", "budget"
+    )
+    SERVER_RUNNING = _of_all(
+        "tidegate_server_running", "Requests that a server of one's own works on", "upstream"
+    )
+    SERVER_WAITING = _of_all(
+        "tidegate_server_waiting", "Requests in a server's own queue", "upstream"
+    )
+    SERVER_SLOTS = _of_all(
+        "tidegate_server_slots", "Requests that a server can work on at a time", "upstream"
+    )
+    SERVER_KV_USED = _of_all(
+        "tidegate_server_kv_cache_used_ratio", "Share of a server's KV cache in use", "upstream"
+    )
+    SERVER_KV_TOKENS = _of_all(
+        "tidegate_server_kv_cache_tokens",
+        "Tokens that a server's KV cache has room for",
+        "upstream",
     )
     LEFT_OUT = _of_all(
         "tidegate_metrics_left_out", "Limits, tenants or queues beyond those that are shown", "what"

@@ -114,6 +114,8 @@ async def test_a_scrape_tells_of_calls_of_the_process_and_of_all(
     while_some_wait = {"tidegate_tenant_waiting"}  # see test_state.py
     # Of an upstream whose answers report limits: see integration/policy/test_learning.py.
     while_some_wait |= {f"tidegate_limit_{one}" for one in LEARNED}
+    # Of a server of one's own: see integration/native/test_self_hosted.py.
+    while_some_wait |= {one.name for one in ALL if one.name.startswith("tidegate_server_")}
     assert {one.name for one in ALL} - here == while_some_wait
     assert await asyncio.to_thread(complaints_of_promtool, text) == []
 
