@@ -151,9 +151,14 @@ class Collector:
         for one in batch:
             if one.status != REFUSED:
                 self._measure(one)
-            if one.trail is not None and one.trail.recorded:
+            if one.trail is not None and self._is_recorded(one.trail):
                 for span in self._spans_of(one, one.trail):
                     self._processor.on_end(span)
+
+    def _is_recorded(self, trail: Trail) -> bool:
+        if trail.recorded is None:
+            return self.samples(trail.trace_id, trail.parent)
+        return trail.recorded
 
     def close(self) -> None:
         """Send what is waiting, for a few seconds at most. Blocks: give it a thread."""

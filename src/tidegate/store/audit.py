@@ -48,6 +48,7 @@ from tidegate.store.records import (
 from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import READ, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import Trail, parent_of
 
 log = get_logger()
 
@@ -890,4 +891,7 @@ def of_row(row: Mapping[str, Any], failure: Json) -> CallRecord:
     record.model = row["used_model"] or row["model"]
     record.finished_at = row["finished_at"]
     record.end(row["status"], Failure(failure["code"], failure["message"]))
+    if row["admitted_at"] is not None:  # an attempt was sent, whose span has this call as parent
+        record.request_id = rows.uuid_of(row["id"])
+        record.trail = Trail.of(record.request_id, parent_of(row["traceparent"]))
     return record

@@ -83,13 +83,20 @@ class Try:
 @dataclass(slots=True)
 class Trail:
     """A call in its trace. recorded: spans will be made of it; else it only passes on what its
-    parent said."""
+    parent said. None where its end decides: of a job that ends in the database."""
 
     trace_id: int
     span_id: int
     parent: Parent | None
-    recorded: bool
+    recorded: bool | None
     tries: list[Try] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, request_id: UUID, parent: Parent | None, recorded: bool | None = None) -> Trail:
+        """Of a request; the same wherever it is made."""
+        trace_id = request_id.int if parent is None else parent.trace_id
+        # A UUIDv7's last 64 bits are random but for two, of which one is set: never zero.
+        return cls(trace_id, request_id.int & 0xFFFF_FFFF_FFFF_FFFF, parent, recorded)
 
     @property
     def trace(self) -> str:
@@ -113,7 +120,7 @@ class Trail:
             one.code = None if worked else "cancelled" if error is None else error.code
 
     def _as(self, span_id: int) -> str:
-        return f"00-{self.trace_id:032x}-{span_id:016x}-{int(self.recorded):02x}"
+        return f"00-{self.trace_id:032x}-{span_id:016x}-{int(bool(self.recorded)):02x}"
 
 
 Sampler = Callable[[int, Parent | None], bool]
@@ -131,10 +138,10 @@ class Tracing:
         and nothing to record."""
         if self._sampler is None and parent is None:
             return None
-        trace_id = request_id.int if parent is None else parent.trace_id
-        recorded = self._sampler is not None and self._sampler(trace_id, parent)
-        # A UUIDv7's last 64 bits are random but for two, of which one is set: never zero.
-        return Trail(trace_id, request_id.int & 0xFFFF_FFFF_FFFF_FFFF, parent, recorded)
+        trail = Trail.of(request_id, parent, False)
+        if self._sampler is not None:
+            trail.recorded = self._sampler(trail.trace_id, parent)
+        return trail
 
 
 def address_of(url: str) -> str:

@@ -117,6 +117,27 @@ def test_a_span_says_which_model_answered_and_what_was_written_to_a_cache() -> N
     assert _answered(ended) == said
 
 
+async def test_a_job_that_ends_in_the_queue_after_an_attempt_has_its_own_span(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.5")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+        gateway = await open_gateway()
+        await gateway.upstream.set_fault("throttled", retry_after_s=20, count=1)
+        _, job = await posted(gateway, "/submit", {"data": "Explain tides"}, traceparent=PARENT)
+        await wait_until(lambda: len(collector.spans) == 2, 20, "the attempt and its wait")
+        async with gateway.http.delete(f"{gateway.url}/requests/{job}") as response:
+            assert response.status == 200
+        await wait_until(lambda: len(collector.spans) == 3, 20, "the job itself")
+        *parts, own = collector.spans
+        assert {one.parent_span_id for one in parts} == {own.span_id}
+        assert (own.trace_id.hex(), own.parent_span_id.hex()) == (TRACE, SPAN)
+        said = attributes_of(own)
+        assert (said["tidegate.request_id"], said["error.type"]) == (job, "cancelled")
+
+
 async def test_without_a_collector_a_clients_traceparent_goes_through_as_it_is(
     open_gateway: Opener,
 ) -> None:
