@@ -112,6 +112,16 @@ def test_a_call_that_gave_way_is_counted_and_is_no_failure() -> None:
     assert Metric.FAILURES not in counts
 
 
+def test_a_call_that_was_never_admitted_counts_in_the_pool_in_which_it_waited() -> None:
+    tally = Tally()
+    record = CallRecord("relay", "acme", datetime.now(UTC), waits_for=("gpu", ("kind:text_only",)))
+    record.end("expired", Failure("deadline_exceeded", "its deadline came"))
+    Calls(tally).take([record])
+    counted = {spec: labels for spec, labels, amount in tally.take_counts() if amount}
+    assert counted[Metric.CALLS] == ("relay", "", "gpu", "", "expired")
+    assert counted[Metric.FAILURES] == ("relay", "gpu", "deadline_exceeded")
+
+
 def test_a_429_counts_in_the_pool_of_the_upstream_that_gave_it() -> None:
     tally = Tally()
     record = CallRecord("relay", "acme", datetime.now(UTC), pool="b", upstream="second", attempts=2)

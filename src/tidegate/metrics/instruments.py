@@ -482,8 +482,9 @@ class Calls:
         model = self._models.of(one.model, learns=worked) if one.model else ""
         tenant = self._tenants.of(one.tenant_id, learns=one.attempts > 0)
         failed = "" if worked else one.code or one.status
+        pool = one.pool or one.waits_for[0]  # in which it waited, of a call that was not admitted
         sort = (
-            *(one.source, one.kind or "", one.pool, model),
+            *(one.source, one.kind or "", pool, model),
             *(tenant, one.operation, one.dialect, one.status),
         )
         cells = self._cells.get(sort)
@@ -494,9 +495,9 @@ class Calls:
         cells.calls.amount += 1
         cells.of_tenant.amount += 1
         if failed == CallPreempted.code:
-            self._tally.add(Metric.PREEMPTED, (one.source, one.pool))
+            self._tally.add(Metric.PREEMPTED, (one.source, pool))
         elif failed:
-            self._tally.add(Metric.FAILURES, (one.source, one.pool, failed))
+            self._tally.add(Metric.FAILURES, (one.source, pool, failed))
         if one.attempts:
             self._count_attempts(one, cells, failed)
         charge, usage = one.charge, one.charge.usage
