@@ -200,10 +200,10 @@ _CHANGEABLE = ("at_end", "fallback", "doubt", "alerts")
 
 
 def with_changes(before: Budget | None, name: str, values: Mapping[str, Any]) -> Budget:
-    """The budget that a person states as in `budget_of`; of one that is there what `values` does
-    not name stays as it is. Raises ConfigError."""
+    """The budget that a person states as in `budget_of`, of a month where it is new and no period
+    is given; of one that is there what `values` does not name stays. Raises ConfigError."""
     if before is None:
-        return budget_of(name, values)
+        return budget_of(name, {"period": "month", **values})
     kept = plain_budget(before)
     amount = kept.pop("amount")
     for derived in ("name", "created_at", "unit"):

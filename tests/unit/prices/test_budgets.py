@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.prices.budgets import budget_of, extra_of
+from tidegate.prices.budgets import budget_of, extra_of, with_changes
 
 DAY = {"period": "day"}
 
@@ -33,3 +33,11 @@ def test_less_than_a_micro_dollar_is_refused_and_not_rounded_to_nothing() -> Non
 def test_too_many_tokens_are_refused_with_the_range() -> None:
     with pytest.raises(ConfigError, match="a number from 0 to 1000000000000000"):
         budget_of("a", {"tokens": 10**15 + 1, **DAY})
+
+
+def test_a_new_budget_is_of_a_month_and_keeps_its_period_until_another_is_given() -> None:
+    new = with_changes(None, "all", {"usd": "3000"})
+    assert (new.period, new.amount) == ("month", 3_000_000_000)
+    of_a_week = with_changes(new, "all", {"period": "week"})
+    assert (of_a_week.period, of_a_week.amount) == ("week", 3_000_000_000)
+    assert with_changes(of_a_week, "all", {"usd": "5"}).period == "week"
