@@ -211,8 +211,10 @@ def check_coding(headers: Headers) -> None:
 
 
 def _is_coded(headers: Headers) -> bool:
-    codings = [value.lower().split(b",") for name, value in headers if name == b"content-encoding"]
-    return any(one.strip() not in (b"", b"identity") for given in codings for one in given)
+    for name, value in headers:
+        if name == b"content-encoding" and value.lower().replace(b"identity", b"").strip(b", "):
+            return True
+    return False
 
 
 def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
@@ -407,7 +409,8 @@ class _Front:
             if not uploads and form is None:
                 whole = None if self._direct is None else self._direct.take_body()
                 body = await self._whole_body() if whole is None else whole
-                check_size(len(body), self._services.config.max_body_bytes)
+                if len(body) > (most_bytes := self._services.config.max_body_bytes):
+                    check_size(len(body), most_bytes)
             call = call_of(
                 self._scope,
                 endpoint,

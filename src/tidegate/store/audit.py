@@ -428,8 +428,9 @@ class AuditLog:
     async def forget_bodies(self, given: Iterable[Prepared]) -> None:
         """Delete the large bodies of records that are left out."""
         keys = [key for one in given for body in one.bodies if (key := body[_BLOB_KEY])]
-        with suppress(StoreUnavailable):
-            await self._blobs.delete(keys)
+        if keys:
+            with suppress(StoreUnavailable):
+                await self._blobs.delete(keys)
 
     def noted(self, records: Iterable[CallRecord]) -> None:
         """Notify listeners of records that `add` has written, and calls that wait for a budget."""
