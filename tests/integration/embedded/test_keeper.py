@@ -54,9 +54,9 @@ async def _recall(url: str | None) -> list[str] | None:
     """The words that were remembered, or None while the server is away."""
     try:
         connection = await asyncpg.connect(url)
-    except (OSError, asyncpg.PostgresError):
-        return None
-    rows = await connection.fetch("SELECT word FROM words")
+        rows = await connection.fetch("SELECT word FROM words")
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+        return None  # it may end between the two as well
     await connection.close()
     return [row["word"] for row in rows]
 
