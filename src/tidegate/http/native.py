@@ -397,14 +397,12 @@ class _Front:
 
     async def _answer(self, endpoint: Endpoint) -> None:
         uploads = endpoint.operation is Operation.UPLOAD
-        form: FormBody | None = None
         try:
             if not uploads:
                 check_coding(self._scope["headers"])
             known = self._services.gate.known(self._scope["headers"], self._scope["query_string"])
             self._caller = await self._identified(endpoint) if known is None else known
-            if endpoint.takes_form:
-                form = await self._form(endpoint)
+            form = await self._form(endpoint) if endpoint.takes_form else None
             body = b""
             if not uploads and form is None:
                 whole = None if self._direct is None else self._direct.take_body()
