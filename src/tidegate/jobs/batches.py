@@ -259,7 +259,7 @@ class LineCaller:
             self._outages.left(one.turn)
         elif one.turn is not None or is_of_upstream(error):
             turn = one.turn or Turn(self._targets_of(line))
-            self._outages.ended(turn, record.upstream, error)
+            self._held.ended(turn, record.upstream, error)
         if error is not None and (wait_ms := self._wait_ms(line, record, error)) is not None:
             if isinstance(error, BudgetExceeded):
                 self._store.batch_lines.hold_up(line.batch_id, wait_ms)

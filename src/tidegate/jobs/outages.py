@@ -259,6 +259,13 @@ class Held:
     def __repr__(self) -> str:
         return f"<Held {self.outages!r}>"
 
+    def ended(self, turn: Turn, upstream: str | None, error: BaseException | None) -> None:
+        """As `Outages.ended`. A gate that was closed when the call failed may have been opened
+        before it is looked at here."""
+        self.outages.ended(turn, upstream, error)
+        if upstream in self._gates and isinstance(error, UpstreamError) and error.in_outage:
+            self._closed.add(upstream)
+
     @property
     def _is_any(self) -> bool:
         """False as long as all works, and there is nothing to ask for."""

@@ -522,7 +522,7 @@ class Worker:
             self._outages.left(run.turn)
         elif run.turn is not None or (failure is not None and is_of_upstream(failure)):
             turn = run.turn or Turn(self._targets_of(job))
-            self._outages.ended(turn, record.upstream, failure)
+            self._put_off.held.ended(turn, record.upstream, failure)
         if run.is_marked:
             self._stages.enter(job, Stage.RECORDING)
         else:

@@ -63,6 +63,17 @@ def fail(outages: Outages, error: UpstreamError = DOWN, times: int = FAULTS) -> 
         outages.ended(Turn(TEXT), "main", error)
 
 
+def test_a_gate_that_is_opened_before_it_is_looked_at_lets_a_probe_go(outages: Outages) -> None:
+    gate: Any = SimpleNamespace(upstream="main", closed=lambda: None)
+    held = Held(outages, {"main": gate})
+    dead = UpstreamUnauthorized("no such key", of_key=True)
+    dead.in_outage = True
+    held.ended(Turn(TEXT), "main", dead)
+    assert outages.held_ms(TEXT) == DEAD_KEY_S * 1000
+    assert held.may_claim(5) == 1
+    assert outages.held_ms(TEXT) == 0
+
+
 def test_a_few_faults_hold_up_nothing(outages: Outages) -> None:
     fail(outages, times=FAULTS - 1)
     assert outages.held_ms(TEXT) == 0
