@@ -64,7 +64,7 @@ async def test_a_server_that_replays_its_log_is_not_killed(tmp_path: Path, trace
     await wait_until(lambda: recovers(server.port), 20, "its recovery")
     with pytest.raises(StillRecovering):
         server.await_ready(0)
-    assert traces.pids("postgres -D") == [server.pid]
+    assert server.pid in traces.pids("postgres -D")  # beside what it has just forked
     _promote(server.folder / "cluster", server.pid)
     server.await_ready()
     server.stop()
