@@ -263,7 +263,7 @@ class Held:
         """As `Outages.ended`. A gate that was closed when the call failed may have been opened
         before it is looked at here."""
         self.outages.ended(turn, upstream, error)
-        if upstream in self._gates and isinstance(error, UpstreamError) and error.in_outage:
+        if upstream is not None and isinstance(error, UpstreamError) and error.in_outage:
             self._closed.add(upstream)
 
     @property

@@ -276,6 +276,8 @@ class AccountUse:
     _last: HeaderReading | None = None
     _used: deque[tuple[float, float]] = field(default_factory=deque)
     _kept: deque[tuple[float, int]] = field(default_factory=deque)
+    _counted: int = 0  # as the pool counted after the last look
+    _has_lost: bool = False
 
     def read(self, reading: HeaderReading) -> None:
         """Take a reading; one that is not newer than the last is passed over."""
@@ -307,25 +309,32 @@ class AccountUse:
         if kept > 0:
             self._kept.append((now, kept))
 
-    def forget_kept(self) -> None:
-        """What was charged is counted no more."""
-        self._kept.clear()
+    def lose(self) -> None:
+        """Valkey has lost its data. Processes report again what they have seen of it: what is
+        missing at the next look is taken for what was charged here, so that it is charged again."""
+        self._has_lost = True
+
+    def _recount(self, counted: int) -> None:
+        missing, self._has_lost = self._counted - counted if self._has_lost else 0, False
+        while missing > 0 and self._kept:
+            at, amount = self._kept.popleft()
+            if amount > missing:
+                self._kept.appendleft((at, amount - missing))
+            missing -= amount
 
     def due(self, now: float, counted: int, in_force: int, bound: int) -> int:
         """How much to charge now so that room is left for others, and for a bound that fell.
 
         counted: what the pool counts in the window, with all that was charged here."""
         lower = min(in_force, bound)
+        self._recount(counted)
         self._notice(now, counted, lower)
         lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
         # What the account has left for us may be more than the limit in force allows.
         wanted = max(0.0, in_force - bound + (self.others + MARGIN * lower if self.acts else 0.0))
         wanted += self._short(lower, bound) if wanted else 0.0
         amount = round(min(wanted, in_force)) - lasting
-        if amount <= 0:
-            return 0
-        self._kept.append((now, amount))
-        return amount
+        return self._keep(now, counted, amount if amount > 0 else 0)
 
     def level_due(self, now: float, taken: int, level: int, in_force: int, bound: int) -> int:
         """As `due`, of a limit that refills as the account's does: by how much its level is lower
@@ -337,6 +346,7 @@ class AccountUse:
         look and a share of notes: what has refilled meanwhile, others and we have taken too.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
+        self._recount(taken)
         self._notice(now, taken, lower)
         if last is not None and last.remaining is not None and last.bound == bound:
             refilled = bound * max(0.0, now - last.at - RENEWED_S) / self.window_s
@@ -344,9 +354,13 @@ class AccountUse:
         margin = in_force * max(MARGIN, LOOK_S / self.window_s)
         wanted = in_force - remaining + (margin if remaining < 2 * margin else 0.0)
         amount = round(wanted) - level
-        if amount <= LEVEL_APART * lower:
-            return 0
-        self._kept.append((now, amount))
+        return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)
+
+    def _keep(self, now: float, counted: int, amount: int) -> int:
+        """Note what is charged now, and what the pool counts with it."""
+        if amount:
+            self._kept.append((now, amount))
+        self._counted = counted + amount
         return amount
 
     def _notice(self, now: float, counted: int, lower: int) -> None:

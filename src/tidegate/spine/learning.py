@@ -408,7 +408,7 @@ class LimitLearner:
         snapshot = await self._limiter.snapshot()
         if snapshot.epoch != self._epoch:
             self._epoch = snapshot.epoch
-            self._forget_charges()
+            self._lose_charges()
         if snapshot.recovering_ms:  # not all processes have reported what they have used
             return
         found = []
@@ -420,12 +420,12 @@ class LimitLearner:
         if self._learn == "apply":
             await self._apply(learned_limits(list(notes.values()), match))
 
-    def _forget_charges(self) -> None:
-        """They are lost with the data of Valkey, as a new epoch shows."""
+    def _lose_charges(self) -> None:
+        """With Valkey's data, as a new epoch shows, but for what processes report again."""
         self._others = ()
         self._days.clear()
         for use in self._uses.values():
-            use.forget_kept()
+            use.lose()
 
     async def _make_room(
         self,

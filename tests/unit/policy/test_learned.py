@@ -269,6 +269,17 @@ def test_room_is_kept_free_for_a_bound_that_fell_and_freed_when_it_rose_again(
     assert account.use.kept(account.now) == 0
 
 
+@pytest.mark.parametrize("reported", [0, 20_000, 30_000, 35_000])
+def test_after_a_loss_what_no_process_reports_again_is_charged_again(reported: int) -> None:
+    use = AccountUse(60.0, 60.5, refills=False)
+    assert use.due(0.0, 0, 60_000, 30_000) == 30_000
+    use.lose()
+    charged = max(0, 30_000 - reported)
+    assert use.due(5.0, reported, 60_000, 30_000) == charged
+    assert use.kept(5.0) == 30_000
+    assert use.due(10.0, reported + charged, 60_000, 30_000) == 0
+
+
 def test_the_level_of_a_bucket_follows_the_accounts() -> None:
     account = Account(60_000, is_bucket=True)
     account.run(120)
