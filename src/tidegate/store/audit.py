@@ -685,9 +685,10 @@ class AuditLog:
 async def _end_of(job: ClaimedJob, record: CallRecord, blobs: Blobs, *, called: bool) -> Json:
     """Of a job that was `called`, or ended before."""
     attempt, files = rows.result_row(record) if called else None, list[Json]()
-    bodies = [await row_of("request", body_of_job(job), blobs)]
     if attempt is not None:
         await rows.make_json(attempt)
+    bodies = [await row_of("request", body_of_job(job), blobs)]
+    if attempt is not None:
         if record.files:
             files = rows.file_rows("output", job.request_id, job.tenant_id, record.files)
         bodies.append(await row_of("response", body_of_answer(record, attempt), blobs))
