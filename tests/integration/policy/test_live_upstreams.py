@@ -346,31 +346,30 @@ async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
         new = vertex(clouds, clouds.service_account(tmp_path))
         status, done = await admin(gateway, "PUT", "/vertex", table=new, test=False)
         assert status == 200, done
-        body = BODY | {"model": "claude-x", "max_tokens": 50}
-        async with gateway.http.post(f"{gateway.url}/v1/messages", json=body) as response:
-            assert response.status == 200, await response.text()
+        assert (await ask_claude(gateway))[0] == 200
     lasting.cancel()
+
+
+async def ask_claude(gateway: Gateway) -> tuple[int, str]:
+    body = BODY | {"model": "claude-x", "max_tokens": 50}
+    async with gateway.http.post(f"{gateway.url}/v1/messages", json=body) as response:
+        return response.status, await response.text()
 
 
 async def test_a_replaced_file_of_credentials_counts_once_it_is_read_again(
     open_gateway: Opener, second: Emulator, tmp_path: Path
 ) -> None:
     gateway = await open_gateway(worker=False)
-    body = BODY | {"model": "claude-x", "max_tokens": 50}
-
-    async def ask() -> tuple[int, str]:
-        async with gateway.http.post(f"{gateway.url}/v1/messages", json=body) as response:
-            return response.status, await response.text()
 
     async with run_clouds(second.url) as clouds:
         new = vertex(clouds, clouds.service_account(tmp_path))
         assert (await admin(gateway, "PUT", "/vertex", table=new, test=False))[0] == 200
-        assert (await ask())[0] == 200
+        assert (await ask_claude(gateway))[0] == 200
         clouds.service_account(tmp_path)  # another key under the old name
         clouds.issued.clear()  # and the old one is revoked
         status, done = await admin(gateway, "PATCH", "/vertex", read_again=True)
         assert (status, done["changes"]) == (200, ["vertex: secrets read again"]), done
-        status, text = await ask()
+        status, text = await ask_claude(gateway)
         assert status == 200, text
 
 
@@ -379,18 +378,13 @@ async def test_a_call_that_waits_for_long_keeps_the_credentials_it_began_with(
 ) -> None:
     monkeypatch.setattr("tidegate.spine.upstreams._CLOSE_AFTER_S", 0.0)
     gateway = await open_gateway(worker=False)
-    body = BODY | {"model": "claude-x", "max_tokens": 50}
-
-    async def ask() -> tuple[int, str]:
-        async with gateway.http.post(f"{gateway.url}/v1/messages", json=body) as response:
-            return response.status, await response.text()
 
     async with run_clouds(second.url) as clouds:
         new = vertex(clouds, clouds.service_account(tmp_path))
         assert (await admin(gateway, "PUT", "/vertex", table=new, test=False))[0] == 200
         limiter = gateway.services.limiters["vertex"]
         await limiter.penalise(total := next(iter(limiter.policy.limits)), for_ms=5_000)
-        waiting = asyncio.create_task(ask())
+        waiting = asyncio.create_task(ask_claude(gateway))
         await wait_until(lambda: limiter.waiters == 1, 20, "a call that waits")
         clouds.service_account(tmp_path)
         assert (await admin(gateway, "PATCH", "/vertex", read_again=True))[0] == 200
