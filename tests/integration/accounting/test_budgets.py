@@ -247,7 +247,7 @@ async def test_a_call_that_waits_for_what_is_reserved_is_told_so_at_its_deadline
     first = asyncio.create_task(called(gateway, 0, {}, max_tokens=700))
     await gateway.in_flight(1)
     status, said, headers = await called(
-        gateway, 0, {"x-tidegate-deadline-ms": "100"}, max_tokens=700
+        gateway, 0, {"x-tidegate-deadline-ms": "1000"}, max_tokens=700
     )
     assert (status, said["error"]["code"]) == (429, "budget_reserved")
     assert (said["error"]["limit"], headers["retry-after"]) == ("day", "1")
