@@ -91,6 +91,7 @@ _HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total tim
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
 _ROOM_WITHIN_MS = 60_000  # a call without a deadline looks again for room in its budget
+_LAST_TRY_MS = 100  # before its deadline: a later one would end in the name of a limit
 
 OnAdmitted = Callable[[Permit | None], Awaitable[None]]
 
@@ -509,7 +510,7 @@ class _Run:
                 self._record.waits_for = pool, (f"{OF_BUDGETS}{reserved.limit}",)
                 room_ms = min(terms.left_ms(), _ROOM_WITHIN_MS)
                 await spine.budgets.room(room_ms / 1000)
-                if terms.left_ms() <= 0:
+                if terms.left_ms() < _LAST_TRY_MS:
                     raise
             except (BudgetExceeded, BudgetUnbounded) as spent:
                 self._refusals[_place(self._trying)] = spent
