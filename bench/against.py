@@ -213,6 +213,7 @@ def main() -> None:
         help="measure both with the benchmarks of this checkout",
     )
     parser.add_argument("--turns", type=int, default=0, help="gateways in turns, so many loads")
+    parser.add_argument("--json", type=Path, help="put the ratio of each figure into this file")
     arguments = parser.parse_args()
     scenarios = arguments.scenario or SCENARIOS
     wanted = [figure for figure in (*FIGURES, *UNITS) if figure.scenario in scenarios]
@@ -237,6 +238,7 @@ def main() -> None:
             measure(side, wanted, arguments.seconds)
         print(f"run {run + 1} of {arguments.runs}", flush=True)
     rows, missed, missing = [], 0, 0
+    ratios: dict[str, float] = {}
     for figure in wanted:
         if not ours[figure] or not theirs[figure]:
             missing += 1
@@ -244,6 +246,7 @@ def main() -> None:
             continue
         here, there = statistics.median(ours[figure]), statistics.median(theirs[figure])
         ratio = here / there if there else float("inf")
+        ratios[figure.said] = ratio
         missed += ratio > figure.bar
         verdict = "met" if ratio <= figure.bar else "missed"
         rows.append(
@@ -256,6 +259,8 @@ def main() -> None:
                 verdict,
             ]
         )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(ratios, indent=1))
     columns = ["figure", commit, "here", "ratio of medians", "bar", "verdict"]
     grid.show([grid.Grid(f"This checkout against {commit}", columns, rows)])
     print("\n".join(machine.describe(f"{arguments.runs} runs of each", command)))

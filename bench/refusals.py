@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,6 +58,22 @@ class Answers:
             self.wrong[f"{head[:12].decode()} {limit}"] += 1
         _, _, rest = head.lower().partition(b"retry-after: ")
         self.told.append((float(rest.split(b"\r\n")[0]), time.monotonic()))
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedCalls:
+    """waiting: how many others. within: the share refused in less than 20 ms. cpu_ms: of ours, a
+    call. true: the share with a Retry-After right within 2 % or 1 s. wrong: other answers."""
+
+    waiting: int
+    calls: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    within: float
+    cpu_ms: float
+    true: float
+    wrong: str
 
 
 def _last_ms(waiters: int) -> int:
@@ -121,7 +137,8 @@ async def _waiting(fleet: Fleet) -> tuple[int, int]:
     return limit["used"], limit["waiting"]
 
 
-async def measure(apis: int, calls: int, at_once: int) -> None:
+async def measure(apis: int, calls: int, at_once: int) -> AsyncIterator[RefusedCalls]:
+    """Of so many calls, with none, few and many others waiting."""
     with tempfile.TemporaryDirectory() as folder:
         policy = Path(folder) / "policy.toml"
         policy.write_text(POLICY)
@@ -139,7 +156,7 @@ async def measure(apis: int, calls: int, at_once: int) -> None:
                 before_ns = sum(map(cpu_ns, pids))
                 found = await _refused(fleet, calls, at_once, _last_ms(waiters) + 3 * SOON_MS)
                 cpu_ms = (sum(map(cpu_ns, pids)) - before_ns) / 1e6 / calls
-                print(_row(found, waiters, used_at, cpu_ms), flush=True)
+                yield _summed(found, waiters, used_at, cpu_ms)
                 if waiters:
                     for writer in writers:
                         writer.close()
@@ -150,21 +167,39 @@ async def measure(apis: int, calls: int, at_once: int) -> None:
                     await wait_until(is_empty, 30, "no call that waits")
 
 
-def _row(found: Answers, waiters: int, used_at: float, cpu_ms: float) -> str:
+def _summed(found: Answers, waiters: int, used_at: float, cpu_ms: float) -> RefusedCalls:
     """The room comes with the window after the last one that the waiters fill."""
     taken = sorted(found.taken_ms)
-    at = [taken[min(len(taken) - 1, int(len(taken) * share))] for share in (0.5, 0.9, 0.99)]
-    within = sum(one < WITHIN_MS for one in taken) / len(taken)
+    p50_ms, p90_ms, p99_ms = (
+        taken[min(len(taken) - 1, int(len(taken) * share))] for share in (0.5, 0.9, 0.99)
+    )
     windows = 1 + waiters // BOUND
     true = 0
     for told_s, told_at in found.told:
         room_s = used_at + windows * WINDOW_MS / 1000 - told_at
         true += abs(told_s - room_s) <= max(SLACK_S, SHARE * room_s)
-    wrong = ", ".join(f"{count} x {what}" for what, count in found.wrong.items()) or "0"
-    figures = " | ".join(f"{one:.1f}" for one in at)
-    truth = f"{true / len(taken):.1%}"
-    shown = f"{figures} | {within:.1%} | {cpu_ms:.2f} | {truth}"
-    return f"| {waiters} | {len(taken)} | {shown} | {wrong} |"
+    return RefusedCalls(
+        waiting=waiters,
+        calls=len(taken),
+        p50_ms=p50_ms,
+        p90_ms=p90_ms,
+        p99_ms=p99_ms,
+        within=sum(one < WITHIN_MS for one in taken) / len(taken),
+        cpu_ms=cpu_ms,
+        true=true / len(taken),
+        wrong=", ".join(f"{count} x {what}" for what, count in found.wrong.items()) or "0",
+    )
+
+
+def _row(one: RefusedCalls) -> str:
+    times = f"{one.p50_ms:.1f} | {one.p90_ms:.1f} | {one.p99_ms:.1f} | {one.within:.1%}"
+    rest = f"{one.cpu_ms:.2f} | {one.true:.1%} | {one.wrong}"
+    return f"| {one.waiting} | {one.calls} | {times} | {rest} |"
+
+
+async def _print(apis: int, calls: int, at_once: int) -> None:
+    async for one in measure(apis, calls, at_once):
+        print(_row(one), flush=True)
 
 
 def main() -> None:
@@ -176,7 +211,7 @@ def main() -> None:
     print("\n".join(describe("", sys.argv)))
     heads = "waiting|refused|p50 ms|p90 ms|p99 ms|below 20 ms|CPU ms of ours|Retry-After true|other"
     print(f"|{heads}|\n|{'---|' * 9}", flush=True)
-    asyncio.run(measure(given.apis, given.calls, given.at_once))
+    asyncio.run(_print(given.apis, given.calls, given.at_once))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,25 +151,30 @@ async def measure(url: str, name: str, load: Load, seconds: float) -> Told:
     return told
 
 
-async def main(seconds: float, only: str) -> None:
-    print(f"| load | told | true within 25 % or 2 s | median error | median wait |\n|{'---|' * 5}")
+async def measured(seconds: float, only: str = "") -> AsyncIterator[tuple[str, Told]]:
+    """Each load whose name has `only` in it, and what its callers were told."""
     with tempfile.TemporaryDirectory() as folder:
         server = ValkeyServer(Path(folder))
         server.start()
         try:
             for name, load in LOADS.items():
                 if only in name:
-                    told = await measure(server.url, name, load, seconds)
-                    errors = [abs(one - real) for one, real in told.pairs] or [0.0]
-                    waits = [real for _, real in told.pairs] or [0.0]
-                    print(
-                        f"| {name} | {len(told.pairs)} | {told.true():.1%} | "
-                        f"{statistics.median(errors) / 1000:.1f} s | "
-                        f"{statistics.median(waits) / 1000:.1f} s |",
-                        flush=True,
-                    )
+                    yield name, await measure(server.url, name, load, seconds)
         finally:
             server.stop()
+
+
+async def main(seconds: float, only: str) -> None:
+    print(f"| load | told | true within 25 % or 2 s | median error | median wait |\n|{'---|' * 5}")
+    async for name, told in measured(seconds, only):
+        errors = [abs(one - real) for one, real in told.pairs] or [0.0]
+        waits = [real for _, real in told.pairs] or [0.0]
+        print(
+            f"| {name} | {len(told.pairs)} | {told.true():.1%} | "
+            f"{statistics.median(errors) / 1000:.1f} s | "
+            f"{statistics.median(waits) / 1000:.1f} s |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

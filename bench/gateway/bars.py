@@ -1,11 +1,8 @@
-"""The bars that our relay and our job path are held to, next to the peers' of the same run.
-
-Pure. A bar whose scenario was not run, or gave nothing, is `not measured`, never `ok`.
-"""
+"""Bars of our relay and our job path, next to the peers' figures of the same run. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,6 +17,7 @@ from bench.gateway.entries import (
     PORTKEY_GATEWAY,
     Entry,
 )
+from bench.verdicts import Bar, Judge, Verdict, judged
 
 Figures = Mapping[str, Any]
 DIRECT = "direct"
@@ -62,36 +60,11 @@ class Results:
         return self.of(OURS, scenario, figure) / self.of(peer, scenario, figure)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    figure: str
-    bar: str
-    ours: str
-    verdict: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Bar:
-    figure: str
-    bar: str
-    judge: Callable[[Results], tuple[str, bool]]
-
-
 def verdicts(results: Results) -> list[Verdict]:
-    found = []
-    for bar in BARS:
-        try:
-            shown, kept = bar.judge(results)
-        except KeyError:
-            shown, kept = "-", None
-        word = "not measured" if kept is None else "ok" if kept else "missed"
-        found.append(Verdict(bar.figure, bar.bar, shown, word))
-    return found
+    return judged(BARS, results)
 
 
-def _at_most(
-    scenario: str, peer: Entry, most: float, figure: str = "gateway_us"
-) -> Callable[[Results], tuple[str, bool]]:
+def _at_most(scenario: str, peer: Entry, most: float, figure: str = "gateway_us") -> Judge[Results]:
     def judge(results: Results) -> tuple[str, bool]:
         times = results.times(scenario, peer, figure)
         return f"{times:.2f} x", times <= most
@@ -99,7 +72,7 @@ def _at_most(
     return judge
 
 
-def _part_of(peer: Entry, parts: float) -> Callable[[Results], tuple[str, bool]]:
+def _part_of(peer: Entry, parts: float) -> Judge[Results]:
     def judge(results: Results) -> tuple[str, bool]:
         found = 1 / results.times("closed", peer)
         return f"1/{found:.1f}", found >= parts
@@ -107,7 +80,7 @@ def _part_of(peer: Entry, parts: float) -> Callable[[Results], tuple[str, bool]]
     return judge
 
 
-def _added(entry: Entry) -> Callable[[Results], tuple[str, bool]]:
+def _added(entry: Entry) -> Judge[Results]:
     def judge(results: Results) -> tuple[str, bool]:
         p50, p99 = (results.of(entry, "half", f"added_{part}_ms") for part in ("p50", "p99"))
         return f"{p50:.1f} / {p99:.1f} ms", p50 <= 1 and p99 <= 5
@@ -139,33 +112,33 @@ def _jobs(results: Results) -> tuple[str, bool]:
 
 
 BARS = (
-    _Bar(
+    Bar(
         "CPU a request, 64 connections, against ferrogw",
         "<= 0.90 x",
         _at_most("closed", FERRO, 0.9),
     ),
-    _Bar("the same at 1,240 a second", "<= 0.90 x", _at_most("paced", FERRO, 0.9)),
-    _Bar(
+    Bar("the same at 1,240 a second", "<= 0.90 x", _at_most("paced", FERRO, 0.9)),
+    Bar(
         "p99 at 64 connections, against the bare relay on our own connections",
         "<= 1.3 x",
         _at_most("closed", BARE, 1.3, "p99_ms"),
     ),
-    _Bar("added p50 / p99 at half of capacity, one process", "<= 1 / 5 ms", _added(OURS)),
-    _Bar("the same, two processes", "<= 1 / 5 ms", _added(OURS_TWO)),
-    _Bar(
+    Bar("added p50 / p99 at half of capacity, one process", "<= 1 / 5 ms", _added(OURS)),
+    Bar("the same, two processes", "<= 1 / 5 ms", _added(OURS_TWO)),
+    Bar(
         "CPU a stream of 50 events, against the bare relay on our own connections",
         "<= 1.15 x",
         _at_most("streams", BARE, 1.15),
     ),
-    _Bar("memory (PSS) of an API process, idle", "<= 90 MB", _idle),
-    _Bar(
+    Bar("memory (PSS) of an API process, idle", "<= 90 MB", _idle),
+    Bar(
         "CPU a request, against LiteLLM with limits, as ours has",
         "<= 1/40",
         _part_of(LITELLM_LIMITED, 40),
     ),
-    _Bar("the same, against LiteLLM without any", "<= 1/40", _part_of(LITELLM_PROXY, 40)),
-    _Bar("CPU a request, against Portkey", "<= 1/4", _part_of(PORTKEY_GATEWAY, 4)),
-    _Bar("memory over 200,000 requests", "flat: at most 3 % more after the first tenth", _flat),
-    _Bar("streams open concurrently in one process", ">= 2,000", _open),
-    _Bar("jobs from submit to succeeded, kind decided by rules", ">= 3,000 a second", _jobs),
+    Bar("the same, against LiteLLM without any", "<= 1/40", _part_of(LITELLM_PROXY, 40)),
+    Bar("CPU a request, against Portkey", "<= 1/4", _part_of(PORTKEY_GATEWAY, 4)),
+    Bar("memory over 200,000 requests", "flat: at most 3 % more after the first tenth", _flat),
+    Bar("streams open concurrently in one process", ">= 2,000", _open),
+    Bar("jobs from submit to succeeded, kind decided by rules", ">= 3,000 a second", _jobs),
 )

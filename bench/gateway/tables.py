@@ -7,6 +7,7 @@ from collections.abc import Callable
 from bench.gateway.bars import DIRECT, Results, verdicts
 from bench.gateway.entries import BARE, ENTRIES, OURS, Entry
 from bench.grid import Grid
+from bench.verdicts import table
 
 Cell = Callable[[Results, Entry], str]
 _NOTE_CHARS = 160
@@ -52,10 +53,8 @@ def _grid(title: str, columns: dict[str, Cell], results: Results) -> Grid:
 
 
 def _bars(results: Results) -> Grid:
-    rows = []
-    if OURS.name in results.by_gateway:
-        rows = [(one.figure, one.bar, one.ours, one.verdict) for one in verdicts(results)]
-    return Grid("Our relay against its bars", ("figure", "bar", "ours", "verdict"), rows)
+    measured = OURS.name in results.by_gateway
+    return table("Our relay against its bars", verdicts(results) if measured else ())
 
 
 def _jobs(results: Results) -> Grid:

@@ -1,7 +1,4 @@
-"""The bars that our figures are held to, next to the peers' of the same run.
-
-Pure. A bar whose scenario was not run, or gave nothing, is `not measured`, never `ok`.
-"""
+"""Bars of our figures, next to the peers' of the same run. Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.peers.catalogue import EVALSHA, LOCAL, LOCAL_THREADS, OURS, PEERS, Entry
+from bench.verdicts import Bar, Judge, Verdict, judged
 
 Figures = Mapping[str, Any]
 LEASE_S = 3.0
@@ -52,34 +50,11 @@ class Results:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    figure: str
-    bar: str
-    ours: str
-    verdict: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Bar:
-    figure: str
-    bar: str
-    judge: Callable[[Results], tuple[str, bool]]
-
-
 def verdicts(results: Results) -> list[Verdict]:
-    found = []
-    for bar in BARS:
-        try:
-            shown, kept = bar.judge(results)
-        except KeyError:
-            shown, kept = "-", None
-        word = "not measured" if kept is None else "ok" if kept else "missed"
-        found.append(Verdict(bar.figure, bar.bar, shown, word))
-    return found
+    return judged(BARS, results)
 
 
-def _used(scenario: str, least: float) -> Callable[[Results], tuple[str, bool]]:
+def _used(scenario: str, least: float) -> Judge[Results]:
     def judge(results: Results) -> tuple[str, bool]:
         used = results.ours(scenario, "used")
         return f"{used:.1%}", used >= least
@@ -202,57 +177,57 @@ def _tpm(results: Results) -> tuple[str, bool]:
 
 
 BARS = (
-    _Bar("permit-seconds used, limit 5, 200 ms calls", ">= 99 %", _used("load-5-200", 0.99)),
-    _Bar("permit-seconds used, limit 50, 200 ms calls", ">= 99 %", _used("load-50-200", 0.99)),
-    _Bar("permit-seconds used, limit 5, 20 ms calls", ">= 95 %", _used("load-5-20", 0.95)),
-    _Bar(
+    Bar("permit-seconds used, limit 5, 200 ms calls", ">= 99 %", _used("load-5-200", 0.99)),
+    Bar("permit-seconds used, limit 50, 200 ms calls", ">= 99 %", _used("load-50-200", 0.99)),
+    Bar("permit-seconds used, limit 5, 20 ms calls", ">= 95 %", _used("load-5-20", 0.95)),
+    Bar(
         "permit-seconds used, limit 50, 20 ms calls",
         "no less than the best peer that is never over",
         _used_against_peers,
     ),
-    _Bar("the same, aimed at", ">= 95 %", _used("load-50-20", 0.95)),
-    _Bar("over the limit, any single fault", "0; with reuse only while stopped", _over_by_faults),
-    _Bar("script calls per admission under load, limit 5 / 50", "<= 1.0", _script_calls),
-    _Bar(
+    Bar("the same, aimed at", ">= 95 %", _used("load-50-20", 0.95)),
+    Bar("over the limit, any single fault", "0; with reuse only while stopped", _over_by_faults),
+    Bar("script calls per admission under load, limit 5 / 50", "<= 1.0", _script_calls),
+    Bar(
         "Valkey CPU per admission, limit 50, one tenant",
         "<= 30 us, less than any peer",
         _valkey_cpu,
     ),
-    _Bar(
+    Bar(
         "Valkey CPU per admission, limit 50, weighted",
         "<= 60 us",
         _at_most("weights", "valkey_us", 60, " us"),
     ),
-    _Bar("process CPU per admission, limit 50", "<= 60 us, <= 3 connections", _process_cpu),
-    _Bar("wake-up p50 / p99, limit 5", "<= 1.5 / 10 ms", _wake_up),
-    _Bar("weighted shares 1:2:4:8, off ideal", "<= 5 %", _shares),
-    _Bar("uncontended acquire+release", "<= 2.0 x the bare EVALSHA", _uncontended),
-    _Bar("100,000 waiters: cost per admission against 100", "<= 1.5 x", _long_queue),
-    _Bar("limits of every unit: CPU per admission against the usual ones", "<= 1.5 x", _units),
-    _Bar(
+    Bar("process CPU per admission, limit 50", "<= 60 us, <= 3 connections", _process_cpu),
+    Bar("wake-up p50 / p99, limit 5", "<= 1.5 / 10 ms", _wake_up),
+    Bar("weighted shares 1:2:4:8, off ideal", "<= 5 %", _shares),
+    Bar("uncontended acquire+release", "<= 2.0 x the bare EVALSHA", _uncontended),
+    Bar("100,000 waiters: cost per admission against 100", "<= 1.5 x", _long_queue),
+    Bar("limits of every unit: CPU per admission against the usual ones", "<= 1.5 x", _units),
+    Bar(
         "10,000 tenants with limits of their own, 1,000 waiting: a tend at the server (p99), "
         "local_state on the loop",
         "<= 5 ms each",
         _tenants,
     ),
-    _Bar("20 per 2 s window under backlog", ">= 98 % used, never over", _rate),
-    _Bar(
+    Bar("20 per 2 s window under backlog", ">= 98 % used, never over", _rate),
+    Bar(
         "RPM 60 with send jitter; fixed window, sliding window, bucket",
         ">= 98 % used, 0 times 429",
         _rpm,
     ),
-    _Bar(
+    Bar(
         "TPM, estimates off by 3x down and up, after 50 calls of calibration",
         "0 times 429",
         _tpm,
     ),
-    _Bar("recovery after kill -9", "<= lease + 0.3 s", _at_most("crash", "again_s", 3.3, " s")),
-    _Bar(
+    Bar("recovery after kill -9", "<= lease + 0.3 s", _at_most("crash", "again_s", 3.3, " s")),
+    Bar(
         "recovery after kill -9, reaping on a closed connection",
         "<= 0.5 s",
         _at_most("crash-reap", "again_s", 0.5, " s"),
     ),
-    _Bar(
+    Bar(
         "grants again after an empty restart",
         "<= 1 s with the roster complete, else one lease",
         _restart,

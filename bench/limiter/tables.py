@@ -17,6 +17,7 @@ from bench.peers.catalogue import (
     RATE_PEERS,
     Entry,
 )
+from bench.verdicts import table
 
 Cell = Callable[[Results, Entry], str]
 
@@ -26,9 +27,9 @@ def grids(results: Results) -> list[Grid]:
     measured = [entry for entry in ENTRIES if entry.name in results.by_limiter]
     found = [_grid("Side by side", GLANCE, [OURS, *PEERS, LOCAL, LOCAL_THREADS, EVALSHA], results)]
     if OURS.name in results.by_limiter:
-        rows = [(one.figure, one.bar, one.ours, one.verdict) for one in verdicts(results)]
-        headers = ("figure", "bar", f"ours ({OURS.label})", "verdict")
-        found.append(Grid("Our figures against their bars", headers, rows))
+        found.append(
+            table("Our figures against their bars", verdicts(results), f"ours ({OURS.label})")
+        )
     found += [
         _grid(_load_title(scenario), _load_columns(scenario), measured, results)
         for scenario in LOADS

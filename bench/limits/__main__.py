@@ -3,7 +3,12 @@
 Measures our limits against providers that count as the real ones do, through two API processes and
 two workers: what the provider refuses, what of its quota is used, how much of an agent's cached
 conversation passes, and what happens when the account changes. A provider's minute lasts `--window`
-seconds here, in the emulator and in the policy.
+seconds here, in the emulator and in the policy. Then comes what the limits promise besides
+(`bench/limits/promises.py`), and one table of all bars; `--write` puts it into
+`docs/benchmarks.md`.
+
+The whole takes an hour and a half. Parts that were measured apart, of one commit and with `--json`,
+become one table by `python -m bench.limits --of FILE...`.
 """
 
 from __future__ import annotations
@@ -20,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import budgets, grid, machine
+from bench import budgets, grid, machine, verdicts
+from bench.limits import bars, promises
 from bench.limits.accounts import CONVERSATION, IMPORTED, PROVIDERS, MeasuredProvider
-from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, missed_bars, refusals
+from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, refusals
 from bench.limits.load import AgentLoad, MixedLoad
 from bench.limits.stage import LimitsStage, NotStarted, standing
 from tidegate.embedded.servers import ServerFailed
@@ -31,15 +37,14 @@ from tidegate.emulator.client import EmulatorControl
 Figures = dict[str, Any]
 HIT_RATE = 0.9
 OTHERS_SHARE, NEW_TIER = 0.3, 0.5
-SCENARIOS = ("mix", "conversation", "changes", "import", "budgets")
+SCENARIOS = ("mix", "conversation", "changes", "import", *promises.MEASURED)
 # Providers whose headers tell what remains; without --only the first is measured.
 CHANGING = ("openai", "anthropic", "azure", "groq")
-_MINUTE_S = 60.0  # what the limits are of that an API of the provider reports
 ADMIN_KEY = "sk-admin-measured"
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
 _READINGS = 20  # of a window
-BUDGETS_S, BUDGETS_AT_ONCE = 5.0, 200
+_ABOUT = "about"  # in a file of figures, where they come from
 
 
 async def _until_learned(control: EmulatorControl, window_s: float) -> None:
@@ -158,13 +163,11 @@ def run(
         return {"failed": f"{type(failed).__name__}: {failed}"}
 
 
-def measure_budgets(seconds: float, at_once: int) -> Figures:
-    """What durability costs an admission: alone, and with many at once."""
+def promised(measure: Callable[[], Figures]) -> Figures:
     try:
-        found = asyncio.run(budgets.costs(seconds, at_once, processes=(1,)))
-    except (ServerFailed, OSError) as failed:
+        return measure()
+    except (NotStarted, ServerFailed, OSError, TimeoutError, AssertionError) as failed:
         return {"failed": f"{type(failed).__name__}: {failed}"}
-    return {"costs": [one._asdict() for one in found], "statuses": {"rows": len(found)}}
 
 
 def _mix_row(name: str, found: Figures) -> list[str]:
@@ -198,7 +201,7 @@ def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
             ]
         headers = ("input over the bound", "of it cached", "refused per 1,000")
         tables.append(grid.Grid("Agents' conversations, ITPM without cache reads", headers, [row]))
-    if (spent := found.get("budgets")) is not None:
+    if (spent := found.get("durability")) is not None:
         costs = [budgets.Cost(**one) for one in spent.get("costs", ())]
         rows = [budgets.row_of(one) for one in costs] or [[spent["failed"], *[""] * 5]]
         tables.append(grid.Grid("What durability costs an admission", budgets.HEADERS, rows))
@@ -238,6 +241,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="end with 1 when a bar is missed")
     parser.add_argument("--json", type=Path, help="put every figure into this file")
+    parser.add_argument("--write", action="store_true", help="put the tables into the document")
+    parser.add_argument("--of", type=Path, nargs="+", help="only show the figures of such files")
     return parser.parse_args()
 
 
@@ -246,19 +251,17 @@ def _stop(_signal: int, _frame: object) -> None:
     raise SystemExit(1)
 
 
-def main() -> int:
-    signal.signal(signal.SIGTERM, _stop)
-    options = _arguments()
+def measured(options: argparse.Namespace, about: list[str]) -> dict[str, Figures]:
+    """All that is wanted, printed and written down as it comes."""
     wanted = options.scenario or SCENARIOS
     found: dict[str, Figures] = {}
 
     def keep(name: str, figures: Figures) -> None:
         found[name] = figures
-        print(f"{name}: {figures.get('failed', figures.get('statuses'))}", flush=True)
+        print(f"{name}: {figures.get('failed') or figures.get('statuses', 'measured')}", flush=True)
         if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=1))
+            options.json.write_text(json.dumps({_ABOUT: about, **found}, indent=1))
 
-    about = machine.describe("the emulator's accounts", ["python -m bench.limits", *sys.argv[1:]])
     for provider in PROVIDERS:
         if "mix" in wanted and (not options.only or provider.name in options.only):
             keep(f"mix {provider.name}", run(provider, measure_mix, options, cache=HIT_RATE))
@@ -268,20 +271,46 @@ def main() -> int:
         if "changes" in wanted and provider.name in (options.only or CHANGING[:1]):
             name = "changes" if provider.name == CHANGING[0] else f"changes {provider.name}"
             keep(name, run(provider, measure_changes, options, cache=HIT_RATE))
-    minutes = argparse.Namespace(**{**vars(options), "window": _MINUTE_S, "windows": 1})
+    minutes = argparse.Namespace(**{**vars(options), "window": bars.MINUTE_S, "windows": 1})
     for provider in IMPORTED:
         if "import" in wanted and (not options.only or provider.name in options.only):
             name = f"import {provider.name}"
             keep(name, run(provider, measure_import, minutes, cache=HIT_RATE))
-    if "budgets" in wanted and not options.only:
-        keep("budgets", measure_budgets(BUDGETS_S, BUDGETS_AT_ONCE))
+    for name, measure in promises.MEASURED.items():
+        if name in wanted and not options.only:
+            keep(name, promised(measure))
+    return found
+
+
+def read(files: Sequence[Path]) -> tuple[list[str], dict[str, Figures]]:
+    """Where the figures of some files come from, and all of them."""
+    about: list[str] = []
+    found: dict[str, Figures] = {}
+    for file in files:
+        figures = json.loads(file.read_text())
+        about += [line for line in figures.pop(_ABOUT) if line not in about]
+        found |= figures
+    return about, found
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, _stop)
+    options = _arguments()
+    if options.of:
+        about, found = read(options.of)
+    else:
+        command = ["python -m bench.limits", *sys.argv[1:]]
+        about = machine.describe("the emulator's accounts", command)
+        found = measured(options, about)
+    judged = bars.verdicts(found)
+    tables = [verdicts.table("Our limits against their bars", judged), *_tables(found)]
     print("\n".join(about))
-    grid.show(_tables(found))
-    missed = list(missed_bars(found, options.window))
-    for line in missed:
-        print(f"missed: {line}")
+    grid.show(tables)
+    if options.write:
+        grid.write("limits", tables, about)
     failed = any("failed" in figures for figures in found.values())
-    return int(failed or (options.check and bool(missed)))
+    missed = any(one.verdict == verdicts.MISSED for one in judged)
+    return int(failed or (options.check and missed))
 
 
 if __name__ == "__main__":

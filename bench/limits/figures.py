@@ -1,20 +1,12 @@
-"""Figures of a run, from the emulated provider's own books, and their bars. Pure."""
+"""Figures of a run, from the emulated provider's own books. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 LEARNING_CALLS = 50
-MOST_FIRST_REFUSALS, MOST_PER_THOUSAND = 3, 1.0
-# Of the quota that a window gives, by whether it lasts a minute.
-LEAST_USED, LEAST_USED_BELOW_A_MINUTE = 0.97, 0.90
-# Times what passed of agents' cached conversations with the limits of 0.1.0 (`--at-first --window
-# 60` before those could say more), over the bound.
-LEAST_GAIN, ITPM_OF_BOUND_AT_FIRST = 8.0, 0.98
-MOST_AFTER_A_CHANGE = 1.0  # refusals a window
-MOST_OF_AN_IMPORT_S = 5.0
 Book = Mapping[str, Any]
 
 
@@ -80,55 +72,3 @@ def binding(uses: list[LimitUse]) -> dict[str, LimitUse]:
         if models not in found or use.share > found[models].share:
             found[models] = use
     return found
-
-
-def missed_bars(found: Mapping[str, Mapping[str, Any]], window_s: float) -> Iterator[str]:
-    """Each bar that a run's figures miss, as a line; a measurement that failed misses its own."""
-    for name, figures in found.items():
-        if "failed" in figures:
-            yield f"{name}: {figures['failed']}"
-        elif name == "budgets":  # measured, without a bar
-            continue
-        elif name.startswith("changes"):
-            yield from _missed_after_changes(figures)
-        elif name.startswith("import"):
-            yield from _missed_by_an_import(name, figures)
-        else:
-            yield from _missed_by_refusals(name, figures)
-            if name == "conversation":
-                yield from _missed_by_agents(figures)
-            else:
-                yield from _missed_by_use(name, figures, window_s)
-
-
-def _missed_by_refusals(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
-    if figures["first"] > MOST_FIRST_REFUSALS:
-        yield f"{name}: {figures['first']} of the first {LEARNING_CALLS} calls refused"
-    if figures["per_thousand"] > MOST_PER_THOUSAND:
-        yield f"{name}: {figures['per_thousand']:.1f} of 1,000 calls refused"
-
-
-def _missed_by_use(name: str, figures: Mapping[str, Any], window_s: float) -> Iterator[str]:
-    for limit, share in figures["used"].items():
-        short = window_s < 60 or not limit.endswith(f":{window_s:g}s")
-        if share < (LEAST_USED_BELOW_A_MINUTE if short else LEAST_USED):
-            yield f"{name}: {share:.1%} of {limit} used"
-
-
-def _missed_by_agents(figures: Mapping[str, Any]) -> Iterator[str]:
-    gain = figures["itpm_of_bound"] / ITPM_OF_BOUND_AT_FIRST
-    if gain < LEAST_GAIN:
-        yield f"conversation: {gain:.1f} times what passed at first"
-
-
-def _missed_by_an_import(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
-    if figures["took_s"] >= MOST_OF_AN_IMPORT_S:
-        yield f"{name}: took {figures['took_s']:.1f} s"
-    if figures["refused"]:
-        yield f"{name}: {figures['refused']} of {figures['calls']} calls refused"
-
-
-def _missed_after_changes(figures: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("others", "tier"):
-        if figures[name]["later"] > MOST_AFTER_A_CHANGE:
-            yield f"{name}: {figures[name]['later']:.1f} refusals a window after it was noticed"

@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 
 from bench.limits.accounts import CONVERSATION, KEY_VARIABLE, PROVIDERS, MeasuredProvider
-from bench.limits.figures import (
-    ITPM_OF_BOUND_AT_FIRST,
-    LimitUse,
-    binding,
-    limit_uses,
-    missed_bars,
-    refusals,
-)
+from bench.limits.bars import ITPM_OF_BOUND_AT_FIRST, verdicts
+from bench.limits.figures import LimitUse, binding, limit_uses, refusals
 from bench.limits.load import drawn, mix
+from bench.verdicts import MISSED
 from tidegate.emulator.account import AccountSpec
 from tidegate.policy.deployment import deployment_of
 from tidegate.settings import Config
@@ -82,39 +77,73 @@ GOOD: dict[str, Any] = {
     "per_thousand": 1.0,
     "used": {"tokens:m:60s": 0.97, "requests:m:10s": 0.9},
 }
+REFUSED = {"waiting": 0, "p99_ms": 19.9, "true": 1.0, "wrong": "0"}
+RATIOS = {
+    "limits of usual units: Valkey CPU, us a permit": 1.1,
+    "limits of usual units: clients' CPU, us a permit": 0.9,
+    "limits of all units, against usual ones: Valkey CPU, us a permit": 1.5,
+}
+ALL_GOOD: dict[str, dict[str, Any]] = {
+    "mix openai": GOOD,
+    "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
+    "import openai": {"took_s": 4.9, "refused": 0, "calls": 900},
+    "changes": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
+    "books": {"budgets": "1 passed in 30 s", "books": "1 passed in 30 s"},
+    "waits": {"true": {"one tenant": 0.9}},
+    "refusals": {"rows": [REFUSED]},
+    "tiers": {name: {"late": 0, "share": 0.55} for name in ("24 h", "1 h", "1 min")},
+    "admission": {"ratios": RATIOS},
+}
+
+
+def missed(found: dict[str, dict[str, Any]]) -> list[str]:
+    return [f"{one.figure}: {one.ours}" for one in verdicts(found) if one.verdict == MISSED]
 
 
 def test_figures_within_their_bars_miss_none() -> None:
-    found: dict[str, dict[str, Any]] = {
-        "mix openai": GOOD,
-        "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
-        "import openai": {"took_s": 4.9, "refused": 0, "calls": 900},
-        "changes": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
-    }
-    assert list(missed_bars(found, 60.0)) == []
+    assert {one.verdict for one in verdicts(ALL_GOOD)} == {"ok"}
+
+
+def test_what_was_not_measured_is_not_ok() -> None:
+    assert {one.verdict for one in verdicts({})} == {"not measured"}
 
 
 @pytest.mark.parametrize(
     ("name", "figures", "words"),
     [
-        ("import openai", {"took_s": 5.1, "refused": 0, "calls": 9}, "took 5.1 s"),
-        ("import openai", {"took_s": 1.0, "refused": 1, "calls": 9}, "1 of 9 calls refused"),
-        ("mix groq", {**GOOD, "first": 4}, "4 of the first 50"),
-        ("mix groq", {**GOOD, "per_thousand": 1.1}, "1.1 of 1,000"),
-        ("mix groq", {**GOOD, "used": {"tokens:m:60s": 0.96}}, "96.0% of tokens:m:60s"),
-        ("mix azure", {**GOOD, "used": {"requests:m:10s": 0.89}}, "89.0% of requests:m:10s"),
-        ("conversation", {**GOOD, "itpm_of_bound": 1.96}, "2.0 times"),
-        ("conversation", {"failed": "NotStarted: x"}, "NotStarted"),
+        ("import openai", {"took_s": 5.1, "refused": 0, "calls": 9}, "openai 5.10 s"),
+        ("import openai", {"took_s": 1.0, "refused": 1, "calls": 9}, "openai 1 of 9"),
+        ("mix groq", {**GOOD, "first": 4}, "openai 3, groq 4, agents 3"),
+        ("mix groq", {**GOOD, "per_thousand": 1.1}, "openai 1, groq 1.1"),
+        ("mix groq", {**GOOD, "used": {"tokens:m:60s": 0.96}}, "groq 96.0%"),
+        ("mix azure", {**GOOD, "used": {"requests:m:10s": 0.89}}, "azure 89.0%"),
+        ("conversation", {**GOOD, "itpm_of_bound": 1.96}, "2.0 x"),
         (
             "changes",
             {"others": {"first": 0, "later": 2.0}, "tier": {"first": 0, "later": 0.0}},
-            "others: 2.0 refusals",
+            "others 2.0, tier 0.0",
         ),
+        ("books", {"budgets": "failed: 1 over", "books": "1 passed"}, "failed: 1 over"),
+        ("waits", {"true": {"one tenant": 0.95, "two bands": 0.89}}, "two bands 89.0%"),
+        ("refusals", {"rows": [REFUSED | {"p99_ms": 20.1}]}, "p99 20.1 ms"),
+        ("refusals", {"rows": [REFUSED | {"true": 0.999}]}, "behind 0: 99.9%"),
+        ("refusals", {"rows": [REFUSED | {"wrong": "1 x 503"}]}, "behind 0: 100.0%"),
+        ("tiers", ALL_GOOD["tiers"] | {"1 h": {"late": 1, "share": 0.5}}, "1 h 1"),
+        ("tiers", ALL_GOOD["tiers"] | {"24 h": {"late": 0, "share": 0.56}}, "56.0%"),
+        ("admission", {"ratios": RATIOS | {[*RATIOS][1]: 1.2}}, "clients' 1.20 x"),
+        ("admission", {"ratios": RATIOS | {[*RATIOS][2]: 1.6}}, "Valkey 1.60 x"),
     ],
 )
 def test_a_bar_that_is_missed_is_named(name: str, figures: dict[str, Any], words: str) -> None:
-    (line,) = missed_bars({name: figures}, 60.0)
+    (line,) = missed({**ALL_GOOD, name: figures})
     assert words in line
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_GOOD if name != "mix openai"])
+def test_a_measurement_that_failed_misses_its_bars(name: str) -> None:
+    lines = missed({**ALL_GOOD, name: {"failed": "NotStarted: x"}})
+    assert lines
+    assert all("NotStarted: x" in line for line in lines)
 
 
 @pytest.mark.parametrize("at_first", [True, False])
