@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import count
+from typing import Any
 
 from playwright.async_api import Page, Route, expect
 
@@ -53,3 +54,48 @@ async def ten_thousand_rows_are_all(page: Page) -> None:
         re.compile("^10,000 requests written\\.")
     )
     await page.unroute("**/admin/requests?*limit=200*", a_page)
+
+
+def row(number: int) -> dict[str, Any]:
+    """Of a call that was received as the one of this number."""
+    request_id = f"01a2298c-{number:04x}-7000-8000-000000000000"
+    ended = {"status": "succeeded", "source": "relay", "submitted_at": "2026-11-29T12:00:00Z"}
+    return ended | {"request_id": request_id, "tenant": "acme", "attempts": 1}
+
+
+async def those_that_end_later_come_into_the_list(page: Page, mode: str) -> None:
+    """Calls have a row once they have ended, which may be after those that were received later."""
+    answers = [[4, 2], [4, 3, 2], [4, 3, 2, 1]] if mode == "" else [[4], [2, 4], [3, 1, 2, 4]]
+    shown = [answers[0]]
+
+    async def as_they_end(route: Route) -> None:
+        await route.fulfill(json={"items": [row(one) for one in shown[-1]]})
+
+    await page.route("**/admin/requests?*", as_they_end)
+    if mode:
+        await page.get_by_label("Search", exact=True).fill(mode)
+    ids = page.locator(".list-card tbody a.mono")
+    for answer in answers:
+        shown.append(answer)
+        await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        await expect(ids).to_have_text([row(one)["request_id"][:18] for one in answer])
+    await page.unroute("**/admin/requests?*", as_they_end)
+
+
+async def more_than_a_page_into_an_empty_list(page: Page) -> None:
+    """What came at a time into a list without rows is found by going on from its first page."""
+
+    async def pages(route: Route) -> None:
+        if "cursor=" in route.request.url:
+            return await route.fulfill(json={"items": [row(1)]})
+        items = [row(one) for one in range(51, 1, -1)]
+        return await route.fulfill(json={"items": items, "next_cursor": items[-1]["request_id"]})
+
+    ids = page.locator(".list-card tbody a.mono")
+    await expect(page.get_by_text("No request matches")).to_be_visible()
+    await page.route("**/admin/requests?*", pages)
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    await expect(ids).to_have_count(50)
+    await page.get_by_role("button", name="Older requests").click()
+    await expect(ids).to_have_count(51)
+    await page.unroute("**/admin/requests?*", pages)

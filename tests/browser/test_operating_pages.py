@@ -22,6 +22,10 @@ from playwright.async_api import Route, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.batching import begin, completed, content
+from tests.browser.lists import (
+    more_than_a_page_into_an_empty_list,
+    those_that_end_later_come_into_the_list,
+)
 from tests.browser.stage import (
     ARGUMENTS,
     CHROMIUM,
@@ -593,3 +597,12 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
         assert (newest.set_by, newest.reason) == ("dashboard", "rehearsed")
     back = edit({"kind:text_only": 2}, remove=[odd])
     await running.services.keeper.change(back, set_by="test", reason="")
+
+
+async def test_a_call_that_ends_after_later_ones_comes_into_the_list(stage: Stage) -> None:
+    async with opened(stage, "/requests?tenant=acme") as seen:
+        await more_than_a_page_into_an_empty_list(seen.page)
+    async with opened(stage, "/requests?tenant=acme") as seen:
+        await expect(seen.page.get_by_text("No request matches")).to_be_visible()
+        await those_that_end_later_come_into_the_list(seen.page, "")
+        await those_that_end_later_come_into_the_list(seen.page, "words")

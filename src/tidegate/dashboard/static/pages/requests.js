@@ -74,6 +74,7 @@ function listOf(signal, painted) {
   let newer = [];
   let gap = false;
   let cursor = null;
+  let reach = null; // where the page of the last refresh ends
   let shown = null;
   let searching = new AbortController();
   let isPaused = false;
@@ -170,15 +171,28 @@ function listOf(signal, painted) {
     window.scrollY < NEAR_TOP_PX && !body.contains(document.activeElement) && !body.matches(":hover");
 
   function take() {
-    items = gap ? newer : [...newer, ...items];
-    if (items.length > MOST_KEPT || gap) {
+    items = gap ? newer : isByWords() ? [...newer, ...items] : [...newer, ...items].toSorted(byId);
+    if (gap || (items.length > MOST_KEPT && !isByWords())) {
       items = items.slice(0, MOST_KEPT);
-      cursor = items.at(-1).request_id;
+      cursor = isByWords() ? reach : items.at(-1).request_id;
       footer();
     }
     newer = [];
     paint();
     nothing();
+  }
+
+  /** Whether words are searched: rows are in the order of their ends then, and no cursor is an id. */
+  const isByWords = () => Boolean(searched.text);
+
+  /** Rows of a page that the list lacks: also older ones, as a call has its row once it has ended. */
+  function missing(page) {
+    const known = new Set(items.map((item) => item.request_id));
+    const last = page.items.findLastIndex((item) => known.has(item.request_id));
+    const isOfList = isByWords()
+      ? (_, at) => cursor === null || last < 0 || at < last
+      : (item) => cursor === null || item.request_id >= cursor;
+    return page.items.filter((item, at) => !known.has(item.request_id) && isOfList(item, at));
   }
 
   /** The newest rows, back to the first of the list that has not ended. */
@@ -205,12 +219,13 @@ function listOf(signal, painted) {
       if (from !== searching || number < answered) return; // a later answer has come before
       answered = number;
       const now = new Map(page.items.map((item) => [item.request_id, item]));
-      const known = new Set(items.map((item) => item.request_id));
-      items = items.map((item) => now.get(item.request_id) ?? left(item, page, Boolean(searched.text)));
+      newer = missing(page);
+      reach = page.next_cursor ?? null;
+      items = items.map((item) => now.get(item.request_id) ?? left(item, page, isByWords()));
       if (mayMove()) items = items.filter((item) => !item.left);
-      newer = page.items.filter((item) => !known.has(item.request_id) && isNewer(item, items));
       // More came than a page holds: what is between is found by going on from the new ones.
-      gap = items.length > 0 && newer.length > 0 && newer.length === page.items.length;
+      const isCut = items.length > 0 || (cursor === null && reach !== null);
+      gap = isCut && newer.length > 0 && newer.length === page.items.length;
       if (newer.length > 0 && mayMove()) take();
       else paint();
       nothing();
@@ -267,7 +282,7 @@ function left(item, page, isByWords) {
   return item.request_id >= end ? { ...item, left: true } : item;
 }
 
-const isNewer = (item, items) => items.length === 0 || item.request_id > items[0].request_id;
+const byId = (one, other) => (one.request_id < other.request_id ? 1 : -1);
 
 function tableOf(body) {
   const heads = [
