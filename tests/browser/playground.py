@@ -46,6 +46,25 @@ FRAMED = """async ([bytes, size]) => {
 }"""
 
 
+# Answers that break, end too early, or are none of the API's; the others are the gateway's own.
+BREAKS = """async () => {
+    const real = window.fetch;
+    const piece = 'event: delta\\ndata: {"text":"Half"}\\n\\n';
+    const bytes = (text) => new TextEncoder().encode(text);
+    const answers = [
+        (way) => (way.said ? way.error(new TypeError("network error")) : way.enqueue(bytes(piece))),
+        (way) => (way.said ? way.close() : way.enqueue(bytes(piece))),
+        (way) => (way.said ? way.close() : way.enqueue(bytes("event: delta\\ndata: Half\\n\\n"))),
+    ];
+    window.fetch = async (url, more) => {
+        if (!answers.length || !String(url).endsWith("/stream")) return real(url, more);
+        const answer = answers.shift();
+        const pull = (way) => { answer(way); way.said = true; };
+        return new Response(new ReadableStream({ pull }));
+    };
+}"""
+
+
 @asynccontextmanager
 async def more_dialects(stage: Stage) -> AsyncIterator[None]:
     """Upstreams for OpenAI's, Anthropic's and Bedrock's APIs, until the end of the block."""
@@ -163,3 +182,27 @@ async def an_upstream_is_named(page: Page) -> None:
     await expect(page.locator(".try-figures dd").nth(5)).to_have_text("claude")
     await page.get_by_label("API", exact=True).select_option("chat")
     await expect(upstream).to_have_value("")
+
+
+async def a_broken_answer_is_reported(page: Page, folder: Path) -> None:
+    """And what was written can be sent again; so where a file can't be read."""
+    send, state = page.get_by_role("button", name="Send"), page.locator(".try-state").first
+    await page.get_by_label("Prompt").fill("Explain where the tide goes")
+    await page.evaluate(BREAKS)
+    for said in (
+        "The connection broke before the answer was whole.",
+        "The stream ended before the answer was whole.",
+        "The answer can't be read",
+    ):
+        await send.click()
+        await expect(state).to_contain_text(said)
+        await expect(send).to_be_enabled()
+    gone = folder / "gone.txt"
+    gone.write_text("Here")
+    await page.locator("#try-files").set_input_files(gone)
+    gone.unlink()
+    await send.click()
+    await expect(page.get_by_text("gone.txt can't be read")).to_be_visible()
+    await page.get_by_role("button", name="Remove gone.txt").click()
+    await send.click()
+    await expect(state).to_contain_text("Done")

@@ -26,6 +26,7 @@ from tests.browser.lists import (
     more_than_a_page_into_an_empty_list,
     those_that_end_later_come_into_the_list,
 )
+from tests.browser.playground import a_broken_answer_is_reported
 from tests.browser.stage import (
     ARGUMENTS,
     CHROMIUM,
@@ -606,3 +607,10 @@ async def test_a_call_that_ends_after_later_ones_comes_into_the_list(stage: Stag
         await expect(seen.page.get_by_text("No request matches")).to_be_visible()
         await those_that_end_later_come_into_the_list(seen.page, "")
         await those_that_end_later_come_into_the_list(seen.page, "words")
+
+
+async def test_an_answer_that_breaks_is_reported_and_asked_again(
+    stage: Stage, tmp_path: Path
+) -> None:
+    async with opened(stage, "/try", expected=("ERR_FILE_NOT_FOUND",)) as seen:
+        await a_broken_answer_is_reported(seen.page, tmp_path)

@@ -90,18 +90,28 @@ export async function fileUrl(path, options = {}) {
   return URL.createObjectURL(await response.blob());
 }
 
+/** What `reader` reads next. Throws a Problem where the connection broke, or an AbortError. */
+async function next(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem({ detail: "The connection broke before the answer was whole.", code: "away" });
+  }
+}
+
 /**
  * The server-sent events of a response, as they come: `{ event, data, id }`, data as text.
  *
  * EventSource can't show a key, so the stream is read here. Ends with the stream; comments pass in
- * silence, but `onComment` is called for them. Throws what reading throws.
+ * silence, but `onComment` is called for them. Throws a Problem where the connection breaks.
  */
 export async function* events(response, onComment = () => {}) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await next(reader);
       if (done) return;
       const blocks = (rest + value).split(/\r?\n\r?\n/);
       rest = blocks.pop();
@@ -135,7 +145,7 @@ export async function* framed(response) {
   let rest = new Uint8Array();
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await next(reader);
       if (done) return;
       const bytes = new Uint8Array(rest.length + value.length);
       bytes.set(rest);

@@ -1,6 +1,6 @@
 // The playground: a prompt or a conversation, by any API that the gateway serves, with one model or two.
 
-import { get } from "../api.js";
+import { get, Problem } from "../api.js";
 import { fill, h, mark } from "../dom.js";
 import { bytes } from "../format.js";
 import { field, said } from "../ui.js";
@@ -67,7 +67,11 @@ export async function open(main, { signal }) {
     if (models.length > 1) place.append(sides[1].element);
     else sides[1].element.remove();
     const isChat = APIS[target.api()].dialect !== null;
-    const read = await Promise.all(files.list.map(async (file) => ({ ...(await readFile(file)), file })));
+    const read = await filesRead();
+    if (read === null) {
+      [go.disabled, stop.hidden] = [false, true];
+      return;
+    }
     const sent = asked(read);
     const running = models.map((model, at) => sides[at].run(sent, model));
     code.draw();
@@ -83,6 +87,18 @@ export async function open(main, { signal }) {
       text.input.focus();
     }
     if (problems.length) complain(problems[0]);
+  }
+
+  /** The files that were chosen; null where one can't be read. */
+  async function filesRead() {
+    const read = files.list.map((file) =>
+      readFile(file).then(
+        (found) => ({ ...found, file }),
+        () => complain(new Problem({ detail: `${file.name} can't be read: it has changed since it was chosen, or is a folder.`, field: "files" })),
+      ),
+    );
+    const found = await Promise.all(read);
+    return found.every(Boolean) ? found : null;
   }
 
   function complain(problem) {

@@ -100,9 +100,9 @@ export function answering(label, signal) {
         show.say("Stopped. What runs is cancelled by the gateway, where it was a stream.");
         return STOPPED;
       }
-      if (!(error instanceof Problem)) throw error;
-      show.say(said(error), "bad");
-      return error;
+      const problem = error instanceof Problem ? error : new Problem({ detail: `The answer can't be read: ${error.message}.` });
+      show.say(said(problem), "bad");
+      return problem;
     } finally {
       mark(element, "aria-busy", null);
     }
@@ -208,7 +208,7 @@ async function native(asked, call, show, signal) {
 
 async function streamed(asked, call, show, signal) {
   const { response, began, id } = await admitted(asked, call, "text/event-stream", show, signal);
-  let first = null;
+  let [first, isWhole] = [null, false];
   const pictures = [];
   for await (const { event, data } of events(response)) {
     const told = JSON.parse(data);
@@ -224,6 +224,7 @@ async function streamed(asked, call, show, signal) {
       show.link(told.request_id);
       throw new Problem(told);
     } else if (event === "done") {
+      isWhole = true;
       show.say(`Done${told.finish_reason ? ` (${told.finish_reason})` : ""}`, "good");
       show.figure("waited", length(told.queue_ms));
       show.figure("duration", length(performance.now() - began));
@@ -232,6 +233,7 @@ async function streamed(asked, call, show, signal) {
       recorded(id, show, signal);
     }
   }
+  if (!isWhole) throw new Problem({ detail: "The stream ended before the answer was whole.", code: "away" });
 }
 
 /** Where an operator finds a picture of a request, whatever its owner. */
