@@ -4,11 +4,15 @@ import { ask } from "../api.js";
 import { h } from "../dom.js";
 import { copied, toast } from "../ui.js";
 import { isCut } from "./request_words.js";
+import { APIS } from "./try_dialects.js";
 
 const MOST_BYTES = 131_071; // of one argument of a command, by Linux
 
 /** Within single quotes a shell reads every sign as it is, but for the quote. */
 export const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+/** Headers without which the provider refuses what is sent to a path. */
+const headersOf = (path) => (/^\/v1\/messages\b/.test(path) ? APIS.messages.headers : {});
 
 /** A command that sends `body` to `path` of this gateway. */
 export function command(path, body) {
@@ -17,6 +21,7 @@ export function command(path, body) {
     `curl ${quoted(url.href)}`,
     '  -H "Authorization: Bearer $TIDEGATE_API_KEY"',
     "  -H 'Content-Type: application/json'",
+    ...Object.entries(headersOf(path)).map(([name, value]) => `  -H ${quoted(`${name}: ${value}`)}`),
     `  -d ${quoted(body)}`,
   ].join(" \\\n");
 }
