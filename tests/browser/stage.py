@@ -128,11 +128,12 @@ async def opened(
     width: int = 1360,
     colours: Colours = "light",
     signed_in: bool = True,
+    zone: str | None = None,
     expected: tuple[str, ...] = (),
 ) -> AsyncIterator[Seen]:
     """A view in a fresh profile; its console says nothing but what is `expected`."""
     profile = await stage.browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=colours
+        viewport={"width": width, "height": 900}, color_scheme=colours, timezone_id=zone
     )
     profile.set_default_timeout(PATIENCE_MS)
     expect.set_options(timeout=PATIENCE_MS)

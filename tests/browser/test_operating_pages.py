@@ -629,3 +629,21 @@ async def test_a_copied_call_of_messages_has_the_header_that_they_need(
         command = await seen.page.evaluate(COMMAND, ["/v1/messages", asked])
         out = await output_of("bash", "-c", command, folder=tmp_path, key=stage.key)
         assert '"type":"message"' in out.replace(" ", ""), out
+
+
+async def test_times_of_an_address_are_the_same_in_every_zone(stage: Stage) -> None:
+    # In Berlin the hour from 02:00 on comes twice on this day: this is the second one.
+    hour = "since=2026-10-25T01%3A00%3A00Z&until=2026-10-25T02%3A00%3A00Z"
+    async with opened(stage, f"/requests?time=between&{hour}", zone="Europe/Berlin") as seen:
+        page = seen.page
+        await expect(page.get_by_label("From")).to_have_value("2026-10-25T02:00")
+        async with page.expect_request(lambda one: "tenant=acme" in one.url) as coming:
+            await page.get_by_label("Tenant").fill("acme")
+        assert hour in (await coming.value).url
+        assert hour in page.url
+        async with page.expect_request(lambda one: "until=2026" in one.url) as coming:
+            await page.get_by_label("Until").fill("2026-10-25T04:30")
+            await page.get_by_label("Until").blur()
+        changed = hour.replace("T02%3A00%3A00Z", "T03%3A30%3A00Z")
+        assert changed in (await coming.value).url
+        assert changed in page.url

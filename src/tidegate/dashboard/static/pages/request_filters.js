@@ -63,7 +63,12 @@ export function filters(query, changed) {
   const fields = [...first, ...times, ...rest];
   const set = (one) => one.input.value !== "";
   const named = (name) => fields.find((one) => one.name === name);
-  for (const one of fields) one.input.value = query.get(one.name) ?? "";
+  const moments = new Map(times.map((one) => [one, momentIn(one.input)]));
+  for (const one of fields) {
+    const given = query.get(one.name) ?? "";
+    if (moments.has(one)) moments.get(one).show(given);
+    else one.input.value = given;
+  }
   const timed = h("div", { class: "filters" }, times.map((one) => one.element));
   const folded = h(
     "details",
@@ -94,7 +99,7 @@ export function filters(query, changed) {
   };
   fit();
   const values = () => {
-    const found = Object.fromEntries(fields.map((one) => [one.name, one.value()]));
+    const found = Object.fromEntries(fields.map((one) => [one.name, moments.get(one)?.value() ?? one.value()]));
     if (found.time !== "between") found.since = found.until = "";
     return found;
   };
@@ -154,7 +159,7 @@ export function asked(values, more = {}) {
     give("until", midnight(0));
   }
   if (SPANS_MS[values.time]) give("since", new Date(Date.now() - SPANS_MS[values.time]).toISOString());
-  for (const name of ["since", "until"]) if (values[name]) give(name, inUtc(values[name]));
+  for (const name of ["since", "until"]) give(name, values[name]);
   for (const [name, value] of Object.entries(more)) give(name, value);
   return query.toString();
 }
@@ -165,12 +170,25 @@ function midnight(days) {
   return new Date(at.getFullYear(), at.getMonth(), at.getDate() + days).toISOString();
 }
 
-/** What is entered is in the person's own zone. */
-const inUtc = (local) => new Date(local).toISOString();
+/** The time of a field, which a person enters in their own zone: an address and the API have it in UTC. */
+function momentIn(input) {
+  let [text, at] = ["", ""]; // as the field has it, and in UTC: an hour that a clock repeats is one text
+  return {
+    show(given) {
+      const ms = Date.parse(given); // without a zone: in the person's own
+      input.value = Number.isNaN(ms) ? "" : local(ms);
+      [text, at] = [input.value, input.value && inUtc(ms)];
+    },
+    value: () => (input.value === text ? at : inUtc(Date.parse(input.value))),
+  };
+}
+
+/** Empty where it is no time, as of a year with five digits. */
+const inUtc = (ms) => (Number.isNaN(ms) ? "" : new Date(ms).toISOString().replace(".000Z", "Z"));
 
 /** The list of requests that were submitted between two times, of which more is asked. */
 export const requestsIn = (sinceMs, untilMs, more = {}) =>
-  link("/requests", { time: "between", since: local(sinceMs), until: local(untilMs), ...more });
+  link("/requests", { time: "between", since: inUtc(sinceMs), until: inUtc(untilMs), ...more });
 
 /** As a field for a local time has it. */
 function local(ms) {
