@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from csv import DictReader
+from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
@@ -647,3 +648,30 @@ async def test_times_of_an_address_are_the_same_in_every_zone(stage: Stage) -> N
         changed = hour.replace("T02%3A00%3A00Z", "T03%3A30%3A00Z")
         assert changed in (await coming.value).url
         assert changed in page.url
+
+
+async def test_what_a_viewer_may_not_read_is_not_said_to_be_missing(stage: Stage) -> None:
+    job = await stage.gateway.submit(data="Explain tide", type="text_only")
+    await stage.gateway.end_of(job)
+    scopes = [Scope.VIEWER]
+    _, made = await stage.gateway.services.store.tenants.create_key("default", scopes=scopes)
+    async with opened(replace(stage, key=made.text), f"/requests/{job}") as seen:
+        for name in ("Input", "Output"):
+            part = seen.page.get_by_role("region", name=name)
+            await expect(part).to_contain_text("This needs the role operator. Yours is viewer.")
+        await expect(seen.page.get_by_text("No answer came")).to_have_count(0)
+        stored = seen.page.get_by_role("region", name="Stored payloads")
+        await expect(stored).to_contain_text("VIEWERS_READ_BODIES")
+        ended = dict.fromkeys(("created_at", "in_progress_at", "expires_at", "ended_at"))
+        ended |= dict.fromkeys(("completed", "failed", "total", "claimed", "calling"), 1)
+        ended |= {"id": f"batch_{job}", "status": "completed", "tenant": "default", "errors": []}
+        ended |= {"pause": None, "has_output": True, "has_errors": True}
+        answer = {"items": [ended], "next_after": None}
+        await seen.page.route("**/admin/batches?*", lambda route: route.fulfill(json=answer))
+        await seen.page.evaluate("location.hash = '#/batches'")
+        for name in ("Results", "Errors"):
+            button = seen.page.get_by_role("button", name=name)
+            await expect(button).to_be_disabled()
+            await expect(button).to_have_attribute(
+                "title", "This needs the role operator. Yours is viewer."
+            )

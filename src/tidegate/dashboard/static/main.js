@@ -30,10 +30,10 @@ let inside = false;
 async function enter() {
   if (!inside) fill(main, loading());
   try {
-    const { operator, role } = await get("dashboard/session", { keepSession: true });
+    const { operator, role, reads_bodies: reads } = await get("dashboard/session", { keepSession: true });
     inside = true;
     comeBack();
-    session.actAs(role);
+    session.actAs(role, reads);
     signOut.hidden = false;
     fill(who, h("span", { class: "badge", title: `Signed in by ${operator}, with the role ${role}` }, role));
     router.start();

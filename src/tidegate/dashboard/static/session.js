@@ -3,10 +3,11 @@
 const NAME = "tidegate.key";
 const ROLES = ["viewer", "operator", "admin"];
 const listeners = new Set();
-let role = ROLES[0];
+let [role, isReader] = [ROLES[0], false];
 
-/** The role of the person who signed in, as the gateway says it: it checks every request itself. */
-export const actAs = (given) => (role = given);
+/** The role of the person who signed in, and whether it reads prompts and answers, as the gateway says it: it checks every request itself. */
+export const actAs = (given, readsBodies) => ([role, isReader] = [given, readsBodies]);
+export const readsBodies = () => isReader;
 export const may = (needed) => ROLES.indexOf(role) >= ROLES.indexOf(needed);
 export const whyNot = (needed) => `This needs the role ${needed}. Yours is ${role}.`;
 

@@ -6,6 +6,7 @@ import { saveBlob } from "../export.js";
 import { ago, brief, count, time } from "../format.js";
 import { repeat } from "../poll.js";
 import { link, note } from "../router.js";
+import * as session from "../session.js";
 import { choice, confirm, empty, field, said, toast } from "../ui.js";
 
 const EVERY_MS = 2_000;
@@ -142,11 +143,12 @@ function row(first, again) {
     one.addEventListener("click", () => act(latest, again, one));
     return one;
   };
+  const reader = session.readsBodies() ? "viewer" : "operator";
   const pause = button("Pause", "operator", pauseIt);
   const resume = button("Resume", "operator", resumeIt);
   const cancel = button("Cancel", "operator", cancelIt, "danger");
-  const output = button("Results", "viewer", (one, _, self) => download(one, "output", self));
-  const errors = button("Errors", "viewer", (one, _, self) => download(one, "errors", self));
+  const output = button("Results", reader, (one, _, self) => download(one, "output", self));
+  const errors = button("Errors", reader, (one, _, self) => download(one, "errors", self));
   return {
     element: h(
       "article",

@@ -133,9 +133,10 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
     paintNow();
     const ticks = isOpen(request) ? view.now : null;
     part("timeline", [view.timeline, ticks], () => timeline(view.timeline, view.now));
-    part("prompt", [request.prompt, request.files, request.image_uri], () => prompt(request, files));
-    const answered = [request.text, request.answer, request.images, request.status];
-    part("answer", answered, () => answer(request, files));
+    const { bodies: stored } = view;
+    part("prompt", [request.prompt, request.files, request.image_uri, stored], () => prompt(request, files, stored));
+    const answered = [request.text, request.answer, request.images, request.status, stored];
+    part("answer", answered, () => answer(request, files, stored));
     part("attempts", view.attempts, () => attempts(view.attempts));
     part("webhooks", view.webhooks, () => webhooks(view.webhooks, redeliver));
     part("bodies", view.bodies, () => bodies(view.bodies, id, signal));

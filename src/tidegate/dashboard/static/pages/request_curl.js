@@ -2,6 +2,7 @@
 
 import { ask } from "../api.js";
 import { h } from "../dom.js";
+import * as session from "../session.js";
 import { copied, toast } from "../ui.js";
 import { isCut } from "./request_words.js";
 import { APIS } from "./try_dialects.js";
@@ -40,11 +41,12 @@ export function curlButton(view, signal) {
   return button;
 }
 
+const notHere = () => (session.readsBodies() ? "not on record, so there is nothing to send" : "not shown to your role");
 const sizeOf = (text) => new TextEncoder().encode(text).length;
 
 async function written({ request, bodies }, signal) {
   if (!request.endpoint) {
-    if (!request.prompt) throw new Error("The prompt is not on record, so there is nothing to send.");
+    if (!request.prompt) throw new Error(`The prompt is ${notHere()}.`);
     if (request.files?.length || request.image_uri) throw new Error("It came with files, which a command can't hold: use Retry.");
     const sent = { [request.source === "stream" ? "text" : "data"]: request.prompt, type: request.type, model: request.asked_model };
     const body = JSON.stringify(sent, (_, value) => value ?? undefined);
@@ -52,7 +54,7 @@ async function written({ request, bodies }, signal) {
     return command(request.source === "stream" ? "/stream" : "/submit", body);
   }
   const body = bodies.find((one) => one.role === "request");
-  if (!body) throw new Error("Its body is not on record, so there is nothing to send.");
+  if (!body) throw new Error(`Its body is ${notHere()}.`);
   if (body.omitted_bytes || body.size_bytes > MOST_BYTES) throw new Error("Its body is too long for a command: download it below.");
   if (!body.content_type.includes("json")) throw new Error("Its body is not JSON: download it below.");
   const path = `admin/requests/${request.request_id}/request`;

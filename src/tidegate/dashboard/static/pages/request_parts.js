@@ -3,6 +3,7 @@
 import { ask, Problem } from "../api.js";
 import { fill, h } from "../dom.js";
 import { bytes, count, length, money, time } from "../format.js";
+import * as session from "../session.js";
 import { said, toast } from "../ui.js";
 import { nameOf, talkLink, traceLink } from "./conversation.js";
 import { gallery, save } from "./request_files.js";
@@ -27,30 +28,37 @@ export function text(words, label, isCode = false) {
   return [shown, button];
 }
 
-export function prompt(request, files) {
+export function prompt(request, files, stored = []) {
   const asked = request.prompt ?? "";
+  const none = () => (stored.length ? words("No text is on record here: see the bodies below.") : notHere());
   return [
-    asked ? text(asIs(asked, request.endpoint), "Prompt", Boolean(request.endpoint)) : words("No text is on record here: see the bodies below."),
-    isCut(request) && words(`The first ${count(charsOf(asked))} of ${count(request.prompt_chars)} characters.`),
+    asked ? text(asIs(asked, request.endpoint), "Prompt", Boolean(request.endpoint)) : none(),
+    asked && isCut(request) && words(`The first ${count(charsOf(asked))} of ${count(request.prompt_chars)} characters.`),
     request.image_uri && h("p", { class: "wrap" }, "Picture fetched from ", h("code", {}, request.image_uri)),
     gallery(request.files, files),
   ];
 }
 
-export function answer(request, files) {
+export function answer(request, files, stored = []) {
   if (request.text) return [text(request.text, "Answer"), gallery(request.images, files)];
   if (request.answer !== undefined) {
     return text(JSON.stringify(request.answer, null, 2), "Answer of the provider", true);
   }
   if (request.images.length > 0) return gallery(request.images, files);
   if (isOpen(request)) return words("Nothing yet.");
-  if (request.source === "relay" || request.source === "batch") {
+  if (stored.some((one) => one.role === "response")) {
     return words("It is in the record as it travelled: see below.");
   }
-  return words("No answer came.");
+  return request.status === "succeeded" && request.text !== "" ? notHere() : words("No answer came.");
 }
 
 const words = (said) => h("p", { class: "quiet-text" }, said);
+
+/** What was asked or answered is not here, which does not say that it never was. */
+function notHere() {
+  if (!session.readsBodies()) return words(session.whyNot("operator"));
+  return words("Nothing is on record here: it was not kept, has expired or was erased.");
+}
 
 /** JSON, as the body of a native call is, so that it can be read; anything else as it is. */
 function asIs(written, isJson) {
@@ -205,7 +213,10 @@ function tableOf(label, heads, numbers, rows) {
 
 /** The bodies as they are in the record: shown on demand, as text, or kept as a file. */
 export function bodies(list, id, signal) {
-  if (list.length === 0) return words("Bodies are kept once a request has ended, for as long as its tenant wants.");
+  if (list.length === 0) {
+    if (!session.readsBodies()) return words(`${session.whyNot("operator")} VIEWERS_READ_BODIES shows them to viewers too.`);
+    return words("Bodies are kept once a request has ended, for as long as its tenant wants.");
+  }
   return list.map((one) => body(one, `admin/requests/${id}/${one.role}`, signal));
 }
 
