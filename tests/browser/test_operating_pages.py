@@ -25,6 +25,7 @@ from redis.asyncio import Redis
 from tests.batching import begin, completed, content
 from tests.browser.lists import (
     more_than_a_page_into_an_empty_list,
+    row,
     those_that_end_later_come_into_the_list,
 )
 from tests.browser.playground import a_broken_answer_is_reported, more_dialects, output_of
@@ -675,3 +676,25 @@ async def test_what_a_viewer_may_not_read_is_not_said_to_be_missing(stage: Stage
             await expect(button).to_have_attribute(
                 "title", "This needs the role operator. Yours is viewer."
             )
+
+
+async def test_the_cached_share_of_a_thread_is_of_the_calls_that_report_one(stage: Stage) -> None:
+    def call(number: int, **more: int) -> dict[str, Any]:
+        return row(number) | {"finished_at": "2026-11-29T12:00:01Z", "input_tokens": 1_000} | more
+
+    threads = [
+        {"calls": [call(1), call(2, cached_tokens=500)]},
+        {"calls": [call(3)]},
+    ]
+    sums = dict.fromkeys(("failed", "unpriced", "queue_ms", "upstream_ms", "output_tokens"), 0)
+    sums |= {"calls": 3, "cost_micros": 0, "input_tokens": 3_000, "cached_tokens": 500}
+    moments = dict.fromkeys(("began_at", "ended_at"), "2026-11-29T12:00:00Z")
+    view = {"sums": {**sums, **moments, "cached_share": 0.5}, "complete": True, "threads": threads}
+    async with opened(stage) as seen:
+        page = seen.page
+        await page.route("**/admin/conversations?*", lambda route: route.fulfill(json=view))
+        await page.evaluate("location.hash = '#/requests/conversation?conversation=c'")
+        await expect(page.locator("[data-figure=cached] .tile-figure")).to_have_text("50 %")
+        heads = page.locator("tr.thread")
+        await expect(heads.nth(0).locator(".c-number").nth(3)).to_have_text("50 %")
+        await expect(heads.nth(1).locator(".c-number").nth(3)).to_have_text("\N{EN DASH}")

@@ -190,7 +190,9 @@ function headOf(thread, number, depth, isTrace) {
   const [input, cached, output] = ["input", "cached", "output"].map((one) => known(calls, `${one}_tokens`));
   const priced = calls.some((one) => one.cost_micros !== undefined);
   const cost = priced ? money(known(calls, "cost_micros") / 1e6) : NOTHING;
-  const share = input && calls.some((one) => one.cached_tokens !== undefined) ? percent(cached / input) : NOTHING;
+  // As the share of all calls: of those that report what a cache had.
+  const cachedOf = known(calls.filter((one) => one.cached_tokens !== undefined), "input_tokens");
+  const share = cachedOf ? percent(cached / cachedOf) : NOTHING;
   const words = [
     calls.length === 1 ? "1 call" : `${count(calls.length)} calls`,
     isTrace && some(all("conversation").map(nameOf)),
