@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import pytest
 
 from tests.contract.openai_sdk import MODEL, ask, client, emulator, sdk, stream, text_of
@@ -162,11 +164,32 @@ async def test_an_error_comes_inside_a_stream_that_began_well(
 async def test_an_error_comes_inside_a_streamed_response(
     sdk: AsyncOpenAI, emulator: Emulator
 ) -> None:
-    await emulator.control.set_fault("error_in_stream", after_chunks=1)
-    stream = await sdk.responses.create(model=MODEL, input="Hello", stream=True)
-    last = [event async for event in stream][-1]
-    assert last.type == "error"
-    assert last.code == "server_error"
+    """As OpenAI ends one: the error within its event, then the response as it is stored, failed.
+    The SDK raises at the first of both."""
+    from openai import APIError
+
+    for after_chunks in (0, 1):
+        await emulator.control.set_fault("error_in_stream", count=2, after_chunks=after_chunks)
+        with pytest.raises(APIError) as failed:
+            async for _ in await sdk.responses.create(model=MODEL, input="Hello", stream=True):
+                pass
+        assert failed.value.code == "server_error"
+        body = {"model": MODEL, "input": "Hello", "stream": True}
+        url, headers = f"{emulator.url}/v1/responses", {"Authorization": "Bearer k"}
+        async with aiohttp.request("POST", url, json=body, headers=headers) as response:
+            text = await response.text()
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert [event["type"] for event in events[:2]] == [
+            "response.created",
+            "response.in_progress",
+        ]
+        error, end = events[-2:]
+        assert (error["type"], error["error"]["code"]) == ("error", "server_error")
+        assert (end["type"], end["response"]["output"]) == ("response.failed", [])
+        assert end["response"]["error"]["message"] == error["error"]["message"]
+        kept = await sdk.responses.retrieve(end["response"]["id"])
+        assert (kept.status, kept.error and kept.error.code) == ("failed", "server_error")
 
 
 async def test_garbage_is_not_json(sdk: AsyncOpenAI, emulator: Emulator) -> None:

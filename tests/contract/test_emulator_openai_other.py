@@ -91,7 +91,13 @@ async def test_a_response_cut_by_its_bound_is_incomplete(sdk: AsyncOpenAI) -> No
     stream = await sdk.responses.create(
         model=MODEL, input="Hello", max_output_tokens=2, stream=True
     )
-    assert [event.type async for event in stream][-1] == "response.incomplete"
+    events = [event async for event in stream]
+    assert [event.type for event in events[-2:]] == [
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    for item in (short.output[0], events[-2].item, events[-1].response.output[0]):
+        assert (item.type, item.status) == ("message", "incomplete")
 
 
 async def test_a_response_calls_functions_and_hears_their_output(sdk: AsyncOpenAI) -> None:

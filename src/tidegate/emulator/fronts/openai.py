@@ -802,7 +802,8 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
             if body.get("background") is True:
                 return await openai_stored.in_background(served, body, asked, scripted(None))
             return await served.generate(
-                asked, lambda fault: openai_stored.keep_response(served, body, scripted(fault))
+                asked,
+                lambda fault: openai_stored.keep_response(served, body, scripted(fault), fault),
             )
     chat = name == "chat/completions"
     asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -79,18 +79,16 @@ def response_script(
 ) -> AnswerScript:
     """The answer to a request with this `body`; `broken` gives the body of a fault."""
     answer = _ResponseObject(asked, body, compose(asked, behaviour, fault))
+    steps = answer.stream() if asked.streamed else answer.whole()
 
     def broken_event(index: int, fault: Fault) -> bytes:
-        """An `error` event is flat: it holds the fields of the error object."""
         data = broken(fault)
         if fault.fault is FaultName.GARBAGE:
             return b"event: response.output_text.delta\n" + data_event(data)
-        error = orjson.loads(data)["error"]
-        named = error | {"type": "error", "code": error["code"] or error["type"]}
-        return named_event(named | {"sequence_number": index})
+        return answer.failed(steps[:index], orjson.loads(data)["error"])
 
     return AnswerScript(
-        answer.stream() if asked.streamed else answer.whole(),
+        steps,
         broken_event if asked.streamed else lambda _, fault: broken(fault),
         answer.composed.thoughts_tokens,
         {"x-request-id": answer.id},
@@ -111,10 +109,22 @@ class _ResponseObject:
     def whole(self) -> list[ScriptStep]:
         return whole_steps(self.composed, self._ended(), self.composed.output_tokens)
 
-    def stream(self) -> list[ScriptStep]:
+    def _begun(self) -> bytes:
         begun = self._response("in_progress", [], None)
         head = self._event("response.created", response=begun)
-        head += self._event("response.in_progress", response=begun)
+        return head + self._event("response.in_progress", response=begun)
+
+    def failed(self, sent: Sequence[ScriptStep], error: Json) -> bytes:
+        """The end of a stream that fails after these steps: the error, and the failed response."""
+        self._sequence = count(sum(step.data.count(b"\n\n") for step in sent))
+        error = error | {"code": error["code"] or error["type"]}
+        events = (b"" if sent else self._begun()) + self._event("error", error=error)
+        shown = {"code": error["code"], "message": error["message"]}
+        ended = self._response("failed", [], None) | {"error": shown}
+        return events + self._event("response.failed", response=ended)
+
+    def stream(self) -> list[ScriptStep]:
+        head = self._begun()
         pieces = moment_steps(self.composed, self._piece)
         ended = self._ended()
         tail = self._event(f"response.{ended['status']}", response=ended)
@@ -159,7 +169,7 @@ class _ResponseObject:
                 name=moment.call.name,
                 arguments=moment.call.arguments,
             )
-        item = self._item(moment.block, moment.call, "completed")
+        item = self._item(moment.block, moment.call, self._status(moment.block))
         return events + self._event(
             "response.output_item.done", output_index=moment.block, item=item
         )
@@ -171,8 +181,13 @@ class _ResponseObject:
     def _item_id(self, block: int) -> str:
         return f"item_{self.id}_{block}"
 
+    def _status(self, block: int) -> str:
+        """Of an item that has ended: the bound of the answer cuts the last one."""
+        cut = self.composed.finish == "length" and block == len(self.composed.blocks) - 1
+        return "incomplete" if cut else "completed"
+
     def _item(self, block: int, call: CalledFunction | None, status: str) -> Json:
-        done = status == "completed"
+        done = status != "in_progress"
         if call is not None:
             return {
                 "id": self._item_id(block),
@@ -195,7 +210,8 @@ class _ResponseObject:
             self.composed.finish
         )
         output = [
-            self._item(block, call, "completed") for block, call in enumerate(self.composed.blocks)
+            self._item(block, call, self._status(block))
+            for block, call in enumerate(self.composed.blocks)
         ]
         status = "incomplete" if reason else "completed"
         ended = self._response(status, output, self._usage())
@@ -284,10 +300,16 @@ def check_named(served: Served, body: Json) -> None:
         _conversation(things, str(found))
 
 
-def keep_response(served: Served, body: Json, script: AnswerScript) -> AnswerScript:
-    """Keep a response that is to be stored; its answer goes on as it is."""
-    if body.get("store") is not False:
-        _keep(served, body, _last_object(script))
+def keep_response(
+    served: Served, body: Json, script: AnswerScript, fault: Fault | None
+) -> AnswerScript:
+    """Keep a response that is to be stored, as its answer will end, which goes on as it is."""
+    if body.get("store") is False:
+        return script
+    if fault is None or fault.fault is not FaultName.ERROR_IN_STREAM:
+        _keep(served, body, _last_object(script.steps[-1].data))
+    elif body.get("stream"):
+        _keep(served, body, _last_object(script.broken(0, fault)))
     return script
 
 
@@ -303,9 +325,8 @@ def keep_completion(served: Served, body: Json, script: AnswerScript) -> AnswerS
     return script
 
 
-def _last_object(script: AnswerScript) -> Json:
-    """The whole response, of an answer in one piece or a stream."""
-    data = script.steps[-1].data
+def _last_object(data: bytes) -> Json:
+    """The whole response, of the end of an answer in one piece or a stream."""
     if data.startswith(b"{"):
         found: Json = orjson.loads(data)
         return found
@@ -345,7 +366,7 @@ async def in_background(
     served: Served, body: Json, asked: ModelRequest, script: AnswerScript
 ) -> web.StreamResponse:
     """Answer immediately; the call goes on, and counts, for as long as its answer takes."""
-    state, whole = served.state, _last_object(script)
+    state, whole = served.state, _last_object(script.steps[-1].data)
     begun = whole | {"status": "queued", "output": [], "usage": None, "background": True}
 
     def done() -> None:
