@@ -47,7 +47,7 @@ async def parts_of(
     async with session.post(f"{emulator.url}{GEMINI}:generateContent", json=body) as response:
         answer = await response.json()
         assert response.status == 200, answer
-    found: list[Any] = answer["candidates"][0]["content"]["parts"]
+    found: list[Any] = answer["candidates"][0]["content"].get("parts", [])
     return found
 
 
@@ -170,6 +170,29 @@ async def test_a_bound_leaves_out_calls_that_do_not_fit(
 ) -> None:
     few = {"generationConfig": {"maxOutputTokens": 1}}
     assert await parts_of(session, emulator, said("user", "get weather"), **few) == []
+
+
+@pytest.mark.parametrize(("most", "thoughts"), [(40, 32), (20, 20)])
+async def test_a_bound_of_gemini_s_output_is_of_its_thoughts_as_well(
+    session: aiohttp.ClientSession, emulator: Emulator, most: int, thoughts: int
+) -> None:
+    """What thoughts leave nothing of has a role and no parts, and its usage no candidates."""
+    config = {"maxOutputTokens": most, "thinkingConfig": {"includeThoughts": most == 40}}
+    body = {"contents": [said("user", "Hello")], "generationConfig": config}
+    for action in ("generateContent", "streamGenerateContent?alt=sse"):
+        await emulator.control.reset()
+        url = f"{emulator.url}/v1beta/models/gemini-2.5-pro:{action}"
+        async with session.post(url, json=body) as response:
+            text = await response.text()
+        last = json.loads(text.strip().split("\r\n\r\n")[-1].removeprefix("data: "))
+        (candidate,), told = last["candidates"], last["usageMetadata"]
+        assert candidate["finishReason"] == "MAX_TOKENS"
+        assert ("parts" in candidate["content"]) == (most > thoughts)
+        assert told["thoughtsTokenCount"] == thoughts
+        assert told.get("candidatesTokenCount") == (most - thoughts or None)
+        assert told["totalTokenCount"] == told["promptTokenCount"] + most
+        billed = Billed(1, told["promptTokenCount"], most, thoughts)
+        assert (await emulator.control.stats()).billed() == billed
 
 
 async def test_gemini_speaks_and_shows_its_thoughts(

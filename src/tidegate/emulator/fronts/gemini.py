@@ -426,12 +426,15 @@ def media_part(mime_type: str, data: bytes) -> Json:
 
 
 class _GeminiAnswer:
-    """One answer in the shapes of this API: parts with their tokens, and its finish."""
+    """One answer in the shapes of this API: parts with their tokens, and its finish. The bound of
+    the output is of the thoughts as well."""
 
     def __init__(self, asked: ModelRequest, behaviour: Behaviour) -> None:
         self._asked = asked
         self._id = new_response_id()
-        self._thoughts = thoughts_of(asked)
+        most = asked.max_output_tokens
+        self.thoughts = thoughts_of(asked) if most is None else min(thoughts_of(asked), most)
+        self._left = None if most is None else most - self.thoughts
         self._finish = "STOP"
         self._parts: list[tuple[Json, int]] = []
         if asked.wants_picture:
@@ -442,28 +445,29 @@ class _GeminiAnswer:
             self._parts = [(media_part(MIME_TYPE, hum(asked.prompt)), TOKENS)]
         else:
             text = answer_text(asked, behaviour)
-            pieces, cut_short = cut(text, asked.max_output_tokens, behaviour.chunks)
+            pieces, cut_short = cut(text, self._left, behaviour.chunks)
             self._finish = "MAX_TOKENS" if cut_short else self._finish
-            self._parts = [({"text": piece}, tokens) for piece, tokens in pieces]
+            self._parts = [({"text": piece}, tokens) for piece, tokens in pieces if tokens]
         if asked.shows_thoughts:
-            self._parts.insert(0, ({"text": THOUGHTS, "thought": True}, 0))
+            words = THOUGHTS.split()[: self.thoughts]
+            self._parts.insert(0, ({"text": " ".join(words), "thought": True}, 0))
 
     def bodies(self, framing: Framing, fault: Fault | None) -> list[tuple[Json, int]]:
         """One body a step in time, with the tokens sent by then."""
         tokens = sum(tokens for _, tokens in self._parts)
         if fault is not None and fault.fault in BODIES:
             written = tokens if fault.fault is FaultName.UNKNOWN_FINISH else 0
-            return [(self._faulty(fault, written), written + self._thoughts)]
-        if framing == "whole":
+            return [(self._faulty(fault, written), written + self.thoughts)]
+        if framing == "whole" or not self._parts:
             whole = self._whole(self._finish, tokens)
-            return [({}, 0)] * (len(self._parts) - 1) + [(whole, tokens + self._thoughts)]
+            return [({}, 0)] * (len(self._parts) - 1) + [(whole, tokens + self.thoughts)]
         sent = 0
         bodies = []
         for index, (part, part_tokens) in enumerate(self._parts):
             sent += part_tokens
             last = index == len(self._parts) - 1
             body = self._candidate(sent, [part], self._finish if last else None)
-            bodies.append((body, sent + self._thoughts))
+            bodies.append((body, sent + self.thoughts))
         return bodies
 
     def _whole(self, finish: str, tokens: int) -> Json:
@@ -485,10 +489,11 @@ class _GeminiAnswer:
         return self._body(0, candidates=[])
 
     def _candidate(self, tokens: int, parts: list[Json] | None, finish: str | None) -> Json:
-        """A whole response, or one chunk of a stream; without `parts` there is no content."""
+        """A whole response, or one chunk of a stream; `parts` of None are no content. Content of
+        which nothing was left by the thoughts has a role alone."""
         candidate: Json = {"index": 0}
         if parts is not None:
-            candidate["content"] = {"parts": parts, "role": "model"}
+            candidate["content"] = {**({"parts": parts} if parts else {}), "role": "model"}
         if finish is not None:
             candidate["finishReason"] = finish
         return self._body(tokens, candidates=[candidate])
@@ -497,7 +502,7 @@ class _GeminiAnswer:
         asked = self._asked
         usage: Json = {
             "promptTokenCount": asked.input_tokens,
-            "totalTokenCount": asked.input_tokens + output_tokens + self._thoughts,
+            "totalTokenCount": asked.input_tokens + output_tokens + self.thoughts,
             "promptTokensDetails": _modalities(asked),
         }
         if asked.tier:
@@ -507,7 +512,7 @@ class _GeminiAnswer:
         if output_tokens:
             usage["candidatesTokenCount"] = output_tokens
         if asked.thinks:
-            usage["thoughtsTokenCount"] = self._thoughts
+            usage["thoughtsTokenCount"] = self.thoughts
         return {
             **first,
             "usageMetadata": usage,
@@ -528,13 +533,12 @@ class _GeminiAnswer:
 
     def _calls(self) -> None:
         """Function calls, each whole, as many as the bound leaves room for."""
-        left = self._asked.max_output_tokens
+        left = self._left
         for tool in self._asked.called:
             given = arguments(self._asked, tool.schema)
             tokens = len(orjson.dumps(given).split()) + 1
             if left is not None and tokens > left:
                 self._finish = "MAX_TOKENS"
-                self._parts = self._parts or [({"text": ""}, 0)]
                 return
             left = None if left is None else left - tokens
             part: Json = {"functionCall": {"name": tool.name, "args": given}}
@@ -552,17 +556,17 @@ def _script(
     asked: ModelRequest, behaviour: Behaviour, framing: Framing, fault: Fault | None
 ) -> AnswerScript:
     frame = _FRAMED[framing]
-    bodies = _GeminiAnswer(asked, behaviour).bodies(framing, fault)
+    answer = _GeminiAnswer(asked, behaviour)
     steps = [
         ScriptStep(frame(index, orjson.dumps(body)), output_tokens)
-        for index, (body, output_tokens) in enumerate(bodies)
+        for index, (body, output_tokens) in enumerate(answer.bodies(framing, fault))
     ]
     if framing == "array":
         steps[-1] = ScriptStep(steps[-1].data + b"]", steps[-1].output_tokens)
     return AnswerScript(
         steps,
         broken=lambda index, fault: frame(index, broken_object(GEMINI, _GARBAGE, fault)),
-        thoughts_tokens=thoughts_of(asked),
+        thoughts_tokens=answer.thoughts,
         headers={"x-gemini-service-tier": asked.tier or "standard"},
     )
 
