@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from tests.contract.openai_sdk import MODEL, client, emulator, sdk, user
+from tidegate.dialects.openai import usage_of
 from tidegate.emulator.server import Emulator
 from tidegate.emulator.state import Billed
 from tidegate.usual_models import EMULATORS_KEY
@@ -193,6 +194,36 @@ async def test_a_bound_of_gemini_s_output_is_of_its_thoughts_as_well(
         assert told["totalTokenCount"] == told["promptTokenCount"] + most
         billed = Billed(1, told["promptTokenCount"], most, thoughts)
         assert (await emulator.control.stats()).billed() == billed
+
+
+async def test_gemini_in_openais_dialect_has_its_thoughts_in_the_total_alone(
+    emulator: Emulator,
+) -> None:
+    """As recorded at Google: three counts without details, of which two leave the thoughts out."""
+    model = "gemini-2.5-pro"
+    async with client(emulator, "/v1beta/openai") as sdk:
+        answer = await sdk.chat.completions.create(model=model, messages=user("Hello"))
+        usage = answer.model_dump(exclude_unset=True)["usage"]
+        chunks = await sdk.chat.completions.create(
+            model=model,
+            messages=user("Hello"),
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        last = [chunk async for chunk in chunks][-1]
+    assert usage.keys() == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert not {"service_tier", "system_fingerprint"} & answer.model_fields_set
+    assert last.model_dump(exclude_unset=True)["usage"] == usage
+    thoughts = usage["total_tokens"] - usage["prompt_tokens"] - usage["completion_tokens"]
+    assert thoughts > 0
+    read = usage_of(usage)
+    assert (read.input_tokens, read.output_tokens) == (
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+    )
+    assert read.thoughts_tokens == thoughts
+    calls = await emulator.control.calls()
+    assert [call.output_tokens for call in calls] == [usage["completion_tokens"] + thoughts] * 2
 
 
 async def test_gemini_speaks_and_shows_its_thoughts(

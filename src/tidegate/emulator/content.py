@@ -59,7 +59,7 @@ class ModelRequest:
     their order with the system prompt first. `called` are the functions
     that the answer calls. `fenced`: JSON within a fenced block of code, since the prompt asks for
     it. `choices` answers come, in a stream with its usage only `with_usage`. `tier` is the
-    processing tier, empty for the usual one.
+    processing tier, empty for the usual one. `at_google`: of a Gemini model in OpenAI's dialect.
     """
 
     kind: str
@@ -81,6 +81,7 @@ class ModelRequest:
     streamed: bool = False
     choices: int = 1
     with_usage: bool = False
+    at_google: bool = False
     cached_tokens: int = 0
     cache_write_tokens: int = 0
     tier: str = ""

@@ -1,9 +1,9 @@
 """OpenAI's API: chat completions, responses, completions, embeddings, images, models.
 
 Invariants: errors have OpenAI's shape, except `error_list`, which is the list that Gemini's
-compatible endpoint sends; a stream reports usage only if requested; unknown fields are ignored; a
-body that OpenAI refuses raises Refused with the field's name; the size of a file is that of its
-bytes.
+compatible endpoint sends; a Gemini model's usage at that endpoint has its thoughts in the total
+alone; a stream reports usage only if requested; unknown fields are ignored; a body that OpenAI
+refuses raises Refused with the field's name; the size of a file is that of its bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from struct import pack
 from typing import Any
@@ -280,6 +280,7 @@ _NOT_JSON = "We could not parse the JSON body of your request."
 DEFAULT_MOST_TOKENS = 16
 MOST_CHOICES = 128
 _THINKS = re.compile(r"^(models/)?(o\d|gpt-5)")
+_GEMINI = re.compile(r"(models/)?gemini")
 _NO_THOUGHTS = (None, "none", "minimal")
 _SPEAKERS: dict[str, Speaker] = {
     "system": "system",
@@ -525,13 +526,14 @@ class _Choices:
             "created": int(time.time()),
             "model": asked.model,
         }
-        if chat:
+        self._empty: Json = {} if asked.at_google else {"refusal": None}
+        if chat and not asked.at_google:
             tier = asked.tier or "default"
             self._identity |= {"service_tier": tier, "system_fingerprint": "fp_emulated"}
 
     def whole(self) -> list[ScriptStep]:
         composed = self.composed
-        message: Json = {"role": "assistant", "content": composed.said, "refusal": None}
+        message: Json = {"role": "assistant", "content": composed.said, **self._empty}
         if composed.calls:
             message["tool_calls"] = [
                 {
@@ -551,7 +553,7 @@ class _Choices:
         if self._chat:
             self._identity["object"] = "chat.completion.chunk"
             content = None if self.composed.calls else ""
-            head = self._events({"role": "assistant", "content": content, "refusal": None})
+            head = self._events({"role": "assistant", "content": content, **self._empty})
         tail = self._events({} if self._chat else "", self._finish)
         if self._asked.with_usage:
             tail += self._event([], self._usage())
@@ -585,9 +587,9 @@ class _Choices:
         more = {"usage": usage} if self._asked.with_usage else {}
         return data_event(orjson.dumps(self._identity | {"choices": choices} | more))
 
-    @staticmethod
-    def _choice(index: int, said: Json, finish: str | None) -> Json:
-        return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+    def _choice(self, index: int, said: Json, finish: str | None) -> Json:
+        empty = {} if self._asked.at_google else {"logprobs": None}
+        return {"index": index, **said, **empty, "finish_reason": finish}
 
     def _billed(self, output_tokens: int | None = None) -> int:
         """Every choice is charged for, the thoughts before them once."""
@@ -603,7 +605,11 @@ class _Choices:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
-        if self._chat:
+        if self._asked.at_google:  # which leaves the thoughts to the total
+            usage["completion_tokens"] = completion - self.composed.thoughts_tokens
+            if cached:
+                usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        elif self._chat:
             usage["prompt_tokens_details"] = {"cached_tokens": cached, "audio_tokens": 0}
             usage["completion_tokens_details"] = {
                 "reasoning_tokens": self.composed.thoughts_tokens,
@@ -808,6 +814,9 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
     chat = name == "chat/completions"
     asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))
     asked = served.in_tier(asked, body.get("service_tier"))
+    if chat and served.request.path.startswith(_PREFIXES[0]) and _GEMINI.match(model):
+        thinks = asked.thinks or ("pro" in model and body.get("reasoning_effort") is None)
+        asked = replace(asked, at_google=True, thinks=thinks)
     choices = partial(choices_script, asked, behaviour, chat=chat)
     if not chat:
         return await served.generate(asked, choices)
