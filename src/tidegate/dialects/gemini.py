@@ -370,6 +370,7 @@ def _tier_of(raw: Mapping[str, Any]) -> str | None:
 
 def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
     taken, given = raw.get("promptTokensDetails"), raw.get("candidatesTokensDetails")
+    taken = raw.get("promptTokenDetails") if taken is None else taken  # so of an embedding
     by_tools = raw.get("toolUsePromptTokensDetails")
     if _is_text(taken) and not by_tools and (not given or _is_text(given)):
         return None  # as of most calls
@@ -422,6 +423,7 @@ _FORM = AnswerForm(
     event_usage=_event_usage,
 )
 _SEARCHED = b'"webSearchQueries"'
+_EMBEDDED = re.compile(rb'\s*\{\s*"embeddings?"\s*:')
 _BLOCKED = value_pattern("blockReason")
 _NUMBERED = re.compile(rb'"finishReason"\s*:\s*(\d{1,9})\b')
 
@@ -442,6 +444,9 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
         facts = scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
         if facts.finish_reason is None:
             facts.finish_reason = last_match(_NUMBERED, answer) or last_match(_BLOCKED, answer)
+    usage = facts.usage
+    if usage.output_tokens is None and usage.input_tokens is not None and _EMBEDDED.match(answer):
+        facts.usage = replace(usage, output_tokens=0)  # it reports its input, and no total
     if _SEARCHED in answer:
         queries = _queries_in(answer) if whole is None else _queries_of(whole)
         facts.usage = with_searches(facts.usage, len(queries))

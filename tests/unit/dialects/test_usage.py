@@ -7,10 +7,12 @@ import json
 import orjson
 import pytest
 
-from tidegate.call import Usage, UsageDetails
+from tidegate.admission.charges import charge_of
+from tidegate.call import Usage, UsageDetails, UsageState
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.answers import visible_output
 from tidegate.dialects.spec import Dialect
+from tidegate.prices.rates import Price, Rates
 from tidegate.record import TAIL_BYTES
 
 CHAT = {
@@ -287,6 +289,26 @@ def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
 )  # fmt: skip
 def test_seconds_searches_and_ranks(answer: dict[str, object], usage: Usage) -> None:
     assert DIALECTS[Dialect.OPENAI].answer_facts(orjson.dumps(answer)).usage == usage
+
+
+@pytest.mark.parametrize("vectors", [1, 9_000])
+def test_an_embedding_of_gemini_s_that_reports_its_input_alone_is_charged(vectors: int) -> None:
+    """As recorded of gemini-embedding-2; that it has no output is not said."""
+    pictures = [{"modality": "IMAGE", "tokenCount": 258}, {"modality": "TEXT", "tokenCount": 742}]
+    for name, told, details in (
+        ("embeddings", [{"modality": "TEXT", "tokenCount": 1000}], None),
+        ("embedding", pictures, UsageDetails(input_image_tokens=258)),
+    ):
+        usage = {"promptTokenCount": 1000, "promptTokenDetails": told}
+        made = {"values": [0.25, -0.5] * vectors * 5}
+        answer = {name: [made] if name == "embeddings" else made, "usageMetadata": usage}
+        found = DIALECTS[Dialect.GEMINI].answer_facts(json.dumps(answer, indent=2).encode()).usage
+        assert found == Usage(1000, 0, details=details)
+        charge = charge_of(Rates.of(Price(0.2, 0)), found, None, whole=True)
+        assert (charge.state, charge.cost_micros) == (UsageState.TOLD, 200)
+    cut = {"promptTokenCount": 1000}  # of anything else it is not known
+    begun = json.dumps({"candidates": [], "usageMetadata": cut}).encode()
+    assert DIALECTS[Dialect.GEMINI].answer_facts(begun).usage.output_tokens is None
 
 
 def test_a_stream_of_a_transcription_tells_its_usage_and_shows_its_text() -> None:
