@@ -14,6 +14,7 @@ from tests.contract.gemini_sdk import MODEL, PNG, call, emulator, sdk
 from tests.waiting import wait_until
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.server import Emulator
+from tidegate.emulator.state import Billed
 
 if TYPE_CHECKING:
     from google.genai import Client
@@ -50,6 +51,28 @@ async def test_one_content_can_be_embedded_alone(emulator: Emulator) -> None:
     status, answer = await call(emulator, path, body)
     assert status == 200
     assert len(answer["embedding"]["values"]) == 16
+
+
+async def test_what_is_embedded_counts_and_is_reported_by_the_model_that_does(
+    emulator: Emulator,
+) -> None:
+    one = {"content": {"parts": [{"text": "eight characters"}]}, "outputDimensionality": 2}
+    for model in ("gemini-embedding-001", "gemini-embedding-2"):
+        for action, body, tokens in (
+            ("embedContent", one, 4),
+            ("batchEmbedContents", {"requests": [one] * 2}, 8),
+        ):
+            await emulator.control.reset()
+            _, answer = await call(emulator, f"/v1beta/models/{model}:{action}", body)
+            told = answer.get("usageMetadata")
+            details = [{"modality": "TEXT", "tokenCount": tokens}]
+            usage = {"promptTokenCount": tokens, "promptTokenDetails": details}
+            assert told == (usage if model.endswith("2") else None)
+            assert (await emulator.control.stats()).billed() == Billed(1, tokens)
+    limit = {"unit": "input_tokens", "bound": 4}
+    await emulator.control.set_behaviour(account={"provider": "gemini", "limits": [limit]})
+    path = "/v1beta/models/gemini-embedding-001:embedContent"
+    assert [(await call(emulator, path, one))[0] for _ in range(2)] == [200, 429]
 
 
 async def test_models_are_listed_and_described(sdk: Client) -> None:

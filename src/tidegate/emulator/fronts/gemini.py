@@ -580,6 +580,7 @@ MODELS = {
     "gemini-embedding-001": ("embedContent", "countTokens"),
 }
 EMBEDDING_DIMENSIONS = 768
+_REPORTS = "gemini-embedding-2"  # of the models that embed, the one whose answers have a usage
 
 
 async def route(served: Served) -> web.StreamResponse:
@@ -648,9 +649,12 @@ async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
         case "countTokens":
             return await served.other("count", model, lambda: _count(served, model, body))
         case "embedContent":
-            return await served.other("embed", model, lambda: {"embedding": _embedding(body)})
+            return await _embed(served, model, [body], {"embedding": _embedding(body)})
         case "batchEmbedContents":
-            return await served.other("embed", model, lambda: _embed_many(body))
+            bodies = _bodies_of(body)
+            return await _embed(
+                served, model, bodies, {"embeddings": list(map(_embedding, bodies))}
+            )
     raise Refused(404, f"Not found: {action}")
 
 
@@ -674,10 +678,8 @@ def _line_work(served: Served, model: str, body: Any) -> LineWork:
 
 def _embedding_work(model: str, body: Any) -> LineWork:
     """The work of a line of a batch that embeds. Raises Refused."""
-    answer = _embedding(body)
-    parts = [one for one in body["content"]["parts"] if isinstance(one, dict)]
-    texts = "".join(str(one.get("text", "")) for one in parts)
-    tokens = max(1, len(texts) // 4)
+    answer, texts = _embedding(body), _text_to_embed(body)
+    tokens = max(1, math.ceil(len(texts) / 4))
 
     def answered() -> LineAnswer:
         return LineAnswer({"embedding": answer, "tokenCount": str(tokens)}, 0, 0)
@@ -787,19 +789,35 @@ def _list_models() -> Json:
     return {"models": [_model(name) for name in MODELS]}
 
 
-def _embed_many(body: Any) -> Json:
+def _bodies_of(body: Any) -> list[Any]:
     requests = get(body, "requests") if isinstance(body, dict) else None
     if not isinstance(requests, list) or not requests:
         raise Refused(400, "* BatchEmbedContentsRequest.requests: must not be empty")
-    return {"embeddings": [_embedding(item) for item in requests]}
+    return requests
 
 
-def _embedding(body: Any) -> Json:
+async def _embed(
+    served: Served, model: str, bodies: Sequence[Any], answer: Json
+) -> web.StreamResponse:
+    """Charge what is embedded, which only some models report."""
+    tokens = sum(max(1, math.ceil(len(_text_to_embed(body)) / 4)) for body in bodies)
+    if model == _REPORTS:
+        details = [{"modality": "TEXT", "tokenCount": tokens}]
+        answer["usageMetadata"] = {"promptTokenCount": tokens, "promptTokenDetails": details}
+    return await served.other("embed", model, lambda: answer, input_tokens=tokens)
+
+
+def _text_to_embed(body: Any) -> str:
+    """Raises Refused."""
     content = get(body, "content") if isinstance(body, dict) else None
     parts = content.get("parts") if isinstance(content, dict) else None
     if not isinstance(parts, list):
         raise Refused(400, "* EmbedContentRequest.content: content is not specified")
-    text = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+    return "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def _embedding(body: Any) -> Json:
+    text = _text_to_embed(body)
     wanted = get(body, "outputDimensionality")
     config = get(body, "embedContentConfig")
     if wanted is None and isinstance(config, dict):
