@@ -303,7 +303,7 @@ class _Filler:
                 # A schema that contains itself ends where it may.
                 ends = depth > DEEP and {"type": "null"} in options
                 return None if ends else self.fill(options[0], depth + 1)
-        if schema.get("enum"):
+        if isinstance(schema.get("enum"), list) and schema["enum"]:
             return self._choose(list(schema["enum"]))
         if "const" in schema:
             return schema["const"]

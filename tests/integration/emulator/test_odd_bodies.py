@@ -22,6 +22,16 @@ def turn(content: Any) -> Any:
     return [{"role": "user", "content": content}]
 
 
+# A call of a function of which the bound leaves half.
+SHORT: Any = {
+    "model": "gemini-2.5-flash",
+    "input": "get weather",
+    "tools": [{"type": "function", "name": "get_weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}}}],
+    "generation_config": {"max_output_tokens": 1},
+}  # fmt: skip
+
+
 CASES: list[tuple[str, dict[str, str], Any]] = [
     ("/v1/chat/completions", OPENAI, {"model": "gpt-5", "messages": turn([ODD])}),
     ("/v1/responses", OPENAI, {"model": "gpt-5", "input": turn([ODD])}),
@@ -62,7 +72,14 @@ CASES: list[tuple[str, dict[str, str], Any]] = [
 IGNORED: list[tuple[str, dict[str, str], Any]] = [
     ("/v1/moderations", OPENAI, {"model": "m", "input": [{"type": "text", "text": "x"}, None]}),
     ("/v1beta/interactions", GEMINI, {"model": "gemini-2.5-flash", "input": "hi", "tools": 5}),
-]
+    *(("/v1beta/interactions", GEMINI, SHORT | {"stream": streamed}) for streamed in (False, True)),
+    (
+        "/v1beta/models/gemini-2.5-flash:generateContent",
+        GEMINI,
+        {"contents": SAY, "generationConfig": {"responseMimeType": "application/json",
+                                               "responseSchema": {"enum": 5}}},
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("cases", "expected"), [(CASES, 400), (IGNORED, 200)])
@@ -75,3 +92,19 @@ async def test_json_of_another_shape_is_no_fault_of_the_emulator(
             for path, headers, body in cases
         ]
     assert [one for one in answers if one[2] != expected] == []
+
+
+async def test_a_query_that_is_no_number_is_no_fault_of_the_emulator(emulator: Emulator) -> None:
+    async with httpx2.AsyncClient(base_url=emulator.url) as client:
+        made = await client.post("/v1/responses", headers=OPENAI, json={"model": "m", "input": "x"})
+        kept = f"/v1/responses/{made.json()['id']}"
+        paths = {
+            f"{kept}?stream=true&starting_after=x": OPENAI,
+            f"{kept}/input_items?limit=-1": OPENAI,
+            "/v1/chat/completions?limit=x": OPENAI,
+            "/v1beta/cachedContents?pageSize=x": GEMINI,
+        }
+        answers = [
+            (await client.get(path, headers=headers)).status_code for path, headers in paths.items()
+        ]
+    assert answers == [400] * len(paths)

@@ -66,6 +66,7 @@ _VIDEOS, _OPERATIONS, _WORK = "videos", "operations", "work"
 _REFUSED_PROMPT = "violence"  # of which no video is made
 _TTL = re.compile(r"(\d{1,9})(?:\.\d+)?s")
 _USUAL_TTL_S = 3_600
+_MOST_CACHES = 1_000  # on a page
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -278,12 +279,14 @@ class _Answer:
         return head | {"usage": usage, "service_tier": self._asked.tier or "standard"}
 
     def _steps(self, composed: Composed) -> Iterator[Json]:
+        """The last call of an answer that its bound has cut is no JSON, and left out."""
         yield {"type": "thought", "signature": "CiRlbXVsYXRlZA=="}
+        whole = composed.blocks[:-1] if composed.finish == "length" else composed.blocks
         for call in composed.blocks:
             if call is None:
                 content = [{"type": "text", "text": composed.said or ""}]
                 yield {"type": "model_output", "content": content}
-            else:
+            elif call in whole:
                 arguments = orjson.loads(call.arguments)
                 yield {
                     "type": "function_call",
@@ -483,7 +486,10 @@ def _delete_cache(served: Served, name: str) -> Json:
 
 def _list_caches(served: Served) -> Json:
     names = sorted(served.state.stored[_CACHES])
-    size = int(served.request.query.get("pageSize") or 50)
+    given = get(served.request.query, "pageSize") or "50"
+    if not given.isdecimal() or not 1 <= int(given[:9]) <= _MOST_CACHES:
+        raise Refused(400, f"* ListCachedContentsRequest.page_size: from 1 to {_MOST_CACHES}")
+    size = int(given)
     later = [name for name in names if name > served.request.query.get("pageToken", "")]
     shown = [served.state.stored[_CACHES][name] for name in later[:size]]
     body: Json = {"cachedContents": shown} if shown else {}

@@ -457,7 +457,8 @@ async def route(served: Served, name: str) -> web.StreamResponse:
         if kept is None:
             raise Refused(404, f"Response with id '{parts[1]}' not found.")
         if request.method == "GET" and request.query.get("stream") == "true" and len(parts) == 2:
-            after = int(request.query.get("starting_after", "-1"))
+            named = "starting_after" in request.query
+            after = _whole(request, "starting_after", "") if named else -1
             return await _streamed(served, kept, dict(EMULATED), after)
         answer: Callable[[], Json] = partial(_on_response, things, kept, request, parts[2:])
     elif parts[0] == "conversations":
@@ -563,9 +564,18 @@ def _on_completion(
     raise Refused(404, f"Invalid URL ({request.method} {request.path})")
 
 
+def _whole(request: web.BaseRequest, name: str, usual: str) -> int:
+    """A whole number of the query. Raises Refused (400)."""
+    given = request.query.get(name, usual)
+    if not given.isdecimal() or len(given) > 9:
+        message = f"Invalid type for '{name}': expected an integer, but got a string instead."
+        raise Refused(400, message, param=name, code="invalid_type")
+    return int(given)
+
+
 def _listed(items: list[Json], request: web.BaseRequest) -> Json:
     query = request.query
-    after, limit = query.get("after"), min(int(query.get("limit", "20")), _MOST_ITEMS)
+    after, limit = query.get("after"), min(_whole(request, "limit", "20"), _MOST_ITEMS)
     found = list(reversed(items)) if query.get("order") == "desc" else items
     if after is not None:
         places = [place for place, one in enumerate(found) if one["id"] == after]
