@@ -307,9 +307,16 @@ def _most_micros(
 
 
 def cut_charge(
-    rates: Rates | None, told: Usage, estimate: Estimate, came: int, images: int | None
+    rates: Rates | None,
+    told: Usage,
+    estimate: Estimate,
+    came: int,
+    images: int | None,
+    *,
+    whole: bool = False,
 ) -> Charge:
-    """Charge for an answer that was cut, with some usage reported before its end.
+    """Charge for an answer that was cut, with some usage reported before its end, or for a `whole`
+    one whose usage is not complete: what it lacks is estimated.
 
     A figure of the provider's stands where it is about what came; where it is less than half of
     that, it was reported earlier (Anthropic's at the start of a stream), and what came counts.
@@ -318,11 +325,14 @@ def cut_charge(
     usage = told
     if taken is None:
         taken = max(estimate.expected_input_tokens, estimate.guessed_input_tokens)
+        if whole and told.total_tokens is not None:
+            taken = max(0, told.total_tokens - (came if given is None else given))
         usage = replace(usage, input_tokens=taken)
-    if given is None or 2 * given < came:
+    if given is None or (2 * given < came and not whole):
         thoughts = told.thoughts_tokens or 0
         usage = replace(usage, output_tokens=max(0, came - thoughts), total_tokens=None)
-    return Charge(UsageState.PARTIAL, usage, images, cost_micros(rates, usage, images))
+    state = UsageState.ESTIMATED if whole else UsageState.PARTIAL
+    return Charge(state, usage, images, cost_micros(rates, usage, images))
 
 
 def answer_charge(
@@ -331,14 +341,15 @@ def answer_charge(
     """For a call by a provider's SDK that was sent: by the usage reported with a whole answer,
     else by what came of it at least, and the input."""
     images = len(answer.pictures)
-    if whole and not is_unknown(answer.usage):
+    is_told = not is_unknown(answer.usage)
+    if whole and is_told and (estimate is None or is_complete(answer.usage)):
         return charge_of(rates, answer.usage, images, whole=True)
     if estimate is None:
         return UNKNOWN_CHARGE
     came = came_tokens(answer.whole_text, images=images)
-    if is_unknown(answer.usage):
+    if not is_told:
         return estimated_charge(rates, estimate, came, images, answer.usage.details)
-    return cut_charge(rates, answer.usage, estimate, came, images)
+    return cut_charge(rates, answer.usage, estimate, came, images, whole=whole)
 
 
 def came_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
@@ -361,6 +372,12 @@ def is_measured(usage: Usage) -> bool:
     if details is None:
         return False
     return bool(details.input_audio_seconds or details.searches or details.output_video_seconds)
+
+
+def is_complete(usage: Usage) -> bool:
+    """Whether it is all that a whole answer is charged by: input and output, or no tokens but what
+    is measured. Google leaves out the input of some requests that name a file by its URI."""
+    return is_measured(usage) if is_unknown(usage) else None not in tokens_of(usage)
 
 
 def is_unknown(usage: Usage) -> bool:

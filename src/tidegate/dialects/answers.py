@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.admission.charges import came_tokens, is_unknown
+from tidegate.admission.charges import came_tokens, is_complete
 from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputEvents
 from tidegate.prices.rates import STANDARD_TIERS
@@ -368,7 +368,7 @@ def read_answer(
     were requested."""
     text = record.text
     facts = dialect.answer_facts(text, omitted=record.omitted_bytes > 0, cut=not whole)
-    has_visible = counted and (not whole or is_unknown(facts.usage))
+    has_visible = counted and not (whole and is_complete(facts.usage))
     return ReadAnswer(
         facts,
         dialect.image_count(text) if images else None,

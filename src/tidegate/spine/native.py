@@ -28,7 +28,7 @@ from tidegate.admission.charges import (
     charge_of,
     cut_charge,
     estimated_charge,
-    is_measured,
+    is_complete,
     is_unknown,
 )
 from tidegate.admission.demand import CallDemand, ConversationKey, Demands
@@ -718,7 +718,7 @@ class NativeExchange:
         rates = self._rates(demands.prices, target.model, whole)
         if images is None and asked.images and record.streamed and _tells_pictures(endpoint):
             images = self._images()
-        if whole and (images or is_measured(usage) or not is_unknown(usage)):
+        if whole and (images or is_complete(usage)):
             return charge_of(rates, usage, images, whole=True)
         came = self._came()
         if asked.characters:  # audio, which shows none of its tokens
@@ -735,7 +735,7 @@ class NativeExchange:
                 asked.cache_write or demands.prices.unasked_write,
                 measured=asked.measured,
             )
-        return cut_charge(rates, usage, estimate, came.tokens, images)
+        return cut_charge(rates, usage, estimate, came.tokens, images, whole=whole)
 
     def _rates(self, prices: Prices, model: str, whole: bool) -> Rates | None:
         """By the tier that the answer reports, and the name that it gives the model where the

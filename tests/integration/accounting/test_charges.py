@@ -366,3 +366,25 @@ async def test_a_transcript_that_reads_as_a_usage_is_none(
         row = await gateway.audit(response.headers["x-tidegate-request-id"])
     await runner.cleanup()
     assert (row["usage_state"], row["cost_micros"]) == ("estimated", 70_000)
+
+
+@pytest.mark.parametrize("action", ["generateContent", "streamGenerateContent?alt=sse"])
+async def test_a_picture_at_an_address_is_charged_though_google_reports_no_input(
+    open_gateway: Opener, limited: Path, action: str
+) -> None:
+    gateway = await open_gateway(**ON, tidegate_policy=limited)
+    acme = await key_of(gateway, "acme")
+    picture = {"fileData": {"fileUri": "https://example.com/a.png", "mimeType": "image/png"}}
+    body = {"contents": [{"parts": [{"text": "Describe it"}, picture]}]}
+    url = f"{gateway.url}/v1beta/models/gemini-2.5-flash:{action}"
+    async with gateway.http.post(url, json=body, headers=acme) as response:
+        assert b"promptTokenCount" not in await response.read()
+
+    async def found() -> asyncpg.Record | None:
+        return await gateway.database.fetchrow("SELECT * FROM audit")
+
+    row = await wait_until(found, 20, "its record")
+    (call,) = await gateway.calls()
+    assert row["usage_state"] == "estimated"
+    assert (row["input_tokens"] > 0, row["output_tokens"]) == (True, call.output_tokens)
+    is_paid(row, call)

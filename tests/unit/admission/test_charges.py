@@ -11,6 +11,7 @@ from tidegate.admission.charges import (
     charge_of,
     cut_charge,
     estimated_charge,
+    is_complete,
 )
 from tidegate.admission.estimator import Estimator, Modality, pieces_of_text
 from tidegate.call import Usage, UsageDetails, UsageState
@@ -220,6 +221,34 @@ def test_a_cut_answer_is_charged_for_what_came_where_less_was_told() -> None:
     more = cut_charge(rates, told, estimate, 31, None)
     assert (more.state, more.usage) == (UsageState.PARTIAL, Usage(90, 26, 5, 40))
     assert cut_charge(rates, Usage(output_tokens=3), estimate, 9, None).usage == Usage(100, 9)
+
+
+@pytest.mark.parametrize(
+    ("told", "came", "charged", "micros"),
+    [
+        (Usage(None, 23, 67), 90, Usage(100, 23, 67), 30 + 225),  # of a picture at an address
+        (Usage(None, 40), 900, Usage(100, 40), 30 + 100),  # what is told of a whole one stands
+        (Usage(10), 8, Usage(10, 8), 3 + 20),
+        (Usage(total_tokens=70), 0, Usage(70, 0), 21),  # of an embedding
+        (Usage(None, 20, 5, None, 70), 9, Usage(45, 20, 5, None, 70), 14 + 62),  # 13.5 + 62.5: 76
+    ],
+)
+def test_what_the_usage_of_a_whole_answer_lacks_is_estimated(
+    told: Usage, came: int, charged: Usage, micros: int
+) -> None:
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("x" * 400))
+    assert not is_complete(told)
+    charge = cut_charge(Rates.of(FLASH), told, estimate, came, None, whole=True)
+    assert (charge.state, charge.usage) == (UsageState.ESTIMATED, charged)
+    assert charge.cost_micros == micros
+
+
+def test_a_usage_is_complete_with_both_its_sides_or_what_is_measured() -> None:
+    seconds = UsageDetails(input_audio_seconds=7)
+    for usage in (Usage(1, 0), Usage(1, None, None, None, 9), Usage(details=seconds)):
+        assert is_complete(usage)
+    for usage in (Usage(), Usage(None, 5, details=UsageDetails(searches=2))):
+        assert not is_complete(usage)
 
 
 @pytest.mark.parametrize(

@@ -505,6 +505,8 @@ class _GeminiAnswer:
             "totalTokenCount": asked.input_tokens + output_tokens + self.thoughts,
             "promptTokensDetails": _modalities(asked),
         }
+        if any(_is_elsewhere(file) for file in asked.attached):
+            usage = {}  # of these Google reports no input, and no total
         if asked.tier:
             usage["serviceTier"] = asked.tier
         if asked.cached_tokens:
@@ -545,6 +547,11 @@ class _GeminiAnswer:
             if self._asked.thinks and not self._parts:  # a model that thinks signs its first call
                 part["thoughtSignature"] = SIGNATURE
             self._parts.append((part, tokens))
+
+
+def _is_elsewhere(file: Attached) -> bool:
+    """Whether a file is not at Google, which fetches it from its address."""
+    return file.size_bytes is None and (file.uri or "").startswith(("https://", "http://"))
 
 
 def _modalities(asked: ModelRequest) -> list[Json]:
