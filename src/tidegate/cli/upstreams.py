@@ -78,7 +78,7 @@ def list_(json: Json = False) -> None:
                 _key(one["table"]),
                 one["source"],
                 one.get("load", ""),
-                "; ".join(f"{where}: {why}" for where, why in one["problems"].items()),
+                _remark(one),
             )
             for one in found["upstreams"]
         ],
@@ -88,6 +88,14 @@ def list_(json: Json = False) -> None:
         typer.echo(f"{one['instance_id']} has revision {one['revision']}")
     for line in found["differing"]:
         typer.echo(legible(line))
+
+
+def _remark(one: dict[str, Any]) -> str:
+    health = one.get("health") or {}
+    problems = [f"{where}: {why}" for where, why in one["problems"].items()]
+    if one["state"] == "out" and health.get("detail"):
+        problems.append(str(health["detail"]))
+    return "; ".join(problems)
 
 
 def _count(value: int | None) -> str:

@@ -109,6 +109,7 @@ def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
         "upstream": upstream,
         "state": told[0][1].state,
         "key_refused": any(one.key_refused for _, one in told),
+        "unpaid": any(one.unpaid for _, one in told),
         "detail": told[0][1].why,
         "processes": len(told),
         "out_in": len(bad),

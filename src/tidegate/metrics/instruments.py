@@ -209,7 +209,9 @@ class Metric:
         "tidegate_upstream_out", "Processes that leave an upstream out after faults", "upstream"
     )
     KEY_REFUSED = _own(
-        "tidegate_upstream_key_refused", "Processes whose key an upstream has refused", "upstream"
+        "tidegate_upstream_key_refused",
+        "Processes whose key an upstream has refused, or whose account there has no money left",
+        "upstream",
     )
     ANNOUNCED_BOUND = _own(
         "tidegate_upstream_announced_limit",

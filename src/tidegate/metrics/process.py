@@ -436,12 +436,14 @@ MOST_PROCESSES = 100
 
 @dataclass(frozen=True, slots=True)
 class UpstreamFound:
-    """An upstream as one process finds it; see `Gate`."""
+    """An upstream as one process finds it; see `Gate`. `unpaid`: there is no money left, and the
+    key is sound."""
 
     state: State
     key_refused: bool = False
     faults: int = 0
     why: str = ""
+    unpaid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,7 +518,7 @@ class Board:
             len(self.active_calls),
             tuple(self.active_calls.oldest(MOST_CALLS)),
             {
-                name: UpstreamFound(one.state, one.key_dead, one.faults, one.why)
+                name: UpstreamFound(one.state, one.key_dead, one.faults, one.why, one.unpaid)
                 for name, one in self._health.items()
             },
         )

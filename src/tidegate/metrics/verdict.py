@@ -273,7 +273,10 @@ def _of_upstream(
         words, why, level = f"Upstream {upstream} is drained.", drained[0].why, "healthy"
         command = f"tidegate upstreams resume {upstream}"
     elif refused:
-        words, why = f"Upstream {upstream} refuses its API key.", refused[0].why
+        why = refused[0].why
+        words = f"Upstream {upstream} refuses its API key."
+        if refused[0].unpaid:
+            words = f"The account of upstream {upstream} has no money left."
         kind = "key_refused"
     elif out:
         of = f" in {len(out)} of {len(found)} processes" if len(found) > 1 else ""

@@ -52,6 +52,7 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamTimeout,
     UpstreamUnauthorized,
+    UpstreamUnpaid,
 )
 from tidegate.limiter import MAX_BOUND, Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
@@ -302,6 +303,11 @@ class Gate:
         """Whether the provider refuses the key, or there is no money left."""
         found = self.closed()
         return found is not None and _KEY.search(found[1]) is not None
+
+    @property
+    def unpaid(self) -> bool:
+        """Whether `key_dead` is for want of money: the key is sound."""
+        return self.key_dead and self.in_short == UpstreamUnpaid.in_short
 
     @property
     def why(self) -> str:

@@ -146,6 +146,21 @@ async def test_a_dead_key_is_tried_once_a_minute_and_by_another_key_immediately(
     assert not health.key_dead
 
 
+async def test_an_account_without_money_is_not_taken_for_a_refused_key(
+    pair: list[Gateway], hostile: Hostile
+) -> None:
+    """In both processes, of which one alone has called the provider."""
+    hostile.answer = refusal(402, "Payment is due")
+    assert (await ask(pair[0]))[0] == 502
+    await wait_until(lambda: states(pair) == ["out", "out"], what="both know it")
+    for gateway in pair:
+        _, body = await gateway.get("/health/dependencies")
+        causes = [one for one in body["verdict"]["causes"] if one["kind"] == "key_refused"]
+        assert [one["words"] for one in causes] == [
+            "The account of upstream gemini has no money left."
+        ]
+
+
 async def test_a_person_opens_a_gate_by_ending_its_pause(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     limiter = gateway.services.limiter

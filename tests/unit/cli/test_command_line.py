@@ -55,6 +55,30 @@ def test_a_drain_has_no_end_so_that_its_time_needs_wait(monkeypatch: pytest.Monk
     assert "stays drained until it is resumed" in str(refused.value)
 
 
+def test_the_list_of_upstreams_says_why_one_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def upstream(name: str, state: str, detail: str, **problems: str) -> dict[str, Any]:
+        shown = {"name": name, "state": state, "in_progress": 0, "waiting": 0, "table": {}}
+        return {**shown, "source": "live", "problems": problems, "health": {"detail": detail}}
+
+    found = {
+        "revision": 1,
+        "processes": [],
+        "differing": [],
+        "upstreams": [
+            upstream("broke", "out", "You exceeded your current quota."),
+            upstream("well", "in service", "an old fault"),
+            upstream("keyless", "missing", "", api="GROQ must be set"),
+        ],
+    }
+    monkeypatch.setattr("tidegate.cli.upstreams._call", lambda *_: found)
+    monkeypatch.setenv("COLUMNS", "200")
+    _, said = invoke("upstreams", "list")
+    rows = {line.split()[0]: line for line in said.splitlines() if line.strip()}
+    assert rows["broke"].endswith("You exceeded your current quota.")
+    assert rows["keyless"].endswith("api: GROQ must be set")
+    assert "an old fault" not in said
+
+
 def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr("sys.argv", ["tidegate", *arguments])
     with pytest.raises(SystemExit) as ended:

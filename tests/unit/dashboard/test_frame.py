@@ -118,6 +118,9 @@ def test_an_upstream_is_shown_as_the_process_finds_it_that_finds_it_worst() -> N
     assert (frame["processes"], frame["out_in"], frame["key_refused"]) == (3, 2, False)
     assert [one["process"] for one in frame["found"]] == ["api-2", "api-1"]
     assert upstream_frame("other", notes)["key_refused"]
+    assert not upstream_frame("other", notes)["unpaid"]
+    notes.append(Note("api-4", upstreams={"other": replace(refused, unpaid=True)}))
+    assert upstream_frame("other", notes)["unpaid"]
     crowd = [Note(f"api-{number}", upstreams={"gemini": out}) for number in range(2 * MOST_FOUND)]
     frame = upstream_frame("gemini", crowd)
     assert (len(frame["found"]), frame["out_in"]) == (MOST_FOUND, 2 * MOST_FOUND)

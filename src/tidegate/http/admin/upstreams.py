@@ -140,7 +140,8 @@ class UpstreamHealthView(BaseModel):
     """As the process finds it that finds it worst."""
 
     state: Literal["ok", "out", "trying"] | None = Field(description="null: no process has it")
-    key_refused: bool
+    key_refused: bool = Field(description="Or, where it is unpaid, the account has no money left")
+    unpaid: bool
     detail: str = Field(description="The last fault")
     out_in: int = Field(description="Processes that do not find it well")
     processes: int
@@ -518,6 +519,7 @@ def _health(name: str, notes: list[Note]) -> UpstreamHealthView:
     return UpstreamHealthView(
         state=worst.state if worst else None,
         key_refused=any(one.key_refused for _, one in found),
+        unpaid=any(one.unpaid for _, one in found),
         detail=worst.why if worst else "",
         out_in=sum(one.state != "ok" or one.key_refused for _, one in found),
         processes=len(found),

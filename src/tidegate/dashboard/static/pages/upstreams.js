@@ -75,7 +75,7 @@ function words({ revision, processes }) {
 function stateOf({ state, health }) {
   if (state === "drained") return ["", "Drained"];
   if (state === "draining") return ["warn", "Draining"];
-  if (health.key_refused) return ["bad", "Refuses our key"];
+  if (health.key_refused) return ["bad", health.unpaid ? "No money left" : "Refuses our key"];
   if (state === "missing") return ["bad", "Can't be made"];
   if (health.state === "out" || state === "out") return ["bad", "Out of service"];
   if (health.state === "trying") return ["warn", "On trial"];
@@ -89,6 +89,9 @@ function wrongOf(one) {
   if (found.length) return [found.join("; "), "Put it right there, and start that process again. A file is read again by itself."];
   if (state === "drained" || state === "draining") return ["", "It takes no new calls. Resume it, or remove it for good."];
   const where = health.out_in && health.processes > 1 ? ` In ${count(health.out_in)} of ${count(health.processes)} processes.` : "";
+  if (health.unpaid) {
+    return [`${sentence(health.detail)}${where}`, "Top up the account at the provider, or give it the key of another. It is tried again every minute."];
+  }
   if (health.key_refused) {
     const from = key ? `Its key is from ${key}: put a sound one there.` : "Give it another key.";
     return [`${sentence(health.detail)}${where}`, `${from} A file is read again by the button; a variable needs a restart.`];

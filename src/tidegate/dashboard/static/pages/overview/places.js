@@ -88,7 +88,8 @@ export function upstreamsCard() {
         load,
       ),
       update(one) {
-        const [kind, words] = one.key_refused ? ["bad", "Refuses our key"] : STATES[one.state];
+        const refused = ["bad", one.unpaid ? "No money left" : "Refuses our key"];
+        const [kind, words] = one.key_refused ? refused : STATES[one.state];
         const some = one.out_in && one.processes > 1;
         mark(badge, "class", `badge ${kind}`);
         say(badge, some ? `${words} in ${count(one.out_in)} of ${count(one.processes)} processes` : words);
