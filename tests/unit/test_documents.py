@@ -187,6 +187,18 @@ def test_every_command_that_is_named_is_there() -> None:
     assert lost == []
 
 
+def test_the_runbook_needs_the_operators_key_alone() -> None:
+    """Where callers show API keys, that key opens nothing that is a tenant's own."""
+    lines = [line for one in blocks("docs/runbook.md") for line in one.text.splitlines()]
+    own = re.compile(
+        r"tidegate (?:submit|requests|batch run|status \S)"
+        r"|^/(?:status|requests)/|localhost:8000/(?:status|requests|usage|submit|stream)\b"
+    )
+    typed = [*code_words("docs/runbook.md"), *lines]
+    assert any("/admin/requests" in line for line in typed)
+    assert [line for line in typed if own.search(line)] == []
+
+
 def missing(words: str, known_here: set[str], makefile: str) -> list[str]:
     """Of a line as it would be typed, the commands that are not there."""
     line = re.sub(r"^(?:[A-Z_]+=\S+ )+|^KEY=\$\(", "", words.removeprefix(".venv/bin/"))
