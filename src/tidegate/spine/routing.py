@@ -240,7 +240,7 @@ class Gate:
         self._faults = Faults()
         self.announced = Announced()
         self._closed_since: float | None = None
-        self._said = ""  # by the provider, for operators
+        self._said = ("", "")  # by the provider, for operators; and in short
         self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts
         self._opening: asyncio.Task[bool] | None = None
         self._drained = False
@@ -311,8 +311,10 @@ class Gate:
 
     @property
     def why(self) -> str:
-        """The last fault in the provider's words, for operators; empty where there was none."""
-        return self._said or self.in_short
+        """The last fault, or what closed the gate, for operators; in the provider's words where
+        this process heard that one. Empty where there was none."""
+        (words, of), short = self._said, self.in_short
+        return words if words and (not short or of.endswith(short)) else short
 
     @property
     def in_short(self) -> str:
@@ -404,7 +406,7 @@ class Gate:
         """It answered as it should. `tried`: the call was a try."""
         if self._faults.count:
             self._faults.clear()
-            self._said, self._closed_since = "", None
+            self._said, self._closed_since = ("", ""), None
         if self._strikes:  # those of the account too: it has room
             self._strikes.pop(model_limit(model), None)
             self._strikes.pop(self.limit, None)
@@ -414,7 +416,7 @@ class Gate:
     async def open(self) -> None:
         """Let all calls pass again."""
         self._faults.clear()
-        self._said, self._closed_since = "", None
+        self._said, self._closed_since = ("", ""), None
         try:
             opened = await self.limiter.open_gate(self.limit)
         except LimiterUnavailable as away:
@@ -434,7 +436,7 @@ class Gate:
             error.in_outage = self._is_in_outage()
             return  # we had no more patience: others may be answered sooner
         dead = isinstance(error, UpstreamUnauthorized) and error.of_key
-        self._said = error.message
+        self._said = error.message, _in_short(error)
         is_new = self._faults.add(suspect if can_be_provoked(error) else None)
         if dead or (is_new if tried else self._faults.are_enough):
             await self._close(error, dead=dead, tried=tried)

@@ -23,7 +23,14 @@ from tidegate.errors import (
 )
 from tidegate.limiter import Adaptive, Concurrency, Demand, Limiter, PoolPolicy
 from tidegate.policy.inspection import Control
-from tidegate.spine.routing import FAULTS, FIRST_PAUSE_MS, LONGEST_DOUBT_S, Gate, Suspect
+from tidegate.spine.routing import (
+    DRAINED,
+    FAULTS,
+    FIRST_PAUSE_MS,
+    LONGEST_DOUBT_S,
+    Gate,
+    Suspect,
+)
 
 __all__ = ["hostile", "one_try"]
 
@@ -159,6 +166,23 @@ async def test_an_account_without_money_is_not_taken_for_a_refused_key(
         assert [one["words"] for one in causes] == [
             "The account of upstream gemini has no money left."
         ]
+
+
+async def test_an_old_fault_of_a_process_is_not_what_closed_a_gate(
+    pair: list[Gateway], hostile: Hostile
+) -> None:
+    """Neither when another process closed it, nor when an operator drained it."""
+    hostile.answer = refusal(500, "boom")
+    assert (await ask(pair[0], deadline_ms=500))[0] >= 500
+    health = pair[0].services.spine.health["gemini"]
+    assert "boom" in health.why
+    hostile.answer = refusal(402, "Payment is due")
+    assert (await ask(pair[1]))[0] == 502
+    await wait_until(lambda: states(pair) == ["out", "out"], what="both know it")
+    assert health.why == "the account at the provider has no money left"
+    assert "Payment is due" in pair[1].services.spine.health["gemini"].why
+    health.drain(True)
+    assert health.why == DRAINED
 
 
 async def test_a_person_opens_a_gate_by_ending_its_pause(open_gateway: Opener) -> None:
