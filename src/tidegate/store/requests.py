@@ -297,6 +297,7 @@ class AttemptRecord:
     outcome: str
     process: str
     model: str
+    upstream: str | None
     began_at: datetime
     admitted_at: datetime | None
     finished_at: datetime | None

@@ -549,6 +549,7 @@ async def test_a_request_is_replayed_at_the_upstream_that_an_operator_names(
             _, found = await gateway.get(f"/admin/requests/{taken['request_id']}")
             seen = found["request"]
             assert (seen["repeats"], seen["bound_upstream"]) == (request_id, asked)
+            assert [one["upstream"] for one in (seen, *found["attempts"])] == [asked] * 2
             assert seen["tenant"] == "default"
             assert seen.get("subject") == ("ann" if request_id == failed else None)
     for request_id, asked, told, allowed in (

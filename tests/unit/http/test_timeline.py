@@ -31,6 +31,7 @@ def attempt(number: int, admitted: float, finished: float | None, **more: Any) -
         "outcome": "succeeded" if finished is not None else "running",
         "process": "worker-1",
         "model": "gemini-test",
+        "upstream": None,
         "began_at": at(admitted),
         "admitted_at": at(admitted),
         "finished_at": None if finished is None else at(finished),

@@ -330,6 +330,7 @@ class AttemptView(BaseModel):
     )
     process: str
     model: str
+    upstream: str | None = None
     admitted_at: datetime | None = None
     finished_at: datetime | None = None
     queue_ms: float | None = None
@@ -372,7 +373,8 @@ class AdminStatus(StatusView):
 
     source: Source  # type: ignore[assignment]
     tenant: str
-    pool: str
+    pool: str = Field(description="Of a job that whose queue it was in")
+    upstream: str | None = Field(default=None, description="Of the last call, once it has begun")
     endpoint: str | None = None
     streamed: bool | None = None
     http_status: int | None = Field(default=None, description="Of the answer to a native call")
@@ -473,6 +475,7 @@ def _status(detail: RequestDetail, prefix: str) -> AdminStatus:
         **status_values(replace(record, usage=told), files),
         tenant=record.tenant_id,
         pool=detail.pool,
+        upstream=detail.of("upstream"),
         endpoint=detail.of("endpoint"),
         streamed=detail.of("streamed"),
         http_status=detail.of("http_status") or None,
@@ -507,8 +510,7 @@ def _trace_id(traceparent: str | None) -> str | None:
 
 
 def _attempt(one: AttemptRecord) -> AttemptView:
-    usage, error = usage_view(one.usage), error_view(one.failure)
-    return view_of(AttemptView, one, usage=usage, error=error)
+    return view_of(AttemptView, one, usage=usage_view(one.usage), error=error_view(one.failure))
 
 
 def _delivery(one: DeliveryRecord) -> DeliveryView:

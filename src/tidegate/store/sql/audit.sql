@@ -7,18 +7,18 @@
 INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
     instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
     upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
-    finish_reason, model_version, response_id, failure, first_byte_ms)
+    finish_reason, model_version, response_id, failure, first_byte_ms, upstream)
 SELECT id, coalesce(created_at, now()), request_id, tenant_id, pool, kind, number, claim,
     instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
     upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
-    finish_reason, model_version, response_id, failure, first_byte_ms
+    finish_reason, model_version, response_id, failure, first_byte_ms, upstream
 FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
     tenant_id text, pool text, kind text, number integer, claim bigint, instance_id text,
     model text, fence_epoch bigint, fence_sequence bigint, outcome text, admitted_at timestamptz,
     finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
     total_tokens bigint, finish_reason text, model_version text, response_id text, failure jsonb,
-    first_byte_ms double precision)
+    first_byte_ms double precision, upstream text)
 
 -- name: end_requests
 -- Bring claimed jobs to their end state with all that is known of them.

@@ -39,19 +39,19 @@ WITH begun AS (
     WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.claimed_by = $2, false)
         AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
     RETURNING r.id, r.attempt_id, r.attempt_at, r.tenant_id, r.pool, r.kind, r.attempts, r.claim,
-        row.model, row.fence_epoch, row.fence_sequence, row.admitted_at, row.queue_ms
+        row.model, row.upstream, row.fence_epoch, row.fence_sequence, row.admitted_at, row.queue_ms
 ), attempted AS (
     INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
-        instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
+        instance_id, model, upstream, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
     SELECT attempt_id, attempt_at, id, tenant_id, pool, kind,
         -- Some of a job that was claimed before may not be counted.
         CASE WHEN claim = 1 THEN attempts ELSE greatest(attempts, 1 + (
             SELECT count(*) FROM attempts a WHERE a.request_id = begun.id)) END, claim,
-        $2, model, fence_epoch, fence_sequence, 'running', admitted_at, queue_ms
+        $2, model, upstream, fence_epoch, fence_sequence, 'running', admitted_at, queue_ms
     FROM begun
     ON CONFLICT (id, created_at) DO UPDATE SET fence_epoch = excluded.fence_epoch,
         fence_sequence = excluded.fence_sequence, model = excluded.model,
-        admitted_at = excluded.admitted_at, queue_ms = excluded.queue_ms
+        upstream = excluded.upstream, admitted_at = excluded.admitted_at, queue_ms = excluded.queue_ms
 )
 SELECT id FROM begun
 
@@ -69,10 +69,10 @@ WITH begun AS (
     RETURNING *
 )
 INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
-    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
+    instance_id, model, upstream, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
 SELECT $2, now(), id, tenant_id, pool, kind,
     1 + (SELECT count(*) FROM attempts a WHERE a.request_id = begun.id), claim,
-    $4, $5, $6, $7, 'running', $8, queue_ms
+    $4, $5, $9, $6, $7, 'running', $8, queue_ms
 FROM begun
 
 -- name: end_attempts

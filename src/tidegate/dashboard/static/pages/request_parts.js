@@ -106,7 +106,8 @@ export function facts(request) {
     ["of stored files", tokens(usage.file_searches)],
     ["Cost", cost(request)],
     ["Provider's own cost", dollars(usage.provider_cost_micros)],
-    ["Pool", request.pool],
+    ["Upstream", request.upstream],
+    ["Pool", request.pool !== request.upstream && request.pool],
     ["Process", request.process],
     ["API key", request.key && h("code", {}, request.key.startsWith("jwt:") ? request.key : `tg_${request.key}_…`)],
     ["Conversation", request.conversation && talk(request)],
@@ -154,7 +155,8 @@ export function attempts(list) {
   if (list.length === 0) return null;
   const hasFirst = list.some((one) => one.first_byte_ms !== undefined);
   const first = hasFirst ? ["First byte"] : [];
-  const heads = ["Try", "Outcome", "Waited", ...first, "Call", "tokens", "Process"];
+  const hasUpstream = list.some((one) => one.upstream !== undefined);
+  const heads = ["Try", "Outcome", ...(hasUpstream ? ["Upstream"] : []), "Waited", ...first, "Call", "tokens", "Process"];
   const numbers = new Set(["Waited", "First byte", "Call", "tokens"]);
   const row = (one) =>
     h(
@@ -162,6 +164,7 @@ export function attempts(list) {
       {},
       h("td", {}, one.number),
       h("td", { class: "roomy" }, outcome(one)),
+      hasUpstream && h("td", { class: "one-line" }, one.upstream),
       h("td", { class: "number" }, length(one.queue_ms)),
       hasFirst && h("td", { class: "number" }, length(one.first_byte_ms)),
       h("td", { class: "number" }, length(one.upstream_ms)),
