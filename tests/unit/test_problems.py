@@ -104,6 +104,11 @@ def test_a_problem_names_the_field_and_what_is_allowed() -> None:
     assert (body["field"], body["allowed"], body["title"]) == ("type", "text_only", "Bad Request")
 
 
+def test_no_limit_is_named_where_none_refused() -> None:
+    body = orjson.loads(problem_response(errors.LimiterUnavailable("away", limit="")).body)
+    assert (body["code"], "limit" in body) == ("limiter_unavailable", False)
+
+
 PAUSED = errors.BudgetPaused(
     "a person must resume it", limit="session", allowed="5 USD", retry_after_ms=None
 )

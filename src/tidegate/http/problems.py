@@ -239,7 +239,7 @@ def problem(error: errors.TidegateError) -> Problem:
         code=error.code,
         field=getattr(error, "field", None),
         allowed=getattr(error, "allowed", None),
-        limit=getattr(error, "limit", None),
+        limit=getattr(error, "limit", None) or None,
         retry_after_ms=retry_after_ms,
         is_estimate=getattr(error, "is_estimate", False) or None,
     )

@@ -56,6 +56,12 @@ class LinkDown(Exception):
     """Valkey did not answer in time, or not at all; whether it heard us is not known."""
 
 
+def _words_of(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return str(error) or "no answer in time"
+    return str(error) or type(error).__name__
+
+
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
     """What a server says of itself. `run` differs after every restart and on every replica."""
@@ -99,7 +105,7 @@ class Link:
         try:
             self._connection = await self._servers.connect(deadline_s)
         except LOST as error:
-            raise LinkDown(str(error) or type(error).__name__) from error
+            raise LinkDown(_words_of(error)) from error
         info = await self._exchange(("INFO", "server", "memory"), max(deadline_s, MIN_CONNECT_S))
         try:
             self.server = read_facts(info)
@@ -160,7 +166,7 @@ class Link:
         except ResponseError as error:
             raise LinkDown(f"Valkey refused: {error}") from error
         except LOST as error:
-            raise LinkDown(str(error) or type(error).__name__) from error
+            raise LinkDown(_words_of(error)) from error
         finally:
             if not settled:
                 self._drop(connection)

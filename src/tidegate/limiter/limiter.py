@@ -160,7 +160,10 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except LinkDown as error:
-        raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+        said = str(error)
+        if not said.startswith("Valkey"):
+            said = f"Valkey is unavailable: {said}"
+        raise LimiterUnavailable(said, limit="", retry_after_ms=1000) from error
 
 
 MAX_WAITERS = 100_000
