@@ -24,6 +24,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -63,8 +64,6 @@ from tidegate.store.requests import Whereabouts
 from tidegate.telemetry.logging import Log, get_logger
 
 _REMAINING_FRESH_S = 1.0
-
-
 # Of so many limits that calls have come under lately.
 _MOST_REMEMBERED, _REMEMBERED_S = 500, 60.0
 
@@ -200,6 +199,7 @@ FIRST_MS = 1_000
 # is replaced by a person.
 LONGEST_MS = 8_000
 DEAD_KEY_MS = 60_000
+PROBE_S = 30.0  # a try without an answer for longer has another one beside it
 # Models that a pool may have paused without a limit in the policy, as this process knows them.
 MOST_PAUSED = 100
 # The pauses of a model whose 429 does not say for how long: each is twice as long as the last.
@@ -242,7 +242,7 @@ class Gate:
         self._closed_since: float | None = None
         self._said = ("", "")  # by the provider, for operators; and in short
         self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts
-        self._opening: asyncio.Task[bool] | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._drained = False
         self._successor: Gate | None = None
 
@@ -413,6 +413,22 @@ class Gate:
         if tried:
             await self.open()
 
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Of a try: after `PROBE_S` without an answer it holds up no other."""
+        passing_on = asyncio.create_task(self._pass_on())
+        try:
+            yield
+        finally:
+            passing_on.cancel()
+
+    async def _pass_on(self) -> None:
+        await asyncio.sleep(PROBE_S)
+        if (shut := self._shut()) is not None:
+            ms, why = FIRST_MS, shut[1]
+            with suppress(LimiterUnavailable):
+                await self.limiter.close_gate(self.limit, for_ms=ms, most_ms=ms, tried=True, by=why)
+
     async def open(self) -> None:
         """Let all calls pass again."""
         self._faults.clear()
@@ -495,8 +511,7 @@ class Gate:
                 self._strikes[pause.limit] = 1, self._clock()
                 error.lowered_limit = True
                 return 0
-            for_ms = self._strike(pause.limit)
-            ramp_ms = for_ms
+            for_ms = ramp_ms = self._strike(pause.limit)
         try:
             paused = await limiter.penalise(
                 pause.limit,
@@ -537,19 +552,16 @@ class Gate:
 
     def _is_too_much(self, limit: str) -> bool:
         """Clients name models: a pool's record does not grow with what they think of."""
-        pauses = self.limiter.pauses()
-        named = self.limiter.policy.limits
+        pauses, named = self.limiter.pauses(), self.limiter.policy.limits
         return limit not in pauses and len([1 for one in pauses if one not in named]) >= MOST_PAUSED
 
     def _open_for_the_new_key(self) -> None:
         if self._opening is None or self._opening.done():
             self._opening = asyncio.ensure_future(self._open_quietly())
 
-    async def _open_quietly(self) -> bool:
-        try:
-            return await self.limiter.open_gate(self.limit)
-        except LimiterUnavailable:
-            return False
+    async def _open_quietly(self) -> None:
+        with suppress(LimiterUnavailable):
+            await self.limiter.open_gate(self.limit)
 
 
 class Gates(Mapping[str, Gate]):

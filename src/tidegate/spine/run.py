@@ -19,12 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -794,7 +789,7 @@ class _Run:
         started = time.perf_counter()
         outcome, failure = Outcome.IGNORED, None
         try:
-            if target.upstream.preempt is None:
+            if target.upstream.preempt is None and not is_try:
                 await self._exchange.make(target, lane, demand, is_try=is_try)
             else:
                 with self._giving_way(target.upstream.preempt, permit, lane, is_try):
@@ -837,12 +832,14 @@ class _Run:
                 self._spine.affinity.note(self._home, target, record.answer.usage)
 
     def _giving_way(
-        self, rule: Preempt, permit: Permit | None, lane: Lane, is_try: bool
+        self, rule: Preempt | None, permit: Permit | None, lane: Lane, is_try: bool
     ) -> AbstractContextManager[object]:
         """What has the call give way, where its upstream is set so and its terms allow it; the try
-        of an upstream that was out never does."""
+        of an upstream that was out gives way to another try alone."""
         times = self._terms.preempted
-        if times is None or times >= rule.times or permit is None or is_try:
+        if is_try:
+            return lane.gate.trying()
+        if rule is None or times is None or times >= rule.times or permit is None:
             return nullcontext()
         return self._spine.preemption.of(
             lane.limiter, rule, self._exchange, permit, self._terms.request_id

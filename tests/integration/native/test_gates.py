@@ -23,6 +23,7 @@ from tidegate.errors import (
 )
 from tidegate.limiter import Adaptive, Concurrency, Demand, Limiter, PoolPolicy
 from tidegate.policy.inspection import Control
+from tidegate.spine import routing
 from tidegate.spine.routing import (
     DRAINED,
     FAULTS,
@@ -130,6 +131,32 @@ async def test_a_try_of_a_process_that_dies_is_not_the_last(open_gateway: Opener
         assert (await waits)[0] == 200
         assert gateway.services.spine.health["gemini"].state == "ok"
         await holding
+
+
+@pytest.mark.usefixtures("one_try")
+async def test_a_try_that_is_not_answered_holds_up_no_other(
+    pair: list[Gateway], hostile: Hostile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "PROBE_S", 0.01)
+    limiter = pair[0].services.limiter
+    await limiter.close_gate(
+        "upstream:gemini", for_ms=100, most_ms=8_000, tried=False, reason="no server"
+    )
+    released = asyncio.Event()
+
+    async def hang(writer: asyncio.StreamWriter) -> None:
+        await released.wait()
+        writer.write(OK)
+        await writer.drain()
+
+    hostile.answer = hang
+    hangs = asyncio.create_task(ask(pair[0], "hangs"))
+    await wait_until(lambda: len(hostile.seen) == 1, what="it tries")
+    hostile.answer = OK
+    assert (await ask(pair[1], "then", deadline_ms=5_000))[0] == 200, "10 minutes later, else"
+    await wait_until(lambda: states(pair) == ["ok", "ok"], what="it is back for both")
+    released.set()
+    assert (await hangs)[0] == 200
 
 
 @pytest.mark.usefixtures("one_try")
