@@ -45,6 +45,7 @@ class IssuerServer:
     is_down: bool = False
     keys_answer: bytes | None = None  # what it answers with 200 in place of its keys
     reuses_codes: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)  # what its document says instead
     nonce: str | None = None  # put into ID tokens instead of the one that was sent
     issued: dict[str, dict[str, str]] = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
@@ -75,6 +76,7 @@ class IssuerServer:
             "authorization_endpoint": f"{self.url}/authorize",
             "token_endpoint": f"{self.url}/token",
             "jwks_uri": f"{self.url}/keys",
+            **self.metadata,
         }
 
     def _listed(self) -> list[dict[str, Any]]:

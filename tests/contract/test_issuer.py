@@ -236,3 +236,23 @@ async def test_what_an_issuer_answers_is_bounded_and_checked(
     server.url = "https://evil.example"
     with pytest.raises(IssuerUnavailable, match="another URL"):
         await issuer.metadata()
+
+
+@pytest.mark.parametrize("name", ["authorization_endpoint", "token_endpoint", "jwks_uri"])
+async def test_a_document_that_names_no_url_is_an_outage_and_not_a_fault_of_ours(
+    server: IssuerServer, name: str
+) -> None:
+    server.metadata = {name: "http://["}
+    with pytest.raises(IssuerUnavailable, match=f"names no usable {name}"):
+        await Issuer(server.url).metadata()
+    with pytest.raises(IssuerUnavailable, match="could not be read"):
+        await claims_of(Issuer(server.url), server.token())
+
+
+async def test_what_is_malformed_beside_what_is_sound_hides_nothing(server: IssuerServer) -> None:
+    server.metadata = {"token_endpoint_auth_methods_supported": 5}
+    issuer = Issuer(server.url)
+    assert not (await issuer.metadata()).posts_secret
+    odd = [{"kty": ["RSA"]}, {"kty": {}, "kid": "k1"}, {"kty": "RSA", "kid": []}, 5]
+    server.keys_answer = json.dumps({"keys": [*odd, *server._listed()]}).encode()
+    assert await claims_of(issuer, server.token())

@@ -375,7 +375,7 @@ class Authenticator:
             tenant = tenant_named(tenant.encode("utf-8", "replace"))
         except InvalidRequest:
             self._refuse(digest, f"the token's claim {trust.tenant_claim} names no tenant here")
-        lasts_s = min(VERIFIED_FOR_S, claims["exp"] + LEEWAY_S - time.time())
+        lasts_s = min(VERIFIED_FOR_S, int(claims["exp"]) + LEEWAY_S - time.time())
         return _Verified(tenant, subject, self._clock() + lasts_s)
 
     # What is remembered

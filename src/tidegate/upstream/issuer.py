@@ -234,17 +234,24 @@ class Issuer:
             raise self._away(f"answers {status} to a request for its discovery document")
         if not _is_same_url(found.get("issuer"), self.url):
             raise self._away("calls itself by another URL in its discovery document")
-        methods = found.get("token_endpoint_auth_methods_supported") or ["client_secret_basic"]
+        methods = found.get("token_endpoint_auth_methods_supported")
         return IssuerMetadata(
             authorization_endpoint=self._endpoint(found, "authorization_endpoint"),
             token_endpoint=self._endpoint(found, "token_endpoint"),
             jwks_uri=self._endpoint(found, "jwks_uri"),
-            posts_secret="client_secret_basic" not in methods,
+            # Where it names no methods it takes the header (RFC 8414, section 2).
+            posts_secret=isinstance(methods, list)
+            and bool(methods)
+            and "client_secret_basic" not in methods,
         )
 
     def _endpoint(self, found: Mapping[str, Any], name: str) -> str:
         url = str(found.get(name, ""))
-        if urlsplit(url).scheme not in {"https", urlsplit(self.url).scheme}:
+        try:
+            scheme = urlsplit(url).scheme
+        except ValueError:
+            scheme = ""
+        if scheme not in {"https", urlsplit(self.url).scheme}:
             raise self._away(f"names no usable {name}")
         return url
 
@@ -297,7 +304,7 @@ def _usable_keys(listed: list[Any]) -> dict[str | None, dict[str, Any]]:
     kinds = {kind for kind, _ in ALGORITHMS.values()}
     found: dict[str | None, dict[str, Any]] = {}
     for key in listed[:_MOST_KEYS]:
-        if not isinstance(key, dict) or key.get("kty") not in kinds:
+        if not isinstance(key, dict) or str(key.get("kty")) not in kinds:
             continue
         if key.get("use", "sig") == "sig":
             key_id = key.get("kid")
