@@ -12,6 +12,7 @@ and no figure; a revoked key ends its feed; a client that does not read is disco
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from hmac import compare_digest
 from pathlib import Path
@@ -76,6 +77,7 @@ from tidegate.metrics.process import Recent
 from tidegate.store.records import acting
 from tidegate.telemetry.logging import Log, get_logger
 
+_MOST_BEGUN = 3  # sign-ins of one browser that wait for their issuer
 FOLDER = Path(__file__).parent / "static"
 _POLICY = "; ".join(
     (
@@ -278,7 +280,9 @@ async def sign_in(request: Request) -> Response:
     answer = RedirectResponse(place, 303, _NO_STORE)
     marks = _cookie(request)
     marks["samesite"] = "lax"  # the issuer's page leads back here, and it is to be sent then
-    answer.set_cookie(state_cookie_name(key), state, max_age=CODE_S, **marks)
+    name = state_cookie_name(key)
+    begun = [*_states_in(request.cookies.get(name, "")), state][-_MOST_BEGUN:]
+    answer.set_cookie(name, ".".join(begun), max_age=CODE_S, **marks)
     return answer
 
 
@@ -293,8 +297,9 @@ async def signed_in(
     services, by_issuer = services_of(request), _by_issuer(request)
     key = services.operator_key.get_secret_value()
     name = state_cookie_name(key)
+    begun = _states_in(request.cookies.get(name, ""))
     try:
-        sound = _state_of(services, state, request.cookies.get(name, ""))
+        sound = _state_of(services, state, begun)
         if not code:
             raise SignInRefused("refused")
         person = await by_issuer.finish(state, code, iss, _redirect_uri(request))
@@ -312,7 +317,12 @@ async def signed_in(
         answer = RedirectResponse("./", 303, _NO_STORE)
         value = by_issuer.cookie(person)
         answer.set_cookie(cookie_name(key), value, max_age=PERSON_S, **_cookie(request))
-    answer.delete_cookie(name, **_cookie(request))
+    if others := [one for one in begun if one != state]:  # of other tabs, which go on
+        marks = _cookie(request)
+        marks["samesite"] = "lax"
+        answer.set_cookie(name, ".".join(others), max_age=CODE_S, **marks)
+    else:
+        answer.delete_cookie(name, **_cookie(request))
     return answer
 
 
@@ -327,10 +337,15 @@ def _redirect_uri(request: Request) -> str:
     return f"{own_origin(request.scope)}{request.scope.get('root_path', '')}/dashboard/signed-in"
 
 
-def _state_of(services: Services, state: str, kept: str) -> Pass:
+def _states_in(cookie: str) -> list[str]:
+    """Of the sign-ins that a browser has begun, in several tabs maybe; the newest is the last."""
+    return [one for one in cookie.split(".")[-_MOST_BEGUN:] if one]
+
+
+def _state_of(services: Services, state: str, begun: Sequence[str]) -> Pass:
     """The state of a sign-in that this browser began. Raises SignInRefused."""
     sound = checked("state", services.operator_key.get_secret_value(), state)
-    if sound is None or not compare_digest(state.encode(), kept.encode()):
+    if sound is None or not any(compare_digest(state.encode(), one.encode()) for one in begun):
         raise SignInRefused("state")
     return sound
 

@@ -199,6 +199,19 @@ async def test_attacks_on_the_way_back_sign_nobody_in(place: Place) -> None:
     assert after == before, "who can't sign in writes nothing"
 
 
+async def test_a_sign_in_in_one_tab_ends_none_of_another(place: Place) -> None:
+    async with place.browser() as browser:
+        first, second = await place.begun(browser), await place.begun(browser)
+        assert await place.ended(browser, first) == "./"
+        assert await place.ended(browser, second) == "./"
+        assert await place.ended(browser, second) == "./?sign-in=state", "it is spent"
+        for _ in range(20):
+            begun = await place.begun(browser)
+        (kept,) = [one for one in browser.cookie_jar if one.key.endswith("_state")]
+        assert len(kept.value) < 1_000, "a page that opens many fills no jar"
+        assert await place.ended(browser, begun) == "./"
+
+
 async def test_it_leads_nowhere_but_to_the_page(place: Place) -> None:
     async with place.browser() as browser:
         evil = "https%3A%2F%2Fevil.example"
