@@ -363,6 +363,11 @@ class AccountUse:
         self._counted = counted + amount
         return amount
 
+    def take_back(self, amount: int) -> None:
+        """The last charge could not be made."""
+        self._kept.pop()
+        self._counted -= amount
+
     def _notice(self, now: float, counted: int, lower: int) -> None:
         """Compare what all have used in the last window with what is ours of it."""
         while self._used and self._used[0][0] <= now - self.span_s:
@@ -405,6 +410,10 @@ class DayUse:
             return 0
         self.kept += beyond
         return beyond
+
+    def take_back(self, amount: int) -> None:
+        """The last charge could not be made."""
+        self.kept -= amount
 
 
 def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None:

@@ -459,8 +459,7 @@ class LimitLearner:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
             amount = use.due(now, view.taken, limit.bound, bound)
-        if amount:
-            await self._limiter.charge(name, amount)
+        await self._charge(name, amount, use)
         kept = use.kept(now)
         others = round(use.others) if use.acts else 0
         return OthersUse(name, others, kept) if others or kept else None
@@ -476,9 +475,17 @@ class LimitLearner:
             self._days[name] = DayUse(before[name].kept if name in before else 0)
         use, left_ms = self._days[name], next_midnight_ms(limit.zone, now * 1000) - now * 1000
         amount = use.due(reading, view.used, limit.bound, left_ms, now)
-        if amount:
-            await self._limiter.charge(name, amount)
+        await self._charge(name, amount, use)
         return OthersUse(name, use.kept, use.kept) if use.kept else None
+
+    async def _charge(self, name: str, amount: int, use: AccountUse | DayUse) -> None:
+        """Charge what is due; what could not be charged is due again at the next look."""
+        is_charged = not amount
+        try:
+            is_charged = is_charged or await self._limiter.charge(name, amount)
+        finally:
+            if not is_charged:
+                use.take_back(amount)
 
     async def _apply(self, found: list[LearnedLimit]) -> None:
         """Put in force what answers have confirmed after some seconds and no person has set."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from time import time
@@ -18,6 +18,7 @@ from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
+from tidegate.errors import LimiterUnavailable
 from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, next_midnight_ms
 from tidegate.policy.inspection import Control
 from tidegate.policy.learned import LearnedLimit
@@ -336,3 +337,29 @@ async def test_an_answer_of_before_a_limit_was_raised_keeps_no_room_free_in_it(
         await wait_until(lambda: limiter.policy.bound(name) == 600_000, 20, "the higher bound")
         await learning.look()
         assert await used(limiter) == before
+
+
+@pytest.mark.parametrize("fault", ["refused", "away"])
+@pytest.mark.parametrize(
+    "limit",
+    [Rate(60_000, 60_000, "tokens"), Quota(60_000, zone=where_it_is(12))],
+    ids=["rate", "day"],
+)
+async def test_room_that_could_not_be_kept_free_is_kept_free_at_the_next_look(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, limit: Rate | Quota, fault: str
+) -> None:
+    async def charge(name: str, amount: int) -> bool:
+        if fault == "away":
+            raise LimiterUnavailable("Valkey is away", limit=name, retry_after_ms=1)
+        return False
+
+    async with learner(valkey_url, limit, remaining=0) as made:
+        limiter, learning = made
+        with monkeypatch.context() as patched, suppress(LimiterUnavailable):
+            patched.setattr(limiter, "charge", charge)
+            await learning.look()
+        assert await used(limiter) == 0
+        assert not learning._others
+        await learning.look()
+        (others,) = learning._others
+        assert await used(limiter) == others.kept > 0
