@@ -495,7 +495,7 @@ class _Run:
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
             except UpstreamDrained:
-                left = self._elsewhere()
+                targets = left = self._elsewhere()
                 if not left:
                     raise
             except BudgetReserved as reserved:
@@ -536,6 +536,8 @@ class _Run:
         with suppress(NotFound, InvalidRequest):
             if self._terms.upstream is None:
                 found = self._exchange.elsewhere(self._spine.targets)
+        if self._refusals and all(_place(one) in self._refusals for one in found):
+            found = self._instead(next(iter(self._refusals.values())))
         return [
             one
             for one in self._spine.usable(found)

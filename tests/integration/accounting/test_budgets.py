@@ -314,6 +314,33 @@ async def test_the_cheaper_upstream_is_called_where_a_budget_refuses_the_dear_on
     assert (await settled_book(gateway, "b"))["spent"] < 1_000
 
 
+async def test_a_call_of_the_cheaper_model_that_waits_for_a_drained_upstream_goes_elsewhere(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk")
+    policy = tmp_path / "three.toml"
+    async with run_emulator() as provider:
+        lines = []
+        for name, model in (("dear", "dear"), ("cheap", "mini"), ("any", "*")):
+            lines += [f"[upstreams.{name}]", f'base_url = "{provider.url}"', 'key = "SOME_KEY"']
+            lines += ['provider = "anthropic"', f'models = ["{model}"]']
+            lines += [f"[upstreams.{name}.prices]", "dear = { input = 1000, output = 1000 }"]
+            lines += ["mini = { input = 1, output = 1 }"]
+        policy.write_text("\n".join(lines))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        budget = Budget("b", "usd", 100_000, "day", at_end="fall_back", fallback="mini")
+        await with_budgets(gateway, budget)
+        limiter = gateway.services.limiters["cheap"]
+        await limiter.penalise("model:mini", for_ms=5_000, ramp_ms=1)
+        call = asyncio.create_task(called(gateway, 4, {}, model="dear"))
+        await wait_until(lambda: limiter.waiters == 1, what="it waits for the cheaper model")
+        drain = f"{gateway.url}/admin/upstreams/cheap/drain"
+        async with gateway.http.post(drain, json={"by": "ada"}) as answer:
+            assert answer.status == 200, await answer.text()
+        status, said, headers = await call
+        assert (status, headers["x-tidegate-upstream"]) == (200, "any"), said
+
+
 async def test_a_conversation_leaves_the_order_of_its_cheaper_models_route_as_it_is(
     open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
