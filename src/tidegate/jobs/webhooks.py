@@ -123,7 +123,7 @@ class WebhookSender:
             await outbox.settle(delivery, "delivered", answer_status=status)
             return
         problem = answer.problem or f"webhook_url answered with status {status}"
-        wait_ms = None if status == _GONE else webhook_wait_ms(delivery.tries)
+        wait_ms = _wait_ms(delivery.tries, answer)
         if wait_ms is None:
             log.warning(
                 Log.WEBHOOK_GIVEN_UP,
@@ -183,6 +183,13 @@ def webhook_wait_ms(tries: int, rng: random.Random | None = None) -> int | None:
         return None
     spread = (rng or random).uniform(1 - _JITTER, 1 + _JITTER)
     return round(_WAITS_MS[tries - 1] * spread)
+
+
+def _wait_ms(tries: int, answer: Posted) -> int | None:
+    """The same after such an answer: not before the time that the receiver names in `Retry-After`,
+    but within the longest of our own waits."""
+    wait_ms = None if answer.status == _GONE else webhook_wait_ms(tries)
+    return None if wait_ms is None else max(wait_ms, min(answer.retry_after_ms, _WAITS_MS[-1]))
 
 
 def _said(record: RequestRecord) -> dict[str, Any]:
@@ -249,7 +256,7 @@ class AlertSender:
             return
         problem = answer.problem or f"answered with status {status}"
         problem = problem.replace("webhook_url", "ALERT_WEBHOOK_URL")
-        wait_ms = None if status == _GONE else webhook_wait_ms(delivery.tries)
+        wait_ms = _wait_ms(delivery.tries, answer)
         if wait_ms is None:
             log.warning(
                 Log.WEBHOOK_GIVEN_UP,

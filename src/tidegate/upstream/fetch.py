@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ from yarl import URL
 
 from tidegate.call import Media
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.headers import answered_at, retry_after_ms
+from tidegate.dialects.spec import ErrorAnswer
 from tidegate.errors import FetchRefused, UpstreamError
 from tidegate.policy.deployment import Upstream
 from tidegate.upstream.server_load import server_load
@@ -362,10 +365,12 @@ _POST_HEADERS = {"User-Agent": "tidegate", "Accept": "*/*", "Accept-Encoding": "
 
 @dataclass(frozen=True, slots=True)
 class Posted:
-    """The status of the answer; None without one, and then why, in words."""
+    """The status of the answer; None without one, and then why, in words. retry_after_ms: the wait
+    that its header requests."""
 
     status: int | None = None
     problem: str | None = None
+    retry_after_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,7 +394,10 @@ class GuardedPoster:
                 guarded_session(self.is_allowed, resolver, _POST_HEADERS) as session,
                 session.post(target, data=body, headers=headers, allow_redirects=False) as answer,
             ):
-                return Posted(answer.status)
+                now = answered_at(answer.headers.get("Date", ""), datetime.now(UTC))
+                named = {name.lower(): value for name, value in answer.headers.items()}
+                wait_ms = retry_after_ms(ErrorAnswer(answer.status, {}, named, now))
+                return Posted(answer.status, retry_after_ms=wait_ms or 0)
         except FetchRefused as refused:
             return Posted(problem=refused.message)
         except TimeoutError:

@@ -52,6 +52,7 @@ class Receiver:
     """`answers` are given in turn, then 204 for ever."""
 
     url: str = ""
+    headers: dict[str, str] = field(default_factory=dict)  # of what is no success
     answers: list[int | Answer] = field(default_factory=list)
     received: list[Received] = field(default_factory=list)
 
@@ -62,7 +63,8 @@ class Receiver:
         if not isinstance(answer, int):
             return await answer()
         moved = {"Location": f"{self.url}/elsewhere"} if 300 <= answer < 400 else {}
-        return web.Response(status=answer, headers=moved)
+        more = self.headers if answer >= 400 else {}
+        return web.Response(status=answer, headers=moved | more)
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 from uuid import uuid4
 
@@ -158,6 +159,27 @@ async def test_what_is_not_taken_is_tried_again_with_the_same_id_until_it_is(
     assert len(receiver.received) == 4, "the redirect was not followed"
     assert len({each.webhook_id for each in receiver.received}) == 1
     assert all(each.is_signed() for each in receiver.received)
+
+
+async def test_a_receiver_that_names_a_time_is_not_asked_before(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(**SETTINGS)
+    due = (
+        "SELECT extract(epoch FROM due_at - now())::int AS s FROM webhooks "
+        "WHERE state = 'pending' AND tries = 1 AND answer_status = 429"
+    )
+    at = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    for header, expected_s in (("90", 90), (at, 3_600), ("99999999", 6 * 3_600), ("soon", None)):
+        receiver.answers, receiver.headers = [429], {"Retry-After": header}
+        request_id = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
+        if expected_s is None:
+            await _settled(gateway, request_id)
+            continue
+        left_s = await wait_until(lambda: gateway.database.fetchval(due), 20, "it is put off")
+        assert expected_s - 20 <= left_s <= expected_s + 2, header
+        await gateway.database.execute("UPDATE webhooks SET due_at = now() WHERE tries = 1")
+        await _settled(gateway, request_id)
 
 
 async def test_a_receiver_that_is_gone_or_never_takes_it_is_given_up_and_can_be_asked_again(
