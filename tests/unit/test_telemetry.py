@@ -47,6 +47,9 @@ def _logging_as_before() -> Iterator[None]:
         ("[(b'x-goog-api-key', b'abc')]", "[(b'x-goog-api-key', b'***')]"),
         ("authorization: Bearer abc", "authorization: Bearer ***"),
         (f"the key {GOOGLE_KEY} is dead", "the key *** is dead"),
+        ("Incorrect API key: sk-proj-aB3dE5gH7jK9mN1pQ_r-S3.", "Incorrect API key: ***."),
+        ("'sk-ant-api03-aB3dE5gH7jK9mN1pQ3sT5'", "'***'"),
+        ("gsk_aB3dE5gH7jK9mN1pQ3sT5v or xai-aB3dE5gH7jK9mN1pQ3sT5v", "*** or ***"),
     ],
 )
 def test_a_secret_inside_a_text_is_replaced(text: str, expected: str) -> None:
@@ -61,6 +64,7 @@ def test_a_secret_inside_a_text_is_replaced(text: str, expected: str) -> None:
         "listening on http://localhost:8000, ask me@example.org",
         "http://host:80/?from=me@example.org",
         "the keyword monkey=banana",
+        "the task-2026-11-29-of-the-night-shift and sk-a-name-without-any-digit-in-it; sk-short1",
         "send it as Authorization: Bearer tg_..., x-api-key: tg_... or ?key=tg_...; create one",
     ],
 )

@@ -168,13 +168,15 @@ _SECRET_IN_TEXT = re.compile(
     r")"
     # `tg_...` stands for any key in our own texts.
     r"(?(password)[^\s'\"]*(?=@)|(?!(?:(?:bearer|basic)\s+)?tg_\.)[^&\s'\"]+)"
-    r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}|\btgop_[\w-]{20,}",
+    r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}|\btgop_[\w-]{20,}"
+    # Of OpenAI, Anthropic, OpenRouter and DeepSeek; Groq, xAI, Hugging Face, Perplexity, NVIDIA.
+    r"|(?<![\w-])(?:sk-|gsk_|xai-|hf_|pplx-|nvapi-)(?=[a-z_-]{0,40}\d)[\w-]{20,}",
     re.IGNORECASE,
 )
 
 
 def redact(text: str) -> str:
-    """`text` without Google's keys and ours, secrets in URLs, and the values of secret headers."""
+    """`text` without providers' keys and ours, secrets in URLs, and values of secret headers."""
     return _SECRET_IN_TEXT.sub(lambda found: f"{found['before'] or ''}***", text)
 
 
