@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -289,9 +288,11 @@ class Budgets:
         *,
         instance_id: str,
         folder: Path | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = Steadiness.clock,
     ) -> None:
-        """folder: for the budgets as they were last read, for a start in an outage."""
+        """folder: for the budgets as they were last read, for a start in an outage. clock: counts
+        the time in which the machine was suspended, since others count this process as dead then.
+        """
         self._kept = None if folder is None else folder / "budgets.json"
         self.records = BudgetRecords(connections)
         self._connections = connections

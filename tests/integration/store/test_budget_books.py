@@ -28,6 +28,7 @@ from tidegate.errors import (
 from tidegate.prices.budgets import Binding, Budget, shown_amount, tenants_budget
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.store import budgets as module
+from tidegate.store import database
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
 from tidegate.store.retention import Whose
@@ -494,6 +495,23 @@ async def test_a_refusal_that_is_remembered_holds_up_no_pause(connections: Conne
     now = 1.0
     with pytest.raises(BudgetPaused):
         await held_by(one, ACME, 50)
+
+
+async def test_a_process_reports_that_it_lives_after_its_machine_was_suspended(
+    budgets: Budgets, connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await with_budgets(budgets, DAY)
+    before = await held_by(budgets, ACME, 1)
+    await connections.run(
+        lambda one: one.execute("UPDATE budget_instances SET seen_at = now() - interval '1 hour'")
+    )
+    awake = database._now
+    monkeypatch.setattr(database, "_now", lambda: awake() + 3_600)  # time.monotonic stands still
+    after = await held_by(budgets, ACME, 2)
+    rows = "SELECT count(*) FROM budget_instances WHERE seen_at > now() - interval '1 minute'"
+    assert await connections.run(lambda one: one.fetchval(rows)) == 1, "else it counts as dead"
+    assert before in budgets._overdue, "it may have been charged as a dead process's"
+    assert after not in budgets._overdue
 
 
 async def test_a_refusal_from_before_a_change_is_not_remembered_after_it(
