@@ -44,6 +44,7 @@ async def classes(
         # Names in another order, and an alias that the organization's entry does not have.
         (group((*MODELS[::-1], "claude-opus-latest"), requests_per_minute=20), 20),
         (group(MODELS, requests_per_minute=None), 50),
+        (group(MODELS, requests_per_minute=0), 50),
         (group(("claude-haiku-5",), requests_per_minute=20), 50),
         (group(MODELS), 50),
     ],
@@ -58,9 +59,10 @@ async def test_of_a_workspace_the_lower_bound_counts(
 async def test_a_bound_of_nothing_is_no_limit_of_that_unit(wire: RelayWire) -> None:
     own = group(MODELS, requests_per_minute=50, output_tokens_per_minute=0)
     assert await classes(wire, own) == (ModelClass(MODELS, {"rpm": 50}),)
-    assert await classes(wire, group(MODELS, output_tokens_per_minute=0)) == (
-        ModelClass(MODELS, {}),
-    )
+    nothing = group(MODELS, output_tokens_per_minute=0)
+    assert await classes(wire, nothing) == (ModelClass(MODELS, {}),)
+    of_workspace = group(MODELS, output_tokens_per_minute=7)
+    assert await classes(wire, nothing, of_workspace) == (ModelClass(MODELS, {"otpm": 7}),)
 
 
 async def test_no_pattern_matches_a_model_that_the_account_does_not_limit(wire: RelayWire) -> None:

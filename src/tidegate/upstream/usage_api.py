@@ -345,12 +345,14 @@ async def _of_organization(
 
 
 def _overridden(group: _Group, overrides: Iterable[_Group]) -> _Group:
-    """With the lower bounds of a workspace: a higher one is stored there and not enforced."""
+    """With the lower bounds of a workspace: a higher one is stored there and not enforced. A bound
+    of nothing is none, in either of them."""
     models, bounds = group
-    lower = dict(bounds)
+    lower = {kind: bound for kind, bound in bounds.items() if bound}
     for others, stated in overrides:
         if not set(models).isdisjoint(others):
-            lower |= {kind: min(bound, lower.get(kind, bound)) for kind, bound in stated.items()}
+            known = {kind: bound for kind, bound in stated.items() if bound}
+            lower |= {kind: min(bound, lower.get(kind, bound)) for kind, bound in known.items()}
     return models, lower
 
 
