@@ -116,7 +116,16 @@ window.addEventListener("unhandledrejection", (event) => {
   if (event.reason.status !== 401) toast(said(event.reason), "bad"); // that one signs out, and is said there
 });
 signOut.addEventListener("click", async () => {
-  await ask("POST", "dashboard/sign-out", { keepSession: true }).catch(() => {});
+  try {
+    await ask("POST", "dashboard/sign-out", { keepSession: true });
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    // A key is forgotten here; only the gateway can end a cookie.
+    if (!session.key()) {
+      toast(`You are still signed in. ${said(problem)} Try again.`, "bad");
+      return;
+    }
+  }
   session.signOut();
 });
 
