@@ -18,7 +18,7 @@ from uuid import UUID
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import async_playwright, expect
+from playwright.async_api import Route, async_playwright, expect
 
 from tests.browser.pictures import under_traffic
 from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Seen, Stage, opened
@@ -354,6 +354,40 @@ async def test_what_another_operator_has_changed_is_not_overwritten(stage: Stage
         assert stage.gateway.services.limiter.policy.bound("kind:multi_modal") == 7
     async with stage.gateway.http.put(change, json={"limit": 3}) as answer:
         assert answer.status == 200
+
+
+async def test_what_was_confirmed_is_told_though_its_dialog_was_closed(stage: Stage) -> None:
+    answered = asyncio.Event()
+
+    async def late(route: Route) -> None:
+        if route.request.method == "GET":
+            await route.continue_()
+            return
+        await answered.wait()
+        if route.request.method == "POST":
+            await route.continue_()
+        else:
+            await route.fulfill(status=503, json={"detail": "Not now."})
+
+    async with opened(stage, "/tenants", expected=("503",)) as seen:
+        page = seen.page
+        await page.route(re.compile("/admin/keys"), late)
+        await page.get_by_role("button", name="New key").click()
+        dialog = page.get_by_role("dialog")
+        await dialog.get_by_label("What it is for").fill("closed early")
+        await dialog.get_by_role("button", name="Create the key").click()
+        await page.keyboard.press("Escape")
+        await expect(dialog).to_have_count(0)
+        answered.set()
+        await expect(dialog.locator(".made-key")).to_contain_text("tg_")  # else nobody ever has it
+        await dialog.get_by_role("button", name="Done").click()
+        row = page.locator("tr", has_text="closed early")
+        answered.clear()
+        await row.get_by_role("button", name="Revoke").click()
+        await dialog.get_by_role("button", name="Revoke").click()
+        await dialog.get_by_role("button", name="Close").click()
+        answered.set()
+        await expect(page.locator(".toast")).to_contain_text("Revoke closed early? Not now.")
 
 
 async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(

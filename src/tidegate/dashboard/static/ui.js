@@ -70,7 +70,8 @@ export async function copied(text, place = null) {
  *
  * `more` stands below the text, `below` below the fields. `fields` are from `field()`; `act(values)` is called with their values by name. While it runs the
  * dialog stays; a Problem of it is shown in the dialog, at its field where it names one. Resolves
- * with what `act` returned, or null when the person thought better of it.
+ * with what `act` returned, or null when the person thought better of it. A dialog that is closed
+ * while `act` runs stops nothing: it resolves once that has ended, and a Problem is a toast then.
  */
 export function confirm({ title, text = "", more = [], fields = [], below = null, action, danger = false, act }) {
   const id = `dialog-${++dialogs}`;
@@ -92,15 +93,19 @@ export function confirm({ title, text = "", more = [], fields = [], below = null
   document.body.append(dialog);
   return new Promise((resolve) => {
     let result = null;
-    cancel.addEventListener("click", () => dialog.close());
-    dialog.addEventListener("close", () => {
+    const leave = () => {
       dialog.remove();
       resolve(result);
+    };
+    cancel.addEventListener("click", () => dialog.close());
+    dialog.addEventListener("close", () => {
+      if (!go.disabled) leave();
     });
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
       if (go.disabled) return;
       go.disabled = true;
+      fill(cancel, "Close");
       wrong.hidden = true;
       fields.forEach((one) => one.complain(""));
       try {
@@ -108,9 +113,12 @@ export function confirm({ title, text = "", more = [], fields = [], below = null
         dialog.close();
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
-        complain(error, fields, wrong);
+        if (dialog.open) complain(error, fields, wrong);
+        else toast(`${title} ${said(error)}`, "bad");
       } finally {
         go.disabled = false;
+        fill(cancel, "Cancel");
+        if (!dialog.open) leave();
       }
     });
     dialog.showModal();
