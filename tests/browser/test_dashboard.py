@@ -209,6 +209,36 @@ async def test_of_many_limits_the_busy_ones_are_shown_and_all_are_found(
             assert answer.status == 200
 
 
+async def test_limits_of_long_names_are_found_and_rehearsed_and_no_failure_is_silent(
+    stage: Stage,
+) -> None:
+    running, limit = stage.gateway, f"tenant:{'long' * 49}/<b>"
+    change = f"{running.url}/admin/limits"
+    async with running.http.patch(change, json={"set": {limit: 7}}) as answer:
+        assert answer.status == 200, await answer.text()
+    try:
+        async with opened(stage, expected=("503",)) as seen:
+            page = seen.page
+            card = page.get_by_role("region", name="Limits")
+            await page.get_by_label("Search limits").fill(limit)
+            await expect(card.locator("[data-limit]")).to_have_count(1)
+            away = {"detail": "Not now."}
+            listed = re.compile("/dashboard/limits")
+            await page.route(listed, lambda one: one.fulfill(status=503, json=away))
+            await page.get_by_label("Search limits").fill("kind")
+            await expect(card).to_contain_text("Not read again: Not now.")
+            await page.unroute(listed)
+            await page.get_by_label("Search limits").fill(limit)
+            await card.get_by_role("button", name="Change tenant:long").click()
+            await page.get_by_role("dialog").get_by_label("New limit").fill("9")
+            await page.get_by_role("link", name="See what it would have done").click()
+            new = page.get_by_label(f"New value of {limit}")
+            await expect(new).to_have_value("9")
+    finally:
+        async with running.http.patch(change, json={"remove": [limit]}) as answer:
+            assert answer.status == 200
+
+
 async def test_a_moment_of_a_chart_leads_to_its_requests(stage: Stage) -> None:
     await stage.gateway.end_of((await stage.submit(1))[0])
     async with opened(stage) as seen:

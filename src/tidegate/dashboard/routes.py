@@ -436,7 +436,7 @@ async def limits(
     request: Request,
     pool: Annotated[str | None, Query(description="Whose; all if absent")] = None,
     group: Annotated[Grouping, Query()] = "none",
-    search: Annotated[str, Query(max_length=200)] = "",
+    search: Annotated[str, Query(max_length=1_000)] = "",
     offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
 ) -> dict[str, Any]:
     """A page of all limits, as they were half a second ago at most."""

@@ -5,7 +5,7 @@ import { fill, h, keyed, mark, say } from "../../dom.js";
 import { brief, count, length } from "../../format.js";
 import { link } from "../../router.js";
 import * as scope from "../../scope.js";
-import { choice, confirm, field, toast } from "../../ui.js";
+import { choice, confirm, field, said, toast } from "../../ui.js";
 import { textOf } from "../what_if_limits.js";
 
 const FOR_EVER_MS = 10 * 365 * 86_400_000;
@@ -72,6 +72,9 @@ export function limitsCard(pool, signal) {
     draw(rows, (one) => (one.group === undefined ? keyOf(one) : `group ${one.group}`));
     idle.hidden = rows.length > 0;
     say(idle, state.search ? `No limit has ${state.search} in its name.` : "No limits.");
+  }, (problem) => {
+    idle.hidden = false;
+    say(idle, `Not read again: ${said(problem)}`);
   });
   const shownChoice = choice("Which limits", { busy: "Busy", all: "All" }, state.shown, (shown) => {
     state.shown = shown;
@@ -156,7 +159,7 @@ const byName = (a, b) => (keyOf(a) < keyOf(b) ? -1 : 1);
 const lines = new Map();
 
 /** All limits, page by page, asked again while they are looked at. */
-function pagesOf(state, pool, signal, paint) {
+function pagesOf(state, pool, signal, paint, fail) {
   const words = h("span", { class: "quiet-text" });
   const [back, on] = ["Previous", "Next"].map((text) =>
     h("button", { class: "button small", type: "button" }, text),
@@ -180,6 +183,11 @@ function pagesOf(state, pool, signal, paint) {
       const query = { pool: pool(), group: state.group, search: state.search, offset: state.offset };
       const page = await get("dashboard/limits", { query, signal: AbortSignal.any([signal, mine.signal]) });
       if (mine !== round || !isOn) return;
+      if (page.total > 0 && !page.limits.length) {
+        state.offset = 0; // there were more
+        await look();
+        return;
+      }
       const last = state.offset + page.limits.length;
       if (page.limits.length > size) size = page.limits.length;
       say(words, page.total ? `${count(state.offset + 1)} to ${count(last)} of ${count(page.total)}` : "");
@@ -188,7 +196,9 @@ function pagesOf(state, pool, signal, paint) {
       foot.hidden = page.total <= size && state.offset === 0;
       paint(page);
     } catch (error) {
-      if (error.name !== "AbortError" && !(error instanceof Problem)) throw error;
+      if (error.name === "AbortError") return;
+      if (!(error instanceof Problem)) throw error;
+      if (mine === round && isOn) fail(error);
     }
   }
 
