@@ -239,6 +239,44 @@ async def test_limits_of_long_names_are_found_and_rehearsed_and_no_failure_is_si
             assert answer.status == 200
 
 
+async def test_a_change_is_shown_whatever_it_set_and_however_long_its_reason(
+    stage: Stage,
+) -> None:
+    running, link = stage.gateway, f"https://example.com/{'incident' * 55}"
+    change = f"{running.url}/admin/limits"
+    body = {"set": {"pool.fair_by": "cost"}, "by": "ann", "reason": link}
+    tenant = f"{running.url}/admin/tenants/{'wide' * 40}"
+    async with running.http.put(tenant, json={}) as answer:
+        assert answer.status == 200, await answer.text()
+    of_it = {"tenant": "wide" * 40, "name": "of a long name"}
+    async with running.http.post(f"{running.url}/admin/keys", json=of_it) as answer:
+        assert answer.status == 201, await answer.text()
+    async with running.http.patch(change, json=body) as answer:
+        assert answer.status == 200, await answer.text()
+    try:
+        async with opened(stage) as seen:
+            page = seen.page
+            await expect(page.get_by_label("Changes")).to_contain_text("pool.fair_by: none -> cost")
+            for width in (400, 1360):
+                await page.set_viewport_size({"width": width, "height": 900})
+                assert await seen.is_within(), width
+            await page.goto(f"{running.url}/dashboard/#/limits/history")
+            newest = page.locator("[data-revision]").first
+            await expect(newest.locator("li")).to_have_text("pool.fair_by none → cost")
+            for width in (400, 1360):
+                await page.set_viewport_size({"width": width, "height": 900})
+                assert await seen.is_within(), width
+            await page.goto(f"{running.url}/dashboard/#/tenants")
+            keys = page.get_by_role("group", name="API keys, a table")
+            await expect(keys).to_contain_text("of a long name")
+            assert await keys.evaluate("one => one.scrollWidth <= one.clientWidth")
+    finally:
+        async with running.http.patch(change, json={"remove": ["pool.fair_by"]}) as answer:
+            assert answer.status == 200
+        async with running.http.delete(tenant) as answer:
+            assert answer.status == 200
+
+
 async def test_a_moment_of_a_chart_leads_to_its_requests(stage: Stage) -> None:
     await stage.gateway.end_of((await stage.submit(1))[0])
     async with opened(stage) as seen:

@@ -33,7 +33,12 @@ export async function open(main, { query, signal }) {
   );
 }
 
-const shown = (value) => (value === null ? "none" : typeof value === "object" ? JSON.stringify(value) : count(value));
+/** A number, a table, or a word, as most options of a pool are. */
+function shown(value) {
+  if (value === null) return "none";
+  if (typeof value === "number") return count(value);
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
 
 function revision(one, pool, again) {
   const undo = h("button", { class: "button small", type: "button", needs: "operator", "aria-label": `Undo revision ${one.revision}` }, "Undo");

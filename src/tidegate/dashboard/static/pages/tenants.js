@@ -90,7 +90,7 @@ function keyRow(one, again) {
     "tr",
     { data: { key: one.prefix } },
     h("th", { scope: "row", class: "name", title: one.name }, h("b", {}, one.name || "(no name)"), " ", h("span", { class: "mono quiet-text" }, `tg_${one.prefix}…`)),
-    h("td", {}, h("a", { href: link("/requests", { tenant: one.tenant }), title: "Its requests" }, one.tenant)),
+    h("td", { class: "name" }, h("a", { href: link("/requests", { tenant: one.tenant }), title: `Requests of ${one.tenant}` }, one.tenant)),
     h("td", { class: "wide" }, one.scopes.join(", ")),
     h("td", { class: "wide", title: one.made_by ?? "" }, time(one.created_at)),
     h("td", { class: "wide" }, one.last_used_at ? ago(one.last_used_at) : "never"),
@@ -110,7 +110,7 @@ function tenantRow(one, pool, again) {
   return h(
     "tr",
     { data: { tenant: one.tenant } },
-    h("th", { scope: "row", class: "name" }, h("a", { href: link("/requests", { tenant: one.tenant }), title: "Its requests" }, one.tenant)),
+    h("th", { scope: "row", class: "name" }, h("a", { href: link("/requests", { tenant: one.tenant }), title: `Requests of ${one.tenant}` }, one.tenant)),
     h("td", { class: "number" }, count(one.weight)),
     h("td", { class: "number wide" }, count(one.keys)),
     h("td", { class: "number wide" }, allowed(one.budget_day_money, one.budget_day_tokens)),
