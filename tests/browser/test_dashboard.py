@@ -546,6 +546,36 @@ async def test_a_spent_budget_is_raised_for_whom_its_cause_names(stage: Stage) -
     await budgets.refresh()
 
 
+LARGE_FIGURES = """async () => {
+  const module = new URL("static/pages/overview/figures.js", document.baseURI);
+  const strip = (await import(module)).figuresStrip();
+  document.querySelector(".overview").replaceChildren(strip.element);
+  const faults = { throttled: 9_999, told_429: 0, failed: 9_999 };
+  strip.now({ per_second: 999.9, waits: [200_000, 200_000], lengths: [3_599_000, 0], ...faults });
+  const tokens = { input_tokens: 1, output_tokens: 1, thoughts_tokens: 1 };
+  const total = { ...tokens, cost_micros: 9_999_990_000, unpriced: 0, requests: 1 };
+  strip.record({ spent: { day: { total } } });
+  const shown = [...strip.element.querySelectorAll(".tile-figure")];
+  const cut = shown.filter((one) => one.scrollWidth > one.clientWidth);
+  return [cut.map((one) => one.textContent), shown.map((one) => one.title).filter(Boolean)];
+}"""
+
+
+async def test_no_figure_is_cut_and_a_time_of_another_year_has_its_year(stage: Stage) -> None:
+    later = datetime.now(UTC) + timedelta(days=366)
+    key, _ = await stage.gateway.services.store.tenants.create_key("default", expires_at=later)
+    for width in (1280, 1210, 650):
+        async with opened(stage, width=width) as seen:
+            page = seen.page
+            await expect(page.locator("#live")).to_have_text("Live")
+            cut, exact = await page.evaluate(LARGE_FIGURES)
+            assert (cut, exact) == ([], ["3 min 20 s", "59 min 59 s", "$9,999.99"]), width
+    async with opened(stage, "/tenants") as seen:
+        badge = seen.page.locator(f"[data-key='{key.prefix}'] .badge")
+        wanted = re.compile(rf"expires \d+ \w+ {later.year}, ")
+        await expect(badge).to_have_attribute("title", wanted)
+
+
 async def test_tokens_spent_today_are_those_of_the_usage_page(stage: Stage) -> None:
     await stage.gateway.database.execute(
         "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"

@@ -16,6 +16,8 @@ const day = new Intl.DateTimeFormat(LANGUAGE, {
   second: "2-digit",
 });
 
+const dated = new Intl.DateTimeFormat(LANGUAGE, { day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit" });
+
 export const NOTHING = "–";
 
 const given = (value) => value !== null && value !== undefined && !Number.isNaN(value);
@@ -90,17 +92,21 @@ export function money(value) {
   return `${value < 0 ? "-" : ""}$${digits}`;
 }
 
+/** The same without cents from $1,000 on, for where there is little room: `$1,235`, `$12.3k` */
+money.short = (value) => (given(value) && value >= 1_000 ? `$${brief(Math.round(value))}` : money(value));
+
 const dollars = new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
 const small = (amount) => Math.min(6, 1 - Math.floor(Math.log10(amount)));
 
 const date = (value) => (value instanceof Date ? value : new Date(value));
 const isToday = (at) => at.toDateString() === new Date().toDateString();
 
-/** `14:03:09` today, `24 Nov, 14:03:09` on other days */
+/** `14:03:09` today, `24 Nov, 14:03:09` on other days of this year, `24 Nov 2025, 14:03:09` of others */
 export function time(value) {
   if (!given(value)) return NOTHING;
   const at = date(value);
-  return (isToday(at) ? clock : day).format(at);
+  if (isToday(at)) return clock.format(at);
+  return (at.getFullYear() === new Date().getFullYear() ? day : dated).format(at);
 }
 
 /** `12 s ago` */

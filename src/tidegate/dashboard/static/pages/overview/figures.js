@@ -30,8 +30,10 @@ export function figuresStrip() {
     shown[name] = { figure, note };
     return h("div", { class: "tile", data: { figure: name } }, h("dt", {}, LEADS[name] ? h("a", { href: link(...LEADS[name]) }, label) : label), figure, note);
   });
-  const put = (name, figure, note, kind = null) => {
+  // A tile has room for eight or nine letters: `exact` is the whole figure where `figure` is a short one.
+  const put = (name, figure, note, kind = null, exact = null) => {
     say(shown[name].figure, figure);
+    mark(shown[name].figure, "title", exact === figure ? null : exact);
     say(shown[name].note, note || " ");
     mark(shown[name].figure.parentElement, "data-kind", kind);
   };
@@ -45,8 +47,8 @@ export function figuresStrip() {
     },
     now(one) {
       put("calls", rate(one.per_second), "last minute");
-      put("waits", length(one.waits[0]), `p95 ${length(one.waits[1])}`);
-      put("lengths", length(one.lengths[0]), `p95 ${length(one.lengths[1])}`);
+      put("waits", length.short(one.waits[0]), `p95 ${length(one.waits[1])}`, null, length(one.waits[0]));
+      put("lengths", length.short(one.lengths[0]), `p95 ${length(one.lengths[1])}`, null, length(one.lengths[0]));
       const told = one.told_429 ? `${count(one.told_429)} to clients` : "from upstreams";
       put("throttled", count(one.throttled), told, one.throttled || one.told_429 ? "warn" : null);
       put("failed", count(one.failed), "last minute", one.failed ? "bad" : null);
@@ -55,8 +57,9 @@ export function figuresStrip() {
       const { total } = frame.spent.day;
       const tokens = total.input_tokens + total.output_tokens + total.thoughts_tokens;
       const isPriced = total.cost_micros > 0 || total.unpriced < total.requests;
-      const spent = isPriced || !total.requests ? money(total.cost_micros / 1e6) : "no prices";
-      put("spent", spent, `${brief(tokens)} tokens`);
+      const cost = total.cost_micros / 1e6;
+      const isShown = isPriced || !total.requests;
+      put("spent", isShown ? money.short(cost) : "no prices", `${brief(tokens)} tokens`, null, isShown ? money(cost) : null);
     },
   };
 }
