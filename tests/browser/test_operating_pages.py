@@ -258,6 +258,13 @@ async def test_an_amount_that_is_no_number_is_refused_and_changes_nothing(stage:
         await amount.fill("1,250.50")
         await change.click()
         await expect(seen.page.locator("[data-tenant='team/green']")).to_contain_text("$1,250.50")
+        await seen.page.get_by_role("button", name="Change team/green").click()
+        await amount.fill("")
+        await change.click()
+        await expect(dialog).to_be_hidden()
+        await seen.page.get_by_role("link", name="What operators did").click()
+        actions = seen.page.locator("[data-action]").filter(has_text="team/green")
+        await expect(actions.first).to_contain_text("budget_day_money: 1250.5 → none")
     async with running.http.delete(url) as gone:
         assert gone.status == 200
 

@@ -318,12 +318,13 @@ class Tenants:
             whole["disabled"] = now["disabled_at"] is not None if disabled is None else disabled
             row = orjson.dumps(whole, default=str).decode()
             await connection.execute(sql("set_tenant"), tenant_id, row)
+            was = {name: now[name] for name in changes if name in _COLUMNS}
             for name in BUDGETS:
                 if name in changes:
+                    was[name] = await _budget_now(connection, tenant_id, name)
                     await _set_budget(connection, tenant_id, name, changes[name])
             await connection.execute(sql("forget_queued"), tenant_id)
             await connection.execute(sql("count_change"))
-            was = {name: now[name] for name in changes if name in _COLUMNS}
             is_now = dict(changes)
             if disabled is not None:
                 was["disabled"], is_now["disabled"] = now["disabled_at"] is not None, disabled
@@ -389,6 +390,15 @@ class Tenants:
             "list_tenants", tenant_id, MOST_TENANTS, timeout_ms=_TIMEOUT_MS
         )
         return [_tenant(row) for row in found]
+
+
+async def _budget_now(connection: asyncpg.Connection, tenant_id: str, setting: str) -> float | None:
+    """The amount of the budget that a tenant's setting stands for; None where there is none."""
+    row = await connection.fetchrow(sql("get_budget"), f"{tenant_id}/{setting}")
+    if row is None:
+        return None
+    amount: int = row["amount"]
+    return amount / 1_000_000 if setting.endswith("_money") else amount
 
 
 async def _set_budget(

@@ -128,6 +128,14 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
     assert by_what["limits.change"]["revision"] >= 2
     assert "after" not in by_what["limits.change"], "the history has it"
     assert by_what["limit.pause"]["after"]["reason"] == "why"
+    changes = []
+    for dollars in (50.5, 75, None):
+        new = {"budget_day_money": dollars}
+        status, answer = await ask(gateway, "PUT", "/admin/tenants/acme", admin, new)
+        assert status == 200, answer
+        newest = (await actions_of(gateway))[0]
+        changes.append((*newest["before"].values(), *newest["after"].values()))
+    assert changes == [(None, 50.5), (50.5, 75), (75, None)]
     assert "ann" not in by_what["subject.erase"]["target"]
     everything = str(await database.fetch("SELECT * FROM operator_actions"))
     for secret in (made.text, gateway.operator_key, "tg_" + made.text.split("_")[2], "whsec_"):

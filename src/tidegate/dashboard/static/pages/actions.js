@@ -50,13 +50,16 @@ function row(one) {
   );
 }
 
-const shown = (value) => (value === null || typeof value === "object" ? JSON.stringify(value) : String(value));
+function shown(value) {
+  if (value === null) return "none";
+  return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
 
 /** `weight: 1 → 3`, of what differs; a revision where a history has the change. */
 function changeOf({ before = {}, after = {}, revision }) {
   if (revision !== undefined) return `revision ${revision}`;
   return Object.entries(after)
-    .filter(([name, value]) => value !== null && shown(before[name] ?? null) !== shown(value))
+    .filter(([name, value]) => shown(before[name] ?? null) !== shown(value))
     .map(([name, value]) => (name in before ? `${name}: ${shown(before[name])} → ${shown(value)}` : `${name}: ${shown(value)}`))
     .join(", ");
 }
