@@ -391,6 +391,37 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         assert "gpu-1" not in running.services.spine.targets.upstreams
 
 
+async def test_what_another_operator_has_changed_of_upstreams_is_not_overwritten(
+    stage: Stage,
+) -> None:
+    running = stage.gateway
+    url = f"{running.url}/admin/upstreams/twice"
+    table = {"provider": "vllm", "base_url": "http://127.0.0.1:9/v1", "models": ["a-*"]}
+    async with running.http.put(url, json={"table": table, "test": False}) as answer:
+        assert answer.status == 200, await answer.text()
+    try:
+        async with opened(stage, "/upstreams", expected=("409",)) as seen:
+            page = seen.page
+            dialog = page.get_by_role("dialog")
+            await page.get_by_role("button", name="Change twice").click()
+            other = {"set": {"models": ["a-*", "b-*"]}}
+            async with running.http.patch(url, json=other) as answer:
+                assert answer.status == 200, await answer.text()
+            await dialog.get_by_label("Models").fill("a-*, c-*")
+            await dialog.get_by_role("button", name="Change", exact=True).click()
+            await expect(dialog.get_by_role("alert")).to_contain_text("is in force, not")
+            assert running.services.spine.targets.upstreams["twice"].models == ("a-*", "b-*")
+            await dialog.get_by_role("button", name="Cancel").click()
+            await expect(page.locator("[data-upstream='twice']")).to_contain_text("a-*, b-*")
+            await page.get_by_role("button", name="Change twice").click()
+            await dialog.get_by_label("Models").fill("a-*, b-*, c-*")
+            await dialog.get_by_role("button", name="Change", exact=True).click()
+            await expect(page.locator("[data-upstream='twice']")).to_contain_text("a-*, b-*, c-*")
+    finally:
+        async with running.http.delete(f"{url}?force=true") as answer:
+            assert answer.status == 200, await answer.text()
+
+
 async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
     stage: Stage, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ export async function open(main, { signal }) {
     try {
       const [found, history] = await Promise.all([get("admin/upstreams", { signal }), get("admin/upstreams/history", { query: { most: MOST_CHANGES }, signal })]);
       away.hidden = true;
-      draw(found.upstreams, (one) => one.name);
+      draw(found.upstreams.map((one) => ({ ...one, revision: found.revision })), (one) => one.name);
       none.hidden = found.upstreams.length > 0;
       say(revision, words(found));
       differing.hidden = !found.differing.length;
@@ -293,7 +293,7 @@ async function rotateKey({ name, key, table }, again) {
 const listOf = (text) => text.split(",").map((one) => one.trim()).filter(Boolean);
 
 async function changeIt(one, again) {
-  const { name, table } = one;
+  const { name, table, revision } = one;
   const models = field("models", "Models", { value: one.models.join(", "), spellcheck: "false", hint: "Patterns, with commas; * stands for anything." });
   const weight = field("weight", "Weight", { type: "number", value: String(table.weight ?? 1), hint: "Its share of calls among upstreams that serve the same model." });
   const key = field("key", "Variable of its key", { value: table.key ?? "", placeholder: one.key, spellcheck: "false", hint: "The name of the variable, never the key. Every process must have it." });
@@ -308,7 +308,8 @@ async function changeIt(one, again) {
       if (values.weight !== (table.weight ?? 1)) set.weight = values.weight;
       if (values.key && values.key !== table.key) set.key = values.key;
       const gone = table.key && !values.key ? ["key"] : [];
-      return patch(path(name), { set, remove: gone, reason, by: "dashboard" });
+      // What another operator has changed since the dialog opened is not overwritten.
+      return patch(path(name), { set, remove: gone, reason, expected: revision, by: "dashboard" });
     },
   });
   await told(done, `${name} is changed.`, again);
@@ -374,7 +375,7 @@ function showChanges(place, history, current, again) {
     place,
     history.map((one, at) => {
       const back = h("button", { class: "button small quiet", type: "button", needs: "admin", "aria-label": `Go back to revision ${one.revision}` }, "Go back to it");
-      back.addEventListener("click", () => rollBack(one, again));
+      back.addEventListener("click", () => rollBack(one, current, again));
       return h(
         "li",
         { data: { revision: one.revision } },
@@ -387,13 +388,13 @@ function showChanges(place, history, current, again) {
   );
 }
 
-async function rollBack({ revision }, again) {
+async function rollBack({ revision }, current, again) {
   const done = await confirm({
     title: `Go back to revision ${revision}?`,
     text: "Its upstreams are put in force as a new revision, in every process.",
     fields: [reasonField()],
     action: "Go back",
-    act: (values) => post("admin/upstreams/rollback", { revision, ...values, by: "dashboard" }),
+    act: (values) => post("admin/upstreams/rollback", { revision, ...values, expected: current, by: "dashboard" }),
   });
   await told(done, `The upstreams of revision ${revision} are in force.`, again);
 }
