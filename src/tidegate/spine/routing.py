@@ -23,7 +23,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -564,20 +564,8 @@ class Gate:
             await self.limiter.open_gate(self.limit)
 
 
-class Gates(Mapping[str, Gate]):
+class Gates(dict[str, Gate]):
     """The gates of all upstreams, by name. One per process."""
-
-    def __init__(self, gates: Mapping[str, Gate]) -> None:
-        self._gates = gates
-
-    def __getitem__(self, upstream: str) -> Gate:
-        return self._gates[upstream]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._gates)
-
-    def __len__(self) -> int:
-        return len(self._gates)
 
     def ready_in_ms(
         self, upstreams: Iterable[str], *, model: str | None = None, limits: Iterable[str] = ()
@@ -590,7 +578,7 @@ class Gates(Mapping[str, Gate]):
         processes is admitted, and the others wait at the gate.
         """
         names = list(limits)
-        found = (self._gates[one].ready_in_ms(model, names) for one in upstreams)
+        found = (self[one].ready_in_ms(model, names) for one in upstreams)
         return min(found, default=0)
 
 

@@ -345,10 +345,9 @@ class Spine:
         self.retries = RetryBudget()
         self.affinity = Affinity(config.cache_wait_us_per_token)
         self._config = config
-        self._gates: dict[str, Gate] = {}
+        self.health = Gates()
         self._lanes: dict[str, Lane] = {}
         self.timeouts: dict[str, Timeouts] = {}
-        self.health = Gates(self._gates)
         for upstream in targets.upstreams.values():
             if upstream.pool in pools:
                 self.install(upstream, pools[upstream.pool])
@@ -376,17 +375,17 @@ class Spine:
             RemainingCapacity(limiter) if before is None else before.remaining,
             timeouts.total_ms + _HARD_MARGIN_MS,
         )
-        self._gates[name] = gate
+        self.health[name] = gate
         gate.drain(name in self.targets.drained)
 
     def withdraw(self, name: str) -> None:
         """Have an upstream no more, but for calls that have begun."""
-        if (gate := self._gates.pop(name, None)) is not None:
+        if (gate := self.health.pop(name, None)) is not None:
             gate.drain(True)
 
     def forget(self, name: str) -> None:
         """No call of a withdrawn upstream is left."""
-        if name not in self._gates:
+        if name not in self.health:
             self._lanes.pop(name, None)
             self.timeouts.pop(name, None)
 
