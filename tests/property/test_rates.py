@@ -406,3 +406,17 @@ def test_waiters_of_a_rate_keep_their_turn_until_their_process_has_acknowledged(
     admitted = [(who, t) for who, t in waiting if t not in clients[who].queue.waiting]
     assert admitted == waiting[:20]
     assert model.full is None
+
+
+def test_a_quota_restarts_though_a_process_took_its_midnight_for_past(bench: Bench) -> None:
+    """A process reckons the server's time from its own clock and asks a moment before midnight."""
+    bench.put_in_force(Quota(1))
+    bench.ask(1)
+    state = bench.world.model.pool.limit(LIMIT).spending
+    bench.wait(state.reset_at - bench.world.wall_ms - 500)
+    bench.world.local_ms += 600
+    second = bench.ask(1)
+    assert second not in bench.client.queue.held
+    bench.wait(1000)
+    assert second in bench.client.queue.held
+    assert bench.spent == 1

@@ -12,6 +12,8 @@ from math import ceil, floor
 from tidegate.limiter.policy import BUCKETS, Limit, Quota, Rate
 
 DAY_MS = 86_400_000
+# A day that ends so much later is another one, also where the clocks are changed.
+NEXT_DAY_MS = 22 * 3_600_000
 MINUTE_MS = 60_000
 
 # One charge: how much was taken, and the end of the bucket or day that it was taken from.
@@ -199,9 +201,12 @@ class RateSpending:
         """What is spent. Forgets what counts no more; `reset_at` is the day's end as a process
         says it, 0 if it does not."""
         if isinstance(limit, Quota):
-            if self.reset_at <= now:
+            is_over = self.reset_at <= now
+            # A process that reckons this day as over, a moment before its end, says the next one's.
+            is_this_day = is_over or reset_at - self.reset_at < NEXT_DAY_MS
+            if is_over:
                 self.used, self.reset_at = 0, now + DAY_MS
-            if reset_at > now:
+            if reset_at > now and is_this_day:
                 self.reset_at = reset_at
             return self.used
         assert isinstance(limit, Rate)

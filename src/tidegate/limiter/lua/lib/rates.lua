@@ -17,6 +17,8 @@
 -- bound stays free while one of them used the limit in the last window (`used`).
 T.LEFT_FREE = 20
 T.DAY_MS = 86400000
+-- A day that ends so much later is another one, also where the clocks are changed.
+T.NEXT_DAY_MS = 79200000
 T.rate_functions = false
 
 function T.forget_spending(name)
@@ -68,7 +70,8 @@ T.rates = function()
     local before = tonumber(found[2] or 0)
     limit.spent, limit.reset_at = tonumber(found[1] or 0), before
     if before <= pool.now then limit.spent, limit.reset_at = 0, pool.now + T.DAY_MS end
-    if told > pool.now then limit.reset_at = told end
+    -- A process that reckons this day as over, a moment before its end, reports the end of the next one.
+    if told > pool.now and (before <= pool.now or told - before < T.NEXT_DAY_MS) then limit.reset_at = told end
     if limit.reset_at ~= before then limit.dirty, limit.changed = true, true end
   end
 
