@@ -420,3 +420,15 @@ def test_a_quota_restarts_though_a_process_took_its_midnight_for_past(bench: Ben
     bench.wait(1000)
     assert second in bench.client.queue.held
     assert bench.spent == 1
+
+
+def test_what_a_paced_rate_took_in_shadow_delays_calls_for_a_window_at_most(bench: Bench) -> None:
+    paced = Rate(60, MINUTE_MS, slack_ms=0, pace_ms=1000)
+    bench.put_in_force(replace(paced, shadow=True))
+    for _ in range(300):
+        bench.ask(1)
+    assert bench.running == 300
+    bench.put_in_force(paced)
+    bench.wait(MINUTE_MS + 1000)
+    bench.ask(1)
+    assert bench.running == 301

@@ -33,7 +33,8 @@ class Pacing:
     more than the pace ahead, the call's own part among it (GCRA, ITU-T I.371). Under a ramp a
     window takes at most `level` and so many percent of it for each minute since `since`. The first
     call after a minute makes the level what was taken in the last window, the ramp's start at
-    least; `since` is 0 before the first call of all.
+    least; `since` is 0 before the first call of all. `even_us` is a window ahead at
+    most: neither what was taken in shadow nor a longer window of before delays calls for longer.
     """
 
     even_us: int = 0
@@ -81,6 +82,7 @@ class Pacing:
         """Count an admission. `spent` has `amount` in it already."""
         if limit.pace_ms is not None:
             self.even_us = max(self.even_us, now * 1000) + self._lasts_us(limit, amount)
+            self.bring_near(limit, now)
         if limit.ramp is not None and now - self.since >= MINUTE_MS:
             self.level, self.since = max(limit.ramp.start, spent), now
 
@@ -91,8 +93,11 @@ class Pacing:
         if amount > 0:
             self.even_us = max(0, self.even_us - self._lasts_us(limit, amount))
         else:
-            more_us = max(self.even_us, now * 1000) + self._lasts_us(limit, -amount)
-            self.even_us = min(more_us, (now + span_of(limit)) * 1000)
+            self.even_us = max(self.even_us, now * 1000) + self._lasts_us(limit, -amount)
+            self.bring_near(limit, now)
+
+    def bring_near(self, limit: Rate, now: int) -> None:
+        self.even_us = min(self.even_us, (now + span_of(limit)) * 1000)
 
 
 @dataclass(slots=True)
@@ -399,4 +404,6 @@ class RateSpending:
             # It is as full as what was taken in its last window.
             units = limit.bound * limit.window_ms
             self.bucket = Bucket(units, now - span, limit.window_ms, limit.bound)
+        if isinstance(limit, Rate) and self.pacing is not None:
+            self.pacing.bring_near(limit, now)
         self.add(limit, min(limit.bound, amount), now)

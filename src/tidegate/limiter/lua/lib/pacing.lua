@@ -1,13 +1,14 @@
 -- does: keeps a rate even, and its growth slow
 -- keys: meta
 -- args: none
--- returns: load_pacing(), paced_bound(), paced_at(), even_after(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
+-- returns: load_pacing(), paced_bound(), paced_at(), even_after(), bring_near(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
 -- units: ms; `even` and `pace` in microseconds
 -- `f:` is even|level|since. An even flow has made up at `even` for all that was taken: what is taken
 -- moves it on, and a call is admitted when it lies no more than `pace` ahead, the call's own part
 -- among it (GCRA, ITU-T I.371). Under a ramp a window takes at most `level` and so many percent of it
 -- for each minute since `since`. The first call after a minute makes the level what was taken in the
--- last window, `start` at least; `since` is 0 before the first call of all.
+-- last window, `start` at least; `since` is 0 before the first call of all. `even` is a window ahead at most:
+-- neither what was taken in shadow nor a longer window of before delays calls for longer.
 function T.load_pacing(limit, pace_ms, percent, start)
   local even, level, since =
     string.match(call('HGET', T.meta_key, 'f:' .. limit.name) or '0|0|0', '^(%d+)|(%d+)|(%d+)')
@@ -53,10 +54,19 @@ function T.even_after(limit, before, amount)
   return earliest > pool.now * 1000 and math.ceil(earliest / 1000) or 0
 end
 
+function T.bring_near(limit)
+  local pacing, most = limit.pacing, (pool.now + limit.span) * 1000
+  if pacing.even <= most then return end
+  pacing.even, limit.pacing_changed, limit.changed = most, true, true
+end
+
 -- What was taken in the last window has `amount` in it already.
 function T.pace_take(limit, amount)
   local pacing = limit.pacing
-  if pacing.pace > 0 then pacing.even = math.max(pacing.even, pool.now * 1000) + lasts(limit, amount) end
+  if pacing.pace > 0 then
+    pacing.even = math.max(pacing.even, pool.now * 1000) + lasts(limit, amount)
+    T.bring_near(limit)
+  end
   if pacing.percent > 0 and pool.now - pacing.since >= 60000 then
     pacing.level, pacing.since = math.max(pacing.start, limit.counted or limit.spent), pool.now
   end
@@ -70,8 +80,8 @@ function T.pace_return(limit, amount)
   if amount > 0 then
     pacing.even = math.max(0, pacing.even - lasts(limit, amount))
   else
-    pacing.even = math.min(math.max(pacing.even, pool.now * 1000) + lasts(limit, -amount),
-      (pool.now + limit.span) * 1000)
+    pacing.even = math.max(pacing.even, pool.now * 1000) + lasts(limit, -amount)
+    T.bring_near(limit)
   end
   limit.pacing_changed, limit.changed = true, true
 end

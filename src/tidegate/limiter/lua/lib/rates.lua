@@ -361,6 +361,7 @@ T.rates = function()
     -- What was counted in its last window stays for as long as the new one.
     if limit.sort == 'r' then call('PEXPIRE', key_of(limit), T.int(2 * limit.span), 'GT') end
     if limit.window then T.open_bucket(limit) end
+    if limit.pacing then T.bring_near(limit) end
     f.assert_spent(limit, math.min(limit.bound, amount))
   end
 
