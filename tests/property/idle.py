@@ -33,10 +33,10 @@ def _positions(queue: SessionQueue) -> range:
 
 def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
     limit = model.pool.limit(queue.flow.lane[position])
-    if limit.limit.shadow:
-        return True
     if model.pool.pause_of(limit) is not None:
         return False
+    if limit.limit.shadow:
+        return True
     amount = read_member(queue.first()[0]).amount(position)
     if isinstance(limit.limit, Concurrency):
         cap = model.capacity.cap(limit, queue.flow.band)

@@ -432,3 +432,15 @@ def test_what_a_paced_rate_took_in_shadow_delays_calls_for_a_window_at_most(benc
     bench.wait(MINUTE_MS + 1000)
     bench.ask(1)
     assert bench.running == 301
+
+
+@pytest.mark.parametrize(
+    "limit", [Concurrency(5, shadow=True), Rate(1000, MINUTE_MS, "tokens", shadow=True)]
+)
+def test_a_pause_holds_calls_at_a_limit_in_shadow_too(bench: Bench, limit: Limit) -> None:
+    bench.put_in_force(limit)
+    bench.world.pause(LIMIT, 10_000, 1)
+    call = bench.ask(1)
+    assert call not in bench.client.queue.held
+    bench.wait(11_000)
+    assert call in bench.client.queue.held

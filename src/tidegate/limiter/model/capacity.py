@@ -122,7 +122,10 @@ class Capacity:
         return max(at, room_at)
 
     def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
-        return limit.limit.shadow or not self.is_full(limit, band, amount)
+        """One in shadow only counts what it would delay, but a pause of it holds."""
+        if limit.limit.shadow:
+            return self.is_let_by_pause(limit)
+        return not self.is_full(limit, band, amount)
 
     def share(self, number: int) -> int:
         return self.pool.band_rule(number)[0] if number > 1 else 0

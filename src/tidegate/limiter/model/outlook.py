@@ -115,7 +115,7 @@ class Outlooks:
         if limit.is_rate:
             used, at = self.capacity.spent(limit), self.capacity.free_at(limit, amount)
         if limit.limit.shadow:
-            return Earliest(0, used, firm=False)
+            at = 0
         paused_at = pause.until if pause and pause.until > self.pool.now else 0
         if at > paused_at:
             return Earliest(at, used, self._is_firm(limit))

@@ -16,8 +16,10 @@ function T.is_full(limit, band, amount)
   return not T.rates().fits(limit, band, amount)
 end
 
+-- One in shadow only counts what it would delay, but a pause of it holds.
 function T.has_room(limit, band, amount)
-  return limit.shadow or not T.is_full(limit, band, amount)
+  if limit.shadow then return not limit.pause or T.pause_lets(limit) end
+  return not T.is_full(limit, band, amount)
 end
 
 -- What a permit takes of a limit at a position of its lane: 1 of one that counts calls, and of one that

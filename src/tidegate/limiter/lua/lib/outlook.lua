@@ -36,7 +36,7 @@ function T.earliest(limit, amount)
     at = T.rates().free_at(limit, amount)
     used = limit.spent
   end
-  if limit.shadow then return 0, used, false end
+  if limit.shadow then at = 0 end
   if pause and pause.until_ms > pool.now then paused_at = pause.until_ms end
   if at > paused_at then return at, used, T.is_firm(limit) end
   if paused_at > 0 then return paused_at, -1, not pause.gate end
