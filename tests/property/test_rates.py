@@ -444,3 +444,16 @@ def test_a_pause_holds_calls_at_a_limit_in_shadow_too(bench: Bench, limit: Limit
     assert call not in bench.client.queue.held
     bench.wait(11_000)
     assert call in bench.client.queue.held
+
+
+def test_a_band_that_waited_for_its_pace_alone_keeps_no_lower_one_waiting(bench: Bench) -> None:
+    """An even flow that pauses for a second is no rate that is used up for a window."""
+    bench.put_in_force(Rate(60, MINUTE_MS, slack_ms=0, pace_ms=1000))
+    bench.ask(1, band=1)
+    high = bench.ask(1, band=1)
+    assert high not in bench.client.queue.held
+    bench.wait(1100)
+    assert high in bench.client.queue.held
+    low = bench.ask(1, band=3)
+    bench.wait(1100)
+    assert low in bench.client.queue.held

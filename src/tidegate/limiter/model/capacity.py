@@ -80,6 +80,15 @@ class Capacity:
         limit.room_again(limit.spending.room_at(limit.limit, amount, self.pool.now))
         return True
 
+    def is_used_up(self, limit: LimitState, amount: int) -> bool:
+        """Whether a demand without room lacks what calls have used, and not the next moment of an
+        even flow alone."""
+        assert isinstance(limit.limit, Rate)
+        spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)
+        if not bound or not self._paced_at(limit, amount) or spent + amount > bound:
+            return True
+        return limit.spending.grows_too_fast(limit.limit, amount, self.pool.now)
+
     def free_at(self, limit: LimitState, amount: int) -> int:
         """When time alone will have made room for `amount`; 0 where there is some, or never any."""
         spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)

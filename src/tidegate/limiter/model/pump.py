@@ -250,7 +250,8 @@ class Pump:
             self._pay_turn(limit, number, bands)
             return True
         if other is limit:
-            if isinstance(limit.limit, Rate):
+            amount = read_member(text).amount(queue.flow.lane.index(limit.name))
+            if isinstance(limit.limit, Rate) and self.capacity.is_used_up(limit, amount):
                 band.held_at = self.pool.now
             return False
         self.queues.move(queue, other)

@@ -45,7 +45,8 @@ class Pacing:
     def _lasts_us(limit: Rate, amount: int) -> int:
         return ceil(amount * span_of(limit) * 1000 / max(1, limit.bound))
 
-    def _bound(self, limit: Rate, now: int) -> int:
+    def bound(self, limit: Rate, now: int) -> int:
+        """What a window may take now."""
         if limit.ramp is None or self.since == 0:
             return limit.bound
         percent = limit.ramp.percent_per_minute
@@ -61,7 +62,7 @@ class Pacing:
             if earliest_us > now * 1000:
                 at = ceil(earliest_us / 1000)
         needed = spent + amount
-        if spent > 0 and self._bound(limit, now) < needed <= limit.bound:
+        if spent > 0 and self.bound(limit, now) < needed <= limit.bound:
             assert limit.ramp is not None
             percent = limit.ramp.percent_per_minute
             grows_ms = ceil((needed - self.level) * 6_000_000 / (self.level * percent))
@@ -333,6 +334,11 @@ class RateSpending:
         if not isinstance(limit, Rate) or not self.is_paced(limit):
             return 0
         return (self.pacing or Pacing()).room_at(limit, amount, spent, now)
+
+    def grows_too_fast(self, limit: Rate, amount: int, now: int) -> bool:
+        """Whether a ramp has no room for `amount` beside what was taken. Call it after `look`."""
+        taken, pacing = self.taken(limit, now), self.pacing or Pacing()
+        return taken > 0 and pacing.bound(limit, now) < taken + amount
 
     def paced_after(self, limit: Limit, before: int, amount: int, now: int) -> int:
         """As `paced_at`, behind calls that take `before`; a ramp may have room sooner."""

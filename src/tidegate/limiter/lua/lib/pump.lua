@@ -1,7 +1,7 @@
 -- does: admits waiters into the free capacity of the touched limits
 -- keys: sessions session queue park line
 -- args: none
--- returns: pump(), publish(), admit(), let_in()
+-- returns: pump(), publish(), admit(), let_in(), amount_at()
 -- units: ms
 T.ACK_WINDOW = 8
 -- One run takes so many steps, each a look at a limit with waiters or at the first of them; the next run continues.
@@ -153,6 +153,12 @@ function T.move(queue, limit, stamp)
   T.park(queue, limit, stamp)
 end
 
+function T.amount_at(queue, limit, amounts)
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    if name == limit.name then return amounts[i] or 1 end
+  end
+end
+
 -- Handles the first queue of a band; true if there may be more to do under this limit.
 function T.step(limit, number, list)
   local tenant = call('ZRANGE', T.park_key(limit, number), 0, 0)[1]
@@ -169,15 +175,17 @@ function T.step(limit, number, list)
     return true
   end
   local member, stamp, next_stamp, next_member = T.first_of(queue)
-  local other, full = T.blocker(queue, T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')), stamp,
-    limit.name)
+  local amounts = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+  local other, full = T.blocker(queue, amounts, stamp, limit.name)
   if not other then
     T.let_in(limit, queue, member, next_stamp, next_member)
     T.settle_turn(limit, number, list)
     return true
   end
   if other == limit then
-    if limit.sort == 'r' then limit.bands[number].held, limit.changed = pool.now, true end
+    if limit.sort == 'r' and T.rates().is_used_up(limit, T.amount_at(queue, limit, amounts)) then
+      limit.bands[number].held, limit.changed = pool.now, true
+    end
     return false
   end
   T.move(queue, other, stamp)

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -13,7 +13,7 @@
 -- more than its share. No credit accrues without admissions above: so a large demand above is
 -- passed only by credit from before.
 -- Beyond its share a band takes only what the higher ones leave: nothing for a window after one of
--- them found no room (`held`), since its usage counts for as long; and a twentieth of the
+-- them found no room (`held`) for more than its pace, since its usage counts for as long; and a twentieth of the
 -- bound stays free while one of them used the limit in the last window (`used`).
 T.LEFT_FREE = 20
 T.DAY_MS = 86400000
@@ -200,6 +200,17 @@ T.rates = function()
       if limit.spent + amount <= limit.bound then return true end
     end
     return T.room_again(limit, fits_at(limit, amount))
+  end
+
+  -- Whether a demand without room lacks what calls have used, and not the next moment of an even flow alone.
+  function f.is_used_up(limit, amount)
+    loaded(limit)
+    amount = clamped(limit, amount)
+    local pacing, taken = limit.pacing, limit.counted or limit.spent
+    if limit.bound == 0 or not pacing or T.paced_at(limit, amount) == 0 or limit.spent + amount > limit.bound then
+      return true
+    end
+    return taken > 0 and T.paced_bound(limit) < taken + amount
   end
 
   -- The time at which `amount` fits without a release; 0 if it fits now, or never.
