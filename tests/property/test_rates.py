@@ -457,3 +457,17 @@ def test_a_band_that_waited_for_its_pace_alone_keeps_no_lower_one_waiting(bench:
     low = bench.ask(1, band=3)
     bench.wait(1100)
     assert low in bench.client.queue.held
+
+
+def test_a_bucket_that_was_overfull_under_a_higher_bound_is_due_for_two_windows(
+    bench: Bench,
+) -> None:
+    """As after a charge for what others have used, or in shadow."""
+    higher = Rate(1000, MINUTE_MS, "tokens", slack_ms=0, shape="bucket")
+    bench.put_in_force(higher)
+    bench.world.charge(LIMIT, 5000)
+    bench.wait(MINUTE_MS + 2000)
+    bench.put_in_force(replace(higher, bound=10))
+    bench.wait(2 * MINUTE_MS)
+    call = bench.ask(5)
+    assert call in bench.client.queue.held

@@ -138,7 +138,10 @@ class Bucket:
         before = self.bound * limit.window_ms // self.window
         if self.until > self.end:
             before = min(before, self.before * limit.window_ms // self.window)
-        self.units = -(-self.units * limit.window_ms // self.window)
+        units = -(-self.units * limit.window_ms // self.window)
+        refilled_ms = max(0, now - self.end - (span_of(limit) - limit.window_ms))
+        # More than is due under the new bound is due no more.
+        self.units = min(units, self._capped(limit, units) + refilled_ms * before)
         self.window, self.bound, self.before, self.until = limit.window_ms, limit.bound, before, now
 
     def fold(self, limit: Rate, buckets: dict[int, int], now: int) -> None:

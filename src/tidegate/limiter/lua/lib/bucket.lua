@@ -31,12 +31,18 @@ local function read_base(limit)
     before = tonumber(before), until_ms = tonumber(until_ms), stored = true }
 end
 
+local function most(limit)
+  return limit.bound > 0 and 2 * limit.bound * limit.window or math.huge
+end
+
 -- The policy has changed the bound or the window: what has refilled until now stays refilled, and no more.
+-- More than is due under the new bound is due no more.
 local function take_over(limit, base)
   local from, to = base.window, limit.window
   local before = math.floor(base.bound * to / from)
   if base.until_ms > base.ends then before = math.min(before, math.floor(base.before * to / from)) end
-  base.units = math.ceil(base.units * to / from)
+  local refilled_ms = math.max(0, pool.now - base.ends - (limit.span - to))
+  base.units = math.min(math.ceil(base.units * to / from), most(limit) + refilled_ms * before)
   base.window, base.bound, base.before, base.until_ms = to, limit.bound, before, pool.now
 end
 
@@ -45,10 +51,6 @@ local function refilled(base, from, to)
   if from >= base.until_ms then return (to - from) * base.bound end
   local part = math.min(to, base.until_ms)
   return (part - from) * base.before + (to - part) * base.bound
-end
-
-local function most(limit)
-  return limit.bound > 0 and 2 * limit.bound * limit.window or math.huge
 end
 
 local function find_spent(limit)
