@@ -471,3 +471,23 @@ def test_a_bucket_that_was_overfull_under_a_higher_bound_is_due_for_two_windows(
     bench.wait(2 * MINUTE_MS)
     call = bench.ask(5)
     assert call in bench.client.queue.held
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        Concurrency(0, shadow=True, unit="tokens_in_flight"),
+        Rate(0, MINUTE_MS, shadow=True),
+        Rate(0, MINUTE_MS, "tokens", shadow=True, pace_ms=1000, ramp=Ramp(50, 1)),
+        Rate(0, MINUTE_MS, "tokens", shadow=True, shape="bucket"),
+        Quota(0, shadow=True),
+    ],
+)
+def test_a_limit_of_0_in_shadow_counts_and_admits(bench: Bench, limit: Limit) -> None:
+    bench.put_in_force(limit)
+    first = bench.ask(100, band=3)
+    bench.wait(MINUTE_MS + 2000)
+    bench.ask(100)
+    bench.end(first, 700)
+    assert bench.running == 1
+    assert bench.world.model.pool.limit(LIMIT).shadowed == 2

@@ -120,7 +120,7 @@ class Flow:
                 limit = implicit_limit(name)
             if limit is None:
                 raise DemandImpossible(unknown_limit(name, policy, pool), limit=name)
-            if limit.bound == 0:
+            if limit.bound == 0 and not limit.shadow:
                 raise DemandImpossible(f"limit {name!r} is 0: it admits no call", limit=name)
             rules.append(limit)
             if not isinstance(limit, Concurrency):
@@ -149,9 +149,9 @@ class Flow:
     def amounts(self, demand: Demand) -> str:
         """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
 
-        Clamped to what a rate can ever give. Raises ValueError where a limit counts something and
-        the demand does not say how much, and DemandImpossible for more tokens than may ever be in
-        flight.
+        Clamped to what a rate can ever give, but in shadow. Raises ValueError where a limit counts
+        something and the demand does not say how much, and DemandImpossible for more tokens than
+        may ever be in flight.
         """
         if not self.sized:
             return ""
@@ -167,7 +167,7 @@ class Flow:
             if isinstance(limit, Concurrency):
                 _check_in_flight(name, limit, amount)
             else:
-                amount = min(max(0, amount), limit.bound)
+                amount = max(0, amount if limit.shadow else min(amount, limit.bound))
             parts.append(str(amount))
         return ",".join(parts)
 
@@ -315,7 +315,7 @@ class Waiter:
 
 
 def _check_in_flight(name: str, limit: Concurrency, amount: int) -> None:
-    if amount > limit.bound:
+    if amount > limit.bound and not limit.shadow:
         most = f"{limit.bound} {format_unit(limit)}"
         said = f"limit {name!r} admits {most} at a time: this call alone has up to {amount}"
         raise DemandImpossible(said, limit=name)

@@ -128,6 +128,8 @@ class LocalShare:
         rates is noted."""
         taken = waiter.flow.taken(waiter.amounts)
         for name, limit, amount in taken:
+            if limit.shadow:
+                continue
             if isinstance(limit, Concurrency):
                 used = held(name, limit)
             else:

@@ -126,6 +126,15 @@ def test_more_tokens_than_may_ever_be_in_flight_are_impossible() -> None:
     flow.check_amounts("")  # it asked before the limit counted tokens
 
 
+@pytest.mark.parametrize("bound", [0, 5000])
+def test_a_limit_in_shadow_rejects_no_call_for_its_size(bound: int) -> None:
+    flow = Flow(1, "t", ("tif:m",))
+    limit = Concurrency(bound, shadow=True, unit="tokens_in_flight")
+    flow.refresh(PoolPolicy({"tif:m": limit}))
+    assert flow.amounts(Demand(flow.limits, tokens=Tokens(4000, 1001))) == "5001"
+    flow.check_amounts("5001")
+
+
 @pytest.mark.parametrize(
     ("limit", "key"),
     [

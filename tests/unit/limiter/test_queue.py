@@ -21,7 +21,7 @@ from tidegate.limiter.policy import (
     Rate,
     Tokens,
 )
-from tidegate.limiter.queue import CHAIN, LocalQueue
+from tidegate.limiter.queue import CHAIN, LocalQueue, LocalShare
 
 LIMITS = ("kind:a",)
 POLICY = PoolPolicy(
@@ -34,6 +34,7 @@ POLICY = PoolPolicy(
         "in:x": Rate(1000, 60_000, "input_tokens"),
         "rpd:x": Quota(10),
         "ipm:x": Rate(5, 60_000, "images"),
+        "rpm:shadow": Rate(1, 60_000, shadow=True),
     }
 )
 
@@ -470,3 +471,9 @@ async def test_a_call_that_may_be_refused_early_does_not_wait_long_for_others(
         assert (queue.urgent, queue.hurried) == (False, by_estimate)
     said(queue)
     assert not queue.hurried
+
+
+async def test_a_limit_in_shadow_delays_no_call_while_valkey_is_away(queue: LocalQueue) -> None:
+    share, waiter = LocalShare(), ask(queue, "kind:a", "rpm:shadow")
+    assert [share.allows(waiter, 2, queue.amount_held, 0.0) for _ in range(2)] == [True, True]
+    assert not share.allows(ask(queue, "rpm:x"), 4, queue.amount_held, 0.0)
