@@ -34,6 +34,7 @@ from tidegate.limiter import (
     SyncPermit,
     ThreadPermit,
     Tokens,
+    tokens_of,
 )
 
 # From the decoded body of a 2xx answer to the tokens that it used; None is unknown.
@@ -153,7 +154,10 @@ class Review:
             body = self._decode(came)
             if self._due_in_body:
                 self.pause_ms = retry_info_ms(body)
-            return None if self._usage is None else self._usage(body)
+            tokens = None if self._usage is None else self._usage(body)
+            if tokens is not None:
+                tokens_of(tokens)  # raises for what cannot be counted
+            return tokens
         except Exception:
             # The answer is good, and paid for: neither a wrong reader of its usage nor a broken
             # coding, which nobody else may have to undo, must lose it.

@@ -76,6 +76,7 @@ from tidegate.limiter.policy import (
     as_limit,
     check_tenant,
     next_midnight_ms,
+    tokens_of,
 )
 from tidegate.limiter.queue import SPARE_MS
 from tidegate.limiter.session import Observer, State
@@ -176,4 +177,5 @@ __all__ = [
     "limited",
     "look_until",
     "next_midnight_ms",
+    "tokens_of",
 ]

@@ -35,6 +35,7 @@ from tidegate.limiter.policy import (
     refused_tenant,
     unknown_limit,
     use_by_cost,
+    whole,
 )
 
 _UNKNOWN = CallUse()
@@ -150,8 +151,8 @@ class Flow:
         """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
 
         Clamped to what a rate can ever give, but in shadow. Raises ValueError where a limit counts
-        something and the demand does not say how much, and DemandImpossible for more tokens than
-        may ever be in flight.
+        something and the demand does not say how much, TypeError where that is no whole number, and
+        DemandImpossible for more tokens than may ever be in flight.
         """
         if not self.sized:
             return ""
@@ -164,6 +165,7 @@ class Flow:
             if amount is None:
                 said = "cost_micros=" if limit.unit == "usd" else "tokens="
                 raise ValueError(f"{name} counts {limit.unit}: say {said}")
+            amount = whole(limit.unit, amount)
             if isinstance(limit, Concurrency):
                 _check_in_flight(name, limit, amount)
             else:

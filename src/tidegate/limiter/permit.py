@@ -28,7 +28,7 @@ from tidegate.errors import (
     UpstreamTimeout,
 )
 from tidegate.limiter.flow import Flow, Holding, Waiter
-from tidegate.limiter.messages import too_late
+from tidegate.limiter.messages import OUTCOMES, too_late
 from tidegate.limiter.policy import (
     DEFAULT_PRIORITY,
     NOTHING,
@@ -37,6 +37,7 @@ from tidegate.limiter.policy import (
     Demand,
     PoolPolicy,
     Tokens,
+    call_use,
     unknown_limit,
 )
 from tidegate.limiter.queue import LocalQueue
@@ -342,10 +343,13 @@ class Permit:
         outcome: `success`, `ignored` (it says nothing of the provider) or `dropped` (throttled or
         failed). first_ms: from the call's start to the first token of its answer, for limits that
         adapt by that. The others are actual usage; None if unknown, then the reservation stands.
+        Raises ValueError for another outcome, TypeError for usage that is no whole number; what was
+        settled before stands then.
         """
+        if outcome not in OUTCOMES:
+            raise ValueError(f"an outcome is one of {', '.join(OUTCOMES)}, not {outcome!r}")
+        self.used = call_use(tokens, images, audio_seconds, cost_micros, first_ms)
         self.outcome = str(outcome)
-        counted = Tokens(tokens) if isinstance(tokens, int) else tokens
-        self.used = CallUse(counted, images, audio_seconds, cost_micros, first_ms)
 
     def settle_unused(self) -> None:
         """Record that no call has been made."""
@@ -370,8 +374,7 @@ class Permit:
         cost_micros: int | None = None,
     ) -> None:
         """Send the usage of a call whose permit was released after `usage_follows`."""
-        counted = Tokens(tokens) if isinstance(tokens, int) else tokens
-        self.used = CallUse(counted, images, audio_seconds, cost_micros)
+        self.used = call_use(tokens, images, audio_seconds, cost_micros)
         self._issuer.report(self._holding, self.used)
 
     def __repr__(self) -> str:

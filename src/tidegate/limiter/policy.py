@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from math import ceil
+from math import ceil, isfinite
+from operator import index
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -589,8 +590,21 @@ class Tokens:
 
 
 def tokens_of(tokens: int | Tokens) -> Tokens:
-    """A number is a total whose parts are not known: it counts as input."""
-    return Tokens(tokens) if isinstance(tokens, int) else tokens
+    """A number is a total whose parts are not known: it counts as input. Raises TypeError for what
+    is no whole number."""
+    if not isinstance(tokens, Tokens):
+        return Tokens(whole("tokens", tokens))
+    for amount in (tokens.input, tokens.output, tokens.cached, tokens.cache_write):
+        whole("tokens", amount)
+    return tokens
+
+
+def whole(unit: str, amount: int) -> int:
+    """Raises TypeError for what is no whole number: the server could not count it."""
+    try:
+        return index(amount)
+    except TypeError:
+        raise TypeError(f"{unit} are counted in whole numbers, not {amount!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -603,6 +617,25 @@ class CallUse:
     audio_seconds: int | None = None
     cost_micros: int | None = None
     first_ms: float | None = None
+
+
+def call_use(
+    tokens: int | Tokens | None,
+    images: int | None,
+    audio_seconds: int | None,
+    cost_micros: int | None,
+    first_ms: float | None = None,
+) -> CallUse:
+    """What a call used. Raises TypeError or ValueError for what the server could not count: where
+    the permit is returned it would be too late, as the permit would stay held."""
+    counted = None if tokens is None else tokens_of(tokens)
+    counts = (("images", images), ("audio_seconds", audio_seconds), ("cost_micros", cost_micros))
+    for unit, amount in counts:
+        if amount is not None:
+            whole(unit, amount)
+    if first_ms is not None and not isfinite(first_ms):
+        raise ValueError(f"first_ms is a number of ms, not {first_ms!r}")
+    return CallUse(counted, images, audio_seconds, cost_micros, first_ms)
 
 
 NOTHING = CallUse(Tokens(), 0, 0, 0)
@@ -630,7 +663,7 @@ def use_by_cost(use: CallUse | Demand) -> int | None:
     known = use.cost_micros or tokens
     if not known and (use.cost_micros is None or isinstance(use, Demand)):
         return None
-    return min(max(known, LEAST_USE), MOST_USE)
+    return round(min(max(known, LEAST_USE), MOST_USE))
 
 
 def amount_in_flight(limit: Concurrency, demand: Demand) -> int | None:

@@ -209,3 +209,46 @@ def test_threads_share_a_pool_in_memory(pool: str) -> None:
             assert permit is None
         with other.acquire("openai", timeout=5) as permit:
             assert permit is not None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"outcome": "failed"},
+        {"tokens": 12.0},
+        {"tokens": Tokens(input=2.5)},  # type: ignore[arg-type]
+        {"images": "1"},
+        {"first_ms": float("nan")},
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_counted_is_refused_where_it_is_settled(
+    wrong: dict[str, Any], pool: str
+) -> None:
+    """Where the permit is returned it was too late: the permit stayed held for ever."""
+    async with Limiter.from_url(MEMORY, pool=pool, policy=POLICY) as limiter:
+        async with limiter.acquire("openai", "tpm:x", tokens=100, timeout=5) as permit:
+            with pytest.raises((TypeError, ValueError)):
+                permit.settle(**wrong)
+        assert limiter.permits_held == 0
+        await wait_until(lambda: is_free(limiter))
+
+
+async def is_free(limiter: Limiter) -> bool:
+    limits = (await limiter.snapshot()).limits
+    return (limits["openai"].used, limits["tpm:x"].used) == (0, 100)
+
+
+async def test_an_estimate_that_is_no_whole_number_holds_up_no_other_call(
+    valkey_url: str, pool: str
+) -> None:
+    """A fraction was sent, and each answer of the server about it was a fault of the process."""
+    fractions: list[Any] = [2.5, Tokens(input=2.5)]  # type: ignore[arg-type]
+    for url in (MEMORY, valkey_url):
+        async with Limiter.from_url(url, pool=pool, policy=POLICY) as limiter:
+            for tokens in fractions:
+                with pytest.raises(TypeError, match="whole number"):
+                    async with limiter.acquire("tpm:x", tokens=tokens, timeout=5):
+                        pass
+            async with limiter.acquire("openai", timeout=5):
+                assert limiter.state == "up"

@@ -21,7 +21,7 @@ from tidegate.integrations.exchange import (
     retry_after_ms,
     retry_info_ms,
 )
-from tidegate.limiter import Demand
+from tidegate.limiter import Demand, Tokens
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 IN_20_S = "Tue, 24 Nov 2026 12:00:20 GMT"
@@ -135,6 +135,17 @@ def test_a_reader_of_the_usage_that_fails_is_logged_and_costs_nobody_an_answer(
     with caplog.at_level(logging.ERROR, "tidegate.integrations"):
         assert seen.end() is None
     assert "KeyError" in caplog.text
+
+
+@pytest.mark.parametrize("usage", [12.0, "12", Tokens(output=2.5)], ids=str)  # type: ignore[arg-type]
+def test_usage_that_cannot_be_counted_is_unknown(
+    usage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = review(200, usage=lambda _: usage)
+    seen.take(b"{}")
+    with caplog.at_level(logging.ERROR, "tidegate.integrations"):
+        assert seen.end() is None
+    assert "whole numbers" in caplog.text
 
 
 def test_a_429_pauses_by_its_header_or_else_by_its_body() -> None:
