@@ -412,8 +412,8 @@ class Acquisition:
         return None if self._waiter is None else self._waiter.ticket
 
     async def __aenter__(self) -> Permit:
-        if self._permit is not None:
-            raise RuntimeError("an acquisition can be entered once")
+        if self._permit is not None or self._waiter is not None:
+            raise RuntimeError("an acquisition can be entered once: call acquire for each block")
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("acquire needs a task")

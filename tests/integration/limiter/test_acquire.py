@@ -55,6 +55,22 @@ async def test_never_more_than_the_limit_are_let_in_over_two_limiters(
     await until_used(limiters[0], 0)
 
 
+async def test_an_acquisition_is_entered_once_also_while_it_waits(
+    maker: Maker, valkey_url: str
+) -> None:
+    """Of several permits it could return one only: the others stayed held for ever."""
+    limiter = await maker(valkey_url, 3)
+    acquisition = limiter.acquire(LIMIT)
+
+    async def enter() -> None:
+        async with acquisition:
+            pass
+
+    ended = await asyncio.gather(enter(), enter(), return_exceptions=True)
+    assert [type(one) for one in ended] == [type(None), RuntimeError]
+    assert limiter.permits_held == 0
+
+
 async def test_a_freed_permit_reaches_the_waiter_of_another_process_by_push(
     maker: Maker, valkey_url: str
 ) -> None:
