@@ -260,9 +260,11 @@ class Limiter:
         """Enter the pool. Starts in the state `away` when Valkey does not answer.
 
         Raises PolicyConflict, and ConfigError for a server that may evict our keys, or a pool
-        that a process of another layout uses.
+        that a process of another layout uses; RuntimeError where it was started or closed before.
         """
-        loop = asyncio.get_running_loop()
+        if self._issuer.loop is not None or self._issuer.closing:
+            raise RuntimeError("a Limiter is opened once: make another one")
+        loop = self._issuer.loop = asyncio.get_running_loop()
         exchanges, session = self._exchanges, self._session
         self._heartbeat = Heartbeat(
             self._url,

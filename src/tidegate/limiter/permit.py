@@ -55,8 +55,8 @@ _RETRY_MS = 1000
 class PermitIssuer:
     """Turns demands into waiters of the local queue, and waits into permits or errors.
 
-    closing: every demand is refused; `idle` is set when nothing is held then. check_lapse: acts on
-    a lease that has lapsed.
+    closing: every demand is refused; `idle` is set when nothing is held then. loop: the only one
+    that demands may come from; None before the start. check_lapse: acts on a lease that has lapsed.
     """
 
     _queue: LocalQueue
@@ -65,6 +65,7 @@ class PermitIssuer:
     _clock: Clock
     _wake: Callable[[], None]
     _pool: str = ""
+    loop: asyncio.AbstractEventLoop | None = None
     closing: bool = False
     _turning_away: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -112,6 +113,8 @@ class PermitIssuer:
             raise self._stopping()
         if self._session.fatal is not None:
             raise self._session.fatal
+        if asyncio.get_running_loop() is not self.loop:
+            raise self._elsewhere()
         try:
             flow = self.flow_of(demand)
         except DemandImpossible as error:
@@ -155,6 +158,15 @@ class PermitIssuer:
         for waiter in list(self._queue.waiting.values()):
             self._queue.refuse(waiter, self._stopping(), self._clock.now_ms())
         self._wake()
+
+    def _elsewhere(self) -> Exception:
+        """Why a demand would wait for ever: what admits it does not run, or on another loop."""
+        if self.loop is None:
+            return ShuttingDown("the limiter has not been started")
+        return RuntimeError(
+            "this Limiter was started on another event loop: make one for each loop and process, "
+            "or a SyncLimiter for threads"
+        )
 
     def _stopping(self) -> ShuttingDown:
         why = "the limiter is closing" if self.closing else "this process is stopping; retry"

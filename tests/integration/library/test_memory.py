@@ -12,7 +12,7 @@ import pytest
 
 from tests.waiting import wait_until
 from tests.zones import ZONE
-from tidegate.errors import PolicyConflict, TidegateError
+from tidegate.errors import PolicyConflict, ShuttingDown, TidegateError
 from tidegate.limiter import Limit, Limiter, LimitView, PoolPolicy, Quota, Rate, SyncLimiter, Tokens
 
 LIMITS: dict[str, int | Limit] = {
@@ -252,3 +252,29 @@ async def test_an_estimate_that_is_no_whole_number_holds_up_no_other_call(
                         pass
             async with limiter.acquire("openai", timeout=5):
                 assert limiter.state == "up"
+
+
+async def test_a_limiter_is_opened_once_and_not_before_its_start(pool: str) -> None:
+    """What asked before waited for ever, and a second start left a session and its tasks."""
+    limiter = Limiter.from_url(MEMORY, pool=pool, policy=POLICY)
+    with pytest.raises(ShuttingDown, match="not been started"):
+        async with limiter.acquire("openai", timeout=5):
+            pass
+    before = asyncio.all_tasks()
+    async with limiter:
+        with pytest.raises(RuntimeError, match="once"):
+            await limiter.start()
+    with pytest.raises(RuntimeError, match="once"):
+        await limiter.start()
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_limiter_says_that_it_belongs_to_another_event_loop(pool: str) -> None:
+    async def ask() -> None:
+        async with limiter.acquire("openai"):
+            pass
+
+    async with Limiter.from_url(MEMORY, pool=pool, policy=POLICY) as limiter:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, ask())
+        await asyncio.wait_for(ask(), 20)
