@@ -13,6 +13,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -199,6 +200,7 @@ class Limiter:
         self._keys = Keyspace(pool)
         self._stalled_s = stalled_s
         self._clock = clock or Clock()
+        self._made_in_pid = os.getpid()
         self._queue = LocalQueue()
         self._link = Link(url, self._keys.meta)
         self._exchanges = ExchangeLoop(
@@ -266,6 +268,8 @@ class Limiter:
             raise RuntimeError("a Limiter is opened once: make another one")
         loop = self._issuer.loop = asyncio.get_running_loop()
         exchanges, session = self._exchanges, self._session
+        if os.getpid() != self._made_in_pid:
+            session.sid = token_hex(8)  # others that were forked from the same one have theirs
         self._heartbeat = Heartbeat(
             self._url,
             session.sid,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -278,3 +280,38 @@ async def test_a_limiter_says_that_it_belongs_to_another_event_loop(pool: str) -
         with pytest.raises(RuntimeError, match="another event loop"):
             await asyncio.to_thread(asyncio.run, ask())
         await asyncio.wait_for(ask(), 20)
+
+
+FORKED = """
+import asyncio, os, sys
+from tidegate.limiter import Limiter
+
+url, pool = sys.argv[1:]
+limiter = Limiter.from_url(url, pool=pool, policy={"openai": 2})
+up, down = os.pipe(), os.pipe()
+
+async def serve(entered, others):
+    async with limiter, limiter.acquire("openai", timeout=20) as permit:
+        os.write(entered, b".")
+        await asyncio.to_thread(os.read, others, 1)
+        # The other one has joined by now: a session of the same name would have ended this one.
+        os.write(1, b"%d %r\\n" % (len(await limiter.permits()), permit.is_lost))
+        os.write(entered, b".")
+        await asyncio.to_thread(os.read, others, 1)
+
+child = os.fork()
+asyncio.run(serve(up[1], down[0]) if child == 0 else serve(down[1], up[0]))
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_processes_forked_from_one_limiter_have_a_session_each(valkey_url: str, pool: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, valkey_url, pool],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("2 False\n2 False\n", 0), done.stderr
