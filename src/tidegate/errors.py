@@ -65,7 +65,7 @@ error in records, logs and problem JSON.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 
 class TidegateError(Exception):
@@ -79,6 +79,11 @@ class TidegateError(Exception):
         self.message = message
         self.retry_after_ms = retry_after_ms
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied by what it holds: queues of tasks and pools of processes send errors
+        to their callers so, and would call `__init__` with the message alone."""
+        return _restored, (type(self), self.args), self.__dict__
+
     @property
     def message_with_allowed(self) -> str:
         """The message with what is allowed instead, for bodies without a field for that."""
@@ -86,6 +91,10 @@ class TidegateError(Exception):
         if not allowed or allowed in self.message:
             return self.message
         return f"{self.message}; allowed: {allowed}"
+
+
+def _restored(kind: type[TidegateError], args: tuple[object, ...]) -> TidegateError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(TidegateError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import orjson
@@ -59,6 +61,19 @@ def _leaves(kind: type[errors.TidegateError]) -> Iterator[type[errors.TidegateEr
 def test_each_error_has_its_status(error: errors.TidegateError, status: int) -> None:
     body = problem(error)
     assert (status_of(error), body.status, body.code) == (status, status, error.code)
+
+
+CONFLICT = errors.PolicyConflict("differs", pool="p", limit="openai", in_force="1", asked="2")
+CONFIG = errors.ConfigError("PORT", "x", "a number")
+
+
+@pytest.mark.parametrize(
+    "error", [CONFLICT, CONFIG, *(error for error, _ in EXAMPLES.values())], ids=repr
+)
+def test_an_error_reaches_a_caller_in_another_process_as_it_is(error: errors.TidegateError) -> None:
+    """Celery, Ray and pools of processes pickle what a task raises."""
+    for found in (pickle.loads(pickle.dumps(error)), copy(error)):
+        assert (type(found), found.args, vars(found)) == (type(error), error.args, vars(error))
 
 
 def test_no_error_that_can_reach_a_client_falls_back_to_500() -> None:
