@@ -14,6 +14,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from copy import copy
 from dataclasses import InitVar, dataclass, field, fields
 from itertools import chain
 from typing import Any
@@ -560,7 +561,7 @@ class ExchangeLoop:
             session.refresh()
         self.joined.set()
         for waiter in list(self._queue.waiting.values()):
-            self._queue.refuse(waiter, session.fatal, session.lease.now_ms())
+            self._queue.refuse(waiter, copy(session.fatal), session.lease.now_ms())
 
     async def _exchange(self) -> bool:
         """One call, if there is something to send; true if it ended the session."""

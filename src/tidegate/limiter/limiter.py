@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
@@ -479,7 +480,7 @@ class Limiter:
         unavailable, wait. Raises ConfigError where that has ended the session."""
         await self._exchanges.joined.wait()
         if self._session.fatal is not None:
-            raise self._session.fatal
+            raise copy(self._session.fatal)
 
     async def known_everywhere(self) -> None:
         """Return once every process of the pool knows the policy that was set last, or a newer one,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from math import inf
 from types import TracebackType
@@ -112,7 +113,8 @@ class PermitIssuer:
         if self.closing or self._turning_away:
             raise self._stopping()
         if self._session.fatal is not None:
-            raise self._session.fatal
+            # Not itself: its traceback would grow with each call, and keep what the calls held.
+            raise copy(self._session.fatal)
         if asyncio.get_running_loop() is not self.loop:
             raise self._elsewhere()
         try:
