@@ -168,6 +168,26 @@ def _unavailable() -> Iterator[None]:
         raise LimiterUnavailable(said, limit="", retry_after_ms=1000) from error
 
 
+def guarded(observer: Observer) -> Observer:
+    """An observer whose faults are logged: a permit or a wait must not be lost by one."""
+    if type(observer) is Observer:
+        return observer
+    made = Observer()
+    for name in ("state_changed", "fenced", "recovered", "admitted", "refused", "synced"):
+        setattr(made, name, _logged(getattr(observer, name)))
+    return made
+
+
+def _logged(call: Callable[..., None]) -> Callable[..., None]:
+    def report(*args: object) -> None:
+        try:
+            call(*args)
+        except Exception:  # a user's code, on which no permit may depend
+            logger.exception("limiter: an observer failed")
+
+    return report
+
+
 MAX_WAITERS = 100_000
 # With `reap_closed_ms`: how often a process looks whose connection is closed, at most.
 MIN_LOOK_MS = 25
@@ -209,7 +229,7 @@ class Limiter:
             self._keys,
             WrittenPolicy(pool, as_policy(policy), on_conflict),
             self._queue,
-            observer or Observer(),
+            guarded(observer or Observer()),
             instance_id or "",
             self._clock,
         )

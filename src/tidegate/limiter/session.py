@@ -57,7 +57,8 @@ State = Literal["up", "away", "recovering"]
 
 
 class Observer:
-    """Callbacks on the event loop, which must not block: override those that you need."""
+    """Callbacks on the event loop, which must not block: override those that you need. What they
+    raise is logged."""
 
     def state_changed(self, old: State, new: State) -> None:
         """Valkey became unavailable or available, or is quiet for a lease after a loss."""

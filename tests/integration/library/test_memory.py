@@ -15,7 +15,18 @@ import pytest
 from tests.waiting import wait_until
 from tests.zones import ZONE
 from tidegate.errors import PolicyConflict, ShuttingDown, TidegateError
-from tidegate.limiter import Limit, Limiter, LimitView, PoolPolicy, Quota, Rate, SyncLimiter, Tokens
+from tidegate.limiter import (
+    Limit,
+    Limiter,
+    LimitView,
+    Observer,
+    PoolPolicy,
+    Quota,
+    Rate,
+    State,
+    SyncLimiter,
+    Tokens,
+)
 
 LIMITS: dict[str, int | Limit] = {
     "openai": 1,
@@ -280,6 +291,34 @@ async def test_a_limiter_says_that_it_belongs_to_another_event_loop(pool: str) -
         with pytest.raises(RuntimeError, match="another event loop"):
             await asyncio.to_thread(asyncio.run, ask())
         await asyncio.wait_for(ask(), 20)
+
+
+class BrokenObserver(Observer):
+    def state_changed(self, old: State, new: State) -> None:
+        raise ZeroDivisionError
+
+    def admitted(self, limit: str, waited_ms: float) -> None:
+        raise ZeroDivisionError
+
+    def refused(self, limit: str, code: str) -> None:
+        raise ZeroDivisionError
+
+    def synced(self, took_ms: float, entries: int) -> None:
+        raise ZeroDivisionError
+
+
+async def test_an_observer_that_fails_loses_no_permit_and_no_refusal(
+    pool: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A permit stayed held for ever, and a caller waited past its timeout."""
+    observer, policy = BrokenObserver(), {"openai": 1}
+    limiter = Limiter.from_url(MEMORY, pool=pool, policy=policy, observer=observer)
+    late = ("DeadlineExceeded", "openai")
+    async with asyncio.timeout(20), limiter:
+        async with limiter.acquire("openai", timeout=20):
+            assert await refusal(limiter, "openai", timeout=0.01) == late
+        assert limiter.permits_held == 0
+    assert "an observer failed" in caplog.text
 
 
 FORKED = """
