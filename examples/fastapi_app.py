@@ -6,6 +6,7 @@ uvicorn --workers 4 --app-dir examples fastapi_app:app
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Annotated
 
 from fastapi import FastAPI, Header, Request
 from fastapi.responses import JSONResponse
@@ -23,6 +24,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+# As a tenant may be called; a client that sends another name gets a 422.
+Team = Annotated[str, Header(pattern=r"^[^\s|{}]{1,200}$")]
 
 
 @app.exception_handler(AdmissionError)
@@ -33,8 +36,9 @@ async def refused(_request: Request, error: AdmissionError) -> JSONResponse:
 
 
 @app.get("/ask")
-async def ask(request: Request, prompt: str, x_team: str = Header("default")) -> dict[str, str]:
+async def ask(request: Request, prompt: str, x_team: Team = "default") -> dict[str, str]:
     limiter: Limiter = request.app.state.limiter
-    # Teams share what is free; a client that disconnects leaves the queue.
+    # Teams share what is free. FastAPI does not cancel this when its client disconnects: the call
+    # stays in the queue, so its timeout is short.
     async with limiter.acquire("llm", tenant=x_team, timeout=10):
         return {"answer": f"You said: {prompt}"}  # one call to the provider

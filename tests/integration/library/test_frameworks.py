@@ -73,6 +73,8 @@ def test_a_service_of_fastapi_answers_and_refuses(
     with TestClient(app) as client:
         answer = client.get("/ask", params={"prompt": "hello"}, headers={"x-team": "acme"})
         assert answer.json() == {"answer": "You said: hello"}
+        misnamed = client.get("/ask", params={"prompt": "hello"}, headers={"x-team": "a b"})
+        assert misnamed.status_code == 422
         client.portal.call(pause, app.state.limiter)  # type: ignore[union-attr]
         refused = client.get("/ask", params={"prompt": "hello"})
         assert (refused.status_code, refused.json()["limit"]) == (503, "llm")
