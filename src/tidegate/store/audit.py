@@ -823,7 +823,7 @@ async def _end_attempts(
             place = {"id": new_id(), "request_id": row["id"], "number": 1, "claim": row["claim"]}
             whole.append({**common, **owner, **place, "instance_id": instance_id})
     if ended:
-        await connection.execute(sql("end_attempts"), dumps(ended))
+        await connection.execute(sql("end_attempts"), *rows.ends_of(ended))
     if whole:
         await connection.execute(sql("add_attempts"), dumps(whole))
 

@@ -627,15 +627,15 @@ QUERIES = {
 }
 
 
-# Run for calls, jobs and lines, or all the time: each has one plan that is right for all values.
+# Run all the time, each with a plan for all values: where the partitions go by these, it locks all.
 PREPARED = {
     QUERIES[name].sql: name
     for name in (
-        *("came", "claim", "begin_running", "end_requests", "end_attempts", "add_audit"),
-        *("add_bodies", "add_usage", "get_erased", "submit_requests", "notify", "pulse"),
-        *("claim_batch_lines", "begin_batch_lines", "end_batch_lines", "count_batch_lines"),
-        *("add_batch_lines", "batches_held_up", "reserve_budgets", "settle_budgets"),
-        *("see_upstreams", "beat", "release_strays", "get_policies", "silent_workers"),
+        *("came", "claim", "end_requests", "add_audit", "add_bodies", "add_usage", "get_erased"),
+        *("submit_requests", "notify", "pulse", "claim_batch_lines", "begin_batch_lines"),
+        *("end_batch_lines", "count_batch_lines", "add_batch_lines", "batches_held_up"),
+        *("reserve_budgets", "settle_budgets", "see_upstreams", "beat", "release_strays"),
+        *("get_policies", "silent_workers"),
     )
 }
 

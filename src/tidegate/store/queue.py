@@ -649,6 +649,7 @@ class JobQueue:
         row = {
             "id": job.request_id,
             "claim": job.claim,
+            "created_at": job.created_at,
             "attempt_id": new_id(),
             "model": rows.clean(model),
             "upstream": upstream,
@@ -861,7 +862,7 @@ class JobQueue:
             if rows.uuid_of(found["attempt_id"]) == row["attempt_id"]:
                 return True  # by a try whose reply was lost
             place = {"id": found["attempt_id"], "created_at": found["attempt_at"]}
-            await connection.execute(sql("end_attempts"), rows.dumps([ended | place]))
+            await connection.execute(sql("end_attempts"), *rows.ends_of([ended | place]))
             await connection.execute(
                 sql("begin_another"),
                 job.request_id,
@@ -869,6 +870,7 @@ class JobQueue:
                 int(failed.is_counted),
                 self._instance_id,
                 *map(row.get, _OF_ATTEMPT),
+                rows.attempts_since([row]),
             )
             return True
 
@@ -876,10 +878,9 @@ class JobQueue:
             self._lost(job)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
-        by_id: dict[UUID, Json] = {row["id"]: row for row in batch}
-        ordered = rows.dumps([by_id[key] for key in sorted(by_id)])
-        running = await self._connections.rows("begin_running", ordered, self._instance_id)
-        begun = {row["id"] for row in running}
+        by_id = {row["id"]: row for row in sorted(batch, key=lambda row: row["id"])}
+        told = (rows.dumps(by_id.values()), self._instance_id, rows.attempts_since(batch))
+        begun = {row["id"] for row in await self._connections.rows("begin_running", *told)}
         self._notifications.changed(begun)
         return [
             None if row["id"] in begun else ClaimLost(f"another worker has {row['id']} now")
@@ -895,4 +896,4 @@ async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg
         if row["old_status"] == Status.RUNNING and row["attempt_id"] is not None
     ]
     if attempts:
-        await connection.execute(sql("end_attempts"), rows.dumps(attempts))
+        await connection.execute(sql("end_attempts"), *rows.ends_of(attempts))

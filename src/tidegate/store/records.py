@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from uuid import UUID, uuid4
 
@@ -252,6 +252,24 @@ _MOST_COUNTED = 10**13  # tokens or micro-dollars of one call
 def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
     """The JSON array that a statement takes as $1."""
     return orjson.dumps(list(rows), default=str).decode()
+
+
+_NEVER = datetime(9999, 1, 1, tzinfo=UTC)
+
+
+# Each partition that a statement may touch is locked with its indexes, and PostgreSQL has room for
+# `max_locks_per_transaction` of them for each connection: a statement for jobs names their days.
+def ends_of(attempts: Sequence[Mapping[str, Any]]) -> tuple[str, datetime, datetime]:
+    """The values of `end_attempts`, for at least one attempt."""
+    began = [attempt["created_at"] for attempt in attempts]
+    return dumps(attempts), min(began), max(began)
+
+
+def attempts_since(jobs: Iterable[Mapping[str, Any]]) -> datetime:
+    """When the first attempt of those jobs can have begun that were claimed before. A day is for
+    the clocks: a job has the time of the process that accepted it, an attempt PostgreSQL's."""
+    began = [job["created_at"] for job in jobs if job["claim"] > 1]
+    return min(began, default=_NEVER) - timedelta(days=1)
 
 
 def clean(text: str) -> str:

@@ -249,7 +249,7 @@ async def test_no_hot_statement_scans_the_queue(
         "get_place": [some["id"]],
         "get_request_files": [some["id"]],
         "get_versions": [[some["id"]]],
-        "begin_running": [one, "w"],
+        "begin_running": [one, "w", now()],
         "end_requests": [one],
         "retry_requests": [one],
         "already_written": [one],

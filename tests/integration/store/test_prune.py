@@ -15,7 +15,13 @@ from tidegate.errors import NotFound
 from tidegate.record import OutputFile
 from tidegate.store import database as partitions
 from tidegate.store.blobs import new_key
+from tidegate.store.records import attempts_since, dumps, ends_of
 from tidegate.store.store import Store
+
+_LOCKED = (
+    "SELECT relation::regclass::text AS name FROM pg_locks "
+    "WHERE pid = pg_backend_pid() AND relation IS NOT NULL"
+)
 
 
 async def stored(store: Store, data: bytes) -> str:
@@ -175,6 +181,34 @@ async def test_a_running_store_makes_the_partitions_of_the_coming_days(
     ahead = datetime.now(UTC).date() + timedelta(days=partitions.DAYS_AHEAD)
     name = partitions.name_of("audit", ahead)
     await wait_until(lambda: peek.fetchval("SELECT to_regclass($1) IS NOT NULL", name))
+
+
+async def test_a_job_locks_the_partitions_of_its_own_days_alone(
+    store: Store, database_url: str, peek: asyncpg.Connection
+) -> None:
+    """However long the record is kept: the server has room for so many locks and no more."""
+    async with peek.transaction():
+        await partitions.make_ahead(peek, now().date() - timedelta(days=9))
+    kind = partitions.DatabaseSession
+    session = await asyncpg.connect(database_url, statement_cache_size=0, connection_class=kind)
+    came = now()
+    first, again = ({"id": new_id(), "claim": claim, "created_at": came} for claim in (1, 2))
+    for name, values in {
+        "end_attempts": ends_of([first]),
+        "begin_running": (dumps([first]), "w", attempts_since([first])),
+        "begin_another": (first["id"], first["id"], 1, "w", "m", 0, 0, now(), "u", now()),
+    }.items():
+        for _ in range(7):  # a plan for any value is made at the sixth
+            async with session.transaction():
+                await session.execute(partitions.sql(name), *values)
+                locked = {row["name"] for row in await session.fetch(_LOCKED)}
+            assert "attempts" in locked
+            assert not locked & {
+                partitions.name_of("attempts", now().date() - timedelta(days=day))
+                for day in range(2, 10)
+            }, name
+    await session.close()
+    assert attempts_since([first, again]) < came < attempts_since([first])
 
 
 async def test_processes_that_make_partitions_at_once_do_not_collide(

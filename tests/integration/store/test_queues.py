@@ -278,7 +278,7 @@ async def test_nothing_hot_walks_past_what_an_old_snapshot_keeps(
         "ripen": [20.0],
         "expire_due": ["{}", 20.0],
         "set_classified": [job["id"], 0, "text_only", "rules", ""],
-        "begin_running": [one, "w"],
+        "begin_running": [one, "w", now()],
         "end_requests": [one],
         "retry_requests": [one],
         "release_claims": [one],

@@ -199,6 +199,7 @@ class ProviderBatches:
             {
                 "id": one.job.request_id,
                 "claim": one.job.claim,
+                "created_at": one.job.created_at,
                 "attempt_id": new_id(),
                 "model": rows.clean(batch.model),
                 "fence_epoch": 0,
@@ -208,7 +209,8 @@ class ProviderBatches:
             }
             for one in sorted(left, key=lambda one: one.job.request_id)
         ]
-        found = await connection.fetch(sql("begin_running"), rows.dumps(marks), self._instance_id)
+        told = (rows.dumps(marks), self._instance_id, rows.attempts_since(marks))
+        found = await connection.fetch(sql("begin_running"), *told)
         begun = {rows.uuid_of(row["id"]) for row in found}
         claims = [{"id": one["id"], "claim": one["claim"]} for one in marks if one["id"] in begun]
         await connection.execute(sql("hand_to_batch"), rows.dumps(claims))

@@ -19,7 +19,8 @@ WHERE id = $1 AND claim = $2 AND coalesce(status = 'queued', false)
 RETURNING id
 
 -- name: begin_running
--- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no second one.
+-- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no second one. $3:
+-- none of them that was claimed before has an attempt from before, which tells the partitions.
 WITH begun AS (
     UPDATE requests r SET
         status = 'running',
@@ -46,7 +47,8 @@ WITH begun AS (
     SELECT attempt_id, attempt_at, id, tenant_id, pool, kind,
         -- Some of a job that was claimed before may not be counted.
         CASE WHEN claim = 1 THEN attempts ELSE greatest(attempts, 1 + (
-            SELECT count(*) FROM attempts a WHERE a.request_id = begun.id)) END, claim,
+            SELECT count(*) FROM attempts a
+            WHERE a.request_id = begun.id AND a.created_at >= $3)) END, claim,
         $2, model, upstream, fence_epoch, fence_sequence, 'running', admitted_at, queue_ms
     FROM begun
     ON CONFLICT (id, created_at) DO UPDATE SET fence_epoch = excluded.fence_epoch,
@@ -61,7 +63,8 @@ SELECT attempt_id, attempt_at FROM requests
 WHERE id = $1 AND claim = $2 AND claimed_by = $3 AND status = 'running' FOR UPDATE
 
 -- name: begin_another
--- Begin another attempt $2 of the running job $1 beside the last one, which uses up $3 more.
+-- Begin another attempt $2 of the running job $1 beside the last one, which uses up $3 more; its first
+-- was not before $10.
 WITH begun AS (
     UPDATE requests SET attempts = attempts + $3, attempt_id = $2, attempt_at = now(),
         upstream = $9, version = version + 1
@@ -71,12 +74,13 @@ WITH begun AS (
 INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
     instance_id, model, upstream, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
 SELECT $2, now(), id, tenant_id, pool, kind,
-    1 + (SELECT count(*) FROM attempts a WHERE a.request_id = begun.id), claim,
+    1 + (SELECT count(*) FROM attempts a
+        WHERE a.request_id = begun.id AND a.created_at >= $10), claim,
     $4, $5, $9, $6, $7, 'running', $8, queue_ms
 FROM begun
 
 -- name: end_attempts
--- Record how attempts ended.
+-- Record how attempts ended that began between $2 and $3, which tell the partitions.
 UPDATE attempts a SET
     outcome = row.outcome,
     finished_at = row.finished_at,
@@ -96,7 +100,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, outcom
     output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
     finish_reason text, model_version text, response_id text, failure jsonb,
     first_byte_ms double precision)
-WHERE a.id = row.id AND a.created_at = row.created_at
+WHERE a.id = row.id AND a.created_at = row.created_at AND a.created_at BETWEEN $2 AND $3
 
 -- name: release_claims
 -- Release claims, as a worker that stops does, or for `wait_ms`; not counted as lapses.
