@@ -71,6 +71,9 @@ from tidegate.spine.run import CallFailed
 from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import new_key
 from tidegate.store.records import Idempotency
+from tidegate.telemetry.logging import Log, get_logger
+
+log = get_logger()
 
 _TIMES = (
     *("created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at"),
@@ -288,13 +291,16 @@ async def respond(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Send the answer to a request, or the refusal of it."""
+    """Send the answer to a request, or the refusal of it, in the words of the API that it is of."""
     try:
         response = await answer(Request(scope, receive))
     except ClientDisconnect:
         return
     except TidegateError as error:
         response = refused(error)
+    except Exception:  # the top of a request's task: logged here, and nowhere else
+        log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
+        response = refused(TidegateError("an internal error; it has been logged"))
     await response(scope, receive, send)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import openai
 import pytest
@@ -174,6 +175,35 @@ async def test_a_batch_that_is_cancelled_names_each_request(
     assert [one.id for one in between.data] == [ids[1]]
     assert (await batches.list(after_id="msgbatch_of_another")).data == []
     await end_of(client, third)
+
+
+async def test_a_refusal_names_the_batch_and_why_in_the_form_of_its_api(
+    open_gateway: Opener, claude: MakeClaude, sdk: MakeSdk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import anthropic  # 3,000 modules
+
+    gateway = await open_gateway(worker=False)
+    client = claude(gateway)
+    missing = f"msgbatch_{uuid4().hex}"
+    with pytest.raises(anthropic.NotFoundError, match=missing):
+        await client.messages.batches.retrieve(missing)
+    batch = await made(client, several(1))
+    await gateway.database.execute("UPDATE batches SET status = 'finalizing'")
+    with pytest.raises(anthropic.BadRequestError, match="no request left"):
+        await client.messages.batches.cancel(batch.id)
+
+    async def broken(*_: object) -> None:
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr(gateway.services.store.batches, "get", broken)
+    with pytest.raises(anthropic.InternalServerError) as theirs:
+        await client.messages.batches.retrieve(batch.id)
+    said: Any = theirs.value.body
+    assert (said["type"], said["error"]["type"]) == ("error", "api_error")
+    with pytest.raises(openai.InternalServerError) as other:
+        await sdk(gateway).batches.retrieve(batch.id.replace("msgbatch", "batch"))
+    assert "an internal error" in other.value.message
+    assert other.value.type == "server_error"
 
 
 async def test_one_key_makes_one_batch(open_gateway: Opener, claude: MakeClaude) -> None:

@@ -453,7 +453,10 @@ async def _list(asking: Asking) -> Response:
 
 
 async def _found(asking: Asking) -> Batch:
-    batch = await asking.services.store.batches.get(_id(asking.id), asking.tenant)
+    try:
+        batch = await asking.services.store.batches.get(_id(asking.id), asking.tenant)
+    except NotFound:
+        raise _missing(asking.id) from None  # by the name that it has here
     if not batch.is_of_messages:
         raise _missing(asking.id)
     return batch
@@ -469,6 +472,8 @@ async def _cancel(asking: Asking) -> Response:
     if not done and not batch.status.startswith("cancel"):
         # Not 409, which Anthropic's SDKs would try again.
         said = f"the batch {asking.id} has ended and can't be canceled any more"
+        if batch.status in _OPEN:  # its results are being written
+            said = f"the batch {asking.id} has no request left to cancel"
         raise InvalidRequest("message_batch_id", said)
     return _shown(asking, batch)
 
