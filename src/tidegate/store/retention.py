@@ -23,7 +23,7 @@ import orjson
 from tidegate.call import new_id
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.store import database as partitions
-from tidegate.store.audit import digest_of, unpack
+from tidegate.store.audit import Mark, digest_of, erased_among, unpack
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, Work, count_in, sql
 from tidegate.store.operator_actions import OperatorActions
@@ -61,6 +61,10 @@ class Cutoffs:
     def due(self, day: date) -> list[str]:
         """Tenants for which a day has expired that others keep."""
         return [tenant for tenant, first in self.own.items() if first > day]
+
+    def is_over(self, tenant: str, day: date) -> bool:
+        """Whether a day has expired for a tenant."""
+        return day < self.own.get(tenant, self.day)
 
     @property
     def last_due(self) -> date:
@@ -220,11 +224,7 @@ class Retention:
         return files
 
     async def _cutoffs(self, days: int, today: date) -> Cutoffs:
-        found = await self.rows("own_retention", days)
-        # Days beyond the calendar's beginning are as good as for ever.
-        most = (today - date.min).days
-        own = {row["id"]: today - timedelta(days=min(row["retention_days"], most)) for row in found}
-        return Cutoffs(today - timedelta(days=min(days, most)), own)
+        return _cutoffs(await self.rows("own_retention", days), days, today)
 
     async def _prune_requests(
         self, before: datetime, tenants: list[str], *, theirs: bool
@@ -319,6 +319,13 @@ class Retention:
                 await self.blobs.delete(orphans)
                 count += len(orphans)
         return count
+
+
+def _cutoffs(found: Sequence[asyncpg.Record], days: int, today: date) -> Cutoffs:
+    # Days beyond the calendar's beginning are as good as for ever.
+    most = (today - date.min).days
+    own = {row["id"]: today - timedelta(days=min(row["retention_days"], most)) for row in found}
+    return Cutoffs(today - timedelta(days=min(days, most)), own)
 
 
 def _start_of(day: date) -> datetime:
@@ -489,6 +496,19 @@ class RecordByDay:
         row = await self._connections.row("state_of_day", day, timeout_ms=_EXPORT_TIMEOUT_MS)
         assert row is not None
         return tuple(row)
+
+    async def cutoffs(self, days: int) -> Cutoffs:
+        """What has expired today where calls are kept for `days`, or their tenant's own days."""
+        found = await self._connections.rows("own_retention", days, timeout_ms=_EXPORT_TIMEOUT_MS)
+        return _cutoffs(found, days, datetime.now(UTC).date())
+
+    async def unerased(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of once exported calls that were not erased since."""
+        marks = [Mark(one["tenant"], one["subject"], one["submitted_at"]) for one in calls]
+        erased = await self._connections.run(
+            lambda connection: erased_among(connection, marks), timeout_ms=_EXPORT_TIMEOUT_MS
+        )
+        return [one for place, one in enumerate(calls) if place not in erased]
 
     async def calls(
         self, day: date, *, with_bodies: bool = False

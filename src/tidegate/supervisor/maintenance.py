@@ -14,11 +14,13 @@ import fcntl
 import os
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from gzip import GzipFile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
@@ -28,7 +30,7 @@ import orjson
 from tidegate.call import new_id
 from tidegate.embedded import servers as place
 from tidegate.embedded.lease import opened, try_lock
-from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.http.body import PREFIX
 from tidegate.policy.deployment import deployed_upstreams
 from tidegate.settings import Config, secret
@@ -251,6 +253,7 @@ _EXPORTS = "exports/record"
 # another one than the database's.
 _STATES = "exports/states"
 _GROUP_ROWS, _GROUP_BYTES = 100_000, 32_000_000  # of a row group of Parquet, which is in memory
+_PAGE_ROWS = 1_000  # of a file of before
 _MOST_TRIES = 5
 
 ExportFormat = Literal["jsonl", "parquet"]
@@ -345,7 +348,14 @@ def export_record(
     folder = config.data_dir / "tmp"
 
     async def work(connections: Connections) -> list[ExportedDay]:
-        export = RecordExport(connections, blobs, folder, file_format, with_bodies=with_bodies)
+        export = RecordExport(
+            connections,
+            blobs,
+            folder,
+            file_format,
+            with_bodies=with_bodies,
+            retention_days=config.retention_days,
+        )
         wanted = await (export.due() if days is None else export.on_record(*days))
         return [await export.write(day) for day in wanted]
 
@@ -367,6 +377,8 @@ class RecordExport:
     UTC: native calls and streams by their receipt, jobs by their end.
 
     A call that comes, is corrected or is erased while its day is written has the day written again.
+    A day loses no call because it has expired for its tenant: such calls stay as the file of before
+    has them, unless they were erased.
     """
 
     def __init__(
@@ -377,12 +389,13 @@ class RecordExport:
         file_format: ExportFormat,
         *,
         with_bodies: bool = False,
+        retention_days: int = 30,
     ) -> None:
         """folder: of the file while it grows."""
         self._record, self._blobs = RecordByDay(connections, blobs), blobs
         self._folder, self._format = folder, file_format
         self._columns = {**EXPORTED, **(EXPORTED_BODIES if with_bodies else {})}
-        self._with_bodies = with_bodies
+        self._with_bodies, self._retention_days = with_bodies, retention_days
 
     def key_of(self, day: date) -> str:
         """Where the file of a day is in the blob store."""
@@ -424,29 +437,74 @@ class RecordExport:
         """Write a day's file. Raises StoreUnavailable; what was there before is there then.
         Cancellation leaves that too, or the whole new file."""
         path = self._folder / f"{PREFIX}export-{new_id()}"
-        key = self.key_of(day)
+        before, key = path.with_name(f"{path.name}-before"), self.key_of(day)
         for _ in range(_MOST_TRIES):
             state = await self._record.state(day)
             try:
-                calls = await self._fill(path, day)
+                calls = await self._fill(path, before, day)
                 size_bytes = path.stat().st_size
                 await self._blobs.put(key, path)
             finally:
                 path.unlink(missing_ok=True)
+                before.unlink(missing_ok=True)
             if await self._record.state(day) == state:
                 await self._note_state(day, state[1])
                 get_logger().info(Log.RECORD_EXPORTED, day=f"{day}", key=key, calls=calls)
                 return ExportedDay(day, key, calls, size_bytes)
         raise StoreUnavailable(f"the record of {day} changed {_MOST_TRIES} times while it was read")
 
-    async def _fill(self, path: Path, day: date) -> int:
-        calls = 0
+    async def _fill(self, path: Path, before: Path, day: date) -> int:
+        calls, seen = 0, set[str]()
+        cutoffs = await self._record.cutoffs(self._retention_days)
+        has_before = await self._copy(day, before)
+
+        def is_of_before(tenant: str) -> bool:
+            """Not what is left of it on record: a run of prune that was cut off leaves some."""
+            return has_before and (cutoffs.is_over(tenant, day) or tenant not in seen)
+
         with _file_of(self._format, path, self._columns) as add:
-            async for page in self._record.calls(day, with_bodies=self._with_bodies):
-                calls += len(page)
+
+            async def put(page: list[dict[str, Any]]) -> int:
                 rows = [{name: one.get(name) for name in self._columns} for one in page]
                 await asyncio.to_thread(add, rows)
+                return len(rows)
+
+            async for page in self._record.calls(day, with_bodies=self._with_bodies):
+                seen |= {one["tenant"] for one in page}
+                calls += await put([one for one in page if not is_of_before(one["tenant"])])
+            pages = _rows_in(self._format, before) if has_before else iter(())
+            try:
+                while (page := await asyncio.to_thread(next, pages, [])) != []:
+                    old = [one for one in page if is_of_before(one["tenant"])]
+                    calls += await put(await self._record.unerased(old)) if old else 0
+            except (OSError, EOFError, ValueError, zlib.error) as broken:
+                if day < cutoffs.last_due:
+                    said = (
+                        f"{self.key_of(day)}, which alone may have calls of the day, can't be read"
+                    )
+                    raise StoreUnavailable(f"{said}: {broken}; move it elsewhere") from broken
         return calls
+
+    async def _copy(self, day: date, path: Path) -> bool:
+        """The file of a day as it is now, if there is one."""
+        try:
+            with path.open("wb") as file:
+                async for piece in self._blobs.stream(self.key_of(day)):
+                    file.write(piece)
+        except NotFound:
+            return False
+        return True
+
+
+def _rows_in(file_format: ExportFormat, path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The calls in a file, some at a time."""
+    if file_format == "parquet":
+        for batch in _pyarrow().parquet.ParquetFile(path).iter_batches(_PAGE_ROWS):
+            yield batch.to_pylist()
+        return
+    with GzipFile(path) as lines:
+        while some := list(islice(lines, _PAGE_ROWS)):
+            yield [orjson.loads(line) for line in some]
 
 
 def _state_key(folder: str, summed_at: datetime | None) -> str:

@@ -24,7 +24,7 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.waiting import wait_until
 from tidegate.call import Answer, Charge, Usage, UsageDetails, UsageState, new_id
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.record import CallRecord, Failure
 from tidegate.settings import load
 from tidegate.store import database as partitions
@@ -88,7 +88,7 @@ async def day(store: Store, peek: asyncpg.Connection) -> date:
     return noon.date()
 
 
-def export(store: Store, folder: Path, file_format: ExportFormat, **options: bool) -> RecordExport:
+def export(store: Store, folder: Path, file_format: ExportFormat, **options: Any) -> RecordExport:
     return RecordExport(store.connections, store.blobs, folder, file_format, **options)
 
 
@@ -164,6 +164,32 @@ async def test_who_is_erased_leaves_the_file_with_the_next_export(
     assert await files.due() == [day]
     await files.write(day)
     assert [row["subject"] for row in rows_in(await store.blobs.get(one.key), "jsonl")] == ["bob"]
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+async def test_a_day_that_others_keep_loses_no_call_to_their_retention(
+    store: Store, day: date, peek: asyncpg.Connection, tmp_path: Path, file_format: ExportFormat
+) -> None:
+    store.audit.put(call(datetime.combine(day, NOON), "cid", tenant_id="long"))
+    await wait_until(lambda: peek.fetchval("SELECT count(*) = 5 FROM audit"), 20)
+    files = export(store, tmp_path, file_format)
+    first = await files.write(day)
+    whole = rows_in(await store.blobs.get(first.key), file_format)
+    assert [row["subject"] for row in whole] == ["ann", "ann", "bob", "cid"]
+    # As far as a run of prune comes that is cut off, and then as its end leaves it.
+    for gone, left in (("subject = 'bob'", whole), ("tenant_id = 'acme'", whole)):
+        await peek.execute(f"DELETE FROM audit WHERE {gone}")
+        await export(store, tmp_path, file_format, retention_days=0).write(day)
+        assert rows_in(await store.blobs.get(first.key), file_format) == left
+    assert (await files.write(day)).calls == 4  # also where its tenant's days are unknown
+    await store.retention.erase(Whose("acme", "ann"))
+    await files.write(day)
+    assert rows_in(await store.blobs.get(first.key), file_format) == whole[2:]
+    await store.blobs.put(first.key, b"no such file")
+    with pytest.raises(StoreUnavailable, match="which alone may have calls of the day"):
+        await export(store, tmp_path, file_format, retention_days=0).write(day)
+    assert await store.blobs.get(first.key) == b"no such file"
+    assert not await asyncio.to_thread(lambda: [*tmp_path.glob("*before*")])
 
 
 async def test_a_day_without_a_partition_of_its_own_has_a_file_too(
