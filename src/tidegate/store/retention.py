@@ -139,16 +139,21 @@ async def mark_erased(
 
 
 async def make_partitions(connections: Connections) -> None:
-    """Make partitions ahead for ever; a task of every process, cheap when there is nothing."""
+    """Make partitions ahead for ever; a task of every process, cheap when there is nothing. Without
+    them rows go into the default one, which retention walks row by row."""
+    is_failing = False
     while True:
         try:
             await connections.run(
                 lambda connection: partitions.make_ahead(connection, datetime.now(UTC).date()),
                 timeout_ms=_TIMEOUT_MS,
             )
-            pause_s = _HOUSE_EVERY_S
-        except (StoreUnavailable, asyncpg.LockNotAvailableError):
+            pause_s, is_failing = _HOUSE_EVERY_S, False
+        except (StoreUnavailable, asyncpg.PostgresError) as failed:
             pause_s = _HOUSE_RETRY_S
+            if not (is_failing or connections.away):  # an outage has its own line
+                is_failing = True
+                get_logger().warning(Log.PARTITIONS_MISSING, detail=str(failed))
         await asyncio.sleep(pause_s)
 
 

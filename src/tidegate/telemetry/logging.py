@@ -76,6 +76,7 @@ class Log(StrEnum):
     AUDIT_DROPPED = "audit_dropped"
     MIGRATED = "migrated"
     PRUNED = "pruned"
+    PARTITIONS_MISSING = "partitions_missing"
     RECORD_EXPORTED = "record_exported"
     DAILY_WORK_DONE = "daily_work_done"
     DAILY_WORK_FAILED = "daily_work_failed"

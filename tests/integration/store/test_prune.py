@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, date, datetime, timedelta
+from typing import Never
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
 from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until
@@ -14,6 +16,7 @@ from tidegate.call import DEFAULT_POOL, Attachment, Kind, new_id
 from tidegate.errors import NotFound
 from tidegate.record import OutputFile
 from tidegate.store import database as partitions
+from tidegate.store import retention
 from tidegate.store.blobs import new_key
 from tidegate.store.records import attempts_since, dumps, ends_of
 from tidegate.store.store import Store
@@ -181,6 +184,28 @@ async def test_a_running_store_makes_the_partitions_of_the_coming_days(
     ahead = datetime.now(UTC).date() + timedelta(days=partitions.DAYS_AHEAD)
     name = partitions.name_of("audit", ahead)
     await wait_until(lambda: peek.fetchval("SELECT to_regclass($1) IS NOT NULL", name))
+
+
+async def test_partitions_that_cannot_be_made_are_told_of_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries = 0
+
+    class Refusing(partitions.Connections):
+        async def run(self, *_: object, **__: object) -> Never:
+            nonlocal tries
+            tries += 1
+            raise asyncpg.InvalidObjectDefinitionError(f"they overlap, at try {tries}")
+
+    monkeypatch.setattr(retention, "_HOUSE_RETRY_S", 0)
+    with capture_logs() as logs:
+        making = asyncio.create_task(retention.make_partitions(Refusing("postgresql://x")))
+        await wait_until(lambda: tries > 2, 10)
+        making.cancel()
+        await asyncio.gather(making, return_exceptions=True)
+    (told,) = logs
+    assert (told["event"], told["log_level"]) == ("partitions_missing", "warning")
+    assert told["detail"] == "they overlap, at try 1"
 
 
 async def test_a_job_locks_the_partitions_of_its_own_days_alone(
