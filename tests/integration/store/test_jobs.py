@@ -24,6 +24,7 @@ from tests.integration.store.jobs import (
 from tidegate.call import DEFAULT_POOL, Classification, ClassifiedBy, Kind, Status, Usage, new_id
 from tidegate.errors import ClaimLost, NotFound
 from tidegate.record import Failure
+from tidegate.store.jobs import Requeue
 from tidegate.store.records import ClaimedJob, NewJob
 from tidegate.store.store import Store
 
@@ -163,6 +164,32 @@ async def test_a_retry_waits_for_its_time_and_counts_its_attempts(
     outcomes = await peek.fetch("SELECT number, outcome FROM attempts ORDER BY number")
     assert [tuple(row) for row in outcomes] == [(1, "failed"), (2, "succeeded")]
     assert await peek.fetchval("SELECT count(*) FROM audit") == 1
+
+
+async def test_a_requeued_job_shows_no_picture_of_the_end_before(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    claimed = await run_one(store)
+    cut_off = Failure("upstream_unavailable", "the answer was cut off")
+    early, late = picture(), picture()
+    await store.queue.finish(claimed, result(status=Status.FAILED, failure=cut_off, files=(early,)))
+
+    async def shown() -> list[UUID]:
+        return [
+            one.file_id for one in (await store.requests.get(claimed.request_id, "default")).files
+        ]
+
+    assert await shown() == [early.file_id]
+    await peek.execute("UPDATE files SET created_at = now() - interval '1 hour'")
+    hour = timedelta(hours=1)
+    assert (await store.stuck.requeue_all(Requeue(now() - hour, now() + hour))).requeued == 1
+    assert await shown() == []
+    again = await claim_one(store)
+    await store.queue.running(again, model="gemini-test", fence=(1, 8), queue_ms=3.0)
+    assert await shown() == []
+    await store.queue.finish(again, result(files=(late,)))
+    assert await shown() == [late.file_id]
+    assert await peek.fetchval("SELECT count(*) FROM files") == 2, "erased and pruned with the job"
 
 
 async def test_only_the_holder_of_the_claim_may_write(

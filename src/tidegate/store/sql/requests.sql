@@ -32,8 +32,12 @@ SELECT 1 + (
 FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: get_request_files
--- All files of one request in their order, uploads first.
-SELECT * FROM files WHERE request_id = $1 ORDER BY role, position
+-- All files of one request in their order, uploads first; of pictures those of its last end, not of one
+-- after which it was queued again. Ten seconds are for a server's clock that was set back.
+SELECT f.* FROM files f JOIN requests r ON r.id = f.request_id
+WHERE f.request_id = $1 AND (f.role = 'input' OR (r.status NOT IN ('queued', 'running')
+    AND f.created_at >= coalesce(r.attempt_at - interval '10 seconds', '-infinity')))
+ORDER BY f.role, f.position
 
 -- name: get_file
 -- One file by its public id, for its owner only.
