@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -44,6 +45,7 @@ from tidegate.prices.budgets import (
     needs_of,
     refused_by,
     scope_of,
+    scope_text,
     scope_values,
     with_end_of,
 )
@@ -109,6 +111,25 @@ def plain_book(book: BudgetBook) -> Json:
     return asdict(book) | {"scope": scope_values(book.scope)}
 
 
+_OF_PEOPLE = ("subject", "conversation")
+
+
+def _unnamed(dimension: str, value: str | None) -> str | None:
+    """As actions of operators have it, which no erasure reaches: of a person a digest, the one by
+    which the erasure itself is on record."""
+    if value is None or dimension not in _OF_PEOPLE:
+        return value
+    return f"{dimension} {sha256(value.encode()).hexdigest()[:16]}"
+
+
+def _told(budget: Budget) -> Json:
+    return asdict(budget) | {one: _unnamed(one, getattr(budget, one)) for one in _OF_PEOPLE}
+
+
+def _told_scope(each: Sequence[str], scope: str) -> str:
+    return scope_text([_unnamed(*one) for one in zip(each, scope_values(scope), strict=False)])
+
+
 class BudgetRecords:
     """Budgets on record, as people see and change them. Every method raises StoreUnavailable."""
 
@@ -148,8 +169,8 @@ class BudgetRecords:
             was = await connection.fetchrow(sql("get_budget"), name)
             budget = edit(None if was is None else _budget(was))
             is_new = await set_budget(connection, budget)
-            before = None if was is None else asdict(_budget(was))
-            await record_action(connection, "budget.set", name, before=before, after=asdict(budget))
+            before, after = None if was is None else _told(_budget(was)), _told(budget)
+            await record_action(connection, "budget.set", name, before=before, after=after)
             return budget, is_new
 
         budget, is_new = await self._connections.run(write, timeout_ms=_SEED_TIMEOUT_MS)
@@ -178,10 +199,11 @@ class BudgetRecords:
         also for a scope without a book, and ConfigError for an `extra` of another unit."""
 
         async def write(connection: asyncpg.Connection) -> list[str] | None:
-            known = await connection.fetchval("SELECT unit FROM budgets WHERE name = $1", name)
+            of_name = "SELECT unit, each FROM budgets WHERE name = $1"
+            known = await connection.fetchrow(of_name, name)
             if known is None:
                 return None
-            check_extra(name, known, unit)
+            check_extra(name, known["unit"], unit)
             done = [
                 row["scope"] for row in await connection.fetch(sql("resume_budget"), name, scope)
             ]
@@ -193,7 +215,7 @@ class BudgetRecords:
                 if await connection.fetchval(of_it, name, scope) is None:
                     raise NotFound(f"the budget {name} has no book of {scope or '(all)'}")
             await connection.execute(sql("count_budget_change"))
-            after = {"scope": scope, "extra": extra}
+            after = {"scope": scope and _told_scope(known["each"], scope), "extra": extra}
             await record_action(connection, "budget.resume", name, after=after)
             return done
 

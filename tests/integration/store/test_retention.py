@@ -5,13 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime, time, timedelta
 
 import asyncpg
+import orjson
 import pytest
 
 from tests.integration.store.jobs import new_job, result
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import NotFound
+from tidegate.prices.budgets import Budget
 from tidegate.store import database as partitions
 from tidegate.store.blobs import new_key
+from tidegate.store.records import acting
+from tidegate.store.retention import Whose
 from tidegate.store.store import Store
 
 TENANTS = {"brief": 5, "usual": None, "long": 60}
@@ -126,3 +130,23 @@ async def test_requests_that_a_tenant_keeps_longer_are_passed_once(
     monkeypatch.setattr(store.retention, "rows", explained)
     assert (await store.retention.prune(30)).requests == 1_200
     assert passed == [True, False, False, False]
+
+
+async def test_no_action_of_an_operator_names_a_person_who_could_be_erased(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    records = store.budgets.records
+    with acting("the key tg_1", "admin", "127.0.0.1"):
+        await records.set(Budget("p", "usd", 9, "day", each=("tenant", "subject")), by="op")
+        await records.set(Budget("a", "usd", 9, "day", subject="ann"), by="op")
+    for scope in ('["acme", "ann"]', None):
+        with acting("the key tg_1", "admin", "127.0.0.1"):
+            await records.resume("p", scope=scope, extra=5, by="op")
+    with acting("the key tg_1", "admin", "127.0.0.1"):
+        await store.retention.erase(Whose(None, "ann"))
+    rows = await peek.fetch("SELECT a.*, a::text AS said FROM operator_actions a ORDER BY number")
+    assert not [row["said"] for row in rows if "ann" in row["said"]]
+    after = [orjson.loads(row["is_now"] or "null") for row in rows]
+    digest = rows[4]["target"]
+    assert [one["subject"] for one in after[:2]] == [None, digest]
+    assert [one["scope"] for one in after[2:4]] == [f'["acme", "{digest}"]', None]
