@@ -50,8 +50,8 @@ from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import PULSED_MS, Notifications
 from tidegate.store.queue import MAX_LAPSES
-from tidegate.store.records import ClaimedJob
-from tidegate.telemetry.logging import FrequentLog, Log, get_logger
+from tidegate.store.records import ClaimedJob, log_job
+from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail
 
 log = get_logger()
@@ -77,7 +77,6 @@ _LONGEST_WAIT_MS = 60_000
 _SPENT_WAIT_MS = 60_000
 _RESERVED_WAIT_MS = 1_000
 _LONGEST_SERVER_WAIT_MS = 86_400_000
-log_job = FrequentLog(Log.JOB_DONE)
 
 
 def ask_of(job: ClaimedJob) -> Ask:

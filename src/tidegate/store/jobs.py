@@ -127,6 +127,7 @@ class Jobs:
         row = await self._connections.run(cancel, timeout_ms=TIMEOUT_MS)
         if row is None:
             raise NotFound(f"no request {request_id}")
+        rows.log_ended(ended, CANCELLED_FAILURE)
         self._listeners.notify([of_row(job, CANCELLED_FAILURE) for job in ended])
         before = Status(row["status"])
         if before.is_end and before is not Status.CANCELLED:

@@ -801,13 +801,13 @@ class JobQueue:
 
     async def _end_queued(self, name: str, failure: Json, *values: float) -> int:
         async def end(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            ended: list[asyncpg.Record] = await connection.fetch(
-                sql(name), orjson.dumps(failure).decode(), *values
-            )
+            why = orjson.dumps(failure).decode()
+            ended: list[asyncpg.Record] = await connection.fetch(sql(name), why, *values)
             await audit_unanswered(connection, ended, failure, self._instance_id)
             return ended
 
         ended = await self._connections.run(end)
+        rows.log_ended(ended, failure)
         self._listeners.notify([of_row(row, failure) for row in ended])
         self._notifications.changed(rows.uuid_of(row["id"]) for row in ended)
         return len(ended)

@@ -40,6 +40,7 @@ from tidegate.call import (
 from tidegate.errors import CallPreempted
 from tidegate.record import NO_LINEAGE, PROMPT_HEAD_CHARS, CallRecord, Failure, Lineage, OutputFile
 from tidegate.store.database import Work, sql
+from tidegate.telemetry.logging import FrequentLog, Log
 from tidegate.telemetry.tracing import Tracing, Trail, parent_of
 
 
@@ -678,6 +679,27 @@ def file_record(row: Mapping[str, Any]) -> FileRecord:
 def failure_of(raw: str | None) -> Failure | None:
     """From its column."""
     return None if raw is None else Failure(**orjson.loads(raw))
+
+
+log_job = FrequentLog(Log.JOB_DONE)
+
+
+def log_ended(ended: Iterable[Mapping[str, Any]], failure: Mapping[str, Any]) -> None:
+    """The line of each job that ended in the queue, from its row as it now stands."""
+    for row in ended:
+        request_id, parent = uuid_of(row["id"]), parent_of(row["traceparent"])
+        waited_ms = (row["finished_at"] - row["created_at"]).total_seconds() * 1000
+        log_job(
+            {
+                "request_id": str(request_id),
+                "tenant": row["tenant_id"],
+                **({"trace_id": Trail.of(request_id, parent).trace} if parent else {}),
+                "type": row["kind"],
+                "queue_ms": round(max(0.0, waited_ms), 1),
+                "upstream_ms": round(row["upstream_ms"] or 0.0, 1),
+                "code": failure["code"],
+            }
+        )
 
 
 What = Literal[

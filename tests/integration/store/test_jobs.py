@@ -10,6 +10,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
 from tests.integration.store.jobs import (
     TEXT,
@@ -248,6 +249,24 @@ async def test_a_job_past_its_deadline_expires_even_when_claimed(
     with pytest.raises(ClaimLost):
         await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
     assert await peek.fetchval("SELECT count(*) FROM audit WHERE status = 'expired'") == 2
+
+
+async def test_a_job_that_ends_in_the_queue_has_its_line_too(store: Store) -> None:
+    cancelled = new_job(created_at=now() - timedelta(hours=1))
+    parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    overdue = new_job(deadline_at=now() - timedelta(seconds=1), traceparent=parent)
+    for job in (cancelled, overdue):
+        await store.jobs.submit(job)
+    with capture_logs() as logs:
+        await store.jobs.cancel(cancelled.request_id, "default")
+        assert await store.queue.expire_due() == 1
+    ends = [line for line in logs if line["event"] == "job_done"]
+    assert [(line["request_id"], line["code"], line["type"]) for line in ends] == [
+        (str(cancelled.request_id), "cancelled", "text_only"),
+        (str(overdue.request_id), "deadline_exceeded", "text_only"),
+    ]
+    assert 3_600_000 <= ends[0]["queue_ms"] < 3_700_000
+    assert [line.get("trace_id") for line in ends] == [None, "ab" * 16]
 
 
 async def test_a_job_that_was_never_admitted_can_fail_without_an_attempt(
