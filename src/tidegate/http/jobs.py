@@ -292,7 +292,7 @@ router = APIRouter(tags=["jobs"])
     status_code=202,
     response_model=Accepted,
     openapi_extra=JOB_BODY | {"parameters": [PARAMETER]},
-    responses=problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 503),
+    responses=problem_responses(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503),
     summary="Submit a request; a worker answers it",
 )
 async def submit(request: Request) -> Response:

@@ -46,6 +46,7 @@ from tidegate.http.admin import upstreams as admin_upstreams
 from tidegate.http.anthropic import message_batches
 from tidegate.http.batches import BATCH_PATHS, batch_methods, batches, is_batch_path
 from tidegate.http.guards import admin_router, admit_admin, is_admitted
+from tidegate.http.idempotency import LOST_HEADER, REPLAYED_HEADER
 from tidegate.http.native import native
 from tidegate.http.problems import (
     MEDIA_TYPE,
@@ -382,7 +383,8 @@ _CORS: dict[str, Any] = {
     "expose_headers": [
         *("retry-after", "x-request-id", "request-id"),
         *("x-tidegate-request-id", "x-tidegate-queue-ms", "x-tidegate-upstream"),
-        *("x-tidegate-remaining", "x-tidegate-type"),
+        *("x-tidegate-remaining", "x-tidegate-type", "x-tidegate-omitted-bytes"),
+        *(REPLAYED_HEADER, LOST_HEADER),
     ],
 }
 
