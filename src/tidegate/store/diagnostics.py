@@ -15,7 +15,7 @@ from uuid import UUID
 
 import asyncpg
 
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store.database import HEAD, Connections, revision_of, sql
 from tidegate.store.records import record_of, uuid_of
 
@@ -68,6 +68,18 @@ async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as no:
         why = str(no) or "no answer in time"
         raise StoreUnavailable(f"PostgreSQL can't be used: {why}") from no
+
+
+async def check_url(url: str) -> None:
+    """Raises ConfigError for a URL that no server can accept, such as one with an unknown sslmode.
+    Whether a server answers is not tried: asyncpg reads the whole URL before it connects."""
+    try:
+        connection = await asyncpg.connect(url, timeout=0)
+    except asyncpg.ClientConfigurationError as wrong:
+        raise ConfigError("DATABASE_URL", None, f"can't be used: {wrong.args[0]}") from None
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        return
+    connection.terminate()
 
 
 async def _connect(url: str) -> asyncpg.Connection:

@@ -29,7 +29,13 @@ from tidegate.metrics.instruments import share_by_name
 from tidegate.operator_key import operator_key
 from tidegate.settings import Config
 from tidegate.store.notifications import next_beat_s
-from tidegate.supervisor.services import is_child, make_folders, migrate, prepared
+from tidegate.supervisor.services import (
+    check_database_url,
+    is_child,
+    make_folders,
+    migrate,
+    prepared,
+)
 from tidegate.supervisor.supervisor import (
     LEAVE_SIGNAL,
     LIFELINE,
@@ -115,6 +121,8 @@ def _standing(config: Config) -> Iterator[Config]:
             telemetry.get_logger().warning(Log.DEMO_MODE, reason=reason)
         if config.migrate_at_start or ground.embedded:
             migrate(ground.config, lambda why: sys.stderr.write(f"tidegate: {why}\n"))
+        else:
+            check_database_url(ground.config)
         yield ground.config
 
 

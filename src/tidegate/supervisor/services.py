@@ -135,6 +135,13 @@ def make_folders(config: Config, *others: str) -> None:
         raise ConfigError("DATA_DIR", str(config.data_dir), why) from None
 
 
+def check_database_url(config: Config) -> None:
+    """Raises ConfigError where no database can be meant, which waiting does not change."""
+    from tidegate.store.diagnostics import check_url
+
+    asyncio.run(check_url(database_url_of(config)))
+
+
 def migrate(config: Config, say: Callable[[str], object]) -> str | None:
     """Bring the schema up to date, waiting up to a minute for a database that is away.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 from tests.fleet import Fleet
@@ -56,3 +59,29 @@ async def test_a_process_of_its_own_waits_for_postgres_and_migrates(tmp_path: Pa
         await wait_until(lambda: _WAITS in log.read_text(), 30)
         await asyncio.to_thread(fleet.postgres.start)
         await fleet.ready(url)
+
+
+async def test_a_process_that_does_not_migrate_ends_at_a_url_that_no_server_accepts(
+    tmp_path: Path,
+) -> None:
+    """It would wait for ever for what no time brings."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "MIGRATE_AT_START": "0",
+        "DATABASE_URL": "postgresql://nobody:word@127.0.0.1:1/nothing?sslmode=nonsense",
+        "REDIS_URL": "redis://127.0.0.1:1",
+        "GEMINI_API_KEY": "test",
+        "DATA_DIR": str(tmp_path),
+        "PYTHONPATH": "src",
+    }
+    command = (sys.executable, "-m", "tidegate", "worker")
+    worker = await asyncio.create_subprocess_exec(*command, env=environment, stderr=PIPE)
+    try:
+        _, said = await asyncio.wait_for(worker.communicate(), 30)
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await worker.wait()
+    assert worker.returncode == 2
+    (line,) = said.decode().splitlines()
+    assert line.startswith("tidegate: DATABASE_URL can't be used: `sslmode` parameter must be")

@@ -16,6 +16,7 @@ from tests.waiting import wait_until
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store import database as partitions
 from tidegate.store.database import HEAD, migrate, revision_of, upgrade
+from tidegate.store.diagnostics import check_url
 
 
 async def test_a_migration_reports_its_revision_and_the_next_has_nothing_to_do(
@@ -109,8 +110,12 @@ async def test_what_no_server_can_accept_is_refused_as_a_setting(
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="DATABASE_URL can't be used: ") as refused:
         await migrate(f"postgresql://nobody:word@127.0.0.1:1/nothing?{query}")
-    assert "\n" not in str(refused.value)
-    assert "word" not in str(refused.value)
+    with pytest.raises(ConfigError) as unmigrated:  # MIGRATE_AT_START=0
+        await check_url(f"postgresql://nobody:word@127.0.0.1:1/nothing?{query}")
+    for one in (refused, unmigrated):
+        assert "\n" not in str(one.value)
+        assert "word" not in str(one.value)
+    await check_url("postgresql://nobody:word@127.0.0.1:1/nothing?sslmode=prefer")
 
 
 async def test_the_index_of_words_reads_no_partition_of_before(empty_database_url: str) -> None:
