@@ -377,6 +377,8 @@ def is_measured(usage: Usage) -> bool:
 def is_complete(usage: Usage) -> bool:
     """Whether it is all that a whole answer is charged by: input and output, or no tokens but what
     is measured. Google leaves out the input of some requests that name a file by its URI."""
+    if usage.input_tokens is not None and usage.output_tokens is not None:
+        return True
     return is_measured(usage) if is_unknown(usage) else None not in tokens_of(usage)
 
 

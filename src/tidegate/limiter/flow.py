@@ -165,7 +165,8 @@ class Flow:
             if amount is None:
                 said = "cost_micros=" if limit.unit == "usd" else "tokens="
                 raise ValueError(f"{name} counts {limit.unit}: say {said}")
-            amount = whole(limit.unit, amount)
+            if type(amount) is not int:
+                amount = whole(limit.unit, amount)
             if isinstance(limit, Concurrency):
                 _check_in_flight(name, limit, amount)
             else:

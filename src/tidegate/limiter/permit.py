@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -262,6 +262,28 @@ async def _over() -> None:
     raise RuntimeError("the permit was released")
 
 
+_NO_TOKENS = Tokens()
+_COUNTS = frozenset((int, type(None)))
+
+
+def _use_of(
+    tokens: int | Tokens | None,
+    images: int | None,
+    audio_seconds: int | None,
+    cost_micros: int | None,
+    first_ms: float | None = None,
+) -> CallUse:
+    """`call_use`, which is not asked about what is plainly counted, as the usual call's is."""
+    counted = Tokens(tokens) if type(tokens) is int else tokens
+    if counted is None or type(counted) is Tokens:
+        of = counted or _NO_TOKENS
+        parts = {type(of.input), type(of.output), type(of.cached), type(of.cache_write)}
+        others = {type(images), type(audio_seconds), type(cost_micros)}
+        if parts == {int} and others <= _COUNTS and (first_ms is None or isfinite(first_ms)):
+            return CallUse(counted, images, audio_seconds, cost_micros, first_ms)
+    return call_use(tokens, images, audio_seconds, cost_micros, first_ms)
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class Permit:
     """One call's permit. `fence` orders permits: (epoch, sequence), higher is younger.
@@ -362,7 +384,7 @@ class Permit:
         """
         if outcome not in OUTCOMES:
             raise ValueError(f"an outcome is one of {', '.join(OUTCOMES)}, not {outcome!r}")
-        self.used = call_use(tokens, images, audio_seconds, cost_micros, first_ms)
+        self.used = _use_of(tokens, images, audio_seconds, cost_micros, first_ms)
         self.outcome = str(outcome)
 
     def settle_unused(self) -> None:
@@ -388,7 +410,7 @@ class Permit:
         cost_micros: int | None = None,
     ) -> None:
         """Send the usage of a call whose permit was released after `usage_follows`."""
-        self.used = call_use(tokens, images, audio_seconds, cost_micros)
+        self.used = _use_of(tokens, images, audio_seconds, cost_micros)
         self._issuer.report(self._holding, self.used)
 
     def __repr__(self) -> str:

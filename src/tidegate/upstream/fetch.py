@@ -373,6 +373,12 @@ class Posted:
     retry_after_ms: int = 0
 
 
+def _requested_wait_ms(answer: aiohttp.ClientResponse) -> int:
+    now = answered_at(answer.headers.get("Date", ""), datetime.now(UTC))
+    named = {name.lower(): value for name, value in answer.headers.items()}
+    return retry_after_ms(ErrorAnswer(answer.status, {}, named, now)) or 0
+
+
 @dataclass(frozen=True, slots=True)
 class GuardedPoster:
     """Posts within `timeout_ms` in all; `is_allowed` judges each address. operators: an operator
@@ -394,10 +400,8 @@ class GuardedPoster:
                 guarded_session(self.is_allowed, resolver, _POST_HEADERS) as session,
                 session.post(target, data=body, headers=headers, allow_redirects=False) as answer,
             ):
-                now = answered_at(answer.headers.get("Date", ""), datetime.now(UTC))
-                named = {name.lower(): value for name, value in answer.headers.items()}
-                wait_ms = retry_after_ms(ErrorAnswer(answer.status, {}, named, now))
-                return Posted(answer.status, retry_after_ms=wait_ms or 0)
+                wait_ms = 0 if answer.ok else _requested_wait_ms(answer)
+                return Posted(answer.status, retry_after_ms=wait_ms)
         except FetchRefused as refused:
             return Posted(problem=refused.message)
         except TimeoutError:
