@@ -870,7 +870,7 @@ class JobQueue:
                 int(failed.is_counted),
                 self._instance_id,
                 *map(row.get, _OF_ATTEMPT),
-                rows.attempts_since([row]),
+                rows.attempts_since([row], 0),  # it has one under this claim
             )
             return True
 

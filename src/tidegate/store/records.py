@@ -266,10 +266,11 @@ def ends_of(attempts: Sequence[Mapping[str, Any]]) -> tuple[str, datetime, datet
     return dumps(attempts), min(began), max(began)
 
 
-def attempts_since(jobs: Iterable[Mapping[str, Any]]) -> datetime:
-    """When the first attempt of those jobs can have begun that were claimed before. A day is for
-    the clocks: a job has the time of the process that accepted it, an attempt PostgreSQL's."""
-    began = [job["created_at"] for job in jobs if job["claim"] > 1]
+def attempts_since(jobs: Iterable[Mapping[str, Any]], claims: int = 1) -> datetime:
+    """When the first attempt of those jobs can have begun that were claimed more often than so. A
+    day is for the clocks: a job has the time of the process that accepted it, an attempt
+    PostgreSQL's."""
+    began = [job["created_at"] for job in jobs if job["claim"] > claims]
     return min(began, default=_NEVER) - timedelta(days=1)
 
 
