@@ -491,3 +491,33 @@ def test_a_limit_of_0_in_shadow_counts_and_admits(bench: Bench, limit: Limit) ->
     bench.end(first, 700)
     assert bench.running == 1
     assert bench.world.model.pool.limit(LIMIT).shadowed == 2
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        Concurrency(1000, shadow=True, unit="tokens_in_flight"),
+        Rate(1000, MINUTE_MS, "tokens", shadow=True, pace_ms=1000, ramp=Ramp(50, 1)),
+        Rate(1000, MINUTE_MS, "tokens", shadow=True, shape="bucket"),
+        Quota(1000, "tokens", shadow=True),
+    ],
+)
+def test_a_limit_in_shadow_outlives_a_call_that_names_any_bound(bench: Bench, limit: Limit) -> None:
+    """Lua's whole numbers end at 2^53, and what it writes at 2^63 is negative."""
+    bench.put_in_force(limit)
+    great = bench.ask(10**20)
+    bench.wait(1000)
+    bench.ask(100)
+    bench.end(great, 700)
+    bench.ask(100)
+    assert bench.running == 2
+
+
+def test_a_bucket_of_0_in_shadow_that_never_refills_stays_countable(bench: Bench) -> None:
+    bench.put_in_force(Rate(0, MINUTE_MS, "tokens", shadow=True, shape="bucket"))
+    for _ in range(2):
+        first = bench.ask(10**10)
+        bench.end(first, 4 * 10**14)
+        bench.wait(MINUTE_MS + 4000)
+    bench.ask(100)
+    assert bench.running == 1

@@ -17,6 +17,7 @@ from tidegate.errors import DemandImpossible
 from tidegate.limiter.messages import Hint, format_unit
 from tidegate.limiter.policy import (
     CALL_USE,
+    MAX_BOUND,
     TENANT_NAME,
     UNKNOWN_USE,
     CallUse,
@@ -150,7 +151,8 @@ class Flow:
     def amounts(self, demand: Demand) -> str:
         """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
 
-        Clamped to what a rate can ever give, but in shadow. Raises ValueError where a limit counts
+        Clamped to what a rate can ever give, in shadow to what the greatest could: clients name
+        their bounds, and Lua counts exactly up to 2^53. Raises ValueError where a limit counts
         something and the demand does not say how much, TypeError where that is no whole number, and
         DemandImpossible for more tokens than may ever be in flight.
         """
@@ -169,9 +171,7 @@ class Flow:
                 amount = whole(limit.unit, amount)
             if isinstance(limit, Concurrency):
                 _check_in_flight(name, limit, amount)
-            else:
-                amount = max(0, amount if limit.shadow else min(amount, limit.bound))
-            parts.append(str(amount))
+            parts.append(str(max(0, min(amount, MAX_BOUND if limit.shadow else limit.bound))))
         return ",".join(parts)
 
     def check_amounts(self, amounts: str) -> None:

@@ -20,6 +20,7 @@ from tidegate.limiter import (
 from tidegate.limiter.flow import Flow
 from tidegate.limiter.policy import (
     LEAST_USE,
+    MAX_BOUND,
     MOST_USE,
     NOTHING,
     Limit,
@@ -133,6 +134,7 @@ def test_a_limit_in_shadow_rejects_no_call_for_its_size(bound: int) -> None:
     flow.refresh(PoolPolicy({"tif:m": limit}))
     assert flow.amounts(Demand(flow.limits, tokens=Tokens(4000, 1001))) == "5001"
     flow.check_amounts("5001")
+    assert flow.amounts(Demand(flow.limits, tokens=Tokens(4000, 10**30))) == str(MAX_BOUND)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import ceil, floor
 
-from tidegate.limiter.policy import BUCKETS, Limit, Quota, Rate
+from tidegate.limiter.policy import BUCKETS, MAX_BOUND, Limit, Quota, Rate
 
 DAY_MS = 86_400_000
 # A day that ends so much later is another one, also where the clocks are changed.
@@ -123,7 +123,7 @@ class Bucket:
 
     @staticmethod
     def _capped(limit: Rate, units: int) -> int:
-        return min(units, 2 * limit.bound * limit.window_ms) if limit.bound else units
+        return min(units, 2 * (limit.bound or MAX_BOUND) * limit.window_ms)
 
     def _refilled(self, start: int, end: int) -> int:
         if end <= start:

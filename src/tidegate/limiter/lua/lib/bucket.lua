@@ -31,8 +31,9 @@ local function read_base(limit)
     before = tonumber(before), until_ms = tonumber(until_ms), stored = true }
 end
 
+-- Of one of 0, in shadow, as much as under the greatest bound that there is.
 local function most(limit)
-  return limit.bound > 0 and 2 * limit.bound * limit.window or math.huge
+  return 2 * (limit.bound > 0 and limit.bound or T.UNBOUNDED) * limit.window
 end
 
 -- The policy has changed the bound or the window: what has refilled until now stays refilled, and no more.
