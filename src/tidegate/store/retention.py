@@ -507,6 +507,11 @@ class RecordByDay:
         found = await self._connections.rows("own_retention", days, timeout_ms=_EXPORT_TIMEOUT_MS)
         return _cutoffs(found, days, datetime.now(UTC).date())
 
+    async def erasures(self) -> dict[str | None, int]:
+        """How often calls of each tenant were erased; of all of them under None."""
+        found = await self._connections.rows("count_erasures", timeout_ms=_EXPORT_TIMEOUT_MS)
+        return {row["tenant_id"]: row["erasures"] for row in found}
+
     async def unerased(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of once exported calls that were not erased since."""
         marks = [Mark(one["tenant"], one["subject"], one["submitted_at"]) for one in calls]

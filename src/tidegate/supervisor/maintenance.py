@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tidegate.store.blobs import Blobs
     from tidegate.store.database import Connections
     from tidegate.store.jobs import Requeue, RequeueReport
-    from tidegate.store.retention import EraseReport, PruneReport, Retention, Whose
+    from tidegate.store.retention import Cutoffs, EraseReport, PruneReport, Retention, Whose
 
 # How pg_restore complains of the file and not of the server.
 _NO_WHOLE_DUMP = ("input file", "valid archive")
@@ -372,6 +372,24 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
+@dataclass(frozen=True, slots=True)
+class _Expired:
+    """For which tenants a day has expired, and how often each tenant's calls were erased."""
+
+    cutoffs: Cutoffs
+    erased: Mapping[str | None, int]
+
+    def erasures(self, day: date) -> int:
+        """Those that change a day's file and no row: of calls that the file alone may have."""
+        if day >= self.cutoffs.last_due:
+            return 0
+        return sum(
+            count
+            for tenant, count in self.erased.items()
+            if tenant is None or self.cutoffs.is_over(tenant, day)
+        )
+
+
 class RecordExport:
     """Files of the record by day. A day's file has the calls that came on record for that day of
     UTC: native calls and streams by their receipt, jobs by their end.
@@ -405,20 +423,29 @@ class RecordExport:
         """Days that are over and have no file, or one from before their record last changed."""
         written = await self._blobs.written(_EXPORTS)
         states = await self._blobs.written(_STATES)
-        return [one.day for one in await self._record.days() if self._is_due(one, written, states)]
+        expired = await self._expired()
+        return [
+            one.day
+            for one in await self._record.days()
+            if self._is_due(one, written, states, expired.erasures(one.day))
+        ]
 
     async def on_record(self, first: date, last: date) -> list[date]:
         """Days from the first to the last that are over and on record."""
         return [one.day for one in await self._record.days() if first <= one.day <= last]
 
     def _is_due(
-        self, one: RecordDay, written: Mapping[str, datetime], states: Collection[str]
+        self,
+        one: RecordDay,
+        written: Mapping[str, datetime],
+        states: Collection[str],
+        erasures: int,
     ) -> bool:
         at = written.get(self.key_of(one.day))
         if at is None or one.has_changed:
             return True
         folder = self._states_of(one.day)
-        if _state_key(folder, one.summed_at) in states:
+        if _state_key(folder, one.summed_at, erasures) in states:
             return False
         if any(state.startswith(folder) for state in states):
             return True
@@ -427,9 +454,13 @@ class RecordExport:
     def _states_of(self, day: date) -> str:
         return f"{_STATES}/day={day}/{_FILES[self._format]}/"
 
-    async def _note_state(self, day: date, summed_at: datetime | None) -> None:
+    async def _expired(self) -> _Expired:
+        cutoffs = await self._record.cutoffs(self._retention_days)
+        return _Expired(cutoffs, await self._record.erasures())
+
+    async def _note_state(self, day: date, summed_at: datetime | None, erasures: int) -> None:
         folder = self._states_of(day)
-        key = _state_key(folder, summed_at)
+        key = _state_key(folder, summed_at, erasures)
         await self._blobs.put(key, b"")
         await self._blobs.delete((await self._blobs.written(folder.rstrip("/"))).keys() - {key})
 
@@ -439,23 +470,22 @@ class RecordExport:
         path = self._folder / f"{PREFIX}export-{new_id()}"
         before, key = path.with_name(f"{path.name}-before"), self.key_of(day)
         for _ in range(_MOST_TRIES):
-            state = await self._record.state(day)
+            state, expired = await self._record.state(day), await self._expired()
             try:
-                calls = await self._fill(path, before, day)
+                calls = await self._fill(path, before, day, expired.cutoffs)
                 size_bytes = path.stat().st_size
                 await self._blobs.put(key, path)
             finally:
                 path.unlink(missing_ok=True)
                 before.unlink(missing_ok=True)
             if await self._record.state(day) == state:
-                await self._note_state(day, state[1])
+                await self._note_state(day, state[1], expired.erasures(day))
                 get_logger().info(Log.RECORD_EXPORTED, day=f"{day}", key=key, calls=calls)
                 return ExportedDay(day, key, calls, size_bytes)
         raise StoreUnavailable(f"the record of {day} changed {_MOST_TRIES} times while it was read")
 
-    async def _fill(self, path: Path, before: Path, day: date) -> int:
+    async def _fill(self, path: Path, before: Path, day: date, cutoffs: Cutoffs) -> int:
         calls, seen = 0, set[str]()
-        cutoffs = await self._record.cutoffs(self._retention_days)
         has_before = await self._copy(day, before)
 
         def is_of_before(tenant: str) -> bool:
@@ -507,10 +537,9 @@ def _rows_in(file_format: ExportFormat, path: Path) -> Iterator[list[dict[str, A
             yield [orjson.loads(line) for line in some]
 
 
-def _state_key(folder: str, summed_at: datetime | None) -> str:
-    return folder + (
-        "new" if summed_at is None else f"{summed_at.astimezone(UTC):%Y%m%dT%H%M%S.%f}"
-    )
+def _state_key(folder: str, summed_at: datetime | None, erasures: int) -> str:
+    summed = "new" if summed_at is None else f"{summed_at.astimezone(UTC):%Y%m%dT%H%M%S.%f}"
+    return f"{folder}{summed}-{erasures}" if erasures else f"{folder}{summed}"
 
 
 @contextmanager

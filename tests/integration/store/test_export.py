@@ -45,7 +45,8 @@ NOON = time(12, tzinfo=UTC)
 
 
 def yesterday() -> date:
-    return datetime.now(UTC).date() - timedelta(days=1)
+    """The last day that may be summed up, which the one before is not until ten past midnight."""
+    return (datetime.now(UTC) - timedelta(days=1, minutes=11)).date()
 
 
 def call(at: datetime, subject: str, **changes: Any) -> CallRecord:
@@ -83,7 +84,7 @@ async def day(store: Store, peek: asyncpg.Connection) -> date:
     store.audit.put(call(noon + timedelta(hours=11, minutes=59), "ann", streamed=True))
     failed = Failure("upstream_error", "it failed")
     store.audit.put(call(noon, "bob", status="failed", http_status=502, failure=failed))
-    store.audit.put(call(noon + timedelta(days=1), "of another day"))
+    store.audit.put(call(datetime.now(UTC), "of another day"))
     await wait_until(lambda: peek.fetchval("SELECT count(*) = 4 FROM audit"), 20)
     return noon.date()
 
@@ -164,6 +165,24 @@ async def test_who_is_erased_leaves_the_file_with_the_next_export(
     assert await files.due() == [day]
     await files.write(day)
     assert [row["subject"] for row in rows_in(await store.blobs.get(one.key), "jsonl")] == ["bob"]
+
+
+@pytest.mark.parametrize("tenant", ["acme", None])
+async def test_who_is_erased_leaves_the_file_that_alone_has_their_calls(
+    store: Store, day: date, peek: asyncpg.Connection, tmp_path: Path, tenant: str | None
+) -> None:
+    files = export(store, tmp_path, "jsonl", retention_days=0)
+    one = await files.write(day)
+    await peek.execute("DELETE FROM audit WHERE tenant_id = 'acme'")
+    await store.usage.sum_days()
+    await files.write(day)
+    assert await files.due() == []
+    await store.retention.erase(Whose(tenant, "ann"))
+    assert await files.due() == [day], "no row of the day has changed"
+    assert await export(store, tmp_path, "jsonl").due() == [], "where no tenant's day has expired"
+    await files.write(day)
+    assert [row["subject"] for row in rows_in(await store.blobs.get(one.key), "jsonl")] == ["bob"]
+    assert await files.due() == []
 
 
 @pytest.mark.parametrize("file_format", ["jsonl", "parquet"])

@@ -128,6 +128,10 @@ SELECT blob_key FROM {partition} WHERE blob_key IS NOT NULL
 -- Tenants whose requests are kept for other days than $1.
 SELECT id, retention_days FROM tenants WHERE retention_days <> $1
 
+-- name: count_erasures
+-- How often each tenant's calls were erased, or a subject's of it; null: a subject's of all tenants.
+SELECT tenant_id, count(*) AS erasures FROM erased GROUP BY tenant_id
+
 -- name: prune_candidates_of
 -- Ended requests of tenant $3 older than $1, oldest first, at most $2.
 SELECT id FROM requests WHERE tenant_id = $3 AND created_at < $1
