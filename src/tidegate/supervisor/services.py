@@ -26,6 +26,7 @@ from contextlib import (
     AbstractContextManager,
     AsyncExitStack,
     asynccontextmanager,
+    closing,
     contextmanager,
     nullcontext,
 )
@@ -136,10 +137,12 @@ def make_folders(config: Config, *others: str) -> None:
 
 
 def check_database_url(config: Config) -> None:
-    """Raises ConfigError where no database can be meant, which waiting does not change."""
+    """Raises ConfigError where no database can be meant, which waiting does not change. Not by
+    `asyncio.run`, which waits for the thread that may look the host's name up already."""
     from tidegate.store.diagnostics import check_url
 
-    asyncio.run(check_url(database_url_of(config)))
+    with closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(check_url(database_url_of(config)))
 
 
 def migrate(config: Config, say: Callable[[str], object]) -> str | None:

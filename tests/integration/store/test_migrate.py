@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -14,9 +17,11 @@ import pytest
 
 from tests.waiting import wait_until
 from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.settings import load
 from tidegate.store import database as partitions
 from tidegate.store.database import HEAD, migrate, revision_of, upgrade
 from tidegate.store.diagnostics import check_url
+from tidegate.supervisor.services import check_database_url
 
 
 async def test_a_migration_reports_its_revision_and_the_next_has_nothing_to_do(
@@ -116,6 +121,23 @@ async def test_what_no_server_can_accept_is_refused_as_a_setting(
         assert "\n" not in str(one.value)
         assert "word" not in str(one.value)
     await check_url("postgresql://nobody:word@127.0.0.1:1/nothing?sslmode=prefer")
+
+
+def test_a_start_that_does_not_migrate_waits_for_no_name_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered, ended = threading.Event(), list[bool]()
+
+    def look_up(*_: object, **__: object) -> NoReturn:
+        ended.append(answered.wait(2))
+        raise socket.gaierror("no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    url = "postgresql://nobody:word@postgres.example/nothing"
+    given = {"DATABASE_URL": url, "REDIS_URL": "redis://127.0.0.1:1", "GEMINI_API_KEY": "k"}
+    check_database_url(load(given, dotenv=None))
+    assert not ended, "it may take minutes"
+    answered.set()
 
 
 async def test_the_index_of_words_reads_no_partition_of_before(empty_database_url: str) -> None:
