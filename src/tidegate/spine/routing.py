@@ -243,6 +243,7 @@ class Gate:
         self._said = ("", "")  # by the provider, for operators; and in short
         self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts
         self._opening: asyncio.Task[None] | None = None
+        self._opened = 0  # how often a try of this process was answered
         self._drained = False
         self._successor: Gate | None = None
 
@@ -415,22 +416,24 @@ class Gate:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """Of a try: after `PROBE_S` without an answer it holds up no other."""
-        passing_on = asyncio.create_task(self._pass_on())
+        """Of a try: after `PROBE_S` without an answer it holds up no other. One that is answered
+        may last for longer, and has no part in an outage after that."""
+        passing_on = asyncio.create_task(self._pass_on(self._opened))
         try:
             yield
         finally:
             passing_on.cancel()
 
-    async def _pass_on(self) -> None:
+    async def _pass_on(self, opened: int) -> None:
         await asyncio.sleep(PROBE_S)
-        if (shut := self._shut()) is not None:
+        if opened == self._opened and (shut := self._shut()) is not None:
             ms, why = FIRST_MS, shut[1]
             with suppress(LimiterUnavailable):
                 await self.limiter.close_gate(self.limit, for_ms=ms, most_ms=ms, tried=True, by=why)
 
     async def open(self) -> None:
         """Let all calls pass again."""
+        self._opened += 1
         self._faults.clear()
         self._said, self._closed_since = ("", ""), None
         try:

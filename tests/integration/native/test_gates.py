@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from uuid import uuid4
 
 import orjson
@@ -157,6 +158,24 @@ async def test_a_try_that_is_not_answered_holds_up_no_other(
     await wait_until(lambda: states(pair) == ["ok", "ok"], what="it is back for both")
     released.set()
     assert (await hangs)[0] == 200
+
+
+async def test_a_try_that_goes_on_after_its_answer_has_no_part_in_the_next_outage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(routing, "PROBE_S", 0.05)
+    async with Limiter.from_url("memory://", pool=uuid4().hex, policy={}) as limiter:
+        gate, others = Gate("of-this-test", limiter), asyncio.all_tasks()
+        close = partial(limiter.close_gate, gate.limit, for_ms=10_000, most_ms=60_000, tried=False)
+        await close()
+        with gate.trying():
+            passing_on = [one for one in asyncio.all_tasks() - others if "_pass_on" in repr(one)]
+            await gate.worked(MODEL, tried=True)
+            await close()
+            await asyncio.gather(*passing_on)
+            found = (await limiter.snapshot()).limits[gate.limit]
+        assert len(passing_on) == 1
+        assert 0 < found.paused_ms <= 10_000, "its own tries decide how long it lasts"
 
 
 @pytest.mark.usefixtures("one_try")
