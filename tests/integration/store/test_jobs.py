@@ -193,6 +193,29 @@ async def test_a_requeued_job_shows_no_picture_of_the_end_before(
     assert await peek.fetchval("SELECT count(*) FROM files") == 2, "erased and pruned with the job"
 
 
+async def test_a_job_that_is_requeued_soon_or_then_cancelled_shows_no_picture_of_before(
+    store: Store,
+) -> None:
+    hour, cut_off = timedelta(hours=1), Failure("upstream_unavailable", "the answer was cut off")
+    claimed, pictures = await run_one(store), [picture() for _ in range(3)]
+
+    async def shown() -> list[UUID]:
+        return [
+            one.file_id for one in (await store.requests.get(claimed.request_id, "default")).files
+        ]
+
+    for made in pictures:
+        end = result(status=Status.FAILED, failure=cut_off, files=(made,))
+        await store.queue.finish(claimed, end)
+        assert await shown() == [made.file_id]
+        assert (await store.stuck.requeue_all(Requeue(now() - hour, now() + hour))).requeued == 1
+        claimed = await claim_one(store)
+        await store.queue.running(claimed, model="gemini-test", fence=(1, 8), queue_ms=3.0)
+    await store.queue.release([claimed])
+    await store.jobs.cancel(claimed.request_id, "default")
+    assert await shown() == []
+
+
 async def test_only_the_holder_of_the_claim_may_write(
     store: Store, peek: asyncpg.Connection
 ) -> None:

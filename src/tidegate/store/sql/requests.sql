@@ -33,9 +33,10 @@ FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: get_request_files
 -- All files of one request in their order, uploads first; of pictures those of its last end, not of one
--- after which it was queued again. Ten seconds are for a server's clock that was set back.
+-- after which it was queued again: their positions are negative, or, where an older version queued it, they
+-- came before its last attempt. Ten seconds are for a server's clock that was set back.
 SELECT f.* FROM files f JOIN requests r ON r.id = f.request_id
-WHERE f.request_id = $1 AND (f.role = 'input' OR (r.status NOT IN ('queued', 'running')
+WHERE f.request_id = $1 AND (f.role = 'input' OR (r.status NOT IN ('queued', 'running') AND f.position >= 0
     AND f.created_at >= coalesce(r.attempt_at - interval '10 seconds', '-infinity')))
 ORDER BY f.role, f.position
 
@@ -179,23 +180,30 @@ SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
 ) AS matching GROUP BY 1 ORDER BY 2 DESC, 1
 
 -- name: requeue_ended
--- Queue up to $6 such jobs again, those that ended first: as when they were new, but for their place.
-UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
-    claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
-    cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
-    used_model = NULL, upstream = NULL, result = NULL, finish_reason = NULL, input_tokens = NULL,
-    output_tokens = NULL, thoughts_tokens = NULL, cached_tokens = NULL, total_tokens = NULL,
-    given_ms = coalesce(given_ms, (extract(epoch FROM deadline_at - created_at) * 1000)::bigint),
-    deadline_at = now() + coalesce(given_ms * interval '1 millisecond', deadline_at - created_at),
-    version = version + 1
-WHERE id IN (
-    SELECT id FROM requests
-    WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
-        AND finished_at >= $2 AND finished_at < $3 AND ($4::text IS NULL OR tenant_id = $4)
-        AND ($5::text IS NULL OR coalesce(failure ->> 'code', '') = $5)
-    ORDER BY finished_at LIMIT $6 FOR UPDATE SKIP LOCKED
+-- Queue up to $6 such jobs again, those that ended first: as when they were new, but for their place. What they
+-- had made by then, as before a cut, is put aside.
+WITH requeued AS (
+    UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
+        claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
+        cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
+        used_model = NULL, upstream = NULL, result = NULL, finish_reason = NULL, input_tokens = NULL,
+        output_tokens = NULL, thoughts_tokens = NULL, cached_tokens = NULL, total_tokens = NULL,
+        given_ms = coalesce(given_ms, (extract(epoch FROM deadline_at - created_at) * 1000)::bigint),
+        deadline_at = now() + coalesce(given_ms * interval '1 millisecond', deadline_at - created_at),
+        version = version + 1
+    WHERE id IN (
+        SELECT id FROM requests
+        WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
+            AND finished_at >= $2 AND finished_at < $3 AND ($4::text IS NULL OR tenant_id = $4)
+            AND ($5::text IS NULL OR coalesce(failure ->> 'code', '') = $5)
+        ORDER BY finished_at LIMIT $6 FOR UPDATE SKIP LOCKED
+    )
+    RETURNING id, pool
+), put_aside AS (
+    UPDATE files SET position = -1 - position FROM requeued
+    WHERE files.request_id = requeued.id AND files.role = 'output' AND files.position >= 0
 )
-RETURNING id, pool
+SELECT id, pool FROM requeued
 
 -- name: list_newest_ids
 -- The ids of the last $1 requests of all tenants, the newest first.
