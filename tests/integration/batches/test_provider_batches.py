@@ -95,7 +95,7 @@ async def test_jobs_of_all_dialects_are_answered_once_at_half_the_price(
     assert len(await batches(gateway)) == len(MODELS)  # prompts are with the calls
     await costs_half(gateway, ids[0])
     attempts = await gateway.attempts(ids[0])
-    assert [row["outcome"] for row in attempts] == ["succeeded"]
+    assert [(row["outcome"], row["upstream"]) for row in attempts] == [("succeeded", "openai")]
 
 
 async def costs_half(gateway: Gateway, job: str) -> None:

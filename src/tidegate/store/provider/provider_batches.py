@@ -202,6 +202,7 @@ class ProviderBatches:
                 "created_at": one.job.created_at,
                 "attempt_id": new_id(),
                 "model": rows.clean(batch.model),
+                "upstream": batch.upstream,
                 "fence_epoch": 0,
                 "fence_sequence": 0,
                 "queue_ms": max(0.0, (now - one.job.created_at).total_seconds() * 1000),
