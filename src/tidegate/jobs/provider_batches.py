@@ -41,6 +41,7 @@ from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import (
     ClaimLost,
     InvalidRequest,
+    NotFound,
     QuotaExceeded,
     StoreUnavailable,
     TidegateError,
@@ -64,7 +65,7 @@ from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.batched import BatchableCall, BatchedCalls, prompt_endpoint
 from tidegate.spine.detached import detached_call, endpoint_named
-from tidegate.spine.native import Relay
+from tidegate.spine.native import NativeCall, Relay
 from tidegate.spine.prompt import PromptCalls, files_known
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
@@ -303,18 +304,20 @@ class ProviderBatchRunner:
             call = Call(job.request_id, job.prompt, kind, model, media, tenant, job.priority)
             terms = Terms(job.request_id, caller, time.monotonic())
             return self._calls.of_prompt(call, terms, target, record)
+        return self._calls.of_native(await self._native(job, job.endpoint), target, record)
+
+    async def _native(self, job: ClaimedJob, path: str) -> NativeCall:
         body = job.prompt.encode()
         for attachment in job.attachments:  # the body, where it is a large one
             body = await self._blobs.get(attachment.blob_key)
-        native = detached_call(
+        return detached_call(
             request_id=job.request_id,
-            path=job.endpoint,
+            path=path,
             body=body,
-            caller=caller,
+            caller=caller_of(job),
             priority=job.priority,
             deadline_ms=None,
         )
-        return self._calls.of_native(native, target, record)
 
     def _needs(self, job: ClaimedJob, call: BatchableCall) -> tuple[tuple[Binding, int], ...]:
         """Of the budgets that bind the job. Raises BudgetUnbounded."""
@@ -660,6 +663,10 @@ class ProviderBatchRunner:
             try:
                 self._calls.read(record, endpoint, target, result.answer, kind)
                 record.files = await kept(self._blobs, record.answer.pictures)
+                if line.job.endpoint is not None and self._calls.lacks_usage(record):
+                    with suppress(NotFound):  # its body is gone
+                        native = await self._native(line.job, line.job.endpoint)
+                        self._calls.estimate_usage(record, native, target, result.answer)
             except UpstreamError as wrong:
                 error = wrong
         if line.is_cancelled:

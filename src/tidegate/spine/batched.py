@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.admission.charges import charge_of, is_unknown
+from tidegate.admission.charges import charge_of, cut_charge, is_complete, is_unknown
 from tidegate.call import (
     UNKNOWN_CHARGE,
     Call,
@@ -30,6 +30,7 @@ from tidegate.call import (
     UsageDetails,
 )
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.answers import visible_output
 from tidegate.dialects.prompts import (
     Files,
     PromptAnswer,
@@ -37,8 +38,8 @@ from tidegate.dialects.prompts import (
     picture_type_of,
     prompt_call,
 )
-from tidegate.dialects.requests import cache_write_of, check_said_once, skimmed
-from tidegate.dialects.spec import Dialect, Endpoint, Operation
+from tidegate.dialects.requests import Skimmed, cache_write_of, check_said_once, skimmed
+from tidegate.dialects.spec import Dialect, Endpoint, Operation, RequestFacts
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
 from tidegate.prices.rates import Rates
 from tidegate.record import KEPT_BYTES, CallRecord
@@ -111,10 +112,8 @@ class BatchedCalls:
 
     def of_native(self, call: NativeCall, target: Target, record: CallRecord) -> BatchableCall:
         """Raises InvalidRequest and PayloadTooLarge."""
-        read = skimmed(call.body)
+        read, asked = _read(call)
         spec = DIALECTS[call.endpoint.dialect]
-        asked = spec.request_facts(call.endpoint, read.body, read.whole)
-        asked.cache_write = cache_write_of(read.raw, read.body)
         check_said_once(read.raw, read.body)
         if references := spec.references(read.body, read.raw):
             said = f"{references[0].field} names what only a call of its own may reach"
@@ -187,6 +186,28 @@ class BatchedCalls:
             reading.take(answer)
             reading.finish()
 
+    def lacks_usage(self, record: CallRecord) -> bool:
+        """Whether a good answer told a part of its usage alone."""
+        usage = record.answer.usage
+        return not (is_unknown(usage) or is_complete(usage) or record.charge.images)
+
+    def estimate_usage(
+        self, record: CallRecord, call: NativeCall, target: Target, answer: bytes
+    ) -> None:
+        """Charge such an answer with an estimate of what is missing, as one outside of a batch."""
+        _, asked = _read(call)
+        spec, said = DIALECTS[call.endpoint.dialect], record.answer
+        estimate = self._spine.lane(target).demands.estimator.of_pieces(
+            target.model,
+            asked.kind.value,
+            asked.pieces,
+            max_output_tokens=asked.max_output_tokens,
+            tenant=record.tenant_id,
+        )
+        came = visible_output(spec, answer, len(answer)).tokens
+        rates = self._rates(target, target.model) or self._rates(target, said.model_version or "")
+        record.charge = cut_charge(rates, said.usage, estimate, came, None, whole=True)
+
     def _charge(
         self, target: Target, usage: Usage, version: str | None, images: int | None
     ) -> Charge:
@@ -194,6 +215,14 @@ class BatchedCalls:
             return UNKNOWN_CHARGE
         rates = self._rates(target, target.model) or self._rates(target, version or "")
         return charge_of(rates, usage, images, whole=True)
+
+
+def _read(call: NativeCall) -> tuple[Skimmed, RequestFacts]:
+    read = skimmed(call.body)
+    facts_of = DIALECTS[call.endpoint.dialect].request_facts
+    asked = facts_of(call.endpoint, read.body, read.whole)
+    asked.cache_write = cache_write_of(read.raw, read.body)
+    return read, asked
 
 
 def _in_batch(usage: Usage) -> Usage:

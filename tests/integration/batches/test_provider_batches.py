@@ -98,6 +98,22 @@ async def test_jobs_of_all_dialects_are_answered_once_at_half_the_price(
     assert [(row["outcome"], row["upstream"]) for row in attempts] == [("succeeded", "openai")]
 
 
+async def test_a_line_whose_answer_reports_no_input_is_charged_an_estimate_of_it(
+    open_gateway: Opener, settings: dict[str, Any]
+) -> None:
+    """As a call outside of a batch is: Google reports none where a file is named by its address."""
+    gateway = await opened(open_gateway, settings)
+    picture = {"fileData": {"fileUri": "https://example.com/a.png", "mimeType": "image/png"}}
+    contents = [{"role": "user", "parts": [{"text": "Describe it"}, picture]}]
+    (job,) = await submitted(gateway, wrapped("gemini", "", contents=contents))
+    gateway.start_worker()
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    row = await gateway.audit(job)
+    assert (row["usage_state"], row["input_tokens"] > 0) == ("estimated", True)
+    micros = (row["input_tokens"] * 0.30 + row["output_tokens"] * 2.50) / 2
+    assert row["cost_micros"] == pytest.approx(micros, abs=1)
+
+
 async def costs_half(gateway: Gateway, job: str) -> None:
     """gpt-4o-mini: 0.15 USD a million of input, 0.60 of output."""
     row = await gateway.audit(job)
