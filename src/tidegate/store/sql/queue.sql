@@ -19,8 +19,8 @@ WHERE id = $1 AND claim = $2 AND coalesce(status = 'queued', false)
 RETURNING id
 
 -- name: begin_running
--- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no second one. $3:
--- none of them that was claimed before has an attempt from before, which tells the partitions.
+-- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no second one.
+-- Those that were claimed before have no attempt from before $3, which tells the partitions.
 WITH begun AS (
     UPDATE requests r SET
         status = 'running',
@@ -63,8 +63,8 @@ SELECT attempt_id, attempt_at FROM requests
 WHERE id = $1 AND claim = $2 AND claimed_by = $3 AND status = 'running' FOR UPDATE
 
 -- name: begin_another
--- Begin another attempt $2 of the running job $1 beside the last one, which uses up $3 more; its first
--- was not before $10.
+-- Begin another attempt $2 of the running job $1 beside the last one, which uses up $3 more.
+-- Its first was not before $10.
 WITH begun AS (
     UPDATE requests SET attempts = attempts + $3, attempt_id = $2, attempt_at = now(),
         upstream = $9, version = version + 1

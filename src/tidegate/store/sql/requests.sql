@@ -32,9 +32,9 @@ SELECT 1 + (
 FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: get_request_files
--- All files of one request in their order, uploads first; of pictures those of its last end, not of one
--- after which it was queued again: their positions are negative, or, where an older version queued it, they
--- came before its last attempt. Ten seconds are for a server's clock that was set back.
+-- All files of one request in their order, uploads first; of pictures those of its last end.
+-- Those of an end after which it was queued again have negative positions, or, where an older version
+-- queued it, came before its last attempt. Ten seconds are for a server's clock that was set back.
 SELECT f.* FROM files f JOIN requests r ON r.id = f.request_id
 WHERE f.request_id = $1 AND (f.role = 'input' OR (r.status NOT IN ('queued', 'running') AND f.position >= 0
     AND f.created_at >= coalesce(r.attempt_at - interval '10 seconds', '-infinity')))
