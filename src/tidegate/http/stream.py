@@ -348,10 +348,15 @@ class StreamedAnswer(Response):
 
     async def _media(self, kind: Kind) -> tuple[Media, ...]:
         prompt_bytes = len(self._submission.prompt)
-        self._hold.occupy(prompt_bytes + sum(one.size_bytes for one in self._ask.attachments))
+        own_bytes = prompt_bytes + sum(one.size_bytes for one in self._ask.attachments)
+
+        def occupy(fetched_bytes: int) -> None:
+            self._hold.occupy(own_bytes + fetched_bytes)
+
+        occupy(0)
         try:
             async with asyncio.timeout(self._left_ms() / 1000):
-                media = await self._services.prompts.media(self._ask)
+                media = await self._services.prompts.media(self._ask, occupy)
             self._hold.occupy(prompt_bytes + sum(len(one.data) for one in media))
             return media
         except TimeoutError:

@@ -307,8 +307,10 @@ class PromptCalls:
         parts = (self._config.classifier_model, *ask.mime_types, str(bool(ask.image_uri)))
         return sha256("\0".join((*parts, ask.prompt)).encode()).digest()
 
-    async def media(self, ask: Ask) -> tuple[Media, ...]:
-        """Load the files and fetch the `image_uri`.
+    async def media(
+        self, ask: Ask, arrived: Callable[[int], None] | None = None
+    ) -> tuple[Media, ...]:
+        """Load the files and fetch the `image_uri`, of which `arrived` counts the bytes so far.
 
         Raises FetchRefused, StoreUnavailable, or NotFound for a file whose bytes are gone.
         """
@@ -320,7 +322,7 @@ class PromptCalls:
                 raise NotFound(f"the uploaded file {stored.name!r} was deleted") from None
             loaded.append(Media(stored.mime_type, data, stored.name))
         if ask.image_uri is not None:
-            loaded.append(await self._fetcher.fetch(ask.image_uri))
+            loaded.append(await self._fetcher.fetch(ask.image_uri, arrived))
         return tuple(loaded)
 
     def check_bounded(self, call: Call, terms: Terms, subject: str | None) -> None:

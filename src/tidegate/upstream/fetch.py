@@ -305,8 +305,9 @@ class ImageFetcher:
     is_allowed: Callable[[Address], bool] = is_public
     resolver: AbstractResolver | None = None
 
-    async def fetch(self, uri: str) -> Media:
-        """The picture at `uri`. Raises FetchRefused; cancelling closes the connection."""
+    async def fetch(self, uri: str, arrived: Callable[[int], None] | None = None) -> Media:
+        """The picture at `uri`. `arrived` is called with its bytes in memory so far, and may raise.
+        Raises FetchRefused; cancelling closes the connection."""
         import aiohttp
 
         try:
@@ -314,17 +315,19 @@ class ImageFetcher:
                 resolver = self.resolver or callers_resolver()
                 session = guarded_session(self.is_allowed, resolver, _HEADERS)
                 await stack.enter_async_context(session)
-                return await self._follow(session, check_uri(uri, self.is_allowed))
+                return await self._follow(session, check_uri(uri, self.is_allowed), arrived)
         except TimeoutError:
             raise refused(f"did not arrive within {self.timeout_ms} ms") from None
         except aiohttp.ClientError as failed:
             raise refused(why_not_sent(failed)) from None
 
-    async def _follow(self, session: aiohttp.ClientSession, url: URL) -> Media:
+    async def _follow(
+        self, session: aiohttp.ClientSession, url: URL, arrived: Callable[[int], None] | None
+    ) -> Media:
         for _ in range(MAX_REDIRECTS + 1):
             async with session.get(url, allow_redirects=False) as response:
                 if response.status not in _REDIRECTS:
-                    return await self._read(response)
+                    return await self._read(response, arrived)
                 target = response.headers.get("Location", "")
             try:
                 url = url.join(URL(target))
@@ -333,7 +336,9 @@ class ImageFetcher:
             url = check_uri(str(url), self.is_allowed)
         raise refused(f"redirects more than {MAX_REDIRECTS} times")
 
-    async def _read(self, response: aiohttp.ClientResponse) -> Media:
+    async def _read(
+        self, response: aiohttp.ClientResponse, arrived: Callable[[int], None] | None
+    ) -> Media:
         if response.status != 200:
             raise refused(f"was answered with status {response.status}")
         if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
@@ -348,6 +353,8 @@ class ImageFetcher:
             data += chunk
             if len(data) > self.max_bytes:
                 raise self._too_large()
+            if arrived is not None:
+                arrived(len(data))
             if len(data) >= 32 and picture_type(bytes(data[:256])) is None:
                 break
         mime_type = picture_type(bytes(data[:256]))

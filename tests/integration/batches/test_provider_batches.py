@@ -427,7 +427,7 @@ async def test_pictures_that_are_fetched_make_no_batch_larger(
 ) -> None:
     picture = Media("image/png", PNG + bytes(3_000_000), "large.png")
 
-    async def fetch(_fetcher: ImageFetcher, _uri: str) -> Media:
+    async def fetch(_fetcher: ImageFetcher, _uri: str, *_more: object) -> Media:
         return picture
 
     monkeypatch.setattr(ImageFetcher, "fetch", fetch)
@@ -445,7 +445,7 @@ async def test_a_picture_that_does_not_come_holds_up_no_other_tenant(
 ) -> None:
     came, fetching = asyncio.Event(), set[str]()
 
-    async def fetch(_fetcher: ImageFetcher, uri: str) -> Media:
+    async def fetch(_fetcher: ImageFetcher, uri: str, *_more: object) -> Media:
         fetching.add(uri)
         await came.wait()
         return Media("image/png", PNG)
@@ -498,7 +498,7 @@ async def test_a_line_that_cannot_be_made_again_leaves_its_batch_to_the_others(
 ) -> None:
     fetched = list[str]()
 
-    async def fetch(_fetcher: ImageFetcher, uri: str) -> Media:
+    async def fetch(_fetcher: ImageFetcher, uri: str, *_more: object) -> Media:
         fetched.append(uri)
         if "gone" in uri and fetched.count(uri) > 1:
             raise refused("was answered with status 404")

@@ -9,10 +9,12 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from tests.contract.names import Names
 from tests.gateway import PNG, Opener, payload_of
 from tests.integration.tenants.asking import ask, key_of, submitted
 from tests.waiting import wait_until
 from tidegate.policy.format import edit
+from tidegate.upstream.fetch import ImageFetcher
 
 
 async def test_requests_files_and_status_are_the_owners_alone(open_gateway: Opener) -> None:
@@ -200,3 +202,35 @@ async def test_a_streams_files_count_while_it_waits_and_is_called(open_gateway: 
     assert (second.status, (await second.json(content_type=None))["code"]) == (503, "queue_full")
     first.close()
     await wait_until(lambda: "alice" not in held, 20, "what it held is free")
+
+
+async def test_a_streams_picture_counts_while_it_is_fetched(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a server that its caller chose, and that never ends it."""
+    bounds = {"max_body_bytes": 550_000, "max_held_bytes": 550_000}
+    gateway = await open_gateway(worker=False, auth="on", **bounds)
+    alice, ended = await key_of(gateway, "alice"), asyncio.Event()
+
+    async def picture(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 400000\r\n\r\n" + PNG + bytes(300_000))
+        await ended.wait()
+        writer.close()
+
+    fetcher = ImageFetcher(
+        550_000, 20_000, is_allowed=lambda _: True, resolver=Names(site=["127.0.0.1"])
+    )
+    monkeypatch.setattr(gateway.services.prompts, "_fetcher", fetcher)
+    async with await asyncio.start_server(picture, "127.0.0.1", 0) as site:
+        uri = f"http://site.example:{site.sockets[0].getsockname()[1]}/fox.png"
+        body = {"text": "Explain", "type": "multi_modal", "image_uri": uri}
+        url = f"{gateway.url}/stream"
+        first = asyncio.create_task(gateway.http.post(url, headers=alice, json=body))
+        held = gateway.services.bodies.of_tenants
+        await wait_until(lambda: held["alice"] >= 300_000, 10, "what has come of the picture")
+        async with gateway.http.post(url, headers=alice, json=body) as second:
+            problem = await second.json(content_type=None)
+            assert (second.status, problem["code"]) == (503, "queue_full")
+        first.cancel()
+        await wait_until(lambda: "alice" not in held, 20, "what it held is free")
+        ended.set()
