@@ -19,7 +19,13 @@ from aiohttp.abc import ResolveResult
 from tests.contract.names import Names
 from tests.waiting import wait_until
 from tidegate.errors import FetchRefused
-from tidegate.upstream.fetch import Address, GuardedPoster, ImageFetcher, is_public
+from tidegate.upstream.fetch import (
+    MOST_LOOK_UPS,
+    Address,
+    GuardedPoster,
+    ImageFetcher,
+    is_public,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(200))
 MAX_BYTES = 100_000
@@ -248,6 +254,42 @@ async def test_names_that_are_not_answered_hold_up_no_other_look_up(
     finally:
         ended.set()
         ends = await asyncio.gather(*given, *posted, return_exceptions=True)
+    assert all("cannot be found" in str(end) for end in ends)
+
+
+async def test_names_of_one_tenant_leave_threads_to_those_of_another(
+    monkeypatch: pytest.MonkeyPatch, site: Site
+) -> None:
+    """A tenant's own name server need only be silent: what it holds up are look-ups, not calls."""
+    ended, slow, usual = threading.Event(), [], socket.getaddrinfo
+
+    def look(host: Any, *more: Any, **named: Any) -> Any:
+        if str(host).endswith("slow.example"):
+            slow.append(host)
+            ended.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return usual("127.0.0.1", *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
+    site.answers(body=PNG)
+    fetcher = ImageFetcher(max_bytes=MAX_BYTES, timeout_ms=20_000, is_allowed=only_here)
+    poster = GuardedPoster(timeout_ms=20_000, is_allowed=only_here)
+    names = [f"http://{number}.slow.example/" for number in range(100)]
+    given = [asyncio.create_task(fetcher.fetch(name, "alice")) for name in names]
+    posted = [asyncio.create_task(poster.post(name, b"", {}, "alice")) for name in names]
+    try:
+        await wait_until(lambda: len(slow) == MOST_LOOK_UPS // 2, 10, "look-ups of alice")
+        async with asyncio.timeout(5):
+            assert (await fetcher.fetch(site.url(host="bob.example"), "bob")).data == PNG
+            assert (await poster.post(site.url(host="bob.example"), b"", {}, "bob")).status == 200
+        for task in given:  # a look-up in a thread goes on
+            task.cancel()
+        await asyncio.gather(*given, return_exceptions=True)
+        assert len(slow) == MOST_LOOK_UPS // 2
+    finally:
+        ended.set()
+        ends = await asyncio.gather(*posted, return_exceptions=True)
+    assert len(slow) < 200
     assert all("cannot be found" in str(end) for end in ends)
 
 

@@ -99,7 +99,8 @@ class WebhookSender:
             if record.status != delivery.status or last != delivery.webhook_id:
                 record = await self._store.outbox.end_of(delivery, record)
             body = payload(delivery, record)
-            answer = await self._poster.post(delivery.url, body, self._headers(delivery, body))
+            headers, whose = self._headers(delivery, body), delivery.tenant_id
+            answer = await self._poster.post(delivery.url, body, headers, whose)
             await self._settle(delivery, answer)
         except (NotFound, StoreUnavailable):
             return

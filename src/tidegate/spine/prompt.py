@@ -322,7 +322,7 @@ class PromptCalls:
                 raise NotFound(f"the uploaded file {stored.name!r} was deleted") from None
             loaded.append(Media(stored.mime_type, data, stored.name))
         if ask.image_uri is not None:
-            loaded.append(await self._fetcher.fetch(ask.image_uri, arrived))
+            loaded.append(await self._fetcher.fetch(ask.image_uri, ask.tenant_id, arrived))
         return tuple(loaded)
 
     def check_bounded(self, call: Call, terms: Terms, subject: str | None) -> None:

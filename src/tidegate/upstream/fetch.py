@@ -3,7 +3,8 @@
 Invariants: a socket is opened only to an allowed address, checked on the address that is
 connected to, for every hop; nothing of ours is sent (no cookies, credentials, referrer or proxy);
 at most `max_bytes` are kept; a webhook follows no redirect; an image type is named only by a
-unique signature; look-ups of names that callers chose take no thread that other work needs.
+unique signature; look-ups of names that callers chose take no thread that other work needs, nor
+all of their own threads for one tenant.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import asyncio
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from yarl import URL
@@ -161,11 +164,73 @@ class AddressRefused(OSError):
 
 # A look-up can't be cancelled, and takes half a minute where a name server does not answer. The
 # event loop's few threads (4 of uvloop) look up the providers' names, and stay free for that.
-_CALLERS_NAMES = ThreadPoolExecutor(64, "callers-names")
+MOST_LOOK_UPS = 64
+Found = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
 
 
-def callers_resolver() -> AbstractResolver:
-    """Looks up names that callers chose, in threads of their own."""
+class LookUps:
+    """Threads that look up names that callers chose. A tenant may have half of what the others
+    leave, until its look-ups have really ended; more of its own wait: no tenant's name servers hold
+    up the look-ups of another."""
+
+    def __init__(self, most: int = MOST_LOOK_UPS) -> None:
+        self._most = most
+        self._threads = ThreadPoolExecutor(most, "callers-names")
+        self._lock = Lock()
+        self._running: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+
+    async def run(self, tenant_id: str, work: Callable[[], Found]) -> Found:
+        """Cancelled, the look-up goes on in its thread."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._waiting.setdefault(tenant_id, deque()).append(turn)
+            self._grant()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # its turn came in the same moment
+                self._end(tenant_id)
+            raise
+        looking = self._threads.submit(work)
+        looking.add_done_callback(lambda _: self._end(tenant_id))
+        return await asyncio.wrap_future(looking)
+
+    def _end(self, tenant_id: str) -> None:
+        with self._lock:
+            self._running[tenant_id] -= 1
+            if not self._running[tenant_id]:
+                del self._running[tenant_id]
+            self._grant()
+
+    def _grant(self) -> None:
+        """Begin what there is room for. Under the lock, in any thread."""
+        for tenant_id, turns in list(self._waiting.items()):
+            while turns and (turns[0].cancelled() or self._has_room(tenant_id)):
+                turn = turns.popleft()
+                if not turn.cancelled():
+                    self._running[tenant_id] += 1
+                    turn.get_loop().call_soon_threadsafe(self._begin, turn, tenant_id)
+            if not turns:
+                del self._waiting[tenant_id]
+
+    def _has_room(self, tenant_id: str) -> bool:
+        own = self._running[tenant_id]
+        left = self._most - self._running.total() + own
+        return own < (left + 1) // 2
+
+    def _begin(self, turn: asyncio.Future[None], tenant_id: str) -> None:
+        if turn.cancelled():
+            self._end(tenant_id)
+        else:
+            turn.set_result(None)
+
+
+_LOOK_UPS = LookUps()
+
+
+def callers_resolver(tenant_id: str) -> AbstractResolver:
+    """Looks up names that a tenant's callers chose, in threads for such names."""
     from aiohttp.abc import AbstractResolver, ResolveResult
 
     class CallersResolver(AbstractResolver):
@@ -174,7 +239,7 @@ def callers_resolver() -> AbstractResolver:
         ) -> list[ResolveResult]:
             look = partial(socket.getaddrinfo, flags=socket.AI_ADDRCONFIG)
             work = partial(look, host, port, family, socket.SOCK_STREAM)
-            found = await asyncio.get_running_loop().run_in_executor(_CALLERS_NAMES, work)
+            found = await _LOOK_UPS.run(tenant_id, work)
             return [
                 ResolveResult(
                     hostname=host,
@@ -305,14 +370,16 @@ class ImageFetcher:
     is_allowed: Callable[[Address], bool] = is_public
     resolver: AbstractResolver | None = None
 
-    async def fetch(self, uri: str, arrived: Callable[[int], None] | None = None) -> Media:
-        """The picture at `uri`. `arrived` is called with its bytes in memory so far, and may raise.
-        Raises FetchRefused; cancelling closes the connection."""
+    async def fetch(
+        self, uri: str, tenant_id: str = "", arrived: Callable[[int], None] | None = None
+    ) -> Media:
+        """The picture at `uri`, for a tenant. `arrived` is called with its bytes in memory so far,
+        and may raise. Raises FetchRefused; cancelling closes the connection."""
         import aiohttp
 
         try:
             async with asyncio.timeout(self.timeout_ms / 1000), AsyncExitStack() as stack:
-                resolver = self.resolver or callers_resolver()
+                resolver = self.resolver or callers_resolver(tenant_id)
                 session = guarded_session(self.is_allowed, resolver, _HEADERS)
                 await stack.enter_async_context(session)
                 return await self._follow(session, check_uri(uri, self.is_allowed), arrived)
@@ -395,13 +462,15 @@ class GuardedPoster:
     is_allowed: Callable[[Address], bool] = is_public
     operators: bool = False
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Posted:
-        """Cancelling closes the connection."""
+    async def post(
+        self, url: str, body: bytes, headers: Mapping[str, str], tenant_id: str = ""
+    ) -> Posted:
+        """For a tenant. Cancelling closes the connection."""
         import aiohttp
 
         try:
             target = self._target(url)
-            resolver = None if self.operators else callers_resolver()
+            resolver = None if self.operators else callers_resolver(tenant_id)
             async with (
                 asyncio.timeout(self.timeout_ms / 1000),
                 guarded_session(self.is_allowed, resolver, _POST_HEADERS) as session,
