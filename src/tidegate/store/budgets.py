@@ -68,6 +68,7 @@ _STRAYS_AFTER_S = 60.0
 _ROOM_EVERY_S = 0.25
 _REMEMBERED_S = 60.0
 _BRIEFLY_REMEMBERED_S = 1.0
+_MOST_REMEMBERED = 10_000  # subjects and conversations are named by clients
 _SEED_TIMEOUT_MS = 60_000
 _READ_TIMEOUT_MS = 2_000
 _MOST_ORPHANS = 500
@@ -537,11 +538,18 @@ class Budgets:
             refused = self._refused(bindings[row["book"]], row)
             results[row["call"]] = refused
             if refused.why != "held" and is_newest:
-                self._refusals[refused.binding.budget.name, refused.binding.scope] = refused
+                self._remember(refused)
         self._refuses = bool(rows)
         if rows:
             self._tell_waiters()
         return results
+
+    def _remember(self, refused: Refusal) -> None:
+        book = refused.binding.budget.name, refused.binding.scope
+        self._refusals.pop(book, None)
+        if len(self._refusals) >= _MOST_REMEMBERED:
+            del self._refusals[next(iter(self._refusals))]  # the one that was read first
+        self._refusals[book] = refused
 
     async def _written(self, asked: bytes) -> list[asyncpg.Record]:
         """Write what is asked for; a row for each that is refused. Where nothing was refused lately

@@ -18,6 +18,7 @@ from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
 from tidegate.jobs import calls
 from tidegate.prices.budgets import Budget
+from tidegate.store import budgets as books
 
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
 BOUND = 90  # of an answer, in tokens
@@ -584,3 +585,19 @@ async def test_a_question_of_the_classifier_is_charged_to_the_budgets_of_its_ten
     )
     assert [(row["source"], row["tokens"]) for row in calls] == [("stream", spent["key"])]
     assert spent["tenant"] > spent["key"] > 0
+
+
+async def test_what_is_remembered_of_refusals_is_bounded(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients name whom a budget has a book of, and a refusal costs them nothing."""
+    monkeypatch.setattr(books, "_MOST_REMEMBERED", 3)
+    gateway = await open_gateway(**ON)
+    acme = await key_of(gateway, "acme")
+    await with_budgets(gateway, Budget("each", "tokens", 50, "day", each=("conversation",)))
+    for name in ("1", "2", "3", "4", "5"):
+        status, _, _ = await called(gateway, 0, acme | {"x-tidegate-conversation": name})
+        assert status == 429
+    known = [scope for _, scope in gateway.services.budgets._refusals]
+    assert len(known) == 3
+    assert "5" in known[-1]
