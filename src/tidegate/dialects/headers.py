@@ -76,6 +76,9 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(
         *(b"accept-ch", b"accept-ch-lifetime", b"critical-ch", b"use-as-dictionary"),
     )
 )
+# What every answer to a caller of its own is to a cache before us: no shared one keeps it.
+_PRIVATE = (b"private", b"no-store")
+_KEPT_BY_NOBODY_ELSE = (b"cache-control", b"private, no-cache")
 _NOT_RETURNED_PREFIXES = (_OURS, b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
 _SHORTEST_SECRET_BYTES = 8  # a shorter one, such as `none`, opens nothing
 _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -127,6 +130,16 @@ def to_return(
     if named and named not in (b"keep-alive", b"close"):
         found = _without_named(found, named)
     return found
+
+
+def kept_private(headers: Headers) -> Headers:
+    """The headers of an answer to GET, such that no cache gives it to another caller: one before us
+    knows nothing of `x-api-key` or `?key=`, and may keep what names no time."""
+    stated = b",".join([value.lower() for name, value in headers if name == b"cache-control"])
+    if any(one in stated for one in _PRIVATE):
+        return headers
+    left = [pair for pair in headers if pair[0] not in (b"cache-control", b"expires")]
+    return [*left, _KEPT_BY_NOBODY_ELSE]
 
 
 def content_type_in(headers: Headers) -> str | None:

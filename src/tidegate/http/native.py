@@ -24,7 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tidegate.call import ANYBODY, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, endpoint_in, methods_at
 from tidegate.dialects.forms import is_form
-from tidegate.dialects.headers import content_type_in, to_send
+from tidegate.dialects.headers import content_type_in, kept_private, to_send
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
@@ -55,6 +55,7 @@ from tidegate.http.idempotency import HEADER as IDEMPOTENCY_HEADER
 from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.services import (
+    CACHEABLE,
     NATIVE,
     SHOW_WAIT_EVERY_S,
     SHOW_WAIT_HEADER,
@@ -620,6 +621,8 @@ class _Front:
 
     def _with_id(self, headers: Headers) -> Headers:
         self._id_text = str(self._request_id)
+        if self._scope["method"] in CACHEABLE:
+            headers = kept_private(headers)
         headers.append((_REQUEST_ID, self._id_text.encode()))
         if self._once is not None and self._once.lost is not None:
             headers.append((_LOST, str(self._once.lost).encode()))

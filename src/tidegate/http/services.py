@@ -385,6 +385,8 @@ def count_answer(tally: Tally, route: str, status: int, took_s: float) -> None:
 _CUT_WITHIN_S = 1.0
 _REDIRECT = 307
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
+CACHEABLE = ("GET", "HEAD")
+_CACHE = (b"cache-control", b"private, no-store")
 # What machines ask all the time: lines at the level `debug`.
 _ROUTINE = ("/health", "/llm/health", "/metrics", "/llm/metrics")
 TRACE_IN_SCOPE = "tidegate.trace"  # the id of the trace that a request is part of, as text
@@ -428,8 +430,12 @@ class AccessLog:
                 for name, value in message["headers"]:
                     if name == _REQUEST_ID:
                         request_id = value.decode()
+                headers = message["headers"]
                 if status == _REDIRECT:
-                    message = {**message, "headers": [_here(one) for one in message["headers"]]}
+                    headers = [_here(one) for one in headers]
+                if scope["method"] in CACHEABLE and not any(n == _CACHE[0] for n, _ in headers):
+                    headers = [*headers, _CACHE]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:

@@ -147,3 +147,18 @@ async def test_scopes_hold_on_native_paths(gateway: Gateway) -> None:
     for method, path in (("POST", PATH), ("GET", "/v1/models"), ("POST", "/upload/v1beta/files")):
         status, _, _ = await asked(gateway, method, path, reads, BODY)
         assert status == 403, path
+
+
+async def test_no_cache_before_the_gateway_keeps_an_answer_to_a_tenant(gateway: Gateway) -> None:
+    """One that knows of Authorization alone, as HTTP has it, or keeps what names no time."""
+    acme = {"x-api-key": (await key_of(gateway, "acme"))["Authorization"].split()[1]}
+    _, headers, _ = await asked(gateway, "POST", PATH, acme, BODY)
+    request_id = headers["x-tidegate-request-id"]
+    await gateway.audit(request_id)
+    paths = [f"/status/{request_id}", f"/requests/{request_id}/request", "/requests", "/usage"]
+    paths += ["/v1/models", "/v1beta/models", "/v1/files", "/v1/batches", "/v1/responses/resp_1"]
+    for path in (*paths, f"/files/{request_id}", "/v1/models/gemini-2.5-flash", "/admin/limits"):
+        for key in (acme, {}):
+            async with gateway.http.get(gateway.url + path, headers=key) as response:
+                stated = response.headers.getall("Cache-Control", [])
+                assert any("private" in one or "no-store" in one for one in stated), path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tidegate.dialects.headers import to_return, to_send
+import pytest
+
+from tidegate.dialects.headers import kept_private, to_return, to_send
 from tidegate.dialects.spec import Dialect
 from tidegate.policy.access import AccessOptions
 
@@ -81,6 +83,22 @@ def test_what_concerns_a_browser_or_a_connection_stays_here() -> None:
         *("Proxy-Authenticate", "Upgrade", "Keep-Alive", "Report-To", "Accept-CH"),
     ):
         assert to_return([(name.encode(), b"x")]) == [], name
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        ([], [b"private, no-cache"]),
+        ([(b"cache-control", b"public, max-age=3600"), (b"expires", b"x")], [b"private, no-cache"]),
+        ([(b"cache-control", b"Private, max-age=60")], [b"Private, max-age=60"]),
+        ([(b"cache-control", b"no-store"), (b"cache-control", b"x")], [b"no-store", b"x"]),
+    ],
+)
+def test_an_answer_to_get_is_kept_for_no_other_caller(
+    stated: list[tuple[bytes, bytes]], kept: list[bytes]
+) -> None:
+    found = kept_private([(b"etag", b"1"), *stated])
+    assert found == [(b"etag", b"1"), *((b"cache-control", one) for one in kept)]
 
 
 def test_what_sdks_and_operators_read_passes() -> None:
