@@ -74,6 +74,13 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(
         *(b"supports-loading-mode", b"no-vary-search", b"sourcemap", b"x-sourcemap"),
         *(b"nel", b"report-to", b"reporting-endpoints", b"timing-allow-origin", b"tk"),
         *(b"accept-ch", b"accept-ch-lifetime", b"critical-ch", b"use-as-dictionary"),
+        # What a proxy before us obeys: it would send a file or an inner address of its own, at
+        # another speed or in another charset, or keep the answer for others. That it is not to
+        # buffer a stream (x-accel-buffering) does pass.
+        *(b"x-accel-redirect", b"x-accel-expires", b"x-accel-limit-rate", b"x-accel-charset"),
+        *(b"x-sendfile", b"x-sendfile-temporary", b"x-lighttpd-send-file", b"x-sendfile2"),
+        *(b"x-lighttpd-send-tempfile", b"x-reproxy-url", b"x-reproxy-file", b"edge-control"),
+        *(b"surrogate-control", b"cdn-cache-control", b"cloudflare-cdn-cache-control"),
     )
 )
 # What every answer to a caller of its own is to a cache before us: no shared one keeps it.

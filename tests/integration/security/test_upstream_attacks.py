@@ -79,6 +79,7 @@ async def test_headers_that_would_act_on_us_or_our_clients_do_not_pass(
         *(b"NEL: {}", b"X-Tidegate-Request-Id: forged", b"X-Tidegate-Remaining: forged"),
         *(b"Connection: x-hop-a", b"X-Hop-A: forged", b"Connection: close", b"Keep-Alive: max=9"),
         *(b"Proxy-Authenticate: Basic", b"Upgrade: h2c", b"Trailer: x"),
+        *(b"X-Accel-Redirect: /inner", b"X-Sendfile: /etc/passwd"),
     )
     got = await answered(
         gateway,

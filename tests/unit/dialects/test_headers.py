@@ -85,6 +85,17 @@ def test_what_concerns_a_browser_or_a_connection_stays_here() -> None:
         assert to_return([(name.encode(), b"x")]) == [], name
 
 
+def test_what_a_proxy_before_the_gateway_would_obey_stays_here() -> None:
+    """nginx answers `X-Accel-Redirect: /inner/file` with that, whoever the header is from."""
+    for name in (
+        *("X-Accel-Redirect", "X-Accel-Expires", "X-Accel-Limit-Rate", "X-Accel-Charset"),
+        *("X-Sendfile", "X-LIGHTTPD-send-file", "X-Reproxy-URL", "Surrogate-Control"),
+        *("CDN-Cache-Control", "Cloudflare-CDN-Cache-Control", "Edge-Control"),
+    ):
+        assert to_return([(name.encode(), b"x")]) == [], name
+    assert to_return([(b"x-accel-buffering", b"no")]) == [(b"x-accel-buffering", b"no")]
+
+
 @pytest.mark.parametrize(
     ("stated", "kept"),
     [
