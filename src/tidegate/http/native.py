@@ -92,13 +92,17 @@ from tidegate.upstream.transport import SizedBody
 _KEYS_IN_QUERY = frozenset(
     ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS, AT_UPSTREAM)
 )
+# Google takes these for headers and for the method that are really meant, as clients on web pages
+# write them (`goog.net.rpc.HttpCors` of its Closure library): what stays here as a header would go.
+_OVERRIDES_IN_QUERY = frozenset(("$httpheaders", "$httpmethod"))
+_NOT_SENT_IN_QUERY = _KEYS_IN_QUERY | _OVERRIDES_IN_QUERY
 # Azure's version of its paths; an upstream there has its own.
 _VERSION_IN_QUERY = frozenset(("api-version",))
 _AZURE, _CLAUDE_AT_VERTEX = b"/openai/", b"/publishers/anthropic/"
 # Vertex's own, `vertex-2023-10-16`, is none of the dated ones.
 _BODY_VERSION = re.compile(rb'"anthropic_version"\s*:\s*"(\d{4}-\d\d-\d\d)"')
 _END_BYTES = 4_096
-_MAYBE_KEY = re.compile(r"key|token|tidegate|%", re.IGNORECASE)
+_MAYBE_NOT_SENT = re.compile(r"key|token|tidegate|\$http|%", re.IGNORECASE)
 # What Google takes for the form of its answer: one without a usage, or that is no JSON.
 _FORMS = ("fields", "callback", "alt")
 _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re.IGNORECASE)
@@ -235,8 +239,8 @@ def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
 def _query(endpoint: Endpoint, given: bytes, came_at: bytes) -> str:
     """What goes on of a query. Raises InvalidRequest."""
     query = given.decode("latin-1")
-    if _MAYBE_KEY.search(query) is not None:
-        query = _without(_KEYS_IN_QUERY, query)
+    if _MAYBE_NOT_SENT.search(query) is not None:
+        query = _without(_NOT_SENT_IN_QUERY, query)
     if came_at.startswith(_AZURE):
         query = _without(_VERSION_IN_QUERY, query)
     if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:

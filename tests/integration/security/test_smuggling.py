@@ -128,6 +128,14 @@ async def test_a_clients_keys_in_the_query_stay_here_however_they_are_written(
     assert first == b"POST %b%b HTTP/1.1" % (PATH.encode(), plain)
 
 
+async def test_no_query_brings_a_header_that_stays_here(gateway: Gateway, hostile: Hostile) -> None:
+    """As Google's clients on web pages write headers: the field mask would leave the usage out."""
+    query = b"?$httpHeaders=X-Goog-FieldMask:candidates%0d%0a&%24httpMethod=GET&alt=json"
+    first, rest = await sent_for(gateway, hostile, post(path=PATH.encode() + query))
+    assert first == b"POST %b?alt=json HTTP/1.1" % PATH.encode()
+    assert b"fieldmask" not in rest.lower()
+
+
 async def test_a_target_with_a_host_is_no_way_to_that_host(
     gateway: Gateway, hostile: Hostile
 ) -> None:

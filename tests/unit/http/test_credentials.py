@@ -65,6 +65,7 @@ def test_two_keys_that_differ_are_one_too_many() -> None:
         (b"%6Bey=k", b""),
         (b"a=x%26key=k&KEY=k&$key=k", b"a=x%26key=k"),
         (b"monkey=%2f&a=key", b"monkey=%2f&a=key"),
+        (b"$httpHeaders=X-Goog-FieldMask:a&$HTTPMethod=GET&a=$http", b"a=$http"),
     ],
 )
 @pytest.mark.parametrize("came_at", [b"/v1/", b"/openai/deployments/x/"])
