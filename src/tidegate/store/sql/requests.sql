@@ -180,8 +180,8 @@ SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
 ) AS matching GROUP BY 1 ORDER BY 2 DESC, 1
 
 -- name: requeue_ended
--- Queue up to $6 such jobs again, those that ended first: as when they were new, but for their place. What they
--- had made by then, as before a cut, is put aside.
+-- Queue up to $6 such jobs again, those that ended first: as when they were new, but for their place.
+-- What they had made by then, as before a cut, is put aside.
 WITH requeued AS (
     UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
         claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
