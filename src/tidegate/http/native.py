@@ -532,6 +532,7 @@ class _Front:
 
     async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
         """Make the call, and tell the client how it failed if it did."""
+        error: TidegateError
         try:
             if call.endpoint.operation is Operation.UPLOAD:
                 await self._upload(call)
@@ -541,25 +542,33 @@ class _Front:
                 await self._services.relay.run(call, self, self._record)
             return Status.SUCCEEDED, None
         except CallFailed as failed:
-            await self._tell_failed(failed)
-            return Status.FAILED, Failure.of(failed.error)
-        except TidegateError as error:
-            await self.tell(error)
-            expired = isinstance(error, DeadlineExceeded)
-            return Status.EXPIRED if expired else Status.FAILED, Failure.of(error)
+            status, error, telling = Status.FAILED, failed.error, self._tell_failed(failed)
+        except TidegateError as refused:
+            expired = isinstance(refused, DeadlineExceeded)
+            status = Status.EXPIRED if expired else Status.FAILED
+            error, telling = refused, self.tell(refused)
         except asyncio.CancelledError:
             # Ours, because the client left; or the server's, which stops.
             self._task.uncancel()
             # An upload is read by the one who sends it on.
-            if self._incoming is not None and self._incoming.is_slow:
-                slow = RequestTimeout("the request's body arrives too slowly")
-                await self.tell(slow)
-                return Status.FAILED, Failure.of(slow)
-            if presence.gone:
+            is_slow = self._incoming is not None and self._incoming.is_slow
+            if presence.gone and not is_slow:
                 return Status.CANCELLED, client_left(self._record)
-            stopping = ShuttingDown("this process is stopping; retry")
-            await self.tell(stopping)
-            return Status.FAILED, Failure.of(stopping)
+            status, error = Status.FAILED, ShuttingDown("this process is stopping; retry")
+            if is_slow:
+                error = RequestTimeout("the request's body arrives too slowly")
+            telling = self.tell(error)
+        except Exception:  # an unforeseen error: logged here, and the call is on record
+            log.exception(Log.INTERNAL_ERROR, request_id=str(self._request_id))
+            status = Status.FAILED
+            error = TidegateError("an internal error; it has been logged")
+            telling = self.tell(error)
+        try:
+            await telling
+        except asyncio.CancelledError:  # it left meanwhile, or the server's grace is over
+            self._task.uncancel()
+            abort(self._scope)
+        return status, Failure.of(error)
 
     async def _run_once(self, call: NativeCall, wanted: Idempotency) -> None:
         """Under an idempotency key. A new call where the one that it waited for has failed."""

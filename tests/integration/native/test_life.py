@@ -16,6 +16,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.native.conftest import MODEL
 from tests.integration.security.hostile import Hostile, hostile
 from tests.waiting import wait_until
+from tidegate.http.uvicorn_protocol import Direct
 from tidegate.spine.native import NativeExchange
 
 __all__ = ["hostile"]
@@ -165,6 +166,50 @@ async def test_a_client_that_leaves_in_the_queue_leaves_nothing(open_gateway: Op
     await wait_until(lambda: gateway.waiting == 0, 20, "an empty queue")
     holding.cancel()
     await wait_until(lambda: gateway.held == 0, 20, "the permit back")
+
+
+@pytest.mark.parametrize("end", ["client", "process"])
+async def test_a_call_is_on_record_whose_client_leaves_while_its_failure_is_sent(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """As one that has stopped reading: what is sent to it waits until it is cut off."""
+    sending = asyncio.Event()
+
+    async def wait(direct: Direct, *args: Any) -> None:
+        sending.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Direct, "whole", wait)
+    await gateway.upstream.set_fault("forbidden")
+    async with aiohttp.ClientSession() as leaving:
+        task = asyncio.create_task(leaving.post(url_of(gateway), json=BODY))
+        await sending.wait()
+        if end == "process":
+            (front,) = gateway.services.streams
+            front.cancel()
+            with pytest.raises(aiohttp.ClientError):
+                await task
+        task.cancel()
+    rows = await wait_until(
+        lambda: gateway.database.fetch("SELECT * FROM audit WHERE source = 'relay'"), 20
+    )
+    assert [row["status"] for row in rows] == ["failed"]
+    assert json.loads(rows[0]["failure"])["code"] == "upstream_unauthorized"
+
+
+async def test_a_call_with_an_error_that_nobody_foresaw_is_on_record(
+    gateway: Gateway, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(exchange: NativeExchange, *args: Any, **named: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(NativeExchange, "settle", fails)
+    status, _ = await ask("Say hello", "streamGenerateContent")
+    rows = await wait_until(
+        lambda: gateway.database.fetch("SELECT * FROM audit WHERE source = 'relay'"), 20
+    )
+    assert [row["status"] for row in rows] == ["failed"]
+    assert (status, gateway.held) == (200, 0), "its answer had come"
 
 
 async def test_a_thousand_random_leavers_leak_nothing(open_gateway: Opener) -> None:

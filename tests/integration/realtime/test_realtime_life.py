@@ -376,6 +376,33 @@ async def test_a_client_that_leaves_while_its_turn_waits_begins_none(open_gatewa
     assert (row["status"], code) == ("cancelled", "client_left")
 
 
+async def test_a_session_is_on_record_whose_client_leaves_while_its_refusal_is_sent(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that has stopped reading: what is sent to it waits until it is cut off."""
+    sending = asyncio.Event()
+
+    async def wait(*args: Any) -> None:
+        sending.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("tidegate.http.realtime.front._SessionFront._respond", wait)
+    await gateway.upstream.set_fault("forbidden")
+
+    async def leave() -> None:
+        async with talk(gateway):
+            pass
+
+    leaving = asyncio.create_task(leave())
+    await sending.wait()
+    leaving.cancel()
+    (row,) = await rows(gateway, 1)
+    assert (row["status"], orjson.loads(row["failure"])["code"]) == (
+        "failed",
+        "upstream_unauthorized",
+    )
+
+
 async def test_the_client_s_sound_is_taken_of_the_limits_on_seconds_and_on_record(
     open_gateway: Opener,
 ) -> None:

@@ -41,7 +41,7 @@ from tidegate.errors import (
 from tidegate.http.native import call_of
 from tidegate.http.problems import REQUEST_ID_HEADER, native_status_of, refusal
 from tidegate.http.services import NATIVE, Opening, Services, count_answer, log_request, who
-from tidegate.http.sse import Presence
+from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
 from tidegate.realtime import sockets
 from tidegate.realtime.events import Message, Setup
@@ -183,28 +183,37 @@ class _SessionFront:
 
     async def _ended(self, call: NativeCall) -> tuple[Status, Failure | None]:
         """Open the session, relay it to its end, and tell the client of a failure."""
+        error: TidegateError
+        status = Status.FAILED
         try:
             await self._relayed(call)
             return _outcome(None if self._exchange is None else self._exchange.ended)
         except CallFailed as failed:
-            await self._tell_failed(failed)
-            return Status.FAILED, Failure.of(failed.error)
+            error, telling = failed.error, self._tell_failed(failed)
         except RealtimeRefused as refused:
-            await self.tell(refused.error)
-            return Status.FAILED, Failure.of(refused.error)
-        except TidegateError as error:
-            await self.tell(error)
-            expired = isinstance(error, DeadlineExceeded)
-            return Status.EXPIRED if expired else Status.FAILED, Failure.of(error)
+            error, telling = refused.error, self.tell(refused.error)
+        except TidegateError as failure:
+            error, telling = failure, self.tell(failure)
+            if isinstance(failure, DeadlineExceeded):
+                status = Status.EXPIRED
         except ConnectionClosed:
             return Status.CANCELLED, _client_left()
         except asyncio.CancelledError:
             self._task.uncancel()
             if self._presence is not None and self._presence.gone:
                 return Status.CANCELLED, _client_left()
-            stopping = ShuttingDown("this process is going away; connect again")
-            await self.tell(stopping)
-            return Status.FAILED, Failure.of(stopping)
+            error = ShuttingDown("this process is going away; connect again")
+            telling = self.tell(error)
+        except Exception:  # an unforeseen error: logged here, and the session is on record
+            log.exception(Log.INTERNAL_ERROR, request_id=str(self._request_id))
+            error = TidegateError("an internal error; it has been logged")
+            telling = self.tell(error)
+        try:
+            await telling
+        except asyncio.CancelledError:  # it left meanwhile, or the server's grace is over
+            self._task.uncancel()
+            abort(self._scope)
+        return status, Failure.of(error)
 
     async def _relayed(self, call: NativeCall) -> None:
         services, record = self._services, self._record
