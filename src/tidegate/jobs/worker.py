@@ -20,7 +20,7 @@ from enum import Enum, auto
 from functools import partial
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, Call, Kind, Status, Tier
+from tidegate.call import DEFAULT_POOL, Call, Kind, Status, Tier, new_id
 from tidegate.errors import (
     CallPreempted,
     ClaimLost,
@@ -210,8 +210,9 @@ def _room_of(policy: PoolPolicy) -> int:
 
 class _JobRun:
     """One call of a job, over all its tries. `turn`: taken while an upstream is out. `is_marked`:
-    its call is on record, as one that may be made. `counted_tries`: those before the last, of other
-    upstreams, that use up an attempt of the job."""
+    its call is on record, as one that may be made. `failed`: the try before, until that is on
+    record too. `counted_tries`: those before the last, of other upstreams, that use up an attempt
+    of the job."""
 
     def __init__(
         self, worker: Worker, job: ClaimedJob, kind: Kind, record: CallRecord, model: str
@@ -219,6 +220,7 @@ class _JobRun:
         self._worker = worker
         self.job, self.kind, self.record, self.model = job, kind, record, model
         self.turn: Turn | None = None
+        self.failed: FailedTry | None = None
         self.is_marked = False
         self.counted_tries = 0
 
@@ -229,18 +231,18 @@ class _JobRun:
         self._worker.last_tries.begin(self.job)
         if self.turn is None:
             self.turn = self._worker.turn_of(self.job)
-        failed = None
         if (error := record.failed) is not None:  # it moves to another upstream
             record.failed = None
-            failed = FailedTry(
+            self.failed = FailedTry(
+                next_id=new_id(),
                 finished_at=record.ended_at,
                 upstream_ms=record.upstream_ms or 0.0,
                 failure=Failure.of(error),
                 is_counted=not error.of_upstream,
             )
-            self.counted_tries += failed.is_counted
-        await self._worker.mark(self.job, record, failed)
-        self.is_marked = True
+            self.counted_tries += self.failed.is_counted
+        await self._worker.mark(self.job, record, self.failed)
+        self.failed, self.is_marked = None, True
 
 
 class Worker:

@@ -650,7 +650,7 @@ class JobQueue:
             "id": job.request_id,
             "claim": job.claim,
             "created_at": job.created_at,
-            "attempt_id": new_id(),
+            "attempt_id": new_id() if failed is None else failed.next_id,
             "model": rows.clean(model),
             "upstream": upstream,
             "fence_epoch": fence[0],
@@ -660,8 +660,7 @@ class JobQueue:
             "tier": job.tier,
             "tier_why": job.tier_why,
         }
-        if failed is not None:
-            await self._begin_another(row, job, failed)
+        if failed is not None and await self._begin_another(row, job, failed):
             return
         try:
             await until_quick(partial(self._runs.write, row), self._lease_ms)
@@ -848,8 +847,9 @@ class JobQueue:
                 raise
             self._notifications.work(row["pool"] for row in freed)
 
-    async def _begin_another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> None:
-        """A running job's call has failed, and another one is about to be made."""
+    async def _begin_another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> bool:
+        """A running job's call has failed, and another one is about to be made; False where that
+        is on record by a try whose reply was lost, perhaps with another upstream."""
         ended = {"outcome": "failed", "finished_at": failed.finished_at}
         ended |= {"upstream_ms": failed.upstream_ms, "failure": rows.failure_row(failed.failure)}
 
@@ -858,9 +858,9 @@ class JobQueue:
                 sql("running_attempt"), job.request_id, job.claim, self._instance_id
             )
             if found is None:
-                return False
+                self._lost(job)
             if rows.uuid_of(found["attempt_id"]) == row["attempt_id"]:
-                return True  # by a try whose reply was lost
+                return False
             place = {"id": found["attempt_id"], "created_at": found["attempt_at"]}
             await connection.execute(sql("end_attempts"), *rows.ends_of([ended | place]))
             await connection.execute(
@@ -874,8 +874,7 @@ class JobQueue:
             )
             return True
 
-        if not await self._connections.run(begin):
-            self._lost(job)
+        return await self._connections.run(begin)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
         by_id = {row["id"]: row for row in sorted(batch, key=lambda row: row["id"])}

@@ -135,8 +135,10 @@ class ClaimedJob:
 
 @dataclass(frozen=True, slots=True)
 class FailedTry:
-    """A call of a job that failed, while another upstream is tried under the same claim."""
+    """A call of a job that failed, while another upstream is tried under the same claim, as the
+    attempt `next_id`."""
 
+    next_id: UUID
     finished_at: datetime
     upstream_ms: float
     failure: Failure
