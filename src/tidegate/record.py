@@ -299,6 +299,11 @@ class CallRecord:
         """About how much memory it holds."""
         return 1_000 + len(self.request) + len(self.response)
 
+    def wait_for_budget(self, budget: str, since: datetime) -> None:
+        """Calls in progress hold what is left of it: a permit that came before was returned."""
+        self.waits_for = self.waits_for[0], (f"{OF_BUDGETS}{budget}",)
+        self.waits_since = self.waits_since or since
+
     def begin_again(self) -> None:
         """Another try follows: what the last one brought is not the answer."""
         self.waits, self.sent = True, False

@@ -58,7 +58,7 @@ from tidegate.errors import (
 from tidegate.limiter import Limiter, Permit, PoolPolicy, Tokens
 from tidegate.policy.deployment import Preempt, Upstream
 from tidegate.prices.budgets import Binding
-from tidegate.record import OF_BUDGETS, CallRecord, PieceDecoder, coding_of, decoded
+from tidegate.record import CallRecord, PieceDecoder, coding_of, decoded
 from tidegate.settings import Config
 from tidegate.spine.affinity import Affinity, Home
 from tidegate.spine.preemption import Preemption
@@ -479,6 +479,7 @@ class _Run:
         left = spine.usable(targets)
         if self._budgets is not None:
             await self._budgets.known()
+        began = datetime.now(UTC)
         while True:
             policies = self._policies(left)
             try:
@@ -500,8 +501,7 @@ class _Run:
             except BudgetReserved as reserved:
                 if terms.left_ms() <= 0 or not terms.repeats:  # a queue repeats it
                     raise
-                pool, _ = self._record.waits_for
-                self._record.waits_for = pool, (f"{OF_BUDGETS}{reserved.limit}",)
+                self._record.wait_for_budget(str(reserved.limit), began)
                 room_ms = min(terms.left_ms(), _ROOM_WITHIN_MS)
                 await spine.budgets.room(room_ms / 1000)
                 if terms.left_ms() < _LAST_TRY_MS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from tidegate.emulator.server import run_emulator
 from tidegate.jobs import calls
 from tidegate.prices.budgets import Budget
 from tidegate.store import budgets as books
+from tidegate.store.budgets import Budgets
 
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
 BOUND = 90  # of an answer, in tokens
@@ -254,6 +256,31 @@ async def test_a_call_that_waits_for_what_is_reserved_is_told_so_at_its_deadline
     assert (said["error"]["limit"], headers["retry-after"]) == ("day", "1")
     assert len(await gateway.calls()) == 1
     first.cancel()
+
+
+async def test_a_call_that_waits_for_what_is_reserved_has_waited_in_its_record_too(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await with_budgets(gateway, Budget("day", "tokens", 1_200, "day", doubt="estimate"))
+    await gateway.upstream.set_fault("hang", count=1)
+    room, began = Budgets.room, []
+
+    async def waiting(budgets: Budgets, within_s: float) -> None:
+        began.append(time.monotonic())
+        await room(budgets, within_s)
+
+    monkeypatch.setattr(Budgets, "room", waiting)
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(called(gateway, 0, {}, max_tokens=700))
+        await gateway.in_flight(1)
+        second = group.create_task(called(gateway, 0, {}, max_tokens=700))
+        await wait_until(lambda: len(began) >= 3, 20, "a while in which it waits")
+        waited_ms = (began[2] - began[0]) * 1000
+        first.cancel()
+    status, _, headers = second.result()
+    assert status == 200
+    assert float(headers["x-tidegate-queue-ms"]) >= waited_ms
 
 
 async def test_a_spent_budget_falls_back_to_its_cheaper_model(
