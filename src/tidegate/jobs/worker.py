@@ -525,7 +525,8 @@ class Worker:
         elif run.turn is not None or (failure is not None and is_of_upstream(failure)):
             turn = run.turn or Turn(self._targets_of(job))
             self._put_off.held.ended(turn, record.upstream, failure)
-        if run.is_marked:
+        # A job is called off where PostgreSQL has it as running, if that is not known here yet.
+        if run.is_marked or failure is CANCELLED:
             self._stages.enter(job, Stage.RECORDING)
         else:
             record.admitted_at = None  # nothing was called

@@ -13,6 +13,7 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import promised_s, wait_until
+from tidegate.store.queue import JobQueue
 
 TOLD_WITHIN_S = promised_s(1.2)
 
@@ -61,6 +62,30 @@ async def test_at_a_server_that_would_go_on_a_running_call_is_read_to_its_end(
     assert body["usage"]["output_tokens"] > 0, "the provider reported it at the end"
     stats = await gateway.upstream.stats()
     assert (stats.in_flight, stats["text_only"].client_gone) == (0, 0)
+    await wait_until(lambda: _none_used(gateway), 20)
+
+
+async def test_a_job_is_cancelled_whose_worker_has_not_read_yet_that_it_is_running(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PostgreSQL's reply is late, or the worker stood still."""
+    running, is_running = JobQueue.running, asyncio.Event()
+
+    async def late(queue: JobQueue, *args: Any, **named: Any) -> None:
+        await running(queue, *args, **named)
+        is_running.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(JobQueue, "running", late)
+    gateway = await open_gateway()
+    request_id = await gateway.submit(data="Explain the tide")
+    await is_running.wait()
+    status, body = await _cancel(gateway, request_id)
+    assert (status, body["status"], body["error"]["code"]) == (200, "cancelled", "cancelled")
+    (attempt,) = await gateway.attempts(request_id)
+    assert attempt["outcome"] == "cancelled"
+    assert (await gateway.audit(request_id))["status"] == "cancelled"
+    assert await gateway.calls() == []
     await wait_until(lambda: _none_used(gateway), 20)
 
 
