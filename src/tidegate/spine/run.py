@@ -471,7 +471,7 @@ class _Run:
         self._on_admitted = on_admitted
         self._budgets = spine.budgets if exchange.bills and spine.budgets.any else None
         self._trying: Target | None = None
-        self._is_answered = False  # the whole answer has gone to who asked for it
+        self._is_answered = False  # the whole answer has come, and gone to its client
         self._refusals: dict[tuple[str, str] | None, QuotaExceeded] = {}
 
     async def until_answered(self, targets: list[Target]) -> None:
@@ -796,7 +796,7 @@ class _Run:
                 with self._giving_way(target.upstream.preempt, permit, lane, is_try):
                     await self._exchange.make(target, lane, demand, is_try=is_try)
             outcome = Outcome.SUCCESS
-            self._is_answered = self._exchange.started
+            self._is_answered = True
         except CallFailed as failed:
             failure = failed
             is_dropped = failed.error.retryable and not isinstance(failed.error, UpstreamTierBusy)

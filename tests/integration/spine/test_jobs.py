@@ -11,7 +11,9 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
-from tidegate.spine.prompt import PromptCalls
+from tidegate.spine.native import NativeExchange
+from tidegate.spine.prompt import PromptCalls, PromptExchange
+from tidegate.spine.run import Lane
 from tidegate.store.blobs import Blobs
 from tidegate.store.queue import MAX_LAPSES, JobQueue
 
@@ -282,3 +284,28 @@ async def test_a_full_kind_does_not_hold_up_another(open_gateway: Opener) -> Non
     async with asyncio.timeout(5):
         record = await gateway.end_of(await gateway.submit(data="Generate an image of a fox"))
     assert record["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+async def test_a_job_whose_lease_is_found_lost_after_its_whole_answer_is_not_called_again(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, wraps: bool
+) -> None:
+    """As of a worker that stood still, for less than its claims last, while the answer came."""
+    made = NativeExchange if wraps else PromptExchange
+    settle, lost = made.settle, asyncio.Event()
+
+    def lose(exchange: Any, target: Any, lane: Lane, *args: Any, **named: Any) -> Any:
+        if not lost.is_set():
+            lane.limiter._session.lease._confirmed_ms = float("-inf")
+            lost.set()
+        return settle(exchange, target, lane, *args, **named)
+
+    monkeypatch.setattr(made, "settle", lose)
+    gateway = await open_gateway()
+    body = {"contents": [{"parts": [{"text": "Say hello"}]}]}
+    path = "/v1beta/models/gemini-2.5-flash:generateContent"
+    job: dict[str, Any] = {"endpoint": path, "body": body} if wraps else {"data": "Say hello"}
+    record = await gateway.end_of(await gateway.submit(**job))
+    assert lost.is_set()
+    assert (record["status"], record["attempts"]) == ("succeeded", 1)
+    assert len(await gateway.calls()) == 1
