@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator
 from csv import DictReader
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import pytest_asyncio
@@ -736,3 +737,24 @@ async def test_the_cached_share_of_a_thread_is_of_the_calls_that_report_one(stag
         heads = page.locator("tr.thread")
         await expect(heads.nth(0).locator(".c-number").nth(3)).to_have_text("50 %")
         await expect(heads.nth(1).locator(".c-number").nth(3)).to_have_text("\N{EN DASH}")
+
+
+async def test_the_newest_of_many_keys_is_on_the_page(stage: Stage) -> None:
+    def key(number: int) -> dict[str, Any]:
+        made_at = f"2026-01-01T00:{number // 60:02}:{number % 60:02}Z"
+        one = {"prefix": f"{number:010}", "name": f"key {number}", "tenant": "default"}
+        one |= {"state": "works", "created_at": made_at}
+        return {**one, "scopes": ["read"]} | dict.fromkeys(("made_by", "last_used_at", "expires_at", "revoked_at"))
+
+    async def pages(route: Route) -> None:
+        after = parse_qs(urlsplit(route.request.url).query).get("after", ["0"])[0]
+        behind = int(after)
+        await route.fulfill(json=[key(n + 1) for n in range(behind, min(behind + 1_000, 1_001))])
+
+    async with opened(stage) as seen:
+        await seen.page.route(re.compile("/admin/keys"), pages)
+        await seen.page.evaluate("location.hash = '#/tenants'")
+        card = seen.page.get_by_role("region", name="API keys")
+        await expect(card.locator("tbody tr").first).to_contain_text("key 1001")
+        await expect(card.locator(".card-head")).to_contain_text("1,001")
+        await expect(card.get_by_label("Revoke tg_0000001001")).to_be_enabled()

@@ -368,7 +368,7 @@ def list_keys(
         raise ConfigError("--prefix", ascii(start), "must be letters and digits")
     if tenant is not None:
         check_name(tenant)
-    keys = with_tenants(lambda tenants: tenants.list_keys(tenant, start))
+    keys = with_tenants(lambda tenants: tenants.all_keys(tenant, start))
     if json:
         show_json([plain_key(key) for key in keys])
     elif not keys:

@@ -278,12 +278,34 @@ class Tenants:
         found = await self._connections.rows("unvouched_keys", MOST_KEYS, timeout_ms=_TIMEOUT_MS)
         return [_key(row) for row in found]
 
-    async def list_keys(self, tenant_id: str | None = None, prefix: str = "") -> list[Key]:
-        """The oldest 1,000, those that do not work any more included."""
+    async def list_keys(
+        self,
+        tenant_id: str | None = None,
+        prefix: str = "",
+        *,
+        after: str | None = None,
+        limit: int = MOST_KEYS,
+    ) -> list[Key]:
+        """A page, the oldest first, those that do not work any more included: of keys made after
+        `after`, the prefix of a key. Raises NotFound where there is no such key."""
         found = await self._connections.rows(
-            "list_keys", tenant_id, prefix, MOST_KEYS, timeout_ms=_TIMEOUT_MS
+            "list_keys", tenant_id, prefix, after, limit, timeout_ms=_TIMEOUT_MS
         )
+        if not found and after is not None:
+            found_after = await self._connections.rows(
+                "list_keys", None, after, None, 1, timeout_ms=_TIMEOUT_MS
+            )
+            if after not in {row["prefix"] for row in found_after}:
+                raise NotFound(f"there is no key with the prefix {after}")
         return [_key(row) for row in found]
+
+    async def all_keys(self, tenant_id: str | None = None, prefix: str = "") -> list[Key]:
+        """All of them, read by pages, the oldest first."""
+        keys = page = await self.list_keys(tenant_id, prefix)
+        while len(page) >= MOST_KEYS:
+            page = await self.list_keys(tenant_id, prefix, after=page[-1].prefix)
+            keys = keys + page
+        return keys
 
     async def list_tenants(self) -> list[Tenant]:
         """All tenants (10,000 at the utmost) by id; the tenant `default` is always there."""

@@ -154,6 +154,27 @@ async def test_a_key_is_shown_once_and_listed_by_its_prefix(open_gateway: Opener
     assert key.rpartition("_")[2] not in repr(dict(row))
 
 
+async def test_a_key_behind_the_first_thousand_is_in_the_next_page(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.database.execute(
+        "INSERT INTO keys (prefix, tenant_id, digest, scopes, created_at, revoked_at)"
+        " SELECT lpad(n::text, 10, '0'), 'default', decode(repeat('00', 32), 'hex'), '{read}',"
+        " '2020-01-01', '2020-01-02' FROM generate_series(1, 1000) n"
+    )
+    made = (await admin(gateway, "POST", "/keys", {}))[1]["prefix"]
+    _, first = await admin(gateway, "GET", "/keys")
+    assert [one["prefix"] for one in first] == [f"{n:010}" for n in range(1, 1001)]
+    _, second = await admin(gateway, "GET", f"/keys?after={first[-1]['prefix']}")
+    assert [one["prefix"] for one in second] == [made]
+    _, few = await admin(gateway, "GET", "/keys?after=0000000998&limit=2&tenant=default")
+    assert [one["prefix"] for one in few] == ["0000000999", "0000001000"]
+    assert (await admin(gateway, "GET", f"/keys?after={made}")) == (200, [])
+    assert (await admin(gateway, "GET", "/keys?after=nosuchkey0"))[0] == 404
+    assert (await admin(gateway, "GET", "/keys?after=x"))[1]["field"] == "after"
+    keys = await gateway.services.store.tenants.all_keys()
+    assert (len(keys), keys[-1].prefix) == (1001, made)
+
+
 MISTAKES: list[tuple[str, str, Any, int, str]] = [
     ("PUT", "/tenants/acme", {"weight": 0}, 400, "weight"),
     ("PUT", "/tenants/acme", {"weight": 1001}, 400, "weight"),

@@ -84,6 +84,18 @@ export const patch = async (path, body = {}, options = {}) =>
   json(await ask("PATCH", path, { ...options, body }));
 export const remove = async (path, options) => json(await ask("DELETE", path, options));
 
+const KEYS = 1_000; // the most in a page of keys
+
+/** All API keys, the oldest first, read by pages. */
+export async function allKeys(signal) {
+  const keys = [];
+  for (;;) {
+    const page = await get("admin/keys", { query: { limit: KEYS, after: keys.at(-1)?.prefix }, signal });
+    keys.push(...page);
+    if (page.length < KEYS) return keys;
+  }
+}
+
 /** A file as an address for <img src>, since an image can't show a key. Revoke it when done. */
 export async function fileUrl(path, options = {}) {
   const response = await ask("GET", path, { ...options, headers: { Accept: "*/*" } });

@@ -33,7 +33,7 @@ from tidegate.http.views import view_of
 from tidegate.policy import tenants
 from tidegate.policy.tenants import ShownTenant, TenantChange
 from tidegate.store.retention import EraseReport, Whose
-from tidegate.store.tenants import SETTABLE, prefix_in, scopes_of
+from tidegate.store.tenants import MOST_KEYS, SETTABLE, prefix_in, scopes_of
 
 router = admin_router(400, 408, 413, 415, 503, tag="tenants", depends=[Depends(in_pool)])
 subjects_router = admin_router(400, 404, 503)
@@ -235,14 +235,25 @@ async def remove_tenant(request: Request, tenant_id: TenantId, by: By = "admin")
     return Removed()
 
 
-@router.get("/keys", summary="API keys, the oldest 1,000")
+@router.get(
+    "/keys",
+    responses=problem_responses(404),
+    summary="API keys, the oldest first; `after` the last one of a full page is the next page",
+)
 async def list_keys(
     request: Request,
     tenant: Annotated[str | None, Query(max_length=200)] = None,
     prefix: Annotated[str, Query(max_length=100, description="How a key's prefix begins")] = "",
+    after: Annotated[
+        str | None, Query(max_length=100, description="Keys made after the one of this prefix")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_KEYS)] = MOST_KEYS,
 ) -> list[KeyView]:
+    behind = None if after is None else prefix_in(after)
+    if after is not None and behind is None:
+        raise InvalidRequest("after", "not a key's prefix", allowed="10 letters and digits")
     found = await services_of(request).store.tenants.list_keys(
-        tenant, prefix.removeprefix("tg_").partition("_")[0]
+        tenant, prefix.removeprefix("tg_").partition("_")[0], after=behind, limit=limit
     )
     return [KeyView(**tenants.plain_key(key)) for key in found]
 

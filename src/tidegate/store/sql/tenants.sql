@@ -87,12 +87,15 @@ SELECT EXISTS (SELECT 1 FROM spent_codes WHERE nonce = $1)
 DELETE FROM spent_codes WHERE ends_at < now() - interval '1 day'
 
 -- name: list_keys
--- Up to $3 keys in order of their making, of tenant $1 where given, whose prefix starts with $2.
+-- Up to $4 keys in order of their making, of tenant $1 where given, whose prefix starts with $2,
+-- behind the key $3 where given.
 SELECT prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at,
     made_by
 FROM keys
 WHERE ($1::text IS NULL OR tenant_id = $1) AND starts_with(prefix, $2)
-ORDER BY created_at, prefix LIMIT $3
+    AND ($3::text IS NULL
+        OR (created_at, prefix) > (SELECT k.created_at, k.prefix FROM keys k WHERE k.prefix = $3))
+ORDER BY created_at, prefix LIMIT $4
 
 -- name: list_tenants
 -- Up to $2 tenants by id, or the one whose id is $1.

@@ -1,6 +1,6 @@
 // Tenants and API keys: found, made, changed, switched off and revoked.
 
-import { get, post, Problem, put, remove } from "../api.js";
+import { allKeys, get, post, Problem, put, remove } from "../api.js";
 import { fill, h } from "../dom.js";
 import { ago, count, money, NOTHING, time } from "../format.js";
 import { listed } from "../listed.js";
@@ -44,10 +44,9 @@ export async function open(main, { query, signal }) {
   const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, (one) => keyRow(one, again), {
     none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],
     acts: [action("Let a colleague in", () => letIn(again), ""), action("New key", () => makeKey(state.tenants, again))],
-    note: "the oldest 1,000",
   });
   const again = async () => {
-    [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { query: { pool }, signal }), get("admin/keys", { signal })]);
+    [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { query: { pool }, signal }), allKeys(signal)]);
     tenants.show(state.tenants);
     keys.show(state.keys.toSorted((a, b) => (a.created_at < b.created_at ? 1 : -1)));
   };

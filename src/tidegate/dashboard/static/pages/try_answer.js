@@ -276,7 +276,7 @@ const pause = (ms, signal) =>
 async function tenantOf({ tenant, key }, signal) {
   const [, prefix] = KEY.exec(key || session.key() || "") ?? [];
   if (tenant || !prefix) return tenant || null;
-  const keys = await get("admin/keys", { signal });
+  const keys = await get("admin/keys", { query: { prefix }, signal });
   return keys.find((one) => one.prefix === prefix)?.tenant ?? null;
 }
 

@@ -1,6 +1,6 @@
 // What was used and what it cost: by day, and by tenant, key, model or upstream; the providers' books.
 
-import { get, Problem } from "../api.js";
+import { allKeys, get, Problem } from "../api.js";
 import { BOOK_HEADS, bookRow, bookText } from "../books.js";
 import { dayColumns, dayWords, MOST_PARTS } from "../days.js";
 import { fill, h, mark, say } from "../dom.js";
@@ -172,7 +172,7 @@ async function read(view, span, signal) {
 }
 
 async function keyNames(signal) {
-  const keys = await get("admin/keys", { signal });
+  const keys = await allKeys(signal);
   return new Map(keys.map((one) => [one.prefix, one.name ? `${one.name} (tg_${one.prefix})` : `tg_${one.prefix}`]));
 }
 
