@@ -744,7 +744,9 @@ async def test_the_newest_of_many_keys_is_on_the_page(stage: Stage) -> None:
         made_at = f"2026-01-01T00:{number // 60:02}:{number % 60:02}Z"
         one = {"prefix": f"{number:010}", "name": f"key {number}", "tenant": "default"}
         one |= {"state": "works", "created_at": made_at}
-        return {**one, "scopes": ["read"]} | dict.fromkeys(("made_by", "last_used_at", "expires_at", "revoked_at"))
+        return {**one, "scopes": ["read"]} | dict.fromkeys(
+            ("made_by", "last_used_at", "expires_at", "revoked_at")
+        )
 
     async def pages(route: Route) -> None:
         after = parse_qs(urlsplit(route.request.url).query).get("after", ["0"])[0]
