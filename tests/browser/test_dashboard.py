@@ -541,6 +541,8 @@ async def test_a_spent_budget_is_raised_for_whom_its_cause_names(stage: Stage) -
             await cause.get_by_role("button", name="Allow more").click()
             dialog = seen.page.get_by_role("dialog")
             await expect(dialog.get_by_role("heading")).to_have_text(f"Allow more of teams: {name}")
+            await dialog.get_by_role("button", name="Allow more").click()
+            await expect(dialog.locator(".wrong")).to_have_text("Enter an amount above 0.")
             await dialog.get_by_role("button", name="Cancel").click()
     await budgets.records.remove("teams", by="test")
     await budgets.refresh()

@@ -760,3 +760,60 @@ async def test_the_newest_of_many_keys_is_on_the_page(stage: Stage) -> None:
         await expect(card.locator("tbody tr").first).to_contain_text("key 1001")
         await expect(card.locator(".card-head")).to_contain_text("1,001")
         await expect(card.get_by_label("Revoke tg_0000001001")).to_be_enabled()
+
+
+ONE_OF_EACH = """async () => {
+    const module = new URL("static/pages/overview/figures.js", document.baseURI);
+    const strip = (await import(module)).figuresStrip();
+    const none = { more_processes: 0, more_tenants: 0, paused_limits: 0, waiting: 0, in_flight: 1 };
+    strip.live({ ...none, processes: [{}], tenants: [{}] });
+    return strip.element.textContent;
+}"""
+
+
+async def test_the_overview_counts_one_as_one_and_says_why_it_is_not_live(stage: Stage) -> None:
+    many = {"status": 503, "code": "too_many_followers", "detail": "too many dashboards are open"}
+    async with opened(stage, expected=("503",)) as seen:
+        page = seen.page
+        live = page.locator("#live")
+        await expect(live).to_have_text("Live")
+        words = await page.evaluate(ONE_OF_EACH)
+        assert "in 1 processW" in words
+        assert "1 tenantC" in words
+        await page.route("**/dashboard/feed*", lambda one: one.fulfill(status=503, json=many))
+        await page.reload()
+        await expect(live).to_have_text("Too many viewers")
+        await expect(live).to_have_attribute("title", re.compile("^too many dashboards are open"))
+        await page.unroute("**/dashboard/feed*")
+        await expect(live).to_have_text("Live")
+        assert await live.get_attribute("title") is None
+
+
+async def test_an_older_answer_never_replaces_a_newer_one(stage: Stage) -> None:
+    held: list[Route] = []
+
+    async def limits(route: Route) -> None:
+        search = parse_qs(urlsplit(route.request.url).query).get("search", [""])[0]
+        if search == "a":
+            held.append(route)
+            return
+        await route.fulfill(json=named(search))
+
+    def named(search: str) -> dict[str, Any]:
+        one = {"limit": f"rpm:{search}", "pool": "gemini", "unit": "requests", "words": "60"}
+        return {"limits": [one], "total": 100, "groups": []}
+
+    async with opened(stage) as seen:
+        page = seen.page
+        await page.route("**/dashboard/limits?*", limits)
+        await page.evaluate("location.hash = '#/what-if?pool=gemini'")
+        find, shown = page.get_by_label("Search limits"), page.locator(".what-if-limits li b")
+        await expect(shown).to_have_text("rpm:")
+        await find.fill("a")
+        await wait_until(lambda: held, 20, "the search for a")
+        await find.fill("ab")
+        await expect(shown).to_have_text("rpm:ab")
+        async with page.expect_response(lambda one: one.url.endswith("search=a")):
+            await held[0].fulfill(json=named("a"))
+        await drawn(page)
+        await expect(shown).to_have_text("rpm:ab")

@@ -640,6 +640,7 @@ async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_pa
         rows = list(reader((tmp_path / "found.csv").open(newline="")))
         assert rows[0][:4] == ["request_id", "submitted_at", "finished_at", "status"]
         assert {row[3] for row in rows[1:]} == {"succeeded"}
+        assert {row[rows[0].index("upstream")] for row in rows[1:]} == {"gemini"}
         await expect(page.locator(".toast")).to_contain_text(f"{len(rows) - 1} requests written")
         async with page.expect_download() as lines:
             await page.get_by_role("button", name="Export JSONL").click()

@@ -55,9 +55,15 @@ async def test_the_address_of_the_start_up_page_signs_in_once_and_is_signed_out(
             assert await page.context.cookies() == []
             await page.goto(url)
             await expect(page.get_by_text("works once")).to_be_visible()
+            assert page.url.endswith("/dashboard/"), (
+                "nor does it come back when the page is reloaded"
+            )
             await page.get_by_label("Key").fill(key)
             await page.keyboard.press("Enter")
             await expect(page.locator("#live")).to_have_text("Live")
+            await page.get_by_role("button", name="Sign out").click()
+            await expect(page.get_by_label("Key")).to_be_focused()
+            await expect(page.get_by_text("works once")).to_have_count(0)
         finally:
             await browser.close()
 

@@ -1,6 +1,7 @@
 // The live feed of this page: one connection, opened again whenever it is lost.
 
 import { ask, events, Problem } from "./api.js";
+import { mark } from "./dom.js";
 
 const SILENT_MS = 10_000;
 const HIDDEN_MS = 20_000;
@@ -8,6 +9,7 @@ const WAIT_MS = 1_000;
 const MOST_WAIT_MS = 10_000;
 
 const STATES = { live: "Live", waiting: "Reconnecting", resting: "Resting" };
+const FULL = "too_many_followers"; // it may end at any moment, so it is tried again
 
 /**
  * Call `on(event, data)` for all that comes, until `signal` is aborted.
@@ -22,6 +24,7 @@ export async function follow(path, { query, signal, on }) {
     await visible(signal);
     if (signal.aborted) return;
     const round = rounded(signal);
+    let full = null;
     try {
       const response = await ask("GET", path, { query, signal: round.signal });
       show("live");
@@ -36,12 +39,13 @@ export async function follow(path, { query, signal, on }) {
         show(null);
         throw error;
       }
+      if (error instanceof Problem && error.code === FULL) full = error;
       if (error instanceof SyntaxError || error instanceof RangeError) throw error;
     } finally {
       round.end();
     }
     if (signal.aborted) return;
-    show(document.hidden ? "resting" : "waiting");
+    show(document.hidden ? "resting" : "waiting", full);
     if (!document.hidden) await pause(waitMs * (0.75 + Math.random() / 2), signal);
     waitMs = Math.min(waitMs * 2, MOST_WAIT_MS);
   }
@@ -93,10 +97,13 @@ function visible(signal) {
 /** Take the state of the feed away from the top of the page. */
 export const hide = () => show(null);
 
-function show(state) {
+/** `full`: the Problem where the process has as many viewers as it takes. */
+function show(state, full = null) {
   const live = document.getElementById("live");
   live.hidden = state === null;
-  if (state === null || live.dataset.state === state) return;
+  const words = full ? "Too many viewers" : STATES[state];
+  if (state === null || live.textContent === words) return;
   live.dataset.state = state;
-  live.textContent = STATES[state];
+  live.textContent = words;
+  mark(live, "title", full && `${full.message}. It is tried again.`);
 }

@@ -25,6 +25,9 @@ const given = (value) => value !== null && value !== undefined && !Number.isNaN(
 /** `12,480` */
 export const count = (value) => (given(value) ? whole.format(value) : NOTHING);
 
+/** `1 request`, `12,480 requests` */
+export const counted = (value, noun, plural = `${noun}s`, words = count) => `${words(value)} ${value === 1 ? noun : plural}`;
+
 /** `12.5K`, from 10,000 on */
 export function brief(value) {
   if (!given(value)) return NOTHING;

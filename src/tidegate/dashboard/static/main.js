@@ -24,14 +24,19 @@ const CODES = {
   state: "That sign-in was not begun in this browser, was used, or took more than ten minutes. Try again.",
   unavailable: "PostgreSQL does not answer, so that address cannot be used now. Enter the key.",
 };
-const why = CODES[new URLSearchParams(location.search).get("sign-in")] ?? "";
+const address = new URL(location.href);
+let why = CODES[address.searchParams.get("sign-in")] ?? "";
+if (address.searchParams.has("sign-in")) {
+  address.searchParams.delete("sign-in");
+  history.replaceState(null, "", address);
+}
 let inside = false;
 
 async function enter() {
   if (!inside) fill(main, loading());
   try {
     const { operator, role, reads_bodies: reads } = await get("dashboard/session", { keepSession: true });
-    inside = true;
+    [inside, why] = [true, ""];
     comeBack();
     session.actAs(role, reads);
     signOut.hidden = false;

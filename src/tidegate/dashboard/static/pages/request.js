@@ -111,6 +111,7 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   );
   const files = new Files(signal);
   let view = null;
+  let [asked, painted] = [0, 0]; // loads of it, by their numbers
 
   /** Draw a part again only where what it shows has changed: nothing jumps, what is open stays open. */
   function part(name, data, draw) {
@@ -199,7 +200,10 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   }
 
   async function load() {
-    view = await get(`admin/requests/${id}`, { signal });
+    const mine = ++asked;
+    const found = await get(`admin/requests/${id}`, { signal });
+    if (mine < painted) return; // a later one was answered before
+    [view, painted] = [found, mine];
     paint();
   }
 
@@ -216,12 +220,13 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   }
 
   function follow() {
-    let asked = Date.now();
+    let [lookedAt, isLooking] = [Date.now(), false];
     const timer = setInterval(async () => {
       const every = isOpen(view.request) ? OPEN_MS : QUIET_MS;
-      if (document.hidden || Date.now() - asked < every) return;
-      asked = Date.now();
+      if (document.hidden || isLooking || Date.now() - lookedAt < every) return;
+      [lookedAt, isLooking] = [Date.now(), true];
       await refresh();
+      isLooking = false;
     }, 250);
     signal.addEventListener("abort", () => clearInterval(timer));
   }

@@ -3,7 +3,7 @@
 import { get, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
 import { csv, jsonLines, save } from "../export.js";
-import { count } from "../format.js";
+import { count, counted } from "../format.js";
 import { link } from "../router.js";
 import { confirm, field, toast } from "../ui.js";
 import { asked } from "./request_filters.js";
@@ -14,7 +14,7 @@ const NAME = "tidegate.filters";
 const MOST_KEPT = 20;
 const COLUMNS = [
   ...["request_id", "submitted_at", "finished_at", "status", "tenant", "source", "type", "model", "endpoint"],
-  ...["pool", "queue_ms", "upstream_ms", "total_tokens", "attempts", "error_code", "subject", "conversation"],
+  ...["pool", "upstream", "queue_ms", "upstream_ms", "total_tokens", "attempts", "error_code", "subject", "conversation"],
 ];
 
 /** Buttons that write what the filters find into a file; the newest `MOST` at most. */
@@ -30,7 +30,7 @@ export function exporting(values, signal) {
         const rows = found.slice(0, MOST);
         save("requests", kind, kind === "csv" ? csv(COLUMNS, rows) : jsonLines(rows));
         const cut = found.length > MOST ? `: the newest ${count(MOST)}` : "";
-        toast(`${count(rows.length)} requests written${cut}.`);
+        toast(`${counted(rows.length, "request")} written${cut}.`);
       } catch (error) {
         if (!signal.aborted) toast(error.message, "bad");
       } finally {

@@ -5,7 +5,7 @@ import { BOOK_HEADS, bookRow, bookText } from "../books.js";
 import { dayColumns, dayWords, MOST_PARTS } from "../days.js";
 import { fill, h, mark, say } from "../dom.js";
 import { csv, save } from "../export.js";
-import { brief, count, money, percent } from "../format.js";
+import { brief, count, counted, money, percent } from "../format.js";
 import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import { choice, failed, toast } from "../ui.js";
@@ -212,7 +212,7 @@ function drawTotal(place, total) {
   fill(
     place,
     h("strong", {}, dollars(total.cost_micros)),
-    h("span", {}, `${count(total.requests)} requests, ${brief(total.input_tokens)} tokens in, ${brief(outputOf(total))} out`),
+    h("span", {}, `${counted(total.requests, "request")}, ${brief(total.input_tokens)} tokens in, ${brief(outputOf(total))} out`),
     doubts.filter(([amount]) => amount).map(([amount, words, title]) => h("span", { class: "badge warn", title }, `${count(amount)} ${words}`)),
   );
 }
@@ -249,7 +249,7 @@ function row(one, view, change) {
     h("td", { class: "number wide", title: `${count(one.input_tokens)} tokens` }, brief(one.input_tokens)),
     h("td", { class: "number wide" }, one.input_tokens ? percent(one.cached_tokens / one.input_tokens) : ""),
     h("td", { class: "number wide", title: `${count(outputOf(one))} tokens` }, brief(outputOf(one))),
-    h("td", { class: "number", title: one.unpriced ? `${count(one.unpriced)} requests without a price` : null }, priced),
+    h("td", { class: "number", title: one.unpriced ? `${counted(one.unpriced, "request")} without a price` : null }, priced),
     h("td", { class: "usage-share wide" }, bar),
   );
 }

@@ -3,7 +3,7 @@
 import { get, patch, post, Problem } from "../api.js";
 import { chart, stack } from "../chart.js";
 import { fill, h, mark, say } from "../dom.js";
-import { brief, count, length, NOTHING, percent } from "../format.js";
+import { brief, count, counted, length, NOTHING, percent } from "../format.js";
 import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import * as scope from "../scope.js";
@@ -162,7 +162,7 @@ function span(view, days, noted) {
   const until = field("until", "Until", { options: hours(1, 24), value: String(view.until) });
   const quick = days.slice(0, MOST_DAYS).map((one) => {
     const words = `${dayWords.format(new Date(`${one.day}T00:00:00Z`))}, ${brief(one.requests)}`;
-    const button = h("button", { class: "button small", type: "button", title: `${count(one.requests)} requests ended on ${one.day}` }, words);
+    const button = h("button", { class: "button small", type: "button", title: `${counted(one.requests, "request")} ended on ${one.day}` }, words);
     button.addEventListener("click", () => {
       day.input.value = one.day;
       changed();

@@ -31,7 +31,9 @@ export function limitsToChange(pool, wanted, changed, signal) {
   let [page, total, typing] = [[], 0, 0];
 
   async function again() {
-    const found = await get("dashboard/limits", { query: { pool, search: find.value.trim() }, signal });
+    const search = find.value.trim();
+    const found = await get("dashboard/limits", { query: { pool, search }, signal });
+    if (search !== find.value.trim()) return; // of letters that were typed over meanwhile
     [page, total] = [found.limits, found.total];
     for (const one of page) known.set(one.limit, one);
     const missing = [...wanted.keys()].filter((limit) => !known.has(limit));

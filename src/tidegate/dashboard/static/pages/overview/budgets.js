@@ -1,6 +1,6 @@
 // Each budget as a gauge: what is spent and reserved of it, when it resets, and how it goes on.
 
-import { post } from "../../api.js";
+import { post, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
 import { brief, count, length, money, time } from "../../format.js";
 import { confirm, field, toast } from "../../ui.js";
@@ -140,6 +140,7 @@ export function resumeBudget(one, title) {
     fields: [extra],
     action: isPaused ? "Resume" : "Allow more",
     act: async (values) => {
+      if (!isPaused && !(values.extra > 0)) throw new Problem({ detail: "Enter an amount above 0.", field: "extra" });
       const body = { by: "dashboard", scope: one.scope };
       body[one.unit === "usd" ? "extra_usd" : "extra_tokens"] = values.extra ?? 0;
       await post(`admin/budgets/${encodeURIComponent(one.name)}/resume`, body);

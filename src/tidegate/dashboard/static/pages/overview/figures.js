@@ -1,7 +1,7 @@
 // The strip of key figures: what is going on right now, at a glance.
 
 import { h, mark, say } from "../../dom.js";
-import { NOTHING, brief, count, length, money, rate } from "../../format.js";
+import { NOTHING, brief, count, counted, length, money, rate } from "../../format.js";
 import { link } from "../../router.js";
 
 const FIGURES = {
@@ -41,8 +41,8 @@ export function figuresStrip() {
     element: h("dl", { class: "tiles", "aria-label": "Now" }, tiles),
     live(pool) {
       const paused = pool.paused_limits;
-      put("flight", brief(pool.in_flight), `in ${count(pool.processes.length + pool.more_processes)} processes`);
-      const held = paused ? `${count(paused)} paused` : `${count(pool.tenants.length + pool.more_tenants)} tenants`;
+      put("flight", brief(pool.in_flight), `in ${counted(pool.processes.length + pool.more_processes, "process", "processes")}`);
+      const held = paused ? `${count(paused)} paused` : counted(pool.tenants.length + pool.more_tenants, "tenant");
       put("waiting", brief(pool.waiting), held, pool.waiting ? "warn" : null);
     },
     now(one) {

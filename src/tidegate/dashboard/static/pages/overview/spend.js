@@ -1,7 +1,7 @@
 // What was spent, by tenant and by model, as the record has it.
 
 import { fill, h, say } from "../../dom.js";
-import { brief, count, money } from "../../format.js";
+import { brief, count, counted, money } from "../../format.js";
 import { link } from "../../router.js";
 import { choice, empty } from "../../ui.js";
 
@@ -18,7 +18,7 @@ export function spendCard() {
     if (latest === null) return;
     const { tenants, models, total } = latest[span];
     const cost = total.cost_micros ? `, ${money(total.cost_micros / 1e6)}` : "";
-    say(note, `${brief(total.requests)} requests${cost}, by days of UTC`);
+    say(note, `${counted(total.requests, "request", "requests", brief)}${cost}, by days of UTC`);
     fill(
       tables,
       total.requests
