@@ -138,6 +138,9 @@ def _arrivals(
     from tidegate.rehearse.simulation import Setting
 
     starts_at = Setting().starts_at
+    if from_record is not None and from_record.startswith("-"):
+        must = "must be a span or a day itself, such as --from-record 1h"
+        raise ConfigError("--from-record", from_record, must)
     if (load is None) == (from_record is None):
         raise ConfigError("rehearse", None, "needs either a file or --from-record")
     if from_record is not None:

@@ -112,6 +112,7 @@ async def test_the_lines_of_rehearse_md_say_what_it_shows(tmp_path: Path) -> Non
 async def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
     for arguments, what in (
         ((), "needs either a file or --from-record"),
+        (("--from-record", "--since", "1h"), "such as --from-record 1h"),
         (("none.toml",), "none.toml=(file): must be readable"),
         (("load.toml", "--set", "kind:text_only=many"), "limits.kind:text_only=many"),
         (("load.toml", "--set", "kind:text_only"), "must be KEY=VALUE"),
