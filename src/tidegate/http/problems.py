@@ -331,12 +331,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         detail = f"Tidegate has no {asked}, but {' and '.join(methods)}"
     elif detail == HTTPStatus.NOT_FOUND.phrase:
         detail = f"Tidegate has no {asked}{_ELSE}"
+    code = phrase.lower().replace(" ", "_")
     body = Problem(
-        type="about:blank",
+        type=f"urn:tidegate:problem:{code}" if code in ADVICE else "about:blank",
         title=phrase,
         status=error.status_code,
         detail=detail,
-        code=phrase.lower().replace(" ", "_"),
+        code=code,
     )
     return JSONResponse(
         body.model_dump(exclude_none=True),

@@ -124,7 +124,8 @@ async def test_unknown_and_senseless_questions_are_problems(open_gateway: Opener
             assert (response.status, body["code"]) == wanted, (path, body)
             assert response.content_type == "application/problem+json", path
             assert body["status"] == response.status
-            assert {"type", "title", "detail"} <= body.keys()
+            assert body["type"] == f"urn:tidegate:problem:{wanted[1]}", path
+            assert {"title", "detail"} <= body.keys()
 
 
 async def test_a_wrong_method_is_a_problem_that_names_the_right_one(
@@ -138,6 +139,8 @@ async def test_a_wrong_method_is_a_problem_that_names_the_right_one(
             assert response.content_type == "application/problem+json", path
             known = "GET, HEAD, OPTIONS" if method != "GET" else "POST, OPTIONS"
             assert response.headers["allow"] == known, path
+            body = orjson.loads(await response.read())
+            assert body["type"] == "urn:tidegate:problem:method_not_allowed", path
 
 
 async def test_every_path_answers_with_and_without_the_prefix(open_gateway: Opener) -> None:
