@@ -283,12 +283,21 @@ def _collect_rarely() -> None:
     gc.set_threshold(_GC_THRESHOLD, 20, 20)
 
 
-async def _look_at(blobs: Blobs) -> None:
-    """Tell at the start what the first upload would find out; an outage is no reason not to."""
-    try:
-        await blobs.ping()
-    except StoreUnavailable as away:
-        log.error(Log.BLOBS_AWAY, detail=away.message)
+async def _look_at(blobs: Blobs, every_s: float = 30) -> None:
+    """Log at the start what the first upload would find out, and each outage that a write meets
+    later; ping for ever while there is one."""
+    is_logged, is_due = False, True
+    while True:
+        if is_due:
+            try:
+                await blobs.ping()
+                is_logged = False
+            except StoreUnavailable as away:
+                if not is_logged:
+                    log.error(Log.BLOBS_AWAY, detail=away.message)
+                is_logged = True
+        await asyncio.sleep(every_s)
+        is_due = blobs.away or blobs.is_silent
 
 
 @asynccontextmanager

@@ -232,6 +232,12 @@ class Metric:
         merge="livemostrecent",
     )
     POSTGRES_AWAY = _own("tidegate_postgres_away", "Processes for which PostgreSQL is away")
+    BLOBS_AWAY = _own("tidegate_blobs_away", "Processes for which the blob store is away")
+    PROBLEMS = _counter(
+        "tidegate_problems_total",
+        "Lines of the log from the level warning on, by event; those of other libraries are other",
+        "event",
+    )
     SPILL = _own(
         "tidegate_spill_bytes", "On the disk because PostgreSQL could not take it", merge="livemax"
     )

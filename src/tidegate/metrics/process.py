@@ -47,7 +47,13 @@ from tidegate.spine.routing import Gate, State
 from tidegate.store.notifications import next_beat_s
 from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, QueueDepths
 from tidegate.store.store import Store
-from tidegate.telemetry.logging import Log, get_logger, recent_problems
+from tidegate.telemetry.logging import (
+    UPKEEP_FAILURES,
+    Log,
+    get_logger,
+    problem_counts,
+    recent_problems,
+)
 from tidegate.upstream.server_load import ServerLoad, ServerLoads
 
 EVERY_S = 0.25
@@ -98,6 +104,9 @@ class Watch:
         self.health = health
         self._cpu_s = 0.0
         self._dropped = 0
+        self._problems: Counter[str] = Counter()
+        for event in UPKEEP_FAILURES:  # of a series that begins with an event no increase is seen
+            instruments.tally.add(Metric.PROBLEMS, (event,), 0)
         self._models = Known(MOST_MODELS)
         self._heard: dict[tuple[str, str], float] = {}
         self._shown: set[tuple[str, str]] = set()  # pools and upstreams
@@ -144,6 +153,9 @@ class Watch:
             for said in health.announced.all():
                 self._announce(upstream, said)
         made.set(Metric.POSTGRES_AWAY, (), float(self.store.connections.away))
+        blobs = self.store.blobs
+        made.set(Metric.BLOBS_AWAY, (), float(blobs.away or blobs.is_silent))
+        self._count_problems()
         made.set(Metric.SPILL, (), self.store.spill.used_bytes)
         made.set(Metric.UNWRITTEN, name, self.store.audit.waiting)
         dropped = self.store.audit.dropped
@@ -156,6 +168,12 @@ class Watch:
             made.tally.add(Metric.CPU, name, cpu_s - self._cpu_s)
             self._cpu_s = cpu_s
         made.flush()
+
+    def _count_problems(self) -> None:
+        logged = problem_counts()
+        for event, amount in (logged - self._problems).items():
+            self._instruments.tally.add(Metric.PROBLEMS, (event,), amount)
+        self._problems = logged
 
     def _announce(self, upstream: str, one: Announcement) -> None:
         """Once each, so that of several processes the one that heard it last counts."""

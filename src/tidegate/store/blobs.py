@@ -65,7 +65,7 @@ def new_key(now: datetime) -> str:
 class Blobs:
     """Every error is StoreUnavailable, or NotFound for a key that is not there to be read.
 
-    `away`: the last write has failed; see `ping`.
+    `away`: the last write has failed; see `ping`. is_silent: the last ping has.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Blobs:
         self._in_parts: ObjectStore | None = None
         self._folder = folder  # of the local store, whose writes we sync ourselves
         self.away = False
+        self.is_silent = False
 
     @classmethod
     def from_url(cls, blob_url: str, data_dir: Path) -> Blobs:
@@ -117,6 +118,14 @@ class Blobs:
 
     async def ping(self) -> None:
         """Raises StoreUnavailable unless the store answers and allows listing."""
+        try:
+            await self._ping()
+        except StoreUnavailable:
+            self.is_silent = True
+            raise
+        self.away = self.is_silent = False
+
+    async def _ping(self) -> None:
         if self._opened is None and self._folder is not None:
             try:
                 await asyncio.to_thread(os.listdir, self._folder)
@@ -125,7 +134,6 @@ class Blobs:
                 raise StoreUnavailable(why) from failed
         else:
             await self.days()
-        self.away = False
 
     async def get(self, key: str) -> bytes:
         import obstore.exceptions

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -258,6 +258,7 @@ def _remember(
     if event.get("level") in _SERIOUS:
         said = {name: value for name, value in event.items() if name not in _STRUCTLOG_OWN}
         _problems.append({name: _shortened(value) for name, value in said.items()})
+        _counts[said["event"] if said.get("event") in _EVENTS else "other"] += 1
     return event
 
 
@@ -270,6 +271,15 @@ def recent_problems() -> list[dict[str, Any]]:
     return list(_problems)
 
 
+def problem_counts() -> Counter[str]:
+    """How many such lines this process has written, by event."""
+    return Counter(_counts)
+
+
+# Alerts look for these.
+UPKEEP_FAILURES = (Log.CREDENTIALS_FAILED.value, Log.PARTITIONS_MISSING.value)
+_EVENTS = frozenset(one.value for one in Log)
+_counts: Counter[str] = Counter()
 _SERIOUS = ("warning", "error", "critical")
 _LONGEST_SHOWN = 2_000
 _problems: deque[dict[str, Any]] = deque(maxlen=50)

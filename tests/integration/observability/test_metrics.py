@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
 from tests.gateway import Gateway, Opener
 from tests.integration.accounting.test_budgets import with_budgets
 from tests.waiting import wait_until
+from tidegate.app import _look_at
 from tidegate.metrics.instruments import ALL
 from tidegate.prices.budgets import Budget
+from tidegate.store.blobs import Blobs
+from tidegate.telemetry.logging import Log, _remember
 
 MODEL = "gemini-2.5-flash"
 LEARNED = ("learned_bound", "drift", "others_ratio")
@@ -150,6 +154,41 @@ async def test_an_upstream_is_out_by_its_faults_and_not_by_an_operator(
     assert of(values, "tidegate_upstream_out", upstream="gemini") == 1
     # The alerts on limits leave these out: TidegateUpstreamOut and TidegateKeyRefused tell of them.
     assert of(values, "tidegate_limit_paused_seconds", limit="upstream:gemini") > 0
+
+
+async def test_a_scrape_tells_of_the_bucket_and_of_work_that_fails(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    blobs = gateway.services.blobs
+    values = await scraped(gateway)
+    assert of(values, "tidegate_blobs_away") == 0
+    before = of(values, "tidegate_problems_total", event="credentials_failed")
+    _remember(None, "", {"level": "error", "event": Log.CREDENTIALS_FAILED.value})
+    blobs.away = True
+
+    async def told() -> bool:
+        values = await scraped(gateway)
+        logged = of(values, "tidegate_problems_total", event="credentials_failed")
+        return (of(values, "tidegate_blobs_away"), logged) == (1, before + 1)
+
+    await wait_until(told, 20, "both in a scrape")
+    await blobs.ping()
+    assert (blobs.away, blobs.is_silent) == (False, False)
+
+
+async def test_an_outage_of_the_bucket_is_logged_once_until_it_answers(tmp_path: Path) -> None:
+    blobs, folder = Blobs.from_url("", tmp_path), tmp_path / "blobs"
+    with capture_logs() as logs:
+        looking = asyncio.create_task(_look_at(blobs, 0))
+        for outage in (1, 2):
+            folder.rmdir()
+            blobs.away = True  # as a write that fails has it
+            await wait_until(lambda: blobs.is_silent, 10, "a ping that fails")
+            await wait_until(lambda count=outage: len(logs) == count, 10, "its line")
+            folder.mkdir()
+            await wait_until(lambda: not (blobs.away or blobs.is_silent), 10, "one that works")
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+    assert [line["event"] for line in logs] == ["blobs_away"] * 2
 
 
 async def test_a_scrape_needs_what_admin_needs(open_gateway: Opener) -> None:
