@@ -127,6 +127,8 @@ def test_what_goes_on_has_no_end_and_says_so() -> None:
     running = timeline(detail(Status.RUNNING, (attempt(1, 1, None),)), at(5))
     assert (told(running)[-1], running[-1].goes_on) == (("calling", 1, None), True)
     assert running[-1].words == "calls gemini-test"
+    called = timeline(detail(Status.FAILED, (attempt(1, 1, 2, upstream="eu"),)), at(5))[-1]
+    assert called.words == "called gemini-test at eu"
 
 
 @pytest.mark.parametrize(("now", "last"), [(3, ("parked", 2, 7)), (9, ("waiting", 7, None))])
@@ -172,7 +174,7 @@ def test_a_native_call_has_its_tries_counted() -> None:
     steps = timeline(
         detail(
             Status.SUCCEEDED,
-            request={"endpoint": "/v1/chat/completions"},
+            request={"endpoint": "/v1/chat/completions", "upstream": "eu"},
             source="relay",
             admitted_at=at(1),
             finished_at=at(2),
@@ -189,6 +191,7 @@ def test_a_native_call_has_its_tries_counted() -> None:
         "ended",
     ]
     assert steps[0].words == "called /v1/chat/completions by the tenant acme"
+    assert steps[3].words == "called gemini-test at eu"
 
 
 @pytest.mark.parametrize(

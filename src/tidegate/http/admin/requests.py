@@ -176,13 +176,14 @@ def _of_row(detail: RequestDetail) -> list[StepView]:
         until = None if goes_on else record.finished_at
         return [StepView("waiting", words, record.created_at, until, goes_on=goes_on)]
     tries = f" in {record.attempts} tries" if record.attempts > 1 else ""
+    at = f" at {upstream}" if (upstream := detail.of("upstream")) else ""
     waited = timedelta(milliseconds=record.queue_ms or 0)
     waiting_at = max(record.admitted_at - waited, record.created_at)
     return [
         _waited(waiting_at, record.admitted_at, None),
         StepView(
             "calling",
-            f"called {record.model or 'the provider'}{tries}",
+            f"called {record.model or 'the provider'}{at}{tries}",
             record.admitted_at,
             record.finished_at,
             goes_on=not record.status.is_end,
@@ -209,10 +210,9 @@ def _waited(at: datetime, until: datetime, number: int | None) -> StepView:
 
 def _called(attempt: AttemptRecord, *, goes_on: bool) -> StepView:
     is_lost = attempt.outcome == "running" and not goes_on
-    words = f"called {attempt.model}"
-    if goes_on:
-        words = f"calls {attempt.model}"
-    elif is_lost:
+    at = f" at {attempt.upstream}" if attempt.upstream else ""
+    words = f"{'calls' if goes_on else 'called'} {attempt.model}{at}"
+    if is_lost:
         words += "; its worker was lost over it, and whether it was answered is not known"
     return StepView(
         "calling",
