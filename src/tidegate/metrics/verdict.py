@@ -442,7 +442,7 @@ def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
     stuck = record.stuck
     if stuck.ready and not stuck.workers:
         words = f"No worker is alive: {_counted(stuck.ready, 'job')} cannot begin."
-        detail = "No worker was alive within the last minute."
+        detail = "No worker has reported within CLAIM_LEASE_MS: it is stopped, hung or cut off."
         yield Cause("no_workers", "degraded", words, detail, command="tidegate worker")
     if stuck.jobs:
         words = f"{_counted(stuck.jobs, 'job')} died with their workers."

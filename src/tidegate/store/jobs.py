@@ -498,13 +498,14 @@ class RequeueReport:
 
 
 MOST_STUCK = 1_000
+_LEASE_MS = 60_000.0  # of workers, where that is not known
 
 
 @dataclass(frozen=True, slots=True)
 class StuckCounts:
     """Dead jobs, with the time when the first of them died, and webhooks given up. ready: jobs that
-    a worker could claim now. workers: those that were alive within the last minute. alerts: given
-    up within a day, and raised since the last that was posted."""
+    a worker could claim now. workers: those that have reported within the lease of their claims.
+    alerts: given up within a day, and raised since the last that was posted."""
 
     jobs: int
     dead_since: datetime | None
@@ -545,9 +546,11 @@ class GivenUpWebhook:
     given_up_at: datetime
 
 
-async def stuck_counts(connections: Connections) -> StuckCounts:
-    """Of each as far as `MOST_STUCK`. Raises StoreUnavailable."""
-    (row,) = await connections.rows("count_stuck", MOST_STUCK, timeout_ms=_STUCK_TIMEOUT_MS)
+async def stuck_counts(connections: Connections, lease_ms: float = _LEASE_MS) -> StuckCounts:
+    """Of each as far as `MOST_STUCK`. lease_ms: CLAIM_LEASE_MS, of which workers report three times
+    in each. Raises StoreUnavailable."""
+    asked = (MOST_STUCK, float(lease_ms))
+    (row,) = await connections.rows("count_stuck", *asked, timeout_ms=_STUCK_TIMEOUT_MS)
     return record_of(StuckCounts, row)
 
 
@@ -555,12 +558,15 @@ class StuckWork:
     """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up. Every
     method raises StoreUnavailable."""
 
-    def __init__(self, connections: Connections, notifications: Notifications) -> None:
+    def __init__(
+        self, connections: Connections, notifications: Notifications, lease_ms: float = _LEASE_MS
+    ) -> None:
         self._connections = connections
         self._notifications = notifications
+        self._lease_ms = lease_ms
 
     async def counts(self) -> StuckCounts:
-        return await stuck_counts(self._connections)
+        return await stuck_counts(self._connections, self._lease_ms)
 
     async def dead(self, most: int) -> list[DeadJob]:
         """The jobs that died last, the newest first."""

@@ -98,7 +98,7 @@ class Store:
         self.running_calls = ActiveRequests(connections)
         self.queue_depths = QueueDepths(connections)
         self.queue_caps, self.history = QueueCaps(connections), History(connections, instance_id)
-        self.stuck = StuckWork(connections, self.notifications)
+        self.stuck = StuckWork(connections, self.notifications, claim_lease_ms)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
         self.outbox, self.alerts = WebhookOutbox(connections), AlertOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)

@@ -73,6 +73,23 @@ async def test_a_dead_job_is_queued_again_with_all_its_attempts_and_its_whole_ti
     assert (record["status"], record["attempts"]) == ("succeeded", 2)
 
 
+async def test_a_worker_counts_as_alive_for_as_long_as_its_claims(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, claim_lease_ms=9_000)
+    await gateway.submit(data="Explain")
+    stuck = gateway.services.store.stuck
+    for silent_s, workers in ((2, 1), (20, 0)):
+        await gateway.database.execute(
+            "INSERT INTO workers (instance_id, seen_at)"
+            " VALUES ('hung', now() - $1 * interval '1 s')"
+            " ON CONFLICT (instance_id) DO UPDATE SET seen_at = excluded.seen_at",
+            float(silent_s),
+        )
+        counts = await stuck.counts()
+        assert (counts.ready, counts.workers) == (1, workers)
+    seen = await gateway.services.standing.verdict()
+    assert [cause.kind for cause in seen.causes] == ["no_workers"]
+
+
 async def test_webhooks_given_up_are_listed_and_redelivered(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     request_id = await gateway.submit(data="Explain")

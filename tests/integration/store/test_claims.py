@@ -263,7 +263,7 @@ async def test_no_hot_statement_scans_the_queue(
         "expire_due": ["{}", 1e9],
         "pulse": [DEFAULT_POOL, 2**40, [*Kind], [1, 2]],
         "requeue_dead": [some["id"]],
-        "count_stuck": [1_000],
+        "count_stuck": [1_000, 1000.0],
         "list_dead": [100],
         "discard_dead": [some["id"]],
         "cancel_queued": [some["id"], "{}"],

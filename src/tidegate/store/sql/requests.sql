@@ -316,14 +316,15 @@ ORDER BY id DESC
 OFFSET $3 - 1 LIMIT 1
 
 -- name: count_stuck
--- What waits for a person, up to $1 of each: dead jobs, webhooks and alerts given up; the first death, ready jobs and live workers.
+-- What waits for a person, up to $1 of each: dead jobs, webhooks and alerts given up; the first death, ready jobs and workers that were heard of within $2 milliseconds.
 SELECT
     (SELECT finished_at FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT 1) AS dead_since,
     (SELECT count(*) FROM (SELECT FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
         ORDER BY (pool || '/' || lane || '/' || tenant_id) LIMIT $1) AS one) AS ready,
-    (SELECT count(*) FROM workers WHERE seen_at > now() - interval '1 minute') AS workers,
+    (SELECT count(*) FROM workers WHERE seen_at > now() - $2 * interval '1 millisecond')
+        AS workers,
     (SELECT count(*) FROM (SELECT FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT $1) AS one) AS jobs,
     (SELECT count(*) FROM (SELECT FROM webhooks
