@@ -817,3 +817,39 @@ async def test_an_older_answer_never_replaces_a_newer_one(stage: Stage) -> None:
             await held[0].fulfill(json=named("a"))
         await drawn(page)
         await expect(shown).to_have_text("rpm:ab")
+
+
+async def test_a_late_look_at_a_request_does_not_undo_a_newer_one(stage: Stage) -> None:
+    job = await stage.gateway.submit(data="Explain tide", type="text_only")
+    await stage.gateway.end_of(job)
+    _, ended = await stage.gateway.get(f"/admin/requests/{job}")
+    held: list[Route] = []
+    asked = 0
+
+    def view(status: str, actions: list[str]) -> dict[str, Any]:
+        return {**ended, "actions": actions, "request": {**ended["request"], "status": status}}
+
+    async def looks(route: Route) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            held.append(route)
+        elif asked == 1:
+            await route.fulfill(json=view("queued", ["cancel"]))
+        else:
+            await route.fulfill(json=view("cancelled", []))
+
+    async with opened(stage) as seen:
+        page = seen.page
+        await page.route(f"**/admin/requests/{job}", looks)
+        await page.route(f"**/admin/requests/{job}/cancel", lambda one: one.fulfill(json={}))
+        await page.evaluate(f"location.hash = '#/requests/{job}'")
+        await wait_until(lambda: held, 20, "the look that is late")
+        await page.get_by_role("button", name="Cancel").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Cancel").last.click()
+        badge = page.locator(".page-head .badge")
+        await expect(badge).to_have_text("Cancelled")
+        async with page.expect_response(lambda one: one.url.endswith(job)):
+            await held[0].fulfill(json=view("queued", ["cancel"]))
+        await drawn(page)
+        assert await badge.inner_text() == "Cancelled"
