@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -177,6 +178,7 @@ _SLOW_MS = 10.0
 _MB = 1_000_000
 CONNECTIONS_A_PROCESS = 12
 _SHOWN = 3
+_FULL_SCANS = 4
 
 
 def judge(report: DatabaseReport, processes: int | None) -> Iterator[Finding]:
@@ -187,6 +189,7 @@ def judge(report: DatabaseReport, processes: int | None) -> Iterator[Finding]:
     yield _rights(report)
     yield _schema(report)
     yield _connections(report, processes)
+    yield _locks(facts)
     yield _durable(facts)
     yield _encoding(facts)
     yield _autovacuum(facts)
@@ -286,6 +289,22 @@ def _connections(report: DatabaseReport, processes: int | None) -> Finding:
     if used > 0.9 * room:
         return warn("postgresql.connections", said, "see who has them: pg_stat_activity")
     return ok("postgresql.connections", said)
+
+
+def _locks(facts: dict[str, object]) -> Finding:
+    """A statement that names no day locks each partition with its indexes, until it ends."""
+    needed, lockers = int(str(facts["partitions"])), int(str(facts["lockers"]))
+    room = lockers * int(str(facts["locks_each"]))
+    said = f"room for {room:,}; a statement on all days takes {needed:,}"
+    if _FULL_SCANS * needed > room:
+        least = math.ceil(_FULL_SCANS * needed / lockers)
+        return warn(
+            "postgresql.locks",
+            f"{said}: {_FULL_SCANS} concurrent ones may fail with `out of shared memory`",
+            f"set max_locks_per_transaction = {least} or more and restart PostgreSQL, or keep "
+            "the record for fewer days: RETENTION_DAYS",
+        )
+    return ok("postgresql.locks", said)
 
 
 def _durable(facts: dict[str, object]) -> Finding:

@@ -42,6 +42,27 @@ async def test_a_sound_database_is_well(database_url: str) -> None:
     assert {one.state for one in all_found.values()} == {State.OK}, all_found
 
 
+async def test_a_statement_on_all_days_takes_as_many_locks_as_doctor_counts(
+    database_url: str,
+) -> None:
+    counted = (await examine(database_url)).facts["partitions"]
+    assert counted > 7
+    most = 0
+    for table in ("audit", "attempts", "bodies"):
+        connection = await asyncpg.connect(database_url)
+        try:
+            async with connection.transaction():
+                await connection.execute(f"SELECT FROM {table} LIMIT 1")
+                locked = await connection.fetchval(
+                    "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation"
+                    " WHERE l.pid = pg_backend_pid() AND c.relispartition"
+                )
+                most = max(most, locked)
+        finally:
+            await connection.close()
+    assert most == counted
+
+
 async def test_a_schema_that_is_missing_old_or_newer_is_told(
     database_url: str, empty_database_url: str
 ) -> None:

@@ -13,6 +13,16 @@ SELECT current_setting('server_version_num')::int AS version,
     current_setting('max_connections')::int AS max_connections,
     current_setting('superuser_reserved_connections')::int AS reserved,
     (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS connected,
+    current_setting('max_locks_per_transaction')::int AS locks_each,
+    current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int
+        AS lockers,
+    -- Partitions with their indexes, of the table that has the most.
+    (SELECT coalesce(max(one.amount), 0)::int FROM (
+        SELECT count(DISTINCT i.inhrelid) + count(x.indexrelid) AS amount
+        FROM pg_inherits i JOIN pg_class p ON p.oid = i.inhparent
+            LEFT JOIN pg_index x ON x.indrelid = i.inhrelid
+        WHERE p.relkind = 'p' AND p.relnamespace = current_schema()::regnamespace
+        GROUP BY i.inhparent) AS one) AS partitions,
     pg_backend_pid() AS backend,
     extract(epoch FROM clock_timestamp())::float8 AS clock_s,
     current_user AS who,
