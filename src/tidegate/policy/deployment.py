@@ -182,7 +182,7 @@ class Upstream:
         """How closely it names `model`: 0 not at all, more for more than `*`."""
         if model in self.aliases:
             return 1_000
-        fits = [len(one) for one in self.models if fnmatchcase(model, one)]
+        fits = [len(one) + (one != "*") for one in self.models if fnmatchcase(model, one)]
         return max(fits, default=0)
 
     def price(self, model: str) -> Price | None:

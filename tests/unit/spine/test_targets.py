@@ -39,6 +39,14 @@ def test_who_names_the_model_comes_before_who_takes_any() -> None:
     assert names(found, "models/gemini-x", Dialect.GEMINI) == [("gemini", "gemini-x")]
 
 
+def test_a_model_of_one_letter_that_is_named_comes_before_who_takes_any() -> None:
+    own = Upstream("own", {"openai": "http://own"}, "k", ("m",))
+    found = Targets(Deployment((GEMINI, own)), Random(1))
+    assert names(found, "m") == [("own", "m")]
+    assert [one.upstream.name for one in found.of_prompt("m", Kind.TEXT_ONLY)] == ["own"]
+    assert names(found, "n") == [("gemini", "n")]
+
+
 def test_an_alias_names_the_upstreams_own_model() -> None:
     assert names(targets(), "fast") == [("openai", "gpt-mini")]
 
