@@ -426,10 +426,12 @@ class Gate:
 
     async def _pass_on(self, opened: int) -> None:
         await asyncio.sleep(PROBE_S)
-        if opened == self._opened and (shut := self._shut()) is not None:
-            ms, why = FIRST_MS, shut[1]
+        ms, close = FIRST_MS, self.limiter.close_gate
+        while opened == self._opened and (shut := self._shut()) is not None:
             with suppress(LimiterUnavailable):
-                await self.limiter.close_gate(self.limit, for_ms=ms, most_ms=ms, tried=True, by=why)
+                if await close(self.limit, for_ms=ms, most_ms=ms, tried=True, by=shut[1]):
+                    return
+            await asyncio.sleep(ms / 1000)
 
     async def open(self) -> None:
         """Let all calls pass again."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import cast
+
 import pytest
 
 from tidegate.errors import (
+    LimiterUnavailable,
     UpstreamError,
     UpstreamGarbled,
     UpstreamRejected,
@@ -13,10 +17,13 @@ from tidegate.errors import (
     UpstreamUnauthorized,
     UpstreamUnavailable,
 )
+from tidegate.limiter import Limiter
+from tidegate.spine import routing
 from tidegate.spine.routing import (
     FAULTS,
     FAULTS_OF_ONE,
     Faults,
+    Gate,
     RetryBudget,
     Suspect,
     can_be_provoked,
@@ -117,3 +124,35 @@ def test_a_fifth_of_the_traffic_may_be_tried_again() -> None:
         budget.earn()
         tried += budget.spend()
     assert 195 <= tried <= 200
+
+
+class _Away:
+    """A limiter with a closed gate, whose server is unavailable, then unsure of its data."""
+
+    def __init__(self) -> None:
+        away = LimiterUnavailable("away", limit="", retry_after_ms=1)
+        self.replies: list[bool | LimiterUnavailable] = [away, False, True]
+        self.passed_on = asyncio.Event()
+
+    def gate(self, _: str) -> tuple[int, str]:
+        return 0, "upstream: no answer"
+
+    async def close_gate(self, *_: object, **__: object) -> bool:
+        reply = self.replies.pop(0)
+        if isinstance(reply, LimiterUnavailable):
+            raise reply
+        if reply:
+            self.passed_on.set()
+        return reply
+
+
+async def test_a_hung_try_is_passed_on_once_valkey_answers_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(routing, "PROBE_S", 0)
+    monkeypatch.setattr(routing, "FIRST_MS", 1)
+    limiter = _Away()
+    with Gate("hung", cast(Limiter, limiter)).trying():
+        async with asyncio.timeout(5):
+            await limiter.passed_on.wait()
+    assert limiter.replies == []
