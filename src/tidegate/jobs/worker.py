@@ -203,7 +203,11 @@ def _room_of(policy: PoolPolicy) -> int:
     """How many calls an upstream takes at a time at most, as far as its limits say it."""
     limits = [Concurrency(one) if isinstance(one, int) else one for one in policy.limits.values()]
     return max(
-        (one.bound for one in limits if isinstance(one, Concurrency) and not one.by_tokens),
+        (
+            one.bound
+            for one in limits
+            if isinstance(one, Concurrency) and not (one.by_tokens or one.shadow)
+        ),
         default=_LARGEST_WINDOW,
     )
 
@@ -306,7 +310,10 @@ class Worker:
     def _window(self, kind: Kind | None) -> int:
         if kind is None:
             return _UNSURE_WINDOW
-        bound, now = self._limiter.policy.bound(kind.limit), time.monotonic()
+        limit, now = self._limiter.policy.limit(kind.limit), time.monotonic()
+        if limit is not None and limit.shadow:
+            return _LARGEST_WINDOW
+        bound = 0 if limit is None else limit.bound
         for name, called_at in self._called_at[kind].items():
             gate = self._spine.health.get(name)
             elsewhere = gate is not None and gate.limiter is not self._limiter

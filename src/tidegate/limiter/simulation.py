@@ -325,6 +325,7 @@ class _MemoryPool:
                     *(one.shadowed, paused_ms, pause.said if pause else ""),
                     *(max(0, room_at - pool.now), reserved[name], one.cost_ms),
                     one.spending.taken(rule, pool.now) if one.is_rate else 0,
+                    int(rule.shadow),
                 ]
             )
         return rows

@@ -23,7 +23,8 @@ class LimitView:
     an adaptive limit has found. `room_in_ms`: when only time frees it, in how long. `reserved`: of
     `used`, the estimates of calls that have not ended. `cost_ms`: how long its last calls took on
     average, 0 while none has ended. `taken`: of a rate that refills, what was taken in its last
-    window, which may be more than is `used`; of another one the same."""
+    window, which may be more than is `used`; of another one the same. `shadow`: but for a pause it
+    holds no call up."""
 
     limit: str
     sort: str
@@ -39,6 +40,7 @@ class LimitView:
     reserved: int = 0
     cost_ms: int = 0
     taken: int = 0
+    shadow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +223,7 @@ class SnapshotParts:
             # All that is counted has been read before.
             waiting, lapsing, reserved = self._counts.get(row[0], row[4:6] + row[11:12])
             figures = [*row[:4], waiting, lapsing, *row[6:11], reserved, *row[12:14]]
-            self._limits[row[0]] = LimitView(*figures)
+            self._limits[row[0]] = LimitView(*[*figures, bool(row[14])])
         self._tenants |= {row[0]: TenantView(*row[:3]) for row in reply.tenants}
         self._queues |= {(row[0], row[1]): row for row in reply.queues}
         self._permits |= {(row[0], row[1]): row for row in reply.permits}

@@ -308,7 +308,8 @@ def _shut_gate(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
 
 
 def is_full(view: LimitView) -> bool:
-    return view.used >= (view.current if view.sort == "c" else view.bound)
+    """Whether it admits no call: one in shadow admits all."""
+    return not view.shadow and view.used >= (view.current if view.sort == "c" else view.bound)
 
 
 def adapted_from(view: LimitView) -> int | None:

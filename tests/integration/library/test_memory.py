@@ -49,7 +49,8 @@ async def refusal(limiter: Limiter, *limits: str, **options: Any) -> tuple[str, 
 
 
 def figures(view: LimitView) -> tuple[Any, ...]:
-    return view.sort, view.bound, view.used, view.waiting, view.reserved, view.taken, view.shadowed
+    used = view.used, view.waiting, view.reserved, view.taken
+    return view.sort, view.bound, *used, view.shadowed, view.shadow
 
 
 async def limits_of(limiter: Limiter) -> dict[str, tuple[Any, ...]]:

@@ -278,7 +278,7 @@ async def test_shadow_counts_what_it_would_have_held_up(maker: Maker, valkey_url
     limiter = await open_limiter(maker, valkey_url, policy_of({TEXT: 5, "model:x": shadow}))
     async with limiter.acquire(TEXT, "model:x"), limiter.acquire(TEXT, "model:x", deadline_ms=2000):
         view = (await limiter.snapshot()).limits["model:x"]
-        assert (view.used, view.shadowed) == (2, 1)
+        assert (view.used, view.shadowed, view.shadow) == (2, 1, True)
 
 
 async def test_a_limit_that_finds_its_own_way_falls_at_a_dropped_call(

@@ -81,6 +81,17 @@ async def test_a_limit_that_is_raised_live_is_used_at_once_by_the_worker_too(
     assert gateway.services.limiter.policy.bound("kind:text_only") == 30
 
 
+async def test_a_worker_claims_all_that_a_limit_in_shadow_admits(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    limits = policy('"kind:text_only" = { bound = 1, shadow = true }')
+    gateway = await open_gateway(tidegate_policy=limits)
+    await gateway.upstream.set_fault("hang", count=6)
+    for number in range(6):
+        await gateway.submit(data=f"Explain number {number}", type="text_only")
+    await gateway.in_flight(6)
+
+
 async def test_who_waits_under_a_limit_that_is_taken_away_goes_by_what_is_left(
     open_gateway: Opener, policy: WriteFile
 ) -> None:

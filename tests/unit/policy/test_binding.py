@@ -54,6 +54,15 @@ def test_a_job_that_no_worker_has_waits_for_what_those_before_it_wait_for(
     assert (None if view is None else view.limit) == limit
 
 
+def test_a_job_waits_for_no_limit_in_shadow_that_is_over_its_bound() -> None:
+    shadow = replace(DAILY, shadow=True)
+    view = binding_limit(OF_FLASH, pool(shadow, replace(FLASH, used=7)))
+    assert (view and view.limit) == FLASH.limit
+    assert binding_limit(OF_FLASH, pool(IDLE, shadow)) is None
+    paused = binding_limit(OF_FLASH, pool(FLASH, replace(shadow, paused_ms=5_000)))
+    assert (paused and paused.limit) == DAILY.limit
+
+
 def test_what_is_paused_comes_before_what_is_full() -> None:
     paused = replace(IDLE, paused_ms=47_000)
     view = binding_limit(OF_FLASH, pool(paused, FLASH, DAILY))

@@ -3,7 +3,7 @@
 -- args: request
 -- request: permits of limits place
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues counts place
--- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, 0, 0, current, shadowed, paused_ms, pause said, room_in_ms, 0, cost_ms, taken), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket), counts are (limit, waiting, lapsing, reserved)
+-- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, 0, 0, current, shadowed, paused_ms, pause said, room_in_ms, 0, cost_ms, taken, shadow), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket), counts are (limit, waiting, lapsing, reserved)
 -- uses: core clock pool limits
 -- later: rates pacing bucket pauses blocked
 -- `of`: all, sessions (without what they hold), or limits, which are those of the list. `place` is where the next
@@ -127,7 +127,8 @@ local function show_limit(name, shadowed)
   local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
   list[#list + 1] = { name, limit.sort, limit.bound, used, 0, 0,
     limit.current and math.floor(limit.current / 1000) or limit.bound, tonumber(shadowed or 0), paused_ms,
-    limit.pause and limit.pause.said or '', math.max(0, at - pool.now), 0, limit.cost_ms, taken }
+    limit.pause and limit.pause.said or '', math.max(0, at - pool.now), 0, limit.cost_ms, taken,
+    limit.shadow and 1 or 0 }
 end
 
 -- The limits of a page, whose fields are read together.
