@@ -24,7 +24,13 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tidegate.errors import LimiterUnavailable, ShuttingDown, TidegateError, UpstreamTimeout
+from tidegate.errors import (
+    DemandImpossible,
+    LimiterUnavailable,
+    ShuttingDown,
+    TidegateError,
+    UpstreamTimeout,
+)
 from tidegate.limiter import (
     Demand,
     DetachedPermit,
@@ -321,9 +327,9 @@ class LimitedExchange:
             return
         try:
             await self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
-        except LimiterUnavailable as away:
+        except (LimiterUnavailable, DemandImpossible) as error:
             # Nothing of the answer is lost by it: the next 429 tries again.
-            logger.warning("a 429 could not pause %s: %s", self.penalised, away)
+            logger.warning("a 429 could not pause %s: %s", self.penalised, error)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -411,9 +417,9 @@ class SyncExchange:
             return
         try:
             self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
-        except (LimiterUnavailable, ShuttingDown) as away:
+        except (LimiterUnavailable, DemandImpossible, ShuttingDown) as error:
             # Nothing of the answer is lost by it: the next 429 tries again.
-            logger.warning("a 429 could not pause %s: %s", self.penalised, away)
+            logger.warning("a 429 could not pause %s: %s", self.penalised, error)
 
     def _shut(self, outcome: Outcome, tokens: int | Tokens | None) -> None:
         with self._in_use:

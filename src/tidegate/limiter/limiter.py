@@ -27,7 +27,7 @@ from typing import Any, NoReturn, ParamSpec, Required, Self, TypedDict, TypeVar,
 
 import msgpack
 
-from tidegate.errors import LimiterUnavailable, TidegateError
+from tidegate.errors import DemandImpossible, LimiterUnavailable, TidegateError
 from tidegate.limiter.connection import (
     STALLED_S,
     ExchangeLoop,
@@ -53,6 +53,7 @@ from tidegate.limiter.policy import (
     as_policy,
     read_change,
     tokens_of,
+    unknown_limit,
 )
 from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Clock, Observer, State
@@ -533,6 +534,7 @@ class Limiter:
     ) -> bytes:
         """Twice, since the connection may have been closed while it was not used: all that is
         asked here may be asked again, also where the first reply alone was lost."""
+        self._issuer.check_open()
         keys = (self._keys.meta, self._keys.layout)
         deadline_s = self._session.lease.deadline_s()
         script = load(name, clock=self._clock.server_time)
@@ -633,8 +635,11 @@ class Limiter:
         """Admit no call under `limit` for a time, in all processes.
 
         Afterwards calls come back over `ramp_ms`, all together with 0. A pause that would end later
-        stays: False then.
+        stays: False then. Raises DemandImpossible for a limit that the policy does not name, and
+        LimiterUnavailable.
         """
+        if self.policy.binding(limit) is None:
+            raise DemandImpossible(unknown_limit(limit, self.policy, self.pool), limit=limit)
         said = f"{by}: {reason}" if reason else by
         ramp_ms = max(1, ramp_ms)  # a pause without a ramp is a gate
         request = {"verb": "pause", "ramp_ms": ramp_ms}
@@ -746,6 +751,7 @@ class Limiter:
 
     async def history(self) -> list[Change]:
         """The last policies, the newest first."""
+        self._issuer.check_open()
         command = ("LRANGE", f"{self._keys.prefix}history", "0", "-1")
         with _unavailable():
             rows = await self._link.command(command, self._session.lease.deadline_s())
@@ -753,6 +759,7 @@ class Limiter:
 
     async def ping(self, timeout_ms: int) -> None:
         """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
+        self._issuer.check_open()
         with _unavailable():
             await self._link.ping(timeout_ms / 1000)
 
@@ -817,6 +824,7 @@ class Limiter:
             self._heartbeat.stop()
         tasks = [*self._tasks, self._exchanging] if self._exchanging is not None else self._tasks
         await _end(tasks)
+        self._issuer.closed = True
         await self._link.aclose()
         if self._heartbeat is not None:
             await asyncio.to_thread(self._heartbeat.join, 1.0)

@@ -56,8 +56,9 @@ _RETRY_MS = 1000
 class PermitIssuer:
     """Turns demands into waiters of the local queue, and waits into permits or errors.
 
-    closing: every demand is refused; `idle` is set when nothing is held then. loop: the only one
-    that demands may come from; None before the start. check_lapse: acts on a lease that has lapsed.
+    closing: every demand is refused; `idle` is set when nothing is held then. closed: the session
+    has ended. loop: the only one that demands may come from; None before the start. check_lapse:
+    acts on a lease that has lapsed.
     """
 
     _queue: LocalQueue
@@ -68,6 +69,7 @@ class PermitIssuer:
     _pool: str = ""
     loop: asyncio.AbstractEventLoop | None = None
     closing: bool = False
+    closed: bool = False
     _turning_away: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     wait_ewma_ms: dict[str, float] = field(default_factory=dict)
@@ -160,6 +162,14 @@ class PermitIssuer:
         for waiter in list(self._queue.waiting.values()):
             self._queue.refuse(waiter, self._stopping(), self._clock.now_ms())
         self._wake()
+
+    def check_open(self) -> None:
+        """Raises LimiterUnavailable after the end, ShuttingDown before the start, and RuntimeError
+        on another loop."""
+        if self.closed:
+            raise LimiterUnavailable("the limiter is closed", limit="", retry_after_ms=_RETRY_MS)
+        if asyncio.get_running_loop() is not self.loop:
+            raise self._elsewhere()
 
     def _elsewhere(self) -> Exception:
         """Why a demand would wait for ever: what admits it does not run, or on another loop."""

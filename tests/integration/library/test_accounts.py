@@ -126,6 +126,20 @@ async def test_googles_429_pauses_by_the_retry_info_of_its_body(
     assert 15_000 < await paused_ms(limiter, REQUESTS) <= 20_000
 
 
+async def test_a_429_that_can_pause_no_limit_is_answered_and_says_so(
+    make_limiter: MakeLimiter,
+    make_http: MakeHttp,
+    upstream: Upstream,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limiter = await make_limiter()
+    http = make_http(limiter, Demand((LIMIT, REQUESTS)), penalise="rpm:flahs")
+    answer = await http.send("GET", f"{upstream.url}/throttled")
+    assert (answer.status, await answer.read()) == (429, b"slow down")
+    assert "could not pause rpm:flahs: limit 'rpm:flahs' is not in the policy" in caplog.text
+    await until_free(limiter)
+
+
 async def test_a_429_pauses_nothing_unless_asked_to(
     make_limiter: MakeLimiter, make_http: MakeHttp, upstream: Upstream
 ) -> None:

@@ -8,13 +8,20 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.waiting import wait_until
 from tests.zones import ZONE
-from tidegate.errors import PolicyConflict, ShuttingDown, TidegateError
+from tidegate.errors import (
+    DemandImpossible,
+    LimiterUnavailable,
+    PolicyConflict,
+    ShuttingDown,
+    TidegateError,
+)
 from tidegate.limiter import (
     Limit,
     Limiter,
@@ -292,6 +299,36 @@ async def test_a_limiter_says_that_it_belongs_to_another_event_loop(pool: str) -
         with pytest.raises(RuntimeError, match="another event loop"):
             await asyncio.to_thread(asyncio.run, ask())
         await asyncio.wait_for(ask(), 20)
+
+
+async def test_a_pause_of_a_limit_that_no_policy_names_is_refused(
+    valkey_url: str, pool: str
+) -> None:
+    for url in (MEMORY, valkey_url):
+        async with Limiter.from_url(url, pool=pool, policy=POLICY) as limiter:
+            with pytest.raises(DemandImpossible, match="known: openai") as refused:
+                await limiter.penalise("opanai", for_ms=60_000)
+            assert refused.value.limit == "opanai"
+            assert limiter.pauses() == {}
+
+
+async def test_what_is_asked_of_a_limiter_elsewhere_or_after_its_end_is_refused(
+    valkey_url: str, pool: str
+) -> None:
+    """It opened another connection, which nothing closed."""
+    for url in (MEMORY, valkey_url):
+        limiter = Limiter.from_url(url, pool=pool, policy=POLICY)
+        with pytest.raises(ShuttingDown, match="not been started"):
+            await limiter.snapshot()
+        async with limiter:
+            for ask in (limiter.snapshot, limiter.history, partial(limiter.penalise, "openai")):
+                with pytest.raises(RuntimeError, match="another event loop"):
+                    await asyncio.to_thread(asyncio.run, ask())
+            assert (await limiter.snapshot()).limits["openai"].paused_ms == 0
+        for ask in (limiter.snapshot, limiter.history, partial(limiter.penalise, "openai")):
+            with pytest.raises(LimiterUnavailable, match="is closed"):
+                await ask()
+        assert limiter._link.server is None
 
 
 class BrokenObserver(Observer):
