@@ -74,9 +74,20 @@ class SyncPermit:
         outcome: Outcome | str = "success",
         tokens: int | Tokens | None = None,
         images: int | None = None,
+        *,
+        audio_seconds: int | None = None,
+        cost_micros: int | None = None,
+        first_ms: float | None = None,
     ) -> None:
         """Remember how the call ended and what it used, as `Permit.settle`."""
-        self._permit.settle(outcome, tokens=tokens, images=images)
+        self._permit.settle(
+            outcome,
+            tokens,
+            images,
+            audio_seconds=audio_seconds,
+            cost_micros=cost_micros,
+            first_ms=first_ms,
+        )
 
 
 class ThreadPermit:
@@ -99,6 +110,7 @@ class ThreadPermit:
         self._hard_ms = hard_ms
         self._close = close
         self._hold: DetachedPermit | None = None
+        self._entered = threading.Lock()  # never released
         self.lost = threading.Event()
 
     @property
@@ -108,8 +120,8 @@ class ThreadPermit:
 
     def enter(self) -> SyncPermit | None:
         """Wait for the permit. An exception that interrupts the waiting returns the ticket."""
-        if self._hold is not None:
-            raise RuntimeError("an acquisition can be entered once")
+        if not self._entered.acquire(blocking=False):
+            raise RuntimeError("an acquisition can be entered once: call acquire for each block")
         hold = self._hold = DetachedPermit(self._acquire, self._stop, hard_ms=self._hard_ms)
         try:
             permit = self._limiter.ask(hold.take)

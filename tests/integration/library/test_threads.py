@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -25,7 +27,15 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.integrations.exchange import SyncExchange
-from tidegate.limiter import Demand, Limiter, SyncLimiter
+from tidegate.limiter import (
+    Demand,
+    DetachedPermit,
+    Limiter,
+    Permit,
+    Rate,
+    SyncLimiter,
+    SyncPermit,
+)
 
 PATIENT_MS = 20_000
 
@@ -126,6 +136,59 @@ def test_an_acquisition_can_be_entered_once(make_sync: MakeSync) -> None:
         pass
     with pytest.raises(RuntimeError), acquisition:
         pass
+
+
+def test_of_two_threads_that_enter_one_acquisition_together_one_is_refused(
+    make_sync: MakeSync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were admitted, and the permit of one stayed held."""
+    limiter = make_sync(bound=2)
+    acquisition = limiter.acquire(LIMIT, deadline_ms=PATIENT_MS)
+    entered: list[object] = []
+
+    def enter() -> None:
+        try:
+            entered.append(acquisition.__enter__())
+        except RuntimeError as error:
+            entered.append(error)
+
+    def make(*of: Any, **more: Any) -> DetachedPermit:
+        monkeypatch.setattr("tidegate.limiter.sync.DetachedPermit", DetachedPermit)
+        other = threading.Thread(target=enter)  # in the middle of the first one's entry
+        other.start()
+        other.join(20)
+        return DetachedPermit(*of, **more)
+
+    monkeypatch.setattr("tidegate.limiter.sync.DetachedPermit", make)
+    with acquisition:
+        assert [type(one) for one in entered] == [RuntimeError]
+        assert held(limiter) == 1
+    assert held(limiter) == 0
+
+
+def test_a_permit_of_a_thread_is_settled_for_all_that_a_coroutines_is() -> None:
+    of_thread, of_coroutine = (inspect.signature(one) for one in (SyncPermit.settle, Permit.settle))
+    assert of_thread == of_coroutine
+
+
+async def test_what_a_thread_settles_is_counted() -> None:
+    limits = {
+        "audio": Rate.per_minute(99, unit="audio_seconds"),
+        "usd": Rate.per_minute(9, unit="usd"),
+    }
+    demand = Demand(("audio", "usd"), audio_seconds=50, cost_micros=8)
+    with SyncLimiter.from_url("memory://", pool=uuid4().hex, policy=limits) as limiter:
+
+        def used() -> list[int]:
+            return [view.used for view in limiter.snapshot().limits.values()]
+
+        held_open = limiter.hold(demand, lambda: None)
+        permit = held_open.enter()
+        assert permit is not None
+        assert used() == [50, 8]
+        permit.settle(audio_seconds=7, cost_micros=3, first_ms=1.5)
+        held_open.leave()
+        await wait_until(lambda: used() == [7, 3])
 
 
 async def test_a_thread_whose_lease_ran_out_while_it_stood_still_makes_no_call(
