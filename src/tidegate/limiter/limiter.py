@@ -365,10 +365,11 @@ class Limiter:
         """`async with limiter.acquire("openai", timeout=30) as permit:`
 
         Entering waits for all of `limits` together, at most `timeout` seconds, or `deadline_ms`,
-        and confirms the permit; leaving releases it without a round trip. `tenant` is whose share
-        it is; `priority` the name of a band; `tokens` and `images` an estimate for limits that
-        count them. `hard_ms` is the longest that the call can last: with `on_expiry = "hold"` the
-        permit of a dead process counts for that long (10 minutes if not given).
+        and confirms the permit; leaving releases it without a round trip. With 0 or less it takes
+        what is free in the server's next answer, and waits for no other call. `tenant` is whose
+        share it is; `priority` the name of a band; `tokens` and `images` an estimate for limits
+        that count them. `hard_ms` is the longest that the call can last: with `on_expiry = "hold"`
+        the permit of a dead process counts for that long (10 minutes if not given).
 
         Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey is away at the deadline),
         DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
@@ -381,6 +382,8 @@ class Limiter:
         wanted, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
         within_ms = deadline_of(timeout, deadline_ms)
         demand = Demand(limits, tenant, priority, wanted, images, within_ms, hard_ms)
+        if within_ms is not None and within_ms <= 0:
+            demand = self._soon(replace(demand, deadline_ms=None, once=True))
         return Acquisition(self._issuer, demand, True)
 
     def acquire_for(self, demand: Demand) -> Acquisition:

@@ -301,6 +301,17 @@ async def test_a_limiter_says_that_it_belongs_to_another_event_loop(pool: str) -
         await asyncio.wait_for(ask(), 20)
 
 
+@pytest.mark.parametrize("none", [{"timeout": 0}, {"timeout": -1.0}, {"deadline_ms": 0}])
+async def test_a_timeout_of_0_takes_a_permit_that_is_free_and_waits_for_none(
+    valkey_url: str, pool: str, none: dict[str, Any]
+) -> None:
+    for url in (MEMORY, valkey_url):
+        async with Limiter.from_url(url, pool=pool, policy=POLICY) as limiter:
+            async with asyncio.timeout(20), limiter.acquire("openai", **none):
+                assert await refusal(limiter, "openai", **none) == ("DeadlineExceeded", "openai")
+            assert (limiter.permits_held, limiter.waiters) == (0, 0)
+
+
 async def test_a_pause_of_a_limit_that_no_policy_names_is_refused(
     valkey_url: str, pool: str
 ) -> None:
