@@ -8,7 +8,7 @@ import os
 from celery import Celery
 from celery.signals import worker_process_init, worker_process_shutdown
 
-from tidegate.limiter import DeadlineExceeded, SyncLimiter
+from tidegate.limiter import DeadlineExceeded, LimiterUnavailable, QueueFull, SyncLimiter
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379")
 app = Celery("examples", broker=REDIS_URL, backend=REDIS_URL)
@@ -35,5 +35,6 @@ def ask(self, prompt: str) -> str:
     try:
         with limiter.acquire("llm", timeout=30):
             return f"You said: {prompt}"  # one call to the provider
-    except DeadlineExceeded as refused:  # leave the process to other tasks meanwhile
-        raise self.retry(countdown=refused.retry_after_ms / 1000) from refused
+    except (DeadlineExceeded, LimiterUnavailable, QueueFull) as refused:
+        # No call was made: leave the process to other tasks meanwhile.
+        raise self.retry(countdown=(refused.retry_after_ms or 1000) / 1000) from refused

@@ -14,11 +14,12 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
 from tests.unit.trees import nodes
-from tidegate import errors
+from tidegate import errors, limiter
 from tidegate.errors import TidegateError
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,28 @@ LIMITERS_OWN = (
     *("tests/unit/limiter", "tests/integration/limiter", "tests/integration/servers"),
     "tests/contract/test_private_names.py",
 )
+
+
+def test_the_types_in_public_signatures_of_the_limiter_are_exported() -> None:
+    def of(hint: Any) -> Iterator[str]:
+        for part in hint if isinstance(hint, list) else get_args(hint):
+            yield from of(part)
+        found = get_origin(hint) or hint
+        if isinstance(found, type) and found.__module__.startswith("tidegate."):
+            yield found.__name__
+
+    used = {
+        name
+        for public in (limiter.Limiter, limiter.SyncLimiter, limiter.SyncPermit, limiter.Observer)
+        for member, value in inspect.getmembers(public)
+        if member == "__init__" or not member.startswith("_")
+        for function in [value.fget if isinstance(value, property) else value]
+        if callable(function)
+        for hint in get_type_hints(function).values()
+        for name in of(hint)
+    }
+    assert "TryAcquisition" in used
+    assert used - set(limiter.__all__) == set()
 
 
 def test_the_limiter_is_reached_through_its_doors_alone() -> None:

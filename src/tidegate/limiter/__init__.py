@@ -30,7 +30,13 @@ from tidegate.errors import (
 from tidegate.limiter.connection import STALLED_S
 from tidegate.limiter.diagnostics import ServerReport, commands, examine, forget_pool, look_until
 from tidegate.limiter.estimates import WaitEstimate, WaitingLine
-from tidegate.limiter.limiter import Limiter, limited
+from tidegate.limiter.limiter import (
+    AcquireOptions,
+    AttemptOptions,
+    Limiter,
+    LimiterOptions,
+    limited,
+)
 from tidegate.limiter.messages import (
     format_amount,
     format_pause,
@@ -39,7 +45,13 @@ from tidegate.limiter.messages import (
     format_window,
     limit_paused,
 )
-from tidegate.limiter.permit import Acquisition, DetachedPermit, Outcome, Permit
+from tidegate.limiter.permit import (
+    Acquisition,
+    DetachedPermit,
+    Outcome,
+    Permit,
+    TryAcquisition,
+)
 from tidegate.limiter.policy import (
     ADAPTS_BY,
     DEFAULT_BANDS,
@@ -79,10 +91,12 @@ from tidegate.limiter.policy import (
     tokens_of,
 )
 from tidegate.limiter.queue import SPARE_MS
-from tidegate.limiter.session import Observer, State
-from tidegate.limiter.sync import SyncLimiter, SyncPermit, ThreadPermit
+from tidegate.limiter.session import Clock, Observer, State
+from tidegate.limiter.sync import SyncAcquisition, SyncLimiter, SyncPermit, ThreadPermit
 from tidegate.limiter.views import (
     LimitView,
+    LocalPermit,
+    LocalQueueView,
     LocalState,
     PermitView,
     Place,
@@ -108,13 +122,16 @@ __all__ = [
     "UNITS",
     "UNITS_IN_FLIGHT",
     "USUAL_WEIGHTS",
+    "AcquireOptions",
     "Acquisition",
     "Adaptive",
     "AdaptsBy",
     "AdmissionError",
+    "AttemptOptions",
     "Band",
     "CallUse",
     "Change",
+    "Clock",
     "Concurrency",
     "ConfigError",
     "DeadlineExceeded",
@@ -128,7 +145,10 @@ __all__ = [
     "LimitUsedUp",
     "LimitView",
     "Limiter",
+    "LimiterOptions",
     "LimiterUnavailable",
+    "LocalPermit",
+    "LocalQueueView",
     "LocalState",
     "Observer",
     "OnConflict",
@@ -150,12 +170,14 @@ __all__ = [
     "Snapshot",
     "Source",
     "State",
+    "SyncAcquisition",
     "SyncLimiter",
     "SyncPermit",
     "TenantView",
     "ThreadPermit",
     "TidegateError",
     "Tokens",
+    "TryAcquisition",
     "Unit",
     "UnitInFlight",
     "UpstreamTimeout",

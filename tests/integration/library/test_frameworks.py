@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from fastapi.testclient import TestClient
@@ -21,6 +21,7 @@ from fastapi.testclient import TestClient
 import tidegate.limiter
 from tests.integration.library.upstream import Upstream
 from tidegate.emulator.server import Emulator
+from tidegate.errors import LimiterUnavailable, QueueFull
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 PROGRAMS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -130,6 +131,12 @@ def test_a_task_of_celery_waits_or_is_retried(
             tasks["ask"](Task(), "hello")
         assert 3_000 < retried.value.args[0] <= 3_600
         limiter.resume("llm")
+        for refusal in (LimiterUnavailable, QueueFull):
+            refused = refusal("not now", limit="llm", retry_after_ms=2_000)
+            monkeypatch.setattr(limiter, "acquire", Mock(side_effect=refused))
+            with pytest.raises(Retried) as retried:
+                tasks["ask"](Task(), "hello")
+            assert retried.value.args[0] == 2
     finally:
         tasks["close_limiter"]()
 
