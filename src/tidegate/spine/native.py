@@ -718,7 +718,7 @@ class NativeExchange:
         rates = self._rates(demands.prices, target.model, whole)
         if images is None and asked.images and record.streamed and _tells_pictures(endpoint):
             images = self._images()
-        if whole and (images or is_complete(usage)):
+        if whole and (is_complete(usage) or (images and is_unknown(usage))):
             return charge_of(rates, usage, images, whole=True)
         came = self._came()
         if asked.characters:  # audio, which shows none of its tokens

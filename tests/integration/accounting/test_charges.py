@@ -388,3 +388,24 @@ async def test_a_picture_at_an_address_is_charged_though_google_reports_no_input
     assert row["usage_state"] == "estimated"
     assert (row["input_tokens"] > 0, row["output_tokens"]) == (True, call.output_tokens)
     is_paid(row, call)
+
+
+async def test_a_picture_made_of_one_at_an_address_is_charged_as_well(
+    open_gateway: Opener, limited: Path
+) -> None:
+    gateway = await open_gateway(**ON, tidegate_policy=limited)
+    acme = await key_of(gateway, "acme")
+    picture = {"fileData": {"fileUri": "https://example.com/a.png", "mimeType": "image/png"}}
+    drawn = {"responseModalities": ["TEXT", "IMAGE"]}
+    body = {"contents": [{"parts": [{"text": "Draw it"}, picture]}], "generationConfig": drawn}
+    url = f"{gateway.url}/v1beta/models/gemini-2.5-flash-image:generateContent"
+    async with gateway.http.post(url, json=body, headers=acme) as response:
+        text = await response.text()
+    assert (response.status, "promptTokenCount" in text, "inlineData" in text) == (200, False, True)
+
+    async def found() -> asyncpg.Record | None:
+        return await gateway.database.fetchrow("SELECT * FROM audit")
+
+    row = await wait_until(found, 20, "its record")
+    assert (row["usage_state"], row["images"]) == ("estimated", 1)
+    assert (row["input_tokens"] > 0, row["cost_micros"] > 0) == (True, True)
