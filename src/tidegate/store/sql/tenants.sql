@@ -87,8 +87,8 @@ SELECT EXISTS (SELECT 1 FROM spent_codes WHERE nonce = $1)
 DELETE FROM spent_codes WHERE ends_at < now() - interval '1 day'
 
 -- name: list_keys
--- Up to $4 keys in order of their making, of tenant $1 where given, whose prefix starts with $2,
--- behind the key $3 where given.
+-- Up to $4 keys in order of their making, behind the key $3 where given.
+-- Of tenant $1 where given, and with prefixes that start with $2.
 SELECT prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at,
     made_by
 FROM keys
