@@ -176,7 +176,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         await expect(page.locator("#live")).to_have_text("Live")
         await page.keyboard.press("g")
         await page.keyboard.press("u")
-        total = page.get_by_role("status").filter(has_text="requests")
+        total = page.get_by_role("status").filter(has_text="request")
         await expect(total).to_contain_text("$933.3")  # calls of other tests are cheap
         await expect(total).to_contain_text("without a price")
         rows = page.get_by_role("region", name="By tenant").locator("tbody tr")
