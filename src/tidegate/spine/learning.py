@@ -171,6 +171,12 @@ class _Reset(NamedTuple):
     def used(self) -> int:
         return 0 if self.remaining is None else self.bound - self.remaining
 
+    @property
+    def rounded_by(self) -> float:
+        """By how much `used` may be off: Anthropic rounds what remains of tokens to thousands."""
+        is_rounded = self.remaining is not None and not (self.bound % 1000 or self.remaining % 1000)
+        return 500.0 if is_rounded else 0.0
+
     def is_midnight(self) -> bool:
         at_ms = self.at * 1000
         ends_ms = [next_midnight_ms(zone, at_ms) - at_ms for zone in _ZONES]
@@ -234,13 +240,19 @@ class ResetEvidence:
         ends = first.at + first.in_s
         if first.used > 0 and reset.used > 0 and first.bound == reset.bound:
             moved_s, later_s = reset.at + reset.in_s - ends, abs(reset.in_s - first.in_s)
-            unit_s = first.in_s / first.used
+            unit_s, ratio = first.in_s / first.used, reset.used / first.used
             off_s = abs(reset.in_s - unit_s * reset.used)
-            fits = off_s <= unit_s + first.cut_s + reset.cut_s and moved_s >= unit_s - _LATE_S
+            most_s = unit_s * (1 + reset.rounded_by + first.rounded_by * ratio)
+            most_s += first.cut_s * max(1.0, ratio) + reset.cut_s
+            fits = off_s <= most_s and moved_s >= unit_s - _LATE_S
             is_within = reset.at < ends - _LATE_S
+            # A bucket that is used as fast as it refills resets later by the time that passes; of
+            # one that has nothing left it isn't known how much more is used.
+            is_apart = reset.at - first.at > 2 * _LATE_S
+            tells = is_apart and 0 not in (first.remaining, reset.remaining)
             if fits and is_within and min(moved_s, later_s) > _LATE_S:
                 vote = 1
-            elif not fits and abs(moved_s) <= _LATE_S:
+            elif tells and not fits and abs(moved_s) <= _LATE_S:
                 vote = -1
         self._votes = max(-_MOST_VOTES, min(self._votes + vote, _MOST_VOTES))
         if vote or reset.at >= ends - _LATE_S or first.bound != reset.bound or not first.used:

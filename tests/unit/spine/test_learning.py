@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from random import Random
 from typing import Any
 
 import pytest
@@ -114,9 +115,10 @@ class Server:
         bound: int,
         phase_s: float,
         provider: str = "",
+        unit: Any = "requests",
     ) -> None:
         self.family, self.bound, self.phase_s = family, bound, phase_s
-        self.limit = AccountLimit("requests", bound, window_s=float(window_s), mode=mode)
+        self.limit = AccountLimit(unit, bound, window_s=float(window_s), mode=mode)
         self.counter = counter_of(mode, bound, window_s * 10**9)
         self.now_s = float(NOW_S)
         self.announced = Announced(clock=lambda: self.now_s)
@@ -198,6 +200,23 @@ def test_the_bound_of_a_window_that_begins_again_is_its_own(provider: str, windo
         if reading is not None and second >= 3 * window_s:
             bounds.append(match.bound_for(reading, "rpm:m"))
     assert {*bounds} == {100_000}
+
+
+@pytest.mark.parametrize("bound", [8_000, 30_000, 400_000])
+@pytest.mark.parametrize("overdrawn", [False, True])
+def test_a_bucket_that_is_told_in_thousands_is_taken_for_no_window(
+    bound: int, overdrawn: bool
+) -> None:
+    """Anthropic rounds what remains of tokens to thousands, and its resets to seconds."""
+    random = Random(bound)
+    server = Server("anthropic", "token_bucket", 60, bound, 0.0, "anthropic", "output_tokens")
+    for _ in range(400):
+        after_s = random.uniform(1.0, 2.0)
+        took = bound / 60 * after_s * random.uniform(0.5, 1.6 if overdrawn else 1.4)
+        if overdrawn:  # output is known at its end, when it may be more than what remains
+            server.counter.take(round(took), round(server.now_s * 1e9))
+        reading = server.read(after_s, 0 if overdrawn else round(took))
+        assert reading is None or reading.reset_ms is None
 
 
 @pytest.mark.parametrize("ahead_s", [-3_600, -5, 0, 5, 120, 4_000])
