@@ -61,7 +61,11 @@ def measure_refusals() -> Figures:
 
 
 def measure_tiers() -> Figures:
-    return {group.name: asdict(tiers.run(group, JOBS)) for group in tiers.GROUPS}
+    found = ((group.name, tiers.run(group, JOBS)) for group in tiers.GROUPS)
+    return {
+        name: {"late": one.late, "share": one.share, "tiers": dict(one.tiers)}
+        for name, one in found
+    }
 
 
 def measure_admission() -> Figures:
