@@ -191,7 +191,7 @@ def _bars() -> Iterator[Bar[Found]]:
         ("jobs late, of 1,000 due in a day, an hour, a minute", "0", _late),
         ("cost of those due in a day, over live", "<= 55 %", _tier_cost),
         (
-            "CPU of an admission, usual limits, against 0.1.0's",
+            "CPU of an admission, usual limits, over that before units",
             "<= 1.10 x",
             _admission(_USUAL, 1.10),
         ),
