@@ -117,6 +117,16 @@ def _after_changes(found: Found) -> tuple[str, bool]:
     return _shown(values, lambda value: f"{value:.1f}"), max(values.values()) <= 1
 
 
+def _durability(found: Found) -> tuple[str, bool]:
+    """Measured, without a bar."""
+    costs = _those(found, "durability")[""]["costs"]
+    ours = [one for one in costs if one["budgets"] == "1"]
+    shown = [
+        f"{one['at_once']} at once {one['p50_ms']:.1f} / {one['p99_ms']:.1f} ms" for one in ours
+    ]
+    return f"{', '.join(shown)}; a commit alone {costs[0]['p50_ms']:.1f} ms", True
+
+
 def _tested(name: str) -> Judge[Found]:
     def judge(found: Found) -> tuple[str, bool]:
         said = _those(found, "books")[""][name]
@@ -184,6 +194,7 @@ def _bars() -> Iterator[Bar[Found]]:
         ("refused from then on", "0", _import_refused),
         ("refused a minute, one after others or a lower tier came", "<= 1", _after_changes),
         ("budgets: micro-dollars over, whatever dies", "0", _tested("budgets")),
+        ("what durability costs an admission, p50 / p99", "measured", _durability),
         ("books of a day with kills: not explained", "0", _tested("books")),
         ("told times within 25 % or 2 s", ">= 90 %", _told),
         ("refused early, by a rate", "p99 < 20 ms", _refusal_ms),

@@ -88,6 +88,12 @@ ALL_GOOD: dict[str, dict[str, Any]] = {
     "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
     "import openai": {"took_s": 4.9, "refused": 0, "calls": 900},
     "changes": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
+    "durability": {
+        "costs": [
+            {"budgets": name, "at_once": 1, "p50_ms": 0.2, "p99_ms": 0.5}
+            for name in ("a commit of one row", "0", "1")
+        ]
+    },
     "books": {"budgets": "1 passed in 30 s", "books": "1 passed in 30 s"},
     "waits": {"true": {"one tenant": 0.9}},
     "refusals": {"rows": [REFUSED]},
