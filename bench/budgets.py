@@ -143,7 +143,7 @@ def cost_of(
     return Cost(budgets, processes, at_once, len(taken_ms) / seconds, p50_ms, p99_ms)
 
 
-HEADERS = ("budgets", "processes", "at once", "admissions/s", "p50 ms", "p99 ms")
+HEADERS = ("budgets", "processes", "concurrent", "admissions/s", "p50 ms", "p99 ms")
 
 
 def row_of(cost: Cost) -> list[str]:

@@ -122,7 +122,8 @@ def _durability(found: Found) -> tuple[str, bool]:
     costs = _those(found, "durability")[""]["costs"]
     ours = [one for one in costs if one["budgets"] == "1"]
     shown = [
-        f"{one['at_once']} at once {one['p50_ms']:.1f} / {one['p99_ms']:.1f} ms" for one in ours
+        f"{one['at_once']} concurrently {one['p50_ms']:.1f} / {one['p99_ms']:.1f} ms"
+        for one in ours
     ]
     return f"{', '.join(shown)}; a commit alone {costs[0]['p50_ms']:.1f} ms", True
 
