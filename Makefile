@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTEST_ARGS ?=
 ARGS ?=
+# Whatever ends it, nothing that it started lives on.
+WATCHED := .venv/bin/python -S tests/watcher.py .venv/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help run test suite unit check chaos profile bench bench-limiter bench-gateway bench-limits clients suites audit canary setup-system lock clean
@@ -35,33 +37,33 @@ check: ## Lint, format, types and import contracts
 
 chaos: ## Kill, pause and cut off parts at full size, and count what really arrived
 	@scripts/bootstrap.sh dev
-	@.venv/bin/python -m chaos.limiter --seconds 60
+	@$(WATCHED) -m chaos.limiter --seconds 60
 	@TIDEGATE_MODEL_STEPS=200000 TIDEGATE_MODEL_SEED=$$(date +%s) .venv/bin/python -m pytest tests/property -n0 -s
 	@.venv/bin/python -m pytest tests/unit tests/contract -n0 -m hypothesis --hypothesis-profile=deep --timeout 1800
 	@TIDEGATE_SCHEMA_EXAMPLES=300 .venv/bin/python -m pytest tests/integration/described -n0 -s --timeout 1800
 	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
-	@.venv/bin/python -m chaos.soak --minutes 5
+	@$(WATCHED) -m chaos.soak --minutes 5
 
 profile: ## Where the microseconds of a call, a stream and a job go, by room (ARGS="--only call --functions 30")
 	@scripts/bootstrap.sh dev
-	@.venv/bin/python -m bench.profile $(ARGS)
+	@$(WATCHED) -m bench.profile $(ARGS)
 
 bench: ## Measure, and print the figures with the machine that they come from
 	@scripts/bootstrap.sh dev
-	@.venv/bin/python -m bench
+	@$(WATCHED) -m bench
 
 bench-limiter: ## The limiter against its peers, in one run (ARGS="--only ours --scenario load-50-20")
 	@scripts/bootstrap.sh dev
-	@.venv/bin/python -m bench.limiter $(ARGS)
+	@$(WATCHED) -m bench.limiter $(ARGS)
 
 bench-gateway: ## Our relay and job path beside other gateways, in one run (ARGS="--quick --only tidegate")
 	@scripts/bootstrap.sh dev
 	@scripts/setup_system.sh bench
-	@.venv/bin/python -m bench.gateway $(ARGS)
+	@$(WATCHED) -m bench.gateway $(ARGS)
 
 bench-limits: ## Limits against providers that count as the real ones do (ARGS="--only openai --window 10")
 	@scripts/bootstrap.sh dev
-	@.venv/bin/python -m bench.limits $(ARGS)
+	@$(WATCHED) -m bench.limits $(ARGS)
 
 clients: ## Try real SDKs, frameworks and coding agents on a keyless gateway (ARGS="--only openai")
 	@scripts/bootstrap.sh dev

@@ -7,8 +7,9 @@ seconds here, in the emulator and in the policy. Then comes what the limits prom
 (`bench/limits/promises.py`), and one table of all bars; `--write` puts it into
 `docs/benchmarks.md`.
 
-The whole takes an hour and a half. Parts that were measured apart, of one commit and with `--json`,
-become one table by `python -m bench.limits --of FILE...`.
+Accounts are measured `--beside` one another, each with a fleet of its own, which takes a tenth of
+two cores. What is measured of processor time comes after them, alone. Parts that were measured
+apart, of one commit and with `--json`, become one table by `python -m bench.limits --of FILE...`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench.limits import bars, promises
 from bench.limits.accounts import CONVERSATION, IMPORTED, PROVIDERS, MeasuredProvider
 from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, refusals
 from bench.limits.load import AgentLoad, MixedLoad
+from bench.limits.parts import Part, run_beside
 from bench.limits.stage import LimitsStage, NotStarted, standing
 from tidegate.embedded.servers import ServerFailed
 from tidegate.emulator.client import EmulatorControl
@@ -44,6 +46,7 @@ ADMIN_KEY = "sk-admin-measured"
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
 _READINGS = 20  # of a window
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _ABOUT = "about"  # in a file of figures, where they come from
 
 
@@ -236,6 +239,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, default=[])
     parser.add_argument("--window", type=float, default=60.0, help="seconds of a provider's minute")
     parser.add_argument("--windows", type=int, default=3, help="measured of each")
+    parser.add_argument("--beside", type=int, default=3, help="accounts measured concurrently")
     parser.add_argument(
         "--at-first", action="store_true", help="with the limits that a policy of 0.1.0 can have"
     )
@@ -247,8 +251,40 @@ def _arguments() -> argparse.Namespace:
 
 
 def _stop(_signal: int, _frame: object) -> None:
-    """Leave the blocks that have started processes."""
+    """Leave the blocks that have started processes; a second signal would break that off."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
     raise SystemExit(1)
+
+
+def accounts_measured(options: argparse.Namespace) -> dict[str, Part]:
+    """What is wanted of the accounts: each by itself needs a fleet of its own and little of it."""
+    wanted = options.scenario or SCENARIOS
+    minutes = argparse.Namespace(**{**vars(options), "window": bars.MINUTE_S, "windows": 1})
+    parts: dict[str, Part] = {}
+
+    def part(scenario: str, provider: MeasuredProvider, measure: Measure, cache: Any) -> None:
+        name = scenario if scenario == "conversation" else f"{scenario} {provider.name}"
+        if scenario == "changes" and provider.name == CHANGING[0]:
+            name = scenario
+        of = minutes if scenario == "import" else options
+        only = () if scenario == "conversation" else ("--only", provider.name)
+        parts[name] = Part(
+            ("--scenario", scenario, *only), partial(run, provider, measure, of, cache=cache)
+        )
+
+    for provider in PROVIDERS:
+        if "mix" in wanted and (not options.only or provider.name in options.only):
+            part("mix", provider, measure_mix, HIT_RATE)
+    if "conversation" in wanted and not options.only:
+        part("conversation", CONVERSATION, measure_conversation, "prefix")
+    for provider in PROVIDERS:
+        if "changes" in wanted and provider.name in (options.only or CHANGING[:1]):
+            part("changes", provider, measure_changes, HIT_RATE)
+    for provider in IMPORTED:
+        if "import" in wanted and (not options.only or provider.name in options.only):
+            part("import", provider, measure_import, HIT_RATE)
+    return parts
 
 
 def measured(options: argparse.Namespace, about: list[str]) -> dict[str, Figures]:
@@ -262,20 +298,12 @@ def measured(options: argparse.Namespace, about: list[str]) -> dict[str, Figures
         if options.json is not None:
             options.json.write_text(json.dumps({_ABOUT: about, **found}, indent=1))
 
-    for provider in PROVIDERS:
-        if "mix" in wanted and (not options.only or provider.name in options.only):
-            keep(f"mix {provider.name}", run(provider, measure_mix, options, cache=HIT_RATE))
-    if "conversation" in wanted and not options.only:
-        keep("conversation", run(CONVERSATION, measure_conversation, options, cache="prefix"))
-    for provider in PROVIDERS:
-        if "changes" in wanted and provider.name in (options.only or CHANGING[:1]):
-            name = "changes" if provider.name == CHANGING[0] else f"changes {provider.name}"
-            keep(name, run(provider, measure_changes, options, cache=HIT_RATE))
-    minutes = argparse.Namespace(**{**vars(options), "window": bars.MINUTE_S, "windows": 1})
-    for provider in IMPORTED:
-        if "import" in wanted and (not options.only or provider.name in options.only):
-            name = f"import {provider.name}"
-            keep(name, run(provider, measure_import, minutes, cache=HIT_RATE))
+    parts = accounts_measured(options)
+    windows = ("--window", str(options.window), "--windows", str(options.windows))
+    general = (*windows, *(("--at-first",) if options.at_first else ()))
+    for name, figures in run_beside(parts, options.beside, general):
+        keep(name, figures)
+    found.update({name: found.pop(name) for name in parts})
     for name, measure in promises.MEASURED.items():
         if name in wanted and not options.only:
             keep(name, promised(measure))
@@ -294,7 +322,8 @@ def read(files: Sequence[Path]) -> tuple[list[str], dict[str, Figures]]:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, _stop)
+    for number in _ENDING:
+        signal.signal(number, _stop)
     options = _arguments()
     if options.of:
         about, found = read(options.of)
