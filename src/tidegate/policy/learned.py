@@ -248,6 +248,9 @@ _STEP = 0.4
 # While there are others, or a bound fell, more is kept free for as long as less than the first
 # remains: a part of the bound that grows each second, up to the last, and ends slowly.
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
+# How much later than the pool the headers of answers tell of a call, at most: what it used leaves
+# their window later too, and under bursts would else be taken for a use of others.
+READ_LATE_S = 5.0
 # So long before it ends a charge is renewed, else there would be room for a moment.
 RENEWED_S = 2.5
 _DAY_MS = 86_400_000
@@ -275,6 +278,7 @@ class AccountUse:
     _more: float = 0.0
     _last: HeaderReading | None = None
     _used: deque[tuple[float, float]] = field(default_factory=deque)
+    _ours: deque[tuple[float, int]] = field(default_factory=deque)
     _kept: deque[tuple[float, int]] = field(default_factory=deque)
     _counted: int = 0  # as the pool counted after the last look
     _has_lost: bool = False
@@ -372,7 +376,10 @@ class AccountUse:
         """Compare what all have used in the last window with what is ours of it."""
         while self._used and self._used[0][0] <= now - self.span_s:
             self._used.popleft()
-        by_all, ours = sum(used for _, used in self._used), counted - self.kept(now)
+        while self._ours and self._ours[0][0] <= now - READ_LATE_S:
+            self._ours.popleft()
+        self._ours.append((now, counted - self.kept(now)))
+        by_all, ours = sum(used for _, used in self._used), max(own for _, own in self._ours)
         self.others += _STEP * (max(0.0, by_all - ours) - self.others)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
 

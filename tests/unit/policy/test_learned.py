@@ -325,6 +325,28 @@ def test_a_window_that_begins_again_is_no_use_of_others(is_known_by: str) -> Non
         assert use.due(float(second), counted, 60_000, 60_000) == 0
 
 
+@pytest.mark.parametrize("burst", [2, 5, 20])
+@pytest.mark.parametrize("late", [1, 4])
+def test_a_backlog_that_comes_in_bursts_is_no_use_of_others(burst: int, late: int) -> None:
+    """Each window is used up in its first seconds; the headers tell of a call seconds after the
+    pool has counted it."""
+    bound, period = 600_000, 61
+    use = AccountUse(60.0, 60.5, refills=False)
+
+    def used_by(second: int) -> int:
+        """Of the window that the second is in."""
+        return min(second % period, burst) * bound // burst
+
+    for second in range(1, 5 * period):
+        told = second - late
+        if told % period in range(1, burst + 1):
+            left, reset_ms = bound - used_by(told), (60.0 - told % period) * 1000
+            reading = HeaderReading("m", "tpm", bound, left, float(second), reset_ms=reset_ms)
+            use.read(reading)
+        earlier = bound - used_by(second) if second > period else 0  # leaves as the new one comes
+        assert use.due(float(second), used_by(second) + earlier, bound, bound) == 0
+
+
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
 
 
