@@ -401,8 +401,8 @@ class Limiter:
         hard_ms: int | None = None,
     ) -> TryAcquisition:
         """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
-        be had now, which takes no longer than the server's next answer, or while Valkey
-        is away. Otherwise as `acquire`."""
+        be had now, which takes no longer than the server's next answer: also while Valkey is
+        away, and where the queue is full. Otherwise as `acquire`."""
         wanted = None if tokens is None else tokens_of(tokens)
         bound_ms = hard_ms or DEFAULT_HARD_MS
         demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)

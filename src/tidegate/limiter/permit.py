@@ -598,7 +598,7 @@ class TryAcquisition:
     async def __aenter__(self) -> Permit | None:
         try:
             permit = await self._acquisition.__aenter__()
-        except (DeadlineExceeded, LimiterUnavailable):
+        except (DeadlineExceeded, LimiterUnavailable, QueueFull):
             return None
         self._entered = True
         return permit

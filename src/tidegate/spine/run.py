@@ -46,6 +46,7 @@ from tidegate.errors import (
     LimitPaused,
     LimitUsedUp,
     NotFound,
+    QueueFull,
     QuotaExceeded,
     TidegateError,
     UpstreamDrained,
@@ -449,7 +450,7 @@ class Spine:
         return () if lane is None else lane.demands.estimator.error()
 
 
-_Never = dict[int, DemandImpossible | DeadlineExceeded]
+_Never = dict[int, DemandImpossible | DeadlineExceeded | QueueFull]
 
 
 class _Run:
@@ -652,7 +653,7 @@ class _Run:
                     return
             except NotWorthWaiting:
                 continue  # in another queue, if there is one that is
-            except (LimitUsedUp, LimitPaused) as early:
+            except (LimitUsedUp, LimitPaused, QueueFull) as early:
                 if not self._record.waits or self._terms.left_ms() <= 0:
                     raise
                 never[place] = early

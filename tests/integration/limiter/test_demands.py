@@ -243,10 +243,12 @@ async def test_a_tenant_may_have_so_many_waiters_over_all_processes(
             return error.code
 
     async with limiters[0].acquire(TEXT):
-        ends = await asyncio.gather(
-            *(wait(limiters[number % 2], "greedy") for number in range(8)),
-            wait(limiters[0], "modest"),
-        )
+        waits = [wait(limiters[number % 2], "greedy") for number in range(8)]
+        ending = asyncio.gather(*waits, wait(limiters[0], "modest"))
+        await wait_until(lambda: sum(limiter.waiters for limiter in limiters) == 4)
+        async with limiters[1].try_acquire(TEXT, tenant="greedy") as permit:
+            assert permit is None
+        ends = await ending
     assert Counter(ends[:8]) == {"queue_full": 5, "deadline_exceeded": 3}
     assert ends[8] == "deadline_exceeded"
 

@@ -52,6 +52,13 @@ def chain(tmp_path: Path, second: Emulator, monkeypatch: pytest.MonkeyPatch) -> 
     return path
 
 
+@pytest.fixture
+def short_queue(chain: Path) -> Path:
+    """One waiter at the first upstream."""
+    chain.write_text("[pool]\nqueue_per_tenant = 1\n" + chain.read_text())
+    return chain
+
+
 async def ask(
     gateway: Gateway, model: str = MODEL, do: str = "generateContent", **headers: str
 ) -> Answer:
@@ -179,6 +186,32 @@ async def test_who_waits_for_one_that_is_parked_meanwhile_goes_over_to_another(
     assert (status, headers["x-tidegate-upstream"]) == (200, "second")
     assert gateway.waiting == 0
     holding[0].cancel()
+
+
+async def test_a_call_for_which_one_queue_is_full_waits_in_the_next(
+    open_gateway: Opener, short_queue: Path, second: Emulator
+) -> None:
+    one: dict[str, Any] = {"text_only": 1}
+    gateway = await open_gateway(worker=False, tidegate_policy=short_queue, rate_limits=one)
+    await wait_until(lambda: _is_answered(gateway, "only-second"), 20, "the second")
+    await gateway.upstream.set_fault("hang")
+    await second.control.set_fault("hang", count=1)
+    holding = [asyncio.create_task(ask(gateway, name)) for name in (MODEL, "only-second")]
+    await wait_until(lambda: gateway.held == 1, what="the first's only place")
+
+    async def holds() -> bool:
+        return (await second.control.stats()).in_flight == 1
+
+    await wait_until(holds, what="the second's only place")
+    first = asyncio.create_task(ask(gateway))
+    await _waits(gateway, "gemini", "kind:text_only")
+    waits = asyncio.create_task(ask(gateway))
+    await _waits(gateway, "second", "pool:total")
+    holding[1].cancel()
+    status, headers, _ = await waits
+    assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+    for task in (holding[0], first):
+        task.cancel()
 
 
 async def test_who_waits_is_told_of_a_pause_that_outlasts_its_deadline_in_whichever_process(
