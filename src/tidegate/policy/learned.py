@@ -344,10 +344,11 @@ class AccountUse:
         """As `due`, of a limit that refills as the account's does: by how much its level is lower
         than the account's. taken: what the pool counts in the window.
 
-        Where little remains, a margin is for what others take until the next look: once there, it
-        costs nothing, since all that refills may be used. Others can't be distinguished from our
-        own calls by then, since an account that is full refuses the rest. An answer is as old as a
-        look and a share of notes: what has refilled meanwhile, others and we have taken too.
+        Where little remains, a margin is for what others take until the next look, and for what
+        refills here and not at the account: once there, it costs nothing, since all that refills
+        may be used. Others can't be distinguished from our own calls by then, since an account that
+        is full refuses the rest. An answer is as old as a look and a share of notes: what has
+        refilled meanwhile, others and we have taken too.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
         self._recount(taken)
@@ -356,6 +357,8 @@ class AccountUse:
             refilled = bound * max(0.0, now - last.at - RENEWED_S) / self.window_s
             remaining = min(remaining, last.remaining + refilled)
         margin = in_force * max(MARGIN, LOOK_S / self.window_s)
+        apart = max(0, in_force - bound) + (self.others if self.acts else 0.0)
+        margin += RENEWED_S * apart / self.window_s
         wanted = in_force - remaining + (margin if remaining < 2 * margin else 0.0)
         amount = round(wanted) - level
         return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)

@@ -149,7 +149,10 @@ class Account:
     """A bucket of an account, used by us and by others, second by second, and filled to begin
     with. What does not fit is refused, and counts as used at the pool alone."""
 
-    def __init__(self, bound: int, window_s: float = 60.0, *, is_bucket: bool = False) -> None:
+    def __init__(
+        self, bound: int, window_s: float = 60.0, *, is_bucket: bool = False, late: int = 0
+    ) -> None:
+        """late: seconds after which an answer is read."""
         self.in_force = self.bound = bound
         self.left = float(bound)
         self.now = 0.0
@@ -158,6 +161,8 @@ class Account:
         self.refused = 0
         self.use = AccountUse(window_s, window_s + 0.5, refills=True)
         self.is_bucket, self.level = is_bucket, 0.0
+        self.answers: deque[HeaderReading] = deque()
+        self.late = late
 
     def used(self) -> float:
         """What decides at our limit: the level of a bucket, or what was spent in its window."""
@@ -196,12 +201,17 @@ class Account:
                 self.count(100.0)
                 self.refused += not self.take(100 * error)
         left = max(0, int(self.left))
-        self.use.read(HeaderReading("m", "tpm", self.bound, left, self.now))
+        self.answers.append(HeaderReading("m", "tpm", self.bound, left, self.now))
+        bound = self.in_force
+        if len(self.answers) > self.late:
+            reading = self.answers.popleft()
+            bound = reading.bound
+            self.use.read(reading)
         taken, level = round(self.spent()), round(self.level)
         if self.is_bucket:
-            due = self.use.level_due(self.now, taken, level, self.in_force, self.bound)
+            due = self.use.level_due(self.now, taken, level, self.in_force, bound)
         else:
-            due = self.use.due(self.now, taken, self.in_force, self.bound)
+            due = self.use.due(self.now, taken, self.in_force, bound)
         if due:
             self.count(due)
 
@@ -297,6 +307,19 @@ def test_the_level_of_a_bucket_follows_the_accounts() -> None:
     assert account.use.others < 0.02 * 60_000
     assert account.use.kept(account.now) == 0
     assert account.spent() > 0.95 * 60_000
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_answers_that_are_read_late_cost_no_more_refusals(late: int) -> None:
+    account = Account(60_000, is_bucket=True, late=late)
+    account.run(120)
+    account.run(60, others=300.0)
+    assert account.run(300, others=300.0) <= 5  # a minute's worth of one each
+    account.run(180)
+    account.change(30_000)
+    account.run(60)
+    assert account.run(300) <= 5
+    assert account.spent() - account.use.kept(account.now) > 0.95 * 30_000
 
 
 def test_an_idle_bucket_has_no_more_room_than_a_bound_that_fell() -> None:
