@@ -14,6 +14,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 from prometheus_client import (
@@ -24,6 +25,7 @@ from prometheus_client import (
     disable_created_metrics,
     values,
 )
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
@@ -635,6 +637,18 @@ def share_by_name() -> None:
 def forget(name: str, folder: str) -> None:
     """A process of this name has died: what it held is no more; what it counted stays."""
     mark_process_dead(name, folder)  # type: ignore[no-untyped-call]
+
+
+def count_problem(event: str, name: str, folder: str) -> None:
+    """Count a line of the log of a process that has no instruments, with those of `folder`."""
+    metric, file = Metric.PROBLEMS, MmapedDict(str(Path(folder) / f"counter_{name}.db"))  # type: ignore[no-untyped-call]
+    series = metric.name.removesuffix("_total")
+    key = mmap_key(series, metric.name, [*metric.labels], [event], metric.said)
+    try:
+        before, at = file.read_value(key)  # type: ignore[no-untyped-call]
+        file.write_value(key, before + 1, at)  # type: ignore[no-untyped-call]
+    finally:
+        file.close()  # type: ignore[no-untyped-call]
 
 
 class Instruments:

@@ -537,7 +537,8 @@ async def _supervise(order: Supervision) -> str:
         os.waitpid(pid, 0)  # it has ended
 
     loop.add_reader(hears, heard)
-    working = asyncio.create_task(daily_work(family).run(), name="daily work")
+    daily = daily_work(family, on_failed=lambda: _count_failure(order.counts))
+    working = asyncio.create_task(daily.run(), name="daily work")
     try:
         await family.run()
     finally:
@@ -546,6 +547,13 @@ async def _supervise(order: Supervision) -> str:
     if family.failure is None:
         return ""
     return f"{family.failure}; its log above says why"
+
+
+def _count_failure(counts: str) -> None:
+    from tidegate.metrics.instruments import count_problem  # as below
+
+    with suppress(OSError):  # a full disk, say: the log has it, and the work is tried again
+        count_problem(Log.DAILY_WORK_FAILED.value, "supervisor", counts)
 
 
 def _forget(name: str, counts: str) -> None:
@@ -601,9 +609,10 @@ class DailyWork:
         run: Callable[[tuple[str, ...]], Awaitable[int]],
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        on_failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """run: runs a command; its exit status."""
-        self._commands, self._run, self._now = commands, run, now
+        """run: runs a command; its exit status, or OSError where it could not begin."""
+        self._commands, self._run, self._now, self._on_failed = commands, run, now, on_failed
         self._done: dict[tuple[str, ...], date] = {}
 
     async def look(self) -> None:
@@ -614,7 +623,11 @@ class DailyWork:
         for command in self._commands():
             if self._done.get(command) == now.date():
                 continue
-            status = await self._run(command)
+            status: int | str
+            try:
+                status = await self._run(command)
+            except OSError as refused:  # no memory or no process is left for it
+                status = str(refused)
             if status == 0:
                 self._done[command] = now.date()
                 get_logger().info(Log.DAILY_WORK_DONE, command=" ".join(command))
@@ -622,6 +635,7 @@ class DailyWork:
                 get_logger().warning(
                     Log.DAILY_WORK_FAILED, command=" ".join(command), status=status
                 )
+                self._on_failed()
 
     async def run(self) -> None:
         """Look each minute, for ever. A command that is under way is ended when this is
@@ -664,6 +678,7 @@ def daily_work(
     run: Callable[[tuple[str, ...], Mapping[str, str]], Awaitable[int]] = run_command,
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    on_failed: Callable[[], None] = lambda: None,
 ) -> DailyWork:
     """That of a family, by the settings that its processes have at the time."""
 
@@ -671,7 +686,10 @@ def daily_work(
         return {name: value for name, value in family.environment.items() if name != SHARED}
 
     return DailyWork(
-        lambda: daily_commands(settings()), lambda command: run(command, settings()), now=now
+        lambda: daily_commands(settings()),
+        lambda command: run(command, settings()),
+        now=now,
+        on_failed=on_failed,
     )
 
 

@@ -277,7 +277,10 @@ def problem_counts() -> Counter[str]:
 
 
 # Alerts look for these.
-UPKEEP_FAILURES = (Log.CREDENTIALS_FAILED.value, Log.PARTITIONS_MISSING.value)
+UPKEEP_FAILURES = (
+    *(Log.CREDENTIALS_FAILED.value, Log.PARTITIONS_MISSING.value),
+    *(Log.DAILY_WORK_FAILED.value, Log.RECONCILE_FAILED.value),
+)
 _EVENTS = frozenset(one.value for one in Log)
 _counts: Counter[str] = Counter()
 _SERIOUS = ("warning", "error", "critical")

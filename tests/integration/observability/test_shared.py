@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from openai import AsyncOpenAI
@@ -17,6 +19,7 @@ from tests.integration.observability.test_metrics import Values, chat, of, value
 from tests.waiting import wait_until
 from tidegate.embedded.servers import free_port
 from tidegate.metrics.instruments import forget
+from tidegate.supervisor.supervisor import DailyWork, _count_failure
 from tidegate.telemetry.logging import NAMED, SHARED
 
 OWN = {"CLASSIFIER": "keywords", "LOG_FORMAT": "json", "SHUTDOWN_GRACE_MS": "1000"}
@@ -83,6 +86,26 @@ async def ask(gateway: Gateway, url: str) -> None:
         await response.read()
 
 
+async def fail_twice(counts: Path) -> None:
+    """The daily work of the supervisor of a family."""
+    exits: list[int | None] = [1, None]
+
+    async def run(_command: tuple[str, ...]) -> int:
+        if (status := exits.pop(0)) is None:
+            raise OSError(errno.ENOMEM, "no memory for a process")
+        return status
+
+    daily = DailyWork(
+        lambda: [("prune",)],
+        run,
+        now=lambda: datetime(2026, 11, 29, 4, tzinfo=UTC),
+        on_failed=lambda: _count_failure(str(counts)),
+    )
+    await daily.look()
+    await daily.look()
+    assert exits == []
+
+
 async def test_any_of_a_family_tells_of_all_and_what_died_is_still_counted(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
@@ -126,6 +149,8 @@ async def test_any_of_a_family_tells_of_all_and_what_died_is_still_counted(
             doomed.kill()
             doomed.wait(10)
         forget("api-1", str(counts))
+        assert of(values, "tidegate_problems_total", event="daily_work_failed") == 0
+        await fail_twice(counts)
 
         async def forgotten() -> Values | None:
             values = await scraped(gateway, urls[0])
@@ -134,6 +159,7 @@ async def test_any_of_a_family_tells_of_all_and_what_died_is_still_counted(
 
         values = await wait_until(forgotten, 20, "its gauges are gone")
         assert calls(values) == 5, "what it counted is not"
+        assert of(values, "tidegate_problems_total", event="daily_work_failed") == 2
         with running(gateway, tmp_path, "serve", **named(1)):
             await ready(gateway, urls[1])
             await ask(gateway, urls[1])
@@ -142,7 +168,7 @@ async def test_any_of_a_family_tells_of_all_and_what_died_is_still_counted(
                 return calls(await scraped(gateway, urls[0])) == 6
 
             await wait_until(goes_on, 20, "its successor goes on counting")
-            assert len(list(counts.glob("counter_*"))) == 2, "no new files for each start"
+            assert len(list(counts.glob("counter_api-*"))) == 2, "no new files for each start"
 
 
 async def test_a_worker_by_itself_answers_on_a_port_of_its_own(
