@@ -217,14 +217,16 @@ class LineCaller:
     async def _give_up(
         self, whether: Callable[[_ActiveLine], bool], waits_ms: Mapping[UUID, int] | None = None
     ) -> None:
-        chosen = {task: one.line for task, one in self._feeder.tasks.items() if whether(one)}
+        chosen = {task: one for task, one in self._feeder.tasks.items() if whether(one)}
         for task in chosen:
             task.cancel()
         if not chosen:
             return
         await asyncio.wait(chosen)
+        lines = [one.line for one in chosen.values()]
+        counted = {one.line.id: one.record.attempts - one.record.faults for one in chosen.values()}
         try:
-            await self._store.batch_lines.release(chosen.values(), waits_ms=waits_ms)
+            await self._store.batch_lines.release(lines, waits_ms=waits_ms, counted=counted)
         except StoreUnavailable as away:  # they return when this process is gone
             log.debug(Log.STORE_AWAY, detail=away.message)
 
@@ -263,7 +265,8 @@ class LineCaller:
         if error is not None and (wait_ms := self._wait_ms(line, record, error)) is not None:
             if isinstance(error, BudgetExceeded):
                 self._store.batch_lines.hold_up(line.batch_id, wait_ms)
-            waits_ms, counted = {line.id: wait_ms}, record.attempts - record.faults - gave_way
+            waits_ms = {line.id: wait_ms}
+            counted = {line.id: record.attempts - record.faults - gave_way}
             spent = Failure.of(error) if isinstance(error, QuotaExceeded) else None
             await self._until_done(
                 lambda: self._store.batch_lines.release(

@@ -807,18 +807,18 @@ class BatchLines:
         lines: Iterable[BatchLine],
         *,
         waits_ms: Mapping[UUID, float] | Mapping[UUID, int] | None = None,
-        counted: int = 1,
+        counted: Mapping[UUID, int] | None = None,
         gave_way: bool = False,
         failure: Failure | None = None,
     ) -> None:
         """Release claims on lines, of those in `waits_ms` for so long. counted: how many attempts
-        the calls have used up that were begun under this claim; gave_way: they did, to others;
+        the calls begun under these claims have used up, else one; gave_way: they did, to others;
         failure: what they wait for."""
-        waits_ms = waits_ms or {}
+        waits, used = waits_ms or {}, counted or {}
         said = {"failure": rows.failure_row(failure), "gave_way": int(gave_way)}
-        said["uncounted"] = 1 - counted
         given = rows.dumps(
-            {**line.key, **said, "after_ms": waits_ms.get(line.id)} for line in lines
+            {**one.key, **said, "after_ms": waits.get(one.id), "uncounted": 1 - used.get(one.id, 1)}
+            for one in lines
         )
         await self._connections.execute("return_batch_lines", given)
 
