@@ -266,6 +266,7 @@ _OUT_WAIT_S = 0.25
 # A claim costs PostgreSQL the same for one as for a hundred, and planning it the most: where they
 # come one upon another, it is made for more of them, and takes at most a quarter of the time.
 _REST_OF_CLAIM, _LONGEST_REST_S = 3, 0.02
+_LONGEST_CLAIM_S = 120.0  # each of its statements has a deadline: what takes longer never ends
 _LAST_TRY_WAITS_MS = 1_000, 10_000
 
 
@@ -339,7 +340,8 @@ class Feeder(Generic[ClaimedT]):
     async def run(self) -> None:
         """Claim and start tasks until closed; those already started go on.
 
-        Cancelled in the middle of a claim, it leaves that claim to what releases strays.
+        Cancelled in the middle of a claim, it leaves that claim to what releases strays. Raises
+        TimeoutError where a claim does not end: the heartbeat would hide that none is made.
         """
         while not self._closing.is_set():
             window = self.window()
@@ -355,7 +357,8 @@ class Feeder(Generic[ClaimedT]):
             mark = self.notifications.work_mark(self.lane)
             most, began = self.look.at(free), time.monotonic()
             try:
-                claimed = await self.claim(most)
+                async with asyncio.timeout(_LONGEST_CLAIM_S):
+                    claimed = await self.claim(most)
             except StoreUnavailable:
                 # The store logs its change of state.
                 self.held.outages.unclaimed()

@@ -279,7 +279,7 @@ def problem_counts() -> Counter[str]:
 # Alerts look for these.
 UPKEEP_FAILURES = (
     *(Log.CREDENTIALS_FAILED.value, Log.PARTITIONS_MISSING.value),
-    *(Log.DAILY_WORK_FAILED.value, Log.RECONCILE_FAILED.value),
+    *(Log.DAILY_WORK_FAILED.value, Log.RECONCILE_FAILED.value, Log.WORKER_LOOP_FAILED.value),
 )
 _EVENTS = frozenset(one.value for one in Log)
 _counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Claiming the lines of batches while their upstream is out."""
+"""Claiming the lines of batches while their upstream is out, and while a claim hangs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from tests.waiting import wait_until
 from tidegate.errors import UpstreamThrottled
+from tidegate.jobs import calls
 from tidegate.jobs.batches import LineCaller
 from tidegate.jobs.calls import LastTries
 from tidegate.jobs.outages import Held, Outages, Turn
@@ -58,3 +61,31 @@ async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> Non
     finally:
         feeding.cancel()
     assert lines.claims == 1
+
+
+async def test_a_claim_that_hangs_fails_the_loop_which_then_claims_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calls, "_LONGEST_CLAIM_S", 0.0)
+    lines = Lines()
+
+    async def hang(limit: int, most_bytes: int) -> list[Any]:
+        lines.claims += 1
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(lines, "claim", hang)
+    store = SimpleNamespace(
+        batch_lines=lines,
+        notifications=SimpleNamespace(work_mark=lambda _: 0),
+        open_batches=SimpleNamespace(ours=a_batch_is_open),
+    )
+    caller = LineCaller(*cast(Any, (None, store, None, Held(Outages(set()), {}), LastTries())))
+    for claims in (1, 2):
+        feeding = asyncio.create_task(caller.feed())
+        try:
+            await wait_until(feeding.done, 5, "the end of a claim that hangs")
+        finally:
+            feeding.cancel()
+        assert isinstance(feeding.exception(), TimeoutError)
+        assert lines.claims == claims
