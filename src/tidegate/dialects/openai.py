@@ -431,8 +431,9 @@ def _usage_of_object(usage: Usage, whole: JsonObject) -> Usage:
         return _of_duration(whole["duration"])
     if type(whole.get("results")) is not list:
         return usage
-    if usage.total_tokens is not None and usage.input_tokens is None:  # all of it is read
-        usage = replace(usage, input_tokens=usage.total_tokens, output_tokens=0)
+    taken = usage.total_tokens if usage.input_tokens is None else usage.input_tokens
+    if taken is not None and usage.output_tokens is None:  # all of it is read
+        usage = replace(usage, input_tokens=taken, output_tokens=0)
     billed = part_of(part_of(whole, "meta"), "billed_units")  # Cohere's
     searches = positive_of(billed, "search_units") or positive_of(billed, "searches")
     return with_searches(usage, searches) if searches else usage

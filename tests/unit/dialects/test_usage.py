@@ -278,6 +278,7 @@ def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
          Usage(13, 151, None, None, 164, UsageDetails(input_audio_seconds=36))),
         # ranks: all is input; Cohere's searches
         ({"results": [], "usage": {"total_tokens": 17}}, Usage(17, 0, total_tokens=17)),
+        ({"results": [], "usage": {"prompt_tokens": 17}}, Usage(17, 0)),
         ({"results": [], "meta": {"billed_units": {"search_units": 2}}},
          Usage(details=UsageDetails(searches=2))),
         # what is none
