@@ -37,6 +37,7 @@ from tidegate.telemetry.logging import Log, get_logger
 REJECTED = "rejected.jsonl"
 _SUFFIX = ".spill"
 _CHUNK = 200
+_PIECE_BYTES = 196_608  # a multiple of three: base64 of pieces is that of the whole
 
 
 @dataclass(slots=True)
@@ -73,7 +74,8 @@ class Spill:
 
     async def keep(self, entry: Json) -> None:
         """Return when `entry` is on the disk; raises StoreUnavailable when there is no room."""
-        line = _line_of(entry)
+        is_large = len(entry.get("row", {}).get("answer") or "") > _PIECE_BYTES
+        line = await asyncio.to_thread(_line_of, entry) if is_large else _line_of(entry)
         if self.used_bytes + len(line) > self._max_bytes:
             raise StoreUnavailable("PostgreSQL is away and the spill is full")
         self._pending_bytes += len(line)
@@ -427,9 +429,11 @@ def _line_of(entry: Json) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def _in_base64(value: object) -> str:
-    if isinstance(value, bytes):
-        return b64encode(value).decode()
+def _in_base64(value: object) -> orjson.Fragment:
+    if isinstance(value, bytes):  # in pieces: the event loop may go on between two of them
+        places = range(0, len(value), _PIECE_BYTES)
+        pieces = [b64encode(value[at : at + _PIECE_BYTES]) for at in places]
+        return orjson.Fragment(b"".join((b'"', *pieces, b'"')))
     raise TypeError(f"{type(value).__name__} can't be spilled")
 
 

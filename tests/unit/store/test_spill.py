@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
+from base64 import b64encode
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +47,27 @@ async def test_bytes_come_back_in_base64(tmp_path: Path) -> None:
     spill = Spill(tmp_path, 1_000_000)
     await spill.keep({"row": {"answer": b"\xff\x00"}})
     assert await replayed(spill) == [{"row": {"answer": "/wA="}}]
+
+
+class Answer(bytes):
+    """Which threads have read pieces of it."""
+
+    readers: set[int]
+
+    def __getitem__(self, place: Any) -> Any:
+        self.readers.add(threading.get_ident())
+        piece = super().__getitem__(place)
+        assert len(piece) <= 262_144
+        return piece
+
+
+async def test_a_large_answer_is_encoded_in_pieces_beside_the_event_loop(tmp_path: Path) -> None:
+    spill, answer = Spill(tmp_path, 10_000_000), Answer(os.urandom(1_000_001))
+    answer.readers = set()
+    await spill.keep({"row": {"answer": answer}})
+    assert answer.readers.isdisjoint({threading.get_ident()})
+    assert len(answer.readers) == 1
+    assert await replayed(spill) == [{"row": {"answer": b64encode(answer).decode()}}]
 
 
 async def test_a_replay_that_is_cut_short_starts_again(tmp_path: Path) -> None:
