@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -235,9 +236,10 @@ async def test_a_statement_is_prepared_again_after_a_change_of_the_schema(
     await store.jobs.submit(new_job())
     connections = await opened(database_url, stack, size=6)
     go, begun = asyncio.Event(), list[int]()
+    none = "w", 1, 1, "{}", list[UUID]()
 
     async def held(session: asyncpg.Connection) -> None:
-        await session.fetch(sql("end_requests"), "[]")
+        await session.fetch(sql("claim_batch_lines"), *none)
         begun.append(1)
         await go.wait()
 
@@ -246,10 +248,10 @@ async def test_a_statement_is_prepared_again_after_a_change_of_the_schema(
     go.set()
     await asyncio.gather(*holding)
     await connections.run(
-        lambda session: session.execute("ALTER TABLE requests ADD COLUMN of_later text")
+        lambda session: session.execute("ALTER TABLE batch_lines ADD COLUMN of_later text")
     )
     for _ in range(6):
-        assert await connections.rows("end_requests", "[]") == []
+        assert await connections.rows("claim_batch_lines", *none) == []
     assert not database.DatabaseSession.shares_servers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -25,6 +26,7 @@ from tests.integration.store.jobs import (
 from tidegate.call import DEFAULT_POOL, Classification, ClassifiedBy, Kind, Status, Usage, new_id
 from tidegate.errors import ClaimLost, NotFound
 from tidegate.record import Failure
+from tidegate.store.database import DatabaseSession
 from tidegate.store.jobs import Requeue
 from tidegate.store.records import ClaimedJob, NewJob
 from tidegate.store.store import Store
@@ -136,10 +138,22 @@ async def test_a_large_body_goes_to_the_blobs(store: Store, peek: asyncpg.Connec
     assert orjson.loads(zlib.decompress(packed))["prompt"] == prompt
 
 
-async def test_a_large_result_is_stored_whole(store: Store, peek: asyncpg.Connection) -> None:
-    claimed = await run_one(store)
+async def test_a_large_result_is_stored_whole_and_none_of_it_comes_back(
+    store: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed = await run_one(store, new_job("Explain the tide. " * 10_000))
     text = 'say "é"\n' * 150_000
-    await store.audit.end_job(claimed, result(text))
+    fetch, came = DatabaseSession.fetch, list[int]()
+
+    async def noted(session: DatabaseSession, query: str, *values: Any, **more: Any) -> Any:
+        found = await fetch(session, query, *values, **more)
+        came.extend(len(f"{[*one.values()]}") for one in found)
+        return found
+
+    with monkeypatch.context() as watched:
+        watched.setattr(DatabaseSession, "fetch", noted)
+        await store.audit.end_job(claimed, result(text))
+    assert 0 < max(came) < 5_000
     assert (await store.requests.get(claimed.request_id, "default")).text == text
     row = await peek.fetchrow("SELECT data, blob_key FROM bodies WHERE role = 'response'")
     packed = row["data"] or await store.blobs.get(row["blob_key"])

@@ -21,7 +21,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, reques
     first_byte_ms double precision, upstream text)
 
 -- name: end_requests
--- Bring claimed jobs to their end state with all that is known of them.
+-- Bring claimed jobs to their end state with all that is known of them; what the audit has of each, without its texts, comes back.
 UPDATE requests r SET
     status = row.status,
     finished_at = row.finished_at,
@@ -47,7 +47,12 @@ FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text,
     output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
     finish_reason text, failure jsonb, first_byte_ms double precision)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
-RETURNING r.*
+RETURNING r.id, r.tenant_id, r.pool, r.source, r.status, r.kind, r.classified_by, r.classified_reason,
+    left(r.prompt, 500) AS prompt, r.endpoint, r.model, r.used_model, r.upstream, r.priority, r.claim,
+    r.attempts, r.lapses, r.attempt_id, r.attempt_at, r.created_at, r.admitted_at, r.finished_at,
+    r.queue_ms, r.upstream_ms, r.first_byte_ms, r.input_tokens, r.output_tokens, r.thoughts_tokens,
+    r.cached_tokens, r.total_tokens, r.finish_reason, r.subject, r.conversation, r.traceparent,
+    r.webhook_url
 
 -- name: retry_requests
 -- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts may be made again.
@@ -68,7 +73,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before times
     failure jsonb, upstream_ms double precision, first_byte_ms double precision, uncounted integer,
     tier text, tiers_allowed text[], gave_way integer)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
-RETURNING r.*
+RETURNING r.id, r.tenant_id, r.pool, r.kind, r.claim, r.attempt_id, r.attempt_at
 
 -- name: already_written
 -- Which of these writes were committed before, by a try whose reply was lost.
@@ -140,7 +145,7 @@ ON CONFLICT (id, created_at, role) DO NOTHING
 
 -- name: add_streams
 -- Insert finished streams whole; one that is there already is left, so repeats are safe.
-INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
+INSERT INTO requests AS r (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms,
@@ -159,7 +164,12 @@ FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, sta
     failure jsonb, subject text, first_byte_ms double precision,
     conversation text, traceparent text, upstream text)
 ON CONFLICT (id) DO NOTHING
-RETURNING *
+RETURNING r.id, r.tenant_id, r.pool, r.source, r.status, r.kind, r.classified_by, r.classified_reason,
+    left(r.prompt, 500) AS prompt, r.endpoint, r.model, r.used_model, r.upstream, r.priority, r.claim,
+    r.attempts, r.lapses, r.attempt_id, r.attempt_at, r.created_at, r.admitted_at, r.finished_at,
+    r.queue_ms, r.upstream_ms, r.first_byte_ms, r.input_tokens, r.output_tokens, r.thoughts_tokens,
+    r.cached_tokens, r.total_tokens, r.finish_reason, r.subject, r.conversation, r.traceparent,
+    r.webhook_url
 
 -- name: add_audit
 -- Append one audit row per ended request.
