@@ -691,7 +691,7 @@ def log_ended(ended: Iterable[Mapping[str, Any]], failure: Mapping[str, Any]) ->
     """The line of each job that ended in the queue, from its row as it now stands."""
     for row in ended:
         request_id, parent = uuid_of(row["id"]), parent_of(row["traceparent"])
-        waited_ms = (row["finished_at"] - row["created_at"]).total_seconds() * 1000
+        waited_ms = (row["finished_at"] - _queued_at(row)).total_seconds() * 1000
         log_job(
             {
                 "request_id": str(request_id),
@@ -703,6 +703,16 @@ def log_ended(ended: Iterable[Mapping[str, Any]], failure: Mapping[str, Any]) ->
                 "code": failure["code"],
             }
         )
+
+
+def _queued_at(row: Mapping[str, Any]) -> datetime:
+    """When a job came into the queue the last time, as far as its row says."""
+    times: list[datetime] = [row["created_at"]]
+    if row["attempt_at"] is not None:
+        times.append(row["attempt_at"] + timedelta(milliseconds=row["upstream_ms"] or 0.0))
+    if row["given_ms"] is not None:  # it was requeued, with as much time as it had
+        times.append(row["deadline_at"] - timedelta(milliseconds=row["given_ms"]))
+    return max(times)
 
 
 What = Literal[

@@ -288,22 +288,32 @@ async def test_a_job_past_its_deadline_expires_even_when_claimed(
     assert await peek.fetchval("SELECT count(*) FROM audit WHERE status = 'expired'") == 2
 
 
-async def test_a_job_that_ends_in_the_queue_has_its_line_too(store: Store) -> None:
+async def test_a_job_that_ends_in_the_queue_has_its_line_too(
+    store: Store, peek: asyncpg.Connection
+) -> None:
     cancelled = new_job(created_at=now() - timedelta(hours=1))
     parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
     overdue = new_job(deadline_at=now() - timedelta(seconds=1), traceparent=parent)
+    hour, failure = timedelta(hours=1), Failure("upstream_unavailable", "it was away")
+    requeued = await run_one(store, new_job(created_at=now() - hour, deadline_at=now() + hour))
+    await store.queue.finish(requeued, result(status=Status.FAILED, failure=failure))
+    await peek.execute("UPDATE requests SET attempt_at = attempt_at - interval '30 minutes'")
+    assert (await store.stuck.requeue_all(Requeue(now() - hour, now() + hour))).requeued == 1
     for job in (cancelled, overdue):
         await store.jobs.submit(job)
     with capture_logs() as logs:
         await store.jobs.cancel(cancelled.request_id, "default")
         assert await store.queue.expire_due() == 1
+        await store.jobs.cancel(requeued.request_id, "default")
     ends = [line for line in logs if line["event"] == "job_done"]
     assert [(line["request_id"], line["code"], line["type"]) for line in ends] == [
         (str(cancelled.request_id), "cancelled", "text_only"),
         (str(overdue.request_id), "deadline_exceeded", "text_only"),
+        (str(requeued.request_id), "cancelled", "text_only"),
     ]
     assert 3_600_000 <= ends[0]["queue_ms"] < 3_700_000
-    assert [line.get("trace_id") for line in ends] == [None, "ab" * 16]
+    assert ends[2]["queue_ms"] < 100_000, "since it was requeued"
+    assert [line.get("trace_id") for line in ends] == [None, "ab" * 16, None]
 
 
 async def test_a_job_that_was_never_admitted_can_fail_without_an_attempt(
