@@ -113,19 +113,31 @@ class NativeKeys:
             looking.cancel()
 
     async def take(self, owner: Owner, wanted: Idempotency) -> Taken | KeyState:
-        """Take the key for `owner`, or return what is known under it."""
+        """Take the key for `owner`, or return what is known under it. A cancelled caller has no
+        key: one that is taken all the same is freed."""
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_often())
         lease_ms = self._judged_ms()
-        taken = await self._connections.run(
+        work = self._connections.run(
             lambda connection: take_key(
                 connection, owner.tenant_id, wanted, owner.request_id, lease_ms=lease_ms
             ),
             timeout_ms=_TIMEOUT_MS,
         )
+        taking = asyncio.create_task(work)
+        try:
+            taken = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(partial(self._taken_for_none, owner))
+            raise
         if isinstance(taken, Taken):
             self._owned[owner.request_id] = owner
         return taken
+
+    def _taken_for_none(self, owner: Owner, taking: asyncio.Task[Taken | KeyState]) -> None:
+        failed = taking.cancelled() or taking.exception() is not None
+        if not failed and isinstance(taking.result(), Taken):
+            self.free(owner)
 
     async def known(self, tenant_id: str, key: str) -> KeyState | None:
         """What is known under a key, which stays as it is."""

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
+import asyncpg
 import pytest
 
 from tests.integration.store.conftest import MakeStore
@@ -67,6 +68,28 @@ async def is_lapsed(store: Store) -> bool:
 async def is_answered(store: Store) -> bool:
     given = await known(store)
     return given is not None and given.answer == b"said"
+
+
+async def test_a_caller_that_is_cancelled_while_it_takes_a_key_leaves_it_free(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    store, gone, next_one = await make_store(database_url), owner_of(), owner_of()
+
+    async def waits() -> bool:
+        return bool(await peek.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    async def is_free() -> bool:
+        return await known(store) is None
+
+    async with peek.transaction():
+        await peek.execute("LOCK TABLE native_keys IN SHARE MODE")
+        taking = asyncio.create_task(store.native_keys.take(gone, WANTED))
+        await wait_until(waits, 20, "the statement that takes the key")
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
+    await wait_until(lambda: not store.connections._tasks, 20, "the end of the statement")
+    await wait_until(is_free, 5, "a free key")
+    assert await store.native_keys.take(next_one, WANTED) == Taken()
 
 
 async def test_kill_9_frees_a_key_within_its_lease_and_names_the_call(
