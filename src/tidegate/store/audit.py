@@ -811,14 +811,13 @@ async def _end_attempts(
 ) -> None:
     ended, whole = [], []
     for entry, row in fresh:
-        attempt = entry["attempt"]
-        if attempt is None:
-            continue
+        # Without one it may have begun all the same: by a mark whose reply was lost.
+        attempt = entry["attempt"] or {"finished_at": row["finished_at"]}
         how = {"outcome": rows.outcome_of(entry), "failure": entry["row"]["failure"]}
         common = {**attempt, **how, "result": None}  # the request's row alone has it
         if row["attempt_id"] is not None:
             ended.append({**common, "id": row["attempt_id"], "created_at": row["attempt_at"]})
-        else:
+        elif entry["attempt"] is not None:
             owner = {"tenant_id": row["tenant_id"], "pool": row["pool"], "kind": row["kind"]}
             place = {"id": new_id(), "request_id": row["id"], "number": 1, "claim": row["claim"]}
             whole.append({**common, **owner, **place, "instance_id": instance_id})

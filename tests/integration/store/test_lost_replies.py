@@ -8,12 +8,13 @@ import asyncpg
 import pytest
 
 from tests.integration.store.conftest import MakeStore
-from tests.integration.store.jobs import new_job, result
+from tests.integration.store.jobs import new_job, result, unadmitted
 from tests.integration.store.lossy import lossy
 from tests.waiting import wait_until
-from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.call import DEFAULT_POOL, Kind, Status
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.prices.budgets import Budget
+from tidegate.record import Failure
 from tidegate.store.database import sql
 from tidegate.store.store import Store
 
@@ -75,6 +76,44 @@ async def test_an_end_whose_commit_reply_was_lost_is_recorded_once(
         assert proxy.lost == 1
     assert await peek.fetchval("SELECT count(*) FROM audit") == 1
     assert await peek.fetchval("SELECT status FROM requests") == "succeeded"
+
+
+_LATE = Failure("deadline_exceeded", "the deadline passed while the job waited")
+
+
+async def test_an_attempt_whose_mark_had_no_reply_ends_with_its_job(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    worker = await make_store(database_url)
+    await worker.jobs.submit(new_job())
+    (claimed,) = await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    # The mark stands, and its worker does not know it when the deadline comes: it makes no call.
+    await worker.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+    await worker.queue.fail_unadmitted(claimed, unadmitted(Status.EXPIRED, _LATE))
+    (attempt,) = await peek.fetch("SELECT outcome, finished_at, failure FROM attempts")
+    assert attempt["outcome"] == "expired"
+    assert attempt["finished_at"] == await peek.fetchval("SELECT finished_at FROM requests")
+    assert _LATE.code in attempt["failure"]
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+async def test_an_attempt_that_has_ended_stays_as_it_ended(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection, is_called: bool
+) -> None:
+    worker = await make_store(database_url)
+    await worker.jobs.submit(new_job())
+    (first,) = await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await worker.queue.running(first, model="m", fence=(1, 1), queue_ms=0)
+    await worker.queue.retry(first, result(status="retried", failure=Failure("x", "y")), None)
+    (again,) = await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    # The second claim ends before its mark: in the queue, or cancelled with its permit.
+    if is_called:
+        await worker.queue.finish(again, result(status=Status.CANCELLED, failure=_LATE))
+    else:
+        await worker.queue.fail_unadmitted(again, unadmitted(Status.EXPIRED, _LATE))
+    assert [row["outcome"] for row in await peek.fetch("SELECT outcome FROM attempts")] == [
+        "failed"
+    ]
 
 
 async def remove_a_tenant(store: Store) -> None:

@@ -80,7 +80,7 @@ SELECT $2, now(), id, tenant_id, pool, kind,
 FROM begun
 
 -- name: end_attempts
--- Record how attempts ended that began between $2 and $3, which tell the partitions.
+-- Record how attempts under way ended that began between $2 and $3, which tell the partitions.
 UPDATE attempts a SET
     outcome = row.outcome,
     finished_at = row.finished_at,
@@ -101,6 +101,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, outcom
     finish_reason text, model_version text, response_id text, failure jsonb,
     first_byte_ms double precision)
 WHERE a.id = row.id AND a.created_at = row.created_at AND a.created_at BETWEEN $2 AND $3
+    AND a.outcome = 'running'
 
 -- name: release_claims
 -- Release claims, as a worker that stops does, or for `wait_ms`; not counted as lapses.
