@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
 from tidegate.dialects.spec import Headers
 from tidegate.record import CallRecord, Failure
@@ -106,12 +106,12 @@ class AttendedOut:
                     await asyncio.wait({making})
                 finally:
                     self._record.went_on_ms = (time.monotonic() - began) * 1000
-                    await _ended(making)
+                    await ended(making)
                 if not making.cancelled():
                     making.result()
                     self.ended_alone = True
             else:
-                await _ended(making)
+                await ended(making)
             raise
 
 
@@ -119,11 +119,24 @@ async def _task_of(make: Callable[[], Awaitable[None]]) -> None:
     await make()
 
 
-async def _ended(making: asyncio.Task[None]) -> None:
+async def ended(making: asyncio.Future[None]) -> None:
     """Cancel it, unless it is over, and wait until its connection is closed."""
     if not making.done():
         making.cancel()
         await asyncio.wait({making})
+
+
+async def undisturbed(work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` to its end however often the caller is cancelled, then let that go on."""
+    doing, cancelled = asyncio.ensure_future(work), None
+    while not doing.done():
+        try:
+            await asyncio.wait({doing})
+        except asyncio.CancelledError as late:
+            cancelled = late
+    if cancelled is not None:
+        raise cancelled
+    doing.result()
 
 
 def client_left(record: CallRecord) -> Failure:

@@ -43,6 +43,7 @@ from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.bodies import aside
+from tidegate.spine.out import ended, undisturbed
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, Lane
 from tidegate.store.provider.background import BackgroundCalls
@@ -405,7 +406,8 @@ class BackgroundHandOver:
     From before its request goes out until the provider says that it has ended, a call is counted in
     the limiter under a name of its own, which no process holds: whatever dies, it stays counted,
     for its longest time at most. While its request is under way it counts twice, never less than
-    once. A client that leaves does not end the hand-over.
+    once. A client that leaves does not end the hand-over; a second cancellation, such as that of a
+    process that stops, closes the call, which then stays counted where it was sent.
     """
 
     def __init__(
@@ -439,18 +441,18 @@ class BackgroundHandOver:
         try:
             await self._begin(lane, demand)
         except BaseException:  # cancellation too: nothing was sent
-            await asyncio.shield(self.not_taken())
+            await self.not_taken()
             raise
         making = asyncio.ensure_future(call())
         try:
             await asyncio.shield(making)
         except asyncio.CancelledError:
             deciding = asyncio.ensure_future(self._decided.wait())
-            await asyncio.wait({making, deciding}, return_when=asyncio.FIRST_COMPLETED)
-            deciding.cancel()
-            if not making.done():
-                making.cancel()
-                await asyncio.wait({making})
+            try:
+                await asyncio.wait({making, deciding}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                deciding.cancel()
+                await ended(making)
             raise
         finally:
             if self._is_not_taken(making):
@@ -459,9 +461,9 @@ class BackgroundHandOver:
     def _is_not_taken(self, making: asyncio.Future[None]) -> bool:
         """Whether the provider has refused it, or never heard of it. Without an answer it may go
         on: then it stays counted."""
-        if self._decided.is_set() or not making.done() or making.cancelled():
+        if self._decided.is_set() or not making.done():
             return False
-        error = making.exception()
+        error = None if making.cancelled() else making.exception()
         refused = isinstance(error, CallFailed) and error.status > 0
         return refused or not self._record.sent
 
@@ -478,7 +480,10 @@ class BackgroundHandOver:
 
     async def taken(self, made: Sequence[NewResource]) -> None:
         """Raises StoreUnavailable where that can't be written within some seconds: the call stays
-        counted, for its longest time."""
+        counted, for its longest time. A cancellation meanwhile comes after it."""
+        await undisturbed(self._hand_over(made))
+
+    async def _hand_over(self, made: Sequence[NewResource]) -> None:
         for left in reversed(range(_START_TRIES)):
             try:
                 await self._calls.start(self._record, made, FIRST_LOOK_MS)
@@ -494,14 +499,18 @@ class BackgroundHandOver:
         self._decided.set()
 
     async def not_taken(self) -> None:
-        """What can't be withdrawn now ends with its longest time."""
-        self._decided.set()
+        """What can't be withdrawn now ends with its longest time. A cancellation meanwhile comes
+        after it."""
+        await undisturbed(self._withdraw())
+
+    async def _withdraw(self) -> None:
         with suppress(StoreUnavailable):
             await self._calls.drop(self._record.id)
         if self._held is not None:
             limiter, name = self._held
             with suppress(LimiterUnavailable):
                 await limiter.revoke(name)
+        self._decided.set()
 
 
 class Keeping:
