@@ -278,6 +278,12 @@ class CallDemand:
         return Tokens(input_tokens, output_tokens, cached, min(written, input_tokens - cached))
 
 
+def tokens_read(told: Usage, charged: Usage) -> Tokens:
+    """What a provider read of a call, where no limit counts tokens."""
+    read = told.input_tokens or charged.input_tokens or 0
+    return Tokens(read, 0, min(told.cached_tokens or 0, read))
+
+
 class Demands:
     """One per process and upstream, with what the upstream charges."""
 

@@ -29,9 +29,9 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from tidegate.admission.charges import Prices
-from tidegate.admission.demand import CallDemand, Demands
+from tidegate.admission.demand import CallDemand, Demands, tokens_read
 from tidegate.admission.estimator import Learned
-from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome, Usage, seconds_of
+from tidegate.call import DEFAULT_POOL, CallCost, Caller, Outcome, seconds_of
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import of_answer, to_return
 from tidegate.dialects.spec import Dialect, Headers, Operation
@@ -56,7 +56,7 @@ from tidegate.errors import (
     UpstreamTierBusy,
     UpstreamUnauthorized,
 )
-from tidegate.limiter import Limiter, Permit, PoolPolicy, Tokens
+from tidegate.limiter import Limiter, Permit, PoolPolicy
 from tidegate.policy.deployment import Preempt, Upstream
 from tidegate.prices.budgets import Binding
 from tidegate.record import CallRecord, PieceDecoder, coding_of, decoded
@@ -482,14 +482,15 @@ class _Run:
             await self._budgets.known()
         began = datetime.now(UTC)
         while True:
-            policies = self._policies(left)
+            policies, tries = self._policies(left), self._record.attempts
             try:
                 await self._by_one_of(left)
                 return
             except LeaseLost:
-                if not self._is_answered:
-                    raise
-                return  # nothing is done under the permit any more: the call has succeeded
+                if self._is_answered:
+                    return  # nothing is done under the permit any more: the call has succeeded
+                if self._record.attempts > tries or not terms.repeats:
+                    raise  # else its permit was lost before it was made
             except DemandImpossible:
                 # A limit was taken away while it waited: it requests what binds it now.
                 now = self._policies(left)
@@ -819,7 +820,7 @@ class _Run:
                     used = demand.used(told, charged, whole=whole)
                 if permit.adapts_by_latency and whole and record.streamed:
                     first_ms = record.answer.first_byte_ms
-                    used = used or _tokens_read(told, charged)
+                    used = used or tokens_read(told, charged)
                 permit.settle(
                     outcome,
                     tokens=used,
@@ -876,12 +877,6 @@ class _Run:
         suspect = self._exchange.suspect()
         await lane.gate.failed(error, model, suspect=suspect, tried=is_try)
         record.faults += error.of_upstream
-
-
-def _tokens_read(told: Usage, charged: Usage) -> Tokens:
-    """What a provider read of a call, where no limit counts tokens."""
-    read = told.input_tokens or charged.input_tokens or 0
-    return Tokens(read, 0, min(told.cached_tokens or 0, read))
 
 
 def _place(target: Target | None) -> tuple[str, str] | None:

@@ -1,0 +1,218 @@
+"""A call that waits: for room in its budget, or again since its permit was lost before it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from random import Random
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from tidegate.admission.demand import CallDemand
+from tidegate.call import ANYBODY, NO_CHARGE, CallCost, Usage, new_id
+from tidegate.dialects.spec import Dialect
+from tidegate.errors import BudgetReserved, LeaseLost
+from tidegate.limiter import PoolPolicy
+from tidegate.policy.deployment import Deployment, Upstream
+from tidegate.record import CallRecord
+from tidegate.settings import Config
+from tidegate.spine.routing import Suspect, Target, Targets
+from tidegate.spine.run import Spine, Terms
+
+A = Upstream("a", {"openai": "http://a"}, "k", ("m",))
+B = Upstream("b", {"openai": "http://b"}, "k", ("m",))
+OUT = (5_000, "the provider answered 503")
+
+
+@dataclass
+class _Permit:
+    """One that is lost `at` a moment: before it is confirmed, or when it is released."""
+
+    at: str = ""
+    waited_ms: float = 0.0
+    fence: tuple[int, int] = (1, 1)
+    adapts_by_latency: bool = False
+    enter: Callable[[], None] = lambda: None
+
+    def settle_unused(self) -> None:
+        pass
+
+    def settle(self, *_: object, **__: object) -> None:
+        pass
+
+    async def confirm(self) -> None:
+        if self.at == "confirm":
+            raise asyncio.CancelledError
+
+    def leave(self, _: Exception) -> None:
+        pass
+
+    async def __aenter__(self) -> _Permit:
+        self.enter()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.at and (kind is None or issubclass(kind, asyncio.CancelledError)):
+            raise LeaseLost("the session is gone")
+
+
+@dataclass
+class _Limiter:
+    """Of one upstream. out: whether it has a closed gate."""
+
+    pool: str
+    permits: list[_Permit] = field(default_factory=list)
+    out: bool = False
+    policy: PoolPolicy = field(default_factory=lambda: PoolPolicy({}))
+
+    @property
+    def has_pauses(self) -> bool:
+        return self.out
+
+    def gate(self, _: str) -> tuple[int, str] | None:
+        return OUT if self.out else None
+
+    def paused_ms(self, _: object) -> int:
+        return OUT[0] if self.out else 0
+
+    def paused_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return names[:1] if self.out else ()
+
+    def tell_all(self) -> None:
+        pass
+
+    tell_of_pauses = tell_no_more = lambda *_: None
+
+    def acquire_for(self, _: object) -> _Permit:
+        return self.permits.pop(0) if self.permits else _Permit()
+
+    try_acquire_for = acquire_for
+
+
+@dataclass
+class _Budgets:
+    """room: what happens while a call waits for room in its budget, for each wait."""
+
+    room_by: list[Any] = field(default_factory=list)
+    any: bool = True
+
+    async def known(self) -> None:
+        pass
+
+    def binding(self, *_: object) -> tuple[str, ...]:
+        return ("day",)
+
+    def refusal(self, *_: object) -> None:
+        return None
+
+    def watch(self, *_: object) -> Any:
+        return lambda: None
+
+    async def reserve(self, *_: object) -> None:
+        if self.room_by:
+            raise BudgetReserved("no room yet", limit="day", allowed="$1")
+
+    async def room(self, _: float) -> None:
+        self.room_by.pop(0)()
+
+    def settle(self, *_: object) -> None:
+        pass
+
+
+class _Exchange:
+    """made: at which upstreams the call was made."""
+
+    started = is_heard = ended_alone = False
+
+    def __init__(self, terms: Terms, bills: bool) -> None:
+        self.terms, self.bills = terms, bills
+        self.made: list[str] = []
+
+    def elsewhere(self, targets: Targets) -> list[Target]:
+        return targets.of(Dialect.OPENAI, "m")
+
+    serving = elsewhere
+
+    def demand(self, target: Target, lane: Any) -> CallDemand:
+        return cast(CallDemand, lane.gate.bind(CallDemand(("rpm",), "t", "p", 0), target.model))
+
+    def cost(self, *_: object) -> CallCost:
+        return CallCost(0, 0)
+
+    async def make(self, target: Target, *_: object, **__: object) -> None:
+        self.made.append(target.upstream.name)
+
+    def settle(self, *_: object, **__: object) -> None:
+        return None
+
+    def suspect(self) -> Suspect:
+        return Suspect(None, 1)
+
+
+class _Stage:
+    def __init__(self, *upstreams: Upstream, budgets: _Budgets | None = None) -> None:
+        self.limiters = {one.name: _Limiter(one.name) for one in (A, B)}
+        self.targets = Targets(Deployment(upstreams), Random(1))
+        self.spine = Spine(
+            config=Config(),
+            targets=self.targets,
+            pools=cast(Any, self.limiters),
+            tracing=cast(Any, None),
+            budgets=cast(Any, budgets or SimpleNamespace(any=False)),
+            journal=cast(Any, None),
+        )
+        self.exchange = _Exchange(Terms(new_id(), ANYBODY, 0.0), bills=budgets is not None)
+
+    def replace(self, *upstreams: Upstream) -> None:
+        """As a live change does it."""
+        self.targets.replace(Deployment(upstreams))
+        for one in upstreams:
+            self.spine.install(one, cast(Any, self.limiters[one.name]))
+        for name in set(self.spine.health) - {one.name for one in upstreams}:
+            self.spine.withdraw(name)
+
+    async def run(self) -> list[str]:
+        record = CallRecord("job", "t", datetime.now(UTC), charge=NO_CHARGE)
+        targets = self.targets.of(Dialect.OPENAI, "m")
+        await self.spine.run(cast(Any, self.exchange), record, targets)
+        assert record.answer.usage == Usage()
+        return self.exchange.made
+
+
+async def test_a_call_whose_permit_was_lost_before_it_was_made_is_admitted_again() -> None:
+    stage = _Stage(A)
+    stage.limiters["a"].permits = [_Permit("confirm"), _Permit()]
+    assert await stage.run() == ["a"]
+
+
+@pytest.mark.parametrize("upstreams", [(A,), (A, B)], ids=len)
+async def test_a_permit_that_is_lost_as_its_upstream_goes_out_is_asked_for_again(
+    upstreams: tuple[Upstream, ...],
+) -> None:
+    """The upstream was paused while the permit was on its way, which is returned unused."""
+    stage = _Stage(*upstreams)
+    limiters = [stage.limiters[one.name] for one in upstreams]
+    turns = [partial(setattr, one, "out", out) for out in (True, False) for one in limiters]
+    for one, goes_out in zip(limiters, turns, strict=False):
+        one.permits = [_Permit("release", enter=goes_out), _Permit(enter=turns[-1])]
+    made = await stage.run()
+    assert len(made) == 1
+
+
+async def test_a_call_whose_permit_was_lost_while_it_was_made_is_not_repeated() -> None:
+    stage = _Stage(A)
+    stage.limiters["a"].permits = [_Permit("call")]
+
+    async def cancelled(*_: object, **__: object) -> None:
+        stage.exchange.made.append("a")
+        raise asyncio.CancelledError
+
+    stage.exchange.make = cancelled  # type: ignore[method-assign]
+    with pytest.raises(LeaseLost):
+        await stage.run()
+    assert stage.exchange.made == ["a"]
