@@ -508,6 +508,7 @@ class _Run:
                 await spine.budgets.room(room_ms / 1000)
                 if terms.left_ms() < _LAST_TRY_MS:
                     raise
+                left = left if self._refusals else self._elsewhere() or left
             except (BudgetExceeded, BudgetUnbounded) as spent:
                 self._refusals[_place(self._trying)] = spent
                 left = self._affordable(left)
@@ -532,7 +533,7 @@ class _Run:
                 self._record.begin_again()
 
     def _elsewhere(self) -> list[Target]:
-        """Where a call goes whose upstream was drained while it waited."""
+        """Where a call goes whose upstream was drained while it waited, or that waits for long."""
         found: list[Target] = []
         with suppress(NotFound, InvalidRequest):
             if self._terms.upstream is None:

@@ -184,6 +184,30 @@ class _Stage:
         return self.exchange.made
 
 
+async def test_an_upstream_that_is_back_is_tried_once_a_budget_has_room() -> None:
+    budgets = _Budgets()
+    stage = _Stage(A, B, budgets=budgets)
+    stage.limiters["a"].out = True
+
+    def turns() -> None:
+        stage.limiters["a"].out, stage.limiters["b"].out = False, True
+
+    budgets.room_by.append(turns)
+    assert await stage.run() == ["a"]
+
+
+async def test_an_upstream_that_came_is_tried_once_a_budget_has_room() -> None:
+    budgets = _Budgets()
+    stage = _Stage(B, budgets=budgets)
+
+    def comes() -> None:
+        stage.replace(A, B)
+        stage.limiters["b"].out = True
+
+    budgets.room_by.append(comes)
+    assert await stage.run() == ["a"]
+
+
 async def test_a_call_whose_permit_was_lost_before_it_was_made_is_admitted_again() -> None:
     stage = _Stage(A)
     stage.limiters["a"].permits = [_Permit("confirm"), _Permit()]
