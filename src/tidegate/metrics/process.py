@@ -151,7 +151,7 @@ class Watch:
             made.set(Metric.UPSTREAM_OUT, (upstream,), float(is_out))
             made.set(Metric.KEY_REFUSED, (upstream,), float(health.key_dead))
             for said in health.announced.all():
-                self._announce(upstream, said)
+                self._announce(upstream, said, served=said.model in health.announced)
         made.set(Metric.POSTGRES_AWAY, (), float(self.store.connections.away))
         blobs = self.store.blobs
         made.set(Metric.BLOBS_AWAY, (), float(blobs.away or blobs.is_silent))
@@ -175,10 +175,10 @@ class Watch:
             self._instruments.tally.add(Metric.PROBLEMS, (event,), amount)
         self._problems = logged
 
-    def _announce(self, upstream: str, one: Announcement) -> None:
+    def _announce(self, upstream: str, one: Announcement, *, served: bool) -> None:
         """Once each, so that of several processes the one that heard it last counts."""
         heard = self._heard.get((upstream, one.model))
-        model = self._models.of(one.model, learns=True)
+        model = self._models.of(one.model, learns=served)
         if heard == one.at or model != one.model:
             return
         self._heard[upstream, model] = one.at

@@ -115,13 +115,27 @@ class Announced:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._heads: dict[str, tuple[RawHeaders, float]] = {}
+        self._served: set[str] = set()  # of these, the models that it has answered for
         self._read: dict[str, tuple[RawHeaders, Announcement | None]] = {}
 
-    def note(self, model: str, headers: RawHeaders) -> None:
-        """Keep the headers of an answer; nobody changes them."""
+    def __contains__(self, model: str) -> bool:
+        """Whether it has answered for the model lately: then it is no invention of a client."""
+        return model in self._served
+
+    def note(self, model: str, headers: RawHeaders, status: int = 200) -> None:
+        """Keep the headers of an answer; nobody changes them. Where there are too many, those of
+        models that were refused alone are the first to go."""
         heads = self._heads
         if model not in heads and len(heads) >= MOST_MODELS:
-            del heads[next(iter(heads))]
+            gone = next((one for one in heads if one not in self._served), None)
+            if gone is None:
+                if status >= 300:
+                    return
+                gone = next(iter(heads))
+                self._served.discard(gone)
+            del heads[gone]
+        if status < 300:
+            self._served.add(model)
         heads[model] = headers, self._clock()
 
     def all(self) -> list[Announcement]:

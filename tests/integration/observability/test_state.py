@@ -142,3 +142,7 @@ async def test_a_429_announces_limits_too(
         assert response.status == 429
     (said,) = (await state_of(gateway))["upstreams"]["gemini"]["announced"]
     assert said["limits"] == [{"unit": "input_tokens", "remaining": 0}]
+    # Any client can name a model that is refused: it takes no label from one that has answered.
+    named = {name for name, _ in await scraped(gateway)}
+    assert "tidegate_upstream_out" in named
+    assert "tidegate_upstream_announced_remaining" not in named

@@ -74,3 +74,21 @@ def test_whatever_an_upstream_sends_is_bounded() -> None:
         f"m{number}" for number in range(2 * MOST_MODELS, 3 * MOST_MODELS)
     }
     assert all(len(one.limits) < 10 for one in found)
+
+
+def test_models_that_were_only_refused_give_way_to_those_that_answered() -> None:
+    """A client may name any model, and an upstream may refuse it by a 429."""
+    heard = Announced(lambda: 1_000.0)
+    heard.note("real", OPENAI)
+    for number in range(3 * MOST_MODELS):
+        heard.note(f"invented-{number}", OPENAI, 429)
+    models = [one.model for one in heard.all()]
+    assert "real" in models
+    assert len(models) == MOST_MODELS
+    assert "real" in heard
+    assert "invented-149" not in heard
+    for number in range(MOST_MODELS):
+        heard.note(f"other-{number}", OPENAI)
+        heard.note("invented", OPENAI, 429)
+    assert {one.model for one in heard.all()} == {f"other-{n}" for n in range(MOST_MODELS)}
+    assert "real" not in heard
