@@ -200,7 +200,7 @@ FIRST_MS = 1_000
 LONGEST_MS = 8_000
 DEAD_KEY_MS = 60_000
 PROBE_S = 30.0  # a try without an answer for longer has another one beside it
-# Models that a pool may have paused without a limit in the policy, as this process knows them.
+# Models that are paused without a limit in the policy; as many more of those that have answered.
 MOST_PAUSED = 100
 # The pauses of a model whose 429 does not say for how long: each is twice as long as the last.
 FIRST_PAUSE_MS = 500
@@ -506,9 +506,7 @@ class Gate:
         pause = pause_after(
             error, demand.limits, model, limiter.policy, datetime.now(UTC), account=whole
         )
-        if pause is None:
-            return 0
-        if pause.limit not in limiter.policy.limits and self._is_too_much(pause.limit):
+        if pause is None or self._is_too_much(pause.limit, model):
             return 0
         for_ms, ramp_ms = pause.for_ms, pause.ramp_ms
         if not for_ms:
@@ -555,10 +553,12 @@ class Gate:
         self._strikes[limit] = min(count + 1, _MOST_STRIKES), now + for_ms / 1000
         return for_ms
 
-    def _is_too_much(self, limit: str) -> bool:
+    def _is_too_much(self, limit: str, model: str) -> bool:
         """Clients name models: a pool's record does not grow with what they think of."""
-        pauses, named = self.limiter.pauses(), self.limiter.policy.limits
-        return limit not in pauses and len([1 for one in pauses if one not in named]) >= MOST_PAUSED
+        pauses, named = self.limiter.pauses(), {self.limit, *self.limiter.policy.limits}
+        most = 2 * MOST_PAUSED if model in self.announced else MOST_PAUSED
+        is_one_more = limit not in pauses and limit not in named
+        return is_one_more and len([1 for one in pauses if one not in named]) >= most
 
     def _open_for_the_new_key(self) -> None:
         if self._opening is None or self._opening.done():

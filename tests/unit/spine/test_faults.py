@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
 
+from tidegate.admission.demand import CallDemand
 from tidegate.errors import (
     LimiterUnavailable,
     UpstreamError,
@@ -17,11 +19,12 @@ from tidegate.errors import (
     UpstreamUnauthorized,
     UpstreamUnavailable,
 )
-from tidegate.limiter import Limiter
+from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.spine import routing
 from tidegate.spine.routing import (
     FAULTS,
     FAULTS_OF_ONE,
+    MOST_PAUSED,
     Faults,
     Gate,
     RetryBudget,
@@ -124,6 +127,44 @@ def test_a_fifth_of_the_traffic_may_be_tried_again() -> None:
         budget.earn()
         tried += budget.spend()
     assert 195 <= tried <= 200
+
+
+@dataclass
+class _Pauses:
+    """A limiter whose policy names no model. paused: its pauses."""
+
+    paused: dict[str, int]
+    policy: PoolPolicy = field(default_factory=lambda: PoolPolicy({}))
+
+    def pauses(self) -> dict[str, int]:
+        return self.paused
+
+    async def penalise(self, limit: str, *, for_ms: int, **_: object) -> bool:
+        self.paused[limit] = for_ms
+        return True
+
+
+async def test_invented_models_that_are_paused_leave_room_for_those_that_answered() -> None:
+    """Clients name models, and an upstream may refuse each of them by a 429."""
+    limiter = _Pauses({})
+    gate = Gate("busy", cast(Limiter, limiter))
+    gate.announced.note("real", [])
+    demand = CallDemand((), "t", "p", 0)
+
+    async def paused_ms(model: str, of_account: bool = False) -> int:
+        error = UpstreamThrottled("slow down", retry_after_ms=9_000, of_account=of_account)
+        return await gate.throttled(error, model, demand)
+
+    for number in range(MOST_PAUSED):
+        assert await paused_ms(f"invented-{number}")
+    assert not await paused_ms("one-more")
+    assert await paused_ms("real")
+    assert await paused_ms("one-more", of_account=True)
+    assert {"model:real", "upstream:busy"} < set(limiter.paused)
+    for number in range(2 * MOST_PAUSED):  # at a server that answers for any
+        gate.announced.note(f"answered-{number}", [])
+        await paused_ms(f"answered-{number}")
+    assert len(limiter.paused) == 2 * MOST_PAUSED + 1
 
 
 class _Away:
