@@ -16,10 +16,12 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, cast
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.connection import Connection
+from websockets.asyncio.messages import Assembler
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.datastructures import Headers as WireHeaders
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, ProtocolError
@@ -41,6 +43,7 @@ from tidegate.upstream.transport import BareConnection
 # Google's and OpenAI's own bound on a message is about as much; a picture is the largest.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 READ_AHEAD_MESSAGES = 4
+READ_AHEAD_BYTES = 1024 * 1024  # of a provider; a client's count in the memory of the process
 WRITE_AHEAD_BYTES = 64 * 1024
 PING_S = 20.0
 CLOSE_S = 5.0
@@ -172,10 +175,38 @@ class ClientSocket(ServerConnection):
         """What the server calls when it stops: the session goes on until its grace is over."""
 
 
+class _MessagesAhead(Assembler):
+    """Bounded in bytes too: nothing is read while more than `READ_AHEAD_BYTES` wait. A message that
+    is longer is read to its end."""
+
+    def maybe_pause(self) -> None:
+        if not self.paused and self._is_long:
+            self.paused = True
+            self.pause()
+        else:
+            super().maybe_pause()
+
+    def maybe_resume(self) -> None:
+        if not self._is_long:
+            super().maybe_resume()
+
+    @property
+    def _is_long(self) -> bool:
+        waiting = self.frames.queue
+        # Of many only as far as the bound on their number: then nothing is read anyway.
+        return sum(len(one.data) for one in islice(waiting, READ_AHEAD_MESSAGES)) > READ_AHEAD_BYTES
+
+
 class UpstreamSocket(ClientConnection):
     """The provider's side; as the client's, `pieces` and `is_blocked`."""
 
     pieces = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        reading = cast(asyncio.Transport, transport)
+        pause, resume = reading.pause_reading, reading.resume_reading
+        self.recv_messages = _MessagesAhead(READ_AHEAD_MESSAGES, pause=pause, resume=resume)
 
     def data_received(self, data: bytes) -> None:
         self.pieces += 1
