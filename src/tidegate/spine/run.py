@@ -385,7 +385,7 @@ class Spine:
             gate.drain(True)
 
     def forget(self, name: str) -> None:
-        """No call of a withdrawn upstream is left."""
+        """No call of a withdrawn upstream holds a permit or waits for one any more."""
         if name not in self.health:
             self._lanes.pop(name, None)
             self.timeouts.pop(name, None)
@@ -409,7 +409,10 @@ class Spine:
         return _Run(self, exchange, record, on_admitted, home).until_answered(targets)
 
     def lane(self, target: Target) -> Lane:
-        return self._lanes[target.upstream.name]
+        """Raises UpstreamDrained for an upstream that is forgotten."""
+        if (lane := self._lanes.get(target.upstream.name)) is None:
+            raise UpstreamDrained("the upstream of the call was removed while it waited")
+        return lane
 
     def first_of(self, dialect: Dialect) -> Target:
         """For what concerns no model. Raises NotFound where no upstream speaks the dialect."""
@@ -482,8 +485,9 @@ class _Run:
             await self._budgets.known()
         began = datetime.now(UTC)
         while True:
-            policies, tries = self._policies(left), self._record.attempts
+            tries = self._record.attempts
             try:
+                policies = self._policies(left)
                 await self._by_one_of(left)
                 return
             except LeaseLost:

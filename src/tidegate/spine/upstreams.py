@@ -420,6 +420,7 @@ class LiveUpstreams:
             self._left.remove(one)
             if one.is_removed and not is_back:
                 self.processors.pop(name, None)
+                self._spine.forget(name)
                 await self.pools.close(name)
             await _close(one.opened)
         if due:

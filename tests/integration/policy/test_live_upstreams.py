@@ -24,6 +24,8 @@ from tests.waiting import promised_s, wait_until, work_for
 from tidegate.cli import app
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.errors import UpstreamDrained
+from tidegate.spine.routing import Target
 from tidegate.store.provider.upstreams import UpstreamProcess
 
 __all__ = ["open_gateway"]
@@ -340,6 +342,7 @@ async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
     lasting = asyncio.create_task(chat(gateway, ONLY))
     limiter = gateway.services.limiters["second"]
     await wait_until(lambda: limiter.permits_held == 1, 20, "a call that goes on")
+    removed = Target(gateway.services.spine.targets.upstreams["second"], ONLY)
     assert (await admin(gateway, "DELETE", "/second?force=true"))[0] == 200
     await second.control.set_behaviour(first_byte_ms=0)
     async with run_clouds(second.url) as clouds:
@@ -348,6 +351,17 @@ async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
         assert status == 200, done
         assert (await ask_claude(gateway))[0] == 200
     lasting.cancel()
+    await asyncio.gather(lasting, return_exceptions=True)
+
+    async def is_forgotten() -> bool:
+        await gateway.services.upstreams.look()
+        try:
+            gateway.services.spine.lane(removed)
+        except UpstreamDrained:
+            return True
+        return False
+
+    await wait_until(is_forgotten, 20, "what was learned of the removed one is not kept")
 
 
 async def ask_claude(gateway: Gateway) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import pytest
 from tidegate.admission.demand import CallDemand
 from tidegate.call import ANYBODY, NO_CHARGE, CallCost, Usage, new_id
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import BudgetReserved, LeaseLost
+from tidegate.errors import BudgetReserved, LeaseLost, UpstreamDrained
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.record import CallRecord
@@ -206,6 +206,26 @@ async def test_an_upstream_that_came_is_tried_once_a_budget_has_room() -> None:
 
     budgets.room_by.append(comes)
     assert await stage.run() == ["a"]
+
+
+@pytest.mark.parametrize("bound", [None, "b"])
+async def test_a_call_that_waits_goes_elsewhere_once_its_upstream_is_forgotten(
+    bound: str | None,
+) -> None:
+    budgets = _Budgets()
+    stage = _Stage(B, budgets=budgets)
+    stage.exchange.terms.upstream = bound
+
+    def goes() -> None:
+        stage.replace(A)
+        stage.spine.forget("b")
+
+    budgets.room_by.append(goes)
+    if bound is None:
+        assert await stage.run() == ["a"]
+    else:
+        with pytest.raises(UpstreamDrained):
+            await stage.run()
 
 
 async def test_a_call_whose_permit_was_lost_before_it_was_made_is_admitted_again() -> None:
