@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_the_list_of_upstreams_says_why_one_is_out(monkeypatch: pytest.MonkeyPat
 def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr("sys.argv", ["tidegate", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main()
+        copy_context().run(main)
     return ended.value.code
 
 

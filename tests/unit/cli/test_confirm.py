@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from io import StringIO
 
 import pytest
@@ -51,5 +52,5 @@ def test_ctrl_c_at_a_question_ends_as_it_does_anywhere(
     monkeypatch.setattr("sys.stdin", terminal)
     monkeypatch.setattr("sys.argv", ["tidegate", *command.split(), "--json"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        copy_context().run(main)
     assert (ended.value.code, capsys.readouterr().out) == (code, "")
