@@ -162,9 +162,9 @@ def check_budget(budget: Budget) -> None:
         raise ConfigError("alerts", str(budget.alerts), "up to 10 shares from 1 to 100 percent")
 
 
-def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
-    """The budget that a person states: its fields, the amount as `usd` or `tokens`. Raises
-    ConfigError."""
+def budget_of(name: str, values: Mapping[str, Any], before: Budget | None = None) -> Budget:
+    """The budget that a person states: its fields, the amount as `usd` or `tokens`. before: the one
+    of that name. Raises ConfigError."""
     fields = dict(values)
     usd, tokens = fields.pop("usd", None), fields.pop("tokens", None)
     if (usd is None) == (tokens is None):
@@ -177,7 +177,15 @@ def budget_of(name: str, values: Mapping[str, Any]) -> Budget:
         fields[several] = tuple(fields.get(several) or ())
     budget = Budget(name=name, **fields)
     check_budget(budget)
-    return budget
+    return budget if before is not None and before.each == budget.each else _by_tenant(budget)
+
+
+def _by_tenant(budget: Budget) -> Budget:
+    """With a book for each tenant where it has one for each person or conversation: their names are
+    a tenant's own, and two tenants may have the same."""
+    is_of_people = "subject" in budget.each or "conversation" in budget.each
+    is_of_all = budget.tenant is budget.key is None and "tenant" not in budget.each
+    return replace(budget, each=("tenant", *budget.each)) if is_of_people and is_of_all else budget
 
 
 def _micros_of(field: str, usd: Decimal | str) -> int:
@@ -214,7 +222,7 @@ def with_changes(before: Budget | None, name: str, values: Mapping[str, Any]) ->
         kept["fallback"] = None
     if not {"usd", "tokens"} & set(values):
         kept |= {"usd": Decimal(amount) / 10**6} if before.unit == "usd" else {"tokens": amount}
-    return budget_of(name, {**kept, **values})
+    return budget_of(name, {**kept, **values}, before)
 
 
 def with_end_of(before: Budget, budget: Budget) -> Budget:

@@ -47,9 +47,9 @@ def cost_in_trace(arrival: Arrival, model: str) -> int | None:
     return arrival.use.cost_micros if model == arrival.model else None
 
 
-def budget_in(name: str, table: Mapping[str, Any]) -> Budget:
-    """The budget that a table of TOML states; `period` may be a time such as `5h`. Raises
-    ConfigError with the path of the key."""
+def budget_in(name: str, table: Mapping[str, Any], before: Budget | None = None) -> Budget:
+    """The budget that a table of TOML states; `period` may be a time such as `5h`. before: the one
+    of that name. Raises ConfigError with the path of the key."""
     values = dict(table)
     for key, value in values.items():
         path = f"{PREFIX}{name}.{key}"
@@ -78,7 +78,7 @@ def budget_in(name: str, table: Mapping[str, Any]) -> Budget:
         values.setdefault("at_end", "fall_back")
     try:
         usd = values.get("usd")
-        return budget_of(name, values | ({} if usd is None else {"usd": str(usd)}))
+        return budget_of(name, values | ({} if usd is None else {"usd": str(usd)}), before)
     except ConfigError as wrong:
         raise ConfigError(f"{PREFIX}{name}.{wrong.variable}", wrong.value, wrong.allowed) from None
 
@@ -102,7 +102,8 @@ def changed(budgets: Sequence[Budget], changes: Mapping[str, Any]) -> tuple[Budg
             raise ConfigError(key, str(value), allowed)
         stated = {one for one in _FIELDS if f"{PREFIX}{name}.{one}" in changes}
         _change(tables.setdefault(name, {}), part, value, stated)
-    return tuple(budget_in(name, table) for name, table in tables.items())
+    before = {one.name: one for one in budgets}
+    return tuple(budget_in(name, table, before.get(name)) for name, table in tables.items())
 
 
 def _change(table: dict[str, Any], part: str, value: Any, stated: Container[str]) -> None:

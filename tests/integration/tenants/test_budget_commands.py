@@ -34,6 +34,12 @@ async def test_budgets_over_http(open_gateway: Opener) -> None:
     assert (await ask(gateway, "PUT", "/admin/budgets/people", AS_ADMIN, each))[0] == 200
     status, listed = await ask(gateway, "GET", "/admin/budgets", AS_ADMIN)
     assert [one["name"] for one in listed] == ["acme/day", "people"]
+    assert listed[1]["each"] == ["tenant", "subject"]
+    for again in (["subject"], ["tenant", "subject"]):
+        status, _ = await ask(
+            gateway, "PUT", "/admin/budgets/people", AS_ADMIN, each | {"each": again}
+        )
+        assert status == 200
     status, problem = await ask(
         gateway, "PUT", "/admin/budgets/x", AS_ADMIN, BODY | {"zone": "Mars"}
     )
@@ -46,7 +52,9 @@ async def test_budgets_over_http(open_gateway: Opener) -> None:
     async with gateway.http.post(url, json=call, headers=person) as refused:
         assert (await refused.json())["error"]["limit"] == "people"
     status, books = await ask(gateway, "GET", "/admin/budgets/books?budget=people", AS_ADMIN)
-    assert [(one["scope"], one["paused_since"] is None) for one in books] == [(["ann"], False)]
+    assert [(one["scope"], one["paused_since"] is None) for one in books] == [
+        (["default", "ann"], False)
+    ]
     for field, extra in (
         ("extra_usd", {"extra_usd": 1}),  # not a million tokens
         ("extra_tokens", {"extra_usd": 1, "extra_tokens": 1}),
@@ -57,9 +65,9 @@ async def test_budgets_over_http(open_gateway: Opener) -> None:
         assert (status, problem.get("field")) == (400, field)
     status, books = await ask(gateway, "GET", "/admin/budgets/books?budget=people", AS_ADMIN)
     assert [(one["amount"], one["paused_since"] is None) for one in books] == [(0, False)]
-    more = {"scope": ["ann"], "extra_tokens": 2_000}
+    more = {"scope": ["default", "ann"], "extra_tokens": 2_000}
     status, done = await ask(gateway, "POST", "/admin/budgets/people/resume", AS_ADMIN, more)
-    assert (status, done) == (200, {"scopes": [["ann"]]})
+    assert (status, done) == (200, {"scopes": [["default", "ann"]]})
     async with gateway.http.post(url, json=call, headers=person) as admitted:
         assert admitted.status == 200
     status, _ = await ask(gateway, "DELETE", "/admin/budgets/people", AS_ADMIN)
@@ -103,7 +111,7 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
         assert refused.complained.count("\n") == 1, more
     for wrong in (("x", "--usd", "much"), ("x",), ("day", "--usd", "1", "--tenant", "acme")):
         assert (await tidegate(gateway, "budgets", "set", *wrong)).code == 2
-    own = ("people", "--usd", "2", "--period", "day", "--subject", "each")
+    own = ("people", "--usd", "2", "--period", "day", "--tenant", "acme", "--subject", "each")
     assert (await tidegate(gateway, "budgets", "set", *own)).code == 0
     await gateway.database.execute(
         "INSERT INTO budget_books (budget, scope, period, spent) SELECT name, scope,"

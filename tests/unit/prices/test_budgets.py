@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.prices.budgets import budget_of, extra_of, with_changes
+from tidegate.prices.budgets import Budget, Dimension, budget_of, extra_of, with_changes
 
 DAY = {"period": "day"}
 
@@ -41,3 +41,28 @@ def test_a_new_budget_is_of_a_month_and_keeps_its_period_until_another_is_given(
     of_a_week = with_changes(new, "all", {"period": "week"})
     assert (of_a_week.period, of_a_week.amount) == ("week", 3_000_000_000)
     assert with_changes(of_a_week, "all", {"usd": "5"}).period == "week"
+
+
+@pytest.mark.parametrize(
+    ("stated", "each"),
+    [
+        ({"each": ["subject"]}, ("tenant", "subject")),
+        ({"each": ["key", "conversation"]}, ("tenant", "key", "conversation")),
+        ({"each": ["subject", "tenant"]}, ("subject", "tenant")),
+        ({"each": ["subject"], "tenant": "acme"}, ("subject",)),
+        ({"each": ["subject"], "key": "k"}, ("subject",)),
+        ({"each": ["key"]}, ("key",)),
+    ],
+)
+def test_people_of_two_tenants_share_no_budget(
+    stated: dict[str, object], each: tuple[Dimension, ...]
+) -> None:
+    new = budget_of("people", {"usd": 1, **DAY, **stated})
+    assert new.each == each
+    assert with_changes(new, "people", {"usd": 2}).each == each
+
+
+def test_a_budget_of_people_of_all_tenants_that_is_there_stays_one() -> None:
+    there = Budget("people", "usd", 10**6, "day", each=("subject",))
+    assert with_changes(there, "people", {"usd": 2}).each == ("subject",)
+    assert budget_of("people", {"usd": 2, **DAY, "each": ["subject"]}, there).each == ("subject",)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -84,7 +85,8 @@ class NewBudget(BaseModel):
     each: list[Dimension] = Field(
         default_factory=list,
         max_length=4,
-        description="Each value of these has the whole amount for itself",
+        description="Each value of these has the whole amount for itself. subject and conversation "
+        "are a tenant's own: without `tenant` and `key`, `tenant` is added",
     )
     at_end: Literal["refuse", "pause", "fall_back"] = Field(
         default="refuse",
@@ -189,8 +191,8 @@ async def set_budget(request: Request, name: BudgetName) -> BudgetView:
     second."""
     new, budgets = await read_json(request, NewBudget), services_of(request).budgets
     with config_errors_refused():
-        budget = budget_of(name, new.model_dump(exclude={"by"}))
-        await budgets.records.set(budget, by=new.by)
+        stated = partial(budget_of, name, new.model_dump(exclude={"by"}))
+        budget, _ = await budgets.records.change(name, stated, by=new.by)
     await budgets.refresh()
     # It is as it was set also where it has been removed since.
     views = await _views(request, name)
