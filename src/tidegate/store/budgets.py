@@ -746,7 +746,8 @@ class Budgets:
         await self._connections.run(write)
 
     async def forget_books(self) -> None:
-        """Delete books of periods that are long over. Raises StoreUnavailable."""
+        """Delete books of periods that are long over, and books without an entry, such as refused
+        calls leave. Raises StoreUnavailable."""
         await self._connections.execute("forget_budget_books")
 
     async def aclose(self) -> None:

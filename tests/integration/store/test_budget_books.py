@@ -624,39 +624,6 @@ async def test_a_spent_window_says_that_it_has_room_again(budgets: Budgets) -> N
         await budgets.check(ACME)
 
 
-async def test_books_of_periods_that_are_long_over_are_deleted(
-    budgets: Budgets, database_url: str
-) -> None:
-    """A rolling budget leaves 60 of them in each window, for each of its scopes."""
-    rolling = Budget("rolling", "usd", 100, "rolling", window_s=3_600)
-    await with_budgets(budgets, rolling, Budget("day", "usd", 100, "day"))
-    budgets.settle(await held_by(budgets, ACME, 1), told(1))
-    await budgets.flush()
-    rows = "SELECT budget, period > '-infinity' AS ends FROM budget_books ORDER BY 1, 2"
-    connection = await asyncpg.connect(database_url)
-    try:
-        kept = await connection.fetch(rows)
-        ages = ("rolling", "122 minutes"), ("rolling", "59 minutes"), ("day", "99 days")
-        for name, age in ages:
-            await connection.execute(
-                "INSERT INTO budget_books (budget, scope, period, spent)"
-                " SELECT $1, '', now() - $2::text::interval, 1",
-                *(name, age),
-            )
-        await connection.execute(
-            "INSERT INTO budget_books (budget, scope, period) SELECT 'day', '', now() - n * "
-            "interval '1 day' FROM generate_series(101, 110) AS n"
-        )
-        await budgets.forget_books()
-        assert len(await connection.fetch(rows)) == len(kept) + 2
-        assert await connection.fetchval(
-            "SELECT min(period) > now() - interval '100 days' FROM budget_books"
-            " WHERE period > '-infinity'"
-        )
-    finally:
-        await connection.close()
-
-
 async def test_shares_are_told_once_each(budgets: Budgets, database_url: str) -> None:
     await with_budgets(budgets, Budget("s", "usd", 1_000, "day", alerts=(50, 80, 100)))
     for micros in (400, 150, 10, 300, 140):

@@ -118,12 +118,16 @@ DELETE FROM budget_instances i WHERE seen_at < now() - interval '1 hour'
         AND h.estimated_at IS NULL)
 
 -- name: forget_budget_books
--- Delete books of periods that began over 100 days ago, and spans that a rolling window has left for as long again.
+-- Delete books of periods that began over 100 days ago, spans that a rolling window has left for as long again, and books without an entry.
 DELETE FROM budget_books WHERE ctid = ANY(ARRAY(
     SELECT k.ctid FROM budget_books k JOIN budgets b ON b.name = k.budget
-    WHERE k.held = 0 AND k.period > '-infinity' AND k.period < CASE WHEN b.window_s IS NULL
-        THEN now() - interval '100 days'
-        ELSE budget_oldest_span(b.window_s, now() - b.window_s * interval '1 second') END
+    WHERE k.held = 0 AND (k.period > '-infinity' AND k.period < CASE WHEN b.window_s IS NULL
+            THEN now() - interval '100 days'
+            ELSE budget_oldest_span(b.window_s, now() - b.window_s * interval '1 second') END
+        OR k.spent = 0 AND k.estimated = 0 AND k.extra = 0 AND CASE WHEN b.window_s IS NULL
+            THEN k.alerted = 0 OR k.period < budget_period(b.period, b.zone, now())
+            ELSE k.period > '-infinity' OR NOT EXISTS (SELECT 1 FROM budget_books s
+                WHERE s.budget = k.budget AND s.scope = k.scope AND s.period > '-infinity') END)
     LIMIT 10000 FOR UPDATE OF k SKIP LOCKED))
 
 -- name: stray_budget_holds

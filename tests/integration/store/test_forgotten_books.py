@@ -1,0 +1,106 @@
+"""Books of budgets that nobody needs any more, and those that nothing was ever entered in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import asyncpg
+import pytest
+
+from tidegate.call import CallCost, Caller, Charge, Usage, UsageState, new_id
+from tidegate.errors import BudgetExceeded
+from tidegate.prices.budgets import Budget
+from tidegate.store.budgets import Budgets
+from tidegate.store.database import Connections
+
+ACME = Caller("acme", "k1")
+
+
+def cost(micros: int) -> CallCost:
+    return CallCost(micros, 0, micros, 0, "")
+
+
+def told(micros: int) -> Charge:
+    return Charge(UsageState.TOLD, Usage(), None, micros)
+
+
+@pytest.fixture
+async def budgets(database_url: str) -> AsyncIterator[Budgets]:
+    connections = Connections(database_url)
+    yield Budgets(connections, instance_id="one")
+    await connections.aclose()
+
+
+async def with_budgets(budgets: Budgets, *given: Budget) -> None:
+    for one in given:
+        await budgets.records.set(one, by="test")
+    await budgets.refresh()
+
+
+async def test_books_of_periods_that_are_long_over_are_deleted(
+    budgets: Budgets, database_url: str
+) -> None:
+    """A rolling budget leaves 60 of them in each window, for each of its scopes."""
+    rolling = Budget("rolling", "usd", 100, "rolling", window_s=3_600)
+    await with_budgets(budgets, rolling, Budget("day", "usd", 100, "day"))
+    budgets.settle(await budgets.reserve(budgets.binding(ACME, "m"), new_id(), cost(1)), told(1))
+    await budgets.flush()
+    rows = "SELECT budget, period > '-infinity' AS ends FROM budget_books ORDER BY 1, 2"
+    connection = await asyncpg.connect(database_url)
+    try:
+        kept = await connection.fetch(rows)
+        ages = ("rolling", "122 minutes"), ("rolling", "59 minutes"), ("day", "99 days")
+        for name, age in ages:
+            await connection.execute(
+                "INSERT INTO budget_books (budget, scope, period, spent)"
+                " SELECT $1, '', now() - $2::text::interval, 1",
+                *(name, age),
+            )
+        await connection.execute(
+            "INSERT INTO budget_books (budget, scope, period) SELECT 'day', '', now() - n * "
+            "interval '1 day' FROM generate_series(101, 110) AS n"
+        )
+        await budgets.forget_books()
+        assert len(await connection.fetch(rows)) == len(kept) + 2
+        assert await connection.fetchval(
+            "SELECT min(period) > now() - interval '100 days' FROM budget_books"
+            " WHERE period > '-infinity'"
+        )
+    finally:
+        await connection.close()
+
+
+async def test_people_who_have_spent_nothing_leave_no_books(
+    budgets: Budgets, database_url: str
+) -> None:
+    """Clients choose their names: whatever refuses or frees their calls, nothing grows by them."""
+    hours = Budget("hours", "usd", 100, "rolling", window_s=600, each=("tenant", "subject"))
+    days = replace(hours, name="days", period="day", window_s=None)
+    await with_budgets(budgets, Budget("all", "usd", 20, "day"), hours, days)
+    for name, micros in (("ann", 21), ("bob", 200)):
+        with pytest.raises(BudgetExceeded):
+            await budgets.reserve(budgets.binding(ACME, "m", name), new_id(), cost(micros))
+        budgets._refusals.clear()
+    eve, free, one = [
+        await budgets.reserve(budgets.binding(ACME, "m", name), new_id(), cost(micros))
+        for name, micros in (("eve", 2), ("free", 0), ("one", 1))
+    ]
+    budgets.settle(one, told(0))
+    await budgets.flush()
+    for _ in range(2):
+        await budgets.forget_books()
+    left = {(name, '["acme", "eve"]') for name in ("days", "hours")}
+    connection = await asyncpg.connect(database_url)
+    rows = await connection.fetch("SELECT budget, scope FROM budget_books WHERE scope <> ''")
+    await connection.close()
+    # That it was alerted of is known until its day is over.
+    assert left <= {tuple(row) for row in rows} <= {*left, ("days", '["acme", "bob"]')}
+    for hold, micros in ((eve, 2), (free, 1)):
+        budgets.settle(hold, told(micros))
+    await budgets.flush()
+    await budgets.forget_books()
+    found = await budgets.records.books()
+    books = {(one.budget, one.scope): (one.spent, one.held) for one in found}
+    of_free = {(name, '["acme", "free"]'): (1, 0) for name in ("days", "hours")}
+    assert books.items() >= (of_free | dict.fromkeys(left, (2, 0))).items()
