@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from os import urandom
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 from uuid import UUID
 
@@ -188,6 +189,10 @@ def role_rules(value: object) -> object:
     return {rule: OperatorRole(role) for rule, role in value.items()}
 
 
+# Not `str.lower`, by which another letter, as the Kelvin sign, becomes one of ASCII.
+_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
+
+
 def role_by(rules: RoleRules, claims: Mapping[str, Any]) -> OperatorRole | None:
     """The highest role that the claims of a person give; None without one. An address of e-mail
     counts only where its issuer has verified it."""
@@ -204,7 +209,8 @@ def _fits(rule: str, claims: Mapping[str, Any]) -> bool:
             value = value.get(step) if isinstance(value, Mapping) else None
     if name == "email":
         is_verified = claims.get("email_verified") in (True, "true")
-        return is_verified and fnmatchcase(str(value).lower(), pattern.lower())
+        is_text = is_verified and isinstance(value, str)
+        return is_text and fnmatchcase(value.translate(_LOWER), pattern.translate(_LOWER))
     values = value if isinstance(value, list) else [value]
     return any(isinstance(one, str) and fnmatchcase(one, pattern) for one in values)
 

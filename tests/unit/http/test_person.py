@@ -95,3 +95,17 @@ def test_the_highest_role_that_fits_counts() -> None:
     assert role_by(rules, {"groups": ["all"], "hd": "x.org"}) is OperatorRole.OPERATOR
     assert role_by(rules, {"groups": [], "hd": "x.org.evil"}) is None
     assert role_by(rules, {}) is None
+
+
+def test_a_claim_of_another_kind_or_of_letters_that_look_alike_gives_no_role() -> None:
+    rules: Any = role_rules(
+        {"email=Karl@x.org": "admin", "email=*[[]*": "admin", "ops=True": "admin", "ops=1": "admin"}
+    )
+    for email, role in (
+        ("KARL@X.org", OperatorRole.ADMIN),
+        ("\N{KELVIN SIGN}arl@x.org", None),
+        (["karl@x.org"], None),
+    ):
+        assert role_by(rules, {"email": email, "email_verified": True}) is role
+    for flag in (True, 1, [True, 1], {"True": True}):
+        assert role_by(rules, {"ops": flag}) is None
