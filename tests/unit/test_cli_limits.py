@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.unit.invoked import invoke
 from tidegate.errors import ConfigError
+from tidegate.policy.inspection import InForce, Overview, ShownLimit
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +68,17 @@ def test_a_flag_has_no_type_in_the_help(monkeypatch: pytest.MonkeyPatch) -> None
     assert "--help" in told
     assert "bool" not in told
     assert "<str>" in told
+
+
+def test_a_shadow_limit_that_holds_nothing_up_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    common: dict[str, Any] = {"unit": "calls", "bound": 5, "current": 5, "used": 5, "waiting": 0}
+    rest: dict[str, Any] = {"lapsing": 0, "paused_ms": 0, "paused_by": "", "room_in_ms": 0}
+    rows = [
+        ShownLimit(name, "5", shadow=shadow, shadowed=int(shadow), source="set", **common, **rest)
+        for name, shadow in (("kind:a", False), ("kind:b", True))
+    ]
+    overview = Overview("p", InForce(1), 0, rows, [], [], [], {}, [])
+    monkeypatch.setattr("tidegate.cli.limits.in_pool", lambda _work: overview)
+    _, said = invoke("limits", "show")
+    of = {line.split()[0]: line.split()[4:] for line in said.splitlines() if "kind:" in line}
+    assert of == {"kind:a": ["full"], "kind:b": ["would", "have", "held", "up", "1"]}

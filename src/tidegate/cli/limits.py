@@ -137,7 +137,7 @@ _TENANTS_SHOWN = 3
 
 
 def _is_full(one: ShownLimit) -> bool:
-    return one.used >= min(one.bound, one.current) > 0
+    return not one.shadow and one.used >= min(one.bound, one.current) > 0
 
 
 def _style(one: ShownLimit) -> str:

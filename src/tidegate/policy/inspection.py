@@ -89,6 +89,7 @@ class ShownLimit:
     used: int
     waiting: int
     lapsing: int
+    shadow: bool
     shadowed: int
     paused_ms: int
     paused_by: str
