@@ -653,9 +653,11 @@ async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_pa
         written = await page.evaluate(
             "async () => (await import(new URL('static/export.js', document.baseURI)))"
             ".csv(['tenant', 'type', 'model', 'attempts'],"
-            " [{ tenant: '=1+1', model: 'a \"b\",\\n', attempts: -1 }])"
+            " [{ tenant: '=1+1', model: 'a \"b\",\\n', attempts: -1 },"
+            " { tenant: 'a;=1+1', model: 'gpt-5;\\n+1', type: '\uff1d1' }])"
         )
-        assert written == 'tenant,type,model,attempts\r\n\'=1+1,,"a ""b"",\n",-1\r\n'
+        first, second = '\'=1+1,,"a ""b"",\n",-1', "a;'=1+1,'\uff1d1,\"gpt-5;\n'+1\","
+        assert written == f"tenant,type,model,attempts\r\n{first}\r\n{second}\r\n"
 
 
 async def test_the_list_stands_still_when_it_is_told_to(stage: Stage) -> None:

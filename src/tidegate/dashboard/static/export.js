@@ -2,11 +2,14 @@
 
 import { h } from "./dom.js";
 
+// Where a cell begins, also in the spreadsheets of countries that part cells by semicolons.
+const FORMULAS = /(^|[;\t\r\n])(?=[=+\-@＝＋－＠\t\r])/g;
+
 /** A name that a tenant chose is no formula of the spreadsheet that opens the file. */
 export function csv(columns, rows) {
   const cell = (value) => {
     if (value === null || value === undefined) return "";
-    const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    const text = typeof value === "string" ? value.replace(FORMULAS, "$1'") : String(value);
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   const line = (cells) => `${cells.map(cell).join(",")}\r\n`;
