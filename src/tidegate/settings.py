@@ -74,7 +74,7 @@ ALLOWED = {
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
     "alert_webhook_url": "an http:// or https:// URL without a user or a password",
     "tidegate_policy": "the path of a file that is there",
-    "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
+    "webhook_secret": "whsec_ and 24 to 64 bytes in base64, or two of them with a comma between",
     "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
     f" by type ({', '.join(KINDS)})",
     "tidegate_url": "an http:// or https:// URL without a user, a password or a query",
@@ -666,12 +666,13 @@ class Config(BaseModel):
     @field_validator("webhook_secret")
     @classmethod
     def _signing(cls, value: SecretStr) -> SecretStr:
-        head, mark, coded = value.get_secret_value().partition("whsec_")
+        texts = [one.strip() for one in value.get_secret_value().split(",")]
         try:
-            key = b64decode(coded, validate=True)
+            keys = [b64decode(one.removeprefix("whsec_"), validate=True) for one in texts]
         except ValueError:
-            key = b""
-        is_sound = bool(mark) and not head and 24 <= len(key) <= 64
+            keys = []
+        is_sound = 1 <= len(keys) <= 2 and all(one.startswith("whsec_") for one in texts)
+        is_sound = is_sound and all(24 <= len(key) <= 64 for key in keys)
         return _checked("webhook_secret", value, is_sound)
 
     @field_validator("tidegate_policy")

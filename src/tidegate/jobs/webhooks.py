@@ -12,15 +12,16 @@ import asyncio
 import hmac
 import random
 import time
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections import Counter
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, Literal
 
 import orjson
 
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
-from tidegate.policy.tenants import webhook_secret_of
+from tidegate.policy.tenants import webhook_keys
 from tidegate.prices.budgets import budget_alert
 from tidegate.settings import Config
 from tidegate.store.outbox import AlertDelivery, Delivery
@@ -109,13 +110,12 @@ class WebhookSender:
 
     def _headers(self, delivery: Delivery, body: bytes) -> dict[str, str]:
         webhook_id, sent_at = str(delivery.webhook_id), int(time.time())
-        secret = webhook_secret_of(self._secret, delivery.tenant_id)
-        key = b64decode(secret.removeprefix("whsec_"))
+        keys = webhook_keys(self._secret, delivery.tenant_id)
         return {
             "Content-Type": "application/json",
             "webhook-id": webhook_id,
             "webhook-timestamp": str(sent_at),
-            "webhook-signature": signature(key, webhook_id, sent_at, body),
+            "webhook-signature": signature(keys, webhook_id, sent_at, body),
         }
 
     async def _settle(self, delivery: Delivery, answer: Posted) -> None:
@@ -142,10 +142,11 @@ class WebhookSender:
         )
 
 
-def signature(key: bytes, webhook_id: str, sent_at: int, body: bytes) -> str:
-    """The value of `webhook-signature`: HMAC-SHA256 of `id.timestamp.body`."""
+def signature(keys: Sequence[bytes], webhook_id: str, sent_at: int, body: bytes) -> str:
+    """The value of `webhook-signature`: HMAC-SHA256 of `id.timestamp.body`, by each of the keys."""
     signed = b"%b.%d.%b" % (webhook_id.encode(), sent_at, body)
-    return f"v1,{b64encode(hmac.digest(key, signed, sha256)).decode()}"
+    digests = (b64encode(hmac.digest(key, signed, sha256)).decode() for key in keys)
+    return " ".join(f"v1,{one}" for one in digests)
 
 
 def payload(delivery: Delivery, record: RequestRecord) -> bytes:
@@ -224,9 +225,8 @@ class AlertSender:
             raise ConfigError("WEBHOOK_SECRET", "(not set)", "must be set: it signs alerts")
         self._url = config.alert_webhook_url.get_secret_value()
         self._format = config.alert_format
-        self._key = None
-        if config.webhook_secret is not None:
-            self._key = b64decode(config.webhook_secret.get_secret_value().removeprefix("whsec_"))
+        secret = config.webhook_secret
+        self._keys = None if secret is None else webhook_keys(secret.get_secret_value())
         self._outbox = store.alerts
         self._lease_ms = _LEASE_FACTOR * config.webhook_timeout_ms
         # The operator names the address, which may be private.
@@ -274,12 +274,12 @@ class AlertSender:
 
     def _headers(self, delivery: AlertDelivery, body: bytes) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
-        if self._key is not None:
+        if self._keys is not None:
             alert_id, sent_at = str(delivery.alert_id), int(time.time())
             headers |= {
                 "webhook-id": alert_id,
                 "webhook-timestamp": str(sent_at),
-                "webhook-signature": signature(self._key, alert_id, sent_at, body),
+                "webhook-signature": signature(self._keys, alert_id, sent_at, body),
             }
         return headers
 

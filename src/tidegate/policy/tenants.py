@@ -120,11 +120,20 @@ def check_name(tenant_id: str) -> None:
 
 
 def webhook_secret_of(deployments: str, tenant_id: str) -> str:
-    """The secret that signs a tenant's webhooks, as `whsec_` and base64, derived from that of the
-    deployment (WEBHOOK_SECRET): a receiver that can verify its own webhooks cannot sign others'."""
-    key = b64decode(deployments.removeprefix(_WEBHOOK_PREFIX))
-    derived = hmac.digest(key, b"tidegate webhooks of " + tenant_id.encode(), sha256)
-    return f"{_WEBHOOK_PREFIX}{b64encode(derived).decode()}"
+    """The secret that signs a tenant's webhooks, as `whsec_` and base64: of two the new one."""
+    return f"{_WEBHOOK_PREFIX}{b64encode(webhook_keys(deployments, tenant_id)[0]).decode()}"
+
+
+def webhook_keys(deployments: str, tenant_id: str | None = None) -> list[bytes]:
+    """What signs a tenant's webhooks, derived from the secrets of the deployment (WEBHOOK_SECRET,
+    the new one first): a receiver that can verify its own webhooks cannot sign others'. Those of
+    the deployment itself without a tenant."""
+    texts = (one.strip().removeprefix(_WEBHOOK_PREFIX) for one in deployments.split(","))
+    keys = [b64decode(one) for one in texts]
+    if tenant_id is None:
+        return keys
+    whose = b"tidegate webhooks of " + tenant_id.encode()
+    return [hmac.digest(key, whose, sha256) for key in keys]
 
 
 def _shown(tenant: Tenant, plain: Plain) -> ShownTenant:

@@ -44,7 +44,7 @@ class Received:
         digest = hmac.new(key, signed, hashlib.sha256).digest()
         fresh = abs(int(sent_at) - time.time()) < 60
         expected = "v1," + base64.b64encode(digest).decode()
-        return fresh and self.headers["webhook-signature"] == expected
+        return fresh and expected in self.headers["webhook-signature"].split(" ")
 
 
 @dataclass
