@@ -65,6 +65,7 @@ error in records, logs and problem JSON.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 
@@ -232,6 +233,15 @@ class PolicyChanged(TidegateError):
         super().__init__(f"{key} is {said} now: somebody else has changed it")
         self.field = key
         self.allowed = "a change of what is in force"
+
+    @classmethod
+    def check(cls, now: Mapping[str, object], expected: Mapping[str, object]) -> None:
+        """Raises it where a value is not the expected one, ConfigError for a name that has none."""
+        for name, value in expected.items():
+            if name not in now:
+                raise ConfigError(f"expected.{name}", None, f"is unknown; known: {', '.join(now)}")
+            if now[name] != value:
+                raise cls(name, now[name])
 
 
 class NotEnded(TidegateError):

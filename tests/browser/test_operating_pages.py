@@ -294,13 +294,24 @@ async def test_a_tenants_dialog_sets_what_was_changed_in_it_and_nothing_else(sta
         await dialog.get_by_role("button", name="Change the tenant").click()
         await expect(page.locator("[data-tenant='team/red']")).to_contain_text("$30.00")
         assert await known() == (5, 30, 900)
+        # What another operator has changed meanwhile is not overwritten.
+        await page.get_by_role("button", name="Change team/red").click()
+        dialog = page.get_by_role("dialog", name="Change team/red")
+        await expect(dialog.get_by_label("Dollars a month")).to_have_value("900")
+        await put(budget_month_money=800)
+        await dialog.get_by_label("Dollars a month").fill("950")
+        seen.expected = ("409",)
+        await dialog.get_by_role("button", name="Change the tenant").click()
+        await expect(dialog).to_contain_text("somebody else has changed it")
+        await dialog.get_by_role("button", name="Cancel").click()
+        assert await known() == (5, 30, 800)
         # A new tenant is none that is there.
         await page.get_by_role("button", name="New tenant").click()
         dialog = page.get_by_role("dialog", name="New tenant")
         await dialog.get_by_label("Name").fill("team/red")
         await dialog.get_by_role("button", name="Create the tenant").click()
         await expect(dialog).to_contain_text("There is a tenant team/red")
-        assert await known() == (5, 30, 900)
+        assert await known() == (5, 30, 800)
     async with running.http.delete(url) as gone:
         assert gone.status == 200
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hmac
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
 
 from tidegate.call import OperatorRole
-from tidegate.errors import ConfigError, NotFound
+from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import check_tenant
 from tidegate.policy.format import Plain, share_edit, share_of, shares_of, to_plain, without
 from tidegate.policy.inspection import Control
@@ -22,6 +22,7 @@ from tidegate.policy.rollout import PolicyKeeper, edit_record
 from tidegate.store.tenants import Key, Tenant, Tenants, check_changes
 
 _WEBHOOK_PREFIX = "whsec_"
+_OF_SHARE = ("weight", "limits")  # what the policy has of a tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,15 @@ class ShownTenant:
 class TenantChange:
     """A change of a tenant; None leaves a thing as it is. `changes`: see `store.tenants.SETTABLE`.
 
-    limits: by id; one that is None is taken away.
+    limits: by id; one that is None is taken away. expected: what some of them must be now, so that
+    nobody overwrites a change that they have not seen.
     """
 
     changes: Mapping[str, Any]
     weight: int | None = None
     limits: Mapping[str, Any] | None = None
     disabled: bool | None = None
+    expected: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 async def list_tenants(control: Control) -> list[ShownTenant]:
@@ -66,13 +69,24 @@ async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:
 async def set_tenant(
     control: Control, tenant_id: str, wanted: TenantChange, *, by: str, reason: str = ""
 ) -> ShownTenant:
-    """Make a tenant or change it. Raises ConfigError and StoreUnavailable."""
+    """Make a tenant or change it. Raises ConfigError, PolicyChanged and StoreUnavailable."""
     check_name(tenant_id)
     check_changes(wanted.changes)
     edit = share_edit(tenant_id, weight=wanted.weight, limits=wanted.limits)
+    of_share = {name: wanted.expected[name] for name in _OF_SHARE if name in wanted.expected}
+    expected = {name: one for name, one in wanted.expected.items() if name not in _OF_SHARE}
+    await control.tenants.check(tenant_id, expected)
+
+    def checked(plain: Plain) -> Plain:
+        PolicyChanged.check(asdict(share_of(plain, tenant_id)), of_share)
+        return plain if edit is None else edit(plain)
+
+    checked(to_plain(control.limiter.policy))
     if edit is not None:
-        await control.keeper.change(edit, set_by=by, reason=reason or f"tenant {tenant_id}")
-    tenant = await control.tenants.set(tenant_id, wanted.changes, by=by, disabled=wanted.disabled)
+        await control.keeper.change(checked, set_by=by, reason=reason or f"tenant {tenant_id}")
+    tenant = await control.tenants.set(
+        tenant_id, wanted.changes, by=by, disabled=wanted.disabled, expected=expected
+    )
     return _shown(tenant, to_plain(control.limiter.policy))
 
 

@@ -25,7 +25,7 @@ import asyncpg
 import orjson
 
 from tidegate.call import DEFAULT_TENANT, Caller, Caps, OperatorRole, Scope, Tier
-from tidegate.errors import ConfigError, NotFound, StoreUnavailable
+from tidegate.errors import ConfigError, NotFound, PolicyChanged, StoreUnavailable
 from tidegate.prices.budgets import tenants_budget
 from tidegate.store.budgets import drop_books, set_budget
 from tidegate.store.database import Connections, sql
@@ -325,16 +325,24 @@ class Tenants:
         *,
         by: str,
         disabled: bool | None = None,
+        expected: Mapping[str, Any] | None = None,
     ) -> Tenant:
         """Make a tenant, or change what `changes` names (see SETTABLE) and leave the rest.
 
-        Raises ConfigError for a value that can't be.
+        Raises ConfigError for a value that can't be, and PolicyChanged where something is not as
+        `expected`.
         """
         check_changes(changes)
 
         async def write(connection: asyncpg.Connection) -> None:
             await connection.execute(sql("add_tenant"), tenant_id)
             now = await connection.fetchrow(sql("lock_tenant"), tenant_id)
+            if expected:
+                found = {name: now[name] for name in _COLUMNS}
+                for name in BUDGETS:
+                    found[name] = await _budget_now(connection, tenant_id, name)
+                found["disabled"] = now["disabled_at"] is not None
+                PolicyChanged.check(found, expected)
             whole = {name: now[name] for name in _COLUMNS}
             whole |= {name: value for name, value in changes.items() if name in _COLUMNS}
             whole["disabled"] = now["disabled_at"] is not None if disabled is None else disabled
@@ -355,6 +363,17 @@ class Tenants:
         await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes=dict(changes))
         return await self.get(tenant_id)
+
+    async def check(self, tenant_id: str, expected: Mapping[str, Any]) -> None:
+        """Raises PolicyChanged where something of a tenant is not as expected."""
+        if not expected:
+            return
+        found = await self._read(tenant_id)
+        if not found:
+            raise PolicyChanged("tenant", None)
+        now = {name: getattr(found[0], name) for name in SETTABLE}
+        now |= {name: now[name] and list(now[name]) for name in ("models", "tiers")}
+        PolicyChanged.check(now | {"disabled": found[0].disabled_at is not None}, expected)
 
     async def remove(self, tenant_id: str, *, by: str) -> None:
         """Forget a tenant and its keys; its requests stay on record. Raises NotFound."""

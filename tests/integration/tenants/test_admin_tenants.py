@@ -60,6 +60,19 @@ async def test_a_tenant_is_made_changed_shown_and_removed(open_gateway: Opener) 
     assert shown["disabled_at"]
     assert (await admin(gateway, "GET", "/tenants/acme"))[1] == shown
 
+    # A change of what another operator has changed meanwhile changes nothing.
+    expected = {name: shown[name] for name in change | wanted if name in shown}
+    for name, seen in (("weight", 3), ("models", ["gemini-*"]), ("budget_day_money", None)):
+        stale = {"weight": 9, "most_streams": 9, "expected": expected | {name: seen}}
+        status, problem = await admin(gateway, "PUT", "/tenants/acme", stale)
+        assert (status, problem["code"], problem["field"]) == (409, "policy_changed", name)
+    assert (await admin(gateway, "GET", "/tenants/acme"))[1] == shown
+    for tenant, code in (("acme", 200), ("nobody", 409)):
+        same = {"disabled": True, "expected": expected}
+        assert (await admin(gateway, "PUT", f"/tenants/{tenant}", same))[0] == code
+    status, problem = await admin(gateway, "PUT", "/tenants/acme", {"expected": {"keys": 0}})
+    assert (status, problem["field"]) == (400, "expected.keys")
+
     assert (await admin(gateway, "POST", "/keys", {"tenant": "acme"}))[0] == 201
     assert await admin(gateway, "DELETE", "/tenants/acme") == (200, {"removed": True})
     assert (await admin(gateway, "GET", "/tenants/acme"))[0] == 404

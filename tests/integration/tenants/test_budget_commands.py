@@ -35,6 +35,11 @@ async def test_budgets_over_http(open_gateway: Opener) -> None:
     status, listed = await ask(gateway, "GET", "/admin/budgets", AS_ADMIN)
     assert [one["name"] for one in listed] == ["acme/day", "people"]
     assert listed[1]["each"] == ["tenant", "subject"]
+    for seen, code in (({"amount": 12_500_000, "alerts": []}, 409), ({"amount": 12_500_000}, 200)):
+        path, stale = "/admin/budgets/acme/day", BODY | {"expected": seen}
+        assert (await ask(gateway, "PUT", path, AS_ADMIN, stale))[0] == code
+    unseen = BODY | {"expected": {"amount": 1}}
+    assert (await ask(gateway, "PUT", "/admin/budgets/new", AS_ADMIN, unseen))[0] == 409
     for again in (["subject"], ["tenant", "subject"]):
         status, _ = await ask(
             gateway, "PUT", "/admin/budgets/people", AS_ADMIN, each | {"each": again}

@@ -8,7 +8,7 @@ in books.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -21,8 +21,15 @@ from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.convertors import Convertor, register_url_convertor
 
-from tidegate.errors import InvalidRequest, NotFound
-from tidegate.http.admin.limits import By, Signed, config_errors_refused, described, read_json
+from tidegate.errors import InvalidRequest, NotFound, PolicyChanged
+from tidegate.http.admin.limits import (
+    EXPECTED,
+    By,
+    Signed,
+    config_errors_refused,
+    described,
+    read_json,
+)
 from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
@@ -68,6 +75,9 @@ class NewBudget(BaseModel):
 
     by: str = Field(default="admin", min_length=1, max_length=100)
 
+    expected: dict[str, Any] = Field(
+        default_factory=dict, description=EXPECTED, examples=[{"amount": 250_000_000}]
+    )
     usd: Decimal | None = Field(
         default=None, ge=0, le=MOST_AMOUNT // 10**6, description="Its amount; or `tokens`"
     )
@@ -183,6 +193,7 @@ async def list_books(
 
 @router.put(
     "/budgets/{name:text}",
+    responses=problem_responses(409),
     openapi_extra=described(NewBudget),
     summary="Create a budget, or change its amount, end, doubt and alerts",
 )
@@ -191,8 +202,7 @@ async def set_budget(request: Request, name: BudgetName) -> BudgetView:
     second."""
     new, budgets = await read_json(request, NewBudget), services_of(request).budgets
     with config_errors_refused():
-        stated = partial(budget_of, name, new.model_dump(exclude={"by"}))
-        budget, _ = await budgets.records.change(name, stated, by=new.by)
+        budget, _ = await budgets.records.change(name, partial(_stated, name, new), by=new.by)
     await budgets.refresh()
     # It is as it was set also where it has been removed since.
     views = await _views(request, name)
@@ -226,6 +236,13 @@ async def remove_budget(request: Request, name: BudgetName, by: By = "admin") ->
     await budgets.records.remove(name, by=by)
     await budgets.refresh()
     return BudgetRemoved()
+
+
+def _stated(name: str, new: NewBudget, before: Budget | None) -> Budget:
+    """Raises ConfigError, and PolicyChanged."""
+    nothing = dict.fromkeys(one.name for one in fields(Budget))
+    PolicyChanged.check(nothing if before is None else plain_budget(before), new.expected)
+    return budget_of(name, new.model_dump(exclude={"by", "expected"}), before)
 
 
 async def _views(request: Request, name: str | None = None) -> list[BudgetView]:

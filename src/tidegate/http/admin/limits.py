@@ -158,6 +158,12 @@ class Signed(BaseModel):
     reason: str = Field(default="", max_length=500)
 
 
+EXPECTED = (
+    "What some fields must be now, as they are shown, or nothing is changed: so nobody overwrites "
+    "a change that they have not seen"
+)
+
+
 class NewLimit(Signed):
     limit: Any = Field(
         description="A number, or a table as in tidegate.toml", examples=[5, {"bound": 60}]

@@ -16,6 +16,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from tidegate.call import DEFAULT_TENANT, OperatorRole, Scope, Tier
 from tidegate.errors import InvalidRequest
 from tidegate.http.admin.limits import (
+    EXPECTED,
     By,
     Signed,
     config_errors_refused,
@@ -105,6 +106,9 @@ class NewTenant(Signed):
         examples=[["live", "flex", "batch"]],
     )
     disabled: bool = Field(default=False, description="Its keys then open nothing")
+    expected: dict[str, Any] = Field(
+        default_factory=dict, description=EXPECTED, examples=[{"weight": 1}]
+    )
 
 
 class AdminTenant(BaseModel):
@@ -199,7 +203,7 @@ async def show_tenant(request: Request, response: Response, tenant_id: TenantId)
 
 @router.put(
     "/tenants/{tenant_id:path}",
-    responses=problem_responses(404),
+    responses=problem_responses(404, 409),
     openapi_extra=described(NewTenant),
     summary="Create a tenant, or change the named fields",
 )
@@ -211,6 +215,7 @@ async def set_tenant(request: Request, tenant_id: TenantId) -> AdminTenant:
         weight=new.weight if "weight" in given else None,
         limits=new.limits if "limits" in given else None,
         disabled=new.disabled if "disabled" in given else None,
+        expected=new.expected,
     )
     control = control_of(request)
     with config_errors_refused():

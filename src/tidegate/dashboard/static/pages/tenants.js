@@ -137,7 +137,8 @@ async function changeTenant(one, pool, again) {
       if (!one && (await get("admin/tenants")).some((each) => each.tenant === tenant)) throw new Problem({ detail: `There is a tenant ${tenant}: change it in the list.`, field: "tenant" });
       // What is as it was is not sent: another operator may have changed it meanwhile.
       const changed = Object.fromEntries(Object.entries(values).filter(([each, value]) => value !== (known[each] ?? null)));
-      await put(`admin/tenants/${encodeURIComponent(known.tenant)}`, { ...changed, by: "dashboard" }, { query: { pool } });
+      const expected = one ? Object.fromEntries(Object.keys(changed).map((each) => [each, one[each]])) : {};
+      await put(`admin/tenants/${encodeURIComponent(known.tenant)}`, { ...changed, expected, by: "dashboard" }, { query: { pool } });
       return one?.tenant ?? tenant;
     },
   });
