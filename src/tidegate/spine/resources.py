@@ -61,6 +61,7 @@ _MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch", "file_se
 _OF_JOBS = frozenset(("file", "batch", "message_batch"))
 _READ_AGAIN = frozenset(("response", "interaction", "cached_content"))
 _CONTINUED = frozenset(("previous_response_id", "previous_interaction_id"))
+_MOST_A_PAGE = 100  # each is a request to its provider
 _MOST_READ = 300  # of which a filter may leave out any number
 
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
@@ -269,27 +270,28 @@ class Resources:
             chosen = await self._chosen(caller, dialect, use, asked.only, read)
             return orjson.dumps(asked.whole(chosen, False))
         found: list[tuple[str, dict[str, Any]]] = []
+        most = min(asked.limit, _MOST_A_PAGE)
         after, seen, has_more = asked.after, 0, True
-        while has_more and len(found) <= asked.limit and seen < _MOST_READ:
+        while has_more and len(found) <= most and seen < _MOST_READ:
             rows = await self._store.of_tenant(
                 caller.tenant_id,
                 dialect,
                 use.kind,
                 newest_first=asked.newest_first,
                 after=after,
-                limit=asked.limit + 1,
+                limit=most + 1,
             )
-            has_more = len(rows) > asked.limit
+            has_more = len(rows) > most
             for resource_id, owner in rows:
                 after, seen = resource_id, seen + 1
                 home = self._home_of(owner, dialect)
                 one = None if home is None else await read(Target(home, ""), resource_id)
                 if one is not None and asked.shows(one):
                     found.append((resource_id, one))
-                if len(found) > asked.limit:
+                if len(found) > most:
                     break
-        shown = found[: asked.limit]
-        has_more = asked.limit > 0 and (len(found) > asked.limit or has_more)
+        shown = found[:most]
+        has_more = most > 0 and (len(found) > most or has_more)
         return orjson.dumps(asked.whole(shown, has_more))
 
     async def _chosen(
