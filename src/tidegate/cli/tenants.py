@@ -327,7 +327,7 @@ def create(
     json: Json = False,
 ) -> None:
     """Make a key. It goes to standard output, this once: only its digest is kept."""
-    from tidegate.policy.tenants import check_name, plain_key
+    from tidegate.policy.tenants import check_new_name, plain_key
     from tidegate.store.tenants import scopes_of
 
     expires_at = None
@@ -336,7 +336,7 @@ def create(
             expires_at = datetime.now(UTC) + timedelta(milliseconds=span_ms("--expires", expires))
         except OverflowError:
             raise ConfigError("--expires", expires, "must end before the year 10000") from None
-    check_name(tenant)
+    check_new_name(tenant)
     key, made = with_tenants(
         lambda tenants: tenants.create_key(
             tenant,

@@ -70,7 +70,7 @@ async def set_tenant(
     control: Control, tenant_id: str, wanted: TenantChange, *, by: str, reason: str = ""
 ) -> ShownTenant:
     """Make a tenant or change it. Raises ConfigError, PolicyChanged and StoreUnavailable."""
-    check_name(tenant_id)
+    check_new_name(tenant_id)
     check_changes(wanted.changes)
     edit = share_edit(tenant_id, weight=wanted.weight, limits=wanted.limits)
     of_share = {name: wanted.expected[name] for name in _OF_SHARE if name in wanted.expected}
@@ -131,6 +131,13 @@ def check_name(tenant_id: str) -> None:
     check_tenant(tenant_id)
     if not tenant_id.isprintable():
         raise ConfigError("tenant", ascii(tenant_id), "must be printable")
+
+
+def check_new_name(tenant_id: str) -> None:
+    """The same, and for one whose path in the API a client would shorten."""
+    check_name(tenant_id)
+    if {".", ".."} & set(tenant_id.split("/")):
+        raise ConfigError("tenant", tenant_id, "must have no part that is . or ..")
 
 
 def webhook_secret_of(deployments: str, tenant_id: str) -> str:

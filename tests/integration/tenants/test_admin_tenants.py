@@ -191,6 +191,8 @@ async def test_a_key_behind_the_first_thousand_is_in_the_next_page(open_gateway:
 MISTAKES: list[tuple[str, str, Any, int, str]] = [
     ("PUT", "/tenants/acme", {"weight": 0}, 400, "weight"),
     ("PUT", "/tenants/acme", {"weight": 1001}, 400, "weight"),
+    ("POST", "/keys", {"tenant": ".."}, 400, "no part that is . or .."),
+    ("PUT", "/tenants/%2E%2E%2Facme", {"weight": 2}, 400, "no part that is . or .."),
     ("PUT", "/tenants/acme", {"limits": {"kind:text_only": 9}}, 400, "limits.kind:text_only"),
     ("PUT", "/tenants/acme", {"limits": {"tenant:other": 9}}, 400, "limits.tenant:other"),
     ("PUT", "/tenants/acme", {"limits": {"tenant:acme": "x"}}, 400, "limits.tenant:acme"),

@@ -277,7 +277,7 @@ async def make_key(request: Request, response: Response) -> MadeKey:
     if new.expires_at is not None and new.expires_at.replace(tzinfo=UTC) > _LAST:
         raise InvalidRequest("expires_at", "expires_at is out of range", allowed=f"up to {_LAST}")
     with config_errors_refused():
-        tenants.check_name(new.tenant)
+        tenants.check_new_name(new.tenant)
     services = services_of(request)
     key, made = await services.store.tenants.create_key(
         new.tenant,
