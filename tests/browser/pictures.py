@@ -35,6 +35,25 @@ DRAWS = """async (values) => {
     return false;
 }"""
 
+# Of two upstreams, where one tenant weighs another in each: in the frame, and as they are shown.
+WEIGHTS = """async () => {
+    const at = (file) => import(new URL(`static/${file}`, document.baseURI));
+    const { within } = await at("scope.js");
+    const { tenantsCard } = await at("pages/overview/tenants.js");
+    const pools = [3, 1].map((weight, place) => ({
+        pool: String(place), limits: [], learned: [], processes: [],
+        tenants: [{ tenant: "a", weight, waiting: 1 }, { tenant: "b", weight: 2, waiting: 1 }],
+    }));
+    const live = within({ pools, all_tenants: 2, all_processes: 0 }, "");
+    const table = tenantsCard(() => "", () => null);
+    const row = (name, weight, used) => ({ name, weight, upstream_ms: used });
+    table.trend({ words: "hour", tenants: [row("a", null, 6), row("b", 2, 4)] });
+    table.live(live);
+    const shown = table.element.querySelector("[data-tenant='a']");
+    const texts = [...shown.querySelectorAll("td.number, .figures")].map((one) => one.textContent);
+    return [live.tenants.map((one) => one.weight), texts.slice(1)];
+}"""
+
 # What a chart of lengths up to so many ms writes beside its vertical axis.
 MARKS = """async (longest) => {
     const at = (file) => import(new URL(`static/${file}`, document.baseURI));

@@ -233,6 +233,13 @@ def _limit(view: LimitView, policy: PoolPolicy, others_share: float) -> Frame:
     return found
 
 
+def weights_in(policies: Sequence[PoolPolicy]) -> dict[str, int | None]:
+    """The weights of tenants that have one; None where pools have another."""
+    named = {name for policy in policies for name in policy.weights}
+    found = {name: {policy.weights.get(name, 1) for policy in policies} for name in named}
+    return {name: min(one) if len(one) == 1 else None for name, one in found.items()}
+
+
 def _tenants(snapshot: Snapshot) -> list[Frame]:
     """Those that wait, the longest queue first, with what holds them up."""
     held_up: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -329,7 +336,7 @@ class Trend:
         self._open = {at: pools for at, pools in fresh.items() if at >= self._settled_to}
         self._now = now
 
-    def frame(self, pool: str, weights: Mapping[str, int]) -> dict[str, Any]:
+    def frame(self, pool: str, weights: Mapping[str, int | None]) -> dict[str, Any]:
         """Lines and tables of one pool, or of `ALL`: spans that are over, rates by the second,
         lengths in ms. The upstreams are those of all pools.
 
@@ -535,10 +542,7 @@ class Past:
     def _frame(self, trend: Trend, pool: str) -> Frame:
         limiters = self._services.limiters
         chosen = limiters.values() if pool == ALL else [limiters[pool]] if pool in limiters else ()
-        weights: dict[str, int] = {}
-        for limiter in chosen:
-            weights |= limiter.policy.weights
-        return trend.frame(pool, weights)
+        return trend.frame(pool, weights_in([limiter.policy for limiter in chosen]))
 
     async def _events(self) -> list[Frame]:
         """Changes of limits that a person or a deployment made lately, the newest first."""

@@ -22,6 +22,7 @@ from tidegate.dashboard.feed import (
     pool_frame,
     revisions_page,
     upstream_frame,
+    weights_in,
 )
 from tidegate.limiter import (
     Adaptive,
@@ -225,3 +226,9 @@ def test_a_revision_shows_each_key_that_it_changed_as_far_as_they_are_shown() ->
     ]
     assert (older["set_by"], older["reason"]) == ("bob", "why")
     assert (len(older["changes"]), older["more"]) == (MOST_SHOWN_CHANGES, 5)
+
+
+def test_a_tenant_of_other_weights_in_other_pools_has_none_over_all() -> None:
+    pools = [PoolPolicy({}, weights={"a": 3, "b": 2}), PoolPolicy({}, weights={"a": 3, "c": 1})]
+    assert weights_in(pools[:1]) == {"a": 3, "b": 2}
+    assert weights_in(pools) == {"a": 3, "b": None, "c": 1}

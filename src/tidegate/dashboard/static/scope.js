@@ -72,6 +72,7 @@ function together(rows, key, merge) {
 
 const tenantsOf = (a, b) => ({
   ...(a.waiting >= b.waiting ? a : b),
+  weight: a.weight === b.weight ? a.weight : null, // each upstream has its own
   waiting: a.waiting + b.waiting,
 });
 

@@ -86,11 +86,12 @@ function merged(live, past) {
   }
   for (const one of live?.tenants ?? []) {
     const known = rows.get(one.tenant) ?? { used: 0 };
-    rows.set(one.tenant, { ...known, ...one });
+    rows.set(one.tenant, { ...known, ...one, weight: known.weight === null ? null : one.weight });
   }
   const all = [...rows.values()].filter((one) => one.tenant !== "");
   const whole = all.reduce((sum, one) => sum + one.used, 0);
-  const weights = all.reduce((sum, one) => sum + one.weight, 0);
+  const isOne = all.every((one) => one.weight !== null); // else no share of all upstreams is due
+  const weights = isOne ? all.reduce((sum, one) => sum + one.weight, 0) : 0;
   for (const one of all) {
     one.got = whole ? one.used / whole : null;
     one.due = weights ? one.weight / weights : null;
@@ -138,10 +139,13 @@ function row(tenant, pool, find) {
       mark(limit, "aria-label", one.held_up_by ? `Show the limit ${one.held_up_by}, which ${tenant} waits for` : null);
       limit.hidden = !limit.textContent;
       say(itself, one.waiting ? (one.held_up_by ? "" : "its process") : NOTHING);
-      say(weight, count(one.weight));
+      say(weight, one.weight === null ? NOTHING : count(one.weight));
+      mark(weight, "title", one.weight === null ? "Another at each upstream" : null);
       got.style.width = `${(one.got ?? 0) * 100}%`;
       due.style.left = `${(one.due ?? 0) * 100}%`;
-      say(said, one.got === null ? NOTHING : `${percent(one.got)}, fair ${percent(one.due)}`);
+      due.hidden = one.due === null;
+      const fair = one.due === null ? "" : `, fair ${percent(one.due)}`;
+      say(said, one.got === null ? NOTHING : `${percent(one.got)}${fair}`);
     },
   };
 }
