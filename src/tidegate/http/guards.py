@@ -323,6 +323,8 @@ async def who_signed_in(request: Request, services: Services) -> Operator | None
 
 
 PASS = "tidegate_key"
+MARK = "tidegate_upload"
+_NOT_MARKED = frozenset((PASS, MARK, "key"))
 _PASS = re.compile(r"([a-z0-9]{10})\.([0-9a-f]{64})", re.ASCII)
 
 
@@ -337,20 +339,38 @@ def own_origin(scope: Any) -> str:
 
 def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
     """From the query of an upload's URL to that URL, which has this path, as the client reaches us;
-    with a pass of the key that the request in `scope` shows, if it is one of ours."""
+    with a mark that the query is ours, and a pass of the key that the request in `scope` shows, if
+    it is one of ours."""
+
+    def marked(query: str) -> str:
+        return f"{query}&{MARK}={_signature(_unmarked(query), b'', secret)}"
+
     own_url = f"{own_origin(scope)}{path}"
     key = shown_in(scope["headers"], scope["query_string"]).key
     prefix = None if key is None else prefix_of(key)
     if key is None or prefix is None:
-        return lambda query: f"{own_url}?{query}"
+        return lambda query: f"{own_url}?{marked(query)}"
     digest = digest_of(key)
-    return lambda query: f"{own_url}?{query}&{PASS}={prefix}.{_signature(query, digest, secret)}"
+
+    def passed(query: str) -> str:
+        whole = marked(query)
+        return f"{own_url}?{whole}&{PASS}={prefix}.{_signature(whole, digest, secret)}"
+
+    return passed
 
 
-def upload_upstream(query: bytes) -> str:
-    """The upstream to which an upload goes on; empty for one that begins."""
-    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    return next((value for name, value in pairs if name == AT_UPSTREAM), "")
+def upload_upstream(query: bytes, secret: str) -> str:
+    """The upstream to which an upload goes on; empty for one that begins. A client chooses none: it
+    counts with the mark of the whole query alone."""
+    pairs = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    mark = _signature(_unmarked(query.decode("latin-1")), b"", secret)
+    is_ours = hmac.compare_digest(mark.encode(), pairs.get(MARK, "").encode())
+    return pairs.get(AT_UPSTREAM, "") if is_ours else ""
+
+
+def _unmarked(query: str) -> str:
+    pairs = parse_qsl(query, keep_blank_values=True)
+    return urlencode([pair for pair in pairs if pair[0] not in _NOT_MARKED])
 
 
 async def admit_upload(gate: Authenticator, scope: Any, secret: str) -> Caller | None:

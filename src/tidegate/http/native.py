@@ -50,7 +50,7 @@ from tidegate.http.body import (
     check_size,
     read_form,
 )
-from tidegate.http.guards import PASS, admit_upload, own_urls, upload_upstream
+from tidegate.http.guards import MARK, PASS, admit_upload, own_urls, upload_upstream
 from tidegate.http.idempotency import HEADER as IDEMPOTENCY_HEADER
 from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
@@ -90,7 +90,7 @@ from tidegate.upstream.transport import SizedBody
 
 # Credentials of clients; `%` since a name can be written in other ways.
 _KEYS_IN_QUERY = frozenset(
-    ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS, AT_UPSTREAM)
+    ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS, MARK, AT_UPSTREAM)
 )
 # Google takes these for headers and for the method that are really meant, as clients on web pages
 # write them (`goog.net.rpc.HttpCors` of its Closure library): what stays here as a header would go.
@@ -590,11 +590,12 @@ class _Front:
 
     async def _upload(self, call: NativeCall) -> None:
         endpoint = call.endpoint
-        own = own_urls(self._scope, endpoint.path, self._upload_secret(endpoint))
+        secret = self._upload_secret(endpoint)
+        own = own_urls(self._scope, endpoint.path, secret)
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
         size_bytes = announced_bytes(self._scope["headers"])  # to be announced to the provider too
         body = pieces if size_bytes is None else SizedBody(size_bytes, pieces)
-        at = upload_upstream(self._scope["query_string"])
+        at = upload_upstream(self._scope["query_string"], secret)
         await self._services.relay.upload(call, body, own, self, self._record, at)
 
     def _comforting(self, endpoint: Endpoint, *, shows: bool) -> asyncio.Task[None] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from pathlib import Path
 
 import pytest
 from google.genai import Client, errors, types
@@ -11,6 +12,7 @@ from google.genai import Client, errors, types
 from tests.gateway import PNG, Gateway, Opener
 from tests.integration.native.conftest import MODEL, MakeSdk
 from tests.integration.tenants.asking import key_of
+from tidegate.dialects.spec import Dialect
 
 
 async def test_a_whole_answer(gateway: Gateway, genai: MakeSdk) -> None:
@@ -137,9 +139,13 @@ async def test_files_are_uploaded_where_keys_are_asked_for(open_gateway: Opener)
 
 
 async def test_an_uploads_pass_is_good_for_that_upload_and_while_its_key_works(
-    open_gateway: Opener,
+    open_gateway: Opener, tmp_path: Path
 ) -> None:
-    gateway = await open_gateway(worker=False, auth="on")
+    policy = tmp_path / "tidegate.toml"
+    dialects = ", ".join(f'{name} = "http://127.0.0.1:9"' for name in Dialect)
+    other = f'[upstreams.other]\nauth = "none"\ndialects = {{ {dialects} }}\n'
+    policy.write_text(f"[upstreams.gemini]\n{other}")
+    gateway = await open_gateway(worker=False, auth="on", tidegate_policy=policy)
     acme = await key_of(gateway, "acme")
     key = acme["Authorization"].removeprefix("Bearer ")
 
@@ -148,9 +154,13 @@ async def test_an_uploads_pass_is_good_for_that_upload_and_while_its_key_works(
         async with gateway.http.post(url, headers=said | headers, data=b"") as response:
             return response.status, response.headers.get("x-goog-upload-url", "")
 
-    begun = [await post(f"{gateway.url}/upload/v1beta/files", "start", **acme) for _ in range(2)]
+    begun = [
+        await post(f"{gateway.url}/upload/v1beta/files{query}", "start", **acme)
+        for query in ("", "?tidegate_upstream=other")  # a client chooses no account
+    ]
     assert [status for status, _ in begun] == [200, 200]
     (first, passed), (second, _) = [url.rsplit("&tidegate_key=", 1) for _, url in begun]
+    assert all("&tidegate_upstream=gemini&" in url for url in (first, second))
     assert key not in passed
     assert (await post(f"{first}&tidegate_key={passed}", "upload"))[0] == 200
     for wrong in (

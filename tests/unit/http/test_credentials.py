@@ -7,6 +7,7 @@ import pytest
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.spec import Dialect
 from tidegate.http.auth import Shown, shown_in
+from tidegate.http.guards import own_urls, upload_upstream
 from tidegate.http.native import _query
 
 KEY = b"tg_abcdefghij_" + b"a" * 43
@@ -82,3 +83,20 @@ def test_a_tenant_is_named_once() -> None:
     named = (b"x-tidegate-tenant", b"acme")
     assert shown_in([named, named], b"").tenant == b"acme"
     assert shown_in([named, (b"x-tidegate-tenant", b"other")], b"").tenant == b""
+
+
+def test_an_upload_goes_on_where_its_url_says_that_it_has_begun() -> None:
+    scope = {"headers": [(b"host", b"gw")], "query_string": b"", "scheme": "http"}
+    url = own_urls(scope, "/upload", "secret")("upload_id=a%2Fb&tidegate_upstream=other")
+    query = url.partition("?")[2].encode()
+    for whole in (query, query + b"&key=tg_x", query.replace(b"%2F", b"/")):
+        assert upload_upstream(whole, "secret") == "other"
+    for changed in (
+        query.replace(b"=other", b"=gemini"),
+        query.replace(b"=a", b"=c"),
+        query + b"&tidegate_upstream=gemini",
+        query.partition(b"&tidegate_upload=")[0],
+        b"tidegate_upstream=other",
+    ):
+        assert upload_upstream(changed, "secret") == ""
+    assert upload_upstream(query, "another") == ""
