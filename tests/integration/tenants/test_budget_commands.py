@@ -132,6 +132,11 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
         missed = await tidegate(gateway, "budgets", "resume", budget, "--of", nobody, *extra)
         assert (missed.code, missed.said) == (1, ""), budget
         assert missed.complained == f'tidegate: the budget {budget} has no book of ["{nobody}"]\n'
+    both = ("both", "--usd", "2", "--subject", "each")
+    assert (await tidegate(gateway, "budgets", "set", *both)).code == 0
+    for more_usd in ((), ("--extra-usd", "1")):
+        missed = await tidegate(gateway, "budgets", "resume", "both", "--of", "ann", *more_usd)
+        assert missed.complained.endswith(": it has one for each tenant and subject\n")
     idle = await tidegate(gateway, "budgets", "resume", "people", "--of", "ann")
     assert (idle.code, idle.said) == (0, "people was not paused\n")
     none = await tidegate(gateway, "budgets", "list", "nothing")
