@@ -15,6 +15,7 @@ from tidegate.dialects.answers import (
     as_text,
     count_of,
     object_facts,
+    objects_in,
     part_of,
     positive_of,
     scanned_facts,
@@ -136,8 +137,34 @@ def rules_of(_model: str) -> Rules:
     return _RULES
 
 
+# Of the rounds of a call, `usage.iterations`, those that the figures beside them leave out.
+_APART = ("compaction", "advisor_message")
+_COUNTS = (
+    *("input_tokens", "output_tokens"),
+    *("cache_creation_input_tokens", "cache_read_input_tokens"),
+)
+_SPLIT = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+_MOST_ROUNDS = 1_000
+
+
+def of_all_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The usage with the tokens of compactions and of an advisor, which are billed too."""
+    if "iterations" not in raw:
+        return raw
+    rounds = objects_in(raw["iterations"])[:_MOST_ROUNDS]
+    apart = [one for one in rounds if one.get("type") in _APART]
+    if not apart or None in (count_of(raw, "input_tokens"), count_of(raw, "output_tokens")):
+        return raw
+    every = [raw, *apart]
+    sums = {name: sum(count_of(one, name) or 0 for one in every) for name in _COUNTS}
+    splits = [part_of(one, "cache_creation") for one in every]
+    split = {name: sum(count_of(one, name) or 0 for one in splits) for name in _SPLIT}
+    return {**raw, **sums, "cache_creation": split}
+
+
 def usage_of(raw: Mapping[str, Any]) -> Usage:
     """The usage that an answer reports; its input is in three parts."""
+    raw = of_all_rounds(raw)
     fresh, given = count_of(raw, "input_tokens"), count_of(raw, "output_tokens")
     written = count_of(raw, "cache_creation_input_tokens") or 0
     cached = count_of(raw, "cache_read_input_tokens")

@@ -251,6 +251,7 @@ def _facts_in(objects: Any) -> AnswerFacts:
         message = part_of(one, "message")
         held = part_of(one, "metadata", "messageStop", "message", "delta") or one
         for raw in (one, part_of(message, "usage"), part_of(held, "usage"), part_of(one, "usage")):
+            raw = anthropic.of_all_rounds(raw)
             for name in _COUNTS.intersection(raw):
                 counts[name] = raw[name] or counts.get(name, raw[name])
         if metrics := part_of(one, _METRICS):

@@ -72,6 +72,37 @@ def test_anthropic_tells_input_first_and_output_last() -> None:
     assert told(Dialect.ANTHROPIC, begin, thought) == Usage(10, 1, 3, None, 14)
 
 
+ROUNDS = [
+    {"type": "compaction", "input_tokens": 700, "output_tokens": 50},
+    {"type": "message", "input_tokens": 30, "output_tokens": 8},
+    {
+        "type": "advisor_message",
+        "model": "claude-opus-5-5",
+        "input_tokens": 40,
+        "output_tokens": 6,
+        "cache_read_input_tokens": 20,
+        "cache_creation_input_tokens": 9,
+        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 9},
+    },
+    {"type": ["odd"], "input_tokens": 1_000},
+]
+
+
+def test_anthropic_s_compactions_and_advisor_count_beside_the_answer() -> None:
+    begin = {"type": "message_start", "message": {"id": "msg_1", "usage": {"input_tokens": 30}}}
+    counted = {"input_tokens": 30, "output_tokens": 8, "cache_read_input_tokens": 5}
+    wanted = Usage(804, 64, None, 25, 868, UsageDetails(9, None, 9))
+    end = {"type": "message_delta", "usage": counted | {"iterations": ROUNDS}}
+    assert told(Dialect.ANTHROPIC, begin, end) == wanted
+    whole = json.dumps({"type": "message", "usage": end["usage"]}).encode()
+    assert DIALECTS[Dialect.ANTHROPIC].answer_facts(whole).usage == wanted
+    assert DIALECTS["bedrock"].answer_facts(whole).usage == wanted
+    # A refused model's round before that of its fallback is no round of either sort.
+    alone = counted | {"iterations": ROUNDS[1:2]}
+    assert told(Dialect.ANTHROPIC, begin, {"usage": alone}) == Usage(35, 8, None, 5, 43)
+    assert told(Dialect.ANTHROPIC, begin, {"usage": {"iterations": ROUNDS}}).output_tokens is None
+
+
 @pytest.mark.parametrize("name", ["cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens"])
 def test_cached_tokens_that_stand_beside_the_others(name: str) -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11, name: 5}
