@@ -9,6 +9,7 @@ from base64 import b64encode
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiohttp import ClientSession
 
 from tests.contract.gemini_sdk import MODEL, PNG, call, emulator, sdk
 from tidegate.emulator.server import Emulator
@@ -75,6 +76,35 @@ async def test_the_stream_without_sse_is_one_json_array(emulator: Emulator) -> N
     assert status == 200
     assert len(answer) == 4
     assert answer[-1]["candidates"][0]["finishReason"] == "STOP"
+
+
+async def test_each_provider_s_content_types(emulator: Emulator) -> None:
+    google, text = f"/v1beta/models/{MODEL}", {"contents": [{"parts": [{"text": "Hi"}]}]}
+    asked = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    bearer, claude = {"Authorization": "Bearer k"}, {"x-api-key": "k", "anthropic-version": "1"}
+    events, plain = "text/event-stream; charset=utf-8", "application/json"
+    of_google = "application/json; charset=UTF-8"
+    key: dict[str, str] = {"x-goog-api-key": "k"}
+    for path, headers, body, wanted in (
+        (f"{google}:generateContent", key, text, (200, of_google)),
+        (f"{google}:generateContent", key, {}, (400, of_google)),
+        (f"{google}:streamGenerateContent", key, text, (200, of_google)),
+        (f"{google}:streamGenerateContent?alt=sse", key, text, (200, "text/event-stream")),
+        (f"{google}:streamGenerateContent?alt=sse", key, {}, (400, "text/event-stream")),
+        ("/upload/v1beta/files", key, {}, (200, "text/plain; charset=utf-8")),
+        ("/v1/chat/completions", bearer, asked, (200, plain)),
+        ("/v1/chat/completions", bearer, asked | {"stream": True}, (200, events)),
+        ("/v1/chat/completions", bearer, {}, (400, plain)),
+        ("/v1/messages", claude, asked, (200, plain)),
+        ("/v1/messages", claude, asked | {"stream": True}, (200, events)),
+        ("/v1/messages", claude, {}, (400, plain)),
+        ("/model/m/converse", bearer, {"messages": []}, (400, plain)),
+    ):
+        async with (
+            ClientSession(emulator.url, headers=headers) as session,
+            session.post(path, json=body) as answer,
+        ):
+            assert (answer.status, answer.headers["Content-Type"]) == wanted, path
 
 
 async def test_camel_case_and_snake_case_are_the_same(emulator: Emulator) -> None:

@@ -38,7 +38,7 @@ from tidegate.prices.rates import STANDARD_TIERS, catalog
 
 EMULATOR_HEADER = "x-tidegate-emulator"
 EMULATED = {EMULATOR_HEADER: "1"}
-JSON_TYPE = "application/json; charset=UTF-8"
+JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream"
 EXHAUSTED = "Resource has been exhausted (e.g. check quota)."
 UNAVAILABLE = "The service is currently unavailable."
@@ -213,7 +213,9 @@ class Served:
                 return early
             if asked.tier == "flex" and (busy := await self._flex(call)) is not None:
                 return busy
-            content_type = content_type or (SSE_TYPE if asked.streamed else JSON_TYPE)
+            content_type = content_type or (
+                self.api.stream_type if asked.streamed else self.api.json_type
+            )
             script, behaviour = scripted(fault), self.behaviour
             headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
             headers |= self.state.rate_limit_headers(call)

@@ -251,7 +251,8 @@ class EmulatedApi:
     """Errors of an API. `faults` are those with one status and message.
 
     `throttled` words the faults that are a 429, and returns None for all others. `no_capacity`
-    refuses a call of the flex tier; None where there is no such tier.
+    refuses a call of the flex tier; None where there is no such tier. `json_type` and
+    `stream_type` are the content types of its answers.
     """
 
     name: str
@@ -261,6 +262,8 @@ class EmulatedApi:
     throttled: Callable[[Fault, str], ErrorResponse | None]
     refused_by_account: Callable[[AccountSpec, AccountRefusal, str], ErrorResponse]
     no_capacity: ErrorResponse | None = None
+    json_type: str = "application/json"
+    stream_type: str = "text/event-stream; charset=utf-8"
 
     def ordered(self, fault: Fault, model: str) -> ErrorResponse | None:
         """The error response that a fault is; None when it is another kind of fault."""

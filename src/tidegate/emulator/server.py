@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from aiohttp import web
 from tidegate.emulator import usage_api
 from tidegate.emulator.account import AccountLimitReached, AccountSpec
 from tidegate.emulator.client import EmulatorControl
-from tidegate.emulator.delivery import Served, failed, json_response
+from tidegate.emulator.delivery import JSON_TYPE, Served, failed, json_response
 from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
 from tidegate.emulator.fronts import anthropic, bedrock, gemini, openai, realtime
 from tidegate.emulator.fronts.anthropic import ANTHROPIC
@@ -118,6 +118,7 @@ async def _object(request: web.BaseRequest) -> dict[str, Any]:
     return value
 
 
+Route = Callable[[Served], Awaitable[web.StreamResponse]]
 _FRONTS = ((BEDROCK, bedrock), (ANTHROPIC, anthropic), (OPENAI, openai))  # all else is for Gemini's
 
 
@@ -140,6 +141,17 @@ async def _answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamR
     api, route = next(found, (GEMINI, gemini.route))
     if (speaks := realtime.api_of(request)) is not None:
         api, route = speaks, realtime.route
+    answer = await _routed(state, request, api, route)
+    if isinstance(answer, web.Response) and answer.headers.get("Content-Type") == JSON_TYPE:
+        # Google answers in the type that was requested, errors too.
+        sse = api is GEMINI and request.query.get("alt") == "sse"
+        answer.headers["Content-Type"] = api.stream_type if sse else api.json_type
+    return answer
+
+
+async def _routed(
+    state: EmulatorState, request: web.BaseRequest, api: EmulatedApi, route: Route
+) -> web.StreamResponse:
     try:
         return await route(Served(state, request, api))
     except LimitReached as full:

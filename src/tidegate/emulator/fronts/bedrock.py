@@ -19,7 +19,7 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator.content import ModelRequest
-from tidegate.emulator.delivery import JSON_TYPE, AnswerScript, ScriptStep, Served
+from tidegate.emulator.delivery import AnswerScript, ScriptStep, Served
 from tidegate.emulator.dialect import (
     EmulatedApi,
     ErrorResponse,
@@ -84,6 +84,7 @@ BEDROCK = EmulatedApi(
     },
     throttled=_throttled,
     refused_by_account=refused_in_bedrock,
+    stream_type=EVENT_STREAM.decode(),
 )
 
 
@@ -113,9 +114,8 @@ async def route(served: Served) -> web.StreamResponse:
         case _:
             raise served.not_found()
     asked = read_messages({**body, "model": model, "stream": streamed})
-    kind = EVENT_STREAM.decode() if streamed else JSON_TYPE
     scripted = partial(_script, form, served.cached(asked), served.behaviour)
-    return await served.generate(served.cached(asked), scripted, kind)
+    return await served.generate(served.cached(asked), scripted)
 
 
 def _check_invoked(body: Json) -> None:

@@ -44,7 +44,6 @@ from tidegate.emulator.content import (
 )
 from tidegate.emulator.delivery import (
     EMULATED,
-    JSON_TYPE,
     SSE_TYPE,
     AnswerScript,
     ScriptStep,
@@ -216,6 +215,8 @@ GEMINI = EmulatedApi(
     throttled=throttled_on_order,
     refused_by_account=refused_by_account,
     no_capacity=error(503, "The service is currently unavailable."),
+    json_type="application/json; charset=UTF-8",
+    stream_type=SSE_TYPE,
 )
 
 
@@ -674,7 +675,8 @@ async def _generate(served: Served, model: str, body: Any, framing: Framing) -> 
         counted = {**asked.input_by_modality, "TEXT": asked.input_tokens + kept}
         asked = replace(asked, input_by_modality=counted, cached_tokens=kept)
     scripted = partial(_script, asked, served.behaviour, framing)
-    return await served.generate(asked, scripted, SSE_TYPE if framing == "sse" else JSON_TYPE)
+    kind = GEMINI.stream_type if framing == "sse" else GEMINI.json_type
+    return await served.generate(asked, scripted, kind)
 
 
 def _line_work(served: Served, model: str, body: Any) -> LineWork:
@@ -765,7 +767,7 @@ async def _upload_start(served: Served, key: str) -> web.Response:
         "X-Goog-Upload-Status": "active",
         "X-Goog-Upload-URL": f"{url}&upload_protocol=resumable",
     }
-    return json_response(200, {}, headers)
+    return web.Response(text="", headers=EMULATED | headers)
 
 
 async def _upload_piece(served: Served, upload_id: str) -> web.Response:

@@ -34,7 +34,6 @@ from tidegate.emulator.content import (
 )
 from tidegate.emulator.delivery import (
     EMULATED,
-    SSE_TYPE,
     AnswerScript,
     ScriptStep,
     Served,
@@ -412,7 +411,7 @@ async def _streamed(
     served: Served, kept: StoredResponse, headers: dict[str, str], after: int = -1
 ) -> web.StreamResponse:
     """Its beginning, and the end once there is one; the work does not depend on a reader."""
-    response = web.StreamResponse(headers=headers | {"Content-Type": SSE_TYPE})
+    response = web.StreamResponse(headers=headers | {"Content-Type": served.api.stream_type})
     await response.prepare(served.request)
     for number, name in enumerate(("response.created", "response.queued")):
         if number > after:
