@@ -200,7 +200,8 @@ async def assert_totals_are_exact(fleet: Fleet, keys: dict[str, str]) -> None:
         billed[_tenant(call)].update(
             requests=1,
             input_tokens=call.input_tokens,
-            output_tokens=call.output_tokens,
+            output_tokens=call.output_tokens - call.thoughts_tokens,
+            thoughts_tokens=call.thoughts_tokens,
             # Rounded once a call: 0.30 and 2.50 of money for a million.
             cost_micros=(call.input_tokens * 30 + call.output_tokens * 250 + 50) // 100,
         )

@@ -122,8 +122,8 @@ async def _unlike(fleet: Fleet, clients: Clients, served: Served) -> list[str]:
     connection = await asyncpg.connect(fleet.postgres.url())
     try:
         rows = await connection.fetch(
-            "SELECT request_id, status, failure, usage_state, input_tokens, output_tokens "
-            "FROM audit"
+            "SELECT request_id, status, failure, usage_state, input_tokens, "
+            "output_tokens + coalesce(thoughts_tokens, 0) AS output_tokens FROM audit"
         )
     finally:
         await connection.close()

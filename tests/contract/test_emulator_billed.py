@@ -37,7 +37,8 @@ def address(emulator: Emulator, model: str, action: str) -> str:
 async def test_a_finished_call_is_billed_what_it_was_told(
     emulator: Emulator, session: aiohttp.ClientSession
 ) -> None:
-    for model in ("gemini-2.5-flash", "gemini-2.5-pro", "gemini-2.5-flash-image"):
+    thinking = {"gemini-2.5-flash", "gemini-2.5-pro", "gemini-3-flash"}
+    for model in sorted({*thinking, "gemini-2.5-flash-lite", "gemini-2.5-flash-image"}):
         for action in ("generateContent", STREAM, "streamGenerateContent"):
             await emulator.control.reset()
             url = address(emulator, model, action)
@@ -48,7 +49,7 @@ async def test_a_finished_call_is_billed_what_it_was_told(
             said = json.loads(text)
             said = (said[-1] if isinstance(said, list) else said)["usageMetadata"]
             thoughts = said.get("thoughtsTokenCount", 0)
-            assert (thoughts > 0) == ("pro" in model)
+            assert (thoughts > 0) == (model in thinking)
             billed = Billed(
                 1, said["promptTokenCount"], said["candidatesTokenCount"] + thoughts, thoughts
             )

@@ -29,7 +29,8 @@ async def test_an_answer_quotes_the_prompt_and_counts_its_own_words(sdk: Client)
     assert usage is not None
     assert usage.prompt_token_count == 5
     assert usage.candidates_token_count == len(answer.text.split())
-    assert usage.total_token_count == 5 + len(answer.text.split())
+    assert usage.thoughts_token_count == 32  # which this model has where nothing is requested
+    assert usage.total_token_count == 5 + 32 + len(answer.text.split())
     assert answer.candidates is not None
     assert answer.candidates[0].finish_reason == "STOP"
     assert answer.model_version == MODEL
@@ -111,11 +112,14 @@ async def test_camel_case_and_snake_case_are_the_same(emulator: Emulator) -> Non
     data = b64encode(PNG).decode()
     camel = {
         "contents": [{"parts": [{"inlineData": {"mimeType": "image/png", "data": data}}]}],
-        "generationConfig": {"maxOutputTokens": 3},
+        "generationConfig": {"maxOutputTokens": 3, "thinkingConfig": {"thinkingBudget": 0}},
     }
     snake = {
         "contents": [{"parts": [{"inline_data": {"mime_type": "image/png", "data": data}}]}],
-        "generation_config": {"max_output_tokens": 3},
+        "generation_config": {
+            "max_output_tokens": 3,
+            "thinking_config": {"thinking_budget": 0},
+        },
     }
     path = f"/v1beta/models/{MODEL}:generateContent"
     (_, first), (_, second) = await call(emulator, path, camel), await call(emulator, path, snake)

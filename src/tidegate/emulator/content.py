@@ -412,6 +412,16 @@ def cut(answer: str, most_tokens: int | None, most_pieces: int) -> tuple[Pieces,
     return tuple(("".join(words[a:b]), b - a) for a, b in pairwise(cuts)), cut_short
 
 
+# Where nothing is requested; the lite ones and those that draw do only where it is.
+_GEMINI_THINKS = re.compile(
+    r"gemini-(?:pro-latest|flash-latest|2\.5-pro|2\.5-flash(?!-lite|-image)|[3-9])"
+)
+
+
+def gemini_thinks(model: str) -> bool:
+    return _GEMINI_THINKS.search(model) is not None
+
+
 def thoughts_of(request: ModelRequest) -> int:
     return THOUGHTS_TOKENS if request.thinks else 0
 

@@ -85,9 +85,10 @@ async def spent_of(gateway: Gateway, limit: str) -> int:
 
 
 def is_paid(row: asyncpg.Record, call: LoggedCall) -> None:
-    assert row["output_tokens"] >= call.output_tokens > 0
+    made = row["output_tokens"] + (row["thoughts_tokens"] or 0)
+    assert made >= call.output_tokens > 0
     assert row["input_tokens"] >= call.input_tokens
-    assert row["cost_micros"] == row["input_tokens"] + 10 * row["output_tokens"]
+    assert row["cost_micros"] == row["input_tokens"] + 10 * made
 
 
 async def test_who_teaches_short_answers_pays_for_long_ones_that_are_cut(
@@ -386,7 +387,8 @@ async def test_a_picture_at_an_address_is_charged_though_google_reports_no_input
     row = await wait_until(found, 20, "its record")
     (call,) = await gateway.calls()
     assert row["usage_state"] == "estimated"
-    assert (row["input_tokens"] > 0, row["output_tokens"]) == (True, call.output_tokens)
+    made = row["output_tokens"] + row["thoughts_tokens"]
+    assert (row["input_tokens"] > 0, made) == (True, call.output_tokens)
     is_paid(row, call)
 
 

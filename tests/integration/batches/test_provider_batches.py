@@ -110,7 +110,8 @@ async def test_a_line_whose_answer_reports_no_input_is_charged_an_estimate_of_it
     assert (await gateway.end_of(job))["status"] == "succeeded"
     row = await gateway.audit(job)
     assert (row["usage_state"], row["input_tokens"] > 0) == ("estimated", True)
-    micros = (row["input_tokens"] * 0.30 + row["output_tokens"] * 2.50) / 2
+    made = row["output_tokens"] + row["thoughts_tokens"]
+    micros = (row["input_tokens"] * 0.30 + made * 2.50) / 2
     assert row["cost_micros"] == pytest.approx(micros, abs=1)
 
 

@@ -85,7 +85,7 @@ async def test_a_stream_shows_no_usage_that_was_not_asked_for_and_is_accounted_a
     assert all(chunk.usage is None for chunk in chunks)
     row = await gateway.audit(request_id)
     billed = (await gateway.upstream.stats()).billed()
-    assert row["output_tokens"] == billed.output_tokens > 0
+    assert row["output_tokens"] + row["thoughts_tokens"] == billed.output_tokens > 0
     assert row["input_tokens"] == billed.input_tokens > 0
     assert row["streamed"]
 

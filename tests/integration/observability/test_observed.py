@@ -107,9 +107,8 @@ async def test_each_way_to_call_is_told_with_its_first_byte_and_its_cost(
         assert one.attempts == 1
         assert one.charge.usage.input_tokens is not None
         assert one.charge.usage.output_tokens is not None
-        assert one.charge.cost_micros == round(
-            one.charge.usage.input_tokens * 0.30 + one.charge.usage.output_tokens * 2.50
-        )
+        made = one.charge.usage.output_tokens + (one.charge.usage.thoughts_tokens or 0)
+        assert one.charge.cost_micros == round(one.charge.usage.input_tokens * 0.30 + made * 2.50)
     row = await gateway.audit(wrapped)
     assert (row["usage_state"], row["cost_micros"] > 0) == ("told", True)
 

@@ -160,7 +160,8 @@ async def test_a_call_is_settled_for_the_tokens_that_it_used(
 
     async def settled() -> bool:
         spent = [(await view(gateway, f"{rate}:{MODEL}")).used for rate in ("itpm", "otpm")]
-        return spent == [usage["input_tokens"], usage["output_tokens"]]
+        made = usage["output_tokens"] + usage["thoughts_tokens"]
+        return spent == [usage["input_tokens"], made]
 
     await wait_until(settled, 20, f"{usage} settled")
     assert (await view(gateway, "ipm:gemini-2.5-flash-image")).used == 0

@@ -36,6 +36,7 @@ from tidegate.emulator.content import (
     cut,
     draw,
     embedding,
+    gemini_thinks,
     get,
     listed,
     new_response_id,
@@ -369,7 +370,7 @@ def _with_config(model: str, config: Json, conversation: Conversation) -> ModelR
     thinking = get(config, "thinkingConfig")
     thinking = thinking if isinstance(thinking, dict) else {}
     budget = get(thinking, "thinkingBudget")
-    thinks = bool(budget) or (budget is None and "pro" in model)
+    thinks = bool(budget) or (budget is None and gemini_thinks(model))
     asked = conversation.request(
         model,
         schema=schema,

@@ -43,6 +43,7 @@ from tidegate.emulator.content import (
     Tool,
     base64_bytes,
     compose,
+    gemini_thinks,
     get,
 )
 from tidegate.emulator.delivery import (
@@ -160,7 +161,7 @@ def _read(served: Served, body: Json) -> ModelRequest:
         model,
         schema=None,
         max_output_tokens=most if isinstance(most, int) and most > 0 else None,
-        thinks="pro" in model,
+        thinks=gemini_thinks(model),
         called=conversation.calls(tools, "auto"),
         streamed=body.get("stream") is True,
     )

@@ -36,6 +36,7 @@ from tidegate.emulator.content import (
     base64_bytes,
     compose,
     embedding,
+    gemini_thinks,
     new_response_id,
 )
 from tidegate.emulator.delivery import (
@@ -815,7 +816,7 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
     asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))
     asked = served.in_tier(asked, body.get("service_tier"))
     if chat and served.request.path.startswith(_PREFIXES[0]) and _GEMINI.match(model):
-        thinks = asked.thinks or ("pro" in model and body.get("reasoning_effort") is None)
+        thinks = asked.thinks or (body.get("reasoning_effort") is None and gemini_thinks(model))
         asked = replace(asked, at_google=True, thinks=thinks)
     choices = partial(choices_script, asked, behaviour, chat=chat)
     if not chat:
