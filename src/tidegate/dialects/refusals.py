@@ -339,11 +339,26 @@ def stream_error(
     is_own: bool = False,
 ) -> UpstreamError:
     """The error for an event of a stream."""
-    named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
     error = error_object(event) or {}
+    status = status_of(error)
+    named = {
+        name.decode("latin-1").lower(): value.decode("latin-1")
+        for name, value in without_wait(headers, status)
+    }
     return upstream_error(
-        status_of(error), error, named, secret=secret, dialect=dialect, tier=tier, is_own=is_own
+        status, error, named, secret=secret, dialect=dialect, tier=tier, is_own=is_own
     )
+
+
+_WAITS = (b"retry-after", b"retry-after-ms")
+
+
+def without_wait(headers: Iterable[tuple[bytes, bytes]], status: int) -> Headers:
+    """The headers of a good answer for an error in it. Their wait is that of a limit, as Anthropic
+    names it in good answers too: no wait for another error."""
+    if status == 429:
+        return list(headers)
+    return [pair for pair in headers if pair[0].lower() not in _WAITS]
 
 
 _MAYBE_EMPTY = frozenset((Operation.TRANSCRIBE,))  # a text of a recording without a word
@@ -360,10 +375,11 @@ def no_answer(operation: Operation, headers: Headers, first: bytes, *, at_end: b
     return ""
 
 
-def own_headers(headers: Headers) -> Headers:
-    """Those of the answer that an error of its own may bear."""
+def own_headers(headers: Headers, event: JsonObject) -> Headers:
+    """Those of a good answer that the error of this event may bear as an answer of its own."""
     framing = (b"content-type", b"content-length", b"content-encoding", b"cache-control")
-    kept = [pair for pair in headers if pair[0] not in framing]
+    left = without_wait(headers, status_of(error_object(event) or {}))
+    kept = [pair for pair in left if pair[0] not in framing]
     return [(b"content-type", b"application/json"), *kept]
 
 

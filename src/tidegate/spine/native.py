@@ -596,13 +596,13 @@ class NativeExchange:
 
     def _begun_with(self, value: dict[str, Any], exchange: Exchange, target: Target) -> CallFailed:
         """Of an answer whose first bytes report an error: the client has nothing of it yet."""
-        key = target.upstream.key
+        headers = to_return(exchange.headers, target.upstream.key, same_length=False)
         return self._with_headers(
             CallFailed(
                 self._stream_error(value, exchange, target),
                 target,
                 status=refusals.status_of(refusals.error_object(value) or {}),
-                headers=refusals.own_headers(to_return(exchange.headers, key, same_length=False)),
+                headers=refusals.own_headers(headers, value),
                 body=masked(orjson.dumps(refusals.error_body(value)), target),
             )
         )

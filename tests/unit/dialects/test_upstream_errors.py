@@ -204,6 +204,20 @@ def test_a_retry_after_header_may_be_a_date() -> None:
     assert mapped(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}).retry_after_ms == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected_ms"),
+    [("overloaded_error", None), ("api_error", None), ("rate_limit_error", 58_000)],
+)
+def test_a_good_answer_s_wait_is_for_its_limit_alone(kind: str, expected_ms: int | None) -> None:
+    headers = [(b"Retry-After", b"58"), (b"request-id", b"req_1")]
+    event = {"type": "error", "error": {"type": kind, "message": "Try later"}}
+    error = refusals.stream_error(event, headers, secret="s3cret", dialect="anthropic")
+    assert error.retry_after_ms == expected_ms
+    kept = dict(refusals.own_headers([(b"retry-after", b"58"), (b"request-id", b"req_1")], event))
+    assert kept.pop(b"retry-after", None) == (b"58" if expected_ms else None)
+    assert kept == {b"content-type": b"application/json", b"request-id": b"req_1"}
+
+
 def test_a_date_is_read_by_the_clock_of_the_server_that_names_it() -> None:
     named = {
         "date": "Wed, 21 Oct 2015 07:28:00 GMT",
