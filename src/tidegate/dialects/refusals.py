@@ -387,7 +387,8 @@ _FIELDS = (b":", b"event:", b"id:", b"retry:")
 _BEGUN = frozenset(
     {
         *("response.created", "response.in_progress", "response.queued"),
-        *("response.content_part.added", "response.reasoning_summary_part.added"),
+        *("response.content_part.added", "response.reasoning_part.added"),
+        "response.reasoning_summary_part.added",
         *("message_start", "ping"),
     }
 )

@@ -13,6 +13,7 @@ from tidegate.dialects.refusals import Prelude
 WITHOUT_OUTPUT: list[dict[str, object]] = [
     {"type": "response.created", "response": {"error": None, "instructions": "x" * 9_000}},
     {"type": "response.output_item.added", "item": {"type": "reasoning", "summary": []}},
+    {"type": "response.reasoning_part.added", "part": {"type": "reasoning_text", "text": ""}},
     {"type": "message_start", "message": {"usage": {"input_tokens": 8}}},
     {"type": "ping"},
     {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
