@@ -83,6 +83,34 @@ async def test_a_streamed_response_ends_in_the_whole_one(
     assert calls[0].output_tokens == calls[1].output_tokens > 0
 
 
+async def test_an_item_of_its_thoughts_comes_before_the_message(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    include: Any = ["reasoning.encrypted_content"]
+    whole = await sdk.responses.create(model="gpt-5", input="Hello", include=include)
+    assert [item.type for item in whole.output] == ["reasoning", "message"]
+    stream = await sdk.responses.create(model="gpt-5", input="Hello", stream=True)
+    events = [event async for event in stream]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    items = [
+        (event.type.rpartition(".")[2], event.output_index, event.item.type)
+        for event in events
+        if event.type in ("response.output_item.added", "response.output_item.done")
+    ]
+    assert items == [
+        (end, place, kind)
+        for place, kind in enumerate(("reasoning", "message"))
+        for end in ("added", "done")
+    ]
+    last = events[-1]
+    assert last.type == "response.completed"
+    assert [item.type for item in last.response.output] == ["reasoning", "message"]
+    sealed = [whole.output[0], last.response.output[0]]
+    assert [getattr(item, "encrypted_content", None) is None for item in sealed] == [False, True]
+    calls = await emulator.control.calls()
+    assert calls[0].output_tokens == calls[1].output_tokens > calls[1].thoughts_tokens > 0
+
+
 async def test_a_response_cut_by_its_bound_is_incomplete(sdk: AsyncOpenAI) -> None:
     short = await sdk.responses.create(model=MODEL, input="Hello", max_output_tokens=2)
     assert short.status == "incomplete"

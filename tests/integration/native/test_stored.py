@@ -104,7 +104,7 @@ async def test_what_is_stored_is_its_tenants_own_and_called_where_it_lives(stage
     )
     assert said.headers["x-tidegate-upstream"] == home
     listed = [str(one.id) async for one in acme.conversations.items.list(conversation.id, limit=2)]
-    assert len(listed) == 3
+    assert len(listed) == 4, "both questions, the thoughts and the answer"
     item = await acme.conversations.items.retrieve(listed[0], conversation_id=conversation.id)
     assert item.id == listed[0]
     await acme.conversations.items.delete(listed[0], conversation_id=conversation.id)

@@ -25,6 +25,7 @@ import orjson
 from aiohttp import web
 
 from tidegate.emulator.content import (
+    SIGNATURE,
     CalledFunction,
     Composed,
     ModelRequest,
@@ -102,6 +103,7 @@ class _ResponseObject:
         self.composed = composed
         self.id = f"resp_{new_response_id()}"
         self._body = body
+        self._first = 1 if composed.thoughts_tokens else 0  # after an item of its thoughts
         self._created = int(time.time())
         self._sequence = count()
 
@@ -124,7 +126,9 @@ class _ResponseObject:
 
     def stream(self) -> list[ScriptStep]:
         head = self._begun()
-        pieces = moment_steps(self.composed, self._piece)
+        thoughts = self.composed.thoughts_tokens
+        pieces = [ScriptStep(self._reasoned(), thoughts)] if thoughts else []
+        pieces += moment_steps(self.composed, self._piece)
         ended = self._ended()
         tail = self._event(f"response.{ended['status']}", response=ended)
         return stream_steps(head, pieces, tail, self.composed.output_tokens)
@@ -133,7 +137,7 @@ class _ResponseObject:
         events = b""
         if moment.opens:
             events += self._opened(moment)
-        place = {"item_id": self._item_id(moment.block), "output_index": moment.block}
+        place = {"item_id": self._item_id(moment.block), "output_index": self._index(moment)}
         if moment.call is None:
             text = {**place, "content_index": 0, "delta": moment.text, "logprobs": []}
             events += self._event("response.output_text.delta", **text)
@@ -144,7 +148,8 @@ class _ResponseObject:
 
     def _opened(self, moment: Moment) -> bytes:
         item = self._item(moment.block, moment.call, "in_progress")
-        events = self._event("response.output_item.added", output_index=moment.block, item=item)
+        index = self._index(moment)
+        events = self._event("response.output_item.added", output_index=index, item=item)
         if moment.call is None:
             events += self._event(
                 "response.content_part.added", **self._content(moment), part=_text_part("")
@@ -164,18 +169,34 @@ class _ResponseObject:
             events = self._event(
                 "response.function_call_arguments.done",
                 item_id=self._item_id(moment.block),
-                output_index=moment.block,
+                output_index=self._index(moment),
                 name=moment.call.name,
                 arguments=moment.call.arguments,
             )
         item = self._item(moment.block, moment.call, self._status(moment.block))
-        return events + self._event(
-            "response.output_item.done", output_index=moment.block, item=item
+        index = self._index(moment)
+        return events + self._event("response.output_item.done", output_index=index, item=item)
+
+    def _index(self, moment: Moment) -> int:
+        return moment.block + self._first
+
+    def _reasoning(self) -> Json:
+        """The thoughts, which are not shown, and encrypted only where that is requested."""
+        item: Json = {"id": f"rs_{self.id}", "type": "reasoning", "summary": []}
+        if "reasoning.encrypted_content" in (self._body.get("include") or ()):
+            item["encrypted_content"] = SIGNATURE
+        return item
+
+    def _reasoned(self) -> bytes:
+        item = self._reasoning()
+        return b"".join(
+            self._event(f"response.output_item.{name}", output_index=0, item=item)
+            for name in ("added", "done")
         )
 
     def _content(self, moment: Moment) -> Json:
         item_id = self._item_id(moment.block)
-        return {"item_id": item_id, "output_index": moment.block, "content_index": 0}
+        return {"item_id": item_id, "output_index": self._index(moment), "content_index": 0}
 
     def _item_id(self, block: int) -> str:
         return f"item_{self.id}_{block}"
@@ -208,7 +229,8 @@ class _ResponseObject:
         reason = {"length": "max_output_tokens", "blocked": "content_filter"}.get(
             self.composed.finish
         )
-        output = [
+        output = [self._reasoning()] if self._first else []
+        output += [
             self._item(block, call, self._status(block))
             for block, call in enumerate(self.composed.blocks)
         ]
