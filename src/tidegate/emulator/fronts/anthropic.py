@@ -337,15 +337,15 @@ class _Message:
         if composed.thoughts_tokens:
             thinking = {"type": "thinking", "thinking": self._thoughts, "signature": SIGNATURE}
             content.insert(0, thinking)
-        body = self._body(content, self._stop_reason, composed.output_tokens)
+        body = self._body(content, self._stop_reason, self._ended())
         return whole_steps(composed, body, composed.output_tokens)
 
     def stream(self) -> list[ScriptStep]:
         total = self.composed.output_tokens
-        start = {"type": "message_start", "message": self._body([], None, min(1, total))}
+        begun = self._body([], None, self._counts(min(1, total)))
+        start = {"type": "message_start", "message": begun}
         delta = {"stop_reason": self._stop_reason, "stop_sequence": None}
-        usage = {"input_tokens": self._asked.uncached_tokens, "output_tokens": total}
-        end = {"type": "message_delta", "delta": delta, "usage": usage}
+        end = {"type": "message_delta", "delta": delta, "usage": self._ended()}
         thoughts = self.composed.thoughts_tokens
         first = 1 if thoughts else 0
         pieces = [ScriptStep(self._thinking(), thoughts)] * first
@@ -377,7 +377,7 @@ class _Message:
     def _stop_reason(self) -> str:
         return _STOP_REASON.get(self.composed.finish, "end_turn")
 
-    def _body(self, content: list[Json], stop_reason: str | None, output_tokens: int) -> Json:
+    def _body(self, content: list[Json], stop_reason: str | None, counts: Json) -> Json:
         return {
             "id": self.id,
             "type": "message",
@@ -387,12 +387,26 @@ class _Message:
             "stop_reason": stop_reason,
             "stop_sequence": None,
             "usage": {
-                "input_tokens": self._asked.uncached_tokens,
-                "cache_creation_input_tokens": self._asked.cache_write_tokens,
-                "cache_read_input_tokens": self._asked.cached_tokens,
-                "output_tokens": output_tokens,
+                **counts,
+                "cache_creation": {
+                    "ephemeral_5m_input_tokens": self._asked.cache_write_tokens,
+                    "ephemeral_1h_input_tokens": 0,
+                },
                 "service_tier": "standard",
             },
+        }
+
+    def _ended(self) -> Json:
+        thoughts = {"thinking_tokens": self.composed.thoughts_tokens}
+        return self._counts(self.composed.output_tokens) | {"output_tokens_details": thoughts}
+
+    def _counts(self, output_tokens: int) -> Json:
+        """What a stream reports at its beginning, and once more at its end."""
+        return {
+            "input_tokens": self._asked.uncached_tokens,
+            "cache_creation_input_tokens": self._asked.cache_write_tokens,
+            "cache_read_input_tokens": self._asked.cached_tokens,
+            "output_tokens": output_tokens,
         }
 
 
