@@ -107,7 +107,8 @@ def check_key(request: web.BaseRequest) -> str:
             "metadata": {"service": "generativelanguage.googleapis.com"},
         }
         message = "API key not valid. Please pass a valid API key."
-        raise Refused(400, message, details=[detail])
+        said = {"@type": f"{_TYPE}LocalizedMessage", "locale": "en-US", "message": message}
+        raise Refused(400, message, details=[detail, said])
     return key
 
 
@@ -509,8 +510,7 @@ class _GeminiAnswer:
         }
         if any(_is_elsewhere(file) for file in asked.attached):
             usage = {}  # of these Google reports no input, and no total
-        if asked.tier:
-            usage["serviceTier"] = asked.tier
+        usage["serviceTier"] = asked.tier or "standard"
         if asked.cached_tokens:
             usage["cachedContentTokenCount"] = asked.cached_tokens
         if output_tokens:

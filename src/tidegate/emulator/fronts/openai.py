@@ -66,7 +66,7 @@ from tidegate.emulator.rate_limits import check_admin_key, duration, openai_page
 from tidegate.emulator.settings import Behaviour
 
 _TYPE_OF = {429: "requests", 500: "server_error", 503: "server_error", 529: "server_error"}
-_CODE_OF = {401: "invalid_api_key", 403: "permission_denied", 429: "rate_limit_exceeded"}
+_CODE_OF = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 _WRONG_KEY = (
     "Incorrect API key provided: inva***-key. You can find your API key at "
     "https://platform.openai.com/account/api-keys."
@@ -112,7 +112,8 @@ def throttled(model: str, measure: str, bound: int, retry_after_s: float) -> Err
     name = "tokens per min (TPM)" if measure == "tokens" else "requests per min (RPM)"
     wait = duration(round(retry_after_s * 1e9))
     message = (
-        f"Rate limit reached for {model} in organization org-emulated on {name}: Limit {bound}. "
+        f"Rate limit reached for {model} in organization org-emulated on {name}: Limit {bound}, "
+        f"Used {bound}, Requested 1. "
         f"Please try again in {wait}. "
         "Visit https://platform.openai.com/account/rate-limits to learn more."
     )
