@@ -95,16 +95,21 @@ def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, byt
     return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in said
 
 
-_EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId"))
+_EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId", "createTime"))
 _CANDIDATE = frozenset(("content", "finishReason", "index"))
 _CONTENT = frozenset(("parts", "role"))
-# Fields of a usage that the SDK would check and no caller reads are left out.
+# Fields of a usage that the SDK would check and no caller reads are left out: so are modalities
+# where all is text.
 _USAGE = frozenset(
     (
         *("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount"),
         *("cachedContentTokenCount", "totalTokenCount"),
     )
 )
+_MODALITIES = frozenset(
+    ("promptTokensDetails", "candidatesTokensDetails", "toolUsePromptTokensDetails")
+)
+_MODALITY = frozenset(("modality", "tokenCount"))
 _PART = {"text": str, "thought": bool, "thoughtSignature": str}
 _DATA = b"data: "
 
@@ -155,7 +160,7 @@ class _WholeAnswer:
                 self._add_usage(value)
             elif not isinstance(value, str) or not value:
                 raise _NotPlain
-            else:
+            elif name != "createTime":
                 self._said[name] = value
 
     def _add_candidates(self, candidates: Any) -> None:
@@ -198,8 +203,19 @@ class _WholeAnswer:
             if type(value) is int and value >= 0:
                 if name in _USAGE:
                     self._usage[name] = value
-            elif not isinstance(value, list) or name in _USAGE:
+            elif not isinstance(value, list | str) or name in _USAGE:
                 raise _NotPlain
+            elif name in _MODALITIES:
+                self._add_modalities(name, value)
+
+    def _add_modalities(self, name: str, counts: Any) -> None:
+        self._usage.pop(name, None)
+        for one in counts:
+            modality = _gathered_fields(one, _MODALITY).get("modality", "TEXT")
+            if type(modality) is not str or type(one.get("tokenCount", 0)) is not int:
+                raise _NotPlain
+            if modality != "TEXT":
+                self._usage[name] = counts
 
     def event(self) -> dict[str, Any]:
         said = self._said

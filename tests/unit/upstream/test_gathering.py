@@ -6,7 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from google.genai.types import GenerateContentResponse
 
+from tidegate.call import Usage, UsageDetails
+from tidegate.upstream.gemini import usage_of
 from tidegate.upstream.gemini_transport import gathered, whole_events
 
 
@@ -27,7 +30,9 @@ def test_plain_events_become_one_that_says_what_all_have_said(end: str) -> None:
             said("lo") | {"modelVersion": "old", "responseId": "one"},
             {"candidates": [{"content": {"role": "model", "parts": [thought]}}]},
             said("!", finishReason="STOP") | {"modelVersion": "new"},
-            {"usageMetadata": {"candidatesTokenCount": 3, "promptTokensDetails": [{}]}},
+            said("") | {"createTime": "2026-11-24T10:00:00Z"},
+            {"usageMetadata": {"candidatesTokenCount": 3, "serviceTier": "standard"}},
+            {"usageMetadata": {"promptTokensDetails": [{"modality": "TEXT", "tokenCount": 7}]}},
             end=end,
         )
     )
@@ -45,6 +50,21 @@ def test_plain_events_become_one_that_says_what_all_have_said(end: str) -> None:
         "modelVersion": "new",
         "responseId": "one",
     }
+
+
+def test_what_is_no_text_keeps_its_count_and_so_its_price() -> None:
+    counts = [{"modality": "TEXT", "tokenCount": 7}, {"modality": "AUDIO", "tokenCount": 93}]
+    picture = [{"modality": "IMAGE", "tokenCount": 1290}]
+    early, late = {"promptTokensDetails": counts[:1]}, {"promptTokensDetails": counts}
+    came = gathered(
+        stream(
+            said("a") | {"usageMetadata": early},
+            said("b") | {"usageMetadata": {**late, "candidatesTokensDetails": picture}},
+        )
+    )
+    assert came is not None
+    usage = usage_of(GenerateContentResponse.model_validate_json(came[6:]), Usage())
+    assert usage.details == UsageDetails(input_audio_tokens=93, output_image_tokens=1290)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +91,11 @@ def test_plain_events_become_one_that_says_what_all_have_said(end: str) -> None:
         {"usageMetadata": {"promptTokenCount": -1}},
         {"usageMetadata": {"promptTokenCount": None}},
         {"usageMetadata": 7},
+        {"usageMetadata": {"promptTokensDetails": "text"}},
+        {"usageMetadata": {"promptTokensDetails": [{"modality": "AUDIO", "deep": 1}]}},
+        {"usageMetadata": {"promptTokensDetails": [{"modality": ["AUDIO"]}]}},
+        {"usageMetadata": {"promptTokensDetails": [{"tokenCount": "7"}]}},
+        {"createTime": 7},
         {"modelVersion": 7},
         {"modelVersion": ""},
         {},
