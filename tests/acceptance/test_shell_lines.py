@@ -81,7 +81,7 @@ def test_budgets_are_set_listed_resumed_and_removed(product: Product) -> None:
 def test_each_session_of_an_agent_has_a_budget(product: Product) -> None:
     lines = block_with("agents/README.md", "tidegate budgets set")
     said = shell(f"{lines}tidegate budgets remove session --yes\n", product)
-    assert "session is set: $5.00 in 1 d for each conversation" in said
+    assert "session is set: $5.00 in 1 d for each tenant, each conversation" in said
 
 
 def test_what_is_about_a_subject_is_erased(product: Product) -> None:

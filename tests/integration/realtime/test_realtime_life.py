@@ -237,7 +237,8 @@ async def test_what_the_provider_says_of_the_end_reaches_the_client(gateway: Gat
     assert failed["usage_state"] == "estimated"  # the turn had begun
     await gateway.upstream.set_fault("forbidden", kind="realtime")
     status, body = await refused(gateway)
-    assert (status, body["error"]["code"]) == (403, "permission_denied")
+    assert (status, body["error"]["type"]) == (403, "invalid_request_error")
+    assert "no access" in body["error"]["message"]
     await nothing_held(gateway)
 
 

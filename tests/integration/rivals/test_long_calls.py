@@ -15,8 +15,8 @@ LEASE_S = 0.3
 
 
 async def test_a_stream_keeps_its_permit_through_many_leases(open_gateway: Opener) -> None:
-    gateway = await open_gateway(worker=False, semaphore_timeout=0.7, rate_limits={"text_only": 1})
-    await gateway.upstream.set_behaviour(chunks=30, between_ms=100)
+    gateway = await open_gateway(worker=False, semaphore_timeout=1.5, rate_limits={"text_only": 1})
+    await gateway.upstream.set_behaviour(chunks=30, between_ms=180)
     url = f"{gateway.url}/v1beta/models/{GEMINI}:streamGenerateContent?alt=sse"
     async with gateway.http.post(url, json=ASKED) as response:
         await response.content.readline()
