@@ -248,8 +248,8 @@ _STEP = 0.4
 # While there are others, or a bound fell, more is kept free for as long as less than the first
 # remains: a part of the bound that grows each second, up to the last, and ends slowly.
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
-# How much later than the pool the headers of answers tell of a call, at most: what it used leaves
-# their window later too, and under bursts would else be taken for a use of others.
+# How much later than the pool the headers of answers tell of a call, at most (half a window, where
+# it begins again): under bursts what it used would else be taken for a use of others.
 READ_LATE_S = 5.0
 # So long before it ends a charge is renewed, else there would be room for a moment.
 RENEWED_S = 2.5
@@ -261,12 +261,21 @@ LEAST_WINDOW_S = 4 * RENEWED_S
 
 
 @dataclass(slots=True)
+class _Window:
+    """Of a limit that begins again, as its answers tell. ends_at: in seconds since 1970."""
+
+    ends_at: float
+    used: int
+
+
+@dataclass(slots=True)
 class AccountUse:
     """Use of one limit of an account in the last window: by all, as headers tell it, and by us.
 
-    What remained at two answers, and what has refilled between, is what all have used; what the
-    pool counts of that is ours, and the rest is of others. Where our count is above the provider's
-    there are no others; where it is below, the difference is kept free, whatever its cause.
+    What remained at two answers of a bucket, and what has refilled between, is what all have used;
+    in a window that begins again it is what does not remain. What the pool counts of that is ours,
+    and the rest is of others. Where our count is above the provider's there are no others; where it
+    is below, the difference is kept free, whatever its cause.
     refills: whether the limit is a bucket, where its readings do not show that it begins again.
     """
 
@@ -278,6 +287,9 @@ class AccountUse:
     _more: float = 0.0
     _last: HeaderReading | None = None
     _used: deque[tuple[float, float]] = field(default_factory=deque)
+    _windows: deque[_Window] = field(default_factory=deque)
+    _apart: deque[tuple[float, float]] = field(default_factory=deque)  # of windows: all but ours
+    _is_new: bool = False  # a reading of a window, not compared yet
     _ours: deque[tuple[float, int]] = field(default_factory=deque)
     _kept: deque[tuple[float, int]] = field(default_factory=deque)
     _counted: int = 0  # as the pool counted after the last look
@@ -289,18 +301,45 @@ class AccountUse:
         if reading.remaining is None or (last is not None and reading.at <= last.at):
             return
         self._last = reading
-        if last is None or last.remaining is None or last.bound != reading.bound:
+        is_window = not self.refills or reading.reset_ms is not None
+        is_comparable = last is not None and last.bound == reading.bound
+        if not is_window or not is_comparable:
+            self._windows.clear()
+            self._apart.clear()
+        if is_window:
+            self._read_window(reading, reading.bound - reading.remaining)
+            return
+        if last is None or last.remaining is None or not is_comparable:
             return
         passed_s = reading.at - last.at
         if passed_s > self.window_s:
             return
         used = float(last.remaining - reading.remaining)
-        if self.refills and reading.reset_ms is None:
-            refilled = reading.bound * passed_s / self.window_s
-            used += min(refilled, max(0, reading.bound - last.remaining))
-        elif used < 0:  # a window has begun
-            used = reading.bound - reading.remaining
+        refilled = reading.bound * passed_s / self.window_s
+        used += min(refilled, max(0, reading.bound - last.remaining))
         self._used.append((reading.at, used))
+
+    def _read_window(self, reading: HeaderReading, used: int) -> None:
+        """Of concurrent calls an answer that comes later may tell of less: in a window the most
+        that any answer tells of is used. One that ends by more than half of its length later is the
+        next one."""
+        length_s = self.window_s
+        if reading.window_ms:
+            length_s = min(length_s, reading.window_ms / 1000)
+        now = self._windows[-1] if self._windows else None
+        if reading.reset_ms is not None:
+            ends_at = reading.at + reading.reset_ms / 1000
+        elif now is None or used < now.used - reading.bound / 2 or reading.at > now.ends_at:
+            ends_at = reading.at + length_s
+        else:
+            ends_at = now.ends_at
+        if now is None or ends_at > now.ends_at + length_s / 2:
+            self._windows.append(_Window(ends_at, used))
+        elif ends_at > now.ends_at - length_s / 2:
+            now.used, now.ends_at = max(now.used, used), min(now.ends_at, ends_at)
+        while len(self._windows) > max(1, round(self.window_s / length_s)):
+            self._windows.popleft()
+        self._is_new = True
 
     def kept(self, now: float) -> int:
         """How much is kept free by what was charged in the last window."""
@@ -377,14 +416,32 @@ class AccountUse:
 
     def _notice(self, now: float, counted: int, lower: int) -> None:
         """Compare what all have used in the last window with what is ours of it."""
-        while self._used and self._used[0][0] <= now - self.span_s:
-            self._used.popleft()
-        while self._ours and self._ours[0][0] <= now - READ_LATE_S:
+        of_windows = bool(self._windows)
+        late_s = max(READ_LATE_S, self.window_s / 4) if of_windows else READ_LATE_S
+        while self._ours and self._ours[0][0] <= now - late_s:
             self._ours.popleft()
         self._ours.append((now, counted - self.kept(now)))
-        by_all, ours = sum(used for _, used in self._used), max(own for _, own in self._ours)
-        self.others += _STEP * (max(0.0, by_all - ours) - self.others)
+        ours = max(own for _, own in self._ours)
+        if of_windows:
+            by_others = self._by_others(now, ours)
+        else:
+            while self._used and self._used[0][0] <= now - self.span_s:
+                self._used.popleft()
+            by_others = sum(used for _, used in self._used) - ours
+        self.others += _STEP * (max(0.0, by_others) - self.others)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
+
+    def _by_others(self, now: float, ours: int) -> float:
+        """The most that the answers of a window's time have told of, beyond what was ours then: a
+        window shows all of its use at its end."""
+        if self._is_new:
+            self._is_new = False
+            began_at = now - self.span_s
+            by_all = sum(one.used for one in self._windows if one.ends_at > began_at)
+            self._apart.append((now, by_all - ours))
+        while self._apart and self._apart[0][0] <= now - self.span_s:
+            self._apart.popleft()
+        return max((apart for _, apart in self._apart), default=0.0)
 
     def _short(self, lower: int, bound: int) -> float:
         """How much more is to be kept free, since hardly anything remains."""
