@@ -328,7 +328,7 @@ def rules_of(model: str) -> Rules:
 _MODALITIES = ("audio", "image", "video")
 _PLACES = {"AUDIO": 0, 4: 0, "IMAGE": 1, 2: 1, "VIDEO": 2, 3: 2}
 
-Modalities = Iterable[tuple[Any, Any]]
+_Modalities = Iterable[tuple[Any, Any]]
 _MOST_MODALITIES = 64
 _MOST_QUERIES = 10_000
 
@@ -374,7 +374,7 @@ def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
     by_tools = raw.get("toolUsePromptTokensDetails")
     if _is_text(taken) and not by_tools and (not given or _is_text(given)):
         return None  # as of most calls
-    return modality_details([*_pairs(taken), *_pairs(by_tools)], _pairs(given))
+    return _modality_details([*_pairs(taken), *_pairs(by_tools)], _pairs(given))
 
 
 def _is_text(rows: Any) -> bool:
@@ -385,7 +385,7 @@ def _is_text(rows: Any) -> bool:
     return type(only) is dict and only.get("modality") == "TEXT"
 
 
-def modality_details(taken: Modalities, given: Modalities) -> UsageDetails | None:
+def _modality_details(taken: _Modalities, given: _Modalities) -> UsageDetails | None:
     """Of the tokens of input and output by modality."""
     parts = _by_modality(taken) + _by_modality(given)
     if not any(parts):
@@ -400,7 +400,7 @@ def _pairs(rows: Any) -> list[tuple[Any, Any]]:
     return [(one.get("modality"), one.get("tokenCount")) for one in counted]
 
 
-def _by_modality(pairs: Modalities) -> list[int | None]:
+def _by_modality(pairs: _Modalities) -> list[int | None]:
     sums = [0, 0, 0]
     for modality, tokens in pairs:
         place = _PLACES.get(modality) if type(modality) in (str, int) else None

@@ -34,7 +34,6 @@ from tidegate.call import (
     Picture,
     Sink,
     Tier,
-    Usage,
     UsageReport,
 )
 from tidegate.classify import (
@@ -45,7 +44,7 @@ from tidegate.classify import (
     judgement,
 )
 from tidegate.dialects.answers import with_searches, with_tier
-from tidegate.dialects.gemini import modality_details
+from tidegate.dialects.gemini import usage_of
 from tidegate.dialects.prompts import picture_type_of
 from tidegate.errors import (
     EmptyAnswer,
@@ -68,7 +67,7 @@ if TYPE_CHECKING:
         Candidate,
         File,
         GenerateContentResponse,
-        ModalityTokenCount,
+        GenerateContentResponseUsageMetadata,
         Part,
     )
 
@@ -89,6 +88,7 @@ class AnswerReader:
         self._blanks = 0
         self._candidates = 0
         self._queries: set[str] = set()
+        self._reported: dict[str, Any] = {}  # figures that a chunk leaves out keep their last value
 
     def take(self, chunk: GenerateContentResponse) -> list[Event]:
         """The chunk's events: text and pictures, then the usage when it has changed."""
@@ -107,9 +107,9 @@ class AnswerReader:
         if chunk.candidates:
             self._candidates += 1
             events += self._take_candidate(chunk.candidates[0])
-        usage = usage_of(chunk, answer.usage)
-        if self._queries:
-            usage = with_searches(usage, len(self._queries))
+        if chunk.usage_metadata is not None:
+            self._reported |= _reported(chunk.usage_metadata)
+        usage = with_searches(usage_of(self._reported), len(self._queries))
         if usage != answer.usage:
             answer.usage = usage
             events.append(UsageReport(usage))
@@ -168,31 +168,10 @@ def _event_of(part: Part) -> Delta | Picture | None:
     return None
 
 
-def usage_of(chunk: GenerateContentResponse, before: Usage) -> Usage:
-    """The usage so far: figures that a chunk leaves out keep their last value."""
-    said = chunk.usage_metadata
-    if said is None:
-        return before
-    return Usage(
-        input_tokens=_later(said.prompt_token_count, before.input_tokens),
-        output_tokens=_later(said.candidates_token_count, before.output_tokens),
-        thoughts_tokens=_later(said.thoughts_token_count, before.thoughts_tokens),
-        cached_tokens=_later(said.cached_content_token_count, before.cached_tokens),
-        total_tokens=_later(said.total_token_count, before.total_tokens),
-        details=modality_details(
-            [*_counts(said.prompt_tokens_details), *_counts(said.tool_use_prompt_tokens_details)],
-            _counts(said.candidates_tokens_details),
-        )
-        or before.details,
-    )
-
-
-def _counts(details: list[ModalityTokenCount] | None) -> list[tuple[str, int | None]]:
-    return [(word(one.modality), one.token_count) for one in details or ()]
-
-
-def _later(said: int | None, before: int | None) -> int | None:
-    return before if said is None or said < 0 else said
+def _reported(said: GenerateContentResponseUsageMetadata) -> dict[str, Any]:
+    """A usage by the provider's names, without figures that are none."""
+    raw = said.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return {name: one for name, one in raw.items() if not isinstance(one, int) or one >= 0}
 
 
 def word(reason: Any) -> str:

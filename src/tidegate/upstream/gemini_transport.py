@@ -103,7 +103,7 @@ _CONTENT = frozenset(("parts", "role"))
 _USAGE = frozenset(
     (
         *("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount"),
-        *("cachedContentTokenCount", "totalTokenCount"),
+        *("cachedContentTokenCount", "totalTokenCount", "toolUsePromptTokenCount"),
     )
 )
 _MODALITIES = frozenset(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from google.genai.types import GenerateContentResponse
 
-from tidegate.call import Usage, UsageDetails
-from tidegate.upstream.gemini import usage_of
+from tidegate.call import Answer, Kind, Usage, UsageDetails
+from tidegate.upstream.gemini import AnswerReader
 from tidegate.upstream.gemini_transport import gathered, whole_events
 
 
@@ -52,19 +52,38 @@ def test_plain_events_become_one_that_says_what_all_have_said(end: str) -> None:
     }
 
 
-def test_what_is_no_text_keeps_its_count_and_so_its_price() -> None:
-    counts = [{"modality": "TEXT", "tokenCount": 7}, {"modality": "AUDIO", "tokenCount": 93}]
-    picture = [{"modality": "IMAGE", "tokenCount": 1290}]
-    early, late = {"promptTokensDetails": counts[:1]}, {"promptTokensDetails": counts}
-    came = gathered(
-        stream(
-            said("a") | {"usageMetadata": early},
-            said("b") | {"usageMetadata": {**late, "candidatesTokensDetails": picture}},
-        )
-    )
-    assert came is not None
-    usage = usage_of(GenerateContentResponse.model_validate_json(came[6:]), Usage())
-    assert usage.details == UsageDetails(input_audio_tokens=93, output_image_tokens=1290)
+AUDIO = [{"modality": "TEXT", "tokenCount": 7}, {"modality": "AUDIO", "tokenCount": 93}]
+TEXT = [{"modality": "TEXT", "tokenCount": 100}]
+IMAGE = [{"modality": "IMAGE", "tokenCount": 1290}]
+
+
+@pytest.mark.parametrize(
+    ("usages", "sum_of_them"),
+    [
+        (
+            [
+                {"promptTokensDetails": TEXT},
+                {"promptTokensDetails": AUDIO, "candidatesTokensDetails": IMAGE},
+            ],
+            Usage(details=UsageDetails(input_audio_tokens=93, output_image_tokens=1290)),
+        ),
+        ([{"promptTokensDetails": AUDIO}, {"promptTokensDetails": TEXT}], Usage()),
+        (
+            [{"promptTokenCount": 7}, {"toolUsePromptTokenCount": 90, "totalTokenCount": 100}],
+            Usage(input_tokens=97, output_tokens=3, total_tokens=100),
+        ),
+    ],
+)
+def test_it_counts_what_the_events_count(usages: list[dict[str, Any]], sum_of_them: Usage) -> None:
+    events = [said("a") | {"usageMetadata": one} for one in usages]
+    whole = gathered(stream(*events))
+    assert whole is not None
+    for chunks in (events, [json.loads(whole[6:])]):
+        answer = Answer()
+        reading = AnswerReader(Kind.TEXT_ONLY, answer)
+        for one in chunks:
+            reading.take(GenerateContentResponse.model_validate(one))
+        assert answer.usage == sum_of_them
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from google.genai.types import GenerateContentResponse
 
 from tidegate.call import Answer, Delta, Kind, Media, Picture, Usage, UsageReport
+from tidegate.dialects.gemini import usage_of
 from tidegate.errors import EmptyAnswer, PromptBlocked, UpstreamGarbled, UpstreamUnavailable
 from tidegate.record import CallRecord
 from tidegate.spine import batched
@@ -86,6 +87,31 @@ def test_usage_is_reported_when_it_changes_and_unknown_stays_unknown() -> None:
     assert answer.usage == Usage(input_tokens=7, output_tokens=3)
     reading.take(response(usage_metadata={"candidates_token_count": -1}))
     assert answer.usage.output_tokens == 3
+
+
+@pytest.mark.filterwarnings("ignore:NEW")
+@pytest.mark.parametrize(
+    ("raw", "tokens"),
+    [
+        (
+            {"promptTokenCount": 15, "toolUsePromptTokenCount": 90, "candidatesTokenCount": 3},
+            (105, 3),
+        ),
+        ({"promptTokenCount": 15, "toolUsePromptTokenCount": 90, "totalTokenCount": 108}, (105, 3)),
+        ({"promptTokenCount": 5, "thoughtsTokenCount": 20, "totalTokenCount": 25}, (5, 0)),
+        ({"promptTokenCount": 10**13, "candidatesTokenCount": 3}, (None, 3)),
+        ({"promptTokensDetails": [{"modality": "NEW", "tokenCount": 5}]}, (None, None)),
+        ({"promptTokenCount": 5, "trafficType": "ON_DEMAND_PRIORITY"}, (5, None)),
+        ({"promptTokenCount": 5, "trafficType": "NEW"}, (5, None)),
+    ],
+)
+def test_usage_is_read_as_the_relay_reads_it(
+    raw: dict[str, Any], tokens: tuple[int | None, int | None]
+) -> None:
+    answer = Answer()
+    AnswerReader(Kind.TEXT_ONLY, answer).take(response({"text": "a"}, usageMetadata=raw))
+    assert answer.usage == usage_of(raw)
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == tokens
 
 
 @pytest.mark.parametrize(
