@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -93,6 +94,43 @@ async def test_it_comes_to_the_same_as_a_call_that_is_followed(
     assert alone[0].whole_text == followed[0].whole_text
     for name in ("usage", "finish_reason", "model_version", "response_id", "pictures"):
         assert getattr(alone[0], name) == getattr(followed[0], name)
+
+
+def reported(**usage: str) -> dict[str, object]:
+    return {"usageMetadata": {"promptTokenCount": 7, **usage}}
+
+
+@pytest.mark.parametrize(
+    ("header", "events", "tier"),
+    [
+        (
+            "",
+            [chunk("a") | reported(serviceTier="FLEX"), STOP | reported(serviceTier="flex")],
+            "flex",
+        ),
+        ("", [chunk("x" * 70_000, finish="STOP") | reported(serviceTier="flex")], "flex"),
+        ("", [STOP | reported(trafficType="ON_DEMAND_PRIORITY")], "priority"),
+        ("", [STOP | reported(serviceTier="standard", trafficType="ON_DEMAND")], None),
+        ("", [chunk('"serviceTier": "flex"'), STOP], None),
+        ("priority", [STOP | reported(serviceTier="flex")], "priority"),
+        ("standard", [STOP | reported(serviceTier="priority")], "priority"),
+    ],
+)
+async def test_the_tier_is_found_wherever_the_answer_reports_it(
+    header: str, events: list[dict[str, object]], tier: str | None
+) -> None:
+    said = b"".join(b"data: %b\r\n\r\n" % json.dumps(one).encode() for one in events)
+    head = {"content_type": "text/event-stream", "x_gemini_service_tier": header}
+
+    async def script(_: Received, to: Connection) -> None:
+        await to.whole(200, said, **head)
+
+    async with raw_upstream(script) as upstream, gemini(upstream.url) as ours:
+        for sink in (None, Collected()):
+            answer = Answer()
+            await ours.run(call(), answer, sink)
+            details = answer.usage.details
+            assert (details.tier if details is not None else None) == tier
 
 
 async def test_it_reads_a_picture_and_a_long_answer() -> None:

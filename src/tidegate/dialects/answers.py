@@ -164,11 +164,11 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
     start = answer[:HEAD_BYTES].lstrip()[:1]
     begun = _first_event(answer, form.identity)
     if start == b"{":
-        raw = {} if cut else part_of(_outermost(form.usage, b"{", answer[-TAIL_BYTES:]), form.usage)
+        raw = {} if cut else part_of(outermost(form.usage, b"{", answer[-TAIL_BYTES:]), form.usage)
     elif start == b"[":
         tail = answer[-TAIL_BYTES:].rstrip()
         ended = tail.endswith(b"]") and not cut
-        raw = part_of(_outermost(form.usage, b"{", tail[:-1]), form.usage) if ended else {}
+        raw = part_of(outermost(form.usage, b"{", tail[:-1]), form.usage) if ended else {}
         if not raw and not omitted:
             raw = _list_usage(form, answer)
     else:
@@ -194,13 +194,13 @@ def _tier_beside(answer: bytes) -> str | None:
     """The tier that a long object reports, which has come to its end: of one that is too long to be
     parsed, in its last bytes."""
     if len(answer) > LONGEST_READ_BYTES:
-        return tier_of(_outermost("service_tier", b'"', answer[-TAIL_BYTES:]))
+        return tier_of(outermost("service_tier", b'"', answer[-TAIL_BYTES:]))
     with suppress(orjson.JSONDecodeError):
         return tier_of(object_of(orjson.loads(answer)))
     return None
 
 
-def _outermost(name: str, opening: bytes, tail: bytes) -> JsonObject:
+def outermost(name: str, opening: bytes, tail: bytes) -> JsonObject:
     """What begins with member `name` of an object that has come to its end, of which these are the
     last bytes. opening: of its value.
 

@@ -25,10 +25,12 @@ from tidegate.dialects.answers import (
     AnswerForm,
     as_text,
     count_of,
+    last_events,
     last_match,
     object_facts,
     object_of,
     objects_in,
+    outermost,
     part_of,
     scanned_facts,
     short_text,
@@ -422,6 +424,18 @@ _FORM = AnswerForm(
     usage_of=usage_of,
     event_usage=_event_usage,
 )
+_TIERS = (b'"serviceTier"', b'"trafficType"')
+
+
+def tier_at_end(tail: bytes) -> str | None:
+    """The processing tier that an answer reports in its usage, read in its last bytes: whole
+    events, or the end of a longer one or of an object."""
+    if not any(name in tail for name in _TIERS):
+        return None
+    usage = next(filter(None, map(_event_usage, last_events(tail))), None)
+    return _tier_of(usage or _event_usage(outermost("usageMetadata", b"{", tail)))
+
+
 _SEARCHED = b'"webSearchQueries"'
 _EMBEDDED = re.compile(rb'\s*\{\s*"embeddings?"\s*:')
 _BLOCKED = value_pattern("blockReason")

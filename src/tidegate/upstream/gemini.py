@@ -410,8 +410,7 @@ class GeminiProcessor:
                 self._finish(reading, scope)
         finally:
             answer.first_byte_ms = scope.first_byte_ms
-            if (served := scope.served_tier) is not None:
-                answer.usage = with_tier(answer.usage, served)
+            answer.usage = with_tier(answer.usage, scope.served_tier)
             if uploaded:
                 self._forget_later(sdk, uploaded)
 
@@ -434,6 +433,7 @@ class GeminiProcessor:
                 )
                 reading = AnswerReader(Kind.TEXT_ONLY, answer)
                 reading.take(response)
+            answer.usage = with_tier(answer.usage, scope.served_tier)
             if not answer.text:
                 self._finish(reading, scope)
                 raise EmptyAnswer("the judge said nothing", finish_reason=answer.finish_reason)

@@ -34,6 +34,7 @@ from google.genai import types
 
 from tidegate.call import Media
 from tidegate.dialects import refusals
+from tidegate.dialects.gemini import tier_at_end
 from tidegate.dialects.headers import tier_in
 from tidegate.errors import (
     TidegateError,
@@ -563,7 +564,9 @@ class CallScope:
     def served_tier(self) -> str | None:
         """The processing tier of the last answer, None for the usual one: the SDK drops it."""
         exchange = self.exchanges[-1].exchange if self.exchanges else None
-        return None if exchange is None else tier_in(exchange.headers)
+        if exchange is None:
+            return None
+        return tier_in(exchange.headers) or tier_at_end(self._tail())
 
     def _refusal(
         self, status: int, error: Mapping[str, Any], headers: httpx2.Headers, secret: str
