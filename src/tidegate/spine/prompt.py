@@ -21,7 +21,12 @@ from typing import Any
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from tidegate.admission.charges import answer_charge, call_cost, never_sent, provider_of_upstream
+from tidegate.admission.charges import (
+    answer_charge,
+    call_cost,
+    never_sent,
+    provider_of_upstream,
+)
 from tidegate.admission.demand import CallDemand
 from tidegate.call import (
     DEFAULT_TENANT,
@@ -572,9 +577,11 @@ class PromptExchange:
         elif error is not None and ((error.status or 0) >= 400 or never_sent(error)):
             record.charge = NO_CHARGE
         else:
-            details = record.answer.usage.details
+            details, prices = record.answer.usage.details, lane.demands.prices
             tier = "" if details is None or details.tier is None else details.tier
-            rates = lane.demands.prices.of(target.model, tier)
+            # The requested name may be an alias without a price.
+            names = (target.model, record.answer.model_version or "")
+            rates = prices.of(names[0], tier) or prices.of(names[1], tier)
             record.charge = answer_charge(rates, record.answer, demand.estimate, whole=is_told)
         return len(record.answer.pictures) if whole else None
 

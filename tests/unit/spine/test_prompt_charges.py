@@ -1,0 +1,51 @@
+"""What a prompt is charged that Google's SDK has called: as the same call over the wire."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tidegate.admission.charges import Prices
+from tidegate.admission.estimator import Estimator, pieces_of_text
+from tidegate.call import Answer, Call, Kind, Usage, new_id
+from tidegate.errors import UpstreamError
+from tidegate.policy.deployment import Upstream
+from tidegate.prices.rates import Price
+from tidegate.record import CallRecord
+from tidegate.spine.prompt import PromptExchange
+from tidegate.spine.routing import Target
+from tidegate.spine.run import CallFailed
+
+UPSTREAM = Upstream("up", {}, "key", prices={"gemini-2.5-*": Price(input=1, output=10)})
+
+
+def settled(answer: Answer, model: str, error: UpstreamError | None = None) -> CallRecord:
+    record = CallRecord("stream", "default", datetime.now(UTC))
+    record.answer = answer
+    nothing: Any = None
+    made = PromptExchange(nothing, nothing, Call(new_id(), "Hi", Kind.TEXT_ONLY, model), record)
+    lane: Any = SimpleNamespace(demands=SimpleNamespace(prices=Prices(UPSTREAM)))
+    estimate = Estimator().of_pieces(model, "text_only", pieces_of_text("Hi"))
+    target = Target(UPSTREAM, model)
+    failed = None if error is None else CallFailed(error, target)
+    demand: Any = SimpleNamespace(estimate=estimate)
+    made.settle(target, lane, demand, whole=error is None, failed=failed)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "micros"),
+    [
+        ("gemini-2.5-flash", "gemini-2.5-flash-001", 7 + 30),
+        ("gemini-flash-latest", "gemini-2.5-flash", 7 + 30),
+        ("gemini-flash-latest", None, None),
+    ],
+)
+def test_an_alias_is_charged_by_the_model_that_has_answered(
+    model: str, version: str | None, micros: int | None
+) -> None:
+    answer = Answer(["A tide."], usage=Usage(7, 3, total_tokens=10), model_version=version)
+    assert settled(answer, model).charge.cost_micros == micros
