@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 from tidegate.admission.charges import (
     answer_charge,
     call_cost,
+    is_unknown,
     never_sent,
     provider_of_upstream,
 )
@@ -31,6 +32,7 @@ from tidegate.admission.demand import CallDemand
 from tidegate.call import (
     DEFAULT_TENANT,
     NO_CHARGE,
+    Answer,
     Attachment,
     Call,
     CallCost,
@@ -574,7 +576,7 @@ class PromptExchange:
             exchange, of_call = self._native
             exchange.settle(target, lane, demand, whole=is_told, failed=failed)
             self._take_over(of_call)
-        elif error is not None and ((error.status or 0) >= 400 or never_sent(error)):
+        elif error is not None and (_is_refused(error, record.answer) or never_sent(error)):
             record.charge = NO_CHARGE
         else:
             details, prices = record.answer.usage.details, lane.demands.prices
@@ -657,6 +659,12 @@ def _planned(made: PromptCall, terms: Terms, call: Call) -> _Plan:
     # Files of text are files too, though the body has them as text.
     asked.kind, asked.images = call.kind, int(call.kind is Kind.IMAGE_GENERATION)
     return _Plan(native, body, asked)
+
+
+def _is_refused(error: UpstreamError, answer: Answer) -> bool:
+    """Whether the provider has refused a call before it answered anything."""
+    has_begun = bool(answer.text or answer.pictures) or not is_unknown(answer.usage)
+    return (error.status or 0) >= 400 and not has_begun
 
 
 class _ReadingOut:

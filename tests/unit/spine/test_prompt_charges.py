@@ -10,8 +10,8 @@ import pytest
 
 from tidegate.admission.charges import Prices
 from tidegate.admission.estimator import Estimator, pieces_of_text
-from tidegate.call import Answer, Call, Kind, Usage, new_id
-from tidegate.errors import UpstreamError
+from tidegate.call import Answer, Call, Kind, Usage, UsageState, new_id
+from tidegate.errors import UpstreamError, UpstreamUnavailable
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.rates import Price
 from tidegate.record import CallRecord
@@ -49,3 +49,19 @@ def test_an_alias_is_charged_by_the_model_that_has_answered(
 ) -> None:
     answer = Answer(["A tide."], usage=Usage(7, 3, total_tokens=10), model_version=version)
     assert settled(answer, model).charge.cost_micros == micros
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "micros"),
+    [
+        (Answer(["A tide."], usage=Usage(7, 3)), UsageState.PARTIAL, 7 + 30),
+        (Answer(usage=Usage(7, 0, 20)), UsageState.PARTIAL, 7 + 200),
+        (Answer(), UsageState.NONE, 0),
+    ],
+)
+def test_an_error_after_a_part_of_an_answer_leaves_that_part_to_be_paid(
+    answer: Answer, state: UsageState, micros: int
+) -> None:
+    failed = UpstreamUnavailable("the model is overloaded", status=503)
+    charge = settled(answer, "gemini-2.5-flash", failed).charge
+    assert (charge.state, charge.cost_micros or 0) == (state, micros)
