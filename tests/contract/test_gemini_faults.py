@@ -150,6 +150,14 @@ async def test_the_retry_after_header_is_used_when_the_body_says_nothing() -> No
     assert error.retry_after_ms == 7_000
 
 
+@pytest.mark.parametrize(("code", "wait_ms"), [(429, 7_000), (503, None)])
+async def test_a_good_answer_s_wait_is_for_its_limit_alone(code: int, wait_ms: int | None) -> None:
+    event = b'data: {"error": {"code": %d, "message": "no"}}\r\n\r\n' % code
+    head = {"content_type": "text/event-stream", "retry_after": "7"}
+    error = await answer_status(200, event, **head)
+    assert (error.status, error.retry_after_ms) == (code, wait_ms)
+
+
 async def test_a_redirect_is_not_followed() -> None:
     error = await answer_status(302, b"", location="http://127.0.0.1:1/elsewhere")
     assert type(error) is UpstreamRejected

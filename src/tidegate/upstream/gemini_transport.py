@@ -36,6 +36,7 @@ from tidegate.call import Media
 from tidegate.dialects import refusals
 from tidegate.dialects.gemini import tier_at_end
 from tidegate.dialects.headers import tier_in
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     TidegateError,
     UpstreamError,
@@ -541,7 +542,9 @@ class CallScope:
         if exchange is not None and exchange.status != 200:
             error = refusals.error_of_refusal_in(self._tail())
             headers = httpx2.Headers(exchange.headers)
-            return self._refusal(exchange.status, error, headers, secret)
+            return refusals.upstream_error(
+                exchange.status, error, headers, secret=secret, tier=self._tier
+            )
         if isinstance(failure, UpstreamTimeout):
             return failure
         if (error_in_answer := self.error_in_answer(secret)) is not None:
@@ -555,10 +558,9 @@ class CallScope:
         exchange = self.exchanges[-1].exchange if self.exchanges else None
         if exchange is None or (event := refusals.error_event_in(self._tail())) is None:
             return None
-        headers = httpx2.Headers(exchange.headers)
-        error = refusals.error_object(event) or {}
-        status = refusals.status_of(error)
-        return self._refusal(status, error, headers, secret)
+        return refusals.stream_error(
+            event, exchange.headers, secret=secret, dialect=Dialect.GEMINI, tier=self._tier
+        )
 
     @property
     def served_tier(self) -> str | None:
@@ -567,11 +569,6 @@ class CallScope:
         if exchange is None:
             return None
         return tier_in(exchange.headers) or tier_at_end(self._tail())
-
-    def _refusal(
-        self, status: int, error: Mapping[str, Any], headers: httpx2.Headers, secret: str
-    ) -> UpstreamError:
-        return refusals.upstream_error(status, error, headers, secret=secret, tier=self._tier)
 
     def _tail(self) -> bytes:
         return b"".join(self.exchanges[-1].tail)[-TAIL_BYTES:]
