@@ -22,7 +22,7 @@ from tests.contract.gemini_upstream import (
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Answer, Kind
 from tidegate.emulator.server import run_emulator
-from tidegate.errors import UpstreamError, UpstreamTimeout
+from tidegate.errors import UpstreamError, UpstreamThrottled, UpstreamTimeout
 from tidegate.upstream.gemini import GeminiProcessor
 from tidegate.upstream.transport import Timeouts
 
@@ -56,6 +56,23 @@ async def outcome(
             raised = failed
         assert ours.open_calls == 0
     return answer, str(raised), type(raised) if raised is not None else None
+
+
+@pytest.mark.parametrize("followed", [False, True])
+async def test_an_error_that_is_no_event_is_the_provider_s(followed: bool) -> None:
+    """As Google's SDK expects it: written over several lines, without `data:`."""
+    said = (
+        f"data: {json.dumps(chunk('So far'))}\r\n\r\n{json.dumps({'error': THROTTLED}, indent=2)}"
+    )
+
+    async def script(_: Received, to: Connection) -> None:
+        await to.whole(200, said.encode(), content_type="text/event-stream")
+
+    answer = Answer()
+    async with raw_upstream(script) as upstream, gemini(upstream.url) as ours:
+        with pytest.raises(UpstreamThrottled) as raised:
+            await ours.run(call(), answer, Collected() if followed else None)
+    assert (raised.value.retry_after_ms, answer.whole_text) == (53_000, "So far")
 
 
 @pytest.mark.parametrize("end", ["end", "cut", "half an event"])

@@ -279,12 +279,13 @@ def may_begin_with_error(first: bytes) -> bool:
 
 def error_event_in(data: bytes) -> JsonObject | None:
     """The object that reports an error, in the first or the last bytes of an answer: a JSON body,
-    an item of a list, or an event."""
+    an item of a list, or an event, which may be the object alone."""
     if _MAY_REPORT.search(data) is None:
         return None
-    lines = _data_lines(data)
-    events = [b"\n".join(_data_lines(event)) for event in _BETWEEN_EVENTS.split(data)]
-    for text in (*reversed(lines), *reversed(events), data):  # an event may have several lines
+    lines, apart = _data_lines(data), _BETWEEN_EVENTS.split(data)
+    events = [b"\n".join(_data_lines(event)) for event in apart]  # one may have several lines
+    bare = [text for text in apart if text.startswith(b"{")]  # as Google's SDKs expect it too
+    for text in (*reversed(lines), *reversed(events), *reversed(bare), data):
         if _MAY_REPORT.search(text) and (event := _error_event(text)) is not None:
             return event
     tail = data[-_TAIL_BYTES:]

@@ -61,6 +61,15 @@ def test_an_error_is_seen_at_the_start_and_at_the_end(name: str) -> None:
         assert refusals.error_event_in(before + ERRORS[name] + b"data: [DONE]\n\n") is not None
 
 
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_an_error_is_seen_that_is_no_event_of_its_stream(end: bytes) -> None:
+    written = json.dumps(json.loads(GEMINI), indent=2).encode()
+    before = (b'data: {"candidates":[]}' + end) * 1_000
+    for error in (GEMINI, written, written.replace(b"\n", b"\r\n"), written + end):
+        found = refusals.error_event_in(refusals.tail_of([before, error]))
+        assert found == json.loads(GEMINI)
+
+
 def test_an_error_that_ends_a_list_is_seen() -> None:
     item = b'{"candidates":[{"content":{"parts":[{"text":"x"}]}}]}'
     assert refusals.error_event_in(b"[" + item + b"\n,\r\n" + GEMINI + b"\n]") == json.loads(GEMINI)
