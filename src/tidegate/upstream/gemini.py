@@ -143,6 +143,7 @@ class AnswerReader:
             raise UpstreamGarbled("the provider's answer is not what its protocol says")
         content = bool(answer.text or answer.pictures)
         if self._block_reason is not None and not content:
+            answer.finish_reason = answer.finish_reason or self._block_reason
             raise PromptBlocked(
                 f"the provider refused the prompt ({self._block_reason})",
                 reason=self._block_reason,

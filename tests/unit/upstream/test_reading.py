@@ -149,10 +149,11 @@ def test_a_block_reason_counts_only_without_content() -> None:
     blocked = GenerateContentResponse.model_validate(
         {"prompt_feedback": {"block_reason": "NEW_RULE"}}
     )
-    reading = AnswerReader(Kind.TEXT_ONLY, Answer())
+    answer = Answer()
+    reading = AnswerReader(Kind.TEXT_ONLY, answer)
     reading.take(blocked)
     with pytest.raises(PromptBlocked) as raised:
         reading.finish()
-    assert raised.value.reason == "NEW_RULE"
+    assert raised.value.reason == answer.finish_reason == "NEW_RULE"
     reading.take(response({"text": "after all"}, finish="STOP"))
     reading.finish()
