@@ -6,7 +6,7 @@ Google also refuses in these words in the other dialects that it speaks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Set, Sized
+from collections.abc import Mapping, Set, Sized
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -330,7 +330,6 @@ def rules_of(model: str) -> Rules:
 _MODALITIES = ("audio", "image", "video")
 _PLACES = {"AUDIO": 0, 4: 0, "IMAGE": 1, 2: 1, "VIDEO": 2, 3: 2}
 
-_Modalities = Iterable[tuple[Any, Any]]
 _MOST_MODALITIES = 64
 _MOST_QUERIES = 10_000
 
@@ -376,7 +375,16 @@ def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
     by_tools = raw.get("toolUsePromptTokensDetails")
     if _is_text(taken) and not by_tools and (not given or _is_text(given)):
         return None  # as of most calls
-    return _modality_details([*_pairs(taken), *_pairs(by_tools)], _pairs(given))
+    inputs = _by_modality([*_pairs(taken), *_pairs(by_tools)])
+    # What was read from a cache has one price: it is not counted by modality.
+    cached = _by_modality(_pairs(raw.get("cacheTokensDetails")))
+    fresh = [max(0, one - old) for one, old in zip(inputs, cached, strict=True)]
+    parts = [tokens or None for tokens in (*fresh, *_by_modality(_pairs(given)))]
+    if not any(parts):
+        return None
+    names = (f"{side}_{name}_tokens" for side in ("input", "output") for name in _MODALITIES)
+    counts: dict[str, Any] = dict(zip(names, parts, strict=True))
+    return UsageDetails(**counts)
 
 
 def _is_text(rows: Any) -> bool:
@@ -387,28 +395,18 @@ def _is_text(rows: Any) -> bool:
     return type(only) is dict and only.get("modality") == "TEXT"
 
 
-def _modality_details(taken: _Modalities, given: _Modalities) -> UsageDetails | None:
-    """Of the tokens of input and output by modality."""
-    parts = _by_modality(taken) + _by_modality(given)
-    if not any(parts):
-        return None
-    names = (f"{side}_{name}_tokens" for side in ("input", "output") for name in _MODALITIES)
-    counts: dict[str, Any] = dict(zip(names, parts, strict=True))
-    return UsageDetails(**counts)
-
-
 def _pairs(rows: Any) -> list[tuple[Any, Any]]:
     counted = objects_in(rows)[:_MOST_MODALITIES]
     return [(one.get("modality"), one.get("tokenCount")) for one in counted]
 
 
-def _by_modality(pairs: _Modalities) -> list[int | None]:
+def _by_modality(pairs: list[tuple[Any, Any]]) -> list[int]:
     sums = [0, 0, 0]
     for modality, tokens in pairs:
         place = _PLACES.get(modality) if type(modality) in (str, int) else None
         if place is not None and type(tokens) is int and 0 < tokens <= MOST_TOKENS:
             sums[place] += tokens
-    return [tokens or None for tokens in sums]
+    return sums
 
 
 def _event_usage(event: JsonObject) -> JsonObject:

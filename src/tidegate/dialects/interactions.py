@@ -128,16 +128,18 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
 
 
 def _details(raw: Mapping[str, Any]) -> UsageDetails | None:
-    counts: dict[str, Any] = {}
-    for side, names in (
-        ("input", ("input_tokens_by_modality", "tool_use_tokens_by_modality")),
-        ("output", ("output_tokens_by_modality",)),
-    ):
+    def of(modality: str, *names: str) -> int:
         rows = [row for name in names for row in objects_in(raw.get(name))[:_MOST_MODALITIES]]
-        for modality in _MODALITIES:
-            fit = [row for row in rows if str(row.get("modality")).lower() == modality]
-            tokens = sum(positive_of(row, "tokens") or 0 for row in fit)
-            counts[f"{side}_{modality}_tokens"] = tokens or None
+        fit = [row for row in rows if str(row.get("modality")).lower() == modality]
+        return sum(positive_of(row, "tokens") or 0 for row in fit)
+
+    counts: dict[str, Any] = {}
+    for one in _MODALITIES:
+        taken = of(one, "input_tokens_by_modality", "tool_use_tokens_by_modality")
+        # What was read from a cache has one price: it is not counted by modality.
+        fresh = max(0, taken - of(one, "cached_tokens_by_modality"))
+        counts[f"input_{one}_tokens"] = fresh or None
+        counts[f"output_{one}_tokens"] = of(one, "output_tokens_by_modality") or None
     return UsageDetails(**counts) if any(counts.values()) else None
 
 

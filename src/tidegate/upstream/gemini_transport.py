@@ -109,7 +109,10 @@ _USAGE = frozenset(
     )
 )
 _MODALITIES = frozenset(
-    ("promptTokensDetails", "candidatesTokensDetails", "toolUsePromptTokensDetails")
+    (
+        *("promptTokensDetails", "candidatesTokensDetails", "toolUsePromptTokensDetails"),
+        "cacheTokensDetails",
+    )
 )
 _MODALITY = frozenset(("modality", "tokenCount"))
 _PART = {"text": str, "thought": bool, "thoughtSignature": str}

@@ -22,12 +22,16 @@ USAGE = {
         {"modality": "image", "tokens": 40},
     ],
     "total_cached_tokens": 11,
+    "cached_tokens_by_modality": [
+        {"modality": "text", "tokens": 4},
+        {"modality": "image", "tokens": 7},
+    ],
     "total_output_tokens": 19,
     "total_tool_use_tokens": 7,
     "total_thought_tokens": 3,
     "grounding_tool_count": [{"type": "google_search", "count": 2}],
 }
-SEEN = Usage(168, 19, 3, 11, 190, UsageDetails(input_image_tokens=40, searches=2))
+SEEN = Usage(168, 19, 3, 11, 190, UsageDetails(input_image_tokens=33, searches=2))
 WHOLE = {
     "id": "v1_abc",
     "status": "completed",

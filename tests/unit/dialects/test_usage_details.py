@@ -56,6 +56,16 @@ OF_EACH = [
         "toolUsePromptTokensDetails": [{"modality": "AUDIO", "tokenCount": 1}],
         "candidatesTokensDetails": [{"modality": "IMAGE", "tokenCount": 80}]},
      UsageDetails(input_audio_tokens=61, input_video_tokens=70, output_image_tokens=80)),
+    # What a cache held has one price, whatever it is.
+    (GEMINI, CONTENT | {
+        "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 43},
+                                {"modality": "VIDEO", "tokenCount": 90},
+                                {"modality": "AUDIO", "tokenCount": 160}],
+        "cachedContentTokenCount": 239,
+        "cacheTokensDetails": [{"modality": "AUDIO", "tokenCount": 118},
+                               {"modality": "TEXT", "tokenCount": 31},
+                               {"modality": "VIDEO", "tokenCount": 90}]},
+     UsageDetails(input_audio_tokens=42)),
 ]  # fmt: skip
 NOTHING = [
     (OPENAI, CHAT | {"prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": 9}}),

@@ -68,6 +68,7 @@ IMAGE = [{"modality": "IMAGE", "tokenCount": 1290}]
             Usage(details=UsageDetails(input_audio_tokens=93, output_image_tokens=1290)),
         ),
         ([{"promptTokensDetails": AUDIO}, {"promptTokensDetails": TEXT}], Usage()),
+        ([{"promptTokensDetails": AUDIO, "cacheTokensDetails": AUDIO}], Usage()),
         (
             [{"promptTokenCount": 7}, {"toolUsePromptTokenCount": 90, "totalTokenCount": 100}],
             Usage(input_tokens=97, output_tokens=3, total_tokens=100),
