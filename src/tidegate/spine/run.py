@@ -441,11 +441,18 @@ class Spine:
             raise error
 
     def usable(self, targets: list[Target]) -> list[Target]:
-        """Those that may be called now; where all are out, all, the first to be back first."""
+        """Those that may be called now; where all are out, all, the first to be back first. One
+        that is forgotten only where there is no other."""
+        targets = [one for one in targets if one.upstream.name in self._lanes] or targets[:1]
         if len(targets) == 1:
             return targets
         found = [one for one in targets if self.lane(one).gate.state != "out"]
         return found or sorted(targets, key=lambda one: self.lane(one).gate.ready_in_ms())
+
+    def policy(self, target: Target) -> PoolPolicy | None:
+        """What is in force at an upstream; None for one that is forgotten."""
+        lane = self._lanes.get(target.upstream.name)
+        return None if lane is None else lane.limiter.policy
 
     def estimates(self) -> tuple[Learned, ...]:
         """How good this process's estimates of tokens are, at the account of GEMINI_API_KEY."""
@@ -487,7 +494,7 @@ class _Run:
         while True:
             tries = self._record.attempts
             try:
-                policies = self._policies(left)
+                policies = list(map(spine.policy, left))
                 await self._by_one_of(left)
                 return
             except LeaseLost:
@@ -497,7 +504,7 @@ class _Run:
                     raise  # else its permit was lost before it was made
             except DemandImpossible:
                 # A limit was taken away while it waited: it requests what binds it now.
-                now = self._policies(left)
+                now = map(spine.policy, left)
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
             except UpstreamDrained:
@@ -544,11 +551,8 @@ class _Run:
                 found = self._exchange.elsewhere(self._spine.targets)
         if self._refusals and all(_place(one) in self._refusals for one in found):
             found = self._instead(next(iter(self._refusals.values())))
-        return [
-            one
-            for one in self._spine.usable(found)
-            if not self._spine.lane(one).gate.drained and _place(one) not in self._refusals
-        ]
+        left = [one for one in self._spine.usable(found) if _place(one) not in self._refusals]
+        return [one for one in left if not self._spine.lane(one).gate.drained]
 
     def _affordable(self, targets: list[Target]) -> list[Target]:
         """Those that no budget has refused, or is known to refuse: an upstream may be cheaper than
@@ -556,7 +560,7 @@ class _Run:
         assert self._budgets is not None
         found = []
         for target in targets:
-            if _place(target) in self._refusals:
+            if _place(target) in self._refusals or self._spine.policy(target) is None:
                 continue
             lane = self._spine.lane(target)
             cost = self._exchange.cost(target, lane, self._exchange.demand(target, lane))
@@ -586,9 +590,6 @@ class _Run:
         terms, subject = self._terms, self._record.subject
         return self._budgets.binding(terms.caller, target.model, subject, terms.conversation)
 
-    def _policies(self, targets: list[Target]) -> list[PoolPolicy]:
-        return [self._spine.lane(target).limiter.policy for target in targets]
-
     def _worth_another(self, failed: CallFailed) -> bool:
         if self._exchange.started or self._terms.left_ms() <= 0:
             return False
@@ -600,9 +601,7 @@ class _Run:
 
     async def _pause(self, failed: CallFailed) -> bool:
         """Before the same upstream is called again; False where the deadline would come first.
-
-        Where it has paused a limit, the call waits in the limit's queue.
-        """
+        Where it has paused a limit, the call waits in the limit's queue."""
         left_ms = self._terms.left_ms()
         if failed.paused_ms:
             return failed.paused_ms < left_ms

@@ -16,17 +16,26 @@ import pytest
 from tidegate.admission.demand import CallDemand
 from tidegate.call import ANYBODY, NO_CHARGE, CallCost, Usage, new_id
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import BudgetReserved, LeaseLost, UpstreamDrained
+from tidegate.errors import (
+    BudgetExceeded,
+    BudgetReserved,
+    DemandImpossible,
+    LeaseLost,
+    UpstreamDrained,
+    UpstreamUnavailable,
+)
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.record import CallRecord
 from tidegate.settings import Config
+from tidegate.spine.affinity import Home
 from tidegate.spine.routing import Suspect, Target, Targets
-from tidegate.spine.run import Spine, Terms
+from tidegate.spine.run import CallFailed, Spine, Terms
 
 A = Upstream("a", {"openai": "http://a"}, "k", ("m",))
 B = Upstream("b", {"openai": "http://b"}, "k", ("m",))
 OUT = (5_000, "the provider answered 503")
+AT_A = Home(b"c", Target(A, "m"), is_known=True)
 
 
 @dataclass
@@ -176,10 +185,15 @@ class _Stage:
         for name in set(self.spine.health) - {one.name for one in upstreams}:
             self.spine.withdraw(name)
 
-    async def run(self) -> list[str]:
-        record = CallRecord("job", "t", datetime.now(UTC), charge=NO_CHARGE)
+    def forget(self, name: str) -> None:
+        """An upstream is removed, and no call holds a permit of it or waits for one."""
+        self.replace(*(one for one in (A, B) if one.name != name))
+        self.spine.forget(name)
+
+    async def run(self, home: Home | None = None) -> list[str]:
+        record = self.record = CallRecord("job", "t", datetime.now(UTC), charge=NO_CHARGE)
         targets = self.targets.of(Dialect.OPENAI, "m")
-        await self.spine.run(cast(Any, self.exchange), record, targets)
+        await self.spine.run(cast(Any, self.exchange), record, targets, home=home)
         assert record.answer.usage == Usage()
         return self.exchange.made
 
@@ -260,3 +274,67 @@ async def test_a_call_whose_permit_was_lost_while_it_was_made_is_not_repeated() 
     with pytest.raises(LeaseLost):
         await stage.run()
     assert stage.exchange.made == ["a"]
+
+
+class _NoPermit:
+    """There is none now."""
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+async def test_a_call_goes_on_without_an_upstream_that_is_forgotten_before_it() -> None:
+    stage = _Stage(A, B)
+    targets = stage.targets.of(Dialect.OPENAI, "m")
+    stage.forget("b")
+    stage.targets.of = lambda *_: targets  # type: ignore[method-assign]
+    assert await stage.run() == ["a"]
+
+
+async def test_a_failed_call_is_repeated_without_an_upstream_that_is_forgotten_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tidegate.spine.run._FIRST_PAUSE_S", 0.0)
+    stage, made = _Stage(A, B), list[str]()
+
+    async def make(target: Target, *_: object, **__: object) -> None:
+        made.append(target.upstream.name)
+        if len(made) == 2:
+            stage.forget("b")
+        if len(made) < 3:
+            raise CallFailed(UpstreamUnavailable("the provider answered 503"), target)
+
+    stage.exchange.make = make  # type: ignore[method-assign]
+    await stage.run(AT_A)
+    assert made == ["a", "b", "a"]
+
+
+async def test_a_budget_refuses_a_call_whose_other_upstream_is_forgotten() -> None:
+    budgets = _Budgets()
+    stage = _Stage(A, B, budgets=budgets)
+
+    async def spent(*_: object) -> None:
+        stage.forget("b")
+        raise BudgetExceeded("it is spent", limit="day", allowed="$1", retry_after_ms=None)
+
+    budgets.reserve = spent  # type: ignore[method-assign]
+    with pytest.raises(BudgetExceeded):
+        await stage.run(AT_A)
+
+
+async def test_a_limit_is_taken_away_as_another_upstream_is_forgotten() -> None:
+    stage = _Stage(A, B)
+    limiter = stage.limiters["a"]
+
+    def taken_away() -> None:
+        limiter.policy = PoolPolicy({})
+        stage.forget("b")
+        raise DemandImpossible("no such limit", limit="rpm")
+
+    for one in stage.limiters.values():
+        one.permits = [cast(Any, _NoPermit())]
+    limiter.permits.append(_Permit(enter=taken_away))
+    assert await stage.run(AT_A) == ["a"]
