@@ -681,7 +681,7 @@ class _Run:
                 home.waited_ms += 0.0 if permit is None else permit.waited_ms
                 await self._admitted(permit, target, lane, demand)
                 return True
-        except DeadlineExceeded:
+        except (DeadlineExceeded, QueueFull):
             home.waited_ms += wait_ms
             if not record.waits or self._terms.left_ms() <= 0:
                 raise

@@ -21,6 +21,7 @@ from tidegate.errors import (
     BudgetReserved,
     DemandImpossible,
     LeaseLost,
+    QueueFull,
     UpstreamDrained,
     UpstreamUnavailable,
 )
@@ -274,6 +275,16 @@ async def test_a_call_whose_permit_was_lost_while_it_was_made_is_not_repeated() 
     with pytest.raises(LeaseLost):
         await stage.run()
     assert stage.exchange.made == ["a"]
+
+
+def full() -> None:
+    raise QueueFull("the queue is full", limit="rpm", retry_after_ms=1_000)
+
+
+async def test_a_call_whose_conversations_queue_is_full_goes_elsewhere() -> None:
+    stage = _Stage(A, B)
+    stage.limiters["a"].permits = [cast(Any, _NoPermit()), _Permit(enter=full)]
+    assert await stage.run(Home(b"c", Target(A, "m"), True, wait_ms=100.0)) == ["b"]
 
 
 class _NoPermit:
