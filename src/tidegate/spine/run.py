@@ -501,7 +501,8 @@ class _Run:
                 if self._is_answered:
                     return  # nothing is done under the permit any more: the call has succeeded
                 if self._record.attempts > tries or not terms.repeats:
-                    raise  # else its permit was lost before it was made
+                    raise
+                self._record.begin_again()  # its permit was lost before it was made
             except DemandImpossible:
                 # A limit was taken away while it waited: it requests what binds it now.
                 now = map(spine.policy, left)

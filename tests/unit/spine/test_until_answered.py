@@ -277,6 +277,14 @@ async def test_a_call_whose_permit_was_lost_while_it_was_made_is_not_repeated() 
     assert stage.exchange.made == ["a"]
 
 
+async def test_a_call_whose_permit_was_lost_waits_again() -> None:
+    stage, seen = _Stage(A), list[bool]()
+    again = _Permit(enter=lambda: seen.append(stage.record.waits))
+    stage.limiters["a"].permits = [_Permit("confirm"), again]
+    assert await stage.run() == ["a"]
+    assert seen == [True]
+
+
 def full() -> None:
     raise QueueFull("the queue is full", limit="rpm", retry_after_ms=1_000)
 
