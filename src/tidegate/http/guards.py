@@ -359,10 +359,13 @@ def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
     return passed
 
 
-def upload_upstream(query: bytes, secret: str) -> str:
+def upload_upstream(query: bytes, secret: str, *, has_pass: bool = False) -> str:
     """The upstream to which an upload goes on; empty for one that begins. A client chooses none: it
-    counts with the mark of the whole query alone."""
+    counts with the mark of the whole query alone, or where it `has_pass`, which is of the whole
+    query too: earlier versions gave no mark."""
     pairs = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    if has_pass:
+        return pairs.get(AT_UPSTREAM, "")
     mark = _signature(_unmarked(query.decode("latin-1")), b"", secret)
     is_ours = hmac.compare_digest(mark.encode(), pairs.get(MARK, "").encode())
     return pairs.get(AT_UPSTREAM, "") if is_ours else ""

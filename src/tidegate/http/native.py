@@ -345,7 +345,7 @@ class _Front:
             "_request_id",
             "_received",
         ),
-        *("_received_at", "_record", "_last", "_task", "_head_sent", "_id_text"),
+        *("_received_at", "_record", "_last", "_task", "_head_sent", "_id_text", "_has_pass"),
         *("_is_replay", "_headers", "_caller", "_direct", "_hold", "_incoming", "_once", "_spool"),
         "_presence",
         "_unpacking",
@@ -369,6 +369,7 @@ class _Front:
         self._head_sent = False
         self._unpacking: PieceDecoder | None = None
         self._caller = ANYBODY
+        self._has_pass = False  # of an upload, by which its caller is known
         self._is_replay = False  # of the answer to an earlier request, which is on record
         self._headers: Headers = []  # of the answer
         self._once: Once | None = None  # under an idempotency key
@@ -515,6 +516,7 @@ class _Front:
         if endpoint.operation is Operation.UPLOAD:
             caller = await admit_upload(gate, self._scope, self._upload_secret(endpoint))
         if caller is not None:
+            self._has_pass = True
             return caller
         return await gate.identify(self._scope["headers"], self._scope["query_string"])
 
@@ -595,7 +597,7 @@ class _Front:
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
         size_bytes = announced_bytes(self._scope["headers"])  # to be announced to the provider too
         body = pieces if size_bytes is None else SizedBody(size_bytes, pieces)
-        at = upload_upstream(self._scope["query_string"], secret)
+        at = upload_upstream(self._scope["query_string"], secret, has_pass=self._has_pass)
         await self._services.relay.upload(call, body, own, self, self._record, at)
 
     def _comforting(self, endpoint: Endpoint, *, shows: bool) -> asyncio.Task[None] | None:

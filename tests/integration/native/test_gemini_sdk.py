@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from google.genai import Client, errors, types
 
-from tests.gateway import PNG, Gateway, Opener
+from tests.gateway import KEY, PNG, Gateway, Opener
 from tests.integration.native.conftest import MODEL, MakeSdk
 from tests.integration.tenants.asking import key_of
 from tidegate.dialects.spec import Dialect
+from tidegate.http.guards import _signature
+from tidegate.store.tenants import digest_of
 
 
 async def test_a_whole_answer(gateway: Gateway, genai: MakeSdk) -> None:
@@ -171,6 +173,12 @@ async def test_an_uploads_pass_is_good_for_that_upload_and_while_its_key_works(
         f"{first}&tidegate_key=nobody1234{passed[10:]}",
     ):
         assert (await post(wrong, "upload"))[0] == 401, wrong
+    # A URL of an earlier version has no mark: its pass shows that its upstream is ours.
+    old = "upload_id=1&tidegate_upstream=other"
+    for query, status in ((old, 502), (old.replace("other", "gemini"), 401)):
+        signed = f"{passed[:10]}.{_signature(old, digest_of(key.encode()), KEY)}"
+        url = f"{gateway.url}/upload/v1beta/files?{query}&tidegate_key={signed}"
+        assert (await post(url, "upload"))[0] == status, query
     for path in ("/v1beta/models", "/v1beta/files", "/usage"):
         url = f"{gateway.url}{path}?{first.partition('?')[2]}&tidegate_key={passed}"
         async with gateway.http.get(url) as response:
