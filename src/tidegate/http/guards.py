@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from tidegate.http.auth import Authenticator, in_headers, shown_in
 from tidegate.http.browsers import checked, cookie_name
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
+from tidegate.policy.deployment import Upstream
 from tidegate.settings import Config
 from tidegate.spine.models import check_model
 from tidegate.spine.native import AT_UPSTREAM
@@ -357,6 +358,11 @@ def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
         return f"{own_url}?{whole}&{PASS}={prefix}.{_signature(whole, digest, secret)}"
 
     return passed
+
+
+def upload_secret(upstreams: Iterable[Upstream]) -> str:
+    """What signs the URLs of uploads that go to one of these: a key, where one of them has any."""
+    return next((one.key for one in upstreams if one.key), "")
 
 
 def upload_upstream(query: bytes, secret: str, *, has_pass: bool = False) -> str:

@@ -50,7 +50,7 @@ from tidegate.http.body import (
     check_size,
     read_form,
 )
-from tidegate.http.guards import MARK, PASS, admit_upload, own_urls, upload_upstream
+from tidegate.http.guards import MARK, PASS, admit_upload, own_urls, upload_secret, upload_upstream
 from tidegate.http.idempotency import HEADER as IDEMPOTENCY_HEADER
 from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
@@ -521,8 +521,7 @@ class _Front:
         return await gate.identify(self._scope["headers"], self._scope["query_string"])
 
     def _upload_secret(self, endpoint: Endpoint) -> str:
-        speaking = self._services.spine.targets.speaking(endpoint.dialect)
-        return speaking[0].key if speaking else ""
+        return upload_secret(self._services.spine.targets.speaking(endpoint.dialect))
 
     async def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.spec import Dialect
 from tidegate.http.auth import Shown, shown_in
-from tidegate.http.guards import own_urls, upload_upstream
+from tidegate.http.guards import own_urls, upload_secret, upload_upstream
 from tidegate.http.native import _query
+from tidegate.policy.deployment import Upstream
 
 KEY = b"tg_abcdefghij_" + b"a" * 43
 OTHER = b"tg_abcdefghij_" + b"b" * 43
@@ -100,3 +103,9 @@ def test_an_upload_goes_on_where_its_url_says_that_it_has_begun() -> None:
     ):
         assert upload_upstream(changed, "secret") == ""
     assert upload_upstream(query, "another") == ""
+
+
+def test_no_upload_is_signed_by_nothing_where_an_upstream_has_a_key() -> None:
+    own = Upstream("own", {"gemini": "http://own"}, "", ())
+    assert upload_secret([own, replace(own, name="paid", key="k")]) == "k"
+    assert upload_secret([own]) == ""
