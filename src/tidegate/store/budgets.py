@@ -51,7 +51,15 @@ from tidegate.prices.budgets import (
 )
 from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
 from tidegate.store.notifications import next_beat_s
-from tidegate.store.records import Json, done_once, dumps, record_action, record_of, uuid_of
+from tidegate.store.records import (
+    Json,
+    changed_once,
+    done_once,
+    dumps,
+    record_action,
+    record_of,
+    uuid_of,
+)
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_BUDGETS = 10_000
@@ -174,7 +182,8 @@ class BudgetRecords:
             await record_action(connection, "budget.set", name, before=before, after=after)
             return budget, is_new
 
-        budget, is_new = await self._connections.run(write, timeout_ms=_SEED_TIMEOUT_MS)
+        once = changed_once(write)
+        budget, is_new = await self._connections.run(once, timeout_ms=_SEED_TIMEOUT_MS)
         log.warning(Log.BUDGET_CHANGED, budget=name, by=by, amount=budget.amount)
         return budget, is_new
 

@@ -37,7 +37,7 @@ from tidegate.call import (
     UsageState,
     new_id,
 )
-from tidegate.errors import CallPreempted
+from tidegate.errors import CallPreempted, PolicyChanged
 from tidegate.record import NO_LINEAGE, PROMPT_HEAD_CHARS, CallRecord, Failure, Lineage, OutputFile
 from tidegate.store.database import Work, sql
 from tidegate.telemetry.logging import FrequentLog, Log
@@ -824,6 +824,23 @@ def done_once(work: Work[T | None]) -> Work[T | None]:
         return done
 
     return found
+
+
+def changed_once(work: Work[T]) -> Work[T]:
+    """`work` that raises PolicyChanged where something is not as its caller has seen it, and may be
+    repeated: a repeat after the reply to the COMMIT was lost finds its own change, and returns what
+    the try before did."""
+    done: list[T] = []
+
+    async def changed(connection: asyncpg.Connection) -> T:
+        try:
+            done[:] = [await work(connection)]
+        except PolicyChanged:
+            if not done:
+                raise
+        return done[0]
+
+    return changed
 
 
 def _action_json(value: Mapping[str, Any] | None) -> str | None:

@@ -33,6 +33,7 @@ from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.records import (
     PolicyRecord,
     What,
+    changed_once,
     clean,
     done_once,
     dumps,
@@ -360,7 +361,7 @@ class Tenants:
                 was["disabled"], is_now["disabled"] = now["disabled_at"] is not None, disabled
             await record_action(connection, "tenant.set", tenant_id, before=was, after=is_now)
 
-        await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        await self._connections.run(changed_once(write), timeout_ms=_TIMEOUT_MS)
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes=dict(changes))
         return await self.get(tenant_id)
 

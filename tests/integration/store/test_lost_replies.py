@@ -12,7 +12,7 @@ from tests.integration.store.jobs import new_job, result, unadmitted
 from tests.integration.store.lossy import lossy
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, Status
-from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.errors import NotFound, PolicyChanged, StoreUnavailable
 from tidegate.prices.budgets import Budget
 from tidegate.record import Failure
 from tidegate.store.database import sql
@@ -143,3 +143,27 @@ async def test_a_removal_whose_commit_reply_was_lost_is_no_404(
         assert proxy.lost == 1
         with pytest.raises(NotFound):
             await remove(store)
+
+
+async def test_a_change_whose_commit_reply_was_lost_is_no_conflict_with_itself(
+    make_store: MakeStore, database_url: str
+) -> None:
+    def ten(before: Budget | None) -> Budget:
+        PolicyChanged.check({"before": before}, {"before": None})
+        return Budget("all", "tokens", 10, "day")
+
+    async with lossy(database_url) as proxy:
+        store = await make_store(proxy.url)
+        await store.tenants.set("acme", {"most_streams": 1}, by="ann")
+        proxy.lose_commit_of(sql("set_tenant"))
+        expected = {"most_streams": 1}
+        changed = await store.tenants.set("acme", {"most_streams": 2}, by="ann", expected=expected)
+        assert changed.most_streams == 2
+        proxy.lose_commit_of(sql("set_budget"))
+        _, is_new = await store.budgets.records.change("all", ten, by="ann")
+        assert is_new
+        assert proxy.lost == 2
+        with pytest.raises(PolicyChanged):
+            await store.tenants.set("acme", {}, by="ann", expected=expected)
+        with pytest.raises(PolicyChanged):
+            await store.budgets.records.change("all", ten, by="ann")
