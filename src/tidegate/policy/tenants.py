@@ -81,8 +81,9 @@ async def set_tenant(
         PolicyChanged.check(asdict(share_of(plain, tenant_id)), of_share)
         return plain if edit is None else edit(plain)
 
-    checked(to_plain(control.limiter.policy))
-    if edit is not None:
+    if edit is None:
+        checked(to_plain(control.limiter.policy))
+    else:  # what is on record counts: this process may not have it in force yet
         await control.keeper.change(checked, set_by=by, reason=reason or f"tenant {tenant_id}")
     tenant = await control.tenants.set(
         tenant_id, wanted.changes, by=by, disabled=wanted.disabled, expected=expected

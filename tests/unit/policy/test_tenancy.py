@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from tidegate.errors import ConfigError
-from tidegate.policy.format import Share, is_of, share_edit, share_of, without
+from tidegate.errors import ConfigError, PolicyChanged
+from tidegate.limiter import PoolPolicy
+from tidegate.policy.format import Plain, Share, is_of, share_edit, share_of, without
+from tidegate.policy.tenants import TenantChange, set_tenant
+from tidegate.store.tenants import Tenant
 
 PLAIN: dict[str, Any] = {
     "limits": {
@@ -54,3 +60,27 @@ def test_the_limits_of_others_are_out_of_reach(limit: str) -> None:
         share_edit("acme", limits={limit: 1})
     with pytest.raises(ConfigError, match="from 1 to 1000"):
         share_edit("acme", weight=0)
+
+
+async def test_a_weight_is_expected_as_it_is_on_record_not_as_it_is_in_force_here() -> None:
+    newest = {"limits": {}, "weights": {"acme": 4}}
+    changed: list[Plain] = []
+
+    class Records:
+        async def change(self, edit: Callable[[Plain], Plain], **_: object) -> None:
+            changed.append(edit(newest))
+
+        async def check(self, *_: object) -> None:
+            pass
+
+        async def set(self, *_: object, **__: object) -> Tenant:
+            return cast(Tenant, SimpleNamespace(tenant_id="acme"))
+
+    records = Records()
+    limiter = SimpleNamespace(policy=PoolPolicy({}))  # that of before
+    control = cast(Any, SimpleNamespace(limiter=limiter, keeper=records, tenants=records))
+    for seen in (4, 1):
+        wanted = TenantChange({}, weight=5, expected={"weight": seen})
+        with nullcontext() if seen == 4 else pytest.raises(PolicyChanged):
+            await set_tenant(control, "acme", wanted, by="ann")
+    assert [one["weights"] for one in changed] == [{"acme": 5}]
