@@ -135,7 +135,7 @@ async def undisturbed(work: Coroutine[Any, Any, None]) -> None:
         except asyncio.CancelledError as late:
             cancelled = late
     if cancelled is not None:
-        raise cancelled
+        raise cancelled from (None if doing.cancelled() else doing.exception())
     doing.result()
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from tests.waiting import wait_until
 from tidegate.call import new_id
-from tidegate.errors import UpstreamRejected
+from tidegate.errors import StoreUnavailable, UpstreamRejected
 from tidegate.record import CallRecord
+from tidegate.spine.out import undisturbed
 from tidegate.spine.resources import BackgroundHandOver
 from tidegate.spine.run import CallFailed
 
@@ -142,3 +143,21 @@ async def test_a_hand_over_that_has_begun_is_done_when_its_call_is_cancelled_twi
     await cancelled_at(task, store, "start", times=2)
     assert call.record.handed_over
     assert store.counted
+
+
+async def test_what_fails_undisturbed_is_the_cause_of_the_cancellation() -> None:
+    """Else asyncio would log, when it is collected, that nobody has read the failure."""
+    going_on = asyncio.Event()
+
+    async def fail() -> None:
+        await going_on.wait()
+        raise StoreUnavailable("PostgreSQL is away")
+
+    task = asyncio.create_task(undisturbed(fail()))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    going_on.set()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await task
+    assert isinstance(cancelled.value.__cause__, StoreUnavailable)
