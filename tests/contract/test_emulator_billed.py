@@ -38,7 +38,8 @@ async def test_a_finished_call_is_billed_what_it_was_told(
     emulator: Emulator, session: aiohttp.ClientSession
 ) -> None:
     thinking = {"gemini-2.5-flash", "gemini-2.5-pro", "gemini-3-flash"}
-    for model in sorted({*thinking, "gemini-2.5-flash-lite", "gemini-2.5-flash-image"}):
+    others = {"gemini-2.5-flash-lite", "gemini-2.5-flash-image", "gemini-3.1-flash-lite"}
+    for model in sorted(thinking | others):
         for action in ("generateContent", STREAM, "streamGenerateContent"):
             await emulator.control.reset()
             url = address(emulator, model, action)

@@ -412,9 +412,9 @@ def cut(answer: str, most_tokens: int | None, most_pieces: int) -> tuple[Pieces,
     return tuple(("".join(words[a:b]), b - a) for a, b in pairwise(cuts)), cut_short
 
 
-# Where nothing is requested; the lite ones and those that draw do only where it is.
+# Where nothing is requested; the lite ones, and of 2.5 those that draw, do only where it is.
 _GEMINI_THINKS = re.compile(
-    r"gemini-(?:pro-latest|flash-latest|2\.5-pro|2\.5-flash(?!-lite|-image)|[3-9])"
+    r"gemini-(?:pro-latest|flash-latest|2\.5-pro|2\.5-flash(?!-lite|-image)|[3-9](?!\S*-lite))"
 )
 
 
