@@ -70,7 +70,12 @@ async def set_tenant(
     control: Control, tenant_id: str, wanted: TenantChange, *, by: str, reason: str = ""
 ) -> ShownTenant:
     """Make a tenant or change it. Raises ConfigError, PolicyChanged and StoreUnavailable."""
-    check_new_name(tenant_id)
+    check_name(tenant_id)
+    try:
+        check_new_name(tenant_id)
+    except ConfigError:  # one that was made before such names were refused stays changeable
+        if not await control.tenants.knows(tenant_id):
+            raise
     check_changes(wanted.changes)
     edit = share_edit(tenant_id, weight=wanted.weight, limits=wanted.limits)
     of_share = {name: wanted.expected[name] for name in _OF_SHARE if name in wanted.expected}

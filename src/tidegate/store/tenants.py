@@ -312,6 +312,10 @@ class Tenants:
         """All tenants (10,000 at the utmost) by id; the tenant `default` is always there."""
         return await self._read(None)
 
+    async def knows(self, tenant_id: str) -> bool:
+        """Whether there is such a tenant."""
+        return bool(await self._read(tenant_id))
+
     async def get(self, tenant_id: str) -> Tenant:
         """Raises NotFound."""
         found = await self._read(tenant_id)

@@ -62,7 +62,7 @@ def test_the_limits_of_others_are_out_of_reach(limit: str) -> None:
         share_edit("acme", weight=0)
 
 
-async def test_a_weight_is_expected_as_it_is_on_record_not_as_it_is_in_force_here() -> None:
+async def test_a_change_is_checked_against_what_is_on_record() -> None:
     newest = {"limits": {}, "weights": {"acme": 4}}
     changed: list[Plain] = []
 
@@ -72,6 +72,9 @@ async def test_a_weight_is_expected_as_it_is_on_record_not_as_it_is_in_force_her
 
         async def check(self, *_: object) -> None:
             pass
+
+        async def knows(self, name: str) -> bool:
+            return name == "team/.."
 
         async def set(self, *_: object, **__: object) -> Tenant:
             return cast(Tenant, SimpleNamespace(tenant_id="acme"))
@@ -84,3 +87,8 @@ async def test_a_weight_is_expected_as_it_is_on_record_not_as_it_is_in_force_her
         with nullcontext() if seen == 4 else pytest.raises(PolicyChanged):
             await set_tenant(control, "acme", wanted, by="ann")
     assert [one["weights"] for one in changed] == [{"acme": 5}]
+
+    # A name that no new tenant may have is that of an old one.
+    await set_tenant(control, "team/..", TenantChange({}, disabled=True), by="ann")
+    with pytest.raises(ConfigError):
+        await set_tenant(control, "team/.", TenantChange({}, disabled=True), by="ann")
