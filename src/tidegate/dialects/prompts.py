@@ -109,11 +109,13 @@ class NotTaken:
 
 
 def dialect_for(
-    dialects: Iterable[str], kind: Kind | None, files: Files
+    dialects: Iterable[str], model: str, kind: Kind | None, files: Files
 ) -> tuple[Dialect | None, NotTaken | None]:
     """The dialect in which an upstream takes a prompt: Gemini's, else the first that can; None with
-    the reason where none can. `kind`: None while it is not settled."""
+    the reason where none can. model: its name there. `kind`: None while it is not settled."""
     spoken = [Dialect(one) for one in dialects]
+    if Dialect.ANTHROPIC in spoken and "claude" in model.lower():
+        spoken = [Dialect.ANTHROPIC]  # Bedrock, Vertex and Foundry have these models in no other
     refused = None
     for dialect in sorted(spoken, key=lambda one: one not in _BY_SDK):
         why = not_taken(dialect, kind, files)

@@ -104,11 +104,12 @@ def targets_for_prompt(
     if bound is None:
         return targets.of_prompt(model, kind, files)
     upstream = _bound_upstream(targets, bound)
-    if Dialect.GEMINI not in upstream.base_urls:
-        _, why = dialect_for(upstream.base_urls, kind, files)
-        if why is not None:
-            said = f"the upstream {bound!r} {why.reason}"
-            raise InvalidRequest("upstream", said, allowed=why.allowed)
+    plain = plain_model(model)
+    named = upstream.aliases.get(plain, plain)
+    dialect, why = dialect_for(upstream.base_urls, named, kind, files)
+    if dialect is None and why is not None:
+        said = f"the upstream {bound!r} {why.reason}"
+        raise InvalidRequest("upstream", said, allowed=why.allowed)
     with suppress(InvalidRequest):
         found = [one for one in targets.of_prompt(model, kind, files) if one.upstream is upstream]
         if found:

@@ -607,14 +607,12 @@ class PromptExchange:
 
     def _plan(self, target: Target, lane: Lane) -> _Plan | None:
         """The call at a target, made once: None where it is an SDK's."""
-        if target.upstream.name in self._ways.processors:
-            return None
         place = target.upstream.name, target.model
         if (known := self._plans.get(place)) is not None:
             return known
         call = self._at(target)
         dialect = dialect_at(target, call.kind, files_of(call.media))
-        if dialect is Dialect.GEMINI:  # of a line of a batch, which no SDK sends
+        if dialect is Dialect.GEMINI:
             return None
         form = form_at(target, lane, streams=self._sink is not None)
         if self._types is None:
@@ -631,7 +629,7 @@ class PromptExchange:
 
 def dialect_at(target: Target, kind: Kind | None, files: Files) -> Dialect:
     """In which a target takes a prompt. Raises InvalidRequest where it can't."""
-    dialect, why = dialect_for(target.upstream.base_urls, kind, files)
+    dialect, why = dialect_for(target.upstream.base_urls, target.model, kind, files)
     if dialect is None:
         assert why is not None
         said = f"the upstream {target.upstream.name!r} of the model {target.model!r} {why.reason}"

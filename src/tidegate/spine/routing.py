@@ -727,17 +727,14 @@ class Targets:
                 self._for_prompts[model] = known
         found, by_lot = known
         able = [
-            one
-            for one in found
-            if Dialect.GEMINI in one.upstream.base_urls
-            or dialect_for(one.upstream.base_urls, kind, files)[0]
+            one for one in found if dialect_for(one.upstream.base_urls, one.model, kind, files)[0]
         ]
         if able:
             return self._drawn(able) if by_lot else able
         if not found:
             said = f"no upstream serves the model {model!r}"
             raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
-        _, why = dialect_for(found[0].upstream.base_urls, kind, files)
+        _, why = dialect_for(found[0].upstream.base_urls, found[0].model, kind, files)
         assert why is not None
         said = f"the upstream {found[0].upstream.name!r} of the model {model!r} {why.reason}"
         raise InvalidRequest(why.field, said, allowed=why.allowed)

@@ -36,6 +36,12 @@ base_url = "{claude}"
 key = "ANTHROPIC_API_KEY"
 models = ["claude-*"]
 
+[upstreams.cloud]
+dialects = {{ gemini = "{claude}", anthropic = "{claude}" }}
+key = "ANTHROPIC_API_KEY"
+models = ["gemini-of-cloud"]
+aliases = {{ cloudy = "claude-haiku-5-5" }}
+
 [[routes]]
 model = "smart"
 try = ["openai/gpt-6-luna", "claude/claude-haiku-5-5", "gemini/gemini-2.5-flash"]
@@ -126,6 +132,13 @@ async def test_text_and_files_reach_the_upstream_of_their_model(three: Three) ->
         "openai": [("multi_modal", GPT), ("multi_modal", GPT), ("text_only", GPT)],
         "claude": [("multi_modal", CLAUDE), ("text_only", CLAUDE)],
     }
+
+
+async def test_a_cloud_is_called_in_the_dialect_of_the_models_maker(three: Three) -> None:
+    for model, finish in (("cloudy", "end_turn"), ("gemini-of-cloud", "STOP")):
+        streamed = await three.gateway.stream(text="Explain the tide", model=model)
+        row = await three.gateway.audit(streamed.request_id)
+        assert (row["upstream"], row["finish_reason"]) == ("cloud", finish), row
 
 
 async def test_a_stream_has_the_same_events_whoever_answers(three: Three) -> None:

@@ -17,6 +17,8 @@ from tidegate.dialects.spec import Dialect
 from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
 from tidegate.settings import Config
+from tidegate.spine.models import targets_for_prompt
+from tidegate.spine.prompt import dialect_at
 from tidegate.spine.routing import RemainingCapacity, Targets
 
 GEMINI = Upstream("gemini", {"gemini": "http://g", "openai": "http://g/openai"}, "k")
@@ -131,6 +133,29 @@ def test_only_upstreams_that_can_take_a_prompt_are_in_its_chain(
 ) -> None:
     chain = Route("smart", (("claude", "claude-x"), ("openai", "gpt-x"), ("gemini", "pro")))
     assert [name for name, _ in of_prompt("smart", kind, files, routes=(chain,))] == left
+
+
+@pytest.mark.parametrize(
+    ("dialects", "model", "spoken"),
+    [
+        (("openai", "anthropic", "bedrock"), "us.anthropic.claude-x-v1:0", Dialect.ANTHROPIC),
+        (("openai", "anthropic", "bedrock"), "openai.gpt-oss", Dialect.OPENAI),
+        (("gemini", "anthropic", "openai"), "claude-x@20990101", Dialect.ANTHROPIC),
+        (("gemini", "anthropic", "openai"), "gemini-x", Dialect.GEMINI),
+        (("openai",), "anthropic/claude-x", Dialect.OPENAI),
+    ],
+)
+def test_a_prompt_for_a_claude_is_a_message_where_its_upstream_speaks_that(
+    dialects: tuple[str, ...], model: str, spoken: Dialect
+) -> None:
+    cloud = Upstream("cloud", dict.fromkeys(dialects, "http://c"), "k", aliases={"smart": model})
+    found = Targets(Deployment((cloud,)), Random(1))
+    for target in (*found.of_prompt("smart"), *targets_for_prompt(found, "cloud", "smart")):
+        assert dialect_at(target, Kind.TEXT_ONLY, ()) is spoken
+    for bound in (None, "cloud"):
+        if spoken is Dialect.ANTHROPIC:
+            with pytest.raises(InvalidRequest, match="makes no images"):
+                targets_for_prompt(found, bound, "smart", DRAWS)
 
 
 @pytest.mark.parametrize(
