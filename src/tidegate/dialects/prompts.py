@@ -323,22 +323,37 @@ def _edits(call: Call) -> PromptCall:
 # Answers
 
 _BLOCKED = frozenset(("content_filter", "refusal"))
-# Codes of refusals that are about the prompt: OpenAI's images, and Azure's filter.
-_BLOCKED_CODES = frozenset(("moderation_blocked", "content_filter", "content_policy_violation"))
-_REFUSED_STATUS = 400
+# Codes of refusals that are about the prompt: OpenAI's, and of Azure's filter.
+_BLOCKED_CODES = frozenset(
+    (
+        *("moderation_blocked", "content_filter", "content_policy_violation", "invalid_prompt"),
+        *("image_content_policy_violation", "bio_policy", "misalignment_policy_violation"),
+    )
+)
+# In words alone, from the first one on: Anthropic's, and xAI's with the check that failed.
+_BLOCKED_WORDS = re.compile(
+    r"Output blocked by (?P<filter>content filtering policy)|"
+    r"Content violates usage guidelines(?:.*\b(?P<check>SAFETY_CHECK_TYPE_\w{1,60}))?",
+    re.DOTALL,
+)
+_REFUSED_STATUSES = (400, 403)
 _PICTURE_TYPE = re.compile(r"image/[a-z0-9][a-z0-9.+-]{0,62}")
 _MAGIC = ((b"\x89PNG", _PNG), (b"\xff\xd8\xff", _JPEG), (b"GIF8", _GIF))
 
 
-def blocked_by(status: int, body: bytes) -> PromptBlocked | None:
-    """What a refusal says of the prompt; None where it is about something else."""
-    if status != _REFUSED_STATUS:
+def blocked_by(status: int, error: Mapping[str, Any]) -> PromptBlocked | None:
+    """What the error object of a refusal says of the prompt; None where it is about something
+    else."""
+    if status not in _REFUSED_STATUSES:
         return None
-    with suppress(orjson.JSONDecodeError):  # of a proxy
-        error = object_of(object_of(orjson.loads(body)).get("error"))
-        for code in (error.get("code"), error.get("type")):
-            if isinstance(code, str) and code in _BLOCKED_CODES:
-                return _blocked(code)
+    for code in (error.get("code"), error.get("type")):
+        if isinstance(code, str) and code in _BLOCKED_CODES:
+            return _blocked(code)
+    if "flagged_input" in object_of(error.get("metadata")):  # OpenRouter's
+        return _blocked("moderation")
+    said = error.get("message")
+    if isinstance(said, str) and (found := _BLOCKED_WORDS.match(said)) is not None:
+        return _blocked(found["filter"] or found["check"] or "usage guidelines")
     return None
 
 

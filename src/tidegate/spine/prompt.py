@@ -65,6 +65,7 @@ from tidegate.dialects.prompts import (
     prompt_call,
     question_call,
 )
+from tidegate.dialects.refusals import error_of_refusal_in, status_of, tail_of
 from tidegate.dialects.requests import LARGE_BYTES
 from tidegate.dialects.spec import Dialect, Headers, RequestFacts
 from tidegate.errors import (
@@ -543,7 +544,10 @@ class PromptExchange:
         try:
             await exchange.make(target, lane, demand, is_try=is_try)
         except CallFailed as failed:
-            if (blocked := blocked_by(failed.status, failed.body)) is not None:
+            came = [of_call.text] if of_call.coding else of_call.pieces
+            said = error_of_refusal_in(failed.body or tail_of(came))
+            status = failed.status or status_of(said)
+            if (blocked := blocked_by(status, said)) is not None:
                 failed.error = blocked
             raise
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,11 @@ import pytest
 from aiohttp import FormData
 
 from tests.gateway import PNG, Gateway, Opener
+from tests.integration.connections.scripted import Upstream, request, upstream
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
+
+__all__ = ["upstream"]
 
 Sent = tuple[bytes, str, str]
 PICTURE: Sent = PNG, "a.png", "image/png"
@@ -226,6 +231,70 @@ async def test_faults_of_an_answer_are_told_as_of_geminis(three: Three) -> None:
             assert streamed.problem["code"] == code, (model, fault, streamed)
             await at.control.clear_faults()
     assert three.gateway.held == 0
+
+
+RAW = """
+[upstreams.raw]
+dialects = {{ openai = "{url}", anthropic = "{url}" }}
+key = "OPENAI_API_KEY"
+models = ["raw", "raw-claude"]
+"""
+FLAGGED = {"message": "your prompt was flagged", "code": "invalid_prompt"}
+FILTERED = {
+    "type": "invalid_request_error",
+    "message": "Output blocked by content filtering policy",
+}
+POLICY_OF = "content filtering policy"
+SAID = {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hel"}}
+REFUSALS = (
+    ("raw", 400, json.dumps({"error": FLAGGED}), "invalid_prompt"),
+    (
+        "raw",
+        403,
+        json.dumps({"code": "no", "error": "Content violates usage guidelines."}),
+        "usage guidelines",
+    ),
+    ("raw-claude", 400, json.dumps({"type": "error", "error": FILTERED}), POLICY_OF),
+    # Before any output, and after some.
+    ("raw-claude", 200, f"data: {json.dumps({'type': 'error', 'error': FILTERED})}\n\n", POLICY_OF),
+    (
+        *("raw-claude", 200),
+        "".join(
+            f"data: {json.dumps(one)}\n\n" for one in (SAID, {"type": "error", "error": FILTERED})
+        ),
+        POLICY_OF,
+    ),
+)
+
+
+async def test_a_filter_that_refuses_a_prompt_blocks_it_and_is_asked_once(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of-an-account")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(RAW.format(url=upstream.url))
+    gateway, answer = await open_gateway(tidegate_policy=policy), b""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(answer)
+
+    upstream.script = script
+    for model, status, body, reason in REFUSALS:
+        kind = "text/event-stream" if status == 200 else "application/json"
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        answer = f"{head}connection: close\r\n\r\n{body}".encode()
+        streamed = await gateway.stream(text="Explain the tide", model=model, type="text_only")
+        assert streamed.problem["code"] == "prompt_blocked", (body, streamed)
+        assert f"({reason})" in streamed.problem["detail"]
+        row = await gateway.audit(streamed.request_id)
+        assert row["attempts"] == 1, row
+        if status >= 400:
+            job = await gateway.submit(data="Explain the tide", model=model, type="text_only")
+            done = await gateway.end_of(job)
+            assert done["error"]["code"] == "prompt_blocked", done
+            row = await gateway.audit(job)
+            assert (row["attempts"], row["usage_state"]) == (1, "none"), row
 
 
 @pytest.mark.parametrize("model", [GPT, CLAUDE])

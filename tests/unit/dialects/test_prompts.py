@@ -235,11 +235,32 @@ def test_what_is_no_answer_is_told_apart() -> None:
             read(OPENAI, garbage, streams=False)
 
 
-def test_a_refusal_by_a_filter_is_of_the_prompt() -> None:
-    for code in ("moderation_blocked", "content_filter"):
-        found = blocked_by(400, json.dumps({"error": {"code": code}}).encode())
-        assert found is not None
-        assert found.reason == code
-    assert blocked_by(400, b'{"error": {"code": "invalid_value"}}') is None
-    assert blocked_by(500, b'{"error": {"code": "content_filter"}}') is None
-    assert blocked_by(400, b"<html>") is None
+GUIDELINES = "Content violates usage guidelines."
+FAILED_CHECK = f"{GUIDELINES} Team: t, API key ID: k, Failed check: SAFETY_CHECK_TYPE_BIO"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "reason"),
+    [
+        (400, {"code": "moderation_blocked"}, "moderation_blocked"),
+        (400, {"code": "content_filter"}, "content_filter"),
+        (400, {"code": "invalid_prompt", "type": "invalid_request_error"}, "invalid_prompt"),
+        (
+            *(400, {"message": "Output blocked by content filtering policy"}),
+            "content filtering policy",
+        ),
+        (403, {"message": FAILED_CHECK}, "SAFETY_CHECK_TYPE_BIO"),
+        (400, {"message": GUIDELINES}, "usage guidelines"),
+        (403, {"code": 403, "metadata": {"flagged_input": "x", "reasons": ["y"]}}, "moderation"),
+        (400, {"code": "invalid_value"}, None),
+        (400, {"message": f"unknown role: {FAILED_CHECK}"}, None),
+        (403, {"code": 403, "message": "no", "metadata": {}}, None),
+        (500, {"code": "content_filter"}, None),
+        (400, {}, None),
+    ],
+)
+def test_a_refusal_by_a_filter_is_of_the_prompt(
+    status: int, error: dict[str, Any], reason: str | None
+) -> None:
+    found = blocked_by(status, error)
+    assert (None if found is None else found.reason) == reason
