@@ -170,18 +170,21 @@ class PromptCall:
 class CallForm:
     """How an upstream is asked. streams: its answer is read as it comes. asks_usage: it knows
     `stream_options`. most_output_tokens: that its model gives out, where that is known. own: it is
-    OpenAI itself, whose names of fields have changed."""
+    OpenAI itself, whose names of fields have changed. edits_in_json: it takes no form of images."""
 
     streams: bool
     asks_usage: bool = True
     most_output_tokens: int | None = None
     own: bool = False
+    edits_in_json: bool = False
 
 
 def prompt_call(dialect: Dialect, call: Call, form: CallForm) -> PromptCall:
     """The call of a prompt, whose model is the upstream's name for it."""
     if call.kind is Kind.IMAGE_GENERATION:
-        return _edits(call) if call.media else _generations(call)
+        if not call.media:
+            return _generations(call)
+        return _edits_in_json(call) if form.edits_in_json else _edits(call)
     if dialect is Dialect.ANTHROPIC:
         content = [*map(_block, call.media), *_text_blocks(call.prompt)]
         body = _message(call.model, content, form, USUAL_OUTPUT_TOKENS)
@@ -297,7 +300,7 @@ def _gives_urls(model: str) -> bool:
 
 
 def _edits(call: Call) -> PromptCall:
-    """A change of images, as multipart (RFC 7578), the one form that all servers take."""
+    """A change of images, as multipart (RFC 7578), the form that all servers but xAI's take."""
     fields = {"model": call.model, "prompt": call.prompt}
     if _gives_urls(call.model):
         fields["response_format"] = "b64_json"
@@ -313,11 +316,21 @@ def _edits(call: Call) -> PromptCall:
         opening = f"--{mark}\r\nContent-Disposition: {head}\r\nContent-Type: {media.mime_type}"
         pieces += (f"{opening}\r\n\r\n".encode(), media.data, b"\r\n")
     pieces.append(f"--{mark}--\r\n".encode())
+    content_type = f"multipart/form-data; boundary={mark}".encode()
+    return PromptCall(_EDITS, b"".join(pieces), content_type, _asked_of_edits(call))
+
+
+def _edits_in_json(call: Call) -> PromptCall:
+    """The same in JSON: docs.x.ai/developers/rest-api-reference, "Image edits"."""
+    images = [{"type": "image_url", "url": _data_url(one)} for one in call.media]
+    body = {"model": call.model, "prompt": call.prompt, "response_format": "b64_json"}
+    named = {"images": images} if len(images) > 1 else {"image": images[0]}
+    return PromptCall(_EDITS, orjson.dumps(body | named), asked=_asked_of_edits(call))
+
+
+def _asked_of_edits(call: Call) -> RequestFacts:
     content = input_pieces(pieces_of(call.prompt, call.media), learning=Learning.FILES)
-    asked = RequestFacts(call.model, Kind.IMAGE_GENERATION, images=1, pieces=content)
-    return PromptCall(
-        _EDITS, b"".join(pieces), f"multipart/form-data; boundary={mark}".encode(), asked
-    )
+    return RequestFacts(call.model, Kind.IMAGE_GENERATION, images=1, pieces=content)
 
 
 # Answers
@@ -337,6 +350,7 @@ _BLOCKED_WORDS = re.compile(
     re.DOTALL,
 )
 _REFUSED_STATUSES = (400, 403)
+_DATA_URL = re.compile(r"data:image/[\w.+-]{1,62};base64,")  # with which xAI's begin
 _PICTURE_TYPE = re.compile(r"image/[a-z0-9][a-z0-9.+-]{0,62}")
 _MAGIC = ((b"\x89PNG", _PNG), (b"\xff\xd8\xff", _JPEG), (b"GIF8", _GIF))
 
@@ -518,6 +532,8 @@ def _word(value: Any) -> str | None:
 def _pictures(data: list[Any]) -> Iterator[Media]:
     for one in objects_in(data):
         if isinstance(text := one.get("b64_json"), str):
+            if (found := _DATA_URL.match(text)) is not None:
+                text = text[found.end() :]
             with suppress(NotBase64, ValueError):  # no picture: the answer is empty
                 raw = b64decode(text, validate=True)
                 yield Media(_type_of(raw), raw)

@@ -643,11 +643,13 @@ def dialect_at(target: Target, kind: Kind | None, files: Files) -> Dialect:
 
 def form_at(target: Target, lane: Lane, *, streams: bool) -> CallForm:
     _, most_output_tokens = lane.demands.prices.most(target.model)
+    provider = provider_of_upstream(target.upstream)
     return CallForm(
         streams,
         target.upstream.asks_usage,
         most_output_tokens,
-        provider_of_upstream(target.upstream) in _OWN_NAMES,
+        own=provider in _OWN_NAMES,
+        edits_in_json=provider == "xai",
     )
 
 

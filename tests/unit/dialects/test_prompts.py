@@ -109,6 +109,23 @@ def test_an_image_is_an_images_call_and_with_files_a_change_of_them() -> None:
     assert sum(edited.asked.pieces.values()) > 100  # the files are in the estimate
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_change_of_images_is_json_where_a_server_takes_no_form(count: int) -> None:
+    asked = call(Kind.IMAGE_GENERATION, *[PNG] * count, model="grok-imagine-image")
+    form = CallForm(streams=True, edits_in_json=True)
+    made, usual = prompt_call(OPENAI, asked, form), prompt_call(OPENAI, asked, STREAM)
+    url = f"data:image/png;base64,{b64encode(PNG.data).decode()}"
+    image = {"type": "image_url", "url": url}
+    assert json.loads(made.body) == {
+        "model": "grok-imagine-image",
+        "prompt": "Say hello",
+        "response_format": "b64_json",
+        **({"image": image} if count == 1 else {"images": [image, image]}),
+    }
+    assert (made.endpoint, made.content_type) == (usual.endpoint, b"application/json")
+    assert made.asked == usual.asked
+
+
 def test_a_prompt_can_neither_end_its_part_of_a_form_nor_write_another() -> None:
     text = '"\r\n--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n9'
     sly = Call(UUID(int=1), text, Kind.IMAGE_GENERATION, "gpt-image-2", (PNG,))
@@ -192,10 +209,11 @@ def test_a_whole_answer_is_read_at_its_end() -> None:
     }
     answer, found = read(ANTHROPIC, json.dumps(message).encode(), streams=False)
     assert (found, answer.finish_reason) == ([Delta("Hello")], "end_turn")
-    drawn = {"data": [{"b64_json": b64encode(b"\xff\xd8\xffjpeg").decode()}]}
-    kind = Kind.IMAGE_GENERATION
-    _, found = read(OPENAI, json.dumps(drawn).encode(), kind, streams=False)
-    assert found == [Picture(Media("image/jpeg", b"\xff\xd8\xffjpeg"))]
+    drawn, kind = b64encode(b"\xff\xd8\xffjpeg").decode(), Kind.IMAGE_GENERATION
+    for text in (drawn, f"data:image/jpeg;base64,{drawn}"):
+        given = json.dumps({"data": [{"b64_json": text}]}).encode()
+        _, found = read(OPENAI, given, kind, streams=False)
+        assert found == [Picture(Media("image/jpeg", b"\xff\xd8\xffjpeg"))]
 
 
 @pytest.mark.parametrize("cut", [CHAT[:60], CLAUDE[: CLAUDE.index(b"message_delta")], b""])

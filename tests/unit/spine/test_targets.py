@@ -18,8 +18,8 @@ from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
 from tidegate.settings import Config
 from tidegate.spine.models import targets_for_prompt
-from tidegate.spine.prompt import dialect_at
-from tidegate.spine.routing import RemainingCapacity, Targets
+from tidegate.spine.prompt import dialect_at, form_at
+from tidegate.spine.routing import RemainingCapacity, Target, Targets
 
 GEMINI = Upstream("gemini", {"gemini": "http://g", "openai": "http://g/openai"}, "k")
 OPENAI = Upstream("openai", {"openai": "http://o"}, "k", ("gpt-*",), {"fast": "gpt-mini"})
@@ -156,6 +156,21 @@ def test_a_prompt_for_a_claude_is_a_message_where_its_upstream_speaks_that(
         if spoken is Dialect.ANTHROPIC:
             with pytest.raises(InvalidRequest, match="makes no images"):
                 targets_for_prompt(found, bound, "smart", DRAWS)
+
+
+@pytest.mark.parametrize(
+    ("url", "own", "in_json"),
+    [
+        ("https://api.openai.com/v1", True, False),
+        ("https://api.x.ai/v1", False, True),
+        ("http://127.0.0.1:8000/v1", False, False),
+    ],
+)
+def test_a_prompt_is_written_as_its_provider_reads_it(url: str, own: bool, in_json: bool) -> None:
+    prices = SimpleNamespace(most=lambda model: (None, None))
+    lane: Any = SimpleNamespace(demands=SimpleNamespace(prices=prices))
+    form = form_at(Target(Upstream("one", {"openai": url}, "k"), "m"), lane, streams=True)
+    assert (form.streams, form.own, form.edits_in_json) == (True, own, in_json)
 
 
 @pytest.mark.parametrize(
