@@ -125,7 +125,7 @@ _OF_FILES = frozenset(("data", *_URI))
 _OF_URLS = frozenset(
     (
         *("url", "image_url", "video_url", "audio_url", "file_url", "document_url", "file_data"),
-        *("data", "fileUri", "file_uri", "uri", "image", "images", "mask"),
+        *("data", "fileUri", "file_uri", "uri", "image", "images", "mask", "input_audio"),
     )
 )
 # Arguments and answers of functions, and schemas: a model reads all of them as text.
@@ -140,7 +140,9 @@ _AS_TEXT = frozenset(
 _SEALED = frozenset(("signature", "thoughtSignature", "thought_signature", "encrypted_content"))
 # Pictures in base64 and nothing beside, as Ollama takes them.
 _PICTURES = "images"
-_BESIDE_TEXTS = _OF_FILES | _SEALED | {_PICTURES}
+# A sound in base64 or its URL, as Mistral takes it; OpenAI's is an object.
+_SOUND = "input_audio"
+_BESIDE_TEXTS = _OF_FILES | _SEALED | {_PICTURES, _SOUND}
 _LOOKED_AT = _BESIDE_TEXTS | _OF_URLS | _AS_TEXT | {"properties"}
 _SEALED_TOKENS_A_LETTER = 0.25
 
@@ -302,6 +304,9 @@ class Content:
             value = self._unsealed(value)
         if _PICTURES in value and self._are_pictures(value[_PICTURES]):
             value = {name: one for name, one in value.items() if name != _PICTURES}
+        if type(sound := value.get(_SOUND)) is str:
+            self._take_sound(sound)
+            value = {name: one for name, one in value.items() if name != _SOUND}
         if _OF_FILES.isdisjoint(value):
             left += value.values()
             return
@@ -328,6 +333,13 @@ class Content:
         sealed = [name for name in value if name in _SEALED and type(value[name]) is str]
         self._sealed_chars += sum(len(value[name]) for name in sealed)
         return {name: one for name, one in value.items() if name not in sealed}
+
+    def _take_sound(self, sound: str) -> None:
+        if sound.startswith(("https:", "http:")):
+            self.files += 1
+            self._add(unseen_file("audio/*", self._rules))
+        else:
+            self._file("audio/*", sound, 0)
 
     def _are_pictures(self, values: Any) -> bool:
         """Whether all begin as pictures do; if so they are counted."""
@@ -752,7 +764,12 @@ LARGE_BYTES = 262_144
 _KEPT_BYTES = 2 * HEAD_CHARS
 _LONGEST_TYPE_BYTES = 1_000
 _BYTES_A_TEXT = 4_096  # of a body with more texts than that, the first ones alone are looked at
-_FIELDS = frozenset((b'"url"', b'"image_url"', b'"data"', b'"file_data"', b'"bytes"'))
+_FIELDS = frozenset(
+    (
+        *(b'"url"', b'"image_url"', b'"document_url"', b'"data"', b'"file_data"', b'"bytes"'),
+        b'"input_audio"',
+    )
+)
 # Nothing that JSON forbids in a text, as far as one look finds it.
 _FORBIDDEN = (b"\\", b"\0", b"\t", b"\n", b"\r")
 _MARK = token_hex(16)  # of this process: no client can write what stands for a file

@@ -76,6 +76,9 @@ def test_a_picture_is_known_in_every_dialect_and_counted_by_its_size(
     ("part", "modality"),
     [
         ({"input_audio": {"data": b64encode(b"x" * 64_000).decode(), "format": "mp3"}}, "audio"),
+        ({"type": "input_audio", "input_audio": "A" * 64_000}, "audio"),
+        ({"type": "input_audio", "input_audio": f"data:audio/mpeg;base64,{PICTURE}"}, "audio"),
+        ({"type": "input_audio", "input_audio": "https://host/a.mp3"}, "audio"),
         ({"file": {"file_data": f"data:application/pdf;base64,{PICTURE}"}}, "document"),
         ({"fileData": {"mimeType": "video/mp4", "fileUri": "https://host/files/a"}}, "video"),
         ({"image_url": {"url": "https://host/cat.png"}}, "image"),
@@ -97,6 +100,7 @@ def test_other_files_count_by_their_sort(part: dict[str, Any], modality: str) ->
     found = chat(messages=[{"content": [part]}])
     assert found.kind is Kind.MULTI_MODAL
     assert found.pieces[Modality(modality)] > 0
+    assert found.pieces.get(Modality.LATIN, 0) < 20
 
 
 @pytest.mark.parametrize("image", [PICTURE_URL, [PICTURE_URL, PICTURE_URL]])
