@@ -60,6 +60,7 @@ _TEXTUAL = frozenset(("application/json", "application/xml"))
 _CHAT = Endpoint(Dialect.OPENAI, Operation.INFER, "/chat/completions")
 _GENERATIONS = Endpoint(Dialect.OPENAI, Operation.IMAGES, "/images/generations")
 _EDITS = Endpoint(Dialect.OPENAI, Operation.IMAGES, "/images/edits")
+_DRAWS = Endpoint(Dialect.OPENAI, Operation.IMAGES, "/images")
 _MESSAGES = Endpoint(Dialect.ANTHROPIC, Operation.INFER, "/v1/messages")
 _JSON = b"application/json"
 
@@ -170,26 +171,25 @@ class PromptCall:
 class CallForm:
     """How an upstream is asked. streams: its answer is read as it comes. asks_usage: it knows
     `stream_options`. most_output_tokens: that its model gives out, where that is known. own: it is
-    OpenAI itself, whose names of fields have changed. edits_in_json: it takes no form of images."""
+    OpenAI itself, whose names of fields have changed. provider: whose own fields it may have."""
 
     streams: bool
     asks_usage: bool = True
     most_output_tokens: int | None = None
     own: bool = False
-    edits_in_json: bool = False
+    provider: str | None = None
 
 
 def prompt_call(dialect: Dialect, call: Call, form: CallForm) -> PromptCall:
     """The call of a prompt, whose model is the upstream's name for it."""
     if call.kind is Kind.IMAGE_GENERATION:
-        if not call.media:
-            return _generations(call)
-        return _edits_in_json(call) if form.edits_in_json else _edits(call)
+        return _images(call, form.provider)
     if dialect is Dialect.ANTHROPIC:
         content = [*map(_block, call.media), *_text_blocks(call.prompt)]
         body = _message(call.model, content, form, USUAL_OUTPUT_TOKENS)
         return PromptCall(_MESSAGES, orjson.dumps(body))
-    parts = [*map(_part, call.media), *_text_blocks(call.prompt)]
+    part_of = _part_at_mistral if form.provider == "mistral" else _part
+    parts = [*map(part_of, call.media), *_text_blocks(call.prompt)]
     said: Any = parts if call.media else call.prompt
     body = {"model": call.model, "messages": [{"role": "user", "content": said}]}
     if form.streams:
@@ -265,6 +265,16 @@ def _part(media: Media) -> dict[str, Any]:
     return {"type": "text", "text": f"{media.name or 'A file'}:\n\n{_text_of(media)}"}
 
 
+def _part_at_mistral(media: Media) -> dict[str, Any]:
+    """The same at Mistral: docs.mistral.ai/api, "DocumentURLChunk" and "AudioChunk"."""
+    if media.mime_type == _PDF:
+        named = {"document_name": media.name} if media.name else {}
+        return {"type": "document_url", "document_url": _data_url(media), **named}
+    if media.mime_type in _SOUNDS:
+        return {"type": "input_audio", "input_audio": b64encode(media.data).decode()}
+    return _part(media)
+
+
 def _block(media: Media) -> dict[str, Any]:
     """A file in a message."""
     kind = media.mime_type
@@ -286,11 +296,29 @@ def _data_url(media: Media) -> str:
     return f"data:{media.mime_type};base64,{b64encode(media.data).decode()}"
 
 
-def _generations(call: Call) -> PromptCall:
+def _images(call: Call, provider: str | None) -> PromptCall:
+    if provider == "openrouter":
+        return _at_openrouter(call)
+    if not call.media:
+        return _generations(call, provider)
+    return _edits_in_json(call) if provider == "xai" else _edits(call)
+
+
+def _generations(call: Call, provider: str | None) -> PromptCall:
     body: dict[str, Any] = {"model": call.model, "prompt": call.prompt}
-    if _gives_urls(call.model):
-        body["response_format"] = "b64_json"
+    if _gives_urls(call.model):  # docs.together.ai/reference/post-images-generations
+        body["response_format"] = "base64" if provider == "together" else "b64_json"
     return PromptCall(_GENERATIONS, orjson.dumps(body))
+
+
+def _at_openrouter(call: Call) -> PromptCall:
+    """An images call of OpenRouter's, which draws and changes by one path, and gives the bytes:
+    openrouter.ai/blog/tutorials/image-generation."""
+    body: dict[str, Any] = {"model": call.model, "prompt": call.prompt}
+    if call.media:
+        urls = map(_data_url, call.media)
+        body["input_references"] = [{"type": "image_url", "image_url": {"url": u}} for u in urls]
+    return PromptCall(_DRAWS, orjson.dumps(body))
 
 
 def _gives_urls(model: str) -> bool:

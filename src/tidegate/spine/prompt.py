@@ -649,7 +649,7 @@ def form_at(target: Target, lane: Lane, *, streams: bool) -> CallForm:
         target.upstream.asks_usage,
         most_output_tokens,
         own=provider in _OWN_NAMES,
-        edits_in_json=provider == "xai",
+        provider=provider,
     )
 
 

@@ -112,7 +112,7 @@ def test_an_image_is_an_images_call_and_with_files_a_change_of_them() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_change_of_images_is_json_where_a_server_takes_no_form(count: int) -> None:
     asked = call(Kind.IMAGE_GENERATION, *[PNG] * count, model="grok-imagine-image")
-    form = CallForm(streams=True, edits_in_json=True)
+    form = CallForm(streams=True, provider="xai")
     made, usual = prompt_call(OPENAI, asked, form), prompt_call(OPENAI, asked, STREAM)
     url = f"data:image/png;base64,{b64encode(PNG.data).decode()}"
     image = {"type": "image_url", "url": url}
@@ -124,6 +124,31 @@ def test_a_change_of_images_is_json_where_a_server_takes_no_form(count: int) -> 
     }
     assert (made.endpoint, made.content_type) == (usual.endpoint, b"application/json")
     assert made.asked == usual.asked
+
+
+def test_files_at_mistral_are_parts_of_its_own() -> None:
+    form = CallForm(streams=False, provider="mistral")
+    (message,) = body_of(OPENAI, call(Kind.MULTI_MODAL, PNG, PDF, WAV, CSV), form)["messages"]
+    pdf = f"data:application/pdf;base64,{b64encode(PDF.data).decode()}"
+    assert message["content"][1:3] == [
+        {"type": "document_url", "document_url": pdf, "document_name": "b.pdf"},
+        {"type": "input_audio", "input_audio": "UklGRg=="},
+    ]
+    (usual,) = body_of(OPENAI, call(Kind.MULTI_MODAL, PNG, CSV))["messages"]
+    assert [message["content"][0], *message["content"][3:]] == usual["content"]
+
+
+def test_images_are_requested_as_their_provider_has_it() -> None:
+    drawn = call(Kind.IMAGE_GENERATION, model="flux")
+    together = CallForm(streams=False, provider="together")
+    assert body_of(OPENAI, drawn, together)["response_format"] == "base64"
+    form = CallForm(streams=True, provider="openrouter")
+    made = prompt_call(OPENAI, drawn, form)
+    assert made.endpoint.path == "/images"
+    assert json.loads(made.body) == {"model": "flux", "prompt": "Say hello"}
+    changed = body_of(OPENAI, call(Kind.IMAGE_GENERATION, PNG, model="flux"), form)
+    url = f"data:image/png;base64,{b64encode(PNG.data).decode()}"
+    assert changed["input_references"] == [{"type": "image_url", "image_url": {"url": url}}]
 
 
 def test_a_prompt_can_neither_end_its_part_of_a_form_nor_write_another() -> None:

@@ -159,18 +159,23 @@ def test_a_prompt_for_a_claude_is_a_message_where_its_upstream_speaks_that(
 
 
 @pytest.mark.parametrize(
-    ("url", "own", "in_json"),
+    ("url", "own", "provider"),
     [
-        ("https://api.openai.com/v1", True, False),
-        ("https://api.x.ai/v1", False, True),
-        ("http://127.0.0.1:8000/v1", False, False),
+        ("https://api.openai.com/v1", True, "openai"),
+        ("https://api.x.ai/v1", False, "xai"),
+        ("https://api.together.xyz/v1", False, "together"),
+        ("https://openrouter.ai/api/v1", False, "openrouter"),
+        ("https://api.mistral.ai/v1", False, "mistral"),
+        ("http://127.0.0.1:8000/v1", False, None),
     ],
 )
-def test_a_prompt_is_written_as_its_provider_reads_it(url: str, own: bool, in_json: bool) -> None:
+def test_a_prompt_is_written_as_its_provider_reads_it(
+    url: str, own: bool, provider: str | None
+) -> None:
     prices = SimpleNamespace(most=lambda model: (None, None))
     lane: Any = SimpleNamespace(demands=SimpleNamespace(prices=prices))
     form = form_at(Target(Upstream("one", {"openai": url}, "k"), "m"), lane, streams=True)
-    assert (form.streams, form.own, form.edits_in_json) == (True, own, in_json)
+    assert (form.streams, form.own, form.provider) == (True, own, provider)
 
 
 @pytest.mark.parametrize(
