@@ -70,17 +70,18 @@ _BY_SDK = (Dialect.GEMINI,)  # which takes every file that a request may have
 @dataclass(frozen=True, slots=True)
 class _Taken:
     """What a dialect takes for one kind of prompt: types besides text, the most bytes of all files
-    together, and both in words."""
+    together, all of it in words, and the most bytes of a picture, where that is less."""
 
     types: frozenset[str]
     most_bytes: int
     text: bool
     words: str
+    most_picture_bytes: int | None = None
 
 
 # developers.openai.com/api/docs/guides/file-inputs and /images: 50 MB; platform.claude.com/docs,
-# "Request size limits": 32 MB, in base64.
-_OPENAI_BYTES, _ANTHROPIC_BYTES = 50_000_000, 24_000_000
+# "Request size limits": 32 MB, and "Vision": 10 MB a picture, both in base64.
+_OPENAI_BYTES, _ANTHROPIC_BYTES, _ANTHROPIC_PICTURE_BYTES = 50_000_000, 24_000_000, 7_500_000
 _TAKEN: Mapping[tuple[Dialect, bool], _Taken] = {
     (Dialect.OPENAI, False): _Taken(
         _PICTURES | {_PDF} | _SOUNDS.keys(),
@@ -95,7 +96,8 @@ _TAKEN: Mapping[tuple[Dialect, bool], _Taken] = {
         _PICTURES | {_PDF},
         _ANTHROPIC_BYTES,
         text=True,
-        words="PNG, JPEG, WebP, GIF, PDF and text, 24 MB in all",
+        words="PNG, JPEG, WebP, GIF, PDF and text, 24 MB in all, 7.5 MB a picture",
+        most_picture_bytes=_ANTHROPIC_PICTURE_BYTES,
     ),
 }
 
@@ -131,10 +133,15 @@ def not_taken(dialect: Dialect, kind: Kind | None, files: Files) -> NotTaken | N
     if dialect in _BY_SDK:
         return None
     draws = kind is Kind.IMAGE_GENERATION
+    if (dialect, False) not in _TAKEN:
+        allowed = "an upstream that speaks OpenAI's, Anthropic's or Gemini's"
+        return NotTaken("model", f"speaks the {dialect} dialect alone", allowed)
     taken = _TAKEN.get((dialect, draws))
     if taken is None:
         return NotTaken("model", "makes no images", "a model that makes images")
-    for mime_type, _ in files:
+    for mime_type, size_bytes in files:
+        if mime_type in _PICTURES and size_bytes > (taken.most_picture_bytes or size_bytes):
+            return NotTaken("files", "takes no picture of that size", taken.words)
         if mime_type == ANY_IMAGE or mime_type in taken.types:
             continue
         if not (taken.text and is_text(mime_type)):

@@ -125,7 +125,9 @@ def test_a_model_that_nobody_names_is_geminis_for_a_prompt() -> None:
         (Kind.MULTI_MODAL, (("audio/wav", 9),), ["openai", "gemini"]),
         (Kind.MULTI_MODAL, (("video/mp4", 9),), ["gemini"]),
         (Kind.MULTI_MODAL, (("text/csv", 9), ("image/*", 0)), ["claude", "openai", "gemini"]),
-        (Kind.MULTI_MODAL, (("image/png", 30_000_000),), ["openai", "gemini"]),
+        (Kind.MULTI_MODAL, (("application/pdf", 30_000_000),), ["openai", "gemini"]),
+        (Kind.MULTI_MODAL, (("image/png", 7_500_001),), ["openai", "gemini"]),
+        (Kind.MULTI_MODAL, (("image/png", 7_500_000),) * 2, ["claude", "openai", "gemini"]),
     ],
 )
 def test_only_upstreams_that_can_take_a_prompt_are_in_its_chain(
@@ -200,6 +202,14 @@ def test_a_prompt_that_nobody_can_take_is_told_why(
     assert refused.value.field == field
     assert said in refused.value.message
     assert str(refused.value.allowed).startswith(allowed)
+
+
+def test_an_upstream_of_bedrocks_dialect_alone_takes_no_prompts() -> None:
+    cloud = Targets(Deployment((Upstream("cloud", {"bedrock": "http://b"}, "k"),)))
+    for bound in (None, "cloud"):
+        with pytest.raises(InvalidRequest, match="speaks the bedrock dialect alone") as refused:
+            targets_for_prompt(cloud, bound, "amazon.nova-pro-v1:0", Kind.TEXT_ONLY)
+        assert str(refused.value.allowed).startswith("an upstream that speaks OpenAI's")
 
 
 def test_a_prompt_for_a_model_that_nobody_serves_is_told_what_there_is() -> None:
