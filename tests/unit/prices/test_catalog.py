@@ -23,7 +23,7 @@ from tidegate.prices.rates import (
     provider_of,
 )
 
-TODAY = date(2026, 11, 28)
+TODAY = date(2026, 11, 30)
 ROWS = [row for provider in catalog().providers for row in catalog().rows(provider)]
 M = 1_000_000
 
@@ -66,6 +66,10 @@ def cost(provider: str, model: str, usage: Usage, tier: str = "", day: date = TO
          1_250 + 5_000),
         ("openai", "gpt-5", "batch", Usage(1_000, 0, details=UsageDetails(file_searches=2)),
          625 + 5_000),
+        # 100 of text, 900 of a picture, and a picture.
+        ("openai", "gpt-image-2.5-flare", "", Usage(1_000, 4_160, details=UsageDetails(
+            input_image_tokens=900)), 500 + 7_200 + 124_800),
+        ("openai", "gpt-image-2-2026-04-21", "", Usage(100, 272), 500 + 8_160),
         ("azure", "gpt-5", "", Usage(1, 1, details=UsageDetails(file_searches=1)), None),
         ("openrouter", "anthropic/claude-sonnet-4.5", "", Usage(200_001, 0), 1_200_006),
         # A search of a provider whose price for it is not known makes the cost unknown.
