@@ -470,16 +470,15 @@ class PromptAnswer:
                 self._ended = True
             elif text:
                 with suppress(orjson.JSONDecodeError):  # cut, which its missing end tells
-                    yield from self._take(orjson.loads(text))
+                    yield from self._take(self._read(object_of(orjson.loads(text))))
 
     def _whole(self, text: bytes) -> Iterator[Event]:
         with suppress(orjson.JSONDecodeError):  # no object: it is no answer
             value = orjson.loads(text)
             self._ended = True
-            yield from self._take(value)
+            yield from self._take(self._read(_whole_of(object_of(value))))
 
-    def _take(self, value: Any) -> Iterator[Event]:
-        said = self._read(object_of(value))
+    def _take(self, said: _Said | None) -> Iterator[Event]:
         if said is None:
             return
         self._objects += 1
@@ -515,6 +514,17 @@ class PromptAnswer:
         return None
 
 
+def _whole_of(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A whole answer without the last piece of a stream that Perplexity repeats in it."""
+    if not isinstance(value.get("choices"), list):
+        return value
+    choices = [
+        {name: part for name, part in one.items() if name != "delta" or "message" not in one}
+        for one in objects_in(value["choices"])
+    ]
+    return {**value, "choices": choices}
+
+
 def _of_completion(value: Mapping[str, Any]) -> _Said | None:
     """Of a chat completion or a chunk of one, or the answer of an images call."""
     if isinstance(value.get("data"), list):
@@ -522,7 +532,9 @@ def _of_completion(value: Mapping[str, Any]) -> _Said | None:
     if not isinstance(value.get("choices"), list):
         return None
     choice = next(iter(objects_in(value["choices"])), {})
-    message = object_of(choice.get("delta") or choice.get("message"))
+    # In a stream Perplexity also repeats all that came before, as `message`.
+    delta = choice.get("delta")
+    message = object_of(choice.get("message") if delta is None else delta)
     refusal = message.get("refusal")
     return _Said(
         _texts(message.get("content")),

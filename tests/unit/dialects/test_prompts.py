@@ -241,6 +241,21 @@ def test_a_whole_answer_is_read_at_its_end() -> None:
         assert found == [Picture(Media("image/jpeg", b"\xff\xd8\xffjpeg"))]
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_answer_that_has_both_a_message_and_a_delta_is_read_once(streams: bool) -> None:
+    """As Perplexity's: in a stream the message is all that has come so far."""
+
+    def both(text: str, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        said = {"role": "assistant", "content": text}
+        return {"choices": [{"message": said, "delta": delta, "finish_reason": finish}]}
+
+    whole = both("Hello", {"role": "assistant", "content": ""}, "stop")
+    streamed = both("Hel", {"content": "Hel"}), both("Hello", {"content": "lo"}), both("Hello", {})
+    data = events(*streamed, whole) if streams else json.dumps(whole).encode()
+    answer, _ = read(OPENAI, data, streams=streams)
+    assert (answer.whole_text, answer.finish_reason) == ("Hello", "stop")
+
+
 @pytest.mark.parametrize("cut", [CHAT[:60], CLAUDE[: CLAUDE.index(b"message_delta")], b""])
 def test_a_stream_without_its_end_is_no_answer(cut: bytes) -> None:
     dialect = OPENAI if CHAT.startswith(cut) else ANTHROPIC
