@@ -188,7 +188,7 @@ def worker() -> None:
 )
 def emulator(context: typer.Context) -> None:
     """Run the emulated provider alone (-- --help shows its options)."""
-    program = (sys.executable, "-m", "tidegate.emulator", *context.args)
+    program = (sys.executable, "-P", "-m", "tidegate.emulator", *context.args)
     os.execv(program[0], program)
 
 

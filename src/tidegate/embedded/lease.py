@@ -355,7 +355,7 @@ def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
             with opened(tells):
                 folder.keeper_log.chmod(0o600)
                 command = [
-                    *(sys.executable, "-m", "tidegate.embedded.keeper", str(folder.data_dir)),
+                    *(sys.executable, "-P", "-m", "tidegate.embedded.keeper", str(folder.data_dir)),
                     *("--idle-s", str(idle_s), "--began-fd", str(tells)),
                 ]
                 subprocess.run(

@@ -874,7 +874,7 @@ class EmulatorServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._port_file.unlink(missing_ok=True)
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
-        command = [sys.executable, "-m", "tidegate.emulator", *address]
+        command = [sys.executable, "-P", "-m", "tidegate.emulator", *address]
         self.process.spawn([*command, "--port-file", str(self._port_file)])
 
     def await_ready(self, timeout_s: float = 20.0) -> None:

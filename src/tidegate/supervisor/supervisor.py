@@ -462,7 +462,7 @@ class Supervision:
             for one in (*kept, written.fileno()):
                 os.set_inheritable(one, True)
             environment = {**os.environ, _SUPERVISION: str(written.fileno())}
-            arguments = [sys.executable, "-m", "tidegate", *sys.argv[1:]]
+            arguments = [sys.executable, "-P", "-m", "tidegate", *sys.argv[1:]]
             signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)  # until there are handlers again
             try:
                 os.execve(sys.executable, arguments, environment)
@@ -658,6 +658,7 @@ async def run_command(command: tuple[str, ...], environment: Mapping[str, str]) 
     it."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         "tidegate",
         *command,

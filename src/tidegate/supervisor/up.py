@@ -401,7 +401,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _children(listener: socket.socket, apis: int, workers: int) -> list[Child]:
-    program = (sys.executable, "-m", "tidegate")
+    program = (sys.executable, "-P", "-m", "tidegate")
     serve = (*program, "serve", "--fd", str(listener.fileno()))
     return [
         *(Child(f"api-{number}", serve) for number in range(1, apis + 1)),

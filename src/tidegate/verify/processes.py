@@ -47,7 +47,7 @@ class ProcessFamily:
     """
 
     def __init__(self, program: str, module: str = "tidegate.verify.processes") -> None:
-        self._command = (sys.executable, "-m", module, program)
+        self._command = (sys.executable, "-P", "-m", module, program)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._events: list[Event] = []

@@ -93,7 +93,9 @@ async def test_up_shows_its_page_survives_a_killed_child_and_leaves_nothing(
     port = free_port()
     place = f"http://localhost:{port}"
     settings = {"PORT": str(port), "DATA_DIR": str(data_dir)}
-    with _running(tmp_path, "up", "-m", "tidegate", "up", **settings) as (up, said):
+    # A user's file that is named like a module which the processes need.
+    (tmp_path / "html.py").write_text("raise SystemExit('not this one')\n")
+    with _running(tmp_path, "up", "-P", "-m", "tidegate", "up", **settings) as (up, said):
         await wait_until(lambda: "Ctrl-C stops everything" in said.read_text(), 60, "the page")
         page = said.read_text()
         assert f"Tidegate 0.1.0   {place}" in page

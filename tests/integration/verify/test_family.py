@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from tests.waiting import wait_until
 from tidegate.verify.processes import ProcessFamily
 
 SLOW = "tests.integration.verify.slow_to_end"
+# Its processes do not look for modules in the working folder.
+PATHS = {"PYTHONPATH": str(Path(__file__).parents[3])}
 
 
 async def test_a_block_that_is_cancelled_at_its_end_waits_for_its_processes() -> None:
@@ -17,7 +20,7 @@ async def test_a_block_that_is_cancelled_at_its_end_waits_for_its_processes() ->
 
     async def block() -> None:
         async with family:
-            await family.start("slow", {}, {})
+            await family.start("slow", {}, PATHS)
             await wait_until(lambda: family.told("up"))
 
     running = asyncio.create_task(block())
@@ -34,7 +37,7 @@ async def test_a_killing_that_is_cancelled_is_done_at_the_end() -> None:
 
     async def block() -> None:
         async with family:
-            await family.start("slow", {}, {})
+            await family.start("slow", {}, PATHS)
             await wait_until(lambda: family.told("up"))
             killing = asyncio.create_task(family.end("slow"))
             await wait_until(lambda: family.told("ending"))
