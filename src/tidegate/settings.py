@@ -58,9 +58,9 @@ _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.(?!-)[A-Za-z0-9-]{1,63})*\.?
 
 # What is allowed, where the type alone does not say it in a user's words.
 ALLOWED = {
-    "database_url": "a URL that starts with postgresql://, its ports numbers",
+    "database_url": "a URL that starts with postgresql://, its ports numbers, # in a password %23",
     "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
-    "redis+cluster://",
+    "redis+cluster://, # in a password %23",
     "data_dir": "the path of a folder, or of one to be made",
     "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
     "host": "an IP address or a host name",

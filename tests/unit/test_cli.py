@@ -69,6 +69,16 @@ def test_a_collector_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
         assert done.stderr == f"tidegate: OTEL_EXPORTER_OTLP_ENDPOINT=nonsense: {said}\n"
 
 
+@pytest.mark.parametrize("command", [("serve",), ("config", "check")])
+def test_a_url_of_valkey_that_cannot_be_right_is_told_in_one_line(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    away = {"DATABASE_URL": "postgresql://127.0.0.1:1/x", "MIGRATE_AT_START": "0", "PORT": "0"}
+    done = _run(tmp_path, *command, **away, REDIS_URL="redis://:sesame@127.0.0.1:1/0?colour=red")
+    said = "tidegate: REDIS_URL=redis://(hidden): has the unknown option colour\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("worker",), ("config", "check")])
 def test_a_mistake_in_the_policy_file_is_told_in_one_line(
     command: tuple[str, ...], tmp_path: Path

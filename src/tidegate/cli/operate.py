@@ -297,11 +297,14 @@ def _config() -> None:
 
 def load_sound() -> Config:
     """The settings, where all that `config check` checks is sound. Raises ConfigError."""
+    from tidegate.limiter import check_server_url
     from tidegate.policy.deployment import deployed, deployed_upstreams
     from tidegate.settings import load
     from tidegate.telemetry.tracing import check_collector, collector_variables
 
     config = load()
+    if config.redis_url is not None:
+        check_server_url("REDIS_URL", config.redis_url.get_secret_value())
     check_collector(collector_variables())
     deployed(config)
     deployed_upstreams(config)

@@ -28,7 +28,14 @@ from tidegate.errors import (
     UpstreamTimeout,
 )
 from tidegate.limiter.connection import STALLED_S
-from tidegate.limiter.diagnostics import ServerReport, commands, examine, forget_pool, look_until
+from tidegate.limiter.diagnostics import (
+    ServerReport,
+    check_server_url,
+    commands,
+    examine,
+    forget_pool,
+    look_until,
+)
 from tidegate.limiter.estimates import WaitEstimate, WaitingLine
 from tidegate.limiter.limiter import (
     AcquireOptions,
@@ -186,6 +193,7 @@ __all__ = [
     "Weights",
     "Why",
     "as_limit",
+    "check_server_url",
     "check_tenant",
     "commands",
     "examine",

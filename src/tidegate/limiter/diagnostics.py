@@ -21,7 +21,7 @@ from uuid import uuid4
 import msgpack
 from redis.exceptions import RedisError
 
-from tidegate.errors import LimiterUnavailable
+from tidegate.errors import ConfigError, LimiterUnavailable
 from tidegate.limiter._compat import close_now
 from tidegate.limiter.connection import Link, LinkDown
 from tidegate.limiter.flow import flow_of
@@ -65,6 +65,14 @@ def commands() -> tuple[str, ...]:
         for command, inner in _CALL.findall(part.read_text(encoding="utf-8")):
             found.add(f"{command}|{inner}".lower() if inner else command.lower())
     return tuple(sorted(found))
+
+
+def check_server_url(variable: str, url: str) -> None:
+    """Raises ConfigError, which names `variable`, for a URL that can't be right, without I/O."""
+    try:
+        Server(url, Keyspace("check").meta)
+    except ConfigError as wrong:
+        raise ConfigError(variable, wrong.value, wrong.allowed) from None
 
 
 async def examine(url: str, pool: str) -> ServerReport:

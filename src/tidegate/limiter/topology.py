@@ -15,6 +15,7 @@ sought.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Generator
 from importlib import import_module
@@ -42,6 +43,7 @@ MAX_KNOWN_NODES = 64
 
 _BASES = ("redis", "rediss", "unix")
 _SCHEMES = "is not redis, rediss, unix, redis+sentinel or redis+cluster"
+_UNREADABLE = "cannot be read as a URL: in a password, # is %23, / is %2F, ? is %3F and % is %25"
 _MEMORY = "memory://"
 _SLOTS = ("CLUSTER", "SLOTS")
 _PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
@@ -92,9 +94,10 @@ def read_url(url: str) -> ServerUrl:
     base, _, finder = scheme.partition("+")
     if finder not in _PORTS or base not in (_BASES[:2] if finder else _BASES):
         raise _wrong(scheme, _SCHEMES)
-    if not finder:
-        return ServerUrl("", (), "", f"{scheme}://{rest}", "")
     parts = urlsplit(f"//{rest}")
+    if not finder:
+        _check_database(scheme, parts.path.strip("/") if base != "unix" else "")
+        return ServerUrl("", (), "", f"{scheme}://{rest}", "")
     access, at, hosts = parts.netloc.rpartition("@")
     try:
         seeds = tuple(_address(host, _PORTS[finder]) for host in hosts.split(","))
@@ -105,6 +108,7 @@ def read_url(url: str) -> ServerUrl:
         raise _wrong(scheme, "needs the name of the service: .../host:26379/service")
     if finder == "cluster" and (service not in ("", "0") or database):
         raise _wrong(scheme, "a cluster has database 0 only")
+    _check_database(scheme, database)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     watcher = {name: options.pop(f"sentinel_{name}", "") for name in ("username", "password")}
     server_url = f"{base}://{access}{at}host/{database}?{urlencode(options)}"
@@ -112,6 +116,12 @@ def read_url(url: str) -> ServerUrl:
         return ServerUrl(finder, seeds, "", server_url, server_url)
     options |= {name: value for name, value in watcher.items() if value}
     return ServerUrl(finder, seeds, service, server_url, f"{base}://host?{urlencode(options)}")
+
+
+def _check_database(scheme: str, text: str) -> None:
+    """redis-py would take database 0 in place of one that is no number."""
+    if text and "@" not in text and not (text.isascii() and text.isdigit()):
+        raise _wrong(scheme, "its database, behind the /, must be a whole number")
 
 
 def _scheme_of(url: str) -> str:
@@ -168,8 +178,12 @@ class Server:
         try:
             self._make(ServerQuestion(None))
         except ValueError as error:
-            raise _wrong(scheme, "cannot be read as a URL") from error
-        except (TypeError, RedisError) as error:
+            raise _wrong(scheme, _UNREADABLE) from error
+        except TypeError as error:  # an option of the URL that no connection has
+            option = re.search(r"argument '(.*)'", str(error))
+            why = f"has the unknown option {option[1]}" if option else str(error)
+            raise _wrong(scheme, why) from error
+        except RedisError as error:
             raise _wrong(scheme, str(error)) from error
 
     async def connect(self, deadline_s: float) -> AbstractConnection:
