@@ -8,7 +8,9 @@ from tests.unit.invoked import invoke
 from tidegate.errors import ConfigError
 
 
-@pytest.mark.parametrize("period", ["500ms", "1500ms", "400d", "99999999999d"])
+@pytest.mark.parametrize(
+    "period", ["500ms", "1500ms", "400d", "99999999999d", "fortnight", "9" * 400 + "d"]
+)
 def test_a_period_that_no_budget_can_have_is_refused_by_its_option(period: str) -> None:
     with pytest.raises(ConfigError) as refused:
         invoke("budgets", "set", "b", "--usd", "1", "--period", period)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.cli.limits import span_ms
 from tidegate.cli.terminal import (
     Json,
     confirm,
@@ -195,15 +194,16 @@ def _alerts(texts: list[str]) -> list[int]:
 
 
 def _period(period: str) -> dict[str, Any]:
+    from tidegate.policy.format import ms_of
     from tidegate.prices.budgets import LONGEST_WINDOW_S
 
     if period in ("day", "week", "month"):
         return {"period": period}
-    window_s, rest_ms = divmod(span_ms("--period", period), 1000)
-    if rest_ms or not 1 <= window_s <= LONGEST_WINDOW_S:
+    window_ms = ms_of(period) or 0.0
+    if window_ms % 1000 or not 1000 <= window_ms <= LONGEST_WINDOW_S * 1000:
         allowed = f"day, week, month, or whole seconds up to {LONGEST_WINDOW_S // 86_400}d"
         raise ConfigError("--period", period, allowed)
-    return {"period": "rolling", "window_s": window_s}
+    return {"period": "rolling", "window_s": int(window_ms) // 1000}
 
 
 @app.command()
