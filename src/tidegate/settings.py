@@ -124,11 +124,11 @@ def is_address(text: str) -> bool:
     return True
 
 
-def _is_plain_url(text: str) -> bool:
+def is_plain_url(text: str) -> bool:
     """Whether it is an HTTP URL without a user, a password or a query."""
     url = split_url(text)
     plain = bool(url.hostname) and not (url.username or url.password or url.query)
-    return plain and url.scheme in ("http", "https")
+    return plain and url.scheme in ("http", "https") and re.search(r"\s", text) is None
 
 
 def is_key(text: str) -> bool:
@@ -137,14 +137,14 @@ def is_key(text: str) -> bool:
 
 def _issuer(value: str) -> str:
     url, is_local = split_url(value), split_url(value).hostname in ("localhost", "127.0.0.1", "::1")
-    is_sound = _is_plain_url(value) and not url.fragment and (url.scheme == "https" or is_local)
+    is_sound = is_plain_url(value) and not url.fragment and (url.scheme == "https" or is_local)
     return _checked("jwt_issuer", value, is_sound or not value)
 
 
 def _url(value: str | None) -> str | None:
     if value is None:
         return None
-    is_sound = _is_plain_url(value) and not split_url(value).fragment
+    is_sound = is_plain_url(value) and not split_url(value).fragment
     return _checked("tidegate_url", value.rstrip("/"), is_sound)
 
 
@@ -608,7 +608,7 @@ class Config(BaseModel):
     @field_validator("gemini_base_url")
     @classmethod
     def _http(cls, value: str) -> str:
-        return _checked("gemini_base_url", value.rstrip("/"), _is_plain_url(value))
+        return _checked("gemini_base_url", value.rstrip("/"), is_plain_url(value))
 
     @field_validator("alert_webhook_url")
     @classmethod

@@ -55,6 +55,7 @@ from tidegate.settings import (
     Client,
     Config,
     from_dotenv,
+    is_plain_url,
     origins,
     secret,
     split_url,
@@ -633,13 +634,11 @@ def _routes(value: object, names: set[str]) -> tuple[Route, ...]:
 def _base_url(path: str, dialect: str, url: object) -> str:
     if dialect not in DIALECTS:
         raise ConfigError(path, None, unknown(dialect, DIALECTS))
-    parts = split_url(url) if isinstance(url, str) else split_url("")
-    plain = bool(parts.hostname) and not (parts.username or parts.password or parts.query)
-    if not plain or parts.scheme not in ("http", "https"):
+    if not isinstance(url, str) or not is_plain_url(url):
         raise ConfigError(
-            path, "(hidden)", "must be an http:// or https:// URL without a user or query"
+            path, "(hidden)", "must be an http:// or https:// URL without a user, query or blank"
         )
-    return str(url).rstrip("/")
+    return url.rstrip("/")
 
 
 def _texts(path: str, value: object) -> tuple[str, ...]:
