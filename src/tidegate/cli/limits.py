@@ -394,7 +394,7 @@ def _parsed(change: str, command: str) -> tuple[str, Any]:
         raise ConfigError(command, change, "must be KEY=VALUE")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return key.strip(), value.strip()
 
 

@@ -267,7 +267,7 @@ def _toml(name: str, text: str) -> dict[str, Any]:
 
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as broken:
+    except (tomllib.TOMLDecodeError, RecursionError) as broken:
         raise ConfigError(name, "(file)", f"must be TOML: {broken}") from None
 
 
