@@ -69,6 +69,17 @@ def test_a_collector_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
         assert done.stderr == f"tidegate: OTEL_EXPORTER_OTLP_ENDPOINT=nonsense: {said}\n"
 
 
+def test_what_only_routing_knows_is_checked_before_the_settings_are_called_sound(
+    tmp_path: Path,
+) -> None:
+    upstream = "[upstreams.a]\nprovider = 'vllm'\nbase_url = 'http://x'\n"
+    (tmp_path / "tidegate.toml").write_text(f"{upstream}passthrough = ['/v1/models']\n")
+    done = _run(tmp_path, "config", "check")
+    said = "upstreams.a.passthrough=/v1/models: must be a path that Tidegate does not know itself"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"tidegate: {said}, nor one below it\n"
+
+
 @pytest.mark.parametrize("command", [("serve",), ("config", "check")])
 def test_a_url_of_valkey_that_cannot_be_right_is_told_in_one_line(
     command: tuple[str, ...], tmp_path: Path

@@ -300,6 +300,7 @@ def load_sound() -> Config:
     from tidegate.limiter import check_server_url
     from tidegate.policy.deployment import deployed, deployed_upstreams
     from tidegate.settings import load
+    from tidegate.spine.routing import Targets
     from tidegate.telemetry.tracing import check_collector, collector_variables
 
     config = load()
@@ -307,7 +308,7 @@ def load_sound() -> Config:
         check_server_url("REDIS_URL", config.redis_url.get_secret_value())
     check_collector(collector_variables())
     deployed(config)
-    deployed_upstreams(config)
+    Targets(deployed_upstreams(config))
     return config
 
 
