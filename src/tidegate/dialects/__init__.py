@@ -16,6 +16,8 @@ from tidegate.dialects.bedrock import BEDROCK
 from tidegate.dialects.gemini import GEMINI
 from tidegate.dialects.openai import OPENAI
 from tidegate.dialects.spec import Dialect, DialectSpec, Endpoint
+from tidegate.errors import ConfigError
+from tidegate.policy.deployment import Upstream
 
 # In the order in which a path is tried; OpenAI's is spoken where no other is.
 DIALECTS: dict[str, DialectSpec] = {
@@ -153,6 +155,15 @@ def is_known(path: str) -> bool:
         return True
     below = f"{stem}/"
     return path != stem and any(one.startswith(below) for one in (*_POSTED, *_KNOWN_ROOTS))
+
+
+def check_passthrough(upstreams: Iterable[Upstream]) -> None:
+    """Raises ConfigError for one that names a path which Tidegate knows itself."""
+    for one in upstreams:
+        for pattern in one.passthrough:
+            if is_known(pattern):
+                allowed = "must be a path that Tidegate does not know itself, nor one below it"
+                raise ConfigError(f"upstreams.{one.name}.passthrough", pattern, allowed)
 
 
 def methods_at(path: str, dialect: Dialect) -> tuple[str, ...]:

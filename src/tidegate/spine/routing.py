@@ -35,11 +35,10 @@ from typing import Any, Literal
 
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
 from tidegate.call import Kind, Status
-from tidegate.dialects import is_known
+from tidegate.dialects import check_passthrough, is_known
 from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import (
-    ConfigError,
     DeadlineExceeded,
     Forbidden,
     InvalidRequest,
@@ -673,13 +672,20 @@ class Targets:
             else:
                 known = (self._without_model(dialect), True)
             if not known[0]:
-                what = f"serves the model {model!r}" if model else "takes a call without a model"
-                raise NotFound(f"no upstream {what} in the {dialect} dialect", field="model")
+                raise NotFound(self._unserved(dialect, plain), field="model")
             if len(self._known) >= _MODELS_KEPT:  # clients think of names without end
                 del self._known[next(iter(self._known))]
             self._known[dialect, model] = known
         found, by_lot = known
         return self._drawn(found) if by_lot else list(found)
+
+    def _unserved(self, dialect: Dialect, model: str) -> str:
+        if not model:
+            return f"no upstream takes a call without a model in the {dialect} dialect"
+        serving = self._routed(model) or self._best(model, self.upstreams.values())
+        others = sorted({other for one in serving for other in one.upstream.base_urls})
+        but = f", but in: {', '.join(others)} (calls are not translated)" if others else ""
+        return f"no upstream serves the model {model!r} in the {dialect} dialect{but}"
 
     def are_alike(self, dialect: Dialect, model: str) -> bool:
         """Whether the order of the targets that `of` has found for a model is drawn by lot."""
@@ -805,15 +811,6 @@ class Targets:
             for place, target in enumerate(targets)
         ]
         return [targets[place] for _, place in sorted(keys, reverse=True)]
-
-
-def check_passthrough(upstreams: Iterable[Upstream]) -> None:
-    """Raises ConfigError for one that names a path which Tidegate knows itself."""
-    for one in upstreams:
-        for pattern in one.passthrough:
-            if is_known(pattern):
-                allowed = "must be a path that Tidegate does not know itself, nor one below it"
-                raise ConfigError(f"upstreams.{one.name}.passthrough", pattern, allowed)
 
 
 def _first_dialect(upstream: Upstream) -> Dialect:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tidegate.call import DEFAULT_POOL
+from tidegate.dialects import check_passthrough
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable, UpstreamsChanged, UpstreamUnfit
 from tidegate.limiter import Limiter, Observer, PoolPolicy
@@ -32,7 +33,6 @@ from tidegate.policy.rollout import PolicyKeeper, open_pool
 from tidegate.settings import Config
 from tidegate.spine.learning import LimitLearner
 from tidegate.spine.native import Relay
-from tidegate.spine.routing import check_passthrough
 from tidegate.spine.run import timeouts_of
 from tidegate.store.notifications import Notifications, next_beat_s
 from tidegate.store.provider.upstreams import (

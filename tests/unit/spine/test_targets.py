@@ -82,8 +82,10 @@ def test_a_route_is_a_chain_in_its_order() -> None:
 
 
 def test_a_model_that_nobody_serves_is_not_found() -> None:
-    with pytest.raises(NotFound, match="claude"):
+    with pytest.raises(NotFound, match="'claude' in the anthropic dialect, but in: gemini, openai"):
         targets().of(Dialect.ANTHROPIC, "claude")
+    with pytest.raises(NotFound, match=r"'claude' in the openai dialect$"):
+        Targets(Deployment((OPENAI,), ())).of(Dialect.OPENAI, "claude")
 
 
 def test_a_call_that_names_no_model_goes_to_who_speaks_that_dialect_first() -> None:
