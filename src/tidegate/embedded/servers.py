@@ -169,7 +169,7 @@ class ServerProcess:
         )
         said: str = done.stderr.decode(errors="replace")[-800:].strip()
         if done.returncode != 0:
-            raise ServerFailed(f"{Path(command[0]).name} failed: {said}")
+            raise ServerFailed(f"{Path(command[0]).name} failed: {' '.join(said.split())}")
         return said
 
     def await_ready(self, timeout_s: float) -> None:

@@ -24,10 +24,18 @@ from tidegate.embedded.servers import (
     PostgresServer,
     Postmaster,
     ServerFailed,
+    ServerProcess,
     StillRecovering,
     recovers,
 )
 from tidegate.store.database import migrate
+
+
+def test_a_program_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    words = "echo 'FATAL: could not write' >&2; echo 'No space left on device' >&2; exit 1"
+    with pytest.raises(ServerFailed) as failed:
+        ServerProcess("PostgreSQL", tmp_path / "log", bool).run(["sh", "-c", words])
+    assert str(failed.value) == "sh failed: FATAL: could not write No space left on device"
 
 
 async def test_a_second_start_on_a_cluster_stops_the_server_that_runs_there(
