@@ -38,6 +38,8 @@ _KINDS = {
     "int_from_float": ("is no whole number", "a whole number"),
     "float_parsing": ("is no number", "a number"),
     "float_type": ("is no number", "a number"),
+    "decimal_parsing": ("is no number", "a number"),
+    "decimal_type": ("is no number", "a number"),
     "bool_parsing": ("is neither true nor false", "true or false"),
     "bool_type": ("is neither true nor false", "true or false"),
     "string_type": ("is no text", "a text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -10,6 +11,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tidegate.call import Kind
+from tidegate.http.admin.limits import wrong_body
 from tidegate.http.problems import in_words
 
 
@@ -36,6 +38,7 @@ class Named(BaseModel):
         (Kind, "poem", ("is not known", "'text_only', 'multi_modal' or 'image_generation'")),
         (Strict, {"limits": 1}, ("is not known", None)),
         (Named, {}, ("is not given", "required")),
+        (Decimal, "a", ("is no number", "a number")),
         (bool, "perhaps", ("is neither true nor false", "true or false")),
     ],
 )
@@ -52,3 +55,10 @@ def test_what_has_no_words_of_ours_is_told_in_pydantics() -> None:
         TypeAdapter(complex).validate_python("x")
     wrong, allowed = in_words(dict(refused.value.errors()[0]))
     assert (wrong.startswith("is not right: Input should be "), allowed) == (True, None)
+
+
+def test_a_field_that_an_operators_body_can_not_have_is_told_with_those_that_it_can() -> None:
+    with pytest.raises(ValidationError) as refused:
+        Strict.model_validate({"nmae": "x"})
+    told = wrong_body(Strict, refused.value)
+    assert (told.field, told.message, told.allowed) == ("nmae", "nmae is not known", "name")

@@ -22,7 +22,7 @@ from tidegate.call import DEFAULT_POOL
 from tidegate.errors import ConfigError, InvalidRequest, ShuttingDown, UnsupportedMedia
 from tidegate.http.body import incoming_of
 from tidegate.http.guards import admin_router
-from tidegate.http.problems import problem_responses
+from tidegate.http.problems import in_words, problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.http.sse import disconnected
 from tidegate.policy.format import Edit, edit, to_plain
@@ -72,13 +72,21 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     try:
         values = model.model_validate_json(raw or b"{}")
     except ValidationError as invalid:
-        first = invalid.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "body"
-        raise InvalidRequest(where, f"{where}: {first['msg']}") from None
+        raise wrong_body(model, invalid) from None
     if _NUL in raw and (nul := _nul_in(orjson.loads(raw))) is not None:
         where = ".".join(nul) or "body"
         raise InvalidRequest(where, f"{where} has a NUL character")
     return values
+
+
+def wrong_body(model: type[BaseModel], invalid: ValidationError) -> InvalidRequest:
+    """What the caller hears of a body that is none of `model`."""
+    first: dict[str, Any] = dict(invalid.errors(include_url=False, include_input=False)[0])
+    where = ".".join(str(step) for step in first["loc"]) or "body"
+    wrong, allowed = in_words(first)
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        allowed = ", ".join(model.model_fields)
+    return InvalidRequest(where, f"{where} {wrong}", allowed=allowed)
 
 
 def _nul_in(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
