@@ -69,6 +69,17 @@ def test_a_collector_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
         assert done.stderr == f"tidegate: OTEL_EXPORTER_OTLP_ENDPOINT=nonsense: {said}\n"
 
 
+@pytest.mark.parametrize("command", [("up",), ("worker",), ("config", "check")])
+def test_a_nightly_reconciliation_that_workers_could_not_do_is_told_in_one_line(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = {"PORT": "0", "OPENAI_API_KEY": "k", "OPENAI_ADMIN_KEY": ""}
+    done = _run(tmp_path, *command, **settings, RECONCILE="openai")
+    said = "tidegate: OPENAI_ADMIN_KEY=(not set): must be set to an admin key of the account\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert list(tmp_path.iterdir()) == [], "no server has begun"
+
+
 def test_what_only_routing_knows_is_checked_before_the_settings_are_called_sound(
     tmp_path: Path,
 ) -> None:

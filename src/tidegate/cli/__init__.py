@@ -155,7 +155,7 @@ def up(
     with _without(_OF_REDIS):
         from tidegate.supervisor.up import up as run
 
-    raise typer.Exit(run(load_to_run(), api, workers))
+    raise typer.Exit(run(load_to_run(with_jobs=workers > 0), api, workers))
 
 
 @app.command(rich_help_panel=_RUN)
@@ -169,7 +169,7 @@ def serve(
         from tidegate.supervisor.roles import serve as run
 
     with _without(_OF_FASTAPI):
-        run(load_to_run(), fd)
+        run(load_to_run(with_jobs=False), fd)
 
 
 @app.command(rich_help_panel=_RUN)

@@ -295,11 +295,12 @@ def _config() -> None:
     pass
 
 
-def load_sound() -> Config:
-    """The settings, where all that `config check` checks is sound. Raises ConfigError."""
+def load_sound(*, with_jobs: bool = True) -> Config:
+    """The settings, where all that `config check` checks is sound; without what only workers need
+    where this deployment has none. Raises ConfigError."""
     from tidegate.limiter import check_server_url
     from tidegate.policy.deployment import deployed, deployed_upstreams
-    from tidegate.settings import load
+    from tidegate.settings import load, secret
     from tidegate.spine.routing import Targets
     from tidegate.telemetry.tracing import check_collector, collector_variables
 
@@ -308,16 +309,21 @@ def load_sound() -> Config:
         check_server_url("REDIS_URL", config.redis_url.get_secret_value())
     check_collector(collector_variables())
     deployed(config)
-    Targets(deployed_upstreams(config))
+    upstreams = deployed_upstreams(config)
+    Targets(upstreams)
+    if with_jobs and config.reconcile:
+        from tidegate.jobs.reconciliation import nightly_accounts
+
+        nightly_accounts(upstreams, config.reconcile, secret)
     return config
 
 
-def load_to_run() -> Config:
+def load_to_run(*, with_jobs: bool = True) -> Config:
     """The same for a process that is to run, unless its supervisor has done it; what may be a
     mistake is said. Raises ConfigError."""
     from tidegate.supervisor.services import is_child
 
-    config = load_sound()
+    config = load_sound(with_jobs=with_jobs)
     if not is_child():
         say_doubtful(config)
     return config

@@ -96,6 +96,20 @@ def account_of(
     return UsageAccount(provider, upstream.base_urls[provider], key, network=network)
 
 
+def nightly_accounts(
+    deployment: Deployment, providers: Sequence[str], secret: Callable[[str], str]
+) -> list[tuple[Upstream, UsageAccount]]:
+    """Raises ConfigError for an unknown provider, one without an upstream, or without a key."""
+    accounts = []
+    for name in providers:
+        provider = usage_provider(name)
+        found = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
+        if not found:
+            raise ConfigError("RECONCILE", name, "must be the provider of an upstream")
+        accounts += [(one, account_of(one, provider, secret)) for one in found]
+    return accounts
+
+
 async def reconcile(
     record: Reconciliations,
     wire: RelayWire,
@@ -135,13 +149,7 @@ class NightlyReconciliation:
         self._record = record
         self._now = now
         self._done: dict[str, date] = {}  # also of days without a model, of which nothing is kept
-        self._accounts: list[tuple[Upstream, UsageAccount]] = []
-        for name in providers:
-            provider = usage_provider(name)
-            found = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
-            if not found:
-                raise ConfigError("RECONCILE", name, "must be the provider of an upstream")
-            self._accounts += [(one, account_of(one, provider, secret)) for one in found]
+        self._accounts = nightly_accounts(deployment, providers, secret)
 
     async def run(self) -> None:
         """Until cancelled. What fails is logged and tried again later."""
