@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import asyncpg
 
-from tests.watcher import MEMORY
+from tests.watcher import SHARED
 from tidegate.embedded.servers import PostgresServer
 
 TEMPLATE = "template_tidegate"
@@ -31,7 +30,12 @@ FAST = {"fsync": "off"}
 def copied(
     folder: Path, settings: dict[str, str] | None = None, *, migrated: bool = False
 ) -> PostgresServer:
-    """A server, not yet started, on a cluster of its own."""
+    """A server, not yet started, on a cluster of its own: in the folder, also as root."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for private in (folder, *folder.parents):  # up to the folder of the run
+        if private.stat().st_mode & 0o001:
+            break
+        private.chmod(0o711)
     server = PostgresServer(folder, settings=settings)
     server.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # With owner and modes, and where the file system can without copying blocks.
@@ -40,16 +44,10 @@ def copied(
     return server
 
 
-def in_memory(folder: Path) -> Path:
-    """A folder in memory for a cluster of this process, where the run has one; else `folder`."""
-    memory = Path(tempfile.gettempdir()) / MEMORY
-    return memory.resolve() / f"postgres-{os.getpid()}" if memory.exists() else folder
-
-
 @cache
 def _made(*, migrated: bool) -> Path:
     """The folder of a stopped server, kept until the run ends."""
-    folder = _shared() / ("migrated" if migrated else "empty")
+    folder = shared() / ("migrated" if migrated else "empty")
     folder.mkdir(parents=True, exist_ok=True)
     server = PostgresServer(folder, settings=FAST)
     done = folder / "done"
@@ -76,11 +74,11 @@ async def _migrate(server: PostgresServer) -> None:
 
 
 @cache
-def _shared() -> Path:
+def shared() -> Path:
     """A folder of all processes of the run; where a run has none, one of this process."""
     temporary = Path(tempfile.gettempdir())
     if (temporary / "run").exists():  # tests/watched.py
-        return temporary / "clusters"
+        return temporary / SHARED
     _kept.append(tempfile.TemporaryDirectory(prefix="clusters-"))
     return Path(_kept[0].name)
 

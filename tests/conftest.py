@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from tests.asked_once import asked_each_time
-from tests.clusters import FAST, copied, in_memory
+from tests.clusters import FAST, copied, shared
 from tests.databases import database_url, databases
 from tests.hung import pytest_runtest_protocol
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
@@ -76,10 +76,11 @@ def own_valkey(tmp_path: Path) -> Iterator[ValkeyServer]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+def postgres_server() -> Iterator[PostgresServer]:
     """Shared and healthy; `fsync` is off, since nothing in it outlives the run."""
-    folder = in_memory(tmp_path_factory.mktemp("postgres"))
-    server = copied(folder, FAST | {"full_page_writes": "off"}, migrated=True)
+    server = copied(
+        shared() / f"of-{os.getpid()}", FAST | {"full_page_writes": "off"}, migrated=True
+    )
     server.start()
     yield server
     server.stop()

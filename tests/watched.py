@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import execnet
@@ -23,6 +24,7 @@ import pytest
 from tests import preloaded, watcher
 
 ROOT = Path(__file__).parents[1]
+_IN_MEMORY = Path("/dev/shm")
 _MEMORY_BYTES = 4 << 30
 _OWNERS = {"make", "gmake", "watcher"}
 _SUITE = b"scripts/suite.py"
@@ -37,13 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if sys.platform != "linux" or hasattr(config, "workerinput"):
         return
     _remove_old_folders()
-    folder = Path(tempfile.mkdtemp(prefix="tests-"))
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir=_IN_MEMORY if _has_memory() else None))
     folder.chmod(0o755)
     (folder / "run").write_text(f"{os.getpid()} {ROOT}")
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         _go_on_below_a_watcher(folder, ends_orphans=bool(config.getoption("tx", [])))
-    _give_memory(folder)
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None
     if config.option.basetemp is None:
@@ -64,21 +65,16 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[execnet.XSpec]) -
         spec.python = shlex.join(command)
 
 
-def _give_memory(folder: Path) -> None:
-    """Lead to a folder in memory, where there is plenty: the shared PostgreSQL makes and removes
-    dozens of files for each test, which costs a file system on a disk a third of the server's time.
-    """
-    place = Path("/dev/shm")
-    if not os.access(place, os.W_OK | os.X_OK):
-        return
-    space = os.statvfs(place)
+def _has_memory() -> bool:
+    """Whether there is plenty of memory for all files of a run: the servers make and remove dozens
+    for each test, which costs a file system on a disk a third of PostgreSQL's time."""
+    if "TMPDIR" in os.environ or not os.access(_IN_MEMORY, os.W_OK | os.X_OK):
+        return False
+    space = os.statvfs(_IN_MEMORY)
     free_bytes = min(
         space.f_bavail * space.f_frsize, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
-    if free_bytes >= _MEMORY_BYTES:
-        memory = Path(tempfile.mkdtemp(prefix="tests-", dir=place))
-        memory.chmod(0o755)
-        (folder / watcher.MEMORY).symlink_to(memory)
+    return free_bytes >= _MEMORY_BYTES
 
 
 def _let_children_hear_signals() -> None:
@@ -181,12 +177,12 @@ def _ancestors() -> Iterator[int]:
 
 def _remove_old_folders() -> None:
     """Those of runs of this checkout that ended, which stayed for a look at what had failed."""
-    for run in Path(tempfile.gettempdir()).glob("tests-*/run"):
+    places = (_IN_MEMORY, Path(tempfile.gettempdir()))
+    for run in chain.from_iterable(place.glob("tests-*/run") for place in places):
         try:
             pid, _, checkout = run.read_text().partition(" ")
         except (FileNotFoundError, PermissionError):
             continue
         if checkout == str(ROOT) and not Path(f"/proc/{pid}").exists():
-            watcher.remove_memory(run.parent)
             watcher.remove_clusters(run.parent)
             shutil.rmtree(run.parent, ignore_errors=True)

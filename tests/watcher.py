@@ -26,9 +26,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 END_WITHIN_S = 10.0
-MEMORY = "memory"  # in the temporary folder of a run, a link to a folder in memory
 # Where PostgreSQL's clusters lie whose folders its user may not enter (`embedded/servers.py`).
 CLUSTERS = Path("/var/lib/tidegate")
+SHARED = "clusters"  # the folder of those that no test has to itself, in that of a run
 KILLED = 128 + signal.SIGKILL
 TESTS_FAILED = 1
 _LEAVES_ALONE_S = 2.0
@@ -127,18 +127,11 @@ def finish(status: int, folder: Path | None) -> None:
     left = end_descendants(0 if status == KILLED else _LEAVES_ALONE_S)
     if left and status != KILLED:
         sys.stderr.write(f"\nended {len(left)} processes that were left: {', '.join(left)}\n")
-    if folder is not None:
-        remove_memory(folder)
+    if folder is not None:  # it may be in memory
+        shutil.rmtree(folder / SHARED, ignore_errors=True)
     if folder is not None and status != TESTS_FAILED:
         remove_clusters(folder)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_memory(folder: Path) -> None:
-    """Remove what the temporary folder of a run has in memory."""
-    memory = folder / MEMORY
-    if memory.is_symlink():
-        shutil.rmtree(memory.resolve(), ignore_errors=True)
 
 
 def remove_clusters(folder: Path) -> None:

@@ -39,13 +39,11 @@ def test_clusters_that_lie_elsewhere_go_with_the_folder_of_their_run(
 
 @dataclass(slots=True)
 class Run:
-    """A run of pytest, in a session of its own. `folder` is its temporary one, `memory` that in
-    memory, where there is enough."""
+    """A run of pytest, in a session of its own, and its temporary folder."""
 
     process: subprocess.Popen[bytes]
     log: Path
     folder: Path = Path()
-    memory: Path | None = None
     processes: list[ProcessIdentity] = field(default_factory=list)
 
     @property
@@ -93,8 +91,6 @@ async def begin(tmp_path: Path) -> AsyncIterator[Runs]:
         begun.append(run)
         await wait_until(lambda: at.exists() and at.read_text(), 60, f"a run; see {log}")
         run.folder = Path(at.read_text())
-        if (run.folder / watcher.MEMORY).exists():
-            run.memory = (run.folder / watcher.MEMORY).resolve()
         run.processes = [found for pid in run.tree if (found := identify(pid))]
         programs = " ".join(run.left())
         for program in ("embedded.keeper", "valkey-server", "signal.pause", *services.split()):
@@ -114,7 +110,6 @@ async def nothing_is_left(run: Run) -> None:
     except AssertionError as error:
         raise AssertionError(f"{error}: {run.left()}\n{run.log.read_text()}") from None
     assert not run.folder.exists(), run.log.read_text()
-    assert run.memory is None or not run.memory.exists()
 
 
 async def test_kill_9_of_pytest(begin: Runs) -> None:
