@@ -21,7 +21,17 @@ import pytest_asyncio
 from playwright.async_api import Route, async_playwright, expect
 
 from tests.browser.pictures import WEIGHTS, under_traffic
-from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Seen, Stage, opened
+from tests.browser.stage import (
+    ARGUMENTS,
+    CHROMIUM,
+    POLICY,
+    TEXT,
+    Colours,
+    Seen,
+    Stage,
+    opened,
+    shoot,
+)
 from tests.gateway import gateway
 from tests.waiting import wait_until
 from tidegate.call import Charge, Scope, Usage
@@ -160,7 +170,7 @@ async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
         for width in (400, 1360):
             await seen.page.set_viewport_size({"width": width, "height": 900})
             assert await seen.is_within()
-            await state.screenshot(path=tmp_path / f"state-{width}.png")
+            await shoot(state, tmp_path / f"state-{width}.png")
         await cause.get_by_role("button", name="Resume").click()
         await seen.page.get_by_role("dialog").get_by_role("button", name="Resume").click()
         await expect(state).to_contain_text("Healthy")
@@ -199,7 +209,7 @@ async def test_of_many_limits_the_busy_ones_are_shown_and_all_are_found(
             await page.get_by_label("Group limits").select_option("kind")
             await expect(card.locator(".limit-group")).to_contain_text("40 limits")
             await seen.is_accessible()
-            await card.screenshot(path=tmp_path / "many.png")
+            await shoot(card, tmp_path / "many.png")
             await page.set_viewport_size({"width": 400, "height": 900})
             assert await seen.is_within()
             await card.get_by_role("button", name="Busy").click()
@@ -383,7 +393,7 @@ async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_pa
                 await seen.is_accessible()
                 assert await seen.is_within()
                 card = seen.page.get_by_role("region", name="Limits")
-                await card.screenshot(path=tmp_path / f"learned-{width}.png")
+                await shoot(card, tmp_path / f"learned-{width}.png")
         async with opened(stage) as seen:
             await seen.page.get_by_role("button", name=f"Accept {limit}").click()
             dialog = seen.page.get_by_role("dialog", name=f"Accept {limit} as learned?")
@@ -499,7 +509,7 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         await expect(first.locator(".limit-state")).to_contain_text("Paused")
         await expect(card).to_contain_text("1 paused")
         await seen.is_accessible()
-        await seen.page.screenshot(path=tmp_path / "budgets.png", full_page=True)
+        await shoot(seen.page, tmp_path / "budgets.png", full_page=True)
         await first.get_by_role("button", name="Resume people").click()
         dialog = seen.page.get_by_role("dialog", name="Resume people")
         await dialog.get_by_label("More in this period").fill("5000")
@@ -513,7 +523,7 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         await expect(seen.page.get_by_label("Budgets", exact=True)).to_contain_text("$4.2")
         await seen.is_accessible()
         assert await seen.is_within()
-        await seen.page.screenshot(path=tmp_path / "budgets-narrow.png", full_page=True)
+        await shoot(seen.page, tmp_path / "budgets-narrow.png", full_page=True)
     for one in rules:
         await budgets.records.remove(one.name, by="test")
     await budgets.refresh()

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, Response, async_playwright, expect
 
-from tests.browser.stage import CHROMIUM
+from tests.browser.stage import CHROMIUM, shoot
 
 if TYPE_CHECKING:
     from tests.product import Product
@@ -102,7 +102,7 @@ async def test_the_page_shows_every_operation_and_hands_in_a_request_that_is_tri
         await expect(live.locator(".response-col_status").last).to_contain_text("202")
         await expect(live).to_contain_text(accepted["request_id"])
         await live.scroll_into_view_if_needed()
-        await page.screenshot(path=tmp_path / "tried.png")
+        await shoot(page, tmp_path / "tried.png")
         assert seen.complaints == []
         assert seen.strangers() == set()
 

@@ -41,6 +41,7 @@ from tests.browser.stage import (
     drawn,
     look_no_more,
     opened,
+    shoot,
 )
 from tests.databases import Databases
 from tests.gateway import gateway
@@ -124,7 +125,7 @@ async def pictured(seen: Seen, ready: str, name: str, folder: Path) -> None:
         taking = os.environ.get("TIDEGATE_SCREENSHOTS") and (width, colours) == WINDOWS[0]
         taking = taking and name in DOCUMENTED
         file = f"{name}.png" if taking else f"{name}-{width}-{colours}.png"
-        await page.screenshot(path=(IMAGES if taking else folder) / file, full_page=True)
+        await shoot(page, (IMAGES if taking else folder) / file, full_page=True)
     await page.set_viewport_size({"width": 1360, "height": 900})
 
 
@@ -343,7 +344,7 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         await dialog.get_by_label("Provider").select_option("groq")
         await expect(dialog.get_by_label("Resource")).to_be_hidden()
         await seen.is_accessible()
-        await page.screenshot(path=tmp_path / "upstream-add.png")
+        await shoot(page, tmp_path / "upstream-add.png")
         seen.expected = ("400", "409")
         await dialog.get_by_role("button", name="Add", exact=True).click()
         await expect(dialog.locator(".wrong, .notice")).to_contain_text(["GROQ_API_KEY"])
@@ -639,7 +640,7 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
         await pictured(seen, ".what-if-charts canvas", "what-if", tmp_path)
         await page.set_viewport_size({"width": 2560, "height": 1200})
         assert await seen.is_within()
-        await page.screenshot(path=tmp_path / "what-if-2560.png")
+        await shoot(page, tmp_path / "what-if-2560.png")
         await page.get_by_role("button", name="Apply").click()
         dialog = page.get_by_role("dialog", name="Apply the new kind:text_only?")
         await expect(dialog.get_by_role("list", name="Changes")).to_have_text(

@@ -48,6 +48,7 @@ from tests.browser.stage import (
     look_from_now_on,
     look_no_more,
     opened,
+    shoot,
 )
 from tests.databases import Databases
 from tests.gateway import PNG, gateway
@@ -488,7 +489,7 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
             await page.emulate_media(color_scheme=colours)
             assert await seen.is_within(), width
             await seen.is_accessible()
-            await page.screenshot(path=tmp_path / f"try-{width}.png", full_page=True)
+            await shoot(page, tmp_path / f"try-{width}.png", full_page=True)
         await page.get_by_label("Compare with").fill("")
         await page.get_by_role("button", name="New conversation").click()
         await what_is_written_meanwhile_is_kept(stage, page)

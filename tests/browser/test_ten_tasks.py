@@ -23,7 +23,7 @@ from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.batching import begin, content
-from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, REHEARSAL_MS, Stage, opened
+from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, REHEARSAL_MS, Stage, opened, shoot
 from tests.browser.walks import Walk, as_of, midnight, slow_monday
 from tests.databases import Databases
 from tests.gateway import ENDS, gateway
@@ -125,7 +125,7 @@ async def test_an_operator_does_each_of_ten_tasks_in_five_clicks_from_the_overvi
             await page.emulate_media(color_scheme=colours)  # type: ignore[arg-type]
             await seen.is_accessible()
             assert await seen.is_within(), width
-            await page.screenshot(path=tmp_path / f"latency-{width}.png", full_page=True)
+            await shoot(page, tmp_path / f"latency-{width}.png", full_page=True)
     stage.key = key
     async with opened(stage, "/upstreams") as seen:
         await expect(seen.page.locator("#who")).to_have_text("viewer")

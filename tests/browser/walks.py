@@ -15,6 +15,8 @@ import asyncpg
 import orjson
 from playwright.async_api import Locator, Page, expect
 
+from tests.browser.stage import shoot
+
 MOST_CLICKS = 5
 _LEAST, _MOST, _AROUND = 130, 540, 8
 _OUTLINE = """(one, on) => { one.style.outline = on ? "3px solid #e8590c" : "";
@@ -89,7 +91,7 @@ class Walk:
         clip = {"x": left, "y": top, "width": width, "height": height}
         self.steps += 1
         file = self.folder / f"{self.name}-{self.steps}.png"
-        await self.page.screenshot(path=file, clip=clip)  # type: ignore[arg-type]
+        await shoot(self.page, file, clip=clip)
         await target.evaluate(_OUTLINE, False)
         self.taking_s += perf_counter() - began
 
