@@ -21,17 +21,7 @@ import pytest_asyncio
 from playwright.async_api import Route, async_playwright, expect
 
 from tests.browser.pictures import WEIGHTS, under_traffic
-from tests.browser.stage import (
-    ARGUMENTS,
-    CHROMIUM,
-    POLICY,
-    TEXT,
-    Colours,
-    Seen,
-    Stage,
-    opened,
-    shoot,
-)
+from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Seen, Stage, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
 from tidegate.call import Charge, Scope, Usage
@@ -155,9 +145,7 @@ A_CAUSE = """async (subject) => {
 }"""
 
 
-async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
-    stage: Stage, tmp_path: Path
-) -> None:
+async def test_the_first_line_says_whether_all_is_well_and_what_to_do(stage: Stage) -> None:
     limit = "kind:image_generation"
     async with opened(stage) as seen:
         state = seen.page.get_by_role("region", name="State")
@@ -170,7 +158,6 @@ async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
         for width in (400, 1360):
             await seen.page.set_viewport_size({"width": width, "height": 900})
             assert await seen.is_within()
-            await shoot(state, tmp_path / f"state-{width}.png")
         await cause.get_by_role("button", name="Resume").click()
         await seen.page.get_by_role("dialog").get_by_role("button", name="Resume").click()
         await expect(state).to_contain_text("Healthy")
@@ -182,9 +169,7 @@ async def test_the_first_line_says_whether_all_is_well_and_what_to_do(
         await expect(dialog.get_by_label("New limit")).to_have_value("2")
 
 
-async def test_of_many_limits_the_busy_ones_are_shown_and_all_are_found(
-    stage: Stage, tmp_path: Path
-) -> None:
+async def test_of_many_limits_the_busy_ones_are_shown_and_all_are_found(stage: Stage) -> None:
     named = [f"tenant:many-{number:02}" for number in range(40)]
     running = stage.gateway
     change = f"{running.url}/admin/limits"
@@ -209,7 +194,6 @@ async def test_of_many_limits_the_busy_ones_are_shown_and_all_are_found(
             await page.get_by_label("Group limits").select_option("kind")
             await expect(card.locator(".limit-group")).to_contain_text("40 limits")
             await seen.is_accessible()
-            await shoot(card, tmp_path / "many.png")
             await page.set_viewport_size({"width": 400, "height": 900})
             assert await seen.is_within()
             await card.get_by_role("button", name="Busy").click()
@@ -373,7 +357,7 @@ async def a_weight_is_of_one_upstream(stage: Stage, seen: Seen) -> None:
     await choice.select_option("spare")
 
 
-async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_path: Path) -> None:
+async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage) -> None:
     limit, running = "rpm:gemini-2.5-flash", stage.gateway
     limits = [{"models": "gemini-2.5-flash", "unit": "requests", "bound": 4_321}]
     await running.upstream.set_account(provider="gemini", limits=limits, headers="openai")
@@ -392,8 +376,7 @@ async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage, tmp_pa
                 await expect(row).to_contain_text("Answers report 4,321; no such limit")
                 await seen.is_accessible()
                 assert await seen.is_within()
-                card = seen.page.get_by_role("region", name="Limits")
-                await shoot(card, tmp_path / f"learned-{width}.png")
+                await expect(seen.page.get_by_role("region", name="Limits")).to_be_visible()
         async with opened(stage) as seen:
             await seen.page.get_by_role("button", name=f"Accept {limit}").click()
             dialog = seen.page.get_by_role("dialog", name=f"Accept {limit} as learned?")
@@ -468,9 +451,7 @@ async def test_what_was_confirmed_is_told_though_its_dialog_was_closed(stage: St
         await expect(page.locator(".toast")).to_contain_text("Revoke closed early? Not now.")
 
 
-async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
-    stage: Stage, tmp_path: Path
-) -> None:
+async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(stage: Stage) -> None:
     budgets = stage.gateway.services.budgets
     rules = (
         Budget("team/acme", "usd", 5_000_000, "month", tenant="default", doubt="estimate"),
@@ -509,7 +490,6 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         await expect(first.locator(".limit-state")).to_contain_text("Paused")
         await expect(card).to_contain_text("1 paused")
         await seen.is_accessible()
-        await shoot(seen.page, tmp_path / "budgets.png", full_page=True)
         await first.get_by_role("button", name="Resume people").click()
         dialog = seen.page.get_by_role("dialog", name="Resume people")
         await dialog.get_by_label("More in this period").fill("5000")
@@ -523,7 +503,6 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(
         await expect(seen.page.get_by_label("Budgets", exact=True)).to_contain_text("$4.2")
         await seen.is_accessible()
         assert await seen.is_within()
-        await shoot(seen.page, tmp_path / "budgets-narrow.png", full_page=True)
     for one in rules:
         await budgets.records.remove(one.name, by="test")
     await budgets.refresh()
