@@ -81,7 +81,8 @@ class Databases:
         if self._spare:
             return self._spare.pop()
         name = f"t_{uuid4().hex}"
-        self._run(self._command(f'CREATE DATABASE "{name}" TEMPLATE {TEMPLATE}'))
+        # Through the log, as it is by default, costs three times as much.
+        self._run(self._command(f'CREATE DATABASE "{name}" TEMPLATE {TEMPLATE} STRATEGY FILE_COPY'))
         return name
 
     def give_back(self, name: str) -> None:
