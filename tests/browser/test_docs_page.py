@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, Response, async_playwright, expect
 
-from tests.browser.stage import CHROMIUM, shoot
+from tests.browser.stage import CHROMIUM, PATIENCE_MS, shoot
 
 if TYPE_CHECKING:
     from tests.product import Product
@@ -81,7 +81,7 @@ async def test_the_page_shows_every_operation_and_hands_in_a_request_that_is_tri
     """On one load of the page, as that takes two seconds of a core."""
     async with opened(chromium, product, "/docs") as seen:
         page = seen.page
-        await expect(page.locator(".opblock").first).to_be_visible()
+        await expect(page.locator(".opblock").first).to_be_visible(timeout=PATIENCE_MS)
         shown = await page.locator(".opblock-summary-path").all_inner_texts()
         paths = {path.replace("\u200b", "") for path in shown}
         expected = {"/submit", "/status/{request_id}", "/stream", "/files/{file_id}"}

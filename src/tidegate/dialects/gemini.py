@@ -373,6 +373,8 @@ def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
     taken, given = raw.get("promptTokensDetails"), raw.get("candidatesTokensDetails")
     taken = raw.get("promptTokenDetails") if taken is None else taken  # so of an embedding
     by_tools = raw.get("toolUsePromptTokensDetails")
+    if not (taken or given or by_tools):
+        return None
     if _is_text(taken) and not by_tools and (not given or _is_text(given)):
         return None  # as of most calls
     inputs = _by_modality([*_pairs(taken), *_pairs(by_tools)])

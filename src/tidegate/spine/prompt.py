@@ -633,6 +633,8 @@ class PromptExchange:
 
 def dialect_at(target: Target, kind: Kind | None, files: Files) -> Dialect:
     """In which a target takes a prompt. Raises InvalidRequest where it can't."""
+    if Dialect.GEMINI in target.upstream.base_urls and "claude" not in target.model.lower():
+        return Dialect.GEMINI  # as most do: it takes every prompt
     dialect, why = dialect_for(target.upstream.base_urls, target.model, kind, files)
     if dialect is None:
         assert why is not None

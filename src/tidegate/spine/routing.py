@@ -733,7 +733,10 @@ class Targets:
                 self._for_prompts[model] = known
         found, by_lot = known
         able = [
-            one for one in found if dialect_for(one.upstream.base_urls, one.model, kind, files)[0]
+            one
+            for one in found
+            if (Dialect.GEMINI in one.upstream.base_urls and "claude" not in one.model.lower())
+            or dialect_for(one.upstream.base_urls, one.model, kind, files)[0]
         ]
         if able:
             return self._drawn(able) if by_lot else able

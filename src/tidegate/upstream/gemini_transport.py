@@ -16,6 +16,7 @@ never changed. Importing this module costs 1 to 2 s (httpx2 and the SDK), so onl
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from base64 import urlsafe_b64encode
 from collections import deque
@@ -117,6 +118,8 @@ _MODALITIES = frozenset(
 _MODALITY = frozenset(("modality", "tokenCount"))
 _PART = {"text": str, "thought": bool, "thoughtSignature": str}
 _DATA = b"data: "
+_TIERS = re.compile(rb'"(?:serviceTier|trafficType)"\s*:\s*("[^"]*"|.)')
+_USUAL_TIERS = frozenset((b'"standard"', b'"ON_DEMAND"'))
 
 
 class _NotPlain(Exception):
@@ -571,7 +574,12 @@ class CallScope:
         exchange = self.exchanges[-1].exchange if self.exchanges else None
         if exchange is None:
             return None
-        return tier_in(exchange.headers) or tier_at_end(self._tail())
+        if (tier := tier_in(exchange.headers)) is not None:
+            return tier
+        tail = self._tail()
+        if _USUAL_TIERS.issuperset(_TIERS.findall(tail)):
+            return None  # as of most calls
+        return tier_at_end(tail)
 
     def _tail(self) -> bytes:
         return b"".join(self.exchanges[-1].tail)[-TAIL_BYTES:]
