@@ -78,7 +78,7 @@ async def test_users_that_start_at_once_share_one_keeper(data_dir: Path, traces:
     assert urls == [urls[0]] * 5
     assert len(traces.pids("tidegate.embedded.keeper")) == 1
     assert len(traces.pids("valkey-server")) == 1
-    assert len(traces.pids("postgres -D")) == 1
+    assert len(traces.postgres()) == 1
     for user in users:
         assert user.leave() == 0
     await traces.none_left(timeout_s=20)
@@ -116,7 +116,7 @@ async def test_the_last_user_that_leaves_in_order_waits_for_the_servers_end(
     lease = ensure(data_dir, {"valkey", "postgres"}, idle_s=600)
     lease.close()
     assert not traces.pids("valkey-server")
-    assert not traces.pids("postgres -D")
+    assert not traces.postgres()
     await traces.none_left()
 
 
@@ -147,8 +147,8 @@ async def test_a_killed_keeper_is_replaced_by_one_that_adopts_the_servers(
         await wait_until(replaced, what="another keeper")
         await wait_until(lambda: _recall(lease.database_url))
         assert servers == [_service(data_dir, name) for name in ("valkey", "postgres")]
-        assert len(traces.pids("postgres -D")) == 1
-    assert not traces.pids("postgres -D"), "adopted servers end with the last user as well"
+        assert len(traces.postgres()) == 1
+    assert not traces.postgres(), "adopted servers end with the last user as well"
 
 
 async def test_who_comes_while_a_keeper_ends_the_servers_gets_those_of_the_next(
@@ -174,7 +174,7 @@ async def test_servers_end_with_the_last_user_even_if_their_keeper_was_killed(
     os.kill(_keeper(data_dir).pid, signal.SIGKILL)
     lease.close()
     assert not traces.pids("valkey-server")
-    assert not traces.pids("postgres -D")
+    assert not traces.postgres()
 
 
 async def test_servers_that_lost_keeper_and_users_are_adopted_by_the_next_user(
@@ -228,7 +228,7 @@ async def test_a_killed_postgres_comes_back_under_the_same_url_with_its_data(
         await wait_until(lambda: not before.alive)
         words = await wait_until(lambda: _recall(lease.database_url), what="PostgreSQL's return")
         assert words == ["kept"]
-        assert len(traces.pids("postgres -D")) == 1
+        assert len(traces.postgres()) == 1
 
 
 async def test_a_second_start_is_quick_and_finds_data_and_ports(
@@ -353,7 +353,7 @@ async def test_no_key_in_the_environment_reaches_keeper_or_servers(
         monkeypatch.setenv(name, "a-secret-of-the-user")
     with _ensure(data_dir, "valkey", "postgres", "emulator"):
         assert traces.pids("tidegate.embedded.keeper")
-        assert traces.pids("postgres -D")
+        assert traces.postgres()
         for name in names:
             assert not traces.with_variable(name), name
 

@@ -47,7 +47,7 @@ async def test_a_second_start_on_a_cluster_stops_the_server_that_runs_there(
     second.start()
     assert first.process.running is not None
     assert not first.process.running.alive
-    assert traces.pids("postgres -D") == [second.pid]
+    assert traces.postgres() == [second.pid]
     second.stop()
 
 
@@ -72,7 +72,7 @@ async def test_a_server_that_replays_its_log_is_not_killed(tmp_path: Path, trace
     await wait_until(lambda: recovers(server.port), 20, "its recovery")
     with pytest.raises(StillRecovering):
         server.await_ready(0)
-    assert server.pid in traces.pids("postgres -D")  # beside what it has just forked
+    assert traces.postgres() == [server.pid]
     _promote(server.folder / "cluster", server.pid)
     server.await_ready()
     server.stop()

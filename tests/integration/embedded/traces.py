@@ -45,6 +45,12 @@ class Traces:
                 found.append(int(entry))
         return sorted(found)
 
+    def postgres(self) -> list[int]:
+        """The marked PostgreSQL servers. What one has just forked has its command line for a
+        moment, before it has a name of its own."""
+        found = self.pids("postgres -D")
+        return [pid for pid in found if _parent_of(pid) not in found]
+
     def with_variable(self, name: str) -> list[int]:
         """The marked processes that were given a variable of this name."""
         start = f"{name}=".encode()
@@ -70,3 +76,12 @@ class Traces:
             for pid in self.pids():
                 os.kill(pid, signal.SIGKILL)
             raise AssertionError(f"left running: {left}; told: {told}") from None
+
+
+def _parent_of(pid: int) -> int:
+    """0 where the process is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat.rpartition(")")[2].split()[1])

@@ -126,7 +126,7 @@ async def test_up_shows_its_page_survives_a_killed_child_and_leaves_nothing(
         up.send_signal(signal.SIGINT)
         assert up.wait(40) == 0
     assert "Nothing is left running" in said.read_text()
-    assert not traces.pids("postgres -D")
+    assert not traces.postgres()
     assert not traces.pids("valkey-server")
     await traces.none_left(timeout_s=20)
 
