@@ -161,13 +161,8 @@ async def _waits(gateway: Gateway, pool: str, limit: str) -> None:
     await wait_until(lambda: limiter.local_state().waiting.get(limit) == 1, what=f"{pool}'s queue")
 
 
-async def test_who_waits_for_one_that_is_parked_meanwhile_goes_over_to_another(
-    open_gateway: Opener, chain: Path, second: Emulator
-) -> None:
-    one: dict[str, Any] = {"text_only": 1}
-    gateway = await open_gateway(worker=False, tidegate_policy=chain, rate_limits=one)
-    await wait_until(lambda: _is_answered(gateway, "only-second"), 20, "the second")
-    await wait_until(lambda: _is_answered(gateway, MODEL), 20, "the first")
+async def _take_both_places(gateway: Gateway, second: Emulator) -> list[asyncio.Task[Answer]]:
+    """By a call of the first upstream that hangs, and one of the second."""
     await gateway.upstream.set_fault("hang")
     await second.control.set_fault("hang", count=1)
     holding = [asyncio.create_task(ask(gateway, name)) for name in (MODEL, "only-second")]
@@ -177,6 +172,17 @@ async def test_who_waits_for_one_that_is_parked_meanwhile_goes_over_to_another(
         return (await second.control.stats()).in_flight == 1
 
     await wait_until(holds, what="the second's only place")
+    return holding
+
+
+async def test_who_waits_for_one_that_is_parked_meanwhile_goes_over_to_another(
+    open_gateway: Opener, chain: Path, second: Emulator
+) -> None:
+    one: dict[str, Any] = {"text_only": 1}
+    gateway = await open_gateway(worker=False, tidegate_policy=chain, rate_limits=one)
+    await wait_until(lambda: _is_answered(gateway, "only-second"), 20, "the second")
+    await wait_until(lambda: _is_answered(gateway, MODEL), 20, "the first")
+    holding = await _take_both_places(gateway, second)
     waits = asyncio.create_task(ask(gateway))
     await _waits(gateway, "gemini", "kind:text_only")
     await gateway.services.limiter.penalise("kind:text_only", for_ms=3_600_000)
@@ -194,15 +200,7 @@ async def test_a_call_for_which_one_queue_is_full_waits_in_the_next(
     one: dict[str, Any] = {"text_only": 1}
     gateway = await open_gateway(worker=False, tidegate_policy=short_queue, rate_limits=one)
     await wait_until(lambda: _is_answered(gateway, "only-second"), 20, "the second")
-    await gateway.upstream.set_fault("hang")
-    await second.control.set_fault("hang", count=1)
-    holding = [asyncio.create_task(ask(gateway, name)) for name in (MODEL, "only-second")]
-    await wait_until(lambda: gateway.held == 1, what="the first's only place")
-
-    async def holds() -> bool:
-        return (await second.control.stats()).in_flight == 1
-
-    await wait_until(holds, what="the second's only place")
+    holding = await _take_both_places(gateway, second)
     first = asyncio.create_task(ask(gateway))
     await _waits(gateway, "gemini", "kind:text_only")
     waits = asyncio.create_task(ask(gateway))

@@ -11,7 +11,7 @@ def _never() -> Figures:
     raise AssertionError("one of many parts is measured in a process of its own")
 
 
-def test_a_part_whose_process_fails_is_told_as_failed_and_loses_no_other(tmp_path: Path) -> None:
+def test_a_part_whose_process_fails_is_marked_so_and_loses_no_other(tmp_path: Path) -> None:
     parts = {name: Part(("--of", str(tmp_path / name)), _never) for name in ("one", "two", "three")}
     figures = dict(run_beside(parts, 2, ()))
     assert figures == {name: {"failed": "its process ended with 1"} for name in parts}
