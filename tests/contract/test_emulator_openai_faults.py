@@ -14,7 +14,7 @@ from tests.contract.openai_sdk import MODEL, ask, client, emulator, sdk, stream,
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings, RateLimit
-from tidegate.emulator.state import Billed
+from tidegate.emulator.state import Billed, LoggedCall
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -237,8 +237,14 @@ async def test_a_slow_first_token_is_late_by_the_delay(
 ) -> None:
     await emulator.control.set_fault("slow_first_token", delay_ms=120)
     await stream(sdk)
-    (call,) = await emulator.control.calls()
-    assert (call.ended_ns or 0) - call.started_ns >= 120_000_000
+
+    async def ended() -> LoggedCall | None:
+        (call,) = await emulator.control.calls()
+        return call if call.ended_ns else None
+
+    call: LoggedCall = await wait_until(ended, what="its end in the emulator's log")
+    assert call.ended_ns is not None
+    assert call.ended_ns - call.started_ns >= 120_000_000
 
 
 UNUSUAL: list[tuple[str, str | None]] = [
