@@ -460,7 +460,7 @@ class Gate:
         is_new = self._faults.add(suspect if can_be_provoked(error) else None)
         if dead or (is_new if tried else self._faults.are_enough):
             await self._close(error, dead=dead, tried=tried)
-        error.in_outage = self._is_in_outage()
+        error.in_outage = self._is_in_outage() or dead  # it may be open again by now
 
     def _is_in_outage(self) -> bool:
         """Whether a fault is laid to the upstream whatever it is, as others fail there too."""

@@ -197,3 +197,23 @@ async def test_a_hung_try_is_passed_on_once_valkey_answers_again(
         async with asyncio.timeout(5):
             await limiter.passed_on.wait()
     assert limiter.replies == []
+
+
+class _Reopened:
+    """A limiter whose gate another process opens before who closed it looks at it again."""
+
+    has_pauses = False
+
+    def gate(self, _: str) -> None:
+        return None
+
+    async def close_gate(self, *_: object, **__: object) -> bool:
+        return True
+
+
+async def test_a_dead_key_is_an_outage_although_its_gate_is_open_again() -> None:
+    """Or jobs beside it would wait for a minute, as nothing tells them of the gate."""
+    gate = Gate("main", cast(Limiter, _Reopened()))
+    dead = UpstreamUnauthorized("no such key")
+    await gate.failed(dead, "any", suspect=Suspect("acme", 1), tried=False)
+    assert dead.in_outage
