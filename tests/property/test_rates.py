@@ -521,3 +521,25 @@ def test_a_bucket_of_0_in_shadow_that_never_refills_stays_countable(bench: Bench
         bench.wait(MINUTE_MS + 4000)
     bench.ask(100)
     assert bench.running == 1
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        Rate(1000, MINUTE_MS, "tokens"),
+        replace(BUCKET, bound=1_000),
+        Rate(100, MINUTE_MS, slack_ms=0),
+        Quota(1_000, unit="tokens"),
+    ],
+)
+def test_what_was_taken_lately_is_found_by_its_time(bench: Bench, limit: Limit) -> None:
+    bench.put_in_force(limit)
+    is_log, is_day = isinstance(limit, Rate) and limit.exact, isinstance(limit, Quota)
+    for tokens in (100, 200, 300):
+        bench.end(bench.ask(tokens), tokens)
+        bench.wait(10_000)
+    for age_ms, calls in ((9_000, 0), (15_000, 1), (25_000, 2), (35_000, 3)):
+        lately = [300, 200, 100][: 3 if is_day else calls]
+        assert bench.world.look_back(LIMIT, age_ms) == (calls if is_log else sum(lately))
+    bench.wait(45_000)
+    assert bench.world.look_back(LIMIT, 90_000) == (1 if is_log else 600 if is_day else 300)

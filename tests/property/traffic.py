@@ -112,6 +112,13 @@ class Traffic(RuleBasedStateMachine):
         tickets = [ticket for ticket, one in self.client(who).queue.waiting.items() if one.sent]
         self.world.look(self.client(who), tickets[which % len(tickets)] if tickets else which)
 
+    @rule(which=some, age_ms=st.integers(0, 90_000))
+    def look_back(self, which: int, age_ms: int) -> None:
+        limits = self.world.model.pool.limits
+        rates = sorted(name for name, one in limits.items() if one.is_rate and one.is_named)
+        if rates:
+            self.world.look_back(rates[which % len(rates)], age_ms)
+
     def do(self, who: int, deed: Deed, flow: int, which: int) -> None:
         client = self.client(who)
         if client.paused:

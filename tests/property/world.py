@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -21,7 +22,7 @@ from tests.property.admissions import Admissions
 from tests.property.dump import Reading
 from tests.property.server import Server, Words
 from tests.property.state import of_model
-from tidegate.limiter import Observer, PoolPolicy
+from tidegate.limiter import Observer, PoolPolicy, Quota
 from tidegate.limiter.simulation import (
     Keyspace,
     Lease,
@@ -81,7 +82,7 @@ def script_source(name: ScriptName) -> bytes:
     """A script that is told the time and its pace: the same one in all runs, for each script that
     a server knows makes every other slower."""
     source = load(name, clock=CLOCK).source
-    if name in ("renew", "position"):
+    if name in ("renew", "position", "inspect"):
         return source
     for figure, place in CHOSEN:
         usual = b"%s = %d\n" % (figure, getattr(USUAL, place))
@@ -261,6 +262,22 @@ class World:
         raw, dump = self._run("position", pack(request))
         assert msgpack.unpackb(raw) == self.model.position(client.sid, ticket, self.wall_ms)
         self._check_state(dump)
+
+    def look_back(self, name: str, age_ms: int) -> int:
+        """What was taken of a rate in so much time until now, in which both worlds agree."""
+        request = {"permits": False, "of": "limits", "limits": [name], "since": {name: age_ms}}
+        raw, dump = self._run("inspect", pack(request))
+        pool = self.model.pool
+        pool.now, pool.resets = max(self.wall_ms, self.model.clock), {}
+        limit, spending = pool.limit(name).limit, pool.limit(name).spending
+        if isinstance(limit, Quota):  # a day that is over stays there for the next call
+            spending = deepcopy(spending)
+        spending.look(limit, pool.now, 0)
+        taken = spending.taken_since(limit, pool.now - age_ms)
+        [row] = msgpack.unpackb(raw)[7]
+        assert row[15] == taken, f"{name} in {age_ms} ms"
+        self._check_state(dump)
+        return taken
 
     def pause(self, name: str, for_ms: int, ramp_ms: int) -> None:
         request = {"verb": "pause", "limit": name, "for_ms": for_ms, "ramp_ms": ramp_ms}

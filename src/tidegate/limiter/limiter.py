@@ -557,13 +557,18 @@ class Limiter:
         return int(msgpack.unpackb(await self._run("admin", request))[0])
 
     async def snapshot(
-        self, *, permits: bool = False, limits: Sequence[str] | None = None
+        self,
+        *,
+        permits: bool = False,
+        limits: Sequence[str] | None = None,
+        since_ms: Mapping[str, int] | None = None,
     ) -> Snapshot:
         """The pool as Valkey sees it; with each permit in use if asked for. With `limits` nothing
         but what is used of these, which takes no work at the others. A large pool is read in parts,
-        each of its own moment."""
-        state = self._session.state
-        return await read_pool(self._inspect, state, permits=permits, limits=limits)
+        each of its own moment. since_ms: how long ago the time of `LimitView.lately` began, by
+        limit; the sixtieth of the window that this moment lies in is counted whole."""
+        run, state = self._inspect, self._session.state
+        return await read_pool(run, state, permits=permits, limits=limits, since_ms=since_ms)
 
     async def _inspect(self, request: bytes) -> bytes:
         return await self._run("inspect", request)

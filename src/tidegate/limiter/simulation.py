@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from threading import RLock
 from typing import Any, get_args
@@ -276,7 +276,7 @@ class _MemoryPool:
                 ]
                 for sid, one in pool.sessions.items()
             ],
-            self._limits(),
+            self._limits(request.get("since", {})),
             [[name, waits, pool.weight(name)] for name, waits in tenants.items() if waits],
             [
                 [sid, ticket, held.seq, held.until - pool.now, held.flow]
@@ -294,7 +294,7 @@ class _MemoryPool:
             *([], False),
         ]
 
-    def _limits(self) -> list[list[Any]]:
+    def _limits(self, since: Mapping[str, int]) -> list[list[Any]]:
         pool, capacity = self.model.pool, self.model.capacity
         waiting: Counter[str] = Counter()
         reserved: Counter[str] = Counter()
@@ -316,6 +316,9 @@ class _MemoryPool:
             room_at = self.model.pump.timed.get(name, 0)
             if one.is_rate and not rule.shadow:
                 room_at = max(room_at, capacity.free_at(one, 1))
+            lately: int | bool = False
+            if one.is_rate and name in since:
+                lately = one.spending.taken_since(rule, pool.now - since[name])
             rows.append(
                 [
                     *(name, "q" if isinstance(rule, Quota) else "r" if one.is_rate else "c"),
@@ -325,7 +328,7 @@ class _MemoryPool:
                     *(one.shadowed, paused_ms, pause.said if pause else ""),
                     *(max(0, room_at - pool.now), reserved[name], one.cost_ms),
                     one.spending.taken(rule, pool.now) if one.is_rate else 0,
-                    int(rule.shadow),
+                    *(int(rule.shadow), lately),
                 ]
             )
         return rows

@@ -24,7 +24,8 @@ class LimitView:
     `used`, the estimates of calls that have not ended. `cost_ms`: how long its last calls took on
     average, 0 while none has ended. `taken`: of a rate that refills, what was taken in its last
     window, which may be more than is `used`; of another one the same. `shadow`: but for a pause it
-    holds no call up."""
+    holds no call up. `lately`: what was taken of a rate since the moment that was asked for; None
+    where none was."""
 
     limit: str
     sort: str
@@ -41,6 +42,7 @@ class LimitView:
     cost_ms: int = 0
     taken: int = 0
     shadow: bool = False
+    lately: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +188,14 @@ async def read_pool(
     *,
     permits: bool = False,
     limits: Sequence[str] | None = None,
+    since_ms: Mapping[str, int] | None = None,
 ) -> Snapshot:
     """The pool by as many runs of `inspect` as it takes; only these `limits`, if so asked."""
     request: dict[str, Any] = {"permits": permits, "of": "all" if limits is None else "limits"}
     if limits is not None:
         request["limits"] = list(limits)
+    if since_ms:
+        request["since"] = dict(since_ms)
     found = SnapshotParts()
     found.add(InspectReply.unpack(await run(pack(request))))
     while (place := found.last.place) is not None:
@@ -223,7 +228,8 @@ class SnapshotParts:
             # All that is counted has been read before.
             waiting, lapsing, reserved = self._counts.get(row[0], row[4:6] + row[11:12])
             figures = [*row[:4], waiting, lapsing, *row[6:11], reserved, *row[12:14]]
-            self._limits[row[0]] = LimitView(*[*figures, bool(row[14])])
+            lately = next((each for each in row[15:16] if each is not False), None)
+            self._limits[row[0]] = LimitView(*[*figures, bool(row[14]), lately])
         self._tenants |= {row[0]: TenantView(*row[:3]) for row in reply.tenants}
         self._queues |= {(row[0], row[1]): row for row in reply.queues}
         self._permits |= {(row[0], row[1]): row for row in reply.permits}

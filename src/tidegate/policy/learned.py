@@ -248,9 +248,11 @@ _STEP = 0.4
 # While there are others, or a bound fell, more is kept free for as long as less than the first
 # remains: a part of the bound that grows each second, up to the last, and ends slowly.
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
-# How much later than the pool the headers of answers tell of a call, at most (half a window, where
-# it begins again): under bursts what it used would else be taken for a use of others.
+# How much later than the pool the headers of answers tell of a call, at most: under bursts what it
+# used would else be taken for a use of others.
 READ_LATE_S = 5.0
+# How long before the provider a pool counts a call, at most.
+SENT_LATE_S = 1.0
 # So long before it ends a charge is renewed, else there would be room for a moment.
 RENEWED_S = 2.5
 _DAY_MS = 86_400_000
@@ -262,8 +264,9 @@ LEAST_WINDOW_S = 4 * RENEWED_S
 
 @dataclass(slots=True)
 class _Window:
-    """Of a limit that begins again, as its answers tell. ends_at: in seconds since 1970."""
+    """Of a limit that begins again, as its answers tell. Times are in seconds since 1970."""
 
+    began_at: float
     ends_at: float
     used: int
 
@@ -273,9 +276,9 @@ class AccountUse:
     """Use of one limit of an account in the last window: by all, as headers tell it, and by us.
 
     What remained at two answers of a bucket, and what has refilled between, is what all have used;
-    in a window that begins again it is what does not remain. What the pool counts of that is ours,
-    and the rest is of others. Where our count is above the provider's there are no others; where it
-    is below, the difference is kept free, whatever its cause.
+    in a window that begins again it is what does not remain. What the pool counts in that time is
+    ours, and the rest is of others. Where our count is above the provider's there are no others;
+    where it is below, the difference is kept free, whatever its cause.
     refills: whether the limit is a bucket, where its readings do not show that it begins again.
     """
 
@@ -334,12 +337,20 @@ class AccountUse:
         else:
             ends_at = now.ends_at
         if now is None or ends_at > now.ends_at + length_s / 2:
-            self._windows.append(_Window(ends_at, used))
+            self._windows.append(_Window(ends_at - length_s, ends_at, used))
         elif ends_at > now.ends_at - length_s / 2:
             now.used, now.ends_at = max(now.used, used), min(now.ends_at, ends_at)
-        while len(self._windows) > max(1, round(self.window_s / length_s)):
+            now.began_at = now.ends_at - length_s
+        most, over = max(1, round(self.window_s / length_s)), reading.at - self.window_s
+        while len(self._windows) > most or self._windows[0].ends_at < over:
             self._windows.popleft()
         self._is_new = True
+
+    @property
+    def since(self) -> float | None:
+        """From when on the pool's own count is needed to compare windows that begin again, in
+        seconds since 1970; None of a bucket."""
+        return self._windows[0].began_at - SENT_LATE_S if self._windows else None
 
     def kept(self, now: float) -> int:
         """How much is kept free by what was charged in the last window."""
@@ -365,17 +376,20 @@ class AccountUse:
                 self._kept.appendleft((at, amount - missing))
             missing -= amount
 
-    def due(self, now: float, counted: int, in_force: int, bound: int) -> int:
+    def due(
+        self, now: float, counted: int, in_force: int, bound: int, *, lately: int | None = None
+    ) -> int:
         """How much to charge now so that room is left for others, and for a bound that fell.
 
-        counted: what the pool counts in the window, with all that was charged here."""
+        counted: what the pool counts in the window, with all that was charged here; lately: the
+        same from `since` on."""
         lower = min(in_force, bound)
         self._recount(counted)
-        self._notice(now, counted, lower)
+        self._notice(now, counted, lower, lately)
         lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
         # What the account has left for us may be more than the limit in force allows.
         wanted = max(0.0, in_force - bound + (self.others + MARGIN * lower if self.acts else 0.0))
-        wanted += self._short(lower, bound) if wanted else 0.0
+        wanted += self._short(now, lower, bound) if wanted else 0.0
         amount = round(min(wanted, in_force)) - lasting
         return self._keep(now, counted, amount if amount > 0 else 0)
 
@@ -391,7 +405,7 @@ class AccountUse:
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
         self._recount(taken)
-        self._notice(now, taken, lower)
+        self._notice(now, taken, lower, None)
         if last is not None and last.remaining is not None and last.bound == bound:
             refilled = bound * max(0.0, now - last.at - RENEWED_S) / self.window_s
             remaining = min(remaining, last.remaining + refilled)
@@ -414,39 +428,40 @@ class AccountUse:
         self._kept.pop()
         self._counted -= amount
 
-    def _notice(self, now: float, counted: int, lower: int) -> None:
+    def _notice(self, now: float, counted: int, lower: int, lately: int | None) -> None:
         """Compare what all have used in the last window with what is ours of it."""
-        of_windows = bool(self._windows)
-        late_s = max(READ_LATE_S, self.window_s / 4) if of_windows else READ_LATE_S
-        while self._ours and self._ours[0][0] <= now - late_s:
+        while self._ours and self._ours[0][0] <= now - READ_LATE_S:
             self._ours.popleft()
         self._ours.append((now, counted - self.kept(now)))
-        ours = max(own for _, own in self._ours)
-        if of_windows:
-            by_others = self._by_others(now, ours)
+        if (since := self.since) is not None:
+            by_others = self._in_windows(now, since, lately)
         else:
             while self._used and self._used[0][0] <= now - self.span_s:
                 self._used.popleft()
-            by_others = sum(used for _, used in self._used) - ours
+            by_all, ours = sum(used for _, used in self._used), max(own for _, own in self._ours)
+            by_others = by_all - ours
         self.others += _STEP * (max(0.0, by_others) - self.others)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
 
-    def _by_others(self, now: float, ours: int) -> float:
-        """The most that the answers of a window's time have told of, beyond what was ours then: a
-        window shows all of its use at its end."""
-        if self._is_new:
+    def _in_windows(self, now: float, since: float, lately: int | None) -> float:
+        """The most that the answers of a window's time have told of, beyond what the pool had
+        counted since the provider's windows began: one shows all of its use at its end."""
+        if self._is_new and lately is not None:
             self._is_new = False
-            began_at = now - self.span_s
-            by_all = sum(one.used for one in self._windows if one.ends_at > began_at)
-            self._apart.append((now, by_all - ours))
+            ours = lately - sum(amount for at, amount in self._kept if at > since)
+            self._apart.append((now, sum(one.used for one in self._windows) - ours))
         while self._apart and self._apart[0][0] <= now - self.span_s:
             self._apart.popleft()
         return max((apart for _, apart in self._apart), default=0.0)
 
-    def _short(self, lower: int, bound: int) -> float:
-        """How much more is to be kept free, since hardly anything remains."""
-        left = None if self._last is None else self._last.remaining
-        if left is not None and left < SPARE * bound:
+    def _short(self, now: float, lower: int, bound: int) -> float:
+        """How much more is to be kept free, since hardly anything remains: of a window, less than
+        others take until it ends."""
+        left, least = None if self._last is None else self._last.remaining, SPARE * bound
+        if self._windows:
+            window = self._windows[-1]
+            least = self.others * max(0.0, window.ends_at - now) / self.window_s
+        if left is not None and left < least:
             self._more = min(self._more + GROWS * lower, MOST_MORE * lower)
         else:
             self._more = max(0.0, self._more - ENDS * lower)

@@ -28,7 +28,7 @@ import orjson
 
 from tidegate.dialects.headers import RateStatus, answered_at, rate_statuses
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
-from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, Snapshot, next_midnight_ms
+from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
 from tidegate.policy.deployment import Learn
 from tidegate.policy.format import is_of_models, is_pattern, plain_model
 from tidegate.policy.learned import (
@@ -431,7 +431,8 @@ class LimitLearner:
         others = {sid: one.others for sid, one in notes.items() if sid != self._limiter.session}
         readings = newest(notes.values(), match)
         before = {each.limit: each for one in others.values() for each in one}
-        snapshot = await self._limiter.snapshot()
+        since_ms = self._read(readings, match, before)
+        snapshot = await self._limiter.snapshot(since_ms=since_ms)
         if snapshot.epoch != self._epoch:
             self._epoch = snapshot.epoch
             self._lose_charges()
@@ -439,7 +440,7 @@ class LimitLearner:
             return
         found = []
         for name, reading in readings.items():
-            use = await self._make_room(name, reading, match, snapshot, before)
+            use = await self._make_room(name, reading, match, snapshot.limits.get(name), before)
             if use is not None:
                 found.append(use)
         self._others = tuple(found)
@@ -453,38 +454,61 @@ class LimitLearner:
         for use in self._uses.values():
             use.lose()
 
+    def _read(
+        self,
+        readings: Mapping[str, HeaderReading],
+        match: LimitMatch,
+        before: Mapping[str, OthersUse],
+    ) -> dict[str, int]:
+        """Take what is new of each rate; returns for which time the pool is asked what it took."""
+        now, since_ms = self._clock(), {}
+        refills = self._keeper.provider not in _BEGIN_AGAIN
+        for name, reading in readings.items():
+            limit = match.policy.limit(name)
+            if not isinstance(limit, Rate) or limit.shadow or self._is_old(reading, name):
+                continue
+            window_s, use = limit.window_ms / 1000, self._uses.get(name)
+            if window_s < LEAST_WINDOW_S:
+                continue
+            if use is None or use.window_s != window_s:
+                use = AccountUse(window_s, window_s + limit.slack / 1000, refills)
+                self._uses[name] = use
+                if name in before:
+                    use.inherit(before[name].kept, now)
+            use.read(reading)
+            if use.since is not None:
+                since_ms[name] = round((now - use.since) * 1000)
+        return since_ms
+
+    def _is_old(self, reading: HeaderReading, name: str) -> bool:
+        """Whether it is of before a change of the bound: the account may have more since."""
+        return reading.at < self._changed_at.get(name, 0.0)
+
     async def _make_room(
         self,
         name: str,
         reading: HeaderReading,
         match: LimitMatch,
-        snapshot: Snapshot,
+        view: LimitView | None,
         before: Mapping[str, OthersUse],
     ) -> OthersUse | None:
         """Charge a limit in force with what others take of it; None where they take nothing, and
-        after a change of its bound until there is a newer answer: the account may have more."""
-        limit, view = match.policy.limit(name), snapshot.limits.get(name)
-        if limit is None or limit.shadow or reading.at < self._changed_at.get(name, 0.0):
+        after a change of its bound until there is a newer answer."""
+        limit = match.policy.limit(name)
+        if limit is None or limit.shadow or self._is_old(reading, name):
             return None
         if isinstance(limit, Quota):
             return None if view is None else await self._of_day(limit, reading, view, before)
         bound = match.bound_for(reading, name) if isinstance(limit, Rate) else None
+        now, use = self._clock(), self._uses.get(name)
         if not isinstance(limit, Rate) or view is None or bound is None or view.sort != "r":
             return None
-        window_s = limit.window_ms / 1000
-        if window_s < LEAST_WINDOW_S:
+        if use is None:
             return None
-        now, use = self._clock(), self._uses.get(name)
-        refills = self._keeper.provider not in _BEGIN_AGAIN
-        if use is None or use.window_s != window_s:
-            use = self._uses[name] = AccountUse(window_s, window_s + limit.slack / 1000, refills)
-            if name in before:
-                use.inherit(before[name].kept, now)
-        use.read(reading)
-        if limit.shape == "bucket" and refills and reading.reset_ms is None:
+        if limit.shape == "bucket" and use.since is None:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
-            amount = use.due(now, view.taken, limit.bound, bound)
+            amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
         await self._charge(name, amount, use)
         kept = use.kept(now)
         others = round(use.others) if use.acts else 0

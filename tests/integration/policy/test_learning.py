@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import LimiterUnavailable
-from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, next_midnight_ms
+from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, Tokens, next_midnight_ms
 from tidegate.policy.inspection import Control
 from tidegate.policy.learned import LearnedLimit
 from tidegate.policy.rollout import PolicyKeeper
@@ -268,19 +268,27 @@ def where_it_is(hour: int) -> str:
 
 @asynccontextmanager
 async def learner(
-    url: str, limit: Rate | Quota, bound: int = 30_000, remaining: int = 30_000
+    url: str,
+    limit: Rate | Quota,
+    bound: int = 30_000,
+    remaining: int = 30_000,
+    *,
+    resets_in_s: int | None = None,
 ) -> AsyncIterator[tuple[Limiter, LimitLearner]]:
-    """A process with `limit`, whose last answer reported such a bound."""
+    """A process with `limit`, whose last answer reported such a bound: of a window that begins
+    again, as Azure's do, in `resets_in_s`."""
     is_day = isinstance(limit, Quota)
     policy = PoolPolicy({"rpd:gpt-5" if is_day else "tpm:gpt-5": limit}, lease_ms=600)
     announced, unit = Announced(), b"requests" if is_day else b"tokens"
     told = {b"limit": bound, b"remaining": remaining}
+    told |= {} if resets_in_s is None else {b"reset": resets_in_s}
     announced.note(
         "gpt-5", [(b"x-ratelimit-%s-%s" % (key, unit), b"%d" % told[key]) for key in told]
     )
     async with Limiter.from_url(url, pool=f"p{uuid4().hex[:12]}", policy=policy) as limiter:
         record = Policies(Connections("postgresql://127.0.0.1:1/none"))
         provider = "groq" if is_day else ""  # whose requests are of a day
+        provider = provider if resets_in_s is None else "azure"
         keeper = PolicyKeeper(limiter, record, wanted=policy, set_by="test", provider=provider)
         await wait_until(lambda: limiter.state == "up", 20, "the first lease")
         yield limiter, LimitLearner(keeper, announced, "propose")
@@ -289,6 +297,19 @@ async def learner(
 async def used(limiter: Limiter) -> int:
     (limit,) = (await limiter.snapshot()).limits.values()
     return limit.used
+
+
+async def test_in_a_window_that_began_what_the_pool_did_not_take_is_of_others(
+    valkey_url: str,
+) -> None:
+    limit = Rate(60_000, 60_000, "tokens")
+    async with learner(valkey_url, limit, 60_000, 25_000, resets_in_s=30) as (limiter, learning):
+        async with limiter.acquire("tpm:gpt-5", tokens=Tokens(20_000), timeout=5) as permit:
+            permit.settle(tokens=Tokens(20_000))
+        await learning.look()
+        (others,) = learning._others
+        assert others.amount == round(0.4 * 15_000), "a look makes up for so much"
+        assert await used(limiter) == 20_000 + others.kept
 
 
 async def test_a_limit_in_shadow_keeps_no_room_free(valkey_url: str) -> None:

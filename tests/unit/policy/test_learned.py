@@ -345,7 +345,8 @@ def test_a_window_that_begins_again_is_no_use_of_others(is_known_by: str) -> Non
         counted = min(60, second) * 800
         reset_ms = (60 - second % 60) * 1e3 if is_known_by == "readings" else None
         use.read(HeaderReading("m", "tpm", 60_000, left, float(second), reset_ms=reset_ms))
-        assert use.due(float(second), counted, 60_000, 60_000) == 0
+        lately = min(second, second % 60 + 1) * 800
+        assert use.due(float(second), counted, 60_000, 60_000, lately=lately) == 0
 
 
 @pytest.mark.parametrize("burst", [2, 5, 20])
@@ -367,7 +368,86 @@ def test_a_backlog_that_comes_in_bursts_is_no_use_of_others(burst: int, late: in
             reading = HeaderReading("m", "tpm", bound, left, float(second), reset_ms=reset_ms)
             use.read(reading)
         earlier = bound - used_by(second) if second > period else 0  # leaves as the new one comes
-        assert use.due(float(second), used_by(second) + earlier, bound, bound) == 0
+        lately = used_by(second)
+        assert use.due(float(second), lately + earlier, bound, bound, lately=lately) == 0
+
+
+class WindowAccount:
+    """An account of which each minute begins again, used by others evenly and by us as far as our
+    limit allows, half a second at a time. What does not fit is refused, and ends our calls until
+    the next minute."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self.now, self.ends_at, self.used = 0.0, 43.0, 0
+        self.pool: deque[tuple[float, int]] = deque()
+        self.use = AccountUse(60.0, 60.5, refills=False)
+        self.answers: deque[HeaderReading] = deque()
+        self.refused = self.others_refused = 0
+        self._others_due, self._held_until = 0.0, 0.0
+
+    def counted(self, since: float) -> int:
+        return sum(amount for at, amount in self.pool if at > since)
+
+    def half_second(self, wanted: int, others: float) -> None:
+        self.now += 0.5
+        if self.now >= self.ends_at:
+            self.ends_at, self.used = self.ends_at + 60.0, 0
+        self._others_due += others * 0.5
+        while self._others_due >= 100:
+            self._others_due -= 100
+            self.others_refused += not self._take()
+        while self.pool and self.pool[0][0] <= self.now - self.use.span_s:
+            self.pool.popleft()
+        for _ in range(wanted):
+            if self.now < self._held_until or self.counted(0.0) + 100 > self.bound:
+                break
+            self.pool.append((self.now, 100))
+            if not self._take():
+                self.refused += 1
+                self._held_until = self.ends_at
+            self.answers.append(self._answer())
+        if self.answers and not self.now % 1:
+            self.use.read(self.answers[-1])
+            self.answers.clear()
+        since = self.use.since
+        lately = None if since is None else self.counted(since)
+        due = self.use.due(self.now, self.counted(0.0), self.bound, self.bound, lately=lately)
+        if due:
+            self.pool.append((self.now, due))
+
+    def _take(self) -> bool:
+        fits = self.used + 100 <= self.bound
+        self.used += 100 if fits else 0
+        return fits
+
+    def _answer(self) -> HeaderReading:
+        left, reset_ms = self.bound - self.used, (self.ends_at - self.now) * 1000
+        return HeaderReading("m", "tpm", self.bound, left, self.now, reset_ms=reset_ms)
+
+    def run(self, minutes: int, wanted: int, others: float) -> tuple[int, int]:
+        """How many calls were refused meanwhile: of ours and of others."""
+        before = self.refused, self.others_refused
+        for _ in range(120 * minutes):
+            self.half_second(wanted, others)
+        return self.refused - before[0], self.others_refused - before[1]
+
+
+@pytest.mark.parametrize("wanted", [5, 100])
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
+def test_others_have_room_in_windows_that_a_backlog_takes_first(share: float, wanted: int) -> None:
+    """They are seen by what the pool did not take since the provider's window began."""
+    account, others = WindowAccount(60_000), share * 1_000
+    account.run(3, wanted, 0.0)
+    assert not account.use.acts
+    account.run(12, wanted, others)
+    refused, others_refused = account.run(10, wanted, others)
+    assert refused <= 10
+    assert others_refused <= 10
+    assert abs(account.use.others / 60_000 - share) < 0.05
+    assert account.counted(0.0) - account.use.kept(account.now) > 0.9 * (1 - share) * 60_000
+    account.run(4, wanted, 0.0)
+    assert account.use.kept(account.now) == 0
 
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0

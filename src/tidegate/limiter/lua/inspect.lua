@@ -1,11 +1,12 @@
 -- does: shows a pool without changing it: so much in one run, whatever its size
 -- keys: meta layout
 -- args: request
--- request: permits of limits place
+-- request: permits of limits place since
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues counts place
--- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, 0, 0, current, shadowed, paused_ms, pause said, room_in_ms, 0, cost_ms, taken, shadow), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket), counts are (limit, waiting, lapsing, reserved)
+-- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, 0, 0, current, shadowed, paused_ms, pause said, room_in_ms, 0, cost_ms, taken, shadow, lately), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket), counts are (limit, waiting, lapsing, reserved)
 -- uses: core clock pool limits
 -- later: rates pacing bucket pauses blocked
+-- `since` of a limit: for how many ms until now the row says what was taken lately, which is false elsewhere.
 -- `of`: all, sessions (without what they hold), or limits, which are those of the list. `place` is where the next
 -- run continues, false at the end: (part, session, cursor). A small pool is one run; of a larger one each part is of
 -- its own moment. `held` and `counts` are of what this run has read: a reader adds them up. What is there
@@ -118,17 +119,18 @@ local function show_limit(name, shadowed)
   local limit = T.limit_of(name)
   if not limit.defined and not limit.implicit then return end
   if limit.implicit and not limit.pause and limit.used == 0 and T.parked_at(limit) == 0 then return end
-  local used, taken, at = limit.used, 0, tonumber(call('ZSCORE', T.timed_key, name) or 0)
+  local used, taken, lately, at = limit.used, 0, false, tonumber(call('ZSCORE', T.timed_key, name) or 0)
   if limit.sort ~= 'c' then
     used = 0
     used, taken, left = T.rates().spent(limit), T.rates().taken(limit), left - 4
+    if q.since and q.since[name] then lately = T.rates().taken_since(limit, pool.now - q.since[name]) end
     if not limit.shadow then at = math.max(at, T.rates().free_at(limit, 1)) end
   end
   local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
   list[#list + 1] = { name, limit.sort, limit.bound, used, 0, 0,
     limit.current and math.floor(limit.current / 1000) or limit.bound, tonumber(shadowed or 0), paused_ms,
     limit.pause and limit.pause.said or '', math.max(0, at - pool.now), 0, limit.cost_ms, taken,
-    limit.shadow and 1 or 0 }
+    limit.shadow and 1 or 0, lately }
 end
 
 -- The limits of a page, whose fields are read together.

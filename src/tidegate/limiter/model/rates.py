@@ -239,6 +239,15 @@ class RateSpending:
             return sum(self.buckets.values())
         return self.look(limit, now, 0)
 
+    def taken_since(self, limit: Limit, at: int) -> int:
+        """The same after a moment, with the sixtieth that it lies in; of a day all. Call it after
+        `look`."""
+        if isinstance(limit, Quota):
+            return self.used
+        if isinstance(limit, Rate) and limit.exact:
+            return sum(each > at for each in self.log)
+        return sum(amount for end, amount in self.buckets.items() if end > at)
+
     def _is_due(self, limit: Rate, now: int) -> bool:
         """Whether the level has something to take in: sixtieths, or another bound or window."""
         if limit.shape != "bucket":

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -340,6 +340,25 @@ T.rates = function()
   function f.taken(limit)
     loaded(limit)
     return limit.counted or limit.spent
+  end
+
+  -- The same after a moment, with the sixtieth that it lies in.
+  function f.taken_since(limit, at)
+    loaded(limit)
+    if limit.sort == 'q' then return limit.spent end
+    if limit.exact then
+      local first, after = 0, limit.spent
+      while first < after do
+        local middle = math.floor((first + after) / 2)
+        if tonumber(call('LINDEX', key_of(limit), middle)) > at then after = middle else first = middle + 1 end
+      end
+      return limit.spent - first
+    end
+    local sum = 0
+    for ends, amount in pairs(limit.buckets) do
+      if ends > at then sum = sum + amount end
+    end
+    return sum
   end
 
   -- After a loss: a session reports the usage that it had seen, and its own admissions since.
