@@ -347,6 +347,11 @@ class AccountUse:
         self._is_new = True
 
     @property
+    def _margin(self) -> float:
+        """The share of a bound that is kept free beside what others take until the next look."""
+        return max(MARGIN, LOOK_S / self.window_s)
+
+    @property
     def since(self) -> float | None:
         """From when on the pool's own count is needed to compare windows that begin again, in
         seconds since 1970; None of a bucket."""
@@ -388,7 +393,8 @@ class AccountUse:
         self._notice(now, counted, lower, lately)
         lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
         # What the account has left for us may be more than the limit in force allows.
-        wanted = max(0.0, in_force - bound + (self.others + MARGIN * lower if self.acts else 0.0))
+        for_others = self.others + self._margin * lower if self.acts else 0.0
+        wanted = max(0.0, in_force - bound + for_others)
         wanted += self._short(now, lower, bound) if wanted else 0.0
         amount = round(min(wanted, in_force)) - lasting
         return self._keep(now, counted, amount if amount > 0 else 0)
@@ -409,7 +415,7 @@ class AccountUse:
         if last is not None and last.remaining is not None and last.bound == bound:
             refilled = bound * max(0.0, now - last.at - RENEWED_S) / self.window_s
             remaining = min(remaining, last.remaining + refilled)
-        margin = in_force * max(MARGIN, LOOK_S / self.window_s)
+        margin = in_force * self._margin
         apart = max(0, in_force - bound) + (self.others if self.acts else 0.0)
         margin += RENEWED_S * apart / self.window_s
         wanted = in_force - remaining + (margin if remaining < 2 * margin else 0.0)
@@ -450,7 +456,7 @@ class AccountUse:
             self._is_new = False
             ours = lately - sum(amount for at, amount in self._kept if at > since)
             self._apart.append((now, sum(one.used for one in self._windows) - ours))
-        while self._apart and self._apart[0][0] <= now - self.span_s:
+        while self._apart and self._apart[0][0] <= now - 2 * self.span_s:
             self._apart.popleft()
         return max((apart for _, apart in self._apart), default=0.0)
 

@@ -190,12 +190,12 @@ async def test_a_client_that_reads_nothing_is_cut(open_gateway: Opener) -> None:
 async def test_a_side_that_is_not_read_of_misses_no_ping(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "PING_S", 0.2)
+    monkeypatch.setattr(sockets, "PING_S", 0.8)  # by twice that the answer has filled the buffers
     gateway = await open_gateway(worker=False)
     await gateway.services.keeper.change(edit({"kind:realtime": 1}), set_by="test")
     async with unread(gateway) as socket:
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + 8 * sockets.PING_S
+        until_s = loop.time() + 4 * sockets.PING_S
         await wait_until(lambda: loop.time() >= until_s, 10, "the time of several pings")
         assert gateway.held == 1
         socket.transport.resume_reading()
