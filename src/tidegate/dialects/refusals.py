@@ -90,7 +90,10 @@ def upstream_error(
         refusal = _of_own_server(answer) or refusal
     if refusal is None:
         return _by_status(answer, message, wait_ms)
-    wait_ms = wait_ms if refusal.wait_ms is None else max(wait_ms or 0, refusal.wait_ms)
+    # Of a bucket the headers say when it is full again, which is long after one call fits.
+    is_told = refusal.reason == "throttled" and wait_ms
+    if refusal.wait_ms is not None and not is_told:
+        wait_ms = max(wait_ms or 0, refusal.wait_ms)
     match refusal.reason:
         case "throttled" | "busy":
             throttled = UpstreamThrottled(

@@ -160,6 +160,30 @@ DAY_MS = 86_400_000
         ("", {"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "0"}, 360_000),
         ("", {"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "7"}, None),
         ("", {"x-ratelimit-reset-requests": "59ms", "x-ratelimit-remaining-requests": "0"}, 59),
+        # That is when the bucket is full, not when a call fits.
+        (
+            "Please try again in 120ms.",
+            {"x-ratelimit-reset-requests": "1m0s", "x-ratelimit-remaining-requests": "0"},
+            120,
+        ),
+        (
+            "",
+            {
+                "retry-after": "3",
+                "anthropic-ratelimit-input-tokens-remaining": "0",
+                "anthropic-ratelimit-input-tokens-reset": "2099-01-01T00:00:00Z",
+            },
+            3_000,
+        ),
+        (
+            "",
+            {
+                "retry-after-ms": "0",
+                "x-ratelimit-reset-tokens": "6m0s",
+                "x-ratelimit-remaining-tokens": "0",
+            },
+            360_000,
+        ),
         ("", {"x-ratelimit-reset-requests": "-1s", "x-ratelimit-remaining-requests": "0"}, None),
         (
             "",
