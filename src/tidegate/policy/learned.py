@@ -251,6 +251,8 @@ SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
 # How much later than the pool the headers of answers tell of a call, at most: under bursts what it
 # used would else be taken for a use of others.
 READ_LATE_S = 5.0
+# In how many windows a bucket is full again at most; what resets later is no bucket of that window.
+_MOST_WINDOWS = 2.0
 # How long before the provider a pool counts a call, at most.
 SENT_LATE_S = 1.0
 # So long before it ends a charge is renewed, else there would be room for a moment.
@@ -317,10 +319,10 @@ class AccountUse:
         passed_s = reading.at - last.at
         if passed_s > self.window_s:
             return
-        used = float(last.remaining - reading.remaining)
+        before = self._left_at(last, last.remaining)
+        used = before - self._left_at(reading, reading.remaining)
         refilled = reading.bound * passed_s / self.window_s
-        used += min(refilled, max(0, reading.bound - last.remaining))
-        self._used.append((reading.at, used))
+        self._used.append((reading.at, used + min(refilled, max(0.0, reading.bound - before))))
 
     def _read_window(self, reading: HeaderReading, used: int) -> None:
         """Of concurrent calls an answer that comes later may tell of less: in a window the most
@@ -407,20 +409,31 @@ class AccountUse:
         refills here and not at the account: once there, it costs nothing, since all that refills
         may be used. Others can't be distinguished from our own calls by then, since an account that
         is full refuses the rest. An answer is as old as a look and a share of notes: what has
-        refilled meanwhile, others and we have taken too.
+        refilled meanwhile, others and we have taken too. After a pause it is older: what others
+        took since then is as before, and a backlog takes the rest at once.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
+        is_old = last is not None and now - last.at > READ_LATE_S
         self._recount(taken)
         self._notice(now, taken, lower, None)
         if last is not None and last.remaining is not None and last.bound == bound:
-            refilled = bound * max(0.0, now - last.at - RENEWED_S) / self.window_s
-            remaining = min(remaining, last.remaining + refilled)
+            per_s = max(0.0, bound - (self.others if self.acts else 0.0)) / self.window_s
+            refilled = per_s * max(0.0, now - last.at - RENEWED_S)
+            remaining = min(remaining, self._left_at(last, last.remaining) + refilled)
         margin = in_force * self._margin
         apart = max(0, in_force - bound) + (self.others if self.acts else 0.0)
         margin += RENEWED_S * apart / self.window_s
-        wanted = in_force - remaining + (margin if remaining < 2 * margin else 0.0)
+        wanted = in_force - remaining + (margin if is_old or remaining < 2 * margin else 0.0)
         amount = round(wanted) - level
         return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)
+
+    def _left_at(self, reading: HeaderReading, remaining: int) -> float:
+        """Below nothing where a bound fell below what was used: then a bucket is full again later
+        than a window after."""
+        if remaining or reading.window_ms is None:
+            return remaining
+        windows = reading.window_ms / 1000 / self.window_s
+        return reading.bound * (1 - max(1.0, min(windows, _MOST_WINDOWS)))
 
     def _keep(self, now: float, counted: int, amount: int) -> int:
         """Note what is charged now, and what the pool counts with it."""
@@ -435,7 +448,8 @@ class AccountUse:
         self._counted -= amount
 
     def _notice(self, now: float, counted: int, lower: int, lately: int | None) -> None:
-        """Compare what all have used in the last window with what is ours of it."""
+        """Compare what all have used in the last window with what is ours of it. Without answers,
+        as in a pause, others are taken to go on for as long as one may last."""
         while self._ours and self._ours[0][0] <= now - READ_LATE_S:
             self._ours.popleft()
         self._ours.append((now, counted - self.kept(now)))
@@ -446,6 +460,9 @@ class AccountUse:
                 self._used.popleft()
             by_all, ours = sum(used for _, used in self._used), max(own for _, own in self._ours)
             by_others = by_all - ours
+        old_s = 0.0 if self._last is None else now - self._last.at
+        if READ_LATE_S < old_s <= _MOST_WINDOWS * self.window_s:
+            return
         self.others += _STEP * (max(0.0, by_others) - self.others)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
 

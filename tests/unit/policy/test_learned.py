@@ -153,7 +153,7 @@ class Account:
         self, bound: int, window_s: float = 60.0, *, is_bucket: bool = False, late: int = 0
     ) -> None:
         """late: seconds after which an answer is read."""
-        self.in_force = self.bound = bound
+        self.in_force = self.bound = self.told_bound = bound
         self.left = float(bound)
         self.now = 0.0
         self.counted: deque[tuple[float, float]] = deque()
@@ -163,6 +163,7 @@ class Account:
         self.is_bucket, self.level = is_bucket, 0.0
         self.answers: deque[HeaderReading] = deque()
         self.late = late
+        self.paused_until = 0.0
 
     def used(self) -> float:
         """What decides at our limit: the level of a bucket, or what was spent in its window."""
@@ -189,6 +190,10 @@ class Account:
         self.left -= amount if fits else 0.0
         return fits
 
+    @property
+    def full_in_s(self) -> float:
+        return (self.bound - self.left) * self.use.window_s / self.bound
+
     def second(self, wanted: int, others: float, error: float = 1.0) -> None:
         """One second in which we make so many calls of 100, of which the provider counts `error`
         times as much."""
@@ -196,17 +201,21 @@ class Account:
         self.left = min(self.bound, self.left + self.bound / self.use.window_s)
         self.level = max(0.0, self.level - self.in_force / self.use.window_s)
         self.take(others)
-        for _ in range(wanted):
+        is_paused = self.now < self.paused_until
+        for _ in range(0 if is_paused else wanted):
             if self.used() + 100 <= self.in_force:
                 self.count(100.0)
                 self.refused += not self.take(100 * error)
-        left = max(0, int(self.left))
-        self.answers.append(HeaderReading("m", "tpm", self.bound, left, self.now))
-        bound = self.in_force
+        if not is_paused:
+            left, used = max(0, int(self.left)), self.bound - self.left
+            window_ms = self.full_in_s * 1000 * self.bound / min(used, self.bound) if used else None
+            reading = HeaderReading("m", "tpm", self.bound, left, self.now, window_ms)
+            self.answers.append(reading)
         if len(self.answers) > self.late:
             reading = self.answers.popleft()
-            bound = reading.bound
+            self.told_bound = reading.bound
             self.use.read(reading)
+        bound = self.told_bound
         taken, level = round(self.spent()), round(self.level)
         if self.is_bucket:
             due = self.use.level_due(self.now, taken, level, self.in_force, bound)
@@ -319,6 +328,31 @@ def test_answers_that_are_read_late_cost_no_more_refusals(late: int) -> None:
     account.change(30_000)
     account.run(60)
     assert account.run(300) <= 5
+    assert account.spent() - account.use.kept(account.now) > 0.95 * 30_000
+
+
+@pytest.mark.parametrize("pause_s", [20, 40, 55])
+def test_what_others_take_in_a_pause_is_not_taken_for_room(pause_s: int) -> None:
+    account = Account(60_000, is_bucket=True)
+    account.run(180, others=300.0)
+    account.paused_until = account.now + pause_s
+    assert account.run(pause_s + 120, 600, others=300.0) == 0
+    assert account.use.acts
+
+
+@pytest.mark.parametrize("late_s", [0, 20, 40])
+def test_after_a_pause_others_still_have_their_part(late_s: int) -> None:
+    """In a pause there are no answers: what others take meanwhile is not ours to burst into, nor
+    what was used beyond a bound that fell."""
+    account = Account(60_000, is_bucket=True)
+    account.run(120, others=300.0)
+    account.change(30_000)
+    account.run(5, others=150.0)
+    pause_s = round(account.full_in_s - account.use.window_s + 1) + late_s  # until a call fits
+    account.paused_until = account.now + pause_s
+    assert account.run(pause_s + 120, 600, others=150.0) == 0
+    assert account.use.acts
+    account.run(120)
     assert account.spent() - account.use.kept(account.now) > 0.95 * 30_000
 
 
