@@ -9,11 +9,13 @@ those of exports begin with `exports/`, and are nobody's but the operator's to d
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # a process that meets no file does without its library
     from obstore.store import ObjectStore
 
 _READ_BYTES = 256 * 1024
+_LEAVES_IN_S = 0.1
 _DELETE_AT_ONCE = 500
 # Of one request with all of its body, but for `stream`, which reads on with another one.
 _TIMEOUT_MS = 30_000
@@ -34,6 +37,13 @@ _PART_BYTES = 5_242_880
 _PARTS = 4
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _STATUS = re.compile(r"status code: (\d{3})")
+
+
+@cache
+def _leave_time_for_threads() -> None:
+    """A thread of obstore that is still on its way out of reporting a result aborts a process whose
+    interpreter ends (before Python 3.14), as that of a command which last listed files."""
+    atexit.register(time.sleep, _LEAVES_IN_S)
 
 
 def _options(timeout_ms: int) -> dict[str, Any]:
@@ -89,6 +99,7 @@ class Blobs:
         if blob_url:
             from obstore.store import from_url
 
+            _leave_time_for_threads()
             in_parts = partial(from_url, blob_url, **_options(_PARTS * _TIMEOUT_MS))
             return cls(from_url(blob_url, **_options(_TIMEOUT_MS)), None, in_parts)
         folder = data_dir.resolve() / "blobs"
@@ -100,6 +111,7 @@ class Blobs:
         if self._opened is None:
             from obstore.store import LocalStore
 
+            _leave_time_for_threads()
             self._opened = LocalStore(self._folder, mkdir=True)
         return self._opened
 
