@@ -33,6 +33,8 @@ from tidegate.policy.format import (
 from tidegate.policy.providers import filled
 
 MOST_READERS = 100
+# Answers that come so soon after a refusal were made before it, maybe under another bound.
+REFUSED_S = 1.0
 _ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
 # Azure's header of requests is of 10 s; a limit of a minute has six times as many.
 _AZURE_SPANS = 6
@@ -157,17 +159,21 @@ def _width(whom: str, model: str) -> tuple[int, int]:
 
 
 def newest(notes: Iterable[LearnedNote], match: LimitMatch) -> dict[str, HeaderReading]:
-    """The newest reading of each limit: by the id of the one in force, else by that of a new
-    one."""
+    """The newest reading of each limit: by the id of the one in force, else by that of a new one.
+    One of which nothing remains stands for `REFUSED_S`."""
     found: dict[str, HeaderReading] = {}
     for note in notes:
         for one in note.readings:
             if one.scope not in MEASURES or one.bound <= 0:
                 continue
             name = match.of(one) or f"{one.scope}:{one.model}"
-            if name not in found or found[name].at < one.at:
+            if name not in found or _stands_until(found[name]) < _stands_until(one):
                 found[name] = one
     return found
+
+
+def _stands_until(reading: HeaderReading) -> float:
+    return reading.at + (REFUSED_S if reading.remaining == 0 else 0.0)
 
 
 def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[LearnedLimit]:

@@ -35,6 +35,7 @@ from tidegate.policy.learned import (
     LEAST_WINDOW_S,
     MOST_READERS,
     NEAR,
+    REFUSED_S,
     AccountUse,
     Confirmations,
     DayUse,
@@ -115,6 +116,7 @@ class Announced:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._heads: dict[str, tuple[RawHeaders, float]] = {}
+        self._refused: dict[str, float] = {}  # until when those of a refusal stand
         self._served: set[str] = set()  # of these, the models that it has answered for
         self._read: dict[str, tuple[RawHeaders, Announcement | None]] = {}
 
@@ -123,9 +125,9 @@ class Announced:
         return model in self._served
 
     def note(self, model: str, headers: RawHeaders, status: int = 200) -> None:
-        """Keep the headers of an answer; nobody changes them. Where there are too many, those of
-        models that were refused alone are the first to go."""
-        heads = self._heads
+        """Keep the headers of an answer; nobody changes them. Those of a 429 stand for `REFUSED_S`.
+        Where there are too many, those of models that were refused alone are the first to go."""
+        heads, now = self._heads, self._clock()
         if model not in heads and len(heads) >= MOST_MODELS:
             gone = next((one for one in heads if one not in self._served), None)
             if gone is None:
@@ -134,9 +136,14 @@ class Announced:
                 gone = next(iter(heads))
                 self._served.discard(gone)
             del heads[gone]
+            self._refused.pop(gone, None)
         if status < 300:
             self._served.add(model)
-        heads[model] = headers, self._clock()
+        if status == 429:
+            self._refused[model] = now + REFUSED_S
+        elif now < self._refused.get(model, 0.0):
+            return
+        heads[model] = headers, now
 
     def all(self) -> list[Announcement]:
         """The latest of each model that announced any limit."""

@@ -87,6 +87,14 @@ def test_the_newest_reading_of_all_processes_counts() -> None:
     assert found.bound == 5
 
 
+def test_one_of_which_nothing_remains_stands_against_answers_of_before_it() -> None:
+    refused = replace(READ, bound=30_000, remaining=0)
+    for later_s, bound in ((0.9, 30_000), (1.1, 60_000)):
+        answered = replace(READ, at=READ.at + later_s)
+        (found,) = learned(policy(tpm__gpt_5=90_000), refused, answered).values()
+        assert found.bound == bound
+
+
 def test_a_note_of_something_else_is_empty() -> None:
     note = LearnedNote((READ,), (OthersUse("tpm:gpt-5", 7, 9),))
     assert unpacked_note(orjson.dumps(note)) == note

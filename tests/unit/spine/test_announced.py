@@ -45,6 +45,21 @@ def test_the_latest_answer_of_each_model_counts() -> None:
     }
 
 
+def test_a_refusal_stands_against_answers_that_were_made_before_it() -> None:
+    now = 1_000.0
+    heard = Announced(lambda: now)
+    heard.note("a", ANTHROPIC, 429)
+    now += 0.9
+    heard.note("a", OPENAI)
+    assert "a" in heard
+    assert [one.unit for one in heard.all()[0].limits] == ["input_tokens"]
+    heard.note("a", [(b"x-ratelimit-limit-requests", b"7")], 429)  # but another refusal
+    assert [one.limit for one in heard.all()[0].limits] == [7]
+    now += 1.0
+    heard.note("a", OPENAI)
+    assert [one.unit for one in heard.all()[0].limits] == ["requests", "tokens"]
+
+
 def test_an_answer_is_parsed_when_someone_asks_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = 0
 
