@@ -13,6 +13,8 @@ import redis.asyncio
 from chaos.limiter.truth import Truth
 from tests.integration.limiter.makers import Maker
 from tests.integration.limiter.slices import stray_fields
+from tests.waiting import wait_until
+from tidegate.limiter import Limiter
 from tidegate.limiter.messages import Keyspace
 from tidegate.limiter.policy import PoolPolicy
 
@@ -40,6 +42,15 @@ async def truth() -> AsyncIterator[Truth]:
     await truth.start()
     yield truth
     await truth.stop()
+
+
+async def policy_of(url: str, pool: str) -> PoolPolicy:
+    """The one in force."""
+    client: Any = redis.asyncio.Redis.from_url(url)
+    try:
+        return PoolPolicy.unpack(await client.hget(Keyspace(pool).meta, "policy"))
+    finally:
+        await client.aclose()
 
 
 async def stray(url: str, meta: str) -> list[str]:
@@ -80,6 +91,16 @@ async def leftovers(url: str, pool: str) -> list[str]:
     return found
 
 
+async def reaped(url: str, pool: str) -> None:
+    """Return once no session is left, as a process of the pool sees to."""
+    async with Limiter.from_url(url, pool=pool, policy=await policy_of(url, pool)) as limiter:
+
+        async def is_alone() -> bool:
+            return len((await limiter.snapshot()).processes) == 1
+
+        await wait_until(is_alone, 20, "the end of the other sessions")
+
+
 @pytest.fixture(autouse=True)
 async def _nothing_leaks(request: pytest.FixtureRequest, pool: str) -> AsyncIterator[None]:
     """Of a pool whose sessions have all ended only the record and the policy may be left."""
@@ -89,4 +110,9 @@ async def _nothing_leaks(request: pytest.FixtureRequest, pool: str) -> AsyncIter
     else:
         url = request.getfixturevalue("valkey_url")
     yield
-    assert await leftovers(url, pool) == []
+    found = await leftovers(url, pool)
+    if found and "own_valkey" in request.fixturenames:
+        # A close that a server under faults did not answer in time is for another process to end.
+        await reaped(url, pool)
+        found = await leftovers(url, pool)
+    assert found == []
