@@ -416,7 +416,7 @@ class AccountUse:
         may be used. Others can't be distinguished from our own calls by then, since an account that
         is full refuses the rest. An answer is as old as a look and a share of notes: what has
         refilled meanwhile, others and we have taken too. After a pause it is older: what others
-        took since then is as before, and a backlog takes the rest at once.
+        took since then is as before, and a backlog takes the rest in a moment.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
         is_old = last is not None and now - last.at > READ_LATE_S
