@@ -423,15 +423,24 @@ class AccountUse:
         self._recount(taken)
         self._notice(now, taken, lower, None)
         if last is not None and last.remaining is not None and last.bound == bound:
-            per_s = max(0.0, bound - (self.others if self.acts else 0.0)) / self.window_s
-            refilled = per_s * max(0.0, now - last.at - RENEWED_S)
-            remaining = min(remaining, self._left_at(last, last.remaining) + refilled)
+            refilled_s = max(0.0, now - last.at - RENEWED_S)
+            remaining = min(remaining, self._left_after(last, last.remaining, refilled_s))
         margin = in_force * self._margin
         apart = max(0, in_force - bound) + (self.others if self.acts else 0.0)
         margin += RENEWED_S * apart / self.window_s
         wanted = in_force - remaining + (margin if is_old or remaining < 2 * margin else 0.0)
         amount = round(wanted) - level
         return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)
+
+    def _left_after(self, reading: HeaderReading, remaining: int, refilled_s: float) -> float:
+        """What remains so long after an answer, with others going on: of what is overdrawn nobody
+        can take."""
+        left, per_s = self._left_at(reading, remaining), reading.bound / self.window_s
+        if left < 0:
+            overdrawn_s = min(refilled_s, -left / per_s)
+            left, refilled_s = left + per_s * overdrawn_s, refilled_s - overdrawn_s
+        by_others = self.others / self.window_s if self.acts else 0.0
+        return left + max(0.0, per_s - by_others) * refilled_s
 
     def _left_at(self, reading: HeaderReading, remaining: int) -> float:
         """Below nothing where a bound fell below what was used: then a bucket is full again later

@@ -358,7 +358,9 @@ def test_after_a_pause_others_still_have_their_part(late_s: int) -> None:
     account.run(5, others=150.0)
     pause_s = round(account.full_in_s - account.use.window_s + 1) + late_s  # until a call fits
     account.paused_until = account.now + pause_s
-    assert account.run(pause_s + 120, 600, others=150.0) == 0
+    assert account.run(pause_s + 12, 600, others=150.0) == 0
+    assert account.left < 4_000, "nor is it left unused"
+    assert account.run(110, 600, others=150.0) == 0
     assert account.use.acts
     account.run(120)
     assert account.spent() - account.use.kept(account.now) > 0.95 * 30_000
