@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -81,6 +83,20 @@ async def test_a_store_that_cannot_write_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "2025-03-09").write_text("a file where the folder should be")
     with pytest.raises(StoreUnavailable):
         await blobs.put(new_key(NOW), b"x")
+
+
+async def test_a_process_leaves_the_librarys_threads_time_to_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that reports a result while the interpreter ends aborts the process, rarely."""
+    at_the_end: list[tuple[object, ...]] = []
+    blobs_module._leave_time_for_threads.cache_clear()
+    monkeypatch.setattr(atexit, "register", lambda *given: at_the_end.append(given))
+    for folder in ("one", "other"):
+        made = Blobs.from_url("", tmp_path / folder)
+        await made.put(new_key(datetime.now(UTC)), b"a")
+        assert len(await made.days()) == 1
+    assert at_the_end == [(time.sleep, 0.1)]
 
 
 def test_the_folder_is_closed_to_others(tmp_path: Path) -> None:
