@@ -482,8 +482,9 @@ class AccountUse:
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
 
     def _in_windows(self, now: float, since: float, lately: int | None) -> float:
-        """The most that the answers of a window's time have told of, beyond what the pool had
-        counted since the provider's windows began: one shows all of its use at its end."""
+        """The most that the answers of two windows' time have told of, beyond what the pool had
+        counted since the provider's windows began: one shows all of its use at its end, and at its
+        beginning the one before counts."""
         if self._is_new and lately is not None:
             self._is_new = False
             ours = lately - sum(amount for at, amount in self._kept if at > since)
