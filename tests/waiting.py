@@ -1,4 +1,4 @@
-"""Waiting for a condition instead of sleeping."""
+"""Waiting for a condition instead of sleeping, and for no midnight."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import os
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 _SHORTEST_S, _LONGEST_S = 0.005, 0.25
@@ -50,3 +51,9 @@ def promised_s(seconds: float) -> float:
     other tests, where it says that nobody waits for something else to end, and not how fast we are.
     """
     return seconds * 5 if "PYTEST_XDIST_WORKER" in os.environ else seconds
+
+
+def where_it_is(hour: int) -> str:
+    """A time zone in which it is that hour of the day now: its midnight is so far away."""
+    west = (datetime.now(UTC).hour - hour) % 24
+    return f"Etc/GMT{west if west <= 12 else west - 24:+d}"

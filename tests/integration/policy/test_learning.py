@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from time import time
 from typing import Any
@@ -15,7 +14,7 @@ import redis.asyncio
 
 from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
-from tests.waiting import wait_until
+from tests.waiting import wait_until, where_it_is
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import LimiterUnavailable
@@ -258,12 +257,6 @@ async def test_a_wrong_value_of_learn_is_refused(open_gateway: Opener, tmp_path:
     assert (
         "upstreams.oai.learn=always: must be one of propose, apply" in done.said + done.complained
     )
-
-
-def where_it_is(hour: int) -> str:
-    """A time zone in which it is that hour of the day now."""
-    west = (datetime.now(UTC).hour - hour) % 24
-    return f"Etc/GMT{west if west <= 12 else west - 24:+d}"
 
 
 @asynccontextmanager

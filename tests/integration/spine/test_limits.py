@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.gateway import PNG, Gateway, Opener
-from tests.waiting import wait_until
+from tests.waiting import wait_until, where_it_is
 from tidegate.limiter import LimitView
 from tidegate.policy.format import edit
 
@@ -136,12 +136,13 @@ async def test_a_429_holds_up_everybody_for_as_long_as_the_provider_says(
 async def test_a_days_quota_that_is_gone_pauses_to_midnight_until_somebody_knows_better(
     open_gateway: Opener, policy: WriteFile
 ) -> None:
-    limits = f'"rpm:{MODEL}" = 600\n"rpd:{MODEL}" = 1000'
+    day = f'{{ bound = 1000, zone = "{where_it_is(12)}" }}'
+    limits = f'"rpm:{MODEL}" = 600\n"rpd:{MODEL}" = {day}'
     gateway = await open_gateway(tidegate_policy=policy(limits), worker=False)
     await gateway.upstream.set_fault("day_quota", count=1)
     assert (await gateway.stream(text="Explain one")).problem["code"] == "upstream_throttled"
     paused = await view(gateway, f"rpd:{MODEL}")
-    assert 0 < paused.paused_ms <= DAY_MS + 3_600_000
+    assert DAY_MS / 3 < paused.paused_ms < 2 * DAY_MS / 3
     assert (await view(gateway, f"rpm:{MODEL}")).paused_ms == 0
     late = await gateway.stream(text="Explain two", deadline_ms=300)
     assert late.problem["code"] == "limit_paused"
