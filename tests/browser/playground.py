@@ -184,6 +184,30 @@ async def an_upstream_is_named(page: Page) -> None:
     await expect(upstream).to_have_value("")
 
 
+async def what_a_call_has_cost_comes_late(page: Page) -> None:
+    """Then it is no longer looked up once the next call is sent: it would change its figures."""
+    upstream, send = page.locator(".try-figures dd").nth(5), page.get_by_role("button", name="Send")
+
+    async def unanswered(_: Route) -> None:
+        """The look at the record of the first call."""
+
+    async def ask(api: str, model: str) -> None:
+        await page.get_by_label("API", exact=True).select_option(api)
+        await page.get_by_label("Model", exact=True).fill(model)
+        await page.get_by_label("Prompt").fill(f"Explain {model} where the tide goes")
+        await send.click()
+        await expect(page.locator(".try-state").first).to_contain_text("Done")
+        await expect(page.get_by_text(f"You asked: “Explain {model}")).to_be_visible()
+        await expect(send).to_be_enabled()
+
+    await page.route("**/admin/requests?id=*", unanswered, times=1)
+    await ask("chat", "gpt-5")
+    async with page.expect_event("requestfailed", lambda one: "requests?id=" in one.url):
+        await ask("messages", "claude-6")
+    await expect(upstream).to_have_text("claude")
+    await page.get_by_label("API", exact=True).select_option("chat")
+
+
 async def a_broken_answer_is_reported(page: Page, folder: Path) -> None:
     """And what was written can be sent again; so where a file can't be read."""
     send, state = page.get_by_role("button", name="Send"), page.locator(".try-state").first

@@ -37,6 +37,7 @@ from tests.browser.playground import (
     an_upstream_is_named,
     code_runs,
     more_dialects,
+    what_a_call_has_cost_comes_late,
     what_is_written_meanwhile_is_kept,
 )
 from tests.browser.stage import (
@@ -479,11 +480,7 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
         await page.evaluate("scrollTo(0, 0)")
         await page.mouse.move(5, 5)
         await picture(page, "try", tmp_path)
-        windows: tuple[tuple[int, Colours], ...] = (
-            (2560, "dark"),
-            (1280, "dark"),
-            (400, "light"),
-        )
+        windows: tuple[tuple[int, Colours], ...] = ((2560, "dark"), (1280, "dark"), (400, "light"))
         for width, colours in windows:
             await page.set_viewport_size({"width": width, "height": 900})
             await page.emulate_media(color_scheme=colours)
@@ -494,6 +491,7 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
         await page.get_by_role("button", name="New conversation").click()
         await what_is_written_meanwhile_is_kept(stage, page)
         await an_upstream_is_named(page)
+        await what_a_call_has_cost_comes_late(page)
         # What is wrong is said where it is put right.
         await page.get_by_label("Model", exact=True).fill("")
         await page.get_by_label("Prompt").fill("Hello?")

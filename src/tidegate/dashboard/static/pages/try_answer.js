@@ -84,6 +84,7 @@ export function answering(label, signal) {
   }
 
   async function run(asked, model) {
+    running.abort(); // what is still looked up of the call before would be written over this one's figures
     running = new AbortController();
     const both = AbortSignal.any([signal, running.signal]);
     begin(asked, model);
