@@ -105,7 +105,8 @@ class WaitingLine:
         measured = self._speed(MEASURED_MS)
         if measured is not None:
             known = min(1.0, measured[1] / TRUSTED_MS) if not self.above else 1.0
-            speed = known * measured[0] + (1 - known) * speed
+            least = speed * self.share / 1000 if self.above else 0.0
+            speed = max(known * measured[0] + (1 - known) * speed, least)
         elif self.above:
             return self._behind_others(ahead + others, usual_ms)
         rate = 1000 * speed / own * (before + 1) / (ahead + 1)

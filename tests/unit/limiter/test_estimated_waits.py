@@ -61,6 +61,13 @@ def test_what_the_limit_admitted_lately_comes_before_its_bound() -> None:
     assert slow.estimate(40).wait_ms == pytest.approx(20_000, rel=0.05)
 
 
+def test_behind_higher_bands_a_band_is_told_no_less_than_its_share() -> None:
+    """Its share of four calls is half of one, a second each: chance has admitted fewer."""
+    behind = replace(CALLS, samples=_samples(0.2 * UNITS), above=5, share=125)
+    assert behind.estimate(40).wait_ms == pytest.approx(81_000, rel=0.05)
+    assert replace(behind, share=0).estimate(40).wait_ms == pytest.approx(202_500, rel=0.05)
+
+
 def test_the_mean_time_of_calls_counts_not_the_last_one() -> None:
     """The last value of the moving average is a third too high."""
     line = replace(CALLS, cost_ms=1300, samples=_samples(4 * UNITS))
