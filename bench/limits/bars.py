@@ -138,8 +138,10 @@ def _tested(name: str) -> Judge[Found]:
 
 
 def _told(found: Found) -> tuple[str, bool]:
-    values = _those(found, "waits")[""]["true"]
-    return _shown(values, lambda value: f"{value:.1%}"), min(values.values()) >= 0.9
+    waits = _those(found, "waits")[""]
+    values, told = waits["true"], waits["told"]
+    shown = ", ".join(f"{name}: {true:.1%} of {told[name]}" for name, true in values.items())
+    return shown, min(values.values()) >= 0.9
 
 
 def _refusal_ms(found: Found) -> tuple[str, bool]:
