@@ -140,7 +140,7 @@ def _tested(name: str) -> Judge[Found]:
 def _told(found: Found) -> tuple[str, bool]:
     waits = _those(found, "waits")[""]
     values, told = waits["true"], waits["told"]
-    shown = ", ".join(f"{name}: {true:.1%} of {told[name]}" for name, true in values.items())
+    shown = ", ".join(f"{name} {true:.1%} of {told[name]}" for name, true in values.items())
     return shown, min(values.values()) >= 0.9
 
 

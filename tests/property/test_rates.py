@@ -289,7 +289,7 @@ BUCKET = Rate(6000, MINUTE_MS, "tokens", slack_ms=0, shape="bucket")
 
 
 def test_a_bucket_refills_evenly(bench: Bench) -> None:
-    """100 a second: the next 200 fit a sixtieth and two seconds after all was taken."""
+    """100 a second: the next 200 fit a part of the window and two seconds after all was taken."""
     bench.put_in_force(BUCKET)
     first, next_one = bench.ask(6000), bench.ask(200)
     assert (first in bench.client.queue.held, bench.running) == (True, 1)

@@ -566,7 +566,7 @@ class Limiter:
         """The pool as Valkey sees it; with each permit in use if asked for. With `limits` nothing
         but what is used of these, which takes no work at the others. A large pool is read in parts,
         each of its own moment. since_ms: how long ago the time of `LimitView.lately` began, by
-        limit; the sixtieth of the window that this moment lies in is counted whole."""
+        limit; the part of the window that this moment lies in is counted whole."""
         run, state = self._inspect, self._session.state
         return await read_pool(run, state, permits=permits, limits=limits, since_ms=since_ms)
 

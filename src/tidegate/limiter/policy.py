@@ -61,7 +61,9 @@ FOR_EVER_MS = 100 * 365 * 86_400_000
 DEFAULT_HARD_MS = 600_000
 # Above so many requests in a window the exact log of admissions gives way to buckets.
 MAX_LOG = 10_000
-BUCKETS = 60
+# In how many parts a window is counted, of a rate that refills evenly and of any other. What is
+# taken counts to the end of its part, so that coarser ones leave more of a window unused.
+BUCKETS, WINDOW_BUCKETS = 60, 120
 # Shares in calls: each counts as much as a second of use.
 CALL_USE = 1_000
 # Shares in cost, in micro-dollars: what a call counts at least, so that calls that cost nothing
@@ -213,6 +215,11 @@ class Rate:
         if self.slack_ms is not None:
             return self.slack_ms
         return min(ARRIVAL_SLACK_MS, self.window_ms // 20)
+
+    @property
+    def buckets(self) -> int:
+        """In how many parts a window is counted, where not each admission is."""
+        return BUCKETS if self.shape == "bucket" else WINDOW_BUCKETS
 
     @property
     def exact(self) -> bool:

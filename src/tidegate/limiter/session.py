@@ -44,7 +44,6 @@ from tidegate.limiter.messages import (
     too_early,
 )
 from tidegate.limiter.policy import (
-    BUCKETS,
     Limit,
     PoolPolicy,
     Quota,
@@ -174,7 +173,7 @@ class Remembered:
     def _counts_for(self, limit: Limit | None, server_ms: float) -> float:
         """How long at most what is spent of a limit counts, in ms."""
         if isinstance(limit, Rate):
-            return (limit.window_ms + limit.slack + 1) * (1 + 1 / BUCKETS) + 1
+            return (limit.window_ms + limit.slack + 1) * (1 + 1 / limit.buckets) + 1
         if isinstance(limit, Quota):
             return self._midnight_ms(limit.zone, server_ms) - server_ms
         return _DAY_MS

@@ -95,7 +95,7 @@ ALL_GOOD: dict[str, dict[str, Any]] = {
         ]
     },
     "books": {"budgets": "1 passed in 30 s", "books": "1 passed in 30 s"},
-    "waits": {"true": {"one tenant": 0.9}},
+    "waits": {"true": {"one tenant": 0.9}, "told": {"one tenant": 300}},
     "refusals": {"rows": [REFUSED]},
     "tiers": {name: {"late": 0, "share": 0.55} for name in ("24 h", "1 h", "1 min")},
     "admission": {"ratios": RATIOS},
@@ -130,7 +130,14 @@ def test_what_was_not_measured_is_not_ok() -> None:
             "others 2.0, tier 0.0",
         ),
         ("books", {"budgets": "failed: 1 over", "books": "1 passed"}, "failed: 1 over"),
-        ("waits", {"true": {"one tenant": 0.95, "two bands": 0.89}}, "two bands 89.0%"),
+        (
+            "waits",
+            {
+                "true": {"one tenant": 0.95, "two bands": 0.89},
+                "told": {"one tenant": 300, "two bands": 217},
+            },
+            "two bands 89.0% of 217",
+        ),
         ("refusals", {"rows": [REFUSED | {"p99_ms": 20.1}]}, "p99 20.1 ms"),
         ("refusals", {"rows": [REFUSED | {"true": 0.999}]}, "behind 0: 99.9%"),
         ("refusals", {"rows": [REFUSED | {"wrong": "1 x 503"}]}, "behind 0: 100.0%"),

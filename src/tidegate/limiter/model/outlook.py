@@ -24,7 +24,7 @@ from tidegate.limiter.model.state import (
     SessionQueue,
     read_member,
 )
-from tidegate.limiter.policy import BUCKETS, CALL_USE, Quota, Rate
+from tidegate.limiter.policy import CALL_USE, Quota, Rate
 
 # A sample is (ms, virtual time, cost_ms).
 Sample = tuple[int, int, int]
@@ -360,7 +360,7 @@ class Positions:
         if limit.is_rate:
             free = self._free(limit)
             if isinstance(limit.limit, Rate) and not limit.limit.exact:
-                width = ceil(span / BUCKETS)
+                width = ceil(span / limit.limit.buckets)
             if isinstance(limit.limit, Rate) and limit.spending.is_paced(limit.limit):
                 pacing = limit.spending.pacing
                 even, pace = pacing.even_us if pacing else 0, (limit.limit.pace_ms or 0) * 1000

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import ceil, floor
 
-from tidegate.limiter.policy import BUCKETS, MAX_BOUND, Limit, Quota, Rate
+from tidegate.limiter.policy import MAX_BOUND, Limit, Quota, Rate
 
 DAY_MS = 86_400_000
 # A day that ends so much later is another one, also where the clocks are changed.
@@ -107,9 +107,9 @@ class Bucket:
 
     In units of which one of the limit's amount is as many as its window has ms, so that `bound` of
     them refill in a ms. The level at a time is the largest of what was taken since an earlier time,
-    less what has refilled since: computed from the sixtieths, so that what a call returns counts as
-    never taken. A sixtieth counts as taken when the last of its calls may reach the provider, and
-    refills from then on. `units`: the level at the sixtieth that ends at `end`; those
+    less what has refilled since: computed from the parts of a window, so that what a call
+    returns counts as never taken. A part counts as taken when the last of its calls may reach the
+    provider, and refills from then on. `units`: the level at the part that ends at `end`; those
     before are folded into it. Until `until` it refilled by `before` units a ms. More than twice the
     bound is never due: no call waits for longer than a window.
     """
@@ -145,7 +145,7 @@ class Bucket:
         self.window, self.bound, self.before, self.until = limit.window_ms, limit.bound, before, now
 
     def fold(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
-        """Forget the sixtieths of before the last window, but for the level that they led to."""
+        """Forget the parts of before the last window, but for the level that they led to."""
         if (self.window, self.bound) != (limit.window_ms, limit.bound):
             self._take_over(limit, now)
         lag = span_of(limit) - limit.window_ms
@@ -240,8 +240,8 @@ class RateSpending:
         return self.look(limit, now, 0)
 
     def taken_since(self, limit: Limit, at: int) -> int:
-        """The same after a moment, with the sixtieth that it lies in; of a day all. Call it after
-        `look`."""
+        """The same after a moment, with the part of a window that it lies in; of a day all. Call it
+        after `look`."""
         if isinstance(limit, Quota):
             return self.used
         if isinstance(limit, Rate) and limit.exact:
@@ -249,7 +249,7 @@ class RateSpending:
         return sum(amount for end, amount in self.buckets.items() if end > at)
 
     def _is_due(self, limit: Rate, now: int) -> bool:
-        """Whether the level has something to take in: sixtieths, or another bound or window."""
+        """Whether the level has something to take in: parts, or another bound or window."""
         if limit.shape != "bucket":
             return False
         found = self.bucket
@@ -294,7 +294,7 @@ class RateSpending:
         if isinstance(limit, Quota):
             return self.reset_at
         assert isinstance(limit, Rate)
-        width = ceil(span_of(limit) / BUCKETS)
+        width = ceil(span_of(limit) / limit.buckets)
         return (now // width + 1) * width
 
     def _spend(self, limit: Limit, end: int, amount: int) -> None:

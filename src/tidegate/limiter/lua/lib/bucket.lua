@@ -5,7 +5,7 @@
 -- units: ms; a level in `units`, of which one of the limit's amount is as many as its window has ms, so that
 -- `bound` of them refill in a ms: whole numbers, without a rounding error below 2^53
 -- The level at a time is the largest of what was taken since an earlier time, less what has refilled since. It
--- is computed from the sixtieths, so that what a call returns counts as never taken: taken from the level
+-- is computed from the sixtieths of a window, so that what a call returns counts as never taken: taken from the level
 -- itself, it would also be taken from what others have taken since the level was 0. A sixtieth counts as taken
 -- at the latest time at which its calls reach the provider, `lag` after its end: until then it does not refill.
 -- More than twice the bound is never due, as after a charge for what others have used, under a bound that fell or in

@@ -3,10 +3,10 @@
 -- args: resets
 -- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
--- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
--- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
+-- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets, 120
+-- to a window, the oldest in full; a bucket is named by the moment of its end, so that
 -- it means the same when the window is changed. A day quota knows the moment of its reset. A rate that refills
--- evenly is counted in the same buckets; what is spent of it is its level (`bucket.lua`).
+-- evenly is counted in 60 of them; what is spent of it is its level (`bucket.lua`).
 -- A band with waiters under a rate, below other bands, accrues its minimum share of the rate's bound. Two
 -- times per band, in microseconds, define the credit: the share from `from` to `passed`, the last
 -- admission of a higher band. `from` is in the future, by a window at most, if the band had
@@ -50,7 +50,7 @@ T.rates = function()
 
   local function load_buckets(limit)
     local raw, gone = call('HGETALL', key_of(limit)), {}
-    limit.width = math.ceil(limit.span / 60)
+    limit.width = math.ceil(limit.span / 120)
     limit.buckets, limit.spent = {}, 0
     for i = 1, #raw, 2 do
       local ends = tonumber(raw[i])
@@ -342,7 +342,7 @@ T.rates = function()
     return limit.counted or limit.spent
   end
 
-  -- The same after a moment, with the sixtieth that it lies in.
+  -- The same after a moment, with the bucket that it lies in.
   function f.taken_since(limit, at)
     loaded(limit)
     if limit.sort == 'q' then return limit.spent end
