@@ -283,7 +283,7 @@ class Served:
         with self._serving("other", model, method, label, size) as (call, fault):
             if (early := await self._early_fault(call, fault)) is not None:
                 return early
-            ledger = self.state.ledger
+            ledger, headers = self.state.ledger, self.state.rate_limit_headers(call)
             delay_ms = self.behaviour.first_byte("other").draw_ms(self.state.random)
             if fault is not None and fault.fault is FaultName.SLOW_FIRST_TOKEN:
                 delay_ms += fault.delay_ms
@@ -291,7 +291,7 @@ class Served:
                 await asyncio.sleep(delay_ms / 1000)
             found = answer()
             response = await found if isawaitable(found) else json_response(200, found)
-            response.headers.update(self.state.rate_limit_headers(call))
+            response.headers.update(headers)
             if fault is not None and fault.fault is FaultName.ANSWER_LOST:
                 await self.cut(call)
             if fault is not None and fault.fault is FaultName.CUT_MID_STREAM:

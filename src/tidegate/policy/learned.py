@@ -44,9 +44,10 @@ Drift = Literal["new", "rose", "fell", "same"]
 
 @dataclass(frozen=True, slots=True)
 class HeaderReading:
-    """One rate of a model as headers report it. scope: such as `tpm`. at: in seconds since 1970.
-    window_ms: as the time until the rate is unused implies it, where that is known; reset_ms: of
-    one that is known to begin again, when it does, and window_ms then from one to the next."""
+    """One rate of a model as headers report it. scope: such as `tpm`. at: as of when, in seconds
+    since 1970; heard_at: when the answer came, where that is later. window_ms: as the time until
+    the rate is unused implies it, where that is known; reset_ms: of one that is known to begin
+    again, when it does, and window_ms then from one to the next."""
 
     model: str
     scope: str
@@ -55,6 +56,11 @@ class HeaderReading:
     at: float
     window_ms: float | None = None
     reset_ms: float | None = None
+    heard_at: float | None = None
+
+    @property
+    def came_at(self) -> float:
+        return self.at if self.heard_at is None else self.heard_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +263,8 @@ SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
 # How much later than the pool the headers of answers tell of a call, at most: under bursts what it
 # used would else be taken for a use of others.
 READ_LATE_S = 5.0
+# How long a call takes at most whose headers tell of the account: what was ours is remembered.
+MOST_LATE_S = 60.0
 # In how many windows a bucket is full again at most; what resets later is no bucket of that window.
 _MOST_WINDOWS = 2.0
 # How long before the provider a pool counts a call, at most.
@@ -280,13 +288,28 @@ class _Window:
 
 
 @dataclass(slots=True)
+class _Look:
+    """What the pool counted at one moment. ours: in the window, without what was charged here;
+    lately: since the provider's windows began, as known then; level: of a bucket, before and after
+    what was charged at this look."""
+
+    at: float
+    ours: int
+    since: float | None = None
+    lately: int | None = None
+    level: int = 0
+    charged: int = 0
+
+
+@dataclass(slots=True)
 class AccountUse:
     """Use of one limit of an account in the last window: by all, as headers tell it, and by us.
 
     What remained at two answers of a bucket, and what has refilled between, is what all have used;
     in a window that begins again it is what does not remain. What the pool counts in that time is
     ours, and the rest is of others. Where our count is above the provider's there are no others;
-    where it is below, the difference is kept free, whatever its cause.
+    where it is below, the difference is kept free, whatever its cause. Headers are as of a call's
+    beginning, and come with its answer: they are compared with what the pool counted then.
     refills: whether the limit is a bucket, where its readings do not show that it begins again.
     """
 
@@ -301,15 +324,18 @@ class AccountUse:
     _windows: deque[_Window] = field(default_factory=deque)
     _apart: deque[tuple[float, float]] = field(default_factory=deque)  # of windows: all but ours
     _is_new: bool = False  # a reading of a window, not compared yet
-    _ours: deque[tuple[float, int]] = field(default_factory=deque)
+    _looks: deque[_Look] = field(default_factory=deque)
     _kept: deque[tuple[float, int]] = field(default_factory=deque)
     _counted: int = 0  # as the pool counted after the last look
     _has_lost: bool = False
 
     def read(self, reading: HeaderReading) -> None:
-        """Take a reading; one that is not newer than the last is passed over."""
+        """Take a reading; one that is not newer than the last is passed over, and one of a call
+        that took too long."""
         last = self._last
         if reading.remaining is None or (last is not None and reading.at <= last.at):
+            return
+        if reading.came_at - reading.at > MOST_LATE_S:
             return
         self._last = reading
         is_window = not self.refills or reading.reset_ms is not None
@@ -398,7 +424,8 @@ class AccountUse:
         same from `since` on."""
         lower = min(in_force, bound)
         self._recount(counted)
-        self._notice(now, counted, lower, lately)
+        self._look(_Look(now, counted - self.kept(now), self.since, lately))
+        self._notice(now, lower)
         lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
         # What the account has left for us may be more than the limit in force allows.
         for_others = self.others + self._margin * lower if self.acts else 0.0
@@ -415,16 +442,17 @@ class AccountUse:
         refills here and not at the account: once there, it costs nothing, since all that refills
         may be used. Others can't be distinguished from our own calls by then, since an account that
         is full refuses the rest. An answer is as old as a look and a share of notes: what has
-        refilled meanwhile, others and we have taken too. After a pause it is older: what others
-        took since then is as before, and a backlog takes the rest in a moment.
+        refilled meanwhile, others and we have taken too. Where it is older, as after a long call or
+        a pause, what others took since then is as before, what we took is known, and after a pause
+        a backlog takes the rest in a moment.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
-        is_old = last is not None and now - last.at > READ_LATE_S
+        is_old = last is not None and now - last.came_at > READ_LATE_S
         self._recount(taken)
-        self._notice(now, taken, lower, None)
+        self._look(_Look(now, taken - self.kept(now), level=level))
+        self._notice(now, lower)
         if last is not None and last.remaining is not None and last.bound == bound:
-            refilled_s = max(0.0, now - last.at - RENEWED_S)
-            remaining = min(remaining, self._left_after(last, last.remaining, refilled_s))
+            remaining = min(remaining, self._left_now(last, last.remaining, in_force))
         margin = in_force * self._margin
         apart = max(0, in_force - bound) + (self.others if self.acts else 0.0)
         margin += RENEWED_S * apart / self.window_s
@@ -432,15 +460,31 @@ class AccountUse:
         amount = round(wanted) - level
         return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)
 
-    def _left_after(self, reading: HeaderReading, remaining: int, refilled_s: float) -> float:
-        """What remains so long after an answer, with others going on: of what is overdrawn nobody
-        can take."""
-        left, per_s = self._left_at(reading, remaining), reading.bound / self.window_s
+    def _left_now(self, reading: HeaderReading, remaining: int, in_force: int) -> float:
+        """What remains at the last look, with others going on and what we took since the reading;
+        what we took before the first look that is remembered is not known."""
+        left, from_s = self._left_at(reading, remaining), reading.at + RENEWED_S
+        refills, before = in_force / self.window_s, None
+        for look in self._looks:
+            if look.at > from_s:
+                passed_s = look.at - from_s
+                left = self._refilled(left, reading.bound, passed_s)
+                if before is not None:
+                    between_s = look.at - before.at
+                    stayed = before.level + before.charged - refills * between_s
+                    left -= (look.level - max(0.0, stayed)) * min(1.0, passed_s / between_s)
+                from_s = look.at
+            before = look
+        return left
+
+    def _refilled(self, left: float, bound: int, passed_s: float) -> float:
+        """What remains after so long, with others going on; nobody takes what is overdrawn."""
+        per_s = bound / self.window_s
         if left < 0:
-            overdrawn_s = min(refilled_s, -left / per_s)
-            left, refilled_s = left + per_s * overdrawn_s, refilled_s - overdrawn_s
+            overdrawn_s = min(passed_s, -left / per_s)
+            left, passed_s = left + per_s * overdrawn_s, passed_s - overdrawn_s
         by_others = self.others / self.window_s if self.acts else 0.0
-        return left + max(0.0, per_s - by_others) * refilled_s
+        return min(bound, left + max(0.0, per_s - by_others) * passed_s)
 
     def _left_at(self, reading: HeaderReading, remaining: int) -> float:
         """Below nothing where a bound fell below what was used: then a bucket is full again later
@@ -454,44 +498,68 @@ class AccountUse:
         """Note what is charged now, and what the pool counts with it."""
         if amount:
             self._kept.append((now, amount))
+            self._looks[-1].charged = amount
         self._counted = counted + amount
         return amount
 
     def take_back(self, amount: int) -> None:
         """The last charge could not be made."""
         self._kept.pop()
+        self._looks[-1].charged = 0
         self._counted -= amount
 
-    def _notice(self, now: float, counted: int, lower: int, lately: int | None) -> None:
-        """Compare what all have used in the last window with what is ours of it. Without answers,
-        as in a pause, others are taken to go on for as long as one may last."""
-        while self._ours and self._ours[0][0] <= now - READ_LATE_S:
-            self._ours.popleft()
-        self._ours.append((now, counted - self.kept(now)))
+    def _look(self, look: _Look) -> None:
+        self._looks.append(look)
+        while self._looks[0].at < look.at - MOST_LATE_S - READ_LATE_S:
+            self._looks.popleft()
+
+    def _notice(self, now: float, lower: int) -> None:
+        """Compare what all have used in the last window that answers tell of with what is ours of
+        it. Without answers, as in a pause, others are taken to go on for as long as it may last."""
+        silent_s = 0.0 if self._last is None else now - self._last.came_at
+        until = now if self._last is None or silent_s > READ_LATE_S else min(now, self._last.at)
         if (since := self.since) is not None:
-            by_others = self._in_windows(now, since, lately)
+            by_others: float | None = self._in_windows(now, since)
         else:
-            while self._used and self._used[0][0] <= now - self.span_s:
-                self._used.popleft()
-            by_all, ours = sum(used for _, used in self._used), max(own for _, own in self._ours)
-            by_others = by_all - ours
-        old_s = 0.0 if self._last is None else now - self._last.at
-        if READ_LATE_S < old_s <= _MOST_WINDOWS * self.window_s:
+            by_others = self._in_bucket(until)
+        if by_others is None or READ_LATE_S < silent_s <= _MOST_WINDOWS * self.window_s:
             return
         self.others += _STEP * (max(0.0, by_others) - self.others)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
 
-    def _in_windows(self, now: float, since: float, lately: int | None) -> float:
+    def _in_bucket(self, until: float) -> float | None:
+        """None where it is not remembered what was ours then."""
+        while self._used and self._used[0][0] <= until - self.span_s:
+            self._used.popleft()
+        by_all = sum(used for _, used in self._used)
+        begin, end = until - READ_LATE_S, until + LOOK_S
+        ours = max((look.ours for look in self._looks if begin < look.at <= end), default=None)
+        return None if ours is None else by_all - ours
+
+    def _in_windows(self, now: float, since: float) -> float:
         """The most that the answers of two windows' time have told of, beyond what the pool had
         counted since the provider's windows began: one shows all of its use at its end, and at its
         beginning the one before counts."""
-        if self._is_new and lately is not None:
+        look = self._look_after(since)
+        if self._is_new and look is not None and look.lately is not None:
             self._is_new = False
-            ours = lately - sum(amount for at, amount in self._kept if at > since)
+            ours = look.lately - sum(each for at, each in self._kept if since < at < look.at)
             self._apart.append((now, sum(one.used for one in self._windows) - ours))
         while self._apart and self._apart[0][0] <= now - 2 * self.span_s:
             self._apart.popleft()
         return max((apart for _, apart in self._apart), default=0.0)
+
+    def _look_after(self, since: float) -> _Look | None:
+        """The first look after the last reading that knows what was taken since then; else the
+        last one, which counts what is ours since the reading too."""
+        told_at = now = self._looks[-1].at
+        if self._last is not None:
+            told_at = self._last.at
+        for look in self._looks:
+            is_same = look.since is not None and abs(look.since - since) < SENT_LATE_S / 2
+            if look.at >= told_at and is_same and look.lately is not None:
+                return look
+        return self._looks[-1] if now >= told_at else None
 
     def _short(self, now: float, lower: int, bound: int) -> float:
         """How much more is to be kept free, since hardly anything remains: of a window, less than

@@ -20,9 +20,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from math import inf
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -87,18 +88,20 @@ log = get_logger()
 
 MOST_MODELS = 50
 _MOST_HEADERS = 40
+_COST = b"x-ratelimit-tokens-query-cost"  # Mistral's: the sum of the answer's usage
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """Of one model. at: when it was announced, in seconds since 1970; `reset_ms` of each limit
-    counts from then."""
+    """Of one model. at: as of when, in seconds since 1970; `reset_ms` of each limit counts from
+    then. heard_at: when the answer came that announced it."""
 
     model: str
     at: float
     limits: tuple[RateStatus, ...]
+    heard_at: float
 
     def shown(self) -> dict[str, Any]:
         """As plain values, without what was not announced."""
@@ -110,24 +113,54 @@ class Announcement:
         return {"model": self.model, "at": at, "limits": limits}
 
 
+class AnswerHead(Protocol):
+    """Of an answer. sent_s: when its call was sent, of `perf_counter`."""
+
+    status: int
+    sent_s: float
+
+    @property
+    def headers(self) -> RawHeaders: ...
+
+
+class _Head(NamedTuple):
+    """As of when, and when it came, both in seconds since 1970."""
+
+    headers: RawHeaders
+    at: float
+    heard_at: float
+
+
 class Announced:
-    """Of one upstream, as this process has heard it."""
+    """Of one upstream, as this process has heard it.
+
+    Headers are as of when the provider counted the call, as recordings show: of an account that
+    is not used otherwise they leave one request less than the limit, and the time in which one
+    refills, however long the answer took. Those that name what the call has cost, output included,
+    are as of the answer.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._heads: dict[str, tuple[RawHeaders, float]] = {}
+        self._heads: dict[str, _Head] = {}
         self._refused: dict[str, float] = {}  # until when those of a refusal stand
         self._served: set[str] = set()  # of these, the models that it has answered for
-        self._read: dict[str, tuple[RawHeaders, Announcement | None]] = {}
+        self._read: dict[str, tuple[_Head, Announcement | None]] = {}
 
     def __contains__(self, model: str) -> bool:
         """Whether it has answered for the model lately: then it is no invention of a client."""
         return model in self._served
 
-    def note(self, model: str, headers: RawHeaders, status: int = 200) -> None:
-        """Keep the headers of an answer; nobody changes them. Those of a 429 stand for `REFUSED_S`.
-        Where there are too many, those of models that were refused alone are the first to go."""
-        heads, now = self._heads, self._clock()
+    def hear(self, model: str, answer: AnswerHead) -> None:
+        """See `note`. Nobody changes the headers."""
+        self.note(model, answer.headers, answer.status, perf_counter() - answer.sent_s)
+
+    def note(self, model: str, headers: RawHeaders, status: int = 200, took_s: float = 0.0) -> None:
+        """Keep the headers of an answer to a call that was sent `took_s` before, unless later ones
+        are known. Those of a 429 stand for `REFUSED_S`. Where there are too many, those of models
+        that were refused alone are the first to go."""
+        heads, heard_at = self._heads, self._clock()
+        at = heard_at - took_s
         if model not in heads and len(heads) >= MOST_MODELS:
             gone = next((one for one in heads if one not in self._served), None)
             if gone is None:
@@ -140,35 +173,40 @@ class Announced:
         if status < 300:
             self._served.add(model)
         if status == 429:
-            self._refused[model] = now + REFUSED_S
-        elif now < self._refused.get(model, 0.0):
+            self._refused[model] = at + REFUSED_S
+        elif at < self._refused.get(model, 0.0):
             return
-        heads[model] = headers, now
+        if model not in heads or at >= heads[model].at:
+            heads[model] = _Head(headers, at, heard_at)
 
     def all(self) -> list[Announcement]:
         """The latest of each model that announced any limit."""
-        self._read = {model: self._of(model, *head) for model, head in self._heads.items()}
+        self._read = {model: self._of(model, head) for model, head in self._heads.items()}
         return [found for _, found in self._read.values() if found is not None]
 
-    def _of(self, model: str, headers: RawHeaders, at: float) -> tuple[RawHeaders, Any]:
+    def _of(self, model: str, head: _Head) -> tuple[_Head, Announcement | None]:
         known = self._read.get(model)
-        if known is not None and known[0] is headers:
+        if known is not None and known[0] is head:
             return known
-        limits = _limits_in(headers, at)
-        return headers, Announcement(model, at, limits) if limits else None
+        of = head
+        if any(name.lower() == _COST for name, _ in head.headers):
+            of = head._replace(at=head.heard_at)
+        limits = _limits_in(of)
+        return head, Announcement(model, of.at, limits, of.heard_at) if limits else None
 
 
-def _limits_in(headers: Iterable[tuple[bytes, bytes]], at: float) -> tuple[RateStatus, ...]:
+def _limits_in(head: _Head) -> tuple[RateStatus, ...]:
     """One of each unit and window: the one of which least remains."""
-    named = [(name.lower(), value) for name, value in headers]
+    named = [(name.lower(), value) for name, value in head.headers]
     said = {
         name.decode("latin-1"): value.decode("latin-1")
         for name, value in [pair for pair in named if b"ratelimit" in pair[0]][:_MOST_HEADERS]
     }
     found: dict[tuple[str, str | None], RateStatus] = {}
     date = next((value.decode("latin-1") for name, value in named if name == b"date"), "")
-    answered = answered_at(date, datetime.fromtimestamp(at, UTC))
-    for one in rate_statuses(said, answered) if said else ():
+    answered = answered_at(date, datetime.fromtimestamp(head.heard_at, UTC))
+    counted = answered - timedelta(seconds=head.heard_at - head.at)
+    for one in rate_statuses(said, counted) if said else ():
         other = found.get((one.unit, one.window))
         if other is None or _left(one) < _left(other):
             found[one.unit, one.window] = one
@@ -346,6 +384,7 @@ class HeaderReader:
             announced.at,
             resets.length_ms if begins_again else _implied_ms(one),
             one.reset_ms if begins_again else None,
+            announced.heard_at,
         )
 
 

@@ -522,7 +522,7 @@ class NativeExchange:
             try:
                 status = exchange.status
                 if call.endpoint.is_counted and (status < 300 or status == 429):
-                    lane.gate.announced.note(target.model, exchange.headers, status)
+                    lane.gate.announced.hear(target.model, exchange)
                 if status >= 300 and not is_unchanged(status, call.headers):
                     tier = self._requested_tier()
                     failed = await refusal_of(exchange, target, call.endpoint.dialect, tier)

@@ -474,11 +474,12 @@ class BareConnection(NamedTuple):
 
 class Exchange:
     """One call and its answer. `status` and `headers` are there once it is opened; first_byte_ms:
-    from its sending to the first bytes of its body, None until there are some."""
+    from its sending, at `sent_s` of `perf_counter`, to the first bytes of its body; None until
+    there are some."""
 
     __slots__ = (
-        *("_answer", "_began", "_connection", "_origin", "_sent", "_sent_at", "_timeouts"),
-        *("_wait_until", "_whole", "_wire", "first_byte_ms", "headers", "status"),
+        *("_answer", "_began", "_connection", "_origin", "_sent_at", "_timeouts", "_whole"),
+        *("_wait_until", "_wire", "first_byte_ms", "headers", "sent_s", "status"),
     )
 
     def __init__(
@@ -493,7 +494,7 @@ class Exchange:
         self.status = 0
         self.headers: RawHeaders = []  # as they came, names in any case
         self.first_byte_ms: float | None = None
-        self._sent = perf_counter()  # the loop's clock is too coarse for it
+        self.sent_s = perf_counter()  # the loop's clock is too coarse for it
         self._wire = wire
         self._origin = origin
         self._connection = connection
@@ -536,7 +537,7 @@ class Exchange:
         answer.size_bytes = 0
         if not self._began:
             self._began = True
-            self.first_byte_ms = (perf_counter() - self._sent) * 1000
+            self.first_byte_ms = (perf_counter() - self.sent_s) * 1000
         return whole
 
     @property

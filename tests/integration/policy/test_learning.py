@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -132,6 +133,29 @@ async def test_the_command_to_copy_is_one_command_whatever_model_a_caller_named(
 
         found = await wait_until(commands, 10, "what the headers said")
         assert found == ["tidegate limits accept 'rpm:gpt-$(reboot)' --pool oai"]
+
+
+async def test_what_remains_is_as_of_the_call_that_was_counted_last(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """An answer that takes long has headers of its beginning, and comes after newer ones."""
+    async with run_emulator() as provider:
+        await provider.control.set_account(provider="openai", limits=LIMITS)
+        await provider.control.set_fault("slow_first_token", match="Think", delay_ms=2_000)
+        path = policy_file(tmp_path, provider.url)
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+        thinking = [{"role": "user", "content": "Think"}]
+        slow = asyncio.create_task(call(gateway, messages=thinking))
+
+        async def is_counted() -> bool:
+            return (await provider.control.stats()).in_flight == 1
+
+        await wait_until(is_counted, 10, "the first call")
+        assert await call(gateway) == 200
+        assert await slow == 200
+        _, process = await gateway.get("/admin/process")
+        (said,) = process["upstreams"]["oai"]["announced"]
+        assert {one["unit"]: one["remaining"] for one in said["limits"]}["requests"] == 598
 
 
 @pytest.mark.slow

@@ -32,11 +32,12 @@ def test_the_latest_answer_of_each_model_counts() -> None:
     heard.note("b", [(b"content-type", b"text/plain")])
     tightest = RateStatus("tokens", None, 20_000, 1_000)
     first = (RateStatus("requests", None, 500, 499, 120), tightest)
-    assert heard.all() == [Announcement("a", 1_000.0, first)]
+    assert heard.all() == [Announcement("a", 1_000.0, first, 1_000.0)]
     now = 1_001.0
     heard.note("a", ANTHROPIC)
     (said,) = heard.all()
-    assert said == Announcement("a", now, (RateStatus("input_tokens", None, 80_000, 0, 4_000),))
+    tokens = RateStatus("input_tokens", None, 80_000, 0, 4_000)
+    assert said == Announcement("a", now, (tokens,), now)
     limit = {"unit": "input_tokens", "limit": 80_000, "remaining": 0, "reset_ms": 4_000}
     assert said.shown() == {
         "model": "a",
@@ -58,6 +59,34 @@ def test_a_refusal_stands_against_answers_that_were_made_before_it() -> None:
     now += 1.0
     heard.note("a", OPENAI)
     assert [one.unit for one in heard.all()[0].limits] == ["requests", "tokens"]
+
+
+def test_headers_are_as_of_the_beginning_of_their_call() -> None:
+    """Whichever answer comes last: that of the call that was counted last counts."""
+    now = 1_000.0
+    heard = Announced(lambda: now)
+    heard.note("a", OPENAI, took_s=3.0)
+    heard.note("a", [(b"x-ratelimit-limit-requests", b"7")], took_s=20.0)
+    (said,) = heard.all()
+    assert (said.at, said.heard_at, said.limits[0].reset_ms) == (997.0, 1_000.0, 120)
+    # A moment, as Anthropic's is, is from then on; also by a clock that is an hour ahead.
+    hours = ((b"00", b""), (b"01", b"Thu, 01 Jan 1970 01:16:40 GMT"))
+    for number, (hour, date) in enumerate(hours):
+        reset = b"anthropic-ratelimit-input-tokens-reset", b"1970-01-01T%s:16:45Z" % hour
+        heard.note(f"b{number}", [*ANTHROPIC[:2], reset, (b"date", date)], took_s=2.0)
+        said = heard.all()[-1]
+        assert (said.at, said.limits[0].reset_ms) == (998.0, 7_000)
+
+
+def test_headers_that_name_what_the_call_has_cost_are_as_of_its_end() -> None:
+    heard = Announced(lambda: 1_000.0)
+    mistral = [
+        (b"x-ratelimit-limit-tokens-minute", b"100000"),
+        (b"x-ratelimit-remaining-tokens-minute", b"98321"),
+        (b"x-ratelimit-tokens-query-cost", b"32"),
+    ]
+    heard.note("a", mistral, took_s=8.0)
+    assert heard.all()[0].at == 1_000.0
 
 
 def test_an_answer_is_parsed_when_someone_asks_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
