@@ -32,7 +32,7 @@ from bench.limits.accounts import CONVERSATION, IMPORTED, PROVIDERS, MeasuredPro
 from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, refusals
 from bench.limits.load import AgentLoad, MixedLoad
 from bench.limits.parts import Part, run_beside
-from bench.limits.stage import LimitsStage, NotStarted, standing
+from bench.limits.stage import ANSWER_MS, LimitsStage, NotStarted, standing
 from tidegate.embedded.servers import ServerFailed
 from tidegate.emulator.client import EmulatorControl
 
@@ -62,7 +62,7 @@ async def _until_learned(control: EmulatorControl, window_s: float) -> None:
 async def measure_mix(
     stage: LimitsStage, provider: MeasuredProvider, window_s: float, windows: int
 ) -> Figures:
-    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models)
+    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models, stage.clients)
     async with EmulatorControl(stage.provider_url) as control, load:
         await _until_learned(control, window_s)
         readings = await _readings(control, window_s, windows)
@@ -122,7 +122,7 @@ async def measure_changes(
 ) -> Figures:
     """Refusals in the first window after another consumer comes, and a tier falls, and per window
     after that."""
-    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models)
+    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models, stage.clients)
     found: Figures = {}
     changes = {"others": {"others_share": OTHERS_SHARE}, "tier": {"tier": NEW_TIER}}
     async with EmulatorControl(stage.provider_url) as control, load:
@@ -146,7 +146,7 @@ async def measure_import(
     took_s = await asyncio.to_thread(
         partial(stage.command, "limits", "import", provider.name, "--apply", **admin_key)
     )
-    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models)
+    load = MixedLoad(stage.gateway_url, provider.dialect, provider.models, stage.clients)
     async with EmulatorControl(stage.provider_url) as control, load:
         await asyncio.sleep((windows + 1) * window_s)
         book = await control.account()
@@ -160,7 +160,8 @@ def run(
     provider: MeasuredProvider, measure: Measure, options: argparse.Namespace, **account: Any
 ) -> Figures:
     try:
-        with standing(provider, options.window, at_first=options.at_first, **account) as stage:
+        how = {"answer_ms": options.answer_ms, "at_first": options.at_first}
+        with standing(provider, options.window, **how, **account) as stage:
             return asyncio.run(measure(stage, provider, options.window, options.windows))
     except (NotStarted, ServerFailed, OSError) as failed:
         return {"failed": f"{type(failed).__name__}: {failed}"}
@@ -239,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, default=[])
     parser.add_argument("--window", type=float, default=60.0, help="seconds of a provider's minute")
     parser.add_argument("--windows", type=int, default=3, help="measured of each")
+    parser.add_argument("--answer-ms", type=float, default=ANSWER_MS, help="until an answer begins")
     parser.add_argument("--beside", type=int, default=3, help="accounts measured concurrently")
     parser.add_argument(
         "--at-first", action="store_true", help="with the limits that a policy of 0.1.0 can have"
@@ -300,7 +302,8 @@ def measured(options: argparse.Namespace, about: list[str]) -> dict[str, Figures
 
     parts = accounts_measured(options)
     windows = ("--window", str(options.window), "--windows", str(options.windows))
-    general = (*windows, *(("--at-first",) if options.at_first else ()))
+    at_first = ("--at-first",) if options.at_first else ()
+    general = (*windows, "--answer-ms", str(options.answer_ms), *at_first)
     for name, figures in run_beside(parts, options.beside, general):
         keep(name, figures)
     found.update({name: found.pop(name) for name in parts})

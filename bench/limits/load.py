@@ -93,12 +93,13 @@ def drawn(
 class MixedLoad:
     """Clients of a gateway that keep its queue full while the block runs.
 
-    `statuses` counts what the clients got: statuses, or names of exceptions.
+    clients: for each model. `statuses` counts what they got: statuses, or names of exceptions.
     """
 
     url: str
     dialect: str
     models: Sequence[str]
+    clients: int = CLIENTS
     seed: int = 1
     statuses: Counter[str] = field(default_factory=Counter)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -111,8 +112,10 @@ class MixedLoad:
         )
         for index, model in enumerate(self.models):
             await self._submit_jobs(model, self.seed * 1000 + index)
-            for client in range(CLIENTS):
-                calls = mix(self.dialect, [model], self.seed * 10_000 + index * 100 + client)
+            for client in range(self.clients):
+                hundred, one = divmod(client, 100)
+                seed = self.seed * 10_000 + index * 100 + one + hundred * 1_000_000
+                calls = mix(self.dialect, [model], seed)
                 self._tasks.append(asyncio.create_task(self._call_on(calls)))
         return self
 

@@ -23,14 +23,15 @@ from bench.environments import ROOT
 from bench.gateway.processes import Program
 from bench.gateway.product import Product
 from bench.limits.accounts import KEY_VARIABLE, MeasuredProvider
-from bench.limits.load import ANSWER
+from bench.limits.load import ANSWER, CLIENTS
 from tidegate.emulator.__main__ import BEHAVIOUR_VARIABLE
 
 APIS, WORKERS = 2, 2
 READY_S = 60.0
 WAIT_MS = 300_000  # of a live call, so that the backlog stays full
+ANSWER_MS = 60.0  # until an answer begins; longer ones need as many more clients
 BEHAVIOUR = {
-    "first_byte_ms": {"lognormal": [60, 0.3]},
+    "first_byte_ms": {"lognormal": [ANSWER_MS, 0.3]},
     "between_ms": 10,
     "chunks": 4,
     "answer": ANSWER,
@@ -43,11 +44,13 @@ class NotStarted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LimitsStage:
-    """What runs: the provider's and the gateway's address, and the gateway itself."""
+    """What runs: the provider's and the gateway's address, and the gateway itself. clients: of each
+    model, as many as keep the queue full."""
 
     provider_url: str
     gateway_url: str
     product: Product
+    clients: int
 
     def command(self, *arguments: str, **settings: str) -> float:
         """Seconds that `tidegate` took with these arguments, as a person runs it. Raises
@@ -68,13 +71,19 @@ class LimitsStage:
 
 @contextmanager
 def standing(
-    provider: MeasuredProvider, window_s: float, *, at_first: bool = False, **account: Any
+    provider: MeasuredProvider,
+    window_s: float,
+    *,
+    answer_ms: float = ANSWER_MS,
+    at_first: bool = False,
+    **account: Any,
 ) -> Iterator[LimitsStage]:
     """Emulator and product while the block runs, `at_first` with limits as 0.1.0 has them.
 
     Raises NotStarted.
     """
-    behaviour = {**BEHAVIOUR, "account": provider.account(window_s, **account)}
+    begins_ms = {"first_byte_ms": {"lognormal": [answer_ms, 0.3]}}
+    behaviour = {**BEHAVIOUR, **begins_ms, "account": provider.account(window_s, **account)}
     with TemporaryDirectory(prefix="bench-limits-") as folder:
         emulator, provider_url = emulator_process(Path(folder), behaviour)
         try:
@@ -86,7 +95,8 @@ def standing(
             ) as product:
                 url = f"http://127.0.0.1:{product.port}"
                 await_ready(product.program, url)
-                yield LimitsStage(provider_url, url, product)
+                clients = CLIENTS * max(1, round(answer_ms / ANSWER_MS / 10))
+                yield LimitsStage(provider_url, url, product, clients)
         finally:
             emulator.stop()
 
