@@ -174,14 +174,25 @@ class Fleet:
         return child
 
     async def ready(self, url: str) -> None:
+        """Wait for it. Raises AssertionError with the end of its log where it is not."""
+        child, answer = self.apis[url], "none"
+
         async def is_ready() -> bool:
+            nonlocal answer
             try:
                 async with self.http.get(f"{url}/health/ready") as response:
+                    answer = f"{response.status} {await response.text()}"
                     return response.status == 200
-            except aiohttp.ClientError:
-                return False
+            except aiohttp.ClientError as failed:
+                answer = repr(failed)
+                return child.process.poll() is not None
 
-        await wait_until(is_ready, 30, f"{url} ready; see {self.folder}")
+        try:
+            await wait_until(is_ready, 30, f"{child} ready")
+            assert child.process.poll() is None, f"{child}"
+        except AssertionError as late:
+            said = child.log.read_text(errors="replace")[-2_000:]
+            raise AssertionError(f"{late}; its last answer: {answer}\n{said}") from None
 
     @property
     def url(self) -> str:
