@@ -176,7 +176,9 @@ class Announced:
             self._refused[model] = at + REFUSED_S
         elif at < self._refused.get(model, 0.0):
             return
-        if model not in heads or at >= heads[model].at:
+        known = heads.get(model)
+        # The clock may have been set back.
+        if known is None or at >= known.at or heard_at < known.heard_at:
             heads[model] = _Head(headers, at, heard_at)
 
     def all(self) -> list[Announcement]:

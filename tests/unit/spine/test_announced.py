@@ -69,6 +69,10 @@ def test_headers_are_as_of_the_beginning_of_their_call() -> None:
     heard.note("a", [(b"x-ratelimit-limit-requests", b"7")], took_s=20.0)
     (said,) = heard.all()
     assert (said.at, said.heard_at, said.limits[0].reset_ms) == (997.0, 1_000.0, 120)
+    now -= 500.0
+    heard.note("a", [(b"x-ratelimit-limit-requests", b"8")])
+    assert heard.all()[0].limits[0].limit == 8, "the clock was set back"
+    now += 500.0
     # A moment, as Anthropic's is, is from then on; also by a clock that is an hour ahead.
     hours = ((b"00", b""), (b"01", b"Thu, 01 Jan 1970 01:16:40 GMT"))
     for number, (hour, date) in enumerate(hours):
