@@ -517,12 +517,14 @@ class AccountUse:
         """Compare what all have used in the last window that answers tell of with what is ours of
         it. Without answers, as in a pause, others are taken to go on for as long as it may last."""
         silent_s = 0.0 if self._last is None else now - self._last.came_at
+        if READ_LATE_S < silent_s <= _MOST_WINDOWS * self.window_s:
+            return
         until = now if self._last is None or silent_s > READ_LATE_S else min(now, self._last.at)
         if (since := self.since) is not None:
             by_others: float | None = self._in_windows(now, since)
         else:
             by_others = self._in_bucket(until)
-        if by_others is None or READ_LATE_S < silent_s <= _MOST_WINDOWS * self.window_s:
+        if by_others is None:
             return
         self.others += _STEP * (max(0.0, by_others) - self.others)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower

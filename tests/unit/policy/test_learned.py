@@ -158,10 +158,17 @@ class Account:
     with. What does not fit is refused, and counts as used at the pool alone."""
 
     def __init__(
-        self, bound: int, window_s: float = 60.0, *, is_bucket: bool = False, late: int = 0
+        self,
+        bound: int,
+        window_s: float = 60.0,
+        *,
+        is_bucket: bool = False,
+        late: int = 0,
+        every: int = 1,
     ) -> None:
         """late: seconds after which an answer comes, with headers of its call's beginning; a
-        refusal comes immediately."""
+        refusal comes immediately. every: of so many seconds one has such an answer; those of the
+        others come after it."""
         self.in_force = self.bound = self.told_bound = bound
         self.left = float(bound)
         self.now = 0.0
@@ -171,7 +178,7 @@ class Account:
         self.use = AccountUse(window_s, window_s + 0.5, refills=True)
         self.is_bucket, self.level = is_bucket, 0.0
         self.answers: deque[HeaderReading] = deque()
-        self.late = late
+        self.late, self.every = late, every
         self.paused_until = 0.0
 
     def used(self) -> float:
@@ -217,7 +224,7 @@ class Account:
                 fits = self.take(100 * error)
                 self.refused += not fits
                 self.admitted += fits
-        if not is_paused:
+        if not is_paused and self.now % self.every == 0:
             left, used = max(0, int(self.left)), self.bound - self.left
             window_ms = self.full_in_s * 1000 * self.bound / min(used, self.bound) if used else None
             reading = HeaderReading("m", "tpm", self.bound, left, self.now, window_ms)
@@ -361,6 +368,20 @@ def test_bursts_of_long_calls_are_no_use_of_others(
         account.run(off_s - 1)
         assert not account.use.acts
         assert account.use.others < 0.01 * 60_000
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+@pytest.mark.parametrize("late", [10, 20])
+@pytest.mark.parametrize("every", [8, 15])
+def test_answers_that_come_seldom_and_late_tell_of_others(
+    every: int, late: int, is_bucket: bool
+) -> None:
+    """Between them nothing is forgotten of what is compared when the next one comes."""
+    account = Account(60_000, is_bucket=is_bucket, late=late, every=every)
+    account.run(120)
+    account.run(240, others=300.0)
+    assert account.run(300, others=300.0) <= 5
+    assert account.use.others > 0.15 * 60_000
 
 
 @pytest.mark.parametrize("pause_s", [20, 40, 55])
