@@ -320,7 +320,8 @@ class AccountUse:
     acts: bool = False
     _more: float = 0.0
     _last: HeaderReading | None = None
-    _used: deque[tuple[float, float]] = field(default_factory=deque)
+    # Of when two answers were, and what was used between them.
+    _used: deque[tuple[float, float, float]] = field(default_factory=deque)
     _windows: deque[_Window] = field(default_factory=deque)
     _apart: deque[tuple[float, float]] = field(default_factory=deque)  # of windows: all but ours
     _is_new: bool = False  # a reading of a window, not compared yet
@@ -354,7 +355,8 @@ class AccountUse:
         before = self._left_at(last, last.remaining)
         used = before - self._left_at(reading, reading.remaining)
         refilled = reading.bound * passed_s / self.window_s
-        self._used.append((reading.at, used + min(refilled, max(0.0, reading.bound - before))))
+        used += min(refilled, max(0.0, reading.bound - before))
+        self._used.append((last.at, reading.at, used))
 
     def _read_window(self, reading: HeaderReading, used: int) -> None:
         """Of concurrent calls an answer that comes later may tell of less: in a window the most
@@ -531,9 +533,13 @@ class AccountUse:
 
     def _in_bucket(self, until: float) -> float | None:
         """None where it is not remembered what was ours then."""
-        while self._used and self._used[0][0] <= until - self.span_s:
+        since = until - self.span_s
+        while self._used and self._used[0][1] <= since:
             self._used.popleft()
-        by_all = sum(used for _, used in self._used)
+        by_all = sum(used for _, _, used in self._used)
+        if self._used:  # the first may have begun before the window
+            last, at, used = self._used[0]
+            by_all -= used * max(0.0, since - last) / (at - last)
         begin, end = until - READ_LATE_S, until + LOOK_S
         ours = max((look.ours for look in self._looks if begin < look.at <= end), default=None)
         return None if ours is None else by_all - ours

@@ -371,8 +371,8 @@ def test_bursts_of_long_calls_are_no_use_of_others(
 
 
 @pytest.mark.parametrize("is_bucket", [False, True])
-@pytest.mark.parametrize("late", [10, 20])
-@pytest.mark.parametrize("every", [8, 15])
+@pytest.mark.parametrize("late", [0, 10, 20, 40])
+@pytest.mark.parametrize("every", [8, 10, 15])
 def test_answers_that_come_seldom_and_late_tell_of_others(
     every: int, late: int, is_bucket: bool
 ) -> None:
@@ -381,7 +381,25 @@ def test_answers_that_come_seldom_and_late_tell_of_others(
     account.run(120)
     account.run(240, others=300.0)
     assert account.run(300, others=300.0) <= 5
-    assert account.use.others > 0.15 * 60_000
+    assert 0.2 < account.use.others / 60_000 < 0.35
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+@pytest.mark.parametrize("late", [0, 20, 40])
+@pytest.mark.parametrize("every", [1, 3, 5])
+@pytest.mark.parametrize(("wanted", "on_s"), [(50, 10), (20, 10), (50, 5)])
+def test_a_job_that_begins_each_minute_is_no_use_of_others(
+    wanted: int, on_s: int, every: int, late: int, is_bucket: bool
+) -> None:
+    """Of what was used between two answers only a part may be of the last window."""
+    account = Account(60_000, is_bucket=is_bucket, late=late, every=every)
+    for _ in range(6):
+        account.run(on_s, wanted)
+        account.paused_until = account.now + 60 - on_s
+        for _ in range(60 - on_s):
+            account.run(1)
+            assert not account.use.acts
+            assert account.use.others < 0.01 * 60_000
 
 
 @pytest.mark.parametrize("pause_s", [20, 40, 55])
