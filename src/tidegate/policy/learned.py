@@ -449,7 +449,6 @@ class AccountUse:
         a backlog takes the rest in a moment.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
-        is_old = last is not None and now - last.came_at > READ_LATE_S
         self._recount(taken)
         self._look(_Look(now, taken - self.kept(now), level=level))
         self._notice(now, lower)
@@ -458,7 +457,9 @@ class AccountUse:
         margin = in_force * self._margin
         apart = max(0, in_force - bound) + (self.others if self.acts else 0.0)
         margin += RENEWED_S * apart / self.window_s
-        wanted = in_force - remaining + (margin if is_old or remaining < 2 * margin else 0.0)
+        is_old = last is not None and now - last.came_at > READ_LATE_S
+        is_due = remaining < 2 * margin or (is_old and apart > 0)
+        wanted = in_force - remaining + (margin if is_due else 0.0)
         amount = round(wanted) - level
         return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)
 

@@ -437,6 +437,17 @@ def test_an_idle_bucket_has_no_more_room_than_a_bound_that_fell() -> None:
     assert account.in_force - account.level <= 20_000 + 0.01 * 20_000 + 1_000
 
 
+@pytest.mark.parametrize("late", [0, 20, 40])
+def test_in_a_pause_nothing_is_kept_free_for_nobody(late: int) -> None:
+    """An idle limit costs no charges, and a call that takes nearly all of it fits."""
+    account = Account(60_000, is_bucket=True, late=late)
+    account.run(120, 5)
+    account.paused_until = account.now + 3_600
+    account.run(100)
+    assert account.level == 0
+    assert account.use.kept(account.now) == 0
+
+
 def test_what_an_account_counts_higher_is_made_up_for_in_a_bucket() -> None:
     account = Account(60_000, is_bucket=True)
     account.run(120, error=1.02)
