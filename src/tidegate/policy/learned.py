@@ -269,6 +269,8 @@ MOST_LATE_S = 60.0
 _MOST_WINDOWS = 2.0
 # How long before the provider a pool counts a call, at most.
 SENT_LATE_S = 1.0
+# In how many parts charges of an earlier leader end.
+_INHERITED_IN = 60
 # So long before it ends a charge is renewed, else there would be room for a moment.
 RENEWED_S = 2.5
 _DAY_MS = 86_400_000
@@ -400,9 +402,13 @@ class AccountUse:
         return sum(amount for _, amount in self._kept)
 
     def inherit(self, kept: int, now: float) -> None:
-        """Go on with what an earlier leader has charged."""
-        if kept > 0:
-            self._kept.append((now, kept))
+        """Go on with what an earlier leader has charged: evenly, since all of it was in the last
+        window, and is charged again as it ends."""
+        part_s = self.span_s / _INHERITED_IN
+        for part in range(1, _INHERITED_IN + 1):
+            amount = kept * part // _INHERITED_IN - kept * (part - 1) // _INHERITED_IN
+            if amount > 0:
+                self._kept.append((now - part_s * (_INHERITED_IN - part), amount))
 
     def lose(self) -> None:
         """Valkey has lost its data. Processes report again what they have seen of it: what is

@@ -437,6 +437,26 @@ def test_an_idle_bucket_has_no_more_room_than_a_bound_that_fell() -> None:
     assert account.in_force - account.level <= 20_000 + 0.01 * 20_000 + 1_000
 
 
+@pytest.mark.parametrize("is_bucket", [False, True])
+@pytest.mark.parametrize("others", [0.0, 150.0])
+def test_another_leader_takes_charges_of_the_one_before_for_no_use_of_others(
+    others: float, is_bucket: bool
+) -> None:
+    account = Account(60_000, is_bucket=is_bucket)
+    account.run(180)
+    account.change(30_000)
+    account.run(240, others=others)
+    kept, admitted, refused = account.use.kept(account.now), account.admitted, account.refused
+    account.use = AccountUse(60.0, 60.5, refills=True)
+    account.use.inherit(kept, account.now)
+    assert account.use.kept(account.now) == kept
+    for _ in range(180):
+        account.second(50, others)
+        assert account.use.others < others * 60 + 0.05 * 30_000
+    assert account.refused - refused <= 5
+    assert account.admitted - admitted > 0.8 * (500 - others) / 100 * 180
+
+
 @pytest.mark.parametrize("late", [0, 20, 40])
 def test_in_a_pause_nothing_is_kept_free_for_nobody(late: int) -> None:
     """An idle limit costs no charges, and a call that takes nearly all of it fits."""
