@@ -518,9 +518,18 @@ class AccountUse:
         self._counted -= amount
 
     def _look(self, look: _Look) -> None:
+        if self._looks and look.at < self._looks[-1].at:
+            self._begin_anew(look.at)
         self._looks.append(look)
         while self._looks[0].at < look.at - MOST_LATE_S - READ_LATE_S:
             self._looks.popleft()
+
+    def _begin_anew(self, now: float) -> None:
+        """The clock was set back: what is remembered is of times that are yet to come."""
+        kept, self._last = self.kept(now), None
+        for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):
+            remembered.clear()
+        self.inherit(kept, now)
 
     def _notice(self, now: float, lower: int) -> None:
         """Compare what all have used in the last window that answers tell of with what is ours of

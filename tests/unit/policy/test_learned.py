@@ -180,6 +180,7 @@ class Account:
         self.answers: deque[HeaderReading] = deque()
         self.late, self.every = late, every
         self.paused_until = 0.0
+        self.ahead_s = 0.0  # the clock of what learns
 
     def used(self) -> float:
         """What decides at our limit: the level of a bucket, or what was spent in its window."""
@@ -214,6 +215,7 @@ class Account:
         """One second in which we make so many calls of 100, of which the provider counts `error`
         times as much."""
         self.now += 1
+        clock_s = self.now + self.ahead_s
         self.left = min(self.bound, self.left + self.bound / self.use.window_s)
         self.level = max(0.0, self.level - self.in_force / self.use.window_s)
         self.take(others)
@@ -227,21 +229,21 @@ class Account:
         if not is_paused and self.now % self.every == 0:
             left, used = max(0, int(self.left)), self.bound - self.left
             window_ms = self.full_in_s * 1000 * self.bound / min(used, self.bound) if used else None
-            reading = HeaderReading("m", "tpm", self.bound, left, self.now, window_ms)
+            reading = HeaderReading("m", "tpm", self.bound, left, clock_s, window_ms)
             if self.refused > refused:
                 self.answers.clear()  # older ones are passed over
             self.answers.append(reading)
         late = 0 if self.refused > refused else self.late
-        if self.answers and self.answers[0].at <= self.now - late:
-            reading = replace(self.answers.popleft(), heard_at=self.now)
+        if self.answers and self.answers[0].at <= clock_s - late:
+            reading = replace(self.answers.popleft(), heard_at=clock_s)
             self.told_bound = reading.bound
             self.use.read(reading)
         bound = self.told_bound
         taken, level = round(self.spent()), round(self.level)
         if self.is_bucket:
-            due = self.use.level_due(self.now, taken, level, self.in_force, bound)
+            due = self.use.level_due(clock_s, taken, level, self.in_force, bound)
         else:
-            due = self.use.due(self.now, taken, self.in_force, bound)
+            due = self.use.due(clock_s, taken, self.in_force, bound)
         if due:
             self.count(due)
 
@@ -455,6 +457,23 @@ def test_another_leader_takes_charges_of_the_one_before_for_no_use_of_others(
         assert account.use.others < others * 60 + 0.05 * 30_000
     assert account.refused - refused <= 5
     assert account.admitted - admitted > 0.8 * (500 - others) / 100 * 180
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+@pytest.mark.parametrize("back_s", [5, 30, 3_600])
+def test_after_a_clock_was_set_back_others_are_known_anew(back_s: int, is_bucket: bool) -> None:
+    account = Account(60_000, is_bucket=is_bucket)
+    account.run(180, others=300.0)
+    account.ahead_s = -back_s
+    for _ in range(120):
+        account.second(50, 300.0)
+        assert account.use.others < 0.35 * 60_000
+    assert account.use.others / 60_000 > 0.25
+    assert account.refused <= 5
+    account.run(130)
+    assert account.use.kept(account.now - back_s) == 0
+    assert account.spent() > 0.95 * 60_000
+    assert len(account.use._looks) < 70
 
 
 @pytest.mark.parametrize("late", [0, 20, 40])
