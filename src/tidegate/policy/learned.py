@@ -565,7 +565,7 @@ class AccountUse:
         counted since the provider's windows began: one shows all of its use at its end, and at its
         beginning the one before counts."""
         look = self._look_after(since)
-        if self._is_new and look is not None and look.lately is not None:
+        if self._is_new and look.lately is not None:
             self._is_new = False
             ours = look.lately - sum(each for at, each in self._kept if since < at < look.at)
             self._apart.append((now, sum(one.used for one in self._windows) - ours))
@@ -573,17 +573,18 @@ class AccountUse:
             self._apart.popleft()
         return max((apart for _, apart in self._apart), default=0.0)
 
-    def _look_after(self, since: float) -> _Look | None:
+    def _look_after(self, since: float) -> _Look:
         """The first look after the last reading that knows what was taken since then; else the
-        last one, which counts what is ours since the reading too."""
-        told_at = now = self._looks[-1].at
+        last one, which counts what is ours since the reading too. By the clock of another process
+        a reading may be of a time that is yet to come."""
+        told_at = self._looks[-1].at
         if self._last is not None:
-            told_at = self._last.at
+            told_at = min(told_at, self._last.at)
         for look in self._looks:
             is_same = look.since is not None and abs(look.since - since) < SENT_LATE_S / 2
             if look.at >= told_at and is_same and look.lately is not None:
                 return look
-        return self._looks[-1] if now >= told_at else None
+        return self._looks[-1]
 
     def _short(self, now: float, lower: int, bound: int) -> float:
         """How much more is to be kept free, since hardly anything remains: of a window, less than

@@ -544,6 +544,7 @@ class WindowAccount:
         self.answers: deque[tuple[float, HeaderReading]] = deque()
         self.refused = self.others_refused = 0
         self._others_due, self._held_until = 0.0, 0.0
+        self.ahead_s = 0.0  # the clock of the process that hears the answers
 
     def counted(self, since: float) -> int:
         return sum(amount for at, amount in self.pool if at > since)
@@ -569,7 +570,8 @@ class WindowAccount:
                 self.answers.clear()  # older ones are passed over
             self.answers.append((self.now + self.late_s * fits, self._answer()))
         while not self.now % 1 and self.answers and self.answers[0][0] <= self.now:
-            self.use.read(replace(self.answers.popleft()[1], heard_at=self.now))
+            reading, by_s = self.answers.popleft()[1], self.ahead_s
+            self.use.read(replace(reading, at=reading.at + by_s, heard_at=self.now + by_s))
         since = self.use.since
         lately = None if since is None else self.counted(since)
         due = self.use.due(self.now, self.counted(0.0), self.bound, self.bound, lately=lately)
@@ -611,6 +613,16 @@ def test_others_have_room_in_windows_that_a_backlog_takes_first(
     assert account.counted(0.0) - account.use.kept(account.now) > 0.85 * (1 - share) * 60_000
     account.run(4 + round(late_s / 20), wanted, 0.0)
     assert account.use.kept(account.now) == 0
+
+
+@pytest.mark.parametrize("ahead_s", [0, 1, 3])
+def test_others_are_seen_in_windows_by_a_process_whose_clock_is_ahead(ahead_s: int) -> None:
+    account = WindowAccount(60_000)
+    account.ahead_s = ahead_s
+    account.run(3, 3, 0.0)
+    assert not account.use.acts
+    account.run(8, 3, 300.0)
+    assert abs(account.use.others / 60_000 - 0.3) < 0.05
 
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
