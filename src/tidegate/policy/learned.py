@@ -396,10 +396,11 @@ class AccountUse:
         return self._windows[0].began_at - SENT_LATE_S if self._windows else None
 
     def kept(self, now: float) -> int:
-        """How much is kept free by what was charged in the last window."""
-        while self._kept and self._kept[0][0] <= now - self.span_s:
+        """How much is kept free by what was charged in the last window. Charges of the one before
+        are remembered for the looks that count them."""
+        while self._kept and self._kept[0][0] <= now - self.span_s - MOST_LATE_S:
             self._kept.popleft()
-        return sum(amount for _, amount in self._kept)
+        return sum(amount for at, amount in self._kept if at > now - self.span_s)
 
     def inherit(self, kept: int, now: float) -> None:
         """Go on with what an earlier leader has charged: evenly, since all of it was in the last
@@ -415,10 +416,14 @@ class AccountUse:
         missing at the next look is taken for what was charged here, so that it is charged again."""
         self._has_lost = True
 
-    def _recount(self, counted: int) -> None:
+    def _recount(self, now: float, counted: int) -> None:
+        if self._looks and now < self._looks[-1].at:
+            self._begin_anew(now)
         missing, self._has_lost = self._counted - counted if self._has_lost else 0, False
         while missing > 0 and self._kept:
             at, amount = self._kept.popleft()
+            if at <= now - self.span_s:
+                continue
             if amount > missing:
                 self._kept.appendleft((at, amount - missing))
             missing -= amount
@@ -431,7 +436,7 @@ class AccountUse:
         counted: what the pool counts in the window, with all that was charged here; lately: the
         same from `since` on."""
         lower = min(in_force, bound)
-        self._recount(counted)
+        self._recount(now, counted)
         self._look(_Look(now, counted - self.kept(now), self.since, lately))
         self._notice(now, lower)
         lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
@@ -455,7 +460,7 @@ class AccountUse:
         a backlog takes the rest in a moment.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
-        self._recount(taken)
+        self._recount(now, taken)
         self._look(_Look(now, taken - self.kept(now), level=level))
         self._notice(now, lower)
         if last is not None and last.remaining is not None and last.bound == bound:
@@ -518,15 +523,13 @@ class AccountUse:
         self._counted -= amount
 
     def _look(self, look: _Look) -> None:
-        if self._looks and look.at < self._looks[-1].at:
-            self._begin_anew(look.at)
         self._looks.append(look)
         while self._looks[0].at < look.at - MOST_LATE_S - READ_LATE_S:
             self._looks.popleft()
 
     def _begin_anew(self, now: float) -> None:
         """The clock was set back: what is remembered is of times that are yet to come."""
-        kept, self._last = self.kept(now), None
+        kept, self._last = self.kept(self._looks[-1].at), None
         for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):
             remembered.clear()
         self.inherit(kept, now)
@@ -588,11 +591,13 @@ class AccountUse:
 
     def _short(self, now: float, lower: int, bound: int) -> float:
         """How much more is to be kept free, since hardly anything remains: of a window, less than
-        others take until it ends."""
+        others take until it ends, from when the header of a long call is of."""
         left, least = None if self._last is None else self._last.remaining, SPARE * bound
         if self._windows:
             window = self._windows[-1]
-            least = self.others * max(0.0, window.ends_at - now) / self.window_s
+            late_s = 0.0 if self._last is None else self._last.came_at - self._last.at
+            at = now - late_s if late_s > READ_LATE_S else now
+            least = self.others * max(0.0, window.ends_at - at) / self.window_s
         if left is not None and left < least:
             self._more = min(self._more + GROWS * lower, MOST_MORE * lower)
         else:
