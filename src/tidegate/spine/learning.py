@@ -529,8 +529,9 @@ class LimitLearner:
         return since_ms
 
     def _is_old(self, reading: HeaderReading, name: str) -> bool:
-        """Whether it is of before a change of the bound: the account may have more since."""
-        return reading.at < self._changed_at.get(name, 0.0)
+        """Whether it is of before a change of the bound: the account may have more since. A change
+        that is yet to come was made before the clock was set back."""
+        return reading.at < self._changed_at.get(name, 0.0) <= self._clock()
 
     async def _make_room(
         self,

@@ -377,6 +377,27 @@ async def test_an_answer_of_before_a_limit_was_raised_keeps_no_room_free_in_it(
         assert await used(limiter) == before
 
 
+async def test_after_a_clock_was_set_back_answers_of_a_changed_limit_count(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, ahead_s = "tpm:gpt-5", 3_600.0
+    async with learner(valkey_url, Rate(60_000, 60_000, "tokens")) as made:
+        limiter, learning = made
+        monkeypatch.setattr(learning, "_clock", lambda: time() + ahead_s)
+        await learning.look()
+        raised = PoolPolicy({name: Rate(600_000, 60_000, "tokens")}, lease_ms=600, revision=2)
+        await limiter.set_policy(raised)
+        await wait_until(lambda: limiter.policy.bound(name) == 600_000, 20, "the higher bound")
+        await learning.look()
+        assert await used(limiter) <= 30_000
+        ahead_s = 0.0
+        headers = {b"limit": b"30000", b"remaining": b"30000"}
+        told = [(b"x-ratelimit-%s-tokens" % key, value) for key, value in headers.items()]
+        learning._announced.note("gpt-5", told)
+        await learning.look()
+        assert await used(limiter) >= 570_000
+
+
 @pytest.mark.parametrize("fault", ["refused", "away"])
 @pytest.mark.parametrize(
     "limit",
