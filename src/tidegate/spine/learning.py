@@ -174,10 +174,10 @@ class Announced:
             self._served.add(model)
         if status == 429:
             self._refused[model] = at + REFUSED_S
-        elif at < self._refused.get(model, 0.0):
+        # Where the clock was set back what is known is of a time that is yet to come.
+        elif at < self._refused.get(model, 0.0) <= heard_at + REFUSED_S:
             return
         known = heads.get(model)
-        # The clock may have been set back.
         if known is None or at >= known.at or heard_at < known.heard_at:
             heads[model] = _Head(headers, at, heard_at)
 

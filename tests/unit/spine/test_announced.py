@@ -59,6 +59,10 @@ def test_a_refusal_stands_against_answers_that_were_made_before_it() -> None:
     now += 1.0
     heard.note("a", OPENAI)
     assert [one.unit for one in heard.all()[0].limits] == ["requests", "tokens"]
+    heard.note("a", ANTHROPIC, 429)
+    now -= 500.0
+    heard.note("a", OPENAI, took_s=40.0)
+    assert len(heard.all()[0].limits) == 2, "the clock was set back"
 
 
 def test_headers_are_as_of_the_beginning_of_their_call() -> None:
