@@ -20,12 +20,11 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from bench.waits import LOADS, SHARE, SLACK_MS, Load, Told
-from tidegate.limiter import CallUse, Demand, PoolPolicy, Rate, Tokens
+from bench.waits import LIMIT, LOADS, SHARE, SLACK_MS, Load, Told
+from tidegate.limiter import CallUse, Concurrency, Demand, Rate, Tokens
 from tidegate.limiter.simulation import Barred, Holding, SessionState, SyncRequest, read_place
 from tidegate.rehearse.simulation import START_MS, Playback, Process, Setting
 
-LIMIT = "kind:x"
 WARM_UP_MS = 12_000.0
 # How often a process compares all with the pool, as it does with the usual lease.
 PULSE_MS = 1_000.0
@@ -92,8 +91,7 @@ class SimulatedLoad(Playback):
         lasts_ms: Lasts,
         used: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        policy = PoolPolicy({LIMIT: load.limit}, weights=dict(load.weights))
-        super().__init__(policy, Setting(processes=load.processes, hold_ms=0.0))
+        super().__init__(load.policy(), Setting(processes=load.processes, hold_ms=0.0))
         self.told, self.refusals = Told(), Refusals()
         self._load, self._random = load, Random(seed)
         self._lasts_ms, self._used = lasts_ms, used
@@ -142,7 +140,7 @@ class SimulatedLoad(Playback):
         self.after(PULSE_MS, self._pulse)
 
     def _ask(self, process: Process, tenant: str, band: str) -> None:
-        tokens, asked_ms = self._random.randint(200, 1800), self.now_ms
+        tokens, asked_ms = self._load.tokens_of(tenant, self._random.randint), self.now_ms
         left_ms = math.exp(self._random.uniform(math.log(1_000), math.log(60_000)))
         demand = Demand((LIMIT,), tenant, band, Tokens(tokens))
         flow = process._issuer.flow_of(demand)
@@ -158,7 +156,10 @@ class SimulatedLoad(Playback):
         def end(holding: Holding) -> None:
             used = CallUse(Tokens(round(tokens * self._random.uniform(*self._used))))
             process.queue.release(
-                holding.ticket, outcome="success", actual=flow.actual(used), now_ms=self.now_ms
+                holding.ticket,
+                outcome="success",
+                actual=flow.actual(used),
+                now_ms=self.now_ms,
             )
             process._kick()
             self._ask(process, tenant, band)
@@ -226,6 +227,16 @@ HARDER: dict[str, tuple[Load, Lasts, tuple[float, float]]] = {
         (1.0, 1.0),
     ),
     "concurrency, six times faster after a minute": (_WIDE, _six_times_faster, (1.0, 1.0)),
+    "tokens in flight, small calls behind large ones": (
+        Load(
+            Concurrency(6_000, unit="tokens_in_flight"),
+            600,
+            {("a", "high"): 60, ("b", "normal"): 40},
+            tokens={"a": (1500, 1800), "b": (200, 300)},
+        ),
+        gamma(600, 0.5),
+        (1.0, 1.0),
+    ),
 }
 
 

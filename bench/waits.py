@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from asyncio import FIRST_EXCEPTION
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import DeadlineExceeded
 from tidegate.limiter import Limit, Limiter, PoolPolicy, Rate, Tokens
 
+LIMIT = "kind:x"
 SHARE, SLACK_MS = 0.25, 2_000
 WARM_UP_S, LONGEST_S = 12.0, 180.0
 SPREAD = [0.5]
@@ -36,13 +37,22 @@ SPREAD = [0.5]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """callers: by tenant and band. lasts_ms: of a call on average."""
+    """callers: by tenant and band. lasts_ms: of a call on average. tokens: by tenant, of a call at
+    least and at most."""
 
     limit: int | Limit
     lasts_ms: float
     callers: Mapping[tuple[str, str], int]
     weights: Mapping[str, int] = field(default_factory=dict)
     processes: int = 2
+    tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def policy(self) -> PoolPolicy:
+        return PoolPolicy({LIMIT: self.limit}, weights=dict(self.weights))
+
+    def tokens_of(self, tenant: str, draw: Callable[[int, int], int]) -> int:
+        """Of one call."""
+        return draw(*self.tokens.get(tenant, (200, 1800)))
 
 
 LOADS = {
@@ -98,8 +108,8 @@ class Run:
                 await self._call(limiter, tenant, band)
 
     async def _call(self, limiter: Limiter, tenant: str, band: str) -> None:
-        tokens = random.randint(200, 1800)
-        acquisition = limiter.acquire("kind:x", tenant=tenant, priority=band, tokens=Tokens(tokens))
+        tokens = self.load.tokens_of(tenant, random.randint)
+        acquisition = limiter.acquire(LIMIT, tenant=tenant, priority=band, tokens=Tokens(tokens))
         answers: list[tuple[float, float]] = []
         asking = asyncio.create_task(self._ask(limiter, acquisition, answers))
         try:
@@ -142,8 +152,7 @@ async def measure(url: str, loads: Mapping[str, Load], seconds: float) -> dict[s
     async with AsyncExitStack() as stack:
         tasks = list[asyncio.Task[None]]()
         for name, run in runs.items():
-            policy = PoolPolicy({"kind:x": run.load.limit}, weights=dict(run.load.weights))
-            pool = name.replace(" ", "-").replace(",", "")
+            policy, pool = run.load.policy(), name.replace(" ", "-").replace(",", "")
             limiters = [
                 await stack.enter_async_context(Limiter.from_url(url, pool=pool, policy=policy))
                 for _ in range(run.load.processes)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.property.crowd import Crowd, bands_of, tenants_of
 from tidegate.limiter import MAX_LEASE_MS, Band, FairBy, PoolPolicy, Rate
-from tidegate.limiter.simulation import DUE_APART_MS, LEAST_USE, Paces
+from tidegate.limiter.simulation import DUE_APART_MS, LEAST_USE, Paces, read_place
 
 WEIGHTS = {"a": 1, "b": 2, "c": 4, "d": 8}
 
@@ -126,6 +126,20 @@ def test_headroom_is_kept_free_of_lower_bands() -> None:
     crowd.ask(process, "t", "kind:x", band=1, times=3)
     assert len(crowd.running) == 5
     assert bands_of(crowd.admitted[-2:]) == {1: 2}
+
+
+def test_below_headroom_a_call_is_told_to_wait_for_all_that_come_first() -> None:
+    """What is free is kept for the higher band while that one waits: no least share is given."""
+    bands = (Band("high", headroom=0.2), Band("low", min_share=0.3))
+    crowd = Crowd(PoolPolicy({"kind:x": 5}, bands=bands))
+    process = crowd.processes[0]
+    crowd.ask(process, "t", "kind:x", band=1, times=55)
+    [call] = crowd.ask(process, "t", "kind:x", band=2)
+    assert bands_of(crowd.run(1000)) == {1: 1000}
+    place = read_place(crowd.model.position(process.sid, call.ticket, crowd.now_ms))
+    assert place is not None
+    assert place.ahead_of_all == 50
+    assert place.wait_ms == pytest.approx(51 * 1000 / 5, rel=0.3)
 
 
 def test_a_call_that_needs_two_busy_limits_does_not_starve() -> None:

@@ -13,6 +13,8 @@ from tests.property.policies import LEASE_MS
 from tests.property.server import Server
 from tests.property.world import Client, World
 from tidegate.limiter import (
+    DEFAULT_BANDS,
+    Band,
     CallUse,
     Concurrency,
     Demand,
@@ -30,8 +32,9 @@ MINUTE_MS = 60_000
 NOT_KNOWN = None
 
 
-def policy(limit: Limit, revision: int = 1) -> PoolPolicy:
-    return PoolPolicy({LIMIT: limit, ROOM: 9}, lease_ms=LEASE_MS, revision=revision)
+def policy(limit: Limit, revision: int = 1, bands: tuple[Band, ...] = DEFAULT_BANDS) -> PoolPolicy:
+    limits = {LIMIT: limit, ROOM: 9}
+    return PoolPolicy(limits, lease_ms=LEASE_MS, revision=revision, bands=bands)
 
 
 class Bench:
@@ -46,9 +49,9 @@ class Bench:
         while self.client.session.something_to_say():
             self.world.exchange(self.client, "ok")
 
-    def put_in_force(self, limit: Limit) -> None:
+    def put_in_force(self, limit: Limit, bands: tuple[Band, ...] = DEFAULT_BANDS) -> None:
         revision = self.client.session.policy.revision + 1
-        self.client.session.set_policy(policy(limit, revision), "somebody")
+        self.client.session.set_policy(policy(limit, revision, bands), "somebody")
         self.say()
 
     def ask(
@@ -543,3 +546,31 @@ def test_what_was_taken_lately_is_found_by_its_time(bench: Bench, limit: Limit) 
         assert bench.world.look_back(LIMIT, age_ms) == (calls if is_log else sum(lately))
     bench.wait(45_000)
     assert bench.world.look_back(LIMIT, 90_000) == (1 if is_log else 600 if is_day else 300)
+
+
+HEADROOM = (Band("high"), Band("normal", min_share=0.2, headroom=0.3), Band("low", min_share=0.1))
+
+
+@pytest.mark.parametrize(
+    ("limit", "bands", "shares"),
+    [
+        (Concurrency(1), DEFAULT_BANDS, (100, 50)),
+        # Calls of 100 behind some of 875: a tenth of the admissions, and a twentieth.
+        (Concurrency(2000, unit="tokens_in_flight"), DEFAULT_BANDS, (12, 5)),
+        (Concurrency(2), HEADROOM, (200, 0)),
+        (Concurrency(2000, unit="tokens_in_flight"), HEADROOM, (27, 0)),
+    ],
+)
+def test_a_place_tells_what_a_band_gets_of_a_limit_behind_higher_ones(
+    bench: Bench, limit: Concurrency, bands: tuple[Band, ...], shares: tuple[int, int]
+) -> None:
+    bench.put_in_force(limit, bands)
+    for _ in range(2):
+        bench.ask(2000)
+    bench.ask(900)
+    bench.ask(300, tenant="u")
+    for band, share in enumerate(shares, 2):
+        ticket = bench.ask(100, band)
+        bench.world.look(bench.client, ticket)
+        *_, line = bench.world.model.position(bench.client.sid, ticket, bench.world.wall_ms)
+        assert line[9] == share

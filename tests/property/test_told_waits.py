@@ -16,11 +16,15 @@ pytestmark = pytest.mark.slow
 
 SECONDS, SEEDS = 60, 2
 RATES = [name for name in LOADS if not name.startswith("concurrency")]
+BEHIND = [
+    "concurrency, two bands",
+    "tokens in flight, small calls behind large ones",
+]
 
 
 @cache
-def measured(name: str) -> tuple[Told, Refusals]:
-    return simulate(name, SECONDS, SEEDS)
+def measured(name: str, seconds: float = SECONDS) -> tuple[Told, Refusals]:
+    return simulate(name, seconds, SEEDS)
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -29,6 +33,16 @@ def test_nine_in_ten_told_times_are_true_under_steady_load(name: str) -> None:
     told, _ = measured(name)
     assert len(told.pairs) > 50
     assert told.true() >= 0.9
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_those_who_wait_long_behind_a_higher_band_are_told_it(name: str) -> None:
+    """By what their band gets, which is another part of the tokens in flight than of the
+    admissions."""
+    told, _ = measured(name, 4 * SECONDS)
+    long = Told([(told_ms, real_ms) for told_ms, real_ms in told.pairs if real_ms > 20_000])
+    assert len(long.pairs) > 20
+    assert long.true() >= 0.9
 
 
 def test_the_next_window_of_a_rate_is_told_nearly_always() -> None:

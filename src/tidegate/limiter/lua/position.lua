@@ -44,6 +44,24 @@ local function mean_of(limit, band, tenant)
   return count > 0 and math.max(1, math.floor(sum / count + 0.5)) or 1
 end
 
+-- The least share of a band in what a limit gives. Of tokens in flight it is another one than that of the
+-- admissions, where its calls take more or less than those of the highest band that waits.
+local function share_of(limit, number, tenant)
+  local shares = T.bands_of_pool()
+  if limit.sort ~= 'c' then return shares[math.min(number, #shares)].share end
+  local share, sum = T.share_of_calls(limit, number), 0
+  if not limit.by_tokens then return share end
+  for higher = 1, number - 1 do
+    local names = call('ZRANGE', T.park_key(limit, higher), 0, 9)
+    if #names > 0 then
+      for _, name in ipairs(names) do sum = sum + mean_of(limit, higher, name) end
+      local own = share * mean_of(limit, number, tenant) * #names
+      return math.floor(1000 * own / (own + (1000 - share) * sum))
+    end
+  end
+  return share
+end
+
 -- What each of the first tickets of a tenant takes, up to the one of stamp `last`; at most `most` of them.
 local amounts_left = 1000
 local function amounts_of(limit, band, tenant, last, most)
@@ -106,7 +124,6 @@ local function line(limit, number, tenant, last, use)
       above = above + waiting_of(limit, higher, name)
     end
   end
-  local shares = T.bands_of_pool()
   local bound, free, even, pace, at, width = limit.bound, {}, 0, 0, 0, 0
   local sort, span = limit.sort, limit.span or 0
   if limit.sort == 'c' then
@@ -132,7 +149,7 @@ local function line(limit, number, tenant, last, use)
   local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
   local tag = T.tag_of(limit, { band = number, tenant = tenant })
   return { pool.now, sort, bound, span, band.virtual, tag, T.tenant_of(tenant).weight,
-    limit.cost_ms, paused_ms, shares[math.min(number, #shares)].share, waiting_of(limit, number, tenant), rivals,
+    limit.cost_ms, paused_ms, share_of(limit, number, tenant), waiting_of(limit, number, tenant), rivals,
     above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant), own,
     width, pool.fair_by and T.use_at(limit, use) or 0 }
 end

@@ -30,6 +30,15 @@ class Capacity:
             return bound
         return max(min(bound, 1), bound * (1000 - above) // 1000)
 
+    def share_of_calls(self, limit: LimitState, number: int) -> int:
+        """The least share of a band in the admissions of a concurrency; 0 while a band above it
+        waits that may have more of the limit: what is free is kept for that one."""
+        own = self.cap(limit, number)
+        higher = (band for band in range(1, number) if limit.parked(band))
+        if any(self.cap(limit, band) > own for band in higher):
+            return 0
+        return self.pool.band_rule(number)[0]
+
     def spent(self, limit: LimitState) -> int:
         return limit.spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))
 

@@ -381,12 +381,26 @@ class Positions:
         paused_ms = max(1 if pause.gate else 0, pause.until - pool.now) if pause else 0
         return [
             *(pool.now, self._sort(limit), bound, span, band.virtual, band.tag(tenant)),
-            *(pool.weight(tenant), limit.cost_ms, paused_ms, pool.band_rule(number)[0]),
+            *(pool.weight(tenant), limit.cost_ms, paused_ms, self._share(limit, number, tenant)),
             *(self._waiting(band, tenant), rivals, above),
             [list(sample) for sample in self.outlooks.progress_of(limit, number)],
             *(free, even, pace, self._mean(limit, band, tenant), own, width),
             0 if pool.fair_by == "seconds" else pool.probable_use(limit, use),
         ]
+
+    def _share(self, limit: LimitState, number: int, tenant: str) -> int:
+        """The least share of a band in what a limit gives. Of tokens in flight it is another one
+        than that of the admissions, where its calls take more or less than those of the highest
+        band that waits."""
+        if limit.is_rate:
+            return self.pool.band_rule(number)[0]
+        share = self.capacity.share_of_calls(limit, number)
+        above = [one for other, one in sorted(limit.bands.items()) if other < number and one.lines]
+        if not limit.by_tokens or not above:
+            return share
+        sizes = [self._mean(limit, above[0], name) for name in parked_at(above[0])[:10]]
+        own = share * self._mean(limit, limit.band(number), tenant) * len(sizes)
+        return 1000 * own // (own + (1000 - share) * sum(sizes))
 
     @staticmethod
     def _sort(limit: LimitState) -> str:
