@@ -160,6 +160,7 @@ class SimulatedLoad(Playback):
                 outcome="success",
                 actual=flow.actual(used),
                 now_ms=self.now_ms,
+                use=flow.cost_of(used),
             )
             process._kick()
             self._ask(process, tenant, band)
@@ -168,6 +169,7 @@ class SimulatedLoad(Playback):
         waiter = process.queue.ask(
             flow,
             amounts=flow.amounts(demand),
+            use=flow.use_of(demand),
             hard_ms=HARD_MS,
             now_ms=asked_ms,
             deadline_ms=asked_ms + left_ms,
@@ -235,6 +237,17 @@ HARDER: dict[str, tuple[Load, Lasts, tuple[float, float]]] = {
             tokens={"a": (1500, 1800), "b": (200, 300)},
         ),
         gamma(600, 0.5),
+        (1.0, 1.0),
+    ),
+    "concurrency, shares in cost, two bands": (
+        Load(
+            12,
+            300,
+            {("a", "high"): 14, ("b", "normal"): 40, ("c", "normal"): 30},
+            tokens={"b": (200, 300), "c": (1500, 1800)},
+            fair_by="cost",
+        ),
+        gamma(300, 0.5),
         (1.0, 1.0),
     ),
 }

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import DeadlineExceeded
-from tidegate.limiter import Limit, Limiter, PoolPolicy, Rate, Tokens
+from tidegate.limiter import FairBy, Limit, Limiter, PoolPolicy, Rate, Tokens
 
 LIMIT = "kind:x"
 SHARE, SLACK_MS = 0.25, 2_000
@@ -46,9 +46,10 @@ class Load:
     weights: Mapping[str, int] = field(default_factory=dict)
     processes: int = 2
     tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    fair_by: FairBy = "seconds"
 
     def policy(self) -> PoolPolicy:
-        return PoolPolicy({LIMIT: self.limit}, weights=dict(self.weights))
+        return PoolPolicy({LIMIT: self.limit}, weights=dict(self.weights), fair_by=self.fair_by)
 
     def tokens_of(self, tenant: str, draw: Callable[[int, int], int]) -> int:
         """Of one call."""

@@ -19,6 +19,7 @@ RATES = [name for name in LOADS if not name.startswith("concurrency")]
 BEHIND = [
     "concurrency, two bands",
     "tokens in flight, small calls behind large ones",
+    "concurrency, shares in cost, two bands",
 ]
 
 
@@ -38,7 +39,7 @@ def test_nine_in_ten_told_times_are_true_under_steady_load(name: str) -> None:
 @pytest.mark.parametrize("name", BEHIND)
 def test_those_who_wait_long_behind_a_higher_band_are_told_it(name: str) -> None:
     """By what their band gets, which is another part of the tokens in flight than of the
-    admissions."""
+    admissions, and of what calls cost than of calls."""
     told, _ = measured(name, 4 * SECONDS)
     long = Told([(told_ms, real_ms) for told_ms, real_ms in told.pairs if real_ms > 20_000])
     assert len(long.pairs) > 20

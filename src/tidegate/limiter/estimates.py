@@ -14,6 +14,8 @@ from heapq import heapify, heappop, heappush
 from math import ceil
 from typing import Any, NamedTuple
 
+from tidegate.limiter.policy import CALL_USE
+
 # A rate is measured over this time at most and at least; it counts alone from the third on.
 MEASURED_MS, LEAST_MEASURED_MS, TRUSTED_MS = 30_000, 3_000, 20_000
 _UNITS = 100_000  # of virtual time in a ms of use by a tenant of weight 1
@@ -61,7 +63,8 @@ class WaitingLine:
     that refills (sort `b`) when all has refilled, and its window. amount:
     what a call takes on average; amounts: what each of the first calls takes, of those before the
     one that is asked about. width: of the buckets in which a rate is counted, 0 where each
-    admission is. use: what shares count of a call, 0 where that is the time that it takes.
+    admission is. use: what shares count of a call, 0 where that is the time that it takes. share:
+    the least of the band in what the limit gives, in thousandths.
     """
 
     now_ms: int
@@ -105,8 +108,7 @@ class WaitingLine:
         measured = self._speed(MEASURED_MS)
         if measured is not None:
             known = min(1.0, measured[1] / TRUSTED_MS) if not self.above else 1.0
-            least = speed * self.share / 1000 if self.above else 0.0
-            speed = max(known * measured[0] + (1 - known) * speed, least)
+            speed = max(known * measured[0] + (1 - known) * speed, self._least(speed))
         elif self.above:
             return self._behind_others(ahead + others, usual_ms)
         rate = 1000 * speed / own * (before + 1) / (ahead + 1)
@@ -120,6 +122,14 @@ class WaitingLine:
         slots = min(first, (before + 1) * 1000 / self.share) if self.share else first
         wait_ms = slots * 1000 / rate
         return WaitEstimate(round(max(wait_ms, self.paused_ms)), before + self.above, rate)
+
+    def _least(self, speed: float) -> float:
+        """What a band's least share is, of the speed that it would have alone. Of calls that cost
+        more or less than others' it is not known how fast virtual time goes by them."""
+        is_by_cost = self.use not in (0, CALL_USE)
+        if not self.above or (is_by_cost and self.rivals):
+            return 0.0
+        return speed * self.share / 1000
 
     def _usual_ms(self) -> float:
         """How long calls take: the mean over the samples moves less than the last value."""

@@ -68,6 +68,15 @@ def test_behind_higher_bands_a_band_is_told_no_less_than_its_share() -> None:
     assert replace(behind, share=0).estimate(40).wait_ms == pytest.approx(202_500, rel=0.05)
 
 
+def test_a_share_of_calls_tells_nothing_of_calls_that_cost_more_than_others() -> None:
+    """One call of 5,000 in 40 s beside cheap ones of another tenant, as measured."""
+    speed = 0.125 * UNITS
+    one = replace(CALLS, samples=_samples(speed), above=5, share=125, use=5_000)
+    both = replace(one, rivals=[Rival(CALLS.tag, 1, 90)])
+    assert both.estimate(10).wait_ms == pytest.approx(420_000, rel=0.05)
+    assert one.estimate(10).wait_ms == pytest.approx(21_000, rel=0.05)
+
+
 def test_the_mean_time_of_calls_counts_not_the_last_one() -> None:
     """The last value of the moving average is a third too high."""
     line = replace(CALLS, cost_ms=1300, samples=_samples(4 * UNITS))
