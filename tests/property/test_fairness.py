@@ -142,6 +142,22 @@ def test_below_headroom_a_call_is_told_to_wait_for_all_that_come_first() -> None
     assert place.wait_ms == pytest.approx(51 * 1000 / 5, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    ("fair_by", "wait_ms"), [("seconds", 300), ("calls", None), ("cost", None)]
+)
+def test_before_any_call_has_ended_a_wait_is_only_told_where_shares_are_of_time(
+    fair_by: FairBy, wait_ms: int | None
+) -> None:
+    """What a call costs, in micro-dollars, is not how long it takes."""
+    crowd = Crowd(PoolPolicy({"kind:x": 1}, fair_by=fair_by))
+    process = crowd.processes[0]
+    crowd.ask(process, "t", "kind:x", use=600)
+    [call] = crowd.ask(process, "t", "kind:x", use=600)
+    place = read_place(crowd.model.position(process.sid, call.ticket, crowd.now_ms))
+    assert place is not None
+    assert place.wait_ms == wait_ms
+
+
 def test_a_call_that_needs_two_busy_limits_does_not_starve() -> None:
     crowd = Crowd(PoolPolicy({"kind:x": 3, "kind:y": 3}), 3)
     one, two, both = crowd.processes

@@ -275,13 +275,14 @@ def read_place(values: list[Any]) -> Place | None:
     found, *rest = values
     if not found:
         return None
-    flow, at, ahead, amount, cost_ms, said, raw, *_ = rest
+    flow, at, ahead, amount, use, said, raw, *_ = rest
     band, tenant, limits = _flow(flow)
     ahead = int(ahead)
     if not at:
         return Place(tenant, band, limits, None, ahead, None, ahead_of_all=ahead)
     line = read_line(raw)
-    told = line.estimate(ahead, cost_ms, amount)
+    # What a call probably uses is a time where shares are in it, and no other figure.
+    told = line.estimate(ahead, 0 if line.use else use, amount)
     return Place(
         tenant,
         band,

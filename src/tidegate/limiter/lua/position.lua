@@ -2,7 +2,7 @@
 -- keys: meta layout
 -- args: request
 -- request: sid ticket limit band tenant
--- returns: found flow held_up_by ahead amount cost_ms said line
+-- returns: found flow held_up_by ahead amount use said line
 -- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing bucket pauses capacity progress
