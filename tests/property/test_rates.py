@@ -25,7 +25,7 @@ from tidegate.limiter import (
     Rate,
     Tokens,
 )
-from tidegate.limiter.simulation import DAY_MS, Paces
+from tidegate.limiter.simulation import DAY_MS, Barred, Paces, SyncReply, SyncRequest
 
 LIMIT, ROOM = "some:limit", "kind:b"
 MINUTE_MS = 60_000
@@ -55,7 +55,12 @@ class Bench:
         self.say()
 
     def ask(
-        self, tokens: int, band: int = 1, tenant: str = "t", lane: tuple[str, ...] = (LIMIT,)
+        self,
+        tokens: int,
+        band: int = 1,
+        tenant: str = "t",
+        lane: tuple[str, ...] = (LIMIT,),
+        left_ms: float = float("inf"),
     ) -> int:
         """The ticket of a call, let in or not."""
         client, at = self.client, self.world.local_ms
@@ -66,7 +71,8 @@ class Bench:
             amounts=flow.amounts(Demand(lane, tokens=Tokens(tokens), images=1)),
             hard_ms=1_000_000,
             now_ms=at,
-            deadline_ms=float("inf"),
+            deadline_ms=at + left_ms,
+            by_estimate=left_ms < float("inf"),
         )
         self.say()
         return waiter.ticket
@@ -574,3 +580,33 @@ def test_a_place_tells_what_a_band_gets_of_a_limit_behind_higher_ones(
         bench.world.look(bench.client, ticket)
         *_, line = bench.world.model.position(bench.client.sid, ticket, bench.world.wall_ms)
         assert line[9] == share
+
+
+@pytest.mark.parametrize(
+    ("limit", "room_ms"),
+    [(Concurrency(1), 110_000), (Concurrency(1, unit="tokens_in_flight"), 308_000)],
+)
+def test_behind_a_higher_band_both_worlds_refuse_by_the_least_share(
+    bench: Bench, limit: Concurrency, room_ms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second each, and a tenth of the admissions: 11 of them are 110 of all, however few there
+    were of late. Of tokens in flight it is not known here what others take."""
+    bench.put_in_force(limit)
+    for band, calls in ((1, 4), (2, 12)):
+        for _ in range(calls):
+            bench.ask(1, band)
+    for _ in range(29):
+        bench.wait(1_000)
+        bench.end(next(iter(bench.client.queue.held)), 1)
+        bench.ask(1)
+    told = list[Barred]()
+    hear = bench.world.call
+
+    def call(request: SyncRequest, *, tend: bool) -> SyncReply:
+        reply = hear(request, tend=tend)
+        told.extend(reply.barred)
+        return reply
+
+    monkeypatch.setattr(bench.world, "call", call)
+    bench.ask(1, 2, left_ms=1_000)
+    assert [(one.ahead, one.room_ms) for one in told] == [(10, room_ms)]

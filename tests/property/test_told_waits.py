@@ -46,6 +46,13 @@ def test_those_who_wait_long_behind_a_higher_band_are_told_it(name: str) -> None
     assert long.true() >= 0.9
 
 
+def test_retry_after_behind_a_higher_band_is_no_later_than_its_least_share_means() -> None:
+    _, found = measured("concurrency, two bands", 4 * SECONDS)
+    guessed = found.refused(by_estimate=True)
+    assert len(guessed) > 20
+    assert found.true(by_estimate=True) >= 0.95 * len(guessed)
+
+
 def test_the_next_window_of_a_rate_is_told_nearly_always() -> None:
     """Room comes in bursts: a place too early or too late is a window of ten seconds."""
     told, _ = measured("requests, 20 in 10 s")

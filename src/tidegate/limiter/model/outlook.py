@@ -232,7 +232,8 @@ class Outlooks:
         self, limit: LimitState, number: int, before: Before, left_ms: int, size: int
     ) -> list[Late]:
         """By the time that calls took, the last ones and over the last minute. Behind higher bands
-        its turn comes as fast as its own has moved on. `size`: what each call takes of the limit"""
+        its turn comes as fast as its own has moved on, and no slower than by its least share of the
+        admissions. `size`: what each call takes of the limit."""
         cap, count = self.capacity.cap(limit, number), before.certain + before.likely
         if cap <= 0 or not limit.cost_ms:
             return []
@@ -251,7 +252,12 @@ class Outlooks:
             band_at, age_ms = limit.band(number).virtual, self.pool.now - at
             if age_ms >= MEASURED_MS and band_at > virtual:
                 distance = max(0, before.start - band_at)
-                wait_ms = max(left_ms, floor(distance / (band_at - virtual) * age_ms))
+                moved_ms = floor(distance / (band_at - virtual) * age_ms)
+                is_even = self.pool.fair_by != "cost" and not limit.by_tokens
+                if share := self.capacity.share_of_calls(limit, number) if is_even else 0:
+                    slots = (before.expected + 1) * usual_ms * 1000
+                    moved_ms = min(moved_ms, slots // (cap * share))
+                wait_ms = max(left_ms, moved_ms)
         return [Late(self.pool.now + wait_ms, limit.name, limit.used, before.expected, 1)]
 
     def outlook(self) -> list[Outlook]:

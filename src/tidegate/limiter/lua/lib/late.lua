@@ -59,7 +59,7 @@ end
 local function is_close(wait_ms, left_ms) return 2 * wait_ms <= 3 * left_ms + 2000 end
 
 -- By the time that calls took, the last ones and over the last minute. Behind higher bands its turn comes as
--- fast as its own band has moved on.
+-- fast as its own band has moved on, and no slower than by its least share of the admissions.
 -- `size`: what each of these calls takes of the limit.
 local function late_by_time(limit, number, before, left_ms, size)
   local cap, count = T.cap_of(limit, number), before.certain + before.likely
@@ -79,7 +79,12 @@ local function late_by_time(limit, number, before, left_ms, size)
     local virtual, age_ms = limit.bands[number].virtual, pool.now - samples[1][1]
     local moved = virtual - samples[1][2]
     if age_ms >= T.MEASURED_MS and moved > 0 then
-      wait_ms = math.max(left_ms, math.floor(math.max(0, before.start - virtual) / moved * age_ms))
+      local moved_ms = math.floor(math.max(0, before.start - virtual) / moved * age_ms)
+      local share = pool.fair_by ~= 'cost' and not limit.by_tokens and T.share_of_calls(limit, number) or 0
+      if share > 0 then
+        moved_ms = math.min(moved_ms, math.floor((before.expected + 1) * usual_ms * 1000 / (cap * share)))
+      end
+      wait_ms = math.max(left_ms, moved_ms)
     end
   end
   return { pool.now + wait_ms, limit.name, limit.used, before.expected, 1 }
