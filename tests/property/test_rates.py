@@ -610,3 +610,15 @@ def test_behind_a_higher_band_both_worlds_refuse_by_the_least_share(
     monkeypatch.setattr(bench.world, "call", call)
     bench.ask(1, 2, left_ms=1_000)
     assert [(one.ahead, one.room_ms) for one in told] == [(10, room_ms)]
+
+
+def test_a_band_that_waited_for_its_room_until_now_has_it_before_lower_ones(bench: Bench) -> None:
+    """Nothing looked whether it had any from when it found none until time gave it some."""
+    for tokens in (500, 500, 100):
+        bench.ask(tokens)
+    bench.wait(MINUTE_MS + 2_000)
+    assert bench.running == 3
+    low = bench.ask(100, band=3)
+    assert low in bench.client.queue.waiting
+    bench.wait(MINUTE_MS + 2_000)
+    assert low in bench.client.queue.held

@@ -246,6 +246,8 @@ class Pump:
         text, stamp = queue.first()
         other, full = self.queues.blocker(queue, read_member(text), stamp)
         if other is None:
+            if isinstance(limit.limit, Rate) and 0 < band.used_at <= band.held_at:
+                band.held_at = max(band.held_at, self.pool.now - 1)  # until now
             self._let_in(queue, limit)
             self._pay_turn(limit, number, bands)
             return True

@@ -178,6 +178,11 @@ function T.step(limit, number, list)
   local amounts = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
   local other, full = T.blocker(queue, amounts, stamp, limit.name)
   if not other then
+    local band = limit.bands[number]
+    -- What it has waited for was taken until now.
+    if limit.sort == 'r' and band.used > 0 and band.used <= band.held then
+      band.held, limit.changed = math.max(band.held, pool.now - 1), true
+    end
     T.let_in(limit, queue, member, next_stamp, next_member)
     T.settle_turn(limit, number, list)
     return true
