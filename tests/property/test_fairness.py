@@ -128,18 +128,20 @@ def test_headroom_is_kept_free_of_lower_bands() -> None:
     assert bands_of(crowd.admitted[-2:]) == {1: 2}
 
 
-def test_below_headroom_a_call_is_told_to_wait_for_all_that_come_first() -> None:
-    """What is free is kept for the higher band while that one waits: no least share is given."""
-    bands = (Band("high", headroom=0.2), Band("low", min_share=0.3))
+def test_a_least_share_is_given_of_headroom_too_while_higher_bands_wait() -> None:
+    """What is kept free of a band is for higher ones that come; while they wait they use it."""
+    bands = (Band("high", headroom=0.2), Band("low", min_share=0.3), Band("lowest"))
     crowd = Crowd(PoolPolicy({"kind:x": 5}, bands=bands))
     process = crowd.processes[0]
-    crowd.ask(process, "t", "kind:x", band=1, times=55)
+    for band in (1, 2, 3):
+        crowd.ask(process, "t", "kind:x", band=band, times=55)
     [call] = crowd.ask(process, "t", "kind:x", band=2)
-    assert bands_of(crowd.run(1000)) == {1: 1000}
     place = read_place(crowd.model.position(process.sid, call.ticket, crowd.now_ms))
     assert place is not None
-    assert place.ahead_of_all == 50
-    assert place.wait_ms == pytest.approx(51 * 1000 / 5, rel=0.3)
+    assert place.wait_ms == pytest.approx(56 * 1000 / 5 / 0.3, rel=0.3)
+    admitted = bands_of(crowd.run(1000))
+    assert admitted[2] == pytest.approx(300, abs=2)
+    assert admitted[1] == 1000 - admitted[2], "none of the band without a share"
 
 
 @pytest.mark.parametrize(

@@ -563,8 +563,8 @@ HEADROOM = (Band("high"), Band("normal", min_share=0.2, headroom=0.3), Band("low
         (Concurrency(1), DEFAULT_BANDS, (100, 50)),
         # Calls of 100 behind some of 875: a tenth of the admissions, and a twentieth.
         (Concurrency(2000, unit="tokens_in_flight"), DEFAULT_BANDS, (12, 5)),
-        (Concurrency(2), HEADROOM, (200, 0)),
-        (Concurrency(2000, unit="tokens_in_flight"), HEADROOM, (27, 0)),
+        (Concurrency(2), HEADROOM, (200, 100)),
+        (Concurrency(2000, unit="tokens_in_flight"), HEADROOM, (27, 12)),
     ],
 )
 def test_a_place_tells_what_a_band_gets_of_a_limit_behind_higher_ones(

@@ -47,9 +47,7 @@ end
 -- The least share of a band in what a limit gives. Of tokens in flight it is another one than that of the
 -- admissions, where its calls take more or less than those of the highest band that waits.
 local function share_of(limit, number, tenant)
-  local shares = T.bands_of_pool()
-  if limit.sort ~= 'c' then return shares[math.min(number, #shares)].share end
-  local share, sum = T.share_of_calls(limit, number), 0
+  local share, sum = T.share_of(number), 0
   if not limit.by_tokens then return share end
   for higher = 1, number - 1 do
     local names = call('ZRANGE', T.park_key(limit, higher), 0, 9)

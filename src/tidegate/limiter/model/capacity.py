@@ -25,19 +25,11 @@ class Capacity:
     def cap(self, limit: LimitState, band: int) -> int:
         """How many calls, or tokens in flight, a band may have under a concurrency."""
         bound = limit.adapted() // 1000 if limit.minimum else limit.limit.bound
-        above = self.pool.band_rule(band)[1]
+        passing, passed = limit.passing
+        above = self.pool.band_rule(passed if band == passing else band)[1]
         if above == 0:
             return bound
         return max(min(bound, 1), bound * (1000 - above) // 1000)
-
-    def share_of_calls(self, limit: LimitState, number: int) -> int:
-        """The least share of a band in the admissions of a concurrency; 0 while a band above it
-        waits that may have more of the limit: what is free is kept for that one."""
-        own = self.cap(limit, number)
-        higher = (band for band in range(1, number) if limit.parked(band))
-        if any(self.cap(limit, band) > own for band in higher):
-            return 0
-        return self.pool.band_rule(number)[0]
 
     def spent(self, limit: LimitState) -> int:
         return limit.spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))

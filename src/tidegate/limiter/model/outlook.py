@@ -254,7 +254,7 @@ class Outlooks:
                 distance = max(0, before.start - band_at)
                 moved_ms = floor(distance / (band_at - virtual) * age_ms)
                 is_even = self.pool.fair_by != "cost" and not limit.by_tokens
-                if share := self.capacity.share_of_calls(limit, number) if is_even else 0:
+                if share := self.pool.band_rule(number)[0] if is_even else 0:
                     slots = (before.expected + 1) * usual_ms * 1000
                     moved_ms = min(moved_ms, slots // (cap * share))
                 wait_ms = max(left_ms, moved_ms)
@@ -398,9 +398,7 @@ class Positions:
         """The least share of a band in what a limit gives. Of tokens in flight it is another one
         than that of the admissions, where its calls take more or less than those of the highest
         band that waits."""
-        if limit.is_rate:
-            return self.pool.band_rule(number)[0]
-        share = self.capacity.share_of_calls(limit, number)
+        share = self.pool.band_rule(number)[0]
         above = [one for other, one in sorted(limit.bands.items()) if other < number and one.lines]
         if not limit.by_tokens or not above:
             return share

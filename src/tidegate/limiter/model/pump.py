@@ -244,7 +244,10 @@ class Pump:
             self.queues.block(queue)
             return True
         text, stamp = queue.first()
+        if isinstance(limit.limit, Concurrency) and number != bands[0]:
+            limit.passing = number, bands[0]
         other, full = self.queues.blocker(queue, read_member(text), stamp)
+        limit.passing = 0, 0
         if other is None:
             if isinstance(limit.limit, Rate) and 0 < band.used_at <= band.held_at:
                 band.held_at = max(band.held_at, self.pool.now - 1)  # until now
@@ -344,8 +347,13 @@ class Pump:
 
     def _turn(self, limit: LimitState) -> tuple[int, list[int]]:
         """The band whose turn it is, 0 for none, and all that could go. Strictly the highest, but
-        a lower one that has saved up for a turn has it."""
-        bands = [n for n in limit.waiting_bands() if self.capacity.has_room(limit, n, 0)]
+        a lower one that has saved up for a turn has it. What is kept free of it under a concurrency
+        is used by the higher ones while they wait."""
+        bands, has_turns = list[int](), isinstance(limit.limit, Concurrency)
+        for number in limit.waiting_bands():
+            has_room = self.capacity.has_room(limit, number, 0)
+            if has_room or (bands and has_turns and self.capacity.share(number)):
+                bands.append(number)
         for number in bands[1:]:
             owed = self._is_owed(limit, number)
             if owed and self._fits_head(limit, number):

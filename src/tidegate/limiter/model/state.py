@@ -301,7 +301,8 @@ class LatencySeen:
 class LimitState:
     """One limit. `under` are the permits that count under it, (session, ticket), with what each
     was charged: tokens in flight are the sum. `current` is what
-    an adaptive one has found out, in thousandths. `retry_at` and `reserved` are of one call."""
+    an adaptive one has found out, in thousandths. `retry_at`, `reserved` and `passing` are of one
+    call; the last: a band whose turn it is before a higher one, and that one."""
 
     name: str
     limit: Limit = NO_LIMIT
@@ -316,6 +317,7 @@ class LimitState:
     asserted: int = 0
     retry_at: int | None = None
     reserved: int = 0
+    passing: tuple[int, int] = (0, 0)
     cost_ms: int = 0
 
     def room_again(self, at: int) -> None:

@@ -80,7 +80,7 @@ local function late_by_time(limit, number, before, left_ms, size)
     local moved = virtual - samples[1][2]
     if age_ms >= T.MEASURED_MS and moved > 0 then
       local moved_ms = math.floor(math.max(0, before.start - virtual) / moved * age_ms)
-      local share = pool.fair_by ~= 'cost' and not limit.by_tokens and T.share_of_calls(limit, number) or 0
+      local share = pool.fair_by ~= 'cost' and not limit.by_tokens and T.share_of(number) or 0
       if share > 0 then
         moved_ms = math.min(moved_ms, math.floor((before.expected + 1) * usual_ms * 1000 / (cap * share)))
       end

@@ -1,7 +1,7 @@
 -- does: loads limits with their counts, and saves them
 -- keys: meta
 -- args: none
--- returns: limit_of(), limits_in(), save_limit(), cap_of(), share_of_calls(), cost_at(), use_at(), learn(), touch(), touched
+-- returns: limit_of(), limits_in(), save_limit(), cap_of(), share_of(), cost_at(), use_at(), learn(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched, T.bands, T.lanes = {}, false, {}
 -- The concurrency that a limit by latency begins with: what is too much waits in the server.
@@ -159,17 +159,13 @@ end
 function T.cap_of(limit, band)
   local bound = limit.current and math.floor(limit.current / 1000) or limit.bound
   local list = T.bands_of_pool()
-  local above = list[math.min(band, #list)].above
+  local above = list[math.min(limit.passing == band and limit.passed or band, #list)].above
   if above == 0 then return bound end
   return math.max(math.min(bound, 1), math.floor(bound * (1000 - above) / 1000))
 end
 
--- The least share of a band in the admissions of a concurrency; 0 while a band above it waits that may have more of
--- the limit: what is free is kept for that one.
-function T.share_of_calls(limit, number)
-  for higher = 1, number - 1 do
-    if limit.bands[higher].waits > 0 and T.cap_of(limit, higher) > T.cap_of(limit, number) then return 0 end
-  end
+-- The least share of a band, in thousandths, of what a limit gives.
+function T.share_of(number)
   local list = T.bands_of_pool()
   return list[math.min(number, #list)].share
 end

@@ -80,12 +80,16 @@ function T.admit(queue, ticket, hard_ms, use, list)
 end
 
 -- The next band under a limit, and all bands with waiters. Strictly the highest, but a lower one
--- with waiters accrues its minimum share: of every admission, or of a rate's bound.
+-- with waiters accrues its minimum share: of every admission, or of a rate's bound. What is kept free of it under a
+-- concurrency is used by the higher ones while they wait.
 function T.turn_of(limit)
   local list = {}
   for number, band in ipairs(limit.bands) do
     -- How much of a rate its first ticket needs is checked when its turn has come.
-    if band.waits > 0 and T.has_room(limit, number, 0) then list[#list + 1] = number end
+    if band.waits > 0 then
+      local has_turns = #list > 0 and limit.sort == 'c' and T.share_of(number) > 0
+      if T.has_room(limit, number, 0) or has_turns then list[#list + 1] = number end
+    end
   end
   for i = 2, #list do
     if limit.sort == 'c' then
@@ -101,11 +105,10 @@ end
 
 function T.settle_turn(limit, number, list)
   if #list < 2 or limit.sort == 'r' then return end
-  local shares = T.bands_of_pool()
   for i = 2, #list do
     local band = limit.bands[list[i]]
     if band.waits > 0 then
-      band.credit = math.min(2000, band.credit + shares[math.min(list[i], #shares)].share)
+      band.credit = math.min(2000, band.credit + T.share_of(list[i]))
       if list[i] == number then band.credit = math.max(0, band.credit - 1000) end
     end
   end
@@ -176,7 +179,9 @@ function T.step(limit, number, list)
   end
   local member, stamp, next_stamp, next_member = T.first_of(queue)
   local amounts = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+  if limit.sort == 'c' and number ~= list[1] then limit.passing, limit.passed = number, list[1] end
   local other, full = T.blocker(queue, amounts, stamp, limit.name)
+  limit.passing = nil
   if not other then
     local band = limit.bands[number]
     -- What it has waited for was taken until now.
