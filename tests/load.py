@@ -144,8 +144,11 @@ class Load:
         wrong = {m: end["type"] for m, end in ends.items() if end["type"] != self.kinds[m]}
         assert not wrong
 
-    async def assert_called_once(self, *, killed_at_ns: Sequence[int] = ()) -> None:
-        """No prompt reached the provider twice, but for calls that a kill cut off.
+    async def assert_called_once(
+        self, *, killed_at_ns: Sequence[int] = (), resumed_ns: tuple[int, int] = (0, 0)
+    ) -> None:
+        """No prompt reached the provider twice, but for calls that a kill cut off, or that were
+        under way while a process came back: from when to when.
 
         Those were in flight at the kill, or had ended so shortly before that their result was
         still on its way into the record; each is repeated once at most.
@@ -159,5 +162,9 @@ class Load:
             assert len(seen) == 2, (marker, seen)
             ended_ns = seen[0].ended_ns or time.time_ns()
             sent_ns = seen[0].started_ns - ARRIVED_NS
+            came_back, was_back = resumed_ns
             cut = [at for at in killed_at_ns if sent_ns <= at <= ended_ns + RECORDED_NS]
+            cut += (
+                [came_back] if sent_ns <= was_back and came_back <= ended_ns + RECORDED_NS else []
+            )
             assert cut, f"{marker} was called twice, and no kill is why: {seen}"

@@ -240,12 +240,14 @@ async def paused_worker(fleet: Fleet, *, submits: int, paused_s: float, over: bo
     stopped = time.monotonic()
     await wait_until(lambda: time.monotonic() - stopped > paused_s, paused_s + 5)
     # A call that it was about to send when it was frozen is cut in the moment of its return.
-    resumed_at_ns = time.time_ns() + round(promised_s(0.1) * 1e9)
+    came_back_ns = time.time_ns()
+    was_back_ns = came_back_ns + round(promised_s(0.1) * 1e9)
     fleet.workers[0].signal(signal.SIGCONT)
     await load.assert_all_succeeded()
     if not over:
         await fleet.assert_never_over()
-    await load.assert_called_once(killed_at_ns=[stopped_at_ns, resumed_at_ns])
+    resumed_ns = came_back_ns, was_back_ns
+    await load.assert_called_once(killed_at_ns=[stopped_at_ns], resumed_ns=resumed_ns)
     # And it works on: the whole limit is used again.
     later = Load(fleet, "after")
     await later.submit(24)
