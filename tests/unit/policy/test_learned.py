@@ -560,9 +560,11 @@ class WindowAccount:
             self.others_refused += not self._take()
         while self.pool and self.pool[0][0] <= self.now - self.use.span_s:
             self.pool.popleft()
+        counted = self.counted(0.0)
         for _ in range(wanted):
-            if self.now < self._held_until or self.counted(0.0) + 100 > self.bound:
+            if self.now < self._held_until or counted + 100 > self.bound:
                 break
+            counted += 100
             self.pool.append((self.now, 100))
             fits = self._take()
             if not fits:
@@ -575,7 +577,7 @@ class WindowAccount:
             self.use.read(replace(reading, at=reading.at + by_s, heard_at=self.now + by_s))
         since = self.use.since
         lately = None if since is None else self.counted(since)
-        due = self.use.due(self.now, self.counted(0.0), self.bound, self.bound, lately=lately)
+        due = self.use.due(self.now, counted, self.bound, self.bound, lately=lately)
         if due:
             self.pool.append((self.now, due))
 
