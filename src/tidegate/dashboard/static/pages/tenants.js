@@ -7,7 +7,7 @@ import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import * as scope from "../scope.js";
 import { may } from "../session.js";
-import { confirm, copied, field, toast } from "../ui.js";
+import { confirm, copied, field, said, toast } from "../ui.js";
 
 const SCOPES = {
   "infer,read": "Call models, read its own requests",
@@ -35,7 +35,10 @@ export async function open(main, { query, signal }) {
     pool = upstream.value;
     scope.choose(pool);
     note({ tenant: query.get("tenant"), pool });
-    return again();
+    again().catch((error) => {
+      if (!(error instanceof Problem)) throw error;
+      toast(said(error), "bad");
+    });
   });
   const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again), {
     none: ["No tenants yet", "A tenant is who is limited, billed and audited: a team, a service, a customer."],
@@ -45,12 +48,22 @@ export async function open(main, { query, signal }) {
     none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],
     acts: [action("Let a colleague in", () => letIn(again), ""), action("New key", () => makeKey(state.tenants, again))],
   });
+  let looking = new AbortController();
   const again = async () => {
-    [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { query: { pool }, signal }), allKeys(signal)]);
+    looking.abort(); // of the upstream before
+    looking = new AbortController();
+    const within = AbortSignal.any([signal, looking.signal]);
+    try {
+      [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { query: { pool }, signal: within }), allKeys(within)]);
+    } catch (error) {
+      if (within.aborted) return;
+      throw error;
+    }
     tenants.show(state.tenants);
     keys.show(state.keys.toSorted((a, b) => (a.created_at < b.created_at ? 1 : -1)));
   };
   await again();
+  if (signal.aborted) return;
   tenants.search(query.get("tenant") ?? "");
   const did = may("admin") && h("a", { href: link("/actions") }, "What operators did");
   main.append(h("div", { class: "page-head" }, h("h1", {}, "Keys and tenants"), h("span", { class: "end" }, did)), keys.element, tenants.element);
