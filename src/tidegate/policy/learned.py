@@ -418,7 +418,7 @@ class AccountUse:
 
     def _recount(self, now: float, counted: int) -> None:
         if self._looks and now < self._looks[-1].at:
-            self._begin_anew(now)
+            self._start_over(now)
         missing, self._has_lost = self._counted - counted if self._has_lost else 0, False
         while missing > 0 and self._kept:
             at, amount = self._kept.popleft()
@@ -527,7 +527,7 @@ class AccountUse:
         while self._looks[0].at < look.at - MOST_LATE_S - READ_LATE_S:
             self._looks.popleft()
 
-    def _begin_anew(self, now: float) -> None:
+    def _start_over(self, now: float) -> None:
         """The clock was set back: what is remembered is of times that are yet to come."""
         kept, self._last = self.kept(self._looks[-1].at), None
         for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):

@@ -462,7 +462,7 @@ def test_another_leader_takes_charges_of_the_one_before_for_no_use_of_others(
 
 @pytest.mark.parametrize("is_bucket", [False, True])
 @pytest.mark.parametrize("back_s", [5, 30, 3_600])
-def test_after_a_clock_was_set_back_others_are_known_anew(back_s: int, is_bucket: bool) -> None:
+def test_after_a_clock_was_set_back_others_are_known_again(back_s: int, is_bucket: bool) -> None:
     account = Account(60_000, is_bucket=is_bucket)
     account.run(180, others=300.0)
     account.ahead_s = -back_s
