@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import inf
 from typing import Literal
 
 import orjson
@@ -73,11 +74,20 @@ class OthersUse:
 
 
 @dataclass(frozen=True, slots=True)
+class RefusedLimit:
+    """A limit in force for which the provider refused a call. at: in seconds since 1970."""
+
+    limit: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class LearnedNote:
-    """What a process shares. `others` are the leader's."""
+    """What a process shares. `others` are the leader's; `refusals` are the last of each limit."""
 
     readings: tuple[HeaderReading, ...] = ()
     others: tuple[OthersUse, ...] = ()
+    refusals: tuple[RefusedLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,7 @@ def unpacked_note(raw: bytes) -> LearnedNote:
     return LearnedNote(
         tuple(HeaderReading(**one) for one in told["readings"]),
         tuple(OthersUse(**one) for one in told["others"]),
+        tuple(RefusedLimit(**one) for one in told.get("refusals", ())),
     )
 
 
@@ -260,6 +271,10 @@ _STEP = 0.4
 # While there are others, or a bound fell, more is kept free for as long as less than the first
 # remains: a part of the bound that grows each second, up to the last, and ends slowly.
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
+# A refusal shows that our count lacks something, however little answers told of it. For the first,
+# in windows, others are taken into account below `NOTICED` too, with the second beside them; the
+# third is kept free beside all of that, and ends evenly over so many windows.
+CAREFUL_WINDOWS, CAREFUL_MARGIN, CUT, CUT_WINDOWS = 10.0, 0.01, 0.1, 3.0
 # How much later than the pool the headers of answers tell of a call, at most: under bursts what it
 # used would else be taken for a use of others.
 READ_LATE_S = 5.0
@@ -311,7 +326,8 @@ class AccountUse:
     in a window that begins again it is what does not remain. What the pool counts in that time is
     ours, and the rest is of others. Where our count is above the provider's there are no others;
     where it is below, the difference is kept free, whatever its cause. Headers are as of a call's
-    beginning, and come with its answer: they are compared with what the pool counted then.
+    beginning, and come with its answer: they are compared with what the pool counted then. After a
+    refusal more is kept free in a window, since answers may tell of too little.
     refills: whether the limit is a bucket, where its readings do not show that it begins again.
     """
 
@@ -331,6 +347,8 @@ class AccountUse:
     _kept: deque[tuple[float, int]] = field(default_factory=deque)
     _counted: int = 0  # as the pool counted after the last look
     _has_lost: bool = False
+    _refused_at: float = -inf
+    _cut: float = 0.0  # a part of the bound, as of the last refusal
 
     def read(self, reading: HeaderReading) -> None:
         """Take a reading; one that is not newer than the last is passed over, and one of a call
@@ -359,6 +377,18 @@ class AccountUse:
         refilled = reading.bound * passed_s / self.window_s
         used += min(refilled, max(0.0, reading.bound - before))
         self._used.append((last.at, reading.at, used))
+
+    def refuse(self, at: float) -> None:
+        """Take a refusal of a call that fits our own count. Others who take little before a backlog
+        of ours takes the rest are hardly seen in answers. Those within half a window are one, since
+        calls that were under way are refused too."""
+        if at > self._refused_at + self.window_s / 2:
+            self._cut = min(self._cut_at(at) + CUT, MOST_MORE)
+            self._refused_at = at
+
+    def _cut_at(self, now: float) -> float:
+        passed = max(0.0, now - self._refused_at) / (CUT_WINDOWS * self.window_s)
+        return max(0.0, self._cut - CUT * passed)
 
     def _read_window(self, reading: HeaderReading, used: int) -> None:
         """Of concurrent calls an answer that comes later may tell of less: in a window the most
@@ -441,7 +471,12 @@ class AccountUse:
         self._notice(now, lower)
         lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
         # What the account has left for us may be more than the limit in force allows.
-        for_others = self.others + self._margin * lower if self.acts else 0.0
+        for_others = 0.0
+        if self.acts:
+            for_others = self.others + self._margin * lower
+        elif now < self._refused_at + CAREFUL_WINDOWS * self.window_s:
+            for_others = self.others + CAREFUL_MARGIN * lower
+        for_others += self._cut_at(now) * lower
         wanted = max(0.0, in_force - bound + for_others)
         wanted += self._short(now, lower, bound) if wanted else 0.0
         amount = round(min(wanted, in_force)) - lasting
@@ -530,6 +565,7 @@ class AccountUse:
     def _start_over(self, now: float) -> None:
         """The clock was set back: what is remembered is of times that are yet to come."""
         kept, self._last = self.kept(self._looks[-1].at), None
+        self._refused_at, self._cut = -inf, 0.0
         for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):
             remembered.clear()
         self.inherit(kept, now)

@@ -36,6 +36,7 @@ from tidegate.policy.learned import (
     LEAST_WINDOW_S,
     MOST_READERS,
     NEAR,
+    READ_LATE_S,
     REFUSED_S,
     AccountUse,
     Confirmations,
@@ -45,6 +46,7 @@ from tidegate.policy.learned import (
     LearnedNote,
     LimitMatch,
     OthersUse,
+    RefusedLimit,
     acceptance,
     learned_limits,
     newest,
@@ -146,6 +148,7 @@ class Announced:
         self._refused: dict[str, float] = {}  # until when those of a refusal stand
         self._served: set[str] = set()  # of these, the models that it has answered for
         self._read: dict[str, tuple[_Head, Announcement | None]] = {}
+        self._limits_refused: dict[str, float] = {}  # when last
 
     def __contains__(self, model: str) -> bool:
         """Whether it has answered for the model lately: then it is no invention of a client."""
@@ -174,12 +177,26 @@ class Announced:
             self._served.add(model)
         if status == 429:
             self._refused[model] = at + REFUSED_S
+            if not _tells_limits(headers) and model in heads:
+                return
         # Where the clock was set back what is known is of a time that is yet to come.
         elif at < self._refused.get(model, 0.0) <= heard_at + REFUSED_S:
             return
         known = heads.get(model)
         if known is None or at >= known.at or heard_at < known.heard_at:
             heads[model] = _Head(headers, at, heard_at)
+
+    def refuse(self, limit: str) -> None:
+        """Note that the provider has refused a call for a limit in force."""
+        refused = self._limits_refused
+        refused.pop(limit, None)
+        if len(refused) >= MOST_MODELS:
+            del refused[next(iter(refused))]
+        refused[limit] = self._clock()
+
+    def refusals(self) -> tuple[RefusedLimit, ...]:
+        """The last of each limit."""
+        return tuple(RefusedLimit(*one) for one in self._limits_refused.items())
 
     def all(self) -> list[Announcement]:
         """The latest of each model that announced any limit."""
@@ -213,6 +230,10 @@ def _limits_in(head: _Head) -> tuple[RateStatus, ...]:
         if other is None or _left(one) < _left(other):
             found[one.unit, one.window] = one
     return tuple(found.values())
+
+
+def _tells_limits(headers: RawHeaders) -> bool:
+    return any(b"ratelimit" in name.lower() for name, _ in headers)
 
 
 def _left(status: RateStatus) -> float:
@@ -449,7 +470,7 @@ class LimitLearner:
         own = self._reader.read(self._announced.all())
         if not own:
             return
-        await self._share(asdict(LearnedNote(tuple(own), self._others)))
+        await self._share(asdict(LearnedNote(tuple(own), self._others, self._announced.refusals())))
         told = await self._limiter.told(MOST_READERS)
         notes = {sid: unpacked_note(raw) for sid, raw in told.items()}
         readers = [sid for sid, one in notes.items() if one.readings]
@@ -480,6 +501,7 @@ class LimitLearner:
         readings = newest(notes.values(), match)
         before = {each.limit: each for one in others.values() for each in one}
         since_ms = self._read(readings, match, before)
+        self._take_refusals(one for note in notes.values() for one in note.refusals)
         snapshot = await self._limiter.snapshot(since_ms=since_ms)
         if snapshot.epoch != self._epoch:
             self._epoch = snapshot.epoch
@@ -527,6 +549,15 @@ class LimitLearner:
             if use.since is not None:
                 since_ms[name] = round((now - use.since) * 1000)
         return since_ms
+
+    def _take_refusals(self, refusals: Iterable[RefusedLimit]) -> None:
+        """Those of before a change of the bound may have its cause. One of a time that is yet to
+        come is of before the clock was set back."""
+        latest = self._clock() + READ_LATE_S
+        for one in sorted(refusals, key=lambda each: each.at):
+            use = self._uses.get(one.limit)
+            if use is not None and self._changed_at.get(one.limit, 0.0) < one.at <= latest:
+                use.refuse(one.at)
 
     def _is_old(self, reading: HeaderReading, name: str) -> bool:
         """Whether it is of before a change of the bound: the account may have more since. A change

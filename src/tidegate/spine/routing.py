@@ -507,6 +507,8 @@ class Gate:
         )
         if pause is None or self._is_too_much(pause.limit, model):
             return 0
+        if limiter.policy.limit(pause.limit) is not None:
+            self.announced.refuse(pause.limit)
         for_ms, ramp_ms = pause.for_ms, pause.ramp_ms
         if not for_ms:
             if pause.limit not in self._strikes and self._has_learned(demand):

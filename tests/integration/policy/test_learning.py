@@ -329,6 +329,26 @@ async def test_in_a_window_that_began_what_the_pool_did_not_take_is_of_others(
         assert await used(limiter) == 20_000 + others.kept
 
 
+async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = Rate(60_000, 60_000, "tokens")
+    async with learner(valkey_url, limit, 60_000, 60_000, resets_in_s=30) as (limiter, learning):
+        await learning.look()
+        assert await used(limiter) == 0
+        learning._announced.refuse("tpm:gpt-5")
+        monkeypatch.setattr(learning, "_clock", lambda: time() - 3_600.0)
+        await learning.look()
+        assert await used(limiter) == 0, "the clock was set back since"
+        monkeypatch.undo()
+        await learning.look()
+        room = await used(limiter)
+        assert 0.1 * 60_000 < room <= 0.11 * 60_000
+        learning._announced.refuse("tpm:gpt-5")
+        await learning.look()
+        assert await used(limiter) <= room, "a call that was under way"
+
+
 async def test_a_limit_in_shadow_keeps_no_room_free(valkey_url: str) -> None:
     async with learner(valkey_url, Rate(60_000, 60_000, "tokens", shadow=True)) as made:
         limiter, learning = made

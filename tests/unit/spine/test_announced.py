@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tidegate.dialects.headers import RateStatus, rate_statuses
+from tidegate.policy.learned import RefusedLimit
 from tidegate.spine import learning as announced
 from tidegate.spine.learning import MOST_MODELS, Announced, Announcement
 
@@ -144,3 +145,25 @@ def test_models_that_were_only_refused_give_way_to_those_that_answered() -> None
         heard.note("invented", OPENAI, 429)
     assert {one.model for one in heard.all()} == {f"other-{n}" for n in range(MOST_MODELS)}
     assert "real" not in heard
+
+
+def test_a_refusal_without_limits_leaves_what_was_announced() -> None:
+    """Of a provider whose refusals have no such headers nothing is forgotten in a pause."""
+    heard = Announced(lambda: 1_000.0)
+    heard.note("a", OPENAI)
+    heard.note("a", [(b"retry-after", b"20")], 429)
+    assert [one.model for one in heard.all()] == ["a"]
+
+
+def test_the_last_refusal_of_each_limit_is_known() -> None:
+    now = 1_000.0
+    heard = Announced(lambda: now)
+    heard.refuse("tpm:a")
+    for number in range(MOST_MODELS):
+        now += 1
+        heard.refuse(f"rpm:{number}")
+    heard.refuse("rpm:0")
+    found = heard.refusals()
+    assert len(found) == MOST_MODELS
+    assert RefusedLimit("tpm:a", 1_000.0) not in found
+    assert found[-1] == RefusedLimit("rpm:0", now)

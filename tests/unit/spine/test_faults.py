@@ -19,7 +19,7 @@ from tidegate.errors import (
     UpstreamUnauthorized,
     UpstreamUnavailable,
 )
-from tidegate.limiter import Limiter, PoolPolicy
+from tidegate.limiter import Concurrency, Limiter, PoolPolicy, Rate
 from tidegate.spine import routing
 from tidegate.spine.routing import (
     FAULTS,
@@ -165,6 +165,19 @@ async def test_invented_models_that_are_paused_leave_room_for_those_that_answere
         gate.announced.note(f"answered-{number}", [])
         await paused_ms(f"answered-{number}")
     assert len(limiter.paused) == 2 * MOST_PAUSED + 1
+
+
+async def test_a_refusal_is_announced_of_the_limit_in_force_that_it_names() -> None:
+    policy = PoolPolicy(
+        {"tpm:gpt-5": Rate(30_000, 60_000, "tokens"), "model:gpt-5": Concurrency(4)}
+    )
+    gate = Gate("busy", cast(Limiter, _Pauses({}, policy)))
+    demand = CallDemand(("tpm:gpt-5", "model:gpt-5"), "t", "p", 0)
+    for unit in ("tokens", "images"):
+        error = UpstreamThrottled("slow down", retry_after_ms=9_000, unit=unit)
+        await gate.throttled(error, "gpt-5", demand)
+        await gate.throttled(error, "invented", demand)
+    assert [one.limit for one in gate.announced.refusals()] == ["tpm:gpt-5", "model:gpt-5"]
 
 
 class _Away:
