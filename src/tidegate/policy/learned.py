@@ -273,8 +273,12 @@ _STEP = 0.4
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
 # A refusal shows that our count lacks something, however little answers told of it. For the first,
 # in windows, others are taken into account below `NOTICED` too, with the second beside them; the
-# third is kept free beside all of that, and ends evenly over so many windows.
-CAREFUL_WINDOWS, CAREFUL_MARGIN, CUT, CUT_WINDOWS = 10.0, 0.01, 0.1, 3.0
+# third is kept free beside all of that, and ends evenly over so many windows: of the first number
+# where answers tell of the limit, else of the second.
+CAREFUL_WINDOWS, CAREFUL_MARGIN = 10.0, 0.01
+CUT, CUT_WINDOWS, UNTOLD_CUT_WINDOWS = 0.1, 3.0, 5.0
+# Refusals within such a part of a window are one, since calls under way are refused too.
+ONE_REFUSAL = 1 / 12
 # How much later than the pool the headers of answers tell of a call, at most: under bursts what it
 # used would else be taken for a use of others.
 READ_LATE_S = 5.0
@@ -380,14 +384,27 @@ class AccountUse:
 
     def refuse(self, at: float) -> None:
         """Take a refusal of a call that fits our own count. Others who take little before a backlog
-        of ours takes the rest are hardly seen in answers. Those within half a window are one, since
-        calls that were under way are refused too."""
-        if at > self._refused_at + self.window_s / 2:
+        of ours takes the rest are hardly seen in answers, and not at all where no header tells."""
+        if at > self._refused_at + ONE_REFUSAL * self.window_s:
             self._cut = min(self._cut_at(at) + CUT, MOST_MORE)
             self._refused_at = at
 
+    def forgive(self) -> None:
+        """The bound was changed: refusals were of before."""
+        self._refused_at, self._cut = -inf, 0.0
+
+    @property
+    def is_told(self) -> bool:
+        """Whether an answer has told of the limit."""
+        return self._last is not None
+
+    def is_careful(self, now: float) -> bool:
+        """Whether a refusal is so near that what others take counts however little it is."""
+        return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
+
     def _cut_at(self, now: float) -> float:
-        passed = max(0.0, now - self._refused_at) / (CUT_WINDOWS * self.window_s)
+        windows = UNTOLD_CUT_WINDOWS if self._last is None else CUT_WINDOWS
+        passed = max(0.0, now - self._refused_at) / (windows * self.window_s)
         return max(0.0, self._cut - CUT * passed)
 
     def _read_window(self, reading: HeaderReading, used: int) -> None:
@@ -474,7 +491,7 @@ class AccountUse:
         for_others = 0.0
         if self.acts:
             for_others = self.others + self._margin * lower
-        elif now < self._refused_at + CAREFUL_WINDOWS * self.window_s:
+        elif self.is_careful(now):
             for_others = self.others + CAREFUL_MARGIN * lower
         for_others += self._cut_at(now) * lower
         wanted = max(0.0, in_force - bound + for_others)
@@ -565,7 +582,7 @@ class AccountUse:
     def _start_over(self, now: float) -> None:
         """The clock was set back: what is remembered is of times that are yet to come."""
         kept, self._last = self.kept(self._looks[-1].at), None
-        self._refused_at, self._cut = -inf, 0.0
+        self.forgive()
         for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):
             remembered.clear()
         self.inherit(kept, now)

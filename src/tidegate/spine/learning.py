@@ -33,6 +33,7 @@ from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
 from tidegate.policy.deployment import Learn
 from tidegate.policy.format import is_of_models, is_pattern, plain_model
 from tidegate.policy.learned import (
+    CAREFUL_WINDOWS,
     LEAST_WINDOW_S,
     MOST_READERS,
     NEAR,
@@ -462,19 +463,20 @@ class LimitLearner:
     async def look(self) -> None:
         """Share what this process has read, and as the leader act on what all have.
 
-        Does nothing while no answer has told of a limit. Raises LimiterUnavailable and, where a
-        limit is to be put in force, StoreUnavailable.
+        Does nothing while no answer has told of a limit and no call was refused for one. Raises
+        LimiterUnavailable and, where a limit is to be put in force, StoreUnavailable.
         """
         if self._limiter.state == "away":
             return
+        match = self._matched()
         own = self._reader.read(self._announced.all())
-        if not own:
+        refused = self._late_refusals(match)
+        if not own and not refused:
             return
-        await self._share(asdict(LearnedNote(tuple(own), self._others, self._announced.refusals())))
+        await self._share(asdict(LearnedNote(tuple(own), self._others, refused)))
         told = await self._limiter.told(MOST_READERS)
         notes = {sid: unpacked_note(raw) for sid, raw in told.items()}
-        readers = [sid for sid, one in notes.items() if one.readings]
-        match = self._matched()
+        readers = [sid for sid, one in notes.items() if one.readings or one.refusals]
         if readers and min(readers) == self._limiter.session:
             await self._lead(notes, match)
         else:
@@ -493,6 +495,8 @@ class LimitLearner:
                 for name, limit in policy.rules.items():
                     if name not in before or before[name].bound != limit.bound:
                         self._changed_at[name] = now
+                        if name in self._uses:
+                            self._uses[name].forgive()
             match = self._match = LimitMatch(policy, self._keeper.provider)
         return match
 
@@ -501,7 +505,8 @@ class LimitLearner:
         readings = newest(notes.values(), match)
         before = {each.limit: each for one in others.values() for each in one}
         since_ms = self._read(readings, match, before)
-        self._take_refusals(one for note in notes.values() for one in note.refusals)
+        refusals = [one for note in notes.values() for one in note.refusals]
+        self._take_refusals(refusals, match, before)
         snapshot = await self._limiter.snapshot(since_ms=since_ms)
         if snapshot.epoch != self._epoch:
             self._epoch = snapshot.epoch
@@ -509,8 +514,10 @@ class LimitLearner:
         if snapshot.recovering_ms:  # not all processes have reported what they have used
             return
         found = []
-        for name, reading in readings.items():
-            use = await self._make_room(name, reading, match, snapshot.limits.get(name), before)
+        untold = [name for name, use in self._uses.items() if not use.is_told]
+        for name in dict.fromkeys((*readings, *untold)):
+            view, reading = snapshot.limits.get(name), readings.get(name)
+            use = await self._make_room(name, reading, match, view, before)
             if use is not None:
                 found.append(use)
         self._others = tuple(found)
@@ -532,32 +539,58 @@ class LimitLearner:
     ) -> dict[str, int]:
         """Take what is new of each rate; returns for which time the pool is asked what it took."""
         now, since_ms = self._clock(), {}
-        refills = self._keeper.provider not in _BEGIN_AGAIN
         for name, reading in readings.items():
-            limit = match.policy.limit(name)
-            if not isinstance(limit, Rate) or limit.shadow or self._is_old(reading, name):
+            if self._is_old(reading, name):
                 continue
-            window_s, use = limit.window_ms / 1000, self._uses.get(name)
-            if window_s < LEAST_WINDOW_S:
+            if (use := self._use_of(name, match, before)) is None:
                 continue
-            if use is None or use.window_s != window_s:
-                use = AccountUse(window_s, window_s + limit.slack / 1000, refills)
-                self._uses[name] = use
-                if name in before:
-                    use.inherit(before[name].kept, now)
             use.read(reading)
             if use.since is not None:
                 since_ms[name] = round((now - use.since) * 1000)
         return since_ms
 
-    def _take_refusals(self, refusals: Iterable[RefusedLimit]) -> None:
+    def _use_of(
+        self, name: str, match: LimitMatch, before: Mapping[str, OthersUse]
+    ) -> AccountUse | None:
+        """None where nothing is compared."""
+        limit = match.policy.limit(name)
+        if not isinstance(limit, Rate) or limit.shadow:
+            return None
+        window_s, use = limit.window_ms / 1000, self._uses.get(name)
+        if window_s < LEAST_WINDOW_S:
+            return None
+        if use is None or use.window_s != window_s:
+            refills = self._keeper.provider not in _BEGIN_AGAIN
+            use = AccountUse(window_s, window_s + limit.slack / 1000, refills)
+            self._uses[name] = use
+            if name in before:
+                use.inherit(before[name].kept, self._clock())
+        return use
+
+    def _take_refusals(
+        self,
+        refusals: Iterable[RefusedLimit],
+        match: LimitMatch,
+        before: Mapping[str, OthersUse],
+    ) -> None:
         """Those of before a change of the bound may have its cause. One of a time that is yet to
         come is of before the clock was set back."""
         latest = self._clock() + READ_LATE_S
         for one in sorted(refusals, key=lambda each: each.at):
-            use = self._uses.get(one.limit)
-            if use is not None and self._changed_at.get(one.limit, 0.0) < one.at <= latest:
-                use.refuse(one.at)
+            if self._changed_at.get(one.limit, 0.0) < one.at <= latest:
+                use = self._use_of(one.limit, match, before)
+                if use is not None:
+                    use.refuse(one.at)
+
+    def _late_refusals(self, match: LimitMatch) -> tuple[RefusedLimit, ...]:
+        """Those of this process that still count."""
+        now, found = self._clock(), []
+        for one in self._announced.refusals():
+            limit = match.policy.limit(one.limit)
+            if isinstance(limit, Rate):
+                for_s = CAREFUL_WINDOWS * limit.window_ms / 1000
+                found += [one] if now - one.at < for_s else []
+        return tuple(found)
 
     def _is_old(self, reading: HeaderReading, name: str) -> bool:
         """Whether it is of before a change of the bound: the account may have more since. A change
@@ -567,7 +600,7 @@ class LimitLearner:
     async def _make_room(
         self,
         name: str,
-        reading: HeaderReading,
+        reading: HeaderReading | None,
         match: LimitMatch,
         view: LimitView | None,
         before: Mapping[str, OthersUse],
@@ -575,17 +608,19 @@ class LimitLearner:
         """Charge a limit in force with what others take of it; None where they take nothing, and
         after a change of its bound until there is a newer answer."""
         limit = match.policy.limit(name)
-        if limit is None or limit.shadow or self._is_old(reading, name):
+        if limit is None or limit.shadow or view is None:
+            return None
+        if reading is not None and self._is_old(reading, name):
             return None
         if isinstance(limit, Quota):
-            return None if view is None else await self._of_day(limit, reading, view, before)
-        bound = match.bound_for(reading, name) if isinstance(limit, Rate) else None
+            return None if reading is None else await self._of_day(limit, reading, view, before)
         now, use = self._clock(), self._uses.get(name)
-        if not isinstance(limit, Rate) or view is None or bound is None or view.sort != "r":
+        if not isinstance(limit, Rate) or use is None or view.sort != "r":
             return None
-        if use is None:
+        bound = limit.bound if reading is None else match.bound_for(reading, name)
+        if bound is None:
             return None
-        if limit.shape == "bucket" and use.since is None:
+        if reading is not None and limit.shape == "bucket" and use.since is None:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
             amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import Any
@@ -291,17 +292,17 @@ async def learner(
     remaining: int = 30_000,
     *,
     resets_in_s: int | None = None,
+    is_told: bool = True,
 ) -> AsyncIterator[tuple[Limiter, LimitLearner]]:
-    """A process with `limit`, whose last answer reported such a bound: of a window that begins
-    again, as Azure's do, in `resets_in_s`."""
+    """A process with `limit`, whose last answer reported such a bound, where `is_told`: of a window
+    that begins again, as Azure's do, in `resets_in_s`."""
     is_day = isinstance(limit, Quota)
     policy = PoolPolicy({"rpd:gpt-5" if is_day else "tpm:gpt-5": limit}, lease_ms=600)
     announced, unit = Announced(), b"requests" if is_day else b"tokens"
     told = {b"limit": bound, b"remaining": remaining}
     told |= {} if resets_in_s is None else {b"reset": resets_in_s}
-    announced.note(
-        "gpt-5", [(b"x-ratelimit-%s-%s" % (key, unit), b"%d" % told[key]) for key in told]
-    )
+    headers = [(b"x-ratelimit-%s-%s" % (key, unit), b"%d" % told[key]) for key in told]
+    announced.note("gpt-5", headers if is_told else [])
     async with Limiter.from_url(url, pool=f"p{uuid4().hex[:12]}", policy=policy) as limiter:
         record = Policies(Connections("postgresql://127.0.0.1:1/none"))
         provider = "groq" if is_day else ""  # whose requests are of a day
@@ -329,11 +330,13 @@ async def test_in_a_window_that_began_what_the_pool_did_not_take_is_of_others(
         assert await used(limiter) == 20_000 + others.kept
 
 
+@pytest.mark.parametrize("is_told", [True, False])
 async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
     limit = Rate(60_000, 60_000, "tokens")
-    async with learner(valkey_url, limit, 60_000, 60_000, resets_in_s=30) as (limiter, learning):
+    async with learner(valkey_url, limit, 60_000, 60_000, resets_in_s=30, is_told=is_told) as made:
+        limiter, learning = made
         await learning.look()
         assert await used(limiter) == 0
         learning._announced.refuse("tpm:gpt-5")
@@ -347,6 +350,11 @@ async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
         learning._announced.refuse("tpm:gpt-5")
         await learning.look()
         assert await used(limiter) <= room, "a call that was under way"
+        raised = PoolPolicy({"tpm:gpt-5": replace(limit, bound=600_000)}, lease_ms=600, revision=2)
+        await limiter.set_policy(raised)
+        await wait_until(lambda: limiter.policy.bound("tpm:gpt-5") == 600_000, 20, "the bound")
+        await learning.look()
+        assert await used(limiter) <= room, "it was refused under another bound"
 
 
 async def test_a_limit_in_shadow_keeps_no_room_free(valkey_url: str) -> None:

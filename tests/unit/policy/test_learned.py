@@ -18,8 +18,8 @@ from tidegate.policy.learned import (
     CAREFUL_MARGIN,
     CAREFUL_WINDOWS,
     CUT,
-    CUT_WINDOWS,
     MOST_MORE,
+    UNTOLD_CUT_WINDOWS,
     AccountUse,
     Confirmations,
     DayUse,
@@ -553,7 +553,7 @@ class WindowAccount:
         self.refused = self.others_refused = 0
         self._others_due, self._held_until = 0.0, 0.0
         self.ahead_s = 0.0  # the clock of the process that hears the answers
-        self.tells_refusals = True
+        self.tells_refusals = self.has_headers = True
         self.uncounted = 0  # of each call, what our count lacks
 
     def counted(self, since: float) -> int:
@@ -585,6 +585,8 @@ class WindowAccount:
             self.answers.append((self.now + self.late_s * fits, self._answer()))
         while not self.now % 1 and self.answers and self.answers[0][0] <= self.now:
             reading, by_s = self.answers.popleft()[1], self.ahead_s
+            if not self.has_headers:
+                continue
             self.use.read(replace(reading, at=reading.at + by_s, heard_at=self.now + by_s))
         since = self.use.since
         lately = None if since is None else self.counted(since)
@@ -659,6 +661,24 @@ def test_others_who_take_little_before_a_backlog_takes_the_rest_are_refused_us_o
     assert others_refused < 0.5 * 10 * share * 600
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_others_of_whom_no_header_tells_have_room_after_refusals(share: float) -> None:
+    refused: dict[bool, int] = {}
+    for tells in (False, True):
+        account = WindowAccount(60_000)
+        account.has_headers, account.tells_refusals = False, tells
+        account.run(2, 100, 0.0)
+        assert account.refused == 0
+        account.run(5, 100, share * 1_000)
+        refused[tells], others_refused = account.run(10, 100, share * 1_000)
+        ours = account.counted(0.0) - account.use.kept(account.now)
+        assert ours + 600 * share * 100 > 0.8 * 60_000
+    assert refused[True] <= 0.7 * refused[False]
+    assert others_refused < 0.5 * 10 * share * 600
+    account.run(30, 100, 0.0)
+    assert account.use.kept(account.now) == 0
+
+
 @pytest.mark.parametrize(
     ("uncounted", "tells", "most"), [(1, True, 2), (4, True, 2), (4, False, 11)]
 )
@@ -680,14 +700,19 @@ def test_what_is_kept_free_after_a_refusal_ends_and_is_bounded() -> None:
         return use.due(now, use.kept(now), 1_000, 1_000)
 
     use.refuse(0.0)
-    assert due(1.0) == round(1_000 * (CUT * (1 - 1 / (CUT_WINDOWS * minute)) + CAREFUL_MARGIN))
+    assert due(1.0) == round(
+        1_000 * (CUT * (1 - 1 / (UNTOLD_CUT_WINDOWS * minute)) + CAREFUL_MARGIN)
+    )
     use.refuse(2.0)
     assert due(3.0) == 0, "a call that was under way"
     for number in range(20):
         use.refuse((1 + number) * minute)
     assert due(20 * minute) == round(1_000 * (MOST_MORE + CAREFUL_MARGIN))
-    later = 20 * minute + max(CAREFUL_WINDOWS, MOST_MORE / CUT * CUT_WINDOWS) * minute
+    later = 20 * minute + max(CAREFUL_WINDOWS, MOST_MORE / CUT * UNTOLD_CUT_WINDOWS) * minute
     assert [due(later + second) for second in range(120)] == [0] * 120
+    use.refuse(later + 120)
+    use.forgive()
+    assert due(later + 121) == 0, "another bound"
 
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
