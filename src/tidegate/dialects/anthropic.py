@@ -238,7 +238,8 @@ _NO_MONEY = re.compile(
 )
 _NEVER = re.compile(r"extra usage is required", re.IGNORECASE)
 _BY_NAME = re.compile(
-    r"\b(?P<unit>input tokens|output tokens|tokens|requests) per (?:second|minute|hour|day)\b",
+    r"\b(?P<unit>input tokens|output tokens|tokens|requests) "
+    r"per (?P<window>second|minute|hour|day)\b",
     re.IGNORECASE,
 )
 
@@ -260,7 +261,8 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     if spent is not None:
         return RefusalFacts("throttled", unit=spent.unit, wait_ms=spent.reset_ms)
     if named is not None:
-        return RefusalFacts("throttled", unit=named["unit"].lower().replace(" ", "_"))
+        unit, per_day = named["unit"].lower().replace(" ", "_"), named["window"].lower() == "day"
+        return RefusalFacts("throttled", unit=unit, per_day=per_day)
     return None
 
 

@@ -328,6 +328,9 @@ _FAILED = frozenset(("ModelErrorException", "ModelStreamErrorException", "ModelT
 _UNPAID = re.compile(r"INVALID_PAYMENT_INSTRUMENT|valid payment instrument", re.IGNORECASE)
 _A_DAY = re.compile(r"\b(?:tokens|requests) per day\b", re.IGNORECASE)
 _UNIT = re.compile(r"\btoo many (?P<unit>tokens|requests)\b", re.IGNORECASE)
+_PLEASE_WAIT = re.compile(
+    _UNIT.pattern + r"(?: per day)?, please wait before trying again", re.IGNORECASE
+)
 
 
 def error_name(answer: ErrorAnswer) -> str:
@@ -343,7 +346,8 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
         return RefusalFacts("key")
     if name == "AccessDeniedException" and _UNPAID.search(answer.message):
         return RefusalFacts("unpaid")
-    if name in _TOO_MUCH:
+    # In the dialects of others it has no name of an exception.
+    if name in _TOO_MUCH or (answer.status == 429 and _PLEASE_WAIT.search(answer.message)):
         unit = _UNIT.search(answer.message)
         return RefusalFacts(
             "throttled",

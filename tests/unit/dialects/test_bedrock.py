@@ -330,6 +330,20 @@ def test_a_denied_model_is_not_a_dead_key(message: str, of_key: bool) -> None:
     assert getattr(found, "of_key", False) is of_key
 
 
+@pytest.mark.parametrize("dialect", ["anthropic", "openai", "bedrock"])
+@pytest.mark.parametrize("unit", ["tokens", "requests"])
+@pytest.mark.parametrize("per_day", [False, True])
+def test_its_words_name_the_unit_in_the_dialects_of_others(
+    dialect: str, unit: str, per_day: bool
+) -> None:
+    day = " per day" if per_day else ""
+    said = f"Too many {unit}{day}, please wait before trying again."
+    error = {"type": "rate_limit_error", "message": said}
+    found = upstream_error(429, error, {}, secret="", dialect=dialect)
+    assert isinstance(found, UpstreamThrottled)
+    assert (found.unit, found.per_day) == (unit, per_day)
+
+
 def test_a_day_is_told_from_a_minute() -> None:
     found = upstream_error(
         429,
