@@ -468,9 +468,11 @@ class LimitLearner:
         """
         if self._limiter.state == "away":
             return
+        own, refusals = self._reader.read(self._announced.all()), self._announced.refusals()
+        if not own and not refusals:
+            return
         match = self._matched()
-        own = self._reader.read(self._announced.all())
-        refused = self._late_refusals(match)
+        refused = self._late(refusals, match)
         if not own and not refused:
             return
         await self._share(asdict(LearnedNote(tuple(own), self._others, refused)))
@@ -582,10 +584,12 @@ class LimitLearner:
                 if use is not None:
                     use.refuse(one.at)
 
-    def _late_refusals(self, match: LimitMatch) -> tuple[RefusedLimit, ...]:
-        """Those of this process that still count."""
+    def _late(
+        self, refusals: Iterable[RefusedLimit], match: LimitMatch
+    ) -> tuple[RefusedLimit, ...]:
+        """Those that still count."""
         now, found = self._clock(), []
-        for one in self._announced.refusals():
+        for one in refusals:
             limit = match.policy.limit(one.limit)
             if isinstance(limit, Rate):
                 for_s = CAREFUL_WINDOWS * limit.window_ms / 1000

@@ -201,9 +201,9 @@ DEAD_KEY_MS = 60_000
 PROBE_S = 30.0  # a try without an answer for longer has another one beside it
 # Models that are paused without a limit in the policy; as many more of those that have answered.
 MOST_PAUSED = 100
-# The pauses of a model whose 429 does not say for how long: each is twice as long as the last.
-FIRST_PAUSE_MS = 500
-LONGEST_PAUSE_MS = 8_000
+# The pauses of a model whose 429 does not say for how long, and the shortest of a rate: each is
+# twice as long as the last, until a minute passes without one.
+FIRST_PAUSE_MS, LONGEST_PAUSE_MS, FORGOTTEN_S = 500, 8_000, 60.0
 _MOST_STRIKES = 12
 _LATER_MS = 50  # between two looks at the clock
 # When a client or a job asks again that needs a drained upstream.
@@ -507,20 +507,20 @@ class Gate:
         )
         if pause is None or self._is_too_much(pause.limit, model):
             return 0
-        if limiter.policy.limit(pause.limit) is not None:
+        if pause.of_rate:
             self.announced.refuse(pause.limit)
-        for_ms, ramp_ms = pause.for_ms, pause.ramp_ms
-        if not for_ms:
-            if pause.limit not in self._strikes and self._has_learned(demand):
-                self._strikes[pause.limit] = 1, self._clock()
-                error.lowered_limit = True
-                return 0
-            for_ms = ramp_ms = self._strike(pause.limit)
+        for_ms = pause.for_ms
+        if not for_ms and pause.limit not in self._strikes and self._has_learned(demand):
+            self._strikes[pause.limit] = 1, self._clock()
+            error.lowered_limit = True
+            return 0
+        if not for_ms or pause.of_rate:
+            for_ms = self._strike(pause.limit, for_ms)
         try:
             paused = await limiter.penalise(
                 pause.limit,
                 for_ms=for_ms,
-                ramp_ms=ramp_ms,
+                ramp_ms=pause.ramp_ms or for_ms,
                 reason=error.message[:_REASON_CHARS],
                 by=self.upstream,
             )
@@ -537,20 +537,21 @@ class Gate:
         limits = (self.limiter.policy.limits.get(one) for one in demand.limits)
         return any(isinstance(one, Concurrency) and one.adaptive is not None for one in limits)
 
-    def _strike(self, limit: str) -> int:
-        """How long a pause is that the provider did not put a time to. Calls that were under way
-        when it began make it no longer."""
+    def _strike(self, limit: str, told_ms: int) -> int:
+        """How long a pause is that the provider did not put a time to, or a short one. Calls that
+        were under way when it began make it no longer."""
         count, until = self._strikes.pop(limit, (0, 0.0))
         now = self._clock()
+        count = 0 if now > until + FORGOTTEN_S else count
         # Several are refused in one moment, before the limiter has said that the first paused it.
         left_ms = max(self.limiter.paused_ms((limit,)), round((until - now) * 1000))
         if left_ms > 0:
             if count:
                 self._strikes[limit] = count, until
-            return left_ms
+            return max(left_ms, told_ms)
         while len(self._strikes) >= MOST_PAUSED:
             self._strikes.pop(next(iter(self._strikes)))
-        for_ms = min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << count)
+        for_ms = max(told_ms, min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << count))
         self._strikes[limit] = min(count + 1, _MOST_STRIKES), now + for_ms / 1000
         return for_ms
 

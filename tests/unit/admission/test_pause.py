@@ -57,7 +57,9 @@ def throttled(unit: str | None = None, **said: bool) -> UpstreamThrottled:
 def test_the_limit_nearest_to_the_cause_is_paused(
     limits: tuple[str, ...], unit: str | None, blamed: str
 ) -> None:
-    assert paused(throttled(unit), *limits) == LimitPause(blamed, 47_000, USUAL_RAMP_MS)
+    is_rate = blamed != MODEL
+    ramp_ms = 60_000 if is_rate else USUAL_RAMP_MS
+    assert paused(throttled(unit), *limits) == LimitPause(blamed, 47_000, ramp_ms, is_rate)
 
 
 def test_a_day_that_is_used_up_is_over_at_midnight_where_its_quota_says() -> None:
@@ -90,8 +92,18 @@ def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
 
 
 def test_a_pause_without_a_time_is_for_the_caller_to_measure() -> None:
-    assert paused(UpstreamThrottled("429"), "rpm:m") == LimitPause("rpm:m", 0, 0)
-    assert paused(UpstreamThrottled("429", retry_after_ms=0), "rpm:m") == LimitPause("rpm:m", 0, 0)
+    for error in (UpstreamThrottled("429"), UpstreamThrottled("429", retry_after_ms=0)):
+        assert paused(error, MODEL) == LimitPause(MODEL, 0, 0)
+        assert paused(error, "rpm:m") == LimitPause("rpm:m", 0, 60_000, of_rate=True)
+
+
+def test_after_a_pause_of_a_rate_calls_come_as_it_refills() -> None:
+    """The told time is until one of them fits. An hour's would be too long to come back."""
+    hour = {"bound": 5, "window_ms": HOUR_MS}
+    for value, ramp_ms in (({"bound": 5, "window_ms": 10_000}, 10_000), (hour, 60_000)):
+        policy = of_plain({"limits": {"rpm:m": value}})
+        found = pause_after(throttled(), ("rpm:m",), "m", policy, NOON)
+        assert found == LimitPause("rpm:m", 47_000, ramp_ms, of_rate=True)
 
 
 def test_what_speaks_of_no_model_pauses_nothing() -> None:
@@ -115,6 +127,6 @@ def test_a_model_of_any_name_has_a_limit_that_fits_into_the_record(name: str) ->
 
 def test_no_answer_can_pause_for_longer_than_it_could_mean() -> None:
     found = paused(UpstreamThrottled("429", retry_after_ms=86_400_000), "rpm:m")
-    assert found == LimitPause("rpm:m", LONGEST_MS, USUAL_RAMP_MS)
-    short = paused(UpstreamThrottled("429", retry_after_ms=800), "rpm:m")
-    assert short == LimitPause("rpm:m", 800, 800)
+    assert found == LimitPause("rpm:m", LONGEST_MS, 60_000, of_rate=True)
+    short = paused(UpstreamThrottled("429", retry_after_ms=800), MODEL)
+    assert short == LimitPause(MODEL, 800, 800)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,6 +25,7 @@ from tidegate.spine import routing
 from tidegate.spine.routing import (
     FAULTS,
     FAULTS_OF_ONE,
+    FORGOTTEN_S,
     MOST_PAUSED,
     Faults,
     Gate,
@@ -139,6 +141,9 @@ class _Pauses:
     def pauses(self) -> dict[str, int]:
         return self.paused
 
+    def paused_ms(self, limits: Sequence[str]) -> int:
+        return 0
+
     async def penalise(self, limit: str, *, for_ms: int, **_: object) -> bool:
         self.paused[limit] = for_ms
         return True
@@ -177,7 +182,28 @@ async def test_a_refusal_is_announced_of_the_limit_in_force_that_it_names() -> N
         error = UpstreamThrottled("slow down", retry_after_ms=9_000, unit=unit)
         await gate.throttled(error, "gpt-5", demand)
         await gate.throttled(error, "invented", demand)
-    assert [one.limit for one in gate.announced.refusals()] == ["tpm:gpt-5", "model:gpt-5"]
+    assert [one.limit for one in gate.announced.refusals()] == ["tpm:gpt-5"]
+
+
+async def test_a_rate_that_is_refused_again_is_paused_for_longer_each_time() -> None:
+    """The provider tells when one call fits, and others take it."""
+    now, limiter = 0.0, _Pauses({}, PoolPolicy({"rpm:gpt-5": Rate(450, 60_000)}))
+    gate = Gate("busy", cast(Limiter, limiter), clock=lambda: now)
+    demand = CallDemand(("rpm:gpt-5",), "t", "p", 0)
+
+    async def paused_ms(told_ms: int) -> int:
+        error = UpstreamThrottled("slow down", retry_after_ms=told_ms, unit="requests")
+        return await gate.throttled(error, "gpt-5", demand)
+
+    found = []
+    for _ in range(6):
+        found.append(await paused_ms(130))
+        assert await paused_ms(130) == found[-1], "a call that was under way"
+        now += found[-1] / 1000 + 0.2
+    assert found == [500, 1_000, 2_000, 4_000, 8_000, 8_000]
+    assert await paused_ms(47_000) == 47_000
+    now += 47.0 + FORGOTTEN_S + 1
+    assert await paused_ms(130) == 500
 
 
 class _Away:
