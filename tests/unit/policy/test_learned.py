@@ -647,7 +647,7 @@ def test_others_are_seen_in_windows_by_a_process_whose_clock_is_ahead(ahead_s: i
 
 @pytest.mark.parametrize("ends_at", [20, 40, 55])
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5])
-def test_others_who_take_little_before_a_backlog_takes_the_rest_are_refused_us_once(
+def test_others_who_take_little_before_a_backlog_cost_few_refusals(
     share: float, ends_at: float
 ) -> None:
     """A sliding window repeats its burst some seconds into each of the provider's, which has
