@@ -472,7 +472,7 @@ class LimitLearner:
         if not own and not refusals:
             return
         match = self._matched()
-        refused = self._late(refusals, match)
+        refused = self._recent(refusals, match)
         if not own and not refused:
             return
         await self._share(asdict(LearnedNote(tuple(own), self._others, refused)))
@@ -584,7 +584,7 @@ class LimitLearner:
                 if use is not None:
                     use.refuse(one.at)
 
-    def _late(
+    def _recent(
         self, refusals: Iterable[RefusedLimit], match: LimitMatch
     ) -> tuple[RefusedLimit, ...]:
         """Those that still count."""
