@@ -205,11 +205,12 @@ class PoolMachine(Traffic):
     @rule(
         name=limits,
         amount=st.sampled_from([1, 3, 100_000]),
+        evenly=st.booleans(),
         after_ms=st.sampled_from([0, 0, 2000]),
     )
-    def charge_what_others_used(self, name: str, amount: int, after_ms: int) -> None:
+    def charge_what_others_used(self, name: str, amount: int, evenly: bool, after_ms: int) -> None:
         self.world.advance(after_ms)
-        self.world.charge(name, amount)
+        self.world.charge(name, amount, evenly=evenly)
 
     @rule(
         name=limits,

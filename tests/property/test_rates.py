@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -622,3 +623,19 @@ def test_a_band_that_waited_for_its_room_until_now_has_it_before_lower_ones(benc
     assert low in bench.client.queue.waiting
     bench.wait(MINUTE_MS + 2_000)
     assert low in bench.client.queue.held
+
+
+@pytest.mark.parametrize("unit", ["requests", "tokens"])
+def test_what_is_charged_evenly_ceases_to_count_evenly(
+    bench: Bench, unit: Literal["requests", "tokens"]
+) -> None:
+    """Charged at one moment it would free room for all that waits at one moment too."""
+    bench.put_in_force(Rate(100, MINUTE_MS, unit, slack_ms=0))
+    bench.ask(1)
+    bench.world.charge(LIMIT, 60, evenly=True)
+    assert bench.spent == 61
+    for seconds in range(10, 60, 10):
+        bench.wait(10_000)
+        assert abs(bench.spent - (61 - seconds)) <= 2
+    bench.wait(10_000)
+    assert bench.spent <= 2

@@ -300,9 +300,9 @@ class World:
         done = self.model.open(name, ramp_ms, run=self.run, wall=self.wall_ms)
         self._act({"verb": "open", "limit": name, "ramp_ms": ramp_ms}, done)
 
-    def charge(self, name: str, amount: int) -> None:
-        done = self.model.charge(name, amount, run=self.run, wall=self.wall_ms)
-        self._act({"verb": "charge", "limit": name, "amount": amount}, done)
+    def charge(self, name: str, amount: int, *, evenly: bool = False) -> None:
+        done = self.model.charge(name, amount, evenly=evenly, run=self.run, wall=self.wall_ms)
+        self._act({"verb": "charge", "limit": name, "amount": amount, "evenly": evenly}, done)
 
     def hold(self, who: str, name: str, amount: int, for_ms: int) -> None:
         done = self.model.hold(who, (name,), [amount], for_ms, run=self.run, wall=self.wall_ms)

@@ -735,11 +735,13 @@ class Limiter:
         self._session.refresh()
         return done
 
-    async def charge(self, limit: str, amount: int) -> bool:
+    async def charge(self, limit: str, amount: int, *, evenly: bool = False) -> bool:
         """Count `amount` of a rate or day quota as spent now, without a call: what others have used
-        that share the limit outside of the pool. It may exceed the bound. False if there is no such
-        limit, or while Valkey may have lost data."""
-        return bool(await self._act({"verb": "charge", "limit": limit, "amount": amount}))
+        that share the limit outside of the pool. It may exceed the bound. evenly: as if spent
+        evenly over the rate's last window, so that it ceases to count evenly, and not at one
+        moment. False if there is no such limit, or while Valkey may have lost data."""
+        request = {"verb": "charge", "limit": limit, "amount": amount, "evenly": evenly}
+        return bool(await self._act(request))
 
     async def hold(self, name: str, limits: Mapping[str, int], for_ms: int) -> None:
         """Count a call that outlives its process under these limits, with what it takes of each,

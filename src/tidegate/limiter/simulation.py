@@ -234,7 +234,7 @@ class _MemoryPool:
             case "open":
                 done = model.open(limit, request["ramp_ms"], **now)
             case "charge":
-                done = model.charge(limit, request["amount"], **now)
+                done = model.charge(limit, request["amount"], evenly=request["evenly"], **now)
             case "hold":
                 lane = tuple(request["lane"].split(" "))
                 held = request["sid"], lane, request["amounts"], request["for_ms"]

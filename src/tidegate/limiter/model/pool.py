@@ -633,13 +633,15 @@ class PoolModel:
         self._end_act(in_doubt=in_doubt)
         return done
 
-    def charge(self, name: str, amount: int, *, run: str, wall: int) -> int:
-        """Count what others outside of the pool have used of a rate or quota as spent now."""
+    def charge(self, name: str, amount: int, *, evenly: bool, run: str, wall: int) -> int:
+        """Count what others outside of the pool have used of a rate or quota as spent now, or
+        `evenly` over the last window."""
         in_doubt = self._begin_act(run, wall)
         limit, done = self.pool.limit(name), 0
         if limit.is_rate and not in_doubt:
             self.capacity.spent(limit)
-            limit.spending.add(limit.limit, amount, self.pool.now)
+            add = limit.spending.add_evenly if evenly else limit.spending.add
+            add(limit.limit, amount, self.pool.now)
             done = 1
         self._end_act(in_doubt=in_doubt)
         return done

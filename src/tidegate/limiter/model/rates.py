@@ -393,6 +393,26 @@ class RateSpending:
         else:
             self._spend(limit, self._end_now(limit, now), amount)
 
+    def add_evenly(self, limit: Limit, amount: int, now: int) -> None:
+        """As `add`, but as if spent evenly over the last window: it ceases to count as evenly. What
+        refills does so evenly anyway. Call it after `look`."""
+        if amount <= 0:
+            return
+        if not isinstance(limit, Rate) or limit.shape == "bucket":
+            self.add(limit, amount, now)
+        elif limit.exact:
+            span, amount = span_of(limit), min(amount, limit.bound)
+            times = [now - span * (amount - i) // amount for i in range(1, amount + 1)]
+            self.log = sorted([*self.log, *times])
+            self.changed |= amount > 0
+        else:
+            width, last = ceil(span_of(limit) / limit.buckets), self._end_now(limit, now)
+            parts = span_of(limit) // width
+            for part in range(1, parts + 1):
+                own = amount * part // parts - amount * (part - 1) // parts
+                if own:
+                    self._spend(limit, last - (parts - part) * width, own)
+
     def rewind(self, by_ms: int) -> None:
         """The clock was set back: what was counted is as old as before."""
         self.log = [at - by_ms for at in self.log]

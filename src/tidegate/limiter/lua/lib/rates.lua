@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets, 120
 -- to a window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -375,6 +375,44 @@ T.rates = function()
     limit.spent = limit.spent + amount
     limit.spent_anew, limit.changed = limit.spent_anew or amount > 0, true
     if amount > 0 then call('PEXPIRE', key_of(limit), limit.span) end
+  end
+
+  -- The log of admissions with `amount` more, in the order of their times.
+  local function merge_evenly(limit, amount)
+    local key, times = key_of(limit), {}
+    local known, next_known = call('LRANGE', key, 0, -1), 1
+    for i = 1, amount do
+      local at = pool.now - math.floor(limit.span * (amount - i) / amount)
+      while known[next_known] and tonumber(known[next_known]) <= at do
+        times[#times + 1], next_known = known[next_known], next_known + 1
+      end
+      times[#times + 1] = T.int(at)
+    end
+    for i = next_known, #known do times[#times + 1] = known[i] end
+    call('UNLINK', key)
+    for i = 1, #times, 500 do call('RPUSH', key, unpack(times, i, math.min(i + 499, #times))) end
+    call('PEXPIRE', key, limit.span)
+  end
+
+  -- As `assert_spent`, but as if spent evenly over the last window: it ceases to count as evenly, and
+  -- frees no room for many calls at one moment. What refills does so evenly anyway.
+  function f.assert_evenly(limit, amount)
+    loaded(limit)
+    if amount <= 0 then return end
+    if limit.sort ~= 'r' or limit.window then return f.assert_spent(limit, amount) end
+    if limit.exact then
+      amount = math.min(amount, limit.bound)
+      if amount > 0 then merge_evenly(limit, amount) end
+      limit.spent = limit.spent + amount
+      limit.spent_anew, limit.changed = limit.spent_anew or amount > 0, true
+      return
+    end
+    local last, parts = ends_now(limit), math.floor(limit.span / limit.width)
+    for part = 1, parts do
+      local until_here = math.floor(amount * part / parts)
+      local own = until_here - math.floor(amount * (part - 1) / parts)
+      if own > 0 then spend(limit, last - (parts - part) * limit.width, own) end
+    end
   end
 
   -- Usage that was counted in another way, before the policy changed, counts as used now.
