@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import orjson
 
@@ -273,10 +273,12 @@ _STEP = 0.4
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
 # A refusal shows that our count lacks something, however little answers told of it. For the first,
 # in windows, others are taken into account below `NOTICED` too, with the second beside them; the
-# third is kept free beside all of that, and ends evenly over so many windows: of the first number
-# where answers tell of the limit, else of the second.
+# third is kept free beside all of that, and ends evenly over so many windows.
 CAREFUL_WINDOWS, CAREFUL_MARGIN = 10.0, 0.01
-CUT, CUT_WINDOWS, UNTOLD_CUT_WINDOWS = 0.1, 3.0, 5.0
+CUT, CUT_WINDOWS = 0.1, 3.0
+# The same where no answer tells of the limit, so that refusals alone show what others take; and the
+# most that they keep free, which is `MOST_MORE` elsewhere.
+UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
 # Refusals within such a part of a window are one, since calls under way are refused too.
 ONE_REFUSAL = 1 / 12
 # How much later than the pool the headers of answers tell of a call, at most: under bursts what it
@@ -288,8 +290,10 @@ MOST_LATE_S = 60.0
 _MOST_WINDOWS = 2.0
 # How long before the provider a pool counts a call, at most.
 SENT_LATE_S = 1.0
-# In how many parts charges of an earlier leader end.
-_INHERITED_IN = 60
+# A charge that keeps so large a share of the bound free beside what is kept free already counts as
+# if spent evenly over the last window: it ends in so many parts, and so do those of an earlier
+# leader. Ending at one moment it would free room for many calls, and all of them may be refused.
+EVENLY_FROM, _PARTS = 0.02, 60
 # So long before it ends a charge is renewed, else there would be room for a moment.
 RENEWED_S = 2.5
 _DAY_MS = 86_400_000
@@ -306,6 +310,14 @@ class _Window:
     began_at: float
     ends_at: float
     used: int
+
+
+class _Charge(NamedTuple):
+    """at: as of when it counts; made_at: when it was made. Times are in seconds since 1970."""
+
+    at: float
+    amount: int
+    made_at: float
 
 
 @dataclass(slots=True)
@@ -348,11 +360,13 @@ class AccountUse:
     _apart: deque[tuple[float, float]] = field(default_factory=deque)  # of windows: all but ours
     _is_new: bool = False  # a reading of a window, not compared yet
     _looks: deque[_Look] = field(default_factory=deque)
-    _kept: deque[tuple[float, int]] = field(default_factory=deque)
+    _kept: deque[_Charge] = field(default_factory=deque)
+    evenly: bool = False  # whether the last charge is to count evenly over the last window
     _counted: int = 0  # as the pool counted after the last look
     _has_lost: bool = False
     _refused_at: float = -inf
     _cut: float = 0.0  # a part of the bound, as of the last refusal
+    _known_until: float = -inf  # what others take at least
 
     def read(self, reading: HeaderReading) -> None:
         """Take a reading; one that is not newer than the last is passed over, and one of a call
@@ -386,7 +400,8 @@ class AccountUse:
         """Take a refusal of a call that fits our own count. Others who take little before a backlog
         of ours takes the rest are hardly seen in answers, and not at all where no header tells."""
         if at > self._refused_at + ONE_REFUSAL * self.window_s:
-            self._cut = min(self._cut_at(at) + CUT, MOST_MORE)
+            cut, most = (CUT, MOST_MORE) if self.is_told else (UNTOLD_CUT, MOST_UNTOLD_CUT)
+            self._cut = min(self._cut_at(at) + cut, most)
             self._refused_at = at
 
     def forgive(self) -> None:
@@ -403,9 +418,11 @@ class AccountUse:
         return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
 
     def _cut_at(self, now: float) -> float:
-        windows = UNTOLD_CUT_WINDOWS if self._last is None else CUT_WINDOWS
+        cut, windows = CUT, CUT_WINDOWS
+        if not self.is_told:
+            cut, windows = UNTOLD_CUT, UNTOLD_CUT_WINDOWS
         passed = max(0.0, now - self._refused_at) / (windows * self.window_s)
-        return max(0.0, self._cut - CUT * passed)
+        return max(0.0, self._cut - cut * passed)
 
     def _read_window(self, reading: HeaderReading, used: int) -> None:
         """Of concurrent calls an answer that comes later may tell of less: in a window the most
@@ -445,18 +462,24 @@ class AccountUse:
     def kept(self, now: float) -> int:
         """How much is kept free by what was charged in the last window. Charges of the one before
         are remembered for the looks that count them."""
-        while self._kept and self._kept[0][0] <= now - self.span_s - MOST_LATE_S:
+        while self._kept and self._kept[0].at <= now - self.span_s - MOST_LATE_S:
             self._kept.popleft()
-        return sum(amount for at, amount in self._kept if at > now - self.span_s)
+        return sum(one.amount for one in self._kept if one.at > now - self.span_s)
 
-    def inherit(self, kept: int, now: float) -> None:
-        """Go on with what an earlier leader has charged: evenly, since all of it was in the last
-        window, and is charged again as it ends."""
-        part_s = self.span_s / _INHERITED_IN
-        for part in range(1, _INHERITED_IN + 1):
-            amount = kept * part // _INHERITED_IN - kept * (part - 1) // _INHERITED_IN
+    def inherit(self, before: OthersUse, now: float) -> None:
+        """Go on with what an earlier leader has charged, evenly, since all of it was in the last
+        window, and is charged again as it ends; and with what it knew of others, until answers tell
+        of a whole window."""
+        self._remember_evenly(before.kept, now, made_at=-inf)
+        self.others, self.acts = float(before.amount), before.amount > 0
+        self._known_until = now + self.span_s
+
+    def _remember_evenly(self, kept: int, now: float, *, made_at: float) -> None:
+        part_s = self.span_s / _PARTS
+        for part in range(1, _PARTS + 1):
+            amount = kept * part // _PARTS - kept * (part - 1) // _PARTS
             if amount > 0:
-                self._kept.append((now - part_s * (_INHERITED_IN - part), amount))
+                self._kept.append(_Charge(now - part_s * (_PARTS - part), amount, made_at))
 
     def lose(self) -> None:
         """Valkey has lost its data. Processes report again what they have seen of it: what is
@@ -468,12 +491,12 @@ class AccountUse:
             self._start_over(now)
         missing, self._has_lost = self._counted - counted if self._has_lost else 0, False
         while missing > 0 and self._kept:
-            at, amount = self._kept.popleft()
-            if at <= now - self.span_s:
+            one = self._kept.popleft()
+            if one.at <= now - self.span_s:
                 continue
-            if amount > missing:
-                self._kept.appendleft((at, amount - missing))
-            missing -= amount
+            if one.amount > missing:
+                self._kept.appendleft(one._replace(amount=one.amount - missing))
+            missing -= one.amount
 
     def due(
         self, now: float, counted: int, in_force: int, bound: int, *, lately: int | None = None
@@ -486,7 +509,8 @@ class AccountUse:
         self._recount(now, counted)
         self._look(_Look(now, counted - self.kept(now), self.since, lately))
         self._notice(now, lower)
-        lasting = sum(each for at, each in self._kept if at > now - self.span_s + RENEWED_S)
+        lasts_from = now - self.span_s + RENEWED_S
+        lasting = sum(one.amount for one in self._kept if one.at > lasts_from)
         # What the account has left for us may be more than the limit in force allows.
         for_others = 0.0
         if self.acts:
@@ -496,8 +520,9 @@ class AccountUse:
         for_others += self._cut_at(now) * lower
         wanted = max(0.0, in_force - bound + for_others)
         wanted += self._short(now, lower, bound) if wanted else 0.0
-        amount = round(min(wanted, in_force)) - lasting
-        return self._keep(now, counted, amount if amount > 0 else 0)
+        target = round(min(wanted, in_force))
+        evenly = target - self.kept(now) > EVENLY_FROM * lower
+        return self._keep(now, counted, max(0, target - lasting), evenly=evenly)
 
     def level_due(self, now: float, taken: int, level: int, in_force: int, bound: int) -> int:
         """As `due`, of a limit that refills as the account's does: by how much its level is lower
@@ -560,17 +585,23 @@ class AccountUse:
         windows = reading.window_ms / 1000 / self.window_s
         return reading.bound * (1 - max(1.0, min(windows, _MOST_WINDOWS)))
 
-    def _keep(self, now: float, counted: int, amount: int) -> int:
+    def _keep(self, now: float, counted: int, amount: int, *, evenly: bool = False) -> int:
         """Note what is charged now, and what the pool counts with it."""
+        self.evenly = evenly
         if amount:
-            self._kept.append((now, amount))
+            if evenly:
+                self._remember_evenly(amount, now, made_at=now)
+            else:
+                self._kept.append(_Charge(now, amount, now))
             self._looks[-1].charged = amount
         self._counted = counted + amount
         return amount
 
     def take_back(self, amount: int) -> None:
         """The last charge could not be made."""
-        self._kept.pop()
+        made_at = self._kept[-1].made_at
+        while self._kept and self._kept[-1].made_at == made_at:
+            self._kept.pop()
         self._looks[-1].charged = 0
         self._counted -= amount
 
@@ -585,7 +616,7 @@ class AccountUse:
         self.forgive()
         for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):
             remembered.clear()
-        self.inherit(kept, now)
+        self._remember_evenly(kept, now, made_at=-inf)
 
     def _notice(self, now: float, lower: int) -> None:
         """Compare what all have used in the last window that answers tell of with what is ours of
@@ -599,6 +630,8 @@ class AccountUse:
         else:
             by_others = self._in_bucket(until)
         if by_others is None:
+            return
+        if by_others < self.others and now < self._known_until:
             return
         self.others += _STEP * (max(0.0, by_others) - self.others)
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
@@ -623,7 +656,9 @@ class AccountUse:
         look = self._look_after(since)
         if self._is_new and look.lately is not None:
             self._is_new = False
-            ours = look.lately - sum(each for at, each in self._kept if since < at < look.at)
+            since = max(since, look.at - self.span_s)  # what was before counted no more
+            charged = [one for one in self._kept if one.at > since and one.made_at < look.at]
+            ours = look.lately - sum(one.amount for one in charged)
             self._apart.append((now, sum(one.used for one in self._windows) - ours))
         while self._apart and self._apart[0][0] <= now - 2 * self.span_s:
             self._apart.popleft()

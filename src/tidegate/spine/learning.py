@@ -566,7 +566,7 @@ class LimitLearner:
             use = AccountUse(window_s, window_s + limit.slack / 1000, refills)
             self._uses[name] = use
             if name in before:
-                use.inherit(before[name].kept, self._clock())
+                use.inherit(before[name], self._clock())
         return use
 
     def _take_refusals(
@@ -651,7 +651,9 @@ class LimitLearner:
         """Charge what is due; what could not be charged is due again at the next look."""
         is_charged = not amount
         try:
-            is_charged = is_charged or await self._limiter.charge(name, amount)
+            evenly = isinstance(use, AccountUse) and use.evenly
+            charging = self._limiter.charge
+            is_charged = is_charged or await charging(name, amount, evenly=evenly)
         finally:
             if not is_charged:
                 use.take_back(amount)
