@@ -377,10 +377,12 @@ def _tell_loads(given: Given, loads: Mapping[str, ServerLoad]) -> None:
 
 def _tell_learned(given: Given, pool: str, limits: Iterable[LearnedLimit]) -> None:
     for one in list(limits)[:MOST_LIMITS]:
+        given.add(Metric.OTHERS, one.others_share, pool, one.limit)
+        if not one.model:  # no header tells of it
+            continue
         given.add(Metric.LEARNED, one.bound, pool, one.limit)
         drifts = one.drift in ("rose", "fell")
         given.add(Metric.DRIFT, one.bound - (one.in_force or 0) if drifts else 0, pool, one.limit)
-        given.add(Metric.OTHERS, one.others_share, pool, one.limit)
 
 
 def _tell_pool(given: Given, pool: str, snapshot: Snapshot, left_out: Counter[str]) -> None:

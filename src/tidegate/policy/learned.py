@@ -66,7 +66,8 @@ class HeaderReading:
 
 @dataclass(frozen=True, slots=True)
 class OthersUse:
-    """What others on the account take of a limit a window, and how much of it is kept free."""
+    """What others on the account take of a limit a window, and how much of it is kept free. Where
+    no answer tells of the limit, they are taken to use what is kept free after refusals."""
 
     limit: str
     amount: int
@@ -93,7 +94,8 @@ class LearnedNote:
 @dataclass(frozen=True, slots=True)
 class LearnedLimit:
     """A limit as the provider reports it. bound: in the window of the limit in force, if there is
-    one; in_force: its bound. others_share: of the bound, what others on the account take."""
+    one; in_force: its bound. others_share: of the bound, what others on the account take. model:
+    empty where refusals alone show others; then the bound is the one in force."""
 
     limit: str
     model: str
@@ -196,23 +198,43 @@ def _stands_until(reading: HeaderReading) -> float:
 def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[LearnedLimit]:
     """Of all processes, beside the policy in force."""
     others = {one.limit: one for note in notes for one in note.others}
-    found = []
-    for name, reading in sorted(newest(notes, match).items()):
+    found, readings = _refused_limits(notes, match), newest(notes, match)
+    for name, reading in sorted(readings.items()):
         limit = match.policy.limit(name)
         bound = reading.bound if limit is None else match.bound_for(reading, name)
         if bound is None:
             continue
         in_force = None if limit is None else limit.bound
         share = others[name].amount / bound if name in others else 0.0
-        at = datetime.fromtimestamp(reading.at, UTC).isoformat(timespec="seconds")
         source = "set" if limit is None else source_of(plain_limit(name, limit))
         drift = _drift(bound, in_force)
-        found.append(
-            LearnedLimit(
-                name, reading.model, bound, in_force, drift, source, round(min(share, 1.0), 3), at
-            )
+        found[name] = LearnedLimit(
+            name, reading.model, bound, in_force, drift, source, _share(share), _said_at(reading.at)
         )
+    return [found[name] for name in sorted(found)]
+
+
+def _refused_limits(notes: Collection[LearnedNote], match: LimitMatch) -> dict[str, LearnedLimit]:
+    """Those in force of which refusals show others."""
+    others = {one.limit: one for note in notes for one in note.others}
+    last = sorted((one for note in notes for one in note.refusals), key=lambda one: one.at)
+    found = {}
+    for name, at in {one.limit: one.at for one in last}.items():
+        limit = match.policy.limit(name)
+        if limit is None or not limit.bound or name not in others:
+            continue
+        bound, source = limit.bound, source_of(plain_limit(name, limit))
+        share = _share(others[name].amount / bound)
+        found[name] = LearnedLimit(name, "", bound, bound, "same", source, share, _said_at(at))
     return found
+
+
+def _share(share: float) -> float:
+    return round(min(share, 1.0), 3)
+
+
+def _said_at(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 async def shared_limits(limiter: Limiter, provider: str) -> list[LearnedLimit]:
@@ -277,7 +299,8 @@ SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
 CAREFUL_WINDOWS, CAREFUL_MARGIN = 10.0, 0.01
 CUT, CUT_WINDOWS = 0.1, 3.0
 # The same where no answer tells of the limit, so that refusals alone show what others take; and the
-# most that they keep free, which is `MOST_MORE` elsewhere.
+# most that they keep free, which is `MOST_MORE` elsewhere. All of it ends `CAREFUL_WINDOWS` after
+# the last refusal.
 UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
 # Refusals within such a part of a window are one, since calls under way are refused too.
 ONE_REFUSAL = 1 / 12
@@ -401,7 +424,7 @@ class AccountUse:
         of ours takes the rest are hardly seen in answers, and not at all where no header tells."""
         if at > self._refused_at + ONE_REFUSAL * self.window_s:
             cut, most = (CUT, MOST_MORE) if self.is_told else (UNTOLD_CUT, MOST_UNTOLD_CUT)
-            self._cut = min(self._cut_at(at) + cut, most)
+            self._cut = min(self._cut_left(at) + cut, most)
             self._refused_at = at
 
     def forgive(self) -> None:
@@ -418,6 +441,10 @@ class AccountUse:
         return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
 
     def _cut_at(self, now: float) -> float:
+        """The share of the bound that is kept free after refusals."""
+        return self._cut_left(now) if self.is_careful(now) else 0.0
+
+    def _cut_left(self, now: float) -> float:
         cut, windows = CUT, CUT_WINDOWS
         if not self.is_told:
             cut, windows = UNTOLD_CUT, UNTOLD_CUT_WINDOWS
@@ -473,6 +500,17 @@ class AccountUse:
         self._remember_evenly(before.kept, now, made_at=-inf)
         self.others, self.acts = float(before.amount), before.amount > 0
         self._known_until = now + self.span_s
+
+    def inherit_refusals(self, before: OthersUse, bound: int, now: float) -> None:
+        """The same of a limit of which refusals alone show others: the last of them is now."""
+        self._remember_evenly(before.kept, now, made_at=-inf)
+        self._refused_at, self._cut = now, min(before.amount / max(1, bound), MOST_UNTOLD_CUT)
+
+    def taken_by_others(self, now: float, bound: int) -> int:
+        """In a window, as far as it is known: 0 where it is too little to act on."""
+        if not self.is_told:
+            return round(self._cut_at(now) * bound)
+        return round(self.others) if self.acts else 0
 
     def _remember_evenly(self, kept: int, now: float, *, made_at: float) -> None:
         part_s = self.span_s / _PARTS

@@ -544,7 +544,7 @@ class LimitLearner:
         for name, reading in readings.items():
             if self._is_old(reading, name):
                 continue
-            if (use := self._use_of(name, match, before)) is None:
+            if (use := self._use_of(name, match, before, is_told=True)) is None:
                 continue
             use.read(reading)
             if use.since is not None:
@@ -552,7 +552,7 @@ class LimitLearner:
         return since_ms
 
     def _use_of(
-        self, name: str, match: LimitMatch, before: Mapping[str, OthersUse]
+        self, name: str, match: LimitMatch, before: Mapping[str, OthersUse], *, is_told: bool
     ) -> AccountUse | None:
         """None where nothing is compared."""
         limit = match.policy.limit(name)
@@ -565,8 +565,10 @@ class LimitLearner:
             refills = self._keeper.provider not in _BEGIN_AGAIN
             use = AccountUse(window_s, window_s + limit.slack / 1000, refills)
             self._uses[name] = use
-            if name in before:
+            if name in before and is_told:
                 use.inherit(before[name], self._clock())
+            elif name in before:
+                use.inherit_refusals(before[name], limit.bound, self._clock())
         return use
 
     def _take_refusals(
@@ -580,7 +582,7 @@ class LimitLearner:
         latest = self._clock() + READ_LATE_S
         for one in sorted(refusals, key=lambda each: each.at):
             if self._changed_at.get(one.limit, 0.0) < one.at <= latest:
-                use = self._use_of(one.limit, match, before)
+                use = self._use_of(one.limit, match, before, is_told=False)
                 if use is not None:
                     use.refuse(one.at)
 
@@ -630,7 +632,7 @@ class LimitLearner:
             amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
         await self._charge(name, amount, use)
         kept = use.kept(now)
-        others = round(use.others) if use.acts else 0
+        others = use.taken_by_others(now, limit.bound)
         return OthersUse(name, others, kept) if others or kept else None
 
     async def _of_day(

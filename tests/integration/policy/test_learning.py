@@ -22,7 +22,13 @@ from tidegate.emulator.server import run_emulator
 from tidegate.errors import LimiterUnavailable
 from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, Tokens, next_midnight_ms
 from tidegate.policy.inspection import Control
-from tidegate.policy.learned import CAREFUL_MARGIN, CUT, UNTOLD_CUT, LearnedLimit
+from tidegate.policy.learned import (
+    CAREFUL_MARGIN,
+    CUT,
+    UNTOLD_CUT,
+    LearnedLimit,
+    shared_limits,
+)
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.spine.learning import Announced, LimitLearner
 from tidegate.store.database import Connections
@@ -352,6 +358,10 @@ async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
         learning._announced.refuse("tpm:gpt-5")
         await learning.look()
         assert await used(limiter) <= room, "a call that was under way"
+        (shown,) = await shared_limits(limiter, "")
+        told_share = 0.0 if is_told else UNTOLD_CUT
+        assert shown.others_share == pytest.approx(told_share, abs=0.005)
+        assert (shown.drift, bool(shown.model)) == ("same", is_told)
         raised = PoolPolicy({"tpm:gpt-5": replace(limit, bound=600_000)}, lease_ms=600, revision=2)
         await limiter.set_policy(raised)
         await wait_until(lambda: limiter.policy.bound("tpm:gpt-5") == 600_000, 20, "the bound")

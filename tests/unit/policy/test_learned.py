@@ -735,10 +735,7 @@ def test_what_is_kept_free_after_a_refusal_ends_and_is_bounded() -> None:
     for number in range(20):
         use.refuse((1 + number) * minute)
     assert due(20 * minute) == round(1_000 * (MOST_UNTOLD_CUT + CAREFUL_MARGIN))
-    later = (
-        20 * minute
-        + max(CAREFUL_WINDOWS, MOST_UNTOLD_CUT / UNTOLD_CUT * UNTOLD_CUT_WINDOWS) * minute
-    )
+    later = (20 + CAREFUL_WINDOWS) * minute
     assert [due(later + second) for second in range(120)] == [0] * 120
     use.refuse(later + 120)
     use.forgive()
@@ -760,6 +757,49 @@ def test_what_is_kept_free_frees_no_room_for_many_calls_at_one_moment() -> None:
     assert max(spent) >= 1_000 * UNTOLD_CUT
     freed = [before - after for before, after in pairwise(spent)]
     assert max(freed) <= 0.02 * 1_000
+
+
+def test_another_leader_goes_on_with_what_refusals_showed() -> None:
+    use, bound, now = AccountUse(60.0, 60.5, refills=False), 1_000, 0.0
+    for now in (0.0, 60.0, 120.0):
+        use.refuse(now)
+    kept = use.due(now, 0, bound, bound)
+    before = OthersUse("itpm:m", use.taken_by_others(now, bound), kept)
+    other = AccountUse(60.0, 60.5, refills=False)
+    other.inherit_refusals(before, bound, now + 2.0)
+    other.refuse(now)  # as the notes of others name it
+    assert other.taken_by_others(now + 2.0, bound) == before.amount
+    assert other.due(now + 2.0, kept, bound, bound) <= 0.1 * kept
+
+
+def test_what_refusals_showed_ends_some_windows_after_the_last() -> None:
+    use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
+    for number in range(5):
+        use.refuse(number * 60.0)
+    ends_at = 240.0 + CAREFUL_WINDOWS * 60.0
+    assert use.taken_by_others(ends_at - 1.0, bound) > 0.5 * bound
+    assert use.taken_by_others(ends_at, bound) == 0
+    use.refuse(ends_at + 60.0)
+    assert use.taken_by_others(ends_at + 60.0, bound) > 0.7 * bound, "they are still there"
+
+
+def test_others_of_whom_refusals_alone_tell_are_named_with_their_limit() -> None:
+    in_force = policy(itpm__gemini={"bound": 1_000, "source": "imported"}, rpm__gemini=100)
+    refusals = (RefusedLimit("itpm:gemini", 60.0), RefusedLimit("itpm:gone", 70.0))
+    notes = [
+        LearnedNote(others=(OthersUse("itpm:gemini", 200, 210), OthersUse("itpm:gone", 1, 1))),
+        LearnedNote(refusals=(RefusedLimit("itpm:gemini", 50.0),)),
+        LearnedNote(refusals=refusals),
+    ]
+    (one,) = learned_limits(notes, LimitMatch(in_force, "gemini"))
+    assert (one.limit, one.model, one.drift, one.source) == ("itpm:gemini", "", "same", "imported")
+    assert (one.bound, one.in_force, one.others_share) == (1_000, 1_000, 0.2)
+    assert one.at == "1970-01-01T00:01:00+00:00"
+    (told,) = learned_limits(
+        [*notes, LearnedNote((replace(READ, model="gemini", scope="itpm", bound=900),))],
+        LimitMatch(in_force, "gemini"),
+    )
+    assert (told.model, told.bound, told.drift) == ("gemini", 900, "fell")
 
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
