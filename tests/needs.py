@@ -81,15 +81,17 @@ def starts(function: FunctionType) -> Needs:
     return found
 
 
-def _used(function: FunctionType) -> Iterator[tuple[str, Any]]:
+@cache
+def _used(function: FunctionType) -> tuple[tuple[str, Any], ...]:
     """The global names that a function uses, with what they are; of a module also its own."""
-    names = list(_names(function.__code__))
+    names, found = list(_names(function.__code__)), []
     for name in names:
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType) and value.__name__.startswith(_OURS):
-            yield from ((inner, vars(value)[inner]) for inner in names if inner in vars(value))
+            found += [(inner, vars(value)[inner]) for inner in names if inner in vars(value)]
         elif value is not None:
-            yield name, value
+            found.append((name, value))
+    return tuple(found)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -21,7 +21,8 @@ from tidegate.store import requests as recorded
 
 MODEL = "gemini-2.5-flash"
 CHAT = "/v1/chat/completions"
-LARGE = "".join(random.Random(1).choices("abcdefghijklmnop ", k=300_000))
+LETTERS = bytes(b"abcdefghijklmnop "[each % 17] for each in range(256))
+LARGE = random.Random(1).randbytes(300_000).translate(LETTERS).decode()
 FILE = b64encode(random.Random(1).randbytes(400_000)).decode()  # kept as it is
 
 

@@ -35,7 +35,8 @@ EMULATOR = f"{SOURCE}/emulator"
 MODEL = "gemini-2.5-flash"
 CHAT = "/v1/chat/completions"
 LARGE_BYTES = 262_144  # from there on a body is read beside the event loop
-TEXT = "".join(random.Random(1).choices("abcdefghijklmnop ", k=600_000))
+LETTERS = bytes(b"abcdefghijklmnop "[each % 17] for each in range(256))
+TEXT = random.Random(1).randbytes(600_000).translate(LETTERS).decode()
 PICTURE = PNG + random.Random(1).randbytes(600_000)
 IN_BASE64 = b64encode(PICTURE).decode()
 # The same for a value of any size: what they look at is its kind, its length or its first bytes.

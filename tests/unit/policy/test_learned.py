@@ -574,6 +574,7 @@ class WindowAccount:
         self.bound, self.late_s = bound, late_s
         self.now, self.ends_at, self.used = 0.0, ends_at, 0
         self.pool: deque[tuple[float, int]] = deque()
+        self.total = 0
         self.use = AccountUse(60.0, 60.5, refills=False)
         self.answers: deque[tuple[float, HeaderReading]] = deque()
         self.refused = self.others_refused = 0
@@ -583,7 +584,12 @@ class WindowAccount:
         self.uncounted = 0  # of each call, what our count lacks
 
     def counted(self, since: float) -> int:
-        return sum(amount for at, amount in self.pool if at > since)
+        found = 0
+        for at, amount in reversed(self.pool):
+            if at <= since:
+                break
+            found += amount
+        return found
 
     def half_second(self, wanted: int, others: float) -> None:
         self.now += 0.5
@@ -594,13 +600,14 @@ class WindowAccount:
             self._others_due -= 100
             self.others_refused += not self._take()
         while self.pool and self.pool[0][0] <= self.now - self.use.span_s:
-            self.pool.popleft()
-        counted = self.counted(0.0)
+            self.total -= self.pool.popleft()[1]
+        counted = self.total
         for _ in range(wanted):
             if self.now < self._held_until or counted + 100 > self.bound:
                 break
             counted += 100
             self.pool.append((self.now, 100))
+            self.total += 100
             fits = self._take(100 + self.uncounted)
             if not fits:
                 self.refused += 1
@@ -619,6 +626,7 @@ class WindowAccount:
         due = self.use.due(self.now, counted, self.bound, self.bound, lately=lately)
         if due:
             count_charge(self.pool, self.use, self.now, due)
+            self.total += due
 
     def _take(self, amount: int = 100) -> bool:
         fits = self.used + amount <= self.bound
@@ -654,7 +662,7 @@ def test_others_have_room_in_windows_that_a_backlog_takes_first(
     assert others_refused <= (0.06 * 6 * others if late_s else 10)
     assert abs(account.use.others / 60_000 - share) < (0.06 if late_s else 0.05)
     ours = min(120 * wanted * 100, (1 - share) * 60_000)
-    assert account.counted(0.0) - account.use.kept(account.now) > 0.85 * ours
+    assert account.total - account.use.kept(account.now) > 0.85 * ours
     account.run(4 + round(late_s / 20), wanted, 0.0)
     assert account.use.kept(account.now) <= CAREFUL_MARGIN * 60_000, "after a refusal"
     account.run(round(CAREFUL_WINDOWS), wanted, 0.0)
@@ -697,7 +705,7 @@ def test_others_of_whom_no_header_tells_have_room_after_refusals(share: float) -
         assert account.refused == 0
         account.run(5, 100, share * 1_000)
         refused[tells], others_refused = account.run(10, 100, share * 1_000)
-        ours = account.counted(0.0) - account.use.kept(account.now)
+        ours = account.total - account.use.kept(account.now)
         assert ours + 600 * share * 100 > 0.8 * 60_000
     assert refused[True] <= 0.7 * refused[False]
     assert others_refused < 0.5 * 10 * share * 600
@@ -716,7 +724,7 @@ def test_after_a_refusal_what_our_count_lacks_is_kept_free(
     refused, _ = account.run(11, 100, 0.0)
     assert most - 2 < refused <= most
     room = 60_000 * (1 - uncounted / 100)
-    assert account.counted(0.0) - account.use.kept(account.now) > 0.96 * room
+    assert account.total - account.use.kept(account.now) > 0.96 * room
 
 
 def test_what_is_kept_free_after_a_refusal_ends_and_is_bounded() -> None:
