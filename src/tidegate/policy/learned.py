@@ -302,6 +302,9 @@ CUT, CUT_WINDOWS = 0.1, 3.0
 # most that they keep free, which is `MOST_MORE` elsewhere. All of it ends `CAREFUL_WINDOWS` after
 # the last refusal.
 UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
+# For so many windows after a refusal calls come evenly, where so large a share of the bound is
+# used: a window frees together what came together, and all of that may be refused together.
+EVEN_WINDOWS, NEARLY_FULL = 2.0, 0.9
 # Refusals within such a part of a window are one, since calls under way are refused too.
 ONE_REFUSAL = 1 / 12
 # How much later than the pool the headers of answers tell of a call, at most: under bursts what it
@@ -439,6 +442,14 @@ class AccountUse:
     def is_careful(self, now: float) -> bool:
         """Whether a refusal is so near that what others take counts however little it is."""
         return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
+
+    def ramp_ms(self, now: float, used: int, in_force: int) -> int | None:
+        """In which time as much as the bound is to be admitted, evenly; None where calls may come
+        as they fit."""
+        is_near = now < self._refused_at + EVEN_WINDOWS * self.window_s
+        if not is_near or used < NEARLY_FULL * in_force:
+            return None
+        return round(self.window_s * 1000 * in_force / max(1, in_force - self.kept(now)))
 
     def _cut_at(self, now: float) -> float:
         """The share of the bound that is kept free after refusals."""

@@ -626,11 +626,15 @@ class LimitLearner:
         bound = limit.bound if reading is None else match.bound_for(reading, name)
         if bound is None:
             return None
+        ramp_ms = None
         if reading is not None and limit.shape == "bucket" and use.since is None:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
             amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
+            ramp_ms = use.ramp_ms(now, view.used, limit.bound)
         await self._charge(name, amount, use)
+        if ramp_ms is not None:  # begun again at each look, so that no room adds up
+            await self._limiter.penalise(name, for_ms=1, ramp_ms=ramp_ms, by=_SET_BY)
         kept = use.kept(now)
         others = use.taken_by_others(now, limit.bound)
         return OthersUse(name, others, kept) if others or kept else None

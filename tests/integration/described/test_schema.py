@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("TIDEGATE_SCHEMA_EXAMPLES", "6"))
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 MAY_BE_AWAY = (503, 504)
+PATIENCE_S = 60  # a rehearsal gives way to all that runs beside it
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ class Asking:
                 for key in self._known.keys() & case.path_parameters.keys():
                     case.path_parameters[key] = self._known[key]
             self.asked[operation.label] = self.asked.get(operation.label, 0) + 1
-            response = case.call(base_url=self._url, headers=self._headers, timeout=20)
+            response = case.call(base_url=self._url, headers=self._headers, timeout=PATIENCE_S)
             if response.status_code not in MAY_BE_AWAY:
                 case.validate_response(response, checks=[not_a_server_error])
             case.validate_response(response, checks=CHECKS)

@@ -25,6 +25,7 @@ from tidegate.policy.inspection import Control
 from tidegate.policy.learned import (
     CAREFUL_MARGIN,
     CUT,
+    NEARLY_FULL,
     UNTOLD_CUT,
     LearnedLimit,
     shared_limits,
@@ -367,6 +368,20 @@ async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
         await wait_until(lambda: limiter.policy.bound("tpm:gpt-5") == 600_000, 20, "the bound")
         await learning.look()
         assert await used(limiter) <= room, "it was refused under another bound"
+
+
+@pytest.mark.parametrize("tokens", [10_000, 55_000])
+async def test_after_a_refusal_calls_of_a_full_limit_come_evenly(
+    valkey_url: str, tokens: int
+) -> None:
+    async with learner(valkey_url, Rate(60_000, 60_000, "tokens"), is_told=False) as made:
+        limiter, learning = made
+        async with limiter.acquire("tpm:gpt-5", tokens=Tokens(tokens), timeout=5) as permit:
+            permit.settle(tokens=Tokens(tokens))
+        learning._announced.refuse("tpm:gpt-5")
+        await learning.look()
+        is_full = tokens > NEARLY_FULL * 60_000
+        assert limiter.paused_of(["tpm:gpt-5"]) == (("tpm:gpt-5",) if is_full else ())
 
 
 async def test_a_limit_in_shadow_keeps_no_room_free(valkey_url: str) -> None:

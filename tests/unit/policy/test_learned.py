@@ -17,7 +17,9 @@ from tidegate.policy.format import of_plain, to_plain
 from tidegate.policy.learned import (
     CAREFUL_MARGIN,
     CAREFUL_WINDOWS,
+    EVEN_WINDOWS,
     MOST_UNTOLD_CUT,
+    NEARLY_FULL,
     RENEWED_S,
     UNTOLD_CUT,
     UNTOLD_CUT_WINDOWS,
@@ -778,6 +780,18 @@ def test_another_leader_goes_on_with_what_refusals_showed() -> None:
     other.refuse(now)  # as the notes of others name it
     assert other.taken_by_others(now + 2.0, bound) == before.amount
     assert other.due(now + 2.0, kept, bound, bound) <= 0.1 * kept
+
+
+def test_calls_come_evenly_for_two_windows_after_a_refusal_of_a_full_limit() -> None:
+    use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
+    assert use.ramp_ms(0.0, bound, bound) is None
+    use.refuse(0.0)
+    kept = use.due(0.0, 0, bound, bound)
+    evenly_ms = round(60_000 * bound / (bound - kept))
+    assert use.ramp_ms(1.0, bound, bound) == evenly_ms > 60_000
+    assert use.ramp_ms(1.0, round(NEARLY_FULL * bound) - 1, bound) is None, "there is room"
+    assert use.ramp_ms(EVEN_WINDOWS * 60.0 - 1, bound, bound) is not None
+    assert use.ramp_ms(EVEN_WINDOWS * 60.0, bound, bound) is None
 
 
 def test_what_refusals_showed_ends_some_windows_after_the_last() -> None:
