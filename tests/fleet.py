@@ -10,12 +10,14 @@ import asyncio
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
+import asyncpg
 
 from tests.clusters import FAST, copied
 from tests.forked import started
@@ -209,6 +211,23 @@ class Fleet:
         await self.http.close()
         await asyncio.to_thread(self.valkey.stop)
         await asyncio.to_thread(self.postgres.stop)
+
+    @asynccontextmanager
+    async def record(self) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+        """A connection to its PostgreSQL."""
+        connection = await asyncpg.connect(self.postgres.url())
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def claimed_by(
+        self, worker: Child, record: asyncpg.Connection[asyncpg.Record]
+    ) -> set[str]:
+        """The requests that a worker has claimed, as the record says."""
+        name = f"worker-%-{worker.process.pid}-%"
+        rows = await record.fetch("SELECT id FROM requests WHERE claimed_by LIKE $1", name)
+        return {str(row["id"]) for row in rows}
 
     async def truth(self) -> Stats:
         return await self.control.stats()
