@@ -440,6 +440,8 @@ class Demands:
 
 
 LONGEST_MS = 600_000
+# Of a rate's window, a refusal without a time: what others took of it is seldom free sooner.
+_FIRST_PAUSE = 1 / 30
 USUAL_RAMP_MS, LONGEST_RAMP_MS = 10_000, 60_000
 _PROVIDERS_ZONE = "America/Los_Angeles"
 # Clients name models: a name that is not plain is written as a digest.
@@ -448,13 +450,14 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@+-]{0,127}")
 
 @dataclass(frozen=True, slots=True)
 class LimitPause:
-    """After `for_ms` calls come back one by one, over `ramp_ms`. 0: for an unknown time. of_rate:
-    whether the limit is a rate."""
+    """After `for_ms` calls come back one by one, over `ramp_ms`. 0: for an unknown time, of a rate
+    for `first_ms` at least. of_rate: whether the limit is a rate."""
 
     limit: str
     for_ms: int
     ramp_ms: int
     of_rate: bool = False
+    first_ms: int = 0
 
 
 def pause_after(
@@ -482,7 +485,9 @@ def pause_after(
         for_ms = min(LONGEST_MS, error.retry_after_ms or 0)
     if not error.day_quota and isinstance(rate := policy.limit(limit_id), Rate):
         # As its bucket refills: the told time is until there is room for one call.
-        return LimitPause(limit_id, for_ms, min(LONGEST_RAMP_MS, rate.window_ms), of_rate=True)
+        ramp_ms = min(LONGEST_RAMP_MS, rate.window_ms)
+        first_ms = 0 if for_ms else round(rate.window_ms * _FIRST_PAUSE)
+        return LimitPause(limit_id, for_ms, ramp_ms, of_rate=True, first_ms=first_ms)
     # A wait of 0 is no wait that is known.
     return LimitPause(limit_id, for_ms, min(USUAL_RAMP_MS, for_ms))
 

@@ -515,7 +515,7 @@ class Gate:
             error.lowered_limit = True
             return 0
         if not for_ms or pause.of_rate:
-            for_ms = self._strike(pause.limit, for_ms)
+            for_ms = self._strike(pause.limit, for_ms, pause.first_ms)
         try:
             paused = await limiter.penalise(
                 pause.limit,
@@ -537,7 +537,7 @@ class Gate:
         limits = (self.limiter.policy.limits.get(one) for one in demand.limits)
         return any(isinstance(one, Concurrency) and one.adaptive is not None for one in limits)
 
-    def _strike(self, limit: str, told_ms: int) -> int:
+    def _strike(self, limit: str, told_ms: int, first_ms: int) -> int:
         """How long a pause is that the provider did not put a time to, or a short one. Calls that
         were under way when it began make it no longer."""
         count, until = self._strikes.pop(limit, (0, 0.0))
@@ -551,7 +551,7 @@ class Gate:
             return max(left_ms, told_ms)
         while len(self._strikes) >= MOST_PAUSED:
             self._strikes.pop(next(iter(self._strikes)))
-        for_ms = max(told_ms, min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << count))
+        for_ms = max(told_ms, min(LONGEST_PAUSE_MS, max(FIRST_PAUSE_MS, first_ms) << count))
         self._strikes[limit] = min(count + 1, _MOST_STRIKES), now + for_ms / 1000
         return for_ms
 

@@ -94,7 +94,8 @@ def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
 def test_a_pause_without_a_time_is_for_the_caller_to_measure() -> None:
     for error in (UpstreamThrottled("429"), UpstreamThrottled("429", retry_after_ms=0)):
         assert paused(error, MODEL) == LimitPause(MODEL, 0, 0)
-        assert paused(error, "rpm:m") == LimitPause("rpm:m", 0, 60_000, of_rate=True)
+        of_minute = LimitPause("rpm:m", 0, 60_000, of_rate=True, first_ms=2_000)
+        assert paused(error, "rpm:m") == of_minute
 
 
 def test_after_a_pause_of_a_rate_calls_come_as_it_refills() -> None:

@@ -206,6 +206,23 @@ async def test_a_rate_that_is_refused_again_is_paused_for_longer_each_time() -> 
     assert await paused_ms(130) == 500
 
 
+async def test_a_rate_whose_refusal_tells_no_time_is_paused_for_a_part_of_its_window() -> None:
+    """A minute that others have used up has no room half a second later."""
+    now, rates = 0.0, {"rpm:gpt-5": Rate(450, 60_000), "tpm:gpt-5": Rate(9_000, 10_000)}
+    gate = Gate("busy", cast(Limiter, _Pauses({}, PoolPolicy(rates))), clock=lambda: now)
+    demand = CallDemand(tuple(rates), "t", "p", 0)
+
+    async def paused_ms(unit: str) -> int:
+        return await gate.throttled(UpstreamThrottled("slow down", unit=unit), "gpt-5", demand)
+
+    found = []
+    for _ in range(4):
+        found.append(await paused_ms("requests"))
+        now += found[-1] / 1000 + 0.2
+    assert found == [2_000, 4_000, 8_000, 8_000]
+    assert await paused_ms("tokens") == 500, "a thirtieth of 10 s is less"
+
+
 class _Away:
     """A limiter with a closed gate, whose server is unavailable, then unsure of its data."""
 
