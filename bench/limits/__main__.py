@@ -40,9 +40,6 @@ Figures = dict[str, Any]
 HIT_RATE = 0.9
 OTHERS_SHARE, NEW_TIER = 0.3, 0.5
 SCENARIOS = ("mix", "conversation", "changes", "import", *promises.MEASURED)
-# Without --only the first is measured. No header tells of requests a minute at Groq, and of nothing
-# at the last two.
-CHANGING = ("openai", "anthropic", "azure", "groq", "gemini", "bedrock")
 ADMIN_KEY = "sk-admin-measured"
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
@@ -122,7 +119,8 @@ async def measure_changes(
     stage: LimitsStage, provider: MeasuredProvider, window_s: float, windows: int
 ) -> Figures:
     """Refusals in the first window after another consumer comes, and a tier falls, and per window
-    after that."""
+    after that. No header tells of requests a minute at Groq, and of nothing at Gemini and Bedrock.
+    """
     load = MixedLoad(stage.gateway_url, provider.dialect, provider.models, stage.clients)
     found: Figures = {}
     changes = {"others": {"others_share": OTHERS_SHARE}, "tier": {"tier": NEW_TIER}}
@@ -222,7 +220,7 @@ def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
     rows = []
     for measured, changes in found.items():
         if measured.startswith("changes"):
-            account = measured.partition(" ")[2] or CHANGING[0]
+            account = measured.partition(" ")[2]
             rows += [
                 [account, name, str(changes[name]["first"]), f"{changes[name]['later']:.1f}"]
                 for name in ("others", "tier")
@@ -268,8 +266,6 @@ def accounts_measured(options: argparse.Namespace) -> dict[str, Part]:
 
     def part(scenario: str, provider: MeasuredProvider, measure: Measure, cache: Any) -> None:
         name = scenario if scenario == "conversation" else f"{scenario} {provider.name}"
-        if scenario == "changes" and provider.name == CHANGING[0]:
-            name = scenario
         of = minutes if scenario == "import" else options
         only = () if scenario == "conversation" else ("--only", provider.name)
         parts[name] = Part(
@@ -282,7 +278,7 @@ def accounts_measured(options: argparse.Namespace) -> dict[str, Part]:
     if "conversation" in wanted and not options.only:
         part("conversation", CONVERSATION, measure_conversation, "prefix")
     for provider in PROVIDERS:
-        if "changes" in wanted and provider.name in (options.only or CHANGING[:1]):
+        if "changes" in wanted and (not options.only or provider.name in options.only):
             part("changes", provider, measure_changes, HIT_RATE)
     for provider in IMPORTED:
         if "import" in wanted and (not options.only or provider.name in options.only):

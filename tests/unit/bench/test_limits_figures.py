@@ -87,7 +87,7 @@ ALL_GOOD: dict[str, dict[str, Any]] = {
     "mix openai": GOOD,
     "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
     "import openai": {"took_s": 4.9, "refused": 0, "calls": 900},
-    "changes": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
+    "changes openai": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
     "durability": {
         "costs": [
             {"budgets": name, "at_once": 1, "p50_ms": 0.2, "p99_ms": 0.5}
@@ -125,9 +125,9 @@ def test_what_was_not_measured_is_not_ok() -> None:
         ("mix azure", {**GOOD, "used": {"requests:m:10s": 0.89}}, "azure 89.0%"),
         ("conversation", {**GOOD, "itpm_of_bound": 1.96}, "2.0 x"),
         (
-            "changes",
+            "changes groq",
             {"others": {"first": 0, "later": 2.0}, "tier": {"first": 0, "later": 0.0}},
-            "others 2.0, tier 0.0",
+            "openai others 1.0, openai tier 1.0, groq others 2.0, groq tier 0.0",
         ),
         ("books", {"budgets": "failed: 1 over", "books": "1 passed"}, "failed: 1 over"),
         (
