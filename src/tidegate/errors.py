@@ -66,7 +66,7 @@ error in records, logs and problem JSON.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 
 class TidegateError(Exception):
@@ -417,6 +417,14 @@ class UpstreamError(TidegateError):
         return self.in_outage
 
 
+class StatedBound(NamedTuple):
+    """A limit of the requested model, as a refusal states it."""
+
+    unit: Literal["requests", "tokens", "input_tokens"]
+    window: Literal["minute", "day"]
+    bound: int
+
+
 class UpstreamThrottled(UpstreamError):
     """429. `day_quota` is true when a quota per day is gone and a short wait won't help.
 
@@ -424,6 +432,7 @@ class UpstreamThrottled(UpstreamError):
         `images`; None where the provider did not say.
     per_day: whether it was too much for a day, whenever that begins.
     of_account: whether it binds the whole account, and not only the requested model.
+    stated: the limits that it names with their bounds.
     `lowered_limit` is set where an adaptive limit was lowered for it, and nothing was paused.
     """
 
@@ -441,8 +450,10 @@ class UpstreamThrottled(UpstreamError):
         day_quota: bool = False,
         unit: str | None = None,
         of_account: bool = False,
+        stated: tuple[StatedBound, ...] = (),
     ) -> None:
         super().__init__(message, status=status, retry_after_ms=retry_after_ms)
+        self.stated = stated
         self.per_day = per_day or day_quota
         self.day_quota = day_quota
         self.unit = unit

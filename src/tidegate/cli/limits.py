@@ -106,7 +106,7 @@ def _show_learned(overview: Overview) -> None:
     if rows:
         typer.echo()
         columns = ("limit", "model", "bound", "in force", "at (UTC)")
-        show_table("Learned from headers (tidegate limits accept [ID])", columns, rows)
+        show_table("Learned from answers (tidegate limits accept [ID])", columns, rows)
 
 
 def _in_force(one: LearnedLimit) -> str:
@@ -191,7 +191,7 @@ def accept(
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Put limits in force as headers of the provider's answers report them."""
+    """Put limits in force as the provider's answers report them."""
     from tidegate.policy.format import Plain, to_plain
     from tidegate.policy.rollout import differences
 

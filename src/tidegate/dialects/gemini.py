@@ -6,11 +6,11 @@ Google also refuses in these words in the other dialects that it speaks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set, Sized
+from collections.abc import Iterator, Mapping, Set, Sized
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import orjson
@@ -70,7 +70,7 @@ from tidegate.dialects.spec import (
     RequestFacts,
     models_endpoint,
 )
-from tidegate.errors import NotFound, TidegateError
+from tidegate.errors import NotFound, StatedBound, TidegateError
 
 # A method that is not named here is a future one: a call of a model.
 _OPERATIONS = {
@@ -557,23 +557,43 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
         per_day=bool(of_day),
         day_quota=bool(of_day),
         of_account=not any("permodel" in one or "freetier" in one for one in quotas),
+        stated=tuple(_stated_bounds(answer.details)),
     )
 
 
-def _unit_of(quotas: str) -> str | None:
-    names = {"inputtoken": "input_tokens", "token": "tokens", "request": "requests"}
-    return next((unit for name, unit in names.items() if name in quotas), None)
+_MOST_STATED = 20
+_WHOLE = re.compile("[0-9]{1,15}")
+
+
+def _unit_of(quotas: str) -> Literal["requests", "tokens", "input_tokens"] | None:
+    if "token" in quotas:
+        return "input_tokens" if "inputtoken" in quotas else "tokens"
+    return "requests" if "request" in quotas else None
 
 
 def _quota_ids(details: list[JsonObject]) -> list[str]:
     """The quotas that a call was over, such as generaterequestsperdayperprojectpermodel-freetier:
     in lower case, since their spelling varies."""
+    return [str(one["quotaId"]).lower() for one in _violations(details)]
+
+
+def _violations(details: list[JsonObject]) -> list[JsonObject]:
     return [
-        str(violation["quotaId"]).lower()
+        violation
         for detail in details
         for violation in objects_in(detail.get("violations"))
         if "quotaId" in violation
     ]
+
+
+def _stated_bounds(details: list[JsonObject]) -> Iterator[StatedBound]:
+    """Of the model's own quotas, a minute's and a day's."""
+    for violation in _violations(details)[:_MOST_STATED]:
+        quota, value = str(violation["quotaId"]).lower(), str(violation.get("quotaValue", ""))
+        unit, is_of_day = _unit_of(quota), "perday" in quota
+        is_known = "permodel" in quota and (is_of_day or "perminute" in quota)
+        if is_known and unit is not None and _WHOLE.fullmatch(value):
+            yield StatedBound(unit, "day" if is_of_day else "minute", int(value))
 
 
 def _dead_key(answer: ErrorAnswer) -> bool:

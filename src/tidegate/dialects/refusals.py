@@ -104,6 +104,7 @@ def upstream_error(
                 day_quota=refusal.day_quota,
                 unit=refusal.unit,
                 of_account=refusal.of_account,
+                stated=refusal.stated,
             )
             throttled.is_busy = is_own and refusal.reason == "busy"
             return throttled

@@ -25,7 +25,7 @@ from tidegate.dialects.resources import (
     nothing_referred,
     openai_page,
 )
-from tidegate.errors import TidegateError
+from tidegate.errors import StatedBound, TidegateError
 
 Headers = list[tuple[bytes, bytes]]
 JsonObject = dict[str, Any]
@@ -301,7 +301,8 @@ RefusalReason = Literal[
 class RefusalFacts:
     """A classified refusal. unit: what there was too much of. wait_ms: a wait that only this
     dialect reports. per_day: too much for a day. day_quota: for the day until midnight.
-    of_account: whether it applies to more than the requested model."""
+    of_account: whether it applies to more than the requested model. stated: limits with their
+    bounds."""
 
     reason: RefusalReason
     unit: str | None = None
@@ -309,6 +310,7 @@ class RefusalFacts:
     per_day: bool = False
     day_quota: bool = False
     of_account: bool = False
+    stated: tuple[StatedBound, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

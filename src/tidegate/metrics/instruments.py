@@ -286,7 +286,7 @@ class Metric:
     )
     LEARNED = _of_all(
         "tidegate_limit_learned_bound",
-        "Bound of a limit as headers of the provider's answers report it",
+        "Bound of a limit as the provider's answers report it",
         "pool limit",
     )
     DRIFT = _of_all(

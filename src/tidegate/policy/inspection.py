@@ -100,7 +100,7 @@ class ShownLimit:
 @dataclass(frozen=True, slots=True)
 class Overview:
     """A pool. `recovering_ms`: no call is admitted for so long, after Valkey lost its data.
-    learned: limits as headers of the provider's answers report them, beside those in force."""
+    learned: limits as the provider's answers report them, beside those in force."""
 
     pool: str
     in_force: InForce

@@ -305,6 +305,9 @@ UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
 # For so many windows after a refusal calls come evenly, where so large a share of the bound is
 # used: a window frees together what came together, and all of that may be refused together.
 EVEN_WINDOWS, NEARLY_FULL = 2.0, 0.9
+# For how long a bound that a refusal stated is kept to: who does so is not refused, and would never
+# hear that it rose.
+STATED_S = 3_600.0
 # Refusals within such a part of a window are one, since calls under way are refused too.
 ONE_REFUSAL = 1 / 12
 # How much later than the pool the headers of answers tell of a call, at most: under bursts what it
@@ -393,6 +396,7 @@ class AccountUse:
     _refused_at: float = -inf
     _cut: float = 0.0  # a part of the bound, as of the last refusal
     _known_until: float = -inf  # what others take at least
+    _stated: tuple[int, float] = (0, -inf)  # a bound that an answer told alone, and as of when
 
     def read(self, reading: HeaderReading) -> None:
         """Take a reading; one that is not newer than the last is passed over, and one of a call
@@ -430,9 +434,19 @@ class AccountUse:
             self._cut = min(self._cut_left(at) + cut, most)
             self._refused_at = at
 
+    def take_stated(self, bound: int, in_force: int, at: float) -> None:
+        """Take a bound that an answer tells without what remains. Where it is lower than was known,
+        that is why calls were refused at that time: nothing is kept free for others beside it."""
+        known, known_at = self._stated
+        if at - known_at > STATED_S:
+            known = in_force
+        if bound < known and at > self._refused_at:
+            self._cut, self._refused_at = self._cut_left(at), at
+        self._stated = bound, at
+
     def forgive(self) -> None:
         """The bound was changed: refusals were of before."""
-        self._refused_at, self._cut = -inf, 0.0
+        self._refused_at, self._cut, self._stated = -inf, 0.0, (0, -inf)
 
     @property
     def is_told(self) -> bool:

@@ -1,11 +1,13 @@
-"""Learning of limits from the headers of answers, and of others on the same account.
+"""Learning of limits from answers, and of others on the same account.
 
-    headers ──► readings ──► notes of the pool's sessions ──► shown: limits show, page, metrics
+    headers, and bounds that refusals state
+       └──► readings ──► notes of the pool's sessions ──► shown: limits show, page, metrics
                                      │
                                      ▼ the leader, once a second
                     what all used - what the pool counts = others ──► charge of the limit
 
-Each process reads the last headers of each model once a second, never at a call, and shares them.
+Each process reads the last headers of each model once a second, never at a call, and shares them;
+those of a provider without such headers are the bounds that its refusals state.
 The leader is the process whose session is the first by name of those that share; it charges limits
 with what others take, so that what is left fits the account. Where `learn` is `apply` it puts in
 force what nobody has set.
@@ -23,12 +25,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from math import inf
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
 
 from tidegate.dialects.headers import RateStatus, answered_at, rate_statuses
-from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
+from tidegate.errors import ConfigError, LimiterUnavailable, StatedBound, StoreUnavailable
 from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
 from tidegate.policy.deployment import Learn
 from tidegate.policy.format import is_of_models, is_pattern, plain_model
@@ -39,6 +41,7 @@ from tidegate.policy.learned import (
     NEAR,
     READ_LATE_S,
     REFUSED_S,
+    STATED_S,
     AccountUse,
     Confirmations,
     DayUse,
@@ -94,6 +97,7 @@ _MOST_HEADERS = 40
 _COST = b"x-ratelimit-tokens-query-cost"  # Mistral's: the sum of the answer's usage
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
+_Kept = TypeVar("_Kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ class Announced:
         self._served: set[str] = set()  # of these, the models that it has answered for
         self._read: dict[str, tuple[_Head, Announcement | None]] = {}
         self._limits_refused: dict[str, float] = {}  # when last
+        self._stated: dict[str, Announcement] = {}  # by refusals
 
     def __contains__(self, model: str) -> bool:
         """Whether it has answered for the model lately: then it is no invention of a client."""
@@ -187,22 +192,29 @@ class Announced:
         if known is None or at >= known.at or heard_at < known.heard_at:
             heads[model] = _Head(headers, at, heard_at)
 
-    def refuse(self, limit: str) -> None:
-        """Note that the provider has refused a call for a limit in force."""
-        refused = self._limits_refused
-        refused.pop(limit, None)
-        if len(refused) >= MOST_MODELS:
-            del refused[next(iter(refused))]
-        refused[limit] = self._clock()
+    def refuse(self, limit: str, model: str = "", stated: Sequence[StatedBound] = ()) -> None:
+        """Note that the provider has refused a call of a model, for a limit in force unless that is
+        empty; and the bounds that it stated."""
+        now = self._clock()
+        if limit:
+            _keep_last(self._limits_refused, limit, now)
+        if stated:
+            known = self._stated[model].limits if model in self._stated else ()
+            limits = {(one.unit, one.window): one for one in known}
+            limits |= {(one.unit, one.window): RateStatus(*one) for one in stated}
+            said = Announcement(model, now, tuple(limits.values()), now)
+            _keep_last(self._stated, model, said)
 
     def refusals(self) -> tuple[RefusedLimit, ...]:
         """The last of each limit."""
         return tuple(RefusedLimit(*one) for one in self._limits_refused.items())
 
     def all(self) -> list[Announcement]:
-        """The latest of each model that announced any limit."""
+        """The latest of each model that announced any limit: in the headers of answers, else as
+        refusals stated it."""
         self._read = {model: self._of(model, head) for model, head in self._heads.items()}
-        return [found for _, found in self._read.values() if found is not None]
+        found = {one.model: one for _, one in self._read.values() if one is not None}
+        return list((self._stated | found).values())
 
     def _of(self, model: str, head: _Head) -> tuple[_Head, Announcement | None]:
         known = self._read.get(model)
@@ -213,6 +225,14 @@ class Announced:
             of = head._replace(at=head.heard_at)
         limits = _limits_in(of)
         return head, Announcement(model, of.at, limits, of.heard_at) if limits else None
+
+
+def _keep_last(known: dict[str, _Kept], name: str, value: _Kept) -> None:
+    """As the newest of `MOST_MODELS` at most."""
+    known.pop(name, None)
+    if len(known) >= MOST_MODELS:
+        del known[next(iter(known))]
+    known[name] = value
 
 
 def _limits_in(head: _Head) -> tuple[RateStatus, ...]:
@@ -547,6 +567,9 @@ class LimitLearner:
             if (use := self._use_of(name, match, before, is_told=True)) is None:
                 continue
             use.read(reading)
+            limit, bound = match.policy.limit(name), match.bound_for(reading, name)
+            if reading.remaining is None and bound is not None and limit is not None:
+                use.take_stated(bound, limit.bound, reading.at)
             if use.since is not None:
                 since_ms[name] = round((now - use.since) * 1000)
         return since_ms
@@ -616,6 +639,8 @@ class LimitLearner:
         limit = match.policy.limit(name)
         if limit is None or limit.shadow or view is None:
             return None
+        if reading is not None and reading.remaining is None:
+            reading = self._standing(reading, name, match)
         if reading is not None and self._is_old(reading, name):
             return None
         if isinstance(limit, Quota):
@@ -627,7 +652,7 @@ class LimitLearner:
         if bound is None:
             return None
         ramp_ms = None
-        if reading is not None and limit.shape == "bucket" and use.since is None:
+        if use.is_told and limit.shape == "bucket" and use.since is None:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
             amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
@@ -638,6 +663,16 @@ class LimitLearner:
         kept = use.kept(now)
         others = use.taken_by_others(now, limit.bound)
         return OthersUse(name, others, kept) if others or kept else None
+
+    def _standing(
+        self, reading: HeaderReading, name: str, match: LimitMatch
+    ) -> HeaderReading | None:
+        """A reading that tells a bound alone, mostly of a refusal; None where it is old, or the
+        bound is not sure: then refusals tell what they can."""
+        is_late = self._clock() - reading.at > STATED_S
+        if is_late or self._is_old(reading, name) or match.bound_for(reading, name) is None:
+            return None
+        return reading
 
     async def _of_day(
         self, limit: Quota, reading: HeaderReading, view: LimitView, before: Mapping[str, OthersUse]

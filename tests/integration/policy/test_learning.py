@@ -19,13 +19,14 @@ from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until, where_it_is
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
-from tidegate.errors import LimiterUnavailable
+from tidegate.errors import LimiterUnavailable, StatedBound
 from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, Tokens, next_midnight_ms
 from tidegate.policy.inspection import Control
 from tidegate.policy.learned import (
     CAREFUL_MARGIN,
     CUT,
     NEARLY_FULL,
+    STATED_S,
     UNTOLD_CUT,
     LearnedLimit,
     shared_limits,
@@ -100,7 +101,7 @@ async def test_a_learned_limit_is_shown_and_accepted(open_gateway: Opener, tmp_p
         assert (found["tpm:gpt-5"].drift, found["tpm:gpt-5"].bound) == ("new", 60_000)
 
         shown = await command(gateway, "show")
-        assert "Learned from headers (tidegate limits accept [ID])" in shown.said
+        assert "Learned from answers (tidegate limits accept [ID])" in shown.said
         assert "500: it rose" in shown.said
         async with gateway.http.get(gateway.url + "/metrics") as scrape:
             text = await scrape.text()
@@ -122,6 +123,57 @@ async def test_a_learned_limit_is_shown_and_accepted(open_gateway: Opener, tmp_p
         assert now["policy"]["limits"]["rpm:gpt-5"]["bound"] == 600
         async with gateway.http.post(url, json={}) as answer:
             assert answer.status == 404
+
+
+async def test_a_bound_of_gemini_s_is_learned_from_its_refusal(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that was refused waits for the window that it was told of, and is made then."""
+    monkeypatch.setenv("GOOGLE_KEY", "key-of-calls")
+    account = {"models": "gemini-2.5-pro", "unit": "requests", "bound": 3}
+    path = tmp_path / "tidegate.toml"
+    async with run_emulator() as provider:
+        await provider.control.set_account(provider="gemini", limits=[account])
+        path.write_text(
+            f"""
+            [upstreams.google]
+            provider = "gemini"
+            key = "GOOGLE_KEY"
+            base_url = "{provider.url}"
+            models = ["gemini-*"]
+            limits = {{ "rpm:gemini-2.5-pro" = 50, "rpd:gemini-2.5-pro" = 1000 }}
+            """
+        )
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+        services = gateway.services
+        keeper = services.keepers["google"]
+        pool = Control(keeper, services.store.running_calls, services.store.tenants)
+        url = gateway.url + "/v1beta/models/gemini-2.5-pro:generateContent"
+        body = {"contents": [{"role": "user", "parts": [{"text": "Hello"}]}]}
+
+        async def one() -> int:
+            async with gateway.http.post(url, json=body) as answer:
+                return answer.status
+
+        # More than two windows have, if one ends meanwhile.
+        calls = [asyncio.create_task(one()) for _ in range(8)]
+
+        async def known() -> bool:
+            return bool(await pool.learned())
+
+        await wait_until(known, 20, "what the refusal stated")
+        (found,) = await pool.learned()
+        assert (found.limit, found.bound, found.in_force) == ("rpm:gemini-2.5-pro", 3, 50)
+        assert (found.drift, found.model) == ("fell", "gemini-2.5-pro")
+
+        async def kept() -> bool:
+            return (await keeper.limiter.snapshot()).limits["rpm:gemini-2.5-pro"].used >= 47
+
+        await wait_until(kept, 20, "room that is kept free")
+        assert (await provider.control.account())["refused"] > 0
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_the_command_to_copy_is_one_command_whatever_model_a_caller_named(
@@ -147,8 +199,9 @@ async def test_what_remains_is_as_of_the_call_that_was_counted_last(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
     """An answer that takes long has headers of its beginning, and comes after newer ones."""
+    slowly = [{"models": "gpt-5", "unit": "requests", "bound": 6}]  # none refills meanwhile
     async with run_emulator() as provider:
-        await provider.control.set_account(provider="openai", limits=LIMITS)
+        await provider.control.set_account(provider="openai", limits=slowly)
         await provider.control.set_fault("slow_first_token", match="Think", delay_ms=2_000)
         path = policy_file(tmp_path, provider.url)
         gateway = await open_gateway(worker=False, tidegate_policy=path)
@@ -163,7 +216,7 @@ async def test_what_remains_is_as_of_the_call_that_was_counted_last(
         assert await slow == 200
         _, process = await gateway.get("/admin/process")
         (said,) = process["upstreams"]["oai"]["announced"]
-        assert {one["unit"]: one["remaining"] for one in said["limits"]}["requests"] == 598
+        assert {one["unit"]: one["remaining"] for one in said["limits"]}["requests"] == 4
 
 
 @pytest.mark.slow
@@ -368,6 +421,36 @@ async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
         await wait_until(lambda: limiter.policy.bound("tpm:gpt-5") == 600_000, 20, "the bound")
         await learning.look()
         assert await used(limiter) <= room, "it was refused under another bound"
+
+
+async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemini has no headers of limits, and names the exceeded quota with its bound."""
+    limit = Rate(60_000, 60_000, "tokens")
+    async with learner(valkey_url, limit, is_told=False) as (limiter, learning):
+        stated = [StatedBound("tokens", "minute", 40_000)]
+        learning._announced.refuse("tpm:gpt-5", "gpt-5", stated)
+        await learning.look()
+        assert 20_000 <= await used(limiter) <= 20_000 + CAREFUL_MARGIN * 40_000
+        (shown,) = await shared_limits(limiter, "")
+        assert (shown.drift, shown.bound, shown.model) == ("fell", 40_000, "gpt-5")
+        learning._uses.clear()  # so that nothing is left to be charged again
+        monkeypatch.setattr(learning, "_clock", lambda: time() + STATED_S + 1)
+        before = await used(limiter)
+        await learning.look()
+        assert await used(limiter) == before, "nobody who keeps to it hears that it rose"
+        monkeypatch.undo()
+        lowered = PoolPolicy({"tpm:gpt-5": replace(limit, bound=40_000)}, lease_ms=600, revision=2)
+        await limiter.set_policy(lowered)
+        await wait_until(lambda: limiter.policy.bound("tpm:gpt-5") == 40_000, 20, "the bound")
+        await learning.look()
+        learning._announced.refuse("tpm:gpt-5", "gpt-5", stated)
+        await learning.look()
+        await learning.look()  # the first found what this one shares
+        (shown,) = await shared_limits(limiter, "")
+        assert shown.drift == "same"
+        assert shown.others_share == pytest.approx(UNTOLD_CUT, abs=0.005)
 
 
 @pytest.mark.parametrize("tokens", [10_000, 55_000])

@@ -32,8 +32,12 @@ def paused(
     return pause_after(error, asked, "models/m", policy, now)
 
 
-def throttled(unit: str | None = None, **said: bool) -> UpstreamThrottled:
-    return UpstreamThrottled("429", retry_after_ms=47_000, unit=unit, **said)
+def throttled(
+    unit: str | None = None, *, per_day: bool = False, day_quota: bool = False
+) -> UpstreamThrottled:
+    return UpstreamThrottled(
+        "429", retry_after_ms=47_000, unit=unit, per_day=per_day, day_quota=day_quota
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from tidegate.dialects.headers import until_date_ms, until_ms
 from tidegate.dialects.refusals import upstream_error
 from tidegate.errors import (
+    StatedBound,
     UpstreamError,
     UpstreamRejected,
     UpstreamThrottled,
@@ -204,6 +205,28 @@ def test_gemini_names_a_model_s_quota_or_the_project_s(
     found = classified(dialect, 429, {"message": "Quota exceeded", "details": quota(*ids)})
     assert isinstance(found, UpstreamThrottled)
     assert (found.unit, found.day_quota, found.of_account) == (unit, day, account)
+
+
+@pytest.mark.parametrize("dialect", ["gemini", "openai"])
+def test_gemini_states_the_bounds_of_a_model_s_quotas(dialect: str) -> None:
+    values = {
+        "GenerateRequestsPerMinutePerProjectPerModel-FreeTier": "10",
+        "GenerateContentInputTokensPerModelPerMinute-FreeTier": "250000",
+        "GenerateRequestsPerDayPerProjectPerModel-FreeTier": "250",
+        "GenerateRequestsPerMinutePerProject": "3000",  # not of the model
+        "GenerateRequestsPerModelPerRegion": "3000",  # of no known window
+        "GenerateContentTokensPerModelPerMinute": "-1",
+        "GenerateContentTokensPerModelPerDay": "9" * 20,
+    }
+    violations = [{"quotaId": one, "quotaValue": value} for one, value in values.items()]
+    details = [{"violations": [*violations, {"quotaId": "RequestsPerModelPerMinute"}]}]
+    found = classified(dialect, 429, {"message": "Quota exceeded", "details": details})
+    assert isinstance(found, UpstreamThrottled)
+    assert found.stated == (
+        StatedBound("requests", "minute", 10),
+        StatedBound("input_tokens", "minute", 250_000),
+        StatedBound("requests", "day", 250),
+    )
 
 
 @pytest.mark.parametrize("odd", [5, "text", {"quotaId": "x"}, [5]])

@@ -21,6 +21,7 @@ from tidegate.policy.learned import (
     MOST_UNTOLD_CUT,
     NEARLY_FULL,
     RENEWED_S,
+    STATED_S,
     UNTOLD_CUT,
     UNTOLD_CUT_WINDOWS,
     AccountUse,
@@ -750,6 +751,27 @@ def test_what_is_kept_free_after_a_refusal_ends_and_is_bounded() -> None:
     use.refuse(later + 120)
     use.forgive()
     assert due(later + 121) == 0, "another bound"
+
+
+def test_a_lower_bound_that_a_refusal_states_is_its_cause() -> None:
+    use = AccountUse(60.0, 60.5, refills=False)
+
+    def room(now: float) -> int:
+        use.due(now, use.kept(now), 1_000, 600)
+        return use.kept(now)
+
+    use.take_stated(600, 1_000, 9.0)
+    use.refuse(9.0)
+    use.refuse(8.9)
+    least, most = 400, 400 + CAREFUL_MARGIN * 600
+    assert least <= room(10.0) <= most, "nothing for others beside it"
+    use.take_stated(600, 1_000, 70.0)
+    use.refuse(70.0)
+    assert room(71.0) >= least + 0.9 * UNTOLD_CUT * 600, "refused below the bound that was known"
+    at = 71.0 + STATED_S
+    use.take_stated(600, 1_000, at)
+    use.refuse(at)
+    assert room(at + 1) <= most, "it was no longer kept to"
 
 
 def test_what_is_kept_free_frees_no_room_for_many_calls_at_one_moment() -> None:

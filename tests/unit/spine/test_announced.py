@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tidegate.dialects.headers import RateStatus, rate_statuses
+from tidegate.errors import StatedBound
 from tidegate.policy.learned import RefusedLimit
 from tidegate.spine import learning as announced
 from tidegate.spine.learning import MOST_MODELS, Announced, Announcement
@@ -153,6 +154,25 @@ def test_a_refusal_without_limits_leaves_what_was_announced() -> None:
     heard.note("a", OPENAI)
     heard.note("a", [(b"retry-after", b"20")], 429)
     assert [one.model for one in heard.all()] == ["a"]
+
+
+def test_a_refusal_may_state_bounds_where_no_header_does() -> None:
+    now = 1_000.0
+    heard = Announced(lambda: now)
+    heard.note("a", [])
+    heard.refuse("rpm:a", "a", [StatedBound("requests", "minute", 10)])
+    now += 1
+    heard.refuse("", "a", [StatedBound("requests", "day", 250)])
+    heard.refuse("itpm:a", "a")
+    limits = RateStatus("requests", "minute", 10), RateStatus("requests", "day", 250)
+    assert heard.all() == [Announcement("a", 1_001.0, limits, 1_001.0)]
+    assert [one.limit for one in heard.refusals()] == ["rpm:a", "itpm:a"]
+    heard.note("a", OPENAI)
+    (found,) = heard.all()
+    assert found.limits == tuple(announced._limits_in(heard._heads["a"])), "headers tell more"
+    for number in range(2 * MOST_MODELS):
+        heard.refuse("", f"m{number}", [StatedBound("requests", "minute", 10)])
+    assert len(heard.all()) == MOST_MODELS + 1
 
 
 def test_the_last_refusal_of_each_limit_is_known() -> None:

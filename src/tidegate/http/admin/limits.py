@@ -307,7 +307,7 @@ async def history(
     "/limits/accept",
     responses=problem_responses(404),
     openapi_extra=described(AcceptedLimits),
-    summary="Put limits in force as headers of the provider's answers report them",
+    summary="Put limits in force as the provider's answers report them",
 )
 async def accept_learned(request: Request) -> InForceNow:
     chosen = await read_json(request, AcceptedLimits)
