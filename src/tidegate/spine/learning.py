@@ -97,6 +97,7 @@ _MOST_HEADERS = 40
 _COST = b"x-ratelimit-tokens-query-cost"  # Mistral's: the sum of the answer's usage
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
+_Name = TypeVar("_Name")
 _Kept = TypeVar("_Kept")
 
 
@@ -154,7 +155,7 @@ class Announced:
         self._served: set[str] = set()  # of these, the models that it has answered for
         self._read: dict[str, tuple[_Head, Announcement | None]] = {}
         self._limits_refused: dict[str, float] = {}  # when last
-        self._stated: dict[str, Announcement] = {}  # by refusals
+        self._stated: dict[tuple[str, str, str], Announcement] = {}  # by refusals
 
     def __contains__(self, model: str) -> bool:
         """Whether it has answered for the model lately: then it is no invention of a client."""
@@ -198,23 +199,22 @@ class Announced:
         now = self._clock()
         if limit:
             _keep_last(self._limits_refused, limit, now)
-        if stated:
-            known = self._stated[model].limits if model in self._stated else ()
-            limits = {(one.unit, one.window): one for one in known}
-            limits |= {(one.unit, one.window): RateStatus(*one) for one in stated}
-            said = Announcement(model, now, tuple(limits.values()), now)
-            _keep_last(self._stated, model, said)
+        for one in stated:
+            said = Announcement(model, now, (RateStatus(*one),), now)
+            _keep_last(self._stated, (model, one.unit, one.window), said)
 
     def refusals(self) -> tuple[RefusedLimit, ...]:
         """The last of each limit."""
         return tuple(RefusedLimit(*one) for one in self._limits_refused.items())
 
     def all(self) -> list[Announcement]:
-        """The latest of each model that announced any limit: in the headers of answers, else as
-        refusals stated it."""
+        """The latest of each model whose headers announced any limit."""
         self._read = {model: self._of(model, head) for model, head in self._heads.items()}
-        found = {one.model: one for _, one in self._read.values() if one is not None}
-        return list((self._stated | found).values())
+        return [found for _, found in self._read.values() if found is not None]
+
+    def stated(self) -> list[Announcement]:
+        """The latest of each limit that refusals stated, one limit each."""
+        return list(self._stated.values())
 
     def _of(self, model: str, head: _Head) -> tuple[_Head, Announcement | None]:
         known = self._read.get(model)
@@ -227,7 +227,7 @@ class Announced:
         return head, Announcement(model, of.at, limits, of.heard_at) if limits else None
 
 
-def _keep_last(known: dict[str, _Kept], name: str, value: _Kept) -> None:
+def _keep_last(known: dict[_Name, _Kept], name: _Name, value: _Kept) -> None:
     """As the newest of `MOST_MODELS` at most."""
     known.pop(name, None)
     if len(known) >= MOST_MODELS:
@@ -488,7 +488,8 @@ class LimitLearner:
         """
         if self._limiter.state == "away":
             return
-        own, refusals = self._reader.read(self._announced.all()), self._announced.refusals()
+        announced, refusals = self._announced, self._announced.refusals()
+        own = self._reader.read([*announced.all(), *announced.stated()])
         if not own and not refusals:
             return
         match = self._matched()

@@ -156,23 +156,23 @@ def test_a_refusal_without_limits_leaves_what_was_announced() -> None:
     assert [one.model for one in heard.all()] == ["a"]
 
 
-def test_a_refusal_may_state_bounds_where_no_header_does() -> None:
+def test_the_bounds_that_refusals_state_are_known_each_with_its_time() -> None:
     now = 1_000.0
     heard = Announced(lambda: now)
-    heard.note("a", [])
+    heard.refuse("rpm:a", "a", [StatedBound("requests", "minute", 20)])
     heard.refuse("rpm:a", "a", [StatedBound("requests", "minute", 10)])
     now += 1
     heard.refuse("", "a", [StatedBound("requests", "day", 250)])
     heard.refuse("itpm:a", "a")
-    limits = RateStatus("requests", "minute", 10), RateStatus("requests", "day", 250)
-    assert heard.all() == [Announcement("a", 1_001.0, limits, 1_001.0)]
+    assert heard.stated() == [
+        Announcement("a", 1_000.0, (RateStatus("requests", "minute", 10),), 1_000.0),
+        Announcement("a", 1_001.0, (RateStatus("requests", "day", 250),), 1_001.0),
+    ]
     assert [one.limit for one in heard.refusals()] == ["rpm:a", "itpm:a"]
-    heard.note("a", OPENAI)
-    (found,) = heard.all()
-    assert found.limits == tuple(announced._limits_in(heard._heads["a"])), "headers tell more"
+    assert not heard.all()
     for number in range(2 * MOST_MODELS):
         heard.refuse("", f"m{number}", [StatedBound("requests", "minute", 10)])
-    assert len(heard.all()) == MOST_MODELS + 1
+    assert len(heard.stated()) == MOST_MODELS
 
 
 def test_the_last_refusal_of_each_limit_is_known() -> None:
