@@ -29,8 +29,9 @@ from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
 from tidegate.record import CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, Prepared
-from tidegate.store.database import Connections, GroupWriter, sql, until_quick
+from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
+from tidegate.store.leases import until_quick
 from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications
 from tidegate.store.queue import MAX_LAPSES, Lookback
 from tidegate.store.records import Idempotency, Json, done_once, recorded
@@ -91,10 +92,9 @@ def _model_in(body: str) -> str | None:
 
 
 INPUT, OUTPUT = "batch", "batch_output"
-MOST_LINES = 50_000
+MOST_LINES, _BULK_TIMEOUT_MS = 50_000, 30_000
 # In `metadata`, of a message batch: its `call_headers`. What a client gives there is texts.
 _MESSAGES = "messages"
-_BULK_TIMEOUT_MS = 30_000
 _LEAST_BYTES = 4_096  # that a file counts for: it also is a row, and a block on the disk
 _TIMES = (
     "created_at",

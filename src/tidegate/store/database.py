@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
 from itertools import count
+from math import ceil
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -41,6 +41,7 @@ _TRIES = 3
 _OPEN_AFTER_S = 0.01  # most transactions end sooner, and a new process of PostgreSQL costs more
 _TRIM_AFTER_S = 10.0
 _CLOSE_WITHIN_S = 1.0
+_STEP_S = 0.01
 # One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
 # since the statistics of a queue are always stale, no plan may come to scan it whole.
 _LOCAL = (
@@ -286,7 +287,7 @@ class Connections:
         if self._away is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
         try:
-            return await self._connect(CONNECT_TIMEOUT_MS / 1000)
+            return await self._connect(_Patience(CONNECT_TIMEOUT_MS / 1000))
         except (*_TRANSIENT, *_UNFIT) as failed:
             raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
 
@@ -428,7 +429,7 @@ class Connections:
         left = deadline - asyncio.get_running_loop().time()
         self._opening = True
         try:
-            return await self._connect(min(CONNECT_TIMEOUT_MS / 1000, max(left, 0.001)))
+            return await self._connect(_Patience(min(CONNECT_TIMEOUT_MS / 1000, left)))
         except (*_TRANSIENT, *_UNFIT) as failed:
             if _is_full(failed) and (self._busy or self._idle):
                 return None
@@ -441,14 +442,14 @@ class Connections:
             self._opening = False
             self._look_again()
 
-    async def _connect(self, timeout_s: float) -> DatabaseSession:
-        session: DatabaseSession = await asyncpg.connect(
+    async def _connect(self, patience: _Patience) -> DatabaseSession:
+        connecting = asyncpg.connect(
             self._url,
-            timeout=timeout_s,
             statement_cache_size=0,
             connection_class=DatabaseSession,
             server_settings={"application_name": "tidegate"},
         )
+        session: DatabaseSession = await patience.wait(connecting)
         return session
 
     async def _answered(self, timeout_s: float) -> DatabaseSession:
@@ -457,19 +458,13 @@ class Connections:
         Raises what asyncpg raises, and TimeoutError. PgBouncer accepts its clients by itself
         while the server behind it is gone: only the answer to a statement is the server's.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        connection = await self._connect(timeout_s)
-        watchdog = loop.call_at(deadline, connection.terminate)
+        patience = _Patience(timeout_s)
+        connection = await self._connect(patience)
         try:
-            await connection.execute("SELECT 1")
-        except BaseException as failed:  # cancellation too: the connection must not stay open
+            await patience.wait(connection.execute("SELECT 1"), connection.terminate)
+        except BaseException:  # cancellation too: the connection must not stay open
             connection.terminate()
-            if isinstance(failed, Exception) and loop.time() >= deadline:
-                raise TimeoutError from failed
             raise
-        finally:
-            watchdog.cancel()
         return connection
 
     def _gone(self, reason: str) -> None:
@@ -518,6 +513,31 @@ def _is_full(error: Exception) -> bool:
     return at_bouncer or isinstance(error, asyncpg.TooManyConnectionsError)
 
 
+class _Patience:
+    """A time-out in which the time does not count for which the event loop is held, or gets no
+    processor: what the server answered meanwhile may be there, unread."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._steps = max(1, ceil(timeout_s / _STEP_S))
+
+    async def wait(self, work: Awaitable[T], give_up: Callable[[], object] | None = None) -> T:
+        """What `work` returns, within the time that earlier waits have left. Else, and where the
+        caller is cancelled, `give_up` is called and `work` is cancelled. Raises TimeoutError."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done() and self._steps > 0:
+                self._steps -= 1
+                await asyncio.wait({task}, timeout=_STEP_S)
+            if task.done():
+                return task.result()
+        finally:
+            if not task.done():
+                if give_up is not None:
+                    give_up()
+                task.cancel()
+        raise TimeoutError
+
+
 def _wake(waits: asyncio.Future[None]) -> None:
     if not waits.done():
         waits.set_result(None)
@@ -541,64 +561,6 @@ def _unfit_words(error: asyncpg.PostgresError) -> str:
     unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
     remedy = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
     return f"the database is not ready for us: {error}{remedy}"
-
-
-_MOST_ASKS = 3
-
-
-def _now() -> float:
-    # Counts the time that the machine was suspended, where the platform does.
-    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-    return time.clock_gettime(clock)
-
-
-class Steadiness:
-    """How long this process's heartbeats have reached PostgreSQL without a gap.
-
-    Invariant: only a process whose own heartbeats have done so for a whole lease may take over the
-    jobs of another. After an outage, when every worker looks dead, none may until all that live
-    have had a lease's time to report.
-    """
-
-    def __init__(self, lease_ms: int) -> None:
-        self._lease_s = lease_ms / 1000
-        self._since: float | None = None
-        self._last: float | None = None
-
-    def beaten(self, sent_at: float) -> None:
-        """A heartbeat sent at `sent_at` was committed."""
-        if self._last is None or sent_at - self._last > self._lease_s * 2 / 3:
-            self._since = sent_at
-        self._last = sent_at
-
-    def missed(self) -> None:
-        self._since = self._last = None
-
-    @property
-    def fresh(self) -> bool:
-        """Whether the last heartbeat is within the lease."""
-        return self._last is not None and _now() - self._last < self._lease_s * 2 / 3
-
-    @property
-    def may_judge(self) -> bool:
-        return self.fresh and self._since is not None and _now() - self._since >= self._lease_s
-
-    @staticmethod
-    def clock() -> float:
-        """Seconds on the clock that `beaten` takes."""
-        return _now()
-
-
-async def until_quick(ask: Callable[[], Awaitable[object]], lease_ms: int) -> None:
-    """Repeat `ask` until its reply is read within a third of a lease: another process may have the
-    claim of one that stood still meanwhile. Raises what `ask` raises, and StoreUnavailable after
-    three slow replies."""
-    for _ in range(_MOST_ASKS):
-        asked_at = _now()
-        await ask()
-        if _now() - asked_at < lease_ms / 3000:
-            return
-    raise StoreUnavailable("PostgreSQL answers too slowly for the lease of a claim")
 
 
 _HEAD = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<does>.+)\n", re.MULTILINE)

@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -151,17 +152,31 @@ async def test_what_fails_after_its_caller_has_left_complains_to_nobody(
     assert complaints == []
 
 
+async def test_a_loop_that_is_held_is_no_outage_of_postgresql(empty_database_url: str) -> None:
+    """Nor a busy machine: the answers were there, and nobody read them."""
+    connections = Connections(empty_database_url)
+    asking = asyncio.create_task(connections.ping(200))
+    for _ in range(4):
+        until_s = perf_counter() + 0.3
+        while perf_counter() < until_s:
+            pass
+        await asyncio.sleep(0)
+        assert not asking.done()
+    await asking
+    await connections.aclose()
+
+
 async def test_a_free_connection_is_taken_before_another_one_is_open(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connections = Connections(empty_database_url, size=10)
     connect, gate, go = connections._connect, asyncio.Event(), asyncio.Event()
-    opening: list[float] = []
+    opening: list[database._Patience] = []
 
-    async def slowly(timeout_s: float) -> asyncpg.Connection:
-        opening.append(timeout_s)
+    async def slowly(patience: database._Patience) -> asyncpg.Connection:
+        opening.append(patience)
         await gate.wait()
-        return await connect(timeout_s)
+        return await connect(patience)
 
     async def work(connection: asyncpg.Connection) -> int:
         return int(await connection.fetchval("SELECT 1"))
@@ -342,10 +357,10 @@ async def all_wait_for_the_one(connections: Connections) -> None:
     refusals = 0
     connect = connections._connect
 
-    async def counted(timeout_s: float) -> database.DatabaseSession:
+    async def counted(patience: database._Patience) -> database.DatabaseSession:
         nonlocal refusals
         try:
-            return await connect(timeout_s)
+            return await connect(patience)
         except asyncpg.PostgresError:
             refusals += 1
             raise
