@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.clusters import FAST, copied, shared
 from tests.databases import database_url, databases
 from tests.hung import pytest_runtest_protocol
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
+from tidegate.telemetry import logging as telemetry
 
 __all__ = ["asked_each_time", "database_url", "databases", "pytest_runtest_protocol"]
 
@@ -29,7 +31,11 @@ for _name in (*_OF_THEIRS, "DATABASE_URL", "REDIS_URL"):
 _configure = structlog.configure
 
 
+_changed = [False]  # since the last test
+
+
 def _configure_uncached(**settings: Any) -> None:
+    _changed[0] = True
     _configure(**settings | {"cache_logger_on_first_use": False})
 
 
@@ -48,6 +54,22 @@ def _reset_to_plain() -> None:
 
 structlog.reset_defaults = _reset_to_plain
 structlog.reset_defaults()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """A command that a test runs in this process sets up logging for the whole of it: what the next
+    test logs would go to a stream that is closed by then."""
+    if not _changed[0]:
+        return
+    root = logging.getLogger()
+    ours = structlog.stdlib.ProcessorFormatter
+    if any(isinstance(one.formatter, ours) for one in root.handlers):
+        root.handlers = [one for one in root.handlers if not isinstance(one.formatter, ours)]
+        root.setLevel(logging.WARNING)
+    telemetry._lines = None
+    structlog.reset_defaults()
+    _changed[0] = False
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from typer.main import get_command
 from tests.unit.invoked import invoke
 from tidegate.cli import app, command_line, main
 from tidegate.errors import ConfigError
+from tidegate.telemetry.logging import Log, configure_logging, get_logger
 
 
 def commands_of(line: Typer) -> dict[str, Any]:
@@ -128,3 +129,13 @@ def test_a_prompt_from_standard_input_that_is_not_text_is_refused(
     monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"caf\xe9"), encoding="utf-8"))
     assert run_main(["submit", "-"], monkeypatch) == 2
     assert capsys.readouterr().err == "tidegate: TEXT=-: must be text in UTF-8\n"
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_a_command_in_this_process_leaves_logging_as_it_was(
+    turn: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The turns may come in either order, one after the other."""
+    get_logger().error(Log.INTERNAL_ERROR, turn=turn)
+    assert f"turn={turn}" in capsys.readouterr().out
+    configure_logging("console", "error", process="command")
