@@ -71,8 +71,7 @@ from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.leases import until_quick
-from tidegate.store.notifications import BATCHES, PULSED_MS
+from tidegate.store.notifications import BATCHES, PULSED_MS, until_quick
 from tidegate.store.provider.provider_batches import JoiningJob, OpenLine, OpenLines, UpstreamBatch
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store

@@ -31,8 +31,7 @@ from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, Prepared
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
-from tidegate.store.leases import until_quick
-from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications
+from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications, until_quick
 from tidegate.store.queue import MAX_LAPSES, Lookback
 from tidegate.store.records import Idempotency, Json, done_once, recorded
 from tidegate.telemetry.logging import Log, get_logger

@@ -49,8 +49,7 @@ from tidegate.prices.budgets import (
     scope_values,
     with_end_of,
 )
-from tidegate.store.database import Connections, GroupWriter, sql
-from tidegate.store.leases import Steadiness
+from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
 from tidegate.store.notifications import next_beat_s
 from tidegate.store.records import (
     Json,

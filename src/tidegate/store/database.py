@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,7 @@ PROBE_EVERY_MS = 200
 _TRIES = 3
 _OPEN_AFTER_S = 0.01  # most transactions end sooner, and a new process of PostgreSQL costs more
 _TRIM_AFTER_S = 10.0
-_CLOSE_WITHIN_S = 1.0
-_STEP_S = 0.01
+_CLOSE_WITHIN_S, _STEP_S = 1.0, 0.01
 # One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
 # since the statistics of a queue are always stale, no plan may come to scan it whole.
 _LOCAL = (
@@ -443,13 +443,9 @@ class Connections:
             self._look_again()
 
     async def _connect(self, patience: _Patience) -> DatabaseSession:
-        connecting = asyncpg.connect(
-            self._url,
-            statement_cache_size=0,
-            connection_class=DatabaseSession,
-            server_settings={"application_name": "tidegate"},
-        )
-        session: DatabaseSession = await patience.wait(connecting)
+        more: Any = {"server_settings": {"application_name": "tidegate"}}
+        more |= {"connection_class": DatabaseSession, "statement_cache_size": 0}
+        session: DatabaseSession = await patience.wait(asyncpg.connect(self._url, **more))
         return session
 
     async def _answered(self, timeout_s: float) -> DatabaseSession:
@@ -521,8 +517,8 @@ class _Patience:
         self._steps = max(1, ceil(timeout_s / _STEP_S))
 
     async def wait(self, work: Awaitable[T], give_up: Callable[[], object] | None = None) -> T:
-        """What `work` returns, within the time that earlier waits have left. Else, and where the
-        caller is cancelled, `give_up` is called and `work` is cancelled. Raises TimeoutError."""
+        """What `work` returns, within the time that is left; else, and when a caller is cancelled,
+        `give_up` is called and `work` cancelled. Raises TimeoutError."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done() and self._steps > 0:
@@ -530,12 +526,11 @@ class _Patience:
                 await asyncio.wait({task}, timeout=_STEP_S)
             if task.done():
                 return task.result()
+            raise TimeoutError
         finally:
-            if not task.done():
-                if give_up is not None:
-                    give_up()
-                task.cancel()
-        raise TimeoutError
+            if not task.done() and give_up is not None:
+                give_up()
+            task.cancel()
 
 
 def _wake(waits: asyncio.Future[None]) -> None:
@@ -561,6 +556,49 @@ def _unfit_words(error: asyncpg.PostgresError) -> str:
     unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
     remedy = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
     return f"the database is not ready for us: {error}{remedy}"
+
+
+def _now() -> float:
+    # Counts the time that the machine was suspended, where the platform does.
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)
+
+
+class Steadiness:
+    """How long this process's heartbeats have reached PostgreSQL without a gap.
+
+    Invariant: only a process whose own heartbeats have done so for a whole lease may take over the
+    jobs of another. After an outage, when every worker looks dead, none may until all that live
+    have had a lease's time to report.
+    """
+
+    def __init__(self, lease_ms: int) -> None:
+        self._lease_s = lease_ms / 1000
+        self._since: float | None = None
+        self._last: float | None = None
+
+    def beaten(self, sent_at: float) -> None:
+        """A heartbeat sent at `sent_at` was committed."""
+        if self._last is None or sent_at - self._last > self._lease_s * 2 / 3:
+            self._since = sent_at
+        self._last = sent_at
+
+    def missed(self) -> None:
+        self._since = self._last = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last heartbeat is within the lease."""
+        return self._last is not None and _now() - self._last < self._lease_s * 2 / 3
+
+    @property
+    def may_judge(self) -> bool:
+        return self.fresh and self._since is not None and _now() - self._since >= self._lease_s
+
+    @staticmethod
+    def clock() -> float:
+        """Seconds on the clock that `beaten` takes."""
+        return _now()
 
 
 _HEAD = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<does>.+)\n", re.MULTILINE)

@@ -15,7 +15,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Literal
 from uuid import UUID
@@ -25,7 +25,7 @@ import asyncpg
 
 from tidegate.call import Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, DatabaseSession, row_alone
+from tidegate.store.database import Connections, DatabaseSession, Steadiness, row_alone
 from tidegate.store.records import dumps, uuid_of
 
 # What work is for, beside a kind of jobs: jobs whose kind is unsure, and batches.
@@ -396,3 +396,18 @@ class ReadTurns:
             yield
         finally:
             turns.release()
+
+
+_MOST_ASKS = 3
+
+
+async def until_quick(ask: Callable[[], Awaitable[object]], lease_ms: int) -> None:
+    """Repeat `ask` until its reply is read within a third of a lease: another process may have the
+    claim of one that stood still meanwhile. Raises what `ask` raises, and StoreUnavailable after
+    three slow replies."""
+    for _ in range(_MOST_ASKS):
+        asked_at = Steadiness.clock()
+        await ask()
+        if Steadiness.clock() - asked_at < lease_ms / 3000:
+            return
+    raise StoreUnavailable("PostgreSQL answers too slowly for the lease of a claim")

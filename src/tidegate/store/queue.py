@@ -30,10 +30,9 @@ from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, audit_unanswered, of_row
-from tidegate.store.database import Connections, GroupWriter, count_in, sql
+from tidegate.store.database import Connections, GroupWriter, Steadiness, count_in, sql
 from tidegate.store.jobs import CANCELLED_FAILURE
-from tidegate.store.leases import Steadiness, until_quick
-from tidegate.store.notifications import UNSURE, Notifications
+from tidegate.store.notifications import UNSURE, Notifications, until_quick
 from tidegate.store.records import ClaimedJob, FailedTry, Json
 from tidegate.telemetry.logging import Log, get_logger
 

@@ -11,7 +11,7 @@ from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
 from tidegate.store import database as writer
 from tidegate.store.database import GroupWriter
-from tidegate.store.leases import until_quick
+from tidegate.store.notifications import until_quick
 
 
 class Commits:
