@@ -15,6 +15,7 @@ from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
+from tidegate.policy.learned import MARGIN
 
 __all__ = ["open_gateway", "provider"]
 
@@ -90,7 +91,9 @@ async def test_one_command_puts_limits_in_force_that_fit(
     tokens = next(one for one in book["limits"] if one["name"].startswith("tokens:gpt-4o:"))
     assert tokens["counted"] == 30_000
     seen = (await gateway.services.limiters["oai"].snapshot()).limits["tpm:gpt-4o"]
-    assert seen.taken == 30_000  # `used` is less as soon as it refills
+    # `used` is less as soon as it refills; of a bucket that is nearly empty a margin is kept free,
+    # once an answer has told so.
+    assert 30_000 <= seen.taken <= 30_000 * (1 + 2 * MARGIN)
 
     again = await imported(gateway, "openai", "--apply")
     assert "are those of the account" in again.said
