@@ -530,10 +530,12 @@ class LiveUpstreams:
     async def _wait_for(
         self, is_done: Callable[[UpstreamProcess], bool], within_s: float
     ) -> list[str]:
-        until = time.monotonic() + within_s
+        until, own = time.monotonic() + within_s, self._process.instance_id
         while True:
             processes = await self.record.processes()
             late = [one.instance_id for one in processes if not is_done(one)]
+            if all(one.instance_id != own for one in processes):  # it has just started
+                late.append(own)
             if not late or time.monotonic() > until:
                 return late
             await asyncio.sleep(_LOOK_EVERY_S)

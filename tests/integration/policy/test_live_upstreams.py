@@ -26,7 +26,7 @@ from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.errors import UpstreamDrained
 from tidegate.spine.routing import Target
-from tidegate.store.provider.upstreams import UpstreamProcess
+from tidegate.store.provider.upstreams import Seen, UpstreamProcess
 
 __all__ = ["open_gateway"]
 
@@ -442,6 +442,33 @@ async def test_calls_of_a_removed_upstream_go_on_where_it_can_not_be_added_again
     assert gateway.services.limiters["second"] is limiter
     assert (limiter.permits_held, lasting.done()) == (1, False), "and is counted"
     lasting.cancel()
+
+
+async def test_a_process_that_has_just_started_has_what_was_changed_through_it(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not on record yet when the change waits for all processes."""
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    record, asked = gateway.services.upstreams.record, asyncio.Event()
+    see, processes = record.see, record.processes
+
+    async def see_late(process: UpstreamProcess) -> Seen:
+        await asked.wait()
+        return await see(process)
+
+    async def ask() -> list[UpstreamProcess]:
+        found = await processes()
+        asked.set()
+        return found
+
+    monkeypatch.setattr(record, "see", see_late)
+    monkeypatch.setattr(record, "processes", ask)
+    for one in await processes():
+        await record.leave(one.instance_id)
+    status, done = await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY]))
+    assert (status, done["processes"]) == (200, 1)
+    assert "second" in gateway.services.limiters
 
 
 async def test_an_upload_goes_on_where_it_has_begun(
