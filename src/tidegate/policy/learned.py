@@ -76,10 +76,12 @@ class OthersUse:
 
 @dataclass(frozen=True, slots=True)
 class RefusedLimit:
-    """A limit in force for which the provider refused a call. at: in seconds since 1970."""
+    """A limit in force for which the provider refused a call. at: in seconds since 1970; reset_s:
+    in how many seconds there is room, as it told."""
 
     limit: str
     at: float
+    reset_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +304,10 @@ CUT, CUT_WINDOWS = 0.1, 3.0
 # most that they keep free, which is `MOST_MORE` elsewhere. All of it ends `CAREFUL_WINDOWS` after
 # the last refusal.
 UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
+# A refusal of a window that tells when that begins again shows what others took of it: as much a
+# window is kept free, and the first beside it. Since they may have taken it in a burst, it is no
+# more than was taken, and the second.
+REFUSED_MORE, REFUSED_MOST = 0.1, 0.2
 # For so many windows after a refusal calls come evenly, where so large a share of the bound is
 # used: a window frees together what came together, and all of that may be refused together.
 EVEN_WINDOWS, NEARLY_FULL = 2.0, 0.9
@@ -397,6 +403,9 @@ class AccountUse:
     _cut: float = 0.0  # a part of the bound, as of the last refusal
     _known_until: float = -inf  # what others take at least
     _stated: tuple[int, float] = (0, -inf)  # a bound that an answer told alone, and as of when
+    _cut_before: float = 0.0
+    # When the window of the last refusal began, until what others took of it is known.
+    _refused_from: float | None = None
 
     def read(self, reading: HeaderReading) -> None:
         """Take a reading; one that is not newer than the last is passed over, and one of a call
@@ -426,13 +435,17 @@ class AccountUse:
         used += min(refilled, max(0.0, reading.bound - before))
         self._used.append((last.at, reading.at, used))
 
-    def refuse(self, at: float) -> None:
+    def refuse(self, at: float, reset_s: float | None = None) -> None:
         """Take a refusal of a call that fits our own count. Others who take little before a backlog
-        of ours takes the rest are hardly seen in answers, and not at all where no header tells."""
+        of ours takes the rest are hardly seen in answers, and not at all where no header tells.
+        reset_s: in how many seconds the limit's window begins again, as the refusal tells."""
         if at > self._refused_at + ONE_REFUSAL * self.window_s:
             cut, most = (CUT, MOST_MORE) if self.is_told else (UNTOLD_CUT, MOST_UNTOLD_CUT)
-            self._cut = min(self._cut_left(at) + cut, most)
-            self._refused_at = at
+            self._cut_before = self._cut_left(at)
+            self._cut = min(self._cut_before + cut, most)
+            self._refused_at, self._refused_from = at, None
+            if not self.is_told and reset_s is not None and 0 < reset_s < self.window_s:
+                self._refused_from = at + reset_s - self.window_s
 
     def take_stated(self, bound: int, in_force: int, at: float) -> None:
         """Take a bound that an answer tells without what remains. Where it is lower than was known,
@@ -508,8 +521,9 @@ class AccountUse:
     @property
     def since(self) -> float | None:
         """From when on the pool's own count is needed to compare windows that begin again, in
-        seconds since 1970; None of a bucket."""
-        return self._windows[0].began_at - SENT_LATE_S if self._windows else None
+        seconds since 1970; None where it is not."""
+        began_at = self._windows[0].began_at if self._windows else self._refused_from
+        return None if began_at is None else began_at - SENT_LATE_S
 
     def kept(self, now: float) -> int:
         """How much is kept free by what was charged in the last window. Charges of the one before
@@ -572,6 +586,9 @@ class AccountUse:
         self._recount(now, counted)
         self._look(_Look(now, counted - self.kept(now), self.since, lately))
         self._notice(now, lower)
+        if self._refused_from is not None and lately is not None:
+            ours = lately - self._charged_since(self._refused_from - SENT_LATE_S, now)
+            self._reckon(now, self._refused_from, (bound - ours) / max(1, lower))
         lasts_from = now - self.span_s + RENEWED_S
         lasting = sum(one.amount for one in self._kept if one.at > lasts_from)
         # What the account has left for us may be more than the limit in force allows.
@@ -719,13 +736,26 @@ class AccountUse:
         look = self._look_after(since)
         if self._is_new and look.lately is not None:
             self._is_new = False
-            since = max(since, look.at - self.span_s)  # what was before counted no more
-            charged = [one for one in self._kept if one.at > since and one.made_at < look.at]
-            ours = look.lately - sum(one.amount for one in charged)
+            ours = look.lately - self._charged_since(since, look.at)
             self._apart.append((now, sum(one.used for one in self._windows) - ours))
         while self._apart and self._apart[0][0] <= now - 2 * self.span_s:
             self._apart.popleft()
         return max((apart for _, apart in self._apart), default=0.0)
+
+    def _charged_since(self, since: float, at: float) -> int:
+        """What was charged here of what the pool counted then."""
+        since = max(since, at - self.span_s)  # what was before counted no more
+        return sum(one.amount for one in self._kept if one.at > since and one.made_at < at)
+
+    def _reckon(self, now: float, began_at: float, taken: float) -> None:
+        """Take it that others go on as in a window that had no room left at a refusal. taken: as a
+        part of the bound, what we did not take of it."""
+        self._refused_from = None
+        if now >= began_at + self.window_s:
+            return
+        passed = max(self._refused_at - began_at, 1.0) / self.window_s
+        found = min(taken / passed, taken + REFUSED_MOST)
+        self._cut = min(max(found, self._cut_before) + REFUSED_MORE, MOST_UNTOLD_CUT)
 
     def _look_after(self, since: float) -> _Look:
         """The first look after the last reading that knows what was taken since then; else the

@@ -89,6 +89,8 @@ _SURE, _MOST_VOTES = 2, 6
 _MOST_BOUND = MAX_BOUND // 6
 # Providers whose limits are windows that begin again; others are buckets.
 _BEGIN_AGAIN = ("azure",)
+# Those whose refusals tell when they do; the others', when there is room for a call.
+_TELL_RESETS = ("gemini",)
 
 log = get_logger()
 
@@ -154,7 +156,7 @@ class Announced:
         self._refused: dict[str, float] = {}  # until when those of a refusal stand
         self._served: set[str] = set()  # of these, the models that it has answered for
         self._read: dict[str, tuple[_Head, Announcement | None]] = {}
-        self._limits_refused: dict[str, float] = {}  # when last
+        self._limits_refused: dict[str, RefusedLimit] = {}
         self._stated: dict[tuple[str, str, str], Announcement] = {}  # by refusals
 
     def __contains__(self, model: str) -> bool:
@@ -193,19 +195,27 @@ class Announced:
         if known is None or at >= known.at or heard_at < known.heard_at:
             heads[model] = _Head(headers, at, heard_at)
 
-    def refuse(self, limit: str, model: str = "", stated: Sequence[StatedBound] = ()) -> None:
+    def refuse(
+        self,
+        limit: str,
+        model: str = "",
+        stated: Sequence[StatedBound] = (),
+        reset_ms: int | None = None,
+    ) -> None:
         """Note that the provider has refused a call of a model, for a limit in force unless that is
-        empty; and the bounds that it stated."""
+        empty; the bounds that it stated, and in how many ms there is room, as it told. One that
+        states no bound may have another cause than a limit that is used up."""
         now = self._clock()
         if limit:
-            _keep_last(self._limits_refused, limit, now)
+            reset_s = reset_ms / 1000 if reset_ms and stated else None
+            _keep_last(self._limits_refused, limit, RefusedLimit(limit, now, reset_s))
         for one in stated:
             said = Announcement(model, now, (RateStatus(*one),), now)
             _keep_last(self._stated, (model, one.unit, one.window), said)
 
     def refusals(self) -> tuple[RefusedLimit, ...]:
         """The last of each limit."""
-        return tuple(RefusedLimit(*one) for one in self._limits_refused.items())
+        return tuple(self._limits_refused.values())
 
     def all(self) -> list[Announcement]:
         """The latest of each model whose headers announced any limit."""
@@ -527,9 +537,15 @@ class LimitLearner:
         others = {sid: one.others for sid, one in notes.items() if sid != self._limiter.session}
         readings = newest(notes.values(), match)
         before = {each.limit: each for one in others.values() for each in one}
-        since_ms = self._read(readings, match, before)
+        self._read(readings, match, before)
         refusals = [one for note in notes.values() for one in note.refusals]
         self._take_refusals(refusals, match, before)
+        now = self._clock()
+        since_ms = {
+            name: round((now - use.since) * 1000)
+            for name, use in self._uses.items()
+            if use.since is not None
+        }
         snapshot = await self._limiter.snapshot(since_ms=since_ms)
         if snapshot.epoch != self._epoch:
             self._epoch = snapshot.epoch
@@ -559,9 +575,8 @@ class LimitLearner:
         readings: Mapping[str, HeaderReading],
         match: LimitMatch,
         before: Mapping[str, OthersUse],
-    ) -> dict[str, int]:
-        """Take what is new of each rate; returns for which time the pool is asked what it took."""
-        now, since_ms = self._clock(), {}
+    ) -> None:
+        """Take what is new of each rate."""
         for name, reading in readings.items():
             if self._is_old(reading, name):
                 continue
@@ -571,9 +586,6 @@ class LimitLearner:
             limit, bound = match.policy.limit(name), match.bound_for(reading, name)
             if reading.remaining is None and bound is not None and limit is not None:
                 use.take_stated(bound, limit.bound, reading.at)
-            if use.since is not None:
-                since_ms[name] = round((now - use.since) * 1000)
-        return since_ms
 
     def _use_of(
         self, name: str, match: LimitMatch, before: Mapping[str, OthersUse], *, is_told: bool
@@ -608,7 +620,8 @@ class LimitLearner:
             if self._changed_at.get(one.limit, 0.0) < one.at <= latest:
                 use = self._use_of(one.limit, match, before, is_told=False)
                 if use is not None:
-                    use.refuse(one.at)
+                    tells = self._keeper.provider in _TELL_RESETS
+                    use.refuse(one.at, one.reset_s if tells else None)
 
     def _recent(
         self, refusals: Iterable[RefusedLimit], match: LimitMatch

@@ -507,7 +507,8 @@ class Gate:
         )
         if pause is None or self._is_too_much(pause.limit, model):
             return 0
-        self.announced.refuse(pause.limit if pause.of_rate else "", model, error.stated)
+        rate = pause.limit if pause.of_rate else ""
+        self.announced.refuse(rate, model, error.stated, error.retry_after_ms)
         for_ms = pause.for_ms
         if not for_ms and pause.limit not in self._strikes and self._has_learned(demand):
             self._strikes[pause.limit] = 1, self._clock()

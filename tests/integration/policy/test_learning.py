@@ -26,6 +26,7 @@ from tidegate.policy.learned import (
     CAREFUL_MARGIN,
     CUT,
     NEARLY_FULL,
+    REFUSED_MORE,
     STATED_S,
     UNTOLD_CUT,
     LearnedLimit,
@@ -353,6 +354,7 @@ async def learner(
     *,
     resets_in_s: int | None = None,
     is_told: bool = True,
+    provider: str = "",
 ) -> AsyncIterator[tuple[Limiter, LimitLearner]]:
     """A process with `limit`, whose last answer reported such a bound, where `is_told`: of a window
     that begins again, as Azure's do, in `resets_in_s`."""
@@ -365,7 +367,7 @@ async def learner(
     announced.note("gpt-5", headers if is_told else [])
     async with Limiter.from_url(url, pool=f"p{uuid4().hex[:12]}", policy=policy) as limiter:
         record = Policies(Connections("postgresql://127.0.0.1:1/none"))
-        provider = "groq" if is_day else ""  # whose requests are of a day
+        provider = "groq" if is_day else provider  # whose requests are of a day
         provider = provider if resets_in_s is None else "azure"
         keeper = PolicyKeeper(limiter, record, wanted=policy, set_by="test", provider=provider)
         await wait_until(lambda: limiter.state == "up", 20, "the first lease")
@@ -421,6 +423,33 @@ async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
         await wait_until(lambda: limiter.policy.bound("tpm:gpt-5") == 600_000, 20, "the bound")
         await learning.look()
         assert await used(limiter) <= room, "it was refused under another bound"
+
+
+@pytest.mark.parametrize(
+    ("provider", "stated", "kept"),
+    [
+        ("gemini", 60_000, 0.4 + REFUSED_MORE),
+        ("gemini", None, UNTOLD_CUT),
+        ("", 60_000, UNTOLD_CUT),
+    ],
+)
+async def test_what_a_window_lacked_at_a_refusal_is_taken_by_others(
+    valkey_url: str, provider: str, stated: int | None, kept: float
+) -> None:
+    """Three quarters of Gemini's window had passed, in which others took three tenths of it; it may
+    be another limit that is used up where none is stated. Other providers tell when a call fits."""
+    bounds = [] if stated is None else [StatedBound("tokens", "minute", stated)]
+    limit = Rate(60_000, 60_000, "tokens")
+    async with learner(valkey_url, limit, is_told=False, provider=provider) as (limiter, learning):
+        async with limiter.acquire("tpm:gpt-5", tokens=Tokens(42_000), timeout=5) as permit:
+            permit.settle(tokens=Tokens(42_000))
+        learning._announced.refuse("tpm:gpt-5", "gpt-5", bounds, reset_ms=15_000)
+        await learning.look()
+        (others,) = learning._others
+        assert others.amount == pytest.approx(60_000 * kept, abs=600)
+        await learning.look()
+        (again,) = learning._others
+        assert others.amount - 600 < again.amount <= others.amount, "the same refusal"
 
 
 async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(

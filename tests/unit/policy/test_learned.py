@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import asdict, replace
-from itertools import pairwise, product
 from typing import Any
 
 import orjson
 import pytest
 
+from tests.unit.policy.accounts import count_charge
 from tidegate.errors import NotFound
 from tidegate.limiter import PoolPolicy
 from tidegate.metrics.process import Note, packed, unpacked
 from tidegate.policy.format import of_plain, to_plain
 from tidegate.policy.learned import (
-    CAREFUL_MARGIN,
-    CAREFUL_WINDOWS,
-    EVEN_WINDOWS,
-    MOST_UNTOLD_CUT,
-    NEARLY_FULL,
     RENEWED_S,
-    STATED_S,
-    UNTOLD_CUT,
-    UNTOLD_CUT_WINDOWS,
     AccountUse,
     Confirmations,
     DayUse,
@@ -163,21 +155,6 @@ def test_answers_of_before_a_change_confirm_nothing_to_a_process_that_leads_sinc
     (found,) = learned(policy(tpm__gpt_5=5_000), replace(READ, model="gpt_5", at=0)).values()
     confirmations = Confirmations(5)
     assert [confirmations.take(found, now) for now in (60, 65, 3_600)] == [False] * 3
-
-
-def count_charge(counted: deque[tuple[float, Any]], use: AccountUse, now: float, due: int) -> None:
-    """As the pool counts it: now, or evenly over the last window."""
-    if not use.evenly:
-        counted.append((now, due))
-        return
-    before, parts = list(counted), 120
-    counted.clear()
-    width_s = use.span_s / parts
-    evenly = [
-        (now - width_s * (parts - part), due * part // parts - due * (part - 1) // parts)
-        for part in range(1, parts + 1)
-    ]
-    counted.extend(sorted([*before, *evenly], key=lambda each: each[0]))
 
 
 class Account:
@@ -564,267 +541,6 @@ def test_a_backlog_that_comes_in_bursts_is_no_use_of_others(burst: int, late: in
         earlier = bound - used_by(second) if second > period else 0  # leaves as the new one comes
         lately = used_by(second)
         assert use.due(float(second), lately + earlier, bound, bound, lately=lately) == 0
-
-
-class WindowAccount:
-    """An account of which each minute begins again, used by others evenly and by us as far as our
-    limit allows, half a second at a time. What does not fit is refused, and ends our calls until
-    the next minute."""
-
-    def __init__(self, bound: int, late_s: float = 0.0, ends_at: float = 43.0) -> None:
-        """late_s: how long a call takes, whose answer has headers of its beginning; a refusal comes
-        immediately. ends_at: the first minute."""
-        self.bound, self.late_s = bound, late_s
-        self.now, self.ends_at, self.used = 0.0, ends_at, 0
-        self.pool: deque[tuple[float, int]] = deque()
-        self.total = 0
-        self.use = AccountUse(60.0, 60.5, refills=False)
-        self.answers: deque[tuple[float, HeaderReading]] = deque()
-        self.refused = self.others_refused = 0
-        self._others_due, self._held_until = 0.0, 0.0
-        self.ahead_s = 0.0  # the clock of the process that hears the answers
-        self.tells_refusals = self.has_headers = True
-        self.uncounted = 0  # of each call, what our count lacks
-
-    def counted(self, since: float) -> int:
-        found = 0
-        for at, amount in reversed(self.pool):
-            if at <= since:
-                break
-            found += amount
-        return found
-
-    def half_second(self, wanted: int, others: float) -> None:
-        self.now += 0.5
-        if self.now >= self.ends_at:
-            self.ends_at, self.used = self.ends_at + 60.0, 0
-        self._others_due += others * 0.5
-        while self._others_due >= 100:
-            self._others_due -= 100
-            self.others_refused += not self._take()
-        while self.pool and self.pool[0][0] <= self.now - self.use.span_s:
-            self.total -= self.pool.popleft()[1]
-        counted = self.total
-        for _ in range(wanted):
-            if self.now < self._held_until or counted + 100 > self.bound:
-                break
-            counted += 100
-            self.pool.append((self.now, 100))
-            self.total += 100
-            fits = self._take(100 + self.uncounted)
-            if not fits:
-                self.refused += 1
-                self._held_until = self.ends_at
-                if self.tells_refusals:
-                    self.use.refuse(self.now)
-                self.answers.clear()  # older ones are passed over
-            self.answers.append((self.now + self.late_s * fits, self._answer()))
-        while not self.now % 1 and self.answers and self.answers[0][0] <= self.now:
-            reading, by_s = self.answers.popleft()[1], self.ahead_s
-            if not self.has_headers:
-                continue
-            self.use.read(replace(reading, at=reading.at + by_s, heard_at=self.now + by_s))
-        since = self.use.since
-        lately = None if since is None else self.counted(since)
-        due = self.use.due(self.now, counted, self.bound, self.bound, lately=lately)
-        if due:
-            count_charge(self.pool, self.use, self.now, due)
-            self.total += due
-
-    def _take(self, amount: int = 100) -> bool:
-        fits = self.used + amount <= self.bound
-        self.used += amount if fits else 0
-        return fits
-
-    def _answer(self) -> HeaderReading:
-        left, reset_ms = self.bound - self.used, (self.ends_at - self.now) * 1000
-        return HeaderReading("m", "tpm", self.bound, left, self.now, reset_ms=reset_ms)
-
-    def run(self, minutes: int, wanted: int, others: float) -> tuple[int, int]:
-        """How many calls were refused meanwhile: of ours and of others."""
-        before = self.refused, self.others_refused
-        for _ in range(120 * minutes):
-            self.half_second(wanted, others)
-        return self.refused - before[0], self.others_refused - before[1]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "late_s"), [*product([5, 100], [0, 4, 10, 20, 55]), (3, 20), (3, 55)]
-)
-@pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
-def test_others_have_room_in_windows_that_a_backlog_takes_first(
-    share: float, wanted: int, late_s: float
-) -> None:
-    """They are seen by what the pool did not take since the provider's window began."""
-    account, others = WindowAccount(60_000, late_s), share * 1_000
-    account.run(3, wanted, 0.0)
-    assert not account.use.acts
-    account.run(12, wanted, others)
-    refused, others_refused = account.run(10, wanted, others)
-    assert refused <= 10
-    assert others_refused <= (0.06 * 6 * others if late_s else 10)
-    assert abs(account.use.others / 60_000 - share) < (0.06 if late_s else 0.05)
-    ours = min(120 * wanted * 100, (1 - share) * 60_000)
-    assert account.total - account.use.kept(account.now) > 0.85 * ours
-    account.run(4 + round(late_s / 20), wanted, 0.0)
-    assert account.use.kept(account.now) <= CAREFUL_MARGIN * 60_000, "after a refusal"
-    account.run(round(CAREFUL_WINDOWS), wanted, 0.0)
-    assert account.use.kept(account.now) == 0
-
-
-@pytest.mark.parametrize("ahead_s", [0, 1, 3])
-def test_others_are_seen_in_windows_by_a_process_whose_clock_is_ahead(ahead_s: int) -> None:
-    account = WindowAccount(60_000)
-    account.ahead_s = ahead_s
-    account.run(3, 3, 0.0)
-    assert not account.use.acts
-    account.run(8, 3, 300.0)
-    assert abs(account.use.others / 60_000 - 0.3) < 0.05
-
-
-@pytest.mark.parametrize("ends_at", [20, 40, 55])
-@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5])
-def test_others_who_take_little_before_a_backlog_cost_few_refusals(
-    share: float, ends_at: float
-) -> None:
-    """A sliding window repeats its burst some seconds into each of the provider's, which has
-    nothing left for others after it: answers tell of a small use, and a refusal that there is
-    one."""
-    account = WindowAccount(60_000, ends_at=ends_at)
-    account.run(2, 100, 0.0)
-    account.run(1, 100, share * 1_000)
-    refused, others_refused = account.run(10, 100, share * 1_000)
-    assert refused <= 2
-    assert others_refused < 0.5 * 10 * share * 600
-
-
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
-def test_others_of_whom_no_header_tells_have_room_after_refusals(share: float) -> None:
-    refused: dict[bool, int] = {}
-    for tells in (False, True):
-        account = WindowAccount(60_000)
-        account.has_headers, account.tells_refusals = False, tells
-        account.run(2, 100, 0.0)
-        assert account.refused == 0
-        account.run(5, 100, share * 1_000)
-        refused[tells], others_refused = account.run(10, 100, share * 1_000)
-        ours = account.total - account.use.kept(account.now)
-        assert ours + 600 * share * 100 > 0.8 * 60_000
-    assert refused[True] <= 0.7 * refused[False]
-    assert others_refused < 0.5 * 10 * share * 600
-    account.run(30, 100, 0.0)
-    assert account.use.kept(account.now) == 0
-
-
-@pytest.mark.parametrize(
-    ("uncounted", "tells", "most"), [(1, True, 2), (4, True, 2), (4, False, 11)]
-)
-def test_after_a_refusal_what_our_count_lacks_is_kept_free(
-    uncounted: int, tells: bool, most: int
-) -> None:
-    account = WindowAccount(60_000)
-    account.uncounted, account.tells_refusals = uncounted, tells
-    refused, _ = account.run(11, 100, 0.0)
-    assert most - 2 < refused <= most
-    room = 60_000 * (1 - uncounted / 100)
-    assert account.total - account.use.kept(account.now) > 0.96 * room
-
-
-def test_what_is_kept_free_after_a_refusal_ends_and_is_bounded() -> None:
-    use, minute = AccountUse(60.0, 60.5, refills=False), 60.0
-
-    def due(now: float) -> int:
-        return use.due(now, use.kept(now), 1_000, 1_000)
-
-    use.refuse(0.0)
-    assert due(1.0) == round(
-        1_000 * (UNTOLD_CUT * (1 - 1 / (UNTOLD_CUT_WINDOWS * minute)) + CAREFUL_MARGIN)
-    )
-    use.refuse(2.0)
-    ending = (RENEWED_S + 3.0) / minute * 1_000 * (UNTOLD_CUT + CAREFUL_MARGIN)
-    assert due(3.0) <= ending, "a call that was under way"
-    for number in range(20):
-        use.refuse((1 + number) * minute)
-    assert due(20 * minute) == round(1_000 * (MOST_UNTOLD_CUT + CAREFUL_MARGIN))
-    later = (20 + CAREFUL_WINDOWS) * minute
-    assert [due(later + second) for second in range(120)] == [0] * 120
-    use.refuse(later + 120)
-    use.forgive()
-    assert due(later + 121) == 0, "another bound"
-
-
-def test_a_lower_bound_that_a_refusal_states_is_its_cause() -> None:
-    use = AccountUse(60.0, 60.5, refills=False)
-
-    def room(now: float) -> int:
-        use.due(now, use.kept(now), 1_000, 600)
-        return use.kept(now)
-
-    use.take_stated(600, 1_000, 9.0)
-    use.refuse(9.0)
-    use.refuse(8.9)
-    least, most = 400, 400 + CAREFUL_MARGIN * 600
-    assert least <= room(10.0) <= most, "nothing for others beside it"
-    use.take_stated(600, 1_000, 70.0)
-    use.refuse(70.0)
-    assert room(71.0) >= least + 0.9 * UNTOLD_CUT * 600, "refused below the bound that was known"
-    at = 71.0 + STATED_S
-    use.take_stated(600, 1_000, at)
-    use.refuse(at)
-    assert room(at + 1) <= most, "it was no longer kept to"
-
-
-def test_what_is_kept_free_frees_no_room_for_many_calls_at_one_moment() -> None:
-    """All of a backlog would come together then, and be refused together."""
-    use, counted = AccountUse(60.0, 60.5, refills=False), deque[tuple[float, Any]]()
-    spent: list[int] = []
-    for second in range(1, 240):
-        now = float(second)
-        if second == 2:
-            use.refuse(now)
-        used = sum(amount for at, amount in counted if at > now - use.span_s)
-        if due := use.due(now, used, 1_000, 1_000):
-            count_charge(counted, use, now, due)
-        spent.append(used)
-    assert max(spent) >= 1_000 * UNTOLD_CUT
-    freed = [before - after for before, after in pairwise(spent)]
-    assert max(freed) <= 0.02 * 1_000
-
-
-def test_another_leader_goes_on_with_what_refusals_showed() -> None:
-    use, bound, now = AccountUse(60.0, 60.5, refills=False), 1_000, 0.0
-    for now in (0.0, 60.0, 120.0):
-        use.refuse(now)
-    kept = use.due(now, 0, bound, bound)
-    before = OthersUse("itpm:m", use.taken_by_others(now, bound), kept)
-    other = AccountUse(60.0, 60.5, refills=False)
-    other.inherit_refusals(before, bound, now + 2.0)
-    other.refuse(now)  # as the notes of others name it
-    assert other.taken_by_others(now + 2.0, bound) == before.amount
-    assert other.due(now + 2.0, kept, bound, bound) <= 0.1 * kept
-
-
-def test_calls_come_evenly_for_two_windows_after_a_refusal_of_a_full_limit() -> None:
-    use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
-    assert use.ramp_ms(0.0, bound, bound) is None
-    use.refuse(0.0)
-    kept = use.due(0.0, 0, bound, bound)
-    evenly_ms = round(60_000 * bound / (bound - kept))
-    assert use.ramp_ms(1.0, bound, bound) == evenly_ms > 60_000
-    assert use.ramp_ms(1.0, round(NEARLY_FULL * bound) - 1, bound) is None, "there is room"
-    assert use.ramp_ms(EVEN_WINDOWS * 60.0 - 1, bound, bound) is not None
-    assert use.ramp_ms(EVEN_WINDOWS * 60.0, bound, bound) is None
-
-
-def test_what_refusals_showed_ends_some_windows_after_the_last() -> None:
-    use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
-    for number in range(5):
-        use.refuse(number * 60.0)
-    ends_at = 240.0 + CAREFUL_WINDOWS * 60.0
-    assert use.taken_by_others(ends_at - 1.0, bound) > 0.5 * bound
-    assert use.taken_by_others(ends_at, bound) == 0
-    use.refuse(ends_at + 60.0)
-    assert use.taken_by_others(ends_at + 60.0, bound) > 0.7 * bound, "they are still there"
 
 
 def test_others_of_whom_refusals_alone_tell_are_named_with_their_limit() -> None:
