@@ -21,7 +21,7 @@ import asyncpg
 
 from tests.clusters import FAST, copied
 from tests.forked import started
-from tests.waiting import wait_until, work_for
+from tests.waiting import promised_s, wait_until, work_for
 from tidegate.embedded.servers import ValkeyServer, free_port
 from tidegate.emulator.client import EmulatorControl, Stats
 from tidegate.emulator.state import LoggedCall
@@ -190,7 +190,7 @@ class Fleet:
                 return child.process.poll() is not None
 
         try:
-            await wait_until(is_ready, 30, f"{child} ready")
+            await wait_until(is_ready, max(30, promised_s(15)), f"{child} ready")
             assert child.process.poll() is None, f"{child}"
         except AssertionError as late:
             said = child.log.read_text(errors="replace")[-2_000:]
