@@ -310,13 +310,13 @@ class Connections:
                     raise StoreUnavailable(f"PostgreSQL failed: {_words(stale)}") from stale
             except _TRANSIENT as failed:
                 late = asyncio.get_running_loop().time() >= deadline
+                said = f"no answer within {timeout_ms} ms" if late else _words(failed)
                 if late or tries == _TRIES:
                     self._suspect()
                 if late or self.away or tries == _TRIES or self._closed:
-                    raise StoreUnavailable(f"PostgreSQL failed: {_words(failed)}") from failed
+                    raise StoreUnavailable(f"PostgreSQL failed: {said}") from failed
                 if commit.sent and not repeatable:
-                    said = f"the reply to a COMMIT was lost: {_words(failed)}"
-                    raise StoreUnavailable(said) from failed
+                    raise StoreUnavailable(f"the reply to a COMMIT was lost: {said}") from failed
 
     async def _transaction(
         self, work: Work[T], deadline: float, timeout_ms: int, commit: _Commit, begin: Begin

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.commands import tidegate
@@ -25,7 +26,8 @@ async def asked(
 ) -> tuple[int, Any]:
     url = f"{gateway.url}/admin/limits/rehearse{query}"
     headers = {"Authorization": f"Bearer {key or gateway.operator_key}"}
-    async with gateway.http.post(url, json=body, headers=headers) as answer:
+    within = aiohttp.ClientTimeout(total=100)  # it gives way to all other processes
+    async with gateway.http.post(url, json=body, headers=headers, timeout=within) as answer:
         return answer.status, await answer.json()
 
 
