@@ -9,7 +9,7 @@ no such test, so that Python walks through all fields, finds nothing, and the SD
 Invariants: leaving a `CallScope` returns only after all its exchanges are closed; a phase's timeout
 runs only while waiting for the provider; answers are bounded; an answer that is not plain is left
 to the SDK as it came; the light types hold exactly what the dictionaries of a request say, and are
-never changed. Importing this module costs 1 to 2 s (httpx2 and the SDK), so only
+never changed. Importing this module costs half a second (httpx2 and the SDK), so only
 `GeminiProcessor.start` does, in a thread.
 """
 
