@@ -4,8 +4,9 @@
        ▲                                    │
        └── another try, at the same or the next upstream, while the client has nothing of an answer
 
-Native calls, `/stream`, jobs, batch lines and the classifier differ in their `CallExchange` alone:
-bytes of a provider's dialect (`spine/native.py`) or a prompt (`spine/prompt.py`).
+Native calls, `/stream`, jobs, batch lines, the classifier and realtime sessions differ in their
+`CallExchange` alone: bytes of a provider's dialect (`spine/native.py`), a prompt
+(`spine/prompt.py`) or two WebSockets (`realtime/exchange.py`).
 The spine fills the call's `CallRecord`; the front that made the call ends and stores it.
 
 Invariants: a permit is held exactly while its upstream call is open, for a server that goes on
