@@ -539,7 +539,7 @@ class LimitLearner:
         before = {each.limit: each for one in others.values() for each in one}
         self._read(readings, match, before)
         refusals = [one for note in notes.values() for one in note.refusals]
-        self._take_refusals(refusals, match, before)
+        self._take_refusals(refusals, match, before, readings)
         now = self._clock()
         since_ms = {
             name: round((now - use.since) * 1000)
@@ -612,6 +612,7 @@ class LimitLearner:
         refusals: Iterable[RefusedLimit],
         match: LimitMatch,
         before: Mapping[str, OthersUse],
+        readings: Mapping[str, HeaderReading],
     ) -> None:
         """Those of before a change of the bound may have its cause. One of a time that is yet to
         come is of before the clock was set back."""
@@ -620,8 +621,19 @@ class LimitLearner:
             if self._changed_at.get(one.limit, 0.0) < one.at <= latest:
                 use = self._use_of(one.limit, match, before, is_told=False)
                 if use is not None:
-                    tells = self._keeper.provider in _TELL_RESETS
+                    tells = self._tells_reset(one, readings.get(one.limit), match)
                     use.refuse(one.at, one.reset_s if tells else None)
+
+    def _tells_reset(
+        self, refused: RefusedLimit, reading: HeaderReading | None, match: LimitMatch
+    ) -> bool:
+        """Whether a refusal stated the bound of the limit in force itself, so that the time that it
+        told is when that limit's window begins again. One of another unit or window, which is put
+        down to the nearest limit in force, shows nothing of what is left of that."""
+        if self._keeper.provider not in _TELL_RESETS or reading is None:
+            return False
+        is_stated = reading.remaining is None and reading.at >= refused.at
+        return is_stated and match.bound_for(reading, refused.limit) is not None
 
     def _recent(
         self, refusals: Iterable[RefusedLimit], match: LimitMatch

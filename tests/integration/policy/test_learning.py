@@ -452,6 +452,28 @@ async def test_what_a_window_lacked_at_a_refusal_is_taken_by_others(
         assert others.amount - 600 < again.amount <= others.amount, "the same refusal"
 
 
+@pytest.mark.parametrize(
+    ("in_force", "stated"),
+    [
+        (Rate(600_000, 600_000, "tokens"), StatedBound("tokens", "minute", 60_000)),
+        (Rate(600_000, 60_000, "tokens"), StatedBound("input_tokens", "minute", 60_000)),
+    ],
+    ids=["another window", "another unit"],
+)
+async def test_a_refusal_of_another_bound_tells_nothing_of_what_others_took(
+    valkey_url: str, in_force: Rate, stated: StatedBound
+) -> None:
+    """What the pool did not take of a limit in force is not what others took of the provider's."""
+    async with learner(valkey_url, in_force, is_told=False, provider="gemini") as made:
+        limiter, learning = made
+        async with limiter.acquire("tpm:gpt-5", tokens=Tokens(42_000), timeout=5) as permit:
+            permit.settle(tokens=Tokens(42_000))
+        learning._announced.refuse("tpm:gpt-5", "gpt-5", [stated], reset_ms=15_000)
+        await learning.look()
+        (others,) = learning._others
+        assert others.amount == pytest.approx(600_000 * UNTOLD_CUT, abs=600)
+
+
 async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
