@@ -687,7 +687,7 @@ class LimitLearner:
         if ramp_ms is not None:  # begun again at each look, so that no room adds up
             await self._limiter.penalise(name, for_ms=1, ramp_ms=ramp_ms, by=_SET_BY)
         kept = use.kept(now)
-        others = use.taken_by_others(now, limit.bound)
+        others = use.taken_by_others(now, min(limit.bound, bound))
         return OthersUse(name, others, kept) if others or kept else None
 
     def _standing(

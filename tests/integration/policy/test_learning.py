@@ -504,6 +504,27 @@ async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(
         assert shown.others_share == pytest.approx(UNTOLD_CUT, abs=0.005)
 
 
+async def test_others_beside_a_lower_bound_are_shown_as_a_share_of_it(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three quarters of a minute had passed, in which others took three tenths of the lower bound:
+    its second refusal, since its first tells of the bound alone."""
+    limit, stated = Rate(60_000, 60_000, "tokens"), [StatedBound("tokens", "minute", 30_000)]
+    async with learner(valkey_url, limit, is_told=False, provider="gemini") as (limiter, learning):
+        with monkeypatch.context() as patched:
+            patched.setattr(learning._announced, "_clock", lambda: time() - 20.0)
+            learning._announced.refuse("", "gpt-5", stated)
+        await learning.look()
+        async with limiter.acquire("tpm:gpt-5", tokens=Tokens(21_000), timeout=5) as permit:
+            permit.settle(tokens=Tokens(21_000))
+        learning._announced.refuse("tpm:gpt-5", "gpt-5", stated, reset_ms=15_000)
+        await learning.look()
+        await learning.look()  # which shares what the one before it has found
+        (shown,) = await shared_limits(limiter, "gemini")
+        assert (shown.bound, shown.in_force) == (30_000, 60_000)
+        assert shown.others_share == pytest.approx(0.4 + REFUSED_MORE, abs=0.03)
+
+
 @pytest.mark.parametrize("tokens", [10_000, 55_000])
 async def test_after_a_refusal_calls_of_a_full_limit_come_evenly(
     valkey_url: str, tokens: int
