@@ -580,7 +580,7 @@ class LimitLearner:
         for name, reading in readings.items():
             if self._is_old(reading, name):
                 continue
-            if (use := self._use_of(name, match, before, is_told=True)) is None:
+            if (use := self._use_of(name, match, before, reading)) is None:
                 continue
             use.read(reading)
             limit, bound = match.policy.limit(name), match.bound_for(reading, name)
@@ -588,9 +588,14 @@ class LimitLearner:
                 use.take_stated(bound, limit.bound, reading.at)
 
     def _use_of(
-        self, name: str, match: LimitMatch, before: Mapping[str, OthersUse], *, is_told: bool
+        self,
+        name: str,
+        match: LimitMatch,
+        before: Mapping[str, OthersUse],
+        reading: HeaderReading | None,
     ) -> AccountUse | None:
-        """None where nothing is compared."""
+        """None where nothing is compared. Where no reading tells what remains, what an earlier
+        leader knew of others is what refusals had shown."""
         limit = match.policy.limit(name)
         if not isinstance(limit, Rate) or limit.shadow:
             return None
@@ -601,10 +606,11 @@ class LimitLearner:
             refills = self._keeper.provider not in _BEGIN_AGAIN
             use = AccountUse(window_s, window_s + limit.slack / 1000, refills)
             self._uses[name] = use
-            if name in before and is_told:
+            if name in before and reading is not None and reading.remaining is not None:
                 use.inherit(before[name], self._clock())
             elif name in before:
-                use.inherit_refusals(before[name], limit.bound, self._clock())
+                lower = min(limit.bound, self._bound(name, limit, reading, match) or limit.bound)
+                use.inherit_refusals(before[name], lower, self._clock())
         return use
 
     def _take_refusals(
@@ -619,9 +625,10 @@ class LimitLearner:
         latest = self._clock() + READ_LATE_S
         for one in sorted(refusals, key=lambda each: each.at):
             if self._changed_at.get(one.limit, 0.0) < one.at <= latest:
-                use = self._use_of(one.limit, match, before, is_told=False)
+                reading = readings.get(one.limit)
+                use = self._use_of(one.limit, match, before, reading)
                 if use is not None:
-                    tells = self._tells_reset(one, readings.get(one.limit), match)
+                    tells = self._tells_reset(one, reading, match)
                     use.refuse(one.at, one.reset_s if tells else None)
 
     def _tells_reset(
@@ -665,16 +672,15 @@ class LimitLearner:
         limit = match.policy.limit(name)
         if limit is None or limit.shadow or view is None:
             return None
-        if reading is not None and reading.remaining is None:
-            reading = self._standing(reading, name, match)
-        if reading is not None and self._is_old(reading, name):
+        is_of_bound = reading is not None and reading.remaining is None
+        if reading is not None and not is_of_bound and self._is_old(reading, name):
             return None
         if isinstance(limit, Quota):
             return None if reading is None else await self._of_day(limit, reading, view, before)
         now, use = self._clock(), self._uses.get(name)
         if not isinstance(limit, Rate) or use is None or view.sort != "r":
             return None
-        bound = limit.bound if reading is None else match.bound_for(reading, name)
+        bound = self._bound(name, limit, reading, match)
         if bound is None:
             return None
         ramp_ms = None
@@ -690,15 +696,19 @@ class LimitLearner:
         others = use.taken_by_others(now, min(limit.bound, bound))
         return OthersUse(name, others, kept) if others or kept else None
 
-    def _standing(
-        self, reading: HeaderReading, name: str, match: LimitMatch
-    ) -> HeaderReading | None:
-        """A reading that tells a bound alone, mostly of a refusal; None where it is old, or the
-        bound is not sure: then refusals tell what they can."""
+    def _bound(
+        self, name: str, limit: Rate, reading: HeaderReading | None, match: LimitMatch
+    ) -> int | None:
+        """The account's, as far as it is known; None where a reading is of an unknown window. Of
+        one that tells a bound alone, mostly of a refusal, and is old, or is of an unknown window,
+        the bound in force is it: then refusals tell what they can."""
+        if reading is None:
+            return limit.bound
+        bound = match.bound_for(reading, name)
+        if reading.remaining is not None:
+            return bound
         is_late = self._clock() - reading.at > STATED_S
-        if is_late or self._is_old(reading, name) or match.bound_for(reading, name) is None:
-            return None
-        return reading
+        return limit.bound if is_late or bound is None or self._is_old(reading, name) else bound
 
     async def _of_day(
         self, limit: Quota, reading: HeaderReading, view: LimitView, before: Mapping[str, OthersUse]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import time
 from typing import Any
 from uuid import uuid4
 
+import orjson
 import pytest
 import redis.asyncio
 
@@ -30,6 +31,8 @@ from tidegate.policy.learned import (
     STATED_S,
     UNTOLD_CUT,
     LearnedLimit,
+    LearnedNote,
+    OthersUse,
     shared_limits,
 )
 from tidegate.policy.rollout import PolicyKeeper
@@ -472,6 +475,35 @@ async def test_a_refusal_of_another_bound_tells_nothing_of_what_others_took(
         await learning.look()
         (others,) = learning._others
         assert others.amount == pytest.approx(600_000 * UNTOLD_CUT, abs=600)
+
+
+def in_notes(limiter: Limiter, monkeypatch: pytest.MonkeyPatch, *notes: LearnedNote) -> None:
+    """Let processes of later sessions share these notes too."""
+    told = limiter.told
+
+    async def all_told(most: int) -> dict[str, bytes]:
+        others = {f"~{number}": orjson.dumps(asdict(one)) for number, one in enumerate(notes)}
+        return {**await told(most), **others}
+
+    monkeypatch.setattr(limiter, "told", all_told)
+
+
+@pytest.mark.parametrize("stated", [60_000, 40_000])
+async def test_another_leader_goes_on_with_what_refusals_that_state_a_bound_showed(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, stated: int
+) -> None:
+    limit, taken = Rate(60_000, 60_000, "tokens"), round(0.4 * stated)
+    async with learner(valkey_url, limit, is_told=False, provider="gemini") as (limiter, learning):
+        bounds = [StatedBound("tokens", "minute", stated)]
+        learning._announced.refuse("tpm:gpt-5", "gpt-5", bounds)
+        before = LearnedNote(others=(OthersUse("tpm:gpt-5", taken, 0),))
+        in_notes(limiter, monkeypatch, before)
+        await learning.look()
+        (others,) = learning._others
+        assert others.amount == pytest.approx(taken, abs=300)
+        assert others.kept == pytest.approx(60_000 - stated + taken, abs=900)
+        (shown,) = await shared_limits(limiter, "gemini")
+        assert shown.others_share == pytest.approx(0.4, abs=0.01)
 
 
 async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(
