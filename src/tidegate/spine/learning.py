@@ -470,6 +470,7 @@ class LimitLearner:
         self._learn = learn
         self._clock = clock
         self._others: tuple[OthersUse, ...] = ()  # of the leader
+        self._heard: tuple[Mapping[str, OthersUse], float] = ({}, 0.0)  # of another, and when
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
         self._days: dict[str, DayUse] = {}
@@ -496,9 +497,10 @@ class LimitLearner:
         Does nothing while no answer has told of a limit and no call was refused for one. Raises
         LimiterUnavailable and, where a limit is to be put in force, StoreUnavailable.
         """
-        if self._limiter.state == "away":
+        limiter, announced = self._limiter, self._announced
+        if limiter.state == "away":
             return
-        announced, refusals = self._announced, self._announced.refusals()
+        refusals = announced.refusals()
         own = self._reader.read([*announced.all(), *announced.stated()])
         if not own and not refusals:
             return
@@ -507,15 +509,25 @@ class LimitLearner:
         if not own and not refused:
             return
         await self._share(asdict(LearnedNote(tuple(own), self._others, refused)))
-        told = await self._limiter.told(MOST_READERS)
-        notes = {sid: unpacked_note(raw) for sid, raw in told.items()}
+        told = await limiter.told(MOST_READERS)
+        notes, own_sid = {sid: unpacked_note(raw) for sid, raw in told.items()}, limiter.session
+        others = [note.others for sid, note in notes.items() if sid != own_sid]
+        heard = {one.limit: one for each in others for one in each}
         readers = [sid for sid, one in notes.items() if one.readings or one.refusals]
-        if readers and min(readers) == self._limiter.session:
-            await self._lead(notes, match)
-        else:
+        leads = bool(readers) and min(readers) == own_sid
+        if leads:
+            await self._lead(notes, match, {**self._heard_lately(), **heard})
+        self._heard = heard, self._clock()
+        if not leads:
             self._others = ()
             self._uses.clear()
             self._days.clear()
+
+    def _heard_lately(self) -> Mapping[str, OthersUse]:
+        """What another process knew of others as the leader, at the last look: its note ends with
+        its session, before this one leads."""
+        others, at = self._heard
+        return others if abs(self._clock() - at) * 1000 < KEEP_NOTE_MS else {}
 
     async def _tell(self, note: dict[str, Any]) -> None:
         await self._limiter.tell(orjson.dumps(note), KEEP_NOTE_MS)
@@ -533,10 +545,14 @@ class LimitLearner:
             match = self._match = LimitMatch(policy, self._keeper.provider)
         return match
 
-    async def _lead(self, notes: Mapping[str, LearnedNote], match: LimitMatch) -> None:
-        others = {sid: one.others for sid, one in notes.items() if sid != self._limiter.session}
+    async def _lead(
+        self,
+        notes: Mapping[str, LearnedNote],
+        match: LimitMatch,
+        before: Mapping[str, OthersUse],
+    ) -> None:
+        """before: what others knew, as this process has heard."""
         readings = newest(notes.values(), match)
-        before = {each.limit: each for one in others.values() for each in one}
         self._read(readings, match, before)
         refusals = [one for note in notes.values() for one in note.refusals]
         self._take_refusals(refusals, match, before, readings)

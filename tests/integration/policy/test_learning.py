@@ -33,6 +33,7 @@ from tidegate.policy.learned import (
     LearnedLimit,
     LearnedNote,
     OthersUse,
+    RefusedLimit,
     shared_limits,
 )
 from tidegate.policy.rollout import PolicyKeeper
@@ -504,6 +505,39 @@ async def test_another_leader_goes_on_with_what_refusals_that_state_a_bound_show
         assert others.kept == pytest.approx(60_000 - stated + taken, abs=900)
         (shown,) = await shared_limits(limiter, "gemini")
         assert shown.others_share == pytest.approx(0.4, abs=0.01)
+
+
+async def test_a_process_that_leads_next_goes_on_with_what_the_one_before_knew(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notes of a process end with its session."""
+    limit = Rate(60_000, 60_000, "tokens")
+    async with learner(valkey_url, limit, is_told=False) as (limiter, learning):
+        told = limiter.told
+        refused = LearnedNote(
+            others=(OthersUse("tpm:gpt-5", 24_000, 24_000),),
+            refusals=(RefusedLimit("tpm:gpt-5", time()),),
+        )
+
+        async def all_told(most: int) -> dict[str, bytes]:
+            return {**await told(most), "!": orjson.dumps(asdict(refused))}
+
+        monkeypatch.setattr(learning, "_clock", lambda: time() - 60.0)
+        learning._announced.refuse("tpm:gpt-5")
+        monkeypatch.undo()
+        monkeypatch.setattr(limiter, "told", all_told)
+        await learning.look()
+        assert not learning._others, "the first of the sessions leads"
+        monkeypatch.undo()
+        monkeypatch.setattr(learning, "_clock", lambda: time() + 2.0)
+        await learning.look()
+        (others,) = learning._others
+        assert others.amount == pytest.approx(24_000, abs=300)
+        learning._uses.clear()
+        monkeypatch.setattr(learning, "_clock", lambda: time() + 30.0)
+        await learning.look()
+        (others,) = learning._others
+        assert others.amount == pytest.approx(UNTOLD_CUT * 60_000, abs=900), "it leads for long"
 
 
 async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(
