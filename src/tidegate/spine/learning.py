@@ -470,6 +470,7 @@ class LimitLearner:
         self._learn = learn
         self._clock = clock
         self._others: tuple[OthersUse, ...] = ()  # of the leader
+        self._shares = False
         self._heard: tuple[Mapping[str, OthersUse], float] = ({}, 0.0)  # of another, and when
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
@@ -505,8 +506,10 @@ class LimitLearner:
         if not own and not refusals:
             return
         match = self._matched()
-        refused = self._recent(refusals, match)
-        if not own and not refused:
+        own = [one for one in own if not self._is_overruled(one, match)]
+        refused, shared = self._recent(refusals, match), self._shares
+        self._shares = bool(own or refused)
+        if not self._shares and not shared:
             return
         await self._share(asdict(LearnedNote(tuple(own), self._others, refused)))
         told = await limiter.told(MOST_READERS)
@@ -661,19 +664,31 @@ class LimitLearner:
     def _recent(
         self, refusals: Iterable[RefusedLimit], match: LimitMatch
     ) -> tuple[RefusedLimit, ...]:
-        """Those that still count."""
+        """Those that still count. Who leads next may know nothing of a change of the bound."""
         now, found = self._clock(), []
         for one in refusals:
             limit = match.policy.limit(one.limit)
-            if isinstance(limit, Rate):
+            if isinstance(limit, Rate) and not self._is_before_change(one.at, one.limit):
                 for_s = CAREFUL_WINDOWS * limit.window_ms / 1000
                 found += [one] if now - one.at < for_s else []
         return tuple(found)
 
     def _is_old(self, reading: HeaderReading, name: str) -> bool:
-        """Whether it is of before a change of the bound: the account may have more since. A change
-        that is yet to come was made before the clock was set back."""
-        return reading.at < self._changed_at.get(name, 0.0) <= self._clock()
+        """Whether it is of before a change of the bound: the account may have more since."""
+        return self._is_before_change(reading.at, name)
+
+    def _is_before_change(self, at: float, name: str) -> bool:
+        """A change that is yet to come was made before the clock was set back."""
+        return at < self._changed_at.get(name, 0.0) <= self._clock()
+
+    def _is_overruled(self, reading: HeaderReading, match: LimitMatch) -> bool:
+        """Whether it tells another bound alone than was put in force since. It stands for an hour,
+        and who leads next may know nothing of the change."""
+        if reading.remaining is not None or (name := match.of(reading)) is None:
+            return False
+        limit = match.policy.limit(name)
+        is_other = limit is not None and match.bound_for(reading, name) != limit.bound
+        return is_other and self._is_old(reading, name)
 
     async def _make_room(
         self,

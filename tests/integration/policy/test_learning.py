@@ -35,6 +35,7 @@ from tidegate.policy.learned import (
     OthersUse,
     RefusedLimit,
     shared_limits,
+    unpacked_note,
 )
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.spine.learning import Announced, LimitLearner
@@ -538,6 +539,32 @@ async def test_a_process_that_leads_next_goes_on_with_what_the_one_before_knew(
         await learning.look()
         (others,) = learning._others
         assert others.amount == pytest.approx(UNTOLD_CUT * 60_000, abs=900), "it leads for long"
+
+
+async def test_a_bound_that_was_stated_before_a_change_is_kept_to_by_no_later_leader(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows nothing of the change, and the bound would be kept to for an hour."""
+    limit, name = Rate(60_000, 60_000, "tokens"), "tpm:gpt-5"
+    async with learner(valkey_url, limit, is_told=False, provider="gemini") as (limiter, learning):
+        stated = [StatedBound("tokens", "minute", 60_000)]
+        learning._announced.refuse(name, "gpt-5", stated)
+        await learning.look()
+        raised = PoolPolicy({name: replace(limit, bound=600_000)}, lease_ms=600, revision=2)
+        await limiter.set_policy(raised)
+        await wait_until(lambda: limiter.policy.bound(name) == 600_000, 20, "the bound")
+        await learning.look()
+        notes = [unpacked_note(one) for one in (await limiter.told(10)).values()]
+        assert not await shared_limits(limiter, "gemini"), "nothing is told of it since"
+        before = await used(limiter)
+        later = LimitLearner(learning._keeper, Announced(), "propose")
+        later._announced.refuse("", "gpt-5", [StatedBound("requests", "minute", 10)])
+        in_notes(limiter, monkeypatch, *notes)
+        await later.look()
+        assert await used(limiter) <= before
+        learning._announced.refuse(name, "gpt-5", stated)
+        await learning.look()
+        assert await used(limiter) >= 540_000, "it was stated again"
 
 
 async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(
