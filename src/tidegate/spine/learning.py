@@ -434,7 +434,7 @@ class HeaderReader:
             plain_model(announced.model),
             scope,
             one.limit,
-            one.remaining,
+            None if one.remaining is None else min(one.remaining, one.limit),
             announced.at,
             resets.length_ms if begins_again else _implied_ms(one),
             one.reset_ms if begins_again else None,

@@ -16,6 +16,7 @@ from tidegate.emulator.counting import counter_of
 from tidegate.emulator.rate_limits import rate_limit_headers
 from tidegate.policy.format import of_plain
 from tidegate.policy.learned import (
+    AccountUse,
     HeaderReading,
     LearnedNote,
     LimitMatch,
@@ -256,3 +257,23 @@ def test_a_bound_that_no_limit_can_have_hides_no_other_of_the_same_answer() -> N
     note, nothing = LearnedNote(tuple(readings)), of_plain({"limits": {}})
     change = acceptance(learned_limits([note], LimitMatch(nothing, "openai")), [], "openai")
     assert list(of_plain(change({"limits": {}})).limits) == ["rpm:m"]
+
+
+@pytest.mark.parametrize("provider", ["openai", "azure"])
+def test_more_than_all_that_remains_is_no_use_of_others(provider: str) -> None:
+    """Of a header that tells a wrong number once, and of the next one."""
+    now_s = float(NOW_S)
+    announced, reader = Announced(clock=lambda: now_s), HeaderReader(provider)
+    use = AccountUse(60.0, 60.5, refills=provider != "azure")
+    charged = []
+    for remaining in (b"999999999999999", *[b"60000"] * 30):
+        now_s += 2.0
+        told = {b"limit": b"60000", b"remaining": remaining, b"reset": b"30s"}
+        announced.note("m", [(b"x-ratelimit-%s-tokens" % key, told[key]) for key in told])
+        for reading in reader.read(announced.all()):
+            use.read(reading)
+        if provider == "azure":
+            charged.append(use.due(now_s, 0, 60_000, 60_000, lately=0))
+        else:
+            charged.append(use.level_due(now_s, 0, 0, 60_000, 60_000))
+    assert not any(charged)
