@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import orjson
 
@@ -109,16 +109,25 @@ class LearnedLimit:
     at: str
 
 
+_Part = TypeVar("_Part", HeaderReading, OthersUse, RefusedLimit)
+
+
 def unpacked_note(raw: bytes) -> LearnedNote:
-    """Of a process that shares something else too, or that alone: then an empty one."""
+    """Of a process that shares something else too, or that alone: then an empty one. What another
+    version has added is passed over."""
     told = orjson.loads(raw)
     if "readings" not in told:
         return LearnedNote()
     return LearnedNote(
-        tuple(HeaderReading(**one) for one in told["readings"]),
-        tuple(OthersUse(**one) for one in told["others"]),
-        tuple(RefusedLimit(**one) for one in told.get("refusals", ())),
+        _unpacked(HeaderReading, told["readings"]),
+        _unpacked(OthersUse, told["others"]),
+        _unpacked(RefusedLimit, told.get("refusals", ())),
     )
+
+
+def _unpacked(kind: type[_Part], told: Iterable[Mapping[str, Any]]) -> tuple[_Part, ...]:
+    names = {one.name for one in fields(kind)}
+    return tuple(kind(**{name: one[name] for name in one.keys() & names}) for one in told)
 
 
 class LimitMatch:

@@ -112,6 +112,16 @@ def accepted(limits: dict[str, Any], names: list[str], *found: LearnedLimit) -> 
     return to_plain(of_plain(acceptance(found, names, "openai")(plain)))["limits"]
 
 
+def test_what_another_version_has_added_to_a_note_is_passed_over() -> None:
+    """Processes of two versions share notes during a rolling restart."""
+    refusals = (RefusedLimit("tpm:gpt-5", 60.0, 15.0),)
+    note = LearnedNote((READ,), (OthersUse("tpm:gpt-5", 200, 210),), refusals)
+    told = asdict(note)
+    for name in ("readings", "others", "refusals"):
+        told[name] = [{**one, "added": 1} for one in told[name]]
+    assert unpacked_note(orjson.dumps({**told, "added": []})) == note
+
+
 def test_an_acceptance_changes_the_bound_and_nothing_else_that_was_set() -> None:
     own = {"bound": 30_000, "reserve": "bound", "slack_ms": 7}
     found = learned(of_plain({"limits": {"tpm:gpt-5": own}}), READ)["tpm:gpt-5"]
