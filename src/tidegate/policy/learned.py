@@ -481,11 +481,12 @@ class AccountUse:
 
     def ramp_ms(self, now: float, used: int, in_force: int) -> int | None:
         """In which time as much as the bound is to be admitted, evenly; None where calls may come
-        as they fit."""
+        as they fit. Nobody ends what was begun, so that it is no longer than a refusal counts."""
         is_near = now < self._refused_at + EVEN_WINDOWS * self.window_s
         if not is_near or used < NEARLY_FULL * in_force:
             return None
-        return round(self.window_s * 1000 * in_force / max(1, in_force - self.kept(now)))
+        windows = min(in_force / max(1, in_force - self.kept(now)), CAREFUL_WINDOWS)
+        return round(self.window_s * 1000 * windows)
 
     def _cut_at(self, now: float) -> float:
         """The share of the bound that is kept free after refusals."""

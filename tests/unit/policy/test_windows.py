@@ -218,6 +218,20 @@ def test_calls_come_evenly_for_two_windows_after_a_refusal_of_a_full_limit() -> 
     assert use.ramp_ms(EVEN_WINDOWS * 60.0, bound, bound) is None
 
 
+@pytest.mark.parametrize("stated", [1_000, 50, 1])
+def test_calls_come_evenly_for_no_longer_than_a_refusal_counts(stated: int) -> None:
+    """Of a tier that fell far, as where an account can't be charged, nearly all is kept free."""
+    use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
+    use.take_stated(stated, bound, 0.0)
+    for number in range(6):
+        use.refuse(number * 60.0)
+    kept = use.due(300.0, 0, bound, stated)
+    assert kept > NEARLY_FULL * bound
+    ramp_ms = use.ramp_ms(300.0, kept, bound)
+    assert ramp_ms is not None
+    assert ramp_ms <= CAREFUL_WINDOWS * 60_000, "nobody ends it"
+
+
 def test_what_refusals_showed_ends_some_windows_after_the_last() -> None:
     use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
     for number in range(5):
