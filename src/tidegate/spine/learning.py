@@ -209,7 +209,7 @@ class Announced:
         if limit:
             reset_s = reset_ms / 1000 if reset_ms and stated else None
             _keep_last(self._limits_refused, limit, RefusedLimit(limit, now, reset_s))
-        for one in stated:
+        for one in sorted(stated, key=lambda each: -each.bound):  # the call was over each of a unit
             said = Announcement(model, now, (RateStatus(*one),), now)
             _keep_last(self._stated, (model, one.unit, one.window), said)
 

@@ -175,6 +175,16 @@ def test_the_bounds_that_refusals_state_are_known_each_with_its_time() -> None:
     assert len(heard.stated()) == MOST_MODELS
 
 
+def test_of_several_bounds_that_a_refusal_states_the_lowest_counts() -> None:
+    """Such as of a free tier and of a paid one, or of two places: the call was over each."""
+    heard = Announced(lambda: 1_000.0)
+    bounds = [10, 1_000]
+    for stated in (bounds, bounds[::-1]):
+        heard.refuse("", "a", [StatedBound("requests", "minute", bound) for bound in stated])
+        (said,) = heard.stated()
+        assert said.limits == (RateStatus("requests", "minute", 10),)
+
+
 def test_the_last_refusal_of_each_limit_is_known() -> None:
     now = 1_000.0
     heard = Announced(lambda: now)
