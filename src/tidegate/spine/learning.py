@@ -506,7 +506,7 @@ class LimitLearner:
         if not own and not refusals:
             return
         match = self._matched()
-        own = [one for one in own if not self._is_overruled(one, match)]
+        own = [one for one in own if not self._is_over(one, match)]
         refused, shared = self._recent(refusals, match), self._shares
         self._shares = bool(own or refused)
         if not self._shares and not shared:
@@ -681,14 +681,21 @@ class LimitLearner:
         """A change that is yet to come was made before the clock was set back."""
         return at < self._changed_at.get(name, 0.0) <= self._clock()
 
-    def _is_overruled(self, reading: HeaderReading, match: LimitMatch) -> bool:
-        """Whether it tells another bound alone than was put in force since. It stands for an hour,
-        and who leads next may know nothing of the change."""
-        if reading.remaining is not None or (name := match.of(reading)) is None:
+    def _is_over(self, reading: HeaderReading, match: LimitMatch) -> bool:
+        """Whether it tells another bound alone than is in force, and is no longer kept to, since
+        nobody would hear that it is wrong: after an hour, and of before a change of the limit, of
+        which who leads next may know nothing."""
+        if reading.remaining is not None:
             return False
-        limit = match.policy.limit(name)
-        is_other = limit is not None and match.bound_for(reading, name) != limit.bound
-        return is_other and self._is_old(reading, name)
+        name = match.of(reading)
+        limit = None if name is None else match.policy.limit(name)
+        if name is None or limit is None:
+            return self._is_late(reading)
+        is_other = match.bound_for(reading, name) != limit.bound
+        return is_other and (self._is_late(reading) or self._is_old(reading, name))
+
+    def _is_late(self, reading: HeaderReading) -> bool:
+        return self._clock() - reading.at > STATED_S
 
     async def _make_room(
         self,
@@ -738,8 +745,8 @@ class LimitLearner:
         bound = match.bound_for(reading, name)
         if reading.remaining is not None:
             return bound
-        is_late = self._clock() - reading.at > STATED_S
-        return limit.bound if is_late or bound is None or self._is_old(reading, name) else bound
+        is_over = self._is_late(reading) or self._is_old(reading, name)
+        return limit.bound if is_over or bound is None else bound
 
     async def _of_day(
         self, limit: Quota, reading: HeaderReading, view: LimitView, before: Mapping[str, OthersUse]

@@ -584,6 +584,7 @@ async def test_a_bound_that_a_refusal_states_is_kept_to_for_an_hour(
         before = await used(limiter)
         await learning.look()
         assert await used(limiter) == before, "nobody who keeps to it hears that it rose"
+        assert not await shared_limits(limiter, ""), "nor is it shown, or accepted with others"
         monkeypatch.undo()
         lowered = PoolPolicy({"tpm:gpt-5": replace(limit, bound=40_000)}, lease_ms=600, revision=2)
         await limiter.set_policy(lowered)
