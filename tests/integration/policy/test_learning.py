@@ -28,6 +28,7 @@ from tidegate.policy.learned import (
     CUT,
     NEARLY_FULL,
     REFUSED_MORE,
+    RENEWED_S,
     STATED_S,
     UNTOLD_CUT,
     LearnedLimit,
@@ -658,7 +659,8 @@ async def test_room_is_kept_free_again_after_valkey_has_lost_its_data(
 
         await wait_until(has_recovered, 20, "another epoch")
         await learning.look()
-        assert await used(limiter) == 30_000
+        ending = 30_000 * (RENEWED_S + 1.0) / 60.0  # is charged again already, if time has passed
+        assert 30_000 <= await used(limiter) <= 30_000 + ending
 
 
 @pytest.mark.parametrize(
