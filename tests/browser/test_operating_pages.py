@@ -637,6 +637,7 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
         await other.fill("")
         assert await page.get_by_label("From").input_value() == "9"
         await go.click()
+        await expect(result).to_contain_text("With kind:text_only=20", timeout=REHEARSAL_MS)
         await pictured(seen, ".what-if-charts canvas", "what-if", tmp_path)
         await page.set_viewport_size({"width": 2560, "height": 1200})
         assert await seen.is_within()
