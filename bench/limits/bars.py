@@ -146,13 +146,17 @@ def _told(found: Found) -> tuple[str, bool]:
 
 def _refusal_ms(found: Found) -> tuple[str, bool]:
     rows = _those(found, "refusals")[""]["rows"]
-    shown = ", ".join(f"behind {one['waiting']}: p99 {one['p99_ms']:.1f} ms" for one in rows)
+    shown = ", ".join(f"{_cause(one)}: p99 {one['p99_ms']:.1f} ms" for one in rows)
     return shown, all(one["p99_ms"] < 20 for one in rows)
+
+
+def _cause(row: Figures) -> str:
+    return f"{row['by']} behind {row['waiting']}" if row["waiting"] else str(row["by"])
 
 
 def _retry_after(found: Found) -> tuple[str, bool]:
     rows = _those(found, "refusals")[""]["rows"]
-    shown = ", ".join(f"behind {one['waiting']}: {one['true']:.1%}" for one in rows)
+    shown = ", ".join(f"{_cause(one)}: {one['true']:.1%}" for one in rows)
     return shown, all(one["true"] == 1 and one["wrong"] == "0" for one in rows)
 
 
@@ -200,7 +204,7 @@ def _bars() -> Iterator[Bar[Found]]:
         ("what durability costs an admission, p50 / p99", "measured", _durability),
         ("books of a day with kills: not explained", "0", _tested("books")),
         ("told times within 25 % or 2 s", ">= 90 %", _told),
-        ("refused early, by a rate", "p99 < 20 ms", _refusal_ms),
+        ("refused early, by a rate, a day quota, a budget", "p99 < 20 ms", _refusal_ms),
         ("its Retry-After right within 2 % or 1 s", "100 %", _retry_after),
         ("jobs late, of 1,000 due in a day, an hour, a minute", "0", _late),
         ("cost of those due in a day, over live", "<= 55 %", _tier_cost),

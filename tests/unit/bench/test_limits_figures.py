@@ -77,7 +77,7 @@ GOOD: dict[str, Any] = {
     "per_thousand": 1.0,
     "used": {"tokens:m:60s": 0.97, "requests:m:10s": 0.9},
 }
-REFUSED = {"waiting": 0, "p99_ms": 19.9, "true": 1.0, "wrong": "0"}
+REFUSED = {"by": "rate", "waiting": 0, "p99_ms": 19.9, "true": 1.0, "wrong": "0"}
 RATIOS = {
     "limits of usual units: Valkey CPU, us a permit": 1.1,
     "limits of usual units: clients' CPU, us a permit": 0.9,
@@ -139,8 +139,12 @@ def test_what_was_not_measured_is_not_ok() -> None:
             "two bands 89.0% of 217",
         ),
         ("refusals", {"rows": [REFUSED | {"p99_ms": 20.1}]}, "p99 20.1 ms"),
-        ("refusals", {"rows": [REFUSED | {"true": 0.999}]}, "behind 0: 99.9%"),
-        ("refusals", {"rows": [REFUSED | {"wrong": "1 x 503"}]}, "behind 0: 100.0%"),
+        ("refusals", {"rows": [REFUSED | {"true": 0.999}]}, "rate: 99.9%"),
+        (
+            "refusals",
+            {"rows": [REFUSED | {"waiting": 2, "wrong": "1 x 503"}]},
+            "rate behind 2: 100.0%",
+        ),
         ("tiers", ALL_GOOD["tiers"] | {"1 h": {"late": 1, "share": 0.5}}, "1 h 1"),
         ("tiers", ALL_GOOD["tiers"] | {"24 h": {"late": 0, "share": 0.56}}, "56.0%"),
         ("admission", {"ratios": RATIOS | {[*RATIOS][1]: 1.2}}, "clients' 1.20 x"),
