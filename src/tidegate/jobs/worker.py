@@ -291,6 +291,7 @@ class Worker:
         self._stages = Stages(self._tasks)
         # When an upstream was last called for jobs of a kind.
         self._called_at: dict[Kind, dict[str, float]] = {kind: {} for kind in Kind}
+        self._beating = asyncio.Lock()
         self._feeders = [
             Feeder(
                 store.notifications,
@@ -344,7 +345,7 @@ class Worker:
         beat_s = self._config.claim_lease_ms / 3000
         store = self._store
         await self._store_tolerant(store.queue.heartbeat)
-        each_beat = (store.queue.heartbeat, store.queue.retake_expired)
+        each_beat = (self._beat, store.queue.retake_expired)
         store.notifications.pool = self._pool
         when_due: tuple[tuple[Sign, Callable[[], Awaitable[object]]], ...] = (
             ("ripe", store.queue.maintain),
@@ -373,11 +374,19 @@ class Worker:
             await self._close_feeders(tasks[: len(self._feeders)])
             await self._drain()
             await asyncio.gather(*beside)
+            # A heartbeat that is cut off may reach the record after the word that this one left.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_CLAIM_S):
+                    await self._beating.acquire()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for last in (self._put_off.bring_all_back, self._store.queue.leave):
                 await self._store_tolerant(last)
+
+    async def _beat(self) -> None:
+        async with self._beating:
+            await self._store.queue.heartbeat()
 
     async def _close_feeders(self, running: list[asyncio.Task[None]]) -> None:
         """Not by cancelling, if it can be helped: jobs just claimed are returned immediately."""

@@ -12,6 +12,34 @@ from tests.waiting import promised_s, wait_until
 from tidegate.store.queue import JobQueue
 
 
+async def test_a_heartbeat_on_its_way_ends_before_the_worker_leaves(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off, it could reach the record afterwards, as of a worker that lives."""
+    gateway = await open_gateway(worker=False, claim_lease_ms=600)
+    beat, leave, done = JobQueue.heartbeat, JobQueue.leave, list[str]()
+    began, go = asyncio.Event(), asyncio.Event()
+    await gateway.start_ready_worker()
+
+    async def slow_beat(queue: JobQueue) -> None:
+        began.set()
+        await go.wait()
+        await beat(queue)
+        done.append("beat")
+
+    async def noted_leave(queue: JobQueue) -> None:
+        done.append("left")
+        await leave(queue)
+
+    monkeypatch.setattr(JobQueue, "leave", noted_leave)
+    monkeypatch.setattr(JobQueue, "heartbeat", slow_beat)
+    await began.wait()
+    asyncio.get_running_loop().call_later(0.05, go.set)
+    await gateway.stop_worker()
+    assert done == ["beat", "left"]
+    assert await gateway.database.fetchval("SELECT count(*) FROM workers") == 0
+
+
 async def test_running_jobs_finish_and_waiting_ones_are_free_at_once(
     open_gateway: Opener,
 ) -> None:
