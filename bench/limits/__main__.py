@@ -26,11 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from bench import budgets, grid, machine, verdicts
 from bench.limits import bars, promises
 from bench.limits.accounts import CONVERSATION, IMPORTED, PROVIDERS, MeasuredProvider
 from bench.limits.figures import LEARNING_CALLS, Book, binding, limit_uses, refusals
 from bench.limits.load import AgentLoad, MixedLoad
+from bench.limits.notice import Watch, refused_of, seen_limits
 from bench.limits.parts import Part, run_beside
 from bench.limits.stage import ANSWER_MS, LimitsStage, NotStarted, standing
 from tidegate.embedded.servers import ServerFailed
@@ -43,6 +46,7 @@ SCENARIOS = ("mix", "conversation", "changes", "import", *promises.MEASURED)
 ADMIN_KEY = "sk-admin-measured"
 _LEARN_WINDOWS = 6  # so long at most until the first calls have been answered
 _POLL_S = 0.2
+_LOOK_S = 1.0  # at what the gateway shows of limits
 _READINGS = 20  # of a window
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _ABOUT = "about"  # in a file of figures, where they come from
@@ -119,20 +123,39 @@ async def measure_changes(
     stage: LimitsStage, provider: MeasuredProvider, window_s: float, windows: int
 ) -> Figures:
     """Refusals in the first window after another consumer comes, and a tier falls, and per window
-    after that. No header tells of requests a minute at Groq, and of nothing at Gemini and Bedrock.
+    after that; and when each limit that binds shows it. No header tells of anything at Gemini and
+    Bedrock, and of requests a minute at Groq, but there of a day's.
     """
     load = MixedLoad(stage.gateway_url, provider.dialect, provider.models, stage.clients)
     found: Figures = {}
     changes = {"others": {"others_share": OTHERS_SHARE}, "tier": {"tier": NEW_TIER}}
-    async with EmulatorControl(stage.provider_url) as control, load:
+    async with (
+        EmulatorControl(stage.provider_url) as control,
+        load,
+        aiohttp.ClientSession() as session,
+    ):
+
+        async def watched(watch: Watch, for_s: float) -> Book:
+            until_s = time.monotonic() + for_s
+            while True:
+                book = await control.account()
+                watch.look(await seen_limits(session, stage.gateway_url), book)
+                if (left_s := until_s - time.monotonic()) <= 0:
+                    return book
+                await asyncio.sleep(min(_LOOK_S, left_s))
+
         await _until_learned(control, window_s)
         for name, change in changes.items():
-            start = (await control.set_account(**change))["refused"]
-            await asyncio.sleep(window_s)
-            noticed = (await control.account())["refused"]
-            await asyncio.sleep(windows * window_s)
-            end = (await control.account())["refused"]
-            found[name] = {"first": noticed - start, "later": (end - noticed) / windows}
+            before = await seen_limits(session, stage.gateway_url)
+            start = await control.set_account(**change)
+            watch = Watch(provider.binding(window_s), before, refused_of(start))
+            first = await watched(watch, window_s)
+            end = await watched(watch, windows * window_s)
+            found[name] = {
+                "first": first["refused"] - start["refused"],
+                "later": (end["refused"] - first["refused"]) / windows,
+                "noticed": watch.found(),
+            }
     found["statuses"] = dict(load.statuses)
     return found
 
@@ -186,6 +209,24 @@ def _mix_row(name: str, found: Figures) -> list[str]:
     ]
 
 
+def _change_rows(account: str, changes: Figures) -> list[list[str]]:
+    if "failed" in changes:
+        return [[account, changes["failed"], *[""] * 4]]
+    rows = []
+    for name in ("others", "tier"):
+        one = changes[name]
+        times = [
+            ", ".join(f"{limit} {_seconds(said[key])}" for limit, said in one["noticed"].items())
+            for key in ("after_s", "refused_after_s")
+        ]
+        rows.append([account, name, str(one["first"]), f"{one['later']:.1f}", *times])
+    return rows
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}"
+
+
 def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
     tables: list[grid.Grid] = []
     headers: Sequence[str]
@@ -220,15 +261,11 @@ def _tables(found: dict[str, Figures]) -> list[grid.Grid]:
     rows = []
     for measured, changes in found.items():
         if measured.startswith("changes"):
-            account = measured.partition(" ")[2]
-            rows += [
-                [account, name, str(changes[name]["first"]), f"{changes[name]['later']:.1f}"]
-                for name in ("others", "tier")
-                if name in changes
-            ] or [[account, changes.get("failed", ""), "", ""]]
+            rows += _change_rows(measured.partition(" ")[2], changes)
     if rows:
         headers = ("account", "change", "refused in its first window", "per window after")
-        tables.append(grid.Grid("An account that changes", headers, rows))
+        times = ("noticed after s", "first refused after s")
+        tables.append(grid.Grid("An account that changes", (*headers, *times), rows))
     return tables
 
 

@@ -19,6 +19,7 @@ TOKENS = 100_000
 OUTPUT = 5_000
 PLENTY = 100_000_000
 BASE_S = 10
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,17 @@ class MeasuredProvider:
 
     def account(self, window_s: float, **fields: Any) -> dict[str, Any]:
         return {"provider": self.name, "limits": self.limits(window_s), **fields}
+
+    def binding(self, window_s: float) -> dict[str, str]:
+        """The account's name of each limit that binds a class of models, by that of our policy."""
+        plenty = PLENTY / BASE_S
+        theirs = [
+            one
+            for one in self.limits(window_s)
+            if one["window_s"] <= window_s and one["bound"] / one["window_s"] < plenty
+        ]
+        names = [f"{one['unit']}:{one['models']}:{one['window_s']:g}s" for one in theirs]
+        return dict(zip(self.policy(round(window_s * 1000)), names, strict=True))
 
     def toml(self, window_s: float, upstream_url: str, *, at_first: bool = False) -> str:
         """The policy: one upstream with its limits; `at_first` as 0.1.0 has them."""
@@ -90,7 +102,8 @@ class TwoClasses:
     `small`.
 
     tokens, unit, rate: the bound of the former, as the account and as our policy count it. checked:
-    into how many parts the window of requests is cut. patterns: of the account, for both.
+    into how many parts the window of requests is cut. patterns: of the account, for both. a_day: of
+    requests, which binds none.
     """
 
     large: str
@@ -100,11 +113,19 @@ class TwoClasses:
     rate: str = "tpm"
     checked: int = 1
     patterns: tuple[str, str] | None = None
+    a_day: int = 0
 
     def limits(self, window_s: float) -> Limits:
         large, small = self.patterns or (self.large, self.small)
         requests_s = window_s / self.checked
+        of_days = [{"unit": "requests", "bound": self.a_day, "window_s": DAY_S}]
         return [
+            *(
+                {"models": models, **one}
+                for one in of_days
+                if self.a_day
+                for models in (large, small)
+            ),
             _limit(large, "requests", PLENTY, requests_s),
             _limit(large, self.unit, self.tokens, window_s),
             _limit(small, "requests", REQUESTS, requests_s),
@@ -127,7 +148,8 @@ _BEDROCK = TwoClasses(
     "anthropic.claude-haiku-4-5",
     patterns=("anthropic.claude-opus*", "anthropic.claude-haiku*"),
 )
-_GROQ = TwoClasses("llama-70b", "llama-8b", tokens=TOKENS // 5)
+# Its headers tell of a day's requests alone, of which there are 480 times those of a minute.
+_GROQ = TwoClasses("llama-70b", "llama-8b", tokens=TOKENS // 5, a_day=480 * 6 * REQUESTS)
 
 OPUS = ("claude-opus-4-5", "claude-opus-4-6")
 

@@ -7,6 +7,7 @@ missed, and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from typing import Any
 
 from bench.verdicts import Bar, Judge, Verdict, judged
@@ -15,6 +16,8 @@ Figures = Mapping[str, Any]
 Found = Mapping[str, Figures]
 
 MINUTE_S = 60.0
+# Accounts whose answers tell nothing of their limits.
+UNTOLD = ("gemini", "bedrock")
 # What passed of agents' cached conversations with the limits of 0.1.0, over the bound (`--at-first
 # --window 60`, of the code before limits could say more).
 ITPM_OF_BOUND_AT_FIRST = 0.98
@@ -117,6 +120,27 @@ def _after_changes(found: Found) -> tuple[str, bool]:
     return _shown(values, lambda value: f"{value:.1f}"), max(values.values()) <= 1
 
 
+def _noticed(found: Found) -> tuple[str, bool]:
+    """Since a change came; of accounts whose answers tell nothing, since its first refusal, if that
+    was later than a minute: until then it took nothing."""
+    shown, holds = {}, True
+    for name, figures in _those(found, "changes").items():
+        for change in ("others", "tier"):
+            each = [_until_noticed(name, one) for one in figures[change]["noticed"].values()]
+            shown[f"{name} {change}".strip()] = max(each)
+            holds = holds and max(each) < MINUTE_S
+    return _shown(shown, lambda value: f"{value:.0f}" if value < inf else "never"), holds
+
+
+def _until_noticed(account: str, figures: Mapping[str, float | None]) -> float:
+    after_s, refused_s = figures["after_s"], figures["refused_after_s"]
+    if after_s is None:
+        return inf
+    if account in UNTOLD and refused_s is not None and after_s >= refused_s >= MINUTE_S:
+        return after_s - refused_s
+    return after_s
+
+
 def _durability(found: Found) -> tuple[str, bool]:
     """Measured, without a bar."""
     costs = _those(found, "durability")[""]["costs"]
@@ -200,6 +224,7 @@ def _bars() -> Iterator[Bar[Found]]:
         ("`limits import --apply` of an empty policy", "< 5 s", _import_s),
         ("refused from then on", "0", _import_refused),
         ("refused a minute, one after others or a lower tier came", "<= 1", _after_changes),
+        ("seconds until others or a lower tier are noticed", "< 60", _noticed),
         ("budgets: micro-dollars over, whatever dies", "0", _tested("budgets")),
         ("what durability costs an admission, p50 / p99", "measured", _durability),
         ("books of a day with kills: not explained", "0", _tested("books")),

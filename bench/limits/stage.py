@@ -28,6 +28,7 @@ from tidegate.emulator.__main__ import BEHAVIOUR_VARIABLE
 
 APIS, WORKERS = 2, 2
 READY_S = 60.0
+OPERATORS_KEY = "the-operator-of-a-measured-gateway"
 WAIT_MS = 300_000  # of a live call, so that the backlog stays full
 ANSWER_MS = 60.0  # until an answer begins; longer ones need as many more clients
 BEHAVIOUR = {
@@ -89,7 +90,11 @@ def standing(
         try:
             upstream_url = provider_url + _BASES[provider.dialect]
             policy = provider.toml(window_s, upstream_url, at_first=at_first)
-            settings = {"STREAM_WAIT_MS": str(WAIT_MS), KEY_VARIABLE: "measured"}
+            settings = {
+                "STREAM_WAIT_MS": str(WAIT_MS),
+                KEY_VARIABLE: "measured",
+                "ADMIN_TOKEN": OPERATORS_KEY,
+            }
             with Product(
                 provider_url, apis=APIS, workers=WORKERS, policy=policy, settings=settings
             ) as product:

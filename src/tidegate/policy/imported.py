@@ -1,4 +1,5 @@
-"""Import of a provider's account limits: classes of models, ids of limits, the change of a policy.
+"""Import of a provider's account limits: classes of models, ids of limits, the change of a policy;
+and the change that accepts limits which answers have told.
 
 A class of models with common limits becomes one limit of each sort: by a pattern such as
 `claude-opus-4*` where one fits the class and no other model of the account, else by its names with
@@ -11,11 +12,11 @@ Pure. Invariant: two imports of the same limits make the same change, whatever t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, NotFound
 from tidegate.limiter import Unit
 from tidegate.policy.format import (
     MEASURES,
@@ -27,8 +28,11 @@ from tidegate.policy.format import (
     source_of,
     whom_it_binds,
 )
+from tidegate.policy.learned import LearnedLimit
 from tidegate.policy.providers import filled
 
+# Azure's header of requests is of 10 s; a limit of a minute has six times as many.
+_AZURE_SPANS = 6
 _LONGEST_NAME = 200
 # The date of a snapshot: gpt-4o-2024-08-06, claude-haiku-4-5-20251001.
 _DATE = re.compile(r"-2\d{3}-?\d\d-?\d\d$")
@@ -190,3 +194,33 @@ def _measured(limit_id: str) -> tuple[str | None, str, int | None]:
     if measure is None:
         return limit_id, "", None
     return whom_it_binds(limit_id), _ALIKE.get(measure.unit, measure.unit), measure.window_ms
+
+
+def acceptance(found: Iterable[LearnedLimit], names: Collection[str], provider: str) -> Edit:
+    """The change that puts learned bounds in force: of these limits, or of all that differ where
+    none is named. What else a limit in force says stays. Raises NotFound for one that was not
+    learned, and where nothing differs."""
+    known = {one.limit: one for one in found}
+    for name in names:
+        if name not in known:
+            raise NotFound(f"nothing is learned of a limit {name}")
+    chosen = [one for one in known.values() if one.limit in names or not names]
+    differing = [one for one in chosen if one.drift != "same"]
+    if not differing:
+        raise NotFound("no limit in force differs from what is learned")
+    return lambda plain: {**plain, "limits": _with_learned(plain["limits"], differing, provider)}
+
+
+def _with_learned(limits: Plain, found: Iterable[LearnedLimit], provider: str) -> Plain:
+    changed = dict(limits)
+    for one in found:
+        now = changed.get(one.limit)
+        if isinstance(now, Mapping):
+            changed[one.limit] = {**now, "bound": one.bound}
+        elif now is not None:
+            changed[one.limit] = one.bound
+        else:
+            spans = _AZURE_SPANS if provider == "azure" and one.limit.startswith("rpm:") else 1
+            value = {"bound": one.bound * spans, "source": "learned"}
+            changed |= filled({one.limit: value}, provider)
+    return changed

@@ -50,7 +50,8 @@ from tidegate.policy.format import (
     to_plain,
     whom_it_binds,
 )
-from tidegate.policy.learned import LearnedLimit, acceptance, shared_limits
+from tidegate.policy.imported import acceptance
+from tidegate.policy.learned import LearnedLimit, shared_limits
 from tidegate.policy.rollout import PolicyKeeper, Revision
 from tidegate.store.batches import BatchStand
 from tidegate.store.requests import ActiveRequests, JobsAhead, RunningCall, Whereabouts

@@ -11,35 +11,28 @@ has it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from math import inf
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from tidegate.errors import NotFound
 from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate
 from tidegate.policy.format import (
     MEASURES,
-    Edit,
-    Plain,
     binds_model,
     is_in_group,
     plain_limit,
     source_of,
     whom_it_binds,
 )
-from tidegate.policy.providers import filled
 
 MOST_READERS = 100
 # Answers that come so soon after a refusal were made before it, maybe under another bound.
 REFUSED_S = 1.0
 _ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
-# Azure's header of requests is of 10 s; a limit of a minute has six times as many.
-_AZURE_SPANS = 6
-
 Drift = Literal["new", "rose", "fell", "same"]
 
 
@@ -97,7 +90,7 @@ class LearnedNote:
 class LearnedLimit:
     """A limit as the provider reports it. bound: in the window of the limit in force, if there is
     one; in_force: its bound. others_share: of the bound, what others on the account take. model:
-    empty where refusals alone show others; then the bound is the one in force."""
+    empty where no answer tells of the limit itself; then the bound is the one in force."""
 
     limit: str
     model: str
@@ -202,6 +195,26 @@ def newest(notes: Iterable[LearnedNote], match: LimitMatch) -> dict[str, HeaderR
     return found
 
 
+def readings_of_days(
+    notes: Iterable[LearnedNote], match: LimitMatch, told: Container[str]
+) -> dict[str, HeaderReading]:
+    """The newest reading of a day's requests, by the rate of requests in force that has the same
+    calls; without the rates that answers have `told` of themselves. Of a rate of several models
+    that answers tell of there is none: their days may be one or several."""
+    found: dict[str, dict[str, HeaderReading]] = {}
+    for note in notes:
+        for one in note.readings:
+            if one.scope != "rpd" or one.bound <= 0:
+                continue
+            name = match.of(replace(one, scope="rpm"))
+            if name is None or name in told:
+                continue
+            of_models = found.setdefault(name, {})
+            if one.model not in of_models or of_models[one.model].at < one.at:
+                of_models[one.model] = one
+    return {name: one for name, each in found.items() if len(each) == 1 for one in each.values()}
+
+
 def _stands_until(reading: HeaderReading) -> float:
     return reading.at + (REFUSED_S if reading.remaining == 0 else 0.0)
 
@@ -209,7 +222,7 @@ def _stands_until(reading: HeaderReading) -> float:
 def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[LearnedLimit]:
     """Of all processes, beside the policy in force."""
     others = {one.limit: one for note in notes for one in note.others}
-    found, readings = _refused_limits(notes, match), newest(notes, match)
+    found, readings = _untold_limits(notes, match), newest(notes, match)
     for name, reading in sorted(readings.items()):
         limit = match.policy.limit(name)
         bound = reading.bound if limit is None else match.bound_for(reading, name)
@@ -225,18 +238,19 @@ def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[Le
     return [found[name] for name in sorted(found)]
 
 
-def _refused_limits(notes: Collection[LearnedNote], match: LimitMatch) -> dict[str, LearnedLimit]:
-    """Those in force of which refusals show others."""
-    others = {one.limit: one for note in notes for one in note.others}
-    last = sorted((one for note in notes for one in note.refusals), key=lambda one: one.at)
+def _untold_limits(notes: Collection[LearnedNote], match: LimitMatch) -> dict[str, LearnedLimit]:
+    """Those in force of which no answer tells, but refusals or the day's bound show others."""
+    refusals = sorted((one for note in notes for one in note.refusals), key=lambda one: one.at)
+    days = readings_of_days(notes, match, ())
+    last = {name: one.at for name, one in days.items()} | {one.limit: one.at for one in refusals}
     found = {}
-    for name, at in {one.limit: one.at for one in last}.items():
-        limit = match.policy.limit(name)
-        if limit is None or not limit.bound or name not in others:
+    for one in (each for note in notes for each in note.others):
+        name, limit = one.limit, match.policy.limit(one.limit)
+        if limit is None or not limit.bound or name not in last:
             continue
         bound, source = limit.bound, source_of(plain_limit(name, limit))
-        share = _share(others[name].amount / bound)
-        found[name] = LearnedLimit(name, "", bound, bound, "same", source, share, _said_at(at))
+        share, at = _share(one.amount / bound), _said_at(last[name])
+        found[name] = LearnedLimit(name, "", bound, bound, "same", source, share, at)
     return found
 
 
@@ -260,36 +274,6 @@ def _drift(bound: int, in_force: int | None) -> Drift:
     if bound == in_force:
         return "same"
     return "rose" if bound > in_force else "fell"
-
-
-def acceptance(found: Iterable[LearnedLimit], names: Collection[str], provider: str) -> Edit:
-    """The change that puts learned bounds in force: of these limits, or of all that differ where
-    none is named. What else a limit in force says stays. Raises NotFound for one that was not
-    learned, and where nothing differs."""
-    known = {one.limit: one for one in found}
-    for name in names:
-        if name not in known:
-            raise NotFound(f"nothing is learned of a limit {name}")
-    chosen = [one for one in known.values() if one.limit in names or not names]
-    differing = [one for one in chosen if one.drift != "same"]
-    if not differing:
-        raise NotFound("no limit in force differs from what is learned")
-    return lambda plain: {**plain, "limits": _with_learned(plain["limits"], differing, provider)}
-
-
-def _with_learned(limits: Plain, found: Iterable[LearnedLimit], provider: str) -> Plain:
-    changed = dict(limits)
-    for one in found:
-        now = changed.get(one.limit)
-        if isinstance(now, Mapping):
-            changed[one.limit] = {**now, "bound": one.bound}
-        elif now is not None:
-            changed[one.limit] = one.bound
-        else:
-            spans = _AZURE_SPANS if provider == "azure" and one.limit.startswith("rpm:") else 1
-            value = {"bound": one.bound * spans, "source": "learned"}
-            changed |= filled({one.limit: value}, provider)
-    return changed
 
 
 # Shares of a bound: others are noticed from the first on, and gone below the second; the third is
@@ -318,7 +302,8 @@ UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
 # more than was taken, and the second.
 REFUSED_MORE, REFUSED_MOST = 0.1, 0.2
 # For so many windows after a refusal calls come evenly, where so large a share of the bound is
-# used: a window frees together what came together, and all of that may be refused together.
+# used: a window frees together what came together, and all of that may be refused together. Where
+# refusals alone show others, they do for as long as one counts, since the next one will follow.
 EVEN_WINDOWS, NEARLY_FULL = 2.0, 0.9
 # For how long a bound that a refusal stated is kept to: who does so is not refused, and would never
 # hear that it rose.
@@ -389,6 +374,8 @@ class AccountUse:
     beginning, and come with its answer: they are compared with what the pool counted then. After a
     refusal more is kept free in a window, since answers may tell of too little.
     refills: whether the limit is a bucket, where its readings do not show that it begins again.
+    A limit of which no answer tells can have the same calls as a day's bound, of which each does:
+    then that shows what others take, but not what remains.
     """
 
     window_s: float
@@ -398,6 +385,7 @@ class AccountUse:
     acts: bool = False
     _more: float = 0.0
     _last: HeaderReading | None = None
+    _last_of_day: HeaderReading | None = None  # where there is no other
     # Of when two answers were, and what was used between them.
     _used: deque[tuple[float, float, float]] = field(default_factory=deque)
     _windows: deque[_Window] = field(default_factory=deque)
@@ -435,14 +423,32 @@ class AccountUse:
             return
         if last is None or last.remaining is None or not is_comparable:
             return
-        passed_s = reading.at - last.at
-        if passed_s > self.window_s:
+        if (passed_s := reading.at - last.at) > self.window_s:
             return
         before = self._left_at(last, last.remaining)
         used = before - self._left_at(reading, reading.remaining)
-        refilled = reading.bound * passed_s / self.window_s
-        used += min(refilled, max(0.0, reading.bound - before))
+        used += _refilled_to(reading, before, self.window_s * 1000, passed_s)
         self._used.append((last.at, reading.at, used))
+
+    def read_day(self, reading: HeaderReading | None) -> None:
+        """The same of a day's bound that refills evenly, where no answer tells of the limit; None
+        where none tells of the day either."""
+        last = self._last_of_day
+        if reading is None or not _refills_in_a_day(reading):
+            self._last_of_day = None
+            if last is not None:
+                self._used.clear()
+            return
+        is_known = last is not None and reading.at <= last.at
+        if self.is_told or is_known or reading.came_at - reading.at > MOST_LATE_S:
+            return
+        self._last_of_day = reading
+        if last is None or last.remaining is None or last.bound != reading.bound:
+            return
+        if (passed_s := reading.at - last.at) <= self.window_s:
+            used = float(last.remaining - (reading.remaining or 0))
+            used += _refilled_to(reading, last.remaining, _DAY_MS, passed_s)
+            self._used.append((last.at, reading.at, used))
 
     def refuse(self, at: float, reset_s: float | None = None) -> None:
         """Take a refusal of a call that fits our own count. Others who take little before a backlog
@@ -475,6 +481,10 @@ class AccountUse:
         """Whether an answer has told of the limit."""
         return self._last is not None
 
+    @property
+    def _newest(self) -> HeaderReading | None:
+        return self._last_of_day if self._last is None else self._last
+
     def is_careful(self, now: float) -> bool:
         """Whether a refusal is so near that what others take counts however little it is."""
         return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
@@ -482,7 +492,8 @@ class AccountUse:
     def ramp_ms(self, now: float, used: int, in_force: int) -> int | None:
         """In which time as much as the bound is to be admitted, evenly; None where calls may come
         as they fit. Nobody ends what was begun, so that it is no longer than a refusal counts."""
-        is_near = now < self._refused_at + EVEN_WINDOWS * self.window_s
+        for_s = (EVEN_WINDOWS if self.is_told else CAREFUL_WINDOWS) * self.window_s
+        is_near = now < self._refused_at + for_s
         if not is_near or used < NEARLY_FULL * in_force:
             return None
         windows = min(in_force / max(1, in_force - self.kept(now)), CAREFUL_WINDOWS)
@@ -556,10 +567,14 @@ class AccountUse:
         self._refused_at, self._cut = now, min(before.amount / max(1, bound), MOST_UNTOLD_CUT)
 
     def taken_by_others(self, now: float, bound: int) -> int:
-        """In a window, as far as it is known: 0 where it is too little to act on."""
+        """In a window, as far as it is known: 0 where it is too little to act on. Where no answer
+        tells of it, or what others got before our backlog took the rest, refusals tell more."""
+        others, refused = self.others if self.acts else 0.0, self._cut_at(now) * bound
         if not self.is_told:
-            return round(self._cut_at(now) * bound)
-        return round(self.others) if self.acts else 0
+            others += refused
+        elif self._windows:
+            others = max(others, refused)
+        return round(min(others, bound))
 
     def _remember_evenly(self, kept: int, now: float, *, made_at: float) -> None:
         part_s = self.span_s / _PARTS
@@ -702,7 +717,7 @@ class AccountUse:
 
     def _start_over(self, now: float) -> None:
         """The clock was set back: what is remembered is of times that are yet to come."""
-        kept, self._last = self.kept(self._looks[-1].at), None
+        kept, self._last, self._last_of_day = self.kept(self._looks[-1].at), None, None
         self.forgive()
         for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):
             remembered.clear()
@@ -711,10 +726,13 @@ class AccountUse:
     def _notice(self, now: float, lower: int) -> None:
         """Compare what all have used in the last window that answers tell of with what is ours of
         it. Without answers, as in a pause, others are taken to go on for as long as it may last."""
-        silent_s = 0.0 if self._last is None else now - self._last.came_at
+        last = self._newest
+        if last is None and not self.acts:  # there is nothing to compare
+            return
+        silent_s = 0.0 if last is None else now - last.came_at
         if READ_LATE_S < silent_s <= _MOST_WINDOWS * self.window_s:
             return
-        until = now if self._last is None or silent_s > READ_LATE_S else min(now, self._last.at)
+        until = now if last is None or silent_s > READ_LATE_S else min(now, last.at)
         if (since := self.since) is not None:
             by_others: float | None = self._in_windows(now, since)
         else:
@@ -834,26 +852,20 @@ def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None
         return None
     age_ms = (now - reading.at) * 1000
     window_ms, reset_ms = reading.window_ms, reading.reset_ms
-    if reset_ms is None and (window_ms is None or 1 / NEAR < window_ms / _DAY_MS < NEAR):
+    if reset_ms is None and (window_ms is None or _refills_in_a_day(reading)):
         return reading.remaining + reading.bound * (left_ms + age_ms) / _DAY_MS
     if reset_ms is None:
         reset_ms = (window_ms or 0) * (reading.bound - reading.remaining) / reading.bound
     return reading.remaining + (reading.bound if reset_ms - age_ms < left_ms else 0)
 
 
-class Confirmations:
-    """Since when each limit is reported with one bound, beside one bound in force."""
+def _refills_in_a_day(reading: HeaderReading) -> bool:
+    """Whether its header implies so."""
+    is_bucket = reading.reset_ms is None and reading.remaining is not None
+    return is_bucket and 1 / NEAR < (reading.window_ms or 0.0) / _DAY_MS < NEAR
 
-    def __init__(self, for_s: float) -> None:
-        self._for_s = for_s
-        self._seen: dict[str, tuple[int, int | None, float]] = {}
 
-    def take(self, one: LearnedLimit, now: float) -> bool:
-        """Whether an answer of `for_s` or more after a bound was first seen still reports it. What
-        answers of before a change of the limit in force report is no reason to change it back."""
-        at = datetime.fromisoformat(one.at).timestamp()
-        bound, in_force, since = self._seen.get(one.limit, (0, None, now))
-        if (bound, in_force) != (one.bound, one.in_force):
-            self._seen[one.limit] = one.bound, one.in_force, max(now, at)
-            return False
-        return at - since >= self._for_s
+def _refilled_to(reading: HeaderReading, before: float, window_ms: float, passed_s: float) -> float:
+    """How much of a bucket has refilled until a reading. before: what remained then."""
+    refilled = reading.bound * passed_s * 1000 / window_ms
+    return min(refilled, max(0.0, reading.bound - before))

@@ -34,6 +34,7 @@ from tidegate.errors import ConfigError, LimiterUnavailable, StatedBound, StoreU
 from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
 from tidegate.policy.deployment import Learn
 from tidegate.policy.format import is_of_models, is_pattern, plain_model
+from tidegate.policy.imported import acceptance
 from tidegate.policy.learned import (
     CAREFUL_WINDOWS,
     LEAST_WINDOW_S,
@@ -43,7 +44,6 @@ from tidegate.policy.learned import (
     REFUSED_S,
     STATED_S,
     AccountUse,
-    Confirmations,
     DayUse,
     HeaderReading,
     LearnedLimit,
@@ -51,9 +51,9 @@ from tidegate.policy.learned import (
     LimitMatch,
     OthersUse,
     RefusedLimit,
-    acceptance,
     learned_limits,
     newest,
+    readings_of_days,
     unpacked_note,
 )
 from tidegate.policy.rollout import PolicyKeeper
@@ -450,6 +450,24 @@ def _implied_ms(one: RateStatus) -> float | None:
     return one.reset_ms * one.limit / used if used > 0 else None
 
 
+class Confirmations:
+    """Since when each limit is reported with one bound, beside one bound in force."""
+
+    def __init__(self, for_s: float) -> None:
+        self._for_s = for_s
+        self._seen: dict[str, tuple[int, int | None, float]] = {}
+
+    def take(self, one: LearnedLimit, now: float) -> bool:
+        """Whether an answer of `for_s` or more after a bound was first seen still reports it. What
+        answers of before a change of the limit in force report is no reason to change it back."""
+        at = datetime.fromisoformat(one.at).timestamp()
+        bound, in_force, since = self._seen.get(one.limit, (0, None, now))
+        if (bound, in_force) != (one.bound, one.in_force):
+            self._seen[one.limit] = one.bound, one.in_force, max(now, at)
+            return False
+        return at - since >= self._for_s
+
+
 class LimitLearner:
     """One per process and upstream."""
 
@@ -557,6 +575,11 @@ class LimitLearner:
         """before: what others knew, as this process has heard."""
         readings = newest(notes.values(), match)
         self._read(readings, match, before)
+        days = readings_of_days(notes.values(), match, readings)
+        for name, of_day in days.items():
+            self._use_of(name, match, before, of_day)
+        for name, rate in self._uses.items():
+            rate.read_day(days.get(name))
         refusals = [one for note in notes.values() for one in note.refusals]
         self._take_refusals(refusals, match, before, readings)
         now = self._clock()

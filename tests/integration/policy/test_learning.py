@@ -317,6 +317,47 @@ async def test_others_on_a_days_bound_are_noticed_and_it_is_learned(
         await wait_until(kept, 10, "room that is kept free for the day")
 
 
+async def test_others_in_a_minute_are_noticed_by_a_days_requests(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """Groq's headers tell of a day's requests, and of none a minute."""
+    async with run_emulator() as provider:
+        limits = [
+            {"models": "*", "unit": "requests", "bound": 600},
+            {"models": "*", "unit": "requests", "bound": 20_000, "window_s": 86_400},
+        ]
+        await provider.control.set_account(provider="groq", limits=limits)
+        own = '[upstreams.oai.limits]\n"rpm:gpt-*" = 600'
+        path = policy_file(tmp_path, provider.url, own)
+        path.write_text(path.read_text().replace('"openai"', '"groq"\nkey = "OPENAI_API_KEY"'))
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+
+        async def others_share() -> float:
+            assert await call(gateway) == 200
+            found = (await learned(gateway)).get("rpm:gpt-*")
+            return 0.0 if found is None else found.others_share
+
+        async def is_known() -> bool:
+            return "rpd:gpt-5" in await learned(gateway)
+
+        assert await call(gateway) == 200
+        await wait_until(is_known, 20, "what the headers said")
+        for _ in range(180):  # another consumer
+            headers = {"Authorization": "Bearer sk-of-calls"}
+            url, body = f"{provider.url}/v1/chat/completions", {"model": "gpt-5"}
+            async with gateway.http.post(
+                url, json={**body, "messages": MESSAGES}, headers=headers
+            ) as answer:
+                assert answer.status == 200
+
+        async def noticed() -> bool:
+            return await others_share() >= 0.1  # calls of ours after an answer count as ours
+
+        await wait_until(noticed, 20, "others of the account")
+        shown = await command(gateway, "show")
+        assert "others on the account take" in shown.said
+
+
 async def test_the_account_of_the_gemini_key_learns_where_its_server_tells(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
@@ -421,8 +462,7 @@ async def test_after_a_refusal_room_is_kept_free_for_what_our_count_lacks(
         await learning.look()
         assert await used(limiter) <= room, "a call that was under way"
         (shown,) = await shared_limits(limiter, "")
-        told_share = 0.0 if is_told else UNTOLD_CUT
-        assert shown.others_share == pytest.approx(told_share, abs=0.005)
+        assert shown.others_share == pytest.approx(CUT if is_told else UNTOLD_CUT, abs=0.005)
         assert (shown.drift, bool(shown.model)) == ("same", is_told)
         raised = PoolPolicy({"tpm:gpt-5": replace(limit, bound=600_000)}, lease_ms=600, revision=2)
         await limiter.set_policy(raised)

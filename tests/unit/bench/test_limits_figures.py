@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from bench.limits.accounts import CONVERSATION, KEY_VARIABLE, PROVIDERS, MeasuredProvider
+from bench.limits.accounts import CONVERSATION, DAY_S, KEY_VARIABLE, PROVIDERS, MeasuredProvider
 from bench.limits.bars import ITPM_OF_BOUND_AT_FIRST, verdicts
 from bench.limits.figures import LimitUse, binding, limit_uses, refusals
 from bench.limits.load import drawn, mix
+from bench.limits.notice import SeenLimit, Watch
 from bench.verdicts import MISSED
 from tidegate.emulator.account import AccountSpec
 from tidegate.policy.deployment import deployment_of
@@ -83,11 +84,13 @@ RATIOS = {
     "limits of usual units: clients' CPU, us a permit": 0.9,
     "limits of all units, against usual ones: Valkey CPU, us a permit": 1.5,
 }
+NOTICED: dict[str, float | None] = {"after_s": 59.9, "refused_after_s": None}
+CHANGE = {"first": 9, "later": 1.0, "noticed": {"tpm:m": NOTICED}}
 ALL_GOOD: dict[str, dict[str, Any]] = {
     "mix openai": GOOD,
     "conversation": {**GOOD, "itpm_of_bound": 8 * ITPM_OF_BOUND_AT_FIRST},
     "import openai": {"took_s": 4.9, "refused": 0, "calls": 900},
-    "changes openai": {name: {"first": 9, "later": 1.0} for name in ("others", "tier")},
+    "changes openai": dict.fromkeys(("others", "tier"), CHANGE),
     "durability": {
         "costs": [
             {"budgets": name, "at_once": 1, "p50_ms": 0.2, "p99_ms": 0.5}
@@ -102,12 +105,22 @@ ALL_GOOD: dict[str, dict[str, Any]] = {
 }
 
 
+def changed(after_s: float | None, refused_after_s: float) -> dict[str, Any]:
+    """One limit of two is noticed so late, of an account of which others come."""
+    late = {"after_s": after_s, "refused_after_s": refused_after_s}
+    return {"others": CHANGE | {"noticed": {"tpm:m": NOTICED, "rpm:n": late}}, "tier": CHANGE}
+
+
 def missed(found: dict[str, dict[str, Any]]) -> list[str]:
     return [f"{one.figure}: {one.ours}" for one in verdicts(found) if one.verdict == MISSED]
 
 
 def test_figures_within_their_bars_miss_none() -> None:
     assert {one.verdict for one in verdicts(ALL_GOOD)} == {"ok"}
+
+
+def test_where_answers_tell_nothing_nobody_is_noticed_before_the_first_refusal() -> None:
+    assert missed({**ALL_GOOD, "changes bedrock": changed(70.0, 69.0)}) == []
 
 
 def test_what_was_not_measured_is_not_ok() -> None:
@@ -126,9 +139,13 @@ def test_what_was_not_measured_is_not_ok() -> None:
         ("conversation", {**GOOD, "itpm_of_bound": 1.96}, "2.0 x"),
         (
             "changes groq",
-            {"others": {"first": 0, "later": 2.0}, "tier": {"first": 0, "later": 0.0}},
+            {"others": CHANGE | {"later": 2.0}, "tier": CHANGE | {"later": 0.0}},
             "openai others 1.0, openai tier 1.0, groq others 2.0, groq tier 0.0",
         ),
+        ("changes groq", changed(70.0, 69.0), "groq others 70, groq tier 60"),
+        ("changes groq", changed(None, 69.0), "groq others never"),
+        ("changes bedrock", changed(130.0, 69.0), "bedrock others 61"),
+        ("changes bedrock", changed(61.0, 59.0), "bedrock others 61"),
         ("books", {"budgets": "failed: 1 over", "books": "1 passed"}, "failed: 1 over"),
         (
             "waits",
@@ -202,9 +219,54 @@ def test_the_policy_has_the_accounts_bounds(provider: MeasuredProvider, window_s
             one
             for one in spec.limits
             if one.unit in UNITS[rate] and (models == one.models or one.binds(models))
+            if one.window_s < DAY_S
         ]
+        assert meant.name == provider.binding(window_s)[name]
         assert limit["bound"] == pytest.approx(meant.bound, abs=1)
         assert limit["window_ms"] == pytest.approx(meant.window_s * 1000, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("before", "seen", "shows"),
+    [
+        (SeenLimit(), SeenLimit(1.0, 0.05), True),
+        (SeenLimit(), SeenLimit(1.0, 0.04), False),
+        (SeenLimit(1.0, 0.3), SeenLimit(1.0, 0.33), False),
+        (SeenLimit(1.0, 0.3), SeenLimit(None, 0.5), True),
+        (SeenLimit(1.0, 0.3), SeenLimit(0.5, 0.0), True),
+        (SeenLimit(0.5), SeenLimit(0.5), False),
+        (SeenLimit(1.0, 0.3), SeenLimit(), False),
+    ],
+)
+def test_a_change_shows_by_the_bound_or_the_share_of_others(
+    before: SeenLimit, seen: SeenLimit, shows: bool
+) -> None:
+    assert seen.shows_less(before) == shows
+
+
+def test_of_each_limit_the_first_sight_and_the_first_refusal_are_kept() -> None:
+    refused = {"tokens:m:60s": 2, "requests:n:60s": 0}
+
+    def book_of(**more: int) -> dict[str, Any]:
+        limits = [
+            {"name": name, "refused": count + more.get(name[:1], 0)}
+            for name, count in refused.items()
+        ]
+        return {"limits": limits}
+
+    watch = Watch(dict(zip(("tpm:m", "rpm:n"), refused, strict=True)), {}, refused)
+    watch.look({}, book_of())
+    nothing = {"after_s": None, "refused_after_s": None, "refused": ()}
+    assert watch.found() == {"tpm:m": nothing, "rpm:n": nothing}
+    watch.look({"tpm:m": SeenLimit(1.0, 0.2)}, book_of(t=1))
+    first = watch.found()
+    assert first["rpm:n"] == nothing
+    assert None not in first["tpm:m"].values()
+    watch.look({"tpm:m": SeenLimit(0.5, 0.3)}, book_of(t=5, r=1))
+    last = watch.found()["tpm:m"]
+    assert [count for _, count in last["refused"]] == [1, 4]
+    assert first["tpm:m"] == last | {"refused": last["refused"][:1]}
+    assert watch.found()["rpm:n"]["refused_after_s"] is not None
 
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])

@@ -14,10 +14,10 @@ from tidegate.errors import NotFound
 from tidegate.limiter import PoolPolicy
 from tidegate.metrics.process import Note, packed, unpacked
 from tidegate.policy.format import of_plain, to_plain
+from tidegate.policy.imported import acceptance
 from tidegate.policy.learned import (
     RENEWED_S,
     AccountUse,
-    Confirmations,
     DayUse,
     HeaderReading,
     LearnedLimit,
@@ -25,10 +25,11 @@ from tidegate.policy.learned import (
     LimitMatch,
     OthersUse,
     RefusedLimit,
-    acceptance,
     learned_limits,
+    readings_of_days,
     unpacked_note,
 )
+from tidegate.spine.learning import Confirmations
 
 IMPORTED = {"bound": 80_000, "source": "imported"}
 READ = HeaderReading("gpt-5", "tpm", 60_000, 60_000, 100.0)
@@ -190,7 +191,7 @@ class Account:
         self.total = 0.0
         self.refused = self.admitted = 0
         self.use = AccountUse(window_s, window_s + 0.5, refills=True)
-        self.is_bucket, self.level = is_bucket, 0.0
+        self.is_bucket, self.level, self.tells_level = is_bucket, 0.0, True
         self.answers: deque[HeaderReading] = deque()
         self.late, self.every = late, every
         self.paused_until = 0.0
@@ -250,11 +251,10 @@ class Account:
         late = 0 if self.refused > refused else self.late
         if self.answers and self.answers[0].at <= clock_s - late:
             reading = replace(self.answers.popleft(), heard_at=clock_s)
-            self.told_bound = reading.bound
-            self.use.read(reading)
+            self.hear(reading)
         bound = self.told_bound
         taken, level = round(self.spent()), round(self.level)
-        if self.is_bucket:
+        if self.is_bucket and self.tells_level:
             due = self.use.level_due(clock_s, taken, level, self.in_force, bound)
         else:
             due = self.use.due(clock_s, taken, self.in_force, bound)
@@ -262,6 +262,10 @@ class Account:
             count_charge(self.counted, self.use, self.now, due)
             self.total += due
             self.level += due
+
+    def hear(self, reading: HeaderReading) -> None:
+        self.told_bound = reading.bound
+        self.use.read(reading)
 
     def run(self, seconds: int, wanted: int = 50, others: float = 0.0, error: float = 1.0) -> int:
         """How many calls were refused meanwhile."""
@@ -553,6 +557,65 @@ def test_a_backlog_that_comes_in_bursts_is_no_use_of_others(burst: int, late: in
         assert use.due(float(second), lately + earlier, bound, bound, lately=lately) == 0
 
 
+DAY = 2_000_000
+
+
+class DayAccount(Account):
+    """An account whose answers tell of a day's bound of the same calls, and not of its minute's."""
+
+    def __init__(self, bound: int) -> None:
+        super().__init__(bound, is_bucket=True)
+        self.day_used, self.refills, self.tells_level = 0.0, True, False
+
+    def take(self, amount: float) -> bool:
+        fits = super().take(amount)
+        self.day_used += amount if fits else 0.0
+        return fits
+
+    def second(self, wanted: int, others: float, error: float = 1.0) -> None:
+        self.day_used = max(0.0, self.day_used - self.refills * DAY / 86_400)
+        refused = self.refused
+        super().second(wanted, others, error)
+        if self.refused > refused:
+            self.use.refuse(self.now)
+
+    def hear(self, reading: HeaderReading) -> None:
+        day_ms, left = 86_400_000.0, DAY - round(self.day_used)
+        told = replace(reading, scope="rpd", bound=DAY, remaining=left, window_ms=day_ms)
+        if not self.refills:
+            told = replace(told, reset_ms=day_ms - self.now * 1000)
+        self.use.read_day(told)
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 10, 50])
+def test_a_days_bound_shows_no_others_where_there_are_none(wanted: int) -> None:
+    account = DayAccount(60_000)
+    assert account.run(300, wanted) == 0
+    assert account.use.taken_by_others(account.now, 60_000) == account.use.kept(account.now) == 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_a_days_bound_shows_others_of_a_minute_that_no_answer_tells_of(share: float) -> None:
+    account = DayAccount(60_000)
+    account.run(120)
+    account.run(60, others=share * 1000)
+    assert account.use.taken_by_others(account.now, 60_000) >= 0.6 * share * 60_000
+    before = account.admitted
+    assert account.run(600, others=share * 1000) == 0
+    used = (account.admitted - before) * 100 / 600_000
+    assert used >= 0.75 * (1 - share), "what the first refusals keep free ends slowly"
+    account.run(180)
+    assert account.use.taken_by_others(account.now, 60_000) == 0
+
+
+def test_a_day_that_begins_again_shows_nothing_of_a_minute() -> None:
+    """How much of it refills in a minute would be taken for others."""
+    account = DayAccount(60_000)
+    account.refills = False
+    assert account.run(120, 3, others=300) == 0
+    assert account.use.taken_by_others(account.now, 60_000) == 0
+
+
 def test_others_of_whom_refusals_alone_tell_are_named_with_their_limit() -> None:
     in_force = policy(itpm__gemini={"bound": 1_000, "source": "imported"}, rpm__gemini=100)
     refusals = (RefusedLimit("itpm:gemini", 60.0), RefusedLimit("itpm:gone", 70.0))
@@ -570,6 +633,20 @@ def test_others_of_whom_refusals_alone_tell_are_named_with_their_limit() -> None
         LimitMatch(in_force, "gemini"),
     )
     assert (told.model, told.bound, told.drift) == ("gemini", 900, "fell")
+
+
+def test_a_days_requests_tell_of_the_rate_that_has_the_same_calls() -> None:
+    match = LimitMatch(policy(rpm__m=30, **{"rpm__l*": 30}), "groq")
+    of_m, of_l = of_day(100), replace(of_day(100), model="l-8b")
+    notes = [LearnedNote((of_m, of_l)), LearnedNote((replace(of_m, at=90.0),))]
+    assert readings_of_days(notes, match, ()) == {"rpm:m": of_m, "rpm:l*": of_l}
+    assert readings_of_days(notes, match, {"rpm:m"}) == {"rpm:l*": of_l}
+    of_another = LearnedNote((replace(of_l, model="l-70b"),))
+    assert readings_of_days([*notes, of_another], match, ()) == {"rpm:m": of_m}
+    others = LearnedNote(others=(OthersUse("rpm:m", 10, 11),))
+    shown = {one.limit: one for one in learned_limits([*notes, others], match)}
+    assert (shown["rpm:m"].model, shown["rpm:m"].others_share) == ("", 0.333)
+    assert shown["rpm:m"].at == "1970-01-01T00:01:40+00:00"
 
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0

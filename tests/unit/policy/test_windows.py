@@ -20,6 +20,7 @@ from tidegate.policy.learned import (
     UNTOLD_CUT,
     UNTOLD_CUT_WINDOWS,
     AccountUse,
+    HeaderReading,
     OthersUse,
 )
 
@@ -206,16 +207,20 @@ def test_another_leader_goes_on_with_what_refusals_showed() -> None:
     assert other.due(now + 2.0, kept, bound, bound) <= 0.1 * kept
 
 
-def test_calls_come_evenly_for_two_windows_after_a_refusal_of_a_full_limit() -> None:
+@pytest.mark.parametrize("is_told", [True, False])
+def test_calls_come_evenly_for_some_windows_after_a_refusal_of_a_full_limit(is_told: bool) -> None:
     use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
+    if is_told:
+        use.read(HeaderReading("m", "tpm", bound, bound, 0.0))
     assert use.ramp_ms(0.0, bound, bound) is None
     use.refuse(0.0)
     kept = use.due(0.0, 0, bound, bound)
     evenly_ms = round(60_000 * bound / (bound - kept))
     assert use.ramp_ms(1.0, bound, bound) == evenly_ms > 60_000
     assert use.ramp_ms(1.0, round(NEARLY_FULL * bound) - 1, bound) is None, "there is room"
-    assert use.ramp_ms(EVEN_WINDOWS * 60.0 - 1, bound, bound) is not None
-    assert use.ramp_ms(EVEN_WINDOWS * 60.0, bound, bound) is None
+    ends_at = (EVEN_WINDOWS if is_told else CAREFUL_WINDOWS) * 60.0
+    assert use.ramp_ms(ends_at - 1, bound, bound) is not None
+    assert use.ramp_ms(ends_at, bound, bound) is None
 
 
 @pytest.mark.parametrize("stated", [1_000, 50, 1])

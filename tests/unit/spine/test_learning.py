@@ -15,12 +15,12 @@ from tidegate.emulator.account import AccountLimit, LimitReading
 from tidegate.emulator.counting import counter_of
 from tidegate.emulator.rate_limits import rate_limit_headers
 from tidegate.policy.format import of_plain
+from tidegate.policy.imported import acceptance
 from tidegate.policy.learned import (
     AccountUse,
     HeaderReading,
     LearnedNote,
     LimitMatch,
-    acceptance,
     learned_limits,
 )
 from tidegate.spine.learning import Announced, HeaderReader
