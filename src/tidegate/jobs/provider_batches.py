@@ -435,9 +435,11 @@ class ProviderBatchRunner:
             await self._give_back_all(batch, "lost", charge=UNKNOWN_CHARGE)
             return
         held, held_ms = replace(batch, problem=problem), max(self._poll_ms, wait_ms or 0)
-        if batch.state != "made":  # else they leave before it is created
-            held_ms = min(held_ms, await self._without_the_late(batch))
-        await self._batches.save(held, held_ms)
+        if batch.state == "made":  # they leave before it is created
+            left_ms = _until((await self._batches.open_lines(batch)).leave_at)
+        else:
+            left_ms = await self._without_the_late(batch)
+        await self._batches.save(held, min(held_ms, left_ms))
 
     async def _without_the_late(self, batch: UpstreamBatch) -> float:
         """Return the lines to the queue that have to be in a faster tier by now, though their batch
@@ -448,7 +450,7 @@ class ProviderBatchRunner:
                 if one.leave_at is not None and one.leave_at <= now:
                     await self._without_answer(batch, one, "no answer", UNKNOWN_CHARGE)
             leave_at = (await self._batches.open_lines(batch)).leave_at
-        return inf if leave_at is None else max(0.0, (leave_at - now).total_seconds() * 1000)
+        return _until(leave_at)
 
     async def _create(
         self, api: BatchApi, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None
@@ -786,6 +788,11 @@ def _without_batch(job: ClaimedJob) -> ClaimedJob:
 def _parked_until(revisit_at: datetime | None) -> datetime:
     latest = datetime.now(UTC) + timedelta(seconds=PARKED_S)
     return latest if revisit_at is None else min(latest, revisit_at)
+
+
+def _until(at: datetime | None) -> float:
+    """In ms; infinite where it is never."""
+    return inf if at is None else max(0.0, (at - datetime.now(UTC)).total_seconds() * 1000)
 
 
 def _outline(batch: UpstreamBatch) -> BatchOutline:

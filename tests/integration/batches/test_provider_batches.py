@@ -291,6 +291,23 @@ async def test_a_job_leaves_a_batch_in_time_though_the_batch_api_does_not_answer
     assert (await gateway.status(other))["status"] == "running", "has all the time"
 
 
+async def test_a_job_leaves_a_batch_in_time_that_the_provider_does_not_create_for_an_hour(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    quick = {"provider_batch_window_ms": 1_000, "provider_batch_cancel_ms": 100}
+    gateway = await opened(open_gateway, settings | quick)
+    await provider.control.set_fault(
+        "throttled", kind="other", match="POST /v1/files", retry_after_s=3_600
+    )
+    gateway.start_worker()
+    due: dict[str, Any] = {"tiers": ["batch"], "deadline_ms": 22_000}
+    job = await gateway.submit(**wrapped("openai", "Say hello"), **due)
+    await wait_until(partial(is_held, gateway))
+    record = await gateway.end_of(job)
+    assert (record["status"], record["attempts"], record["tier"]) == ("succeeded", 1, "live")
+    assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
+
+
 async def test_a_job_leaves_a_batch_sooner_once_more_jobs_come_before_it(
     open_gateway: Opener, settings: dict[str, Any], provider: Emulator
 ) -> None:
