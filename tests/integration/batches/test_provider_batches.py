@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.jobs import provider_batches
 from tidegate.jobs.provider_batches import MOST_BYTES
 from tidegate.prices.budgets import budget_of
+from tidegate.store.statistics import past_calls
 from tidegate.upstream.batch_api import BatchedCall, BatchOutline, OpenAIBatches
 from tidegate.upstream.fetch import ImageFetcher, refused
 
@@ -121,6 +123,23 @@ async def costs_half(gateway: Gateway, job: str) -> None:
     micros = (row["input_tokens"] * 0.15 + row["output_tokens"] * 0.60) / 2
     assert row["upstream"] == "openai"
     assert row["cost_micros"] == pytest.approx(micros, abs=1)
+
+
+async def test_a_rehearsal_takes_the_jobs_that_had_permits_of_its_pool(
+    open_gateway: Opener, settings: dict[str, Any]
+) -> None:
+    gateway, since = await opened(open_gateway, settings), datetime.now(UTC)
+    batched = await submitted(gateway, wrapped("openai", "Say hello"))
+    live = await gateway.submit(**wrapped("openai", "Say goodbye"))
+    prompt = await gateway.submit(data="Explain the tide", model=MODELS["openai"])
+    gateway.start_worker()
+    for job in (*batched, live, prompt):
+        assert (await gateway.end_of(job))["status"] == "succeeded"
+    found = {
+        pool: await past_calls(gateway.services.store.connections, pool, since, datetime.now(UTC))
+        for pool in ("openai", "gemini")
+    }
+    assert {pool: len(calls) for pool, calls in found.items()} == {"openai": 2, "gemini": 0}
 
 
 async def test_a_job_in_a_batch_shows_where_it_is(

@@ -23,6 +23,8 @@ DELETE FROM history WHERE step_s = $1 AND at < to_timestamp($2::float8)
 
 -- name: past_calls
 -- The last $4 calls of pool $1 that were submitted from $2 on and before $3, the newest first.
+-- Jobs and streams have the pool that they were queued in on record: permits were of that of their
+-- upstream. A call in a provider's batch had none.
 SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) AS upstream_ms,
     coalesce(input_tokens, 0) AS input_tokens,
     coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) AS output_tokens,
@@ -31,8 +33,11 @@ SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) 
     coalesce(images, 0) AS images, coalesce(cost_micros, 0) AS cost_micros, key_id, subject,
     (extract(epoch FROM admitted_at - submitted_at) * 1000)::float8 AS waited_ms
 FROM audit
-WHERE pool = $1 AND created_at >= $2 AND submitted_at >= $2 AND submitted_at < $3
+WHERE coalesce(nullif(upstream, ''), pool) = $1
+    AND created_at >= $2 AND submitted_at >= $2 AND submitted_at < $3
     AND admitted_at IS NOT NULL
+    AND NOT (source = 'job' AND EXISTS (
+        SELECT 1 FROM requests r WHERE r.id = audit.request_id AND r.tier = 'batch'))
 ORDER BY submitted_at DESC LIMIT $4
 
 -- name: latency_of_hours
