@@ -617,13 +617,15 @@ class _Front:
             await asyncio.sleep(every_s)
             if self._is_answering():
                 return
+            waited_ms = (time.monotonic() - self._received) * 1000
             piece = DIALECTS[self._dialect].keep_alive
             if shows and self._record.waits:
-                waited_ms = (time.monotonic() - self._received) * 1000
                 shown = await self._services.place_shown(self._record, waited_ms)
                 piece = DIALECTS[self._dialect].wait_event(shown)
                 if self._is_answering():
                     return
+            elif shows and not 0 < self._services.config.keep_alive_after_ms <= waited_ms:
+                continue  # it is admitted: a refusal of the provider is a real one
             if not self._head_sent:
                 stream_type = DIALECTS[self._dialect].stream_type
                 headers = [(_TYPE, stream_type), (b"cache-control", b"no-store")]

@@ -385,6 +385,20 @@ async def test_a_stream_shows_its_place_where_the_client_asks(open_gateway: Open
     assert b"event: done" in answer
 
 
+async def test_a_stream_that_waits_for_its_provider_alone_shows_nothing(
+    open_gateway: Opener,
+) -> None:
+    """Its head is the provider's, whose refusal would be a real one."""
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_behaviour(first_byte_ms={"*": 2_500})
+    said = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    headers = {"x-tidegate-show-wait": "1"}
+    url = f"{gateway.url}/v1/chat/completions"
+    async with gateway.http.post(url, json=said, headers=headers) as response:
+        assert "x-tidegate-upstream" in response.headers
+        assert (await response.read()).startswith(b"data: {")
+
+
 async def test_a_stream_shows_nothing_where_nobody_asks(open_gateway: Opener) -> None:
     """What is refused after it has waited is a real refusal."""
     gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
