@@ -105,7 +105,7 @@ class WaitingLine:
         own = use * _UNITS / self.weight
         weights = self.weight + sum(rival.weight for rival in self.rivals)
         speed = self.bound * _UNITS * use / usual_ms / weights
-        measured = self._speed(MEASURED_MS)
+        measured = None if self.paused_ms else self._speed(MEASURED_MS)
         if measured is not None:
             known = min(1.0, measured[1] / TRUSTED_MS) if not self.above else 1.0
             speed = max(known * measured[0] + (1 - known) * speed, self._least(speed))
@@ -113,7 +113,7 @@ class WaitingLine:
             return self._behind_others(ahead + others, usual_ms)
         rate = 1000 * speed / own * (before + 1) / (ahead + 1)
         waits_ms = (max(0.0, distance) + own / 2) / speed
-        return WaitEstimate(round(max(waits_ms, self.paused_ms)), before, rate)
+        return WaitEstimate(round(self._with_pause(waits_ms, usual_ms)), before, rate)
 
     def _behind_others(self, before: int, usual_ms: float) -> WaitEstimate:
         """Behind higher bands, not measured yet: after them, or by the band's least share."""
@@ -121,7 +121,12 @@ class WaitingLine:
         first = before + self.above + 1
         slots = min(first, (before + 1) * 1000 / self.share) if self.share else first
         wait_ms = slots * 1000 / rate
-        return WaitEstimate(round(max(wait_ms, self.paused_ms)), before + self.above, rate)
+        total_ms = self._with_pause(wait_ms, usual_ms)
+        return WaitEstimate(round(total_ms), before + self.above, rate)
+
+    def _with_pause(self, wait_ms: float, usual_ms: float) -> float:
+        """A wait goes on after a pause, within which calls that are open end."""
+        return self.paused_ms + max(0.0, wait_ms - min(usual_ms, self.paused_ms))
 
     def _least(self, speed: float) -> float:
         """What a band's least share is, of the speed that it would have alone. Of calls that cost

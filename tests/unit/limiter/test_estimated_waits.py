@@ -120,6 +120,18 @@ def test_a_pause_is_a_least_time(line: WaitingLine) -> None:
     assert replace(line, paused_ms=90_000).estimate(0).wait_ms == 90_000
 
 
+def test_who_waits_behind_others_waits_for_them_after_a_pause() -> None:
+    """Its four calls have ended by then, so that the first four are admitted immediately."""
+    paused = replace(CALLS, paused_ms=90_000)
+    assert paused.estimate(3).wait_ms == 90_000
+    assert paused.estimate(39).wait_ms == pytest.approx(99_000, rel=0.01)
+    stopped = [(NOW_MS - ago, CALLS.virtual - 10 * UNITS, 1000) for ago in (20_000, 10_000)]
+    assert replace(paused, samples=stopped).estimate(39).wait_ms == paused.estimate(39).wait_ms
+    behind = replace(paused, above=40)
+    assert behind.estimate(0).wait_ms == pytest.approx(91_500, rel=0.01)
+    assert replace(paused, paused_ms=100).estimate(39).wait_ms == pytest.approx(9_875, rel=0.01)
+
+
 def test_where_shares_are_of_calls_their_time_still_tells_the_wait() -> None:
     """A call counts 1000 whatever it takes: four at a time, each of 200 ms."""
     line = replace(CALLS, cost_ms=200, use=1000, rivals=[Rival(CALLS.tag, 1, 90, 0, ())])
