@@ -387,8 +387,8 @@ class ProviderBatchRunner:
             log.debug(Log.STORE_AWAY, detail=away.message)
         except Exception:  # the top of a task: logged, and the batch is looked at again
             log.exception(Log.WORKER_LOOP_FAILED, batch=str(batch.id))
-            with suppress(ClaimLost, StoreUnavailable):
-                await self._batches.save(batch, self._poll_ms)
+            with suppress(StoreUnavailable):  # the step may have saved it: it stays as it is then
+                await self._batches.put_off(batch, self._poll_ms)
 
     async def _step(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None) -> None:
         upstream = self._relay.spine.targets.upstreams.get(batch.upstream)

@@ -30,7 +30,12 @@ from tidegate.jobs import provider_batches
 from tidegate.jobs.provider_batches import MOST_BYTES
 from tidegate.prices.budgets import budget_of
 from tidegate.store.statistics import past_calls
-from tidegate.upstream.batch_api import BatchedCall, BatchOutline, OpenAIBatches
+from tidegate.upstream.batch_api import (
+    BatchedCall,
+    BatchOutline,
+    BatchProgress,
+    OpenAIBatches,
+)
 from tidegate.upstream.fetch import ImageFetcher, refused
 
 HOUR_MS = 3_600_000
@@ -233,6 +238,28 @@ async def test_a_creation_whose_answer_was_lost_is_found_and_not_repeated(
     assert {(await gateway.end_of(one))["status"] for one in ids} == {"succeeded"}
     expected = {(f"Say word {n}", "batch"): 1 for n in range(5)}
     assert await asked(provider.control) == expected
+
+
+async def test_a_batch_is_created_once_though_its_report_is_not_understood(
+    open_gateway: Opener,
+    settings: dict[str, Any],
+    provider: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    understood, reports = OpenAIBatches._progress, []
+
+    def progress(api: OpenAIBatches, shown: dict[str, Any]) -> BatchProgress:
+        reports.append(shown)
+        if len(reports) == 1:
+            raise ValueError("a report that nobody has thought of")
+        return understood(api, shown)
+
+    monkeypatch.setattr(OpenAIBatches, "_progress", progress)
+    (job,) = await submitted(gateway, wrapped("openai", "Say hello"))
+    gateway.start_worker()
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    assert await asked(provider.control, "Say hello") == {("Say hello", "batch"): 1}
 
 
 @pytest.mark.parametrize("dialect", MODELS)

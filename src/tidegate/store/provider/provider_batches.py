@@ -285,6 +285,10 @@ class ProviderBatches:
             raise ClaimLost(f"another worker has the batch {batch.id} now")
         return _batch(row)
 
+    async def put_off(self, batch: UpstreamBatch, wait_ms: float) -> None:
+        """Give up a batch in the state that is on record, whatever it was: due again after that."""
+        await self._connections.execute("put_off_provider_batch", batch.id, batch.claim, wait_ms)
+
     async def end(self, batch: UpstreamBatch) -> None:
         """A batch is done. What its lines still hold of budgets, since their jobs are gone, is
         charged as an estimate."""

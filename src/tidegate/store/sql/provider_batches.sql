@@ -53,6 +53,12 @@ UPDATE provider_batches SET state = $3, file_id = $4, provider_id = $5, provider
 WHERE id = $1 AND claim = $2
 RETURNING *
 
+-- name: put_off_provider_batch
+-- Batch $1 under claim $2 is due again after $3 ms, and free; its state stays as it is.
+UPDATE provider_batches SET due_at = now() + $3::double precision * interval '1 millisecond',
+    claimed_by = NULL
+WHERE id = $1 AND claim = $2
+
 -- name: turn_away
 -- Give up claims on queued jobs that no batch takes: their usual tier makes them, or says why not.
 UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = 'live',
