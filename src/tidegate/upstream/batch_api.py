@@ -92,7 +92,6 @@ class BatchProgress:
     provider_id: str
     word: str
     has_ended: bool
-    was_created: datetime | None = None
     files: tuple[str, ...] = ()
     inline: tuple[Json, ...] = ()
     is_full: bool = False
@@ -404,14 +403,12 @@ class OpenAIBatches:
         word = _text(shown, "status")
         files = [shown.get(name) for name in ("output_file_id", "error_file_id")]
         errors = _objects(_part(shown, "errors").get("data")) if word == "failed" else []
-        codes = {one.get("code") for one in errors}
+        codes = {str(one.get("code")) for one in errors}
         said = "; ".join(str(one.get("message") or one.get("code")) for one in errors[:3])
-        made = shown.get("created_at")
         return BatchProgress(
             _text(shown, "id"),
             word,
             word in self._ENDED,
-            datetime.fromtimestamp(made, UTC) if isinstance(made, int | float) else None,
             tuple(one for one in files if isinstance(one, str)),
             is_full="token_limit_exceeded" in codes or "request_limit_exceeded" in codes,
             problem=self._account.words(said) if said else None,
@@ -519,8 +516,7 @@ class AnthropicBatches:
 
     def _progress(self, shown: Json) -> BatchProgress:
         word = _text(shown, "processing_status")
-        made = _time(shown.get("created_at"))
-        return BatchProgress(_text(shown, "id"), word, word == "ended", made)
+        return BatchProgress(_text(shown, "id"), word, word == "ended")
 
     async def cancel(self, provider_id: str) -> None:
         await _cancel(self._account, f"/v1/messages/batches/{_quoted(provider_id)}/cancel")
@@ -611,7 +607,6 @@ class GeminiBatches:
             _text(shown, "name"),
             word,
             word.endswith(self._ENDED) or shown.get("done") is True,
-            _time(about.get("createTime")),
             (file,) if isinstance(file, str) else (),
             tuple(_objects(inlined.get("inlinedResponses"))),
             problem=self._account.words(str(error.get("message"))) if error else None,

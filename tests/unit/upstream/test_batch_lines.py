@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -11,7 +12,7 @@ from tidegate.call import Kind
 from tidegate.dialects.spec import Dialect
 from tidegate.spine.batched import prompt_endpoint
 from tidegate.spine.detached import endpoint_named
-from tidegate.upstream.batch_api import custom_id, line_of, takes
+from tidegate.upstream.batch_api import OpenAIBatches, custom_id, line_of, takes
 
 BATCH, OTHER = UUID(int=2**120 + 1), UUID(int=2**120 + 2)
 
@@ -53,3 +54,28 @@ def test_a_custom_id_names_its_batch_and_line() -> None:
     assert line_of(OTHER, named) is None
     for foreign in ("a", f"{BATCH.hex}-", f"{BATCH.hex}-x", f"{BATCH.hex}-1-2", None, 7):
         assert line_of(BATCH, foreign) is None
+
+
+class _Account:
+    """One that answers everything with the same report."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self._report = report
+
+    async def json(self, method: str, path: str, **_: object) -> dict[str, Any]:
+        return self._report
+
+    def words(self, error: str) -> str:
+        return error
+
+
+@pytest.mark.parametrize("created_at", [1_764_547_200, 1_764_547_200_000, 1e300, "now", None])
+@pytest.mark.parametrize("code", ["invalid_json", ["invalid_json"], None])
+async def test_a_report_of_other_units_and_types_is_understood(
+    created_at: object, code: object
+) -> None:
+    errors = {"data": [{"code": code, "message": "line 3 is no JSON"}]}
+    report = {"id": "b", "status": "failed", "created_at": created_at, "errors": errors}
+    account: Any = _Account(report)
+    progress = await OpenAIBatches(account).poll("b")
+    assert (progress.has_ended, progress.problem) == (True, "line 3 is no JSON")
