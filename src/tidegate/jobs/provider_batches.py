@@ -146,6 +146,8 @@ class ProviderBatchRunner:
         self._apis: dict[tuple[str, str], tuple[Upstream, BatchApi]] = {}
         self._in_hand: dict[UUID, asyncio.Task[None]] = {}
         self._making: set[UUID] = set()
+        # Until when the providers want no request for these: seconds of `time.monotonic`.
+        self._not_before_s: dict[UUID, float] = {}
 
     # What a worker asks of it
 
@@ -434,12 +436,17 @@ class ProviderBatchRunner:
         if since is not None and datetime.now(UTC) - since > _LOST_AFTER:
             await self._give_back_all(batch, "lost", charge=UNKNOWN_CHARGE)
             return
-        held, held_ms = replace(batch, problem=problem), max(self._poll_ms, wait_ms or 0)
-        if batch.state == "made":  # they leave before it is created
+        saved, held_ms = replace(batch, problem=problem), max(self._poll_ms, wait_ms or 0)
+        if batch.state == "made":  # who leaves it is looked for at the usual pace: see `_create`
+            if wait_ms:
+                now_s, held = time.monotonic(), self._not_before_s.items()
+                self._not_before_s = {one: at_s for one, at_s in held if at_s > now_s}
+                self._not_before_s[batch.id] = now_s + wait_ms / 1000
             left_ms = _until((await self._batches.open_lines(batch)).leave_at)
+            held_ms = self._poll_ms
         else:
             left_ms = await self._without_the_late(batch)
-        await self._batches.save(held, min(held_ms, left_ms))
+        await self._batches.save(saved, min(held_ms, left_ms))
 
     async def _without_the_late(self, batch: UpstreamBatch) -> float:
         """Return the lines to the queue that have to be in a faster tier by now, though their batch
@@ -456,6 +463,10 @@ class ProviderBatchRunner:
         self, api: BatchApi, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None
     ) -> None:
         lines = await self._leaving_aside(batch, await self._all_lines(batch))
+        if lines and self._not_before_s.get(batch.id, 0.0) > time.monotonic():
+            await self._hold(batch, batch.problem or "")
+            return
+        self._not_before_s.pop(batch.id, None)
         calls = await self._made(batch, lines, bodies)
         if not calls:
             await self._batches.end(batch)

@@ -354,6 +354,25 @@ async def test_a_job_leaves_a_batch_in_time_that_the_provider_does_not_create_fo
     assert await asked(provider.control, "Say hello") == {("Say hello", ""): 1}
 
 
+async def test_a_job_is_cancelled_soon_though_its_batch_may_not_be_created_for_an_hour(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    upload = "POST /v1/files"
+    await provider.control.set_fault("throttled", kind="other", match=upload, retry_after_s=3_600)
+    unwanted, other = await submitted(
+        gateway, wrapped("openai", "Say hello"), wrapped("openai", "Say goodbye")
+    )
+    gateway.start_worker()
+    await wait_until(partial(is_held, gateway))
+    async with gateway.http.delete(f"{gateway.url}/requests/{unwanted}") as response:
+        assert response.status in (200, 202)
+    assert (await gateway.end_of(unwanted))["status"] == "cancelled"
+    assert (await gateway.status(other))["status"] == "running"
+    uploads = [call for call in await provider.control.calls() if upload in call.prompt]
+    assert len(uploads) == 1, "it is asked again when it has said so"
+
+
 async def test_a_job_leaves_a_batch_sooner_once_more_jobs_come_before_it(
     open_gateway: Opener, settings: dict[str, Any], provider: Emulator
 ) -> None:
