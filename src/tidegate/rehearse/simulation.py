@@ -142,6 +142,7 @@ class Process:
             if arrival.deadline_ms is not None
             else float("inf"),
             due=arrival.deadline_ms is not None,
+            by_estimate=True,
         )
         self._asking = None
         if not waiter.future.done():
