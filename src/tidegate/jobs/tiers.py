@@ -119,14 +119,16 @@ def choose(
 ) -> TierChoice:
     """The cheapest of the usual tier and the `offers` in which the job makes its deadline."""
     left_ms = inf if due is None else (due - now).total_seconds() * 1_000
+    # Then there is no faster tier to leave for. A limit of 0 is a person's: nothing passes by it.
+    live_is_late = left_ms < room.wait_ms + room.call_ms < inf
     safe: list[tuple[TierOffer, float]] = []
     late: list[str] = []
     for offer in offers:
         if offer.share >= 1:
             continue
-        stands_ms = left_ms - room.reserve_ms
-        if offer.tier is Tier.BATCH:
-            stands_ms -= times.cancel_ms
+        stands_ms = left_ms
+        if not live_is_late:
+            stands_ms -= room.reserve_ms + (times.cancel_ms if offer.tier is Tier.BATCH else 0.0)
         takes_ms = _takes_ms(offer, room, times)
         if takes_ms <= stands_ms:
             safe.append((offer, stands_ms))
@@ -136,13 +138,11 @@ def choose(
     if not free:
         return TierChoice(Tier.LIVE, None, _why_live(late, left_ms, room))
     offer, stands_ms = min(free, key=lambda one: _order(one[0], room))
-    return TierChoice(
-        offer.tier,
-        _after(now, stands_ms),
-        f"{offer.tier} costs {offer.share:.0%} of the usual price"
-        + ("" if due is None else f" and {spoken(left_ms)} are left")
-        + ("" if stands_ms == inf else f"; live from {spoken(room.reserve_ms)} before it is due"),
-    )
+    why = f"{offer.tier} costs {offer.share:.0%} of the usual price"
+    if due is not None:
+        why += f" and {spoken(left_ms)} are left; live "
+        why += "is too late" if live_is_late else f"from {spoken(room.reserve_ms)} before it is due"
+    return TierChoice(offer.tier, None if live_is_late else _after(now, stands_ms), why)
 
 
 def _takes_ms(offer: TierOffer, room: LiveRoom, times: TierTimes) -> float:

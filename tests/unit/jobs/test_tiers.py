@@ -102,6 +102,17 @@ def test_all_jobs_before_it_are_counted() -> None:
     assert chosen(FLEX, BATCH, in_s=DAY_S, room=closed).tier is Tier.LIVE
 
 
+def test_a_batch_is_chosen_where_the_usual_tier_would_be_late() -> None:
+    """It stays there: there is no faster tier for it to leave for."""
+    days = LiveRoom(ahead=3 * 86_400, per_second=1.0, call_ms=2_000)
+    for offers in ([BATCH], [FLEX, BATCH]):
+        choice = chosen(*offers, in_s=2 * DAY_S, room=days)
+        assert (choice.tier, choice.revisit_at) == (Tier.BATCH, None)
+        assert choice.why == "batch costs 50% of the usual price and 2 d are left; live is too late"
+    assert chosen(FLEX, in_s=2 * DAY_S, room=days).tier is Tier.LIVE
+    assert chosen(BATCH, in_s=HOUR_S, room=days).tier is Tier.LIVE
+
+
 def test_a_tier_that_is_not_cheaper_is_never_chosen() -> None:
     assert (
         chosen(TierOffer(Tier.FLEX, 1.0), TierOffer(Tier.BATCH, 1.5), in_s=None).tier is Tier.LIVE
