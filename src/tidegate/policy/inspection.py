@@ -733,7 +733,13 @@ def _state(view: LimitView) -> str:
 def _pause(view: LimitView) -> str:
     """`paused by ann, for 10 min more`."""
     by = f" by {view.paused_by}," if view.paused_by else ""
-    return f"paused{by} {format_pause(view.paused_ms)}"
+    return f"paused{by} {_lasting(view)}"
+
+
+def _lasting(view: LimitView) -> str:
+    """`for 10 min more`. A pause whose time has passed lasts until a probe is answered."""
+    is_over = view.paused_ms <= 1
+    return "until a call there is answered" if is_over else format_pause(view.paused_ms)
 
 
 def _usage(view: LimitView) -> str:
@@ -839,10 +845,7 @@ def waiting(
 
 
 def _for(view: LimitView, told: WaitEstimate | None) -> Waiting:
-    if view.paused_ms:
-        state = f"{view.limit}, which is paused {format_pause(view.paused_ms)}"
-    else:
-        state = _usage(view)
+    state = f"{view.limit}, which is paused {_lasting(view)}" if view.paused_ms else _usage(view)
     bound = view.current if view.sort == "c" else view.bound
     return Waiting(
         f"waits for {state}{_how_long(told)}",

@@ -75,6 +75,12 @@ def pool(*limits: LimitView, queues: tuple[QueueView, ...] = (), quiet_ms: int =
             "waits for upstream:gemini, which is paused for 47 s more; is tried again in 5 s",
             "upstream:gemini",
         ),
+        (  # no worker takes it: its upstream is out until a call there is answered
+            replace(QUEUED, claimed_by=None),
+            pool(KIND, replace(PAUSED, limit="upstream:gemini", paused_ms=1)),
+            "waits for upstream:gemini, which is paused until a call there is answered",
+            "upstream:gemini",
+        ),
         (
             replace(
                 QUEUED,
