@@ -21,7 +21,7 @@ from tidegate.http.auth import Authenticator, TokenTrust
 from tidegate.http.browsers import Origins, Sessions, SignIn
 from tidegate.http.services import Services
 from tidegate.jobs.reconciliation import NightlyReconciliation
-from tidegate.jobs.webhooks import AlertSender, WebhookSender
+from tidegate.jobs.webhooks import AlertSender, CauseAlerts, WebhookSender
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.metrics.instruments import Calls, Instruments, Limiting, Tally
@@ -126,6 +126,8 @@ async def run_worker(
         if config.alert_webhook_url is not None:
             alerts = AlertSender(config, services.store)
             beside_jobs.append(asyncio.create_task(alerts.run()))
+            causes = CauseAlerts(services.standing, services.store.alerts)
+            beside_jobs.append(asyncio.create_task(causes.run()))
         if config.reconcile:
             beside_jobs.append(asyncio.create_task(_reconciliation(config, services.store).run()))
         try:

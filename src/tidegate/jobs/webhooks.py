@@ -14,17 +14,18 @@ import random
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any, Literal
 
 import orjson
 
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
+from tidegate.metrics.verdict import Cause, CauseKind, DeploymentSeen, Standing, causes_of
 from tidegate.policy.tenants import webhook_keys
 from tidegate.prices.budgets import budget_alert
 from tidegate.settings import Config
-from tidegate.store.outbox import AlertDelivery, Delivery
+from tidegate.store.outbox import AlertDelivery, AlertOutbox, Delivery
 from tidegate.store.records import RequestRecord, usage_columns
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
@@ -284,11 +285,90 @@ class AlertSender:
         return headers
 
 
+# Causes of the verdict of which an alert is posted; those of budgets are raised with their books.
+_ALERTED: frozenset[CauseKind] = frozenset(
+    ("upstreams_out", "upstream_out", "key_refused", "limit_paused", "drift")
+)
+_CAUSES_EVERY_S = 5.0
+_HELD_S = 10.0  # what heals, or is put in force, by itself within that is no alert
+_FORGOTTEN_S = 60.0
+_GONE_S = 600.0
+
+
+class CauseAlerts:
+    """Raises alerts of upstreams that are out or refuse their key, of paused limits and of drift:
+    each once it has held for some seconds, and again only once it was gone for ten minutes. Any
+    number of workers look."""
+
+    def __init__(
+        self,
+        standing: Standing,
+        outbox: AlertOutbox,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._standing = standing
+        self._outbox = outbox
+        self._clock = clock
+        self._seen: dict[tuple[str, str | None, str | None], tuple[float, float]] = {}
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            try:
+                lasting = self.lasting(alerted(await self._standing.look()))
+                if lasting:
+                    data = [(one.kind, _cause_data(one)) for one in lasting]
+                    await self._outbox.hold(data, _GONE_S)
+            except StoreUnavailable:
+                pass  # the store logs its change of state
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.WORKER_LOOP_FAILED)
+            await asyncio.sleep(_CAUSES_EVERY_S)
+
+    def lasting(self, causes: Iterable[Cause]) -> list[Cause]:
+        """Those of the causes now that were first seen a while ago. One that comes and goes, as of
+        an upstream that is tried again, counts as the same."""
+        now, found = self._clock(), []
+        for one in causes:
+            key = one.kind, one.pool, one.subject
+            since, _ = self._seen.get(key, (now, now))
+            self._seen[key] = since, now
+            if now - since >= _HELD_S:
+                found.append(one)
+        self._seen = {
+            key: (since, last)
+            for key, (since, last) in self._seen.items()
+            if now - last < _FORGOTTEN_S
+        }
+        return found
+
+
+def alerted(seen: DeploymentSeen) -> Iterator[Cause]:
+    """The causes of which an alert is posted: not that a person has drained an upstream, nor a
+    limit that was learned and had no bound before."""
+    new = {
+        (pool.pool, one.limit) for pool in seen.pools for one in pool.learned if one.drift == "new"
+    }
+    for one in causes_of(seen):
+        is_told = (
+            (one.pool, one.subject) not in new if one.kind == "drift" else one.level != "healthy"
+        )
+        if one.kind in _ALERTED and is_told:
+            yield one
+
+
+def _cause_data(cause: Cause) -> dict[str, Any]:
+    """Without its detail, which has what the provider wrote and whose calls wait."""
+    text = f"{cause.words} Next: {cause.command}" if cause.command else cause.words
+    return {"text": text, "pool": cause.pool, "subject": cause.subject, "command": cause.command}
+
+
 def alert_payload(delivery: AlertDelivery, form: Literal["standard", "slack"]) -> bytes:
     """The body of an alert."""
     data = orjson.loads(delivery.data)
     if "budget" in data:
         data = budget_alert(delivery.kind, data, delivery.unit or "usd")
+    data.pop("held_at", None)  # for the next look alone
     if form == "slack":
         return orjson.dumps({"text": _slack_text(data["text"])})
     event = {"type": delivery.kind, "timestamp": delivery.created_at, "data": data}

@@ -184,10 +184,7 @@ async def _pool(name: str, keeper: PolicyKeeper) -> PoolSeen:
 
 def judge(seen: DeploymentSeen) -> DeploymentVerdict:
     """The state of a deployment, and why."""
-    causes = sorted(
-        (*_of_stores(seen), *_of_upstreams(seen), *_of_limits(seen), *_of_record(seen.record)),
-        key=lambda one: (_LEVELS[one.level], _ORDER[one.kind], -one.waiting, one.subject or ""),
-    )
+    causes = causes_of(seen)
     levels = [one.level for one in causes]
     health: Health = min(levels, key=_LEVELS.__getitem__) if levels else "healthy"
     snapshots = [one.snapshot for one in seen.pools if one.snapshot is not None]
@@ -196,6 +193,14 @@ def judge(seen: DeploymentSeen) -> DeploymentVerdict:
     shown = tuple(causes[:MOST_CAUSES])
     return DeploymentVerdict(
         health, _sentence(health, causes, waiting), waiting, held, shown, len(causes) - len(shown)
+    )
+
+
+def causes_of(seen: DeploymentSeen) -> list[Cause]:
+    """All causes of the state of a deployment, the worst first."""
+    return sorted(
+        (*_of_stores(seen), *_of_upstreams(seen), *_of_limits(seen), *_of_record(seen.record)),
+        key=lambda one: (_LEVELS[one.level], _ORDER[one.kind], -one.waiting, one.subject or ""),
     )
 
 

@@ -147,6 +147,17 @@ class AlertOutbox:
         """Have an alert posted; `data` has the key `text`, which says it in one sentence."""
         await self._connections.execute("add_alert", kind, orjson.dumps(data).decode())
 
+    async def hold(self, causes: Iterable[tuple[str, Mapping[str, Any]]], gone_s: float) -> None:
+        """Have an alert posted of each cause, a kind with its `subject` and `pool`, unless the one
+        before holds still: until it was not seen to hold for `gone_s`."""
+        given = orjson.dumps([{"kind": kind, "data": data} for kind, data in causes]).decode()
+
+        async def write(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("lock_causes"))
+            await connection.execute(sql("raise_causes"), given, gone_s)
+
+        await self._connections.run(write)
+
     async def claim(self, limit: int, lease_ms: int) -> list[AlertDelivery]:
         """At most `limit` due alerts; one that is not settled within the lease is due again."""
         rows = await self._connections.rows("claim_alerts", limit, float(lease_ms))

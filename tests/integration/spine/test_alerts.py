@@ -15,8 +15,10 @@ from tests.gateway import Gateway, Opener
 from tests.integration.spine.receiver import SECRET, Receiver, receiving
 from tests.integration.tenants.asking import ask
 from tests.waiting import wait_until
+from tidegate.errors import UpstreamUnauthorized
 from tidegate.jobs import webhooks
 from tidegate.prices.budgets import Budget
+from tidegate.spine.routing import Suspect
 
 
 @pytest.fixture
@@ -77,6 +79,31 @@ async def test_alerts_of_budgets_are_signed_and_posted_once(
         digest = hmac.digest(key, signed + one.body, sha256)
         assert one.headers["webhook-signature"] == f"v1,{b64encode(digest).decode()}"
     assert len(receiver.received) == 3
+
+
+async def test_what_lasts_beside_budgets_is_posted_once_however_many_workers_look(
+    open_gateway: Opener, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_CAUSES_EVERY_S", 0.05)
+    monkeypatch.setattr(webhooks, "_HELD_S", 0.2)
+    gateway = await open_gateway(alert_webhook_url=receiver.url, webhook_secret=SECRET)
+    await gateway.start_ready_worker()
+    as_operator = {"Authorization": f"Bearer {gateway.operator_key}"}
+    pauses = {"for_ms": 600_000, "reason": "a test"}
+    for limit in ("kind:text_only", "kind:multi_modal"):
+        status, _ = await ask(gateway, "POST", f"/admin/limits/{limit}/pause", as_operator, pauses)
+        assert status == 200
+    gate = gateway.services.spine.health["gemini"]
+    error = UpstreamUnauthorized("not a key", status=401)
+    await gate.failed(error, "m", suspect=Suspect(None, 1), tried=False)
+    await wait_until(lambda: len(receiver.received) >= 3, 20, "three alerts")
+    assert len(receiver.received) == 3
+    told = {(one.event["type"], one.event["data"]["subject"]) for one in receiver.received}
+    assert told == {
+        ("limit_paused", "kind:text_only"),
+        ("limit_paused", "kind:multi_modal"),
+        ("key_refused", "gemini"),
+    }
 
 
 async def test_slack_gets_a_text_without_a_secret(open_gateway: Opener, receiver: Receiver) -> None:

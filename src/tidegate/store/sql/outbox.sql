@@ -46,6 +46,32 @@ WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 1
 -- Insert an alert of kind $1, to be posted to the operators' webhook.
 INSERT INTO alerts (kind, data) VALUES ($1, $2::jsonb)
 
+-- name: lock_causes
+-- Let one process at a time raise alerts of causes, until its transaction ends.
+SELECT pg_advisory_xact_lock(7423005, 0)
+
+-- name: raise_causes
+-- Insert an alert of each cause in $1, but of those whose alert was raised and that have held within $2 seconds: of these note that they hold. Forget old alerts.
+WITH given AS (
+    SELECT kind, data FROM jsonb_to_recordset($1::jsonb) AS row (kind text, data jsonb)
+), known AS (
+    SELECT a.id, a.kind, a.data FROM alerts a JOIN given g ON a.kind = g.kind
+        AND a.data->>'subject' IS NOT DISTINCT FROM g.data->>'subject'
+        AND a.data->>'pool' IS NOT DISTINCT FROM g.data->>'pool'
+    WHERE (a.data->>'held_at')::timestamptz > now() - $2::double precision * interval '1 second'
+), held AS (
+    UPDATE alerts a SET data = a.data || jsonb_build_object('held_at', now())
+    FROM known k WHERE a.id = k.id AND (k.data->>'held_at')::timestamptz
+        < now() - $2::double precision / 10 * interval '1 second'
+), old AS (
+    DELETE FROM alerts WHERE created_at < now() - interval '30 days'
+)
+INSERT INTO alerts (kind, data)
+SELECT g.kind, g.data || jsonb_build_object('held_at', now()) FROM given g
+WHERE NOT EXISTS (SELECT 1 FROM known k WHERE k.kind = g.kind
+    AND k.data->>'subject' IS NOT DISTINCT FROM g.data->>'subject'
+    AND k.data->>'pool' IS NOT DISTINCT FROM g.data->>'pool')
+
 -- name: claim_alerts
 -- Claim up to $1 due alerts, the oldest first. They are due again after $2 milliseconds.
 UPDATE alerts a SET tries = tries + 1, due_at = now() + $2 * interval '1 millisecond'

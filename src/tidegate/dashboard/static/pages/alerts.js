@@ -12,7 +12,9 @@ const EVERY_MS = 5_000;
 const SIGNS = { healthy: "●", degraded: "▲", down: "■" };
 const LOOKS = { healthy: "", degraded: "warn", down: "bad" };
 const STATES = { pending: ["warn", "Pending"], delivered: ["good", "Delivered"], given_up: ["bad", "Given up"] };
-const KINDS = { budget_share: "A share of a budget", budget_out: "A budget is spent", budget_paused: "A budget is paused", test: "Test" };
+const KINDS = { budget_share: "A share of a budget", budget_out: "A budget is spent", budget_paused: "A budget is paused",
+  upstreams_out: "No upstream takes calls", upstream_out: "An upstream is out", key_refused: "A key is refused",
+  limit_paused: "A limit is paused", drift: "The provider's limit differs", test: "Test" };
 const HEADS = [
   ["Raised", ""],
   ["What", "wide"],
