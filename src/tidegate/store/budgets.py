@@ -5,7 +5,7 @@
          └── refused: spent, held by other calls, or paused
 
 PostgreSQL has the books. What a call may cost at most is held of all budgets that bind it, or of
-none, before it is sent; `reserve_budgets` and `settle_budgets` (migrations r0034, r0021) decide
+none, before it is sent; `reserve_budgets` and `settle_budgets` (migration r0036) decide
 under the locks of the books. Reservations that come while one commits are written by the next.
 
 Invariants: spent + held never exceeds the amount of a budget, but for calls whose cost turns out to

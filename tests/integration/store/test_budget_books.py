@@ -647,6 +647,33 @@ async def test_shares_are_told_once_each(budgets: Budgets, database_url: str) ->
     ]
 
 
+async def test_shares_are_told_after_a_call_that_never_fits_too(
+    budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, Budget("s", "usd", 1_000, "day", alerts=(20, 80)))
+    budgets.settle(await held_by(budgets, ACME, 250), told(250))
+    await budgets.flush()
+    for _ in range(2):
+        with pytest.raises(BudgetExceeded):
+            await held_by(budgets, ACME, 5_000)
+        budgets._refusals.clear()
+    for _ in range(2):
+        budgets.settle(await held_by(budgets, ACME, 300), told(300))
+        await budgets.flush()
+    with pytest.raises(BudgetExceeded):
+        await held_by(budgets, ACME, 200)
+    connection = await asyncpg.connect(database_url)
+    rows = await connection.fetch(
+        "SELECT kind, (data->>'share')::integer AS share FROM alerts ORDER BY created_at"
+    )
+    await connection.close()
+    assert [tuple(row) for row in rows] == [
+        ("budget_share", 20),
+        ("budget_out", None),
+        ("budget_share", 80),
+    ]
+
+
 async def test_a_rolling_budget_frees_what_has_left_its_window(
     budgets: Budgets, database_url: str
 ) -> None:

@@ -1,0 +1,243 @@
+-- Once a budget had refused one call, such as one that needs more than is left of it, it raised no alert of a share.
+--
+-- `alerted` of a book is the highest share of which an alert was raised, and 1000 more once one of a refusal was.
+
+-- Reserves what calls may cost at most. `asked` is {"books": [[budget, scope], ...], "calls":
+-- [{"id", "request", "binds": [[book, amount], ...]}, ...]}; each call gets all that it asks for
+-- or nothing, in their order. Returns a row for each that is refused: the book that refuses it.
+-- A repeat of what is reserved already changes nothing. Where all fit, no call is looked at by itself.
+-- The alerts of a rolling budget begin again once its use is below four fifths of its lowest share,
+-- or below 40 % where it has none. A budget that pauses does so once a hundredth of it is left, or
+-- less: a call that needs more than what is left before then is refused, and others still fit.
+-- Where a book is deleted while this waits for its lock, or is made by another since, the whole
+-- transaction fails as one to repeat: to lock the book now would break the order of the locks.
+CREATE OR REPLACE FUNCTION reserve_budgets(asked jsonb, by text)
+RETURNS TABLE (call integer, book integer, why text, amount bigint, spent bigint, held bigint,
+    reset_at timestamptz, paused_since timestamptz)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    rooms bigint[]; takens bigint[]; helds bigint[]; resets timestamptz[]; ends text[];
+    stops timestamptz[]; windows bigint[]; names text[]; scopes text[]; times timestamptz[];
+    added bigint[]; calm boolean[]; fits boolean; known uuid[]; free_at timestamptz;
+    one record; bind record; bad integer; reason text; need bigint;
+    locked bigint; kept_ids uuid[]; kept_requests uuid[]; kept_books integer[]; kept_amounts bigint[];
+BEGIN
+    INSERT INTO budget_books AS made (budget, scope, period)
+    SELECT b.name, pair.value->>1, budget_period(b.period, b.zone, now())
+    FROM jsonb_array_elements(asked->'books') AS pair (value)
+    JOIN budgets b ON b.name = pair.value->>0
+    WHERE NOT EXISTS (
+        SELECT 1 FROM budget_books k WHERE k.budget = b.name AND k.scope = pair.value->>1
+            AND k.period = budget_period(b.period, b.zone, now()))
+    ORDER BY 1, 2, 3
+    ON CONFLICT DO NOTHING;
+    PERFORM 1 FROM budget_books k
+    JOIN (SELECT b.name, pair.value->>1 AS scope, budget_period(b.period, b.zone, now()) AS period
+        FROM jsonb_array_elements(asked->'books') AS pair (value)
+        JOIN budgets b ON b.name = pair.value->>0) AS w
+        ON k.budget = w.name AND k.scope = w.scope AND k.period = w.period
+    ORDER BY k.budget, k.scope, k.period FOR NO KEY UPDATE OF k;
+    GET DIAGNOSTICS locked = ROW_COUNT;
+    -- Read after the lock: by a snapshot that has what those before us have committed.
+    SELECT array_agg(u.room ORDER BY n), array_agg(u.taken ORDER BY n), array_agg(u.held ORDER BY n),
+        array_agg(budget_reset(u.period, u.zone, now()) ORDER BY n),
+        array_agg(u.at_end ORDER BY n), array_agg(u.since ORDER BY n),
+        array_agg(u.window_s ORDER BY n), array_agg(u.name ORDER BY n),
+        array_agg(u.scope ORDER BY n), array_agg(u.place ORDER BY n),
+        array_agg(u.window_s IS NOT NULL AND u.taken * 100 < 0.8 * u.room * coalesce(
+            (SELECT min(s) FROM unnest(u.alerts) AS s), 50) ORDER BY n)
+    INTO rooms, takens, helds, resets, ends, stops, windows, names, scopes, times, calm
+    FROM (
+        SELECT pair.n, b.name, b.period, b.zone, b.window_s, b.at_end, b.alerts, k.scope,
+            k.period AS place, k.held, p.since, b.amount + k.extra AS room,
+            CASE WHEN b.period = 'rolling' THEN coalesce((
+                SELECT sum(r.spent) FROM budget_books r WHERE r.budget = b.name
+                    AND r.scope = k.scope AND r.period > '-infinity'
+                    AND r.period >= budget_oldest_span(b.window_s, now())), 0)::bigint
+                ELSE k.spent END AS taken
+        FROM jsonb_array_elements(asked->'books') WITH ORDINALITY AS pair (value, n)
+        LEFT JOIN budgets b ON b.name = pair.value->>0
+        LEFT JOIN budget_books k ON k.budget = b.name AND k.scope = pair.value->>1
+            AND k.period = budget_period(b.period, b.zone, now())
+        LEFT JOIN budget_pauses p ON p.budget = b.name AND p.scope = pair.value->>1
+    ) AS u;
+    IF locked < cardinality(array_remove(names, NULL)) THEN
+        RAISE EXCEPTION 'a book was deleted while its lock was waited for'
+            USING ERRCODE = 'serialization_failure';
+    END IF;
+    SELECT array_agg(w.id), array_agg(w.request), array_agg(w.place), array_agg(w.need)
+    INTO kept_ids, kept_requests, kept_books, kept_amounts
+    FROM (
+        SELECT (c.value->>'id')::uuid AS id, (c.value->>'request')::uuid AS request,
+            (b.value->>0)::integer + 1 AS place, (b.value->>1)::bigint AS need
+        FROM jsonb_array_elements(asked->'calls') AS c (value),
+            jsonb_array_elements(c.value->'binds') AS b (value)
+    ) AS w
+    WHERE rooms[w.place] IS NOT NULL AND NOT EXISTS (SELECT 1 FROM budget_holds h WHERE h.id = w.id);
+    SELECT array_agg(coalesce(s.more, 0) ORDER BY n), bool_and(rooms[n] IS NULL
+        OR stops[n] IS NULL AND takens[n] + helds[n] + coalesce(s.more, 0) <= rooms[n])
+    INTO added, fits
+    FROM generate_series(1, jsonb_array_length(asked->'books')) AS n LEFT JOIN (
+        SELECT w.place, sum(w.need)::bigint AS more
+        FROM unnest(kept_books, kept_amounts) AS w (place, need) GROUP BY 1
+    ) AS s ON s.place = n;
+    IF NOT fits THEN
+        kept_ids := '{}'; kept_requests := '{}'; kept_books := '{}'; kept_amounts := '{}';
+        SELECT array_agg(0::bigint) INTO added FROM generate_series(1, cardinality(rooms));
+        SELECT array_agg(h.id) INTO known FROM budget_holds h WHERE h.id IN (
+            SELECT (c.value->>'id')::uuid FROM jsonb_array_elements(asked->'calls') AS c (value));
+        FOR one IN SELECT c.value, c.n FROM jsonb_array_elements(asked->'calls')
+            WITH ORDINALITY AS c (value, n) ORDER BY c.n
+        LOOP
+            CONTINUE WHEN (one.value->>'id')::uuid = ANY (coalesce(known, '{}'));
+            bad := NULL; reason := NULL; need := 0;
+            FOR bind IN SELECT (b.value->>0)::integer + 1 AS n, (b.value->>1)::bigint AS m
+                FROM jsonb_array_elements(one.value->'binds') AS b (value)
+            LOOP
+                CONTINUE WHEN rooms[bind.n] IS NULL;
+                IF stops[bind.n] IS NOT NULL THEN
+                    bad := bind.n; reason := 'paused'; EXIT;
+                ELSIF takens[bind.n] + bind.m > rooms[bind.n] THEN
+                    bad := bind.n; reason := 'spent'; need := bind.m;
+                ELSIF reason IS NULL AND takens[bind.n] + helds[bind.n] + bind.m > rooms[bind.n] THEN
+                    bad := bind.n; reason := 'held';
+                END IF;
+            END LOOP;
+            IF reason IS NOT NULL THEN
+                IF reason = 'spent' AND windows[bad] IS NOT NULL THEN
+                    SELECT min(f.period) + (windows[bad] + budget_span_s(windows[bad]))
+                        * interval '1 second'
+                    INTO free_at FROM (
+                        SELECT r.period, sum(r.spent) OVER (ORDER BY r.period) AS freed
+                        FROM budget_books r WHERE r.budget = names[bad] AND r.scope = scopes[bad]
+                            AND r.period > '-infinity'
+                            AND r.period >= budget_oldest_span(windows[bad], now())
+                    ) AS f WHERE f.freed >= takens[bad] + need - rooms[bad];
+                    resets[bad] := free_at;
+                END IF;
+                IF reason = 'spent' AND ends[bad] = 'pause' AND takens[bad] * 100 >= rooms[bad] * 99
+                THEN
+                    INSERT INTO budget_pauses (budget, scope) VALUES (names[bad], scopes[bad]);
+                    stops[bad] := now(); reason := 'paused';
+                    INSERT INTO alerts (kind, data) VALUES ('budget_paused', jsonb_build_object(
+                        'budget', names[bad], 'scope', scopes[bad], 'amount', rooms[bad],
+                        'spent', takens[bad]));
+                ELSIF reason = 'spent' AND ends[bad] <> 'pause' THEN
+                    INSERT INTO alerts (kind, data)
+                    SELECT 'budget_out', jsonb_build_object('budget', names[bad], 'scope', scopes[bad],
+                        'amount', rooms[bad], 'spent', takens[bad], 'reset_at', resets[bad])
+                    FROM budget_books k WHERE k.budget = names[bad] AND k.scope = scopes[bad]
+                        AND k.period = times[bad] AND k.alerted < 1000;
+                    UPDATE budget_books k SET alerted = k.alerted + 1000 WHERE k.budget = names[bad]
+                        AND k.scope = scopes[bad] AND k.period = times[bad] AND k.alerted < 1000;
+                END IF;
+                call := one.n - 1; book := bad - 1; why := reason; amount := rooms[bad];
+                spent := takens[bad]; held := helds[bad]; reset_at := resets[bad];
+                paused_since := stops[bad];
+                RETURN NEXT;
+                CONTINUE;
+            END IF;
+            FOR bind IN SELECT (b.value->>0)::integer + 1 AS n, (b.value->>1)::bigint AS m
+                FROM jsonb_array_elements(one.value->'binds') AS b (value)
+            LOOP
+                CONTINUE WHEN rooms[bind.n] IS NULL;
+                helds[bind.n] := helds[bind.n] + bind.m;
+                added[bind.n] := added[bind.n] + bind.m;
+                kept_ids := kept_ids || (one.value->>'id')::uuid;
+                kept_requests := kept_requests || (one.value->>'request')::uuid;
+                kept_books := kept_books || bind.n;
+                kept_amounts := kept_amounts || bind.m;
+            END LOOP;
+        END LOOP;
+    END IF;
+    UPDATE budget_books k SET held = k.held + w.more,
+        alerted = CASE WHEN w.calm THEN 0 ELSE k.alerted END
+    FROM unnest(names, scopes, times, added, calm) AS w (name, scope, period, more, calm)
+    WHERE k.budget = w.name AND k.scope = w.scope AND k.period = w.period AND w.more <> 0;
+    INSERT INTO budget_holds (id, budget, scope, period, request_id, amount, instance)
+    SELECT w.id, names[w.book], scopes[w.book], times[w.book], w.request, w.amount, by
+    FROM unnest(kept_ids, kept_requests, kept_books, kept_amounts)
+        AS w (id, request, book, amount);
+END
+$$;
+
+-- Charges calls that have ended, and returns what was reserved of them beyond that. `given` is
+-- [{"id", "micros", "tokens", "doubt"}, ...]: micros is null where it is not known. With `doubt` a
+-- budget that keeps bounds is charged all that was reserved, as an estimate that a later call of
+-- this function with the same id corrects. An id that holds nothing changes nothing.
+CREATE OR REPLACE FUNCTION settle_budgets(given jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE ids uuid[]; names text[]; scopes text[]; times timestamptz[];
+BEGIN
+    SELECT array_agg((g.value->>'id')::uuid) INTO ids FROM jsonb_array_elements(given) AS g (value);
+    SELECT array_agg(w.budget), array_agg(w.scope), array_agg(w.period) INTO names, scopes, times
+    FROM (SELECT DISTINCT h.budget, h.scope, h.period FROM budget_holds h
+        WHERE h.id = ANY (ids)) AS w;
+    IF names IS NULL THEN RETURN; END IF;
+    PERFORM 1 FROM budget_books k
+    JOIN (SELECT DISTINCT h.budget, h.scope,
+            CASE WHEN b.period = 'rolling' THEN '-infinity' ELSE h.period END AS period
+        FROM budget_holds h JOIN budgets b ON b.name = h.budget WHERE h.id = ANY (ids)) AS w
+        ON k.budget = w.budget AND k.scope = w.scope AND k.period = w.period
+    ORDER BY k.budget, k.scope, k.period FOR NO KEY UPDATE OF k;
+    WITH ends AS (
+        SELECT h.id, h.budget, h.scope, h.period, h.amount, h.estimated_at IS NULL AS is_open,
+            b.window_s, g.doubt, g.doubt AND b.doubt = 'bound' AS keeps,
+            CASE WHEN b.unit = 'usd' THEN g.micros ELSE g.tokens END AS charge
+        FROM jsonb_to_recordset(given) AS g (id uuid, micros bigint, tokens bigint, doubt boolean)
+        JOIN budget_holds h ON h.id = g.id JOIN budgets b ON b.name = h.budget
+    ), paid AS (
+        SELECT *, CASE WHEN keeps THEN greatest(amount, coalesce(charge, 0))
+                ELSE coalesce(charge, amount) END AS pays,
+            CASE WHEN window_s IS NULL OR NOT is_open THEN period
+                ELSE budget_span(window_s, now()) END AS place
+        FROM ends
+    ), changes AS (
+        SELECT budget, scope, place AS period, pays - CASE WHEN is_open THEN 0 ELSE amount END AS spent,
+            CASE WHEN doubt THEN pays ELSE 0 END - CASE WHEN is_open THEN 0 ELSE amount END
+                AS estimated, 0::bigint AS held
+        FROM paid
+        UNION ALL
+        SELECT budget, scope, period, 0, 0, -amount FROM paid WHERE is_open
+    ), sums AS (
+        SELECT budget, scope, period, sum(spent)::bigint AS spent,
+            sum(estimated)::bigint AS estimated, sum(held)::bigint AS held
+        FROM changes GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+    ), gone AS (
+        DELETE FROM budget_holds h USING paid p
+        WHERE h.id = p.id AND h.budget = p.budget AND NOT p.keeps
+    ), kept AS (
+        UPDATE budget_holds h SET estimated_at = coalesce(h.estimated_at, now()), amount = p.pays,
+            period = p.place
+        FROM paid p WHERE h.id = p.id AND h.budget = p.budget AND p.keeps
+    )
+    INSERT INTO budget_books AS k (budget, scope, period, spent, estimated, held)
+    SELECT * FROM sums
+    ON CONFLICT (budget, scope, period) DO UPDATE SET spent = k.spent + excluded.spent,
+        estimated = k.estimated + excluded.estimated, held = k.held + excluded.held;
+    -- Shares that are reached for the first time.
+    WITH reached AS (
+        SELECT k.budget, k.scope, k.period, u.spent, b.amount + k.extra AS amount,
+            (SELECT max(s) FROM unnest(b.alerts) AS s
+                WHERE u.spent * 100 >= s * (b.amount + k.extra)) AS share
+        FROM (SELECT DISTINCT w.budget, w.scope,
+                CASE WHEN b.period = 'rolling' THEN '-infinity' ELSE w.period END AS period
+            FROM unnest(names, scopes, times) AS w (budget, scope, period)
+            JOIN budgets b ON b.name = w.budget WHERE b.alerts <> '{}') AS w
+        JOIN budget_books k ON k.budget = w.budget AND k.scope = w.scope AND k.period = w.period
+        JOIN budgets b ON b.name = k.budget
+        CROSS JOIN LATERAL (SELECT CASE WHEN b.period <> 'rolling' THEN k.spent ELSE coalesce((
+            SELECT sum(r.spent) FROM budget_books r WHERE r.budget = k.budget AND r.scope = k.scope
+                AND r.period > '-infinity' AND r.period >= budget_oldest_span(b.window_s, now())),
+            0)::bigint END AS spent) AS u
+    ), raised AS (
+        UPDATE budget_books k SET alerted = k.alerted - k.alerted % 1000 + r.share FROM reached r
+        WHERE k.budget = r.budget AND k.scope = r.scope AND k.period = r.period
+            AND r.share > k.alerted % 1000
+        RETURNING k.budget, k.scope, r.spent, r.amount, r.share
+    )
+    INSERT INTO alerts (kind, data)
+    SELECT 'budget_share', jsonb_build_object('budget', budget, 'scope', scope, 'share', share,
+        'amount', amount, 'spent', spent) FROM raised;
+END
+$$;
