@@ -189,16 +189,13 @@ def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) 
     if not more and abs(left.cost_micros) <= rounding and not ours.doubtful:
         reason = f"each of {ours.told.requests} calls is rounded to a whole micro-dollar"
         return replace(finding, verdict="explained", reason=reason)
-    # A sum of long inputs and others can't be priced.
-    priced = None if rates is None or rates.above is not None else rates
-    expected = cost_micros(priced, _usage(left), None)
     if not ours.doubtful:
         return replace(finding, reason=_unmatched(left) if more else _PRICE)
     others = (left.requests or 0) - len(ours.doubtful)
     if others > 0:
         return replace(finding, reason=_OTHERS.format(f"{others} requests"))
     margin = rounding + len(ours.doubtful)
-    if expected is not None and not _is_near(left.cost_micros, expected, margin):
+    if not _is_near(left.cost_micros, _costs(rates, left), margin):
         return replace(finding, reason=_PRICE.replace("the tokens are equal and ", ""))
     corrections = _shared(ours.doubtful, left.cost_micros)
     states = ", ".join(
@@ -219,8 +216,21 @@ def _unmatched(left: UsageSum) -> str:
     return _OTHERS.format(f"{left.input_tokens + left.output_tokens} tokens")
 
 
-def _is_near(cost: int, expected: int, margin: int) -> bool:
-    return -margin <= cost - expected <= margin
+def _costs(rates: Rates | None, total: UsageSum) -> list[int]:
+    """What a sum of calls may cost: it does not say which of their inputs were long, nor for how
+    long what they wrote to a cache is kept. Empty without a price."""
+    if rates is None:
+        return []
+    usual, usage = replace(rates, above=None, long=None), _usage(total)
+    assert usage.details is not None
+    hour = replace(usage.details, cache_write_1h_tokens=total.cache_write_tokens)
+    both = usage, replace(usage, details=hour)
+    costs = [cost_micros(one, each, None) for one in (usual, rates.long or usual) for each in both]
+    return [one for one in costs if one is not None]
+
+
+def _is_near(cost: int, expected: Sequence[int], margin: int) -> bool:
+    return not expected or min(expected) - margin <= cost <= max(expected) + margin
 
 
 def _usage(total: UsageSum) -> Usage:

@@ -85,6 +85,31 @@ def test_a_wrong_price_is_no_fault_of_a_doubtful_call() -> None:
     assert (finding.verdict, finding.corrections) == ("unexplained", ())
 
 
+@pytest.mark.parametrize(
+    ("micros", "verdict"),
+    [(400, "explained"), (600, "explained"), (800, "explained"), (300, "unexplained"),
+     (5_000, "unexplained"), (-100, "unexplained")],
+)  # fmt: skip
+def test_a_price_for_long_inputs_bounds_what_a_doubtful_call_cost(
+    micros: int, verdict: str
+) -> None:
+    """A sum does not say which of its inputs were long: they all were, or none."""
+    long = Price(input=1, output=10, above=50, long=Price(input=2, output=20))
+    cut = DoubtfulCall(ID, "partial", 90, 5, 140, weight=140)
+    theirs = TOLD.plus(UsageSum(1, 100, 0, 0, 30, 0, micros))
+    finding = one(ModelDay(TOLD, (cut,)), theirs, rates=Rates.of(long))
+    assert finding.verdict == verdict
+    assert bool(finding.corrections) is (verdict == "explained")
+
+
+def test_a_cut_call_may_have_written_to_a_cache_for_an_hour() -> None:
+    rates = Rates.of(Price(input=1, output=10, cache_write=1.25, cache_write_1h=2))
+    cut = DoubtfulCall(ID, "partial", 90, 5, 140, weight=140)
+    for micros, verdict in ((325, "explained"), (400, "explained"), (500, "unexplained")):
+        theirs = TOLD.plus(UsageSum(1, 100, 0, 100, 20, 0, micros))
+        assert one(ModelDay(TOLD, (cut,)), theirs, rates=rates).verdict == verdict
+
+
 def test_fewer_tokens_than_answers_had_are_unexplained() -> None:
     finding = one(ModelDay(TOLD), UsageSum(9, 900, 100, 0, 200, 0, 2_800))
     assert finding.verdict == "unexplained"
