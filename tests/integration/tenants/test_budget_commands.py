@@ -83,6 +83,14 @@ async def test_budgets_over_http(open_gateway: Opener) -> None:
         assert (status, problem["code"]) == (404, "not_found")
 
 
+async def test_a_name_that_postgresql_cannot_hold_is_refused(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, admin_token=ADMIN_TOKEN)
+    for method, path, body in (("PUT", "", BODY), ("POST", "/resume", {}), ("DELETE", "", None)):
+        target = f"/admin/budgets/a%00b{path}"
+        status, problem = await ask(gateway, method, target, AS_ADMIN, body)
+        assert (status, problem["field"]) == (400, "name")
+
+
 async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     made = await tidegate(

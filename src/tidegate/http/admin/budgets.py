@@ -64,7 +64,10 @@ class AnyText(Convertor[str]):
 
 
 register_url_convertor("text", AnyText())
-BudgetName = Annotated[str, Path(description="A budget's name", min_length=1, max_length=200)]
+BudgetName = Annotated[
+    str,
+    Path(description="A budget's name", min_length=1, max_length=200, pattern=r"^[^\x00]*$"),
+]
 _WHOM: Any = Field(default=None, min_length=1, max_length=200, description="null: any")
 
 
