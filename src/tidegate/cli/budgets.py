@@ -91,7 +91,7 @@ def list_(
         budget = by_name.get(book.budget)
         if budget is None:
             continue
-        whose = [*whom(budget), *(str(one) for one in scope_values(book.scope))]
+        whose = [*whom(budget), *(one or "none" for one in scope_values(book.scope))]
         state = "paused" if book.paused_since else ""
         if not state and book.spent >= book.amount:
             state = "spent"

@@ -373,7 +373,8 @@ def budget_alert(kind: str, data: Mapping[str, Any], unit: Unit) -> dict[str, An
 
 
 def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
-    whose = f" of {', '.join(map(str, data['scope']))}" if data["scope"] else ""
+    whose = ", ".join(one or "none" for one in data["scope"])
+    whose = f" of {whose}" if whose else ""
     spent, amount = (shown_amount(data["unit"], data[name]) for name in ("spent", "amount"))
     said = f"Budget {data['budget']}{whose}: {spent} of {amount} spent"
     if kind == "budget_share":

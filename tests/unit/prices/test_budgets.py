@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.prices.budgets import Budget, Dimension, budget_of, extra_of, with_changes
+from tidegate.prices.budgets import (
+    Budget,
+    Dimension,
+    budget_alert,
+    budget_of,
+    extra_of,
+    with_changes,
+)
 
 DAY = {"period": "day"}
 
@@ -66,3 +73,11 @@ def test_a_budget_of_people_of_all_tenants_that_is_there_stays_one() -> None:
     there = Budget("people", "usd", 10**6, "day", each=("subject",))
     assert with_changes(there, "people", {"usd": 2}).each == ("subject",)
     assert budget_of("people", {"usd": 2, **DAY, "each": ["subject"]}, there).each == ("subject",)
+
+
+def test_an_alert_says_in_words_that_a_book_is_of_no_person() -> None:
+    kept = {"budget": "people", "scope": '["acme", null]', "spent": 790_000, "amount": 2_000_000}
+    alert = budget_alert("budget_share", kept | {"share": 30}, "usd")
+    text = "Budget people of acme, none: $0.79 of $2.00 spent, which is 30 % or more."
+    assert alert["text"] == text
+    assert alert["scope"] == ["acme", None]
