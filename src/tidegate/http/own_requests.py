@@ -434,6 +434,11 @@ By = Annotated[
 ]
 Since = Annotated[date | None, Query(description="The first day, of UTC; else the month's first")]
 Until = Annotated[date | None, Query(description="The last day, of UTC; else today")]
+_COMPARED_DAYS = 31
+ComparedSince = Annotated[
+    date | None,
+    Query(description=f"The first day, of UTC; else {_COMPARED_DAYS} days before the last"),
+]
 
 
 class Amounts(BaseModel):
@@ -656,10 +661,12 @@ class ReconciliationList(BaseModel):
     summary="How the record compares with the providers' own usage and costs",
 )
 async def reconciliations(
-    request: Request, since: Since = None, until: Until = None
+    request: Request, since: ComparedSince = None, until: Until = None
 ) -> ReconciliationList:
     """Of the days that `tidegate reconcile` or RECONCILE has compared, the newest first."""
-    first, last = _span(since, until)
+    # A day is compared after it is over: that of the last day of a month in the next one.
+    begin = (until or datetime.now(UTC).date()) - timedelta(days=_COMPARED_DAYS)
+    first, last = _span(since or begin, until)
     found = await services_of(request).store.reconciliations.found(first, last)
     return ReconciliationList(
         items=[ReconciliationView.model_validate(one, from_attributes=True) for one in found]

@@ -241,6 +241,22 @@ async def test_the_command_compares_yesterday_and_says_so_by_its_exit_code(
         assert (refused.code, refused.complained.count("\n")) == (2, 1)
 
 
+async def test_the_last_day_of_a_month_is_shown_in_the_next_one(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    day = today().replace(day=1) - timedelta(days=1)
+    await gateway.database.execute(
+        "INSERT INTO reconciliations (upstream, day, model, provider, ours_micros, theirs_micros,"
+        " verdict, reason, calls)"
+        " VALUES ('openai', $1, 'm', 'openai', 1, 2, 'unexplained', '', '[]')",
+        day,
+    )
+    url = f"{gateway.url}/admin/reconciliations"
+    as_operator = {"Authorization": f"Bearer {gateway.operator_key}"}
+    for query, days in (("", [f"{day}"]), (f"?since={today()}", [])):
+        async with gateway.http.get(url + query, headers=as_operator) as response:
+            assert [one["day"] for one in (await response.json())["items"]] == days
+
+
 async def test_each_night_the_day_before_is_compared_once(
     open_gateway: Opener, provider: Emulator, tmp_path: Path
 ) -> None:

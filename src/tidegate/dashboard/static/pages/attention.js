@@ -34,7 +34,7 @@ export async function open(main, { signal }) {
   });
   const unexplained = list(
     "Unexplained costs",
-    ["Of this month, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "month" }) }, "All books")],
+    ["Of the last 31 days, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "30" }) }, "All books")],
     "admin/reconciliations",
     signal,
     again,
