@@ -13,7 +13,8 @@ from aiohttp import web
 
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import UpstreamGarbled, UpstreamRejected, UpstreamUnauthorized
-from tidegate.prices.reconciliation import UsageSum
+from tidegate.prices.rates import Price, Rates
+from tidegate.prices.reconciliation import ModelDay, UsageSum, compared
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import (
     MOST_PAGES,
@@ -117,9 +118,39 @@ async def test_anthropic_reports_input_in_three_parts_and_costs_in_cents(wire: R
     async with server(handle) as base:
         found = await usage_of_day(wire, of_anthropic(base), DAY)
     assert found == {
-        "claude-opus-5": UsageSum(None, 100, 70, 25, 9, 3, 1_234_565),
-        "Web Search Usage": UsageSum(cost_micros=10_000),
+        "claude-opus-5": UsageSum(None, 100, 70, 25, 9, 3, 1_244_565),
     }
+
+
+async def test_searches_of_the_web_cost_the_models_that_made_them(wire: RelayWire) -> None:
+    """As the record has it, in which a call costs what it searched too."""
+    usage = [
+        {"model": name, "uncached_input_tokens": 1_000, "output_tokens": 0,
+         "server_tool_use": {"web_search_requests": searches}}
+        for name, searches in (("a", 1), ("b", 2), ("c", 0))
+    ]  # fmt: skip
+
+    async def handle(request: web.Request) -> web.Response:
+        if not request.path.endswith("cost_report"):
+            return web.json_response(page(usage))
+        rows: list[dict[str, Any]] = [
+            {"amount": "0.3", "model": one["model"], "cost_type": "tokens"} for one in usage
+        ]
+        whole = {"amount": "3", "model": None, "cost_type": "web_search"}
+        named = {"description": "Web Search Usage"}
+        return web.json_response(page([*rows, whole | named]))
+
+    async with server(handle) as base:
+        theirs = await usage_of_day(wire, of_anthropic(base), DAY)
+    rates = Rates.of(Price(input=3, output=15, search=10))
+    ours = {
+        name: ModelDay(UsageSum(1, 1_000, 0, 0, 0, searches, 3_000 + searches * 10_000))
+        for name, searches in (("a", 1), ("b", 2), ("c", 0))
+    }
+    found = compared(ours, theirs, dict.fromkeys(ours, rates))
+    assert [(one.model, one.verdict) for one in found] == [
+        ("a", "equal"), ("b", "equal"), ("c", "equal")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Admin APIs of the providers, OpenAI's and Anthropic's: usage and costs of a day, and rate limits.
 
 All need an admin key, which is no key for calls; a key that may only read is enough. Usage is
-grouped by model, costs by what they are for; costs of no model are kept under their own names.
+grouped by model, costs by what they are for; costs of no model are kept under their own names,
+but for searches of the web, which are of the models that made them.
 OpenAI lists the limits of each model of a project by itself, although some share one; a limit of 0
 is none in that unit. Anthropic lists classes of models; a workspace lists only what it overrides.
 
@@ -121,9 +122,19 @@ async def _anthropic(read: _Reader) -> dict[str, UsageSum]:
     costs: defaultdict[str, Decimal] = defaultdict(Decimal)
     path = "/v1/organizations/cost_report"
     async for row in read.rows(path, {**query, "group_by[]": "description"}):
-        named = str(row.get("model") or row.get("description") or "")
-        costs[named] += _decimal(row.get("amount")) * _MICROS_A_CENT
+        amount = _decimal(row.get("amount")) * _MICROS_A_CENT
+        for named, share in _whose(row, sums):
+            costs[named] += amount * share
     return _priced(sums, costs)
+
+
+def _whose(row: Json, sums: Mapping[str, UsageSum]) -> list[tuple[str, Decimal]]:
+    """Of which models a cost is, and what part of it. Searches of the web cost the same by all
+    models, and name none: they are of those that made them."""
+    searches = sum(one.searches for one in sums.values())
+    if row.get("model") or row.get("cost_type") != "web_search" or not searches:
+        return [(str(row.get("model") or row.get("description") or ""), Decimal(1))]
+    return [(name, Decimal(one.searches) / searches) for name, one in sums.items() if one.searches]
 
 
 _WRITES = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
