@@ -24,6 +24,7 @@ Verdict = Literal["equal", "explained", "unexplained"]
 
 _PRICE = "the tokens are equal and the cost is not: the price in force is not the provider's"
 _FEWER = "the provider counts fewer {} than whole answers had"
+_COST_ALONE = "the provider states a cost alone, which is not that of the calls"
 _OTHERS = "{} of the provider's count are of no call on record: other consumers of the account"
 _NAMELESS = "the provider has no call of this name, and by others some that are not on record"
 # What a dated version has after the name of its model, such as -2025-08-07, -20250929 and -0125.
@@ -33,7 +34,8 @@ _DATE = re.compile(r"[-@](?:20\d\d-\d\d-\d\d|20\d{6}|\d{4})", re.ASCII)
 @dataclass(frozen=True, slots=True)
 class UsageSum:
     """Of one model on one day. input_tokens: all of the input, cached and written ones included;
-    output_tokens: with the thoughts. requests: None where they are not counted."""
+    output_tokens: with the thoughts. requests: None where they are not counted; is_counted: whether
+    anything is but the cost."""
 
     requests: int | None = 0
     input_tokens: int = 0
@@ -42,6 +44,7 @@ class UsageSum:
     output_tokens: int = 0
     searches: int = 0
     cost_micros: int = 0
+    is_counted: bool = True
 
     def plus(self, other: UsageSum) -> UsageSum:
         counted = self.requests is not None and other.requests is not None
@@ -156,6 +159,8 @@ def compared(
 def _has_others(ours: ModelDay, theirs: UsageSum) -> bool:
     """Whether the provider counts what no call on record by that name can account for."""
     left = theirs.minus(ours.told)
+    if not theirs.is_counted:
+        return False
     more = not ours.doubtful and any(getattr(left, name) > 0 for name in _COUNTED)
     return more or (left.requests or 0) > len(ours.doubtful)
 
@@ -174,6 +179,8 @@ def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) 
     same = theirs.cost_micros == ours.cost_micros
     left = theirs.minus(ours.told)
     finding = ModelFinding(model, ours, theirs, "unexplained")
+    if not theirs.is_counted:
+        return _of_cost_alone(finding, left.cost_micros)
     # What was corrected before is equal in its cost, not in the tokens of its calls.
     if same and (ours.doubtful or not any(getattr(left, name) for name in _COUNTED)):
         return replace(finding, verdict="equal")
@@ -187,8 +194,7 @@ def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) 
     rounding = ((ours.told.requests or 0) + 1) // 2
     more = [name for name in _COUNTED if getattr(left, name)]
     if not more and abs(left.cost_micros) <= rounding and not ours.doubtful:
-        reason = f"each of {ours.told.requests} calls is rounded to a whole micro-dollar"
-        return replace(finding, verdict="explained", reason=reason)
+        return _rounded(finding)
     if not ours.doubtful:
         return replace(finding, reason=_unmatched(left) if more else _PRICE)
     others = (left.requests or 0) - len(ours.doubtful)
@@ -208,6 +214,20 @@ def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) 
         reason=f"calls whose usage was not reported whole: {states}",
         corrections=corrections,
     )
+
+
+def _of_cost_alone(finding: ModelFinding, left_micros: int) -> ModelFinding:
+    ours = finding.ours
+    if not finding.difference_micros:
+        return replace(finding, verdict="equal")
+    if abs(left_micros) <= ((ours.told.requests or 0) + 1) // 2 and not ours.doubtful:
+        return _rounded(finding)
+    return replace(finding, reason=_COST_ALONE)
+
+
+def _rounded(finding: ModelFinding) -> ModelFinding:
+    reason = f"each of {finding.ours.told.requests} calls is rounded to a whole micro-dollar"
+    return replace(finding, verdict="explained", reason=reason)
 
 
 def _unmatched(left: UsageSum) -> str:

@@ -141,11 +141,12 @@ _WRITES = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 
 
 def _priced(sums: Mapping[str, UsageSum], costs: Mapping[str, Decimal]) -> dict[str, UsageSum]:
-    """Sums with their costs, rounded once; a cost of no model stands alone."""
-    found = dict(sums)
+    """Sums with their costs, rounded once; a cost of no model stands alone, and so does that of one
+    which is counted in another API, as pictures and speech are."""
+    found, alone = dict(sums), UsageSum(requests=None, is_counted=False)
     for name, micros in costs.items():
         whole = int(micros.to_integral_value(ROUND_HALF_UP))
-        found[name] = replace(found.get(name, UsageSum()), cost_micros=whole)
+        found[name] = replace(found.get(name, alone), cost_micros=whole)
     return found
 
 

@@ -110,6 +110,23 @@ def test_a_cut_call_may_have_written_to_a_cache_for_an_hour() -> None:
         assert one(ModelDay(TOLD, (cut,)), theirs, rates=rates).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("micros", "verdict"), [(80_000, "equal"), (80_001, "explained"), (90_000, "unexplained")]
+)
+def test_of_a_model_that_is_counted_nowhere_the_cost_alone_is_compared(
+    micros: int, verdict: str
+) -> None:
+    """OpenAI counts pictures and speech elsewhere, and in other units."""
+    theirs = UsageSum(requests=None, cost_micros=micros, is_counted=False)
+    drawn = UsageSum(2, 20, 0, 0, 8_000, 0, 80_000)
+    finding = one(ModelDay(drawn), theirs)
+    assert (finding.verdict, finding.corrections) == (verdict, ())
+    if verdict == "unexplained":
+        assert finding.reason == "the provider states a cost alone, which is not that of the calls"
+    cut = DoubtfulCall(ID, "unknown")
+    assert one(ModelDay(drawn, (cut,)), theirs).corrections == ()
+
+
 def test_fewer_tokens_than_answers_had_are_unexplained() -> None:
     finding = one(ModelDay(TOLD), UsageSum(9, 900, 100, 0, 200, 0, 2_800))
     assert finding.verdict == "unexplained"
