@@ -85,11 +85,10 @@ class Budget:
 
     def binds(self, tenant: str, key: str | None, model: str) -> bool:
         """Whether it may bind a call, as far as those three decide it."""
-        return (
-            self.tenant in (None, tenant)
-            and self.key in (None, key)
-            and (self.model is None or fnmatchcase(model.removeprefix("models/"), self.model))
-        )
+        return self.tenant in (None, tenant) and self.key in (None, key) and self.is_of_model(model)
+
+    def is_of_model(self, model: str) -> bool:
+        return self.model is None or fnmatchcase(model.removeprefix("models/"), self.model)
 
     def need(self, cost: CallCost) -> int:
         """What a call takes of it at most, or about. Raises BudgetUnbounded."""

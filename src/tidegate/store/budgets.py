@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -287,14 +286,11 @@ async def _seed(connection: asyncpg.Connection, budget: Budget) -> None:
     by_days = budget.zone == "UTC" and budget.period != "rolling"
     by_days = by_days and budget.key is budget.subject is None and budget.each in ((), ("tenant",))
     name = "seed_budget_by_days" if by_days else "seed_budget_by_calls"
-    pattern = "" if budget.model is None else _regex(budget.model)
-    await connection.execute(sql(name), budget.name, pattern, timeout=_SEED_TIMEOUT_MS / 1000)
-
-
-def _regex(pattern: str) -> str:
-    """A pattern of names as PostgreSQL takes it."""
-    parts = {"*": ".*", "?": "."}
-    return f"^{''.join(parts.get(one) or re.escape(one) for one in pattern)}$"
+    models: list[str] = []
+    if budget.model is not None:  # by the rule by which it binds calls
+        known = [row["model"] for row in await connection.fetch(sql("models_with_usage"))]
+        models = [one for one in known if budget.is_of_model(one)]
+    await connection.execute(sql(name), budget.name, models, timeout=_SEED_TIMEOUT_MS / 1000)
 
 
 @dataclass(eq=False, slots=True)

@@ -18,7 +18,7 @@ from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of,
 from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
 from tidegate.jobs import calls
-from tidegate.prices.budgets import Budget
+from tidegate.prices.budgets import Budget, Dimension
 from tidegate.store import budgets as books
 from tidegate.store.budgets import Budgets
 
@@ -223,6 +223,31 @@ async def test_what_was_spent_before_a_budget_was_set_counts(open_gateway: Opene
     status, said, _ = await called(gateway, 0, acme)
     assert (status, said["error"]["limit"]) == (429, "budget_day_tokens")
     assert "500 tokens of 500 tokens spent" in said["error"]["message"]
+
+
+@pytest.mark.parametrize("each", [(), ("subject",)])
+async def test_what_was_spent_before_counts_by_any_pattern_of_models(
+    open_gateway: Opener, each: tuple[Dimension, ...]
+) -> None:
+    """The first is read from the sums of days, the second from the calls."""
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_behaviour(answer="yes")
+    for model in ("m-1", "m-4", "models-1"):
+        body = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
+        async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+    query = "SELECT count(*) FROM audit"
+    await wait_until(lambda: recorded(gateway, query, 3), 20, "three calls on record")
+    spent = await gateway.database.fetchval(
+        "SELECT sum(input_tokens + output_tokens) FROM audit WHERE model = 'm-1'"
+    )
+    await with_budgets(gateway, Budget("b", "tokens", 999, "day", model="m-[1-3]", each=each))
+    (book,) = await gateway.services.budgets.records.books("b")
+    assert book.spent == spent > 0
+
+
+async def recorded(gateway: Gateway, query: str, count: int) -> bool:
+    return bool(await gateway.database.fetchval(query) == count)
 
 
 async def test_each_person_has_a_budget_and_calls_without_one_share(open_gateway: Opener) -> None:

@@ -48,6 +48,10 @@ WITH books AS (DELETE FROM budget_books WHERE budget = ANY($1::text[])),
     pauses AS (DELETE FROM budget_pauses WHERE budget = ANY($1::text[]))
 DELETE FROM budget_holds WHERE budget = ANY($1::text[])
 
+-- name: models_with_usage
+-- Names of all models that were called, as they are on record.
+SELECT DISTINCT model FROM usage_days
+
 -- name: seed_budget_by_days
 -- Begin the books of budget $1, which binds tenants or models by days of UTC, with what was spent.
 INSERT INTO budget_books (budget, scope, period, spent)
@@ -58,7 +62,7 @@ SELECT b.name, CASE WHEN 'tenant' = ANY(b.each) THEN json_build_array(u.tenant_i
 FROM budgets b JOIN usage_days u
     ON u.day >= (budget_period(b.period, b.zone, now()) AT TIME ZONE 'UTC')::date
 WHERE b.name = $1 AND (b.tenant IS NULL OR u.tenant_id = b.tenant)
-    AND (b.model IS NULL OR u.model ~ $2)
+    AND (b.model IS NULL OR u.model = ANY($2::text[]))
 GROUP BY 1, 2, 3
 ON CONFLICT (budget, scope, period) DO NOTHING
 
@@ -80,7 +84,7 @@ FROM budgets b JOIN audit a ON a.finished_at >= CASE WHEN b.window_s IS NULL
         ELSE budget_oldest_span(b.window_s, now()) - interval '1 day' END
 WHERE b.name = $1 AND (b.tenant IS NULL OR a.tenant_id = b.tenant)
     AND (b.key IS NULL OR a.key_id = b.key) AND (b.subject IS NULL OR a.subject = b.subject)
-    AND (b.model IS NULL OR a.model ~ $2)
+    AND (b.model IS NULL OR a.model = ANY($2::text[]))
 GROUP BY 1, 2, 3
 ON CONFLICT (budget, scope, period) DO NOTHING
 
