@@ -126,7 +126,9 @@ async def reconcile(
     ours = await record.ours(upstream.name, day)
     noon = datetime.combine(day, time(12), UTC).timestamp()
     prices = Prices(upstream, now=lambda: noon)
-    findings = compared(ours, theirs, {model: prices.of(model) for model in {*ours, *theirs}})
+    models = {*ours, *theirs}
+    contexts = {model: prices.most(model)[0] for model in models}
+    findings = compared(ours, theirs, {model: prices.of(model) for model in models}, contexts)
     corrected = 0
     if not dry_run:
         corrected = await record.keep(upstream.name, account.provider, day, findings)

@@ -141,9 +141,11 @@ def compared(
     ours: Mapping[str, ModelDay],
     theirs: Mapping[str, UsageSum],
     rates: Mapping[str, Rates | None],
+    contexts: Mapping[str, int | None] | None = None,
 ) -> list[ModelFinding]:
     """A finding for each model of either side, in the order of their names. `rates`: those in force
-    by the model's name there."""
+    by the model's name there; `contexts`: the most tokens of one call."""
+    most = contexts or {}
     named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
     for model, day in ours.items():
         named[_name_there(model, theirs)] = named[_name_there(model, theirs)].plus(day)
@@ -151,7 +153,9 @@ def compared(
     return [
         ModelFinding(model, named[model], NOTHING, "unexplained", _NAMELESS)
         if has_others and model not in theirs and named[model].doubtful
-        else _finding(model, named[model], theirs.get(model, NOTHING), rates.get(model))
+        else _finding(
+            model, named[model], theirs.get(model, NOTHING), rates.get(model), most.get(model)
+        )
         for model in sorted({*named, *theirs})
     ]
 
@@ -175,7 +179,9 @@ def _name_there(model: str, theirs: Mapping[str, UsageSum]) -> str:
     return dated[0] if len(dated) == 1 else model
 
 
-def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) -> ModelFinding:
+def _finding(
+    model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None, context: int | None
+) -> ModelFinding:
     same = theirs.cost_micros == ours.cost_micros
     left = theirs.minus(ours.told)
     finding = ModelFinding(model, ours, theirs, "unexplained")
@@ -200,6 +206,9 @@ def _finding(model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None) 
     others = (left.requests or 0) - len(ours.doubtful)
     if others > 0:
         return replace(finding, reason=_OTHERS.format(f"{others} requests"))
+    tokens = left.input_tokens + left.output_tokens
+    if context is not None and tokens > context * sum(map(_most_tries, ours.doubtful)):
+        return replace(finding, reason=_OTHERS.format(f"{tokens} tokens"))
     margin = rounding + len(ours.doubtful)
     if not _is_near(left.cost_micros, _costs(rates, left), margin):
         return replace(finding, reason=_PRICE.replace("the tokens are equal and ", ""))
@@ -228,6 +237,11 @@ def _of_cost_alone(finding: ModelFinding, left_micros: int) -> ModelFinding:
 def _rounded(finding: ModelFinding) -> ModelFinding:
     reason = f"each of {finding.ours.told.requests} calls is rounded to a whole micro-dollar"
     return replace(finding, verdict="explained", reason=reason)
+
+
+def _most_tries(call: DoubtfulCall) -> int:
+    """How often it was called at most: a job's third worker that dies is its last."""
+    return 3 if call.state == "repeated" else 1
 
 
 def _unmatched(left: UsageSum) -> str:

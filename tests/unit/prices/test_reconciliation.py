@@ -78,6 +78,18 @@ def test_requests_of_others_are_not_laid_at_the_door_of_a_doubtful_call() -> Non
     assert "2 requests of the provider's count are of no call on record" in alone.reason
 
 
+def test_a_call_has_no_more_tokens_than_its_model_takes_where_requests_are_not_counted() -> None:
+    """Anthropic's report has no requests: what others use there is no cut call's."""
+    cut = DoubtfulCall(ID, "partial", 90, 5, 140, weight=140)
+    for tokens, verdict in ((900, "explained"), (901, "unexplained")):
+        theirs = TOLD.plus(UsageSum(None, tokens, 0, 0, 100, 0, tokens + 1_000))
+        (finding,) = compared(
+            {"m": ModelDay(TOLD, (cut,))}, {"m": theirs}, {"m": RATES}, {"m": 1_000}
+        )
+        assert finding.verdict == verdict
+        assert ("1001 tokens" in finding.reason) is (verdict == "unexplained")
+
+
 def test_a_wrong_price_is_no_fault_of_a_doubtful_call() -> None:
     cut = DoubtfulCall(ID, "partial", 90, 5, 140)
     dear = TOLD.plus(UsageSum(1, 100, 0, 0, 30, 0, 4_000))
