@@ -133,6 +133,12 @@ def shown_amount(unit: Unit, amount: int) -> str:
     return dollars(amount) if unit == "usd" else f"{amount} tokens"
 
 
+def _needed(unit: Unit, amount: int) -> str:
+    """The same rounded up to what is shown: as it is written it is never less than it is."""
+    cents = -(-amount // 10_000) * 10_000 if unit == "usd" and amount >= 10_000 else amount
+    return shown_amount(unit, cents)
+
+
 def is_used_up(spent: int, amount: int) -> bool:
     """Whether a budget that pauses does so for all: a hundredth of it is left, or less. A call that
     needs more than what is left before then is refused alone. As `reserve_budgets` has it."""
@@ -311,12 +317,12 @@ def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
     if need is None:
         need, lacks = 1, f"has nothing left: {used}"
     else:
-        lacks = f"has no room for this call: {used}, up to {budget.shown(need)} needed"
+        lacks = f"has no room for this call: {used}, up to {_needed(budget.unit, need)} needed"
     if refusal.why == "held":
         return BudgetReserved(
             f"the budget {budget.name}{whose} has no room for this call yet: {used}, "
             f"{budget.shown(refusal.held)} reserved for calls in progress, "
-            f"up to {budget.shown(need)} needed",
+            f"up to {_needed(budget.unit, need)} needed",
             limit=budget.limit,
             allowed=allowed,
             retry_after_ms=_RESERVED_RETRY_MS,

@@ -36,3 +36,11 @@ def test_before_it_is_known_what_a_call_takes_the_budget_has_nothing_left() -> N
     said = f"the budget day has nothing left: 104 tokens of 100 tokens spent; it resets at {at}"
     assert refusal.message == said
     assert refusal.retry_after_ms is not None
+
+
+def test_what_a_call_needs_is_rounded_up_to_cents() -> None:
+    """Rounded down, $0.020011 of $0.02 would fit, as it is written."""
+    day = Budget("day", "usd", 20_000, "day")
+    for need, shown in ((20_011, "$0.03"), (30_000, "$0.03"), (9_999, "$0.009999")):
+        message = refused_by(Refusal(Binding(day, ""), "spent", 20_000, 19_000, 0, None, 0.0), need)
+        assert f"up to {shown} needed" in message.message
