@@ -573,7 +573,8 @@ def edit(
 
     Called on a policy it raises PolicyChanged where one has another value, NotFound for a key to
     remove that is not there, and ConfigError for a key that can't be, or the limit of a kind, which
-    every call needs. Whether the values are sound is seen when the policy is read.
+    every call needs. Whether the values are sound is seen when the policy is read. A limit that was
+    imported or learned is the person's from then on, unless the change gives it another source.
     """
     removed = list(remove)
 
@@ -595,10 +596,20 @@ def edit(
             section, name = _place(key)
             if section == "limits" and name not in plain.get(section, {}):
                 check_tenants([name])
-            changed.setdefault(section, {})[name] = value
+            before = plain.get(section, {}).get(name)
+            changed.setdefault(section, {})[name] = _of_a_person(value, before)
         return changed
 
     return change
+
+
+def _of_a_person(value: Any, before: object) -> Any:
+    """`value` without the source that it only repeats of the limit `before`, which it changes."""
+    if not isinstance(value, Mapping) or not isinstance(before, Mapping) or value == before:
+        return value
+    if value.get("source") != before.get("source"):
+        return value
+    return {key: one for key, one in value.items() if key != "source"}
 
 
 def _check(plain: Plain, expected: Mapping[str, Any]) -> None:

@@ -41,6 +41,25 @@ def test_keys_are_set_and_removed(
     assert BEFORE["limits"] == {"kind:text_only": 5, "rpm:m": 60}, "the old one is left as it was"
 
 
+@pytest.mark.parametrize("source", ["imported", "learned"])
+def test_a_bound_that_a_person_changes_is_no_longer_the_providers(source: str) -> None:
+    """The page, and a program, send back the table that they have read, with another bound."""
+    table = {"bound": 500, "shape": "bucket", "source": source}
+    change = edit({"rpm:gpt-5": {**table, "bound": 100}}, expected={"rpm:gpt-5": table})
+    after = change({"limits": {"rpm:gpt-5": table}})
+    assert after["limits"]["rpm:gpt-5"] == {"bound": 100, "shape": "bucket"}
+
+
+def test_a_limit_that_is_sent_back_as_it_was_keeps_its_source() -> None:
+    plain = {"limits": {"rpm:gpt-5": {"bound": 500, "source": "learned"}}}
+    assert edit({"rpm:gpt-5": {"bound": 500, "source": "learned"}})(plain) == plain
+
+
+def test_a_person_may_hand_a_limit_over_to_what_answers_report() -> None:
+    after = edit({"rpm:m": {"bound": 60, "source": "learned"}})(BEFORE)
+    assert after["limits"]["rpm:m"] == {"bound": 60, "source": "learned"}
+
+
 @pytest.mark.parametrize("key", ["lease_ms", "limits", "weights.", "pool", "other.x", ""])
 def test_a_key_that_cannot_be_is_refused(key: str) -> None:
     with pytest.raises(ConfigError):
