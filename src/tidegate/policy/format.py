@@ -137,6 +137,15 @@ def is_in_group(model: str, whom: str) -> bool:
     return any(fnmatchcase(model, one) for one in whom.split(","))
 
 
+def can_be_limited(model: str) -> bool:
+    """Whether the id of a limit can name this model alone: ids have no spaces, | { or }."""
+    is_one = is_of_models(model) and not is_pattern(model)
+    return is_one and _NO_LIMITS.binding(f"model:{model}") is not None
+
+
+_NO_LIMITS = PoolPolicy({})
+
+
 def plain_model(model: str) -> str:
     """A model's name without the folder that Gemini's API lists it in."""
     return model.removeprefix("models/")

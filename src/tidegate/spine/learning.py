@@ -33,7 +33,7 @@ from tidegate.dialects.headers import RateStatus, answered_at, rate_statuses
 from tidegate.errors import ConfigError, LimiterUnavailable, StatedBound, StoreUnavailable
 from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
 from tidegate.policy.deployment import Learn
-from tidegate.policy.format import is_of_models, is_pattern, plain_model
+from tidegate.policy.format import can_be_limited, plain_model
 from tidegate.policy.imported import acceptance
 from tidegate.policy.learned import (
     CAREFUL_WINDOWS,
@@ -404,7 +404,7 @@ class HeaderReader:
         known, self._resets, found = self._resets, {}, []
         for announced in announcements:
             model = plain_model(announced.model)
-            if is_pattern(model) or not is_of_models(model):
+            if not can_be_limited(model):
                 continue
             units = {one.unit for one in announced.limits}
             for one in announced.limits:

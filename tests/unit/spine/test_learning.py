@@ -249,6 +249,17 @@ def test_a_model_that_is_called_as_others_are_teaches_no_limit_of_them(model: st
     assert (reading.model, reading.bound) == ("m", 6)
 
 
+@pytest.mark.parametrize("model", ["gpt 5", "gpt-5|x", "gpt-5{x}", "gpt-5\t", "x" * 201])
+def test_a_model_that_no_id_can_name_keeps_no_other_from_being_learned(model: str) -> None:
+    announced = Announced(clock=lambda: float(NOW_S))
+    for name in (model, "m"):
+        announced.note(name, [(b"x-ratelimit-limit-requests", b"5")])
+    note = LearnedNote(tuple(HeaderReader("openai").read(announced.all())))
+    nothing = of_plain({"limits": {}})
+    change = acceptance(learned_limits([note], LimitMatch(nothing, "openai")), [], "openai")
+    assert list(of_plain(change({"limits": {}})).limits) == ["rpm:m"]
+
+
 def test_a_bound_that_no_limit_can_have_hides_no_other_of_the_same_answer() -> None:
     announced = Announced(clock=lambda: float(NOW_S))
     headers = {"x-ratelimit-limit-requests": "500", "x-ratelimit-limit-tokens": "999999999999999"}
