@@ -109,3 +109,44 @@ async def test_a_list_that_is_not_whole_takes_no_limit_away(wire: RelayWire, bod
     async with server(handle) as base:
         with pytest.raises(UpstreamGarbled, match="rate-limit API"):
             await reported_limits(wire, of_openai(base), project="proj_1")
+
+
+@pytest.mark.parametrize("models", ["claude-opus-5", 5, [{"id": "claude-opus-5"}], {"a": 1}])
+async def test_models_that_are_no_list_of_names_are_refused(wire: RelayWire, models: Any) -> None:
+    with pytest.raises(UpstreamGarbled, match="rate-limit API has models"):
+        await classes(wire, {**group(MODELS, requests_per_minute=50), "models": models})
+
+
+async def test_an_answer_that_nests_too_deep_is_refused(wire: RelayWire) -> None:
+    async def handle(_: web.Request) -> web.Response:
+        return web.Response(text="[" * 100_000)
+
+    async with server(handle) as base:
+        with pytest.raises(UpstreamGarbled, match="did not answer with JSON"):
+            await reported_limits(wire, of_openai(base), project="proj_1")
+
+
+async def test_a_bound_that_no_limit_can_have_is_no_limit_of_that_unit(wire: RelayWire) -> None:
+    own = group(MODELS, requests_per_minute=50, output_tokens_per_minute=2**63 - 1)
+    assert await classes(wire, own) == (ModelClass(MODELS, {"rpm": 50}),)
+
+
+@pytest.mark.parametrize("model", ["gpt 5", "gpt-5|x", "*", "a,b", "total", "tenant/acme"])
+async def test_a_model_that_no_id_can_name_keeps_no_other_from_being_imported(
+    wire: RelayWire, model: str
+) -> None:
+    row = {"max_requests_per_1_minute": 5}
+
+    async def handle(request: web.Request) -> web.Response:
+        if "projects" in request.path:
+            rows = [{"model": model, **row}, {"model": "gpt-5", **row}]
+            return web.json_response({"data": rows, "has_more": False})
+        own = [group((model, "claude-opus-5"), requests_per_minute=5)]
+        return web.json_response({"data": own, "next_page": None})
+
+    async with server(handle) as base:
+        openai = await reported_limits(wire, of_openai(base), project="proj_1")
+        anthropic = await reported_limits(wire, of_anthropic(base))
+    assert openai.skipped == anthropic.skipped == (model,)
+    assert list(limits_of(openai.classes, "openai")) == ["rpm:gpt-5"]
+    assert list(limits_of(anthropic.classes, "anthropic")) == ["rpm:claude-opus-5"]

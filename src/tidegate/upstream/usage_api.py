@@ -27,7 +27,9 @@ from typing import Any, Literal, get_args
 from urllib.parse import quote, urlencode
 
 from tidegate.errors import ConfigError, UpstreamGarbled, UpstreamRejected, UpstreamUnauthorized
+from tidegate.limiter import MAX_BOUND
 from tidegate.policy.access import Access, Network
+from tidegate.policy.format import can_be_limited
 from tidegate.policy.imported import ModelClass
 from tidegate.prices.reconciliation import UsageSum
 from tidegate.upstream.transport import RelayWire, Timeouts
@@ -202,7 +204,7 @@ async def read_admin_page(
         raise UpstreamRejected(f"the {api} answered HTTP {exchange.status}", status=exchange.status)
     try:
         value = json.loads(body, parse_float=Decimal)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UpstreamGarbled(f"the {api} did not answer with JSON") from None
     if not isinstance(value, dict):
         raise UpstreamGarbled(f"the {api} did not answer with an object")
@@ -310,6 +312,9 @@ async def _of_project(wire: RelayWire, account: UsageAccount, project: str) -> R
             for name, value in row.items()
             if name.startswith(("max_", "batch_")) and name not in _OF_OPENAI and value
         }
+        if not can_be_limited(model):
+            skipped[model] = None
+            continue
         of_id = str(row.get("id") or model)
         known = {scope: bound for scope, bound in bounds.items() if bound}
         other = classes.get(of_id)
@@ -352,7 +357,9 @@ async def _of_organization(
                 skipped[kind] = None
             elif limit.get("value") is not None:
                 bounds[kind] = _bound(limit, "value")
-        found.append((tuple(str(one) for one in row.get("models") or ()), bounds))
+        models = _models(row)
+        skipped |= {model: None for model in models if not can_be_limited(model)}
+        found.append((tuple(model for model in models if can_be_limited(model)), bounds))
     return found, tuple(skipped)
 
 
@@ -419,10 +426,18 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
+def _models(row: Mapping[str, Any]) -> Iterable[str]:
+    models = row.get("models") or []
+    if not isinstance(models, list) or not all(isinstance(one, str) for one in models):
+        raise UpstreamGarbled(f"the {_API} has models that are no list of names")
+    return models
+
+
 def _bound(row: Mapping[str, Any], name: str) -> int:
+    """0 where there is none: some spell "no limit" as a number that no limit can have."""
     value = row.get(name, 0)
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise UpstreamGarbled(f"the {_API} has a {name} that is no whole number")
-    return value
+    return value if value <= MAX_BOUND else 0
