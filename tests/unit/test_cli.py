@@ -270,6 +270,15 @@ def test_check_asks_what_is_meant_by_a_name_that_is_nearly_a_setting(tmp_path: P
     assert json.loads(told.stdout)["doubtful"]["RATE_LIMIT"] == "RATE_LIMITS"
 
 
+def test_an_import_of_one_of_two_accounts_names_the_option_that_it_has(tmp_path: Path) -> None:
+    accounts = [f'[upstreams.{name}]\nprovider = "openai"\n' for name in ("one", "two")]
+    (tmp_path / "tidegate.toml").write_text("".join(accounts))
+    keys = {"OPENAI_API_KEY": "k", "OPENAI_ADMIN_KEY": "sk-admin"}
+    done = _run(tmp_path, "limits", "import", "openai", **keys)
+    assert done.returncode == 2
+    assert done.stderr == "tidegate: --pool=(not set): must be one of one, two\n"
+
+
 def test_a_section_that_is_not_known_is_told_with_all_that_are(tmp_path: Path) -> None:
     (tmp_path / "tidegate.toml").write_text('[upstream.a]\nkey = "A_KEY"\n')
     done = _run(tmp_path, "config", "check")

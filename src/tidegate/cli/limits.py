@@ -613,7 +613,7 @@ def _upstream_of(config: Config, provider: UsageProvider) -> Upstream:
     deployment = deployed_upstreams(config)
     pool = chosen_pool_or(None)
     if pool is None:
-        return upstream_of(deployment, provider, None)
+        return upstream_of(deployment, provider, None, "--pool")
     for one in deployment.upstreams:
         if one.pool == pool:
             return one

@@ -69,9 +69,14 @@ def usage_provider(name: str) -> UsageProvider:
     raise ConfigError("PROVIDER", name, f"must be one of {', '.join(USAGE_PROVIDERS)}")
 
 
-def upstream_of(deployment: Deployment, provider: UsageProvider, name: str | None) -> Upstream:
+def upstream_of(
+    deployment: Deployment,
+    provider: UsageProvider,
+    name: str | None,
+    option: str = "--upstream",
+) -> Upstream:
     """The upstream of a provider. Raises ConfigError where there is none, or more than one and no
-    name."""
+    name, which `option` gives."""
     found = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
     if name is not None:
         found = [one for one in found if one.name == name]
@@ -79,7 +84,7 @@ def upstream_of(deployment: Deployment, provider: UsageProvider, name: str | Non
         return found[0]
     names = ", ".join(one.name for one in found)
     if found:
-        raise ConfigError("--upstream", name or "(not set)", f"must be one of {names}")
+        raise ConfigError(option, name or "(not set)", f"must be one of {names}")
     allowed = f"must be the provider of an upstream{'' if name is None else ' of that name'}"
     raise ConfigError("PROVIDER", provider, allowed)
 
