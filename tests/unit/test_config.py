@@ -18,6 +18,7 @@ from tidegate.settings import (
     allowed,
     load,
 )
+from tidegate.upstream.usage_api import ADMIN_KEYS
 from tidegate.usual_models import EMULATORS_KEY
 
 # Each setting that has wrong values, with some of them and a word of what the line must say.
@@ -380,6 +381,8 @@ def test_every_setting_is_described_in_a_sentence() -> None:
         *((name, None) for name in ("HOSTNAME", "PATH", "HOME", "XDG_DATA_DIRS", "GROQ_API_KEY")),
         *((name, None) for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_TYPE")),
         *((name, None) for name in ("AZURE_OPENAI_API_KEY", "GOOGLE_API_KEY", "TIDEGATE_PORT")),
+        *((name, None) for name in ADMIN_KEYS.values()),
+        *((f"{name}_FILE", None) for name in ADMIN_KEYS.values()),
         *((name, None) for name in ("PORT", "REDIS_URL_FILE", "SHELL", "XAI_API_KEY", "AUTHOR")),
     ],
 )

@@ -766,6 +766,8 @@ def default_pool(config: Config) -> str:
     return DEFAULT_POOL if DEFAULT_POOL in names or not names else names[0]
 
 
+# Admin keys of providers, which the commands read that need them.
+_OF_COMMANDS = ("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY")
 _NEAR = 0.82  # a letter too few or two that changed places, not another account's key
 _SAME_WORD = 0.5
 
@@ -789,9 +791,10 @@ def misspelt(
     given = os.environ if environ is None else environ
     names = [name.upper() for model in (Config, Client) for name in model.model_fields]
     known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
+    theirs = {*_OF_COMMANDS, *(f"{name}_FILE" for name in _OF_COMMANDS)}
     found = (
         Doubt(name, "the environment" if name in given else str(dotenv), near)
-        for name in sorted((written.keys() | given.keys()) - known.keys())
+        for name in sorted((written.keys() | given.keys()) - known.keys() - theirs)
         if (near := _nearly(name.upper(), known)) is not None
     )
     return tuple(found)
