@@ -28,11 +28,9 @@ from tidegate.policy.format import (
     source_of,
     whom_it_binds,
 )
-from tidegate.policy.learned import LearnedLimit
+from tidegate.policy.learned import AZURE_SPANS, LearnedLimit
 from tidegate.policy.providers import filled
 
-# Azure's header of requests is of 10 s; a limit of a minute has six times as many.
-_AZURE_SPANS = 6
 _LONGEST_NAME = 200
 # The date of a snapshot: gpt-4o-2024-08-06, claude-haiku-4-5-20251001.
 _DATE = re.compile(r"-2\d{3}-?\d\d-?\d\d$")
@@ -220,7 +218,7 @@ def _with_learned(limits: Plain, found: Iterable[LearnedLimit], provider: str) -
         elif now is not None:
             changed[one.limit] = one.bound
         else:
-            spans = _AZURE_SPANS if provider == "azure" and one.limit.startswith("rpm:") else 1
+            spans = AZURE_SPANS if provider == "azure" and one.limit.startswith("rpm:") else 1
             value = {"bound": one.bound * spans, "source": "learned"}
             changed |= filled({one.limit: value}, provider)
     return changed

@@ -33,6 +33,9 @@ MOST_READERS = 100
 # Answers that come so soon after a refusal were made before it, maybe under another bound.
 REFUSED_S = 1.0
 _ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
+# Azure's header of requests is of 10 s; a limit of a minute has six times as many.
+AZURE_SPANS, _AZURE_MS = 6, 10_000
+
 Drift = Literal["new", "rose", "fell", "same"]
 
 
@@ -160,9 +163,9 @@ class LimitMatch:
         a header seldom names its window."""
         limit = self.policy.limit(name)
         usual_ms = MEASURES[reading.scope].window_ms
-        if not isinstance(limit, Rate) or usual_ms is None or limit.window_ms == usual_ms:
-            return reading.bound
         if self._provider == "azure" and reading.scope == "rpm":
+            usual_ms = _AZURE_MS
+        if not isinstance(limit, Rate) or usual_ms is None or limit.window_ms == usual_ms:
             return reading.bound
         if reading.window_ms is None:
             return None

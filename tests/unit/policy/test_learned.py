@@ -45,6 +45,27 @@ def learned(in_force: PoolPolicy, *readings: HeaderReading, provider: str = "") 
 
 
 @pytest.mark.parametrize(
+    ("limit", "bound"),
+    [
+        # A person's own minute, and what the preset makes of 720 a minute.
+        ({"bound": 720, "unit": "requests"}, 720),
+        ({"bound": 120, "window_ms": 10_000}, 120),
+        ({"bound": 9, "window_ms": 1_000}, 12),
+    ],
+)
+def test_azures_requests_are_of_ten_seconds_whatever_the_limit_counts(
+    limit: dict[str, Any], bound: int
+) -> None:
+    reading = HeaderReading("gpt-5", "rpm", 120, 119, 100.0, window_ms=10_000.0)
+    in_force = policy(**{"rpm:gpt-5": limit})
+    found = learned(in_force, reading, provider="azure")["rpm:gpt-5"]
+    assert found.bound == bound
+    assert found.drift == ("same" if bound == limit["bound"] else "rose")
+    unknown = learned(in_force, replace(reading, window_ms=None), provider="azure")
+    assert [one.bound for one in unknown.values()] == [bound] * (bound == 120)
+
+
+@pytest.mark.parametrize(
     ("limits", "limit", "in_force", "drift"),
     [
         ({}, "tpm:gpt-5", None, "new"),
