@@ -483,6 +483,22 @@ def test_a_bucket_that_was_overfull_under_a_higher_bound_is_due_for_two_windows(
     assert call in bench.client.queue.held
 
 
+def test_a_bound_that_is_lowered_and_raised_again_leaves_a_bucket_as_it_was(
+    bench: Bench,
+) -> None:
+    """What refilled before the first of two changes of a minute stays refilled too."""
+    bench.put_in_force(BUCKET)
+    bench.end(bench.ask(3_000), 3_000)
+    bench.wait(40_000)
+    assert bench.spent == 0
+    bench.put_in_force(replace(BUCKET, bound=600))
+    bench.wait(1_000)
+    bench.put_in_force(BUCKET)
+    assert bench.spent == 0
+    call = bench.ask(6_000)
+    assert call in bench.client.queue.held
+
+
 @pytest.mark.parametrize(
     "limit",
     [

@@ -133,13 +133,29 @@ class Bucket:
         part = min(end, self.until)
         return (part - start) * self.before + (end - part) * self.bound
 
-    def _take_over(self, limit: Rate, now: int) -> None:
+    def _fold_change(self, lag: int, buckets: dict[int, int]) -> None:
+        """Of an earlier change of the bound: what was taken before it is folded into the level at
+        that time."""
+        at = self.end + lag
+        if self.until <= at:
+            return
+        most = 2 * (max(self.bound, self.before) or MAX_BOUND) * self.window
+        for end in sorted(buckets):
+            if self.end < end <= self.until - lag:
+                left = max(0, self.units - self._refilled(at, end + lag))
+                self.units = min(most, left + buckets[end] * self.window)
+                at = end + lag
+        left = max(0, self.units - self._refilled(at, self.until))
+        self.units = min(left, 2 * (self.bound or MAX_BOUND) * self.window)
+        self.end = self.until - lag
+
+    def _take_over(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
         """The bound or the window is another one: what has refilled until now stays refilled."""
+        lag = span_of(limit) - limit.window_ms
+        self._fold_change(lag, buckets)
         before = self.bound * limit.window_ms // self.window
-        if self.until > self.end:
-            before = min(before, self.before * limit.window_ms // self.window)
         units = -(-self.units * limit.window_ms // self.window)
-        refilled_ms = max(0, now - self.end - (span_of(limit) - limit.window_ms))
+        refilled_ms = max(0, now - self.end - lag)
         # More than is due under the new bound is due no more.
         self.units = min(units, self._capped(limit, units) + refilled_ms * before)
         self.window, self.bound, self.before, self.until = limit.window_ms, limit.bound, before, now
@@ -147,7 +163,7 @@ class Bucket:
     def fold(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
         """Forget the parts of before the last window, but for the level that they led to."""
         if (self.window, self.bound) != (limit.window_ms, limit.bound):
-            self._take_over(limit, now)
+            self._take_over(limit, buckets, now)
         lag = span_of(limit) - limit.window_ms
         for end in sorted(buckets):
             if self.end < end <= now - limit.window_ms:

@@ -36,22 +36,40 @@ local function most(limit)
   return 2 * (limit.bound > 0 and limit.bound or T.UNBOUNDED) * limit.window
 end
 
--- The policy has changed the bound or the window: what has refilled until now stays refilled, and no more.
--- More than is due under the new bound is due no more.
-local function take_over(limit, base)
-  local from, to = base.window, limit.window
-  local before = math.floor(base.bound * to / from)
-  if base.until_ms > base.ends then before = math.min(before, math.floor(base.before * to / from)) end
-  local refilled_ms = math.max(0, pool.now - base.ends - (limit.span - to))
-  base.units = math.min(math.ceil(base.units * to / from), most(limit) + refilled_ms * before)
-  base.window, base.bound, base.before, base.until_ms = to, limit.bound, before, pool.now
-end
-
 local function refilled(base, from, to)
   if to <= from then return 0 end
   if from >= base.until_ms then return (to - from) * base.bound end
   local part = math.min(to, base.until_ms)
   return (part - from) * base.before + (to - part) * base.bound
+end
+
+-- Of an earlier change of the bound: what was taken before it is folded into the level at that time.
+local function fold_change(base, lag, order, amounts)
+  local units, at, window = base.units, base.ends + lag, base.window
+  if base.until_ms <= at then return end
+  local bound, higher = base.bound, math.max(base.bound, base.before)
+  local due = 2 * (higher > 0 and higher or T.UNBOUNDED) * window
+  for _, ends in ipairs(order) do
+    local moment = ends + lag
+    if ends > base.ends and moment <= base.until_ms then
+      units = math.min(due, math.max(0, units - refilled(base, at, moment)) + amounts[ends] * window)
+      at = moment
+    end
+  end
+  units = math.max(0, units - refilled(base, at, base.until_ms))
+  base.units = math.min(units, 2 * (bound > 0 and bound or T.UNBOUNDED) * window)
+  base.ends = base.until_ms - lag
+end
+
+-- The policy has changed the bound or the window: what has refilled until now stays refilled, and no more.
+-- More than is due under the new bound is due no more.
+local function take_over(limit, base, order, amounts)
+  local from, to, lag = base.window, limit.window, limit.span - limit.window
+  fold_change(base, lag, order, amounts)
+  local before = math.floor(base.bound * to / from)
+  local refilled_ms = math.max(0, pool.now - base.ends - lag)
+  base.units = math.min(math.ceil(base.units * to / from), most(limit) + refilled_ms * before)
+  base.window, base.bound, base.before, base.until_ms = to, limit.bound, before, pool.now
 end
 
 local function find_spent(limit)
@@ -90,7 +108,7 @@ function T.load_bucket(limit)
   if not sorted then table.sort(order) end
   local base, lag, changed = read_base(limit), limit.span - limit.window, false
   if base.window ~= limit.window or base.bound ~= limit.bound then
-    take_over(limit, base)
+    take_over(limit, base, order, amounts)
     changed = true
   end
   limit.width, limit.counted = math.ceil(limit.span / 60), 0
