@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.limiter import PoolPolicy, Rate
+from tidegate.limiter import Concurrency, PoolPolicy, Quota, Rate
 from tidegate.policy.deployment import deployed
 from tidegate.policy.format import AT_ONCE, of_plain
 from tidegate.settings import Config, load
@@ -114,3 +114,17 @@ def test_the_example_is_sound_and_shows_every_section_scope_and_option() -> None
     assert set(stated["pool"]) == options
     # Its bands are the default ones: copying the file changes no priorities.
     assert policy.bands[1:] == PoolPolicy({}).bands[1:]
+
+
+def test_the_example_shows_every_key_of_a_limit() -> None:
+    """Some in comments, so that copying the file puts none of these in force."""
+    text = EXAMPLE.read_text()
+    lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith('# "')]
+    policy = lines[: lines.index('"pool:total" = 50')]  # the rest is of other upstreams
+    further = tomllib.loads("\n".join(policy))
+    limits = {**tomllib.loads(text)["limits"], **further}
+    assert set(of_plain({"limits": limits}).limits) == set(limits)
+    shown = {key for value in limits.values() if isinstance(value, dict) for key in value}
+    known = {one.name for kind in (Concurrency, Rate, Quota) for one in fields(kind)}
+    assert shown == known | {"type"}
+    assert {name.partition(":")[0] for name in further} >= {"tif", "uitpm", "aspm", "usdpm"}
