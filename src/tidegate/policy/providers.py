@@ -378,19 +378,21 @@ def filled(
 ) -> dict[str, Any]:
     """`limits` by id, with what the preset of `provider` says of each that is new or changed since
     `before`. One that names its unit says itself how it counts, and so does one that was a plain
-    number."""
+    number. Of a table that changes what the preset says, and it did not, stays as it was."""
     preset, old = PRESETS.get(provider, {}), before or {}
     return {
         name: value
         if name in old and (old[name] == value or not isinstance(old[name], Mapping))
-        else _filled(preset, name, value)
+        else _filled(preset, name, value, old.get(name))
         for name, value in limits.items()
     }
 
 
-def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any) -> Any:
+def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any, before: Any) -> Any:
     measure = MEASURES.get(limit_id.partition(":")[0])
     usual = preset.get(measure.unit) if measure else None
+    if usual and isinstance(before, Mapping) and isinstance(value, Mapping):
+        usual = {key: one for key, one in usual.items() if key in before}
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if measure is None or not usual or not (is_number or isinstance(value, Mapping)):
         return value

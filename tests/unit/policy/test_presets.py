@@ -97,3 +97,26 @@ def test_a_live_change_fills_in_what_is_new_and_leaves_plain_numbers_plain() -> 
     after = filled({"itpm:old": 6, "itpm:table": 6, "itpm:new": 6}, "anthropic", before)
     counted = {"unit": "uncached_input_tokens", "shape": "bucket", "bound": 6}
     assert after == {"itpm:old": 6, "itpm:table": counted, "itpm:new": counted}
+
+
+@pytest.mark.parametrize(
+    ("provider", "limit_id", "value"),
+    [
+        # As an import has them of models whose cache reads count.
+        ("anthropic", "itpm:m", {"unit": "input_tokens", "shape": "bucket", "source": "imported"}),
+        ("anthropic", "itpm:m", {"unit": "input_tokens", "shadow": True}),
+        ("openai", "tpm:m", {"reserve": "predicted", "settles": True}),
+        ("openai", "rpm:m", {"shape": "window"}),
+        ("azure", "rpm:m", {"window_ms": 60_000, "slack_ms": 100}),
+        ("bedrock", "tpm:m", {"weights": {"cached": 1, "output": 1}, "reserve": "bound"}),
+    ],
+)
+def test_another_bound_changes_nothing_of_how_a_limit_counts(
+    provider: str, limit_id: str, value: dict[str, Any]
+) -> None:
+    """What is as usual is not on record, so that the table that is sent back lacks it."""
+    first = to_plain(of_plain({"limits": filled({limit_id: {"bound": 90, **value}}, provider)}))
+    before = first["limits"]
+    assert isinstance(before[limit_id], dict)
+    after = filled({limit_id: {**before[limit_id], "bound": 60}}, provider, before)
+    assert after == {limit_id: {**before[limit_id], "bound": 60}}
