@@ -362,7 +362,13 @@ class AccountLimitReached(Exception):
 
 
 class LimitBook:
-    """One limit of an account: its counters, and what was counted and refused."""
+    """One limit of an account: its counters, and what was counted and refused.
+
+    shorter: the book of the limit of a shorter window that counts the same of the same models, if
+    there is one: what another consumer has taken of that it has taken of this.
+    """
+
+    shorter: LimitBook | None = None
 
     def __init__(self, limit: AccountLimit, bound: int, others_share: float, now_ns: int) -> None:
         self.limit = limit
@@ -382,6 +388,7 @@ class LimitBook:
         self._others_parts = round(others_share * _PARTS_OF_ONE)
         self._others_ns = now_ns
         self._others_due = 0
+        self._others_followed = 0
 
     def _paced(self, pace_s: float) -> Counter:
         mode: Mode = "token_bucket" if self.limit.mode == "token_bucket" else "fixed_window"
@@ -432,7 +439,11 @@ class LimitBook:
     def let_others_use(self, now_ns: int) -> None:
         """Take what another consumer has taken since the last time, in steps; what doesn't fit is
         refused to it."""
-        if not self._others_parts:
+        if self.shorter is not None:
+            self.shorter.let_others_use(now_ns)
+            self._take_for_others(self.shorter.others - self._others_followed, now_ns)
+            self._others_followed = self.shorter.others
+        if self.shorter is not None or not self._others_parts:
             self._others_ns = now_ns
             return
         # What was long ago is in no counter any more.
@@ -443,11 +454,14 @@ class LimitBook:
             self._others_due += (at_ns - self._others_ns) * self._bound * self._others_parts
             self._others_ns = at_ns
             whole, self._others_due = divmod(self._others_due, self._window_ns * _PARTS_OF_ONE)
-            fits = min(whole, self._main.remaining(at_ns))
-            if fits:
-                self._main.take(fits, at_ns)
-            self.others += fits
-            self.others_refused += whole - fits
+            self._take_for_others(whole, at_ns)
+
+    def _take_for_others(self, whole: int, at_ns: int) -> None:
+        fits = min(whole, self._main.remaining(at_ns))
+        if fits:
+            self._main.take(fits, at_ns)
+        self.others += fits
+        self.others_refused += whole - fits
 
     def change(self, bound: int, others_share: float, now_ns: int) -> None:
         self._bound = bound
@@ -531,7 +545,19 @@ class ProviderAccount:
             LimitBook(limit, spec.bound_of(limit), spec.others_share, now_ns)
             for limit in spec.limits
         ]
+        for book in self._books:
+            book.shorter = self._shorter(book.limit)
         self._cache = PromptCache(spec.cache_min_tokens)
+
+    def _shorter(self, limit: AccountLimit) -> LimitBook | None:
+        """The book of the shortest window, if it is shorter than that of the limit."""
+        alike = [
+            one
+            for one in self._books
+            if (one.limit.unit, one.limit.models) == (limit.unit, limit.models)
+        ]
+        least = min(alike, key=lambda one: one.limit.window_s)
+        return least if least.limit.window_s < limit.window_s else None
 
     def now_ns(self) -> int:
         passed = self._clock_ns() - self._origin_ns

@@ -199,6 +199,18 @@ def test_too_fast_a_rise_is_refused_within_the_limits() -> None:
     assert counts == [10, 15, 22]
 
 
+def test_what_another_consumer_takes_of_a_minute_it_takes_of_the_day() -> None:
+    clock = Clock()
+    limits = [limit("requests", 14_400, window_s=86_400), limit("requests", 30)]
+    account = opened(clock, provider="groq", limits=limits, others_share=0.5)
+    for _ in range(10):
+        clock.pass_s(60)
+        day, minute = account.to_json()["limits"]
+    assert day["others"] == minute["others"] == pytest.approx(150, abs=1)
+    refilled = 9 * 10  # in the first minute it was full
+    assert day["remaining"] == 14_400 - day["others"] + refilled
+
+
 def test_another_consumer_takes_its_share_and_what_remains_shows_it() -> None:
     clock = Clock()
     account = opened(clock, provider="anthropic", limits=[limit("requests", 600)], others_share=0.3)
