@@ -23,7 +23,7 @@ from tidegate.prices.rates import (
     provider_of,
 )
 
-TODAY = date(2026, 11, 30)
+TODAY = date(2026, 12, 1)
 ROWS = [row for provider in catalog().providers for row in catalog().rows(provider)]
 M = 1_000_000
 
