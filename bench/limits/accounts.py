@@ -103,7 +103,7 @@ class TwoClasses:
 
     tokens, unit, rate: the bound of the former, as the account and as our policy count it. checked:
     into how many parts the window of requests is cut. patterns: of the account, for both. a_day: of
-    requests, which binds none.
+    requests of `small`, which binds none.
     """
 
     large: str
@@ -118,14 +118,9 @@ class TwoClasses:
     def limits(self, window_s: float) -> Limits:
         large, small = self.patterns or (self.large, self.small)
         requests_s = window_s / self.checked
-        of_days = [{"unit": "requests", "bound": self.a_day, "window_s": DAY_S}]
+        of_day = {"models": small, "unit": "requests", "bound": self.a_day, "window_s": DAY_S}
         return [
-            *(
-                {"models": models, **one}
-                for one in of_days
-                if self.a_day
-                for models in (large, small)
-            ),
+            *([of_day] if self.a_day else []),
             _limit(large, "requests", PLENTY, requests_s),
             _limit(large, self.unit, self.tokens, window_s),
             _limit(small, "requests", REQUESTS, requests_s),
