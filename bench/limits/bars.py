@@ -16,8 +16,6 @@ Figures = Mapping[str, Any]
 Found = Mapping[str, Figures]
 
 MINUTE_S = 60.0
-# Accounts whose answers tell nothing of their limits.
-UNTOLD = ("gemini", "bedrock")
 # What passed of agents' cached conversations with the limits of 0.1.0, over the bound (`--at-first
 # --window 60`, of the code before limits could say more).
 ITPM_OF_BOUND_AT_FIRST = 0.98
@@ -121,24 +119,14 @@ def _after_changes(found: Found) -> tuple[str, bool]:
 
 
 def _noticed(found: Found) -> tuple[str, bool]:
-    """Since a change came; of accounts whose answers tell nothing, since its first refusal, if that
-    was later than a minute: until then it took nothing."""
-    shown, holds = {}, True
+    """Since a change came, of the limit that shows it last."""
+    values = {}
     for name, figures in _those(found, "changes").items():
         for change in ("others", "tier"):
-            each = [_until_noticed(name, one) for one in figures[change]["noticed"].values()]
-            shown[f"{name} {change}".strip()] = max(each)
-            holds = holds and max(each) < MINUTE_S
-    return _shown(shown, lambda value: f"{value:.0f}" if value < inf else "never"), holds
-
-
-def _until_noticed(account: str, figures: Mapping[str, float | None]) -> float:
-    after_s, refused_s = figures["after_s"], figures["refused_after_s"]
-    if after_s is None:
-        return inf
-    if account in UNTOLD and refused_s is not None and after_s >= refused_s >= MINUTE_S:
-        return after_s - refused_s
-    return after_s
+            each = [one["after_s"] for one in figures[change]["noticed"].values()]
+            values[f"{name} {change}".strip()] = inf if None in each else max(each)
+    shown = _shown(values, lambda value: f"{value:.0f}" if value < inf else "never")
+    return shown, max(values.values()) < MINUTE_S
 
 
 def _durability(found: Found) -> tuple[str, bool]:
