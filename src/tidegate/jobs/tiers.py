@@ -98,6 +98,11 @@ class LiveRoom:
         """Before a deadline, by when the job must be in the usual tier."""
         return RESERVE * (self.wait_ms + self.call_ms) + SLACK_MS
 
+    def is_late(self, left_ms: float) -> bool:
+        """Whether the usual tier answers later than in so long: then there is none to leave a
+        slower one for. A limit of 0 is a person's: nothing passes by it."""
+        return left_ms < self.wait_ms + self.call_ms < inf
+
 
 @dataclass(frozen=True, slots=True)
 class TierChoice:
@@ -119,8 +124,7 @@ def choose(
 ) -> TierChoice:
     """The cheapest of the usual tier and the `offers` in which the job makes its deadline."""
     left_ms = inf if due is None else (due - now).total_seconds() * 1_000
-    # Then there is no faster tier to leave for. A limit of 0 is a person's: nothing passes by it.
-    live_is_late = left_ms < room.wait_ms + room.call_ms < inf
+    live_is_late = room.is_late(left_ms)
     safe: list[tuple[TierOffer, float]] = []
     late: list[str] = []
     for offer in offers:
@@ -383,9 +387,11 @@ class TierOffers:
 
     async def leaves_at(self, kind: Kind, target: Target, due: datetime) -> datetime | None:
         """When a batch at a provider must be cancelled for those of its jobs that are due
-        then, as many as are open now; None where nothing could be called in its stead. Raises
-        StoreUnavailable."""
+        then, as many as are open now; None where nothing could be called in its stead, in time.
+        Raises StoreUnavailable."""
         room = await self._room(kind, target, DEFAULT_TENANT, due)
+        if room.is_late((due - datetime.now(UTC)).total_seconds() * 1000):
+            return None
         needs_ms = room.reserve_ms + self._times.cancel_ms
         return None if needs_ms == inf else due - timedelta(milliseconds=needs_ms)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from math import inf
 from typing import Any
 from uuid import uuid4
@@ -17,10 +17,12 @@ from tidegate.errors import (
     UpstreamTierBusy,
     UpstreamTimeout,
 )
-from tidegate.jobs.tiers import TierChoice, TierOffers, admitted_per_second
+from tidegate.jobs.tiers import LiveRoom, TierChoice, TierOffers, admitted_per_second
 from tidegate.limiter import Concurrency, Limit, Quota, Rate
+from tidegate.policy.deployment import Upstream
 from tidegate.record import CallRecord
 from tidegate.settings import Config
+from tidegate.spine.routing import Target
 from tidegate.store.records import ClaimedJob
 
 KEY = ("openai", "gpt-5")
@@ -74,6 +76,20 @@ def offers() -> TierOffers:
         usual_batches=no_batches,
         clock=lambda: 0.0,
     )
+
+
+@pytest.mark.parametrize(("ahead", "leaves"), [(500, True), (700, False)])
+async def test_no_batch_is_left_for_the_usual_tier_that_would_be_late(
+    offers: TierOffers, monkeypatch: pytest.MonkeyPatch, ahead: int, leaves: bool
+) -> None:
+    async def room(*_: Any) -> LiveRoom:
+        return LiveRoom(ahead=ahead, per_second=1.0, call_ms=10_000)
+
+    monkeypatch.setattr(offers, "_room", room)
+    due = datetime.now(UTC) + timedelta(seconds=600)
+    target = Target(Upstream("openai", {"openai": "http://127.0.0.1:1"}, "k"), "gpt-5")
+    left = await offers.leaves_at(Kind.TEXT_ONLY, target, due)
+    assert (left is not None) == leaves
 
 
 SIZES = {"requests": 1.0, "input_tokens": 200.0}
