@@ -141,7 +141,7 @@ class Once:
             tenant_id=call.terms.caller.tenant_id,
             key=wanted.key,
             request_id=call.terms.request_id,
-            subject=call.subject,
+            subject=call.terms.subject,
             received_at=call.received_at,
         )
 

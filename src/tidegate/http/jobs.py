@@ -370,7 +370,7 @@ async def _check_bounded(job: NewJob, services: Services, caller: Caller) -> Non
             priority=job.priority,
             deadline_ms=None,
         )
-        wrapped.subject, wrapped.terms.conversation = job.subject, job.conversation
+        wrapped.terms.subject, wrapped.terms.conversation = job.subject, job.conversation
         await check_bounded(services.relay, wrapped)
         return
     kind = job.classification.kind
@@ -378,8 +378,9 @@ async def _check_bounded(job: NewJob, services: Services, caller: Caller) -> Non
         return
     model = job.model or services.config.model_for(kind)
     call = Call(job.request_id, job.prompt, kind, model, tenant_id=job.tenant_id)
-    terms = Terms(job.request_id, caller, time.monotonic(), conversation=job.conversation)
-    services.prompts.check_bounded(call, terms, job.subject)
+    terms = Terms(job.request_id, caller, time.monotonic())
+    terms.subject, terms.conversation = job.subject, job.conversation
+    services.prompts.check_bounded(call, terms)
 
 
 async def _forget(job: NewJob, services: Services) -> None:

@@ -174,7 +174,8 @@ def call_of(
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
     terms = Terms(request_id, caller, received_s, wait_ms, priority, trail)
-    terms.conversation, terms.has_own_deadline = conversation, has_deadline
+    terms.subject, terms.conversation = subject, conversation
+    terms.has_own_deadline = has_deadline
     return NativeCall(
         terms,
         endpoint,
@@ -183,7 +184,6 @@ def call_of(
         _sent_on(headers if trail is None else _without_parent(headers), came_at, body),
         body if endpoint.is_counted or endpoint.operation.has_body else b"",
         received_at,
-        subject,
         show,
         has_key,
     )
@@ -197,7 +197,7 @@ def begin_record(record: CallRecord, call: NativeCall, scope: Mapping[str, Any])
     record.tenant_id, record.key_id = caller.tenant_id, caller.key_id
     record.endpoint, record.dialect = scope["path"], str(endpoint.dialect)
     record.operation = endpoint.name
-    record.request, record.priority, record.subject = call.body, terms.priority, call.subject
+    record.request, record.priority, record.subject = call.body, terms.priority, terms.subject
     record.request_type = content_type_in(scope["headers"])
     record.trail = terms.trail
     if terms.conversation is not None or terms.trail is not None:

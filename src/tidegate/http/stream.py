@@ -329,6 +329,7 @@ class StreamedAnswer(Response):
             wait_ms=self._submission.deadline_ms or self._services.config.stream_wait_ms,
             priority=self._priority,
             trail=self._record.trail,
+            subject=self._submission.subject,
             conversation=self._submission.conversation,
             has_own_deadline=self._submission.deadline_ms is not None,
             left=lambda: self._has_left,

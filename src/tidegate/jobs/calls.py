@@ -180,8 +180,8 @@ async def run_wrapped(
         preempted=job.preemptions,
         has_own_deadline=left_ms is not None,
     )
-    call.terms.conversation, call.terms.left = job.conversation, left
-    call.terms.upstream = job.bound_upstream
+    call.terms.subject, call.terms.conversation = job.subject, job.conversation
+    call.terms.left, call.terms.upstream = left, job.bound_upstream
     if job.tier is Tier.FLEX:
         call.body = in_tier(body, call.endpoint.dialect, job.tier)
     record.dialect, record.operation = call.endpoint.dialect.value, call.endpoint.name

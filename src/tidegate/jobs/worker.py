@@ -587,6 +587,7 @@ class Worker:
             repeats=False,
             most_tries=max(1, min(self._config.max_attempts - job.attempts, MOST_TRIES)),
             waits_out=True,
+            subject=job.subject,
             conversation=job.conversation,
             has_own_deadline=left_ms is not None,
             left=left,

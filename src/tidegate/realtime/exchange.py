@@ -117,7 +117,6 @@ class Wanted:
     path: str
     query: Callable[[str], str]
     headers: Headers
-    subject: str | None
     first: Callable[[str], str] | None = None
 
 
@@ -166,13 +165,14 @@ class RealtimeExchange:
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """The limits on what is open at the same time; what is counted over time is each turn's."""
+        terms = self.terms
         demand = lane.demands.of_native(
             target.model,
             REALTIME_KIND,
             pieces_of(""),
             lane.limiter.policy,
-            tenant=self.terms.caller.tenant_id,
-            priority=self.terms.priority,
+            tenant=terms.caller.tenant_id,
+            priority=terms.priority,
         )
         limits = tuple(one for one in demand.limits if not is_rate(lane, one))
         held = CallDemand(limits, demand.tenant, demand.priority, 0)
@@ -202,9 +202,7 @@ class RealtimeExchange:
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         wanted, bounds, record = self._wanted, self._bounds, self._record
-        self.turns = turns = Turns(
-            self.terms, wanted.subject, target, lane, self._spine.budgets, bounds.wait_ms
-        )
+        self.turns = turns = Turns(self.terms, target, lane, self._spine.budgets, bounds.wait_ms)
         try:
             await turns.open()
         except QuotaExceeded as spent:

@@ -79,7 +79,6 @@ class Turns:
     def __init__(
         self,
         terms: Terms,
-        subject: str | None,
         target: Target,
         lane: Lane,
         budgets: Budgets,
@@ -89,7 +88,6 @@ class Turns:
         self.charge = NO_CHARGE
         self._heard_s = self._taken_s = 0.0  # of the client's sound; of the limits on it
         self._terms = terms
-        self._subject = subject
         self._target = target
         self._lane = lane
         self._budgets = budgets
@@ -372,7 +370,7 @@ class Turns:
             return ()
         terms = self._terms
         return self._budgets.binding(
-            terms.caller, self._target.model, self._subject, terms.conversation
+            terms.caller, self._target.model, terms.subject, terms.conversation
         )
 
 

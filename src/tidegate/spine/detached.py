@@ -167,4 +167,4 @@ async def check_bounded(relay: Relay, call: NativeCall) -> None:
     record = CallRecord("job", call.terms.caller.tenant_id, call.received_at)
     exchange = NativeExchange(relay.wire, spine.timeouts, call, body, asked, NothingOut(), record)
     targets = spine.targets.of(endpoint.dialect, asked.model)
-    spine.check_bounded(exchange, targets, call.subject)
+    spine.check_bounded(exchange, targets)

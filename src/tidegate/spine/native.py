@@ -111,9 +111,9 @@ from tidegate.upstream.transport import (
 @dataclass(slots=True)
 class NativeCall:
     """A request in a provider's dialect. headers: those that may go on to an upstream. query:
-    without its `?` and without a key. subject: whom it is about, for erasing. shows_wait: whether
-    the client asks for comments on its place while it waits. has_key: whether it shows an
-    idempotency key. form: the body, where that is one; `body` is then empty."""
+    without its `?` and without a key. shows_wait: whether the client asks for comments on its place
+    while it waits. has_key: whether it shows an idempotency key. form: the body, where that is one;
+    `body` is then empty."""
 
     terms: Terms
     endpoint: Endpoint
@@ -122,7 +122,6 @@ class NativeCall:
     headers: Headers
     body: bytes
     received_at: datetime
-    subject: str | None = None
     shows_wait: bool = False
     has_key: bool = False
     form: FormBody | None = None

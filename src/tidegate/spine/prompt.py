@@ -333,12 +333,12 @@ class PromptCalls:
             loaded.append(await self._fetcher.fetch(ask.image_uri, ask.tenant_id, arrived))
         return tuple(loaded)
 
-    def check_bounded(self, call: Call, terms: Terms, subject: str | None) -> None:
+    def check_bounded(self, call: Call, terms: Terms) -> None:
         """Raises BudgetUnbounded where `run` could do nothing else; files of a call are not looked
         at."""
         record = CallRecord("job", call.tenant_id, datetime.now(UTC))
         exchange = PromptExchange(terms, self._ways, call, record)
-        self._spine.check_bounded(exchange, self.targets(call.model, call.kind), subject)
+        self._spine.check_bounded(exchange, self.targets(call.model, call.kind))
 
     async def run(
         self,

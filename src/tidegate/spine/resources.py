@@ -590,7 +590,7 @@ class Keeping:
         assert self.making is not None
         terms, call = self._call.terms, self._call
         dialect, request_id = call.endpoint.dialect, terms.request_id
-        by = MadeBy(terms.caller, dialect, request_id, call.subject, conversation)
+        by = MadeBy(terms.caller, dialect, request_id, terms.subject, conversation)
         ids: Sequence[str]
         if self.making.each is not None:
             ids = self.making.each(made) if made is not None else ()

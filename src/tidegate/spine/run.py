@@ -234,7 +234,7 @@ class Terms:
 
     received: on the monotonic clock; wait_ms: from then to admission, None without a deadline.
     has_own_deadline: the caller gave it, so that it decides the order among its tenant's calls.
-    left: whether who asked for the call has left it, or called it off.
+    left: whether who asked for the call has left it, or called it off. subject: whom it is about.
     repeats: whether an upstream that failed is called again by itself, and whether an estimate may
     refuse the call before its deadline; where not, a queue does that. most_tries: of all upstreams
     together. waits_out: whether a pause that outlasts the deadline is waited for, since it may be
@@ -251,6 +251,7 @@ class Terms:
     repeats: bool = True
     most_tries: int = MOST_TRIES
     waits_out: bool = False
+    subject: str | None = None
     conversation: str | None = None
     preempted: int | None = None
     has_own_deadline: bool = False
@@ -422,18 +423,16 @@ class Spine:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
         return Target(speaking[0], "")
 
-    def check_bounded(
-        self, exchange: CallExchange, targets: Sequence[Target], subject: str | None
-    ) -> None:
+    def check_bounded(self, exchange: CallExchange, targets: Sequence[Target]) -> None:
         """Raises BudgetUnbounded for a call that a budget would refuse at each of its targets: its
         most possible cost is not known there."""
-        terms, error = exchange.terms, None
+        terms, budgets, error = exchange.terms, self.budgets, None
         for target in targets:
-            bindings = self.budgets.binding(terms.caller, target.model, subject, terms.conversation)
+            bound = budgets.binding(terms.caller, target.model, terms.subject, terms.conversation)
             lane = self.lane(target)
             try:
                 cost = exchange.cost(target, lane, exchange.demand(target, lane))
-                self.budgets.refusal(bindings, cost)
+                budgets.refusal(bound, cost)
             except BudgetUnbounded as unbounded:
                 error = error or unbounded
             else:
@@ -589,8 +588,8 @@ class _Run:
     def _binding(self, target: Target) -> tuple[Binding, ...]:
         """The budgets that bind the call there, nearly always none."""
         assert self._budgets is not None
-        terms, subject = self._terms, self._record.subject
-        return self._budgets.binding(terms.caller, target.model, subject, terms.conversation)
+        terms = self._terms
+        return self._budgets.binding(terms.caller, target.model, terms.subject, terms.conversation)
 
     def _worth_another(self, failed: CallFailed) -> bool:
         if self._exchange.started or self._terms.left_ms() <= 0:

@@ -231,7 +231,7 @@ class _SessionFront:
             services.spine,
             services.relay.wire,
             call.terms,
-            Wanted(self._dialect, model, path, query, call.headers, call.subject, first),
+            Wanted(self._dialect, model, path, query, call.headers, first),
             record,
             self._bounds(call.terms.wait_ms),
             answer=self._accept,
@@ -357,7 +357,7 @@ class _SessionFront:
         record.tenant_id, record.key_id = caller.tenant_id, caller.key_id
         record.endpoint, record.dialect = self._scope["path"], self._dialect.value
         record.operation, record.kind = REALTIME_KIND, REALTIME_KIND
-        record.priority, record.subject, record.trail = terms.priority, call.subject, terms.trail
+        record.priority, record.subject, record.trail = terms.priority, terms.subject, terms.trail
         record.request_type, record.streamed = "application/json", True
         record.lineage = Lineage.of(terms.conversation, terms.trail)
 
