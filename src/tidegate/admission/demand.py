@@ -62,7 +62,9 @@ from tidegate.limiter import (
 from tidegate.policy.format import (
     MEASURES,
     TOTAL,
+    CallerName,
     binds_model,
+    caller_of,
     is_in_group,
     is_of_models,
     is_pattern,
@@ -74,6 +76,12 @@ MOST_PRIORITY = 100
 # Of the calls whose limits were looked for: models and tenants are named by clients.
 _MOST_KEPT = 1_000
 _UNLIMITED_KINDS = (OTHER_KIND, BATCH_KIND, REALTIME_KIND)  # where no limit names them
+
+
+# Whose a call is beside its tenant's, None where it does not say: the prefix of its API key, the
+# names of its user and of its conversation. A bare tuple: each call makes one.
+CallTags = tuple[str | None, str | None, str | None]
+NO_TAGS: CallTags = (None, None, None)
 
 
 class Reach:
@@ -101,22 +109,44 @@ class Reach:
         self.limits = lru_cache(_MOST_KEPT)(self._limits_of)
         self.band = lru_cache(2 * MOST_PRIORITY + 1)(partial(band_of, bands=policy.bands))
         self._kinds_optional = kinds_optional
-        self._bound: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+        self._bound: defaultdict[str | CallerName, list[tuple[str, str]]] = defaultdict(list)
         self._patterns: list[str] = []
+        callers: set[CallerName] = set()
         for limit_id in sorted(policy.limits, key=_usual_order):
-            whom = whom_it_binds(limit_id)
+            whom = caller_of(limit_id) or whom_it_binds(limit_id)
             if whom is not None:
                 self._bound[whom].append((limit_id, _counts_media(policy.limit(limit_id))))
-                if is_pattern(whom) and whom not in self._patterns:
-                    self._patterns.append(whom)
+            if isinstance(whom, tuple):
+                callers.add(whom)
+            elif whom is not None and is_pattern(whom) and whom not in self._patterns:
+                self._patterns.append(whom)
+        self._callers = frozenset(callers)
+        self.names_callers = bool(callers)
+
+    def named(self, tenant: str, tags: CallTags) -> tuple[CallerName, ...]:
+        """The key, user and conversation of a call, as far as the policy names them: what it does
+        not name is kept nowhere."""
+        key, user, conversation = tags
+        own: tuple[CallerName, ...] = (
+            ("key", key or ""),
+            ("user", tenant, user or ""),
+            ("conversation", tenant, conversation or ""),
+        )
+        return tuple(one for one in own if one in self._callers)
 
     def _limits_of(
-        self, kind: str, model: str, tenant: str, makes_images: bool, has_audio: bool = False
+        self,
+        kind: str,
+        model: str,
+        tenant: str,
+        makes_images: bool,
+        has_audio: bool = False,
+        named: tuple[CallerName, ...] = (),
     ) -> tuple[str, ...]:
         """The ids of all limits that a call falls under, that of its kind first.
 
         Without `makes_images` limits on images are none of its own, and without `has_audio` limits
-        on seconds of audio.
+        on seconds of audio. `named`: its key, user and conversation that the policy names.
         """
         media = {"", "images" if makes_images else "", "audio_seconds" if has_audio else ""}
         first = f"kind:{kind}"
@@ -126,7 +156,8 @@ class Reach:
         models = [one for one in self._patterns if is_in_group(name, one)]
         if name not in models and is_of_models(name):  # a client may call its model as a pattern is
             models.insert(0, name)
-        for whom in (f"kind/{kind}", *models, f"tenant/{tenant}", TOTAL):
+        all_of: tuple[str | CallerName, ...] = (*models, f"tenant/{tenant}", *named, TOTAL)
+        for whom in (f"kind/{kind}", *all_of):
             if whom in self._bound:
                 found += [
                     limit_id
@@ -305,7 +336,7 @@ class Demands:
         self._reach = Reach(PoolPolicy({}))
         self._turn = -1  # the first call is one to learn from
 
-    def of(self, call: Call, policy: PoolPolicy) -> CallDemand:
+    def of(self, call: Call, policy: PoolPolicy, tags: CallTags = NO_TAGS) -> CallDemand:
         """The demand of a call under the policy in force."""
         return self.of_native(
             call.model,
@@ -313,6 +344,7 @@ class Demands:
             pieces_of(call.prompt, call.media),
             policy,
             tenant=call.tenant_id,
+            tags=tags,
             priority=call.priority,
             images=int(call.kind is Kind.IMAGE_GENERATION),
             estimates_all=True,
@@ -327,6 +359,7 @@ class Demands:
         *,
         tenant: str,
         priority: int,
+        tags: CallTags = NO_TAGS,
         images: int = 0,
         max_output_tokens: int | None = None,
         estimates_all: bool = False,
@@ -339,7 +372,7 @@ class Demands:
         a limit counts cached input less. `measured`: what the request shows of its usage beside
         tokens."""
         audio_seconds = 0 if measured is None else measured.input_audio_seconds or 0
-        limits = self.limits(policy, kind, model, tenant, images, audio_seconds)
+        limits = self.limits(policy, kind, model, tenant, images, audio_seconds, tags)
         reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
         estimate = None
@@ -386,7 +419,8 @@ class Demands:
     ) -> CallDemand:
         """The demand of the classifier's question: on its own limit, and on those of the model.
 
-        It queues as its tenant, but takes nothing of the tenant's limits: the question is ours.
+        It queues as its tenant, but takes nothing of the limits of the tenant, its keys and users:
+        the question is ours.
         """
         return CallDemand(
             limits=self.limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
@@ -433,10 +467,15 @@ class Demands:
         tenant: str,
         images: int,
         audio_seconds: int = 0,
+        tags: CallTags = NO_TAGS,
     ) -> tuple[str, ...]:
         if self._reach.policy is not policy:
             self._reach = Reach(policy, kinds_optional=self._kinds_optional)
-        return self._reach.limits(kind, model, tenant, images > 0, audio_seconds > 0)
+        reach = self._reach
+        if not reach.names_callers:
+            return reach.limits(kind, model, tenant, images > 0, audio_seconds > 0)
+        named = reach.named(tenant, tags)
+        return reach.limits(kind, model, tenant, images > 0, audio_seconds > 0, named)
 
 
 LONGEST_MS = 600_000

@@ -47,7 +47,7 @@ from tidegate.limiter import (
 )
 from tidegate.metrics.process import Note
 from tidegate.metrics.verdict import found_by, judge, waiting_by_limit
-from tidegate.policy.format import TOTAL, whom_it_binds
+from tidegate.policy.format import caller_of, is_of_models, whom_it_binds
 from tidegate.policy.inspection import is_full, words_of
 from tidegate.policy.learned import LearnedLimit
 from tidegate.policy.rollout import changed_keys, differences
@@ -192,10 +192,11 @@ def _group_of(limit_id: str, group: Grouping) -> str:
     whom = whom_it_binds(limit_id)
     if group == "none" or whom is None:
         return "" if group == "none" else NO_GROUP
-    head, _, name = whom.partition("/")
-    is_model = head not in ("kind", "tenant") and whom != TOTAL
     if group == "model":
-        return whom if is_model else NO_GROUP
+        return whom if is_of_models(whom) else NO_GROUP
+    if group == "tenant" and (caller := caller_of(limit_id)) is not None:
+        return caller[1] if caller[0] != "key" else NO_GROUP
+    head, _, name = whom.partition("/")
     return name if head == group else NO_GROUP
 
 

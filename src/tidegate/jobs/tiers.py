@@ -25,6 +25,7 @@ from random import uniform
 from typing import Any
 from uuid import UUID
 
+from tidegate.admission.demand import NO_TAGS, CallTags
 from tidegate.call import DEFAULT_TENANT, Kind, Tier, Usage, tokens_of
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import TidegateError, UpstreamRejected, UpstreamTierBusy, UpstreamTimeout
@@ -359,7 +360,8 @@ class TierOffers:
                 offers.append(offer)
         room = LiveRoom()
         if offers and targets:
-            room = await self._room(kind, targets[0], job.tenant_id, job.deadline_at)
+            tags = (job.key_id, job.subject, job.conversation)
+            room = await self._room(kind, targets[0], job.tenant_id, job.deadline_at, tags)
         return choose(offers, room, now=datetime.now(UTC), due=job.deadline_at, times=self._times)
 
     async def _offer(
@@ -408,14 +410,19 @@ class TierOffers:
         return usual_ms
 
     async def _room(
-        self, kind: Kind, target: Target, tenant: str, due: datetime | None
+        self,
+        kind: Kind,
+        target: Target,
+        tenant: str,
+        due: datetime | None,
+        tags: CallTags = NO_TAGS,
     ) -> LiveRoom:
         lane = self._lane_of(target)
         policy = lane.limiter.policy
         seen = self._live[kind]
         mean_ms = seen.mean_ms() or _UNKNOWN_CALL_MS
         images = int(kind is Kind.IMAGE_GENERATION)
-        limits = lane.demands.limits(policy, kind, target.model, tenant, images)
+        limits = lane.demands.limits(policy, kind, target.model, tenant, images, tags=tags)
         sizes = self._sizes[kind]
         per_second = min(
             (admitted_per_second(policy.binding(one), mean_ms, sizes.of) for one in limits),

@@ -1,6 +1,7 @@
 """Formats of a policy: TOML, JSON, edits by key, ids of limits, text for a terminal. Pure.
 
     pool:total  kind:text_only  model:gemini-2.5-flash  tenant:acme        concurrent calls
+    key:3fk9x2m1qa  user:acme/ann  conversation:acme/chat-1                 concurrent calls
     tif:llama-3.3-70b  tif:total                                            tokens in flight
     rpm:gemini-2.5-flash  tpm:total  rpd:kind/text_only  ipm:tenant/acme   a rate or a day's quota
 
@@ -8,7 +9,10 @@ The scope of a rate says what it counts (`r` requests, `t` tokens, `it` input to
 those that the provider did not read from its cache, `ot` output tokens, `i` images, `as` seconds
 of audio, `usd` dollars) and for how long (`ps` second, `pm` minute, `ph` hour, `pd` day, which ends
 at midnight). Its name is a model, a pattern such as `claude-opus-4*` or several with commas between
-(`gpt-4o,gpt-4o-2*`) whose models share the limit, `total`, `kind/<kind>` or `tenant/<tenant>`.
+(`gpt-4o,gpt-4o-2*`) whose models share the limit, `total`, `kind/<kind>`, `tenant/<tenant>`,
+`key/<prefix>`, `user/<tenant>/<user>` or `conversation/<tenant>/<conversation>`. Users and
+conversations are a tenant's own. What an id can't have is escaped as in URLs: in names of keys,
+users and conversations a space, | { } * , and %, in that of their tenant / too.
 
 Invariants: `of_plain(to_plain(policy))` is the policy; defaults are left out; a change for one
 tenant touches nothing of another's.
@@ -26,6 +30,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
+from urllib.parse import unquote
 
 from tidegate.call import BATCH_KIND, CLASSIFIER_LIMIT, OTHER_KIND, REALTIME_KIND, Kind
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
@@ -58,7 +63,13 @@ from tidegate.limiter import (
     format_window,
 )
 
-AT_ONCE = ("pool", "kind", "model", "tenant")
+# What they name: a key's prefix, or a tenant and a name of its own.
+_CALLERS = {
+    "key": "<prefix>",
+    "user": "<tenant>/<user>",
+    "conversation": "<tenant>/<conversation>",
+}
+AT_ONCE = ("pool", "kind", "model", "tenant", *_CALLERS)
 TOTAL = "total"
 KIND_NAMES = (
     *(kind.value for kind in Kind),
@@ -105,7 +116,8 @@ MEASURES = {
 
 
 def whom_it_binds(limit_id: str) -> str | None:
-    """A model, `kind/<kind>`, `tenant/<tenant>` or `total`; None for what no call falls under."""
+    """A model, `kind/<kind>`, `tenant/<tenant>`, `key/<prefix>`, `user/<tenant>/<user>`,
+    `conversation/<tenant>/<conversation>` or `total`; None for what no call falls under."""
     scope, _, name = limit_id.partition(":")
     if scope in MEASURES or scope == "model":
         return ",".join(map(plain_model, name.split(",")))
@@ -115,9 +127,27 @@ def whom_it_binds(limit_id: str) -> str | None:
 
 
 def is_of_models(whom: str) -> bool:
-    """Whether `whom` is a model or several: not all calls, those of a type or those of a tenant.
-    A client may call its model as one of these is."""
-    return whom != TOTAL and not whom.startswith(("kind/", "tenant/"))
+    """Whether `whom` is a model or several: not all calls, those of a type or those of a tenant,
+    key, user or conversation. A client may call its model as one of these is."""
+    return whom != TOTAL and not whom.startswith(_NO_MODELS)
+
+
+_OF_TENANTS = ("tenant/", *(f"{one}/" for one in _CALLERS))
+_NO_MODELS = ("kind/", *_OF_TENANTS)
+CallerName = tuple[str, ...]
+
+
+def caller_of(limit_id: str) -> CallerName | None:
+    """Of a limit on a key `("key", prefix)`, of one on a user or conversation `("user", tenant,
+    name)`, unescaped; None of all others."""
+    scope, _, name = limit_id.partition(":")
+    what, _, which = (name if scope in MEASURES else f"{scope}/{name}").partition("/")
+    if what not in _CALLERS:
+        return None
+    if what == "key":
+        return what, unquote(which)
+    tenant, _, own = which.partition("/")
+    return what, unquote(tenant), unquote(own)
 
 
 def is_pattern(whom: str) -> bool:
@@ -168,18 +198,42 @@ def check_id(limit_id: str) -> None:
     elif not name:
         raise ConfigError(f"limits.{limit_id}", None, f"must have a name after {scope}:")
     elif scope == "model" and not is_of_models(plain_model(name)):
-        allowed = f"must name a model; others are pool:{TOTAL}, kind:<kind> and tenant:<tenant>"
-        raise ConfigError(f"limits.{limit_id}", None, allowed)
+        others = ", ".join(f"{one}:{named}" for one, named in _CALLERS.items())
+        allowed = f"must name a model; others are pool:{TOTAL}, kind:<kind>, tenant:<tenant>, "
+        raise ConfigError(f"limits.{limit_id}", None, f"{allowed}{others}")
+    elif scope in _CALLERS:
+        _check_caller(limit_id, scope, name, ":")
 
 
 def _check_rate_name(limit_id: str, name: str) -> None:
     what, slash, which = name.partition("/")
     is_folder_of_none = name.startswith("models/") and not is_of_models(plain_model(name))
-    if not name or is_folder_of_none or (slash and what in ("kind", "tenant") and not which):
-        allowed = f"must name a model, {TOTAL}, kind/<kind> or tenant/<tenant>"
+    if not name or is_folder_of_none or (name.startswith(_NO_MODELS) and not which):
+        others = ", ".join(f"{one}/{named}" for one, named in _CALLERS.items())
+        allowed = f"must name a model, {TOTAL}, kind/<kind>, tenant/<tenant>, {others}"
         raise ConfigError(f"limits.{limit_id}", None, allowed)
     if slash and what == "kind":
         _check_kind(limit_id, which)
+    elif slash and what in _CALLERS:
+        _check_caller(limit_id, what, which, "/")
+
+
+_ESCAPED = re.compile(r"[\s|{},*]")
+
+
+def _check_caller(limit_id: str, what: str, name: str, mark: str) -> None:
+    """Raises ConfigError for a name that is not one key, user or conversation."""
+    path, (tenant, _, own) = f"limits.{limit_id}", name.partition("/")
+    if what == "key" and name.startswith("tg_"):
+        raise ConfigError(path, None, "must name a key by its prefix alone, without tg_")
+    if what != "key" and not (tenant and own):
+        raise ConfigError(path, None, f"must be {what}{mark}{_CALLERS[what]}")
+    if name.endswith("*"):
+        allowed = f"must name one {what}; a budget with `each` bounds the cost of every one. One "
+        raise ConfigError(path, None, f"{allowed}whose name has a *: %2A")
+    if (found := _ESCAPED.search(name)) is not None:
+        letter = f"%{ord(found[0]):02X}" if found[0].isascii() else "escaped"
+        raise ConfigError(path, None, f"must name one {what}, with {found[0]!r} written {letter}")
 
 
 def check_tenants(limits: Iterable[str]) -> None:
@@ -737,8 +791,8 @@ def source_of(value: object) -> str:
 
 
 def apart_from_tenants(plain: Plain) -> Plain:
-    """A policy without weights, without limits that bind one tenant alone, and without those that
-    no person set."""
+    """A policy without weights, without limits that bind one tenant, key, user or conversation
+    alone, and without those that no person set."""
     limits = {
         name: one
         for name, one in plain.get("limits", {}).items()
@@ -765,11 +819,13 @@ def with_tenants(wanted: Plain, now: Plain, before: Plain | None = None) -> Plai
 
 
 def _is_beside_deployment(limit_id: str, value: object) -> bool:
-    """Whether a limit stays while deployments change: a tenant's, or one that no person set."""
+    """Whether a limit stays while deployments change: that of a tenant, key, user or conversation,
+    or one that no person set."""
     if source_of(value) != SOURCES[0]:
         return True
     scope, _, name = limit_id.partition(":")
-    return scope == "tenant" or (scope in MEASURES and name.startswith("tenant/"))
+    is_rate_of_one = scope in MEASURES and name.startswith(_OF_TENANTS)
+    return scope == "tenant" or scope in _CALLERS or is_rate_of_one
 
 
 def share_edit(
@@ -806,15 +862,28 @@ def share_edit(
     return change
 
 
-def without(tenant: str) -> Edit:
-    """The change that takes all of a tenant away."""
+def is_within(limit_id: str, tenant: str, keys: Collection[str] = ()) -> bool:
+    """Whether a limit binds this tenant, one of its `keys`, or one of its users or conversations
+    alone."""
+    match caller_of(limit_id):
+        case "key", prefix:
+            return prefix in keys
+        case _, whose, _:
+            return whose == tenant
+    return is_of(limit_id, tenant)
+
+
+def without(tenant: str, keys: Collection[str] = ()) -> Edit:
+    """The change that takes all of a tenant away, with that of its `keys`."""
 
     def change(plain: Plain) -> Plain:
         limits = plain.get("limits", {})
         weights = plain.get("weights", {})
         return {
             **plain,
-            "limits": {name: one for name, one in limits.items() if not is_of(name, tenant)},
+            "limits": {
+                name: one for name, one in limits.items() if not is_within(name, tenant, keys)
+            },
             "weights": {name: one for name, one in weights.items() if name != tenant},
         }
 

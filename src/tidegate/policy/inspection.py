@@ -44,6 +44,7 @@ from tidegate.policy.format import (
     MEASURES,
     TOTAL,
     binds_model,
+    caller_of,
     in_words,
     is_of_models,
     plain_model,
@@ -337,13 +338,14 @@ def _kind_limit(found: Whereabouts) -> str:
 
 
 def alike(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
-    """What waits of the same type, where the pool has limits on types, and of no other model as far
-    as that is known."""
+    """What waits of the same type, where the pool has limits on types, of no other model as far as
+    that is known, and under no limit of another key, user or conversation."""
     kind_limit = _kind_limit(found)
     for queue in snapshot.queues:
         kinds = [one for one in queue.limits if one.startswith("kind:")]
         models = [whom for one in queue.limits if (whom := _models_of(one)) is not None]
         is_same = found.model is None or all(_is_one_of(found.model, whom) for whom in models)
+        is_same &= all(_is_of_caller(one, found) for one in queue.limits)
         if (not kinds or kind_limit in kinds) and is_same:
             yield queue
 
@@ -356,8 +358,22 @@ def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> boo
         return any_model if found.model is None else _is_one_of(found.model, whom)
     if limit_id == f"upstream:{found.pool}":
         return True
+    if caller_of(limit_id) is not None:
+        return _is_of_caller(limit_id, found)
     kind = _kind_limit(found).partition(":")[2]
     return whom_it_binds(limit_id) in (f"kind/{kind}", f"tenant/{found.tenant_id}", TOTAL)
+
+
+def _is_of_caller(limit_id: str, found: Whereabouts) -> bool:
+    """Whether a limit is on no other key, user or conversation than the job's."""
+    match caller_of(limit_id):
+        case "key", key:
+            return found.key_id == key
+        case "user", tenant, user:
+            return (found.tenant_id, found.subject) == (tenant, user)
+        case _, tenant, conversation:
+            return (found.tenant_id, found.conversation) == (tenant, conversation)
+    return True
 
 
 def _is_one_of(model: str, whom: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -16,7 +16,15 @@ from typing import Any
 from tidegate.call import OperatorRole
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import check_tenant
-from tidegate.policy.format import Plain, share_edit, share_of, shares_of, to_plain, without
+from tidegate.policy.format import (
+    Plain,
+    is_within,
+    share_edit,
+    share_of,
+    shares_of,
+    to_plain,
+    without,
+)
 from tidegate.policy.inspection import Control
 from tidegate.policy.rollout import PolicyKeeper, edit_record
 from tidegate.store.tenants import Key, Tenant, Tenants, check_changes
@@ -104,18 +112,20 @@ async def remove_tenant(
     by: str,
     reason: str = "",
 ) -> None:
-    """Take a tenant, its keys, and its weight and its limits in all pools away, also in those whose
-    upstream was removed; its requests stay on record. `keepers`: of all pools that have one.
+    """Take a tenant, its keys, and its weight and its limits in all pools away, those of its keys,
+    users and conversations too, also in pools whose upstream was removed; its requests stay on
+    record. `keepers`: of all pools that have one.
 
     Raises ConfigError for a name that can't be, NotFound where there was none of it, and
     StoreUnavailable.
     """
     check_name(tenant_id)
     kept = list(keepers)
-    naming = [one for one in kept if _is_named(tenant_id, to_plain(one.limiter.policy))]
+    keys = {one.prefix for one in await tenants.all_keys(tenant_id)}
+    naming = [one for one in kept if _is_named(tenant_id, keys, to_plain(one.limiter.policy))]
     on_record = await tenants.policies.in_force()
     others = on_record.keys() - {one.limiter.pool for one in kept}
-    left = sorted(pool for pool in others if _is_named(tenant_id, on_record[pool]))
+    left = sorted(pool for pool in others if _is_named(tenant_id, keys, on_record[pool]))
     try:
         await tenants.remove(tenant_id, by=by)
     except NotFound:
@@ -123,13 +133,15 @@ async def remove_tenant(
             raise
     reason = reason or f"tenant {tenant_id} removed"
     for keeper in naming:
-        await keeper.change(without(tenant_id), set_by=by, reason=reason)
+        await keeper.change(without(tenant_id, keys), set_by=by, reason=reason)
     for pool in left:
-        await edit_record(tenants.policies, pool, without(tenant_id), set_by=by, reason=reason)
+        edit = without(tenant_id, keys)
+        await edit_record(tenants.policies, pool, edit, set_by=by, reason=reason)
 
 
-def _is_named(tenant_id: str, plain: Plain) -> bool:
-    return bool(share_of(plain, tenant_id).limits) or tenant_id in plain.get("weights", {})
+def _is_named(tenant_id: str, keys: Collection[str], plain: Plain) -> bool:
+    is_limited = any(is_within(one, tenant_id, keys) for one in plain.get("limits", {}))
+    return is_limited or tenant_id in plain.get("weights", {})
 
 
 def check_name(tenant_id: str) -> None:

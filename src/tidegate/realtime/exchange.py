@@ -173,6 +173,7 @@ class RealtimeExchange:
             lane.limiter.policy,
             tenant=terms.caller.tenant_id,
             priority=terms.priority,
+            tags=(terms.caller.key_id, terms.subject, terms.conversation),
         )
         limits = tuple(one for one in demand.limits if not is_rate(lane, one))
         held = CallDemand(limits, demand.tenant, demand.priority, 0)

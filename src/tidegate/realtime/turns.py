@@ -294,7 +294,8 @@ class Turns:
         """The next seconds of the client's sound, on the limits that count them."""
         lane, terms, policy = self._lane, self._terms, self._lane.limiter.policy
         tenant, model = terms.caller.tenant_id, self._target.model
-        found = lane.demands.limits(policy, REALTIME_KIND, model, tenant, 0, _AUDIO_STEP_S)
+        tags = (terms.caller.key_id, terms.subject, terms.conversation)
+        found = lane.demands.limits(policy, REALTIME_KIND, model, tenant, 0, _AUDIO_STEP_S, tags)
         bounds = {
             one: limit.bound
             for one in found
@@ -319,6 +320,7 @@ class Turns:
             lane.limiter.policy,
             tenant=terms.caller.tenant_id,
             priority=terms.priority,
+            tags=(terms.caller.key_id, terms.subject, terms.conversation),
             estimates_all=True,
         )
         rates = tuple(one for one in demand.limits if is_rate(lane, one))

@@ -23,7 +23,7 @@ A trace (CSV with a head, or JSON lines):
     0,acme,text_only,gemini-2.5-flash,830,1200,300,0,30000
 
 and `images`, `cached_tokens` and `cache_write_tokens` (of the input), `max_output_tokens`,
-`cost_usd`, and whom budgets bind: `key`, `subject`, `conversation`.
+`cost_usd`, and whom limits and budgets bind: `key`, `subject`, `conversation`.
 
 An amount is a number, `{ median, p95 }`, `{ lognormal = [median, sigma] }`, `{ uniform = [a, b]
 }` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, interpolated between its points.

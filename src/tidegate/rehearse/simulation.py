@@ -170,6 +170,7 @@ class Process:
             self.session.policy,
             tenant=arrival.tenant,
             priority=arrival.priority,
+            tags=(arrival.key, arrival.subject, arrival.conversation),
             images=arrival.images,
             max_output_tokens=arrival.max_output_tokens,
         )

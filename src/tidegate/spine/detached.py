@@ -143,6 +143,7 @@ def next_line(stand: BatchStand) -> Whereabouts | None:
         failure_code=stand.failure_code,
         failure_message=stand.failure_message,
         is_line=True,
+        key_id=stand.key_id,
     )
 
 

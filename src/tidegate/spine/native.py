@@ -394,6 +394,7 @@ class NativeExchange:
             policy,
             tenant=tenant,
             priority=priority,
+            tags=(terms.caller.key_id, terms.subject, terms.conversation),
             images=asked.images if asked else 0,
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
             conversation=self._conversation,

@@ -446,7 +446,9 @@ class PromptExchange:
         if self._types is None:
             if (native := self._native_at(target, lane)) is not None:
                 return native.demand(target, lane)
-            return lane.gate.bind(lane.demands.of(call, policy), target.model)
+            terms = self.terms
+            tags = (terms.caller.key_id, terms.subject, terms.conversation)
+            return lane.gate.bind(lane.demands.of(call, policy, tags), target.model)
         asked = lane.demands.of_question(
             call.prompt[:MAX_ASKED_CHARS],
             target.model,

@@ -193,6 +193,7 @@ class BatchStand:
     paused_by: str | None
     pause_reason: str | None
     lacks_tenant: bool  # it is disabled or gone
+    key_id: str | None = None
 
 
 async def batch_stand(connections: Connections, batch_id: UUID) -> BatchStand:

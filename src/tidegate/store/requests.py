@@ -787,6 +787,9 @@ class Whereabouts:
     batch: str | None = None
     upstream: str | None = None
     is_line: bool = False
+    key_id: str | None = None
+    subject: str | None = None
+    conversation: str | None = None
 
     @property
     def is_for_batch(self) -> bool:

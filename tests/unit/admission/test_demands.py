@@ -171,6 +171,17 @@ def test_a_model_that_is_called_as_a_tenant_is_takes_no_limit_of_that_tenant(mod
     assert asked.limits == ("kind:text_only", "rpm:total")
 
 
+def test_a_call_takes_the_limits_of_its_key_and_user_and_our_question_none() -> None:
+    limits = {"kind:text_only": 5, "rpm:key/k1": 2, "rpm:user/acme/ann": 3, "kind:classifier": 1}
+    policy, tags = of_plain({"limits": limits}), ("k1", "ann", None)
+    demands = Demands()
+    own = ("kind:text_only", "rpm:key/k1", "rpm:user/acme/ann")
+    assert demands.of(call(tenant_id="acme"), policy, tags).limits == own
+    assert demands.of(call(tenant_id="acme"), policy).limits == own[:1]
+    asked = demands.of_question("a", "m", policy, tenant="acme", max_output_tokens=9)
+    assert asked.limits == ("kind:classifier",)
+
+
 def test_each_model_of_a_list_is_bound_with_the_folder_or_without() -> None:
     limits = {"kind:text_only": 5, "rpm:models/a,models/b": 9}
     policy = of_plain({"limits": limits})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.admission.demand import MOST_PRIORITY, Reach, band_of
+from tidegate.admission.demand import MOST_PRIORITY, NO_TAGS, CallTags, Reach, band_of
 from tidegate.limiter import DEFAULT_BANDS, Band, PoolPolicy, Quota, Rate
 from tidegate.policy.format import of_plain
 
@@ -131,6 +131,67 @@ def test_the_models_of_a_pattern_share_its_limits() -> None:
     assert reach.limits("text_only", "gpt-5", "t", 0) == ()
     # A client that names a pattern as its model is bound by that pattern's limits once.
     assert sorted(reach.limits("text_only", "claude-*", "t", 0)) == ["rpm:claude-*"]
+
+
+OF_CALLERS = of_plain(
+    {
+        "limits": {
+            "kind:text_only": 5,
+            "rpm:key/k1": 2,
+            "key:k1": 1,
+            "tif:key/k2": 900,
+            "rpm:user/acme/ann": 3,
+            "user:acme/ann": 1,
+            "rpm:user/acme/Bob%20Smith": 4,
+            "rpm:user/team%2Fa/b/c": 5,
+            "conversation:acme/c1": 1,
+            "rpm:total": 60,
+        }
+    }
+)
+
+
+def limits_of(tenant: str, tags: CallTags, model: str = "m") -> set[str]:
+    reach = Reach(OF_CALLERS)
+    found = reach.limits("text_only", model, tenant, False, False, reach.named(tenant, tags))
+    return set(found) - {"kind:text_only", "rpm:total"}
+
+
+def test_a_call_falls_under_the_limits_of_its_key_user_and_conversation() -> None:
+    assert limits_of("acme", ("k1", "ann", "c1")) == {
+        *("rpm:key/k1", "key:k1", "rpm:user/acme/ann", "user:acme/ann", "conversation:acme/c1")
+    }
+    assert limits_of("acme", ("k2", None, None)) == {"tif:key/k2"}
+    assert limits_of("acme", ("k3", "bob", "c2")) == set()
+    assert limits_of("acme", NO_TAGS) == set()
+
+
+def test_users_and_conversations_are_those_of_one_tenant() -> None:
+    assert limits_of("other", (None, "ann", "c1")) == set()
+    # A slash in a name makes of one tenant's user none of another's.
+    assert limits_of("team/a", (None, "b/c", None)) == {"rpm:user/team%2Fa/b/c"}
+    assert limits_of("team", (None, "a/b/c", None)) == set()
+    assert limits_of("team%2Fa", (None, "b/c", None)) == set()
+
+
+def test_names_are_escaped_where_an_id_can_not_have_their_letters() -> None:
+    assert limits_of("acme", (None, "Bob Smith", None)) == {"rpm:user/acme/Bob%20Smith"}
+    assert limits_of("acme", (None, "Bob%20Smith", None)) == set()
+
+
+@pytest.mark.parametrize("model", ["key/k1", "user/acme/ann", "conversation/acme/c1"])
+def test_a_model_that_is_called_as_a_caller_is_takes_no_limit_of_that_caller(model: str) -> None:
+    assert limits_of("other", NO_TAGS, model) == set()
+    assert limits_of("other", NO_TAGS, f"models/{model}") == set()
+
+
+def test_what_is_kept_of_a_policy_does_not_grow_by_names_that_it_does_not_have() -> None:
+    reach = Reach(OF_CALLERS)
+    for number in range(50):
+        named = reach.named("acme", (f"k{number + 3}", f"user {number}", f"c {number}"))
+        reach.limits("text_only", "m", "acme", False, False, named)
+    assert reach.limits.cache_info().currsize == 1
+    assert Reach(POLICY).named("acme", ("k1", "ann", "c1")) == ()
 
 
 def test_a_policy_says_what_its_calls_have_to_be_estimated_for() -> None:

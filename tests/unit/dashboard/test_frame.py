@@ -16,6 +16,7 @@ from tidegate.dashboard.feed import (
     MOST_SHOWN_CHANGES,
     MOST_TENANTS,
     NO_GROUP,
+    Grouping,
     budgets_frame,
     limits_page,
     policy_events,
@@ -40,6 +41,8 @@ from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import BudgetBook
 from tidegate.store.records import PolicyRecord
+
+GROUPINGS: tuple[Grouping, ...] = ("tenant", "model", "kind")
 
 
 def limit(name: str, sort: str = "c", *, waiting: int = 0, paused_ms: int = 0) -> LimitView:
@@ -186,6 +189,19 @@ def test_all_limits_are_found_by_pages_groups_and_words() -> None:
     assert by_kind["groups"] == [{"group": NO_GROUP, "limits": 62, "waiting": 30, "full": 0}]
     last = limits_page(pools, "kind", "", 50)
     assert last["groups"][-1] == {"group": "text_only", "limits": 1, "waiting": 4, "full": 0}
+
+
+def test_limits_of_users_are_grouped_with_those_of_their_tenant() -> None:
+    names = ("rpm:tenant/acme", "user:acme/ann", "conversation:acme/c1", "rpm:key/k1", "rpm:m")
+    views = {name: limit(name) for name in names}
+    pools = [("gemini", snapshot(limits=views), PoolPolicy({}))]
+    groups = {
+        group: {one["group"]: one["limits"] for one in limits_page(pools, group, "", 0)["groups"]}
+        for group in GROUPINGS
+    }
+    assert groups["tenant"] == {"acme": 3, NO_GROUP: 2}
+    assert groups["model"] == {"m": 1, NO_GROUP: 4}
+    assert groups["kind"] == {NO_GROUP: 5}
 
 
 def test_a_limit_names_the_tenants_that_wait_most_for_it() -> None:

@@ -29,6 +29,30 @@ OWN_PRO = queue("acme", KIND.limit, PRO.limit, at=PRO.limit, waiting=50)
 OWN_OF_A_GROUP = queue("acme", "model:fl*,pro", at="model:fl*,pro")  # of a pool without types
 OF_A_GROUP = replace(FLASH, limit="model:fl*,pro")
 BY_ITS_TENANT = queue("other", KIND.limit, "tenant:other", at="tenant:other")
+OF_KEY = LimitView("rpm:key/k1", "r", 2, 2, 164, 0, 2, 0, 0, "", 30_000)
+OF_USER = replace(OF_KEY, limit="user:acme/ann", sort="c")
+BY_ITS_KEY = queue("acme", KIND.limit, OF_KEY.limit, at=OF_KEY.limit)
+BY_ITS_USER = queue("acme", KIND.limit, OF_USER.limit, at=OF_USER.limit)
+OF_K1 = replace(UNCLAIMED, key_id="k1")
+OF_ANN = replace(UNCLAIMED, key_id="k2", subject="ann")
+
+
+@pytest.mark.parametrize(
+    ("found", "queues", "limit"),
+    [
+        (OF_K1, (BY_ITS_KEY,), OF_KEY.limit),
+        (OF_ANN, (BY_ITS_USER, BY_ITS_KEY), OF_USER.limit),
+        (OF_ANN, (BY_ITS_KEY,), OF_USER.limit),  # none of its queues: what is full
+        (replace(OF_K1, key_id="k2"), (BY_ITS_KEY, BY_ITS_USER), None),
+        (replace(OF_ANN, tenant_id="other"), (BY_ITS_USER,), None),
+        (replace(OF_K1, claimed_by="worker-1"), (BY_ITS_KEY,), OF_KEY.limit),
+    ],
+)
+def test_a_job_waits_for_no_limit_of_another_key_or_user(
+    found: Whereabouts, queues: tuple[QueueView, ...], limit: str | None
+) -> None:
+    view = binding_limit(found, pool(IDLE, OF_KEY, OF_USER, queues=queues))
+    assert (None if view is None else view.limit) == limit
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ import pytest
 
 from tidegate.errors import ConfigError, PolicyChanged
 from tidegate.limiter import PoolPolicy
-from tidegate.policy.format import Plain, Share, is_of, share_edit, share_of, without
+from tidegate.policy.format import (
+    Plain,
+    Share,
+    apart_from_tenants,
+    is_of,
+    share_edit,
+    share_of,
+    with_tenants,
+    without,
+)
 from tidegate.policy.tenants import TenantChange, set_tenant
 from tidegate.store.tenants import Tenant
 
@@ -47,6 +56,33 @@ def test_a_tenant_can_be_taken_out_whole() -> None:
     left = without("acme")(PLAIN)
     assert left["weights"] == {"acme2": 2}
     assert sorted(left["limits"]) == ["kind:text_only", "rpm:acme", "tenant:acme2"]
+
+
+def test_a_tenant_is_taken_out_with_its_keys_users_and_conversations() -> None:
+    limits = {
+        "kind:text_only": 5,
+        "tenant:acme": 3,
+        "rpm:key/k1": 2,
+        "key:k2": 2,
+        "rpm:user/acme/ann": 2,
+        "conversation:acme/c1": 2,
+        "user:acme%2Fa/ann": 2,
+        "rpm:user/acme2/ann": 2,
+        "rpm:key/k3": 2,
+    }
+    left = without("acme", ["k1", "k2"])({"limits": limits})
+    kept = ["kind:text_only", "rpm:key/k3", "rpm:user/acme2/ann", "user:acme%2Fa/ann"]
+    assert sorted(left["limits"]) == kept
+    slashed = without("acme/a")({"limits": limits})["limits"]
+    assert limits.keys() - slashed.keys() == {"user:acme%2Fa/ann"}
+
+
+def test_limits_of_keys_and_users_stay_while_deployments_change() -> None:
+    given = {"rpm:key/k1": 2, "user:acme/ann": 1, "conversation:acme/c1": 1}
+    now = {"limits": {"kind:text_only": 5, "rpm:m": 9, **given}}
+    deployed: dict[str, Any] = {"limits": {"kind:text_only": 6}}
+    assert with_tenants(deployed, now) == {"limits": {"kind:text_only": 6, **given}}
+    assert apart_from_tenants(now) == {"limits": {"kind:text_only": 5, "rpm:m": 9}}
 
 
 def test_nothing_to_change_is_no_change() -> None:

@@ -225,3 +225,16 @@ def test_where_nobody_is_let_in_there_is_no_spread_of_waits() -> None:
     assert found.spreads[0].refused.mean == 1
     *_, table = tables_of([found])
     assert table.rows[0][:4] == ("(all)", "-", "-", "-")
+
+
+def test_limits_of_a_key_or_user_count_the_calls_of_that_one_alone() -> None:
+    one = Arrival(0.0, "acme", model="m", duration_ms=5, key="k1", conversation="c1")
+    calls = [replace(one, time_ms=n * 20.0) for n in range(3)]
+    calls += [replace(one, time_ms=n * 20.0 + 10, key="k2", subject="ann") for n in range(4)]
+    calls += [replace(one, time_ms=n * 20.0 + 15, tenant="other", key="k3") for n in range(5)]
+    calls.sort(key=lambda call: call.time_ms)
+    counted = ["rpm:key/k1", "rpm:user/acme/ann", "rpm:conversation/other/c1", "rpm:user/other/ann"]
+    limits = {name: Rate.per_minute(60) for name in counted}
+    found = rehearse("", calls, PoolPolicy({TEXT: 9, **limits}), Setting())
+    peaks = {use.limit: use.peak for use in found.limits}
+    assert [peaks[name] for name in counted] == [3, 4, 5, 0]

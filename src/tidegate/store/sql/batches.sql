@@ -72,7 +72,7 @@ SELECT b.id AS batch_id, b.tenant_id, b.status, b.endpoint, b.total, b.created_a
     (SELECT count(*) FROM batch_lines l WHERE l.batch_id = b.id AND l.state = 'calling') AS calling,
     n.body, n.claimed_by, coalesce(n.attempts, 0) AS attempts, n.not_before,
     n.failure ->> 'code' AS failure_code, n.failure ->> 'message' AS failure_message,
-    b.paused_by, b.pause_reason,
+    b.paused_by, b.pause_reason, b.key_id,
     b.key_id IS NOT NULL AND (t.id IS NULL OR t.disabled_at IS NOT NULL) AS lacks_tenant
 FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id LEFT JOIN LATERAL (
     SELECT * FROM batch_lines l WHERE l.batch_id = b.id AND l.state IN ('queued', 'claimed')

@@ -213,7 +213,8 @@ SELECT id FROM requests ORDER BY id DESC LIMIT $1
 -- Where request $1 stands, whatever its tenant.
 SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model,
     claimed_by, attempts, created_at, not_before, admitted_at, finished_at,
-    failure ->> 'code' AS failure_code, failure ->> 'message' AS failure_message, tier, upstream, (
+    failure ->> 'code' AS failure_code, failure ->> 'message' AS failure_message, tier, upstream,
+    key_id, subject, conversation, (
         SELECT concat_ws(': ', b.upstream || ', ' || coalesce(b.provider_id, 'not created yet'),
             b.problem)
         FROM provider_batch_lines l JOIN provider_batches b ON b.id = l.batch_id
