@@ -23,6 +23,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
 from tidegate.jobs import background
+from tidegate.policy.format import edit
 from tidegate.prices.budgets import Budget
 from tidegate.store.retention import Whose
 
@@ -103,6 +104,28 @@ async def test_it_is_counted_until_it_has_ended_and_charged_once(stage: Stage) -
     assert (book.held, book.spent) == (0, tokens_of(row) + tokens_of(other))
     await stage.counts(0)
     await sdk.responses.delete(begun.id)
+
+
+async def test_it_is_counted_under_the_limit_of_its_user_until_it_has_ended(stage: Stage) -> None:
+    gateway, sdk = stage.gateway, stage.sdk
+    limits = {"kind:text_only": 5, "user:acme/ann": 1}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    ann, bob = (
+        {"x-tidegate-subject": one, "x-tidegate-deadline-ms": "500"} for one in ("ann", "bob")
+    )
+    say = partial(sdk.responses.create, model=MODEL, input="Say hello", max_output_tokens=100)
+    await gateway.upstream.set_behaviour(first_byte_ms=60_000)
+    begun = await say(background=True, extra_headers=ann)
+    await gateway.upstream.set_behaviour(first_byte_ms=0)
+    with pytest.raises(openai.RateLimitError) as refused:
+        await say(extra_headers=ann)
+    assert isinstance(refused.value.body, dict)
+    assert refused.value.body["limit"] == "user:acme/ann"
+    assert (await say(extra_headers=bob)).status == "completed"
+    await sdk.responses.cancel(begun.id)
+    await stage.ended(begun.id)
+    await stage.counts(0)
+    assert (await say(extra_headers=ann)).status == "completed"
 
 
 async def test_a_cancelled_one_ends_when_the_provider_says_so(stage: Stage) -> None:
