@@ -143,6 +143,8 @@ OF_CALLERS = of_plain(
             "rpm:user/acme/ann": 3,
             "user:acme/ann": 1,
             "rpm:user/acme/Bob%20Smith": 4,
+            "rpm:user/acme/a%3Db": 5,
+            "rpm:key/jwt:ann@example.com": 5,
             "rpm:user/team%2Fa/b/c": 5,
             "conversation:acme/c1": 1,
             "rpm:total": 60,
@@ -177,6 +179,8 @@ def test_users_and_conversations_are_those_of_one_tenant() -> None:
 def test_names_are_escaped_where_an_id_can_not_have_their_letters() -> None:
     assert limits_of("acme", (None, "Bob Smith", None)) == {"rpm:user/acme/Bob%20Smith"}
     assert limits_of("acme", (None, "Bob%20Smith", None)) == set()
+    assert limits_of("acme", (None, "a=b", None)) == {"rpm:user/acme/a%3Db"}
+    assert limits_of("acme", ("jwt:ann@example.com", None, None)) == {"rpm:key/jwt:ann@example.com"}
 
 
 @pytest.mark.parametrize("model", ["key/k1", "user/acme/ann", "conversation/acme/c1"])
