@@ -238,7 +238,8 @@ async def export_a_month(stage: Stage, begin_walk: Callable[[str], Awaitable[Wal
             await stage.gateway.database.execute(
                 "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
                 " cached_tokens, output_tokens, cost_micros, unpriced)"
-                " VALUES ($1, $2, 'gemini-2.5-flash', 'gemini', 40, 900000, 0, 12000, $3, 0)",
+                " VALUES ($1, $2, 'gemini-2.5-flash', 'gemini', 40, 900000, 0, 12000, $3, 0)"
+                " ON CONFLICT (tenant_id, day, model, pool) DO UPDATE SET cost_micros = $3",
                 *(tenant, first - timedelta(days=back), 1_500_000 // (place + 1)),
             )
     walk = await begin_walk("export")
@@ -266,7 +267,8 @@ async def see_what_a_limit_would_have_done(
     await database.execute(
         "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
         " cached_tokens, output_tokens, cost_micros, unpriced)"
-        " VALUES ('globex', $1, 'gemini-2.5-flash', 'gemini', 1200, 900000, 0, 12000, 1000, 0)",
+        " VALUES ('globex', $1, 'gemini-2.5-flash', 'gemini', 1200, 900000, 0, 12000, 1000, 0)"
+        " ON CONFLICT (tenant_id, day, model, pool) DO UPDATE SET requests = 1200",
         day,
     )
     walk = await begin_walk("what-if")

@@ -109,7 +109,8 @@ def midnight(days: int) -> datetime:
 
 
 async def slow_monday(database: asyncpg.Pool) -> datetime:
-    """Calls of the last Monday before today: from 9 to 11 those of acme waited for text."""
+    """Calls of the last Monday before today, and no others: from 9 to 11 those of acme waited for
+    text."""
     monday = midnight(-1)
     while monday.weekday() != 0:
         monday -= timedelta(days=1)
@@ -130,6 +131,8 @@ async def slow_monday(database: asyncpg.Pool) -> datetime:
                 "/v1/chat/completions",
             )
         )
+    within = (monday, monday + timedelta(days=1))
+    await database.execute("DELETE FROM audit WHERE created_at >= $1 AND created_at < $2", *within)
     await database.executemany(
         "INSERT INTO audit (id, created_at, tenant_id, pool, upstream, source, status, kind,"
         " classified_by, classified_reason, priority, model, attempts, lapses, instance_id,"
