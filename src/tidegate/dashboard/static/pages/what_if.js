@@ -12,7 +12,7 @@ import { limitsToChange, written } from "./what_if_limits.js";
 
 const DAY_MS = 86_400_000;
 const LOOKED_BACK_DAYS = 30;
-const MOST_DAYS = 7;
+const MOST_DAYS = 8; // so that the same day of a week ago is one of them
 const LINES = ["--chart-1", "--chart-2", "--chart-3", "--chart-5", "--chart-7"];
 const HEADS = [
   ["Tenant", ""],
