@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bench.limits.figures import DAY_S
+
 Limits = list[dict[str, Any]]
 # Bounds of ten seconds, which about 20 calls a second use up in all, far from what two cores can
 # relay; a longer window has as many calls a second. `PLENTY` never binds.
@@ -19,7 +21,6 @@ TOKENS = 100_000
 OUTPUT = 5_000
 PLENTY = 100_000_000
 BASE_S = 10
-DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEARNING_CALLS = 50
+DAY_S = 86_400.0
 Book = Mapping[str, Any]
 
 
@@ -65,9 +66,12 @@ def limit_uses(readings: Sequence[Book], windows: int) -> list[LimitUse]:
 
 
 def binding(uses: list[LimitUse]) -> dict[str, LimitUse]:
-    """Of each class of models the limit that was used most, by the class."""
+    """Of each class of models the limit that was used most, by the class; a day's, of which some
+    minutes show nothing, is left out."""
     found: dict[str, LimitUse] = {}
     for use in uses:
+        if use.name.endswith(f":{DAY_S:g}s"):
+            continue
         models = use.name.split(":")[1]
         if models not in found or use.share > found[models].share:
             found[models] = use

@@ -300,6 +300,8 @@ CUT, CUT_WINDOWS = 0.1, 3.0
 # most that they keep free, which is `MOST_MORE` elsewhere. All of it ends `CAREFUL_WINDOWS` after
 # the last refusal.
 UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
+# The same where a day's bound shows what others take: then the bound has fallen.
+FALLEN_CUT = 0.3
 # A refusal of a window that tells when that begins again shows what others took of it: as much a
 # window is kept free, and the first beside it. Since they may have taken it in a burst, it is no
 # more than was taken, and the second.
@@ -459,6 +461,8 @@ class AccountUse:
         reset_s: in how many seconds the limit's window begins again, as the refusal tells."""
         if at > self._refused_at + ONE_REFUSAL * self.window_s:
             cut, most = (CUT, MOST_MORE) if self.is_told else (UNTOLD_CUT, MOST_UNTOLD_CUT)
+            if not self.is_told and self._last_of_day is not None:
+                cut = FALLEN_CUT
             self._cut_before = self._cut_left(at)
             self._cut = min(self._cut_before + cut, most)
             self._refused_at, self._refused_from = at, None
@@ -492,12 +496,15 @@ class AccountUse:
         """Whether a refusal is so near that what others take counts however little it is."""
         return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
 
-    def ramp_ms(self, now: float, used: int, in_force: int) -> int | None:
-        """In which time as much as the bound is to be admitted, evenly; None where calls may come
-        as they fit. Nobody ends what was begun, so that it is no longer than a refusal counts."""
+    def ramp_ms(self, now: float, used: int, in_force: int, waiting: int = 0) -> int | None:
+        """Of a limit that is a window: in which time as much as the bound is to be admitted,
+        evenly; None where calls may come as they fit. waiting: calls that wait for it. What a
+        window takes together it frees together, and answers would tell of others once a window.
+        Nobody ends what was begun, so that it is no longer than a refusal counts."""
         for_s = (EVEN_WINDOWS if self.is_told else CAREFUL_WINDOWS) * self.window_s
         is_near = now < self._refused_at + for_s
-        if not is_near or used < NEARLY_FULL * in_force:
+        is_backlog = waiting > 0 and self._newest is not None
+        if not (is_near or is_backlog) or used < NEARLY_FULL * in_force:
             return None
         windows = min(in_force / max(1, in_force - self.kept(now)), CAREFUL_WINDOWS)
         return round(self.window_s * 1000 * windows)

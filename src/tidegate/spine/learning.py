@@ -749,7 +749,7 @@ class LimitLearner:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
             amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
-            ramp_ms = use.ramp_ms(now, view.used, limit.bound)
+            ramp_ms = use.ramp_ms(now, view.used, limit.bound, view.waiting)
         await self._charge(name, amount, use)
         if ramp_ms is not None:  # begun again at each look, so that no room adds up
             await self._limiter.penalise(name, for_ms=1, ramp_ms=ramp_ms, by=_SET_BY)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench.limits.accounts import CONVERSATION, DAY_S, KEY_VARIABLE, PROVIDERS, MeasuredProvider
+from bench.limits.accounts import CONVERSATION, KEY_VARIABLE, PROVIDERS, MeasuredProvider
 from bench.limits.bars import ITPM_OF_BOUND_AT_FIRST, verdicts
-from bench.limits.figures import LimitUse, binding, limit_uses, refusals
+from bench.limits.figures import DAY_S, LimitUse, binding, limit_uses, refusals
 from bench.limits.load import drawn, mix
 from bench.limits.notice import SeenLimit, Watch
 from bench.verdicts import MISSED
@@ -66,6 +66,7 @@ def test_the_binding_limit_of_a_class_is_the_one_used_most() -> None:
         LimitUse("requests:a:60s", 1, 100),
         LimitUse("tokens:a:60s", 90, 100),
         LimitUse("requests:b:60s", 50, 100),
+        LimitUse("requests:b:86400s", 50, 10),
     ]
     assert {models: use.name for models, use in binding(uses).items()} == {
         "a": "tokens:a:60s",

@@ -223,6 +223,16 @@ def test_calls_come_evenly_for_some_windows_after_a_refusal_of_a_full_limit(is_t
     assert use.ramp_ms(ends_at, bound, bound) is None
 
 
+def test_calls_of_a_backlog_come_evenly_where_answers_tell_of_the_window() -> None:
+    """Else they all come in one moment of each window, and answers with them."""
+    use, bound = AccountUse(60.0, 60.5, refills=False), 1_000
+    assert use.ramp_ms(0.0, bound, bound, waiting=1) is None, "nothing is told"
+    use.read(HeaderReading("m", "tpm", bound, 0, 0.0, reset_ms=60_000))
+    assert use.ramp_ms(0.0, bound, bound, waiting=1) == 60_000
+    assert use.ramp_ms(0.0, round(NEARLY_FULL * bound) - 1, bound, waiting=1) is None
+    assert use.ramp_ms(0.0, bound, bound, waiting=0) is None, "nobody waits"
+
+
 @pytest.mark.parametrize("stated", [1_000, 50, 1])
 def test_calls_come_evenly_for_no_longer_than_a_refusal_counts(stated: int) -> None:
     """Of a tier that fell far, as where an account can't be charged, nearly all is kept free."""
