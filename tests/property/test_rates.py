@@ -483,6 +483,22 @@ def test_a_bucket_that_was_overfull_under_a_higher_bound_is_due_for_two_windows(
     assert call in bench.client.queue.held
 
 
+@pytest.mark.parametrize("waits_ms", [0, 1_000, 20_000])
+def test_a_bucket_owes_under_a_lower_bound_what_calls_took_before(
+    bench: Bench, waits_ms: int
+) -> None:
+    """Two of the lower bound at most, as of the change, and not as of when it was taken."""
+    bench.put_in_force(BUCKET)
+    bench.end(bench.ask(4_000), 4_000)
+    bench.wait(30_000)
+    due = bench.spent
+    assert 1_000 <= due <= 1_200
+    bench.put_in_force(replace(BUCKET, bound=600))
+    assert bench.spent == due
+    bench.wait(waits_ms)
+    assert abs(bench.spent - (due - waits_ms // 100)) <= 10
+
+
 def test_a_bound_that_is_lowered_and_raised_again_leaves_a_bucket_as_it_was(
     bench: Bench,
 ) -> None:

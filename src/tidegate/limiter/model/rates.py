@@ -167,9 +167,27 @@ class Bucket:
         lag = span_of(limit) - limit.window_ms
         for end in sorted(buckets):
             if self.end < end <= now - limit.window_ms:
-                left = max(0, self.units - self._refilled(self.end + lag, end + lag))
-                self.units = self._capped(limit, left + buckets[end] * limit.window_ms)
+                taken = buckets[end] * limit.window_ms
+                self.units = self._with(limit, self.units, self.end + lag, end + lag, taken)
                 self.end = end
+
+    def _with(self, limit: Rate, units: int, at: int, moment: int, taken: int) -> int:
+        """The level at a moment, of `units` at an earlier time, with what was taken then. What is
+        due at a change of the bound is due for two windows at most from then on."""
+        if self.until < moment:
+            at, units = self._changed(limit, at, units)
+            highest = limit.bound
+        else:
+            highest = max(self.bound, self.before)
+        most = 2 * (highest or MAX_BOUND) * limit.window_ms
+        return min(most, max(0, units - self._refilled(at, moment)) + taken)
+
+    def _changed(self, limit: Rate, at: int, units: int) -> tuple[int, int]:
+        """The level at the change of the bound, where that is later."""
+        if at > self.until:
+            return at, units
+        left = max(0, units - self._refilled(at, self.until))
+        return self.until, self._capped(limit, left)
 
     def _level(
         self, limit: Rate, buckets: dict[int, int], now: int
@@ -182,9 +200,10 @@ class Bucket:
             if end + lag > now:
                 fresh.append((end + lag, taken))
             else:
-                left = max(0, units - self._refilled(at, end + lag))
-                units = self._capped(limit, left + taken)
+                units = self._with(limit, units, at, end + lag, taken)
                 at = end + lag
+        if self.until <= now:
+            at, units = self._changed(limit, at, units)
         return max(0, units - self._refilled(at, now)), fresh
 
     def units_at(self, limit: Rate, buckets: dict[int, int], now: int) -> int:

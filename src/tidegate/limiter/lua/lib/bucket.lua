@@ -72,6 +72,26 @@ local function take_over(limit, base, order, amounts)
   base.window, base.bound, base.before, base.until_ms = to, limit.bound, before, pool.now
 end
 
+-- The level at the change of the bound, where that is later.
+local function at_change(limit, units, at)
+  local base = limit.base
+  if at > base.until_ms then return units, at end
+  return math.min(most(limit), math.max(0, units - refilled(base, at, base.until_ms))), base.until_ms
+end
+
+-- The level at a moment, of `units` at an earlier time, with an amount that was taken then. What is due at a change
+-- of the bound is due for two windows at most from then on.
+local function level_with(limit, units, at, moment, amount)
+  local base, due = limit.base, most(limit)
+  if base.until_ms < moment then
+    units, at = at_change(limit, units, at)
+  else
+    local higher = math.max(base.bound, base.before)
+    due = 2 * (higher > 0 and higher or T.UNBOUNDED) * limit.window
+  end
+  return math.min(due, math.max(0, units - refilled(base, at, moment)) + amount * limit.window)
+end
+
 local function find_spent(limit)
   limit.units = math.min(limit.level + limit.fresh_units, most(limit))
   limit.spent = math.ceil(limit.units / limit.window)
@@ -79,7 +99,7 @@ end
 
 function T.find_level(limit)
   local base, lag, window, now = limit.base, limit.span - limit.window, limit.window, pool.now
-  local units, at, fresh, fresh_units, due = base.units, base.ends + lag, {}, 0, most(limit)
+  local units, at, fresh, fresh_units = base.units, base.ends + lag, {}, 0
   for _, ends in ipairs(limit.order) do
     local amount = limit.buckets[ends]
     if ends > base.ends and amount then
@@ -88,11 +108,11 @@ function T.find_level(limit)
         fresh[#fresh + 1] = { moment, amount * window }
         fresh_units = fresh_units + amount * window
       else
-        units = math.min(due, math.max(0, units - refilled(base, at, moment)) + amount * window)
-        at = moment
+        units, at = level_with(limit, units, at, moment, amount), moment
       end
     end
   end
+  if base.until_ms <= now then units, at = at_change(limit, units, at) end
   limit.level, limit.fresh, limit.fresh_units = math.max(0, units - refilled(base, at, now)), fresh, fresh_units
   find_spent(limit)
 end
@@ -111,12 +131,11 @@ function T.load_bucket(limit)
     take_over(limit, base, order, amounts)
     changed = true
   end
-  limit.width, limit.counted = math.ceil(limit.span / 60), 0
+  limit.width, limit.counted, limit.base = math.ceil(limit.span / 60), 0, base
   for _, ends in ipairs(order) do
     local amount = amounts[ends]
     if ends + limit.window <= now and ends > base.ends then
-      local left = math.max(0, base.units - refilled(base, base.ends + lag, ends + lag))
-      base.units = math.min(most(limit), left + amount * limit.window)
+      base.units = level_with(limit, base.units, base.ends + lag, ends + lag, amount)
       base.ends, changed = ends, true
     end
     if ends + limit.span <= now then
@@ -125,7 +144,7 @@ function T.load_bucket(limit)
       limit.counted = limit.counted + amount
     end
   end
-  limit.base, limit.buckets, limit.order = base, amounts, order
+  limit.buckets, limit.order = amounts, order
   -- Before its sixtieths are gone.
   if changed then T.save_bucket(limit) end
   if #gone > 0 then call('HDEL', key, unpack(gone)) end
