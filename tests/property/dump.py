@@ -71,6 +71,7 @@ MANY = {
     "log:": "log",
     "rate:": "rate",
     "quota:": "quota",
+    "charged:": "charged",
 }
 # Read apart, or of no consequence for what a script does next.
 OTHERS = {"meta", "session:", "layout", "history", "note:", "progress:"}

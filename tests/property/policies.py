@@ -73,6 +73,7 @@ class Shape:
     even: bool = False
     refills: bool = False
     tokens: int = 0
+    lower: bool = False
     wild: str = ""
 
     def policy(self, revision: int) -> PoolPolicy:
@@ -91,6 +92,9 @@ class Shape:
             limits["tpm:x"] = Rate(
                 1000, WINDOW_MS, "tokens", pace_ms=WINDOW_MS // 5, ramp=Ramp(50, 300)
             )
+        if self.lower:
+            for name, bound in (("rpm:x", 2), ("tpm:x", 300), ("rpd:x", 4)):
+                limits[name] = replace(cast(Rate | Quota, limits[name]), bound=bound)
         if self.refills:
             for name in ("rpm:x", "tpm:x"):
                 limits[name] = replace(cast(Rate, limits[name]), shape="bucket")
@@ -139,6 +143,7 @@ class Shape:
             reap_closed_ms=0,
             even=False,
             refills=self.refills,
+            lower=self.lower and other.lower,
             wild="",
         )
 
@@ -160,6 +165,7 @@ def shapes() -> st.SearchStrategy[Shape]:
         "even": st.sampled_from([False, False, True]),
         "refills": st.booleans(),
         "tokens": st.sampled_from([0, 0, 500, 1000]),
+        "lower": st.booleans(),
         "reap_closed_ms": st.sampled_from([0, 0, 5000]),
         "wild": st.sampled_from(
             ["", "", "", "gone", "other sort", "counted otherwise", "longer window"]

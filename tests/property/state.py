@@ -132,6 +132,11 @@ def of_model(model: PoolModel) -> State:
             for x in limits
             if x.spending.buckets
         },
+        "charged": {
+            x.name: {str(end): str(n) for end, n in x.spending.charged.items()}
+            for x in limits
+            if x.spending.charged
+        },
         "quota": {
             x.name: {"used": str(x.spending.used), "reset_at": str(x.spending.reset_at)}
             for x in limits

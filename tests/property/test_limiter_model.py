@@ -206,11 +206,17 @@ class PoolMachine(Traffic):
         name=limits,
         amount=st.sampled_from([1, 3, 100_000]),
         evenly=st.booleans(),
+        beside=st.sampled_from(["no bound", "its bound", "its bound", "another"]),
         after_ms=st.sampled_from([0, 0, 2000]),
     )
-    def charge_what_others_used(self, name: str, amount: int, evenly: bool, after_ms: int) -> None:
+    def charge_what_others_used(
+        self, name: str, amount: int, evenly: bool, beside: str, after_ms: int
+    ) -> None:
         self.world.advance(after_ms)
-        self.world.charge(name, amount, evenly=evenly)
+        bound = self.world.model.pool.limit(name).limit.bound + (beside == "another")
+        self.world.charge(
+            name, amount, evenly=evenly, bound=None if beside == "no bound" else bound
+        )
 
     @rule(
         name=limits,

@@ -671,3 +671,122 @@ def test_what_is_charged_evenly_ceases_to_count_evenly(
         assert abs(bench.spent - (61 - seconds)) <= 2
     bench.wait(10_000)
     assert bench.spent <= 2
+
+
+CHARGED = [
+    Rate(20_000, MINUTE_MS, "tokens", slack_ms=0),
+    Rate(500, MINUTE_MS, slack_ms=0),
+    Rate(20_000, MINUTE_MS, "tokens", slack_ms=0, shape="bucket"),
+    Rate(500, MINUTE_MS, slack_ms=0, shape="bucket"),
+    Quota(500, "requests"),
+    Quota(20_000, "tokens"),
+]
+
+
+def make_calls(bench: Bench, count: int, tokens: int = 10) -> None:
+    for _ in range(count):
+        bench.end(bench.ask(tokens), tokens)
+
+
+def amount_of_calls(limit: Rate | Quota, count: int, tokens: int = 10) -> int:
+    return count if limit.unit == "requests" else count * tokens
+
+
+@pytest.mark.parametrize("evenly", [False, True])
+@pytest.mark.parametrize("limit", CHARGED)
+def test_a_lower_bound_ends_what_was_charged_for_the_difference(
+    bench: Bench, limit: Rate | Quota, evenly: bool
+) -> None:
+    """Calls between the charges and among them count on."""
+    bench.put_in_force(limit)
+    fell, others, calls = limit.bound * 3 // 4, limit.bound // 20, amount_of_calls(limit, 3)
+    make_calls(bench, 2)
+    bench.world.charge(LIMIT, fell + others, evenly=evenly, bound=limit.bound)
+    make_calls(bench, 1)
+    assert bench.spent == fell + others + calls
+    bench.put_in_force(replace(limit, bound=limit.bound - fell))
+    assert bench.spent == others + calls
+    waits = bench.ask(10)
+    assert waits in bench.client.queue.held
+    bench.put_in_force(limit)
+    bench.put_in_force(replace(limit, bound=limit.bound - fell))
+    # The rest was for a difference that ended too, but for what ends within a moment.
+    assert 0 <= bench.spent - amount_of_calls(limit, 4) <= 5
+
+
+@pytest.mark.parametrize("evenly", [False, True])
+@pytest.mark.parametrize("limit", CHARGED)
+def test_a_lower_bound_frees_nothing_that_calls_have_spent(
+    bench: Bench, limit: Rate | Quota, evenly: bool
+) -> None:
+    """Nor what was charged for calls themselves, as of a realtime session."""
+    bench.put_in_force(limit)
+    make_calls(bench, 5)
+    bench.world.charge(LIMIT, 7, evenly=evenly)
+    bench.world.charge(LIMIT, 20, evenly=evenly, bound=limit.bound)
+    by_calls = amount_of_calls(limit, 5) + 7
+    assert bench.spent == by_calls + 20
+    bench.put_in_force(replace(limit, bound=limit.bound - 12))
+    assert bench.spent == by_calls + 8
+    for bound in (300, limit.bound, 200):
+        bench.put_in_force(replace(limit, bound=bound))
+        assert bench.spent == by_calls
+
+
+@pytest.mark.parametrize("limit", CHARGED)
+def test_a_charge_beside_another_bound_than_the_one_in_force_is_not_made(
+    bench: Bench, limit: Rate | Quota
+) -> None:
+    """It comes late: what it is for has ended."""
+    bench.put_in_force(limit)
+    bench.world.charge(LIMIT, 100, bound=limit.bound + 1)
+    assert bench.spent == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Rate(200, 2 * MINUTE_MS, "tokens", slack_ms=0),
+        Rate(200, MINUTE_MS, slack_ms=0),
+        Quota(200, "tokens"),
+    ],
+)
+def test_what_is_counted_otherwise_from_now_on_keeps_what_was_charged(
+    bench: Bench, other: Rate | Quota
+) -> None:
+    limit = Rate(300, MINUTE_MS, "tokens", slack_ms=0)
+    is_longer = isinstance(other, Rate) and other.window_ms != limit.window_ms
+    bench.put_in_force(limit)
+    bench.world.charge(LIMIT, 180, bound=300)
+    bench.put_in_force(other)
+    charged = 180 if is_longer or isinstance(other, Quota) else 80
+    assert bench.spent == charged
+    bench.put_in_force(replace(other, bound=50))
+    assert bench.spent == charged
+
+
+def test_of_a_charge_that_ended_nothing_is_freed(bench: Bench) -> None:
+    limit = Rate(500, MINUTE_MS, slack_ms=0)
+    bench.put_in_force(limit)
+    bench.world.charge(LIMIT, 380, evenly=True, bound=500)
+    bench.wait(MINUTE_MS + 2_000)
+    make_calls(bench, 200)
+    bench.put_in_force(replace(limit, bound=120))
+    assert bench.spent == 200
+
+
+def test_a_bucket_that_a_charge_held_at_the_accounts_level_has_it_under_the_lower_bound(
+    bench: Bench,
+) -> None:
+    """The account refills 2 a second, the limit 8: charged each second, the difference is the same
+    for longer than a window."""
+    limit = Rate(480, MINUTE_MS, slack_ms=0, shape="bucket")
+    bench.put_in_force(limit)
+    make_calls(bench, 60)
+    bench.world.charge(LIMIT, 360, bound=480)
+    for _ in range(90):
+        bench.wait(1_000)
+        make_calls(bench, 2)
+        bench.world.charge(LIMIT, 420 - bench.spent, bound=480)
+    bench.put_in_force(replace(limit, bound=120))
+    assert 60 <= bench.spent <= 68

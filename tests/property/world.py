@@ -300,9 +300,14 @@ class World:
         done = self.model.open(name, ramp_ms, run=self.run, wall=self.wall_ms)
         self._act({"verb": "open", "limit": name, "ramp_ms": ramp_ms}, done)
 
-    def charge(self, name: str, amount: int, *, evenly: bool = False) -> None:
-        done = self.model.charge(name, amount, evenly=evenly, run=self.run, wall=self.wall_ms)
-        self._act({"verb": "charge", "limit": name, "amount": amount, "evenly": evenly}, done)
+    def charge(
+        self, name: str, amount: int, *, evenly: bool = False, bound: int | None = None
+    ) -> None:
+        done = self.model.charge(
+            name, amount, evenly=evenly, bound=bound, run=self.run, wall=self.wall_ms
+        )
+        request = {"verb": "charge", "limit": name, "amount": amount, "evenly": evenly}
+        self._act({**request, **({} if bound is None else {"bound": bound})}, done)
 
     def hold(self, who: str, name: str, amount: int, for_ms: int) -> None:
         done = self.model.hold(who, (name,), [amount], for_ms, run=self.run, wall=self.wall_ms)
@@ -369,6 +374,7 @@ class World:
             "log:",
             "rate:",
             "quota:",
+            "charged:",
             "progress:",
             "expected",  # of those that died before they came back
         )

@@ -216,7 +216,7 @@ def _names(keys: Keyspace, policy: PoolPolicy, sids: list[str], tenants: list[st
         "past:": of_band,
         "progress:": of_band,
         "line:": [f"{one}|{tenant}" for one, tenant in product(of_band, tenants)],
-        **dict.fromkeys(("log:", "rate:", "quota:"), policy.limits),
+        **dict.fromkeys(("log:", "rate:", "quota:", "charged:"), policy.limits),
         **dict.fromkeys(("session:", "owed:", "note:", "stalled:"), sids),
         "queue:": [f"{sid}|{flow}" for sid, flow in product(sids, flows)],
     }

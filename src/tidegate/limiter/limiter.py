@@ -735,12 +735,18 @@ class Limiter:
         self._session.refresh()
         return done
 
-    async def charge(self, limit: str, amount: int, *, evenly: bool = False) -> bool:
+    async def charge(
+        self, limit: str, amount: int, *, evenly: bool = False, bound: int | None = None
+    ) -> bool:
         """Count `amount` of a rate or day quota as spent now, without a call: what others have used
         that share the limit outside of the pool. It may exceed the bound. evenly: as if spent
         evenly over the rate's last window, so that it ceases to count evenly, and not at one
-        moment. False if there is no such limit, or while Valkey may have lost data."""
+        moment. bound: what is charged is the difference from this bound to what an account has
+        left. Nothing is charged once another one is in force, and when a lower one is put in force
+        as much of the charge ends as it is lower. False if nothing is charged, or there is no such
+        limit, or while Valkey may have lost data."""
         request = {"verb": "charge", "limit": limit, "amount": amount, "evenly": evenly}
+        request |= {} if bound is None else {"bound": bound}
         return bool(await self._act(request))
 
     async def hold(self, name: str, limits: Mapping[str, int], for_ms: int) -> None:

@@ -556,6 +556,9 @@ SHAPES = (
     KeyShape("rate:", "hash", "per limit: amount by the end of its bucket in ms", "two windows",
              True),
     KeyShape("quota:", "hash", "per limit: used reset_at", "1 h after its reset", True),
+    KeyShape("charged:", "hash", "per limit: amount that was charged beside its bound, by the end "
+             "of the part of a window, or day, that it counts in",
+             "two windows, or 1 h after the day", True),
     KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since revision; "
              "full: ms|rate at which its waiters keep their turn until it acknowledges; at:flow -> "
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|use|charges|flow",

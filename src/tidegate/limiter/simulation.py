@@ -234,7 +234,9 @@ class _MemoryPool:
             case "open":
                 done = model.open(limit, request["ramp_ms"], **now)
             case "charge":
-                done = model.charge(limit, request["amount"], evenly=request["evenly"], **now)
+                charged = request["amount"], request["evenly"], request.get("bound")
+                amount, evenly, bound = charged
+                done = model.charge(limit, amount, evenly=evenly, bound=bound, **now)
             case "hold":
                 lane = tuple(request["lane"].split(" "))
                 held = request["sid"], lane, request["amounts"], request["for_ms"]

@@ -20,7 +20,7 @@ from tidegate.limiter.policy import PoolPolicy
 
 LIVES_ON = {
     *("meta", "layout", "history", "timed", "expected", "spending", "paused"),
-    *("past:", "log:", "rate:", "quota:", "note:", "claim:", "progress:"),
+    *("past:", "log:", "rate:", "quota:", "charged:", "note:", "claim:", "progress:"),
 }
 
 

@@ -1,7 +1,7 @@
 -- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, hold a permit, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount evenly said sid run once keep_ms; once names the request
+-- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount evenly bound said sid run once keep_ms; once names the request
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
@@ -81,10 +81,12 @@ elseif q.verb == 'resume' then
   T.touch(limit)
 elseif q.verb == 'charge' then
   -- Used by others outside of the pool: spent without a call, also above the bound.
+  -- Beside a bound that is in force no more nothing is charged.
   local limit = T.limit_of(q.limit)
-  if limit.defined and limit.sort ~= 'c' and not pool.doubtful then
+  if limit.defined and limit.sort ~= 'c' and not pool.doubtful and (q.bound or limit.bound) == limit.bound then
     local rates = T.rates()
-    if q.evenly then rates.assert_evenly(limit, q.amount) else rates.assert_spent(limit, q.amount) end
+    if q.bound then rates.charge(limit, q.amount, q.evenly)
+    elseif q.evenly then rates.assert_evenly(limit, q.amount) else rates.assert_spent(limit, q.amount) end
     done = 1
   end
 elseif q.verb == 'hold' then

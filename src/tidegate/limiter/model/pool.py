@@ -32,6 +32,7 @@ from tidegate.limiter.model.capacity import Capacity
 from tidegate.limiter.model.outlook import Outlooks, Positions
 from tidegate.limiter.model.pump import Pump
 from tidegate.limiter.model.queues import Permits, Queues
+from tidegate.limiter.model.rates import span_of
 from tidegate.limiter.model.state import (
     BLOCKED,
     NO_LIMIT,
@@ -48,7 +49,7 @@ from tidegate.limiter.model.state import (
     read_member,
     write_charges,
 )
-from tidegate.limiter.policy import PoolPolicy, Rate
+from tidegate.limiter.policy import Limit, PoolPolicy, Quota, Rate
 
 # Beyond so many sessions a newcomer is not announced, or nobody is named.
 MOST_TO_ANNOUNCE = 64
@@ -322,6 +323,8 @@ class Joins:
             or (old := before.limit(name)) is None
             or definition(old) != definition(limit)
         ]
+        for name in changed if before else ():
+            self._end_charges(self.pool.limit(name), policy.limit(name))
         for name in {*self.pool.limits, *policy.limits}:
             limit = self.pool.limit(name)
             limit.limit = policy.binding(name) or NO_LIMIT
@@ -353,6 +356,21 @@ class Joins:
                 self.capacity.spent(limit)
                 limit.spending.take_along(limit.limit, self.pool.now)
         return before is not None
+
+    def _end_charges(self, limit: LimitState, new: Limit | None) -> None:
+        """What was charged for a difference to a bound ends with the difference. Once the limit
+        counts in another way it is not known what was charged."""
+        old, spending = limit.limit, limit.spending
+        if isinstance(old, Rate) and isinstance(new, Rate):
+            is_comparable = old.window_ms == new.window_ms
+            is_same = (span_of(old), old.exact, old.shape) == (span_of(new), new.exact, new.shape)
+        else:
+            is_comparable = is_same = isinstance(old, Quota) and isinstance(new, Quota)
+        if is_comparable and new is not None and new.bound < old.bound and spending.charged:
+            self.capacity.spent(limit)
+            spending.end_charges(old, old.bound - new.bound, self.pool.now)
+        if not (is_comparable and is_same):
+            spending.charged = {}
 
     def _restart_shares(self) -> None:
         """Shares are measured in something else from now on: nothing of before is compared with
@@ -633,15 +651,21 @@ class PoolModel:
         self._end_act(in_doubt=in_doubt)
         return done
 
-    def charge(self, name: str, amount: int, *, evenly: bool, run: str, wall: int) -> int:
+    def charge(
+        self, name: str, amount: int, *, evenly: bool, bound: int | None, run: str, wall: int
+    ) -> int:
         """Count what others outside of the pool have used of a rate or quota as spent now, or
-        `evenly` over the last window."""
+        `evenly` over the last window. bound: the one that it is charged beside."""
         in_doubt = self._begin_act(run, wall)
-        limit, done = self.pool.limit(name), 0
-        if limit.is_rate and not in_doubt:
+        limit, done, now = self.pool.limit(name), 0, self.pool.now
+        if limit.is_rate and not in_doubt and bound in (None, limit.limit.bound):
             self.capacity.spent(limit)
-            add = limit.spending.add_evenly if evenly else limit.spending.add
-            add(limit.limit, amount, self.pool.now)
+            if bound is not None:
+                limit.spending.charge(limit.limit, amount, now, evenly=evenly)
+            elif evenly:
+                limit.spending.add_evenly(limit.limit, amount, now)
+            else:
+                limit.spending.add(limit.limit, amount, now)
             done = 1
         self._end_act(in_doubt=in_doubt)
         return done

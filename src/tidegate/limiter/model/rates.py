@@ -6,6 +6,7 @@ are ms of the server's clock; amounts are in the limit's unit.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from math import ceil, floor
 
@@ -230,13 +231,15 @@ class RateSpending:
     """All that was counted for one limit. A limit that is made one of another sort finds here what
     it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
     `used` until `reset_at`: of the day. `pacing`: of a rate with a pace or a ramp. `bucket`: of one
-    that refills evenly, since something was taken of it. `changed`: something was spent or returned
-    in this call."""
+    that refills evenly, since something was taken of it. `charged`: what of it was charged beside a
+    bound, by the part of a window or the day that it counts in. `changed`: something was spent or
+    returned in this call."""
 
     log: list[int] = field(default_factory=list)
     buckets: dict[int, int] = field(default_factory=dict)
     used: int = 0
     reset_at: int = 0
+    charged: dict[int, int] = field(default_factory=dict)
     changed: bool = False
     pacing: Pacing | None = None
     bucket: Bucket | None = None
@@ -448,8 +451,59 @@ class RateSpending:
                 if own:
                     self._spend(limit, last - (parts - part) * width, own)
 
+    def _counted(self, limit: Limit) -> Counter[int]:
+        """What counts, by the part of a window or the day."""
+        if isinstance(limit, Quota):
+            return Counter({self.reset_at: self.used})
+        assert isinstance(limit, Rate)
+        if limit.exact:
+            return Counter(self._end_now(limit, at) for at in self.log)
+        return Counter(self.buckets)
+
+    def charge(self, limit: Limit, amount: int, now: int, *, evenly: bool) -> None:
+        """As `add` or `add_evenly`, for what an account has less than the bound in force: a lower
+        one ends as much of it. Call it after `look`."""
+        before, span = self._counted(limit), span_of(limit) if isinstance(limit, Rate) else 0
+        (self.add_evenly if evenly else self.add)(limit, amount, now)
+        known = Counter({end: n for end, n in self.charged.items() if end + span > now})
+        self.charged = dict(known + (self._counted(limit) - before))
+
+    def end_charges(self, limit: Limit, by: int, now: int) -> None:
+        """The bound will be lower by `by`: as much of what was charged beside this one counts no
+        more, of each part alike, so that the rest ends as evenly as before. In a log, calls of a
+        part count on until it has ended for each. Call it after `look`."""
+        counted, passed, gone = self._counted(limit), 0, 0
+        ends = [end for end in sorted(self.charged) if not self._is_ending(limit, end, now)]
+        parts = {end: min(self.charged[end], counted[end]) for end in ends}
+        total = sum(parts.values())
+        for end, amount in parts.items():
+            passed += amount
+            if amount and by < total:
+                amount = min(amount, floor(by * (passed / total)) - gone)
+            if amount:
+                gone += amount
+                self.charged[end] -= amount
+                self._uncount(limit, end, amount)
+        self.charged = {end: amount for end, amount in self.charged.items() if amount}
+
+    def _is_ending(self, limit: Limit, end: int, now: int) -> bool:
+        """Whether some of a part of a log may have ended, or all of one of a bucket is folded."""
+        if isinstance(limit, Rate) and limit.exact:
+            return self._end_now(limit, now - span_of(limit)) >= end
+        return self._is_folded(limit, end)
+
+    def _uncount(self, limit: Limit, end: int, amount: int) -> None:
+        """The first of a part of a log: what stays was admitted no earlier than any call of it."""
+        if isinstance(limit, Rate) and limit.exact:
+            first = next(i for i, at in enumerate(self.log) if self._end_now(limit, at) == end)
+            del self.log[first : first + amount]
+            self.changed = True
+        else:
+            self._spend(limit, end, -amount)
+
     def rewind(self, by_ms: int) -> None:
         """The clock was set back: what was counted is as old as before."""
+        self.charged = {}
         self.log = [at - by_ms for at in self.log]
         self.buckets = {end - by_ms: amount for end, amount in self.buckets.items()}
         if self.bucket is not None:

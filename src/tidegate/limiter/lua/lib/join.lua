@@ -1,9 +1,9 @@
 -- does: joins a session, with its policy and all its permits; keeps its keys alive
--- keys: meta layout history sessions session queue park line past lapsing carried owed spending paused
+-- keys: meta layout history sessions session queue park line past lapsing carried owed spending paused charged
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
 -- units: ms
-T.conflict = 0
+T.conflict, T.lowered = 0, {}
 T.HISTORY = 100
 
 -- Deletes the record of a limit that the new policy does not have; the order of its waiters stays until the
@@ -64,8 +64,26 @@ function T.clear_policy(policy)
   T.write(T.meta_key, gone)
 end
 
--- Writes the definitions that changed; returns the names of all limits, and of the changed ones.
-function T.define(policy)
+-- What was charged for a difference to a bound ends with the difference. Once a limit counts in another way it is not
+-- known what was charged.
+function T.end_charges(name, before, definition)
+  local sort, bound, window, kind, shape = string.match(before or '', '^([rq])|(%d+)|%d|(%d+)|(%d+|%d+).-|?(b?)$')
+  local sort_now, bound_now, window_now, kind_now, shape_now =
+    string.match(definition, '^([rq])|(%d+)|%d|(%d+)|(%d+|%d+).-|?(b?)$')
+  local is_comparable = sort and sort == sort_now and window == window_now
+  local by = is_comparable and bound - bound_now or 0
+  if by > 0 and call('EXISTS', T.charged_key(name)) == 1 then
+    local limit = T.limit_of(name)
+    T.rates().end_charges(limit, by)
+    T.rates().save(limit)
+    -- It is loaded again with its new definition.
+    T.limits[name], T.lowered[name] = nil, limit.spent_anew
+  end
+  if not is_comparable or kind ~= kind_now or shape ~= shape_now then call('UNLINK', T.charged_key(name)) end
+end
+
+-- Which definitions change: returns the names of all limits, of the changed ones, and what is to be written.
+function T.compare(policy)
   local names, fields, changed, defined = {}, {}, {}, {}
   for name, definition in pairs(policy.limits) do
     if definition then
@@ -76,6 +94,7 @@ function T.define(policy)
   local before = #fields > 0 and T.read(T.meta_key, fields) or none
   for i, name in ipairs(names) do
     if before[i] ~= policy.limits[name] then
+      T.end_charges(name, before[i], policy.limits[name])
       changed[#changed + 1] = name
       defined[fields[i]] = policy.limits[name]
     end
@@ -83,8 +102,7 @@ function T.define(policy)
   for name, weight in pairs(policy.weights) do
     if weight then defined['t:' .. name] = T.int(weight) end
   end
-  T.write(T.meta_key, defined)
-  return names, changed
+  return names, changed, defined
 end
 
 -- The first policy of a record, in which there is nothing else. `limits`: field, definition, and so on.
@@ -175,10 +193,11 @@ function T.merge_policy(policy)
   if pool.revision == 0 then
     T.define_first(policy)
   else
+    local names, defined
     T.read_policy(policy)
+    names, changed, defined = T.compare(policy)
     T.clear_policy(policy)
-    local names
-    names, changed = T.define(policy)
+    T.write(T.meta_key, defined)
     T.touch_waited_for(policy.bands == pool.bands and changed or names)
   end
   pool.revision, pool.lease_ms, pool.hold = policy.revision, policy.lease_ms, policy.hold
@@ -194,6 +213,7 @@ function T.merge_policy(policy)
   for _, name in ipairs(changed) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' then T.rates().take_along(limit) end
+    if T.lowered[name] then limit.spent_anew, limit.changed = true, true end
   end
   if restarts then T.restart_shares() end
   T.note_units(policy.by_tokens)

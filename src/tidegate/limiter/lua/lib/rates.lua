@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
--- keys: meta log rate quota spending
+-- keys: meta log rate quota spending charged
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets, 120
 -- to a window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -20,6 +20,9 @@ T.DAY_MS = 86400000
 -- A day that ends so much later is another one, also where the clocks are changed.
 T.NEXT_DAY_MS = 79200000
 T.rate_functions = false
+
+-- What was charged beside a bound, by the part of a window or the day that it counts in.
+function T.charged_key(name) return T.prefix .. 'charged:' .. name end
 
 function T.forget_spending(name)
   call('ZREM', T.spending_key, name)
@@ -274,7 +277,18 @@ T.rates = function()
     band.from = math.min(from + needed, now + window)
   end
 
+  -- The part of a log's window that a moment lies in.
+  local function part_of(limit, at)
+    local width = math.ceil(limit.span / 120)
+    return (math.floor(at / width) + 1) * width
+  end
+
+  local function note(limit, ends, amount)
+    if limit.noted then limit.noted[ends] = (limit.noted[ends] or 0) + amount end
+  end
+
   local function spend(limit, ends, amount)
+    note(limit, ends, amount)
     limit.spent = limit.spent + amount
     limit.spent_anew = limit.spent_anew or amount ~= 0
     if limit.sort == 'q' then
@@ -367,6 +381,7 @@ T.rates = function()
     if amount <= 0 then return end
     if not limit.exact then return spend(limit, ends_now(limit), amount) end
     amount = math.min(amount, limit.bound)
+    note(limit, part_of(limit, pool.now), amount)
     local times = {}
     for i = 1, math.min(amount, 500) do times[i] = T.int(pool.now) end
     for i = 1, amount, 500 do
@@ -377,21 +392,26 @@ T.rates = function()
     if amount > 0 then call('PEXPIRE', key_of(limit), limit.span) end
   end
 
+  local function rewrite(limit, times)
+    local key = key_of(limit)
+    call('UNLINK', key)
+    for i = 1, #times, 500 do call('RPUSH', key, unpack(times, i, math.min(i + 499, #times))) end
+    call('PEXPIRE', key, limit.span)
+  end
+
   -- The log of admissions with `amount` more, in the order of their times.
   local function merge_evenly(limit, amount)
-    local key, times = key_of(limit), {}
-    local known, next_known = call('LRANGE', key, 0, -1), 1
+    local times, known, next_known = {}, call('LRANGE', key_of(limit), 0, -1), 1
     for i = 1, amount do
       local at = pool.now - math.floor(limit.span * (amount - i) / amount)
       while known[next_known] and tonumber(known[next_known]) <= at do
         times[#times + 1], next_known = known[next_known], next_known + 1
       end
       times[#times + 1] = T.int(at)
+      note(limit, part_of(limit, at), 1)
     end
     for i = next_known, #known do times[#times + 1] = known[i] end
-    call('UNLINK', key)
-    for i = 1, #times, 500 do call('RPUSH', key, unpack(times, i, math.min(i + 499, #times))) end
-    call('PEXPIRE', key, limit.span)
+    rewrite(limit, times)
   end
 
   -- As `assert_spent`, but as if spent evenly over the last window: it ceases to count as evenly, and
@@ -415,6 +435,81 @@ T.rates = function()
     end
   end
 
+  -- As these, for what an account has less than the bound in force: a lower one ends as much of it.
+  function f.charge(limit, amount, evenly)
+    local key, noted = T.charged_key(limit.name), {}
+    limit.noted = noted
+    if evenly then f.assert_evenly(limit, amount) else f.assert_spent(limit, amount) end
+    limit.noted = nil
+    for _, ends in ipairs(call('HKEYS', key)) do
+      if tonumber(ends) + (limit.span or 0) <= pool.now then call('HDEL', key, ends) end
+    end
+    for ends, more in pairs(noted) do
+      if more > 0 then call('HINCRBY', key, T.int(ends), T.int(more)) end
+    end
+    call('PEXPIRE', key, T.int(limit.span and 2 * limit.span or limit.reset_at - pool.now + T.POOL_KEEP_MS))
+  end
+
+  -- What counts in a part, and is certain to count for some time still. In a bucket no part that is folded.
+  local function counted_in(limit, ends, log)
+    if limit.sort == 'q' then return ends == limit.reset_at and limit.spent or 0 end
+    if limit.exact then return ends > part_of(limit, pool.now - limit.span) and log[ends] or 0 end
+    if limit.window and ends <= limit.base.ends then return 0 end
+    return limit.buckets[ends] or 0
+  end
+
+  -- The first of each part of a log: what stays was admitted no earlier than any call of the part.
+  local function shorten(limit, times, parts)
+    local left, gone = {}, 0
+    for _, at in ipairs(times) do
+      local ends = part_of(limit, tonumber(at))
+      if (parts[ends] or 0) > 0 then
+        parts[ends], gone = parts[ends] - 1, gone + 1
+      else
+        left[#left + 1] = at
+      end
+    end
+    if gone == 0 then return end
+    rewrite(limit, left)
+    limit.spent, limit.spent_anew, limit.changed = limit.spent - gone, true, true
+  end
+
+  -- What was charged beside the bound and counts on, by its part; the parts in their order, and the sum.
+  local function charged_parts(limit, log)
+    local raw, parts, order, total = call('HGETALL', T.charged_key(limit.name)), {}, {}, 0
+    for i = 1, #raw, 2 do
+      local ends = tonumber(raw[i])
+      local amount = math.min(tonumber(raw[i + 1]), counted_in(limit, ends, log))
+      if amount > 0 then order[#order + 1], parts[ends], total = ends, amount, total + amount end
+    end
+    table.sort(order)
+    return parts, order, total
+  end
+
+  -- The bound will be lower by `by`: as much of what was charged beside this one counts no more, of each part alike,
+  -- so that the rest ends as evenly as before.
+  function f.end_charges(limit, by)
+    loaded(limit)
+    local key, log, passed, gone = T.charged_key(limit.name), {}, 0, 0
+    local times = limit.exact and call('LRANGE', key_of(limit), 0, -1) or {}
+    for _, at in ipairs(times) do
+      local ends = part_of(limit, tonumber(at))
+      log[ends] = (log[ends] or 0) + 1
+    end
+    local parts, order, total = charged_parts(limit, log)
+    for _, ends in ipairs(order) do
+      local amount = parts[ends]
+      passed = passed + amount
+      if by < total then amount = math.min(amount, math.floor(by * (passed / total)) - gone) end
+      parts[ends], gone = amount, gone + amount
+      if amount > 0 then
+        if not limit.exact then spend(limit, ends, -amount) end
+        if call('HINCRBY', key, T.int(ends), T.int(-amount)) <= 0 then call('HDEL', key, T.int(ends)) end
+      end
+    end
+    if limit.exact then shorten(limit, times, parts) end
+  end
+
   -- Usage that was counted in another way, before the policy changed, counts as used now.
   function f.take_along(limit)
     local amount, span = 0, limit.span or T.DAY_MS
@@ -436,6 +531,7 @@ T.rates = function()
   -- The clock was set back: usage keeps its age.
   function f.rewind(limit, by_ms)
     local key = key_of(limit)
+    call('UNLINK', T.charged_key(limit.name))
     if limit.pacing then T.rewind_pacing(limit, by_ms) end
     if limit.window then T.rewind_bucket(limit, by_ms) end
     if limit.exact then
