@@ -720,6 +720,23 @@ class AccountUse:
         self._looks[-1].charged = 0
         self._counted -= amount
 
+    def lower(self, by: int, now: float) -> None:
+        """The bound in force is lower by `by`: the pool counts as much less of what was charged
+        here in the last window, of each charge alike, since it was for the difference."""
+        total, passed, gone, kept = self.kept(now), 0, 0, deque[_Charge]()
+        by = min(by, total)
+        for one in self._kept:
+            ended = 0
+            if one.at > now - self.span_s:
+                passed += one.amount
+                ended = by * passed // total - gone
+            gone += ended
+            kept.append(one._replace(amount=one.amount - ended))
+        self._kept = kept
+        self._counted -= gone
+        if self._looks:
+            self._looks[-1].level = max(0, self._looks[-1].level - gone)
+
     def _look(self, look: _Look) -> None:
         self._looks.append(look)
         while self._looks[0].at < look.at - MOST_LATE_S - READ_LATE_S:
@@ -852,6 +869,10 @@ class DayUse:
     def take_back(self, amount: int) -> None:
         """The last charge could not be made."""
         self.kept -= amount
+
+    def lower(self, by: int) -> None:
+        """As of an `AccountUse`."""
+        self.kept = max(0, self.kept - by)
 
 
 def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None:

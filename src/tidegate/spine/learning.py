@@ -13,7 +13,7 @@ with what others take, so that what is left fits the account. Where `learn` is `
 force what nobody has set.
 
 Invariants: a call pays nothing for it; what a person has set stays in force; a charge ends with the
-window of its limit.
+window of its limit, and with the difference to the bound in force that it is for.
 """
 
 from __future__ import annotations
@@ -563,8 +563,17 @@ class LimitLearner:
                         self._changed_at[name] = now
                         if name in self._uses:
                             self._uses[name].forgive()
+                        if name in before:
+                            self._end_charges(name, before[name].bound - limit.bound, now)
             match = self._match = LimitMatch(policy, self._keeper.provider)
         return match
+
+    def _end_charges(self, name: str, by: int, now: float) -> None:
+        """As the pool does with those of a limit that is lower by `by`."""
+        if by > 0 and name in self._uses:
+            self._uses[name].lower(by, now)
+        elif by > 0 and name in self._days:
+            self._days[name].lower(by)
 
     async def _lead(
         self,
@@ -729,9 +738,10 @@ class LimitLearner:
         before: Mapping[str, OthersUse],
     ) -> OthersUse | None:
         """Charge a limit in force with what others take of it; None where they take nothing, and
-        after a change of its bound until there is a newer answer."""
+        after a change of its bound until there is a newer answer, and until the pool and this
+        process have the same bound."""
         limit = match.policy.limit(name)
-        if limit is None or limit.shadow or view is None:
+        if limit is None or limit.shadow or view is None or view.bound != limit.bound:
             return None
         is_of_bound = reading is not None and reading.remaining is None
         if reading is not None and not is_of_bound and self._is_old(reading, name):
@@ -750,7 +760,7 @@ class LimitLearner:
         else:
             amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
             ramp_ms = use.ramp_ms(now, view.used, limit.bound, view.waiting)
-        await self._charge(name, amount, use)
+        await self._charge(name, amount, use, limit.bound)
         if ramp_ms is not None:  # begun again at each look, so that no room adds up
             await self._limiter.penalise(name, for_ms=1, ramp_ms=ramp_ms, by=_SET_BY)
         kept = use.kept(now)
@@ -782,16 +792,18 @@ class LimitLearner:
             self._days[name] = DayUse(before[name].kept if name in before else 0)
         use, left_ms = self._days[name], next_midnight_ms(limit.zone, now * 1000) - now * 1000
         amount = use.due(reading, view.used, limit.bound, left_ms, now)
-        await self._charge(name, amount, use)
+        await self._charge(name, amount, use, limit.bound)
         return OthersUse(name, use.kept, use.kept) if use.kept else None
 
-    async def _charge(self, name: str, amount: int, use: AccountUse | DayUse) -> None:
+    async def _charge(
+        self, name: str, amount: int, use: AccountUse | DayUse, in_force: int
+    ) -> None:
         """Charge what is due; what could not be charged is due again at the next look."""
         is_charged = not amount
         try:
             evenly = isinstance(use, AccountUse) and use.evenly
             charging = self._limiter.charge
-            is_charged = is_charged or await charging(name, amount, evenly=evenly)
+            is_charged = is_charged or await charging(name, amount, evenly=evenly, bound=in_force)
         finally:
             if not is_charged:
                 use.take_back(amount)

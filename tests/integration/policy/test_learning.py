@@ -132,6 +132,47 @@ async def test_a_learned_limit_is_shown_and_accepted(open_gateway: Opener, tmp_p
             assert answer.status == 404
 
 
+@pytest.mark.parametrize("shape", ["window", "bucket"])
+async def test_a_bound_that_fell_leaves_all_that_the_account_has_once_it_is_accepted(
+    open_gateway: Opener, tmp_path: Path, shape: str
+) -> None:
+    limits = [{"models": "gpt-5", "unit": "requests", "bound": 500}]
+    async with run_emulator() as provider:
+        await provider.control.set_account(provider="openai", limits=limits)
+        own = f'limits = {{ "rpm:gpt-5" = {{ bound = 500, shape = "{shape}" }} }}'
+        path = policy_file(tmp_path, provider.url, own)
+        gateway = await open_gateway(worker=False, tidegate_policy=path)
+        limiter = gateway.services.keepers["oai"].limiter
+        await provider.control.set_account(tier=0.24)
+        for _ in range(3):
+            assert await call(gateway) == 200
+
+        async def is_kept() -> bool:
+            return (await limiter.snapshot()).limits["rpm:gpt-5"].used >= 380
+
+        await wait_until(is_kept, 20, "room for a bound that fell")
+        done = await command(gateway, "accept", "rpm:gpt-5")
+        assert done.code == 0, done.complained
+        await wait_until(lambda: limiter.policy.bound("rpm:gpt-5") == 120, 10, "the lower bound")
+        view = (await limiter.snapshot()).limits["rpm:gpt-5"]
+        ending = 380 * RENEWED_S / 60  # is charged again already
+        assert view.used <= 4 + ending
+
+        async with asyncio.timeout(2):
+            assert await call(gateway) == 200
+        calls = [asyncio.create_task(call(gateway)) for _ in range(130)]
+
+        async def are_made() -> bool:
+            return sum(one.done() for one in calls) >= 100
+
+        await wait_until(are_made, 20, "what the account has left")
+        view = (await limiter.snapshot()).limits["rpm:gpt-5"]
+        assert (view.bound, (await provider.control.account())["refused"]) == (120, 0)
+        for one in calls:
+            one.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
 async def test_a_bound_of_gemini_s_is_learned_from_its_refusal(
     open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -744,6 +785,58 @@ async def test_after_a_clock_was_set_back_answers_of_a_changed_limit_count(
         assert await used(limiter) >= 570_000
 
 
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("tpm:gpt-5", Rate(60_000, 60_000, "tokens")),
+        ("tpm:gpt-5", Rate(60_000, 60_000, "tokens", shape="bucket")),
+        ("rpd:gpt-5", Quota(60_000, zone=where_it_is(12))),
+    ],
+    ids=["window", "bucket", "day"],
+)
+async def test_what_is_kept_for_the_difference_ends_once_a_bound_that_fell_is_set(
+    valkey_url: str, name: str, limit: Rate | Quota
+) -> None:
+    """What the account has used stays, and what ended is taken for no use of others."""
+    async with learner(valkey_url, limit, remaining=20_000) as (limiter, learning):
+        await learning.look()
+        before = await used(limiter)
+        lower = PoolPolicy({name: replace(limit, bound=30_000)}, lease_ms=600, revision=2)
+        await limiter.set_policy(lower)
+        await limiter.in_force()
+        after = await used(limiter)
+        assert after == pytest.approx(max(0, before - 30_000), abs=1_000)
+        await learning.look()
+        headers = {b"limit": 30_000, b"remaining": 20_000}
+        unit = b"requests" if isinstance(limit, Quota) else b"tokens"
+        told = [(b"x-ratelimit-%s-%s" % (key, unit), b"%d" % headers[key]) for key in headers]
+        learning._announced.note("gpt-5", told)
+        await learning.look()
+        assert await used(limiter) == pytest.approx(after, abs=1_000)
+
+
+async def test_nothing_is_charged_beside_a_bound_that_the_pool_no_longer_has(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has set a lower one, of which this one has not heard."""
+    async with learner(valkey_url, Rate(60_000, 60_000, "tokens")) as (limiter, learning):
+        snapshot = limiter.snapshot
+
+        async def of_a_lower_bound(**asked: Any) -> Any:
+            found = await snapshot(**asked)
+            lower = {name: replace(one, bound=30_000) for name, one in found.limits.items()}
+            return replace(found, limits=lower)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(limiter, "snapshot", of_a_lower_bound)
+            await learning.look()
+        assert await used(limiter) == 0
+        assert not await limiter.charge("tpm:gpt-5", 1_000, bound=30_000)
+        assert await used(limiter) == 0
+        assert await limiter.charge("tpm:gpt-5", 1_000, bound=60_000)
+        assert await used(limiter) == 1_000
+
+
 @pytest.mark.parametrize("fault", ["refused", "away"])
 @pytest.mark.parametrize(
     "limit",
@@ -753,7 +846,7 @@ async def test_after_a_clock_was_set_back_answers_of_a_changed_limit_count(
 async def test_room_that_could_not_be_kept_free_is_kept_free_at_the_next_look(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch, limit: Rate | Quota, fault: str
 ) -> None:
-    async def charge(name: str, amount: int, *, evenly: bool) -> bool:
+    async def charge(name: str, amount: int, *, evenly: bool, bound: int) -> bool:
         if fault == "away":
             raise LimiterUnavailable("Valkey is away", limit=name, retry_after_ms=1)
         return False

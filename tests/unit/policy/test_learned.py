@@ -366,6 +366,41 @@ def test_after_a_loss_what_no_process_reports_again_is_charged_again(reported: i
     assert use.due(10.0, reported + again, 60_000, 30_000) <= ending
 
 
+@pytest.mark.parametrize(
+    ("lowered", "kept"), [((30_000,), 300), ((10_000, 20_000), 300), ((10_000,), 20_300)]
+)
+def test_a_lower_bound_in_force_ends_what_was_kept_for_the_difference(
+    lowered: tuple[int, ...], kept: int
+) -> None:
+    """As in the pool. What is kept for others stays, and nothing that has ended is charged again,
+    also after a loss."""
+    use = AccountUse(60.0, 60.5, refills=False)
+    use.inherit(OthersUse("tpm:gpt-5", 0, 300), 0.0)
+    assert use.due(0.0, 300, 60_000, 29_700) == pytest.approx(30_000, abs=20)
+    for by in lowered:
+        use.lower(by, 0.0)
+    assert use.kept(0.0) == pytest.approx(kept, abs=20)
+    use.lose()
+    in_force = 60_000 - sum(lowered)
+    due = use.due(0.1, use.kept(0.1), in_force, 29_700)
+    assert due <= (RENEWED_S + 1.1) / 60.0 * kept, "what ends before the next looks"
+    use.lower(60_000, 0.1)
+    assert use.kept(0.1) == 0
+
+
+def test_a_bucket_is_at_the_accounts_level_once_the_lower_bound_is_in_force() -> None:
+    use = AccountUse(60.0, 60.5, refills=True)
+    reading = HeaderReading("m", "tpm", 30_000, 10_000, 0.0, window_ms=60_000.0)
+    use.read(reading)
+    charged = use.level_due(0.0, 20_000, 20_000, 60_000, 30_000)
+    assert charged == 30_000
+    use.lower(30_000, 0.1)
+    assert use.kept(0.1) == 0
+    later = replace(reading, remaining=11_000, at=2.0)
+    use.read(later)
+    assert use.level_due(2.0, 20_000, 19_000, 30_000, 30_000) == 0
+
+
 def test_the_level_of_a_bucket_follows_the_accounts() -> None:
     account = Account(60_000, is_bucket=True)
     account.run(120)
@@ -715,3 +750,11 @@ def test_what_is_kept_of_a_day_ends_with_it_and_is_for_the_limit_in_force() -> N
     assert use.kept == 10
     # Far below the account's bound others take nothing of ours.
     assert DayUse().due(of_day(500, None), 0, 200, 0.0, 100.0) == 0
+
+
+def test_a_lower_bound_of_a_day_ends_what_was_kept_for_the_difference() -> None:
+    use = DayUse(400)
+    use.lower(300)
+    assert use.kept == 100
+    use.lower(300)
+    assert use.kept == 0
