@@ -300,8 +300,6 @@ CUT, CUT_WINDOWS = 0.1, 3.0
 # most that they keep free, which is `MOST_MORE` elsewhere. All of it ends `CAREFUL_WINDOWS` after
 # the last refusal.
 UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
-# The same where a day's bound shows what others take: then the bound has fallen.
-FALLEN_CUT = 0.3
 # A refusal of a window that tells when that begins again shows what others took of it: as much a
 # window is kept free, and the first beside it. Since they may have taken it in a burst, it is no
 # more than was taken, and the second.
@@ -461,8 +459,6 @@ class AccountUse:
         reset_s: in how many seconds the limit's window begins again, as the refusal tells."""
         if at > self._refused_at + ONE_REFUSAL * self.window_s:
             cut, most = (CUT, MOST_MORE) if self.is_told else (UNTOLD_CUT, MOST_UNTOLD_CUT)
-            if not self.is_told and self._last_of_day is not None:
-                cut = FALLEN_CUT
             self._cut_before = self._cut_left(at)
             self._cut = min(self._cut_before + cut, most)
             self._refused_at, self._refused_from = at, None
