@@ -101,6 +101,7 @@ from tidegate.limiter.queue import SPARE_MS
 from tidegate.limiter.session import Clock, Observer, State
 from tidegate.limiter.sync import SyncAcquisition, SyncLimiter, SyncPermit, ThreadPermit
 from tidegate.limiter.views import (
+    HigherWaits,
     LimitView,
     LocalPermit,
     LocalQueueView,
@@ -112,6 +113,7 @@ from tidegate.limiter.views import (
     Snapshot,
     TenantView,
     Why,
+    newest_to_give_way,
 )
 
 __all__ = [
@@ -146,6 +148,7 @@ __all__ = [
     "DemandImpossible",
     "DetachedPermit",
     "FairBy",
+    "HigherWaits",
     "LeaseLost",
     "Limit",
     "LimitPaused",
@@ -206,6 +209,7 @@ __all__ = [
     "limit_paused",
     "limited",
     "look_until",
+    "newest_to_give_way",
     "next_midnight_ms",
     "tokens_of",
 ]

@@ -6,13 +6,14 @@ must not block.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Reversible, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tidegate.limiter.estimates import read_line
 from tidegate.limiter.messages import InspectReply, lane_of, pack
+from tidegate.limiter.policy import PoolPolicy
 from tidegate.limiter.session import State
 
 
@@ -296,3 +297,86 @@ def read_place(values: list[Any]) -> Place | None:
         told.is_certain,
         told.rate_per_s,
     )
+
+
+_READS = 4  # of a pool, within the time after which calls give way
+_LEAST_CLAIM_MS = 500  # more than it takes from a release to the next admission
+
+
+class HigherWaits:
+    """How long the first tickets of a pool's queues have waited, as far as its snapshots show.
+    every_ms: how often one is read; claim_ms: for how long no other call gives way for a ticket."""
+
+    MOST_PER_READ = 4
+
+    def __init__(self, after_ms: float) -> None:
+        self._after_ms = after_ms
+        self.every_ms = after_ms / _READS
+        self.claim_ms = round(max(_LEAST_CLAIM_MS, after_ms))
+        # Of each queue: when it was seen, and the last ticket that was there then.
+        self._seen: dict[tuple[object, ...], deque[tuple[float, int]]] = {}
+
+    def overdue(self, snapshot: Snapshot, now_ms: float) -> list[QueueView]:
+        """The queues whose first ticket has waited for longer than `after_ms` at least since it was
+        seen, the highest bands first. It need not have been the first one since then."""
+        seen: dict[tuple[object, ...], deque[tuple[float, int]]] = {}
+        found = []
+        for queue in snapshot.queues:
+            if queue.held_up_by is None or not queue.waiting:
+                continue
+            key = (queue.sid, queue.band, queue.tenant, queue.limits)
+            marks = seen[key] = self._seen.get(key) or deque()
+            marks.append((now_ms, queue.last_ticket))
+            while len(marks) > 1 and now_ms - marks[1][0] >= self._after_ms:
+                marks.popleft()
+            since_ms, last_ticket = marks[0]
+            if now_ms - since_ms >= self._after_ms and queue.first_ticket <= last_ticket:
+                found.append(queue)
+        self._seen = seen
+        return sorted(found, key=lambda queue: queue.band)
+
+
+class Preemptible(Protocol):
+    """A call under a permit for `limits`."""
+
+    @property
+    def limits(self) -> tuple[str, ...]: ...
+
+    def may_give_way(self, limit: str, band: int) -> bool:
+        """To a waiter of `band` at `limit`."""
+
+
+PreemptibleT = TypeVar("PreemptibleT", bound=Preemptible)
+
+
+def newest_to_give_way(
+    calls: Reversible[PreemptibleT], snapshot: Snapshot, queue: QueueView, policy: PoolPolicy
+) -> PreemptibleT | None:
+    """Of calls from the oldest on the one whose end admits the first ticket of a queue; None where
+    there is no such call."""
+    limit = snapshot.limits.get(str(queue.held_up_by))
+    if limit is None or limit.sort != "c" or limit.paused_ms:
+        return None
+    if limit.used != _cap(limit, queue.band, policy):  # of one that drains more would have to end
+        return None
+    for call in reversed(calls):
+        if call.may_give_way(limit.limit, queue.band):
+            others = (snapshot.limits.get(one) for one in queue.limits if one not in call.limits)
+            if all(other is None or _has_room(other, queue.band, policy) for other in others):
+                return call
+    return None
+
+
+def _has_room(limit: LimitView, band: int, policy: PoolPolicy) -> bool:
+    if limit.paused_ms:
+        return False
+    return limit.used < _cap(limit, band, policy) if limit.sort == "c" else not limit.room_in_ms
+
+
+def _cap(limit: LimitView, band: int, policy: PoolPolicy) -> int:
+    """Up to how many calls in use the limit admits one of a band: the bands above keep their
+    headroom."""
+    above = sum(round(one.headroom * 1000) for one in policy.bands[: band - 1])
+    if not above:
+        return limit.current
+    return max(min(limit.current, 1), limit.current * (1000 - above) // 1000)

@@ -18,21 +18,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from contextlib import suppress
 from types import TracebackType
 from typing import Protocol
 from uuid import UUID
 
 from tidegate.errors import CallPreempted, LimiterUnavailable
-from tidegate.limiter import Limiter, LimitView, Permit, QueueView, Snapshot
+from tidegate.limiter import (
+    HigherWaits,
+    Limiter,
+    Permit,
+    QueueView,
+    Snapshot,
+    newest_to_give_way,
+)
 from tidegate.policy.deployment import Preempt
 from tidegate.telemetry.logging import Log, get_logger
 
 _TICK_S = 0.05
-_READS = 4  # of a pool, within the time after which calls give way
-_MOST_PER_READ = 4
-_LEAST_CLAIM_MS = 500  # more than it takes from a release to the next admission
 
 log = get_logger()
 
@@ -59,6 +62,10 @@ class PreemptibleCall:
         self._task = task
         self._cancelling = task.cancelling()
         self._gave_way_at: str | None = None
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        return self.permit.limits
 
     def may_give_way(self, limit: str, band: int) -> bool:
         """To a waiter of `band` at `limit`."""
@@ -100,41 +107,12 @@ class PreemptibleCall:
             raise CallPreempted(f"the call gave way to one of a higher band at {limit}") from None
 
 
-class HigherWaits:
-    """How long the first tickets of a pool's queues have waited, as far as its snapshots show."""
-
-    def __init__(self, after_ms: float) -> None:
-        self._after_ms = after_ms
-        # Of each queue: when it was seen, and the last ticket that was there then.
-        self._seen: dict[tuple[object, ...], deque[tuple[float, int]]] = {}
-
-    def overdue(self, snapshot: Snapshot, now_ms: float) -> list[QueueView]:
-        """The queues whose first ticket has waited for longer than `after_ms` at least since it was
-        seen, the highest bands first. It need not have been the first one since then."""
-        seen: dict[tuple[object, ...], deque[tuple[float, int]]] = {}
-        found = []
-        for queue in snapshot.queues:
-            if queue.held_up_by is None or not queue.waiting:
-                continue
-            key = (queue.sid, queue.band, queue.tenant, queue.limits)
-            marks = seen[key] = self._seen.get(key) or deque()
-            marks.append((now_ms, queue.last_ticket))
-            while len(marks) > 1 and now_ms - marks[1][0] >= self._after_ms:
-                marks.popleft()
-            since_ms, last_ticket = marks[0]
-            if now_ms - since_ms >= self._after_ms and queue.first_ticket <= last_ticket:
-                found.append(queue)
-        self._seen = seen
-        return sorted(found, key=lambda queue: queue.band)
-
-
 class PoolWatch:
     """The calls of this process in one pool that may give way, the oldest first."""
 
     def __init__(self, limiter: Limiter, rule: Preempt) -> None:
         self.limiter = limiter
         self.calls: dict[PreemptibleCall, None] = {}
-        self._rule = rule
         self._waits = HigherWaits(rule.after_ms)
         self._due_ms = 0.0
 
@@ -142,47 +120,21 @@ class PoolWatch:
         """Have calls give way, if it is time to read the pool. Raises LimiterUnavailable."""
         if now_ms < self._due_ms:
             return
-        self._due_ms = now_ms + self._rule.after_ms / _READS
+        self._due_ms = now_ms + self._waits.every_ms
         snapshot = await self.limiter.snapshot()
-        claim_ms = max(_LEAST_CLAIM_MS, self._rule.after_ms)
         given = 0
         for queue in self._waits.overdue(snapshot, now_ms):
-            if self._newest(snapshot, queue) is None or given >= _MOST_PER_READ:
+            if self._newest(snapshot, queue) is None or given >= self._waits.MOST_PER_READ:
                 continue
-            is_ours = await self.limiter.claim(f"{queue.sid}|{queue.first_ticket}", claim_ms)
+            ticket = f"{queue.sid}|{queue.first_ticket}"
+            is_ours = await self.limiter.claim(ticket, self._waits.claim_ms)
             # The answer that it waited for may have come meanwhile.
             if is_ours and (call := self._newest(snapshot, queue)) is not None:
                 call.give_way(str(queue.held_up_by), queue.band)
                 given += 1
 
     def _newest(self, snapshot: Snapshot, queue: QueueView) -> PreemptibleCall | None:
-        """The call whose end admits the first ticket of a queue; None where there is no such
-        call."""
-        limit = snapshot.limits.get(str(queue.held_up_by))
-        if limit is None or limit.sort != "c" or limit.paused_ms:
-            return None
-        if limit.used != self._cap(limit, queue.band):  # of one that drains more would have to end
-            return None
-        for call in reversed(self.calls):
-            if call.may_give_way(limit.limit, queue.band):
-                held = call.permit.limits
-                others = (snapshot.limits.get(one) for one in queue.limits if one not in held)
-                if all(other is None or self._has_room(other, queue.band) for other in others):
-                    return call
-        return None
-
-    def _has_room(self, limit: LimitView, band: int) -> bool:
-        if limit.paused_ms:
-            return False
-        return limit.used < self._cap(limit, band) if limit.sort == "c" else not limit.room_in_ms
-
-    def _cap(self, limit: LimitView, band: int) -> int:
-        """Up to how many calls in use the limit admits one of a band: the bands above keep their
-        headroom."""
-        above = sum(round(one.headroom * 1000) for one in self.limiter.policy.bands[: band - 1])
-        if not above:
-            return limit.current
-        return max(min(limit.current, 1), limit.current * (1000 - above) // 1000)
+        return newest_to_give_way(self.calls, snapshot, queue, self.limiter.policy)
 
 
 class Preemption:

@@ -13,10 +13,10 @@ import pytest
 
 from tests.waiting import wait_until
 from tidegate.errors import CallPreempted
-from tidegate.limiter import Band, LimitView, Permit, PoolPolicy, QueueView, Snapshot
+from tidegate.limiter import Band, HigherWaits, LimitView, Permit, PoolPolicy, QueueView, Snapshot
 from tidegate.limiter.simulation import Flow, Holding
 from tidegate.policy.deployment import Preempt
-from tidegate.spine.preemption import HigherWaits, PoolWatch, PreemptibleCall, Preemption
+from tidegate.spine.preemption import PoolWatch, PreemptibleCall, Preemption
 
 KIND, MODEL = "kind:text_only", "calls:m"
 FULL = LimitView(KIND, "c", 2, 2, 1, 0, 2, 0, 0, "", 0)
