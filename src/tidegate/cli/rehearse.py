@@ -15,9 +15,9 @@ from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
     from tidegate.limiter import PoolPolicy
+    from tidegate.policy.deployment import Upstream
     from tidegate.policy.inspection import Control
     from tidegate.prices.budgets import Budget
-    from tidegate.rehearse.budgets import Cost
     from tidegate.rehearse.load import Arrival, Usual
     from tidegate.rehearse.report import Findings
     from tidegate.settings import Config
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 _LONGEST_BYTES = 500_000_000
 
+LoadFile = Annotated[
+    str | None,
+    typer.Argument(help="A described load (.toml), or a trace (CSV, JSON lines); - is stdin."),
+]
 FromRecord = Annotated[
     str | None,
     typer.Option(
@@ -36,12 +40,15 @@ FromRecord = Annotated[
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", help="A tidegate.toml. Usual: the deployment's own.")
 ]
+InForce = Annotated[
+    bool, typer.Option("--in-force", help="The policy that the running pool has now.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         help="Compare with changed limits: KEY=VALUE as `limits set` takes it, several with ; "
-        "between, or with budgets: budgets.NAME.usd=5. Again for one more to compare.",
+        "between, with budgets: budgets.NAME.usd=5, or with preempt=true. Again for one more.",
         metavar="CHANGES",
     ),
 ]
@@ -68,15 +75,10 @@ TraceFile = Annotated[
 
 
 def rehearse(
-    load: Annotated[
-        str | None,
-        typer.Argument(help="A described load (.toml), or a trace (CSV, JSON lines); - is stdin."),
-    ] = None,
+    load: LoadFile = None,
     from_record: FromRecord = None,
     policy: PolicyFile = None,
-    in_force: Annotated[
-        bool, typer.Option("--in-force", help="The policy that the running pool has now.")
-    ] = False,
+    in_force: InForce = False,
     set_: Set = None,
     times: Times = 1.0,
     processes: Processes = 2,
@@ -97,23 +99,25 @@ def rehearse(
 
     Touches nothing: what is simulated is the limiter's executable specification.
     """
-    from tidegate.rehearse import variants
+    from tidegate.rehearse import cost_at, variants
     from tidegate.rehearse.budgets import priced
     from tidegate.rehearse.load import TokenPace, Usual, multiplied, write_trace
-    from tidegate.rehearse.simulation import Setting, compare
+    from tidegate.rehearse.simulation import Setting
     from tidegate.settings import load as load_config
 
     choose_pool(pool)
     pool = chosen_pool(config := load_config())
     pace = TokenPace(first_token_ms, tokens_per_second)
     usual = Usual({kind: config.model_for(kind) for kind in config.rate_limits}, pace)
-    cost = _cost_in(config, pool)
+    upstream = _upstream_in(config, pool)
+    cost = cost_at(upstream)
     drawn, budgets, starts_at = _arrivals(config, load, from_record, usual, seed, pool)
     if in_force:
         budgets = _budgets_in_force(config)
     arrivals = priced(multiplied(drawn, times, seed), cost)
     kept = _policy(config, policy, in_force=in_force, pool=pool)
-    policies, bound = variants(kept, budgets, _changes(set_))
+    preempt = None if upstream is None else upstream.preempt
+    made = variants(kept, budgets, preempt, _changes(set_))
     setting = Setting(
         processes=processes,
         round_trip_ms=round_trip_ms,
@@ -124,7 +128,7 @@ def rehearse(
     )
     if trace is not None:
         _write(trace, write_trace(arrivals))
-    found = compare(arrivals, policies, setting, budgets=bound, plays=plays, seed=seed)
+    found = made.compare(arrivals, setting, plays=plays, seed=seed)
     _tell(found, svg, html, json=json)
 
 
@@ -170,14 +174,13 @@ def _budgets_in_force(config: Config) -> tuple[Budget, ...]:
     return with_record(config, read)
 
 
-def _cost_in(config: Config, pool: str) -> Cost:
-    """What calls cost at the upstream of a pool; without one no price is known. Raises ConfigError
-    for a file that states no sound upstreams."""
+def _upstream_in(config: Config, pool: str) -> Upstream | None:
+    """The upstream of a pool, for its prices and when calls give way; None where it is not stated.
+    Raises ConfigError for a file that states no sound upstreams."""
     from tidegate.policy.deployment import stated_by
-    from tidegate.rehearse import cost_at
 
     upstreams = stated_by(config).upstreams_without_access()
-    return cost_at(next((one for one in upstreams if one.pool == pool), None))
+    return next((one for one in upstreams if one.pool == pool), None)
 
 
 def _from_record(

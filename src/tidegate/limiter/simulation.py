@@ -37,6 +37,7 @@ from tidegate.limiter.flow import Flow, Holding, MessageBatch, Waiter, flow_of
 from tidegate.limiter.limiter import MAX_WAITERS
 from tidegate.limiter.messages import (
     Barred,
+    InspectReply,
     Join,
     Keyspace,
     Push,
@@ -71,7 +72,7 @@ from tidegate.limiter.permit import PermitIssuer
 from tidegate.limiter.policy import LEAST_USE, PoolPolicy, Quota, amount_of
 from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Clock, Lease, Session
-from tidegate.limiter.views import read_place
+from tidegate.limiter.views import Snapshot, SnapshotParts, read_place
 
 __all__ = [
     "BEHIND",
@@ -122,6 +123,7 @@ __all__ = [
     "read_flow",
     "read_member",
     "read_place",
+    "snapshot_of",
     "span_of",
     "unpack_reply",
     "write_charges",
@@ -278,7 +280,7 @@ class _MemoryPool:
                 ]
                 for sid, one in pool.sessions.items()
             ],
-            self._limits(request.get("since", {})),
+            _limits(model, request.get("since", {})),
             [[name, waits, pool.weight(name)] for name, waits in tenants.items() if waits],
             [
                 [sid, ticket, held.seq, held.until - pool.now, held.flow]
@@ -286,54 +288,74 @@ class _MemoryPool:
                 for ticket, held in session.held.items()
                 if request["permits"]
             ],
-            [
-                [
-                    *(one.sid, one.key, "!" if one.at == BLOCKED else one.at, len(one.tickets)),
-                    *(one.first()[1], one.first()[0], [*one.tickets][-1]),
-                ]
-                for one in queues
-            ],
+            list(map(_queue_row, queues)),
             *([], False),
         ]
 
-    def _limits(self, since: Mapping[str, int]) -> list[list[Any]]:
-        pool, capacity = self.model.pool, self.model.capacity
-        waiting: Counter[str] = Counter()
-        reserved: Counter[str] = Counter()
-        for session in pool.sessions.values():
-            for queue in session.queues.values():
-                waiting[queue.at or ""] += len(queue.tickets)
-            for held in session.held.values():
-                lane = read_flow(held.flow).lane
-                reserved.update({lane[at]: amount for at, (amount, _) in held.charges.items()})
-        lapsing = Counter(
-            name for one in self.model.permits.lapsing for name in one.lane.split(" ")
+
+def _limits(model: PoolModel, since: Mapping[str, int]) -> list[list[Any]]:
+    pool, capacity = model.pool, model.capacity
+    waiting: Counter[str] = Counter()
+    reserved: Counter[str] = Counter()
+    for session in pool.sessions.values():
+        for queue in session.queues.values():
+            waiting[queue.at or ""] += len(queue.tickets)
+        for held in session.held.values():
+            lane = read_flow(held.flow).lane
+            reserved.update({lane[at]: amount for at, (amount, _) in held.charges.items()})
+    lapsing = Counter(name for one in model.permits.lapsing for name in one.lane.split(" "))
+    rows = []
+    for name, one in sorted(pool.limits.items()):
+        pause, rule = pool.pause_of(one), one.limit
+        if not one.is_named and not (pause or one.used or waiting[name]):
+            continue
+        paused_ms = max(int(pause.gate is not None), pause.until - pool.now) if pause else 0
+        room_at = model.pump.timed.get(name, 0)
+        if one.is_rate and not rule.shadow:
+            room_at = max(room_at, capacity.free_at(one, 1))
+        lately: int | bool = False
+        if one.is_rate and name in since:
+            lately = one.spending.taken_since(rule, pool.now - since[name])
+        rows.append(
+            [
+                *(name, "q" if isinstance(rule, Quota) else "r" if one.is_rate else "c"),
+                *(rule.bound, capacity.spent(one) if one.is_rate else one.used),
+                *(waiting[name], lapsing[name]),
+                rule.bound if one.current is None else one.current // 1000,
+                *(one.shadowed, paused_ms, pause.said if pause else ""),
+                *(max(0, room_at - pool.now), reserved[name], one.cost_ms),
+                one.spending.taken(rule, pool.now) if one.is_rate else 0,
+                *(int(rule.shadow), lately),
+            ]
         )
-        rows = []
-        for name, one in sorted(pool.limits.items()):
-            pause, rule = pool.pause_of(one), one.limit
-            if not one.is_named and not (pause or one.used or waiting[name]):
-                continue
-            paused_ms = max(int(pause.gate is not None), pause.until - pool.now) if pause else 0
-            room_at = self.model.pump.timed.get(name, 0)
-            if one.is_rate and not rule.shadow:
-                room_at = max(room_at, capacity.free_at(one, 1))
-            lately: int | bool = False
-            if one.is_rate and name in since:
-                lately = one.spending.taken_since(rule, pool.now - since[name])
-            rows.append(
-                [
-                    *(name, "q" if isinstance(rule, Quota) else "r" if one.is_rate else "c"),
-                    *(rule.bound, capacity.spent(one) if one.is_rate else one.used),
-                    *(waiting[name], lapsing[name]),
-                    rule.bound if one.current is None else one.current // 1000,
-                    *(one.shadowed, paused_ms, pause.said if pause else ""),
-                    *(max(0, room_at - pool.now), reserved[name], one.cost_ms),
-                    one.spending.taken(rule, pool.now) if one.is_rate else 0,
-                    *(int(rule.shadow), lately),
-                ]
-            )
-        return rows
+    return rows
+
+
+def _queue_row(queue: SessionQueue) -> list[Any]:
+    member, stamp = queue.first()
+    at = "!" if queue.at == BLOCKED else queue.at
+    last = next(reversed(queue.tickets))
+    return [queue.sid, queue.key, at, len(queue.tickets), stamp, member, last]
+
+
+def snapshot_of(model: PoolModel, wall: int, most_band: int) -> Snapshot:
+    """A pool's limits and its queues of bands up to `most_band`; the limits only where one of these
+    waits."""
+    pool = model.pool
+    queues = [
+        queue
+        for session in pool.sessions.values()
+        for queue in session.queues.values()
+        if queue.flow.band <= most_band
+    ]
+    parts = SnapshotParts()
+    limits: list[Any] = []
+    if queues:
+        pool.now, pool.resets = max(wall, model.clock), {}
+        limits = _limits(model, {})
+    rows = list(map(_queue_row, queues))
+    parts.add(InspectReply(pool.now, pool.epoch, 0, 0, 0, 0, [], limits, [], [], rows, [], None))
+    return parts.snapshot("up")
 
 
 _ANSWERS: dict[str, Callable[[_MemoryPool, dict[str, Any], int], list[Any]]] = {

@@ -514,7 +514,7 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{path}.abandoned", str(table["abandoned"])[:100], allowed)
         found["abandoned"] = table["abandoned"]
     if "preempt" in table:
-        found["preempt"] = _preempt(f"{path}.preempt", table["preempt"])
+        found["preempt"] = preempt_of(f"{path}.preempt", table["preempt"])
     if "passthrough" in table:
         found["passthrough"] = _texts(f"{path}.passthrough", table["passthrough"])
         for one in found["passthrough"]:
@@ -569,7 +569,7 @@ def _check_preempt(path: str, options: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path}.preempt", "(set)", allowed)
 
 
-def _preempt(path: str, value: object) -> Preempt | None:
+def preempt_of(path: str, value: object) -> Preempt | None:
     if isinstance(value, bool):
         return Preempt() if value else None
     if not isinstance(value, dict):

@@ -12,9 +12,9 @@ import asyncio
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -22,12 +22,15 @@ from tidegate.errors import ConfigError, QuotaExceeded, StoreUnavailable
 
 if TYPE_CHECKING:
     from tidegate.limiter import PoolPolicy
-    from tidegate.policy.deployment import Upstream
+    from tidegate.policy.deployment import Preempt, Upstream
     from tidegate.prices.budgets import Budget
     from tidegate.rehearse.load import Arrival, Usual
+    from tidegate.rehearse.report import Findings
+    from tidegate.rehearse.simulation import Setting
     from tidegate.store.database import Connections
 
 AS_IT_IS = "as it is"
+_PREEMPT = "preempt"
 # Of a gateway's process; the command takes as many as the record gives.
 MOST_RECORDED_CALLS = 50_000
 _RETRY_AFTER_MS = 2_000
@@ -46,7 +49,7 @@ class ChartCurve:
 class RehearsedCase:
     """One policy for a page: its figures, and its curves at `at_ms` from the first arrival.
     `waiting` has calls by tenant, `used` parts of limits, as a Drawing. `refused`: reason -> how
-    many."""
+    many. `gave_way`: how often calls gave way to calls of a higher band."""
 
     name: str
     queued: int
@@ -57,6 +60,7 @@ class RehearsedCase:
     at_ms: list[float]
     waiting: list[ChartCurve]
     used: list[ChartCurve]
+    gave_way: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,7 @@ async def recorded_load(
             "cost_usd": call.cost_micros / 1_000_000,
             "key": call.key_id,
             "subject": call.subject,
+            "gives_way": call.gives_way,
         }
         for call in calls
     ]
@@ -185,21 +190,65 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
+class Variants(NamedTuple):
+    """What is compared, by the names of the changes."""
+
+    policies: dict[str, PoolPolicy]
+    budgets: dict[str, tuple[Budget, ...]]
+    preempts: dict[str, Preempt | None]
+
+    def compare(
+        self, arrivals: Sequence[Arrival], setting: Setting, *, plays: int = 1, seed: int = 1
+    ) -> list[Findings]:
+        """What each does to a trace; arguments as of `simulation.rehearse`."""
+        from tidegate.rehearse.simulation import compare
+
+        return compare(
+            arrivals,
+            self.policies,
+            setting,
+            budgets=self.budgets,
+            preempts=self.preempts,
+            plays=plays,
+            seed=seed,
+        )
+
+
 def variants(
-    policy: PoolPolicy, budgets: tuple[Budget, ...], changes: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, PoolPolicy], dict[str, tuple[Budget, ...]]]:
-    """The policy and the budgets as they are, then with each set of changes, by its name. Raises
-    ConfigError, naming the key."""
+    policy: PoolPolicy,
+    budgets: tuple[Budget, ...],
+    preempt: Preempt | None,
+    changes: Mapping[str, Mapping[str, Any]],
+) -> Variants:
+    """The policy, the budgets and when calls give way as they are, then with each set of changes.
+    Raises ConfigError, naming the key."""
     from tidegate.policy.format import edit, of_plain, to_plain
     from tidegate.rehearse.budgets import PREFIX, changed
 
-    policies, bound = {AS_IT_IS: policy}, {AS_IT_IS: budgets}
+    made = Variants({AS_IT_IS: policy}, {AS_IT_IS: budgets}, {AS_IT_IS: preempt})
     for name, given in changes.items():
         of_budgets = {key: value for key, value in given.items() if key.startswith(PREFIX)}
-        wanted = _without_budgets(given)
-        policies[name] = of_plain(edit(wanted)(to_plain(policy)))
-        bound[name] = changed(budgets, of_budgets) if of_budgets else budgets
-    return policies, bound
+        made.policies[name] = of_plain(edit(_of_limits(given))(to_plain(policy)))
+        made.budgets[name] = changed(budgets, of_budgets) if of_budgets else budgets
+        made.preempts[name] = _preempt_changed(preempt, given)
+    return made
+
+
+def _preempt_changed(rule: Preempt | None, changes: Mapping[str, Any]) -> Preempt | None:
+    """By `preempt`, true, false or a table, or by its parts, such as `preempt.after_ms`."""
+    from tidegate.policy.deployment import Preempt, preempt_of
+
+    value = changes.get(_PREEMPT, rule is not None)
+    parts = {
+        key.removeprefix(f"{_PREEMPT}."): one
+        for key, one in changes.items()
+        if key.startswith(f"{_PREEMPT}.")
+    }
+    if value is True or (parts and value is False and _PREEMPT not in changes):
+        value = asdict(rule or Preempt())
+    if parts and isinstance(value, Mapping):
+        value = {**value, **parts}
+    return preempt_of(_PREEMPT, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +256,8 @@ class RecordRehearsal:
     """What a process of its own rehearses: the calls of `record`, a span or a day as
     `--from-record` takes it, under a pool's `policy` as it is and with `changes`.
 
-    models: of calls whose model is not on record, by kind. upstream: for its prices, without key.
+    models: of calls whose model is not on record, by kind. upstream: for its prices and when calls
+    give way there, without key.
     """
 
     database_url: str
@@ -226,14 +276,15 @@ class RecordRehearsal:
         from tidegate.rehearse.budgets import priced
         from tidegate.rehearse.charts import comparison_of
         from tidegate.rehearse.load import TokenPace, Usual, record_span
-        from tidegate.rehearse.simulation import Setting, compare
+        from tidegate.rehearse.simulation import Setting
         from tidegate.store.budgets import BudgetRecords
         from tidegate.store.database import Connections
 
         span = record_span("record", self.record, now)
         policy = of_plain(self.policy, strict=False)
         sets = {name_of(self.changes): self.changes} if self.changes else {}
-        variants(policy, (), {name: _without_budgets(one) for name, one in sets.items()})
+        preempt = None if self.upstream is None else self.upstream.preempt
+        variants(policy, (), preempt, {name: _without_budgets(one) for name, one in sets.items()})
         usual = Usual(self.models, TokenPace())
         connections = Connections(self.database_url, size=1)
         connections.start()
@@ -242,12 +293,12 @@ class RecordRehearsal:
             _, budgets = await BudgetRecords(connections).all()
         finally:
             await connections.aclose()
-        policies, bound = variants(policy, tuple(budgets), sets)
+        made = variants(policy, tuple(budgets), preempt, sets)
         if load is None:
             return comparison_of([], (), span[0])
         cost = cost_at(self.upstream)
         setting = Setting(kinds_optional=self.kinds_optional, starts_at=load.since, cost=cost)
-        found = compare(priced(load.arrivals, cost), policies, setting, budgets=bound)
+        found = made.compare(priced(load.arrivals, cost), setting)
         return comparison_of(found, load.waits_ms, load.since)
 
 
@@ -255,6 +306,14 @@ def _without_budgets(changes: Mapping[str, Any]) -> dict[str, Any]:
     from tidegate.rehearse.budgets import PREFIX
 
     return {key: value for key, value in changes.items() if not key.startswith(PREFIX)}
+
+
+def _of_limits(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in _without_budgets(changes).items()
+        if key.partition(".")[0] != _PREEMPT
+    }
 
 
 class Rehearsals:

@@ -167,6 +167,7 @@ def _case(found: Findings) -> RehearsedCase:
         at_ms=[*drawing.moments[::together]],
         waiting=thinned(drawing.waiting),
         used=thinned(drawing.used),
+        gave_way=found.gave_way,
     )
 
 

@@ -23,7 +23,8 @@ A trace (CSV with a head, or JSON lines):
     0,acme,text_only,gemini-2.5-flash,830,1200,300,0,30000
 
 and `images`, `cached_tokens` and `cache_write_tokens` (of the input), `max_output_tokens`,
-`cost_usd`, and whom limits and budgets bind: `key`, `subject`, `conversation`.
+`cost_usd`, whom limits and budgets bind: `key`, `subject`, `conversation`, and `gives_way`: true or
+false.
 
 An amount is a number, `{ median, p95 }`, `{ lognormal = [median, sigma] }`, `{ uniform = [a, b]
 }` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, interpolated between its points.
@@ -56,7 +57,7 @@ MOST_MS = 31 * 86_400_000
 _KNOWN = (
     *("time_ms", "tenant", "kind", "model", "duration_ms", "input_tokens", "output_tokens"),
     *("images", "priority", "deadline_ms", "cached_tokens", "cache_write_tokens"),
-    *("max_output_tokens", "cost_usd", "key", "subject", "conversation"),
+    *("max_output_tokens", "cost_usd", "key", "subject", "conversation", "gives_way"),
 )
 
 
@@ -64,7 +65,8 @@ _KNOWN = (
 class Arrival:
     """One call. `duration_ms` is how long the provider takes; `deadline_ms` bounds its wait, None
     for as long as needed; `images` are those that it makes. `cached_tokens` and
-    `cache_write_tokens` are parts of the input, `max_output_tokens` is the call's own bound."""
+    `cache_write_tokens` are parts of the input, `max_output_tokens` is the call's own bound.
+    `gives_way`: to a call of a higher band, where that is set, as jobs and lines of batches do."""
 
     time_ms: float
     tenant: str = DEFAULT_TENANT
@@ -83,6 +85,7 @@ class Arrival:
     key: str | None = None
     subject: str | None = None
     conversation: str | None = None
+    gives_way: bool = False
 
     @property
     def use(self) -> CallUse:
@@ -148,6 +151,7 @@ class Usual:
             key=read.text("key", "") or None,
             subject=read.text("subject", "") or None,
             conversation=read.text("conversation", "") or None,
+            gives_way=read.flag("gives_way"),
         )
 
 
@@ -161,6 +165,12 @@ class _Row:
 
     def whole(self, name: str) -> int | None:
         return round(self.number(name)) if self.has(name) else None
+
+    def flag(self, name: str) -> bool:
+        value = self.text(name, "false").lower()
+        if value not in ("true", "false"):
+            raise ConfigError(f"{self.place}: {name}", value, "must be true or false")
+        return value == "true"
 
     def text(self, name: str, usual: str) -> str:
         return str(self.row[name]) if self.has(name) else usual
@@ -357,7 +367,10 @@ def _number(path: str, value: Any) -> float:
 
 _RATES_S = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
 _AMOUNTS = ("duration_ms", "input_tokens", "output_tokens", "deadline_ms", "cost_usd")
-_PLAIN = ("tenant", "kind", "model", "images", "priority", "key", "subject", "conversation")
+_PLAIN = (
+    *("tenant", "kind", "model", "images", "priority", "key", "subject", "conversation"),
+    "gives_way",
+)
 _KEYS = (*_PLAIN, *_AMOUNTS, *_RATES_S, "pattern", "burst", "every", "from", "until")
 _PATTERNS = ("poisson", "constant", "bursts")
 

@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from itertools import count
+from typing import Literal, TypeVar, cast
 
 from tidegate.admission.demand import CallDemand
 from tidegate.checker import Event, What, shares
-from tidegate.limiter import Concurrency, PoolPolicy, Rate, as_limit, format_span
+from tidegate.limiter import CallUse, Concurrency, PoolPolicy, Rate, as_limit, format_span
 from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
 from tidegate.policy.format import in_words
 from tidegate.prices.budgets import Unit, shown_amount
@@ -27,7 +28,9 @@ T = TypeVar("T")
 @dataclass(slots=True, eq=False)
 class LoadCall:
     """One call. `refused` is the code of the refusal, `at` the limit that blocked it then.
-    `arrival` has the model that it is made with, `wanted` the one that it asked for."""
+    `arrival` has the model that it is made with, `wanted` the one that it asked for. due_ms: by
+    when it is to be admitted. lost: when it asked, began and gave way, each time that it did. What
+    else is here is of its last time."""
 
     wanted: Arrival
     arrival: Arrival
@@ -40,6 +43,8 @@ class LoadCall:
     amounts: str = ""
     refused: str | None = None
     at: str | None = None
+    due_ms: float | None = None
+    lost: list[tuple[float, float, float]] = field(default_factory=list)
 
     @property
     def waited_ms(self) -> float:
@@ -129,6 +134,21 @@ class LoadTally:
                 self._to(use, call.ended_ms)
                 use.open -= _in_flight(limit, name, call)
 
+    def gave_way(self, call: LoadCall, now_ms: float, cut: CallUse) -> None:
+        """A call ends without an answer and waits again. cut: what it has used of limits."""
+        assert call.began_ms is not None
+        use_of_whole, began_ms = call.arrival.use, call.began_ms
+        self.ended(call, now_ms)
+        assert call.ended_ms is not None
+        for name in call.limits:
+            limit = self.policy.rules[name]
+            if not isinstance(limit, Concurrency) and began_ms <= self.span_ms:
+                unused = (amount_of(limit, use_of_whole) or 0) - (amount_of(limit, cut) or 0)
+                self.uses[name].area -= unused
+        asked_ms = call.lost[-1][2] if call.lost else call.asked_ms
+        call.lost.append((asked_ms, began_ms, call.ended_ms))
+        call.began_ms = call.ended_ms = call.waiter = None
+
     def look(self, now_ms: float, model: PoolModel, wall_ms: int) -> None:
         """Take a sample of the pool."""
         model.pool.now = max(model.pool.now, wall_ms)
@@ -175,7 +195,8 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """From arrival to admission, in ms, of the admitted calls; None where none was."""
+    """From arrival to admission, in ms, of the admitted calls; None where none was. Of a call that
+    gave way to its last admission."""
 
     mean_ms: float | None
     p50_ms: float | None
@@ -187,7 +208,8 @@ class Waits:
 @dataclass(frozen=True, slots=True)
 class Group:
     """The calls of one tenant, or of one kind. `refused`: reason -> how many. `share` is the part
-    that it had of the scarcest limit while all tenants wanted more, `ideal` that by its weight."""
+    that it had of the scarcest limit while all tenants wanted more, `ideal` that by its weight.
+    `gave_way`: how often its calls did."""
 
     name: str
     calls: int
@@ -197,6 +219,7 @@ class Group:
     waits: Waits
     share: float | None = None
     ideal: float | None = None
+    gave_way: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +270,7 @@ class Findings:
         where the tenants hardly ever waited together.
     cost_micros: of the calls that were made, as the trace has it, and of those that a budget sent
         to a cheaper model with that. budgets: what became of each.
+    gave_way: how often calls gave way to others; lost_ms: how long these were open until then.
     samples: used and waiting over time. plays: how often it was played; spreads: over all plays,
         of all calls and then of each tenant's, where there was more than one.
     """
@@ -268,6 +292,8 @@ class Findings:
     spreads: list[GroupSpread] = field(default_factory=list)
     cost_micros: int = 0
     budgets: list[BudgetOutcome] = field(default_factory=list)
+    gave_way: int = 0
+    lost_ms: float = 0.0
 
     @property
     def binding(self) -> list[str]:
@@ -302,6 +328,8 @@ def findings_of(name: str, tally: LoadTally) -> Findings:
             call.arrival.use.cost_micros or 0 for call in calls if call.began_ms is not None
         ),
         budgets=tally.budgets,
+        gave_way=whole.gave_way,
+        lost_ms=sum(ended - began for call in calls for _, began, ended in call.lost),
     )
 
 
@@ -345,6 +373,7 @@ def _group(name: str, calls: Sequence[LoadCall], part: tuple[float, float] | Non
         waits=waits_of(call.waited_ms for call in admitted),
         share=part[0] if part else None,
         ideal=part[1] if part else None,
+        gave_way=sum(len(call.lost) for call in calls),
     )
 
 
@@ -370,17 +399,16 @@ def _shares(
 
 def _events(calls: Sequence[LoadCall]) -> list[Event]:
     """Events as an upstream would log them that also sees waiters."""
-    found = []
-    for number, call in enumerate(calls):
-        ended: What = "leave" if call.began_ms is None else "end"
-        moments: tuple[tuple[float | None, What], ...] = (
-            (call.asked_ms, "ask"),
-            (call.began_ms, "begin"),
-            (call.ended_ms, ended),
-        )
-        for at_ms, what in moments:
-            if at_ms is not None:
-                found.append(Event(round(at_ms * 1e6), what, "", number, call.arrival.tenant))
+    found, numbers = [], count()
+    for call in calls:
+        asked_ms = call.lost[-1][2] if call.lost else call.asked_ms
+        for asked, began, over in (*call.lost, (asked_ms, call.began_ms, call.ended_ms)):
+            number, ended = next(numbers), "leave" if began is None else "end"
+            moments = ((asked, "ask"), (began, "begin"), (over, ended))
+            for at_ms, what in moments:
+                if at_ms is not None:
+                    tenant, kind = call.arrival.tenant, cast(What, what)
+                    found.append(Event(round(at_ms * 1e6), kind, "", number, tenant))
     # Events of one moment keep their order: the sort is stable.
     return sorted(found, key=lambda one: one.at_ns)
 
@@ -470,6 +498,9 @@ def sentence_of(found: Findings) -> str:
     else:
         said.append("no limit is a bottleneck")
     said += [_became(one) for one in found.budgets if one.refused or one.fell_back]
+    if found.gave_way:
+        lost = milliseconds(found.lost_ms)
+        said.append(f"calls gave way {_times(found.gave_way)} ({lost} of work lost)")
     late_ms = found.end_ms - found.span_ms
     if late_ms > 0.2 * found.span_ms and found.queued:
         said.append(f"the queue is empty {format_span(late_ms)} after the last arrival")
@@ -490,9 +521,16 @@ def difference_of(now: Findings, changed: Findings) -> str:
         said.append(f"{refused:,} would have been refused{told}")
     binding, bound = (", ".join(one.binding) or "none" for one in (changed, now))
     said.append(f"the bottleneck would be {binding}{_before(binding, bound, str)}")
+    if changed.gave_way or now.gave_way:
+        told = _before(changed.gave_way, now.gave_way, _times)
+        said.append(f"calls would have given way {_times(changed.gave_way)}{told}")
     if (worse := _worse_off(now, changed)) is not None:
         said.append(worse)
     return "; ".join(said) + "."
+
+
+def _times(number: int) -> str:
+    return {0: "never", 1: "once"}.get(number, f"{number:,} times")
 
 
 def _before(value: T, before: T, told: Callable[[T], str]) -> str:
@@ -588,6 +626,9 @@ def _group_tables(
         "longest",
     )
     rows: list[tuple[str, ...]] = [_group_row(one) for one in groups]
+    if any(one.gave_way for one in groups):
+        columns += ("gave way",)
+        rows = [(*row, f"{one.gave_way:,}") for row, one in zip(rows, groups, strict=True)]
     if shares:
         columns += (f"share of {shares}", "by weight")
         rows = [
@@ -635,6 +676,9 @@ def _side_by_side(found: Sequence[Findings]) -> Table:
             for name, field in (("p50", "p50_ms"), ("p95", "p95_ms"), ("p99", "p99_ms"))
         ),
     ]
+    if any(one.gave_way for one in found):
+        rows.append(("gave way", *(f"{one.gave_way:,}" for one in found)))
+        rows.append(("work lost by it", *(milliseconds(one.lost_ms) for one in found)))
     for what, of in (("tenant", "tenants"), ("kind", "kinds")):
         groups: list[list[Group]] = [getattr(one, of) for one in found]
         if len(groups[0]) < 2:

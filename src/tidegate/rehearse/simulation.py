@@ -17,13 +17,24 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from heapq import heappop, heappush
 from itertools import count, cycle
+from math import ceil
 from random import Random
 
 from tidegate.admission.demand import CallDemand, Demands, ExpectedInput
 from tidegate.admission.estimator import Modality
 from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
-from tidegate.limiter import MAX_LEASE_MS, CallUse, Demand, Observer, PoolPolicy, Tokens
+from tidegate.limiter import (
+    MAX_LEASE_MS,
+    CallUse,
+    Demand,
+    HigherWaits,
+    Observer,
+    PoolPolicy,
+    Snapshot,
+    Tokens,
+    newest_to_give_way,
+)
 from tidegate.limiter.simulation import (
     LINGER_HURRIED_S,
     LINGER_IDLE_S,
@@ -39,7 +50,9 @@ from tidegate.limiter.simulation import (
     Session,
     SyncReply,
     SyncRequest,
+    snapshot_of,
 )
+from tidegate.policy.deployment import Preempt
 from tidegate.prices.budgets import Budget
 from tidegate.rehearse.budgets import (
     BudgetRefusal,
@@ -59,6 +72,9 @@ from tidegate.rehearse.report import (
 )
 
 _PULSE_MS = MAX_LEASE_MS / 3
+_TICK_MS = 50.0  # how often a process looks whether it is time to read a pool for calls to give way
+# A call that gave way is put back in a queue of PostgreSQL: it never has the permit that it left.
+_AGAIN_MS = 100.0
 _NOTHING = CallUse(Tokens(), 0, 0, 0)
 
 
@@ -79,6 +95,70 @@ class _Told(asyncio.Future[Holding]):
         self.exception()
         assert isinstance(exception, AdmissionError)
         self._process.refused(self._call, exception)
+
+
+@dataclass(slots=True, eq=False)
+class OpenCall:
+    """A call under a permit, that may give way until its timer ends it."""
+
+    call: LoadCall
+    holding: Holding
+    ends: VirtualTimer
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        return self.holding.flow.limits
+
+    def may_give_way(self, limit: str, band: int) -> bool:
+        return band < self.holding.flow.band and limit in self.limits
+
+
+class RehearsedWatch:
+    """The calls of a process that may give way, the oldest first. It reads the pool as often as
+    the gateway does, while there are any."""
+
+    def __init__(self, process: Process, rule: Preempt) -> None:
+        self._process = process
+        self._rule = rule
+        self._calls: dict[OpenCall, None] = {}
+        self._open: dict[LoadCall, OpenCall] = {}
+        self._waits = HigherWaits(rule.after_ms)
+        self._every_ms = _TICK_MS * max(1, ceil(self._waits.every_ms / _TICK_MS))
+        self._due_ms = 0.0
+        self._reads = False
+
+    def enter(self, one: OpenCall) -> None:
+        """A call has begun."""
+        if len(one.call.lost) >= self._rule.times:
+            return
+        self._calls[one] = None
+        self._open[one.call] = one
+        if not self._reads:
+            self._reads = True
+            stage = self._process.stage
+            stage.after(max(0.0, self._due_ms - stage.now_ms), self._read)
+
+    def leave(self, call: LoadCall) -> None:
+        """A call has ended, if it is here."""
+        if (one := self._open.pop(call, None)) is not None:
+            del self._calls[one]
+
+    def _read(self) -> None:
+        if not self._calls:
+            self._reads = False
+            return
+        stage, given = self._process.stage, 0
+        self._due_ms = stage.now_ms + self._every_ms
+        stage.after(self._every_ms, self._read)
+        snapshot = stage.snapshot()
+        for queue in self._waits.overdue(snapshot, stage.now_ms):
+            one = newest_to_give_way(self._calls, snapshot, queue, stage.policy)
+            if one is None or given >= self._waits.MOST_PER_READ:
+                continue
+            if stage.claim(f"{queue.sid}|{queue.first_ticket}", self._waits.claim_ms):
+                self.leave(one.call)
+                self._process.give_way(one)
+                given += 1
 
 
 class Process:
@@ -106,6 +186,8 @@ class Process:
         )
         self.session.sid = name  # by which ties are broken: the same in every run
         self._issuer = PermitIssuer(self.queue, self.session, MAX_WAITERS, Clock(), self._kick)
+        rule = stage.setting.preempt
+        self._watch = None if rule is None else RehearsedWatch(self, rule)
         stage.after(_PULSE_MS, self._pulse)
 
     def ask(self, arrival: Arrival) -> None:
@@ -116,6 +198,8 @@ class Process:
             made = self.stage.budgets.as_made(arrival, decided)
         demand = self._demand_of(made)
         call = LoadCall(arrival, made, self.stage.now_ms, demand.limits)
+        if arrival.deadline_ms is not None:
+            call.due_ms = self.stage.now_ms + arrival.deadline_ms
         self.stage.tally.asked(call)
         if isinstance(decided, BudgetRefusal):
             self.stage.refuse(call, decided)
@@ -123,6 +207,11 @@ class Process:
         if not demand.limits:  # nothing binds it
             self._begin(call, None, demand)
             return
+        call.demand = demand
+        self._wait(call, demand)
+
+    def _wait(self, call: LoadCall, demand: CallDemand) -> None:
+        """A call queues for its permit."""
         wanted = Demand(demand.limits, demand.tenant, demand.priority)
         to_admit = demand.to_admit(None, MAX_LEASE_MS)
         try:
@@ -131,24 +220,23 @@ class Process:
         except DemandImpossible as error:
             self.refused(call, error)
             return
-        self._asking, call.demand = call, demand
+        self._asking = call
         waiter = self.queue.ask(
             flow,
             amounts=call.amounts,
             use=flow.use_of(to_admit),
             hard_ms=MAX_LEASE_MS,
             now_ms=self.stage.now_ms,
-            deadline_ms=self.stage.now_ms + arrival.deadline_ms
-            if arrival.deadline_ms is not None
-            else float("inf"),
-            due=arrival.deadline_ms is not None,
+            deadline_ms=float("inf") if call.due_ms is None else call.due_ms,
+            due=call.due_ms is not None,
             by_estimate=True,
         )
         self._asking = None
         if not waiter.future.done():
             call.waiter = waiter
-            if arrival.deadline_ms is not None:
-                self.stage.after(arrival.deadline_ms, lambda: self._expire(call))
+            if call.due_ms is not None:
+                left_ms = max(0.0, call.due_ms - self.stage.now_ms)
+                self.stage.after(left_ms, lambda: self._expire(call))
         self._kick()
 
     def admitted(self, call: LoadCall, holding: Holding) -> None:
@@ -183,28 +271,49 @@ class Process:
         return demand
 
     def _begin(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
-        decided = self.stage.decide(call.wanted, spends=True)
-        if isinstance(decided, BudgetRefusal):
-            self.stage.refuse(call, decided)
-            if holding is not None:
-                self.queue.release(
-                    holding.ticket,
-                    outcome="ignored",
-                    actual=holding.flow.actual(_NOTHING),
-                    now_ms=self.stage.now_ms,
-                )
-                self._kick()
-            return
-        # What it waited for stays as it is: the permits of the model that it asked at its arrival.
-        call.arrival = self.stage.budgets.as_made(call.wanted, decided)
+        if not call.lost:  # else the budgets have what it reserved at first
+            decided = self.stage.decide(call.wanted, spends=True)
+            if isinstance(decided, BudgetRefusal):
+                self.stage.refuse(call, decided)
+                if holding is not None:
+                    self._cut(holding, _NOTHING)
+                return
+            # What it waited for stays: the permits of the model that it asked at its arrival.
+            call.arrival = self.stage.budgets.as_made(call.wanted, decided)
         self.stage.tally.began(call, self.stage.now_ms)
         took_ms = call.arrival.duration_ms
         if holding is not None:
             took_ms += self.stage.setting.hold_ms
-        self.stage.after(took_ms, lambda: self._end(call, holding, demand))
+        ends = self.stage.after(took_ms, lambda: self._end(call, holding, demand))
+        if self._watch is not None and holding is not None and call.wanted.gives_way:
+            self._watch.enter(OpenCall(call, holding, ends))
+
+    def give_way(self, one: OpenCall) -> None:
+        """A call is cancelled, and waits again: what was sent of it has been used."""
+        call, tokens = one.call, one.call.arrival.use.tokens
+        assert call.demand is not None
+        assert tokens is not None
+        one.ends.cancel()
+        cut = CallUse(replace(tokens, output=0), None, None, 0)
+        self.stage.tally.gave_way(call, self.stage.now_ms, cut)
+        self._cut(one.holding, cut)
+        demand = call.demand
+        self.stage.after(_AGAIN_MS, lambda: self._wait(call, demand))
+
+    def _cut(self, holding: Holding, used: CallUse) -> None:
+        """Return a permit of a call without an answer."""
+        self.queue.release(
+            holding.ticket,
+            outcome="ignored",
+            actual=holding.flow.actual(used),
+            now_ms=self.stage.now_ms,
+        )
+        self._kick()
 
     def _end(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
         arrival = call.arrival
+        if self._watch is not None:
+            self._watch.leave(call)
         self.stage.tally.ended(call, self.stage.now_ms)
         if holding is not None:
             flow = holding.flow
@@ -316,6 +425,7 @@ class Setting:
     hold_ms: how much longer than a call is open its permit is held.
     kinds_optional: a kind without a limit is not bound by one, as in pools of other upstreams.
     starts_at: when its load begins, which decides when budgets reset. cost: of its calls.
+    preempt: when calls give way; None: never.
     """
 
     processes: int = 2
@@ -324,6 +434,7 @@ class Setting:
     kinds_optional: bool = False
     starts_at: datetime = _STARTS_AT
     cost: Cost = cost_in_trace
+    preempt: Preempt | None = None
 
 
 class VirtualTimer:
@@ -356,6 +467,7 @@ class Playback:
         self._numbers = count()
         self._processes: dict[str, Process] = {}
         self._alive = 0
+        self._claims: dict[str, float] = {}
 
     def after(self, in_ms: float, call: Callable[[], None]) -> VirtualTimer:
         """Call in so many ms; calls due at one moment run in the order of their registration."""
@@ -390,6 +502,19 @@ class Playback:
     def over(self, call: LoadCall) -> None:
         """A call has ended or was refused."""
         self._alive -= 1
+
+    def snapshot(self) -> Snapshot:
+        """The pool with the queues that calls may give way to."""
+        wall_ms = START_MS + int(self.now_ms)
+        return snapshot_of(self.model, wall_ms, len(self.policy.bands) - 1)
+
+    def claim(self, name: str, keep_ms: float) -> bool:
+        """Whether nobody has claimed this within the time that it is kept."""
+        is_first = self._claims.get(name, 0.0) <= self.now_ms
+        if is_first:
+            self._claims = {one: at for one, at in self._claims.items() if at > self.now_ms}
+            self._claims[name] = self.now_ms + keep_ms
+        return is_first
 
     def exchange(
         self, request: SyncRequest, *, tend: bool, answered: Callable[[SyncReply], None]
@@ -509,18 +634,19 @@ def compare(
     setting: Setting,
     *,
     budgets: Mapping[str, Sequence[Budget]] | None = None,
+    preempts: Mapping[str, Preempt | None] | None = None,
     plays: int = 1,
     seed: int = 1,
 ) -> list[Findings]:
-    """The same trace, in the same order, under each policy and the budgets of the same name;
-    arguments as of `rehearse`."""
-    bound = budgets or {}
+    """The same trace, in the same order, under each policy with the budgets of the same name, and
+    the rule by which calls give way; arguments as of `rehearse`."""
+    bound, rules = budgets or {}, preempts or {}
     return [
         rehearse(
             name,
             arrivals,
             policy,
-            setting,
+            replace(setting, preempt=rules.get(name, setting.preempt)),
             budgets=bound.get(name, ()),
             plays=plays,
             seed=seed,

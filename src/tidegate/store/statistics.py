@@ -356,7 +356,8 @@ MOST_CALLS = 200_000
 
 @dataclass(frozen=True, slots=True)
 class PastCall:
-    """One admitted call. `kind` and `model` are None where the record does not have them."""
+    """One admitted call. `kind` and `model` are None where the record does not have them.
+    `gives_way`: whether it is of a job or a batch line that could have given way."""
 
     submitted_at: datetime
     tenant_id: str
@@ -373,6 +374,7 @@ class PastCall:
     key_id: str | None
     subject: str | None
     waited_ms: float
+    gives_way: bool
 
 
 async def past_calls(

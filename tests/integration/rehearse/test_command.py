@@ -88,6 +88,44 @@ async def test_changes_are_compared_side_by_side(tmp_path: Path) -> None:
     assert weighted["name"] == "kind:text_only=8; weights.globex=4"
 
 
+async def test_lines_give_way_by_a_change_and_by_their_upstream(tmp_path: Path) -> None:
+    text = """
+lasts = "60s"
+[[arrivals]]
+tenant = "nightly"
+pattern = "bursts"
+burst = 1
+every = "60s"
+duration_ms = 40_000
+priority = -100
+gives_way = true
+[[arrivals]]
+tenant = "live"
+pattern = "constant"
+per_minute = 5
+until = "13s"
+duration_ms = 1000
+"""
+    policy = '[limits]\n"kind:text_only" = 1\n'
+    (tmp_path / "policy.toml").write_text(policy)
+    arguments = ("load.toml", "--policy", "policy.toml")
+    done = await rehearse(tmp_path, *arguments, "--set", "preempt=true", "--json", text=text)
+    assert done.code == 0, done.complained
+    now, changed = done.json
+    assert (now["gave_way"], changed["gave_way"], changed["name"]) == (0, 1, "preempt=true")
+    # The live call comes after 12 s: it waits for the line's other 28, or for a second and a read.
+    longest_ms = [case["tenants"][0]["waits"]["longest_ms"] for case in (now, changed)]
+    assert longest_ms[0] == pytest.approx(28_000, abs=50)
+    assert 1_000 <= longest_ms[1] <= 1_600
+    assert changed["lost_ms"] == pytest.approx(12_000 + longest_ms[1], abs=50)
+    (tmp_path / "tidegate.toml").write_text(
+        UPSTREAM.replace("[upstreams.x]", "[upstreams.x]\npreempt = { after_ms = 200 }", 1)
+    )
+    by_upstream = await rehearse(tmp_path, *arguments, "--pool", "x", text=text)
+    assert by_upstream.code == 0, by_upstream.complained
+    assert "calls gave way once" in " ".join(by_upstream.said.split())
+
+
 @pytest.mark.slow
 async def test_the_lines_of_rehearse_md_say_what_it_shows(tmp_path: Path) -> None:
     described, shown = "", []
@@ -116,6 +154,7 @@ async def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
         (("none.toml",), "none.toml=(file): must be readable"),
         (("load.toml", "--set", "kind:text_only=many"), "limits.kind:text_only=many"),
         (("load.toml", "--set", "kind:text_only"), "must be KEY=VALUE"),
+        (("load.toml", "--set", "preempt=often"), "preempt=often"),
     ):
         done = await rehearse(tmp_path, *arguments)
         assert done.code == 2

@@ -81,6 +81,25 @@ async def test_a_recorded_day_is_rehearsed_as_the_command_does(open_gateway: Ope
     assert found["sentence"] in " ".join(spoken.said.split())
 
 
+async def test_batch_lines_on_record_give_way_where_a_change_says_so(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    await put_on_record(gateway.database, NINE, 200)
+    of_lines = "UPDATE audit SET source = 'batch', priority = -100 WHERE tenant_id = 'acme'"
+    await gateway.database.execute(of_lines)
+    body = {"record": f"{DAY}", "set": {"preempt": {"after_ms": 200}}}
+    status, found = await asked(gateway, body)
+    assert (status, found["calls"]) == (200, 200), found
+    now, changed = found["cases"]
+    assert changed["name"] == 'preempt={"after_ms":200}'
+    assert (now["gave_way"], changed["gave_way"] > 0) == (0, True)
+    assert "calls would have given way" in found["sentence"]
+    waits_ms = {
+        one["tenant"]: [case["p50_ms"] for case in one["cases"]] for one in found["tenants"]
+    }
+    before_ms, after_ms = waits_ms["globex"]
+    assert after_ms < before_ms
+
+
 @pytest.mark.slow
 async def test_what_cannot_be_rehearsed_is_named(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
@@ -90,6 +109,7 @@ async def test_what_cannot_be_rehearsed_is_named(open_gateway: Opener) -> None:
         ({"record": f"{DAY}", "set": {"kind:text_only": -1}}, "limits.kind:text_only"),
         ({"record": f"{DAY}", "set": {"nothing": 1}}, "nothing"),
         ({"record": f"{DAY}", "set": {"budgets.acme.usd": "much"}}, "budgets.acme.usd"),
+        ({"record": f"{DAY}", "set": {"preempt": {"times": 0}}}, "preempt.times"),
         ({}, "record"),
     ):
         status, problem = await asked(gateway, body)

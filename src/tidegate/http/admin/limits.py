@@ -221,7 +221,8 @@ class WantedRehearsal(BaseModel):
     )
     set: dict[str, Any] = Field(
         default_factory=dict,
-        description="Changes, by the keys of `PATCH /admin/limits`, and `budgets.<name>.usd`",
+        description="Changes, by the keys of `PATCH /admin/limits`, `budgets.<name>.usd` and "
+        "`preempt`",
         examples=[{"kind:text_only": 20}],
     )
 

@@ -31,7 +31,8 @@ SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) 
     coalesce(cached_tokens, 0) AS cached_tokens,
     coalesce((usage_details ->> 'cache_write_tokens')::bigint, 0) AS cache_write_tokens,
     coalesce(images, 0) AS images, coalesce(cost_micros, 0) AS cost_micros, key_id, subject,
-    (extract(epoch FROM admitted_at - submitted_at) * 1000)::float8 AS waited_ms
+    (extract(epoch FROM admitted_at - submitted_at) * 1000)::float8 AS waited_ms,
+    source = 'batch' OR source = 'job' AND endpoint IS NOT NULL AS gives_way
 FROM audit
 WHERE coalesce(nullif(upstream, ''), pool) = $1
     AND created_at >= $2 AND submitted_at >= $2 AND submitted_at < $3
