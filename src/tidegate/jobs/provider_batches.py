@@ -27,6 +27,7 @@ from hashlib import sha256
 from math import inf
 from uuid import UUID
 
+from tidegate.admission.charges import TierChoice
 from tidegate.call import (
     DEFAULT_POOL,
     NO_CHARGE,
@@ -58,7 +59,6 @@ from tidegate.jobs.calls import (
     status_of,
     uncounted_wait_ms,
 )
-from tidegate.jobs.tiers import TierChoice
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.budgets import Binding, needs_of, refused_by
 from tidegate.record import RETRIED, CallRecord, Failure

@@ -11,8 +11,8 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
+from tidegate.admission import charges
 from tidegate.emulator.server import Emulator, run_emulator
-from tidegate.jobs import tiers
 
 CHAT = "/v1/chat/completions"
 SOON = {"flex_within_ms": 500}
@@ -125,7 +125,7 @@ async def test_a_job_is_live_in_time_for_its_deadline(
     flex: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tiers, "SLACK_MS", 3_000.0)
+    monkeypatch.setattr(charges, "SLACK_MS", 3_000.0)
     gateway = await open_gateway(tidegate_policy=policy, **SOON)
     await learned(gateway)
     await provider.control.set_behaviour(flex=flex)

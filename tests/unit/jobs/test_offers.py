@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pytest
 
+from tidegate.admission.charges import LiveRoom, TierChoice, admitted_per_second
 from tidegate.call import Classification, ClassifiedBy, Kind, Tier, Usage
 from tidegate.errors import (
     TidegateError,
@@ -17,7 +18,7 @@ from tidegate.errors import (
     UpstreamTierBusy,
     UpstreamTimeout,
 )
-from tidegate.jobs.tiers import LiveRoom, TierChoice, TierOffers, admitted_per_second
+from tidegate.jobs.tiers import TierOffers
 from tidegate.limiter import Concurrency, Limit, Quota, Rate
 from tidegate.policy.deployment import Upstream
 from tidegate.record import CallRecord

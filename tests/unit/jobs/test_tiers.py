@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.call import Tier
-from tidegate.jobs.tiers import (
+from tidegate.admission.charges import (
     FlexCalls,
     LiveRoom,
     SeenTimes,
@@ -25,6 +24,7 @@ from tidegate.jobs.tiers import (
     choose,
     spoken,
 )
+from tidegate.call import Tier
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 TIMES = TierTimes()
